@@ -1,0 +1,1 @@
+"""The engines, in order of preference, and the choice among them."""

@@ -1,0 +1,252 @@
+"""The contract that every engine keeps. It has the shape of KVM: who knows KVM's ioctls knows it.
+
+Three classes, `Engine` -> `Machine` -> `Vcpu`, as /dev/kvm, a VM descriptor and a vCPU descriptor are.
+State is `bytes` in the layout of the KVM UAPI structs (Linux include/uapi/linux/kvm.h and
+arch/x86/include/uapi/asm/kvm.h), whatever the engine: a machine's state taken from one loads in another,
+and one test suite (tests/engine) runs on all.
+
+What is behind a capability may be missing in an engine: it is then not in `capabilities`, the method
+raises `errors.Unsupported` with the reason, and the file answers EOPNOTSUPP.
+
+Failures are `vmfs.errors`: `Invalid` for bytes that the engine refuses, `Unsupported`, `EngineFailed` naming
+the ioctl and its errno. A failed call has changed nothing.
+
+Threads: `Vcpu.run` is called by one thread at a time and drops the GIL while the guest runs. `Vcpu.kick`,
+`Vcpu.interrupt`, `Vcpu.nmi`, `Machine.irq_line` and `Machine.dirty_log` may be called from any thread at
+any time. Everything else is for a machine that does not run, from any one thread.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from dataclasses import dataclass
+
+from vmfs.exits import Exit
+
+
+class Capability(enum.StrEnum):
+    """What an engine may or may not have."""
+
+    IRQCHIP = "irqchip"  # in-engine interrupt controllers and PIT; irq_line, states irqchip, pit, lapic
+    BUDGET = "budget"  # run(budget=N) stops exactly after N instructions, at no cost
+    COUNTERS = "counters"  # counters() has "instructions"
+    BREAKPOINTS_UNLIMITED = "breakpoints-unlimited"
+    WATCHPOINTS = "watchpoints"
+    GUEST_DEBUG = "guest-debug"  # set_debug works at all
+    DETERMINISTIC = "deterministic"  # time may follow the instructions retired
+
+
+# The names of states, each with the struct whose bytes it is. The same names are files.
+VCPU_STATES = {
+    "regs": "struct kvm_regs",
+    "sregs": "struct kvm_sregs",
+    "fpu": "struct kvm_fpu",
+    "xsave": "struct kvm_xsave",
+    "xcrs": "struct kvm_xcrs",
+    "msrs": "struct kvm_msrs with its entries, of the MSRs that the engine saves",
+    "debugregs": "struct kvm_debugregs",
+    "events": "struct kvm_vcpu_events",
+    "mp_state": "struct kvm_mp_state",
+    "cpuid": "struct kvm_cpuid2 with its entries",
+    "lapic": "struct kvm_lapic_state (with an interrupt controller)",
+}
+MACHINE_STATES = {
+    "irqchip": "three struct kvm_irqchip: PIC master, PIC slave, IOAPIC",
+    "pit": "struct kvm_pit_state2",
+    "clock": "struct kvm_clock_data",
+}
+
+INTERRUPT_QUEUE = 64  # vectors that wait in a Vcpu; one more is errors.WouldBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether an engine can be used here, and a sentence that says why (not)."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """Stop before the instruction at linear address `address` runs. `id` comes back in the exit."""
+
+    id: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Watchpoint:
+    """Stop after an access to `length` bytes at linear `address` (guest-physical if `physical`)."""
+
+    id: int
+    address: int
+    length: int
+    on_read: bool
+    on_write: bool
+    physical: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DebugRequest:
+    """All that a run shall stop for. A new request replaces the one before."""
+
+    step: bool = False  # stop after one instruction
+    breakpoints: tuple[Breakpoint, ...] = ()
+    watchpoints: tuple[Watchpoint, ...] = ()
+
+
+NO_DEBUG = DebugRequest()
+
+
+class Engine(abc.ABC):
+    """A way to run machines: a row of `vmfs.engine.ENGINES`."""
+
+    name: str
+
+    @abc.abstractmethod
+    def probe(self) -> Availability:
+        """Whether the engine works here, found out by trying; never raises."""
+
+    @abc.abstractmethod
+    def create_machine(self) -> Machine:
+        """A machine without memory and CPUs."""
+
+
+class Machine(abc.ABC):
+    """A virtual machine: KVM_CREATE_VM."""
+
+    capabilities: frozenset[Capability]
+
+    @abc.abstractmethod
+    def map_memory(
+        self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+    ) -> None:
+        """Back `size` bytes of guest-physical memory at `guest_address` with `fd` from `offset` on, shared.
+
+        All are multiples of 4096. A slot that exists is replaced; size 0 removes it. Writes by the guest are
+        logged in the slot's dirty log from now on.
+        """
+
+    @abc.abstractmethod
+    def create_vcpu(self, index: int) -> Vcpu:
+        """CPU `index` in the x86 reset state (Intel SDM 3A 9.1.1), with the CPUID that the engine supports."""
+
+    @abc.abstractmethod
+    def create_irqchip(self) -> None:
+        """LAPICs, IOAPIC, two 8259 and an 8254 in the engine; before the first CPU."""
+
+    @abc.abstractmethod
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Set an input line of the interrupt controllers (KVM's default routing)."""
+
+    @abc.abstractmethod
+    def dirty_log(self, slot: int) -> bytes:
+        """A bit a 4 KiB page of the slot, bit 0 of byte 0 first: what the guest wrote since the last call."""
+
+    @abc.abstractmethod
+    def get_state(self, name: str) -> bytes:
+        """A state of MACHINE_STATES."""
+
+    @abc.abstractmethod
+    def set_state(self, name: str, data: bytes) -> None:
+        """Set a state of MACHINE_STATES, whole."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free everything, CPUs too. None of them runs. May be called twice."""
+
+
+class Vcpu(abc.ABC):
+    """A virtual CPU: KVM_CREATE_VCPU."""
+
+    index: int
+
+    @abc.abstractmethod
+    def run(self, budget: int | None = None) -> Exit:
+        """Run the guest until its next exit, in the calling thread, without the GIL.
+
+        `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit` after
+        exactly so many instructions. What the guest does wrong is an exit; what the engine cannot do is
+        `exits.Error`; an exception is a fault of the host or of this program.
+
+        A run that starts at a breakpoint executes the instruction there. A single step ends with
+        Debug(cause="step"), or with the exit that the instruction makes; completing an `in` or a load
+        ends a step, too.
+
+        Pending accesses: an `out` or a store is done when the exit is returned. An `in` or a load completes at
+        the next run with the bytes of `access_data` (all ones until they are set). Reading state before that
+        shows the CPU before the instruction. Setting state before that completes the instruction first, with
+        the bytes as they stand, and then sets.
+        """
+
+    @abc.abstractmethod
+    def kick(self) -> None:
+        """End the current `run` at an instruction boundary with `exits.Interrupted`, or the next at its start.
+
+        From any thread, any number of times; one Interrupted answers all kicks before it. An exit that was on
+        its way is returned instead, and the kick then ends the next run: callers use `clear_kick`.
+        """
+
+    @abc.abstractmethod
+    def clear_kick(self) -> None:
+        """Forget a kick that no run has answered yet."""
+
+    @property
+    @abc.abstractmethod
+    def access_data(self) -> bytes:
+        """The bytes of the access that made the last exit: what was written, or what a read will get; or empty."""
+
+    @access_data.setter
+    @abc.abstractmethod
+    def access_data(self, data: bytes) -> None:
+        """Set the bytes that the pending `in` or load returns: exactly as many, else `Invalid`."""
+
+    @abc.abstractmethod
+    def get_state(self, name: str) -> bytes:
+        """A state of VCPU_STATES."""
+
+    @abc.abstractmethod
+    def set_state(self, name: str, data: bytes) -> None:
+        """Set a state of VCPU_STATES, whole. `Invalid` for a length or content that the engine refuses."""
+
+    @abc.abstractmethod
+    def get_msr(self, index: int) -> int:
+        """One MSR; `Invalid` where the CPU has none of that number."""
+
+    @abc.abstractmethod
+    def set_msr(self, index: int, value: int) -> None:
+        """Set one MSR; `Invalid` where the CPU would raise #GP."""
+
+    @abc.abstractmethod
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt: delivered in order, each when the guest can take it (IF, shadows).
+
+        `WouldBlock` when INTERRUPT_QUEUE vectors wait. The guest must be kicked to notice it while it runs.
+        """
+
+    @property
+    @abc.abstractmethod
+    def interrupts_queued(self) -> int:
+        """How many vectors wait."""
+
+    @abc.abstractmethod
+    def nmi(self) -> None:
+        """Make a non-maskable interrupt pending."""
+
+    @abc.abstractmethod
+    def set_debug(self, request: DebugRequest) -> None:
+        """What runs stop for from now on. `Unsupported` names what the engine cannot watch; nothing changes then."""
+
+    @abc.abstractmethod
+    def translate(self, linear: int) -> int | None:
+        """The guest-physical address of a linear one by the CPU's page tables, or None (KVM_TRANSLATE)."""
+
+    @abc.abstractmethod
+    def counters(self) -> dict[str, int]:
+        """What the engine counts (capability COUNTERS: "instructions"); may be empty."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the CPU. It does not run. May be called twice."""

@@ -1,0 +1,80 @@
+"""What can go wrong, each with its errno: the one place where the two are tied together.
+
+Every layer raises these; `vmfs.fs.operations` turns them into the errno of a system call and leaves
+the sentence in the VM's `error` file. A sentence names the field, file or ioctl, says what was wrong
+with it, and ends without a full stop.
+"""
+
+import errno
+
+
+class VmfsError(Exception):
+    """An expected failure. `errno` is the number a system call answers with, `str()` the reason."""
+
+    errno: int = errno.EIO
+
+
+class Invalid(VmfsError):
+    """EINVAL: it does not parse, or names something that cannot be."""
+
+    errno = errno.EINVAL
+
+
+class Busy(VmfsError):
+    """EBUSY: it cannot be done while the machine runs."""
+
+    errno = errno.EBUSY
+
+
+class Gone(VmfsError):
+    """ENODEV: the machine was removed."""
+
+    errno = errno.ENODEV
+
+
+class PastEnd(VmfsError):
+    """EFBIG: a write past the end of a file of fixed size."""
+
+    errno = errno.EFBIG
+
+
+class BadAddress(VmfsError):
+    """EFAULT: no memory is mapped at a guest address."""
+
+    errno = errno.EFAULT
+
+
+class NotPermitted(VmfsError):
+    """EPERM: not the caller's to make, change or remove."""
+
+    errno = errno.EPERM
+
+
+class Unsupported(VmfsError):
+    """EOPNOTSUPP: this engine cannot do it."""
+
+    errno = errno.EOPNOTSUPP
+
+
+class WouldBlock(VmfsError):
+    """EAGAIN: it would have to wait, and the caller asked not to."""
+
+    errno = errno.EAGAIN
+
+
+class Interrupted(VmfsError):
+    """EINTR: a signal came for the caller."""
+
+    errno = errno.EINTR
+
+
+class LimitReached(VmfsError):
+    """ENOSPC: over a limit of the mount (`--max-vms`, `--max-mem`)."""
+
+    errno = errno.ENOSPC
+
+
+class EngineFailed(VmfsError):
+    """EIO: the engine or the host failed; the log says how."""
+
+    errno = errno.EIO
