@@ -1,0 +1,36 @@
+# Each target sets up what it needs: a fresh Debian 12 with make is enough.
+
+.PHONY: help setup demo test bench asan lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    a session on a real mount, each command with its output"
+	@echo "make test    all tests (make test ARGS='-k name' for some)"
+	@echo "make bench   benchmarks, each against a named peer"
+	@echo "make asan    the tests of the C parts, under AddressSanitizer and UBSan"
+	@echo "make lint    ruff"
+	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
+	@echo "make clean   removes what was built"
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@scripts/demo.sh
+
+test: setup
+	@.venv/bin/pytest $(ARGS)
+
+bench: setup
+	@.venv/bin/python -m bench $(ARGS)
+
+asan: setup
+	@scripts/asan.sh $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check .
+
+clean:
+	rm -rf build dist .cache .venv .pytest_cache .hypothesis *.egg-info
+	find vmfs -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+#!/bin/bash
+# Gets everything that `make demo` and `make test` need: system packages (Debian), .venv, the C extensions.
+# Each step looks first, so that a second run takes a fraction of a second and prints nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$@"; exit 1; }
+
+mkdir -p .cache
+exec 9>.cache/setup.lock
+flock 9                                 # two at a time would build in the same folders
+
+# --- system packages: only those whose thing is missing -------------------------------------------------
+
+usable_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+find_python() {
+    local each
+    for each in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3; do
+        if command -v "$each" >/dev/null && usable_python "$each"; then echo "$each"; return; fi
+    done
+}
+
+missing=()
+need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package"); }      # PACKAGE TEST...
+has() { command -v "$1"; }
+
+need fuse3       has fusermount3
+need fuse3       has mount.fuse3
+need gcc         has gcc
+need libc6-dev   test -e /usr/include/stdio.h
+need pkg-config  has pkg-config
+need libfuse3-dev pkg-config --exists fuse3
+need binutils    has objdump            # tests and the demo assemble guest programs with as and ld
+need gdb         has gdb                # tests attach it to a guest
+need xxd         has xxd
+need perl        has perl
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python)
+    if [ -z "$python" ]; then
+        missing+=(python3 python3-venv python3-dev)
+    else
+        need python3-venv "$python" -c 'import ensurepip, venv'
+        need python3-dev "$python" -c '
+import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+    fi
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+    command -v apt-get >/dev/null || die "missing: ${missing[*]} (by their Debian names); install them and try again"
+    root=()
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || die "missing: run as root: apt-get install ${missing[*]}"
+        root=(sudo)
+    fi
+    say "installing ${missing[*]}"
+    install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}")
+    "${install[@]}" >.cache/apt.log 2>&1 </dev/null ||
+        { "${root[@]}" apt-get update -qq >>.cache/apt.log 2>&1 </dev/null && "${install[@]}" >>.cache/apt.log 2>&1 </dev/null; } ||
+        { tail -n 5 .cache/apt.log >&2; die "apt-get could not install ${missing[*]}"; }
+fi
+
+# --- .venv: made once, filled again when pyproject.toml changed -----------------------------------------
+
+digest() { sha256sum "$@" | sha256sum; }
+
+if ! .venv/bin/python -c '' 2>/dev/null; then
+    python=$(find_python)
+    [ -n "$python" ] || die "Python 3.11 or later is missing"
+    say "making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv
+fi
+
+wanted=$(digest pyproject.toml setup.py)
+if [ "$(cat .venv/packages.stamp 2>/dev/null)" != "$wanted" ]; then
+    say "installing Python packages into .venv"
+    # pip before 25.1 (Debian 12 has 23.0) cannot read [dependency-groups].
+    mapfile -t development < <(.venv/bin/python - <<'PYTHON'
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")
+PYTHON
+    )
+    # --no-build-isolation: setuptools is there already.
+    { .venv/bin/pip install --disable-pip-version-check "${development[@]}" &&
+      .venv/bin/pip install --disable-pip-version-check --no-build-isolation -e .; } >.cache/pip.log 2>&1 </dev/null ||
+        { tail -n 30 .cache/pip.log >&2; die "pip could not install the packages above"; }
+    rm -f .venv/extensions.stamp
+    echo "$wanted" >.venv/packages.stamp
+fi
+
+# --- the C extensions: built in place when a source came, went or changed --------------------------------
+
+sources=$(find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
+          find vmfs -name '*.so' -printf '%p\n' | sort)
+if [ "$(cat .venv/extensions.stamp 2>/dev/null)" != "$sources" ]; then
+    say "building the C extensions"
+    .venv/bin/python setup.py -q build_ext --inplace >.cache/build.log 2>&1 </dev/null ||
+        { cat .cache/build.log >&2; die "the C extensions do not build"; }
+    grep -A 12 -E 'warning:' .cache/build.log >&2 || true
+    { find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
+      find vmfs -name '*.so' -printf '%p\n' | sort; } >.venv/extensions.stamp
+fi

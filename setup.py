@@ -1,0 +1,105 @@
+"""The C extensions. Everything else about the package is in pyproject.toml; these are here because they need
+code: what pkg-config says about libfuse, a glob over the emulator's core, and a switch for the sanitizers.
+
+VMFS_SANITIZE=address,undefined builds both with those sanitizers (`make asan` does, in a folder of its own).
+"""
+
+import os
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CORE = "vmfs/engine/emulator/core"
+
+SANITIZE = os.environ.get("VMFS_SANITIZE", "")
+
+COMPILE = [
+    "-std=gnu11",               # GNU: labels as values, __int128, statement expressions
+    "-O2",                      # Python may have been built with less, or with -O3, which gains nothing here
+    "-g",                       # gdb and sanitizer reports name lines; costs no time at run
+    "-fvisibility=hidden",      # what is not exported is called directly, not through the PLT
+    "-fno-strict-aliasing",     # guest memory and register state are read at several widths
+    "-fwrapv",                  # guest arithmetic wraps; signed overflow must not be undefined
+    "-Wall", "-Wextra",
+    "-Wno-unused-parameter",    # handlers of one table share a signature
+    "-Wno-missing-field-initializers",  # PyMethodDef and PyType_Slot tables end in a short sentinel
+]
+LINK = []
+if SANITIZE:
+    COMPILE += [
+        f"-fsanitize={SANITIZE}",
+        "-fno-sanitize-recover=all",    # the first report ends the process, so that a test fails
+        "-fno-omit-frame-pointer",      # whole stacks in reports
+        "-O1",
+        "-UNDEBUG",                     # and assertions on
+    ]
+    LINK += [f"-fsanitize={SANITIZE}"]
+
+
+def pkg_config(what, package):
+    """The flags that pkg-config gives for a package, e.g. `pkg_config("--cflags", "fuse3")`."""
+    try:
+        done = subprocess.run(["pkg-config", what, package], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise SystemExit("vmfs: pkg-config is missing: apt-get install pkg-config libfuse3-dev") from None
+    except subprocess.CalledProcessError as failure:
+        raise SystemExit(f"vmfs: {failure.stderr.strip()}\nvmfs: apt-get install libfuse3-dev") from None
+    return shlex.split(done.stdout)
+
+
+def extensions():
+    found = []
+    if os.path.exists("vmfs/fs/_fuse.c"):
+        found.append(Extension(
+            "vmfs.fs._fuse",
+            sources=["vmfs/fs/_fuse.c"],
+            depends=glob("vmfs/fs/*.h"),
+            # libfuse's headers only. pyfuse3 brings the library; this extension finds it with dlopen, since
+            # it stands in front of some of its functions.
+            extra_compile_args=COMPILE + pkg_config("--cflags", "fuse3"),
+            extra_link_args=LINK + ["-ldl"],
+        ))
+    if os.path.exists(f"{CORE}/module.c"):
+        found.append(Extension(
+            "vmfs.engine.emulator._core",
+            sources=sorted(glob(f"{CORE}/*.c")),
+            depends=sorted(glob(f"{CORE}/*.h") + glob(f"{CORE}/*.def")),
+            include_dirs=[CORE],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK + ["-lm"],
+        ))
+    return found
+
+
+class build_changed(build_ext):
+    """build_ext that compiles the files that changed, side by side: the stock one compiles all of an extension's
+    files again, one after another."""
+
+    def build_extension(self, ext):
+        compile_all = self.compiler.compile
+        settings = [__file__, *ext.depends]
+
+        def compile_changed(sources, output_dir=None, **options):
+            objects = self.compiler.object_filenames(sources, output_dir=output_dir)
+            stale = [source for source, built in zip(sources, objects, strict=True)
+                     if self.force or not is_newer(built, [source, *settings])]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda source: compile_all([source], output_dir=output_dir, **options), stale))
+            return objects
+
+        self.compiler.compile = compile_changed
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_all
+
+
+def is_newer(built, sources):
+    return os.path.exists(built) and all(os.path.getmtime(built) > os.path.getmtime(each) for each in sources)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": build_changed})

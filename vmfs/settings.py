@@ -1,0 +1,26 @@
+"""What one mount is told when it is made."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class MountSettings:
+    """How a mount behaves, as given to `vmfs mount`. It never changes while the mount lives."""
+
+    engine: str = "auto"
+    """The engine of new VMs: "auto" for the fastest one here, else a name from vmfs.engine.ENGINES."""
+
+    allow_other: bool = False
+    """Whether other users may look at the mount at all (the kernel's permission checks hold either way)."""
+
+    max_vms: int = 0
+    """How many VMs there may be at a time, 0 for any number: mkdir answers ENOSPC over it."""
+
+    max_memory: int = 0
+    """How many bytes of RAM all VMs may have together, 0 for any: ENOSPC over it."""
+
+    fuse_options: tuple[str, ...] = ()
+    """Options for the FUSE library as in mount(8)'s -o, e.g. "ro" or "fsname=lab"."""
+
+    debug: bool = False
+    """Whether each request and each answer is logged."""
