@@ -1,0 +1,230 @@
+"""REGISTERS: every register by name, with its width and where it lies in which KVM UAPI struct.
+
+The table drives the files `registers` and `reg/`, the constants of vmfs.h, the Python client and gdb.
+Layouts: Linux arch/x86/include/uapi/asm/kvm.h. Names: Intel SDM; fields of a segment's hidden part and of
+the descriptor table registers behind a dot (`cs.base`, `gdtr.limit`).
+
+MSRs are not rows, because which there are is the engine's to say: they are `msr.0xc0000082`, see `parse_msr`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmfs.errors import Invalid, Unsupported, VmfsError
+from vmfs.numbers import parse_number
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """`bits` bits at byte `offset` of the state `state`; a container of more bits keeps the rest."""
+
+    name: str
+    bits: int
+    state: str
+    offset: int
+    writable: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return (self.bits + 7) // 8
+
+    def get(self, blob: bytes) -> int:
+        return int.from_bytes(blob[self.offset : self.offset + self.size], "little")
+
+    def put(self, blob: bytearray, value: int) -> None:
+        blob[self.offset : self.offset + self.size] = value.to_bytes(self.size, "little")
+
+    def text(self, value: int) -> str:
+        """The value as the files show it: hexadecimal, as many digits as the register has."""
+        return f"0x{value:0{(self.bits + 3) // 4}x}"
+
+    def parse(self, text: str) -> int:
+        if not self.writable:
+            raise Invalid(f"{self.name} cannot be written")
+        return parse_number(text, self.bits, what=self.name)
+
+
+_GENERAL = (
+    "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"  # the order of struct kvm_regs
+).split()
+
+# struct kvm_segment, 24 bytes: field, bits, offset.
+_SEGMENT = (
+    ("", 16, 12),  # selector
+    (".base", 64, 0),
+    (".limit", 32, 8),
+    (".type", 8, 14),
+    (".present", 8, 15),
+    (".dpl", 8, 16),
+    (".db", 8, 17),
+    (".s", 8, 18),
+    (".l", 8, 19),
+    (".g", 8, 20),
+    (".avl", 8, 21),
+    (".unusable", 8, 22),
+)
+_SEGMENTS = "cs ds es fs gs ss tr ldtr".split()  # the order of struct kvm_sregs
+_TABLES = ("gdtr", "idtr")  # struct kvm_dtable, 16 bytes: base, limit
+_CONTROL = "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()  # 8 bytes each, behind the tables
+_TABLES_AT = 24 * len(_SEGMENTS)
+_CONTROL_AT = _TABLES_AT + 16 * len(_TABLES)
+
+
+def _sregs() -> Iterable[Register]:
+    for index, segment in enumerate(_SEGMENTS):
+        for suffix, bits, offset in _SEGMENT:
+            yield Register(segment + suffix, bits, "sregs", 24 * index + offset)
+    for index, table in enumerate(_TABLES):
+        yield Register(f"{table}.base", 64, "sregs", _TABLES_AT + 16 * index)
+        yield Register(f"{table}.limit", 16, "sregs", _TABLES_AT + 16 * index + 8)
+    for index, name in enumerate(_CONTROL):
+        yield Register(name, 64, "sregs", _CONTROL_AT + 8 * index)
+
+
+def _fpu() -> Iterable[Register]:
+    # struct kvm_fpu: fpr[8][16], fcw, fsw, ftwx (the FXSAVE form: a bit a register), pad, last_opcode, last_ip,
+    # last_dp, xmm[16][16], mxcsr. fpr is in the order of the register stack: st0 first.
+    for index in range(8):
+        yield Register(f"st{index}", 80, "fpu", 16 * index)
+    yield Register("fcw", 16, "fpu", 128)
+    yield Register("fsw", 16, "fpu", 130)
+    yield Register("ftw", 8, "fpu", 132)
+    yield Register("fop", 16, "fpu", 134)
+    yield Register("fip", 64, "fpu", 136)
+    yield Register("fdp", 64, "fpu", 144)
+    for index in range(16):
+        yield Register(f"xmm{index}", 128, "fpu", 152 + 16 * index)
+    yield Register("mxcsr", 32, "fpu", 408)
+
+
+_ROWS = (
+    *(Register(name, 64, "regs", 8 * index) for index, name in enumerate(_GENERAL)),
+    *_sregs(),
+    *(Register(f"dr{number}", 64, "debugregs", 8 * number) for number in range(4)),
+    Register("dr6", 64, "debugregs", 32),
+    Register("dr7", 64, "debugregs", 40),
+    # struct kvm_xcrs: nr_xcrs, flags, then struct kvm_xcr {xcr, reserved, value}; XCR0 is the first and only one.
+    Register("xcr0", 64, "xcrs", 16),
+    *_fpu(),
+)
+
+REGISTERS: Mapping[str, Register] = {row.name: row for row in _ROWS}
+
+_MSR = re.compile(r"msr\.0x([0-9a-f]{1,8})", re.ASCII)
+
+
+def msr_name(index: int) -> str:
+    """The file name of an MSR."""
+    return f"msr.{index:#x}"
+
+
+def parse_msr(name: str) -> int | None:
+    """The number of the MSR that `name` names in its one spelling (`msr.0x10`), or None."""
+    match = _MSR.fullmatch(name)
+    if not match or name != msr_name(int(match[1], 16)):
+        return None
+    return int(match[1], 16)
+
+
+class RegisterFile(Protocol):
+    """What registers are read from and written to: `vmfs.engine.base.Vcpu` is one."""
+
+    def get_state(self, name: str) -> bytes: ...
+    def set_state(self, name: str, data: bytes) -> None: ...
+    def get_msr(self, index: int) -> int: ...
+    def set_msr(self, index: int, value: int) -> None: ...
+
+
+def read_register(cpu: RegisterFile, name: str) -> str:
+    """The text of one register or MSR; KeyError where there is none of that name."""
+    msr = parse_msr(name)
+    if msr is not None:
+        return f"{cpu.get_msr(msr):#018x}"
+    row = REGISTERS[name]
+    return row.text(row.get(cpu.get_state(row.state)))
+
+
+def dump_registers(cpu: RegisterFile) -> str:
+    """Every register that the engine has, a line each: `rax 0x0000000000000000`."""
+    blobs: dict[str, bytes | None] = {}
+    lines = []
+    for row in REGISTERS.values():
+        if row.state not in blobs:
+            blobs[row.state] = _state_or_none(cpu, row.state)
+        blob = blobs[row.state]
+        if blob is not None:
+            lines.append(f"{row.name} {row.text(row.get(blob))}\n")
+    return "".join(lines)
+
+
+def _state_or_none(cpu: RegisterFile, state: str) -> bytes | None:
+    try:
+        return cpu.get_state(state)
+    except Unsupported:
+        return None
+
+
+def parse_registers(text: str) -> dict[str, int]:
+    """Lines of `NAME VALUE` (or `NAME=VALUE`) as values by name. Empty lines and `#` comments are allowed.
+
+    A name may stand once only: with two values for one register, either order would be a guess.
+    """
+    values: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split("#", 1)[0].replace("=", " ", 1).split()
+        if not words:
+            continue
+        if len(words) != 2:
+            raise Invalid(f"line {number}: {line.strip()[:60]!r} is not NAME VALUE")
+        name, value = words
+        if name in values:
+            raise Invalid(f"line {number}: {name} is set twice")
+        if parse_msr(name) is not None:
+            values[name] = parse_number(value, what=name)
+        elif name in REGISTERS:
+            values[name] = REGISTERS[name].parse(value)
+        else:
+            raise Invalid(f"line {number}: there is no register {name[:40]!r}")
+    if not values:
+        raise Invalid("no register is named")
+    return values
+
+
+def write_registers(cpu: RegisterFile, values: Mapping[str, int]) -> None:
+    """Set registers as one change: when the engine refuses a part of it, what was set before is set back."""
+    before: dict[str, bytes] = {}
+    after: dict[str, bytearray] = {}
+    msrs: dict[int, int] = {}
+    for name, value in values.items():
+        msr = parse_msr(name)
+        if msr is not None:
+            msrs[msr] = value
+            continue
+        row = REGISTERS[name]
+        if row.state not in after:
+            before[row.state] = cpu.get_state(row.state)
+            after[row.state] = bytearray(before[row.state])
+        row.put(after[row.state], value)
+    msrs_before = {index: cpu.get_msr(index) for index in msrs}
+
+    states_set: list[str] = []
+    msrs_set: list[int] = []
+    try:
+        for state, blob in after.items():
+            states_set.append(state)
+            cpu.set_state(state, bytes(blob))
+        for index, value in msrs.items():
+            msrs_set.append(index)
+            cpu.set_msr(index, value)
+    except VmfsError:
+        for index in reversed(msrs_set[:-1]):
+            cpu.set_msr(index, msrs_before[index])
+        done = states_set if msrs_set else states_set[:-1]  # the one that was refused has changed nothing
+        for state in reversed(done):
+            cpu.set_state(state, before[state])
+        raise

@@ -1,0 +1,489 @@
+"""Vm: a machine with its memory, its CPU, the loop that runs it, and its end.
+
+It knows no file and no event loop: what takes time returns a `concurrent.futures.Future`, and whoever
+wants to hear of changes subscribes.
+
+Threads and locks
+-----------------
+The CPU runs in a thread of its own, started by the first run. One lock, `_lock`, guards all that is mutable here
+(the state, the current run, the tasks that wait for a boundary, the points); it is held for short calls into
+the engine, never while the guest runs and never while a subscriber or a memory hook is called. There is no other
+lock, so there is no order to keep.
+
+While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may: others hand it
+a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from vmfs import exits
+from vmfs.debug.points import Points
+from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Vcpu
+from vmfs.errors import Busy, EngineFailed, Gone, VmfsError
+from vmfs.memory import DEFAULT_SIZE, Memory, check_size
+from vmfs.modes import mode_of, set_mode
+
+T = TypeVar("T")
+
+RAM_SLOT = 0
+# What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
+_RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """When a run ends at the latest; the default is never."""
+
+    steps: int | None = None  # ends with Debug(cause="step")
+    instructions: int | None = None  # ends with Limit
+    until: int | None = None  # a linear address; ends with Debug(cause="breakpoint")
+    seconds: float | None = None  # ends with Limit
+
+
+UNBOUND = Bound()
+
+
+class Run(Future):  # type: ignore[type-arg]
+    """A run under way. Its result is the `Exit`; its exception a VmfsError. Callbacks come in the CPU's thread."""
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__()
+        self.bound = bound
+        self.stop_asked = False
+        self.expired = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryHooks:
+    """Called in the CPU's thread before the guest first runs in a run, and after it last ran.
+
+    `after` gets the dirty log of the run (a bit a 4 KiB page). They exist for clients' caches of RAM; where there
+    are none, so that RAM is shared live, they are None.
+    """
+
+    before: Callable[[], None] | None = None
+    after: Callable[[bytes], None] | None = None
+
+
+class Vm:
+    """One virtual machine. Every method may be called from any thread; all raise Gone after `close`."""
+
+    def __init__(self, engine: Engine, *, memory_size: int = DEFAULT_SIZE) -> None:
+        self.memory = Memory(memory_size)
+        try:
+            self.engine = engine
+            self._machine = engine.create_machine()
+            self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, memory_size)
+            self._cpu = self._machine.create_vcpu(0)
+        except BaseException:
+            self.memory.close()
+            raise
+        self._reset_to = {name: self._cpu.get_state(name) for name in _RESET_STATES}
+        self.hooks = MemoryHooks()
+
+        self._lock = threading.Lock()
+        self._state = "paused"
+        self._run: Run | None = None
+        self._tasks: deque[tuple[Callable[[Vcpu], Any], Future[Any]]] = deque()
+        self._work: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._points = Points()
+        self._asked = NO_DEBUG  # what the engine was last asked to stop for
+        self._subscribers: tuple[Callable[[], None], ...] = ()
+        self._dirty = {"file": 0, "cache": 0}
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._closed = False
+        self.last_exit: exits.Exit | None = None
+        self.exit_number = 0  # how many exits there were
+
+    # ---- what it is
+
+    @property
+    def state(self) -> str:
+        """`paused`, `running`, `halted` or `shutdown`."""
+        return self._state
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self._machine.capabilities
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """`callback` is called, in any thread, after the state or the last exit changed. Returns what ends it."""
+        with self._lock:
+            self._subscribers = (*self._subscribers, callback)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscribers = tuple(one for one in self._subscribers if one is not callback)
+
+        return unsubscribe
+
+    # ---- running
+
+    def start(self, bound: Bound = UNBOUND) -> Run:
+        """Begin a run. Busy when there is one. A machine that is shut down gives its last exit again."""
+        with self._lock:
+            self._check_idle()
+            run = Run(bound)
+            if self._state == "shutdown" and self.last_exit is not None:
+                self._note(self.last_exit)
+                run.set_result(self.last_exit)
+            else:
+                self.memory.seal()
+                self._cpu.clear_kick()
+                self._run, self._state = run, "running"
+                self._counts["runs"] += 1
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._serve, name="vmfs-cpu0", daemon=True)
+                    self._thread.start()
+                self._work.put(run)
+        self._tell()
+        return run
+
+    def stop(self, run: Run | None = None) -> None:
+        """End the current run (or `run`, if it is still the current one) with Interrupted. No-op without one."""
+        with self._lock:
+            current = self._run
+            if current is not None and run in (None, current):
+                current.stop_asked = True
+                self._cpu.kick()
+
+    def _serve(self) -> None:
+        """The CPU's thread."""
+        while (run := self._work.get()) is not None:
+            began = time.perf_counter()
+            result: exits.Exit | None = None
+            failure: BaseException | None = None
+            try:
+                result = self._execute(run)
+            except VmfsError as error:
+                failure = error
+            except BaseException as error:  # a bug; the caller gets EIO and the log the traceback
+                failure = EngineFailed(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+            with self._lock:
+                self._seconds += time.perf_counter() - began
+                self._do_tasks()
+                self._run = None
+                if self._closed:
+                    failure = Gone("the machine was removed")
+                self._state = "paused"
+                if result is not None:
+                    self._note(result)
+            self._tell()
+            if failure is not None:
+                run.set_exception(failure)
+            else:
+                run.set_result(result)
+
+    def _execute(self, run: Run) -> exits.Exit:
+        if self.hooks.before:
+            self.hooks.before()
+        timer = None
+        if run.bound.seconds is not None:
+            timer = threading.Timer(run.bound.seconds, self._expire, (run,))
+            timer.daemon = True
+            timer.start()
+        try:
+            return self._run_to_exit(run)
+        finally:
+            if timer:
+                timer.cancel()
+            if self.hooks.after:
+                self.hooks.after(self.take_dirty("cache"))
+
+    def _run_to_exit(self, run: Run) -> exits.Exit:
+        """Run slice by slice until an exit that is the caller's to see."""
+        bound = run.bound
+        left = bound.steps if bound.steps is not None else bound.instructions
+        exact = Capability.BUDGET in self.capabilities
+        done_before = self._instructions() if left is not None and exact else 0
+        while True:
+            with self._lock:
+                stepping = self._ask(bound, step=left is not None and not exact)
+            exit_ = self._cpu.run(budget=left if exact and left is not None else None)
+            if isinstance(exit_, exits.Interrupted):
+                with self._lock:
+                    self._do_tasks()
+                    if run.stop_asked:
+                        return exit_
+                    if run.expired:
+                        return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
+                if left is not None and exact:
+                    left = max(left - (self._instructions() - done_before), 0)
+                    done_before = self._instructions()
+                    if not left:
+                        return self._bound_reached(bound, exit_)
+                continue
+            if isinstance(exit_, exits.Limit) and left is not None:
+                return self._bound_reached(bound, exit_)
+            if left is not None and not exact and isinstance(exit_, exits.Debug) and exit_.cause == "step":
+                left -= 1
+                if stepping or not left:
+                    return exit_ if stepping else self._bound_reached(bound, exit_)
+                continue
+            return exit_
+
+    @staticmethod
+    def _bound_reached(bound: Bound, at: exits.Exit) -> exits.Exit:
+        if bound.steps is not None:
+            return exits.Debug(cause="step", rip=at.rip, cpu=at.cpu)
+        return exits.Limit(rip=at.rip, cpu=at.cpu)
+
+    def _ask(self, bound: Bound, step: bool) -> bool:
+        """Tell the engine what to stop for, if that changed. Returns whether the debug file asks for steps."""
+        request = self._points.request()
+        stepping = request.step
+        if bound.until is not None and all(one.address != bound.until for one in request.breakpoints):
+            request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(0, bound.until)))
+        if step:
+            request = replace(request, step=True)
+        self._set_debug(request)
+        return stepping
+
+    def _set_debug(self, request: DebugRequest) -> None:
+        if request != self._asked:
+            self._cpu.set_debug(request)
+            self._asked = request
+
+    def _expire(self, run: Run) -> None:
+        with self._lock:
+            if self._run is run:
+                run.expired = True
+                self._cpu.kick()
+
+    def _do_tasks(self) -> None:
+        """What waited for a boundary; with the lock held, in the CPU's thread."""
+        while self._tasks:
+            task, future = self._tasks.popleft()
+            _do(task, self._cpu, future)
+
+    def _note(self, exit_: exits.Exit) -> None:
+        """An exit that callers see; with the lock held."""
+        if isinstance(exit_, exits.Debug):
+            if exit_.id == 0:  # the temporary breakpoint of `until`
+                exit_ = replace(exit_, id=None)
+            elif exit_.id is not None:
+                self._points = self._points.with_hit(exit_.id)
+        self._state = {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
+        self._counts[exit_.REASON] += 1
+        self.last_exit = exit_
+        self.exit_number += 1
+
+    # ---- the CPU between instructions
+
+    def at_boundary(self, task: Callable[[Vcpu], T]) -> Future[T]:
+        """Do `task` with the CPU between two instructions: at once when nothing runs, else as soon as the guest stops
+        for it; it then goes on. The task must be short and must not change what a run relies on."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._check_open()
+            if self._run is None:
+                _do(task, self._cpu, future)
+            else:
+                self._tasks.append((task, future))
+                self._cpu.kick()
+        return future
+
+    def change(self, task: Callable[[Vcpu], T]) -> T:
+        """Do `task`, which changes registers, at once. Busy while the machine runs.
+
+        A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set.
+        """
+        with self._lock:
+            self._check_idle()
+            result = task(self._cpu)
+            changed = self._state != "paused"
+            self._state = "paused"
+        if changed:
+            self._tell()
+        return result
+
+    # ---- state of the machine
+
+    def get_machine_state(self, name: str) -> bytes:
+        with self._lock:
+            self._check_open()
+            return self._machine.get_state(name)
+
+    def set_machine_state(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._check_idle()
+            self._machine.set_state(name, data)
+
+    def reset(self) -> None:
+        """The CPU's reset state (Intel SDM 3A 9.1.1). RAM keeps its contents, as on a real machine."""
+
+        def set_back(cpu: Vcpu) -> None:
+            for name in _RESET_STATES:
+                cpu.set_state(name, self._reset_to[name])
+
+        self.change(set_back)
+
+    def mode(self) -> Future[str]:
+        return self.at_boundary(lambda cpu: mode_of(cpu.get_state("sregs"), cpu.get_state("regs")))
+
+    def set_mode(self, mode: str) -> None:
+        self.change(lambda cpu: set_mode(cpu, self.memory, self.memory.size, mode))
+
+    def resize_memory(self, size: int) -> None:
+        """Before the first run only, else Busy."""
+        check_size(size)
+        with self._lock:
+            self._check_idle()
+            if size != self.memory.size:
+                self.memory.resize(size)
+                self._machine.map_memory(RAM_SLOT, 0, 0, 0, 0)
+                self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, size)
+
+    # ---- the pending access
+
+    @property
+    def access_data(self) -> bytes:
+        with self._lock:
+            self._check_open()
+            return b"" if self._run is not None else self._cpu.access_data
+
+    def set_access_data(self, data: bytes) -> None:
+        with self._lock:
+            self._check_idle()
+            self._cpu.access_data = data
+
+    # ---- interrupts
+
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt. WouldBlock when the queue is full."""
+        with self._lock:
+            self._check_open()
+            self._cpu.interrupt(vector)
+            self._notice()
+
+    def nmi(self) -> None:
+        with self._lock:
+            self._check_open()
+            self._cpu.nmi()
+            self._notice()
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        with self._lock:
+            self._check_open()
+            self._machine.irq_line(gsi, level)
+
+    @property
+    def interrupts_queued(self) -> int:
+        with self._lock:
+            self._check_open()
+            return self._cpu.interrupts_queued
+
+    def _notice(self) -> None:
+        """Make a running guest look at its interrupts; with the lock held."""
+        if self._run is not None:
+            self._cpu.kick()
+
+    # ---- debugging
+
+    @property
+    def points(self) -> Points:
+        return self._points
+
+    def set_points(self, change: Callable[[Points], Points]) -> Future[None]:
+        """Change what runs stop for; from the next boundary on if the machine runs.
+
+        Asks the engine first: Unsupported when it cannot watch for all of that, and nothing changes.
+        """
+
+        def make_it(cpu: Vcpu) -> None:
+            points = change(self._points)
+            self._set_debug(points.request())
+            self._points = points
+
+        return self.at_boundary(make_it)
+
+    # ---- counting
+
+    def take_dirty(self, reader: str) -> bytes:
+        """The pages that the guest has written since `reader` ("file" or "cache") last asked: a bit a 4 KiB page."""
+        with self._lock:
+            self._check_open()
+            log = self._machine.dirty_log(RAM_SLOT)
+            news = int.from_bytes(log, "little")
+            taken = self._dirty[reader] | news
+            if news:
+                self._dirty = {name: bits | news for name, bits in self._dirty.items()}
+            self._dirty[reader] = 0
+        return taken.to_bytes(len(log), "little")
+
+    def counters(self) -> dict[str, int]:
+        """What `stat` shows."""
+        with self._lock:
+            self._check_open()
+            counts = {f"exits.{exit_.REASON}": self._counts[exit_.REASON] for exit_ in exits.EXITS}
+            return {
+                "runs": self._counts["runs"],
+                **counts,
+                "run_time_us": int(self._seconds * 1e6),
+                "interrupts_queued": self._cpu.interrupts_queued,
+                **self._cpu.counters(),
+            }
+
+    def _instructions(self) -> int:
+        return self._cpu.counters()["instructions"]
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Stop it, and free its memory, its CPU and its thread. Blocks until the guest has stopped; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._run is not None:
+                self._run.stop_asked = True
+                self._cpu.kick()
+            thread = self._thread
+        self._tell()
+        if thread is not None:
+            self._work.put(None)
+            thread.join()
+        with self._lock:
+            while self._tasks:
+                self._tasks.popleft()[1].set_exception(Gone("the machine was removed"))
+            self._machine.close()
+            self.memory.close()
+        self._tell()
+
+    # ---- helpers
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Gone("the machine was removed")
+
+    def _check_idle(self) -> None:
+        self._check_open()
+        if self._run is not None:
+            raise Busy("the machine is running")
+
+    def _tell(self) -> None:
+        for callback in self._subscribers:
+            callback()
+
+
+def _do(task: Callable[[Vcpu], T], cpu: Vcpu, future: Future[T]) -> None:
+    try:
+        future.set_result(task(cpu))
+    except BaseException as error:
+        future.set_exception(error)
