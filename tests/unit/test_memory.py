@@ -1,0 +1,59 @@
+"""RAM as a memfd: sizes, ends, and that it is given back."""
+
+import mmap
+import os
+
+import pytest
+
+from vmfs.errors import Busy, Gone, Invalid, PastEnd
+from vmfs.memory import MAXIMUM_SIZE, PAGE, Memory
+
+
+def test_reads_and_writes_stop_at_the_end():
+    memory = Memory(2 * PAGE)
+    assert memory.write(2 * PAGE - 2, b"abcd") == 2
+    assert memory.read(2 * PAGE - 2, 100) == b"ab"
+    assert memory.read(2 * PAGE, 1) == b""
+    with pytest.raises(PastEnd):
+        memory.write(2 * PAGE, b"x")
+    assert os.fstat(memory.fd).st_size == 2 * PAGE
+
+
+@pytest.mark.parametrize("size", [0, -PAGE, PAGE + 1, MAXIMUM_SIZE + PAGE])
+def test_sizes_that_cannot_be(size):
+    with pytest.raises(Invalid):
+        Memory(size)
+    memory = Memory(PAGE)
+    with pytest.raises(Invalid):
+        memory.resize(size)
+    assert memory.size == PAGE
+
+
+def test_resize_until_sealed():
+    memory = Memory(PAGE)
+    memory.resize(4 * PAGE)
+    memory.write(3 * PAGE, b"x")
+    memory.seal()
+    memory.seal()
+    memory.resize(4 * PAGE)  # the same size is no change
+    with pytest.raises(Busy):
+        memory.resize(PAGE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, PAGE)  # not for anyone who holds the descriptor either
+
+
+def test_untouched_ram_costs_nothing_and_close_gives_it_back():
+    memory = Memory(64 << 20)
+    assert os.fstat(memory.fd).st_blocks == 0
+    view = mmap.mmap(memory.fd, 64 << 20)
+    view[: 1 << 20] = b"x" * (1 << 20)
+    assert os.fstat(memory.fd).st_blocks * 512 >= 1 << 20
+    kept = os.dup(memory.fd)
+    memory.close()
+    memory.close()
+    assert os.fstat(kept).st_blocks == 0
+    assert view[0] == 0
+    view.close()
+    os.close(kept)
+    with pytest.raises(Gone):
+        memory.read(0, 1)
