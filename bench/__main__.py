@@ -1,0 +1,23 @@
+"""python -m bench [GROUP ...]: run the benchmarks (all groups, or those named) and print one table."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import files, runs
+from bench.harness import table
+
+GROUPS = {"files": files.results, "runs": runs.results}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(GROUPS)
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        sys.exit(f"bench: there is no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    results = [result for name in names for result in GROUPS[name]()]
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
