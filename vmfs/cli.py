@@ -1,0 +1,92 @@
+"""The `vmfs` command: COMMANDS, a row each, and the few rules that they share.
+
+A failure is one sentence on stderr and exit code 1, a mistake in the arguments 2. mount(8) and mount.fuse3
+call the command as `vmfs SOURCE DIR -o OPTIONS`, which is `vmfs mount DIR -o OPTIONS`.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from vmfs import __version__
+from vmfs.errors import VmfsError
+
+FAILURE = 1
+USAGE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    name: str
+    summary: str
+    module: str
+    """The module that has the command's `add_arguments(parser)` and `run(arguments) -> exit code`, imported when
+    it is called: `vmfs version` need not load what `vmfs mount` does."""
+
+
+COMMANDS = (
+    Command("mount", "make a directory a place for virtual machines", "vmfs.commands.mount"),
+    Command("umount", "unmount it, which ends its machines", "vmfs.commands.umount"),
+    Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.doctor"),
+    Command("version", "print the version", "vmfs.commands.version"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one sentence."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (without the program's name) asks for; the exit code."""
+    argv = from_mount_helper(list(sys.argv[1:] if argv is None else argv))
+    parser = Parser("vmfs", description="Every virtual machine is a directory.")
+    parser.add_argument("--version", action="version", version=f"vmfs {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=Parser)
+    named = argv[0] if argv else None
+    run: Callable[[argparse.Namespace], int] | None = None
+    for command in COMMANDS:
+        # add_help waits for the command's own arguments, which only the one that is called needs.
+        sub = commands.add_parser(command.name, help=command.summary, description=f"{command.summary}.".capitalize())
+        if command.name == named:
+            module = importlib.import_module(command.module)
+            module.add_arguments(sub)
+            run = module.run
+    arguments = parser.parse_args(argv)
+    assert run is not None  # argparse has ended the program for everything else
+    try:
+        return run(arguments)
+    except VmfsError as failure:
+        print(f"vmfs {arguments.command}: {failure}", file=sys.stderr)
+        return FAILURE
+    except BrokenPipeError:     # `vmfs doctor | head -1`
+        sys.stderr.close()
+        return FAILURE
+    except KeyboardInterrupt:
+        return 130      # 128 + SIGINT, as the shell has it
+
+
+def from_mount_helper(argv: list[str]) -> list[str]:
+    """`argv` as `vmfs mount` takes it, if it is how mount.fuse3(8) calls a file system: SOURCE DIR -o OPTIONS.
+
+    `mount -t fuse.vmfs SOURCE DIR` and `mount -t fuse vmfs#SOURCE DIR` both end there. The source names nothing here
+    (an empty one is common) and becomes the name that the mount table shows.
+    """
+    if len(argv) != 4 or argv[2] != "-o" or argv[0].startswith("-") or argv[0] in (each.name for each in COMMANDS):
+        return argv
+    source, directory, _, options = argv
+    if source and source != "none" and "," not in source:
+        options += f",fsname={source}"
+    return ["mount", "-o", options, "--", directory]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of `vmfs` (vmfs.cli.COMMANDS), a module each."""

@@ -1,0 +1,158 @@
+"""Serving a mount in the background, or in the foreground: who waits for what, and where messages go.
+
+In the background, the parent waits on a pipe until the child says that the mount is ready, or why it is not,
+so that the command after `vmfs mount DIR` finds the mount there.
+
+While a mount starts, stderr is a memory file. libfuse and fusermount3 write their reasons to stderr, in
+several lines; what serve() raises then ends with them, in one sentence. And the fusermount3 that stays behind for
+auto_unmount keeps the stderr it was started with: with the caller's, `x=$(vmfs mount DIR 2>&1)` would never end.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from vmfs.errors import EngineFailed, VmfsError
+from vmfs.settings import MountSettings
+
+READY = b"\0"
+
+
+def foreground(directory: Path, settings: MountSettings, log: Path | None) -> int:
+    """Serve `directory` until it is unmounted, or until SIGINT or SIGTERM; the exit code."""
+    stderr = os.dup(2)
+    start_log(settings, log, logging.StreamHandler(os.fdopen(stderr, "w", closefd=False)))
+    with startup_messages() as messages:
+        def ready() -> None:
+            os.dup2(stderr, 2)
+        try:
+            serve(directory, settings, ready)
+        except VmfsError as failure:
+            raise EngineFailed(sentence(failure, messages)) from failure
+        finally:
+            os.dup2(stderr, 2)
+    return 0
+
+
+def background(directory: Path, settings: MountSettings, log: Path | None) -> int:
+    """Return 0 once a child serves `directory`. Raises EngineFailed with the reason if it does not come to that."""
+    while os.open(os.devnull, os.O_RDWR) < 3:   # a caller may have closed 0, 1 or 2: they must not be the pipe
+        pass
+    told, tell = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(told)
+        _child(directory, settings, log, tell)
+    os.close(tell)
+    try:
+        answer = b""
+        while answer != READY and (more := os.read(told, 4096)):
+            answer += more
+    except BaseException:       # ^C: take back what was begun
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    if answer == READY:
+        return 0
+    _, status = os.waitpid(child, 0)
+    if answer:
+        raise EngineFailed(answer.decode(errors="replace"))
+    code = os.waitstatus_to_exitcode(status)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    raise EngineFailed(f"the server {how} before the mount was ready")
+
+
+def _child(directory: Path, settings: MountSettings, log: Path | None, tell: int) -> NoReturn:
+    """The server's process. Never returns: the parent's frames above are not this process's to run."""
+    code = 1
+    try:
+        os.setsid()             # no terminal, and no signals from one
+        os.chdir("/")           # keep no directory busy
+        close_all_but(tell)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        start_log(settings, log, syslog())
+        with startup_messages() as messages:
+            def ready() -> None:
+                os.dup2(null, 2)
+                os.write(tell, READY)
+                os.close(tell)
+            try:
+                serve(directory, settings, ready)
+                code = 0
+            except VmfsError as failure:
+                logging.getLogger("vmfs").error("%s", failure)
+                with contextlib.suppress(OSError):      # after ready(), nobody listens
+                    os.write(tell, sentence(failure, messages).encode())
+    except BaseException as failure:
+        logging.getLogger("vmfs").exception("the server failed")
+        with contextlib.suppress(OSError):
+            os.write(tell, "".join(traceback.format_exception(failure)).encode())
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -> None:
+    """vmfs.fs.serve, loaded this late: the parent of a server in the background needs none of it."""
+    try:
+        from vmfs import fs
+    except ImportError as failure:
+        if failure.name and failure.name.partition(".")[0] == "vmfs":
+            raise
+        raise EngineFailed(f"{sys.executable} cannot load {failure.name}: {failure} (make setup fills .venv with"
+                           " what it needs)") from failure
+    fs.serve(str(directory), settings, ready)
+
+
+@contextlib.contextmanager
+def startup_messages():
+    """stderr as a memory file, open for reading; the caller puts stderr back."""
+    sys.stderr.flush()
+    with os.fdopen(os.memfd_create("vmfs-stderr"), "r+", errors="replace") as messages:
+        os.dup2(messages.fileno(), 2)
+        yield messages
+
+
+def sentence(failure: VmfsError, messages) -> str:
+    """What `failure` says, and behind it what libfuse and fusermount3 said."""
+    sys.stderr.flush()
+    messages.seek(0)
+    said = dict.fromkeys(line.removeprefix("fuse: ").strip() for line in messages if line.strip())
+    return f"{failure} ({'; '.join(said)})" if said else str(failure)
+
+
+def close_all_but(kept: int) -> None:
+    """Close what the caller had open beside stdin, stdout and stderr: a pipe kept open would keep its reader waiting."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, max(kept + 1, os.sysconf("SC_OPEN_MAX")))
+
+
+def syslog() -> logging.Handler:
+    if os.path.exists("/dev/log"):
+        with contextlib.suppress(OSError):
+            handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+            handler.ident = f"vmfs[{os.getpid()}]: "
+            return handler
+    return logging.NullHandler()
+
+
+def start_log(settings: MountSettings, log: Path | None, otherwise: logging.Handler) -> None:
+    """Send the log to the file `log`, or else to `otherwise`."""
+    handler = logging.FileHandler(log) if log else otherwise
+    if log:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler], force=True)

@@ -1,0 +1,260 @@
+"""`vmfs doctor`: what of the host vmfs can use, what is missing, what that means and how to get it.
+
+CHECKS is the list, a function each, from what no mount works without to what only some features want.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vmfs import __version__, mounts
+from vmfs.errors import VmfsError
+
+OK, WARN, MISSING = "ok", "warn", "missing"
+
+CAP_SYS_ADMIN = 21                          # <linux/capability.h>
+PASSTHROUGH_SINCE = (6, 9)                  # FUSE_PASSTHROUGH, Documentation/filesystems/fuse-passthrough.rst
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    status: str
+    """OK; WARN: mounts work, with less; MISSING: no mount works before it is there."""
+    meaning: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.status:<8} {self.name:<18} {self.meaning}"
+        return line if not self.remedy else f"{line}\n{'':<27} -> {self.remedy}"
+
+
+def packages() -> Iterator[Finding]:
+    for name, lacks in (("trio", "the event loop"), ("pyfuse3", "the binding to libfuse")):
+        try:
+            module = __import__(name)
+        except ImportError as failure:
+            yield Finding(name, MISSING, f"{lacks}: {failure}", f"{sys.executable} -m pip install {name}")
+        else:
+            yield Finding(name, OK, getattr(module, "__version__", ""))
+
+
+def dev_fuse() -> Iterator[Finding]:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        yield Finding("/dev/fuse", MISSING, "does not exist: no FUSE file system can be mounted",
+                      "modprobe fuse; for a container: --device /dev/fuse")
+    except PermissionError:
+        yield Finding("/dev/fuse", MISSING, "may not be opened by this user", "chmod 666 /dev/fuse, as root")
+    except OSError as failure:
+        yield Finding("/dev/fuse", MISSING, os.strerror(failure.errno),
+                      "for a container: --device /dev/fuse (its device cgroup must allow it)")
+    else:
+        yield Finding("/dev/fuse", OK, "opens for reading and writing")
+
+
+def fusermount() -> Iterator[Finding]:
+    path = shutil.which("fusermount3")
+    if path is None:
+        yield Finding("fusermount3", MISSING, "is not installed: it mounts, and unmounts when a server dies",
+                      "apt-get install fuse3")
+    elif os.geteuid() and not os.stat(path).st_mode & stat.S_ISUID:
+        yield Finding("fusermount3", MISSING, f"{path} is not setuid root: only root can mount", f"chmod u+s {path}")
+    else:
+        yield Finding("fusermount3", OK, path)
+
+
+def sys_admin() -> Iterator[Finding]:
+    if capabilities() >> CAP_SYS_ADMIN & 1:
+        yield Finding("CAP_SYS_ADMIN", OK, "held")
+    else:
+        yield Finding("CAP_SYS_ADMIN", WARN, "not held: mem goes through the page cache, coherent at each start and"
+                      " stop of a run; fusermount3 mounts", "run as root to have mem shared live")
+
+
+def capabilities() -> int:
+    """The effective capabilities of this process, a bit each."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def allow_other() -> Iterator[Finding]:
+    if mounts.user_allow_other():
+        yield Finding("user_allow_other", OK, "set in /etc/fuse.conf: any user may give --allow-other")
+    elif os.geteuid() == 0:
+        yield Finding("user_allow_other", OK, "not set, and root needs it not: --allow-other works")
+    else:
+        yield Finding("user_allow_other", WARN, "not set: --allow-other is refused, and other users, root among them,"
+                      " cannot look into a mount of yours", "the line user_allow_other in /etc/fuse.conf")
+
+
+def hooks() -> Iterator[Finding]:
+    try:
+        from vmfs.fs import hooks
+        status = hooks.status()
+    except (ImportError, VmfsError) as failure:
+        yield Finding("request hooks", WARN, f"not there ({failure}): a signal reaches a blocked call late",
+                      "make setup, which builds them")
+        return
+    yield Finding("request hooks", OK if status else WARN, str(status))
+
+
+def passthrough() -> Iterator[Finding]:
+    release = platform.release()
+    numbers = tuple(int(each) for each in release.split("-")[0].split(".")[:2] if each.isdigit())
+    if numbers < PASSTHROUGH_SINCE:
+        yield Finding("passthrough", WARN, f"Linux {release} has none: mem goes through the page cache",
+                      "Linux 6.9 or later")
+    elif not capabilities() >> CAP_SYS_ADMIN & 1:
+        yield Finding("passthrough", WARN, f"Linux {release} has it, for CAP_SYS_ADMIN only", "run as root")
+    else:
+        yield Finding("passthrough", OK, f"Linux {release}: mem is the guest's memory itself, also mapped")
+
+
+KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE00, 0xAE01, 0xAE41    # <linux/kvm.h>
+KVM_API_VERSION = 12
+
+
+def dev_kvm() -> Iterator[Finding]:
+    without = "new machines run on the emulator"
+    try:
+        device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield Finding("/dev/kvm", WARN, f"does not exist: {without}",
+                      "modprobe kvm_intel or kvm_amd, with virtualization on in the firmware or, nested, in the host")
+        return
+    except PermissionError:
+        yield Finding("/dev/kvm", WARN, f"may not be opened by this user: {without}", "adduser USER kvm")
+        return
+    except OSError as failure:
+        yield Finding("/dev/kvm", WARN, f"{os.strerror(failure.errno)}: {without}", "")
+        return
+    opened = [device]
+    try:
+        version = fcntl.ioctl(device, KVM_GET_API_VERSION)
+        if version != KVM_API_VERSION:
+            yield Finding("/dev/kvm", WARN, f"speaks version {version} of the interface, not 12: {without}", "")
+            return
+        opened.append(fcntl.ioctl(device, KVM_CREATE_VM))
+        opened.append(fcntl.ioctl(opened[-1], KVM_CREATE_VCPU))
+        yield Finding("/dev/kvm", OK, "makes machines and CPUs")
+    except OSError as failure:
+        yield Finding("/dev/kvm", WARN, f"opens but makes no machine ({os.strerror(failure.errno)}): {without}",
+                      "another hypervisor may hold the CPU's virtualization; dmesg says more")
+    finally:
+        for fd in reversed(opened):
+            os.close(fd)
+
+
+def engines() -> Iterator[Finding]:
+    try:
+        from vmfs.engine import describe
+    except ImportError as failure:
+        yield Finding("engines", MISSING, f"cannot be loaded: {failure}", "make setup")
+        return
+    for each in describe():
+        yield Finding(each.name, OK, str(each))
+
+
+F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4        # <linux/fcntl.h>
+
+
+def memory() -> Iterator[Finding]:
+    try:
+        fd = os.memfd_create("vmfs-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as failure:
+        yield Finding("memfd", MISSING, f"{os.strerror(failure.errno)}: RAM cannot be made", "")
+        return
+    try:
+        os.ftruncate(fd, 1 << 20)
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+    except OSError as failure:
+        yield Finding("memfd", MISSING, f"cannot be sized or sealed: {os.strerror(failure.errno)}", "")
+        return
+    finally:
+        os.close(fd)
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest != resource.RLIM_INFINITY:
+        yield Finding("memfd", WARN, f"files, and so a machine's RAM, end at {largest >> 20} MiB", "ulimit -f unlimited")
+    else:
+        yield Finding("memfd", OK, f"sealed; {available() >> 20} MiB of memory are available")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if files < 4096:
+        yield Finding("open files", WARN, f"at most {files}: enough for about {files // 16} machines", "ulimit -Hn 65536")
+
+
+def available() -> int:
+    """Bytes of memory that the kernel estimates can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def trial_mount() -> Iterator[Finding]:
+    """The proof: mount, make a machine, remove it, unmount, as a user would."""
+    name = "trial mount"
+    command = [sys.executable, "-m", "vmfs.cli"]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vmfs-doctor-", ignore_cleanup_errors=True) as directory:
+        done = subprocess.run([*command, "mount", directory], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            yield Finding(name, MISSING, f"failed: {done.stderr.strip()}", "see above")
+            return
+        try:
+            os.mkdir(f"{directory}/trial")
+            engine = Path(directory, "trial/engine").read_text().strip()
+            os.rmdir(f"{directory}/trial")
+        except OSError as failure:
+            yield Finding(name, MISSING, f"mounted, but a machine cannot be made: {failure}", "vmfs mount --log FILE")
+            return
+        finally:
+            mounts.unmount(directory, lazy=True)
+    took = time.monotonic() - started
+    yield Finding(name, OK, f"mounted, made a machine on {engine}, removed it, unmounted, in {took:.1f} s")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    packages, dev_fuse, fusermount, memory, sys_admin, allow_other, hooks, passthrough, dev_kvm, engines,
+)
+
+
+def examine() -> list[Finding]:
+    """All findings. The trial mount comes last, and only if nothing that it needs is missing."""
+    found = [each for check in CHECKS for each in check()]
+    if all(each.status != MISSING for each in found):
+        found += trial_mount()
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same, for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = examine()
+    works = all(each.status != MISSING for each in found)
+    if arguments.json:
+        report = {"version": __version__, "works": works, "findings": [dataclasses.asdict(each) for each in found]}
+        print(json.dumps(report, indent=2))
+    else:
+        for each in found:
+            print(each)
+    return 0 if works else 1
