@@ -1,0 +1,73 @@
+"""ioctl(2) and mmap(2) with errors that name the call and the reason."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+
+from vmfs.engine.kvm.abi import Ioctl
+from vmfs.errors import EngineFailed, Invalid
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_NORESERVE = 0x4000  # Linux include/uapi/asm-generic/mman-common.h; the mmap module lacks it before 3.13
+
+
+def ioctl(fd: int, request: Ioctl, argument: int | bytearray = 0) -> int:
+    """What the ioctl returns; a bytearray is changed in place. Raises `EngineFailed`."""
+    try:
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        raise EngineFailed(f"{request.name}: {os.strerror(error.errno)}") from error
+
+
+def ioctl_set(fd: int, request: Ioctl, argument: int | bytes, hint: str = "") -> int:
+    """An ioctl that sets what a user chose: EINVAL is `Invalid`, with a hint at what is wrong behind it."""
+    if not isinstance(argument, int):
+        argument = bytearray(argument)  # fcntl.ioctl takes at most 1024 bytes that it cannot write to
+    try:
+        return fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        sentence = f"{request.name}: {os.strerror(error.errno)}"
+        if error.errno == errno.EINVAL:
+            raise Invalid(f"{sentence}; {hint}" if hint else sentence) from error
+        raise EngineFailed(sentence) from error
+
+
+def ioctl_long(fd: int, request: Ioctl, argument: int) -> None:
+    """An ioctl with a number that fcntl.ioctl does not take, because it is above the greatest C int."""
+    if _LIBC.ioctl(fd, request, argument) < 0:
+        raise EngineFailed(f"{request.name}: {os.strerror(ctypes.get_errno())}")
+
+
+class Mapping:
+    """Pages of a file in this process, shared, by their address alone.
+
+    The mmap module would do, but wants a writable mapping to tell its address, and a second descriptor.
+    """
+
+    def __init__(self, fd: int, offset: int, size: int, *, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        flags = mmap.MAP_SHARED | _MAP_NORESERVE
+        address = _LIBC.mmap(None, size, protection, flags, fd, offset)
+        if address == _MAP_FAILED:
+            raise EngineFailed(f"mmap of {size:#x} bytes of guest memory: {os.strerror(ctypes.get_errno())}")
+        self.address: int = address
+        self.size = size
+
+    def close(self) -> None:
+        if self.size:
+            _LIBC.munmap(self.address, self.size)
+            self.size = 0

@@ -1,0 +1,339 @@
+"""The KVM engine: the contract of `vmfs.engine.base` over the ioctls of /dev/kvm, in Python.
+
+The interface is described in Linux Documentation/virt/kvm/api.rst. What KVM cannot do, and so this engine:
+
+- No instruction budget and no instruction counter. A machine without `create_irqchip` has no LAPIC at all.
+- Breakpoints and watchpoints are the CPU's four debug registers; the guest's own DR0 to DR3 do not trigger
+  while they are in use. The host may not watch data in code that it emulates (see tests/engine/divergences.py).
+- A single step is a trap by RFLAGS.TF. External interrupts and NMIs wait while stepping, because the
+  delivery of one would clear TF and the step would end only after its IRET.
+- On Intel CPUs, three pages at 0xfffbd000 and one at 0xfffbc000 are KVM's own (real mode without
+  "unrestricted guest"), and are not seen as unmapped memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import threading
+from dataclasses import dataclass
+
+from vmfs.engine.base import MACHINE_STATES, Availability, Capability, Engine, Machine
+from vmfs.engine.kvm import abi
+from vmfs.engine.kvm.abi import Cap, Ioctl
+from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
+from vmfs.engine.kvm.vcpu import KvmVcpu
+from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
+
+PAGE_SIZE = 4096
+# Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
+# map (1 page) that lie in the guest's memory: below the BIOS ROM at the end of the first 4 GiB.
+TSS_ADDRESS = 0xFFFBD000
+IDENTITY_MAP_ADDRESS = 0xFFFBC000
+
+# What this engine cannot do without, and since when Linux has it.
+REQUIRED = (
+    (Cap.KVM_CAP_USER_MEMORY, "2.6.25"),
+    (Cap.KVM_CAP_DESTROY_MEMORY_REGION_WORKS, "2.6.30"),
+    (Cap.KVM_CAP_EXT_CPUID, "2.6.26"),
+    (Cap.KVM_CAP_MP_STATE, "2.6.26"),
+    (Cap.KVM_CAP_USER_NMI, "2.6.28"),
+    (Cap.KVM_CAP_SET_GUEST_DEBUG, "2.6.30"),
+    (Cap.KVM_CAP_VCPU_EVENTS, "2.6.33"),
+    (Cap.KVM_CAP_DEBUGREGS, "2.6.35"),
+    (Cap.KVM_CAP_XSAVE, "2.6.36"),
+    (Cap.KVM_CAP_XCRS, "2.6.36"),
+    (Cap.KVM_CAP_READONLY_MEM, "3.7"),
+    (Cap.KVM_CAP_IMMEDIATE_EXIT, "4.13"),
+    (Cap.KVM_CAP_SYNC_REGS, "4.17"),
+)
+
+_CAPABILITIES = frozenset({Capability.IRQCHIP, Capability.WATCHPOINTS, Capability.GUEST_DEBUG})
+
+
+class KvmEngine(Engine):
+    """The host's KVM."""
+
+    name = "kvm"
+
+    def __init__(self, device: str = "/dev/kvm") -> None:
+        self.device = device
+
+    def probe(self) -> Availability:
+        """Whether a machine here writes to a port: everything between open and the guest's first exit."""
+        try:
+            why_not = self._try_guest()
+        except VmfsError as error:
+            return Availability(False, str(error))
+        except OSError as error:
+            return Availability(False, f"{self.device}: {os.strerror(error.errno)}")
+        if why_not:
+            return Availability(False, why_not)
+        return Availability(True, f"{self.device} runs guests")
+
+    def create_machine(self) -> KvmMachine:
+        device = self._open()
+        try:
+            return KvmMachine(device)
+        except BaseException:
+            os.close(device)
+            raise
+
+    def _open(self) -> int:
+        try:
+            device = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise EngineFailed(
+                f"{self.device} does not exist: load kvm_intel or kvm_amd, and switch virtualization on in the "
+                "firmware (in a virtual machine: nested virtualization in its host)"
+            ) from error
+        except PermissionError as error:
+            raise EngineFailed(
+                f"{self.device}: no permission; be in its group (usually: usermod -aG kvm USER, and log in anew)"
+            ) from error
+        except OSError as error:
+            raise EngineFailed(f"{self.device}: {os.strerror(error.errno)}") from error
+        try:
+            version = ioctl(device, Ioctl.KVM_GET_API_VERSION)
+            if version != abi.API_VERSION:
+                raise EngineFailed(f"{self.device} speaks version {version} of KVM, not {abi.API_VERSION}")
+        except BaseException:
+            os.close(device)
+            raise
+        return device
+
+    def _try_guest(self) -> str:
+        """Run `mov al, 0x42; out 0x80, al` in real mode; why that failed, or nothing."""
+        device = self._open()
+        try:
+            for cap, since in REQUIRED:
+                if ioctl(device, Ioctl.KVM_CHECK_EXTENSION, cap) <= 0:
+                    return f"{self.device} lacks {cap.name}: a kernel of at least Linux {since} has it"
+        finally:
+            os.close(device)
+        machine = self.create_machine()
+        memory = os.memfd_create("vmfs-probe", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(memory, PAGE_SIZE)
+            # The reset vector: the last 16 bytes below 4 GiB (Intel SDM 3A 9.1.4).
+            os.pwrite(memory, b"\xb0\x42\xe6\x80\xf4", PAGE_SIZE - 16)
+            machine.map_memory(0, (1 << 32) - PAGE_SIZE, memory, 0, PAGE_SIZE)
+            line = machine.create_vcpu(0).run().line()
+        finally:
+            machine.close()
+            os.close(memory)
+        if line.startswith("io direction=out port=0x80 size=1 count=1 data=0x42 "):
+            return ""
+        return f"{self.device} does not run guests rightly: in place of an access to port 0x80 came `{line}`"
+
+
+@dataclass(slots=True)
+class _MemorySlot:
+    guest_address: int
+    size: int
+    flags: int
+    mapping: Mapping
+
+    def region(self, slot: int) -> bytes:
+        """`struct kvm_userspace_memory_region`."""
+        return abi.MEMORY_REGION.pack(slot, self.flags, self.guest_address, self.size, self.mapping.address)
+
+
+class KvmMachine(Machine):
+    """A VM descriptor, its memory slots and its CPUs."""
+
+    capabilities = _CAPABILITIES
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._slots: dict[int, _MemorySlot] = {}
+        self._vcpus: dict[int, KvmVcpu] = {}
+        self._threads = threading.local()  # see KvmVcpu._enter_thread
+        self._has_irqchip = False
+        self._slot_limit = ioctl(device, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_NR_MEMSLOTS)
+        self._fd = self._create()
+        try:
+            self._set_up()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _create(self) -> int:
+        while True:
+            try:
+                return ioctl(self._device, Ioctl.KVM_CREATE_VM)
+            except EngineFailed as error:
+                # Setting up the MMU notifier stops for any signal, too.
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINTR:
+                    raise
+
+    def _set_up(self) -> None:
+        if self._has(Cap.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            ioctl(self._fd, Ioctl.KVM_SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", IDENTITY_MAP_ADDRESS)))
+        if self._has(Cap.KVM_CAP_SET_TSS_ADDR):
+            ioctl_long(self._fd, Ioctl.KVM_SET_TSS_ADDR, TSS_ADDRESS)
+        if self._has(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
+            # Else an instruction that KVM cannot emulate is a #UD in the guest, which the CPU would not raise.
+            enable = abi.ENABLE_CAP.pack(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 0, 1, 0, 0, 0)
+            ioctl(self._fd, Ioctl.KVM_ENABLE_CAP, bytearray(enable))
+
+    def _has(self, cap: Cap) -> bool:
+        return ioctl(self._fd, Ioctl.KVM_CHECK_EXTENSION, cap) > 0
+
+    # Memory
+
+    def map_memory(
+        self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+    ) -> None:
+        self._check_region(slot, guest_address, fd, offset, size)
+        old = self._slots.get(slot)
+        new = None
+        if size:
+            flags = abi.KVM_MEM_LOG_DIRTY_PAGES | (abi.KVM_MEM_READONLY if read_only else 0)
+            mapping = Mapping(fd, offset, size, writable=not read_only)
+            new = _MemorySlot(guest_address, size, flags, mapping)
+        try:
+            # KVM moves or re-backs no slot: the old one goes first, and comes back if the new one is refused.
+            if old:
+                self._set_region(abi.MEMORY_REGION.pack(slot, 0, old.guest_address, 0, 0))
+            if new:
+                try:
+                    self._set_region(new.region(slot))
+                except VmfsError:
+                    if old:
+                        self._set_region(old.region(slot))
+                    raise
+        except VmfsError:
+            if new:
+                new.mapping.close()
+            raise
+        if old:
+            del self._slots[slot]
+            old.mapping.close()
+        if new:
+            self._slots[slot] = new
+
+    def _check_region(self, slot: int, guest_address: int, fd: int, offset: int, size: int) -> None:
+        if not 0 <= slot < self._slot_limit:
+            raise Invalid(f"memory slot {slot}: there are {self._slot_limit}")
+        if not size:
+            return
+        if min(guest_address, offset, size) < 0 or (guest_address | offset | size) % PAGE_SIZE:
+            raise Invalid(f"memory slot {slot}: address, offset and size are multiples of {PAGE_SIZE}")
+        end = guest_address + size
+        if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
+            raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
+        if offset + size > os.fstat(fd).st_size:
+            raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
+        for number, other in self._slots.items():
+            if number != slot and guest_address < other.guest_address + other.size and other.guest_address < end:
+                raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
+
+    def _set_region(self, region: bytes) -> None:
+        ioctl_set(self._fd, Ioctl.KVM_SET_USER_MEMORY_REGION, region)
+
+    def dirty_log(self, slot: int) -> bytes:
+        memory = self._slots.get(slot)
+        if memory is None:
+            raise Invalid(f"there is no memory slot {slot}")
+        pages = memory.size // PAGE_SIZE
+        bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)  # KVM writes whole words of 64 bits
+        ioctl(self._fd, Ioctl.KVM_GET_DIRTY_LOG, bytearray(abi.DIRTY_LOG.pack(slot, 0, ctypes.addressof(bitmap))))
+        return bitmap.raw[: (pages + 7) // 8]
+
+    # CPUs and interrupt controllers
+
+    def create_vcpu(self, index: int) -> KvmVcpu:
+        if index in self._vcpus:
+            raise Invalid(f"there is a cpu {index} already")
+        if not 0 <= index < 1 << 16:
+            raise Invalid(f"{index} is no number of a CPU")
+        fd = ioctl_set(self._fd, Ioctl.KVM_CREATE_VCPU, index, "the host allows no CPU of that number")
+        try:
+            vcpu = KvmVcpu(
+                index, fd, self._device, self._fd, has_irqchip=self._has_irqchip, threads=self._threads
+            )
+        except BaseException:
+            os.close(fd)
+            raise
+        self._vcpus[index] = vcpu
+        return vcpu
+
+    def create_irqchip(self) -> None:
+        if self._has_irqchip:
+            raise Invalid("the machine has its interrupt controllers already")
+        if self._vcpus:
+            raise Invalid("interrupt controllers come before the first CPU")
+        ioctl(self._fd, Ioctl.KVM_CREATE_IRQCHIP)
+        self._has_irqchip = True
+        # With the speaker port: bit 5 of port 0x61 is the output of the PIT's channel 2, which only KVM knows.
+        ioctl(self._fd, Ioctl.KVM_CREATE_PIT2, bytearray(abi.PIT_CONFIG.pack(abi.KVM_PIT_SPEAKER_DUMMY)))
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        self._need_irqchip("an interrupt line")
+        if not 0 <= gsi < 24:  # KVM's default routing: the IOAPIC's pins
+            raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
+        ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
+
+    def _need_irqchip(self, what: str) -> None:
+        if not self._has_irqchip:
+            raise Unsupported(f"{what}: the machine has no interrupt controller")
+
+    # State
+
+    def get_state(self, name: str) -> bytes:
+        if name == "clock":
+            return self._get(Ioctl.KVM_GET_CLOCK, bytearray(abi.SIZES["clock"]))
+        self._need_state(name)
+        if name == "pit":
+            return self._get(Ioctl.KVM_GET_PIT2, bytearray(abi.SIZES["pit"]))
+        chips = (bytearray(abi.IRQCHIP.pack(chip, 0, b"")) for chip in range(abi.IRQCHIPS))
+        return b"".join(self._get(Ioctl.KVM_GET_IRQCHIP, chip) for chip in chips)
+
+    def set_state(self, name: str, data: bytes) -> None:
+        if name != "clock":
+            self._need_state(name)
+        if len(data) != abi.SIZES[name]:
+            raise Invalid(f"{name} has {abi.SIZES[name]} bytes, not {len(data)}")
+        if name == "clock":
+            # The flags say what KVM_GET_CLOCK knew; set, KVM_CLOCK_REALTIME would add the time since then.
+            clock = bytearray(data)
+            clock[abi.CLOCK_FLAGS : abi.CLOCK_FLAGS + 4] = bytes(4)
+            ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, clock)
+        elif name == "pit":
+            ioctl_set(self._fd, Ioctl.KVM_SET_PIT2, data)
+        else:
+            self._set_irqchip(data)
+
+    def _set_irqchip(self, data: bytes) -> None:
+        size = abi.IRQCHIP.size
+        chips = [data[chip * size : (chip + 1) * size] for chip in range(abi.IRQCHIPS)]
+        for number, chip in enumerate(chips):
+            if abi.IRQCHIP.unpack(chip)[0] != number:
+                raise Invalid(f"irqchip: chip_id of part {number} is not {number}")
+        for chip in chips:
+            ioctl_set(self._fd, Ioctl.KVM_SET_IRQCHIP, chip)
+
+    def _need_state(self, name: str) -> None:
+        if name not in MACHINE_STATES:
+            raise Invalid(f"a machine has no state {name}")
+        self._need_irqchip(name)
+
+    def _get(self, request: Ioctl, buffer: bytearray) -> bytes:
+        ioctl(self._fd, request, buffer)
+        return bytes(buffer)
+
+    # Lifecycle
+
+    def close(self) -> None:
+        for vcpu in self._vcpus.values():
+            vcpu.close()
+        for fd in (self._fd, self._device):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._device = -1
+        for slot in self._slots.values():  # after the VM is gone: it cannot touch them any more
+            slot.mapping.close()
+        self._slots.clear()

@@ -1,0 +1,216 @@
+"""The state of a vCPU as bytes: which ioctl gets and sets what, and what KVM leaves to be checked here."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from vmfs.engine.base import VCPU_STATES
+from vmfs.engine.kvm import abi
+from vmfs.engine.kvm.abi import Cap, Ioctl
+from vmfs.engine.kvm.call import ioctl, ioctl_set
+from vmfs.errors import EngineFailed, Invalid, Unsupported
+
+_MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
+_LEAF_1_ECX_X2APIC, _LEAF_1_ECX_TSC_DEADLINE = 1 << 21, 1 << 24
+
+
+class _Plain(NamedTuple):
+    """A state that one ioctl gets and one sets."""
+
+    get: Ioctl
+    set: Ioctl
+
+
+_PLAIN = {
+    "regs": _Plain(Ioctl.KVM_GET_REGS, Ioctl.KVM_SET_REGS),
+    "sregs": _Plain(Ioctl.KVM_GET_SREGS, Ioctl.KVM_SET_SREGS),
+    "fpu": _Plain(Ioctl.KVM_GET_FPU, Ioctl.KVM_SET_FPU),
+    "xsave": _Plain(Ioctl.KVM_GET_XSAVE, Ioctl.KVM_SET_XSAVE),
+    "xcrs": _Plain(Ioctl.KVM_GET_XCRS, Ioctl.KVM_SET_XCRS),
+    "debugregs": _Plain(Ioctl.KVM_GET_DEBUGREGS, Ioctl.KVM_SET_DEBUGREGS),
+    "events": _Plain(Ioctl.KVM_GET_VCPU_EVENTS, Ioctl.KVM_SET_VCPU_EVENTS),
+    "mp_state": _Plain(Ioctl.KVM_GET_MP_STATE, Ioctl.KVM_SET_MP_STATE),
+    "lapic": _Plain(Ioctl.KVM_GET_LAPIC, Ioctl.KVM_SET_LAPIC),
+}
+
+
+class VcpuState:
+    """Gets and sets the states of VCPU_STATES on one vCPU descriptor."""
+
+    def __init__(self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool) -> None:
+        self._fd = fd
+        self._device = device
+        self._has_irqchip = has_irqchip
+        self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
+        # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
+        self._xsave_size = max(ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_XSAVE2), abi.SIZES["xsave"])
+        self.set("cpuid", supported_cpuid(device, index, has_irqchip=has_irqchip))
+
+    def get(self, name: str) -> bytes:
+        self._check_name(name)
+        if name == "msrs":
+            return self._get_msrs(self._msrs_to_save())
+        if name == "cpuid":
+            return self._get_cpuid()
+        get = _PLAIN[name].get
+        if name == "xsave" and self._xsave_size > abi.SIZES["xsave"]:
+            get = Ioctl.KVM_GET_XSAVE2
+        buffer = bytearray(self._size(name))
+        ioctl(self._fd, get, buffer)
+        return bytes(buffer)
+
+    def set(self, name: str, data: bytes) -> None:
+        self._check_name(name)
+        if name == "msrs":
+            self._set_msrs(data)
+        elif name == "cpuid":
+            self._set_cpuid(data)
+        else:
+            if len(data) != self._size(name):
+                raise Invalid(f"{name} has {self._size(name)} bytes, not {len(data)}")
+            if name == "fpu":
+                _check_mxcsr(data)
+            ioctl_set(self._fd, _PLAIN[name].set, data)
+
+    def close(self) -> None:
+        self._fd = -1
+
+    def _size(self, name: str) -> int:
+        return self._xsave_size if name == "xsave" else abi.SIZES[name]
+
+    def _check_name(self, name: str) -> None:
+        if name not in VCPU_STATES:
+            raise Invalid(f"a CPU has no state {name}")
+        if name == "lapic" and not self._has_irqchip:
+            raise Unsupported("lapic: the machine has no interrupt controller")
+
+    # MSRs
+
+    def get_msr(self, index: int) -> int:
+        buffer = bytearray(_pack_msrs([(index, 0)]))
+        if ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer) != 1:
+            raise Invalid(f"KVM_GET_MSRS: this CPU has no MSR {index:#x}")
+        return _unpack_msrs(buffer)[0][1]
+
+    def set_msr(self, index: int, value: int) -> None:
+        if ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, _pack_msrs([(index, value)])) != 1:
+            raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
+
+    def _get_msrs(self, indices: tuple[int, ...]) -> bytes:
+        buffer = bytearray(_pack_msrs([(index, 0) for index in indices]))
+        count = ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer)
+        if count != len(indices):
+            raise EngineFailed(f"KVM_GET_MSRS: MSR {indices[count]:#x} could be read, and now cannot")
+        return bytes(buffer)
+
+    def _set_msrs(self, data: bytes) -> None:
+        """All or none: KVM stops at the first that it refuses, so those before it get their old values back."""
+        entries = _unpack_msrs(data)
+        before = []
+        for index, _value in entries:
+            before.append((index, self.get_msr(index)))
+        count = ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, data)
+        if count == len(entries):
+            return
+        undo = before[:count]
+        if undo and ioctl(self._fd, Ioctl.KVM_SET_MSRS, bytearray(_pack_msrs(undo))) != len(undo):
+            raise EngineFailed("KVM_SET_MSRS: the MSRs before a bad one did not take their old values back")
+        index, value = entries[count]
+        raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
+
+    def _msrs_to_save(self) -> tuple[int, ...]:
+        """KVM_GET_MSR_INDEX_LIST, less what cannot be read, or written back, on this host and with this CPUID."""
+        if self._saved_msrs is None:
+            indices = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)])
+            values = [(index, self.get_msr(index)) for index, _zero in indices]
+            self._saved_msrs = tuple(index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values))
+        return self._saved_msrs
+
+    # CPUID
+
+    def _get_cpuid(self) -> bytes:
+        buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
+        abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
+        ioctl(self._fd, Ioctl.KVM_GET_CPUID2, buffer)
+        return _trim_cpuid(buffer)
+
+    def _set_cpuid(self, data: bytes) -> None:
+        if len(data) < abi.CPUID_HEAD.size:
+            raise Invalid("cpuid: no header")
+        count = abi.CPUID_HEAD.unpack_from(data)[0]
+        if count > abi.CPUID_MAX_ENTRIES:
+            raise Invalid(f"cpuid: {count} entries are more than {abi.CPUID_MAX_ENTRIES}")
+        if len(data) != abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size:
+            raise Invalid(f"cpuid: nent says {count} entries, and that is not its length")
+        hint = "a CPU that has run keeps its CPUID, and the host has to have what it says"
+        ioctl_set(self._fd, Ioctl.KVM_SET_CPUID2, data, hint)
+        self._saved_msrs = None
+
+
+def supported_cpuid(device: int, index: int, *, has_irqchip: bool) -> bytes:
+    """KVM_GET_SUPPORTED_CPUID, with what is the CPU's own in it: its APIC id, and what needs a LAPIC."""
+    buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
+    abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
+    ioctl(device, Ioctl.KVM_GET_SUPPORTED_CPUID, buffer)
+    data = bytearray(_trim_cpuid(buffer))
+    for at in range(abi.CPUID_HEAD.size, len(data), abi.CPUID_ENTRY.size):
+        function, subleaf, flags, eax, ebx, ecx, edx = abi.CPUID_ENTRY.unpack_from(data, at)
+        if function == 1:  # Intel SDM 2A, CPUID: EBX[31:24] is the initial APIC id
+            ebx = ebx & 0x00FFFFFF | (index & 0xFF) << 24
+            # KVM says it could emulate an x2APIC, and does not say that it has the deadline timer; both are
+            # there with the in-kernel LAPIC, and only then (api.rst, KVM_GET_SUPPORTED_CPUID).
+            lapic_features = _LEAF_1_ECX_X2APIC | _LEAF_1_ECX_TSC_DEADLINE
+            ecx = ecx | lapic_features if has_irqchip else ecx & ~lapic_features
+        elif function in (0xB, 0x1F):  # EDX is the x2APIC id
+            edx = index
+        elif function == 0x8000001E:  # AMD APM 3: EAX is the extended APIC id
+            eax = index
+        abi.CPUID_ENTRY.pack_into(data, at, function, subleaf, flags, eax, ebx, ecx, edx)
+    return bytes(data)
+
+
+def _trim_cpuid(buffer: bytearray) -> bytes:
+    count = abi.CPUID_HEAD.unpack_from(buffer)[0]
+    return bytes(buffer[: abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size])
+
+
+def _check_mxcsr(fpu: bytes) -> None:
+    """KVM_SET_FPU takes reserved bits of MXCSR, which the CPU would answer with #GP (Intel SDM 2B, LDMXCSR)."""
+    (mxcsr,) = struct.unpack_from("<I", fpu, abi.FPU_MXCSR)
+    if mxcsr & _MXCSR_RESERVED:
+        raise Invalid(f"fpu: mxcsr {mxcsr:#x} has reserved bits set")
+
+
+def _pack_msrs(entries: list[tuple[int, int]]) -> bytes:
+    """`struct kvm_msrs` with entries of index and value."""
+    body = (abi.MSR_ENTRY.pack(index, 0, value) for index, value in entries)
+    return abi.MSRS_HEAD.pack(len(entries), 0) + b"".join(body)
+
+
+def _unpack_msrs(data: bytes | bytearray) -> list[tuple[int, int]]:
+    if len(data) < abi.MSRS_HEAD.size:
+        raise Invalid("msrs: no header")
+    count = abi.MSRS_HEAD.unpack_from(data)[0]
+    body = data[abi.MSRS_HEAD.size :]
+    if len(body) != count * abi.MSR_ENTRY.size:
+        raise Invalid(f"msrs: nmsrs says {count} entries, and that is not its length")
+    return [(index, value) for index, _reserved, value in abi.MSR_ENTRY.iter_unpack(body)]
+
+
+def _msr_list(device: int) -> tuple[int, ...]:
+    room = 1024  # KVM has about 200; one that had more would fail with E2BIG, by name
+    buffer = bytearray(abi.MSR_LIST_HEAD.pack(room) + bytes(4 * room))
+    ioctl(device, Ioctl.KVM_GET_MSR_INDEX_LIST, buffer)
+    count = abi.MSR_LIST_HEAD.unpack_from(buffer)[0]
+    return struct.unpack_from(f"<{count}I", buffer, abi.MSR_LIST_HEAD.size)
+
+
+def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The MSRs that KVM_GET_MSRS or KVM_SET_MSRS takes: each call stops at the first that it does not."""
+    accepted: list[tuple[int, int]] = []
+    while entries:
+        count = ioctl(fd, request, bytearray(_pack_msrs(entries)))
+        accepted += entries[:count]
+        entries = entries[count + 1 :]
+    return accepted

@@ -1,0 +1,461 @@
+"""A vCPU of KVM: running it, its exits, its interrupts, its debug registers. Its state is in state.py."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vmfs import exits
+from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
+from vmfs.engine.kvm import abi, debugregs
+from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
+from vmfs.engine.kvm.call import ioctl, ioctl_set
+from vmfs.engine.kvm.state import VcpuState
+from vmfs.errors import EngineFailed, Invalid, Unsupported, WouldBlock
+from vmfs.exits import Exit
+
+# Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
+# return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).
+KICK_SIGNAL = signal.SIGRTMIN
+_KICK_SIGNALS = frozenset({KICK_SIGNAL})
+
+_RUN = int(Ioctl.KVM_RUN)
+_RIP = slice(abi.RUN_SYNC_REGS + abi.REGS_RIP, abi.RUN_SYNC_REGS + abi.REGS_RIP + 8)
+_IF_FLAG = 1 << 9
+
+
+class _Access(NamedTuple):
+    """Where the bytes of the last exit's access lie in the kvm_run mapping, and whether the guest waits for them."""
+
+    offset: int
+    size: int
+    is_read: bool
+
+
+_NO_ACCESS = _Access(0, 0, False)
+
+
+class KvmVcpu(Vcpu):
+    """A vCPU descriptor and its kvm_run mapping."""
+
+    def __init__(
+        self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool, threads: threading.local
+    ) -> None:
+        self.index = index
+        self._fd = fd
+        self._threads = threads
+        self._has_irqchip = has_irqchip
+        self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip)
+        block_irq = ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_SET_GUEST_DEBUG2)
+        self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
+        # Guards the four below, against kick, interrupt and nmi from other threads. Reentrant, because a
+        # Python signal handler may call them in the very thread that holds it.
+        self._lock = threading.RLock()
+        self._runner: int | None = None  # the thread in KVM_RUN, by threading.get_ident()
+        self._kicked = False
+        self._vectors: deque[int] = deque()
+        self._nmi = False
+        self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
+        self._access = _NO_ACCESS
+        self._completes = False  # KVM may do the rest of the last access at the next KVM_RUN
+        self._stash: deque[Exit] = deque()  # exits that came while an access was completed
+        self._points = debugregs.NOTHING
+        self._run_page = mmap.mmap(fd, ioctl(device, Ioctl.KVM_GET_VCPU_MMAP_SIZE))
+        self._run_page[abi.RUN_VALID_REGS] = abi.SYNC_X86_REGS  # rip at each exit without another ioctl
+
+    # Running
+
+    def run(self, budget: int | None = None) -> Exit:
+        if budget is not None:
+            raise Unsupported("KVM cannot count instructions: no budget")
+        self._enter_thread()
+        if self._stash and not self._kicked:
+            self._access = _NO_ACCESS
+            return self._stash.popleft()
+        step_over = False
+        points = self._points
+        if points.slots and not self._completes:
+            step_over = points.breaks_at(self._linear_rip())
+        with self._lock:
+            self._runner = threading.get_ident()
+        try:
+            if step_over:
+                return self._step_over_breakpoint()
+            if points.step:
+                self._arm(points)  # KVM sets TF for the rip at this time
+            return self._run_until_exit(points)
+        finally:
+            with self._lock:
+                self._runner = None
+
+    def _run_until_exit(self, points: debugregs.HardwarePoints) -> Exit:
+        page = self._run_page
+        while True:
+            if self._vectors or self._nmi or page[abi.RUN_REQUEST_INTERRUPT_WINDOW]:
+                self._offer_interrupts(points)
+            if not self._kvm_run():
+                if self._take_kick():
+                    self._access = _NO_ACCESS
+                    return exits.Interrupted(rip=self._rip(), cpu=self.index)
+                continue  # another signal, whose Python handler runs now
+            exit_ = self._decode(points)
+            if exit_ is not None:
+                return exit_
+
+    def _enter_thread(self) -> None:
+        """Block the kick's signal in this thread, and have KVM unblock it while the guest runs.
+
+        `threading.local` and not the thread's ident tells threads apart: idents are used again.
+        """
+        thread = getattr(self._threads, "token", None)
+        if thread is not None and thread is self._mask_thread:
+            return
+        if thread is None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _KICK_SIGNALS)
+            thread = self._threads.token = object()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - _KICK_SIGNALS
+        sigset = sum(1 << number - 1 for number in blocked)
+        ioctl(self._fd, Ioctl.KVM_SET_SIGNAL_MASK, bytearray(abi.SIGNAL_MASK.pack(8, sigset)))
+        self._mask_thread = thread
+
+    def _kvm_run(self) -> bool:
+        """KVM_RUN; false when a signal or `immediate_exit` ended it."""
+        try:
+            fcntl.ioctl(self._fd, _RUN, 0)
+        except OSError as error:
+            if error.errno == errno.EINTR:
+                return False
+            if error.errno == errno.EAGAIN:  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
+                self._completes = False
+                return False
+            raise EngineFailed(f"KVM_RUN: {os.strerror(error.errno)}") from error
+        finally:
+            self._completes = False
+        return True
+
+    def _rip(self) -> int:
+        return int.from_bytes(self._run_page[_RIP], "little")
+
+    def _linear_rip(self) -> int:
+        regs = self._state.get("regs")
+        sregs = self._state.get("sregs")
+        cs_base = int.from_bytes(sregs[:8], "little")
+        rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
+        return (cs_base + rip) & (1 << 64) - 1
+
+    # Kicks
+
+    def kick(self) -> None:
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._kicked = True
+            # For a run that has not reached KVM_RUN; the signal is for one that is in it. A signal that is
+            # left over, because the run ended by itself, finds no kick and is swallowed by _take_kick.
+            self._run_page[abi.RUN_IMMEDIATE_EXIT] = 1
+            if self._runner is not None:
+                signal.pthread_kill(self._runner, KICK_SIGNAL)
+
+    def clear_kick(self) -> None:
+        with self._lock:
+            self._kicked = False
+            if self._fd >= 0:
+                self._run_page[abi.RUN_IMMEDIATE_EXIT] = 0
+
+    def _take_kick(self) -> bool:
+        """Consume the pending signal, then the kick: in this order, no kick is lost."""
+        signal.sigtimedwait(_KICK_SIGNALS, 0)
+        with self._lock:
+            kicked = self._kicked
+            self.clear_kick()
+        return kicked
+
+    # Interrupts
+
+    def interrupt(self, vector: int) -> None:
+        if self._has_irqchip:
+            raise Unsupported("the machine has interrupt controllers, and they make the vectors: use a line")
+        if not 0 <= vector <= 255:
+            raise Invalid(f"{vector} is no vector: 0 to 255")
+        with self._lock:
+            if len(self._vectors) >= INTERRUPT_QUEUE:
+                raise WouldBlock(f"{INTERRUPT_QUEUE} interrupts wait already")
+            self._vectors.append(vector)
+
+    @property
+    def interrupts_queued(self) -> int:
+        return len(self._vectors)
+
+    def nmi(self) -> None:
+        # KVM_NMI would wait for the end of KVM_RUN: it is done by the running thread instead.
+        with self._lock:
+            self._nmi = True
+
+    def _deliver_nmi(self) -> None:
+        with self._lock:
+            wanted, self._nmi = self._nmi, False
+        if wanted:
+            ioctl(self._fd, Ioctl.KVM_NMI)
+
+    def _offer_interrupts(self, points: debugregs.HardwarePoints) -> None:
+        """Have KVM say when the guest can take a vector. While stepping, interrupts wait."""
+        if points.step:
+            self._run_page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
+            return
+        self._deliver_nmi()
+        self._run_page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = bool(self._vectors)
+
+    def _on_irq_window_open(self, points: debugregs.HardwarePoints) -> None:
+        if not self._vectors or points.step:
+            return
+        vector = self._vectors.popleft()
+        ioctl(self._fd, Ioctl.KVM_INTERRUPT, bytearray(abi.INTERRUPT.pack(vector)))
+
+    # Exits: a method each, and the table at the end; what returns None is not the caller's business.
+
+    def _decode(self, points: debugregs.HardwarePoints) -> Exit | None:
+        self._access = _NO_ACCESS
+        reason = abi.RUN_HEAD.unpack_from(self._run_page)[0]
+        handler = _HANDLERS.get(reason)
+        if handler is None:
+            return self._on_other(reason)
+        return handler(self, points)
+
+    def _on_io(self, points: debugregs.HardwarePoints) -> Exit:
+        page = self._run_page
+        direction, size, port, count, offset = abi.RUN_IO.unpack_from(page, abi.RUN_UNION)
+        length = size * count
+        if direction == abi.KVM_EXIT_IO_OUT:
+            data = page[offset : offset + length]
+            # On hardware, rip moves behind a plain OUT only when KVM_RUN is called again; for a string OUT,
+            # and where KVM emulates the guest, it has moved already.
+            self._completes = True
+            self._complete(points)
+            self._access = _Access(offset, length, False)
+            return exits.Io(
+                direction="out", port=port, size=size, count=count, data=data, rip=self._rip(), cpu=self.index
+            )
+        page[offset : offset + length] = b"\xff" * length  # what an empty bus reads as
+        self._completes = True
+        self._access = _Access(offset, length, True)
+        return exits.Io(direction="in", port=port, size=size, count=count, rip=self._rip(), cpu=self.index)
+
+    def _on_mmio(self, _points: debugregs.HardwarePoints) -> Exit:
+        page = self._run_page
+        address, data, size, is_write = abi.RUN_MMIO.unpack_from(page, abi.RUN_UNION)
+        self._completes = True
+        rip = self._rip()
+        if is_write:
+            self._access = _Access(abi.RUN_MMIO_DATA, size, False)
+            return exits.Mmio(
+                direction="write", addr=address, size=size, data=data[:size], rip=rip, cpu=self.index
+            )
+        page[abi.RUN_MMIO_DATA : abi.RUN_MMIO_DATA + size] = b"\xff" * size
+        self._access = _Access(abi.RUN_MMIO_DATA, size, True)
+        return exits.Mmio(direction="read", addr=address, size=size, rip=rip, cpu=self.index)
+
+    def _on_hlt(self, points: debugregs.HardwarePoints) -> Exit | None:
+        if self._vectors and not points.step and self._run_page[abi.RUN_IF_FLAG]:
+            return None  # a vector wakes the CPU: the next KVM_RUN reports an open window
+        return exits.Hlt(rip=self._rip(), cpu=self.index)
+
+    def _on_shutdown(self, _points: debugregs.HardwarePoints) -> Exit:
+        return exits.Shutdown(cause="triple-fault", rip=self._rip(), cpu=self.index)
+
+    def _on_debug(self, points: debugregs.HardwarePoints) -> Exit | None:
+        _exception, _pad, _pc, dr6, _dr7 = abi.RUN_DEBUG.unpack_from(self._run_page, abi.RUN_UNION)
+        slot = points.hit(dr6)
+        if slot is not None:
+            watched = slot.address if slot.kind else None
+            cause = "watchpoint" if slot.kind else "breakpoint"
+            return exits.Debug(cause=cause, id=slot.point.id, addr=watched, rip=self._rip(), cpu=self.index)
+        if points.step and dr6 & debugregs.DR6_SINGLE_STEP:
+            return exits.Debug(cause="step", rip=self._rip(), cpu=self.index)
+        # The guest's own: KVM intercepts every #DB while it debugs. Hand it back, with DR6 as the CPU had it.
+        registers = bytearray(self._state.get("debugregs"))
+        registers[abi.DEBUGREGS_DR6 : abi.DEBUGREGS_DR6 + 8] = dr6.to_bytes(8, "little")
+        self._state.set("debugregs", bytes(registers))
+        self._arm(points, abi.KVM_GUESTDBG_INJECT_DB)
+        return None
+
+    def _on_system_event(self, _points: debugregs.HardwarePoints) -> Exit:
+        event = abi.RUN_SYSTEM_EVENT.unpack_from(self._run_page, abi.RUN_UNION)[0]
+        if event == abi.SYSTEM_EVENT_SHUTDOWN:
+            return exits.Shutdown(cause="poweroff", rip=self._rip(), cpu=self.index)
+        if event == abi.SYSTEM_EVENT_RESET:
+            return exits.Shutdown(cause="reset", rip=self._rip(), cpu=self.index)
+        return self._error(f"KVM reports system event {event} (KVM_EXIT_SYSTEM_EVENT)")
+
+    def _on_fail_entry(self, _points: debugregs.HardwarePoints) -> Exit:
+        reason, cpu = abi.RUN_FAIL_ENTRY.unpack_from(self._run_page, abi.RUN_UNION)
+        return self._error(
+            f"host CPU {cpu} refused to enter the guest in the state it is in: hardware reason {reason:#x} "
+            "(KVM_EXIT_FAIL_ENTRY)"
+        )
+
+    def _on_unknown(self, _points: debugregs.HardwarePoints) -> Exit:
+        (reason,) = abi.RUN_UNKNOWN.unpack_from(self._run_page, abi.RUN_UNION)
+        return self._error(f"KVM does not know the hardware's exit reason {reason:#x} (KVM_EXIT_UNKNOWN)")
+
+    def _on_internal_error(self, _points: debugregs.HardwarePoints) -> Exit:
+        page = self._run_page
+        suberror, count, *data = abi.RUN_INTERNAL.unpack_from(page, abi.RUN_UNION)
+        try:
+            name = InternalError(suberror).name
+        except ValueError:
+            name = f"suberror {suberror}"
+        if suberror == InternalError.KVM_INTERNAL_ERROR_EMULATION:
+            code = ""
+            if count >= 3 and data[0] & abi.EMULATION_FLAG_INSTRUCTION_BYTES:
+                *_, size, insn = abi.RUN_EMULATION_FAILURE.unpack_from(page, abi.RUN_UNION)
+                code = insn[:size].hex(" ")
+            what = f"the instruction {code}" if code else "an instruction"
+            return self._error(f"KVM cannot emulate {what} at rip {self._rip():#x} ({name})")
+        details = " ".join(f"{word:#x}" for word in data[: min(count, len(data))])
+        return self._error(f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})")
+
+    def _on_other(self, reason: int) -> Exit:
+        try:
+            name = ExitReason(reason).name
+        except ValueError:
+            name = f"exit reason {reason}"
+        return self._error(f"KVM stopped for what this engine never asked for ({name})")
+
+    def _error(self, reason: str) -> Exit:
+        return exits.Error(reason=reason, rip=self._rip(), cpu=self.index)
+
+    # Pending accesses
+
+    @property
+    def access_data(self) -> bytes:
+        offset, size, _is_read = self._access
+        return self._run_page[offset : offset + size] if size else b""
+
+    @access_data.setter
+    def access_data(self, data: bytes) -> None:
+        offset, size, is_read = self._access
+        if not is_read:
+            raise Invalid("no read waits for data")
+        if len(data) != size:
+            raise Invalid(f"the pending read takes {size} bytes, not {len(data)}")
+        self._run_page[offset : offset + size] = data
+
+    def _complete(self, points: debugregs.HardwarePoints | None = None) -> None:
+        """Have KVM finish the last access, and the instruction with it, without running the guest.
+
+        KVM_RUN with `immediate_exit` finishes the access first (api.rst, kvm_run.immediate_exit). One instruction
+        may have more of them: reads get all ones, writes and failures are the exits of the next runs.
+        """
+        page = self._run_page
+        while self._completes:
+            page[abi.RUN_IMMEDIATE_EXIT] = 1
+            try:
+                has_exit = self._kvm_run()
+            finally:
+                with self._lock:
+                    page[abi.RUN_IMMEDIATE_EXIT] = self._kicked
+            if not has_exit:
+                break
+            if abi.RUN_HEAD.unpack_from(page)[0] == ExitReason.KVM_EXIT_DEBUG:
+                break  # the end of a single step, which the access has ended already
+            exit_ = self._decode(points or self._points)
+            if exit_ is not None and not self._access.is_read:
+                self._stash.append(exit_)
+        self._access = _NO_ACCESS
+
+    # State
+
+    def get_state(self, name: str) -> bytes:
+        if name == "events":
+            self._deliver_nmi()
+        return self._state.get(name)
+
+    def set_state(self, name: str, data: bytes) -> None:
+        self._complete_first()
+        self._state.set(name, data)
+        if name == "sregs" and not self._has_irqchip:
+            # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
+            at = abi.SREGS_CR8
+            self._run_page[abi.RUN_CR8 : abi.RUN_CR8 + 8] = data[at : at + 8]
+
+    def get_msr(self, index: int) -> int:
+        return self._state.get_msr(index)
+
+    def set_msr(self, index: int, value: int) -> None:
+        self._complete_first()
+        self._state.set_msr(index, value)
+
+    def _complete_first(self) -> None:
+        if self._completes:
+            self._enter_thread()
+            self._complete()
+        self._access = _NO_ACCESS
+
+    # Debugging
+
+    def set_debug(self, request: DebugRequest) -> None:
+        points = debugregs.allocate(request)
+        self._arm(points)
+        self._points = points
+
+    def _arm(self, points: debugregs.HardwarePoints, extra: int = 0) -> None:
+        if points.step:
+            extra |= self._step_flags
+        ioctl_set(self._fd, Ioctl.KVM_SET_GUEST_DEBUG, points.pack(extra))
+
+    def _step_over_breakpoint(self) -> Exit:
+        """Run the instruction at a breakpoint by a single step without it, then go on.
+
+        RFLAGS.RF would do for the CPU, but KVM's emulator does not look at it.
+        """
+        wanted = self._points
+        one_step = wanted.without(self._linear_rip())
+        self._arm(one_step)
+        try:
+            exit_ = self._run_until_exit(one_step)
+        finally:
+            self._arm(wanted)
+        if wanted.step or not isinstance(exit_, exits.Debug) or exit_.cause != "step":
+            return exit_
+        return self._run_until_exit(wanted)
+
+    def translate(self, linear: int) -> int | None:
+        buffer = bytearray(abi.TRANSLATION.pack(linear & (1 << 64) - 1, 0, 0, 0, 0))
+        ioctl(self._fd, Ioctl.KVM_TRANSLATE, buffer)
+        _linear, physical, valid, _writable, _user = abi.TRANSLATION.unpack(buffer)
+        return physical if valid else None
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._run_page.close()
+            os.close(self._fd)
+            self._fd = -1
+            self._state.close()
+            self._access = _NO_ACCESS
+
+
+_Handler = Callable[[KvmVcpu, debugregs.HardwarePoints], Exit | None]
+_HANDLERS: dict[int, _Handler] = {
+    ExitReason.KVM_EXIT_IO: KvmVcpu._on_io,
+    ExitReason.KVM_EXIT_MMIO: KvmVcpu._on_mmio,
+    ExitReason.KVM_EXIT_HLT: KvmVcpu._on_hlt,
+    ExitReason.KVM_EXIT_DEBUG: KvmVcpu._on_debug,
+    ExitReason.KVM_EXIT_IRQ_WINDOW_OPEN: KvmVcpu._on_irq_window_open,
+    ExitReason.KVM_EXIT_SHUTDOWN: KvmVcpu._on_shutdown,
+    ExitReason.KVM_EXIT_SYSTEM_EVENT: KvmVcpu._on_system_event,
+    ExitReason.KVM_EXIT_FAIL_ENTRY: KvmVcpu._on_fail_entry,
+    ExitReason.KVM_EXIT_UNKNOWN: KvmVcpu._on_unknown,
+    ExitReason.KVM_EXIT_INTERNAL_ERROR: KvmVcpu._on_internal_error,
+}
