@@ -204,6 +204,6 @@ SIZES = {
 }
 REGS_RIP = 128  # offset in struct kvm_regs
 REGS_RFLAGS = 136
-SREGS_CR8 = 272  # offset in struct kvm_sregs
+SREGS_CR8 = 256  # offset in struct kvm_sregs
 FPU_MXCSR = 408  # offset in struct kvm_fpu
 DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs

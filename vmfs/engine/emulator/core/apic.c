@@ -86,6 +86,11 @@ static bool is_software_enabled(const struct lapic *a)
     return a->reg[SPIV] & SPIV_ENABLE;
 }
 
+static bool takes_fixed(const struct lapic *a)
+{
+    return is_enabled(a) && is_software_enabled(a);
+}
+
 /* --- Priorities and pending vectors ---------------------------------------------------------------------- */
 
 /* Does the 8259's INTR reach this CPU?  With the APIC disabled globally LINT0 is the INTR pin (SDM 11.4.3). */
@@ -159,7 +164,7 @@ static bool accept(struct irqchip *chip, unsigned cpu, enum delivery_mode mode, 
     switch (mode) {
     case DELIVER_FIXED:
     case DELIVER_LOWEST:
-        if (!is_enabled(a) || !is_software_enabled(a) || (level && !asserted))
+        if (!takes_fixed(a) || (level && !asserted))
             return false;
         if (vector < FIRST_LEGAL_VECTOR) {
             report_error(chip, cpu, ERROR_RECEIVE_VECTOR);
@@ -219,43 +224,31 @@ static bool matches(const struct lapic *a, int sender, const struct apic_message
 static int send_lowest(struct irqchip *chip, int sender, const struct apic_message *m)
 {
     unsigned cpu, found = 0, wanted;
-    bool matched = false;
 
-    for (cpu = 0; cpu < chip->cpus; cpu++) {
-        if (!is_enabled(&chip->cpu[cpu]) || !matches(&chip->cpu[cpu], sender, m))
-            continue;
-        matched = true;
-        found += is_software_enabled(&chip->cpu[cpu]);
-    }
+    for (cpu = 0; cpu < chip->cpus; cpu++)
+        found += takes_fixed(&chip->cpu[cpu]) && matches(&chip->cpu[cpu], sender, m);
     if (!found)
-        return matched ? 0 : -1;
+        return 0;
     wanted = m->vector % found;
-    for (cpu = 0; cpu < chip->cpus; cpu++) {
-        struct lapic *a = &chip->cpu[cpu];
-
-        if (is_enabled(a) && is_software_enabled(a) && matches(a, sender, m) && wanted-- == 0)
+    for (cpu = 0; cpu < chip->cpus; cpu++)
+        if (takes_fixed(&chip->cpu[cpu]) && matches(&chip->cpu[cpu], sender, m) && wanted-- == 0)
             break;
-    }
     return accept(chip, cpu, m->mode, m->vector, m->level_triggered, m->assert);
 }
 
-/* The number of CPUs that took the message; -1 if no destination matched. */
+/* The number of CPUs that took the message. */
 int apic_send(struct irqchip *chip, int sender, const struct apic_message *m)
 {
-    int taken = -1;
+    int taken = 0;
     unsigned cpu;
 
     if (m->shorthand == TO_SELF)
         return accept(chip, sender, m->mode, m->vector, m->level_triggered, m->assert);
     if (m->mode == DELIVER_LOWEST || m->lowest)
         return send_lowest(chip, sender, m);
-    for (cpu = 0; cpu < chip->cpus; cpu++) {
-        if (!is_enabled(&chip->cpu[cpu]) || !matches(&chip->cpu[cpu], sender, m))
-            continue;
-        if (taken < 0)
-            taken = 0;
-        taken += accept(chip, cpu, m->mode, m->vector, m->level_triggered, m->assert);
-    }
+    for (cpu = 0; cpu < chip->cpus; cpu++)
+        if (is_enabled(&chip->cpu[cpu]) && matches(&chip->cpu[cpu], sender, m))
+            taken += accept(chip, cpu, m->mode, m->vector, m->level_triggered, m->assert);
     return taken;
 }
 

@@ -47,7 +47,7 @@ static void service(struct irqchip *chip, unsigned pin)
         ioapic->delivered |= 1u << pin;
         apic_send(chip, APIC_FROM_DEVICE, &message);
     } else if (!(*entry & ENTRY_REMOTE_IRR)) {
-        if (apic_send(chip, APIC_FROM_DEVICE, &message) != 0)
+        if (apic_send(chip, APIC_FROM_DEVICE, &message))
             *entry |= ENTRY_REMOTE_IRR;
     }
 }

@@ -156,7 +156,7 @@ uint64_t irqchip_tsc(const struct irqchip *chip, unsigned cpu, uint64_t now);
 
 /* As KVM_IRQ_LINE.  0, or -EINVAL for a GSI of 24 or more. */
 int irqchip_set_gsi(struct irqchip *chip, unsigned gsi, bool level);
-/* As KVM_SIGNAL_MSI: the number of CPUs that took it, or -1 when no CPU matched. */
+/* As KVM_SIGNAL_MSI: the number of CPUs that took it. */
 int irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
 /* A local interrupt of one CPU (LINT1 is a PC's NMI line): delivered as that LVT entry says.  True if it was. */
 bool irqchip_local(struct irqchip *chip, unsigned cpu, enum irqchip_lvt input);

@@ -69,17 +69,13 @@ static void set_input(struct kvm_pic_state *s, unsigned input, bool level)
     s->last_irr = level ? s->last_irr | bit : s->last_irr & ~bit;
 }
 
-/* After any change: the slave's request to the master, the master's to the CPUs. */
-static void update(struct irqchip *chip)
+/* The master's output to the CPUs. */
+static void update_output(struct irqchip *chip)
 {
     struct pic *pic = &chip->pic;
     bool before = pic->output;
     unsigned cpu;
 
-    if (next_input(pic, SLAVE) >= 0) {
-        set_input(&pic->chip[MASTER], CASCADE, true);
-        set_input(&pic->chip[MASTER], CASCADE, false);
-    }
     pic->output = next_input(pic, MASTER) >= 0;
     if (!before && !pic->output)
         return;
@@ -87,6 +83,16 @@ static void update(struct irqchip *chip)
         apic_refresh(chip, cpu);
     if (!before)
         apic_lint0_edge(chip);
+}
+
+/* After any change: the slave's request to the master, and on. */
+static void update(struct irqchip *chip)
+{
+    if (next_input(&chip->pic, SLAVE) >= 0) {
+        set_input(&chip->pic.chip[MASTER], CASCADE, true);
+        set_input(&chip->pic.chip[MASTER], CASCADE, false);
+    }
+    update_output(chip);
 }
 
 static void take(struct kvm_pic_state *s, unsigned input)
@@ -143,6 +149,7 @@ static void write_icw1(struct kvm_pic_state *s, uint8_t value)
 {
     s->init4 = value & 1;
     s->last_irr = 0;
+    s->isr &= ~(s->irr & ~s->elcr); /* KVM's; the data sheet says nothing of ISR here */
     s->irr &= s->elcr;
     s->imr = 0;
     s->priority_add = 0;
@@ -259,16 +266,22 @@ uint8_t pic_read_port(struct irqchip *chip, uint16_t port)
 
 void pic_write_port(struct irqchip *chip, uint16_t port, uint8_t value)
 {
-    bool elcr = port >= 0x4d0;
+    bool elcr = port >= 0x4d0, data = port & 1;
     struct kvm_pic_state *s = &chip->pic.chip[elcr ? port & 1 : port >> 7 & 1];
+    /* OCW1 and OCW2 can change who is served: the slave's edge to the master is made anew.  Not so the start of an
+     * initialisation, which resets the edge detectors, nor the rest of it. */
+    bool may_serve = !elcr && (data ? s->init_state == READY : !(value & 0x18));
 
     if (elcr)
         s->elcr = value & s->elcr_mask;
-    else if (port & 1)
+    else if (data)
         write_data(s, value);
     else
         write_command(s, value);
-    update(chip);
+    if (may_serve)
+        update(chip);
+    else
+        update_output(chip);
 }
 
 void pic_reset(struct irqchip *chip)

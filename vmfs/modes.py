@@ -1,0 +1,198 @@
+"""The modes of the CPU: telling which one it is in, and setting one up so that a flat binary runs.
+
+`mode` is a convenience of the interface: flat segments of base 0, and for `long` identity page tables at the
+top of RAM. It works on the bytes of kvm_regs and kvm_sregs, so on every engine, and what it sets passes the
+checks that hardware makes when it enters a guest (Intel SDM 3C 27.3.1).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple, Protocol
+
+from vmfs.errors import Invalid
+
+MODES = ("real", "protected", "long")
+
+# Offsets in struct kvm_regs and kvm_sregs (Linux arch/x86/include/uapi/asm/kvm.h).
+RSP, RIP, RFLAGS = 48, 128, 136
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_SEGMENT = struct.Struct("<QIHBBBBBBBBBx")  # base limit selector type present dpl db s l g avl unusable
+_GDTR = len(_SEGMENTS) * _SEGMENT.size
+_IDTR = _GDTR + 16
+_TABLE = struct.Struct("<QH6x")
+_CONTROL = struct.Struct("<5Q")  # cr0 cr2 cr3 cr4 cr8
+_CONTROL_AT = _IDTR + 16
+_EFER = _CONTROL_AT + _CONTROL.size
+
+CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
+CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
+EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+RFLAGS_FIXED, RFLAGS_VM = 1 << 1, 1 << 17
+
+PAGE_SIZE = 4096
+_LARGE_PAGE = 2 << 20
+_TABLE_REACH = 1 << 30  # what one page directory of 2 MiB pages maps
+_PRESENT, _WRITABLE, _USER, _LARGE = 1 << 0, 1 << 1, 1 << 2, 1 << 7  # of a page table entry, SDM 3A 4.5
+
+# The GDT of `protected` and `long`, at the start of the last page of RAM. The order is the one that SYSCALL and
+# SYSRET want: kernel code, kernel data, then user 32-bit code, data, 64-bit code (SDM 2B, SYSRET).
+CODE, DATA, USER_CODE32, USER_DATA, USER_CODE64 = 0x08, 0x10, 0x18 | 3, 0x20 | 3, 0x28 | 3
+_DATA_TYPE, _CODE_TYPE, _BUSY_TSS = 3, 11, 11  # writable, accessed; readable, accessed; SDM 3A 3.4.5.1
+_LDT_TYPE = 2
+
+_REAL_STACK = 0xFFF0
+
+
+class Segment(NamedTuple):
+    """`struct kvm_segment`: a selector and the hidden part behind it."""
+
+    base: int
+    limit: int
+    selector: int
+    type: int
+    present: int
+    dpl: int
+    db: int
+    s: int
+    l: int  # noqa: E741  (the manual's name)
+    g: int
+    avl: int = 0
+    unusable: int = 0
+
+    def pack(self) -> bytes:
+        return _SEGMENT.pack(*self)
+
+    def descriptor(self) -> bytes:
+        """The 8 bytes of it in a GDT (Intel SDM 3A 3.4.5)."""
+        limit = self.limit >> 12 if self.g else self.limit
+        access = self.type | self.s << 4 | self.dpl << 5 | self.present << 7
+        flags = self.avl | self.l << 1 | self.db << 2 | self.g << 3
+        return struct.pack(
+            "<HHBBBB",
+            limit & 0xFFFF,
+            self.base & 0xFFFF,
+            self.base >> 16 & 0xFF,
+            access,
+            limit >> 16 & 0xF | flags << 4,
+            self.base >> 24 & 0xFF,
+        )
+
+
+class States(Protocol):
+    """What of a virtual CPU is used here."""
+
+    def get_state(self, name: str) -> bytes: ...
+    def set_state(self, name: str, data: bytes) -> None: ...
+
+
+class Memory(Protocol):
+    """Guest-physical RAM from address 0 on."""
+
+    def write(self, offset: int, data: bytes) -> object: ...
+
+
+def mode_of(regs: bytes, sregs: bytes) -> str:
+    """`real`, `v8086`, `protected`, `compat` (a 32- or 16-bit segment in long mode) or `long`."""
+    cr0 = _CONTROL.unpack_from(sregs, _CONTROL_AT)[0]
+    (efer,) = struct.unpack_from("<Q", sregs, _EFER)
+    (rflags,) = struct.unpack_from("<Q", regs, RFLAGS)
+    if not cr0 & CR0_PE:
+        return "real"
+    if efer & EFER_LMA:
+        return "long" if Segment(*_SEGMENT.unpack_from(sregs, 0)).l else "compat"
+    return "v8086" if rflags & RFLAGS_VM else "protected"
+
+
+def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 4 << 30) -> None:
+    """Put a CPU into a mode, ready for a flat binary at address 0: rip 0, interrupts off, a stack, no IDT.
+
+    `size` is the RAM that begins at address 0; `protected` and `long` take its last page for a GDT (the
+    selectors CODE, DATA, ...) and `long` the pages below for page tables that map the first `reach` bytes,
+    and all of `size`, to themselves, for user mode, too. The stack is below all that; in real mode below
+    64 KiB. The other general registers keep their values; SSE is switched on outside of real mode.
+    """
+    if mode not in MODES:
+        raise Invalid(f"there is no mode {mode}: {', '.join(MODES)}")
+    tables = _page_tables_size(max(size, reach)) if mode == "long" else 0
+    gdt = (size - PAGE_SIZE) & -PAGE_SIZE
+    top = _REAL_STACK if mode == "real" else gdt - tables
+    if min(size, top) < PAGE_SIZE:
+        raise Invalid(f"the mode {mode} needs more RAM than {size} bytes")
+    sregs = bytearray(cpu.get_state("sregs"))
+    if mode == "real":
+        _set_real(sregs)
+        top = min(top, size & ~0xF)
+    else:
+        memory.write(gdt, _set_flat(sregs, long=mode == "long", gdt=gdt))
+    if mode == "long":
+        _write_page_tables(memory, top, max(size, reach))
+        _set_control(sregs, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG, cr3=top, cr4_more=CR4_PAE)
+    elif mode == "protected":
+        _set_control(sregs, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE, cr3=0, cr4_more=0)
+    struct.pack_into("<Q", sregs, _EFER, EFER_LME | EFER_LMA if mode == "long" else 0)
+    regs = bytearray(cpu.get_state("regs"))
+    for offset, value in ((RIP, 0), (RSP, top), (RFLAGS, RFLAGS_FIXED)):
+        struct.pack_into("<Q", regs, offset, value)
+    cpu.set_state("sregs", bytes(sregs))
+    cpu.set_state("regs", bytes(regs))
+
+
+def _set_real(sregs: bytearray) -> None:
+    data = Segment(0, 0xFFFF, 0, _DATA_TYPE, present=1, dpl=0, db=0, s=1, l=0, g=0)
+    _set_segments(sregs, data._replace(type=_CODE_TYPE), data)
+    _TABLE.pack_into(sregs, _GDTR, 0, 0xFFFF)
+    _TABLE.pack_into(sregs, _IDTR, 0, 0x3FF)  # the interrupt vector table: 256 far pointers
+    _CONTROL.pack_into(sregs, _CONTROL_AT, CR0_ET, 0, 0, 0, 0)
+
+
+def _set_flat(sregs: bytearray, *, long: bool, gdt: int) -> bytes:
+    """Set the segments, GDTR and IDTR; the bytes of the GDT."""
+    data = Segment(0, 0xFFFFFFFF, DATA, _DATA_TYPE, present=1, dpl=0, db=1, s=1, l=0, g=1)
+    code32 = data._replace(type=_CODE_TYPE, selector=CODE)
+    code64 = code32._replace(db=0, l=1)  # D and L together are reserved (SDM 3A 3.4.5)
+    code = code64 if long else code32
+    _set_segments(sregs, code, data)
+    user = [part._replace(dpl=3) for part in (code32, data, code64)]
+    table = [code, data, *(user if long else user[:2])]
+    gdt_bytes = bytes(8) + b"".join(part.descriptor() for part in table)
+    _TABLE.pack_into(sregs, _GDTR, gdt, len(gdt_bytes) - 1)
+    _TABLE.pack_into(sregs, _IDTR, 0, 0)  # no IDT: an exception is a triple fault, not a jump to wherever
+    return gdt_bytes
+
+
+def _set_segments(sregs: bytearray, code: Segment, data: Segment) -> None:
+    # TR has to be usable and a busy TSS, LDTR may be unusable (SDM 3C 27.3.1.2).
+    tss = Segment(0, 0xFFFF, 0, _BUSY_TSS, present=1, dpl=0, db=0, s=0, l=0, g=0)
+    ldt = Segment(0, 0xFFFF, 0, _LDT_TYPE, present=1, dpl=0, db=0, s=0, l=0, g=0)
+    for number, name in enumerate(_SEGMENTS):
+        segment = {"cs": code, "tr": tss, "ldt": ldt}.get(name, data)
+        _SEGMENT.pack_into(sregs, number * _SEGMENT.size, *segment)
+
+
+def _set_control(sregs: bytearray, *, cr0: int, cr3: int, cr4_more: int) -> None:
+    cr4 = CR4_OSFXSR | CR4_OSXMMEXCPT | cr4_more
+    _CONTROL.pack_into(sregs, _CONTROL_AT, cr0, 0, cr3, cr4, 0)
+
+
+def _page_tables_size(reach: int) -> int:
+    """Bytes of the tables: a PML4, a PDPT for each 512 GiB, a page directory for each GiB."""
+    directories = -(-reach // _TABLE_REACH)
+    pointers = -(-directories // 512)
+    return (1 + pointers + directories) * PAGE_SIZE
+
+
+def _write_page_tables(memory: Memory, address: int, reach: int) -> None:
+    """PML4, PDPTs and page directories from `address` on, in this order."""
+    directories = -(-reach // _TABLE_REACH)
+    pointers = -(-directories // 512)
+    flags = _PRESENT | _WRITABLE | _USER
+    pdpt = address + PAGE_SIZE
+    directory = pdpt + pointers * PAGE_SIZE
+    memory.write(address, _table(pdpt, PAGE_SIZE, pointers, flags).ljust(PAGE_SIZE, b"\0"))
+    memory.write(pdpt, _table(directory, PAGE_SIZE, directories, flags).ljust(pointers * PAGE_SIZE, b"\0"))
+    memory.write(directory, _table(0, _LARGE_PAGE, directories * 512, flags | _LARGE))
+
+
+def _table(first: int, step: int, count: int, flags: int) -> bytes:
+    return b"".join(struct.pack("<Q", first + number * step | flags) for number in range(count))
