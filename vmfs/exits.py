@@ -14,10 +14,13 @@ KVM lacks starts at 0x100.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from vmfs.errors import Invalid
 
 EXIT_STRUCT_SIZE = 64
 _HEADER = struct.Struct("<IIQ")  # reason, cpu, rip
@@ -212,3 +215,37 @@ class Error(Exit):
 
 # Every exit, in the order of the documentation; vmfs.h has a VMFS_EXIT_ constant for each.
 EXITS: tuple[type[Exit], ...] = (Io, Mmio, Hlt, Debug, Shutdown, Interrupted, Limit, Error)
+
+_WORD = re.compile(r' ([a-z]+)=("(?:[^"\\]|\\.)*"|[^ "]+)')
+_DIRECTIONS = {"io": ("in", "out"), "mmio": ("read", "write")}
+
+
+def parse_exit(line: str) -> Exit:
+    """The exit that `line` (with or without its newline) shows: what `Exit.line` made, read back.
+
+    Raises Invalid for anything that `Exit.line` does not write, so that no word is dropped or guessed.
+    """
+    line = line.removesuffix("\n")
+    reason = line.partition(" ")[0]
+    fields: dict[str, Any] = {}
+    try:
+        kind = next(kind for kind in EXITS if reason == kind.REASON)
+        for key, text in _WORD.findall(line):
+            fields[key] = _parse_value(key, text, fields)
+        exit_ = kind(**fields)
+        exit_.pack()  # a cause that is none, a number too wide for its field
+    except (StopIteration, TypeError, ValueError, OverflowError, KeyError, struct.error):
+        raise Invalid(f"exit: {line[:80]!r} is not a line of an exit") from None
+    if exit_.line() != line or fields.get("direction") not in _DIRECTIONS.get(reason, (None,)):
+        raise Invalid(f"exit: {line[:80]!r} is not a line of an exit")
+    return exit_
+
+
+def _parse_value(key: str, text: str, before: dict[str, Any]) -> Any:
+    if key in ("direction", "cause"):
+        return text
+    if key == "reason":
+        return re.sub(r"\\(.)", r"\1", text[1:-1])
+    if key == "data":  # a number an element, as wide as the word `size` before it says
+        return b"".join(int(element, 0).to_bytes(before["size"], "little") for element in text.split(","))
+    return int(text, 0)

@@ -3,8 +3,11 @@
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmfs import exits
+from vmfs.errors import Invalid
 
 LINES = [
     (
@@ -68,3 +71,79 @@ def test_struct_keeps_the_first_bytes_of_a_long_string_output():
 
 def test_struct_ends_a_long_reason_with_nul():
     assert exits.Error(reason="x" * 500, rip=0).pack()[16:] == b"x" * 47 + b"\0"
+
+
+@pytest.mark.parametrize(("exit_", "line"), LINES, ids=[line for _, line in LINES])
+def test_a_line_is_read_back(exit_, line):
+    parsed = exits.parse_exit(line + "\n")
+    assert type(parsed) is type(exit_)
+    assert parsed.line() == exit_.line()
+
+
+NUMBERS = st.integers(0, 2**64 - 1)
+EXITS = st.one_of(
+    st.builds(
+        lambda size, data, **rest: exits.Io(
+            direction="out", size=size, count=len(data) // size, data=data[: len(data) // size * size], **rest
+        ),
+        size=st.sampled_from((1, 2, 4)),
+        data=st.binary(min_size=4, max_size=300),
+        port=st.integers(0, 0xFFFF),
+        rip=NUMBERS,
+    ),
+    st.builds(
+        lambda data, **rest: exits.Mmio(direction="write", size=len(data), data=data, **rest),
+        data=st.binary(min_size=1, max_size=8),
+        addr=NUMBERS,
+        rip=NUMBERS,
+    ),
+    st.builds(
+        exits.Debug,
+        cause=st.sampled_from(exits.DEBUG_CAUSES),
+        id=st.none() | st.integers(0, 2**32 - 1),
+        addr=st.none() | NUMBERS,
+        vector=st.none() | st.integers(0, 255),
+        rip=NUMBERS,
+        cpu=st.integers(0, 255),
+    ),
+    st.builds(
+        exits.Error, reason=st.text(st.characters(blacklist_characters="\n"), max_size=200), rip=NUMBERS
+    ),
+)
+
+
+@given(EXITS)
+def test_any_exit_is_read_back_whole(exit_):
+    assert exits.parse_exit(exit_.line()) == exit_
+
+
+@given(st.text(max_size=120) | st.sampled_from([line for _, line in LINES]).map(lambda line: line[:-3] + "=x"))
+def test_what_no_exit_writes_is_refused(text):
+    try:
+        parsed = exits.parse_exit(text)
+    except Invalid:
+        return
+    assert parsed.line() == text.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "hlt",
+        "hlt rip=1",
+        "hlt  rip=0x1",
+        "hlt rip=0x1 extra=1",
+        "hlt rip=0x1 cpu=0",
+        "io direction=up port=0x1 size=1 count=1 rip=0x1",
+        "io direction=in port=0x10000 size=1 count=1 rip=0x1",
+        "mmio direction=out addr=0x1 size=1 data=0x1 rip=0x1",
+        "debug cause=whim rip=0x1",
+        "halt rip=0x1",
+        'error reason="a" b" rip=0x1',
+        "hlt rip=0x10000000000000000",
+    ],
+)
+def test_a_line_that_is_nearly_right_is_refused(line):
+    with pytest.raises(Invalid):
+        exits.parse_exit(line)
