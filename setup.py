@@ -76,8 +76,8 @@ def extensions():
 
 
 class build_changed(build_ext):
-    """build_ext that compiles the files that changed, side by side: the stock one compiles all of an extension's
-    files again, one after another."""
+    """build_ext that compiles the files that changed, side by side: the stock one compiles all files of an
+    extension again, one after another."""
 
     def build_extension(self, ext):
         compile_all = self.compiler.compile

@@ -23,8 +23,8 @@ class Command:
     name: str
     summary: str
     module: str
-    """The module that has the command's `add_arguments(parser)` and `run(arguments) -> exit code`, imported when
-    it is called: `vmfs version` need not load what `vmfs mount` does."""
+    """The module with the command's `add_arguments(parser)` and `run(arguments) -> exit code`, imported when it
+    is called: `vmfs version` need not load what `vmfs mount` does."""
 
 
 COMMANDS = (
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = argv[0] if argv else None
     run: Callable[[argparse.Namespace], int] | None = None
     for command in COMMANDS:
-        # add_help waits for the command's own arguments, which only the one that is called needs.
-        sub = commands.add_parser(command.name, help=command.summary, description=f"{command.summary}.".capitalize())
+        description = f"{command.summary}.".capitalize()
+        sub = commands.add_parser(command.name, help=command.summary, description=description)
         if command.name == named:
             module = importlib.import_module(command.module)
             module.add_arguments(sub)
@@ -75,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def from_mount_helper(argv: list[str]) -> list[str]:
-    """`argv` as `vmfs mount` takes it, if it is how mount.fuse3(8) calls a file system: SOURCE DIR -o OPTIONS.
+    """`argv` as `vmfs mount` takes it, if it is as mount.fuse3(8) calls a file system: SOURCE DIR -o OPTIONS.
 
-    `mount -t fuse.vmfs SOURCE DIR` and `mount -t fuse vmfs#SOURCE DIR` both end there. The source names nothing here
-    (an empty one is common) and becomes the name that the mount table shows.
+    `mount -t fuse.vmfs SOURCE DIR` and `mount -t fuse vmfs#SOURCE DIR` both end there. The source names
+    nothing here; if there is one, the mount table shows it.
     """
-    if len(argv) != 4 or argv[2] != "-o" or argv[0].startswith("-") or argv[0] in (each.name for each in COMMANDS):
+    if len(argv) != 4 or argv[2] != "-o" or argv[0].startswith("-"):
+        return argv
+    if argv[0] in (each.name for each in COMMANDS):
         return argv
     source, directory, _, options = argv
     if source and source != "none" and "," not in source:

@@ -4,8 +4,9 @@ In the background, the parent waits on a pipe until the child says that the moun
 so that the command after `vmfs mount DIR` finds the mount there.
 
 While a mount starts, stderr is a memory file. libfuse and fusermount3 write their reasons to stderr, in
-several lines; what serve() raises then ends with them, in one sentence. And the fusermount3 that stays behind for
-auto_unmount keeps the stderr it was started with: with the caller's, `x=$(vmfs mount DIR 2>&1)` would never end.
+several lines; what serve() raises then ends with them, in one sentence. And the fusermount3 that stays behind
+for auto_unmount keeps the stderr it was started with: if that were the caller's, `x=$(vmfs mount DIR 2>&1)`
+would never end.
 """
 
 import contextlib
@@ -42,8 +43,8 @@ def foreground(directory: Path, settings: MountSettings, log: Path | None) -> in
 
 
 def background(directory: Path, settings: MountSettings, log: Path | None) -> int:
-    """Return 0 once a child serves `directory`. Raises EngineFailed with the reason if it does not come to that."""
-    while os.open(os.devnull, os.O_RDWR) < 3:   # a caller may have closed 0, 1 or 2: they must not be the pipe
+    """Return 0 once a child serves `directory`. Raises EngineFailed with the reason if none comes to that."""
+    while os.open(os.devnull, os.O_RDWR) < 3:   # a caller may have closed 0, 1 or 2: none may be the pipe
         pass
     told, tell = os.pipe()
     sys.stdout.flush()
@@ -111,8 +112,8 @@ def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -
     except ImportError as failure:
         if failure.name and failure.name.partition(".")[0] == "vmfs":
             raise
-        raise EngineFailed(f"{sys.executable} cannot load {failure.name}: {failure} (make setup fills .venv with"
-                           " what it needs)") from failure
+        raise EngineFailed(f"{sys.executable} cannot load {failure.name}: {failure} (make setup fills .venv"
+                           " with what it needs)") from failure
     fs.serve(str(directory), settings, ready)
 
 
@@ -134,7 +135,7 @@ def sentence(failure: VmfsError, messages) -> str:
 
 
 def close_all_but(kept: int) -> None:
-    """Close what the caller had open beside stdin, stdout and stderr: a pipe kept open would keep its reader waiting."""
+    """Close what the caller had open: a pipe that a daemon keeps open keeps its reader waiting."""
     os.closerange(3, kept)
     os.closerange(kept + 1, max(kept + 1, os.sysconf("SC_OPEN_MAX")))
 
@@ -155,4 +156,5 @@ def start_log(settings: MountSettings, log: Path | None, otherwise: logging.Hand
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler], force=True)
+    level = logging.DEBUG if settings.debug else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)

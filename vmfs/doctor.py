@@ -74,7 +74,8 @@ def fusermount() -> Iterator[Finding]:
         yield Finding("fusermount3", MISSING, "is not installed: it mounts, and unmounts when a server dies",
                       "apt-get install fuse3")
     elif os.geteuid() and not os.stat(path).st_mode & stat.S_ISUID:
-        yield Finding("fusermount3", MISSING, f"{path} is not setuid root: only root can mount", f"chmod u+s {path}")
+        yield Finding("fusermount3", MISSING, f"{path} is not setuid root: only root can mount",
+                      f"chmod u+s {path}")
     else:
         yield Finding("fusermount3", OK, path)
 
@@ -83,8 +84,8 @@ def sys_admin() -> Iterator[Finding]:
     if capabilities() >> CAP_SYS_ADMIN & 1:
         yield Finding("CAP_SYS_ADMIN", OK, "held")
     else:
-        yield Finding("CAP_SYS_ADMIN", WARN, "not held: mem goes through the page cache, coherent at each start and"
-                      " stop of a run; fusermount3 mounts", "run as root to have mem shared live")
+        yield Finding("CAP_SYS_ADMIN", WARN, "not held: mem goes through the page cache, coherent at each"
+                      " start and stop of a run; fusermount3 mounts", "run as root to have mem shared live")
 
 
 def capabilities() -> int:
@@ -101,8 +102,9 @@ def allow_other() -> Iterator[Finding]:
     elif os.geteuid() == 0:
         yield Finding("user_allow_other", OK, "not set, and root needs it not: --allow-other works")
     else:
-        yield Finding("user_allow_other", WARN, "not set: --allow-other is refused, and other users, root among them,"
-                      " cannot look into a mount of yours", "the line user_allow_other in /etc/fuse.conf")
+        yield Finding("user_allow_other", WARN, "not set: --allow-other is refused, and other users, root"
+                      " among them, cannot look into a mount of yours",
+                      "the line user_allow_other in /etc/fuse.conf")
 
 
 def hooks() -> Iterator[Finding]:
@@ -138,25 +140,26 @@ def dev_kvm() -> Iterator[Finding]:
         device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield Finding("/dev/kvm", WARN, f"does not exist: {without}",
-                      "modprobe kvm_intel or kvm_amd, with virtualization on in the firmware or, nested, in the host")
+                      "modprobe kvm_intel or kvm_amd, with virtualization on in the firmware or the host")
         return
     except PermissionError:
         yield Finding("/dev/kvm", WARN, f"may not be opened by this user: {without}", "adduser USER kvm")
         return
     except OSError as failure:
-        yield Finding("/dev/kvm", WARN, f"{os.strerror(failure.errno)}: {without}", "")
+        yield Finding("/dev/kvm", WARN, f"{os.strerror(failure.errno)}: {without}")
         return
     opened = [device]
     try:
         version = fcntl.ioctl(device, KVM_GET_API_VERSION)
         if version != KVM_API_VERSION:
-            yield Finding("/dev/kvm", WARN, f"speaks version {version} of the interface, not 12: {without}", "")
+            yield Finding("/dev/kvm", WARN, f"speaks version {version} of its interface, not 12: {without}")
             return
         opened.append(fcntl.ioctl(device, KVM_CREATE_VM))
         opened.append(fcntl.ioctl(opened[-1], KVM_CREATE_VCPU))
         yield Finding("/dev/kvm", OK, "makes machines and CPUs")
     except OSError as failure:
-        yield Finding("/dev/kvm", WARN, f"opens but makes no machine ({os.strerror(failure.errno)}): {without}",
+        reason = os.strerror(failure.errno)
+        yield Finding("/dev/kvm", WARN, f"opens but makes no machine ({reason}): {without}",
                       "another hypervisor may hold the CPU's virtualization; dmesg says more")
     finally:
         for fd in reversed(opened):
@@ -192,12 +195,14 @@ def memory() -> Iterator[Finding]:
         os.close(fd)
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if largest != resource.RLIM_INFINITY:
-        yield Finding("memfd", WARN, f"files, and so a machine's RAM, end at {largest >> 20} MiB", "ulimit -f unlimited")
+        yield Finding("memfd", WARN, f"files, and so a machine's RAM, end at {largest >> 20} MiB",
+                      "ulimit -f unlimited")
     else:
         yield Finding("memfd", OK, f"sealed; {available() >> 20} MiB of memory are available")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if files < 4096:
-        yield Finding("open files", WARN, f"at most {files}: enough for about {files // 16} machines", "ulimit -Hn 65536")
+        yield Finding("open files", WARN, f"at most {files}: enough for about {files // 16} machines",
+                      "ulimit -Hn 65536")
 
 
 def available() -> int:
@@ -214,7 +219,7 @@ def trial_mount() -> Iterator[Finding]:
     command = [sys.executable, "-m", "vmfs.cli"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vmfs-doctor-", ignore_cleanup_errors=True) as directory:
-        done = subprocess.run([*command, "mount", directory], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run([*command, "mount", directory], capture_output=True, text=True)
         if done.returncode:
             yield Finding(name, MISSING, f"failed: {done.stderr.strip()}", "see above")
             return
@@ -223,7 +228,8 @@ def trial_mount() -> Iterator[Finding]:
             engine = Path(directory, "trial/engine").read_text().strip()
             os.rmdir(f"{directory}/trial")
         except OSError as failure:
-            yield Finding(name, MISSING, f"mounted, but a machine cannot be made: {failure}", "vmfs mount --log FILE")
+            yield Finding(name, MISSING, f"mounted, but a machine cannot be made: {failure}",
+                          "vmfs mount --log FILE DIR, and then see FILE")
             return
         finally:
             mounts.unmount(directory, lazy=True)
@@ -252,8 +258,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = examine()
     works = all(each.status != MISSING for each in found)
     if arguments.json:
-        report = {"version": __version__, "works": works, "findings": [dataclasses.asdict(each) for each in found]}
-        print(json.dumps(report, indent=2))
+        findings = [dataclasses.asdict(each) for each in found]
+        print(json.dumps({"version": __version__, "works": works, "findings": findings}, indent=2))
     else:
         for each in found:
             print(each)

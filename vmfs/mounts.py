@@ -42,9 +42,7 @@ def unescape(text: str) -> str:
 
 def at(path: str | Path) -> Mount | None:
     """The uppermost mount whose root is `path`, if one is. A dead one counts: nothing of it is looked at."""
-    where = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(os.path.abspath(path)))
-    if os.path.islink(where):
-        where = os.path.realpath(where)
+    where = os.path.realpath(path)      # what cannot be looked at counts as no link
     matching = [each for each in table() if each.path == where]
     return matching[-1] if matching else None
 
@@ -63,7 +61,7 @@ def is_dead(path: str | Path) -> bool:
 def unmount(path: str | Path, lazy: bool = False) -> None:
     """Unmount `path`, through fusermount3(1), which works for root and for the user whose mount it is.
 
-    Raises Busy if it is in use (unless `lazy`), NotPermitted if it is another user's, EngineFailed for the rest.
+    Raises Busy if it is in use (unless `lazy`), NotPermitted if it is another user's, else EngineFailed.
     """
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.path.abspath(path)]
     try:
@@ -74,7 +72,7 @@ def unmount(path: str | Path, lazy: bool = False) -> None:
         return
     reason = done.stderr.strip().removeprefix("fusermount3: ")
     if os.strerror(errno.EBUSY) in reason:
-        raise Busy(f"{path} is in use: a file of it is open or a shell stands in it (--lazy does not wait for them)")
+        raise Busy(f"{path} is in use: a file of it is open or a shell stands in it (--lazy does not wait)")
     if os.strerror(errno.EPERM) in reason or "not found in /etc/mtab" in reason:
         raise NotPermitted(f"{path} is not yours to unmount")
     raise EngineFailed(reason or f"fusermount3 failed with code {done.returncode}")

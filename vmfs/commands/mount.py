@@ -19,9 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", type=argument(engine), metavar="auto|kvm|emulator",
                         help="what new machines run on (auto: the faster one here)")
     parser.add_argument("--allow-other", action="store_true", help="let other users see the mount")
-    parser.add_argument("--max-vms", type=argument(count), metavar="N", help="so many machines at a time")
-    parser.add_argument("--max-mem", type=argument(size), metavar="SIZE", help="so much RAM together, as 512M or 2G")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="log there (else: syslog, where there is one)")
+    parser.add_argument("--max-vms", type=argument(count), metavar="N",
+                        help="so many machines at a time")
+    parser.add_argument("--max-mem", type=argument(size), metavar="SIZE",
+                        help="so much RAM together, as 512M or 2G")
+    parser.add_argument("--log", type=Path, metavar="FILE",
+                        help="log there (else: syslog, where there is one)")
     parser.add_argument("--debug", action="store_true", help="log each request")
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPTION,...",
                         type=argument(lambda text: parse_options([text]) and text),
@@ -54,7 +57,7 @@ def settings_of(arguments: argparse.Namespace) -> MountSettings:
     }
     return dataclasses.replace(
         settings,
-        # auto_unmount: libfuse leaves a small fusermount3 behind that unmounts when the server dies, however it does.
+        # auto_unmount: a small fusermount3 stays and unmounts when the server dies, however it does.
         fuse_options=(*settings.fuse_options, "auto_unmount"),
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -87,8 +90,8 @@ def mountpoint(text: str) -> Path:
 def check_fuse(settings: MountSettings) -> None:
     """Raise, with the way out, for what would keep any FUSE file system from being mounted."""
     if not os.path.exists("/dev/fuse"):
-        raise EngineFailed("/dev/fuse does not exist: load the fuse module (modprobe fuse), or give the container"
-                           " the device (--device /dev/fuse)")
+        raise EngineFailed("/dev/fuse does not exist: load the fuse module (modprobe fuse), or give the"
+                           " container the device (--device /dev/fuse)")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise NotPermitted("/dev/fuse may not be opened by this user: chmod 666 /dev/fuse")
     if not shutil.which("fusermount3"):

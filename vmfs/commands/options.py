@@ -72,8 +72,9 @@ OPTIONS = (
     Option("rootcontext", fuse=True, value=True),
     # What holds anyway. mount(8) adds rw, suid and dev whether asked or not; a mount has no devices and no
     # programs to honour them for, so that FUSE's own nosuid and nodev stay.
-    Option("rw"), Option("suid"), Option("dev"), Option("exec"), Option("async"), Option("atime"), Option("diratime"),
-    Option("relatime"), Option("defaults"), Option("default_permissions"), Option("auto_unmount"), Option("nonempty"),
+    Option("rw"), Option("suid"), Option("dev"), Option("exec"), Option("async"), Option("atime"),
+    Option("diratime"), Option("relatime"), Option("defaults"), Option("default_permissions"),
+    Option("auto_unmount"), Option("nonempty"),
     # Of /etc/fstab, for mount(8) and systemd.
     Option("auto"), Option("noauto"), Option("user"), Option("users"), Option("nouser"), Option("nofail"),
     Option("_netdev"),
@@ -81,13 +82,13 @@ OPTIONS = (
 _BY_NAME = {each.name: each for each in OPTIONS}
 
 
-def parse_options(lists: Iterable[str], settings: MountSettings = MountSettings()) -> MountSettings:
-    """`settings` with each of `lists` (as "ro,engine=kvm,max_mem=2G") applied in order.
+def parse_options(lists: Iterable[str]) -> MountSettings:
+    """The settings that `lists` (each as "ro,engine=kvm,max_mem=2G") ask for; the last word on a thing wins.
 
     Raises Invalid for an option that is unknown or that does not parse.
     """
     changes: dict[str, Any] = {}
-    fuse = list(settings.fuse_options)
+    fuse = []
     for text in (each for whole in lists for each in whole.split(",") if each):
         name, equals, value = text.partition("=")
         option = _BY_NAME.get(name)
@@ -106,7 +107,7 @@ def parse_options(lists: Iterable[str], settings: MountSettings = MountSettings(
                 raise Invalid(f"option {name!r}: {failure}") from None
         elif option.field:
             changes[option.field] = True
-    return dataclasses.replace(settings, fuse_options=tuple(fuse), **changes)
+    return MountSettings(fuse_options=tuple(fuse), **changes)
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
