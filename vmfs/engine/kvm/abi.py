@@ -137,7 +137,7 @@ class InternalError(enum.IntEnum):
 # struct kvm_run: the fields that the engine touches, as byte offsets and layouts.
 RUN_REQUEST_INTERRUPT_WINDOW = 0  # u8
 RUN_IMMEDIATE_EXIT = 1  # u8
-RUN_HEAD = struct.Struct("<8xIBBH")  # exit_reason, ready_for_interrupt_injection, if_flag, flags
+RUN_EXIT_REASON = 8  # u32
 RUN_IF_FLAG = 13  # u8
 RUN_CR8 = 16  # u64, both ways when there is no in-kernel LAPIC
 RUN_UNION = 32

@@ -19,6 +19,7 @@ import os
 import struct
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmfs.engine.base import MACHINE_STATES, Availability, Capability, Engine, Machine
 from vmfs.engine.kvm import abi
@@ -49,6 +50,16 @@ REQUIRED = (
     (Cap.KVM_CAP_IMMEDIATE_EXIT, "4.13"),
     (Cap.KVM_CAP_SYNC_REGS, "4.17"),
 )
+
+# On VMX and SVM, KVM moves rip behind a plain OUT only at the next KVM_RUN, behind a string OUT and one that its
+# emulator executed at the exit. PVM (a KVM without hardware) emulates every port access, and is spared a KVM_RUN.
+_MODULES = Path("/sys/module")
+
+
+def _emulates_all_io() -> bool:
+    hardware = any((_MODULES / name).exists() for name in ("kvm_intel", "kvm_amd"))
+    return (_MODULES / "kvm_pvm").exists() and not hardware
+
 
 _CAPABILITIES = frozenset({Capability.IRQCHIP, Capability.WATCHPOINTS, Capability.GUEST_DEBUG})
 
@@ -152,6 +163,7 @@ class KvmMachine(Machine):
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
+        self._out_moves_rip = _emulates_all_io()
         self._slot_limit = ioctl(device, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_NR_MEMSLOTS)
         self._fd = self._create()
         try:
@@ -253,7 +265,13 @@ class KvmMachine(Machine):
         fd = ioctl_set(self._fd, Ioctl.KVM_CREATE_VCPU, index, "the host allows no CPU of that number")
         try:
             vcpu = KvmVcpu(
-                index, fd, self._device, self._fd, has_irqchip=self._has_irqchip, threads=self._threads
+                index,
+                fd,
+                self._device,
+                self._fd,
+                has_irqchip=self._has_irqchip,
+                out_moves_rip=self._out_moves_rip,
+                threads=self._threads,
             )
         except BaseException:
             os.close(fd)

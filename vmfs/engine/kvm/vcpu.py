@@ -10,7 +10,6 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
@@ -27,38 +26,41 @@ KICK_SIGNAL = signal.SIGRTMIN
 _KICK_SIGNALS = frozenset({KICK_SIGNAL})
 
 _RUN = int(Ioctl.KVM_RUN)
-_RIP = slice(abi.RUN_SYNC_REGS + abi.REGS_RIP, abi.RUN_SYNC_REGS + abi.REGS_RIP + 8)
-_IF_FLAG = 1 << 9
+_EXIT_REASON = abi.RUN_EXIT_REASON // 4  # in words of 4 bytes
+_RIP = (abi.RUN_SYNC_REGS + abi.REGS_RIP) // 8  # in words of 8 bytes
 
-
-class _Access(NamedTuple):
-    """Where the bytes of the last exit's access lie in the kvm_run mapping, and whether the guest waits for them."""
-
-    offset: int
-    size: int
-    is_read: bool
-
-
-_NO_ACCESS = _Access(0, 0, False)
+# Where the bytes of the last exit's access lie in the kvm_run mapping: offset, size, whether the guest waits
+# for them. A plain tuple and no class, because one is made at each exit.
+_Access = tuple[int, int, bool]
+_NO_ACCESS: _Access = (0, 0, False)
 
 
 class KvmVcpu(Vcpu):
     """A vCPU descriptor and its kvm_run mapping."""
 
     def __init__(
-        self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool, threads: threading.local
+        self,
+        index: int,
+        fd: int,
+        device: int,
+        vm: int,
+        *,
+        has_irqchip: bool,
+        out_moves_rip: bool,
+        threads: threading.local,
     ) -> None:
         self.index = index
         self._fd = fd
         self._threads = threads
         self._has_irqchip = has_irqchip
+        self._out_moves_rip = out_moves_rip
         self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip)
         block_irq = ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_SET_GUEST_DEBUG2)
         self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
-        # Guards the four below, against kick, interrupt and nmi from other threads. Reentrant, because a
-        # Python signal handler may call them in the very thread that holds it.
+        # For kick, interrupt and nmi from other threads. Reentrant, because a Python signal handler may call
+        # them in the very thread that holds it.
         self._lock = threading.RLock()
-        self._runner: int | None = None  # the thread in KVM_RUN, by threading.get_ident()
+        self._runner: int | None = None  # the thread in KVM_RUN, by threading.get_ident(); see _leave
         self._kicked = False
         self._vectors: deque[int] = deque()
         self._nmi = False
@@ -68,6 +70,8 @@ class KvmVcpu(Vcpu):
         self._stash: deque[Exit] = deque()  # exits that came while an access was completed
         self._points = debugregs.NOTHING
         self._run_page = mmap.mmap(fd, ioctl(device, Ioctl.KVM_GET_VCPU_MMAP_SIZE))
+        self._words = memoryview(self._run_page).cast("I")
+        self._quads = memoryview(self._run_page).cast("Q")
         self._run_page[abi.RUN_VALID_REGS] = abi.SYNC_X86_REGS  # rip at each exit without another ioctl
 
     # Running
@@ -75,7 +79,9 @@ class KvmVcpu(Vcpu):
     def run(self, budget: int | None = None) -> Exit:
         if budget is not None:
             raise Unsupported("KVM cannot count instructions: no budget")
-        self._enter_thread()
+        token = getattr(self._threads, "token", None)
+        if token is None or token is not self._mask_thread:
+            self._enter_thread()
         if self._stash and not self._kicked:
             self._access = _NO_ACCESS
             return self._stash.popleft()
@@ -83,8 +89,7 @@ class KvmVcpu(Vcpu):
         points = self._points
         if points.slots and not self._completes:
             step_over = points.breaks_at(self._linear_rip())
-        with self._lock:
-            self._runner = threading.get_ident()
+        self._runner = threading.get_ident()
         try:
             if step_over:
                 return self._step_over_breakpoint()
@@ -92,8 +97,14 @@ class KvmVcpu(Vcpu):
                 self._arm(points)  # KVM sets TF for the rip at this time
             return self._run_until_exit(points)
         finally:
-            with self._lock:
-                self._runner = None
+            self._leave()
+
+    def _leave(self) -> None:
+        """This thread may end now. A kick has set `_kicked` before it read `_runner`, and signals what it read."""
+        self._runner = None
+        if self._kicked:
+            with self._lock:  # until it has
+                pass
 
     def _run_until_exit(self, points: debugregs.HardwarePoints) -> Exit:
         page = self._run_page
@@ -115,7 +126,7 @@ class KvmVcpu(Vcpu):
         `threading.local` and not the thread's ident tells threads apart: idents are used again.
         """
         thread = getattr(self._threads, "token", None)
-        if thread is not None and thread is self._mask_thread:
+        if thread is self._mask_thread and thread is not None:
             return
         if thread is None:
             signal.pthread_sigmask(signal.SIG_BLOCK, _KICK_SIGNALS)
@@ -133,7 +144,6 @@ class KvmVcpu(Vcpu):
             if error.errno == errno.EINTR:
                 return False
             if error.errno == errno.EAGAIN:  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
-                self._completes = False
                 return False
             raise EngineFailed(f"KVM_RUN: {os.strerror(error.errno)}") from error
         finally:
@@ -141,7 +151,7 @@ class KvmVcpu(Vcpu):
         return True
 
     def _rip(self) -> int:
-        return int.from_bytes(self._run_page[_RIP], "little")
+        return self._quads[_RIP]
 
     def _linear_rip(self) -> int:
         regs = self._state.get("regs")
@@ -222,7 +232,7 @@ class KvmVcpu(Vcpu):
 
     def _decode(self, points: debugregs.HardwarePoints) -> Exit | None:
         self._access = _NO_ACCESS
-        reason = abi.RUN_HEAD.unpack_from(self._run_page)[0]
+        reason = self._words[_EXIT_REASON]
         handler = _HANDLERS.get(reason)
         if handler is None:
             return self._on_other(reason)
@@ -234,17 +244,16 @@ class KvmVcpu(Vcpu):
         length = size * count
         if direction == abi.KVM_EXIT_IO_OUT:
             data = page[offset : offset + length]
-            # On hardware, rip moves behind a plain OUT only when KVM_RUN is called again; for a string OUT,
-            # and where KVM emulates the guest, it has moved already.
-            self._completes = True
-            self._complete(points)
-            self._access = _Access(offset, length, False)
+            if not self._out_moves_rip:
+                self._completes = True
+                self._complete(points)
+            self._access = (offset, length, False)
             return exits.Io(
                 direction="out", port=port, size=size, count=count, data=data, rip=self._rip(), cpu=self.index
             )
         page[offset : offset + length] = b"\xff" * length  # what an empty bus reads as
         self._completes = True
-        self._access = _Access(offset, length, True)
+        self._access = (offset, length, True)
         return exits.Io(direction="in", port=port, size=size, count=count, rip=self._rip(), cpu=self.index)
 
     def _on_mmio(self, _points: debugregs.HardwarePoints) -> Exit:
@@ -253,12 +262,12 @@ class KvmVcpu(Vcpu):
         self._completes = True
         rip = self._rip()
         if is_write:
-            self._access = _Access(abi.RUN_MMIO_DATA, size, False)
+            self._access = (abi.RUN_MMIO_DATA, size, False)
             return exits.Mmio(
                 direction="write", addr=address, size=size, data=data[:size], rip=rip, cpu=self.index
             )
         page[abi.RUN_MMIO_DATA : abi.RUN_MMIO_DATA + size] = b"\xff" * size
-        self._access = _Access(abi.RUN_MMIO_DATA, size, True)
+        self._access = (abi.RUN_MMIO_DATA, size, True)
         return exits.Mmio(direction="read", addr=address, size=size, rip=rip, cpu=self.index)
 
     def _on_hlt(self, points: debugregs.HardwarePoints) -> Exit | None:
@@ -363,7 +372,7 @@ class KvmVcpu(Vcpu):
                     page[abi.RUN_IMMEDIATE_EXIT] = self._kicked
             if not has_exit:
                 break
-            if abi.RUN_HEAD.unpack_from(page)[0] == ExitReason.KVM_EXIT_DEBUG:
+            if self._words[_EXIT_REASON] == ExitReason.KVM_EXIT_DEBUG:
                 break  # the end of a single step, which the access has ended already
             exit_ = self._decode(points or self._points)
             if exit_ is not None and not self._access.is_read:
@@ -439,6 +448,8 @@ class KvmVcpu(Vcpu):
         with self._lock:
             if self._fd < 0:
                 return
+            self._words.release()
+            self._quads.release()
             self._run_page.close()
             os.close(self._fd)
             self._fd = -1

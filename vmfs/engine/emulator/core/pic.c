@@ -186,15 +186,15 @@ static int end_best(struct kvm_pic_state *s)
     return (int)input;
 }
 
-/* OCW2, bits 7:5: rotate, specific, EOI. */
-static void write_ocw2(struct kvm_pic_state *s, uint8_t value)
+/* OCW2, bits 7:5: rotate, specific, EOI.  True if it can change who is served, as for the two below. */
+static bool write_ocw2(struct kvm_pic_state *s, uint8_t value)
 {
     bool rotate = value & 0x80, specific = value & 0x40, eoi = value & 0x20;
     int input = value & 7;
 
     if (!specific && !eoi) {
         s->rotate_on_auto_eoi = rotate;
-        return;
+        return false;
     }
     if (eoi && specific)
         s->isr &= ~(1 << input);
@@ -202,24 +202,26 @@ static void write_ocw2(struct kvm_pic_state *s, uint8_t value)
         input = end_best(s);
     if (rotate && input >= 0)
         s->priority_add = (input + 1) & 7;
+    return input >= 0;
 }
 
-static void write_command(struct kvm_pic_state *s, uint8_t value)
+static bool write_command(struct kvm_pic_state *s, uint8_t value)
 {
+    if (!(value & 0x18))
+        return write_ocw2(s, value);
     if (value & 0x10)
         write_icw1(s, value);
-    else if (value & 0x08)
-        write_ocw3(s, value);
     else
-        write_ocw2(s, value);
+        write_ocw3(s, value);
+    return false;
 }
 
-static void write_data(struct kvm_pic_state *s, uint8_t value)
+static bool write_data(struct kvm_pic_state *s, uint8_t value)
 {
     switch (s->init_state) {
     case READY:
         s->imr = value;
-        break;
+        return true;
     case WAIT_ICW2:
         s->irq_base = value & 0xf8;
         s->init_state = WAIT_ICW3;
@@ -233,6 +235,7 @@ static void write_data(struct kvm_pic_state *s, uint8_t value)
         s->init_state = READY;
         break;
     }
+    return false;
 }
 
 /* The read after a poll command is an INTA that answers the input's number instead of a vector. */
@@ -266,19 +269,15 @@ uint8_t pic_read_port(struct irqchip *chip, uint16_t port)
 
 void pic_write_port(struct irqchip *chip, uint16_t port, uint8_t value)
 {
-    bool elcr = port >= 0x4d0, data = port & 1;
+    bool elcr = port >= 0x4d0, served = false;
     struct kvm_pic_state *s = &chip->pic.chip[elcr ? port & 1 : port >> 7 & 1];
-    /* OCW1 and OCW2 can change who is served: the slave's edge to the master is made anew.  Not so the start of an
-     * initialisation, which resets the edge detectors, nor the rest of it. */
-    bool may_serve = !elcr && (data ? s->init_state == READY : !(value & 0x18));
 
     if (elcr)
         s->elcr = value & s->elcr_mask;
-    else if (data)
-        write_data(s, value);
     else
-        write_command(s, value);
-    if (may_serve)
+        served = port & 1 ? write_data(s, value) : write_command(s, value);
+    /* Only where somebody else may be served does the slave make a new edge to the master. */
+    if (served)
         update(chip);
     else
         update_output(chip);
