@@ -26,7 +26,10 @@ LINES = [
         exits.Mmio(direction="write", addr=0xFEE000B0, size=4, data=b"\0\0\0\x80", rip=9),
         "mmio direction=write addr=0xfee000b0 size=4 data=0x80000000 rip=0x9",
     ),
-    (exits.Mmio(direction="read", addr=0xA0000, size=8, rip=9), "mmio direction=read addr=0xa0000 size=8 rip=0x9"),
+    (
+        exits.Mmio(direction="read", addr=0xA0000, size=8, rip=9),
+        "mmio direction=read addr=0xa0000 size=8 rip=0x9",
+    ),
     (exits.Hlt(rip=0x1001), "hlt rip=0x1001"),
     (exits.Hlt(rip=0x1001, cpu=3), "hlt rip=0x1001 cpu=3"),
     (exits.Debug(cause="step", rip=2), "debug cause=step rip=0x2"),
@@ -117,7 +120,7 @@ def test_any_exit_is_read_back_whole(exit_):
     assert exits.parse_exit(exit_.line()) == exit_
 
 
-@given(st.text(max_size=120) | st.sampled_from([line for _, line in LINES]).map(lambda line: line[:-3] + "=x"))
+@given(st.text(max_size=120) | st.sampled_from([f"{line[:-3]}=x" for _, line in LINES]))
 def test_what_no_exit_writes_is_refused(text):
     try:
         parsed = exits.parse_exit(text)
