@@ -23,8 +23,8 @@ class Command:
     name: str
     summary: str
     module: str
-    """The module with the command's `add_arguments(parser)` and `run(arguments) -> exit code`, imported when it
-    is called: `vmfs version` need not load what `vmfs mount` does."""
+    """The module with its `add_arguments(parser)` and `run(arguments) -> exit code`. It is imported when the
+    command is called: `vmfs version` need not load what `vmfs mount` does."""
 
 
 COMMANDS = (

@@ -6,6 +6,8 @@ CHECKS is the list, a function each, from what no mount works without to what on
 import argparse
 import dataclasses
 import fcntl
+import gzip
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vmfs import __version__, mounts
-from vmfs.errors import VmfsError
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 
@@ -44,13 +45,11 @@ class Finding:
 
 
 def packages() -> Iterator[Finding]:
-    for name, lacks in (("trio", "the event loop"), ("pyfuse3", "the binding to libfuse")):
+    for name in ("trio", "pyfuse3"):
         try:
-            module = __import__(name)
-        except ImportError as failure:
-            yield Finding(name, MISSING, f"{lacks}: {failure}", f"{sys.executable} -m pip install {name}")
-        else:
-            yield Finding(name, OK, getattr(module, "__version__", ""))
+            yield Finding(name, OK, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, MISSING, f"is not installed for {sys.executable}", f"pip install {name}")
 
 
 def dev_fuse() -> Iterator[Finding]:
@@ -111,11 +110,10 @@ def hooks() -> Iterator[Finding]:
     try:
         from vmfs.fs import hooks
         status = hooks.status()
-    except (ImportError, VmfsError) as failure:
-        yield Finding("request hooks", WARN, f"not there ({failure}): a signal reaches a blocked call late",
-                      "make setup, which builds them")
+    except ImportError as failure:
+        yield Finding("request hooks", MISSING, f"cannot be loaded: {failure}", "make setup builds them")
         return
-    yield Finding("request hooks", OK if status else WARN, str(status))
+    yield Finding("request hooks", OK if status.interrupts else WARN, status.interrupts_reason)
 
 
 def passthrough() -> Iterator[Finding]:
@@ -126,8 +124,22 @@ def passthrough() -> Iterator[Finding]:
                       "Linux 6.9 or later")
     elif not capabilities() >> CAP_SYS_ADMIN & 1:
         yield Finding("passthrough", WARN, f"Linux {release} has it, for CAP_SYS_ADMIN only", "run as root")
+    elif kernel_option("CONFIG_FUSE_PASSTHROUGH") is False:
+        yield Finding("passthrough", WARN, f"not in this Linux {release}: mem goes through the page cache",
+                      "a kernel with CONFIG_FUSE_PASSTHROUGH=y")
     else:
-        yield Finding("passthrough", OK, f"Linux {release}: mem is the guest's memory itself, also mapped")
+        yield Finding("passthrough", OK, f"Linux {release} has it: mem is the guest's memory itself")
+
+
+def kernel_option(name: str) -> bool | None:
+    """Whether this kernel was built with an option; None if its configuration is not to be found."""
+    for path, read in (("/proc/config.gz", gzip.open), (f"/boot/config-{platform.release()}", open)):
+        try:
+            with read(path, "rt") as lines:
+                return any(line.rstrip() == f"{name}=y" for line in lines)
+        except OSError:
+            continue
+    return None
 
 
 KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE00, 0xAE01, 0xAE41    # <linux/kvm.h>
@@ -173,7 +185,9 @@ def engines() -> Iterator[Finding]:
         yield Finding("engines", MISSING, f"cannot be loaded: {failure}", "make setup")
         return
     for each in describe():
-        yield Finding(each.name, OK, str(each))
+        speed = f"{each.speed:.1f} million instructions a second of kernel code" if each.speed else ""
+        meaning = ", ".join(part for part in (each.reason, speed, "preferred" if each.preferred else "") if part)
+        yield Finding(f"engine {each.name}", OK if each.available else WARN, meaning)
 
 
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4        # <linux/fcntl.h>

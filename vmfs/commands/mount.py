@@ -71,7 +71,7 @@ def mountpoint(text: str) -> Path:
     try:
         if mounts.is_dead(text):
             mounts.unmount(text, lazy=True)
-        path = Path(text).resolve(strict=True)
+        path = Path(os.path.realpath(text, strict=True))
         is_directory = path.is_dir()
     except FileNotFoundError:
         raise Invalid(f"{text} does not exist") from None

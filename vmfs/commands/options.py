@@ -20,7 +20,9 @@ def engine(text: str) -> str:
 
 def count(text: str) -> int:
     """A number of VMs; 0 is no limit."""
-    return parse_number(text, bits=31, what="number")
+    if text.startswith("-"):
+        raise Invalid(f"{text[:40]!r} is less than nothing")
+    return parse_number(text, bits=31)
 
 
 def size(text: str) -> int:
