@@ -186,8 +186,8 @@ def engines() -> Iterator[Finding]:
         return
     for each in describe():
         speed = f"{each.speed:.1f} million instructions a second of kernel code" if each.speed else ""
-        meaning = ", ".join(part for part in (each.reason, speed, "preferred" if each.preferred else "") if part)
-        yield Finding(f"engine {each.name}", OK if each.available else WARN, meaning)
+        said = (each.reason, speed, "preferred" if each.preferred else "")
+        yield Finding(f"engine {each.name}", OK if each.available else WARN, ", ".join(filter(None, said)))
 
 
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4        # <linux/fcntl.h>

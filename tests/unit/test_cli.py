@@ -200,7 +200,7 @@ def test_asking_for_the_version_or_the_arguments_loads_no_fuse_and_no_event_loop
     (["mount", "{tmp}/file"], "{tmp}/file is not a directory"),
     (["mount", "{tmp}/file/below"], "{tmp}/file/below: Not a directory"),
     (["mount", "{tmp}/loop"], "{tmp}/loop: Too many levels of symbolic links"),
-    (["mount", "{tmp}", "--log", "{tmp}/a/log"], "cannot write the log {tmp}/a/log: No such file or directory"),
+    (["mount", "{tmp}", "--log", "{tmp}/a/b"], "cannot write the log {tmp}/a/b: No such file or directory"),
     (["umount", "{tmp}"], "{tmp} is not a vmfs mount"),
     (["umount", "{tmp}/absent"], "{tmp}/absent is not a vmfs mount"),
     (["umount", "/proc"], "/proc is not a vmfs mount"),
