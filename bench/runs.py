@@ -75,7 +75,7 @@ def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float,
             cpu.run()
         ours.append((time.perf_counter() - began) * 1e6 / exits)
         if name == "kvm":
-            fd = cpu.fd
+            fd = cpu._fd
             began = time.perf_counter()
             for _ in range(exits):
                 fcntl.ioctl(fd, abi.KVM_RUN, 0)

@@ -140,8 +140,7 @@ class Vm:
             self._check_idle()
             run = Run(bound)
             if self._state == "shutdown" and self.last_exit is not None:
-                self._note(self.last_exit)
-                run.set_result(self.last_exit)
+                run.set_result(self._note(self.last_exit))
             else:
                 self.memory.seal()
                 self._cpu.clear_kick()
@@ -183,7 +182,7 @@ class Vm:
                     failure = Gone("the machine was removed")
                 self._state = "paused"
                 if result is not None:
-                    self._note(result)
+                    result = self._note(result)
             self._tell()
             if failure is not None:
                 run.set_exception(failure)
@@ -272,8 +271,8 @@ class Vm:
             task, future = self._tasks.popleft()
             _do(task, self._cpu, future)
 
-    def _note(self, exit_: exits.Exit) -> None:
-        """An exit that callers see; with the lock held."""
+    def _note(self, exit_: exits.Exit) -> exits.Exit:
+        """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
         if isinstance(exit_, exits.Debug):
             if exit_.id == 0:  # the temporary breakpoint of `until`
                 exit_ = replace(exit_, id=None)
@@ -283,6 +282,7 @@ class Vm:
         self._counts[exit_.REASON] += 1
         self.last_exit = exit_
         self.exit_number += 1
+        return exit_
 
     # ---- the CPU between instructions
 
@@ -335,7 +335,7 @@ class Vm:
         self.change(set_back)
 
     def mode(self) -> Future[str]:
-        return self.at_boundary(lambda cpu: mode_of(cpu.get_state("sregs"), cpu.get_state("regs")))
+        return self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
 
     def set_mode(self, mode: str) -> None:
         self.change(lambda cpu: set_mode(cpu, self.memory, self.memory.size, mode))
