@@ -2,6 +2,9 @@
 
 import dataclasses
 
+NO_LIMIT = (1 << 63) - 1
+"""More than there can be: a bound that is compared like any other."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MountSettings:
@@ -13,11 +16,11 @@ class MountSettings:
     allow_other: bool = False
     """Whether other users may look at the mount at all (the kernel's permission checks hold either way)."""
 
-    max_vms: int = 0
-    """How many VMs there may be at a time, 0 for any number: mkdir answers ENOSPC over it."""
+    max_vms: int = NO_LIMIT
+    """How many VMs there may be at a time: mkdir answers ENOSPC over it."""
 
-    max_memory: int = 0
-    """How many bytes of RAM all VMs may have together, 0 for any: ENOSPC over it."""
+    max_memory: int = NO_LIMIT
+    """How many bytes of RAM all VMs may have together, touched or not: ENOSPC over it."""
 
     fuse_options: tuple[str, ...] = ()
     """Options for the FUSE library as in mount(8)'s -o, e.g. "ro" or "fsname=lab"."""

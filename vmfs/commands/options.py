@@ -19,14 +19,14 @@ def engine(text: str) -> str:
 
 
 def count(text: str) -> int:
-    """A number of VMs; 0 is no limit."""
+    """A number of VMs."""
     if text.startswith("-"):
         raise Invalid(f"{text[:40]!r} is less than nothing")
     return parse_number(text, bits=31)
 
 
 def size(text: str) -> int:
-    """A number of bytes, as 512M or 2G; 0 is no limit."""
+    """A number of bytes, as 512M or 2G."""
     try:
         value = parse_size(text)
     except Invalid:
