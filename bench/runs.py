@@ -78,7 +78,7 @@ def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float,
             fd = cpu._fd
             began = time.perf_counter()
             for _ in range(exits):
-                fcntl.ioctl(fd, abi.KVM_RUN, 0)
+                fcntl.ioctl(fd, int(abi.Ioctl.KVM_RUN), 0)
             raw.append((time.perf_counter() - began) * 1e6 / exits)
     machine.close()
     memory.close()
