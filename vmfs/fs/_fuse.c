@@ -1,22 +1,23 @@
 /*
  * vmfs.fs._fuse: what pyfuse3 does not surface.
  *
- * pyfuse3 calls libfuse through dynamic symbols, and the dynamic linker looks for those first in what was loaded with
- * RTLD_GLOBAL. This extension defines two of them, so that pyfuse3, loaded after it (vmfs/fs/hooks.py does that),
- * calls these, and these call libfuse's:
+ * pyfuse3 calls libfuse through dynamic symbols, and the dynamic linker looks for those first in what was
+ * loaded with RTLD_GLOBAL. This extension defines two of them, so that pyfuse3, loaded after it
+ * (vmfs/fs/hooks.py does that), calls these, and these call libfuse's:
  *
- *   fuse_session_process_buf   sees every request before libfuse does. It notes whose request is dispatched (pyfuse3
- *                              gives read and write no context), acts on FUSE_INTERRUPT (pyfuse3 drops it), and at
- *                              FUSE_INIT adds to the answer what libfuse before 3.17 cannot negotiate: passthrough.
+ *   fuse_session_process_buf   sees every request before libfuse does. It notes whose request is dispatched
+ *                              (pyfuse3 gives read and write no context), acts on FUSE_INTERRUPT (pyfuse3
+ *                              drops it), and at FUSE_INIT adds to the answer what libfuse before 3.17 cannot
+ *                              negotiate: passthrough.
  *   fuse_reply_open            answers an open with a backing id where the handler asked for one.
  *
- * A request is a `Request`, held by a context variable: pyfuse3 serves each of its requests in one task from dispatch
- * to reply, so a handler finds its own request at any time, as do the tasks and threads that it starts. A request
- * goes away with the last reference to it, at the latest when its task serves the next one.
+ * A request is a `Request`, held by a context variable: pyfuse3 serves each of its requests in one task from
+ * dispatch to reply, so a handler finds its own request at any time, as do the tasks and threads that it
+ * starts. A request goes away with the last reference to it, at the latest when its task serves the next one.
  *
- * No private structure of libfuse or pyfuse3 is touched. What is relied on: the messages of linux/fuse.h (a stable
- * ABI, checked below against the installed header), the public functions of fuse_lowlevel.h, and that the linker
- * prefers this definition, which interposed() tells. Whatever fails, the mount works on without.
+ * No private structure of libfuse or pyfuse3 is touched. What is relied on: the messages of linux/fuse.h (a
+ * stable ABI, checked below against the installed header), the public functions of fuse_lowlevel.h, and that
+ * the linker prefers this definition, which interposed() tells. Whatever fails, the mount works on without.
  *
  * The symbols belong to the process, so the state they use does, too: one mount a process, as with pyfuse3.
  * Everything runs under the GIL; a call without it goes straight to libfuse.
@@ -44,7 +45,7 @@
 
 #include <linux/fuse.h>
 
-#define FUSE_USE_VERSION 32     /* as pyfuse3: struct fuse_file_info and the prototypes have not changed since */
+#define FUSE_USE_VERSION 32     /* pyfuse3's minimum: what is used here has not changed since */
 #include <fuse_lowlevel.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -63,7 +64,7 @@
 #define FOPEN_PASSTHROUGH (1 << 7)
 #endif
 
-struct init_request {                       /* struct fuse_init_in as of 7.36; older kernels send the first four */
+struct init_request {                       /* struct fuse_init_in as of 7.36; before, the first four */
     uint32_t major, minor, max_readahead, flags, flags2;
 };
 
@@ -102,11 +103,12 @@ _Static_assert(sizeof(struct open_answer) == sizeof(struct fuse_open_out), "FUSE
 _Static_assert(sizeof(struct backing_map) == 16, "FUSE_DEV_IOC_BACKING_OPEN's argument");
 #if FUSE_KERNEL_MINOR_VERSION >= 36
 _Static_assert(offsetof(struct init_request, flags2) == offsetof(struct fuse_init_in, flags2), "FUSE_INIT");
-_Static_assert(offsetof(struct init_answer, flags2) == offsetof(struct fuse_init_out, flags2), "FUSE_INIT's answer");
+_Static_assert(offsetof(struct init_answer, flags2) == offsetof(struct fuse_init_out, flags2),
+               "FUSE_INIT's answer");
 #endif
 #if FUSE_KERNEL_MINOR_VERSION >= 40
-_Static_assert(offsetof(struct init_answer, max_stack_depth) == offsetof(struct fuse_init_out, max_stack_depth),
-               "FUSE_INIT's answer");
+_Static_assert(offsetof(struct init_answer, max_stack_depth)
+               == offsetof(struct fuse_init_out, max_stack_depth), "FUSE_INIT's answer");
 _Static_assert(offsetof(struct open_answer, backing_id) == offsetof(struct fuse_open_out, backing_id),
                "FUSE_OPEN's answer");
 _Static_assert(FUSE_PASSTHROUGH >> 32 == INIT_PASSTHROUGH_FLAGS2, "FUSE_INIT's flags");
@@ -121,7 +123,7 @@ typedef struct Request {
     uint64_t unique;            /* 0: retired, answers for nothing */
     uint32_t opcode;
     uint32_t uid, gid;
-    int32_t pid;                /* of the calling thread; 0 where it is in a pid namespace that we do not see */
+    int32_t pid;                /* of the calling thread; 0 from a pid namespace out of our sight */
     int32_t backing_id;         /* what the answer to open carries; 0 is none (the kernel's ids start at 1) */
     char interrupted;
     PyObject *on_interrupt;
@@ -153,7 +155,8 @@ static struct {
 static void explain(const char *sentence, int error)
 {
     if (error)
-        snprintf(hooks.passthrough_reason, sizeof hooks.passthrough_reason, "%s: %s", sentence, strerror(error));
+        snprintf(hooks.passthrough_reason, sizeof hooks.passthrough_reason, "%s: %s", sentence,
+                 strerror(error));
     else
         snprintf(hooks.passthrough_reason, sizeof hooks.passthrough_reason, "%s", sentence);
 }
@@ -212,7 +215,7 @@ static void request_begin(const struct fuse_in_header *header)
     PyErr_Fetch(&type, &value, &traceback);
 
     Request *previous = request_current();
-    if (previous) {                 /* its task serves the next one, so it was answered, whoever still holds it */
+    if (previous) {                 /* answered, whoever still holds it: its task serves the next one */
         request_unlink(previous);
         previous->unique = 0;
         Py_CLEAR(previous->on_interrupt);
@@ -294,9 +297,9 @@ static void request_dealloc(Request *self)
 
 static PyObject *request_repr(Request *self)
 {
-    return PyUnicode_FromFormat("<Request %llu opcode=%u pid=%d uid=%u gid=%u%s>", (unsigned long long)self->unique,
-                                self->opcode, self->pid, self->uid, self->gid,
-                                self->interrupted ? " interrupted" : "");
+    return PyUnicode_FromFormat("<Request %llu opcode=%u pid=%d uid=%u gid=%u%s>",
+                                (unsigned long long)self->unique, self->opcode, self->pid, self->uid,
+                                self->gid, self->interrupted ? " interrupted" : "");
 }
 
 static PyMemberDef request_members[] = {
@@ -362,10 +365,12 @@ static int try_backing(int device)
     return error;
 }
 
-/* libfuse before 3.17 cannot ask for FUSE_PASSTHROUGH, and it writes its answer to the device itself. For this one
-   request it gets a socket in the device's place (a datagram socket keeps the answer whole); what it writes there is
-   amended and handed on. Nobody else uses the descriptor meanwhile: nothing is served before FUSE_INIT. */
-static void process_init(struct fuse_session *session, const struct fuse_buf *buf, const struct init_request *asked)
+/* libfuse before 3.17 cannot ask for FUSE_PASSTHROUGH, and it writes its answer to the device itself. For
+   this one request it gets a socket in the device's place (a packet socket keeps the answer whole); what it
+   writes there is amended and handed on. Nobody else uses the descriptor meanwhile: nothing is served before
+   FUSE_INIT. */
+static void process_init(struct fuse_session *session, const struct fuse_buf *buf,
+                         const struct init_request *asked)
 {
     int pair[2], device = hooks.session_fd(session), kept = -1;
     struct {
@@ -379,7 +384,7 @@ static void process_init(struct fuse_session *session, const struct fuse_buf *bu
     if (!hooks.passthrough_wanted)
         goto without;
     if (!(asked->flags & FUSE_INIT_EXT) || !(asked->flags2 & INIT_PASSTHROUGH_FLAGS2)) {
-        explain("this kernel has no FUSE passthrough (Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH has)", 0);
+        explain("this kernel has no FUSE passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH)", 0);
         goto without;
     }
     int descriptor_flags = fcntl(device, F_GETFD);
@@ -426,7 +431,7 @@ static void process_init(struct fuse_session *session, const struct fuse_buf *bu
         } else
             explain("the kernel reads, writes and maps memory itself", 0);
     }
-    if (restored == 0)                      /* else the descriptor is lost, and the mount's next read says so */
+    if (restored == 0)                      /* else it is lost, and the mount's next read says so */
         close_kept_errno(kept);
     return;
 
@@ -436,8 +441,8 @@ without:
 
 /* ---- the two functions in front of libfuse's ---- */
 
-/* The header of a request. libfuse may leave a large write in a pipe (splice): then a copy of its first bytes is
-   taken through a pipe of our own. Returns 0, or -1 where there is none to be had. */
+/* The header of a request. libfuse may leave a large write in a pipe (splice): then a copy of its first bytes
+   is taken through a pipe of our own. Returns 0, or -1 where there is none to be had. */
 static int read_header(const struct fuse_buf *buf, struct fuse_in_header *header)
 {
     if (buf->size < sizeof *header)
@@ -483,7 +488,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct 
         const void *given = argument(buf, sizeof interrupt);
         if (given)
             memcpy(&interrupt, given, sizeof interrupt);
-        /* libfuse first: it keeps the message if it does not know the request, and has the kernel send it again. */
+        /* libfuse first: it answers the message if it does not know the request (EAGAIN: send it again). */
         hooks.process_buf(session, buf);
         request_interrupt(interrupt.unique);
     } else if (header.opcode == FUSE_INIT) {
@@ -510,7 +515,8 @@ EXPORT int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
        FOPEN_DIRECT_IO, with which only mmap would pass through (fuse_file_io_open, fs/fuse/iomode.c). */
     struct open_answer open = {
         .fh = fi->fh,
-        .open_flags = FOPEN_PASSTHROUGH | (fi->noflush ? FOPEN_NOFLUSH : 0) | (fi->direct_io ? FOPEN_DIRECT_IO : 0),
+        .open_flags = FOPEN_PASSTHROUGH | (fi->noflush ? FOPEN_NOFLUSH : 0)
+                      | (fi->direct_io ? FOPEN_DIRECT_IO : 0),
         .backing_id = request->backing_id,
     };
     struct fuse_out_header header = {.len = sizeof header + sizeof open, .unique = request->unique};
@@ -524,8 +530,10 @@ EXPORT int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 
 /* ---- the module ---- */
 
-PyDoc_STRVAR(bind_doc, "bind(path)\n\nTakes libfuse's functions from the library that pyfuse3's extension, loaded\n"
-             "from path, uses. OSError where there is none.");
+PyDoc_STRVAR(bind_doc,
+    "bind(path)\n\n"
+    "Takes libfuse's functions from the library that pyfuse3's extension, loaded from path, uses. OSError\n"
+    "where there is none.");
 
 static PyObject *fuse_bind(PyObject *module, PyObject *args)
 {
@@ -538,8 +546,8 @@ static PyObject *fuse_bind(PyObject *module, PyObject *args)
         const char *reason = dlerror();
         return PyErr_Format(PyExc_OSError, "pyfuse3 is not loaded: %s", reason ? reason : "no such library");
     }
-    /* dlsym with a handle searches that library and what it was linked with, in that order, and not the global
-       scope: libfuse's function, whichever version of libfuse it is. */
+    /* dlsym with a handle searches that library and what it was linked with, in that order, and not the
+       global scope: libfuse's function, whichever version of libfuse it is. */
     void *process_buf = dlsym(library, "fuse_session_process_buf");
     void *reply_open = dlsym(library, "fuse_reply_open");
     void *reply_none = dlsym(library, "fuse_reply_none");
@@ -547,7 +555,7 @@ static PyObject *fuse_bind(PyObject *module, PyObject *args)
     dlclose(library);                   /* pyfuse3 keeps it loaded */
     if (!process_buf || !reply_open || !reply_none || !session_fd
         || process_buf == (void *)fuse_session_process_buf || reply_open == (void *)fuse_reply_open)
-        return PyErr_Format(PyExc_OSError, "pyfuse3 was linked with no libfuse3 that has the functions of 3.2");
+        return PyErr_Format(PyExc_OSError, "pyfuse3 was linked with no libfuse3 of 3.2 or later");
 
     hooks.process_buf = (void (*)(struct fuse_session *, const struct fuse_buf *))process_buf;
     hooks.reply_open = (int (*)(fuse_req_t, const struct fuse_file_info *))reply_open;
@@ -556,7 +564,9 @@ static PyObject *fuse_bind(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(interposed_doc, "interposed()\n\nWhether a library loaded from now on calls these functions for libfuse's.");
+PyDoc_STRVAR(interposed_doc,
+    "interposed()\n\n"
+    "Whether a library loaded from now on calls these functions for libfuse's.");
 
 static PyObject *fuse_interposed(PyObject *module, PyObject *args)
 {
@@ -564,15 +574,19 @@ static PyObject *fuse_interposed(PyObject *module, PyObject *args)
                            && dlsym(RTLD_DEFAULT, "fuse_reply_open") == (void *)fuse_reply_open);
 }
 
-PyDoc_STRVAR(seen_doc, "seen()\n\nWhether a request has come through these functions.");
+PyDoc_STRVAR(seen_doc,
+    "seen()\n\n"
+    "Whether a request has come through these functions.");
 
 static PyObject *fuse_seen(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(hooks.seen);
 }
 
-PyDoc_STRVAR(current_request_doc, "current_request()\n\nThe Request that this task serves, or None: before the first,\n"
-             "in a task that serves none, or where the hooks did not take.");
+PyDoc_STRVAR(current_request_doc,
+    "current_request()\n\n"
+    "The Request that this task serves, or None: before the first, in a task that serves none, or where\n"
+    "the hooks did not take.");
 
 static PyObject *fuse_current_request(PyObject *module, PyObject *args)
 {
@@ -580,7 +594,9 @@ static PyObject *fuse_current_request(PyObject *module, PyObject *args)
     return Py_NewRef(request ? (PyObject *)request : Py_None);
 }
 
-PyDoc_STRVAR(request_doc, "request(unique)\n\nThe Request of that number, or None where it is none that is served.");
+PyDoc_STRVAR(request_doc,
+    "request(unique)\n\n"
+    "The Request of that number, or None where it is none that is served.");
 
 static PyObject *fuse_request(PyObject *module, PyObject *arg)
 {
@@ -591,7 +607,9 @@ static PyObject *fuse_request(PyObject *module, PyObject *arg)
     return Py_NewRef(request ? (PyObject *)request : Py_None);
 }
 
-PyDoc_STRVAR(current_unique_doc, "current_unique()\n\nThe number of the request that this task serves, or 0.");
+PyDoc_STRVAR(current_unique_doc,
+    "current_unique()\n\n"
+    "The number of the request that this task serves, or 0.");
 
 static PyObject *fuse_current_unique(PyObject *module, PyObject *args)
 {
@@ -599,8 +617,10 @@ static PyObject *fuse_current_unique(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(request ? request->unique : 0);
 }
 
-PyDoc_STRVAR(want_passthrough_doc, "want_passthrough(wanted, reason)\n\nWhether to ask the kernel for passthrough at\n"
-             "the next FUSE_INIT (it does by default), and the reason that passthrough_reason() gives until then.");
+PyDoc_STRVAR(want_passthrough_doc,
+    "want_passthrough(wanted, reason)\n\n"
+    "Whether to ask the kernel for passthrough at the next FUSE_INIT (it does by default), and the reason\n"
+    "that passthrough_reason() gives until then.");
 
 static PyObject *fuse_want_passthrough(PyObject *module, PyObject *args)
 {
@@ -613,15 +633,18 @@ static PyObject *fuse_want_passthrough(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(passthrough_available_doc, "passthrough_available()\n\nWhether the mount has passthrough; False before it\n"
-             "is initialized.");
+PyDoc_STRVAR(passthrough_available_doc,
+    "passthrough_available()\n\n"
+    "Whether the mount has passthrough; False before it is initialized.");
 
 static PyObject *fuse_passthrough_available(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(hooks.passthrough);
 }
 
-PyDoc_STRVAR(passthrough_reason_doc, "passthrough_reason()\n\nWhy the mount has passthrough, or has not: a sentence.");
+PyDoc_STRVAR(passthrough_reason_doc,
+    "passthrough_reason()\n\n"
+    "Why the mount has passthrough, or has not: a sentence.");
 
 static PyObject *fuse_passthrough_reason(PyObject *module, PyObject *args)
 {
@@ -637,10 +660,12 @@ static PyObject *no_passthrough(void)
     return NULL;
 }
 
-PyDoc_STRVAR(backing_open_doc, "backing_open(fd)\n\nGives the kernel the open file behind fd (a regular file) to pass\n"
-             "through to, and returns its id, an int from 1. The kernel holds the file until backing_close(id) and\n"
-             "until every file opened with the id is closed; fd itself may be closed. OSError: EOPNOTSUPP without\n"
-             "passthrough, else what FUSE_DEV_IOC_BACKING_OPEN answers.");
+PyDoc_STRVAR(backing_open_doc,
+    "backing_open(fd)\n\n"
+    "Gives the kernel the open file behind fd (a regular file) to pass through to, and returns its id, an\n"
+    "int from 1. The kernel holds the file until backing_close(id) and until every file opened with the\n"
+    "id is closed; fd itself may be closed. OSError: EOPNOTSUPP without passthrough, else what\n"
+    "FUSE_DEV_IOC_BACKING_OPEN answers.");
 
 static PyObject *fuse_backing_open(PyObject *module, PyObject *args)
 {
@@ -656,8 +681,10 @@ static PyObject *fuse_backing_open(PyObject *module, PyObject *args)
     return id < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(id);
 }
 
-PyDoc_STRVAR(backing_close_doc, "backing_close(id)\n\nDrops an id. Files that are open with it stay open. OSError:\n"
-             "ENOENT for an id that is none, EOPNOTSUPP without passthrough.");
+PyDoc_STRVAR(backing_close_doc,
+    "backing_close(id)\n\n"
+    "Drops an id. Files that are open with it stay open. OSError: ENOENT for an id that is none,\n"
+    "EOPNOTSUPP without passthrough.");
 
 static PyObject *fuse_backing_close(PyObject *module, PyObject *args)
 {
@@ -687,10 +714,12 @@ static PyObject *answer_open_with(Request *request, int backing_id)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(passthrough_next_open_doc, "passthrough_next_open(backing_id)\n\nIn an open handler: its answer will carry\n"
-             "the id, and read, write and mmap of that open file pass through (with direct_io set in the FileInfo,\n"
-             "only mmap does; keep_cache and nonseekable do not apply). 0 takes it back. If the handler fails, the\n"
-             "id goes unused. ValueError outside of an open, OSError EOPNOTSUPP without passthrough.");
+PyDoc_STRVAR(passthrough_next_open_doc,
+    "passthrough_next_open(backing_id)\n\n"
+    "In an open handler: its answer will carry the id, and read, write and mmap of that open file pass\n"
+    "through (with direct_io set in the FileInfo, only mmap does; keep_cache and nonseekable do not\n"
+    "apply). 0 takes it back. If the handler fails, the id goes unused. ValueError outside of an open,\n"
+    "OSError EOPNOTSUPP without passthrough.");
 
 static PyObject *fuse_passthrough_next_open(PyObject *module, PyObject *args)
 {
@@ -700,8 +729,9 @@ static PyObject *fuse_passthrough_next_open(PyObject *module, PyObject *args)
     return answer_open_with(request_current(), backing_id);
 }
 
-PyDoc_STRVAR(passthrough_open_doc, "passthrough_open(unique, backing_id)\n\nThe same for the open request of that\n"
-             "number, from any task or thread.");
+PyDoc_STRVAR(passthrough_open_doc,
+    "passthrough_open(unique, backing_id)\n\n"
+    "The same for the open request of that number, from any task or thread.");
 
 static PyObject *fuse_passthrough_open(PyObject *module, PyObject *args)
 {
@@ -794,7 +824,7 @@ static PyModuleDef_Slot module_slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "vmfs.fs._fuse",
-    .m_doc = "What pyfuse3 does not surface: requests, interrupts, passthrough. Use it through vmfs.fs.hooks.",
+    .m_doc = "What pyfuse3 does not surface: requests, interrupts, passthrough. See vmfs.fs.hooks.",
     .m_size = sizeof(State),
     .m_methods = methods,
     .m_slots = module_slots,

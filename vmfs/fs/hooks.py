@@ -1,7 +1,7 @@
 """pyfuse3, and what it does not surface: import it from here, so that `_fuse` is always loaded before it.
 
-`_fuse` stands in front of two functions of libfuse (see `_fuse.c`), which works only if it is loaded first and with
-its symbols global. `status()` says what that gave; a mount works without either part.
+`_fuse` stands in front of two functions of libfuse (see `_fuse.c`), which works only if it is loaded first
+and with its symbols global. `status()` says what that gave; a mount works without either part.
 
     from vmfs.fs.hooks import _fuse, pyfuse3, status
     from vmfs.fs.interrupts import interruptible
@@ -17,15 +17,16 @@ its symbols global. `status()` says what that gave; a mount works without either
             async with interruptible(self.pid[fh]): # Interrupted (EINTR) if the caller is signalled or killed
                 await self.exit.wait()
             async with interruptible(self.pid[fh], stop=vcpu.kick) as caller:   # kick() instead of cancelling
-                line = await trio.to_thread.run_sync(vcpu.run)                  # ends early; caller.interrupted
+                line = await trio.to_thread.run_sync(vcpu.run)      # ends early; caller.interrupted is True
             return line                             # a body that ends has its result returned, signal or not
 
-`_fuse.current_request()` is the request that the running task serves, at any time from its dispatch to its answer,
-also after an await and in tasks and threads started from it: `.unique`, `.pid` (a thread id), `.uid`, `.gid` (which
-pyfuse3 does not give to read and write), `.interrupted`. It is None where the hooks did not take.
+`_fuse.current_request()` is the request that the running task serves, at any time from its dispatch to its
+answer, also after an await and in tasks and threads started from it: `.unique`, `.pid` (a thread id), `.uid`,
+`.gid` (which pyfuse3 does not give to read and write), `.interrupted`. It is None where the hooks did not
+take.
 
-Environment, read once: VMFS_NO_FUSE_HOOKS=1 leaves libfuse's functions alone, VMFS_NO_PASSTHROUGH=1 only asks for
-no passthrough. For tests, and for a machine where one of them misbehaves.
+Environment, read once: VMFS_NO_FUSE_HOOKS=1 leaves libfuse's functions alone, VMFS_NO_PASSTHROUGH=1 only asks
+for no passthrough. For tests, and for a machine where one of them misbehaves.
 """
 
 import importlib
@@ -84,7 +85,7 @@ _fuse, pyfuse3, _no_hooks = _load()
 
 
 def status():
-    """What works. Before the mount, `interrupts` is what is expected, and `passthrough` is not known: False."""
+    """What works. Before the mount: whether interrupts should, and not yet whether passthrough does."""
     if _no_hooks:
         interrupts, reason = False, f"{_no_hooks}; the caller's pending signals are watched instead"
     elif _fuse.seen():

@@ -1,16 +1,18 @@
 """Blocked calls end when a signal comes for their caller.
 
-The kernel sends one FUSE_INTERRUPT for a request, at the first signal; until the request is answered its caller
-cannot even be killed. `_fuse` marks the request and calls its `on_interrupt`, in the thread of the trio loop. A
-message cannot come before its request was dispatched nor after it was answered, since one thread reads and answers
-them all; one that comes before the handler waits is kept on the request.
+The kernel sends one FUSE_INTERRUPT for a request, at the first signal; until the request is answered its
+caller cannot even be killed. `_fuse` marks the request and calls its `on_interrupt`, in the thread of the
+trio loop. A message cannot come before its request was dispatched nor after it was answered, since one thread
+reads and answers them all; one that comes before the handler waits is kept on the request.
 
 Where the hooks did not take, a watch on the caller's pending signals in /proc takes their place.
 
 An answer of EINTR is final: FUSE takes no -ERESTARTSYS, so a call fails with EINTR also where the handler was
-installed with SA_RESTART, and after a stop and a SIGCONT, like the calls that signal(7) lists as never restarted.
+installed with SA_RESTART, and after a stop and a SIGCONT, like the calls that signal(7) lists as never
+restarted.
 
-Source: Documentation/filesystems/fuse/fuse.rst, "Interrupting filesystem operations"; proc_pid_status(5); signal(7).
+Source: Documentation/filesystems/fuse/fuse.rst, "Interrupting filesystem operations"; proc_pid_status(5);
+signal(7).
 """
 
 import signal
@@ -22,7 +24,7 @@ from vmfs.errors import Interrupted
 from vmfs.fs.hooks import _fuse
 
 INTERVAL = 0.03
-"""Seconds between two looks at a watched caller: not felt at a keyboard, and a small load for hundreds of callers."""
+"""Seconds between two looks at a watched caller: unfelt at a keyboard, a small load for hundreds of them."""
 
 
 class Caller:
@@ -41,20 +43,20 @@ class Caller:
 
 @asynccontextmanager
 async def interruptible(pid, unique=None, *, stop=None):
-    """In a handler, around what may wait: raises Interrupted (EINTR) if a signal comes for the caller, or kills it.
+    """In a handler, around what may wait: raises Interrupted (EINTR) if a signal comes for the caller.
 
         async with interruptible(pid):
             line = await lines.get()
 
-    A signal cancels the body, at a checkpoint, as any cancellation in trio. A body that ends all the same is left
-    alone: what it got is not lost. A signal that came before the body began ends it before it begins.
+    A signal cancels the body, at a checkpoint, as any cancellation in trio. A body that ends all the same is
+    left alone: what it got is not lost. A signal that came before the body began ends it before it begins.
 
-    With `stop`, for what cannot be cancelled, such as a vCPU's run in a thread: a signal calls `stop()`, once, on
-    the trio loop, and the body goes on to its end, which `stop` should bring about. Nothing is raised then; the
-    `interrupted` of the Caller that this yields tells.
+    With `stop`, for what cannot be cancelled, such as a vCPU's run in a thread: a signal calls `stop()`,
+    once, on the trio loop, and the body goes on to its end, which `stop` should bring about. Nothing is
+    raised then; the `interrupted` of the Caller that this yields tells.
 
-    pid: the caller's thread id, as in the context of open. It is used only where the hooks did not take (0: no
-    watch). unique: the request's number if it is another than the one which the running task serves.
+    pid: the caller's thread id, as in the context of open. It is used only where the hooks did not take (0:
+    no watch). unique: the request's number if it is another than the one which the running task serves.
 
     It may be nested. Not for two tasks of one request at a time: the later one takes the signal.
     """
@@ -93,10 +95,10 @@ class _listen:
 # ---- without the hooks ----
 
 class Watch:
-    """Looks at the pending signals of all callers that wait, from one task of the trio loop while there are any.
+    """Looks at the pending signals of all callers that wait, from one task while there are any.
 
-    A signal sent to a process of several threads is pending for all of them until one takes it, so that a thread
-    for which it was not meant may be interrupted, too.
+    A signal sent to a process of several threads is pending for all of them until one takes it, so that a
+    thread for which it was not meant may be interrupted, too.
     """
 
     def __init__(self, interval=INTERVAL):

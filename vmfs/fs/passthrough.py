@@ -1,6 +1,13 @@
-"""Memory that the kernel serves: reads, writes and mappings of a file go to its memfd and never reach the server.
+"""Memory that the kernel serves: reads, writes and mappings go to a memfd and never reach the server.
 
-Source: Documentation/filesystems/fuse/fuse-passthrough.rst; fs/fuse/iomode.c for what one inode's opens may mix.
+Then the memfd answers, not the server: a write past its end makes it grow, or, if it is sealed (F_SEAL_GROW),
+fails with EPERM, after a short write where it starts before the end. Where that must be another errno
+(EFBIG), answer the open with direct_io set: mappings stay live, while reads and writes come to the server.
+Opens of either sort may be mixed.
+
+The size that stat and the page offsets of a mapping go by is the server's: getattr tells the memfd's.
+
+Source: Documentation/filesystems/fuse/fuse-passthrough.rst; fs/fuse/iomode.c for what opens may be mixed.
 """
 
 import logging
@@ -14,7 +21,7 @@ class Backing:
     """The backing file of one inode, for as long as the inode lives.
 
     The kernel refuses (EIO) an open that passes through while another of the same inode goes through the page
-    cache, or to another backing file. So what the first open gets, all later ones get: `answer_open` settles it.
+    cache, or to another backing file. So the first open settles it for all later ones.
     """
 
     def __init__(self, fd):
@@ -23,8 +30,11 @@ class Backing:
         self._id = None         # None: not settled; 0: page cache; else the kernel's id
 
     def answer_open(self, unique=None):
-        """In an open handler: its answer lets the kernel serve the file. False, with nothing changed, where it
-        cannot: the handler answers as for any other file. `unique` names an open other than the running task's."""
+        """In an open handler: its answer lets the kernel serve the file.
+
+        False, with nothing changed, where that cannot be: the handler then answers as for any other file.
+        unique: an open's that is not the one which the running task serves.
+        """
         if self._id is None:
             self._id = self._open()
         if not self._id:
