@@ -349,7 +349,7 @@ class Vm:
 
     @property
     def mode(self) -> str:
-        """What the CPU is in. `real`, `protected`, `long` can be set: flat segments, for `long` page tables."""
+        """What the CPU is in. `real`, `protected` and `long` can be set, with flat segments."""
         return self.read_text("mode")
 
     @mode.setter
