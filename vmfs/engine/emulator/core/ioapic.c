@@ -64,8 +64,11 @@ void ioapic_set_pin(struct irqchip *chip, unsigned pin, bool level)
         return;
     }
     ioapic->state.irr |= bit;
-    if (was && !(ioapic->state.redirtbl[pin].bits & ENTRY_LEVEL))
-        return;
+    if (!(ioapic->state.redirtbl[pin].bits & ENTRY_LEVEL)) {
+        ioapic->delivered &= ~bit;
+        if (was)
+            return;
+    }
     service(chip, pin);
 }
 

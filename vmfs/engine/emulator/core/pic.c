@@ -101,9 +101,8 @@ static void take(struct kvm_pic_state *s, unsigned input)
 
     if (!(s->elcr & bit))
         s->irr &= ~bit;
-    if (!s->auto_eoi)
-        s->isr |= bit;
-    else if (s->rotate_on_auto_eoi)
+    s->isr = s->auto_eoi ? s->isr & ~bit : s->isr | bit;
+    if (s->auto_eoi && s->rotate_on_auto_eoi)
         s->priority_add = (input + 1) & 7;
 }
 
