@@ -84,9 +84,8 @@ import tomllib
 print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")
 PYTHON
     )
-    # --no-build-isolation: setuptools is there already.
     { .venv/bin/pip install --disable-pip-version-check "${development[@]}" &&
-      .venv/bin/pip install --disable-pip-version-check --no-build-isolation -e .; } >.cache/pip.log 2>&1 </dev/null ||
+      .venv/bin/pip install --disable-pip-version-check -e .; } >.cache/pip.log 2>&1 </dev/null ||
         { tail -n 30 .cache/pip.log >&2; die "pip could not install the packages above"; }
     rm -f .venv/extensions.stamp
     echo "$wanted" >.venv/packages.stamp
