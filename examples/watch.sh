@@ -1,0 +1,35 @@
+#!/bin/bash
+# watch.sh MOUNT: look into a guest, and reach into it, while it runs. No debugger, no agent in it: cat and printf.
+set -euo pipefail
+vm=${1:?usage: watch.sh MOUNT}/watch.$$
+
+mkdir "$vm"
+trap 'rmdir "$vm"' EXIT
+echo long > "$vm/mode"
+
+# 1000  xor eax, eax            100c  je 0x1002          1015  out 0x80, al
+# 1002  inc rax                 100e  mov eax, [0x2000]  1017  hlt
+# 1005  cmp byte [0x2000], 0
+printf '%b' '\x31\xc0' '\x48\xff\xc0' '\x80\x3d\xf4\x0f\x00\x00\x00' '\x74\xf4' '\x8b\x04\x25\x00\x20\x00\x00' \
+    '\xe6\x80' '\xf4' | dd of="$vm/mem" bs=4k seek=$((0x1000)) oflag=seek_bytes conv=notrunc status=none
+echo 'rip 0x1000' > "$vm/registers"
+
+echo '--- step by step'
+for step in 1 2 3 4 5 6; do
+    echo step > "$vm/vm_run"
+    echo "rip $(cat "$vm/reg/rip")  rax $(cat "$vm/reg/rax")"
+done | tee /dev/stderr | tail -n 1 | grep -q 'rip 0x0*100c  rax 0x0*2$'
+
+echo '--- running: a register, now and then'
+echo run > "$vm/state"
+first=$(cat "$vm/reg/rax")
+second=$(cat "$vm/reg/rax")
+echo "rax $first, then $second; it is $(cat "$vm/state")"
+((second > first))
+
+echo '--- still running: the byte that it waits for, changed under it'
+printf '\x2a' | dd of="$vm/mem" bs=1 seek=$((0x2000)) conv=notrunc status=none
+until [ "$(cat "$vm/state")" != running ]; do sleep 0.01; done
+cat "$vm/exit"
+[ "$(cat "$vm/exit")" = 'io direction=out port=0x80 size=1 count=1 data=0x2a rip=0x1017' ]
+[ "$(cat "$vm/vm_run")" = 'hlt rip=0x1018' ]
