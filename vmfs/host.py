@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vmfs.engine.base import Engine
 from vmfs.errors import LimitReached
 from vmfs.memory import DEFAULT_SIZE, check_size
@@ -34,6 +36,12 @@ class Host:
         check_size(size)
         self._check_memory(size - vm.memory.size)
         vm.resize_memory(size)
+
+    def capacity(self) -> tuple[int, int, int, int]:
+        """RAM and how much of it is not promised yet, in bytes; machines and how many more there may be."""
+        memory = min(self.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        used = sum(vm.memory.size for vm in self._vms)
+        return memory, max(memory - used, 0), self.max_vms, self.max_vms - len(self._vms)
 
     def forget(self, vm: Vm) -> None:
         """The machine no longer counts; `Vm.close`, which blocks, is the caller's to call in a thread."""

@@ -161,6 +161,19 @@ class Vm:
                 current.stop_asked = True
                 self._cpu.kick()
 
+    def pause(self) -> Future[None]:
+        """`stop`, and know when the guest has stopped, whatever its exit: done at once when nothing runs."""
+        stopped: Future[None] = Future()
+        with self._lock:
+            self._check_open()
+            run = self._run
+        if run is None:
+            stopped.set_result(None)
+        else:
+            run.add_done_callback(lambda _: stopped.set_result(None))
+            self.stop(run)
+        return stopped
+
     def _serve(self) -> None:
         """The CPU's thread."""
         while (run := self._work.get()) is not None:
@@ -190,8 +203,8 @@ class Vm:
                 run.set_result(result)
 
     def _execute(self, run: Run) -> exits.Exit:
-        if self.hooks.before:
-            self.hooks.before()
+        if before := self.hooks.before:
+            before()
         timer = None
         if run.bound.seconds is not None:
             timer = threading.Timer(run.bound.seconds, self._expire, (run,))
@@ -202,8 +215,8 @@ class Vm:
         finally:
             if timer:
                 timer.cancel()
-            if self.hooks.after:
-                self.hooks.after(self.take_dirty("cache"))
+            if after := self.hooks.after:
+                after(self.take_dirty("cache"))
 
     def _run_to_exit(self, run: Run) -> exits.Exit:
         """Run slice by slice until an exit that is the caller's to see."""
@@ -315,15 +328,14 @@ class Vm:
 
     # ---- state of the machine
 
-    def get_machine_state(self, name: str) -> bytes:
-        with self._lock:
-            self._check_open()
-            return self._machine.get_state(name)
+    def get_machine_state(self, name: str) -> Future[bytes]:
+        return self.at_boundary(lambda _: self._machine.get_state(name))
 
-    def set_machine_state(self, name: str, data: bytes) -> None:
+    def change_machine_state(self, name: str, change: Callable[[Callable[[], bytes]], bytes]) -> None:
+        """Set a state to what `change` makes of it; it gets a function that reads it. Busy while the machine runs."""
         with self._lock:
             self._check_idle()
-            self._machine.set_state(name, data)
+            self._machine.set_state(name, change(lambda: self._machine.get_state(name)))
 
     def reset(self) -> None:
         """The CPU's reset state (Intel SDM 3A 9.1.1). RAM keeps its contents, as on a real machine."""

@@ -1,0 +1,113 @@
+"""The file system of a mount: `serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import trio
+
+from vmfs import engine
+from vmfs.errors import EngineFailed
+from vmfs.fs.connection import Connection, fuse_descriptors
+from vmfs.fs.hooks import pyfuse3
+from vmfs.fs.inodes import Inodes
+from vmfs.fs.operations import Operations
+from vmfs.fs.scopes import RootScope
+from vmfs.fs.tree import RootDirectory
+from vmfs.host import Host
+from vmfs.settings import MountSettings
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS = 10_000  # a blocked caller takes one; without a free one the mount would stand still
+ABORT_LOOK_SECONDS = 0.5
+
+
+def serve(mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
+    """Mount on `mountpoint` and serve until it is unmounted, or until SIGTERM or SIGINT, which unmount it.
+
+    In the main thread. `ready` is called when the mount answers. VmfsError when it cannot be mounted. At the end
+    all machines are closed.
+    """
+    infos = engine.describe()
+    chosen = engine.choose(settings.engine, infos)
+    host = Host(
+        chosen, max_vms=settings.max_vms or sys.maxsize, max_memory=settings.max_memory or sys.maxsize
+    )
+    trio.run(_serve, mountpoint, settings, ready, host, infos)
+
+
+async def _serve(
+    mountpoint: str,
+    settings: MountSettings,
+    ready: Callable[[], None],
+    host: Host,
+    infos: tuple[engine.EngineInfo, ...],
+) -> None:
+    inodes = Inodes()
+    scope = RootScope(host, infos)
+    # Where others may look in, each may make machines and remove its own, as in /tmp.
+    mode = 0o1777 if settings.allow_other else 0o755
+    root = RootDirectory(inodes, scope, mode, os.getuid(), os.getgid())
+    began = trio.Event()
+    operations = Operations(inodes, host.capacity, began)
+
+    before = fuse_descriptors()
+    try:
+        pyfuse3.init(operations, mountpoint, _options(settings))
+    except RuntimeError as error:
+        raise EngineFailed(f"{mountpoint} could not be mounted: {error}") from error
+    try:
+        (descriptor,) = fuse_descriptors() - before
+        scope.connection = connection = Connection(os.dup(descriptor))
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_watch_signals, root)
+                nursery.start_soon(_watch_abort, connection, root)
+                nursery.start_soon(_tell, began, ready)
+                await pyfuse3.main(max_tasks=MAX_TASKS)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await root.close()
+            connection.close()
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+def _options(settings: MountSettings) -> set[str]:
+    options = {*pyfuse3.default_options, *settings.fuse_options}
+    for name, value in (("fsname", "vmfs"), ("subtype", "vmfs")):
+        if not any(option.startswith(f"{name}=") for option in options):
+            options.add(f"{name}={value}")
+    if settings.allow_other:
+        options.add("allow_other")
+    return options
+
+
+async def _tell(began: trio.Event, ready: Callable[[], None]) -> None:
+    await began.wait()
+    log.info("mounted")
+    ready()
+
+
+async def _watch_signals(root: RootDirectory, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            # First, and while the mount still answers: whoever is blocked is released.
+            await root.close()
+            pyfuse3.terminate()
+            return
+
+
+async def _watch_abort(connection: Connection, root: RootDirectory) -> None:
+    """When the kernel has given the mount up, release whoever is blocked: the loop ends with its last task."""
+    while not connection.aborted():
+        await trio.sleep(ABORT_LOOK_SECONDS)
+    await root.close()

@@ -1,0 +1,220 @@
+"""FILES: the directory of a machine, a row a file; ROOT_FILES: those of the mount. To add a file is to add a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from vmfs import __version__
+from vmfs.engine import EngineInfo, by_name
+from vmfs.engine.base import Vcpu
+from vmfs.errors import Invalid, Unsupported
+from vmfs.exits import Exit
+from vmfs.fs.commands import parse_command, parse_commands
+from vmfs.fs.hooks import status
+from vmfs.fs.inodes import Kind
+from vmfs.fs.kinds import AccessData, Irq, State, Text, VmRun
+from vmfs.fs.memory_file import Mem
+from vmfs.fs.scopes import MachineScope, RootScope
+from vmfs.fs.waiting import finished
+from vmfs.memory import PAGE
+from vmfs.numbers import parse_number, parse_size
+from vmfs.registers import (
+    REGISTERS,
+    Register,
+    dump_registers,
+    parse_msr,
+    parse_registers,
+    read_register,
+    write_registers,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A file. `mode`: its permission bits, before the maker's umask. `per_cpu`: it stands in cpuN/ as well."""
+
+    name: str
+    mode: int
+    kind: Kind
+    per_cpu: bool = False
+
+
+# ---- what rows read and write
+
+
+def _registers(scope: MachineScope) -> Future[str]:
+    return scope.vm.at_boundary(dump_registers)
+
+
+def _set_registers(scope: MachineScope, text: str) -> None:
+    values = parse_registers(text)
+    scope.vm.change(lambda cpu: write_registers(cpu, values))
+
+
+def _set_debug(scope: MachineScope, text: str) -> Future[None]:
+    return scope.vm.set_points(parse_commands("debug", text))
+
+
+def _set_state(scope: MachineScope, text: str) -> Any:
+    return parse_command("state", text)(scope.vm)
+
+
+def _exit_line(scope: MachineScope) -> str:
+    last = scope.vm.last_exit
+    return "" if last is None else f"{last.line()}\n"
+
+
+def _exit_struct(scope: MachineScope) -> bytes:
+    last = scope.vm.last_exit
+    return b"" if last is None else last.pack()
+
+
+def _stat(scope: MachineScope) -> str:
+    have = status()
+    counted: dict[str, object] = {
+        **scope.vm.counters(),
+        "memory_bytes": scope.vm.memory.size,
+        "memory_served_by": "passthrough" if have.passthrough else "page-cache",
+        "signals_noticed_by": "interrupt-message" if have.interrupts else "watch",
+    }
+    return "".join(f"{key} {value}\n" for key, value in counted.items())
+
+
+def _set_mem_size(scope: MachineScope, text: str) -> None:
+    scope.host.resize_memory(scope.vm, parse_size(text.strip(), what="mem_size"))
+
+
+def _set_engine(scope: MachineScope, text: str) -> None:
+    """Carrying a machine's state over to another engine belongs here."""
+    name, current = text.strip(), scope.vm.engine.name
+    if name != current:
+        by_name(name)
+        raise Unsupported(f"engine: the machine runs on {current}, and cannot be moved to {name} yet")
+
+
+async def _mode(scope: MachineScope) -> str:
+    mode = scope.vm.mode()
+    await finished(mode, scope)
+    return f"{mode.result()}\n"
+
+
+async def _set_mode(scope: MachineScope, text: str) -> None:
+    async with scope.memory.change():
+        scope.vm.set_mode(text.strip())
+
+
+def _complaint(scope: MachineScope) -> str:
+    return f"{scope.complaint}\n" if scope.complaint else ""
+
+
+def _news_of_exits(scope: MachineScope) -> int:
+    return scope.vm.exit_number
+
+
+def _news_of_state(scope: MachineScope) -> int:
+    return scope.changes
+
+
+# ---- the tables
+
+FILES: tuple[Row, ...] = (
+    # running
+    Row("vm_run", 0o666, VmRun(lambda exit_: f"{exit_.line()}\n".encode())),
+    Row("vm_run.bin", 0o666, VmRun(Exit.pack)),
+    Row("exit", 0o444, Text(get=_exit_line, news=_news_of_exits)),
+    Row("exit.bin", 0o444, Text(get=_exit_struct, news=_news_of_exits)),
+    Row("exit.data", 0o666, AccessData()),
+    Row("state", 0o666, Text(lambda scope: f"{scope.vm.state}\n", _set_state, news=_news_of_state)),
+    Row("stat", 0o444, Text(_stat)),
+    # state
+    Row("regs", 0o666, State("regs"), per_cpu=True),
+    Row("sregs", 0o666, State("sregs"), per_cpu=True),
+    Row("fpu", 0o666, State("fpu"), per_cpu=True),
+    Row("xsave", 0o666, State("xsave"), per_cpu=True),
+    Row("xcrs", 0o666, State("xcrs"), per_cpu=True),
+    Row("msrs", 0o666, State("msrs", entries=16), per_cpu=True),
+    Row("debugregs", 0o666, State("debugregs"), per_cpu=True),
+    Row("events", 0o666, State("events"), per_cpu=True),
+    Row("mp_state", 0o666, State("mp_state"), per_cpu=True),
+    Row("cpuid", 0o666, State("cpuid", entries=40), per_cpu=True),
+    Row("lapic", 0o666, State("lapic"), per_cpu=True),
+    Row("irqchip", 0o666, State("irqchip")),
+    Row("pit", 0o666, State("pit")),
+    Row("clock", 0o666, State("clock")),
+    Row("registers", 0o666, Text(_registers, _set_registers), per_cpu=True),
+    Row("mem", 0o666, Mem()),
+    Row(
+        "dirty",
+        0o444,
+        Text(lambda scope: scope.vm.take_dirty("file"), room=lambda scope: (scope.vm.memory.size // PAGE + 7) // 8),
+    ),
+    # configuration
+    Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _set_mem_size)),
+    Row("engine", 0o666, Text(lambda scope: f"{scope.vm.engine.name}\n", _set_engine)),
+    Row("mode", 0o666, Text(_mode, _set_mode)),
+    # interrupts and debugging
+    Row("irq", 0o222, Irq()),
+    Row("debug", 0o666, Text(lambda scope: scope.vm.points.text(), _set_debug)),
+    Row("error", 0o444, Text(_complaint)),
+)
+
+
+def _engine_line(info: EngineInfo) -> str:
+    yes_no = ("no", "yes")
+    speed = "-" if info.speed is None else f"{info.speed:.3g}"
+    reason = info.reason.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+    return (
+        f"{info.name} available={yes_no[info.available]} preferred={yes_no[info.preferred]} "
+        f'speed={speed} reason="{reason}"\n'
+    )
+
+
+def _engines(scope: RootScope) -> str:
+    return "".join(map(_engine_line, scope.engines))
+
+
+ROOT_FILES: tuple[Row, ...] = (
+    Row("engines", 0o444, Text(_engines)),
+    Row("version", 0o444, Text(lambda scope: f"{__version__}\n")),
+)
+
+
+# ---- reg/
+
+
+def register_file(name: str) -> Row:
+    """The row of one register or MSR, which is there."""
+    row = REGISTERS.get(name)
+
+    def get(scope: MachineScope) -> Future[str]:
+        return scope.vm.at_boundary(lambda cpu: f"{read_register(cpu, name)}\n")
+
+    def put(scope: MachineScope, text: str) -> None:
+        value = row.parse(text.strip()) if row else parse_number(text.strip(), what=name)
+        scope.vm.change(lambda cpu: write_registers(cpu, {name: value}))
+
+    writable = row is None or row.writable
+    return Row(name, 0o666 if writable else 0o444, Text(get, put if writable else None))
+
+
+REGISTER_FILES: Mapping[str, Row] = {name: register_file(name) for name in REGISTERS}
+
+
+def has_msr(cpu: Vcpu, name: str) -> bool:
+    """Whether `name` is an MSR that the CPU has."""
+    index = parse_msr(name)
+    if index is None:
+        return False
+    try:
+        cpu.get_msr(index)
+    except (Invalid, Unsupported):
+        return False
+    return True
+
+
+def registers_of(scope: MachineScope) -> list[Register]:
+    """Those whose state the engine has."""
+    return [row for row in REGISTERS.values() if scope.state_size(row.state)]

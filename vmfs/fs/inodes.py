@@ -1,0 +1,275 @@
+"""Nodes, their numbers, and what lives and dies together. Knows no VM; pyfuse3 only as who polls.
+
+A `Scope` is a machine's files, or the root's. A `Node` is an inode: a `Directory` or a `File`. A `Handle` is
+an open file. What a file does is its `Kind`'s to say, which is bound to nothing: it is given the scope.
+"""
+
+from __future__ import annotations
+
+import itertools
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import trio
+
+from vmfs.errors import Gone, Invalid, NotPermitted
+
+POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Linux asm-generic/poll.h
+ROOT = 1
+
+
+class Waker(Protocol):
+    """What a poll leaves behind; pyfuse3.PollHandle is one."""
+
+    def notify(self) -> None: ...
+
+
+class Scope:
+    """What lives and dies together. After `remove` its open files answer ENODEV, and whoever waits is woken.
+
+    `complaint` is the last failure in a sentence. Used on the trio loop only, except `changed`.
+    """
+
+    def __init__(self) -> None:
+        self.removed = False
+        self.complaint = ""
+        self._waiting: set[trio.Event] = set()
+        self._pollers: dict[Handle, Waker] = {}
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def remove(self) -> None:
+        self.removed = True
+        for event in self._waiting:
+            event.set()
+        self.wake()
+
+    def waiting(self) -> _Waiting:
+        """`with scope.waiting() as event:` an event that is set when the scope is removed, or by whoever has it."""
+        return _Waiting(self._waiting)
+
+    def watch(self, handle: Handle, waker: Waker) -> None:
+        """Wake that poll at the next `wake`."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._pollers[handle] = waker
+
+    def unwatch(self, handle: Handle) -> None:
+        self._pollers.pop(handle, None)
+
+    def watched(self, handle: Handle) -> bool:
+        return handle in self._pollers
+
+    def wake(self) -> None:
+        """Have everyone who polls ask again."""
+        pollers, self._pollers = self._pollers, {}
+        for waker in pollers.values():
+            try:
+                waker.notify()
+            except OSError:  # its file is gone
+                pass
+
+    def changed(self) -> None:
+        """Something may have changed. From any thread; costs nothing while nobody polls."""
+        if self._pollers and self._token:
+            try:
+                self._token.run_sync_soon(self.wake, idempotent=True)
+            except trio.RunFinishedError:
+                pass
+
+
+class _Waiting:
+    def __init__(self, events: set[trio.Event]) -> None:
+        self._events = events
+        self._event = trio.Event()
+
+    def __enter__(self) -> trio.Event:
+        self._events.add(self._event)
+        return self._event
+
+    def __exit__(self, *exception: object) -> None:
+        self._events.discard(self._event)
+
+
+class Handle:
+    """An open file. `pid` (0: unknown) is who opened it, `nonblocking` whether with O_NONBLOCK."""
+
+    direct_io = True  # the server answers every read; a size of 0 does not cut them
+    keep_cache = False
+
+    def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
+        self.node = node
+        self.scope: Any = node.scope
+        self.pid = pid
+        self.nonblocking = nonblocking
+
+    async def read(self, offset: int, size: int) -> bytes:
+        raise Invalid(f"{self.node.name} cannot be read")
+
+    async def write(self, offset: int, data: bytes) -> int:
+        raise Invalid(f"{self.node.name} cannot be written")
+
+    def poll(self) -> int:
+        """What would not block, as POLL_ bits. A plain file never blocks."""
+        return POLL_IN | POLL_OUT
+
+    def prepare_answer(self) -> None:
+        """Called last before the open is answered, in the same task."""
+
+    def close(self) -> None:
+        """The last descriptor and the last mapping are gone."""
+
+
+class Kind:
+    """What a file does. Stateless: the same for the files of all machines."""
+
+    readable = True
+    writable = False
+
+    def size(self, scope: Any) -> int:
+        """What stat shows. Files that the server answers need none, as those in /proc."""
+        return 0
+
+    def blocks(self, scope: Any) -> int:
+        """512-byte blocks in use."""
+        return 0
+
+    def truncate(self, scope: Any, size: int) -> None:
+        """truncate(2), but not O_TRUNC. Ignored where it means nothing."""
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        """`writing`: not O_RDONLY. Called only for what the kind is readable and writable for."""
+        raise NotImplementedError
+
+
+class Node:
+    """An inode. `links`: in how many directories it stands."""
+
+    format: int
+    attr_seconds: float  # how long the kernel may keep its attributes
+
+    def __init__(self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int) -> None:
+        self.inodes = inodes
+        self.scope = scope
+        self.name = name
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.links = 1
+        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
+        self.lookups = 0
+        self.number = inodes.add(self)
+
+    @property
+    def st_mode(self) -> int:
+        return self.format | self.mode
+
+    def size(self) -> int:
+        return 0
+
+    def blocks(self) -> int:
+        return 0
+
+
+class File(Node):
+    format = stat.S_IFREG
+    attr_seconds = 0
+
+    def __init__(
+        self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int, kind: Kind
+    ) -> None:
+        super().__init__(inodes, scope, name, mode, uid, gid)
+        self.kind = kind
+
+    def size(self) -> int:
+        return self.kind.size(self.scope)
+
+    def blocks(self) -> int:
+        return self.kind.blocks(self.scope)
+
+
+class Directory(Node):
+    """A directory of `children`. What may be made, removed or renamed in it: nothing, unless a subclass says so."""
+
+    format = stat.S_IFDIR
+    attr_seconds = 3600  # they change by calls that come through the kernel
+
+    def __init__(self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int) -> None:
+        super().__init__(inodes, scope, name, mode, uid, gid)
+        self.links = 2
+        self.parent: Directory = self
+        self.children: dict[str, Node] = {}
+
+    def add(self, node: Node) -> None:
+        self.children[node.name] = node
+        if isinstance(node, Directory):
+            node.parent = self
+            self.links += 1
+
+    def take(self, name: str) -> Node:
+        node = self.children.pop(name)
+        if isinstance(node, Directory):
+            self.links -= 1
+        return node
+
+    async def lookup(self, name: str) -> Node | None:
+        return self.children.get(name)
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        """The children, in the order of their numbers, which never changes."""
+        return sorted(self.children.items(), key=lambda item: item[1].number)
+
+    async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
+        raise NotPermitted("directories are made at the root of the mount only")
+
+    async def rmdir(self, name: str) -> None:
+        raise NotPermitted("only a machine's directory can be removed")
+
+    async def rename(self, name: str, parent: Directory, new_name: str, flags: int) -> None:
+        raise NotPermitted("only a machine's directory can be renamed")
+
+    def subtree(self) -> Iterator[Node]:
+        yield self
+        for child in self.children.values():
+            if isinstance(child, Directory):
+                yield from child.subtree()
+            else:
+                yield child
+
+
+class Inodes:
+    """The nodes by number. Numbers are never used twice, so there are no generations."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[int, Node] = {}
+        self._numbers = itertools.count(ROOT)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def add(self, node: Node) -> int:
+        number = next(self._numbers)
+        self._nodes[number] = node
+        return number
+
+    def get(self, number: int) -> Node:
+        """Gone for a number that was forgotten, or that never was."""
+        node = self._nodes.get(number)
+        if node is None or node.scope.removed:
+            raise Gone("the machine was removed")
+        return node
+
+    def forget(self, number: int, lookups: int) -> None:
+        node = self._nodes.get(number)
+        if node is not None:
+            node.lookups -= lookups
+            self._drop_if_unknown(node)
+
+    def remove(self, top: Directory) -> None:
+        """Its scope was removed: drop what the kernel does not know, and the rest when it forgets it."""
+        for node in list(top.subtree()):
+            self._drop_if_unknown(node)
+
+    def _drop_if_unknown(self, node: Node) -> None:
+        if node.lookups <= 0 and node.scope.removed:
+            self._nodes.pop(node.number, None)

@@ -1,0 +1,315 @@
+"""The few kinds of behaviour that files have: text, binary state, bytes of an access, runs, interrupts.
+
+(`memory_file.py` has one more.) A kind is a value in a row of FILES. It gets its machine, or the root's data, as `scope`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs import exits
+from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
+from vmfs.errors import Busy, Gone, Interrupted, Invalid, PastEnd, WouldBlock
+from vmfs.fs.commands import parse_command
+from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
+from vmfs.fs.interrupts import interruptible
+from vmfs.fs.waiting import finished, value_of
+from vmfs.vm import UNBOUND, Bound, Run
+
+TEXT_LIMIT = 64 << 10  # bytes of one write; `registers` whole is 9 KiB
+STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
+QUEUE_LOOK_SECONDS = 0.02
+
+
+def decoded(data: bytes) -> str:
+    """What was written to a text file."""
+    if len(data) > TEXT_LIMIT:
+        raise Invalid(f"{len(data)} bytes are more than the {TEXT_LIMIT} that one write may have")
+    if b"\0" in data:
+        raise Invalid("there is a NUL in the text")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Invalid(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+# ---- text
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """`get(scope)` gives the text (or bytes), `put(scope, text)` takes one; either may be or return a Future or a
+    coroutine. `news(scope)` is a number that changes when a poll should return: without it the file is always ready.
+    `room(scope)` is the `st_size`."""
+
+    get: Callable[[Any], Any] | None = None
+    put: Callable[[Any, str], Any] | None = None
+    news: Callable[[Any], int] | None = None
+    room: Callable[[Any], int] | None = None
+
+    @property
+    def readable(self) -> bool:  # type: ignore[override]
+        return self.get is not None
+
+    @property
+    def writable(self) -> bool:  # type: ignore[override]
+        return self.put is not None
+
+    def size(self, scope: Any) -> int:
+        return self.room(scope) if self.room else 0
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _TextHandle(node, pid, nonblocking, self)
+
+
+class _TextHandle(Handle):
+    """A read from offset 0 takes a snapshot, others go on in it. A write is parsed whole, wherever its offset is."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, kind: Text) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._kind = kind
+        self._snapshot: bytes | None = None
+        self._seen = 0
+
+    async def read(self, offset: int, size: int) -> bytes:
+        assert self._kind.get
+        if offset == 0 or self._snapshot is None:
+            if self._kind.news:
+                self._seen = self._kind.news(self.scope)  # first: what comes meanwhile is news again
+            text = await value_of(self._kind.get(self.scope), self)
+            self._snapshot = text.encode() if isinstance(text, str) else text
+        return self._snapshot[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        assert self._kind.put
+        await value_of(self._kind.put(self.scope, decoded(data)), self)
+        return len(data)
+
+    def poll(self) -> int:
+        out = POLL_OUT if self._kind.put else 0
+        if self._kind.news is None:
+            return POLL_IN | out
+        return out | (POLL_IN | POLL_PRI if self._kind.news(self.scope) != self._seen else 0)
+
+
+# ---- state
+
+
+@dataclass(frozen=True)
+class State(Kind):
+    """A state of the CPU or the machine, as the bytes of its KVM UAPI struct.
+
+    `entries`: of a struct that is a count, a pad and so many entries of that many bytes. Such a struct may be
+    written whole with another count.
+    """
+
+    name: str
+    entries: int = 0
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return scope.state_size(self.name)
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _StateHandle(node, pid, nonblocking, self)
+
+    def is_whole(self, data: bytes) -> bool:
+        """Whether `data` is such a struct with its entries."""
+        if not self.entries or len(data) < 8:
+            return False
+        return len(data) == 8 + self.entries * struct.unpack_from("<I", data)[0]
+
+
+class _StateHandle(Handle):
+    """Every read samples the state anew; a write changes just its bytes."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, kind: State) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._kind = kind
+        self._of_machine = kind.name in MACHINE_STATES
+
+    async def read(self, offset: int, size: int) -> bytes:
+        blob = await value_of(self.scope.sample(self._kind.name), self)
+        return blob[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        if self._of_machine:
+            self.scope.vm.change_machine_state(self._kind.name, lambda old: self._new(old, offset, data))
+        else:
+            self.scope.vm.change(lambda cpu: self._set(cpu, offset, data))
+        return len(data)
+
+    def _set(self, cpu: Vcpu, offset: int, data: bytes) -> None:
+        name = self._kind.name
+        cpu.set_state(name, self._new(lambda: cpu.get_state(name), offset, data))
+
+    def _new(self, old: Callable[[], bytes], offset: int, data: bytes) -> bytes:
+        """The state with `data` at `offset`."""
+        if offset == 0 and self._kind.is_whole(data):
+            self.scope.forget_size(self._kind.name)
+            return data
+        blob = old()
+        if offset + len(data) > len(blob):
+            raise PastEnd(f"{self._kind.name}: byte {offset + len(data)} is past its {len(blob)}")
+        return blob[:offset] + data + blob[offset + len(data) :]
+
+
+# ---- the pending access
+
+
+@dataclass(frozen=True)
+class AccessData(Kind):
+    """The bytes of the pending access."""
+
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return len(scope.vm.access_data)
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _AccessDataHandle(node, pid, nonblocking)
+
+
+class _AccessDataHandle(Handle):
+    async def read(self, offset: int, size: int) -> bytes:
+        return self.scope.vm.access_data[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        vm = self.scope.vm
+        if vm.state == "running":
+            raise Busy("the machine is running")
+        blob = vm.access_data
+        if not blob:
+            raise Invalid("no access is pending")
+        if offset + len(data) > len(blob):
+            raise PastEnd(f"the pending access has {len(blob)} bytes; byte {offset + len(data)} is past them")
+        vm.set_access_data(blob[:offset] + data + blob[offset + len(data) :])
+        return len(data)
+
+
+# ---- runs
+
+
+@dataclass(frozen=True)
+class VmRun(Kind):
+    """`vm_run`, `vm_run.bin`: what is read is the exit as `show` gives it."""
+
+    show: Callable[[exits.Exit], bytes]
+    writable = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _VmRunHandle(node, pid, nonblocking, self.show)
+
+
+class _VmRunHandle(Handle):
+    """A read from offset 0 is a run, others go on in its line. Without blocking, a run that ends leaves its line to be
+    read once from offset 0."""
+
+    def __init__(
+        self, node: File, pid: int, nonblocking: bool, show: Callable[[exits.Exit], bytes]
+    ) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._show = show
+        self._line = b""
+        self._run: Run | None = None  # begun without blocking, its line not read yet
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0:
+            if self.nonblocking:
+                self._line = self._next_line()
+            else:
+                self._line = self._show(await self._run_to_exit(UNBOUND))
+        return self._line[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        bound: Bound = parse_command("vm_run", decoded(data))(UNBOUND)
+        if self.nonblocking:
+            self._begin(bound)
+        else:
+            await self._run_to_exit(bound)
+        return len(data)
+
+    def poll(self) -> int:
+        if self._run is not None:
+            return POLL_IN if self._run.done() else 0
+        return POLL_OUT if self.scope.vm.state != "running" else 0
+
+    def _next_line(self) -> bytes:
+        if self._run is None:
+            self._begin(UNBOUND)
+        run = self._run
+        assert run is not None
+        if not run.done():
+            raise WouldBlock("the machine is running")
+        self._run = None
+        return self._show(run.result())
+
+    def _begin(self, bound: Bound) -> None:
+        if self._run is not None and not self._run.done():
+            raise Busy("the machine is running")
+        self._run = self.scope.vm.start(bound)
+        # Behind the Vm's own news, which come before a run is done.
+        self._run.add_done_callback(lambda _: self.scope.changed())
+
+    async def _run_to_exit(self, bound: Bound) -> exits.Exit:
+        vm = self.scope.vm
+        run = vm.start(bound)
+        try:
+            async with interruptible(self.pid):
+                await finished(run, self.scope)
+        except Interrupted:
+            vm.stop(run)
+            with trio.move_on_after(STOP_SECONDS, shield=True):
+                await finished(run, self.scope)
+            # An exit that came before the guest stopped is the caller's all the same.
+            if not run.done() or isinstance(run.result(), exits.Interrupted):
+                raise
+        return run.result()
+
+
+# ---- interrupts
+
+
+@dataclass(frozen=True)
+class Irq(Kind):
+    """`irq`: a packet (struct kvm_interrupt) or a command."""
+
+    readable = False
+    writable = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _IrqHandle(node, pid, nonblocking)
+
+
+class _IrqHandle(Handle):
+    async def write(self, offset: int, data: bytes) -> int:
+        # Of a packet with a vector, three bytes are zero, and no text has a zero byte.
+        if len(data) == 4 and b"\0" in data:
+            (vector,) = struct.unpack("<I", data)
+            command = parse_command("irq", str(vector))
+        else:
+            command = parse_command("irq", decoded(data))
+        command(self.scope.vm)
+        return len(data)
+
+    def poll(self) -> int:
+        if self.scope.vm.interrupts_queued < INTERRUPT_QUEUE:
+            return POLL_OUT
+        # No engine tells when it takes a vector.
+        trio.lowlevel.spawn_system_task(self._look_for_room)
+        return 0
+
+    async def _look_for_room(self) -> None:
+        while self.scope.watched(self):
+            await trio.sleep(QUEUE_LOOK_SECONDS)
+            try:
+                full = self.scope.vm.interrupts_queued >= INTERRUPT_QUEUE
+            except Gone:
+                return
+            if not full:
+                self.scope.wake()

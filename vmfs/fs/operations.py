@@ -1,0 +1,290 @@
+"""The FUSE operations: inodes and handles only. What a file is and does, `files.py` and `kinds.py` say.
+
+Here is the one place where a failure becomes an errno: a `VmfsError` is its `errno`, and its sentence goes to the
+scope's `complaint`. Anything else that a handler raises is a bug: logged, answered with EIO, and the mount lives on.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
+
+import trio
+
+from vmfs.errors import Interrupted, NotPermitted, VmfsError, WouldBlock
+from vmfs.fs.hooks import pyfuse3
+from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
+from vmfs.memory import PAGE
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ENTRY_SECONDS = 3600  # names change only by calls that come through the kernel, which then knows
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+
+
+def _answers(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """A handler whose failures are errnos."""
+
+    @functools.wraps(handler)
+    async def answering(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except Exception as error:
+            raise _failure(error, handler.__name__) from None
+
+    return answering
+
+
+def _failure(error: Exception, where: str) -> pyfuse3.FUSEError:
+    if isinstance(error, pyfuse3.FUSEError):
+        return error
+    if isinstance(error, VmfsError):
+        log.debug("%s: %s", where, error)
+        if error.errno == errno.EIO:
+            log.error("%s: %s", where, error, exc_info=error)
+        return pyfuse3.FUSEError(error.errno)
+    log.error("%s failed", where, exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
+
+
+def _directory(node: Node) -> Directory:
+    if not isinstance(node, Directory):
+        raise pyfuse3.FUSEError(errno.ENOTDIR)
+    return node
+
+
+def _attributes(node: Node) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = node.number
+    entry.st_mode = node.st_mode
+    entry.st_nlink = node.links
+    entry.st_uid, entry.st_gid = node.uid, node.gid
+    entry.st_size, entry.st_blocks, entry.st_blksize = node.size(), node.blocks(), PAGE
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.mtime_ns, node.ctime_ns
+    entry.attr_timeout = node.attr_seconds
+    entry.entry_timeout = ENTRY_SECONDS
+    return entry
+
+
+class Operations(pyfuse3.Operations):
+    """Over the tree below `root`. `capacity` gives statfs its (bytes, bytes free, names, names free)."""
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self, inodes: Inodes, capacity: Callable[[], tuple[int, int, int, int]], began: trio.Event | None = None
+    ) -> None:
+        super().__init__()
+        self._inodes = inodes
+        self._capacity = capacity
+        self._began = began
+        self._handles: dict[int, Handle] = {}
+        self._numbers = itertools.count(1)
+
+    def init(self) -> None:
+        if self._began is not None:
+            self._began.set()
+
+    # ---- reading and writing: a short path, for a pread of 8 bytes is to cost what a bare FUSE file costs
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        handle = self._handles[fh]
+        try:
+            if handle.scope.removed:
+                raise pyfuse3.FUSEError(errno.ENODEV)
+            return await handle.read(off, size)
+        except Exception as error:
+            if not isinstance(error, (WouldBlock, pyfuse3.FUSEError)):
+                self._complain(handle, error)
+            raise _failure(error, f"read {handle.node.name}") from None
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        try:
+            if handle.scope.removed:
+                raise pyfuse3.FUSEError(errno.ENODEV)
+            return await handle.write(off, buf)
+        except Exception as error:
+            self._complain(handle, error)
+            raise _failure(error, f"write {handle.node.name}") from None
+
+    @staticmethod
+    def _complain(handle: Handle, error: Exception) -> None:
+        if isinstance(error, VmfsError) and not isinstance(error, Interrupted):
+            _complain(handle.node, error)
+
+    # ---- opening
+
+    @_answers
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        node = self._inodes.get(inode)
+        if not isinstance(node, File):
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        access = flags & _ACCESS
+        # The kernel has checked the mode, but root passes that check.
+        if access != os.O_RDONLY and not node.kind.writable or access != os.O_WRONLY and not node.kind.readable:
+            raise pyfuse3.FUSEError(errno.EACCES)
+        try:
+            handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), access != os.O_RDONLY)
+            handle.prepare_answer()
+        except VmfsError as error:
+            _complain(node, error)
+            raise
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return pyfuse3.FileInfo(fh=number, direct_io=handle.direct_io, keep_cache=handle.keep_cache)
+
+    @_answers
+    async def release(self, fh: int) -> None:
+        handle = self._handles.pop(fh)
+        handle.scope.unwatch(handle)
+        handle.close()
+
+    async def flush(self, fh: int) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel does not ask again
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # there is nothing behind what a write has written
+
+    @_answers
+    async def poll(self, inode: int, fh: int, poll_handle: Waker | None, ctx: pyfuse3.RequestContext) -> int:
+        handle = self._handles.get(fh)
+        if handle is None or handle.scope.removed:
+            return POLL_ERR | POLL_HUP | POLL_IN
+        if poll_handle is not None:  # before looking, so that a change in between is not lost
+            handle.scope.watch(handle, poll_handle)
+        return handle.poll()
+
+    # ---- names and attributes
+
+    @_answers
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        parent = _directory(self._inodes.get(parent_inode))
+        node = await parent.lookup(os.fsdecode(name))
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        node.lookups += 1
+        return _attributes(node)
+
+    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+        for number, lookups in inode_list:
+            self._inodes.forget(number, lookups)
+
+    @_answers
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        return _attributes(self._inodes.get(inode))
+
+    @_answers
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Whose it is to change, the kernel has checked (default_permissions)."""
+        node = self._inodes.get(inode)
+        if fields.update_size and isinstance(node, File):
+            try:
+                node.kind.truncate(node.scope, attr.st_size)
+            except VmfsError as error:
+                _complain(node, error)
+                raise
+        if fields.update_mode:
+            node.mode = attr.st_mode & 0o7777
+        if fields.update_uid:
+            node.uid = attr.st_uid
+        if fields.update_gid:
+            node.gid = attr.st_gid
+        if fields.update_atime:
+            node.atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            node.mtime_ns = attr.st_mtime_ns
+        return _attributes(node)
+
+    @_answers
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        return _directory(self._inodes.get(inode)).number
+
+    @_answers
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """An entry's position is its number, so a directory may change while it is read."""
+        directory = _directory(self._inodes.get(fh))
+        for name, node in await directory.entries():
+            if node.number > start_id:
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), _attributes(node), node.number):
+                    break
+                node.lookups += 1
+
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    @_answers
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        size, free, names, names_free = self._capacity()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE
+        data.f_blocks = size // PAGE
+        data.f_bfree = data.f_bavail = free // PAGE
+        data.f_files = names
+        data.f_ffree = data.f_favail = names_free
+        data.f_namemax = 64
+        return data
+
+    # ---- making and removing
+
+    @_answers
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent = _directory(self._inodes.get(parent_inode))
+        permissions = mode & 0o7777 & ~ctx.umask
+        node = await parent.mkdir(os.fsdecode(name), permissions, ctx.uid, ctx.gid, ctx.umask)
+        node.lookups += 1
+        return _attributes(node)
+
+    @_answers
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        await _directory(self._inodes.get(parent_inode)).rmdir(os.fsdecode(name))
+
+    @_answers
+    async def rename(
+        self, parent_old: int, name_old: bytes, parent_new: int, name_new: bytes, flags: int, ctx: Any
+    ) -> None:
+        old, new = (_directory(self._inodes.get(number)) for number in (parent_old, parent_new))
+        await old.rename(os.fsdecode(name_old), new, os.fsdecode(name_new), flags)
+
+    @_answers
+    async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        raise NotPermitted("there are only the files that a machine has")
+
+    @_answers
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        raise NotPermitted("there are only the files that a machine has")
+
+    @_answers
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
+        raise NotPermitted("there are only the files that a machine has")
+
+    @_answers
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
+        raise NotPermitted("there are only the files that a machine has")
+
+    @_answers
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        raise NotPermitted("a machine's files go with its directory: rmdir")
+
+
+def _complain(node: Node, error: VmfsError) -> None:
+    """Leave the sentence for the `error` file, and say which file it is about."""
+    sentence = str(error)
+    node.scope.complaint = sentence if sentence.startswith(f"{node.name}: ") else f"{node.name}: {sentence}"

@@ -1,0 +1,71 @@
+"""What rows of FILES get to see: a machine, or the mount."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import Future
+
+from vmfs.engine import EngineInfo
+from vmfs.engine.base import MACHINE_STATES
+from vmfs.errors import Busy, Unsupported
+from vmfs.fs.connection import Connection
+from vmfs.fs.inodes import Scope
+from vmfs.fs.memory_file import MemoryServer
+from vmfs.host import Host
+from vmfs.vm import Vm
+
+
+class RootScope(Scope):
+    """The mount."""
+
+    def __init__(self, host: Host, engines: tuple[EngineInfo, ...], connection: Connection | None = None) -> None:
+        super().__init__()
+        self.host = host
+        self.engines = engines
+        self.connection = connection
+
+
+class MachineScope(Scope):
+    """One machine. `changes` grows whenever its state may have changed."""
+
+    def __init__(self, vm: Vm, host: Host, connection: Connection | None) -> None:
+        super().__init__()
+        self.vm = vm
+        self.host = host
+        self.memory = MemoryServer(vm, connection)
+        self.changes = 1
+        self._count = itertools.count(2)
+        self._sizes: dict[str, int] = {}
+        vm.subscribe(self.changed)
+
+    def changed(self) -> None:
+        self.changes = next(self._count)
+        super().changed()
+
+    def remove(self) -> None:
+        super().remove()
+        self.memory.close()
+
+    def sample(self, name: str) -> Future[bytes]:
+        """A state of the CPU or the machine, between two instructions."""
+        if name in MACHINE_STATES:
+            return self.vm.get_machine_state(name)
+        return self.vm.at_boundary(lambda cpu: cpu.get_state(name))
+
+    def state_size(self, name: str) -> int:
+        """Bytes of a state; 0 where the machine has none. It is looked up once, when the machine does not run."""
+        if name not in self._sizes:
+            if self.vm.state == "running":
+                return 0
+            try:
+                size = len(self.sample(name).result(0))
+            except Unsupported:
+                size = 0
+            except (Busy, TimeoutError):
+                return 0
+            self._sizes[name] = size
+        return self._sizes[name]
+
+    def forget_size(self, name: str) -> None:
+        """The state was set to one of another length."""
+        self._sizes.pop(name, None)

@@ -1,0 +1,194 @@
+"""The directories: the root, a machine's, its cpuN/ and reg/, made from the tables of files.py."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import struct
+from collections.abc import Iterable
+
+import trio
+
+from vmfs.errors import Invalid, NotPermitted, Unsupported
+from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, register_file, registers_of
+from vmfs.fs.hooks import pyfuse3
+from vmfs.fs.inodes import Directory, File, Inodes, Node
+from vmfs.fs.scopes import MachineScope, RootScope
+from vmfs.fs.waiting import finished
+from vmfs.registers import msr_name
+from vmfs.vm import Vm
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+CLOSE_SECONDS = 1.0  # how long rmdir waits for the guest to stop and its memory to be free
+
+
+def check_name(name: str) -> None:
+    """Invalid for what is no name for a machine."""
+    if not _NAME.fullmatch(name):
+        raise Invalid(f"{name[:80]!r} is no name for a machine: 1 to 64 of A-Z a-z 0-9 . _ -, no leading dot")
+
+
+class RegisterDirectory(Directory):
+    """reg/: a file a register. MSRs are found by name whether they are listed or not.
+
+    `files` are shared by reg/ and cpu0/reg/: one inode in two directories.
+    """
+
+    scope: MachineScope
+
+    def __init__(self, machine: Directory, files: dict[str, Node], umask: int) -> None:
+        super().__init__(machine.inodes, machine.scope, "reg", machine.mode, machine.uid, machine.gid)
+        self.children = files
+        self._umask = umask
+        self._complete = False
+
+    async def lookup(self, name: str) -> Node | None:
+        node = self.children.get(name)
+        if node is None:
+            row = REGISTER_FILES.get(name)
+            if row is None:
+                found = self.scope.vm.at_boundary(lambda cpu: has_msr(cpu, name))
+                await finished(found, self.scope)
+                if not found.result():
+                    return None
+                row = register_file(name)
+            node = self._make(row)
+        return node
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        if not self._complete:
+            sample = self.scope.sample("msrs")
+            await finished(sample, self.scope)
+            try:
+                msrs = [msr_name(index) for index, _, _ in struct.iter_unpack("<IIQ", sample.result()[8:])]
+            except Unsupported:
+                msrs = []
+            rows = [REGISTER_FILES[register.name] for register in registers_of(self.scope)]
+            for row in (*rows, *map(register_file, msrs)):
+                if row.name not in self.children:
+                    self._make(row)
+            self._complete = self.scope.vm.state != "running"  # while it runs, not all sizes are known
+        return await super().entries()
+
+    def _make(self, row: Row) -> Node:
+        node = _make_file(self, row, self._umask)
+        node.links = 2
+        self.children[row.name] = node
+        return node
+
+
+class MachineDirectory(Directory):
+    """A machine."""
+
+    scope: MachineScope
+
+    def __init__(
+        self, inodes: Inodes, scope: MachineScope, name: str, mode: int, uid: int, gid: int, umask: int
+    ) -> None:
+        super().__init__(inodes, scope, name, mode, uid, gid)
+        cpu = Directory(inodes, scope, "cpu0", mode, uid, gid)
+        for row in FILES:
+            node = _make_file(self, row, umask)
+            self.add(node)
+            if row.per_cpu:
+                cpu.add(node)
+                node.links = 2
+        registers: dict[str, Node] = {}
+        self.add(RegisterDirectory(self, registers, umask))
+        cpu.add(RegisterDirectory(self, registers, umask))
+        self.add(cpu)
+
+
+def _make_file(directory: Directory, row: Row, umask: int) -> File:
+    return File(
+        directory.inodes,
+        directory.scope,
+        row.name,
+        row.mode & ~umask,
+        directory.uid,
+        directory.gid,
+        row.kind,
+    )
+
+
+class RootDirectory(Directory):
+    """The mount: machines are made, renamed and removed here."""
+
+    scope: RootScope
+
+    def __init__(self, inodes: Inodes, scope: RootScope, mode: int, uid: int, gid: int) -> None:
+        super().__init__(inodes, scope, "", mode, uid, gid)
+        for row in ROOT_FILES:
+            self.add(_make_file(self, row, 0o022))
+
+    async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
+        check_name(name)
+        self._check_free(name)
+        vm = self.scope.host.create()
+        scope = MachineScope(vm, self.scope.host, self.scope.connection)
+        machine = MachineDirectory(self.inodes, scope, name, mode, uid, gid, umask)
+        self.add(machine)
+        return machine
+
+    async def rmdir(self, name: str) -> None:
+        machine = self._machine(name)
+        self.take(name)
+        machine.scope.remove()
+        self.inodes.remove(machine)
+        self.scope.host.forget(machine.scope.vm)
+        with trio.move_on_after(CLOSE_SECONDS):
+            await _closing(machine.scope.vm)
+
+    async def rename(self, name: str, parent: Directory, new_name: str, flags: int) -> None:
+        machine = self._machine(name)
+        if parent is not self:
+            raise NotPermitted("a machine stays at the root of the mount")
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise Invalid("machines cannot be exchanged")
+        check_name(new_name)
+        if new_name in self.children:
+            # As rename(2) has it: a directory that is not empty is not replaced.
+            number = errno.EEXIST if flags & pyfuse3.RENAME_NOREPLACE else errno.ENOTEMPTY
+            raise pyfuse3.FUSEError(number)
+        self.take(name)
+        machine.name = new_name
+        self.add(machine)
+
+    async def close(self) -> None:
+        """Remove all machines; returns when their guests have stopped and their memory is free."""
+        async with trio.open_nursery() as nursery:
+            for child in list(self.children.values()):
+                if isinstance(child, MachineDirectory):
+                    child.scope.remove()
+                    nursery.start_soon(trio.to_thread.run_sync, child.scope.vm.close)
+
+    def _check_free(self, name: str) -> None:
+        if name in self.children:
+            raise pyfuse3.FUSEError(errno.EEXIST)
+
+    def _machine(self, name: str) -> MachineDirectory:
+        child = self.children.get(name)
+        if child is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        if not isinstance(child, MachineDirectory):
+            raise NotPermitted(f"{name} belongs to the mount")
+        return child
+
+
+async def _closing(vm: Vm) -> None:
+    """Close it in a thread, which goes on when whoever waits for it does not."""
+    done = trio.Event()
+
+    async def close() -> None:
+        try:
+            await trio.to_thread.run_sync(vm.close)
+        except Exception:
+            log.exception("a machine could not be closed")
+        finally:
+            done.set()
+
+    trio.lowlevel.spawn_system_task(close)
+    await done.wait()
