@@ -138,6 +138,7 @@ class InternalError(enum.IntEnum):
 RUN_REQUEST_INTERRUPT_WINDOW = 0  # u8
 RUN_IMMEDIATE_EXIT = 1  # u8
 RUN_EXIT_REASON = 8  # u32
+RUN_READY_FOR_INTERRUPT = 12  # u8
 RUN_IF_FLAG = 13  # u8
 RUN_CR8 = 16  # u64, both ways when there is no in-kernel LAPIC
 RUN_UNION = 32
@@ -204,6 +205,7 @@ SIZES = {
 }
 REGS_RIP = 128  # offset in struct kvm_regs
 REGS_RFLAGS = 136
+SREGS_SS_DPL = 5 * 24 + 16  # offset in struct kvm_sregs: cs ds es fs gs ss
 SREGS_CR8 = 256  # offset in struct kvm_sregs
 FPU_MXCSR = 408  # offset in struct kvm_fpu
 DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs

@@ -19,12 +19,12 @@ import os
 import struct
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmfs.engine.base import MACHINE_STATES, Availability, Capability, Engine, Machine
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
+from vmfs.engine.kvm.host import is_pvm
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
 
@@ -51,17 +51,7 @@ REQUIRED = (
     (Cap.KVM_CAP_SYNC_REGS, "4.17"),
 )
 
-# On VMX and SVM, KVM moves rip behind a plain OUT only at the next KVM_RUN, behind a string OUT and one that its
-# emulator executed at the exit. PVM (a KVM without hardware) emulates every port access, and is spared a KVM_RUN.
-_MODULES = Path("/sys/module")
-
-
-def _emulates_all_io() -> bool:
-    hardware = any((_MODULES / name).exists() for name in ("kvm_intel", "kvm_amd"))
-    return (_MODULES / "kvm_pvm").exists() and not hardware
-
-
-_CAPABILITIES = frozenset({Capability.IRQCHIP, Capability.WATCHPOINTS, Capability.GUEST_DEBUG})
+_CAPABILITIES = frozenset({Capability.IRQCHIP, Capability.GUEST_DEBUG})
 
 
 class KvmEngine(Engine):
@@ -155,15 +145,14 @@ class _MemorySlot:
 class KvmMachine(Machine):
     """A VM descriptor, its memory slots and its CPUs."""
 
-    capabilities = _CAPABILITIES
-
     def __init__(self, device: int) -> None:
         self._device = device
         self._slots: dict[int, _MemorySlot] = {}
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
-        self._out_moves_rip = _emulates_all_io()
+        self._pvm = is_pvm()
+        self.capabilities = _CAPABILITIES if self._pvm else _CAPABILITIES | {Capability.WATCHPOINTS}
         self._slot_limit = ioctl(device, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_NR_MEMSLOTS)
         self._fd = self._create()
         try:
@@ -255,6 +244,13 @@ class KvmMachine(Machine):
         ioctl(self._fd, Ioctl.KVM_GET_DIRTY_LOG, bytearray(abi.DIRTY_LOG.pack(slot, 0, ctypes.addressof(bitmap))))
         return bitmap.raw[: (pages + 7) // 8]
 
+    def _read_memory(self, address: int) -> int | None:
+        """The byte at a guest-physical address, or None where there is no RAM."""
+        for slot in self._slots.values():
+            if slot.guest_address <= address < slot.guest_address + slot.size:
+                return ctypes.string_at(slot.mapping.address + address - slot.guest_address, 1)[0]
+        return None
+
     # CPUs and interrupt controllers
 
     def create_vcpu(self, index: int) -> KvmVcpu:
@@ -270,7 +266,8 @@ class KvmMachine(Machine):
                 self._device,
                 self._fd,
                 has_irqchip=self._has_irqchip,
-                out_moves_rip=self._out_moves_rip,
+                pvm=self._pvm,
+                read_memory=self._read_memory,
                 threads=self._threads,
             )
         except BaseException:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
@@ -29,6 +30,8 @@ _RUN = int(Ioctl.KVM_RUN)
 _EXIT_REASON = abi.RUN_EXIT_REASON // 4  # in words of 4 bytes
 _RIP = (abi.RUN_SYNC_REGS + abi.REGS_RIP) // 8  # in words of 8 bytes
 
+_HLT = 0xF4
+
 # Where the bytes of the last exit's access lie in the kvm_run mapping: offset, size, whether the guest waits
 # for them. A plain tuple and no class, because one is made at each exit.
 _Access = tuple[int, int, bool]
@@ -46,14 +49,16 @@ class KvmVcpu(Vcpu):
         vm: int,
         *,
         has_irqchip: bool,
-        out_moves_rip: bool,
+        pvm: bool,
+        read_memory: Callable[[int], int | None],
         threads: threading.local,
     ) -> None:
         self.index = index
         self._fd = fd
         self._threads = threads
         self._has_irqchip = has_irqchip
-        self._out_moves_rip = out_moves_rip
+        self._pvm = pvm
+        self._read_memory = read_memory
         self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip)
         block_irq = ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_SET_GUEST_DEBUG2)
         self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
@@ -66,6 +71,7 @@ class KvmVcpu(Vcpu):
         self._nmi = False
         self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
         self._access = _NO_ACCESS
+        self._is_fresh = False  # kvm_run says what is true now of the state
         self._completes = False  # KVM may do the rest of the last access at the next KVM_RUN
         self._stash: deque[Exit] = deque()  # exits that came while an access was completed
         self._points = debugregs.NOTHING
@@ -85,17 +91,11 @@ class KvmVcpu(Vcpu):
         if self._stash and not self._kicked:
             self._access = _NO_ACCESS
             return self._stash.popleft()
-        step_over = False
-        points = self._points
-        if points.slots and not self._completes:
-            step_over = points.breaks_at(self._linear_rip())
         self._runner = threading.get_ident()
         try:
-            if step_over:
-                return self._step_over_breakpoint()
-            if points.step:
-                self._arm(points)  # KVM sets TF for the rip at this time
-            return self._run_until_exit(points)
+            if self._points is debugregs.NOTHING:
+                return self._run_until_exit(debugregs.NOTHING)
+            return self._run_debugged()
         finally:
             self._leave()
 
@@ -110,7 +110,9 @@ class KvmVcpu(Vcpu):
         page = self._run_page
         while True:
             if self._vectors or self._nmi or page[abi.RUN_REQUEST_INTERRUPT_WINDOW]:
-                self._offer_interrupts(points)
+                exit_ = self._offer_interrupts(points)
+                if exit_ is not None:
+                    return exit_
             if not self._kvm_run():
                 if self._take_kick():
                     self._access = _NO_ACCESS
@@ -148,17 +150,23 @@ class KvmVcpu(Vcpu):
             raise EngineFailed(f"KVM_RUN: {os.strerror(error.errno)}") from error
         finally:
             self._completes = False
+            self._is_fresh = True
         return True
+
+    def _kvm_run_nothing(self) -> bool:
+        """KVM_RUN that finishes the last access and does not run the guest; false when that was no new exit.
+
+        api.rst, kvm_run.immediate_exit.
+        """
+        self._run_page[abi.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            return self._kvm_run()
+        finally:
+            with self._lock:
+                self._run_page[abi.RUN_IMMEDIATE_EXIT] = self._kicked
 
     def _rip(self) -> int:
         return self._quads[_RIP]
-
-    def _linear_rip(self) -> int:
-        regs = self._state.get("regs")
-        sregs = self._state.get("sregs")
-        cs_base = int.from_bytes(sregs[:8], "little")
-        rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-        return (cs_base + rip) & (1 << 64) - 1
 
     # Kicks
 
@@ -214,19 +222,25 @@ class KvmVcpu(Vcpu):
         if wanted:
             ioctl(self._fd, Ioctl.KVM_NMI)
 
-    def _offer_interrupts(self, points: debugregs.HardwarePoints) -> None:
-        """Have KVM say when the guest can take a vector. While stepping, interrupts wait."""
+    def _offer_interrupts(self, points: debugregs.HardwarePoints) -> Exit | None:
+        """Inject what the guest can take now, and have KVM say when it can take more. While stepping, all waits."""
+        page = self._run_page
         if points.step:
-            self._run_page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
-            return
+            page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
+            return None
         self._deliver_nmi()
-        self._run_page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = bool(self._vectors)
+        if self._vectors:
+            # ready_for_interrupt_injection is of the last KVM_RUN, and the state may have been set since then.
+            if not self._is_fresh and self._kvm_run_nothing():
+                return self._decode(points)
+            if page[abi.RUN_READY_FOR_INTERRUPT] and page[abi.RUN_IF_FLAG]:
+                vector = self._vectors.popleft()
+                ioctl(self._fd, Ioctl.KVM_INTERRUPT, bytearray(abi.INTERRUPT.pack(vector)))
+        page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = bool(self._vectors)
+        return None
 
-    def _on_irq_window_open(self, points: debugregs.HardwarePoints) -> None:
-        if not self._vectors or points.step:
-            return
-        vector = self._vectors.popleft()
-        ioctl(self._fd, Ioctl.KVM_INTERRUPT, bytearray(abi.INTERRUPT.pack(vector)))
+    def _on_irq_window_open(self, _points: debugregs.HardwarePoints) -> None:
+        """Nothing to do: the vector is injected before the next KVM_RUN."""
 
     # Exits: a method each, and the table at the end; what returns None is not the caller's business.
 
@@ -244,7 +258,7 @@ class KvmVcpu(Vcpu):
         length = size * count
         if direction == abi.KVM_EXIT_IO_OUT:
             data = page[offset : offset + length]
-            if not self._out_moves_rip:
+            if not self._pvm:  # rip may not have moved
                 self._completes = True
                 self._complete(points)
             self._access = (offset, length, False)
@@ -272,7 +286,7 @@ class KvmVcpu(Vcpu):
 
     def _on_hlt(self, points: debugregs.HardwarePoints) -> Exit | None:
         if self._vectors and not points.step and self._run_page[abi.RUN_IF_FLAG]:
-            return None  # a vector wakes the CPU: the next KVM_RUN reports an open window
+            return None  # a vector wakes the CPU
         return exits.Hlt(rip=self._rip(), cpu=self.index)
 
     def _on_shutdown(self, _points: debugregs.HardwarePoints) -> Exit:
@@ -359,19 +373,10 @@ class KvmVcpu(Vcpu):
     def _complete(self, points: debugregs.HardwarePoints | None = None) -> None:
         """Have KVM finish the last access, and the instruction with it, without running the guest.
 
-        KVM_RUN with `immediate_exit` finishes the access first (api.rst, kvm_run.immediate_exit). One instruction
-        may have more of them: reads get all ones, writes and failures are the exits of the next runs.
+        One instruction may have more of them: reads get all ones, writes and failures are the exits of the next
+        runs.
         """
-        page = self._run_page
-        while self._completes:
-            page[abi.RUN_IMMEDIATE_EXIT] = 1
-            try:
-                has_exit = self._kvm_run()
-            finally:
-                with self._lock:
-                    page[abi.RUN_IMMEDIATE_EXIT] = self._kicked
-            if not has_exit:
-                break
+        while self._completes and self._kvm_run_nothing():
             if self._words[_EXIT_REASON] == ExitReason.KVM_EXIT_DEBUG:
                 break  # the end of a single step, which the access has ended already
             exit_ = self._decode(points or self._points)
@@ -406,34 +411,63 @@ class KvmVcpu(Vcpu):
             self._enter_thread()
             self._complete()
         self._access = _NO_ACCESS
+        self._is_fresh = False
 
     # Debugging
 
     def set_debug(self, request: DebugRequest) -> None:
         points = debugregs.allocate(request)
+        if self._pvm and request.watchpoints:
+            raise Unsupported("the host's KVM is PVM, without hardware, and cannot watch data")
         self._arm(points)
-        self._points = points
+        self._points = points if points != debugregs.NOTHING else debugregs.NOTHING
 
     def _arm(self, points: debugregs.HardwarePoints, extra: int = 0) -> None:
         if points.step:
             extra |= self._step_flags
         ioctl_set(self._fd, Ioctl.KVM_SET_GUEST_DEBUG, points.pack(extra))
 
-    def _step_over_breakpoint(self) -> Exit:
-        """Run the instruction at a breakpoint by a single step without it, then go on.
+    def _run_debugged(self) -> Exit:
+        """A run with something to stop for.
 
-        RFLAGS.RF would do for the CPU, but KVM's emulator does not look at it.
+        The instruction at a breakpoint is run by a single step without the breakpoint. RFLAGS.RF would do for
+        the CPU, but KVM's emulator does not look at it.
         """
         wanted = self._points
-        one_step = wanted.without(self._linear_rip())
-        self._arm(one_step)
+        if self._completes:  # the instruction has begun, and breakpoints are behind it
+            return self._run_until_exit(wanted)
+        linear, cpl = self._linear_rip_and_cpl()
+        here = wanted.breaks_at(linear)
+        if not here and not wanted.step:
+            return self._run_until_exit(wanted)
+        first = wanted.without(linear)
+        if self._pvm:
+            if cpl == 3:
+                if wanted.step:
+                    return self._error("the host's KVM is PVM, without hardware, and cannot step in user mode")
+                return self._run_until_exit(wanted)
+            if not self._has_irqchip and self._opcode(linear) == _HLT:
+                first = replace(first, step=False)  # it ends the run by itself
+        self._arm(first)  # sets TF for the rip at this time
         try:
-            exit_ = self._run_until_exit(one_step)
+            exit_ = self._run_until_exit(first)
         finally:
             self._arm(wanted)
         if wanted.step or not isinstance(exit_, exits.Debug) or exit_.cause != "step":
             return exit_
         return self._run_until_exit(wanted)
+
+    def _linear_rip_and_cpl(self) -> tuple[int, int]:
+        regs = self._state.get("regs")
+        sregs = self._state.get("sregs")
+        cs_base = int.from_bytes(sregs[:8], "little")
+        rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
+        return (cs_base + rip) & (1 << 64) - 1, sregs[abi.SREGS_SS_DPL]  # CPL is SS.DPL (SDM 3A 5.5)
+
+    def _opcode(self, linear: int) -> int | None:
+        """The byte of code there, or None where none can be read. Prefixes are not looked behind."""
+        physical = self.translate(linear)
+        return None if physical is None else self._read_memory(physical)
 
     def translate(self, linear: int) -> int | None:
         buffer = bytearray(abi.TRANSLATION.pack(linear & (1 << 64) - 1, 0, 0, 0, 0))
