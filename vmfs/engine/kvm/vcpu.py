@@ -436,7 +436,8 @@ class KvmVcpu(Vcpu):
         wanted = self._points
         if self._completes:  # the instruction has begun, and breakpoints are behind it
             return self._run_until_exit(wanted)
-        linear, cpl = self._linear_rip_and_cpl()
+        rip, cs_base, cpl = self._position()
+        linear = (cs_base + rip) & (1 << 64) - 1
         here = wanted.breaks_at(linear)
         if not here and not wanted.step:
             return self._run_until_exit(wanted)
@@ -444,7 +445,8 @@ class KvmVcpu(Vcpu):
         if self._pvm:
             if cpl == 3:
                 if wanted.step:
-                    return self._error("the host's KVM is PVM, without hardware, and cannot step in user mode")
+                    reason = "the host's KVM is PVM, without hardware, and cannot step in user mode"
+                    return exits.Error(reason=reason, rip=rip, cpu=self.index)
                 return self._run_until_exit(wanted)
             if not self._has_irqchip and self._opcode(linear) == _HLT:
                 first = replace(first, step=False)  # it ends the run by itself
@@ -457,12 +459,12 @@ class KvmVcpu(Vcpu):
             return exit_
         return self._run_until_exit(wanted)
 
-    def _linear_rip_and_cpl(self) -> tuple[int, int]:
+    def _position(self) -> tuple[int, int, int]:
+        """rip, the base of cs, and the privilege level, which is SS.DPL (SDM 3A 5.5); now, not at the last exit."""
         regs = self._state.get("regs")
         sregs = self._state.get("sregs")
-        cs_base = int.from_bytes(sregs[:8], "little")
         rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-        return (cs_base + rip) & (1 << 64) - 1, sregs[abi.SREGS_SS_DPL]  # CPL is SS.DPL (SDM 3A 5.5)
+        return rip, int.from_bytes(sregs[:8], "little"), sregs[abi.SREGS_SS_DPL]
 
     def _opcode(self, linear: int) -> int | None:
         """The byte of code there, or None where none can be read. Prefixes are not looked behind."""

@@ -1,0 +1,46 @@
+"""Every test of this folder runs on every engine of vmfs.engine.ENGINES; one that does not work here skips."""
+
+from __future__ import annotations
+
+import pytest
+from engine import asm
+from engine.divergences import active
+from engine.machine import machine_on
+
+from vmfs.engine import ENGINES
+from vmfs.errors import VmfsError
+
+pytest.register_assert_rewrite("engine.case")
+
+
+@pytest.fixture(scope="session", params=[row.name for row in ENGINES])
+def engine(request):
+    row = next(row for row in ENGINES if row.name == request.param)
+    try:
+        engine = row.load()
+    except VmfsError as error:
+        pytest.skip(str(error))
+    availability = engine.probe()
+    if not availability.available:
+        pytest.skip(f"{row.name}: {availability.reason}")
+    return engine
+
+
+@pytest.fixture(scope="session")
+def divergences(engine):
+    """The names of the divergences that this engine has on this host."""
+    return active(engine.name)
+
+
+@pytest.fixture(scope="session")
+def assembler():
+    missing = asm.missing_tools()
+    if missing:
+        pytest.skip(f"no {' and '.join(missing)}: install binutils")
+    return asm.assemble
+
+
+@pytest.fixture
+def vm(engine):
+    with machine_on(engine) as machine:
+        yield machine

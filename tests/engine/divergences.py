@@ -1,0 +1,97 @@
+"""Where an engine differs from the CPU, by name: how it is recognised, why, and what it does instead.
+
+The cases in `tests/engine/cases` and the tests assert what happens instead: none is skipped for a divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmfs.engine.kvm.host import is_pvm
+
+
+@dataclass(frozen=True)
+class Divergence:
+    name: str
+    engine: str
+    on_host: Callable[[], bool]
+    why: str
+    in_cases: bool = True  # or in a test function
+
+
+def _everywhere() -> bool:
+    return True
+
+
+def _svm() -> bool:
+    return Path("/sys/module/kvm_amd").exists()
+
+
+DIVERGENCES = (
+    Divergence(
+        "kvm-rep-outs-ends-late",
+        "kvm",
+        _everywhere,
+        "KVM's emulator leaves rip at the string instruction behind its last iteration, with rcx 0: the next run "
+        "executes it for no element. Nothing in kvm_run tells this from a rep outs that goes on.",
+    ),
+    Divergence(
+        "kvm-steps-hold-interrupts-back",
+        "kvm",
+        _everywhere,
+        "KVM steps with RFLAGS.TF, which the delivery of an interrupt clears: the step would end after the "
+        "handler's iret. So interrupts wait until a run that is no step.",
+    ),
+    Divergence(
+        "svm-shutdown-resets",
+        "kvm",
+        _svm,
+        "The VMCB is undefined behind an intercepted shutdown (AMD APM 2, 15.14.3), and KVM resets the CPU then: "
+        "the registers of the triple fault are lost.",
+    ),
+    Divergence(
+        "pvm-no-user-mode-debug",
+        "kvm",
+        is_pvm,
+        "PVM runs user mode natively without loading the debug registers, and a #DB of it is the guest's. A "
+        "breakpoint there does not stop; a step is refused, because it would be an exception in the guest.",
+    ),
+    Divergence(
+        "pvm-no-watchpoints",
+        "kvm",
+        is_pvm,
+        "PVM emulates the kernel, and KVM's emulator has no data breakpoints. They are refused.",
+    ),
+    Divergence(
+        "pvm-interrupts-late",
+        "kvm",
+        is_pvm,
+        "PVM emulates several instructions before it looks whether an interrupt can be injected: one that waits "
+        "for sti comes some instructions behind it.",
+    ),
+    Divergence(
+        "pvm-no-int",
+        "kvm",
+        is_pvm,
+        "KVM's emulator has int n in real mode only: elsewhere it is an `error` exit.",
+    ),
+    Divergence(
+        "pvm-syscall-stays-in-user-mode",
+        "kvm",
+        is_pvm,
+        "A SYSCALL in user mode arrives at LSTAR with the privileges and the flags of user mode, where no PVM "
+        "kernel has registered another entry.",
+    ),
+    Divergence(
+        "pvm-shows-host-selectors",
+        "kvm",
+        is_pvm,
+        "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the guest's.",
+    ),
+)
+
+
+def active(engine: str) -> frozenset[str]:
+    return frozenset(row.name for row in DIVERGENCES if row.engine == engine and row.on_host())
