@@ -1,0 +1,37 @@
+"""The reference has a section a file, with the permissions that the file has, and no section too many."""
+
+import re
+from pathlib import Path
+
+from vmfs.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
+from vmfs.fs.commands import COMMANDS
+from vmfs.fs.files import FILES, ROOT_FILES
+
+TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+SECTIONS = dict(re.findall(r"^### `([^`]+)` \((.*)\)$", TEXT, re.MULTILINE))
+DIRECTORIES = {"NAME/", "reg/NAME"}
+
+
+def test_every_file_has_its_section_and_every_section_its_file():
+    assert set(SECTIONS) - DIRECTORIES == {row.name for row in (*FILES, *ROOT_FILES)}
+
+
+def test_sections_say_the_permissions():
+    for row in (*FILES, *ROOT_FILES):
+        assert SECTIONS[row.name].startswith(f"{row.mode:04o}, "), row.name
+
+
+def test_every_verb_is_in_its_section():
+    for name, commands in COMMANDS.items():
+        section = TEXT.split(f"### `{name}` ")[1].split("\n### ")[0]
+        for command in commands:
+            if command.name:
+                assert f"`{command.name}" in section, f"{name}: {command.usage}"
+
+
+def test_every_exit_is_in_the_table():
+    for exit_ in EXITS:
+        assert re.search(rf"^\| `{exit_.REASON}\b", TEXT, re.MULTILINE), exit_.REASON
+    for cause in SHUTDOWN_CAUSES:
+        assert cause in TEXT
+    assert set(DEBUG_CAUSES) >= {"step", "breakpoint", "watchpoint"}
