@@ -12,6 +12,7 @@ Run as a program, this file is that file system: `test_fuse_hooks.py DIR` mounts
     plain       8 bytes
     status      what the hooks say, and how many reads and writes of `mem` reached the server, as JSON; and
                 how many Requests there are
+    refused     what wrong calls of the passthrough functions raise, as JSON
 """
 
 import ctypes
@@ -46,7 +47,8 @@ pytestmark = [
 
 # ---- the file system ----
 
-NAMES = ["block", "release", "late", "gate", "stop", "quiet", "caller", "writer", "mem", "plain", "status"]
+NAMES = ["block", "release", "late", "gate", "stop", "quiet", "caller", "writer", "mem", "plain", "status",
+         "refused"]
 
 
 def drop_sys_admin():
@@ -170,11 +172,38 @@ def serve(directory):
                 gc.collect()
                 requests = sum(type(each) is _fuse.Request for each in gc.get_objects())
                 return json.dumps(vars(status()) | self.served | {"requests": requests}).encode()
+            if name == "refused":
+                return json.dumps(self.refused()).encode()
             wanted = int(name.partition(".")[2])
             async with self.changed:
                 while self.waiting != wanted:
                     await self.changed.wait()
             return b"so many\n"
+
+        def refused(self):
+            pipe = os.pipe()
+            root = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+            calls = {
+                "no descriptor": lambda: _fuse.backing_open(-1),
+                "a directory": lambda: _fuse.backing_open(root),
+                "a pipe": lambda: _fuse.backing_open(pipe[0]),
+                "no id": lambda: _fuse.backing_close(1 << 30),
+                "twice": lambda: [_fuse.backing_close(id_) for id_ in [_fuse.backing_open(self.memory)] * 2],
+                "not in an open": lambda: _fuse.passthrough_next_open(1),
+                "no request": lambda: _fuse.passthrough_open(1, 1),
+                "a negative id": lambda: _fuse.passthrough_open(_fuse.current_unique(), -1),
+            }
+            raised = {}
+            for what, call in calls.items():
+                try:
+                    call()
+                except OSError as error:
+                    raised[what] = errno.errorcode[error.errno]
+                except ValueError:
+                    raised[what] = "ValueError"
+            for descriptor in (root, *pipe):
+                os.close(descriptor)
+            return raised
 
         async def write(self, fh, offset, data):
             name, _ = self.opened[fh]
@@ -236,7 +265,7 @@ class Mount:
         self.path = path
         self.server = subprocess.Popen(
             [sys.executable, __file__, path], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+            env={"PYTHONPATH": str(ROOT)} | os.environ | environment)
         ready = self.server.stdout.readline()
         assert ready, f"the server ended with {self.server.wait()}"
         self.memory = f"/proc/{self.server.pid}/fd/{json.loads(ready)['memory']}"
@@ -537,6 +566,16 @@ def test_the_caller_of_a_read_and_a_write_is_known(hooked):
             assert json.loads((hooked / "writer").read_text()) == [*me, size]
 
 
+def test_the_device_is_not_inherited_by_the_server_s_children(mount):
+    """It was replaced and put back during FUSE_INIT."""
+    server = Path(f"/proc/{mount.server.pid}")
+    devices = [each.name for each in (server / "fd").iterdir() if os.readlink(each) == "/dev/fuse"]
+    assert devices
+    for device in devices:
+        fields = dict(line.split(":\t") for line in (server / "fdinfo" / device).read_text().splitlines()[:2])
+        assert int(fields["flags"], 8) & os.O_CLOEXEC
+
+
 def test_requests_and_descriptors_do_not_pile_up(hooked):
     """A request goes when its task serves the next one, and tasks come and go with the load."""
     descriptors = f"/proc/{hooked.server.pid}/fd"
@@ -677,6 +716,13 @@ def test_past_the_end_of_sealed_memory(passing, tmp_path):
                 os.ftruncate(descriptor, 2 * SIZE)
             assert os.fstat(descriptor).st_size == SIZE
             os.close(descriptor)
+
+
+def test_wrong_calls_are_refused(passing):
+    assert json.loads((passing / "refused").read_text()) == {
+        "no descriptor": "EBADF", "a directory": "EISDIR", "a pipe": "EINVAL", "no id": "ENOENT",
+        "twice": "ENOENT", "not in an open": "ValueError", "no request": "ValueError",
+        "a negative id": "ValueError"}
 
 
 MAPPED = """

@@ -68,9 +68,8 @@ def _load():
             _fuse = importlib.import_module("vmfs.fs._fuse")
         finally:
             sys.setdlopenflags(flags)
-        # Before pyfuse3 can call any of it.
         pyfuse3 = importlib.import_module("pyfuse3")
-        _fuse.bind(pyfuse3.__file__)
+        _bind(_fuse)
         if not _fuse.interposed():
             reason = "the dynamic linker does not let vmfs.fs._fuse stand in front of libfuse"
 
@@ -79,6 +78,19 @@ def _load():
     elif os.environ.get("VMFS_NO_PASSTHROUGH") == "1":
         _fuse.want_passthrough(False, "switched off by VMFS_NO_PASSTHROUGH")
     return _fuse, pyfuse3, reason
+
+
+def _bind(_fuse):
+    """Gives `_fuse` libfuse's own functions, before pyfuse3 calls any. ImportError if there are none."""
+    loaded = [module.__file__ for name, module in sys.modules.items()
+              if name.partition(".")[0] == "pyfuse3" and getattr(module, "__file__", None)]
+    failure = None
+    for library in [*loaded, "libfuse3.so.4", "libfuse3.so.3"]:
+        try:
+            return _fuse.bind(library)
+        except OSError as error:
+            failure = failure or error
+    raise ImportError(f"no libfuse behind pyfuse3: {failure}") from failure
 
 
 _fuse, pyfuse3, _no_hooks = _load()
