@@ -39,7 +39,7 @@ run() {
 
 say 'A mount, and a machine: a directory.'
 run "vmfs mount $vmfs${VMFS_ENGINE:+ --engine $VMFS_ENGINE}" '^$'
-run "cd $vmfs && cat engines" 'kvm.*emulator|emulator.*kvm'
+run "cd $vmfs && cat engines" 'available=yes preferred=yes'
 run 'mkdir first && cd first && ls' 'mem.*registers.*vm_run'
 run 'head engine mode mem_size' 'real.*134217728|real.*128'
 

@@ -156,5 +156,7 @@ def start_log(settings: MountSettings, log: Path | None, otherwise: logging.Hand
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     else:
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        if not settings.debug:      # a terminal or the system's log is not told that all is well
+            handler.setLevel(logging.WARNING)
     level = logging.DEBUG if settings.debug else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)

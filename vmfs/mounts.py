@@ -63,7 +63,7 @@ def unmount(path: str | Path, lazy: bool = False) -> None:
 
     Raises Busy if it is in use (unless `lazy`), NotPermitted if it is another user's, else EngineFailed.
     """
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.path.abspath(path)]
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.path.realpath(path)]     # it follows no link
     try:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     except FileNotFoundError:

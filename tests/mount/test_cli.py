@@ -386,14 +386,14 @@ def test_mount_8_fails_with_our_sentence(helper, directory):
 # --- doctor ----------------------------------------------------------------------------------------------
 
 
-def test_doctor_mounts_for_a_trial_and_leaves_nothing():
-    before = [each.path for each in mounts.table()]
-    done = vmfs("doctor", "--json")
+def test_doctor_mounts_for_a_trial_and_leaves_nothing(tmp_path):
+    done = vmfs("doctor", "--json", env={**os.environ, "TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["works"] is True
     assert {each["name"]: each["status"] for each in report["findings"]}["trial mount"] == "ok"
-    assert [each.path for each in mounts.table()] == before
+    assert os.listdir(tmp_path) == []
+    assert not [each for each in mounts.table() if each.path.startswith(str(tmp_path))]
 
 
 @needs_root
