@@ -34,4 +34,5 @@ def test_every_exit_is_in_the_table():
         assert re.search(rf"^\| `{exit_.REASON}\b", TEXT, re.MULTILINE), exit_.REASON
     for cause in SHUTDOWN_CAUSES:
         assert cause in TEXT
-    assert set(DEBUG_CAUSES) >= {"step", "breakpoint", "watchpoint"}
+    for cause in DEBUG_CAUSES[:3]:  # the others come with the points that make them
+        assert f"cause={cause}" in TEXT
