@@ -103,6 +103,9 @@ class Vm:
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._closed = False
+        # A new object whenever the CPU was used for more than to look at it; None while it runs. While it is the
+        # same, registers are: who has read them need not ask the engine again.
+        self.still: object | None = object()
         self.last_exit: exits.Exit | None = None
         self.exit_number = 0  # how many exits there were
 
@@ -145,6 +148,7 @@ class Vm:
                 self.memory.seal()
                 self._cpu.clear_kick()
                 self._run, self._state = run, "running"
+                self.still = None
                 self._counts["runs"] += 1
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._serve, name="vmfs-cpu0", daemon=True)
@@ -191,6 +195,7 @@ class Vm:
                 self._seconds += time.perf_counter() - began
                 self._do_tasks()
                 self._run = None
+                self.still = object()
                 if self._closed:
                     failure = Gone("the machine was removed")
                 self._state = "paused"
@@ -319,6 +324,8 @@ class Vm:
         """
         with self._lock:
             self._check_idle()
+            self.still = object()
+            self._cpu.complete()  # else a part of the state, read and set again, would undo the access
             result = task(self._cpu)
             changed = self._state != "paused"
             self._state = "paused"
@@ -405,6 +412,8 @@ class Vm:
         """Make a running guest look at its interrupts; with the lock held."""
         if self._run is not None:
             self._cpu.kick()
+        else:
+            self.still = object()
 
     # ---- debugging
 

@@ -211,6 +211,14 @@ class Vcpu(abc.ABC):
     def set_state(self, name: str, data: bytes) -> None:
         """Set a state of VCPU_STATES, whole. `Invalid` for a length or content that the engine refuses."""
 
+    def complete(self) -> None:
+        """Complete the pending `in` or load now, with the bytes as they stand.
+
+        What changes a part of a state calls this first: a state that was got before the access completed has the
+        old rip in it, and setting that would execute the instruction again.
+        """
+        self.set_state("mp_state", self.get_state("mp_state"))  # setting any state completes
+
     @abc.abstractmethod
     def get_msr(self, index: int) -> int:
         """One MSR; `Invalid` where the CPU has none of that number."""

@@ -260,7 +260,7 @@ class KvmVcpu(Vcpu):
             data = page[offset : offset + length]
             if not self._pvm:  # rip may not have moved
                 self._completes = True
-                self._complete(points)
+                self._finish_access(points)
             self._access = (offset, length, False)
             return exits.Io(
                 direction="out", port=port, size=size, count=count, data=data, rip=self._rip(), cpu=self.index
@@ -370,7 +370,7 @@ class KvmVcpu(Vcpu):
             raise Invalid(f"the pending read takes {size} bytes, not {len(data)}")
         self._run_page[offset : offset + size] = data
 
-    def _complete(self, points: debugregs.HardwarePoints | None = None) -> None:
+    def _finish_access(self, points: debugregs.HardwarePoints) -> None:
         """Have KVM finish the last access, and the instruction with it, without running the guest.
 
         One instruction may have more of them: reads get all ones, writes and failures are the exits of the next
@@ -379,7 +379,7 @@ class KvmVcpu(Vcpu):
         while self._completes and self._kvm_run_nothing():
             if self._words[_EXIT_REASON] == ExitReason.KVM_EXIT_DEBUG:
                 break  # the end of a single step, which the access has ended already
-            exit_ = self._decode(points or self._points)
+            exit_ = self._decode(points)
             if exit_ is not None and not self._access.is_read:
                 self._stash.append(exit_)
         self._access = _NO_ACCESS
@@ -392,7 +392,7 @@ class KvmVcpu(Vcpu):
         return self._state.get(name)
 
     def set_state(self, name: str, data: bytes) -> None:
-        self._complete_first()
+        self.complete()
         self._state.set(name, data)
         if name == "sregs" and not self._has_irqchip:
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
@@ -403,13 +403,12 @@ class KvmVcpu(Vcpu):
         return self._state.get_msr(index)
 
     def set_msr(self, index: int, value: int) -> None:
-        self._complete_first()
+        self.complete()
         self._state.set_msr(index, value)
 
-    def _complete_first(self) -> None:
+    def complete(self) -> None:
         if self._completes:
-            self._enter_thread()
-            self._complete()
+            self._finish_access(self._points)
         self._access = _NO_ACCESS
         self._is_fresh = False
 
