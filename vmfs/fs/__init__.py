@@ -30,8 +30,8 @@ ABORT_LOOK_SECONDS = 0.5
 def serve(mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
     """Mount on `mountpoint` and serve until it is unmounted, or until SIGTERM or SIGINT, which unmount it.
 
-    In the main thread. `ready` is called when the mount answers. VmfsError when it cannot be mounted. At the end
-    all machines are closed.
+    In the main thread. `ready` is called when the mount answers. VmfsError when it cannot be mounted. At the
+    end all machines are closed.
     """
     infos = engine.describe()
     chosen = engine.choose(settings.engine, infos)
@@ -107,7 +107,7 @@ async def _watch_signals(root: RootDirectory, task_status: trio.TaskStatus[None]
 
 
 async def _watch_abort(connection: Connection, root: RootDirectory) -> None:
-    """When the kernel has given the mount up, release whoever is blocked: the loop ends with its last task."""
+    """When the kernel gives the mount up, release whoever is blocked: the loop ends with its last task."""
     while not connection.aborted():
         await trio.sleep(ABORT_LOOK_SECONDS)
     await root.close()

@@ -1,5 +1,5 @@
-"""The FUSE device of the mount, for what pyfuse3 has no call for: dropping a range of a file's cache, and seeing an
-abort. Messages: Linux include/uapi/linux/fuse.h; Documentation/filesystems/fuse/fuse.rst."""
+"""The FUSE device of the mount, for what pyfuse3 has no call for: dropping a range of a file's cache, and
+seeing an abort. Messages: Linux include/uapi/linux/fuse.h; Documentation/filesystems/fuse/fuse.rst."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import select
 import struct
 
 _INVAL_INODE = 2  # enum fuse_notify_code
-_OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error (here the code), unique (0: a notification)
+_OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error (here: code), unique (0)
 _INVAL_INODE_OUT = struct.Struct("<Qqq")  # struct fuse_notify_inval_inode_out: ino, off, len
 _DEVICE = "/dev/fuse"
 

@@ -1,4 +1,4 @@
-"""FILES: the directory of a machine, a row a file; ROOT_FILES: those of the mount. To add a file is to add a row."""
+"""FILES: the directory of a machine, a row a file; ROOT_FILES: those of the mount. A new file is a row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vmfs.registers import (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A file. `mode`: its permission bits, before the maker's umask. `per_cpu`: it stands in cpuN/ as well."""
+    """A file. `mode`: its permission bits, before the maker's umask. `per_cpu`: it stands in cpuN/, too."""
 
     name: str
     mode: int
@@ -81,6 +81,14 @@ def _stat(scope: MachineScope) -> str:
         "signals_noticed_by": "interrupt-message" if have.interrupts else "watch",
     }
     return "".join(f"{key} {value}\n" for key, value in counted.items())
+
+
+def _take_dirty(scope: MachineScope) -> bytes:
+    return scope.vm.take_dirty("file")
+
+
+def _dirty_size(scope: MachineScope) -> int:
+    return (scope.vm.memory.size // PAGE + 7) // 8
 
 
 def _set_mem_size(scope: MachineScope, text: str) -> None:
@@ -130,16 +138,16 @@ FILES: tuple[Row, ...] = (
     Row("state", 0o666, Text(lambda scope: f"{scope.vm.state}\n", _set_state, news=_news_of_state)),
     Row("stat", 0o444, Text(_stat)),
     # state
-    Row("regs", 0o666, State("regs"), per_cpu=True),
-    Row("sregs", 0o666, State("sregs"), per_cpu=True),
-    Row("fpu", 0o666, State("fpu"), per_cpu=True),
-    Row("xsave", 0o666, State("xsave"), per_cpu=True),
-    Row("xcrs", 0o666, State("xcrs"), per_cpu=True),
+    Row("regs", 0o666, State("regs", still=True), per_cpu=True),
+    Row("sregs", 0o666, State("sregs", still=True), per_cpu=True),
+    Row("fpu", 0o666, State("fpu", still=True), per_cpu=True),
+    Row("xsave", 0o666, State("xsave", still=True), per_cpu=True),
+    Row("xcrs", 0o666, State("xcrs", still=True), per_cpu=True),
     Row("msrs", 0o666, State("msrs", entries=16), per_cpu=True),
-    Row("debugregs", 0o666, State("debugregs"), per_cpu=True),
+    Row("debugregs", 0o666, State("debugregs", still=True), per_cpu=True),
     Row("events", 0o666, State("events"), per_cpu=True),
     Row("mp_state", 0o666, State("mp_state"), per_cpu=True),
-    Row("cpuid", 0o666, State("cpuid", entries=40), per_cpu=True),
+    Row("cpuid", 0o666, State("cpuid", entries=40, still=True), per_cpu=True),
     Row("lapic", 0o666, State("lapic"), per_cpu=True),
     Row("irqchip", 0o666, State("irqchip")),
     Row("pit", 0o666, State("pit")),
@@ -149,7 +157,7 @@ FILES: tuple[Row, ...] = (
     Row(
         "dirty",
         0o444,
-        Text(lambda scope: scope.vm.take_dirty("file"), room=lambda scope: (scope.vm.memory.size // PAGE + 7) // 8),
+        Text(_take_dirty, room=_dirty_size),
     ),
     # configuration
     Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _set_mem_size)),

@@ -46,7 +46,7 @@ class Scope:
         self.wake()
 
     def waiting(self) -> _Waiting:
-        """`with scope.waiting() as event:` an event that is set when the scope is removed, or by whoever has it."""
+        """`with scope.waiting() as event:` an event that removal sets, or whoever has it."""
         return _Waiting(self._waiting)
 
     def watch(self, handle: Handle, waker: Waker) -> None:
@@ -189,7 +189,7 @@ class File(Node):
 
 
 class Directory(Node):
-    """A directory of `children`. What may be made, removed or renamed in it: nothing, unless a subclass says so."""
+    """A directory of `children`. Nothing may be made, removed or renamed in it, unless a subclass says so."""
 
     format = stat.S_IFDIR
     attr_seconds = 3600  # they change by calls that come through the kernel

@@ -1,6 +1,7 @@
 """The few kinds of behaviour that files have: text, binary state, bytes of an access, runs, interrupts.
 
-(`memory_file.py` has one more.) A kind is a value in a row of FILES. It gets its machine, or the root's data, as `scope`.
+(`memory_file.py` has one more.) A kind is a value in a row of FILES. It gets its machine, or the root's data,
+as `scope`.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def decoded(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """`get(scope)` gives the text (or bytes), `put(scope, text)` takes one; either may be or return a Future or a
-    coroutine. `news(scope)` is a number that changes when a poll should return: without it the file is always ready.
-    `room(scope)` is the `st_size`."""
+    """`get(scope)` gives the text (or bytes), `put(scope, text)` takes one; either may be or return a Future
+    or a coroutine. `news(scope)` is a number that changes when a poll should return: without it the file is
+    always ready. `room(scope)` is the `st_size`."""
 
     get: Callable[[Any], Any] | None = None
     put: Callable[[Any, str], Any] | None = None
@@ -68,7 +69,7 @@ class Text(Kind):
 
 
 class _TextHandle(Handle):
-    """A read from offset 0 takes a snapshot, others go on in it. A write is parsed whole, wherever its offset is."""
+    """A read from offset 0 takes a snapshot, others go on in it. A write is parsed whole, at any offset."""
 
     def __init__(self, node: File, pid: int, nonblocking: bool, kind: Text) -> None:
         super().__init__(node, pid, nonblocking)
@@ -105,11 +106,12 @@ class State(Kind):
     """A state of the CPU or the machine, as the bytes of its KVM UAPI struct.
 
     `entries`: of a struct that is a count, a pad and so many entries of that many bytes. Such a struct may be
-    written whole with another count.
+    written whole with another count. `still`: it changes only when the CPU runs or is set, not with time.
     """
 
     name: str
     entries: int = 0
+    still: bool = False
     writable = True
 
     def size(self, scope: Any) -> int:
@@ -132,10 +134,15 @@ class _StateHandle(Handle):
         super().__init__(node, pid, nonblocking)
         self._kind = kind
         self._of_machine = kind.name in MACHINE_STATES
+        self._blob = b""
+        self._at: object | None = None  # the `Vm.still` of the blob
 
     async def read(self, offset: int, size: int) -> bytes:
-        blob = await value_of(self.scope.sample(self._kind.name), self)
-        return blob[offset : offset + size]
+        at = self.scope.vm.still
+        if at is None or at is not self._at:
+            self._blob = await value_of(self.scope.sample(self._kind.name), self)
+            self._at = at if self._kind.still else None
+        return self._blob[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
         if self._of_machine:
@@ -207,12 +214,10 @@ class VmRun(Kind):
 
 
 class _VmRunHandle(Handle):
-    """A read from offset 0 is a run, others go on in its line. Without blocking, a run that ends leaves its line to be
-    read once from offset 0."""
+    """A read from offset 0 is a run, others go on in its line. Without blocking, a run that ends leaves its
+    line to be read once from offset 0."""
 
-    def __init__(
-        self, node: File, pid: int, nonblocking: bool, show: Callable[[exits.Exit], bytes]
-    ) -> None:
+    def __init__(self, node: File, pid: int, nonblocking: bool, show: Callable[[exits.Exit], bytes]) -> None:
         super().__init__(node, pid, nonblocking)
         self._show = show
         self._line = b""

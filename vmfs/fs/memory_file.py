@@ -1,12 +1,12 @@
 """`mem`: RAM as a file, in the best way that the kernel allows.
 
-Passthrough: the kernel maps and reads the memfd itself, and both sides see each other's bytes at once. A descriptor that
-may write is direct I/O as well: then only mmap passes through, and the server, which knows the end of RAM, answers
-read(2) and write(2) (docs/decisions/0003).
+Passthrough: the kernel maps and reads the memfd itself, and both sides see each other's bytes at once. A
+descriptor that may write is direct I/O as well: then only mmap passes through, and the server, which knows
+the end of RAM, answers read(2) and write(2) (docs/decisions/0003).
 
-Page cache, else: before a run what clients changed is written back and dropped; after it the pages that the guest
-changed are dropped. The same around a change that the server makes. Only while `mem` is open: a first open
-finds an empty cache.
+Page cache, else: before a run what clients changed is written back and dropped; after it the pages that the
+guest changed are dropped. The same around a change that the server makes. Only while `mem` is open: a first
+open finds an empty cache.
 
 Source: Linux Documentation/filesystems/fuse/fuse-passthrough.rst, fuse-io.rst.
 """

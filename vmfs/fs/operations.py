@@ -1,7 +1,8 @@
 """The FUSE operations: inodes and handles only. What a file is and does, `files.py` and `kinds.py` say.
 
-Here is the one place where a failure becomes an errno: a `VmfsError` is its `errno`, and its sentence goes to the
-scope's `complaint`. Anything else that a handler raises is a bug: logged, answered with EIO, and the mount lives on.
+Here is the one place where a failure becomes an errno: a `VmfsError` is its `errno`, and its sentence goes to
+the scope's `complaint`. Anything else that a handler raises is a bug: logged, answered with EIO, and the
+mount lives on.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
 
     def __init__(
-        self, inodes: Inodes, capacity: Callable[[], tuple[int, int, int, int]], began: trio.Event | None = None
+        self,
+        inodes: Inodes,
+        capacity: Callable[[], tuple[int, int, int, int]],
+        began: trio.Event | None = None,
     ) -> None:
         super().__init__()
         self._inodes = inodes
@@ -129,11 +133,12 @@ class Operations(pyfuse3.Operations):
         if not isinstance(node, File):
             raise pyfuse3.FUSEError(errno.EISDIR)
         access = flags & _ACCESS
+        reading, writing = access != os.O_WRONLY, access != os.O_RDONLY
         # The kernel has checked the mode, but root passes that check.
-        if access != os.O_RDONLY and not node.kind.writable or access != os.O_WRONLY and not node.kind.readable:
+        if writing and not node.kind.writable or reading and not node.kind.readable:
             raise pyfuse3.FUSEError(errno.EACCES)
         try:
-            handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), access != os.O_RDONLY)
+            handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), writing)
             handle.prepare_answer()
         except VmfsError as error:
             _complain(node, error)

@@ -18,7 +18,9 @@ from vmfs.vm import Vm
 class RootScope(Scope):
     """The mount."""
 
-    def __init__(self, host: Host, engines: tuple[EngineInfo, ...], connection: Connection | None = None) -> None:
+    def __init__(
+        self, host: Host, engines: tuple[EngineInfo, ...], connection: Connection | None = None
+    ) -> None:
         super().__init__()
         self.host = host
         self.engines = engines
@@ -53,7 +55,7 @@ class MachineScope(Scope):
         return self.vm.at_boundary(lambda cpu: cpu.get_state(name))
 
     def state_size(self, name: str) -> int:
-        """Bytes of a state; 0 where the machine has none. It is looked up once, when the machine does not run."""
+        """Bytes of a state; 0 where the machine has none. Looked up once, when the machine does not run."""
         if name not in self._sizes:
             if self.vm.state == "running":
                 return 0
