@@ -12,8 +12,10 @@ echo real > "$vm/mode"
 # 7c04  test al, al        7c0d  in al, dx           7c16  out dx, al
 # 7c06  jz 0x7c19          7c0e  test al, 0x20       7c17  jmp 0x7c03
 #                          7c10  jz 0x7c0d           7c19  hlt
-printf '\xbe\x1a\x7c\xac\x84\xc0\x74\x11\x88\xc4\xba\xfd\x03\xec\xa8\x20\x74\xfb\xb2\xf8\x88\xe0\xee\xeb\xea\xf4%s\0' \
-    'Hello from a guest' | dd of="$vm/mem" bs=4k seek=$((0x7c00)) oflag=seek_bytes conv=notrunc status=none
+{
+    printf '\xbe\x1a\x7c\xac\x84\xc0\x74\x11\x88\xc4\xba\xfd\x03\xec\xa8\x20\x74\xfb'
+    printf '\xb2\xf8\x88\xe0\xee\xeb\xea\xf4%s\0' 'Hello from a guest'
+} | dd of="$vm/mem" bs=4k seek=$((0x7c00)) oflag=seek_bytes iflag=fullblock conv=notrunc status=none
 xxd -s $((0x7c00)) -l 48 "$vm/mem"
 echo 'rip 0x7c00' > "$vm/registers"
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# watch.sh MOUNT: look into a guest, and reach into it, while it runs. No debugger, no agent in it: cat and printf.
+# watch.sh MOUNT: look into a guest, and reach into it, while it runs. No debugger: cat and printf.
 set -euo pipefail
 vm=${1:?usage: watch.sh MOUNT}/watch.$$
 
@@ -10,15 +10,17 @@ echo long > "$vm/mode"
 # 1000  xor eax, eax            100c  je 0x1002          1015  out 0x80, al
 # 1002  inc rax                 100e  mov eax, [0x2000]  1017  hlt
 # 1005  cmp byte [0x2000], 0
-printf '%b' '\x31\xc0' '\x48\xff\xc0' '\x80\x3d\xf4\x0f\x00\x00\x00' '\x74\xf4' '\x8b\x04\x25\x00\x20\x00\x00' \
-    '\xe6\x80' '\xf4' | dd of="$vm/mem" bs=4k seek=$((0x1000)) oflag=seek_bytes conv=notrunc status=none
+printf '\x31\xc0\x48\xff\xc0\x80\x3d\xf4\x0f\x00\x00\x00\x74\xf4\x8b\x04\x25\x00\x20\x00\x00\xe6\x80\xf4' |
+    dd of="$vm/mem" bs=4k seek=$((0x1000)) oflag=seek_bytes conv=notrunc status=none
 echo 'rip 0x1000' > "$vm/registers"
 
 echo '--- step by step'
 for step in 1 2 3 4 5 6; do
     echo step > "$vm/vm_run"
-    echo "rip $(cat "$vm/reg/rip")  rax $(cat "$vm/reg/rax")"
-done | tee /dev/stderr | tail -n 1 | grep -q 'rip 0x0*100c  rax 0x0*2$'
+    echo "$(cat "$vm/exit"), rax $(cat "$vm/reg/rax")"
+done
+[ "$(cat "$vm/exit")" = 'debug cause=step rip=0x100c' ]
+(($(cat "$vm/reg/rax") == 2))
 
 echo '--- running: a register, now and then'
 echo run > "$vm/state"

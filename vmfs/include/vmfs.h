@@ -15,10 +15,10 @@
  *         }
  *
  * Nothing to link. A machine's files are its interface (openat, pread, pwrite, mmap, poll; docs/files.md);
- * what is here saves typing. Functions answer -1 with errno set where they fail, and hold no state: descriptors
- * are the caller's to close.
+ * what is here saves typing. Functions answer -1 with errno set where they fail, and hold no state:
+ * descriptors are the caller's to close.
  *
- * Needs C99 or C++11 with POSIX.1-2008: -std=gnu99 (or later), or _POSIX_C_SOURCE=200809L before the first header.
+ * Needs C99 or C++11 with POSIX.1-2008: -std=gnu99 or later, or _POSIX_C_SOURCE=200809L before any header.
  * State files have the layouts of <linux/kvm.h>, which on an x86 host also has their structs.
  */
 #ifndef VMFS_H
@@ -42,10 +42,10 @@
 #ifdef __cplusplus
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wold-style-cast" /* this is C, too */
-#pragma GCC diagnostic ignored "-Wshadow" /* the function kvm_run beside the struct kvm_run of <linux/kvm.h> */
+#pragma GCC diagnostic ignored "-Wshadow" /* function kvm_run, struct kvm_run of <linux/kvm.h> */
 #endif
 
-/* ---- Places in the state files ----------------------------------------------------------------------------- */
+/* ---- Places in the state files ---------------------------------------------------------------------- */
 
 /* Byte offsets into `regs`, struct kvm_regs. Each is 8 bytes wide. */
 enum vmfs_reg {
@@ -92,7 +92,7 @@ enum vmfs_sreg {
     KVM_SREG_APIC_BASE = 272
 };
 
-/* ---- Exits ------------------------------------------------------------------------------------------------- */
+/* ---- Exits ------------------------------------------------------------------------------------------ */
 
 /* Why a run ended. KVM's KVM_EXIT_* numbers where KVM has the same exit. */
 enum vmfs_exit_reason {
@@ -162,7 +162,7 @@ struct vmfs_exit_error {
 struct vmfs_exit {
     uint32_t reason; /* VMFS_EXIT_ */
     uint32_t cpu;
-    uint64_t rip;    /* as in `regs`; out, stores, hlt: the next instruction; in, loads: the instruction itself */
+    uint64_t rip;    /* as in `regs`; of out, stores, hlt: the next instruction; of in, loads: their own */
     __extension__ union {
         struct vmfs_exit_io io;
         struct vmfs_exit_mmio mmio;
@@ -181,7 +181,7 @@ typedef char vmfs_assert_regs[offsetof(struct kvm_regs, rflags) == KVM_REG_RFLAG
 typedef char vmfs_assert_sregs[offsetof(struct kvm_sregs, apic_base) == KVM_SREG_APIC_BASE ? 1 : -1];
 #endif
 
-/* ---- A machine --------------------------------------------------------------------------------------------- */
+/* ---- A machine -------------------------------------------------------------------------------------- */
 
 /*
  * Makes a machine: mkdir(path), owned by the caller, modes as the umask says. Answers a descriptor of its
@@ -201,7 +201,7 @@ static inline int vmfs_destroy(const char *path)
     return rmdir(path);
 }
 
-/* ---- Its files --------------------------------------------------------------------------------------------- */
+/* ---- Its files -------------------------------------------------------------------------------------- */
 
 /* At most `size` bytes of the file `name`, from its start. Answers how many. */
 static inline ssize_t vmfs_read(int ctx, const char *name, void *data, size_t size)
@@ -237,7 +237,7 @@ static inline int vmfs_put(int ctx, const char *name, const void *data, size_t s
     return -1;
 }
 
-/* Text into a file: vmfs_write(ctx, "mode", "long"). Where it fails, the file `error` says why in a sentence. */
+/* Text into a file: vmfs_write(ctx, "mode", "long"). Where it fails, vmfs_error has the reason in a sentence. */
 static inline int vmfs_write(int ctx, const char *name, const char *text)
 {
     return vmfs_put(ctx, name, text, strlen(text), 0);
@@ -307,12 +307,12 @@ static inline int vmfs_set(int ctx, enum vmfs_reg reg, uint64_t value)
     return vmfs_put(ctx, "regs", &value, sizeof value, (off_t)reg);
 }
 
-/* ---- Running it -------------------------------------------------------------------------------------------- */
+/* ---- Running it ------------------------------------------------------------------------------------- */
 
 /*
- * Runs the guest until its next exit. `run` is a descriptor of the file vm_run.bin. Answers the reason, which is
- * in `*exit`, too; -1 with EINTR after a signal (nothing is lost, the next run goes on), EBUSY where somebody else
- * runs it, ENODEV once it is removed.
+ * Runs the guest until its next exit. `run` is a descriptor of the file vm_run.bin. Answers the reason, which
+ * is in `*exit`, too; -1 with EINTR after a signal (nothing is lost, the next run goes on), EBUSY where
+ * somebody else runs it, ENODEV once it is removed.
  */
 static inline int vmfs_run(int run, struct vmfs_exit *exit)
 {
@@ -325,7 +325,7 @@ static inline int vmfs_run(int run, struct vmfs_exit *exit)
     return -1;
 }
 
-/* The same for the machine's directory. Opening vm_run.bin once and calling vmfs_run saves this its open and close. */
+/* The same, for the machine's directory. To keep vm_run.bin open, and call vmfs_run, is faster. */
 static inline int kvm_run(int ctx, struct vmfs_exit *exit)
 {
     int run = openat(ctx, "vm_run.bin", O_RDONLY | O_CLOEXEC);
