@@ -1,0 +1,61 @@
+/* Entering traces: the inline part that jumps need. */
+#ifndef VMFS_CACHE_H
+#define VMFS_CACHE_H
+
+#include "state.h"
+
+/* Run a trace if the budget covers it and nobody wants attention; else back to the main loop. */
+#define ENTER(c, t) do { \
+        const struct trace *t_ = (t); \
+        (c)->gpr[GPR_IP] = t_->ip; \
+        (c)->budget -= t_->count; \
+        if (unlikely((c)->budget < 0 || atomic_load_explicit(&(c)->attention, memory_order_relaxed))) { \
+            (c)->budget += t_->count; \
+            return; \
+        } \
+        t_->records[0].run((c), t_->records); \
+        return; \
+    } while (0)
+
+/* A direct near jump is taken. */
+#define JUMP_LINK(c, r) do { \
+        if (unlikely((r)->link_generation != (c)->generation)) { \
+            jump_slow((c), (r)); \
+            return; \
+        } \
+        (c)->budget += (r)->left; \
+        ENTER(c, (r)->link); \
+    } while (0)
+
+ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c->jumps[(ip ^ ip >> 12) & (JUMP_CACHE - 1)]; }
+
+/* An indirect near jump to `target`, which is masked and checked (check_target) unless it is in the jump cache. The trace
+ * ends with r. */
+#define JUMP_TO(c, r, target) do { \
+        u64 target_ = (target); \
+        struct jump_entry *e_ = jump_entry((c), target_); \
+        (c)->gpr[GPR_IP] = target_; \
+        if (unlikely(e_->ip != target_ || e_->generation != (c)->generation || e_->key != (c)->key)) { \
+            jump_indirect_slow((c), (r)); \
+            return; \
+        } \
+        ENTER(c, e_->trace); \
+    } while (0)
+
+/* #GP(0) unless a near jump may go there: within the limit of CS, or canonical (Intel SDM 2A JMP). */
+ALWAYS_INLINE bool target_valid(const struct vcpu *c, u64 target)
+{
+    return c->key & KEY_CODE64 ? (u64)((i64)(target << 16) >> 16) == target || (c->cr4 & CR4_LA57 &&
+           (u64)((i64)(target << 7) >> 7) == target) : target <= c->seg[SEG_CS].limit;
+}
+ALWAYS_INLINE void check_target(struct vcpu *c, const struct record *r, u64 target)
+{
+    if (unlikely(!target_valid(c, target)))
+        raise_error(c, r, VECTOR_GP, 0);
+}
+ALWAYS_INLINE u64 relative_target(const struct vcpu *c, const struct record *r)
+{
+    return truncate_to(c->gpr[GPR_IP] + r->at + r->length + (u64)(i64)r->imm, 8u << r->size);
+}
+
+#endif

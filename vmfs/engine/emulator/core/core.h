@@ -1,0 +1,146 @@
+/* The emulator core: an x86-64 processor in C with the shape of KVM. This is all of its public interface.
+ *
+ * Objects: a `struct vm` has guest-physical memory and CPUs; a `struct vcpu` runs. State goes in and out as
+ * the structs of the Linux KVM UAPI, byte for byte (linux/kvm.h, asm/kvm.h).
+ *
+ * Threads: vcpu_run of the CPUs of one VM may be called from different threads; one CPU of a VM executes at a
+ * time (they take turns). vcpu_kick may be called from a signal handler. vcpu_interrupt, vcpu_nmi, vm_irq_line
+ * and vm_dirty_log may be called from any thread at any time. All else: while no CPU of the VM runs.
+ *
+ * Functions that can fail return 0 or a negative errno.
+ */
+#ifndef VMFS_CORE_H
+#define VMFS_CORE_H
+
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct vm;
+struct vcpu;
+
+/* ---- Machines and memory ------------------------------------------------------------------------------- */
+
+enum { CORE_SLOTS = 64, CORE_VCPUS = 64 };
+enum { SLOT_READ_ONLY = 1 };
+
+struct vm *vm_create(void);            /* NULL: no memory */
+void vm_destroy(struct vm *vm);        /* and its CPUs; none of them runs */
+
+/* Back [address, address + size) with the host memory at `host`. Multiples of 4096; overlap: -EEXIST.
+ * A slot that exists is replaced; size 0 removes it. A store into a read-only slot is an MMIO write exit. */
+int vm_map(struct vm *vm, unsigned slot, uint64_t address, void *host, uint64_t size, unsigned flags);
+/* One bit a page, `bytes` = (pages + 7) / 8: what the guest wrote since the last call. Any thread. */
+int vm_dirty_log(struct vm *vm, unsigned slot, uint8_t *bitmap, size_t bytes);
+size_t vm_dirty_log_size(struct vm *vm, unsigned slot);
+
+int vm_create_irqchip(struct vm *vm);  /* before the first CPU */
+void vm_irq_line(struct vm *vm, unsigned gsi, bool level);
+void vm_set_a20(struct vm *vm, bool enabled);
+
+/* Time: deterministic (default): the TSC and the timers follow the instructions retired, `tsc_khz` thousands
+ * an instruction-millisecond: one instruction is one TSC cycle. Host: they follow CLOCK_MONOTONIC. */
+enum core_time { TIME_DETERMINISTIC, TIME_HOST };
+void vm_set_time(struct vm *vm, enum core_time mode);
+
+/* State of a machine: a name of irqchip, pit, clock. get returns the size and writes at most `size` bytes. */
+long vm_get_state(struct vm *vm, const char *name, void *data, size_t size);
+int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size);
+
+/* ---- CPUs ------------------------------------------------------------------------------------------------ */
+
+struct vcpu *vcpu_create(struct vm *vm, unsigned index); /* in reset state; NULL: no memory, or index taken */
+void vcpu_destroy(struct vcpu *c);
+
+/* State of a CPU: regs, sregs, fpu, xsave, xcrs, msrs, debugregs, events, mp_state, cpuid, lapic. get returns
+ * the size of the whole state and writes at most `size` bytes, -ENOENT for a name unknown; set takes it whole:
+ * -EINVAL for a length or contents that cannot be, and then nothing changed. */
+long vcpu_get_state(struct vcpu *c, const char *name, void *data, size_t size);
+int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t size);
+int vcpu_get_msr(struct vcpu *c, uint32_t index, uint64_t *value);   /* -EINVAL: no such MSR */
+int vcpu_set_msr(struct vcpu *c, uint32_t index, uint64_t value);    /* -EINVAL: would be #GP */
+/* The guest-physical address of a linear one by the page tables, without side effects; -EFAULT. */
+int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical);
+
+/* ---- Running --------------------------------------------------------------------------------------------- */
+
+enum exit_reason {
+    EXIT_NONE, EXIT_IO, EXIT_MMIO, EXIT_HLT, EXIT_DEBUG, EXIT_SHUTDOWN, EXIT_INTERRUPTED, EXIT_LIMIT, EXIT_ERROR,
+};
+enum debug_cause { DEBUG_STEP, DEBUG_BREAKPOINT, DEBUG_WATCHPOINT, DEBUG_IO, DEBUG_EXCEPTION, DEBUG_MODE, DEBUG_CR3 };
+
+enum { EXIT_DATA = 4096 };
+
+/* Why a run ended. After a write (`out`, a store) rip is the next instruction; after a read (`in`, a load) it is
+ * the instruction itself, and the next run completes it with the bytes of vcpu_exit_data (all ones at first).
+ * For `hlt`, the instruction after it. */
+struct vcpu_exit {
+    enum exit_reason reason;
+    uint64_t rip;
+    bool write;              /* io, mmio */
+    uint32_t size, count;    /* io: bytes an element, elements; mmio: bytes (1 to 8), 1 */
+    uint64_t address;        /* io: port; mmio: guest-physical; debug: of the watched access, or the port */
+    enum debug_cause cause;  /* debug */
+    uint32_t id;             /* debug: of the stop that matched */
+    uint32_t vector;         /* debug: exception */
+    const char *message;     /* error: a sentence */
+};
+
+enum { BUDGET_UNLIMITED = -1 };
+
+/* Run until the next exit; with a budget >= 0, EXIT_LIMIT after exactly so many instructions. */
+void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
+/* End the run at an instruction boundary with EXIT_INTERRUPTED, or the next one at its start. Any thread, or a
+ * signal handler. An exit that was on its way comes first; the kick then ends the run after it. */
+void vcpu_kick(struct vcpu *c);
+void vcpu_clear_kick(struct vcpu *c);
+/* The bytes of the access that made the last exit; *size = its size * count. Writable for reads. */
+uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size);
+
+enum { INTERRUPT_QUEUE = 64 };
+int vcpu_interrupt(struct vcpu *c, uint8_t vector);   /* queue an external interrupt; -EAGAIN: queue full */
+unsigned vcpu_interrupts_queued(struct vcpu *c);
+void vcpu_nmi(struct vcpu *c);
+
+/* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */
+
+enum stop_kind { STOP_BREAKPOINT, STOP_WATCH, STOP_WATCH_PHYSICAL, STOP_IO, STOP_VECTOR, STOP_CR3, STOP_MODE };
+struct vcpu_stop {
+    enum stop_kind kind;
+    uint32_t id;
+    uint64_t address;        /* linear, physical, port or vector */
+    uint32_t length;         /* watch: bytes */
+    bool on_read, on_write;  /* watch */
+};
+/* Replaces all stops. The array is copied. */
+int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count);
+
+/* ---- Counters -------------------------------------------------------------------------------------------------- */
+
+struct vcpu_counters {
+    uint64_t instructions, traces_decoded, traces_killed, tlb_misses, interrupts, exceptions;
+};
+void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters);
+
+/* ---- The instruction table, for tests, tracing and documentation ------------------------------------------------- */
+
+struct core_instruction {
+    const char *name;        /* mnemonic */
+    const char *map;         /* "", "0F", "0F38", "0F3A" */
+    uint8_t opcode;
+    const char *prefix;      /* "any", "none", "66", "F3", "F2", "no-rep" */
+    int digit;               /* /digit, or -1 */
+    const char *mod;         /* "rm", "reg", "mem", "reg0".."reg7": register form with exactly that rm field */
+    const char *operands[4]; /* SDM letters: "Eb", "Gv", ...; "" after the last */
+    const char *size;        /* B W D Q: fixed; V: 16/32/64; Y: 32/64; S: stack; N: near branch */
+    const char *handler;
+    const char *feature;     /* CPUID feature it needs: "BASE", "CMOV", ... */
+    uint32_t attributes;     /* enum attribute of opcodes.h */
+    uint16_t flags_read, flags_written, flags_undefined;
+};
+/* Row `index`; false behind the last. */
+bool core_instruction(unsigned index, struct core_instruction *row);
+const char *core_attribute_name(unsigned bit);        /* NULL behind the last */
+
+#endif

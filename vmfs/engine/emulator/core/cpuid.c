@@ -1,0 +1,75 @@
+/* CPUID: what it tells, and the features that follow from it (Intel SDM 2A CPUID). */
+#include "opcodes.h"
+
+/* Only what the core does: a feature bit here is a promise. Leaves: function, index, significant index. */
+static const struct kvm_cpuid_entry2 defaults[] = {
+    {.function = 0, .eax = 0x15, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
+    {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
+     .ecx = 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 31 /* hypervisor */,
+     .edx = 0x0f8bfbff & ~(1u << 7 | 1u << 14) /* no MCE, MCA */},
+    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 7 | 1u << 9 | 1u << 20,
+     .ecx = 1u << 2 | 1u << 3},
+    {.function = 0x15, .eax = 1, .ebx = 1000, .ecx = 1000000},
+    {.function = 0x80000000, .eax = 0x80000008},
+    {.function = 0x80000001, .ecx = 1u << 0, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 29},
+    {.function = 0x80000008, .eax = 0x3028}, /* 40 physical, 48 linear address bits */
+};
+
+void cpuid_defaults(struct vcpu *c)
+{
+    c->cpuid.count = sizeof defaults / sizeof *defaults;
+    memcpy(c->cpuid.entries, defaults, sizeof defaults);
+    cpuid_changed(c);
+}
+
+static const struct kvm_cpuid_entry2 *find(const struct vcpu *c, u32 leaf, u32 subleaf)
+{
+    for (unsigned i = 0; i < c->cpuid.count; i++) {
+        const struct kvm_cpuid_entry2 *e = &c->cpuid.entries[i];
+        if (e->function == leaf && (!(e->flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX) || e->index == subleaf))
+            return e;
+    }
+    return NULL;
+}
+
+void cpuid_changed(struct vcpu *c)
+{
+    static const struct { u32 leaf; u8 reg, bit; } where[] = {
+#define X(name, leaf, reg, bit) {leaf, reg, bit},
+        FEATURES(X)
+#undef X
+    };
+    memset(c->features, 0, sizeof c->features);
+    c->features[0] |= 1ull << FEATURE_BASE;
+    for (unsigned f = 1; f < FEATURE_COUNT; f++) {
+        const struct kvm_cpuid_entry2 *e = find(c, where[f].leaf, where[f].leaf == 0xd ? 1 : 0);
+        if (!e)
+            continue;
+        u32 value = where[f].reg == 0 ? e->eax : where[f].reg == 1 ? e->ebx : where[f].reg == 2 ? e->ecx : e->edx;
+        if (value >> where[f].bit & 1)
+            c->features[f >> 6] |= 1ull << (f & 63);
+    }
+    const struct kvm_cpuid_entry2 *sizes = find(c, 0x80000008, 0);
+    unsigned bits = sizes ? sizes->eax & 0xff : 36;
+    c->physical_bits = (u8)(bits < 32 ? 32 : bits > 52 ? 52 : bits);
+    if (c->cache)
+        cache_flush(c);
+}
+
+/* With the bits that follow from state: OSXSAVE, the APIC id. Beyond the last basic leaf: that one's data. */
+void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
+{
+    const struct kvm_cpuid_entry2 *e = find(c, leaf, subleaf), *base = find(c, leaf & 0x80000000, 0);
+    if (!e && base && leaf > base->eax) {
+        const struct kvm_cpuid_entry2 *basic = find(c, 0, 0);
+        e = basic ? find(c, basic->eax, subleaf) : NULL;
+    }
+    memset(out, 0, 16);
+    if (!e)
+        return;
+    out[0] = e->eax, out[1] = e->ebx, out[2] = e->ecx, out[3] = e->edx;
+    if (e->function == 1) {
+        out[1] = (out[1] & 0x00ffffff) | c->index << 24;
+        out[2] = (out[2] & ~(1u << 27)) | (c->cr4 & CR4_OSXSAVE ? 1u << 27 : 0);
+    }
+}

@@ -1,0 +1,260 @@
+/* Delivery of exceptions and interrupts (Intel SDM 3A chapter 6, 20.1.4 real mode, 20.3 virtual-8086). */
+#include "flags.h"
+#include "memory.h"
+
+void escape(struct vcpu *c, enum escape how) { longjmp(c->escape, how); }
+
+void raise_fault(struct vcpu *c, const struct record *r, unsigned vector)
+{
+    c->now = r;
+    c->fault = (struct fault){.vector = (u8)vector};
+    escape(c, ESCAPE_FAULT);
+}
+void raise_error(struct vcpu *c, const struct record *r, unsigned vector, u32 error)
+{
+    c->now = r;
+    c->fault = (struct fault){.vector = (u8)vector, .has_error = true, .error = error};
+    escape(c, ESCAPE_FAULT);
+}
+void raise_page_fault(struct vcpu *c, const struct record *r, u64 linear, u32 error)
+{
+    c->now = r;
+    c->fault = (struct fault){.vector = VECTOR_PF, .has_error = true, .error = error, .address = linear};
+    escape(c, ESCAPE_FAULT);
+}
+
+/* Where pushes go: a stack that is not yet the CPU's. Moves only the copy; memory is written as it goes, which is allowed
+ * to stay if a later push faults (nothing else has changed). */
+struct stack {
+    struct segment_check check;
+    u64 sp, mask, linear_mask;
+    u32 fault_error;          /* selector for #SS on the new stack */
+    unsigned access;          /* ACCESS_SUPERVISOR while the CPL is not yet the new one */
+};
+
+static void push_on(struct vcpu *c, struct stack *s, unsigned bytes, u64 value)
+{
+    u64 sp = (s->sp - bytes) & s->mask;
+    if (sp < s->check.low || sp + bytes - 1 > s->check.high)
+        raise_error(c, NULL, VECTOR_SS, s->fault_error);
+    u64 linear = (s->check.base + sp) & s->linear_mask;
+    mmu_write(c, linear, &value, bytes, s->access);
+    s->sp = (s->sp & ~s->mask) | sp;
+}
+
+static void commit_sp(struct vcpu *c, const struct stack *s)
+{
+    c->gpr[RSP] = s->mask == 0xffffffff ? (u32)s->sp : s->sp;
+}
+
+static void deliver_real(struct vcpu *c, unsigned vector)
+{
+    if (vector * 4u + 3 > c->idt.limit)
+        raise_error(c, NULL, VECTOR_GP, 0);
+    u32 entry = 0;
+    mmu_read(c, (u32)(c->idt.base + vector * 4), &entry, 4, ACCESS_SUPERVISOR);
+    struct stack s = {c->check[SEG_SS], c->gpr[RSP], c->stack_mask, c->linear_mask, 0, ACCESS_SUPERVISOR};
+    push_on(c, &s, 2, get_rflags(c));
+    push_on(c, &s, 2, c->seg[SEG_CS].selector);
+    push_on(c, &s, 2, c->gpr[GPR_IP]);
+    commit_sp(c, &s);
+    c->rflags &= ~(u64)(FLAG_IF | FLAG_TF | FLAG_AC | FLAG_RF);
+    set_segment_real(c, SEG_CS, (u16)(entry >> 16));
+    c->gpr[GPR_IP] = entry & 0xffff;
+    mode_changed(c);
+}
+
+/* A stack pointer of the TSS: 32-bit or 16-bit TSS (7.2.1). */
+static void tss_stack(struct vcpu *c, unsigned level, u16 *ss, u64 *sp)
+{
+    const struct segment *tr = &c->seg[SEG_TR];
+    bool wide = tr->attributes & 8;
+    u64 offset = wide ? 4 + 8 * level : 2 + 4 * level, bytes = wide ? 8 : 4;
+    if (offset + bytes - 1 > tr->limit)
+        raise_error(c, NULL, VECTOR_TS, tr->selector & 0xfffc);
+    u64 value = 0;
+    mmu_read(c, (u32)(tr->base + offset), &value, (unsigned)bytes, ACCESS_SUPERVISOR);
+    *sp = wide ? (u32)value : (u16)value;
+    *ss = (u16)(value >> (wide ? 32 : 16));
+}
+
+static u64 tss_stack64(struct vcpu *c, unsigned offset)
+{
+    const struct segment *tr = &c->seg[SEG_TR];
+    if (offset + 7 > tr->limit)
+        raise_error(c, NULL, VECTOR_TS, tr->selector & 0xfffc);
+    u64 value = 0;
+    mmu_read(c, tr->base + offset, &value, 8, ACCESS_SUPERVISOR);
+    return value;
+}
+
+static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error_code)
+{
+    bool long_mode = c->efer & EFER_LMA, v86 = c->rflags & FLAG_VM;
+    u32 ext = kind == EVENT_SOFTWARE ? 0 : 1;
+    unsigned entry_bytes = long_mode ? 16 : 8;
+    u32 idt_error = vector * 8 + 2 + ext;
+    if (vector * entry_bytes + entry_bytes - 1 > c->idt.limit)
+        raise_error(c, NULL, VECTOR_GP, idt_error);
+    u64 gate[2] = {0, 0};
+    mmu_read(c, c->idt.base + vector * entry_bytes, &gate[0], 8, ACCESS_SUPERVISOR);
+    if (long_mode)
+        mmu_read(c, c->idt.base + vector * entry_bytes + 8, &gate[1], 8, ACCESS_SUPERVISOR);
+    unsigned type = gate[0] >> 40 & 31, dpl = gate[0] >> 45 & 3;
+    bool task = type == 5 && !long_mode;
+    if (!(type == 14 || type == 15 || (!long_mode && (type == 5 || type == 6 || type == 7))))
+        raise_error(c, NULL, VECTOR_GP, idt_error);
+    if (kind == EVENT_SOFTWARE && dpl < c->cpl)
+        raise_error(c, NULL, VECTOR_GP, vector * 8 + 2);
+    if (!(gate[0] >> 47 & 1))
+        raise_error(c, NULL, VECTOR_NP, idt_error);
+    u16 selector = (u16)(gate[0] >> 16);
+    if (task) {
+        deliver_task_gate(c, selector, kind, has_error, error_code);
+        return;
+    }
+    u64 target = (gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff0000) | (gate[1] & 0xffffffff) << 32;
+    bool wide = type & 8, trap = type & 1;
+    unsigned size = long_mode ? 8 : wide ? 4 : 2;
+    if (!wide)
+        target &= 0xffff;
+
+    struct descriptor code;
+    u32 code_error = (selector & 0xfffc) | ext;
+    if (!(selector & 0xfffc))
+        raise_error(c, NULL, VECTOR_GP, ext);
+    if (!read_descriptor(c, selector, &code, 8))
+        raise_error(c, NULL, VECTOR_GP, code_error);
+    u32 a = descriptor_attributes(&code);
+    unsigned code_dpl = a >> ATTR_DPL_SHIFT & 3;
+    if (!(a & ATTR_S) || !(a & ATTR_CODE) || code_dpl > c->cpl || (long_mode && (!(a & ATTR_L) || a & ATTR_DB)))
+        raise_error(c, NULL, VECTOR_GP, code_error);
+    if (!(a & ATTR_P))
+        raise_error(c, NULL, VECTOR_NP, code_error);
+    unsigned cpl = a & ATTR_CONFORMING ? c->cpl : code_dpl;
+    if (v86 && cpl != 0)
+        raise_error(c, NULL, VECTOR_GP, code_error);
+
+    struct stack s;
+    struct segment new_ss = c->seg[SEG_SS];
+    bool switches = cpl < c->cpl;
+    u64 old_sp = c->gpr[RSP], ist = long_mode ? gate[0] >> 32 & 7 : 0;
+    if (long_mode) { /* 6.14 */
+        s = (struct stack){{0, 0, ~0ull, 3}, old_sp, ~0ull, ~0ull, ext, ACCESS_SUPERVISOR};
+        if (ist)
+            s.sp = tss_stack64(c, 36 + 8 * (unsigned)(ist - 1));
+        else if (switches)
+            s.sp = tss_stack64(c, 4 + 8 * cpl);
+        if (ist || switches)
+            if ((u64)((i64)(s.sp << 16) >> 16) != s.sp && !(c->cr4 & CR4_LA57))
+                raise_error(c, NULL, VECTOR_SS, ext);
+        s.sp &= ~15ull;
+        if (switches)
+            new_ss = (struct segment){0, 0, ATTR_UNUSABLE | cpl << ATTR_DPL_SHIFT, (u16)cpl};
+        if ((u64)((i64)(target << 16) >> 16) != target && !(c->cr4 & CR4_LA57))
+            raise_error(c, NULL, VECTOR_GP, ext);
+    } else {
+        if (switches) {
+            u16 ss;
+            u64 sp;
+            struct descriptor d;
+            tss_stack(c, cpl, &ss, &sp);
+            u32 error = (ss & 0xfffc) | ext;
+            if (!(ss & 0xfffc))
+                raise_error(c, NULL, VECTOR_TS, ext);
+            if (!read_descriptor(c, ss, &d, 8))
+                raise_error(c, NULL, VECTOR_TS, error);
+            u32 sa = descriptor_attributes(&d);
+            if ((ss & 3) != cpl || (sa >> ATTR_DPL_SHIFT & 3) != cpl || !(sa & ATTR_S) || sa & ATTR_CODE ||
+                !(sa & ATTR_WRITABLE))
+                raise_error(c, NULL, VECTOR_TS, error);
+            if (!(sa & ATTR_P))
+                raise_error(c, NULL, VECTOR_SS, error);
+            set_accessed(c, &d);
+            descriptor_segment(&d, &new_ss);
+            bool down = sa & ATTR_EXPAND_DOWN, big = sa & ATTR_DB;
+            s = (struct stack){{new_ss.base, down ? (u64)new_ss.limit + 1 : 0,
+                                down ? (big ? 0xffffffff : 0xffff) : new_ss.limit, 3},
+                               sp, big ? 0xffffffff : 0xffff, 0xffffffff, error, ACCESS_SUPERVISOR};
+        } else {
+            s = (struct stack){c->check[SEG_SS], old_sp, c->stack_mask, c->linear_mask, ext,
+                               c->cpl == 3 ? 0 : ACCESS_SUPERVISOR};
+        }
+        if (target > descriptor_limit(&code))
+            raise_error(c, NULL, VECTOR_GP, ext);
+    }
+    u64 flags = get_rflags(c);
+    if (kind == EVENT_EXCEPTION && vector != VECTOR_DB && vector != VECTOR_BP && vector != VECTOR_OF)
+        flags |= FLAG_RF; /* 17.3.1.1: faults resume past an instruction breakpoint */
+    if (v86) {
+        static const u8 order[] = {SEG_GS, SEG_FS, SEG_DS, SEG_ES};
+        for (unsigned i = 0; i < 4; i++)
+            push_on(c, &s, size, c->seg[order[i]].selector);
+    }
+    if (long_mode || switches) {
+        push_on(c, &s, size, c->seg[SEG_SS].selector);
+        push_on(c, &s, size, old_sp);
+    }
+    push_on(c, &s, size, flags);
+    push_on(c, &s, size, c->seg[SEG_CS].selector);
+    push_on(c, &s, size, c->gpr[GPR_IP]);
+    if (has_error)
+        push_on(c, &s, size, error_code);
+    set_accessed(c, &code);
+
+    /* Nothing below can fault. */
+    commit_sp(c, &s);
+    c->gpr[GPR_IP] = target;
+    descriptor_segment(&code, &c->seg[SEG_CS]);
+    c->seg[SEG_CS].selector = (u16)((selector & 0xfffc) | cpl);
+    c->seg[SEG_SS] = new_ss;
+    if (v86)
+        for (unsigned i = SEG_ES; i <= SEG_GS; i++)
+            if (i != SEG_CS && i != SEG_SS) {
+                c->seg[i].selector = 0;
+                c->seg[i].attributes = ATTR_UNUSABLE;
+                c->seg[i].base = 0;
+            }
+    c->rflags &= ~(u64)(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | (trap ? 0 : FLAG_IF));
+    set_cpl(c, cpl);
+    mode_changed(c);
+}
+
+void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error)
+{
+    c->now = NULL;
+    c->delivering = (int)vector;
+    c->delivering_kind = kind;
+    if (c->cr0 & CR0_PE)
+        deliver_protected(c, vector, kind, has_error, error);
+    else
+        deliver_real(c, vector);
+    c->delivering = -1;
+    c->halted = false;
+    c->shadow_sti = c->shadow_ss = false;
+}
+
+static bool contributory(unsigned vector)
+{
+    return vector == VECTOR_DE || (vector >= VECTOR_TS && vector <= VECTOR_GP);
+}
+
+/* c->fault is to be delivered; it may have been raised while another was being delivered (table 6-5). */
+bool deliver_fault(struct vcpu *c)
+{
+    struct fault f = c->fault;
+    c->counters.exceptions++;
+    if (c->delivering >= 0 && c->delivering_kind == EVENT_EXCEPTION) {
+        unsigned first = (unsigned)c->delivering;
+        if (first == VECTOR_DF)
+            return false;
+        if ((contributory(first) && contributory(f.vector)) ||
+            (first == VECTOR_PF && (contributory(f.vector) || f.vector == VECTOR_PF)))
+            f = (struct fault){.vector = VECTOR_DF, .has_error = true};
+    }
+    if (f.vector == VECTOR_PF)
+        c->cr2 = f.address;
+    bool real = !(c->cr0 & CR0_PE);
+    deliver(c, f.vector, EVENT_EXCEPTION, f.has_error && !real, f.error);
+    return true;
+}

@@ -1,0 +1,521 @@
+/* Paging, the TLB, and the slow path of every access (Intel SDM 3A chapter 4). */
+#include "memory.h"
+#include "opcodes.h"
+
+enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80 };
+#define PTE_NX (1ull << 63)
+enum { PF_PRESENT = 1, PF_WRITE = 2, PF_USER = 4, PF_RESERVED = 8, PF_FETCH = 16, PF_KEY = 32 };
+
+/* ---- Guest-physical memory --------------------------------------------------------------------------------------------- */
+
+static void mark_dirty(struct slot *slot, u64 physical)
+{
+    u64 page = (physical - slot->address) >> 12, bit = 1ull << (page & 63);
+    if (!(atomic_load_explicit(&slot->dirty[page >> 6], memory_order_relaxed) & bit))
+        atomic_fetch_or_explicit(&slot->dirty[page >> 6], bit, memory_order_relaxed);
+}
+
+u64 physical_read(struct vcpu *c, u64 physical, unsigned bytes)
+{
+    u64 value = ~0ull;
+    struct slot *slot = vm_slot(c->vm, physical & c->vm->a20_mask);
+    if (slot)
+        memcpy(&value, slot->host + ((physical & c->vm->a20_mask) - slot->address), bytes);
+    return value;
+}
+
+void physical_write(struct vcpu *c, u64 physical, unsigned bytes, u64 value)
+{
+    physical &= c->vm->a20_mask;
+    struct slot *slot = vm_slot(c->vm, physical);
+    if (!slot || slot->flags & SLOT_READ_ONLY)
+        return;
+    if (slot->lines[(physical - slot->address) >> 12])
+        cache_kill(c->vm, slot, physical, bytes);
+    memcpy(slot->host + (physical - slot->address), &value, bytes);
+    mark_dirty(slot, physical);
+}
+
+/* ---- Walking the tables -------------------------------------------------------------------------------------------------- */
+
+struct walk {
+    u64 physical;
+    bool paged, user, write, nx, dirty;
+    unsigned key;             /* protection key of a user page */
+    unsigned levels;
+    u64 entry_address[5], entry[5];
+    unsigned entry_bytes;
+};
+
+static u64 physical_limit(const struct vcpu *c) { return ~0ull << c->physical_bits; }
+
+/* Find the page. Returns 0, or the error code's P and RSVD bits with bit 31 set. */
+static u32 walk_tables(struct vcpu *c, u64 linear, struct walk *w)
+{
+    enum { FAILED = 1u << 31 };
+    *w = (struct walk){.user = true, .write = true, .physical = linear};
+    if (!(c->cr0 & CR0_PG)) {
+        w->physical = (u32)linear;
+        w->dirty = true;
+        return 0;
+    }
+    w->paged = true;
+    bool nxe = c->efer & EFER_NXE;
+    if (!(c->cr4 & CR4_PAE)) { /* 32-bit paging, 4.3 */
+        u64 table = c->cr3 & 0xfffff000;
+        w->entry_bytes = 4;
+        for (unsigned shift = 22;; shift = 12) {
+            unsigned n = w->levels++;
+            w->entry_address[n] = table + (linear >> shift & 0x3ff) * 4;
+            u64 e = w->entry[n] = (u32)physical_read(c, w->entry_address[n], 4);
+            if (!(e & PTE_P))
+                return (u32)FAILED;
+            w->user &= !!(e & PTE_U);
+            w->write &= !!(e & PTE_W);
+            if (shift == 22 && e & PTE_PS && c->cr4 & CR4_PSE) { /* PSE-36: bits 20:13 are address bits 39:32 */
+                if (e & 1 << 21)
+                    return (u32)FAILED | PF_PRESENT | PF_RESERVED;
+                w->physical = (e & 0xffc00000) | (e >> 13 & 0xff) << 32 | (linear & 0x3fffff);
+                w->dirty = e & PTE_D;
+                return 0;
+            }
+            table = e & 0xfffff000;
+            if (shift == 12) {
+                w->physical = table | (linear & 0xfff);
+                w->dirty = e & PTE_D;
+                return 0;
+            }
+        }
+    }
+    bool long_mode = c->efer & EFER_LMA;
+    u64 reserved = (physical_limit(c) & 0x000fffffffffffff) | (nxe ? 0 : PTE_NX);
+    u64 address_bits = 0x000ffffffffff000;
+    u64 table;
+    unsigned shift;
+    w->entry_bytes = 8;
+    if (long_mode) { /* 4.5 */
+        table = c->cr3 & address_bits;
+        shift = c->cr4 & CR4_LA57 ? 48 : 39;
+    } else { /* PAE, 4.4: the four top entries are registers */
+        u64 e = c->pdptr[linear >> 30 & 3];
+        if (!(e & PTE_P))
+            return (u32)FAILED;
+        reserved |= 0x7ff0000000000000;
+        table = e & address_bits;
+        shift = 21;
+    }
+    for (;; shift -= 9) {
+        unsigned n = w->levels++;
+        w->entry_address[n] = table + (linear >> shift & 0x1ff) * 8;
+        u64 e = w->entry[n] = physical_read(c, w->entry_address[n], 8);
+        if (!(e & PTE_P))
+            return (u32)FAILED;
+        bool leaf = shift == 12 || (e & PTE_PS && shift <= 30);
+        if (e & reserved || (e & PTE_PS && (shift > 30 || (shift == 30 && !has_feature(c, FEATURE_PAGE1GB)))))
+            return (u32)FAILED | PF_PRESENT | PF_RESERVED;
+        w->user &= !!(e & PTE_U);
+        w->write &= !!(e & PTE_W);
+        w->nx |= e >> 63;
+        if (leaf) {
+            u64 inside = (1ull << shift) - 1;
+            if (e & inside & address_bits & ~(shift > 12 ? 0x1000ull /* PAT */ : 0))
+                return (u32)FAILED | PF_PRESENT | PF_RESERVED;
+            w->physical = (e & address_bits & ~inside) | (linear & inside);
+            w->dirty = e & PTE_D;
+            w->key = e >> 59 & 15;
+            return 0;
+        }
+        table = e & address_bits;
+    }
+}
+
+/* 4.6: may the access go there? Returns 0, or the error code. */
+static u32 check_rights(const struct vcpu *c, const struct walk *w, unsigned access, bool user_mode, bool ac)
+{
+    if (!w->paged)
+        return 0;
+    u32 error = PF_PRESENT;
+    bool wp = c->cr0 & CR0_WP;
+    if (access & ACCESS_EXECUTE) {
+        if ((w->nx && c->efer & EFER_NXE) || (user_mode ? !w->user : w->user && c->cr4 & CR4_SMEP))
+            return error;
+        return 0;
+    }
+    if (user_mode ? !w->user : w->user && c->cr4 & CR4_SMAP && !ac)
+        return error;
+    if (access & ACCESS_WRITE && !w->write && (user_mode || wp))
+        return error;
+    if (w->user && c->cr4 & CR4_PKE && c->efer & EFER_LMA) { /* 4.6.2 */
+        u32 rights = c->pkru >> (2 * w->key) & 3;
+        if (rights & 1 || (access & ACCESS_WRITE && rights & 2 && (user_mode || wp)))
+            return error | PF_KEY;
+    }
+    return 0;
+}
+
+static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
+{
+    for (unsigned i = 0; i < w->levels; i++) {
+        u64 want = w->entry[i] | PTE_A | (write && i == w->levels - 1 ? PTE_D : 0);
+        if (want != w->entry[i]) {
+            physical_write(c, w->entry_address[i], w->entry_bytes, want);
+            w->entry[i] = want;
+        }
+    }
+    w->dirty |= write;
+}
+
+/* ---- TLB ---------------------------------------------------------------------------------------------------------------------- */
+
+static void invalidate(struct tlb_entry *e) { e->read = e->write = e->execute = TLB_INVALID; }
+
+void tlb_flush(struct vcpu *c)
+{
+    if (c->filled_count > TLB_FILLED)
+        memset(c->tlbs, 0xff, sizeof c->tlbs);
+    else
+        for (unsigned i = 0; i < c->filled_count; i++)
+            invalidate(&c->tlbs[c->filled[i] >> 10][c->filled[i] & (TLB_SIZE - 1)]);
+    c->filled_count = 0;
+    break_links(c);
+}
+
+void tlb_flush_page(struct vcpu *c, u64 linear)
+{
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        invalidate(&c->tlbs[table][linear >> 12 & (TLB_SIZE - 1)]);
+    break_links(c);
+}
+
+void tlb_flush_writes(struct vcpu *c)
+{
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        for (unsigned i = 0; i < TLB_SIZE; i++) {
+            struct tlb_entry *e = &c->tlbs[table][i];
+            if (e->write == TLB_INVALID)
+                continue;
+            e->write = TLB_INVALID;
+            /* It may have been written between the fetch of the log and now. */
+            struct slot *slot = vm_slot(c->vm, c->tlb_physical[table][i]);
+            if (slot)
+                mark_dirty(slot, c->tlb_physical[table][i]);
+        }
+}
+
+void tlb_drop_writes_of(struct vcpu *c, u64 page)
+{
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        for (unsigned i = 0; i < TLB_SIZE; i++)
+            if (c->tlb_physical[table][i] == page)
+                c->tlbs[table][i].write = TLB_INVALID;
+}
+
+/* After CPL, AC, CR0, CR4 changed. */
+void tlb_select(struct vcpu *c)
+{
+    bool ac = c->rflags & FLAG_AC;
+    unsigned table = c->cpl == 3 ? TLB_USER : c->cr4 & CR4_SMAP && ac ? TLB_SUPERVISOR_AC : TLB_SUPERVISOR;
+    if (c->cpl == 3 && ac && c->cr0 & CR0_AM)
+        table = TLB_NONE;
+    c->tlb = c->tlbs[table];
+}
+
+static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
+{
+    u64 page = linear & PAGE_MASK;
+    if (c->has_watchpoints)
+        for (size_t i = 0; i < c->stop_count; i++) {
+            const struct vcpu_stop *s = &c->stops[i];
+            u64 at = s->kind == STOP_WATCH ? page : physical & PAGE_MASK;
+            if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && s->address < at + 0x1000 &&
+                s->address + s->length > at)
+                return true;
+        }
+    if (c->dr7 & 0xff)
+        for (unsigned i = 0; i < 4; i++)
+            if (c->dr7 >> (2 * i) & 3 && c->dr7 >> (16 + 4 * i) & 1 && (c->dr[i] & PAGE_MASK) == page)
+                return true;
+    return false;
+}
+
+static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w)
+{
+    unsigned table = (unsigned)(c->tlb - c->tlbs[0]) / TLB_SIZE, at = linear >> 12 & (TLB_SIZE - 1);
+    if (table == TLB_NONE)
+        return;
+    u64 physical = w->physical & c->vm->a20_mask, page = linear & PAGE_MASK;
+    struct slot *slot = vm_slot(c->vm, physical);
+    struct tlb_entry *e = &c->tlbs[table][at];
+    bool user = c->cpl == 3, ac = c->rflags & FLAG_AC, watched = page_watched(c, linear, physical);
+    if (c->filled_count <= TLB_FILLED) {
+        if (c->filled_count < TLB_FILLED)
+            c->filled[c->filled_count] = (u16)(table << 10 | at);
+        c->filled_count++;
+    }
+    invalidate(e);
+    c->tlb_physical[table][at] = physical & PAGE_MASK;
+    if (!check_rights(c, w, ACCESS_EXECUTE, user, ac))
+        e->execute = page;
+    if (!slot)
+        return; /* memory-mapped: the slow path; `execute` is refused by the fetch */
+    e->addend = (u64)(uintptr_t)slot->host + (physical - slot->address) - linear;
+    if (watched)
+        return;
+    if (!check_rights(c, w, ACCESS_READ, user, ac))
+        e->read = page;
+    u64 number = (physical - slot->address) >> 12;
+    bool logged = atomic_load_explicit(&slot->dirty[number >> 6], memory_order_relaxed) >> (number & 63) & 1;
+    if (w->dirty && logged && !slot->lines[number] && !(slot->flags & SLOT_READ_ONLY) &&
+        !check_rights(c, w, ACCESS_WRITE, user, ac))
+        e->write = page;
+}
+
+static bool canonical(const struct vcpu *c, u64 linear)
+{
+    if (!(c->key & KEY_CODE64))
+        return true;
+    unsigned shift = c->cr4 & CR4_LA57 ? 7 : 16;
+    return (u64)((i64)(linear << shift) >> shift) == linear;
+}
+
+/* Translate with rights; fill the TLB. */
+static u64 translate(struct vcpu *c, u64 linear, unsigned access)
+{
+    struct walk w;
+    bool supervisor = access & ACCESS_SUPERVISOR, user = c->cpl == 3 && !supervisor;
+    c->counters.tlb_misses++;
+    u32 error = walk_tables(c, linear, &w);
+    if (error)
+        error &= 0x7fffffff;
+    else if (!(error = check_rights(c, &w, access, user, c->rflags & FLAG_AC && !supervisor)))
+        goto allowed;
+    if (access & ACCESS_WRITE)
+        error |= PF_WRITE;
+    if (user)
+        error |= PF_USER;
+    if (access & ACCESS_EXECUTE && ((c->efer & EFER_NXE && c->cr4 & CR4_PAE) || c->cr4 & CR4_SMEP))
+        error |= PF_FETCH;
+    raise_page_fault(c, c->now, linear, error);
+allowed:
+    if (w.paged)
+        set_accessed_dirty(c, &w, access & ACCESS_WRITE);
+    if (access & ACCESS_WRITE) {
+        u64 physical = w.physical & c->vm->a20_mask;
+        struct slot *slot = vm_slot(c->vm, physical);
+        if (slot && !(slot->flags & SLOT_READ_ONLY))
+            mark_dirty(slot, physical); /* the instruction may still be put off, but it will write */
+    }
+    if (!supervisor)
+        tlb_fill(c, linear, &w);
+    return w.physical & c->vm->a20_mask;
+}
+
+u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
+{
+    unsigned table = (unsigned)(c->tlb - c->tlbs[0]) / TLB_SIZE, at = linear >> 12 & (TLB_SIZE - 1);
+    const struct tlb_entry *e = &c->tlb[at];
+    u64 tag = access & ACCESS_EXECUTE ? e->execute : access & ACCESS_WRITE ? e->write : e->read;
+    if (likely(tag == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
+        return c->tlb_physical[table][at] | (linear & 0xfff);
+    return translate(c, linear, access);
+}
+
+bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical)
+{
+    struct walk w;
+    if (walk_tables(c, linear, &w))
+        return false;
+    *physical = w.physical & c->vm->a20_mask;
+    return true;
+}
+
+/* MOV to CR3 with PAE paging (4.4.1). */
+bool load_pdptrs(struct vcpu *c, u64 cr3)
+{
+    u64 entries[4];
+    for (unsigned i = 0; i < 4; i++) {
+        entries[i] = physical_read(c, (cr3 & 0xffffffe0) + 8 * i, 8);
+        if (entries[i] & PTE_P && entries[i] & (physical_limit(c) | 0x1e6))
+            return false;
+    }
+    memcpy(c->pdptr, entries, sizeof entries);
+    return true;
+}
+
+/* ---- Slow accesses ---------------------------------------------------------------------------------------------------------- */
+
+/* What is wanted, page by page. */
+struct piece { u64 linear, physical; unsigned bytes; };
+
+static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned access, struct piece p[2])
+{
+    unsigned here = 0x1000 - (unsigned)(linear & 0xfff);
+    if (here > bytes)
+        here = bytes;
+    if (unlikely(!canonical(c, linear) || !canonical(c, linear + bytes - 1))) {
+        /* the segment decides between #SS and #GP */
+        raise_error(c, c->now, c->now && c->now->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
+    }
+    if (unlikely(c->tlb == c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (bytes - 1) && bytes <= 8))
+        raise_error(c, c->now, VECTOR_AC, 0);
+    p[0] = (struct piece){linear, mmu_translate(c, linear, access), here};
+    if (here == bytes)
+        return 1;
+    u64 second = (linear + here) & c->linear_mask;
+    p[1] = (struct piece){second, mmu_translate(c, second, access), bytes - here};
+    return 2;
+}
+
+static bool ranges_meet(u64 a, u64 length_a, u64 b, u64 length_b)
+{
+    return a - b < length_b || b - a < length_a;
+}
+
+/* Break- and watchpoints on data. The instruction runs alone, so that it stops right behind it. */
+static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write)
+{
+    if (likely(!page_watched(c, linear, physical)))
+        return;
+    int hit = -1;
+    u64 guest = 0;
+    for (size_t i = 0; i < c->stop_count && hit < 0; i++) {
+        const struct vcpu_stop *s = &c->stops[i];
+        u64 at = s->kind == STOP_WATCH ? linear : physical;
+        if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && (write ? s->on_write : s->on_read) &&
+            ranges_meet(s->address, s->length, at, bytes))
+            hit = (int)i;
+    }
+    for (unsigned i = 0; i < 4; i++) { /* Intel SDM 3B 17.2.4, 17.2.5: 1 writes, 3 reads and writes */
+        static const u8 lengths[4] = {1, 2, 8, 4};
+        unsigned control = c->dr7 >> (16 + 4 * i) & 15, length = lengths[control >> 2];
+        if (c->dr7 >> (2 * i) & 3 && ((control & 3) == 3 || ((control & 3) == 1 && write)) &&
+            ranges_meet(c->dr[i] & ~(u64)(length - 1), length, linear, bytes))
+            guest |= 1ull << i;
+    }
+    if (hit < 0 && !guest)
+        return;
+    if (!c->alone)
+        escape(c, ESCAPE_ALONE);
+    if (hit >= 0 && c->stop_hit < 0) {
+        c->stop_hit = hit;
+        c->stop_address = c->stops[hit].kind == STOP_WATCH ? linear : physical;
+    }
+    c->debug_hits |= guest;
+}
+
+static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
+{
+    while (bytes) {
+        unsigned n = bytes > 8 ? 8 : bytes;
+        u64 value = 0;
+        if (c->reads_used < c->reads) {
+            value = c->read_values[c->reads_used++];
+        } else if (c->reads == MMIO_PIECES) {
+            c->exit.reason = EXIT_ERROR;
+            c->exit.message = "an instruction reads more memory-mapped data than the core can hold";
+            escape(c, ESCAPE_EXIT);
+        } else if (!mmio_read(c, physical, n, &value)) {
+            c->exit = (struct vcpu_exit){.reason = EXIT_MMIO, .size = n, .count = 1, .address = physical};
+            memset(c->data, 0xff, 8);
+            c->data_size = n;
+            escape(c, ESCAPE_EXIT);
+        } else { /* a device of the core answers once, even if the instruction restarts */
+            c->read_values[c->reads++] = value;
+            c->reads_used++;
+        }
+        memcpy(data, &value, n);
+        data += n;
+        physical += n;
+        bytes -= n;
+    }
+}
+
+static void write_device(struct vcpu *c, u64 physical, const u8 *data, unsigned bytes)
+{
+    if (!c->alone)
+        escape(c, ESCAPE_ALONE);
+    while (bytes) {
+        unsigned n = bytes > 8 ? 8 : bytes;
+        u64 value = 0;
+        memcpy(&value, data, n);
+        if (!mmio_write(c, physical, n, value)) {
+            if (c->store_count == MMIO_PIECES) {
+                c->exit.reason = EXIT_ERROR;
+                c->exit.message = "an instruction stores more memory-mapped data than the core can hold";
+                escape(c, ESCAPE_EXIT);
+            }
+            c->stores[c->store_count++] = (struct mmio_access){physical, n, true, value};
+        }
+        data += n;
+        physical += n;
+        bytes -= n;
+    }
+}
+
+void mmu_read(struct vcpu *c, u64 linear, void *data, unsigned bytes, unsigned access)
+{
+    struct piece p[2];
+    unsigned count = split(c, linear, bytes, access | ACCESS_READ, p);
+    u8 *out = data;
+    for (unsigned i = 0; i < count; i++) {
+        if (!(access & ACCESS_SUPERVISOR))
+            check_watch(c, p[i].linear, p[i].physical, p[i].bytes, false);
+        struct slot *slot = vm_slot(c->vm, p[i].physical);
+        if (slot)
+            memcpy(out, slot->host + (p[i].physical - slot->address), p[i].bytes);
+        else
+            read_device(c, p[i].physical, out, p[i].bytes);
+        out += p[i].bytes;
+    }
+}
+
+void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, unsigned access)
+{
+    struct piece p[2];
+    unsigned count = split(c, linear, bytes, access | ACCESS_WRITE, p);
+    struct slot *slots[2];
+    for (unsigned i = 0; i < count; i++) { /* all that may escape, before the first byte */
+        if (!(access & ACCESS_SUPERVISOR))
+            check_watch(c, p[i].linear, p[i].physical, p[i].bytes, true);
+        slots[i] = vm_slot(c->vm, p[i].physical);
+        if (slots[i] && !(slots[i]->flags & SLOT_READ_ONLY)) {
+            u32 lines = slots[i]->lines[(p[i].physical - slots[i]->address) >> 12];
+            u64 at = p[i].physical & 0xfff;
+            if (lines & (u32)((2ull << ((at + p[i].bytes - 1) >> 7)) - (1ull << (at >> 7)))) {
+                if (!c->alone && !(access & ACCESS_SUPERVISOR))
+                    escape(c, ESCAPE_ALONE); /* it may be the running trace that changes */
+                cache_kill(c->vm, slots[i], p[i].physical, p[i].bytes);
+            }
+        } else if (!c->alone && !(access & ACCESS_SUPERVISOR)) {
+            escape(c, ESCAPE_ALONE);
+        }
+    }
+    const u8 *in = data;
+    for (unsigned i = 0; i < count; i++) {
+        if (slots[i] && !(slots[i]->flags & SLOT_READ_ONLY)) {
+            memcpy(slots[i]->host + (p[i].physical - slots[i]->address), in, p[i].bytes);
+            mark_dirty(slots[i], p[i].physical);
+        } else if (!(access & ACCESS_SUPERVISOR)) { /* an event's stack frame or an accessed bit outside of RAM is lost */
+            write_device(c, p[i].physical, in, p[i].bytes);
+        }
+        in += p[i].bytes;
+    }
+}
+
+COLD u64 mmu_load(struct vcpu *c, u64 linear, unsigned bytes)
+{
+    u64 value = 0;
+    mmu_read(c, linear, &value, bytes, ACCESS_READ);
+    return value;
+}
+
+COLD void mmu_store(struct vcpu *c, u64 linear, unsigned bytes, u64 value)
+{
+    mmu_write(c, linear, &value, bytes, ACCESS_WRITE);
+}
+
+COLD void mmu_check_write(struct vcpu *c, u64 linear, unsigned bytes, unsigned access)
+{
+    struct piece p[2];
+    split(c, linear, bytes, access | ACCESS_WRITE, p);
+}

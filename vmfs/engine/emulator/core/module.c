@@ -1,0 +1,605 @@
+/* vmfs.engine.emulator._core: the core for Python, and the only file that includes Python.h.
+ *
+ * Vm() and Vm.create_vcpu(index) -> Vcpu. Errors of the core are OSError with its errno. Exits are tuples:
+ * (reason, rip, write, size, count, address, cause, id, vector, message), reason and cause as the constants. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "core.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct vm *vm;
+    struct { void *host; size_t size; } maps[CORE_SLOTS];
+} VmObject;
+
+typedef struct {
+    PyObject_HEAD
+    VmObject *owner;
+    struct vcpu *vcpu;
+    int running;
+} VcpuObject;
+
+typedef struct {
+    PyTypeObject *vm_type, *vcpu_type;
+} ModuleState;
+
+static PyObject *fail(long error)
+{
+    errno = (int)-error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* ---- Vm -------------------------------------------------------------------------------------------------------------------- */
+
+static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Vm", names))
+        return NULL;
+    VmObject *self = (VmObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->vm = vm_create();
+    if (!self->vm) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void vm_release(VmObject *self)
+{
+    if (!self->vm)
+        return;
+    vm_destroy(self->vm);
+    self->vm = NULL;
+    for (unsigned i = 0; i < CORE_SLOTS; i++)
+        if (self->maps[i].host)
+            munmap(self->maps[i].host, self->maps[i].size);
+}
+
+static void vm_dealloc(VmObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    vm_release(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int vm_alive(VmObject *self)
+{
+    if (self->vm)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "the machine is closed");
+    return 0;
+}
+
+static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "address", "fd", "offset", "size", "read_only", NULL};
+    unsigned slot;
+    unsigned long long address, size;
+    long long offset;
+    int fd, read_only = 0;
+    if (!vm_alive(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|p", names, &slot, &address, &fd, &offset,
+                                                        &size, &read_only))
+        return NULL;
+    if (slot >= CORE_SLOTS || (address | size | (unsigned long long)offset) & 4095)
+        return fail(-EINVAL);
+    void *host = NULL;
+    if (size) {
+        host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, offset);
+        if (host == MAP_FAILED)
+            return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    int error = vm_map(self->vm, slot, address, host, size, read_only ? SLOT_READ_ONLY : 0);
+    if (error) {
+        if (host)
+            munmap(host, size);
+        return fail(error);
+    }
+    if (self->maps[slot].host)
+        munmap(self->maps[slot].host, self->maps[slot].size);
+    self->maps[slot].host = host;
+    self->maps[slot].size = size;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_dirty_log(VmObject *self, PyObject *args)
+{
+    unsigned slot;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "I", &slot))
+        return NULL;
+    size_t size = vm_dirty_log_size(self->vm, slot);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+    if (!bytes)
+        return NULL;
+    int error = vm_dirty_log(self->vm, slot, (uint8_t *)PyBytes_AS_STRING(bytes), size);
+    if (error) {
+        Py_DECREF(bytes);
+        return fail(error);
+    }
+    return bytes;
+}
+
+static PyObject *py_vm_create_irqchip(VmObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vm_alive(self))
+        return NULL;
+    int error = vm_create_irqchip(self->vm);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_irq_line(VmObject *self, PyObject *args)
+{
+    unsigned gsi;
+    int level;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "Ip", &gsi, &level))
+        return NULL;
+    vm_irq_line(self->vm, gsi, level);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
+{
+    int enabled;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "p", &enabled))
+        return NULL;
+    vm_set_a20(self->vm, enabled);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
+{
+    int host;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "p", &host))
+        return NULL;
+    vm_set_time(self->vm, host ? TIME_HOST : TIME_DETERMINISTIC);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_get_state(VmObject *self, PyObject *args)
+{
+    const char *name;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "s", &name))
+        return NULL;
+    long size = vm_get_state(self->vm, name, NULL, 0);
+    if (size < 0)
+        return fail(size);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, size);
+    if (bytes)
+        vm_get_state(self->vm, name, PyBytes_AS_STRING(bytes), (size_t)size);
+    return bytes;
+}
+
+static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
+{
+    const char *name;
+    Py_buffer data;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "sy*", &name, &data))
+        return NULL;
+    int error = vm_set_state(self->vm, name, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObject *const *args, Py_ssize_t count,
+                                   PyObject *names)
+{
+    if (!vm_alive(self))
+        return NULL;
+    if (count != 1 || (names && PyTuple_GET_SIZE(names))) {
+        PyErr_SetString(PyExc_TypeError, "create_vcpu(index)");
+        return NULL;
+    }
+    unsigned long index = PyLong_AsUnsignedLong(args[0]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (index >= CORE_VCPUS)
+        return fail(-EINVAL);
+    ModuleState *state = PyType_GetModuleState(defining);
+    VcpuObject *vcpu = PyObject_New(VcpuObject, state->vcpu_type);
+    if (!vcpu)
+        return NULL;
+    vcpu->owner = NULL;
+    vcpu->running = 0;
+    vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
+    if (!vcpu->vcpu) {
+        Py_DECREF(vcpu);
+        return fail(-EEXIST);
+    }
+    Py_INCREF(self);
+    vcpu->owner = self;
+    return (PyObject *)vcpu;
+}
+
+static PyObject *py_vm_close(VmObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    vm_release(self); /* the CPUs notice: vcpu_alive asks the owner */
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef vm_methods[] = {
+    {"map", (PyCFunction)(void (*)(void))py_vm_map, METH_VARARGS | METH_KEYWORDS,
+     "map(slot, address, fd, offset, size, read_only=False): back guest-physical memory, shared; size 0 removes the slot"},
+    {"dirty_log", (PyCFunction)py_vm_dirty_log, METH_VARARGS,
+     "dirty_log(slot) -> bytes: a bit a page written since the last call"},
+    {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
+    {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
+    {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
+    {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
+     "set_host_time(yes): time follows the host's clock, not the instructions retired"},
+    {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},
+    {"set_state", (PyCFunction)py_vm_set_state, METH_VARARGS, "set_state(name, bytes)"},
+    {"create_vcpu", (PyCFunction)(void (*)(void))py_vm_create_vcpu, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
+     "create_vcpu(index) -> Vcpu in reset state"},
+    {"close", (PyCFunction)py_vm_close, METH_NOARGS, "close(): free all; no CPU runs"},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot vm_slots[] = {
+    {Py_tp_doc, "A machine of the emulator core."}, {Py_tp_new, vm_new}, {Py_tp_dealloc, vm_dealloc},
+    {Py_tp_methods, vm_methods}, {0, NULL},
+};
+static PyType_Spec vm_spec = {"vmfs.engine.emulator._core.Vm", sizeof(VmObject), 0, Py_TPFLAGS_DEFAULT, vm_slots};
+
+/* ---- Vcpu -------------------------------------------------------------------------------------------------------------------- */
+
+static void vcpu_dealloc(VcpuObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->owner) {
+        if (self->owner->vm && self->vcpu)
+            vcpu_destroy(self->vcpu);
+        Py_DECREF(self->owner);
+    }
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static int vcpu_alive(VcpuObject *self)
+{
+    if (self->vcpu && self->owner->vm)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "the CPU is closed");
+    return 0;
+}
+static int vcpu_idle(VcpuObject *self)
+{
+    if (!vcpu_alive(self))
+        return 0;
+    if (!self->running)
+        return 1;
+    fail(-EBUSY);
+    return 0;
+}
+
+static PyObject *exit_tuple(const struct vcpu_exit *e)
+{
+    return Py_BuildValue("(iKOIIKiIIz)", (int)e->reason, (unsigned long long)e->rip, e->write ? Py_True : Py_False, e->size,
+                         e->count, (unsigned long long)e->address, (int)e->cause, e->id, e->vector, e->message);
+}
+
+static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
+{
+    long long budget = BUDGET_UNLIMITED;
+    struct vcpu_exit exit;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "|L", &budget))
+        return NULL;
+    Py_INCREF(self->owner);
+    self->running = 1;
+    Py_BEGIN_ALLOW_THREADS
+    vcpu_run(self->vcpu, budget, &exit);
+    Py_END_ALLOW_THREADS
+    self->running = 0;
+    Py_DECREF(self->owner);
+    return exit_tuple(&exit);
+}
+
+static PyObject *py_vcpu_kick(VcpuObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vcpu_alive(self))
+        return NULL;
+    vcpu_kick(self->vcpu);
+    Py_RETURN_NONE;
+}
+static PyObject *py_vcpu_clear_kick(VcpuObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vcpu_alive(self))
+        return NULL;
+    vcpu_clear_kick(self->vcpu);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_get_state(VcpuObject *self, PyObject *args)
+{
+    const char *name;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "s", &name))
+        return NULL;
+    long size = vcpu_get_state(self->vcpu, name, NULL, 0);
+    if (size < 0)
+        return fail(size);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, size);
+    if (bytes)
+        vcpu_get_state(self->vcpu, name, PyBytes_AS_STRING(bytes), (size_t)size);
+    return bytes;
+}
+
+static PyObject *py_vcpu_set_state(VcpuObject *self, PyObject *args)
+{
+    const char *name;
+    Py_buffer data;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "sy*", &name, &data))
+        return NULL;
+    int error = vcpu_set_state(self->vcpu, name, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_get_msr(VcpuObject *self, PyObject *args)
+{
+    unsigned index;
+    uint64_t value;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "I", &index))
+        return NULL;
+    int error = vcpu_get_msr(self->vcpu, index, &value);
+    return error ? fail(error) : PyLong_FromUnsignedLongLong(value);
+}
+
+static PyObject *py_vcpu_set_msr(VcpuObject *self, PyObject *args)
+{
+    unsigned index;
+    unsigned long long value;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "IK", &index, &value))
+        return NULL;
+    int error = vcpu_set_msr(self->vcpu, index, value);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_translate(VcpuObject *self, PyObject *args)
+{
+    unsigned long long linear;
+    uint64_t physical;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "K", &linear))
+        return NULL;
+    if (vcpu_translate(self->vcpu, linear, &physical))
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(physical);
+}
+
+static PyObject *py_vcpu_interrupt(VcpuObject *self, PyObject *args)
+{
+    unsigned char vector;
+    if (!vcpu_alive(self) || !PyArg_ParseTuple(args, "b", &vector))
+        return NULL;
+    int error = vcpu_interrupt(self->vcpu, vector);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_nmi(VcpuObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vcpu_alive(self))
+        return NULL;
+    vcpu_nmi(self->vcpu);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_set_debug(VcpuObject *self, PyObject *args)
+{
+    int step;
+    PyObject *sequence;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "pO", &step, &sequence))
+        return NULL;
+    PyObject *fast = PySequence_Fast(sequence, "stops: a sequence of (kind, id, address, length, on_read, on_write)");
+    if (!fast)
+        return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(fast);
+    struct vcpu_stop *stops = calloc((size_t)count + 1, sizeof *stops);
+    PyObject *result = NULL;
+    if (!stops) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        int kind, on_read, on_write;
+        unsigned long long address;
+        unsigned id, length;
+        PyObject *item = PySequence_Fast_GET_ITEM(fast, i);
+        if (!PyTuple_Check(item)) {
+            PyErr_SetString(PyExc_TypeError, "a stop is a tuple (kind, id, address, length, on_read, on_write)");
+            goto done;
+        }
+        if (!PyArg_ParseTuple(item, "iIKIpp", &kind, &id, &address, &length, &on_read, &on_write))
+            goto done;
+        if (kind < STOP_BREAKPOINT || kind > STOP_MODE) {
+            fail(-EINVAL);
+            goto done;
+        }
+        stops[i] = (struct vcpu_stop){(enum stop_kind)kind, id, address, length, on_read, on_write};
+    }
+    int error = vcpu_set_debug(self->vcpu, step, stops, (size_t)count);
+    if (error)
+        fail(error);
+    else
+        result = Py_NewRef(Py_None);
+done:
+    free(stops);
+    Py_DECREF(fast);
+    return result;
+}
+
+static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
+{
+    struct vcpu_counters k;
+    (void)ignored;
+    if (!vcpu_alive(self))
+        return NULL;
+    vcpu_get_counters(self->vcpu, &k);
+    return Py_BuildValue("{sKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "traces_decoded",
+                         (unsigned long long)k.traces_decoded, "traces_killed", (unsigned long long)k.traces_killed,
+                         "tlb_misses", (unsigned long long)k.tlb_misses, "interrupts", (unsigned long long)k.interrupts,
+                         "exceptions", (unsigned long long)k.exceptions);
+}
+
+static PyObject *get_access_data(VcpuObject *self, void *closure)
+{
+    size_t size;
+    (void)closure;
+    if (!vcpu_idle(self))
+        return NULL;
+    const uint8_t *data = vcpu_exit_data(self->vcpu, &size);
+    return PyBytes_FromStringAndSize((const char *)data, (Py_ssize_t)size);
+}
+static int set_access_data(VcpuObject *self, PyObject *value, void *closure)
+{
+    Py_buffer buffer;
+    size_t size;
+    (void)closure;
+    if (!vcpu_idle(self))
+        return -1;
+    if (!value || PyObject_GetBuffer(value, &buffer, PyBUF_SIMPLE)) {
+        if (!value)
+            PyErr_SetString(PyExc_TypeError, "access_data cannot be deleted");
+        return -1;
+    }
+    uint8_t *data = vcpu_exit_data(self->vcpu, &size);
+    int wrong = (size_t)buffer.len != size;
+    if (wrong)
+        fail(-EINVAL);
+    else
+        memcpy(data, buffer.buf, size);
+    PyBuffer_Release(&buffer);
+    return wrong ? -1 : 0;
+}
+static PyObject *get_interrupts_queued(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    return vcpu_alive(self) ? PyLong_FromUnsignedLong(vcpu_interrupts_queued(self->vcpu)) : NULL;
+}
+
+static PyMethodDef vcpu_methods[] = {
+    {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1) -> exit tuple; without the GIL"},
+    {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
+    {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
+    {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
+    {"set_state", (PyCFunction)py_vcpu_set_state, METH_VARARGS, "set_state(name, bytes)"},
+    {"get_msr", (PyCFunction)py_vcpu_get_msr, METH_VARARGS, "get_msr(index) -> int"},
+    {"set_msr", (PyCFunction)py_vcpu_set_msr, METH_VARARGS, "set_msr(index, value)"},
+    {"translate", (PyCFunction)py_vcpu_translate, METH_VARARGS, "translate(linear) -> guest-physical, or None"},
+    {"interrupt", (PyCFunction)py_vcpu_interrupt, METH_VARARGS, "interrupt(vector): queue; EAGAIN when full"},
+    {"nmi", (PyCFunction)py_vcpu_nmi, METH_NOARGS, "nmi()"},
+    {"set_debug", (PyCFunction)py_vcpu_set_debug, METH_VARARGS,
+     "set_debug(step, stops): stops are (kind, id, address, length, on_read, on_write)"},
+    {"counters", (PyCFunction)py_vcpu_counters, METH_NOARGS, "counters() -> dict"},
+    {NULL, NULL, 0, NULL},
+};
+static PyGetSetDef vcpu_getset[] = {
+    {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
+    {"interrupts_queued", (getter)get_interrupts_queued, NULL, "vectors that wait", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+static PyType_Slot vcpu_slots[] = {
+    {Py_tp_doc, "A CPU of the emulator core; made by Vm.create_vcpu."}, {Py_tp_dealloc, vcpu_dealloc},
+    {Py_tp_methods, vcpu_methods}, {Py_tp_getset, vcpu_getset}, {0, NULL},
+};
+static PyType_Spec vcpu_spec = {
+    "vmfs.engine.emulator._core.Vcpu", sizeof(VcpuObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    vcpu_slots,
+};
+
+/* ---- The module ---------------------------------------------------------------------------------------------------------------- */
+
+static PyObject *py_instructions(PyObject *module, PyObject *ignored)
+{
+    (void)module, (void)ignored;
+    PyObject *list = PyList_New(0);
+    struct core_instruction i;
+    for (unsigned n = 0; list && core_instruction(n, &i); n++) {
+        PyObject *attributes = PyList_New(0);
+        const char *name;
+        for (unsigned bit = 0; attributes && (name = core_attribute_name(bit)); bit++)
+            if (i.attributes >> bit & 1) {
+                PyObject *text = PyUnicode_FromString(name);
+                if (!text || PyList_Append(attributes, text))
+                    Py_CLEAR(attributes);
+                Py_XDECREF(text);
+            }
+        PyObject *row = attributes ? Py_BuildValue(
+            "{ss ss sB ss si ss s(sss) ss ss ss sN sH sH sH}", "name", i.name, "map", i.map, "opcode", i.opcode, "prefix",
+            i.prefix, "digit", i.digit, "mod", i.mod, "operands", i.operands[0], i.operands[1], i.operands[2], "size",
+            i.size, "handler", i.handler, "feature", i.feature, "attributes", attributes, "flags_read", i.flags_read,
+            "flags_written", i.flags_written, "flags_undefined", i.flags_undefined) : NULL;
+        if (!row || PyList_Append(list, row))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
+static int module_exec(PyObject *module)
+{
+    static const struct { const char *name; long value; } constants[] = {
+        {"EXIT_IO", EXIT_IO}, {"EXIT_MMIO", EXIT_MMIO}, {"EXIT_HLT", EXIT_HLT}, {"EXIT_DEBUG", EXIT_DEBUG},
+        {"EXIT_SHUTDOWN", EXIT_SHUTDOWN}, {"EXIT_INTERRUPTED", EXIT_INTERRUPTED}, {"EXIT_LIMIT", EXIT_LIMIT},
+        {"EXIT_ERROR", EXIT_ERROR}, {"DEBUG_STEP", DEBUG_STEP}, {"DEBUG_BREAKPOINT", DEBUG_BREAKPOINT},
+        {"DEBUG_WATCHPOINT", DEBUG_WATCHPOINT}, {"DEBUG_IO", DEBUG_IO}, {"DEBUG_EXCEPTION", DEBUG_EXCEPTION},
+        {"DEBUG_MODE", DEBUG_MODE}, {"DEBUG_CR3", DEBUG_CR3}, {"STOP_BREAKPOINT", STOP_BREAKPOINT},
+        {"STOP_WATCH", STOP_WATCH}, {"STOP_WATCH_PHYSICAL", STOP_WATCH_PHYSICAL}, {"STOP_IO", STOP_IO},
+        {"STOP_VECTOR", STOP_VECTOR}, {"STOP_CR3", STOP_CR3}, {"STOP_MODE", STOP_MODE},
+        {"INTERRUPT_QUEUE", INTERRUPT_QUEUE},
+    };
+    ModuleState *state = PyModule_GetState(module);
+    state->vm_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vm_spec, NULL);
+    state->vcpu_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vcpu_spec, NULL);
+    if (!state->vm_type || !state->vcpu_type || PyModule_AddType(module, state->vm_type) ||
+        PyModule_AddType(module, state->vcpu_type))
+        return -1;
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value))
+            return -1;
+    return 0;
+}
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_VISIT(state->vm_type);
+    Py_VISIT(state->vcpu_type);
+    return 0;
+}
+static int module_clear(PyObject *module)
+{
+    ModuleState *state = PyModule_GetState(module);
+    Py_CLEAR(state->vm_type);
+    Py_CLEAR(state->vcpu_type);
+    return 0;
+}
+static PyMethodDef module_methods[] = {
+    {"instructions", py_instructions, METH_NOARGS, "instructions() -> list of dicts: the instruction table"},
+    {NULL, NULL, 0, NULL},
+};
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT, "vmfs.engine.emulator._core", "The emulator core.", sizeof(ModuleState), module_methods,
+    module_slots, module_traverse, module_clear, NULL,
+};
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&module_def); }

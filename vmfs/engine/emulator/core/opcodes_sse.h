@@ -1,0 +1,1 @@
+/* Rows of the instruction table: see opcodes.h. */

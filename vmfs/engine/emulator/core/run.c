@@ -1,0 +1,390 @@
+/* The main loop: traces, single instructions, events, exits. */
+#include "cache.h"
+#include "flags.h"
+#include "memory.h"
+
+#include <time.h>
+
+enum { SLICE = 1 << 16 }; /* instructions between two looks at timers and waiting CPUs */
+
+void request_attention(struct vcpu *c, u32 bits) { atomic_fetch_or(&c->attention, bits); }
+
+void vcpu_kick(struct vcpu *c) { request_attention(c, ATTENTION_KICK); }
+void vcpu_clear_kick(struct vcpu *c) { atomic_fetch_and(&c->attention, ~(u32)ATTENTION_KICK); }
+
+int vcpu_interrupt(struct vcpu *c, uint8_t vector)
+{
+    u32 tail = atomic_load(&c->queue_tail);
+    if (tail - atomic_load(&c->queue_head) >= INTERRUPT_QUEUE)
+        return -11; /* EAGAIN */
+    c->queue[tail % INTERRUPT_QUEUE] = vector;
+    atomic_store(&c->queue_tail, tail + 1);
+    request_attention(c, ATTENTION_INTERRUPT);
+    return 0;
+}
+unsigned vcpu_interrupts_queued(struct vcpu *c) { return atomic_load(&c->queue_tail) - atomic_load(&c->queue_head); }
+
+void vcpu_nmi(struct vcpu *c) { request_attention(c, ATTENTION_NMI); }
+
+uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size)
+{
+    *size = c->data_size;
+    return c->data;
+}
+
+void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters)
+{
+    *counters = c->counters;
+    counters->instructions = c->retired + (u64)(c->slice - c->budget);
+}
+
+/* ---- Time ------------------------------------------------------------------------------------------------------------------- */
+
+u64 core_now(struct vcpu *c, const struct record *r)
+{
+    if (c->vm->time == TIME_HOST) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (u64)t.tv_sec * 1000000000 + (u64)t.tv_nsec; /* the TSC counts nanoseconds: 1 GHz */
+    }
+    return r ? retired_at(c, r) : c->retired + (u64)(c->slice - c->budget);
+}
+
+/* ---- Slices: exact instruction counts --------------------------------------------------------------------------------------- */
+
+static void end_slice(struct vcpu *c)
+{
+    i64 done = c->slice - c->budget;
+    c->retired += (u64)done;
+    if (c->run_limited)
+        c->run_budget -= done;
+    c->slice = c->budget = 0;
+}
+
+static void begin_slice(struct vcpu *c)
+{
+    i64 slice = SLICE;
+    if (c->run_limited && c->run_budget < slice)
+        slice = c->run_budget;
+    c->slice = c->budget = slice;
+}
+
+/* After a handler escaped: the instruction was not executed. */
+static void undo(struct vcpu *c)
+{
+    if (c->now) {
+        c->gpr[GPR_IP] = ip_mask(c, c->gpr[GPR_IP] + c->now->at);
+        c->budget += c->now->left + 1;
+        c->now = NULL;
+    }
+}
+
+static void end_alone(struct vcpu *c)
+{
+    if (!c->alone)
+        return;
+    c->alone = false;
+    c->slice += c->saved_budget;
+    c->budget += c->saved_budget;
+    c->saved_budget = 0;
+    c->reads = c->reads_used = 0;
+    c->input_ready = false;
+}
+
+/* One instruction outside of the cache. With budget 0, no jump can enter a trace. */
+static void run_alone(struct vcpu *c)
+{
+    c->restart = false;
+    c->alone = true;
+    c->saved_budget = c->budget - 1;
+    c->slice -= c->saved_budget;
+    c->budget = 1;
+    c->stop_hit = -1;
+    c->reads_used = 0;
+    c->store_count = c->stores_reported = 0;
+    decode_alone(c, c->single); /* may escape: budget 1 is the instruction that did not run */
+    c->budget = 0;
+    c->single[0].run(c, c->single);
+    c->now = NULL;
+    end_alone(c);
+}
+
+/* ---- Exits ----------------------------------------------------------------------------------------------------------------------- */
+
+static void debug_exit(struct vcpu *c, enum debug_cause cause)
+{
+    c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = cause};
+}
+
+static bool report_store(struct vcpu *c)
+{
+    if (c->stores_reported >= c->store_count)
+        return false;
+    const struct mmio_access *a = &c->stores[c->stores_reported++];
+    c->exit = (struct vcpu_exit){.reason = EXIT_MMIO, .write = true, .size = a->size, .count = 1, .address = a->address};
+    memcpy(c->data, &a->data, a->size);
+    c->data_size = a->size;
+    return true;
+}
+
+/* The handlers of OUT and IN: the exit for an access that no device of the core claims. An OUT is done: leave behind it.
+ * An IN escapes and restarts, when c->input_ready says that c->data has its bytes. */
+void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count)
+{
+    c->exit = (struct vcpu_exit){.reason = EXIT_IO, .write = write, .size = size, .count = count, .address = port};
+    c->data_size = (size_t)size * count;
+    if (!write) {
+        memset(c->data, 0xff, c->data_size);
+        c->now = r;
+        escape(c, ESCAPE_EXIT);
+    }
+}
+
+/* ---- Events ------------------------------------------------------------------------------------------------------------------------- */
+
+static void look_around(struct vcpu *c)
+{
+    u32 bits = atomic_load(&c->attention);
+    if (bits & ATTENTION_FLUSH) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_FLUSH);
+        tlb_flush_writes(c);
+    }
+    if (bits & ATTENTION_NMI) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_NMI);
+        c->nmi_pending = true;
+    }
+    if (bits & ATTENTION_INTERRUPT)
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_INTERRUPT);
+    if (bits & ATTENTION_KICK) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_KICK);
+        c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
+    }
+}
+
+/* True if an event was delivered. */
+static bool take_event(struct vcpu *c)
+{
+    if (c->debug_pending) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
+        c->dr6 |= c->debug_pending;
+        c->debug_pending = 0;
+        c->fault = (struct fault){.vector = VECTOR_DB};
+        deliver(c, VECTOR_DB, EVENT_EXCEPTION, false, 0);
+        return true;
+    }
+    if (c->nmi_pending && !c->nmi_masked && !c->shadow_ss) {
+        c->nmi_pending = false;
+        c->nmi_masked = true;
+        deliver(c, VECTOR_NMI, EVENT_EXTERNAL, false, 0);
+        return true;
+    }
+    if (c->rflags & FLAG_IF && !c->shadow_sti && !c->shadow_ss) {
+        int vector = pending_vector(c);
+        if (vector >= 0) {
+            c->counters.interrupts++;
+            acknowledge(c, vector);
+            deliver(c, (unsigned)vector, EVENT_EXTERNAL, false, 0);
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool catches(struct vcpu *c, unsigned vector)
+{
+    for (size_t i = 0; c->has_vector_stops && i < c->stop_count; i++)
+        if (c->stops[i].kind == STOP_VECTOR && c->stops[i].address == vector) {
+            debug_exit(c, DEBUG_EXCEPTION);
+            c->exit.id = c->stops[i].id;
+            c->exit.vector = vector;
+            return true;
+        }
+    return false;
+}
+
+static void shutdown(struct vcpu *c)
+{
+    c->delivering = -1;
+    c->exit = (struct vcpu_exit){.reason = EXIT_SHUTDOWN};
+}
+
+static void after_escape(struct vcpu *c, enum escape how)
+{
+    undo(c);
+    switch (how) {
+    case ESCAPE_FAULT:
+        end_alone(c);
+        c->store_count = 0;
+        c->debug_hits = 0;
+        c->shadow_sti = c->shadow_ss = false;
+        if (c->delivering < 0) { /* not the same fault twice when it is run again */
+            u64 now = c->retired + (u64)(c->slice - c->budget);
+            if (c->caught_at != now + 1 && catches(c, c->fault.vector)) {
+                c->caught_at = now + 1;
+                return;
+            }
+        }
+        if (!deliver_fault(c))
+            shutdown(c);
+        else if (c->step)
+            debug_exit(c, DEBUG_STEP);
+        break;
+    case ESCAPE_ALONE:
+        c->restart = true;
+        break;
+    case ESCAPE_EXIT:
+        if (c->alone) { /* what was read so far is kept for the restart */
+            unsigned reads = c->reads;
+            end_alone(c);
+            c->reads = reads;
+        }
+        c->delivering = -1;
+        c->reading = c->exit.reason == EXIT_MMIO || c->exit.reason == EXIT_IO;
+        c->restart = c->reading;
+        break;
+    }
+}
+
+/* Behind an instruction that ran alone. `tf`: EFLAGS.TF was set before it. */
+static void after_alone(struct vcpu *c, bool tf)
+{
+    if (c->debug_hits) {
+        c->debug_pending |= c->debug_hits;
+        c->debug_hits = 0;
+    }
+    if (tf)
+        c->debug_pending |= 1 << 14; /* DR6.BS */
+    if (c->exit.reason == EXIT_NONE && !report_store(c) && c->stop_hit >= 0) {
+        debug_exit(c, DEBUG_WATCHPOINT);
+        c->exit.id = c->stops[c->stop_hit].id;
+        c->exit.address = c->stop_address;
+        c->exit.write = c->stops[c->stop_hit].on_write;
+    }
+}
+
+static void at_breakpoint(struct vcpu *c)
+{
+    u64 linear = (c->key & KEY_CODE64 ? 0 : c->seg[SEG_CS].base) + c->gpr[GPR_IP];
+    c->at_breakpoint = false;
+    if (!c->resume_breakpoint)
+        for (size_t i = 0; i < c->stop_count; i++)
+            if (c->stops[i].kind == STOP_BREAKPOINT && c->stops[i].address == linear) {
+                debug_exit(c, DEBUG_BREAKPOINT);
+                c->exit.id = c->stops[i].id;
+                return;
+            }
+    if (!(c->rflags & FLAG_RF)) {
+        u64 hits = 0;
+        for (unsigned i = 0; i < 4; i++)
+            if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
+                hits |= 1ull << i;
+        if (hits) { /* a fault: before the instruction */
+            c->dr6 |= hits;
+            c->fault = (struct fault){.vector = VECTOR_DB};
+            escape(c, ESCAPE_FAULT);
+        }
+    }
+    c->pass_breakpoint = true;
+}
+
+/* HLT waits: for an interrupt, a timer, a kick. */
+static void wait_halted(struct vcpu *c)
+{
+    c->halted = false;
+    c->exit = (struct vcpu_exit){.reason = EXIT_HLT};
+}
+
+static u64 code_linear_ip(const struct vcpu *c)
+{
+    return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
+}
+
+/* One round of the main loop: an event, or a chain of traces, or one instruction. */
+static void turn(struct vcpu *c)
+{
+    if (report_store(c))
+        return;
+    if (unlikely(atomic_load_explicit(&c->attention, memory_order_relaxed))) {
+        look_around(c);
+        if (c->exit.reason)
+            return;
+    }
+    end_slice(c);
+    if (c->retired - c->yielded_at >= SLICE) {
+        c->yielded_at = c->retired;
+        vm_yield(c->vm);
+    }
+    if (c->run_limited && c->run_budget <= 0) {
+        c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
+        return;
+    }
+    if (!c->restart) { /* an instruction that is half done comes before any event */
+        if (take_event(c) && c->step) {
+            debug_exit(c, DEBUG_STEP);
+            return;
+        }
+        if (c->halted) {
+            wait_halted(c);
+            return;
+        }
+    }
+    begin_slice(c);
+    bool tf = c->rflags & FLAG_TF;
+    bool alone = tf || c->shadow_sti || c->shadow_ss || c->step || c->rflags & FLAG_RF;
+    if (alone && !c->restart && !c->pass_breakpoint && !c->resume_breakpoint &&
+        (c->has_breakpoints || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c))) {
+        at_breakpoint(c); /* stops, or lets it pass */
+        return;
+    }
+    struct trace *t = NULL;
+    if (!(alone || c->restart || c->pass_breakpoint || c->resume_breakpoint)) {
+        t = cache_lookup(c);
+        alone = t->count > c->budget;
+    } else {
+        alone = true;
+    }
+    if (alone) {
+        c->pass_breakpoint = c->resume_breakpoint = c->reading = false;
+        c->shadow_sti = c->shadow_ss = false;
+        c->rflags &= ~(u64)FLAG_RF; /* holds for one instruction (17.3.1.1); the instruction may set it anew */
+        run_alone(c);
+        after_alone(c, tf && !c->shadow_ss);
+        if (c->step && c->exit.reason == EXIT_NONE)
+            debug_exit(c, DEBUG_STEP);
+    } else {
+        c->budget -= t->count;
+        t->records[0].run(c, t->records);
+        c->now = NULL;
+        if (c->at_breakpoint)
+            at_breakpoint(c);
+    }
+}
+
+void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+{
+    vm_lock(c->vm);
+    c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
+    c->run_count++;
+    break_links(c);
+    c->run_limited = budget >= 0;
+    c->run_budget = budget;
+    c->resume_breakpoint = true;
+    if (c->reading && c->restart) { /* the bytes of the access are in c->data */
+        if (c->reading_memory) {
+            u64 value = 0;
+            memcpy(&value, c->data, c->data_size > 8 ? 8 : c->data_size);
+            c->read_values[c->reads++] = value;
+        } else {
+            c->input_ready = true;
+        }
+    }
+    int how = setjmp(c->escape);
+    if (how)
+        after_escape(c, (enum escape)how);
+    while (c->exit.reason == EXIT_NONE)
+        turn(c);
+    end_slice(c);
+    c->reading_memory = c->exit.reason == EXIT_MMIO;
+    c->exit.rip = c->gpr[GPR_IP];
+    *exit = c->exit;
+    vm_unlock(c->vm);
+}

@@ -1,0 +1,447 @@
+/* The state of a CPU, and what every part of the core shares: records, traces, escapes. */
+#ifndef VMFS_STATE_H
+#define VMFS_STATE_H
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "core.h"
+
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define COLD __attribute__((noinline, cold))
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int64_t i64;
+typedef int32_t i32;
+
+/* ---- Registers by number --------------------------------------------------------------------------------- */
+
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
+/* Behind the sixteen: a slot that is always zero, for addresses without base or index, and the instruction
+ * pointer at the start of the running trace, for RIP-relative addresses. */
+enum { GPR_ZERO = 16, GPR_IP = 17, GPR_COUNT = 18 };
+
+enum { SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_LDTR, SEG_TR, SEG_COUNT };
+
+enum {
+    FLAG_CF = 1 << 0, FLAG_PF = 1 << 2, FLAG_AF = 1 << 4, FLAG_ZF = 1 << 6, FLAG_SF = 1 << 7, FLAG_TF = 1 << 8,
+    FLAG_IF = 1 << 9, FLAG_DF = 1 << 10, FLAG_OF = 1 << 11, FLAG_IOPL = 3 << 12, FLAG_NT = 1 << 14,
+    FLAG_RF = 1 << 16, FLAG_VM = 1 << 17, FLAG_AC = 1 << 18, FLAG_VIF = 1 << 19, FLAG_VIP = 1 << 20,
+    FLAG_ID = 1 << 21,
+    FLAGS_ARITHMETIC = FLAG_CF | FLAG_PF | FLAG_AF | FLAG_ZF | FLAG_SF | FLAG_OF,
+};
+enum {
+    CR0_PE = 1 << 0, CR0_MP = 1 << 1, CR0_EM = 1 << 2, CR0_TS = 1 << 3, CR0_ET = 1 << 4, CR0_NE = 1 << 5,
+    CR0_WP = 1 << 16, CR0_AM = 1 << 18, CR0_NW = 1 << 29, CR0_CD = 1 << 30,
+};
+#define CR0_PG (1u << 31)
+enum {
+    CR4_VME = 1 << 0, CR4_PVI = 1 << 1, CR4_TSD = 1 << 2, CR4_DE = 1 << 3, CR4_PSE = 1 << 4, CR4_PAE = 1 << 5,
+    CR4_MCE = 1 << 6, CR4_PGE = 1 << 7, CR4_PCE = 1 << 8, CR4_OSFXSR = 1 << 9, CR4_OSXMMEXCPT = 1 << 10,
+    CR4_UMIP = 1 << 11, CR4_LA57 = 1 << 12, CR4_FSGSBASE = 1 << 16, CR4_PCIDE = 1 << 17, CR4_OSXSAVE = 1 << 18,
+    CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21, CR4_PKE = 1 << 22,
+};
+enum { EFER_SCE = 1 << 0, EFER_LME = 1 << 8, EFER_LMA = 1 << 10, EFER_NXE = 1 << 11 };
+
+enum {
+    VECTOR_DE, VECTOR_DB, VECTOR_NMI, VECTOR_BP, VECTOR_OF, VECTOR_BR, VECTOR_UD, VECTOR_NM, VECTOR_DF,
+    VECTOR_TS = 10, VECTOR_NP, VECTOR_SS, VECTOR_GP, VECTOR_PF, VECTOR_MF = 16, VECTOR_AC, VECTOR_MC, VECTOR_XM,
+};
+
+/* Attributes of a segment, as in the high half of its descriptor from bit 8 on (Intel SDM 3A 3.4.5). */
+enum {
+    ATTR_TYPE = 15, ATTR_ACCESSED = 1, ATTR_WRITABLE = 2, /* data */ ATTR_READABLE = 2, /* code */
+    ATTR_EXPAND_DOWN = 4, /* data */ ATTR_CONFORMING = 4, /* code */ ATTR_CODE = 8, ATTR_S = 1 << 4,
+    ATTR_DPL_SHIFT = 5, ATTR_P = 1 << 7, ATTR_AVL = 1 << 12, ATTR_L = 1 << 13, ATTR_DB = 1 << 14, ATTR_G = 1 << 15,
+    ATTR_UNUSABLE = 1 << 16,
+};
+struct segment {
+    u64 base;
+    u32 limit;      /* bytes, granularity applied */
+    u32 attributes;
+    u16 selector;
+};
+struct table_register { u64 base; u16 limit; };
+
+/* What an access through a segment checks, derived from the segment and the mode (segment_changed). */
+struct segment_check {
+    u64 base;        /* 0 for ES CS SS DS in 64-bit mode */
+    u64 low, high;   /* the first and last valid offset */
+    u32 access;      /* ACCESS_READ, ACCESS_WRITE */
+};
+enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_EXECUTE = 4, ACCESS_SUPERVISOR = 8 /* implicit, e.g. a GDT read */ };
+
+/* ---- Decoded instructions ---------------------------------------------------------------------------------- */
+
+struct record;
+typedef void handler(struct vcpu *c, const struct record *r);
+
+/* A decoded instruction; 32 bytes. General registers are byte offsets into `gpr`: 8 times the number, plus 1
+ * for AH, CH, DH, BH; other registers (segment, control, x87, MMX, XMM) are numbers. */
+struct record {
+    handler *run;
+    union {
+        i64 disp;             /* of the memory operand (RIP-relative: from the start of the trace), or a 64-bit
+                                 immediate, or the offset of a far pointer */
+        struct trace *link;   /* a direct jump: where it goes, valid while link_generation is the CPU's */
+    };
+    i32 imm;                  /* immediate, sign-extended; selector of a far pointer; a branch's displacement */
+    union {
+        struct {
+            u8 reg;           /* ModRM.reg or the register in the opcode */
+            union { u8 rm, base; }; /* ModRM.rm as a register; base of the address */
+            u8 index, scale;
+        };
+        u32 link_generation;
+    };
+    u8 seg;                   /* of the memory operand */
+    u8 length;                /* bytes */
+    u8 at;                    /* offset in the trace */
+    u8 left;                  /* instructions behind it in the trace */
+    u8 size;                  /* operand size: log2 of bytes */
+    u8 prefix;                /* PREFIX_* */
+    u16 id;                   /* row in the instruction table */
+};
+_Static_assert(sizeof(struct record) == 32, "two records a cache line");
+
+enum {
+    PREFIX_ADDRESS = 3,       /* log2 of the address size in bytes: 1, 2, 3 */
+    PREFIX_REP = 4, PREFIX_REPNE = 8, PREFIX_LOCK = 16, PREFIX_66 = 32, PREFIX_REX_W = 64,
+    PREFIX_REGISTER = 128,    /* the ModRM names a register, not memory */
+};
+
+enum { TRACE_RECORDS = 32, TRACE_BYTES = 240 };
+
+/* A straight run of instructions; conditional jumps that are not taken stay in it. */
+struct trace {
+    u64 ip;                   /* of its first instruction */
+    u64 key;                  /* fetch mode (see fetch_key) */
+    u64 physical[2];          /* of its first byte; of its second page, if it crosses (else ~0) */
+    const u8 *host[2];        /* where its bytes are */
+    u32 bytes, first_bytes;   /* all; those on the first page */
+    u32 count;                /* instructions */
+    u32 checked;              /* the run in which its bytes were last compared */
+    bool dead;
+    struct trace *bucket_next;
+    struct trace *page_next[2];
+    struct record records[];  /* count + 1: the last one leaves; behind them a copy of the bytes */
+};
+
+/* Bits of the fetch key: everything that decides how bytes decode, so that handlers need not check it. */
+enum {
+    KEY_CODE32 = 1, KEY_CODE64 = 2, KEY_STACK32 = 4, KEY_PROTECTED = 8 /* CR0.PE and not VM */, KEY_CPL0 = 16,
+    KEY_EM = 32, KEY_TS = 64, KEY_MP = 128, KEY_OSFXSR = 256, KEY_OSXSAVE = 512, KEY_V86 = 1024,
+    KEY_AVX = 2048 /* XCR0 enables it */,
+    KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
+};
+
+/* ---- TLB ------------------------------------------------------------------------------------------------------ */
+
+enum { TLB_SIZE = 1024, TLB_FILLED = 256 };
+#define PAGE_MASK (~(u64)0xfff)
+#define TLB_INVALID (~(u64)0)
+struct tlb_entry {
+    u64 read, write, execute; /* the linear page address where the fast path may, TLB_INVALID where not */
+    u64 addend;               /* host address - linear address */
+};
+/* Which table the CPU uses: SUPERVISOR_AC is CPL < 3 with EFLAGS.AC set while CR4.SMAP is. NONE is never filled:
+ * every access takes the slow path (alignment checks). */
+enum { TLB_USER, TLB_SUPERVISOR, TLB_SUPERVISOR_AC, TLB_NONE, TLB_TABLES };
+
+struct jump_entry { u64 ip, key; struct trace *trace; u32 generation; };
+enum { JUMP_CACHE = 2048 };
+
+/* ---- The CPU ------------------------------------------------------------------------------------------------------- */
+
+union vector { u8 b[32]; u16 w[16]; u32 d[8]; u64 q[4]; float f[8]; double e[4]; };
+
+/* x87 and MMX: physical registers in 80-bit form (Intel SDM 1 8.1). mm[n] is the mantissa of physical register n. */
+struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
+
+enum attention { /* reasons to leave the traces; bits of vcpu.attention, set by any thread */
+    ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
+};
+enum escape { /* how a handler is left without finishing; argument of longjmp */
+    ESCAPE_FAULT = 1, /* c->fault is to be delivered */
+    ESCAPE_ALONE,     /* execute this instruction again, alone (a store with consequences) */
+    ESCAPE_EXIT,      /* c->exit is ready; the instruction is not done and restarts at the next run */
+};
+
+struct mmio_access { u64 address; u32 size; bool write; u64 data; };
+enum { MMIO_PIECES = 128 };
+
+enum event { EVENT_EXTERNAL, EVENT_EXCEPTION, EVENT_SOFTWARE /* INT n, INT3, INTO */, EVENT_INT1 };
+struct fault { u8 vector; bool has_error; u32 error; u64 address; };
+
+struct msr_state {
+    u64 star, lstar, cstar, fmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux, apic_base,
+        misc_enable, mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], tsc_deadline, tsc_adjust, xss,
+        spec_ctrl, mcg_status, mcg_cap, feature_control, kvm_clock, kvm_wall_clock, debugctl;
+};
+
+struct vcpu {
+    /* What every handler touches. */
+    u64 gpr[GPR_COUNT];       /* gpr[GPR_IP]: instruction pointer (not linear) at the start of the running trace;
+                                 exact between traces */
+    u64 zf, sf, carries;      /* the arithmetic flags: see flags.h */
+    i64 budget;               /* instructions left in this slice; a trace's are subtracted at its entry */
+    struct tlb_entry *tlb;    /* one of tlbs */
+    _Atomic u32 attention;
+    u32 generation;           /* links and the jump cache hold for it */
+    u64 key;                  /* fetch mode */
+    u64 rflags;               /* all but the arithmetic flags */
+    const struct record *now; /* the record that is executing, where it may fault; NULL: gpr[GPR_IP] is exact */
+    u64 linear_mask;          /* of linear addresses: 32 bits outside of long mode */
+    u64 stack_mask;           /* of rSP: 16, 32 or 64 bits */
+    struct segment_check check[6];
+    union vector xmm[16];
+    u32 mxcsr;
+    u8 cpl, physical_bits;    /* physical_bits: MAXPHYADDR, from CPUID */
+    bool alone;               /* one instruction is executing outside of a trace */
+    bool shadow_sti, shadow_ss; /* the instruction before was STI / a load of SS */
+
+    /* x87 */
+    struct x87_register fpr[8]; /* physical, not relative to TOP */
+    u16 fcw, fsw, ftw;        /* ftw: full tag word is derived; here a bit a physical register, 1 = not empty */
+    u16 fop, fcs, fds;
+    u64 fip, fdp;
+
+    struct segment seg[SEG_COUNT];
+    struct table_register gdt, idt;
+    u64 cr0, cr2, cr3, cr4, cr8, efer, xcr0;
+    u32 pkru;
+    u64 dr[4], dr6, dr7;
+    u64 pdptr[4];             /* PAE page directory pointers, loaded with CR3 (Intel SDM 3A 4.4.1) */
+    struct msr_state msr;
+
+    /* Events */
+    struct fault fault;       /* being raised */
+    bool nmi_pending, nmi_masked, halted;
+    u32 mp_state;             /* KVM_MP_STATE_* */
+    u8 sipi_vector;
+    u8 queue[INTERRUPT_QUEUE];
+    _Atomic u32 queue_head, queue_tail;
+    u64 debug_hits;           /* DR6 bits of data breakpoints hit by the running instruction */
+
+    /* Exits */
+    jmp_buf escape;
+    struct vcpu_exit exit;    /* ready when exit.reason is set */
+    u8 data[EXIT_DATA];       /* of the last access */
+    size_t data_size;
+    bool reading;             /* the last exit was a read, whose data completes it */
+    u64 read_values[MMIO_PIECES];             /* of the running instruction: what its reads got so far */
+    struct mmio_access stores[MMIO_PIECES];   /* done, to be reported as exits when it has ended */
+    unsigned reads, reads_used, store_count, stores_reported;
+    bool restart;             /* the instruction at rip is to run alone: a read completes, or a store has consequences */
+    bool input_ready;         /* an IN (or INS) that exited finds its bytes in `data` */
+    bool reading_memory;      /* ... it was a memory-mapped load, not a port */
+    bool at_breakpoint;       /* op_breakpoint ran */
+    bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
+    u64 caught_at;            /* instructions retired when an exception was caught, plus 1 */
+    u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered */
+    u64 yielded_at;
+    int stop_hit;             /* index of a watchpoint in `stops` that the instruction hit, or -1 */
+    u64 stop_address;
+
+    /* Debugging by the host */
+    bool step;
+    struct vcpu_stop *stops;
+    size_t stop_count;
+    bool has_breakpoints, has_watchpoints, has_io_stops, has_vector_stops, has_cr3_stop, has_mode_stop;
+    bool resume_breakpoint;   /* the first instruction of a run does not stop */
+
+    /* Time */
+    u64 retired;              /* instructions before this slice */
+    i64 slice;                /* budget at the start of the slice */
+    i64 saved_budget;         /* of the slice, while an instruction runs alone */
+    i64 run_budget;           /* instructions left in this run */
+    bool run_limited;
+    int delivering;           /* the vector being delivered, or -1 */
+    enum event delivering_kind;
+    u64 tsc_offset;
+
+    /* Caches */
+    struct tlb_entry tlbs[TLB_TABLES][TLB_SIZE];
+    u64 tlb_physical[TLB_TABLES][TLB_SIZE];
+    u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: table << 10 | index */
+    unsigned filled_count;    /* more than TLB_FILLED: flush all */
+    struct jump_entry jumps[JUMP_CACHE];
+    struct cache *cache;
+    struct record single[2];
+    u32 run_count;
+    struct vcpu_counters counters;
+
+    struct cpuid_state {
+        struct kvm_cpuid_entry2 entries[64];
+        unsigned count;
+    } cpuid;
+    u64 features[4];          /* bits by enum feature, from cpuid */
+    struct lapic *lapic;
+
+    struct vm *vm;
+    unsigned index;
+};
+
+struct slot {
+    u64 address, size;
+    u8 *host;
+    unsigned flags;
+    _Atomic u64 *dirty;       /* a bit a page */
+    u32 *lines;               /* a bit for each 128 bytes of a page that hold decoded code */
+};
+
+struct vm {
+    struct slot slots[CORE_SLOTS];
+    struct slot *sorted[CORE_SLOTS];
+    unsigned slot_count;
+    struct vcpu *vcpus[CORE_VCPUS];
+    u64 a20_mask;
+    enum core_time time;
+    pthread_mutex_t lock;
+    pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
+    u64 ticket, serving;
+    _Atomic u32 waiting;
+    struct irqchip *irqchip;  /* NULL: none */
+    pthread_mutex_t lines_lock;
+    struct line_change { u32 gsi; bool level; } *line_queue; /* by vm_irq_line, for the CPU that runs to apply */
+    size_t line_count, line_room;
+};
+
+/* ---- Register access, for handlers ------------------------------------------------------------------------------ */
+
+#define GPR_AT(c, offset) ((u8 *)(c)->gpr + (offset))
+#define R8(c, offset) (*(u8 *)GPR_AT(c, offset))
+#define R16(c, offset) (*(u16 *)GPR_AT(c, offset))
+#define R32(c, offset) (*(u32 *)GPR_AT(c, offset)) /* reading only: a write clears the high half, use set_reg */
+#define R64(c, offset) (*(u64 *)GPR_AT(c, offset))
+
+ALWAYS_INLINE u64 get_reg(const struct vcpu *c, unsigned offset, unsigned bits)
+{
+    return bits == 8 ? R8(c, offset) : bits == 16 ? R16(c, offset) : bits == 32 ? R32(c, offset) : R64(c, offset);
+}
+
+/* A 32-bit write clears the high half, narrower ones keep it (Intel SDM 1 3.4.1.1). */
+ALWAYS_INLINE void set_reg(struct vcpu *c, unsigned offset, unsigned bits, u64 value)
+{
+    if (bits == 8)
+        R8(c, offset) = (u8)value;
+    else if (bits == 16)
+        R16(c, offset) = (u16)value;
+    else if (bits == 32)
+        R64(c, offset) = (u32)value;
+    else
+        R64(c, offset) = value;
+}
+
+ALWAYS_INLINE u64 truncate_to(u64 value, unsigned bits) { return bits == 64 ? value : value & ((1ull << bits) - 1); }
+ALWAYS_INLINE i64 sign_extend(u64 value, unsigned bits) { return (i64)(value << (64 - bits)) >> (64 - bits); }
+
+/* ---- Leaving a handler --------------------------------------------------------------------------------------------- */
+
+#define OP(name) static void name(struct vcpu *c, const struct record *r)
+/* The end of a handler: on to the next instruction, as a jump. */
+#define NEXT() do { r[1].run(c, r + 1); return; } while (0)
+
+/* Raise an exception at instruction r. Nothing of it may have been committed. Does not return. */
+_Noreturn COLD void raise_fault(struct vcpu *c, const struct record *r, unsigned vector);
+_Noreturn COLD void raise_error(struct vcpu *c, const struct record *r, unsigned vector, u32 error);
+_Noreturn COLD void raise_page_fault(struct vcpu *c, const struct record *r, u64 linear, u32 error);
+/* The same for code deep in helpers, where c->now is set. */
+#define raise_gp(c, error) raise_error(c, (c)->now, VECTOR_GP, error)
+_Noreturn COLD void escape(struct vcpu *c, enum escape how);
+
+/* The instruction pointer of r, and of the instruction after it. */
+ALWAYS_INLINE u64 ip_of(const struct vcpu *c, const struct record *r) { return c->gpr[GPR_IP] + r->at; }
+ALWAYS_INLINE u64 ip_mask(const struct vcpu *c, u64 ip)
+{
+    return c->key & KEY_CODE64 ? ip : c->key & KEY_CODE32 ? (u32)ip : (u16)ip;
+}
+u64 next_ip(const struct vcpu *c, const struct record *r);
+
+/* End the trace behind r, which is done, and go back to the main loop, which looks at everything again (interrupts,
+ * mode, exits). Use as the end of a handler: `leave(c, r); return;` */
+void leave(struct vcpu *c, const struct record *r);
+/* The same with another instruction pointer. */
+void leave_to(struct vcpu *c, const struct record *r, u64 ip);
+
+/* Instructions retired before r, for time. */
+ALWAYS_INLINE u64 retired_at(const struct vcpu *c, const struct record *r)
+{
+    return c->retired + (u64)(c->slice - c->budget) - r->left - 1;
+}
+u64 core_now(struct vcpu *c, const struct record *r); /* the time in TSC cycles, before the guest's offset */
+
+/* ---- Between the files ----------------------------------------------------------------------------------------------- */
+
+/* run.c */
+void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count);
+void request_attention(struct vcpu *c, u32 bits);
+/* cache.c */
+int cache_create(struct vcpu *c);
+void cache_destroy(struct vcpu *c);
+void cache_flush(struct vcpu *c);                /* forget all traces */
+void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* those that overlap, on all CPUs */
+struct trace *cache_lookup(struct vcpu *c);      /* the trace at gpr[GPR_IP]; may escape with a fault */
+void break_links(struct vcpu *c);
+handler op_end, op_end_alone, op_raise, op_breakpoint, jump_slow, jump_indirect_slow;
+void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached; r[1] ends it */
+bool is_breakpoint(const struct vcpu *c, u64 linear);
+void tlb_drop_writes_of(struct vcpu *c, u64 page);   /* mmu.c: the guest-physical page got code */
+/* decode.c */
+void decode_init(void);
+/* One instruction at `ip`, of which `available` bytes are at `bytes`. Returns its length; 0: needs more bytes
+ * than there are. r->at, r->left are the caller's. *ends: the trace must end behind it. */
+unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
+/* segment.c */
+void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks after seg[] was set */
+void mode_changed(struct vcpu *c);                   /* derive key, masks, TLB table, checks after CR0, EFER, CPL, CS.. */
+void flags_changed(struct vcpu *c);                  /* after AC or VM in rflags changed */
+void set_segment_real(struct vcpu *c, unsigned seg, u16 selector);
+/* Load a data segment register or SS by a selector, with all checks; c->now is set. */
+void load_segment(struct vcpu *c, unsigned seg, u16 selector);
+struct descriptor { u64 low, high; u64 address; u16 selector; };
+bool read_descriptor(struct vcpu *c, u16 selector, struct descriptor *d, unsigned bytes); /* false: beyond the table */
+void descriptor_segment(const struct descriptor *d, struct segment *s);
+u32 descriptor_attributes(const struct descriptor *d);
+u64 descriptor_base(const struct descriptor *d);
+u32 descriptor_limit(const struct descriptor *d);
+void set_accessed(struct vcpu *c, struct descriptor *d);
+/* interrupt.c */
+/* Deliver with rip as it is to be pushed in gpr[GPR_IP] and c->now NULL. May escape with a fault, changing nothing. */
+void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error);
+/* Deliver a fault and what follows from it (double fault); false: triple fault. For the main loop. */
+bool deliver_fault(struct vcpu *c);
+void set_cpl(struct vcpu *c, unsigned cpl);
+/* task.c: a task gate in the IDT; may escape */
+void deliver_task_gate(struct vcpu *c, u16 selector, enum event kind, bool has_error, u32 error);
+/* cpuid.c msr.c */
+void cpuid_defaults(struct vcpu *c);
+void cpuid_changed(struct vcpu *c);
+void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4]);
+bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
+bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
+size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
+u64 read_tsc(struct vcpu *c, const struct record *r);
+/* vm.c */
+struct slot *vm_slot(struct vm *vm, u64 physical);   /* the slot of that byte, or NULL */
+void vcpu_reset(struct vcpu *c);
+void vm_lock(struct vm *vm);
+void vm_unlock(struct vm *vm);
+void vm_yield(struct vm *vm);
+/* io.c: ports and memory of the devices in the core; false: not theirs */
+bool io_read(struct vcpu *c, u16 port, unsigned size, u32 *value);
+bool io_write(struct vcpu *c, u16 port, unsigned size, u32 value);
+bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value);
+bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value);
+int pending_vector(struct vcpu *c);                  /* the interrupt to take next, or -1; does not acknowledge */
+void acknowledge(struct vcpu *c, int vector);
+
+#endif

@@ -1,0 +1,273 @@
+/* Machines: memory slots, CPUs, the turn to execute. */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "flags.h"
+#include "memory.h"
+
+
+/* ---- The turn: one CPU of a VM executes at a time, in the order they asked ----------------------------------------- */
+
+void vm_lock(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    u64 mine = vm->ticket++;
+    atomic_fetch_add(&vm->waiting, 1);
+    while (vm->serving != mine)
+        pthread_cond_wait(&vm->turn, &vm->lock);
+    atomic_fetch_sub(&vm->waiting, 1);
+    pthread_mutex_unlock(&vm->lock);
+}
+void vm_unlock(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    vm->serving++;
+    pthread_cond_broadcast(&vm->turn);
+    pthread_mutex_unlock(&vm->lock);
+}
+void vm_yield(struct vm *vm)
+{
+    if (atomic_load_explicit(&vm->waiting, memory_order_relaxed)) {
+        vm_unlock(vm);
+        vm_lock(vm);
+    }
+}
+
+struct vm *vm_create(void)
+{
+    struct vm *vm = calloc(1, sizeof *vm);
+    if (!vm)
+        return NULL;
+    decode_init();
+    pthread_mutex_init(&vm->lock, NULL);
+    pthread_mutex_init(&vm->lines_lock, NULL);
+    pthread_cond_init(&vm->turn, NULL);
+    vm->a20_mask = ~0ull;
+    return vm;
+}
+
+static void free_slot(struct slot *slot)
+{
+    free((void *)slot->dirty);
+    free(slot->lines);
+    *slot = (struct slot){0};
+}
+
+void vm_destroy(struct vm *vm)
+{
+    if (!vm)
+        return;
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            vcpu_destroy(vm->vcpus[i]);
+    for (unsigned i = 0; i < CORE_SLOTS; i++)
+        free_slot(&vm->slots[i]);
+    free(vm->line_queue);
+    pthread_mutex_destroy(&vm->lock);
+    pthread_mutex_destroy(&vm->lines_lock);
+    pthread_cond_destroy(&vm->turn);
+    free(vm);
+}
+
+/* ---- Memory -------------------------------------------------------------------------------------------------------------- */
+
+struct slot *vm_slot(struct vm *vm, u64 physical)
+{
+    for (unsigned i = 0; i < vm->slot_count; i++)
+        if (physical - vm->sorted[i]->address < vm->sorted[i]->size)
+            return vm->sorted[i];
+    return NULL;
+}
+
+static void flush_everything(struct vm *vm)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i]) {
+            memset(vm->vcpus[i]->tlbs, 0xff, sizeof vm->vcpus[i]->tlbs);
+            vm->vcpus[i]->filled_count = 0;
+            cache_flush(vm->vcpus[i]);
+        }
+}
+
+int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_t size, unsigned flags)
+{
+    if (number >= CORE_SLOTS || (address | size) & 0xfff || (size && !host) || address + size < address ||
+        flags & ~(unsigned)SLOT_READ_ONLY)
+        return -EINVAL;
+    struct slot *slot = &vm->slots[number];
+    for (unsigned i = 0; i < CORE_SLOTS; i++)
+        if (size && &vm->slots[i] != slot && vm->slots[i].size && address < vm->slots[i].address + vm->slots[i].size &&
+            vm->slots[i].address < address + size)
+            return -EEXIST;
+    struct slot fresh = {address, size, host, flags, NULL, NULL};
+    if (size) {
+        u64 pages = size >> 12;
+        fresh.dirty = calloc((pages + 63) / 64, sizeof *fresh.dirty);
+        fresh.lines = calloc(pages, sizeof *fresh.lines);
+        if (!fresh.dirty || !fresh.lines) {
+            free((void *)fresh.dirty);
+            free(fresh.lines);
+            return -ENOMEM;
+        }
+    }
+    flush_everything(vm);
+    free_slot(slot);
+    *slot = fresh;
+    vm->slot_count = 0;
+    for (unsigned i = 0; i < CORE_SLOTS; i++)
+        if (vm->slots[i].size)
+            vm->sorted[vm->slot_count++] = &vm->slots[i];
+    for (unsigned i = 1; i < vm->slot_count; i++) /* the largest first: it is asked for most */
+        for (unsigned k = i; k && vm->sorted[k]->size > vm->sorted[k - 1]->size; k--) {
+            struct slot *other = vm->sorted[k];
+            vm->sorted[k] = vm->sorted[k - 1];
+            vm->sorted[k - 1] = other;
+        }
+    return 0;
+}
+
+size_t vm_dirty_log_size(struct vm *vm, unsigned number)
+{
+    return number < CORE_SLOTS ? ((vm->slots[number].size >> 12) + 7) / 8 : 0;
+}
+
+int vm_dirty_log(struct vm *vm, unsigned number, uint8_t *bitmap, size_t bytes)
+{
+    if (number >= CORE_SLOTS || !vm->slots[number].size)
+        return -ENOENT;
+    if (bytes != vm_dirty_log_size(vm, number))
+        return -EINVAL;
+    struct slot *slot = &vm->slots[number];
+    for (size_t i = 0; i * 8 < bytes; i++) {
+        u64 word = atomic_exchange(&slot->dirty[i], 0);
+        memcpy(bitmap + i * 8, &word, bytes - i * 8 < 8 ? bytes - i * 8 : 8);
+    }
+    for (unsigned i = 0; i < CORE_VCPUS; i++) /* writable TLB entries would not be logged */
+        if (vm->vcpus[i])
+            request_attention(vm->vcpus[i], ATTENTION_FLUSH);
+    return 0;
+}
+
+void vm_set_a20(struct vm *vm, bool enabled)
+{
+    u64 mask = enabled ? ~0ull : ~(u64)(1 << 20);
+    if (mask == vm->a20_mask)
+        return;
+    vm->a20_mask = mask;
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            tlb_flush(vm->vcpus[i]);
+}
+
+void vm_set_time(struct vm *vm, enum core_time mode) { vm->time = mode; }
+
+/* ---- CPUs ---------------------------------------------------------------------------------------------------------------- */
+
+/* Intel SDM 3A table 9-1. */
+void vcpu_reset(struct vcpu *c)
+{
+    memset(c->gpr, 0, sizeof c->gpr);
+    c->gpr[RDX] = 0x600;
+    c->gpr[GPR_IP] = 0xfff0;
+    set_rflags(c, 2);
+    c->cr0 = CR0_CD | CR0_NW | CR0_ET;
+    c->cr2 = c->cr3 = c->cr4 = c->cr8 = c->efer = 0;
+    c->xcr0 = 1;
+    c->pkru = 0;
+    for (unsigned i = 0; i < 6; i++)
+        c->seg[i] = (struct segment){0, 0xffff, 3 | ATTR_S | ATTR_P, 0};
+    c->seg[SEG_CS] = (struct segment){0xffff0000, 0xffff, 11 | ATTR_S | ATTR_P, 0xf000};
+    c->seg[SEG_LDTR] = (struct segment){0, 0xffff, 2 | ATTR_P, 0};
+    c->seg[SEG_TR] = (struct segment){0, 0xffff, 11 | ATTR_P, 0};
+    c->gdt = c->idt = (struct table_register){0, 0xffff};
+    memset(c->dr, 0, sizeof c->dr);
+    c->dr6 = 0xffff0ff0;
+    c->dr7 = 0x400;
+    memset(c->xmm, 0, sizeof c->xmm);
+    c->mxcsr = 0x1f80;
+    memset(c->fpr, 0, sizeof c->fpr);
+    c->fcw = 0x40;
+    c->fsw = 0;
+    c->ftw = 0xff;
+    c->fop = c->fcs = c->fds = 0;
+    c->fip = c->fdp = 0;
+    c->msr = (struct msr_state){
+        .pat = 0x0007040600070406, .apic_base = 0xfee00000 | 1 << 11 | (c->index ? 0 : 1 << 8), .misc_enable = 1,
+    };
+    c->cpl = 0;
+    c->alone = c->shadow_sti = c->shadow_ss = c->nmi_pending = c->nmi_masked = c->halted = false;
+    c->delivering = -1;
+    c->stop_hit = -1;
+    c->mp_state = c->index ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
+    c->fault = (struct fault){0};
+    c->debug_hits = c->debug_pending = 0;
+    c->reading = c->restart = c->input_ready = false;
+    c->reads = c->reads_used = c->store_count = c->stores_reported = 0;
+    mode_changed(c);
+    tlb_flush(c);
+}
+
+struct vcpu *vcpu_create(struct vm *vm, unsigned index)
+{
+    if (index >= CORE_VCPUS || vm->vcpus[index])
+        return NULL;
+    struct vcpu *c = aligned_alloc(64, (sizeof *c + 63) & ~(size_t)63);
+    if (!c)
+        return NULL;
+    memset(c, 0, sizeof *c);
+    c->vm = vm;
+    c->index = index;
+    if (cache_create(c)) {
+        free(c);
+        return NULL;
+    }
+    memset(c->tlbs, 0xff, sizeof c->tlbs);
+    cpuid_defaults(c);
+    vm->vcpus[index] = c;
+    vcpu_reset(c);
+    return c;
+}
+
+void vcpu_destroy(struct vcpu *c)
+{
+    if (!c)
+        return;
+    c->vm->vcpus[c->index] = NULL;
+    cache_destroy(c);
+    free(c->stops);
+    free(c);
+}
+
+int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)
+{
+    return mmu_probe(c, linear, physical) ? 0 : -EFAULT;
+}
+
+int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count)
+{
+    struct vcpu_stop *copy = NULL;
+    if (count) {
+        copy = malloc(count * sizeof *copy);
+        if (!copy)
+            return -ENOMEM;
+        memcpy(copy, stops, count * sizeof *copy);
+    }
+    free(c->stops);
+    c->stops = copy;
+    c->stop_count = count;
+    c->step = step;
+    c->has_breakpoints = c->has_watchpoints = c->has_io_stops = c->has_vector_stops = c->has_cr3_stop =
+        c->has_mode_stop = false;
+    for (size_t i = 0; i < count; i++)
+        switch (stops[i].kind) {
+        case STOP_BREAKPOINT: c->has_breakpoints = true; break;
+        case STOP_WATCH: case STOP_WATCH_PHYSICAL: c->has_watchpoints = true; break;
+        case STOP_IO: c->has_io_stops = true; break;
+        case STOP_VECTOR: c->has_vector_stops = true; break;
+        case STOP_CR3: c->has_cr3_stop = true; break;
+        case STOP_MODE: c->has_mode_stop = true; break;
+        }
+    cache_flush(c);
+    tlb_flush(c);
+    return 0;
+}
