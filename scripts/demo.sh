@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PATH=$PWD/.venv/bin:$PATH
+PATH=$PATH:$PWD/.venv/bin        # one that is active comes first
 vmfs=$(mktemp -d /tmp/vmfs-demo-XXXXXX)
 output=$(mktemp)
 leave() {

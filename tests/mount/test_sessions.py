@@ -1,0 +1,68 @@
+"""The sessions that people copy do what they show: `make demo`, and the one in the README."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmfs import doctor
+from vmfs.engine import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+MISSING = [f"{each.name} {each.meaning}" for check in (doctor.dev_fuse, doctor.fusermount)
+           for each in check() if each.status == doctor.MISSING]
+if not (BIN / "vmfs").exists():
+    MISSING.append(f"{BIN}/vmfs is not installed: make setup")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+
+
+@pytest.fixture(params=["kvm", "emulator"])
+def engine(request):
+    for each in describe():
+        if each.name == request.param:
+            if not each.available:
+                pytest.skip(each.reason)
+            return each.name
+    pytest.skip(f"there is no engine {request.param}")
+
+
+def test_the_demo(engine):
+    environment = {**os.environ, "VMFS_ENGINE": engine, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(["scripts/demo.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+def commands(text):
+    """[(command, output it shows)] of the session in a README: indented, `$ ` before a command."""
+    session = re.search(r"## A session to copy\n\n((?:    .*\n)+)", text)[1]
+    shown = [line.removeprefix("    ") for line in session.splitlines()]
+    found = []
+    for line in shown:
+        if line.startswith("$ "):
+            found.append((line.removeprefix("$ "), []))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+def test_the_session_in_the_readme(engine, tmp_path):
+    session = commands((ROOT / "README.md").read_text())
+    assert len(session) > 10
+    mark = "=====next command====="
+    # /tmp/vmfs is what the README says; several of these may run at a time.
+    script = "".join(f"{command}\necho '{mark}'\n" for command, _ in session)
+    script = script.replace("/tmp/vmfs", f"{tmp_path}/vmfs").replace("vmfs mount ", f"vmfs mount --engine {engine} ")
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          cwd=tmp_path, env=environment)
+    printed = done.stdout.split(f"{mark}\n")[:-1]
+    shown = ["".join(f"{line}\n" for line in output) for _, output in session]
+    assert list(zip(printed, [command for command, _ in session], strict=True)) == \
+        list(zip(shown, [command for command, _ in session], strict=True))
+    assert os.listdir(tmp_path / "vmfs") == []
