@@ -119,8 +119,8 @@ static uint32_t read_window(const struct kvm_ioapic_state *s)
     case INDEX_VERSION:
         return VERSION;
     }
-    if (s->ioregsel < INDEX_REDIRECTION || pin >= KVM_IOAPIC_NUM_PINS)
-        return s->ioregsel < INDEX_REDIRECTION ? 0 : UINT32_MAX;
+    if (pin >= KVM_IOAPIC_NUM_PINS) /* the reserved indices below 0x10 too */
+        return UINT32_MAX;
     return (uint32_t)(s->redirtbl[pin].bits >> (s->ioregsel & 1 ? 32 : 0));
 }
 
