@@ -28,6 +28,7 @@ has() { command -v "$1"; }
 need fuse3       has fusermount3
 need fuse3       has mount.fuse3
 need gcc         has gcc
+need g++         has g++                # vmfs.h is for C++, too, and a test compiles it
 need libc6-dev   test -e /usr/include/stdio.h
 need pkg-config  has pkg-config
 need libfuse3-dev pkg-config --exists fuse3

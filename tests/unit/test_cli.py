@@ -70,7 +70,7 @@ def test_nothing_asked_for_is_the_defaults():
 
 
 LONG_AND_SHORT = [
-    (["--engine", "emulator"], "engine=emulator"),
+    (["--engine", "kvm"], "engine=kvm"),
     (["--allow-other"], "allow_other"),
     (["--max-vms", "3"], "max_vms=3"),
     (["--max-mem", "2G"], "max_mem=2G"),
