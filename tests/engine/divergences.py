@@ -38,6 +38,13 @@ DIVERGENCES = (
         "executes it for no element. Nothing in kvm_run tells this from a rep outs that goes on.",
     ),
     Divergence(
+        "kvm-cpuid-is-final",
+        "kvm",
+        _everywhere,
+        "KVM refuses another CPUID once a CPU has run (Linux 5.16 and later), because it has cached what follows.",
+        in_cases=False,
+    ),
+    Divergence(
         "kvm-steps-hold-interrupts-back",
         "kvm",
         _everywhere,

@@ -47,8 +47,6 @@ class Ioctl(enum.IntEnum):
     KVM_GET_MSRS = 0xC008AE88
     KVM_SET_MSRS = 0x4008AE89
     KVM_SET_SIGNAL_MASK = 0x4004AE8B
-    KVM_GET_FPU = 0x81A0AE8C
-    KVM_SET_FPU = 0x41A0AE8D
     KVM_GET_LAPIC = 0x8400AE8E
     KVM_SET_LAPIC = 0x4400AE8F
     KVM_SET_CPUID2 = 0x4008AE90
@@ -207,5 +205,10 @@ REGS_RIP = 128  # offset in struct kvm_regs
 REGS_RFLAGS = 136
 SREGS_SS_DPL = 5 * 24 + 16  # offset in struct kvm_sregs: cs ds es fs gs ss
 SREGS_CR8 = 256  # offset in struct kvm_sregs
-FPU_MXCSR = 408  # offset in struct kvm_fpu
+
+# struct kvm_fpu, and the same in the order of the legacy area of struct kvm_xsave (Intel SDM 1 13.4.1).
+FPU = struct.Struct("<128sHHBxHQQ256sI4x")  # st, fcw fsw ftwx last_opcode last_ip last_dp, xmm, mxcsr
+XSAVE_LEGACY = struct.Struct("<HHBxHQQI4x128s256s")  # fcw fsw ftwx fop rip rdp mxcsr, st, xmm
+XSAVE_STATE_BV = 512  # u64, the first of the XSAVE header (SDM 1 13.4.2)
+XSAVE_X87, XSAVE_SSE = 1 << 0, 1 << 1
 DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs

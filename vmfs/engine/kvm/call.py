@@ -27,6 +27,7 @@ _MAP_NORESERVE = 0x4000  # Linux include/uapi/asm-generic/mman-common.h; the mma
 
 def ioctl(fd: int, request: Ioctl, argument: int | bytearray = 0) -> int:
     """What the ioctl returns; a bytearray is changed in place. Raises `EngineFailed`."""
+    _check_open(fd, request)
     try:
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:
@@ -37,6 +38,7 @@ def ioctl_set(fd: int, request: Ioctl, argument: int | bytes, hint: str = "") ->
     """An ioctl that sets what a user chose: EINVAL is `Invalid`, with a hint at what is wrong behind it."""
     if not isinstance(argument, int):
         argument = bytearray(argument)  # fcntl.ioctl takes at most 1024 bytes that it cannot write to
+    _check_open(fd, request)
     try:
         return fcntl.ioctl(fd, request, argument)
     except OSError as error:
@@ -44,6 +46,11 @@ def ioctl_set(fd: int, request: Ioctl, argument: int | bytes, hint: str = "") ->
         if error.errno == errno.EINVAL:
             raise Invalid(f"{sentence}; {hint}" if hint else sentence) from error
         raise EngineFailed(sentence) from error
+
+
+def _check_open(fd: int, request: Ioctl) -> None:
+    if fd < 0:
+        raise EngineFailed(f"{request.name}: the machine is closed")
 
 
 def ioctl_long(fd: int, request: Ioctl, argument: int) -> None:

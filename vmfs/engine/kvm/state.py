@@ -25,7 +25,6 @@ class _Plain(NamedTuple):
 _PLAIN = {
     "regs": _Plain(Ioctl.KVM_GET_REGS, Ioctl.KVM_SET_REGS),
     "sregs": _Plain(Ioctl.KVM_GET_SREGS, Ioctl.KVM_SET_SREGS),
-    "fpu": _Plain(Ioctl.KVM_GET_FPU, Ioctl.KVM_SET_FPU),
     "xsave": _Plain(Ioctl.KVM_GET_XSAVE, Ioctl.KVM_SET_XSAVE),
     "xcrs": _Plain(Ioctl.KVM_GET_XCRS, Ioctl.KVM_SET_XCRS),
     "debugregs": _Plain(Ioctl.KVM_GET_DEBUGREGS, Ioctl.KVM_SET_DEBUGREGS),
@@ -53,6 +52,8 @@ class VcpuState:
             return self._get_msrs(self._msrs_to_save())
         if name == "cpuid":
             return self._get_cpuid()
+        if name == "fpu":
+            return self._get_fpu()
         get = _PLAIN[name].get
         if name == "xsave" and self._xsave_size > abi.SIZES["xsave"]:
             get = Ioctl.KVM_GET_XSAVE2
@@ -70,8 +71,9 @@ class VcpuState:
             if len(data) != self._size(name):
                 raise Invalid(f"{name} has {self._size(name)} bytes, not {len(data)}")
             if name == "fpu":
-                _check_mxcsr(data)
-            ioctl_set(self._fd, _PLAIN[name].set, data)
+                self._set_fpu(data)
+            else:
+                ioctl_set(self._fd, _PLAIN[name].set, data)
 
     def close(self) -> None:
         self._fd = -1
@@ -84,6 +86,25 @@ class VcpuState:
             raise Invalid(f"a CPU has no state {name}")
         if name == "lapic" and not self._has_irqchip:
             raise Unsupported("lapic: the machine has no interrupt controller")
+
+    # x87 and SSE. KVM_GET_FPU and KVM_SET_FPU reach the memory where KVM keeps the registers, but neither looks at
+    # nor sets XSTATE_BV beside it: when that says "initial state", they show old bytes, and lose new ones.
+
+    def _get_fpu(self) -> bytes:
+        xsave = self.get("xsave")
+        fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm = abi.XSAVE_LEGACY.unpack_from(xsave)
+        return abi.FPU.pack(st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr)
+
+    def _set_fpu(self, data: bytes) -> None:
+        st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr = abi.FPU.unpack(data)
+        if mxcsr & _MXCSR_RESERVED:
+            raise Invalid(f"fpu: mxcsr {mxcsr:#x} has reserved bits set")
+        xsave = bytearray(self.get("xsave"))
+        abi.XSAVE_LEGACY.pack_into(xsave, 0, fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm)
+        (state_bv,) = struct.unpack_from("<Q", xsave, abi.XSAVE_STATE_BV)
+        state_bv |= abi.XSAVE_X87 | abi.XSAVE_SSE
+        struct.pack_into("<Q", xsave, abi.XSAVE_STATE_BV, state_bv)
+        self.set("xsave", bytes(xsave))
 
     # MSRs
 
@@ -173,13 +194,6 @@ def supported_cpuid(device: int, index: int, *, has_irqchip: bool) -> bytes:
 def _trim_cpuid(buffer: bytearray) -> bytes:
     count = abi.CPUID_HEAD.unpack_from(buffer)[0]
     return bytes(buffer[: abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size])
-
-
-def _check_mxcsr(fpu: bytes) -> None:
-    """KVM_SET_FPU takes reserved bits of MXCSR, which the CPU would answer with #GP (Intel SDM 2B, LDMXCSR)."""
-    (mxcsr,) = struct.unpack_from("<I", fpu, abi.FPU_MXCSR)
-    if mxcsr & _MXCSR_RESERVED:
-        raise Invalid(f"fpu: mxcsr {mxcsr:#x} has reserved bits set")
 
 
 def _pack_msrs(entries: list[tuple[int, int]]) -> bytes:

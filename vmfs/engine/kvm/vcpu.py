@@ -85,6 +85,8 @@ class KvmVcpu(Vcpu):
     def run(self, budget: int | None = None) -> Exit:
         if budget is not None:
             raise Unsupported("KVM cannot count instructions: no budget")
+        if self._fd < 0:
+            raise EngineFailed("KVM_RUN: the machine is closed")
         token = getattr(self._threads, "token", None)
         if token is None or token is not self._mask_thread:
             self._enter_thread()
