@@ -27,14 +27,19 @@ MAX_TASKS = 10_000  # a blocked caller takes one; without a free one the mount w
 ABORT_LOOK_SECONDS = 0.5
 
 
-def serve(mountpoint: str, settings: MountSettings, ready: Callable[[], None]) -> None:
+def serve(
+    mountpoint: str,
+    settings: MountSettings,
+    ready: Callable[[], None],
+    engines: tuple[engine.Row, ...] = engine.ENGINES,
+) -> None:
     """Mount on `mountpoint` and serve until it is unmounted, or until SIGTERM or SIGINT, which unmount it.
 
     In the main thread. `ready` is called when the mount answers. VmfsError when it cannot be mounted. At the
     end all machines are closed.
     """
-    infos = engine.describe()
-    chosen = engine.choose(settings.engine, infos)
+    infos = engine.describe(engines)
+    chosen = engine.choose(settings.engine, infos, engines)
     host = Host(
         chosen, max_vms=settings.max_vms or sys.maxsize, max_memory=settings.max_memory or sys.maxsize
     )

@@ -73,12 +73,11 @@ def _exit_struct(scope: MachineScope) -> bytes:
 
 
 def _stat(scope: MachineScope) -> str:
-    have = status()
     counted: dict[str, object] = {
         **scope.vm.counters(),
         "memory_bytes": scope.vm.memory.size,
-        "memory_served_by": "passthrough" if have.passthrough else "page-cache",
-        "signals_noticed_by": "interrupt-message" if have.interrupts else "watch",
+        "memory_served_by": scope.memory.way,
+        "signals_noticed_by": "interrupt-message" if status().interrupts else "watch",
     }
     return "".join(f"{key} {value}\n" for key, value in counted.items())
 

@@ -244,6 +244,11 @@ class _VmRunHandle(Handle):
             return POLL_IN if self._run.done() else 0
         return POLL_OUT if self.scope.vm.state != "running" else 0
 
+    def close(self) -> None:
+        """A run that nobody is left to hear of is stopped."""
+        if self._run is not None and not self._run.done():
+            self.scope.vm.stop(self._run)
+
     def _next_line(self) -> bytes:
         if self._run is None:
             self._begin(UNBOUND)

@@ -24,6 +24,7 @@ from typing import Any
 import trio
 
 from vmfs.fs.connection import Connection
+from vmfs.fs.hooks import status
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.passthrough import Backing
 from vmfs.memory import PAGE
@@ -41,12 +42,20 @@ class MemoryServer:
         self._vm = vm
         self._connection = connection
         self._backing = Backing(vm.memory.fd)
+        self._way: bool | None = None
         self._opens = 0  # of those that go through the page cache
         self._inode = 0
 
     def passes_through(self) -> bool:
         """In an open handler: whether its answer makes the kernel serve the file."""
-        return self._backing.answer_open()
+        self._way = self._backing.answer_open()
+        return self._way
+
+    @property
+    def way(self) -> str:
+        """How the file is served, or before its first open, how it is going to be."""
+        passes = status().passthrough if self._way is None else self._way
+        return "passthrough" if passes else "page-cache"
 
     def open_cached(self, inode: int) -> bool:
         """Count an open through the page cache. Returns whether the kernel may keep what it has cached."""

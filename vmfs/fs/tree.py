@@ -162,6 +162,7 @@ class RootDirectory(Directory):
         async with trio.open_nursery() as nursery:
             for child in list(self.children.values()):
                 if isinstance(child, MachineDirectory):
+                    self.take(child.name)
                     child.scope.remove()
                     nursery.start_soon(trio.to_thread.run_sync, child.scope.vm.close)
 
