@@ -72,6 +72,13 @@ DIVERGENCES = (
         "PVM emulates the kernel, and KVM's emulator has no data breakpoints. They are refused.",
     ),
     Divergence(
+        "pvm-dirty-log-has-code",
+        "kvm",
+        is_pvm,
+        "PVM maps the page that user mode executes for writing, too, and a page is dirty once it is mapped so.",
+        in_cases=False,
+    ),
+    Divergence(
         "pvm-interrupts-late",
         "kvm",
         is_pvm,
