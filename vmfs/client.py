@@ -303,15 +303,19 @@ class Vm:
     def mem(self) -> memoryview:
         """All guest-physical RAM, shared: a writable memoryview of bytes.
 
-        What is stored is there for the guest, and the reverse, at once, or (see `stat`) at each start and
-        end of a run. Touching it after the machine was removed may be SIGBUS, as with any file that went
-        away.
+        What is stored is there for the guest, and the reverse: at once if `mem_is_live`, else at each start
+        and end of a run. Touching it after the machine was removed may then be SIGBUS.
         """
         if self._view is None:
             with self._errors("mem"):
                 self._map = mmap.mmap(self._open("mem", os.O_RDWR), 0)
             self._view = memoryview(self._map)
         return self._view
+
+    @property
+    def mem_is_live(self) -> bool:
+        """Whether a running guest and `mem` see each other's stores at once: `memory_served_by` in `stat`."""
+        return "memory_served_by passthrough" in self.read_text("stat").splitlines()
 
     def _unmap(self) -> None:
         if self._view is not None and self._map is not None:

@@ -237,7 +237,7 @@ static inline int vmfs_put(int ctx, const char *name, const void *data, size_t s
     return -1;
 }
 
-/* Text into a file: vmfs_write(ctx, "mode", "long"). Where it fails, vmfs_error has the reason in a sentence. */
+/* Text into a file: vmfs_write(ctx, "mode", "long"). Why it failed is then what vmfs_error gives. */
 static inline int vmfs_write(int ctx, const char *name, const char *text)
 {
     return vmfs_put(ctx, name, text, strlen(text), 0);

@@ -1,0 +1,66 @@
+"""The programs in examples/, each on a real mount of each engine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vmfs
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+INCLUDE = Path(vmfs.__file__).parent / "include"
+CFLAGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{INCLUDE}"]
+
+# What runs each (or, for `vcpu.c`, what compiles it), and a part of what it prints.
+RUN = {
+    "hello.sh": (["bash"], "it printed 'Hello from a guest'"),
+    "watch.sh": (["bash"], "data=0x2a rip=0x1017"),
+    "ports.pl": (["perl"], "the guest wrote: EVERY VM IS A DIRECTORY."),
+    "trace.lua": (["lua5.4"], "60 instructions, 8 steps from 6 to 1"),
+    "profile.py": ([sys.executable], "rounds while it was running"),
+    "vcpu.c": (["gcc", "-std=gnu99", "-x", "c"], "stored 42, and ended with rax 0x6b"),
+    "vcpu.c as C++": (["g++", "-std=c++11", "-x", "c++"], "stored 42, and ended with rax 0x6b"),
+}
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.iterdir()} == {name.split()[0] for name in RUN} | {"README.md"}
+
+
+def command_of(name, folder):
+    program, _ = RUN[name]
+    if not shutil.which(program[0]):
+        pytest.skip(f"{program[0]} is not installed")
+    source = EXAMPLES / name.split()[0]
+    if source.suffix != ".c":
+        return [*program, source]
+    executable = folder / source.stem
+    subprocess.run([*program, *CFLAGS, source, "-o", executable], check=True)
+    return [executable]
+
+
+def run(command, mount):
+    return subprocess.run([*command, mount], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_example(mount, tmp_path, name):
+    before = os.listdir(mount)
+    done = run(command_of(name, tmp_path), mount)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert RUN[name][1] in done.stdout
+    assert done.stderr == ""
+    assert os.listdir(mount) == before  # it has removed its machine
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_example_fails_where_there_is_no_mount(tmp_path, name):
+    """Their exit code means something."""
+    missing = tmp_path / "missing"
+    done = run(command_of(name, tmp_path), missing)
+    assert done.returncode not in (0, -11)
+    assert "missing" in done.stderr
+    assert not missing.exists()
