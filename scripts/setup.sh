@@ -36,6 +36,7 @@ need binutils    has objdump            # tests and the demo assemble guest prog
 need gdb         has gdb                # tests attach it to a guest
 need xxd         has xxd
 need perl        has perl
+need lua5.4      has lua5.4             # an example is in Lua
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
