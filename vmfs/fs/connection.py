@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 import struct
 
 _INVAL_INODE = 2  # enum fuse_notify_code
 _OUT_HEADER = struct.Struct("<IiQ")  # struct fuse_out_header: len, error (here: code), unique (0)
 _INVAL_INODE_OUT = struct.Struct("<Qqq")  # struct fuse_notify_inval_inode_out: ino, off, len
-_DEVICE = "/dev/fuse"
+_DEVICE = os.makedev(10, 229)  # Linux include/linux/miscdevice.h: MISC_MAJOR, FUSE_MINOR
 
 
 class Connection:
@@ -43,8 +44,9 @@ def fuse_descriptors() -> set[int]:
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
-            if os.readlink(f"/proc/self/fd/{name}") == _DEVICE:
-                found.add(int(name))
-        except FileNotFoundError:  # the descriptor of the listing itself
-            pass
+            status = os.fstat(int(name))
+        except OSError:  # the descriptor of the listing itself
+            continue
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE:  # whatever its path, as in a container
+            found.add(int(name))
     return found
