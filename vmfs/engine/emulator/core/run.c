@@ -2,6 +2,7 @@
 #include "cache.h"
 #include "flags.h"
 #include "memory.h"
+#include "sse.h"
 
 #include <time.h>
 
@@ -377,6 +378,7 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
             c->input_ready = true;
         }
     }
+    u32 host_mxcsr = mxcsr_enter(c);
     int how = setjmp(c->escape);
     if (how)
         after_escape(c, (enum escape)how);
@@ -386,5 +388,6 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     c->reading_memory = c->exit.reason == EXIT_MMIO;
     c->exit.rip = c->gpr[GPR_IP];
     *exit = c->exit;
+    mxcsr_leave(c, host_mxcsr);
     vm_unlock(c->vm);
 }
