@@ -1,13 +1,12 @@
-"""An engine without a CPU, for tests of what is above engines: it keeps the contract of vmfs.engine.base, and a run
-ends with what a test has put into `script`, or goes on until it is kicked.
+"""An engine without a CPU, for tests of what is above engines: it keeps the contract of vmfs.engine.base, and a
+run ends with what a test has put into `script`, or goes on until it is kicked.
 
-An item of the script is an Exit, or a function that gets the Vcpu and returns one (it may write RAM with `store`).
+An item of the script is an Exit, or a function that gets the Vcpu and returns one (it may write RAM: `store`).
 """
 
 from __future__ import annotations
 
 import mmap
-
 import struct
 import threading
 from collections import deque

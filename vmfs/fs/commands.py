@@ -6,7 +6,6 @@ arguments. A verb of another file or a new one is a row, and nothing else.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -154,16 +153,24 @@ def parse_commands(file: str, text: str) -> Callable[[Any], Any]:
 
     Empty lines are none; a line's number stands before what is wrong with it.
     """
-    bound: list[Callable[[Any], Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if words := line.split():
-            try:
-                bound.append(_bound(file, words))
-            except Invalid as error:
-                raise Invalid(f"line {number}: {error}") from None
-    if not bound:
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
         raise Invalid(f"it takes commands: {_usages(file)}")
-    return lambda target: functools.reduce(lambda value, one: one(value), bound, target)
+    bound = [(number, _at_line(number, lambda words=words: _bound(file, words))) for number, words in lines]
+
+    def apply(target: Any) -> Any:
+        for number, one in bound:
+            target = _at_line(number, lambda one=one, target=target: one(target))
+        return target
+
+    return apply
+
+
+def _at_line(number: int, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Invalid as error:
+        raise Invalid(f"line {number}: {error}") from None
 
 
 def _bound(file: str, words: list[str]) -> Callable[[Any], Any]:
