@@ -1,8 +1,9 @@
 """The emulator's interrupt chip alone, through ctypes, and the host's KVM with the same methods.
 
-`Chip` is vmfs/engine/emulator/core's; `Kvm` is the oracle: a VM with KVM_CREATE_IRQCHIP and KVM_CREATE_PIT2 whose
-registers a small guest reads and writes (irqchip_guest.S).
+`Chip` is vmfs/engine/emulator/core's; `Kvm` is the oracle: a VM with KVM_CREATE_IRQCHIP and KVM_CREATE_PIT2
+whose registers a small guest reads and writes (irqchip_guest.S).
 """
+
 import ctypes
 import errno
 import fcntl
@@ -14,27 +15,74 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CORE = HERE.parents[1] / "vmfs" / "engine" / "emulator" / "core"
-SOURCES = [CORE / name for name in ("irqchip.c", "apic.c", "apic_timer.c", "ioapic.c", "pic.c", "pit.c")
-           if (CORE / name).exists()] + [HERE / "irqchip_shim.c"]
+SOURCES = [
+    CORE / name
+    for name in ("irqchip.c", "apic.c", "apic_timer.c", "ioapic.c", "pic.c", "pit.c")
+    if (CORE / name).exists()
+] + [HERE / "irqchip_shim.c"]
+GIVEN_LIBRARY = "VMFS_TEST_IRQCHIP_LIBRARY"
 NEVER = 2**64 - 1
-IDLE = 2**63 - 1
 LAPIC = 0xFEE00000
 IOAPIC = 0xFEC00000
 
-PIC_FIELDS = ("last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state auto_eoi "
-              "rotate_on_auto_eoi special_fully_nested_mode init4 elcr elcr_mask").split()
+BASE = LAPIC  # IA32_APIC_BASE values: disabled, xAPIC, x2APIC
+ENABLED, X2APIC = BASE | 0x800, BASE | 0xC00
+TICKS = 1193182  # 8254 ticks a second
+
+INIT_PICS = [
+    ("outb", 0x20, 0x11),
+    ("outb", 0x21, 0x20),
+    ("outb", 0x21, 4),
+    ("outb", 0x21, 1),
+    ("outb", 0xA0, 0x11),
+    ("outb", 0xA1, 0x28),
+    ("outb", 0xA1, 2),
+    ("outb", 0xA1, 1),
+]
+MASK_PICS = [("outb", 0x21, 0xFF), ("outb", 0xA1, 0xFF)]
+ENABLE_LAPIC = [("store", LAPIC + 0xF0, 0x1FF)]
+
+PIC_FIELDS = (
+    "last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state auto_eoi "
+    "rotate_on_auto_eoi special_fully_nested_mode init4 elcr elcr_mask"
+).split()
 PIT_CHANNEL = struct.Struct("<IH10Bq")
-PIT_FIELDS = ("count latched_count count_latched status_latched status read_state write_state write_latch rw_mode "
-              "mode bcd gate count_load_time").split()
+PIT_FIELDS = (
+    "count latched_count count_latched status_latched status read_state write_state write_latch rw_mode "
+    "mode bcd gate count_load_time"
+).split()
 
 
 def build(directory, sanitize=False):
     """Compile the chip and its shim into a shared library; the path of it."""
     library = Path(directory) / ("irqchip-san.so" if sanitize else "irqchip.so")
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"] if sanitize else ["-O2"]
-    subprocess.run(["gcc", "-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *flags,
-                    f"-I{CORE}", "-o", library, *SOURCES], check=True)
+    flags = (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"] if sanitize else ["-O2"]
+    )
+    subprocess.run(
+        [
+            "gcc",
+            "-std=gnu11",
+            "-g",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            *flags,
+            f"-I{CORE}",
+            "-o",
+            library,
+            *SOURCES,
+        ],
+        check=True,
+    )
     return library
+
+
+def given_or_built(tmp_path_factory):
+    """The library that the sanitizer run names, or one built now."""
+    return load(os.environ.get(GIVEN_LIBRARY) or build(tmp_path_factory.mktemp("irqchip")))
 
 
 def build_guest(directory):
@@ -48,31 +96,57 @@ def build_guest(directory):
 def load(path):
     """The library with its functions' types."""
     lib = ctypes.CDLL(str(path))
-    chip, u8, u16, u32, u64 = (ctypes.c_void_p, ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)
+    chip, u8, u16, u32, u64 = (
+        ctypes.c_void_p,
+        ctypes.c_uint8,
+        ctypes.c_uint16,
+        ctypes.c_uint32,
+        ctypes.c_uint64,
+    )
     cpu, flag, number = ctypes.c_uint, ctypes.c_bool, ctypes.c_int
     blob, out8, out64 = ctypes.c_char_p, ctypes.POINTER(u8), ctypes.POINTER(u64)
     signatures = {
-        "irqchip_create": (chip, cpu), "irqchip_destroy": (None, chip), "irqchip_reset": (None, chip, u64),
-        "irqchip_create_pit": (None, chip, u32, u64), "irqchip_remove_pit": (None, chip),
+        "irqchip_create": (chip, cpu),
+        "irqchip_destroy": (None, chip),
+        "irqchip_reset": (None, chip, u64),
+        "irqchip_create_pit": (None, chip, u32, u64),
+        "irqchip_remove_pit": (None, chip),
         "irqchip_set_route": (number, chip, cpu, cpu, cpu),
-        "irqchip_set_tsc": (None, chip, cpu, u64, u64), "irqchip_tsc": (u64, chip, cpu, u64),
-        "irqchip_set_gsi": (number, chip, cpu, flag), "irqchip_msi": (number, chip, u64, u32),
-        "irqchip_local": (flag, chip, cpu, number), "irqchip_acknowledge": (number, chip, cpu),
-        "irqchip_take_events": (u8, chip, cpu, u8), "irqchip_init_cpu": (None, chip, cpu),
-        "irqchip_get_cr8": (u64, chip, cpu), "irqchip_set_cr8": (None, chip, cpu, u64),
-        "irqchip_owns_port": (flag, chip, u16), "irqchip_read_port": (flag, chip, u16, out8, u64),
-        "irqchip_write_port": (flag, chip, u16, u8, u64), "irqchip_lapic_mapped": (flag, chip, cpu, out64),
+        "irqchip_set_tsc": (None, chip, cpu, u64, u64),
+        "irqchip_tsc": (u64, chip, cpu, u64),
+        "irqchip_set_gsi": (number, chip, cpu, flag),
+        "irqchip_msi": (number, chip, u64, u32),
+        "irqchip_local": (flag, chip, cpu, number),
+        "irqchip_acknowledge": (number, chip, cpu),
+        "irqchip_take_events": (u8, chip, cpu, u8),
+        "irqchip_init_cpu": (None, chip, cpu),
+        "irqchip_get_cr8": (u64, chip, cpu),
+        "irqchip_set_cr8": (None, chip, cpu, u64),
+        "irqchip_owns_port": (flag, chip, u16),
+        "irqchip_read_port": (flag, chip, u16, out8, u64),
+        "irqchip_write_port": (flag, chip, u16, u8, u64),
+        "irqchip_lapic_mapped": (flag, chip, cpu, out64),
         "irqchip_lapic_read": (u32, chip, cpu, u32, cpu, u64),
-        "irqchip_lapic_write": (None, chip, cpu, u32, cpu, u32, u64), "irqchip_owns_msr": (flag, u32),
+        "irqchip_lapic_write": (None, chip, cpu, u32, cpu, u32, u64),
+        "irqchip_owns_msr": (flag, u32),
         "irqchip_read_msr": (number, chip, cpu, u32, out64, u64),
-        "irqchip_write_msr": (number, chip, cpu, u32, u64, u64), "irqchip_ioapic_base": (u64, chip),
-        "irqchip_ioapic_read": (u64, chip, u32, cpu), "irqchip_ioapic_write": (None, chip, u32, cpu, u64, u64),
-        "irqchip_get_lapic": (None, chip, cpu, blob, u64), "irqchip_set_lapic": (number, chip, cpu, blob, u64),
-        "irqchip_set_apic_base": (number, chip, cpu, u64, u64), "irqchip_get_chip": (number, chip, blob),
-        "irqchip_set_chip": (number, chip, blob), "irqchip_get_pit": (None, chip, blob, u64),
-        "irqchip_set_pit": (number, chip, blob, flag, u64), "shim_next_deadline": (u64, chip),
-        "shim_advance": (None, chip, u64), "shim_pending": (number, chip, cpu), "shim_events": (u8, chip, cpu),
-        "shim_sipi_vector": (u8, chip, cpu), "shim_now": (u64, chip),
+        "irqchip_write_msr": (number, chip, cpu, u32, u64, u64),
+        "irqchip_ioapic_base": (u64, chip),
+        "irqchip_ioapic_read": (u64, chip, u32, cpu),
+        "irqchip_ioapic_write": (None, chip, u32, cpu, u64, u64),
+        "irqchip_get_lapic": (None, chip, cpu, blob, u64),
+        "irqchip_set_lapic": (number, chip, cpu, blob, u64),
+        "irqchip_set_apic_base": (number, chip, cpu, u64, u64),
+        "irqchip_get_chip": (number, chip, blob),
+        "irqchip_set_chip": (number, chip, blob),
+        "irqchip_get_pit": (None, chip, blob, u64),
+        "irqchip_set_pit": (number, chip, blob, flag, u64),
+        "shim_next_deadline": (u64, chip),
+        "shim_advance": (None, chip, u64),
+        "shim_pending": (number, chip, cpu),
+        "shim_events": (u8, chip, cpu),
+        "shim_sipi_vector": (u8, chip, cpu),
+        "shim_now": (u64, chip),
         "shim_set_features": (None, chip, flag, flag, u8),
     }
     for name, (result, *arguments) in signatures.items():
@@ -205,25 +279,25 @@ class Chip:
 
 def pic_state(data):
     """struct kvm_pic_state as a dict."""
-    return dict(zip(PIC_FIELDS, data[:16]))
+    return dict(zip(PIC_FIELDS, data[:16], strict=True))
 
 
 def ioapic_state(data):
     """struct kvm_ioapic_state as a dict; redirtbl as 24 numbers."""
     base, select, ident, irr, _ = struct.unpack_from("<QIIII", data)
-    return {"base": base, "ioregsel": select, "id": ident, "irr": irr,
-            "redirtbl": list(struct.unpack_from("<24Q", data, 24))}
+    return {
+        "base": base,
+        "ioregsel": select,
+        "id": ident,
+        "irr": irr,
+        "redirtbl": list(struct.unpack_from("<24Q", data, 24)),
+    }
 
 
 def pit_state(data):
     """struct kvm_pit_state2: three dicts and the flags."""
-    channels = [dict(zip(PIT_FIELDS, PIT_CHANNEL.unpack_from(data, 24 * i))) for i in range(3)]
+    channels = [dict(zip(PIT_FIELDS, PIT_CHANNEL.unpack_from(data, 24 * i), strict=True)) for i in range(3)]
     return channels, struct.unpack_from("<I", data, 72)[0]
-
-
-def pit_blob(channels, flags=0):
-    """The reverse of pit_state."""
-    return b"".join(PIT_CHANNEL.pack(*(c[f] for f in PIT_FIELDS)) for c in channels) + struct.pack("<10I", flags, *[0] * 9)
 
 
 def lapic_registers(data):
@@ -245,7 +319,22 @@ def vectors(registers, base):
     return [v for v in range(256) if registers.get(base + 16 * (v // 32), 0) >> v % 32 & 1]
 
 
+def program(chip, channel, mode, count, bcd=0):
+    """Control word and 16-bit count; the time of it."""
+    chip.outb(0x43, channel << 6 | 0x30 | mode << 1 | bcd)
+    chip.outb(0x40 + channel, count & 0xFF)
+    chip.outb(0x40 + channel, count >> 8)
+    return chip.now
+
+
+def latch(chip, channel):
+    chip.outb(0x43, channel << 6)
+    low = chip.inb(0x40 + channel)
+    return low | chip.inb(0x40 + channel) << 8
+
+
 # --- KVM --------------------------------------------------------------------------------------------------
+
 
 def _io(number):
     return 0xAE00 | number
@@ -300,7 +389,7 @@ class Kvm:
         self.vcpus = [self._keep(fcntl.ioctl(self.vm, _io(0x41), i)) for i in range(cpus)]
         self._set_cpuid()
         self.shared = mmap.mmap(self.vcpus[0], fcntl.ioctl(self.kvm, _io(0x04)))
-        self.ram[0x1000:0x1000 + len(guest)] = guest
+        self.ram[0x1000 : 0x1000 + len(guest)] = guest
         for vector in range(256):
             struct.pack_into("<HHHH", self.ram, 0x8000 + 8 * vector, 0x2000 + 16 * vector, 8, 0x8E00, 0)
         struct.pack_into("<QQQ", self.ram, 0x7800, 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF)
@@ -350,8 +439,9 @@ class Kvm:
         """Run (op, argument, ...) rows on CPU 0: the result of each (None for writes, "#GP" for a fault)."""
         for i, (op, *arguments) in enumerate([*script, ("end",)]):
             address, value = (*arguments, 0, 0)[:2]
-            struct.pack_into("<IIII", self.ram, 0x10000 + 16 * i, OPS.get(op, 0), address,
-                             value & 0xFFFFFFFF, value >> 32)
+            struct.pack_into(
+                "<IIII", self.ram, 0x10000 + 16 * i, OPS.get(op, 0), address, value & 0xFFFFFFFF, value >> 32
+            )
         regs = [0] * 18
         regs[16], regs[17] = 0x1000, 2
         fcntl.ioctl(self.vcpus[0], _iow(0x82, 144), struct.pack("<18Q", *regs))
@@ -390,7 +480,9 @@ class Kvm:
         return bytes(blob[8:])
 
     def set_chip(self, which, data):
-        fcntl.ioctl(self.vm, _ior(0x63, 520), bytearray(struct.pack("<II", which, 0) + data.ljust(512, b"\0")))
+        fcntl.ioctl(
+            self.vm, _ior(0x63, 520), bytearray(struct.pack("<II", which, 0) + data.ljust(512, b"\0"))
+        )
         return 0
 
     def get_lapic(self, cpu=0):

@@ -1,15 +1,17 @@
 /*
- * The local APICs (Intel SDM volume 3A, chapter 11 "Advanced Programmable Interrupt Controller", its numbering of
- * 2023), in xAPIC and x2APIC mode, and the delivery of interrupt messages between them.  State is KVM's struct
- * kvm_lapic_state.
+ * The local APICs (Intel SDM volume 3A, chapter 11 "Advanced Programmable Interrupt Controller", its
+ * numbering of 2023), in xAPIC and x2APIC mode, and the delivery of interrupt messages between them.  State
+ * is KVM's struct kvm_lapic_state.
  *
- * As KVM has it: version 0x14 with 6 LVT entries, no CMCI, no suppression of EOI broadcasts; LINT0 of CPU 0 is in
- * mode ExtINT after reset; the ID is writable in xAPIC mode; lowest priority goes to the (vector modulo n)-th
- * match; a logical destination of all ones is a broadcast.  Unlike KVM, as the manual says: ESR and the error
- * LVT work, vectors below 16 are refused, read-only bits of the LVT stay, x2APIC reserved bits are #GP, LINT0 in
- * mode fixed or NMI follows the 8259's output, disabling in IA32_APIC_BASE resets the registers.
- * Left out: the cluster hierarchy of the old APIC bus, arbitration, remote read, SMI, LVT level triggering (an
- * LVT interrupt is delivered once a rising edge).
+ * As KVM has it: version 0x14 with 6 LVT entries, no CMCI, no suppression of EOI broadcasts; LINT0 of CPU 0
+ * is in mode ExtINT after reset; the ID is writable in xAPIC mode; lowest priority goes to the (vector
+ * modulo n)-th match; a logical destination of all ones is a broadcast.  Unlike KVM, as the manual says:
+ * ESR and the error LVT work, vectors below 16 are refused, read-only bits of the LVT stay, x2APIC reserved
+ * bits are #GP, LINT0 in mode fixed or NMI follows the 8259's output, disabling in IA32_APIC_BASE resets
+ * the registers.
+ *
+ * Left out: the cluster hierarchy of the old APIC bus, arbitration, remote read, SMI, LVT
+ * level triggering (an LVT interrupt is delivered once a rising edge).
  */
 #include <errno.h>
 #include <string.h>
@@ -28,10 +30,10 @@
 
 /* Register numbers: offset / 16 in the page, MSR - 0x800 (SDM table 11-1, table 11-6). */
 enum {
-    ID = 0x02, VERSION = 0x03, TPR = 0x08, APR = 0x09, PPR = 0x0a, EOI = 0x0b, LDR = 0x0d, DFR = 0x0e, SPIV = 0x0f,
-    ISR = 0x10, TMR = 0x18, IRR = 0x20, ESR = 0x28, ICR = 0x30, ICR2 = 0x31, LVT_TIMER = 0x32, LVT_THERMAL = 0x33,
-    LVT_PERFORMANCE = 0x34, LVT_LINT0 = 0x35, LVT_LINT1 = 0x36, LVT_ERROR = 0x37, TIMER_INITIAL = 0x38,
-    TIMER_CURRENT = 0x39, TIMER_DIVIDE = 0x3e, SELF_IPI = 0x3f, REGISTERS = 0x40,
+    ID = 0x02, VERSION = 0x03, TPR = 0x08, APR = 0x09, PPR = 0x0a, EOI = 0x0b, LDR = 0x0d, DFR = 0x0e,
+    SPIV = 0x0f, ISR = 0x10, TMR = 0x18, IRR = 0x20, ESR = 0x28, ICR = 0x30, ICR2 = 0x31, LVT_TIMER = 0x32,
+    LVT_THERMAL = 0x33, LVT_PERFORMANCE = 0x34, LVT_LINT0 = 0x35, LVT_LINT1 = 0x36, LVT_ERROR = 0x37,
+    TIMER_INITIAL = 0x38, TIMER_CURRENT = 0x39, TIMER_DIVIDE = 0x3e, SELF_IPI = 0x3f, REGISTERS = 0x40,
 };
 
 #define VERSION_VALUE 0x00050014u
@@ -47,7 +49,7 @@ enum { ONE_SHOT = 0, PERIODIC = 1, TSC_DEADLINE = 2 };
 enum { ERROR_SEND_VECTOR = 1 << 5, ERROR_RECEIVE_VECTOR = 1 << 6, ERROR_REGISTER = 1 << 7 };
 enum { FIRST_LEGAL_VECTOR = 16 };
 
-/* --- Bits ------------------------------------------------------------------------------------------------ */
+/* --- Bits --------------------------------------------------------------------------------------------- */
 
 static int highest(const uint32_t *words)
 {
@@ -91,9 +93,10 @@ static bool takes_fixed(const struct lapic *a)
     return is_enabled(a) && is_software_enabled(a);
 }
 
-/* --- Priorities and pending vectors ---------------------------------------------------------------------- */
+/* --- Priorities and pending vectors ------------------------------------------------------------------- */
 
-/* Does the 8259's INTR reach this CPU?  With the APIC disabled globally LINT0 is the INTR pin (SDM 11.4.3). */
+/* Does the 8259's INTR reach this CPU?  With the APIC disabled globally LINT0 is the INTR pin (SDM
+ * 11.4.3). */
 bool apic_takes_pic(const struct lapic *a)
 {
     uint32_t lint0 = a->reg[LVT_LINT0];
@@ -143,7 +146,7 @@ int irqchip_acknowledge(struct irqchip *chip, unsigned cpu)
     return vector;
 }
 
-/* --- Delivery -------------------------------------------------------------------------------------------- */
+/* --- Delivery ----------------------------------------------------------------------------------------- */
 
 static bool deliver_lvt(struct irqchip *chip, unsigned cpu, unsigned entry);
 
@@ -324,7 +327,7 @@ uint8_t irqchip_take_events(struct irqchip *chip, unsigned cpu, uint8_t which)
     return taken;
 }
 
-/* --- Timer (SDM 11.5.4) ---------------------------------------------------------------------------------- */
+/* --- Timer (SDM 11.5.4) ------------------------------------------------------------------------------- */
 
 /* Bus ticks, of 1 ns each, a count: the divider's bits 3, 1 and 0 are the power of two less one, modulo 8. */
 static uint64_t timer_tick(const struct lapic *a)
@@ -413,7 +416,7 @@ void apic_advance(struct irqchip *chip, unsigned cpu)
     deliver_lvt(chip, cpu, LVT_TIMER);
 }
 
-/* --- Register writes ------------------------------------------------------------------------------------- */
+/* --- Register writes ---------------------------------------------------------------------------------- */
 
 static void write_plain(struct irqchip *chip, unsigned cpu, unsigned number, uint32_t value)
 {
@@ -523,7 +526,7 @@ static void write_timer_divide(struct irqchip *chip, unsigned cpu, unsigned numb
         start_timer(chip, a, add_saturating(chip->now, scale_up(left, timer_tick(a), old_tick)));
 }
 
-/* --- The register table ---------------------------------------------------------------------------------- */
+/* --- The register table ------------------------------------------------------------------------------- */
 
 enum { R = 1, W = 2, X2R = 4, X2W = 8, XAPIC = R | W, BOTH = R | W | X2R | X2W, READ_ONLY = R | X2R };
 
@@ -624,7 +627,7 @@ void irqchip_set_cr8(struct irqchip *chip, unsigned cpu, uint64_t value)
     write_register(chip, cpu, TPR, (uint32_t)(value & 15) << 4);
 }
 
-/* --- MSRs ------------------------------------------------------------------------------------------------ */
+/* --- MSRs --------------------------------------------------------------------------------------------- */
 
 /* SDM 11.12.5.1: the logical ID follows from the ID. */
 static void set_x2apic_id(struct lapic *a)
@@ -683,7 +686,9 @@ static int write_base(struct irqchip *chip, unsigned cpu, uint64_t value)
 {
     uint64_t from = chip->cpu[cpu].base & BASE_MODE, to = value & BASE_MODE;
 
-    if (!valid_base(chip, value) || (from == BASE_MODE && to == BASE_ENABLE) || (from == 0 && to == BASE_MODE))
+    if ((from == BASE_MODE && to == BASE_ENABLE) || (from == 0 && to == BASE_MODE))
+        return -1;
+    if (!valid_base(chip, value))
         return -1;
     change_base(chip, cpu, value);
     return 0;
@@ -770,7 +775,7 @@ int irqchip_write_msr(struct irqchip *chip, unsigned cpu, uint32_t msr, uint64_t
     return 0;
 }
 
-/* --- Reset and state ------------------------------------------------------------------------------------- */
+/* --- Reset and state ---------------------------------------------------------------------------------- */
 
 void apic_reset(struct irqchip *chip, unsigned cpu)
 {
@@ -829,7 +834,10 @@ int irqchip_set_lapic(struct irqchip *chip, unsigned cpu, const struct kvm_lapic
     a->tsc_deadline = 0;
     if (is_x2apic(a))
         set_x2apic_id(a);
-    load_timer(chip, a, timer_mode(a) == PERIODIC && !reg[TIMER_CURRENT] ? reg[TIMER_INITIAL] : reg[TIMER_CURRENT]);
+    if (timer_mode(a) == PERIODIC && !reg[TIMER_CURRENT])
+        load_timer(chip, a, reg[TIMER_INITIAL]);
+    else
+        load_timer(chip, a, reg[TIMER_CURRENT]);
     a->reg[TIMER_CURRENT] = 0;
     apic_refresh(chip, cpu);
     return 0;

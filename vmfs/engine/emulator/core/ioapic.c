@@ -1,10 +1,11 @@
 /*
- * The I/O APIC: 24 pins (Intel 82093AA data sheet, order number 290566), with KVM's struct kvm_ioapic_state.
+ * The I/O APIC: 24 pins (Intel 82093AA data sheet, order number 290566), with KVM's struct
+ * kvm_ioapic_state.
  *
- * As KVM has it: version 0x11; polarity is stored and ignored; an edge that comes while its pin is masked is lost;
- * messages of mode ExtINT and remote read go nowhere (see apic.c); a level pin that nobody took keeps no
- * remote IRR; making a pin edge triggered clears its remote IRR.  KVM's delay of an interrupt that was taken
- * 10,000 times in a row is left out.
+ * As KVM has it: version 0x11; polarity is stored and ignored; an edge that comes while its pin is masked
+ * is lost; messages of mode ExtINT and remote read go nowhere (see apic.c); a level pin that nobody took
+ * keeps no remote IRR; making a pin edge triggered clears its remote IRR.  KVM's delay of an interrupt that
+ * was taken 10,000 times in a row is left out.
  */
 #include <errno.h>
 #include <string.h>
@@ -72,7 +73,8 @@ void ioapic_set_pin(struct irqchip *chip, unsigned pin, bool level)
     service(chip, pin);
 }
 
-/* A level interrupt ended at some local APIC: pins still asserted send again (data sheet 3.2.4, Remote IRR). */
+/* A level interrupt ended at some local APIC: pins still asserted send again (data sheet 3.2.4, Remote
+ * IRR). */
 void ioapic_end_of_interrupt(struct irqchip *chip, uint8_t vector)
 {
     struct kvm_ioapic_state *s = &chip->ioapic.state;

@@ -1,4 +1,5 @@
-/* The interrupt chip as a whole: its life, its clock, the wiring of lines, messages and ports to its parts. */
+/* The interrupt chip as a whole: its life, its clock, the wiring of lines, messages and ports to its
+ * parts. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,7 +8,7 @@
 
 #define PIC_PINS 16u
 
-/* --- Life ------------------------------------------------------------------------------------------------ */
+/* --- Life --------------------------------------------------------------------------------------------- */
 
 struct irqchip *irqchip_create(unsigned cpus)
 {
@@ -76,7 +77,7 @@ void irqchip_set_features(struct irqchip *chip, struct irqchip_features features
     chip->features = features;
 }
 
-/* --- Time ------------------------------------------------------------------------------------------------ */
+/* --- Time --------------------------------------------------------------------------------------------- */
 
 void irqchip_reschedule(struct irqchip *chip)
 {
@@ -101,7 +102,7 @@ void irqchip_advance_slow(struct irqchip *chip, uint64_t now)
     irqchip_reschedule(chip);
 }
 
-/* --- Lines and messages ---------------------------------------------------------------------------------- */
+/* --- Lines and messages ------------------------------------------------------------------------------- */
 
 int irqchip_set_route(struct irqchip *chip, unsigned gsi, unsigned pic, unsigned ioapic)
 {
@@ -158,7 +159,7 @@ int irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
     return apic_send(chip, APIC_FROM_DEVICE, &message);
 }
 
-/* --- Ports ----------------------------------------------------------------------------------------------- */
+/* --- Ports -------------------------------------------------------------------------------------------- */
 
 typedef uint8_t port_reader(struct irqchip *chip, uint16_t port);
 typedef void port_writer(struct irqchip *chip, uint16_t port, uint8_t value);
@@ -217,7 +218,7 @@ bool irqchip_write_port(struct irqchip *chip, uint16_t port, uint8_t value, uint
     return true;
 }
 
-/* --- State ----------------------------------------------------------------------------------------------- */
+/* --- State -------------------------------------------------------------------------------------------- */
 
 int irqchip_get_chip(struct irqchip *chip, struct kvm_irqchip *state)
 {

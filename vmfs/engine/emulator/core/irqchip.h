@@ -72,8 +72,8 @@ struct pic {
 };
 
 struct pit_channel {
-    struct kvm_pit_channel_state state; /* count_load_time: the count in use began then; PIT_IDLE: it has not */
-    uint32_t next_count;                /* written while counting in mode 2 or 3, used from next_load on; else 0 */
+    struct kvm_pit_channel_state state; /* count_load_time: since when, in ns; INT64_MAX: not counting */
+    uint32_t next_count;                /* written while counting, in use from switch_time on; else 0 */
     int64_t next_load;
     int64_t switch_time;                /* when next_count takes over */
     uint64_t held;                      /* ticks counted when a low gate stopped the counter */
@@ -114,14 +114,16 @@ struct irqchip {
     struct irqchip_route route[IRQCHIP_GSIS];
 };
 
-/* --- Life ------------------------------------------------------------------------------------------------ */
+/* --- Life --------------------------------------------------------------------------------------------- */
 
-/* A chip for 1..IRQCHIP_MAX_CPUS CPUs in reset state with the 8254 present; NULL without memory or out of range. */
+/* A chip for 1..IRQCHIP_MAX_CPUS CPUs in reset state with the 8254 present; NULL without memory or out
+ * of range. */
 struct irqchip *irqchip_create(unsigned cpus);
 void irqchip_destroy(struct irqchip *chip);
 /* Power-on reset of all parts, as KVM creates them; routing, features, TSC and `speaker_port` stay. */
 void irqchip_reset(struct irqchip *chip, uint64_t now);
-/* As KVM_CREATE_PIT2: `flags` of struct kvm_pit_config; without KVM_PIT_SPEAKER_DUMMY port 0x61 is not claimed. */
+/* As KVM_CREATE_PIT2: `flags` of struct kvm_pit_config; without KVM_PIT_SPEAKER_DUMMY port 0x61 is not
+ * claimed. */
 void irqchip_create_pit(struct irqchip *chip, uint32_t flags, uint64_t now);
 void irqchip_remove_pit(struct irqchip *chip);
 void irqchip_set_features(struct irqchip *chip, struct irqchip_features features);
@@ -130,7 +132,7 @@ void irqchip_set_features(struct irqchip *chip, struct irqchip_features features
  * 0, or -EINVAL for a number out of range or a pin that another GSI drives. */
 int irqchip_set_route(struct irqchip *chip, unsigned gsi, unsigned pic, unsigned ioapic);
 
-/* --- Time ------------------------------------------------------------------------------------------------ */
+/* --- Time --------------------------------------------------------------------------------------------- */
 
 static inline uint64_t irqchip_next_deadline(const struct irqchip *chip)
 {
@@ -152,16 +154,17 @@ static inline void irqchip_advance(struct irqchip *chip, uint64_t now)
 void irqchip_set_tsc(struct irqchip *chip, unsigned cpu, uint64_t hz, uint64_t offset);
 uint64_t irqchip_tsc(const struct irqchip *chip, unsigned cpu, uint64_t now);
 
-/* --- Lines and messages ---------------------------------------------------------------------------------- */
+/* --- Lines and messages ------------------------------------------------------------------------------- */
 
 /* As KVM_IRQ_LINE.  0, or -EINVAL for a GSI of 24 or more. */
 int irqchip_set_gsi(struct irqchip *chip, unsigned gsi, bool level);
 /* As KVM_SIGNAL_MSI: the number of CPUs that took it. */
 int irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
-/* A local interrupt of one CPU (LINT1 is a PC's NMI line): delivered as that LVT entry says.  True if it was. */
+/* A local interrupt of one CPU (LINT1 is a PC's NMI line): delivered as that LVT entry says.  True if it
+ * was. */
 bool irqchip_local(struct irqchip *chip, unsigned cpu, enum irqchip_lvt input);
 
-/* --- What a CPU asks ------------------------------------------------------------------------------------- */
+/* --- What a CPU asks ---------------------------------------------------------------------------------- */
 
 /* The vector that irqchip_acknowledge would return, or -1: nothing to deliver. */
 static inline int irqchip_pending(const struct irqchip *chip, unsigned cpu)
@@ -180,12 +183,13 @@ static inline uint8_t irqchip_events(const struct irqchip *chip, unsigned cpu)
 
 /* Hands over and clears the events named in `which`. */
 uint8_t irqchip_take_events(struct irqchip *chip, unsigned cpu, uint8_t which);
-/* The local APIC's part of an INIT (SDM 3A 11.4.7.3): registers as after reset, ID and IA32_APIC_BASE kept. */
+/* The local APIC's part of an INIT (SDM 3A 11.4.7.3): registers as after reset, ID and IA32_APIC_BASE
+ * kept. */
 void irqchip_init_cpu(struct irqchip *chip, unsigned cpu);
 uint64_t irqchip_get_cr8(const struct irqchip *chip, unsigned cpu);
 void irqchip_set_cr8(struct irqchip *chip, unsigned cpu, uint64_t value); /* bits 3:0 are used */
 
-/* --- Registers ------------------------------------------------------------------------------------------- */
+/* --- Registers ---------------------------------------------------------------------------------------- */
 
 /* Ports 0x20 0x21 0xa0 0xa1 0x4d0 0x4d1, and with a PIT 0x40-0x43 and, if configured, 0x61; single bytes.
  * False: the port is not this chip's. */
@@ -193,8 +197,9 @@ bool irqchip_owns_port(const struct irqchip *chip, uint16_t port);
 bool irqchip_read_port(struct irqchip *chip, uint16_t port, uint8_t *value, uint64_t now);
 bool irqchip_write_port(struct irqchip *chip, uint16_t port, uint8_t value, uint64_t now);
 
-/* The page at IA32_APIC_BASE, if irqchip_lapic_mapped says that the CPU has one there (xAPIC mode).  Reads of 1, 2
- * or 4 bytes within a register's first four; writes of 4 aligned to 16.  Others read 0 and are ignored. */
+/* The page at IA32_APIC_BASE, if irqchip_lapic_mapped says that the CPU has one there (xAPIC mode).
+ * Reads of 1, 2 or 4 bytes within a register's first four; writes of 4 aligned to 16.  Others read 0 and
+ * are ignored. */
 bool irqchip_lapic_mapped(const struct irqchip *chip, unsigned cpu, uint64_t *address);
 uint32_t irqchip_lapic_read(struct irqchip *chip, unsigned cpu, uint32_t offset, unsigned size, uint64_t now);
 void irqchip_lapic_write(struct irqchip *chip, unsigned cpu, uint32_t offset, unsigned size, uint32_t value,
@@ -210,23 +215,27 @@ uint64_t irqchip_ioapic_base(const struct irqchip *chip);
 uint64_t irqchip_ioapic_read(struct irqchip *chip, uint32_t offset, unsigned size);
 void irqchip_ioapic_write(struct irqchip *chip, uint32_t offset, unsigned size, uint64_t value, uint64_t now);
 
-/* --- State, in KVM's structs ----------------------------------------------------------------------------- */
+/* --- State, in KVM's structs -------------------------------------------------------------------------- */
 /* Setters return 0 or -EINVAL, and then nothing has changed. */
 
 /* KVM_GET_LAPIC: APIC_TMCCT is the current count.  Not in the struct: errors not yet latched into ESR. */
 void irqchip_get_lapic(struct irqchip *chip, unsigned cpu, struct kvm_lapic_state *state, uint64_t now);
-/* KVM_SET_LAPIC; set IA32_APIC_BASE first.  -EINVAL in x2APIC mode if the ID is not the CPU's (bits 31:24, as
- * without KVM_CAP_X2APIC_API).  A one-shot timer with a current count of 0 has fired and does not fire again. */
+/* KVM_SET_LAPIC; set IA32_APIC_BASE first.  -EINVAL in x2APIC mode if the ID is not the CPU's (bits
+ * 31:24, as without KVM_CAP_X2APIC_API).  A one-shot timer with a current count of 0 has fired and does
+ * not fire again. */
 int irqchip_set_lapic(struct irqchip *chip, unsigned cpu, const struct kvm_lapic_state *state, uint64_t now);
 /* As kvm_sregs.apic_base: no transition rules.  -EINVAL for reserved bits or x2APIC without enable. */
 int irqchip_set_apic_base(struct irqchip *chip, unsigned cpu, uint64_t value, uint64_t now);
 
-/* KVM_GET_IRQCHIP, KVM_SET_IRQCHIP; chip_id of the struct selects KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC. */
+/* KVM_GET_IRQCHIP, KVM_SET_IRQCHIP; chip_id of the struct selects KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or
+ * _IOAPIC. */
 int irqchip_get_chip(struct irqchip *chip, struct kvm_irqchip *state);
 int irqchip_set_chip(struct irqchip *chip, const struct kvm_irqchip *state);
 
-/* KVM_GET_PIT2, KVM_SET_PIT2.  count_load_time is in this chip's `now`; INT64_MAX is "not counting yet".  With
- * `restart` it is ignored and every counter starts afresh, as KVM_SET_PIT2 does: for another engine's state. */
+/* KVM_GET_PIT2, KVM_SET_PIT2.  count_load_time is in this chip's `now`; INT64_MAX is "not counting yet".
+ * With `restart` it is ignored and every counter starts afresh, as KVM_SET_PIT2 does: for another engine's
+ * state.  Not in the struct: OUT of a mode 3 counter whose next count waits, and in modes 1 and 5 the count
+ * under way where the next one waits for its trigger. */
 void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now);
 int irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, bool restart, uint64_t now);
 

@@ -64,7 +64,8 @@ void pit_write_port(struct irqchip *chip, uint16_t port, uint8_t value);
 void irqchip_drive(struct irqchip *chip, unsigned gsi, enum irqchip_source source, bool level);
 void irqchip_reschedule(struct irqchip *chip);
 
-/* value * multiplier / divisor without overflow in between, rounded down or up; saturates at IRQCHIP_NEVER. */
+/* value * multiplier / divisor without overflow in between, rounded down or up; saturates at
+ * IRQCHIP_NEVER. */
 static inline uint64_t scale_down(uint64_t value, uint64_t multiplier, uint64_t divisor)
 {
     unsigned __int128 scaled = (unsigned __int128)value * multiplier / divisor;

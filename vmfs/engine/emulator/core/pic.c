@@ -1,11 +1,12 @@
 /*
- * Two 8259A interrupt controllers, cascaded as in a PC (Intel 8259A data sheet, order number 231468), with the
- * PIIX's edge/level control registers (ELCR, ports 0x4d0 and 0x4d1).  State is KVM's struct kvm_pic_state.
+ * Two 8259A interrupt controllers, cascaded as in a PC (Intel 8259A data sheet, order number 231468), with
+ * the PIIX's edge/level control registers (ELCR, ports 0x4d0 and 0x4d1).  State is KVM's struct
+ * kvm_pic_state.
  *
- * As KVM has it: an edge request stays latched when its line falls before the INTA; the slave's output pulses the
- * master's input 2; ICW3, SNGL, LTIM, the 8080 modes and buffered mode are ignored.  Unlike KVM, special mask
- * mode and poll mode work as the data sheet says: KVM 6.18 ignores the first, and its poll sets no bit 7 and
- * no in-service bit.
+ * As KVM has it: an edge request stays latched when its line falls before the INTA; the slave's output
+ * pulses the master's input 2; ICW3, SNGL, LTIM, the 8080 modes and buffered mode are ignored.  Unlike KVM,
+ * special mask mode and poll mode work as the data sheet says: KVM 6.18 ignores the first, and its poll
+ * sets no bit 7 and no in-service bit.
  */
 #include <errno.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /*
- * The 8254 programmable interval timer (Intel 8254 data sheet, order number 231164) and the PC's port 0x61, with
- * KVM's struct kvm_pit_state2.
+ * The 8254 programmable interval timer (Intel 8254 data sheet, order number 231164) and the PC's port 0x61,
+ * with KVM's struct kvm_pit_state2.
  *
  * A counter is not stepped: everything is computed from the ticks since its count was loaded.  A count is
  * loaded at the moment it is written (on silicon: at the next clock, up to 838 ns later); ticks are counted
@@ -8,9 +8,9 @@
  * line; an edge that comes only from writing a control word makes no interrupt; ticks that an interrupted
  * guest missed are not made up for (KVM_REINJECT_CONTROL with 0).
  *
- * Unlike KVM, as the data sheet says: BCD; mode 2's OUT; odd counts in mode 3; gates and triggers; a new count in
- * modes 1, 2, 3 and 5 waits for its moment; the null count bit; a control word stops the counter until its count
- * comes.  In mode 2 and 3 a count of 1 is illegal: OUT stays high.
+ * Unlike KVM, as the data sheet says: BCD; mode 2's OUT; odd counts in mode 3; gates and triggers; a new
+ * count in modes 1, 2, 3 and 5 waits for its moment; the null count bit; a control word stops the counter
+ * until its count comes.  In mode 2 and 3 a count of 1 is illegal: OUT stays high.
  */
 #include <errno.h>
 #include <string.h>
@@ -28,7 +28,7 @@ enum { ACCESS_LOW = 1, ACCESS_HIGH = 2, ACCESS_WORD0 = 3, ACCESS_WORD1 = 4 };
 enum { PORT_COMMAND = 0x43, PORT_SPEAKER = 0x61 };
 enum { SPEAKER_GATE = 0x01, SPEAKER_DATA = 0x02, SPEAKER_REFRESH = 0x10, SPEAKER_OUT = 0x20 };
 
-/* --- Arithmetic ------------------------------------------------------------------------------------------ */
+/* --- Arithmetic --------------------------------------------------------------------------------------- */
 
 static uint64_t ticks_between(int64_t load, uint64_t now)
 {
@@ -62,10 +62,11 @@ static uint16_t raw_of(uint32_t number, bool bcd)
 {
     if (!bcd)
         return (uint16_t)number;
-    return (uint16_t)((number / 1000 % 10) << 12 | (number / 100 % 10) << 8 | (number / 10 % 10) << 4 | number % 10);
+    number %= 10000;
+    return (uint16_t)(number / 1000 << 12 | number / 100 % 10 << 8 | number / 10 % 10 << 4 | number % 10);
 }
 
-/* --- One counter ----------------------------------------------------------------------------------------- */
+/* --- One counter -------------------------------------------------------------------------------------- */
 
 static bool is_periodic(const struct pit_channel *c)
 {
@@ -184,7 +185,7 @@ static uint64_t next_rise_time(const struct pit_channel *c)
     return ticks == IRQCHIP_NEVER ? IRQCHIP_NEVER : time_of(c->state.count_load_time, ticks);
 }
 
-/* --- Channel 0's interrupt ------------------------------------------------------------------------------- */
+/* --- Channel 0's interrupt ---------------------------------------------------------------------------- */
 
 static void reschedule(struct irqchip *chip)
 {
@@ -220,7 +221,7 @@ void pit_advance(struct irqchip *chip)
     }
 }
 
-/* --- Writing --------------------------------------------------------------------------------------------- */
+/* --- Writing ------------------------------------------------------------------------------------------ */
 
 static void begin(struct pit_channel *c, int64_t load)
 {
@@ -229,7 +230,8 @@ static void begin(struct pit_channel *c, int64_t load)
     c->seen = 0;
 }
 
-/* A new count for a running mode 2 or 3 counter waits for the end of the period, or of mode 3's half period. */
+/* A new count for a running mode 2 or 3 counter waits for the end of the period, or of mode 3's half
+ * period. */
 static void queue_count(struct pit_channel *c, uint32_t raw, uint64_t now)
 {
     uint32_t n = divisor(c), high = high_ticks(n), position;
@@ -302,7 +304,7 @@ static void latch_status(struct pit_channel *c, uint64_t now)
 
     if (s->status_latched)
         return;
-    s->status = (uint8_t)(out(c, now) << 7 | null_count << 6 | (s->rw_mode & 3) << 4 | (s->mode & 7) << 1 | s->bcd);
+    s->status = (uint8_t)(out(c, now) << 7 | null_count << 6 | s->rw_mode << 4 | (s->mode & 7) << 1 | s->bcd);
     s->status_latched = 1;
 }
 
@@ -361,7 +363,7 @@ static void set_gate(struct pit_channel *c, bool gate, uint64_t now)
     }
 }
 
-/* --- Reading --------------------------------------------------------------------------------------------- */
+/* --- Reading ------------------------------------------------------------------------------------------ */
 
 static uint8_t read_latched(struct kvm_pit_channel_state *s)
 {
@@ -446,7 +448,7 @@ void pit_write_port(struct irqchip *chip, uint16_t port, uint8_t value)
     reschedule(chip);
 }
 
-/* --- Reset and state ------------------------------------------------------------------------------------- */
+/* --- Reset and state ---------------------------------------------------------------------------------- */
 
 void pit_reset(struct irqchip *chip)
 {
@@ -465,8 +467,8 @@ void pit_reset(struct irqchip *chip)
     reschedule(chip);
 }
 
-/* A count that waits is reported as the counter's, with the (future) time it counts from; a held counter with the
- * time it would have been loaded at to stand where it stands. */
+/* A count that waits is reported as the counter's, with the (future) time it counts from; a held counter
+ * with the time it would have been loaded at to stand where it stands. */
 void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
 {
     unsigned i;
@@ -498,13 +500,28 @@ static bool valid_channel(const struct kvm_pit_channel_state *s, bool restart, u
     if (restart || s->count_load_time <= (int64_t)now || s->count_load_time == IDLE)
         return true;
     /* From a time to come: only a count that waits for the end of a period, and a period ends soon. */
-    return (s->mode == 2 || s->mode == 3) && s->gate && s->count_load_time - (int64_t)now <= ticks_to_ns(FULL_COUNT);
+    if ((s->mode != 2 && s->mode != 3) || !s->gate)
+        return false;
+    return s->count_load_time - (int64_t)now <= ticks_to_ns(FULL_COUNT);
 }
 
-static void set_channel(struct pit_channel *c, const struct kvm_pit_channel_state *s, bool restart, uint64_t now)
+/* A count that waits for `load`: until then the counter has one as long as the rest of the period. */
+static void fill_period(struct pit_channel *c, int64_t load, uint64_t now)
+{
+    uint32_t left = (uint32_t)scale_up((uint64_t)load - now, HZ, NS) * (c->state.mode == 3 ? 2 : 1);
+    uint32_t most = c->state.bcd ? 9999 : FULL_COUNT;
+
+    c->next_count = c->state.count;
+    c->next_load = c->switch_time = load;
+    left = left < 2 ? 2 : left > most ? most : left;
+    c->state.count = left == FULL_COUNT ? FULL_COUNT : raw_of(left, c->state.bcd);
+    c->state.count_load_time = (int64_t)now;
+}
+
+static void set_channel(struct pit_channel *c, const struct kvm_pit_channel_state *s, bool restart,
+                        uint64_t now)
 {
     int64_t load = s->count_load_time;
-    uint32_t left;
 
     memset(c, 0, sizeof *c);
     c->state = *s;
@@ -515,13 +532,7 @@ static void set_channel(struct pit_channel *c, const struct kvm_pit_channel_stat
     if (restart) {
         begin(c, (int64_t)now);
     } else if (load > (int64_t)now) {
-        /* The rest of the period before it, in a count that is just that long. */
-        left = (uint32_t)scale_up((uint64_t)load - now, HZ, NS) * (s->mode == 3 ? 2 : 1);
-        c->next_count = c->state.count;
-        c->next_load = c->switch_time = load;
-        c->state.count = left < 2 ? 2 : left > FULL_COUNT ? FULL_COUNT : left;
-        c->state.count = c->state.bcd ? raw_of(c->state.count > 9999 ? 9999 : c->state.count, true) : c->state.count;
-        c->state.count_load_time = (int64_t)now;
+        fill_period(c, load, now);
     } else {
         c->held = ticks_between(load, now);
         c->seen = c->held;
