@@ -328,7 +328,7 @@ class Vm:
         return self.pread("mem", size, address)
 
     def write_mem(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Store at the guest-physical `address`; OSError (EFBIG) past the end."""
+        """Store at the guest-physical `address`; OSError (EFBIG) past the end, with what fits in place."""
         self.pwrite("mem", data, address)
 
     def read_virt(self, address: int, size: int) -> bytes:
