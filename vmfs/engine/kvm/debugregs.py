@@ -91,7 +91,7 @@ def _watch_slots(watch: Watchpoint) -> list[Slot]:
         raise Unsupported("a debug register cannot watch reads alone; watch rw")
     if watch.length < 1:
         raise Invalid("a watchpoint watches at least one byte")
-    _check_address(watch.address)
+    _check_address(watch.address + watch.length - 1)
     kind = _RW_ACCESS if watch.on_read else _RW_WRITE
     slots = []
     address, left = watch.address, watch.length

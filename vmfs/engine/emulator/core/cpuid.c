@@ -1,24 +1,42 @@
 /* CPUID: what it tells, and the features that follow from it (Intel SDM 2A CPUID). */
-#include "opcodes.h"
+#include "sse.h"
 
 /* Only what the core does: a feature bit here is a promise. Leaves: function, index, significant index. */
 static const struct kvm_cpuid_entry2 defaults[] = {
     {.function = 0, .eax = 0x15, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
     {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
-     .ecx = 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 31 /* hypervisor */,
+     .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 25 | 1u << 26 |
+            1u << 31 /* hypervisor */,
      .edx = 0x0f8bfbff & ~(1u << 7 | 1u << 14) /* no MCE, MCA */},
-    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 7 | 1u << 9 | 1u << 20,
-     .ecx = 1u << 2 | 1u << 3},
+    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 7 | 1u << 9 | 1u << 20 |
+     1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3},
+    /* XSAVE: x87, SSE, PKRU; offsets as in ops_sse_state.c. EBX of the first two follows XCR0. */
+    {.function = 0xd, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 0x203, .ecx = 2696},
+    {.function = 0xd, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 1u << 0 | 1u << 1 | 1u << 3},
+    {.function = 0xd, .index = 9, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 8, .ebx = 2688},
     {.function = 0x15, .eax = 1, .ebx = 1000, .ecx = 1000000},
     {.function = 0x80000000, .eax = 0x80000008},
     {.function = 0x80000001, .ecx = 1u << 0, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 29},
     {.function = 0x80000008, .eax = 0x3028}, /* 40 physical, 48 linear address bits */
 };
 
+/* Instructions that the host executes: without them on the host, not in the guest either. */
+static bool host_has(enum feature f)
+{
+    return f == FEATURE_SSE3    ? __builtin_cpu_supports("sse3")
+           : f == FEATURE_SSSE3 ? __builtin_cpu_supports("ssse3")
+           : f == FEATURE_SSE41 ? __builtin_cpu_supports("sse4.1")
+           : f == FEATURE_SSE42 ? __builtin_cpu_supports("sse4.2")
+                                : true;
+}
+
 void cpuid_defaults(struct vcpu *c)
 {
     c->cpuid.count = sizeof defaults / sizeof *defaults;
     memcpy(c->cpuid.entries, defaults, sizeof defaults);
+    u32 *ecx = &c->cpuid.entries[1].ecx;
+    *ecx &= ~((u32)!host_has(FEATURE_SSE3) << 0 | (u32)!host_has(FEATURE_SSSE3) << 9 |
+              (u32)!host_has(FEATURE_SSE41) << 19 | (u32)!host_has(FEATURE_SSE42) << 20);
     cpuid_changed(c);
 }
 
@@ -46,7 +64,7 @@ void cpuid_changed(struct vcpu *c)
         if (!e)
             continue;
         u32 value = where[f].reg == 0 ? e->eax : where[f].reg == 1 ? e->ebx : where[f].reg == 2 ? e->ecx : e->edx;
-        if (value >> where[f].bit & 1)
+        if (value >> where[f].bit & 1 && host_has(f))
             c->features[f >> 6] |= 1ull << (f & 63);
     }
     const struct kvm_cpuid_entry2 *sizes = find(c, 0x80000008, 0);
@@ -71,5 +89,7 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
     if (e->function == 1) {
         out[1] = (out[1] & 0x00ffffff) | c->index << 24;
         out[2] = (out[2] & ~(1u << 27)) | (c->cr4 & CR4_OSXSAVE ? 1u << 27 : 0);
+    } else if (e->function == 0xd && e->index < 2 && (e->eax || e->edx)) {
+        out[1] = xsave_size(c->xcr0, e->index == 1);
     }
 }

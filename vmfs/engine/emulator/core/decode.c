@@ -181,7 +181,7 @@ static const struct opcode *find_row(struct vcpu *c, const struct prefixes *p, u
             continue;
         if (o->attributes & (code64 ? A_NO64 : A_ONLY64) || ((o->attributes & A_NOREXB) && p->rex & 1))
             continue;
-        if (!has_feature(c, o->feature))
+        if (!o->handlers || !has_feature(c, o->feature))
             continue;
         return o;
     }

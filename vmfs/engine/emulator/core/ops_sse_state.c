@@ -247,6 +247,15 @@ static unsigned component_offset(unsigned n, u64 packed)
     return at;
 }
 
+u32 xsave_size(u64 mask, bool compact)
+{
+    unsigned end = AREA_EXTENDED;
+    for (unsigned i = 0; i < COMPONENTS; i++)
+        if (mask >> components[i].bit & 1)
+            end = component_offset(i, compact ? mask | COMPACTED : 0) + components[i].size;
+    return end;
+}
+
 static __attribute__((noinline)) void xsave(struct vcpu *c, const struct record *r, bool compact, bool optimize)
 {
     struct area a;

@@ -86,6 +86,9 @@ COLD void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmet
             mxcsr_end(c, r); \
     } while (0)
 
+/* Bytes of the area of those components (ops_sse_state.c). */
+u32 xsave_size(u64 components, bool compact);
+
 /* ---- Handlers ---------------------------------------------------------------------------------------------------- */
 
 /* A general form, which the fast form jumps to: inlined there, it would cost the fast path a stack frame. */

@@ -1,0 +1,154 @@
+"""The numbers of vmfs.engine.kvm.abi against the C compiler and the host's linux/kvm.h."""
+
+import re
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from vmfs.engine.kvm import abi
+
+ENUMS = (abi.Ioctl, abi.Cap, abi.ExitReason, abi.InternalError)
+
+CONSTANTS = (
+    "KVM_EXIT_IO_OUT",
+    "KVM_MEM_LOG_DIRTY_PAGES",
+    "KVM_MEM_READONLY",
+    "KVM_PIT_SPEAKER_DUMMY",
+    "KVM_GUESTDBG_ENABLE",
+    "KVM_GUESTDBG_SINGLESTEP",
+    "KVM_GUESTDBG_USE_HW_BP",
+    "KVM_GUESTDBG_INJECT_DB",
+    "KVM_GUESTDBG_BLOCKIRQ",
+)
+
+# A value of this module, and the C expression that has to be it.
+EXPRESSIONS = {
+    "API_VERSION": "KVM_API_VERSION",
+    "EMULATION_FLAG_INSTRUCTION_BYTES": "KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES",
+    "SYSTEM_EVENT_SHUTDOWN": "KVM_SYSTEM_EVENT_SHUTDOWN",
+    "SYSTEM_EVENT_RESET": "KVM_SYSTEM_EVENT_RESET",
+    "SYSTEM_EVENT_CRASH": "KVM_SYSTEM_EVENT_CRASH",
+    "SYNC_X86_REGS": "KVM_SYNC_X86_REGS",
+    "RUN_REQUEST_INTERRUPT_WINDOW": "offsetof(struct kvm_run, request_interrupt_window)",
+    "RUN_IMMEDIATE_EXIT": "offsetof(struct kvm_run, immediate_exit)",
+    "RUN_EXIT_REASON": "offsetof(struct kvm_run, exit_reason)",
+    "RUN_READY_FOR_INTERRUPT": "offsetof(struct kvm_run, ready_for_interrupt_injection)",
+    "RUN_IF_FLAG": "offsetof(struct kvm_run, if_flag)",
+    "RUN_CR8": "offsetof(struct kvm_run, cr8)",
+    "RUN_UNION": "offsetof(struct kvm_run, hw)",
+    "RUN_MMIO_DATA": "offsetof(struct kvm_run, mmio.data)",
+    "RUN_VALID_REGS": "offsetof(struct kvm_run, kvm_valid_regs)",
+    "RUN_SYNC_REGS": "offsetof(struct kvm_run, s)",
+    "CLOCK_FLAGS": "offsetof(struct kvm_clock_data, flags)",
+    "REGS_RIP": "offsetof(struct kvm_regs, rip)",
+    "SREGS_CR8": "offsetof(struct kvm_sregs, cr8)",
+    "SREGS_SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
+    "DEBUGREGS_DR6": "offsetof(struct kvm_debugregs, dr6)",
+    "IRQCHIP.size": "sizeof(struct kvm_irqchip)",
+    "PIT_CONFIG.size": "sizeof(struct kvm_pit_config)",
+    "MEMORY_REGION.size": "sizeof(struct kvm_userspace_memory_region)",
+    "DIRTY_LOG.size": "sizeof(struct kvm_dirty_log)",
+    "ENABLE_CAP.size": "sizeof(struct kvm_enable_cap)",
+    "IRQ_LEVEL.size": "sizeof(struct kvm_irq_level)",
+    "TRANSLATION.size": "sizeof(struct kvm_translation)",
+    "INTERRUPT.size": "sizeof(struct kvm_interrupt)",
+    "GUEST_DEBUG.size": "sizeof(struct kvm_guest_debug)",
+    "MSRS_HEAD.size": "sizeof(struct kvm_msrs)",
+    "MSR_ENTRY.size": "sizeof(struct kvm_msr_entry)",
+    "MSR_LIST_HEAD.size": "sizeof(struct kvm_msr_list)",
+    "CPUID_HEAD.size": "sizeof(struct kvm_cpuid2)",
+    "CPUID_ENTRY.size": "sizeof(struct kvm_cpuid_entry2)",
+    "FPU.size": "sizeof(struct kvm_fpu)",
+    "XSAVE_LEGACY.size": "416",  # the legacy area without its reserved end, SDM 1 table 13-1
+    # what unpack_from reads of the union
+    "RUN_IO.size": "offsetof(struct kvm_run, io.data_offset) + 8 - offsetof(struct kvm_run, io)",
+    "RUN_MMIO.size": "offsetof(struct kvm_run, mmio.is_write) + 1 - offsetof(struct kvm_run, mmio)",
+    "RUN_DEBUG.size": "sizeof(struct kvm_debug_exit_arch)",
+    "RUN_INTERNAL.size": "sizeof(((struct kvm_run *)0)->internal)",
+    "RUN_EMULATION_FAILURE.size": "offsetof(struct kvm_run, emulation_failure.insn_bytes) + 15 - offsetof("
+    "struct kvm_run, emulation_failure)",
+    "RUN_SYSTEM_EVENT.size": "sizeof(((struct kvm_run *)0)->system_event)",
+    "RUN_MEMORY_FAULT.size": "sizeof(((struct kvm_run *)0)->memory_fault)",
+}
+
+STATES = {
+    "regs": "struct kvm_regs",
+    "sregs": "struct kvm_sregs",
+    "fpu": "struct kvm_fpu",
+    "xsave": "struct kvm_xsave",
+    "xcrs": "struct kvm_xcrs",
+    "debugregs": "struct kvm_debugregs",
+    "events": "struct kvm_vcpu_events",
+    "mp_state": "struct kvm_mp_state",
+    "lapic": "struct kvm_lapic_state",
+    "irqchip": "struct kvm_irqchip[3]",
+    "pit": "struct kvm_pit_state2",
+    "clock": "struct kvm_clock_data",
+}
+
+
+def value_of(name):
+    value = abi
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def wanted():
+    """C expressions and the values that they shall have."""
+    for enum in ENUMS:
+        yield from ((member.name, member.value) for member in enum)
+    yield from ((name, getattr(abi, name)) for name in CONSTANTS)
+    yield from ((expression, value_of(name)) for name, expression in EXPRESSIONS.items())
+    yield from ((f"sizeof({layout})", abi.SIZES[name]) for name, layout in STATES.items())
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    """The names that the host's header defines, and the values of the C expressions that it can say."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    preprocessed = subprocess.run(
+        [compiler, "-E", "-dM", "-"], input="#include <linux/kvm.h>\n", capture_output=True, text=True
+    )
+    if preprocessed.returncode:
+        pytest.skip("no linux/kvm.h: install linux-libc-dev")
+    folder = tmp_path_factory.mktemp("abi")
+    known = set(re.findall(r"#define (\w+)", preprocessed.stdout))
+    newer = ("memory_fault", "KVM_EXIT_MEMORY_FAULT")
+    expressions = [
+        (text, value)
+        for text, value in wanted()
+        if not (re.fullmatch(r"KVM_\w+", text) and text not in known)
+        and not (any(name in text for name in newer) and newer[1] not in known)
+    ]
+    lines = "\n".join(f'printf("%llu\\n", (unsigned long long)({text}));' for text, _ in expressions)
+    source = (
+        f"#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\nint main(void) {{ {lines} return 0; }}\n"
+    )
+    built = subprocess.run(
+        [compiler, "-x", "c", "-o", folder / "abi", "-"], input=source, capture_output=True, text=True
+    )
+    assert not built.returncode, built.stderr
+    values = subprocess.run([folder / "abi"], capture_output=True, text=True, check=True).stdout.split()
+    return [(text, value, int(there)) for (text, value), there in zip(expressions, values, strict=True)]
+
+
+def test_numbers_and_layouts_are_the_headers(header):
+    assert [(text, hex(here)) for text, here, _ in header] == [(text, hex(there)) for text, _, there in header]
+
+
+def test_nearly_every_number_was_compared(header):
+    """A header that is older than what is in use lacks a few, and not many."""
+    assert len(header) >= 0.9 * len(list(wanted()))
+
+
+def test_every_struct_and_state_is_compared():
+    structs = {name for name, value in vars(abi).items() if isinstance(value, struct.Struct)}
+    # Of fixed size by their only user, and no struct of their own.
+    structs -= {"RUN_FAIL_ENTRY", "RUN_UNKNOWN", "SIGNAL_MASK"}
+    assert structs == {name.removesuffix(".size") for name in EXPRESSIONS if name.endswith(".size")}
+    assert set(abi.SIZES) == set(STATES)
