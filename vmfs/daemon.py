@@ -4,9 +4,10 @@ In the background, the parent waits on a pipe until the child says that the moun
 so that the command after `vmfs mount DIR` finds the mount there.
 
 While a mount starts, stderr is a memory file. libfuse and fusermount3 write their reasons to stderr, in
-several lines; what serve() raises then ends with them, in one sentence. And the fusermount3 that stays behind
-for auto_unmount keeps the stderr it was started with: if that were the caller's, `x=$(vmfs mount DIR 2>&1)`
-would never end.
+several lines; what serve() raises then ends with them, in one sentence.
+
+Beside a server runs a small watcher that unmounts what a killed server leaves. libfuse's own for that,
+auto_unmount, works for root only: its fusermount3 may not look into the mount of a user.
 """
 
 import contextlib
@@ -14,9 +15,10 @@ import logging
 import logging.handlers
 import os
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -106,7 +108,7 @@ def _child(directory: Path, settings: MountSettings, log: Path | None, tell: int
 
 
 def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -> None:
-    """vmfs.fs.serve, loaded this late: the parent of a server in the background needs none of it."""
+    """vmfs.fs.serve, watched, and loaded this late: who waits for a server in the background needs none of it."""
     try:
         from vmfs import fs
     except ImportError as failure:
@@ -114,7 +116,27 @@ def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -
             raise
         raise EngineFailed(f"{sys.executable} cannot load {failure.name}: {failure} (make setup fills .venv"
                            " with what it needs)") from failure
-    fs.serve(str(directory), settings, ready)
+    with unmounted_if_killed(directory):
+        fs.serve(str(directory), settings, ready)
+
+
+# A line says that the server is done. At the end of the pipe without one it was killed: if then a stat fails,
+# what it had mounted is still there, and nothing else is.
+WATCH = 'read -r done || stat -- "$1" || fusermount3 -u -z -- "$1"'
+
+
+@contextlib.contextmanager
+def unmounted_if_killed(directory: Path) -> Iterator[None]:
+    """If this process ends within the block, however it does, `directory` is unmounted behind it."""
+    null = subprocess.DEVNULL
+    # A session of its own: what is sent to the server's group, as ^C, is not for the watcher.
+    with subprocess.Popen(["sh", "-c", WATCH, "vmfs-watch", directory], cwd="/", start_new_session=True,
+                          stdin=subprocess.PIPE, stdout=null, stderr=null) as watcher:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokenPipeError):      # it may have been killed
+                os.write(watcher.stdin.fileno(), b"done\n")
 
 
 @contextlib.contextmanager

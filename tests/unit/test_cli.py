@@ -66,7 +66,7 @@ def test_what_is_no_count(text):
 
 
 def test_nothing_asked_for_is_the_defaults():
-    assert settings_of("/mnt") == MountSettings(fuse_options=("auto_unmount",))
+    assert settings_of("/mnt") == MountSettings()
 
 
 LONG_AND_SHORT = [
@@ -92,7 +92,7 @@ def test_options_are_one_list_however_they_are_given():
     together = settings_of("-o", "ro,max_vms=2,engine=kvm", "/mnt")
     apart = settings_of("-o", "ro", "/mnt", "-o", "max_vms=2", "-oengine=kvm")
     assert together == apart
-    assert together == MountSettings(engine="kvm", max_vms=2, fuse_options=("ro", "auto_unmount"))
+    assert together == MountSettings(engine="kvm", max_vms=2, fuse_options=("ro",))
 
 
 def test_a_long_option_wins_over_o_and_the_last_of_o_over_those_before():

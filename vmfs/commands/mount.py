@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-vms", type=argument(count), metavar="N",
                         help="at most so many machines at a time")
     parser.add_argument("--max-mem", type=argument(size), metavar="SIZE",
-                        help="at most so much RAM in all machines together, as 512M or 2G")
+                        help="at most so much RAM for all of them together, as 512M or 2G")
     parser.add_argument("--log", type=Path, metavar="FILE",
                         help="log there (else: syslog, where there is one)")
     parser.add_argument("--debug", action="store_true", help="log each request")
@@ -55,12 +55,8 @@ def settings_of(arguments: argparse.Namespace) -> MountSettings:
         "allow_other": arguments.allow_other or None,
         "debug": arguments.debug or None,
     }
-    return dataclasses.replace(
-        settings,
-        # auto_unmount: a small fusermount3 stays and unmounts when the server dies, however it does.
-        fuse_options=(*settings.fuse_options, "auto_unmount"),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(settings, **given)
 
 
 def mountpoint(text: str) -> Path:
