@@ -108,7 +108,7 @@ def _child(directory: Path, settings: MountSettings, log: Path | None, tell: int
 
 
 def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -> None:
-    """vmfs.fs.serve, watched, and loaded this late: who waits for a server in the background needs none of it."""
+    """vmfs.fs.serve, watched. It is loaded this late since the parent of a server needs none of it."""
     try:
         from vmfs import fs
     except ImportError as failure:
