@@ -35,8 +35,8 @@ _LARGE_PAGE = 2 << 20
 _TABLE_REACH = 1 << 30  # what one page directory of 2 MiB pages maps
 _PRESENT, _WRITABLE, _USER, _LARGE = 1 << 0, 1 << 1, 1 << 2, 1 << 7  # of a page table entry, SDM 3A 4.5
 
-# The GDT of `protected` and `long`, at the start of the last page of RAM. The order is the one that SYSCALL and
-# SYSRET want: kernel code, kernel data, then user 32-bit code, data, 64-bit code (SDM 2B, SYSRET).
+# The GDT of `protected` and `long`, at the start of the last page of RAM. The order is the one that SYSCALL
+# and SYSRET want: kernel code, kernel data, then user 32-bit code, data, 64-bit code (SDM 2B, SYSRET).
 CODE, DATA, USER_CODE32, USER_DATA, USER_CODE64 = 0x08, 0x10, 0x18 | 3, 0x20 | 3, 0x28 | 3
 _DATA_TYPE, _CODE_TYPE, _BUSY_TSS = 3, 11, 11  # writable, accessed; readable, accessed; SDM 3A 3.4.5.1
 _LDT_TYPE = 2

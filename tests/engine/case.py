@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.asm import assemble
 from engine.machine import TestMachine
+
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, Watchpoint
 from vmfs.errors import Unsupported
 
@@ -79,7 +80,9 @@ class Regs(Step):
     def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
         regs = machine.regs()
         wanted = _resolve(self.values, labels)
-        assert {name: hex(regs[name]) for name in wanted} == {name: hex(value) for name, value in wanted.items()}
+        assert {name: hex(regs[name]) for name in wanted} == {
+            name: hex(value) for name, value in wanted.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every test of this folder runs on every engine of vmfs.engine.ENGINES; one that does not work here skips."""
+"""Every test here runs on every engine of vmfs.engine.ENGINES; one that does not work on this host skips."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ DIVERGENCES = (
         "kvm-rep-outs-ends-late",
         "kvm",
         _everywhere,
-        "KVM's emulator leaves rip at the string instruction behind its last iteration, with rcx 0: the next run "
-        "executes it for no element. Nothing in kvm_run tells this from a rep outs that goes on.",
+        "KVM's emulator leaves rip at the string instruction behind its last iteration, with rcx 0: the "
+        "next run executes it for no element. Nothing in kvm_run tells this from a rep outs that goes on.",
     ),
     Divergence(
         "kvm-cpuid-is-final",
         "kvm",
         _everywhere,
-        "KVM refuses another CPUID once a CPU has run (Linux 5.16 and later), because it has cached what follows.",
+        "KVM refuses another CPUID once a CPU has run (Linux 5.16 and later): it has cached what follows.",
         in_cases=False,
     ),
     Divergence(
@@ -55,8 +55,8 @@ DIVERGENCES = (
         "svm-shutdown-resets",
         "kvm",
         _svm,
-        "The VMCB is undefined behind an intercepted shutdown (AMD APM 2, 15.14.3), and KVM resets the CPU then: "
-        "the registers of the triple fault are lost.",
+        "The VMCB is undefined behind an intercepted shutdown (AMD APM 2, 15.14.3), and KVM resets the CPU "
+        "then: the registers of the triple fault are lost.",
     ),
     Divergence(
         "pvm-no-user-mode-debug",
@@ -75,15 +75,15 @@ DIVERGENCES = (
         "pvm-dirty-log-has-code",
         "kvm",
         is_pvm,
-        "PVM maps the page that user mode executes for writing, too, and a page is dirty once it is mapped so.",
+        "PVM maps the page that user mode executes for writing, too, and a page mapped so counts as dirty.",
         in_cases=False,
     ),
     Divergence(
         "pvm-interrupts-late",
         "kvm",
         is_pvm,
-        "PVM emulates several instructions before it looks whether an interrupt can be injected: one that waits "
-        "for sti comes some instructions behind it.",
+        "PVM emulates several instructions before it looks whether an interrupt can be injected: one that "
+        "waits for sti comes some instructions behind it.",
     ),
     Divergence(
         "pvm-no-int",
@@ -95,14 +95,15 @@ DIVERGENCES = (
         "pvm-syscall-stays-in-user-mode",
         "kvm",
         is_pvm,
-        "A SYSCALL in user mode arrives at LSTAR with the privileges and the flags of user mode, where no PVM "
-        "kernel has registered another entry.",
+        "A SYSCALL in user mode arrives at LSTAR with the privileges and the flags of user mode, where no "
+        "PVM kernel has registered another entry.",
     ),
     Divergence(
         "pvm-shows-host-selectors",
         "kvm",
         is_pvm,
-        "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the guest's.",
+        "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the "
+        "guest's.",
     ),
 )
 

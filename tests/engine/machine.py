@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.asm import ORIGIN, Program
+
 from vmfs.engine.base import Engine, Machine, Vcpu
 from vmfs.modes import USER_CODE64, USER_DATA, set_mode
 
@@ -16,9 +17,7 @@ RAM = 0x80000
 MMIO = 0xA0000  # neither RAM nor a device, and in reach of real mode
 MODES = ("real", "protected", "long", "user")
 
-REGS = (
-    "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
-).split()
+REGS = ("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags").split()
 _SEGMENTS = "cs ds es fs gs ss".split()
 _SEGMENT = struct.Struct("<QIHBBBBBBBBBx")
 _IOPL3 = 3 << 12

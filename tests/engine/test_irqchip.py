@@ -12,7 +12,7 @@ from vmfs.errors import Invalid, Unsupported
 
 SECONDS = 30
 
-# The 8259s to vectors 0x20 and 0x28, all lines but one masked; IRQ n is vector 0x20 + n (Intel 8259A data sheet).
+# The 8259s to vectors 0x20 and 0x28, with all lines but one masked (Intel 8259A data sheet).
 PIC = """
     mov al, 0x11; out 0x20, al; out 0xa0, al
     mov al, 0x20; out 0x21, al

@@ -25,7 +25,10 @@ def dirty_pages(log):
 
 
 def test_both_sides_see_one_memory(vm, assembler):
-    vm.load(assembler("mov rax, [0x3000]; mov [0x3008], rax; out 0x80, al; mov rax, [0x3000]; hlt", "long"), "long")
+    vm.load(
+        assembler("mov rax, [0x3000]; mov [0x3008], rax; out 0x80, al; mov rax, [0x3000]; hlt", "long"),
+        "long",
+    )
     vm.ram.write(0x3000, b"written!")
     vm.vcpu.run()
     assert vm.ram.read(0x3008, 8) == b"written!"
@@ -75,7 +78,8 @@ def test_slot_at_an_offset(vm, extra, assembler):
     vm.machine.map_memory(1, HIGH, extra.fd, 4 * PAGE, 2 * PAGE)
     vm.load(
         assembler(
-            f"mov eax, [{HIGH:#x}]; mov [{HIGH + PAGE:#x}], eax; hlt; mov ebx, [{HIGH + 2 * PAGE:#x}]; hlt", "protected"
+            f"mov eax, [{HIGH:#x}]; mov [{HIGH + PAGE:#x}], eax; hlt; mov ebx, [{HIGH + 2 * PAGE:#x}]; hlt",
+            "protected",
         ),
         "protected",
     )
@@ -147,7 +151,8 @@ def test_many_slots(vm, assembler):
         vm.load(
             assembler(
                 f"mov esi, {HIGH:#x}; xor eax, eax; mov ecx, {slots};"
-                f"again: add eax, [esi]; mov [esi + 4], eax; add esi, {2 * PAGE}; loop again; mov al, [esi - {PAGE}]",
+                f"again: add eax, [esi]; mov [esi + 4], eax; add esi, {2 * PAGE}; loop again;"
+                f"mov al, [esi - {PAGE}]",
                 "protected",
             ),
             "protected",
@@ -190,7 +195,9 @@ def test_code_that_was_written_over_is_the_new_code(vm, assembler):
     )
     assert vm.vcpu.run().REASON == "hlt"
     assert vm.regs()["rax"] == 7
-    target = assembler("mov byte ptr [rip + target + 1], 7; target: mov eax, 1; hlt; jmp target", "long").labels
+    target = assembler(
+        "mov byte ptr [rip + target + 1], 7; target: mov eax, 1; hlt; jmp target", "long"
+    ).labels
     vm.ram.write(target["target"] + 1, b"\x09")
     assert vm.vcpu.run().REASON == "hlt"
     assert vm.regs()["rax"] == 9

@@ -160,7 +160,8 @@ def test_a_full_queue_is_delivered_in_order(vm, assembler):
         for vector in range(0x20, 0x20 + INTERRUPT_QUEUE)
     )
     handlers = "\n".join(
-        f"handler{vector}: mov byte ptr [si], {vector}; inc si; iret" for vector in range(0x20, 0x20 + INTERRUPT_QUEUE)
+        f"handler{vector}: mov byte ptr [si], {vector}; inc si; iret"
+        for vector in range(0x20, 0x20 + INTERRUPT_QUEUE)
     )
     program = assembler(
         f"{entries}; mov si, 0x3000; hlt; sti; mov cx, 60000; again: cmp si, {0x3000 + INTERRUPT_QUEUE};"
@@ -177,8 +178,8 @@ def test_a_full_queue_is_delivered_in_order(vm, assembler):
 
 def test_an_interrupt_and_a_kick_reach_a_guest_that_runs(vm, assembler):
     program = assembler(
-        "mov word ptr [0x80], offset handler; mov word ptr [0x82], 0; sti; again: inc dword ptr [0x3000]; jmp again;"
-        "handler: hlt; end:",
+        "mov word ptr [0x80], offset handler; mov word ptr [0x82], 0; sti;"
+        "again: inc dword ptr [0x3000]; jmp again; handler: hlt; end:",
         "real",
     )
     vm.load(program, "real")

@@ -43,11 +43,12 @@ def without_clocks(name, data):
 
 
 def moments(vm, assembler):
-    """Moments at which state may be read and set: new, between instructions, at each kind of pending access."""
+    """When state may be read and set: at reset, between instructions, at each kind of pending access."""
     yield "reset"
     vm.load(
         assembler(
-            "nop; out 0x80, al; in al, 0x80; mov [rdi], eax; mov ebx, [rdi]; rep insb; hlt; end: jmp end", "long"
+            "nop; out 0x80, al; in al, 0x80; mov [rdi], eax; mov ebx, [rdi]; rep insb; hlt; end: jmp end",
+            "long",
         ),
         "long",
     )
@@ -91,7 +92,15 @@ def test_a_wrong_length_is_refused(vm, name):
 
 
 def test_sizes_are_the_structs(vm):
-    sizes = {"regs": 144, "sregs": 312, "fpu": 416, "xcrs": 392, "debugregs": 128, "events": 64, "mp_state": 4}
+    sizes = {
+        "regs": 144,
+        "sregs": 312,
+        "fpu": 416,
+        "xcrs": 392,
+        "debugregs": 128,
+        "events": 64,
+        "mp_state": 4,
+    }
     assert {name: len(vm.vcpu.get_state(name)) for name in sizes} == sizes
     assert len(vm.vcpu.get_state("xsave")) >= 4096
 
@@ -111,7 +120,9 @@ def test_reset_state(vm):
     regs = vm.regs()
     assert regs["rip"] == 0xFFF0
     assert regs["rflags"] == 2
-    assert {name: value for name, value in regs.items() if value and name not in ("rip", "rflags", "rdx")} == {}
+    assert {
+        name: value for name, value in regs.items() if value and name not in ("rip", "rflags", "rdx")
+    } == {}
     sregs = vm.vcpu.get_state("sregs")
     base, limit, selector, type_ = struct.unpack_from("<QIHB", sregs)
     assert (base, limit, selector, type_) == (0xFFFF0000, 0xFFFF, 0xF000, 0xB)
@@ -148,7 +159,9 @@ def test_guest_sees_the_cpuid_that_was_set(engine, assembler):
         data = bytearray(vm.vcpu.get_state("cpuid"))
         for at in range(8, len(data), 40):
             if struct.unpack_from("<I", data, at)[0] == 0:
-                struct.pack_into("<III", data, at + 16, 0x73666D76, 0x73666D76, 0x73666D76)  # "vmfs" three times
+                struct.pack_into(
+                    "<III", data, at + 16, 0x73666D76, 0x73666D76, 0x73666D76
+                )  # "vmfs" three times
         vm.vcpu.set_state("cpuid", bytes(data))
         vm.load(assembler("xor eax, eax; cpuid; hlt", "long"), "long")
         assert vm.vcpu.run().REASON == "hlt"
@@ -365,7 +378,10 @@ def test_a_closed_cpu_says_so(engine):
 def test_registers_of_an_exit_at_the_origin(vm, assembler):
     """Values that a sign or a width would spoil."""
     vm.load(assembler("hlt", "long"), "long")
-    values = {f"r{number}": (1 << 63) + number for number in range(8, 16)} | {"rax": (1 << 64) - 1, "rbp": 1 << 32}
+    values = {f"r{number}": (1 << 63) + number for number in range(8, 16)} | {
+        "rax": (1 << 64) - 1,
+        "rbp": 1 << 32,
+    }
     vm.set_regs(**values)
     assert vm.vcpu.run().rip == ORIGIN + 1
     assert {name: vm.regs()[name] for name in values} == values

@@ -138,7 +138,11 @@ def test_debug_registers():
     assert registers(allocate(DebugRequest(step=True)))[0] == 3
 
 
-@given(address=st.integers(0, 1 << 64) | st.integers((1 << 64) - 64, 1 << 64), length=st.integers(-1, 40), read=st.booleans())
+@given(
+    address=st.integers(0, 1 << 64) | st.integers((1 << 64) - 64, 1 << 64),
+    length=st.integers(-1, 40),
+    read=st.booleans(),
+)
 def test_watchpoints_cover_their_bytes_and_no_others(address, length, read):
     watch = Watchpoint(1, address, length, on_read=read, on_write=True)
     try:

@@ -126,9 +126,8 @@ def header(tmp_path_factory):
         and not (any(name in text for name in newer) and newer[1] not in known)
     ]
     lines = "\n".join(f'printf("%llu\\n", (unsigned long long)({text}));' for text, _ in expressions)
-    source = (
-        f"#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\nint main(void) {{ {lines} return 0; }}\n"
-    )
+    source = "#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\n"
+    source += f"int main(void) {{ {lines} return 0; }}\n"
     built = subprocess.run(
         [compiler, "-x", "c", "-o", folder / "abi", "-"], input=source, capture_output=True, text=True
     )
@@ -138,7 +137,9 @@ def header(tmp_path_factory):
 
 
 def test_numbers_and_layouts_are_the_headers(header):
-    assert [(text, hex(here)) for text, here, _ in header] == [(text, hex(there)) for text, _, there in header]
+    assert [(text, hex(here)) for text, here, _ in header] == [
+        (text, hex(there)) for text, _, there in header
+    ]
 
 
 def test_nearly_every_number_was_compared(header):

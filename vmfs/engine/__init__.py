@@ -17,7 +17,7 @@ from vmfs.modes import RIP, set_mode
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An engine by name. Its module is imported when it is asked for, so that one that is not built is a reason."""
+    """An engine by name. Its module is imported on demand, so that one that is not built is a reason."""
 
     name: str
     module: str
@@ -97,7 +97,7 @@ def choose(name: str, infos: tuple[EngineInfo, ...] | None = None, rows: tuple[R
     raise EngineFailed(f"no engine works here: {reasons}")
 
 
-# 64-bit kernel-mode code: arithmetic, a store, a load and a branch, five instructions a turn; at the end, hlt.
+# 64-bit kernel-mode code, five instructions a turn: arithmetic, a store, a load and a branch; then hlt.
 #   1: mov [rbx], rax;  add rax, [rbx];  xor rax, rcx;  dec rcx;  jnz 1b;  hlt
 _LOOP = bytes.fromhex("488903 480303 4831c8 48ffc9 75f2 f4")
 _LOOP_INSTRUCTIONS = 5

@@ -14,7 +14,7 @@ def _low(value: int, size: int) -> int:
 
 
 def _insert(old: int, value: int, size: int) -> int:
-    """What a register holds after `size` bytes were written to it: 4 bytes zero the upper half (SDM 1 3.4.1.1)."""
+    """A register after `size` bytes were written to it: 4 bytes zero the upper half (SDM 1 3.4.1.1)."""
     return value if size >= 4 else old & ~((1 << 8 * size) - 1) | value
 
 
@@ -189,7 +189,7 @@ CASES = (
         (
             Run("io direction=in port=0x80 size=1 count=1 rip={l0}"),
             Answer(b"\x77"),
-            # The whole of regs is set, after the `in` is done: its al is overwritten and rip goes where it says.
+            # The whole of regs is set, after the `in` is done: al is overwritten, rip goes where it says.
             SetRegs({"rip": "l1", "rax": 0x99}),
             Regs({"rip": "l1", "rax": 0x99}),
             Run("hlt rip={l2}"),

@@ -17,7 +17,14 @@ CASES = (
         "kick-before-run",
         "long",
         "l0: mov eax, 1; hlt; l1:",
-        (Kick(), Kick(), Run("interrupted rip={l0}"), Regs({"rax": 0}), Run("hlt rip={l1}"), Regs({"rax": 1})),
+        (
+            Kick(),
+            Kick(),
+            Run("interrupted rip={l0}"),
+            Regs({"rax": 0}),
+            Run("hlt rip={l1}"),
+            Regs({"rax": 1}),
+        ),
         regs={"rax": 0},
     ),
     Case(

@@ -6,7 +6,7 @@ _CR2 = 232  # offset in struct kvm_sregs
 
 
 def idt64(*vectors: int) -> str:
-    """A table of 64-bit interrupt gates (SDM 3A 6.14.1) up to the last vector, to labels handlerN, and its use."""
+    """Make and load a table of 64-bit interrupt gates (SDM 3A 6.14.1), to labels handlerN."""
     gates = []
     for vector in range(max(vectors) + 1):
         handler = f"handler{vector}" if vector in vectors else "0"
@@ -68,7 +68,8 @@ CASES = (
         "general-protection",
         "long",
         # A non-canonical address (SDM 1 3.3.7.1): #GP(0).
-        idt64(13) + "mov rdi, 0x8000000000000000; l1: mov al, [rdi]; hlt; handler13: pop rbx; pop rcx; hlt; l2:",
+        idt64(13)
+        + "mov rdi, 0x8000000000000000; l1: mov al, [rdi]; hlt; handler13: pop rbx; pop rcx; hlt; l2:",
         (Run("hlt rip={l2}"), Regs({"rbx": 0, "rcx": "l1"})),
     ),
     Case(

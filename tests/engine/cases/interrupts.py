@@ -23,7 +23,8 @@ _AT = 0x3000
 
 def _await(count: int) -> str:
     """Wait with interrupts on until so many were handled: a loop that ends in any case."""
-    return f"mov cx, 10000; wait{count}: cmp si, {_AT + count}; je done{count}; loop wait{count}; done{count}: cli; "
+    label, done = f"wait{count}", f"done{count}"
+    return f"mov cx, 10000; {label}: cmp si, {_AT + count}; je {done}; loop {label}; {done}: cli; "
 
 
 _REGS = {"rsi": _AT, "rsp": 0x8000}
@@ -52,7 +53,7 @@ CASES = (
     Case(
         "interrupt-wakes-hlt",
         "real",
-        # The vector waits when the guest halts with IF set: that is no exit, and the handler returns behind it.
+        # The vector waits when the guest halts with IF set: no exit, and the handler returns behind it.
         _REAL_SETUP + "sti; hlt; l1: mov al, [si - 1]; cli; hlt; l2:" + _REAL_HANDLERS,
         (
             Run("hlt rip={behind}"),
@@ -92,7 +93,7 @@ CASES = (
     Case(
         "sti-shadow",
         "real",
-        # Behind sti one more instruction runs before an interrupt (SDM 2B, STI): bl is 1 when the handler comes.
+        # Behind sti one more instruction runs before an interrupt (SDM 2B, STI): bl is 1 by then.
         _REAL_SETUP + """
             xor bx, bx; sti; inc bx; inc bx; """ + _await(1) + """hlt; l2:
             handler20: mov [si], bl; inc si; iret

@@ -2,6 +2,7 @@
 
 from engine.case import Case, Regs, Run
 from engine.cases.exceptions import idt64
+
 from vmfs.modes import CODE, DATA, USER_CODE32, USER_CODE64, USER_DATA
 
 _EFER, _STAR, _LSTAR, _FMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000084
@@ -112,7 +113,8 @@ CASES = (
         "user-mode-fault-to-kernel",
         "long",
         # From CPL 3, hlt is #GP, and the CPU changes to the stack that the TSS names (SDM 3A 6.14.2).
-        idt64(13) + f"""
+        idt64(13)
+        + f"""
             mov word ptr [gdt + 0x30], 0x67
             mov word ptr [gdt + 0x32], offset tss
             mov byte ptr [gdt + 0x35], 0x89
@@ -146,13 +148,15 @@ CASES = (
         """,
         (
             Run("hlt rip={end}"),
-            # The error code, rip, cs; of the five words on the stack two are left: rflags, rsp, ss less three pops.
+            # The error code, rip and cs were popped; rflags, rsp and ss are left on the TSS's stack.
             Regs({"rbx": 0, "rcx": "l1", "rdx": USER_CODE64, "r8": USER_CODE64, "r9": 0x8800 - 24}),
         ),
         regs={"r8": 0, "rsp": 0x8400},
-        instead={"pvm-shows-host-selectors": (
-            Run("hlt rip={end}"),
-            Regs({"rbx": 0, "rcx": "l1", "rdx": USER_CODE64, "r8": 0x33, "r9": 0x8800 - 24}),
-        )},
+        instead={
+            "pvm-shows-host-selectors": (
+                Run("hlt rip={end}"),
+                Regs({"rbx": 0, "rcx": "l1", "rdx": USER_CODE64, "r8": 0x33, "r9": 0x8800 - 24}),
+            )
+        },
     ),
 )

@@ -4,7 +4,7 @@ The interface is described in Linux Documentation/virt/kvm/api.rst. What KVM can
 
 - No instruction budget and no instruction counter. A machine without `create_irqchip` has no LAPIC at all.
 - Breakpoints and watchpoints are the CPU's four debug registers; the guest's own DR0 to DR3 do not trigger
-  while they are in use. The host may not watch data in code that it emulates (see tests/engine/divergences.py).
+  while they are in use. tests/engine/divergences.py has what hosts lack.
 - A single step is a trap by RFLAGS.TF. External interrupts and NMIs wait while stepping, because the
   delivery of one would clear TF and the step would end only after its IRET.
 - On Intel CPUs, three pages at 0xfffbd000 and one at 0xfffbc000 are KVM's own (real mode without
@@ -87,12 +87,12 @@ class KvmEngine(Engine):
             device = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise EngineFailed(
-                f"{self.device} does not exist: load kvm_intel or kvm_amd, and switch virtualization on in the "
-                "firmware (in a virtual machine: nested virtualization in its host)"
+                f"{self.device} does not exist: load kvm_intel or kvm_amd, and switch virtualization on in "
+                "the firmware (in a virtual machine: nested virtualization in its host)"
             ) from error
         except PermissionError as error:
             raise EngineFailed(
-                f"{self.device}: no permission; be in its group (usually: usermod -aG kvm USER, and log in anew)"
+                f"{self.device}: no permission; be in its group (usermod -aG kvm USER, and log in anew)"
             ) from error
         except OSError as error:
             raise EngineFailed(f"{self.device}: {os.strerror(error.errno)}") from error
@@ -172,11 +172,13 @@ class KvmMachine(Machine):
 
     def _set_up(self) -> None:
         if self._has(Cap.KVM_CAP_SET_IDENTITY_MAP_ADDR):
-            ioctl(self._fd, Ioctl.KVM_SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", IDENTITY_MAP_ADDRESS)))
+            ioctl(
+                self._fd, Ioctl.KVM_SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", IDENTITY_MAP_ADDRESS))
+            )
         if self._has(Cap.KVM_CAP_SET_TSS_ADDR):
             ioctl_long(self._fd, Ioctl.KVM_SET_TSS_ADDR, TSS_ADDRESS)
         if self._has(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
-            # Else an instruction that KVM cannot emulate is a #UD in the guest, which the CPU would not raise.
+            # Else an instruction that KVM cannot emulate is a #UD in the guest, which no CPU would raise.
             enable = abi.ENABLE_CAP.pack(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 0, 1, 0, 0, 0)
             ioctl(self._fd, Ioctl.KVM_ENABLE_CAP, bytearray(enable))
 
@@ -229,7 +231,11 @@ class KvmMachine(Machine):
         if offset + size > os.fstat(fd).st_size:
             raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
         for number, other in self._slots.items():
-            if number != slot and guest_address < other.guest_address + other.size and other.guest_address < end:
+            if (
+                number != slot
+                and guest_address < other.guest_address + other.size
+                and other.guest_address < end
+            ):
                 raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
 
     def _set_region(self, region: bytes) -> None:
@@ -241,7 +247,11 @@ class KvmMachine(Machine):
             raise Invalid(f"there is no memory slot {slot}")
         pages = memory.size // PAGE_SIZE
         bitmap = ctypes.create_string_buffer((pages + 63) // 64 * 8)  # KVM writes whole words of 64 bits
-        ioctl(self._fd, Ioctl.KVM_GET_DIRTY_LOG, bytearray(abi.DIRTY_LOG.pack(slot, 0, ctypes.addressof(bitmap))))
+        ioctl(
+            self._fd,
+            Ioctl.KVM_GET_DIRTY_LOG,
+            bytearray(abi.DIRTY_LOG.pack(slot, 0, ctypes.addressof(bitmap))),
+        )
         return bitmap.raw[: (pages + 7) // 8]
 
     def _read_memory(self, address: int) -> int | None:
@@ -283,7 +293,7 @@ class KvmMachine(Machine):
             raise Invalid("interrupt controllers come before the first CPU")
         ioctl(self._fd, Ioctl.KVM_CREATE_IRQCHIP)
         self._has_irqchip = True
-        # With the speaker port: bit 5 of port 0x61 is the output of the PIT's channel 2, which only KVM knows.
+        # With the speaker port: bit 5 of port 0x61 is the output of PIT channel 2, which only KVM knows.
         ioctl(self._fd, Ioctl.KVM_CREATE_PIT2, bytearray(abi.PIT_CONFIG.pack(abi.KVM_PIT_SPEAKER_DUMMY)))
 
     def irq_line(self, gsi: int, level: bool) -> None:

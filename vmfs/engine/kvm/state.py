@@ -87,8 +87,8 @@ class VcpuState:
         if name == "lapic" and not self._has_irqchip:
             raise Unsupported("lapic: the machine has no interrupt controller")
 
-    # x87 and SSE. KVM_GET_FPU and KVM_SET_FPU reach the memory where KVM keeps the registers, but neither looks at
-    # nor sets XSTATE_BV beside it: when that says "initial state", they show old bytes, and lose new ones.
+    # x87 and SSE. KVM_GET_FPU and KVM_SET_FPU reach the memory where KVM keeps the registers, not XSTATE_BV
+    # beside it: when that says "initial state", they show old bytes, and lose new ones.
 
     def _get_fpu(self) -> bytes:
         xsave = self.get("xsave")
@@ -126,7 +126,7 @@ class VcpuState:
         return bytes(buffer)
 
     def _set_msrs(self, data: bytes) -> None:
-        """All or none: KVM stops at the first that it refuses, so those before it get their old values back."""
+        """All or none: KVM stops at the first that it refuses; those before get their old values back."""
         entries = _unpack_msrs(data)
         before = []
         for index, _value in entries:
@@ -141,11 +141,15 @@ class VcpuState:
         raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
 
     def _msrs_to_save(self) -> tuple[int, ...]:
-        """KVM_GET_MSR_INDEX_LIST, less what cannot be read, or written back, on this host and with this CPUID."""
+        """KVM_GET_MSR_INDEX_LIST, less what this host, with this CPUID, does not read or write back."""
         if self._saved_msrs is None:
-            indices = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)])
+            indices = _accepted(
+                self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)]
+            )
             values = [(index, self.get_msr(index)) for index, _zero in indices]
-            self._saved_msrs = tuple(index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values))
+            self._saved_msrs = tuple(
+                index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values)
+            )
         return self._saved_msrs
 
     # CPUID

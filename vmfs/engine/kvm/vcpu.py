@@ -102,7 +102,7 @@ class KvmVcpu(Vcpu):
             self._leave()
 
     def _leave(self) -> None:
-        """This thread may end now. A kick has set `_kicked` before it read `_runner`, and signals what it read."""
+        """This thread may end now. A kick sets `_kicked`, then reads `_runner` and signals that thread."""
         self._runner = None
         if self._kicked:
             with self._lock:  # until it has
@@ -147,7 +147,9 @@ class KvmVcpu(Vcpu):
         except OSError as error:
             if error.errno == errno.EINTR:
                 return False
-            if error.errno == errno.EAGAIN:  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
+            if (
+                error.errno == errno.EAGAIN
+            ):  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
                 return False
             raise EngineFailed(f"KVM_RUN: {os.strerror(error.errno)}") from error
         finally:
@@ -225,14 +227,14 @@ class KvmVcpu(Vcpu):
             ioctl(self._fd, Ioctl.KVM_NMI)
 
     def _offer_interrupts(self, points: debugregs.HardwarePoints) -> Exit | None:
-        """Inject what the guest can take now, and have KVM say when it can take more. While stepping, all waits."""
+        """Inject what the guest can take now; have KVM say when it can take more. In steps, all waits."""
         page = self._run_page
         if points.step:
             page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
             return None
         self._deliver_nmi()
         if self._vectors:
-            # ready_for_interrupt_injection is of the last KVM_RUN, and the state may have been set since then.
+            # ready_for_interrupt_injection is of the last KVM_RUN; the state may have been set since.
             if not self._is_fresh and self._kvm_run_nothing():
                 return self._decode(points)
             if page[abi.RUN_READY_FOR_INTERRUPT] and page[abi.RUN_IF_FLAG]:
@@ -344,7 +346,9 @@ class KvmVcpu(Vcpu):
             what = f"the instruction {code}" if code else "an instruction"
             return self._error(f"KVM cannot emulate {what} at rip {self._rip():#x} ({name})")
         details = " ".join(f"{word:#x}" for word in data[: min(count, len(data))])
-        return self._error(f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})")
+        return self._error(
+            f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})"
+        )
 
     def _on_other(self, reason: int) -> Exit:
         try:
@@ -375,8 +379,8 @@ class KvmVcpu(Vcpu):
     def _finish_access(self, points: debugregs.HardwarePoints) -> None:
         """Have KVM finish the last access, and the instruction with it, without running the guest.
 
-        One instruction may have more of them: reads get all ones, writes and failures are the exits of the next
-        runs.
+        One instruction may have more of them: reads get all ones, writes and failures are the exits of the
+        next runs.
         """
         while self._completes and self._kvm_run_nothing():
             if self._words[_EXIT_REASON] == ExitReason.KVM_EXIT_DEBUG:
@@ -461,7 +465,7 @@ class KvmVcpu(Vcpu):
         return self._run_until_exit(wanted)
 
     def _position(self) -> tuple[int, int, int]:
-        """rip, the base of cs, and the privilege level, which is SS.DPL (SDM 3A 5.5); now, not at the last exit."""
+        """rip, the base of cs, and the CPL, which is SS.DPL (SDM 3A 5.5); now, not at the last exit."""
         regs = self._state.get("regs")
         sregs = self._state.get("sregs")
         rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
