@@ -1,4 +1,4 @@
-"""vmfs.client and vmfs.h on a real mount of each engine. Guests are code at CODE, in long mode if not said."""
+"""vmfs.client and vmfs.h on a real mount of each engine. Guests are code at CODE, in long mode by default."""
 
 import errno
 import os

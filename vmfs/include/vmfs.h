@@ -190,9 +190,17 @@ typedef char vmfs_assert_sregs[offsetof(struct kvm_sregs, apic_base) == KVM_SREG
  */
 static inline int kvm_create(const char *path)
 {
+    int ctx, saved;
+
     if (mkdir(path, 0777) < 0)
         return -1;
-    return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    ctx = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (ctx < 0) {
+        saved = errno;
+        rmdir(path);
+        errno = saved;
+    }
+    return ctx;
 }
 
 /* Removes a machine, running or not. Files of it that are still open answer ENODEV from then on. */
@@ -285,7 +293,7 @@ static inline void *vmfs_map(int ctx, size_t *size)
 }
 
 /* One of the registers of struct kvm_regs: vmfs_get(ctx, KVM_REG_RAX, &rax). */
-static inline int vmfs_get(int ctx, enum vmfs_reg reg, uint64_t *value)
+static inline int vmfs_get(int ctx, off_t reg, uint64_t *value)
 {
     int fd = openat(ctx, "regs", O_RDONLY | O_CLOEXEC);
     int saved;
@@ -293,7 +301,7 @@ static inline int vmfs_get(int ctx, enum vmfs_reg reg, uint64_t *value)
 
     if (fd < 0)
         return -1;
-    got = pread(fd, value, sizeof *value, (off_t)reg);
+    got = pread(fd, value, sizeof *value, reg);
     saved = got >= 0 ? EIO : errno;
     close(fd);
     if (got == (ssize_t)sizeof *value)
@@ -302,9 +310,9 @@ static inline int vmfs_get(int ctx, enum vmfs_reg reg, uint64_t *value)
     return -1;
 }
 
-static inline int vmfs_set(int ctx, enum vmfs_reg reg, uint64_t value)
+static inline int vmfs_set(int ctx, off_t reg, uint64_t value)
 {
-    return vmfs_put(ctx, "regs", &value, sizeof value, (off_t)reg);
+    return vmfs_put(ctx, "regs", &value, sizeof value, reg);
 }
 
 /* ---- Running it ------------------------------------------------------------------------------------- */
