@@ -1,7 +1,8 @@
 /*
  * A guest that runs a script of register accesses, 32-bit flat at CPL 0 with interrupts off.
  * Script at 0x10000: {op, address, value, high} in 32-bit words; results at 0x40000: two words an op.
- * It leaves through port 0xf4, and 0xf5 where it goes on.  The host writes the IDT (at 0x8000: vector n to 0x2000 + 16 * n).
+ * It leaves through port 0xf4, and 0xf5 where it goes on.  The host writes the IDT at 0x8000: vector n to
+ * 0x2000 + 16 * n.
  */
     .intel_syntax noprefix
     .code32
@@ -75,8 +76,8 @@ done:
     add edi, 8
     jmp next
 
-    /* Vectors go into the op's result, the last one lowest; word two counts them, and the window opens again, up to 4.
-     * #GP: word two is 0xdead and the op is over.  No IRET: KVM's emulator has it in real mode only. */
+    /* Vectors go into the op's result, the last one lowest; word two counts them, and the window opens again,
+     * up to 4.  #GP: word two is 0xdead and the op is over.  No IRET: KVM's emulator has it in real mode only. */
 common:
     pop eax
     mov esp, 0x7000

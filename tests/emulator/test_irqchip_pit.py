@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, os.path.dirname(__file__))
 import irqchip_lib as chips  # noqa: E402
-from irqchip_lib import INIT_PICS, NEVER, TICKS, Chip, latch, pit_state, program  # noqa: E402
+from irqchip_lib import INIT_PICS, NEVER, TICKS, Chip, latch, pic_state, pit_state, program  # noqa: E402
 
 NO_GCC = None if shutil.which("gcc") else "gcc is not installed"
 pytestmark = pytest.mark.skipif(NO_GCC is not None, reason=str(NO_GCC))
@@ -227,6 +227,18 @@ def test_pit_mode_0_stops_at_the_first_byte(chip):
     at_tick(chip, start, 500)
     chip.outb(0x40, 0)
     assert chip.deadline == chip.now + ns(10)
+
+
+def test_pit_pulse_leaves_another_driver_of_the_line(chip):
+    """GSI 0 is the OR of the 8254 and of whoever else holds it."""
+    chip.run(INIT_PICS)
+    chip.line(0, 1)
+    assert chip.window() == [0x20]
+    start = program(chip, 0, 2, 100)
+    at_tick(chip, start, 100)
+    assert pic_state(chip.get_chip(0))["last_irr"] == 1
+    chip.line(0, 0)
+    assert pic_state(chip.get_chip(0))["last_irr"] == 0
 
 
 def test_port_61(chip):
