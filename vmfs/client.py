@@ -382,7 +382,7 @@ class Vm:
         """Run until the next exit and return it, with at most one bound:
 
         steps    so many instructions, then Debug(cause="step")
-        insns    so many instructions, then Limit (an engine that counts them)
+        insns    so many instructions, then Limit
         until    the linear address or symbol, then Debug(cause="breakpoint")
         timeout  seconds, then Limit
 

@@ -173,6 +173,13 @@ def test_steps(vm):
     assert vm.regs.rax == 3
 
 
+def test_a_count_of_instructions_ends_a_run(vm):
+    load(vm, LOOP)
+    vm.regs.rax = 0
+    assert vm.run(insns=101) == exits.Limit(rip=CODE + 3)
+    assert vm.regs.rax == 51
+
+
 def test_until_and_breakpoints(vm):
     load(vm, b"\x90" * 16 + b"\xf4")
     assert vm.run(until=CODE + 5) == exits.Debug(cause="breakpoint", rip=CODE + 5)

@@ -30,6 +30,12 @@ def test_every_example_is_run_here():
     assert {path.name for path in EXAMPLES.iterdir()} == {name.split()[0] for name in RUN} | {"README.md"}
 
 
+def test_the_readme_names_every_example():
+    readme = (EXAMPLES / "README.md").read_text()
+    for name in RUN:
+        assert f"[{name.split()[0]}]({name.split()[0]})" in readme
+
+
 def command_of(name, folder):
     program, _ = RUN[name]
     if not shutil.which(program[0]):
