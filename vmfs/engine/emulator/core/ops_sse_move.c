@@ -183,14 +183,17 @@ const struct handlers H_movnti = {{NULL}, SAME4(op_movnti_mem), SAME4(op_movnti_
 
 /* ---- Bytes by a mask ------------------------------------------------------------------------------------------------- */
 
-/* MASKMOVDQU: to DS:rDI (or another segment), the bytes whose mask has its top bit set. The segment is checked for all
+/* MASKMOVDQU: to DS:rDI (or another segment), the bytes whose mask has its top bit set. The address is checked for all
  * sixteen, pages only for those that are written, before the first is (the manual leaves open what else may fault). */
 OP(op_maskmovdqu)
 {
     const union vector *mask = &c->xmm[r->rm], *data = &c->xmm[r->reg];
     u64 limit = address_masks[r->prefix & PREFIX_ADDRESS], offset = c->gpr[RDI] & limit;
     c->now = r;
-    linear_of(c, r, r->seg, offset, 16, ACCESS_WRITE);
+    u64 first = linear_of(c, r, r->seg, offset, 16, ACCESS_WRITE);
+    unsigned unused = c->cr4 & CR4_LA57 ? 64 - 57 : 64 - 48;
+    if (c->key & KEY_CODE64 && (first != (u64)((i64)(first << unused) >> unused)))
+        raise_error(c, r, r->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
     for (unsigned i = 0; i < 16; i++)
         if (mask->b[i] & 0x80) {
             u64 at = linear_of(c, r, r->seg, (offset + i) & limit, 1, ACCESS_WRITE);

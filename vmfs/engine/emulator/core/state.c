@@ -31,6 +31,7 @@ static int set_regs(struct vcpu *c, const void *data, size_t size)
         c->gpr[regs_order[i]] = in[i];
     c->gpr[GPR_IP] = in[16];
     set_rflags(c, in[17] & 0x3f7fd7);
+    c->caught_at = 0; /* with other registers, an exception is another one */
     derive_cpl(c);
     mode_changed(c);
     return 0;
