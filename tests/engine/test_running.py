@@ -262,3 +262,11 @@ def test_counters(vm, assembler):
     assert ("instructions" in counters) == (Capability.COUNTERS in vm.machine.capabilities)
     if counters:
         assert counters["instructions"] == 3
+
+
+def test_a_cpu_that_was_shut_down_runs_again(vm, assembler):
+    vm.load(assembler("ud2", "long"), "long")
+    assert vm.vcpu.run().REASON == "shutdown"
+    vm.load(assembler("mov eax, 3; hlt", "real"), "real")
+    assert vm.vcpu.run().REASON == "hlt"
+    assert vm.regs()["rax"] & 0xFFFF == 3

@@ -1,6 +1,7 @@
 """Single steps, breakpoints, watchpoints."""
 
 from engine.case import Answer, Case, Debug, Memory, NoDebug, Refused, Regs, Run, RunError, Watch
+from engine.cases.exceptions import idt64
 from engine.machine import MMIO
 
 _STEP = "debug cause=step rip="
@@ -130,6 +131,47 @@ CASES = (
             Run("hlt rip={l4}"),
         ),
         regs={"rax": 0},
+    ),
+    Case(
+        "breakpoint-behind-a-store",
+        "long",
+        "mov [rdi], eax; l1: nop; l2: mov [rdi], eax; l3: nop; l4: hlt; l5:",
+        (
+            Debug(breakpoints={1: "l1", 4: "l4"}),
+            Run(f"mmio direction=write addr={MMIO:#x} size=4 data=0x0 rip={{l1}}"),
+            # The store is done, so this run begins at the breakpoint, and does not stop there.
+            Run(f"mmio direction=write addr={MMIO:#x} size=4 data=0x0 rip={{l3}}"),
+            Debug(step=True),
+            Run(_STEP + "{l4}"),
+            Run("hlt rip={l5}"),
+        ),
+        regs={"rax": 0, "rdi": MMIO},
+    ),
+    Case(
+        "step-of-the-guests-own",
+        "long",
+        # The guest sets TF by itself: its handler gets the #DB behind the nop, whatever is watched from outside.
+        idt64(1)
+        + """
+            pushf
+            or dword ptr [rsp], 0x100
+            popf
+            nop
+        l1: nop
+            hlt
+        handler1:
+            pop rbx
+            mov rdx, dr6
+        elsewhere:
+            hlt
+        l2:
+        """,
+        (
+            Debug(breakpoints={1: "elsewhere"}),
+            Run("debug cause=breakpoint id=1 rip={elsewhere}"),
+            Regs({"rbx": "l1", "rdx": 0xFFFF4FF0}),
+            Run("hlt rip={l2}"),
+        ),
     ),
     Case(
         "breakpoint-jump-to-itself",

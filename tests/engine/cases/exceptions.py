@@ -77,7 +77,7 @@ CASES = (
         "long",
         idt64(0x30) + "l0: int 0x30; l1: hlt; l2: handler48: mov rbx, [rsp]; mov eax, 3; iretq",
         (Run("hlt rip={l2}"), Regs({"rax": 3, "rbx": "l1"})),
-        instead={"pvm-no-int": (RunError("KVM cannot emulate the instruction cd 30", "l0"),)},
+        instead={"pvm-no-int": (RunError("the code there is cd 30", "l0"),)},
     ),
     Case(
         "real-mode-software-interrupt",

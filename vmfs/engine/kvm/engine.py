@@ -51,7 +51,8 @@ REQUIRED = (
     (Cap.KVM_CAP_SYNC_REGS, "4.17"),
 )
 
-_CAPABILITIES = frozenset({Capability.IRQCHIP, Capability.GUEST_DEBUG})
+# What a machine with interrupt controllers needs beyond that.
+REQUIRED_FOR_IRQCHIP = (Cap.KVM_CAP_IRQCHIP, Cap.KVM_CAP_PIT2, Cap.KVM_CAP_PIT_STATE2)
 
 
 class KvmEngine(Engine):
@@ -152,14 +153,22 @@ class KvmMachine(Machine):
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
         self._pvm = is_pvm()
-        self.capabilities = _CAPABILITIES if self._pvm else _CAPABILITIES | {Capability.WATCHPOINTS}
         self._slot_limit = ioctl(device, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_NR_MEMSLOTS)
         self._fd = self._create()
         try:
+            self.capabilities = self._find_capabilities()
             self._set_up()
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _find_capabilities(self) -> frozenset[Capability]:
+        found = {Capability.GUEST_DEBUG}
+        if not self._pvm:
+            found.add(Capability.WATCHPOINTS)
+        if all(self._has(cap) for cap in REQUIRED_FOR_IRQCHIP):
+            found.add(Capability.IRQCHIP)
+        return frozenset(found)
 
     def _create(self) -> int:
         while True:
@@ -291,6 +300,8 @@ class KvmMachine(Machine):
             raise Invalid("the machine has its interrupt controllers already")
         if self._vcpus:
             raise Invalid("interrupt controllers come before the first CPU")
+        if Capability.IRQCHIP not in self.capabilities:
+            raise Unsupported("the host's KVM has no interrupt controllers and timer")
         ioctl(self._fd, Ioctl.KVM_CREATE_IRQCHIP)
         self._has_irqchip = True
         # With the speaker port: bit 5 of port 0x61 is the output of PIT channel 2, which only KVM knows.

@@ -343,8 +343,8 @@ class KvmVcpu(Vcpu):
             if count >= 3 and data[0] & abi.EMULATION_FLAG_INSTRUCTION_BYTES:
                 *_, size, insn = abi.RUN_EMULATION_FAILURE.unpack_from(page, abi.RUN_UNION)
                 code = insn[:size].hex(" ")
-            what = f"the instruction {code}" if code else "an instruction"
-            return self._error(f"KVM cannot emulate {what} at rip {self._rip():#x} ({name})")
+            what = f"the code there is {code}" if code else "there is no code"
+            return self._error(f"KVM cannot emulate the instruction at rip {self._rip():#x}: {what} ({name})")
         details = " ".join(f"{word:#x}" for word in data[: min(count, len(data))])
         return self._error(
             f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})"
@@ -439,8 +439,12 @@ class KvmVcpu(Vcpu):
         the CPU, but KVM's emulator does not look at it.
         """
         wanted = self._points
-        if self._completes:  # the instruction has begun, and breakpoints are behind it
-            return self._run_until_exit(wanted)
+        if self._completes:
+            if self._access[2]:  # the instruction has begun: breakpoints and the end of a step are behind it
+                return self._run_until_exit(wanted)
+            self._finish_access(wanted)
+            if self._stash:
+                return self._stash.popleft()
         rip, cs_base, cpl = self._position()
         linear = (cs_base + rip) & (1 << 64) - 1
         here = wanted.breaks_at(linear)
