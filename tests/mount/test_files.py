@@ -9,6 +9,7 @@ import struct
 import subprocess
 
 import pytest
+from mounting import failing
 
 from vmfs.exits import EXIT_STRUCT_SIZE
 from vmfs.fs.files import FILES, ROOT_FILES
@@ -16,13 +17,6 @@ from vmfs.registers import REGISTERS
 
 OUT_HLT = "b042 e680 f4"  # mov al, 0x42; out 0x80, al; hlt
 IN_OUT = "e481 e680 f4"  # in al, 0x81; out 0x80, al; hlt
-
-
-def failing(call, *arguments) -> int:
-    """The errno of a call, which must fail."""
-    with pytest.raises(OSError) as caught:
-        call(*arguments)
-    return caught.value.errno
 
 
 def test_the_root(server):

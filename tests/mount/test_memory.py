@@ -10,17 +10,11 @@ import signal
 import subprocess
 import sys
 
-import pytest
+from mounting import failing
 
 SIZE = 128 << 20
 # mov al, [0x5000]; inc al; mov [0x6000], al; hlt
 INCREMENT = "a0 0050 fec0 a2 0060 f4"
-
-
-def failing(call, *arguments) -> int:
-    with pytest.raises(OSError) as caught:
-        call(*arguments)
-    return caught.value.errno
 
 
 def opened(vm, flags=os.O_RDWR) -> int:

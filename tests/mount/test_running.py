@@ -1,0 +1,336 @@
+"""Running on a real mount: callers that block, signals, polls, and the machine's end under them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from mounting import SOON, Blocked, blocked_read, blocked_write, failing, running, wait_until
+
+SPIN = "ebfe"  # jmp $
+COUNT = "ff06 0020 ebfa"  # inc word [0x2000]; jmp
+OUT_HLT = "b042 e680 f4"
+IN_HLT = "e481 f4"
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """SIGUSR1 is caught, and does nothing but to interrupt."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.fixture
+def run_fd(vm) -> Iterator[int]:
+    fd = os.open(vm / "vm_run", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+# ---- what a run is
+
+
+def test_a_read_runs_once(vm, run_fd):
+    vm.load(OUT_HLT)
+    assert os.read(run_fd, 5) == b"io di"
+    assert os.read(run_fd, 1000).startswith(b"rection=out port=0x80")
+    assert os.read(run_fd, 1000) == b""
+    assert vm.read("state") == "paused\n"
+    assert os.pread(run_fd, 1000, 0) == b"hlt rip=0x1005\n"
+    assert vm.read("state") == "halted\n"
+
+
+@pytest.mark.parametrize(
+    ("bound", "line"),
+    [
+        ("step", "debug cause=step rip=0x1001"),
+        ("step 3", "debug cause=step rip=0x1003"),
+        ("until 0x1002", "debug cause=breakpoint rip=0x1002"),
+        ("insns 4", "limit rip=0x1004"),
+        ("run", "hlt rip=0x1006"),
+    ],
+)
+def test_bounds(vm, bound, line):
+    vm.load("90 90 90 90 90 f4")
+    vm.write("vm_run", bound)
+    assert vm.read("exit") == f"{line}\n"
+
+
+def test_a_bound_of_time(vm):
+    vm.load(SPIN)
+    vm.write("vm_run", "for 20ms")
+    assert vm.read("exit") == "limit rip=0x1000\n"
+
+
+def test_it_runs_in_the_background(vm):
+    vm.load(COUNT)
+    vm.write("state", "run")
+    assert vm.read("state") == "running\n"
+    for name, value in (("reg/rax", "1"), ("state", "run"), ("state", "reset"), ("mode", "long")):
+        assert failing(vm.write, name, value) == errno.EBUSY
+        assert vm.read("error").endswith("running\n")
+    assert failing(vm.write, "regs", bytes(8)) == errno.EBUSY
+    assert failing(vm.write, "exit.data", b"a") == errno.EBUSY
+    assert failing(vm.run) == errno.EBUSY
+    assert vm.read("reg/rip") in ("0x0000000000001000\n", "0x0000000000001004\n")
+    assert "rip 0x000000000000100" in vm.read("registers")
+    assert vm.read("state") == "running\n"  # reading has not stopped it
+    vm.write("state", "pause")
+    assert vm.read("state") == "paused\n"
+    assert vm.read("exit").startswith("interrupted rip=0x100")
+    vm.write("state", "pause")
+    vm.write("reg/rax", "1")
+    vm.write("state", "reset")
+    assert vm.read("reg/rip") == "0x000000000000fff0\n"
+
+
+def test_all_state_can_be_read_while_it_runs(vm):
+    vm.load(COUNT)
+    vm.write("state", "run")
+    for name in "regs sregs fpu msrs events cpuid clock mode stat dirty debug".split():
+        assert (vm / name).read_bytes(), name
+    os.listdir(vm / "reg")
+    vm.write("debug", "break 0x1000")
+    wait_until(lambda: not vm.is_running(), "the breakpoint stops it")
+    assert vm.read("exit") == "debug cause=breakpoint id=1 rip=0x1000\n"
+
+
+def test_a_triple_fault_and_reset(vm):
+    vm.write("mode", "protected")
+    fd = os.open(vm / "mem", os.O_RDWR)
+    os.pwrite(fd, b"\x0f\x0b", 0x1000)  # ud2, with an IDT that has no room for any vector
+    os.close(fd)
+    vm.write("registers", "rip 0x1000\nidtr.base 0\nidtr.limit 0\n")
+    line = vm.run()
+    assert line.startswith("shutdown cause=triple-fault rip=")
+    assert vm.read("state") == "shutdown\n"
+    assert vm.run() == line
+    vm.write("state", "reset")
+    assert vm.read("state") == "paused\n"
+
+
+# ---- signals
+
+
+def test_a_signal_stops_the_guest_and_nothing_is_lost(vm, run_fd):
+    vm.load(COUNT)
+    mem = os.open(vm / "mem", os.O_RDONLY)
+    for _ in range(5):
+        reader = blocked_read(run_fd)
+        running(vm)
+        reader.signal()
+        assert reader.end() == (-1, errno.EINTR, b"")
+        assert vm.read("state") == "paused\n"  # at once, so that the next run is not EBUSY
+        assert vm.read("exit").startswith("interrupted rip=0x100")
+    before = int.from_bytes(os.pread(mem, 2, 0x2000), "little")
+    vm.write("vm_run", "step 8")  # four turns at most, and at least
+    after = int.from_bytes(os.pread(mem, 2, 0x2000), "little")
+    assert (after - before) & 0xFFFF == 4
+    os.close(mem)
+
+
+def test_a_signal_stops_a_write(vm, run_fd):
+    vm.load(SPIN)
+    writer = blocked_write(run_fd, b"until 0x5000")
+    running(vm)
+    writer.signal()
+    assert writer.end()[:2] == (-1, errno.EINTR)
+    assert vm.read("state") == "paused\n"
+
+
+def test_a_killed_caller_is_gone_and_its_guest_stops(vm):
+    vm.load(SPIN)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            vm.run()
+        os._exit(1)
+    running(vm)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    wait_until(lambda: not vm.is_running(), "the guest stops")
+    assert vm.load(OUT_HLT).run().startswith("io ")
+
+
+# ---- O_NONBLOCK and poll
+
+
+def polled(fd: int, events: int, seconds: float = 0) -> int:
+    poll = select.poll()
+    poll.register(fd, events)
+    return dict(poll.poll(seconds * 1000)).get(fd, 0)
+
+
+def test_running_without_blocking(vm):
+    vm.load(OUT_HLT + SPIN)
+    fd = os.open(vm / "vm_run", os.O_RDWR | os.O_NONBLOCK)
+    assert polled(fd, select.POLLIN | select.POLLOUT) == select.POLLOUT
+    lines = []
+    while len(lines) < 2:
+        try:
+            lines.append(os.pread(fd, 1000, 0))
+        except BlockingIOError:
+            assert polled(fd, select.POLLIN, SOON) == select.POLLIN
+    assert lines[0].startswith(b"io direction=out") and lines[1] == b"hlt rip=0x1005\n"
+    assert failing(os.pread, fd, 1000, 0) == errno.EAGAIN  # it spins now
+    assert polled(fd, select.POLLIN | select.POLLOUT) == 0
+    assert failing(os.pread, fd, 1000, 0) == errno.EAGAIN
+    assert failing(os.write, fd, b"step") == errno.EBUSY
+    vm.write("state", "pause")
+    assert polled(fd, select.POLLIN, SOON) == select.POLLIN
+    assert os.pread(fd, 1000, 0) == b"interrupted rip=0x1005\n"
+    os.write(fd, b"step 5")
+    assert polled(fd, select.POLLIN, SOON) == select.POLLIN
+    assert os.pread(fd, 1000, 0) == b"debug cause=step rip=0x1005\n"
+    assert failing(os.pread, fd, 1000, 0) == errno.EAGAIN
+    assert vm.is_running()
+    os.close(fd)
+    wait_until(lambda: not vm.is_running(), "a run that nobody waits for stops")
+
+
+def test_a_poll_wakes_for_a_new_exit(vm):
+    vm.load(OUT_HLT + "90" + SPIN)
+    fd = os.open(vm / "exit", os.O_RDONLY)
+    assert polled(fd, select.POLLIN | select.POLLPRI) == 0
+    for start in ("io ", "hlt "):
+        waiting = Blocked(lambda: (polled(fd, select.POLLPRI, SOON), b""))
+        vm.write("state", "run")
+        assert waiting.end()[0] == select.POLLPRI
+        assert polled(fd, select.POLLIN) == select.POLLIN  # until it is read
+        assert os.pread(fd, 1000, 0).decode().startswith(start)
+        assert polled(fd, select.POLLIN | select.POLLPRI) == 0
+    late = os.open(vm / "exit", os.O_RDONLY)
+    assert polled(late, select.POLLIN) == select.POLLIN  # it has not read the last exit
+    os.close(late)
+    os.close(fd)
+
+
+def test_a_poll_wakes_for_a_new_state(vm):
+    vm.load(SPIN)
+    fd = os.open(vm / "state", os.O_RDONLY)
+    assert polled(fd, select.POLLIN) == select.POLLIN
+    for verb, state in (("run", b"running\n"), ("pause", b"paused\n")):
+        os.pread(fd, 100, 0)
+        waiting = Blocked(lambda: (polled(fd, select.POLLIN, SOON), b""))
+        vm.write("state", verb)
+        assert waiting.end()[0] == select.POLLIN
+        wait_until(lambda state=state: os.pread(fd, 100, 0) == state)
+    os.close(fd)
+
+
+def test_a_poll_wakes_when_the_interrupt_queue_has_room(vm):
+    vm.load("fb" + SPIN)  # sti; jmp $
+    # Vectors 0x20 on lead to an iret, so the guest takes one after another.
+    mem = os.open(vm / "mem", os.O_RDWR)
+    os.pwrite(mem, b"\x00\x20\x00\x00", 4 * 0x20)
+    os.pwrite(mem, b"\xcf", 0x2000)
+    os.close(mem)
+    vm.write("registers", "rsp 0x8000\nss 0\nss.base 0\n")
+    fd = os.open(vm / "irq", os.O_WRONLY | os.O_NONBLOCK)
+    assert polled(fd, select.POLLOUT) == select.POLLOUT
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"\x20\0\0\0")
+    assert polled(fd, select.POLLOUT) == 0
+    waiting = Blocked(lambda: (polled(fd, select.POLLOUT, SOON), b""))
+    vm.write("state", "run")
+    assert waiting.end()[0] == select.POLLOUT
+    vm.write("state", "pause")
+    os.close(fd)
+
+
+def test_plain_files_are_always_ready(vm):
+    fd = os.open(vm / "regs", os.O_RDWR)
+    assert polled(fd, select.POLLIN | select.POLLOUT) == select.POLLIN | select.POLLOUT
+    os.close(fd)
+
+
+# ---- the end
+
+
+def test_rmdir_ends_what_is_open_and_who_is_blocked(server):
+    vm = server.make().load(SPIN)
+    names = ("regs", "registers", "mem", "exit", "state", "stat", "reg/rax", "error", "dirty", "cpu0/sregs")
+    fds = {name: os.open(vm / name, os.O_RDONLY) for name in names}
+    run, irq = os.open(vm / "vm_run", os.O_RDWR), os.open(vm / "irq", os.O_WRONLY)
+    writing = os.open(vm / "mem", os.O_RDWR)
+    os.pread(fds["exit"], 100, 0)
+    passes = "memory_served_by passthrough" in vm.read("stat")
+    reader = blocked_read(run)
+    poller = Blocked(lambda: (polled(fds["exit"], select.POLLIN, SOON), b""))
+    running(vm)
+    began = time.monotonic()
+    vm.path.rmdir()
+    assert reader.end()[:2] == (-1, errno.ENODEV)
+    assert poller.end()[0] & (select.POLLERR | select.POLLHUP)
+    assert time.monotonic() - began < SOON / 2
+    for name, fd in fds.items():
+        if name == "mem" and passes:  # the kernel answers
+            assert os.pread(fd, 10, 0x1000) == bytes(10)
+            continue
+        assert failing(os.pread, fd, 10, 0) == errno.ENODEV, name
+    assert failing(os.fstat, fds["regs"]) == errno.ENODEV
+    assert failing(os.pread, run, 100, 0) == errno.ENODEV
+    assert failing(os.write, run, b"run") == errno.ENODEV
+    assert failing(os.write, irq, b"1") == errno.ENODEV
+    assert failing(os.pread, writing, 1, 0) == errno.ENODEV
+    assert failing(os.pwrite, writing, b"1", 0) == errno.ENODEV
+    assert failing(os.open, vm / "regs", os.O_RDONLY) == errno.ENOENT
+    assert polled(fds["exit"], select.POLLIN) & select.POLLHUP
+    for fd in (*fds.values(), run, irq, writing):
+        os.close(fd)
+
+
+def test_a_new_machine_of_the_same_name_is_another(server):
+    vm = server.make()
+    vm.write("reg/rax", "5")
+    fd = os.open(vm / "regs", os.O_RDONLY)
+    vm.path.rmdir()
+    vm.path.mkdir()
+    assert failing(os.pread, fd, 8, 0) == errno.ENODEV
+    assert vm.read("reg/rax") == "0x0000000000000000\n"
+    os.close(fd)
+    vm.path.rmdir()
+
+
+def test_a_directory_descriptor_outlives_its_machine(server):
+    vm = server.make()
+    directory = os.open(vm.path, os.O_RDONLY | os.O_DIRECTORY)
+    vm.path.rmdir()
+    with pytest.raises(OSError) as caught:
+        os.open("regs", os.O_RDONLY, dir_fd=directory)
+    assert caught.value.errno in (errno.ENOENT, errno.ENODEV)
+    os.close(directory)
+
+
+def test_two_hundred_blocked_callers(own_server):
+    """On the engine that takes no CPU time: the mount answers others, and all are released."""
+    server = own_server(fake=True, engine="fake")
+    machines = [server.make() for _ in range(200)]
+    fds = [os.open(vm / "vm_run", os.O_RDONLY) for vm in machines]
+    readers = [blocked_read(fd) for fd in fds]
+    for vm in machines:
+        running(vm)
+    other = server.make()
+    assert len(other.read("registers").splitlines()) > 100
+    assert (other / "regs").read_bytes()
+    for reader in readers[:100]:
+        reader.signal()
+    for reader in readers[:100]:
+        assert reader.end() == (-1, errno.EINTR, b"")
+    for vm in machines[100:150]:
+        vm.write("state", "pause")
+    for reader in readers[100:150]:
+        assert reader.end()[2].startswith(b"interrupted ")
+    for vm in machines[150:]:
+        vm.path.rmdir()
+    for reader in readers[150:]:
+        assert reader.end()[:2] == (-1, errno.ENODEV)
+    for fd in fds:
+        os.close(fd)
