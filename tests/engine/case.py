@@ -37,6 +37,25 @@ class Run(Step):
 
 
 @dataclass(frozen=True)
+class RunLine(Step):
+    """`Run` for an exit that was made before registers were set: its rip is not the one in regs."""
+
+    line: str
+
+    def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
+        wanted = _LABEL.sub(lambda match: f"{labels[match[1]]:#x}", self.line)
+        assert machine.vcpu.run().line() == wanted
+
+
+@dataclass(frozen=True)
+class Complete(Step):
+    """Complete the pending access, as what changes a part of a state does."""
+
+    def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
+        machine.vcpu.complete()
+
+
+@dataclass(frozen=True)
 class RunError(Step):
     """Run to an `error` exit whose reason has these words, at a label."""
 

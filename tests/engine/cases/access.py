@@ -1,6 +1,6 @@
 """Port and memory-mapped accesses: sizes, directions, strings, with and without an answer."""
 
-from engine.case import Answer, Case, Data, Memory, Regs, Run, SetRegs
+from engine.case import Answer, Case, Complete, Data, Memory, Regs, Run, RunLine, SetRegs
 from engine.machine import MMIO
 
 _ALL_ONES = (1 << 64) - 1
@@ -196,6 +196,37 @@ CASES = (
             Regs({"rbx": 0x99}),
         ),
         regs={"rdx": 0x80},
+    ),
+    Case(
+        "set-registers-completes-read-modify-write",
+        "long",
+        "l0: add dword ptr [rdi], 5; l1: hlt; l2: mov ebx, eax; hlt; l3:",
+        (
+            Run(f"mmio direction=read addr={MMIO:#x} size=4 rip={{l0}}"),
+            Answer((7).to_bytes(4, "little")),
+            Complete(),
+            Regs({"rip": "l1"}),
+            SetRegs({"rip": "l2", "rax": 9}),
+            # The store was made when the instruction was completed; its rip is of then.
+            RunLine(f"mmio direction=write addr={MMIO:#x} size=4 data=0xc rip={{l1}}"),
+            Run("hlt rip={l3}"),
+            Regs({"rbx": 9}),
+        ),
+        regs={"rdi": MMIO},
+    ),
+    Case(
+        "set-registers-completes-split-load",
+        "long",
+        "l0: mov rax, [rdi]; l1: mov rbx, rax; hlt; l2:",
+        (
+            Run(f"mmio direction=read addr={MMIO + 0xFFC:#x} size=4 rip={{l0}}"),
+            Answer(b"\1\2\3\4"),
+            Complete(),
+            # The part that nobody was asked for reads as all ones.
+            Regs({"rip": "l1", "rax": 0xFFFFFFFF04030201}),
+            Run("hlt rip={l2}"),
+        ),
+        regs={"rdi": MMIO + 0xFFC},
     ),
     Case(
         "set-registers-completes-load",

@@ -150,7 +150,7 @@ CASES = (
     Case(
         "step-of-the-guests-own",
         "long",
-        # The guest sets TF by itself: its handler gets the #DB behind the nop, whatever is watched from outside.
+        # The guest sets TF by itself: its handler gets the #DB behind the nop, in spite of a breakpoint.
         idt64(1)
         + """
             pushf

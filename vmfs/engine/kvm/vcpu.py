@@ -386,7 +386,8 @@ class KvmVcpu(Vcpu):
             if self._words[_EXIT_REASON] == ExitReason.KVM_EXIT_DEBUG:
                 break  # the end of a single step, which the access has ended already
             exit_ = self._decode(points)
-            if exit_ is not None and not self._access.is_read:
+            _offset, _size, is_read = self._access
+            if exit_ is not None and not is_read:
                 self._stash.append(exit_)
         self._access = _NO_ACCESS
 
@@ -440,7 +441,8 @@ class KvmVcpu(Vcpu):
         """
         wanted = self._points
         if self._completes:
-            if self._access[2]:  # the instruction has begun: breakpoints and the end of a step are behind it
+            _offset, _size, is_read = self._access
+            if is_read:  # the instruction has begun: breakpoints and the end of a step are behind it
                 return self._run_until_exit(wanted)
             self._finish_access(wanted)
             if self._stash:
