@@ -48,6 +48,28 @@ class RunLine(Step):
 
 
 @dataclass(frozen=True)
+class Feed(Step):
+    """Answer the exits of a string `in` until all data is taken; how much one exit takes is the engine's."""
+
+    port: int
+    size: int
+    data: bytes
+    at: str
+
+    def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
+        left = self.data
+        while left:
+            exit_ = machine.vcpu.run()
+            count = len(machine.vcpu.access_data) // self.size
+            assert exit_.line() == (
+                f"io direction=in port={self.port:#x} size={self.size} count={count} rip={labels[self.at]:#x}"
+            )
+            assert machine.regs()["rip"] == labels[self.at]
+            taken, left = left[: count * self.size], left[count * self.size :]
+            machine.vcpu.access_data = taken
+
+
+@dataclass(frozen=True)
 class Complete(Step):
     """Complete the pending access, as what changes a part of a state does."""
 

@@ -45,6 +45,8 @@ EXPRESSIONS = {
     "REGS_RIP": "offsetof(struct kvm_regs, rip)",
     "SREGS_CR8": "offsetof(struct kvm_sregs, cr8)",
     "SREGS_SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
+    "EVENTS_EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",
+    "EVENTS_EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
     "DEBUGREGS_DR6": "offsetof(struct kvm_debugregs, dr6)",
     "IRQCHIP.size": "sizeof(struct kvm_irqchip)",
     "PIT_CONFIG.size": "sizeof(struct kvm_pit_config)",

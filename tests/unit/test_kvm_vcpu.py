@@ -33,6 +33,7 @@ class Kvm:
         self.calls = []
         self.rip = 0x1000
         self.dr6 = 0
+        self.events = bytearray(64)
 
     def ioctl(self, fd, request, argument=0):
         request = Ioctl(request)
@@ -47,6 +48,11 @@ class Kvm:
             struct.pack_into("<Q", argument, abi.REGS_RIP, self.rip)
         elif request == Ioctl.KVM_SET_REGS:
             (self.rip,) = struct.unpack_from("<Q", argument, abi.REGS_RIP)
+            self.events = bytearray(64)
+        elif request == Ioctl.KVM_GET_VCPU_EVENTS:
+            argument[:] = self.events
+        elif request == Ioctl.KVM_SET_VCPU_EVENTS:
+            self.events = bytearray(argument)
         elif request == Ioctl.KVM_SET_DEBUGREGS:
             (self.dr6,) = struct.unpack_from("<Q", argument, abi.DEBUGREGS_DR6)
         return 0
@@ -188,6 +194,19 @@ def test_the_write_of_a_read_modify_write_is_not_lost(kvm, cpu):
     cpu.complete()
     assert cpu.run().line() == "mmio direction=write addr=0x1000 size=4 data=0x5 rip=0x1004"
     assert cpu.run().line() == "hlt rip=0x1005"
+
+
+@pytest.mark.parametrize("rip, kept", [(0x1000, True), (0x2000, False)])
+def test_a_fault_is_not_lost_when_another_register_is_set(kvm, cpu, rip, kept):
+    """KVM_SET_REGS drops an exception that is about to be delivered; if rip stays, it is set again."""
+    kvm.events[abi.EVENTS_EXCEPTION_INJECTED] = 1
+    kvm.events[1] = 14
+    before = bytes(kvm.events)
+    regs = bytearray(144)
+    struct.pack_into("<Q", regs, abi.REGS_RIP, rip)
+    cpu.set_state("regs", bytes(regs))
+    assert kvm.rip == rip
+    assert bytes(kvm.events) == (before if kept else bytes(64))
 
 
 def test_other_signals_do_not_end_a_run(kvm, cpu):

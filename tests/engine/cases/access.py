@@ -1,6 +1,6 @@
 """Port and memory-mapped accesses: sizes, directions, strings, with and without an answer."""
 
-from engine.case import Answer, Case, Complete, Data, Memory, Regs, Run, RunLine, SetRegs
+from engine.case import Answer, Case, Complete, Data, Feed, Memory, Regs, Run, RunLine, SetRegs
 from engine.machine import MMIO
 
 _ALL_ONES = (1 << 64) - 1
@@ -97,6 +97,7 @@ def _mmio(size: int) -> Case:
 
 
 _SIZES = (1, 2, 4)
+_MANY = bytes(number * 7 & 0xFF for number in range(0x3000))
 
 CASES = (
     *(_out(mode, size) for mode in ("real", "protected", "long", "user") for size in _SIZES),
@@ -166,14 +167,24 @@ CASES = (
         "long",
         "cld; l0: rep insb; l1: hlt; l2:",
         (
-            Run("io direction=in port=0x80 size=1 count=3 rip={l0}"),
-            Regs({"rcx": 3, "rdi": 0x2000, "rip": "l0"}),
-            Answer(b"xyz"),
+            Feed(port=0x80, size=1, data=b"xyz", at="l0"),
             Run("hlt rip={l2}"),
             Regs({"rcx": 0, "rdi": 0x2003}),
             Memory(0x2000, b"xyz\0"),
         ),
         regs={"rcx": 3, "rdi": 0x2000, "rdx": 0x80},
+    ),
+    Case(
+        "rep-insw-of-many",
+        "long",
+        "cld; l0: rep insw; l1: hlt; l2:",
+        (
+            Feed(port=0x80, size=2, data=_MANY, at="l0"),
+            Run("hlt rip={l2}"),
+            Regs({"rcx": 0, "rdi": 0x2000 + len(_MANY)}),
+            Memory(0x2000, _MANY + b"\0"),
+        ),
+        regs={"rcx": len(_MANY) // 2, "rdi": 0x2000, "rdx": 0x80},
     ),
     Case(
         "store-is-in-ram",

@@ -212,3 +212,4 @@ XSAVE_LEGACY = struct.Struct("<HHBxHQQI4x128s256s")  # fcw fsw ftwx fop rip rdp 
 XSAVE_STATE_BV = 512  # u64, the first of the XSAVE header (SDM 1 13.4.2)
 XSAVE_X87, XSAVE_SSE = 1 << 0, 1 << 1
 DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs
+EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING = 0, 3  # offsets in struct kvm_vcpu_events
