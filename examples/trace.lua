@@ -1,3 +1,4 @@
+#!/usr/bin/env lua5.4
 -- trace.lua MOUNT: every instruction of a guest, with the registers that it changed.
 --
 -- Lua has nothing but files, and needs no more.
