@@ -304,7 +304,7 @@ class Vm:
         """All guest-physical RAM, shared: a writable memoryview of bytes.
 
         What is stored is there for the guest, and the reverse: at once if `mem_is_live`, else at each start
-        and end of a run. Touching it after the machine was removed may then be SIGBUS.
+        and end of a run. Once the machine is removed, it is zeros, or touching it is SIGBUS.
         """
         if self._view is None:
             with self._errors("mem"):
