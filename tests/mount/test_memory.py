@@ -99,6 +99,21 @@ def test_a_file_can_be_copied_into_it(either_vm, tmp_path):
     assert (either_vm / "mem").read_bytes()[4096000:7096001] == image.read_bytes()
 
 
+def test_an_open_with_o_trunc_leaves_memory_and_mappings_alone(either_vm):
+    one = opened(either_vm)
+    with mmap.mmap(one, SIZE) as ram:
+        ram[0x5000] = 1
+        two = opened(either_vm, os.O_RDWR | os.O_TRUNC)
+        assert ram[0x5000] == 1 and os.pread(two, 1, 0x5000) == b"\1"
+        os.truncate(either_vm / "mem", 0)
+        ram[0x5000] = 2
+        assert os.pread(two, 1, 0x5000) == b"\2" and os.fstat(two).st_size == SIZE
+        assert failing(os.ftruncate, two, 0) == errno.EINVAL
+        assert failing(os.truncate, either_vm / "mem", 4097) == errno.EINVAL
+    os.close(one)
+    os.close(two)
+
+
 def test_memory_costs_nothing_until_it_is_touched(either_vm):
     # The page tables of `mode` aside.
     assert (either_vm / "mem").stat().st_blocks * 512 < 1 << 20

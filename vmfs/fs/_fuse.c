@@ -439,6 +439,21 @@ without:
     hooks.process_buf(session, buf);
 }
 
+/* Hides from libfuse that the kernel offers to hand O_TRUNC to open, which libfuse would take. The kernel then
+   takes the file to be empty at once: it drops what its cache holds of the file, and who has it mapped gets a
+   SIGBUS. As it is, the open comes without O_TRUNC, and a setattr of the size behind it. */
+static void drop_o_trunc(const struct fuse_buf *buf)
+{
+    if (!(buf->flags & FUSE_BUF_IS_FD)
+        && buf->size >= sizeof(struct fuse_in_header) + offsetof(struct init_request, flags2)) {
+        char *flags = (char *)buf->mem + sizeof(struct fuse_in_header) + offsetof(struct init_request, flags);
+        uint32_t offered;
+        memcpy(&offered, flags, sizeof offered);
+        offered &= ~(uint32_t)FUSE_ATOMIC_O_TRUNC;
+        memcpy(flags, &offered, sizeof offered);
+    }
+}
+
 /* ---- the two functions in front of libfuse's ---- */
 
 /* The header of a request. libfuse may leave a large write in a pipe (splice): then a copy of its first bytes
@@ -497,6 +512,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct 
         const void *given = argument(buf, shortest);
         if (given)
             memcpy(&asked, given, argument(buf, sizeof asked) ? sizeof asked : shortest);
+        drop_o_trunc(buf);
         process_init(session, buf, &asked);
     } else {
         request_begin(&header);

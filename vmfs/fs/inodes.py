@@ -134,8 +134,8 @@ class Kind:
         """512-byte blocks in use."""
         return 0
 
-    def truncate(self, scope: Any, size: int) -> None:
-        """truncate(2), but not O_TRUNC. Ignored where it means nothing."""
+    def truncate(self, scope: Any, size: int, opened: bool) -> None:
+        """O_TRUNC or truncate(2), or, on an open file, ftruncate(2). Ignored where it means nothing."""
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         """`writing`: not O_RDONLY. Called only for what the kind is readable and writable for."""

@@ -137,8 +137,9 @@ class Mem(Kind):
     def blocks(self, scope: Any) -> int:
         return os.fstat(scope.vm.memory.fd).st_blocks
 
-    def truncate(self, scope: Any, size: int) -> None:
-        scope.host.resize_memory(scope.vm, size)
+    def truncate(self, scope: Any, size: int, opened: bool) -> None:
+        if size or opened:  # else it may be O_TRUNC, as in `cp image mem`
+            scope.host.resize_memory(scope.vm, size)
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _MemHandle(node, pid, nonblocking, writing)

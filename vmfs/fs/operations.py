@@ -200,7 +200,7 @@ class Operations(pyfuse3.Operations):
         node = self._inodes.get(inode)
         if fields.update_size and isinstance(node, File):
             try:
-                node.kind.truncate(node.scope, attr.st_size)
+                node.kind.truncate(node.scope, attr.st_size, opened=fh is not None)
             except VmfsError as error:
                 _complain(node, error)
                 raise
