@@ -194,6 +194,22 @@ CASES = (
         regs={"rax": _RAX},
     ),
     Case(
+        "the-data-of-a-write-stays",
+        "long",
+        "mov [rdi], eax; l1: out 0x80, ax; l2: hlt; l3:",
+        (
+            Run(f"mmio direction=write addr={MMIO:#x} size=4 data=0x11223344 rip={{l1}}"),
+            SetRegs({"rax": 0x5566}),
+            Data(b"\x44\x33\x22\x11"),
+            Run("io direction=out port=0x80 size=2 count=1 data=0x5566 rip={l2}"),
+            SetRegs({"rax": 0}),
+            Data(b"\x66\x55"),
+            Run("hlt rip={l3}"),
+            Data(b""),
+        ),
+        regs={"rdi": MMIO, "rax": 0x11223344},
+    ),
+    Case(
         "set-registers-completes-in",
         "long",
         "l0: in al, dx; l1: mov ebx, eax; hlt; l2:",
@@ -220,6 +236,7 @@ CASES = (
             SetRegs({"rip": "l2", "rax": 9}),
             # The store was made when the instruction was completed; its rip is of then.
             RunLine(f"mmio direction=write addr={MMIO:#x} size=4 data=0xc rip={{l1}}"),
+            Data(b"\x0c\0\0\0"),
             Run("hlt rip={l3}"),
             Regs({"rbx": 9}),
         ),

@@ -71,6 +71,7 @@ class KvmVcpu(Vcpu):
         self._nmi = False
         self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
         self._access = _NO_ACCESS
+        self._written = b""  # the bytes of a write that is no longer in the mapping
         self._is_fresh = False  # kvm_run says what is true now of the state
         self._completes = False  # KVM may do the rest of the last access at the next KVM_RUN
         self._stash: deque[Exit] = deque()  # exits that came while an access was completed
@@ -91,8 +92,7 @@ class KvmVcpu(Vcpu):
         if token is None or token is not self._mask_thread:
             self._enter_thread()
         if self._stash and not self._kicked:
-            self._access = _NO_ACCESS
-            return self._stash.popleft()
+            return self._pop_stash()
         self._runner = threading.get_ident()
         try:
             if self._points is debugregs.NOTHING:
@@ -100,6 +100,11 @@ class KvmVcpu(Vcpu):
             return self._run_debugged()
         finally:
             self._leave()
+
+    def _pop_stash(self) -> Exit:
+        exit_ = self._stash.popleft()
+        self._access, self._written = _NO_ACCESS, getattr(exit_, "data", b"")
+        return exit_
 
     def _leave(self) -> None:
         """This thread may end now. A kick sets `_kicked`, then reads `_runner` and signals that thread."""
@@ -117,7 +122,7 @@ class KvmVcpu(Vcpu):
                     return exit_
             if not self._kvm_run():
                 if self._take_kick():
-                    self._access = _NO_ACCESS
+                    self._access, self._written = _NO_ACCESS, b""
                     return exits.Interrupted(rip=self._rip(), cpu=self.index)
                 continue  # another signal, whose Python handler runs now
             exit_ = self._decode(points)
@@ -249,7 +254,7 @@ class KvmVcpu(Vcpu):
     # Exits: a method each, and the table at the end; what returns None is not the caller's business.
 
     def _decode(self, points: debugregs.HardwarePoints) -> Exit | None:
-        self._access = _NO_ACCESS
+        self._access, self._written = _NO_ACCESS, b""
         reason = self._words[_EXIT_REASON]
         handler = _HANDLERS.get(reason)
         if handler is None:
@@ -365,7 +370,7 @@ class KvmVcpu(Vcpu):
     @property
     def access_data(self) -> bytes:
         offset, size, _is_read = self._access
-        return self._run_page[offset : offset + size] if size else b""
+        return self._run_page[offset : offset + size] if size else self._written
 
     @access_data.setter
     def access_data(self, data: bytes) -> None:
@@ -415,8 +420,10 @@ class KvmVcpu(Vcpu):
 
     def complete(self) -> None:
         if self._completes:
+            _offset, _size, is_read = self._access
+            written = b"" if is_read else self.access_data
             self._finish_access(self._points)
-        self._access = _NO_ACCESS
+            self._written = written
         self._is_fresh = False
 
     # Debugging
@@ -446,7 +453,7 @@ class KvmVcpu(Vcpu):
                 return self._run_until_exit(wanted)
             self._finish_access(wanted)
             if self._stash:
-                return self._stash.popleft()
+                return self._pop_stash()
         rip, cs_base, cpl = self._position()
         linear = (cs_base + rip) & (1 << 64) - 1
         here = wanted.breaks_at(linear)
@@ -501,7 +508,7 @@ class KvmVcpu(Vcpu):
             os.close(self._fd)
             self._fd = -1
             self._state.close()
-            self._access = _NO_ACCESS
+            self._access, self._written = _NO_ACCESS, b""
 
 
 _Handler = Callable[[KvmVcpu, debugregs.HardwarePoints], Exit | None]
