@@ -38,7 +38,7 @@ INSN(MOVDQU, M0F, 0x7f, PF3, NO, RM, Wx, Vx, __, D, mov_Wu_V, SSE2, A_SSE, NONE,
 INSN(LDDQU, M0F, 0xf0, PF2, NO, MEM, Vx, Mdq, __, D, mov_V_Wu, SSE3, A_SSE, NONE, NONE, NONE)
 INSN(MOVNTDQ, M0F, 0xe7, P66, NO, MEM, Mdq, Vx, __, D, mov_Wa_V, SSE2, A_SSE, NONE, NONE, NONE)
 INSN(MOVNTI, M0F, 0xc3, NP, NO, MEM, My, Gy, __, Y, movnti, SSE2, A_NONE, NONE, NONE, NONE)
-INSN(MASKMOVDQU, M0F, 0xf7, P66, NO, REG, Vx, Ux, __, D, maskmovdqu, SSE2, A_SSE, NONE, NONE, NONE)
+INSN(MASKMOVDQU, M0F, 0xf7, P66, NO, REG, Vx, Ux, __, D, maskmovdqu, SSE2, A_SSE | A_NOTEST, NONE, NONE, NONE)
 INSN(MOVMSKPS, M0F, 0x50, NP, NO, REG, Gd, Ux, __, D, movmskps, SSE, A_SSE, NONE, NONE, NONE)
 INSN(MOVMSKPD, M0F, 0x50, P66, NO, REG, Gd, Ux, __, D, movmskpd, SSE2, A_SSE, NONE, NONE, NONE)
 INSN(PMOVMSKB, M0F, 0xd7, P66, NO, REG, Gd, Ux, __, D, pmovmskb, SSE2, A_SSE, NONE, NONE, NONE)
