@@ -1,6 +1,6 @@
 """External interrupts and NMIs without an interrupt controller."""
 
-from engine.case import Case, Debug, Interrupt, Memory, Nmi, Queued, Regs, Run
+from engine.case import Case, Debug, Interrupt, Memory, Nmi, NoDebug, Queued, Regs, Run
 
 # A real-mode vector table entry each, made by the program, for handlers that count in memory.
 _REAL_SETUP = """
@@ -58,6 +58,23 @@ CASES = (
         (
             Run("hlt rip={behind}"),
             Interrupt(0x21),
+            Run("hlt rip={l2}"),
+            Regs({"rax": 0x21, "rsi": _AT + 1}),
+        ),
+        regs={**_REGS, "rax": 0},
+    ),
+    Case(
+        "interrupt-wakes-hlt-at-a-breakpoint",
+        "real",
+        _REAL_SETUP + "sti; l0: hlt; l1: mov al, [si - 1]; cli; hlt; l2:" + _REAL_HANDLERS,
+        (
+            Run("hlt rip={behind}"),
+            Debug(breakpoints={1: "l0", 2: "l1"}),
+            Run("debug cause=breakpoint id=1 rip={l0}"),
+            Interrupt(0x21),
+            Run("debug cause=breakpoint id=2 rip={l1}"),
+            Queued(0),
+            Memory(_AT, b"\x21\0"),
             Run("hlt rip={l2}"),
             Regs({"rax": 0x21, "rsi": _AT + 1}),
         ),
@@ -163,7 +180,7 @@ CASES = (
             Debug(step=True),
             Run("debug cause=step rip={l2}"),
             Queued(1),
-            Debug(),
+            NoDebug(),
             Run("hlt rip={l4}"),
             Queued(0),
             Memory(_AT, b"\x20\0"),

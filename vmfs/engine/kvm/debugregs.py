@@ -27,15 +27,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class HardwarePoints:
-    """A `DebugRequest` as debug registers."""
+    """A `DebugRequest` as debug registers. While one instruction runs `alone`, interrupts wait."""
 
     step: bool
     slots: tuple[Slot, ...]
+    alone: bool
 
     def without(self, linear: int) -> HardwarePoints:
         """The same, less the breakpoints at one address, and with a single step."""
         others = (slot for slot in self.slots if not (slot.kind == _RW_EXECUTE and slot.address == linear))
-        return HardwarePoints(True, tuple(others))
+        return HardwarePoints(True, tuple(others), alone=True)
 
     def breaks_at(self, linear: int) -> bool:
         return any(slot.kind == _RW_EXECUTE and slot.address == linear for slot in self.slots)
@@ -77,7 +78,7 @@ def allocate(request: DebugRequest) -> HardwarePoints:
         raise Unsupported(
             f"the break- and watchpoints need {len(slots)} debug registers, and the CPU has {REGISTERS}"
         )
-    return HardwarePoints(request.step, tuple(slots))
+    return HardwarePoints(request.step, tuple(slots), alone=request.step)
 
 
 NOTHING = allocate(NO_DEBUG)

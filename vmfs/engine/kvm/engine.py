@@ -7,8 +7,8 @@ The interface is described in Linux Documentation/virt/kvm/api.rst. What KVM can
   while they are in use. tests/engine/divergences.py has what hosts lack.
 - A single step is a trap by RFLAGS.TF. External interrupts and NMIs wait while stepping, because the
   delivery of one would clear TF and the step would end only after its IRET.
-- On Intel CPUs, three pages at 0xfffbd000 and one at 0xfffbc000 are KVM's own (real mode without
-  "unrestricted guest"), and are not seen as unmapped memory.
+- On Intel CPUs without "unrestricted guest", three pages at 0xfffbd000 and one at 0xfffbc000 are KVM's own:
+  they are neither RAM nor unmapped.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class KvmVcpu(Vcpu):
     def _offer_interrupts(self, points: debugregs.HardwarePoints) -> Exit | None:
         """Inject what the guest can take now; have KVM say when it can take more. In steps, all waits."""
         page = self._run_page
-        if points.step:
+        if points.alone:
             page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
             return None
         self._deliver_nmi()
@@ -294,9 +294,13 @@ class KvmVcpu(Vcpu):
         return exits.Mmio(direction="read", addr=address, size=size, rip=rip, cpu=self.index)
 
     def _on_hlt(self, points: debugregs.HardwarePoints) -> Exit | None:
-        if self._vectors and not points.step and self._run_page[abi.RUN_IF_FLAG]:
-            return None  # a vector wakes the CPU
+        if self._is_woken() and not points.alone:
+            return None
         return exits.Hlt(rip=self._rip(), cpu=self.index)
+
+    def _is_woken(self) -> bool:
+        """Whether a vector waits that wakes the CPU from HLT: it is injected before the next KVM_RUN."""
+        return bool(self._vectors and self._run_page[abi.RUN_IF_FLAG])
 
     def _on_shutdown(self, _points: debugregs.HardwarePoints) -> Exit:
         return exits.Shutdown(cause="triple-fault", rip=self._rip(), cpu=self.index)
@@ -454,6 +458,9 @@ class KvmVcpu(Vcpu):
             self._finish_access(wanted)
             if self._stash:
                 return self._pop_stash()
+        if not wanted.slots and not self._pvm:
+            self._arm(wanted)  # sets TF for the rip at this time
+            return self._run_until_exit(wanted)
         rip, cs_base, cpl = self._position()
         linear = (cs_base + rip) & (1 << 64) - 1
         here = wanted.breaks_at(linear)
@@ -463,17 +470,21 @@ class KvmVcpu(Vcpu):
         if self._pvm:
             if cpl == 3:
                 if wanted.step:
+                    self._access, self._written = _NO_ACCESS, b""
                     reason = "the host's KVM is PVM, without hardware, and cannot step in user mode"
                     return exits.Error(reason=reason, rip=rip, cpu=self.index)
                 return self._run_until_exit(wanted)
             if not self._has_irqchip and self._opcode(linear) == _HLT:
                 first = replace(first, step=False)  # it ends the run by itself
-        self._arm(first)  # sets TF for the rip at this time
+        self._arm(first)
         try:
             exit_ = self._run_until_exit(first)
         finally:
-            self._arm(wanted)
-        if wanted.step or not isinstance(exit_, exits.Debug) or exit_.cause != "step":
+            if first != wanted:
+                self._arm(wanted)
+        stepped = isinstance(exit_, exits.Debug) and exit_.cause == "step"
+        woken = isinstance(exit_, exits.Hlt) and self._is_woken()
+        if wanted.step or not (stepped or woken):
             return exit_
         return self._run_until_exit(wanted)
 
