@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from vmfs.engine.base import Engine
 from vmfs.errors import LimitReached
@@ -38,10 +39,11 @@ class Host:
         vm.resize_memory(size)
 
     def capacity(self) -> tuple[int, int, int, int]:
-        """RAM and how much of it is not promised yet, in bytes; machines and how many more there may be."""
+        """RAM and how much of it is not promised yet, in bytes; machines and how many more (0, 0: any number)."""
         memory = min(self.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         used = sum(vm.memory.size for vm in self._vms)
-        return memory, max(memory - used, 0), self.max_vms, self.max_vms - len(self._vms)
+        names = self.max_vms if self.max_vms < sys.maxsize else 0
+        return memory, max(memory - used, 0), names, max(names - len(self._vms), 0)
 
     def forget(self, vm: Vm) -> None:
         """The machine no longer counts; `Vm.close`, which blocks, is the caller's to call in a thread."""

@@ -412,7 +412,11 @@ class Vm:
         """Make a running guest look at its interrupts; with the lock held."""
         if self._run is not None:
             self._cpu.kick()
-        else:
+        self._moved()
+
+    def _moved(self) -> None:
+        """The CPU may not be as it was; with the lock held."""
+        if self._run is None:
             self.still = object()
 
     # ---- debugging
@@ -429,6 +433,7 @@ class Vm:
 
         def make_it(cpu: Vcpu) -> None:
             points = change(self._points)
+            self._moved()
             self._set_debug(points.request())
             self._points = points
 

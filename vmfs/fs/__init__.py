@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def serve(
     host = Host(
         chosen, max_vms=settings.max_vms or sys.maxsize, max_memory=settings.max_memory or sys.maxsize
     )
+    _allow_descriptors()
     trio.run(_serve, mountpoint, settings, ready, host, infos)
 
 
@@ -82,6 +84,12 @@ async def _serve(
             connection.close()
     finally:
         pyfuse3.close(unmount=True)
+
+
+def _allow_descriptors() -> None:
+    """As many as the user may have: a machine takes a handful, and the usual 1024 are 200 machines."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _options(settings: MountSettings) -> set[str]:

@@ -297,6 +297,8 @@ class Irq(Kind):
 
 
 class _IrqHandle(Handle):
+    _looking = False
+
     async def write(self, offset: int, data: bytes) -> int:
         # Of a packet with a vector, three bytes are zero, and no text has a zero byte.
         if len(data) == 4 and b"\0" in data:
@@ -310,16 +312,17 @@ class _IrqHandle(Handle):
     def poll(self) -> int:
         if self.scope.vm.interrupts_queued < INTERRUPT_QUEUE:
             return POLL_OUT
-        # No engine tells when it takes a vector.
-        trio.lowlevel.spawn_system_task(self._look_for_room)
+        if not self._looking:  # no engine tells when it takes a vector
+            self._looking = True
+            trio.lowlevel.spawn_system_task(self._look_for_room)
         return 0
 
     async def _look_for_room(self) -> None:
-        while self.scope.watched(self):
-            await trio.sleep(QUEUE_LOOK_SECONDS)
-            try:
-                full = self.scope.vm.interrupts_queued >= INTERRUPT_QUEUE
-            except Gone:
-                return
-            if not full:
-                self.scope.wake()
+        try:
+            while self.scope.watched(self) and self.scope.vm.interrupts_queued >= INTERRUPT_QUEUE:
+                await trio.sleep(QUEUE_LOOK_SECONDS)
+        except Gone:
+            pass
+        finally:
+            self._looking = False
+        self.scope.wake()

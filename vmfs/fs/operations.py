@@ -224,11 +224,14 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """An entry's position is its number, so a directory may change while it is read."""
         directory = _directory(self._inodes.get(fh))
-        for name, node in await directory.entries():
-            if node.number > start_id:
-                if not pyfuse3.readdir_reply(token, os.fsencode(name), _attributes(node), node.number):
+        dots = ((".", directory, 1), ("..", directory.parent, 2))
+        children = ((name, node, node.number + 2) for name, node in await directory.entries())
+        for name, node, position in (*dots, *children):
+            if position > start_id:
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), _attributes(node), position):
                     break
-                node.lookups += 1
+                if position > 2:  # the kernel does not keep the dots
+                    node.lookups += 1
 
     async def releasedir(self, fh: int) -> None:
         pass
