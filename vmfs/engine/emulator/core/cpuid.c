@@ -6,17 +6,17 @@ static const struct kvm_cpuid_entry2 defaults[] = {
     {.function = 0, .eax = 0x15, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
     {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
      .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 25 | 1u << 26 |
-            1u << 31 /* hypervisor */,
+            1u << 30 | 1u << 31 /* hypervisor */,
      .edx = 0x0f8bfbff & ~(1u << 7 | 1u << 14) /* no MCE, MCA */},
-    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 7 | 1u << 9 | 1u << 20 |
-     1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3},
+    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 3 | 1u << 7 | 1u << 8 |
+     1u << 9 | 1u << 18 | 1u << 19 | 1u << 20 | 1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3},
     /* XSAVE: x87, SSE, PKRU; offsets as in ops_sse_state.c. EBX of the first two follows XCR0. */
     {.function = 0xd, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 0x203, .ecx = 2696},
     {.function = 0xd, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 1u << 0 | 1u << 1 | 1u << 3},
     {.function = 0xd, .index = 9, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 8, .ebx = 2688},
     {.function = 0x15, .eax = 1, .ebx = 1000, .ecx = 1000000},
     {.function = 0x80000000, .eax = 0x80000008},
-    {.function = 0x80000001, .ecx = 1u << 0, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 29},
+    {.function = 0x80000001, .ecx = 1u << 0 | 1u << 5, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 29},
     {.function = 0x80000008, .eax = 0x3028}, /* 40 physical, 48 linear address bits */
 };
 

@@ -88,6 +88,8 @@ struct prefixes {
     bool operand_size, address_size, lock;
     u8 rep;                   /* 0, 0xf2, 0xf3: the last one */
     u8 segment;               /* SEG_COUNT: none */
+    bool vex, vex_l;          /* then rex, rep and operand_size are what VEX says */
+    u8 vex_v;                 /* VEX.vvvv */
 };
 
 static void decode_memory(const struct prefixes *p, struct bytes *b, u8 modrm, bool code64, unsigned address_size,
@@ -179,6 +181,8 @@ static const struct opcode *find_row(struct vcpu *c, const struct prefixes *p, u
             continue;
         if (o->mod >= REG0 && o->mod - REG0 != (modrm & 7))
             continue;
+        if (p->vex != !!(o->attributes & (A_AVX | A_VEX)))
+            continue;
         if (o->attributes & (code64 ? A_NO64 : A_ONLY64) || ((o->attributes & A_NOREXB) && p->rex & 1))
             continue;
         if (!o->handlers || !has_feature(c, o->feature))
@@ -252,6 +256,10 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
         r->disp = (i64)take(b, 1u << (r->prefix & PREFIX_ADDRESS));
         r->seg = p->segment < SEG_COUNT && (!(key & KEY_CODE64) || p->segment >= SEG_FS) ? p->segment : SEG_DS;
         break;
+    case VEX_V:
+        if (width == WIDTH_Y)
+            r->imm = p->vex_v * 8;
+        break;
     case FAR:
         r->disp = (i64)take(b, z);
         r->imm = (i32)take(b, 2);
@@ -260,6 +268,26 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
     }
     (void)o;
     return true;
+}
+
+/* VEX (Intel SDM 2A 2.3.5) behind C4 or C5; the opcode byte. *map: MAPS for one that does not exist. */
+static u8 decode_vex(struct prefixes *p, struct bytes *b, bool three, bool code64, unsigned *map)
+{
+    u8 first = (u8)take(b, 1), last = three ? (u8)take(b, 1) : first;
+    u8 inverted = three ? ~first >> 5 & 7 : ~first >> 5 & 4; /* R X B, as in REX */
+    p->vex = true;
+    p->rex = 0x40 | inverted | (three && last & 0x80 ? 8 : 0);
+    p->vex_v = ~last >> 3 & 15;
+    p->vex_l = last & 4;
+    if (!code64) { /* eight registers */
+        p->rex &= 0x48;
+        p->vex_v &= 7;
+    }
+    p->operand_size = (last & 3) == 1;
+    p->rep = (last & 3) == 2 ? 0xf3 : (last & 3) == 3 ? 0xf2 : 0;
+    unsigned number = three ? first & 31 : 1;
+    *map = number >= 1 && number <= 3 ? M1 + number : MAPS;
+    return (u8)take(b, 1);
 }
 
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends)
@@ -313,8 +341,13 @@ opcode:;
         u8 next = b.used < available ? bytes[b.used] : 0xff;
         if (b.used >= available && b.used < 15)
             return 0;
-        if (code64 || next >= 0xc0)
-            return finish_raise(r, VECTOR_UD, b.used, ends);
+        if (code64 || next >= 0xc0) {
+            if (!(key & KEY_PROTECTED) || p.rex || p.lock || p.rep || p.operand_size)
+                return finish_raise(r, VECTOR_UD, b.used, ends);
+            byte = decode_vex(&p, &b, byte == 0xc4, code64, &map);
+            if (map == MAPS)
+                return finish_raise(r, VECTOR_UD, b.used, ends);
+        }
     }
     unsigned entry = map << 8 | byte;
     u8 modrm = 0;
@@ -351,6 +384,13 @@ opcode:;
         return finish_raise(r, VECTOR_GP, 15, ends);
     if (b.more)
         return 0;
+
+    if (p.vex) { /* vvvv that names nothing is 1111 */
+        bool uses_v = false;
+        for (unsigned i = 0; i < 3; i++)
+            uses_v |= operand_info[o->operands[i]].kind == VEX_V;
+        valid &= (uses_v || !p.vex_v) && !(o->attributes & A_VEX && p.vex_l);
+    }
 
     int vector = check_row(o, key);
     if (!valid || (p.lock && !(o->attributes & A_LOCK && !is_register)))

@@ -58,7 +58,8 @@ enum size { B, W, D, Q, V, Y, S, N };
     X(A_AVX)       /* VEX-encoded: #UD unless CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
     X(A_REPORT)    /* F2/F3 is REP: kept in r->prefix for the handler (it always is); for tests */ \
     X(A_NOTEST)    /* the native comparison cannot run it (privileged, far, time, ports, ...) */ \
-    X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */
+    X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */ \
+    X(A_VEX)       /* VEX-encoded, of general registers: #UD if VEX.L; By is in r->imm. `prefix` is VEX.pp */
 enum attribute_bit {
 #define X(name) name##_BIT,
     ATTRIBUTES(X)

@@ -1,0 +1,181 @@
+/* Shifts and rotates (Intel SDM 2B "RCL/RCR/ROL/ROR", "SAL/SAR/SHL/SHR", "SHLD", "SHRD"; SARX, SHLX, SHRX, RORX).
+ *
+ * The count is masked to 5 bits, 6 for 64-bit operands. A count of zero writes the operand back and keeps all flags.
+ * Where OF is undefined (counts other than 1) it follows the rule for 1, applied to the last bit that was shifted. */
+#include "forms.h"
+
+/* The new `carries` (flags.h): bit 63 is CF, bit 62 is CF xor OF. */
+struct shift { u64 carries; bool none; };
+#define TOP_TWO (3ull << 62)
+
+ALWAYS_INLINE u64 top_bit(u64 value, unsigned bits) { return value >> (bits - 1) & 1; }
+
+/* Each: a is zero-extended, n from 1 to 31 (63). For SHL, the two bits over the result are CF and its top bit. */
+ALWAYS_INLINE u64 shl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    (void)c;
+    s->carries = (a << (64 - bits)) << (n - 1) & TOP_TWO;
+    return truncate_to(a << n, bits);
+}
+ALWAYS_INLINE u64 shr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    u64 before = a >> (n - 1), cf = before & 1;
+    (void)c;
+    s->carries = cf << 63 | (cf ^ top_bit(before, bits)) << 62;
+    return a >> n;
+}
+ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    i64 before = sign_extend(a, bits) >> (n - 1);
+    (void)c;
+    s->carries = (u64)before << 63 | ((u64)before & 1) << 62;
+    return truncate_to((u64)(before >> 1), bits);
+}
+ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    n &= bits - 1;
+    u64 value = truncate_to(a << n | a >> ((bits - n) & (bits - 1)), bits);
+    s->carries = value << 63 | top_bit(value, bits) << 62 | (c->carries & 8);
+    return value;
+}
+ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    n &= bits - 1;
+    u64 value = truncate_to(a >> n | a << ((bits - n) & (bits - 1)), bits);
+    s->carries = (value << (64 - bits) & TOP_TWO) | (c->carries & 8);
+    return value;
+}
+/* Through CF: of bits + 1 bits; for 8 and 16 bits the count is taken modulo 9 and 17. */
+ALWAYS_INLINE u64 rcl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    if (bits < 32)
+        n %= bits + 1;
+    if (!n) {
+        s->carries = flag_cf(c) << 63 | top_bit(a, bits) << 62 | (c->carries & 8);
+        return a;
+    }
+    u64 value = truncate_to(a << n | flag_cf(c) << (n - 1) | (n > 1 ? a >> (bits + 1 - n) : 0), bits);
+    s->carries = (a >> (bits - n)) << 63 | top_bit(value, bits) << 62 | (c->carries & 8);
+    return value;
+}
+ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    if (bits < 32)
+        n %= bits + 1;
+    u64 value = a, cf = flag_cf(c);
+    if (n) {
+        value = truncate_to(a >> n | cf << (bits - n) | (n > 1 ? a << (bits + 1 - n) : 0), bits);
+        cf = a >> (n - 1) & 1;
+    }
+    s->carries = cf << 63 | (cf ^ top_bit(value, bits) ^ (value >> (bits - 2) & 1)) << 62 | (c->carries & 8);
+    return value;
+}
+
+#define COUNT_1(bits) 1u
+#define COUNT_I(bits) ((unsigned)r->imm & ((bits) == 64 ? 63 : 31))
+#define COUNT_CL(bits) (R8(c, RCX * 8) & ((bits) == 64 ? 63u : 31u))
+
+#define SHIFT(op, count, finish) \
+    struct op##_##count##_state { struct shift shift; }; \
+    ALWAYS_INLINE u64 op##_##count(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, \
+                                   struct op##_##count##_state *state) \
+    { \
+        unsigned n = COUNT_##count(bits); \
+        (void)r; \
+        state->shift.none = !n; \
+        return n ? op(c, a, n, bits, &state->shift) : a; \
+    } \
+    ALWAYS_INLINE void op##_##count##_done(struct vcpu *c, const struct op##_##count##_state *state, u64 value, \
+                                           unsigned bits) \
+    { \
+        (void)value, (void)bits; \
+        if (unlikely(state->shift.none)) \
+            return; \
+        c->carries = state->shift.carries; \
+        finish; \
+    } \
+    CHANGE_FORMS(op##_##count)
+#define SHIFT_COUNTS(op, finish) SHIFT(op, 1, finish) SHIFT(op, I, finish) SHIFT(op, CL, finish)
+
+SHIFT_COUNTS(rol, )
+SHIFT_COUNTS(ror, )
+SHIFT_COUNTS(rcl, )
+SHIFT_COUNTS(rcr, )
+SHIFT_COUNTS(shl, set_result(c, value, bits))
+SHIFT_COUNTS(shr, set_result(c, value, bits))
+SHIFT_COUNTS(sar, set_result(c, value, bits))
+
+/* ---- SHLD, SHRD -------------------------------------------------------------------------------------------------------- */
+
+/* With 16 bits and a count over 16 the result is undefined; here as processors do it: the bits that follow those of the
+ * second operand are the first operand again. */
+ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    u64 b = get_reg(c, r->reg, bits), value, cf;
+    if (bits == 16) {
+        u64 all = a << 32 | b << 16 | a;
+        value = all << n >> 32 & 0xffff;
+        cf = all >> (48 - n) & 1;
+    } else {
+        value = truncate_to(a << n | b >> (bits - n), bits);
+        cf = a >> (bits - n) & 1;
+    }
+    s->carries = cf << 63 | top_bit(value, bits) << 62;
+    return value;
+}
+ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
+{
+    u64 b = get_reg(c, r->reg, bits), value, cf;
+    if (bits == 16) {
+        u64 all = a << 32 | b << 16 | a;
+        value = all >> n & 0xffff;
+        cf = all >> (n - 1) & 1;
+    } else {
+        value = truncate_to(a >> n | b << (bits - n), bits);
+        cf = a >> (n - 1) & 1;
+    }
+    s->carries = cf << 63 | (cf ^ top_bit(value, bits) ^ (value >> (bits - 2) & 1)) << 62;
+    return value;
+}
+#define DOUBLE_SHIFT(op, count) \
+    struct op##_##count##_state { struct shift shift; }; \
+    ALWAYS_INLINE u64 op##_##count(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, \
+                                   struct op##_##count##_state *state) \
+    { \
+        unsigned n = COUNT_##count(bits); \
+        state->shift.none = !n; \
+        return n ? op(c, r, a, n, bits, &state->shift) : a; \
+    } \
+    ALWAYS_INLINE void op##_##count##_done(struct vcpu *c, const struct op##_##count##_state *state, u64 value, \
+                                           unsigned bits) \
+    { \
+        if (unlikely(state->shift.none)) \
+            return; \
+        c->carries = state->shift.carries; \
+        set_result(c, value, bits); \
+    } \
+    CHANGE_FORMS_V(op##_##count)
+DOUBLE_SHIFT(shld, I)
+DOUBLE_SHIFT(shld, CL)
+DOUBLE_SHIFT(shrd, I)
+DOUBLE_SHIFT(shrd, CL)
+
+/* ---- BMI2: no flags. The register in VEX.vvvv is in r->imm ---------------------------------------------------------------- */
+
+#define SHIFT_X(name, expression) \
+    ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
+    { \
+        unsigned n = (unsigned)get_reg(c, (unsigned)r->imm, 8) & (bits - 1); \
+        set_reg(c, r->reg, bits, truncate_to(expression, bits)); \
+    } \
+    READ_FORMS_Y(name)
+SHIFT_X(shlx, e << n)
+SHIFT_X(shrx, e >> n)
+SHIFT_X(sarx, (u64)(sign_extend(e, bits) >> n))
+
+ALWAYS_INLINE void rorx(struct vcpu *c, const struct record *r, u64 e, unsigned bits)
+{
+    unsigned n = (unsigned)r->imm & (bits - 1);
+    set_reg(c, r->reg, bits, truncate_to(e >> n | e << ((bits - n) & (bits - 1)), bits));
+}
+READ_FORMS_Y(rorx)
