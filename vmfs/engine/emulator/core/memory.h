@@ -47,6 +47,7 @@ bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical);
 void tlb_flush(struct vcpu *c);
 void tlb_flush_page(struct vcpu *c, u64 linear);
 void tlb_flush_writes(struct vcpu *c);
+void tlb_clear(struct vcpu *c);
 void tlb_select(struct vcpu *c);
 bool load_pdptrs(struct vcpu *c, u64 cr3); /* false: reserved bits set in a present one */
 /* Guest-physical memory, by slots; what is not RAM reads as ones, writes vanish. For page tables and the like. */
@@ -59,13 +60,13 @@ _Noreturn COLD void segment_fault(struct vcpu *c, const struct record *r, unsign
 /* The page of the last byte decides: an access that crosses a page misses. */
 ALWAYS_INLINE const u8 *fast_linear_read(const struct vcpu *c, u64 linear, unsigned bytes)
 {
-    const struct tlb_entry *e = &c->tlb[linear >> 12 & (TLB_SIZE - 1)];
-    return likely(e->read == ((linear + bytes - 1) & PAGE_MASK)) ? (const u8 *)(linear + e->addend) : NULL;
+    const struct tlb_entry *e = &c->tlb->read[linear >> 12 & (TLB_SIZE - 1)];
+    return likely(e->page == ((linear + bytes - 1) & PAGE_MASK)) ? (const u8 *)(linear + e->addend) : NULL;
 }
 ALWAYS_INLINE u8 *fast_linear_write(const struct vcpu *c, u64 linear, unsigned bytes)
 {
-    const struct tlb_entry *e = &c->tlb[linear >> 12 & (TLB_SIZE - 1)];
-    return likely(e->write == ((linear + bytes - 1) & PAGE_MASK)) ? (u8 *)(linear + e->addend) : NULL;
+    const struct tlb_entry *e = &c->tlb->write[linear >> 12 & (TLB_SIZE - 1)];
+    return likely(e->page == ((linear + bytes - 1) & PAGE_MASK)) ? (u8 *)(linear + e->addend) : NULL;
 }
 ALWAYS_INLINE u64 linear_load(struct vcpu *c, u64 linear, unsigned bytes)
 {
@@ -82,6 +83,12 @@ ALWAYS_INLINE void linear_store(struct vcpu *c, u64 linear, unsigned bytes, u64 
 }
 
 /* ---- Segmented ---------------------------------------------------------------------------------------------------------------- */
+
+ALWAYS_INLINE bool canonical(const struct vcpu *c, u64 linear)
+{
+    unsigned shift = c->cr4 & CR4_LA57 ? 7 : 16;
+    return (u64)((i64)(linear << shift) >> shift) == linear;
+}
 
 static const u64 address_masks[4] = {0xff, 0xffff, 0xffffffff, ~0ull};
 
@@ -175,6 +182,8 @@ ALWAYS_INLINE void set_sp(struct vcpu *c, u64 sp)
 ALWAYS_INLINE u64 stack_linear(struct vcpu *c, const struct record *r, u64 sp, unsigned bytes, unsigned access)
 {
     c->now = r;
+    if (unlikely(c->key & KEY_CODE64 && !canonical(c, sp))) /* elsewhere #GP: the slow path goes by r->seg */
+        raise_error(c, r, VECTOR_SS, 0);
     return linear_of(c, r, SEG_SS, sp & c->stack_mask, bytes, access);
 }
 /* One value; commits RSP last. */

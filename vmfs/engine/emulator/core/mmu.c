@@ -167,15 +167,23 @@ static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
 
 /* ---- TLB ---------------------------------------------------------------------------------------------------------------------- */
 
-static void invalidate(struct tlb_entry *e) { e->read = e->write = e->execute = TLB_INVALID; }
+static struct tlb_entry *entries(struct tlb *t, unsigned kind) { return kind == TLB_READ ? t->read : kind == TLB_WRITE ? t->write : t->execute; }
+
+void tlb_clear(struct vcpu *c)
+{
+    memset(c->tlbs, 0xff, sizeof c->tlbs);
+    c->filled_count = 0;
+}
 
 void tlb_flush(struct vcpu *c)
 {
     if (c->filled_count > TLB_FILLED)
-        memset(c->tlbs, 0xff, sizeof c->tlbs);
+        tlb_clear(c);
     else
-        for (unsigned i = 0; i < c->filled_count; i++)
-            invalidate(&c->tlbs[c->filled[i] >> 10][c->filled[i] & (TLB_SIZE - 1)]);
+        for (unsigned i = 0; i < c->filled_count; i++) {
+            unsigned which = c->filled[i] >> 10;
+            entries(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS)[c->filled[i] & (TLB_SIZE - 1)].page = TLB_INVALID;
+        }
     c->filled_count = 0;
     break_links(c);
 }
@@ -183,7 +191,8 @@ void tlb_flush(struct vcpu *c)
 void tlb_flush_page(struct vcpu *c, u64 linear)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
-        invalidate(&c->tlbs[table][linear >> 12 & (TLB_SIZE - 1)]);
+        for (unsigned kind = 0; kind < TLB_KINDS; kind++)
+            entries(&c->tlbs[table], kind)[linear >> 12 & (TLB_SIZE - 1)].page = TLB_INVALID;
     break_links(c);
 }
 
@@ -191,14 +200,15 @@ void tlb_flush_writes(struct vcpu *c)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++) {
-            struct tlb_entry *e = &c->tlbs[table][i];
-            if (e->write == TLB_INVALID)
+            struct tlb_entry *e = &c->tlbs[table].write[i];
+            if (e->page == TLB_INVALID)
                 continue;
-            e->write = TLB_INVALID;
+            e->page = TLB_INVALID;
             /* It may have been written between the fetch of the log and now. */
-            struct slot *slot = vm_slot(c->vm, c->tlb_physical[table][i]);
+            u64 physical = c->tlbs[table].physical[TLB_WRITE][i];
+            struct slot *slot = vm_slot(c->vm, physical);
             if (slot)
-                mark_dirty(slot, c->tlb_physical[table][i]);
+                mark_dirty(slot, physical);
         }
 }
 
@@ -206,8 +216,8 @@ void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++)
-            if (c->tlb_physical[table][i] == page)
-                c->tlbs[table][i].write = TLB_INVALID;
+            if (c->tlbs[table].physical[TLB_WRITE][i] == page)
+                c->tlbs[table].write[i].page = TLB_INVALID;
 }
 
 /* After CPL, AC, CR0, CR4 changed. */
@@ -217,7 +227,7 @@ void tlb_select(struct vcpu *c)
     unsigned table = c->cpl == 3 ? TLB_USER : c->cr4 & CR4_SMAP && ac ? TLB_SUPERVISOR_AC : TLB_SUPERVISOR;
     if (c->cpl == 3 && ac && c->cr0 & CR0_AM)
         table = TLB_NONE;
-    c->tlb = c->tlbs[table];
+    c->tlb = &c->tlbs[table];
 }
 
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
@@ -238,44 +248,40 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w)
+static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend)
 {
-    unsigned table = (unsigned)(c->tlb - c->tlbs[0]) / TLB_SIZE, at = linear >> 12 & (TLB_SIZE - 1);
-    if (table == TLB_NONE)
-        return;
-    u64 physical = w->physical & c->vm->a20_mask, page = linear & PAGE_MASK;
-    struct slot *slot = vm_slot(c->vm, physical);
-    struct tlb_entry *e = &c->tlbs[table][at];
-    bool user = c->cpl == 3, ac = c->rflags & FLAG_AC, watched = page_watched(c, linear, physical);
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
     if (c->filled_count <= TLB_FILLED) {
         if (c->filled_count < TLB_FILLED)
-            c->filled[c->filled_count] = (u16)(table << 10 | at);
+            c->filled[c->filled_count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
         c->filled_count++;
     }
-    invalidate(e);
-    c->tlb_physical[table][at] = physical & PAGE_MASK;
-    if (!check_rights(c, w, ACCESS_EXECUTE, user, ac))
-        e->execute = page;
-    if (!slot)
-        return; /* memory-mapped: the slow path; `execute` is refused by the fetch */
-    e->addend = (u64)(uintptr_t)slot->host + (physical - slot->address) - linear;
-    if (watched)
-        return;
-    if (!check_rights(c, w, ACCESS_READ, user, ac))
-        e->read = page;
-    u64 number = (physical - slot->address) >> 12;
-    bool logged = atomic_load_explicit(&slot->dirty[number >> 6], memory_order_relaxed) >> (number & 63) & 1;
-    if (w->dirty && logged && !slot->lines[number] && !(slot->flags & SLOT_READ_ONLY) &&
-        !check_rights(c, w, ACCESS_WRITE, user, ac))
-        e->write = page;
+    c->tlbs[table].physical[kind][at] = physical & PAGE_MASK;
+    entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, addend};
 }
 
-static bool canonical(const struct vcpu *c, u64 linear)
+/* After a walk for `access`, which is allowed. */
+static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned access)
 {
-    if (!(c->key & KEY_CODE64))
-        return true;
-    unsigned shift = c->cr4 & CR4_LA57 ? 7 : 16;
-    return (u64)((i64)(linear << shift) >> shift) == linear;
+    unsigned table = (unsigned)(c->tlb - c->tlbs);
+    if (table == TLB_NONE)
+        return;
+    u64 physical = w->physical & c->vm->a20_mask;
+    struct slot *slot = vm_slot(c->vm, physical);
+    u64 addend = slot ? (u64)(uintptr_t)slot->host + (physical - slot->address) - linear : 0;
+    if (access & ACCESS_EXECUTE) {
+        enter(c, table, TLB_EXECUTE, linear, physical, addend);
+        return;
+    }
+    if (!slot || page_watched(c, linear, physical))
+        return; /* the slow path, always */
+    u64 number = (physical - slot->address) >> 12;
+    if (access & ACCESS_WRITE) { /* D is set and the log has it */
+        if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
+            enter(c, table, TLB_WRITE, linear, physical, addend);
+    } else {
+        enter(c, table, TLB_READ, linear, physical, addend);
+    }
 }
 
 /* Translate with rights; fill the TLB. */
@@ -306,17 +312,16 @@ allowed:
             mark_dirty(slot, physical); /* the instruction may still be put off, but it will write */
     }
     if (!supervisor)
-        tlb_fill(c, linear, &w);
+        tlb_fill(c, linear, &w, access);
     return w.physical & c->vm->a20_mask;
 }
 
 u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
 {
-    unsigned table = (unsigned)(c->tlb - c->tlbs[0]) / TLB_SIZE, at = linear >> 12 & (TLB_SIZE - 1);
-    const struct tlb_entry *e = &c->tlb[at];
-    u64 tag = access & ACCESS_EXECUTE ? e->execute : access & ACCESS_WRITE ? e->write : e->read;
-    if (likely(tag == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
-        return c->tlb_physical[table][at] | (linear & 0xfff);
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    enum tlb_kind kind = access & ACCESS_EXECUTE ? TLB_EXECUTE : access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
+    if (likely(entries(c->tlb, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
+        return c->tlb->physical[kind][at] | (linear & 0xfff);
     return translate(c, linear, access);
 }
 
@@ -352,11 +357,11 @@ static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned acces
     unsigned here = 0x1000 - (unsigned)(linear & 0xfff);
     if (here > bytes)
         here = bytes;
-    if (unlikely(!canonical(c, linear) || !canonical(c, linear + bytes - 1))) {
+    if (unlikely(c->key & KEY_CODE64 && (!canonical(c, linear) || !canonical(c, linear + bytes - 1)))) {
         /* the segment decides between #SS and #GP */
         raise_error(c, c->now, c->now && c->now->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
     }
-    if (unlikely(c->tlb == c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (bytes - 1) && bytes <= 8))
+    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (bytes - 1) && bytes <= 8))
         raise_error(c, c->now, VECTOR_AC, 0);
     p[0] = (struct piece){linear, mmu_translate(c, linear, access), here};
     if (here == bytes)

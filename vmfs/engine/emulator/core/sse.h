@@ -42,14 +42,14 @@ void mem_store16_aligned(struct vcpu *c, const struct record *r, xmm value);
 ALWAYS_INLINE const u8 *fast_read16_aligned(const struct vcpu *c, const struct record *r)
 {
     u64 at = fast_address(c, r);
-    const struct tlb_entry *e = &c->tlb[at >> 12 & (TLB_SIZE - 1)];
-    return likely(e->read == (at & (PAGE_MASK | 15))) ? (const u8 *)(at + e->addend) : NULL;
+    const struct tlb_entry *e = &c->tlb->read[at >> 12 & (TLB_SIZE - 1)];
+    return likely(e->page == (at & (PAGE_MASK | 15))) ? (const u8 *)(at + e->addend) : NULL;
 }
 ALWAYS_INLINE u8 *fast_write16_aligned(const struct vcpu *c, const struct record *r)
 {
     u64 at = fast_address(c, r);
-    const struct tlb_entry *e = &c->tlb[at >> 12 & (TLB_SIZE - 1)];
-    return likely(e->write == (at & (PAGE_MASK | 15))) ? (u8 *)(at + e->addend) : NULL;
+    const struct tlb_entry *e = &c->tlb->write[at >> 12 & (TLB_SIZE - 1)];
+    return likely(e->page == (at & (PAGE_MASK | 15))) ? (u8 *)(at + e->addend) : NULL;
 }
 
 /* ---- MXCSR (Intel SDM 1 10.2.3) -------------------------------------------------------------------------------- */

@@ -428,6 +428,7 @@ int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t si
         return -EINVAL;
     if (c->restart && c->reading)
         complete_read(c);
+    c->caught_at = 0; /* it may fault for another reason now */
     return s->set(c, data, size);
 }
 

@@ -149,8 +149,14 @@ enum { TLB_SIZE = 1024, TLB_FILLED = 256 };
 #define PAGE_MASK (~(u64)0xfff)
 #define TLB_INVALID (~(u64)0)
 struct tlb_entry {
-    u64 read, write, execute; /* the linear page address where the fast path may, TLB_INVALID where not */
+    u64 page;                 /* the linear page address where the fast path may, TLB_INVALID where not */
     u64 addend;               /* host address - linear address */
+};
+/* Reads, writes and fetches have entries of their own, so that a copy between pages of one index does not thrash. */
+enum tlb_kind { TLB_READ, TLB_WRITE, TLB_EXECUTE, TLB_KINDS };
+struct tlb {
+    struct tlb_entry read[TLB_SIZE], write[TLB_SIZE], execute[TLB_SIZE];
+    u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages */
 };
 /* Which table the CPU uses: SUPERVISOR_AC is CPL < 3 with EFLAGS.AC set while CR4.SMAP is. NONE is never filled:
  * every access takes the slow path (alignment checks). */
@@ -193,7 +199,7 @@ struct vcpu {
                                  exact between traces */
     u64 zf, sf, carries;      /* the arithmetic flags: see flags.h */
     i64 budget;               /* instructions left in this slice; a trace's are subtracted at its entry */
-    struct tlb_entry *tlb;    /* one of tlbs */
+    struct tlb *tlb;          /* one of tlbs */
     _Atomic u32 attention;
     u32 generation;           /* links and the jump cache hold for it */
     u64 key;                  /* fetch mode */
@@ -269,9 +275,8 @@ struct vcpu {
     u64 tsc_offset;
 
     /* Caches */
-    struct tlb_entry tlbs[TLB_TABLES][TLB_SIZE];
-    u64 tlb_physical[TLB_TABLES][TLB_SIZE];
-    u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: table << 10 | index */
+    struct tlb tlbs[TLB_TABLES];
+    u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: (table * 3 + kind) << 10 | index */
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
     struct cache *cache;

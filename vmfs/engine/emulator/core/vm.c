@@ -83,8 +83,7 @@ static void flush_everything(struct vm *vm)
 {
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i]) {
-            memset(vm->vcpus[i]->tlbs, 0xff, sizeof vm->vcpus[i]->tlbs);
-            vm->vcpus[i]->filled_count = 0;
+            tlb_clear(vm->vcpus[i]);
             cache_flush(vm->vcpus[i]);
         }
 }
@@ -221,7 +220,7 @@ struct vcpu *vcpu_create(struct vm *vm, unsigned index)
         free(c);
         return NULL;
     }
-    memset(c->tlbs, 0xff, sizeof c->tlbs);
+    tlb_clear(c);
     cpuid_defaults(c);
     vm->vcpus[index] = c;
     vcpu_reset(c);

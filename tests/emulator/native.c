@@ -1,0 +1,109 @@
+/* Run a few instructions natively, with given registers, and give everything back: the oracle for the emulator core.
+ *
+ * native_run enters the code at `rip` with the state in `s` and comes back through an INT3 behind it (SIGTRAP), or through
+ * the signal that a fault raises. All signals are taken on an alternate stack, because RSP is the test's too. The code runs
+ * in this process: it must not touch memory that is not the test's, so memory operands point into the arena that the caller
+ * mapped, whose address is the same in the guest. */
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <ucontext.h>
+
+enum { NATIVE_TIMEOUT = 255 }; /* vector of a test that did not end in a second: it jumps to itself */
+enum { SIGNALS = 6 };
+
+struct native_state {
+    uint64_t gpr[16];         /* rax rcx rdx rbx rsp rbp rsi rdi r8 .. r15 */
+    uint64_t rip, rflags;
+    uint64_t fault_address;
+    uint32_t vector;          /* 3: the INT3 behind the code */
+    uint32_t error;
+    uint8_t fx[512] __attribute__((aligned(16))); /* FXSAVE image */
+};
+
+static sigjmp_buf back;
+static struct native_state *current;
+
+static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                              REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+
+static void stopped(int signal, siginfo_t *info, void *context)
+{
+    ucontext_t *u = context;
+    (void)info;
+    for (int i = 0; i < 16; i++)
+        current->gpr[i] = (uint64_t)u->uc_mcontext.gregs[order[i]];
+    current->rip = (uint64_t)u->uc_mcontext.gregs[REG_RIP];
+    current->rflags = (uint64_t)u->uc_mcontext.gregs[REG_EFL];
+    current->vector = (uint32_t)u->uc_mcontext.gregs[REG_TRAPNO];
+    if (signal == SIGALRM)
+        current->vector = NATIVE_TIMEOUT;
+    current->error = (uint32_t)u->uc_mcontext.gregs[REG_ERR];
+    current->fault_address = (uint64_t)u->uc_mcontext.gregs[REG_CR2];
+    memcpy(current->fx, u->uc_mcontext.fpregs, 512);
+    siglongjmp(back, 1);
+}
+
+/* The flags, the x87 and SSE state, the registers, and go; r15 last, from the stack's own copy. */
+__attribute__((naked, noinline)) static void enter(struct native_state *s __attribute__((unused)))
+{
+    __asm__ volatile(
+        "fxrstor64 160(%rdi)\n"
+        "mov 128(%rdi), %rax\n"
+        "mov %rax, target(%rip)\n"
+        "push 136(%rdi)\n"
+        "mov 0(%rdi), %rax\n mov 8(%rdi), %rcx\n mov 16(%rdi), %rdx\n mov 24(%rdi), %rbx\n"
+        "mov 40(%rdi), %rbp\n mov 48(%rdi), %rsi\n"
+        "mov 64(%rdi), %r8\n mov 72(%rdi), %r9\n mov 80(%rdi), %r10\n mov 88(%rdi), %r11\n"
+        "mov 96(%rdi), %r12\n mov 104(%rdi), %r13\n mov 112(%rdi), %r14\n mov 120(%rdi), %r15\n"
+        "popfq\n"
+        "mov 32(%rdi), %rsp\n"
+        "mov 56(%rdi), %rdi\n"
+        "jmp *target(%rip)\n"
+        ".pushsection .data\n target: .quad 0\n .popsection\n");
+}
+
+int native_run(struct native_state *s)
+{
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGALRM};
+    static uint8_t stack[65536];
+    struct sigaction action = {.sa_sigaction = stopped, .sa_flags = SA_SIGINFO | SA_ONSTACK}, old[SIGNALS];
+    struct itimerval old_timer;
+    stack_t alternate = {.ss_sp = stack, .ss_size = sizeof stack}, old_stack;
+    uint8_t saved[512] __attribute__((aligned(16)));
+    sigset_t all, mask;
+    /* Nothing else may arrive meanwhile: a handler of Python would run on the test's stack. */
+    sigfillset(&all);
+    for (int i = 0; i < SIGNALS; i++)
+        sigdelset(&all, signals[i]);
+    sigprocmask(SIG_SETMASK, &all, &mask);
+    sigaltstack(&alternate, &old_stack);
+    for (int i = 0; i < SIGNALS; i++)
+        sigaction(signals[i], &action, &old[i]);
+    __asm__ volatile("fxsave64 %0" : "=m"(saved));
+    current = s;
+    setitimer(ITIMER_REAL, &(struct itimerval){.it_value = {.tv_sec = 1}}, &old_timer);
+    if (!sigsetjmp(back, 1))
+        enter(s);
+    __asm__ volatile("fxrstor64 %0\n cld" : : "m"(saved));
+    setitimer(ITIMER_REAL, &old_timer, NULL); /* pytest-timeout has one */
+    for (int i = 0; i < SIGNALS; i++)
+        sigaction(signals[i], &old[i], NULL);
+    sigaltstack(&old_stack, NULL);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
+    return 0;
+}
+
+/* Memory at a fixed address, or 0. */
+uint64_t native_map(uint64_t address, uint64_t size, int fd, int64_t offset, int executable)
+{
+    void *p = mmap((void *)address, size, PROT_READ | PROT_WRITE | (executable ? PROT_EXEC : 0),
+                   MAP_SHARED | MAP_FIXED_NOREPLACE, fd, offset);
+    if (p != MAP_FAILED && (uint64_t)p != address)
+        munmap(p, size); /* an old kernel without MAP_FIXED_NOREPLACE */
+    return (uint64_t)p == address ? address : 0;
+}
