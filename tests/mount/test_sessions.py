@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,14 @@ def test_the_session_in_the_readme(engine, tmp_path):
     assert list(zip(printed, [command for command, _ in session], strict=True)) == \
         list(zip(shown, [command for command, _ in session], strict=True))
     assert os.listdir(tmp_path / "vmfs") == []
+
+
+def test_the_c_in_the_readme_compiles(tmp_path):
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    snippet = re.search(r"```c\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    source = tmp_path / "readme.c"
+    source.write_text(f"#include <stdio.h>\n#include <vmfs.h>\nint main(void)\n{{\n{snippet}return 0;\n}}\n")
+    flags = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-result", f"-I{ROOT}/vmfs/include"]
+    done = subprocess.run(["gcc", *flags, "-o", tmp_path / "readme", source], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

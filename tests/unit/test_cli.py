@@ -348,3 +348,18 @@ def test_doctor_says_how_to_get_what_is_missing(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (found,) = doctor.fusermount()
     assert (found.status, found.remedy) == (doctor.MISSING, "apt-get install fuse3")
+
+
+# --- the documentation -----------------------------------------------------------------------------------
+
+
+def test_each_option_is_documented():
+    text = (ROOT / "docs/vmfs.md").read_text()
+    parser = cli.Parser("vmfs mount")
+    mount.add_arguments(parser)
+    long = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    assert [name for name in long if f"`{name}" not in text and name != "--help"] == []
+    for option in OPTIONS:
+        if option.field or (option.fuse and "context" not in option.name):
+            assert f"`{option.name}" in text, option.name
+    assert [each.name for each in cli.COMMANDS if f"vmfs {each.name}" not in text] == []
