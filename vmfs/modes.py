@@ -104,6 +104,12 @@ def mode_of(regs: bytes, sregs: bytes) -> str:
     return "v8086" if rflags & RFLAGS_VM else "protected"
 
 
+def check_mode(mode: str) -> None:
+    """Invalid where there is no mode of that name."""
+    if mode not in MODES:
+        raise Invalid(f"there is no mode {mode}: {', '.join(MODES)}")
+
+
 def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 4 << 30) -> None:
     """Put a CPU into a mode, ready for a flat binary at address 0: rip 0, interrupts off, a stack, no IDT.
 
@@ -112,8 +118,7 @@ def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 
     and all of `size`, to themselves, for user mode, too. The stack is below all that; in real mode below
     64 KiB. The other general registers keep their values; SSE is switched on outside of real mode.
     """
-    if mode not in MODES:
-        raise Invalid(f"there is no mode {mode}: {', '.join(MODES)}")
+    check_mode(mode)
     tables = _page_tables_size(max(size, reach)) if mode == "long" else 0
     gdt = (size - PAGE_SIZE) & -PAGE_SIZE
     top = _REAL_STACK if mode == "real" else gdt - tables

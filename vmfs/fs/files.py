@@ -20,6 +20,7 @@ from vmfs.fs.memory_file import Mem
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.waiting import finished
 from vmfs.memory import PAGE
+from vmfs.modes import check_mode
 from vmfs.numbers import parse_number, parse_size
 from vmfs.registers import (
     REGISTERS,
@@ -51,6 +52,9 @@ def _registers(scope: MachineScope) -> Future[str]:
 
 def _set_registers(scope: MachineScope, text: str) -> None:
     values = parse_registers(text)
+    if scope.vm.state != "running":  # then it is Busy
+        # Before `change`, which completes a pending access: whether there are such MSRs.
+        scope.vm.at_boundary(lambda cpu: [read_register(cpu, name) for name in values]).result()
     scope.vm.change(lambda cpu: write_registers(cpu, values))
 
 
@@ -109,8 +113,10 @@ async def _mode(scope: MachineScope) -> str:
 
 
 async def _set_mode(scope: MachineScope, text: str) -> None:
+    mode = text.strip()
+    check_mode(mode)
     async with scope.memory.change():
-        scope.vm.set_mode(text.strip())
+        scope.vm.set_mode(mode)
 
 
 def _complaint(scope: MachineScope) -> str:

@@ -145,24 +145,31 @@ class _StateHandle(Handle):
         return self._blob[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
+        vm, name, end = self.scope.vm, self._kind.name, offset + len(data)
+        if vm.state != "running":  # then it is Busy
+            # Before `change`, which completes a pending access, and so would not leave all as it was.
+            size = len(self.scope.sample(name).result())
+            if end > size and not self._is_whole(offset, data):
+                raise PastEnd(f"{name}: byte {end} is past its {size}")
         if self._of_machine:
-            self.scope.vm.change_machine_state(self._kind.name, lambda old: self._new(old, offset, data))
+            vm.change_machine_state(self._kind.name, lambda old: self._new(old, offset, data))
         else:
-            self.scope.vm.change(lambda cpu: self._set(cpu, offset, data))
+            vm.change(lambda cpu: self._set(cpu, offset, data))
         return len(data)
 
     def _set(self, cpu: Vcpu, offset: int, data: bytes) -> None:
         name = self._kind.name
         cpu.set_state(name, self._new(lambda: cpu.get_state(name), offset, data))
 
+    def _is_whole(self, offset: int, data: bytes) -> bool:
+        return offset == 0 and self._kind.is_whole(data)
+
     def _new(self, old: Callable[[], bytes], offset: int, data: bytes) -> bytes:
         """The state with `data` at `offset`."""
-        if offset == 0 and self._kind.is_whole(data):
+        if self._is_whole(offset, data):
             self.scope.forget_size(self._kind.name)
             return data
         blob = old()
-        if offset + len(data) > len(blob):
-            raise PastEnd(f"{self._kind.name}: byte {offset + len(data)} is past its {len(blob)}")
         return blob[:offset] + data + blob[offset + len(data) :]
 
 

@@ -1,0 +1,154 @@
+"""Every row of the tables: what its mode and its kind say, and what it answers to bad input."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+
+from vmfs.exits import Io
+from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
+
+ROWS = {row.name: row for row in FILES}
+
+# What no file of the row takes, and its errno. A row that can be written and is not here fails the test below.
+BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
+    "vm_run": ((b"", errno.EINVAL), (b"run run", errno.EINVAL), (b"step -1", errno.EINVAL)),
+    "vm_run.bin": ((b"jump", errno.EINVAL), (b"until", errno.EINVAL)),
+    "exit.data": ((b"12345678", errno.EFBIG),),
+    "state": ((b"stop", errno.EINVAL), (b"run\nrun", errno.EINVAL), (b"\xff", errno.EINVAL)),
+    **{
+        name: ((bytes(1 << 16), errno.EFBIG),)
+        for name in "regs sregs fpu xsave xcrs msrs debugregs events mp_state cpuid clock".split()
+    },
+    **{name: ((bytes(1024), errno.EOPNOTSUPP),) for name in "lapic irqchip pit".split()},
+    "registers": (
+        (b"rax", errno.EINVAL),
+        (b"rax 1 2", errno.EINVAL),
+        (b"rax 1\nmsr.0x999 1", errno.EINVAL),
+        (b"rbx 0x1\0", errno.EINVAL),
+        (b"cs.type 256", errno.EINVAL),
+    ),
+    "mem": (),  # its one failure, past the end, needs an offset
+    "mem_size": ((b"4095", errno.EINVAL), (b"0", errno.EINVAL), (b"big", errno.EINVAL), (b"-4K", errno.EINVAL)),
+    "engine": ((b"none such", errno.EINVAL), (b"", errno.EINVAL)),
+    "mode": ((b"long short", errno.EINVAL), (b"LONG", errno.EINVAL)),
+    "irq": (
+        (b"256", errno.EINVAL),
+        (b"-1", errno.EINVAL),
+        (b"nmi 1", errno.EINVAL),
+        (b"line 1 2", errno.EINVAL),
+        (b"1\n2", errno.EINVAL),
+        (b"\0\0\0", errno.EINVAL),
+        (b"\0\0\0\1", errno.EINVAL),
+        (b"line 1 1", errno.EOPNOTSUPP),
+    ),
+    "debug": (
+        (b"2", errno.EINVAL),
+        (b"break", errno.EINVAL),
+        (b"1\nbreak x", errno.EINVAL),
+        (b"delete 1", errno.EINVAL),
+        (b"catch 3", errno.EINVAL),
+        (b"".join(b"break %d\n" % address for address in range(5)), errno.EOPNOTSUPP),
+    ),
+}
+
+
+def test_names_stand_once():
+    for rows in (FILES, ROOT_FILES):
+        names = [row.name for row in rows]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("row", (*FILES, *ROOT_FILES, *REGISTER_FILES.values()), ids=lambda row: row.name)
+def test_a_mode_says_what_the_kind_can(row):
+    assert bool(row.mode & 0o444) == row.kind.readable
+    assert bool(row.mode & 0o222) == row.kind.writable
+    assert not row.mode & ~0o666
+
+
+def test_every_row_is_opened_for_what_it_can_and_for_nothing_else(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        rows = [(f"a/{row.name}", row) for row in FILES] + [(row.name, row) for row in ROOT_FILES]
+        for path, row in rows:
+            assert stat.S_IMODE((await kernel.walk(path)).st_mode) == row.mode & ~0o022
+            for flags, can in (
+                (os.O_RDONLY, row.kind.readable),
+                (os.O_WRONLY, row.kind.writable),
+                (os.O_RDWR, row.kind.readable and row.kind.writable),
+            ):
+                if can:
+                    await (await kernel.open(path, flags)).close()
+                else:
+                    with pytest.raises(PermissionError):
+                        await kernel.open(path, flags)
+
+    on_fs(test)
+
+
+def test_bad_input_is_refused_with_a_sentence_and_changes_nothing(on_fs):
+    assert set(BAD_INPUT) == {row.name for row in FILES if row.kind.writable}
+
+    async def test(kernel):
+        await kernel.mkdir("a")
+        kernel.engine.cpu.play([Io(direction="in", port=1, size=4, rip=5)])
+        await kernel.read("a/vm_run")
+        before = await _all_of(kernel)
+        for name, inputs in BAD_INPUT.items():
+            for data, number in inputs:
+                with pytest.raises(OSError) as caught:
+                    await kernel.write(f"a/{name}", data)
+                assert caught.value.errno == number, (name, data)
+                sentence = await kernel.read("a/error")
+                assert sentence.startswith(f"{name}: ") and sentence.endswith("\n"), sentence
+                assert len(sentence.splitlines()) == 1
+                assert await _all_of(kernel) == before, (name, data)
+
+    on_fs(test)
+
+
+async def _all_of(kernel) -> dict[str, bytes]:
+    """What every file shows, but for what changes by looking, and the complaint itself."""
+    shown = {}
+    for row in FILES:
+        if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", "error", "stat", "dirty", "mem"):
+            file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
+            try:
+                shown[row.name] = await file.read()
+            except OSError as error:
+                assert error.errno == errno.EOPNOTSUPP and row.name in ("lapic", "irqchip", "pit")
+            await file.close()
+    shown["interrupts"] = bytes(kernel.engine.cpu.interrupts)
+    return shown
+
+
+def test_texts_end_with_one_newline(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        texts = "state stat registers mem_size engine mode debug reg/rax reg/cs reg/msr.0x10".split()
+        for name in texts:
+            text = await kernel.read(f"a/{name}")
+            assert text.endswith("\n") and not text.endswith("\n\n"), name
+        engines = (await kernel.read("engines")).splitlines()
+        assert engines == [
+            'fake available=yes preferred=yes speed=1.5 reason="it is \\"fake\\""',
+            'other available=no preferred=no speed=- reason="no"',
+        ]
+
+    on_fs(test)
+
+
+def test_sizes_are_those_of_what_is_read(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        for row in FILES:
+            if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", "lapic", "irqchip", "pit", "mem"):
+                size = (await kernel.walk(f"a/{row.name}")).st_size
+                file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
+                assert size in (0, len(await file.read())), row.name
+                assert file.info.direct_io  # a size of 0 does not cut what is read
+
+    on_fs(test)
