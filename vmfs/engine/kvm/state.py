@@ -12,6 +12,7 @@ from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.errors import EngineFailed, Invalid, Unsupported
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
+_IA32_TSC = 0x10
 _LEAF_1_ECX_X2APIC, _LEAF_1_ECX_TSC_DEADLINE = 1 << 21, 1 << 24
 
 
@@ -161,10 +162,12 @@ class VcpuState:
             indices = _accepted(
                 self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)]
             )
-            values = [(index, self.get_msr(index)) for index, _zero in indices]
-            self._saved_msrs = tuple(
-                index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values)
-            )
+            # The time stamp counter takes every value, and writing it back would set it back by a little.
+            values = [(index, self.get_msr(index)) for index, _zero in indices if index != _IA32_TSC]
+            writable = {index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values)} | {
+                _IA32_TSC
+            }
+            self._saved_msrs = tuple(index for index, _zero in indices if index in writable)
         return self._saved_msrs
 
     # CPUID
