@@ -1,7 +1,7 @@
-"""An engine without a CPU, for tests of what is above engines: it keeps the contract of vmfs.engine.base, and a
-run ends with what a test has put into `script`, or goes on until it is kicked.
+"""An engine without a CPU, for tests of what is above engines. It keeps the contract of vmfs.engine.base; a run
+ends with what a test has put into `script`, or goes on until it is kicked.
 
-An item of the script is an Exit, or a function that gets the Vcpu and returns one (it may write RAM: `store`).
+An item of the script is an Exit, or a function that gets the Vcpu, may `store` to RAM, and returns one.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class FakeMachine(Machine):
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
+        self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
     def map_memory(self, slot, guest_address, fd, offset, size, *, read_only=False):
         if self.memory is not None:
@@ -77,7 +78,9 @@ class FakeMachine(Machine):
         raise Unsupported("the fake engine has no interrupt controllers")
 
     def irq_line(self, gsi, level):
-        raise Unsupported(f"an interrupt line: {NO_CONTROLLER}")
+        if self.lines is None:
+            raise Unsupported(f"an interrupt line: {NO_CONTROLLER}")
+        self.lines.append((gsi, level))
 
     def store(self, address: int, data: bytes) -> None:
         """As the guest does it."""
