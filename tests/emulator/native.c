@@ -67,7 +67,25 @@ __attribute__((naked, noinline)) static void enter(struct native_state *s __attr
         ".pushsection .data\n target: .quad 0\n .popsection\n");
 }
 
-int native_run(struct native_state *s)
+/* The same in compatibility mode: eight registers, 32-bit code, flat segments. 0x23 and 0x2b are Linux's selectors. */
+__attribute__((naked, noinline)) static void enter_compat(struct native_state *s __attribute__((unused)))
+{
+    __asm__ volatile(
+        "fxrstor64 160(%rdi)\n"
+        "mov 128(%rdi), %rax\n"
+        "mov %eax, far_target(%rip)\n"
+        "mov $0x2b, %eax\n mov %eax, %ds\n mov %eax, %es\n"
+        "push 136(%rdi)\n"
+        "mov 0(%rdi), %eax\n mov 8(%rdi), %ecx\n mov 16(%rdi), %edx\n mov 24(%rdi), %ebx\n"
+        "mov 40(%rdi), %ebp\n mov 48(%rdi), %esi\n"
+        "popfq\n"
+        "mov 32(%rdi), %esp\n"
+        "mov 56(%rdi), %edi\n"
+        "ljmp *far_target(%rip)\n"
+        ".pushsection .data\n far_target: .long 0\n .word 0x23\n .popsection\n");
+}
+
+static int run(struct native_state *s, void (*enter_code)(struct native_state *))
 {
     static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGALRM};
     static uint8_t stack[65536];
@@ -76,6 +94,7 @@ int native_run(struct native_state *s)
     stack_t alternate = {.ss_sp = stack, .ss_size = sizeof stack}, old_stack;
     uint8_t saved[512] __attribute__((aligned(16)));
     sigset_t all, mask;
+    uint16_t ds, es;
     /* Nothing else may arrive meanwhile: a handler of Python would run on the test's stack. */
     sigfillset(&all);
     for (int i = 0; i < SIGNALS; i++)
@@ -85,11 +104,13 @@ int native_run(struct native_state *s)
     for (int i = 0; i < SIGNALS; i++)
         sigaction(signals[i], &action, &old[i]);
     __asm__ volatile("fxsave64 %0" : "=m"(saved));
+    __asm__ volatile("mov %%ds, %0\n mov %%es, %1" : "=r"(ds), "=r"(es));
     current = s;
     setitimer(ITIMER_REAL, &(struct itimerval){.it_value = {.tv_sec = 1}}, &old_timer);
     if (!sigsetjmp(back, 1))
-        enter(s);
+        enter_code(s);
     __asm__ volatile("fxrstor64 %0\n cld" : : "m"(saved));
+    __asm__ volatile("mov %0, %%ds\n mov %1, %%es" : : "r"(ds), "r"(es));
     setitimer(ITIMER_REAL, &old_timer, NULL); /* pytest-timeout has one */
     for (int i = 0; i < SIGNALS; i++)
         sigaction(signals[i], &old[i], NULL);
@@ -97,6 +118,9 @@ int native_run(struct native_state *s)
     sigprocmask(SIG_SETMASK, &mask, NULL);
     return 0;
 }
+
+int native_run(struct native_state *s) { return run(s, enter); }
+int native_run_compat(struct native_state *s) { return run(s, enter_compat); }
 
 /* Memory at a fixed address, or 0. */
 uint64_t native_map(uint64_t address, uint64_t size, int fd, int64_t offset, int executable)

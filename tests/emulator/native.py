@@ -90,7 +90,8 @@ class Host:
         aligned = (ctypes.addressof(buffer) + 63) & ~63
         self.buffer, self.state = buffer, NativeState.from_address(aligned)
 
-    def run(self, case: Case) -> Outcome:
+    def run(self, case: Case, compat: bool = False) -> Outcome:
+        """In 64-bit mode, or in compatibility mode: then the registers are 32 bits wide, and R8 to R15 do not matter."""
         s, at = self.state, case.ip - CODE
         self.memory[:CODE_SIZE] = b"\xcc" * CODE_SIZE
         self.memory[at : at + len(case.code)] = case.code
@@ -98,7 +99,7 @@ class Host:
         s.gpr[:] = [case.gprs[name] for name in GPRS]
         s.rip, s.rflags, s.fault_address, s.vector, s.error = case.ip, case.flags | 0x202, 0, 0, 0
         ctypes.memmove(s.fx, case.fx, 512)
-        self.lib.native_run(ctypes.byref(s))
+        (self.lib.native_run_compat if compat else self.lib.native_run)(ctypes.byref(s))
         arrived = s.vector == 14 and s.rip == s.fault_address != case.ip  # a jump to where nothing is mapped
         trapped = s.vector == 3 and s.rip != case.ip + 1
         done = arrived or trapped
@@ -144,7 +145,7 @@ class Core:
         self.cpu.set_state("sregs", user_sregs(0x1000))
         self.cpu.set_debug(False, [(_core.STOP_VECTOR, vector, vector, 0, 0, 0) for vector in range(32)])
 
-    def run(self, case: Case) -> Outcome:
+    def load(self, case: Case) -> None:
         cpu, at = self.cpu, 0x10000 + case.ip - CODE
         self.memory[0x10000 : 0x10000 + CODE_SIZE] = b"\xcc" * CODE_SIZE
         self.memory[at : at + len(case.code)] = case.code
@@ -155,7 +156,14 @@ class Core:
         xsave[:512] = case.fx
         struct.pack_into("<Q", xsave, 512, 3)
         cpu.set_state("xsave", bytes(xsave))
-        exit = cpu.run(1)
+
+    def run(self, case: Case) -> Outcome:
+        self.load(case)
+        return self.outcome(case, self.cpu.run(1))
+
+    def outcome(self, case: Case, exit: tuple) -> Outcome:
+        """The state, after an exit at the budget (done) or at an exception."""
+        cpu = self.cpu
         reason, vector, message = exit[0], exit[8], exit[9]
         if reason == _core.EXIT_LIMIT:
             vector = COMPLETED
