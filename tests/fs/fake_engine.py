@@ -1,5 +1,5 @@
-"""An engine without a CPU, for tests of what is above engines. It keeps the contract of vmfs.engine.base; a run
-ends with what a test has put into `script`, or goes on until it is kicked.
+"""An engine without a CPU, for tests of what is above engines. It keeps the contract of engine.base, and a
+run ends with what a test has put into `script`, or goes on until it is kicked.
 
 An item of the script is an Exit, or a function that gets the Vcpu, may `store` to RAM, and returns one.
 """
