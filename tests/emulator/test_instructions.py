@@ -31,16 +31,6 @@ CPUINFO = {
 HOST = set(open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()) if os.path.exists("/proc/cpuinfo") else set()
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return native.Host(native.build(tmp_path_factory.mktemp("native")))
-
-
-@pytest.fixture(scope="module")
-def core():
-    return native.Core()
-
-
 def row_id(row):
     operands = ",".join(operand for operand in row["operands"] if operand)
     digit = f"/{row['digit']}" if row["digit"] >= 0 else ""

@@ -1,9 +1,10 @@
-/* AES, carry-less multiplication and SHA in C (FIPS 197, FIPS 180-4; Intel SDM 2 for the order of elements). */
+/* AES, carry-less multiplication and SHA in C (FIPS 197, FIPS 180-4; Intel SDM 2 for the order of
+ * elements). */
 #include "crypto.h"
 
 typedef union { __m128i x; u8 b[16]; u32 d[4]; u64 q[2]; } block;
 
-/* ---- AES: byte 4 * column + row (FIPS 197 3.4) ------------------------------------------------------------------------ */
+/* ---- AES: byte 4 * column + row (FIPS 197 3.4) --------------------------------------------------------- */
 
 static const u8 sbox[256] = {
     0x63, 0x7c, 0x77, 0x7b, 0xf2, 0x6b, 0x6f, 0xc5, 0x30, 0x01, 0x67, 0x2b, 0xfe, 0xd7, 0xab, 0x76,
@@ -79,18 +80,28 @@ static block inverse_substitute_shifted(__m128i state)
     return t;
 }
 
-__m128i portable_aesenc(__m128i d, __m128i s) { return _mm_xor_si128(mix_columns(substitute_shifted(d)).x, s); }
-__m128i portable_aesenclast(__m128i d, __m128i s) { return _mm_xor_si128(substitute_shifted(d).x, s); }
+__m128i portable_aesenc(__m128i d, __m128i s)
+{
+    return _mm_xor_si128(mix_columns(substitute_shifted(d)).x, s);
+}
+__m128i portable_aesenclast(__m128i d, __m128i s)
+{
+    return _mm_xor_si128(substitute_shifted(d).x, s);
+}
 __m128i portable_aesdec(__m128i d, __m128i s)
 {
     return _mm_xor_si128(inverse_mix_columns(inverse_substitute_shifted(d)).x, s);
 }
-__m128i portable_aesdeclast(__m128i d, __m128i s) { return _mm_xor_si128(inverse_substitute_shifted(d).x, s); }
+__m128i portable_aesdeclast(__m128i d, __m128i s)
+{
+    return _mm_xor_si128(inverse_substitute_shifted(d).x, s);
+}
 __m128i portable_aesimc(__m128i s) { return inverse_mix_columns((block){s}).x; }
 
 static u32 substitute_word(u32 w)
 {
-    return sbox[w & 255] | (u32)sbox[w >> 8 & 255] << 8 | (u32)sbox[w >> 16 & 255] << 16 | (u32)sbox[w >> 24] << 24;
+    return sbox[w & 255] | (u32)sbox[w >> 8 & 255] << 8 | (u32)sbox[w >> 16 & 255] << 16 |
+           (u32)sbox[w >> 24] << 24;
 }
 static u32 rotate_right(u32 x, unsigned n) { return x >> n | x << (32 - n); }
 static u32 rotate_left(u32 x, unsigned n) { return x << n | x >> (32 - n); }
@@ -105,7 +116,7 @@ __m128i portable_aeskeygenassist(__m128i s, u8 round_constant)
     return k.x;
 }
 
-/* ---- Carry-less multiplication -------------------------------------------------------------------------------------------- */
+/* ---- Carry-less multiplication ------------------------------------------------------------------------- */
 
 __m128i portable_pclmulqdq(__m128i d, __m128i s, u8 imm)
 {
@@ -119,13 +130,14 @@ __m128i portable_pclmulqdq(__m128i d, __m128i s, u8 imm)
     return product.x;
 }
 
-/* ---- SHA-1: the first word of a block is the highest element ---------------------------------------------------------------- */
+/* ---- SHA-1: the first word of a block is the highest element ------------------------------------------- */
 
 __m128i portable_sha1rnds4(__m128i d, __m128i s, u8 imm)
 {
     static const u32 constants[4] = {0x5a827999, 0x6ed9eba1, 0x8f1bbcdc, 0xca62c1d6};
     block state = {d}, words = {s};
-    u32 A = state.d[3], B = state.d[2], C = state.d[1], D = state.d[0], E = 0; /* E is in the first word already */
+    u32 A = state.d[3], B = state.d[2], C = state.d[1], D = state.d[0];
+    u32 E = 0; /* it is in the first word already */
     unsigned phase = imm & 3;
     for (unsigned i = 0; i < 4; i++) {
         u32 f = phase == 0 ? (B & C) ^ (~B & D) : phase == 2 ? (B & C) ^ (B & D) ^ (C & D) : B ^ C ^ D;
@@ -147,7 +159,8 @@ __m128i portable_sha1nexte(__m128i d, __m128i s)
 __m128i portable_sha1msg1(__m128i d, __m128i s)
 {
     block a = {d}, b = {s};
-    return _mm_set_epi32((int)(a.d[1] ^ a.d[3]), (int)(a.d[0] ^ a.d[2]), (int)(b.d[3] ^ a.d[1]), (int)(b.d[2] ^ a.d[0]));
+    return _mm_set_epi32((int)(a.d[1] ^ a.d[3]), (int)(a.d[0] ^ a.d[2]), (int)(b.d[3] ^ a.d[1]),
+                         (int)(b.d[2] ^ a.d[0]));
 }
 __m128i portable_sha1msg2(__m128i d, __m128i s)
 {
@@ -159,7 +172,7 @@ __m128i portable_sha1msg2(__m128i d, __m128i s)
     return w.x;
 }
 
-/* ---- SHA-256 (the functions of FIPS 180-4 4.1.2) -------------------------------------------------------------------------------- */
+/* ---- SHA-256 (the functions of FIPS 180-4 4.1.2) ------------------------------------------------------- */
 
 static u32 sigma0(u32 x) { return rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3; }
 static u32 sigma1(u32 x) { return rotate_right(x, 17) ^ rotate_right(x, 19) ^ x >> 10; }
@@ -167,8 +180,8 @@ static u32 sigma1(u32 x) { return rotate_right(x, 17) ^ rotate_right(x, 19) ^ x 
 __m128i portable_sha256rnds2(__m128i d, __m128i s, __m128i words)
 {
     block cdgh = {d}, abef = {s}, wk = {words};
-    u32 A = abef.d[3], B = abef.d[2], C = cdgh.d[3], D = cdgh.d[2], E = abef.d[1], F = abef.d[0], G = cdgh.d[1],
-        H = cdgh.d[0];
+    u32 A = abef.d[3], B = abef.d[2], C = cdgh.d[3], D = cdgh.d[2];
+    u32 E = abef.d[1], F = abef.d[0], G = cdgh.d[1], H = cdgh.d[0];
     for (unsigned i = 0; i < 2; i++) {
         u32 sum1 = rotate_right(E, 6) ^ rotate_right(E, 11) ^ rotate_right(E, 25);
         u32 sum0 = rotate_right(A, 2) ^ rotate_right(A, 13) ^ rotate_right(A, 22);

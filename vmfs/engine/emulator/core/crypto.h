@@ -1,5 +1,5 @@
-/* The operations of AES, PCLMULQDQ and SHA instructions in C, for hosts that lack them. Each is the instruction's: the first
- * argument is the destination operand. */
+/* The operations of AES, PCLMULQDQ and SHA instructions in C, for hosts that lack them. Each is the
+ * instruction's: the first argument is the destination operand. */
 #ifndef VMFS_CRYPTO_H
 #define VMFS_CRYPTO_H
 

@@ -1,7 +1,7 @@
 /* MXCSR, SIMD floating-point exceptions, and 16-byte memory operands. */
 #include "sse.h"
 
-/* ---- Memory operands: out of line, so that handlers have no locals in memory and end in a jump -------------------- */
+/* ---- Memory operands: out of line, so that handlers have no locals in memory and end in a jump --------- */
 
 static xmm load_vector(struct vcpu *c, const struct record *r, bool aligned)
 {
@@ -20,7 +20,7 @@ void mem_store16_aligned(struct vcpu *c, const struct record *r, xmm value)
     mem_store_vector(c, r, &value, sizeof value, true);
 }
 
-/* ---- The register --------------------------------------------------------------------------------------------------- */
+/* ---- The register -------------------------------------------------------------------------------------- */
 
 /* Flush-to-zero acts only while underflow is masked (Intel SDM 1 10.2.3.3), and on the host it always is. */
 static u32 host_mxcsr(u32 guest)
@@ -54,10 +54,10 @@ void mxcsr_write(struct vcpu *c, u32 value)
     _mm_setcsr(host_mxcsr(value));
 }
 
-/* ---- Unmasked exceptions ----------------------------------------------------------------------------------------------
+/* ---- Unmasked exceptions -------------------------------------------------------------------------------------
  *
- * Intel SDM 1 11.5: invalid, denormal and division by zero are found before the computation; an unmasked one of any
- * element ends the instruction there, and the flags of overflow, underflow and inexact stay as they were. */
+ * Intel SDM 1 11.5: invalid, denormal and division by zero are found before the computation; an unmasked one of
+ * any element ends the instruction there, and the flags of overflow, underflow and inexact stay as they were. */
 
 enum { BEFORE = MXCSR_IE | MXCSR_DE | MXCSR_ZE };
 
@@ -95,8 +95,8 @@ static u64 lane_result(enum arithmetic op, unsigned bytes, u64 a, u64 b)
     return low64(d);
 }
 
-/* Whether the result is inexact with an unbounded exponent: the x87 rounds to the same precision and has 15 bits of
- * exponent. */
+/* Whether the result is inexact with an unbounded exponent: the x87 rounds to the same precision and has 15
+ * bits of exponent. */
 static bool inexact_unbounded(enum arithmetic op, unsigned bytes, u64 a, u64 b, u32 mxcsr)
 {
     bool single = bytes == 4 || op == FLOAT_TO_SINGLE;
@@ -129,8 +129,8 @@ static bool is_denormal(u64 value, unsigned bytes)
                       : !(value & 0x7ff0000000000000) && value & 0xfffffffffffff;
 }
 
-/* Unlike the masked ones, an unmasked underflow needs no loss of precision, and the precision flag of an unmasked
- * overflow or underflow is that of the result with an unbounded exponent (SDM 1 4.9.1.5). */
+/* Unlike the masked ones, an unmasked underflow needs no loss of precision, and the precision flag of an
+ * unmasked overflow or underflow is that of the result with an unbounded exponent (SDM 1 4.9.1.5). */
 static u32 lane_flags(enum arithmetic op, unsigned bytes, u64 a, u64 b, u32 mxcsr)
 {
     unsigned result_bytes = op == FLOAT_TO_SINGLE ? 4 : bytes;
@@ -152,15 +152,16 @@ static u32 lane_flags(enum arithmetic op, unsigned bytes, u64 a, u64 b, u32 mxcs
     return flags;
 }
 
-void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes, unsigned lanes,
-                      xmm d, xmm s)
+void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes,
+                      unsigned lanes, xmm d, xmm s)
 {
     union vector a, b;
     u32 mxcsr = mxcsr_read(c), flags = 0;
     _mm_storeu_si128((xmm *)&a, d);
     _mm_storeu_si128((xmm *)&b, s);
     for (unsigned i = 0; i < lanes; i++)
-        flags |= bytes == 4 ? lane_flags(op, 4, a.d[i], b.d[i], mxcsr) : lane_flags(op, 8, a.q[i], b.q[i], mxcsr);
+        flags |= bytes == 4 ? lane_flags(op, 4, a.d[i], b.d[i], mxcsr)
+                            : lane_flags(op, 8, a.q[i], b.q[i], mxcsr);
     _mm_setcsr(host_mxcsr(mxcsr));
     raise_unmasked(c, r, flags);
 }

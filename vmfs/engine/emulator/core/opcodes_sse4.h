@@ -75,8 +75,8 @@ INSN(PCMPISTRI, M3A, 0x63, P66, NO, RM, Vx, Wx, Ib, D, pcmpistri, SSE42, A_SSE, 
 INSN(CRC32, M38, 0xf0, PF2, NO, RM, Gd, Eb, __, B, crc32, SSE42, A_NONE, NONE, NONE, NONE)
 INSN(CRC32, M38, 0xf1, PF2, NO, RM, Gd, Ev, __, V, crc32, SSE42, A_NONE, NONE, NONE, NONE)
 
-/* AES, PCLMULQDQ, SHA. SHA's memory operands must be aligned by the manual; AMD's processors do not check it. The rows that
- * test_instructions.py leaves out are in test_sse.py. */
+/* AES, PCLMULQDQ, SHA. By the manual, SHA's memory operands must be aligned; AMD's processors do not check it. The
+ * rows that test_instructions.py leaves out are in test_sse.py. */
 INSN(AESIMC, M38, 0xdb, P66, NO, RM, Vx, Wx, __, D, aesimc, AES, A_SSE, NONE, NONE, NONE)
 INSN(AESENC, M38, 0xdc, P66, NO, RM, Vx, Wx, __, D, aesenc, AES, A_SSE, NONE, NONE, NONE)
 INSN(AESENCLAST, M38, 0xdd, P66, NO, RM, Vx, Wx, __, D, aesenclast, AES, A_SSE, NONE, NONE, NONE)

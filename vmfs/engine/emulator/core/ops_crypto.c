@@ -4,7 +4,8 @@
 
 #include <cpuid.h>
 
-/* CPUID.(7,0):EBX bit 29. A serializing CPUID an instruction would cost more than the SHA round in C: asked once. */
+/* CPUID.(7,0):EBX bit 29. A serializing CPUID an instruction would cost more than the SHA round in C: asked
+ * once. */
 static bool host_sha;
 static __attribute__((constructor)) void find_host_sha(void)
 {

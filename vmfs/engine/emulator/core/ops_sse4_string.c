@@ -1,7 +1,7 @@
 /* SSE4.2: string comparison and CRC32. */
 #include "sse.h"
 
-/* ---- PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM -------------------------------------------------------------------- */
+/* ---- PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM -------------------------------------------------------- */
 
 struct comparison {
     xmm mask;
@@ -9,8 +9,8 @@ struct comparison {
     bool carry, zero, sign, overflow;
 };
 
-/* The lengths of the explicit forms are EAX and EDX, or RAX and RDX with REX.W, saturated to the number of elements:
- * saturated here, so that one host instruction serves both. */
+/* The lengths of the explicit forms are EAX and EDX, or RAX and RDX with REX.W, saturated to the number of
+ * elements: saturated here, so that one host instruction serves both. */
 static i32 element_count(const struct vcpu *c, const struct record *r, unsigned reg)
 {
     i64 length = r->prefix & PREFIX_REX_W ? (i64)c->gpr[reg] : (i32)c->gpr[reg];
@@ -19,7 +19,7 @@ static i32 element_count(const struct vcpu *c, const struct record *r, unsigned 
 
 #define FLAG_OUTPUTS "=@ccc"(k.carry), "=@ccz"(k.zero), "=@ccs"(k.sign), "=@cco"(k.overflow)
 #define EXPLICIT(name, result) \
-    static __attribute__((noinline)) struct comparison host_##name(xmm a, xmm b, u32 imm, i32 la, i32 lb) \
+    static NOINLINE struct comparison host_##name(xmm a, xmm b, u32 imm, i32 la, i32 lb) \
     { \
         struct comparison k = {0}; \
         switch (imm) { \
@@ -28,7 +28,7 @@ static i32 element_count(const struct vcpu *c, const struct record *r, unsigned 
         return k; \
     }
 #define IMPLICIT(name, result) \
-    static __attribute__((noinline)) struct comparison host_##name(xmm a, xmm b, u32 imm) \
+    static NOINLINE struct comparison host_##name(xmm a, xmm b, u32 imm) \
     { \
         struct comparison k = {0}; \
         switch (imm) { \
@@ -38,11 +38,13 @@ static i32 element_count(const struct vcpu *c, const struct record *r, unsigned 
     }
 #define CASE_pcmpestri(n) \
     case n: \
-        __asm__("pcmpestri %9, %8, %7" : "=c"(k.index), FLAG_OUTPUTS : "a"(la), "d"(lb), "x"(a), "x"(b), "i"(n)); \
+        __asm__("pcmpestri %9, %8, %7" \
+                : "=c"(k.index), FLAG_OUTPUTS : "a"(la), "d"(lb), "x"(a), "x"(b), "i"(n)); \
         break;
 #define CASE_pcmpestrm(n) \
     case n: \
-        __asm__("pcmpestrm %9, %8, %7" : "=Yz"(k.mask), FLAG_OUTPUTS : "a"(la), "d"(lb), "x"(a), "x"(b), "i"(n)); \
+        __asm__("pcmpestrm %9, %8, %7" \
+                : "=Yz"(k.mask), FLAG_OUTPUTS : "a"(la), "d"(lb), "x"(a), "x"(b), "i"(n)); \
         break;
 #define CASE_pcmpistri(n) \
     case n: __asm__("pcmpistri %7, %6, %5" : "=c"(k.index), FLAG_OUTPUTS : "x"(a), "x"(b), "i"(n)); break;
@@ -61,23 +63,25 @@ static void set_comparison_flags(struct vcpu *c, const struct comparison *k)
     set_carries(c, k->carry, k->overflow, 0);
 }
 
-/* imm 6: the index of the last match instead of the first; a mask of bytes or words instead of bits. Bit 7 is ignored. Memory
- * operands need not be aligned. */
-static __attribute__((noinline)) void compare_index(struct vcpu *c, const struct record *r, xmm s, bool explicit)
+/* imm 6: the index of the last match instead of the first; a mask of bytes or words instead of bits. Bit 7 is
+ * ignored. Memory operands need not be aligned. */
+static NOINLINE void compare_index(struct vcpu *c, const struct record *r, xmm s, bool explicit)
 {
     xmm a = get_xmm(c, r->reg);
     u32 imm = r->imm & 0x7f;
     struct comparison k = explicit
-        ? host_pcmpestri(a, s, imm, element_count(c, r, RAX), element_count(c, r, RDX)) : host_pcmpistri(a, s, imm);
+        ? host_pcmpestri(a, s, imm, element_count(c, r, RAX), element_count(c, r, RDX))
+        : host_pcmpistri(a, s, imm);
     c->gpr[RCX] = k.index;
     set_comparison_flags(c, &k);
 }
-static __attribute__((noinline)) void compare_mask(struct vcpu *c, const struct record *r, xmm s, bool explicit)
+static NOINLINE void compare_mask(struct vcpu *c, const struct record *r, xmm s, bool explicit)
 {
     xmm a = get_xmm(c, r->reg);
     u32 imm = r->imm & 0x7f;
     struct comparison k = explicit
-        ? host_pcmpestrm(a, s, imm, element_count(c, r, RAX), element_count(c, r, RDX)) : host_pcmpistrm(a, s, imm);
+        ? host_pcmpestrm(a, s, imm, element_count(c, r, RAX), element_count(c, r, RDX))
+        : host_pcmpistrm(a, s, imm);
     set_xmm(c, 0, k.mask);
     set_comparison_flags(c, &k);
 }
@@ -99,7 +103,7 @@ STRING_COMPARISON(pcmpestrm, compare_mask, true)
 STRING_COMPARISON(pcmpistri, compare_index, false)
 STRING_COMPARISON(pcmpistrm, compare_mask, false)
 
-/* ---- CRC32: the Castagnoli polynomial, reflected -------------------------------------------------------------------------- */
+/* ---- CRC32: the Castagnoli polynomial, reflected ------------------------------------------------------- */
 
 #define CRC32(bits, suffix, accumulator) \
     ALWAYS_INLINE void crc32_##bits(struct vcpu *c, const struct record *r, u64 data) \

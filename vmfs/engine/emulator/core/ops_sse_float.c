@@ -3,7 +3,7 @@
 
 #define HOST(name) __asm__ volatile(#name " %1, %0" : "+x"(d) : "x"(s))
 
-/* ---- Arithmetic that can overflow and underflow ---------------------------------------------------------------- */
+/* ---- Arithmetic that can overflow and underflow -------------------------------------------------------- */
 
 #define ARITHMETIC(name, op, bytes, lanes, memory) \
     COMPUTE(name) \
@@ -24,7 +24,8 @@ ARITHMETIC_ALL(sub, FLOAT_SUB)
 ARITHMETIC_ALL(mul, FLOAT_MUL)
 ARITHMETIC_ALL(div, FLOAT_DIV)
 
-/* Horizontal: pairs of neighbours, d's and then s's. `even` and `odd` are the pairs' first and second elements. */
+/* Horizontal: pairs of neighbours, d's and then s's. `even` and `odd` are the pairs' first and second
+ * elements. */
 #define HORIZONTAL(name, op, bytes, lanes, even, odd) \
     COMPUTE(name) \
     { \
@@ -43,7 +44,7 @@ HORIZONTAL(hsubpd, FLOAT_SUB, 8, 2, _mm_unpacklo_epi64(d, s), _mm_unpackhi_epi64
 HORIZONTAL(addsubps, FLOAT_ADD, 4, 4, d, _mm_xor_si128(s, _mm_set1_epi64x(0x80000000)))
 HORIZONTAL(addsubpd, FLOAT_ADD, 8, 2, d, _mm_xor_si128(s, _mm_set_epi64x(0, (i64)(1ull << 63))))
 
-/* ---- The rest of arithmetic ------------------------------------------------------------------------------------------ */
+/* ---- The rest of arithmetic ---------------------------------------------------------------------------- */
 
 #define FLOAT(name, memory) \
     COMPUTE(name) \
@@ -63,7 +64,7 @@ FLOAT(rcpss, 4)
 FLOAT(rsqrtps, 16)
 FLOAT(rsqrtss, 4)
 
-/* ---- Comparison -------------------------------------------------------------------------------------------------------- */
+/* ---- Comparison ---------------------------------------------------------------------------------------- */
 
 /* The predicate is imm 2:0. */
 #define COMPARE(name, memory) \
@@ -126,7 +127,7 @@ COMPARE_FLAGS(comisd, 8)
 COMPARE_FLAGS(ucomiss, 4)
 COMPARE_FLAGS(ucomisd, 8)
 
-/* ---- Conversion between vectors ------------------------------------------------------------------------------------------ */
+/* ---- Conversion between vectors ------------------------------------------------------------------------ */
 
 #define CONVERT(name, memory) \
     COMPUTE(name) \
@@ -146,7 +147,7 @@ CONVERT(cvttpd2dq, 16)
 ARITHMETIC(cvtsd2ss, FLOAT_TO_SINGLE, 8, 1, 8)
 ARITHMETIC(cvtpd2ps, FLOAT_TO_SINGLE, 8, 2, 16)
 
-/* ---- Conversion from and to general registers ------------------------------------------------------------------------------ */
+/* ---- Conversion from and to general registers ---------------------------------------------------------- */
 
 #define FROM_INTEGER(name, bits, suffix) \
     ALWAYS_INLINE void name##bits(struct vcpu *c, const struct record *r, u64 value) \
@@ -206,7 +207,7 @@ TO_INTEGER_BOTH(cvtsd2si, 8)
 TO_INTEGER_BOTH(cvttss2si, 4)
 TO_INTEGER_BOTH(cvttsd2si, 8)
 
-/* ---- SSE4.1: rounding to integers, dot products ---------------------------------------------------------------------------- */
+/* ---- SSE4.1: rounding to integers, dot products -------------------------------------------------------- */
 
 /* imm 1:0 rounding, 2 MXCSR's instead, 3 no precision exception. */
 #define ROUND(name, memory) \
@@ -231,8 +232,8 @@ ROUND(roundpd, 16)
 ROUND(roundss, 4)
 ROUND(roundsd, 8)
 
-/* The steps of a dot product, each with its exceptions (Intel SDM 2A DPPS): products of the elements chosen by
- * imm 7:4, zeros for the others; their sums in pairs; the sum of those. */
+/* The steps of a dot product, each with its exceptions (Intel SDM 2A DPPS): products of the elements chosen
+ * by imm 7:4, zeros for the others; their sums in pairs; the sum of those. */
 static COLD void dot_product_steps(struct vcpu *c, const struct record *r, unsigned bytes, xmm d, xmm s)
 {
     union vector chosen = {0};
@@ -248,7 +249,8 @@ static COLD void dot_product_steps(struct vcpu *c, const struct record *r, unsig
         return;
     }
     HOST(mulps);
-    xmm even = _mm_shuffle_epi32(d, 0x08), odd = _mm_shuffle_epi32(d, 0x0d);
+    /* The other lanes are zeros, which raise nothing. */
+    xmm even = _mm_move_epi64(_mm_shuffle_epi32(d, 0x08)), odd = _mm_move_epi64(_mm_shuffle_epi32(d, 0x0d));
     mxcsr_arithmetic(c, r, FLOAT_ADD, 4, 2, even, odd);
     s = odd;
     d = even;

@@ -1,14 +1,15 @@
-/* SSE2, SSSE3, SSE4.1: packed integers and logic. One host instruction each; memory operands are 16 bytes, aligned. */
+/* SSE2, SSSE3, SSE4.1: packed integers and logic. One host instruction each; memory operands are 16 bytes,
+ * aligned. */
 #include "sse.h"
 
-/* ---- Logic. The float forms (ANDPS, ANDPD, ...) are the same operation --------------------------------------------- */
+/* ---- Logic. The float forms (ANDPS, ANDPD, ...) are the same operation --------------------------------- */
 
 SSE_INTEGER(pand)
 SSE_INTEGER(pandn)
 SSE_INTEGER(por)
 SSE_INTEGER(pxor)
 
-/* ---- Arithmetic ------------------------------------------------------------------------------------------------------ */
+/* ---- Arithmetic ---------------------------------------------------------------------------------------- */
 
 SSE_INTEGER(paddb)
 SSE_INTEGER(paddw)
@@ -45,7 +46,7 @@ SSE_INTEGER(pcmpgtb)
 SSE_INTEGER(pcmpgtw)
 SSE_INTEGER(pcmpgtd)
 
-/* ---- Pack, unpack ------------------------------------------------------------------------------------------------------ */
+/* ---- Pack, unpack -------------------------------------------------------------------------------------- */
 
 SSE_INTEGER(packsswb)
 SSE_INTEGER(packssdw)
@@ -59,7 +60,7 @@ SSE_INTEGER(punpckhwd)
 SSE_INTEGER(punpckhdq)
 SSE_INTEGER(punpckhqdq)
 
-/* ---- Shifts: by the low 64 bits of the source, or by an immediate -------------------------------------------------------- */
+/* ---- Shifts: by the low 64 bits of the source, or by an immediate -------------------------------------- */
 
 #define SHIFT(name) \
     SSE_INTEGER(name) \
@@ -98,7 +99,7 @@ OP(op_psrldq_I)
 }
 HANDLER(psrldq_I);
 
-/* ---- Shuffles by an immediate -------------------------------------------------------------------------------------------- */
+/* ---- Shuffles by an immediate -------------------------------------------------------------------------- */
 
 COMPUTE(pshufd)
 {
@@ -139,7 +140,8 @@ COMPUTE(shufps)
     union vector a, b;
     _mm_storeu_si128((xmm *)&a, d);
     _mm_storeu_si128((xmm *)&b, s);
-    return _mm_setr_epi32((i32)a.d[imm & 3], (i32)a.d[imm >> 2 & 3], (i32)b.d[imm >> 4 & 3], (i32)b.d[imm >> 6]);
+    return _mm_setr_epi32((i32)a.d[imm & 3], (i32)a.d[imm >> 2 & 3], (i32)b.d[imm >> 4 & 3],
+                          (i32)b.d[imm >> 6]);
 }
 FORMS_16(shufps)
 COMPUTE(shufpd)
@@ -149,7 +151,7 @@ COMPUTE(shufpd)
 }
 FORMS_16(shufpd)
 
-/* ---- SSSE3 ------------------------------------------------------------------------------------------------------------------ */
+/* ---- SSSE3 --------------------------------------------------------------------------------------------- */
 
 SSE_INTEGER(pshufb)
 SSE_INTEGER(phaddw)
@@ -177,7 +179,7 @@ COMPUTE(palignr)
 }
 FORMS_16(palignr)
 
-/* ---- SSE4.1, SSE4.2 ----------------------------------------------------------------------------------------------------------- */
+/* ---- SSE4.1, SSE4.2 ------------------------------------------------------------------------------------ */
 
 SSE_INTEGER(pmuldq)
 SSE_INTEGER(pmulld)

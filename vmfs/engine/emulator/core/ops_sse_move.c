@@ -44,7 +44,7 @@ ALWAYS_INLINE xmm merge_single(xmm d, xmm s) { return (xmm)_mm_move_ss((__m128)d
 ALWAYS_INLINE xmm merge_low(xmm d, xmm s) { return (xmm)_mm_move_sd((__m128d)d, (__m128d)s); }
 ALWAYS_INLINE xmm merge_high(xmm d, xmm s) { return _mm_unpacklo_epi64(d, s); } /* the low half of s */
 
-/* ---- 16 bytes: MOVAPS, MOVUPS and their like -------------------------------------------------------------------- */
+/* ---- 16 bytes: MOVAPS, MOVUPS and their like ----------------------------------------------------------- */
 
 OP(op_mov_V_Wa_reg)
 {
@@ -72,7 +72,7 @@ STORE(mov_Wu_V, fast_write(c, r, 16), _mm_storeu_si128((xmm *)p, get_xmm(c, r->r
       mem_store16(c, r, get_xmm(c, r->reg)))
 HANDLER_FAST(mov_Wu_V);
 
-/* ---- 4 and 8 bytes ------------------------------------------------------------------------------------------------ */
+/* ---- 4 and 8 bytes ------------------------------------------------------------------------------------- */
 
 /* MOVSS, MOVSD: a load clears the rest of the register, a move between registers keeps it. */
 OP(op_movss_V_W_reg)
@@ -87,7 +87,8 @@ OP(op_movss_W_V_reg)
     set_xmm(c, r->rm, merge_single(get_xmm(c, r->rm), get_xmm(c, r->reg)));
     NEXT();
 }
-STORE(movss_W_V, fast_write(c, r, 4), poke(p, 4, c->xmm[r->reg].d[0]), mem_store(c, r, 4, c->xmm[r->reg].d[0]))
+STORE(movss_W_V, fast_write(c, r, 4), poke(p, 4, c->xmm[r->reg].d[0]),
+      mem_store(c, r, 4, c->xmm[r->reg].d[0]))
 HANDLER_FAST(movss_W_V);
 
 OP(op_movsd_V_W_reg)
@@ -111,13 +112,17 @@ OP(op_movq_V_W_reg)
     set_low(c, r->reg, low_of(c, r->rm));
     NEXT();
 }
-const struct handlers H_movq_V_W = {SAME4(op_movq_V_W_reg), SAME4(op_movsd_V_W_fast), SAME4(op_movsd_V_W_mem)};
+const struct handlers H_movq_V_W = {
+    SAME4(op_movq_V_W_reg), SAME4(op_movsd_V_W_fast), SAME4(op_movsd_V_W_mem),
+};
 OP(op_movq_W_V_reg)
 {
     set_low(c, r->rm, low_of(c, r->reg));
     NEXT();
 }
-const struct handlers H_movq_W_V = {SAME4(op_movq_W_V_reg), SAME4(op_movsd_W_V_fast), SAME4(op_movsd_W_V_mem)};
+const struct handlers H_movq_W_V = {
+    SAME4(op_movq_W_V_reg), SAME4(op_movsd_W_V_fast), SAME4(op_movsd_W_V_mem),
+};
 
 /* MOVLPS, MOVHPS, MOVLPD, MOVHPD; and between registers MOVHLPS, MOVLHPS. */
 #define HALF(name, to, merge, register_half) \
@@ -143,7 +148,8 @@ const struct handlers H_movq_W_V = {SAME4(op_movq_W_V_reg), SAME4(op_movsd_W_V_f
         NEXT(); \
     } \
     HANDLER_FAST(name##_V_M); \
-    STORE(name##_M_V, fast_write(c, r, 8), poke(p, 8, c->xmm[r->reg].q[to]), mem_store(c, r, 8, c->xmm[r->reg].q[to])) \
+    STORE(name##_M_V, fast_write(c, r, 8), poke(p, 8, c->xmm[r->reg].q[to]), \
+          mem_store(c, r, 8, c->xmm[r->reg].q[to])) \
     const struct handlers H_##name##_M_V = {{NULL}, SAME4(op_##name##_M_V_fast), SAME4(op_##name##_M_V_mem)};
 HALF(movl, 0, merge_low, load8(&c->xmm[r->rm].q[1]))
 HALF(movh, 1, merge_high, get_xmm(c, r->rm))
@@ -181,10 +187,11 @@ OP(op_movnti_mem)
 }
 const struct handlers H_movnti = {{NULL}, SAME4(op_movnti_mem), SAME4(op_movnti_mem)};
 
-/* ---- Bytes by a mask ------------------------------------------------------------------------------------------------- */
+/* ---- Bytes by a mask ----------------------------------------------------------------------------------- */
 
-/* MASKMOVDQU: to DS:rDI (or another segment), the bytes whose mask has its top bit set. The address is checked for all
- * sixteen, pages only for those that are written, before the first is (the manual leaves open what else may fault). */
+/* MASKMOVDQU: to DS:rDI (or another segment), the bytes whose mask has its top bit set. The address is
+ * checked for all sixteen, pages only for those that are written, before the first is (the manual leaves open
+ * what else may fault). */
 OP(op_maskmovdqu)
 {
     const union vector *mask = &c->xmm[r->rm], *data = &c->xmm[r->reg];
@@ -207,7 +214,7 @@ OP(op_maskmovdqu)
 }
 HANDLER(maskmovdqu);
 
-/* ---- Elements to and from general registers ---------------------------------------------------------------------------- */
+/* ---- Elements to and from general registers ------------------------------------------------------------ */
 
 /* d with the element at byte `at` replaced by that of `all`. */
 ALWAYS_INLINE xmm insert(xmm d, xmm all, unsigned bytes, unsigned at)
@@ -222,7 +229,8 @@ typedef int16_t i16;
     OP(op_##name##_reg) \
     { \
         unsigned at = (unsigned)r->imm * (bits / 8) & 15; \
-        set_xmm(c, r->reg, insert(get_xmm(c, r->reg), set1((i##bits)get_reg(c, r->rm, bits)), bits / 8, at)); \
+        xmm value = set1((i##bits)get_reg(c, r->rm, bits)); \
+        set_xmm(c, r->reg, insert(get_xmm(c, r->reg), value, bits / 8, at)); \
         NEXT(); \
     } \
     OP(op_##name##_mem) \
@@ -251,7 +259,8 @@ OP(op_pextrw)
 }
 HANDLER(pextrw);
 
-/* PEXTRB, PEXTRW (SSE4.1 form), PEXTRD/Q, EXTRACTPS: an element to a register, zero-extended, or to memory. */
+/* PEXTRB, PEXTRW (SSE4.1 form), PEXTRD/Q, EXTRACTPS: an element to a register, zero-extended, or to
+ * memory. */
 #define EXTRACT(name, value, bytes) \
     OP(op_##name##_reg) \
     { \
@@ -288,7 +297,7 @@ SIGNS(movmskps)
 SIGNS(movmskpd)
 SIGNS(pmovmskb)
 
-/* ---- Duplicating moves --------------------------------------------------------------------------------------------------- */
+/* ---- Duplicating moves --------------------------------------------------------------------------------- */
 
 COMPUTE(movddup)
 {
@@ -309,7 +318,7 @@ COMPUTE(movshdup)
 }
 FORMS_16(movshdup)
 
-/* ---- MXCSR, caches ---------------------------------------------------------------------------------------------------------- */
+/* ---- MXCSR, caches ------------------------------------------------------------------------------------- */
 
 OP(op_ldmxcsr)
 {

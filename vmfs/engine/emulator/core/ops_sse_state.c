@@ -1,20 +1,27 @@
 /* FXSAVE, FXRSTOR, XSAVE and its variants, XCR0 (Intel SDM 1 chapter 13, 10.5).
  *
- * An area is read whole, and its writing checked whole, before anything changes. XINUSE is exact: a component is in use
- * when it is not in its initial state; there is no modified optimization. IA32_XSS has no components. */
+ * An area is read whole, and its writing checked whole, before anything changes. XINUSE is exact: a component
+ * is in use when it is not in its initial state; there is no modified optimization. IA32_XSS has no
+ * components. */
 #include "sse.h"
 
 enum { STATE_X87 = 1 << 0, STATE_SSE = 1 << 1, STATE_AVX = 1 << 2, STATE_PKRU = 1 << 9 };
 #define COMPACTED (1ull << 63)
-enum { AREA_MXCSR = 24, AREA_ST = 32, AREA_XMM = 160, AREA_HEADER = 512, AREA_EXTENDED = 576, AREA_SIZE = 2816 };
+enum {
+    AREA_MXCSR = 24, AREA_ST = 32, AREA_XMM = 160, AREA_HEADER = 512, AREA_EXTENDED = 576, AREA_SIZE = 2816,
+};
 
-/* The components of the extended region, and their offsets in the standard form: as the xsave state of the API. */
-static const struct component { unsigned bit; u16 offset, size; } components[] = {{2, 576, 256}, {9, 2688, 8}};
+/* The components of the extended region, and their offsets in the standard form: as the xsave state of the
+ * API. */
+static const struct component {
+    unsigned bit;
+    u16 offset, size;
+} components[] = {{2, 576, 256}, {9, 2688, 8}};
 enum { COMPONENTS = sizeof components / sizeof *components };
 
 struct area { u8 bytes[AREA_SIZE]; };
 
-/* ---- The area in guest memory ----------------------------------------------------------------------------------- */
+/* ---- The area in guest memory -------------------------------------------------------------------------- */
 
 static u64 area_linear(struct vcpu *c, const struct record *r, unsigned from, unsigned bytes, unsigned access)
 {
@@ -48,7 +55,8 @@ static void area_check_write(struct vcpu *c, const struct record *r, unsigned fr
         mmu_check_write(c, at & c->linear_mask, piece, ACCESS_WRITE);
     }
 }
-static void area_write(struct vcpu *c, const struct record *r, const struct area *a, unsigned from, unsigned bytes)
+static void area_write(struct vcpu *c, const struct record *r, const struct area *a, unsigned from,
+                       unsigned bytes)
 {
     u64 at = area_linear(c, r, from, bytes, ACCESS_WRITE);
     for (unsigned piece; bytes; bytes -= piece, from += piece, at += piece) {
@@ -58,13 +66,19 @@ static void area_write(struct vcpu *c, const struct record *r, const struct area
 }
 
 static u64 area_get(const struct area *a, unsigned at, unsigned bytes) { return peek(a->bytes + at, bytes); }
-static void area_put(struct area *a, unsigned at, unsigned bytes, u64 value) { poke(a->bytes + at, bytes, value); }
+static void area_put(struct area *a, unsigned at, unsigned bytes, u64 value)
+{
+    poke(a->bytes + at, bytes, value);
+}
 
-/* ---- Components, in and out -------------------------------------------------------------------------------------- */
+/* ---- Components, in and out ---------------------------------------------------------------------------- */
 
 static unsigned xmm_count(const struct vcpu *c) { return c->key & KEY_CODE64 ? 16 : 8; }
 static unsigned xmm_end(const struct vcpu *c) { return AREA_XMM + 16 * xmm_count(c); }
-static struct x87_register *stack_register(struct vcpu *c, unsigned i) { return &c->fpr[((c->fsw >> 11) + i) & 7]; }
+static struct x87_register *stack_register(struct vcpu *c, unsigned i)
+{
+    return &c->fpr[((c->fsw >> 11) + i) & 7];
+}
 
 /* With REX.W, 64-bit pointers; without, a selector and 32 bits. */
 static bool wide_pointers(const struct vcpu *c, const struct record *r)
@@ -187,9 +201,9 @@ static u64 in_use(struct vcpu *c)
     return used;
 }
 
-/* ---- FXSAVE, FXRSTOR ------------------------------------------------------------------------------------------------ */
+/* ---- FXSAVE, FXRSTOR ----------------------------------------------------------------------------------- */
 
-static __attribute__((noinline)) void fxsave(struct vcpu *c, const struct record *r)
+static NOINLINE void fxsave(struct vcpu *c, const struct record *r)
 {
     struct area a;
     check_aligned(c, r, 16);
@@ -206,7 +220,7 @@ OP(op_fxsave)
 }
 HANDLER(fxsave);
 
-static __attribute__((noinline)) void fxrstor(struct vcpu *c, const struct record *r)
+static NOINLINE void fxrstor(struct vcpu *c, const struct record *r)
 {
     struct area a;
     check_aligned(c, r, 16);
@@ -222,7 +236,7 @@ OP(op_fxrstor)
 }
 HANDLER(fxrstor);
 
-/* ---- XSAVE, XSAVEOPT, XSAVEC, XSAVES --------------------------------------------------------------------------------- */
+/* ---- XSAVE, XSAVEOPT, XSAVEC, XSAVES ------------------------------------------------------------------- */
 
 static void check_xsave(struct vcpu *c, const struct record *r)
 {
@@ -256,7 +270,7 @@ u32 xsave_size(u64 mask, bool compact)
     return end;
 }
 
-static __attribute__((noinline)) void xsave(struct vcpu *c, const struct record *r, bool compact, bool optimize)
+static NOINLINE void xsave(struct vcpu *c, const struct record *r, bool compact, bool optimize)
 {
     struct area a;
     struct { u16 from, bytes; } pieces[4 + COMPONENTS];
@@ -316,9 +330,9 @@ SAVE(xsaveopt, false, true)
 SAVE(xsavec, true, true)
 SAVE(xsaves, true, true)
 
-/* ---- XRSTOR, XRSTORS ---------------------------------------------------------------------------------------------------- */
+/* ---- XRSTOR, XRSTORS ----------------------------------------------------------------------------------- */
 
-static __attribute__((noinline)) void xrstor(struct vcpu *c, const struct record *r, bool supervisor)
+static NOINLINE void xrstor(struct vcpu *c, const struct record *r, bool supervisor)
 {
     struct area a;
     check_xsave(c, r);
@@ -328,8 +342,9 @@ static __attribute__((noinline)) void xrstor(struct vcpu *c, const struct record
     bool compact = packed & COMPACTED;
     for (unsigned i = 16; i < (compact ? 64 : 24); i += 8)
         reserved |= area_get(&a, AREA_HEADER + i, 8);
-    bool valid = compact ? !(packed & ~COMPACTED & ~c->xcr0) && !(present & ~packed) && has_feature(c, FEATURE_XSAVEC)
-                         : !packed && !(present & ~c->xcr0) && !supervisor;
+    bool valid = compact
+        ? !(packed & ~COMPACTED & ~c->xcr0) && !(present & ~packed) && has_feature(c, FEATURE_XSAVEC)
+        : !packed && !(present & ~c->xcr0) && !supervisor;
     if (!valid || reserved)
         raise_error(c, r, VECTOR_GP, 0);
 
@@ -368,7 +383,7 @@ OP(op_xrstors)
 }
 HANDLER(xrstors);
 
-/* ---- XCR0 ------------------------------------------------------------------------------------------------------------------- */
+/* ---- XCR0 ---------------------------------------------------------------------------------------------- */
 
 OP(op_xgetbv)
 {

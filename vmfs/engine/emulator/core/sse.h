@@ -1,12 +1,13 @@
 /* The vector unit, for its families: XMM registers, memory operands, MXCSR.
  *
- * An instruction is executed by the host's own: results, NaNs and MXCSR flags are the processor's. Float instructions
- * are `asm volatile`, so that the compiler neither swaps operands (the first one's NaN wins) nor moves one across a change
- * of MXCSR. Instructions whose operation the manual leaves open (RCPPS, RSQRTPS) give the host's approximation.
+ * An instruction is executed by the host's own: results, NaNs and MXCSR flags are the processor's. Float
+ * instructions are `asm volatile`, so that the compiler neither swaps operands (the first one's NaN wins) nor
+ * moves one across a change of MXCSR. Instructions whose operation the manual leaves open (RCPPS, RSQRTPS)
+ * give the host's approximation.
  *
- * MXCSR: while a CPU runs, the host has the guest's rounding, DAZ and FTZ with all exceptions masked, and collects the
- * guest's sticky flags; vcpu.mxcsr has the rest. mxcsr_enter and mxcsr_leave stand around a run. Only where the guest
- * unmasks an exception (rare) does an instruction look at its flags: see mxcsr.c. */
+ * MXCSR: while a CPU runs, the host has the guest's rounding, DAZ and FTZ with all exceptions masked, and
+ * collects the guest's sticky flags; vcpu.mxcsr has the rest. mxcsr_enter and mxcsr_leave stand around a run.
+ * Only where the guest unmasks an exception (rare) does an instruction look at its flags: see mxcsr.c. */
 #ifndef VMFS_SSE_H
 #define VMFS_SSE_H
 
@@ -22,15 +23,20 @@
 
 typedef __m128i xmm;
 
+#define NOINLINE __attribute__((noinline))
+
 ALWAYS_INLINE xmm load16(const void *p) { return _mm_loadu_si128(p); }
 ALWAYS_INLINE xmm load8(const void *p) { return _mm_loadl_epi64(p); }
 ALWAYS_INLINE xmm from64(u64 value) { return _mm_cvtsi64_si128((i64)value); }
 ALWAYS_INLINE u64 low64(xmm v) { return (u64)_mm_cvtsi128_si64(v); }
 ALWAYS_INLINE xmm get_xmm(const struct vcpu *c, unsigned n) { return load16(&c->xmm[n]); }
 /* Bits 255:128 stay: only VEX-encoded instructions clear them. */
-ALWAYS_INLINE void set_xmm(struct vcpu *c, unsigned n, xmm value) { _mm_storeu_si128((xmm *)&c->xmm[n], value); }
+ALWAYS_INLINE void set_xmm(struct vcpu *c, unsigned n, xmm value)
+{
+    _mm_storeu_si128((xmm *)&c->xmm[n], value);
+}
 
-/* ---- Memory operands ---------------------------------------------------------------------------------------- */
+/* ---- Memory operands ----------------------------------------------------------------------------------- */
 
 /* 16 bytes, in any mode; aligned: #GP(0) off a 16-byte boundary (mxcsr.c). */
 xmm mem_load16(struct vcpu *c, const struct record *r);
@@ -38,7 +44,8 @@ xmm mem_load16_aligned(struct vcpu *c, const struct record *r);
 void mem_store16(struct vcpu *c, const struct record *r, xmm value);
 void mem_store16_aligned(struct vcpu *c, const struct record *r, xmm value);
 
-/* The fast form; NULL: the general one. The TLB's tags have zero low bits, so that one comparison sees to alignment. */
+/* The fast form; NULL: the general one. The TLB's tags have zero low bits, so that one comparison sees to
+ * alignment. */
 ALWAYS_INLINE const u8 *fast_read16_aligned(const struct vcpu *c, const struct record *r)
 {
     u64 at = fast_address(c, r);
@@ -52,7 +59,7 @@ ALWAYS_INLINE u8 *fast_write16_aligned(const struct vcpu *c, const struct record
     return likely(e->page == (at & (PAGE_MASK | 15))) ? (u8 *)(at + e->addend) : NULL;
 }
 
-/* ---- MXCSR (Intel SDM 1 10.2.3) -------------------------------------------------------------------------------- */
+/* ---- MXCSR (Intel SDM 1 10.2.3) ------------------------------------------------------------------------ */
 
 enum {
     MXCSR_IE = 1, MXCSR_DE = 2, MXCSR_ZE = 4, MXCSR_OE = 8, MXCSR_UE = 16, MXCSR_PE = 32, MXCSR_FLAGS = 63,
@@ -71,11 +78,11 @@ ALWAYS_INLINE bool mxcsr_unmasked(const struct vcpu *c) { return unlikely(~c->mx
 /* Around an instruction that neither overflows nor underflows, while an exception is unmasked: */
 COLD void mxcsr_begin(struct vcpu *c);
 COLD void mxcsr_end(struct vcpu *c, const struct record *r); /* raises */
-/* Before one that does both: raises if it would. `lanes` elements of `bytes` (4 or 8), lane by lane d OP s; TO_SINGLE
- * converts doubles in s. */
+/* Before one that does both: raises if it would. `lanes` elements of `bytes` (4 or 8), lane by lane d OP s;
+ * TO_SINGLE converts doubles in s. */
 enum arithmetic { FLOAT_ADD, FLOAT_SUB, FLOAT_MUL, FLOAT_DIV, FLOAT_TO_SINGLE };
-COLD void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes, unsigned lanes,
-                           xmm d, xmm s);
+COLD void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes,
+                           unsigned lanes, xmm d, xmm s);
 
 #define CHECKED(statement) \
     do { \
@@ -89,16 +96,16 @@ COLD void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmet
 /* Bytes of the area of those components (ops_sse_state.c). */
 u32 xsave_size(u64 components, bool compact);
 
-/* ---- Handlers ---------------------------------------------------------------------------------------------------- */
+/* ---- Handlers ------------------------------------------------------------------------------------------ */
 
 /* A general form, which the fast form jumps to: inlined there, it would cost the fast path a stack frame. */
-#define GENERAL_OP(name) static __attribute__((noinline)) void name(struct vcpu *c, const struct record *r)
+#define GENERAL_OP(name) static NOINLINE void name(struct vcpu *c, const struct record *r)
 
 #define HANDLER_FAST(name) \
     const struct handlers H_##name = {SAME4(op_##name##_reg), SAME4(op_##name##_fast), SAME4(op_##name##_mem)}
 
-/* Forms of an instruction V <- do_NAME(c, r, V, W). W_16: 16 bytes, aligned in memory; W_U16: unaligned; W_8, W_4, W_2: so
- * many bytes of memory, zero-extended, or the register. */
+/* Forms of an instruction V <- do_NAME(c, r, V, W). W_16: 16 bytes, aligned in memory; W_U16: unaligned; W_8,
+ * W_4, W_2: so many bytes of memory, zero-extended, or the register. */
 #define FORMS_16(name) FORMS_OF(name, fast_read16_aligned(c, r), load16(p), mem_load16_aligned(c, r))
 #define FORMS_U16(name) FORMS_OF(name, fast_read(c, r, 16), load16(p), mem_load16(c, r))
 #define FORMS_8(name) FORMS_OF(name, fast_read(c, r, 8), load8(p), from64(mem_load(c, r, 8)))
