@@ -87,7 +87,7 @@ class Vm:
         except BaseException:
             self.memory.close()
             raise
-        self._reset_to = {name: self._cpu.get_state(name) for name in _RESET_STATES}
+        self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
         self.hooks = MemoryHooks()
 
         self._lock = threading.Lock()
@@ -349,7 +349,7 @@ class Vm:
 
         def set_back(cpu: Vcpu) -> None:
             for name in _RESET_STATES:
-                cpu.set_state(name, self._reset_to[name])
+                cpu.set_state(name, self.reset_states[name])
 
         self.change(set_back)
 

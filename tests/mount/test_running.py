@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 from mounting import SOON, Blocked, blocked_read, blocked_write, failing, running, wait_until
 
+from vmfs.registers import REGISTERS
+
 SPIN = "ebfe"  # jmp $
 COUNT = "ff06 0020 ebfa"  # inc word [0x2000]; jmp
 OUT_HLT = "b042 e680 f4"
@@ -95,7 +97,8 @@ def test_all_state_can_be_read_while_it_runs(vm):
     vm.write("state", "run")
     for name in "regs sregs fpu msrs events cpuid clock mode stat dirty debug".split():
         assert (vm / name).read_bytes(), name
-    os.listdir(vm / "reg")
+    assert set(REGISTERS) <= set(os.listdir(vm / "reg"))
+    assert (vm / "regs").stat().st_size == 144
     vm.write("debug", "break 0x1000")
     wait_until(lambda: not vm.is_running(), "the breakpoint stops it")
     assert vm.read("exit") == "debug cause=breakpoint id=1 rip=0x1000\n"

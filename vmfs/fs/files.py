@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from vmfs.modes import check_mode
 from vmfs.numbers import parse_number, parse_size
 from vmfs.registers import (
     REGISTERS,
-    Register,
     dump_registers,
+    msr_name,
     parse_msr,
     parse_registers,
     read_register,
@@ -228,6 +229,18 @@ def has_msr(cpu: Vcpu, name: str) -> bool:
     return True
 
 
-def registers_of(scope: MachineScope) -> list[Register]:
-    """Those whose state the engine has."""
-    return [row for row in REGISTERS.values() if scope.state_size(row.state)]
+def listed_registers(cpu: Vcpu) -> list[str]:
+    """The registers that the CPU has, and those MSRs that are in its `msrs`."""
+    has = {state: _has_state(cpu, state) for state in {row.state for row in REGISTERS.values()}}
+    names = [row.name for row in REGISTERS.values() if has[row.state]]
+    if _has_state(cpu, "msrs"):
+        names += [msr_name(index) for index, _, _ in struct.iter_unpack("<IIQ", cpu.get_state("msrs")[8:])]
+    return names
+
+
+def _has_state(cpu: Vcpu, name: str) -> bool:
+    try:
+        cpu.get_state(name)
+    except Unsupported:
+        return False
+    return True

@@ -80,10 +80,10 @@ class _TextHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
         assert self._kind.get
         if offset == 0 or self._snapshot is None:
-            if self._kind.news:
-                self._seen = self._kind.news(self.scope)  # first: what comes meanwhile is news again
+            news = self._kind.news(self.scope) if self._kind.news else 0  # what comes later is news again
             text = await value_of(self._kind.get(self.scope), self)
             self._snapshot = text.encode() if isinstance(text, str) else text
+            self._seen = news
         return self._snapshot[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:

@@ -6,7 +6,7 @@ import itertools
 from concurrent.futures import Future
 
 from vmfs.engine import EngineInfo
-from vmfs.engine.base import MACHINE_STATES
+from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.errors import Busy, Unsupported
 from vmfs.fs.connection import Connection
 from vmfs.fs.inodes import Scope
@@ -37,7 +37,9 @@ class MachineScope(Scope):
         self.memory = MemoryServer(vm, connection)
         self.changes = 1
         self._count = itertools.count(2)
-        self._sizes: dict[str, int] = {}
+        self._sizes = {name: len(blob) for name, blob in vm.reset_states.items()}
+        for name in (*VCPU_STATES, *MACHINE_STATES):
+            self.state_size(name)  # now, because a CPU that runs has to be stopped for it
         vm.subscribe(self.changed)
 
     def changed(self) -> None:

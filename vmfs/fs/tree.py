@@ -5,18 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import re
-import struct
 from collections.abc import Iterable
 
 import trio
 
-from vmfs.errors import Invalid, NotPermitted, Unsupported
-from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, register_file, registers_of
+from vmfs.errors import Invalid, NotPermitted
+from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, listed_registers, register_file
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import Directory, File, Inodes, Node
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.waiting import finished
-from vmfs.registers import msr_name
 from vmfs.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -60,17 +58,12 @@ class RegisterDirectory(Directory):
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         if not self._complete:
-            sample = self.scope.sample("msrs")
-            await finished(sample, self.scope)
-            try:
-                msrs = [msr_name(index) for index, _, _ in struct.iter_unpack("<IIQ", sample.result()[8:])]
-            except Unsupported:
-                msrs = []
-            rows = [REGISTER_FILES[register.name] for register in registers_of(self.scope)]
-            for row in (*rows, *map(register_file, msrs)):
-                if row.name not in self.children:
-                    self._make(row)
-            self._complete = self.scope.vm.state != "running"  # while it runs, not all sizes are known
+            listed = self.scope.vm.at_boundary(listed_registers)
+            await finished(listed, self.scope)
+            for name in listed.result():
+                if name not in self.children:
+                    self._make(REGISTER_FILES.get(name) or register_file(name))
+            self._complete = True
         return await super().entries()
 
     def _make(self, row: Row) -> Node:
