@@ -32,7 +32,7 @@ DEBUG_CAUSES = ("step", "breakpoint", "watchpoint", "io", "exception", "mode", "
 SHUTDOWN_CAUSES = ("triple-fault", "poweroff", "reset", "debug-exit")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Exit:
     """Why a run ended. `rip` as the `regs` file has it, `cpu` the index of the virtual CPU."""
 
@@ -63,7 +63,7 @@ class Exit:
         return b""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Io(Exit):
     """An access to a port that no device claims: `count` elements of `size` bytes (1, 2 or 4).
 
@@ -94,7 +94,7 @@ class Io(Exit):
         return struct.pack("<BBHI40s", direction, self.size, self.port, self.count, self.data[:40])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Mmio(Exit):
     """An access of `size` bytes (1 to 8) to guest-physical memory that is neither RAM nor a device.
 
@@ -121,7 +121,7 @@ class Mmio(Exit):
         return struct.pack("<Q8sIB", self.addr, self.data, self.size, self.direction == "write")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Hlt(Exit):
     """The guest executed HLT and nothing in the machine can wake it. The next run goes on behind it."""
 
@@ -129,7 +129,7 @@ class Hlt(Exit):
     CODE: ClassVar[int] = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Debug(Exit):
     """A single step ended, or a break- or watchpoint stopped the guest.
 
@@ -160,7 +160,7 @@ class Debug(Exit):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Shutdown(Exit):
     """The machine is off until `reset` is written to `state`, or a register is set."""
 
@@ -179,7 +179,7 @@ class Shutdown(Exit):
         return struct.pack("<II", SHUTDOWN_CAUSES.index(self.cause) + 1, self.code or 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Interrupted(Exit):
     """The run was stopped from outside (a signal, `pause`) at an instruction boundary; nothing is lost."""
 
@@ -187,7 +187,7 @@ class Interrupted(Exit):
     CODE: ClassVar[int] = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Limit(Exit):
     """The bound of the run was reached: `insns N`, `for TIME`."""
 
@@ -195,7 +195,7 @@ class Limit(Exit):
     CODE: ClassVar[int] = 0x100
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Error(Exit):
     """The engine could not go on: `reason` says what it could not do, and why, in a sentence."""
 
