@@ -99,7 +99,7 @@ OP(cmpxchg8b)
     c->zf = !equal;
     NEXT();
 }
-OP(cmpxchg16b)
+static void __attribute__((noinline)) compare_exchange_16(struct vcpu *c, const struct record *r)
 {
     if (!has_feature(c, FEATURE_CX16))
         raise_fault(c, r, VECTOR_UD);
@@ -117,8 +117,8 @@ OP(cmpxchg16b)
         c->gpr[RDX] = e[1];
     }
     c->zf = !equal;
-    NEXT();
 }
+OP(cmpxchg16b) { compare_exchange_16(c, r); NEXT(); }
 const struct handlers H_cmpxchg8b = {.fast = {NULL, NULL, cmpxchg8b, cmpxchg16b}, .mem = {NULL, NULL, cmpxchg8b, cmpxchg16b}};
 
 /* ---- BOUND: #BR unless the signed index is within the two bounds, inclusive ------------------------------------------------------------- */

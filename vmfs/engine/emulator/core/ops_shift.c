@@ -31,17 +31,25 @@ ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
     s->carries = (u64)before << 63 | ((u64)before & 1) << 62;
     return truncate_to((u64)(before >> 1), bits);
 }
+/* n modulo bits. The wide ones are written so that gcc knows them as one instruction. */
+ALWAYS_INLINE u64 rotate_right(u64 a, unsigned n, unsigned bits)
+{
+    n %= bits;
+    if (bits == 64)
+        return a >> n | a << (-n & 63);
+    if (bits == 32)
+        return (u32)a >> n | (u32)a << (-n & 31);
+    return truncate_to(a >> n | a << (bits - n), bits);
+}
 ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
-    n &= bits - 1;
-    u64 value = truncate_to(a << n | a >> ((bits - n) & (bits - 1)), bits);
+    u64 value = rotate_right(a, bits - n % bits, bits);
     s->carries = value << 63 | top_bit(value, bits) << 62 | (c->carries & 8);
     return value;
 }
 ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
-    n &= bits - 1;
-    u64 value = truncate_to(a >> n | a << ((bits - n) & (bits - 1)), bits);
+    u64 value = rotate_right(a, n, bits);
     s->carries = (value << (64 - bits) & TOP_TWO) | (c->carries & 8);
     return value;
 }
@@ -175,7 +183,6 @@ SHIFT_X(sarx, (u64)(sign_extend(e, bits) >> n))
 
 ALWAYS_INLINE void rorx(struct vcpu *c, const struct record *r, u64 e, unsigned bits)
 {
-    unsigned n = (unsigned)r->imm & (bits - 1);
-    set_reg(c, r->reg, bits, truncate_to(e >> n | e << ((bits - n) & (bits - 1)), bits));
+    set_reg(c, r->reg, bits, rotate_right(e, (unsigned)r->imm, bits));
 }
 READ_FORMS_Y(rorx)

@@ -2,13 +2,24 @@
  * What counts as an instruction, and where a repetition may pause: repeat.h. */
 #include "repeat.h"
 
-/* A handler for each size: one element, or as many as rCX says. */
+/* A handler for each size: one element (`name_one`, by the general path, whose first try is inline), or as many as rCX says
+ * (`name_some`: many at once where they lie in RAM). */
 #define STRING_SIZE(name, bits, go_on) \
+    static __attribute__((noinline)) u64 name##_some_##bits(struct vcpu *c, const struct record *r, u64 most) \
+    { \
+        return name##_some(c, r, bits / 8, most); \
+    } \
+    static __attribute__((noinline)) void name##_rep_##bits(struct vcpu *c, const struct record *r) \
+    { \
+        REPEAT(name##_some_##bits, go_on); \
+    } \
     OP(name##_##bits) \
     { \
-        if (repeats(r)) \
-            REPEAT(name##_some, bits / 8, go_on); \
-        name##_some(c, r, bits / 8, 1); \
+        if (repeats(r)) { \
+            name##_rep_##bits(c, r); \
+            return; \
+        } \
+        name##_one(c, r, bits / 8); \
         NEXT(); \
     }
 #define STRING(name, go_on) \
@@ -47,22 +58,25 @@ static void copy_elements(u8 *to, const u8 *from, u64 count, unsigned bytes, boo
     }
 }
 
-static u64 movs_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+ALWAYS_INLINE void movs_one(struct vcpu *c, const struct record *r, unsigned bytes)
+{
+    u64 step = string_step(c, bytes);
+    string_store(c, r, target_offset(c, r), bytes, string_load(c, r, r->seg, source_offset(c, r), bytes));
+    move_source(c, r, step);
+    move_target(c, r, step);
+}
+ALWAYS_INLINE u64 movs_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
 {
     u64 step = string_step(c, bytes), source = source_offset(c, r), target = target_offset(c, r), n;
     u8 *from, *to;
     n = string_window(c, r, r->seg, source, bytes, most, ACCESS_READ, &from);
     if (likely(n))
         n = string_window(c, r, SEG_ES, target, bytes, n, ACCESS_WRITE, &to);
-    if (likely(n)) {
-        if (n == 1)
-            poke(to, bytes, peek(from, bytes));
-        else
-            copy_elements(to, from, n, bytes, c->rflags & FLAG_DF);
-    } else {
-        string_store(c, r, target, bytes, string_load(c, r, r->seg, source, bytes));
-        n = 1;
+    if (unlikely(!n)) {
+        movs_one(c, r, bytes);
+        return 1;
     }
+    copy_elements(to, from, n, bytes, c->rflags & FLAG_DF);
     move_source(c, r, n * step);
     move_target(c, r, n * step);
     return n;
@@ -73,8 +87,8 @@ STRING(movs, true)
 
 static void fill(u8 *to, u64 count, unsigned bytes, u64 value)
 {
-    if (bytes == 1)
-        memset(to, (u8)value, count);
+    if (bytes == 1 || truncate_to(value, bytes * 8) == 0)
+        memset(to, (u8)value, count * bytes);
     else if (bytes == 2)
         for (u64 i = 0; i < count; i++)
             ((unaligned_u16 *)to)[i] = (u16)value;
@@ -86,34 +100,41 @@ static void fill(u8 *to, u64 count, unsigned bytes, u64 value)
             ((unaligned_u64 *)to)[i] = value;
 }
 
-static u64 stos_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+ALWAYS_INLINE void stos_one(struct vcpu *c, const struct record *r, unsigned bytes)
+{
+    string_store(c, r, target_offset(c, r), bytes, c->gpr[RAX]);
+    move_target(c, r, string_step(c, bytes));
+}
+ALWAYS_INLINE u64 stos_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
 {
     u64 step = string_step(c, bytes), target = target_offset(c, r), n;
     u8 *to;
     n = string_window(c, r, SEG_ES, target, bytes, most, ACCESS_WRITE, &to);
-    if (likely(n)) {
-        fill(c->rflags & FLAG_DF ? to - (n - 1) * bytes : to, n, bytes, c->gpr[RAX]);
-    } else {
-        string_store(c, r, target, bytes, c->gpr[RAX]);
-        n = 1;
+    if (unlikely(!n)) {
+        stos_one(c, r, bytes);
+        return 1;
     }
+    fill(c->rflags & FLAG_DF ? to - (n - 1) * bytes : to, n, bytes, c->gpr[RAX]);
     move_target(c, r, n * step);
     return n;
 }
 STRING(stos, true)
 
-static u64 lods_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+ALWAYS_INLINE void lods_one(struct vcpu *c, const struct record *r, unsigned bytes)
 {
-    u64 step = string_step(c, bytes), source = source_offset(c, r), n, value;
+    set_reg(c, RAX * 8, bytes * 8, string_load(c, r, r->seg, source_offset(c, r), bytes));
+    move_source(c, r, string_step(c, bytes));
+}
+ALWAYS_INLINE u64 lods_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+{
+    u64 step = string_step(c, bytes), source = source_offset(c, r), n;
     u8 *from;
     n = string_window(c, r, r->seg, source, bytes, most, ACCESS_READ, &from);
-    if (likely(n)) {
-        value = peek(from + (n - 1) * step, bytes);
-    } else {
-        value = string_load(c, r, r->seg, source, bytes);
-        n = 1;
+    if (unlikely(!n)) {
+        lods_one(c, r, bytes);
+        return 1;
     }
-    set_reg(c, RAX * 8, bytes * 8, value);
+    set_reg(c, RAX * 8, bytes * 8, peek(from + (n - 1) * step, bytes)); /* the last one stays */
     move_source(c, r, n * step);
     return n;
 }
@@ -124,7 +145,16 @@ STRING(lods, true)
 /* REPE goes on while equal, REPNE while not. */
 #define GOES_ON(c, r) (((c)->zf == 0) == !((r)->prefix & PREFIX_REPNE))
 
-static u64 cmps_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+ALWAYS_INLINE void cmps_one(struct vcpu *c, const struct record *r, unsigned bytes)
+{
+    u64 step = string_step(c, bytes);
+    u64 b = string_load(c, r, SEG_ES, target_offset(c, r), bytes); /* its fault comes first, processors say */
+    u64 a = string_load(c, r, r->seg, source_offset(c, r), bytes);
+    flags_sub(c, a, b, truncate_to(a - b, bytes * 8), bytes * 8);
+    move_source(c, r, step);
+    move_target(c, r, step);
+}
+ALWAYS_INLINE u64 cmps_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
 {
     u64 step = string_step(c, bytes), source = source_offset(c, r), target = target_offset(c, r), n, a, b;
     bool while_equal = !(r->prefix & PREFIX_REPNE);
@@ -132,46 +162,47 @@ static u64 cmps_some(struct vcpu *c, const struct record *r, unsigned bytes, u64
     n = string_window(c, r, r->seg, source, bytes, most, ACCESS_READ, &first);
     if (likely(n))
         n = string_window(c, r, SEG_ES, target, bytes, n, ACCESS_READ, &second);
-    if (likely(n)) {
-        u64 i = 0;
-        do {
-            a = peek(first + i * step, bytes);
-            b = peek(second + i * step, bytes);
-            i++;
-        } while (i < n && (a == b) == while_equal);
-        n = i;
-    } else {
-        b = string_load(c, r, SEG_ES, target, bytes); /* its fault comes first, processors say */
-        a = string_load(c, r, r->seg, source, bytes);
-        n = 1;
+    if (unlikely(!n)) {
+        cmps_one(c, r, bytes);
+        return 1;
     }
+    u64 i = 0;
+    do {
+        a = peek(first + i * step, bytes);
+        b = peek(second + i * step, bytes);
+        i++;
+    } while (i < n && (a == b) == while_equal);
     flags_sub(c, a, b, truncate_to(a - b, bytes * 8), bytes * 8);
-    move_source(c, r, n * step);
-    move_target(c, r, n * step);
-    return n;
+    move_source(c, r, i * step);
+    move_target(c, r, i * step);
+    return i;
 }
 STRING(cmps, GOES_ON(c, r))
 
-static u64 scas_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
+ALWAYS_INLINE void scas_one(struct vcpu *c, const struct record *r, unsigned bytes)
+{
+    u64 a = truncate_to(c->gpr[RAX], bytes * 8), b = string_load(c, r, SEG_ES, target_offset(c, r), bytes);
+    flags_sub(c, a, b, truncate_to(a - b, bytes * 8), bytes * 8);
+    move_target(c, r, string_step(c, bytes));
+}
+ALWAYS_INLINE u64 scas_some(struct vcpu *c, const struct record *r, unsigned bytes, u64 most)
 {
     u64 step = string_step(c, bytes), target = target_offset(c, r), n, a = truncate_to(c->gpr[RAX], bytes * 8), b;
     bool while_equal = !(r->prefix & PREFIX_REPNE);
     u8 *second;
     n = string_window(c, r, SEG_ES, target, bytes, most, ACCESS_READ, &second);
-    if (likely(n)) {
-        u64 i = 0;
-        do {
-            b = peek(second + i * step, bytes);
-            i++;
-        } while (i < n && (a == b) == while_equal);
-        n = i;
-    } else {
-        b = string_load(c, r, SEG_ES, target, bytes);
-        n = 1;
+    if (unlikely(!n)) {
+        scas_one(c, r, bytes);
+        return 1;
     }
+    u64 i = 0;
+    do {
+        b = peek(second + i * step, bytes);
+        i++;
+    } while (i < n && (a == b) == while_equal);
     flags_sub(c, a, b, truncate_to(a - b, bytes * 8), bytes * 8);
-    move_target(c, r, n * step);
-    return n;
+    move_target(c, r, i * step);
+    return i;
 }
 STRING(scas, GOES_ON(c, r))
 

@@ -23,14 +23,14 @@ ALWAYS_INLINE void set_address_register(struct vcpu *c, const struct record *r, 
 /* Bytes from an element to the next. */
 ALWAYS_INLINE u64 string_step(const struct vcpu *c, unsigned bytes) { return c->rflags & FLAG_DF ? -(u64)bytes : bytes; }
 
-/* The body of a handler. `work(c, r, bytes, most)` does 1 to `most` iterations, all of them or none where it escapes, moves
+/* The body of a handler. `work(c, r, most)` does 1 to `most` iterations, all of them or none where it escapes, moves
  * rSI and rDI, and returns how many; `go_on` is whether the repetition goes on while the count is not zero. */
-#define REPEAT(work, bytes, go_on) do { \
+#define REPEAT(work, go_on) do { \
         u64 count_ = repeat_count(c, r); \
         if (!count_) \
             NEXT(); \
         for (;;) { \
-            u64 paid_ = (u64)c->budget + 1, n_ = work(c, r, bytes, count_ < paid_ ? count_ : paid_); \
+            u64 paid_ = (u64)c->budget + 1, n_ = work(c, r, count_ < paid_ ? count_ : paid_); \
             c->budget -= (i64)n_ - 1; \
             count_ -= n_; \
             set_address_register(c, r, RCX, count_); \
