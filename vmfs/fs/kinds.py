@@ -6,7 +6,9 @@ as `scope`.
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,10 @@ from vmfs.vm import UNBOUND, Bound, Run
 TEXT_LIMIT = 64 << 10  # bytes of one write; `registers` whole is 9 KiB
 STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
 QUEUE_LOOK_SECONDS = 0.02
+# A run to the next port access takes some 20 us, and sleeping in trio until its end 150. So one that is
+# expected to be short is waited for on the spot for a moment, as an ioctl is.
+SHORT_SECONDS = 200e-6
+LONG_SECONDS = 1e-3  # what takes so long does not make one expect a short run
 
 
 def decoded(data: bytes) -> str:
@@ -227,6 +233,7 @@ class _VmRunHandle(Handle):
     def __init__(self, node: File, pid: int, nonblocking: bool, show: Callable[[exits.Exit], bytes]) -> None:
         super().__init__(node, pid, nonblocking)
         self._show = show
+        self._ends_soon = True  # as the run before
         self._line = b""
         self._run: Run | None = None  # begun without blocking, its line not read yet
 
@@ -275,10 +282,16 @@ class _VmRunHandle(Handle):
 
     async def _run_to_exit(self, bound: Bound) -> exits.Exit:
         vm = self.scope.vm
+        began = time.perf_counter()
         run = vm.start(bound)
+        if self._ends_soon:
+            with contextlib.suppress(TimeoutError):
+                run.exception(SHORT_SECONDS)
         try:
-            async with interruptible(self.pid):
-                await finished(run, self.scope)
+            if not run.done():
+                async with interruptible(self.pid):
+                    await finished(run, self.scope)
+            self._ends_soon = time.perf_counter() - began < LONG_SECONDS
         except Interrupted:
             vm.stop(run)
             with trio.move_on_after(STOP_SECONDS, shield=True):
