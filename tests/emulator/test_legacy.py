@@ -21,8 +21,10 @@ pytestmark = [
 CASES = 150
 NARROW = GPRS[:8]
 # The rest of what is legacy-only moves segment registers or leaves the program: tests of the system part.
-SIMPLE = {"AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF", "INC", "DEC", "PUSHA", "POPA",
-          "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP"}
+SIMPLE = {
+    "AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF", "INC", "DEC", "PUSHA", "POPA",
+    "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP",
+}
 
 
 class CompatCore(native.Core):

@@ -1,6 +1,9 @@
-"""String instructions with and without REP, against the host CPU: sizes of elements and addresses, both directions, overlap,
-faults in the middle; and that an iteration is one instruction for the budget."""
+"""String instructions with and without REP, against the host CPU: sizes of elements and addresses, both
+directions, overlap, faults in the middle; and that an iteration is one instruction for the budget. 16-bit
+addresses, which the host cannot run here, by the manual."""
 
+import mmap
+import os
 import platform
 import random
 import shutil
@@ -46,8 +49,9 @@ def string_case(name: str, rng: random.Random) -> Case:
     else:
         data = bytearray(rng.randbytes(DATA_SIZE))
     return Case(
-        code=BEFORE + code + AFTER, gprs=gprs, flags=rng.getrandbits(32) & ARITHMETIC | rng.choice((0, DF)), data=bytes(data),
-        fx=encode.fx_image(rng), ip=START, name=f"rep{rep.hex()} {name}{size * 8} a{32 if short else 64}",
+        code=BEFORE + code + AFTER, gprs=gprs, flags=rng.getrandbits(32) & ARITHMETIC | rng.choice((0, DF)),
+        data=bytes(data), fx=encode.fx_image(rng), ip=START,
+        name=f"rep{rep.hex()} {name}{size * 8} a{32 if short else 64}",
     )
 
 
@@ -76,7 +80,7 @@ def test_as_the_host(name, host, core):
                     exit = core.cpu.run(limit - done)
                     done = limit
             if expected.vector != native.COMPLETED:
-                assert exit[0] == _core.EXIT_LIMIT, f"{native.describe(case)}: {exit}, not {total} instructions"
+                assert exit[0] == _core.EXIT_LIMIT, f"{native.describe(case)}: {exit}, not {total}"
                 exit = core.cpu.run(1)
             found = core.outcome(case, exit)
             wrong = native.differences(case, expected, found)
@@ -92,8 +96,8 @@ def test_each_iteration_is_a_step(core):
     core.load(case)
     for left in (4, 3, 2, 1, 0):
         found = core.outcome(case, core.cpu.run(1))
-        done = 5 - left
-        assert (found.gprs["rcx"], found.gprs["rsi"], found.gprs["rdi"]) == (left, DATA + done, DATA + PAGE - 2 + done)
+        done, gprs = 5 - left, found.gprs
+        assert (gprs["rcx"], gprs["rsi"], gprs["rdi"]) == (left, DATA + done, DATA + PAGE - 2 + done)
         assert found.ip == (START if left else START + 2)
     assert found.data[PAGE - 2 : PAGE + 3] == case.data[:5]
 
@@ -108,3 +112,97 @@ def test_a_trap_comes_behind_each_iteration(core):
     regs = struct.unpack("<18Q", core.cpu.get_state("regs"))
     assert exit[0] != _core.EXIT_LIMIT
     assert (regs[2], regs[16]) == (2, START)
+
+
+# ---- Real mode ------------------------------------------------------------------------------------------
+
+KVM = {name: at for at, name in enumerate(native.KVM_ORDER)}
+
+
+class RealMachine:
+    """1 MiB of memory; code at 0:7C00, DS at 1000:, ES at 2000:, SS at 3000:."""
+
+    def __init__(self) -> None:
+        self.vm = _core.Vm()
+        fd = os.memfd_create("real")
+        os.ftruncate(fd, 1 << 20)
+        self.memory = mmap.mmap(fd, 1 << 20)
+        self.vm.map(0, 0, fd, 0, 1 << 20)
+        os.close(fd)
+        self.cpu = self.vm.create_vcpu(0)
+        sregs = bytearray(self.cpu.get_state("sregs"))
+        for at, selector in enumerate((0, 0x1000, 0x2000, 0, 0, 0x3000)):  # cs ds es fs gs ss, 24 bytes each
+            struct.pack_into("<Q", sregs, 24 * at, selector << 4)
+            struct.pack_into("<H", sregs, 24 * at + 12, selector)
+        self.cpu.set_state("sregs", bytes(sregs))
+        self.cpu.set_debug(False, [(_core.STOP_VECTOR, vector, vector, 0, 0, 0) for vector in range(32)])
+
+    def run(self, code: bytes, budget: int, flags: int = 0, **gprs: int) -> dict[str, int]:
+        """Run `budget` instructions: the registers, rip and the exception (-1: none)."""
+        self.memory[0x7C00 : 0x7C00 + len(code)] = code
+        regs = [0] * 16
+        for name, value in gprs.items():
+            regs[KVM[name]] = value
+        self.cpu.set_state("regs", struct.pack("<18Q", *regs, 0x7C00, flags | 2))
+        exit = self.cpu.run(budget)
+        assert exit[0] in (_core.EXIT_LIMIT, _core.EXIT_DEBUG), exit
+        values = struct.unpack("<18Q", self.cpu.get_state("regs"))
+        found = {name: values[at] for name, at in KVM.items()}
+        return found | {"rip": values[16], "vector": exit[8] if exit[0] == _core.EXIT_DEBUG else -1}
+
+
+@pytest.fixture
+def real():
+    machine = RealMachine()
+    machine.memory[0x10000:0x20000] = random.Random(7).randbytes(0x10000)
+    yield machine
+    machine.vm.close()
+
+
+def test_16_bit_addresses_wrap(real):
+    """rep movsb past FFFF goes on at 0 of the same segment, and the high halves of the registers stay."""
+    high = 0x55550000
+    got = real.run(b"\xf3\xa4", 32, rsi=high | 0xFFF0, rdi=high | 0xFFFC, rcx=high | 32)
+    assert (got["rsi"], got["rdi"], got["rcx"]) == (high | 0x10, high | 0x1C, high)
+    source = real.memory[0x1FFF0:0x20000] + real.memory[0x10000:0x10010]
+    # ES starts where DS ends, so nothing that is copied was written before
+    assert real.memory[0x2FFFC:0x30000] + real.memory[0x20000:0x2001C] == source
+    assert got["rip"] == 0x7C02
+
+
+def test_downwards_wraps_too(real):
+    got = real.run(b"\xf3\xaa", 8, flags=DF, rax=0xAB, rdi=3, rcx=8)
+    assert got["rdi"] == 0xFFFB and not got["rcx"]
+    assert real.memory[0x20000:0x20004] == real.memory[0x2FFFC:0x30000] == b"\xab" * 4
+
+
+def test_an_element_over_the_limit_faults_exactly_there(real):
+    """rep movsw: a word at FFFF is beyond the limit. What was done is done; the registers say where."""
+    got = real.run(b"\xf3\xa5", 100, rsi=0x100, rdi=0xFFFB, rcx=20)
+    assert got["vector"] == 13
+    assert (got["rsi"], got["rdi"], got["rcx"], got["rip"]) == (0x104, 0xFFFF, 18, 0x7C00)
+    assert real.memory[0x2FFFB:0x2FFFF] == real.memory[0x10100:0x10104]
+
+
+def test_the_source_has_a_segment_override_and_the_target_has_not(real):
+    real.memory[0x30010:0x30014] = b"abcd"
+    code = b"\x36\xf3\xa4\x36\xaa"  # ss rep movsb; ss stosb
+    got = real.run(code, 5, rsi=0x10, rdi=0x20, rcx=4, rax=ord("e"))
+    assert real.memory[0x20020:0x20025] == b"abcde" and got["rip"] == 0x7C05
+
+
+def test_32_bit_addresses_stop_at_the_limit(real):
+    """67: ESI is used whole, and 64 KiB is the limit."""
+    got = real.run(b"\x67\xf3\xac", 100, rsi=0xFFFE, rcx=10)
+    assert (got["vector"], got["rsi"], got["rcx"]) == (13, 0x10000, 8)
+
+
+def test_code_that_a_repetition_overwrites_is_seen(real):
+    """rep stosb over the instructions behind it, in a page that has decoded code: INC AX becomes INC DX."""
+    real.run(b"\x40\x40\x40", 3)  # decoded once
+    sregs = bytearray(real.cpu.get_state("sregs"))
+    struct.pack_into("<Q", sregs, 48, 0)  # ES = 0
+    struct.pack_into("<H", sregs, 60, 0)
+    real.cpu.set_state("sregs", bytes(sregs))
+    got = real.run(b"\xf3\xaa\x40\x40\x40", 6, rdi=0x7C02, rcx=3, rax=0x42)  # INC DX three times
+    assert (got["rdx"], got["rax"], got["rip"]) == (3, 0x42, 0x7C05)
