@@ -1,5 +1,5 @@
-"""Integer instructions where a random comparison with the host would not look: undefined encodings, counts whose
-result makers differ in, random numbers."""
+"""Integer instructions where a random comparison with the host would not look: undefined encodings, counts
+whose result makers differ in, random numbers."""
 
 import platform
 import random
@@ -97,7 +97,7 @@ def test_rare_encodings(code, host, core):
     assert not wrong, wrong
 
 
-# 16-bit double shifts by more than 16: undefined in the manual. As Intel's processors do: of a, b, a in one row.
+# 16-bit double shifts by more than 16: undefined in the manual. As Intel does: bits of a, b, a in one row.
 def test_shld_16_by_more_than_16(core):
     got = core.run(make_case("660fa4d814", rax=0x1234, rbx=0xABCD))  # shld ax, bx, 20
     assert got.gprs["rax"] == 0xBCD1
