@@ -94,12 +94,12 @@ COMPARE(cmpsd, 8)
 #define COMPARE_FLAGS(name, bytes) \
     ALWAYS_INLINE void compare_##name(struct vcpu *c, const struct record *r, xmm s) \
     { \
-        bool zero, parity, carry; \
-        CHECKED(__asm__ volatile(#name " %4, %3" : "=@ccz"(zero), "=@ccp"(parity), "=@ccc"(carry) \
+        u64 nonzero, odd, carry; /* of whole registers: no widening */ \
+        CHECKED(__asm__ volatile(#name " %4, %3" : "=@ccnz"(nonzero), "=@ccnp"(odd), "=@ccc"(carry) \
                                  : "x"(get_xmm(c, r->reg)), "x"(s))); \
-        c->zf = !zero; \
-        c->sf = !parity; \
-        set_carries(c, carry, 0, 0); \
+        c->zf = nonzero; \
+        c->sf = odd; \
+        c->carries = (0 - carry) << 62; /* CF, no OF */ \
     } \
     OP(op_##name##_reg) \
     { \

@@ -81,23 +81,23 @@ SHIFT(psrlq)
 SHIFT(psraw)
 SHIFT(psrad)
 
-/* By bytes: a window of 16 into the value between zeros. */
-OP(op_pslldq_I)
-{
-    u64 bytes[4] = {0, 0, c->xmm[r->rm].q[0], c->xmm[r->rm].q[1]};
-    u32 count = (u8)r->imm;
-    set_xmm(c, r->rm, load16((u8 *)bytes + 16 - (count < 16 ? count : 16)));
-    NEXT();
-}
-HANDLER(pslldq_I);
-OP(op_psrldq_I)
-{
-    u64 bytes[4] = {c->xmm[r->rm].q[0], c->xmm[r->rm].q[1], 0, 0};
-    u32 count = (u8)r->imm;
-    set_xmm(c, r->rm, load16((u8 *)bytes + (count < 16 ? count : 16)));
-    NEXT();
-}
-HANDLER(psrldq_I);
+/* By bytes; 16 or more clear the register. */
+#define SHIFT_BYTES(name) \
+    OP(op_##name##_I) \
+    { \
+        xmm d = get_xmm(c, r->rm); \
+        switch (r->imm) { \
+            CASES_16(SHIFT_BYTES_CASE_##name, 0) \
+        default: d = _mm_setzero_si128(); \
+        } \
+        set_xmm(c, r->rm, d); \
+        NEXT(); \
+    } \
+    HANDLER(name##_I);
+#define SHIFT_BYTES_CASE_pslldq(n) case n: __asm__("pslldq %1, %0" : "+x"(d) : "i"(n)); break;
+#define SHIFT_BYTES_CASE_psrldq(n) case n: __asm__("psrldq %1, %0" : "+x"(d) : "i"(n)); break;
+SHIFT_BYTES(pslldq)
+SHIFT_BYTES(psrldq)
 
 /* ---- Shuffles by an immediate -------------------------------------------------------------------------- */
 
@@ -133,15 +133,19 @@ COMPUTE(pshufhw)
 }
 FORMS_16(pshufhw)
 
+static NOINLINE xmm host_shufps(xmm d, xmm s, u32 imm)
+{
+    switch (imm) {
+#define X(n) case n: __asm__("shufps %2, %1, %0" : "+x"(d) : "x"(s), "i"(n)); break;
+        CASES_256(X)
+#undef X
+    }
+    return d;
+}
 COMPUTE(shufps)
 {
     (void)c;
-    u32 imm = (u8)r->imm;
-    union vector a, b;
-    _mm_storeu_si128((xmm *)&a, d);
-    _mm_storeu_si128((xmm *)&b, s);
-    return _mm_setr_epi32((i32)a.d[imm & 3], (i32)a.d[imm >> 2 & 3], (i32)b.d[imm >> 4 & 3],
-                          (i32)b.d[imm >> 6]);
+    return host_shufps(d, s, (u8)r->imm);
 }
 FORMS_16(shufps)
 COMPUTE(shufpd)
@@ -169,13 +173,18 @@ SSE_INTEGER(pabsb)
 SSE_INTEGER(pabsw)
 SSE_INTEGER(pabsd)
 
-/* A window of 16 bytes into d:s:zeros, `imm` bytes from the low end. */
+/* The 16 bytes at `imm` of s, d, and zeros behind them. The control bytes of PSHUFB for either are a window into:
+ * sixteen that clear, 0 to 15, and again some that clear. */
 COMPUTE(palignr)
 {
+#define CLEAR 0x8080808080808080
+    static const u64 control[8] = {CLEAR, CLEAR, 0x0706050403020100, 0x0f0e0d0c0b0a0908, CLEAR, CLEAR, CLEAR, CLEAR};
+#undef CLEAR
     (void)c;
-    xmm bytes[4] = {s, d, _mm_setzero_si128(), _mm_setzero_si128()};
-    u32 count = (u8)r->imm;
-    return load16((u8 *)bytes + (count < 32 ? count : 32));
+    u32 n = (u8)r->imm < 32 ? (u8)r->imm : 32;
+    __asm__("pshufb %1, %0" : "+x"(s) : "x"(load16((const u8 *)control + 16 + n)));
+    __asm__("pshufb %1, %0" : "+x"(d) : "x"(load16((const u8 *)control + n)));
+    return _mm_or_si128(d, s);
 }
 FORMS_16(palignr)
 

@@ -189,6 +189,14 @@ const struct handlers H_movnti = {{NULL}, SAME4(op_movnti_mem), SAME4(op_movnti_
 
 /* ---- Bytes by a mask ----------------------------------------------------------------------------------- */
 
+/* For what checks an address without an access: the others have it from the page walk. */
+static void check_canonical(struct vcpu *c, const struct record *r, u64 linear)
+{
+    unsigned unused = c->cr4 & CR4_LA57 ? 64 - 57 : 64 - 48;
+    if (c->key & KEY_CODE64 && linear != (u64)((i64)(linear << unused) >> unused))
+        raise_error(c, r, r->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
+}
+
 /* MASKMOVDQU: to DS:rDI (or another segment), the bytes whose mask has its top bit set. The address is
  * checked for all sixteen, pages only for those that are written, before the first is (the manual leaves open
  * what else may fault). */
@@ -197,10 +205,7 @@ OP(op_maskmovdqu)
     const union vector *mask = &c->xmm[r->rm], *data = &c->xmm[r->reg];
     u64 limit = address_masks[r->prefix & PREFIX_ADDRESS], offset = c->gpr[RDI] & limit;
     c->now = r;
-    u64 first = linear_of(c, r, r->seg, offset, 16, ACCESS_WRITE);
-    unsigned unused = c->cr4 & CR4_LA57 ? 64 - 57 : 64 - 48;
-    if (c->key & KEY_CODE64 && (first != (u64)((i64)(first << unused) >> unused)))
-        raise_error(c, r, r->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
+    check_canonical(c, r, linear_of(c, r, r->seg, offset, 16, ACCESS_WRITE));
     for (unsigned i = 0; i < 16; i++)
         if (mask->b[i] & 0x80) {
             u64 at = linear_of(c, r, r->seg, (offset + i) & limit, 1, ACCESS_WRITE);
@@ -343,8 +348,10 @@ HANDLER(fence);
 OP(op_clflush)
 {
     u64 at = mem_linear(c, r, 1, ACCESS_READ);
-    if (unlikely(!fast_linear_read(c, at, 1)))
+    if (unlikely(!fast_linear_read(c, at, 1))) {
+        check_canonical(c, r, at);
         mmu_translate(c, at, ACCESS_READ);
+    }
     NEXT();
 }
 HANDLER(clflush);

@@ -42,6 +42,11 @@ static unsigned piece_of(u64 at, unsigned bytes) /* up to the next multiple of 6
 static void area_read(struct vcpu *c, const struct record *r, struct area *a, unsigned from, unsigned bytes)
 {
     u64 at = area_linear(c, r, from, bytes, ACCESS_READ);
+    const u8 *p = fast_linear_read(c, at, bytes);
+    if (likely(p)) {
+        memcpy(a->bytes + from, p, bytes);
+        return;
+    }
     for (unsigned piece; bytes; bytes -= piece, from += piece, at += piece) {
         piece = piece_of(at, bytes);
         mmu_read(c, at & c->linear_mask, a->bytes + from, piece, ACCESS_READ);
@@ -50,6 +55,8 @@ static void area_read(struct vcpu *c, const struct record *r, struct area *a, un
 static void area_check_write(struct vcpu *c, const struct record *r, unsigned from, unsigned bytes)
 {
     u64 at = area_linear(c, r, from, bytes, ACCESS_WRITE);
+    if (likely(fast_linear_write(c, at, bytes)))
+        return;
     for (unsigned piece; bytes; bytes -= piece, at += piece) {
         piece = piece_of(at, bytes);
         mmu_check_write(c, at & c->linear_mask, piece, ACCESS_WRITE);
@@ -59,6 +66,11 @@ static void area_write(struct vcpu *c, const struct record *r, const struct area
                        unsigned bytes)
 {
     u64 at = area_linear(c, r, from, bytes, ACCESS_WRITE);
+    u8 *p = fast_linear_write(c, at, bytes);
+    if (likely(p)) {
+        memcpy(p, a->bytes + from, bytes);
+        return;
+    }
     for (unsigned piece; bytes; bytes -= piece, from += piece, at += piece) {
         piece = piece_of(at, bytes);
         mmu_write(c, at & c->linear_mask, a->bytes + from, piece, ACCESS_WRITE);
