@@ -3,21 +3,32 @@
 
 /* Only what the core does: a feature bit here is a promise. Leaves: function, index, significant index. */
 static const struct kvm_cpuid_entry2 defaults[] = {
-    {.function = 0, .eax = 0x15, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
-    {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
-     .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 25 | 1u << 26 |
+    {.function = 0, .eax = 0x16, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
+    {.function = 1, .eax = 0x000006f1, .ebx = 0x00400800,
+     .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 17 | 1u << 19 | 1u << 20 | 1u << 21 | 1u << 22 | 1u << 23 | 1u << 24 | 1u << 25 | 1u << 26 |
             1u << 30 | 1u << 31 /* hypervisor */,
-     .edx = 0x0f8bfbff & ~(1u << 7 | 1u << 14) /* no MCE, MCA */},
-    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 3 | 1u << 7 | 1u << 8 |
-     1u << 9 | 1u << 18 | 1u << 19 | 1u << 20 | 1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3},
+     .edx = (0x1f8bfbff & ~(1u << 7 | 1u << 14)) /* no MCE, MCA */},
+    {.function = 6, .eax = 1u << 2}, /* the APIC timer never stops */
+    {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 1 | 1u << 3 | 1u << 7 | 1u << 8 |
+     1u << 9 | 1u << 10 | 1u << 18 | 1u << 19 | 1u << 20 | 1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3 | 1u << 16 | 1u << 22, .edx = 1u << 29},
+    /* Topology: one package, a core a CPU. EDX follows the CPU. */
+    {.function = 0xb, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1, .ecx = 0x100},
+    {.function = 0xb, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 6, .ebx = CORE_VCPUS, .ecx = 0x201},
     /* XSAVE: x87, SSE, PKRU; offsets as in ops_sse_state.c. EBX of the first two follows XCR0. */
     {.function = 0xd, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 0x203, .ecx = 2696},
     {.function = 0xd, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 1u << 0 | 1u << 1 | 1u << 3},
     {.function = 0xd, .index = 9, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 8, .ebx = 2688},
-    {.function = 0x15, .eax = 1, .ebx = 1000, .ecx = 1000000},
+    {.function = 0x15, .eax = 1, .ebx = 1, .ecx = 1000000000}, /* the crystal, so the APIC timer, and the TSC: 1 GHz */
+    {.function = 0x16, .eax = 1000, .ebx = 1000, .ecx = 100},
+    {.function = 0x40000000, .eax = 0x40000010, .ebx = 0x73666d76, .ecx = 0x73666d76, .edx = 0x73666d76}, /* "vmfs" */
+    {.function = 0x40000010, .eax = 1000000, .ebx = 1000000}, /* kHz: TSC, APIC timer */
     {.function = 0x80000000, .eax = 0x80000008},
-    {.function = 0x80000001, .ecx = 1u << 0 | 1u << 5, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 29},
-    {.function = 0x80000008, .eax = 0x3028}, /* 40 physical, 48 linear address bits */
+    {.function = 0x80000001, .ecx = 1u << 0 | 1u << 5, .edx = 1u << 11 | 1u << 20 | 1u << 26 | 1u << 27 | 1u << 29},
+    {.function = 0x80000002, .eax = 0x73666d76}, /* the brand string: "vmfs" */
+    {.function = 0x80000003},
+    {.function = 0x80000004},
+    {.function = 0x80000007, .edx = 1u << 8}, /* the TSC never changes its rate */
+    {.function = 0x80000008, .eax = 0x3928}, /* 40 physical, 57 linear address bits */
 };
 
 /* Instructions that the host executes: without them on the host, not in the guest either. */
@@ -37,6 +48,10 @@ void cpuid_defaults(struct vcpu *c)
     u32 *ecx = &c->cpuid.entries[1].ecx;
     *ecx &= ~((u32)!host_has(FEATURE_SSE3) << 0 | (u32)!host_has(FEATURE_SSSE3) << 9 |
               (u32)!host_has(FEATURE_SSE41) << 19 | (u32)!host_has(FEATURE_SSE42) << 20);
+    if (!c->vm->irqchip) { /* no APIC, and what only an APIC has */
+        *ecx &= ~(1u << 21 | 1u << 24);
+        c->cpuid.entries[1].edx &= ~(1u << 9);
+    }
     cpuid_changed(c);
 }
 
@@ -70,6 +85,7 @@ void cpuid_changed(struct vcpu *c)
     const struct kvm_cpuid_entry2 *sizes = find(c, 0x80000008, 0);
     unsigned bits = sizes ? sizes->eax & 0xff : 36;
     c->physical_bits = (u8)(bits < 32 ? 32 : bits > 52 ? 52 : bits);
+    chip_features(c);
     if (c->cache)
         cache_flush(c);
 }
@@ -83,10 +99,17 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
         e = basic ? find(c, basic->eax, subleaf) : NULL;
     }
     memset(out, 0, 16);
-    if (!e)
+    if (!e) {
+        if ((leaf == 0xb || leaf == 0x1f) && find(c, leaf, 0)) { /* levels that there are not */
+            out[2] = subleaf & 0xff;
+            out[3] = c->index;
+        }
         return;
+    }
     out[0] = e->eax, out[1] = e->ebx, out[2] = e->ecx, out[3] = e->edx;
-    if (e->function == 1) {
+    if (e->function == 0xb || e->function == 0x1f) {
+        out[3] = c->index;
+    } else if (e->function == 1) {
         out[1] = (out[1] & 0x00ffffff) | c->index << 24;
         out[2] = (out[2] & ~(1u << 27)) | (c->cr4 & CR4_OSXSAVE ? 1u << 27 : 0);
     } else if (e->function == 0xd && e->index < 2 && (e->eax || e->edx)) {

@@ -1,6 +1,5 @@
 /* Delivery of exceptions and interrupts (Intel SDM 3A chapter 6, 20.1.4 real mode, 20.3 virtual-8086). */
-#include "flags.h"
-#include "memory.h"
+#include "transfer.h"
 
 void escape(struct vcpu *c, enum escape how) { longjmp(c->escape, how); }
 
@@ -23,40 +22,31 @@ void raise_page_fault(struct vcpu *c, const struct record *r, u64 linear, u32 er
     escape(c, ESCAPE_FAULT);
 }
 
-/* Where pushes go: a stack that is not yet the CPU's. Moves only the copy; memory is written as it goes, which is allowed
- * to stay if a later push faults (nothing else has changed). */
-struct stack {
-    struct segment_check check;
-    u64 sp, mask, linear_mask;
-    u32 fault_error;          /* selector for #SS on the new stack */
-    unsigned access;          /* ACCESS_SUPERVISOR while the CPL is not yet the new one */
-};
-
-static void push_on(struct vcpu *c, struct stack *s, unsigned bytes, u64 value)
+void push_on(struct vcpu *c, struct stack *s, unsigned bytes, u64 value)
 {
     u64 sp = (s->sp - bytes) & s->mask;
-    if (sp < s->check.low || sp + bytes - 1 > s->check.high)
-        raise_error(c, NULL, VECTOR_SS, s->fault_error);
+    if (sp < s->check.low || sp + bytes - 1 > s->check.high || (s->mask == ~0ull && !canonical(c, sp)))
+        raise_error(c, c->now, VECTOR_SS, s->fault_error);
     u64 linear = (s->check.base + sp) & s->linear_mask;
     mmu_write(c, linear, &value, bytes, s->access);
     s->sp = (s->sp & ~s->mask) | sp;
 }
 
-static void commit_sp(struct vcpu *c, const struct stack *s)
+void commit_sp(struct vcpu *c, const struct stack *s)
 {
     c->gpr[RSP] = s->mask == 0xffffffff ? (u32)s->sp : s->sp;
 }
 
-static void deliver_real(struct vcpu *c, unsigned vector)
+static void deliver_real(struct vcpu *c, unsigned vector, u64 return_ip)
 {
     if (vector * 4u + 3 > c->idt.limit)
-        raise_error(c, NULL, VECTOR_GP, 0);
+        raise_error(c, c->now, VECTOR_GP, 0);
     u32 entry = 0;
     mmu_read(c, (u32)(c->idt.base + vector * 4), &entry, 4, ACCESS_SUPERVISOR);
-    struct stack s = {c->check[SEG_SS], c->gpr[RSP], c->stack_mask, c->linear_mask, 0, ACCESS_SUPERVISOR};
+    struct stack s = current_stack(c, 0);
     push_on(c, &s, 2, get_rflags(c));
     push_on(c, &s, 2, c->seg[SEG_CS].selector);
-    push_on(c, &s, 2, c->gpr[GPR_IP]);
+    push_on(c, &s, 2, return_ip);
     commit_sp(c, &s);
     c->rflags &= ~(u64)(FLAG_IF | FLAG_TF | FLAG_AC | FLAG_RF);
     set_segment_real(c, SEG_CS, (u16)(entry >> 16));
@@ -65,52 +55,83 @@ static void deliver_real(struct vcpu *c, unsigned vector)
 }
 
 /* A stack pointer of the TSS: 32-bit or 16-bit TSS (7.2.1). */
-static void tss_stack(struct vcpu *c, unsigned level, u16 *ss, u64 *sp)
+static void tss_stack(struct vcpu *c, unsigned level, u32 ext, u16 *ss, u64 *sp)
 {
     const struct segment *tr = &c->seg[SEG_TR];
     bool wide = tr->attributes & 8;
-    u64 offset = wide ? 4 + 8 * level : 2 + 4 * level, bytes = wide ? 8 : 4;
+    u64 offset = wide ? 4 + 8 * level : 2 + 4 * level, bytes = wide ? 6 : 4;
     if (offset + bytes - 1 > tr->limit)
-        raise_error(c, NULL, VECTOR_TS, tr->selector & 0xfffc);
+        raise_error(c, c->now, VECTOR_TS, (tr->selector & 0xfffc) | ext);
     u64 value = 0;
     mmu_read(c, (u32)(tr->base + offset), &value, (unsigned)bytes, ACCESS_SUPERVISOR);
     *sp = wide ? (u32)value : (u16)value;
     *ss = (u16)(value >> (wide ? 32 : 16));
 }
 
-static u64 tss_stack64(struct vcpu *c, unsigned offset)
+u64 tss_stack64(struct vcpu *c, unsigned offset, u32 ext)
 {
     const struct segment *tr = &c->seg[SEG_TR];
     if (offset + 7 > tr->limit)
-        raise_error(c, NULL, VECTOR_TS, tr->selector & 0xfffc);
+        raise_error(c, c->now, VECTOR_TS, (tr->selector & 0xfffc) | ext);
     u64 value = 0;
     mmu_read(c, tr->base + offset, &value, 8, ACCESS_SUPERVISOR);
     return value;
 }
 
-static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error_code)
+struct stack current_stack(struct vcpu *c, u32 fault_error)
+{
+    return (struct stack){c->check[SEG_SS], c->gpr[RSP], c->stack_mask, c->linear_mask, fault_error,
+                          c->cpl == 3 ? 0 : ACCESS_SUPERVISOR};
+}
+
+void inner_stack(struct vcpu *c, unsigned level, u32 ext, struct stack *s, struct segment *new_ss)
+{
+    u16 ss;
+    u64 sp;
+    struct descriptor d;
+    tss_stack(c, level, ext, &ss, &sp);
+    u32 error = (ss & 0xfffc) | ext;
+    if (!(ss & 0xfffc))
+        raise_error(c, c->now, VECTOR_TS, ext);
+    if (!read_descriptor(c, ss, &d, 8))
+        raise_error(c, c->now, VECTOR_TS, error);
+    u32 a = descriptor_attributes(&d);
+    if ((ss & 3) != level || attributes_dpl(a) != level || !(a & ATTR_S) || a & ATTR_CODE || !(a & ATTR_WRITABLE))
+        raise_error(c, c->now, VECTOR_TS, error);
+    if (!(a & ATTR_P))
+        raise_error(c, c->now, VECTOR_SS, error);
+    set_accessed(c, &d);
+    descriptor_segment(&d, new_ss);
+    bool down = a & ATTR_EXPAND_DOWN, big = a & ATTR_DB;
+    *s = (struct stack){{new_ss->base, down ? (u64)new_ss->limit + 1 : 0,
+                         down ? (big ? 0xffffffff : 0xffff) : new_ss->limit, 3},
+                        sp, big ? 0xffffffff : 0xffff, 0xffffffff, error, ACCESS_SUPERVISOR};
+}
+
+static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error_code,
+                              u64 return_ip)
 {
     bool long_mode = c->efer & EFER_LMA, v86 = c->rflags & FLAG_VM;
     u32 ext = kind == EVENT_SOFTWARE ? 0 : 1;
     unsigned entry_bytes = long_mode ? 16 : 8;
     u32 idt_error = vector * 8 + 2 + ext;
     if (vector * entry_bytes + entry_bytes - 1 > c->idt.limit)
-        raise_error(c, NULL, VECTOR_GP, idt_error);
-    u64 gate[2] = {0, 0};
-    mmu_read(c, c->idt.base + vector * entry_bytes, &gate[0], 8, ACCESS_SUPERVISOR);
+        raise_error(c, c->now, VECTOR_GP, idt_error);
+    u64 gate[2] = {0, 0}, gate_at = c->idt.base + vector * entry_bytes;
+    mmu_read(c, long_mode ? gate_at : (u32)gate_at, &gate[0], 8, ACCESS_SUPERVISOR);
     if (long_mode)
-        mmu_read(c, c->idt.base + vector * entry_bytes + 8, &gate[1], 8, ACCESS_SUPERVISOR);
+        mmu_read(c, gate_at + 8, &gate[1], 8, ACCESS_SUPERVISOR);
     unsigned type = gate[0] >> 40 & 31, dpl = gate[0] >> 45 & 3;
     bool task = type == 5 && !long_mode;
     if (!(type == 14 || type == 15 || (!long_mode && (type == 5 || type == 6 || type == 7))))
-        raise_error(c, NULL, VECTOR_GP, idt_error);
+        raise_error(c, c->now, VECTOR_GP, idt_error);
     if (kind == EVENT_SOFTWARE && dpl < c->cpl)
-        raise_error(c, NULL, VECTOR_GP, vector * 8 + 2);
+        raise_error(c, c->now, VECTOR_GP, vector * 8 + 2);
     if (!(gate[0] >> 47 & 1))
-        raise_error(c, NULL, VECTOR_NP, idt_error);
+        raise_error(c, c->now, VECTOR_NP, idt_error);
     u16 selector = (u16)(gate[0] >> 16);
     if (task) {
-        deliver_task_gate(c, selector, kind, has_error, error_code);
+        task_switch(c, selector, TASK_EVENT, ext, return_ip, has_error, error_code);
         return;
     }
     u64 target = (gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff0000) | (gate[1] & 0xffffffff) << 32;
@@ -122,18 +143,18 @@ static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, 
     struct descriptor code;
     u32 code_error = (selector & 0xfffc) | ext;
     if (!(selector & 0xfffc))
-        raise_error(c, NULL, VECTOR_GP, ext);
+        raise_error(c, c->now, VECTOR_GP, ext);
     if (!read_descriptor(c, selector, &code, 8))
-        raise_error(c, NULL, VECTOR_GP, code_error);
+        raise_error(c, c->now, VECTOR_GP, code_error);
     u32 a = descriptor_attributes(&code);
     unsigned code_dpl = a >> ATTR_DPL_SHIFT & 3;
     if (!(a & ATTR_S) || !(a & ATTR_CODE) || code_dpl > c->cpl || (long_mode && (!(a & ATTR_L) || a & ATTR_DB)))
-        raise_error(c, NULL, VECTOR_GP, code_error);
+        raise_error(c, c->now, VECTOR_GP, code_error);
     if (!(a & ATTR_P))
-        raise_error(c, NULL, VECTOR_NP, code_error);
+        raise_error(c, c->now, VECTOR_NP, code_error);
     unsigned cpl = a & ATTR_CONFORMING ? c->cpl : code_dpl;
     if (v86 && cpl != 0)
-        raise_error(c, NULL, VECTOR_GP, code_error);
+        raise_error(c, c->now, VECTOR_GP, code_error);
 
     struct stack s;
     struct segment new_ss = c->seg[SEG_SS];
@@ -142,50 +163,25 @@ static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, 
     if (long_mode) { /* 6.14 */
         s = (struct stack){{0, 0, ~0ull, 3}, old_sp, ~0ull, ~0ull, ext, ACCESS_SUPERVISOR};
         if (ist)
-            s.sp = tss_stack64(c, 36 + 8 * (unsigned)(ist - 1));
+            s.sp = tss_stack64(c, 36 + 8 * (unsigned)(ist - 1), ext);
         else if (switches)
-            s.sp = tss_stack64(c, 4 + 8 * cpl);
-        if (ist || switches)
-            if ((u64)((i64)(s.sp << 16) >> 16) != s.sp && !(c->cr4 & CR4_LA57))
-                raise_error(c, NULL, VECTOR_SS, ext);
+            s.sp = tss_stack64(c, 4 + 8 * cpl, ext);
         s.sp &= ~15ull;
         if (switches)
             new_ss = (struct segment){0, 0, ATTR_UNUSABLE | cpl << ATTR_DPL_SHIFT, (u16)cpl};
-        if ((u64)((i64)(target << 16) >> 16) != target && !(c->cr4 & CR4_LA57))
-            raise_error(c, NULL, VECTOR_GP, ext);
+        if (!canonical(c, target))
+            raise_error(c, c->now, VECTOR_GP, ext);
     } else {
-        if (switches) {
-            u16 ss;
-            u64 sp;
-            struct descriptor d;
-            tss_stack(c, cpl, &ss, &sp);
-            u32 error = (ss & 0xfffc) | ext;
-            if (!(ss & 0xfffc))
-                raise_error(c, NULL, VECTOR_TS, ext);
-            if (!read_descriptor(c, ss, &d, 8))
-                raise_error(c, NULL, VECTOR_TS, error);
-            u32 sa = descriptor_attributes(&d);
-            if ((ss & 3) != cpl || (sa >> ATTR_DPL_SHIFT & 3) != cpl || !(sa & ATTR_S) || sa & ATTR_CODE ||
-                !(sa & ATTR_WRITABLE))
-                raise_error(c, NULL, VECTOR_TS, error);
-            if (!(sa & ATTR_P))
-                raise_error(c, NULL, VECTOR_SS, error);
-            set_accessed(c, &d);
-            descriptor_segment(&d, &new_ss);
-            bool down = sa & ATTR_EXPAND_DOWN, big = sa & ATTR_DB;
-            s = (struct stack){{new_ss.base, down ? (u64)new_ss.limit + 1 : 0,
-                                down ? (big ? 0xffffffff : 0xffff) : new_ss.limit, 3},
-                               sp, big ? 0xffffffff : 0xffff, 0xffffffff, error, ACCESS_SUPERVISOR};
-        } else {
-            s = (struct stack){c->check[SEG_SS], old_sp, c->stack_mask, c->linear_mask, ext,
-                               c->cpl == 3 ? 0 : ACCESS_SUPERVISOR};
-        }
+        if (switches)
+            inner_stack(c, cpl, ext, &s, &new_ss);
+        else
+            s = current_stack(c, ext);
         if (target > descriptor_limit(&code))
-            raise_error(c, NULL, VECTOR_GP, ext);
+            raise_error(c, c->now, VECTOR_GP, ext);
     }
     u64 flags = get_rflags(c);
-    if (kind == EVENT_EXCEPTION && vector != VECTOR_DB && vector != VECTOR_BP && vector != VECTOR_OF)
-        flags |= FLAG_RF; /* 17.3.1.1: faults resume past an instruction breakpoint */
+    if (c->repeating || (kind == EVENT_EXCEPTION && vector != VECTOR_DB && vector != VECTOR_BP && vector != VECTOR_OF))
+        flags |= FLAG_RF; /* 17.3.1.1: faults, and events between iterations, resume past an instruction breakpoint */
     if (v86) {
         static const u8 order[] = {SEG_GS, SEG_FS, SEG_DS, SEG_ES};
         for (unsigned i = 0; i < 4; i++)
@@ -197,7 +193,7 @@ static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, 
     }
     push_on(c, &s, size, flags);
     push_on(c, &s, size, c->seg[SEG_CS].selector);
-    push_on(c, &s, size, c->gpr[GPR_IP]);
+    push_on(c, &s, size, return_ip);
     if (has_error)
         push_on(c, &s, size, error_code);
     set_accessed(c, &code);
@@ -220,18 +216,56 @@ static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, 
     mode_changed(c);
 }
 
-void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error)
+static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error, u64 return_ip)
 {
-    c->now = NULL;
     c->delivering = (int)vector;
     c->delivering_kind = kind;
     if (c->cr0 & CR0_PE)
-        deliver_protected(c, vector, kind, has_error, error);
+        deliver_protected(c, vector, kind, has_error, error, return_ip);
     else
-        deliver_real(c, vector);
+        deliver_real(c, vector, return_ip);
     c->delivering = -1;
     c->halted = false;
-    c->shadow_sti = c->shadow_ss = false;
+    c->shadow_sti = c->shadow_ss = c->repeating = false;
+    if (vector == VECTOR_DB && kind == EVENT_EXCEPTION)
+        c->dr7 &= ~(u64)DR7_GD; /* 17.2.4: the handler may use the debug registers */
+}
+
+void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error)
+{
+    c->now = NULL;
+    deliver_from(c, vector, kind, has_error, error, c->gpr[GPR_IP]);
+}
+
+void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, enum event kind)
+{
+    c->now = r;
+    deliver_from(c, vector, kind, false, 0, next_ip(c, r));
+    if (c->now) /* else a task switch has been there */
+        c->budget += r->left;
+    c->now = NULL;
+    c->trap_taken = true; /* TF is clear: no single-step trap behind it */
+}
+
+void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector)
+{
+    u64 flags = get_rflags(c);
+    bool virtual = (flags >> 12 & 3) < 3;
+    u32 entry = 0;
+    c->now = r;
+    mmu_read(c, vector * 4, &entry, 4, 0);
+    if (virtual)
+        flags = (flags & ~(u64)FLAG_IF) | FLAG_IOPL | (flags & FLAG_VIF ? FLAG_IF : 0);
+    struct stack s = current_stack(c, 0);
+    push_on(c, &s, 2, flags);
+    push_on(c, &s, 2, c->seg[SEG_CS].selector);
+    push_on(c, &s, 2, next_ip(c, r));
+    commit_sp(c, &s);
+    c->rflags &= ~(u64)(FLAG_TF | (virtual ? FLAG_VIF : FLAG_IF));
+    set_segment_real(c, SEG_CS, (u16)(entry >> 16));
+    mode_changed(c);
+    leave_to(c, r, entry & 0xffff);
+    c->trap_taken = true;
 }
 
 static bool contributory(unsigned vector)

@@ -42,6 +42,7 @@ struct walk {
     u64 physical;
     bool paged, user, write, nx, dirty;
     unsigned key;             /* protection key of a user page */
+    u64 large;                /* the offset bits of a large page; 0: 4 KiB */
     unsigned levels;
     u64 entry_address[5], entry[5];
     unsigned entry_bytes;
@@ -76,6 +77,7 @@ static u32 walk_tables(struct vcpu *c, u64 linear, struct walk *w)
                 if (e & 1 << 21)
                     return (u32)FAILED | PF_PRESENT | PF_RESERVED;
                 w->physical = (e & 0xffc00000) | (e >> 13 & 0xff) << 32 | (linear & 0x3fffff);
+                w->large = 0x3fffff;
                 w->dirty = e & PTE_D;
                 return 0;
             }
@@ -121,6 +123,7 @@ static u32 walk_tables(struct vcpu *c, u64 linear, struct walk *w)
             if (e & inside & address_bits & ~(shift > 12 ? 0x1000ull /* PAT */ : 0))
                 return (u32)FAILED | PF_PRESENT | PF_RESERVED;
             w->physical = (e & address_bits & ~inside) | (linear & inside);
+            w->large = shift > 12 ? inside : 0;
             w->dirty = e & PTE_D;
             w->key = e >> 59 & 15;
             return 0;
@@ -173,6 +176,8 @@ void tlb_clear(struct vcpu *c)
 {
     memset(c->tlbs, 0xff, sizeof c->tlbs);
     c->filled_count = 0;
+    c->large_low = ~0ull;
+    c->large_high = 0;
 }
 
 void tlb_flush(struct vcpu *c)
@@ -185,11 +190,17 @@ void tlb_flush(struct vcpu *c)
             entries(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS)[c->filled[i] & (TLB_SIZE - 1)].page = TLB_INVALID;
         }
     c->filled_count = 0;
+    c->large_low = ~0ull;
+    c->large_high = 0;
     break_links(c);
 }
 
 void tlb_flush_page(struct vcpu *c, u64 linear)
 {
+    if (linear >= c->large_low && linear <= c->large_high) { /* all of a large page goes (4.10.4.1) */
+        tlb_flush(c);
+        return;
+    }
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
             entries(&c->tlbs[table], kind)[linear >> 12 & (TLB_SIZE - 1)].page = TLB_INVALID;
@@ -248,13 +259,18 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend)
+static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend, u64 large)
 {
     unsigned at = linear >> 12 & (TLB_SIZE - 1);
     if (c->filled_count <= TLB_FILLED) {
         if (c->filled_count < TLB_FILLED)
             c->filled[c->filled_count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
         c->filled_count++;
+    }
+    if (large) {
+        u64 first = linear & ~large, last = linear | large;
+        c->large_low = first < c->large_low ? first : c->large_low;
+        c->large_high = last > c->large_high ? last : c->large_high;
     }
     c->tlbs[table].physical[kind][at] = physical & PAGE_MASK;
     entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, addend};
@@ -270,7 +286,7 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     struct slot *slot = vm_slot(c->vm, physical);
     u64 addend = slot ? (u64)(uintptr_t)slot->host + (physical - slot->address) - linear : 0;
     if (access & ACCESS_EXECUTE) {
-        enter(c, table, TLB_EXECUTE, linear, physical, addend);
+        enter(c, table, TLB_EXECUTE, linear, physical, addend, w->large);
         return;
     }
     if (!slot || page_watched(c, linear, physical))
@@ -278,9 +294,9 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
         if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
-            enter(c, table, TLB_WRITE, linear, physical, addend);
+            enter(c, table, TLB_WRITE, linear, physical, addend, w->large);
     } else {
-        enter(c, table, TLB_READ, linear, physical, addend);
+        enter(c, table, TLB_READ, linear, physical, addend, w->large);
     }
 }
 
@@ -410,6 +426,12 @@ static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes
 
 static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
 {
+    if (c->delivering >= 0) { /* tables and stacks outside of RAM: as physical_read */
+        memset(data, 0xff, bytes);
+        return;
+    }
+    if (!c->alone) /* `read_values` are of one instruction */
+        escape(c, ESCAPE_ALONE);
     while (bytes) {
         unsigned n = bytes > 8 ? 8 : bytes;
         u64 value = 0;

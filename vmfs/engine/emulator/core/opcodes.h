@@ -80,6 +80,8 @@ enum attribute {
     X(CLFSH, 1, 3, 19) X(MMX, 1, 3, 23) X(FXSR, 1, 3, 24) X(SSE, 1, 3, 25) X(SSE2, 1, 3, 26) \
     X(SSE3, 1, 2, 0) X(PCLMUL, 1, 2, 1) X(MONITOR, 1, 2, 3) X(SSSE3, 1, 2, 9) X(FMA, 1, 2, 12) X(CX16, 1, 2, 13) \
     X(PCID, 1, 2, 17) X(SSE41, 1, 2, 19) X(SSE42, 1, 2, 20) X(X2APIC, 1, 2, 21) X(MOVBE, 1, 2, 22) X(POPCNT, 1, 2, 23) \
+    X(TSC_DEADLINE, 1, 2, 24) X(APIC, 1, 3, 9) X(MTRR, 1, 3, 12) X(PAT, 1, 3, 16) X(TSC_ADJUST, 7, 1, 1) \
+    X(ARCH_CAPABILITIES, 7, 3, 29) \
     X(AES, 1, 2, 25) X(XSAVE, 1, 2, 26) X(AVX, 1, 2, 28) X(F16C, 1, 2, 29) X(RDRAND, 1, 2, 30) \
     X(FSGSBASE, 7, 1, 0) X(BMI1, 7, 1, 3) X(AVX2, 7, 1, 5) X(SMEP, 7, 1, 7) X(BMI2, 7, 1, 8) X(INVPCID, 7, 1, 10) \
     X(RDSEED, 7, 1, 18) X(ADX, 7, 1, 19) X(SMAP, 7, 1, 20) X(CLFLUSHOPT, 7, 1, 23) X(CLWB, 7, 1, 24) X(SHA, 7, 1, 29) \

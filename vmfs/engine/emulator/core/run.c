@@ -8,7 +8,6 @@
 
 enum { SLICE = 1 << 16 }; /* instructions between two looks at timers and waiting CPUs */
 
-void request_attention(struct vcpu *c, u32 bits) { atomic_fetch_or(&c->attention, bits); }
 
 void vcpu_kick(struct vcpu *c) { request_attention(c, ATTENTION_KICK); }
 void vcpu_clear_kick(struct vcpu *c) { atomic_fetch_and(&c->attention, ~(u32)ATTENTION_KICK); }
@@ -41,14 +40,12 @@ void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters)
 
 /* ---- Time ------------------------------------------------------------------------------------------------------------------- */
 
+/* In TSC cycles at 1 GHz, so in nanoseconds. */
 u64 core_now(struct vcpu *c, const struct record *r)
 {
-    if (c->vm->time == TIME_HOST) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (u64)t.tv_sec * 1000000000 + (u64)t.tv_nsec; /* the TSC counts nanoseconds: 1 GHz */
-    }
-    return r ? retired_at(c, r) : c->retired + (u64)(c->slice - c->budget);
+    if (c->vm->time == TIME_HOST)
+        return host_clock() - c->vm->host_origin;
+    return (r ? retired_at(c, r) : c->retired + (u64)(c->slice - c->budget)) + c->skew;
 }
 
 /* ---- Slices: exact instruction counts --------------------------------------------------------------------------------------- */
@@ -67,6 +64,8 @@ static void begin_slice(struct vcpu *c)
     i64 slice = SLICE;
     if (c->run_limited && c->run_budget < slice)
         slice = c->run_budget;
+    if (c->vm->irqchip)
+        slice = chip_room(c, slice);
     c->slice = c->budget = slice;
 }
 
@@ -101,6 +100,7 @@ static void run_alone(struct vcpu *c)
     c->slice -= c->saved_budget;
     c->budget = 1;
     c->stop_hit = -1;
+    c->trap_taken = false;
     c->reads_used = 0;
     c->store_count = c->stores_reported = 0;
     decode_alone(c, c->single); /* may escape: budget 1 is the instruction that did not run */
@@ -154,6 +154,11 @@ static void look_around(struct vcpu *c)
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_NMI);
         c->nmi_pending = true;
     }
+    if (bits & ATTENTION_LINES) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_LINES);
+        chip_apply_lines(c->vm);
+        chip_notify(c);
+    }
     if (bits & ATTENTION_INTERRUPT)
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_INTERRUPT);
     if (bits & ATTENTION_KICK) {
@@ -165,7 +170,7 @@ static void look_around(struct vcpu *c)
 /* True if an event was delivered. */
 static bool take_event(struct vcpu *c)
 {
-    if (c->debug_pending) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
+    if (c->debug_pending && !c->shadow_ss) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
         c->dr6 |= c->debug_pending;
         c->debug_pending = 0;
         c->fault = (struct fault){.vector = VECTOR_DB};
@@ -182,7 +187,7 @@ static bool take_event(struct vcpu *c)
         int vector = pending_vector(c);
         if (vector >= 0) {
             c->counters.interrupts++;
-            acknowledge(c, vector);
+            vector = acknowledge(c);
             deliver(c, (unsigned)vector, EVENT_EXTERNAL, false, 0);
             return true;
         }
@@ -217,7 +222,7 @@ static void after_escape(struct vcpu *c, enum escape how)
         c->store_count = 0;
         c->debug_hits = 0;
         c->shadow_sti = c->shadow_ss = false;
-        if (c->delivering < 0) { /* not the same fault twice when it is run again */
+        if (c->delivering < 0 || c->delivering_kind == EVENT_SOFTWARE) { /* not the same fault twice when it is run again */
             u64 now = c->retired + (u64)(c->slice - c->budget);
             if (c->caught_at != now + 1 && catches(c, c->fault.vector)) {
                 c->caught_at = now + 1;
@@ -230,6 +235,7 @@ static void after_escape(struct vcpu *c, enum escape how)
             debug_exit(c, DEBUG_STEP);
         break;
     case ESCAPE_ALONE:
+        c->delivering = -1; /* an INT n */
         c->restart = true;
         break;
     case ESCAPE_EXIT:
@@ -252,8 +258,8 @@ static void after_alone(struct vcpu *c, bool tf)
         c->debug_pending |= c->debug_hits;
         c->debug_hits = 0;
     }
-    if (tf)
-        c->debug_pending |= 1 << 14; /* DR6.BS */
+    if (tf && !c->trap_taken)
+        c->debug_pending |= DR6_BS;
     if (c->exit.reason == EXIT_NONE && !report_store(c) && c->stop_hit >= 0) {
         debug_exit(c, DEBUG_WATCHPOINT);
         c->exit.id = c->stops[c->stop_hit].id;
@@ -287,9 +293,13 @@ static void at_breakpoint(struct vcpu *c)
     c->pass_breakpoint = true;
 }
 
-/* HLT waits: for an interrupt, a timer, a kick. */
+/* A CPU that executes nothing: HLT, or waiting for INIT or SIPI. */
 static void wait_halted(struct vcpu *c)
 {
+    if (c->vm->irqchip || !c->halted) {
+        chip_wait(c);
+        return;
+    }
     c->halted = false;
     c->exit = (struct vcpu_exit){.reason = EXIT_HLT};
 }
@@ -297,6 +307,22 @@ static void wait_halted(struct vcpu *c)
 static u64 code_linear_ip(const struct vcpu *c)
 {
     return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
+}
+
+/* Real, protected or long mode: a switch between them ends a run that asks for it. */
+static unsigned cpu_mode(const struct vcpu *c) { return c->efer & EFER_LMA ? 2 : c->cr0 & CR0_PE ? 1 : 0; }
+
+static bool mode_stop(struct vcpu *c)
+{
+    unsigned mode = cpu_mode(c), before = c->known_mode;
+    c->known_mode = mode;
+    for (size_t i = 0; mode != before && i < c->stop_count; i++)
+        if (c->stops[i].kind == STOP_MODE) {
+            debug_exit(c, DEBUG_MODE);
+            c->exit.id = c->stops[i].id;
+            return true;
+        }
+    return false;
 }
 
 /* One round of the main loop: an event, or a chain of traces, or one instruction. */
@@ -312,21 +338,31 @@ static void turn(struct vcpu *c)
     end_slice(c);
     if (c->retired - c->yielded_at >= SLICE) {
         c->yielded_at = c->retired;
+        clock_leave(c);
         vm_yield(c->vm);
+        clock_enter(c);
     }
     if (c->run_limited && c->run_budget <= 0) {
         c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
         return;
     }
+    if (c->vm->irqchip)
+        chip_look(c);
     if (!c->restart) { /* an instruction that is half done comes before any event */
-        if (take_event(c) && c->step) {
+        if (c->has_mode_stop && mode_stop(c))
+            return;
+        if (c->mp_state == KVM_MP_STATE_RUNNABLE && take_event(c) && c->step) {
             debug_exit(c, DEBUG_STEP);
             return;
         }
-        if (c->halted) {
+        if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) {
             wait_halted(c);
             return;
         }
+    }
+    if (c->repeating) { /* to go on is not to arrive at a breakpoint */
+        c->repeating = false;
+        c->pass_breakpoint |= (c->has_breakpoints || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c));
     }
     begin_slice(c);
     bool tf = c->rflags & FLAG_TF;
@@ -362,7 +398,10 @@ static void turn(struct vcpu *c)
 
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
+    atomic_store(&c->in_run, true);
     vm_lock(c->vm);
+    clock_enter(c);
+    c->known_mode = cpu_mode(c);
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
     c->run_count++;
     break_links(c);
@@ -389,5 +428,9 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     c->exit.rip = c->gpr[GPR_IP];
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
+    clock_leave(c);
+    atomic_store(&c->in_run, false);
+    if (c->vm->irqchip)
+        chip_notify(c);
     vm_unlock(c->vm);
 }

@@ -62,7 +62,13 @@ void mode_changed(struct vcpu *c)
     for (unsigned i = 0; i < 6; i++)
         segment_changed(c, i);
     tlb_select(c);
-    break_links(c); /* the base of CS may have changed */
+    /* Links and the jump cache know instruction pointers and keys. In a key without the 64-bit bit, a pointer means another
+     * address when the base of CS has changed; without CPL 0, levels 1 and 2 may fetch what 3 may not. */
+    if ((!is64 && c->linked_base != cs->base) || (c->cpl && c->linked_cpl != c->cpl)) {
+        c->linked_base = is64 ? c->linked_base : cs->base;
+        c->linked_cpl = c->cpl ? c->cpl : c->linked_cpl;
+        break_links(c);
+    }
 }
 
 /* CPL changes only with CS and SS: the caller ends with mode_changed. */

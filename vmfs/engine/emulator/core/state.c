@@ -2,6 +2,7 @@
 #include <errno.h>
 
 #include "flags.h"
+#include "irqchip.h"
 #include "memory.h"
 
 /* ---- regs ---------------------------------------------------------------------------------------------------------------- */
@@ -32,6 +33,7 @@ static int set_regs(struct vcpu *c, const void *data, size_t size)
     c->gpr[GPR_IP] = in[16];
     set_rflags(c, in[17] & 0x3f7fd7);
     c->caught_at = 0; /* with other registers, an exception is another one */
+    c->repeating = false;
     derive_cpl(c);
     mode_changed(c);
     return 0;
@@ -76,7 +78,11 @@ static void get_sregs(struct vcpu *c, void *data)
     s->cr0 = c->cr0, s->cr2 = c->cr2, s->cr3 = c->cr3, s->cr4 = c->cr4, s->cr8 = c->cr8;
     s->efer = c->efer;
     s->apic_base = c->msr.apic_base;
-    int vector = pending_vector(c); /* the next one that waits; the queue behind it is not KVM's to show */
+    if (c->vm->irqchip) {
+        s->cr8 = irqchip_get_cr8(c->vm->irqchip, c->index);
+        s->apic_base = c->vm->irqchip->cpu[c->index].base;
+    }
+    int vector = queued_vector(c); /* the next one that waits; the queue behind it is not KVM's to show */
     if (vector >= 0)
         s->interrupt_bitmap[vector >> 6] |= 1ull << (vector & 63);
 }
@@ -90,6 +96,11 @@ static int set_sregs(struct vcpu *c, const void *data, size_t size)
         return -EINVAL;
     if (s->efer & EFER_LMA && !(s->efer & EFER_LME && s->cr0 & CR0_PG && s->cr4 & CR4_PAE))
         return -EINVAL;
+    if (c->vm->irqchip) {
+        if (irqchip_set_apic_base(c->vm->irqchip, c->index, s->apic_base, vm_time(c->vm)))
+            return -EINVAL;
+        irqchip_set_cr8(c->vm->irqchip, c->index, s->cr8);
+    }
     c->seg[SEG_CS] = set_segment(&s->cs);
     c->seg[SEG_DS] = set_segment(&s->ds);
     c->seg[SEG_ES] = set_segment(&s->es);
@@ -362,6 +373,26 @@ static int set_cpuid(struct vcpu *c, const void *data, size_t size)
     return 0;
 }
 
+/* ---- lapic ------------------------------------------------------------------------------------------------------------------------- */
+
+static long get_lapic(struct vcpu *c, void *data, size_t size)
+{
+    if (!c->vm->irqchip)
+        return -EOPNOTSUPP;
+    chip_apply_lines(c->vm);
+    if (size >= sizeof(struct kvm_lapic_state))
+        irqchip_get_lapic(c->vm->irqchip, c->index, data, vm_time(c->vm));
+    return sizeof(struct kvm_lapic_state);
+}
+static int set_lapic(struct vcpu *c, const void *data, size_t size)
+{
+    if (!c->vm->irqchip)
+        return -EOPNOTSUPP;
+    if (size != sizeof(struct kvm_lapic_state))
+        return -EINVAL;
+    return irqchip_set_lapic(c->vm->irqchip, c->index, data, vm_time(c->vm));
+}
+
 /* ---- By name ----------------------------------------------------------------------------------------------------------------------- */
 
 static const struct state {
@@ -381,6 +412,7 @@ static const struct state {
     {"mp_state", sizeof(struct kvm_mp_state), get_mp_state, NULL, set_mp_state},
     {"msrs", 0, NULL, get_msrs, set_msrs},
     {"cpuid", 0, NULL, get_cpuid, set_cpuid},
+    {"lapic", 0, NULL, get_lapic, set_lapic},
 };
 
 static const struct state *find(const char *name)
@@ -432,13 +464,68 @@ int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t si
     return s->set(c, data, size);
 }
 
+/* ---- Of a machine ------------------------------------------------------------------------------------------------------------------ */
+
+enum { CHIPS = 3 }; /* of `irqchip`: 8259 master, slave, I/O APIC */
+
+static int set_chips(struct irqchip *chip, const struct kvm_irqchip *in)
+{
+    struct kvm_irqchip old[CHIPS];
+    for (unsigned i = 0; i < CHIPS; i++)
+        if (in[i].chip_id != i)
+            return -EINVAL;
+    for (unsigned i = 0; i < CHIPS; i++) {
+        old[i].chip_id = i;
+        irqchip_get_chip(chip, &old[i]);
+        int error = irqchip_set_chip(chip, &in[i]);
+        if (error) { /* all or nothing */
+            while (i-- > 0)
+                irqchip_set_chip(chip, &old[i]);
+            return error;
+        }
+    }
+    return 0;
+}
+
 long vm_get_state(struct vm *vm, const char *name, void *data, size_t size)
 {
-    (void)vm, (void)name, (void)data, (void)size;
-    return -ENOENT;
+    if (!strcmp(name, "clock")) {
+        if (size >= sizeof(struct kvm_clock_data))
+            *(struct kvm_clock_data *)data = (struct kvm_clock_data){.clock = vm_time(vm) + (u64)vm->clock_offset};
+        return sizeof(struct kvm_clock_data);
+    }
+    if (strcmp(name, "irqchip") && strcmp(name, "pit"))
+        return -ENOENT;
+    if (!vm->irqchip)
+        return -EOPNOTSUPP;
+    chip_apply_lines(vm);
+    if (!strcmp(name, "pit")) {
+        if (size >= sizeof(struct kvm_pit_state2))
+            irqchip_get_pit(vm->irqchip, data, vm_time(vm));
+        return sizeof(struct kvm_pit_state2);
+    }
+    struct kvm_irqchip *out = data;
+    for (unsigned i = 0; size >= CHIPS * sizeof *out && i < CHIPS; i++) {
+        out[i] = (struct kvm_irqchip){.chip_id = i};
+        irqchip_get_chip(vm->irqchip, &out[i]);
+    }
+    return CHIPS * sizeof *out;
 }
+
 int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size)
 {
-    (void)vm, (void)name, (void)data, (void)size;
-    return -ENOENT;
+    if (!strcmp(name, "clock")) {
+        if (size != sizeof(struct kvm_clock_data))
+            return -EINVAL;
+        vm->clock_offset = (i64)(((const struct kvm_clock_data *)data)->clock - vm_time(vm));
+        return 0;
+    }
+    if (strcmp(name, "irqchip") && strcmp(name, "pit"))
+        return -ENOENT;
+    if (!vm->irqchip)
+        return -EOPNOTSUPP;
+    chip_apply_lines(vm);
+    if (!strcmp(name, "pit")) /* its times are another clock's: the counters start afresh, as KVM_SET_PIT2 does */
+        return size == sizeof(struct kvm_pit_state2) ? irqchip_set_pit(vm->irqchip, data, true, vm_time(vm)) : -EINVAL;
+    return size == CHIPS * sizeof(struct kvm_irqchip) ? set_chips(vm->irqchip, data) : -EINVAL;
 }

@@ -49,6 +49,7 @@ enum {
     CR4_UMIP = 1 << 11, CR4_LA57 = 1 << 12, CR4_FSGSBASE = 1 << 16, CR4_PCIDE = 1 << 17, CR4_OSXSAVE = 1 << 18,
     CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21, CR4_PKE = 1 << 22,
 };
+enum { DR6_BD = 1 << 13, DR6_BS = 1 << 14, DR6_BT = 1 << 15, DR7_GD = 1 << 13 };
 enum { EFER_SCE = 1 << 0, EFER_LME = 1 << 8, EFER_LMA = 1 << 10, EFER_NXE = 1 << 11 };
 
 enum {
@@ -190,7 +191,7 @@ struct fault { u8 vector; bool has_error; u32 error; u64 address; };
 struct msr_state {
     u64 star, lstar, cstar, fmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux, apic_base,
         misc_enable, mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], tsc_deadline, tsc_adjust, xss,
-        spec_ctrl, mcg_status, mcg_cap, feature_control, kvm_clock, kvm_wall_clock, debugctl;
+        debugctl, platform_id, microcode, platform_info, mtrr_cap, arch_capabilities;
 };
 
 struct vcpu {
@@ -251,8 +252,10 @@ struct vcpu {
     bool reading_memory;      /* ... it was a memory-mapped load, not a port */
     bool at_breakpoint;       /* op_breakpoint ran */
     bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
+    bool repeating;           /* the repeated string instruction at rip has iterations behind it */
     u64 caught_at;            /* instructions retired when an exception was caught, plus 1 */
     u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered */
+    bool trap_taken;          /* the running instruction cleared TF and takes no single-step trap (INT n, SYSCALL) */
     u64 yielded_at;
     int stop_hit;             /* index of a watchpoint in `stops` that the instruction hit, or -1 */
     u64 stop_address;
@@ -274,7 +277,14 @@ struct vcpu {
     enum event delivering_kind;
     u64 tsc_offset;
 
+    u64 skew;                 /* deterministic time of the machine - instructions retired */
+    unsigned known_mode;      /* at the last look: real, protected, long */
+    _Atomic bool in_run, sleeping; /* in vcpu_run; waiting there for `attention` */
+
     /* Caches */
+    u64 linked_base;          /* links hold for this base of CS outside of 64-bit mode */
+    u8 linked_cpl;            /* and outside of CPL 0 for this CPL */
+    u64 large_low, large_high; /* the linear addresses of large pages that the TLB has parts of lie between them */
     struct tlb tlbs[TLB_TABLES];
     u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: (table * 3 + kind) << 10 | index */
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
@@ -310,6 +320,9 @@ struct vm {
     struct vcpu *vcpus[CORE_VCPUS];
     u64 a20_mask;
     enum core_time time;
+    u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
+    u64 host_origin;          /* TIME_HOST: CLOCK_MONOTONIC when `now` was 0 */
+    i64 clock_offset;         /* of the `clock` state to `now` */
     pthread_mutex_t lock;
     pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
     u64 ticket, serving;
@@ -425,8 +438,6 @@ void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u
 /* Deliver a fault and what follows from it (double fault); false: triple fault. For the main loop. */
 bool deliver_fault(struct vcpu *c);
 void set_cpl(struct vcpu *c, unsigned cpl);
-/* task.c: a task gate in the IDT; may escape */
-void deliver_task_gate(struct vcpu *c, u16 selector, enum event kind, bool has_error, u32 error);
 /* cpuid.c msr.c */
 void cpuid_defaults(struct vcpu *c);
 void cpuid_changed(struct vcpu *c);
@@ -438,6 +449,7 @@ u64 read_tsc(struct vcpu *c, const struct record *r);
 /* vm.c */
 struct slot *vm_slot(struct vm *vm, u64 physical);   /* the slot of that byte, or NULL */
 void vcpu_reset(struct vcpu *c);
+void vcpu_init(struct vcpu *c);                      /* an INIT message */
 void vm_lock(struct vm *vm);
 void vm_unlock(struct vm *vm);
 void vm_yield(struct vm *vm);
@@ -446,7 +458,20 @@ bool io_read(struct vcpu *c, u16 port, unsigned size, u32 *value);
 bool io_write(struct vcpu *c, u16 port, unsigned size, u32 value);
 bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value);
 bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value);
+int queued_vector(struct vcpu *c);                   /* the first that vcpu_interrupt queued, or -1 */
 int pending_vector(struct vcpu *c);                  /* the interrupt to take next, or -1; does not acknowledge */
-void acknowledge(struct vcpu *c, int vector);
+int acknowledge(struct vcpu *c);                     /* take it */
+/* clock.c: time, and the machine's interrupt controllers in it */
+void clock_enter(struct vcpu *c);                    /* the CPU got its turn */
+void clock_leave(struct vcpu *c);                    /* and gives it up */
+u64 host_clock(void);
+u64 vm_time(struct vm *vm);                          /* while no CPU runs */
+void set_tsc_offset(struct vcpu *c, u64 offset);
+void chip_apply_lines(struct vm *vm);
+void chip_look(struct vcpu *c);                      /* timers and INIT, SIPI, NMI messages, before the next instruction */
+void chip_notify(struct vcpu *c);                    /* tell the other CPUs that something is for them */
+i64 chip_room(struct vcpu *c, i64 most);             /* how many instructions until the next timer */
+void chip_wait(struct vcpu *c);                      /* a CPU that executes nothing: until something happens */
+void chip_features(struct vcpu *c);                  /* after cpuid */
 
 #endif

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "flags.h"
+#include "irqchip.h"
 #include "memory.h"
 
 
@@ -63,6 +64,7 @@ void vm_destroy(struct vm *vm)
     for (unsigned i = 0; i < CORE_SLOTS; i++)
         free_slot(&vm->slots[i]);
     free(vm->line_queue);
+    irqchip_destroy(vm->irqchip);
     pthread_mutex_destroy(&vm->lock);
     pthread_mutex_destroy(&vm->lines_lock);
     pthread_cond_destroy(&vm->turn);
@@ -158,9 +160,20 @@ void vm_set_a20(struct vm *vm, bool enabled)
             tlb_flush(vm->vcpus[i]);
 }
 
-void vm_set_time(struct vm *vm, enum core_time mode) { vm->time = mode; }
+void vm_set_time(struct vm *vm, enum core_time mode)
+{
+    u64 now = vm_time(vm); /* it goes on from here */
+    vm->time = mode;
+    vm->now = now;
+    vm->host_origin = host_clock() - now;
+}
 
 /* ---- CPUs ---------------------------------------------------------------------------------------------------------------- */
+
+/* IA32_ARCH_CAPABILITIES (SDM 4 table 2-2): what speculation could leak. Nothing is speculated here: the _NO bits of Meltdown,
+ * L1TF, SSB, MDS, MCE on page sizes, TAA, stale MMIO data (three), BHI, GDS, RFDS. */
+#define NOT_VULNERABLE \
+    (1ull << 0 | 1ull << 3 | 1ull << 4 | 1ull << 5 | 1ull << 6 | 1ull << 8 | 7ull << 13 | 1ull << 20 | 1ull << 26 | 1ull << 27)
 
 /* Intel SDM 3A table 9-1. */
 void vcpu_reset(struct vcpu *c)
@@ -191,19 +204,43 @@ void vcpu_reset(struct vcpu *c)
     c->fop = c->fcs = c->fds = 0;
     c->fip = c->fdp = 0;
     c->msr = (struct msr_state){
-        .pat = 0x0007040600070406, .apic_base = 0xfee00000 | 1 << 11 | (c->index ? 0 : 1 << 8), .misc_enable = 1,
+        .pat = 0x0007040600070406, .apic_base = 0xfee00000 | 1 << 11 | (c->index ? 0 : 1 << 8), .misc_enable = 1 | 1 << 11 | 1 << 12 /* no BTS, no PEBS */,
+        .platform_info = 10 << 8 /* times 100 MHz */, .mtrr_cap = 8 | 1 << 8 | 1 << 10, .arch_capabilities = NOT_VULNERABLE,
     };
     c->cpl = 0;
     c->alone = c->shadow_sti = c->shadow_ss = c->nmi_pending = c->nmi_masked = c->halted = false;
     c->delivering = -1;
     c->stop_hit = -1;
-    c->mp_state = c->index ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
+    /* Without a LAPIC nobody could send it an INIT. */
+    c->mp_state = c->index && c->vm->irqchip ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
     c->fault = (struct fault){0};
     c->debug_hits = c->debug_pending = 0;
     c->reading = c->restart = c->input_ready = false;
     c->reads = c->reads_used = c->store_count = c->stores_reported = 0;
     mode_changed(c);
     tlb_flush(c);
+}
+
+/* Intel SDM 3A table 9-1, the column INIT: the FPU, XMM, MSRs and the caching bits stay. */
+void vcpu_init(struct vcpu *c)
+{
+    struct x87_register fpr[8];
+    union vector xmm[16];
+    struct msr_state msr = c->msr;
+    u32 mxcsr = c->mxcsr, pkru = c->pkru;
+    u16 fcw = c->fcw, fsw = c->fsw, ftw = c->ftw, fop = c->fop, fcs = c->fcs, fds = c->fds;
+    u64 fip = c->fip, fdp = c->fdp, xcr0 = c->xcr0, caching = c->cr0 & (CR0_CD | CR0_NW);
+    memcpy(fpr, c->fpr, sizeof fpr);
+    memcpy(xmm, c->xmm, sizeof xmm);
+    vcpu_reset(c);
+    memcpy(c->fpr, fpr, sizeof fpr);
+    memcpy(c->xmm, xmm, sizeof xmm);
+    c->msr = msr;
+    c->mxcsr = mxcsr, c->pkru = pkru;
+    c->fcw = fcw, c->fsw = fsw, c->ftw = ftw, c->fop = fop, c->fcs = fcs, c->fds = fds;
+    c->fip = fip, c->fdp = fdp, c->xcr0 = xcr0;
+    c->cr0 = (c->cr0 & ~(u64)(CR0_CD | CR0_NW)) | caching;
+    mode_changed(c);
 }
 
 struct vcpu *vcpu_create(struct vm *vm, unsigned index)

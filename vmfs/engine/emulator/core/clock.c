@@ -1,0 +1,197 @@
+/* Time, and the machine's interrupt controllers in it.
+ *
+ * Deterministic time belongs to the machine: the CPU that has the turn moves it forward, an instruction a nanosecond, which
+ * is a TSC cycle; vcpu.skew is what a CPU's own count lacks. While all CPUs wait, it jumps to the next timer. The chip is
+ * called only by the CPU that has the turn, or while none runs; lines that others set wait in a queue. */
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "irqchip.h"
+#include "memory.h"
+#include "opcodes.h"
+
+u64 host_clock(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (u64)t.tv_sec * 1000000000 + (u64)t.tv_nsec;
+}
+
+u64 vm_time(struct vm *vm) { return vm->time == TIME_HOST ? host_clock() - vm->host_origin : vm->now; }
+
+void clock_enter(struct vcpu *c)
+{
+    if (c->vm->time == TIME_DETERMINISTIC)
+        c->skew += c->vm->now - core_now(c, NULL);
+}
+void clock_leave(struct vcpu *c) { c->vm->now = core_now(c, NULL); }
+
+void set_tsc_offset(struct vcpu *c, u64 offset)
+{
+    c->tsc_offset = offset;
+    if (c->vm->irqchip)
+        irqchip_set_tsc(c->vm->irqchip, c->index, 1000000000, offset);
+}
+
+/* ---- Attention -------------------------------------------------------------------------------------------------------------- */
+
+/* From any thread, or a signal handler. */
+void request_attention(struct vcpu *c, u32 bits)
+{
+    atomic_fetch_or(&c->attention, bits);
+    if (atomic_load(&c->sleeping))
+        syscall(SYS_futex, &c->attention, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static void sleep_until_attention(struct vcpu *c, u64 nanoseconds)
+{
+    struct timespec t = {(time_t)(nanoseconds / 1000000000), (long)(nanoseconds % 1000000000)};
+    if (!atomic_load(&c->attention)) /* an early return is of no harm: the caller looks again */
+        syscall(SYS_futex, &c->attention, FUTEX_WAIT_PRIVATE, 0, nanoseconds == IRQCHIP_NEVER ? NULL : &t, NULL, 0);
+}
+
+/* ---- Life of the chip ---------------------------------------------------------------------------------------------------------- */
+
+int vm_create_irqchip(struct vm *vm)
+{
+    if (vm->irqchip)
+        return -EEXIST;
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            return -EINVAL;
+    vm->irqchip = irqchip_create(CORE_VCPUS);
+    if (!vm->irqchip)
+        return -ENOMEM;
+    vm->irqchip->cpus = 1; /* as many as there are: chip_features */
+    return 0;
+}
+
+void chip_features(struct vcpu *c)
+{
+    struct irqchip *chip = c->vm->irqchip;
+    if (!chip)
+        return;
+    if (chip->cpus <= c->index)
+        chip->cpus = c->index + 1;
+    irqchip_set_features(chip, (struct irqchip_features){has_feature(c, FEATURE_X2APIC), has_feature(c, FEATURE_TSC_DEADLINE),
+                                                         c->physical_bits});
+}
+
+/* ---- Lines ------------------------------------------------------------------------------------------------------------------------ */
+
+void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
+{
+    pthread_mutex_lock(&vm->lines_lock);
+    if (vm->line_count == vm->line_room) {
+        size_t room = vm->line_room ? vm->line_room * 2 : 64;
+        struct line_change *more = realloc(vm->line_queue, room * sizeof *more);
+        if (!more)
+            abort(); /* a few bytes; a lost edge would be a machine that hangs */
+        vm->line_queue = more;
+        vm->line_room = room;
+    }
+    vm->line_queue[vm->line_count++] = (struct line_change){gsi, level};
+    pthread_mutex_unlock(&vm->lines_lock);
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            request_attention(vm->vcpus[i], ATTENTION_LINES);
+}
+
+void chip_apply_lines(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->lines_lock);
+    for (size_t i = 0; vm->irqchip && i < vm->line_count; i++)
+        irqchip_set_gsi(vm->irqchip, vm->line_queue[i].gsi, vm->line_queue[i].level);
+    vm->line_count = 0;
+    pthread_mutex_unlock(&vm->lines_lock);
+}
+
+/* ---- In a run ---------------------------------------------------------------------------------------------------------------------- */
+
+void chip_notify(struct vcpu *c)
+{
+    struct irqchip *chip = c->vm->irqchip;
+    for (unsigned i = 0; i < chip->cpus; i++) {
+        struct vcpu *other = c->vm->vcpus[i];
+        if (!other || other == c)
+            continue;
+        /* One that sleeps looks anew when a CPU stops running: it may be the last now, and time is its to move. */
+        if (irqchip_pending(chip, i) >= 0 || irqchip_events(chip, i) || (atomic_load(&other->sleeping) && !atomic_load(&c->in_run)))
+            request_attention(other, ATTENTION_INTERRUPT);
+    }
+}
+
+void chip_look(struct vcpu *c)
+{
+    struct irqchip *chip = c->vm->irqchip;
+    u64 now = core_now(c, NULL);
+    if (unlikely(now >= irqchip_next_deadline(chip))) {
+        irqchip_advance(chip, now);
+        chip_notify(c);
+    }
+    if (likely(!irqchip_events(chip, c->index)) || c->restart)
+        return;
+    u8 events = irqchip_take_events(chip, c->index, IRQCHIP_EVENT_NMI | IRQCHIP_EVENT_INIT | IRQCHIP_EVENT_SIPI);
+    if (events & IRQCHIP_EVENT_NMI)
+        c->nmi_pending = true;
+    if (events & IRQCHIP_EVENT_INIT) { /* 3A 8.4.2: the bootstrap processor starts over, others wait for a SIPI */
+        irqchip_init_cpu(chip, c->index);
+        vcpu_init(c);
+        c->mp_state = c->index ? KVM_MP_STATE_INIT_RECEIVED : KVM_MP_STATE_RUNNABLE;
+    }
+    if (events & IRQCHIP_EVENT_SIPI && c->mp_state == KVM_MP_STATE_INIT_RECEIVED) {
+        c->sipi_vector = chip->cpu[c->index].sipi_vector;
+        c->seg[SEG_CS].selector = (u16)(c->sipi_vector << 8);
+        c->seg[SEG_CS].base = (u64)c->sipi_vector << 12;
+        c->gpr[GPR_IP] = 0;
+        c->mp_state = KVM_MP_STATE_RUNNABLE;
+        mode_changed(c);
+    }
+}
+
+i64 chip_room(struct vcpu *c, i64 most)
+{
+    u64 due = irqchip_next_deadline(c->vm->irqchip), now = core_now(c, NULL);
+    if (c->vm->time == TIME_HOST || due == IRQCHIP_NEVER)
+        return most;
+    return due <= now ? 1 : due - now < (u64)most ? (i64)(due - now) : most;
+}
+
+static bool others_wait(const struct vcpu *c)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++) {
+        struct vcpu *other = c->vm->vcpus[i];
+        if (other && other != c && atomic_load(&other->in_run) &&
+            !(atomic_load(&other->sleeping) && !atomic_load(&other->attention)))
+            return false;
+    }
+    return true;
+}
+
+void chip_wait(struct vcpu *c)
+{
+    struct irqchip *chip = c->vm->irqchip;
+    u64 due = chip ? irqchip_next_deadline(chip) : IRQCHIP_NEVER, now = core_now(c, NULL), most = IRQCHIP_NEVER;
+    if (due != IRQCHIP_NEVER) {
+        if (due <= now)
+            return; /* chip_look sees to it */
+        if (c->vm->time == TIME_HOST) {
+            most = due - now;
+        } else if (others_wait(c)) {
+            c->skew += due - now;
+            return;
+        }
+    }
+    atomic_store(&c->sleeping, true);
+    clock_leave(c);
+    vm_unlock(c->vm);
+    sleep_until_attention(c, most);
+    vm_lock(c->vm);
+    clock_enter(c);
+    atomic_store(&c->sleeping, false);
+}

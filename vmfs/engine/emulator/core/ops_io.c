@@ -1,0 +1,196 @@
+/* IN, OUT, INS, OUTS; CLI, STI (Intel SDM 1 chapter 19, 2A, 2B; 3A 20.3 for CR4.VME and CR4.PVI).
+ *
+ * A port of a device in the core is read or written at once. Any other access is an exit: one of IN and INS an element, one
+ * of OUTS as many elements as lie on a page and the budget allows. */
+#include "repeat.h"
+
+static unsigned iopl(const struct vcpu *c) { return c->rflags >> 12 & 3; }
+
+static unsigned io_bytes(const struct record *r) { return r->size == 3 ? 4 : 1u << r->size; } /* REX.W does nothing */
+
+/* ---- Permission, break points ------------------------------------------------------------------------------------------------- */
+
+/* The bits of the TSS's permission map must all be clear (1 19.5.2). The map is read two bytes at a time. */
+static void check_permission(struct vcpu *c, const struct record *r, u16 port, unsigned bytes)
+{
+    c->now = r;
+    if (!(c->cr0 & CR0_PE) || (!(c->rflags & FLAG_VM) && c->cpl <= iopl(c)))
+        return;
+    const struct segment *tr = &c->seg[SEG_TR];
+    u16 map = 0, bits = 0;
+    if (tr->attributes & ATTR_UNUSABLE || !(tr->attributes & 8) || tr->limit < 103)
+        raise_gp(c, 0);
+    mmu_read(c, tr->base + 102, &map, 2, ACCESS_SUPERVISOR);
+    u32 at = map + port / 8u;
+    if (at + 1 > tr->limit)
+        raise_gp(c, 0);
+    mmu_read(c, tr->base + at, &bits, 2, ACCESS_SUPERVISOR);
+    if (bits >> (port & 7) & ((1u << bytes) - 1))
+        raise_gp(c, 0);
+}
+
+/* The guest's I/O breakpoints (3B 17.2.4: R/W field 2, with CR4.DE), traps; the host's stops. */
+static void check_stops(struct vcpu *c, u16 port, unsigned bytes)
+{
+    static const u8 lengths[4] = {1, 2, 8, 4};
+    for (unsigned i = 0; c->cr4 & CR4_DE && c->dr7 & 0xff && i < 4; i++) {
+        unsigned control = c->dr7 >> (16 + 4 * i) & 15, length = lengths[control >> 2];
+        u64 first = c->dr[i] & ~(u64)(length - 1);
+        if (c->dr7 >> (2 * i) & 3 && (control & 3) == 2 && first < port + bytes && port < first + length)
+            c->debug_pending |= 1ull << i;
+    }
+    for (size_t i = 0; c->has_io_stops && i < c->stop_count && c->exit.reason == EXIT_NONE; i++)
+        if (c->stops[i].kind == STOP_IO && c->stops[i].address >= port && c->stops[i].address < port + bytes)
+            c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = DEBUG_IO, .id = c->stops[i].id, .address = port};
+}
+
+/* ---- One element ---------------------------------------------------------------------------------------------------------------- */
+
+/* May escape with an exit; the instruction then runs again with the bytes. */
+static u32 input(struct vcpu *c, const struct record *r, u16 port, unsigned bytes)
+{
+    u32 value = 0;
+    if (c->input_ready) {
+        c->input_ready = false;
+        memcpy(&value, c->data, bytes);
+    } else if (!io_read(c, port, bytes, &value)) {
+        leave_io_exit(c, r, false, port, bytes, 1);
+    }
+    check_stops(c, port, bytes);
+    return value;
+}
+
+static void output(struct vcpu *c, const struct record *r, u16 port, unsigned bytes, u32 value)
+{
+    if (!io_write(c, port, bytes, value)) {
+        leave_io_exit(c, r, true, port, bytes, 1);
+        memcpy(c->data, &value, bytes);
+    }
+    check_stops(c, port, bytes);
+}
+
+static void in(struct vcpu *c, const struct record *r, u16 port)
+{
+    unsigned bytes = io_bytes(r);
+    check_permission(c, r, port, bytes);
+    set_reg(c, RAX * 8, 8 * bytes, input(c, r, port, bytes));
+    leave(c, r);
+}
+static void out(struct vcpu *c, const struct record *r, u16 port)
+{
+    unsigned bytes = io_bytes(r);
+    check_permission(c, r, port, bytes);
+    output(c, r, port, bytes, (u32)get_reg(c, RAX * 8, 8 * bytes));
+    leave(c, r);
+}
+OP(op_in_I) { in(c, r, (u8)r->imm); }
+HANDLER(in_I);
+OP(op_in_DX) { in(c, r, (u16)c->gpr[RDX]); }
+HANDLER(in_DX);
+OP(op_out_I) { out(c, r, (u8)r->imm); }
+HANDLER(out_I);
+OP(op_out_DX) { out(c, r, (u16)c->gpr[RDX]); }
+HANDLER(out_DX);
+
+/* ---- Strings -------------------------------------------------------------------------------------------------------------------- */
+
+/* Behind `done` iterations: the next one is a new instruction. */
+static void end_string(struct vcpu *c, const struct record *r, u64 done)
+{
+    if (repeats(r)) {
+        u64 count = repeat_count(c, r) - done;
+        set_address_register(c, r, RCX, count);
+        c->budget -= (i64)done - 1;
+        if (count) {
+            leave_to(c, r, ip_mask(c, ip_of(c, r)));
+            return;
+        }
+    }
+    leave(c, r);
+}
+
+OP(op_ins)
+{
+    unsigned bytes = io_bytes(r);
+    u16 port = (u16)c->gpr[RDX];
+    if (repeats(r) && !repeat_count(c, r)) {
+        leave(c, r);
+        return;
+    }
+    check_permission(c, r, port, bytes);
+    u64 offset = c->gpr[RDI] & address_mask(r), linear = linear_of(c, r, SEG_ES, offset, bytes, ACCESS_WRITE);
+    mmu_check_write(c, linear, bytes, ACCESS_WRITE);
+    if (!c->alone) /* a device is read once: what the store may do to the trace, it does now */
+        escape(c, ESCAPE_ALONE);
+    u32 value = input(c, r, port, bytes);
+    linear_store(c, linear, bytes, value);
+    set_address_register(c, r, RDI, c->gpr[RDI] + string_step(c, bytes));
+    end_string(c, r, 1);
+}
+HANDLER(ins);
+
+OP(op_outs)
+{
+    unsigned bytes = io_bytes(r);
+    u16 port = (u16)c->gpr[RDX];
+    u64 most = 1, done = 1, step = string_step(c, bytes), offset = c->gpr[RSI] & address_mask(r);
+    if (repeats(r)) {
+        most = repeat_count(c, r);
+        if (!most) {
+            leave(c, r);
+            return;
+        }
+    }
+    check_permission(c, r, port, bytes);
+    u64 value = string_load(c, r, r->seg, offset, bytes);
+    if (io_write(c, port, bytes, (u32)value)) {
+        check_stops(c, port, bytes);
+    } else {
+        u8 *from;
+        u64 paid = (u64)c->budget + 1, room = EXIT_DATA / bytes;
+        most = most < paid ? most : paid;
+        most = most < room ? most : room;
+        done = string_window(c, r, r->seg, offset, bytes, most, ACCESS_READ, &from);
+        if (!done)
+            done = 1;
+        leave_io_exit(c, r, true, port, bytes, (u32)done);
+        memcpy(c->data, &value, bytes);
+        for (u64 i = 1; i < done; i++)
+            memcpy(c->data + i * bytes, from + i * step, bytes);
+        check_stops(c, port, bytes);
+    }
+    set_address_register(c, r, RSI, c->gpr[RSI] + done * step);
+    end_string(c, r, done);
+}
+HANDLER(outs);
+
+/* ---- The interrupt flag --------------------------------------------------------------------------------------------------------- */
+
+/* Whether CLI and STI mean VIF here; #GP(0) where they mean nothing. */
+static bool is_virtual(struct vcpu *c, const struct record *r)
+{
+    if (c->cpl <= iopl(c) && !(c->key & KEY_V86 && iopl(c) < 3))
+        return false;
+    if (!(c->key & KEY_V86 ? c->cr4 & CR4_VME : c->cpl == 3 && c->cr4 & CR4_PVI))
+        raise_error(c, r, VECTOR_GP, 0);
+    return true;
+}
+OP(op_cli)
+{
+    c->rflags &= ~(u64)(is_virtual(c, r) ? FLAG_VIF : FLAG_IF);
+    NEXT();
+}
+HANDLER(cli);
+OP(op_sti)
+{
+    if (is_virtual(c, r)) {
+        if (c->rflags & FLAG_VIP)
+            raise_error(c, r, VECTOR_GP, 0);
+        c->rflags |= FLAG_VIF;
+    } else {
+        c->shadow_sti = !(c->rflags & FLAG_IF); /* 3A 6.8.1 */
+        c->rflags |= FLAG_IF;
+    }
+    leave(c, r);
+}
+HANDLER(sti);
