@@ -206,3 +206,30 @@ def test_code_that_a_repetition_overwrites_is_seen(real):
     real.cpu.set_state("sregs", bytes(sregs))
     got = real.run(b"\xf3\xaa\x40\x40\x40", 6, rdi=0x7C02, rcx=3, rax=0x42)  # INC DX three times
     assert (got["rdx"], got["rax"], got["rip"]) == (3, 0x42, 0x7C05)
+
+
+def test_a_breakpoint_stops_once_at_a_repetition(real):
+    """The repetition goes on for longer than the core runs without looking around, and stops there no second time."""
+    # loop $; not cx; rep lodsb; nop
+    code = b"\xe2\xfe\xf7\xd1\xf3\xac\x90"
+    at = 0x7C04
+    real.memory[0x7C00 : 0x7C00 + len(code)] = code
+    stops = [(_core.STOP_BREAKPOINT, 1, at, 0, 0, 0), (_core.STOP_BREAKPOINT, 2, at + 2, 0, 0, 0)]
+    real.cpu.set_debug(False, stops)
+    regs = [0] * 16
+    regs[KVM["rcx"]] = 60000
+    real.cpu.set_state("regs", struct.pack("<18Q", *regs, 0x7C00, 2))
+    seen = []
+    for _ in range(2):
+        exit = real.cpu.run()
+        regs = struct.unpack("<18Q", real.cpu.get_state("regs"))
+        seen.append((exit[0], regs[16], regs[KVM["rcx"]]))
+    assert seen == [(_core.EXIT_DEBUG, at, 0xFFFF), (_core.EXIT_DEBUG, at + 2, 0)]
+    assert real.cpu.counters()["instructions"] == 60000 + 1 + 0xFFFF
+
+
+def test_steps_go_through_a_repetition(real):
+    real.cpu.set_debug(True, [])
+    for left in (2, 1, 0):
+        got = real.run(b"\xf3\xaa", 10, rcx=left + 1)
+        assert got["rcx"] == left and got["rip"] == (0x7C00 if left else 0x7C02)

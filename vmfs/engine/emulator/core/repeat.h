@@ -23,6 +23,13 @@ ALWAYS_INLINE void set_address_register(struct vcpu *c, const struct record *r, 
 /* Bytes from an element to the next. */
 ALWAYS_INLINE u64 string_step(const struct vcpu *c, unsigned bytes) { return c->rflags & FLAG_DF ? -(u64)bytes : bytes; }
 
+/* The next iteration is a new instruction. */
+static inline void pause_repetition(struct vcpu *c, const struct record *r)
+{
+    c->repeating = true;
+    leave_to(c, r, ip_mask(c, ip_of(c, r)));
+}
+
 /* The body of a handler. `work(c, r, most)` does 1 to `most` iterations, all of them or none where it escapes, moves
  * rSI and rDI, and returns how many; `go_on` is whether the repetition goes on while the count is not zero. */
 #define REPEAT(work, go_on) do { \
@@ -37,7 +44,7 @@ ALWAYS_INLINE u64 string_step(const struct vcpu *c, unsigned bytes) { return c->
             if (!count_ || !(go_on)) \
                 NEXT(); \
             if (c->budget <= 0 || atomic_load_explicit(&c->attention, memory_order_relaxed)) { \
-                leave_to(c, r, ip_mask(c, ip_of(c, r))); /* the next iteration is a new instruction */ \
+                pause_repetition(c, r); \
                 return; \
             } \
             c->budget--; \
