@@ -173,6 +173,13 @@ def test_steps(vm):
     assert vm.regs.rax == 3
 
 
+def test_a_step_over_an_exit_is_that_exit(vm):
+    load(vm, OUT)
+    vm.regs.rax = 0
+    assert vm.step() == exits.Io(direction="out", port=0x80, size=1, data=b"\0", rip=CODE + 2)
+    assert vm.step() == exits.Hlt(rip=CODE + 3)
+
+
 def test_a_count_of_instructions_ends_a_run(vm):
     load(vm, LOOP)
     vm.regs.rax = 0
