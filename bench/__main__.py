@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from bench import files, runs
+from bench import cpu, files, runs
 from bench.harness import table
 
-GROUPS = {"files": files.results, "runs": runs.results}
+GROUPS = {"files": files.results, "runs": runs.results, "cpu": cpu.results}
 
 
 def main() -> None:
