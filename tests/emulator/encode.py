@@ -219,6 +219,8 @@ def _prepare(row: dict, case: Case, data: bytearray, rng: random.Random) -> None
             case.code = case.code[:-1] + bytes([at_most_16(case.code[-1])])
         else:
             case.gprs["rcx"] = at_most_16(case.gprs["rcx"])
+    if row["name"] == "LEAVE" and rng.randrange(2):
+        case.gprs["rbp"] = operand_target(rng, 8)
     if row["name"] == "XLAT":
         case.gprs["rbx"] = operand_target(rng, 1) - rng.randrange(256)
     if row["name"] in ("DIV", "IDIV") and rng.randrange(2):  # a high half that lets the quotient fit

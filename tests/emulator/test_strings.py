@@ -209,7 +209,7 @@ def test_code_that_a_repetition_overwrites_is_seen(real):
 
 
 def test_a_breakpoint_stops_once_at_a_repetition(real):
-    """The repetition goes on for longer than the core runs without looking around, and stops there no second time."""
+    """The core looks around in the middle of the repetition, and does not stop there again."""
     # loop $; not cx; rep lodsb; nop
     code = b"\xe2\xfe\xf7\xd1\xf3\xac\x90"
     at = 0x7C04
