@@ -55,6 +55,7 @@ def save_area(rng, *, reserved=True):
     if reserved and rng.randrange(6) == 0:
         at = rng.randrange(515, 536)  # components below 24 may be the host's
         area[at] |= 1 << rng.randrange(8)
+    struct.pack_into("<HHB", area, 0, rng.getrandbits(16), rng.getrandbits(16), rng.getrandbits(8))
     for at in range(160, 416, 8):
         area[at : at + 8] = eight_bytes(rng, 8)
     return bytes(area)

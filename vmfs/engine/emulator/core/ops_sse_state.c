@@ -123,7 +123,7 @@ static void put_x87(struct vcpu *c, const struct record *r, struct area *a)
 }
 static void take_x87(struct vcpu *c, const struct record *r, const struct area *a)
 {
-    c->fcw = (u16)area_get(a, 0, 2) | 0x40; /* bit 6 is always set */
+    c->fcw = ((u16)area_get(a, 0, 2) & 0x1f3f) | 0x40; /* bit 6 is always set, the other reserved ones never */
     c->fsw = (u16)area_get(a, 2, 2);
     c->ftw = (u8)area_get(a, 4, 1);
     c->fop = (u16)area_get(a, 6, 2) & 0x7ff;
