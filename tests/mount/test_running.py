@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import os
@@ -195,6 +196,26 @@ def test_running_without_blocking(vm):
     assert vm.is_running()
     os.close(fd)
     wait_until(lambda: not vm.is_running(), "a run that nobody waits for stops")
+
+
+def test_blocking_may_be_switched_after_the_open(vm):
+    if "signals_noticed_by interrupt-message" not in vm.read("stat"):
+        pytest.skip("without the hooks in front of libfuse a read does not tell its file's flags")
+    vm.load(SPIN)
+    fd = os.open(vm / "vm_run", os.O_RDWR)
+    os.set_blocking(fd, False)
+    assert failing(os.pread, fd, 1000, 0) == errno.EAGAIN
+    assert vm.is_running()
+    os.set_blocking(fd, True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        line = pool.submit(os.pread, fd, 1000, 0)  # waits for the run that there is
+        vm.write("state", "pause")
+        assert line.result(SOON) == b"interrupted rip=0x1000\n"
+    os.set_blocking(fd, False)
+    os.write(fd, b"step 3")
+    assert polled(fd, select.POLLIN, SOON) == select.POLLIN
+    assert os.pread(fd, 1000, 0) == b"debug cause=step rip=0x1000\n"
+    os.close(fd)
 
 
 def test_a_poll_wakes_for_a_new_exit(vm):

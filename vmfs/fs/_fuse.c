@@ -125,6 +125,7 @@ typedef struct Request {
     uint32_t uid, gid;
     int32_t pid;                /* of the calling thread; 0 from a pid namespace out of our sight */
     int32_t backing_id;         /* what the answer to open carries; 0 is none (the kernel's ids start at 1) */
+    int32_t file_flags;         /* f_flags of the file that is read or written; -1: not known */
     char interrupted;
     PyObject *on_interrupt;
     struct Request *next;       /* in its bucket of hooks.in_flight */
@@ -209,7 +210,7 @@ static Request *request_current(void)
 }
 
 /* Makes the request current in the task that dispatches it. */
-static void request_begin(const struct fuse_in_header *header)
+static void request_begin(const struct fuse_in_header *header, int32_t file_flags)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
@@ -231,6 +232,7 @@ static void request_begin(const struct fuse_in_header *header)
     self->uid = header->uid;
     self->gid = header->gid;
     self->pid = (int32_t)header->pid;
+    self->file_flags = file_flags;
 
     PyObject *token = PyContextVar_Set(hooks.current, (PyObject *)self);
     if (!token) {
@@ -310,6 +312,8 @@ static PyMemberDef request_members[] = {
      "int: the calling thread's id (not the process's); 0 from a pid namespace out of sight"},
     {"uid", T_UINT, offsetof(Request, uid), READONLY, "int: the caller's file system uid"},
     {"gid", T_UINT, offsetof(Request, gid), READONLY, "int: the caller's file system gid"},
+    {"file_flags", T_INT, offsetof(Request, file_flags), READONLY,
+     "int: of a read or a write, the file's flags (O_NONBLOCK) as they are now; -1 where not known"},
     {"interrupted", T_BOOL, offsetof(Request, interrupted), READONLY, "bool: a signal came for the caller"},
     {"on_interrupt", T_OBJECT, offsetof(Request, on_interrupt), 0,
      "callable or None: called once, in the thread that serves FUSE, when a signal comes for the caller"},
@@ -485,6 +489,21 @@ static const void *argument(const struct fuse_buf *buf, size_t size)
     return buf->flags & FUSE_BUF_IS_FD || buf->size < header + size ? NULL : (const char *)buf->mem + header;
 }
 
+/* The flags of the open file that a read or a write is on, which fcntl(F_SETFL) may have changed since it was
+   opened, and which pyfuse3 does not hand on. -1 for other requests, and for what is left in a pipe. */
+static int32_t file_flags(const struct fuse_buf *buf, uint32_t opcode)
+{
+    _Static_assert(offsetof(struct fuse_read_in, flags) == offsetof(struct fuse_write_in, flags)
+                   && sizeof(struct fuse_read_in) == sizeof(struct fuse_write_in), "reads and writes");
+    const void *given = argument(buf, sizeof(struct fuse_read_in));
+    int32_t flags;
+
+    if (!given || (opcode != FUSE_READ && opcode != FUSE_WRITE))
+        return -1;
+    memcpy(&flags, (const char *)given + offsetof(struct fuse_read_in, flags), sizeof flags);
+    return flags;
+}
+
 EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *buf)
 {
     struct fuse_in_header header;
@@ -496,7 +515,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct 
     }
     hooks.seen = 1;
     if (read_header(buf, &header) < 0) {
-        request_begin(NULL);
+        request_begin(NULL, -1);
         hooks.process_buf(session, buf);
     } else if (header.opcode == FUSE_INTERRUPT) {
         struct fuse_interrupt_in interrupt = {0};
@@ -515,7 +534,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct 
         drop_o_trunc(buf);
         process_init(session, buf, &asked);
     } else {
-        request_begin(&header);
+        request_begin(&header, file_flags(buf, header.opcode));
         hooks.process_buf(session, buf);
     }
 }

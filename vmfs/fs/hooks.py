@@ -22,8 +22,8 @@ and with its symbols global. `status()` says what that gave; a mount works witho
 
 `_fuse.current_request()` is the request that the running task serves, at any time from its dispatch to its
 answer, also after an await and in tasks and threads started from it: `.unique`, `.pid` (a thread id), `.uid`,
-`.gid` (which pyfuse3 does not give to read and write), `.interrupted`. It is None where the hooks did not
-take.
+`.gid`, `.file_flags` (which pyfuse3 does not give to read and write), `.interrupted`. It is None where the
+hooks did not take.
 
 Environment, read once: VMFS_NO_FUSE_HOOKS=1 leaves libfuse's functions alone, VMFS_NO_PASSTHROUGH=1 only asks
 for no passthrough. For tests, and for a machine where one of them misbehaves.

@@ -7,6 +7,7 @@ as `scope`.
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
 from vmfs.errors import Busy, Gone, Interrupted, Invalid, PastEnd, WouldBlock
 from vmfs.fs.commands import parse_command
+from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.waiting import finished, value_of
@@ -239,18 +241,19 @@ class _VmRunHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset == 0:
-            if self.nonblocking:
+            if self._may_not_block():
                 self._line = self._next_line()
             else:
-                self._line = self._show(await self._run_to_exit(UNBOUND))
+                begun, self._run = self._run, None  # without blocking; fcntl has cleared O_NONBLOCK since
+                self._line = self._show(await self._to_exit(begun or self.scope.vm.start(UNBOUND)))
         return self._line[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
         bound: Bound = parse_command("vm_run", decoded(data))(UNBOUND)
-        if self.nonblocking:
+        if self._may_not_block():
             self._begin(bound)
         else:
-            await self._run_to_exit(bound)
+            await self._to_exit(self.scope.vm.start(bound))
         return len(data)
 
     def poll(self) -> int:
@@ -262,6 +265,13 @@ class _VmRunHandle(Handle):
         """A run that nobody is left to hear of is stopped."""
         if self._run is not None and not self._run.done():
             self.scope.vm.stop(self._run)
+
+    def _may_not_block(self) -> bool:
+        """O_NONBLOCK, as it is now (fcntl); where the hooks do not tell, as it was at the open."""
+        request = _fuse.current_request()
+        if request is None or request.file_flags < 0:
+            return self.nonblocking
+        return bool(request.file_flags & os.O_NONBLOCK)
 
     def _next_line(self) -> bytes:
         if self._run is None:
@@ -280,10 +290,9 @@ class _VmRunHandle(Handle):
         # Behind the Vm's own news, which come before a run is done.
         self._run.add_done_callback(lambda _: self.scope.changed())
 
-    async def _run_to_exit(self, bound: Bound) -> exits.Exit:
+    async def _to_exit(self, run: Run) -> exits.Exit:
         vm = self.scope.vm
         began = time.perf_counter()
-        run = vm.start(bound)
         if self._ends_soon:
             with contextlib.suppress(TimeoutError):
                 run.exception(SHORT_SECONDS)
