@@ -373,6 +373,8 @@ opcode:;
     r->prefix = (u8)(address_size | (p.rep == 0xf3 ? PREFIX_REP : p.rep == 0xf2 ? PREFIX_REPNE : 0) |
                      (p.lock ? PREFIX_LOCK : 0) | (p.operand_size ? PREFIX_66 : 0) | (p.rex & 8 ? PREFIX_REX_W : 0) |
                      (is_register && has_modrm ? PREFIX_REGISTER : 0));
+    if (o->attributes & A_X87)
+        r->imm = (byte & 7) << 8 | modrm; /* as FOP has it (Intel SDM 1 8.1.9) */
     if (!is_register)
         decode_memory(&p, &b, modrm, code64, address_size, r, &rip_relative);
     if (p.segment < SEG_COUNT && !(code64 && p.segment < SEG_FS))

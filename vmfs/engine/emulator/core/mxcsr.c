@@ -1,5 +1,6 @@
 /* MXCSR, SIMD floating-point exceptions, and 16-byte memory operands. */
 #include "sse.h"
+#include "x87.h"
 
 /* ---- Memory operands: out of line, so that handlers have no locals in memory and end in a jump --------- */
 
@@ -157,6 +158,7 @@ void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op
 {
     union vector a, b;
     u32 mxcsr = mxcsr_read(c), flags = 0;
+    x87_release(c); /* inexact_unbounded computes with it */
     _mm_storeu_si128((xmm *)&a, d);
     _mm_storeu_si128((xmm *)&b, s);
     for (unsigned i = 0; i < lanes; i++)

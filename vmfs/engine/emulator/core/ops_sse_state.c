@@ -4,6 +4,7 @@
  * is in use when it is not in its initial state; there is no modified optimization. IA32_XSS has no
  * components. */
 #include "sse.h"
+#include "x87.h"
 
 enum { STATE_X87 = 1 << 0, STATE_SSE = 1 << 1, STATE_AVX = 1 << 2, STATE_PKRU = 1 << 9 };
 #define COMPACTED (1ull << 63)
@@ -100,6 +101,7 @@ static bool wide_pointers(const struct vcpu *c, const struct record *r)
 
 static void put_x87(struct vcpu *c, const struct record *r, struct area *a)
 {
+    x87_sync(c);
     memset(a->bytes, 0, AREA_MXCSR);
     area_put(a, 0, 2, c->fcw);
     area_put(a, 2, 2, c->fsw);
@@ -123,6 +125,7 @@ static void put_x87(struct vcpu *c, const struct record *r, struct area *a)
 }
 static void take_x87(struct vcpu *c, const struct record *r, const struct area *a)
 {
+    x87_unload(c);
     c->fcw = ((u16)area_get(a, 0, 2) & 0x1f3f) | 0x40; /* bit 6 is always set, the other reserved ones never */
     c->fsw = (u16)area_get(a, 2, 2);
     c->ftw = (u8)area_get(a, 4, 1);
@@ -142,6 +145,7 @@ static void take_x87(struct vcpu *c, const struct record *r, const struct area *
 }
 static void initialize_x87(struct vcpu *c)
 {
+    x87_unload(c);
     c->fcw = 0x37f;
     c->fsw = c->ftw = c->fop = c->fcs = c->fds = 0;
     c->fip = c->fdp = 0;
@@ -198,6 +202,7 @@ static void take_extended(struct vcpu *c, unsigned bit, const u8 *in)
 /* The components that are not in their initial state. */
 static u64 in_use(struct vcpu *c)
 {
+    x87_sync(c);
     u64 used = c->pkru ? STATE_PKRU : 0;
     u64 x87 = c->fcw ^ 0x37f;
     x87 |= c->fsw | c->ftw | c->fop | c->fip | c->fdp | c->fcs | c->fds;

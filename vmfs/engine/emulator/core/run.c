@@ -3,6 +3,7 @@
 #include "flags.h"
 #include "memory.h"
 #include "sse.h"
+#include "x87.h"
 
 #include <time.h>
 
@@ -428,6 +429,7 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     c->exit.rip = c->gpr[GPR_IP];
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
+    x87_release(c);
     clock_leave(c);
     atomic_store(&c->in_run, false);
     if (c->vm->irqchip)

@@ -156,6 +156,7 @@ static int set_fpu(struct vcpu *c, const void *data, size_t size)
     const struct kvm_fpu *f = data;
     (void)size;
     c->fcw = f->fcw, c->fsw = f->fsw, c->ftw = f->ftwx, c->fop = f->last_opcode, c->fip = f->last_ip, c->fdp = f->last_dp;
+    c->fcs = c->fds = 0; /* not in it: 64-bit pointers */
     for (unsigned i = 0; i < 8; i++)
         set_st(c, i, f->fpr[i]);
     for (unsigned i = 0; i < 16; i++)
@@ -208,10 +209,11 @@ static int set_xsave(struct vcpu *c, const void *data, size_t size)
         memcpy(&c->fop, x + 6, 2);
         memcpy(&c->fip, x + 8, 8);
         memcpy(&c->fdp, x + 16, 8);
+        c->fcs = c->fds = 0;
         for (unsigned i = 0; i < 8; i++)
             set_st(c, i, x + 32 + 16 * i);
     } else {
-        c->fcw = 0x37f, c->fsw = 0, c->ftw = 0, c->fop = 0, c->fip = c->fdp = 0;
+        c->fcw = 0x37f, c->fsw = 0, c->ftw = 0, c->fop = c->fcs = c->fds = 0, c->fip = c->fdp = 0;
         memset(c->fpr, 0, sizeof c->fpr);
     }
     c->mxcsr = mxcsr;

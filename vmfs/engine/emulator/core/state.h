@@ -220,6 +220,10 @@ struct vcpu {
     u16 fcw, fsw, ftw;        /* ftw: full tag word is derived; here a bit a physical register, 1 = not empty */
     u16 fop, fcs, fds;
     u64 fip, fdp;
+    u8 x87_place;             /* where fsw, ftw and fpr are just now: enum x87_place in x87.h */
+    bool x87_borrowed;        /* the host's x87 has something of this CPU's */
+    u16 x87_host_control;     /* the host's own control word meanwhile */
+    u8 x87_scratch[16];
 
     struct segment seg[SEG_COUNT];
     struct table_register gdt, idt;
