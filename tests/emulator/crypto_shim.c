@@ -7,8 +7,8 @@
 __attribute__((visibility("default"))) const char *crypto_check(const unsigned char *data, size_t blocks)
 {
     for (size_t i = 0; i + 2 < blocks; i++) {
-        __m128i d = _mm_loadu_si128((const __m128i *)data + i), s = _mm_loadu_si128((const __m128i *)data + i + 1),
-                x = _mm_loadu_si128((const __m128i *)data + i + 2);
+        const __m128i *at = (const __m128i *)data + i;
+        __m128i d = _mm_loadu_si128(at), s = _mm_loadu_si128(at + 1), x = _mm_loadu_si128(at + 2);
 #define SAME(name, expected, found) \
     if (_mm_movemask_epi8(_mm_cmpeq_epi8(expected, found)) != 0xffff) \
         return name;

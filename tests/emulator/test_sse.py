@@ -6,13 +6,15 @@ VMFS_CASES sets how many cases a row gets (default 40); VMFS_SEED the first rand
 
 import shutil
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import COMPLETED, DATA, DATA_SIZE  # noqa: E402
+from emulator.native import CODE, CODE_SIZE, COMPLETED, DATA, DATA_SIZE  # noqa: E402
 from emulator.sse_lib import (  # noqa: E402
     CASES,
     CR0,
@@ -38,6 +40,7 @@ pytestmark = [
 ]
 
 ROWS = _core.instructions()
+HERE = Path(__file__).parent
 ZE = 4  # in MXCSR
 FLOAT = {
     *(name + kind for name in ("SQRT", "ADD", "SUB", "MUL", "DIV", "MIN", "MAX", "CMP", "ROUND") for kind in
@@ -198,3 +201,58 @@ def test_without_osxmmexcpt_an_unmasked_exception_is_ud(core):
         assert core.run(case).vector == UD
     finally:
         core.cpu.set_state("sregs", before)
+
+
+# ---- Many instructions -------------------------------------------------------------------------------------
+
+
+def run_until_ud2(core, case):
+    """The core runs the case to the UD2 that its code ends in; the data area and the XMM registers."""
+    core.run(case)
+    exit = core.cpu.run(100_000_000)
+    assert exit[0] == _core.EXIT_DEBUG and exit[8] == UD, exit
+    return core.memory[-DATA_SIZE:], core.cpu.get_state("xsave")[160:416]
+
+
+PROGRAM_FLAGS = [
+    "-Wall", "-Wextra", "-msse4.2", "-maes", "-mpclmul", "-msha", "-fno-math-errno", "-ffreestanding",
+    "-nostdlib", "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none", f"-Wl,-Ttext={CODE:#x}",
+    "-Wl,--build-id=none,-N,--oformat=binary",
+]
+
+
+@pytest.mark.parametrize("flags", ["-O1", "-O3 -ffast-math -msse2", "-O3 -mno-red-zone"])
+def test_program(flags, host, core, tmp_path):
+    """A program of vectorized loops and intrinsics leaves the same data and registers as on the host."""
+    image = tmp_path / "program"
+    subprocess.run(
+        ["gcc", "-std=gnu11", *flags.split(), *PROGRAM_FLAGS, "-o", image, HERE / "vector_program.c"],
+        check=True,
+    )
+    code = image.read_bytes()
+    assert len(code) < CODE_SIZE
+    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as behind a CALL
+    case.ip, case.name = CODE, "program"
+    expected = host.run(case)
+    assert expected.vector == UD
+    data, registers = run_until_ud2(core, case)
+    assert data == expected.data
+    assert registers == expected.fx[160:416]
+
+
+def test_mxcsr_outlives_a_run_and_stays_inside(core):
+    """Rounding and sticky flags are the guest's from run to run, and none of it is the host's."""
+    code = bytes.fromhex("0fae13 f30f5ec1 0fae5b08")  # ldmxcsr [rbx]; divss xmm0, xmm1; stmxcsr [rbx + 8]
+    case = plain(code, rbx=DATA)
+    fx = bytearray(case.fx)
+    struct.pack_into("<f", fx, 160, 1.0)
+    struct.pack_into("<f", fx, 176, 3.0)
+    case.fx, case.data = bytes(fx), struct.pack("<I", 0x5F80).ljust(DATA_SIZE, b"\0")  # up
+    core.run(case)
+    for _ in range(2):
+        assert core.cpu.run(1)[0] == _core.EXIT_LIMIT
+        assert 1 / 3 == 0x15555555555555 / 2**54  # to nearest, in Python
+    saved = core.cpu.get_state("xsave")
+    assert struct.unpack_from("<I", saved, 160)[0] == 0x3EAAAAAB
+    assert struct.unpack_from("<I", saved, 24)[0] == 0x5FA0
+    assert struct.unpack_from("<I", core.memory[-DATA_SIZE:], 8)[0] == 0x5FA0
