@@ -23,11 +23,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from vmfs import exits
 from vmfs.debug.points import Points
-from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Vcpu
+from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.errors import Busy, EngineFailed, Gone, VmfsError
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
@@ -318,12 +318,18 @@ class Vm:
         return future
 
     def change(self, task: Callable[[Vcpu], T]) -> T:
-        """Do `task`, which changes registers, at once. Busy while the machine runs.
+        """Do `task`, which gets and sets registers, at once. Busy while the machine runs.
+
+        While a read waits for its data it is done twice, first on a CPU that is not the guest's.
 
         A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set.
         """
         with self._lock:
             self._check_idle()
+            if self._is_reading():
+                # What is refused shall not have completed the access.
+                with _Rehearsal(self.engine, self._cpu) as rehearsal:
+                    task(cast(Vcpu, rehearsal))
             self.still = object()
             self._cpu.complete()  # else a part of the state, read and set again, would undo the access
             result = task(self._cpu)
@@ -494,6 +500,10 @@ class Vm:
 
     # ---- helpers
 
+    def _is_reading(self) -> bool:
+        """Whether an `in` or a load waits for its data; with the lock held."""
+        return getattr(self.last_exit, "direction", "") in ("in", "read") and bool(self._cpu.access_data)
+
     def _check_open(self) -> None:
         if self._closed:
             raise Gone("the machine was removed")
@@ -506,6 +516,56 @@ class Vm:
     def _tell(self) -> None:
         for callback in self._subscribers:
             callback()
+
+
+class _Rehearsal:
+    """A CPU for a task that changes registers, which only finds out whether the engine takes them.
+
+    An engine tells only when something is set, and to set something completes the access that waits. So it is
+    set on a CPU of another machine, which is made when the first state but `regs`, which is never refused, is set.
+    """
+
+    def __init__(self, engine: Engine, cpu: Vcpu) -> None:
+        self._engine = engine
+        self._cpu = cpu
+        self._machine: Machine | None = None
+        self._spare: Vcpu | None = None
+        self._regs: bytes | None = None
+
+    def __enter__(self) -> _Rehearsal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._machine is not None:
+            self._machine.close()
+
+    def get_state(self, name: str) -> bytes:
+        if name == "regs" and self._regs is not None:
+            return self._regs
+        return (self._spare or self._cpu).get_state(name)
+
+    def set_state(self, name: str, data: bytes) -> None:
+        if name == "regs" and len(data) == len(self.get_state(name)):
+            self._regs = data
+        elif name == "cpuid":  # completes nothing; whether the CPU has run decides
+            self._cpu.set_state(name, data)
+        else:
+            self._other().set_state(name, data)
+
+    def get_msr(self, index: int) -> int:
+        return (self._spare or self._cpu).get_msr(index)
+
+    def set_msr(self, index: int, value: int) -> None:
+        self._other().set_msr(index, value)
+
+    def _other(self) -> Vcpu:
+        if self._spare is None:
+            self._machine = self._engine.create_machine()
+            spare = self._machine.create_vcpu(0)
+            for name in ("cpuid", *_RESET_STATES):
+                spare.set_state(name, self._cpu.get_state(name))
+            self._spare = spare
+        return self._spare
 
 
 def _do(task: Callable[[Vcpu], T], cpu: Vcpu, future: Future[T]) -> None:

@@ -224,6 +224,47 @@ def test_shutdown_stays_until_a_register_is_set(vm):
     assert run(vm).line() == "hlt rip=0x1001"
 
 
+REFUSED = {  # by any x86-64 CPU
+    "sregs": lambda cpu: cpu.set_state("sregs", _with(cpu, "sregs", 224, b"\0\0\0\x80")),  # CR0.PG without PE
+    "xcrs": lambda cpu: cpu.set_state("xcrs", _with(cpu, "xcrs", 16, b"\x06")),  # XCR0 without x87
+    "fpu": lambda cpu: cpu.set_state("fpu", _with(cpu, "fpu", 408, b"\xff" * 4)),  # reserved bits of MXCSR
+    "an MSR": lambda cpu: cpu.set_msr(0xC0000082, 1 << 60),  # LSTAR takes canonical addresses
+    "regs, then sregs": lambda cpu: write_registers(cpu, {"rbx": 5, "cr4": 1 << 60}),
+}
+
+
+def _with(cpu, name, offset, data):
+    blob = cpu.get_state(name)
+    return blob[:offset] + data + blob[offset + len(data) :]
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_a_read_pending(vm, change):
+    load(vm, bytes.fromhex("e460 f4"))
+    pending = run(vm)
+    vm.set_access_data(b"\x5a")
+    before = register(vm, "rip"), register(vm, "rbx"), vm.still
+    with pytest.raises(Invalid):
+        vm.change(change)
+    assert (register(vm, "rip"), register(vm, "rbx"), vm.still) == before
+    assert before[0] == pending.rip
+    assert vm.access_data == b"\x5a"
+    assert isinstance(run(vm), exits.Hlt)
+    assert register(vm, "rax") & 0xFF == 0x5A
+
+
+def test_what_is_taken_completes_a_read_first(vm):
+    load(vm, bytes.fromhex("e460 f4"))
+    run(vm)
+    vm.set_access_data(b"\x5a")
+    vm.change(lambda cpu: write_registers(cpu, {"rbx": 5, "cs.limit": 0xFFFFFFFF, "msr.0xc0000082": 0x1234}))
+    assert register(vm, "rip") == AT + 2
+    assert register(vm, "rax") & 0xFF == 0x5A
+    assert (register(vm, "rbx"), vm.access_data) == (5, b"")
+    assert register(vm, "msr.0xc0000082") == 0x1234
+    assert isinstance(run(vm), exits.Hlt)
+
+
 def test_dirty_pages_are_told_to_each_reader(vm):
     load(vm, STORE_HLT)
     vm.take_dirty("file"), vm.take_dirty("cache")

@@ -408,7 +408,8 @@ class KvmVcpu(Vcpu):
         return self._state.get(name)
 
     def set_state(self, name: str, data: bytes) -> None:
-        self.complete()
+        if name != "cpuid":  # which is of no register, and refused once the CPU has run
+            self.complete()
         self._state.set(name, data)
         if name == "sregs" and not self._has_irqchip:
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
