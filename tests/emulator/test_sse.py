@@ -216,7 +216,8 @@ def run_until_ud2(core, case):
 
 PROGRAM_FLAGS = [
     "-Wall", "-Wextra", "-msse4.2", "-maes", "-mpclmul", "-msha", "-fno-math-errno", "-ffreestanding",
-    "-nostdlib", "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none", f"-Wl,-Ttext={CODE:#x}",
+    "-nostdlib", "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
+    f"-Wl,-Ttext={CODE:#x}",
     "-Wl,--build-id=none,-N,--oformat=binary",
 ]
 
