@@ -37,6 +37,7 @@ need gdb         has gdb                # tests attach it to a guest
 need xxd         has xxd
 need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
+need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
