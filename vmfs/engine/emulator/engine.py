@@ -28,6 +28,7 @@ from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBloc
 from vmfs.exits import Exit
 
 PAGE_SIZE = 4096
+IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
 
 _DEBUG_CAUSES = {
     _core.DEBUG_STEP: "step",
@@ -40,8 +41,6 @@ _DEBUG_CAUSES = {
 }
 _ERRORS: dict[int, type[VmfsError]] = {
     errno.EINVAL: Invalid,
-    errno.EEXIST: Invalid,
-    errno.ENOENT: Unsupported,
     errno.EOPNOTSUPP: Unsupported,
     errno.EAGAIN: WouldBlock,
 }
@@ -74,6 +73,8 @@ class EmulatorMachine(Machine):
     def __init__(self) -> None:
         self._vm = _core.Vm()
         self._has_irqchip = False
+        self._slots: dict[int, tuple[int, int]] = {}  # guest address, size
+        self._vcpus: set[int] = set()
         self.capabilities = frozenset(
             {
                 Capability.BUDGET,
@@ -82,31 +83,66 @@ class EmulatorMachine(Machine):
                 Capability.WATCHPOINTS,
                 Capability.BREAKPOINTS_UNLIMITED,
                 Capability.DETERMINISTIC,
+                Capability.IRQCHIP,
             }
         )
 
     def map_memory(
         self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
     ) -> None:
+        self._check_slot(slot, guest_address, fd, offset, size)
         with _failures(f"memory slot {slot} at {guest_address:#x}"):
-            self._vm.map(slot, guest_address, fd, offset, size, read_only)
+            self._vm.map(slot, guest_address if size else 0, fd, offset if size else 0, size, read_only)
+        self._slots.pop(slot, None)
+        if size:
+            self._slots[slot] = guest_address, size
+
+    def _check_slot(self, slot: int, guest_address: int, fd: int, offset: int, size: int) -> None:
+        if not 0 <= slot < _core.SLOTS:
+            raise Invalid(f"memory slot {slot}: there are {_core.SLOTS}")
+        if not size:
+            return
+        if min(guest_address, offset, size) < 0 or (guest_address | offset | size) % PAGE_SIZE:
+            raise Invalid(f"memory slot {slot}: address, offset and size are multiples of {PAGE_SIZE}")
+        end = guest_address + size
+        if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
+            raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
+        if offset + size > os.fstat(fd).st_size:
+            raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
+        for number, (address, length) in self._slots.items():
+            if number != slot and guest_address < address + length and address < end:
+                raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
 
     def create_vcpu(self, index: int) -> EmulatorVcpu:
-        with _failures(f"CPU {index}"):
-            return EmulatorVcpu(index, self._vm.create_vcpu(index), has_irqchip=self._has_irqchip)
+        if index in self._vcpus:
+            raise Invalid(f"there is a cpu {index} already")
+        if not 0 <= index < _core.VCPUS:
+            raise Invalid(f"{index} is no number of a CPU: 0 to {_core.VCPUS - 1}")
+        with _failures(f"cpu {index}"):
+            cpu = self._vm.create_vcpu(index)
+        self._vcpus.add(index)
+        return EmulatorVcpu(index, cpu, has_irqchip=self._has_irqchip)
 
     def create_irqchip(self) -> None:
+        if self._has_irqchip:
+            raise Invalid("the machine has its interrupt controllers already")
+        if self._vcpus:
+            raise Invalid("interrupt controllers come before the first CPU")
         with _failures("interrupt controllers"):
             self._vm.create_irqchip()
         self._has_irqchip = True
-        self.capabilities |= {Capability.IRQCHIP}
 
     def irq_line(self, gsi: int, level: bool) -> None:
         if not self._has_irqchip:
-            raise Unsupported("the machine has no interrupt controllers, and so no interrupt lines")
-        self._vm.irq_line(gsi, level)
+            raise Unsupported("an interrupt line: the machine has no interrupt controller")
+        if not 0 <= gsi < IRQ_LINES:
+            raise Invalid(f"interrupt line {gsi}: there are lines 0 to {IRQ_LINES - 1}")
+        with _failures(f"interrupt line {gsi}"):
+            self._vm.irq_line(gsi, level)
 
     def dirty_log(self, slot: int) -> bytes:
+        if slot not in self._slots:
+            raise Invalid(f"there is no memory slot {slot}")
         with _failures(f"dirty log of slot {slot}"):
             return self._vm.dirty_log(slot)
 
@@ -124,7 +160,7 @@ class EmulatorMachine(Machine):
         if name not in MACHINE_STATES:
             raise Invalid(f"there is no state {name}")
         if name != "clock" and not self._has_irqchip:
-            raise Unsupported(f"{name}: the machine has no interrupt controllers")
+            raise Unsupported(f"{name}: the machine has no interrupt controller")
 
     def close(self) -> None:
         self._vm.close()
@@ -137,18 +173,17 @@ class EmulatorVcpu(Vcpu):
         self.index = index
         self._cpu = cpu
         self._has_irqchip = has_irqchip
-        self._reads = False  # the last exit was a read, which its data completes
+        self._closed = False
 
     def run(self, budget: int | None = None) -> Exit:
-        exit_ = self._cpu.run(-1 if budget is None else budget)
-        self._reads = False
+        with _failures("run"):
+            exit_ = self._cpu.run(-1 if budget is None else budget)
         return _MAKERS[exit_[0]](self, exit_)
 
     # The exits: (reason, rip, write, size, count, address, cause, id, vector, message)
 
     def _io(self, exit_: tuple) -> Exit:
         _, rip, write, size, count, port, *_ = exit_
-        self._reads = not write
         data = self._cpu.access_data if write else b""
         direction = "out" if write else "in"
         return exits.Io(
@@ -157,7 +192,6 @@ class EmulatorVcpu(Vcpu):
 
     def _mmio(self, exit_: tuple) -> Exit:
         _, rip, write, size, _, address, *_ = exit_
-        self._reads = not write
         data = self._cpu.access_data if write else b""
         direction = "write" if write else "read"
         return exits.Mmio(direction=direction, addr=address, size=size, data=data, rip=rip, cpu=self.index)
@@ -190,18 +224,20 @@ class EmulatorVcpu(Vcpu):
         return exits.Error(reason=exit_[9] or "the core gave no reason", rip=exit_[1], cpu=self.index)
 
     def kick(self) -> None:
-        self._cpu.kick()
+        if not self._closed:
+            self._cpu.kick()
 
     def clear_kick(self) -> None:
-        self._cpu.clear_kick()
+        if not self._closed:
+            self._cpu.clear_kick()
 
     @property
     def access_data(self) -> bytes:
-        return self._cpu.access_data
+        return b"" if self._closed else self._cpu.access_data
 
     @access_data.setter
     def access_data(self, data: bytes) -> None:
-        if not self._reads:
+        if self._closed or not self._cpu.reading:
             raise Invalid("no read waits for data")
         size = len(self._cpu.access_data)
         if len(data) != size:
@@ -217,7 +253,6 @@ class EmulatorVcpu(Vcpu):
         self._check_state(name)
         with _failures(name):
             self._cpu.set_state(name, data)
-        self._reads = False
 
     def _check_state(self, name: str) -> None:
         if name not in VCPU_STATES:
@@ -225,33 +260,43 @@ class EmulatorVcpu(Vcpu):
         if name == "lapic" and not self._has_irqchip:
             raise Unsupported("lapic: the machine has no interrupt controllers")
 
+    def complete(self) -> None:
+        with _failures("the pending access"):
+            if self._cpu.reading:
+                super().complete()
+
     def get_msr(self, index: int) -> int:
         with _failures(f"MSR {index:#x}"):
             return self._cpu.get_msr(index)
 
     def set_msr(self, index: int, value: int) -> None:
+        self.complete()
         with _failures(f"MSR {index:#x}"):
             self._cpu.set_msr(index, value)
-        self._reads = False
 
     def interrupt(self, vector: int) -> None:
         if self._has_irqchip:
             raise Unsupported("the machine has interrupt controllers, and they make the vectors: use a line")
         if not 0 <= vector <= 255:
             raise Invalid(f"{vector} is no vector: 0 to 255")
-        try:
+        with _failures(f"{self.interrupts_queued} interrupts wait"):
             self._cpu.interrupt(vector)
-        except BlockingIOError:
-            raise WouldBlock(f"{_core.INTERRUPT_QUEUE} interrupts wait already") from None
 
     @property
     def interrupts_queued(self) -> int:
-        return self._cpu.interrupts_queued
+        return 0 if self._closed else self._cpu.interrupts_queued
 
     def nmi(self) -> None:
-        self._cpu.nmi()
+        with _failures("nmi"):
+            self._cpu.nmi()
 
     def set_debug(self, request: DebugRequest) -> None:
+        for one in (*request.breakpoints, *request.watchpoints):
+            if not 0 <= one.address < 1 << 64:
+                raise Invalid(f"{one.address:#x} is not a 64-bit address")
+        for one in request.watchpoints:
+            if not 1 <= one.length < 1 << 32:
+                raise Invalid(f"a watchpoint watches 1 to {(1 << 32) - 1} bytes, not {one.length}")
         stops = [(_core.STOP_BREAKPOINT, one.id, one.address, 1, False, False) for one in request.breakpoints]
         for one in request.watchpoints:
             kind = _core.STOP_WATCH_PHYSICAL if one.physical else _core.STOP_WATCH
@@ -260,13 +305,16 @@ class EmulatorVcpu(Vcpu):
             self._cpu.set_debug(request.step, stops)
 
     def translate(self, linear: int) -> int | None:
-        return self._cpu.translate(linear & (1 << 64) - 1)
+        with _failures("translate"):
+            return self._cpu.translate(linear & (1 << 64) - 1)
 
     def counters(self) -> dict[str, int]:
-        return self._cpu.counters()
+        with _failures("counters"):
+            return self._cpu.counters()
 
     def close(self) -> None:
-        """Nothing: the CPU goes with its machine."""
+        self._closed = True
+        self._cpu.close()
 
 
 _MAKERS: dict[int, Callable[[EmulatorVcpu, tuple], Exit]] = {

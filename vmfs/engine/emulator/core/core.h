@@ -22,7 +22,7 @@ struct vcpu;
 
 /* ---- Machines and memory ------------------------------------------------------------------------------- */
 
-enum { CORE_SLOTS = 64, CORE_VCPUS = 64 };
+enum { CORE_SLOTS = 512, CORE_VCPUS = 64 };
 enum { SLOT_READ_ONLY = 1 };
 
 struct vm *vm_create(void);            /* NULL: no memory */
@@ -95,8 +95,12 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
  * signal handler. An exit that was on its way comes first; the kick then ends the run after it. */
 void vcpu_kick(struct vcpu *c);
 void vcpu_clear_kick(struct vcpu *c);
+/* During runs, `poll(argument)` is called now and then, and when a signal woke a CPU that halts; true ends the run with
+ * EXIT_INTERRUPTED. */
+void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument);
 /* The bytes of the access that made the last exit; *size = its size * count. Writable for reads. */
 uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size);
+bool vcpu_reading(struct vcpu *c);     /* the last exit was a read, which the next run completes */
 
 enum { INTERRUPT_QUEUE = 64 };
 int vcpu_interrupt(struct vcpu *c, uint8_t vector);   /* queue an external interrupt; -EAGAIN: queue full */

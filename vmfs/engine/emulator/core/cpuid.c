@@ -48,6 +48,7 @@ void cpuid_defaults(struct vcpu *c)
     u32 *ecx = &c->cpuid.entries[1].ecx;
     *ecx &= ~((u32)!host_has(FEATURE_SSE3) << 0 | (u32)!host_has(FEATURE_SSSE3) << 9 |
               (u32)!host_has(FEATURE_SSE41) << 19 | (u32)!host_has(FEATURE_SSE42) << 20);
+    c->cpuid.entries[1].ebx |= c->index << 24; /* the APIC id */
     if (!c->vm->irqchip) { /* no APIC, and what only an APIC has */
         *ecx &= ~(1u << 21 | 1u << 24);
         c->cpuid.entries[1].edx &= ~(1u << 9);

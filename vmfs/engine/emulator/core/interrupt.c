@@ -240,6 +240,8 @@ void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u
 void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, enum event kind)
 {
     c->now = r;
+    if (c->has_vector_stops && catches(c, vector, retired_at(c, r)))
+        escape(c, ESCAPE_EXIT);
     deliver_from(c, vector, kind, false, 0, next_ip(c, r));
     if (c->now) /* else a task switch has been there */
         c->budget += r->left;

@@ -46,7 +46,7 @@ bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical);
 /* Drop TLB entries: all (and break links), of a page, all write tags. */
 void tlb_flush(struct vcpu *c);
 void tlb_flush_page(struct vcpu *c, u64 linear);
-void tlb_flush_writes(struct vcpu *c);
+void tlb_flush_writes(struct vcpu *c, bool mark); /* mark: log their pages once more */
 void tlb_clear(struct vcpu *c);
 void tlb_select(struct vcpu *c);
 bool load_pdptrs(struct vcpu *c, u64 cr3); /* false: reserved bits set in a present one */

@@ -207,7 +207,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
     break_links(c);
 }
 
-void tlb_flush_writes(struct vcpu *c)
+void tlb_flush_writes(struct vcpu *c, bool mark)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++) {
@@ -215,9 +215,8 @@ void tlb_flush_writes(struct vcpu *c)
             if (e->page == TLB_INVALID)
                 continue;
             e->page = TLB_INVALID;
-            /* It may have been written between the fetch of the log and now. */
             u64 physical = c->tlbs[table].physical[TLB_WRITE][i];
-            struct slot *slot = vm_slot(c->vm, physical);
+            struct slot *slot = mark ? vm_slot(c->vm, physical) : NULL;
             if (slot)
                 mark_dirty(slot, physical);
         }
@@ -248,8 +247,8 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
         for (size_t i = 0; i < c->stop_count; i++) {
             const struct vcpu_stop *s = &c->stops[i];
             u64 at = s->kind == STOP_WATCH ? page : physical & PAGE_MASK;
-            if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && s->address < at + 0x1000 &&
-                s->address + s->length > at)
+            if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && s->address <= at + 0xfff &&
+                s->address + (s->length - 1) >= at)
                 return true;
         }
     if (c->dr7 & 0xff)
@@ -392,6 +391,22 @@ static bool ranges_meet(u64 a, u64 length_a, u64 b, u64 length_b)
     return a - b < length_b || b - a < length_a;
 }
 
+/* Where a watchpoint was hit by an access at `at`: the start of its piece, as the CPU's own debug registers would tell it
+ * (Intel SDM 3B 17.2.5: naturally aligned, 1, 2, 4 or 8 bytes). */
+static u64 watched_piece(const struct vcpu_stop *s, u64 at)
+{
+    u64 byte = at > s->address ? at : s->address, piece = byte & ~7ull, end = s->address + s->length;
+    if (piece < s->address)
+        piece = s->address;
+    for (u64 size = 8; ; size = 8) {
+        while (size > end - piece || piece & (size - 1))
+            size >>= 1;
+        if (byte - piece < size)
+            return piece;
+        piece += size;
+    }
+}
+
 /* Break- and watchpoints on data. The instruction runs alone, so that it stops right behind it. */
 static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write)
 {
@@ -419,7 +434,7 @@ static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes
         escape(c, ESCAPE_ALONE);
     if (hit >= 0 && c->stop_hit < 0) {
         c->stop_hit = hit;
-        c->stop_address = c->stops[hit].kind == STOP_WATCH ? linear : physical;
+        c->stop_address = watched_piece(&c->stops[hit], c->stops[hit].kind == STOP_WATCH ? linear : physical);
     }
     c->debug_hits |= guest;
 }

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "core.h"
 
@@ -23,6 +24,7 @@ typedef struct {
     VmObject *owner;
     struct vcpu *vcpu;
     int running;
+    int signalled;            /* a Python signal handler raised, in poll_signals */
 } VcpuObject;
 
 typedef struct {
@@ -76,7 +78,7 @@ static int vm_alive(VmObject *self)
 {
     if (self->vm)
         return 1;
-    PyErr_SetString(PyExc_ValueError, "the machine is closed");
+    fail(-ENODEV);
     return 0;
 }
 
@@ -94,7 +96,7 @@ static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
         return fail(-EINVAL);
     void *host = NULL;
     if (size) {
-        host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, offset);
+        host = mmap(NULL, size, PROT_READ | (read_only ? 0 : PROT_WRITE), MAP_SHARED | MAP_NORESERVE, fd, offset);
         if (host == MAP_FAILED)
             return PyErr_SetFromErrno(PyExc_OSError);
     }
@@ -213,7 +215,7 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
     if (!vcpu)
         return NULL;
     vcpu->owner = NULL;
-    vcpu->running = 0;
+    vcpu->running = vcpu->signalled = 0;
     vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
     if (!vcpu->vcpu) {
         Py_DECREF(vcpu);
@@ -272,7 +274,7 @@ static int vcpu_alive(VcpuObject *self)
 {
     if (self->vcpu && self->owner->vm)
         return 1;
-    PyErr_SetString(PyExc_ValueError, "the CPU is closed");
+    fail(-ENODEV);
     return 0;
 }
 static int vcpu_idle(VcpuObject *self)
@@ -291,6 +293,16 @@ static PyObject *exit_tuple(const struct vcpu_exit *e)
                          e->count, (unsigned long long)e->address, (int)e->cause, e->id, e->vector, e->message);
 }
 
+/* Python calls signal handlers in its main thread only, between bytecodes: a run there has to let it. */
+static bool poll_signals(void *argument)
+{
+    VcpuObject *self = argument;
+    PyGILState_STATE state = PyGILState_Ensure();
+    self->signalled = PyErr_CheckSignals();
+    PyGILState_Release(state);
+    return self->signalled;
+}
+
 static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
 {
     long long budget = BUDGET_UNLIMITED;
@@ -299,12 +311,14 @@ static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
         return NULL;
     Py_INCREF(self->owner);
     self->running = 1;
+    self->signalled = 0;
+    vcpu_set_poll(self->vcpu, gettid() == getpid() ? poll_signals : NULL, self);
     Py_BEGIN_ALLOW_THREADS
     vcpu_run(self->vcpu, budget, &exit);
     Py_END_ALLOW_THREADS
     self->running = 0;
     Py_DECREF(self->owner);
-    return exit_tuple(&exit);
+    return self->signalled ? NULL : exit_tuple(&exit);
 }
 
 static PyObject *py_vcpu_kick(VcpuObject *self, PyObject *ignored)
@@ -497,7 +511,26 @@ static PyObject *get_interrupts_queued(VcpuObject *self, void *closure)
     return vcpu_alive(self) ? PyLong_FromUnsignedLong(vcpu_interrupts_queued(self->vcpu)) : NULL;
 }
 
+static PyObject *get_reading(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    return vcpu_idle(self) ? PyBool_FromLong(vcpu_reading(self->vcpu)) : NULL;
+}
+
+static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!self->vcpu || !self->owner->vm)
+        Py_RETURN_NONE;
+    if (!vcpu_idle(self))
+        return NULL;
+    vcpu_destroy(self->vcpu);
+    self->vcpu = NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef vcpu_methods[] = {
+    {"close", (PyCFunction)py_vcpu_close, METH_NOARGS, "close(): free the CPU"},
     {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1) -> exit tuple; without the GIL"},
     {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
@@ -515,6 +548,7 @@ static PyMethodDef vcpu_methods[] = {
 };
 static PyGetSetDef vcpu_getset[] = {
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
+    {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
     {"interrupts_queued", (getter)get_interrupts_queued, NULL, "vectors that wait", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -566,7 +600,7 @@ static int module_exec(PyObject *module)
         {"DEBUG_MODE", DEBUG_MODE}, {"DEBUG_CR3", DEBUG_CR3}, {"STOP_BREAKPOINT", STOP_BREAKPOINT},
         {"STOP_WATCH", STOP_WATCH}, {"STOP_WATCH_PHYSICAL", STOP_WATCH_PHYSICAL}, {"STOP_IO", STOP_IO},
         {"STOP_VECTOR", STOP_VECTOR}, {"STOP_CR3", STOP_CR3}, {"STOP_MODE", STOP_MODE},
-        {"INTERRUPT_QUEUE", INTERRUPT_QUEUE},
+        {"INTERRUPT_QUEUE", INTERRUPT_QUEUE}, {"SLOTS", CORE_SLOTS}, {"VCPUS", CORE_VCPUS},
     };
     ModuleState *state = PyModule_GetState(module);
     state->vm_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vm_spec, NULL);

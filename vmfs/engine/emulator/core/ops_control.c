@@ -87,7 +87,7 @@ static void set_cr3(struct vcpu *c, const struct record *r, u64 value)
 }
 
 /* The bits that may be set: the features that CPUID shows. */
-static u64 cr4_valid(const struct vcpu *c)
+u64 cr4_valid(const struct vcpu *c)
 {
     static const struct { u64 bits; enum feature feature; } features[] = {
         {CR4_OSFXSR, FEATURE_FXSR}, {CR4_OSXMMEXCPT, FEATURE_SSE}, {CR4_UMIP, FEATURE_UMIP}, {CR4_LA57, FEATURE_LA57},

@@ -1,7 +1,6 @@
 /* IN, OUT, INS, OUTS; CLI, STI (Intel SDM 1 chapter 19, 2A, 2B; 3A 20.3 for CR4.VME and CR4.PVI).
  *
- * A port of a device in the core is read or written at once. Any other access is an exit: one of IN and INS an element, one
- * of OUTS as many elements as lie on a page and the budget allows. */
+ * A port of a device in the core is read or written at once. Any other access is an exit, of one element. */
 #include "repeat.h"
 
 static unsigned iopl(const struct vcpu *c) { return c->rflags >> 12 & 3; }
@@ -94,15 +93,14 @@ HANDLER(out_DX);
 
 /* ---- Strings -------------------------------------------------------------------------------------------------------------------- */
 
-/* Behind `done` iterations: the next one is a new instruction. */
-static void end_string(struct vcpu *c, const struct record *r, u64 done)
+/* Behind an iteration: the next one is a new instruction. */
+static void end_string(struct vcpu *c, const struct record *r)
 {
     if (repeats(r)) {
-        u64 count = repeat_count(c, r) - done;
+        u64 count = repeat_count(c, r) - 1;
         set_address_register(c, r, RCX, count);
-        c->budget -= (i64)done - 1;
         if (count) {
-            leave_to(c, r, ip_mask(c, ip_of(c, r)));
+            pause_repetition(c, r);
             return;
         }
     }
@@ -125,7 +123,7 @@ OP(op_ins)
     u32 value = input(c, r, port, bytes);
     linear_store(c, linear, bytes, value);
     set_address_register(c, r, RDI, c->gpr[RDI] + string_step(c, bytes));
-    end_string(c, r, 1);
+    end_string(c, r);
 }
 HANDLER(ins);
 
@@ -133,34 +131,14 @@ OP(op_outs)
 {
     unsigned bytes = io_bytes(r);
     u16 port = (u16)c->gpr[RDX];
-    u64 most = 1, done = 1, step = string_step(c, bytes), offset = c->gpr[RSI] & address_mask(r);
-    if (repeats(r)) {
-        most = repeat_count(c, r);
-        if (!most) {
-            leave(c, r);
-            return;
-        }
+    if (repeats(r) && !repeat_count(c, r)) {
+        leave(c, r);
+        return;
     }
     check_permission(c, r, port, bytes);
-    u64 value = string_load(c, r, r->seg, offset, bytes);
-    if (io_write(c, port, bytes, (u32)value)) {
-        check_stops(c, port, bytes);
-    } else {
-        u8 *from;
-        u64 paid = (u64)c->budget + 1, room = EXIT_DATA / bytes;
-        most = most < paid ? most : paid;
-        most = most < room ? most : room;
-        done = string_window(c, r, r->seg, offset, bytes, most, ACCESS_READ, &from);
-        if (!done)
-            done = 1;
-        leave_io_exit(c, r, true, port, bytes, (u32)done);
-        memcpy(c->data, &value, bytes);
-        for (u64 i = 1; i < done; i++)
-            memcpy(c->data + i * bytes, from + i * step, bytes);
-        check_stops(c, port, bytes);
-    }
-    set_address_register(c, r, RSI, c->gpr[RSI] + done * step);
-    end_string(c, r, done);
+    output(c, r, port, bytes, (u32)string_load(c, r, r->seg, c->gpr[RSI] & address_mask(r), bytes));
+    set_address_register(c, r, RSI, c->gpr[RSI] + string_step(c, bytes));
+    end_string(c, r);
 }
 HANDLER(outs);
 

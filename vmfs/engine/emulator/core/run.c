@@ -7,7 +7,7 @@
 
 #include <time.h>
 
-enum { SLICE = 1 << 16 }; /* instructions between two looks at timers and waiting CPUs */
+enum { SLICE = 1 << 16, POLL = 1 << 20 }; /* instructions between two looks at timers and waiting CPUs; at the host */
 
 
 void vcpu_kick(struct vcpu *c) { request_attention(c, ATTENTION_KICK); }
@@ -31,6 +31,14 @@ uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size)
 {
     *size = c->data_size;
     return c->data;
+}
+
+bool vcpu_reading(struct vcpu *c) { return c->reading && c->restart; }
+
+void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument)
+{
+    c->poll = poll;
+    c->poll_argument = argument;
 }
 
 void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters)
@@ -118,12 +126,14 @@ static void debug_exit(struct vcpu *c, enum debug_cause cause)
     c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = cause};
 }
 
+/* Stores that are done and not yet reported, with rip as it was behind their instruction. */
 static bool report_store(struct vcpu *c)
 {
     if (c->stores_reported >= c->store_count)
         return false;
     const struct mmio_access *a = &c->stores[c->stores_reported++];
     c->exit = (struct vcpu_exit){.reason = EXIT_MMIO, .write = true, .size = a->size, .count = 1, .address = a->address};
+    c->exit.rip = c->stores_rip;
     memcpy(c->data, &a->data, a->size);
     c->data_size = a->size;
     return true;
@@ -144,12 +154,13 @@ void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port,
 
 /* ---- Events ------------------------------------------------------------------------------------------------------------------------- */
 
-static void look_around(struct vcpu *c)
+/* True if the run is to end. */
+static bool look_around(struct vcpu *c)
 {
     u32 bits = atomic_load(&c->attention);
     if (bits & ATTENTION_FLUSH) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_FLUSH);
-        tlb_flush_writes(c);
+        tlb_flush_writes(c, true); /* it may have written between the fetch of the log and now */
     }
     if (bits & ATTENTION_NMI) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_NMI);
@@ -162,16 +173,63 @@ static void look_around(struct vcpu *c)
     }
     if (bits & ATTENTION_INTERRUPT)
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_INTERRUPT);
-    if (bits & ATTENTION_KICK) {
-        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_KICK);
-        c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
-    }
+    return bits & ATTENTION_KICK && !c->completing; /* a pending read completes first */
 }
 
-/* True if an event was delivered. */
+static u64 instructions_done(const struct vcpu *c) { return c->retired + (u64)(c->slice - c->budget); }
+
+/* Whether an exception is to end the run instead of being delivered; not the same one again when it runs again. `done`:
+ * the instructions before it. */
+bool catches(struct vcpu *c, unsigned vector, u64 done)
+{
+    if (c->caught_at == done + 1)
+        return false;
+    for (size_t i = 0; c->has_vector_stops && i < c->stop_count; i++)
+        if (c->stops[i].kind == STOP_VECTOR && c->stops[i].address == vector) {
+            debug_exit(c, DEBUG_EXCEPTION);
+            c->exit.id = c->stops[i].id;
+            c->exit.vector = vector;
+            c->caught_at = done + 1;
+            return true;
+        }
+    return false;
+}
+
+/* Whether an event ends HLT (the shadows are over by then). */
+static bool can_wake(struct vcpu *c)
+{
+    return c->debug_pending || c->injected.exception || c->injected.interrupt || c->injected.nmi ||
+           (c->nmi_pending && !c->nmi_masked) || (c->rflags & FLAG_IF && pending_vector(c) >= 0);
+}
+
+/* What was being delivered when its state was taken from another machine. */
+static bool take_injected(struct vcpu *c)
+{
+    if (c->injected.exception) {
+        c->injected.exception = false;
+        c->fault = (struct fault){c->injected.vector, c->injected.has_error, c->injected.error, c->cr2};
+        deliver(c, c->injected.vector, EVENT_EXCEPTION, c->injected.has_error && c->cr0 & CR0_PE, c->injected.error);
+    } else if (c->injected.interrupt) {
+        c->injected.interrupt = false;
+        deliver(c, c->injected.interrupt_vector, c->injected.soft ? EVENT_SOFTWARE : EVENT_EXTERNAL, false, 0);
+    } else if (c->injected.nmi) {
+        c->injected.nmi = false;
+        c->nmi_masked = true;
+        deliver(c, VECTOR_NMI, EVENT_EXTERNAL, false, 0);
+    } else {
+        return false;
+    }
+    return true;
+}
+
+/* True if an event was delivered, or caught. */
 static bool take_event(struct vcpu *c)
 {
+    if (take_injected(c))
+        return true;
     if (c->debug_pending && !c->shadow_ss) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
+        if (catches(c, VECTOR_DB, instructions_done(c)))
+            return true;
         c->dr6 |= c->debug_pending;
         c->debug_pending = 0;
         c->fault = (struct fault){.vector = VECTOR_DB};
@@ -196,18 +254,6 @@ static bool take_event(struct vcpu *c)
     return false;
 }
 
-static bool catches(struct vcpu *c, unsigned vector)
-{
-    for (size_t i = 0; c->has_vector_stops && i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_VECTOR && c->stops[i].address == vector) {
-            debug_exit(c, DEBUG_EXCEPTION);
-            c->exit.id = c->stops[i].id;
-            c->exit.vector = vector;
-            return true;
-        }
-    return false;
-}
-
 static void shutdown(struct vcpu *c)
 {
     c->delivering = -1;
@@ -223,12 +269,10 @@ static void after_escape(struct vcpu *c, enum escape how)
         c->store_count = 0;
         c->debug_hits = 0;
         c->shadow_sti = c->shadow_ss = false;
-        if (c->delivering < 0 || c->delivering_kind == EVENT_SOFTWARE) { /* not the same fault twice when it is run again */
-            u64 now = c->retired + (u64)(c->slice - c->budget);
-            if (c->caught_at != now + 1 && catches(c, c->fault.vector)) {
-                c->caught_at = now + 1;
-                return;
-            }
+        if ((c->delivering < 0 || c->delivering_kind == EVENT_SOFTWARE) &&
+            catches(c, c->fault.vector, instructions_done(c))) {
+            c->delivering = -1;
+            return;
         }
         if (!deliver_fault(c))
             shutdown(c);
@@ -240,13 +284,13 @@ static void after_escape(struct vcpu *c, enum escape how)
         c->restart = true;
         break;
     case ESCAPE_EXIT:
+        c->reading = c->exit.reason == EXIT_MMIO || c->exit.reason == EXIT_IO;
         if (c->alone) { /* what was read so far is kept for the restart */
             unsigned reads = c->reads;
             end_alone(c);
-            c->reads = reads;
+            c->reads = c->reading ? reads : 0;
         }
         c->delivering = -1;
-        c->reading = c->exit.reason == EXIT_MMIO || c->exit.reason == EXIT_IO;
         c->restart = c->reading;
         break;
     }
@@ -255,17 +299,22 @@ static void after_escape(struct vcpu *c, enum escape how)
 /* Behind an instruction that ran alone. `tf`: EFLAGS.TF was set before it. */
 static void after_alone(struct vcpu *c, bool tf)
 {
+    c->stores_rip = c->gpr[GPR_IP];
     if (c->debug_hits) {
         c->debug_pending |= c->debug_hits;
         c->debug_hits = 0;
     }
     if (tf && !c->trap_taken)
         c->debug_pending |= DR6_BS;
-    if (c->exit.reason == EXIT_NONE && !report_store(c) && c->stop_hit >= 0) {
-        debug_exit(c, DEBUG_WATCHPOINT);
-        c->exit.id = c->stops[c->stop_hit].id;
-        c->exit.address = c->stop_address;
-        c->exit.write = c->stops[c->stop_hit].on_write;
+    if (c->exit.reason == EXIT_NONE)
+        report_store(c);
+    if (c->stop_hit >= 0) {
+        struct vcpu_exit hit = {.reason = EXIT_DEBUG, .cause = DEBUG_WATCHPOINT, .id = c->stops[c->stop_hit].id,
+                                .address = c->stop_address, .rip = c->gpr[GPR_IP]};
+        if (c->exit.reason == EXIT_NONE)
+            c->exit = hit;
+        else
+            c->held = hit;
     }
 }
 
@@ -280,7 +329,7 @@ static void at_breakpoint(struct vcpu *c)
                 c->exit.id = c->stops[i].id;
                 return;
             }
-    if (!(c->rflags & FLAG_RF)) {
+    if (!(c->rflags & FLAG_RF) && !c->shadow_ss) {
         u64 hits = 0;
         for (unsigned i = 0; i < 4; i++)
             if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
@@ -294,20 +343,27 @@ static void at_breakpoint(struct vcpu *c)
     c->pass_breakpoint = true;
 }
 
-/* A CPU that executes nothing: HLT, or waiting for INIT or SIPI. */
-static void wait_halted(struct vcpu *c)
+/* Ask the host whether to go on (vcpu_set_poll). */
+static bool host_polls(struct vcpu *c)
 {
-    if (c->vm->irqchip || !c->halted) {
-        chip_wait(c);
-        return;
-    }
-    c->halted = false;
-    c->exit = (struct vcpu_exit){.reason = EXIT_HLT};
+    c->polled_at = c->retired;
+    if (!c->poll || c->completing || !c->poll(c->poll_argument))
+        return false;
+    c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
+    return true;
 }
 
 static u64 code_linear_ip(const struct vcpu *c)
 {
     return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
+}
+
+static bool is_stop(const struct vcpu *c, u64 linear)
+{
+    for (size_t i = 0; i < c->stop_count; i++)
+        if (c->stops[i].kind == STOP_BREAKPOINT && c->stops[i].address == linear)
+            return true;
+    return false;
 }
 
 /* Real, protected or long mode: a switch between them ends a run that asks for it. */
@@ -331,17 +387,26 @@ static void turn(struct vcpu *c)
 {
     if (report_store(c))
         return;
-    if (unlikely(atomic_load_explicit(&c->attention, memory_order_relaxed))) {
-        look_around(c);
-        if (c->exit.reason)
-            return;
-    }
+    bool kicked = false;
+    if (unlikely(atomic_load_explicit(&c->attention, memory_order_relaxed)))
+        kicked = look_around(c);
     end_slice(c);
+    if (c->halted && !c->vm->irqchip && !c->restart && !can_wake(c)) {
+        c->exit = (struct vcpu_exit){.reason = EXIT_HLT};
+        return;
+    }
+    if (kicked) {
+        vcpu_clear_kick(c);
+        c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
+        return;
+    }
     if (c->retired - c->yielded_at >= SLICE) {
         c->yielded_at = c->retired;
         clock_leave(c);
         vm_yield(c->vm);
         clock_enter(c);
+        if (c->retired - c->polled_at >= POLL && host_polls(c))
+            return;
     }
     if (c->run_limited && c->run_budget <= 0) {
         c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
@@ -352,12 +417,17 @@ static void turn(struct vcpu *c)
     if (!c->restart) { /* an instruction that is half done comes before any event */
         if (c->has_mode_stop && mode_stop(c))
             return;
-        if (c->mp_state == KVM_MP_STATE_RUNNABLE && take_event(c) && c->step) {
-            debug_exit(c, DEBUG_STEP);
+        /* A run that begins at a breakpoint executes the instruction there, and an event would come back to it. */
+        bool held = c->resume_breakpoint && !c->halted && c->has_breakpoints && is_stop(c, code_linear_ip(c));
+        if (c->mp_state == KVM_MP_STATE_RUNNABLE && !held && take_event(c)) {
+            c->resume_breakpoint = c->pass_breakpoint = false;
+            if (c->step && c->exit.reason == EXIT_NONE)
+                debug_exit(c, DEBUG_STEP);
             return;
         }
-        if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) {
-            wait_halted(c);
+        if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) { /* HLT, or waiting for INIT or SIPI */
+            chip_wait(c);
+            host_polls(c);
             return;
         }
     }
@@ -368,7 +438,7 @@ static void turn(struct vcpu *c)
     begin_slice(c);
     bool tf = c->rflags & FLAG_TF;
     bool alone = tf || c->shadow_sti || c->shadow_ss || c->step || c->rflags & FLAG_RF;
-    if (alone && !c->restart && !c->pass_breakpoint && !c->resume_breakpoint &&
+    if ((alone || c->resume_breakpoint) && !c->restart && !c->pass_breakpoint &&
         (c->has_breakpoints || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c))) {
         at_breakpoint(c); /* stops, or lets it pass */
         return;
@@ -381,12 +451,12 @@ static void turn(struct vcpu *c)
         alone = true;
     }
     if (alone) {
-        c->pass_breakpoint = c->resume_breakpoint = c->reading = false;
+        c->pass_breakpoint = c->resume_breakpoint = c->reading = c->completing = false;
         c->shadow_sti = c->shadow_ss = false;
         c->rflags &= ~(u64)FLAG_RF; /* holds for one instruction (17.3.1.1); the instruction may set it anew */
         run_alone(c);
         after_alone(c, tf && !c->shadow_ss);
-        if (c->step && c->exit.reason == EXIT_NONE)
+        if (c->step && c->exit.reason == EXIT_NONE && !(c->halted && !c->vm->irqchip)) /* HLT is an exit, or an event */
             debug_exit(c, DEBUG_STEP);
     } else {
         c->budget -= t->count;
@@ -399,6 +469,15 @@ static void turn(struct vcpu *c)
 
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
+    if (c->held.reason) {
+        *exit = c->held;
+        c->held.reason = EXIT_NONE;
+        return;
+    }
+    if (!budget && c->reading && c->restart) { /* the read still waits for its data */
+        *exit = (struct vcpu_exit){.reason = EXIT_LIMIT, .rip = c->gpr[GPR_IP]};
+        return;
+    }
     atomic_store(&c->in_run, true);
     vm_lock(c->vm);
     clock_enter(c);
@@ -409,7 +488,8 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     c->run_limited = budget >= 0;
     c->run_budget = budget;
     c->resume_breakpoint = true;
-    if (c->reading && c->restart) { /* the bytes of the access are in c->data */
+    c->completing = c->reading && c->restart;
+    if (c->completing) { /* the bytes of the access are in c->data */
         if (c->reading_memory) {
             u64 value = 0;
             memcpy(&value, c->data, c->data_size > 8 ? 8 : c->data_size);
@@ -426,7 +506,12 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
         turn(c);
     end_slice(c);
     c->reading_memory = c->exit.reason == EXIT_MMIO;
-    c->exit.rip = c->gpr[GPR_IP];
+    if (c->exit.reason != EXIT_MMIO && c->exit.reason != EXIT_IO)
+        c->data_size = 0;
+    if (!(c->exit.reason == EXIT_MMIO && c->exit.write)) /* a store has the rip of when it was made */
+        c->exit.rip = c->gpr[GPR_IP];
+    if (!c->vm->irqchip) /* HLT was an exit, or there is what wakes it */
+        c->halted = false;
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
     x87_release(c);

@@ -24,6 +24,13 @@ static void derive_cpl(struct vcpu *c)
     c->cpl = !(c->cr0 & CR0_PE) ? 0 : c->rflags & FLAG_VM ? 3 : c->seg[SEG_SS].attributes >> ATTR_DPL_SHIFT & 3;
 }
 
+/* VM is a mode of protected mode outside of IA-32e (Intel SDM 3A 20.2): elsewhere no CPU can have it set. */
+static void drop_impossible_vm(struct vcpu *c)
+{
+    if (!(c->cr0 & CR0_PE) || c->efer & EFER_LMA)
+        c->rflags &= ~(u64)FLAG_VM;
+}
+
 static int set_regs(struct vcpu *c, const void *data, size_t size)
 {
     const u64 *in = data;
@@ -32,6 +39,7 @@ static int set_regs(struct vcpu *c, const void *data, size_t size)
         c->gpr[regs_order[i]] = in[i];
     c->gpr[GPR_IP] = in[16];
     set_rflags(c, in[17] & 0x3f7fd7);
+    drop_impossible_vm(c);
     c->caught_at = 0; /* with other registers, an exception is another one */
     c->repeating = false;
     derive_cpl(c);
@@ -82,8 +90,8 @@ static void get_sregs(struct vcpu *c, void *data)
         s->cr8 = irqchip_get_cr8(c->vm->irqchip, c->index);
         s->apic_base = c->vm->irqchip->cpu[c->index].base;
     }
-    int vector = queued_vector(c); /* the next one that waits; the queue behind it is not KVM's to show */
-    if (vector >= 0)
+    u8 vector = c->injected.interrupt_vector; /* what is half delivered; the queue is not in KVM's state */
+    if (c->injected.interrupt)
         s->interrupt_bitmap[vector >> 6] |= 1ull << (vector & 63);
 }
 
@@ -92,9 +100,13 @@ static int set_sregs(struct vcpu *c, const void *data, size_t size)
     const struct kvm_sregs *s = data;
     (void)size;
     u64 efer_all = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
-    if (s->efer & ~efer_all || s->cr0 >> 32 || (s->cr0 & CR0_PG && !(s->cr0 & CR0_PE)) || s->cr8 > 15)
+    if (s->efer & ~efer_all || s->cr4 & ~cr4_valid(c) || s->cr8 > 15)
         return -EINVAL;
-    if (s->efer & EFER_LMA && !(s->efer & EFER_LME && s->cr0 & CR0_PG && s->cr4 & CR4_PAE))
+    if (s->cr0 >> 32 || (s->cr0 & CR0_PG && !(s->cr0 & CR0_PE)) || (s->cr0 & CR0_NW && !(s->cr0 & CR0_CD)))
+        return -EINVAL;
+    bool long_mode = s->efer & EFER_LME && s->cr0 & CR0_PG; /* 3A 4.1.1, 9.8.5 */
+    if (long_mode != !!(s->efer & EFER_LMA) || (long_mode && (!(s->cr4 & CR4_PAE) || s->cr3 >> c->physical_bits)) ||
+        (!long_mode && (s->cs.l || s->cr4 & CR4_PCIDE)))
         return -EINVAL;
     if (c->vm->irqchip) {
         if (irqchip_set_apic_base(c->vm->irqchip, c->index, s->apic_base, vm_time(c->vm)))
@@ -114,6 +126,14 @@ static int set_sregs(struct vcpu *c, const void *data, size_t size)
     c->cr0 = s->cr0 | CR0_ET, c->cr2 = s->cr2, c->cr3 = s->cr3, c->cr4 = s->cr4, c->cr8 = s->cr8;
     c->efer = s->efer;
     c->msr.apic_base = s->apic_base;
+    drop_impossible_vm(c);
+    for (unsigned vector = 0; vector < 256 && !c->vm->irqchip; vector++) /* as KVM: the first; none is no change */
+        if (s->interrupt_bitmap[vector >> 6] >> (vector & 63) & 1) {
+            c->injected.interrupt = true;
+            c->injected.soft = false;
+            c->injected.interrupt_vector = (u8)vector;
+            break;
+        }
     if (c->cr0 & CR0_PG && c->cr4 & CR4_PAE && !(c->efer & EFER_LMA))
         load_pdptrs(c, c->cr3);
     derive_cpl(c);
@@ -155,13 +175,15 @@ static int set_fpu(struct vcpu *c, const void *data, size_t size)
 {
     const struct kvm_fpu *f = data;
     (void)size;
+    if (f->mxcsr >> 16)
+        return -EINVAL;
     c->fcw = f->fcw, c->fsw = f->fsw, c->ftw = f->ftwx, c->fop = f->last_opcode, c->fip = f->last_ip, c->fdp = f->last_dp;
     c->fcs = c->fds = 0; /* not in it: 64-bit pointers */
     for (unsigned i = 0; i < 8; i++)
         set_st(c, i, f->fpr[i]);
     for (unsigned i = 0; i < 16; i++)
         memcpy(&c->xmm[i], f->xmm[i], 16);
-    c->mxcsr = f->mxcsr & 0xffff;
+    c->mxcsr = f->mxcsr;
     return 0;
 }
 
@@ -259,7 +281,7 @@ static void get_debugregs(struct vcpu *c, void *data)
     struct kvm_debugregs *d = data;
     memset(d, 0, sizeof *d);
     memcpy(d->db, c->dr, sizeof d->db);
-    d->dr6 = c->dr6, d->dr7 = c->dr7;
+    d->dr6 = c->dr6 | c->debug_pending, d->dr7 = c->dr7; /* a #DB that waits has its bits shown already */
 }
 static int set_debugregs(struct vcpu *c, const void *data, size_t size)
 {
@@ -278,13 +300,24 @@ static void get_events(struct vcpu *c, void *data)
 {
     struct kvm_vcpu_events *e = data;
     memset(e, 0, sizeof *e);
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM; /* as KVM has them */
     e->interrupt.shadow = (c->shadow_sti ? KVM_X86_SHADOW_INT_STI : 0) | (c->shadow_ss ? KVM_X86_SHADOW_INT_MOV_SS : 0);
     e->nmi.pending = c->nmi_pending || atomic_load(&c->attention) & ATTENTION_NMI;
     e->nmi.masked = c->nmi_masked;
+    e->nmi.injected = c->injected.nmi;
     e->sipi_vector = c->sipi_vector;
-    if (c->debug_pending) {
-        e->exception.pending = 1;
+    if (c->injected.interrupt) {
+        e->interrupt.injected = 1;
+        e->interrupt.nr = c->injected.interrupt_vector;
+        e->interrupt.soft = c->injected.soft;
+    }
+    if (c->injected.exception) {
+        e->exception.injected = 1;
+        e->exception.nr = c->injected.vector;
+        e->exception.has_error_code = c->injected.has_error;
+        e->exception.error_code = c->injected.error;
+    } else if (c->debug_pending) { /* a trap; KVM shows one that waits as injected too */
+        e->exception.injected = e->exception.pending = 1;
         e->exception.nr = VECTOR_DB;
     }
 }
@@ -292,6 +325,22 @@ static int set_events(struct vcpu *c, const void *data, size_t size)
 {
     const struct kvm_vcpu_events *e = data;
     (void)size;
+    const u32 known = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW |
+                      KVM_VCPUEVENT_VALID_SMM;
+    if (e->flags & ~known || (e->flags & KVM_VCPUEVENT_VALID_SMM && (e->smi.smm || e->smi.pending)) || /* there is no SMM */
+        (e->exception.injected && (e->exception.nr > 31 || e->exception.nr == VECTOR_NMI)))
+        return -EINVAL;
+    c->injected.exception = e->exception.injected;
+    c->injected.vector = e->exception.nr;
+    c->injected.has_error = e->exception.has_error_code;
+    c->injected.error = e->exception.error_code;
+    c->injected.interrupt = e->interrupt.injected;
+    c->injected.interrupt_vector = e->interrupt.nr;
+    c->injected.soft = e->interrupt.soft;
+    c->injected.nmi = e->nmi.injected;
+    if (e->exception.injected && e->exception.nr == VECTOR_DB)
+        c->dr6 |= c->debug_pending;
+    c->debug_pending = 0;
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING) {
         c->nmi_pending = e->nmi.pending;
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_NMI);
@@ -309,9 +358,11 @@ static int set_events(struct vcpu *c, const void *data, size_t size)
 static void get_mp_state(struct vcpu *c, void *data) { *(u32 *)data = c->halted ? KVM_MP_STATE_HALTED : c->mp_state; }
 static int set_mp_state(struct vcpu *c, const void *data, size_t size)
 {
-    u32 state = *(const u32 *)data;
+    u32 state;
     (void)size;
-    if (state > KVM_MP_STATE_SIPI_RECEIVED)
+    memcpy(&state, data, sizeof state);
+    /* Without a LAPIC nobody could wake it; and SIPI_RECEIVED lasts for no time at all. */
+    if (state > KVM_MP_STATE_HALTED || (state != KVM_MP_STATE_RUNNABLE && !c->vm->irqchip))
         return -EINVAL;
     c->halted = state == KVM_MP_STATE_HALTED;
     c->mp_state = c->halted ? KVM_MP_STATE_RUNNABLE : state;
@@ -429,13 +480,17 @@ static const struct state *find(const char *name)
 static void complete_read(struct vcpu *c)
 {
     bool step = c->step, kicked = atomic_load(&c->attention) & ATTENTION_KICK;
-    struct vcpu_exit exit = c->exit, ignored;
+    struct vcpu_exit exit = {EXIT_NONE};
     c->step = false;
     vcpu_clear_kick(c);
-    for (unsigned i = 0; i < MMIO_PIECES && c->restart; i++)
-        vcpu_run(c, 1, &ignored);
-    c->exit = exit;
+    for (unsigned i = 0; i < MMIO_PIECES && vcpu_reading(c); i++)
+        vcpu_run(c, 1, &exit);
+    c->data_size = 0;
     c->step = step;
+    if (exit.reason == EXIT_MMIO && exit.write)
+        c->stores_reported--; /* the next run tells */
+    else if (exit.reason != EXIT_LIMIT)
+        c->held = exit;
     if (kicked)
         vcpu_kick(c);
 }
@@ -460,8 +515,10 @@ int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t si
         return -ENOENT;
     if (s->size && size != s->size)
         return -EINVAL;
-    if (c->restart && c->reading)
+    if (vcpu_reading(c))
         complete_read(c);
+    c->restart = c->reading = false;
+    c->reads = 0;
     c->caught_at = 0; /* it may fault for another reason now */
     return s->set(c, data, size);
 }

@@ -251,6 +251,14 @@ struct vcpu {
     u64 read_values[MMIO_PIECES];             /* of the running instruction: what its reads got so far */
     struct mmio_access stores[MMIO_PIECES];   /* done, to be reported as exits when it has ended */
     unsigned reads, reads_used, store_count, stores_reported;
+    u64 stores_rip;           /* behind the instruction that made them */
+    bool completing;          /* a run began with the bytes of a read; its instruction is not done yet */
+    struct vcpu_exit held;    /* an exit that came while state was set; the next run returns it */
+    bool (*poll)(void *);     /* vcpu_set_poll */
+    void *poll_argument;
+    u64 polled_at;
+    /* Events that state brought half delivered (struct kvm_vcpu_events): they go first. */
+    struct { bool exception, has_error, interrupt, soft, nmi; u8 vector, interrupt_vector; u32 error; } injected;
     bool restart;             /* the instruction at rip is to run alone: a read completes, or a store has consequences */
     bool input_ready;         /* an IN (or INS) that exited finds its bytes in `data` */
     bool reading_memory;      /* ... it was a memory-mapped load, not a port */
@@ -406,6 +414,7 @@ u64 core_now(struct vcpu *c, const struct record *r); /* the time in TSC cycles,
 /* run.c */
 void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count);
 void request_attention(struct vcpu *c, u32 bits);
+bool catches(struct vcpu *c, unsigned vector, u64 done); /* STOP_VECTOR: c->exit is ready */
 /* cache.c */
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);
@@ -424,6 +433,7 @@ void decode_init(void);
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
 /* segment.c */
 void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks after seg[] was set */
+u64 cr4_valid(const struct vcpu *c);                 /* ops_control.c: the bits that may be set */
 void mode_changed(struct vcpu *c);                   /* derive key, masks, TLB table, checks after CR0, EFER, CPL, CS.. */
 void flags_changed(struct vcpu *c);                  /* after AC or VM in rflags changed */
 void set_segment_real(struct vcpu *c, unsigned seg, u16 selector);

@@ -75,9 +75,17 @@ void vm_destroy(struct vm *vm)
 
 struct slot *vm_slot(struct vm *vm, u64 physical)
 {
-    for (unsigned i = 0; i < vm->slot_count; i++)
-        if (physical - vm->sorted[i]->address < vm->sorted[i]->size)
-            return vm->sorted[i];
+    unsigned low = 0, high = vm->slot_count;
+    while (low < high) {
+        unsigned middle = (low + high) / 2;
+        struct slot *slot = vm->sorted[middle];
+        if (physical < slot->address)
+            high = middle;
+        else if (physical - slot->address >= slot->size)
+            low = middle + 1;
+        else
+            return slot;
+    }
     return NULL;
 }
 
@@ -90,9 +98,11 @@ static void flush_everything(struct vm *vm)
         }
 }
 
+#define ADDRESSES (1ull << 52) /* the most that a page table entry can address (Intel SDM 3A 4.1.4) */
+
 int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_t size, unsigned flags)
 {
-    if (number >= CORE_SLOTS || (address | size) & 0xfff || (size && !host) || address + size < address ||
+    if (number >= CORE_SLOTS || (address | size) & 0xfff || (size && !host) || size > ADDRESSES || address > ADDRESSES - size ||
         flags & ~(unsigned)SLOT_READ_ONLY)
         return -EINVAL;
     struct slot *slot = &vm->slots[number];
@@ -118,8 +128,8 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
     for (unsigned i = 0; i < CORE_SLOTS; i++)
         if (vm->slots[i].size)
             vm->sorted[vm->slot_count++] = &vm->slots[i];
-    for (unsigned i = 1; i < vm->slot_count; i++) /* the largest first: it is asked for most */
-        for (unsigned k = i; k && vm->sorted[k]->size > vm->sorted[k - 1]->size; k--) {
+    for (unsigned i = 1; i < vm->slot_count; i++)
+        for (unsigned k = i; k && vm->sorted[k]->address < vm->sorted[k - 1]->address; k--) {
             struct slot *other = vm->sorted[k];
             vm->sorted[k] = vm->sorted[k - 1];
             vm->sorted[k - 1] = other;
@@ -139,13 +149,19 @@ int vm_dirty_log(struct vm *vm, unsigned number, uint8_t *bitmap, size_t bytes)
     if (bytes != vm_dirty_log_size(vm, number))
         return -EINVAL;
     struct slot *slot = &vm->slots[number];
+    pthread_mutex_lock(&vm->lock);
+    bool running = vm->serving != vm->ticket; /* no: nobody gets a turn before the lock is free */
     for (size_t i = 0; i * 8 < bytes; i++) {
         u64 word = atomic_exchange(&slot->dirty[i], 0);
         memcpy(bitmap + i * 8, &word, bytes - i * 8 < 8 ? bytes - i * 8 : 8);
     }
-    for (unsigned i = 0; i < CORE_VCPUS; i++) /* writable TLB entries would not be logged */
-        if (vm->vcpus[i])
+    for (unsigned i = 0; i < CORE_VCPUS; i++) { /* writable TLB entries would not be logged */
+        if (vm->vcpus[i] && running)
             request_attention(vm->vcpus[i], ATTENTION_FLUSH);
+        else if (vm->vcpus[i])
+            tlb_flush_writes(vm->vcpus[i], false);
+    }
+    pthread_mutex_unlock(&vm->lock);
     return 0;
 }
 
@@ -215,7 +231,9 @@ void vcpu_reset(struct vcpu *c)
     c->mp_state = c->index && c->vm->irqchip ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
     c->fault = (struct fault){0};
     c->debug_hits = c->debug_pending = 0;
-    c->reading = c->restart = c->input_ready = false;
+    c->reading = c->restart = c->input_ready = c->completing = false;
+    c->held.reason = EXIT_NONE;
+    memset(&c->injected, 0, sizeof c->injected);
     c->reads = c->reads_used = c->store_count = c->stores_reported = 0;
     mode_changed(c);
     tlb_flush(c);
@@ -282,6 +300,10 @@ int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)
 int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count)
 {
     struct vcpu_stop *copy = NULL;
+    for (size_t i = 0; i < count; i++)
+        if ((stops[i].kind == STOP_WATCH || stops[i].kind == STOP_WATCH_PHYSICAL) &&
+            (!stops[i].length || stops[i].address + (stops[i].length - 1) < stops[i].address))
+            return -EINVAL;
     if (count) {
         copy = malloc(count * sizeof *copy);
         if (!copy)
