@@ -26,6 +26,8 @@ KVM_ORDER = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15".spli
 CF, PF, AF, ZF, SF, TF, DF, OF = 1, 4, 16, 64, 128, 256, 1024, 2048
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 COMPLETED = -1  # in place of a vector
+# AddressSanitizer has its shadow memory where nothing is mapped for the guest: there a stray access succeeds natively.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
 @dataclass
@@ -184,6 +186,8 @@ FX_COMPARED = ((0, 5), (24, 28), *((32 + 16 * i, 42 + 16 * i) for i in range(8))
 def differences(case: Case, host: Outcome, core: Outcome) -> list[str]:
     """What differs, a sentence each."""
     found = []
+    if SANITIZED and host.vector == COMPLETED and core.vector == 14:
+        return []
     if host.vector != core.vector:
         return [f"vector: host {host.vector}, core {core.vector}"]
     if host.ip != core.ip:
