@@ -51,7 +51,7 @@ enum size { B, W, D, Q, V, Y, S, N };
     X(A_ONLY64)    /* #UD elsewhere */ \
     X(A_PROTECTED) /* #UD in real and virtual-8086 mode */ \
     X(A_CPL0)      /* #GP(0) unless CPL 0 */ \
-    X(A_X87)       /* #NM if CR0.EM or CR0.TS */ \
+    X(A_X87)       /* #NM if CR0.EM or CR0.TS; r->imm is the opcode as in FOP */ \
     X(A_MMX)       /* #UD if CR0.EM, #NM if CR0.TS */ \
     X(A_SSE)       /* #UD if CR0.EM or not CR4.OSFXSR, #NM if CR0.TS */ \
     X(A_FWAIT)     /* #NM if CR0.MP and CR0.TS */ \

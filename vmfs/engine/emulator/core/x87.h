@@ -57,7 +57,7 @@ COLD void x87_prepare(struct vcpu *c, const struct record *r);
 ALWAYS_INLINE void x87_remember(struct vcpu *c, const struct record *r)
 {
     c->fip = c->gpr[GPR_IP] + r->at;
-    c->fop = (u16)r->imm & 0x7ff;
+    c->fop = (u16)r->imm;
     c->fcs = c->seg[SEG_CS].selector;
 }
 ALWAYS_INLINE void x87_remember_data(struct vcpu *c, const struct record *r, u64 offset)
