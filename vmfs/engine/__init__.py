@@ -32,7 +32,8 @@ class Row:
 
 ENGINES: tuple[Row, ...] = (
     Row("kvm", "vmfs.engine.kvm.engine", "KvmEngine"),
-)  # fmt: skip
+    Row("emulator", "vmfs.engine.emulator.engine", "EmulatorEngine"),
+)
 
 AUTO = "auto"
 
