@@ -354,7 +354,8 @@ def helper(tmp_path):
     if shutil.which("mount.fuse3", path="/sbin:/usr/sbin") is None:
         pytest.skip("mount.fuse3 is not installed: apt-get install fuse3")
     program = tmp_path / "vmfs"
-    program.write_text(f'#!/bin/sh\ncd {ROOT} && exec {" ".join(COMMAND)} "$@"\n')
+    preload = os.environ.get("LD_PRELOAD", "")      # `make asan` sets it and mount(8) takes it away
+    program.write_text(f'#!/bin/sh\ncd {ROOT} && LD_PRELOAD="{preload}" exec {" ".join(COMMAND)} "$@"\n')
     program.chmod(0o755)
     return program
 
