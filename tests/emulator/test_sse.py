@@ -167,13 +167,11 @@ def test_string_comparison(name, host, core):
         (0, 0, "660fae03", UD),
         (1 << 3, 0, "0faee8", COMPLETED),  # lfence
         (0, 0, "f30f0e", UD),
-        (0, 0, "0f3800c1", UD),  # pshufb without 66: MMX registers
+        (0, 0, "f30f3800c1", UD),  # pshufb has no F3 form
     ],
 )
 def test_checks(cr0, cr4, code, vector, core):
     """Bits of `cr0` set, of `cr4` cleared."""
-    if code == "0f3800c1" and any(row["name"] == "PSHUFB" and row["prefix"] == "none" for row in ROWS):
-        pytest.skip("the MMX form is there")
     before = core.cpu.get_state("sregs")
     sregs = bytearray(before)
     struct.pack_into("<Q", sregs, CR0, struct.unpack_from("<Q", sregs, CR0)[0] | cr0)
@@ -257,3 +255,22 @@ def test_mxcsr_outlives_a_run_and_stays_inside(core):
     assert struct.unpack_from("<I", saved, 160)[0] == 0x3EAAAAAB
     assert struct.unpack_from("<I", saved, 24)[0] == 0x5FA0
     assert struct.unpack_from("<I", core.memory[-DATA_SIZE:], 8)[0] == 0x5FA0
+
+
+def test_device_memory_by_eights():
+    """Sixteen bytes of device memory are two exits of eight, and the instruction is done once."""
+    core = native.Core()
+    device, page = 0x9000_0000, DATA + DATA_SIZE
+    struct.pack_into("<Q", core.memory, 0x4000 + (page >> 12 & 511) * 8, device | 7)
+    # nop * 8; movups xmm0, [rbx]; movups [rbx + 16], xmm0
+    core.run(plain(b"\x90" * 8 + bytes.fromhex("0f1003 0f114310"), rbx=page))
+    assert core.cpu.run(7)[0] == _core.EXIT_LIMIT
+    for address, value in ((device, 0x1122334455667788), (device + 8, 0x99AABBCCDDEEFF00)):
+        exit = core.cpu.run(1)
+        assert (exit[0], exit[2], exit[3], exit[5]) == (_core.EXIT_MMIO, False, 8, address)
+        core.cpu.access_data = struct.pack("<Q", value)
+    assert core.cpu.run(1)[0] == _core.EXIT_LIMIT
+    for address, value in ((device + 16, 0x1122334455667788), (device + 24, 0x99AABBCCDDEEFF00)):
+        exit = core.cpu.run(1)
+        assert (exit[0], exit[2], exit[3], exit[5]) == (_core.EXIT_MMIO, True, 8, address)
+        assert core.cpu.access_data == struct.pack("<Q", value)
