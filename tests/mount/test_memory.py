@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from mounting import failing
 
 SIZE = 128 << 20
@@ -100,6 +101,8 @@ def test_a_file_can_be_copied_into_it(either_vm, tmp_path):
 
 
 def test_an_open_with_o_trunc_leaves_memory_and_mappings_alone(either_vm):
+    if "signals_noticed_by interrupt-message" not in either_vm.read("stat"):
+        pytest.skip("without the hooks in front of libfuse O_TRUNC is the kernel's, and a SIGBUS to mappings")
     one = opened(either_vm)
     with mmap.mmap(one, SIZE) as ram:
         ram[0x5000] = 1

@@ -148,6 +148,17 @@ def test_a_signal_stops_a_write(vm, run_fd):
     assert vm.read("state") == "paused\n"
 
 
+def test_without_hooks_a_signal_for_another_thread_than_the_opener_is_noticed(own_server):
+    vm = own_server(environment={"VMFS_NO_FUSE_HOOKS": "1"}).make()
+    vm.load(SPIN)
+    with open(vm / "vm_run", "rb", buffering=0) as opened:
+        reader = blocked_read(opened.fileno())
+        running(vm)
+        reader.signal()
+        assert reader.end() == (-1, errno.EINTR, b"")
+    assert vm.read("state") == "paused\n"
+
+
 def test_a_killed_caller_is_gone_and_its_guest_stops(vm):
     vm.load(SPIN)
     child = os.fork()

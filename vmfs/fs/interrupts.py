@@ -15,6 +15,7 @@ Source: Documentation/filesystems/fuse/fuse.rst, "Interrupting filesystem operat
 signal(7).
 """
 
+import os
 import signal
 from contextlib import asynccontextmanager
 
@@ -147,12 +148,32 @@ class _watch:
 
 
 def signalled(pid):
-    """Whether the thread has a signal pending that it does not block or ignore, or is gone."""
+    """Whether a thread of the process has a signal pending that it does not block or ignore, or all are gone.
+
+    `pid` is who opened the file, and another thread may be the one that waits. For those that do not, a signal
+    is not pending for long.
+    """
     try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            return deliverable(status.read())
+        threads = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):
         return True
+    left = 0
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/status", "rb") as file:
+                status = file.read()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if not ended(status):
+            left += 1
+            if deliverable(status):
+                return True
+    return not left
+
+
+def ended(status):
+    """Whether a /proc/PID/status is of a thread that has ended."""
+    return b"\nState:\tZ" in status or b"\nState:\tX" in status
 
 
 def deliverable(status):
