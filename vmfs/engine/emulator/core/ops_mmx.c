@@ -376,7 +376,9 @@ OP(op_maskmovq)
 }
 HANDLER(maskmovq);
 
-/* ---- Conversion between MM and XMM registers -------------------------------------------------------------------- */
+/* ---- Conversion between MM and XMM registers --------------------------------------------------------------------
+ *
+ * Processors (at least AMD's) go over to the MMX state before the conversion raises an unmasked exception. */
 
 /* To two singles, which replace the low half; to two doubles. From memory, they do not touch the MM registers. */
 ALWAYS_INLINE void cvtpi2ps(struct vcpu *c, const struct record *r, u64 value)
@@ -395,8 +397,8 @@ ALWAYS_INLINE void cvtpi2pd(struct vcpu *c, const struct record *r, u64 value)
     OP(op_##name##_reg) \
     { \
         mmx_start(c, r); \
-        name(c, r, get_mm(c, r->rm)); \
         mmx_commit(c); \
+        name(c, r, get_mm(c, r->rm)); \
         NEXT(); \
     } \
     OP(op_##name##_mem) \
@@ -412,6 +414,7 @@ FROM_MMX(cvtpi2pd)
 #define TO_MMX(name, host, load) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, xmm s) \
     { \
+        mmx_commit(c); \
         CHECKED(__asm__ volatile(#host " %0, %0" : "+x"(s))); \
         set_mm(c, r->reg, low64(s)); \
     } \

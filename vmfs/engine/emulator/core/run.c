@@ -347,7 +347,13 @@ static void at_breakpoint(struct vcpu *c)
 static bool host_polls(struct vcpu *c)
 {
     c->polled_at = c->retired;
-    if (!c->poll || c->completing || !c->poll(c->poll_argument))
+    if (!c->poll || c->completing)
+        return false;
+    x87_release(c); /* it may run any code of the host, which finds its own x87 and MXCSR */
+    mxcsr_leave(c, MXCSR_RESET);
+    bool ends = c->poll(c->poll_argument);
+    mxcsr_enter(c);
+    if (!ends)
         return false;
     c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
     return true;
