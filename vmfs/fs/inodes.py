@@ -125,6 +125,7 @@ class Kind:
 
     readable = True
     writable = False
+    reading_acts = False  # a read changes the machine: only who may write the file may read it
 
     def size(self, scope: Any) -> int:
         """What stat shows. Files that the server answers need none, as those in /proc."""

@@ -148,7 +148,7 @@ class _watch:
 
 
 def signalled(pid):
-    """Whether a thread of the process has a signal pending that it does not block or ignore, or all are gone.
+    """Whether a thread of the process has a signal pending that it neither blocks nor ignores, or none is left.
 
     `pid` is who opened the file, and another thread may be the one that waits. For those that do not, a signal
     is not pending for long.

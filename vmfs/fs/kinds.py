@@ -223,6 +223,7 @@ class VmRun(Kind):
 
     show: Callable[[exits.Exit], bytes]
     writable = True
+    reading_acts = True
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _VmRunHandle(node, pid, nonblocking, self.show)

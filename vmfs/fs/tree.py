@@ -96,11 +96,14 @@ class MachineDirectory(Directory):
 
 
 def _make_file(directory: Directory, row: Row, umask: int) -> File:
+    mode = row.mode & ~umask
+    if row.kind.reading_acts:
+        mode &= ~((umask & 0o222) << 1)
     return File(
         directory.inodes,
         directory.scope,
         row.name,
-        row.mode & ~umask,
+        mode,
         directory.uid,
         directory.gid,
         row.kind,
