@@ -42,7 +42,7 @@ def test_a_machine_has_the_files_of_the_table_and_its_maker_owns_them(server):
     for row in FILES:
         info = (vm / row.name).stat()
         assert stat.S_ISREG(info.st_mode)
-        denied = 0o027 | (0o024 if row.name.startswith("vm_run") else 0)  # to read it is to run
+        denied = 0o027 | (0o044 if row.name.startswith("vm_run") else 0)  # to read it is to run
         assert stat.S_IMODE(info.st_mode) == row.mode & ~denied, row.name
         assert (info.st_uid, info.st_gid) == (os.getuid(), os.getgid())
         twin = vm / "cpu0" / row.name
