@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 from dataclasses import dataclass
 
 from engine.asm import ORIGIN, assemble
@@ -16,6 +17,7 @@ from engine.asm import ORIGIN, assemble
 from vmfs.engine.emulator import _core
 
 RAM = 0x200000
+WATCHDOG = 20
 GDT, IDT, TSS, TSS2, LDT, STUBS, IVT = 0x10000, 0x11000, 0x12000, 0x13000, 0x14000, 0x15000, 0
 KERNEL_STACK, USER_STACK, STACK1 = 0x18000, 0x1A000, 0x1C000  # tops
 TABLES = 0x100000
@@ -100,7 +102,7 @@ class Guest:
             self.vm.create_irqchip()
         self.vm.map(0, 0, self.fd, 0, RAM)
         self.cpu = self.vm.create_vcpu(0)
-        self.mode, self.long = mode, mode in ("long", "compat")
+        self.mode, self.long, self.chip = mode, mode in ("long", "compat"), chip
         self.labels: dict[str, int] = {}
         self._tables()
         self._state(3 if mode == "v86" else cpl, iopl)
@@ -161,7 +163,7 @@ class Guest:
         self.set_descriptor(TSS2_SELECTOR, tss_descriptor(TSS2), high)
         self.set_descriptor(LDT_SELECTOR, descriptor(LDT, 0xFFF, 2, s=0, big=0, granular=0), high)
         for vector in range(256):
-            self.write(self.stub(vector), b"\xf4")
+            self.write(self.stub(vector), b"\xe6\xf1" if self.chip else b"\xf4")  # out 0xf1, al: a HLT would wait
             kernel = CODE64 if self.long else CODE32
             self.set_gate(vector, gate(kernel, self.stub(vector), 14, dpl=3 if vector in (3, 4, 0x80) else 0))
             if self.mode == "real":
@@ -260,11 +262,15 @@ class Guest:
         """Run a program from ORIGIN: the vector of the first exception; STOP at its end; SHUTDOWN."""
         if code is not None:
             self.load(code)
+        watchdog = threading.Timer(WATCHDOG, self.cpu.kick)  # a HLT that nothing ends
+        watchdog.start()
         exit_ = self.cpu.run(budget)
+        watchdog.cancel()
         if exit_[0] == _core.EXIT_SHUTDOWN:
             return SHUTDOWN
-        assert exit_[0] == _core.EXIT_HLT, exit_
-        rip = exit_[1]
+        ends = exit_[0] == _core.EXIT_IO and exit_[5] == 0xF1 if self.chip else exit_[0] == _core.EXIT_HLT
+        assert ends, exit_
+        rip = exit_[1] - self.chip  # OUT is one byte longer
         if self.mode == "real":
             rip += self.segment("cs").base
         vector, offset = divmod(rip - 1 - STUBS, 16)
