@@ -7,6 +7,7 @@ VMFS_CASES scales the number of cases (default 40); VMFS_SEED the first random s
 import platform
 import shutil
 import struct
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator c
 
 from emulator import encode, native  # noqa: E402
 from emulator.native import COMPLETED, DATA, DATA_SIZE, GPRS, START, Case  # noqa: E402
+from emulator.system_lib import STOP, Guest  # noqa: E402
 from emulator.x87_lib import (  # noqa: E402
     CASES,
     MF,
@@ -252,66 +254,110 @@ def test_pending_exceptions(code, vector, host, core):
 # ---- Modes -------------------------------------------------------------------------------------------------
 
 
-def real_mode(core, code, fx, data):
-    """Run one instruction after another in real mode, CS 1200, DS 1400; the data segment's first 128 bytes."""
-    sregs = bytearray(native.user_sregs(0))
-    for segment in range(6):
-        selector = 0x1200 if segment == 0 else 0x1400
-        struct.pack_into("<QIHBBBBBBBB", sregs, 24 * segment, selector << 4, 0xFFFF, selector, 11 if segment == 0 else 3, 1,
-                         0, 0, 1, 0, 0, 0)
-    struct.pack_into("<7Q", sregs, CR0, 0x20 | 0x10, 0, 0, 0x600, 0, 0, 0xFEE00900)
-    before = core.cpu.get_state("sregs")
-    memory_before = bytes(core.memory[:0x10000])
-    core.cpu.set_state("sregs", bytes(sregs))
-    try:
-        low = core.memory
-        # the page tables at 1000 to 5000 stay: code and data lie behind them, in the slot of the first 64 KiB
-        for segment in (0, 1):
-            struct.pack_into("<QIH", sregs, 24 * segment, (0x6000, 0x7000)[segment], 0xFFFF, (0x600, 0x700)[segment])
-        for segment in range(2, 6):
-            struct.pack_into("<QIH", sregs, 24 * segment, 0x7000, 0xFFFF, 0x700)
-        core.cpu.set_state("sregs", bytes(sregs))
-        instructions = [bytes.fromhex(part) for part in code.split()]
-        low[0x6010 : 0x6010 + sum(map(len, instructions))] = b"".join(instructions)
-        low[0x7000 : 0x7000 + len(data)] = data
-        regs = [0] * 16 + [0x10, 2]
-        regs[1] = 0x20  # rbx
-        core.cpu.set_state("regs", struct.pack("<18Q", *regs))
-        xsave = bytearray(4096)
-        xsave[:512] = fx
-        struct.pack_into("<Q", xsave, 512, 3)
-        core.cpu.set_state("xsave", bytes(xsave))
-        exit = core.cpu.run(len(instructions))
-        assert exit[0] == _core.EXIT_LIMIT, exit
-        return bytes(low[0x7000:0x7100])
-    finally:
-        core.memory[:0x10000] = memory_before
-        core.cpu.set_state("sregs", before)
-
-
-def test_environment_in_real_mode(core):
+@pytest.mark.parametrize("mode", ["real", "v86"])
+def test_environment_in_real_mode(mode):
     """Intel SDM 1 figures 8-10 and 8-12: linear addresses of 20 and 32 bits, and the opcode."""
-    fx = bytearray(plain("90").fx)
-    struct.pack_into("<HHB", fx, 0, 0x37F, 0, 0)
-    operand = b"".join((bytes(0x20), struct.pack("<d", 1.0)))
-    code = "dd07 d977 20".replace("77 20", "7720")  # fld qword [bx]; fnstenv [bx+0x20]
-    found = real_mode(core, code, fx, operand)[0x40:]
-    assert struct.unpack_from("<7H", found) == (0x37F, 0x3800, 0x3FFF, 0x6010, 0x507, 0x7020, 0)
-    found = real_mode(core, "dd07 66d97720", fx, operand)[0x40:]
-    assert struct.unpack_from("<7I", found) == (
-        0xFFFF037F, 0xFFFF3800, 0xFFFF3FFF, 0xFFFF6010, 0x507, 0xFFFF7020, 0,
-    )  # fmt: skip
+    with Guest(mode) as guest:
+        guest.put(0x7FF0, 0x3FF0000000000000)
+        assert guest.run("""
+            mov ax, 0x700
+            mov ds, ax
+            fninit
+        here:
+            fld qword ptr [0xff0]
+            fnstenv [0x20]
+            .byte 0x66
+            fnstenv [0x40]
+        """) == STOP
+        here = guest.labels["here"]
+        narrow = struct.unpack("<7H", guest.memory[0x7020:0x702E])
+        assert narrow == (0x37F, 0x3800, 0x3FFF, here, 0x506, 0x7FF0, 0)
+        wide = struct.unpack("<7I", guest.memory[0x7040:0x705C])
+        ones = 0xFFFF0000
+        assert wide == (ones | 0x37F, ones | 0x3800, ones | 0x3FFF, ones | here, 0x506, ones | 0x7FF0, 0)
 
 
-def test_environment_in_real_mode_loads(core):
+def test_environment_in_real_mode_loads():
     """What FLDENV takes, FNSTENV gives; addresses above 64 KiB keep their high bits."""
-    fx = bytearray(plain("90").fx)
-    words = (0x27F, 0x1000, 0xFFFF, 0x1234, 0xA555, 0x5678, 0xB000)
-    found = real_mode(core, "d967e0 d97720", fx, struct.pack("<7H", *words))[0x40:]
-    assert struct.unpack_from("<7H", found) == words
-    words = (0xFFFF027F, 0xFFFF1000, 0xFFFFFFFF, 0xFFFF1234, 0x0ABCD555, 0xFFFF5678, 0x01234000)
-    found = real_mode(core, "66d967e0 66d97720", fx, struct.pack("<7I", *words))[0x40:]
-    assert struct.unpack_from("<7I", found) == words
+    narrow = struct.pack("<7H", 0x27F, 0x1000, 0xFFFF, 0x1234, 0xA555, 0x5678, 0xB000)
+    wide = struct.pack("<7I", 0xFFFF027F, 0xFFFF1000, 0xFFFFFFFF, 0xFFFF1234, 0x0ABCD555, 0xFFFF5678, 0x01234000)
+    with Guest("real") as guest:
+        guest.write(0x7000, narrow)
+        guest.write(0x7040, wide)
+        assert guest.run("""
+            fldenv [0x7000]
+            fnstenv [0x7020]
+            .byte 0x66
+            fldenv [0x7040]
+            .byte 0x66
+            fnstenv [0x7080]
+        """) == STOP
+        assert guest.memory[0x7020:0x702E] == narrow
+        assert guest.memory[0x7080:0x709C] == wide
+
+
+DIVIDE_BY_ZERO = """
+    fninit
+    fnstcw [0x7000]
+    and word ptr [0x7000], 0xfffb
+    fldcw [0x7000]
+    fld1
+    fldz
+    fdivp
+here:
+"""
+PIC = "".join(
+    f"mov al, {value}\nout {port}, al\n"
+    for port, value in ((0x20, 0x11), (0x21, 0x08), (0x21, 4), (0x21, 1), (0xA0, 0x11), (0xA1, 0x70), (0xA1, 2), (0xA1, 1),
+                        (0x21, 0xFB), (0xA1, 0xDF))
+)  # fmt: skip
+
+
+def test_numeric_error_as_an_exception():
+    """CR0.NE: #MF at the next waiting instruction, with its address, as a fault."""
+    with Guest("protected") as guest:
+        guest.set(cr0=guest.control("cr0") | NE)
+        assert guest.run(DIVIDE_BY_ZERO + "nop\nfwait") == MF
+        assert guest.frame(False)[0] == guest.labels["here"] + 1
+
+
+def test_numeric_error_as_irq_13():
+    """Without CR0.NE: IRQ 13 comes before the waiting instruction, which is executed when the handler has returned."""
+    program = PIC + "sti\n" + DIVIDE_BY_ZERO + """
+        fld1
+        jmp stop
+    handler:
+        inc bp
+        fnclex
+        mov al, 0x20
+        out 0xa0, al
+        out 0x20, al
+        iret
+    """
+    with Guest("real", chip=True) as guest:
+        assert guest.run(program) == 0x75
+        assert guest.frame(False)[0] == guest.labels["here"]
+    with Guest("real", chip=True) as guest:
+        guest.load(program)
+        guest.put(4 * 0x75, guest.labels["handler"], 4)
+        assert guest.run() == STOP
+        assert guest.regs()["rbp"] == 1
+        fsw = struct.unpack_from("<H", guest.cpu.get_state("xsave"), 2)[0]
+        assert fsw == 5 << 11  # FDIVP did not pop, FLD1 pushed
+
+
+def test_numeric_error_waits_for_an_interrupt():
+    """With interrupts off, the CPU stands still before the instruction; an NMI goes on."""
+    with Guest("real", chip=True) as guest:
+        guest.load(PIC + DIVIDE_BY_ZERO + "fld1")
+        waker = threading.Timer(0.05, guest.cpu.kick)
+        waker.start()
+        assert guest.go()[0] == _core.EXIT_INTERRUPTED
+        waker.join()
+        assert guest.regs()["rip"] == guest.labels["here"]
+        guest.cpu.nmi()
+        assert guest.run() == 2
+        assert guest.frame(False)[0] == guest.labels["here"]
 
 
 def test_state_is_the_same_through_fxsave(core):

@@ -293,6 +293,10 @@ static void after_escape(struct vcpu *c, enum escape how)
         c->delivering = -1;
         c->restart = c->reading;
         break;
+    case ESCAPE_FREEZE:
+        end_alone(c);
+        c->halted = true;
+        break;
     }
 }
 

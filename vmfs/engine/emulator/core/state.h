@@ -180,6 +180,7 @@ enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
     ESCAPE_ALONE,     /* execute this instruction again, alone (a store with consequences) */
     ESCAPE_EXIT,      /* c->exit is ready; the instruction is not done and restarts at the next run */
+    ESCAPE_FREEZE,    /* wait for an interrupt before the instruction, as HLT does behind it */
 };
 
 struct mmio_access { u64 address; u32 size; bool write; u64 data; };

@@ -1,5 +1,6 @@
 /* The x87's state: between struct vcpu and the host's unit. */
 #include "x87.h"
+#include "irqchip.h"
 
 #include <xmmintrin.h>
 
@@ -77,10 +78,21 @@ void x87_release(struct vcpu *c)
     c->x87_borrowed = false;
 }
 
-/* CR0.NE chooses between #MF and the PC's way, by FERR# and IRQ 13 (SDM 1 8.7). */
-static void raise_pending(struct vcpu *c, const struct record *r)
+/* CR0.NE chooses between #MF and the PC's way (SDM 1 8.7.2): FERR# raises IRQ 13, and the CPU freezes before the
+ * instruction until an interrupt comes, whose handler clears the exception or writes port F0. IGNNE#, which that
+ * write asserts, is not there: a handler that lets the exception pend freezes at its own next waiting instruction.
+ * Without interrupt controllers in the core there is no IRQ 13, and #MF comes in either case, as under KVM. */
+static _Noreturn void raise_pending(struct vcpu *c, const struct record *r)
 {
-    raise_fault(c, r, VECTOR_MF);
+    enum { FERR_IRQ = 13 };
+    struct irqchip *chip = c->vm->irqchip;
+    if (c->cr0 & CR0_NE || !chip)
+        raise_fault(c, r, VECTOR_MF);
+    irqchip_set_gsi(chip, FERR_IRQ, true); /* an edge for the 8259 */
+    irqchip_set_gsi(chip, FERR_IRQ, false);
+    chip_notify(c);
+    c->now = r;
+    escape(c, ESCAPE_FREEZE);
 }
 
 void x87_wait(struct vcpu *c, const struct record *r)
