@@ -2,9 +2,9 @@
 
 import pytest
 
-from vmfs.debug.points import Points
+from vmfs.debug.points import MOST, Points
 from vmfs.engine.base import Breakpoint
-from vmfs.errors import Invalid
+from vmfs.errors import Invalid, LimitReached
 
 
 def test_ids_are_never_used_twice():
@@ -27,3 +27,12 @@ def test_what_cannot_be():
         points.with_break(0x1000)
     with pytest.raises(Invalid):
         points.without(2)
+
+
+def test_there_is_a_limit():
+    points = Points()
+    for address in range(MOST):
+        points = points.with_break(address)
+    with pytest.raises(LimitReached):
+        points.with_break(MOST)
+    assert points.without(1).with_break(MOST).points[-1].id == MOST + 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vmfs.engine.base import Breakpoint, DebugRequest
-from vmfs.errors import Invalid
+from vmfs.errors import Invalid, LimitReached
+
+MOST = 1000  # of a machine: every change and hit costs a pass over all
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Points:
     def with_break(self, address: int) -> Points:
         if any(point.address == address for point in self.points):
             raise Invalid(f"break: there is a breakpoint at {address:#x} already")
+        if len(self.points) >= MOST:
+            raise LimitReached(f"break: a machine has at most {MOST} break- and watchpoints")
         return replace(
             self, points=(*self.points, Point(self.next_id, address)), next_id=self.next_id + 1
         )
