@@ -31,6 +31,7 @@ from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Eng
 from vmfs.errors import Busy, EngineFailed, Gone, VmfsError
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
+from vmfs.moving import carry_cpu, carry_machine
 
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ class Vm:
             self.memory.close()
             raise
         self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
+        self._made_cpuid = self._cpu.get_state("cpuid")
         self.hooks = MemoryHooks()
 
         self._lock = threading.Lock()
@@ -374,6 +376,42 @@ class Vm:
                 self.memory.resize(size)
                 self._machine.map_memory(RAM_SLOT, 0, 0, 0, 0)
                 self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, size)
+
+    def move_to(self, engine: Engine) -> None:
+        """Go on with another engine: RAM, the state of the CPU, vectors that wait and points go along.
+
+        Busy while the machine runs, or when exits of an instruction that is done were not all seen. Where the other
+        engine cannot have the state, or cannot watch for the points, Unsupported, and nothing has changed.
+
+        A read that waits for its data is not executed yet: it is an exit again at the next run. The CPUID goes along
+        once the CPU has run. Counters of the engine begin anew.
+        """
+        with self._lock:
+            self._check_idle()
+            if self._cpu.exits_waiting:
+                raise Busy("the last instruction has more exits: run until they are seen")
+            machine = engine.create_machine()
+            try:
+                machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, self.memory.size)
+                cpu = machine.create_vcpu(0)
+                reset_states = {name: cpu.get_state(name) for name in _RESET_STATES}
+                made_cpuid = cpu.get_state("cpuid")
+                is_new = not self._counts["runs"] and self._cpu.get_state("cpuid") == self._made_cpuid
+                carry_cpu(self._cpu, cpu, self.reset_states, keep_cpuid=not is_new)
+                carry_machine(self._machine, machine)
+                request = self._points.request()
+                cpu.set_debug(request)
+                written = self._machine.dirty_log(RAM_SLOT)
+            except BaseException:
+                machine.close()
+                raise
+            old, self._machine, self._cpu, self.engine = self._machine, machine, cpu, engine
+            self.reset_states, self._made_cpuid = reset_states, made_cpuid
+            self._asked, self.still = request, object()
+            news = int.from_bytes(written, "little")
+            self._dirty = {name: bits | news for name, bits in self._dirty.items()}
+            old.close()
+        self._tell()
 
     # ---- the pending access
 

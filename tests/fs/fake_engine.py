@@ -220,8 +220,12 @@ class FakeVcpu(Vcpu):
         self.interrupts.append(vector)
 
     @property
-    def interrupts_queued(self) -> int:
-        return len(self.interrupts)
+    def queued_vectors(self) -> tuple[int, ...]:
+        return tuple(self.interrupts)
+
+    @property
+    def exits_waiting(self) -> bool:
+        return False
 
     def nmi(self) -> None:
         self.nmis += 1

@@ -236,8 +236,18 @@ class Vcpu(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def queued_vectors(self) -> tuple[int, ...]:
+        """The vectors that wait, the first to be delivered first. For a CPU that does not run."""
+
+    @property
     def interrupts_queued(self) -> int:
-        """How many vectors wait."""
+        """How many vectors wait; from any thread."""
+        return len(self.queued_vectors)
+
+    @property
+    @abc.abstractmethod
+    def exits_waiting(self) -> bool:
+        """Whether exits of an instruction that is done are still to be returned by runs: state does not have them."""
 
     @abc.abstractmethod
     def nmi(self) -> None:

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import trio
+
 from vmfs import __version__
 from vmfs.engine import EngineInfo, by_name
 from vmfs.engine.base import Vcpu
@@ -99,12 +101,20 @@ def _set_mem_size(scope: MachineScope, text: str) -> None:
     scope.host.resize_memory(scope.vm, parse_size(text.strip(), what="mem_size"))
 
 
-def _set_engine(scope: MachineScope, text: str) -> None:
-    """Carrying a machine's state over to another engine belongs here."""
-    name, current = text.strip(), scope.vm.engine.name
-    if name != current:
-        by_name(name)
-        raise Unsupported(f"engine: the machine runs on {current}, and cannot be moved to {name} yet")
+async def _set_engine(scope: MachineScope, text: str) -> None:
+    name = text.strip()
+    if name == scope.vm.engine.name:
+        return
+    engine = by_name(name)
+
+    def move() -> None:  # in a thread: to probe an engine and to end a machine take a moment
+        availability = engine.probe()
+        if not availability.available:
+            raise Unsupported(f"the engine {name} does not work here: {availability.reason}")
+        scope.vm.move_to(engine)
+
+    await trio.to_thread.run_sync(move)
+    scope.forget_sizes()
 
 
 async def _mode(scope: MachineScope) -> str:

@@ -70,6 +70,12 @@ class MachineScope(Scope):
             self._sizes[name] = size
         return self._sizes[name]
 
+    def forget_sizes(self) -> None:
+        """Every state may have another length: it is another engine's."""
+        self._sizes.clear()
+        for name in (*VCPU_STATES, *MACHINE_STATES):
+            self.state_size(name)
+
     def forget_size(self, name: str) -> None:
         """The state was set to one of another length."""
         self._sizes.pop(name, None)

@@ -283,8 +283,16 @@ class EmulatorVcpu(Vcpu):
             self._cpu.interrupt(vector)
 
     @property
+    def queued_vectors(self) -> tuple[int, ...]:
+        return () if self._closed else self._cpu.queued_vectors
+
+    @property
     def interrupts_queued(self) -> int:
         return 0 if self._closed else self._cpu.interrupts_queued
+
+    @property
+    def exits_waiting(self) -> bool:
+        return not self._closed and self._cpu.exits_waiting
 
     def nmi(self) -> None:
         with _failures("nmi"):

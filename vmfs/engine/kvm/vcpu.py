@@ -217,8 +217,19 @@ class KvmVcpu(Vcpu):
             self._vectors.append(vector)
 
     @property
+    def queued_vectors(self) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._vectors)
+
+    @property
     def interrupts_queued(self) -> int:
         return len(self._vectors)
+
+    @property
+    def exits_waiting(self) -> bool:
+        if not self._access[2]:  # a write is done; whether it was the last of its instruction, KVM tells now
+            self.complete()
+        return bool(self._stash)
 
     def nmi(self) -> None:
         # KVM_NMI would wait for the end of KVM_RUN: it is done by the running thread instead.

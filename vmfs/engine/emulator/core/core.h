@@ -100,11 +100,13 @@ void vcpu_clear_kick(struct vcpu *c);
 void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument);
 /* The bytes of the access that made the last exit; *size = its size * count. Writable for reads. */
 uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size);
+bool vcpu_exits_waiting(struct vcpu *c); /* of an instruction that is done: the next run returns the first */
 bool vcpu_reading(struct vcpu *c);     /* the last exit was a read, which the next run completes */
 
 enum { INTERRUPT_QUEUE = 64 };
 int vcpu_interrupt(struct vcpu *c, uint8_t vector);   /* queue an external interrupt; -EAGAIN: queue full */
 unsigned vcpu_interrupts_queued(struct vcpu *c);
+unsigned vcpu_queued_vectors(struct vcpu *c, uint8_t vectors[INTERRUPT_QUEUE]); /* returns how many */
 void vcpu_nmi(struct vcpu *c);
 
 /* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */

@@ -511,6 +511,28 @@ static PyObject *get_interrupts_queued(VcpuObject *self, void *closure)
     return vcpu_alive(self) ? PyLong_FromUnsignedLong(vcpu_interrupts_queued(self->vcpu)) : NULL;
 }
 
+static PyObject *get_queued_vectors(VcpuObject *self, void *closure)
+{
+    uint8_t vectors[INTERRUPT_QUEUE];
+    (void)closure;
+    if (!vcpu_alive(self))
+        return NULL;
+    unsigned count = vcpu_queued_vectors(self->vcpu, vectors);
+    PyObject *tuple = PyTuple_New(count);
+    for (unsigned i = 0; tuple && i < count; i++) {
+        PyObject *vector = PyLong_FromLong(vectors[i]);
+        if (!vector)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, vector);
+    }
+    return tuple;
+}
+static PyObject *get_exits_waiting(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    return vcpu_idle(self) ? PyBool_FromLong(vcpu_exits_waiting(self->vcpu)) : NULL;
+}
 static PyObject *get_reading(VcpuObject *self, void *closure)
 {
     (void)closure;
@@ -549,6 +571,8 @@ static PyMethodDef vcpu_methods[] = {
 static PyGetSetDef vcpu_getset[] = {
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
     {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
+    {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},
+    {"exits_waiting", (getter)get_exits_waiting, NULL, "whether exits of a done instruction are still to be returned", NULL},
     {"interrupts_queued", (getter)get_interrupts_queued, NULL, "vectors that wait", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

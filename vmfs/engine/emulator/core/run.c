@@ -25,6 +25,14 @@ int vcpu_interrupt(struct vcpu *c, uint8_t vector)
 }
 unsigned vcpu_interrupts_queued(struct vcpu *c) { return atomic_load(&c->queue_tail) - atomic_load(&c->queue_head); }
 
+unsigned vcpu_queued_vectors(struct vcpu *c, uint8_t vectors[INTERRUPT_QUEUE])
+{
+    u32 head = atomic_load(&c->queue_head), tail = atomic_load(&c->queue_tail);
+    for (u32 i = head; i != tail; i++)
+        vectors[i - head] = c->queue[i % INTERRUPT_QUEUE];
+    return tail - head;
+}
+
 void vcpu_nmi(struct vcpu *c) { request_attention(c, ATTENTION_NMI); }
 
 uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size)
@@ -33,6 +41,7 @@ uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size)
     return c->data;
 }
 
+bool vcpu_exits_waiting(struct vcpu *c) { return c->held.reason || c->stores_reported < c->store_count; }
 bool vcpu_reading(struct vcpu *c) { return c->reading && c->restart; }
 
 void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument)

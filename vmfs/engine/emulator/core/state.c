@@ -210,7 +210,12 @@ static void get_xsave(struct vcpu *c, void *data)
         memcpy(x + XSAVE_AVX + 16 * i, c->xmm[i].b + 16, 16);
     }
     memcpy(x + XSAVE_PKRU, &c->pkru, 4);
-    u64 present = 7 | 1 << 9;
+    u64 present = 3; /* and what is not as XRSTOR would initialize it (13.6): other hosts may lack the component */
+    for (unsigned i = 0; i < 16; i++)
+        if (c->xmm[i].q[2] | c->xmm[i].q[3])
+            present |= 4;
+    if (c->pkru)
+        present |= 1 << 9;
     memcpy(x + XSAVE_HEADER, &present, 8);
 }
 static int set_xsave(struct vcpu *c, const void *data, size_t size)

@@ -308,7 +308,7 @@ struct vcpu {
     struct vcpu_counters counters;
 
     struct cpuid_state {
-        struct kvm_cpuid_entry2 entries[64];
+        struct kvm_cpuid_entry2 entries[256]; /* as many as KVM takes */
         unsigned count;
     } cpuid;
     u64 features[4];          /* bits by enum feature, from cpuid */

@@ -1,0 +1,212 @@
+"""`Vm.move_to`: a machine goes on with another engine, in the middle of a program and back."""
+
+import struct
+
+import pytest
+from engine.asm import ORIGIN
+
+from vmfs.engine import ENGINES
+from vmfs.errors import Busy, Unsupported, VmfsError
+from vmfs.vm import Bound, Vm
+
+SECONDS = 30
+SIZE = 2 << 20
+LSTAR = 0xC0000082
+
+
+@pytest.fixture(params=[row.name for row in ENGINES])
+def other(request):
+    row = next(row for row in ENGINES if row.name == request.param)
+    try:
+        engine = row.load()
+    except VmfsError as error:
+        pytest.skip(str(error))
+    availability = engine.probe()
+    if not availability.available:
+        pytest.skip(f"{row.name}: {availability.reason}")
+    return engine
+
+
+@pytest.fixture
+def vm(engine):
+    vm = Vm(engine, memory_size=SIZE)
+    yield vm
+    vm.close()
+
+
+def load(vm, program, mode="long"):
+    vm.set_mode(mode)
+    vm.memory.write(ORIGIN, program.code)
+    set_rip(vm, ORIGIN)
+
+
+def set_rip(vm, rip):
+    def change(cpu):
+        regs = bytearray(cpu.get_state("regs"))
+        struct.pack_into("<Q", regs, 128, rip)
+        cpu.set_state("regs", bytes(regs))
+
+    vm.change(change)
+
+
+def state(vm, name):
+    return vm.at_boundary(lambda cpu: cpu.get_state(name)).result(SECONDS)
+
+
+def rax(vm):
+    return struct.unpack_from("<Q", state(vm, "regs"))[0]
+
+
+def run(vm, bound=None):
+    return vm.start(bound or Bound()).result(SECONDS)
+
+
+def test_in_the_middle_of_a_program_and_back(vm, engine, other, assembler):
+    program = assembler(
+        f"""
+            mov ecx, {LSTAR:#x}
+            mov eax, 0x12345678
+            mov edx, 0xffff8000
+            wrmsr
+            mov rax, 0x1122334455667788
+            mov [0x3000], rax
+            out 0x80, al
+            mov rbx, [0x3000]
+            rdmsr
+            out 0x81, al
+            mov rax, rbx
+            hlt
+        end:
+        """,
+        "long",
+    )
+    load(vm, program)
+    assert run(vm).line().startswith("io direction=out port=0x80 ")
+    before = {name: state(vm, name) for name in ("regs", "sregs", "xcrs", "debugregs", "mp_state")}
+    vendor = state(vm, "cpuid")[24:36]  # of leaf 0; some other bits follow CR4 and XCR0
+    vm.move_to(other)
+    assert vm.engine is other
+    assert state(vm, "cpuid")[24:36] == vendor
+    assert {name: state(vm, name) for name in before} == before
+    assert run(vm).line().startswith("io direction=out port=0x81 size=1 count=1 data=0x78 ")
+    vm.move_to(engine)
+    assert run(vm).line() == f"hlt rip={program.labels['end']:#x}"
+    assert vm.state == "halted"
+    assert rax(vm) == 0x1122334455667788
+
+
+def test_of_a_new_machine(vm, other):
+    """The CPUID is the new engine's then: nobody has seen the old one's."""
+    theirs = Vm(other, memory_size=SIZE)
+    try:
+        made = state(theirs, "cpuid")
+    finally:
+        theirs.close()
+    vm.move_to(other)
+    assert state(vm, "cpuid") == made
+    vm.reset()
+    assert struct.unpack_from("<Q", state(vm, "regs"), 128) == (0xFFF0,)
+
+
+def test_a_pending_in_is_executed_anew(vm, other, assembler):
+    program = assembler("mov eax, 1; l0: in al, 0x80; hlt; end:", "long")
+    load(vm, program)
+    line = f"io direction=in port=0x80 size=1 count=1 rip={program.labels['l0']:#x}"
+    assert run(vm).line() == line
+    vm.move_to(other)
+    assert vm.access_data == b""
+    assert run(vm).line() == line
+    vm.set_access_data(b"\x07")
+    assert run(vm).line() == f"hlt rip={program.labels['end']:#x}"
+    assert rax(vm) == 7
+
+
+def test_vectors_that_wait_and_points_go_along(vm, other, assembler):
+    program = assembler(
+        "mov word ptr [0x80], offset handler; mov word ptr [0x82], 0; mov sp, 0x8000; mov si, 0x3000; hlt;"
+        "sti; mov cx, 10000; wait: cmp si, 0x3002; je done; loop wait; done: cli;"
+        "nop; l1: nop; hlt; end: handler: mov byte ptr [si], 0x20; inc si; iret",
+        "real",
+    )
+    load(vm, program, "real")
+    assert run(vm).REASON == "hlt"
+    vm.interrupt(0x20)
+    vm.interrupt(0x20)
+    vm.set_points(lambda points: points.with_break(program.labels["l1"])).result(SECONDS)
+    vm.move_to(other)
+    assert vm.interrupts_queued == 2
+    assert run(vm).line() == f"debug cause=breakpoint id=1 rip={program.labels['l1']:#x}"
+    assert vm.interrupts_queued == 0
+    assert vm.memory.read(0x3000, 3) == b"\x20\x20\0"
+    assert run(vm).line() == f"hlt rip={program.labels['end']:#x}"
+
+
+def test_what_was_written_stays_in_the_dirty_log(vm, other, assembler):
+    load(vm, assembler("mov [0x8000], al; hlt; mov [0x20000], al; hlt", "protected"), "protected")
+    vm.take_dirty("file")
+    run(vm)
+    vm.move_to(other)
+    run(vm)
+    log = vm.take_dirty("file")
+    assert [page for page in range(SIZE >> 12) if log[page // 8] & 1 << page % 8] == [0x8, 0x20]
+
+
+def test_a_running_machine_does_not_move(vm, engine, other, assembler):
+    load(vm, assembler("again: jmp again", "long"))
+    running = vm.start()
+    with pytest.raises(Busy):
+        vm.move_to(other)
+    assert vm.engine is engine
+    vm.stop()
+    assert running.result(SECONDS).REASON == "interrupted"
+
+
+def test_exits_of_a_done_instruction_are_seen_first(vm, other, assembler):
+    """8 bytes to where there is no RAM, over the border of two pages: two exits."""
+    load(vm, assembler(f"mov rdi, {(4 << 20) - 4:#x}; mov [rdi], rax; hlt", "long"))
+    assert run(vm).line().startswith(f"mmio direction=write addr={(4 << 20) - 4:#x} size=4 ")
+    with pytest.raises(Busy):
+        vm.move_to(other)
+    assert run(vm).line().startswith(f"mmio direction=write addr={4 << 20:#x} size=4 ")
+    vm.move_to(other)
+    assert run(vm).REASON == "hlt"
+
+
+class NoPoints:
+    """An engine that can watch for nothing."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.name = "no-points"
+
+    def create_machine(self):
+        machine = self._engine.create_machine()
+        create = machine.create_vcpu
+
+        def create_vcpu(index):
+            vcpu = create(index)
+
+            def set_debug(request):
+                raise Unsupported("nothing can be watched for")
+
+            vcpu.set_debug = set_debug
+            return vcpu
+
+        machine.create_vcpu = create_vcpu
+        return machine
+
+
+def test_a_refused_move_changes_nothing(vm, engine, assembler):
+    program = assembler("l0: in al, 0x80; hlt", "long")
+    load(vm, program)
+    run(vm)
+    vm.set_access_data(b"\x31")
+    vm.set_points(lambda points: points.with_break(program.labels["l0"])).result(SECONDS)
+    regs = state(vm, "regs")
+    with pytest.raises(Unsupported, match="nothing can be watched for"):
+        vm.move_to(NoPoints(engine))
+    assert vm.engine is engine
+    assert vm.access_data == b"\x31"
+    assert state(vm, "regs") == regs
+    assert run(vm).REASON == "hlt"
+    assert rax(vm) & 0xFF == 0x31
