@@ -18,6 +18,8 @@ static bool is_mtrr(const struct vcpu *c, u64 v) { return memory_types(v, MTRR_T
 static bool is_mtrr_base(const struct vcpu *c, u64 v) { return !(v >> c->physical_bits) && memory_types(v & 0xff, MTRR_TYPES); }
 static bool is_mtrr_mask(const struct vcpu *c, u64 v) { return !(v >> c->physical_bits); }
 
+static bool read_only(const struct vcpu *c, u64 v) { (void)c, (void)v; return false; }
+
 struct msr_row {
     u32 index;
     u16 offset;               /* in struct msr_state */
@@ -32,12 +34,12 @@ struct msr_row {
     FIELD(0x201 + 2 * n, mtrr_mask[n], 0xfffffffffffff800, is_mtrr_mask, MTRR)
 #define FIXED_MTRR(index, n) FIELD(index, mtrr_fixed[n], ~0ull, is_mtrr, MTRR)
 static const struct msr_row rows[] = {
-    FIELD(0x17, platform_id, 0, NULL, BASE),
+    FIELD(0x17, platform_id, 0, read_only, BASE),
     FIELD(0x1b, apic_base, 0, NULL, APIC),
     FIELD(0x8b, microcode, 0, NULL, BASE),
-    FIELD(0xce, platform_info, 0, NULL, BASE),
-    FIELD(0xfe, mtrr_cap, 0, NULL, MTRR),
-    FIELD(0x10a, arch_capabilities, 0, NULL, ARCH_CAPABILITIES),
+    FIELD(0xce, platform_info, 0, read_only, BASE),
+    FIELD(0xfe, mtrr_cap, 0, read_only, MTRR),
+    FIELD(0x10a, arch_capabilities, 0, read_only, ARCH_CAPABILITIES),
     FIELD(0x174, sysenter_cs, 0xffffffff, NULL, SEP),
     FIELD(0x175, sysenter_esp, ~0ull, is_canonical, SEP),
     FIELD(0x176, sysenter_eip, ~0ull, is_canonical, SEP),
@@ -164,9 +166,9 @@ bool msr_write(struct vcpu *c, u32 index, u64 value, bool host)
         return false;
     if (index == MSR_MICROCODE && !host)
         return true; /* 3A 9.11.7.1: software writes 0 before it asks with CPUID */
+    if (host && value == *field(c, row))
+        return true;
     if ((value ^ *field(c, row)) & ~row->writable || (row->valid && !row->valid(c, value)))
-        return false;
-    if (!row->writable && !host)
         return false;
     *field(c, row) = value;
     return true;
