@@ -1,12 +1,13 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: help setup demo test bench asan lint clean
+.PHONY: help setup demo test bench fuzz asan lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    a session on a real mount, each command with its output"
 	@echo "make test    all tests (make test ARGS='-k name' for some)"
 	@echo "make bench   benchmarks, each against a named peer"
+	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
 	@echo "make asan    the tests of the C parts, under AddressSanitizer and UBSan"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
@@ -23,6 +24,9 @@ test: setup
 
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)
+
+fuzz: setup
+	@PYTHONPATH=tests .venv/bin/python -m emulator.fuzzing $(ARGS)
 
 asan: setup
 	@scripts/asan.sh $(ARGS)

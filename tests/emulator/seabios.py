@@ -2,8 +2,8 @@
 
 RAM, the firmware at the top of 4 GiB and its copy below 1 MiB, the interrupt controllers of the machine, CMOS
 memory, the debug port 0x402, an ATA disk without interrupts, and nothing at the other ports (they read as all
-ones). Without a PCI host bridge nobody can open the shadow RAM, so it is open from the start and holds the whole
-image, as a bridge would leave it.
+ones). Without a PCI host bridge nobody can open the shadow RAM, so it is open from the start and holds the
+whole image, as a bridge would leave it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""SeaBIOS, as Debian ships it, from the reset vector to the boot sector: real, 16- and 32-bit protected mode and
-back, interrupts of the timer, HLT, string input, BIOS calls. The budget is in instructions, so that a failure is
-the same each time."""
+"""SeaBIOS, as Debian ships it, from the reset vector to the boot sector: real, 16- and 32-bit protected
+mode and back, interrupts of the timer, HLT, string input, BIOS calls. The budget is in instructions: a failure is
+the same each time.
+"""
 
 import pytest
 
@@ -61,7 +62,9 @@ def test_without_a_disk_it_looks_everywhere_and_restarts(image, power_on):
     text = pc.printed.decode("ascii")
     for line in (
         "SeaBIOS (version ", "Found 1 cpu(s) max supported 1 cpu(s)", "RamSize: 0x01000000",
-        "Press ESC for boot menu.", "Booting from Floppy...", "Booting from Hard Disk...", "No bootable device.  Retrying in 60 seconds.",
+        "Press ESC for boot menu.",
+        "Booting from Floppy...", "Booting from Hard Disk...",
+        "No bootable device.  Retrying in 60 seconds.",
     ):
         assert line in text, text
     # 60 s are 1092 ticks of the timer, each an interrupt

@@ -1,0 +1,40 @@
+/* The differential fuzzer: one process without Python, whose low 4 GiB hold nothing but what is here, so that a wild
+ * address of a test faults instead of hitting the program. */
+#ifndef FUZZ_H
+#define FUZZ_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+/* The same addresses on the host and in the guest. Nothing is mapped beside them. */
+enum { PAGE = 4096, CODE_SIZE = 2 * PAGE, DATA_SIZE = 2 * PAGE };
+#define CODE 0x30010000u  /* readable and executable */
+#define DATA 0x30020000u  /* readable and writable */
+#define EXIT64 0x3a5c7000u /* native only: where the code ends; in the guest, a page fault */
+#define EXIT32 0x3a5c7040u /* the same for 32-bit code */
+
+enum { FLAGS_ARITHMETIC = 0x8d5, FLAGS_COMPARED = 0x8d5 | 0x400 | 0x4000 | 0x40000 | 0x200000 };
+enum { VECTOR_NONE = -1, VECTOR_ENDLESS = -2, VECTOR_SYSCALL = -3 };
+
+/* All that an instruction sequence starts from and leaves. Registers in encoding order: rax rcx rdx rbx rsp ... */
+struct state {
+    u64 gpr[16];
+    u64 rip, rflags;
+    u8 fx[512] __attribute__((aligned(64))); /* FXSAVE image */
+    int vector;                              /* after: VECTOR_NONE at the exit, or the exception */
+};
+
+/* host.c: before and after a batch; and one run in `s`, with the data area as the caller filled it. */
+extern u8 *host_code, *host_data;
+int host_open(void);                   /* 0, or a negative errno */
+void host_begin(void);
+void host_end(void);
+void host_run(struct state *s, bool compat);
+
+#endif

@@ -1,0 +1,547 @@
+/* fuzz [--seconds N] [--cases N] [--seed N] [--finds N] [--plant NAME] [--no-host] [--replay FILE]
+ *
+ * Each code runs from several states (so that decoded code is used again), in one piece or instruction by instruction on the
+ * core, and natively; registers, defined flags, x87 and vector state and memory are compared. A difference is shrunk and
+ * printed as a line `case ...`, which --replay takes again. Exit code 1: there were differences. */
+#include "core.h"
+#include "generate.h"
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BUDGET = 3000, STATES = 4, TABLES = 0x10000 };
+
+static struct vcpu *cpus[2];      /* 64-bit mode, compatibility mode */
+static u8 *core_code, *core_data;
+static u8 data[DATA_SIZE];        /* what the data area begins as */
+static bool use_host = true;
+static const char *planted;       /* --plant NAME: the core gets that instruction wrong */
+
+struct counts { u64 cases, endless, faults; } counts[4]; /* table and wild, 64-bit and compatibility */
+
+static void die(const char *what, int error)
+{
+    fprintf(stderr, "fuzz: %s: %s\n", what, strerror(error));
+    exit(2);
+}
+
+/* ---- The core ------------------------------------------------------------------------------------------------- */
+
+static struct vcpu *make_cpu(bool compat)
+{
+    struct vm *vm = vm_create();
+    u8 *tables = mmap(NULL, TABLES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (!vm || tables == MAP_FAILED || vm_map(vm, 0, 0, tables, TABLES, 0) || vm_map(vm, 1, CODE, core_code, CODE_SIZE, 0) ||
+        vm_map(vm, 2, DATA, core_data, DATA_SIZE, 0))
+        die("memory of the machine", ENOMEM);
+    u64 *entries = (u64 *)tables;
+    entries[0x1000 / 8] = 0x2007; /* the first 512 GiB */
+    entries[0x2000 / 8 + (DATA >> 30 & 511)] = 0x3007;
+    entries[0x3000 / 8 + (DATA >> 21 & 511)] = 0x4007;
+    for (u32 at = 0; at < CODE_SIZE; at += PAGE)
+        entries[0x4000 / 8 + ((CODE + at) >> 12 & 511)] = (CODE + at) | 5; /* user, not writable */
+    for (u32 at = 0; at < DATA_SIZE; at += PAGE)
+        entries[0x4000 / 8 + ((DATA + at) >> 12 & 511)] = (DATA + at) | 7 | 1ull << 63; /* not executable */
+    struct vcpu *c = vcpu_create(vm, 0);
+    if (!c)
+        die("CPU", ENOMEM);
+    struct kvm_segment data_segment = {.limit = 0xffffffff, .selector = 0x2b, .type = 3, .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1};
+    struct kvm_segment code = data_segment;
+    code.selector = compat ? 0x23 : 0x33, code.type = 11, code.l = !compat, code.db = compat;
+    struct kvm_sregs s = {
+        .cs = code, .ds = data_segment, .es = data_segment, .fs = data_segment, .gs = data_segment, .ss = data_segment,
+        .tr = {.limit = 0x3f, /* without I/O permissions */ .selector = 0x40, .type = 11, .present = 1}, .ldt = {.unusable = 1},
+        .cr0 = 0x80050033, .cr3 = 0x1000, .cr4 = 0x40620, .efer = 0xd01, .apic_base = 0xfee00900,
+    };
+    int error = vcpu_set_state(c, "sregs", &s, sizeof s);
+    struct vcpu_stop stops[32];
+    for (unsigned i = 0; i < 32; i++)
+        stops[i] = (struct vcpu_stop){.kind = STOP_VECTOR, .id = i, .address = i};
+    if (error || (error = vcpu_set_debug(c, false, stops, 32)))
+        die("state of the CPU", -error);
+    return c;
+}
+
+static const u8 kvm_order[16] = {0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15}; /* struct kvm_regs */
+
+static void core_run(struct state *s, bool compat, bool stepped)
+{
+    struct vcpu *c = cpus[compat];
+    u64 regs[18];
+    for (int i = 0; i < 16; i++)
+        regs[i] = s->gpr[kvm_order[i]];
+    regs[16] = s->rip, regs[17] = s->rflags;
+    struct kvm_fpu f = {0};
+    for (int i = 0; i < 8; i++)
+        memcpy(f.fpr[i], s->fx + 32 + 16 * i, 16);
+    memcpy(&f.fcw, s->fx, 2), memcpy(&f.fsw, s->fx + 2, 2), memcpy(&f.mxcsr, s->fx + 24, 4);
+    f.ftwx = s->fx[4];
+    memcpy(f.xmm, s->fx + 160, 256);
+    static const struct kvm_vcpu_events none;
+    int error = vcpu_set_state(c, "events", &none, sizeof none); /* a trap that was caught waits to be delivered */
+    if (!error)
+        error = vcpu_set_state(c, "regs", regs, sizeof regs);
+    if (error || (error = vcpu_set_state(c, "fpu", &f, sizeof f)))
+        die("state of the core", -error);
+    struct vcpu_exit e = {0};
+    if (!stepped)
+        vcpu_run(c, BUDGET, &e);
+    for (int i = 0; stepped && i < BUDGET && (i == 0 || e.reason == EXIT_LIMIT); i++)
+        vcpu_run(c, 1, &e);
+    vcpu_get_state(c, "regs", regs, sizeof regs);
+    vcpu_get_state(c, "fpu", &f, sizeof f);
+    for (int i = 0; i < 16; i++)
+        s->gpr[kvm_order[i]] = regs[i];
+    s->rip = regs[16], s->rflags = regs[17];
+    for (int i = 0; i < 8; i++)
+        memcpy(s->fx + 32 + 16 * i, f.fpr[i], 10);
+    memcpy(s->fx, &f.fcw, 2), memcpy(s->fx + 2, &f.fsw, 2), memcpy(s->fx + 24, &f.mxcsr, 4);
+    s->fx[4] = f.ftwx;
+    memcpy(s->fx + 160, f.xmm, 256);
+    s->vector = e.reason == EXIT_LIMIT ? VECTOR_ENDLESS : e.reason == EXIT_DEBUG ? (int)e.vector : 1000 + (int)e.reason;
+    if (e.reason == EXIT_SHUTDOWN)
+        s->vector = 1; /* a vector stop does not catch traps of TF, and there is no IDT */
+    if (s->vector == 14 && s->rip == (compat ? EXIT32 : EXIT64))
+        s->vector = VECTOR_NONE;
+}
+
+/* ---- One case on both --------------------------------------------------------------------------------------------- */
+
+struct test {
+    struct sequence code;
+    struct state start;
+    bool stepped;
+};
+
+static void put_code(const struct sequence *s, bool present)
+{
+    u32 at = s->ip - CODE;
+    if (present)
+        memcpy(core_code + at, s->code, s->length);
+    else
+        memset(core_code + at, 0xcc, s->length);
+    if (core_code != host_code && use_host) {
+        memcpy(host_code + at, core_code + at, s->length);
+    }
+}
+
+static u16 flags_to_skip(const struct sequence *s, const struct state *end)
+{
+    u16 undefined[INSTRUCTIONS + 1], all = 0;
+    undefined_flags(s, undefined);
+    if (end->rip == (s->compat ? EXIT32 : EXIT64))
+        return undefined[s->count];
+    for (unsigned i = 0; i <= s->count; i++) {
+        if (end->rip == s->ip + s->list[i].at)
+            return undefined[i];
+        all |= undefined[i] | s->list[i].undefined;
+    }
+    return all;
+}
+
+/* The row of the instruction at an address; false: none is known there. */
+static bool row_at(const struct test *t, u64 ip, struct core_instruction *row)
+{
+    for (unsigned i = 0; i < t->code.count; i++)
+        if (ip == t->code.ip + t->code.list[i].at && t->code.list[i].row >= 0)
+            return core_instruction((unsigned)t->code.list[i].row, row);
+    return false;
+}
+
+static bool has_operand_of(const struct core_instruction *row, const char *operand)
+{
+    return !strcmp(row->operands[0], operand) || !strcmp(row->operands[1], operand);
+}
+
+/* Whether processors may differ here: two faults at once whose order the manuals leave open, and checks of which they say so. */
+static bool is_open(const struct test *t, const struct state *host, const struct state *core)
+{
+    struct core_instruction row = {.name = "", .operands = {"", "", ""}};
+    row_at(t, host->rip, &row);
+    /* 16 bytes unaligned with AC set: "may or may not be generated" (Intel SDM 2A, MOVUPS). AMD does. */
+    if (host->vector == 17 && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq")))
+        return true;
+    bool environment = !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FLDENV") || !strcmp(row.name, "FNSAVE") ||
+                       !strcmp(row.name, "FRSTOR");
+    if (host->vector == 17 && environment) /* known: the core does not check the alignment of x87 environments */
+        return true;
+    if (host->rip != core->rip)
+        return false;
+    if (host->vector == 17 && core->vector == 14) /* AMD checks alignment before it looks at the page */
+        return true;
+    if (host->vector == 3 && core->vector == 13) /* INT3 is no vector stop, and there is no IDT */
+        return true;
+    /* Over the end of 4 GiB: alignment of a vector and a segment's limit; what is stored or read first. */
+    if (t->code.compat && ((host->vector == 13 && core->vector == 12) || ((!strcmp(row.name, "BOUND") || environment) && host->vector == 14)))
+        return true;
+    /* CALL of a non-canonical address, and its push (Intel SDM 2A: the address first; AMD: the push) */
+    return t->code.indirect && (host->vector == 12 || host->vector == 14) && core->vector == 13;
+}
+
+/* Whether it ended in a fault of an instruction that stores more than once: what is stored then is the processor's affair. */
+static bool stored_in_part(const struct test *t, const struct state *end)
+{
+    struct core_instruction row;
+    return end->vector >= 0 && row_at(t, end->rip, &row) && (!strcmp(row.name, "ENTER") || !strcmp(row.name, "PUSHA") ||
+                                                             !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FNSAVE"));
+}
+
+/* What differs, or NULL. `text` takes a sentence. */
+static const char *compare(const struct test *t, struct state *host, struct state *core, char *text, size_t size)
+{
+    static const char *const names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
+    if (is_open(t, host, core))
+        return NULL;
+    if (host->vector != core->vector || host->rip != core->rip) {
+        snprintf(text, size, "vector: host %d at %#lx, core %d at %#lx", host->vector, (long)host->rip, core->vector, (long)core->rip);
+        return text;
+    }
+    for (int i = 0; i < (t->code.compat ? 8 : 16); i++)
+        if (t->code.compat ? (u32)host->gpr[i] != (u32)core->gpr[i] : host->gpr[i] != core->gpr[i]) {
+            snprintf(text, size, "%s: host %#lx, core %#lx", names[i], (long)host->gpr[i], (long)core->gpr[i]);
+            return text;
+        }
+    u32 flags = FLAGS_COMPARED & ~(u32)flags_to_skip(&t->code, host);
+    if ((host->rflags ^ core->rflags) & flags) {
+        snprintf(text, size, "flags: host %#lx, core %#lx, compared %#x", (long)host->rflags, (long)core->rflags, flags);
+        return text;
+    }
+    static const u16 fields[][2] = {{0, 5}, {24, 28}, {32, 42}, {48, 58}, {64, 74}, {80, 90}, {96, 106}, {112, 122}, {128, 138}, {144, 154}};
+    for (unsigned i = 0; i < sizeof fields / sizeof *fields + 16; i++) {
+        unsigned at = i < 10 ? fields[i][0] : 160 + 16 * (i - 10), end = i < 10 ? fields[i][1] : at + 16;
+        if (at >= 160 + 128 && t->code.compat)
+            break;
+        if (memcmp(host->fx + at, core->fx + at, end - at)) {
+            int n = at < 32 ? snprintf(text, size, "FXSAVE image at %u: host ", at) :
+                    snprintf(text, size, "%s%u: host ", at < 160 ? "st" : "xmm", (at - (at < 160 ? 32 : 160)) / 16);
+            for (unsigned side = 0; side < 2; side++) {
+                for (unsigned b = end; b-- > at;)
+                    n += snprintf(text + n, size - (size_t)n, "%02x", (side ? core : host)->fx[b]);
+                n += snprintf(text + n, size - (size_t)n, side ? "" : ", core ");
+            }
+            return text;
+        }
+    }
+    if (memcmp(host_data, core_data, DATA_SIZE) && !stored_in_part(t, host)) {
+        unsigned at = 0;
+        while (host_data[at] == core_data[at])
+            at++;
+        snprintf(text, size, "memory at %#x: host %02x, core %02x", DATA + at, host_data[at], core_data[at]);
+        return text;
+    }
+    return NULL;
+}
+
+/* Run it; NULL if both agree or it cannot be told. The code is in place. */
+static const char *run(const struct test *t, char *text, size_t size, struct counts *count)
+{
+    struct state core = t->start, host = t->start;
+    memcpy(core_data, data, DATA_SIZE);
+    core_run(&core, t->code.compat, t->stepped);
+    count->cases++;
+    if (core.vector >= 1000) {
+        snprintf(text, size, "the core made exit %d at %#lx", core.vector - 1000, (long)core.rip);
+        return text;
+    }
+    if (core.vector == VECTOR_ENDLESS) {
+        count->endless++;
+        return NULL;
+    }
+    count->faults += core.vector >= 0;
+    for (unsigned i = 0; planted && i < t->code.count; i++) {
+        struct core_instruction row;
+        if (t->code.list[i].row >= 0 && core_instruction((unsigned)t->code.list[i].row, &row) && !strcmp(row.name, planted))
+            core.gpr[3] ^= 16;
+    }
+    if (!use_host)
+        return NULL;
+    memcpy(host_data, data, DATA_SIZE);
+    host_run(&host, t->code.compat);
+    return compare(t, &host, &core, text, size);
+}
+
+/* ---- A find: made smaller, printed, read again ----------------------------------------------------------------------------- */
+
+static bool differs(const struct test *t)
+{
+    char text[256];
+    struct counts ignored;
+    u16 undefined[INSTRUCTIONS + 1];
+    if (!undefined_flags(&t->code, undefined))
+        return false;
+    put_code(&t->code, true);
+    bool found = run(t, text, sizeof text, &ignored);
+    put_code(&t->code, false);
+    return found;
+}
+
+static void shrink(struct test *t)
+{
+    for (int pass = 0; pass < 2; pass++) {
+        for (unsigned i = 0; i < t->code.count; i++) { /* instructions, to NOPs */
+            struct test smaller = *t;
+            struct instruction *n = &smaller.code.list[i];
+            memset(smaller.code.code + n->at, 0x90, n->length);
+            n->read = n->written = n->undefined = 0, n->row = -1, n->target = -1;
+            if (differs(&smaller))
+                *t = smaller;
+        }
+        if (t->stepped) {
+            struct test smaller = *t;
+            smaller.stepped = false;
+            if (differs(&smaller))
+                *t = smaller;
+        }
+        for (int i = 0; i < 16; i++)
+            for (int kind = 0; kind < 3; kind++) {
+                struct test smaller = *t;
+                smaller.start.gpr[i] = kind == 0 ? 0 : kind == 1 ? DATA : (u32)t->start.gpr[i];
+                if (differs(&smaller)) {
+                    *t = smaller;
+                    break;
+                }
+            }
+        struct test smaller = *t;
+        smaller.start.rflags = 0x202;
+        if (differs(&smaller))
+            *t = smaller;
+        for (unsigned at = 0; at < 416; at += at < 32 ? 32 : 16) {
+            smaller = *t;
+            memset(smaller.start.fx + at, 0, at < 32 ? 32 : 16);
+            if (at == 0)
+                memcpy(smaller.start.fx, "\x7f\x03", 2), memcpy(smaller.start.fx + 24, "\x80\x1f", 2);
+            if (memcmp(&smaller, t, sizeof smaller) && differs(&smaller))
+                *t = smaller;
+        }
+        for (unsigned block = DATA_SIZE; block >= 8; block /= 4)
+            for (unsigned at = 0; at < DATA_SIZE; at += block) {
+                u8 kept[DATA_SIZE];
+                memcpy(kept, data + at, block);
+                memset(data + at, 0, block);
+                if (!differs(t))
+                    memcpy(data + at, kept, block);
+            }
+    }
+}
+
+static void print_hex(const u8 *bytes, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        printf("%02x", bytes[i]);
+}
+
+/* case compat stepped ip code(hex) undefined-flags rflags gpr=N:HEX... fx=OFFSET:HEX... data=OFFSET:HEX... # why */
+static void print_case(const struct test *t, const char *why)
+{
+    u16 undefined[INSTRUCTIONS + 1], all = 0;
+    undefined_flags(&t->code, undefined);
+    for (unsigned i = 0; i <= t->code.count; i++)
+        all |= undefined[i] | t->code.list[i].undefined;
+    unsigned skip = 0;
+    while (skip < t->code.count && t->code.list[skip].row < 0 && t->code.code[t->code.list[skip].at] == 0x90)
+        skip++;
+    unsigned from = t->code.list[skip].at;
+    bool whole = t->code.indirect;
+    if (whole)
+        from = 0;
+    printf("case %d %d %x ", t->code.compat, t->stepped, t->code.ip + from);
+    print_hex(t->code.code + from, t->code.length - from);
+    printf(" %x %lx", all, (long)t->start.rflags);
+    for (int i = 0; i < 16; i++)
+        if (t->start.gpr[i])
+            printf(" r%d:%lx", i, (long)t->start.gpr[i]);
+    for (unsigned at = 0; at < 416; at += 8)
+        if (memcmp(t->start.fx + at, "\0\0\0\0\0\0\0", 8)) {
+            printf(" f%u:", at);
+            print_hex(t->start.fx + at, 8);
+        }
+    for (unsigned at = 0; at < DATA_SIZE; at += 8)
+        if (memcmp(data + at, "\0\0\0\0\0\0\0", 8)) {
+            printf(" d%u:", at);
+            print_hex(data + at, 8);
+        }
+    printf(" #");
+    for (unsigned i = 0; i < t->code.count; i++) {
+        struct core_instruction row;
+        if (t->code.list[i].row >= 0 && core_instruction((unsigned)t->code.list[i].row, &row))
+            printf(" %s", row.name);
+    }
+    printf("; %s\n", why);
+    fflush(stdout);
+}
+
+static unsigned read_hex(const char *text, u8 *out, unsigned max)
+{
+    unsigned n = 0, byte;
+    while (n < max && sscanf(text + 2 * n, "%2x", &byte) == 1)
+        out[n++] = (u8)byte;
+    return n;
+}
+
+/* The lines of a file that begin with "case"; the number of those that differ. */
+static int replay(const char *name)
+{
+    FILE *file = fopen(name, "r");
+    if (!file)
+        die(name, errno);
+    static char line[1 << 20];
+    int number = 0, wrong = 0, cases = 0;
+    while (fgets(line, sizeof line, file)) {
+        number++;
+        if (strncmp(line, "case ", 5))
+            continue;
+        line[strcspn(line, "#\n")] = 0;
+        static struct test t;
+        memset(&t, 0, sizeof t);
+        memset(data, 0, sizeof data);
+        int compat, stepped, used = 0;
+        unsigned ip, undefined;
+        long flags;
+        static char hex[2 * CODE_MAX + 1];
+        if (sscanf(line, "case %d %d %x %1280[0-9a-f] %x %lx%n", &compat, &stepped, &ip, hex, &undefined, (unsigned long *)&flags, &used) < 6) {
+            fprintf(stderr, "fuzz: %s:%d: not a case\n", name, number);
+            exit(2);
+        }
+        t.code.length = read_hex(hex, t.code.code, CODE_MAX);
+        t.code.compat = compat, t.stepped = stepped, t.code.ip = ip;
+        t.code.count = 1;
+        t.code.list[0] = (struct instruction){.undefined = (u16)undefined, .row = -1, .target = 1};
+        t.code.list[1].row = -1;
+        t.start.rip = ip, t.start.rflags = (u64)flags;
+        for (char *word = strtok(line + used, " "); word; word = strtok(NULL, " ")) {
+            unsigned at = (unsigned)atoi(word + 1);
+            const char *value = strchr(word, ':');
+            if (!value || at >= (*word == 'r' ? 16u : *word == 'f' ? 504u : DATA_SIZE - 7u)) {
+                fprintf(stderr, "fuzz: %s:%d: %s\n", name, number, word);
+                exit(2);
+            }
+            if (*word == 'r')
+                t.start.gpr[at] = strtoul(value + 1, NULL, 16);
+            else
+                read_hex(value + 1, (*word == 'f' ? t.start.fx : data) + at, 8);
+        }
+        char text[256];
+        put_code(&t.code, true);
+        const char *why = run(&t, text, sizeof text, &counts[0]);
+        put_code(&t.code, false);
+        cases++;
+        if (why) {
+            printf("%s:%d: %s\n", name, number, why);
+            wrong++;
+        }
+    }
+    fclose(file);
+    printf("replayed %d cases, %d differ\n", cases, wrong);
+    return wrong;
+}
+
+/* ---- The loop ------------------------------------------------------------------------------------------------------------------ */
+
+static void print_counts(void)
+{
+    static const char *const names[4] = {"table, 64-bit mode", "table, compatibility mode", "wild bytes, 64-bit mode", "wild bytes, compatibility mode"};
+    u64 all = 0;
+    for (int i = 0; i < 4; i++) {
+        printf("count %s: %lu cases, %lu ended in a fault, %lu did not end\n", names[i], (long)counts[i].cases, (long)counts[i].faults, (long)counts[i].endless);
+        all += counts[i].cases;
+    }
+    for (unsigned i = 0; i < row_count; i++) {
+        struct core_instruction row;
+        core_instruction(i, &row);
+        if (row_is_used(i, false) || row_is_used(i, true))
+            printf("row %u %s %s %lu\n", i, row.feature, row.name, (long)row_cases[i]);
+    }
+    printf("total %lu\n", (long)all);
+    fflush(stdout);
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+int main(int argc, char **argv)
+{
+    double seconds = 10;
+    u64 limit = ~0ull, seed = 0;
+    unsigned finds = 0, most = 10;
+    const char *file = NULL;
+    for (int i = 1; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
+        if (!strcmp(argv[i], "--no-host")) { use_host = false; continue; }
+        if (!strcmp(argv[i], "--seconds")) seconds = atof(value);
+        else if (!strcmp(argv[i], "--cases")) limit = strtoul(value, NULL, 10), seconds = 1e9;
+        else if (!strcmp(argv[i], "--seed")) seed = strtoul(value, NULL, 10);
+        else if (!strcmp(argv[i], "--finds")) most = (unsigned)atoi(value);
+        else if (!strcmp(argv[i], "--plant")) planted = value;
+        else if (!strcmp(argv[i], "--replay")) file = value;
+        else { fprintf(stderr, "fuzz: unknown option %s\n", argv[i]); return 2; }
+        i++;
+    }
+    core_data = mmap(NULL, DATA_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (use_host) {
+        int error = host_open();
+        if (error)
+            die("the host as the oracle", -error);
+        host_begin();
+        core_code = host_code;
+    } else {
+        core_code = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        memset(core_code, 0xcc, CODE_SIZE);
+    }
+    cpus[0] = make_cpu(false);
+    cpus[1] = make_cpu(true);
+    generate_open();
+    if (file)
+        return replay(file) ? 1 : 0;
+    double end = now() + seconds;
+    u64 done = 0;
+    for (u64 round = 0; done < limit && finds < most && now() < end; round++) {
+        struct random r = {seed * 0x9e3779b97f4a7c15 + round};
+        for (unsigned at = 0; at < DATA_SIZE; at += 8) {
+            u64 x = random_floats(&r);
+            memcpy(data + at, &x, 8);
+        }
+        for (int codes = 0; codes < 64 && done < limit && finds < most; codes++) {
+            static struct test t;
+            bool compat = one_in(&r, 4), wild = one_in(&r, 4);
+            generate(&r, compat, wild, &t.code);
+            put_code(&t.code, true);
+            for (unsigned i = 0; i < t.code.count; i++)
+                if (t.code.list[i].row >= 0)
+                    row_cases[t.code.list[i].row] += STATES;
+            bool found = false;
+            char text[256];
+            for (int i = 0; i < STATES && !found; i++) {
+                generate_state(&r, &t.code, &t.start);
+                t.stepped = one_in(&r, 8);
+                found = run(&t, text, sizeof text, &counts[wild * 2 + compat]);
+                done++;
+            }
+            put_code(&t.code, false);
+            if (found) {
+                u8 kept[DATA_SIZE];
+                memcpy(kept, data, DATA_SIZE);
+                printf("find in round %lu: %s\n", (long)round, text);
+                if (differs(&t))
+                    shrink(&t);
+                else
+                    printf("it does not come again\n");
+                put_code(&t.code, true);
+                const char *why = run(&t, text, sizeof text, &counts[0]);
+                put_code(&t.code, false);
+                print_case(&t, why ? why : "not found again");
+                memcpy(data, kept, DATA_SIZE);
+                finds++;
+            }
+        }
+    }
+    print_counts();
+    return finds ? 1 : 0;
+}
