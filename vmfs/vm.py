@@ -267,7 +267,7 @@ class Vm:
         """Tell the engine what to stop for, if that changed. Returns whether the debug file asks for steps."""
         request = self._points.request()
         stepping = request.step
-        if bound.until is not None and all(one.address != bound.until for one in request.breakpoints):
+        if bound.until is not None and not self._points.breaks_at(bound.until):
             request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(0, bound.until)))
         if step:
             request = replace(request, step=True)
@@ -275,7 +275,7 @@ class Vm:
         return stepping
 
     def _set_debug(self, request: DebugRequest) -> None:
-        if request != self._asked:
+        if request is not self._asked and request != self._asked:
             self._cpu.set_debug(request)
             self._asked = request
 
@@ -297,7 +297,7 @@ class Vm:
             if exit_.id == 0:  # the temporary breakpoint of `until`
                 exit_ = replace(exit_, id=None)
             elif exit_.id is not None:
-                self._points = self._points.with_hit(exit_.id)
+                self._points.hit(exit_.id)
         self._state = {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
         self._counts[exit_.REASON] += 1
         self.last_exit = exit_
@@ -469,14 +469,15 @@ class Vm:
     def points(self) -> Points:
         return self._points
 
-    def set_points(self, change: Callable[[Points], Points]) -> Future[None]:
-        """Change what runs stop for; from the next boundary on if the machine runs.
+    def set_points(self, change: Callable[[Points], object]) -> Future[None]:
+        """Change what runs stop for; from the next boundary on if the machine runs. `change` gets a copy to change.
 
         Asks the engine first: Unsupported when it cannot watch for all of that, and nothing changes.
         """
 
         def make_it(cpu: Vcpu) -> None:
-            points = change(self._points)
+            points = self._points.copy()
+            change(points)
             self._moved()
             self._set_debug(points.request())
             self._points = points

@@ -132,7 +132,7 @@ def test_vectors_that_wait_and_points_go_along(vm, other, assembler):
     assert run(vm).REASON == "hlt"
     vm.interrupt(0x20)
     vm.interrupt(0x20)
-    vm.set_points(lambda points: points.with_break(program.labels["l1"])).result(SECONDS)
+    vm.set_points(lambda points: points.add_break(program.labels["l1"])).result(SECONDS)
     vm.move_to(other)
     assert vm.interrupts_queued == 2
     assert run(vm).line() == f"debug cause=breakpoint id=1 rip={program.labels['l1']:#x}"
@@ -201,7 +201,7 @@ def test_a_refused_move_changes_nothing(vm, engine, assembler):
     load(vm, program)
     run(vm)
     vm.set_access_data(b"\x31")
-    vm.set_points(lambda points: points.with_break(program.labels["l0"])).result(SECONDS)
+    vm.set_points(lambda points: points.add_break(program.labels["l0"])).result(SECONDS)
     regs = state(vm, "regs")
     with pytest.raises(Unsupported, match="nothing can be watched for"):
         vm.move_to(NoPoints(engine))

@@ -163,7 +163,7 @@ def test_a_bound_ends_with_an_exit_that_comes_before(vm):
 
 def test_every_run_is_a_step_while_debug_is_on(vm):
     load(vm, OUT_IN_HLT)
-    vm.set_points(lambda points: points.with_stepping(True)).result(SECONDS)
+    vm.set_points(lambda points: points.set_stepping(True)).result(SECONDS)
     lines = [run(vm).line() for _ in range(4)]
     assert lines == [
         "debug cause=step rip=0x1002",
@@ -171,13 +171,13 @@ def test_every_run_is_a_step_while_debug_is_on(vm):
         "io direction=in port=0x60 size=1 count=1 rip=0x1004",
         "debug cause=step rip=0x1006",
     ]
-    vm.set_points(lambda points: points.with_stepping(False)).result(SECONDS)
+    vm.set_points(lambda points: points.set_stepping(False)).result(SECONDS)
     assert run(vm).REASON == "hlt"
 
 
 def test_breakpoints_stop_and_count(vm):
     load(vm, COUNT)
-    vm.set_points(lambda points: points.with_break(AT).with_break(AT + 3)).result(SECONDS)
+    vm.set_points(lambda points: points.add_break(AT).add_break(AT + 3)).result(SECONDS)
     lines = [run(vm).line() for _ in range(3)]
     # The run begins at the first one, and executes the instruction there.
     assert lines == [
@@ -186,32 +186,32 @@ def test_breakpoints_stop_and_count(vm):
         "debug cause=breakpoint id=2 rip=0x1003",
     ]
     assert vm.points.text() == "0\n1 break 0x1000 hits=1\n2 break 0x1003 hits=2\n"
-    vm.set_points(lambda points: points.without(2)).result(SECONDS)
+    vm.set_points(lambda points: points.delete(2)).result(SECONDS)
     assert run(vm).line() == "debug cause=breakpoint id=1 rip=0x1000"
 
 
 def test_a_breakpoint_set_while_it_runs(vm):
     load(vm, COUNT)
     run_ = vm.start()
-    vm.set_points(lambda points: points.with_break(AT + 3)).result(SECONDS)
+    vm.set_points(lambda points: points.add_break(AT + 3)).result(SECONDS)
     assert run_.result(SECONDS).line() == "debug cause=breakpoint id=1 rip=0x1003"
 
 
 def test_points_the_engine_cannot_watch_change_nothing(vm):
     def too_many(points):
         for number in range(5):
-            points = points.with_break(0x2000 + number)
+            points = points.add_break(0x2000 + number)
         return points
 
     try:
         vm.set_points(too_many).result(SECONDS)
     except Unsupported as error:
         assert str(error)
-        assert vm.points.points == ()
+        assert len(vm.points) == 0
     else:
-        assert len(vm.points.points) == 5
+        assert len(vm.points) == 5
     with pytest.raises(Invalid):
-        vm.set_points(lambda points: points.without(99)).result(SECONDS)
+        vm.set_points(lambda points: points.delete(99)).result(SECONDS)
 
 
 def test_shutdown_stays_until_a_register_is_set(vm):

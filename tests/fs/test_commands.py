@@ -39,11 +39,12 @@ def test_bounds(text, bound):
 def test_breakpoints_round_trip(addresses, stepping):
     text = "".join(f"break {address:#x}\n" for address in addresses) + f"{int(stepping)}\n"
     points = parse_commands("debug", text)(Points())
-    assert [point.address for point in points.points] == addresses and points.stepping == stepping
-    assert parse_commands("debug", "delete all")(points).points == ()
-    for point in points.points:
+    asked = points.request()
+    assert [point.address for point in asked.breakpoints] == addresses and points.stepping == stepping
+    assert len(parse_commands("debug", "delete all")(points.copy())) == 0
+    for point in asked.breakpoints:
         points = parse_commands("debug", f"delete {point.id}")(points)
-    assert points.points == ()
+    assert len(points) == 0
 
 
 @given(NUMBERS)

@@ -1,38 +1,67 @@
-"""Points is a value: changes are made together or not at all."""
+"""Points: ids, what is refused, and what the engine is asked for."""
 
 import pytest
 
-from vmfs.debug.points import MOST, Points
+from vmfs.debug import points as module
+from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint
 from vmfs.errors import Invalid, LimitReached
 
 
 def test_ids_are_never_used_twice():
-    points = Points().with_break(0x1000).with_break(0x2000).without(2).with_break(0x3000)
-    assert [point.id for point in points.points] == [1, 3]
-    assert points.without_all().with_break(0x1000).points[0].id == 4
+    points = Points().add_break(0x1000).add_break(0x2000).delete(2).add_break(0x3000)
+    assert points.text() == "0\n1 break 0x1000 hits=0\n3 break 0x3000 hits=0\n"
+    assert points.delete_all().add_break(0x1000).text() == "0\n4 break 0x1000 hits=0\n"
 
 
 def test_text_and_request_say_the_same():
-    points = Points().with_break(0x1000).with_break(0x2000).with_stepping(True).with_hit(2).with_hit(2)
+    points = Points().add_break(0x1000).add_break(0x2000).set_stepping(True)
+    points.hit(2)
+    points.hit(2)
+    points.hit(7)
     assert points.text() == "1\n1 break 0x1000 hits=0\n2 break 0x2000 hits=2\n"
     request = points.request()
     assert request.step
     assert request.breakpoints == (Breakpoint(1, 0x1000), Breakpoint(2, 0x2000))
 
 
+def test_a_request_is_made_anew_after_each_change():
+    points = Points().add_break(0x1000)
+    first = points.request()
+    assert points.request() is first
+    changes = (
+        lambda: points.add_break(0x2000),
+        lambda: points.set_stepping(True),
+        lambda: points.delete(1),
+        lambda: points.delete_all(),
+    )
+    for change in changes:
+        change()
+        assert points.request() != first
+        first = points.request()
+
+
+def test_a_copy_is_apart():
+    points = Points().add_break(0x1000)
+    other = points.copy().add_break(0x2000).set_stepping(True)
+    other.hit(1)
+    assert points.text() == "0\n1 break 0x1000 hits=0\n"
+    assert other.text() == "1\n1 break 0x1000 hits=1\n2 break 0x2000 hits=0\n"
+    assert (points.breaks_at(0x2000), other.breaks_at(0x2000), len(other)) == (False, True, 2)
+
+
 def test_what_cannot_be():
-    points = Points().with_break(0x1000)
+    points = Points().add_break(0x1000)
     with pytest.raises(Invalid):
-        points.with_break(0x1000)
+        points.add_break(0x1000)
     with pytest.raises(Invalid):
-        points.without(2)
+        points.delete(2)
+    assert points.text() == "0\n1 break 0x1000 hits=0\n"
 
 
-def test_there_is_a_limit():
-    points = Points()
-    for address in range(MOST):
-        points = points.with_break(address)
+def test_there_is_a_limit(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 3)
+    points = Points().add_break(0).add_break(1).add_break(2)
     with pytest.raises(LimitReached):
-        points.with_break(MOST)
-    assert points.without(1).with_break(MOST).points[-1].id == MOST + 1
+        points.add_break(3)
+    assert points.delete(1).add_break(3).breaks_at(3)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from vmfs.engine.base import Breakpoint, DebugRequest
 from vmfs.errors import Invalid, LimitReached
 
-MOST = 1000  # of a machine: every change and hit costs a pass over all
+MOST = 1 << 16  # of a machine: they live in the server's memory, and every change is told to the engine whole
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Point:
     """A breakpoint at linear `address`."""
 
@@ -22,52 +22,75 @@ class Point:
         return f"{self.id} break {self.address:#x} hits={self.hits}"
 
 
-@dataclass(frozen=True, slots=True)
 class Points:
-    """A value: every change gives a new one, so that several lines of a write take effect together or not at all.
+    """What a machine stops for. `stepping`: every run executes one instruction (`1` in the debug file).
 
-    `stepping`: every run executes one instruction (`1` in the debug file). Ids are never used twice.
+    Changes are made to a `copy`, which takes the place of the original when all of them worked: so the lines of one
+    write take effect together or not at all. Methods that change return the object, so that they can be chained.
+    Ids are never used twice.
     """
 
-    stepping: bool = False
-    points: tuple[Point, ...] = ()
-    next_id: int = 1
+    def __init__(self) -> None:
+        self.stepping = False
+        self._by_id: dict[int, Point] = {}
+        self._by_address: dict[int, Point] = {}
+        self._next_id = 1
+        self._request: DebugRequest | None = None  # of the points as they are, once it was asked for
 
-    def with_stepping(self, on: bool) -> Points:
-        return replace(self, stepping=on)
+    def copy(self) -> Points:
+        other = Points()
+        other.stepping = self.stepping
+        other._by_id = {point.id: replace(point) for point in self._by_id.values()}
+        other._by_address = {point.address: point for point in other._by_id.values()}
+        other._next_id = self._next_id
+        return other
 
-    def with_break(self, address: int) -> Points:
-        if any(point.address == address for point in self.points):
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def set_stepping(self, on: bool) -> Points:
+        self.stepping, self._request = on, None
+        return self
+
+    def add_break(self, address: int) -> Points:
+        if address in self._by_address:
             raise Invalid(f"break: there is a breakpoint at {address:#x} already")
-        if len(self.points) >= MOST:
+        if len(self) >= MOST:
             raise LimitReached(f"break: a machine has at most {MOST} break- and watchpoints")
-        return replace(
-            self, points=(*self.points, Point(self.next_id, address)), next_id=self.next_id + 1
-        )
+        point = Point(self._next_id, address)
+        self._by_id[point.id] = self._by_address[address] = point
+        self._next_id += 1
+        self._request = None
+        return self
 
-    def without(self, id_: int) -> Points:
-        if not any(point.id == id_ for point in self.points):
+    def delete(self, id_: int) -> Points:
+        point = self._by_id.pop(id_, None)
+        if point is None:
             raise Invalid(f"delete: there is no point {id_}")
-        return replace(self, points=tuple(point for point in self.points if point.id != id_))
+        del self._by_address[point.address]
+        self._request = None
+        return self
 
-    def without_all(self) -> Points:
-        return replace(self, points=())
+    def delete_all(self) -> Points:
+        self._by_id, self._by_address, self._request = {}, {}, None
+        return self
 
-    def with_hit(self, id_: int) -> Points:
-        return replace(
-            self,
-            points=tuple(
-                replace(point, hits=point.hits + 1) if point.id == id_ else point for point in self.points
-            ),
-        )
+    def hit(self, id_: int) -> None:
+        """Count a stop at a point, which may have been deleted meanwhile."""
+        point = self._by_id.get(id_)
+        if point is not None:
+            point.hits += 1
+
+    def breaks_at(self, address: int) -> bool:
+        return address in self._by_address
 
     def request(self) -> DebugRequest:
-        """What the engine shall stop for."""
-        return DebugRequest(
-            step=self.stepping,
-            breakpoints=tuple(Breakpoint(point.id, point.address) for point in self.points),
-        )
+        """What the engine shall stop for: the same object until something changes."""
+        if self._request is None:
+            points = tuple(Breakpoint(point.id, point.address) for point in self._by_id.values())
+            self._request = DebugRequest(step=self.stepping, breakpoints=points)
+        return self._request
 
     def text(self) -> str:
         """The `debug` file: whether it steps, then a line a point."""
-        return "".join(f"{line}\n" for line in (str(int(self.stepping)), *(p.line() for p in self.points)))
+        return "".join(f"{line}\n" for line in (str(int(self.stepping)), *(p.line() for p in self._by_id.values())))

@@ -109,7 +109,7 @@ def _pulse(vm: Vm, line: int) -> None:
 
 
 def _delete(points: Points, id_: int | None) -> Points:
-    return points.without_all() if id_ is None else points.without(id_)
+    return points.delete_all() if id_ is None else points.delete(id_)
 
 
 COMMANDS: Mapping[str, tuple[Command, ...]] = {
@@ -132,9 +132,9 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         Command("pulse", (_line,), _pulse),
     ),
     "debug": (
-        Command("1", (), lambda points: points.with_stepping(True)),
-        Command("0", (), lambda points: points.with_stepping(False)),
-        Command("break", (Argument("ADDR", _address),), Points.with_break),
+        Command("1", (), lambda points: points.set_stepping(True)),
+        Command("0", (), lambda points: points.set_stepping(False)),
+        Command("break", (Argument("ADDR", _address),), Points.add_break),
         Command("delete", (Argument("ID|all", _id),), _delete),
     ),
 }
