@@ -165,6 +165,7 @@ static bool is_open(const struct test *t, const struct state *host, const struct
     /* 16 bytes unaligned with AC set: "may or may not be generated" (Intel SDM 2A, MOVUPS). AMD does. */
     if (host->vector == 17 && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq")))
         return true;
+    bool parts = has_operand_of(&row, "Mt") || !strcmp(row.name, "BOUND"); /* more than one access */
     bool environment = !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FLDENV") || !strcmp(row.name, "FNSAVE") ||
                        !strcmp(row.name, "FRSTOR");
     if (host->vector == 17 && environment) /* known: the core does not check the alignment of x87 environments */
@@ -176,7 +177,7 @@ static bool is_open(const struct test *t, const struct state *host, const struct
     if (host->vector == 3 && core->vector == 13) /* INT3 is no vector stop, and there is no IDT */
         return true;
     /* Over the end of 4 GiB: alignment of a vector and a segment's limit; what is stored or read first. */
-    if (t->code.compat && ((host->vector == 13 && core->vector == 12) || ((!strcmp(row.name, "BOUND") || environment) && host->vector == 14)))
+    if (t->code.compat && ((host->vector == 13 && core->vector == 12) || ((parts || environment) && host->vector == 14)))
         return true;
     /* CALL of a non-canonical address, and its push (Intel SDM 2A: the address first; AMD: the push) */
     return t->code.indirect && (host->vector == 12 || host->vector == 14) && core->vector == 13;

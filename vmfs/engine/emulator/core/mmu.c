@@ -376,7 +376,9 @@ static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned acces
         /* the segment decides between #SS and #GP */
         raise_error(c, c->now, c->now && c->now->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
     }
-    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (bytes - 1) && bytes <= 8))
+    /* Intel SDM 3A table 6-7: the 10 bytes of the x87 to 8. 16 bytes: MOVUPS and its kind need not raise it. */
+    unsigned alignment = bytes == 10 ? 8 : bytes <= 8 ? bytes : 1;
+    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (alignment - 1)))
         raise_error(c, c->now, VECTOR_AC, 0);
     p[0] = (struct piece){linear, mmu_translate(c, linear, access), here};
     if (here == bytes)
