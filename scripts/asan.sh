@@ -14,6 +14,8 @@ if [ $# = 0 ]; then
     for each in tests/engine tests/emulator tests/guest tests/fs tests/mount; do
         if [ -n "$(find "$each" -name 'test_*.py' 2>/dev/null)" ]; then set -- "$@" "$each"; fi
     done
+    # These run the host's own programs, which inherit LD_PRELOAD: dd does not get past ASan's allocator.
+    set -- "$@" --ignore tests/mount/test_examples.py --ignore tests/mount/test_sessions.py
 fi
 
 # PYTHONPATH and PYTHONSAFEPATH: the copy, also in the processes that tests start in the tree.

@@ -89,7 +89,8 @@ class Server:
         self.path = directory
         self.log = directory.with_suffix(".log")
         self._names = (f"vm{number}" for number in itertools.count())
-        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent))
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # `make asan` sets it
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
         environment.update(settings.pop("environment", {}))  # type: ignore[call-overload]
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER, directory, json.dumps(settings), self.log],
