@@ -140,7 +140,7 @@ struct core_instruction {
     const char *mod;         /* "rm", "reg", "mem", "reg0".."reg7": register form with exactly that rm field */
     const char *operands[4]; /* SDM letters: "Eb", "Gv", ...; "" after the last */
     const char *size;        /* B W D Q: fixed; V: 16/32/64; Y: 32/64; S: stack; N: near branch */
-    const char *handler;
+    const char *handler;     /* "": none; the row is refused */
     const char *feature;     /* CPUID feature it needs: "BASE", "CMOV", ... */
     uint32_t attributes;     /* enum attribute of opcodes.h */
     uint16_t flags_read, flags_written, flags_undefined;

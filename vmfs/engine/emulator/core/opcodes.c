@@ -32,7 +32,7 @@ bool core_instruction(unsigned index, struct core_instruction *row)
     const struct opcode *o = &opcodes[index];
     *row = (struct core_instruction){
         .name = o->name, .map = maps[o->map], .opcode = o->opcode, .prefix = prefixes[o->prefix], .digit = o->digit,
-        .mod = mods[o->mod], .size = sizes[o->size], .handler = o->handler_name, .feature = o->feature_name,
+        .mod = mods[o->mod], .size = sizes[o->size], .handler = o->handlers ? o->handler_name : "", .feature = o->feature_name,
         .attributes = o->attributes, .flags_read = o->flags_read, .flags_written = o->flags_written,
         .flags_undefined = o->flags_undefined,
     };
