@@ -119,8 +119,9 @@ class Watch:
     async def _look(self):
         try:
             while self.callers:
+                openers = set(self.callers.values())
                 for caller, pid in list(self.callers.items()):
-                    if caller in self.callers and signalled(pid):
+                    if caller in self.callers and signalled(pid, openers):
                         caller.interrupt()
                 await trio.sleep(self.interval)
         finally:
@@ -147,11 +148,11 @@ class _watch:
             _BLOCKED.remove(self.caller)
 
 
-def signalled(pid):
+def signalled(pid, openers=frozenset()):
     """Whether a thread of the process has a signal pending that it neither blocks nor ignores, or none is left.
 
-    `pid` is who opened the file, and another thread may be the one that waits. For those that do not, a signal
-    is not pending for long.
+    `pid` is the thread that opened the file, and another may be the one that waits: any but the `openers`, which
+    wait for what they opened. For a thread that does not wait, a signal is not pending for long.
     """
     try:
         threads = os.listdir(f"/proc/{pid}/task")
@@ -159,6 +160,9 @@ def signalled(pid):
         return True
     left = 0
     for thread in threads:
+        if int(thread) != pid and int(thread) in openers:
+            left += 1
+            continue
         try:
             with open(f"/proc/{pid}/task/{thread}/status", "rb") as file:
                 status = file.read()
