@@ -1,6 +1,7 @@
-"""SeaBIOS, as Debian ships it, from the reset vector to the boot sector: real, 16- and 32-bit protected
-mode and back, interrupts of the timer, HLT, string input, BIOS calls. The budget is in instructions: a failure is
-the same each time.
+"""SeaBIOS, as Debian ships it, from the reset vector to the boot sector.
+
+Real, 16- and 32-bit protected mode and back, interrupts of the timer, HLT, string input, BIOS calls. Budgets
+are in instructions, so that a failure is the same each time.
 """
 
 import pytest

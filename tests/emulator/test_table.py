@@ -132,7 +132,7 @@ def test_no_two_rows_take_the_same_encoding():
         seen[where] = row["name"]
 
 
-# ---- Rows that nothing else runs ----------------------------------------------------------------------------
+# ---- Rows that nothing else runs ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["protected", "long"])

@@ -57,11 +57,11 @@ u64 random_floats(struct random *r)
 /* ---- The table -------------------------------------------------------------------------------------------- */
 
 /* Without A_NO64: legacy-only rows that do not touch segment registers or leave the program. */
-static const char *const legacy[] = {"AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF", "INC", "DEC", "PUSHA",
-                                     "POPA", "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP", NULL};
+static const char *const legacy[] = {"AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF",
+                                     "INC", "DEC", "PUSHA", "POPA", "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP", NULL};
 /* With A_NOTEST, but good here: the SHA rows in register form only, since AMD does not ask for aligned memory there. */
-static const char *const allowed[] = {"SHA1NEXTE", "SHA1MSG1", "SHA1MSG2", "SHA256MSG1", "SHA256MSG2", "SHA256RNDS2", "SHA1RNDS4",
-                                      NULL};
+static const char *const allowed[] = {"SHA1NEXTE", "SHA1MSG1", "SHA1MSG2", "SHA256MSG1", "SHA256MSG2",
+                                      "SHA256RNDS2", "SHA1RNDS4", NULL};
 
 static bool is_in(const char *name, const char *const *list)
 {
@@ -80,7 +80,8 @@ static bool has_operand(const struct row *r, const char *name)
 
 static bool from_modrm(const char *operand)
 {
-    static const char *const fixed[] = {"AL", "AX", "rAX", "CL", "DX", "One", "ST0", "STi", "XMM0", "Xb", "Xv", "Yb", "Yv", NULL};
+    static const char *const fixed[] = {"AL", "AX", "rAX", "CL", "DX", "One", "ST0", "STi", "XMM0", "Xb", "Xv", "Yb",
+                                        "Yv", NULL};
     return *operand && strchr("EGMVWPQSCDNU", *operand) && !is_in(operand, fixed);
 }
 
@@ -116,8 +117,7 @@ void generate_open(void)
                     !strcmp(i->prefix, "66") ? '6' : !strcmp(i->prefix, "F3") ? '3' : '2';
         r->flow = has_operand(r, "Jb") || has_operand(r, "Jz") ? FLOW_NEAR :
                   !strcmp(i->name, "JMP") || !strcmp(i->name, "CALL") || !strcmp(i->name, "RET") ? FLOW_INDIRECT : FLOW_NONE;
-        bool testable = (!(i->attributes & (a_notest | a_cpl0)) || is_in(i->name, allowed)) && strncmp(i->feature, "AVX", 3) &&
-                        strcmp(i->feature, "F16C") && strcmp(i->feature, "FMA");
+        bool testable = !(i->attributes & (a_notest | a_cpl0)) || is_in(i->name, allowed);
         r->usable64 = testable && !r->no64;
         r->usable32 = testable && !r->only64 && (!r->no64 || is_in(i->name, legacy));
         if (r->usable64)
@@ -184,7 +184,8 @@ static void put_memory(struct random *r, struct out *o, u8 reg, bool compat, boo
     u8 base = pick(r, pointers, sizeof pointers, extended);
     bool sib = (base & 7) == 4 || one_in(r, 3);
     u8 index = sib && !one_in(r, 4) ? pick(r, indexes, sizeof indexes, extended) : 4;
-    unsigned form = displacement == 0 && (base & 7) != 5 ? 0 : displacement >= -128 && displacement < 128 && !one_in(r, 4) ? 1 : 2;
+    bool fits = displacement >= -128 && displacement < 128;
+    unsigned form = displacement == 0 && (base & 7) != 5 ? 0 : fits && !one_in(r, 4) ? 1 : 2;
     *rex |= (u8)(base >> 3 | (index >> 3) << 1);
     put(o, (u64)(form << 6 | reg << 3 | (sib ? 4 : base & 7)), 1);
     if (sib)
@@ -194,8 +195,8 @@ static void put_memory(struct random *r, struct out *o, u8 reg, bool compat, boo
 
 static bool is_name(const struct row *row, const char *name) { return !strcmp(row->i.name, name); }
 
-/* Whether the opcode with one more prefix is in the table; if not, the host may have an instruction there that the core has not
- * (MMX, SSE4A). */
+/* Whether the opcode with one more prefix is in the table; if not, the host may have an instruction there that the core
+ * has not (SSE4A). */
 static bool leads_to_a_row(const struct row *row, u8 prefix)
 {
     char wanted = prefix == 0x66 ? '6' : prefix == 0xf3 ? '3' : prefix == 0xf2 ? '2' : 0;
@@ -223,7 +224,8 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
         prefixes[count++] = 0x66;
         narrow = true;
     }
-    if (row->prefix == 'a' && !row->is_vex && !row->flow && one_in(r, strchr("XY", *row->i.operands[0]) && *row->i.operands[0] ? 2 : 24))
+    bool string = *row->i.operands[0] && strchr("XY", *row->i.operands[0]);
+    if (row->prefix == 'a' && !row->is_vex && !row->flow && one_in(r, string ? 2 : 24))
         prefixes[count++] = one_in(r, 2) ? 0xf3 : 0xf2;
     if (one_in(r, compat ? 64 : 24))
         prefixes[count++] = 0x67;
@@ -250,11 +252,12 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
             reg = below(r, 8);
         rex |= reg & 8 ? 4 : 0;
         const char *mod = row->i.mod;
-        bool want_register = !strcmp(mod, "reg") || (!strcmp(mod, "rm") && (one_in(r, 2) || !strncmp(row->i.name, "SHA", 3)));
+        bool sha = !strcmp(row->i.feature, "SHA");
+        bool want_register = !strcmp(mod, "reg") || (!strcmp(mod, "rm") && (sha || one_in(r, 2)));
         if (strlen(mod) == 4) {
             put(&m, (u64)(0xc0 | (reg & 7) << 3 | (mod[3] - '0')), 1);
         } else if (want_register) {
-            unsigned rm = row->vector ? below(r, 16) : one_in(r, 3) ? below(r, 16) : pick(r, scratch, sizeof scratch, extended);
+            unsigned rm = row->vector || one_in(r, 3) ? below(r, 16) : pick(r, scratch, sizeof scratch, extended);
             if (!extended)
                 rm &= 7;
             rex |= rm >> 3;
@@ -364,8 +367,7 @@ static bool acceptable(const struct row *row, bool indirect)
     return true;
 }
 
-/* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). Undefined sizes of a near branch: makers
- * differ in 64-bit mode. */
+/* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). */
 static bool maker_specific(const struct row *row, const u8 *code, unsigned length)
 {
     if (!is_name(row, "SHLD") && !is_name(row, "SHRD"))
@@ -381,9 +383,10 @@ static bool dangerous(const u8 *code, unsigned length)
 {
     for (unsigned i = 0; i < length; i++) {
         u8 a = code[i], b = i + 1 < length ? code[i + 1] : 0;
-        if (a == 0x64 || a == 0x65 || a == 0x8e || a == 0xcd || a == 0xcf || a == 0xca || a == 0xcb || a == 0x62 || a == 0x8f)
-            return true; /* FS, GS; MOV Sreg; INT, IRET, RETF; EVEX; XOP */
-        if (a == 0x0f && (b == 0x05 || b == 0x34 || b == 0xa1 || b == 0xa9 || b == 0xb2 || b == 0xb4 || b == 0xb5 || b == 0x01 || b == 0xae))
+        /* FS, GS; MOV Sreg; INT, IRET, RETF; EVEX; XOP. SYSCALL, SYSENTER, POP FS, POP GS, LSS, LFS, LGS, groups 7, 15 */
+        if (memchr("\x64\x65\x8e\xcd\xcf\xca\xcb\x62\x8f", a, 9))
+            return true;
+        if (a == 0x0f && memchr("\x05\x34\xa1\xa9\xb2\xb4\xb5\x01\xae", b, 9))
             return true;
         if (a == 0xff && ((b >> 3 & 7) == 3 || (b >> 3 & 7) == 5))
             return true; /* far */
@@ -391,14 +394,13 @@ static bool dangerous(const u8 *code, unsigned length)
     return false;
 }
 
-static const struct instruction *add(struct sequence *s, const u8 *code, unsigned length, int row, u16 read, u16 written, u16 undefined)
+static void add(struct sequence *s, const u8 *code, unsigned length, int row, u16 read, u16 written, u16 undefined)
 {
     struct instruction *n = &s->list[s->count++];
     *n = (struct instruction){.at = (u16)s->length, .length = (u16)length, .read = read, .written = written,
                               .undefined = undefined, .row = row, .target = -1};
     memcpy(s->code + s->length, code, length);
     s->length += length;
-    return n;
 }
 
 void generate(struct random *r, bool compat, bool wild, struct sequence *s)
