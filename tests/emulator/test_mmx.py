@@ -1,4 +1,4 @@
-"""MMX and its 64-bit relatives against the host CPU, from any state of the x87 that they share registers with.
+"""MMX and its 64-bit relatives against the host CPU, from any state of the x87, whose registers they use.
 
 VMFS_CASES scales the number of cases (default 40); VMFS_SEED the first random seed.
 """
@@ -15,13 +15,19 @@ from emulator import encode, sse_lib  # noqa: E402
 from emulator.native import COMPLETED, DATA, DATA_SIZE  # noqa: E402
 from emulator.x87_lib import CASES, MF, PF, XM, compare, fx_image, generator, memory, plain  # noqa: E402
 
-FLAGS = open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split() if platform.system() == "Linux" else []
+FLAGS = (
+    open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()
+    if platform.system() == "Linux"
+    else []
+)
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the oracle is an x86-64 host CPU"),
     pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the oracle is compiled"),
     pytest.mark.skipif("ssse3" not in FLAGS, reason="the host CPU lacks ssse3"),
 ]
-ROWS = [row for row in _core.instructions() if "MMX" in row["attributes"] and "NOTEST" not in row["attributes"]]
+ROWS = [
+    row for row in _core.instructions() if "MMX" in row["attributes"] and "NOTEST" not in row["attributes"]
+]
 CONVERSIONS = [row for row in ROWS if row["name"].startswith("CVT")]
 
 

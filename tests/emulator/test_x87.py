@@ -1,5 +1,5 @@
-"""The x87 against the host CPU: every row from any state of the unit, random programs, and what modes and control
-registers do.
+"""The x87 against the host CPU: every row from any state of the unit, random programs, and what modes and
+control registers do.
 
 VMFS_CASES scales the number of cases (default 40); VMFS_SEED the first random seed.
 """
@@ -14,7 +14,7 @@ import pytest
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import COMPLETED, DATA, DATA_SIZE, GPRS, START, Case  # noqa: E402
+from emulator.native import COMPLETED, DATA, DATA_SIZE, GPRS, START  # noqa: E402
 from emulator.system_lib import STOP, Guest  # noqa: E402
 from emulator.x87_lib import (  # noqa: E402
     CASES,
@@ -45,7 +45,7 @@ PENDING = bytes.fromhex("7b0384b8")  # control word without ZM, status word with
 
 
 class HostLikeCore(native.Core):
-    """With the selectors that Linux gives a 64-bit program (or, `compat`, a 32-bit one), which FNSTENV stores."""
+    """With the selectors of a 64-bit (or, `compat`, a 32-bit) program of Linux, which FNSTENV stores."""
 
     def __init__(self, compat=False):
         super().__init__()
@@ -94,7 +94,7 @@ def test_row(row, host, core):
 
 
 def test_all_encodings_are_decided(host, core):
-    """Each of the pairs D8 C0 to DF FF, and each memory form: an instruction here where it is one on the host."""
+    """Each of the pairs D8 C0 to DF FF and each memory form is an instruction where it is one on the host."""
     codes = [bytes([first, second]) for first in range(0xD8, 0xE0) for second in range(0xC0, 0x100)]
     codes += [bytes([first, digit << 3 | 3]) for first in range(0xD8, 0xE0) for digit in range(8)]
     undefined = 0
@@ -132,7 +132,7 @@ def program(rng, length):
             code.append(b"\x9b")
         elif kind == 18:  # FNSTENV, whose image has pointers and opcode of the instruction before
             code.append(bytes.fromhex("d9b3") + struct.pack("<i", rng.randrange(0, DATA_SIZE - 256, 16)))
-        else:  # ADDPS, DIVPS: an unmasked exception of these borrows the host's x87
+        else:  # ADDPS, DIVPS: an unmasked exception of these needs the host's x87
             code.append(bytes([0x0F, rng.choice((0x58, 0x5E)), 0xC0 | rng.randrange(64)]))
     return code
 
@@ -142,19 +142,30 @@ def program_case(rng, length):
     data = bytearray(memory(rng, KINDS))
     fx = bytearray(fx_image(rng))
     masked = rng.randrange(3)
-    struct.pack_into("<HHHHHH", data, 0, struct.unpack_from("<H", fx)[0] | (0x3F if masked else 0), 0xFFFF, 0, 0xFFFF,
-                     rng.choice((0, 0, 0x5555, rng.getrandbits(16))), 0xFFFF)
+    struct.pack_into(
+        "<HHHHHH",
+        data,
+        0,
+        struct.unpack_from("<H", fx)[0] | (0x3F if masked else 0),
+        0xFFFF,
+        0,
+        0xFFFF,
+        rng.choice((0, 0, 0x5555, rng.getrandbits(16))),
+        0xFFFF,
+    )
     if masked:
         for at in range(16, DATA_SIZE, 16):  # for FLDCW and FLDENV
             data[at] |= 0x3F
     struct.pack_into("<I", fx, 24, 0x1F80 if rng.randrange(3) else rng.getrandbits(16))
-    case = plain(b"".join(code), fx=fx, data=bytes(data), **{name: encode.value(rng) for name in ("rax", "rdx", "rsi")})
+    case = plain(
+        b"".join(code), fx=fx, data=bytes(data), **{name: encode.value(rng) for name in ("rax", "rdx", "rsi")}
+    )
     case.ip = START
     return case, len(code)
 
 
 def test_programs(host, core):
-    """Sequences: state goes between x87, MMX and memory, and pointers and opcode are those of the last instruction."""
+    """State goes between x87, MMX and memory; pointers and opcode are those of the last instruction."""
     rng = generator("x87 programs")
     ended = set()
     for _ in range(CASES * 10):
@@ -186,7 +197,12 @@ def test_operands_over_pages(host, core):
     for _ in range(CASES * 5):
         row = rng.choice(rows)
         target = rng.choice((DATA + native.PAGE, DATA + DATA_SIZE, DATA + 1)) - rng.randrange(1, 110)
-        case = plain(bytes([row["opcode"], row["digit"] << 3]), fx=fx_image(rng), data=memory(rng, kinds(row)), rax=target)
+        case = plain(
+            bytes([row["opcode"], row["digit"] << 3]),
+            fx=fx_image(rng),
+            data=memory(rng, kinds(row)),
+            rax=target,
+        )
         expected = compare(host, core, case)
         faults += expected.vector == PF
     assert faults
@@ -234,15 +250,17 @@ def test_checks_of_cr0(cr0, code, vector, core):
 @pytest.mark.parametrize(
     ("code", "vector"),
     [
-        ("d9e8", MF), ("9b", MF), ("d9d0", MF), ("d92b", MF), ("dd23", MF), ("d923", MF), ("0fefc0", MF), ("0f77", MF),
+        ("d9e8", MF), ("9b", MF), ("d9d0", MF), ("d92b", MF), ("dd23", MF), ("d923", MF), ("0fefc0", MF),
+        ("0f77", MF),
         ("0f2a00", PF), ("0f2a03", COMPLETED), ("0f2ac0", MF), ("0fd7c0", MF), ("660f2dc0", MF),
         ("d9d1", UD), ("0fae03", COMPLETED), ("dbe3", COMPLETED), ("dbe2", COMPLETED), ("d933", COMPLETED),
-        ("dd33", COMPLETED), ("d93b", COMPLETED), ("dd3b", COMPLETED), ("dfe0", COMPLETED), ("dbe4", COMPLETED),
+        ("dd33", COMPLETED), ("d93b", COMPLETED), ("dd3b", COMPLETED), ("dfe0", COMPLETED),
+        ("dbe4", COMPLETED),
         ("dd00", MF), ("0f6f00", MF), ("d98000000001", MF),
     ],
 )  # fmt: skip
 def test_pending_exceptions(code, vector, host, core):
-    """Waiting instructions raise #MF, before their operand's faults; the others do not, nor does CVTPI2PS from memory."""
+    """Waiting instructions raise #MF before operand faults; others, and CVTPI2PS from memory, do not."""
     case = plain(code, fx=pending_fx(), rax=8)
     found = core.run(case)
     if code != "0fae03":  # FXSAVE on AMD leaves the pointers out
@@ -259,7 +277,8 @@ def test_environment_in_real_mode(mode):
     """Intel SDM 1 figures 8-10 and 8-12: linear addresses of 20 and 32 bits, and the opcode."""
     with Guest(mode) as guest:
         guest.put(0x7FF0, 0x3FF0000000000000)
-        assert guest.run("""
+        assert (
+            guest.run("""
             mov ax, 0x700
             mov ds, ax
             fninit
@@ -268,7 +287,9 @@ def test_environment_in_real_mode(mode):
             fnstenv [0x20]
             .byte 0x66
             fnstenv [0x40]
-        """) == STOP
+        """)
+            == STOP
+        )
         here = guest.labels["here"]
         narrow = struct.unpack("<7H", guest.memory[0x7020:0x702E])
         assert narrow == (0x37F, 0x3800, 0x3FFF, here, 0x506, 0x7FF0, 0)
@@ -280,18 +301,23 @@ def test_environment_in_real_mode(mode):
 def test_environment_in_real_mode_loads():
     """What FLDENV takes, FNSTENV gives; addresses above 64 KiB keep their high bits."""
     narrow = struct.pack("<7H", 0x27F, 0x1000, 0xFFFF, 0x1234, 0xA555, 0x5678, 0xB000)
-    wide = struct.pack("<7I", 0xFFFF027F, 0xFFFF1000, 0xFFFFFFFF, 0xFFFF1234, 0x0ABCD555, 0xFFFF5678, 0x01234000)
+    wide = struct.pack(
+        "<7I", 0xFFFF027F, 0xFFFF1000, 0xFFFFFFFF, 0xFFFF1234, 0x0ABCD555, 0xFFFF5678, 0x01234000
+    )
     with Guest("real") as guest:
         guest.write(0x7000, narrow)
         guest.write(0x7040, wide)
-        assert guest.run("""
+        assert (
+            guest.run("""
             fldenv [0x7000]
             fnstenv [0x7020]
             .byte 0x66
             fldenv [0x7040]
             .byte 0x66
             fnstenv [0x7080]
-        """) == STOP
+        """)
+            == STOP
+        )
         assert guest.memory[0x7020:0x702E] == narrow
         assert guest.memory[0x7080:0x709C] == wide
 
@@ -308,7 +334,8 @@ here:
 """
 PIC = "".join(
     f"mov al, {value}\nout {port}, al\n"
-    for port, value in ((0x20, 0x11), (0x21, 0x08), (0x21, 4), (0x21, 1), (0xA0, 0x11), (0xA1, 0x70), (0xA1, 2), (0xA1, 1),
+    for port, value in ((0x20, 0x11), (0x21, 0x08), (0x21, 4), (0x21, 1), (0xA0, 0x11),
+                        (0xA1, 0x70), (0xA1, 2), (0xA1, 1),
                         (0x21, 0xFB), (0xA1, 0xDF))
 )  # fmt: skip
 
@@ -322,8 +349,12 @@ def test_numeric_error_as_an_exception():
 
 
 def test_numeric_error_as_irq_13():
-    """Without CR0.NE: IRQ 13 comes before the waiting instruction, which is executed when the handler has returned."""
-    program = PIC + "sti\n" + DIVIDE_BY_ZERO + """
+    """Without CR0.NE: IRQ 13 comes before the waiting instruction, which runs when the handler returns."""
+    program = (
+        PIC
+        + "sti\n"
+        + DIVIDE_BY_ZERO
+        + """
         fld1
         jmp stop
     handler:
@@ -334,6 +365,7 @@ def test_numeric_error_as_irq_13():
         out 0x20, al
         iret
     """
+    )
     with Guest("real", chip=True) as guest:
         assert guest.run(program) == 0x75
         assert guest.frame(False)[0] == guest.labels["here"]
@@ -387,7 +419,9 @@ def test_device_memory(core):
     try:
         fx = bytearray(plain("90").fx)
         struct.pack_into("<HHB", fx, 0, 0x37F, 0, 0)
-        core.load(plain("dd00 d9e0 dd5808 db7803 90", fx=fx, rax=page))  # fld m64; fchs; fstp m64; fstp m80 over words
+        core.load(
+            plain("dd00 d9e0 dd5808 db7803 90", fx=fx, rax=page)
+        )  # fld m64; fchs; fstp m64; fstp m80 over words
         loaded = core.cpu.run(-1)
         assert loaded[0] == _core.EXIT_MMIO and core.cpu.reading
         core.cpu.access_data = struct.pack("<d", 1.5)

@@ -1,4 +1,4 @@
-"""What the tests of the x87 and of MMX share: values in all the forms that 80 bits have, and states of the unit."""
+"""What the tests of the x87 and of MMX share: values in all the forms of 80 bits, and states of the unit."""
 
 import os
 import random
@@ -14,21 +14,22 @@ UD, NM, GP, PF, MF, XM = 6, 7, 13, 14, 16, 19
 IE, DE, ZE, OE, UE, PE, SF, ES = 1, 2, 4, 8, 16, 32, 64, 128
 TOP_BIT = 1 << 63
 MANTISSAS = (
-    TOP_BIT, TOP_BIT | 1, 2**64 - 1, TOP_BIT | 1 << 62, TOP_BIT | 1 << 61, TOP_BIT | 1 << 40, TOP_BIT | 0x7FF, TOP_BIT | 0x400,
-    TOP_BIT | 0x3FF, TOP_BIT | 0x401, 2**64 - 0x400, 2**64 - 0x401, TOP_BIT | 1 << 39, TOP_BIT | 3 << 39, 2**64 - (1 << 39),
-    0, 1, TOP_BIT - 1, 1 << 62, 0xC90FDAA22168C235, 0xB17217F7D1CF79AC,
-)
+    TOP_BIT, TOP_BIT | 1, 2**64 - 1, TOP_BIT | 1 << 62, TOP_BIT | 1 << 61, TOP_BIT | 1 << 40,
+    TOP_BIT | 0x7FF, TOP_BIT | 0x400, TOP_BIT | 0x3FF, TOP_BIT | 0x401, 2**64 - 0x400, 2**64 - 0x401,
+    TOP_BIT | 1 << 39, TOP_BIT | 3 << 39, 2**64 - (1 << 39), 0, 1, TOP_BIT - 1, 1 << 62, 0xC90FDAA22168C235,
+    0xB17217F7D1CF79AC,
+)  # fmt: skip
 EXPONENTS = (
-    0, 0, 1, 2, 0x7FFF, 0x7FFF, 0x7FFE, 0x7FFD, 0x3FFF, 0x3FFF, 0x3FFE, 0x4000, 0x3FFD, 0x3F80, 0x3F81, 0x3F6A, 0x3C00, 0x3C01,
-    0x3BCD, 0x407E, 0x407F, 0x43FE, 0x43FF, 0x400D, 0x400E, 0x401D, 0x401E, 0x403D, 0x403E, 0x403F, 0x4040, 0x3FBE, 0x3FBF,
-    0x1FFF, 0x2000, 0x5FFF, 0x6000, 0x4039, 0x403A,
-)
-# Operands that the manual names: zeros, one, infinity, quiet and signalling NaN, the indefinite, pseudo-denormal,
-# pseudo-infinity, pseudo-NaN, unnormal.
+    0, 0, 1, 2, 0x7FFF, 0x7FFF, 0x7FFE, 0x7FFD, 0x3FFF, 0x3FFF, 0x3FFE, 0x4000, 0x3FFD, 0x3F80, 0x3F81,
+    0x3F6A, 0x3C00, 0x3C01, 0x3BCD, 0x407E, 0x407F, 0x43FE, 0x43FF, 0x400D, 0x400E, 0x401D, 0x401E, 0x403D,
+    0x403E, 0x403F, 0x4040, 0x3FBE, 0x3FBF, 0x1FFF, 0x2000, 0x5FFF, 0x6000, 0x4039, 0x403A,
+)  # fmt: skip
+# Operands that the manual names: zero, one, infinity, quiet and signalling NaN, the indefinite,
+# pseudo-denormal, pseudo-infinity, pseudo-NaN, unnormal, denormal.
 NAMED = (
-    (0, 0), (0x3FFF, TOP_BIT), (0x7FFF, TOP_BIT), (0x7FFF, 3 << 62 | 5), (0x7FFF, TOP_BIT | 5), (0x7FFF, 3 << 62),
-    (0, TOP_BIT | 1), (0x7FFF, 0), (0x7FFF, 7), (0x3FFF, 1 << 62), (0, 1),
-)
+    (0, 0), (0x3FFF, TOP_BIT), (0x7FFF, TOP_BIT), (0x7FFF, 3 << 62 | 5), (0x7FFF, TOP_BIT | 5),
+    (0x7FFF, 3 << 62), (0, TOP_BIT | 1), (0x7FFF, 0), (0x7FFF, 7), (0x3FFF, 1 << 62), (0, 1),
+)  # fmt: skip
 
 
 def generator(*words):
@@ -57,24 +58,53 @@ def extended(rng):
 def operand(rng, kind):
     """A memory operand: 16, 32, 64 bits, an extended real or a decimal, in bytes."""
     if kind == "real32":
-        values = (0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, rng.getrandbits(31))
+        values = (
+            0,
+            1,
+            0x7FFFFF,
+            0x800000,
+            0x3F800000,
+            0x7F7FFFFF,
+            0x7F800000,
+            0x7F800001,
+            0x7FC00000,
+            rng.getrandbits(31),
+        )
         return struct.pack("<I", rng.choice(values) | rng.choice((0, 1 << 31)))
     if kind == "real64":
-        values = (0, 1, 2**52 - 1, 2**52, 0x3FF << 52, 0x7FF << 52, 0x7FF << 52 | 1, 0xFFF << 51, rng.getrandbits(63))
+        values = (
+            0,
+            1,
+            2**52 - 1,
+            2**52,
+            0x3FF << 52,
+            0x7FF << 52,
+            0x7FF << 52 | 1,
+            0xFFF << 51,
+            rng.getrandbits(63),
+        )
         return struct.pack("<Q", rng.choice(values) | rng.choice((0, 1 << 63)))
     if kind == "real80":
         exponent, mantissa = extended(rng)
         return struct.pack("<QH", mantissa, exponent)
     if kind == "decimal":
         digits = bytes(rng.randrange(10) << 4 | rng.randrange(10) for _ in range(9))
-        return (digits if rng.randrange(4) else rng.getrandbits(72).to_bytes(9, "little")) + bytes([rng.choice((0, 0x80))])
+        return (digits if rng.randrange(4) else rng.getrandbits(72).to_bytes(9, "little")) + bytes(
+            [rng.choice((0, 0x80))]
+        )
     return struct.pack("<Q", encode.value(rng))
 
 
 def control_word(rng, unmask=True):
     """Any precision (the reserved one too) and rounding; all masked more often than not."""
     masks = rng.getrandbits(6) if unmask and rng.randrange(2) else 0x3F
-    return masks | 0x40 | rng.choice((0x300, 0x300, 0x200, 0, 0x100)) | rng.randrange(4) << 10 | rng.choice((0, 0, 0, 0x1000))
+    return (
+        masks
+        | 0x40
+        | rng.choice((0x300, 0x300, 0x200, 0, 0x100))
+        | rng.randrange(4) << 10
+        | rng.choice((0, 0, 0, 0x1000))
+    )
 
 
 def status_word(rng, control):
@@ -108,12 +138,16 @@ def plain(code, fx=None, data=b"", **registers):
     gprs = dict.fromkeys(GPRS, 0) | {"rsp": DATA + 2048, "rbx": DATA, "rcx": DATA + 512} | registers
     fx = fx or encode.fx_image(random.Random(1))
     code = bytes.fromhex(code) if isinstance(code, str) else code
-    return Case(code=code, gprs=gprs, flags=0, data=data.ljust(DATA_SIZE, b"\0"), fx=bytes(fx), name=code.hex())
+    return Case(
+        code=code, gprs=gprs, flags=0, data=data.ljust(DATA_SIZE, b"\0"), fx=bytes(fx), name=code.hex()
+    )
 
 
 def describe(case):
     control, status, tags = struct.unpack_from("<HHB", case.fx)
-    stack = " ".join("{1:04x}.{0:016x}".format(*struct.unpack_from("<QH", case.fx, 32 + 16 * i)) for i in range(8))
+    stack = " ".join(
+        "{1:04x}.{0:016x}".format(*struct.unpack_from("<QH", case.fx, 32 + 16 * i)) for i in range(8)
+    )
     return f"{native.describe(case)} fcw={control:#x} fsw={status:#x} tags={tags:#x} st={stack}"
 
 

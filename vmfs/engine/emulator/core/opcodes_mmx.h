@@ -1,4 +1,5 @@
-/* Rows: MMX, and the forms of SSE, SSE2, SSSE3 instructions with MM registers. See opcodes.h for the columns. */
+/* Rows: MMX, and the forms of SSE, SSE2, SSSE3 instructions with MM registers. See opcodes.h for the
+ * columns. */
 INSN(MOVD, M0F, 0x6e, NP, NO, RM, Pq, Ey, __, Y, mm_from, MMX, A_MMX, NONE, NONE, NONE)
 INSN(MOVD, M0F, 0x7e, NP, NO, RM, Ey, Pq, __, Y, mm_to, MMX, A_MMX, NONE, NONE, NONE)
 INSN(MOVQ, M0F, 0x6f, NP, NO, RM, Pq, Qq, __, D, mm_mov, MMX, A_MMX, NONE, NONE, NONE)

@@ -1,5 +1,5 @@
-/* Rows: x87 (Intel SDM 2A, appendix A.5). The second byte of the register forms is in r->imm. Undocumented encodings are
- * those that processors have: other names of FCOM, FCOMP, FXCH, FSTP, and FFREEP. */
+/* Rows: x87 (Intel SDM 2A, appendix A.5). The second byte of the register forms is in r->imm. Undocumented
+ * encodings are those that processors have: other names of FCOM, FCOMP, FXCH, FSTP, and FFREEP. */
 
 /* Arithmetic and comparison */
 INSN(FADD, M1, 0xd8, ANY, 0, MEM, ST0, Md, __, D, x87_d8_0, FPU, A_X87, NONE, NONE, NONE)

@@ -1,9 +1,9 @@
 /* MMX, and the 64-bit forms of SSE, SSE2 and SSSE3: packed integers in the registers of the x87.
  *
- * The registers are those in struct vcpu (x87.h); operations are the host's XMM ones on the low half. Every one of
- * these instructions sets TOP to 0 and, EMMS apart, all tags to valid, and what it writes gets an exponent of ones
- * (Intel SDM 3A 13.2). A pending x87 exception comes before all of it; after a fault of the operand nothing of it
- * has happened. */
+ * The registers are those in struct vcpu (x87.h); operations are the host's XMM ones on the low half. Every
+ * one of these instructions sets TOP to 0 and, EMMS apart, all tags to valid, and what it writes gets an
+ * exponent of ones (Intel SDM 3A 13.2). A pending x87 exception comes before all of it; after a fault of the
+ * operand nothing of it has happened. */
 #include "x87.h"
 
 static COLD void mmx_prepare(struct vcpu *c, const struct record *r)
@@ -37,7 +37,7 @@ ALWAYS_INLINE void set_mm(struct vcpu *c, unsigned n, u64 value)
     c->fpr[n].exponent = 0xffff;
 }
 
-/* ---- Forms of P <- do_NAME(c, r, P, Q); so many bytes of memory ------------------------------------------ */
+/* ---- Forms of P <- do_NAME(c, r, P, Q); so many bytes of memory ---------------------------------------- */
 
 #define MMX_COMPUTE(name) ALWAYS_INLINE u64 do_mm_##name(struct vcpu *c, const struct record *r, u64 d, u64 s)
 
@@ -89,7 +89,7 @@ ALWAYS_INLINE void set_mm(struct vcpu *c, unsigned n, u64 value)
     } \
     MMX_FORMS(name)
 
-/* ---- Arithmetic, logic, comparison ------------------------------------------------------------------------ */
+/* ---- Arithmetic, logic, comparison --------------------------------------------------------------------- */
 
 MMX_ELEMENTS(paddb)
 MMX_ELEMENTS(paddw)
@@ -130,7 +130,7 @@ MMX_ELEMENTS(pandn)
 MMX_ELEMENTS(por)
 MMX_ELEMENTS(pxor)
 
-/* ---- Shifts: by the source, or by an immediate ------------------------------------------------------------ */
+/* ---- Shifts: by the source, or by an immediate --------------------------------------------------------- */
 
 #define MMX_SHIFT(name) \
     MMX_ELEMENTS(name) \
@@ -150,7 +150,7 @@ MMX_SHIFT(psrlq)
 MMX_SHIFT(psraw)
 MMX_SHIFT(psrad)
 
-/* ---- Pack, unpack, shuffle --------------------------------------------------------------------------------- */
+/* ---- Pack, unpack, shuffle ----------------------------------------------------------------------------- */
 
 MMX_HORIZONTAL(packsswb)
 MMX_HORIZONTAL(packssdw)
@@ -187,7 +187,7 @@ MMX_COMPUTE(pshufw)
 }
 MMX_FORMS(pshufw)
 
-/* ---- SSSE3 --------------------------------------------------------------------------------------------------- */
+/* ---- SSSE3 --------------------------------------------------------------------------------------------- */
 
 MMX_COMPUTE(pshufb) /* of an index, bits 7 and 2:0 count */
 {
@@ -225,7 +225,7 @@ MMX_COMPUTE(palignr)
 }
 MMX_FORMS(palignr)
 
-/* ---- Moves ---------------------------------------------------------------------------------------------------- */
+/* ---- Moves --------------------------------------------------------------------------------------------- */
 
 MMX_COMPUTE(mov)
 {
@@ -315,7 +315,7 @@ OP(op_movdq2q)
 }
 HANDLER(movdq2q);
 
-/* ---- Elements to and from general registers -------------------------------------------------------------------- */
+/* ---- Elements to and from general registers ------------------------------------------------------------ */
 
 ALWAYS_INLINE u64 insert_word(u64 d, u64 value, i32 imm)
 {
@@ -369,18 +369,21 @@ OP(op_maskmovq)
                 mmu_check_write(c, at, 1, ACCESS_WRITE);
         }
     for (unsigned i = 0; i < 8; i++)
-        if (mask >> 8 * i & 0x80)
-            linear_store(c, linear_of(c, r, r->seg, (offset + i) & limit, 1, ACCESS_WRITE), 1, data >> 8 * i & 0xff);
+        if (mask >> 8 * i & 0x80) {
+            u64 at = linear_of(c, r, r->seg, (offset + i) & limit, 1, ACCESS_WRITE);
+            linear_store(c, at, 1, data >> 8 * i & 0xff);
+        }
     mmx_commit(c);
     NEXT();
 }
 HANDLER(maskmovq);
 
-/* ---- Conversion between MM and XMM registers --------------------------------------------------------------------
+/* ---- Conversion between MM and XMM registers ----------------------------------------------------------
  *
  * Processors (at least AMD's) go over to the MMX state before the conversion raises an unmasked exception. */
 
-/* To two singles, which replace the low half; to two doubles. From memory, they do not touch the MM registers. */
+/* To two singles, which replace the low half; to two doubles. From memory, they do not touch the MM
+ * registers. */
 ALWAYS_INLINE void cvtpi2ps(struct vcpu *c, const struct record *r, u64 value)
 {
     xmm d = from64(value);
@@ -444,7 +447,7 @@ TO_MMX_MEM(cvtpd2pi, mem_load16_aligned(c, r))
 TO_MMX(cvttpd2pi, cvttpd2dq, WHOLE)
 TO_MMX_MEM(cvttpd2pi, mem_load16_aligned(c, r))
 
-/* ---- EMMS -------------------------------------------------------------------------------------------------------- */
+/* ---- EMMS ---------------------------------------------------------------------------------------------- */
 
 OP(op_emms)
 {

@@ -1,10 +1,10 @@
 /* x87 instructions on the stack and with one memory operand: the same bytes, executed by the host (x87.h). */
 #include "x87.h"
 
-/* ---- Register forms: a handler for each pair of bytes -----------------------------------------------------------
+/* ---- Register forms: a handler for each pair of bytes -------------------------------------------------
  *
- * The rows name the handler of the first byte, which jumps to that of the pair, by the second in r->imm. The rows
- * decide which pairs exist. */
+ * The rows name the handler of the first byte, which jumps to that of the pair, by the second in r->imm. The
+ * rows decide which pairs exist. */
 
 #define PAIRS_8_LOW(X, first, high) \
     X(first, high##0) X(first, high##1) X(first, high##2) X(first, high##3) \
@@ -30,8 +30,8 @@
 
 #define PAIRS_64(first) \
     PAIRS_16(PAIR, first, c) PAIRS_16(PAIR, first, d) PAIRS_16(PAIR, first, e) PAIRS_16(PAIR, first, f) \
-    PAIRS(first, PAIRS_16(PAIR_ENTRY, first, c) PAIRS_16(PAIR_ENTRY, first, d) PAIRS_16(PAIR_ENTRY, first, e) \
-          PAIRS_16(PAIR_ENTRY, first, f))
+    PAIRS(first, PAIRS_16(PAIR_ENTRY, first, c) PAIRS_16(PAIR_ENTRY, first, d) \
+                 PAIRS_16(PAIR_ENTRY, first, e) PAIRS_16(PAIR_ENTRY, first, f))
 PAIRS_64(d8) /* FADD FMUL FCOM FCOMP FSUB FSUBR FDIV FDIVR */
 PAIRS_64(d9) /* FLD FXCH FNOP; FCHS .. FCOS */
 PAIRS_64(dc) /* D8 with the destination ST(i) */
@@ -73,20 +73,22 @@ CONDITIONAL(fcmovnbe, 7)
 CONDITIONAL(fcmovu, 10)
 CONDITIONAL(fcmovnu, 11)
 
-/* FCOMI and its like set ZF, PF, CF and clear the others, unless an unmasked exception stops them: so they find the
- * guest's flags. */
+/* FCOMI and its like set ZF, PF, CF and clear the others, unless an unmasked exception stops them: so they
+ * find the guest's flags. */
 #define COMPARE(first, second) \
     OP(op_x87_##first##_##second) \
     { \
-        bool zero = flag_zf(c), parity, carry; \
+        bool zero, parity, carry; \
         X87_START(c, r); \
         if (unlikely(c->x87_place == X87_HOST_UNMASKED)) { \
             u64 flags = get_arithmetic_flags(c); \
-            __asm__ volatile("pushq %0\n\tpopfq\n\t.byte 0x" #first ", 0x" #second "\n\tpushfq\n\tpopq %0" \
-                             : "+r"(flags) : : "cc", "memory"); \
+            __asm__ volatile("lea -128(%%rsp), %%rsp\n\tpushq %0\n\tpopfq\n\t" /* not in the red zone */ \
+                             ".byte 0x" #first ", 0x" #second "\n\t" \
+                             "pushfq\n\tpopq %0\n\tlea 128(%%rsp), %%rsp" : "+r"(flags) : : "cc", "memory"); \
             set_arithmetic_flags(c, flags); \
         } else { \
-            __asm__ volatile(".byte 0x" #first ", 0x" #second : "=@ccz"(zero), "=@ccp"(parity), "=@ccc"(carry)); \
+            __asm__ volatile(".byte 0x" #first ", 0x" #second \
+                             : "=@ccz"(zero), "=@ccp"(parity), "=@ccc"(carry)); \
             c->zf = !zero; \
             c->sf = !parity; \
             set_carries(c, carry, 0, 0); \
@@ -94,7 +96,8 @@ CONDITIONAL(fcmovnu, 11)
         x87_remember(c, r); \
         NEXT(); \
     }
-PAIRS_8_HIGH(COMPARE, db, e) PAIRS_8_LOW(COMPARE, db, f) PAIRS_8_HIGH(COMPARE, df, e) PAIRS_8_LOW(COMPARE, df, f)
+PAIRS_8_HIGH(COMPARE, db, e) PAIRS_8_LOW(COMPARE, db, f)
+PAIRS_8_HIGH(COMPARE, df, e) PAIRS_8_LOW(COMPARE, df, f)
 #define COMPARISONS(first) \
     static handler *const comparisons_##first[64] = { \
         PAIRS_8_HIGH(PAIR_ENTRY, first, e) PAIRS_8_LOW(PAIR_ENTRY, first, f)}; \
@@ -103,7 +106,7 @@ PAIRS_8_HIGH(COMPARE, db, e) PAIRS_8_LOW(COMPARE, db, f) PAIRS_8_HIGH(COMPARE, d
 COMPARISONS(db)
 COMPARISONS(df)
 
-/* ---- Memory forms: the same two bytes, with the operand at RAX ----------------------------------------------------- */
+/* ---- Memory forms: the same two bytes, with the operand at RAX ----------------------------------------- */
 
 #define EXECUTE(first, digit) \
     ALWAYS_INLINE void execute_##first##_##digit(void *p) \
@@ -164,8 +167,8 @@ LOAD(df, 0, 2) /* FILD */
 LOAD(df, 4, 10) /* FBLD */
 LOAD(df, 5, 8) /* FILD */
 
-/* A store where the memory is not at hand: the host stores to the scratch, and the guest's state is still that in
- * struct vcpu if the memory refuses. An unmasked exception but precision leaves the memory alone. */
+/* A store where the memory is not at hand: the host stores to the scratch, and the guest's state is still
+ * that in struct vcpu if the memory refuses. An unmasked exception but precision leaves the memory alone. */
 static NOINLINE void store_slow(struct vcpu *c, u64 at, unsigned bytes, void (*execute)(void *))
 {
     u16 status;

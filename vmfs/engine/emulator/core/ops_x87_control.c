@@ -1,7 +1,8 @@
 /* x87 control: words, environment, state; FWAIT. */
 #include "x87.h"
 
-/* FNSTCW, FNSTSW, FNSTENV, FNSAVE, FNINIT, FNCLEX do not wait: with FWAIT before them they are FSTCW and so on. */
+/* FNSTCW, FNSTSW, FNSTENV, FNSAVE, FNINIT, FNCLEX do not wait: with FWAIT before them they are FSTCW and so
+ * on. */
 
 OP(op_fwait)
 {
@@ -14,7 +15,7 @@ HANDLER(fwait);
 OP(op_x87_nothing) { NEXT(); }
 HANDLER(x87_nothing);
 
-/* ---- Words --------------------------------------------------------------------------------------------------- */
+/* ---- Words --------------------------------------------------------------------------------------------- */
 
 static u16 status_word(const struct vcpu *c)
 {
@@ -86,7 +87,7 @@ OP(op_fninit)
 }
 HANDLER(fninit);
 
-/* ---- Environment and state (Intel SDM 1 8.1.10, figures 8-9 to 8-12) ----------------------------------------- */
+/* ---- Environment and state (Intel SDM 1 8.1.10, figures 8-9 to 8-12) ----------------------------------- */
 
 enum { IMAGE_BYTES = 108 };
 struct image { u8 bytes[IMAGE_BYTES]; };
@@ -176,7 +177,10 @@ static void take_registers(struct vcpu *c, const u8 *from)
 
 /* The image in memory, in pieces that the MMU takes. All is checked before anything is written. */
 enum { PIECE = 64 };
-static unsigned piece_of(unsigned done, unsigned bytes) { return bytes - done < PIECE ? bytes - done : PIECE; }
+static unsigned piece_of(unsigned done, unsigned bytes)
+{
+    return bytes - done < PIECE ? bytes - done : PIECE;
+}
 
 static void read_image(struct vcpu *c, const struct record *r, struct image *image, unsigned bytes)
 {

@@ -64,8 +64,8 @@ void x87_restore(struct vcpu *c)
     for (unsigned i = 0; i < 8; i++)
         image.st[i] = c->fpr[(top + i) & 7];
     __asm__ volatile("fxrstor64 %0" : : "m"(image)
-                     : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
-                       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+                     : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+                       "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
     __asm__ volatile("fnstcw %0" : "=m"(c->fcw)); /* bits that are fixed in the host's */
 }
 
@@ -78,10 +78,11 @@ void x87_release(struct vcpu *c)
     c->x87_borrowed = false;
 }
 
-/* CR0.NE chooses between #MF and the PC's way (SDM 1 8.7.2): FERR# raises IRQ 13, and the CPU freezes before the
- * instruction until an interrupt comes, whose handler clears the exception or writes port F0. IGNNE#, which that
- * write asserts, is not there: a handler that lets the exception pend freezes at its own next waiting instruction.
- * Without interrupt controllers in the core there is no IRQ 13, and #MF comes in either case, as under KVM. */
+/* CR0.NE chooses between #MF and the PC's way (SDM 1 8.7.2): FERR# raises IRQ 13, and the CPU freezes before
+ * the instruction until an interrupt comes, whose handler clears the exception or writes port F0. IGNNE#,
+ * which that write asserts, is not there: a handler that lets the exception pend freezes at its own next
+ * waiting instruction. Without interrupt controllers in the core there is no IRQ 13, and #MF comes in either
+ * case, as under KVM. */
 static _Noreturn void raise_pending(struct vcpu *c, const struct record *r)
 {
     enum { FERR_IRQ = 13 };

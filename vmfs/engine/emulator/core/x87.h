@@ -1,14 +1,14 @@
 /* x87: executed by the host's own.
  *
  * While a guest uses it, the host's x87 holds the guest's stack, status, tags and control word, so that every
- * instruction of the guest is that very instruction on the host: results, C0 to C3, stack faults and exceptions,
- * masked or not, are the processor's. This works because no compiled code uses the x87 on x86-64 (but `long
- * double`, which the core does not have), and because an unmasked exception only becomes #MF in the next
- * instruction that waits: the handlers look at ES before it, so that the host never takes one.
+ * instruction of the guest is that very instruction on the host: results, C0 to C3, stack faults and
+ * exceptions, masked or not, are the processor's. This works because no compiled code uses the x87 on x86-64
+ * (but `long double`, which the core does not have), and because an unmasked exception only becomes #MF in
+ * the next instruction that waits: the handlers look at ES before it, so that the host never takes one.
  *
- * The host's is loaded by the first instruction that needs it and given back at the end of a run. Pointers and
- * opcode of the last instruction are the guest's and always in struct vcpu; so is the control word. MMX works on
- * the registers in struct vcpu. */
+ * The host's is loaded by the first instruction that needs it and given back at the end of a run. Pointers
+ * and opcode of the last instruction are the guest's and always in struct vcpu; so is the control word. MMX
+ * works on the registers in struct vcpu. */
 #ifndef VMFS_X87_H
 #define VMFS_X87_H
 
@@ -22,13 +22,13 @@
 /* Where fsw, ftw and fpr are. */
 enum x87_place {
     X87_MEMORY,               /* in struct vcpu */
-    X87_MMX,                  /* there too, and an MMX instruction was the last: TOP is 0, all valid, nothing pends */
+    X87_MMX,                  /* there too, after an MMX instruction: TOP is 0, all valid, nothing pends */
     X87_HOST_UNMASKED,        /* in the host, and the control word unmasks an exception */
     X87_HOST,                 /* in the host, all exceptions masked: nothing pends */
 };
 enum {
-    FSW_ES = 1 << 7, FSW_C1 = 1 << 9, FSW_TOP_SHIFT = 11, FSW_TOP = 7 << 11, FSW_B = 1 << 15, X87_EXCEPTIONS = 63,
-    FSW_PE = 1 << 5, FCW_INIT = 0x37f, FCW_WRITABLE = 0x1f3f, FCW_FIXED = 0x40,
+    X87_EXCEPTIONS = 63, FSW_PE = 1 << 5, FSW_ES = 1 << 7, FSW_TOP_SHIFT = 11, FSW_TOP = 7 << 11,
+    FSW_B = 1 << 15, FCW_INIT = 0x37f, FCW_WRITABLE = 0x1f3f, FCW_FIXED = 0x40,
 };
 
 /* Make fsw, ftw and fpr in struct vcpu valid; to be read. */
