@@ -493,6 +493,10 @@ void generate_state(struct random *r, const struct sequence *s, struct state *st
     state->rip = s->ip;
     state->rflags = 0x202 | (random64(r) & (FLAGS_ARITHMETIC | (one_in(r, 4) ? 0x400 : 0)));
     u16 control[2] = {0x37f, (u16)(below(r, 8) << 11)};
+    if (one_in(r, 4)) { /* rounding, precision, masks; flags only of what is masked, so that no exception waits */
+        control[0] = (u16)(0x40 | below(r, 16) << 8 | (one_in(r, 2) ? 0x3f : below(r, 64)));
+        control[1] |= (u16)((random64(r) & 0x4700) | (below(r, 64) & control[0]));
+    }
     memcpy(state->fx, control, 4);
     state->fx[4] = one_in(r, 2) ? 0 : one_in(r, 2) ? 0xff : (u8)random64(r);
     u32 mxcsr = 0x1f80, mask = 0xffff;
@@ -506,6 +510,10 @@ void generate_state(struct random *r, const struct sequence *s, struct state *st
     for (int i = 0; i < 8; i++) {
         u64 mantissa = random64(r) | 1ull << 63;
         u16 exponent = (u16)(one_in(r, 3) ? 0x3fff : one_in(r, 2) ? 0xbfff : 0x3fc0 + below(r, 128));
+        if (one_in(r, 4)) { /* zero, denormal, infinity, NaN, and what has no name */
+            mantissa = one_in(r, 2) ? random_value(r) : (u64)(2 + below(r, 2)) << 62;
+            exponent = (u16)((one_in(r, 2) ? 0x7fff : one_in(r, 2) ? 0 : below(r, 0x8000)) | below(r, 2) << 15);
+        }
         memcpy(state->fx + 32 + 16 * i, &mantissa, 8);
         memcpy(state->fx + 40 + 16 * i, &exponent, 2);
     }
