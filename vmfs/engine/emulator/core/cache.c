@@ -88,7 +88,9 @@ static u32 trace_lines(const struct trace *t, u64 page)
 }
 static unsigned page_side(const struct trace *t, u64 page) { return (t->physical[0] & PAGE_MASK) != page; }
 
-static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
+static u32 *lines_at(struct slot *slot, u64 page) { return &slot->lines[(page - slot->address) >> 12]; }
+
+static u32 decoded_lines(struct vm *vm, u64 page)
 {
     u32 lines = 0;
     for (unsigned i = 0; i < CORE_VCPUS; i++) {
@@ -99,7 +101,25 @@ static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
             if (!t->dead)
                 lines |= trace_lines(t, page);
     }
-    slot->lines[(page - slot->address) >> 12] = lines;
+    return lines;
+}
+
+/* How many of vm->sorted to look at for pages that are the same memory (alias_page). */
+static unsigned alias_slots(const struct vm *vm) { return vm->aliased ? vm->slot_count : 0; }
+
+static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
+{
+    u32 lines = decoded_lines(vm, page);
+    for (unsigned i = 0; i < alias_slots(vm); i++) {
+        u64 there = alias_page(slot, page, vm->sorted[i]);
+        lines |= there == NO_PAGE ? 0 : decoded_lines(vm, there);
+    }
+    *lines_at(slot, page) = lines;
+    for (unsigned i = 0; i < alias_slots(vm); i++) {
+        u64 there = alias_page(slot, page, vm->sorted[i]);
+        if (there != NO_PAGE)
+            *lines_at(vm->sorted[i], there) = lines;
+    }
 }
 
 void cache_flush(struct vcpu *c)
@@ -132,11 +152,8 @@ static void unlink_trace(struct vcpu *c, struct trace *t)
     c->counters.traces_killed++;
 }
 
-/* Kill what overlaps [physical, physical + size), which lies on one page. */
-void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size)
+static void kill_lines(struct vm *vm, u64 page, u32 lines)
 {
-    u64 page = physical & PAGE_MASK;
-    u32 lines = lines_of(physical & 0xfff, (physical & 0xfff) + size - 1);
     for (unsigned i = 0; i < CORE_VCPUS; i++) {
         struct vcpu *c = vm->vcpus[i];
         struct code_page *p = c ? find_page(c->cache, page) : NULL;
@@ -157,6 +174,19 @@ void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size)
         if (killed)
             break_links(c);
     }
+}
+
+/* Kill what overlaps [physical, physical + size), which lies on one page. */
+void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size)
+{
+    u64 page = physical & PAGE_MASK;
+    u32 lines = lines_of(physical & 0xfff, (physical & 0xfff) + size - 1);
+    kill_lines(vm, page, lines);
+    for (unsigned i = 0; i < alias_slots(vm); i++) {
+        u64 there = alias_page(slot, page, vm->sorted[i]);
+        if (there != NO_PAGE)
+            kill_lines(vm, there, lines);
+    }
     recompute_lines(vm, slot, page);
 }
 
@@ -166,6 +196,16 @@ static void *arena_take(struct vcpu *c, size_t size)
     void *p = c->cache->arena + c->cache->used;
     c->cache->used += size;
     return p;
+}
+
+static void note_lines(struct vm *vm, struct slot *slot, u64 page, u32 lines)
+{
+    u32 *noted = lines_at(slot, page);
+    if (!*noted) /* stores into the page must be seen from now on */
+        for (unsigned i = 0; i < CORE_VCPUS; i++)
+            if (vm->vcpus[i])
+                tlb_drop_writes_of(vm->vcpus[i], page);
+    *noted |= lines;
 }
 
 static void note_page(struct vcpu *c, struct trace *t, u64 page, unsigned side)
@@ -180,12 +220,12 @@ static void note_page(struct vcpu *c, struct trace *t, u64 page, unsigned side)
     t->page_next[side] = p->traces;
     p->traces = t;
     struct slot *slot = vm_slot(c->vm, page);
-    u32 *lines = &slot->lines[(page - slot->address) >> 12];
-    if (!*lines) /* stores into the page must be seen from now on */
-        for (unsigned i = 0; i < CORE_VCPUS; i++)
-            if (c->vm->vcpus[i])
-                tlb_drop_writes_of(c->vm->vcpus[i], page);
-    *lines |= trace_lines(t, page);
+    note_lines(c->vm, slot, page, trace_lines(t, page));
+    for (unsigned i = 0; i < alias_slots(c->vm); i++) {
+        u64 there = alias_page(slot, page, c->vm->sorted[i]);
+        if (there != NO_PAGE)
+            note_lines(c->vm, c->vm->sorted[i], there, trace_lines(t, page));
+    }
 }
 
 static const u8 *code_page_host(struct vcpu *c, u64 physical)

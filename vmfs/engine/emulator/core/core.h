@@ -31,6 +31,10 @@ void vm_destroy(struct vm *vm);        /* and its CPUs; none of them runs */
 /* Back [address, address + size) with the host memory at `host`. Multiples of 4096; overlap: -EEXIST.
  * A slot that exists is replaced; size 0 removes it. A store into a read-only slot is an MMIO write exit. */
 int vm_map(struct vm *vm, unsigned slot, uint64_t address, void *host, uint64_t size, unsigned flags);
+/* What the memory of a slot is: from `offset` on of a file. Slots with the same bytes are aliases: code that is written
+ * through one has changed in all at once; unknown to the core, at the next run. */
+struct core_backing { uint64_t device, inode, offset; };
+void vm_set_backing(struct vm *vm, unsigned slot, const struct core_backing *backing);
 /* One bit a page, `bytes` = (pages + 7) / 8: what the guest wrote since the last call. Any thread. */
 int vm_dirty_log(struct vm *vm, unsigned slot, uint8_t *bitmap, size_t bytes);
 size_t vm_dirty_log_size(struct vm *vm, unsigned slot);

@@ -9,9 +9,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "core.h"
+
+enum { PAGE = 4096 };
 
 typedef struct {
     PyObject_HEAD
@@ -55,6 +58,26 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* Guest memory between two pages that nobody may touch: an access beside it ends the process at once. */
+static void *map_guarded(size_t size, int protection, int fd, off_t offset)
+{
+    uint8_t *guard = mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (guard == MAP_FAILED)
+        return NULL;
+    if (mmap(guard + PAGE, size, protection, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, offset) == MAP_FAILED) {
+        int error = errno;
+        munmap(guard, size + 2 * PAGE);
+        errno = error;
+        return NULL;
+    }
+    return guard + PAGE;
+}
+static void unmap_guarded(void *host, size_t size)
+{
+    if (host)
+        munmap((uint8_t *)host - PAGE, size + 2 * PAGE);
+}
+
 static void vm_release(VmObject *self)
 {
     if (!self->vm)
@@ -62,8 +85,7 @@ static void vm_release(VmObject *self)
     vm_destroy(self->vm);
     self->vm = NULL;
     for (unsigned i = 0; i < CORE_SLOTS; i++)
-        if (self->maps[i].host)
-            munmap(self->maps[i].host, self->maps[i].size);
+        unmap_guarded(self->maps[i].host, self->maps[i].size);
 }
 
 static void vm_dealloc(VmObject *self)
@@ -96,18 +118,24 @@ static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
         return fail(-EINVAL);
     void *host = NULL;
     if (size) {
-        host = mmap(NULL, size, PROT_READ | (read_only ? 0 : PROT_WRITE), MAP_SHARED | MAP_NORESERVE, fd, offset);
-        if (host == MAP_FAILED)
+        host = map_guarded(size, PROT_READ | (read_only ? 0 : PROT_WRITE), fd, offset);
+        if (!host)
             return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    struct stat file = {0};
+    if (size && fstat(fd, &file)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        unmap_guarded(host, size);
+        return NULL;
     }
     int error = vm_map(self->vm, slot, address, host, size, read_only ? SLOT_READ_ONLY : 0);
     if (error) {
-        if (host)
-            munmap(host, size);
+        unmap_guarded(host, size);
         return fail(error);
     }
-    if (self->maps[slot].host)
-        munmap(self->maps[slot].host, self->maps[slot].size);
+    if (size)
+        vm_set_backing(self->vm, slot, &(struct core_backing){file.st_dev, file.st_ino, (uint64_t)offset});
+    unmap_guarded(self->maps[slot].host, self->maps[slot].size);
     self->maps[slot].host = host;
     self->maps[slot].size = size;
     Py_RETURN_NONE;

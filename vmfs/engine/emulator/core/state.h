@@ -323,13 +323,16 @@ struct slot {
     u8 *host;
     unsigned flags;
     _Atomic u64 *dirty;       /* a bit a page */
-    u32 *lines;               /* a bit for each 128 bytes of a page that hold decoded code */
+    u32 *lines;               /* a bit for each 128 bytes of a page that hold decoded code, also through an alias */
+    bool backed;
+    struct core_backing backing;
 };
 
 struct vm {
     struct slot slots[CORE_SLOTS];
     struct slot *sorted[CORE_SLOTS];
     unsigned slot_count;
+    bool aliased;             /* two slots have bytes in common */
     struct vcpu *vcpus[CORE_VCPUS];
     u64 a20_mask;
     enum core_time time;
@@ -463,6 +466,8 @@ size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
 u64 read_tsc(struct vcpu *c, const struct record *r);
 /* vm.c */
 struct slot *vm_slot(struct vm *vm, u64 physical);   /* the slot of that byte, or NULL */
+#define NO_PAGE (~0ull)
+u64 alias_page(const struct slot *of, u64 page, const struct slot *in); /* where `in` has that page of `of`, or NO_PAGE */
 void vcpu_reset(struct vcpu *c);
 void vcpu_init(struct vcpu *c);                      /* an INIT message */
 void vm_lock(struct vm *vm);

@@ -100,6 +100,36 @@ static void flush_everything(struct vm *vm)
 
 #define ADDRESSES (1ull << 52) /* the most that a page table entry can address (Intel SDM 3A 4.1.4) */
 
+u64 alias_page(const struct slot *of, u64 page, const struct slot *in)
+{
+    u64 at = of->backing.offset + (page - of->address) - in->backing.offset;
+    if (of == in || !of->backed || !in->backed || of->backing.device != in->backing.device ||
+        of->backing.inode != in->backing.inode || at >= in->size)
+        return NO_PAGE;
+    return in->address + at;
+}
+
+static bool are_aliases(const struct slot *a, const struct slot *b)
+{
+    return alias_page(a, a->address, b) != NO_PAGE || alias_page(b, b->address, a) != NO_PAGE;
+}
+
+static void find_aliases(struct vm *vm)
+{
+    vm->aliased = false;
+    for (unsigned i = 0; i < vm->slot_count; i++)
+        for (unsigned k = 0; k < i && !vm->aliased; k++)
+            vm->aliased = are_aliases(vm->sorted[i], vm->sorted[k]);
+}
+
+void vm_set_backing(struct vm *vm, unsigned number, const struct core_backing *backing)
+{
+    vm->slots[number].backed = true;
+    vm->slots[number].backing = *backing;
+    flush_everything(vm); /* what is decoded is noted in all aliases */
+    find_aliases(vm);
+}
+
 int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_t size, unsigned flags)
 {
     if (number >= CORE_SLOTS || (address | size) & 0xfff || (size && !host) || size > ADDRESSES || address > ADDRESSES - size ||
@@ -110,7 +140,7 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
         if (size && &vm->slots[i] != slot && vm->slots[i].size && address < vm->slots[i].address + vm->slots[i].size &&
             vm->slots[i].address < address + size)
             return -EEXIST;
-    struct slot fresh = {address, size, host, flags, NULL, NULL};
+    struct slot fresh = {.address = address, .size = size, .host = host, .flags = flags};
     if (size) {
         u64 pages = size >> 12;
         fresh.dirty = calloc((pages + 63) / 64, sizeof *fresh.dirty);
@@ -134,6 +164,7 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
             vm->sorted[k] = vm->sorted[k - 1];
             vm->sorted[k - 1] = other;
         }
+    find_aliases(vm);
     return 0;
 }
 
