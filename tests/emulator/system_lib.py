@@ -1,7 +1,8 @@
-"""A machine of the core for tests of system behaviour: tables in memory, the CPU in any mode, and handlers that halt.
+"""A machine of the core for tests of system behaviour: tables in memory, the CPU in any mode.
 
-Every vector leads to a HLT of its own, so an exception ends a run, and what it left behind (the frame, the registers, CR2)
-is all there to look at. `Guest.run` says which vector it was, or STOP where the program reached its own end.
+Every vector leads to a HLT of its own, so an exception ends a run, and what it left behind (the frame, the
+registers, CR2) is all there to look at. `Guest.run` says which vector it was, or STOP where the program came
+to its end.
 """
 
 from __future__ import annotations
@@ -23,11 +24,36 @@ KERNEL_STACK, USER_STACK, STACK1 = 0x18000, 0x1A000, 0x1C000  # tops
 TABLES = 0x100000
 DATA = 0x30000
 
-DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF, MF, AC = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17
+DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF, MF, AC = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    11,
+    12,
+    13,
+    14,
+    16,
+    17,
+)
 STOP, SHUTDOWN = "stop", "shutdown"
 
 CODE32, DATA32, USER_CODE32, USER_DATA, CODE64, USER_CODE64, CODE16, DATA16 = range(8, 72, 8)
-TSS_SELECTOR, TSS2_SELECTOR, LDT_SELECTOR, CONFORMING, CODE1, DATA1, FREE = 0x48, 0x58, 0x68, 0x78, 0x80, 0x88, 0x90
+TSS_SELECTOR, TSS2_SELECTOR, LDT_SELECTOR, CONFORMING, CODE1, DATA1, FREE = (
+    0x48,
+    0x58,
+    0x68,
+    0x78,
+    0x80,
+    0x88,
+    0x90,
+)
 
 GPRS = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
 SEGMENTS = "cs ds es fs gs ss tr ldt".split()
@@ -37,9 +63,21 @@ _CONTROL_AT = _TABLES_AT + 32
 CONTROL = "cr0 cr2 cr3 cr4 cr8 efer".split()
 
 CR0_PE, CR0_TS, CR0_ET, CR0_WP, CR0_AM, CR0_PG = 1, 8, 16, 1 << 16, 1 << 18, 1 << 31
-CR4_VME, CR4_PVI, CR4_TSD, CR4_DE, CR4_PSE, CR4_PAE, CR4_UMIP, CR4_LA57, CR4_FSGSBASE, CR4_PCIDE, CR4_SMEP, CR4_SMAP, CR4_PKE = (
-    1 << bit for bit in (0, 1, 2, 3, 4, 5, 11, 12, 16, 17, 20, 21, 22)
-)
+(
+    CR4_VME,
+    CR4_PVI,
+    CR4_TSD,
+    CR4_DE,
+    CR4_PSE,
+    CR4_PAE,
+    CR4_UMIP,
+    CR4_LA57,
+    CR4_FSGSBASE,
+    CR4_PCIDE,
+    CR4_SMEP,
+    CR4_SMAP,
+    CR4_PKE,
+) = (1 << bit for bit in (0, 1, 2, 3, 4, 5, 11, 12, 16, 17, 20, 21, 22))
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
 CF, ZF, TF, IF, DF_FLAG, IOPL3, NT, RF, VM, AC_FLAG, VIF, VIP = (
     1, 1 << 6, 1 << 8, 1 << 9, 1 << 10, 3 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20,
@@ -118,7 +156,7 @@ class Guest:
     def __exit__(self, *_):
         self.close()
 
-    # ---- Memory -----------------------------------------------------------------------------------------------------
+    # ---- Memory ------------------------------------------------------------
 
     def write(self, address: int, data: bytes) -> None:
         self.memory[address : address + len(data)] = data
@@ -163,7 +201,9 @@ class Guest:
         self.set_descriptor(TSS2_SELECTOR, tss_descriptor(TSS2), high)
         self.set_descriptor(LDT_SELECTOR, descriptor(LDT, 0xFFF, 2, s=0, big=0, granular=0), high)
         for vector in range(256):
-            self.write(self.stub(vector), b"\xe6\xf1" if self.chip else b"\xf4")  # out 0xf1, al: a HLT would wait
+            self.write(
+                self.stub(vector), b"\xe6\xf1" if self.chip else b"\xf4"
+            )  # out 0xf1, al: a HLT would wait
             kernel = CODE64 if self.long else CODE32
             self.set_gate(vector, gate(kernel, self.stub(vector), 14, dpl=3 if vector in (3, 4, 0x80) else 0))
             if self.mode == "real":
@@ -180,7 +220,7 @@ class Guest:
         self.write(TSS + 0x68, b"\xff" * (0x100 - 0x68))
         self.put(TSS2 + 102, 0x68, 2)
 
-    # ---- State --------------------------------------------------------------------------------------------------------
+    # ---- State ------------------------------------------------------------
 
     def _state(self, cpl: int, iopl: int) -> None:
         mode = self.mode
@@ -244,9 +284,11 @@ class Guest:
         return struct.unpack_from("<Q", self.cpu.get_state("sregs"), _CONTROL_AT + 8 * CONTROL.index(name))[0]
 
     def segment(self, name: str) -> Segment:
-        return Segment(*_SEGMENT.unpack_from(self.cpu.get_state("sregs"), SEGMENTS.index(name) * _SEGMENT.size))
+        return Segment(
+            *_SEGMENT.unpack_from(self.cpu.get_state("sregs"), SEGMENTS.index(name) * _SEGMENT.size)
+        )
 
-    # ---- Running ------------------------------------------------------------------------------------------------------
+    # ---- Running ------------------------------------------------------------
 
     def load(self, code: str) -> None:
         assembler_mode = {"v86": "real", "compat": "protected"}.get(self.mode, self.mode)
@@ -280,7 +322,7 @@ class Guest:
         return vector
 
     def frame(self, has_error: bool, size: int | None = None) -> list[int]:
-        """What delivery pushed: ip, cs, flags, sp, ss (the last two only mean something where it pushed them)."""
+        """What delivery pushed: ip, cs, flags, sp, ss (where it pushed the last two)."""
         size = size or (8 if self.long else 2 if self.mode == "real" else 4)
         at = self.regs()["rsp"] + (size if has_error else 0)
         return [self.get(at + size * n, size) for n in range(9)]

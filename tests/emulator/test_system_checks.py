@@ -1,14 +1,54 @@
-"""What system instructions check, and what they do: each a program in a mode, and the exception that the Intel SDM gives."""
+"""What system instructions check and do: a program in a mode, and the exception that the Intel SDM gives."""
 
 from __future__ import annotations
 
 import pytest
 from emulator.system_lib import (
-    AC, BR, CF, CODE16, CODE32, CODE64, CODE1, CONFORMING, CR0_AM, CR0_ET, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_DE,
-    CR4_FSGSBASE, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PVI, CR4_TSD, CR4_UMIP, CR4_VME, DATA, DATA16, DATA32, DB, DE, DF, FREE, GP,
-    IF, IOPL3, KERNEL_STACK, LDT_SELECTOR, NM, NP, NT, OF, RF, SS, STACK1, STOP, TF, TS, TSS, TSS2_SELECTOR, TSS_SELECTOR,
-    UD, USER_CODE32, USER_CODE64, USER_DATA, USER_STACK, VIF, VIP, VM, ZF, BP, AC_FLAG, EFER_LMA, EFER_LME,
-    Guest, descriptor, gate, tss_descriptor,
+    AC,
+    AC_FLAG,
+    BP,
+    CF,
+    CODE16,
+    CODE32,
+    CODE64,
+    CONFORMING,
+    CR0_AM,
+    CR0_TS,
+    CR4_DE,
+    CR4_FSGSBASE,
+    CR4_PVI,
+    CR4_TSD,
+    CR4_UMIP,
+    CR4_VME,
+    DATA,
+    DATA32,
+    DB,
+    DF,
+    FREE,
+    GP,
+    IF,
+    IOPL3,
+    KERNEL_STACK,
+    NP,
+    NT,
+    OF,
+    RF,
+    SS,
+    STACK1,
+    STOP,
+    TF,
+    TSS,
+    UD,
+    USER_CODE32,
+    USER_CODE64,
+    USER_DATA,
+    USER_STACK,
+    VIF,
+    VIP,
+    VM,
+    Guest,
+    descriptor,
+    gate,
 )  # fmt: skip
 
 # mode, CPL, program, vector, error code (None: it has none)
@@ -23,7 +63,13 @@ FAULTS = [
     ("long", 0, "mov rax, cr4; bts rax, 30; mov cr4, rax", GP, 0),  # reserved
     ("long", 0, "mov rax, cr4; bts rax, 32; mov cr4, rax", GP, 0),
     ("protected", 0, "mov eax, cr4; bts eax, 17; mov cr4, eax", GP, 0),  # PCIDE outside of long mode
-    ("long", 0, "mov rax, cr3; or rax, 8; mov cr3, rax; mov rax, cr4; bts rax, 17; mov cr4, rax", GP, 0),  # PCID not 0
+    (
+        "long",
+        0,
+        "mov rax, cr3; or rax, 8; mov cr3, rax; mov rax, cr4; bts rax, 17; mov cr4, rax",
+        GP,
+        0,
+    ),  # PCID not 0
     ("long", 0, "mov rax, cr3; bts rax, 40; mov cr3, rax", GP, 0),  # above MAXPHYADDR
     ("long", 0, "mov rax, cr3; bts rax, 63; mov cr3, rax", GP, 0),  # bit 63 without PCIDE
     ("long", 0, "mov eax, 16; mov cr8, rax", GP, 0),
@@ -52,7 +98,13 @@ FAULTS = [
     ("v86", 3, "rdmsr", GP, 0),
     ("long", 0, "mov ecx, 0xc0000080; mov eax, 0x1000; xor edx, edx; wrmsr", GP, 0),  # reserved in EFER
     ("long", 0, "mov ecx, 0xc0000080; rdmsr; btr eax, 8; wrmsr", GP, 0),  # LME while paging
-    ("long", 0, "mov ecx, 0xc0000082; mov edx, 0x800000; wrmsr", GP, 0),  # LSTAR not canonical (57 bits: no LA57 set)
+    (
+        "long",
+        0,
+        "mov ecx, 0xc0000082; mov edx, 0x800000; wrmsr",
+        GP,
+        0,
+    ),  # LSTAR not canonical (57 bits: no LA57 set)
     ("long", 0, "mov ecx, 0xc0000100; mov edx, 0x8000; wrmsr", GP, 0),
     ("long", 0, "mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr", GP, 0),  # PAT: reserved type
     ("long", 0, "mov ecx, 0x10a; xor eax, eax; xor edx, edx; wrmsr", GP, 0),  # read-only
@@ -85,7 +137,13 @@ FAULTS = [
     ("protected", 0, "mov ax, 0x404; mov ds, ax", GP, 0x404),  # empty LDT entry
     ("protected", 0, "mov ax, 0x40; mov ds, ax; mov eax, [0x10000]", GP, 0),  # limit
     ("protected", 0, "mov ax, 0x40; mov ss, ax; mov esp, 0x100; mov eax, [esp + 0x20000]", SS, 0),
-    ("protected", 0, "mov ax, 0x10; mov ds, ax; mov ax, 8; mov es, ax; mov es:[0], eax", GP, 0),  # write to code
+    (
+        "protected",
+        0,
+        "mov ax, 0x10; mov ds, ax; mov ax, 8; mov es, ax; mov es:[0], eax",
+        GP,
+        0,
+    ),  # write to code
     ("protected", 0, "mov byte ptr cs:[0x1000], 0", GP, 0),
     ("long", 0, "xor eax, eax; mov ss, ax; mov ds, ax; mov rax, [0x1000]", STOP, None),  # null SS at CPL 0
     ("long", 3, "mov eax, 3; mov ss, ax", GP, 0),
@@ -161,7 +219,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("mode, cpl, code, vector, error", FAULTS, ids=lambda v: str(v).replace("\n", " ")[:60])
+@pytest.mark.parametrize(
+    "mode, cpl, code, vector, error", FAULTS, ids=lambda v: str(v).replace("\n", " ")[:60]
+)
 def test_checks(mode, cpl, code, vector, error):
     with Guest(mode, cpl) as guest:
         guest.load(code)
@@ -183,7 +243,9 @@ def expect(guest: Guest, code: str, **registers: int) -> None:
     if guest.mode != "real":
         flags = guest.frame(False)[2]
         after["rflags"] = flags & ~RF
-    assert {name: hex(after[name]) for name in registers} == {name: hex(value) for name, value in registers.items()}
+    assert {name: hex(after[name]) for name in registers} == {
+        name: hex(value) for name, value in registers.items()
+    }
 
 
 def test_cr4_umip():
@@ -217,7 +279,8 @@ def test_lar_lsl_verr_verw():
         expect(
             guest,
             f"mov eax, -1; mov ecx, {USER_DATA}; lar eax, cx; mov ecx, {FREE | 3}; lsl ebx, cx;"
-            f"verr cx; setz dl; verw cx; setz dh; mov ecx, {FREE + 8}; verr cx; setz ch; mov esi, -1; mov ecx, {DATA32};"
+            f"verr cx; setz dl; verw cx; setz dh; mov ecx, {FREE + 8}; verr cx; setz ch; mov esi, -1; "
+            f"mov ecx, {DATA32};"
             "lar esi, cx; setz cl; mov edi, 7; push eax; xor eax, eax; lsl edi, ax; pop eax",
             rax=0xC0F300, rbx=0x123, rdx=1, rsi=0xFFFFFFFF, rdi=7,
         )  # fmt: skip
@@ -226,7 +289,9 @@ def test_lar_lsl_verr_verw():
 
 def test_arpl():
     with Guest("protected", 3) as guest:
-        expect(guest, "mov eax, 0x10; mov ecx, 3; arpl ax, cx; setz bl; arpl ax, cx; setz bh", rax=0x13, rbx=1)
+        expect(
+            guest, "mov eax, 0x10; mov ecx, 3; arpl ax, cx; setz bl; arpl ax, cx; setz bh", rax=0x13, rbx=1
+        )
 
 
 def test_accessed_bits_are_set():
@@ -328,14 +393,29 @@ def test_debug_registers(mode):
         assert guest.run() == STOP
         assert guest.regs()["rcx"] == 1
     with Guest(mode) as guest:  # a store: a trap, behind it
-        assert guest.run(enable.format(r=r, address=DATA, control=0x401 | 0xD << 16) + f"mov [{DATA}], eax; inc ecx") == DB
+        assert (
+            guest.run(
+                enable.format(r=r, address=DATA, control=0x401 | 0xD << 16) + f"mov [{DATA}], eax; inc ecx"
+            )
+            == DB
+        )
         assert guest.regs()["rcx"] == 0
         assert dr6(guest) & 0xE00F == 1
     with Guest(mode) as guest:  # loads do not count for a store's breakpoint; others' bytes neither
-        assert guest.run(enable.format(r=r, address=DATA, control=0x401 | 0xD << 16) +
-                         f"mov ebx, [{DATA}]; mov [{DATA + 4}], eax; mov [{DATA - 1}], al") == STOP
+        assert (
+            guest.run(
+                enable.format(r=r, address=DATA, control=0x401 | 0xD << 16)
+                + f"mov ebx, [{DATA}]; mov [{DATA + 4}], eax; mov [{DATA - 1}], al"
+            )
+            == STOP
+        )
     with Guest(mode) as guest:
-        assert guest.run(enable.format(r=r, address=DATA, control=0x401 | 0xF << 16) + f"mov ebx, [{DATA + 2}]; nop") == DB
+        assert (
+            guest.run(
+                enable.format(r=r, address=DATA, control=0x401 | 0xF << 16) + f"mov ebx, [{DATA + 2}]; nop"
+            )
+            == DB
+        )
     with Guest(mode) as guest:  # I/O
         guest.set(cr4=guest.control("cr4") | CR4_DE)
         guest.load(enable.format(r=r, address=0x80, control=0x401 | 2 << 16) + "out 0x80, al; nop")
@@ -353,11 +433,21 @@ def test_dr7_gd_is_cleared_for_the_handler():
 
 def test_dr4_dr5_are_dr6_dr7():
     with Guest("protected") as guest:
-        expect(guest, "mov eax, dr4; mov ebx, dr5; mov ecx, dr6; mov edx, dr7", rax=0xFFFF0FF0, rbx=0x400, rcx=0xFFFF0FF0, rdx=0x400)
+        expect(
+            guest,
+            "mov eax, dr4; mov ebx, dr5; mov ecx, dr6; mov edx, dr7",
+            rax=0xFFFF0FF0,
+            rbx=0x400,
+            rcx=0xFFFF0FF0,
+            rdx=0x400,
+        )
 
 
 def test_call_gates():
-    for kind, size, push in ((12, 4, "push 0x11223344; push 0x55667788;"), (4, 2, "pushw 0x3344; pushw 0x7788;")):
+    for kind, size, push in (
+        (12, 4, "push 0x11223344; push 0x55667788;"),
+        (4, 2, "pushw 0x3344; pushw 0x7788;"),
+    ):
         with Guest("protected", 3) as guest:
             guest.load(push + f"call {FREE | 3}:0; stopped: hlt; .balign 16; entry: nop")
             guest.set_descriptor(FREE, gate(CODE32, guest.labels["entry"], kind, dpl=3, parameters=2))
@@ -365,17 +455,21 @@ def test_call_gates():
             sp = guest.regs()["rsp"] + 12  # behind the frame of the UD2: same level
             mask = (1 << 8 * size) - 1
             got = [guest.get(sp + size * n, size) for n in range(6)]
-            assert got == [guest.labels["stopped"] & mask, USER_CODE32 | 3, 0x55667788 & mask if size == 4 else 0x7788,
-                           0x11223344 & mask if size == 4 else 0x3344, (USER_STACK - 2 * size) & mask, USER_DATA | 3]  # fmt: skip
+            first, second = (0x11223344, 0x55667788) if size == 4 else (0x3344, 0x7788)
+            back, old_sp = guest.labels["stopped"] & mask, (USER_STACK - 2 * size) & mask
+            assert got == [back, USER_CODE32 | 3, second, first, old_sp, USER_DATA | 3]
             assert guest.segment("cs").selector == CODE32
     with Guest("long", 3) as guest:
-        guest.load(f"push 0; mov word ptr [rsp + 4], {FREE | 3}; call fword ptr [rsp]; stopped: hlt; .balign 16; entry: nop")
+        guest.load(
+            f"push 0; mov word ptr [rsp + 4], {FREE | 3}; call fword ptr [rsp]; stopped: hlt; .balign 16; "
+            f"entry: nop"
+        )
         guest.set_descriptor(FREE, gate(CODE64, guest.labels["entry"], 12, dpl=3), 0)
         assert guest.run() == STOP
         ip, cs, flags, sp, ss = guest.frame(False)[:5]
         assert cs == CODE64 and sp == KERNEL_STACK - 32
-        assert [guest.get(sp + 8 * n) for n in range(4)] == [guest.labels["stopped"], USER_CODE64 | 3, USER_STACK - 8,
-                                                             USER_DATA | 3]  # fmt: skip
+        pushed = [guest.get(sp + 8 * n) for n in range(4)]
+        assert pushed == [guest.labels["stopped"], USER_CODE64 | 3, USER_STACK - 8, USER_DATA | 3]
 
 
 CALL_GATE_FAULTS = [
@@ -406,7 +500,8 @@ def test_retf_to_an_outer_level():
     with Guest("protected") as guest:
         expect(
             guest,
-            f"push {USER_DATA | 3}; push {USER_STACK}; push 1; push 2; push {USER_CODE32 | 3}; push offset there; retf 8;"
+            f"push {USER_DATA | 3}; push {USER_STACK}; push 1; push 2; push {USER_CODE32 | 3}; "
+            f"push offset there; retf 8;"
             "there: mov eax, esp; mov bx, ds; mov cx, ss",
             rax=USER_STACK + 8, rbx=0, rcx=USER_DATA | 3,
         )  # fmt: skip
@@ -426,14 +521,21 @@ def test_iret_flags_by_privilege():
 
 def test_iretq_always_pops_the_stack():
     with Guest("long") as guest:
-        expect(guest, f"push {DATA32}; push {STACK1}; push 2; push {CODE64}; lea rax, [rip + there]; push rax; iretq;"
-               "there: mov rbx, rsp", rbx=STACK1)
+        expect(
+            guest,
+            f"push {DATA32}; push {STACK1}; push 2; push {CODE64}; lea rax, [rip + there]; push rax; iretq;"
+            "there: mov rbx, rsp",
+            rbx=STACK1,
+        )
 
 
 def test_iret_to_compatibility_mode_and_back():
     with Guest("long") as guest:
-        guest.load(f"push {USER_DATA | 3}; push {USER_STACK}; push 2; push {USER_CODE32 | 3}; push offset there; iretq;"
-                   ".code32; there: mov eax, 0x12345678; push eax; .byte 0x40; .byte 0x90; .code64; mov ecx, 1")
+        guest.load(
+            f"push {USER_DATA | 3}; push {USER_STACK}; push 2; push {USER_CODE32 | 3}; push offset there; "
+            f"iretq;"
+            ".code32; there: mov eax, 0x12345678; push eax; .byte 0x40; .byte 0x90; .code64; mov ecx, 1"
+        )
         assert guest.run() == STOP
         ip, cs, flags, sp, ss = guest.frame(False)[:5]
         assert (cs, sp, ss) == (USER_CODE32 | 3, USER_STACK - 4, USER_DATA | 3)
@@ -443,7 +545,9 @@ def test_iret_to_compatibility_mode_and_back():
 
 def test_v86_round_trip():
     with Guest("protected") as guest:
-        pushes = "".join(f"push {n};" for n in (6, 5, 4, 3, 2, 0x8000, VM | 2, 0x100, 0))  # gs fs ds es ss esp eflags cs eip
+        pushes = "".join(
+            f"push {n};" for n in (6, 5, 4, 3, 2, 0x8000, VM | 2, 0x100, 0)
+        )  # gs fs ds es ss esp eflags cs eip
         guest.write(0x1000, b"")
         guest.load(pushes + "iret")
         guest.write(0x1000 + 0x100, b"")
@@ -471,7 +575,10 @@ def test_vme():
         guest.put(TSS + 102, 0x68 + 32, 2)
         guest.write(TSS + 0x68, bytes(32))  # all vectors are redirected
         guest.put(4 * 0x21, 0x0000_1080, 4)
-        guest.load("sti; pushf; pop ax; cli; pushf; pop bx; sti; int 0x21; hlt; .org 0x80; pop cx; pop dx; pop si; pushf; pop di")
+        guest.load(
+            "sti; pushf; pop ax; cli; pushf; pop bx; sti; int 0x21; hlt; .org 0x80; pop cx; pop dx; "
+            "pop si; pushf; pop di"
+        )
         assert guest.run() == STOP
         regs = guest.regs()
         assert regs["rax"] & 0xFFFF == 0x3202 and regs["rbx"] & 0xFFFF == 0x3002
@@ -507,13 +614,21 @@ def test_io_permission_map():
 def test_syscall_sysret():
     with Guest("long", 3) as guest:
         guest.cpu.set_msr(0xC0000081, (0x50 - 0x30) << 48 | CODE64 << 32)
-        guest.load("mov eax, 5; stc; syscall; back: inc eax; .balign 16; entry: mov rbx, rsp; mov rdi, rcx; mov rsi, r11; mov dx, cs; hlt")
+        guest.load(
+            "mov eax, 5; stc; syscall; back: inc eax; .balign 16; entry: mov rbx, rsp; mov rdi, rcx; "
+            "mov rsi, r11; mov dx, cs; hlt"
+        )
         guest.cpu.set_msr(0xC0000082, guest.labels["entry"])
         guest.cpu.set_msr(0xC0000084, CF | IF)
         exit_ = guest.go()
         assert exit_[0] == 3
         regs = guest.regs()
-        assert (regs["rdi"], regs["rsi"], regs["rdx"], regs["rbx"]) == (guest.labels["back"], 3, CODE64, USER_STACK)
+        assert (regs["rdi"], regs["rsi"], regs["rdx"], regs["rbx"]) == (
+            guest.labels["back"],
+            3,
+            CODE64,
+            USER_STACK,
+        )
         assert regs["rflags"] & CF == 0
         assert guest.segment("ss").selector == CODE64 + 8 and guest.segment("ss").dpl == 0
         guest.load("sysretq; back: stc")
@@ -526,13 +641,21 @@ def test_syscall_sysret():
 
 def test_sysenter_sysexit():
     with Guest("protected", 3) as guest:
-        guest.load("sysenter; .balign 16; entry: mov ax, cs; mov bx, ss; mov esi, esp; mov edx, offset back; mov ecx, 0x17000;"
-                   "sysexit; back: mov bp, cs")
+        guest.load(
+            "sysenter; .balign 16; entry: mov ax, cs; mov bx, ss; mov esi, esp; mov edx, offset back; "
+            "mov ecx, 0x17000;"
+            "sysexit; back: mov bp, cs"
+        )
         for msr, value in ((0x174, CODE32), (0x175, STACK1), (0x176, guest.labels["entry"])):
             guest.cpu.set_msr(msr, value)
         assert guest.run() == STOP
         regs = guest.regs()
-        assert (regs["rax"], regs["rbx"], regs["rsi"], regs["rbp"]) == (CODE32, DATA32, STACK1, CODE32 + 16 | 3)
+        assert (regs["rax"], regs["rbx"], regs["rsi"], regs["rbp"]) == (
+            CODE32,
+            DATA32,
+            STACK1,
+            CODE32 + 16 | 3,
+        )
 
 
 def test_swapgs_and_bases():
@@ -540,8 +663,15 @@ def test_swapgs_and_bases():
         guest.set(cr4=guest.control("cr4") | CR4_FSGSBASE)
         guest.cpu.set_msr(0xC0000102, 0x30000)
         guest.put(0x30008, 0x1234)
-        expect(guest, "mov eax, 0x5000; wrgsbase rax; swapgs; mov rbx, gs:[8]; rdgsbase rcx; swapgs; rdgsbase rdx;"
-               "mov rax, 0x30000; wrfsbase rax; mov rsi, fs:[8]", rbx=0x1234, rcx=0x30000, rdx=0x5000, rsi=0x1234)
+        expect(
+            guest,
+            "mov eax, 0x5000; wrgsbase rax; swapgs; mov rbx, gs:[8]; rdgsbase rcx; swapgs; rdgsbase rdx;"
+            "mov rax, 0x30000; wrfsbase rax; mov rsi, fs:[8]",
+            rbx=0x1234,
+            rcx=0x30000,
+            rdx=0x5000,
+            rsi=0x1234,
+        )
 
 
 def test_ist_and_stack_alignment():
@@ -668,15 +798,31 @@ def test_rdtscp_rdpid():
 
 def test_tsc_counts_instructions_and_adjusts():
     with Guest("long") as guest:
-        expect(guest, "mov ecx, 0x3b; rdmsr; mov esi, eax; rdtsc; mov ebx, eax; nop; nop; rdtsc; sub eax, ebx; mov ebx, eax;"
-               "mov ecx, 0x10; mov edx, 1; xor eax, eax; wrmsr; rdtsc; mov edi, edx; mov ecx, 0x3b; rdmsr; mov eax, edx",
-               rbx=4, rsi=0, rdi=1, rax=0)
+        expect(
+            guest,
+            "mov ecx, 0x3b; rdmsr; mov esi, eax; rdtsc; mov ebx, eax; nop; nop; rdtsc; sub eax, ebx; "
+            "mov ebx, eax;"
+            "mov ecx, 0x10; mov edx, 1; xor eax, eax; wrmsr; rdtsc; mov edi, edx; mov ecx, 0x3b; rdmsr; "
+            "mov eax, edx",
+            rbx=4,
+            rsi=0,
+            rdi=1,
+            rax=0,
+        )
         assert guest.cpu.get_msr(0x3B) > 0xFF000000
 
 
 def test_lgdt_widths():
     with Guest("protected") as guest:
         guest.put(DATA, 0x1234 | 0xAABBCCDD << 16)
-        expect(guest, f"data16 lgdt [{DATA}]; sgdt [{DATA + 16}]; mov eax, [{DATA + 18}]; movzx ebx, word ptr [{DATA + 16}]; lgdt [{DATA + 32}]"
-               if False else f".byte 0x66; lidt [{DATA}]; sidt [{DATA + 16}]; mov eax, [{DATA + 18}]; movzx ebx, word ptr [{DATA + 16}];"
-               f"mov word ptr [{DATA}], 0x7ff; mov dword ptr [{DATA + 2}], 0x11000; lidt [{DATA}]", rax=0xBBCCDD, rbx=0x1234)
+        expect(
+            guest,
+            f"data16 lgdt [{DATA}]; sgdt [{DATA + 16}]; mov eax, [{DATA + 18}]; "
+            f"movzx ebx, word ptr [{DATA + 16}]; lgdt [{DATA + 32}]"
+            if False
+            else f".byte 0x66; lidt [{DATA}]; sidt [{DATA + 16}]; mov eax, [{DATA + 18}]; "
+            f"movzx ebx, word ptr [{DATA + 16}];"
+            f"mov word ptr [{DATA}], 0x7ff; mov dword ptr [{DATA + 2}], 0x11000; lidt [{DATA}]",
+            rax=0xBBCCDD,
+            rbx=0x1234,
+        )

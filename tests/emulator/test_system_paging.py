@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import pytest
 from emulator.system_lib import (
-    A, AC_FLAG, CODE64, CR0_ET, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, D, DATA,
-    EFER_LMA, EFER_LME, EFER_NXE, GP, NX, P, PF, PS, RAM, STOP, TABLES, U, W, Guest,
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_LA57,
+    CR4_PAE,
+    CR4_PKE,
+    CR4_PSE,
+    CR4_SMAP,
+    CR4_SMEP,
+    DATA,
+    EFER_NXE,
+    GP,
+    NX,
+    PF,
+    PS,
+    RAM,
+    STOP,
+    TABLES,
+    A,
+    D,
+    Guest,
+    P,
+    U,
+    W,
 )  # fmt: skip
 
 PRESENT, WRITE, USER, RESERVED, FETCH, KEY = 1, 2, 4, 8, 16, 32
@@ -37,10 +60,13 @@ FAULTS = [
     (0, P | W | 1 << 40, "mov [rsi + 5], eax", 0, 0, PRESENT | WRITE | RESERVED),
     (3, P | W | U | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; mov eax, [rsi + 5]", 0, CR4_PKE,
      PRESENT | USER | KEY),  # PKRU.AD of key 1
-    (3, P | W | U | 1 << 59, "mov eax, 8; xor ecx, ecx; xor edx, edx; wrpkru; mov eax, [rsi + 5]; mov [rsi + 5], eax", 0,
+    (3, P | W | U | 1 << 59, "mov eax, 8; xor ecx, ecx; xor edx, edx; wrpkru; mov eax, [rsi + 5]; "
+                             "mov [rsi + 5], eax", 0,
      CR4_PKE, PRESENT | USER | WRITE | KEY),
-    (0, P | W | U | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; mov eax, [rsi + 5]", 0, CR4_PKE, PRESENT | KEY),
-    (0, P | W | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; mov eax, [rsi + 5]", 0, CR4_PKE, STOP),
+    (0, P | W | U | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; "
+                             "mov eax, [rsi + 5]", 0, CR4_PKE, PRESENT | KEY),
+    (0, P | W | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; "
+                         "mov eax, [rsi + 5]", 0, CR4_PKE, STOP),
 ]  # fmt: skip
 
 
@@ -103,8 +129,10 @@ def test_accessed_and_dirty():
 
 def test_a_cached_translation_stays_until_invlpg():
     """The other way round would be legal too; this is that INVLPG, MOV CR3 and INVPCID do what they say."""
-    for flush in ("invlpg [rsi]", "mov rax, cr3; mov cr3, rax", "mov qword ptr [0x31000], 0; mov [0x31008], rsi; xor eax, eax;"
-                  "invpcid rax, [0x31000]", "mov eax, 2; mov qword ptr [0x31000], 0; invpcid rax, [0x31000]"):  # fmt: skip
+    for flush in ("invlpg [rsi]", "mov rax, cr3; mov cr3, rax", "mov qword ptr [0x31000], 0; "
+        "mov [0x31008], rsi; xor eax, eax;"
+                  "invpcid rax, [0x31000]", "mov eax, 2; mov qword ptr [0x31000], 0; "
+                                            "invpcid rax, [0x31000]"):  # fmt: skip
         with Guest("long") as guest:
             guest.put(PAGE, 1, 4)
             guest.put(PAGE + 0x2000, 2, 4)
@@ -130,7 +158,12 @@ def test_1_gib_and_2_mib_pages():
         guest.put(TABLES + 0x1000 + 8, 0 | P | W | PS)  # 1 GiB at 1 GiB
         guest.put(TABLES + 0x2000 + 8, 0 | P | W | PS)
         guest.put(PAGE, 0x1234, 4)
-        assert guest.run(f"mov eax, [0x40000000 + {PAGE}]; mov ebx, [0x200000 + {PAGE}]; mov [0x200000 + {PAGE}], eax") == STOP
+        assert (
+            guest.run(
+                f"mov eax, [0x40000000 + {PAGE}]; mov ebx, [0x200000 + {PAGE}]; mov [0x200000 + {PAGE}], eax"
+            )
+            == STOP
+        )
         assert guest.regs()["rax"] == guest.regs()["rbx"] == 0x1234
         assert guest.get(TABLES + 0x1000 + 8) & (A | D) == A
         assert guest.get(TABLES + 0x2000 + 8) & (A | D) == A | D
@@ -154,7 +187,11 @@ def test_32_bit_paging():
         guest.put(TABLES + 0x1000 + 4 * (PAGE >> 12), PAGE | P | U, 4)
         guest.put(PAGE, 7, 4)
         assert guest.run(f"mov eax, [{PAGE}]; mov [{PAGE + 4}], eax") == PF
-        assert (guest.error, guest.control("cr2"), guest.regs()["rax"]) == (PRESENT | USER | WRITE, PAGE + 4, 7)
+        assert (guest.error, guest.control("cr2"), guest.regs()["rax"]) == (
+            PRESENT | USER | WRITE,
+            PAGE + 4,
+            7,
+        )
         assert guest.get(TABLES + 0x1000 + 4 * (PAGE >> 12), 4) & (A | D) == A
         assert guest.get(TABLES, 4) & A
     with Guest("protected") as guest:
@@ -187,16 +224,22 @@ def pae(guest: Guest) -> None:
 
 
 def test_pae_paging():
-    enable = f"mov eax, cr4; or eax, {CR4_PAE}; mov cr4, eax; mov eax, {TABLES}; mov cr3, eax; mov eax, cr0; bts eax, 31; mov cr0, eax;"
+    enable = f"""mov eax, cr4; or eax, {CR4_PAE}; mov cr4, eax; mov eax, {TABLES}; mov cr3, eax
+        mov eax, cr0; bts eax, 31; mov cr0, eax;"""
     with Guest("protected") as guest:
         pae(guest)
         guest.put(PAGE, 0x55, 4)
-        assert guest.run(enable + f"mov ebx, [{PAGE}]; mov ecx, [{RAM + PAGE}]; mov [{RAM + PAGE}], ecx") == STOP
+        assert (
+            guest.run(enable + f"mov ebx, [{PAGE}]; mov ecx, [{RAM + PAGE}]; mov [{RAM + PAGE}], ecx") == STOP
+        )
         assert (guest.regs()["rbx"], guest.regs()["rcx"]) == (0x55, 0x55)
         assert guest.get(TABLES + 0x1008) & D
     with Guest("protected") as guest:  # the four entries are registers: a change needs MOV CR3
         pae(guest)
-        assert guest.run(enable + f"mov dword ptr [{TABLES + 8}], {TABLES + 0x1000 | P}; mov eax, [0x40000000]") == PF
+        assert (
+            guest.run(enable + f"mov dword ptr [{TABLES + 8}], {TABLES + 0x1000 | P}; mov eax, [0x40000000]")
+            == PF
+        )
         assert guest.error == 0
         guest.set(rip=0x1000)
         guest.load(f"mov eax, cr3; mov cr3, eax; mov eax, [0x40000000 + {PAGE}]")
@@ -209,7 +252,14 @@ def test_pae_paging():
     with Guest("protected") as guest:
         pae(guest)
         guest.put(TABLES + 0x2000 + 8 * (PAGE >> 12), PAGE | P | W | NX)
-        assert guest.run(f"mov ecx, 0xc0000080; rdmsr; or eax, {EFER_NXE}; wrmsr;" + enable + f"mov eax, {PAGE}; jmp eax") == PF
+        assert (
+            guest.run(
+                f"mov ecx, 0xc0000080; rdmsr; or eax, {EFER_NXE}; wrmsr;"
+                + enable
+                + f"mov eax, {PAGE}; jmp eax"
+            )
+            == PF
+        )
         assert guest.error == PRESENT | FETCH
 
 
@@ -220,7 +270,10 @@ def test_5_level_paging():
         guest.put(top + 8 * 5, TABLES | P | W | U)
         guest.put(PAGE, 0x99, 4)
         guest.set(cr3=top, cr4=CR4_PAE | CR4_LA57)
-        assert guest.run(f"mov rsi, {5 << 48 | PAGE:#x}; mov eax, [rsi]; mov rsi, {6 << 48:#x}; mov ebx, [rsi]") == PF
+        assert (
+            guest.run(f"mov rsi, {5 << 48 | PAGE:#x}; mov eax, [rsi]; mov rsi, {6 << 48:#x}; mov ebx, [rsi]")
+            == PF
+        )
         assert guest.regs()["rax"] == 0x99
         assert guest.control("cr2") == 6 << 48
         guest.set(rip=0x1000)

@@ -4,10 +4,39 @@ from __future__ import annotations
 
 import pytest
 from emulator.system_lib import (
-    CODE16, CODE32, CODE64, CR0_TS, DATA16, DATA32, DB, DF, FREE, GDT, GP, IF, KERNEL_STACK, LDT_SELECTOR, NP, NT, RF, SS,
-    STACK1, STOP, TABLES, TS, TSS, TSS2, TSS2_SELECTOR, TSS_SELECTOR, UD, USER_CODE32, USER_DATA, USER_STACK, VM,
-    Guest, descriptor, gate, tss_descriptor,
+    CODE16,
+    CODE32,
+    CODE64,
+    CR0_TS,
+    DATA16,
+    DATA32,
+    DB,
+    DF,
+    FREE,
+    GDT,
+    GP,
+    KERNEL_STACK,
+    LDT_SELECTOR,
+    NP,
+    NT,
+    RF,
+    SS,
+    STACK1,
+    STOP,
+    TABLES,
+    TS,
+    TSS,
+    TSS2,
+    TSS2_SELECTOR,
+    TSS_SELECTOR,
+    USER_DATA,
+    VM,
+    Guest,
+    descriptor,
+    gate,
+    tss_descriptor,
 )  # fmt: skip
+
 from vmfs.engine.emulator import _core
 
 
@@ -81,22 +110,23 @@ def test_unreal_mode_keeps_the_limits():
         guest.put(0x2000, 0xFFF, 2)
         guest.put(0x2002, GDT, 4)
         guest.put(0x100000 + 0x50, 0x1234, 4)
-        guest.load(f"""xor ax, ax; mov ds, ax; .byte 0x66; lgdt [0x2000]; mov eax, cr0; or al, 1; mov cr0, eax;
+        guest.load(f"""xor ax, ax; mov ds, ax; .byte 0x66; lgdt [0x2000]; mov eax, cr0; or al, 1;
+        mov cr0, eax;
                    mov bx, {DATA32}; mov fs, bx; and al, 0xfe; mov cr0, eax; xor bx, bx; mov fs, bx;
                    mov ebx, 0x100050; mov ecx, fs:[ebx]; hlt""")
         assert guest.go()[0] == _core.EXIT_HLT
         assert guest.regs()["rcx"] & 0xFFFFFFFF == 0x1234
 
 
-# ---- Tasks ------------------------------------------------------------------------------------------------------------
+# ---- Tasks ------------------------------------------------------------
 
 
 def task(guest: Guest, ip: int, **fields: int) -> None:
     """The second task, at TSS2: 32-bit."""
-    values = {"cr3": 0, "eip": ip, "eflags": 2, "esp": STACK1, "eax": 0xAAAA, "ebx": 0xBBBB, "es": DATA32, "cs": CODE32,
-              "ss": DATA32, "ds": DATA32, "fs": 0, "gs": 0, "ldt": LDT_SELECTOR, "trap": 0} | fields  # fmt: skip
-    offsets = {"link": 0, "cr3": 28, "eip": 32, "eflags": 36, "eax": 40, "ecx": 44, "edx": 48, "ebx": 52, "esp": 56, "ebp": 60,
-               "esi": 64, "edi": 68, "es": 72, "cs": 76, "ss": 80, "ds": 84, "fs": 88, "gs": 92, "ldt": 96, "trap": 100}  # fmt: skip
+    values = {"eip": ip, "eflags": 2, "esp": STACK1, "eax": 0xAAAA, "ebx": 0xBBBB, "ldt": LDT_SELECTOR}
+    values |= {"es": DATA32, "cs": CODE32, "ss": DATA32, "ds": DATA32} | fields
+    names = "cr3 eip eflags eax ecx edx ebx esp ebp esi edi es cs ss ds fs gs ldt trap".split()
+    offsets = {name: 28 + 4 * n for n, name in enumerate(names)}  # 7.2.1
     for name, value in values.items():
         guest.put(TSS2 + offsets[name], value, 4)
 
@@ -125,7 +155,10 @@ def test_jump_to_a_task_saves_and_loads_everything():
 
 def test_call_and_iret_between_tasks():
     with Guest("protected") as guest:
-        guest.load(f"mov ecx, 5; call {TSS2_SELECTOR}:0; back: inc ecx; jmp stop; other: pushfd; pop edx; mov [0x30000], edx; iret")
+        guest.load(
+            f"mov ecx, 5; call {TSS2_SELECTOR}:0; back: inc ecx; jmp stop; other: pushfd; pop edx; "
+            f"mov [0x30000], edx; iret"
+        )
         task(guest, guest.labels["other"])
         assert guest.run() == STOP
         assert guest.regs()["rcx"] == 6
@@ -161,7 +194,8 @@ def test_to_a_16_bit_task():
     with Guest("protected") as guest:
         guest.load(f"mov edx, 0x12345678; jmp {FREE}:0; other: nop")
         guest.set_descriptor(FREE, tss_descriptor(TSS2, 43, 1))
-        for offset, value in ((14, guest.labels["other"]), (16, 2), (18, 0x11), (26, 0x8000), (34, DATA32), (36, CODE32),
+        other = guest.labels["other"]
+        for offset, value in ((14, other), (16, 2), (18, 0x11), (26, 0x8000), (34, DATA32), (36, CODE32),
                               (38, DATA32), (40, DATA32), (42, 0)):  # fmt: skip
             guest.put(TSS2 + offset, value, 2)
         assert guest.run() == STOP
@@ -205,13 +239,19 @@ def test_faults_of_a_switch(fields, tss, vector, error):
     """Checks of the TSS fault in the old task; those of what it holds in the new one (7.3, table 7-1)."""
     with Guest("protected") as guest:
         guest.load(f"nop; at: jmp {TSS2_SELECTOR}:0; other: nop")
-        task(guest, **({"ip": guest.labels["other"]} | fields) if "eip" not in fields else {"ip": fields["eip"]} | fields)
+        task(
+            guest,
+            **({"ip": guest.labels["other"]} | fields)
+            if "eip" not in fields
+            else {"ip": fields["eip"]} | fields,
+        )
         guest.set_descriptor(TSS2_SELECTOR, tss_descriptor(TSS2, **tss))
         guest.set_descriptor(FREE, descriptor(present=0))
         # The handler runs in a task of its own: the new task's segments may be of no use.
         third = 0x1E000
         guest.write(third, bytes(guest.memory[TSS2 : TSS2 + 0x68]))
-        for offset, value in ((32, guest.stub(vector)), (36, 2), (56, 0x1F000), (72, DATA32), (76, CODE32), (80, DATA32),
+        stub = guest.stub(vector)
+        for offset, value in ((32, stub), (36, 2), (56, 0x1F000), (72, DATA32), (76, CODE32), (80, DATA32),
                               (84, DATA32), (96, LDT_SELECTOR)):  # fmt: skip
             guest.put(third + offset, value, 4)
         guest.set_descriptor(FREE + 8, tss_descriptor(third))
@@ -222,7 +262,9 @@ def test_faults_of_a_switch(fields, tss, vector, error):
         if tss:
             assert old == TSS_SELECTOR and guest.get(TSS + 32, 4) == guest.labels["at"]
         else:
-            assert old == TSS2_SELECTOR and guest.get(TSS2 + 32, 4) == fields.get("eip", guest.labels["other"])
+            assert old == TSS2_SELECTOR and guest.get(TSS2 + 32, 4) == fields.get(
+                "eip", guest.labels["other"]
+            )
 
 
 def test_the_debug_trap_of_a_task():

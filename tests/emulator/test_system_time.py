@@ -1,12 +1,14 @@
-"""The interrupt controllers and timers as a CPU sees them, other CPUs, HLT, and time (Intel SDM 3A chapters 8, 11; 8254, 8259A
-data sheets)."""
+"""The interrupt controllers and timers as a CPU sees them, other CPUs, HLT, and time.
+
+Intel SDM 3A chapters 8 and 11; data sheets of the 8254 and 8259A."""
 
 from __future__ import annotations
 
 import struct
 import threading
 
-from emulator.system_lib import CODE32, CODE64, IF, RAM, STOP, Guest, gate
+from emulator.system_lib import CODE32, CODE64, IF, STOP, Guest, gate
+
 from vmfs.engine.emulator import _core
 
 JOIN = 30
@@ -25,8 +27,11 @@ def map_apic(guest: Guest) -> None:
 def test_the_pit_interrupts_through_the_pic():
     with Guest("protected", chip=True) as guest:
         guest.set_gate(0x20, gate(CODE32, 0x8000, 14))
-        guest.load(PIC + "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 4; out 0x40, al;"
-                   "sti; again: hlt; cmp ebx, 5; jb again; cli")
+        guest.load(
+            PIC + "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; "
+            "mov al, 4; out 0x40, al;"
+            "sti; again: hlt; cmp ebx, 5; jb again; cli"
+        )
         guest.write(0x8000, bytes.fromhex("43 b0 20 e6 20 cf"))  # inc ebx; mov al, 0x20; out 0x20, al; iret
         assert guest.run() == STOP
         assert guest.regs()["rbx"] == 5
@@ -39,8 +44,11 @@ def test_hlt_is_the_same_run_every_time():
     def run():
         with Guest("protected", chip=True) as guest:
             guest.set_gate(0x20, gate(CODE32, 0x8000, 14))
-            guest.load(PIC + "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 4; out 0x40, al;"
-                       "sti; again: inc ecx; cmp ebx, 3; jb again; cli")
+            guest.load(
+                PIC + "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; "
+                "mov al, 4; out 0x40, al;"
+                "sti; again: inc ecx; cmp ebx, 3; jb again; cli"
+            )
             guest.write(0x8000, bytes.fromhex("43 b0 20 e6 20 cf"))
             assert guest.run(budget=10_000_000) == STOP
             return guest.regs(), guest.cpu.get_msr(0x10), guest.cpu.counters()["instructions"]
@@ -52,9 +60,13 @@ def test_apic_timer_periodic_and_eoi():
     with Guest("long", chip=True) as guest:
         map_apic(guest)
         guest.set_gate(0x40, gate(CODE64, 0x8000, 14))
-        guest.write(0x8000, bytes.fromhex("ffc3 c782 b000 0000 0000 0000 48cf"))  # inc ebx; mov dword [rdx+0xb0], 0; iretq
-        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov dword ptr [rdx + 0x3e0], 0xb;
-                   mov dword ptr [rdx + 0x320], 0x20040; mov dword ptr [rdx + 0x380], 10000; rdtsc; mov esi, eax; mov edx, 0xfee00000;
+        guest.write(
+            0x8000, bytes.fromhex("ffc3 c782 b000 0000 0000 0000 48cf")
+        )  # inc ebx; mov dword [rdx+0xb0], 0; iretq
+        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff;
+        mov dword ptr [rdx + 0x3e0], 0xb;
+                   mov dword ptr [rdx + 0x320], 0x20040; mov dword ptr [rdx + 0x380], 10000; rdtsc;
+                   mov esi, eax; mov edx, 0xfee00000;
                    sti; again: hlt; cmp ebx, 4; jb again; cli; rdtsc; sub eax, esi""")
         assert guest.run() == STOP
         assert guest.regs()["rbx"] == 4
@@ -64,9 +76,13 @@ def test_apic_timer_periodic_and_eoi():
 def test_tsc_deadline_and_x2apic():
     with Guest("long", chip=True) as guest:
         guest.set_gate(0x40, gate(CODE64, 0x8000, 14))
-        guest.write(0x8000, bytes.fromhex("0f31 89c6 ffc3 b90b080000 31c0 31d2 0f30 48cf"))  # rdtsc; mov esi,eax; inc ebx; EOI
-        guest.load("""mov ecx, 0x1b; rdmsr; or eax, 0xc00; wrmsr; mov ecx, 0x80f; mov eax, 0x1ff; xor edx, edx; wrmsr;
-                   mov ecx, 0x832; mov eax, 0x40040; wrmsr; rdtsc; add eax, 5000; mov edi, eax; mov ecx, 0x6e0; wrmsr;
+        guest.write(
+            0x8000, bytes.fromhex("0f31 89c6 ffc3 b90b080000 31c0 31d2 0f30 48cf")
+        )  # rdtsc; mov esi,eax; inc ebx; EOI
+        guest.load("""mov ecx, 0x1b; rdmsr; or eax, 0xc00; wrmsr; mov ecx, 0x80f; mov eax, 0x1ff;
+        xor edx, edx; wrmsr;
+                   mov ecx, 0x832; mov eax, 0x40040; wrmsr; rdtsc; add eax, 5000; mov edi, eax;
+                   mov ecx, 0x6e0; wrmsr;
                    sti; again: test ebx, ebx; jz again; cli; mov ecx, 0x802; rdmsr""")
         assert guest.run() == STOP
         regs = guest.regs()
@@ -79,7 +95,8 @@ def test_self_ipi_and_tpr():
         map_apic(guest)
         guest.set(rflags=2 | IF)
         guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov eax, 4; mov cr8, rax;
-                   mov dword ptr [rdx + 0x300], 0x40040; nop; mov ecx, [rdx + 0x80]; mov rbx, cr8; xor eax, eax; at: mov cr8, rax; nop""")
+                   mov dword ptr [rdx + 0x300], 0x40040; nop; mov ecx, [rdx + 0x80]; mov rbx, cr8;
+                   xor eax, eax; at: mov cr8, rax; nop""")
         assert guest.run() == 0x40
         assert (guest.regs()["rcx"], guest.regs()["rbx"]) == (0x40, 4)
         assert guest.frame(False)[0] == guest.labels["stop"] - 1
@@ -88,7 +105,10 @@ def test_self_ipi_and_tpr():
 def test_nmi_by_ipi():
     with Guest("long", chip=True) as guest:
         map_apic(guest)
-        guest.load("mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov dword ptr [rdx + 0x300], 0x40400; nop")
+        guest.load(
+            "mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov dword ptr [rdx + 0x300], 0x40400; "
+            "nop"
+        )
         assert guest.run() == 2
 
 
@@ -108,14 +128,17 @@ def test_a_line_from_another_thread_wakes_hlt():
 
 
 def test_init_and_sipi_start_another_cpu():
-    """The bootstrap processor sends INIT and SIPI; the other one marks memory and halts; then back by an IPI."""
+    """The bootstrap processor sends INIT and SIPI; the other one marks memory and halts."""
     with Guest("long", chip=True) as guest:
         map_apic(guest)
         other = guest.vm.create_vcpu(1)
         assert struct.unpack("<I", other.get_state("mp_state"))[0] == 1  # KVM_MP_STATE_UNINITIALIZED
-        guest.write(0x9000, bytes.fromhex("8cc8 31db 8edb a30000 fa f4".replace(" ", "")))  # mov ax, cs; xor bx, bx; mov ds, bx; mov [0], ax
+        guest.write(
+            0x9000, bytes.fromhex("8cc8 31db 8edb a30000 fa f4".replace(" ", ""))
+        )  # mov ax, cs; xor bx, bx; mov ds, bx; mov [0], ax
         guest.put(0, 0, 2)
-        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov dword ptr [rdx + 0x310], 0x1000000;
+        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff;
+        mov dword ptr [rdx + 0x310], 0x1000000;
                    mov dword ptr [rdx + 0x300], 0x4500; mov dword ptr [rdx + 0x300], 0x4609;
                    again: pause; cmp word ptr [0], 0; je again""")
         result = []
@@ -150,8 +173,12 @@ def test_cpuid_is_what_there_is():
 
 def test_cpuid_instruction():
     with Guest("long", chip=True) as guest:
-        guest.load("mov eax, 0xb; mov ecx, 7; cpuid; mov esi, ecx; mov edi, edx; mov eax, 0x7fffffff; cpuid; mov ebp, eax;"
-                   "mov rax, cr4; bts eax, 18; mov cr4, rax; mov eax, 1; cpuid; mov r8d, ecx; mov eax, 0xd; xor ecx, ecx; cpuid")
+        guest.load(
+            "mov eax, 0xb; mov ecx, 7; cpuid; mov esi, ecx; mov edi, edx; mov eax, 0x7fffffff; cpuid; "
+            "mov ebp, eax;"
+            "mov rax, cr4; bts eax, 18; mov cr4, rax; mov eax, 1; cpuid; mov r8d, ecx; mov eax, 0xd; "
+            "xor ecx, ecx; cpuid"
+        )
         assert guest.run() == STOP
         regs = guest.regs()
         assert (regs["rsi"], regs["rdi"]) == (7, 0)
@@ -162,7 +189,8 @@ def test_cpuid_instruction():
 
 def test_msrs_that_linux_reads():
     with Guest("long") as guest:
-        for index in (0x10, 0x17, 0x3B, 0x8B, 0xCE, 0xFE, 0x10A, 0x174, 0x1A0, 0x1D9, 0x200, 0x20F, 0x250, 0x26F, 0x277, 0x2FF,
+        for index in (0x10, 0x17, 0x3B, 0x8B, 0xCE, 0xFE, 0x10A, 0x174, 0x1A0, 0x1D9, 0x200, 0x20F, 0x250,
+                      0x26F, 0x277, 0x2FF,
                       0xC0000080, 0xC0000081, 0xC0000084, 0xC0000100, 0xC0000103):  # fmt: skip
             guest.set(rip=0x1000)
             assert guest.run(f"mov ecx, {index}; rdmsr") == STOP, hex(index)
@@ -186,7 +214,8 @@ def test_host_time_passes_in_hlt():
         guest.vm.set_host_time(True)
         map_apic(guest)
         guest.set_gate(0x40, gate(CODE64, guest.stub(0x40), 14))
-        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; mov dword ptr [rdx + 0x3e0], 0xb;
+        guest.load("""mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff;
+        mov dword ptr [rdx + 0x3e0], 0xb;
                    mov dword ptr [rdx + 0x320], 0x40; mov dword ptr [rdx + 0x380], 1000000; sti; hlt; nop""")
         result = []
         thread = threading.Thread(target=lambda: result.append(guest.cpu.run()), daemon=True)

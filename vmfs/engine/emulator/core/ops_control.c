@@ -263,7 +263,7 @@ OP(op_rdmsr)
     if (!msr_read(c, (u32)c->gpr[RCX], &value, false))
         raise_gp(c, 0);
     set_edx_eax(c, value);
-    NEXT();
+    leave(c, r);
 }
 HANDLER(rdmsr);
 
@@ -316,7 +316,7 @@ OP(op_cpuid)
     c->gpr[RBX] = out[1];
     c->gpr[RCX] = out[2];
     c->gpr[RDX] = out[3];
-    NEXT();
+    leave(c, r);
 }
 HANDLER(cpuid);
 

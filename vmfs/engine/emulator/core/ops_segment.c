@@ -209,6 +209,8 @@ OP(op_smsw)
 }
 HANDLER(smsw);
 
+/* A handler with a local variable that has an address cannot end in a jump: it leaves the trace. */
+
 /* The descriptor for LLDT and LTR: in the GDT, 16 bytes in long mode, of one of the types (a bit each). */
 static void read_system(struct vcpu *c, u16 selector, u32 types, struct descriptor *d)
 {
@@ -230,12 +232,13 @@ OP(op_lldt)
     u16 selector = selector_operand(c, r);
     if (!(selector & 0xfffc)) {
         set_null(c, SEG_LDTR, selector);
-        NEXT();
+        leave(c, r);
+        return;
     }
     struct descriptor d;
     read_system(c, selector, 1 << 2, &d);
     descriptor_segment(&d, &c->seg[SEG_LDTR]);
-    NEXT();
+    leave(c, r);
 }
 HANDLER(lldt);
 
@@ -251,7 +254,7 @@ OP(op_ltr)
     mmu_write(c, d.address + 5, &type, 1, ACCESS_SUPERVISOR);
     descriptor_segment(&d, &c->seg[SEG_TR]);
     c->seg[SEG_TR].attributes |= BUSY;
-    NEXT();
+    leave(c, r);
 }
 HANDLER(ltr);
 
@@ -282,7 +285,7 @@ OP(op_lar)
     if (ok)
         set_reg(c, r->reg, 8u << r->size, d.low >> 32 & (r->size == 1 ? 0xff00 : 0xf0ff00));
     set_zf(c, ok);
-    NEXT();
+    leave(c, r);
 }
 HANDLER(lar);
 
@@ -295,7 +298,7 @@ OP(op_lsl)
     if (ok)
         set_reg(c, r->reg, 8u << r->size, descriptor_limit(&d));
     set_zf(c, ok);
-    NEXT();
+    leave(c, r);
 }
 HANDLER(lsl);
 
@@ -305,7 +308,7 @@ OP(op_verr)
     bool ok = visible(c, selector_operand(c, r), 0, &d);
     u32 a = ok ? descriptor_attributes(&d) : 0;
     set_zf(c, ok && (!(a & ATTR_CODE) || a & ATTR_READABLE));
-    NEXT();
+    leave(c, r);
 }
 HANDLER(verr);
 
@@ -315,7 +318,7 @@ OP(op_verw)
     bool ok = visible(c, selector_operand(c, r), 0, &d);
     u32 a = ok ? descriptor_attributes(&d) : 0;
     set_zf(c, ok && !(a & ATTR_CODE) && a & ATTR_WRITABLE);
-    NEXT();
+    leave(c, r);
 }
 HANDLER(verw);
 
