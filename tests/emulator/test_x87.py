@@ -4,17 +4,21 @@ control registers do.
 VMFS_CASES scales the number of cases (default 40); VMFS_SEED the first random seed.
 """
 
+import ctypes
+import math
 import platform
 import shutil
 import struct
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import COMPLETED, DATA, DATA_SIZE, GPRS, START  # noqa: E402
+from emulator.native import CODE, CODE_SIZE, COMPLETED, DATA, DATA_SIZE, GPRS, START  # noqa: E402
 from emulator.system_lib import STOP, Guest  # noqa: E402
 from emulator.x87_lib import (  # noqa: E402
     CASES,
@@ -23,9 +27,9 @@ from emulator.x87_lib import (  # noqa: E402
     PF,
     UD,
     compare,
-    describe,
     fx_image,
     generator,
+    keeps_pointers,
     memory,
     plain,
 )
@@ -119,26 +123,33 @@ def instruction(row, rng, avoid=(3, 4)):
     return prefix + bytes.fromhex(row["map"]) + bytes([row["opcode"]]) + modrm + immediate
 
 
-def program(rng, length):
+def rows_of_programs(host):
+    """What programs are made of, the more frequent FNSTENV last; nothing that stores the pointers on a host that
+    does not keep them."""
+    storing = [next(row for row in ROWS if row["name"] == name) for name in ("FNSAVE", "FNSTENV")]
+    return [row for row in ROWS if row not in storing] + (storing if keeps_pointers(host) else [])
+
+
+def program(rng, length, rows):
     """Code and its number of instructions: a random state by FRSTOR, then any x87 and MMX instructions."""
     code = [bytes.fromhex("dbe3"), bytes.fromhex("dd23")]
     for _ in range(length):
         kind = rng.randrange(20)
         if kind < 14:
-            code.append(instruction(rng.choice(ROWS), rng))
+            code.append(instruction(rng.choice(rows), rng))
         elif kind < 17:
             code.append(instruction(rng.choice(MMX_ROWS), rng))
         elif kind == 17:
             code.append(b"\x9b")
-        elif kind == 18:  # FNSTENV, whose image has pointers and opcode of the instruction before
-            code.append(bytes.fromhex("d9b3") + struct.pack("<i", rng.randrange(0, DATA_SIZE - 256, 16)))
+        elif kind == 18:
+            code.append(instruction(rows[-1], rng))
         else:  # ADDPS, DIVPS: an unmasked exception of these needs the host's x87
             code.append(bytes([0x0F, rng.choice((0x58, 0x5E)), 0xC0 | rng.randrange(64)]))
     return code
 
 
-def program_case(rng, length):
-    code = program(rng, length)
+def program_case(rng, length, rows):
+    code = program(rng, length, rows)
     data = bytearray(memory(rng, KINDS))
     fx = bytearray(fx_image(rng))
     masked = rng.randrange(3)
@@ -168,8 +179,9 @@ def test_programs(host, core):
     """State goes between x87, MMX and memory; pointers and opcode are those of the last instruction."""
     rng = generator("x87 programs")
     ended = set()
+    rows = rows_of_programs(host)
     for _ in range(CASES * 10):
-        case, count = program_case(rng, 10)
+        case, count = program_case(rng, 10, rows)
         ended.add(compare(host, core, case, count).vector)
     assert {COMPLETED, MF} <= ended
 
@@ -177,16 +189,11 @@ def test_programs(host, core):
 def test_programs_in_compatibility_mode(host, compat_core):
     """The same in 32-bit code, without the instructions that 64-bit code encodes otherwise."""
     rng = generator("x87 compat")
+    rows = rows_of_programs(host)
     for _ in range(CASES * 3):
-        case, count = program_case(rng, 8)
+        case, count = program_case(rng, 8, rows)
         case.gprs = {name: value & 0xFFFFFFFF if name in GPRS[:8] else 0 for name, value in case.gprs.items()}
-        expected = host.run(case, compat=True)
-        compat_core.load(case)
-        found = compat_core.outcome(case, compat_core.cpu.run(count))
-        for name in GPRS[8:]:
-            expected.gprs[name] = found.gprs[name] = 0
-        wrong = native.differences(case, expected, found)
-        assert not wrong, f"{describe(case)}: {'; '.join(wrong)}"
+        compare(host, compat_core, case, count, compat=True)
 
 
 def test_operands_over_pages(host, core):
@@ -206,6 +213,53 @@ def test_operands_over_pages(host, core):
         expected = compare(host, core, case)
         faults += expected.vector == PF
     assert faults
+
+
+# ---- Programs of a compiler --------------------------------------------------------------------------------
+
+PROGRAM_FLAGS = [
+    "-std=gnu11", "-Wall", "-Wextra", "-mfpmath=387", "-fno-math-errno", "-ffreestanding", "-nostdlib",
+    "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none", f"-Wl,-Ttext={CODE:#x}",
+    "-Wl,--build-id=none,-N,--oformat=binary",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", ["-O1", "-O3 -ffast-math"])
+def test_program(flags, host, core, tmp_path):
+    """A program in extended precision leaves the same data on the host and here, in one run and in many."""
+    image, source = tmp_path / "program", Path(__file__).parent / "x87_program.c"
+    subprocess.run(["gcc", *flags.split(), *PROGRAM_FLAGS, "-o", image, source], check=True)
+    code = image.read_bytes()
+    assert len(code) < CODE_SIZE
+    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as behind a CALL
+    case.ip, case.name = CODE, "program"
+    expected = host.run(case)
+    assert expected.vector == UD
+    for budget in (10_000_000, 777):
+        core.load(case)
+        exit = core.cpu.run(budget)
+        while exit[0] == _core.EXIT_LIMIT:
+            exit = core.cpu.run(budget)
+        assert exit[0] == _core.EXIT_DEBUG and exit[8] == UD, exit
+        found = core.outcome(case, exit)
+        assert found.data == expected.data
+        assert found.fx[:5] == expected.fx[:5]
+        assert found.fx[32:416] == expected.fx[32:416]
+
+
+def test_the_host_has_its_own_x87_between_runs(core):
+    """A guest with a full stack, single precision and a pending exception: the C library still computes."""
+    root = ctypes.CDLL("libm.so.6").sqrtl
+    root.argtypes, root.restype = [ctypes.c_longdouble], ctypes.c_longdouble
+    fx = bytearray(pending_fx())
+    struct.pack_into("<H", fx, 0, 0x007B)
+    case = plain("dbe2 d9c0 d9c0 dec9 90 90", fx=fx)  # fnclex; fld st(0) twice: a fault; fmulp
+    core.load(case)
+    core.cpu.run(2)
+    assert root(2.0) == math.sqrt(2.0)
+    core.cpu.run(2)
+    assert root(2.0) == math.sqrt(2.0)
+    assert struct.unpack_from("<H", core.cpu.get_state("xsave"))[0] == 0x7B
 
 
 # ---- Checks ------------------------------------------------------------------------------------------------

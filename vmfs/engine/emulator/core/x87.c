@@ -100,7 +100,7 @@ void x87_wait(struct vcpu *c, const struct record *r)
 {
     u16 status = 0;
     if (c->x87_place == X87_HOST_UNMASKED)
-        __asm__ volatile("fnstsw %0" : "=m"(status));
+        __asm__ volatile("fnstsw %0" : "=a"(status));
     else if (c->x87_place == X87_MEMORY && c->fsw & ~c->fcw & X87_EXCEPTIONS)
         status = FSW_ES;
     if (unlikely(status & FSW_ES))
