@@ -1,7 +1,7 @@
 """A CPU's state from one engine to another: what is carried, in which order, and what is not.
 
-State is the bytes of the KVM UAPI structs on every engine, so most of it is carried as it is. What the new engine
-refuses is an exception that names it, and the caller gives the new machine up.
+State is the bytes of the KVM UAPI structs on every engine, so most of it is carried as it is. What the new
+engine refuses is an exception that names it, and the caller gives the new machine up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu
 from vmfs.errors import Invalid, Unsupported
 
-# What decides about the validity of something comes before it: CPUID of all, EFER and CR0 of the rest, XCR0 of xsave.
+# What decides about the validity of something comes before it: CPUID of all, EFER and CR0 of the rest, XCR0
+# of xsave.
 _BEFORE_MSRS = ("cpuid", "sregs", "xcrs", "xsave")
 _BEHIND_MSRS = ("debugregs", "regs", "lapic", "events", "mp_state")
 
@@ -20,8 +21,8 @@ _BEHIND_MSRS = ("debugregs", "regs", "lapic", "events", "mp_state")
 def carry_cpu(source: Vcpu, target: Vcpu, reset: Mapping[str, bytes], *, keep_cpuid: bool) -> None:
     """Make `target`, a new CPU, what `source` is. `reset` has the states of `source` when it was new.
 
-    `keep_cpuid`: the CPUID too, which the guest may have seen. MSRs are carried where both CPUs have them; one
-    that `target` refuses may only be one that is as it was at the reset, and so describes the engine.
+    `keep_cpuid`: the CPUID too, which the guest may have seen. MSRs are carried where both CPUs have them;
+    one that `target` refuses may only be one that is as it was at the reset, and so describes the engine.
     """
     for name in _BEFORE_MSRS:
         if name != "cpuid" or keep_cpuid:

@@ -48,7 +48,18 @@ def test_a_store_into_the_next_instruction(vm, mode):
 
 
 def test_a_store_into_the_running_trace_each_time_round(vm):
-    code = "mov ecx, 200; xor ebx, ebx; again: mov [rip + l1 + 1], ecx; nop; l1: mov eax, 0; add ebx, eax; dec ecx; jnz again; hlt"
+    code = """
+        mov ecx, 200
+        xor ebx, ebx
+    again:
+        mov [rip + l1 + 1], ecx
+        nop
+    l1: mov eax, 0
+        add ebx, eax
+        dec ecx
+        jnz again
+        hlt
+    """
     vm.load(assemble(code, "long"), "long")
     to_hlt(vm)
     assert vm.regs()["rbx"] == 200 * 201 // 2
@@ -75,7 +86,8 @@ def test_an_instruction_over_the_end_of_a_page(vm, first):
     at = 0x3000 - first
     vm.ram.write(at, b"\xb8\x11\x22\x33\x44\xc3")
     program = assemble(
-        f"mov esp, 0x8000; mov esi, {at}; call esi; mov ebx, eax; mov byte ptr [{at + 4}], 0x55; call esi; mov ecx, eax;"
+        f"mov esp, 0x8000; mov esi, {at}; call esi; mov ebx, eax;"
+        f"mov byte ptr [{at + 4}], 0x55; call esi; mov ecx, eax;"
         f"mov byte ptr [{at}], 0xba; call esi; hlt; call esi; hlt",
         "protected",
     )
@@ -148,7 +160,8 @@ def test_aliases_of_parts_of_a_file(vm):
 def test_a_store_through_another_linear_address(vm):
     vm.load(
         assemble(
-            "mov r8, 0xffff800000000000; mov esi, 0x4000; call rsi; mov byte ptr [r8 + 0x4001], 9; call rsi; hlt",
+            "mov r8, 0xffff800000000000; mov esi, 0x4000; call rsi;"
+            "mov byte ptr [r8 + 0x4001], 9; call rsi; hlt",
             "long",
         ),
         "long",

@@ -1,7 +1,8 @@
-"""Whatever state a client sets and whatever code it runs: the core neither crashes, nor hangs, nor leaves its memory.
+"""Whatever state a client sets and code it runs: the core neither crashes, nor hangs, nor leaves its memory.
 
-What the core must not do shows itself: a crash ends the tests; slots lie between guard pages, and the pages of the file
-around them hold a pattern; every run has a budget. `make asan` runs the same under the sanitizers. VMFS_CASES=N for more.
+What the core must not do shows itself: a crash ends the tests; slots lie between guard pages, and the pages
+of the file around them hold a pattern; every run has a budget. `make asan` runs the same under the sanitizers.
+VMFS_CASES=N for more.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Box:
         with contextlib.suppress(Invalid):
             self.machine.map_memory(slot, address, self.fd, page * PAGE, pages * PAGE, read_only=read_only)
             self.mapped |= {
-                one: read_only for one in range(page, page + pages) if not self.mapped.get(one) is False
+                one: read_only for one in range(page, page + pages) if self.mapped.get(one) is not False
             }
 
     def check(self) -> None:
@@ -230,16 +231,15 @@ def play(box: Box, dice: random.Random) -> None:
 
 
 def stops(box: Box, dice: random.Random) -> None:
-    watch = tuple(
-        Watchpoint(number, dice.randrange(12 * PAGE), dice.choice((1, 4, 12, 1 << 31)), on_read=True, on_write=True,
-                   physical=not dice.randrange(2))
-        for number in range(dice.randrange(3))
-    )  # fmt: skip
+    watch = []
+    for number in range(dice.randrange(3)):
+        address, length, physical = dice.randrange(12 * PAGE), dice.choice((1, 4, 12, 1 << 31)), dice.random() < 0.5
+        watch.append(Watchpoint(number, address, length, on_read=True, on_write=True, physical=physical))
     points = tuple(
         Breakpoint(9 + number, CODE + dice.randrange(PAGE)) for number in range(dice.randrange(20))
     )
     with contextlib.suppress(VmfsError):
-        box.vcpu.set_debug(DebugRequest(not dice.randrange(4), points, watch))
+        box.vcpu.set_debug(DebugRequest(not dice.randrange(4), points, tuple(watch)))
 
 
 def between(box: Box, dice: random.Random, names: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""The emulator engine: the contract of `vmfs.engine.base` over the C core (`core/core.h`, through `core/module.c`).
+"""The emulator engine: the contract of `vmfs.engine.base` over the C core (`core/core.h`, by `core/module.c`).
 
-It runs everywhere, counts instructions, stops after exactly as many as it is told, and in its deterministic time the same
-start and the same inputs give the same run. Break- and watchpoints are kept outside of guest memory and are not limited
-in number. What the core does not implement yet is listed in docs/emulator.md.
+It runs everywhere, counts instructions, stops after exactly as many as it is told, and in its deterministic
+time the same start and the same inputs give the same run. Break- and watchpoints are kept outside of guest
+memory and are not limited in number. What the core does not implement is listed in docs/emulator.md.
 """
 
 from __future__ import annotations
