@@ -1,7 +1,7 @@
-"""Whatever state a client sets and code it runs: the core neither crashes, nor hangs, nor leaves its memory.
+"""Whatever state a client sets and code it runs: the core neither crashes nor hangs nor leaves its memory.
 
 What the core must not do shows itself: a crash ends the tests; slots lie between guard pages, and the pages
-of the file around them hold a pattern; every run has a budget. `make asan` runs the same under the sanitizers.
+of the file around them hold a pattern; every run has a budget. `make asan` runs it under the sanitizers.
 VMFS_CASES=N for more.
 """
 
@@ -233,7 +233,8 @@ def play(box: Box, dice: random.Random) -> None:
 def stops(box: Box, dice: random.Random) -> None:
     watch = []
     for number in range(dice.randrange(3)):
-        address, length, physical = dice.randrange(12 * PAGE), dice.choice((1, 4, 12, 1 << 31)), dice.random() < 0.5
+        address, length = dice.randrange(12 * PAGE), dice.choice((1, 4, 12, 1 << 31))
+        physical = not dice.randrange(2)
         watch.append(Watchpoint(number, address, length, on_read=True, on_write=True, physical=physical))
     points = tuple(
         Breakpoint(9 + number, CODE + dice.randrange(PAGE)) for number in range(dice.randrange(20))
