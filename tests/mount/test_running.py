@@ -79,6 +79,7 @@ def test_it_runs_in_the_background(vm):
         assert failing(vm.write, name, value) == errno.EBUSY
         assert vm.read("error").endswith("running\n")
     assert failing(vm.write, "regs", bytes(8)) == errno.EBUSY
+    assert failing(vm.write, "engine", vm.read("engine")) == errno.EBUSY  # its own engine, too
     assert failing(vm.write, "exit.data", b"a") == errno.EBUSY
     assert failing(vm.run) == errno.EBUSY
     assert vm.read("reg/rip") in ("0x0000000000001000\n", "0x0000000000001004\n")

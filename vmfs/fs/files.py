@@ -13,7 +13,7 @@ import trio
 from vmfs import __version__
 from vmfs.engine import EngineInfo, by_name
 from vmfs.engine.base import Vcpu
-from vmfs.errors import Invalid, Unsupported
+from vmfs.errors import Busy, Invalid, Unsupported
 from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.hooks import status
@@ -103,9 +103,11 @@ def _set_mem_size(scope: MachineScope, text: str) -> None:
 
 async def _set_engine(scope: MachineScope, text: str) -> None:
     name = text.strip()
+    engine = by_name(name)
+    if scope.vm.state == "running":
+        raise Busy("the machine is running")
     if name == scope.vm.engine.name:
         return
-    engine = by_name(name)
 
     def move() -> None:  # in a thread: to probe an engine and to end a machine take a moment
         availability = engine.probe()
