@@ -371,6 +371,17 @@ def test_single_step_traps():
         assert guest.frame(False)[2] & TF
 
 
+def test_steps_by_branches():
+    """IA32_DEBUGCTL.BTF: traps behind jumps only, and #DB clears it."""
+    with Guest("protected") as guest:
+        guest.cpu.set_msr(0x1D9, 2)
+        guest.set(rflags=2 | TF)
+        assert guest.run("inc eax; test eax, eax; jz over; inc eax; jmp there; over: nop; there: inc ecx") == DB
+        assert guest.frame(False)[0] == guest.labels["there"]
+        assert (guest.regs()["rax"], guest.regs()["rcx"]) == (2, 0)
+        assert guest.cpu.get_msr(0x1D9) == 0
+
+
 def dr6(guest: Guest) -> int:
     return int.from_bytes(guest.cpu.get_state("debugregs")[32:40], "little")
 

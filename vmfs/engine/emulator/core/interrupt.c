@@ -227,8 +227,11 @@ static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool 
     c->delivering = -1;
     c->halted = false;
     c->shadow_sti = c->shadow_ss = c->repeating = false;
-    if (vector == VECTOR_DB && kind == EVENT_EXCEPTION)
-        c->dr7 &= ~(u64)DR7_GD; /* 17.2.4: the handler may use the debug registers */
+    if (vector == VECTOR_DB && kind == EVENT_EXCEPTION) {
+        /* 17.2.4, 17.4.3: the handler may use the debug registers, and is not stepped by branches */
+        c->dr7 &= ~(u64)DR7_GD;
+        c->msr.debugctl &= ~(u64)DEBUGCTL_BTF;
+    }
 }
 
 void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error)

@@ -44,7 +44,7 @@ static const struct msr_row rows[] = {
     FIELD(0x175, sysenter_esp, ~0ull, is_canonical, SEP),
     FIELD(0x176, sysenter_eip, ~0ull, is_canonical, SEP),
     FIELD(0x1a0, misc_enable, 1, NULL, BASE),
-    FIELD(0x1d9, debugctl, 1 << 1 /* BTF */, NULL, BASE),
+    FIELD(0x1d9, debugctl, DEBUGCTL_BTF, NULL, BASE),
     MTRR(0), MTRR(1), MTRR(2), MTRR(3), MTRR(4), MTRR(5), MTRR(6), MTRR(7),
     FIXED_MTRR(0x250, 0), FIXED_MTRR(0x258, 1), FIXED_MTRR(0x259, 2), FIXED_MTRR(0x268, 3), FIXED_MTRR(0x269, 4),
     FIXED_MTRR(0x26a, 5), FIXED_MTRR(0x26b, 6), FIXED_MTRR(0x26c, 7), FIXED_MTRR(0x26d, 8), FIXED_MTRR(0x26e, 9),

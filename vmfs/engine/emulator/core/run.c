@@ -401,6 +401,12 @@ static bool mode_stop(struct vcpu *c)
     return false;
 }
 
+/* Whether the instruction at `start`, which ran alone, jumped: IA32_DEBUGCTL.BTF traps only those (3B 17.4.3). */
+static bool branched(const struct vcpu *c, u64 start)
+{
+    return !c->repeating && c->gpr[GPR_IP] != ip_mask(c, start + c->single[0].length);
+}
+
 /* One round of the main loop: an event, or a chain of traces, or one instruction. */
 static void turn(struct vcpu *c)
 {
@@ -473,8 +479,9 @@ static void turn(struct vcpu *c)
         c->pass_breakpoint = c->resume_breakpoint = c->reading = c->completing = false;
         c->shadow_sti = c->shadow_ss = false;
         c->rflags &= ~(u64)FLAG_RF; /* holds for one instruction (17.3.1.1); the instruction may set it anew */
+        u64 start = c->gpr[GPR_IP];
         run_alone(c);
-        after_alone(c, tf && !c->shadow_ss);
+        after_alone(c, tf && !c->shadow_ss && (!(c->msr.debugctl & DEBUGCTL_BTF) || branched(c, start)));
         if (c->step && c->exit.reason == EXIT_NONE && !(c->halted && !c->vm->irqchip)) /* HLT is an exit, or an event */
             debug_exit(c, DEBUG_STEP);
     } else {
