@@ -376,7 +376,7 @@ def test_steps_by_branches():
     with Guest("protected") as guest:
         guest.cpu.set_msr(0x1D9, 2)
         guest.set(rflags=2 | TF)
-        assert guest.run("inc eax; test eax, eax; jz over; inc eax; jmp there; over: nop; there: inc ecx") == DB
+        assert guest.run("inc eax; test al, al; jz over; inc eax; jmp there; over: nop; there: inc ecx") == DB
         assert guest.frame(False)[0] == guest.labels["there"]
         assert (guest.regs()["rax"], guest.regs()["rcx"]) == (2, 0)
         assert guest.cpu.get_msr(0x1D9) == 0
