@@ -124,8 +124,8 @@ def instruction(row, rng, avoid=(3, 4)):
 
 
 def rows_of_programs(host):
-    """What programs are made of, the more frequent FNSTENV last; nothing that stores the pointers on a host that
-    does not keep them."""
+    """What programs are made of, the more frequent FNSTENV last; on a host that does not keep the pointers,
+    nothing that stores them."""
     storing = [next(row for row in ROWS if row["name"] == name) for name in ("FNSAVE", "FNSTENV")]
     return [row for row in ROWS if row not in storing] + (storing if keeps_pointers(host) else [])
 

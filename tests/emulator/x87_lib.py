@@ -166,8 +166,8 @@ def compare(host, core, case, instructions=1, compat=False):
 
 
 def keeps_pointers(host):
-    """Whether FNSTENV stores the last instruction's opcode, addresses and selectors on this host: newer ones of
-    Intel keep those of exceptions only, and no selectors."""
+    """Whether FNSTENV stores the last instruction's opcode, addresses and selectors on this host: newer
+    processors of Intel keep those of exceptions only, and no selectors."""
     case = plain("dbe3 d903 d931")  # fninit; fld dword ptr [rbx]; fnstenv [rcx]
     for _ in range(3):
         image = struct.unpack_from("<7I", host.run(case).data, 512)
