@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import threading
 
 import pytest
 from engine import asm
@@ -11,6 +12,7 @@ from engine.asm import ORIGIN, assemble
 from engine.machine import RAM, REGS, machine_on
 
 from vmfs.engine.base import Breakpoint, DebugRequest, Watchpoint
+from vmfs.errors import EngineFailed
 from vmfs.exits import Exit
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
@@ -321,3 +323,24 @@ def test_a_switch_of_the_mode_ends_the_run(vm):
     for label in ("l1", "l2"):
         assert vm.vcpu.run().line() == f"debug cause=mode id=5 rip={program.labels[label]:#x}"
     to_hlt(vm)
+
+
+def test_a_machine_is_not_closed_or_changed_under_a_cpu_that_runs(vm):
+    vm.load(assemble("again: inc dword ptr [0x3000]; jmp again", "long"), "long")
+    result = []
+    thread = threading.Thread(target=lambda: result.append(vm.vcpu.run()), daemon=True)
+    thread.start()
+    while vm.ram.read(0x3000, 4) == bytes(4):
+        thread.join(0.001)
+    for forbidden in (
+        vm.machine.close,
+        vm.vcpu.close,
+        lambda: vm.machine.map_memory(0, 0, 0, 0, 0),
+        lambda: vm.machine.create_vcpu(1),
+        lambda: vm.vcpu.get_state("regs"),
+    ):
+        with pytest.raises(EngineFailed):
+            forbidden()
+    vm.vcpu.kick()
+    thread.join(30)
+    assert result[0].REASON == "interrupted"

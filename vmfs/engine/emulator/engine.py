@@ -163,7 +163,8 @@ class EmulatorMachine(Machine):
             raise Unsupported(f"{name}: the machine has no interrupt controller")
 
     def close(self) -> None:
-        self._vm.close()
+        with _failures("close"):
+            self._vm.close()
 
 
 class EmulatorVcpu(Vcpu):
@@ -321,8 +322,9 @@ class EmulatorVcpu(Vcpu):
             return self._cpu.counters()
 
     def close(self) -> None:
+        with _failures("close"):
+            self._cpu.close()
         self._closed = True
-        self._cpu.close()
 
 
 _MAKERS: dict[int, Callable[[EmulatorVcpu, tuple], Exit]] = {

@@ -20,6 +20,7 @@ typedef struct {
     PyObject_HEAD
     struct vm *vm;
     struct { void *host; size_t size; } maps[CORE_SLOTS];
+    unsigned running;         /* CPUs in a run */
 } VmObject;
 
 typedef struct {
@@ -103,6 +104,16 @@ static int vm_alive(VmObject *self)
     fail(-ENODEV);
     return 0;
 }
+/* What changes a machine is refused while one of its CPUs runs, which would find it gone. */
+static int vm_idle(VmObject *self)
+{
+    if (!vm_alive(self))
+        return 0;
+    if (!self->running)
+        return 1;
+    fail(-EBUSY);
+    return 0;
+}
 
 static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
 {
@@ -111,7 +122,7 @@ static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
     unsigned long long address, size;
     long long offset;
     int fd, read_only = 0;
-    if (!vm_alive(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|p", names, &slot, &address, &fd, &offset,
+    if (!vm_idle(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|p", names, &slot, &address, &fd, &offset,
                                                         &size, &read_only))
         return NULL;
     if (slot >= CORE_SLOTS || (address | size | (unsigned long long)offset) & 4095)
@@ -161,7 +172,7 @@ static PyObject *py_vm_dirty_log(VmObject *self, PyObject *args)
 static PyObject *py_vm_create_irqchip(VmObject *self, PyObject *ignored)
 {
     (void)ignored;
-    if (!vm_alive(self))
+    if (!vm_idle(self))
         return NULL;
     int error = vm_create_irqchip(self->vm);
     if (error)
@@ -182,7 +193,7 @@ static PyObject *py_vm_irq_line(VmObject *self, PyObject *args)
 static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
 {
     int enabled;
-    if (!vm_alive(self) || !PyArg_ParseTuple(args, "p", &enabled))
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &enabled))
         return NULL;
     vm_set_a20(self->vm, enabled);
     Py_RETURN_NONE;
@@ -191,7 +202,7 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
 static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
 {
     int host;
-    if (!vm_alive(self) || !PyArg_ParseTuple(args, "p", &host))
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &host))
         return NULL;
     vm_set_time(self->vm, host ? TIME_HOST : TIME_DETERMINISTIC);
     Py_RETURN_NONE;
@@ -200,7 +211,7 @@ static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
 static PyObject *py_vm_get_state(VmObject *self, PyObject *args)
 {
     const char *name;
-    if (!vm_alive(self) || !PyArg_ParseTuple(args, "s", &name))
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "s", &name))
         return NULL;
     long size = vm_get_state(self->vm, name, NULL, 0);
     if (size < 0)
@@ -215,7 +226,7 @@ static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
 {
     const char *name;
     Py_buffer data;
-    if (!vm_alive(self) || !PyArg_ParseTuple(args, "sy*", &name, &data))
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "sy*", &name, &data))
         return NULL;
     int error = vm_set_state(self->vm, name, data.buf, (size_t)data.len);
     PyBuffer_Release(&data);
@@ -227,7 +238,7 @@ static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
 static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObject *const *args, Py_ssize_t count,
                                    PyObject *names)
 {
-    if (!vm_alive(self))
+    if (!vm_idle(self))
         return NULL;
     if (count != 1 || (names && PyTuple_GET_SIZE(names))) {
         PyErr_SetString(PyExc_TypeError, "create_vcpu(index)");
@@ -257,6 +268,8 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
 static PyObject *py_vm_close(VmObject *self, PyObject *ignored)
 {
     (void)ignored;
+    if (self->vm && !vm_idle(self))
+        return NULL;
     vm_release(self); /* the CPUs notice: vcpu_alive asks the owner */
     Py_RETURN_NONE;
 }
@@ -339,12 +352,14 @@ static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
         return NULL;
     Py_INCREF(self->owner);
     self->running = 1;
+    self->owner->running++;
     self->signalled = 0;
     vcpu_set_poll(self->vcpu, gettid() == getpid() ? poll_signals : NULL, self);
     Py_BEGIN_ALLOW_THREADS
     vcpu_run(self->vcpu, budget, &exit);
     Py_END_ALLOW_THREADS
     self->running = 0;
+    self->owner->running--;
     Py_DECREF(self->owner);
     return self->signalled ? NULL : exit_tuple(&exit);
 }
