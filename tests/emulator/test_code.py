@@ -344,3 +344,18 @@ def test_a_machine_is_not_closed_or_changed_under_a_cpu_that_runs(vm):
     vm.vcpu.kick()
     thread.join(30)
     assert result[0].REASON == "interrupted"
+
+
+def test_a_watchpoint_that_setting_state_hits_is_an_exit_of_the_next_run(vm):
+    """The load completes when registers are set; what it hit is told then, with rip as it was."""
+    program = assemble("mov al, [rdi]; l1: nop; l2: hlt", "long")
+    vm.load(program, "long")
+    vm.set_regs(rdi=0xA0000)
+    vm.vcpu.set_debug(DebugRequest(watchpoints=(Watchpoint(3, 0xA0000, 1, on_read=True, on_write=False),)))
+    assert vm.vcpu.run().REASON == "mmio"
+    assert not vm.vcpu.exits_waiting
+    vm.set_regs(rip=program.labels["l2"])
+    assert vm.vcpu.exits_waiting
+    assert vm.vcpu.run().line() == f"debug cause=watchpoint id=3 addr=0xa0000 rip={program.labels['l1']:#x}"
+    assert not vm.vcpu.exits_waiting
+    to_hlt(vm)

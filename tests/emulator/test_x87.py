@@ -446,6 +446,13 @@ def test_numeric_error_waits_for_an_interrupt():
         assert guest.frame(False)[0] == guest.labels["here"]
 
 
+def test_reset():
+    """A new CPU can use the x87 at once, as on KVM."""
+    fpu = _core.Vm().create_vcpu(0).get_state("fpu")
+    assert fpu[:128] == bytes(128)
+    assert struct.unpack_from("<HHB", fpu, 128) == (0x37F, 0, 0)
+
+
 def test_state_is_the_same_through_fxsave(core):
     """FXSAVE and FXRSTOR in the middle of a program see and set what the instructions around them do."""
     rng = generator("x87 fxsave")

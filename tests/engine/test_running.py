@@ -153,6 +153,16 @@ def test_the_queue_of_interrupts_has_an_end(vm, assembler):
             vm.vcpu.interrupt(vector)
 
 
+def test_the_vectors_that_wait_are_told_in_order(vm, assembler):
+    vm.load(assembler("hlt", "real"), "real")
+    assert vm.vcpu.queued_vectors == ()
+    for vector in (0x21, 0x20, 0xFF, 0x21):
+        vm.vcpu.interrupt(vector)
+    assert vm.vcpu.queued_vectors == (0x21, 0x20, 0xFF, 0x21)
+    assert vm.vcpu.run().REASON == "hlt"  # with IF clear
+    assert vm.vcpu.queued_vectors == (0x21, 0x20, 0xFF, 0x21)
+
+
 def test_a_full_queue_is_delivered_in_order(vm, assembler):
     """Vectors 0x20 to 0x5f; each handler stores its number."""
     entries = "\n".join(
