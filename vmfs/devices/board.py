@@ -1,0 +1,264 @@
+"""Board: what is around the CPU of a machine that is more than bare: its devices, their buses, lines and
+memory.
+
+The `Vm` hands it every port and memory-mapped access that leaves the engine (`access`), in the CPU's thread.
+It answers all of them: what no device claims reads as ones and swallows writes, as on a PC.
+
+`lock` guards all devices. The CPU's thread holds it for an access; other threads (a console, a network) take
+it before they touch a device. It is taken before the engine's own locks and never while the `Vm`'s lock is
+held or wanted.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from vmfs import exits
+from vmfs.devices.bus import Bus
+from vmfs.devices.device import Device
+from vmfs.engine.base import Machine, Vcpu
+from vmfs.errors import Invalid
+from vmfs.memory import PAGE, Memory
+
+FIRST_SLOT = 1  # slot 0 is RAM
+
+
+class Board:
+    """The devices of one machine. `now` is the guest's time in nanoseconds, as its timers have it."""
+
+    def __init__(self, machine: Machine, memory: Memory) -> None:
+        self.lock = threading.RLock()
+        self.machine = machine
+        self.memory = memory
+        self.devices: dict[str, Device] = {}
+        self.counters: Counter[str] = Counter()
+        self.shutdown: tuple[str, int | None] | None = None  # cause and code, asked for by a device
+        self._buses = {"port": Bus("port"), "memory": Bus("memory")}
+        self._ports: dict[int, tuple[Callable, Callable, int, int]] = {}  # what a port was found to be
+        self._lines: dict[int, set[str]] = {}  # GSI -> devices that hold it high
+        self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
+        self._map: mmap.mmap | None = None
+        self._dirty = 0
+        self._closed = False
+
+    # ---- devices
+
+    def add(self, device: Device) -> Device:
+        """Invalid where another device is, and then nothing has changed."""
+        with self.lock:
+            if device.name in self.devices:
+                raise Invalid(f"there is a device {device.name} already")
+            self._wire(device)
+            self.devices[device.name] = device
+        return device
+
+    def remove(self, device: Device) -> None:
+        with self.lock:
+            del self.devices[device.name]
+            self._unwire(device)
+            for gsi in list(self._lines):
+                self.set_irq(device, gsi, False)
+            device.close()
+
+    def remove_windows(self, device: Device) -> None:
+        """Nothing reaches the device until it is wired again."""
+        with self.lock:
+            self._unwire(device)
+
+    def rewire(self, device: Device) -> None:
+        """Its windows have changed. One that overlaps another is not there (a guest sizes BARs so)."""
+        with self.lock:
+            self._unwire(device)
+            for window in device.windows():
+                try:
+                    self._buses[window.space].add(window, device)
+                except Invalid:
+                    self.counters["overlaps"] += 1
+
+    def _wire(self, device: Device) -> None:
+        try:
+            for window in device.windows():
+                self._buses[window.space].add(window, device)
+        except Invalid:
+            self._unwire(device)
+            raise
+        self._ports.clear()
+
+    def _unwire(self, device: Device) -> None:
+        for bus in self._buses.values():
+            bus.remove(device)
+        self._ports.clear()
+
+    # ---- accesses
+
+    def access(self, exit_: exits.Io | exits.Mmio, cpu: Vcpu) -> exits.Exit | None:
+        """Do what the guest asked for. Returns the exit that it makes of the run, if it makes one."""
+        with self.lock:
+            if type(exit_) is exits.Io:
+                self._port(exit_, cpu)
+            else:
+                self._memory(exit_, cpu)
+            if self.shutdown is None:
+                return None
+            (cause, code), self.shutdown = self.shutdown, None
+        return exits.Shutdown(cause=cause, code=code, rip=exit_.rip, cpu=exit_.cpu)
+
+    def _port(self, exit_: exits.Io, cpu: Vcpu) -> None:
+        size = exit_.size
+        read, write, region, offset = self._ports.get(exit_.port) or self._find_port(exit_.port)
+        if exit_.direction == "out":
+            data = exit_.data
+            if len(data) == size:
+                write(region, offset, size, int.from_bytes(data, "little"))
+            else:
+                for at in range(0, len(data), size):
+                    write(region, offset, size, int.from_bytes(data[at : at + size], "little"))
+        elif exit_.count == 1:
+            cpu.access_data = (read(region, offset, size) & (1 << 8 * size) - 1).to_bytes(size, "little")
+        else:
+            mask = (1 << 8 * size) - 1
+            cpu.access_data = b"".join(
+                (read(region, offset, size) & mask).to_bytes(size, "little") for _ in range(exit_.count)
+            )
+
+    def _find_port(self, port: int) -> tuple[Callable, Callable, int, int]:
+        found = self._buses["port"].find(port)
+        if found is None:
+            entry: Any = (self._read_nothing, self._write_nothing, 0, 0)
+        else:
+            window, device = found
+            entry = (device.read, device.write, window.region, port - window.start)
+        self._ports[port] = entry
+        return entry
+
+    def _memory(self, exit_: exits.Mmio, cpu: Vcpu) -> None:
+        found = self._buses["memory"].find(exit_.addr)
+        size = exit_.size
+        if found is None:
+            read, write, region, offset = self._read_nothing, self._write_nothing, 0, 0
+        else:
+            window, device = found
+            read, write, region, offset = device.read, device.write, window.region, exit_.addr - window.start
+        if exit_.direction == "write":
+            write(region, offset, size, int.from_bytes(exit_.data, "little"))
+        else:
+            cpu.access_data = (read(region, offset, size) & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+    def _read_nothing(self, region: int, offset: int, size: int) -> int:
+        self.counters["unclaimed"] += 1
+        return (1 << 8 * size) - 1
+
+    def _write_nothing(self, region: int, offset: int, size: int, value: int) -> None:
+        self.counters["unclaimed"] += 1
+
+    # ---- what devices ask for
+
+    def set_irq(self, device: Device, gsi: int, level: bool) -> None:
+        """Drive a line of the interrupt controllers; it is high while any device holds it high (PCI shares
+        them)."""
+        holders = self._lines.setdefault(gsi, set())
+        was = bool(holders)
+        if level:
+            holders.add(device.name)
+        else:
+            holders.discard(device.name)
+        if was != bool(holders) and not self._closed:
+            self.machine.irq_line(gsi, bool(holders))
+
+    def stop(self, cause: str, code: int | None = None) -> None:
+        """End the run with `shutdown cause=...` when the access that is under way is done."""
+        self.shutdown = cause, code
+
+    def now(self) -> int:
+        """The guest's time in nanoseconds: KVM's clock, which TSC and timers follow."""
+        return struct.unpack_from("<Q", self.machine.get_state("clock"))[0]
+
+    @property
+    def ram(self) -> mmap.mmap:
+        """RAM, to read. What is written must be told to `wrote`; `dma_write` does both."""
+        if self._map is None or len(self._map) != self.memory.size:
+            self._map = mmap.mmap(self.memory.fd, self.memory.size)
+        return self._map
+
+    def dma_read(self, address: int, length: int) -> bytes:
+        """Invalid where that is not all RAM."""
+        self._check_ram(address, length)
+        return self.ram[address : address + length]
+
+    def dma_write(self, address: int, data: bytes | memoryview) -> None:
+        self._check_ram(address, len(data))
+        self.ram[address : address + len(data)] = data
+        self.wrote(address, len(data))
+
+    def _check_ram(self, address: int, length: int) -> None:
+        if address < 0 or length < 0 or address + length > self.memory.size:
+            raise Invalid(f"{length} bytes at {address:#x} are not RAM")
+
+    def wrote(self, address: int, length: int) -> None:
+        """A device has written RAM: for the dirty log, as if the guest had."""
+        if length:
+            first, last = address // PAGE, (address + length - 1) // PAGE
+            self._dirty |= ((1 << last - first + 1) - 1) << first
+
+    def take_dirty(self) -> int:
+        """The pages that devices have written since the last call, bit 0 for page 0."""
+        with self.lock:
+            dirty, self._dirty = self._dirty, 0
+        return dirty
+
+    def map_memory(
+        self, slot: int, address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+    ) -> None:
+        """Memory of a device in the guest's address space (a ROM, a framebuffer); size 0 takes it away.
+
+        Slots from FIRST_SLOT on. In the CPU's thread, or while the machine does not run.
+        """
+        self.machine.map_memory(slot, address if size else 0, fd, offset, size, read_only=read_only)
+        self._slots.pop(slot, None)
+        if size:
+            self._slots[slot] = address, fd, offset, size, read_only
+
+    # ---- life
+
+    def reset(self) -> None:
+        with self.lock:
+            self.shutdown = None
+            for device in self.devices.values():
+                device.reset()
+            for gsi in list(self._lines):
+                for name in list(self._lines[gsi]):
+                    self.set_irq(self.devices[name], gsi, False)
+
+    def move_to(self, machine: Machine) -> None:
+        """Go on with another engine's machine, which has no memory but RAM, and the lines' levels in its
+        state."""
+        with self.lock:
+            for slot, (address, fd, offset, size, read_only) in self._slots.items():
+                machine.map_memory(slot, address, fd, offset, size, read_only=read_only)
+            self.machine = machine
+
+    def save(self) -> dict[str, Any]:
+        with self.lock:
+            return {name: device.save() for name, device in self.devices.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        with self.lock:
+            if state.keys() != self.devices.keys():
+                raise Invalid(f"it is a machine of other devices: {', '.join(sorted(state)) or 'none'}")
+            for name, device in self.devices.items():
+                device.load(state[name])
+
+    def close(self) -> None:
+        with self.lock:
+            self._closed = True
+            for device in self.devices.values():
+                device.close()
+            self.devices.clear()
+            if self._map is not None:
+                self._map.close()
+                self._map = None

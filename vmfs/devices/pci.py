@@ -1,0 +1,298 @@
+"""PCI: the host bridge with configuration mechanism 1, and what every PCI device is.
+
+One bus, 32 slots, one function each, INTx interrupts. A device's BARs have addresses from the beginning, as firmware
+would have given them, so that a kernel that is booted without firmware finds them; firmware may move them.
+
+Source: PCI Local Bus Specification 3.0, chapters 3.2.2.3 (configuration mechanism 1) and 6 (configuration space).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.device import Device, Window
+from vmfs.errors import Invalid, LimitReached
+
+CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
+SLOTS = 32
+MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
+PORTS_START, PORTS_END = 0xC000, 0x1_0000
+FIRST_GSI = 16  # INTA of slot S is GSI 16 + S % 8; the 8259s see it on IRQ 10 or 11
+
+_COMMAND, _STATUS = 0x04, 0x06
+_IO, _MEMORY, _MASTER, _INTX_OFF = 1, 2, 4, 0x400
+_STATUS_INTERRUPT, _STATUS_CAPABILITIES = 0x08, 0x10
+_BAR0, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x34, 0x3C
+_HEADER = 0x40
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A base address register: `size` bytes (a power of two) of `space` "port" or "memory", 32-bit."""
+
+    space: str
+    size: int
+    prefetchable: bool = False
+
+
+class PciDevice(Device):
+    """A device of the PCI bus. A subclass sets its identity, BARS by their index, and reads and writes with the
+    BAR's index as the region."""
+
+    VENDOR: int
+    DEVICE: int
+    CLASS: int  # class, subclass and programming interface, as 0x020000
+    REVISION = 0
+    SUBSYSTEM = (0, 0)  # vendor, device
+    INTERRUPT = True
+    BARS: dict[int, Bar] = {}
+
+    def __init__(self, board: Board, name: str, slot: int) -> None:
+        super().__init__(board, name)
+        self.slot = slot
+        self.irq = FIRST_GSI + slot % 8 if self.INTERRUPT else None
+        self.pending = False  # INTx as the device drives it; the command register can hold it back
+        self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
+        self.config = bytearray(256)
+        self._mask = bytearray(256)  # bits that a guest can change
+        self._fixed = self._identity()
+        self._next = _HEADER
+        self._last_link = _CAPABILITIES
+        self._was: tuple[Window, ...] = ()
+
+    def _identity(self) -> bytearray:
+        config = bytearray(256)
+        struct.pack_into("<HHHH", config, 0, self.VENDOR, self.DEVICE, 0, 0)
+        struct.pack_into("<I", config, 8, self.CLASS << 8 | self.REVISION)
+        struct.pack_into("<HH", config, 0x2C, *self.SUBSYSTEM)
+        config[0x3D] = 1 if self.INTERRUPT else 0
+        self._mask[_COMMAND], self._mask[_COMMAND + 1] = _IO | _MEMORY | _MASTER, _INTX_OFF >> 8
+        self._mask[0x0C] = 0xFF  # cache line size
+        self._mask[_INTERRUPT_LINE] = 0xFF
+        for index, bar in self.BARS.items():
+            kind = 1 if bar.space == "port" else 8 if bar.prefetchable else 0
+            config[_BAR0 + 4 * index] = kind
+            struct.pack_into("<I", self._mask, _BAR0 + 4 * index, -bar.size & 0xFFFF_FFFF & ~15)
+            if bar.space == "port" and bar.size < 16:
+                self._mask[_BAR0 + 4 * index] = -bar.size & 0xFC
+        return config
+
+    def add_capability(self, data: bytes, writable: bytes = b"") -> int:
+        """Append a capability: its ID, a byte for the link, its contents; `writable` masks bits that a guest changes.
+
+        Returns its offset. In the constructor only.
+        """
+        at = self._next
+        if at + len(data) > 256:
+            raise Invalid(f"{self.name}: the capabilities pass the configuration space")
+        self._fixed[at : at + len(data)] = data
+        self._fixed[at + 1] = 0
+        self._mask[at : at + len(writable)] = writable
+        self._fixed[self._last_link] = at
+        self._last_link = at + 1
+        self._fixed[_STATUS] |= _STATUS_CAPABILITIES
+        self._next = (at + len(data) + 3) & ~3
+        return at
+
+    # ---- configuration space
+
+    def read_config(self, offset: int, size: int) -> int:
+        if offset <= _STATUS < offset + size:
+            self.config[_STATUS] &= ~_STATUS_INTERRUPT
+            if self.pending:
+                self.config[_STATUS] |= _STATUS_INTERRUPT
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        for at, byte in enumerate(value.to_bytes(size, "little"), offset):
+            mask = self._mask[at]
+            self.config[at] = self.config[at] & ~mask | byte & mask
+        if offset < _INTERRUPT_LINE:
+            self._config_changed()
+
+    def _config_changed(self) -> None:
+        windows = self.windows()
+        if windows != self._was:
+            self._was = windows
+            self.board.rewire(self)
+            self.moved()
+        self._drive()
+
+    def windows(self) -> tuple[Window, ...]:
+        command = self.config[_COMMAND]
+        windows = []
+        for index, bar in self.BARS.items():
+            (value,) = struct.unpack_from("<I", self.config, _BAR0 + 4 * index)
+            start = value & (~3 if bar.space == "port" else ~15) & 0xFFFF_FFFF
+            end = start + bar.size
+            enabled = command & (_IO if bar.space == "port" else _MEMORY)
+            # While a guest asks for the size, a BAR is at the end of the space, and nowhere where it could answer.
+            limit = 0x1_0000 if bar.space == "port" else MEMORY_END
+            if enabled and start and end <= limit:
+                windows.append(Window(bar.space, start, bar.size, index))
+        return tuple(windows)
+
+    def bar(self, index: int) -> int | None:
+        """Where a BAR is, or None while it is not decoded."""
+        return next((window.start for window in self.windows() if window.region == index), None)
+
+    def moved(self) -> None:
+        """A BAR was moved, enabled or disabled: for those with memory of their own behind one."""
+
+    @property
+    def is_master(self) -> bool:
+        """Whether the guest lets the device read and write RAM."""
+        return bool(self.config[_COMMAND] & _MASTER)
+
+    # ---- interrupts
+
+    def set_irq(self, level: bool) -> None:
+        """Drive INTA."""
+        self.pending = level
+        self._drive()
+
+    def _drive(self) -> None:
+        if self.irq is not None:
+            held_back = self.config[_COMMAND + 1] & _INTX_OFF >> 8
+            super().set_irq(self.pending and not held_back)
+
+    # ---- life
+
+    def reset(self) -> None:
+        self.config[:] = self._fixed
+        for index, address in self.given.items():
+            (kind,) = struct.unpack_from("<I", self.config, _BAR0 + 4 * index)
+            struct.pack_into("<I", self.config, _BAR0 + 4 * index, address | kind)
+        self.config[_COMMAND] = _IO | _MEMORY
+        if self.INTERRUPT:
+            self.config[_INTERRUPT_LINE] = pic_irq(self.slot)
+        self.pending = False
+        self._config_changed()
+
+    def save(self) -> dict[str, Any]:
+        return {"config": bytes(self.config), "pending": self.pending}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if len(state["config"]) != len(self.config):
+            raise Invalid(f"{self.name}: a configuration space has {len(self.config)} bytes")
+        self.config[:] = state["config"]
+        self.pending = bool(state["pending"])
+        self._config_changed()
+
+    def describe(self) -> dict[str, str]:
+        return {"pci": f"00:{self.slot:02x}.0 {self.VENDOR:04x}:{self.DEVICE:04x}"}
+
+
+def pic_irq(slot: int) -> int:
+    """The IRQ of the 8259s that INTA of a slot is, besides its GSI."""
+    return 10 + slot % 2
+
+
+class HostBridge(Device):
+    """Ports CF8 and CFC, and the bus. The bridge itself is slot 0 (an i440FX by its identity, as firmware knows it)."""
+
+    TYPE = "pci-host"
+
+    def __init__(self, board: Board, name: str = "pci") -> None:
+        super().__init__(board, name)
+        self.address = 0
+        self.slots: dict[int, PciDevice] = {}
+
+    def windows(self) -> tuple[Window, ...]:
+        return (Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1))
+
+    def free_slot(self) -> int:
+        for slot in range(1, SLOTS):
+            if slot not in self.slots:
+                return slot
+        raise LimitReached(f"the PCI bus has {SLOTS} slots, and all are taken")
+
+    def plug(self, device: PciDevice) -> PciDevice:
+        """Put a device into its slot, give its BARs addresses, and add it to the board."""
+        if device.slot in self.slots:
+            raise Invalid(f"{device.name}: PCI slot {device.slot} is taken")
+        for index, bar in device.BARS.items():
+            device.given[index] = self._place(device, bar)
+        self.slots[device.slot] = device
+        try:
+            device.reset()
+            self.board.remove_windows(device)
+            self.board.add(device)
+        except BaseException:
+            del self.slots[device.slot]
+            raise
+        return device
+
+    def unplug(self, device: PciDevice) -> None:
+        del self.slots[device.slot]
+        self.board.remove(device)
+
+    def _place(self, device: PciDevice, bar: Bar) -> int:
+        start, end = (PORTS_START, PORTS_END) if bar.space == "port" else (MEMORY_START, MEMORY_END)
+        taken = sorted(
+            (address, other.BARS[index].size)
+            for other in (*self.slots.values(), device)
+            for index, address in other.given.items()
+            if other.BARS[index].space == bar.space
+        )
+        size = max(bar.size, 0x20)
+        at = start
+        for address, length in taken:
+            if at + size <= address:
+                break
+            at = max(at, -(-(address + length) // size) * size)
+        if at + size > end:
+            raise LimitReached(f"{device.name}: the PCI bus has no room for {size} bytes of {bar.space}")
+        return at
+
+    def _target(self, offset: int) -> tuple[PciDevice, int] | None:
+        address = self.address
+        if not address & 0x8000_0000 or address & 0x00FF_0700:  # off; another bus; another function
+            return None
+        device = self.slots.get(address >> 11 & 31)
+        return None if device is None else (device, (address & 0xFC) + offset)
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if region == 0:
+            return self.address if size == 4 else (1 << 8 * size) - 1
+        target = self._target(offset)
+        if target is None:
+            return (1 << 8 * size) - 1
+        return target[0].read_config(target[1], min(size, 4 - offset))
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if region == 0:
+            if size == 4:
+                self.address = value & 0x80FF_FFFC
+            elif offset == 1 and size == 1:
+                self._reset_control(value)
+            return
+        target = self._target(offset)
+        if target is not None:
+            size = min(size, 4 - offset)
+            target[0].write_config(target[1], size, value & (1 << 8 * size) - 1)
+
+    def _reset_control(self, value: int) -> None:
+        """Port CF9, the reset control register: RST_CPU, a rising edge of bit 2, resets the machine."""
+        if value & 4:
+            self.board.stop("reset")
+
+    def reset(self) -> None:
+        self.address = 0
+
+    def save(self) -> dict[str, Any]:
+        return {"address": self.address}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.address = state["address"] & 0x80FF_FFFC
+
+
+class Bridge(PciDevice):
+    """Slot 0: what firmware and kernels look for first."""
+
+    TYPE = "pci-host-bridge"
+    VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x1237, 0x060000, 2
+    INTERRUPT = False
