@@ -26,8 +26,8 @@ COMPILE = [
     "-fwrapv",                  # guest arithmetic wraps; signed overflow must not be undefined
     "-fcf-protection=none",     # no ENDBR at each of the emulator's handlers, which end in indirect jumps
     "-fno-stack-protector",     # a protected function's last call is no jump
-    "-fno-tree-slp-vectorize",  # it joins the handlers' few stores by way of vector registers, which is slower
-    "-fno-partial-inlining", "-fno-crossjumping",  # each handler keeps its own last jump: predicted one by one
+    "-fno-tree-slp-vectorize",  # it joins the handlers' few stores in vector registers, which is slower
+    "-fno-partial-inlining", "-fno-crossjumping",  # each handler keeps its own last jump, for the predictor
     "-Wall", "-Wextra",
     "-Wno-unused-parameter",    # handlers of one table share a signature
     "-Wno-missing-field-initializers",  # PyMethodDef and PyType_Slot tables end in a short sentinel
@@ -39,7 +39,7 @@ if SANITIZE:
         "-fno-sanitize-recover=all",    # the first report ends the process, so that a test fails
         "-fno-omit-frame-pointer",      # whole stacks in reports
         "-O1",
-        "-foptimize-sibling-calls",     # the emulator's handlers call each other last; as calls they would fill the stack
+        "-foptimize-sibling-calls",     # the emulator's handlers end in calls: they would fill the stack
         "-UNDEBUG",                     # and assertions on
     ]
     LINK += [f"-fsanitize={SANITIZE}"]

@@ -1,8 +1,8 @@
 """The CPU's speed: MIPS of the emulator on nine kernels, against QEMU's TCG and Unicorn in the same run.
 
-One image (bench/guest) runs on all three, in 64-bit mode. Its instructions are counted by the emulator, which counts exactly,
-and hold for the others. Each kernel is timed with few and with many repetitions, in turn on each engine, and the
-difference divided, so that starting QEMU and translating code once cancel out.
+One image (bench/guest) runs on all three, in 64-bit mode. Its instructions are counted by the emulator, which
+counts exactly, and hold for the others. Each kernel is timed with few and with many repetitions, in turn on
+each engine, and the difference divided, so that starting QEMU and translating code once cancel out.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ STACK = 0x1000000
 ROUNDS = 3
 # -O2 as people compile kernels; no vector extensions beyond the SSE2 of every x86-64.
 FLAGS = (
-    "-O2 -ftree-vectorize -ffreestanding -fno-pic -no-pie -nostdlib -static -mno-red-zone -fno-stack-protector "
-    "-fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -fcf-protection=none "
-    "-Wl,--build-id=none"
+    "-O2 -ftree-vectorize -ffreestanding -fno-pic -no-pie -nostdlib -static -mno-red-zone "
+    "-fno-stack-protector -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns "
+    "-fcf-protection=none -Wl,--build-id=none"
 ).split()
 
 
@@ -132,7 +132,8 @@ class Qemu:
             "-device isa-debug-exit,iobase=0xf4,iosize=1 -kernel"
         ).split()
         done = subprocess.run([*command, self._file.name, "-append", f"{number} {times}"], timeout=120)
-        assert done.returncode & 1, done.returncode  # isa-debug-exit ends with an odd code, failures with 0 or signals
+        # isa-debug-exit ends with an odd code, failures with 0 or signals
+        assert done.returncode & 1, done.returncode
 
 
 def _timed(run: Callable[[int, int], object], number: int, kernel: Kernel) -> float:

@@ -48,7 +48,8 @@ def table(results: list[Result]) -> str:
     """The results as a Markdown table, the form in which docs/ quotes them."""
     rows = [HEADINGS, *(result.row() for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [f"| {line} |" for line in lines]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
 

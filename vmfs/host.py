@@ -39,7 +39,7 @@ class Host:
         vm.resize_memory(size)
 
     def capacity(self) -> tuple[int, int, int, int]:
-        """RAM and how much of it is not promised yet, in bytes; machines and how many more (0, 0: any number)."""
+        """RAM and how much of it is unpromised, in bytes; machines and how many more (0, 0: any number)."""
         memory = min(self.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         used = sum(vm.memory.size for vm in self._vms)
         names = self.max_vms if self.max_vms < sys.maxsize else 0
@@ -53,5 +53,6 @@ class Host:
         used = sum(vm.memory.size for vm in self._vms)
         if used + more > self.max_memory:
             raise LimitReached(
-                f"{more} bytes of RAM more than the {used} in use pass the mount's {self.max_memory} (--max-mem)"
+                f"{more} bytes of RAM more than the {used} in use pass the mount's {self.max_memory} "
+                "(--max-mem)"
             )

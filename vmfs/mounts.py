@@ -63,7 +63,8 @@ def unmount(path: str | Path, lazy: bool = False) -> None:
 
     Raises Busy if it is in use (unless `lazy`), NotPermitted if it is another user's, else EngineFailed.
     """
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.path.realpath(path)]     # it follows no link
+    target = os.path.realpath(path)  # fusermount3 follows no link
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", target]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     except FileNotFoundError:

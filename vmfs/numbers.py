@@ -11,7 +11,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def parse_number(text: str, bits: int = 64, *, what: str = "number") -> int:
-    """`text` (decimal, 0x, 0o or 0b; a minus sign means two's complement) as an unsigned number of `bits` bits.
+    """`text` (decimal, 0x, 0o, 0b; a minus sign means two's complement) as an unsigned number of `bits` bits.
 
     A leading zero is decimal, not octal: `010` is ten. Raises Invalid, naming `what`.
     """

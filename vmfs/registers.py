@@ -87,8 +87,8 @@ def _sregs() -> Iterable[Register]:
 
 
 def _fpu() -> Iterable[Register]:
-    # struct kvm_fpu: fpr[8][16], fcw, fsw, ftwx (the FXSAVE form: a bit a register), pad, last_opcode, last_ip,
-    # last_dp, xmm[16][16], mxcsr. fpr is in the order of the register stack: st0 first.
+    # struct kvm_fpu: fpr[8][16], fcw, fsw, ftwx (the FXSAVE form: a bit a register), pad, last_opcode,
+    # last_ip, last_dp, xmm[16][16], mxcsr. fpr is in the order of the register stack: st0 first.
     for index in range(8):
         yield Register(f"st{index}", 80, "fpu", 16 * index)
     yield Register("fcw", 16, "fpu", 128)
@@ -108,7 +108,7 @@ _ROWS = (
     *(Register(f"dr{number}", 64, "debugregs", 8 * number) for number in range(4)),
     Register("dr6", 64, "debugregs", 32),
     Register("dr7", 64, "debugregs", 40),
-    # struct kvm_xcrs: nr_xcrs, flags, then struct kvm_xcr {xcr, reserved, value}; XCR0 is the first and only one.
+    # struct kvm_xcrs: nr_xcrs, flags, then struct kvm_xcr {xcr, reserved, value}; XCR0 is the only one.
     Register("xcr0", 64, "xcrs", 16),
     *_fpu(),
 )

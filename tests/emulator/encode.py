@@ -1,7 +1,7 @@
-"""Instructions for the comparison with the host CPU: from a row of the core's table to bytes and a state to run them in.
+"""Instructions to compare with the host CPU: from a row of the core's table to bytes and a state for them.
 
-64-bit mode only. Memory operands go to the data area of native.py: aligned, unaligned, over page borders and, sometimes,
-out of it.
+64-bit mode only. Memory operands go to the data area of native.py: aligned, unaligned, over page borders and,
+sometimes, out of it.
 """
 
 import random
@@ -9,7 +9,24 @@ import struct
 
 from emulator.native import ARITHMETIC, CODE, CODE_SIZE, DATA, DATA_SIZE, DF, GPRS, PAGE, START, TF, Case
 
-EDGES = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1)
+EDGES = (
+    0,
+    1,
+    2,
+    3,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 MANDATORY = {"66": b"\x66", "F3": b"\xf3", "F2": b"\xf2"}
 JUMPS = {"JMP", "CALL", "RET"}
 RM_LETTERS = "EMWQUNR"
@@ -29,22 +46,30 @@ def float_bytes(rng: random.Random) -> bytes:
     """Eight bytes that are interesting as two floats, a double, or integers."""
     kind = rng.randrange(5)
     if kind == 0:
-        return struct.pack("<d", rng.choice((0.0, -0.0, 1.0, -1.5, 2.0**31, -(2.0**63), 1e308, 5e-324, 1e-310, float("inf"),
-                                              float("-inf"), float("nan"), rng.uniform(-1e6, 1e6))))
+        values = (0.0, -0.0, 1.0, -1.5, 2.0**31, -(2.0**63), 1e308, 5e-324, 1e-310)
+        values += (float("inf"), float("-inf"), float("nan"), rng.uniform(-1e6, 1e6))
+        return struct.pack("<d", rng.choice(values))
     if kind == 1:
-        choice = (0.0, -0.0, 1.0, -1.5, 2.0**31, 3e38, 1e-45, 1e-39, float("inf"), float("nan"), rng.uniform(-1e5, 1e5))
-        return struct.pack("<ff", rng.choice(choice), rng.choice(choice))
+        values = (0.0, -0.0, 1.0, -1.5, 2.0**31, 3e38, 1e-45, 1e-39)
+        values += (float("inf"), float("nan"), rng.uniform(-1e5, 1e5))
+        return struct.pack("<ff", rng.choice(values), rng.choice(values))
     return struct.pack("<Q", value(rng))
 
 
 def fx_image(rng: random.Random) -> bytes:
-    """An FXSAVE image: default control words most of the time, empty or full x87 stack, random XMM registers."""
+    """An FXSAVE image: mostly default control words, empty or full x87 stack, random XMM registers."""
     fx = bytearray(512)
     struct.pack_into("<HHB", fx, 0, 0x37F, rng.randrange(8) << 11, rng.choice((0, 0xFF, rng.getrandbits(8))))
-    struct.pack_into("<II", fx, 24, 0x1F80 | rng.choice((0, 0, 0, rng.randrange(4) << 13, 1 << 15, 1 << 6)), 0xFFFF)
+    mxcsr = 0x1F80 | rng.choice((0, 0, 0, rng.randrange(4) << 13, 1 << 15, 1 << 6))
+    struct.pack_into("<II", fx, 24, mxcsr, 0xFFFF)
     for i in range(8):
-        struct.pack_into("<QH", fx, 32 + 16 * i, rng.getrandbits(63) | 1 << 63,
-                         rng.choice((0x3FFF, 0xBFFF, rng.randrange(0x3FC0, 0x4040))))
+        struct.pack_into(
+            "<QH",
+            fx,
+            32 + 16 * i,
+            rng.getrandbits(63) | 1 << 63,
+            rng.choice((0x3FFF, 0xBFFF, rng.randrange(0x3FC0, 0x4040))),
+        )
     for at in range(160, 416, 8):
         fx[at : at + 8] = float_bytes(rng)
     return bytes(fx)
@@ -68,7 +93,8 @@ def testable(row: dict) -> bool:
 
 
 def has_modrm(row: dict) -> bool:
-    letters = {operand[0] for operand in row["operands"] if operand and operand[0].isupper() and operand not in FIXED}
+    operands = {operand for operand in row["operands"] if operand} - FIXED
+    letters = {operand[0] for operand in operands if operand[0].isupper()}
     return row["digit"] >= 0 or row["mod"] != "rm" or bool(letters & set("EGMVWPQSCDNU"))
 
 
@@ -78,7 +104,8 @@ FIXED = {"AL", "AX", "rAX", "CL", "DX", "One", "ST0", "STi", "XMM0", "Xb", "Xv",
 def make_case(row: dict, rng: random.Random) -> Case:
     """A random encoding of the row and a random state."""
     gprs = {name: value(rng) for name in GPRS}
-    gprs["rsp"] = DATA + rng.randrange(1024, DATA_SIZE - 1024, rng.choice((8, 8, 8, 2))) if rng.randrange(16) else value(rng)
+    if rng.randrange(16):
+        gprs["rsp"] = DATA + rng.randrange(1024, DATA_SIZE - 1024, rng.choice((8, 8, 8, 2)))
     data = bytearray(b"".join(float_bytes(rng) for _ in range(DATA_SIZE // 64)) * 8)
     operands = [operand for operand in row["operands"] if operand]
     name, ip = row["name"], START
@@ -153,8 +180,16 @@ def make_case(row: dict, rng: random.Random) -> Case:
     opcode = row["opcode"] + (rng.randrange(8) if "OPREG" in row["attributes"] else 0)
     wide = bool(rex & 8)
     narrow = b"\x66" in legacy and row["prefix"] != "66"
-    size = {"B": 1, "W": 2, "D": 4, "Q": 8, "V": 8 if wide else 2 if narrow else 4, "Y": 8 if wide else 4,
-            "S": 2 if narrow and not wide else 8, "N": 8}[row["size"]]
+    size = {
+        "B": 1,
+        "W": 2,
+        "D": 4,
+        "Q": 8,
+        "V": 8 if wide else 2 if narrow else 4,
+        "Y": 8 if wide else 4,
+        "S": 2 if narrow and not wide else 8,
+        "N": 8,
+    }[row["size"]]
     immediate = b""
     for operand in operands:
         if operand in ("Ib", "sIb"):
@@ -162,7 +197,8 @@ def make_case(row: dict, rng: random.Random) -> Case:
         elif operand == "Iw":
             immediate += struct.pack("<H", value(rng) & (0x3F8 if name == "RET" else 0xFFFF))
         elif operand == "IwIb":
-            immediate += struct.pack("<HB", rng.randrange(512), rng.randrange(4) if rng.randrange(2) else rng.randrange(32))
+            depth = rng.randrange(4) if rng.randrange(2) else rng.randrange(32)
+            immediate += struct.pack("<HB", rng.randrange(512), depth)
         elif operand == "Iz":
             immediate += struct.pack("<Q", value(rng))[: 2 if size == 2 else 4]
         elif operand == "Iv":
@@ -183,13 +219,21 @@ def make_case(row: dict, rng: random.Random) -> Case:
     if vex:
         vvvv = rng.randrange(16) if "By" in operands else 0
         escape = vex_prefix(row, rex, vvvv)
-    code = bytes(prefixes) + (bytes([rex]) if rex and not vex else b"") + escape + bytes([opcode]) + modrm + tail + immediate
+    if rex and not vex:
+        prefixes.append(rex)
+    code = bytes(prefixes) + escape + bytes([opcode]) + modrm + tail + immediate
     if displacement is not None:
         at = len(code) - len(immediate) - 4
         code = code[:at] + struct.pack("<i", displacement - (ip + len(code))) + code[at + 4 :]
     case = Case(
-        code=code, gprs=gprs, flags=rng.getrandbits(32) & (ARITHMETIC | (DF if rng.randrange(4) == 0 else 0)), data=b"",
-        fx=fx_image(rng), ip=ip, name=f"{name} {','.join(operands)}", undefined=row["flags_undefined"],
+        code=code,
+        gprs=gprs,
+        data=b"",
+        flags=rng.getrandbits(32) & (ARITHMETIC | (DF if rng.randrange(4) == 0 else 0)),
+        fx=fx_image(rng),
+        ip=ip,
+        name=f"{name} {','.join(operands)}",
+        undefined=row["flags_undefined"],
     )
     _prepare(row, case, data, rng)
     case.data = bytes(data)
@@ -197,12 +241,13 @@ def make_case(row: dict, rng: random.Random) -> Case:
 
 
 def vex_prefix(row: dict, rex: int, vvvv: int) -> bytes:
-    """C4 with its two bytes; C5 where that is enough. R, X, B and vvvv are inverted; L is 0 (Intel SDM 2A 2.3.5)."""
+    """C4 and two bytes, or C5 and one. R, X, B, vvvv are inverted; L is 0 (Intel SDM 2A 2.3.5)."""
     pp = ("none", "66", "F3", "F2").index(row["prefix"])
     last = (~vvvv & 15) << 3 | pp
     if row["map"] == "0F" and not rex & 11:
         return bytes([0xC5, (~rex & 4) << 5 | last])
-    return bytes([0xC4, (~rex & 7) << 5 | ("0F", "0F38", "0F3A").index(row["map"]) + 1, (rex & 8) << 4 | last])
+    opcode_map = ("0F", "0F38", "0F3A").index(row["map"]) + 1
+    return bytes([0xC4, (~rex & 7) << 5 | opcode_map, (rex & 8) << 4 | last])
 
 
 def _prepare(row: dict, case: Case, data: bytearray, rng: random.Random) -> None:
@@ -212,6 +257,7 @@ def _prepare(row: dict, case: Case, data: bytearray, rng: random.Random) -> None
     if {"Yb", "Yv"} & set(row["operands"]):
         case.gprs["rdi"] = operand_target(rng, 8)
     if row["name"] in ("SHLD", "SHRD") and b"\x66" in case.code[:4]:  # 16 bits by more than 16: makers differ
+
         def at_most_16(count: int) -> int:
             return count & ~31 | min(count & 31, 16)
 

@@ -1,8 +1,8 @@
 """Run one instruction on the host CPU and on the emulator core, from the same state, and compare.
 
-Both see the same memory at the same addresses: a code area and a data area, with nothing mapped between and around them.
-The core runs in 64-bit mode at CPL 3 with identity page tables. The host runs a byte string through native.c; the code
-area is full of INT3, so that it stops wherever the instruction went.
+Both see the same memory at the same addresses: a code area and a data area, with nothing mapped between and
+around them. The core runs in 64-bit mode at CPL 3 with identity page tables. The host runs a byte string
+through native.c; the code area is full of INT3, so that it stops wherever the instruction went.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ KVM_ORDER = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15".spli
 CF, PF, AF, ZF, SF, TF, DF, OF = 1, 4, 16, 64, 128, 256, 1024, 2048
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 COMPLETED = -1  # in place of a vector
-# AddressSanitizer has its shadow memory where nothing is mapped for the guest: there a stray access succeeds natively.
+# AddressSanitizer has its shadow memory where the guest has nothing: there a stray access succeeds natively.
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of it. `vector` is COMPLETED or the exception; registers are those before the instruction then."""
+    """What came of it: `vector` is COMPLETED, or the exception, with the registers before the instruction."""
 
     vector: int
     gprs: dict[str, int]
@@ -61,8 +61,12 @@ class Outcome:
 
 class NativeState(ctypes.Structure):
     _fields_ = [
-        ("gpr", ctypes.c_uint64 * 16), ("rip", ctypes.c_uint64), ("rflags", ctypes.c_uint64),
-        ("fault_address", ctypes.c_uint64), ("vector", ctypes.c_uint32), ("error", ctypes.c_uint32),
+        ("gpr", ctypes.c_uint64 * 16),
+        ("rip", ctypes.c_uint64),
+        ("rflags", ctypes.c_uint64),
+        ("fault_address", ctypes.c_uint64),
+        ("vector", ctypes.c_uint32),
+        ("error", ctypes.c_uint32),
         ("fx", ctypes.c_uint8 * 512),
     ]
 
@@ -70,8 +74,10 @@ class NativeState(ctypes.Structure):
 def build(directory: Path) -> Path:
     """Compile native.c; the path of the library."""
     library = Path(directory) / "native.so"
-    subprocess.run(["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, HERE / "native.c"],
-                   check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, HERE / "native.c"],
+        check=True,
+    )
     return library
 
 
@@ -81,7 +87,13 @@ class Host:
     def __init__(self, library: Path) -> None:
         self.lib = ctypes.CDLL(str(library))
         self.lib.native_map.restype = ctypes.c_uint64
-        self.lib.native_map.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+        self.lib.native_map.argtypes = [
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.c_int,
+            ctypes.c_int64,
+            ctypes.c_int,
+        ]
         self.fd = os.memfd_create("native")
         os.ftruncate(self.fd, CODE_SIZE + DATA_SIZE)
         self.memory = mmap.mmap(self.fd, CODE_SIZE + DATA_SIZE)
@@ -93,7 +105,7 @@ class Host:
         self.buffer, self.state = buffer, NativeState.from_address(aligned)
 
     def run(self, case: Case, compat: bool = False) -> Outcome:
-        """In 64-bit mode, or in compatibility mode: then the registers are 32 bits wide, and R8 to R15 do not matter."""
+        """In 64-bit mode, or in compatibility mode, where registers have 32 bits and none is R8 to R15."""
         s, at = self.state, case.ip - CODE
         self.memory[:CODE_SIZE] = b"\xcc" * CODE_SIZE
         self.memory[at : at + len(case.code)] = case.code
@@ -106,24 +118,34 @@ class Host:
         trapped = s.vector == 3 and s.rip != case.ip + 1
         done = arrived or trapped
         return Outcome(
-            vector=COMPLETED if done else s.vector, gprs=dict(zip(GPRS, s.gpr, strict=True)),
-            ip=s.rip - trapped, flags=s.rflags & (ARITHMETIC | DF), data=self.memory[CODE_SIZE:],
-            fx=bytes(s.fx), error=0 if done else s.error, address=s.fault_address if s.vector == 14 else 0,
+            vector=COMPLETED if done else s.vector,
+            gprs=dict(zip(GPRS, s.gpr, strict=True)),
+            ip=s.rip - trapped,
+            flags=s.rflags & (ARITHMETIC | DF),
+            data=self.memory[CODE_SIZE:],
+            fx=bytes(s.fx),
+            error=0 if done else s.error,
+            address=s.fault_address if s.vector == 14 else 0,
         )
 
 
 def _segment(selector, kind, *, code=False, system=False, dpl=0):
-    return struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, selector, kind, 1, dpl, not code and not system, not system, code, 1,
-                       0, 0, 0)
+    db, s, long_mode = not code and not system, not system, code
+    return struct.pack("<QIHBBBBBBBBBB", 0, 0xFFFFFFFF, selector, kind, 1, dpl, db, s, long_mode, 1, 0, 0, 0)
 
 
 def user_sregs(cr3: int) -> bytes:
     """struct kvm_sregs: 64-bit mode, CPL 3, paging, SSE on."""
     code, data = _segment(0x2B, 11, code=True, dpl=3), _segment(0x33, 3, dpl=3)
     return (
-        code + data * 5 + _segment(0x40, 11, system=True) + bytes(24 - 2) + b"\1\0"
+        code
+        + data * 5
+        + _segment(0x40, 11, system=True)
+        + bytes(24 - 2)
+        + b"\1\0"
         + struct.pack("<QHHHH", 0, 0, 0, 0, 0) * 2
-        + struct.pack("<7Q", 0x80050033, 0, cr3, 0x40620, 0, 0xD01, 0xFEE00900) + bytes(32)
+        + struct.pack("<7Q", 0x80050033, 0, cr3, 0x40620, 0, 0xD01, 0xFEE00900)
+        + bytes(32)
     )
 
 
@@ -173,13 +195,17 @@ class Core:
             raise AssertionError(f"{case.name} {case.code.hex()}: the core made exit {exit} {message}")
         *regs, ip, flags = struct.unpack("<18Q", cpu.get_state("regs"))
         return Outcome(
-            vector=vector, gprs=dict(zip(KVM_ORDER, regs, strict=True)), ip=ip, flags=flags & (ARITHMETIC | DF),
-            data=self.memory[0x10000 + CODE_SIZE :], fx=cpu.get_state("xsave")[:512],
+            vector=vector,
+            gprs=dict(zip(KVM_ORDER, regs, strict=True)),
+            ip=ip,
+            flags=flags & (ARITHMETIC | DF),
+            data=self.memory[0x10000 + CODE_SIZE :],
+            fx=cpu.get_state("xsave")[:512],
         )
 
 
-# FXSAVE fields that are compared: control, status, tag words, MXCSR, ST and XMM registers. The x87 instruction and data
-# pointers and the opcode are not: processors differ in when they keep them.
+# FXSAVE fields that are compared: control, status, tag words, MXCSR, ST and XMM registers. The x87
+# instruction and data pointers and the opcode are not: processors differ in when they keep them.
 FX_COMPARED = ((0, 5), (24, 28), *((32 + 16 * i, 42 + 16 * i) for i in range(8)), (160, 416))
 
 
@@ -200,7 +226,8 @@ def differences(case: Case, host: Outcome, core: Outcome) -> list[str]:
         found.append(f"flags: host {host.flags:#x}, core {core.flags:#x}, not compared {undefined:#x}")
     if host.data != core.data:
         at = next(i for i in range(DATA_SIZE) if host.data[i] != core.data[i])
-        found.append(f"memory at {DATA + at:#x}: host {host.data[at : at + 16].hex()}, core {core.data[at : at + 16].hex()}")
+        host_bytes, core_bytes = (data[at : at + 16].hex() for data in (host.data, core.data))
+        found.append(f"memory at {DATA + at:#x}: host {host_bytes}, core {core_bytes}")
     for start, end in FX_COMPARED:
         if host.fx[start:end] != core.fx[start:end]:
             found.append(f"fx[{start}]: host {host.fx[start:end].hex()}, core {core.fx[start:end].hex()}")

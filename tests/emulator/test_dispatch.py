@@ -13,8 +13,9 @@ HANDLER = re.compile(r"^(op_\w+|\w+_(reg|mem|fast)(_(8|16|32|64))?|(call|ret|pus
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump (binutils) is missing")
 def test_handlers_end_in_jumps():
-    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _core.__file__], capture_output=True, text=True,
-                             check=True).stdout
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", _core.__file__], capture_output=True, text=True, check=True
+    ).stdout
     calls, seen, name = [], 0, ""
     for line in listing.splitlines():
         if match := re.match(r"^[0-9a-f]+ <([\w.]+)>:$", line):

@@ -24,11 +24,28 @@ SEED = int(os.environ.get("VMFS_SEED", "0"))
 ROWS = _core.instructions()
 # CPUID feature of a row: the word in /proc/cpuinfo. BASE and what is not listed: every x86-64 CPU has it.
 CPUINFO = {
-    "SSE3": "pni", "SSE41": "sse4_1", "SSE42": "sse4_2", "PCLMUL": "pclmulqdq", "SHA": "sha_ni", "LZCNT": "abm",
-    "LAHF": "lahf_lm", "SSSE3": "ssse3", "CX16": "cx16", "MOVBE": "movbe", "POPCNT": "popcnt", "AES": "aes", "BMI1": "bmi1",
-    "BMI2": "bmi2", "ADX": "adx", "AVX": "avx", "AVX2": "avx2", "F16C": "f16c", "FMA": "fma",
+    "SSE3": "pni",
+    "SSE41": "sse4_1",
+    "SSE42": "sse4_2",
+    "PCLMUL": "pclmulqdq",
+    "SHA": "sha_ni",
+    "LZCNT": "abm",
+    "LAHF": "lahf_lm",
+    "SSSE3": "ssse3",
+    "CX16": "cx16",
+    "MOVBE": "movbe",
+    "POPCNT": "popcnt",
+    "AES": "aes",
+    "BMI1": "bmi1",
+    "BMI2": "bmi2",
+    "ADX": "adx",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "F16C": "f16c",
+    "FMA": "fma",
 }
-HOST = set(open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()) if os.path.exists("/proc/cpuinfo") else set()
+_CPUINFO = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+HOST = set(_CPUINFO.partition("flags")[2].partition("\n")[0].split())
 
 
 def row_id(row):
@@ -45,7 +62,7 @@ def test_the_table_has_rows():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if encode.testable(row)], ids=row_id)
 def test_row(row, host, core):
-    """The row does what the host does: registers, defined flags, memory, and faults with everything as it was."""
+    """The row does what the host does: registers, defined flags, memory, faults with all as it was."""
     if row["feature"] in CPUINFO and CPUINFO[row["feature"]] not in HOST:
         pytest.skip(f"the host CPU has no {row['feature']}")
     rng = random.Random(zlib.crc32(row_id(row).encode()) + SEED)

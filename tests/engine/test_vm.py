@@ -1,4 +1,4 @@
-"""Vm on every engine: runs and their bounds, stops, samples of a running machine, breakpoints, reset, the end."""
+"""Vm on every engine: runs, their bounds, stops, samples of a running machine, breakpoints, reset, end."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_stop_without_a_run_does_nothing(vm):
 
 
 def test_many_stops_lose_nothing(vm):
-    """The counter of a guest that is interrupted all the time equals its instructions: none is skipped or repeated."""
+    """The counter of a guest that is always interrupted equals its instructions: none is lost or repeated."""
     load(vm, bytes.fromhex("48ffc0 48ffc3 ebf8"))  # 1: inc rax; inc rbx; jmp 1b
     for _ in range(50):
         run_ = vm.start()

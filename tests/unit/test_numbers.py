@@ -51,7 +51,14 @@ def test_any_text_is_a_number_or_invalid(text):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("4096", 4096), ("128M", 128 << 20), ("2 GiB", 2 << 30), ("1k", 1024), ("0x1000", 4096), ("3TB", 3 << 40)],
+    [
+        ("4096", 4096),
+        ("128M", 128 << 20),
+        ("2 GiB", 2 << 30),
+        ("1k", 1024),
+        ("0x1000", 4096),
+        ("3TB", 3 << 40),
+    ],
 )
 def test_size(text, value):
     assert parse_size(text) == value

@@ -75,7 +75,8 @@ def _c_place(row):
 def test_rows_lie_where_the_kernel_headers_say(tmp_path):
     rows = list(REGISTERS.values())
     lines = [
-        f'  printf("%zu %zu\\n", offsetof(struct {struct}, {member}), sizeof(((struct {struct} *)0)->{member}));'
+        f'  printf("%zu %zu\\n", offsetof(struct {struct}, {member}), '
+        f"sizeof(((struct {struct} *)0)->{member}));"
         for struct, member in map(_c_place, rows)
     ]
     source = tmp_path / "places.c"
@@ -136,9 +137,7 @@ def test_a_refused_part_undoes_the_whole_change(refuse):
     cpu = Cpu(refuse)
     states, msrs = dict(cpu.states), dict(cpu.msrs)
     with pytest.raises(VmfsError):
-        write_registers(
-            cpu, {"rax": 1, "msr.0xc0000082": 6, "cr3": 4096, "xmm0": 1, "msr.0x10": 3, "rip": 5}
-        )
+        write_registers(cpu, {"rax": 1, "msr.0xc0000082": 6, "cr3": 4096, "xmm0": 1, "msr.0x10": 3, "rip": 5})
     assert (cpu.states, cpu.msrs) == (states, msrs)
 
 

@@ -25,9 +25,9 @@ class Point:
 class Points:
     """What a machine stops for. `stepping`: every run executes one instruction (`1` in the debug file).
 
-    Changes are made to a `copy`, which takes the place of the original when all of them worked: so the lines of one
-    write take effect together or not at all. Methods that change return the object, so that they can be chained.
-    Ids are never used twice.
+    Changes are made to a `copy`, which takes the place of the original when all of them worked: so the lines
+    of one write take effect together or not at all. Methods that change return the object, so that they can
+    be chained. Ids are never used twice.
     """
 
     def __init__(self) -> None:
@@ -93,4 +93,5 @@ class Points:
 
     def text(self) -> str:
         """The `debug` file: whether it steps, then a line a point."""
-        return "".join(f"{line}\n" for line in (str(int(self.stepping)), *(p.line() for p in self._by_id.values())))
+        lines = (str(int(self.stepping)), *(point.line() for point in self._by_id.values()))
+        return "".join(f"{line}\n" for line in lines)

@@ -131,7 +131,7 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def create_vcpu(self, index: int) -> Vcpu:
-        """CPU `index` in the x86 reset state (Intel SDM 3A 9.1.1), with the CPUID that the engine supports."""
+        """CPU `index` in the x86 reset state (Intel SDM 3A 9.1.1), with the CPUID of the engine."""
 
     @abc.abstractmethod
     def create_irqchip(self) -> None:
@@ -167,23 +167,23 @@ class Vcpu(abc.ABC):
     def run(self, budget: int | None = None) -> Exit:
         """Run the guest until its next exit, in the calling thread, without the GIL.
 
-        `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit` after
-        exactly so many instructions. What the guest does wrong is an exit; what the engine cannot do is
+        `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit`
+        after exactly so many instructions. What the guest does wrong is an exit; what the engine cannot do is
         `exits.Error`; an exception is a fault of the host or of this program.
 
         A run that starts at a breakpoint executes the instruction there. A single step ends with
         Debug(cause="step"), or with the exit that the instruction makes; completing an `in` or a load
         ends a step, too.
 
-        Pending accesses: an `out` or a store is done when the exit is returned. An `in` or a load completes at
-        the next run with the bytes of `access_data` (all ones until they are set). Reading state before that
-        shows the CPU before the instruction. Setting state before that completes the instruction first, with
-        the bytes as they stand, and then sets.
+        Pending accesses: an `out` or a store is done when the exit is returned. An `in` or a load completes
+        at the next run with the bytes of `access_data` (all ones until they are set). Reading state before
+        that shows the CPU before the instruction. Setting state before that completes the instruction first,
+        with the bytes as they stand, and then sets.
         """
 
     @abc.abstractmethod
     def kick(self) -> None:
-        """End the current `run` at an instruction boundary with `exits.Interrupted`, or the next at its start.
+        """End the current `run` between two instructions with `exits.Interrupted`, or the next at its start.
 
         From any thread, any number of times; one Interrupted answers all kicks before it. An exit that was on
         its way is returned instead, and the kick then ends the next run: callers use `clear_kick`.
@@ -196,7 +196,7 @@ class Vcpu(abc.ABC):
     @property
     @abc.abstractmethod
     def access_data(self) -> bytes:
-        """The bytes of the access that made the last exit: what was written, or what a read will get; or empty."""
+        """The bytes of the last exit's access: what was written, or what a read will get; or empty."""
 
     @access_data.setter
     @abc.abstractmethod
@@ -214,8 +214,8 @@ class Vcpu(abc.ABC):
     def complete(self) -> None:
         """Complete the pending `in` or load now, with the bytes as they stand.
 
-        What changes a part of a state calls this first: a state that was got before the access completed has the
-        old rip in it, and setting that would execute the instruction again.
+        What changes a part of a state calls this first: a state that was got before the access completed has
+        the old rip in it, and setting that would execute the instruction again.
         """
         self.set_state("mp_state", self.get_state("mp_state"))  # setting any state completes
 
@@ -247,7 +247,7 @@ class Vcpu(abc.ABC):
     @property
     @abc.abstractmethod
     def exits_waiting(self) -> bool:
-        """Whether exits of an instruction that is done are still to be returned by runs: state does not have them."""
+        """Whether runs still have exits of a completed instruction to return: state does not have them."""
 
     @abc.abstractmethod
     def nmi(self) -> None:
@@ -255,7 +255,7 @@ class Vcpu(abc.ABC):
 
     @abc.abstractmethod
     def set_debug(self, request: DebugRequest) -> None:
-        """What runs stop for from now on. `Unsupported` names what the engine cannot watch; nothing changes then."""
+        """What runs stop for from now on. `Unsupported` names what cannot be watched, and nothing changes."""
 
     @abc.abstractmethod
     def translate(self, linear: int) -> int | None:

@@ -149,10 +149,10 @@ class _watch:
 
 
 def signalled(pid, openers=frozenset()):
-    """Whether a thread of the process has a signal pending that it neither blocks nor ignores, or none is left.
+    """Whether a thread of the process has a signal pending, not blocked or ignored, or no thread is left.
 
-    `pid` is the thread that opened the file, and another may be the one that waits: any but the `openers`, which
-    wait for what they opened. For a thread that does not wait, a signal is not pending for long.
+    `pid` is the thread that opened the file, and another may be the one that waits: any but the `openers`,
+    which wait for what they opened. For a thread that does not wait, a signal is not pending for long.
     """
     try:
         threads = os.listdir(f"/proc/{pid}/task")
