@@ -5,13 +5,13 @@ wants to hear of changes subscribes.
 
 Threads and locks
 -----------------
-The CPU runs in a thread of its own, started by the first run. One lock, `_lock`, guards all that is mutable here
-(the state, the current run, the tasks that wait for a boundary, the points); it is held for short calls into
-the engine, never while the guest runs and never while a subscriber or a memory hook is called. There is no other
-lock, so there is no order to keep.
+The CPU runs in a thread of its own, started by the first run. One lock, `_lock`, guards all that is mutable
+here (the state, the current run, the tasks that wait for a boundary, the points); it is held for short calls
+into the engine, never while the guest runs and never while a subscriber or a memory hook is called. There is
+no other lock, so there is no order to keep.
 
-While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may: others hand it
-a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
+While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may:
+others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ UNBOUND = Bound()
 
 
 class Run(Future):  # type: ignore[type-arg]
-    """A run under way. Its result is the `Exit`; its exception a VmfsError. Callbacks come in the CPU's thread."""
+    """A run under way. Its result is the `Exit`, its exception a VmfsError. Callbacks: in the CPU's thread."""
 
     def __init__(self, bound: Bound) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class Run(Future):  # type: ignore[type-arg]
 class MemoryHooks:
     """Called in the CPU's thread before the guest first runs in a run, and after it last ran.
 
-    `after` gets the dirty log of the run (a bit a 4 KiB page). They exist for clients' caches of RAM; where there
-    are none, so that RAM is shared live, they are None.
+    `after` gets the dirty log of the run (a bit a 4 KiB page). They exist for clients' caches of RAM; where
+    there are none, so that RAM is shared live, they are None.
     """
 
     before: Callable[[], None] | None = None
@@ -105,8 +105,8 @@ class Vm:
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._closed = False
-        # A new object whenever the CPU was used for more than to look at it; None while it runs. While it is the
-        # same, registers are: who has read them need not ask the engine again.
+        # A new object whenever the CPU was used for more than to look at it; None while it runs. While it is
+        # the same, registers are: who has read them need not ask the engine again.
         self.still: object | None = object()
         self.last_exit: exits.Exit | None = None
         self.exit_number = 0  # how many exits there were
@@ -127,7 +127,7 @@ class Vm:
         return self._closed
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """`callback` is called, in any thread, after the state or the last exit changed. Returns what ends it."""
+        """Have `callback` called, in any thread, after state or last exit changed. Returns what ends that."""
         with self._lock:
             self._subscribers = (*self._subscribers, callback)
 
@@ -160,7 +160,7 @@ class Vm:
         return run
 
     def stop(self, run: Run | None = None) -> None:
-        """End the current run (or `run`, if it is still the current one) with Interrupted. No-op without one."""
+        """End the current run (or `run`, if it is still the current one) with Interrupted; or do nothing."""
         with self._lock:
             current = self._run
             if current is not None and run in (None, current):
@@ -264,7 +264,7 @@ class Vm:
         return exits.Limit(rip=at.rip, cpu=at.cpu)
 
     def _ask(self, bound: Bound, step: bool) -> bool:
-        """Tell the engine what to stop for, if that changed. Returns whether the debug file asks for steps."""
+        """Tell the engine what to stop for, if that changed. True when the debug file asks for steps."""
         request = self._points.request()
         stepping = request.step
         if bound.until is not None and not self._points.breaks_at(bound.until):
@@ -307,8 +307,8 @@ class Vm:
     # ---- the CPU between instructions
 
     def at_boundary(self, task: Callable[[Vcpu], T]) -> Future[T]:
-        """Do `task` with the CPU between two instructions: at once when nothing runs, else as soon as the guest stops
-        for it; it then goes on. The task must be short and must not change what a run relies on."""
+        """Do `task` with the CPU between two instructions: at once when nothing runs, else as soon as the
+        guest stops for it; it then goes on. The task must be short and change nothing a run relies on."""
         future: Future[T] = Future()
         with self._lock:
             self._check_open()
@@ -347,7 +347,7 @@ class Vm:
         return self.at_boundary(lambda _: self._machine.get_state(name))
 
     def change_machine_state(self, name: str, change: Callable[[Callable[[], bytes]], bytes]) -> None:
-        """Set a state to what `change` makes of it; it gets a function that reads it. Busy while the machine runs."""
+        """Set a state to what `change` makes of it; it gets a function that reads it. Busy during a run."""
         with self._lock:
             self._check_idle()
             self._machine.set_state(name, change(lambda: self._machine.get_state(name)))
@@ -380,11 +380,12 @@ class Vm:
     def move_to(self, engine: Engine) -> None:
         """Go on with another engine: RAM, the state of the CPU, vectors that wait and points go along.
 
-        Busy while the machine runs, or when exits of an instruction that is done were not all seen. Where the other
-        engine cannot have the state, or cannot watch for the points, Unsupported, and nothing has changed.
+        Busy while the machine runs, or when exits of an instruction that is done were not all seen. Where the
+        other engine cannot have the state, or cannot watch for the points, Unsupported, and nothing has
+        changed.
 
-        A read that waits for its data is not executed yet: it is an exit again at the next run. The CPUID goes along
-        once the CPU has run. Counters of the engine begin anew.
+        A read that waits for its data is not executed yet: it is an exit again at the next run. The CPUID
+        goes along once the CPU has run. Counters of the engine begin anew.
         """
         with self._lock:
             self._check_idle()
@@ -470,7 +471,7 @@ class Vm:
         return self._points
 
     def set_points(self, change: Callable[[Points], object]) -> Future[None]:
-        """Change what runs stop for; from the next boundary on if the machine runs. `change` gets a copy to change.
+        """Change what runs stop for, from the next boundary on. `change` gets a copy of the points to change.
 
         Asks the engine first: Unsupported when it cannot watch for all of that, and nothing changes.
         """
@@ -487,7 +488,7 @@ class Vm:
     # ---- counting
 
     def take_dirty(self, reader: str) -> bytes:
-        """The pages that the guest has written since `reader` ("file" or "cache") last asked: a bit a 4 KiB page."""
+        """The pages the guest wrote since `reader` ("file" or "cache") last asked: a bit a 4 KiB page."""
         with self._lock:
             self._check_open()
             log = self._machine.dirty_log(RAM_SLOT)
@@ -517,7 +518,7 @@ class Vm:
     # ---- the end
 
     def close(self) -> None:
-        """Stop it, and free its memory, its CPU and its thread. Blocks until the guest has stopped; idempotent."""
+        """Stop it, free its memory, CPU and thread. Blocks until the guest has stopped; idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -561,7 +562,7 @@ class _Rehearsal:
     """A CPU for a task that changes registers, which only finds out whether the engine takes them.
 
     An engine tells only when something is set, and to set something completes the access that waits. So it is
-    set on a CPU of another machine, which is made when the first state but `regs`, which is never refused, is set.
+    set on a CPU of another machine, made when the first state but `regs` (never refused) is set.
     """
 
     def __init__(self, engine: Engine, cpu: Vcpu) -> None:
