@@ -27,6 +27,7 @@ from typing import Any, TypeVar, cast
 
 from vmfs import exits
 from vmfs.debug.points import Points
+from vmfs.debug.symbols import SymbolTable
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.errors import Busy, EngineFailed, Gone, VmfsError
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
@@ -91,6 +92,7 @@ class Vm:
         self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
         self._made_cpuid = self._cpu.get_state("cpuid")
         self.hooks = MemoryHooks()
+        self.symbols = SymbolTable()  # another one takes its place; it is never changed
 
         self._lock = threading.Lock()
         self._state = "paused"

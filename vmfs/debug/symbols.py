@@ -1,0 +1,252 @@
+"""Symbols: names of addresses, from an ELF file, a System.map, or the text of /proc/kallsyms.
+
+A table is never changed: a file that is written makes another, and `Vm.symbols` is the one in force.
+
+Sources: System V ABI, "Symbol Table"; nm(1) for the letters of the types; Linux Documentation/admin-guide
+for the lines of /proc/kallsyms (`ffffffff81000000 T name [module]`).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import struct
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from io import BytesIO
+from typing import Any, BinaryIO
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from vmfs.errors import Invalid
+from vmfs.numbers import parse_number
+
+MOST = 1 << 22  # symbols of a table; Linux with everything built in has some 200,000
+TEXT_MOST = 256 << 20  # bytes of a System.map
+NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
+REACH = 16 << 20  # how far behind its last symbol an address still is said to belong to it
+
+Symbol = tuple[int, str, str]  # address, the type's letter, name
+
+
+class SymbolTable:
+    """Names and addresses. `len()` is how many symbols there are.
+
+    Of symbols of one name the first global one counts, else the one at the lowest address. Absolute ones
+    (`A`, `a`: sizes, offsets into the per-CPU area of Linux) have an address but name none.
+    """
+
+    def __init__(self, symbols: Iterable[Symbol] = ()) -> None:
+        ordered = sorted(symbols, key=lambda symbol: symbol[0])
+        self._symbols = ordered
+        places = [symbol for symbol in ordered if symbol[1] not in "Aa"]
+        self._places = places
+        self._addresses = array("Q", [symbol[0] for symbol in places])
+        # The last write wins: so local ones from the highest down, then global ones.
+        self._by_name = {name: address for address, _, name in reversed(ordered)}
+        self._by_name.update(
+            (name, address) for address, letter, name in reversed(ordered) if letter.isupper()
+        )
+
+    def __len__(self) -> int:
+        return len(self._symbols)
+
+    def address_of(self, name: str) -> int | None:
+        """The linear address of `name`, or None."""
+        return self._by_name.get(name)
+
+    def name_of(self, address: int) -> tuple[str, int] | None:
+        """The symbol that `address` belongs to, and how many bytes behind its start: the last one that does
+        not begin behind it, if that is near (REACH). Of several at one place a global function comes first.
+        """
+        end = bisect_right(self._addresses, address)
+        if not end:
+            return None
+        start = self._addresses[end - 1]
+        if address - start >= REACH:
+            return None
+        first = bisect_left(self._addresses, start, 0, end)
+        best = min(self._places[first : min(end, first + 64)], key=_rank)
+        return best[2], address - start
+
+    def label(self, address: int) -> str:
+        """`name+0x10`, `name`, or nothing."""
+        found = self.name_of(address)
+        if found is None:
+            return ""
+        name, offset = found
+        return f"{name}+{offset:#x}" if offset else name
+
+    def resolve(self, text: str, *, what: str = "ADDR") -> int:
+        """The address that `text` is: a number, a symbol, or a symbol and a number (`name+0x10`, `name-4`).
+
+        Invalid, naming `what`, where it is none of these.
+        """
+        if text[:1].isdigit() or text[:1] == "-":
+            return parse_number(text, what=what)
+        address = self.address_of(text)
+        if address is not None:
+            return address
+        match = re.fullmatch(r"(.+)([+-])([0-9]\w*)", text)
+        address = self.address_of(match[1]) if match else None
+        if match is None or address is None:
+            name = (match[1] if match else text)[:80]
+            reason = f"no symbol {name!r}" if len(self) else f"{name!r} is no number, and there are no symbols"
+            raise Invalid(f"{what}: {reason}")
+        offset = parse_number(match[3], what=what)
+        return (address + (offset if match[2] == "+" else -offset)) & ((1 << 64) - 1)
+
+    def text(self) -> str:
+        """A line a symbol, by address: `ffffffff81000000 T _stext`."""
+        return "".join([f"{address:016x} {letter} {name}\n" for address, letter, name in self._symbols])
+
+
+def _rank(symbol: Symbol) -> int:
+    """Functions before the rest, global ones first."""
+    return {"T": 0, "t": 1, "W": 2, "w": 3}.get(symbol[1], 4)
+
+
+def parse(data: bytes) -> SymbolTable:
+    """The symbols of an ELF file's contents or a System.map's text."""
+    return parse_elf(BytesIO(data)) if data[:4] == b"\x7fELF" else parse_map(data)
+
+
+# ---- System.map, /proc/kallsyms, nm
+
+# An undefined symbol, as nm shows it, has no address and is passed over.
+_LINE = re.compile(
+    rb"^(?:([0-9a-fA-F]{1,16})|[ ]{8,16}) ([A-Za-z?]) (\S+)(?:[ \t]+\[\S+\])?[ \t\r]*$", re.MULTILINE
+)
+
+
+def parse_map(data: bytes) -> SymbolTable:
+    """The symbols of `ADDRESS TYPE NAME` lines, hexadecimal without 0x. Empty lines are none."""
+    if len(data) > TEXT_MOST:
+        raise Invalid(f"{len(data)} bytes are more than the {TEXT_MOST} that a map may have")
+    if not data.isascii():
+        raise Invalid("it is no ELF file, and there are bytes in it that no System.map has")
+    matches = _LINE.findall(data)
+    if len(matches) != sum(1 for line in data.split(b"\n") if line.strip()):
+        _complain_of_line(data)
+    if len(matches) > MOST:
+        raise Invalid(f"{len(matches)} symbols are more than {MOST}")
+    symbols = [
+        (int(address, 16), letter.decode(), name.decode())
+        for address, letter, name in matches
+        if address and len(name) <= NAME_MOST
+    ]
+    if not symbols:
+        raise Invalid("there is no symbol in it")
+    if len(symbols) > 1 and not any(address for address, _, _ in symbols):
+        raise Invalid("every address is 0: /proc/kallsyms shows them to root only (kptr_restrict)")
+    return SymbolTable(symbols)
+
+
+def _complain_of_line(data: bytes) -> None:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip() and not _LINE.fullmatch(line):
+            raise Invalid(f"line {number}: {line[:100].decode()!r} is not `ADDRESS TYPE NAME`")
+    raise Invalid("it is not lines of `ADDRESS TYPE NAME`")
+
+
+# ---- ELF
+
+_MACHINES = ("EM_386", "EM_X86_64")
+_SHN_UNDEF, _SHN_ABS, _SHN_XINDEX = 0, 0xFFF1, 0xFFFF
+_NO_SYMBOLS = (3, 4, 6)  # STT_SECTION, STT_FILE, STT_TLS: they name no address
+_STB_LOCAL, _STB_WEAK = 0, 2
+_SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
+
+
+def parse_elf(file: BinaryIO) -> SymbolTable:
+    """The symbols of an ELF file for x86: its .symtab, or where that was stripped its .dynsym."""
+    # pyelftools reads the headers; the entries are unpacked here, for it takes some 20 us for each of them.
+    try:
+        return _parse_elf(file)
+    except Invalid:
+        raise
+    except (ELFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        # What pyelftools raises for headers that point nowhere is not of one class.
+        raise Invalid(f"the ELF file is damaged: {error}") from None
+
+
+def _parse_elf(file: BinaryIO) -> SymbolTable:
+    size = file.seek(0, 2)
+    file.seek(0)
+    elf = ELFFile(file)
+    header = elf.header
+    if header["e_machine"] not in _MACHINES or not elf.little_endian:
+        raise Invalid("the ELF file is not for x86")
+    if header["e_type"] == "ET_REL":
+        raise Invalid("the ELF file is relocatable: it is not linked, and its symbols have no addresses")
+    if not header["e_shoff"]:
+        raise Invalid("the ELF file has no sections")
+    if header["e_shoff"] + elf.num_sections() * header["e_shentsize"] > size:
+        raise Invalid("the ELF file is cut off: its section headers are past its end")
+    headers = [elf._get_section_header(number) for number in range(elf.num_sections())]
+    for wanted in ("SHT_SYMTAB", "SHT_DYNSYM"):
+        for section in headers:
+            if section["sh_type"] == wanted and section["sh_size"]:
+                strings = headers[section["sh_link"]]
+                entries, names = (_contents(file, size, one) for one in (section, strings))
+                letters = [_letter(one) for one in headers]
+                if percpu := elf.get_section_by_name(".data..percpu"):
+                    if not percpu["sh_addr"]:  # of Linux, linked at 0: offsets into each CPU's copy
+                        letters[elf.get_section_index(percpu.name)] = "A"
+                return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass))
+    raise Invalid("the ELF file has no symbols: it was stripped")
+
+
+def _contents(file: BinaryIO, size: int, section: dict[str, int]) -> bytes:
+    if section["sh_offset"] + section["sh_size"] > size:
+        raise Invalid("the ELF file is cut off: a section is past its end")
+    file.seek(section["sh_offset"])
+    return file.read(section["sh_size"])
+
+
+def _elf_symbols(entries: bytes, names: bytes, section_letters: list[str], bits: int) -> list[Symbol]:
+    if bits == 64:  # Elf64_Sym: name, info, other, shndx, value, size
+        entry, order = struct.Struct("<IBxHQ8x"), (0, 1, 2, 3)
+    else:  # Elf32_Sym: name, value, size, info, other, shndx
+        entry, order = struct.Struct("<II4xBxH"), (0, 2, 3, 1)
+    count = len(entries) // entry.size
+    if count > MOST:
+        raise Invalid(f"{count} symbols are more than {MOST}")
+    letters = dict(enumerate(section_letters))
+    letters[_SHN_ABS] = "A"
+    letters[_SHN_XINDEX] = "N"  # its section's number is in another table
+    find, pick = names.find, operator.itemgetter(*order)
+    symbols = []
+    for at, info, section, value in map(pick, entry.iter_unpack(memoryview(entries)[: count * entry.size])):
+        letter = letters.get(section)
+        if letter is None or section == _SHN_UNDEF or info & 0xF in _NO_SYMBOLS:
+            continue
+        end = find(b"\0", at, at + NAME_MOST + 1)
+        if end <= at:
+            continue
+        name = names[at:end].decode("ascii", "backslashreplace")
+        if not name.isprintable() or " " in name:
+            continue
+        binding = info >> 4
+        if binding == _STB_WEAK:
+            letter = "W"
+        elif binding == _STB_LOCAL:
+            letter = letter.lower()
+        symbols.append((value, letter, name))
+    return symbols
+
+
+def _letter(section: dict[str, Any]) -> str:
+    """The type of a section's global symbols as nm(1) shows it."""
+    if section["sh_type"] == "SHT_NULL":
+        return "N"
+    flags = section["sh_flags"]
+    if flags & _SHF_EXECINSTR:
+        return "T"
+    if not flags & _SHF_ALLOC:
+        return "N"
+    if not flags & _SHF_WRITE:
+        return "R"
+    return "B" if section["sh_type"] == "SHT_NOBITS" else "D"
