@@ -15,6 +15,7 @@ import pytest
 from vmfs.engine.base import Breakpoint, DebugRequest, Watchpoint
 from vmfs.engine.kvm import abi, call, vcpu
 from vmfs.engine.kvm.abi import ExitReason, Ioctl
+from vmfs.engine.kvm.state import HostFacts
 from vmfs.errors import EngineFailed, Invalid, Unsupported
 
 PAGE = 3 * mmap.PAGESIZE
@@ -136,6 +137,7 @@ def cpu(kvm):
         pvm=False,
         read_memory=lambda address: None,
         threads=threading.local(),
+        facts=HostFacts(),
     )
     yield cpu
     cpu.close()

@@ -25,6 +25,7 @@ from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.host import is_pvm
+from vmfs.engine.kvm.state import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
 
@@ -62,6 +63,7 @@ class KvmEngine(Engine):
 
     def __init__(self, device: str = "/dev/kvm") -> None:
         self.device = device
+        self._facts = HostFacts()
 
     def probe(self) -> Availability:
         """Whether a machine here writes to a port: everything between open and the guest's first exit."""
@@ -78,7 +80,7 @@ class KvmEngine(Engine):
     def create_machine(self) -> KvmMachine:
         device = self._open()
         try:
-            return KvmMachine(device)
+            return KvmMachine(device, self._facts)
         except BaseException:
             os.close(device)
             raise
@@ -146,8 +148,9 @@ class _MemorySlot:
 class KvmMachine(Machine):
     """A VM descriptor, its memory slots and its CPUs."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, facts: HostFacts) -> None:
         self._device = device
+        self._facts = facts
         self._slots: dict[int, _MemorySlot] = {}
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
@@ -288,6 +291,7 @@ class KvmMachine(Machine):
                 pvm=self._pvm,
                 read_memory=self._read_memory,
                 threads=self._threads,
+                facts=self._facts,
             )
         except BaseException:
             os.close(fd)

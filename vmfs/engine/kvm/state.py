@@ -35,17 +35,41 @@ _PLAIN = {
 }
 
 
+class HostFacts:
+    """What a host's KVM answers the same each time, and slowly. An engine keeps one for its machines.
+
+    The MSRs are those of a CPU with the CPUID that it was made with, by whether there is an irqchip.
+    """
+
+    def __init__(self) -> None:
+        self._cpuid = b""
+        self.saved_msrs: dict[bool, tuple[int, ...]] = {}
+
+    def supported_cpuid(self, device: int) -> bytes:
+        """KVM_GET_SUPPORTED_CPUID, as `struct kvm_cpuid2`."""
+        if not self._cpuid:
+            buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
+            abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
+            ioctl(device, Ioctl.KVM_GET_SUPPORTED_CPUID, buffer)
+            self._cpuid = _trim_cpuid(buffer)
+        return self._cpuid
+
+
 class VcpuState:
     """Gets and sets the states of VCPU_STATES on one vCPU descriptor."""
 
-    def __init__(self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool) -> None:
+    def __init__(
+        self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool, facts: HostFacts
+    ) -> None:
         self._fd = fd
         self._device = device
         self._has_irqchip = has_irqchip
+        self._facts = facts
         self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
         # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
         self._xsave_size = max(ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_XSAVE2), abi.SIZES["xsave"])
-        self.set("cpuid", supported_cpuid(device, index, has_irqchip=has_irqchip))
+        self.set("cpuid", made_cpuid(facts.supported_cpuid(device), index, has_irqchip=has_irqchip))
+        self._has_made_cpuid = True
 
     def get(self, name: str) -> bytes:
         self._check_name(name)
@@ -158,6 +182,8 @@ class VcpuState:
 
     def _msrs_to_save(self) -> tuple[int, ...]:
         """KVM_GET_MSR_INDEX_LIST, less what this host, with this CPUID, does not read or write back."""
+        if self._saved_msrs is None and self._has_made_cpuid:
+            self._saved_msrs = self._facts.saved_msrs.get(self._has_irqchip)
         if self._saved_msrs is None:
             indices = _accepted(
                 self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)]
@@ -168,6 +194,8 @@ class VcpuState:
                 _IA32_TSC
             }
             self._saved_msrs = tuple(index for index, _zero in indices if index in writable)
+            if self._has_made_cpuid:
+                self._facts.saved_msrs[self._has_irqchip] = self._saved_msrs
         return self._saved_msrs
 
     # CPUID
@@ -188,15 +216,12 @@ class VcpuState:
             raise Invalid(f"cpuid: nent says {count} entries, and that is not its length")
         hint = "a CPU that has run keeps its CPUID, and the host has to have what it says"
         ioctl_set(self._fd, Ioctl.KVM_SET_CPUID2, data, hint)
-        self._saved_msrs = None
+        self._has_made_cpuid, self._saved_msrs = False, None
 
 
-def supported_cpuid(device: int, index: int, *, has_irqchip: bool) -> bytes:
-    """KVM_GET_SUPPORTED_CPUID, with what is the CPU's own in it: its APIC id, and what needs a LAPIC."""
-    buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
-    abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
-    ioctl(device, Ioctl.KVM_GET_SUPPORTED_CPUID, buffer)
-    data = bytearray(_trim_cpuid(buffer))
+def made_cpuid(supported: bytes, index: int, *, has_irqchip: bool) -> bytes:
+    """`supported`, with what is the CPU's own in it: its APIC id, and what needs a LAPIC."""
+    data = bytearray(supported)
     for at in range(abi.CPUID_HEAD.size, len(data), abi.CPUID_ENTRY.size):
         function, subleaf, flags, eax, ebx, ecx, edx = abi.CPUID_ENTRY.unpack_from(data, at)
         if function == 1:  # Intel SDM 2A, CPUID: EBX[31:24] is the initial APIC id

@@ -17,7 +17,7 @@ from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
-from vmfs.engine.kvm.state import VcpuState
+from vmfs.engine.kvm.state import HostFacts, VcpuState
 from vmfs.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.exits import Exit
 
@@ -52,6 +52,7 @@ class KvmVcpu(Vcpu):
         pvm: bool,
         read_memory: Callable[[int], int | None],
         threads: threading.local,
+        facts: HostFacts,
     ) -> None:
         self.index = index
         self._fd = fd
@@ -59,7 +60,7 @@ class KvmVcpu(Vcpu):
         self._has_irqchip = has_irqchip
         self._pvm = pvm
         self._read_memory = read_memory
-        self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip)
+        self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip, facts=facts)
         block_irq = ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_SET_GUEST_DEBUG2)
         self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
         # For kick, interrupt and nmi from other threads. Reentrant, because a Python signal handler may call
