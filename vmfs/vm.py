@@ -7,8 +7,8 @@ Threads and locks
 -----------------
 The CPU runs in a thread of its own, started by the first run. One lock, `_lock`, guards all that is mutable
 here (the state, the current run, the tasks that wait for a boundary, the points); it is held for short calls
-into the engine, never while the guest runs and never while a subscriber or a memory hook is called. There is
-no other lock, so there is no order to keep.
+into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
+of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
 
 While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may:
 others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
@@ -23,13 +23,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from vmfs import exits
 from vmfs.debug.points import Points
 from vmfs.debug.symbols import SymbolTable
+from vmfs.devices.board import Board
+from vmfs.devices.machine import Pc, machine_type
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
-from vmfs.errors import Busy, EngineFailed, Gone, VmfsError
+from vmfs.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError
+from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
 from vmfs.moving import carry_cpu, carry_machine
@@ -91,6 +94,12 @@ class Vm:
             raise
         self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
         self._made_cpuid = self._cpu.get_state("cpuid")
+        self._chip_reset_states: dict[str, bytes] = {}
+        self.machine_name = "bare"
+        self.board: Board | None = None
+        self.images = Images()
+        self._boot_due = True  # the next run begins by loading what `images` has
+        self.time_source = default_time(self._machine)
         self.hooks = MemoryHooks()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed
 
@@ -203,6 +212,8 @@ class Vm:
                 if self._closed:
                     failure = Gone("the machine was removed")
                 self._state = "paused"
+                if isinstance(result, exits.Shutdown) and result.cause == "reset" and not self._closed:
+                    self._set_back(self._cpu)
                 if result is not None:
                     result = self._note(result)
             self._tell()
@@ -214,6 +225,8 @@ class Vm:
     def _execute(self, run: Run) -> exits.Exit:
         if before := self.hooks.before:
             before()
+        if self._boot_due:
+            self._boot()
         timer = None
         if run.bound.seconds is not None:
             timer = threading.Timer(run.bound.seconds, self._expire, (run,))
@@ -233,6 +246,7 @@ class Vm:
         left = bound.steps if bound.steps is not None else bound.instructions
         exact = Capability.BUDGET in self.capabilities
         done_before = self._instructions() if left is not None and exact else 0
+        board = self.board
         while True:
             with self._lock:
                 stepping = self._ask(bound, step=left is not None and not exact)
@@ -245,10 +259,24 @@ class Vm:
                     if run.expired:
                         return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
                 if left is not None and exact:
-                    left = max(left - (self._instructions() - done_before), 0)
-                    done_before = self._instructions()
+                    left, done_before = self._rest(left, done_before)
                     if not left:
                         return self._bound_reached(bound, exit_)
+                continue
+            if board is not None and isinstance(exit_, exits.Io | exits.Mmio):
+                ended = board.access(exit_, self._cpu)
+                if ended is not None:
+                    return ended
+                is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
+                if left is not None:
+                    if exact:
+                        left, done_before = self._rest(left, done_before)
+                    elif is_done:
+                        left -= 1
+                    if not left and not self._cpu.exits_waiting:
+                        return self._bound_reached(bound, exit_)
+                if stepping and is_done and not self._cpu.exits_waiting:
+                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
                 continue
             if isinstance(exit_, exits.Limit) and left is not None:
                 return self._bound_reached(bound, exit_)
@@ -258,6 +286,11 @@ class Vm:
                     return exit_ if stepping else self._bound_reached(bound, exit_)
                 continue
             return exit_
+
+    def _rest(self, left: int, done_before: int) -> tuple[int, int]:
+        """What is left of an exact bound, and the counter now."""
+        done = self._instructions()
+        return max(left - (done - done_before), 0), done
 
     @staticmethod
     def _bound_reached(bound: Bound, at: exits.Exit) -> exits.Exit:
@@ -301,6 +334,8 @@ class Vm:
             elif exit_.id is not None:
                 self._points.hit(exit_.id)
         self._state = {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
+        if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
+            self._state = "paused"  # it was reset, and can go on
         self._counts[exit_.REASON] += 1
         self.last_exit = exit_
         self.exit_number += 1
@@ -355,13 +390,67 @@ class Vm:
             self._machine.set_state(name, change(lambda: self._machine.get_state(name)))
 
     def reset(self) -> None:
-        """The CPU's reset state (Intel SDM 3A 9.1.1). RAM keeps its contents, as on a real machine."""
+        """The CPU's reset state (Intel SDM 3A 9.1.1), devices as at power-on; the next run boots what there is.
 
-        def set_back(cpu: Vcpu) -> None:
-            for name in _RESET_STATES:
-                cpu.set_state(name, self.reset_states[name])
+        RAM keeps its contents, as on a real machine.
+        """
+        self.change(self._set_back)
 
-        self.change(set_back)
+    def _set_back(self, cpu: Vcpu) -> None:
+        """With the lock held."""
+        for name, data in self._chip_reset_states.items():
+            self._machine.set_state(name, data)
+        for name in (*_RESET_STATES, *(("lapic",) if "lapic" in self.reset_states else ())):
+            cpu.set_state(name, self.reset_states[name])
+        if self.board is not None:
+            self.board.reset()
+        self._boot_due = True
+
+    # ---- what it is made of
+
+    def set_machine(self, name: str) -> None:
+        """Be a machine with other devices. Before the first run only, else Busy. What was set of the CPU stays."""
+        board_type = machine_type(name)
+        with self._lock:
+            self._check_idle()
+            if name == self.machine_name:
+                return
+            if self._counts["runs"]:
+                raise Busy("machine: it has run; its devices are fixed")
+            if board_type is not None and Capability.IRQCHIP not in self.capabilities:
+                raise Unsupported(f"machine: {name} needs interrupt controllers, which {self.engine.name} has not")
+            old_board = self.board
+            self._replace_machine(self.engine, board_type)
+            self.machine_name = name
+            # A PC lives by the clock on the wall: its network and its users do.
+            self._set_time("host" if board_type else default_time(self._machine))
+            if old_board is not None:
+                old_board.close()
+        self._tell()
+
+    def _set_time(self, source: str) -> None:
+        if Capability.DETERMINISTIC in self.capabilities:
+            self._machine.set_time(source)
+        self.time_source = source
+
+    def set_time_source(self, source: str) -> None:
+        """`host`: time follows the host's clock; `instructions`: those retired (Unsupported where they cannot)."""
+        if source not in ("host", "instructions"):
+            raise Invalid(f"time: {source[:40]!r} is neither host nor instructions")
+        with self._lock:
+            self._check_idle()
+            if source == "instructions" and Capability.DETERMINISTIC not in self.capabilities:
+                raise Unsupported(f"time: on {self.engine.name} it follows the host's clock")
+            self._set_time(source)
+
+    def _boot(self) -> None:
+        """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
+        images = self.images
+        if images.there("kernel") or images.there("bios"):
+            from vmfs.boot.start import boot  # what reads images is not loaded by who boots none
+
+            boot(images, self.memory, self._cpu, self.board)
+        self._boot_due = False
 
     def mode(self) -> Future[str]:
         return self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
@@ -378,6 +467,8 @@ class Vm:
                 self.memory.resize(size)
                 self._machine.map_memory(RAM_SLOT, 0, 0, 0, 0)
                 self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, size)
+                if self.board is not None:
+                    self.board.memory_resized()
 
     def move_to(self, engine: Engine) -> None:
         """Go on with another engine: RAM, the state of the CPU, vectors that wait and points go along.
@@ -393,28 +484,56 @@ class Vm:
             self._check_idle()
             if self._cpu.exits_waiting:
                 raise Busy("the last instruction has more exits: run until they are seen")
-            machine = engine.create_machine()
-            try:
-                machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, self.memory.size)
-                cpu = machine.create_vcpu(0)
-                reset_states = {name: cpu.get_state(name) for name in _RESET_STATES}
-                made_cpuid = cpu.get_state("cpuid")
-                is_new = not self._counts["runs"] and self._cpu.get_state("cpuid") == self._made_cpuid
-                carry_cpu(self._cpu, cpu, self.reset_states, keep_cpuid=not is_new)
-                carry_machine(self._machine, machine)
-                request = self._points.request()
-                cpu.set_debug(request)
-                written = self._machine.dirty_log(RAM_SLOT)
-            except BaseException:
-                machine.close()
-                raise
-            old, self._machine, self._cpu, self.engine = self._machine, machine, cpu, engine
-            self.reset_states, self._made_cpuid = reset_states, made_cpuid
-            self._asked, self.still = request, object()
-            news = int.from_bytes(written, "little")
-            self._dirty = {name: bits | news for name, bits in self._dirty.items()}
-            old.close()
+            if self.board is not None and Capability.IRQCHIP not in self.capabilities:
+                raise Unsupported(f"{engine.name} has no interrupt controllers")
+            self._replace_machine(engine)
+            if Capability.DETERMINISTIC in self.capabilities:
+                self._machine.set_time(self.time_source)
+            else:
+                self.time_source = "host"
         self._tell()
+
+    def _replace_machine(self, engine: Engine, board_type: type[Pc] | Literal["same"] | None = "same") -> None:
+        """Go on with a new machine of an engine, which gets all state; with the lock held.
+
+        Unless it is "same", with another board: None is no board. When it raises nothing has changed.
+        """
+        has_board = self.board is not None if board_type == "same" else board_type is not None
+        machine = engine.create_machine()
+        try:
+            machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, self.memory.size)
+            if has_board:
+                machine.create_irqchip()
+            cpu = machine.create_vcpu(0)
+            reset_states = {name: cpu.get_state(name) for name in _RESET_STATES}
+            chip_reset_states = {}
+            if has_board:
+                reset_states["lapic"] = cpu.get_state("lapic")
+                chip_reset_states = {name: machine.get_state(name) for name in ("irqchip", "pit")}
+            made_cpuid = cpu.get_state("cpuid")
+            is_new = not self._counts["runs"] and self._cpu.get_state("cpuid") == self._made_cpuid
+            carry_cpu(self._cpu, cpu, self.reset_states, keep_cpuid=not is_new)
+            if board_type == "same":
+                carry_machine(self._machine, machine)
+            request = self._points.request()
+            cpu.set_debug(request)
+            written = self._machine.dirty_log(RAM_SLOT)
+            board = self.board
+            if board_type != "same":
+                board = board_type and board_type(machine, self.memory)
+            elif board is not None:
+                board.move_to(machine)
+        except BaseException:
+            machine.close()
+            raise
+        old, self._machine, self._cpu, self.engine = self._machine, machine, cpu, engine
+        self.reset_states, self._made_cpuid = reset_states, made_cpuid
+        self._chip_reset_states = chip_reset_states
+        self.board = board
+        self._asked, self.still = request, object()
+        news = int.from_bytes(written, "little")
+        self._dirty = {name: bits | news for name, bits in self._dirty.items()}
+        old.close()
 
     # ---- the pending access
 
@@ -495,6 +614,8 @@ class Vm:
             self._check_open()
             log = self._machine.dirty_log(RAM_SLOT)
             news = int.from_bytes(log, "little")
+            if self.board is not None:
+                news |= self.board.take_dirty()
             taken = self._dirty[reader] | news
             if news:
                 self._dirty = {name: bits | news for name, bits in self._dirty.items()}
@@ -512,6 +633,7 @@ class Vm:
                 "run_time_us": int(self._seconds * 1e6),
                 "interrupts_queued": self._cpu.interrupts_queued,
                 **self._cpu.counters(),
+                **({f"board.{name}": count for name, count in self.board.counters.items()} if self.board else {}),
             }
 
     def _instructions(self) -> int:
@@ -536,7 +658,10 @@ class Vm:
         with self._lock:
             while self._tasks:
                 self._tasks.popleft()[1].set_exception(Gone("the machine was removed"))
+            if self.board is not None:
+                self.board.close()
             self._machine.close()
+            self.images.close()
             self.memory.close()
         self._tell()
 
@@ -608,6 +733,11 @@ class _Rehearsal:
                 spare.set_state(name, self._cpu.get_state(name))
             self._spare = spare
         return self._spare
+
+
+def default_time(machine: Machine) -> str:
+    """Where a machine that has no devices has its time from."""
+    return "instructions" if Capability.DETERMINISTIC in machine.capabilities else "host"
 
 
 def _do(task: Callable[[Vcpu], T], cpu: Vcpu, future: Future[T]) -> None:

@@ -11,6 +11,7 @@ held or wanted.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
 import threading
@@ -225,6 +226,9 @@ class Board:
 
     # ---- life
 
+    def memory_resized(self) -> None:
+        """RAM has another size, which `memory` knows."""
+
     def reset(self) -> None:
         with self.lock:
             self.shutdown = None
@@ -260,5 +264,6 @@ class Board:
                 device.close()
             self.devices.clear()
             if self._map is not None:
-                self._map.close()
+                with contextlib.suppress(BufferError):  # a thread still copies; the last reference unmaps
+                    self._map.close()
                 self._map = None

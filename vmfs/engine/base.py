@@ -22,6 +22,7 @@ import abc
 import enum
 from dataclasses import dataclass
 
+from vmfs.errors import Unsupported
 from vmfs.exits import Exit
 
 
@@ -140,6 +141,11 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set an input line of the interrupt controllers (KVM's default routing)."""
+
+    def set_time(self, source: str) -> None:
+        """Where the TSC and the timers have their time from (capability DETERMINISTIC): `instructions`, those retired,
+        which is what a new machine has; or `host`, the host's monotonic clock. Time goes on from where it is."""
+        raise Unsupported("time follows the host's clock on this engine")
 
     @abc.abstractmethod
     def dirty_log(self, slot: int) -> bytes:

@@ -140,6 +140,11 @@ class EmulatorMachine(Machine):
         with _failures(f"interrupt line {gsi}"):
             self._vm.irq_line(gsi, level)
 
+    def set_time(self, source: str) -> None:
+        if source not in ("host", "instructions"):
+            raise Invalid(f"there is no time source {source}")
+        self._vm.set_host_time(source == "host")
+
     def dirty_log(self, slot: int) -> bytes:
         if slot not in self._slots:
             raise Invalid(f"there is no memory slot {slot}")

@@ -1,0 +1,72 @@
+"""MACHINES: what kinds of machine there are, and the devices of each: ports, addresses and lines in one table.
+
+A device is a row of PC_DEVICES and a module. What a user attaches besides (disks, networks) is plugged into the PCI
+bus when it is attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from vmfs.devices.board import Board
+from vmfs.devices.debugport import DebugConsole, DebugExit
+from vmfs.devices.device import Device
+from vmfs.devices.pci import Bridge, HostBridge
+from vmfs.devices.power import Power
+from vmfs.devices.rtc import Rtc
+from vmfs.devices.serial import Serial
+from vmfs.engine.base import Machine
+from vmfs.errors import Invalid
+from vmfs.memory import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A device of a machine: its name under dev/, and what makes it."""
+
+    name: str
+    make: Callable[[Board, str], Device]
+
+
+PC_DEVICES: tuple[Row, ...] = (
+    Row("com1", lambda board, name: Serial(board, name, 0x3F8, 4)),
+    Row("com2", lambda board, name: Serial(board, name, 0x2F8, 3)),
+    Row("com3", lambda board, name: Serial(board, name, 0x3E8, 4)),
+    Row("com4", lambda board, name: Serial(board, name, 0x2E8, 3)),
+    Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
+    Row("power", Power),
+    Row("debugcon", lambda board, name: DebugConsole(board, name, 0xE9)),
+    Row("debugcon2", lambda board, name: DebugConsole(board, name, 0x402)),
+    Row("debug-exit", lambda board, name: DebugExit(board, name, 0xF4)),
+)
+
+
+class Pc(Board):
+    """A PC: interrupt controllers and timers in the engine, the rest here."""
+
+    def __init__(self, machine: Machine, memory: Memory) -> None:
+        super().__init__(machine, memory)
+        self.pci = HostBridge(self)
+        self.add(self.pci)
+        self.pci.plug(Bridge(self, "bridge", 0))
+        for row in PC_DEVICES:
+            self.add(row.make(self, row.name))
+
+    def memory_resized(self) -> None:
+        rtc = self.devices["rtc"]
+        assert isinstance(rtc, Rtc)
+        rtc.describe_memory(self.memory.size)
+
+
+MACHINES: Mapping[str, type[Pc] | None] = {
+    "bare": None,  # a CPU, memory, and whatever answers its exits
+    "pc": Pc,
+}
+
+
+def machine_type(name: str) -> type[Pc] | None:
+    """The board of a machine; Invalid for a name that is none."""
+    if name not in MACHINES:
+        raise Invalid(f"machine: there is no {name[:40]!r}; there are {', '.join(MACHINES)}")
+    return MACHINES[name]

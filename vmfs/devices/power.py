@@ -1,0 +1,82 @@
+"""ACPI's fixed hardware: the PM timer, PM1 event and control blocks. A guest that sleeps in S5 has powered off.
+
+Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control) and 4.8.3.3 (timer).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.device import Device, Window
+
+PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
+FREQUENCY = 3_579_545  # Hz
+S5 = 5  # SLP_TYP in the tables' \_S5
+
+_POWER_BUTTON, _TIMER = 0x100, 1
+_SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
+
+
+class Power(Device):
+    """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits."""
+
+    TYPE = "acpi-pm"
+    irq = SCI
+
+    def __init__(self, board: Board, name: str) -> None:
+        super().__init__(board, name)
+        self.reset()
+
+    def windows(self) -> tuple[Window, ...]:
+        return (
+            Window("port", PM1_EVENT, 4, 0),
+            Window("port", PM1_CONTROL, 2, 1),
+            Window("port", PM_TIMER, 4, 2),
+        )
+
+    def reset(self) -> None:
+        self.status = self.enable = 0
+        self.control = _SCI_EN
+        self._update()
+
+    def press_button(self) -> None:
+        """The power button, by which a guest is asked to shut down."""
+        with self.board.lock:
+            self.status |= _POWER_BUTTON
+            self._update()
+
+    def _update(self) -> None:
+        self.set_irq(bool(self.status & self.enable & (_POWER_BUTTON | _TIMER)))
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if region == 0:
+            value = self.status | self.enable << 16
+        elif region == 1:
+            value = self.control
+        else:
+            value = self.board.now() * FREQUENCY // 1_000_000_000 & 0xFF_FFFF
+        return value >> 8 * offset
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        value <<= 8 * offset
+        mask = ((1 << 8 * size) - 1) << 8 * offset
+        if region == 0:
+            self.status &= ~(value & mask) & 0xFFFF
+            if mask >> 16:
+                self.enable = (self.enable & ~(mask >> 16) | value >> 16) & 0xFFFF
+            self._update()
+        elif region == 1:
+            new = (self.control & ~mask | value & mask) & 0xFFFF
+            self.control = new & ~_SLP_EN
+            if new & _SLP_EN and new >> _SLP_TYP & 7 == S5:
+                self.board.stop("poweroff")
+
+    def save(self) -> dict[str, Any]:
+        return {"status": self.status, "enable": self.enable, "control": self.control}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.status, self.enable, self.control = (
+            state[name] & 0xFFFF for name in ("status", "enable", "control")
+        )
+        self._update()
