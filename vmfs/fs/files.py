@@ -18,7 +18,7 @@ from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Kind
-from vmfs.fs.kinds import AccessData, Irq, State, Text, VmRun
+from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.fs.memory_file import Mem
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.waiting import finished
@@ -132,6 +132,17 @@ async def _set_mode(scope: MachineScope, text: str) -> None:
         scope.vm.set_mode(mode)
 
 
+def _set_machine(scope: MachineScope, text: str) -> None:
+    scope.vm.set_machine(text.strip())
+    scope.forget_sizes()
+
+
+def _set_cmdline(scope: MachineScope, text: str) -> None:
+    if scope.vm.state == "running":
+        raise Busy("the machine is running")
+    scope.vm.images.cmdline = text.removesuffix("\n")
+
+
 def _complaint(scope: MachineScope) -> str:
     return f"{scope.complaint}\n" if scope.complaint else ""
 
@@ -181,6 +192,17 @@ FILES: tuple[Row, ...] = (
     Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _set_mem_size)),
     Row("engine", 0o666, Text(lambda scope: f"{scope.vm.engine.name}\n", _set_engine)),
     Row("mode", 0o666, Text(_mode, _set_mode)),
+    Row("machine", 0o666, Text(lambda scope: f"{scope.vm.machine_name}\n", _set_machine)),
+    Row(
+        "time",
+        0o666,
+        Text(lambda scope: f"{scope.vm.time_source}\n", lambda scope, text: scope.vm.set_time_source(text.strip())),
+    ),
+    # what is booted
+    Row("kernel", 0o666, ImageFile("kernel")),
+    Row("initrd", 0o666, ImageFile("initrd")),
+    Row("bios", 0o666, ImageFile("bios")),
+    Row("cmdline", 0o666, Text(lambda scope: f"{scope.vm.images.cmdline}\n", _set_cmdline)),
     # interrupts and debugging
     Row("irq", 0o222, Irq()),
     Row("debug", 0o666, Text(lambda scope: scope.vm.points.text(), _set_debug)),

@@ -214,6 +214,45 @@ class _AccessDataHandle(Handle):
         return len(data)
 
 
+# ---- what is booted
+
+
+@dataclass(frozen=True)
+class ImageFile(Kind):
+    """An image of `Vm.images`: bytes of any length, kept until they are replaced. Busy while the machine runs."""
+
+    name: str
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return scope.vm.images[self.name].size
+
+    def truncate(self, scope: Any, size: int, opened: bool) -> None:
+        _check_stopped(scope)
+        scope.vm.images[self.name].truncate(size)
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _ImageHandle(node, pid, nonblocking, self.name)
+
+
+class _ImageHandle(Handle):
+    def __init__(self, node: File, pid: int, nonblocking: bool, name: str) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._image = self.scope.vm.images[name]
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self._image.read(offset, size)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        _check_stopped(self.scope)
+        return self._image.write(offset, data)
+
+
+def _check_stopped(scope: Any) -> None:
+    if scope.vm.state == "running":
+        raise Busy("the machine is running")
+
+
 # ---- runs
 
 
