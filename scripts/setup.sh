@@ -106,3 +106,7 @@ if [ "$(cat .venv/extensions.stamp 2>/dev/null)" != "$sources" ]; then
     { find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
       find vmfs -name '*.so' -printf '%p\n' | sort; } >.venv/extensions.stamp
 fi
+
+# --- what tests boot --------------------------------------------------------------------------------------
+
+scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"

@@ -1,0 +1,47 @@
+"""Where scripts/fetch_kernels.sh puts what tests boot: Debian's kernels, busybox, iPXE, memtest86+.
+
+Debian's System.map is in the packages of debugging symbols only (hundreds of MB), so there is none here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "kernels"
+BUSYBOX = FOLDER / "busybox"
+IPXE = FOLDER / "ipxe.lkrn"  # has the header of a bzImage
+MEMTEST = FOLDER / "memtest.bin"  # as a bzImage, too
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A package's kernel: `image` is a bzImage, `modules` the folder that is /lib/modules/RELEASE."""
+
+    name: str
+
+    @property
+    def image(self) -> Path:
+        return FOLDER / self.name / "vmlinuz"
+
+    @property
+    def config(self) -> Path:
+        return FOLDER / self.name / "config"
+
+    @property
+    def modules(self) -> Path:
+        return FOLDER / self.name / "modules"
+
+    @property
+    def release(self) -> str:
+        return (FOLDER / self.name / "release").read_text().strip()
+
+
+CLOUD = Kernel("cloud")  # linux-image-cloud-amd64: smaller, boots faster; has no 9p
+GENERIC = Kernel("generic")  # linux-image-amd64, without modules for hardware
+
+needs_kernels = pytest.mark.skipif(
+    not (FOLDER / "stamp").exists(), reason=f"{FOLDER} is not there: scripts/fetch_kernels.sh could not make it"
+)
