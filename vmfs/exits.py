@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vmfs.errors import Invalid
@@ -134,7 +134,8 @@ class Debug(Exit):
     """A single step ended, or a break- or watchpoint stopped the guest.
 
     `id` is the point's number in the `debug` file; `addr` the address of the access (watchpoint) or
-    the port (io); `vector` the exception that was caught.
+    the port (io); `vector` the exception that was caught. `also`, from an engine: the other stops that were
+    reached at the same time.
     """
 
     REASON: ClassVar[str] = "debug"
@@ -144,6 +145,7 @@ class Debug(Exit):
     id: int | None = None
     addr: int | None = None
     vector: int | None = None
+    also: tuple[Debug, ...] = field(default=(), compare=False, repr=False)
 
     def _details(self) -> Iterator[tuple[str, str]]:
         yield "cause", self.cause
@@ -155,9 +157,7 @@ class Debug(Exit):
             yield "vector", f"{self.vector:#x}"
 
     def _body(self) -> bytes:
-        return struct.pack(
-            "<IIQI", DEBUG_CAUSES.index(self.cause) + 1, self.id or 0, self.addr or 0, self.vector or 0
-        )
+        return struct.pack("<IIQI", DEBUG_CAUSES.index(self.cause) + 1, self.id or 0, self.addr or 0, self.vector or 0)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 from vmfs import exits
-from vmfs.debug.points import Points
+from vmfs.debug.conditions import CpuLooker
+from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.devices.board import Board
 from vmfs.devices.machine import Pc, machine_type
@@ -42,6 +43,10 @@ T = TypeVar("T")
 RAM_SLOT = 0
 # What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
 _RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
+
+
+# Causes of a debug exit that come behind an instruction; the others come before one.
+_STOPS_BEHIND = frozenset({"watchpoint", "io", "mode", "cr3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +252,12 @@ class Vm:
         exact = Capability.BUDGET in self.capabilities
         done_before = self._instructions() if left is not None and exact else 0
         board = self.board
+        goes_on = False
         while True:
             with self._lock:
                 stepping = self._ask(bound, step=left is not None and not exact)
-            exit_ = self._cpu.run(budget=left if exact and left is not None else None)
+            exit_ = self._cpu.run(budget=left if exact and left is not None else None, goes_on=goes_on)
+            goes_on = True
             if isinstance(exit_, exits.Interrupted):
                 with self._lock:
                     self._do_tasks()
@@ -278,6 +285,22 @@ class Vm:
                 if stepping and is_done and not self._cpu.exits_waiting:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
                 continue
+            if isinstance(exit_, exits.Debug) and exit_.cause != "step":
+                with self._lock:
+                    stop = self._stop_for(exit_)
+                if stop is not None:
+                    return stop
+                is_done = exit_.cause in _STOPS_BEHIND
+                if left is not None:
+                    if exact:
+                        left, done_before = self._rest(left, done_before)
+                    elif is_done:
+                        left -= 1
+                    if not left:
+                        return self._bound_reached(bound, exit_)
+                if stepping and is_done:
+                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
+                continue
             if isinstance(exit_, exits.Limit) and left is not None:
                 return self._bound_reached(bound, exit_)
             if left is not None and not exact and isinstance(exit_, exits.Debug) and exit_.cause == "step":
@@ -302,12 +325,24 @@ class Vm:
         """Tell the engine what to stop for, if that changed. True when the debug file asks for steps."""
         request = self._points.request()
         stepping = request.step
-        if bound.until is not None and not self._points.breaks_at(bound.until):
-            request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(0, bound.until)))
+        if bound.until is not None:
+            request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(UNTIL, bound.until)))
         if step:
             request = replace(request, step=True)
         self._set_debug(request)
         return stepping
+
+    def _stop_for(self, reached: exits.Debug) -> exits.Debug | None:
+        """The stop that the caller is to see of those that the CPU came to at once, or None when the run goes
+        on: a condition is false, a count is not used up. With the lock held, in the CPU's thread."""
+        stops = {stop.id: stop for stop in (*reversed(reached.also), reached) if stop.id is not None}
+        ids = sorted(stops)
+        wanted = self._points.reached(ids, CpuLooker(self._cpu, self.memory.read))
+        if wanted is None:
+            return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
+        if self._points.is_once(wanted):
+            self._points = self._points.copy().delete(wanted)
+        return replace(stops[wanted], also=())
 
     def _set_debug(self, request: DebugRequest) -> None:
         if request is not self._asked and request != self._asked:
@@ -328,11 +363,6 @@ class Vm:
 
     def _note(self, exit_: exits.Exit) -> exits.Exit:
         """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
-        if isinstance(exit_, exits.Debug):
-            if exit_.id == 0:  # the temporary breakpoint of `until`
-                exit_ = replace(exit_, id=None)
-            elif exit_.id is not None:
-                self._points.hit(exit_.id)
         self._state = {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
         if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
             self._state = "paused"  # it was reset, and can go on
@@ -590,6 +620,12 @@ class Vm:
     @property
     def points(self) -> Points:
         return self._points
+
+    def points_text(self) -> str:
+        """The `debug` file."""
+        with self._lock:
+            self._check_open()
+            return self._points.text(self._cpu.way_of)
 
     def set_points(self, change: Callable[[Points], object]) -> Future[None]:
         """Change what runs stop for, from the next boundary on. `change` gets a copy of the points to change.

@@ -146,7 +146,7 @@ class FakeVcpu(Vcpu):
     def rip(self) -> int:
         return struct.unpack_from("<Q", self.states["regs"], RIP)[0]
 
-    def run(self, budget: int | None = None) -> exits.Exit:
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> exits.Exit:
         self._data, self._readable = b"", False
         if self._kick.is_set():
             self._kick.clear()
@@ -243,5 +243,3 @@ class FakeVcpu(Vcpu):
 
     def close(self) -> None:
         pass
-
-

@@ -1,25 +1,229 @@
-"""The break- and watchpoints of a machine: ids, hits, and what the engine is asked for."""
+"""The points of a machine, which stop it: ids, conditions, counts, and what the engine is asked for.
+
+A point is a stop of `vmfs.engine.base` (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop) with
+options. The engine stops for each that is enabled; whether the stop is anybody's to see, `reached` says.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from vmfs.engine.base import Breakpoint, DebugRequest
+from vmfs.debug.conditions import (
+    Condition,
+    Looker,
+    Resolve,
+    Unreadable,
+    no_symbols,
+    parse_address,
+    parse_condition,
+)
+from vmfs.engine.base import (
+    Breakpoint,
+    Cr3Stop,
+    DebugRequest,
+    ModeStop,
+    PortStop,
+    Stop,
+    VectorStop,
+    Watchpoint,
+)
 from vmfs.errors import Invalid, LimitReached
+from vmfs.numbers import parse_number
 
 MOST = 1 << 16  # of a machine: they live in the server's memory, and every change is told to the engine whole
+LONGEST_WATCH = 4096
+UNTIL = 0  # the id of the temporary breakpoint of a run; points have others
+
+# Intel SDM 3A table 6-1.
+EXCEPTIONS: Mapping[str, int] = {
+    "#DE": 0,
+    "#DB": 1,
+    "NMI": 2,
+    "#BP": 3,
+    "#OF": 4,
+    "#BR": 5,
+    "#UD": 6,
+    "#NM": 7,
+    "#DF": 8,
+    "#TS": 10,
+    "#NP": 11,
+    "#SS": 12,
+    "#GP": 13,
+    "#PF": 14,
+    "#MF": 16,
+    "#AC": 17,
+    "#MC": 18,
+    "#XM": 19,
+    "#VE": 20,
+    "#CP": 21,
+}
+_VECTOR_NAMES = {vector: name for name, vector in EXCEPTIONS.items()}
+
+
+# ---- options
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """When a stop counts, and what becomes of it. `ignore`: so many times it does not stop."""
+
+    condition: Condition | None = None
+    ignore: int = 0
+    once: bool = False
+    enabled: bool = True
+    hits: int = 0
+
+
+PLAIN = Options()
+OPTIONS_USAGE = "[if COND] [ignore N] [once] [disabled]"
+_INFORMATION = re.compile(r"(by|unreadable|owner|at)=\S*")  # of a line that was read: the machine's to say
+_COUNT_MOST = (1 << 63) - 1
+
+
+def parse_options(text: str, resolve: Resolve = no_symbols) -> Options:
+    """`if COND`, `ignore N`, `once`, `disabled` in any order, each at most once; `hits=N` as lines show it."""
+    options, rest, seen = PLAIN, text.strip(), set[str]()
+    while rest:
+        word, _, rest = rest.partition(" ")
+        rest = rest.strip()
+        key = word.partition("=")[0]
+        if key in seen:
+            raise Invalid(f"{key[:40]!r} is there twice")
+        seen.add(key)
+        if word == "if":
+            condition, rest = parse_condition(rest, resolve)
+            options = replace(options, condition=condition)
+        elif word == "ignore":
+            count, _, rest = rest.partition(" ")
+            options = replace(options, ignore=_count(count, "ignore"))
+        elif word == "once":
+            options = replace(options, once=True)
+        elif word == "disabled":
+            options = replace(options, enabled=False)
+        elif key == "hits" and "=" in word:
+            options = replace(options, hits=_count(word.partition("=")[2], "hits"))
+        elif not _INFORMATION.fullmatch(word):
+            raise Invalid(f"there is no {word[:40]!r} here: {OPTIONS_USAGE}")
+    return options
+
+
+def _count(text: str, what: str) -> int:
+    number = parse_number(text, what=what)
+    if number > _COUNT_MOST:
+        raise Invalid(f"{what}: {text[:40]} is too many")
+    return number
+
+
+# ---- arguments of the verbs
+
+
+def parse_watched(text: str, resolve: Resolve = no_symbols) -> tuple[int, bool]:
+    """`ADDR` or `phys:ADDR`: the address, and whether it is guest-physical."""
+    physical = text.startswith("phys:")
+    return parse_address(text.removeprefix("phys:"), resolve), physical
+
+
+def parse_access(text: str) -> tuple[bool, bool]:
+    """`r`, `w` or `rw`: on reads, on writes."""
+    if text not in ("r", "w", "rw"):
+        raise Invalid(f"watch: {text[:40]!r} is not r, w or rw")
+    return "r" in text, "w" in text
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """`PORT` or `PORT-PORT`: the first and the last."""
+    first, dash, last = text.partition("-")
+    numbers = [parse_number(part, what="PORT") for part in ((first, last) if dash else (first,))]
+    if max(numbers) > 0xFFFF:
+        raise Invalid(f"PORT: {text[:40]} is no port: 0 to 0xffff")
+    if numbers[0] > numbers[-1]:
+        raise Invalid(f"PORT: {text[:40]} ends before it begins")
+    return numbers[0], numbers[-1]
+
+
+def parse_vectors(text: str) -> tuple[int, ...]:
+    """`14`, `#PF`, `pf`, or several of them and of ranges (`0-31`), with commas between them."""
+    vectors: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        low = _vector(first)
+        high = _vector(last) if dash else low
+        if low > high:
+            raise Invalid(f"VECTOR: {part[:40]!r} ends before it begins")
+        vectors.update(range(low, high + 1))
+    return tuple(sorted(vectors))
+
+
+def _vector(text: str) -> int:
+    name = text.upper()
+    for known in (name, f"#{name}"):
+        if known in EXCEPTIONS:
+            return EXCEPTIONS[known]
+    try:
+        vector = parse_number(text, what="VECTOR")
+    except Invalid:
+        raise Invalid(f"VECTOR: {text[:40]!r} is neither a number nor an exception as #PF") from None
+    if vector > 255:
+        raise Invalid(f"VECTOR: {text[:40]} is more than 255")
+    return vector
+
+
+# ---- points
+
+
+def _stop_text(stop: Stop) -> str:
+    """A stop as it is written: the verb and its arguments."""
+    match stop:
+        case Breakpoint():
+            return f"break {stop.address:#x}"
+        case Watchpoint():
+            access = "r" * stop.on_read + "w" * stop.on_write
+            return f"watch {'phys:' * stop.physical}{stop.address:#x} {stop.length} {access}"
+        case PortStop():
+            last = f"-{stop.last:#x}" if stop.last != stop.first else ""
+            return f"iobreak {stop.first:#x}{last}"
+        case VectorStop():
+            return "catch " + ",".join(_vector_texts(stop.vectors))
+        case ModeStop():
+            return "on mode"
+        case Cr3Stop():
+            return "on cr3"
+
+
+def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:
+    begin = previous = vectors[0]
+    for vector in (*vectors[1:], None):
+        if vector == previous + 1:
+            previous = vector
+            continue
+        if previous - begin > 1:
+            yield f"{begin:#x}-{previous:#x}"
+        else:
+            yield from (_VECTOR_NAMES.get(one, f"{one:#x}") for one in range(begin, previous + 1))
+        if vector is not None:
+            begin = previous = vector
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A stop with its options. `owner`: who made it; nobody (the `debug` file), or a gdb connection."""
+
+    stop: Stop
+    options: Options
+    owner: str = ""
+
+    @property
+    def id(self) -> int:
+        return self.stop.id
 
 
 @dataclass(slots=True)
-class Point:
-    """A breakpoint at linear `address`."""
-
-    id: int
-    address: int
-    hits: int = 0
-
-    def line(self) -> str:
-        return f"{self.id} break {self.address:#x} hits={self.hits}"
+class _Counts:
+    hits: int
+    ignored: int = 0  # of Options.ignore
+    unreadable: int = 0  # how often the condition could not be evaluated
 
 
 class Points:
@@ -27,71 +231,219 @@ class Points:
 
     Changes are made to a `copy`, which takes the place of the original when all of them worked: so the lines
     of one write take effect together or not at all. Methods that change return the object, so that they can
-    be chained. Ids are never used twice.
+    be chained; `last_id` is then the id of the point added last. Ids are never used twice.
     """
 
     def __init__(self) -> None:
         self.stepping = False
         self._by_id: dict[int, Point] = {}
-        self._by_address: dict[int, Point] = {}
-        self._next_id = 1
+        self._counts: dict[int, _Counts] = {}
+        self._known: dict[tuple[str, str, str], int] = {}  # owner, stop, condition: its id
+        self._next_id = UNTIL + 1
         self._request: DebugRequest | None = None  # of the points as they are, once it was asked for
 
     def copy(self) -> Points:
         other = Points()
         other.stepping = self.stepping
-        other._by_id = {point.id: replace(point) for point in self._by_id.values()}
-        other._by_address = {point.address: point for point in other._by_id.values()}
+        other._by_id = dict(self._by_id)
+        other._counts = {id_: replace(counts) for id_, counts in self._counts.items()}
+        other._known = dict(self._known)
         other._next_id = self._next_id
         return other
 
     def __len__(self) -> int:
         return len(self._by_id)
 
+    @property
+    def last_id(self) -> int:
+        return self._next_id - 1
+
+    # ---- changing
+
     def set_stepping(self, on: bool) -> Points:
         self.stepping, self._request = on, None
         return self
 
-    def add_break(self, address: int) -> Points:
-        if address in self._by_address:
-            raise Invalid(f"break: there is a breakpoint at {address:#x} already")
+    def add_break(self, address: int, options: Options = PLAIN, *, owner: str = "") -> Points:
+        """Before the instruction at a linear address."""
+        return self._add(lambda id_: Breakpoint(id_, address), options, owner)
+
+    def add_watch(
+        self,
+        address: int,
+        length: int,
+        on_read: bool,
+        on_write: bool,
+        options: Options = PLAIN,
+        *,
+        physical: bool = False,
+        owner: str = "",
+    ) -> Points:
+        """Behind an instruction that accesses one of `length` (1 to 4096) bytes."""
+        if not 1 <= length <= LONGEST_WATCH:
+            raise Invalid(f"watch: {length} is no length: 1 to {LONGEST_WATCH} bytes")
+        if address + length > 1 << 64:
+            raise Invalid(f"watch: {length} bytes at {address:#x} go beyond the address space")
+        return self._add(lambda id_: Watchpoint(id_, address, length, on_read, on_write, physical), options, owner)
+
+    def add_iobreak(self, first: int, last: int, options: Options = PLAIN, *, owner: str = "") -> Points:
+        """Behind an access to one of the ports from `first` to `last`."""
+        return self._add(lambda id_: PortStop(id_, first, last), options, owner)
+
+    def add_catch(self, vectors: tuple[int, ...], options: Options = PLAIN, *, owner: str = "") -> Points:
+        """Before one of these exceptions is delivered."""
+        return self._add(lambda id_: VectorStop(id_, vectors), options, owner)
+
+    def add_on(self, what: str, options: Options = PLAIN, *, owner: str = "") -> Points:
+        """Behind an instruction that changes the `mode` of the CPU, or its `cr3`."""
+        kinds: Mapping[str, Callable[[int], Stop]] = {"mode": ModeStop, "cr3": Cr3Stop}
+        if what not in kinds:
+            raise Invalid(f"on: {what[:40]!r} is not mode or cr3")
+        return self._add(kinds[what], options, owner)
+
+    def _add(self, make: Callable[[int], Stop], options: Options, owner: str) -> Points:
+        point = Point(make(self._next_id), options, owner)
+        key = self._key(point)
+        if key in self._known:
+            raise Invalid(f"there is such a point already, {self._known[key]}: {_stop_text(point.stop)}")
         if len(self) >= MOST:
-            raise LimitReached(f"break: a machine has at most {MOST} break- and watchpoints")
-        point = Point(self._next_id, address)
-        self._by_id[point.id] = self._by_address[address] = point
+            raise LimitReached(f"a machine has at most {MOST} points")
+        self._by_id[point.id] = point
+        self._counts[point.id] = _Counts(options.hits)
+        self._known[key] = point.id
         self._next_id += 1
         self._request = None
         return self
 
+    @staticmethod
+    def _key(point: Point) -> tuple[str, str, str]:
+        condition = point.options.condition
+        return point.owner, _stop_text(point.stop), condition.text if condition else ""
+
     def delete(self, id_: int) -> Points:
-        point = self._by_id.pop(id_, None)
-        if point is None:
-            raise Invalid(f"delete: there is no point {id_}")
-        del self._by_address[point.address]
+        point = self._find(id_, "delete")
+        del self._by_id[id_], self._counts[id_], self._known[self._key(point)]
         self._request = None
         return self
 
     def delete_all(self) -> Points:
-        self._by_id, self._by_address, self._request = {}, {}, None
+        self._by_id, self._counts, self._known, self._request = {}, {}, {}, None
         return self
 
-    def hit(self, id_: int) -> None:
-        """Count a stop at a point, which may have been deleted meanwhile."""
-        point = self._by_id.get(id_)
-        if point is not None:
-            point.hits += 1
+    def delete_of(self, owner: str) -> Points:
+        """All points of an owner, if there are any."""
+        for point in self.of(owner):
+            self.delete(point.id)
+        return self
 
-    def breaks_at(self, address: int) -> bool:
-        return address in self._by_address
+    def enable(self, id_: int, on: bool = True) -> Points:
+        point = self._find(id_, "enable" if on else "disable")
+        self._by_id[id_] = replace(point, options=replace(point.options, enabled=on))
+        self._request = None
+        return self
+
+    def enable_all(self, on: bool = True) -> Points:
+        for id_ in self._by_id:
+            self.enable(id_, on)
+        return self
+
+    def ignore(self, id_: int, count: int) -> Points:
+        """Do not stop the next `count` times."""
+        point = self._find(id_, "ignore")
+        self._by_id[id_] = replace(point, options=replace(point.options, ignore=count))
+        self._counts[id_].ignored = 0
+        return self
+
+    def _find(self, id_: int, verb: str) -> Point:
+        point = self._by_id.get(id_)
+        if point is None:
+            raise Invalid(f"{verb}: there is no point {id_}")
+        return point
+
+    # ---- what there is
+
+    def of(self, owner: str) -> tuple[Point, ...]:
+        return tuple(point for point in self._by_id.values() if point.owner == owner)
+
+    def hits(self, id_: int) -> int:
+        """How often it was reached while its condition held. Invalid where there is no such point."""
+        self._find(id_, "hits")
+        return self._counts[id_].hits
 
     def request(self) -> DebugRequest:
         """What the engine shall stop for: the same object until something changes."""
         if self._request is None:
-            points = tuple(Breakpoint(point.id, point.address) for point in self._by_id.values())
-            self._request = DebugRequest(step=self.stepping, breakpoints=points)
+            stops: dict[type, list[Stop]] = {kind: [] for kind in _FIELDS}
+            for point in self._by_id.values():
+                if point.options.enabled:
+                    stops[type(point.stop)].append(point.stop)
+            fields = {_FIELDS[kind]: tuple(found) for kind, found in stops.items()}
+            self._request = DebugRequest(step=self.stepping, **fields)  # type: ignore[arg-type]
         return self._request
 
-    def text(self) -> str:
-        """The `debug` file: whether it steps, then a line a point."""
-        lines = (str(int(self.stepping)), *(point.line() for point in self._by_id.values()))
+    def reached(self, ids: Iterable[int], looker: Looker) -> int | None:
+        """Count that the CPU came to stops with these ids, at once; the first that it is to stop for, or None.
+
+        The condition comes first, then `ignore`. What the condition cannot read makes it false, and is
+        counted. Points that were deleted meanwhile are none.
+        """
+        wanted = None
+        for id_ in ids:
+            point = self._by_id.get(id_)
+            if point is None or not point.options.enabled:
+                continue
+            counts = self._counts[id_]
+            try:
+                if point.options.condition and not point.options.condition.holds(looker):
+                    continue
+            except Unreadable:
+                counts.unreadable += 1
+                continue
+            counts.hits += 1
+            if counts.ignored < point.options.ignore:
+                counts.ignored += 1
+            elif wanted is None:
+                wanted = id_
+        return wanted
+
+    def is_once(self, id_: int) -> bool:
+        point = self._by_id.get(id_)
+        return point is not None and point.options.once
+
+    # ---- text
+
+    def text(self, way_of: Callable[[int], str] | None = None) -> str:
+        """The `debug` file: whether it steps, then a line a point. `way_of`: how the engine watches for it."""
+        lines = (str(int(self.stepping)), *(self._line(point, way_of) for point in self._by_id.values()))
         return "".join(f"{line}\n" for line in lines)
+
+    def _line(self, point: Point, way_of: Callable[[int], str] | None) -> str:
+        options, counts = point.options, self._counts[point.id]
+        words = [str(point.id), _stop_text(point.stop)]
+        if options.condition:
+            words += ["if", options.condition.text]
+        if options.ignore > counts.ignored:
+            words += ["ignore", str(options.ignore - counts.ignored)]
+        if options.once:
+            words.append("once")
+        if not options.enabled:
+            words.append("disabled")
+        words.append(f"hits={counts.hits}")
+        if counts.unreadable:
+            words.append(f"unreadable={counts.unreadable}")
+        if point.owner:
+            words.append(f"owner={point.owner}")
+        if way_of and options.enabled:
+            words.append(f"by={way_of(point.id)}")
+        return " ".join(words)
+
+
+# The field of DebugRequest that each kind of stop stands in.
+_FIELDS: Mapping[type, str] = {
+    Breakpoint: "breakpoints",
+    Watchpoint: "watchpoints",
+    PortStop: "ports",
+    VectorStop: "vectors",
+    ModeStop: "modes",
+    Cr3Stop: "cr3s",
+}

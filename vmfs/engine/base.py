@@ -90,12 +90,56 @@ class Watchpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PortStop:
+    """Stop behind an access that touches a port from `first` to `last`, whoever answers it.
+
+    An access that is an exit by itself is that exit first; the stop is what the next run returns.
+    """
+
+    id: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class VectorStop:
+    """Stop before an exception, or an INT n, of one of `vectors` is delivered; the next run delivers it."""
+
+    id: int
+    vectors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModeStop:
+    """Stop behind an instruction that switched between real, protected and long mode."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cr3Stop:
+    """Stop behind an instruction that changed CR3."""
+
+    id: int
+
+
+Stop = Breakpoint | Watchpoint | PortStop | VectorStop | ModeStop | Cr3Stop
+
+
+@dataclass(frozen=True, slots=True)
 class DebugRequest:
-    """All that a run shall stop for. A new request replaces the one before."""
+    """All that a run shall stop for. A new request replaces the one before.
+
+    Several stops may be of one place: all that were reached are in the exit (`exits.Debug.also`).
+    """
 
     step: bool = False  # stop after one instruction
     breakpoints: tuple[Breakpoint, ...] = ()
     watchpoints: tuple[Watchpoint, ...] = ()
+    ports: tuple[PortStop, ...] = ()
+    vectors: tuple[VectorStop, ...] = ()
+    modes: tuple[ModeStop, ...] = ()
+    cr3s: tuple[Cr3Stop, ...] = ()
 
 
 NO_DEBUG = DebugRequest()
@@ -170,14 +214,16 @@ class Vcpu(abc.ABC):
     index: int
 
     @abc.abstractmethod
-    def run(self, budget: int | None = None) -> Exit:
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
         """Run the guest until its next exit, in the calling thread, without the GIL.
 
         `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit`
         after exactly so many instructions. What the guest does wrong is an exit; what the engine cannot do is
         `exits.Error`; an exception is a fault of the host or of this program.
 
-        A run that starts at a breakpoint executes the instruction there. A single step ends with
+        A run that starts at a breakpoint executes the instruction there. One that `goes_on` does that only
+        where the run before it stopped for the breakpoint, or began there and executed nothing: a run in
+        several slices stops wherever one in one piece would. A single step ends with
         Debug(cause="step"), or with the exit that the instruction makes; completing an `in` or a load
         ends a step, too.
 
@@ -262,6 +308,11 @@ class Vcpu(abc.ABC):
     @abc.abstractmethod
     def set_debug(self, request: DebugRequest) -> None:
         """What runs stop for from now on. `Unsupported` names what cannot be watched, and nothing changes."""
+
+    def way_of(self, id_: int) -> str:
+        """How a stop of the last request is watched for: `engine` (it costs nothing), `hardware` (the CPU's
+        debug registers), `stepping` (an instruction at a time), `protection` (of its page)."""
+        return "engine"
 
     @abc.abstractmethod
     def translate(self, linear: int) -> int | None:

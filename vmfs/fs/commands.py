@@ -9,9 +9,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from vmfs.debug.points import Points
+from vmfs.debug.conditions import Resolve, no_symbols, parse_address
+from vmfs.debug.points import (
+    LONGEST_WATCH,
+    OPTIONS_USAGE,
+    Options,
+    Points,
+    parse_access,
+    parse_options,
+    parse_ports,
+    parse_vectors,
+    parse_watched,
+)
 from vmfs.errors import Invalid
 from vmfs.numbers import parse_duration, parse_number
 from vmfs.vm import Vm
@@ -24,12 +36,10 @@ class Argument:
     """How one word is called in the documentation, and what parses it."""
 
     name: str
-    parse: Callable[[str], Any]
+    parse: Callable[..., Any]
     optional: bool = False
-
-
-def _address(text: str) -> int:
-    return parse_number(text, what="ADDR")
+    rest: bool = False  # it is all words that are left, none as well
+    symbolic: bool = False  # `parse` gets what resolves symbols, too
 
 
 def _count(text: str) -> int:
@@ -73,29 +83,43 @@ def _id(text: str) -> int | None:
 
 _vector = _natural("vector", 255)
 _line = Argument("N", _natural("line", (1 << 32) - 1))
+_ignored = Argument("N", _natural("N", (1 << 63) - 1))
 
 # ---- verbs
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`name` None: the command is its first argument alone (`0x20` in `irq`)."""
+    """`name` None: the command begins with its first argument, a number (`0x20` in `irq`)."""
 
     name: str | None
     arguments: tuple[Argument, ...]
     handler: Callable[..., Any]
 
+    def fits(self, words: list[str]) -> bool:
+        """Whether it is this command that `words` are, right or wrong."""
+        if self.name is None:
+            return bool(words) and words[0][:1].isdigit()
+        # `1` is a command, and `1 break 0x7c00` a line that begins with an id.
+        return words[:1] == [self.name] and not (self.name.isdigit() and len(words) > 1)
+
     @property
     def usage(self) -> str:
         words = [self.name] if self.name else []
-        words += [f"[{one.name}]" if one.optional else one.name for one in self.arguments]
+        words += [f"[{one.name}]" if one.optional and one.name[0] != "[" else one.name for one in self.arguments]
         return " ".join(words)
 
-    def bind(self, words: list[str]) -> Callable[[Any], Any]:
+    def bind(self, words: list[str], resolve: Resolve = no_symbols) -> Callable[[Any], Any]:
+        if self.arguments and self.arguments[-1].rest:
+            at = len(self.arguments) - 1
+            words = [*words[:at], " ".join(words[at:])] if len(words) >= at else words
         least = sum(not one.optional for one in self.arguments)
         if not least <= len(words) <= len(self.arguments):
             raise Invalid(f"it is `{self.usage}`")
-        values = [argument.parse(word) for argument, word in zip(self.arguments, words, strict=False)]
+        values = [
+            argument.parse(word, resolve) if argument.symbolic else argument.parse(word)
+            for argument, word in zip(self.arguments, words, strict=False)
+        ]
         return lambda target: self.handler(target, *values)
 
 
@@ -112,11 +136,35 @@ def _delete(points: Points, id_: int | None) -> Points:
     return points.delete_all() if id_ is None else points.delete(id_)
 
 
+def _enable(points: Points, id_: int | None, *, on: bool) -> Points:
+    return points.enable_all(on) if id_ is None else points.enable(id_, on)
+
+
+def _watch(points: Points, where: tuple[int, bool], length: int, access: tuple[bool, bool], options: Options) -> Points:
+    address, physical = where
+    return points.add_watch(address, length, *access, options, physical=physical)
+
+
+def _iobreak(points: Points, ports: tuple[int, int], options: Options) -> Points:
+    return points.add_iobreak(*ports, options)
+
+
+def _shown(words: str, resolve: Resolve) -> Callable[[Any], Any]:
+    """What stands behind the id in a line that the `debug` file shows: the verb that makes such a point."""
+    if words[:1].isdigit():
+        raise Invalid(f"there is no {words[:40]!r}: {_usages('debug')}")
+    return _bound("debug", words.split(), resolve)
+
+
+_address = Argument("ADDR", parse_address, symbolic=True)
+_options = Argument(OPTIONS_USAGE, parse_options, rest=True, symbolic=True)
+_ids = Argument("ID|all", _id)
+
 COMMANDS: Mapping[str, tuple[Command, ...]] = {
     "vm_run": (
         Command("run", (), lambda bound: bound),
         Command("step", (Argument("N", _count, optional=True),), lambda bound, n=1: replace(bound, steps=n)),
-        Command("until", (Argument("ADDR", _address),), lambda bound, address: replace(bound, until=address)),
+        Command("until", (_address,), lambda bound, address: replace(bound, until=address)),
         Command("insns", (Argument("N", _count),), lambda bound, n: replace(bound, instructions=n)),
         Command("for", (Argument("TIME", _seconds),), lambda bound, seconds: replace(bound, seconds=seconds)),
     ),
@@ -134,29 +182,50 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
     "debug": (
         Command("1", (), lambda points: points.set_stepping(True)),
         Command("0", (), lambda points: points.set_stepping(False)),
-        Command("break", (Argument("ADDR", _address),), Points.add_break),
-        Command("delete", (Argument("ID|all", _id),), _delete),
+        Command("break", (_address, _options), Points.add_break),
+        Command(
+            "watch",
+            (
+                Argument("[phys:]ADDR", parse_watched, symbolic=True),
+                Argument("LEN", _natural("LEN", LONGEST_WATCH)),
+                Argument("r|w|rw", parse_access),
+                _options,
+            ),
+            _watch,
+        ),
+        Command("iobreak", (Argument("PORT[-PORT]", parse_ports), _options), _iobreak),
+        Command("catch", (Argument("VECTOR[,VECTOR]", parse_vectors), _options), Points.add_catch),
+        Command("on", (Argument("mode|cr3", str), _options), Points.add_on),
+        Command("delete", (_ids,), _delete),
+        Command("enable", (_ids,), partial(_enable, on=True)),
+        Command("disable", (_ids,), partial(_enable, on=False)),
+        Command("ignore", (Argument("ID", _natural("ID", (1 << 32) - 1)), _ignored), Points.ignore),
+        Command(
+            None,
+            (Argument("ID", _natural("ID", (1 << 32) - 1)), Argument("LINE", _shown, rest=True, symbolic=True)),
+            lambda points, _id, make: make(points),
+        ),
     ),
 }
 
 
-def parse_command(file: str, text: str) -> Callable[[Any], Any]:
+def parse_command(file: str, text: str, resolve: Resolve = no_symbols) -> Callable[[Any], Any]:
     """The one command that `text` is, ready to be called with its target."""
     words = text.split()
     if len(text.splitlines()) > 1 or not words:
         raise Invalid(f"it takes one command: {_usages(file)}")
-    return _bound(file, words)
+    return _bound(file, words, resolve)
 
 
-def parse_commands(file: str, text: str) -> Callable[[Any], Any]:
+def parse_commands(file: str, text: str, resolve: Resolve = no_symbols) -> Callable[[Any], Any]:
     """The commands that the lines of `text` are, as one: each is called with what the one before it returned.
 
-    Empty lines are none; a line's number stands before what is wrong with it.
+    Empty lines are none; a line's number stands before what is wrong with it. `resolve` knows the symbols.
     """
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise Invalid(f"it takes commands: {_usages(file)}")
-    bound = [(number, _at_line(number, lambda words=words: _bound(file, words))) for number, words in lines]
+    bound = [(number, _at_line(number, lambda words=words: _bound(file, words, resolve))) for number, words in lines]
 
     def apply(target: Any) -> Any:
         for number, one in bound:
@@ -173,16 +242,11 @@ def _at_line(number: int, call: Callable[[], Any]) -> Any:
         raise Invalid(f"line {number}: {error}") from None
 
 
-def _bound(file: str, words: list[str]) -> Callable[[Any], Any]:
-    unnamed = None
+def _bound(file: str, words: list[str], resolve: Resolve) -> Callable[[Any], Any]:
     for command in COMMANDS[file]:
-        if command.name == words[0]:
-            return command.bind(words[1:])
-        if command.name is None:
-            unnamed = command
-    if unnamed and words[0][:1].isdigit():
-        return unnamed.bind(words)
-    raise Invalid(f"there is no {words[0][:40]!r}: {_usages(file)}")
+        if command.fits(words):
+            return command.bind(words if command.name is None else words[1:], resolve)
+    raise Invalid(f"there is no {words[0][:40] if words else ''!r}: {_usages(file)}")
 
 
 def _usages(file: str) -> str:

@@ -62,7 +62,7 @@ def _set_registers(scope: MachineScope, text: str) -> None:
 
 
 def _set_debug(scope: MachineScope, text: str) -> Future[None]:
-    return scope.vm.set_points(parse_commands("debug", text))
+    return scope.vm.set_points(parse_commands("debug", text, scope.vm.symbols.address_of))
 
 
 def _set_state(scope: MachineScope, text: str) -> Any:
@@ -205,7 +205,7 @@ FILES: tuple[Row, ...] = (
     Row("cmdline", 0o666, Text(lambda scope: f"{scope.vm.images.cmdline}\n", _set_cmdline)),
     # interrupts and debugging
     Row("irq", 0o222, Irq()),
-    Row("debug", 0o666, Text(lambda scope: scope.vm.points.text(), _set_debug)),
+    Row("debug", 0o666, Text(lambda scope: scope.vm.points_text(), _set_debug)),
     Row("error", 0o444, Text(_complaint)),
 )
 

@@ -289,7 +289,7 @@ class _VmRunHandle(Handle):
         return self._line[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
-        bound: Bound = parse_command("vm_run", decoded(data))(UNBOUND)
+        bound: Bound = parse_command("vm_run", decoded(data), self.scope.vm.symbols.address_of)(UNBOUND)
         if self._may_not_block():
             self._begin(bound)
         else:

@@ -181,7 +181,7 @@ class EmulatorVcpu(Vcpu):
         self._has_irqchip = has_irqchip
         self._closed = False
 
-    def run(self, budget: int | None = None) -> Exit:
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
         with _failures("run"):
             exit_ = self._cpu.run(-1 if budget is None else budget)
         return _MAKERS[exit_[0]](self, exit_)
@@ -192,9 +192,7 @@ class EmulatorVcpu(Vcpu):
         _, rip, write, size, count, port, *_ = exit_
         data = self._cpu.access_data if write else b""
         direction = "out" if write else "in"
-        return exits.Io(
-            direction=direction, port=port, size=size, count=count, data=data, rip=rip, cpu=self.index
-        )
+        return exits.Io(direction=direction, port=port, size=size, count=count, data=data, rip=rip, cpu=self.index)
 
     def _mmio(self, exit_: tuple) -> Exit:
         _, rip, write, size, _, address, *_ = exit_

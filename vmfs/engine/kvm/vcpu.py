@@ -84,7 +84,7 @@ class KvmVcpu(Vcpu):
 
     # Running
 
-    def run(self, budget: int | None = None) -> Exit:
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
         if budget is not None:
             raise Unsupported("KVM cannot count instructions: no budget")
         if self._fd < 0:
@@ -153,9 +153,7 @@ class KvmVcpu(Vcpu):
         except OSError as error:
             if error.errno == errno.EINTR:
                 return False
-            if (
-                error.errno == errno.EAGAIN
-            ):  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
+            if error.errno == errno.EAGAIN:  # a CPU that waited for its INIT or SIPI got one (in-kernel LAPIC)
                 return False
             raise EngineFailed(f"KVM_RUN: {os.strerror(error.errno)}") from error
         finally:
@@ -298,9 +296,7 @@ class KvmVcpu(Vcpu):
         rip = self._rip()
         if is_write:
             self._access = (abi.RUN_MMIO_DATA, size, False)
-            return exits.Mmio(
-                direction="write", addr=address, size=size, data=data[:size], rip=rip, cpu=self.index
-            )
+            return exits.Mmio(direction="write", addr=address, size=size, data=data[:size], rip=rip, cpu=self.index)
         page[abi.RUN_MMIO_DATA : abi.RUN_MMIO_DATA + size] = b"\xff" * size
         self._access = (abi.RUN_MMIO_DATA, size, True)
         return exits.Mmio(direction="read", addr=address, size=size, rip=rip, cpu=self.index)
@@ -367,9 +363,7 @@ class KvmVcpu(Vcpu):
             what = f"the code there is {code}" if code else "there is no code"
             return self._error(f"KVM cannot emulate the instruction at rip {self._rip():#x}: {what} ({name})")
         details = " ".join(f"{word:#x}" for word in data[: min(count, len(data))])
-        return self._error(
-            f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})"
-        )
+        return self._error(f"KVM gave up at rip {self._rip():#x} ({name}{', data ' + details if details else ''})")
 
     def _on_other(self, reason: int) -> Exit:
         try:
