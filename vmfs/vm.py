@@ -30,9 +30,11 @@ from vmfs.debug.conditions import CpuLooker
 from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.devices.board import Board
+from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
+from vmfs.devices.pci import PciDevice
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
-from vmfs.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError
+from vmfs.errors import Busy, EngineFailed, Gone, Invalid, NotPermitted, Unsupported, VmfsError
 from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
@@ -457,6 +459,33 @@ class Vm:
             if old_board is not None:
                 old_board.close()
         self._tell()
+
+    def attach(self, make: Callable[[Pc], PciDevice]) -> None:
+        """Plug the device that `make` makes into the PCI bus. Before the first run, else Busy."""
+        with self._lock:
+            board = self._changeable_board()
+            device = make(board)
+            try:
+                board.pci.plug(device)
+            except BaseException:
+                device.close()
+                raise
+
+    def detach(self, device: Device) -> None:
+        """Take a device out that `attach` has put in. Before the first run, else Busy."""
+        with self._lock:
+            board = self._changeable_board()
+            if not isinstance(device, PciDevice) or device.name in board.built_in:
+                raise NotPermitted(f"{device.name} belongs to the machine")
+            board.pci.unplug(device)
+
+    def _changeable_board(self) -> Pc:
+        self._check_idle()
+        if not isinstance(self.board, Pc):
+            raise Unsupported("a bare machine has no devices: write pc to `machine` first")
+        if self._counts["runs"]:
+            raise Busy("it has run; its devices are fixed")
+        return self.board
 
     def _set_time(self, source: str) -> None:
         if Capability.DETERMINISTIC in self.capabilities:

@@ -9,7 +9,7 @@ from vmfs.fs.files import FILES, ROOT_FILES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 SECTIONS = dict(re.findall(r"^### `([^`]+)` \((.*)\)$", TEXT, re.MULTILINE))
-DIRECTORIES = {"NAME/", "reg/NAME"}
+DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add"}
 
 
 def test_every_file_has_its_section_and_every_section_its_file():

@@ -52,6 +52,7 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
+        self.built_in = frozenset(self.devices)
 
     def memory_resized(self) -> None:
         rtc = self.devices["rtc"]

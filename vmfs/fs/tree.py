@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import trio
 
 from vmfs.errors import Invalid, NotPermitted
+from vmfs.fs.devices import DevicesDirectory
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, listed_registers, register_file
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import Directory, File, Inodes, Node
@@ -91,6 +92,7 @@ class MachineDirectory(Directory):
                 node.links = 2
         registers: dict[str, Node] = {}
         self.add(RegisterDirectory(self, registers, umask))
+        self.add(DevicesDirectory(self, umask))
         cpu.add(RegisterDirectory(self, registers, umask))
         self.add(cpu)
 

@@ -1,0 +1,164 @@
+"""dev/: a directory a device, and `add`, by which disks, networks and shares are attached.
+
+DEVICE_FILES are the files of a device, a row each. A device is detached by rmdir, before the first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs.devices.attach import attach
+from vmfs.devices.device import Device
+from vmfs.errors import NotPermitted, Unsupported
+from vmfs.fs.inodes import Directory, File, Handle, Kind, Node, Scope
+from vmfs.fs.kinds import Text, decoded
+from vmfs.fs.rights import credentials_of, open_as
+from vmfs.fs.scopes import MachineScope
+
+
+class DeviceScope(Scope):
+    """One device of a machine, with which it goes."""
+
+    def __init__(self, machine: MachineScope, device: Device) -> None:
+        self.machine = machine
+        self.device = device
+        super().__init__()
+
+    @property
+    def removed(self) -> bool:  # type: ignore[override]
+        return self._removed or self.machine.removed
+
+    @removed.setter
+    def removed(self, value: bool) -> None:
+        self._removed = value
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    """A file of a device."""
+
+    name: str
+    mode: int
+    get: Callable[[Device], str]
+
+
+def _address(device: Device) -> str:
+    return "".join(f"{window}\n" for window in device.windows())
+
+
+def _irq(device: Device) -> str:
+    return "none\n" if device.irq is None else f"{device.irq}\n"
+
+
+def _counters(device: Device) -> str:
+    with device.board.lock:
+        return "".join(f"{name} {count}\n" for name, count in device.counters.items())
+
+
+def _info(device: Device) -> str:
+    return "".join(f"{name} {value}\n" for name, value in device.describe().items())
+
+
+DEVICE_FILES: tuple[DeviceRow, ...] = (
+    DeviceRow("type", 0o444, lambda device: f"{device.TYPE}\n"),
+    DeviceRow("address", 0o444, _address),
+    DeviceRow("irq", 0o444, _irq),
+    DeviceRow("counters", 0o444, _counters),
+    DeviceRow("info", 0o444, _info),
+)
+
+
+def _text_of(row: DeviceRow) -> Text:
+    return Text(lambda scope: row.get(scope.device))
+
+
+_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
+
+
+@dataclass(frozen=True)
+class Add(Kind):
+    """`dev/add`: a command a write."""
+
+    readable = False
+    writable = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _AddHandle(node, pid, nonblocking)
+
+
+class _AddHandle(Handle):
+    def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._who = credentials_of(pid)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        text, vm, who = decoded(data), self.scope.vm, self._who
+
+        def work() -> None:  # in a thread: a path may be on a slow file system
+            attach(vm, text, lambda path, flags: open_as(who, path, flags), who)
+
+        await trio.to_thread.run_sync(work)
+        return len(data)
+
+
+class DevicesDirectory(Directory):
+    """dev/."""
+
+    scope: MachineScope
+
+    def __init__(self, machine: Directory, umask: int) -> None:
+        super().__init__(machine.inodes, machine.scope, "dev", machine.mode, machine.uid, machine.gid)
+        self._umask = umask
+        self.add(File(self.inodes, self.scope, "add", 0o222 & ~umask, self.uid, self.gid, Add()))
+
+    async def lookup(self, name: str) -> Node | None:
+        self._refresh()
+        return await super().lookup(name)
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        self._refresh()
+        return await super().entries()
+
+    async def rmdir(self, name: str) -> None:
+        self._refresh()
+        child = self.children.get(name)
+        if not isinstance(child, _DeviceDirectory):
+            raise NotPermitted(f"{name} is no device")
+        self.scope.vm.detach(child.scope.device)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Have the directories of the devices that there are."""
+        board = self.scope.vm.board
+        devices = dict(board.devices) if board is not None else {}
+        for name, node in list(self.children.items()):
+            if isinstance(node, _DeviceDirectory) and devices.get(name) is not node.scope.device:
+                self.take(name)
+                node.scope.remove()
+                self.inodes.remove(node)
+        for name, device in devices.items():
+            if name not in self.children:
+                self.add(_DeviceDirectory(self, DeviceScope(self.scope, device), self._umask))
+
+
+class _DeviceDirectory(Directory):
+    scope: DeviceScope
+    attr_seconds = 0
+
+    def __init__(self, parent: Directory, scope: DeviceScope, umask: int) -> None:
+        super().__init__(parent.inodes, scope, scope.device.name, parent.mode, parent.uid, parent.gid)
+        for row in DEVICE_FILES:
+            mode = row.mode & ~umask
+            self.add(File(self.inodes, scope, row.name, mode, self.uid, self.gid, _KINDS[row.name]))
+
+
+def require_board(scope: MachineScope) -> Any:
+    """The board of a machine that has devices, else Unsupported."""
+    board = scope.vm.board
+    if board is None:
+        raise Unsupported("a bare machine has no devices: write pc to machine first")
+    return board
