@@ -35,6 +35,10 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "mem_size": tuple((size, errno.EINVAL) for size in (b"4095", b"0", b"big", b"-4K", b"")),
     "engine": ((b"none such", errno.EINVAL), (b"", errno.EINVAL)),
     "mode": ((b"long short", errno.EINVAL), (b"LONG", errno.EINVAL)),
+    "machine": ((b"", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # a fake has no controllers
+    "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
+    **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
+    "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "irq": (
         (b"256", errno.EINVAL),
         (b"-1", errno.EINVAL),
