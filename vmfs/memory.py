@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
 
-from vmfs.errors import Busy, Gone, Invalid, PastEnd
+from vmfs.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
 PAGE = 4096
 DEFAULT_SIZE = 128 << 20
@@ -73,10 +75,27 @@ class Memory:
             done += os.pwrite(self.fd, view[done:], offset + done)
         return done
 
+    def clear(self, offset: int, length: int) -> None:
+        """Set bytes to zero; whole pages are given back instead of written."""
+        self._check_open()
+        first, last = -(-offset // PAGE) * PAGE, (offset + length) // PAGE * PAGE
+        if first < last:
+            self.write(offset, bytes(first - offset))
+            if _punch(self.fd, first, last - first):
+                raise EngineFailed(f"mem: fallocate does not clear {last - first} bytes at {first:#x}")
+            self.write(last, bytes(offset + length - last))
+        else:
+            self.write(offset, bytes(length))
+
+    def view(self) -> MemoryView:
+        """For a thread that reads RAM for a while: it may outlive this object."""
+        self._check_open()
+        return MemoryView(os.dup(self.fd), self.size)
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            _punch(self.fd, self.size)
+            _punch(self.fd, 0, self.size)  # where it fails the last unmap frees them
             os.close(self.fd)
 
     def _check_open(self) -> None:
@@ -84,10 +103,41 @@ class Memory:
             raise Gone("the machine was removed")
 
 
-def _punch(fd: int, size: int) -> None:
-    """Free the pages. Python has no fallocate with flags."""
+class MemoryView:
+    """RAM, to be read through a descriptor of its own: `with memory.view() as ram`. Zeros once it is closed."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+
+    def __enter__(self) -> MemoryView:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.fd)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes; fewer at the end, none past it."""
+        return os.pread(self.fd, length, offset) if offset < self.size else b""
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what was ever touched; between them are zeros that take no memory."""
+        end = 0
+        while end < self.size:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # a hole up to the end
+                    return
+                raise
+            end = os.lseek(self.fd, start, os.SEEK_HOLE)
+            yield start, end
+
+
+def _punch(fd: int, offset: int, size: int) -> int:
+    """Free the pages: they read as zeros. 0, or -1. Python has no fallocate with flags."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)  # where it fails the last unmap frees them
+    return libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size)
