@@ -34,7 +34,7 @@ from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
-from vmfs.errors import Busy, EngineFailed, Gone, Invalid, NotPermitted, Unsupported, VmfsError
+from vmfs.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
 from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
@@ -116,6 +116,7 @@ class Vm:
         self._tasks: deque[tuple[Callable[[Vcpu], Any], Future[Any]]] = deque()
         self._work: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._has_begun = threading.Event()
         self._points = Points()
         self._asked = NO_DEBUG  # what the engine was last asked to stop for
         self._subscribers: tuple[Callable[[], None], ...] = ()
@@ -161,7 +162,7 @@ class Vm:
         """Begin a run. Busy when there is one. A machine that is shut down gives its last exit again."""
         with self._lock:
             self._check_idle()
-            run = Run(bound)
+            run, begins = Run(bound), None
             if self._state == "shutdown" and self.last_exit is not None:
                 run.set_result(self._note(self.last_exit))
             else:
@@ -170,12 +171,29 @@ class Vm:
                 self._run, self._state = run, "running"
                 self.still = None
                 self._counts["runs"] += 1
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._serve, name="vmfs-cpu0", daemon=True)
-                    self._thread.start()
                 self._work.put(run)
+                if self._thread is None:
+                    self._has_begun.clear()
+                    self._thread = begins = threading.Thread(target=self._serve, name="vmfs-cpu0", daemon=True)
         self._tell()
+        if begins is not None:
+            # Behind the put and without the lock, so that the new thread need not wait for this one.
+            self._begin(begins)
         return run
+
+    def _begin(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+        except RuntimeError as error:  # no room for a thread
+            with self._lock:
+                self._thread = self._run = None
+                self._work.get()
+                self._do_tasks()
+                self._state, self.still = "paused", object()
+            self._has_begun.set()
+            self._tell()
+            raise LimitReached(f"the CPU has no thread: {error}") from error
+        self._has_begun.set()
 
     def stop(self, run: Run | None = None) -> None:
         """End the current run (or `run`, if it is still the current one) with Interrupted; or do nothing."""
@@ -447,10 +465,10 @@ class Vm:
             self._check_idle()
             if name == self.machine_name:
                 return
-            if self._counts["runs"]:
-                raise Busy("machine: it has run; its devices are fixed")
             if board_type is not None and Capability.IRQCHIP not in self.capabilities:
                 raise Unsupported(f"machine: {name} needs interrupt controllers, which {self.engine.name} has not")
+            if self._counts["runs"]:
+                raise Busy("machine: it has run; its devices are fixed")
             old_board = self.board
             self._replace_machine(self.engine, board_type)
             self.machine_name = name
@@ -718,8 +736,10 @@ class Vm:
             thread = self._thread
         self._tell()
         if thread is not None:
-            self._work.put(None)
-            thread.join()
+            self._has_begun.wait()  # else it could not be joined
+            if thread.ident is not None:
+                self._work.put(None)
+                thread.join()
         with self._lock:
             while self._tasks:
                 self._tasks.popleft()[1].set_exception(Gone("the machine was removed"))

@@ -9,7 +9,7 @@ import pytest
 
 from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE
-from vmfs.errors import Busy, Gone, Invalid, Unsupported, VmfsError, WouldBlock
+from vmfs.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsError, WouldBlock
 from vmfs.host import Host
 from vmfs.memory import PAGE
 from vmfs.registers import read_register, write_registers
@@ -341,6 +341,19 @@ def test_close_while_it_runs(engine):
     ):
         with pytest.raises(Gone):
             call()
+
+
+def test_a_host_without_room_for_a_thread(vm, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    load(vm, b"\xf4")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(LimitReached, match="can't start new thread"):
+            vm.start()
+    assert vm.state == "paused"
+    assert run(vm).line().startswith("hlt ")
 
 
 def test_host_keeps_its_limits(engine):
