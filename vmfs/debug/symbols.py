@@ -23,7 +23,7 @@ from elftools.elf.elffile import ELFFile
 from vmfs.errors import Invalid
 from vmfs.numbers import parse_number
 
-MOST = 1 << 22  # symbols of a table; Linux with everything built in has some 200,000
+MOST = 1 << 20  # symbols of a table; Debian's Linux has some 150,000
 TEXT_MOST = 256 << 20  # bytes of a System.map
 NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
 REACH = 16 << 20  # how far behind its last symbol an address still is said to belong to it

@@ -1,0 +1,264 @@
+"""The symbols that a Linux guest carries in its memory: kallsyms, found from nothing but RAM.
+
+scripts/kallsyms.c writes the tables into .rodata of the kernel: names, compressed with 256 tokens, and
+addresses. Versions differ in their order and in how addresses are encoded:
+
+    up to 6.3   offsets, relative_base, num_syms, names, markers, [seqs_of_names,] token_table, token_index
+    since 6.4   num_syms, names, markers, token_table, token_index, offsets, [relative_base,] [seqs_of_names]
+
+What all have is a token table whose tokens for `0` to `9` follow each other, and behind it an index of 256
+offsets that agrees with it: that is what RAM is searched for. The rest is found from there, and everything is
+checked: a guest may hold anything. KASLR needs no care, for the kernel relocates its tables.
+
+Not found: symbols of modules (they are in each module's own tables), 32-bit kernels, and kernels built
+without CONFIG_KALLSYMS.
+
+Facts: Linux scripts/kallsyms.c and kernel/kallsyms.c of 6.1, 6.4 (404bad70fcf7) and 7.0 (a081b5789255).
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from array import array
+from collections.abc import Iterator
+from itertools import accumulate, islice, pairwise
+
+from vmfs.debug.paging import Paging, Ram, mapped_ranges
+from vmfs.debug.symbols import MOST, NAME_MOST, SymbolTable
+from vmfs.errors import Invalid
+from vmfs.memory import MemoryView
+
+_DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
+_CHUNK = 1 << 20
+_TOKENS = 256
+_TOKENS_MOST = 16 << 10  # bytes of the token table; 16 bits index it, and some 1,000 are usual
+_NAMES_MOST = 32 << 20  # bytes from num_syms to the token table; some 3 MiB are usual
+_LEAST = 256  # symbols; a kernel has more than 10,000
+_MARKED = 256  # a marker for each so many names
+_TYPES = frozenset(bytes([letter]) for letter in b"aAbBcCdDgGiInNpPrRsStTuUvVwW?-")
+_ZERO = ord("0")
+_KERNEL = 0xFFFF_FFFF_8000_0000  # where the kernel's image is mapped (Documentation/arch/x86/x86_64/mm.rst)
+_IMAGE_MOST = 1 << 30
+_CANDIDATES_MOST = 16
+_LOOKS_MOST = 1 << 15  # at 256 names, for each candidate: what a hostile guest can make them take is seconds
+
+
+def find(memory: MemoryView, paging: Paging) -> SymbolTable:
+    """The symbols of the Linux that runs in `memory`. Invalid where there is none.
+
+    A kernel's file in the page cache and what a boot loader left behind have such tables, too. The page tables
+    tell which are in force: those whose `_text` is mapped to just before them.
+    """
+    unmapped = None
+    for tables in _candidates(memory):
+        symbols = _symbols(memory, paging, tables)
+        if symbols is None:
+            continue
+        text = symbols.address_of("_text") or symbols.address_of("_stext")
+        page = paging.translate(memory, text) if text is not None else None
+        if page and 0 <= tables.tokens - page.physical < _IMAGE_MOST:
+            return symbols
+        unmapped = unmapped or symbols
+    if unmapped is None:
+        raise Invalid("no kallsyms tables in RAM: no Linux for x86-64 has begun to run, or it has none")
+    return unmapped
+
+
+class _Tables:
+    """Physical addresses: of the token table, and of what follows its index."""
+
+    def __init__(self, tokens: int, words: list[bytes], end: int) -> None:
+        self.tokens = tokens
+        self.words = words
+        self.end = end
+
+
+def _candidates(memory: MemoryView) -> Iterator[_Tables]:
+    found = 0
+    for place in _places(memory):
+        tables = _token_table(memory, place)
+        if tables is not None:
+            yield tables
+            found += 1
+            if found == _CANDIDATES_MOST:
+                return
+
+
+def _places(memory: MemoryView) -> Iterator[int]:
+    """Where the digits are."""
+    for start, end in memory.extents():
+        for at in range(start, end, _CHUNK):
+            chunk = memory.read(at, min(_CHUNK, end - at) + len(_DIGITS) - 1)
+            place = -1
+            while (place := chunk.find(_DIGITS, place + 1)) >= 0:
+                yield at + place
+
+
+def _token_table(memory: Ram, digits: int) -> _Tables | None:
+    """The token table that has its digits there, if its index agrees."""
+    ahead = memory.read(digits, _TOKENS_MOST)
+    length = 0  # of the tokens from `0` on
+    for _ in range(_ZERO, _TOKENS):
+        length = ahead.find(b"\0", length) + 1
+        if not length:
+            return None
+    index = digits + length + -(digits + length) % 8
+    offsets = memory.read(index, 2 * _TOKENS)
+    if len(offsets) < 2 * _TOKENS:
+        return None
+    (before,) = struct.unpack_from("<H", offsets, 2 * _ZERO)
+    start = digits - before
+    if start < 0 or start % 8:
+        return None
+    words = memory.read(start, before + length)[:-1].split(b"\0")
+    ends = accumulate(len(word) + 1 for word in words)
+    if len(words) != _TOKENS or offsets != struct.pack(f"<{_TOKENS}H", 0, *islice(ends, _TOKENS - 1)):
+        return None
+    return _Tables(start, words, index + len(offsets))
+
+
+# ---- names
+
+
+def _symbols(memory: Ram, paging: Paging, tables: _Tables) -> SymbolTable | None:
+    for number, names, count in _counts(memory, tables):
+        symbols = _expanded(names, count, tables.words)
+        if symbols is None:
+            continue
+        addresses = _addresses(memory, paging, tables, number, count)
+        if addresses is not None:
+            # Below the kernel's image are offsets into the per-CPU area; since 6.2 their type does not tell.
+            return SymbolTable(
+                (address, letter if address >= _KERNEL else "A", name)
+                for address, (letter, name) in zip(addresses, symbols, strict=True)
+            )
+    return None
+
+
+def _counts(memory: Ram, tables: _Tables) -> Iterator[tuple[int, memoryview, int]]:
+    """Where kallsyms_num_syms may be, the names behind it, and what it is.
+
+    It is one of the numbers before the token table that are aligned and followed by zero, and that as many
+    names follow.
+    """
+    start = max(tables.tokens - _NAMES_MOST, 0) & ~7
+    before = memoryview(memory.read(start, tables.tokens - start))
+    numbers = before[: len(before) & ~7].cast("Q")
+    looks = _LOOKS_MOST
+    for place in range(len(numbers) - 1, -1, -1):
+        if not _LEAST <= numbers[place] <= MOST:
+            continue
+        names, count = before[8 * place + 8 :], numbers[place]
+        looks -= 1
+        if count * 2 < len(names) and _names_end(names, min(count, _LEAST), tables.words):
+            looks -= count // _LEAST
+            end = _names_end(names, count, tables.words)
+            if end and _has_markers(names, end, count):
+                yield start + 8 * place, names, count
+        if looks < 0:
+            return
+
+
+def _names_end(names: memoryview, count: int, words: list[bytes]) -> int:
+    """Where `count` names end, or 0 where they cannot be names."""
+    at = 0
+    size = len(names)
+    for _ in range(count):
+        if at + 2 >= size:
+            return 0
+        length = names[at]
+        at += 1
+        if length & 0x80:  # since 6.1: seven bits, and above them those of another byte
+            length = length & 0x7F | names[at] << 7
+            at += 1
+        if not length or length > NAME_MOST or words[names[at] if at < size else 0][:1] not in _TYPES:
+            return 0
+        at += length
+    return at if at <= size else 0
+
+
+def _has_markers(names: memoryview, end: int, count: int) -> bool:
+    """Whether behind the names there are markers: the offset of every 256th name."""
+    marked = -(-count // _MARKED)
+    at = -(-end // 8) * 8
+    raw = bytes(names[at : at + 4 * marked])
+    if len(raw) < 4 * marked:
+        return False
+    markers = struct.unpack(f"<{marked}I", raw)
+    return markers[0] == 0 and markers[-1] < end and all(one < other for one, other in pairwise(markers))
+
+
+def _expanded(names: memoryview, count: int, words: list[bytes]) -> list[tuple[str, str]] | None:
+    """(type, name) of each symbol."""
+    symbols = []
+    data, at = bytes(names), 0
+    for _ in range(count):
+        length = data[at]
+        at += 1
+        if length & 0x80:
+            length = length & 0x7F | data[at] << 7
+            at += 1
+        name = b"".join([words[token] for token in data[at : at + length]])
+        at += length
+        if not 2 <= len(name) <= NAME_MOST or not name.isascii():
+            return None
+        text = name.decode()
+        if not text.isprintable() or " " in text:
+            return None
+        symbols.append((text[0], text[1:]))
+    return symbols
+
+
+# ---- addresses
+
+
+def _addresses(memory: Ram, paging: Paging, tables: _Tables, number: int, count: int) -> list[int] | None:
+    """The address of each symbol: of the encodings that there were, the one by which they ascend."""
+    behind = -(-tables.end // 8) * 8
+    offsets = array("i", memory.read(behind, 4 * count))
+    base_at = behind + -(-4 * count // 8) * 8
+    found = _relative(offsets, _word(memory, base_at), count)
+    if found is None:
+        found = _to_their_place(memory, paging, offsets, behind, count)
+    if found is None:  # up to 6.3
+        start = number - 8 - -(-4 * count // 8) * 8
+        found = _relative(array("i", memory.read(max(start, 0), 4 * count)), _word(memory, number - 8), count)
+    if found is None:
+        found = _plausible(list(array("Q", memory.read(max(number - 8 * count, 0), 8 * count))), count)
+    return found
+
+
+def _word(memory: Ram, address: int) -> int:
+    return int.from_bytes(memory.read(max(address, 0), 8), "little")
+
+
+def _relative(offsets: array[int], base: int, count: int) -> list[int] | None:
+    """CONFIG_KALLSYMS_BASE_RELATIVE, 4.6 to 6.19."""
+    if len(offsets) != count or not _KERNEL <= base < 1 << 64:
+        return None
+    # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: absolute ones are positive, the others negative.
+    found = _plausible([one if one >= 0 else base - 1 - one for one in offsets], count)
+    return found or _plausible([base + (one & 0xFFFF_FFFF) for one in offsets], count)
+
+
+def _to_their_place(
+    memory: Ram, paging: Paging, offsets: array[int], place: int, count: int
+) -> list[int] | None:
+    """Since 7.0: each is relative to where it stands itself."""
+    if len(offsets) != count:
+        return None
+    for one in mapped_ranges(memory, paging):
+        if one.start >= _KERNEL and one.physical <= place < one.physical + one.end - one.start:
+            here = one.start + place - one.physical
+            return _plausible([here + 4 * index + offset for index, offset in enumerate(offsets)], count)
+    return None
+
+
+def _plausible(addresses: list[int], count: int) -> list[int] | None:
+    """They ascend, and most of them are the kernel's."""
+    if len(addresses) != count or any(map(operator.gt, addresses, islice(addresses, 1, None))):
+        return None
+    if addresses[-1] >= 1 << 64 or addresses[0] < 0 or addresses[count // 2] < _KERNEL:
+        return None
+    return addresses
