@@ -1,0 +1,66 @@
+"""Devices without a guest: a board over a machine that only notes what is asked of it."""
+
+from __future__ import annotations
+
+import struct
+
+from vmfs import exits
+
+
+class FakeMachine:
+    """What a board asks of an engine's machine: lines, slots, and the time, which stands still."""
+
+    def __init__(self):
+        self.lines = {}
+        self.slots = {}
+        self.time = 0
+
+    def irq_line(self, gsi, level):
+        self.lines[gsi] = level
+
+    def get_state(self, name):
+        assert name == "clock"
+        return struct.pack("<Q", self.time).ljust(48, b"\0")
+
+    def map_memory(self, slot, address, fd, offset, size, *, read_only=False):
+        if size:
+            self.slots[slot] = address, fd, offset, size, read_only
+        else:
+            self.slots.pop(slot, None)
+
+
+class FakeCpu:
+    access_data = b""
+
+
+class Guest:
+    """Makes the accesses that a guest would."""
+
+    def __init__(self, board):
+        self.board = board
+        self.ended = None
+
+    def out(self, port, value, size=1):
+        data = value.to_bytes(size, "little")
+        self.ended = self.board.access(exits.Io(direction="out", port=port, size=size, data=data, rip=1), FakeCpu())
+
+    def inp(self, port, size=1):
+        cpu = FakeCpu()
+        self.ended = self.board.access(exits.Io(direction="in", port=port, size=size, rip=1), cpu)
+        return int.from_bytes(cpu.access_data, "little")
+
+    def store(self, address, value, size=4):
+        data = value.to_bytes(size, "little")
+        self.board.access(exits.Mmio(direction="write", addr=address, size=size, data=data, rip=1), FakeCpu())
+
+    def load(self, address, size=4):
+        cpu = FakeCpu()
+        self.board.access(exits.Mmio(direction="read", addr=address, size=size, rip=1), cpu)
+        return int.from_bytes(cpu.access_data, "little")
+
+    def config(self, slot, offset, value=None, size=4):
+        self.out(0xCF8, 0x8000_0000 | slot << 11 | offset & 0xFC, 4)
+        if value is None:
+            return self.inp(0xCFC + (offset & 3), size)
+        self.out(0xCFC + (offset & 3), value, size)
+        return None

@@ -1,0 +1,213 @@
+"""The serial port, the clock, ACPI's fixed hardware and the debug ports, register by register."""
+
+from __future__ import annotations
+
+import calendar
+
+import pytest
+
+from vmfs.errors import Invalid
+
+SECOND = 1_000_000_000
+
+
+# ---- 16550
+
+
+@pytest.fixture
+def sent(pc):
+    sent = bytearray()
+    pc.devices["com1"].output = sent.extend
+    return sent
+
+
+def test_serial_sends_and_receives(pc, guest, sent):
+    for byte in b"hi":
+        guest.out(0x3F8, byte)
+    assert sent == b"hi" and guest.inp(0x3FD) == 0x60
+    pc.devices["com1"].receive(b"ab")
+    assert guest.inp(0x3FD) == 0x61
+    assert guest.inp(0x3F8) == ord("a")
+    assert guest.inp(0x3F8) == ord("b") and guest.inp(0x3FD) == 0x60
+
+
+def test_serial_divisor_is_behind_dlab(guest, sent):
+    guest.out(0x3FB, 0x83)
+    guest.out(0x3F8, 1)
+    guest.out(0x3F9, 2)
+    assert (guest.inp(0x3F8), guest.inp(0x3F9)) == (1, 2) and not sent
+    guest.out(0x3FB, 3)
+    assert guest.inp(0x3F9) == 0
+
+
+def test_serial_interrupts(pc, guest, machine):
+    com1 = pc.devices["com1"]
+    guest.out(0x3F9, 3)
+    assert not machine.lines.get(4)  # OUT2 gates it
+    guest.out(0x3FC, 8)
+    assert machine.lines[4] and guest.inp(0x3FA) == 2  # the transmitter is empty; reading takes it back
+    assert not machine.lines[4] and guest.inp(0x3FA) == 1
+    com1.receive(b"x")
+    assert machine.lines[4] and guest.inp(0x3FA) == 4
+    guest.inp(0x3F8)
+    assert not machine.lines[4]
+    guest.out(0x3F8, 1)
+    assert machine.lines[4] and guest.inp(0x3FA) == 2
+
+
+def test_serial_keeps_what_does_not_fit(pc, guest):
+    com1, taken = pc.devices["com1"], []
+    com1.took = lambda: taken.append(len(com1.waiting))
+    guest.out(0x3FA, 0xC1)
+    text = bytes(range(100))
+    com1.receive(text)
+    assert len(com1.waiting) == 84
+    assert guest.inp(0x3FA) == 0xC1  # FIFOs are there, no interrupt is enabled
+    guest.out(0x3F9, 1)
+    assert guest.inp(0x3FA) == 0xC4
+    got = bytes(guest.inp(0x3F8) for _ in range(100))
+    assert got == text and not com1.waiting and taken[-1] == 0
+    guest.inp(0x3F8)
+
+
+def test_serial_loopback(guest, sent):
+    guest.out(0x3FC, 0x1A)
+    assert guest.inp(0x3FE) & 0xF0 == 0x90  # RTS is CTS, OUT2 is DCD: how Linux finds a UART
+    guest.out(0x3F8, 0x5A)
+    assert not sent and guest.inp(0x3F8) == 0x5A
+    guest.out(0x3F8, 1)
+    guest.out(0x3F8, 2)
+    assert guest.inp(0x3FD) & 2 and not guest.inp(0x3FD) & 2
+
+
+def test_serial_scratch_and_bytes_of_wider_accesses(guest, sent):
+    guest.out(0x3FF, 0xA5)
+    assert guest.inp(0x3FF) == 0xA5
+    guest.out(0x3F8, 0x0041, 2)  # THR, then IER
+    assert sent == b"A" and guest.inp(0x3F9) == 0
+
+
+def test_serial_state_goes_along(pc, guest):
+    com1, com2 = pc.devices["com1"], pc.devices["com2"]
+    for port, value in ((0x3FA, 1), (0x3F9, 5), (0x3FC, 0xB), (0x3FF, 7)):
+        guest.out(port, value)
+    com1.receive(b"q" * 20)
+    com2.load(com1.save())
+    assert com2.save() == com1.save()
+    assert guest.inp(0x2FF) == 7 and guest.inp(0x2F8) == ord("q")
+    with pytest.raises(Invalid):
+        com2.load({**com1.save(), "fifo": bytes(17)})
+
+
+# ---- RTC
+
+
+def cmos(guest, index, value=None):
+    guest.out(0x70, index)
+    if value is None:
+        return guest.inp(0x71)
+    guest.out(0x71, value)
+    return None
+
+
+def at(pc, machine, *date):
+    machine.time = 0
+    pc.devices["rtc"].set_clock(calendar.timegm((*date, 0, 0, 0)) * SECOND)
+
+
+def test_rtc_shows_the_date_in_all_forms(pc, guest, machine):
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    shown = [cmos(guest, index) for index in (0, 2, 4, 6, 7, 8, 9, 0x32)]
+    assert shown == [0x58, 0x09, 0x21, 1, 0x22, 0x11, 0x26, 0x20]  # a Sunday
+    cmos(guest, 11, 6)
+    assert [cmos(guest, index) for index in (0, 4, 9, 0x32)] == [58, 21, 26, 20]
+    cmos(guest, 11, 0)
+    assert cmos(guest, 4) == 0x89  # 9 p.m., BCD
+    machine.time = 2 * SECOND
+    assert cmos(guest, 0) == 0 and cmos(guest, 2) == 0x10
+
+
+def test_rtc_is_set_while_it_stands(pc, guest, machine):
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    cmos(guest, 11, 0x82)
+    for index, value in ((0, 0x30), (2, 0x15), (4, 0x06), (7, 0x01), (8, 0x02), (9, 0x99), (0x32, 0x19)):
+        cmos(guest, index, value)
+    machine.time = 50 * SECOND
+    assert cmos(guest, 0) == 0x30
+    cmos(guest, 11, 2)
+    machine.time = 51 * SECOND
+    assert [cmos(guest, i) for i in (0, 2, 4, 7, 8, 9, 0x32)] == [0x31, 0x15, 0x06, 0x01, 0x02, 0x99, 0x19]
+
+
+def test_rtc_alarm_and_update_flags(pc, guest, machine):
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    for index, value in ((1, 0x00), (3, 0x10), (5, 0xFF)):  # every hour at :10:00
+        cmos(guest, index, value)
+    cmos(guest, 12)
+    machine.time = SECOND
+    assert cmos(guest, 12) == 0x50  # updated, and a period of the 1024 Hz has passed; no alarm
+    machine.time = 2 * SECOND
+    cmos(guest, 11, 0x22)
+    assert machine.lines[8] and cmos(guest, 12) & 0xB0 == 0xB0
+    assert not machine.lines[8] and cmos(guest, 12) == 0
+    pc.reset()
+    assert not cmos(guest, 11) & 0x70
+
+
+def test_rtc_memory_and_state(pc, guest):
+    assert cmos(guest, 0x15) | cmos(guest, 0x16) << 8 == 640
+    assert cmos(guest, 0x30) | cmos(guest, 0x31) << 8 == 15 * 1024
+    cmos(guest, 0x50, 0x77)
+    cmos(guest, 13, 0)
+    assert cmos(guest, 13) == 0x80
+    rtc = pc.devices["rtc"]
+    state = rtc.save()
+    cmos(guest, 0x50, 0)
+    rtc.load(state)
+    assert cmos(guest, 0x50) == 0x77
+    with pytest.raises(Invalid):
+        rtc.load({**state, "cmos": b""})
+
+
+# ---- power
+
+
+def test_pm_timer_follows_the_guests_time(guest, machine):
+    before = guest.inp(0x608, 4)
+    machine.time += SECOND
+    assert guest.inp(0x608, 4) - before in (3_579_545, 3_579_545 - (1 << 24))
+
+
+def test_sleeping_in_s5_powers_off(guest):
+    guest.out(0x604, 3 << 10 | 0x2000, 2)
+    assert guest.ended is None
+    guest.out(0x604, 5 << 10, 2)
+    assert guest.ended is None and guest.inp(0x604, 2) == 5 << 10
+    guest.out(0x604, 5 << 10 | 0x2000, 2)
+    assert guest.ended.line() == "shutdown cause=poweroff rip=0x1"
+
+
+def test_the_power_button_is_an_sci(pc, guest, machine):
+    power = pc.devices["power"]
+    power.press_button()
+    assert not machine.lines.get(9) and guest.inp(0x600, 2) == 0x100
+    guest.out(0x602, 0x100, 2)
+    assert machine.lines[9]
+    guest.out(0x600, 0x100, 2)
+    assert not machine.lines[9] and guest.inp(0x602, 2) == 0x100
+    state = power.save()
+    power.reset()
+    power.load(state)
+    assert guest.inp(0x602, 2) == 0x100
+
+
+# ---- debug ports
+
+
+def test_debug_ports(pc, guest):
+    said = bytearray()
+    pc.devices["debugcon"].output = said.extend
+    guest.out(0xE9, ord("!"))
+    assert said == b"!" and guest.inp(0xE9) == guest.inp(0x402) == 0xE9
+    guest.out(0xF4, 16, 4)
+    assert guest.ended.line() == "shutdown cause=debug-exit code=33 rip=0x1"
