@@ -18,6 +18,7 @@ from vmfs.errors import Gone, Invalid, NotPermitted
 
 POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Linux asm-generic/poll.h
 ROOT = 1
+ATTR_SECONDS = 3600  # attributes other than sizes change only by calls that come through the kernel
 
 
 class Waker(Protocol):
@@ -125,6 +126,7 @@ class Kind:
 
     readable = True
     writable = False
+    sized = True  # `size` or `blocks` may change: the kernel asks for the attributes at each open
     reading_acts = False  # a read changes the machine: only who may write the file may read it
 
     def size(self, scope: Any) -> int:
@@ -174,13 +176,13 @@ class Node:
 
 class File(Node):
     format = stat.S_IFREG
-    attr_seconds = 0
 
     def __init__(
         self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int, kind: Kind
     ) -> None:
         super().__init__(inodes, scope, name, mode, uid, gid)
         self.kind = kind
+        self.attr_seconds = 0 if kind.sized else ATTR_SECONDS
 
     def size(self) -> int:
         return self.kind.size(self.scope)
@@ -193,7 +195,7 @@ class Directory(Node):
     """A directory of `children`. Nothing may be made, removed or renamed in it, unless a subclass says so."""
 
     format = stat.S_IFDIR
-    attr_seconds = 3600  # they change by calls that come through the kernel
+    attr_seconds = ATTR_SECONDS
 
     def __init__(self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int) -> None:
         super().__init__(inodes, scope, name, mode, uid, gid)

@@ -69,6 +69,10 @@ class Text(Kind):
     def writable(self) -> bool:  # type: ignore[override]
         return self.put is not None
 
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return self.room is not None
+
     def size(self, scope: Any) -> int:
         return self.room(scope) if self.room else 0
 
@@ -262,6 +266,7 @@ class VmRun(Kind):
 
     show: Callable[[exits.Exit], bytes]
     writable = True
+    sized = False
     reading_acts = True
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
@@ -360,6 +365,7 @@ class Irq(Kind):
 
     readable = False
     writable = True
+    sized = False
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _IrqHandle(node, pid, nonblocking)
