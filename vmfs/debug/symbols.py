@@ -9,6 +9,7 @@ for the lines of /proc/kallsyms (`ffffffff81000000 T name [module]`).
 from __future__ import annotations
 
 import operator
+import os
 import re
 import struct
 from array import array
@@ -20,13 +21,16 @@ from typing import Any, BinaryIO
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from vmfs.errors import Invalid
+from vmfs.errors import Invalid, LimitReached
 from vmfs.numbers import parse_number
 
 MOST = 1 << 20  # symbols of a table; Debian's Linux has some 150,000
+FILE_MOST = 2 << 30  # bytes of an ELF file; Linux with its debug information has 0.5 GiB
 TEXT_MOST = 256 << 20  # bytes of a System.map
 NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
 REACH = 16 << 20  # how far behind its last symbol an address still is said to belong to it
+
+_MAGIC = b"\x7fELF"
 
 Symbol = tuple[int, str, str]  # address, the type's letter, name
 
@@ -98,6 +102,14 @@ class SymbolTable:
         offset = parse_number(match[3], what=what)
         return (address + (offset if match[2] == "+" else -offset)) & ((1 << 64) - 1)
 
+    def merged(self, other: SymbolTable) -> SymbolTable:
+        """The symbols of both."""
+        if not len(self):
+            return other
+        if len(self) + len(other) > MOST:
+            raise LimitReached(f"together there were more than {MOST} symbols")
+        return SymbolTable({*self._symbols, *other._symbols})
+
     def text(self) -> str:
         """A line a symbol, by address: `ffffffff81000000 T _stext`."""
         return "".join([f"{address:016x} {letter} {name}\n" for address, letter, name in self._symbols])
@@ -110,7 +122,15 @@ def _rank(symbol: Symbol) -> int:
 
 def parse(data: bytes) -> SymbolTable:
     """The symbols of an ELF file's contents or a System.map's text."""
-    return parse_elf(BytesIO(data)) if data[:4] == b"\x7fELF" else parse_map(data)
+    return parse_elf(BytesIO(data)) if data[:4] == _MAGIC else parse_map(data)
+
+
+def parse_file(fd: int) -> SymbolTable:
+    """The same of an open file, of which only what is needed is read."""
+    if os.pread(fd, 4, 0) == _MAGIC:
+        with open(os.dup(fd), "rb") as file:
+            return parse_elf(file)
+    return parse_map(os.pread(fd, TEXT_MOST + 1, 0))
 
 
 # ---- System.map, /proc/kallsyms, nm
@@ -124,7 +144,7 @@ _LINE = re.compile(
 def parse_map(data: bytes) -> SymbolTable:
     """The symbols of `ADDRESS TYPE NAME` lines, hexadecimal without 0x. Empty lines are none."""
     if len(data) > TEXT_MOST:
-        raise Invalid(f"{len(data)} bytes are more than the {TEXT_MOST} that a map may have")
+        raise Invalid(f"it is no ELF file, and longer than the {TEXT_MOST} bytes that a System.map may have")
     if not data.isascii():
         raise Invalid("it is no ELF file, and there are bytes in it that no System.map has")
     matches = _LINE.findall(data)

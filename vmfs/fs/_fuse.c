@@ -9,7 +9,8 @@
  *                              (pyfuse3 gives read and write no context), acts on FUSE_INTERRUPT (pyfuse3
  *                              drops it), and at FUSE_INIT adds to the answer what libfuse before 3.17 cannot
  *                              negotiate: passthrough.
- *   fuse_reply_open            answers an open with a backing id where the handler asked for one.
+ *   fuse_reply_open            answers an open with a backing id where the handler asked for one, and spares
+ *                              the kernel the FUSE_FLUSH at each close where it did not ask for that.
  *
  * A request is a `Request`, held by a context variable: pyfuse3 serves each of its requests in one task from
  * dispatch to reply, so a handler finds its own request at any time, as do the tasks and threads that it
@@ -127,6 +128,7 @@ typedef struct Request {
     int32_t backing_id;         /* what the answer to open carries; 0 is none (the kernel's ids start at 1) */
     int32_t file_flags;         /* f_flags of the file that is read or written; -1: not known */
     char interrupted;
+    char tell_closing;          /* of an open: its file's close(2)s are to be told, as FUSE_FLUSH */
     PyObject *on_interrupt;
     struct Request *next;       /* in its bucket of hooks.in_flight */
 } Request;
@@ -315,6 +317,8 @@ static PyMemberDef request_members[] = {
     {"file_flags", T_INT, offsetof(Request, file_flags), READONLY,
      "int: of a read or a write, the file's flags (O_NONBLOCK) as they are now; -1 where not known"},
     {"interrupted", T_BOOL, offsetof(Request, interrupted), READONLY, "bool: a signal came for the caller"},
+    {"tell_closing", T_BOOL, offsetof(Request, tell_closing), 0,
+     "bool: in an open handler, set it to have flush() called at each close(2) of the file"},
     {"on_interrupt", T_OBJECT, offsetof(Request, on_interrupt), 0,
      "callable or None: called once, in the thread that serves FUSE, when a signal comes for the caller"},
     {NULL},
@@ -543,6 +547,12 @@ EXPORT int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
     Request *request = hooks.request_type && PyGILState_Check() ? request_current() : NULL;
 
+    struct fuse_file_info answer = *fi;
+
+    /* Only few files' handlers want to know of closes, and pyfuse3 cannot say so (FOPEN_NOFLUSH, Linux 5.18). */
+    if (request && request->opcode == FUSE_OPEN && !request->tell_closing)
+        answer.noflush = 1;
+    fi = &answer;
     if (!request || request->opcode != FUSE_OPEN || !request->backing_id)
         return hooks.reply_open ? hooks.reply_open(req, fi) : -EIO;
 

@@ -16,6 +16,8 @@ from vmfs.engine.base import Vcpu
 from vmfs.errors import Busy, Invalid, Unsupported
 from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
+from vmfs.fs.console import Console
+from vmfs.fs.debug_files import Symbols, Virt, pagetable
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Kind
 from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
@@ -198,6 +200,7 @@ FILES: tuple[Row, ...] = (
         0o666,
         Text(lambda scope: f"{scope.vm.time_source}\n", lambda scope, text: scope.vm.set_time_source(text.strip())),
     ),
+    Row("console", 0o666, Console("com1")),
     # what is booted
     Row("kernel", 0o666, ImageFile("kernel")),
     Row("initrd", 0o666, ImageFile("initrd")),
@@ -206,6 +209,9 @@ FILES: tuple[Row, ...] = (
     # interrupts and debugging
     Row("irq", 0o222, Irq()),
     Row("debug", 0o666, Text(lambda scope: scope.vm.points_text(), _set_debug)),
+    Row("symbols", 0o666, Symbols()),
+    Row("virt", 0o666, Virt(), per_cpu=True),
+    Row("pagetable", 0o444, Text(pagetable), per_cpu=True),
     Row("error", 0o444, Text(_complaint)),
 )
 

@@ -40,6 +40,11 @@ class Scope:
         self._pollers: dict[Handle, Waker] = {}
         self._token: trio.lowlevel.TrioToken | None = None
 
+    def check(self) -> None:
+        """Raises Gone after removal."""
+        if self.removed:
+            raise Gone("the machine was removed")
+
     def remove(self) -> None:
         self.removed = True
         for event in self._waiting:
@@ -97,6 +102,8 @@ class Handle:
 
     direct_io = True  # the server answers every read; a size of 0 does not cut them
     keep_cache = False
+    tells_closing = False  # `flush` is called
+    appending = False  # opened with O_APPEND
 
     def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
         self.node = node
@@ -109,6 +116,9 @@ class Handle:
 
     async def write(self, offset: int, data: bytes) -> int:
         raise Invalid(f"{self.node.name} cannot be written")
+
+    async def flush(self) -> None:
+        """A close(2), of one of its descriptors: what this raises, that call fails with."""
 
     def poll(self) -> int:
         """What would not block, as POLL_ bits. A plain file never blocks."""

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import trio
 
 from vmfs.errors import Interrupted, NotPermitted, VmfsError, WouldBlock
-from vmfs.fs.hooks import pyfuse3
+from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
 from vmfs.memory import PAGE
 
@@ -139,6 +139,10 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EACCES)
         try:
             handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), writing)
+            handle.appending = bool(flags & os.O_APPEND)
+            request = _fuse.current_request()
+            if handle.tells_closing and request is not None:
+                request.tell_closing = True
             handle.prepare_answer()
         except VmfsError as error:
             _complain(node, error)
@@ -154,7 +158,16 @@ class Operations(pyfuse3.Operations):
         handle.close()
 
     async def flush(self, fh: int) -> None:
-        raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel does not ask again
+        handle = self._handles[fh]
+        if not handle.tells_closing:  # asked for all the same, without the hooks or by a kernel before 5.18
+            return
+        try:
+            if handle.scope.removed:
+                raise pyfuse3.FUSEError(errno.ENODEV)
+            await handle.flush()
+        except Exception as error:
+            self._complain(handle, error)
+            raise _failure(error, f"close {handle.node.name}") from None
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # there is nothing behind what a write has written

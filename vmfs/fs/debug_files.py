@@ -1,0 +1,173 @@
+"""The files one looks into a guest with: `symbols`, `virt`, `pagetable`, `disasm`, `stack`, `core`.
+
+What takes more than a few milliseconds is done in a thread, on the registers as they were at a boundary and
+on RAM through a descriptor of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import trio
+
+from vmfs.debug import kallsyms
+from vmfs.debug.paging import Paging, mapped_ranges, ranges_text, read_linear, write_linear
+from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
+from vmfs.errors import BadAddress, PastEnd
+from vmfs.fs.inodes import File, Handle, Kind
+from vmfs.fs.scopes import MachineScope
+from vmfs.fs.waiting import finished, value_of
+
+T = TypeVar("T")
+
+
+async def _sampled(scope: MachineScope, future: Future[T]) -> T:
+    await finished(future, scope)
+    return future.result()
+
+
+async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """A signal to the caller ends the wait, and the thread goes on to its end."""
+    return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)
+
+
+# ---- symbols
+
+_COMMANDS = ("kallsyms", "clear")
+_COMMAND_MOST = 64
+
+
+@dataclass(frozen=True)
+class Symbols(Kind):
+    """`symbols`: a file is gathered while it is written, and understood when it is closed."""
+
+    writable = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _SymbolsHandle(node, pid, nonblocking, writing)
+
+
+class _SymbolsHandle(Handle):
+    """Every close of a descriptor is told, that of a duplicate, too: what was written since the last time is
+    then taken, together with what was before."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, pid, nonblocking)
+        self.tells_closing = writing
+        self._fd = -1
+        self._size = 0
+        self._news = False
+        self._before = self.scope.vm.symbols  # to which O_APPEND adds
+        self._snapshot: bytes | None = None
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0 or self._snapshot is None:
+            text = await value_of(_in_thread(self.scope.vm.symbols.text), self)
+            self._snapshot = text.encode()
+        return self._snapshot[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        word = data.strip() if len(data) <= _COMMAND_MOST and not self._size else b""
+        if word.decode("latin-1") in _COMMANDS:
+            await value_of(self._do(word.decode()), self)
+            return len(data)
+        at = self._size if self.appending else offset
+        if at + len(data) > FILE_MOST:
+            raise PastEnd(f"symbols: a file of more than {FILE_MOST} bytes is not taken")
+        if self._fd < 0:
+            self._fd = os.memfd_create("vmfs-symbols", os.MFD_CLOEXEC)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], at + done)
+        self._size = max(self._size, at + len(data))
+        self._news = True
+        return len(data)
+
+    async def _do(self, command: str) -> None:
+        vm = self.scope.vm
+        if command == "clear":
+            found = SymbolTable()
+        else:
+            paging = await _sampled(self.scope, vm.at_boundary(Paging.of))
+            ram = vm.memory.view()
+            found = await _in_thread(_kallsyms, ram, paging)
+        vm.symbols = self._before.merged(found) if self.appending else found
+
+    async def flush(self) -> None:
+        if not self._news:
+            return
+        self._news = False
+        # Not to be given up: the descriptor may be closed behind it.
+        table = await trio.to_thread.run_sync(parse_file, self._fd)
+        self.scope.vm.symbols = self._before.merged(table) if self.appending else table
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def _kallsyms(ram: Any, paging: Paging) -> SymbolTable:
+    with ram:
+        return kallsyms.find(ram, paging)
+
+
+# ---- memory by linear address
+
+
+@dataclass(frozen=True)
+class Virt(Kind):
+    """`virt`: the offset is the linear address without its bit 63, which is as bit 62."""
+
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return (1 << 63) - 1  # dd skips no further than a file is long
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _VirtHandle(node, pid, nonblocking)
+
+
+def linear_address(offset: int) -> int:
+    """Of a byte of `virt`."""
+    return offset | (offset & 1 << 62) << 1
+
+
+class _VirtHandle(Handle):
+    async def read(self, offset: int, size: int) -> bytes:
+        memory, address = self.scope.vm.memory, linear_address(offset)
+        data = await value_of(
+            self.scope.vm.at_boundary(lambda cpu: read_linear(memory, Paging.of(cpu), address, size)), self
+        )
+        if size and not data:
+            raise BadAddress(f"virt: {address:#x} is not mapped to RAM")
+        return data
+
+    async def write(self, offset: int, data: bytes) -> int:
+        return await value_of(self._write(linear_address(offset), data), self)
+
+    async def _write(self, address: int, data: bytes) -> int:
+        vm = self.scope.vm
+        async with self.scope.memory.change():
+            return await _sampled(
+                self.scope, vm.at_boundary(lambda cpu: write_linear(vm.memory, Paging.of(cpu), address, data))
+            )
+
+
+# ---- what is mapped
+
+
+async def pagetable(scope: MachineScope) -> str:
+    """`pagetable`."""
+    paging = await _sampled(scope, scope.vm.at_boundary(Paging.of))
+    if paging.kind == "off":
+        return "# paging is off: linear addresses are physical\n"
+    return await _in_thread(_pagetable, scope.vm.memory.view(), paging)
+
+
+def _pagetable(ram: Any, paging: Paging) -> str:
+    with ram:
+        return ranges_text(mapped_ranges(ram, paging))
