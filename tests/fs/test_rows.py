@@ -38,6 +38,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "machine": ((b"", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # a fake has no controllers
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
+    "console": (),  # a fake has no serial port; opening is refused
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
     "virt": (),  # its one failure, where nothing is mapped, needs an offset

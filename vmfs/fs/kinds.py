@@ -47,6 +47,14 @@ def decoded(data: bytes) -> str:
         raise Invalid(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def may_not_block(handle: Handle) -> bool:
+    """O_NONBLOCK, as it is now (fcntl); where the hooks do not tell, as it was at the open."""
+    request = _fuse.current_request()
+    if request is None or request.file_flags < 0:
+        return handle.nonblocking
+    return bool(request.file_flags & os.O_NONBLOCK)
+
+
 # ---- text
 
 
@@ -286,7 +294,7 @@ class _VmRunHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset == 0:
-            if self._may_not_block():
+            if may_not_block(self):
                 self._line = self._next_line()
             else:
                 begun, self._run = self._run, None  # without blocking; fcntl has cleared O_NONBLOCK since
@@ -295,7 +303,7 @@ class _VmRunHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> int:
         bound: Bound = parse_command("vm_run", decoded(data), self.scope.vm.symbols.address_of)(UNBOUND)
-        if self._may_not_block():
+        if may_not_block(self):
             self._begin(bound)
         else:
             await self._to_exit(self.scope.vm.start(bound))
@@ -310,13 +318,6 @@ class _VmRunHandle(Handle):
         """A run that nobody is left to hear of is stopped."""
         if self._run is not None and not self._run.done():
             self.scope.vm.stop(self._run)
-
-    def _may_not_block(self) -> bool:
-        """O_NONBLOCK, as it is now (fcntl); where the hooks do not tell, as it was at the open."""
-        request = _fuse.current_request()
-        if request is None or request.file_flags < 0:
-            return self.nonblocking
-        return bool(request.file_flags & os.O_NONBLOCK)
 
     def _next_line(self) -> bytes:
         if self._run is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future
 
+from vmfs.devices.serial import Serial
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.errors import Busy, Unsupported
 from vmfs.fs.connection import Connection
+from vmfs.fs.console import ConsolePort
 from vmfs.fs.inodes import Scope
 from vmfs.fs.memory_file import MemoryServer
 from vmfs.host import Host
@@ -36,6 +38,7 @@ class MachineScope(Scope):
         self.host = host
         self.memory = MemoryServer(vm, connection)
         self.changes = 1
+        self._consoles: dict[str, ConsolePort] = {}
         self._count = itertools.count(2)
         self._sizes = {name: len(blob) for name, blob in vm.reset_states.items()}
         for name in (*VCPU_STATES, *MACHINE_STATES):
@@ -44,7 +47,20 @@ class MachineScope(Scope):
 
     def changed(self) -> None:
         self.changes = next(self._count)
+        for port in self._consoles.values():
+            port.stream.wake()  # at the end of a machine its readers have the end of the file
         super().changed()
+
+    def console_port(self, device: str) -> ConsolePort | None:
+        """The stream of a serial port; None where there is none."""
+        board = self.vm.board
+        serial = None if board is None else board.devices.get(device)
+        if not isinstance(serial, Serial):
+            return None
+        port = self._consoles.get(device)
+        if port is None or port.serial is not serial:
+            port = self._consoles[device] = ConsolePort(serial, super().changed)
+        return port
 
     def remove(self) -> None:
         super().remove()

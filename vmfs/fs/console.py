@@ -1,0 +1,100 @@
+"""`console`: the first serial port as a stream. What is written is typed; what the guest sends goes to every reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs.devices.serial import Serial
+from vmfs.errors import Unsupported, WouldBlock
+from vmfs.fs.inodes import POLL_OUT, File, Handle, Kind
+from vmfs.fs.interrupts import interruptible
+from vmfs.fs.kinds import may_not_block
+from vmfs.fs.streams import Stream, StreamHandle
+
+LIMIT = 16 << 20  # bytes that are kept for a reader that does not read
+ROOM = 4096  # bytes that wait for the guest; more make a writer wait
+
+
+class ConsolePort:
+    """A serial port of the board and the stream of what it has sent."""
+
+    def __init__(self, serial: Serial, changed: Any) -> None:
+        self.serial = serial
+        self.stream = Stream(LIMIT, changed)
+        serial.output = self.stream.append
+        serial.took = self._took
+
+    def _took(self) -> None:
+        """The guest has read: writers who wait look again. In the CPU's thread."""
+        if len(self.serial.waiting) < ROOM:
+            self.stream.wake()
+            self.stream.changed()
+
+    def room(self) -> int:
+        return max(ROOM - len(self.serial.waiting), 0)
+
+
+@dataclass(frozen=True)
+class Console(Kind):
+    """A serial port, by the name of its device."""
+
+    device: str
+    writable = True
+    reading_acts = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        port = node.scope.console_port(self.device)
+        if port is None:
+            raise Unsupported("a bare machine has no serial port: write pc to `machine` first")
+        return _ConsoleHandle(node, pid, nonblocking, port)
+
+
+class _ConsoleHandle(StreamHandle):
+    """What is read ends while the machine is shut down: nothing more comes."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, port: ConsolePort) -> None:
+        super().__init__(
+            node,
+            pid,
+            nonblocking,
+            port.stream,
+            lost=lambda count: f"\r\n[vmfs: {count} bytes were lost here]\r\n".encode(),
+            ended=lambda scope: scope.vm.state == "shutdown",
+        )
+        self._port = port
+
+    async def write(self, offset: int, data: bytes) -> int:
+        nonblocking = may_not_block(self)
+        done = 0
+        while done < len(data):
+            room = self._port.room()
+            if room:
+                part = data[done : done + room]
+                self._port.serial.receive(part)
+                done += len(part)
+            elif nonblocking:
+                break
+            else:
+                await self._wait_for_room()
+        if not done and data:
+            raise WouldBlock("the guest has not read what was typed before")
+        return done
+
+    async def _wait_for_room(self) -> None:
+        async with interruptible(self.pid):
+            with self.scope.waiting() as event:
+                try:
+                    self.scope.check()
+                    self._port.stream.wait(event)
+                    if not self._port.room():
+                        await event.wait()
+                    self.scope.check()
+                finally:
+                    self._port.stream.forget(event)
+        await trio.lowlevel.checkpoint()
+
+    def room(self) -> int:
+        return POLL_OUT if self._port.room() else 0
