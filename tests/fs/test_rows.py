@@ -38,7 +38,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "machine": ((b"", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # a fake has no controllers
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
-    "console": (),  # a fake has no serial port; opening is refused
+    "console": ((b"a", errno.EOPNOTSUPP),),
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
     "virt": (),  # its one failure, where nothing is mapped, needs an offset
@@ -127,7 +127,7 @@ async def _all_of(kernel) -> dict[str, bytes]:
             try:
                 shown[row.name] = await file.read()
             except OSError as error:
-                assert error.errno == errno.EOPNOTSUPP and row.name in CONTROLLERS
+                assert error.errno == errno.EOPNOTSUPP and row.name in (*CONTROLLERS, "console")
             await file.close()
     shown["interrupts"] = bytes(kernel.engine.cpu.interrupts)
     return shown
@@ -153,7 +153,7 @@ def test_sizes_are_those_of_what_is_read(on_fs):
     async def test(kernel):
         await kernel.mkdir("a")
         for row in FILES:
-            if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", *CONTROLLERS, "mem"):
+            if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", *CONTROLLERS, "console", "mem"):
                 size = (await kernel.walk(f"a/{row.name}")).st_size
                 file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
                 assert size in (0, len(await file.read())), row.name

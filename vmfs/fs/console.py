@@ -48,8 +48,16 @@ class Console(Kind):
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         port = node.scope.console_port(self.device)
         if port is None:
-            raise Unsupported("a bare machine has no serial port: write pc to `machine` first")
+            return _NoConsole(node, pid, nonblocking)
         return _ConsoleHandle(node, pid, nonblocking, port)
+
+
+class _NoConsole(Handle):
+    async def read(self, offset: int, size: int) -> bytes:
+        raise Unsupported("a bare machine has no serial port: write pc to `machine`, then open it")
+
+    async def write(self, offset: int, data: bytes) -> int:
+        return len(await self.read(0, 0))
 
 
 class _ConsoleHandle(StreamHandle):
