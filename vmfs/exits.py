@@ -28,7 +28,7 @@ _BODY_SIZE = EXIT_STRUCT_SIZE - _HEADER.size
 
 IO_IN, IO_OUT = 0, 1  # as KVM_EXIT_IO_IN and KVM_EXIT_IO_OUT
 # The struct holds a cause as its index here plus one; vmfs.h has the same names in capitals.
-DEBUG_CAUSES = ("step", "breakpoint", "watchpoint", "io", "exception", "mode", "cr3")
+DEBUG_CAUSES = ("step", "breakpoint", "watchpoint", "io", "exception", "mode", "cr3", "interrupt")
 SHUTDOWN_CAUSES = ("triple-fault", "poweroff", "reset", "debug-exit")
 
 
@@ -134,7 +134,8 @@ class Debug(Exit):
     """A single step ended, or a break- or watchpoint stopped the guest.
 
     `id` is the point's number in the `debug` file; `addr` the address of the access (watchpoint) or
-    the port (io); `vector` the exception that was caught. `also`, from an engine: the other stops that were
+    the port (io), or what a page fault (exception) is about; `vector` the exception or interrupt that was
+    caught and is not delivered yet. `also`, from an engine: the other stops that were
     reached at the same time.
     """
 

@@ -103,7 +103,8 @@ class PortStop:
 
 @dataclass(frozen=True, slots=True)
 class VectorStop:
-    """Stop before an exception, or an INT n, of one of `vectors` is delivered; the next run delivers it."""
+    """Stop before an exception, an INT n or an interrupt of one of `vectors` is delivered, which the next run
+    does. rip is where it came: for INT n, INT3 and INTO, the instruction itself."""
 
     id: int
     vectors: tuple[int, ...]

@@ -28,6 +28,7 @@ from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBloc
 from vmfs.exits import Exit
 
 PAGE_SIZE = 4096
+_PAGE_FAULT = 14  # #PF
 IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
 
 _DEBUG_CAUSES = {
@@ -38,6 +39,7 @@ _DEBUG_CAUSES = {
     _core.DEBUG_EXCEPTION: "exception",
     _core.DEBUG_MODE: "mode",
     _core.DEBUG_CR3: "cr3",
+    _core.DEBUG_INTERRUPT: "interrupt",
 }
 _ERRORS: dict[int, type[VmfsError]] = {
     errno.EINVAL: Invalid,
@@ -183,7 +185,7 @@ class EmulatorVcpu(Vcpu):
 
     def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
         with _failures("run"):
-            exit_ = self._cpu.run(-1 if budget is None else budget)
+            exit_ = self._cpu.run(-1 if budget is None else budget, goes_on)
         return _MAKERS[exit_[0]](self, exit_)
 
     # The exits: (reason, rip, write, size, count, address, cause, id, vector, message)
@@ -204,13 +206,21 @@ class EmulatorVcpu(Vcpu):
         return exits.Hlt(rip=exit_[1], cpu=self.index)
 
     def _debug(self, exit_: tuple) -> Exit:
+        stop = self._stop(exit_)
+        if stop.cause != "step":
+            stop.also = tuple(map(self._stop, self._cpu.also()))
+        return stop
+
+    def _stop(self, exit_: tuple) -> exits.Debug:
         _, rip, _, _, _, address, cause, id_, vector, _ = exit_
         name = _DEBUG_CAUSES[cause]
+        is_event = name in ("exception", "interrupt")
+        is_page_fault = name == "exception" and vector == _PAGE_FAULT
         return exits.Debug(
             cause=name,
             id=None if name == "step" else id_,
-            addr=address if name in ("watchpoint", "io") else None,
-            vector=vector if name == "exception" else None,
+            addr=address if name in ("watchpoint", "io") or is_page_fault else None,
+            vector=vector if is_event else None,
             rip=rip,
             cpu=self.index,
         )
@@ -309,10 +319,16 @@ class EmulatorVcpu(Vcpu):
         for one in request.watchpoints:
             if not 1 <= one.length < 1 << 32:
                 raise Invalid(f"a watchpoint watches 1 to {(1 << 32) - 1} bytes, not {one.length}")
-        stops = [(_core.STOP_BREAKPOINT, one.id, one.address, 1, False, False) for one in request.breakpoints]
+        stops = [(_core.STOP_BREAKPOINT, one.id, one.address, 0, False, False) for one in request.breakpoints]
         for one in request.watchpoints:
             kind = _core.STOP_WATCH_PHYSICAL if one.physical else _core.STOP_WATCH
             stops.append((kind, one.id, one.address, one.length, one.on_read, one.on_write))
+        for one in request.ports:
+            stops.append((_core.STOP_IO, one.id, one.first, one.last - one.first + 1, False, False))
+        for one in request.vectors:
+            stops += [(_core.STOP_VECTOR, one.id, vector, 0, False, False) for vector in one.vectors]
+        stops += [(_core.STOP_MODE, one.id, 0, 0, False, False) for one in request.modes]
+        stops += [(_core.STOP_CR3, one.id, 0, 0, False, False) for one in request.cr3s]
         with _failures("debug"):
             self._cpu.set_debug(request.step, stops)
 

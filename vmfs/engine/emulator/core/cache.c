@@ -241,9 +241,8 @@ static const u8 *code_page_host(struct vcpu *c, u64 physical)
 
 bool is_breakpoint(const struct vcpu *c, u64 linear)
 {
-    for (size_t i = 0; i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_BREAKPOINT && c->stops[i].address == linear)
-            return true;
+    if (stops_break(c, linear))
+        return true;
     for (unsigned i = 0; i < 4; i++) /* R/W field 0: execution (Intel SDM 3B 17.2.4) */
         if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
             return true;
@@ -337,7 +336,7 @@ static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
         cache_flush(c);
     struct trace *t = (struct trace *)(c->cache->arena + c->cache->used);
     unsigned offset = 0, count = 0;
-    bool ends = false, crosses = false, stops = c->has_breakpoints || c->dr7 & 0xff;
+    bool ends = false, crosses = false, stops = has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff;
     while (!ends && !crosses && count < TRACE_RECORDS && offset + 15 <= TRACE_BYTES && offset < f->first) {
         u64 here = ip_mask(c, ip + offset);
         if (offset && here < ip)

@@ -72,7 +72,8 @@ int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical);
 enum exit_reason {
     EXIT_NONE, EXIT_IO, EXIT_MMIO, EXIT_HLT, EXIT_DEBUG, EXIT_SHUTDOWN, EXIT_INTERRUPTED, EXIT_LIMIT, EXIT_ERROR,
 };
-enum debug_cause { DEBUG_STEP, DEBUG_BREAKPOINT, DEBUG_WATCHPOINT, DEBUG_IO, DEBUG_EXCEPTION, DEBUG_MODE, DEBUG_CR3 };
+enum debug_cause { DEBUG_STEP, DEBUG_BREAKPOINT, DEBUG_WATCHPOINT, DEBUG_IO, DEBUG_EXCEPTION, DEBUG_MODE, DEBUG_CR3,
+                   DEBUG_INTERRUPT };
 
 enum { EXIT_DATA = 4096 };
 
@@ -84,10 +85,11 @@ struct vcpu_exit {
     uint64_t rip;
     bool write;              /* io, mmio */
     uint32_t size, count;    /* io: bytes an element, elements; mmio: bytes (1 to 8), 1 */
-    uint64_t address;        /* io: port; mmio: guest-physical; debug: of the watched access, or the port */
+    uint64_t address;        /* io: port; mmio: guest-physical; debug: of the watched access, the port, or
+                              * what a page fault was about */
     enum debug_cause cause;  /* debug */
     uint32_t id;             /* debug: of the stop that matched */
-    uint32_t vector;         /* debug: exception */
+    uint32_t vector;         /* debug: exception, interrupt */
     const char *message;     /* error: a sentence */
 };
 
@@ -95,6 +97,9 @@ enum { BUDGET_UNLIMITED = -1 };
 
 /* Run until the next exit; with a budget >= 0, EXIT_LIMIT after exactly so many instructions. */
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
+/* The same as a part of the run before: where that did not stop at a breakpoint (or begin there and execute nothing), one
+ * at its start stops. */
+void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* End the run at an instruction boundary with EXIT_INTERRUPTED, or the next one at its start. Any thread, or a
  * signal handler. An exit that was on its way comes first; the kick then ends the run after it. */
 void vcpu_kick(struct vcpu *c);
@@ -116,15 +121,19 @@ void vcpu_nmi(struct vcpu *c);
 /* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */
 
 enum stop_kind { STOP_BREAKPOINT, STOP_WATCH, STOP_WATCH_PHYSICAL, STOP_IO, STOP_VECTOR, STOP_CR3, STOP_MODE };
+enum { STOP_KINDS = STOP_MODE + 1 };
 struct vcpu_stop {
     enum stop_kind kind;
     uint32_t id;
-    uint64_t address;        /* linear, physical, port or vector */
-    uint32_t length;         /* watch: bytes */
+    uint64_t address;        /* linear, physical, port or vector; 0 for the others */
+    uint32_t length;         /* watch: bytes; port: how many; else 0 */
     bool on_read, on_write;  /* watch */
 };
 /* Replaces all stops. The array is copied. */
 int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count);
+enum { REACHED_MOST = 64 };
+/* With EXIT_DEBUG: the other stops that were reached at the same time, up to REACHED_MOST. Valid until the next run. */
+size_t vcpu_also(const struct vcpu *c, const struct vcpu_exit **others);
 
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 

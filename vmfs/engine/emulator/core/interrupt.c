@@ -220,6 +220,8 @@ static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool 
 {
     c->delivering = (int)vector;
     c->delivering_kind = kind;
+    c->delivering_has_error = has_error;
+    c->delivering_error = error;
     if (c->cr0 & CR0_PE)
         deliver_protected(c, vector, kind, has_error, error, return_ip);
     else
@@ -243,7 +245,7 @@ void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u
 void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, enum event kind)
 {
     c->now = r;
-    if (c->has_vector_stops && catches(c, vector, retired_at(c, r)))
+    if (has_stops(c, STOP_VECTOR) && catches(c, vector, false, retired_at(c, r)))
         escape(c, ESCAPE_EXIT);
     deliver_from(c, vector, kind, false, 0, next_ip(c, r));
     if (c->now) /* else a task switch has been there */
@@ -278,19 +280,27 @@ static bool contributory(unsigned vector)
     return vector == VECTOR_DE || (vector >= VECTOR_TS && vector <= VECTOR_GP);
 }
 
-/* c->fault is to be delivered; it may have been raised while another was being delivered (table 6-5). */
-bool deliver_fault(struct vcpu *c)
+/* What comes of c->fault, which may have been raised while another was being delivered (table 6-5). */
+bool fault_to_deliver(const struct vcpu *c, struct fault *f)
 {
-    struct fault f = c->fault;
-    c->counters.exceptions++;
+    *f = c->fault;
     if (c->delivering >= 0 && c->delivering_kind == EVENT_EXCEPTION) {
         unsigned first = (unsigned)c->delivering;
         if (first == VECTOR_DF)
             return false;
-        if ((contributory(first) && contributory(f.vector)) ||
-            (first == VECTOR_PF && (contributory(f.vector) || f.vector == VECTOR_PF)))
-            f = (struct fault){.vector = VECTOR_DF, .has_error = true};
+        if ((contributory(first) && contributory(f->vector)) ||
+            (first == VECTOR_PF && (contributory(f->vector) || f->vector == VECTOR_PF)))
+            *f = (struct fault){.vector = VECTOR_DF, .has_error = true};
     }
+    return true;
+}
+
+bool deliver_fault(struct vcpu *c)
+{
+    struct fault f;
+    c->counters.exceptions++;
+    if (!fault_to_deliver(c, &f))
+        return false;
     if (f.vector == VECTOR_PF)
         c->cr2 = f.address;
     bool real = !(c->cr0 & CR0_PE);

@@ -243,14 +243,8 @@ void tlb_select(struct vcpu *c)
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
 {
     u64 page = linear & PAGE_MASK;
-    if (c->has_watchpoints)
-        for (size_t i = 0; i < c->stop_count; i++) {
-            const struct vcpu_stop *s = &c->stops[i];
-            u64 at = s->kind == STOP_WATCH ? page : physical & PAGE_MASK;
-            if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && s->address <= at + 0xfff &&
-                s->address + (s->length - 1) >= at)
-                return true;
-        }
+    if ((has_stops(c, STOP_WATCH) || has_stops(c, STOP_WATCH_PHYSICAL)) && stops_watch_page(c, linear, physical))
+        return true;
     if (c->dr7 & 0xff)
         for (unsigned i = 0; i < 4; i++)
             if (c->dr7 >> (2 * i) & 3 && c->dr7 >> (16 + 4 * i) & 1 && (c->dr[i] & PAGE_MASK) == page)
@@ -393,51 +387,27 @@ static bool ranges_meet(u64 a, u64 length_a, u64 b, u64 length_b)
     return a - b < length_b || b - a < length_a;
 }
 
-/* Where a watchpoint was hit by an access at `at`: the start of its piece, as the CPU's own debug registers would tell it
- * (Intel SDM 3B 17.2.5: naturally aligned, 1, 2, 4 or 8 bytes). */
-static u64 watched_piece(const struct vcpu_stop *s, u64 at)
-{
-    u64 byte = at > s->address ? at : s->address, piece = byte & ~7ull, end = s->address + s->length;
-    if (piece < s->address)
-        piece = s->address;
-    for (u64 size = 8; ; size = 8) {
-        while (size > end - piece || piece & (size - 1))
-            size >>= 1;
-        if (byte - piece < size)
-            return piece;
-        piece += size;
-    }
-}
-
-/* Break- and watchpoints on data. The instruction runs alone, so that it stops right behind it. */
-static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write)
+/* Break- and watchpoints on data. The instruction runs alone, so that it stops right behind it. What the CPU accesses by
+ * itself (`implicit`: descriptors, task states, the stack of an event) only the host watches; an event is not begun anew. */
+static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write, bool implicit)
 {
     if (likely(!page_watched(c, linear, physical)))
         return;
-    int hit = -1;
+    bool hit = stops_watch(c, linear, physical, bytes, write);
     u64 guest = 0;
-    for (size_t i = 0; i < c->stop_count && hit < 0; i++) {
-        const struct vcpu_stop *s = &c->stops[i];
-        u64 at = s->kind == STOP_WATCH ? linear : physical;
-        if ((s->kind == STOP_WATCH || s->kind == STOP_WATCH_PHYSICAL) && (write ? s->on_write : s->on_read) &&
-            ranges_meet(s->address, s->length, at, bytes))
-            hit = (int)i;
-    }
-    for (unsigned i = 0; i < 4; i++) { /* Intel SDM 3B 17.2.4, 17.2.5: 1 writes, 3 reads and writes */
+    for (unsigned i = 0; i < 4 && !implicit; i++) { /* Intel SDM 3B 17.2.4, 17.2.5: 1 writes, 3 reads and writes */
         static const u8 lengths[4] = {1, 2, 8, 4};
         unsigned control = c->dr7 >> (16 + 4 * i) & 15, length = lengths[control >> 2];
         if (c->dr7 >> (2 * i) & 3 && ((control & 3) == 3 || ((control & 3) == 1 && write)) &&
             ranges_meet(c->dr[i] & ~(u64)(length - 1), length, linear, bytes))
             guest |= 1ull << i;
     }
-    if (hit < 0 && !guest)
+    if (!hit && !guest)
         return;
-    if (!c->alone)
+    if (!c->alone && c->delivering < 0)
         escape(c, ESCAPE_ALONE);
-    if (hit >= 0 && c->stop_hit < 0) {
-        c->stop_hit = hit;
-        c->stop_address = watched_piece(&c->stops[hit], c->stops[hit].kind == STOP_WATCH ? linear : physical);
-    }
+    if (hit)
+        stops_reach_watch(c, linear, physical, bytes, write);
     c->debug_hits |= guest;
 }
 
@@ -502,8 +472,7 @@ void mmu_read(struct vcpu *c, u64 linear, void *data, unsigned bytes, unsigned a
     unsigned count = split(c, linear, bytes, access | ACCESS_READ, p);
     u8 *out = data;
     for (unsigned i = 0; i < count; i++) {
-        if (!(access & ACCESS_SUPERVISOR))
-            check_watch(c, p[i].linear, p[i].physical, p[i].bytes, false);
+        check_watch(c, p[i].linear, p[i].physical, p[i].bytes, false, access & ACCESS_SUPERVISOR);
         struct slot *slot = vm_slot(c->vm, p[i].physical);
         if (slot)
             memcpy(out, slot->host + (p[i].physical - slot->address), p[i].bytes);
@@ -519,8 +488,7 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
     unsigned count = split(c, linear, bytes, access | ACCESS_WRITE, p);
     struct slot *slots[2];
     for (unsigned i = 0; i < count; i++) { /* all that may escape, before the first byte */
-        if (!(access & ACCESS_SUPERVISOR))
-            check_watch(c, p[i].linear, p[i].physical, p[i].bytes, true);
+        check_watch(c, p[i].linear, p[i].physical, p[i].bytes, true, access & ACCESS_SUPERVISOR);
         slots[i] = vm_slot(c->vm, p[i].physical);
         if (slots[i] && !(slots[i]->flags & SLOT_READ_ONLY)) {
             u32 lines = slots[i]->lines[(p[i].physical - slots[i]->address) >> 12];

@@ -348,7 +348,8 @@ static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
 {
     long long budget = BUDGET_UNLIMITED;
     struct vcpu_exit exit;
-    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "|L", &budget))
+    int goes_on = 0;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "|Lp", &budget, &goes_on))
         return NULL;
     Py_INCREF(self->owner);
     self->running = 1;
@@ -356,7 +357,7 @@ static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
     self->signalled = 0;
     vcpu_set_poll(self->vcpu, gettid() == getpid() ? poll_signals : NULL, self);
     Py_BEGIN_ALLOW_THREADS
-    vcpu_run(self->vcpu, budget, &exit);
+    (goes_on ? vcpu_go_on : vcpu_run)(self->vcpu, budget, &exit);
     Py_END_ALLOW_THREADS
     self->running = 0;
     self->owner->running--;
@@ -505,6 +506,24 @@ done:
     return result;
 }
 
+static PyObject *py_vcpu_also(VcpuObject *self, PyObject *ignored)
+{
+    const struct vcpu_exit *others;
+    (void)ignored;
+    if (!vcpu_idle(self))
+        return NULL;
+    size_t count = vcpu_also(self->vcpu, &others);
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t i = 0; list && i < count; i++) {
+        PyObject *one = exit_tuple(&others[i]);
+        if (!one)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, (Py_ssize_t)i, one);
+    }
+    return list;
+}
+
 static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
 {
     struct vcpu_counters k;
@@ -596,7 +615,7 @@ static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
 
 static PyMethodDef vcpu_methods[] = {
     {"close", (PyCFunction)py_vcpu_close, METH_NOARGS, "close(): free the CPU"},
-    {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1) -> exit tuple; without the GIL"},
+    {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1, goes_on=False) -> exit tuple; without the GIL"},
     {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
     {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
@@ -606,6 +625,8 @@ static PyMethodDef vcpu_methods[] = {
     {"translate", (PyCFunction)py_vcpu_translate, METH_VARARGS, "translate(linear) -> guest-physical, or None"},
     {"interrupt", (PyCFunction)py_vcpu_interrupt, METH_VARARGS, "interrupt(vector): queue; EAGAIN when full"},
     {"nmi", (PyCFunction)py_vcpu_nmi, METH_NOARGS, "nmi()"},
+    {"also", (PyCFunction)py_vcpu_also, METH_NOARGS,
+     "also() -> exit tuples of the other stops that were reached with the debug exit of the last run"},
     {"set_debug", (PyCFunction)py_vcpu_set_debug, METH_VARARGS,
      "set_debug(step, stops): stops are (kind, id, address, length, on_read, on_write)"},
     {"counters", (PyCFunction)py_vcpu_counters, METH_NOARGS, "counters() -> dict"},
@@ -664,7 +685,7 @@ static int module_exec(PyObject *module)
         {"EXIT_SHUTDOWN", EXIT_SHUTDOWN}, {"EXIT_INTERRUPTED", EXIT_INTERRUPTED}, {"EXIT_LIMIT", EXIT_LIMIT},
         {"EXIT_ERROR", EXIT_ERROR}, {"DEBUG_STEP", DEBUG_STEP}, {"DEBUG_BREAKPOINT", DEBUG_BREAKPOINT},
         {"DEBUG_WATCHPOINT", DEBUG_WATCHPOINT}, {"DEBUG_IO", DEBUG_IO}, {"DEBUG_EXCEPTION", DEBUG_EXCEPTION},
-        {"DEBUG_MODE", DEBUG_MODE}, {"DEBUG_CR3", DEBUG_CR3}, {"STOP_BREAKPOINT", STOP_BREAKPOINT},
+        {"DEBUG_MODE", DEBUG_MODE}, {"DEBUG_CR3", DEBUG_CR3}, {"DEBUG_INTERRUPT", DEBUG_INTERRUPT}, {"STOP_BREAKPOINT", STOP_BREAKPOINT},
         {"STOP_WATCH", STOP_WATCH}, {"STOP_WATCH_PHYSICAL", STOP_WATCH_PHYSICAL}, {"STOP_IO", STOP_IO},
         {"STOP_VECTOR", STOP_VECTOR}, {"STOP_CR3", STOP_CR3}, {"STOP_MODE", STOP_MODE},
         {"INTERRUPT_QUEUE", INTERRUPT_QUEUE}, {"SLOTS", CORE_SLOTS}, {"VCPUS", CORE_VCPUS},

@@ -79,11 +79,10 @@ static void set_cr3(struct vcpu *c, const struct record *r, u64 value)
     } else if (c->cr0 & CR0_PG && c->cr4 & CR4_PAE && !load_pdptrs(c, value)) {
         raise_gp(c, 0);
     }
+    if (c->cr3 != value)
+        stops_reach_cr3(c);
     c->cr3 = value;
     tlb_flush(c);
-    for (size_t i = 0; c->has_cr3_stop && i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_CR3)
-            c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = DEBUG_CR3, .id = c->stops[i].id};
 }
 
 /* The bits that may be set: the features that CPUID shows. */

@@ -38,9 +38,8 @@ static void check_stops(struct vcpu *c, u16 port, unsigned bytes)
         if (c->dr7 >> (2 * i) & 3 && (control & 3) == 2 && first < port + bytes && port < first + length)
             c->debug_pending |= 1ull << i;
     }
-    for (size_t i = 0; c->has_io_stops && i < c->stop_count && c->exit.reason == EXIT_NONE; i++)
-        if (c->stops[i].kind == STOP_IO && c->stops[i].address >= port && c->stops[i].address < port + bytes)
-            c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = DEBUG_IO, .id = c->stops[i].id, .address = port};
+    if (has_stops(c, STOP_IO))
+        stops_reach_port(c, port, bytes);
 }
 
 /* ---- One element ---------------------------------------------------------------------------------------------------------------- */

@@ -117,7 +117,7 @@ static void run_alone(struct vcpu *c)
     c->saved_budget = c->budget - 1;
     c->slice -= c->saved_budget;
     c->budget = 1;
-    c->stop_hit = -1;
+    c->reached_count = 0;
     c->trap_taken = false;
     c->reads_used = 0;
     c->store_count = c->stores_reported = 0;
@@ -187,23 +187,6 @@ static bool look_around(struct vcpu *c)
 
 static u64 instructions_done(const struct vcpu *c) { return c->retired + (u64)(c->slice - c->budget); }
 
-/* Whether an exception is to end the run instead of being delivered; not the same one again when it runs again. `done`:
- * the instructions before it. */
-bool catches(struct vcpu *c, unsigned vector, u64 done)
-{
-    if (c->caught_at == done + 1)
-        return false;
-    for (size_t i = 0; c->has_vector_stops && i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_VECTOR && c->stops[i].address == vector) {
-            debug_exit(c, DEBUG_EXCEPTION);
-            c->exit.id = c->stops[i].id;
-            c->exit.vector = vector;
-            c->caught_at = done + 1;
-            return true;
-        }
-    return false;
-}
-
 /* Whether an event ends HLT (the shadows are over by then). */
 static bool can_wake(struct vcpu *c)
 {
@@ -231,13 +214,13 @@ static bool take_injected(struct vcpu *c)
     return true;
 }
 
-/* True if an event was delivered, or caught. */
-static bool take_event(struct vcpu *c)
+/* True if an event was delivered, or caught. `held`: none that comes from outside. */
+static bool take_event(struct vcpu *c, bool held)
 {
     if (take_injected(c))
         return true;
     if (c->debug_pending && !c->shadow_ss) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
-        if (catches(c, VECTOR_DB, instructions_done(c)))
+        if (catches(c, VECTOR_DB, false, instructions_done(c)))
             return true;
         c->dr6 |= c->debug_pending;
         c->debug_pending = 0;
@@ -245,7 +228,11 @@ static bool take_event(struct vcpu *c)
         deliver(c, VECTOR_DB, EVENT_EXCEPTION, false, 0);
         return true;
     }
+    if (held)
+        return false;
     if (c->nmi_pending && !c->nmi_masked && !c->shadow_ss) {
+        if (catches(c, VECTOR_NMI, true, instructions_done(c)))
+            return true;
         c->nmi_pending = false;
         c->nmi_masked = true;
         deliver(c, VECTOR_NMI, EVENT_EXTERNAL, false, 0);
@@ -254,6 +241,8 @@ static bool take_event(struct vcpu *c)
     if (c->rflags & FLAG_IF && !c->shadow_sti && !c->shadow_ss) {
         int vector = pending_vector(c);
         if (vector >= 0) {
+            if (catches(c, (unsigned)vector, true, instructions_done(c)))
+                return true;
             c->counters.interrupts++;
             vector = acknowledge(c);
             deliver(c, (unsigned)vector, EVENT_EXTERNAL, false, 0);
@@ -269,6 +258,29 @@ static void shutdown(struct vcpu *c)
     c->exit = (struct vcpu_exit){.reason = EXIT_SHUTDOWN};
 }
 
+/* Whether the fault that was raised is caught. One in the delivery of an event stops with the event not delivered: the next
+ * run begins with it, and raises the fault again. */
+static bool catches_fault(struct vcpu *c)
+{
+    struct fault f;
+    if (!fault_to_deliver(c, &f) || !catches(c, f.vector, false, instructions_done(c)))
+        return false;
+    unsigned outer = (unsigned)c->delivering;
+    if (c->delivering >= 0 && c->delivering_kind == EVENT_EXCEPTION) {
+        c->injected.exception = true;
+        c->injected.vector = (u8)outer;
+        c->injected.has_error = c->delivering_has_error;
+        c->injected.error = c->delivering_error;
+    } else if (c->delivering >= 0 && c->delivering_kind == EVENT_EXTERNAL) {
+        c->injected.nmi = outer == VECTOR_NMI;
+        c->injected.interrupt = outer != VECTOR_NMI;
+        c->injected.interrupt_vector = (u8)outer;
+        c->injected.soft = false;
+    }
+    c->delivering = -1;
+    return true;
+}
+
 static void after_escape(struct vcpu *c, enum escape how)
 {
     undo(c);
@@ -277,22 +289,26 @@ static void after_escape(struct vcpu *c, enum escape how)
         end_alone(c);
         c->store_count = 0;
         c->debug_hits = 0;
+        c->reached_count = 0;
         c->shadow_sti = c->shadow_ss = false;
-        if ((c->delivering < 0 || c->delivering_kind == EVENT_SOFTWARE) &&
-            catches(c, c->fault.vector, instructions_done(c))) {
-            c->delivering = -1;
+        if (has_stops(c, STOP_VECTOR) && catches_fault(c))
+            return;
+        if (!deliver_fault(c)) {
+            shutdown(c);
             return;
         }
-        if (!deliver_fault(c))
-            shutdown(c);
-        else if (c->step)
+        stops_finish(c);
+        if (c->step && c->exit.reason == EXIT_NONE)
             debug_exit(c, DEBUG_STEP);
         break;
     case ESCAPE_ALONE:
+        c->reached_count = 0;
         c->delivering = -1; /* an INT n */
         c->restart = true;
         break;
     case ESCAPE_EXIT:
+        if (c->exit.reason != EXIT_DEBUG)
+            c->reached_count = 0;
         c->reading = c->exit.reason == EXIT_MMIO || c->exit.reason == EXIT_IO;
         if (c->alone) { /* what was read so far is kept for the restart */
             unsigned reads = c->reads;
@@ -321,27 +337,19 @@ static void after_alone(struct vcpu *c, bool tf)
         c->debug_pending |= DR6_BS;
     if (c->exit.reason == EXIT_NONE)
         report_store(c);
-    if (c->stop_hit >= 0) {
-        struct vcpu_exit hit = {.reason = EXIT_DEBUG, .cause = DEBUG_WATCHPOINT, .id = c->stops[c->stop_hit].id,
-                                .address = c->stop_address, .rip = c->gpr[GPR_IP]};
-        if (c->exit.reason == EXIT_NONE)
-            c->exit = hit;
-        else
-            c->held = hit;
-    }
+    if (has_stops(c, STOP_MODE))
+        stops_reach_mode(c);
+    stops_finish(c);
 }
 
 static void at_breakpoint(struct vcpu *c)
 {
     u64 linear = (c->key & KEY_CODE64 ? 0 : c->seg[SEG_CS].base) + c->gpr[GPR_IP];
     c->at_breakpoint = false;
-    if (!c->resume_breakpoint)
-        for (size_t i = 0; i < c->stop_count; i++)
-            if (c->stops[i].kind == STOP_BREAKPOINT && c->stops[i].address == linear) {
-                debug_exit(c, DEBUG_BREAKPOINT);
-                c->exit.id = c->stops[i].id;
-                return;
-            }
+    if (!c->resume_breakpoint && stops_reach_break(c, linear)) {
+        c->resume_breakpoint = true;
+        return;
+    }
     if (!(c->rflags & FLAG_RF) && !c->shadow_ss) {
         u64 hits = 0;
         for (unsigned i = 0; i < 4; i++)
@@ -375,30 +383,6 @@ static bool host_polls(struct vcpu *c)
 static u64 code_linear_ip(const struct vcpu *c)
 {
     return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
-}
-
-static bool is_stop(const struct vcpu *c, u64 linear)
-{
-    for (size_t i = 0; i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_BREAKPOINT && c->stops[i].address == linear)
-            return true;
-    return false;
-}
-
-/* Real, protected or long mode: a switch between them ends a run that asks for it. */
-static unsigned cpu_mode(const struct vcpu *c) { return c->efer & EFER_LMA ? 2 : c->cr0 & CR0_PE ? 1 : 0; }
-
-static bool mode_stop(struct vcpu *c)
-{
-    unsigned mode = cpu_mode(c), before = c->known_mode;
-    c->known_mode = mode;
-    for (size_t i = 0; mode != before && i < c->stop_count; i++)
-        if (c->stops[i].kind == STOP_MODE) {
-            debug_exit(c, DEBUG_MODE);
-            c->exit.id = c->stops[i].id;
-            return true;
-        }
-    return false;
 }
 
 /* Whether the instruction at `start`, which ran alone, jumped: IA32_DEBUGCTL.BTF traps only those (3B 17.4.3). */
@@ -440,12 +424,13 @@ static void turn(struct vcpu *c)
     if (c->vm->irqchip)
         chip_look(c);
     if (!c->restart) { /* an instruction that is half done comes before any event */
-        if (c->has_mode_stop && mode_stop(c))
-            return;
-        /* A run that begins at a breakpoint executes the instruction there, and an event would come back to it. */
-        bool held = c->resume_breakpoint && !c->halted && c->has_breakpoints && is_stop(c, code_linear_ip(c));
-        if (c->mp_state == KVM_MP_STATE_RUNNABLE && !held && take_event(c)) {
+        /* A run that begins at a breakpoint executes the instruction there, and an interrupt would come back to it. */
+        bool held = c->resume_breakpoint && !c->halted && has_stops(c, STOP_BREAKPOINT) &&
+                    stops_break(c, code_linear_ip(c));
+        if (c->mp_state == KVM_MP_STATE_RUNNABLE && take_event(c, held)) {
             c->resume_breakpoint = c->pass_breakpoint = false;
+            if (c->exit.reason == EXIT_NONE)
+                stops_finish(c);
             if (c->step && c->exit.reason == EXIT_NONE)
                 debug_exit(c, DEBUG_STEP);
             return;
@@ -458,13 +443,13 @@ static void turn(struct vcpu *c)
     }
     if (c->repeating) { /* to go on is not to arrive at a breakpoint */
         c->repeating = false;
-        c->pass_breakpoint |= (c->has_breakpoints || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c));
+        c->pass_breakpoint |= (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c));
     }
     begin_slice(c);
     bool tf = c->rflags & FLAG_TF;
     bool alone = tf || c->shadow_sti || c->shadow_ss || c->step || c->rflags & FLAG_RF;
     if ((alone || c->resume_breakpoint) && !c->restart && !c->pass_breakpoint &&
-        (c->has_breakpoints || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c))) {
+        (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c))) {
         at_breakpoint(c); /* stops, or lets it pass */
         return;
     }
@@ -490,10 +475,14 @@ static void turn(struct vcpu *c)
         c->now = NULL;
         if (c->at_breakpoint)
             at_breakpoint(c);
+        else if (unlikely(c->reached_count || has_stops(c, STOP_MODE))) {
+            stops_reach_mode(c);
+            stops_finish(c);
+        }
     }
 }
 
-void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
     if (c->held.reason) {
         *exit = c->held;
@@ -507,13 +496,13 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     atomic_store(&c->in_run, true);
     vm_lock(c->vm);
     clock_enter(c);
-    c->known_mode = cpu_mode(c);
+    stops_know_mode(c);
+    c->reached_count = 0;
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
     c->run_count++;
     break_links(c);
     c->run_limited = budget >= 0;
     c->run_budget = budget;
-    c->resume_breakpoint = true;
     c->completing = c->reading && c->restart;
     if (c->completing) { /* the bytes of the access are in c->data */
         if (c->reading_memory) {
@@ -547,3 +536,11 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
         chip_notify(c);
     vm_unlock(c->vm);
 }
+
+void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+{
+    c->resume_breakpoint = true;
+    run(c, budget, exit);
+}
+
+void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit) { run(c, budget, exit); }

@@ -267,19 +267,22 @@ struct vcpu {
     bool at_breakpoint;       /* op_breakpoint ran */
     bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
     bool repeating;           /* the repeated string instruction at rip has iterations behind it */
-    u64 caught_at;            /* instructions retired when an exception was caught, plus 1 */
+    u64 caught_at;            /* instructions retired when events were caught, plus 1 */
+    u64 caught[4];            /* ... a bit a vector */
     u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered */
     bool trap_taken;          /* the running instruction cleared TF and takes no single-step trap (INT n, SYSCALL) */
     u64 yielded_at;
-    int stop_hit;             /* index of a watchpoint in `stops` that the instruction hit, or -1 */
-    u64 stop_address;
 
     /* Debugging by the host */
     bool step;
-    struct vcpu_stop *stops;
-    size_t stop_count;
-    bool has_breakpoints, has_watchpoints, has_io_stops, has_vector_stops, has_cr3_stop, has_mode_stop;
-    bool resume_breakpoint;   /* the first instruction of a run does not stop */
+    struct stops {
+        struct vcpu_stop *all; /* by kind, then address */
+        size_t first[STOP_KINDS + 1]; /* of each kind in `all` */
+        u32 longest[STOP_KINDS]; /* the greatest length */
+    } stops;
+    struct vcpu_exit reached[REACHED_MOST]; /* by the running instruction or event, then the exit */
+    unsigned reached_count;
+    bool resume_breakpoint;   /* the next instruction does not stop: it is where a run begins */
 
     /* Time */
     u64 retired;              /* instructions before this slice */
@@ -289,6 +292,8 @@ struct vcpu {
     bool run_limited;
     int delivering;           /* the vector being delivered, or -1 */
     enum event delivering_kind;
+    bool delivering_has_error;
+    u32 delivering_error;
     u64 tsc_offset;
 
     u64 skew;                 /* deterministic time of the machine - instructions retired */
@@ -419,7 +424,22 @@ u64 core_now(struct vcpu *c, const struct record *r); /* the time in TSC cycles,
 /* run.c */
 void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count);
 void request_attention(struct vcpu *c, u32 bits);
-bool catches(struct vcpu *c, unsigned vector, u64 done); /* STOP_VECTOR: c->exit is ready */
+/* stops.c */
+ALWAYS_INLINE bool has_stops(const struct vcpu *c, enum stop_kind kind)
+{
+    return c->stops.first[kind] != c->stops.first[kind + 1];
+}
+bool stops_break(const struct vcpu *c, u64 linear);       /* is there a breakpoint? */
+bool stops_reach_break(struct vcpu *c, u64 linear);       /* there is: c->exit is ready */
+bool stops_watch_page(const struct vcpu *c, u64 linear, u64 physical);
+bool stops_watch(const struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);
+void stops_reach_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);
+void stops_reach_port(struct vcpu *c, u16 port, unsigned bytes);
+void stops_reach_cr3(struct vcpu *c);
+void stops_reach_mode(struct vcpu *c);                     /* if it is not the known one */
+void stops_know_mode(struct vcpu *c);
+bool catches(struct vcpu *c, unsigned vector, bool external, u64 done); /* c->exit is ready */
+void stops_finish(struct vcpu *c);                         /* behind an instruction or event */
 /* cache.c */
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);
@@ -454,6 +474,7 @@ void set_accessed(struct vcpu *c, struct descriptor *d);
 /* interrupt.c */
 /* Deliver with rip as it is to be pushed in gpr[GPR_IP] and c->now NULL. May escape with a fault, changing nothing. */
 void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error);
+bool fault_to_deliver(const struct vcpu *c, struct fault *f); /* c->fault, or a double fault; false: triple fault */
 /* Deliver a fault and what follows from it (double fault); false: triple fault. For the main loop. */
 bool deliver_fault(struct vcpu *c);
 void set_cpl(struct vcpu *c, unsigned cpl);

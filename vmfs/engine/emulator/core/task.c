@@ -161,6 +161,8 @@ void task_switch(struct vcpu *c, u16 selector, enum task_source source, u32 ext,
         u64 cr3 = tss_get(&new, 28);
         if (c->cr4 & CR4_PAE && !load_pdptrs(c, cr3))
             raise_error(c, NULL, VECTOR_TS, error);
+        if (c->cr3 != cr3)
+            stops_reach_cr3(c);
         c->cr3 = cr3;
     }
     mode_changed(c);

@@ -256,7 +256,6 @@ void vcpu_reset(struct vcpu *c)
     c->cpl = 0;
     c->alone = c->shadow_sti = c->shadow_ss = c->nmi_pending = c->nmi_masked = c->halted = false;
     c->delivering = -1;
-    c->stop_hit = -1;
     /* Without a LAPIC nobody could send it an INIT. */
     c->mp_state = c->index && c->vm->irqchip ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;
     c->fault = (struct fault){0};
@@ -318,44 +317,11 @@ void vcpu_destroy(struct vcpu *c)
         return;
     c->vm->vcpus[c->index] = NULL;
     cache_destroy(c);
-    free(c->stops);
+    free(c->stops.all);
     free(c);
 }
 
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)
 {
     return mmu_probe(c, linear, physical) ? 0 : -EFAULT;
-}
-
-int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count)
-{
-    struct vcpu_stop *copy = NULL;
-    for (size_t i = 0; i < count; i++)
-        if ((stops[i].kind == STOP_WATCH || stops[i].kind == STOP_WATCH_PHYSICAL) &&
-            (!stops[i].length || stops[i].address + (stops[i].length - 1) < stops[i].address))
-            return -EINVAL;
-    if (count) {
-        copy = malloc(count * sizeof *copy);
-        if (!copy)
-            return -ENOMEM;
-        memcpy(copy, stops, count * sizeof *copy);
-    }
-    free(c->stops);
-    c->stops = copy;
-    c->stop_count = count;
-    c->step = step;
-    c->has_breakpoints = c->has_watchpoints = c->has_io_stops = c->has_vector_stops = c->has_cr3_stop =
-        c->has_mode_stop = false;
-    for (size_t i = 0; i < count; i++)
-        switch (stops[i].kind) {
-        case STOP_BREAKPOINT: c->has_breakpoints = true; break;
-        case STOP_WATCH: case STOP_WATCH_PHYSICAL: c->has_watchpoints = true; break;
-        case STOP_IO: c->has_io_stops = true; break;
-        case STOP_VECTOR: c->has_vector_stops = true; break;
-        case STOP_CR3: c->has_cr3_stop = true; break;
-        case STOP_MODE: c->has_mode_stop = true; break;
-        }
-    cache_flush(c);
-    tlb_flush(c);
-    return 0;
 }
