@@ -16,6 +16,7 @@ others hand it a task (`at_boundary`) and kick it; it does the tasks between two
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -36,13 +37,13 @@ from vmfs.devices.pci import PciDevice
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
 from vmfs.images import Images
-from vmfs.memory import DEFAULT_SIZE, Memory, check_size
+from vmfs.memory import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
 from vmfs.moving import carry_cpu, carry_machine
 
 T = TypeVar("T")
 
-RAM_SLOT = 0
+RAM_SLOT, ROM_SLOT = 0, 1
 # What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
 _RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
 
@@ -106,6 +107,7 @@ class Vm:
         self.board: Board | None = None
         self.images = Images()
         self._boot_due = True  # the next run begins by loading what `images` has
+        self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
         self.time_source = default_time(self._machine)
         self.hooks = MemoryHooks()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed
@@ -524,10 +526,34 @@ class Vm:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
         images = self.images
         if images.there("kernel") or images.there("bios"):
-            from vmfs.boot.start import boot  # what reads images is not loaded by who boots none
+            from vmfs.booting import boot  # what reads images is not loaded by who boots none
 
-            boot(images, self.memory, self._cpu, self.board)
+            booted = boot(images, self.memory, self._cpu, has_devices=self.board is not None)
+            if self.board is not None:
+                self.board.set_firmware_files(booted.files)
+            if booted.rom is not None:
+                self._set_rom(booted.rom.address, booted.rom.data)
+            with self._lock:
+                written = 0
+                for address, size in booted.written:
+                    first, last = address // PAGE, (address + max(size, 1) - 1) // PAGE
+                    written |= ((1 << last - first + 1) - 1) << first
+                self._dirty = {name: bits | written for name, bits in self._dirty.items()}
         self._boot_due = False
+
+    def _set_rom(self, address: int, data: bytes) -> None:
+        """Have `data` in the guest's address space, read-only, in the place of the ROM before."""
+        fd = os.memfd_create("vmfs-rom", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, data)
+            self._machine.map_memory(ROM_SLOT, 0, 0, 0, 0)
+            self._machine.map_memory(ROM_SLOT, address, fd, 0, len(data), read_only=True)
+        except BaseException:
+            os.close(fd)
+            raise
+        if self._rom is not None:
+            os.close(self._rom[0])
+        self._rom = fd, address, len(data)
 
     def mode(self) -> Future[str]:
         return self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
@@ -579,6 +605,9 @@ class Vm:
         machine = engine.create_machine()
         try:
             machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, self.memory.size)
+            if self._rom is not None:
+                rom, address, size = self._rom
+                machine.map_memory(ROM_SLOT, address, rom, 0, size, read_only=True)
             if has_board:
                 machine.create_irqchip()
             cpu = machine.create_vcpu(0)
@@ -746,6 +775,8 @@ class Vm:
             if self.board is not None:
                 self.board.close()
             self._machine.close()
+            if self._rom is not None:
+                os.close(self._rom[0])
             self.images.close()
             self.memory.close()
         self._tell()

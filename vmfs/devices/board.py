@@ -16,7 +16,7 @@ import mmap
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmfs import exits
@@ -26,7 +26,7 @@ from vmfs.engine.base import Machine, Vcpu
 from vmfs.errors import Invalid
 from vmfs.memory import PAGE, Memory
 
-FIRST_SLOT = 1  # slot 0 is RAM
+FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
 
 
 class Board:
@@ -225,6 +225,9 @@ class Board:
             self._slots[slot] = address, fd, offset, size, read_only
 
     # ---- life
+
+    def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
+        """What firmware that boots now asks for by name; for boards with a device that answers."""
 
     def memory_resized(self) -> None:
         """RAM has another size, which `memory` knows."""
