@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from vmfs import exits
 from vmfs.debug.conditions import CpuLooker
+from vmfs.debug.disasm import Listing
 from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.devices.board import Board
@@ -111,6 +112,7 @@ class Vm:
         self.time_source = default_time(self._machine)
         self.hooks = MemoryHooks()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed
+        self.listing = Listing()  # what `disasm` shows
 
         self._lock = threading.Lock()
         self._state = "paused"

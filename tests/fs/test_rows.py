@@ -41,6 +41,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "console": ((b"a", errno.EOPNOTSUPP),),
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
+    "disasm": ((b"", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),
     "virt": (),  # its one failure, where nothing is mapped, needs an offset
     "irq": (
         (b"256", errno.EINVAL),

@@ -100,7 +100,9 @@ class Paging:
         else:
             kind = "PAE" if cr4 & CR4_PAE else "32-bit"
         bits, huge = _cpu_limits(cpu.get_state("cpuid"))
-        return Paging(cr3, kind, bool(efer & EFER_NXE), kind != "32-bit" or bool(cr4 & CR4_PSE), huge, bits, long)
+        return Paging(
+            cr3, kind, bool(efer & EFER_NXE), kind != "32-bit" or bool(cr4 & CR4_PSE), huge, bits, long
+        )
 
     @property
     def linear_bits(self) -> int:
@@ -197,7 +199,9 @@ def _levels(paging: Paging) -> tuple[_Level, ...]:
         low = 0xFFFF_F000
         # Bit 21 and, above MAXPHYADDR, the bits that stand for address bits 32 to 39 (SDM 3A table 4-4).
         beyond = (0xFF << max(paging.physical_bits - 32, 0) & 0xFF) << 13
-        directory = _Level(22, 1024, 4, paging.large, False, 0, 1 << 21 | beyond, low, base_mask=low, extended=True)
+        directory = _Level(
+            22, 1024, 4, paging.large, False, 0, 1 << 21 | beyond, low, base_mask=low, extended=True
+        )
         return directory, _Level(12, 1024, 4, True, True, 0, 0, low, base_mask=low)
     high = ADDRESS >> paging.physical_bits << paging.physical_bits
     if paging.kind == "PAE":
@@ -209,7 +213,16 @@ def _levels(paging: Paging) -> tuple[_Level, ...]:
     if paging.kind == "PAE":
         # Four entries, at a multiple of 32, without rights of their own (SDM 3A table 4-8).
         pointers = _Level(
-            30, 4, 8, False, False, high | NO_EXECUTE | 0x1E6, 0, ADDRESS, has_rights=False, base_mask=0xFFFF_FFE0
+            30,
+            4,
+            8,
+            False,
+            False,
+            high | NO_EXECUTE | 0x1E6,
+            0,
+            ADDRESS,
+            has_rights=False,
+            base_mask=0xFFFF_FFE0,
         )
         return pointers, directory, table
     no_huge = 0 if paging.huge else LARGE

@@ -97,7 +97,9 @@ class SymbolTable:
         address = self.address_of(match[1]) if match else None
         if match is None or address is None:
             name = (match[1] if match else text)[:80]
-            reason = f"no symbol {name!r}" if len(self) else f"{name!r} is no number, and there are no symbols"
+            reason = (
+                f"no symbol {name!r}" if len(self) else f"{name!r} is no number, and there are no symbols"
+            )
             raise Invalid(f"{what}: {reason}")
         offset = parse_number(match[3], what=what)
         return (address + (offset if match[2] == "+" else -offset)) & ((1 << 64) - 1)

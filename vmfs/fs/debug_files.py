@@ -15,12 +15,23 @@ from typing import Any, TypeVar
 import trio
 
 from vmfs.debug import kallsyms
-from vmfs.debug.paging import Paging, mapped_ranges, ranges_text, read_linear, write_linear
+from vmfs.debug.disasm import CodeMode, listing_text, parse_listing
+from vmfs.debug.paging import (
+    Paging,
+    linear_reader,
+    mapped_ranges,
+    ranges_text,
+    read_linear,
+    write_linear,
+)
+from vmfs.debug.stack import StackState, stack_text
 from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
+from vmfs.engine.base import Vcpu
 from vmfs.errors import BadAddress, PastEnd
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished, value_of
+from vmfs.memory import MemoryView
 
 T = TypeVar("T")
 
@@ -110,7 +121,7 @@ class _SymbolsHandle(Handle):
             os.close(self._fd)
 
 
-def _kallsyms(ram: Any, paging: Paging) -> SymbolTable:
+def _kallsyms(ram: MemoryView, paging: Paging) -> SymbolTable:
     with ram:
         return kallsyms.find(ram, paging)
 
@@ -168,6 +179,42 @@ async def pagetable(scope: MachineScope) -> str:
     return await _in_thread(_pagetable, scope.vm.memory.view(), paging)
 
 
-def _pagetable(ram: Any, paging: Paging) -> str:
+def _pagetable(ram: MemoryView, paging: Paging) -> str:
     with ram:
         return ranges_text(mapped_ranges(ram, paging))
+
+
+# ---- code and calls
+
+
+async def disasm(scope: MachineScope) -> str:
+    """`disasm`."""
+    vm = scope.vm
+    listing, symbols, memory = vm.listing, vm.symbols, vm.memory
+
+    def read(cpu: Vcpu) -> tuple[CodeMode, Paging]:
+        return CodeMode.of(cpu), Paging.of(cpu)
+
+    code, paging = await _sampled(scope, vm.at_boundary(read))
+
+    def work(ram: MemoryView) -> str:
+        with ram:
+            return listing_text(linear_reader(ram, paging), code, listing, symbols)
+
+    return await _in_thread(work, memory.view())
+
+
+def set_disasm(scope: MachineScope, text: str) -> None:
+    scope.vm.listing = parse_listing(text, scope.vm.symbols)
+
+
+async def stack(scope: MachineScope) -> str:
+    """`stack`."""
+    vm = scope.vm
+    state = await _sampled(scope, vm.at_boundary(lambda cpu: StackState.of(cpu, vm.memory)))
+
+    def work(ram: MemoryView) -> str:
+        with ram:
+            return stack_text(ram, state, vm.symbols)
+
+    return await _in_thread(work, vm.memory.view())

@@ -1,0 +1,150 @@
+"""Instructions as text, in the syntax of Intel's manuals, with names where there are symbols.
+
+Capstone decodes; this reads the guest's memory for it, and gives the operands that are addresses their names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import capstone
+
+from vmfs.debug.paging import Reader, States
+from vmfs.debug.symbols import SymbolTable
+from vmfs.errors import Invalid
+from vmfs.modes import EFER_LMA
+from vmfs.numbers import parse_number
+from vmfs.registers import REGISTERS
+
+LONGEST = 15  # bytes of an instruction (SDM 2A 2.3.11)
+COUNT = 16
+COUNT_MOST = 4096
+
+_MODES = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+
+
+class Instruction(NamedTuple):
+    address: int  # linear
+    code: bytes
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CodeMode:
+    """How a CPU reads instructions: `bits` 16, 32 or 64, and the base of its code segment."""
+
+    bits: int
+    base: int
+    ip: int
+
+    @property
+    def address(self) -> int:
+        """The linear address of the next instruction."""
+        return self.base + self.ip & ((1 << (64 if self.bits == 64 else 32)) - 1)
+
+    @staticmethod
+    def of(cpu: States) -> CodeMode:
+        """That of a CPU between two instructions."""
+        sregs, regs = cpu.get_state("sregs"), cpu.get_state("regs")
+        base, large, db, efer = (REGISTERS[name].get(sregs) for name in ("cs.base", "cs.l", "cs.db", "efer"))
+        ip = REGISTERS["rip"].get(regs)
+        if large and efer & EFER_LMA:
+            return CodeMode(64, 0, ip)
+        return CodeMode(32 if db else 16, base, ip)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What `disasm` shows: `count` instructions from `address` on, or from rip (None)."""
+
+    address: int | None = None
+    count: int = COUNT
+
+
+def parse_listing(text: str, symbols: SymbolTable) -> Listing:
+    """`ADDR [N]` or `rip [N]`."""
+    words = text.split()
+    if not 1 <= len(words) <= 2:
+        raise Invalid("it is `ADDR [N]` or `rip [N]`")
+    address = None if words[0] == "rip" else symbols.resolve(words[0])
+    count = parse_number(words[1], what="N") if len(words) > 1 else COUNT
+    if not 1 <= count <= COUNT_MOST:
+        raise Invalid(f"N: {count} is not from 1 to {COUNT_MOST}")
+    return Listing(address, count)
+
+
+def disassemble(
+    read: Reader, address: int, bits: int, count: int, *, base: int = 0, symbols: SymbolTable | None = None
+) -> list[Instruction]:
+    """Up to `count` instructions from linear `address` on; fewer where memory ends.
+
+    `bits` is 16, 32 or 64, `base` that of the code segment: branches are shown as the instruction has them,
+    relative to it. A byte that begins no instruction is `.byte`.
+    """
+    engine = capstone.Cs(capstone.CS_ARCH_X86, _MODES[bits])
+    top = (1 << (64 if bits == 64 else 32)) - 1
+    found: list[Instruction] = []
+    while len(found) < count:
+        code = read(address, min(LONGEST * (count - len(found)), 4096))
+        used = 0
+        for at, size, mnemonic, operands in engine.disasm_lite(
+            code, address - base & top, count - len(found)
+        ):
+            linear = base + at & top
+            text = _text(mnemonic, operands, at + size, bits, base, symbols)
+            found.append(Instruction(linear, bytes(code[used : used + size]), text))
+            used += size
+        if len(found) < count and used < len(code) and (used == 0 or len(code) - used >= LONGEST):
+            found.append(Instruction(address + used & top, code[used : used + 1], f".byte {code[used]:#04x}"))
+            used += 1
+        if not used:
+            break
+        address = address + used & top
+    return found
+
+
+_TARGET = re.compile(r"0x[0-9a-f]+|[0-9]")
+_RIP = re.compile(r"\[rip(?: ([+-]) (0x[0-9a-f]+|[0-9]))?\]")
+_ABSOLUTE = re.compile(r"\[(0x[0-9a-f]{5,16})\]")
+_BRANCHES = re.compile(r"(?:bnd |notrack )*(?:call|jmp|j[a-z]+|loop[a-z]*|xbegin)")
+
+
+def _text(mnemonic: str, operands: str, after: int, bits: int, base: int, symbols: SymbolTable | None) -> str:
+    """An instruction with the names of what it refers to. `after`: the ip behind it."""
+    top = (1 << bits) - 1
+    if not operands:
+        return mnemonic
+    text = f"{mnemonic} {operands}"
+    if _TARGET.fullmatch(operands) and _BRANCHES.fullmatch(mnemonic):
+        target = int(operands, 0) & top  # capstone lets ip grow beyond 16 bits
+        text = f"{mnemonic} {target:#x}"
+        return text + _name(base + target, symbols)
+    if match := _RIP.search(operands):
+        offset = int(match[2], 0) if match[2] else 0
+        address = after + (offset if match[1] == "+" else -offset) & top
+        return f"{text}  # {address:#x}{_name(address, symbols)}"
+    if match := _ABSOLUTE.search(operands):
+        return text + _name(int(match[1], 0), symbols)
+    return text
+
+
+def _name(address: int, symbols: SymbolTable | None) -> str:
+    label = symbols.label(address) if symbols else ""
+    return f" <{label}>" if label else ""
+
+
+def listing_text(read: Reader, code: CodeMode, listing: Listing, symbols: SymbolTable) -> str:
+    """A line an instruction: `ADDRESS <SYMBOL>: BYTES  TEXT`."""
+    address = code.address if listing.address is None else listing.address
+    found = disassemble(read, address, code.bits, listing.count, base=code.base, symbols=symbols)
+    width = 16 if code.bits == 64 else 8
+    lines = [
+        f"0x{one.address:0{width}x}{_name(one.address, symbols)}: {one.code.hex(' '):<24} {one.text}\n"
+        for one in found
+    ]
+    if len(found) < listing.count:
+        end = found[-1].address + len(found[-1].code) if found else address
+        lines.append(f"# {end:#x} is not mapped to RAM\n")
+    return "".join(lines)

@@ -1,0 +1,187 @@
+"""Who called whom: the chain of frame pointers, and every other return address that stands on the stack.
+
+Most kernels keep no frame pointers. So, as an oops of Linux does, all words on the stack that may be return
+addresses are shown, in their order, marked `?` where no frame pointer vouches for them: they may be left over
+from calls that have returned.
+
+A word may be a return address if it points behind a CALL, in a page that can be executed.
+
+Source of the encodings of CALL: Intel SDM 2A, "CALL"; of the frames: System V psABI 3.2.2, figure 3.3.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from vmfs.debug.disasm import CodeMode
+from vmfs.debug.paging import NO_EXECUTE, Page, Paging, Ram, States, linear_reader, read_linear
+from vmfs.debug.symbols import SymbolTable
+from vmfs.memory import PAGE
+from vmfs.registers import REGISTERS
+
+DEPTH = 16 << 10  # bytes of the stack that are looked at: a kernel stack of Linux
+FRAMES_MOST = 128
+GUESSES_MOST = 256
+FRAME_MOST = 1 << 20  # bytes between two frames
+
+
+@dataclass(frozen=True, slots=True)
+class StackState:
+    """What is needed of a CPU, and the bytes on its stack, from the stack pointer on."""
+
+    code: CodeMode
+    paging: Paging
+    pointer: int  # linear
+    frame: int  # of the frame pointer, linear
+    base: int  # of the stack segment
+    words: bytes
+
+    @staticmethod
+    def of(cpu: States, memory: Ram) -> StackState:
+        """That of a CPU between two instructions."""
+        code, paging = CodeMode.of(cpu), Paging.of(cpu)
+        sregs, regs = cpu.get_state("sregs"), cpu.get_state("regs")
+        rsp, rbp = REGISTERS["rsp"].get(regs), REGISTERS["rbp"].get(regs)
+        base = 0
+        if code.bits != 64:
+            base = REGISTERS["ss.base"].get(sregs)
+            mask = 0xFFFF_FFFF if REGISTERS["ss.db"].get(sregs) else 0xFFFF  # which of esp is used
+            rsp, rbp = rsp & mask, rbp & mask
+        pointer, frame = base + rsp, base + rbp
+        return StackState(code, paging, pointer, frame, base, read_linear(memory, paging, pointer, DEPTH))
+
+    @property
+    def width(self) -> int:
+        """Bytes of a word."""
+        return self.code.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A return address, linear. `at`: where it stands; `sure`: the frame pointers lead there."""
+
+    address: int
+    at: int
+    sure: bool
+
+
+def frames(memory: Ram, state: StackState) -> list[Frame]:
+    """The return addresses on the stack, the innermost first."""
+    code = _Code(memory, state)
+    sure = _chain(state, code)
+    found = [Frame(address, at, True) for at, address in sure.items()]
+    guesses = 0
+    for index, (value,) in enumerate(struct.iter_unpack(_FORMATS[state.width], state.words[: _whole(state)])):
+        at = state.pointer + index * state.width
+        if at not in sure and guesses < GUESSES_MOST and code.is_behind_call(address := code.linear(value)):
+            found.append(Frame(address, at, False))
+            guesses += 1
+    return sorted(found, key=lambda frame: frame.at)
+
+
+_FORMATS = {2: "<H", 4: "<I", 8: "<Q"}
+
+
+def _whole(state: StackState) -> int:
+    return len(state.words) // state.width * state.width
+
+
+def _chain(state: StackState, code: _Code) -> dict[int, int]:
+    """Return addresses by where they stand: each frame begins with the caller's frame pointer."""
+    found: dict[int, int] = {}
+    frame, width = state.frame, state.width
+    least = state.pointer
+    while len(found) < FRAMES_MOST and least <= frame < least + FRAME_MOST and frame % width == 0:
+        pair = code.read(frame, 2 * width)
+        if len(pair) < 2 * width:
+            break
+        caller, back = struct.unpack(f"<2{_FORMATS[width][1]}", pair)
+        address = code.linear(back)
+        if not code.is_behind_call(address):
+            break
+        found[frame + width] = address
+        least, frame = frame + 2 * width, state.base + caller
+    return found
+
+
+class _Code:
+    """Memory as code, pages looked up once."""
+
+    def __init__(self, memory: Ram, state: StackState) -> None:
+        self._memory = memory
+        self._paging = state.paging
+        self._base = state.code.base
+        self._bits = state.code.bits
+        self._top = (1 << (64 if self._bits == 64 else 32)) - 1
+        self._pages: dict[int, bool] = {}
+        self.read = linear_reader(memory, state.paging)
+
+    def linear(self, ip: int) -> int:
+        return self._base + ip & self._top
+
+    def is_behind_call(self, address: int) -> bool:
+        """Whether `address` may be what a CALL pushed."""
+        if address < 8 or not self._is_executable(address - 1):
+            return False
+        before = self.read(address - 8, 8)
+        if len(before) < 8:
+            before = self.read(address - 5, 5).rjust(8, b"\0")
+        if before[3] == 0xE8 and self._bits != 16:  # CALL rel32
+            (offset,) = struct.unpack_from("<i", before, 4)
+            return self._is_executable(address + offset & self._top)
+        if before[5] == 0xE8 and self._bits == 16:  # CALL rel16
+            return True
+        # CALL r/m: FF /2, with two to seven bytes: ModRM, SIB, a displacement of 0, 1 or 4 bytes.
+        return any(
+            before[-size] == 0xFF
+            and before[1 - size] >> 3 & 7 == 2
+            and size == _length(before[1 - size :], self._bits)
+            for size in range(2, 8)
+        )
+
+    def _is_executable(self, address: int) -> bool:
+        number = address // PAGE
+        if number not in self._pages:
+            page: Page | None = self._paging.translate(self._memory, number * PAGE)
+            self._pages[number] = bool(
+                page and not page.flags & NO_EXECUTE and page.physical < self._memory.size
+            )
+        return self._pages[number]
+
+
+def _length(modrm_on: bytes, bits: int) -> int:
+    """Bytes of FF with this ModRM byte and what follows (SDM 2A tables 2-1, 2-2)."""
+    modrm = modrm_on[0]
+    mod, rm = modrm >> 6, modrm & 7
+    if mod == 3:
+        return 2
+    if bits == 16:
+        return 2 + (2 if mod == 2 or mod == 0 and rm == 6 else mod)
+    sib = rm == 4
+    displacement = {0: 0, 1: 1, 2: 4}[mod]
+    if mod == 0 and (rm == 5 or sib and len(modrm_on) > 1 and modrm_on[1] & 7 == 5):
+        displacement = 4
+    return 2 + sib + displacement
+
+
+def stack_text(memory: Ram, state: StackState, symbols: SymbolTable) -> str:
+    """A line a frame: `#N ADDRESS [SYMBOL]` and where it stands; `?` in place of #N for the unsure."""
+    width = 16 if state.code.bits == 64 else 8
+    lines = [f"#0 0x{state.code.address:0{width}x}{_named(symbols, state.code.address, 0)}\n"]
+    number = 0
+    for frame in frames(memory, state):
+        mark = "?"
+        if frame.sure:
+            number += 1
+            mark = f"#{number}"
+        name = _named(symbols, frame.address, 1)
+        lines.append(f"{mark:<2} 0x{frame.address:0{width}x}{name} at {frame.at:#x}\n")
+    return "".join(lines)
+
+
+def _named(symbols: SymbolTable, address: int, back: int) -> str:
+    """The symbol of an address. A CALL that does not return may be the last of its function: what it pushes is
+    then the next one's, so look `back` a byte."""
+    found = symbols.name_of(address - back)
+    return f" {found[0]}+{found[1] + back:#x}" if found else ""
