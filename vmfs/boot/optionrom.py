@@ -53,7 +53,7 @@ def load(plan: Plan, request: Request) -> Entry:
     struct.pack_into("<H", setup, 0x1FA, 0xFFFF)  # vid_mode
     struct.pack_into("<H", setup, 0x224, _STACK - 0x200)  # heap_end_ptr
     struct.pack_into("<I", setup, 0x228, (SEGMENT << 4) + _STACK)  # cmd_line_ptr
-    files = {FILE: _rom(bytes(setup), cmdline), "bootorder": f"/rom@{FILE}\n".encode() + b"\0"}
+    files = {FILE: _rom(bytes(setup), cmdline), "bootorder": f"/rom@{FILE}".encode() + b"\0"}
     how = f"bzImage, 16-bit entry at {SEGMENT + 0x20:#x}:0 from an option ROM"
     return Entry({}, how, firmware_files=files)
 
