@@ -143,6 +143,24 @@ def test_second_cpu_is_no_bootstrap_processor(vm):
     assert struct.unpack_from("<Q", sregs, _APIC_BASE)[0] & 0x100 == 0
 
 
+def test_xcr0_has_what_cpuid_offers(vm):
+    """CPUID.(0DH,0):EDX:EAX, less a component that is not there; x87 is there always (Intel SDM 1 13.3)."""
+    entries = struct.iter_unpack("<7I12x", vm.vcpu.get_state("cpuid")[8:])
+    offered = next(edx << 32 | eax for leaf, index, _, eax, _, _, edx in entries if (leaf, index) == (0xD, 0))
+    before = vm.vcpu.get_state("xcrs")
+    absent = [bit for bit in range(63) if not offered >> bit & 1]
+    assert absent
+    for bit in absent:
+        with pytest.raises(Invalid):
+            vm.vcpu.set_state("xcrs", put(before, 16, "<Q", 3 | 1 << bit))
+    for value in (0, 2, 5):  # no x87; AVX without SSE
+        with pytest.raises(Invalid):
+            vm.vcpu.set_state("xcrs", put(before, 16, "<Q", value))
+    assert vm.vcpu.get_state("xcrs") == before
+    vm.vcpu.set_state("xcrs", put(before, 16, "<Q", 3))
+    assert vm.vcpu.get_state("xcrs") == put(before, 16, "<Q", 3)
+
+
 def test_cpuid_has_the_cpu_number(vm):
     for index in (0, 1):
         vcpu = vm.vcpu if index == 0 else vm.machine.create_vcpu(index)

@@ -117,3 +117,12 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
         out[1] = xsave_size(c->xcr0, e->index == 1);
     }
 }
+
+/* Intel SDM 1 13.3: x87 always, AVX not without SSE, and no component that CPUID.(0DH,0) does not have. */
+bool xcr0_is_valid(const struct vcpu *c, u64 value)
+{
+    const struct kvm_cpuid_entry2 *e = find(c, 0xd, 0);
+    u64 offered = e ? e->eax | (u64)e->edx << 32 : 0;
+    u64 known = STATE_X87 | (offered & (STATE_SSE | STATE_AVX | STATE_PKRU));
+    return value & STATE_X87 && !(value & ~known) && (!(value & STATE_AVX) || value & STATE_SSE);
+}

@@ -6,7 +6,6 @@
 #include "sse.h"
 #include "x87.h"
 
-enum { STATE_X87 = 1 << 0, STATE_SSE = 1 << 1, STATE_AVX = 1 << 2, STATE_PKRU = 1 << 9 };
 #define COMPACTED (1ull << 63)
 enum {
     AREA_MXCSR = 24, AREA_ST = 32, AREA_XMM = 160, AREA_HEADER = 512, AREA_EXTENDED = 576, AREA_SIZE = 2816,
@@ -419,10 +418,7 @@ OP(op_xsetbv)
     if (!(c->cr4 & CR4_OSXSAVE))
         raise_fault(c, r, VECTOR_UD);
     u64 value = c->gpr[RDX] << 32 | (u32)c->gpr[RAX];
-    u32 offered[4];
-    cpuid(c, 0xd, 0, offered);
-    if ((u32)c->gpr[RCX] != 0 || value & ~(offered[0] | (u64)offered[3] << 32) || !(value & STATE_X87) ||
-        (value & STATE_AVX && !(value & STATE_SSE)))
+    if ((u32)c->gpr[RCX] != 0 || !xcr0_is_valid(c, value))
         raise_error(c, r, VECTOR_GP, 0);
     c->xcr0 = value;
     mode_changed(c);

@@ -23,6 +23,9 @@
 
 typedef __m128i xmm;
 
+/* State components, their bits in XCR0 and XSTATE_BV (Intel SDM 1 13.1). */
+enum { STATE_X87 = 1 << 0, STATE_SSE = 1 << 1, STATE_AVX = 1 << 2, STATE_PKRU = 1 << 9 };
+
 #define NOINLINE __attribute__((noinline))
 
 ALWAYS_INLINE xmm load16(const void *p) { return _mm_loadu_si128(p); }

@@ -273,7 +273,7 @@ static int set_xcrs(struct vcpu *c, const void *data, size_t size)
     for (unsigned i = 0; i < x->nr_xcrs; i++)
         if (x->xcrs[i].xcr == 0) {
             u64 v = x->xcrs[i].value;
-            if (!(v & 1) || v & ~(u64)(7 | 1 << 9) || ((v & 4) && !(v & 2)))
+            if (!xcr0_is_valid(c, v))
                 return -EINVAL;
             c->xcr0 = v;
         }

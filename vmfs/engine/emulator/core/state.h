@@ -482,6 +482,7 @@ void set_cpl(struct vcpu *c, unsigned cpl);
 void cpuid_defaults(struct vcpu *c);
 void cpuid_changed(struct vcpu *c);
 void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4]);
+bool xcr0_is_valid(const struct vcpu *c, u64 value); /* XCR0, with what CPUID has and the core knows */
 bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
 bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
 size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
