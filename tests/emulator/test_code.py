@@ -306,8 +306,8 @@ def test_an_exception_ends_the_run_before_it_is_delivered(vm, code, vector):
     assert vm.vcpu.run().REASON == "shutdown"
 
 
-def test_a_load_of_cr3_ends_the_run(vm):
-    program = assemble("mov rax, cr3; mov cr3, rax; l1: hlt", "long")
+def test_a_change_of_cr3_ends_the_run(vm):
+    program = assemble("mov rax, cr3; mov cr3, rax; or al, 8; mov cr3, rax; l1: hlt", "long")
     vm.load(program, "long")
     stop_at(vm, _core.STOP_CR3, 0)
     assert vm.vcpu.run().line() == f"debug cause=cr3 id=5 rip={program.labels['l1']:#x}"

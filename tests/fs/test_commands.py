@@ -83,7 +83,7 @@ def test_a_command_that_is_none_names_those_there_are():
         parse_command("debug", "tbreak 1")
     with pytest.raises(Invalid, match=r"it is `step \[N\]`"):
         parse_command("vm_run", "step 1 2")
-    with pytest.raises(Invalid, match="line 2: ADDR: 'x' is not a number"):
+    with pytest.raises(Invalid, match="line 2: ADDR: 'x' is neither a number nor a symbol"):
         parse_commands("debug", "1\nbreak x")
     with pytest.raises(Invalid, match="line 3: delete: there is no point 7"):
         parse_commands("debug", "1\n\ndelete 7")(Points())

@@ -15,7 +15,6 @@ from typing import Any
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
 from vmfs.debug.points import (
     LONGEST_WATCH,
-    OPTIONS_USAGE,
     Options,
     Points,
     parse_access,
@@ -157,7 +156,7 @@ def _shown(words: str, resolve: Resolve) -> Callable[[Any], Any]:
 
 
 _address = Argument("ADDR", parse_address, symbolic=True)
-_options = Argument(OPTIONS_USAGE, parse_options, rest=True, symbolic=True)
+_options = Argument("[OPTION...]", parse_options, rest=True, symbolic=True)
 _ids = Argument("ID|all", _id)
 
 COMMANDS: Mapping[str, tuple[Command, ...]] = {
