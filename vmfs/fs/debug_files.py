@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from vmfs.debug import kallsyms
+from vmfs.debug.corefile import RAM_OFFSET, CpuState, core_header, core_size
 from vmfs.debug.disasm import CodeMode, listing_text, parse_listing
 from vmfs.debug.paging import (
     Paging,
@@ -218,3 +219,41 @@ async def stack(scope: MachineScope) -> str:
             return stack_text(ram, state, vm.symbols)
 
     return await _in_thread(work, vm.memory.view())
+
+
+# ---- the machine as a file
+
+
+@dataclass(frozen=True)
+class Core(Kind):
+    """`core`: headers as of the first read, and RAM behind them as it is."""
+
+    def size(self, scope: Any) -> int:
+        return core_size(scope.vm.memory.size)
+
+    def blocks(self, scope: Any) -> int:
+        return os.fstat(scope.vm.memory.fd).st_blocks
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _CoreHandle(node, pid, nonblocking)
+
+
+class _CoreHandle(Handle):
+    _header: bytes | None = None
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset >= RAM_OFFSET:
+            return self.scope.vm.memory.read(offset - RAM_OFFSET, size)
+        if self._header is None:
+            self._header = await value_of(self._make_header(), self)
+        return self._header[offset : offset + size].ljust(min(size, RAM_OFFSET - offset), b"\0")
+
+    async def _make_header(self) -> bytes:
+        vm = self.scope.vm
+        cpu = await _sampled(self.scope, vm.at_boundary(CpuState.of))
+
+        def work(ram: MemoryView) -> bytes:
+            with ram:
+                return core_header(ram, [cpu])
+
+        return await _in_thread(work, vm.memory.view())

@@ -17,7 +17,7 @@ from vmfs.errors import Busy, Invalid, Unsupported
 from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.console import Console
-from vmfs.fs.debug_files import Symbols, Virt, disasm, pagetable, set_disasm, stack
+from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Kind
 from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
@@ -214,6 +214,7 @@ FILES: tuple[Row, ...] = (
     Row("pagetable", 0o444, Text(pagetable), per_cpu=True),
     Row("disasm", 0o666, Text(disasm, set_disasm), per_cpu=True),
     Row("stack", 0o444, Text(stack), per_cpu=True),
+    Row("core", 0o444, Core()),
     Row("error", 0o444, Text(_complaint)),
 )
 
