@@ -31,6 +31,7 @@ COMMANDS = (
     Command("mount", "make a directory a place for virtual machines", "vmfs.commands.mount"),
     Command("umount", "unmount it, which ends its machines", "vmfs.commands.umount"),
     Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.doctor"),
+    Command("boot", "boot a kernel in a machine of its own, on this terminal", "vmfs.commands.boot"),
     Command("console", "join a machine's serial port to this terminal", "vmfs.commands.console"),
     Command("version", "print the version", "vmfs.commands.version"),
 )

@@ -61,8 +61,12 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE) -> bo
             ready = {fd for fd, _ in poll.poll()}
             if console in ready:
                 with contextlib.suppress(BlockingIOError):
-                    _write_all(screen, os.read(console, _CHUNK))
-                    continue  # all output before anything else
+                    output = os.read(console, _CHUNK)
+                    _write_all(screen, output)
+                    if output:
+                        continue  # all of it before anything else
+                    if done is None:
+                        return False  # the machine is shut down
             if keyboard in ready:
                 keys = os.read(keyboard, _CHUNK)
                 if not keys:
