@@ -156,8 +156,9 @@ class PciDevice(Device):
 
     def _drive(self) -> None:
         if self.irq is not None:
-            held_back = self.config[_COMMAND + 1] & _INTX_OFF >> 8
-            super().set_irq(self.pending and not held_back)
+            level = self.pending and not self.config[_COMMAND + 1] & _INTX_OFF >> 8
+            super().set_irq(level)
+            self.board.set_irq(self, pic_irq(self.slot), level)
 
     # ---- life
 

@@ -1,0 +1,207 @@
+"""Backends: where the frames of a network card go.
+
+`Passt` is the program of that name (https://passt.top): it speaks to the guest as a router with DHCP, and to the world
+by ordinary sockets, so it takes no rights. `Tap` is an interface of the host, and takes the right to open it.
+
+Neither blocks, and neither is used by two threads at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+from typing import Any, Protocol
+
+from vmfs.errors import Invalid, Unsupported
+
+MAX_FRAME = 65_535 + 14  # passt's packets have up to 65520 bytes
+_LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
+_CHUNK = 1 << 18
+
+# Linux include/uapi/linux/if_tun.h
+TUNSETIFF = 0x4004_54CA
+IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+_NAME_LENGTH = 15
+_NOBODY = 65_534
+
+
+class Backend(Protocol):
+    """`fd` is readable when a frame has come, and writable when one can be sent."""
+
+    fd: int
+
+    def send(self, frame: bytes) -> bool:
+        """False when there is no room now. OSError when there will be none any more."""
+        ...
+
+    def receive(self) -> bytes | None:
+        """A frame, or None when none has come. OSError when none will."""
+        ...
+
+    def describe(self) -> dict[str, str]: ...
+
+    def close(self) -> None: ...
+
+
+class Stream:
+    """Frames, each behind its length in 32 bits, over a connected stream socket, which is closed with it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.fd = sock.fileno()
+        self._in = bytearray()
+        self._out = b""  # the rest of a frame that the socket took a part of
+
+    def send(self, frame: bytes) -> bool:
+        if self._out and not self._push(self._out):
+            return False
+        self._out = b""
+        self._push(_LENGTH.pack(len(frame)) + frame)
+        return True
+
+    def _push(self, data: bytes) -> bool:
+        """Whether all of it is sent; `_out` is the rest."""
+        try:
+            done = self._socket.send(data)
+        except BlockingIOError:
+            done = 0
+        self._out = data[done:]
+        return not self._out
+
+    def receive(self) -> bytes | None:
+        while True:
+            if len(self._in) >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._in)
+                if not 0 < length <= MAX_FRAME:
+                    raise OSError(f"a frame of {length} bytes")
+                end = _LENGTH.size + length
+                if len(self._in) >= end:
+                    frame = bytes(self._in[_LENGTH.size : end])
+                    del self._in[:end]
+                    return frame
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise OSError("the other end has closed the connection")
+            self._in += data
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "stream"}
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Passt(Stream):
+    """A passt of its own, which ends with it. It runs as `uid`, `gid` and `groups`; root's as nobody. `options` are
+    more of passt's, as ("-t", "2222:22").
+
+    Unsupported where passt is not installed or does not start, with what it said.
+    """
+
+    def __init__(self, *, uid: int, gid: int, groups: tuple[int, ...] = (), options: tuple[str, ...] = ()) -> None:
+        program = shutil.which("passt")
+        if program is None:
+            raise Unsupported("passt is not installed (package passt)")
+        if uid == 0:
+            uid, gid, groups = _NOBODY, _NOBODY, ()
+        identity: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            identity = {"user": uid, "group": gid, "extra_groups": groups}
+        mine, its = socket.socketpair()
+        ready, pid_file = os.pipe()
+        if identity:
+            os.fchown(pid_file, uid, gid)
+        with its, tempfile.TemporaryFile() as said:
+            try:
+                # It writes its number when it is ready; when it fails the pipe ends.
+                self._process = subprocess.Popen(
+                    [program, "--foreground", "--quiet", "--stderr", "--fd", str(its.fileno()),
+                     "--pid", f"/proc/self/fd/{pid_file}", *options],
+                    pass_fds=(its.fileno(), pid_file),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    cwd="/",
+                    **identity,
+                )  # fmt: skip
+            except BaseException:
+                mine.close()
+                os.close(ready)
+                raise
+            finally:
+                os.close(pid_file)
+            super().__init__(mine)
+            with open(ready, "rb") as pipe:
+                is_ready = bool(pipe.read(1))
+            if not is_ready:
+                self.close()
+                said.seek(0)
+                lines = [line for line in said.read().decode(errors="replace").splitlines() if "syslog" not in line]
+                raise Unsupported(f"passt does not start: {' '.join(lines[-1:])[:200] or 'it does not say why'}")
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "passt", "pid": str(self._process.pid)}
+
+    def close(self) -> None:
+        super().close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Tap:
+    """An interface of the host, by the descriptor that `open_tap` gave, which is closed with it."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+        os.set_blocking(fd, False)
+
+    def send(self, frame: bytes) -> bool:
+        try:
+            os.write(self.fd, frame)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EIO):
+                raise
+            # A frame that the kernel takes for none, or an interface that is down: as on a wire, it is lost.
+        return True
+
+    def receive(self) -> bytes | None:
+        try:
+            return os.read(self.fd, MAX_FRAME)
+        except BlockingIOError:
+            return None
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "tap", "interface": self.name}
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def open_tap(fd: int, name: str) -> Tap:
+    """Make /dev/net/tun, open as `fd`, the tap interface `name`. The calling thread's user must have made or own the
+    interface, or be its administrator. Closes `fd` when it fails."""
+    try:
+        if not 0 < len(name.encode()) <= _NAME_LENGTH or not name.isprintable() or "/" in name:
+            raise Invalid(f"{name[:40]!r} is no interface's name")
+        request = struct.pack("<16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
+        try:
+            fcntl.ioctl(fd, TUNSETIFF, request)
+        except OSError as error:
+            raise Unsupported(f"tap {name}: {os.strerror(error.errno or errno.EIO)} (TUNSETIFF)") from None
+        return Tap(fd, name)
+    except BaseException:
+        os.close(fd)
+        raise

@@ -1,0 +1,215 @@
+"""virtio-blk: a disk.
+
+Source: VIRTIO 1.2, section 5.2. A request is done in the CPU's thread, when the driver notifies: a disk answers at
+once in guest time, in order, and a run is the same however fast the host is.
+
+The guest may ask for a write cache (5.2.5.2): without FLUSH, or with writeback off, each write is on stable storage
+before it is answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.virtio.disk import SECTOR, Disk
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
+from vmfs.errors import Invalid
+
+QUEUE_SIZE = 256
+SEG_MAX = QUEUE_SIZE - 2  # a descriptor for the header, one for the status
+SIZE_MAX = 1 << 20
+MAX_DATA = SEG_MAX * SIZE_MAX  # so the most bytes that a request can ask for
+
+F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 5, 1 << 6
+F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 10, 1 << 11, 1 << 13, 1 << 14
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+
+_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_SEGMENT = struct.Struct("<QII")  # sector, sectors, flags
+_UNMAP = 1
+_MAX_SEGMENTS = 16
+_MAX_RANGE = 1 << 22  # sectors of a discard: 2 GiB
+_MAX_ZEROES = 1 << 17  # sectors of a write-zeroes, which may have to be written: 64 MiB
+_ID_LENGTH = 20
+_WRITEBACK = 32  # offset of the field in the configuration
+
+
+class Block(VirtioDevice):
+    """A disk of `disk.size` bytes. `serial`: up to 20 bytes of ASCII; `block_size`: of a logical block."""
+
+    TYPE = "virtio-blk"
+    DEVICE = FIRST_DEVICE + 2
+    CLASS = 0x010000
+    QUEUES = (QUEUE_SIZE,)
+
+    def __init__(
+        self, board: Board, name: str, slot: int, disk: Disk, *, serial: str = "", block_size: int = SECTOR
+    ) -> None:
+        if not serial.isascii() or len(serial) > _ID_LENGTH:
+            raise Invalid(f"a disk's serial has up to {_ID_LENGTH} letters, not {serial[:40]!r}")
+        if block_size not in (512, 1024, 2048, 4096) or disk.size % block_size:
+            raise Invalid(f"a disk of {disk.size} bytes has no blocks of {block_size}")
+        self.disk = disk
+        self.serial = serial or name
+        self.block_size = block_size
+        self.writeback = True
+        super().__init__(board, name, slot)
+
+    def features(self) -> int:
+        features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY
+        if not self.disk.writable:
+            return features | F_RO
+        features |= F_FLUSH | F_CONFIG_WCE | F_WRITE_ZEROES
+        return features | F_DISCARD if self.disk.can_discard else features
+
+    def device_config(self) -> bytes:
+        return struct.pack(
+            "<QIIHBBIBBHIBBHIIIIIB3x",
+            self.disk.size // SECTOR,
+            SIZE_MAX,
+            SEG_MAX,
+            0, 0, 0,  # geometry: not offered
+            self.block_size,
+            (4096 // self.block_size).bit_length() - 1, 0, 4096 // self.block_size, 0,  # topology: blocks of 4 KiB
+            int(self.writeback),
+            0,
+            1,
+            _MAX_RANGE, _MAX_SEGMENTS, 4096 // SECTOR,
+            _MAX_ZEROES, _MAX_SEGMENTS, 1,
+        )  # fmt: skip
+
+    def write_device_config(self, offset: int, data: bytes) -> None:
+        if offset == _WRITEBACK and len(data) == 1 and self.has(F_CONFIG_WCE):
+            self.writeback = bool(data[0])
+
+    def stopped(self) -> None:
+        self.writeback = True
+
+    # ---- requests
+
+    def notified(self, queue: Virtqueue) -> None:
+        self.serve(queue, self._do)
+
+    def _do(self, chain: Chain) -> int:
+        header = chain.read(0, _HEADER.size)
+        room = chain.writable_length
+        if len(header) < _HEADER.size or not room:
+            raise DriverError("a request without a header or without room for its status")
+        kind, _, sector = _HEADER.unpack(header)
+        try:
+            status, written = self._request(kind, sector, chain, room - 1)
+        except OSError as error:
+            status, written = IOERR, 0
+            self.counters[f"host_errors.{_name_of(error)}"] += 1
+        if status == IOERR:
+            self.counters["errors.io"] += 1
+        chain.write(bytes((status,)), room - 1)
+        # 2.7.8.2: only what was written from the first byte on counts; the status is the last.
+        return room if written == room - 1 else written
+
+    def _request(self, kind: int, sector: int, chain: Chain, room: int) -> tuple[int, int]:
+        """Status, and how many bytes were written from the first on. `room` is without the status."""
+        if kind == IN:
+            if not self._is_inside(sector, room):
+                return IOERR, 0
+            spans = part(chain.writable, 0, room)
+            try:
+                self.disk.read(sector * SECTOR, self._views(spans))
+            finally:  # a read that fails may have written some of it
+                for address, length in spans:
+                    self.board.wrote(address, length)
+            self._count("read", room)
+            return OK, room
+        if kind == OUT:
+            length = chain.readable_length - _HEADER.size
+            if not self.disk.writable or not self._is_inside(sector, length):
+                return IOERR, 0
+            views = self._views(part(chain.readable, _HEADER.size, length))
+            self.disk.write(sector * SECTOR, views, through=self._is_through())
+            self._count("write", length)
+            return OK, 0
+        if kind == FLUSH:
+            self.disk.flush()
+            self.counters["flushes"] += 1
+            return OK, 0
+        if kind == GET_ID:
+            return OK, chain.write(self.serial.encode().ljust(_ID_LENGTH, b"\0")[:room])
+        if kind in (DISCARD, WRITE_ZEROES):
+            return self._ranges(kind, chain.read(_HEADER.size, _SEGMENT.size * _MAX_SEGMENTS + 1)), 0
+        return UNSUPP, 0
+
+    def _ranges(self, kind: int, data: bytes) -> int:
+        if not self.disk.writable:
+            return IOERR
+        if not self.has(F_DISCARD if kind == DISCARD else F_WRITE_ZEROES):
+            return UNSUPP
+        if len(data) % _SEGMENT.size or not 0 < len(data) <= _SEGMENT.size * _MAX_SEGMENTS:
+            return IOERR
+        ranges = list(_SEGMENT.iter_unpack(data))
+        allowed_flags = 0 if kind == DISCARD else _UNMAP
+        longest = _MAX_RANGE if kind == DISCARD else _MAX_ZEROES
+        if any(flags & ~allowed_flags for _, _, flags in ranges):
+            return UNSUPP  # 5.2.6.2
+        if any(count > longest or (sector + count) * SECTOR > self.disk.size for sector, count, _ in ranges):
+            return IOERR
+        for sector, count, flags in ranges:
+            if not count:
+                continue
+            if kind == DISCARD:
+                self.disk.discard(sector * SECTOR, count * SECTOR)
+                self._count("discard", count * SECTOR)
+            else:
+                self.disk.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags & _UNMAP))
+                self._count("zero", count * SECTOR)
+        if self._is_through():
+            self.disk.flush()
+        return OK
+
+    def _is_inside(self, sector: int, length: int) -> bool:
+        return length % SECTOR == 0 and length <= MAX_DATA and sector * SECTOR + length <= self.disk.size
+
+    def _is_through(self) -> bool:
+        return not self.has(F_FLUSH) or not self.writeback
+
+    def _views(self, spans: list[Span]) -> list[memoryview]:
+        ram = memoryview(self.board.ram)
+        return [ram[address : address + length] for address, length in spans]
+
+    def _count(self, what: str, length: int) -> None:
+        self.counters[f"{what}_requests"] += 1
+        self.counters[f"{what}_bytes"] += length
+
+    # ---- life
+
+    def save(self) -> dict[str, Any]:
+        """Without the contents of the disk, which are the host's."""
+        return {**super().save(), "writeback": self.writeback, "size": self.disk.size}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if state["size"] != self.disk.size:
+            raise Invalid(f"{self.name}: the disk has {self.disk.size} bytes, and had {state['size']}")
+        super().load(state)
+        self.writeback = bool(state["writeback"])
+
+    def describe(self) -> dict[str, str]:
+        return {
+            **super().describe(),
+            "mode": self.disk.mode,
+            "size": str(self.disk.size),
+            "block_size": str(self.block_size),
+            "serial": self.serial,
+            "discard": "yes" if self.disk.can_discard else "no",
+        }
+
+    def close(self) -> None:
+        self.disk.close()
+
+
+def _name_of(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or errno.EIO, str(error.errno))

@@ -1,0 +1,89 @@
+"""virtio-console with one port.
+
+Source: VIRTIO 1.2, section 5.3. What the guest sends goes to `output`; what it gets comes by `receive` and waits until
+the guest has given buffers for it. The early console of F_EMERG_WRITE (5.3.4) is there, too.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.queue import Chain, Virtqueue
+
+F_EMERG_WRITE = 1 << 2
+_EMERG_WRITE = 8  # offset of the field in the configuration
+_RECEIVE, _TRANSMIT = 0, 1
+_MOST = 1 << 20  # bytes of a request that are sent; no console writes as many at once
+
+
+class Console(VirtioDevice):
+    """`output(data)` is called with the board's lock held. `took` is called when `waiting` got shorter, as a
+    serial port's."""
+
+    TYPE = "virtio-console"
+    DEVICE = FIRST_DEVICE + 3
+    CLASS = 0x078000
+    QUEUES = (64, 64)
+
+    def __init__(self, board: Board, name: str, slot: int, output: Callable[[bytes], None] | None = None) -> None:
+        self.output = output or (lambda data: None)
+        self.waiting = bytearray()
+        self.took: Callable[[], None] = lambda: None
+        super().__init__(board, name, slot)
+
+    def features(self) -> int:
+        return F_EMERG_WRITE
+
+    def device_config(self) -> bytes:
+        return struct.pack("<HHII", 0, 0, 1, 0)  # no size of a screen; one port
+
+    def write_device_config(self, offset: int, data: bytes) -> None:
+        if offset == _EMERG_WRITE and data:
+            self._send(data[:1])
+
+    def notified(self, queue: Virtqueue) -> None:
+        if queue.index == _TRANSMIT:
+            self.serve(queue, self._transmit)
+        else:
+            self._deliver()
+
+    def _transmit(self, chain: Chain) -> int:
+        self._send(chain.read(0, _MOST))
+        return 0
+
+    def _send(self, data: bytes) -> None:
+        self.counters["sent"] += len(data)
+        self.output(data)
+
+    def receive(self, data: bytes) -> None:
+        """Bytes come in. From any thread."""
+        with self.board.lock:
+            self.counters["received"] += len(data)
+            self.waiting += data
+            if self.queues[_RECEIVE].enabled and self.is_live:
+                with self.guarded():
+                    self._deliver()
+
+    def _deliver(self) -> None:
+        queue = self.queues[_RECEIVE]
+        count = 0
+        while self.waiting and (chain := queue.pop()) is not None:
+            done = chain.write(bytes(self.waiting[: chain.writable_length]))
+            del self.waiting[:done]
+            count += done
+            queue.push(chain, done)
+        queue.want_notifications()
+        self.tell(queue)
+        if count:
+            self.took()
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "waiting": bytes(self.waiting)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.waiting = bytearray(state["waiting"])

@@ -1,0 +1,290 @@
+"""Disks: what a block device reads and writes. A raw file, or a copy-on-write overlay over one.
+
+Offsets and lengths are bytes, multiples of SECTOR, inside the disk: who calls has checked that. The memory that is read
+into and written from is given as memoryviews (of the guest's RAM: nothing is copied). A host's failure is an OSError.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from errno import EIO
+from typing import Protocol
+
+from vmfs.devices.virtio.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
+from vmfs.errors import Busy, Invalid
+
+SECTOR = 512
+CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied
+_CHUNK = 512  # clusters in an integer of the overlay's map: 2 MiB
+_MAX_VECTORS = 1024  # IOV_MAX
+_ZEROS = bytes(1 << 20)
+
+Buffers = Sequence[memoryview]
+
+
+class Disk(Protocol):
+    """What a block device needs of a disk."""
+
+    mode: str  # "ro", "rw" or "cow"
+    size: int
+
+    @property
+    def writable(self) -> bool: ...
+
+    @property
+    def can_discard(self) -> bool: ...
+
+    def read(self, offset: int, buffers: Buffers) -> None: ...
+
+    def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
+        """`through`: it is on stable storage when this returns."""
+        ...
+
+    def flush(self) -> None:
+        """What was written is on stable storage when this returns."""
+        ...
+
+    def discard(self, offset: int, length: int) -> None:
+        """The contents are of no use any more; they read as zeros."""
+        ...
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_disk(fd: int, mode: str) -> Disk:
+    """The disk of an open file or block device, which is closed with it, or now if this fails.
+
+    `mode`: "ro" and "cow" need a descriptor that can be read, "rw" one that can be written, too. Invalid for what is
+    no disk; Busy while another machine writes to it (or, for "rw", uses it at all).
+    """
+    try:
+        size = _size_of(fd)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if mode == "rw" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("another machine, or somebody else, has the disk open (flock)") from None
+        if mode == "cow":
+            return Overlay(RawDisk(fd, "ro", size))
+        if mode not in ("ro", "rw"):
+            raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
+        return RawDisk(fd, mode, size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _size_of(fd: int) -> int:
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        raise Invalid("a disk is a regular file or a block device")
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size == 0 or size % SECTOR:
+        raise Invalid(f"a disk has a multiple of 512 bytes, not {size} (truncate -s %512 FILE makes it one)")
+    return size
+
+
+class RawDisk:
+    """A file or block device as it is."""
+
+    def __init__(self, fd: int, mode: str, size: int) -> None:
+        self.fd = fd
+        self.mode = mode
+        self.size = size
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.can_discard = mode == "rw" and is_file and can_punch(fd)
+        self._can_zero = is_file
+        self._failure = 0  # the errno of a flush that failed
+
+    @property
+    def writable(self) -> bool:
+        return self.mode == "rw"
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        _transfer(os.preadv, self.fd, buffers, offset)
+
+    def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
+        if through:
+            self._check_flushes()
+            try:
+                _transfer(_write_through, self.fd, buffers, offset)
+            except OSError as error:
+                self._failure = error.errno or EIO
+                raise
+        else:
+            _transfer(os.pwritev, self.fd, buffers, offset)
+
+    def flush(self) -> None:
+        """fdatasync(2). Once it has failed every later one fails, too: the kernel reports a lost page once, and to
+        say afterwards that all is on the disk would be a lie."""
+        self._check_flushes()
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._failure = error.errno or EIO
+            raise
+
+    def _check_flushes(self) -> None:
+        if self._failure:
+            raise OSError(self._failure, "an earlier flush has failed")
+
+    def discard(self, offset: int, length: int) -> None:
+        fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        if unmap and self.can_discard:
+            fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+            return
+        if self._can_zero:
+            try:
+                fallocate(self.fd, ZERO_RANGE | KEEP_SIZE, offset, length)
+                return
+            except OSError:
+                self._can_zero = False  # not on this file system
+        while length:
+            size = min(length, len(_ZEROS))
+            self.write(offset, [memoryview(_ZEROS)[:size]])
+            offset, length = offset + size, length - size
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _write_through(fd: int, buffers: Buffers, offset: int) -> int:
+    return os.pwritev(fd, buffers, offset, os.RWF_DSYNC)
+
+
+def _transfer(call: Callable[[int, Buffers, int], int], fd: int, buffers: Buffers, offset: int) -> None:
+    """All of it, however the kernel parts it. A file that ends too early, since somebody cut it, is an OSError."""
+    left = list(buffers)
+    while left:
+        done = call(fd, left[:_MAX_VECTORS], offset)
+        if done <= 0:
+            raise OSError(EIO, "the file ends before the disk does")
+        offset += done
+        at = 0
+        while at < len(left) and done >= len(left[at]):
+            done -= len(left[at])
+            at += 1
+        del left[:at]
+        if done:
+            left[0] = left[0][done:]
+
+
+class Overlay:
+    """What is written goes into a file without a name, which is gone with the machine; the base stays as it is.
+
+    In the folder for temporary files (TMPDIR): it takes disk space as it grows, and where that ends writes fail. To
+    flush it has no meaning: nothing of it outlives the machine.
+    """
+
+    mode = "cow"
+    writable = True
+
+    def __init__(self, base: RawDisk) -> None:
+        self.base = base
+        self.size = base.size
+        self._file = tempfile.TemporaryFile(prefix="vmfs-cow-", buffering=0)
+        self.fd = self._file.fileno()
+        os.ftruncate(self.fd, self.size)
+        self.can_discard = True
+        self._punches = can_punch(self.fd)
+        self._map: dict[int, int] = {}  # chunk -> a bit a cluster that the overlay has
+
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+        """(whether the overlay has it, offset, length) of the parts of a range, in order."""
+        end = offset + length
+        start, has = offset, None
+        cluster = offset // CLUSTER
+        while cluster * CLUSTER < end:
+            bits = self._map.get(cluster // _CHUNK, 0) >> cluster % _CHUNK
+            here = bool(bits & 1)
+            # How many clusters of the chunk from here on are alike.
+            other = ~bits if here else bits
+            count = (other & -other).bit_length() - 1 if other else _CHUNK
+            count = min(count, _CHUNK - cluster % _CHUNK)
+            if has is not None and here != has:
+                yield has, start, cluster * CLUSTER - start
+                start = cluster * CLUSTER
+            has = here
+            cluster += count
+        if has is not None:
+            yield has, start, end - start
+
+    def _mark(self, first: int, last: int) -> None:
+        """The overlay has clusters `first` to `last`, without it."""
+        while first < last:
+            chunk, at = divmod(first, _CHUNK)
+            count = min(last - first, _CHUNK - at)
+            self._map[chunk] = self._map.get(chunk, 0) | ((1 << count) - 1) << at
+            first += count
+
+    def _has(self, cluster: int) -> bool:
+        return bool(self._map.get(cluster // _CHUNK, 0) >> cluster % _CHUNK & 1)
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        length = sum(map(len, buffers))
+        at = 0
+        for has, start, size in self._runs(offset, length):
+            _transfer(os.preadv, self.fd if has else self.base.fd, _cut(buffers, at, size), start)
+            at += size
+
+    def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
+        length = sum(map(len, buffers))
+        self._fill(offset, length)
+        _transfer(os.pwritev, self.fd, buffers, offset)
+        self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+
+    def _fill(self, offset: int, length: int) -> None:
+        """Copy what a write leaves of its first and its last cluster."""
+        end = offset + length
+        for cluster, is_cut in ((offset // CLUSTER, offset % CLUSTER), (end // CLUSTER, end % CLUSTER)):
+            if is_cut and not self._has(cluster):
+                data = os.pread(self.base.fd, CLUSTER, cluster * CLUSTER)
+                _transfer(os.pwritev, self.fd, [memoryview(data)], cluster * CLUSTER)
+                self._mark(cluster, cluster + 1)
+
+    def flush(self) -> None:
+        pass
+
+    def discard(self, offset: int, length: int) -> None:
+        self.write_zeroes(offset, length, unmap=True)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._fill(offset, length)
+        if self._punches:
+            fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+        else:
+            at = offset
+            while at < offset + length:
+                size = min(offset + length - at, len(_ZEROS))
+                _transfer(os.pwritev, self.fd, [memoryview(_ZEROS)[:size]], at)
+                at += size
+        self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+
+    def close(self) -> None:
+        self._file.close()
+        self.base.close()
+
+
+def _cut(buffers: Buffers, offset: int, length: int) -> list[memoryview]:
+    """The memory of `length` bytes from `offset` on."""
+    taken = []
+    for buffer in buffers:
+        if offset >= len(buffer):
+            offset -= len(buffer)
+            continue
+        piece = buffer[offset : offset + length]
+        taken.append(piece)
+        length -= len(piece)
+        offset = 0
+        if not length:
+            break
+    return taken

@@ -1,0 +1,273 @@
+"""virtio-net: a network card, whose frames a backend carries.
+
+Source: VIRTIO 1.2, section 5.1. No offloads: each frame is whole, with its checksums, as on a wire.
+
+What the guest sends goes to the backend in the CPU's thread, at once; when the backend has no room, a thread goes on as
+soon as it has. That thread also brings what arrives, with the board's lock held. It reads no more than the guest has
+buffers for: the rest waits in the backend.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.virtio.backends import MAX_FRAME, Backend
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
+from vmfs.errors import Invalid
+
+F_MAC, F_MRG_RXBUF, F_STATUS = 1 << 5, 1 << 15, 1 << 16
+_STATUS_LINK_UP = 1
+
+# struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
+_HEADER = struct.Struct("<BBHHHHH")
+_RECEIVE, _TRANSMIT = 0, 1
+_BATCH = 64  # frames a turn with the lock held, so that the CPU is not kept from its devices
+
+
+class Net(VirtioDevice):
+    """A card with the address `mac` (six bytes), and `backend`, which is closed with it."""
+
+    TYPE = "virtio-net"
+    DEVICE = FIRST_DEVICE + 1
+    CLASS = 0x020000
+    QUEUES = (256, 256)
+
+    def __init__(self, board: Board, name: str, slot: int, backend: Backend, mac: bytes) -> None:
+        if len(mac) != 6 or mac[0] & 1:
+            raise Invalid("a network card's address is six bytes, and none of a group (the first one is even)")
+        self.backend = backend
+        self.mac = mac
+        self.link_up = True
+        self._frame: bytes | None = None  # arrived, and no buffer for it yet
+        self._starved = False  # frames may wait in the backend for buffers
+        self._blocked = False  # frames of the guest wait for room in the backend
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+        try:
+            super().__init__(board, name, slot)
+        except BaseException:
+            os.close(self._wake)
+            raise
+
+    def features(self) -> int:
+        return F_MAC | F_STATUS | F_MRG_RXBUF
+
+    def device_config(self) -> bytes:
+        return struct.pack("<6sHH", self.mac, _STATUS_LINK_UP if self.link_up else 0, 1)
+
+    def started(self) -> None:
+        self._starved = self._blocked = False
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._work, name=f"vmfs-{self.name}", daemon=True)
+            self._thread.start()
+        self._wake_up()
+
+    def stopped(self) -> None:
+        self._frame = None
+        self._starved = self._blocked = False
+        self._wake_up()
+
+    def notified(self, queue: Virtqueue) -> None:
+        if queue.index == _TRANSMIT:
+            if not self._blocked:
+                self._transmit()
+        elif self._starved:
+            self._starved = False
+            self._wake_up()
+
+    # ---- to the backend
+
+    def _transmit(self) -> None:
+        """Send what waits, as far as the backend takes it."""
+        queue = self.queues[_TRANSMIT]
+        self._blocked = False
+        while True:
+            while not self._blocked and (chain := queue.pop()) is not None:
+                length = chain.readable_length - _HEADER.size
+                if length < 0:
+                    raise DriverError("a frame without its header")
+                if not self._send_one(chain.read(0, _HEADER.size), chain.read(_HEADER.size, MAX_FRAME + 1)):
+                    self._blocked = True
+                    queue.unpop()
+                else:
+                    queue.push(chain, 0)
+            if self._blocked:
+                self._wake_up()
+                break
+            queue.want_notifications()
+            if not queue.pending():
+                break
+        self.tell(queue)
+
+    def _send_one(self, header: bytes, frame: bytes) -> bool:
+        """False when it is to be tried again later."""
+        flags, gso = header[0], header[1]
+        if flags or gso or not 14 <= len(frame) <= MAX_FRAME:
+            self.counters["tx_bad"] += 1  # asks for what was not offered, or is no frame
+            return True
+        if not self.link_up:
+            self.counters["tx_dropped"] += 1
+            return True
+        try:
+            if not self.backend.send(frame):
+                return False
+        except OSError:
+            self._link_down()
+            self.counters["tx_dropped"] += 1
+            return True
+        self.counters["tx_frames"] += 1
+        self.counters["tx_bytes"] += len(frame)
+        return True
+
+    # ---- from the backend
+
+    def _work(self) -> None:
+        try:
+            self._carry()
+        finally:
+            self._free()
+
+    def _carry(self) -> None:
+        more = False
+        while True:
+            poller = select.poll()
+            poller.register(self._wake, select.POLLIN)
+            with self.board.lock:
+                events = (0 if self._starved else select.POLLIN) | (select.POLLOUT if self._blocked else 0)
+                if events and self.link_up:
+                    poller.register(self.backend.fd, events)
+            poller.poll(0 if more else None)
+            with self.board.lock:
+                if self._closing:
+                    return
+                _drain(self._wake)
+                with self.guarded():
+                    if self._blocked and self.is_live:
+                        self._transmit()
+                    more = self._receive()
+
+    def _receive(self) -> bool:
+        """Bring what has arrived to the guest, or nowhere while it has no driver. True when there is more."""
+        queue = self.queues[_RECEIVE]
+        is_live = self.is_live and queue.enabled
+        count = 0
+        while count < _BATCH and not self._starved and self.link_up:
+            if self._frame is None:
+                try:
+                    self._frame = self.backend.receive()
+                except OSError:
+                    self._link_down()
+                    break
+            if self._frame is None:
+                break
+            if not is_live:
+                self.counters["rx_dropped"] += 1
+            elif not self._deliver(queue, self._frame):
+                self._starved = True
+                break
+            self._frame = None
+            count += 1
+        if is_live:
+            self.tell(queue)
+        return count == _BATCH
+
+    def _deliver(self, queue: Virtqueue, frame: bytes) -> bool:
+        """Give a frame to the guest. False when it has no buffers, and has been asked to notify when it has."""
+        size = _HEADER.size + len(frame)
+        chains = self._take(queue, size)
+        while chains is None:
+            waiting = queue.pending()
+            queue.want_notifications()
+            if queue.pending() == waiting:
+                return False
+            chains = self._take(queue, size)
+        if sum(chain.writable_length for chain in chains) < size:
+            for chain in chains:
+                queue.push(chain, 0)
+            self.counters["rx_dropped"] += 1  # longer than the buffers that the driver chose
+            return True
+        data = memoryview(_HEADER.pack(0, 0, 0, 0, 0, 0, len(chains)) + frame)
+        for chain in chains:
+            done = chain.write(data)
+            data = data[done:]
+            queue.push(chain, done)
+        self.counters["rx_frames"] += 1
+        self.counters["rx_bytes"] += len(frame)
+        return True
+
+    def _take(self, queue: Virtqueue, size: int) -> list[Chain] | None:
+        """The buffers for a frame: one, or, where they may be merged, as many as it takes. None: there are too few
+        now."""
+        chains: list[Chain] = []
+        room = 0
+        most = queue.size if self.has(F_MRG_RXBUF) else 1
+        while room < size and len(chains) < most:
+            chain = queue.pop()
+            if chain is None:
+                for _ in chains:
+                    queue.unpop()
+                return None
+            if chain.writable_length < _HEADER.size:
+                raise DriverError(f"a receive buffer of {chain.writable_length} bytes")
+            chains.append(chain)
+            room += chain.writable_length
+        return chains
+
+    def _link_down(self) -> None:
+        """The backend has ended: so has the link, which the guest sees."""
+        if self.link_up:
+            self.link_up = False
+            self.counters["backend_ended"] += 1
+            self.config_changed()
+
+    def _wake_up(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._wake, 1)
+
+    # ---- life
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "mac": self.mac}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if len(state["mac"]) != 6:
+            raise Invalid(f"{self.name}: an address has six bytes")
+        self.mac = bytes(state["mac"])
+        super().load(state)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            **super().describe(),
+            "mac": self.mac.hex(":"),
+            "link": "up" if self.link_up else "down",
+            **self.backend.describe(),
+        }
+
+    def close(self) -> None:
+        # The thread may wait for the board's lock, which the caller holds: it ends by itself, and closes the backend.
+        with self.board.lock:
+            if self._closing:
+                return
+            self._closing = True
+            if self._thread is None:
+                self._free()
+            else:
+                self._wake_up()
+
+    def _free(self) -> None:
+        self.backend.close()
+        os.close(self._wake)
+
+
+def _drain(fd: int) -> None:
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        pass

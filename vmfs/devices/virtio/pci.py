@@ -1,0 +1,392 @@
+"""VirtioDevice: the PCI transport of virtio 1.x, and what every virtio device is.
+
+Source: VIRTIO 1.2, section 2.1 to 2.4 (status, features, notifications), 4.1 (PCI). Devices are non-transitional: a
+driver must accept VERSION_1. Interrupts are INTx; there is no MSI-X.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.pci import Bar, PciDevice
+from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
+from vmfs.errors import Invalid
+
+VENDOR = 0x1AF4
+FIRST_DEVICE = 0x1040  # and the type's number of section 5
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 0x40, 0x80
+
+INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+_TRANSPORT_FEATURES = INDIRECT_DESC | EVENT_IDX | VERSION_1
+
+_ISR_QUEUE, _ISR_CONFIG = 1, 2
+_NO_VECTOR = 0xFFFF  # VIRTIO_MSI_NO_VECTOR
+
+# BAR 0: a page a structure (4.1.4).
+_COMMON, _ISR, _CONFIG, _NOTIFY, _BAR_SIZE = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000
+_NOTIFY_MULTIPLIER = 4
+_CAP_COMMON, _CAP_NOTIFY, _CAP_ISR, _CAP_DEVICE, _CAP_PCI = 1, 2, 3, 4, 5
+_VENDOR_CAPABILITY = 9
+
+# struct virtio_pci_common_cfg (4.1.4.3): offset -> size and name. A 64-bit field is accessed as two of 32 bits.
+_COMMON_FIELDS: dict[int, tuple[int, str]] = {
+    0: (4, "device_feature_select"),
+    4: (4, "device_feature"),
+    8: (4, "driver_feature_select"),
+    12: (4, "driver_feature"),
+    16: (2, "config_msix_vector"),
+    18: (2, "num_queues"),
+    20: (1, "device_status"),
+    21: (1, "config_generation"),
+    22: (2, "queue_select"),
+    24: (2, "queue_size"),
+    26: (2, "queue_msix_vector"),
+    28: (2, "queue_enable"),
+    30: (2, "queue_notify_off"),
+    32: (4, "queue_desc"),
+    36: (4, "queue_desc_high"),
+    40: (4, "queue_driver"),
+    44: (4, "queue_driver_high"),
+    48: (4, "queue_device"),
+    52: (4, "queue_device_high"),
+}
+_COMMON_LENGTH = 56
+_ADDRESSES = {"queue_desc": "descriptors", "queue_driver": "driver", "queue_device": "device"}
+
+
+class VirtioDevice(PciDevice):
+    """A virtio device. A subclass sets the identity of PciDevice and QUEUES (the largest size of each), and does
+    what drivers ask for in `notified`. Its constructor sets what `features` and `device_config` need first."""
+
+    VENDOR = VENDOR
+    REVISION = 1  # 4.1.2.1: of a non-transitional device
+    BARS = {0: Bar("memory", _BAR_SIZE)}
+    QUEUES: tuple[int, ...] = ()
+
+    def __init__(self, board: Board, name: str, slot: int) -> None:
+        self.SUBSYSTEM = (VENDOR, self.DEVICE)
+        super().__init__(board, name, slot)
+        self.queues = [Virtqueue(board, index, size) for index, size in enumerate(self.QUEUES)]
+        self._add_capability(_CAP_COMMON, _COMMON, _COMMON_LENGTH)
+        notify = _NOTIFY_MULTIPLIER * len(self.queues)
+        self._add_capability(_CAP_NOTIFY, _NOTIFY, notify, struct.pack("<I", _NOTIFY_MULTIPLIER))
+        self._add_capability(_CAP_ISR, _ISR, 1)
+        if self.device_config():
+            self._add_capability(_CAP_DEVICE, _CONFIG, len(self.device_config()))
+        # 4.1.4.9: the BAR, reached through configuration space: bar, offset, length and data are the driver's.
+        writable = bytes(4) + b"\xff" + bytes(3) + b"\xff" * 12
+        self._window = self._add_capability(_CAP_PCI, 0, 0, bytes(4), writable)
+        self.generation = 0
+        self._forget_driver()
+
+    def _add_capability(self, kind: int, offset: int, length: int, more: bytes = b"", writable: bytes = b"") -> int:
+        head = struct.pack("<BBBBB3xII", _VENDOR_CAPABILITY, 0, 16 + len(more), kind, 0, offset, length)
+        return self.add_capability(head + more, writable)
+
+    # ---- what a subclass says
+
+    def features(self) -> int:
+        """The feature bits of the device type that it offers."""
+        return 0
+
+    def device_config(self) -> bytes:
+        """The device-specific configuration; its length never changes."""
+        return b""
+
+    def write_device_config(self, offset: int, data: bytes) -> None:
+        """The driver writes configuration: nothing unless the type has a field to write."""
+
+    def notified(self, queue: Virtqueue) -> None:
+        """The driver has made requests available. May raise DriverError."""
+
+    def started(self) -> None:
+        """The driver is ready (DRIVER_OK), or was when the state was saved that was loaded now."""
+
+    def stopped(self) -> None:
+        """The device was reset: forget what was under way."""
+
+    # ---- what a subclass uses
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the device may use its queues."""
+        wanted = FEATURES_OK | DRIVER_OK
+        return self.status & (wanted | NEEDS_RESET | FAILED) == wanted and self.is_master
+
+    def has(self, feature: int) -> bool:
+        """Whether the driver accepted a feature."""
+        return bool(self.status & FEATURES_OK and self.accepted & feature)
+
+    def serve(self, queue: Virtqueue, do: Callable[[Chain], int]) -> None:
+        """Do all requests of a queue that wait; `do` returns how many bytes it has written to one."""
+        while True:
+            while (chain := queue.pop()) is not None:
+                queue.push(chain, do(chain))
+            queue.want_notifications()
+            if not queue.pending():
+                break
+        self.tell(queue)
+
+    def tell(self, queue: Virtqueue) -> None:
+        """Interrupt the driver, if it wants to hear of what was pushed."""
+        if queue.wants_interrupt():
+            self.counters["interrupts"] += 1
+            self._interrupt(_ISR_QUEUE)
+
+    def config_changed(self) -> None:
+        """Tell the driver that `device_config` is another now."""
+        self.generation = (self.generation + 1) & 0xFF
+        if self.status & DRIVER_OK:
+            self._interrupt(_ISR_CONFIG)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What touches queues: a DriverError puts the device into its error state (2.1.2)."""
+        try:
+            yield
+        except DriverError as error:
+            self.counters["errors"] += 1
+            self.failure = str(error)
+            self.status |= NEEDS_RESET
+            if self.status & DRIVER_OK:
+                self._interrupt(_ISR_CONFIG)
+
+    def _interrupt(self, cause: int) -> None:
+        self.isr |= cause
+        self.set_irq(True)
+
+    # ---- the BAR
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if offset < _ISR:
+            return self._read_common(offset, size)
+        if offset < _CONFIG:
+            if offset != _ISR:
+                return 0
+            value, self.isr = self.isr, 0  # 4.1.4.5: reading it takes the interrupt back
+            self.set_irq(False)
+            return value
+        if offset < _NOTIFY:
+            at = offset - _CONFIG
+            return int.from_bytes(self.device_config()[at : at + size], "little")
+        return 0
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if offset >= _NOTIFY:
+            index = (offset - _NOTIFY) // _NOTIFY_MULTIPLIER
+            if index < len(self.queues):
+                self._notify(self.queues[index])
+        elif offset >= _CONFIG:
+            self.write_device_config(offset - _CONFIG, value.to_bytes(size, "little"))
+        elif offset < _ISR:
+            self._write_common(offset, size, value)
+
+    def _notify(self, queue: Virtqueue) -> None:
+        self.counters["notifications"] += 1
+        if queue.enabled and self.is_live:
+            with self.guarded():
+                self.notified(queue)
+
+    def _read_common(self, offset: int, size: int) -> int:
+        # Drivers access each field by its size (4.1.3.1). Others get the bytes, too, which takes nothing.
+        value = 0
+        for at, (width, name) in _COMMON_FIELDS.items():
+            if at < offset + size and offset < at + width:
+                shift = 8 * (at - offset)
+                field = self._get(name)
+                value |= field << shift if shift >= 0 else field >> -shift
+        return value & (1 << 8 * size) - 1
+
+    def _get(self, name: str) -> int:
+        queue = self._selected()
+        if name == "device_feature":
+            return self._half(self._offered(), self.device_select)
+        if name == "driver_feature":
+            return self._half(self.accepted, self.driver_select)
+        if name == "device_feature_select":
+            return self.device_select
+        if name == "driver_feature_select":
+            return self.driver_select
+        if name in ("config_msix_vector", "queue_msix_vector"):
+            return _NO_VECTOR
+        if name == "num_queues":
+            return len(self.queues)
+        if name == "device_status":
+            return self.status
+        if name == "config_generation":
+            return self.generation
+        if name == "queue_select":
+            return self.queue_select
+        if queue is None:  # 4.1.4.3.1: a queue that is not there has size 0
+            return 0
+        if name == "queue_size":
+            return queue.size
+        if name == "queue_enable":
+            return int(queue.enabled)
+        if name == "queue_notify_off":
+            return queue.index
+        address: int = getattr(queue, _ADDRESSES[name.removesuffix("_high")])
+        return address >> 32 if name.endswith("_high") else address & 0xFFFF_FFFF
+
+    def _write_common(self, offset: int, size: int, value: int) -> None:
+        width, name = _COMMON_FIELDS.get(offset, (0, ""))
+        if size == 8 and name in _ADDRESSES:
+            self._write_common(offset, 4, value & 0xFFFF_FFFF)
+            self._write_common(offset + 4, 4, value >> 32)
+            return
+        if width != size:
+            self.counters["bad_accesses"] += 1
+            return
+        queue = self._selected()
+        if name == "device_feature_select":
+            self.device_select = value
+        elif name == "driver_feature_select":
+            self.driver_select = value
+        elif name == "driver_feature":
+            self._accept(value)
+        elif name == "device_status":
+            self._set_status(value)
+        elif name == "queue_select":
+            self.queue_select = value
+        elif queue is None or queue.enabled:
+            pass  # 4.1.4.3.2: nothing of a queue that is in use can be changed
+        elif name == "queue_size":
+            queue.size = value
+        elif name == "queue_enable" and value == 1:
+            with self.guarded():
+                queue.enable(event_index=self.has(EVENT_IDX), indirect=self.has(INDIRECT_DESC))
+        elif name.startswith(tuple(_ADDRESSES)):
+            which = _ADDRESSES[name.removesuffix("_high")]
+            keep = getattr(queue, which)
+            is_high = name.endswith("_high")
+            setattr(queue, which, value << 32 | keep & 0xFFFF_FFFF if is_high else keep >> 32 << 32 | value)
+
+    def _selected(self) -> Virtqueue | None:
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    # ---- status and features
+
+    def _offered(self) -> int:
+        return self.features() | _TRANSPORT_FEATURES
+
+    @staticmethod
+    def _half(features: int, select: int) -> int:
+        return features >> 32 * select & 0xFFFF_FFFF if select < 2 else 0
+
+    def _accept(self, value: int) -> None:
+        if self.driver_select < 2 and not self.status & FEATURES_OK:  # 2.2.1: fixed from FEATURES_OK on
+            shift = 32 * self.driver_select
+            self.accepted = self.accepted & ~(0xFFFF_FFFF << shift) | value << shift
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset_driver()
+            self.set_irq(False)
+            return
+        was_live = self.is_live
+        if value & FEATURES_OK and not self.status & FEATURES_OK:
+            # 3.1.1: the driver reads back whether the device agrees.
+            if self.accepted & ~self._offered() or not self.accepted & VERSION_1:
+                value &= ~FEATURES_OK
+        self.status = value & 0xFF | self.status & NEEDS_RESET
+        if self.is_live and not was_live:
+            self.started()
+
+    def _reset_driver(self) -> None:
+        self._forget_driver()
+        self.stopped()
+
+    def _forget_driver(self) -> None:
+        """Everything that the driver has set (2.1.2)."""
+        self.status = 0
+        self.accepted = 0
+        self.isr = 0
+        self.device_select = self.driver_select = self.queue_select = 0
+        self.failure = ""
+        for queue in self.queues:
+            queue.reset()
+
+    # ---- the BAR through configuration space
+
+    def read_config(self, offset: int, size: int) -> int:
+        if self._window + 16 < offset + size and offset < self._window + 20:
+            found = self._windowed()
+            if found is not None:
+                at, length = found
+                self.config[self._window + 16 : self._window + 16 + length] = self.read(0, at, length).to_bytes(
+                    length, "little"
+                )
+        return super().read_config(offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        super().write_config(offset, size, value)
+        if self._window + 16 < offset + size and offset < self._window + 20:
+            found = self._windowed()
+            if found is not None:
+                at, length = found
+                data = self.config[self._window + 16 : self._window + 16 + length]
+                self.write(0, at, length, int.from_bytes(data, "little"))
+
+    def _windowed(self) -> tuple[int, int] | None:
+        """Offset in the BAR and length, as the driver has set them in the capability, where they can be."""
+        bar, at, length = struct.unpack_from("<B3xII", self.config, self._window + 4)
+        if bar != 0 or length not in (1, 2, 4) or at % length or at + length > _BAR_SIZE:
+            return None
+        return at, length
+
+    # ---- life
+
+    def reset(self) -> None:
+        self._reset_driver()
+        super().reset()
+
+    _NUMBERS = {
+        "status": 8, "accepted": 64, "isr": 2, "generation": 8, "device_select": 32, "driver_select": 32,
+        "queue_select": 16,
+    }  # fmt: skip
+
+    def save(self) -> dict[str, Any]:
+        return {
+            **super().save(),
+            **{name: getattr(self, name) for name in self._NUMBERS},
+            "failure": self.failure,
+            "queues": [queue.save() for queue in self.queues],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        if len(state["queues"]) != len(self.queues):
+            raise Invalid(f"{self.name}: it has {len(self.queues)} queues")
+        for name, bits in self._NUMBERS.items():
+            if not 0 <= state[name] < 1 << bits:
+                raise Invalid(f"{self.name}: its {name} cannot be {state[name]}")
+        if state["accepted"] & ~self._offered() and state["status"] & FEATURES_OK:
+            raise Invalid(f"{self.name}: the driver was offered what is not there now")
+        self._reset_driver()
+        super().load(state)
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
+        self.failure = str(state["failure"])
+        for queue, one in zip(self.queues, state["queues"], strict=True):
+            queue.load(one)
+        if self.is_live:
+            self.started()
+
+    def describe(self) -> dict[str, str]:
+        lines = {**super().describe(), "driver": self._driver_state()}
+        if self.failure:
+            lines["failure"] = self.failure
+        return lines
+
+    def _driver_state(self) -> str:
+        if self.status & NEEDS_RESET:
+            return "needs-reset"
+        if self.status & FAILED:
+            return "failed"
+        if self.status & DRIVER_OK:
+            return "ready"
+        return "none" if not self.status else "starting"

@@ -1,0 +1,29 @@
+"""virtio-rng: entropy.
+
+Source: VIRTIO 1.2, section 5.4. It is the host's (getrandom), also where the machine's time follows its instructions:
+a run with this device is not repeatable.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.queue import Chain, Virtqueue
+
+_MOST = 1 << 16  # bytes a request: the driver asks again for more
+
+
+class Rng(VirtioDevice):
+    TYPE = "virtio-rng"
+    DEVICE = FIRST_DEVICE + 4
+    CLASS = 0x00FF00
+    QUEUES = (64,)
+
+    def notified(self, queue: Virtqueue) -> None:
+        self.serve(queue, self._fill)
+
+    def _fill(self, chain: Chain) -> int:
+        count = chain.write(os.urandom(min(chain.writable_length, _MOST)))
+        self.counters["bytes"] += count
+        return count
