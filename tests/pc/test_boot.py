@@ -1,0 +1,184 @@
+"""A stock Debian kernel boots from files, to a shell that is used through `console`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+from pc.conftest import BOOT_SECONDS, boot_linux
+from pc.initramfs import build
+from pc.kernels import CLOUD, GENERIC, needs_kernels
+
+pytestmark = needs_kernels
+
+
+def test_a_kernel_boots_to_a_shell_and_powers_off(linux):
+    """As in the README: machine, kernel, initrd, cmdline, console, vm_run."""
+    pc = linux()
+    assert pc.shell("echo $((6 * 7)) and more") == "42 and more\n"
+    assert f"Linux (none) {CLOUD.release} " in pc.shell("uname -a")
+    assert "PCI: Using ACPI for IRQ routing" in pc.shell("dmesg | grep ACPI")
+    # What it found of the machine is what dev/ has.
+    assert "0: uart:16550A port:000003F8 irq:4" in pc.shell("cat /proc/tty/driver/serial")
+    assert "rtc_cmos" in pc.shell("cat /sys/class/rtc/rtc0/name")
+    seconds = int(pc.shell("date +%s"))
+    assert abs(seconds - time.time()) < 60
+    pci = pc.shell("cat /sys/bus/pci/devices/0000:00:00.0/vendor")
+    assert pci == "0x8086\n"
+    pc.type("poweroff -f\n")
+    assert pc.ended().startswith("shutdown cause=poweroff rip=0x")
+    assert pc.read("state") == "shutdown\n"
+    with contextlib.suppress(AssertionError):
+        pc.expect("never said")  # reads to the end of the file
+    assert os.read(pc.console, 1) == b""
+
+
+def test_reboot_is_a_reset_and_the_next_run_boots_again(make_pc):
+    pc = boot_linux(make_pc(), 'echo "boot $(cat /proc/cmdline)"; reboot -f\n', cmdline="one")
+    pc.expect("boot .*one")
+    assert pc.ended().startswith("shutdown cause=reset rip=0x")
+    assert pc.read("state") == "paused\n"
+    assert pc.read("registers").split("rip ")[1].split()[0] == "0x000000000000fff0"
+    pc.write("cmdline", "console=ttyS0 quiet two")
+    pc.start()
+    pc.expect("boot .*two")
+    assert pc.ended().startswith("shutdown cause=reset rip=0x")
+
+
+def test_the_generic_kernel_boots(make_pc):
+    pc = boot_linux(make_pc(), 'echo "version $(uname -r)"; poweroff -f\n', kernel=GENERIC, mem="512M")
+    assert pc.expect(r"version (\S+)")[1] == GENERIC.release
+    assert pc.ended().startswith("shutdown cause=poweroff")
+
+
+def test_every_reader_of_the_console_gets_all_from_when_it_opened_it(linux, tmp_path):
+    pc = linux()
+    files = [tmp_path / name for name in "ab"]
+    readers = [subprocess.Popen(["cat", pc.path / "console"], stdout=open(file, "wb")) for file in files]
+    try:
+        deadline = time.monotonic() + BOOT_SECONDS
+        while not all(_has_open(one.pid, pc) for one in readers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pc.shell("seq 1 500")
+        pc.type("poweroff -f\n")
+        pc.ended()
+        assert all(one.wait(BOOT_SECONDS) == 0 for one in readers)  # the end of the file
+    finally:
+        for one in readers:
+            one.kill()
+    texts = [file.read_bytes().decode(errors="replace") for file in files]
+    with contextlib.suppress(AssertionError):
+        pc.expect("never said")
+    assert texts[0] == texts[1] and pc.said.endswith(texts[0])
+    assert "\r\n499\r\n500\r\n" in texts[0]
+
+
+def _has_open(pid: int, pc) -> bool:
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == str(pc.path / "console"):
+                return True
+    return False
+
+
+def test_what_is_typed_is_never_lost(linux):
+    """More than the UART and the queue before it hold, before the guest reads any of it."""
+    pc = linux()
+    lines = [f"{number:04d} {'x' * 60}" for number in range(200)]
+    pc.type("stty -echo; wc -c\n")
+    pc.expect(r"wc -c\r\n")
+    for line in lines:
+        pc.type(line + "\n")
+    pc.type("\x04")
+    assert int(pc.expect(r"(\d+)\r\n")[1]) == sum(len(line) + 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (b"#!/bin/sh\n", "vm_run: kernel: not an image that can be booted"),
+        (None, "truncated"),  # the first half of a kernel
+    ],
+)
+def test_what_cannot_be_booted_is_refused_and_the_machine_is_usable(make_pc, image, sentence):
+    pc = make_pc()
+    whole = CLOUD.image.read_bytes()
+    pc.load("kernel", image if image is not None else whole[: len(whole) // 2])
+    before = pc.read("registers")
+    with pytest.raises(OSError) as caught:
+        pc.read("vm_run")
+    assert caught.value.errno == 22 and sentence in pc.read("error")
+    assert pc.read("registers") == before and pc.read("state") == "paused\n"
+    pc.load("kernel", whole)
+    pc.write("cmdline", "console=ttyS0")
+    pc.start()
+    pc.expect("Linux version")
+
+
+def test_an_initrd_larger_than_ram_is_refused(make_pc):
+    pc = make_pc()
+    pc.load("kernel", CLOUD.image)
+    with open(pc.path / "initrd", "wb") as initrd:
+        initrd.truncate(200 << 20)
+    with pytest.raises(OSError) as caught:
+        pc.read("vm_run")
+    assert caught.value.errno == 22 and "initrd" in pc.read("error")
+    assert pc.read("error").count("\n") == 1
+
+
+def test_vmfs_boot_makes_runs_and_removes_a_machine(pc_mount, tmp_path):
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(build())
+    before = set(os.listdir(pc_mount))
+    vmfs = [sys.executable, "-m", "vmfs.cli"]
+    command = [*vmfs, "boot", CLOUD.image, "--initrd", initrd, "--on", pc_mount, "--cmdline", "console=ttyS0 quiet"]
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True)
+    os.close(terminal)
+    try:
+        said = b""
+        while b"guest# " not in said:
+            said += os.read(controller, 4096)
+        assert set(os.listdir(pc_mount)) - before == {f"boot-{process.pid}"}
+        os.write(controller, b"echo $((6*7)); poweroff -f\n")
+        assert process.wait(BOOT_SECONDS) == 0
+        said += os.read(controller, 65536)
+        assert b"\r\n42\r\n" in said
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        assert "vmfs boot: shutdown cause=poweroff rip=0x" in errors and "Ctrl-] ends it" in errors
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+    assert set(os.listdir(pc_mount)) == before
+
+
+def test_vmfs_boot_ends_at_the_escape_key_and_at_sigterm(pc_mount, tmp_path):
+    before = set(os.listdir(pc_mount))
+    command = [sys.executable, "-m", "vmfs.cli", "boot", CLOUD.image, "--on", pc_mount]
+    for how in ("key", "signal"):
+        controller, terminal = pty.openpty()
+        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL)
+        os.close(terminal)
+        try:
+            said = b""
+            while b"Linux version" not in said:
+                said += os.read(controller, 4096)
+            if how == "key":
+                os.write(controller, b"\x1d")
+                assert process.wait(BOOT_SECONDS) == 0
+            else:
+                process.terminate()
+                assert process.wait(BOOT_SECONDS) == 128 + 15
+        finally:
+            process.kill()
+            process.wait()
+            os.close(controller)
+        assert set(os.listdir(pc_mount)) == before, how
