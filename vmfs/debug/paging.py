@@ -366,7 +366,7 @@ def write_linear(memory: WritableRam, paging: Paging, linear: int, data: bytes) 
         memory.write(at, data[done : done + part])
         done += part
     if data and not done:
-        raise BadAddress(f"virt: {linear:#x} is not mapped")
+        raise BadAddress(f"virt: {linear:#x} is not mapped to RAM")
     return done
 
 

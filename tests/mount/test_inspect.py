@@ -1,0 +1,359 @@
+"""Looking into a guest on a real mount: symbols, virt, pagetable, disasm, stack, core."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+from mounting import failing
+
+LAST = 1 << 63  # no offset is that high
+TABLES = 0x100000
+HIGH = 0xFFFF_FFFF_8000_0000
+
+MAP = """\
+0000000000001000 T start
+0000000000001005 t helper
+0000000000001010 T leaf
+0000000000002000 D table
+"""
+
+
+def offset(address: int) -> int:
+    """Of an address in `virt`."""
+    return address & (LAST - 1)
+
+
+def poke(vm, at: int, data: bytes) -> None:
+    fd = os.open(vm / "mem", os.O_RDWR)
+    os.pwrite(fd, data, at)
+    os.close(fd)
+
+
+def shell(vm, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", script], cwd=vm.path, capture_output=True, text=True)
+
+
+@pytest.fixture
+def long_vm(vm):
+    """64-bit code at 0x1000, RAM identity mapped; and at HIGH pages of our own tables:
+    0x200000 writable, 0x300000 read-only and not executable, then a page that is not mapped, then 0x400000."""
+    vm.write("mode", "long")
+    vm.write("registers", "rip 0x1000\nrsp 0x9000\n")
+    fd = os.open(vm / "mem", os.O_RDWR)
+    root = int(vm.read("reg/cr3"), 16)
+    low = os.pread(fd, 8, root)  # the identity mapping stays
+    os.pwrite(fd, low + bytes(8 * 510) + struct.pack("<Q", TABLES + 0x1000 | 3), TABLES)
+    os.pwrite(fd, bytes(8 * 510) + struct.pack("<QQ", TABLES + 0x2000 | 3, 0), TABLES + 0x1000)
+    os.pwrite(fd, struct.pack("<Q", TABLES + 0x3000 | 3), TABLES + 0x2000)
+    pages = (0x200000 | 3, 0x300000 | 1 << 63 | 1, 0, 0x400000 | 3)
+    os.pwrite(fd, struct.pack("<4Q", *pages), TABLES + 0x3000)
+    os.close(fd)
+    efer = int(vm.read("reg/efer"), 16) | 1 << 11  # NXE
+    vm.write("registers", f"cr3 {TABLES:#x}\nefer {efer:#x}\n")
+    return vm
+
+
+# ---- symbols
+
+
+def test_a_map_is_taken_at_the_close(vm):
+    assert vm.read("symbols") == ""
+    assert shell(vm, f"printf '{MAP}' > symbols").returncode == 0
+    assert vm.read("symbols") == MAP
+    vm.write("symbols", "0000000000007c00 T boot\n")
+    assert vm.read("symbols") == "0000000000007c00 T boot\n"
+    vm.write("symbols", "clear\n")
+    assert vm.read("symbols") == ""
+
+
+def test_symbols_are_added_with_append(vm):
+    vm.write("symbols", MAP)
+    assert shell(vm, "echo '0000000000007c00 T boot' >> symbols").returncode == 0
+    assert vm.read("symbols") == MAP + "0000000000007c00 T boot\n"
+
+
+def test_what_is_no_file_of_symbols_fails_at_the_close_and_changes_nothing(vm, tmp_path):
+    vm.write("symbols", MAP)
+    (tmp_path / "bad").write_text("0000000000001000 T start\nnonsense\n")
+    done = subprocess.run(["cp", tmp_path / "bad", vm / "symbols"], capture_output=True, text=True)
+    assert done.returncode and "Invalid argument" in done.stderr
+    assert vm.read("error") == "symbols: line 2: 'nonsense' is not `ADDRESS TYPE NAME`\n"
+    fd = os.open(vm / "symbols", os.O_WRONLY)
+    os.write(fd, b"\x7fELF" + bytes(100))
+    assert failing(os.close, fd) == errno.EINVAL
+    assert "ELF file is damaged" in vm.read("error")
+    assert vm.read("symbols") == MAP
+
+
+def test_an_elf_file_of_many_mebibytes_with_a_cp(vm, tmp_path):
+    """A program with its symbols at the end, behind 40 MiB: as a vmlinux has its debug information."""
+    if not shutil.which("ld") or not shutil.which("as"):
+        pytest.skip("no as and ld: install binutils")
+    source = tmp_path / "a.s"
+    source.write_text(
+        ".globl _start\n_start: ret\nlocal: nop\n.data\n.globl big\nbig: .fill 40 << 20, 1, 0x55\n.bss\nroom: .skip 8\n"
+    )
+    subprocess.run(["as", "-o", tmp_path / "a.o", source], check=True)
+    subprocess.run(["ld", "-Ttext=0x401000", "-o", tmp_path / "a", tmp_path / "a.o"], check=True)
+    assert (tmp_path / "a").stat().st_size > 40 << 20
+    subprocess.run(["cp", tmp_path / "a", vm / "symbols"], check=True)
+    found = {
+        name: (address, letter) for address, letter, name in map(str.split, vm.read("symbols").splitlines())
+    }
+    listed = subprocess.run(["nm", tmp_path / "a"], capture_output=True, text=True, check=True).stdout
+    for address, letter, name in map(str.split, listed.splitlines()):
+        assert found[name] == (address, letter), name
+
+
+def test_there_are_no_kallsyms_without_a_linux(vm):
+    assert failing(vm.write, "symbols", "kallsyms") == errno.EINVAL
+    assert vm.read("error").startswith("symbols: no kallsyms tables in RAM")
+
+
+# ---- virt
+
+
+def test_virt_goes_through_the_page_tables(long_vm):
+    vm = long_vm
+    poke(vm, 0x200FF0, b"0123456789abcdef")
+    poke(vm, 0x300000, b"GHIJ")
+    fd = os.open(vm / "virt", os.O_RDWR)
+    try:
+        assert os.pread(fd, 4, 0x200FF0) == b"0123"  # the identity mapping
+        assert os.pread(fd, 20, offset(HIGH + 0xFF0)) == b"0123456789abcdefGHIJ"  # two pages far apart
+        assert len(os.pread(fd, 8192, offset(HIGH + 0x1800))) == 0x800  # up to the hole
+        assert failing(os.pread, fd, 1, offset(HIGH + 0x2000)) == errno.EFAULT
+        assert os.pread(fd, 1, offset(HIGH + 0x3000)) == b"\0"
+        assert failing(os.pread, fd, 1, offset(HIGH + 0x4000)) == errno.EFAULT
+        assert failing(os.pread, fd, 1, 1 << 50) == errno.EFAULT  # not canonical
+        assert failing(os.pread, fd, 1, LAST - 2) == errno.EFAULT  # the highest there is
+        assert os.pwrite(fd, b"xyz", offset(HIGH + 0xFFE)) == 3  # the second page is read-only
+        assert os.pwrite(fd, bytes(0x1000), offset(HIGH + 0x1800)) == 0x800
+        assert failing(os.pwrite, fd, b"a", offset(HIGH + 0x2000)) == errno.EFAULT
+        assert vm.read("error") == f"virt: {HIGH + 0x2000:#x} is not mapped to RAM\n"
+    finally:
+        os.close(fd)
+    with open(vm / "mem", "rb") as ram:
+        ram.seek(0x200FFC)
+        assert ram.read(4) == b"cdxy"
+        ram.seek(0x300000)
+        assert ram.read(2) == b"zH"
+
+
+def test_virt_by_dd(long_vm):
+    poke(long_vm, 0x200FF0, b"0123456789abcdef")
+    at = f"$((0x{HIGH + 0xFF4:x} & 0x7fffffffffffffff))"
+    done = shell(long_vm, f"dd if=virt bs=1 count=4 skip={at} status=none")
+    assert (done.stdout, done.stderr) == ("4567", "")
+    done = shell(long_vm, f"printf XY | dd of=virt bs=1 seek={at} status=none conv=notrunc")
+    assert done.returncode == 0, done.stderr
+    done = shell(long_vm, "od -An -c -j $((0x200ff0)) -N 8 virt")
+    assert done.stdout.split() == list("0123XY67")
+
+
+def test_without_paging_virt_is_physical(vm):
+    poke(vm, 0x12345, b"here")
+    fd = os.open(vm / "virt", os.O_RDONLY)
+    assert os.pread(fd, 4, 0x12345) == b"here"
+    assert len(os.pread(fd, 8192, (128 << 20) - 16)) == 16
+    assert failing(os.pread, fd, 1, 128 << 20) == errno.EFAULT
+    assert failing(os.pread, fd, 1, 1 << 32) == errno.EFAULT
+    os.close(fd)
+
+
+def test_code_written_through_virt_is_what_runs(long_vm):
+    vm = long_vm
+    poke(vm, 0x1000, bytes.fromhex("b042 e680 ebfa"))  # l: mov al, 0x42; out 0x80, al; jmp l
+    assert "data=0x42" in vm.run()
+    fd = os.open(vm / "virt", os.O_WRONLY)
+    os.pwrite(fd, b"\x43", 0x1001)
+    os.close(fd)
+    assert "data=0x43" in vm.run()
+
+
+def test_virt_of_a_running_machine(long_vm):
+    vm = long_vm
+    poke(vm, 0x1000, bytes.fromhex("48ff0425 00202000 ebf6"))  # l: inc qword [0x202000]; jmp l
+    vm.write("state", "run")
+    fd = os.open(vm / "virt", os.O_RDWR)
+    try:
+        first = struct.unpack("<Q", os.pread(fd, 8, 0x202000))[0]
+        os.pwrite(fd, struct.pack("<Q", 1 << 60), 0x202000)
+        assert struct.unpack("<Q", os.pread(fd, 8, 0x202000))[0] >= 1 << 60 > first
+        assert vm.is_running()
+    finally:
+        os.close(fd)
+        vm.write("state", "pause")
+
+
+# ---- pagetable
+
+
+def test_pagetable(long_vm):
+    lines = long_vm.read("pagetable").splitlines()
+    assert lines[0].split()[:5] == ["0000000000000000-0000000100000000", "rwxu", "4194304K", "0x0", "2M"]
+    assert [line.split()[:5] for line in lines[1:]] == [
+        ["ffffffff80000000-ffffffff80001000", "rwx-", "4K", "0x200000", "4K"],
+        ["ffffffff80001000-ffffffff80002000", "r---", "4K", "0x300000", "4K"],
+        ["ffffffff80003000-ffffffff80004000", "rwx-", "4K", "0x400000", "4K"],
+    ]
+
+
+def test_pagetable_without_paging_says_so(vm):
+    assert vm.read("pagetable") == "# paging is off: linear addresses are physical\n"
+    assert (vm / "cpu0" / "pagetable").read_text() == vm.read("pagetable")
+
+
+def test_a_table_that_contains_itself_is_cut_off(long_vm):
+    """All 512 entries of the top table lead to itself: 2^36 pages, by what the CPU makes of it."""
+    poke(long_vm, TABLES, struct.pack("<Q", TABLES | 3) * 512)
+    text = long_vm.read("pagetable")
+    assert text.splitlines()[-1].startswith("# cut off: ")
+    assert len(text) < 32 << 20
+
+
+# ---- disasm and stack
+
+
+def test_disasm_follows_the_mode(vm):
+    vm.load("b8 3412 e8 0500 90 eb fe f4 90 c3")
+    vm.write("symbols", MAP)
+    vm.write("disasm", "rip 4")
+    assert vm.read("disasm").splitlines() == [
+        "0x00001000 <start>: b8 34 12                 mov ax, 0x1234",
+        "0x00001003 <start+0x3>: e8 05 00                 call 0x100b <helper+0x6>",
+        "0x00001006 <helper+0x1>: 90                       nop",
+        "0x00001007 <helper+0x2>: eb fe                    jmp 0x1007 <helper+0x2>",
+    ]
+    for mode, text in (("protected", "mov eax, 0x5e81234"), ("long", "mov eax, 0x5e81234")):
+        vm.write("mode", mode)
+        vm.write("reg/rip", "0x1000")
+        assert text in vm.read("disasm").splitlines()[0]
+    vm.write("disasm", "helper+2 1")
+    assert vm.read("disasm").endswith(": eb fe                    jmp 0x1007 <helper+0x2>\n")
+    assert failing(vm.write, "disasm", "nobody") == errno.EINVAL
+    assert vm.read("error") == "disasm: ADDR: no symbol 'nobody'\n"
+
+
+def test_disasm_ends_where_memory_ends(long_vm):
+    long_vm.write("disasm", f"{HIGH + 0x1FFE:#x} 4")
+    poke(long_vm, 0x300FFE, b"\x90\x90")
+    *_, last = long_vm.read("disasm").splitlines()
+    assert last == f"# {HIGH + 0x2000:#x} is not mapped to RAM"
+
+
+def test_stack_with_frame_pointers(long_vm):
+    """start calls helper with a frame, helper calls leaf with a frame, leaf halts."""
+    vm = long_vm
+    code = {
+        0x1000: "e8 0b000000 f4",  # call 0x1010; hlt
+        0x1010: "55 4889e5 e8 17000000 5d c3",  # push rbp; mov rbp, rsp; call 0x1030; pop rbp; ret
+        0x1030: "55 4889e5 f4",  # push rbp; mov rbp, rsp; hlt
+    }
+    for at, text in code.items():
+        poke(vm, at, bytes.fromhex(text))
+    poke(vm, 0x9000, struct.pack("<Q", 0x1005))  # looks like a return address, and is none
+    vm.write("symbols", "1000 T start\n1010 T middle\n1030 T leaf\n")
+    assert vm.run().startswith("hlt")
+    assert vm.read("stack").splitlines() == [
+        "#0 0x0000000000001035 leaf+0x5",
+        "#1 0x0000000000001019 middle+0x9 at 0x8fe8",
+        "#2 0x0000000000001005 start+0x5 at 0x8ff8",
+        "?  0x0000000000001005 start+0x5 at 0x9000",
+    ]
+
+
+# ---- core
+
+
+def test_the_size_of_a_core_is_that_of_ram_and_its_headers(vm):
+    assert (vm / "core").stat().st_size == (8 << 20) + (128 << 20)
+    assert failing(os.open, vm / "core", os.O_RDWR) == errno.EACCES
+
+
+def gdb(vm, *commands: str) -> str:
+    if not shutil.which("gdb"):
+        pytest.skip("no gdb: install gdb")
+    words = [word for command in commands for word in ("-ex", command)]
+    done = subprocess.run(
+        ["gdb", "-nx", "-batch", *words, "-c", vm / "core"], capture_output=True, text=True, timeout=60
+    )
+    return done.stdout + done.stderr
+
+
+def test_gdb_reads_registers_and_linear_memory_of_a_core(long_vm):
+    vm = long_vm
+    poke(vm, 0x200FF8, struct.pack("<Q", 0x1122334455667788))
+    poke(vm, 0x300000, struct.pack("<Q", 0xAABBCCDD))
+    vm.write(
+        "registers",
+        "rax 0x1234567\nr15 0xfedcba\nrflags 0x202\nxmm3 0x2a\nst0 0x3fff8000000000000000\nftw 1\n",
+    )
+    shown = gdb(
+        vm,
+        "p/x $rax", "p/x $r15", "p/x $rip", "p/x $eflags", "p $xmm3.uint128", "p $st0", "p/x $cs",
+        f"x/2gx {HIGH + 0xFF8:#x}", "x/gx 0x8000000000300000", f"x/x {HIGH + 0x2000:#x}",
+    )  # fmt: skip
+    for line in (
+        "$1 = 0x1234567", "$2 = 0xfedcba", "$3 = 0x1000", "$4 = 0x202", "$5 = 42", "$6 = 1", "$7 = 0x8",
+        f"{HIGH + 0xFF8:#x}:\t0x1122334455667788\t0x00000000aabbccdd", "0x8000000000300000:\t0x00000000aabbccdd",
+    ):  # fmt: skip
+        assert line in shown, shown
+    assert f"Cannot access memory at address {HIGH + 0x2000:#x}" in shown
+
+
+def test_gdb_reads_a_core_without_paging(vm):
+    vm.load("f4")
+    assert "=> 0x1000:\thlt" in gdb(vm, "x/i $pc")
+
+
+def test_a_core_is_what_readelf_takes_it_for(long_vm):
+    done = subprocess.run(["readelf", "-hlnW", long_vm / "core"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "CORE (Core file)" in done.stdout
+    assert "NT_PRSTATUS" in done.stdout and "QEMU" in done.stdout
+    loads = [line.split() for line in done.stdout.splitlines() if line.lstrip().startswith("LOAD")]
+    assert [int(word, 16) for word in loads[-1][1:4]] == [0xC00000, HIGH + 0x3000, 0x400000]
+
+
+def test_a_core_that_was_copied_is_a_core(vm, tmp_path):
+    vm.load("f4")
+    subprocess.run(["cp", "--sparse=always", vm / "core", tmp_path / "core"], check=True)
+    copied = (tmp_path / "core").stat()
+    assert copied.st_size == (vm / "core").stat().st_size and copied.st_blocks * 512 < 1 << 20
+    with open(tmp_path / "core", "rb") as file:
+        file.seek((8 << 20) + 0x1000)
+        assert file.read(1) == b"\xf4"
+
+
+def test_the_header_of_a_core_is_of_one_moment(vm):
+    with open(vm / "core", "rb", buffering=0) as one:
+        before = one.read(4096)
+        vm.write("reg/rax", "0x77")
+        one.seek(0)
+        assert one.read(4096) == before
+    with open(vm / "core", "rb", buffering=0) as other:
+        assert other.read(4096) != before
+
+
+def test_drgn_reads_a_core(long_vm):
+    """With what Linux would have left in RAM, for drgn takes cores of Linux only."""
+    pytest.importorskip("drgn", reason="no drgn: pip install drgn")
+    poke(long_vm, 0x200000, b"paged")
+    info = (
+        f"OSRELEASE=6.1.0-test\nPAGESIZE=4096\nSYMBOL(swapper_pg_dir)={TABLES:x}\nKERNELOFFSET=0\n".encode()
+    )
+    info += b"NUMBER(phys_base)=0\nNUMBER(pgtable_l5_enabled)=0\n"
+    poke(long_vm, 0x280004, struct.pack("<3I", 11, len(info), 0) + b"VMCOREINFO\0\0" + info)
+    script = (
+        "import drgn, sys; p = drgn.Program(); p.set_core_dump(sys.argv[1]); "
+        f"print(p.read({HIGH:#x}, 5).decode(), p.read(0x200000, 5, physical=True).decode(), p.flags)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, long_vm / "core"], capture_output=True, text=True)
+    assert done.stdout.startswith("paged paged ") and "IS_LINUX_KERNEL" in done.stdout, done.stderr
