@@ -182,15 +182,25 @@ static unsigned piece_of(unsigned done, unsigned bytes)
     return bytes - done < PIECE ? bytes - done : PIECE;
 }
 
+/* Where it begins: with EFLAGS.AC at a multiple of its words, 2 or 4 bytes (Intel SDM 3A table 6-7). */
+static u64 image_at(struct vcpu *c, const struct record *r, unsigned bytes, unsigned access)
+{
+    u64 at = mem_linear(c, r, bytes, access);
+    bool is_canonical = !(c->key & KEY_CODE64) || canonical(c, at);
+    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && at & (r->size == 1 ? 1 : 3) && is_canonical))
+        raise_error(c, r, VECTOR_AC, 0);
+    return at;
+}
+
 static void read_image(struct vcpu *c, const struct record *r, struct image *image, unsigned bytes)
 {
-    u64 at = mem_linear(c, r, bytes, ACCESS_READ);
+    u64 at = image_at(c, r, bytes, ACCESS_READ);
     for (unsigned done = 0; done < bytes; done += PIECE)
         mmu_read(c, (at + done) & c->linear_mask, image->bytes + done, piece_of(done, bytes), ACCESS_READ);
 }
 static void write_image(struct vcpu *c, const struct record *r, const struct image *image, unsigned bytes)
 {
-    u64 at = mem_linear(c, r, bytes, ACCESS_WRITE);
+    u64 at = image_at(c, r, bytes, ACCESS_WRITE);
     for (unsigned done = 0; done < bytes; done += PIECE)
         mmu_check_write(c, (at + done) & c->linear_mask, piece_of(done, bytes), ACCESS_WRITE);
     for (unsigned done = 0; done < bytes; done += PIECE)
