@@ -486,12 +486,12 @@ class Vm:
         """Plug the device that `make` makes into the PCI bus. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
-            device = make(board)
-            try:
-                board.pci.plug(device)
-            except BaseException:
-                device.close()
-                raise
+            board.pci.plug(make(board))
+
+    def check_attachable(self) -> None:
+        """Raises what `attach` would, before anything is opened for it."""
+        with self._lock:
+            self._changeable_board()
 
     def detach(self, device: Device) -> None:
         """Take a device out that `attach` has put in. Before the first run, else Busy."""

@@ -14,69 +14,130 @@ from typing import TYPE_CHECKING, Any
 
 from vmfs.devices.machine import Pc
 from vmfs.devices.pci import PciDevice
+from vmfs.devices.virtio.backends import Passt, open_tap
+from vmfs.devices.virtio.block import Block
+from vmfs.devices.virtio.disk import open_disk
+from vmfs.devices.virtio.net import Net
+from vmfs.devices.virtio.rng import Rng
 from vmfs.errors import Invalid
 
 if TYPE_CHECKING:
     from vmfs.vm import Vm
 
-Opener = Callable[[str, int], int]  # path, flags -> descriptor, with the rights of who asks
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Whoever has written the line: `do` does a piece of work with its rights, `open` is open(2) for within it, and
+    `who` has its `uid`, `gid` and `groups`."""
+
+    do: Callable[[Callable[[], Any]], Any]
+    open: Callable[[str, int], int]
+    who: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A line, with what it takes to fulfil it: `open` opens paths as the writer, whose credentials are `who`."""
+    """Where the device goes, and the words of the line behind its kind."""
 
     board: Pc
     name: str
     slot: int
     words: list[str]
-    open: Opener
-    who: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`usage` without the kind; `least` and `most` words; `make` gives the device, not plugged in."""
+    """`usage` is the line; `least` and `most` are how many words may follow the kind.
+
+    `acquire` gets what the host has to give, as the writer and with no lock held; `make` makes the device of it.
+    """
 
     usage: str
     least: int
     most: int
-    make: Callable[[Request], PciDevice]
+    acquire: Callable[[Writer, list[str]], Any]
+    make: Callable[[Request, Any], PciDevice]
 
 
-ATTACHABLE: Mapping[str, Row] = {}
+def _open_disk(writer: Writer, words: list[str]) -> Any:
+    path, mode = words[0], words[1] if len(words) > 1 else "rw"
+    if mode not in ("ro", "rw", "cow"):
+        raise Invalid(f"dev/add: a disk is ro, rw or cow, not {mode[:20]!r}")
+    flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
+    disk = open_disk(writer.do(lambda: writer.open(path, flags)), mode)
+    return disk, path
 
 
-def attach(vm: Vm, text: str, open_: Opener, who: Any) -> None:
+def _open_net(writer: Writer, words: list[str]) -> Any:
+    kind, rest = words[0], words[1:]
+    if kind == "user":
+        who = writer.who
+        writer.do(lambda: None)  # whether the server can be the writer at all
+        return Passt(uid=who.uid, gid=who.gid, groups=who.groups, options=tuple(rest))
+    if kind == "tap" and len(rest) == 1:
+        return writer.do(lambda: open_tap(writer.open("/dev/net/tun", os.O_RDWR), rest[0]))
+    raise Invalid(f"dev/add: it is `{ATTACHABLE['net'].usage}`")
+
+
+def _mac(request: Request) -> bytes:
+    """Locally administered, and its own for each slot of each process."""
+    return bytes((0x52, 0x54, 0x00, os.getpid() >> 8 & 0xFF, os.getpid() & 0xFF, request.slot))
+
+
+ATTACHABLE: Mapping[str, Row] = {
+    "blk": Row(
+        "blk PATH [ro|rw|cow]",
+        1,
+        2,
+        _open_disk,
+        lambda request, disk: Block(request.board, request.name, request.slot, disk[0]),
+    ),
+    "net": Row(
+        "net user [OPTION...]|tap NAME",
+        1,
+        32,
+        _open_net,
+        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac(request)),
+    ),
+    "rng": Row("rng", 0, 0, lambda writer, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
+}
+
+
+def attach(vm: Vm, text: str, writer: Writer) -> None:
     """Do what a line says. Busy after the first run; Invalid for what does not parse."""
     if len(text.splitlines()) != 1:
-        raise Invalid("dev/add takes one line: " + usages())
+        raise Invalid(f"dev/add takes one line: {usages()}")
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise Invalid(f"dev/add: {error}") from None
     if not words or words[0] not in ATTACHABLE:
-        raise Invalid(f"dev/add: there is no {(words or [''])[0][:40]!r}: " + usages())
+        raise Invalid(f"dev/add: there is no {(words or [''])[0][:40]!r}: {usages()}")
     kind, arguments = words[0], words[1:]
     row = ATTACHABLE[kind]
     if not row.least <= len(arguments) <= row.most:
-        raise Invalid(f"dev/add: it is `{kind} {row.usage}`")
+        raise Invalid(f"dev/add: it is `{row.usage}`")
+    vm.check_attachable()
+    resource = row.acquire(writer, arguments)
 
     def make(board: Pc) -> PciDevice:
         number = 0
         while f"{kind}{number}" in board.devices:
             number += 1
-        return row.make(Request(board, f"{kind}{number}", board.pci.free_slot(), arguments, open_, who))
+        return row.make(Request(board, f"{kind}{number}", board.pci.free_slot(), arguments), resource)
 
-    vm.attach(make)
+    try:
+        vm.attach(make)
+    except BaseException:
+        _close(resource)
+        raise
+
+
+def _close(resource: Any) -> None:
+    one = resource[0] if isinstance(resource, tuple) else resource
+    if one is not None:
+        one.close()
 
 
 def usages() -> str:
-    return ", ".join(f"`{kind} {row.usage}`".replace(" `", "`") for kind, row in ATTACHABLE.items())
-
-
-def close_quietly(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError:
-        pass
+    return ", ".join(f"`{row.usage}`" for row in ATTACHABLE.values())

@@ -11,12 +11,12 @@ from typing import Any
 
 import trio
 
-from vmfs.devices.attach import attach
+from vmfs.devices.attach import Writer, attach
 from vmfs.devices.device import Device
 from vmfs.errors import NotPermitted, Unsupported
 from vmfs.fs.inodes import Directory, File, Handle, Kind, Node, Scope
 from vmfs.fs.kinds import Text, decoded
-from vmfs.fs.rights import credentials_of, open_as
+from vmfs.fs.rights import as_user, credentials_of, open_path
 from vmfs.fs.scopes import MachineScope
 
 
@@ -99,7 +99,7 @@ class _AddHandle(Handle):
         text, vm, who = decoded(data), self.scope.vm, self._who
 
         def work() -> None:  # in a thread: a path may be on a slow file system
-            attach(vm, text, lambda path, flags: open_as(who, path, flags), who)
+            attach(vm, text, Writer(lambda task: as_user(who, task), open_path, who))
 
         await trio.to_thread.run_sync(work)
         return len(data)

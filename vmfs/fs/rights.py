@@ -1,9 +1,9 @@
 """Host paths that a write names are opened with the writer's rights, never with the server's.
 
-The kernel checks a path by the file system uid, gid and groups of the thread that opens it (setfsuid(2)), and takes
-the capabilities that override permissions from a thread whose fsuid stops being 0. So a thread of its own becomes the
-writer in that sense, opens, and ends. Who the writer is, is looked up in /proc when the command file is opened: its
-opener waits for the answer then, so the process is there and is the right one.
+So is whatever else a write asks of the host. A thread of its own becomes the writer (setresuid(2) and its siblings as
+raw system calls, which act on one thread and take its capabilities), does the work, and ends. Who the writer is, is
+looked up in /proc when the command file is opened: its opener waits for the answer then, so the process is there
+and is the right one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import ctypes
 import errno
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vmfs.errors import Invalid, NotPermitted, VmfsError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # Raw system calls act on the calling thread; glibc's wrappers act on all threads. x86-64 numbers.
-_SETGROUPS, _SETFSUID, _SETFSGID = 116, 122, 123
+_SETGROUPS, _SETRESUID, _SETRESGID = 116, 117, 119
+
+T = TypeVar("T")
 
 
 class HostError(VmfsError):
@@ -45,48 +50,55 @@ def credentials_of(pid: int) -> Credentials | None:
         return None
 
 
-def open_as(who: Credentials | None, path: str, flags: int) -> int:
-    """open(2) of an absolute path as `who`. Blocks; never on a FIFO.
+def as_user(who: Credentials | None, work: Callable[[], T]) -> T:
+    """What `work` returns, or raises, when `who` does it. Blocks.
 
-    HostError with open's errno; NotPermitted where the server cannot take the writer's place.
+    NotPermitted where the server cannot take the writer's place.
     """
-    if not path.startswith("/"):
-        raise Invalid(f"{path[:200]!r} is not an absolute path")
-    if "\0" in path:
-        raise Invalid("there is a NUL in the path")
     if who is None:
-        raise NotPermitted("the writer is not to be seen in /proc: a path cannot be opened for it")
-    result: list[int | OSError] = []
+        raise NotPermitted("the writer is not to be seen in /proc: nothing of the host can be opened for it")
+    future: Future[T] = Future()
 
-    def work() -> None:
+    def run() -> None:
         try:
             _become(who)
-            result.append(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY))
-        except OSError as error:
-            result.append(error)
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, name="vmfs-open")
+    thread = threading.Thread(target=run, name="vmfs-as-user")
     thread.start()
     thread.join()
-    outcome = result[0]
-    if isinstance(outcome, OSError):
-        failure = HostError(f"{path}: {os.strerror(outcome.errno or errno.EIO)}")
-        failure.errno = outcome.errno or errno.EIO
-        raise failure
-    return outcome
+    return future.result()
+
+
+def open_path(path: str, flags: int) -> int:
+    """open(2) of an absolute path, by whoever calls; never blocks on a FIFO. HostError with open's errno."""
+    if not path.startswith("/") or "\0" in path:
+        raise Invalid(f"{path[:200]!r} is not an absolute path")
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        failure = HostError(f"{path}: {os.strerror(error.errno or errno.EIO)}")
+        failure.errno = error.errno or errno.EIO
+        raise failure from None
 
 
 def _become(who: Credentials) -> None:
-    """This thread checks paths as `who` from now on."""
-    if (os.geteuid(), os.getegid()) == (who.uid, who.gid) and who.uid != 0:
-        return
+    """This thread is `who` from now on."""
+    if os.geteuid() == who.uid:
+        if who.uid == 0 and os.getegid() == who.gid:
+            return
+        if who.uid != 0:
+            return  # the server's own user
     if os.geteuid() != 0:
-        raise PermissionError(errno.EPERM, "the server is another user")
+        raise NotPermitted("the server is another user: nothing of the host can be opened for the writer")
     groups = (ctypes.c_uint32 * len(who.groups))(*who.groups)
-    if _LIBC.syscall(_SETGROUPS, ctypes.c_size_t(len(who.groups)), groups) != 0:
-        raise PermissionError(ctypes.get_errno(), "setgroups")
-    # They return the id before; asked for an id that is none, they change nothing.
-    for number, wanted in ((_SETFSGID, who.gid), (_SETFSUID, who.uid)):
-        _LIBC.syscall(number, ctypes.c_uint32(wanted))
-        if _LIBC.syscall(number, ctypes.c_uint32(0xFFFF_FFFF)) != wanted:
-            raise PermissionError(errno.EPERM, "setfsuid")
+    uid, gid = ctypes.c_uint32(who.uid), ctypes.c_uint32(who.gid)
+    for call in (
+        (_SETGROUPS, ctypes.c_size_t(len(who.groups)), groups),
+        (_SETRESGID, gid, gid, gid),
+        (_SETRESUID, uid, uid, uid),
+    ):
+        if _LIBC.syscall(*call) != 0:
+            raise NotPermitted(f"the server cannot take the writer's place: {os.strerror(ctypes.get_errno())}")
