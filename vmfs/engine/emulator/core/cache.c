@@ -14,6 +14,7 @@
 
 #include "memory.h"
 #include "opcodes.h"
+#include "tracer.h"
 
 enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12 };
 
@@ -322,8 +323,13 @@ void decode_alone(struct vcpu *c, struct record *r)
     bool ends, crosses;
     u64 ip = c->gpr[GPR_IP];
     fetch_first(c, ip, &f);
-    unsigned length = decode_at(c, &f, ip, 0, 0, r, &ends, &crosses);
-    r->left = 0;
+    struct record *instruction = c->key & KEY_TRACED ? r + 1 : r;
+    unsigned length = decode_at(c, &f, ip, 0, 0, instruction, &ends, &crosses);
+    instruction->left = 0;
+    if (instruction != r) {
+        tracer_prologue(instruction, r);
+        r = instruction;
+    }
     memset(r + 1, 0, sizeof *r);
     r[1].run = op_end_alone;
     r[1].at = (u8)length;
@@ -331,11 +337,12 @@ void decode_alone(struct vcpu *c, struct record *r)
 
 static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
 {
-    if (c->cache->used + sizeof(struct trace) + (TRACE_RECORDS + 1) * sizeof(struct record) + TRACE_BYTES +
+    if (c->cache->used + sizeof(struct trace) + (2 * TRACE_RECORDS + 1) * sizeof(struct record) + TRACE_BYTES +
             2 * sizeof(struct code_page) + 256 > ARENA_SIZE)
         cache_flush(c);
     struct trace *t = (struct trace *)(c->cache->arena + c->cache->used);
-    unsigned offset = 0, count = 0;
+    unsigned offset = 0, count = 0, used = 0;
+    bool traced = c->key & KEY_TRACED;
     bool ends = false, crosses = false, stops = has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff;
     while (!ends && !crosses && count < TRACE_RECORDS && offset + 15 <= TRACE_BYTES && offset < f->first) {
         u64 here = ip_mask(c, ip + offset);
@@ -343,19 +350,24 @@ static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
             break;
         if (stops && is_breakpoint(c, code_linear(c, here)))
             break;
-        unsigned length = decode_at(c, f, here, offset, offset, &t->records[count], &ends, &crosses);
+        unsigned length = decode_at(c, f, here, offset, offset, &t->records[used + traced], &ends, &crosses);
         if (!length)
             break;
+        if (traced) {
+            tracer_prologue(&t->records[used + 1], &t->records[used]);
+            used++;
+        }
+        used++;
         offset += length;
         count++;
     }
-    struct record *last = &t->records[count];
+    struct record *last = &t->records[used];
     memset(last, 0, sizeof *last);
     last->run = count ? op_end : op_breakpoint;
     last->at = (u8)offset;
     last->size = c->key & KEY_CODE64 ? 3 : c->key & KEY_CODE32 ? 2 : 1;
-    for (unsigned i = 0; i < count; i++)
-        t->records[i].left = (u8)(count - 1 - i);
+    for (unsigned i = 0; i < used; i++)
+        t->records[i].left = (u8)(count - 1 - (traced ? i / 2 : i));
     t->ip = ip;
     t->key = c->key;
     t->physical[0] = f->physical[0];
@@ -367,13 +379,14 @@ static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
     if (t->bytes == t->first_bytes)
         t->physical[1] = ~0ull; /* it raised before it needed the second page */
     t->count = count;
+    t->ending = used;
     t->checked = c->run_count;
     t->dead = false;
     u8 *copy = (u8 *)(last + 1);
     memcpy(copy, t->host[0], t->first_bytes);
     if (t->physical[1] != ~0ull)
         memcpy(copy + t->first_bytes, t->host[1], t->bytes - t->first_bytes);
-    arena_take(c, sizeof *t + (count + 1) * sizeof(struct record) + t->bytes);
+    arena_take(c, sizeof *t + (used + 1) * sizeof(struct record) + t->bytes);
     struct trace **bucket = &c->cache->buckets[bucket_of(t->physical[0], t->key)];
     t->bucket_next = *bucket;
     *bucket = t;
@@ -386,7 +399,7 @@ static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
 
 static bool bytes_unchanged(const struct trace *t)
 {
-    const u8 *copy = (const u8 *)&t->records[t->count + 1];
+    const u8 *copy = (const u8 *)&t->records[t->ending + 1];
     return !memcmp(copy, t->host[0], t->first_bytes) &&
            (t->physical[1] == ~0ull || !memcmp(copy + t->first_bytes, t->host[1], t->bytes - t->first_bytes));
 }

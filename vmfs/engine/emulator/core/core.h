@@ -135,6 +135,45 @@ enum { REACHED_MOST = 64 };
 /* With EXIT_DEBUG: the other stops that were reached at the same time, up to REACHED_MOST. Valid until the next run. */
 size_t vcpu_also(const struct vcpu *c, const struct vcpu_exit **others);
 
+/* ---- Tracing ------------------------------------------------------------------------------------------------------ */
+
+/* Kinds of records. INSN: a straight run of up to 16 instructions, or a repeated string instruction; AT: where what follows
+ * happened, if no INSN says it; DROPPED: so many are missing. EXIT is never made here. */
+enum core_trace_kind {
+    CORE_TRACE_INSN = 1, CORE_TRACE_MEM, CORE_TRACE_EXCEPTION, CORE_TRACE_INTERRUPT, CORE_TRACE_EXIT, CORE_TRACE_AT,
+    CORE_TRACE_DROPPED,
+};
+enum { /* flags */
+    CORE_TRACE_WRITE = 1, CORE_TRACE_IMPLICIT = 2 /* by the CPU itself: tables, stack frames of events */,
+    CORE_TRACE_MORE = 4 /* the access goes on in the next record */, CORE_TRACE_ERROR_CODE = 8, CORE_TRACE_NMI = 16,
+    CORE_TRACE_SOFTWARE = 32 /* INT n */,
+};
+/* Of 32 bytes, little-endian: struct vmfs_trace of vmfs.h, where it is documented. */
+struct core_trace_record {
+    uint8_t kind, flags;
+    uint16_t size;
+    uint32_t code;
+    union {
+        struct { uint64_t number, address, lengths; } insn;
+        struct { uint64_t address; uint8_t value[16]; } mem;
+    };
+};
+enum { CORE_TRACE_USER = 1, CORE_TRACE_KERNEL = 2, CORE_TRACE_REAL = 4, CORE_TRACE_PROTECTED = 8, CORE_TRACE_LONG = 16 };
+struct core_trace {
+    uint32_t kinds;             /* 1 << CORE_TRACE_INSN, _MEM, _EXCEPTION, _INTERRUPT */
+    uint32_t modes;             /* in which CPL and mode: CORE_TRACE_USER ... */
+    uint64_t first, last;       /* linear addresses of the instructions that do it */
+    uint64_t data_first, data_last; /* of memory accesses: linear addresses */
+};
+/* Called in the thread of vcpu_run, between two instructions: when the buffer is nearly full, at the end of the run, and at
+ * times in between. It may take its time, and must not call functions of this CPU but vcpu_kick. `events`: how many
+ * instructions, accesses, exceptions and interrupts the records are. `ended`: the run has. */
+typedef void core_trace_deliver(void *argument, const struct core_trace_record *records, size_t count, uint64_t events,
+                                bool ended);
+/* What the CPU does from now on; NULL or no kinds: nothing. Not while it runs. Records not yet delivered are lost when it is
+ * switched off (there are none behind a run). -ENOMEM. */
+int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_deliver *deliver, void *argument);
+
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 
 struct vcpu_counters {

@@ -1,4 +1,5 @@
 /* Delivery of exceptions and interrupts (Intel SDM 3A chapter 6, 20.1.4 real mode, 20.3 virtual-8086). */
+#include "tracer.h"
 #include "transfer.h"
 
 void escape(struct vcpu *c, enum escape how) { longjmp(c->escape, how); }
@@ -239,6 +240,12 @@ static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool 
 void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error)
 {
     c->now = NULL;
+    if (c->tracer) {
+        bool exception = kind == EVENT_EXCEPTION;
+        tracer_event(c, exception ? TRACER_EXCEPTION : kind != EVENT_EXTERNAL ? TRACER_SOFTWARE :
+                     vector == VECTOR_NMI && c->nmi_masked ? TRACER_NMI : TRACER_EXTERNAL,
+                     vector, has_error, error, exception && vector == VECTOR_PF ? c->cr2 : 0);
+    }
     deliver_from(c, vector, kind, has_error, error, c->gpr[GPR_IP]);
 }
 
@@ -247,6 +254,8 @@ void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, e
     c->now = r;
     if (has_stops(c, STOP_VECTOR) && catches(c, vector, false, retired_at(c, r)))
         escape(c, ESCAPE_EXIT);
+    if (c->tracer)
+        tracer_event(c, TRACER_SOFTWARE, vector, false, 0, 0);
     deliver_from(c, vector, kind, false, 0, next_ip(c, r));
     if (c->now) /* else a task switch has been there */
         c->budget += r->left;
@@ -260,6 +269,8 @@ void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector)
     bool virtual = (flags >> 12 & 3) < 3;
     u32 entry = 0;
     c->now = r;
+    if (c->tracer)
+        tracer_event(c, TRACER_SOFTWARE, vector, false, 0, 0);
     mmu_read(c, vector * 4, &entry, 4, 0);
     if (virtual)
         flags = (flags & ~(u64)FLAG_IF) | FLAG_IOPL | (flags & FLAG_VIF ? FLAG_IF : 0);
@@ -278,6 +289,14 @@ void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector)
 static bool contributory(unsigned vector)
 {
     return vector == VECTOR_DE || (vector >= VECTOR_TS && vector <= VECTOR_GP);
+}
+
+/* A fault that is never delivered: a double fault or a shutdown comes of it. */
+static void trace_folded(struct vcpu *c)
+{
+    const struct fault *f = &c->fault;
+    if (c->tracer)
+        tracer_event(c, TRACER_EXCEPTION, f->vector, f->has_error && c->cr0 & CR0_PE, f->error, f->address);
 }
 
 /* What comes of c->fault, which may have been raised while another was being delivered (table 6-5). */
@@ -299,7 +318,10 @@ bool deliver_fault(struct vcpu *c)
 {
     struct fault f;
     c->counters.exceptions++;
-    if (!fault_to_deliver(c, &f))
+    bool delivered = fault_to_deliver(c, &f);
+    if (!delivered || f.vector != c->fault.vector)
+        trace_folded(c);
+    if (!delivered)
         return false;
     if (f.vector == VECTOR_PF)
         c->cr2 = f.address;

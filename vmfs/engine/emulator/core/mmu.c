@@ -1,6 +1,7 @@
 /* Paging, the TLB, and the slow path of every access (Intel SDM 3A chapter 4). */
 #include "memory.h"
 #include "opcodes.h"
+#include "tracer.h"
 
 enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80 };
 #define PTE_NX (1ull << 63)
@@ -237,7 +238,8 @@ void tlb_select(struct vcpu *c)
     unsigned table = c->cpl == 3 ? TLB_USER : c->cr4 & CR4_SMAP && ac ? TLB_SUPERVISOR_AC : TLB_SUPERVISOR;
     if (c->cpl == 3 && ac && c->cr0 & CR0_AM)
         table = TLB_NONE;
-    c->tlb = &c->tlbs[table];
+    c->map = &c->tlbs[table];
+    c->tlb = c->tracer && c->tracer->memory ? &c->tlbs[TLB_NONE] : c->map;
 }
 
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
@@ -272,7 +274,7 @@ static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear
 /* After a walk for `access`, which is allowed. */
 static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned access)
 {
-    unsigned table = (unsigned)(c->tlb - c->tlbs);
+    unsigned table = (unsigned)(c->map - c->tlbs);
     if (table == TLB_NONE)
         return;
     u64 physical = w->physical & c->vm->a20_mask;
@@ -329,8 +331,8 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
 {
     unsigned at = linear >> 12 & (TLB_SIZE - 1);
     enum tlb_kind kind = access & ACCESS_EXECUTE ? TLB_EXECUTE : access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
-    if (likely(entries(c->tlb, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
-        return c->tlb->physical[kind][at] | (linear & 0xfff);
+    if (likely(entries(c->map, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
+        return c->map->physical[kind][at] | (linear & 0xfff);
     return translate(c, linear, access);
 }
 
@@ -372,7 +374,7 @@ static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned acces
     }
     /* Intel SDM 3A table 6-7: the 10 bytes of the x87 to 8. 16 bytes: MOVUPS and its kind need not raise it. */
     unsigned alignment = bytes == 10 ? 8 : bytes <= 8 ? bytes : 1;
-    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (alignment - 1)))
+    if (unlikely(c->map == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (alignment - 1)))
         raise_error(c, c->now, VECTOR_AC, 0);
     p[0] = (struct piece){linear, mmu_translate(c, linear, access), here};
     if (here == bytes)
@@ -480,6 +482,8 @@ void mmu_read(struct vcpu *c, u64 linear, void *data, unsigned bytes, unsigned a
             read_device(c, p[i].physical, out, p[i].bytes);
         out += p[i].bytes;
     }
+    if (unlikely(c->tracer && c->tracer->memory))
+        tracer_memory(c, linear, data, bytes, false, access & ACCESS_SUPERVISOR || c->delivering >= 0);
 }
 
 void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, unsigned access)
@@ -512,6 +516,8 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
         }
         in += p[i].bytes;
     }
+    if (unlikely(c->tracer && c->tracer->memory))
+        tracer_memory(c, linear, data, bytes, true, access & ACCESS_SUPERVISOR || c->delivering >= 0);
 }
 
 COLD u64 mmu_load(struct vcpu *c, u64 linear, unsigned bytes)

@@ -28,7 +28,8 @@ typedef struct {
     VmObject *owner;
     struct vcpu *vcpu;
     int running;
-    int signalled;            /* a Python signal handler raised, in poll_signals */
+    int signalled;            /* a Python signal handler raised, in poll_signals; or the sink of the trace did */
+    PyObject *sink;           /* of the trace, or NULL */
 } VcpuObject;
 
 typedef struct {
@@ -255,6 +256,7 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
         return NULL;
     vcpu->owner = NULL;
     vcpu->running = vcpu->signalled = 0;
+    vcpu->sink = NULL;
     vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
     if (!vcpu->vcpu) {
         Py_DECREF(vcpu);
@@ -307,6 +309,7 @@ static void vcpu_dealloc(VcpuObject *self)
             vcpu_destroy(self->vcpu);
         Py_DECREF(self->owner);
     }
+    Py_XDECREF(self->sink);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -524,6 +527,40 @@ static PyObject *py_vcpu_also(VcpuObject *self, PyObject *ignored)
     return list;
 }
 
+/* In the thread of a run, without the GIL. */
+static void deliver_trace(void *argument, const struct core_trace_record *records, size_t count, uint64_t events, bool ended)
+{
+    VcpuObject *self = argument;
+    PyGILState_STATE state = PyGILState_Ensure();
+    if (!self->signalled) {
+        PyObject *result = PyObject_CallFunction(self->sink, "y#Ki", (const char *)records,
+                                                 (Py_ssize_t)(count * sizeof *records), (unsigned long long)events,
+                                                 (int)ended);
+        if (result) {
+            Py_DECREF(result);
+        } else { /* the run fails with it */
+            self->signalled = 1;
+            vcpu_kick(self->vcpu);
+        }
+    }
+    PyGILState_Release(state);
+}
+
+static PyObject *py_vcpu_set_trace(VcpuObject *self, PyObject *args)
+{
+    unsigned kinds, modes;
+    unsigned long long first, last, data_first, data_last;
+    PyObject *sink;
+    if (!vcpu_idle(self) || !PyArg_ParseTuple(args, "IIKKKKO", &kinds, &modes, &first, &last, &data_first, &data_last, &sink))
+        return NULL;
+    struct core_trace want = {kinds, modes, first, last, data_first, data_last};
+    int error = vcpu_set_trace(self->vcpu, &want, deliver_trace, self);
+    if (error)
+        return fail(error);
+    Py_XSETREF(self->sink, Py_NewRef(sink));
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
 {
     struct vcpu_counters k;
@@ -629,6 +666,9 @@ static PyMethodDef vcpu_methods[] = {
      "also() -> exit tuples of the other stops that were reached with the debug exit of the last run"},
     {"set_debug", (PyCFunction)py_vcpu_set_debug, METH_VARARGS,
      "set_debug(step, stops): stops are (kind, id, address, length, on_read, on_write)"},
+    {"set_trace", (PyCFunction)py_vcpu_set_trace, METH_VARARGS,
+     "set_trace(kinds, modes, first, last, data_first, data_last, sink): kinds and modes are bits, ranges inclusive;\n"
+     "sink(records, events, ended) is called in the run's thread; kinds 0: off"},
     {"counters", (PyCFunction)py_vcpu_counters, METH_NOARGS, "counters() -> dict"},
     {NULL, NULL, 0, NULL},
 };

@@ -9,6 +9,7 @@
 #include "flags.h"
 #include "memory.h"
 #include "opcodes.h"
+#include "tracer.h"
 
 ALWAYS_INLINE bool repeats(const struct record *r) { return r->prefix & (PREFIX_REP | PREFIX_REPNE); }
 ALWAYS_INLINE u64 address_mask(const struct record *r) { return address_masks[r->prefix & PREFIX_ADDRESS]; }
@@ -39,6 +40,8 @@ static inline void pause_repetition(struct vcpu *c, const struct record *r)
         for (;;) { \
             u64 paid_ = (u64)c->budget + 1, n_ = work(c, r, count_ < paid_ ? count_ : paid_); \
             c->budget -= (i64)n_ - 1; \
+            if (unlikely(c->key & KEY_TRACED) && n_ > 1) \
+                tracer_more(c, n_ - 1); \
             count_ -= n_; \
             set_address_register(c, r, RCX, count_); \
             if (!count_ || !(go_on)) \
@@ -48,6 +51,8 @@ static inline void pause_repetition(struct vcpu *c, const struct record *r)
                 return; \
             } \
             c->budget--; \
+            if (unlikely(c->key & KEY_TRACED)) \
+                tracer_iteration(c, r); \
         } \
     } while (0)
 

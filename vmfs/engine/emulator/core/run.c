@@ -3,6 +3,7 @@
 #include "flags.h"
 #include "memory.h"
 #include "sse.h"
+#include "tracer.h"
 #include "x87.h"
 
 #include <time.h>
@@ -163,6 +164,17 @@ void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port,
 
 /* ---- Events ------------------------------------------------------------------------------------------------------------------------- */
 
+/* Hand over the trace, between two instructions: it may run any code of the host, as host_polls. */
+static void deliver_trace(struct vcpu *c)
+{
+    if (!tracer_has(c))
+        return;
+    x87_release(c);
+    mxcsr_leave(c, MXCSR_RESET);
+    tracer_deliver(c, false);
+    mxcsr_enter(c);
+}
+
 /* True if the run is to end. */
 static bool look_around(struct vcpu *c)
 {
@@ -179,6 +191,10 @@ static bool look_around(struct vcpu *c)
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_LINES);
         chip_apply_lines(c->vm);
         chip_notify(c);
+    }
+    if (bits & ATTENTION_TRACE) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_TRACE);
+        deliver_trace(c);
     }
     if (bits & ATTENTION_INTERRUPT)
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_INTERRUPT);
@@ -283,6 +299,8 @@ static bool catches_fault(struct vcpu *c)
 
 static void after_escape(struct vcpu *c, enum escape how)
 {
+    if (c->tracer)
+        tracer_undo(c);
     undo(c);
     switch (how) {
     case ESCAPE_FAULT:
@@ -413,6 +431,7 @@ static void turn(struct vcpu *c)
         c->yielded_at = c->retired;
         clock_leave(c);
         vm_yield(c->vm);
+        deliver_trace(c);
         clock_enter(c);
         if (c->retired - c->polled_at >= POLL && host_polls(c))
             return;
@@ -436,6 +455,7 @@ static void turn(struct vcpu *c)
             return;
         }
         if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) { /* HLT, or waiting for INIT or SIPI */
+            deliver_trace(c);
             chip_wait(c);
             host_polls(c);
             return;
@@ -530,6 +550,8 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
     x87_release(c);
+    if (tracer_has(c))
+        tracer_deliver(c, true);
     clock_leave(c);
     atomic_store(&c->in_run, false);
     if (c->vm->irqchip)

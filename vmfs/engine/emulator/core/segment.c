@@ -1,6 +1,7 @@
 /* Segmentation: what follows from the segment registers and the mode, and loading data segments (Intel SDM 3A
  * chapters 3 and 5). Far transfers and task switches are in ops_system*.c. */
 #include "memory.h"
+#include "tracer.h"
 
 static bool code64(const struct vcpu *c) { return c->efer & EFER_LMA && c->seg[SEG_CS].attributes & ATTR_L; }
 
@@ -56,6 +57,8 @@ void mode_changed(struct vcpu *c)
            ((c->xcr0 & 6) == 6 ? KEY_AVX : 0);
     if (!is64)
         key |= (u64)cs->limit << KEY_LIMIT_SHIFT;
+    if (c->tracer && tracer_mode(c))
+        key |= KEY_TRACED;
     c->key = key;
     c->linear_mask = is64 ? ~0ull : 0xffffffff;
     c->stack_mask = is64 ? ~0ull : ss->attributes & ATTR_DB ? 0xffffffff : 0xffff;

@@ -130,11 +130,12 @@ struct trace {
     const u8 *host[2];        /* where its bytes are */
     u32 bytes, first_bytes;   /* all; those on the first page */
     u32 count;                /* instructions */
+    u32 ending;               /* the record that leaves, behind all others */
     u32 checked;              /* the run in which its bytes were last compared */
     bool dead;
     struct trace *bucket_next;
     struct trace *page_next[2];
-    struct record records[];  /* count + 1: the last one leaves; behind them a copy of the bytes */
+    struct record records[];  /* up to the one that leaves; behind it a copy of the bytes */
 };
 
 /* Bits of the fetch key: everything that decides how bytes decode, so that handlers need not check it. */
@@ -142,6 +143,7 @@ enum {
     KEY_CODE32 = 1, KEY_CODE64 = 2, KEY_STACK32 = 4, KEY_PROTECTED = 8 /* CR0.PE and not VM */, KEY_CPL0 = 16,
     KEY_EM = 32, KEY_TS = 64, KEY_MP = 128, KEY_OSFXSR = 256, KEY_OSXSAVE = 512, KEY_V86 = 1024,
     KEY_AVX = 2048 /* XCR0 enables it */,
+    KEY_TRACED = 4096 /* instructions have a record of op_trace before them (tracer.h) */,
     KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
 };
 
@@ -176,6 +178,7 @@ struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
 
 enum attention { /* reasons to leave the traces; bits of vcpu.attention, set by any thread */
     ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
+    ATTENTION_TRACE = 32,
 };
 enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
@@ -202,7 +205,8 @@ struct vcpu {
                                  exact between traces */
     u64 zf, sf, carries;      /* the arithmetic flags: see flags.h */
     i64 budget;               /* instructions left in this slice; a trace's are subtracted at its entry */
-    struct tlb *tlb;          /* one of tlbs */
+    struct tlb *tlb;          /* where the inline paths look: `map`, or an empty one while accesses are traced */
+    struct tlb *map;          /* one of tlbs */
     _Atomic u32 attention;
     u32 generation;           /* links and the jump cache hold for it */
     u64 key;                  /* fetch mode */
@@ -300,6 +304,8 @@ struct vcpu {
     unsigned known_mode;      /* at the last look: real, protected, long */
     _Atomic bool in_run, sleeping; /* in vcpu_run; waiting there for `attention` */
 
+    struct tracer *tracer;    /* NULL: nothing is traced */
+
     /* Caches */
     u64 linked_base;          /* links hold for this base of CS outside of 64-bit mode */
     u8 linked_cpl;            /* and outside of CPL 0 for this CPL */
@@ -309,7 +315,7 @@ struct vcpu {
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
     struct cache *cache;
-    struct record single[2];
+    struct record single[3];
     u32 run_count;
     struct vcpu_counters counters;
 

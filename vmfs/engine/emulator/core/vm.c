@@ -318,6 +318,7 @@ void vcpu_destroy(struct vcpu *c)
     c->vm->vcpus[c->index] = NULL;
     cache_destroy(c);
     free(c->stops.all);
+    free(c->tracer);
     free(c);
 }
 
