@@ -38,6 +38,7 @@ need xxd         has xxd
 need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
 need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
+need acpica-tools has iasl              # tests read the ACPI tables with it
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
