@@ -86,6 +86,7 @@ class Paging:
     huge: bool = True  # 1 GiB pages
     physical_bits: int = 52
     long: bool = False  # IA-32e mode: linear addresses have 64 bits
+    amd: bool = False  # bit 8 of a PML4E and a PML5E is reserved (APM 2 figures 5-20, 5-25), not ignored
 
     @staticmethod
     def of(cpu: States) -> Paging:
@@ -99,10 +100,9 @@ class Paging:
             kind = "5-level" if cr4 & CR4_LA57 else "4-level"
         else:
             kind = "PAE" if cr4 & CR4_PAE else "32-bit"
-        bits, huge = _cpu_limits(cpu.get_state("cpuid"))
-        return Paging(
-            cr3, kind, bool(efer & EFER_NXE), kind != "32-bit" or bool(cr4 & CR4_PSE), huge, bits, long
-        )
+        bits, huge, amd = _cpu_limits(cpu.get_state("cpuid"))
+        large = kind != "32-bit" or bool(cr4 & CR4_PSE)
+        return Paging(cr3, kind, bool(efer & EFER_NXE), large, huge, bits, long, amd)
 
     @property
     def linear_bits(self) -> int:
@@ -143,16 +143,21 @@ class Paging:
         raise AssertionError("the last level has leaves only")
 
 
-def _cpu_limits(cpuid: bytes) -> tuple[int, bool]:
-    """MAXPHYADDR, and whether there are 1 GiB pages (SDM 3A 4.1.4)."""
+def _cpu_limits(cpuid: bytes) -> tuple[int, bool, bool]:
+    """MAXPHYADDR, whether there are 1 GiB pages (SDM 3A 4.1.4), and whether it is a CPU by AMD's manual."""
     # struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, three of padding.
-    bits, huge = 36, False
-    for function, _, _, eax, _, _, edx in struct.iter_unpack("<7I12x", cpuid[8:]):
-        if function == 0x8000_0008:
+    bits, huge, amd = 36, False, False
+    for function, _, _, eax, ebx, _, edx in struct.iter_unpack("<7I12x", cpuid[8:]):
+        if function == 0:
+            amd = ebx in _AMD
+        elif function == 0x8000_0008:
             bits = eax & 0xFF or bits
         elif function == 0x8000_0001:
             huge = bool(edx & 1 << 26)
-    return min(bits, 52), huge
+    return min(bits, 52), huge, amd
+
+
+_AMD = tuple(int.from_bytes(start, "little") for start in (b"Auth", b"Hygo"))  # AuthenticAMD, HygonGenuine
 
 
 # ---- the levels of each format
@@ -226,10 +231,11 @@ def _levels(paging: Paging) -> tuple[_Level, ...]:
         )
         return pointers, directory, table
     no_huge = 0 if paging.huge else LARGE
+    upper_high = high | GLOBAL if paging.amd else high
     pointers = _Level(30, 512, 8, paging.huge, False, high | no_huge, high | 0x1FFFF << 13, ADDRESS)
-    upper = [_Level(39, 512, 8, False, False, high | LARGE, 0, ADDRESS)]
+    upper = [_Level(39, 512, 8, False, False, upper_high | LARGE, 0, ADDRESS)]
     if paging.kind == "5-level":
-        upper.insert(0, _Level(48, 512, 8, False, False, high | LARGE, 0, ADDRESS))
+        upper.insert(0, _Level(48, 512, 8, False, False, upper_high | LARGE, 0, ADDRESS))
     return (*upper, pointers, directory, table)
 
 
@@ -287,7 +293,8 @@ class _Walk:
 
     def _last(self, level: _Level, entries: memoryview, linear: int, rights: int) -> None:
         """A table of pages: runs of entries that differ in nothing but the address are taken at once."""
-        ignored = ~(ACCESSED | DIRTY | (_AVAILABLE if level.width == 8 else 0x7 << 9))
+        available = _AVAILABLE if level.width == 8 else 0x7 << 9
+        ignored = ~(ACCESSED | DIRTY | available & ~level.reserved_leaf)
         expected = -1  # what the next entry is, if the run goes on
         begin = first = every = some = 0
         for index, entry in enumerate(entries):

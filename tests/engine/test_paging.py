@@ -1,0 +1,125 @@
+"""The page tables as debug/paging.py reads them are what the CPU makes of them."""
+
+from __future__ import annotations
+
+import random
+import struct
+from itertools import pairwise
+
+import pytest
+from engine.machine import RAM, machine_on
+
+from vmfs.debug.paging import NO_EXECUTE, USER, WRITABLE, Paging, mapped_ranges
+from vmfs.errors import VmfsError
+from vmfs.memory import PAGE
+from vmfs.modes import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, set_mode
+from vmfs.registers import REGISTERS
+
+PSE, LA57, NXE = 1 << 4, 1 << 12, 1 << 11
+FORMATS = {
+    "32-bit": (0, 0, (10, 10), 4),
+    "32-bit PSE": (PSE, 0, (10, 10), 4),
+    "PAE": (CR4_PAE, 0, (2, 9, 9), 8),
+    "PAE NXE": (CR4_PAE, NXE, (2, 9, 9), 8),
+    "4-level": (CR4_PAE, EFER_LME | EFER_LMA, (9, 9, 9, 9), 8),
+    "4-level NXE": (CR4_PAE, EFER_LME | EFER_LMA | NXE, (9, 9, 9, 9), 8),
+    "5-level": (CR4_PAE | LA57, EFER_LME | EFER_LMA | NXE, (9, 9, 9, 9, 9), 8),
+}
+TABLES = range(0x10000, 0x20000, PAGE)
+USED = 6  # entries of a table that are not zero
+
+
+def enable(vm, name: str) -> Paging:
+    """Switch paging on, with the first of TABLES. Skips where the engine has no such paging."""
+    cr4, efer, _, _ = FORMATS[name]
+    set_mode(vm.vcpu, vm.ram, RAM, "long" if efer & EFER_LMA else "protected")
+    sregs = bytearray(vm.vcpu.get_state("sregs"))
+    for register, value in (("cr4", cr4), ("efer", efer), ("cr3", TABLES[0])):
+        REGISTERS[register].put(sregs, value)
+    REGISTERS["cr0"].put(sregs, REGISTERS["cr0"].get(bytes(sregs)) | CR0_PG)
+    try:
+        vm.vcpu.set_state("sregs", bytes(sregs))
+    except VmfsError as error:
+        pytest.skip(f"the engine has no {name} paging: {error}")
+    if not REGISTERS["cr0"].get(vm.vcpu.get_state("sregs")) & CR0_PG:
+        pytest.skip("this KVM drops CR0.PG outside of long mode")
+    paging = Paging.of(vm.vcpu)
+    assert paging.kind == name.split()[0]
+    return paging
+
+
+def random_entry(rng: random.Random, width: int, is_pdpte: bool) -> int:
+    """Of a table, to a table or to RAM, for RAM is where engines agree what they read."""
+    target = rng.choice(TABLES) if rng.random() < 0.85 else rng.randrange(0, RAM, PAGE)
+    entry = target | rng.choice((1, 3, 5, 7, 7, 0x67))
+    if rng.random() < 0.1:
+        entry &= ~1
+    if is_pdpte:  # what is reserved there makes MOV CR3 fault
+        return entry & ~0x1E6
+    if rng.random() < 0.3:
+        entry |= 1 << 7  # a large page, PAT, or reserved
+    if rng.random() < 0.2:
+        entry |= 1 << rng.randrange(8, 12)
+    if width == 8 and rng.random() < 0.1:
+        entry |= 1 << rng.randrange(48, 64)
+    return entry
+
+
+def fill(vm, rng: random.Random, bits: tuple[int, ...], width: int) -> list[int]:
+    """Tables that lead to each other, and addresses that their entries are for."""
+    used: dict[int, list[int]] = {}
+    for table in TABLES:
+        page = bytearray(PAGE)
+        used[table] = indices = [rng.randrange(PAGE // width) for _ in range(USED)] + [0, 1, 2, 3]
+        for index in indices:
+            entry = random_entry(rng, width, len(bits) == 3 and table == TABLES[0])
+            page[index * width : (index + 1) * width] = entry.to_bytes(width, "little")
+        vm.ram.write(table, bytes(page))
+    addresses = []
+    for _ in range(300):
+        table, address = TABLES[0], 0
+        for level_bits in bits:
+            index = rng.choice(used[table]) & ((1 << level_bits) - 1)
+            address = address << level_bits | index
+            (entry,) = struct.unpack("<I" if width == 4 else "<Q", vm.ram.read(table + index * width, width))
+            table = entry & 0xFFFFF000 if entry & 0xFFFFF000 in used else rng.choice(TABLES)
+        address = address << 12 | rng.randrange(PAGE)
+        if len(bits) > 3 and address >> (sum(bits) + 11):
+            address |= -(1 << (sum(bits) + 12)) & ((1 << 64) - 1)
+        addresses.append(address)
+    return addresses
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_address_is_mapped_where_the_engine_says(engine, name):
+    _, _, bits, width = FORMATS[name]
+    mapped = 0
+    for seed in range(8):
+        with machine_on(engine) as vm:
+            addresses = fill(vm, random.Random(f"{name} {seed}"), bits, width)
+            paging = enable(vm, name)
+            for address in addresses:
+                page = paging.translate(vm.ram, address)
+                ours = None if page is None else page.physical
+                assert ours == vm.vcpu.translate(address), f"seed {seed}: {address:#x}"
+                mapped += ours is not None
+    assert mapped > 20  # else this compares nothing
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_listed_is_what_single_addresses_give(vm, name):
+    _, _, bits, width = FORMATS[name]
+    addresses = fill(vm, random.Random(name), bits, width)
+    paging = enable(vm, name)
+    ranges = mapped_ranges(vm.ram, paging)
+    assert ranges and not ranges.cut
+    for one, other in pairwise(ranges):
+        assert one.end <= other.start
+    for address in addresses:
+        page = paging.translate(vm.ram, address)
+        found = [one for one in ranges if one.start <= address < one.end]
+        assert len(found) == (page is not None), hex(address)
+        for one in found:
+            assert page and one.physical + address - one.start == page.physical
+            assert one.page == page.size
+            assert (one.flags ^ page.flags) & (NO_EXECUTE | WRITABLE | USER) == 0
