@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from engine.asm import assemble
 from engine.machine import TestMachine
 
-from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import (
+    NO_DEBUG,
+    Breakpoint,
+    Cr3Stop,
+    DebugRequest,
+    ModeStop,
+    PortStop,
+    VectorStop,
+    Watchpoint,
+)
 from vmfs.errors import Unsupported
 
 _LABEL = re.compile(r"\{(\w+)\}")
@@ -34,6 +43,20 @@ class Run(Step):
             exit_ = machine.vcpu.run()
             assert exit_.line() == wanted
             assert exit_.rip == machine.regs()["rip"], "the exit's rip is not the one in regs"
+
+
+@dataclass(frozen=True)
+class GoOn(Step):
+    """`Run` as a part of the run before; the other stops that came at once by id."""
+
+    line: str
+    also: tuple[int, ...] = ()
+
+    def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
+        exit_ = machine.vcpu.run(goes_on=True)
+        assert exit_.line() == _LABEL.sub(lambda match: f"{labels[match[1]]:#x}", self.line)
+        assert exit_.rip == machine.regs()["rip"], "the exit's rip is not the one in regs"
+        assert tuple(stop.id for stop in getattr(exit_, "also", ())) == self.also
 
 
 @dataclass(frozen=True)
@@ -210,6 +233,7 @@ class Watch:
     address: int | str
     length: int
     access: str = "w"
+    physical: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +243,10 @@ class Debug(Step):
     step: bool = False
     breakpoints: dict[int, int | str] = field(default_factory=dict)
     watchpoints: tuple[Watch, ...] = ()
+    ports: tuple[tuple[int, int, int], ...] = ()  # id, first, last
+    vectors: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    modes: tuple[int, ...] = ()
+    cr3s: tuple[int, ...] = ()
 
     def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
         request = DebugRequest(
@@ -233,9 +261,14 @@ class Debug(Step):
                     watch.length,
                     on_read="r" in watch.access,
                     on_write="w" in watch.access,
+                    physical=watch.physical,
                 )
                 for watch in self.watchpoints
             ),
+            ports=tuple(PortStop(*ports) for ports in self.ports),
+            vectors=tuple(VectorStop(number, vectors) for number, vectors in self.vectors.items()),
+            modes=tuple(map(ModeStop, self.modes)),
+            cr3s=tuple(map(Cr3Stop, self.cr3s)),
         )
         machine.vcpu.set_debug(request)
 

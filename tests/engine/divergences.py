@@ -52,6 +52,20 @@ DIVERGENCES = (
         "handler's iret. So interrupts wait until a run that is no step.",
     ),
     Divergence(
+        "kvm-delivers-by-itself",
+        "kvm",
+        _everywhere,
+        "KVM delivers exceptions and interrupts to the guest without an exit: to catch them is refused.",
+    ),
+    Divergence(
+        "kvm-steps-see-changes",
+        "kvm",
+        _everywhere,
+        "A watchpoint beyond the debug registers is watched for by single steps. They see what an instruction "
+        "changed: a write of the value that is there already does not stop.",
+        in_cases=False,
+    ),
+    Divergence(
         "svm-shutdown-resets",
         "kvm",
         _svm,
@@ -69,7 +83,15 @@ DIVERGENCES = (
         "pvm-no-watchpoints",
         "kvm",
         is_pvm,
-        "PVM emulates the kernel, and KVM's emulator has no data breakpoints. They are refused.",
+        "PVM emulates the kernel, and KVM's emulator has no data breakpoints. Writes are watched for by single "
+        "steps, so not in user mode; reads are refused.",
+    ),
+    Divergence(
+        "pvm-steps-past-exceptions",
+        "kvm",
+        is_pvm,
+        "A step whose instruction raises an exception ends behind the first instruction of the handler, and a "
+        "step of iretq behind the instruction that it returns to. Breakpoints in debug registers stop before that, those that are watched for by steps do not.",
     ),
     Divergence(
         "pvm-dirty-log-has-code",
@@ -102,8 +124,7 @@ DIVERGENCES = (
         "pvm-shows-host-selectors",
         "kvm",
         is_pvm,
-        "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the "
-        "guest's.",
+        "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the guest's.",
     ),
 )
 

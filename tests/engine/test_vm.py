@@ -198,18 +198,16 @@ def test_a_breakpoint_set_while_it_runs(vm):
 
 
 def test_points_the_engine_cannot_watch_change_nothing(vm):
-    def too_many(points):
-        for number in range(5):
-            points = points.add_break(0x2000 + number)
-        return points
+    def with_a_catch(points):
+        return points.add_break(0x2000).add_catch((14,))
 
     try:
-        vm.set_points(too_many).result(SECONDS)
+        vm.set_points(with_a_catch).result(SECONDS)
     except Unsupported as error:
-        assert str(error)
+        assert "KVM" in str(error)
         assert len(vm.points) == 0
     else:
-        assert len(vm.points) == 5
+        assert len(vm.points) == 2
     with pytest.raises(Invalid):
         vm.set_points(lambda points: points.delete(99)).result(SECONDS)
 

@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from vmfs.engine.base import Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import Breakpoint, DebugRequest, VectorStop, Watchpoint
 from vmfs.engine.kvm import abi, call, vcpu
 from vmfs.engine.kvm.abi import ExitReason, Ioctl
 from vmfs.engine.kvm.state import HostFacts
@@ -135,7 +135,7 @@ def cpu(kvm):
         kvm.fd,
         has_irqchip=False,
         pvm=False,
-        read_memory=lambda address: None,
+        read_memory=lambda address, size: b"",
         threads=threading.local(),
         facts=HostFacts(),
     )
@@ -297,7 +297,7 @@ def test_refused_debug_changes_nothing(kvm, cpu):
     cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x5000),)))
     before = kvm.last(Ioctl.KVM_SET_GUEST_DEBUG)
     with pytest.raises(Unsupported):
-        cpu.set_debug(DebugRequest(breakpoints=tuple(Breakpoint(number, number) for number in range(5))))
+        cpu.set_debug(DebugRequest(vectors=(VectorStop(1, (14,)),)))
     with pytest.raises(Invalid):
         cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 1 << 64),)))
     assert kvm.last(Ioctl.KVM_SET_GUEST_DEBUG) == before

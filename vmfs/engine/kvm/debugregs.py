@@ -1,10 +1,11 @@
-"""What a run shall stop for, as the four debug registers of the CPU (Intel SDM 3B 18.2)."""
+"""What a run shall stop for: in the four debug registers of the CPU (Intel SDM 3B 18.2), or by steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, Watchpoint
 from vmfs.engine.kvm import abi
 from vmfs.errors import Invalid, Unsupported
 
@@ -38,15 +39,9 @@ class HardwarePoints:
         others = (slot for slot in self.slots if not (slot.kind == _RW_EXECUTE and slot.address == linear))
         return HardwarePoints(True, tuple(others), alone=True)
 
-    def breaks_at(self, linear: int) -> bool:
-        return any(slot.kind == _RW_EXECUTE and slot.address == linear for slot in self.slots)
-
-    def hit(self, dr6: int) -> Slot | None:
-        """The slot that DR6 names. B0 to B3 of registers that are not in use mean nothing."""
-        for number, slot in enumerate(self.slots):
-            if dr6 & 1 << number:
-                return slot
-        return None
+    def hit(self, dr6: int) -> tuple[Slot, ...]:
+        """The slots that DR6 names. B0 to B3 of registers that are not in use mean nothing."""
+        return tuple(slot for number, slot in enumerate(self.slots) if dr6 & 1 << number)
 
     def pack(self, extra: int = 0) -> bytes:
         """`struct kvm_guest_debug`; all zeros when there is nothing to stop for."""
@@ -66,43 +61,90 @@ class HardwarePoints:
         return abi.GUEST_DEBUG.pack(control, 0, *addresses, 0, 0, 0, dr7)
 
 
-def allocate(request: DebugRequest) -> HardwarePoints:
-    """The request in debug registers; `Unsupported` says what does not fit."""
-    slots: list[Slot] = []
-    for breakpoint_ in request.breakpoints:
-        _check_address(breakpoint_.address)
-        slots.append(Slot(breakpoint_, breakpoint_.address, _RW_EXECUTE))
-    for watch in request.watchpoints:
-        slots.extend(_watch_slots(watch))
-    if len(slots) > REGISTERS:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a request is watched for: by debug registers first, in its order, then by stepping.
+
+    `breakpoints` are all of them, by linear address; the others are those that only a look at the CPU between
+    two instructions finds. `ways`: see `Vcpu.way_of`.
+    """
+
+    hardware: HardwarePoints
+    steps: bool
+    breakpoints: Mapping[int, tuple[int, ...]]
+    watches: tuple[Watchpoint, ...]
+    modes: tuple[int, ...]
+    cr3s: tuple[int, ...]
+    ports: tuple[PortStop, ...]
+    ways: Mapping[int, str]
+
+
+def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
+    """`Unsupported` says what no way is found for. `has_watchpoints`: whether the registers can watch data."""
+    if request.vectors:
         raise Unsupported(
-            f"the break- and watchpoints need {len(slots)} debug registers, and the CPU has {REGISTERS}"
+            "catch: KVM delivers exceptions and interrupts by itself; break at the handler's address instead"
         )
-    return HardwarePoints(request.step, tuple(slots), alone=request.step)
+    slots: list[Slot] = []
+    ways: dict[int, str] = {}
+    breakpoints: dict[int, tuple[int, ...]] = {}
+    in_hardware: set[int] = set()
+    for stop in sorted((*request.breakpoints, *request.watchpoints), key=lambda stop: stop.id):
+        _check_address(stop.address + (stop.length - 1 if isinstance(stop, Watchpoint) else 0))
+        if isinstance(stop, Breakpoint):
+            if stop.address not in breakpoints and len(slots) < REGISTERS:
+                slots.append(Slot(stop, stop.address, _RW_EXECUTE))
+                in_hardware.add(stop.address)
+            breakpoints[stop.address] = (*breakpoints.get(stop.address, ()), stop.id)
+            ways[stop.id] = "hardware" if stop.address in in_hardware else "stepping"
+        else:
+            pieces = _watch_slots(stop) if has_watchpoints else None
+            if pieces is not None and len(slots) + len(pieces) <= REGISTERS:
+                slots += pieces
+                ways[stop.id] = "hardware"
+            else:
+                ways[stop.id] = "stepping"
+    watches = tuple(watch for watch in request.watchpoints if ways[watch.id] == "stepping")
+    for watch in watches:
+        if watch.on_read:
+            why = (
+                f"the debug registers that are left cannot watch {watch.length} bytes at {watch.address:#x} so"
+                if has_watchpoints
+                else "the host's KVM is PVM, without hardware"
+            )
+            raise Unsupported(f"watch: {why}, and single steps do not show reads; watch writes (w)")
+    modes, cr3s = tuple(stop.id for stop in request.modes), tuple(stop.id for stop in request.cr3s)
+    ways |= dict.fromkeys(modes + cr3s, "stepping") | {stop.id: "exits" for stop in request.ports}
+    return Plan(
+        hardware=HardwarePoints(request.step, tuple(slots), alone=request.step),
+        steps="stepping" in ways.values(),
+        breakpoints=breakpoints,
+        watches=watches,
+        modes=modes,
+        cr3s=cr3s,
+        ports=request.ports,
+        ways=ways,
+    )
 
 
-NOTHING = allocate(NO_DEBUG)
-
-
-def _watch_slots(watch: Watchpoint) -> list[Slot]:
-    """A range in naturally aligned pieces of 8, 4, 2 and 1 bytes, a register each."""
-    if watch.physical:
-        raise Unsupported("a debug register watches a linear address, not a guest-physical one")
-    if not watch.on_write:
-        raise Unsupported("a debug register cannot watch reads alone; watch rw")
+def _watch_slots(watch: Watchpoint) -> list[Slot] | None:
+    """A range in naturally aligned pieces of 8, 4, 2 and 1 bytes, a register each; None where it does not fit."""
     if watch.length < 1:
         raise Invalid("a watchpoint watches at least one byte")
-    _check_address(watch.address + watch.length - 1)
+    if watch.physical or not watch.on_write:  # they watch linear addresses, and no reads alone
+        return None
     kind = _RW_ACCESS if watch.on_read else _RW_WRITE
     slots = []
     address, left = watch.address, watch.length
-    while left and len(slots) <= REGISTERS:
+    while left and len(slots) < REGISTERS:
         size = next(size for size in (8, 4, 2, 1) if size <= left and address % size == 0)
         slots.append(Slot(watch, address, kind, _LEN[size]))
         address, left = address + size, left - size
-    if left:
-        raise Unsupported(f"a watchpoint of {watch.length} bytes needs more than {REGISTERS} debug registers")
-    return slots
+    return None if left else slots
+
+
+NO_PLAN = plan(NO_DEBUG, has_watchpoints=False)
+NOTHING = NO_PLAN.hardware
 
 
 def _check_address(address: int) -> None:

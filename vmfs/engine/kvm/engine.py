@@ -184,9 +184,7 @@ class KvmMachine(Machine):
 
     def _set_up(self) -> None:
         if self._has(Cap.KVM_CAP_SET_IDENTITY_MAP_ADDR):
-            ioctl(
-                self._fd, Ioctl.KVM_SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", IDENTITY_MAP_ADDRESS))
-            )
+            ioctl(self._fd, Ioctl.KVM_SET_IDENTITY_MAP_ADDR, bytearray(struct.pack("<Q", IDENTITY_MAP_ADDRESS)))
         if self._has(Cap.KVM_CAP_SET_TSS_ADDR):
             ioctl_long(self._fd, Ioctl.KVM_SET_TSS_ADDR, TSS_ADDRESS)
         if self._has(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
@@ -243,11 +241,7 @@ class KvmMachine(Machine):
         if offset + size > os.fstat(fd).st_size:
             raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
         for number, other in self._slots.items():
-            if (
-                number != slot
-                and guest_address < other.guest_address + other.size
-                and other.guest_address < end
-            ):
+            if number != slot and guest_address < other.guest_address + other.size and other.guest_address < end:
                 raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
 
     def _set_region(self, region: bytes) -> None:
@@ -266,12 +260,13 @@ class KvmMachine(Machine):
         )
         return bitmap.raw[: (pages + 7) // 8]
 
-    def _read_memory(self, address: int) -> int | None:
-        """The byte at a guest-physical address, or None where there is no RAM."""
+    def _read_memory(self, address: int, size: int) -> bytes:
+        """Bytes from a guest-physical address on; fewer, or none, where RAM ends."""
         for slot in self._slots.values():
             if slot.guest_address <= address < slot.guest_address + slot.size:
-                return ctypes.string_at(slot.mapping.address + address - slot.guest_address, 1)[0]
-        return None
+                size = min(size, slot.guest_address + slot.size - address)
+                return ctypes.string_at(slot.mapping.address + address - slot.guest_address, size)
+        return b""
 
     # CPUs and interrupt controllers
 

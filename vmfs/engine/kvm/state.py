@@ -58,9 +58,7 @@ class HostFacts:
 class VcpuState:
     """Gets and sets the states of VCPU_STATES on one vCPU descriptor."""
 
-    def __init__(
-        self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool, facts: HostFacts
-    ) -> None:
+    def __init__(self, index: int, fd: int, device: int, vm: int, *, has_irqchip: bool, facts: HostFacts) -> None:
         self._fd = fd
         self._device = device
         self._has_irqchip = has_irqchip
@@ -185,14 +183,10 @@ class VcpuState:
         if self._saved_msrs is None and self._has_made_cpuid:
             self._saved_msrs = self._facts.saved_msrs.get(self._has_irqchip)
         if self._saved_msrs is None:
-            indices = _accepted(
-                self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)]
-            )
+            indices = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in _msr_list(self._device)])
             # The time stamp counter takes every value, and writing it back would set it back by a little.
             values = [(index, self.get_msr(index)) for index, _zero in indices if index != _IA32_TSC]
-            writable = {index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values)} | {
-                _IA32_TSC
-            }
+            writable = {index for index, _value in _accepted(self._fd, Ioctl.KVM_SET_MSRS, values)} | {_IA32_TSC}
             self._saved_msrs = tuple(index for index, _zero in indices if index in writable)
             if self._has_made_cpuid:
                 self._facts.saved_msrs[self._has_irqchip] = self._saved_msrs

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
-from vmfs.engine.kvm import abi, debugregs
+from vmfs.engine.kvm import abi, debugregs, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.state import HostFacts, VcpuState
@@ -31,6 +31,8 @@ _EXIT_REASON = abi.RUN_EXIT_REASON // 4  # in words of 4 bytes
 _RIP = (abi.RUN_SYNC_REGS + abi.REGS_RIP) // 8  # in words of 8 bytes
 
 _HLT = 0xF4
+# PICs, PIT, port B, ELCRs: with interrupt controllers they are KVM's.
+_PORTS_OF_KVM = (0x20, 0x21, *range(0x40, 0x44), 0x61, 0xA0, 0xA1, 0x4D0, 0x4D1)
 
 # Where the bytes of the last exit's access lie in the kvm_run mapping: offset, size, whether the guest waits
 # for them. A plain tuple and no class, because one is made at each exit.
@@ -50,7 +52,7 @@ class KvmVcpu(Vcpu):
         *,
         has_irqchip: bool,
         pvm: bool,
-        read_memory: Callable[[int], int | None],
+        read_memory: Callable[[int, int], bytes],
         threads: threading.local,
         facts: HostFacts,
     ) -> None:
@@ -76,7 +78,9 @@ class KvmVcpu(Vcpu):
         self._is_fresh = False  # kvm_run says what is true now of the state
         self._completes = False  # KVM may do the rest of the last access at the next KVM_RUN
         self._stash: deque[Exit] = deque()  # exits that came while an access was completed
-        self._points = debugregs.NOTHING
+        self._plan = debugregs.NO_PLAN
+        self._passing: int | None = None  # the breakpoint there has stopped the CPU: it is no stop again
+        self._due: exits.Debug | None = None  # comes when the `in` that waits has its bytes
         self._run_page = mmap.mmap(fd, ioctl(device, Ioctl.KVM_GET_VCPU_MMAP_SIZE))
         self._words = memoryview(self._run_page).cast("I")
         self._quads = memoryview(self._run_page).cast("Q")
@@ -96,9 +100,9 @@ class KvmVcpu(Vcpu):
             return self._pop_stash()
         self._runner = threading.get_ident()
         try:
-            if self._points is debugregs.NOTHING:
+            if self._plan is debugregs.NO_PLAN:
                 return self._run_until_exit(debugregs.NOTHING)
-            return self._run_debugged()
+            return self._run_debugged(goes_on)
         finally:
             self._leave()
 
@@ -315,11 +319,9 @@ class KvmVcpu(Vcpu):
 
     def _on_debug(self, points: debugregs.HardwarePoints) -> Exit | None:
         _exception, _pad, _pc, dr6, _dr7 = abi.RUN_DEBUG.unpack_from(self._run_page, abi.RUN_UNION)
-        slot = points.hit(dr6)
-        if slot is not None:
-            watched = slot.address if slot.kind else None
-            cause = "watchpoint" if slot.kind else "breakpoint"
-            return exits.Debug(cause=cause, id=slot.point.id, addr=watched, rip=self._rip(), cpu=self.index)
+        slots = points.hit(dr6)
+        if slots:
+            return self._stopped_by(slots)
         if points.step and dr6 & debugregs.DR6_SINGLE_STEP:
             return exits.Debug(cause="step", rip=self._rip(), cpu=self.index)
         # The guest's own: KVM intercepts every #DB while it debugs. Hand it back, with DR6 as the CPU had it.
@@ -433,79 +435,192 @@ class KvmVcpu(Vcpu):
         if self._completes:
             _offset, _size, is_read = self._access
             written = b"" if is_read else self.access_data
-            self._finish_access(self._points)
+            self._finish_access(self._plan.hardware)
+            if self._due is not None:
+                self._stash.append(self._at_port(self._due))
+                self._due = None
             self._written = written
         self._is_fresh = False
 
     # Debugging
 
     def set_debug(self, request: DebugRequest) -> None:
-        points = debugregs.allocate(request)
-        if self._pvm and request.watchpoints:
-            raise Unsupported("the host's KVM is PVM, without hardware, and cannot watch data")
-        self._arm(points)
-        self._points = points if points != debugregs.NOTHING else debugregs.NOTHING
+        plan = debugregs.plan(request, has_watchpoints=not self._pvm)
+        for ports in plan.ports if self._has_irqchip else ():
+            if any(ports.first <= port <= ports.last for port in _PORTS_OF_KVM):
+                raise Unsupported(
+                    f"iobreak: ports {ports.first:#x}-{ports.last:#x} have some of the interrupt controllers "
+                    "and the timer, which KVM answers without an exit"
+                )
+        self._arm(plan.hardware)
+        self._plan = plan if plan != debugregs.NO_PLAN else debugregs.NO_PLAN
+
+    def way_of(self, id_: int) -> str:
+        return self._plan.ways.get(id_, "hardware")
 
     def _arm(self, points: debugregs.HardwarePoints, extra: int = 0) -> None:
         if points.step:
             extra |= self._step_flags
         ioctl_set(self._fd, Ioctl.KVM_SET_GUEST_DEBUG, points.pack(extra))
 
-    def _run_debugged(self) -> Exit:
-        """A run with something to stop for.
+    def _run_debugged(self, goes_on: bool) -> Exit:
+        """A run with something to stop for."""
+        plan = self._plan
+        if self._due is not None:
+            return self._finish_input(plan)
+        if self._completes and not self._access[2]:
+            self._finish_access(plan.hardware)
+            if self._stash:
+                return self._pop_stash()
+        run = self._run_stepping if plan.steps else self._run_hardware
+        return self._look_at_port(run(plan, goes_on))
+
+    def _run_hardware(self, plan: debugregs.Plan, goes_on: bool) -> Exit:
+        """Stops that the debug registers have, and single steps.
 
         The instruction at a breakpoint is run by a single step without the breakpoint. RFLAGS.RF would do for
         the CPU, but KVM's emulator does not look at it.
         """
-        wanted = self._points
-        if self._completes:
-            _offset, _size, is_read = self._access
-            if is_read:  # the instruction has begun: breakpoints and the end of a step are behind it
-                return self._run_until_exit(wanted)
-            self._finish_access(wanted)
-            if self._stash:
-                return self._pop_stash()
-        if not wanted.slots and not self._pvm:
+        wanted = plan.hardware
+        if self._completes:  # the instruction has begun: breakpoints and the end of a step are behind it
+            return self._run_until_exit(wanted)
+        if not (plan.breakpoints or wanted.step and self._pvm):
             self._arm(wanted)  # sets TF for the rip at this time
             return self._run_until_exit(wanted)
-        rip, cs_base, cpl = self._position()
-        linear = (cs_base + rip) & (1 << 64) - 1
-        here = wanted.breaks_at(linear)
+        now = self._look()
+        here = now.linear in plan.breakpoints
+        passing, self._passing = self._passing, None
+        if here and goes_on and passing != now.linear:
+            return self._at_breakpoint(now)
         if not here and not wanted.step:
             return self._run_until_exit(wanted)
-        first = wanted.without(linear)
-        if self._pvm:
-            if cpl == 3:
-                if wanted.step:
-                    self._access, self._written = _NO_ACCESS, b""
-                    reason = "the host's KVM is PVM, without hardware, and cannot step in user mode"
-                    return exits.Error(reason=reason, rip=rip, cpu=self.index)
-                return self._run_until_exit(wanted)
-            if not self._has_irqchip and self._opcode(linear) == _HLT:
-                first = replace(first, step=False)  # it ends the run by itself
-        self._arm(first)
+        first = wanted.without(now.linear)
+        if self._pvm and now.cpl == 3 and not wanted.step:
+            return self._run_until_exit(wanted)
         try:
-            exit_ = self._run_until_exit(first)
+            exit_ = self._single_step(first, now)
         finally:
             if first != wanted:
                 self._arm(wanted)
+        if isinstance(exit_, exits.Interrupted) and exit_.rip == now.rip:
+            self._passing = now.linear if here else None
         stepped = isinstance(exit_, exits.Debug) and exit_.cause == "step"
         woken = isinstance(exit_, exits.Hlt) and self._is_woken()
         if wanted.step or not (stepped or woken):
             return exit_
+        if stepped and self._rip() != now.rip:
+            now = self._look()
+            if now.linear in plan.breakpoints:
+                return self._at_breakpoint(now)
         return self._run_until_exit(wanted)
 
-    def _position(self) -> tuple[int, int, int]:
-        """rip, the base of cs, and the CPL, which is SS.DPL (SDM 3A 5.5); now, not at the last exit."""
-        regs = self._state.get("regs")
-        sregs = self._state.get("sregs")
-        rip = int.from_bytes(regs[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-        return rip, int.from_bytes(sregs[:8], "little"), sregs[abi.SREGS_SS_DPL]
+    def _run_stepping(self, plan: debugregs.Plan, goes_on: bool) -> Exit:
+        """One instruction after the other, and a look at the CPU behind each."""
+        before = self._look()
+        passes = not goes_on or self._passing == before.linear
+        self._passing = None
+        while True:
+            if self._completes:
+                exit_ = self._run_until_exit(replace(plan.hardware, step=True, alone=True))  # the step goes on
+            elif before.linear in plan.breakpoints and not passes:
+                return self._at_breakpoint(before)
+            else:
+                exit_ = self._single_step(plan.hardware.without(before.linear), before)
+            after = self._look()
+            found = list(stepping.changes(plan, before, after))
+            if isinstance(exit_, exits.Debug) and exit_.cause != "step":
+                found += [exit_, *exit_.also]
+            is_step = isinstance(exit_, exits.Debug)
+            if found:
+                stop = stepping.joined(found, self.index)
+                if is_step:
+                    return stop
+                self._stash.append(stop)
+            if plan.hardware.step or not is_step:
+                if isinstance(exit_, exits.Interrupted) and after.rip == before.rip and passes:
+                    self._passing = before.linear
+                return exit_
+            before, passes = after, False
+
+    def _single_step(self, armed: debugregs.HardwarePoints, now: stepping.Look) -> Exit:
+        """One instruction at `now`, with its exit or with Debug(cause="step")."""
+        if self._pvm:
+            if now.cpl == 3:
+                self._access, self._written = _NO_ACCESS, b""
+                reason = "the host's KVM is PVM, without hardware, and cannot step in user mode"
+                return exits.Error(reason=reason, rip=now.rip, cpu=self.index)
+            if not self._has_irqchip and self._opcode(now.linear) == _HLT:
+                armed = replace(armed, step=False)  # it ends the run by itself
+        self._arm(armed)
+        return self._run_until_exit(armed)
+
+    def _at_breakpoint(self, now: stepping.Look) -> Exit:
+        self._access, self._written = _NO_ACCESS, b""
+        return self._breakpoints(now.linear, now.rip)
+
+    def _breakpoints(self, linear: int, rip: int) -> exits.Debug:
+        self._passing = linear
+        ids = self._plan.breakpoints[linear]
+        stops = [exits.Debug(cause="breakpoint", id=id_, rip=rip) for id_ in ids]
+        return stepping.joined(stops, self.index)
+
+    def _stopped_by(self, slots: tuple[debugregs.Slot, ...]) -> exits.Debug:
+        """The exit of debug registers. A breakpoint comes before its instruction, so it comes alone."""
+        rip = self._rip()
+        for slot in slots:
+            if not slot.kind:
+                return self._breakpoints(slot.address, rip)
+        # The pieces of one watchpoint are one stop.
+        watches = {slot.point.id: slot for slot in reversed(slots)}
+        stops = [exits.Debug(cause="watchpoint", id=id_, addr=slot.address, rip=rip) for id_, slot in watches.items()]
+        return stepping.joined(stops, self.index)
+
+    def _look_at_port(self, exit_: Exit) -> Exit:
+        """Have the stops of a port come behind an access to it."""
+        if not self._plan.ports or not isinstance(exit_, exits.Io):
+            return exit_
+        stops = [
+            exits.Debug(cause="io", id=ports.id, addr=exit_.port, rip=exit_.rip)
+            for ports in self._plan.ports
+            if ports.first < exit_.port + exit_.size and exit_.port <= ports.last
+        ]
+        if stops and exit_.direction == "out":
+            self._stash.append(stepping.joined(stops, self.index))
+        elif stops:
+            self._due = stepping.joined(stops, self.index)
+        return exit_
+
+    def _finish_input(self, plan: debugregs.Plan) -> Exit:
+        """Complete the `in` that waits at a watched port, and no more."""
+        due, self._due = self._due, None
+        # A repeated one may wait for more; and KVM_EXIT_DEBUG is the end of a step, which this ends already.
+        if self._completes and self._kvm_run_nothing() and self._words[_EXIT_REASON] != ExitReason.KVM_EXIT_DEBUG:
+            exit_ = self._decode(plan.hardware)
+            if exit_ is not None:
+                return self._look_at_port(exit_)
+        self._access, self._written = _NO_ACCESS, b""
+        assert due is not None
+        return self._at_port(due)
+
+    def _at_port(self, due: exits.Debug) -> exits.Debug:
+        """The stop behind an `in`, now that it is done."""
+        rip = self._rip()
+        for stop in (due, *due.also):
+            stop.rip = rip
+        return due
+
+    def _look(self) -> stepping.Look:
+        """The CPU now, and not at the last exit."""
+        watched = tuple(
+            stepping.watched_bytes(watch, self.translate, self._read_memory) for watch in self._plan.watches
+        )
+        return stepping.look(self._state.get("regs"), self._state.get("sregs"), watched)
 
     def _opcode(self, linear: int) -> int | None:
         """The byte of code there, or None where none can be read. Prefixes are not looked behind."""
         physical = self.translate(linear)
-        return None if physical is None else self._read_memory(physical)
+        code = b"" if physical is None else self._read_memory(physical, 1)
+        return code[0] if code else None
 
     def translate(self, linear: int) -> int | None:
         buffer = bytearray(abi.TRANSLATION.pack(linear & (1 << 64) - 1, 0, 0, 0, 0))

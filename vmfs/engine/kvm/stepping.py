@@ -1,0 +1,92 @@
+"""What only a look at the CPU between two instructions finds: KVM has no exit for it, and the CPU no register.
+
+A watchpoint that is watched so is one for changes: a write of the value that is there already is not seen, and
+what else writes to RAM in that moment is taken for the guest's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vmfs import exits
+from vmfs.engine.base import Watchpoint
+from vmfs.engine.kvm import abi
+from vmfs.engine.kvm.debugregs import Plan
+
+_PAGE = 4096
+_CS_L = 19  # offset of `l` in struct kvm_segment; cs is the first of struct kvm_sregs
+_CR0, _CR3, _EFER = 224, 240, 264  # offsets in struct kvm_sregs
+_CR0_PE, _EFER_LMA = 1 << 0, 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A CPU between two instructions. `cpl` is SS.DPL (Intel SDM 3A 5.5), `mode` real, protected or long."""
+
+    rip: int
+    linear: int  # of the instruction
+    cpl: int
+    mode: int
+    cr3: int
+    watched: tuple[bytes, ...] = ()
+
+
+def _quad(blob: bytes, at: int) -> int:
+    return int.from_bytes(blob[at : at + 8], "little")
+
+
+def look(regs: bytes, sregs: bytes, watched: tuple[bytes, ...] = ()) -> Look:
+    rip = _quad(regs, abi.REGS_RIP)
+    mask = (1 << 64) - 1 if sregs[_CS_L] else 0xFFFFFFFF
+    mode = 2 if _quad(sregs, _EFER) & _EFER_LMA else sregs[_CR0] & _CR0_PE
+    cpl = sregs[abi.SREGS_SS_DPL]
+    return Look(rip, (_quad(sregs, 0) + rip) & mask, cpl, mode, _quad(sregs, _CR3), watched)
+
+
+def watched_bytes(
+    watch: Watchpoint, translate: Callable[[int], int | None], read: Callable[[int, int], bytes]
+) -> bytes:
+    """What is in the watched range now; what is not mapped, or no RAM, is left out."""
+    data, at, end = b"", watch.address, watch.address + watch.length
+    while at < end:
+        size = min(end - at, _PAGE - at % _PAGE)
+        physical = at if watch.physical else translate(at)
+        if physical is not None:
+            data += read(physical, size)
+        at += size
+    return data
+
+
+def _piece(watch: Watchpoint, byte: int) -> int:
+    """The start of the naturally aligned piece of 8, 4, 2 or 1 bytes that a debug register would tell."""
+    at, end = watch.address, watch.address + watch.length
+    while True:
+        size = next(size for size in (8, 4, 2, 1) if at % size == 0 and size <= end - at)
+        if byte < at + size:
+            return at
+        at += size
+
+
+def changes(plan: Plan, before: Look, after: Look) -> Iterator[exits.Debug]:
+    """The stops that the instruction between two looks came to."""
+    for watch, old, new in zip(plan.watches, before.watched, after.watched, strict=True):
+        if old != new:
+            changed = (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+            addr = _piece(watch, watch.address + next(changed, 0))
+            yield exits.Debug(cause="watchpoint", id=watch.id, addr=addr, rip=after.rip)
+    if before.mode != after.mode:
+        for id_ in plan.modes:
+            yield exits.Debug(cause="mode", id=id_, rip=after.rip)
+    if before.cr3 != after.cr3:
+        for id_ in plan.cr3s:
+            yield exits.Debug(cause="cr3", id=id_, rip=after.rip)
+
+
+def joined(stops: list[exits.Debug], cpu: int) -> exits.Debug:
+    """Stops that were reached at once, as one exit: that of the lowest id, and the others with it."""
+    first, *others = sorted(stops, key=lambda stop: stop.id or 0)
+    for stop in stops:
+        stop.cpu = cpu
+    first.also = tuple(others)
+    return first
