@@ -13,7 +13,7 @@ from vmfs.images import Images
 from vmfs.memory import Memory
 
 # What a kernel is told of a machine without devices: its RAM.
-_BARE = {"serial": (), "ps2": False, "rtc": False, "vga": False, "power_button": False}
+_BARE = {"serial": (), "ps2": False, "rtc": False, "vga": False, "power_button": False, "acpi": False}
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,16 @@ def test_bzimage_64():
         assert (regs["ds"], regs["rflags"]) == (0x18, 2)
 
 
+def test_a_machine_without_devices_is_told_of_none():
+    bare = {"serial": (), "ps2": False, "rtc": False, "vga": False, "acpi": False}
+    with loaded(bzimage(CODE), platform=bare) as (start, memory):
+        page = memory.read(start.registers["rsi"], 4096)
+        assert not any(page[4:0x1C0]) and page[0x1E8] == 4
+        assert not any(memory.read(0xE0000, 0x20000))
+    with loaded(IMAGES["bios"], platform=bare) as (start, _):
+        assert start.firmware_files.keys() == {"etc/e820"}
+
+
 def test_gdt_says_what_the_segments_say():
     for image in (IMAGES["bzImage"], IMAGES["multiboot1"]):
         with loaded(image) as (start, memory):

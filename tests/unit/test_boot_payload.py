@@ -113,8 +113,12 @@ def test_vmlinux_is_entered_at_once(name):
 
 
 def test_the_kernels_own_decompressor_can_be_asked_for():
-    with loaded(bzimage(CODE, payload=COMPRESSORS["lz4"](VMLINUX)), decompress=False) as (start, _):
-        assert start.registers["rip"] == MIB + 0x200
+    image = bzimage(CODE, payload=COMPRESSORS["lz4"](VMLINUX))
+    for options in ({"decompress": False}, {"cmdline": b"quiet kaslr"}):
+        with loaded(image, **options) as (start, _):
+            assert start.registers["rip"] == MIB + 0x200
+    with loaded(image, cmdline=b"nokaslr x=kaslr") as (start, _):
+        assert start.registers["rip"] == MIB + 0x100
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def load(
 ) -> Start:
     """Put an image into RAM. Invalid, and RAM as it was, where that cannot be.
 
-    `cmdline` is without a NUL. `decompress=False` has a bzImage's own decompressor run in the guest, which
-    then may also move the kernel about (KASLR).
+    `cmdline` is without a NUL. `decompress=False` has a bzImage's own decompressor run in the guest, as the word
+    `kaslr` in `cmdline` does.
     """
     if b"\0" in cmdline:
         raise Invalid("cmdline: there is a NUL in it")
@@ -83,11 +83,13 @@ def load(
     initrd = initrd if initrd is not None and initrd.size else None
     with Plan(platform.e820) as plan:
         plan.reserve("the interrupt vectors and the BIOS's data", 0, BIOS_DATA_END)
-        entry = row.load(plan, Request(image, initrd, cmdline, platform, FIRMWARE, decompress))
+        rsdp = FIRMWARE if platform.acpi else 0
+        entry = row.load(plan, Request(image, initrd, cmdline, platform, rsdp, decompress))
         files = dict(entry.firmware_files or {})
         if entry.registers:
             start.bios_data(plan)
-            _write_tables(plan, acpi.tables(platform))
+            if platform.acpi:
+                _write_tables(plan, acpi.tables(platform))
         else:
             files = {**firmware_files(platform), **files}
         written = plan.commit(memory)
@@ -104,4 +106,4 @@ def _write_tables(plan: Plan, tables: acpi.Tables) -> None:
 def firmware_files(platform: Platform) -> dict[str, bytes]:
     """What a BIOS asks fw_cfg for to know the machine, by the names of its files."""
     ram = struct.pack("<QQI", 0, platform.memory_size, USABLE)
-    return {"etc/e820": ram, **acpi.tables(platform).for_firmware()}
+    return {"etc/e820": ram, **(acpi.tables(platform).for_firmware() if platform.acpi else {})}

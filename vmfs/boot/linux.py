@@ -4,8 +4,9 @@ The kernel is entered in the widest mode that it names: 64-bit, else 32-bit; whe
 can only be entered in real mode (iPXE's .lkrn is such an image), a BIOS has to do it: `optionrom.py`.
 
 Where the host has a library for the compressed kernel inside, it is decompressed here, put where it is linked to be,
-and entered at once. That kernel is not relocated: KASLR is off then, as with `nokaslr`. Otherwise, or when the caller
-wants it so, the decompressor that is part of the image runs in the guest.
+and entered at once. That kernel is where System.map has it: KASLR is off, as with `nokaslr`. With the word `kaslr` in
+the command line (a parameter of Linux 3.14 to 4.7, unknown to later ones, which do not mind), the decompressor that
+is part of the image runs in the guest, and moves the kernel about.
 
 Source: Linux Documentation/arch/x86/boot.rst and zero-page.rst. Left out: zImage (loaded below 1 MiB; none was
 built for x86 since Linux 2.6.30), setup_data, EFI and EDD information, kernels and initrds above 4 GiB.
@@ -138,7 +139,7 @@ def load(plan: Plan, request: Request) -> Entry:
         struct.pack_into("<Q", params, 0x250, 0)  # setup_data
     zero_page = plan.put("the boot parameters", bytes(params), low=start.LOW, high=start.LOW_END)
 
-    if request.decompress and header.bits == 64:
+    if request.decompress and header.bits == 64 and b"kaslr" not in cmdline.split():
         entry = _load_vmlinux(plan, image, header)
         if entry is not None:
             kind = payload.name_of(image, header.payload[0])

@@ -40,6 +40,7 @@ class Platform:
     rtc: bool = True
     vga: bool = True  # a text screen at B8000
     power_button: bool = True  # the fixed one, of PM1
+    acpi: bool = True  # the interrupt controllers, PCI and PM registers that the tables describe
 
     @property
     def e820(self) -> tuple[Range, ...]:

@@ -66,7 +66,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a format's loader is given: see `vmfs.boot.load`. `rsdp` is where the ACPI tables will be found."""
+    """What a format's loader is given: see `vmfs.boot.load`. `rsdp` is where the ACPI tables will be found, or 0."""
 
     image: Source
     initrd: Source | None
