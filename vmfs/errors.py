@@ -69,7 +69,7 @@ class Interrupted(VmfsError):
 
 
 class LimitReached(VmfsError):
-    """ENOSPC: over a limit of the mount (`--max-vms`, `--max-mem`)."""
+    """ENOSPC: over a limit of the mount (`--max-vms`, `--max-mem`), of the server, or of a machine."""
 
     errno = errno.ENOSPC
 

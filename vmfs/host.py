@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 from vmfs.engine.base import Engine
-from vmfs.errors import LimitReached
+from vmfs.errors import EngineFailed, LimitReached
 from vmfs.memory import DEFAULT_SIZE, check_size
 from vmfs.vm import Vm
 
@@ -29,7 +30,13 @@ class Host:
         if len(self._vms) >= self.max_vms:
             raise LimitReached(f"the mount's limit of {self.max_vms} machines is reached (--max-vms)")
         self._check_memory(memory_size)
-        vm = Vm(self.engine, memory_size=memory_size)
+        try:
+            vm = Vm(self.engine, memory_size=memory_size)
+        except (OSError, EngineFailed) as error:
+            number = getattr(error if isinstance(error, OSError) else error.__cause__, "errno", None)
+            if number in (errno.EMFILE, errno.ENFILE):
+                raise LimitReached("the server has no file descriptor left for it (ulimit -n)") from error
+            raise
         self._vms.add(vm)
         return vm
 

@@ -22,7 +22,7 @@ _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01
 def check_size(size: int) -> None:
     """Raises Invalid where a machine cannot have `size` bytes of RAM."""
     if size <= 0 or size % PAGE or size > MAXIMUM_SIZE:
-        raise Invalid(f"mem_size: {size} is not a multiple of {PAGE} from {PAGE} to {MAXIMUM_SIZE}")
+        raise Invalid(f"RAM cannot have {size} bytes: a multiple of {PAGE} up to {MAXIMUM_SIZE}")
 
 
 class Memory:
@@ -47,7 +47,7 @@ class Memory:
         """Before `seal` only, else Busy. What is cut off is lost, what is added is zero."""
         self._check_open()
         if self._sealed and size != self.size:
-            raise Busy("mem_size: the machine has run; its size is fixed")
+            raise Busy("the machine has run: the size of its RAM is fixed")
         check_size(size)
         os.ftruncate(self.fd, size)
         self.size = size

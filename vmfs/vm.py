@@ -832,8 +832,9 @@ class _Rehearsal:
     def set_state(self, name: str, data: bytes) -> None:
         if name == "regs" and len(data) == len(self.get_state(name)):
             self._regs = data
-        elif name == "cpuid":  # completes nothing; whether the CPU has run decides
-            self._cpu.set_state(name, data)
+        elif name == "cpuid":
+            self._other().set_state(name, data)
+            self._cpu.set_state(name, data)  # here, whether it has run decides
         else:
             self._other().set_state(name, data)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 import time
 
@@ -226,6 +228,7 @@ REFUSED = {  # by any x86-64 CPU
     "sregs": lambda cpu: cpu.set_state("sregs", _with(cpu, "sregs", 224, b"\0\0\0\x80")),  # CR0.PG without PE
     "xcrs": lambda cpu: cpu.set_state("xcrs", _with(cpu, "xcrs", 16, b"\x06")),  # XCR0 without x87
     "fpu": lambda cpu: cpu.set_state("fpu", _with(cpu, "fpu", 408, b"\xff" * 4)),  # reserved bits of MXCSR
+    "cpuid": lambda cpu: cpu.set_state("cpuid", _with(cpu, "cpuid", 0, b"\xff\xff")),  # more than its bytes
     "an MSR": lambda cpu: cpu.set_msr(0xC0000082, 1 << 60),  # LSTAR takes canonical addresses
     "regs, then sregs": lambda cpu: write_registers(cpu, {"rbx": 5, "cr4": 1 << 60}),
 }
@@ -370,3 +373,28 @@ def test_host_keeps_its_limits(engine):
     finally:
         first.close()
         second.close()
+
+
+def test_a_host_without_descriptors(engine):
+    """ENOSPC, with a sentence; whatever was the one descriptor too many, none is lost."""
+    engine.create_machine().close()  # what an engine keeps, it has
+    least = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    host = Host(engine, max_vms=9, max_memory=1 << 40)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    made = 0
+    try:
+        for limit in range(least, least + 20):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            try:
+                vm = host.create()
+                host.forget(vm)
+                vm.close()
+                made += 1
+            except LimitReached as error:
+                assert "descriptor" in str(error)
+                assert not made
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert made
+    assert len(os.listdir("/proc/self/fd")) == before

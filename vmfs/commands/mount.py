@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what new machines run on (auto: the faster one here)")
     parser.add_argument("--allow-other", action="store_true", help="let other users see the mount")
     parser.add_argument("--max-vms", type=argument(count), metavar="N",
-                        help="at most so many machines at a time")
+                        help="at most so many machines at a time (0: any number)")
     parser.add_argument("--max-mem", type=argument(size), metavar="SIZE",
-                        help="at most so much RAM for all of them together, as 512M or 2G")
+                        help="at most so much RAM for all of them together, as 512M or 2G (0: no limit)")
     parser.add_argument("--log", type=Path, metavar="FILE",
                         help="log there (else: syslog, where there is one)")
     parser.add_argument("--debug", action="store_true", help="log each request")

@@ -188,7 +188,7 @@ FILES: tuple[Row, ...] = (
     Row(
         "dirty",
         0o444,
-        Text(_take_dirty, room=_dirty_size),
+        Text(_take_dirty, room=_dirty_size, acts=True),
     ),
     # configuration
     Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _set_mem_size)),

@@ -68,6 +68,11 @@ class Text(Kind):
     put: Callable[[Any, str], Any] | None = None
     news: Callable[[Any], int] | None = None
     room: Callable[[Any], int] | None = None
+    acts: bool = False  # a read takes something away
+
+    @property
+    def reading_acts(self) -> bool:  # type: ignore[override]
+        return self.acts
 
     @property
     def readable(self) -> bool:  # type: ignore[override]
