@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from bench import cpu, files, runs
+from bench import boot, cpu, files, runs
 from bench.harness import table
 
-GROUPS = {"files": files.results, "runs": runs.results, "cpu": cpu.results}
+GROUPS = {"files": files.results, "runs": runs.results, "cpu": cpu.results, "boot": boot.results}
 
 
 def main() -> None:
