@@ -33,6 +33,7 @@ COMMANDS = (
     Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.doctor"),
     Command("boot", "boot a kernel in a machine of its own, on this terminal", "vmfs.commands.boot"),
     Command("console", "join a machine's serial port to this terminal", "vmfs.commands.console"),
+    Command("gdb", "join a gdb to a machine: `target remote | vmfs gdb MACHINE`", "vmfs.commands.gdb"),
     Command("version", "print the version", "vmfs.commands.version"),
 )
 

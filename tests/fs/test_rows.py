@@ -40,6 +40,16 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
     "console": ((b"a", errno.EOPNOTSUPP),),
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
+    "gdb": (
+        (b"nowhere", errno.EINVAL),
+        (b"127.0.0.1:65536", errno.EINVAL),
+        (b"300.0.0.1:1", errno.EINVAL),
+        (b"127.0.0.1:0 i486", errno.EINVAL),
+        (b"/" + b"x" * 108, errno.EINVAL),
+        (b"off off", errno.EINVAL),
+        (b"'", errno.EINVAL),
+    ),
+    "gdb.stream": (),  # whatever is written is a stub's to answer
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
     "disasm": ((b"", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),
     "virt": (),  # its one failure, where nothing is mapped, needs an offset
@@ -131,7 +141,9 @@ async def _all_of(kernel) -> dict[str, bytes]:
     """What every file shows, but for what changes by looking, and the complaint itself."""
     shown = {}
     for row in FILES:
-        if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", "error", "stat", "dirty", "mem"):
+        if row.kind.readable and row.name not in (
+            *("vm_run", "vm_run.bin", "gdb.stream", "error", "stat", "dirty", "mem"),
+        ):
             file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
             try:
                 shown[row.name] = await file.read()

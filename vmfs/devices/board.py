@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import struct
 import threading
 from collections import Counter
@@ -223,6 +224,14 @@ class Board:
         self._slots.pop(slot, None)
         if size:
             self._slots[slot] = address, fd, offset, size, read_only
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """What `map_memory` has put there, for a debugger: up to `length` bytes of one slot; empty where there is
+        none."""
+        for start, fd, offset, size, _ in list(self._slots.values()):
+            if start <= address < start + size:
+                return os.pread(fd, min(length, start + size - address), offset + address - start)
+        return b""
 
     # ---- life
 

@@ -18,6 +18,7 @@ from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.console import Console
 from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack
+from vmfs.fs.gdb_files import GdbFile, GdbStream
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Kind
 from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
@@ -215,6 +216,8 @@ FILES: tuple[Row, ...] = (
     Row("disasm", 0o666, Text(disasm, set_disasm), per_cpu=True),
     Row("stack", 0o444, Text(stack), per_cpu=True),
     Row("core", 0o444, Core()),
+    Row("gdb", 0o666, GdbFile()),
+    Row("gdb.stream", 0o666, GdbStream()),
     Row("error", 0o444, Text(_complaint)),
 )
 

@@ -11,6 +11,7 @@ from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.errors import Busy, Unsupported
 from vmfs.fs.connection import Connection
 from vmfs.fs.console import ConsolePort
+from vmfs.fs.gdb_files import GdbPort
 from vmfs.fs.inodes import Scope
 from vmfs.fs.memory_file import MemoryServer
 from vmfs.host import Host
@@ -37,6 +38,7 @@ class MachineScope(Scope):
         self.vm = vm
         self.host = host
         self.memory = MemoryServer(vm, connection)
+        self.gdb = GdbPort(self)
         self.changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._count = itertools.count(2)

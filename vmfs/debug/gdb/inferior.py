@@ -1,0 +1,263 @@
+"""What a stub does to a machine: registers and memory, points, runs. The one part of the stub that knows `Vm`.
+
+It works in one trio task; what a machine that runs has to stop for is waited for, by a function it is given, as the
+event loop must not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
+from vmfs.debug.points import Points
+from vmfs.engine.base import Breakpoint, Vcpu
+from vmfs.errors import BadAddress, VmfsError
+from vmfs.exits import Exit
+from vmfs.memory import PAGE
+from vmfs.modes import mode_of
+from vmfs.registers import write_registers
+from vmfs.vm import Vm
+
+T = TypeVar("T")
+
+OWNER = "gdb"  # of the points that a gdb has set
+_MASK = (1 << 64) - 1
+_YMM_HIGHS = {f"ymm{number}h": number for number in range(16)}
+
+Stop = tuple[str, int, int, str]  # `break` or `watch`, address, length, what accesses
+
+
+class Surroundings(Protocol):
+    """What the files of a machine give."""
+
+    vm: Vm
+
+    async def wait(self, future: Future[Any]) -> None:
+        """Returns when it is done; Gone when the machine goes first."""
+
+    def changing_memory(self) -> Any:
+        """An asynchronous context manager around a change of RAM."""
+
+    async def command(self, text: str) -> str:
+        """Do a command of the files; what there is to say about it."""
+
+    def complain(self, sentence: str) -> None:
+        """Have it in the file `error`."""
+
+
+@asynccontextmanager
+async def nothing() -> AsyncIterator[None]:
+    yield
+
+
+class Inferior:
+    """A machine, under gdb."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self.vm = surroundings.vm
+        self.surroundings = surroundings
+        self.physical = False  # addresses are guest-physical
+        self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
+        self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
+
+    async def _value(self, future: Future[T]) -> T:
+        if not future.done():
+            await self.surroundings.wait(future)
+        return future.result()
+
+    async def at_boundary(self, task: Callable[[Vcpu], T]) -> T:
+        return await self._value(self.vm.at_boundary(task))
+
+    # ---- registers
+
+    async def avx(self) -> bool:
+        return await self.at_boundary(has_avx)
+
+    async def mode(self) -> str:
+        return await self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
+
+    async def read_registers(self, rows: Iterable[Register]) -> list[bytes]:
+        """In the byte order of the guest."""
+
+        def read(cpu: Vcpu) -> list[bytes]:
+            states = States(cpu)
+            return [row.get(states).to_bytes(row.size, "little") for row in rows]
+
+        return await self.at_boundary(read)
+
+    def write_registers(self, values: dict[Register, int]) -> None:
+        """Those that differ from what they are, as one change. Busy while the machine runs."""
+
+        def write(cpu: Vcpu) -> None:
+            changes: dict[str, int] = {}
+            for row, value in values.items():
+                states = _Changed(cpu, changes)
+                if row.get(states) != value:
+                    changes |= row.put(states, value)
+            _set(cpu, changes)
+
+        self.vm.change(write)
+
+    # ---- memory
+
+    def _pieces(self, cpu: Vcpu, address: int, length: int) -> Iterable[tuple[int | None, int]]:
+        """The physical ranges of a range of addresses; None where nothing is mapped."""
+        while length > 0:
+            part = min(length, PAGE - address % PAGE)
+            yield (address if self.physical else cpu.translate(address)), part
+            address = (address + part) & _MASK
+            length -= part
+
+    async def read_memory(self, address: int, length: int) -> bytes:
+        """Up to `length` bytes; BadAddress where there is none."""
+
+        def read(cpu: Vcpu) -> bytes:
+            parts = []
+            for physical, part in self._pieces(cpu, address, length):
+                data = b"" if physical is None else self._read_physical(physical, part)
+                parts.append(data)
+                if len(data) < part:
+                    break
+            return b"".join(parts)
+
+        data = await self.at_boundary(read)
+        if length and not data:
+            raise BadAddress(f"{address:#x} is not mapped to memory")
+        return data
+
+    def _read_physical(self, address: int, length: int) -> bytes:
+        if address < self.vm.memory.size:
+            return self.vm.memory.read(address, length)
+        board = self.vm.board
+        return b"" if board is None else board.read_memory(address, length)
+
+    async def write_memory(self, address: int, data: bytes) -> None:
+        """All or nothing; the rights of the guest's pages are not asked for."""
+
+        def write(cpu: Vcpu) -> None:
+            size = self.vm.memory.size
+            pieces = list(self._pieces(cpu, address, len(data)))
+            if any(physical is None or physical + part > size for physical, part in pieces):
+                raise BadAddress(f"{len(data)} bytes at {address:#x} are not all mapped to RAM")
+            done = 0
+            for physical, part in pieces:
+                assert physical is not None
+                self.vm.memory.write(physical, data[done : done + part])
+                done += part
+
+        async with self.surroundings.changing_memory():
+            await self.at_boundary(write)
+
+    # ---- points
+
+    async def insert(self, stop: Stop, kind: int) -> None:
+        if self._ids.get(stop) not in self._in_force():
+            await self._value(self.vm.set_points(lambda points: self._add(points, stop)))
+        self._wanted.setdefault(stop, set()).add(kind)
+
+    def remove(self, stop: Stop, kind: int) -> None:
+        """It goes at the next run: gdb takes all away when the machine stops, and sets them again before it runs."""
+        kinds = self._wanted.get(stop, set())
+        kinds.discard(kind)
+        if not kinds:
+            self._wanted.pop(stop, None)
+
+    async def settle(self, *, stepping: bool) -> None:
+        """Before a run: have the machine watch for what is wanted, and for nothing else.
+
+        A step begins behind the breakpoint where it stands, so breakpoints that are not wanted for it may stay:
+        gdb wants them again behind it.
+        """
+        there = self._in_force()
+        lost = [stop for stop in self._wanted if self._ids.get(stop) not in there]
+        unwanted = [
+            stop for stop in self._ids if stop not in self._wanted and not (stepping and stop[0] == "break")
+        ]
+        if lost or unwanted:
+
+            def change(points: Points) -> None:
+                for stop in unwanted:
+                    if self._ids[stop] in there:
+                        points.delete(self._ids[stop])
+                for stop in lost:
+                    self._add(points, stop)
+
+            await self._value(self.vm.set_points(change))
+            for stop in unwanted:
+                del self._ids[stop]
+
+    async def forget(self) -> None:
+        """Delete all of them."""
+        self._wanted.clear()
+        self._ids.clear()
+        if self.vm.points.of(OWNER):
+            await self._value(self.vm.set_points(lambda points: points.delete_of(OWNER)))
+
+    def stop_of(self, id_: int | None) -> tuple[Stop, int] | None:
+        """What gdb has set that has this id, and by which type."""
+        for stop, number in self._ids.items():
+            if number == id_ and stop in self._wanted:
+                return stop, min(self._wanted[stop])
+        return None
+
+    def _in_force(self) -> set[int]:
+        """Somebody may have deleted them, by the `debug` file."""
+        return {point.id for point in self.vm.points.of(OWNER)}
+
+    def _add(self, points: Points, stop: Stop) -> None:
+        kind, address, length, access = stop
+        if kind == "break":
+            points.add_break(address, owner=OWNER)
+        else:
+            points.add_watch(
+                address, length, "r" in access, "w" in access, physical=self.physical, owner=OWNER
+            )
+        self._ids[stop] = points.last_id
+
+    def breaks_at(self, address: int) -> bool:
+        """Whether any breakpoint that is in force, gdb's or not, is there."""
+        return any(
+            isinstance(stop, Breakpoint) and stop.address == address for stop in self.vm.points.request().breakpoints
+        )
+
+    # ---- the rest
+
+    async def pause(self) -> None:
+        await self._value(self.vm.pause())
+
+    @property
+    def last_exit(self) -> Exit | None:
+        return self.vm.last_exit
+
+    async def command(self, text: str) -> str:
+        return await self.surroundings.command(text)
+
+
+class _Changed(States):
+    """A CPU as it is going to be: so that two parts of one register, set together, are both set."""
+
+    def __init__(self, cpu: Vcpu, changes: Change) -> None:
+        super().__init__(cpu)
+        self._changes = changes
+
+    def value(self, name: str) -> int:
+        return self._changes[name] if name in self._changes else super().value(name)
+
+
+def _set(cpu: Vcpu, changes: Change) -> None:
+    """All or none."""
+    highs = {_YMM_HIGHS[name]: value for name, value in changes.items() if name in _YMM_HIGHS}
+    rows = {name: value for name, value in changes.items() if name not in _YMM_HIGHS}
+    before = States(cpu)
+    old = {name: before.value(name) for name in rows}
+    if rows:
+        write_registers(cpu, rows)
+    if highs:
+        try:
+            cpu.set_state("xsave", set_ymm_highs(cpu.get_state("xsave"), highs))
+        except VmfsError:
+            write_registers(cpu, old)
+            raise

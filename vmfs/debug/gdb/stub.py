@@ -1,0 +1,591 @@
+"""The commands of the protocol: a packet's payload goes in, the reply's comes out, or what to run.
+
+COMMANDS and QUERIES have a row each; what is in neither is answered with nothing, which says that it is not
+supported. A peer may send anything: whatever does not parse is an error reply, and changes nothing.
+
+Source: GDB manual, appendix E, "Packets", "Stop Reply Packets", "General Query Packets".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from vmfs import exits
+from vmfs.debug.gdb.inferior import Inferior, Stop
+from vmfs.debug.gdb.packets import MOST, escape
+from vmfs.debug.gdb.target import DEFAULT, Layout, layout
+from vmfs.errors import BadAddress, Gone, Invalid, VmfsError
+from vmfs.exits import Exit
+from vmfs.vm import UNBOUND, Bound
+
+PACKET_SIZE = MOST // 2
+_READ_MOST = PACKET_SIZE // 2 - 8  # bytes whose hexadecimal form a packet has room for
+_THREAD = 1  # the CPU; thread 0 means any
+
+# What gdb numbers signals by (include/gdb/signals.def); `handle SIGUSR1 nostop noprint` is about these.
+SIGNALS: Mapping[str, int] = {
+    "HUP": 1,
+    "INT": 2,
+    "ILL": 4,
+    "TRAP": 5,
+    "SEGV": 11,
+    "STOP": 17,
+    "USR1": 30,
+    "USR2": 31,
+    "PWR": 32,
+}
+_SHUTDOWN_SIGNALS = {"triple-fault": "SEGV", "reset": "HUP", "poweroff": "PWR", "debug-exit": "PWR"}
+_EXIT_SIGNALS: Mapping[type[Exit], str] = {
+    exits.Io: "USR1",
+    exits.Mmio: "USR2",
+    exits.Hlt: "STOP",
+    exits.Debug: "TRAP",
+    exits.Interrupted: "INT",
+    exits.Limit: "TRAP",
+    exits.Error: "ILL",
+}
+_PASSABLE = (exits.Io, exits.Mmio, exits.Hlt)  # a program goes on behind them
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What is to run: until something stops it; `step`: one instruction, or those from `start` to `end`."""
+
+    step: bool = False
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The session ends, behind a last reply or without one."""
+
+    reply: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Text for the user's console, and the reply that follows it."""
+
+    text: str
+    reply: bytes
+
+
+Run = Callable[[Bound], Awaitable[Exit]]
+Tell = Callable[[str], Awaitable[None]]  # text for the user, while the guest runs
+Answer = bytes | Resume | Said | Bye
+
+
+class Malformed(Exception):
+    """A packet that does not parse."""
+
+
+def _number(text: bytes) -> int:
+    """Hexadecimal, as all numbers in packets."""
+    if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
+        raise Malformed
+    return int(text, 16)
+
+
+def _numbers(text: bytes, count: int) -> list[int]:
+    parts = text.split(b",")
+    if len(parts) != count:
+        raise Malformed
+    return [_number(part) for part in parts]
+
+
+def _unhex(text: bytes) -> bytes:
+    try:
+        return bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        raise Malformed from None
+
+
+def _hex(data: bytes) -> bytes:
+    return data.hex().encode()
+
+
+def _thread(text: bytes) -> int:
+    """-1 is all, 0 is any."""
+    if text == b"-1":
+        return -1
+    return _number(text)
+
+
+def console_text(text: str) -> bytes:
+    """An O packet."""
+    return b"O" + _hex(text.encode())
+
+
+def error_reply(error: Exception) -> bytes:
+    if isinstance(error, Malformed):
+        return b"E22"
+    if isinstance(error, VmfsError) and 0 < error.errno < 100:
+        return b"E%02d" % error.errno
+    return b"E01"
+
+
+class Stub:
+    """The stub of one session."""
+
+    def __init__(self, inferior: Inferior, layout_name: str = DEFAULT, *, linear: bool = False) -> None:
+        self.inferior = inferior
+        self.layout_name = layout_name
+        self.linear = linear
+        self.no_acknowledgements = False  # asked for; from the next packet on
+        self._layout: Layout | None = None
+        self._pass: frozenset[int] = frozenset()
+        self._last_stop: bytes | None = None
+
+    async def layout(self) -> Layout:
+        """Settled when it is first needed, for the rest of the session."""
+        if self._layout is None:
+            avx = await self.inferior.avx()
+            self._layout = layout(self.layout_name, avx=avx, linear=self.linear)
+        return self._layout
+
+    # ---- a packet
+
+    async def answer(self, payload: bytes) -> Answer:
+        """Gone when the machine is removed; all other failures are error replies."""
+        try:
+            for prefix, handler in COMMANDS.items():
+                if payload.startswith(prefix):
+                    return await handler(self, payload[len(prefix) :])
+            return b""
+        except Malformed as error:
+            return error_reply(error)
+        except VmfsError as error:
+            self._check(error)
+            return error_reply(error)
+
+    def _check(self, error: VmfsError) -> None:
+        """Leave the sentence where one finds it, for a reply has no room for it: but a gdb looks at much that is not
+        mapped. Gone is nobody's to catch."""
+        if isinstance(error, Gone):
+            raise error
+        if isinstance(error, BadAddress):
+            return
+        self.inferior.surroundings.complain(f"gdb: {error}")
+
+    # ---- registers
+
+    async def _read_all(self, _arguments: bytes) -> bytes:
+        rows = (await self.layout()).registers
+        return _hex(b"".join(await self.inferior.read_registers(rows)))
+
+    async def _write_all(self, arguments: bytes) -> bytes:
+        data, values = _unhex(arguments), {}
+        rows = (await self.layout()).registers
+        if len(data) != sum(row.size for row in rows):
+            raise Malformed
+        at = 0
+        for row in rows:
+            values[row] = int.from_bytes(data[at : at + row.size], "little")
+            at += row.size
+        self.inferior.write_registers(values)
+        return b"OK"
+
+    async def _read_one(self, arguments: bytes) -> bytes:
+        rows = (await self.layout()).registers
+        number = _number(arguments)
+        if number >= len(rows):
+            raise Malformed
+        return _hex((await self.inferior.read_registers((rows[number],)))[0])
+
+    async def _write_one(self, arguments: bytes) -> bytes:
+        text, _, value = arguments.partition(b"=")
+        rows = (await self.layout()).registers
+        number, data = _number(text), _unhex(value)
+        if number >= len(rows) or len(data) != rows[number].size:
+            raise Malformed
+        try:
+            self.inferior.write_registers({rows[number]: int.from_bytes(data, "little")})
+        except Invalid as error:
+            self._check(error)
+            return b"E." + str(error).encode()
+        return b"OK"
+
+    # ---- memory
+
+    async def _read_memory(self, arguments: bytes) -> bytes:
+        address, length = _numbers(arguments, 2)
+        return _hex(await self.inferior.read_memory(address, min(length, _READ_MOST)))
+
+    async def _read_binary(self, arguments: bytes) -> bytes:
+        address, length = _numbers(arguments, 2)
+        return b"b" + escape(await self.inferior.read_memory(address, min(length, _READ_MOST)))
+
+    async def _write_memory(self, arguments: bytes) -> bytes:
+        return await self._write(arguments, _unhex)
+
+    async def _write_binary(self, arguments: bytes) -> bytes:
+        return await self._write(arguments, bytes)
+
+    async def _write(self, arguments: bytes, decode: Callable[[bytes], bytes]) -> bytes:
+        where, colon, text = arguments.partition(b":")
+        address, length = _numbers(where, 2)
+        data = decode(text)
+        if not colon or len(data) != length:
+            raise Malformed
+        if data:
+            await self.inferior.write_memory(address, data)
+        return b"OK"
+
+    # ---- points
+
+    async def _insert(self, arguments: bytes) -> bytes:
+        stop, kind = _point(arguments)
+        if stop is None:
+            return b""
+        await self.inferior.insert(stop, kind)
+        return b"OK"
+
+    async def _remove(self, arguments: bytes) -> bytes:
+        stop, kind = _point(arguments)
+        if stop is None:
+            return b""
+        self.inferior.remove(stop, kind)
+        return b"OK"
+
+    # ---- running
+
+    async def _continue(self, arguments: bytes) -> Answer:
+        await self._jump(arguments)
+        return Resume()
+
+    async def _step(self, arguments: bytes) -> Answer:
+        await self._jump(arguments)
+        return Resume(step=True)
+
+    async def _continue_with_signal(self, arguments: bytes) -> Answer:
+        """A guest has no signals: only the address means something."""
+        return await self._continue(_behind_signal(arguments))
+
+    async def _step_with_signal(self, arguments: bytes) -> Answer:
+        return await self._step(_behind_signal(arguments))
+
+    async def _jump(self, address: bytes) -> None:
+        if address:
+            rows = await self.layout()
+            self.inferior.write_registers({rows.registers[rows.pc]: _number(address)})
+
+    async def _resume(self, arguments: bytes) -> Answer:
+        """vCont;ACTION[:THREAD]...: the first that is for the CPU counts."""
+        if not arguments.startswith(b";"):
+            raise Malformed
+        for part in arguments[1:].split(b";"):
+            action, colon, thread = part.partition(b":")
+            if colon and _thread(thread) not in (_THREAD, 0, -1):
+                continue
+            letter, rest = action[:1], action[1:]
+            if letter in b"CS" and letter:
+                _behind_signal(rest)
+                rest = b""
+            if letter == b"r":
+                start, end = _numbers(rest, 2)
+                return Resume(step=True, start=start, end=end)
+            if rest or letter not in (b"c", b"C", b"s", b"S"):
+                raise Malformed
+            return Resume(step=letter in b"sS")
+        raise Malformed
+
+    async def resume(self, what: Resume, run: Run, tell: Tell) -> bytes:
+        """Run, and the reply when it has stopped. `tell` gets what no stop reply can say."""
+        try:
+            await self.inferior.settle(stepping=what.step)
+            exit_ = await self._run(what, run)
+        except VmfsError as error:
+            self._check(error)
+            await tell(f"vmfs: {error}\n")
+            return await self.stop_reply(0)
+        return await self._stopped(exit_, tell)
+
+    async def _run(self, what: Resume, run: Run) -> Exit:
+        bound = Bound(steps=1) if what.step else UNBOUND
+        while True:
+            exit_ = await run(bound)
+            if isinstance(exit_, _PASSABLE) and SIGNALS[_EXIT_SIGNALS[type(exit_)]] in self._pass:
+                if not what.step or getattr(exit_, "direction", "") in ("in", "read"):  # it is not executed yet
+                    continue
+                exit_ = exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
+            if what.end and isinstance(exit_, exits.Debug) and exit_.cause == "step":
+                pc = exit_.rip if not self.linear else await self._pc()
+                if what.start <= pc < what.end and not self.inferior.breaks_at(pc):
+                    continue
+            return exit_
+
+    async def _pc(self) -> int:
+        rows = await self.layout()
+        (data,) = await self.inferior.read_registers((rows.registers[rows.pc],))
+        return int.from_bytes(data, "little")
+
+    async def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
+        signal = SIGNALS[_signal_of(exit_)]
+        reason = b""
+        if isinstance(exit_, exits.Debug) and exit_.cause != "step":
+            found = self.inferior.stop_of(exit_.id)
+            if found is None:
+                await tell(f"vmfs: {exit_.line()}\n")
+            else:
+                reason = _reason(*found, exit_)
+        elif not isinstance(exit_, exits.Debug | exits.Interrupted):
+            await tell(f"vmfs: {exit_.line()}\n")
+        self._last_stop = await self.stop_reply(signal, reason)
+        return self._last_stop
+
+    async def stop_reply(self, signal: int, reason: bytes = b"") -> bytes:
+        rows = await self.layout()
+        numbers = rows.expedited
+        values = await self.inferior.read_registers([rows.registers[number] for number in numbers])
+        words = b"".join(b"%02x:%b;" % (number, _hex(value)) for number, value in zip(numbers, values, strict=True))
+        return b"T%02x%b%bthread:%x;" % (signal, words, reason, _THREAD)
+
+    async def _why(self, _arguments: bytes) -> bytes:
+        """`?`: the machine stands still for gdb, whoever ran it."""
+        await self.inferior.pause()
+        if self._last_stop is None:
+            last = self.inferior.last_exit
+            is_over = last is not None and self.inferior.vm.state in ("shutdown", "halted")
+            self._last_stop = await self.stop_reply(SIGNALS[_signal_of(last) if last and is_over else "TRAP"])
+        return self._last_stop
+
+    # ---- the end
+
+    async def _detach(self, _arguments: bytes) -> Answer:
+        return Bye(b"OK")
+
+    async def _kill(self, _arguments: bytes) -> Answer:
+        return Bye()
+
+    async def _v_kill(self, _arguments: bytes) -> Answer:
+        return Bye(b"OK")
+
+    # ---- threads: the CPUs
+
+    async def _select(self, arguments: bytes) -> bytes:
+        if arguments[:1] not in (b"g", b"c") or _thread(arguments[1:]) not in (_THREAD, 0, -1):
+            raise Malformed
+        return b"OK"
+
+    async def _is_alive(self, arguments: bytes) -> bytes:
+        if _thread(arguments) != _THREAD:
+            raise Malformed
+        return b"OK"
+
+    async def _thread_words(self, arguments: bytes) -> bytes:
+        if _thread(arguments) != _THREAD:
+            raise Malformed
+        return _hex(f"cpu{_THREAD - 1} [{await self.inferior.mode()}]".encode())
+
+    # ---- queries
+
+    async def _query(self, arguments: bytes) -> Answer:
+        name, separator, rest = _split_query(arguments)
+        handler = QUERIES.get(name)
+        return b"" if handler is None else await handler(self, rest if separator else b"")
+
+    async def _supported(self, _features: bytes) -> bytes:
+        return SUPPORTED
+
+    async def _transfer(self, arguments: bytes) -> bytes:
+        """qXfer:OBJECT:read:ANNEX:OFFSET,LENGTH"""
+        parts = arguments.split(b":")
+        if len(parts) != 4 or parts[1] != b"read":
+            return b""
+        offset, length = _numbers(parts[3], 2)
+        if parts[0] == b"features" and parts[2] == b"target.xml":
+            document = (await self.layout()).xml().encode()
+        elif parts[0] == b"memory-map" and not parts[2]:
+            document = MEMORY_MAP.encode()
+        elif parts[0] in (b"features", b"memory-map"):
+            return b"E00"  # there is no such annex
+        else:
+            return b""
+        part = document[offset : offset + min(length, _READ_MOST)]
+        return (b"m" if offset + len(part) < len(document) else b"l") + escape(part)
+
+    async def _start_no_ack(self, _arguments: bytes) -> bytes:
+        self.no_acknowledgements = True
+        return b"OK"
+
+    async def _pass_signals(self, arguments: bytes) -> bytes:
+        self._pass = frozenset(_number(part) for part in arguments.split(b";") if part)
+        return b"OK"
+
+    async def _monitor(self, arguments: bytes) -> Said:
+        try:
+            text = _unhex(arguments).decode()
+        except UnicodeDecodeError:
+            raise Malformed from None
+        word, _, rest = text.strip().partition(" ")
+        own = MONITOR.get(word)
+        try:
+            return Said(await (own(self, rest.strip()) if own else self.inferior.command(text)), b"OK")
+        except VmfsError as error:
+            self._check(error)
+            return Said(f"{error}\n", error_reply(error))
+
+    async def _monitor_physical(self, argument: str) -> str:
+        if argument:
+            if argument not in ("on", "off"):
+                raise Invalid(f"phys: {argument[:40]!r} is not on or off")
+            self.inferior.physical = argument == "on"
+        return f"phys {'on' if self.inferior.physical else 'off'}\n"
+
+    async def _physical_mode(self, argument: bytes) -> bytes:
+        """QEMU's packets: `qqemu.PhyMemMode` asks, `Qqemu.PhyMemMode:1` sets."""
+        if not argument:
+            return b"%d" % self.inferior.physical
+        if argument not in (b"0", b"1"):
+            raise Malformed
+        self.inferior.physical = argument == b"1"
+        return b"OK"
+
+    async def _set_layout(self, arguments: bytes) -> bytes:
+        """vmfs's own, before gdb says anything: the words that may follow an address in the file `gdb`."""
+        name, linear = parse_layout(arguments.decode("ascii", "replace").split(","))
+        if self._layout is not None:
+            return b"E16"
+        self.layout_name, self.linear = name, linear
+        return b"OK"
+
+
+def parse_layout(words: list[str]) -> tuple[str, bool]:
+    """A layout's name and `linear`, in any order, neither necessary."""
+    name, linear = DEFAULT, False
+    for word in words:
+        if word == "linear":
+            linear = True
+        else:
+            layout(word, avx=False)
+            name = word
+    return name, linear
+
+
+def _signal_of(exit_: Exit) -> str:
+    if isinstance(exit_, exits.Shutdown):
+        return _SHUTDOWN_SIGNALS[exit_.cause]
+    return _EXIT_SIGNALS[type(exit_)]
+
+
+def _reason(stop: Stop, kind: int, exit_: exits.Debug) -> bytes:
+    """The part of a stop reply that says which of gdb's points it was."""
+    if stop[0] == "break":
+        return b"hwbreak:;" if kind else b"swbreak:;"
+    _, address, length, access = stop
+    # An access may begin before what is watched; gdb looks for a watchpoint that has the address.
+    at = min(max(exit_.addr if exit_.addr is not None else address, address), address + length - 1)
+    return b"%b:%x;" % ({"w": b"watch", "r": b"rwatch", "rw": b"awatch"}[access], at)
+
+
+_ACCESS = {2: "w", 3: "r", 4: "rw"}
+
+
+def _point(arguments: bytes) -> tuple[Stop | None, int]:
+    """TYPE,ADDRESS,KIND; None for a type that there is not."""
+    type_, *rest = arguments.split(b",")
+    number = _number(type_)
+    # Conditions and commands in agent code would follow behind a `;`: `ConditionalBreakpoints` is not offered.
+    if len(rest) != 2:
+        raise Malformed
+    address, length = (_number(part) for part in rest)
+    if number > 4:
+        return None, number
+    if number < 2:
+        return ("break", address, 0, ""), number
+    return ("watch", address, length, _ACCESS[number]), number
+
+
+def _behind_signal(arguments: bytes) -> bytes:
+    """`SIG` or `SIG;ADDRESS`: the address."""
+    signal, _, address = arguments.partition(b";")
+    if _number(signal) > 0xFF:
+        raise Malformed
+    return address
+
+
+def _split_query(arguments: bytes) -> tuple[bytes, bytes, bytes]:
+    """A name, what ends it, and the rest: `,` or `:` or nothing."""
+    found = re.match(rb"([A-Za-z.]+)([:,]?)(.*)", arguments, re.DOTALL)
+    return (found[1], found[2], found[3]) if found else (b"", b"", b"")
+
+
+def _constant(reply: bytes) -> Callable[[Stub, bytes], Awaitable[bytes]]:
+    async def handler(_stub: Stub, _arguments: bytes) -> bytes:
+        return reply
+
+    return handler
+
+
+SUPPORTED = (
+    b"PacketSize=%x;qXfer:features:read+;qXfer:memory-map:read+;QStartNoAckMode+;QPassSignals+;vContSupported+;"
+    b"hwbreak+;swbreak+;PhyMemMode+;multiprocess-" % PACKET_SIZE
+)
+
+# gdb refuses to touch what a memory map does not have, and it reads the map once. Its addresses are linear, which the
+# guest maps as it likes and when it likes: any of them may be memory, and E14 says that one is not.
+MEMORY_MAP = """<?xml version="1.0"?>
+<!DOCTYPE memory-map PUBLIC "+//IDN gnu.org//DTD GDB Memory Map V1.0//EN" "http://sourceware.org/gdb/gdb-memory-map.dtd">
+<memory-map>
+<memory type="ram" start="0x0" length="0x8000000000000000"/>
+<memory type="ram" start="0x8000000000000000" length="0x8000000000000000"/>
+</memory-map>
+"""
+
+Handler = Callable[[Stub, bytes], Awaitable[Answer]]
+
+# By how a payload begins; the first that fits.
+COMMANDS: Mapping[bytes, Handler] = {
+    b"vCont?": _constant(b"vCont;c;C;s;S;r"),
+    b"vCont": Stub._resume,
+    b"vKill": Stub._v_kill,
+    b"vMustReplyEmpty": _constant(b""),
+    b"v": _constant(b""),
+    b"qRcmd,": Stub._monitor,
+    b"qThreadExtraInfo,": Stub._thread_words,
+    b"q": Stub._query,
+    b"Q": Stub._query,
+    b"?": Stub._why,
+    b"g": Stub._read_all,
+    b"G": Stub._write_all,
+    b"p": Stub._read_one,
+    b"P": Stub._write_one,
+    b"m": Stub._read_memory,
+    b"x": Stub._read_binary,
+    b"M": Stub._write_memory,
+    b"X": Stub._write_binary,
+    b"Z": Stub._insert,
+    b"z": Stub._remove,
+    b"c": Stub._continue,
+    b"C": Stub._continue_with_signal,
+    b"s": Stub._step,
+    b"S": Stub._step_with_signal,
+    b"H": Stub._select,
+    b"T": Stub._is_alive,
+    b"D": Stub._detach,
+    b"k": Stub._kill,
+}
+
+# By name; q and Q alike.
+QUERIES: Mapping[bytes, Handler] = {
+    b"Supported": Stub._supported,
+    b"Xfer": Stub._transfer,
+    b"StartNoAckMode": Stub._start_no_ack,
+    b"PassSignals": Stub._pass_signals,
+    b"Attached": _constant(b"1"),
+    b"C": _constant(b"QC%x" % _THREAD),
+    b"fThreadInfo": _constant(b"m%x" % _THREAD),
+    b"sThreadInfo": _constant(b"l"),
+    b"Symbol": _constant(b"OK"),
+    b"HostInfo": _constant(b"endian:little;ptrsize:8;triple:%b;" % b"x86_64-unknown-none-elf".hex().encode()),
+    b"qemu.PhyMemMode": Stub._physical_mode,
+    b"vmfs.Layout": Stub._set_layout,
+}
+
+# Words of `monitor` that are about the session; all others are the files'.
+MONITOR: Mapping[str, Callable[[Stub, str], Awaitable[str]]] = {
+    "phys": Stub._monitor_physical,
+}

@@ -1,0 +1,397 @@
+"""`gdb`, by which a gdb may connect to a socket, and `gdb.stream`, over which it speaks without one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import socket
+import stat
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs.debug.gdb.server import Gdb
+from vmfs.debug.gdb.stub import parse_layout
+from vmfs.debug.gdb.target import DEFAULT
+from vmfs.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
+from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
+from vmfs.fs.interrupts import interruptible
+from vmfs.fs.kinds import decoded, may_not_block
+from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of
+from vmfs.fs.waiting import finished
+from vmfs.vm import Vm
+
+log = logging.getLogger(__name__)
+
+_TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost)?:)?(?P<port>[0-9]{1,5})")
+_LOOPBACK = "127.0.0.1"
+_USAGE = "`off`, or HOST:PORT or a socket's path, and then a layout (x86-64, i386, i8086) or `linear`"
+_PATH_MOST = 107  # bytes of struct sockaddr_un's path, without its NUL
+_SOCKET_MODE = 0o600
+_CHUNKS = 16  # that wait on the way to gdb or from it, before the sender has to
+
+
+class GdbPort:
+    """A machine's gdb, and where it is listened for. What a stub needs of the files."""
+
+    def __init__(self, scope: Any) -> None:
+        self.vm: Vm = scope.vm
+        self.gdb = Gdb(self)
+        self._scope = scope
+        self._listener: _Listener | None = None
+
+    async def wait(self, future: Future[Any]) -> None:
+        await finished(future, self._scope)
+
+    def changing_memory(self) -> Any:
+        return self._scope.memory.change()
+
+    async def command(self, text: str) -> str:
+        from vmfs.fs.monitor import command  # it knows all files, and this is what one of them is made of
+
+        return await command(self._scope, text)
+
+    def complain(self, sentence: str) -> None:
+        self._scope.complaint = sentence
+
+    @property
+    def scope(self) -> Scope:
+        return self._scope
+
+    def text(self) -> str:
+        """The `gdb` file."""
+        if self._listener is None:
+            return "off\n"
+        name, linear = self.gdb.words
+        words = [self._listener.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
+        return " ".join(words) + "\n"
+
+    async def set(self, text: str, who: Credentials | None) -> None:
+        """What was written to it. When it fails, what was before stays."""
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise Invalid(f"gdb: {error}") from None
+        if not words or "\n" in text.strip():
+            raise Invalid(f"gdb: it is {_USAGE}")
+        address, *rest = words
+        if address == "off":
+            if rest:
+                raise Invalid("gdb: nothing follows `off`")
+            await self._end_listener()
+            return
+        settings = parse_layout(rest)
+        where = parse_address(address)
+        if self._listener is not None and self._listener.where == where and not isinstance(where, str):
+            await self._end_listener()  # the same port again
+        listener = await trio.to_thread.run_sync(_Listener, where, who)
+        await self._end_listener()
+        self._scope.check()
+        self.gdb.words = settings
+        self._listener = listener
+        trio.lowlevel.spawn_system_task(self._serve, listener)
+
+    async def _end_listener(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.ended.set()
+            await listener.gone.wait()
+
+    async def _serve(self, listener: _Listener) -> None:
+        try:
+            with self._scope.waiting() as event:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_when, listener.ended, event)
+                    nursery.start_soon(trio.serve_listeners, self.gdb.serve, [listener.listener()])
+                    if not self._scope.removed:
+                        await event.wait()
+                    nursery.cancel_scope.cancel()
+        except Exception:
+            log.exception("gdb: the listener failed")
+        finally:
+            if self._listener is listener:
+                self._listener = None
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(listener.close)
+            listener.gone.set()
+
+
+async def _when(one: trio.Event, other: trio.Event) -> None:
+    await one.wait()
+    other.set()
+
+
+Where = str | tuple[str, int]  # a socket's path, or a numerical host and a port
+
+
+def parse_address(text: str) -> Where:
+    """`/a/path`, `127.0.0.1:1234`, `[::1]:1234`, `:1234` and `1234`, which are on this host only."""
+    if text.startswith("/"):
+        if len(os.fsencode(text)) > _PATH_MOST:
+            raise Invalid(f"gdb: the path of a socket has at most {_PATH_MOST} bytes")
+        return text
+    found = _TCP.fullmatch(text)
+    if not found or int(found["port"]) > 0xFFFF:
+        raise Invalid(f"gdb: {text[:60]!r} is no address: {_USAGE}")
+    host = found["host"] or _LOOPBACK
+    host = _LOOPBACK if host == "localhost" else host.strip("[]")
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    except OSError:
+        raise Invalid(f"gdb: {host!r} is no numerical address") from None
+    return host, int(found["port"])
+
+
+class _Listener:
+    """A socket that listens, made with the rights of who asked for it. Blocks when it is made and closed."""
+
+    def __init__(self, where: Where, who: Credentials | None) -> None:
+        self.where = where
+        self.ended = trio.Event()
+        self.gone = trio.Event()
+        self._who = who
+        self._made: tuple[int, int] | None = None  # the device and inode of a path
+        try:
+            self._socket = self._bind_path(where) if isinstance(where, str) else self._bind_tcp(where)
+        except OSError as error:
+            raise _host_error(where, error) from None
+
+    @property
+    def address(self) -> str:
+        """Where gdb's `target remote` finds it."""
+        if isinstance(self.where, str):
+            return shlex.quote(self.where)
+        host, port = self._socket.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def listener(self) -> trio.SocketListener:
+        return trio.SocketListener(trio.socket.from_stdlib_socket(self._socket))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.close()
+        if self._made is not None:
+            with contextlib.suppress(VmfsError, OSError):
+                as_user(self._who, lambda: self._unlink(str(self.where)))
+
+    def _bind_path(self, path: str) -> socket.socket:
+        def bind() -> socket.socket:
+            made = socket.socket(socket.AF_UNIX)
+            try:
+                os.fchmod(made.fileno(), _SOCKET_MODE)  # what bind(2) makes has the mode of the socket
+                try:
+                    made.bind(path)
+                except OSError:
+                    if not _is_dead(path):
+                        raise
+                    os.unlink(path)
+                    made.bind(path)
+                made.listen()
+            except BaseException:
+                made.close()
+                raise
+            return made
+
+        one = as_user(self._who, bind)
+        there = os.lstat(path)
+        self._made = there.st_dev, there.st_ino
+        return one
+
+    def _unlink(self, path: str) -> None:
+        there = os.lstat(path)
+        if (there.st_dev, there.st_ino) == self._made:
+            os.unlink(path)
+
+    def _bind_tcp(self, where: tuple[str, int]) -> socket.socket:
+        return as_user(self._who, lambda: _listen_tcp(where))
+
+
+def _listen_tcp(where: tuple[str, int]) -> socket.socket:
+    host, _ = where
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(where)
+        made.listen()
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _is_dead(path: str) -> bool:
+    """A socket that nobody listens on any more: of a server that was killed."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _host_error(where: Where, error: OSError) -> HostError:
+    name = where if isinstance(where, str) else f"{where[0]}:{where[1]}"
+    failure = HostError(f"gdb: {name}: {os.strerror(error.errno or 5)}")
+    failure.errno = error.errno or 5
+    return failure
+
+
+# ---- gdb
+
+
+@dataclass(frozen=True)
+class GdbFile(Kind):
+    """`gdb`."""
+
+    writable = True
+    sized = False
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _GdbHandle(node, pid, nonblocking, writing)
+
+
+class _GdbHandle(Handle):
+    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._who = credentials_of(pid) if writing else None
+        self._snapshot = b""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0:
+            self._snapshot = self.scope.gdb.text().encode()
+        return self._snapshot[offset : offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        # Not to be given up half-way by a signal: it takes no time that one would wait for.
+        await self.scope.gdb.set(decoded(data), self._who)
+        return len(data)
+
+
+# ---- gdb.stream
+
+
+@dataclass(frozen=True)
+class GdbStream(Kind):
+    """`gdb.stream`: who opens it for reading and writing is a gdb's connection."""
+
+    writable = True
+    sized = False
+    reading_acts = True
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _StreamHandle(node, pid, nonblocking, writing)
+
+
+class _FileChannel:
+    """The server's end of the stream."""
+
+    def __init__(self) -> None:
+        self.to_stub, self._from_gdb = trio.open_memory_channel[bytes](_CHUNKS)
+        self._to_gdb, self.from_stub = trio.open_memory_channel[bytes](_CHUNKS)
+        self.news = lambda: None
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        try:
+            return await self._from_gdb.receive()
+        except trio.EndOfChannel:
+            return b""
+
+    async def send_all(self, data: bytes) -> None:
+        await self._to_gdb.send(data)
+        self.news()
+
+    def close(self) -> None:
+        self._from_gdb.close()
+        self._to_gdb.close()
+        self.news()
+
+
+class _StreamHandle(Handle):
+    """The session begins with the first write, and ends with the close or when the stub ends it: then reads return
+    the end of the file."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._writing = writing
+        self._channel: _FileChannel | None = None
+        self._rest = b""
+
+    async def write(self, offset: int, data: bytes) -> int:
+        if self._channel is None:
+            if self.scope.gdb.gdb.connected:
+                raise Busy("another gdb is connected to this machine")
+            self._channel = _FileChannel()
+            self._channel.news = self.scope.wake
+            trio.lowlevel.spawn_system_task(self._serve, self._channel)
+        try:
+            if may_not_block(self):
+                self._channel.to_stub.send_nowait(bytes(data))
+            else:
+                async with interruptible(self.pid):
+                    await self._channel.to_stub.send(bytes(data))
+        except trio.WouldBlock:
+            raise WouldBlock("what was sent before is not answered yet") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise Gone("the session has ended") from None
+        return len(data)
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if not self._writing:
+            raise Invalid("gdb.stream is opened for reading and writing")
+        if self._channel is None:
+            raise Invalid("gdb.stream: a gdb writes first")
+        if not self._rest:
+            try:
+                if may_not_block(self):
+                    self._rest = self._channel.from_stub.receive_nowait()
+                else:
+                    async with interruptible(self.pid):
+                        self._rest = await self._channel.from_stub.receive()
+            except trio.WouldBlock:
+                raise WouldBlock("there is no answer yet") from None
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                return b""
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    def poll(self) -> int:
+        channel = self._channel
+        if channel is None:
+            return POLL_OUT
+        statistics = channel.from_stub.statistics()
+        there = self._rest or statistics.current_buffer_used or not statistics.open_send_channels
+        room = channel.to_stub.statistics().current_buffer_used < _CHUNKS
+        return (POLL_IN if there else 0) | (POLL_OUT if room else 0)
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.to_stub.close()
+            self._channel.from_stub.close()
+
+    async def _serve(self, channel: _FileChannel) -> None:
+        try:
+            with self.scope.waiting() as event:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_at, event, nursery.cancel_scope)
+                    if not self.scope.removed:
+                        await self.scope.gdb.gdb.serve(channel)
+                    nursery.cancel_scope.cancel()
+        except Exception:
+            log.exception("gdb.stream failed")
+        finally:
+            channel.close()
+
+
+async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
