@@ -21,13 +21,13 @@ from __future__ import annotations
 import operator
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice, pairwise
 
 from vmfs.debug.paging import Paging, Ram, mapped_ranges
 from vmfs.debug.symbols import MOST, NAME_MOST, SymbolTable
 from vmfs.errors import Invalid
-from vmfs.memory import MemoryView
+from vmfs.memory import PAGE, MemoryView
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _CHUNK = 1 << 20
@@ -126,7 +126,8 @@ def _symbols(memory: Ram, paging: Paging, tables: _Tables) -> SymbolTable | None
         symbols = _expanded(names, count, tables.words)
         if symbols is None:
             continue
-        addresses = _addresses(memory, paging, tables, number, count)
+        anchor = next((at for at, (_, name) in enumerate(symbols) if name in ("_text", "_stext")), -1)
+        addresses = _addresses(memory, paging, tables, number, count, anchor)
         if addresses is not None:
             # Below the kernel's image are offsets into the per-CPU area; since 6.2 their type does not tell.
             return SymbolTable(
@@ -213,52 +214,66 @@ def _expanded(names: memoryview, count: int, words: list[bytes]) -> list[tuple[s
 # ---- addresses
 
 
-def _addresses(memory: Ram, paging: Paging, tables: _Tables, number: int, count: int) -> list[int] | None:
-    """The address of each symbol: of the encodings that there were, the one by which they ascend."""
+def _addresses(
+    memory: Ram, paging: Paging, tables: _Tables, number: int, count: int, anchor: int
+) -> list[int] | None:
+    """The address of each symbol: of the encodings that there were, the first by which they are plausible.
+
+    They ascend, most of them are the kernel's, and that of symbol `anchor` (_text or _stext) begins a page.
+    """
+    room = -(-4 * count // 8) * 8
+    before = number - 8 - room
     behind = -(-tables.end // 8) * 8
-    offsets = array("i", memory.read(behind, 4 * count))
-    base_at = behind + -(-4 * count // 8) * 8
-    found = _relative(offsets, _word(memory, base_at), count)
-    if found is None:
-        found = _to_their_place(memory, paging, offsets, behind, count)
-    if found is None:  # up to 6.3
-        start = number - 8 - -(-4 * count // 8) * 8
-        found = _relative(array("i", memory.read(max(start, 0), 4 * count)), _word(memory, number - 8), count)
-    if found is None:
-        found = _plausible(list(array("Q", memory.read(max(number - 8 * count, 0), 8 * count))), count)
-    return found
+    encodings: tuple[Callable[[], Iterable[int]], ...] = (
+        # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: absolute ones are positive, the others negative.
+        lambda: _absolute_percpu(_offsets(memory, before, count), _word(memory, number - 8)),
+        lambda: _base_relative(_offsets(memory, before, count), _word(memory, number - 8)),
+        lambda: array("Q", memory.read(max(number - 8 * count, 0), 8 * count)),
+        lambda: _absolute_percpu(_offsets(memory, behind, count), _word(memory, behind + room)),
+        lambda: _base_relative(_offsets(memory, behind, count), _word(memory, behind + room)),
+        lambda: _relative_to_its_place(_offsets(memory, behind, count), _linear(memory, paging, behind)),
+    )
+    for encoding in encodings:
+        addresses = list(encoding())
+        if (
+            len(addresses) == count
+            and not any(map(operator.gt, addresses, islice(addresses, 1, None)))
+            and addresses[0] >= 0
+            and addresses[-1] < 1 << 64
+            and addresses[count // 2] >= _KERNEL
+            and (anchor < 0 or addresses[anchor] % PAGE == 0)
+        ):
+            return addresses
+    return None
 
 
 def _word(memory: Ram, address: int) -> int:
     return int.from_bytes(memory.read(max(address, 0), 8), "little")
 
 
-def _relative(offsets: array[int], base: int, count: int) -> list[int] | None:
-    """CONFIG_KALLSYMS_BASE_RELATIVE, 4.6 to 6.19."""
-    if len(offsets) != count or not _KERNEL <= base < 1 << 64:
-        return None
-    # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: absolute ones are positive, the others negative.
-    found = _plausible([one if one >= 0 else base - 1 - one for one in offsets], count)
-    return found or _plausible([base + (one & 0xFFFF_FFFF) for one in offsets], count)
+def _offsets(memory: Ram, address: int, count: int) -> array[int]:
+    raw = memory.read(max(address, 0), 4 * count)
+    return array("i", raw if len(raw) == 4 * count else b"")
 
 
-def _to_their_place(
-    memory: Ram, paging: Paging, offsets: array[int], place: int, count: int
-) -> list[int] | None:
-    """Since 7.0: each is relative to where it stands itself."""
-    if len(offsets) != count:
-        return None
+def _absolute_percpu(offsets: array[int], base: int) -> Iterable[int]:
+    """4.6 to 6.14."""
+    return [one if one >= 0 else base - 1 - one for one in offsets]
+
+
+def _base_relative(offsets: array[int], base: int) -> Iterable[int]:
+    """6.15 to 6.19, and kernels without per-CPU areas before."""
+    return [base + (one & 0xFFFF_FFFF) for one in offsets]
+
+
+def _relative_to_its_place(offsets: array[int], place: int) -> Iterable[int]:
+    """Since 7.0."""
+    return [place + 4 * index + offset for index, offset in enumerate(offsets)] if place else []
+
+
+def _linear(memory: Ram, paging: Paging, physical: int) -> int:
+    """Where the kernel's image has a byte, or 0."""
     for one in mapped_ranges(memory, paging):
-        if one.start >= _KERNEL and one.physical <= place < one.physical + one.end - one.start:
-            here = one.start + place - one.physical
-            return _plausible([here + 4 * index + offset for index, offset in enumerate(offsets)], count)
-    return None
-
-
-def _plausible(addresses: list[int], count: int) -> list[int] | None:
-    """They ascend, and most of them are the kernel's."""
-    if len(addresses) != count or any(map(operator.gt, addresses, islice(addresses, 1, None))):
-        return None
-    if addresses[-1] >= 1 << 64 or addresses[0] < 0 or addresses[count // 2] < _KERNEL:
-        return None
-    return addresses
+        if one.start >= _KERNEL and one.physical <= physical < one.physical + one.end - one.start:
+            return one.start + physical - one.physical
+    return 0

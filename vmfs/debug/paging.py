@@ -86,7 +86,7 @@ class Paging:
     huge: bool = True  # 1 GiB pages
     physical_bits: int = 52
     long: bool = False  # IA-32e mode: linear addresses have 64 bits
-    amd: bool = False  # bit 8 of a PML4E and a PML5E is reserved (APM 2 figures 5-20, 5-25), not ignored
+    amd: bool = False  # bit 8 of a PML4E and a PML5E is reserved (APM 2 5.3), not ignored
 
     @staticmethod
     def of(cpu: States) -> Paging:
