@@ -296,4 +296,5 @@ class Bridge(PciDevice):
 
     TYPE = "pci-host-bridge"
     VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x1237, 0x060000, 2
+    SUBSYSTEM = 0x1AF4, 0x1100  # by which SeaBIOS knows that there is fw_cfg to ask (its src/fw/paravirt.c)
     INTERRUPT = False
