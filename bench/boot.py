@@ -71,7 +71,8 @@ def tcg_run(initrd: bytes, disk: Path | None) -> tuple[float, str]:
         drive = ["-drive", f"file={disk},format=raw,if=virtio,cache=writeback"] if disk else []
         command = [
             "qemu-system-x86_64", "-accel", "tcg", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-            "-serial", "stdio", "-kernel", str(CLOUD.image), "-initrd", file.name, "-append", CMDLINE, "-cpu", "max", *drive,
+            "-serial", "stdio", "-cpu", "max", *drive,
+            "-kernel", str(CLOUD.image), "-initrd", file.name, "-append", CMDLINE,
         ]  # fmt: skip
         began = time.perf_counter()
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
