@@ -29,7 +29,8 @@ def carry_cpu(source: Vcpu, target: Vcpu, reset: Mapping[str, bytes], *, keep_cp
             _carry(source, target, name)
     _carry_msrs(source, target, _entries(reset["msrs"]))
     for name in _BEHIND_MSRS:
-        _carry(source, target, name)
+        if name != "lapic" or _has(target, name):  # a machine that becomes bare has none
+            _carry(source, target, name)
     for vector in source.queued_vectors:
         target.interrupt(vector)
 
@@ -55,6 +56,14 @@ def _carry(source: Vcpu, target: Vcpu, name: str) -> None:
         target.set_state(name, data)
     except Invalid as error:
         raise Unsupported(f"{name} is in a state that the other engine cannot have: {error}") from error
+
+
+def _has(cpu: Vcpu, name: str) -> bool:
+    try:
+        cpu.get_state(name)
+    except Unsupported:
+        return False
+    return True
 
 
 def _resized(xsave: bytes, size: int) -> bytes:

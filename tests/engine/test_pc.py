@@ -1,0 +1,277 @@
+"""Machines with devices on every engine: accesses that devices answer, bounds, interrupts, power, and the move."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from engine.asm import ORIGIN
+
+from vmfs.engine import ENGINES
+from vmfs.engine.base import Capability
+from vmfs.errors import Busy, Invalid, NotPermitted, Unsupported, VmfsError
+from vmfs.registers import read_register, write_registers
+from vmfs.vm import Bound, Vm
+
+SECONDS = 30
+SIZE = 2 << 20
+
+# The timer at 100 Hz through the 8259s to vector 0x20, whose handler counts in [0x500]; runs until it has counted 3.
+TIMER = """
+    xor ax, ax
+    mov ds, ax
+    mov word ptr [0x80], offset handler
+    mov word ptr [0x82], 0
+    mov al, 0x11
+    out 0x20, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 4
+    out 0x21, al
+    mov al, 1
+    out 0x21, al
+    mov al, 0xfe
+    out 0x21, al
+    mov al, 0x34
+    out 0x43, al
+    mov al, 0x9c
+    out 0x40, al
+    mov al, 0x2e
+    out 0x40, al
+    sti
+wait:
+    hlt
+    cmp byte ptr [0x500], 3
+    jb wait
+    mov dx, 0xf4
+    mov al, 7
+    out dx, al
+handler:
+    push ax
+    inc byte ptr [0x500]
+    mov dx, 0x3f8
+    mov al, '.'
+    out dx, al
+    mov al, 0x20
+    out 0x20, al
+    pop ax
+    iret
+"""
+
+
+@pytest.fixture
+def pc(engine):
+    vm = Vm(engine, memory_size=SIZE)
+    vm.set_machine("pc")
+    vm.sent = bytearray()
+    vm.board.devices["com1"].output = vm.sent.extend
+    yield vm
+    vm.close()
+
+
+def load(vm, program, mode="real"):
+    vm.set_mode(mode)
+    vm.memory.write(ORIGIN, program.code)
+    vm.change(lambda cpu: write_registers(cpu, {"rip": ORIGIN}))
+
+
+def run(vm, **bound):
+    return vm.start(Bound(**bound)).result(SECONDS)
+
+
+def register(vm, name):
+    return int(vm.at_boundary(lambda cpu: read_register(cpu, name)).result(SECONDS), 0)
+
+
+def test_accesses_are_answered_and_no_exits(pc, assembler):
+    load(pc, assembler("mov dx, 0x3f8; mov al, 'A'; out dx, al; mov dx, 0x3fd; in al, dx; out 0xf4, al", "real"))
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=193 ")  # 0x60 * 2 + 1
+    assert pc.sent == b"A" and pc.state == "shutdown"
+    counters = pc.counters()
+    assert counters["exits.io"] == 0 and counters["exits.shutdown"] == 1
+
+
+def test_what_no_device_claims_reads_as_ones(pc, assembler):
+    load(pc, assembler("mov dx, 0x1234; mov al, 5; out dx, al; in al, dx; mov dx, 0xf4; out dx, al", "real"))
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=511 ")
+    assert pc.counters()["board.unclaimed"] == 2
+
+
+def test_memory_of_devices(pc, assembler):
+    code = "mov edi, 0xe8000000; mov dword ptr [rdi], 5; mov eax, [rdi]; mov dx, 0xf4; out dx, al"
+    load(pc, assembler(code, "long"), "long")
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=511 ")
+
+
+def test_bounds_count_accesses_that_devices_answer(pc, assembler):
+    program = assembler("mov dx, 0x3f8; mov al, 'A'; l2: out dx, al; l3: in al, dx; l4: nop; l5: hlt", "real")
+    load(pc, program)
+    for label in ("l2", "l3", "l4"):
+        exit_ = run(pc, steps=2 if label == "l2" else 1)
+        assert exit_.line() == f"debug cause=step rip={program.labels[label]:#x}"
+    assert pc.sent == b"A" and register(pc, "rax") & 0xFF == 0
+    pc.set_points(lambda points: points.set_stepping(True)).result()
+    pc.change(lambda cpu: write_registers(cpu, {"rip": program.labels["l2"]}))
+    assert run(pc).line() == f"debug cause=step rip={program.labels['l3']:#x}"
+    assert run(pc).line() == f"debug cause=step rip={program.labels['l4']:#x}"
+
+
+def test_exact_bounds_over_accesses(pc, assembler):
+    if Capability.BUDGET not in pc.capabilities:
+        pytest.skip(f"{pc.engine.name} has no exact bounds")
+    program = assembler("mov dx, 0x3f8; l1: in al, dx; out dx, al; nop; jmp l1", "real")
+    load(pc, program)
+    for count in (1, 2, 3, 7, 100, 1001):
+        before = pc.counters()["instructions"]
+        assert run(pc, instructions=count).line().startswith("limit ")
+        assert pc.counters()["instructions"] - before == count
+
+
+def test_the_timer_wakes_it(pc, assembler):
+    load(pc, assembler(TIMER, "real"))
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=15 ")
+    assert pc.sent == b"..."
+
+
+def test_a_device_interrupts(pc, assembler):
+    """Received bytes, by IRQ 4 through the 8259s, while the CPU halts."""
+    program = assembler(
+        """
+        xor ax, ax
+        mov ds, ax
+        mov word ptr [0x90], offset handler
+        mov word ptr [0x92], 0
+        mov al, 0x11
+        out 0x20, al
+        mov al, 0x20
+        out 0x21, al
+        mov al, 4
+        out 0x21, al
+        mov al, 1
+        out 0x21, al
+        mov al, 0xef
+        out 0x21, al
+        mov dx, 0x3f9
+        mov al, 1
+        out dx, al
+        mov dx, 0x3fc
+        mov al, 8
+        out dx, al
+        mov dx, 0x3f8
+        mov al, 'r'
+        out dx, al
+        sti
+    wait:
+        hlt
+        jmp wait
+    handler:
+        mov dx, 0x3f8
+        in al, dx
+        out 0xf4, al
+        """,
+        "real",
+    )
+    load(pc, program)
+    ready = []
+    pc.board.devices["com1"].output = lambda data: ready.append(pc.board.devices["com1"].receive(b"!"))
+    assert run(pc).line().startswith(f"shutdown cause=debug-exit code={ord('!') * 2 + 1} ")
+    assert ready
+
+
+@pytest.mark.parametrize("stop", ["poweroff", "reset"])
+def test_power(pc, assembler, stop):
+    code = {
+        "poweroff": "mov dx, 0x604; mov ax, 0x3400; out dx, ax; l: jmp l",
+        "reset": "mov dx, 0xcf9; mov al, 6; out dx, al; l: jmp l",
+    }[stop]
+    load(pc, assembler(f"mov dx, 0x3ff; mov al, 7; out dx, al; {code}", "real"))
+    program_end = run(pc)
+    assert program_end.line().startswith(f"shutdown cause={stop} rip=")
+    if stop == "poweroff":
+        assert pc.state == "shutdown"
+        assert run(pc).line() == program_end.line()
+    else:
+        assert pc.state == "paused"
+        assert register(pc, "rip") == 0xFFF0 and register(pc, "cs.base") == 0xFFFF0000
+        assert pc.board.devices["com1"].scr == 0
+        assert pc.memory.read(ORIGIN, 1) != b"\0"  # RAM keeps its contents
+
+
+def test_a_machine_with_devices_moves(pc, assembler):
+    """In the middle of a program with a timer, to each engine and back: devices, controllers and timers go along."""
+    others = []
+    for row in ENGINES:
+        try:
+            engine = row.load()
+        except VmfsError:
+            continue
+        if engine.probe().available:
+            others.append(engine)
+    load(pc, assembler(TIMER, "real"))
+    pc.set_points(lambda points: points.add_break(assembler(TIMER, "real").labels["handler"]) and points).result()
+    for count, engine in enumerate((*others, pc.engine)):
+        if count < 3:
+            assert run(pc).line().startswith("debug cause=breakpoint ")
+        pc.move_to(engine)
+        assert pc.engine is engine and pc.machine_name == "pc"
+    pc.set_points(lambda points: points.delete_all()).result()
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=15 ")
+    assert pc.sent == b"..."
+
+
+def test_machine_is_chosen_before_the_first_run(engine, assembler):
+    vm = Vm(engine, memory_size=SIZE)
+    try:
+        with pytest.raises(Invalid, match="bare, pc"):
+            vm.set_machine("atari")
+        vm.change(lambda cpu: write_registers(cpu, {"rbx": 5}))
+        vm.set_machine("pc")
+        vm.set_machine("pc")
+        assert register(vm, "rbx") == 5
+        with pytest.raises(Unsupported, match="controllers"):
+            vm.interrupt(0x20)
+        vm.set_machine("bare")
+        vm.interrupt(0x20)
+        assert vm.board is None and register(vm, "rbx") == 5
+        load(vm, assembler("hlt", "real"))
+        run(vm)
+        with pytest.raises(Busy, match="has run"):
+            vm.set_machine("pc")
+    finally:
+        vm.close()
+
+
+def test_devices_are_attached_before_the_first_run(pc, assembler):
+    from vmfs.devices.virtio.rng import Rng
+
+    pc.attach(lambda board: Rng(board, "rng0", board.pci.free_slot()))
+    assert pc.board.devices["rng0"].irq >= 16
+    with pytest.raises(NotPermitted):
+        pc.detach(pc.board.devices["com1"])
+    pc.detach(pc.board.devices["rng0"])
+    assert "rng0" not in pc.board.devices
+    load(pc, assembler("out 0xf4, al", "real"))
+    run(pc)
+    with pytest.raises(Busy):
+        pc.attach(lambda board: Rng(board, "rng0", board.pci.free_slot()))
+
+
+def test_what_devices_write_is_in_the_dirty_log(pc):
+    pc.take_dirty("file")
+    pc.board.dma_write(5 * 4096, b"x")
+    dirty = int.from_bytes(pc.take_dirty("file"), "little")
+    assert dirty == 1 << 5
+
+
+def test_time_has_its_source(pc, assembler):
+    assert pc.time_source == "host"
+    if Capability.DETERMINISTIC not in pc.capabilities:
+        with pytest.raises(Unsupported):
+            pc.set_time_source("instructions")
+        return
+    pc.set_time_source("instructions")
+    load(pc, assembler("mov ecx, 1000; l: dec ecx; jnz l; out 0xf4, al", "real"))
+    before = struct.unpack_from("<Q", pc.get_machine_state("clock").result(SECONDS))[0]
+    run(pc)
+    after = struct.unpack_from("<Q", pc.get_machine_state("clock").result(SECONDS))[0]
+    assert after - before == pc.counters()["instructions"]
