@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import queue
+import struct
 import threading
 import time
 from collections import Counter, deque
@@ -39,7 +40,7 @@ from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Eng
 from vmfs.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
 from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, PAGE, Memory, check_size
-from vmfs.modes import mode_of, set_mode
+from vmfs.modes import RIP, mode_of, set_mode
 from vmfs.moving import carry_cpu, carry_machine
 
 T = TypeVar("T")
@@ -272,6 +273,8 @@ class Vm:
     def _run_to_exit(self, run: Run) -> exits.Exit:
         """Run slice by slice until an exit that is the caller's to see."""
         bound = run.bound
+        if bound.instructions == 0:  # `load`
+            return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
         left = bound.steps if bound.steps is not None else bound.instructions
         exact = Capability.BUDGET in self.capabilities
         done_before = self._instructions() if left is not None and exact else 0
@@ -542,6 +545,24 @@ class Vm:
                     written |= ((1 << last - first + 1) - 1) << first
                 self._dirty = {name: bits | written for name, bits in self._dirty.items()}
         self._boot_due = False
+
+    def load(self) -> Run | None:
+        """Do now what the next run would begin with, for a debugger that comes before it: load what there is to
+        boot, and execute nothing. None where there is nothing to do."""
+        if not self._boot_due or not (self.images.there("kernel") or self.images.there("bios")):
+            return None
+        return self.start(Bound(instructions=0))
+
+    def read_physical(self, address: int, length: int) -> bytes:
+        """What a debugger sees there: up to `length` bytes of RAM, of the ROM or of a device's memory; empty where
+        there is none."""
+        if address < self.memory.size:
+            return self.memory.read(address, length)
+        if self._rom is not None:
+            fd, start, size = self._rom
+            if start <= address < start + size:
+                return os.pread(fd, min(length, start + size - address), address - start)
+        return self.board.read_memory(address, length) if self.board is not None else b""
 
     def _set_rom(self, address: int, data: bytes) -> None:
         """Have `data` in the guest's address space, read-only, in the place of the ROM before."""

@@ -117,7 +117,7 @@ class Inferior:
         def read(cpu: Vcpu) -> bytes:
             parts = []
             for physical, part in self._pieces(cpu, address, length):
-                data = b"" if physical is None else self._read_physical(physical, part)
+                data = b"" if physical is None else self.vm.read_physical(physical, part)
                 parts.append(data)
                 if len(data) < part:
                     break
@@ -127,12 +127,6 @@ class Inferior:
         if length and not data:
             raise BadAddress(f"{address:#x} is not mapped to memory")
         return data
-
-    def _read_physical(self, address: int, length: int) -> bytes:
-        if address < self.vm.memory.size:
-            return self.vm.memory.read(address, length)
-        board = self.vm.board
-        return b"" if board is None else board.read_memory(address, length)
 
     async def write_memory(self, address: int, data: bytes) -> None:
         """All or nothing; the rights of the guest's pages are not asked for."""
@@ -226,7 +220,11 @@ class Inferior:
     # ---- the rest
 
     async def pause(self) -> None:
+        """Stop what runs; where nothing ever has, load what there is to boot, so that gdb sees it."""
         await self._value(self.vm.pause())
+        loading = self.vm.load()
+        if loading is not None:
+            await self._value(loading)
 
     @property
     def last_exit(self) -> Exit | None:

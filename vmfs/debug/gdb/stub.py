@@ -345,7 +345,10 @@ class Stub:
 
     async def _why(self, _arguments: bytes) -> bytes:
         """`?`: the machine stands still for gdb, whoever ran it."""
-        await self.inferior.pause()
+        try:
+            await self.inferior.pause()
+        except VmfsError as error:  # what cannot be booted: the first run will say so, too
+            self._check(error)
         if self._last_stop is None:
             last = self.inferior.last_exit
             is_over = last is not None and self.inferior.vm.state in ("shutdown", "halted")
