@@ -493,7 +493,9 @@ static void turn(struct vcpu *c)
         c->budget -= t->count;
         t->records[0].run(c, t->records);
         c->now = NULL;
-        if (c->at_breakpoint)
+        if (c->at_breakpoint && c->budget <= 0)
+            c->at_breakpoint = false; /* the slice is over: its end and events come first */
+        else if (c->at_breakpoint)
             at_breakpoint(c);
         else if (unlikely(c->reached_count || has_stops(c, STOP_MODE))) {
             stops_reach_mode(c);
