@@ -141,9 +141,13 @@ def test_doubt_runs_the_kernels_own_decompressor(vmlinux):
         assert memory.read(MIB, len(image) - 2560) == image[2560:]
 
 
-def test_a_32_bit_kernel_decompresses_itself():
+def test_a_32_bit_kernel():
+    vmlinux = elf([(MIB, CODE, 3 * MIB)], entry=MIB + 0x40, bits=32, machine=3, virtual=0xC000_0000)
+    with loaded(bzimage(CODE, xloadflags=0, payload=COMPRESSORS["gzip"](vmlinux))) as (start, memory):
+        assert (start.registers["rip"], start.registers["cs.db"]) == (MIB + 0x40, 1)
+        assert memory.read(start.registers["rsi"] + 0x202, 4) == b"HdrS"
     with loaded(bzimage(CODE, xloadflags=0, payload=COMPRESSORS["gzip"](VMLINUX))) as (start, _):
-        assert start.registers["rip"] == MIB
+        assert start.registers["rip"] == MIB  # a kernel of 64 bits is not one that this entry is for
 
 
 def test_a_payload_beyond_the_image_is_none():

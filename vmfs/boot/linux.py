@@ -139,16 +139,17 @@ def load(plan: Plan, request: Request) -> Entry:
         struct.pack_into("<Q", params, 0x250, 0)  # setup_data
     zero_page = plan.put("the boot parameters", bytes(params), low=start.LOW, high=start.LOW_END)
 
-    if request.decompress and header.bits == 64 and b"kaslr" not in cmdline.split():
+    entry = None
+    if request.decompress and b"kaslr" not in cmdline.split():
         entry = _load_vmlinux(plan, image, header)
-        if entry is not None:
-            kind = payload.name_of(image, header.payload[0])
-            how = f"bzImage, {kind} decompressed on the host, vmlinux entered at {entry:#x}"
-            return Entry(start.long(plan, {"rip": entry, "rsi": zero_page}), how)
-    plan.write(header.address, image.part(header.setup_size, header.size))
-    entry = header.address + (0x200 if header.bits == 64 else 0)
+    if entry is not None:
+        kind = payload.name_of(image, header.payload[0])
+        how = f"bzImage, {kind} decompressed on the host, vmlinux entered at {entry:#x}"
+    else:
+        plan.write(header.address, image.part(header.setup_size, header.size))
+        entry = header.address + (0x200 if header.bits == 64 else 0)
+        how = f"bzImage, {header.bits}-bit entry at {entry:#x}"
     enter = start.long if header.bits == 64 else start.protected
-    how = f"bzImage, {header.bits}-bit entry at {entry:#x}"
     return Entry(enter(plan, {"rip": entry, "rsi": zero_page}), how)
 
 
@@ -187,7 +188,7 @@ def _load_vmlinux(plan: Plan, image: Source, header: Header) -> int | None:
         return None
     ends = sorted((one.physical, one.physical + one.size) for one in found.segments)
     if (
-        found.bits != 64
+        found.bits != header.bits
         or found.type != elf.EXECUTABLE
         or found.start != header.address
         or found.end > header.address + header.init_size
