@@ -174,7 +174,9 @@ def test_sizes_are_those_of_what_is_read(on_fs):
     async def test(kernel):
         await kernel.mkdir("a")
         for row in FILES:
-            if row.kind.readable and row.name not in ("vm_run", "vm_run.bin", *CONTROLLERS, "console", "mem"):
+            acting = ("vm_run", "vm_run.bin", "console")
+            # RAM is longer than one read, and `virt` as long as the address space.
+            if row.kind.readable and row.name not in (*acting, *CONTROLLERS, "mem", "virt", "core"):
                 size = (await kernel.walk(f"a/{row.name}")).st_size
                 file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
                 assert size in (0, len(await file.read())), row.name

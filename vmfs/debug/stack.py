@@ -6,6 +6,9 @@ from calls that have returned.
 
 A word may be a return address if it points behind a CALL, in a page that can be executed.
 
+Linux runs interrupts on stacks of their own, below pages that are not mapped. The last word of such a stack, or
+the RSP and SS of the frame that the CPU pushed there, lead to the one that was interrupted.
+
 Source of the encodings of CALL: Intel SDM 2A, "CALL"; of the frames: System V psABI 3.2.2, figure 3.3.
 """
 
@@ -21,6 +24,10 @@ from vmfs.memory import PAGE
 from vmfs.registers import REGISTERS
 
 DEPTH = 16 << 10  # bytes of the stack that are looked at: a kernel stack of Linux
+STACKS_MOST = 4
+SELECTOR_MOST = (
+    0x100  # of an SS that was pushed; one with RPL 3 is a program's, and its stack is not followed
+)
 FRAMES_MOST = 128
 GUESSES_MOST = 256
 FRAME_MOST = 1 << 20  # bytes between two frames
@@ -35,7 +42,7 @@ class StackState:
     pointer: int  # linear
     frame: int  # of the frame pointer, linear
     base: int  # of the stack segment
-    words: bytes
+    stacks: tuple[tuple[int, bytes], ...]  # where each begins, and its bytes
 
     @staticmethod
     def of(cpu: States, memory: Ram) -> StackState:
@@ -49,7 +56,7 @@ class StackState:
             mask = 0xFFFF_FFFF if REGISTERS["ss.db"].get(sregs) else 0xFFFF  # which of esp is used
             rsp, rbp = rsp & mask, rbp & mask
         pointer, frame = base + rsp, base + rbp
-        return StackState(code, paging, pointer, frame, base, read_linear(memory, paging, pointer, DEPTH))
+        return StackState(code, paging, pointer, frame, base, _stacks(memory, paging, pointer, code.bits))
 
     @property
     def width(self) -> int:
@@ -71,20 +78,42 @@ def frames(memory: Ram, state: StackState) -> list[Frame]:
     code = _Code(memory, state)
     sure = _chain(state, code)
     found = [Frame(address, at, True) for at, address in sure.items()]
-    guesses = 0
-    for index, (value,) in enumerate(struct.iter_unpack(_FORMATS[state.width], state.words[: _whole(state)])):
-        at = state.pointer + index * state.width
-        if at not in sure and guesses < GUESSES_MOST and code.is_behind_call(address := code.linear(value)):
-            found.append(Frame(address, at, False))
-            guesses += 1
-    return sorted(found, key=lambda frame: frame.at)
+    order = {}
+    for place, words in state.stacks:
+        guesses = 0
+        whole = len(words) // state.width * state.width
+        for index, (value,) in enumerate(struct.iter_unpack(_FORMATS[state.width], words[:whole])):
+            at = place + index * state.width
+            order.setdefault(at, len(order))
+            if at in sure or guesses >= GUESSES_MOST:
+                continue
+            address = code.linear(value)
+            if code.is_behind_call(address):
+                found.append(Frame(address, at, False))
+                guesses += 1
+    # What a chain finds beyond those stacks comes last.
+    return sorted(found, key=lambda frame: (order.get(frame.at, len(order)), frame.at))
+
+
+def _stacks(memory: Ram, paging: Paging, pointer: int, bits: int) -> tuple[tuple[int, bytes], ...]:
+    """The stack from `pointer` on, and those that were interrupted, at most STACKS_MOST."""
+    found: list[tuple[int, bytes]] = []
+    while len(found) < STACKS_MOST:
+        words = read_linear(memory, paging, pointer, DEPTH)
+        if not words or any(place <= pointer < place + len(other) for place, other in found):
+            break
+        found.append((pointer, words))
+        if bits != 64 or len(words) == DEPTH or len(words) < 16 or pointer % 8:
+            break
+        # Its end, where nothing is mapped.
+        before, last = struct.unpack_from("<QQ", words[: len(words) & ~7], (len(words) & ~7) - 16)
+        pointer = before if last <= SELECTOR_MOST and not last & 3 else last
+        if pointer % 8 or paging.translate(memory, pointer) is None:
+            break
+    return tuple(found)
 
 
 _FORMATS = {2: "<H", 4: "<I", 8: "<Q"}
-
-
-def _whole(state: StackState) -> int:
-    return len(state.words) // state.width * state.width
 
 
 def _chain(state: StackState, code: _Code) -> dict[int, int]:
