@@ -182,6 +182,7 @@ class Ring:
         self.next = 0
         self.made = 0
         self.seen = 0
+        self.event: int | None = None  # the used index to be interrupted at (of EVENT_IDX), or None: the next one
 
     def poke(self, address: int, code: str, *values: int) -> None:
         self.driver.bench.memory.write(address, struct.pack(code, *values))
@@ -223,6 +224,7 @@ class Ring:
         while self.seen != index:
             found.append(self.peek(self.used_area + 4 + 8 * (self.seen % self.size), "<II"))
             self.seen = (self.seen + 1) & 0xFFFF
+        self.poke(self.avail + 4 + 2 * self.size, "<H", self.seen if self.event is None else self.event)
         return found  # type: ignore[return-value]
 
 

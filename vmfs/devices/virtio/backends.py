@@ -36,8 +36,15 @@ class Backend(Protocol):
 
     fd: int
 
+    @property
+    def unsent(self) -> bool:
+        """A part of a frame that was taken is still here: `flush` when `fd` is writable."""
+        ...
+
+    def flush(self) -> None: ...
+
     def send(self, frame: bytes) -> bool:
-        """False when there is no room now. OSError when there will be none any more."""
+        """Take a frame. False when there is no room now. OSError when there will be none any more."""
         ...
 
     def receive(self) -> bytes | None:
@@ -59,21 +66,25 @@ class Stream:
         self._in = bytearray()
         self._out = b""  # the rest of a frame that the socket took a part of
 
-    def send(self, frame: bytes) -> bool:
-        if self._out and not self._push(self._out):
-            return False
-        self._out = b""
-        self._push(_LENGTH.pack(len(frame)) + frame)
-        return True
+    @property
+    def unsent(self) -> bool:
+        return bool(self._out)
 
-    def _push(self, data: bytes) -> bool:
-        """Whether all of it is sent; `_out` is the rest."""
+    def flush(self) -> None:
         try:
-            done = self._socket.send(data)
+            done = self._socket.send(self._out)
         except BlockingIOError:
             done = 0
-        self._out = data[done:]
-        return not self._out
+        self._out = self._out[done:]
+
+    def send(self, frame: bytes) -> bool:
+        if self._out:
+            self.flush()
+            if self._out:
+                return False
+        self._out = _LENGTH.pack(len(frame)) + frame
+        self.flush()
+        return True
 
     def receive(self) -> bytes | None:
         while True:
@@ -164,7 +175,11 @@ class Tap:
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd
         self.name = name
+        self.unsent = False
         os.set_blocking(fd, False)
+
+    def flush(self) -> None:
+        pass
 
     def send(self, frame: bytes) -> bool:
         try:

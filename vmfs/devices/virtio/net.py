@@ -99,11 +99,12 @@ class Net(VirtioDevice):
                 else:
                     queue.push(chain, 0)
             if self._blocked:
-                self._wake_up()
                 break
             queue.want_notifications()
             if not queue.pending():
                 break
+        if self._blocked or self.backend.unsent:
+            self._wake_up()
         self.tell(queue)
 
     def _send_one(self, header: bytes, frame: bytes) -> bool:
@@ -126,6 +127,15 @@ class Net(VirtioDevice):
         self.counters["tx_bytes"] += len(frame)
         return True
 
+    def _go_on_sending(self) -> None:
+        try:
+            if self.backend.unsent and self.link_up:
+                self.backend.flush()
+        except OSError:
+            self._link_down()
+        if self._blocked and self.is_live:
+            self._transmit()
+
     # ---- from the backend
 
     def _work(self) -> None:
@@ -140,7 +150,8 @@ class Net(VirtioDevice):
             poller = select.poll()
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
-                events = (0 if self._starved else select.POLLIN) | (select.POLLOUT if self._blocked else 0)
+                is_sending = self._blocked or self.backend.unsent
+                events = (0 if self._starved else select.POLLIN) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
             poller.poll(0 if more else None)
@@ -149,8 +160,7 @@ class Net(VirtioDevice):
                     return
                 _drain(self._wake)
                 with self.guarded():
-                    if self._blocked and self.is_live:
-                        self._transmit()
+                    self._go_on_sending()
                     more = self._receive()
 
     def _receive(self) -> bool:

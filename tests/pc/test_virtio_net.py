@@ -1,0 +1,349 @@
+"""The network card, by a driver in Python, and its backends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pc.virtio_driver import SIZE, Bench, Driver
+
+from vmfs.devices.virtio.backends import MAX_FRAME, Passt, Stream, open_tap
+from vmfs.devices.virtio.net import F_MRG_RXBUF, Net
+from vmfs.devices.virtio.pci import EVENT_IDX
+from vmfs.errors import Invalid, Unsupported
+
+HEADER = bytes(12)
+MAC = bytes.fromhex("525400123456")
+
+
+class Wire:
+    """The other end of a card: frames behind their lengths."""
+
+    def __init__(self) -> None:
+        self.end, other = socket.socketpair()
+        self.end.settimeout(60)
+        self.backend = Stream(other)
+
+    def send(self, *frames: bytes) -> None:
+        self.end.sendall(b"".join(struct.pack(">I", len(frame)) + frame for frame in frames))
+
+    def receive(self) -> bytes:
+        (length,) = struct.unpack(">I", self._exactly(4))
+        return self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.end.recv(count - len(data))
+            assert more
+            data += more
+        return data
+
+
+class Card:
+    """A card with its driver; `interrupted` waits for one."""
+
+    def __init__(self) -> None:
+        self.bench = Bench()
+        self.wire = Wire()
+        self.event = threading.Event()
+        lower = self.bench.machine.irq_line
+
+        def irq_line(gsi: int, level: bool) -> None:
+            lower(gsi, level)
+            if level:
+                self.event.set()
+
+        self.bench.machine.irq_line = irq_line  # type: ignore[method-assign]
+        self.device = Net(self.bench.board, "net0", 4, self.wire.backend, MAC)
+        self.driver: Driver = self.bench.plug(self.device)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until an interrupt has made it true."""
+        while True:
+            with self.bench.board.lock:
+                if condition():
+                    return
+                self.event.clear()
+                self.driver.isr()
+            assert self.event.wait(60)
+
+    def close(self) -> None:
+        thread = self.device._thread
+        self.bench.close()
+        if thread is not None:
+            thread.join(60)
+            assert not thread.is_alive()
+        self.wire.end.close()
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    card = Card()
+    yield card
+    card.close()
+
+
+def frame_of(size: int, seed: int = 1) -> bytes:
+    return bytes((seed + at) & 0xFF for at in range(size))
+
+
+def test_its_address_and_link(card: Card) -> None:
+    config = b"".join(card.driver.read(4, at, 1).to_bytes(1, "little") for at in range(8))
+    assert config == MAC + b"\1\0"
+
+
+@pytest.mark.parametrize("mac", [b"", bytes(5), b"\1" + bytes(5)])
+def test_addresses_that_no_card_has(mac: bytes) -> None:
+    bench, wire = Bench(), Wire()
+    with pytest.raises(Invalid):
+        Net(bench.board, "net0", 4, wire.backend, mac)
+    bench.close()
+    wire.backend.close()
+    wire.end.close()
+
+
+def test_frames_go_out(card: Card) -> None:
+    card.driver.start()
+    for size in (14, 60, 1514, MAX_FRAME):
+        frame = frame_of(size)
+        card.driver.request([HEADER[:5], HEADER[5:] + frame[:1], frame[1:]], [], queue=1)
+        assert card.wire.receive() == frame
+    assert card.device.counters["tx_frames"] == 4
+
+
+def test_what_is_no_frame_stays_here(card: Card) -> None:
+    card.driver.start()
+    for data in (HEADER + b"short", b"\1" + HEADER[1:] + frame_of(60), HEADER + frame_of(MAX_FRAME + 1)):
+        card.driver.request([data], [], queue=1)
+    card.driver.request([HEADER + frame_of(20)], [], queue=1)
+    assert card.wire.receive() == frame_of(20)
+    assert card.device.counters["tx_bad"] == 3 and not card.driver.needs_reset
+
+
+def test_a_frame_without_a_header_is_the_drivers_error(card: Card) -> None:
+    card.driver.start()
+    ring = card.driver.queues[1]
+    ring.add([(card.driver.put(b"xx"), 2, False)])
+    ring.notify()
+    assert card.driver.needs_reset
+
+
+@pytest.mark.parametrize("features", [F_MRG_RXBUF, F_MRG_RXBUF | EVENT_IDX, 0])
+def test_frames_come_in_in_order(card: Card, features: int) -> None:
+    card.driver.start(features)
+    ring = card.driver.queues[0]
+    places = {}
+    for _ in range(64):
+        at = card.driver.take(2048)
+        places[ring.add([(at, 2048, True)])] = at
+    ring.notify()
+    frames = [frame_of(size, size) for size in range(60, 1500, 90)]
+    card.wire.send(*frames)
+    done: list[tuple[int, int]] = []
+    card.wait(lambda: len(done.__iadd__(ring.used())) == len(frames))
+    for (head, length), frame in zip(done, frames, strict=True):
+        data = card.driver.get(places[head], length)
+        assert data == HEADER[:10] + b"\1\0" + frame
+    assert card.device.counters["rx_frames"] == len(frames)
+
+
+def test_a_long_frame_is_spread_over_buffers_that_merge(card: Card) -> None:
+    card.driver.start(F_MRG_RXBUF)
+    ring = card.driver.queues[0]
+    at = card.driver.take(20 * 1000)
+    for index in range(20):
+        ring.add([(at + 1000 * index, 1000, True)])
+    ring.notify()
+    frame = frame_of(9000)
+    card.wire.send(frame)
+    done: list[tuple[int, int]] = []
+    card.wait(lambda: len(done.__iadd__(ring.used())) == 10)
+    assert [length for _, length in done] == [1000] * 9 + [12]
+    assert card.driver.get(at, 9012) == HEADER[:10] + struct.pack("<H", 10) + frame
+
+
+def test_a_frame_too_long_for_its_buffer_is_dropped(card: Card) -> None:
+    card.driver.start(0)
+    ring = card.driver.queues[0]
+    for _ in range(2):
+        ring.add([(card.driver.take(100), 100, True)])
+    ring.notify()
+    card.wire.send(frame_of(200), frame_of(60))
+    done: list[tuple[int, int]] = []
+    card.wait(lambda: len(done.__iadd__(ring.used())) == 2)
+    assert [length for _, length in done] == [0, 72]
+    assert card.device.counters["rx_dropped"] == 1
+
+
+def test_frames_wait_in_the_backend_for_buffers(card: Card) -> None:
+    card.driver.start(EVENT_IDX | F_MRG_RXBUF)
+    ring = card.driver.queues[0]
+    frames = [frame_of(100, at) for at in range(200)]
+    card.wire.send(*frames)
+    seen = []
+    places = {}
+    while len(seen) < len(frames):
+        at = card.driver.take(256)
+        with card.bench.board.lock:
+            places[ring.add([(at, 256, True)])] = at
+            ring.notify()
+        done: list[tuple[int, int]] = []
+        card.wait(lambda done=done: bool(done.__iadd__(ring.used())))
+        seen += [card.driver.get(places[head], length)[12:] for head, length in done]
+    assert seen == frames and card.device.counters["rx_dropped"] == 0
+
+
+def test_what_comes_without_a_driver_is_dropped(card: Card) -> None:
+    card.driver.start()
+    card.driver.write(1, 20, 1, 0)
+    card.wire.send(frame_of(60), frame_of(61))
+    card.driver.next = 0x20_0000
+    card.driver.start()
+    # The two are dropped or still on their way; what comes behind them arrives.
+    ring = card.driver.queues[0]
+    for _ in range(3):
+        ring.add([(card.driver.take(256), 256, True)])
+    ring.notify()
+    card.wire.send(frame_of(99))
+    lengths: list[int] = []
+
+    def arrived() -> bool:
+        lengths.extend(length for _, length in ring.used())
+        return 111 in lengths
+
+    card.wait(arrived)
+
+
+def test_a_full_backend_holds_the_guest_back_and_loses_nothing(card: Card) -> None:
+    card.driver.start()
+    frame = frame_of(8000)
+    at = card.driver.put(HEADER + frame)
+    ring = card.driver.queues[1]
+    sent = 0
+    while card.device.counters["tx_frames"] == sent:
+        ring.add([(at, 12 + len(frame), False)])
+        ring.notify()
+        sent += 1
+        ring.used()
+        assert sent < 10_000
+    # The last one waits; more come behind it.
+    for _ in range(3):
+        ring.add([(at, 12 + len(frame), False)])
+        ring.notify()
+    assert card.device.counters["tx_frames"] < sent
+    for _ in range(sent + 3):
+        assert card.wire.receive() == frame
+    with card.bench.board.lock:  # the thread counts a frame after it has gone
+        assert card.device.counters["tx_frames"] == sent + 3
+
+
+def test_the_link_goes_down_with_the_backend(card: Card) -> None:
+    card.driver.start()
+    card.wire.end.close()
+    card.wait(lambda: card.driver.read(4, 6, 2) == 0)
+    assert card.device.describe()["link"] == "down"
+    card.driver.request([HEADER + frame_of(60)], [], queue=1)
+    assert card.device.counters["tx_dropped"] == 1
+
+
+def test_a_backend_that_sends_nonsense_is_ended(card: Card) -> None:
+    card.driver.start()
+    card.wire.end.sendall(b"\xff\xff\xff\xff")
+    card.wait(lambda: card.driver.read(4, 6, 2) == 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    buffers=st.lists(st.tuples(st.integers(0, SIZE + 5000), st.integers(0, 5000)), min_size=1, max_size=8),
+    features=st.sampled_from([0, F_MRG_RXBUF, F_MRG_RXBUF | EVENT_IDX]),
+    sizes=st.lists(st.integers(1, 3000), max_size=5),
+)
+def test_hostile_buffers(buffers: list[tuple[int, int]], features: int, sizes: list[int]) -> None:
+    card = Card()
+    try:
+        card.driver.start(features)
+        for ring in card.driver.queues.values():
+            for address, length in buffers:
+                ring.add([(address, length, ring.index == 0)])
+        card.wire.send(*map(frame_of, sizes))
+        for ring in card.driver.queues.values():
+            ring.notify()
+        with card.bench.board.lock, card.device.guarded():
+            card.device._receive()
+        assert card.device.status & 0x0F == 0x0F
+    finally:
+        card.close()  # which waits for the thread: it has ended without an exception, or pytest says so
+
+
+@given(data=st.binary(max_size=400), cuts=st.lists(st.integers(1, 50), max_size=10))
+def test_a_stream_in_any_pieces(data: bytes, cuts: list[int]) -> None:
+    """Frames come out as they went in; nonsense is an OSError; nothing else happens."""
+    wire = Wire()
+    got = []
+    try:
+        for cut in (*cuts, 400):
+            piece, data = data[:cut], data[cut:]
+            wire.end.sendall(piece)
+            while (frame := wire.backend.receive()) is not None:
+                got.append(frame)
+    except OSError:
+        pass
+    finally:
+        wire.end.close()
+        wire.backend.close()
+    assert all(0 < len(frame) <= MAX_FRAME for frame in got)
+
+
+def test_passt_starts_and_ends() -> None:
+    if shutil.which("passt") is None:
+        pytest.skip("passt is not installed")
+    for uid in (0, 1000) if os.geteuid() == 0 else (os.geteuid(),):
+        backend = Passt(uid=uid, gid=uid)
+        pid = int(backend.describe()["pid"])
+        if os.geteuid() == 0:
+            assert os.stat(f"/proc/{pid}").st_uid == (uid or 65534)
+        backend.close()
+        assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(Unsupported, match="nonesuch"):
+        Passt(uid=os.geteuid(), gid=os.getegid(), options=("-i", "nonesuch"))
+
+
+def test_tap_names_and_rights() -> None:
+    for name in ("", "x" * 16, "a/b", "a\0b"):
+        with pytest.raises(Invalid):
+            open_tap(os.open("/dev/null", os.O_RDWR), name)
+    with pytest.raises(Unsupported, match=os.strerror(errno.ENOTTY)):
+        open_tap(os.open("/dev/null", os.O_RDWR), "vmfs0")
+
+
+def test_frames_through_a_tap() -> None:
+    """What is written to an interface of the host is what its packet sockets see, and the other way round."""
+    try:
+        tap = open_tap(os.open("/dev/net/tun", os.O_RDWR), f"vmfs{os.getpid() % 100000}")
+    except (OSError, Unsupported) as error:
+        pytest.skip(f"no tap interface can be made here: {error}")
+    try:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as packets:
+            request = struct.pack("<16sH22x", tap.name.encode(), 0x1043)  # up, running, multicast
+            fcntl.ioctl(packets, 0x8914, request)  # SIOCSIFFLAGS
+            packets.bind((tap.name, 0))
+            packets.settimeout(60)
+            frame = b"\xff" * 6 + MAC + b"\x88\xb5" + b"from the guest".ljust(50)
+            assert tap.send(frame)
+            while packets.recv(2000) != frame:
+                pass
+            packets.send(b"\xff" * 6 + MAC + b"\x88\xb5" + b"to the guest".ljust(50))
+            frames = iter(tap.receive, None)
+            assert any(b"to the guest" in one for one in frames if one)
+    finally:
+        tap.close()
