@@ -90,10 +90,12 @@ class Driver:
         return found
 
     def read(self, kind: int, offset: int, size: int) -> int:
-        return self.device.read(0, self.caps[kind][1] + offset, size)
+        with self.board.lock:
+            return self.device.read(0, self.caps[kind][1] + offset, size)
 
     def write(self, kind: int, offset: int, size: int, value: int) -> None:
-        self.device.write(0, self.caps[kind][1] + offset, size, value)
+        with self.board.lock:
+            self.device.write(0, self.caps[kind][1] + offset, size, value)
 
     @property
     def status(self) -> int:
