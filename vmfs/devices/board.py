@@ -257,6 +257,8 @@ class Board:
             for slot, (address, fd, offset, size, read_only) in self._slots.items():
                 machine.map_memory(slot, address, fd, offset, size, read_only=read_only)
             self.machine = machine
+            for device in self.devices.values():
+                device.machine_changed()
 
     def save(self) -> dict[str, Any]:
         with self.lock:

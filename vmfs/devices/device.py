@@ -69,6 +69,9 @@ class Device:
     def reset(self) -> None:
         """As at power-on; lines are low. What the host attached stays."""
 
+    def machine_changed(self) -> None:
+        """The board goes on with another engine's machine: what an engine keeps and no state has is to be set."""
+
     def save(self) -> dict[str, Any]:
         """All that a guest could tell apart."""
         return {}

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from vmfs.devices.board import Board
 from vmfs.devices.debugport import DebugConsole, DebugExit
 from vmfs.devices.device import Device
+from vmfs.devices.display import Display
+from vmfs.devices.fw_cfg import FwCfg
+from vmfs.devices.i8042 import I8042
 from vmfs.devices.pci import Bridge, HostBridge
 from vmfs.devices.power import Power
 from vmfs.devices.rtc import Rtc
+from vmfs.devices.screen import find_vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.engine.base import Machine
 from vmfs.errors import Invalid
@@ -36,10 +40,15 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("com4", lambda board, name: Serial(board, name, 0x2E8, 3)),
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
     Row("power", Power),
+    Row("keyboard", I8042),
+    Row("fw-cfg", FwCfg),
     Row("debugcon", lambda board, name: DebugConsole(board, name, 0xE9)),
     Row("debugcon2", lambda board, name: DebugConsole(board, name, 0x402)),
     Row("debug-exit", lambda board, name: DebugExit(board, name, 0xF4)),
 )
+
+
+DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
 
 
 class Pc(Board):
@@ -52,7 +61,28 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
+        self.pci.plug(Display(self, "display", DISPLAY_SLOT))
         self.built_in = frozenset(self.devices)
+
+    @property
+    def display(self) -> Display:
+        display = self.devices["display"]
+        assert isinstance(display, Display)
+        return display
+
+    @property
+    def keyboard(self) -> I8042:
+        keyboard = self.devices["keyboard"]
+        assert isinstance(keyboard, I8042)
+        return keyboard
+
+    def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
+        """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display."""
+        fw_cfg = self.devices["fw-cfg"]
+        assert isinstance(fw_cfg, FwCfg)
+        vga_bios = find_vga_bios()
+        roms = {} if vga_bios is None else {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": vga_bios.read_bytes()}
+        fw_cfg.set_files({**roms, **files})
 
     def memory_resized(self) -> None:
         rtc = self.devices["rtc"]

@@ -187,6 +187,11 @@ class Machine(abc.ABC):
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set an input line of the interrupt controllers (KVM's default routing)."""
 
+    def set_a20(self, enabled: bool) -> None:
+        """Whether address bit 20 reaches memory, as in a new machine, or is zero, as behind the PC's A20 gate.
+        No state has it."""
+        raise Unsupported("the A20 gate: address bit 20 is always on with this engine")
+
     def set_time(self, source: str) -> None:
         """Where the TSC and the timers have their time from (capability DETERMINISTIC): `instructions`, those retired,
         which is what a new machine has; or `host`, the host's monotonic clock. Time goes on from where it is."""

@@ -134,6 +134,9 @@ class EmulatorMachine(Machine):
             self._vm.create_irqchip()
         self._has_irqchip = True
 
+    def set_a20(self, enabled: bool) -> None:
+        self._vm.set_a20(enabled)
+
     def irq_line(self, gsi: int, level: bool) -> None:
         if not self._has_irqchip:
             raise Unsupported("an interrupt line: the machine has no interrupt controller")

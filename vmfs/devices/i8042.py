@@ -1,0 +1,304 @@
+"""i8042: the keyboard controller at ports 60 and 64, with a keyboard and a mouse, and the fast gate at port 92.
+
+What is typed by the host waits here and goes to the keyboard key by key: the next no sooner than KEY_SECONDS after
+the guest took the one before, so that a BIOS, whose buffer has 15 keys, loses none.
+
+The A20 gate works where the engine has one (the emulator); with KVM address bit 20 is always on.
+
+Source: IBM PS/2 Hardware Interface Technical Reference, "Keyboard and Auxiliary Device Controller"; the names are those
+of Linux include/linux/i8042.h.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from vmfs.devices.board import Board
+from vmfs.devices.device import Device, Window
+from vmfs.devices.keys import Chord, chord_codes, translated
+from vmfs.devices.ps2 import Keyboard, Mouse
+from vmfs.errors import Invalid, Unsupported, WouldBlock
+
+DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
+KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
+KEY_SECONDS = 0.005
+TYPED_MOST = 1 << 17  # strokes that wait for the guest
+
+_OUTPUT_FULL, _SYSTEM, _COMMAND_LAST, _UNLOCKED, _FROM_MOUSE = 0x01, 0x04, 0x08, 0x10, 0x20  # status
+# The command byte. Firmware leaves it so: both interrupts on, self-test passed, codes translated to set 1.
+_KEYBOARD_INT, _MOUSE_INT, _KEYBOARD_OFF, _MOUSE_OFF, _TRANSLATE = 0x01, 0x02, 0x10, 0x20, 0x40
+_FIRST_CONTROL = _KEYBOARD_INT | _MOUSE_INT | 0x04 | _TRANSLATE
+_RESET_LINE, _A20 = 0x01, 0x02  # the output port; the reset line is active low
+_REPLIES = 16
+
+
+class I8042(Device):
+    """Regions 0, 1, 2: ports 60, 64, 92."""
+
+    TYPE = "i8042"
+    irq = KEYBOARD_IRQ
+
+    def __init__(self, board: Board, name: str) -> None:
+        super().__init__(board, name)
+        self.keyboard, self.mouse = Keyboard(), Mouse()
+        self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
+        self._timer: threading.Timer | None = None
+        self._closed = False
+        self._a20 = True
+        self._clear()
+
+    def windows(self) -> tuple[Window, ...]:
+        return tuple(Window("port", port, 1, region) for region, port in enumerate((DATA, COMMAND, FAST_GATE)))
+
+    def _clear(self) -> None:
+        self.control = _FIRST_CONTROL
+        self.ram = bytearray(32)
+        self.output_port = 0xCC | _RESET_LINE | _A20
+        self.command = 0  # the one whose argument comes next at port 60
+        self.command_last = False
+        self.replies: deque[tuple[int, bool]] = deque()  # the controller's, and whether as if from the mouse
+        self.buffer: int | None = None
+        self.from_mouse = False
+        self.last = 0  # what port 60 reads as when the buffer is empty
+        self._half = 0  # bit 7 of the next code: F0 came before
+
+    # ---- ports
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if region == 0:
+            return self._read_data()
+        if region == 1:
+            return (
+                (_OUTPUT_FULL if self.buffer is not None else 0)
+                | (self.control & _SYSTEM)
+                | (_COMMAND_LAST if self.command_last else 0)
+                | _UNLOCKED
+                | (_FROM_MOUSE if self.buffer is not None and self.from_mouse else 0)
+            )
+        return _A20 if self._a20 else 0
+
+    def _read_data(self) -> int:
+        if self.buffer is None:
+            return self.last
+        self.last, self.buffer = self.buffer, None
+        self._lines()  # low, so that the next byte is an edge
+        self._fill()
+        if self.typed:
+            self._type_later()
+        return self.last
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        value &= 0xFF
+        if region == 0:
+            self.command_last = False
+            self._write_data(value)
+        elif region == 1:
+            self.command_last = True
+            self._write_command(value)
+        else:
+            self._set_a20(bool(value & _A20))
+            if value & 1:
+                self.board.stop("reset")
+        self._fill()
+
+    def _write_command(self, value: int) -> None:
+        self.command = 0
+        if value & 0xE0 == 0x20:  # 20-3F
+            self._reply(self.control if value == 0x20 else self.ram[value & 31])
+            return
+        if value & 0xE0 == 0x60 or 0xD1 <= value <= 0xD4:
+            self.command = value
+            return
+        if value >= 0xF0:  # lines of the output port are pulsed low, where the bit is 0
+            if not value & _RESET_LINE:
+                self.board.stop("reset")
+            return
+        match value:
+            case 0xA7 | 0xA8:
+                self._set_control(self.control & ~_MOUSE_OFF | (_MOUSE_OFF if value == 0xA7 else 0))
+            case 0xA9 | 0xAB:  # tests of the interfaces
+                self._reply(0)
+            case 0xAA:
+                self._set_control(self.control | _SYSTEM)
+                self._reply(0x55)
+            case 0xAD | 0xAE:
+                self._set_control(self.control & ~_KEYBOARD_OFF | (_KEYBOARD_OFF if value == 0xAD else 0))
+            case 0xC0:
+                self._reply(0x80)  # the keyboard is not locked
+            case 0xD0:
+                port = self.output_port & ~_A20 | (_A20 if self._a20 else 0)
+                full = self.buffer is not None
+                self._reply(port | (0x20 if full and self.from_mouse else 0x10 if full else 0))
+            case 0xDD | 0xDF:
+                self._set_a20(value == 0xDF)
+
+    def _write_data(self, value: int) -> None:
+        command, self.command = self.command, 0
+        if command == 0x60:
+            self._set_control(value)
+        elif command & 0xE0 == 0x60:
+            self.ram[command & 31] = value
+        elif command == 0xD1:
+            self.output_port = value & ~0x30
+            self._set_a20(bool(value & _A20))
+            if not value & _RESET_LINE:
+                self.board.stop("reset")
+        elif command == 0xD2:
+            self._reply(value)
+        elif command == 0xD3:
+            self._reply(value, from_mouse=True)
+        elif command == 0xD4:
+            self.control &= ~_MOUSE_OFF
+            self.mouse.write(value)
+        else:
+            self.control &= ~_KEYBOARD_OFF
+            self.keyboard.write(value)
+            if self.typed:  # it may have been switched on
+                self._type_later()
+
+    def _set_control(self, value: int) -> None:
+        self.control = value
+        self._lines()
+
+    def _set_a20(self, on: bool) -> None:
+        if on == self._a20:
+            return
+        try:
+            self.board.machine.set_a20(on)
+            self._a20 = on
+        except Unsupported:
+            self.counters["a20_stays_on"] += 1
+
+    # ---- the output buffer
+
+    def _reply(self, value: int, *, from_mouse: bool = False) -> None:
+        if len(self.replies) < _REPLIES:
+            self.replies.append((value, from_mouse))
+
+    def _fill(self) -> None:
+        """Take the next byte, when the guest has read the last."""
+        while self.buffer is None:
+            if self.replies:
+                self.buffer, self.from_mouse = self.replies.popleft()
+            elif self.keyboard.queue and not self.control & _KEYBOARD_OFF:
+                self._take_code(self.keyboard.take())
+            elif self.mouse.queue and not self.control & _MOUSE_OFF:
+                self.buffer, self.from_mouse = self.mouse.take(), True
+            else:
+                break
+        self._lines()
+
+    def _take_code(self, byte: int) -> None:
+        if self.control & _TRANSLATE:
+            if byte == 0xF0:
+                self._half = 0x80
+                return
+            byte = translated(bytes((byte,)))[0] | self._half if byte < 0xE0 else byte
+        self._half = 0
+        self.buffer, self.from_mouse = byte, False
+
+    def _lines(self) -> None:
+        full = self.buffer is not None
+        self.board.set_irq(self, KEYBOARD_IRQ, full and not self.from_mouse and bool(self.control & _KEYBOARD_INT))
+        self.board.set_irq(self, MOUSE_IRQ, full and self.from_mouse and bool(self.control & _MOUSE_INT))
+
+    # ---- what is typed
+
+    def type(self, chords: Iterable[Chord]) -> None:
+        """Press keys and release them, as soon as the guest takes them; from any thread.
+
+        WouldBlock, and nothing was typed, when more wait already than anyone will read.
+        """
+        codes = [code for chord in chords for code in chord_codes(chord) if code]
+        with self.board.lock:
+            if len(self.typed) + len(codes) > TYPED_MOST:
+                raise WouldBlock(f"keyboard: {len(self.typed)} strokes wait; the guest does not take them")
+            self.typed += codes
+            self.counters["typed"] += len(codes)
+            self._type_next()
+
+    def _type_next(self) -> None:
+        """With the lock held: a key goes into the keyboard when the one before has left it."""
+        if self.typed and self.buffer is None and not self.keyboard.queue and self.keyboard.press(self.typed[0]):
+            self.typed.popleft()
+            self._fill()
+
+    def _type_later(self) -> None:
+        if self._timer is None and not self._closed:
+            self._timer = threading.Timer(KEY_SECONDS, self._type_now)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _type_now(self) -> None:
+        with self.board.lock:
+            self._timer = None
+            if not self._closed:
+                self._type_next()
+
+    # ---- life
+
+    def describe(self) -> dict[str, str]:
+        leds = self.keyboard.leds
+        names = [name for bit, name in enumerate(("scrolllock", "numlock", "capslock")) if leds >> bit & 1]
+        return {"leds": " ".join(names) or "none", "waiting": str(len(self.typed)), "a20": "on" if self._a20 else "off"}
+
+    def reset(self) -> None:
+        """What was typed and not taken is lost."""
+        self.typed.clear()
+        self.keyboard.reset()
+        self.mouse.reset()
+        self._clear()
+        self._set_a20(True)
+        self._lines()
+
+    def machine_changed(self) -> None:
+        if not self._a20:
+            self._a20 = True  # as every new machine has it
+            self._set_a20(False)
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "control": self.control,
+            "ram": bytes(self.ram),
+            "output_port": self.output_port,
+            "a20": self._a20,
+            "command": self.command,
+            "command_last": self.command_last,
+            "replies": [list(reply) for reply in self.replies],
+            "buffer": -1 if self.buffer is None else self.buffer,
+            "from_mouse": self.from_mouse,
+            "last": self.last,
+            "half": self._half,
+            "keyboard": self.keyboard.save(),
+            "mouse": self.mouse.save(),
+            "typed": list(self.typed),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name in ("control", "output_port", "command", "last", "half"):
+            if not 0 <= state[name] <= 0xFF:
+                raise Invalid(f"{self.name}: {name} is a byte")
+        if len(state["ram"]) != 32 or not -1 <= state["buffer"] <= 0xFF:
+            raise Invalid(f"{self.name}: it has 32 bytes of RAM and a buffer of one")
+        self.keyboard.load(state["keyboard"])
+        self.mouse.load(state["mouse"])
+        self.control, self.output_port, self.command = state["control"], state["output_port"], state["command"]
+        self.ram = bytearray(state["ram"])
+        self.command_last, self.last, self._half = bool(state["command_last"]), state["last"], state["half"]
+        self.replies = deque((value & 0xFF, bool(from_mouse)) for value, from_mouse in state["replies"][:_REPLIES])
+        self.buffer = None if state["buffer"] < 0 else state["buffer"]
+        self.from_mouse = bool(state["from_mouse"])
+        self.typed = deque(state["typed"])
+        self._set_a20(bool(state["a20"]))
+        self._lines()
+        if self.typed:
+            self._type_later()
+
+    def close(self) -> None:
+        self._closed = True
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()

@@ -1,0 +1,207 @@
+"""PS/2 keyboard and mouse: what they answer to the bytes that a controller sends them. Each has a queue of its own.
+
+Typematic repetition is not there: a key goes down and up. Nothing moves the mouse yet.
+
+Source: IBM PS/2 Hardware Interface Technical Reference, "Keyboard" and "Auxiliary device"; Microsoft's IntelliMouse
+protocol for the wheel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from vmfs.devices.keys import translated
+from vmfs.errors import Invalid
+
+ACK, RESEND, ERROR, SELF_TEST_PASSED = 0xFA, 0xFE, 0xFC, 0xAA
+QUEUE = 16  # bytes that a keyboard keeps
+REPLIES = 64  # bytes of answers that a hostile driver can make wait
+
+
+class Ps2Device:
+    """`queue` is what waits to be sent. `FIELDS` are its numbers, with what is above each."""
+
+    FIELDS: dict[str, int]
+
+    def __init__(self) -> None:
+        self.queue: deque[int] = deque()
+        self.reset()
+
+    def reset(self) -> None:
+        """As at power-on."""
+        self.queue.clear()
+        self.command = 0  # the one whose argument comes next
+        self.enabled = 0
+        self.last = 0  # what was sent last, for Resend
+        self.defaults()
+
+    def defaults(self) -> None:
+        """What the command Set Defaults sets."""
+        raise NotImplementedError
+
+    def send(self, *data: int) -> None:
+        if len(self.queue) + len(data) <= REPLIES:
+            self.queue.extend(data)
+
+    def take(self) -> int:
+        """The next byte, which is there."""
+        self.last = self.queue.popleft()
+        return self.last
+
+    def save(self) -> dict[str, Any]:
+        return {"queue": bytes(self.queue), **{name: getattr(self, name) for name in self._fields()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        fields = self._fields()
+        for name, limit in fields.items():
+            if not 0 <= state[name] < limit:
+                raise Invalid(f"ps2: {name} cannot be {state[name]}")
+        if len(state["queue"]) > REPLIES:
+            raise Invalid(f"ps2: {len(state['queue'])} bytes wait, of at most {REPLIES}")
+        self.queue = deque(state["queue"])
+        for name in fields:
+            setattr(self, name, state[name])
+
+    def _fields(self) -> dict[str, int]:
+        return {"command": 256, "enabled": 2, "last": 256, **self.FIELDS}
+
+
+class Keyboard(Ps2Device):
+    """Scan code sets 1 and 2."""
+
+    FIELDS = {"scan_set": 3, "leds": 8, "rate": 256}
+
+    def reset(self) -> None:
+        super().reset()
+        self.enabled = 1
+        self.leds = 0
+
+    def defaults(self) -> None:
+        self.scan_set = 2
+        self.rate = 0x2B  # 10.9 a second, after half a second
+
+    def press(self, data: bytes) -> bool:
+        """Codes of set 2 of one key. False, and nothing was taken, when there is no room for all of them."""
+        if not self.enabled or len(self.queue) + len(data) > QUEUE:
+            return False
+        self.queue.extend(data if self.scan_set == 2 else translated(data))
+        return True
+
+    def write(self, byte: int) -> None:
+        command, self.command = self.command, 0
+        if command and byte < 0xED or command == 0xF3:
+            self._argument(command, byte)
+            return
+        match byte:
+            case 0xED | 0xF0 | 0xF3:
+                self.command = byte
+                self.send(ACK)
+            case 0xEE:  # Echo
+                self.send(0xEE)
+            case 0xF2:
+                self.send(ACK, 0xAB, 0x83)
+            case 0xF4:
+                self.queue.clear()
+                self.enabled = 1
+                self.send(ACK)
+            case 0xF5 | 0xF6:
+                self.queue.clear()
+                self.defaults()
+                self.enabled = int(byte == 0xF6)
+                self.send(ACK)
+            case 0xF7 | 0xF8 | 0xF9 | 0xFA:  # what keys of set 3 do
+                self.send(ACK)
+            case 0xFE:
+                self.send(self.last)
+            case 0xFF:
+                self.reset()
+                self.send(ACK, SELF_TEST_PASSED)
+            case _:
+                self.send(RESEND)
+
+    def _argument(self, command: int, byte: int) -> None:
+        if command == 0xED:
+            self.leds = byte & 7
+        elif command == 0xF3:
+            self.rate = byte
+        elif byte == 0:
+            self.send(ACK, self.scan_set)
+            return
+        elif byte in (1, 2):
+            self.scan_set = byte
+        else:
+            self.send(RESEND)
+            return
+        self.send(ACK)
+
+
+class Mouse(Ps2Device):
+    """Three buttons; a wheel and five buttons for drivers that know how to ask."""
+
+    FIELDS = {"id": 5, "rate": 256, "resolution": 4, "scaling": 2, "remote": 2, "wrap": 2, "knock": 1 << 24}
+
+    def reset(self) -> None:
+        super().reset()
+        self.id = 0
+        self.wrap = 0
+        self.knock = 0  # the last three sample rates
+
+    def defaults(self) -> None:
+        self.rate, self.resolution, self.scaling, self.remote = 100, 2, 0, 0
+        self.enabled = 0
+
+    def write(self, byte: int) -> None:
+        command, self.command = self.command, 0
+        if self.wrap and byte not in (0xEC, 0xFF):
+            self.send(byte)
+            return
+        if command == 0xF3:
+            self._set_rate(byte)
+            return
+        if command == 0xE8:
+            self.resolution = byte & 3
+            self.send(ACK)
+            return
+        match byte:
+            case 0xE6 | 0xE7:
+                self.scaling = byte & 1
+                self.send(ACK)
+            case 0xE8 | 0xF3:
+                self.command = byte
+                self.send(ACK)
+            case 0xE9:
+                status = self.remote << 6 | self.enabled << 5 | self.scaling << 4
+                self.send(ACK, status, self.resolution, self.rate)
+            case 0xEA | 0xF0:
+                self.remote = int(byte == 0xF0)
+                self.send(ACK)
+            case 0xEB:  # Read Data: nothing moved
+                self.send(ACK, 0x08, 0, 0, *((0,) if self.id else ()))
+            case 0xEC | 0xEE:
+                self.wrap = int(byte == 0xEE)
+                self.send(ACK)
+            case 0xF2:
+                self.send(ACK, self.id)
+            case 0xF4 | 0xF5:
+                self.enabled = int(byte == 0xF4)
+                self.send(ACK)
+            case 0xF6:
+                self.defaults()
+                self.send(ACK)
+            case 0xFE:
+                self.send(self.last)
+            case 0xFF:
+                self.reset()
+                self.send(ACK, SELF_TEST_PASSED, 0)
+            case _:
+                self.send(RESEND)
+
+    def _set_rate(self, byte: int) -> None:
+        self.rate = byte
+        self.knock = (self.knock << 8 | byte) & 0xFF_FFFF
+        if self.knock == 200 << 16 | 100 << 8 | 80:
+            self.id = 3
+        elif self.knock == 200 << 16 | 200 << 8 | 80 and self.id == 3:
+            self.id = 4
+        self.send(ACK)
