@@ -135,6 +135,17 @@ def multiboot_header(flags: int = 0, addresses: tuple[int, ...] = ()) -> bytes:
     )
 
 
+def multiboot2_header(*tags: tuple[int, int, bytes]) -> bytes:
+    """Of (type, flags, data) tags; the end tag is added."""
+    magic = 0xE85250D6
+    body = b""
+    for kind, flags, data in (*tags, (0, 0, b"")):
+        body += struct.pack("<HHI", kind, flags, 8 + len(data)) + data
+        body += bytes(-len(body) % 8)
+    length = 16 + len(body)
+    return struct.pack("<IIII", magic, 0, length, -(magic + length) & 0xFFFF_FFFF) + body
+
+
 def e820_of(memory: Memory, zero_page: int) -> list[tuple[int, int, int]]:
     page = memory.read(zero_page, 4096)
     return [struct.unpack_from("<QQI", page, 0x2D0 + 20 * number) for number in range(page[0x1E8])]

@@ -64,6 +64,50 @@ bss: .skip 4096
 stack:
 """
 
+MULTIBOOT2 = """
+.code32
+.balign 8
+header:
+    .long 0xe85250d6, 0, header_end - header, -(0xe85250d6 + header_end - header)
+    .word 1, 0
+    .long 16, 1, 3          # the command line and modules
+    .word 0, 0
+    .long 8
+header_end:
+.globl _start
+_start:
+    cmp eax, 0x36d76289
+    jne bad
+    lea edi, [ebx + 8]
+next_tag:
+    mov eax, [edi]
+    test eax, eax
+    jz done
+    cmp eax, 1
+    jne not_1
+    lea esi, [edi + 8]
+    say_string esi
+    say "|"
+not_1:
+    cmp dword ptr [edi], 3
+    jne not_3
+    mov esi, [edi + 8]
+    say_string esi
+    say "|"
+not_3:
+    mov ecx, [edi + 4]
+    add ecx, 7
+    and ecx, -8
+    add edi, ecx
+    jmp next_tag
+done:
+    say "2"
+    hlt
+bad:
+    say "bad"
+    hlt
+"""
+
 PVH = """
 .code32
 .globl _start
@@ -224,12 +268,13 @@ ARGUMENTS = {"cmdline": b"two words", "initrd": b"the disk\0"}
     [
         (MULTIBOOT, 32, MIB, "two words|the disk|1"),
         (MULTIBOOT, 32, 0x1_0000, "two words|the disk|1"),
+        (MULTIBOOT2, 32, MIB, "two words|the disk|2"),
         (PVH, 32, 2 * MIB, "two words|the disk|RSD PTR "),
         (PVH, 64, 2 * MIB, "two words|the disk|RSD PTR "),
         (LONG, 64, MIB, "two words|the disk|L"),
         (PROTECTED, 32, MIB, "two words|the disk|7"),
     ],
-    ids=["multiboot", "multiboot-low", "pvh-32", "pvh-64", "elf-64", "elf-32"],
+    ids=["multiboot", "multiboot-low", "multiboot2", "pvh-32", "pvh-64", "elf-64", "elf-32"],
 )
 def test_kernel(engine, build, source, bits, address, text):
     image = build(source, bits=bits, address=address)

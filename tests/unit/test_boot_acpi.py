@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.boot import Platform, acpi, aml, firmware_files
+from vmfs.boot import Platform, acpi, aml, firmware_files, mptable
 from vmfs.devices import pci, power
 
 BASE = 0xF0040
@@ -99,6 +99,37 @@ def test_madt(cpus):
 
 def test_tables_fit_where_the_loader_puts_them():
     assert len(acpi.tables(Platform(64 << 20, cpus=255)).data) < 0xFC00 - 64
+
+
+# ---- the multiprocessor tables (Intel MultiProcessor Specification 1.4, chapter 4)
+
+
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_mp_table(cpus):
+    table = mptable.table(Platform(64 << 20, cpus=cpus), 0xF1230)
+    assert table[:4] == b"_MP_" and sum(table[:16]) % 256 == 0
+    assert struct.unpack_from("<IBB", table, 4) == (0xF1240, 1, 4)
+    config = table[16:]
+    signature, length, revision = struct.unpack_from("<4sHB", config)
+    count, lapic = struct.unpack_from("<HI", config, 34)
+    assert (signature, length, revision, lapic) == (b"PCMP", len(config), 4, 0xFEE0_0000)
+    assert sum(config) % 256 == 0
+    entries, at = [], 44
+    while at < len(config):
+        size = 20 if config[at] == 0 else 8
+        entries.append(config[at : at + size])
+        at += size
+    assert at == len(config) and len(entries) == count
+    assert [(entry[1], entry[3] & 3) for entry in entries if entry[0] == 0] == [(0, 3), (1, 1), (2, 1)][:cpus]
+    assert [(entry[1], entry[2:8]) for entry in entries if entry[0] == 1] == [(0, b"PCI   "), (1, b"ISA   ")]
+    routes = {(entry[4], entry[5]): entry[7] for entry in entries if entry[0] == 3}
+    assert {key[1]: to for key, to in routes.items() if key[0] == 1} == {
+        line: line or 2 for line in range(16) if line != 2
+    }
+    assert {key[1]: to for key, to in routes.items() if key[0] == 0} == {
+        slot << 2: pci.gsi(slot) for slot in range(1, 32)
+    }
+    assert [(entry[1], entry[7]) for entry in entries if entry[0] == 4] == [(3, 0), (1, 1)]
 
 
 # ---- for firmware

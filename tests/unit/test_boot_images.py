@@ -9,6 +9,7 @@ from booting import (
     e820_of,
     elf,
     loaded,
+    multiboot2_header,
     multiboot_header,
     pvh_note,
     source,
@@ -32,6 +33,7 @@ IMAGES = {
     "bzImage": bzimage(CODE),
     "bzImage-16": bzimage(CODE, version=0x207, xloadflags=0),
     "multiboot1": MULTIBOOT,
+    "multiboot2": elf([(MIB, multiboot2_header() + CODE, 8192)], entry=MIB + 24),
     "elf-pvh": elf([(MIB, CODE, 4096)], entry=MIB, notes=pvh_note(MIB + 16)),
     "elf": elf([(MIB, CODE, 4096)], entry=MIB),
     "bios": BIOS,
@@ -417,6 +419,85 @@ def test_multiboot_header_that_is_none(data):
         boot.probe(image)
 
 
+# ---- multiboot 2
+
+
+def multiboot2_tags(start, memory):
+    """The information's tags by type, and that it is one in itself."""
+    assert start.registers["rax"] == 0x36D76289
+    at = start.registers["rbx"]
+    (total,) = struct.unpack("<I", memory.read(at, 4))
+    data, found, at = memory.read(at, total), {}, 8
+    while True:
+        assert at % 8 == 0
+        kind, size = struct.unpack_from("<II", data, at)
+        if kind == 0:
+            assert (size, at + 8) == (8, total)
+            return found
+        assert kind not in found
+        found[kind] = data[at + 8 : at + size]
+        at += -(-size // 8) * 8
+
+
+def test_multiboot2_elf():
+    initrd = b"module" * 3000
+    asked = (1, 0, struct.pack("<5I", 1, 3, 6, 8, 15))
+    image = elf([(MIB, multiboot2_header(asked) + CODE, 8192)], entry=MIB + 64, bits=64)
+    with loaded(image, initrd=initrd, cmdline=b"a b") as (start, memory):
+        regs = start.registers
+        assert regs["rip"] == MIB + 64 and regs["cr0"] & 0x8000_0001 == 1 and regs["efer"] == 0
+        tags = multiboot2_tags(start, memory)
+        assert tags.keys() == {1, 2, 3, 4, 6, 8, 14, 15}
+        assert (tags[1], tags[2]) == (b"a b\0", b"vmfs\0")
+        begin, end = struct.unpack_from("<II", tags[3])
+        assert begin == MIB + 8192 and memory.read(begin, end - begin) == initrd and tags[3][8:] == b"initrd\0"
+        assert struct.unpack("<II", tags[4]) == (639, 63 * 1024)
+        assert struct.unpack_from("<II", tags[6]) == (24, 0)
+        assert struct.unpack("<QQII", tags[6][8 + 72 :]) == (MIB, 63 * MIB, 1, 0)
+        assert struct.unpack_from("<QIIIBB", tags[8]) == (0xB8000, 160, 80, 25, 16, 2)
+        assert tags[15] == memory.read(0xF0000, 36) and tags[14] == tags[15][:20]
+        assert sum(tags[14]) % 256 == 0 and sum(tags[15]) % 256 == 0
+
+
+@pytest.mark.parametrize("load_at", [MIB, 0xFFFF_FFFF])
+def test_multiboot2_addresses(load_at):
+    addresses = struct.pack("<4I", MIB + 32, load_at, 0, 0)
+    header = multiboot2_header((2, 0, addresses), (3, 0, struct.pack("<I", MIB + 128)))
+    with loaded(bytes(32) + header + CODE) as (start, memory):
+        assert start.registers["rip"] == MIB + 128
+        assert memory.read(MIB + 32, len(header) + len(CODE)) == header + CODE
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([(1, 0, struct.pack("<2I", 9, 6))], "information of type 9"),
+        ([(99, 0, b"")], "tag 99"),
+        ([(2, 0, struct.pack("<4I", MIB, MIB, 0, 0))], "no entry"),
+        ([(2, 0, struct.pack("<4I", MIB - 1, MIB, 0, 0)), (3, 0, bytes(4))], "no place in the file"),
+        ([(3, 0, struct.pack("<I", 7))], "entry 0x7 is in none"),
+    ],
+)
+def test_multiboot2_refused(tags, message):
+    image = elf([(MIB, multiboot2_header(*tags) + CODE, 8192)], entry=MIB + 64)
+    with pytest.raises(Invalid, match=message), loaded(image):
+        pass
+
+
+def test_multiboot2_what_is_optional_may_be_missing():
+    tags = [(1, 1, struct.pack("<I", 9)), (99, 1, b"12345"), (5, 0, struct.pack("<3I", 1024, 768, 32))]
+    image = elf([(MIB, multiboot2_header(*tags) + CODE, 8192)], entry=MIB + 64)
+    with loaded(image) as (start, memory):
+        assert 9 not in multiboot2_tags(start, memory)
+
+
+def test_multiboot2_with_a_tag_of_no_size():
+    header = bytearray(multiboot2_header((99, 1, b"12345678")))
+    struct.pack_into("<I", header, 20, 0)
+    with pytest.raises(Invalid, match="has 0 bytes"), loaded(bytes(header) + CODE):
+        pass
+
+
 # ---- boot sectors and BIOS images
 
 
@@ -473,7 +554,7 @@ def test_load_bios_refused(size):
 EDGES = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 0x7F, 0x80, 0xFE, 0xFF])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.sampled_from(sorted(IMAGES)), st.lists(st.tuples(st.integers(0, 0x300), EDGES | st.integers(0, 255))))
 def test_damaged_headers(name, changes):
     image = bytearray(IMAGES[name][:8192])
@@ -508,7 +589,13 @@ def test_extreme_fields(layout, at, more, power, name):
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes(data):
-    for head in (b"", b"\x7fELF\x02\x01", b"\x7fELF\x01\x01", multiboot_header(1 << 16)):
+    for head in (
+        b"",
+        multiboot2_header((1, 1, b"")),
+        b"\x7fELF\x02\x01",
+        b"\x7fELF\x01\x01",
+        multiboot_header(1 << 16),
+    ):
         with source(head + data) as image:
             try:
                 assert boot.probe(image) in IMAGES

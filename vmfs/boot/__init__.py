@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmfs.boot import acpi, bios, elf, linux, multiboot, optionrom, plain, pvh, sector, start
+from vmfs.boot import acpi, bios, elf, linux, mptable, multiboot, multiboot2, optionrom, plain, pvh, sector, start
 from vmfs.boot.bios import load_bios
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
@@ -22,6 +22,9 @@ from vmfs.memory import Memory
 __all__ = [
     "IMAGES", "Image", "Platform", "Rom", "Source", "Start", "firmware_files", "load", "load_bios", "probe",
 ]  # fmt: skip
+
+
+_TABLES = FIRMWARE + 64  # ACPI's, behind their root pointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ IMAGES: tuple[Image, ...] = (
     Image("bzImage-16", optionrom.is_real_mode, optionrom.load, "the same, so old that it needs a BIOS"),
     Image("bzImage", linux.is_bzimage, linux.load, "a Linux kernel, or what uses its boot protocol"),
     Image("multiboot1", multiboot.is_multiboot, multiboot.load, "the magic number 1BADB002 in the first 8 KiB"),
+    Image("multiboot2", multiboot2.is_multiboot2, multiboot2.load, "E85250D6 in the first 32 KiB"),
     Image("elf-pvh", pvh.is_pvh, pvh.load, "an ELF file with Xen's PVH entry note"),
     Image("elf", elf.is_elf, plain.load, "any other ELF executable for x86"),
     Image("bios", bios.is_bios, bios.load, "a multiple of 64 KiB with a jump at the reset vector"),
@@ -83,24 +87,26 @@ def load(
     initrd = initrd if initrd is not None and initrd.size else None
     with Plan(platform.e820) as plan:
         plan.reserve("the interrupt vectors and the BIOS's data", 0, BIOS_DATA_END)
-        rsdp = FIRMWARE if platform.acpi else 0
-        entry = row.load(plan, Request(image, initrd, cmdline, platform, rsdp, decompress))
+        rsdp, root = (FIRMWARE, acpi.tables(platform).rsdp(_TABLES)) if platform.acpi else (0, b"")
+        entry = row.load(plan, Request(image, initrd, cmdline, platform, rsdp, root, decompress))
         files = dict(entry.firmware_files or {})
         if entry.registers:
             start.bios_data(plan)
             if platform.acpi:
-                _write_tables(plan, acpi.tables(platform))
+                plan.write(rsdp, root)
+                _write_tables(plan, platform)
         else:
             files = {**firmware_files(platform), **files}
         written = plan.commit(memory)
     return Start(row.name, entry.how, entry.registers, written, entry.rom, files)
 
 
-def _write_tables(plan: Plan, tables: acpi.Tables) -> None:
-    """The ACPI tables behind their root pointer, which is at FIRMWARE."""
-    at = FIRMWARE + 64
-    plan.write(FIRMWARE, tables.rsdp(at).ljust(64, b"\0"))
-    plan.write(at, tables.at(at))
+def _write_tables(plan: Plan, platform: Platform) -> None:
+    """ACPI's tables, and behind them the multiprocessor tables."""
+    data = acpi.tables(platform).at(_TABLES)
+    plan.write(_TABLES, data)
+    at = -(-(_TABLES + len(data)) // 16) * 16
+    plan.write(at, mptable.table(platform, at))
 
 
 def firmware_files(platform: Platform) -> dict[str, bytes]:

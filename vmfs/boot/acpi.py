@@ -19,11 +19,11 @@ from vmfs.devices import pci, power
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
 IOAPIC, LAPIC = 0xFEC0_0000, 0xFEE0_0000
-_PIT_GSI = 2  # where IRQ 0 is, as on every PC with an IOAPIC
+PIT_GSI = 2  # where IRQ 0 is, as on every PC with an IOAPIC
 _CENTURY = 0x32  # the RTC's register for it
 _RESET_PORT, _RESET_VALUE = 0xCF9, 6
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
-_LEVEL_HIGH = 0x000D  # MPS INTI flags (5.2.12.5): level-triggered, active high
+LEVEL_HIGH = 0x000D  # MPS INTI flags (5.2.12.5): level-triggered, active high
 
 
 @dataclass(slots=True)
@@ -157,8 +157,8 @@ def _madt(platform: Platform) -> bytes:
     entries = [struct.pack("<II", LAPIC, pcat_compatible)]
     entries += [struct.pack("<BBBBI", 0, 8, number, number, enabled) for number in range(platform.cpus)]
     entries.append(struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC, 0))
-    entries.append(struct.pack("<BBBBIH", 2, 10, 0, 0, _PIT_GSI, 0))
-    entries.append(struct.pack("<BBBBIH", 2, 10, 0, power.SCI, power.SCI, _LEVEL_HIGH))
+    entries.append(struct.pack("<BBBBIH", 2, 10, 0, 0, PIT_GSI, 0))
+    entries.append(struct.pack("<BBBBIH", 2, 10, 0, power.SCI, power.SCI, LEVEL_HIGH))
     entries.append(struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1))  # NMI is LINT1 of every CPU
     return b"".join(entries)
 
@@ -207,7 +207,7 @@ def _host_bridge() -> bytes:
         a.name("_UID", a.integer(0)),
         a.name("_CRS", windows),
         a.name("PICR", _routes(pci.pic_irq)),
-        a.name("APIR", _routes(lambda slot: pci.FIRST_GSI + slot % 8)),
+        a.name("APIR", _routes(pci.gsi)),
         a.method("_PRT", 0, a.if_(a.name_string("PICF"), a.return_(a.name_string("APIR"))),
                  a.return_(a.name_string("PICR"))),
     )  # fmt: skip

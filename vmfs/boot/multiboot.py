@@ -64,7 +64,7 @@ def load(plan: Plan, request: Request) -> Entry:
     if header.flags & 0xFFFF & ~_UNDERSTOOD:
         raise Invalid(f"{name}: multiboot flags {header.flags:#x} ask for what this loader does not know")
     if header.addresses is not None:
-        entry, end = _load_addresses(plan, image, header.offset, header.addresses)
+        entry, end = claim_addresses(plan, image, header.offset, header.addresses)
     else:
         if not elf.is_elf(image):
             raise Invalid(f"{name}: a multiboot header without addresses in a file that is not ELF")
@@ -102,10 +102,10 @@ def load(plan: Plan, request: Request) -> Entry:
     return Entry(registers, f"multiboot, entered at {entry:#x}")
 
 
-def _load_addresses(
+def claim_addresses(
     plan: Plan, image: Source, offset: int, addresses: tuple[int, int, int, int, int]
 ) -> tuple[int, int]:
-    """By the addresses of the header (3.1.3). The entry, and where the kernel ends."""
+    """Put the image where a header at `offset` in the file has it (3.1.3). The entry, and where the kernel ends."""
     name = image.name
     header, load_at, load_end, bss_end, entry = addresses
     begin = offset - (header - load_at)

@@ -66,13 +66,15 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a format's loader is given: see `vmfs.boot.load`. `rsdp` is where the ACPI tables will be found, or 0."""
+    """What a format's loader is given: see `vmfs.boot.load`. `rsdp` is where ACPI's root pointer will be, `root` its
+    bytes; 0 and none without ACPI."""
 
     image: Source
     initrd: Source | None
     cmdline: bytes
     platform: Platform
     rsdp: int
+    root: bytes
     decompress: bool
 
     def refuse_arguments(self, what: str) -> None:

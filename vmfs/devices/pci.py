@@ -20,7 +20,7 @@ CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 SLOTS = 32
 MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
 PORTS_START, PORTS_END = 0xC000, 0x1_0000
-FIRST_GSI = 16  # INTA of slot S is GSI 16 + S % 8; the 8259s see it on IRQ 10 or 11
+FIRST_GSI = 16
 
 _COMMAND, _STATUS = 0x04, 0x06
 _IO, _MEMORY, _MASTER, _INTX_OFF = 1, 2, 4, 0x400
@@ -53,7 +53,7 @@ class PciDevice(Device):
     def __init__(self, board: Board, name: str, slot: int) -> None:
         super().__init__(board, name)
         self.slot = slot
-        self.irq = FIRST_GSI + slot % 8 if self.INTERRUPT else None
+        self.irq = gsi(slot) if self.INTERRUPT else None
         self.pending = False  # INTx as the device drives it; the command register can hold it back
         self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
         self.config = bytearray(256)
@@ -185,6 +185,11 @@ class PciDevice(Device):
 
     def describe(self) -> dict[str, str]:
         return {"pci": f"00:{self.slot:02x}.0 {self.VENDOR:04x}:{self.DEVICE:04x}"}
+
+
+def gsi(slot: int) -> int:
+    """The GSI of INTA of a slot."""
+    return FIRST_GSI + slot % 8
 
 
 def pic_irq(slot: int) -> int:
