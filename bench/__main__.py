@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, files, runs
+from bench import boot, cpu, files, points, runs
 from bench.harness import table
 
-GROUPS = {"files": files.results, "runs": runs.results, "cpu": cpu.results, "boot": boot.results}
+GROUPS = {
+    "files": files.results,
+    "runs": runs.results,
+    "cpu": cpu.results,
+    "boot": boot.results,
+    "points": points.results,
+}
 
 
 def main() -> None:
