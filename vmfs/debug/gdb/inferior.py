@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
+from vmfs.debug.paging import Paging
 from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint, Vcpu
 from vmfs.errors import BadAddress, VmfsError
@@ -105,9 +106,11 @@ class Inferior:
 
     def _pieces(self, cpu: Vcpu, address: int, length: int) -> Iterable[tuple[int | None, int]]:
         """The physical ranges of a range of addresses; None where nothing is mapped."""
+        paging = Paging() if self.physical else Paging.of(cpu)
         while length > 0:
             part = min(length, PAGE - address % PAGE)
-            yield (address if self.physical else cpu.translate(address)), part
+            page = paging.translate(self.vm.memory, address)
+            yield (None if page is None else page.physical), part
             address = (address + part) & _MASK
             length -= part
 
