@@ -14,9 +14,13 @@ class FakeMachine:
         self.lines = {}
         self.slots = {}
         self.time = 0
+        self.a20 = True
 
     def irq_line(self, gsi, level):
         self.lines[gsi] = level
+
+    def set_a20(self, enabled):
+        self.a20 = enabled
 
     def get_state(self, name):
         assert name == "clock"

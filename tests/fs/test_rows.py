@@ -12,6 +12,7 @@ from vmfs.exits import Io
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
 
 CONTROLLERS = ("lapic", "irqchip", "pit")
+OF_A_PC = ("console", "screen.txt", "screen.png", "framebuffer")  # a bare machine has none of them
 
 # What no file of the row takes, and its errno. A row that can be written and is not here fails a test below.
 BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
@@ -39,6 +40,15 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
     "console": ((b"a", errno.EOPNOTSUPP),),
+    "framebuffer": ((b"a", errno.EOPNOTSUPP),),
+    "keyboard": (
+        (b"", errno.EINVAL),
+        (b"nokey", errno.EINVAL),
+        (b'"open', errno.EINVAL),
+        (b'"a"b', errno.EINVAL),
+        ('"ß"'.encode(), errno.EINVAL),
+        (b"a", errno.EOPNOTSUPP),
+    ),
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "gdb": (
         (b"nowhere", errno.EINVAL),
@@ -148,7 +158,7 @@ async def _all_of(kernel) -> dict[str, bytes]:
             try:
                 shown[row.name] = await file.read()
             except OSError as error:
-                assert error.errno == errno.EOPNOTSUPP and row.name in (*CONTROLLERS, "console")
+                assert error.errno == errno.EOPNOTSUPP and row.name in (*CONTROLLERS, *OF_A_PC)
             await file.close()
     shown["interrupts"] = bytes(kernel.engine.cpu.interrupts)
     return shown
@@ -174,7 +184,7 @@ def test_sizes_are_those_of_what_is_read(on_fs):
     async def test(kernel):
         await kernel.mkdir("a")
         for row in FILES:
-            acting = ("vm_run", "vm_run.bin", "console")
+            acting = ("vm_run", "vm_run.bin", "gdb.stream", *OF_A_PC)
             # RAM is longer than one read, and `virt` as long as the address space.
             if row.kind.readable and row.name not in (*acting, *CONTROLLERS, "mem", "virt", "core"):
                 size = (await kernel.walk(f"a/{row.name}")).st_size

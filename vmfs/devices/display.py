@@ -8,7 +8,6 @@ Source: QEMU's docs/specs/standard-vga.rst; Linux drivers/gpu/drm/tiny/bochs.c f
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -19,7 +18,7 @@ from vmfs.devices.device import Window
 from vmfs.devices.pci import Bar, PciDevice
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe
 from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga
-from vmfs.errors import Invalid, VmfsError
+from vmfs.errors import Gone, Invalid, VmfsError
 
 FRAMEBUFFER_SIZE = 16 << 20
 SLOT = FIRST_SLOT  # of the engine's memory
@@ -120,6 +119,13 @@ class Display(PciDevice):
 
     # ---- what is shown
 
+    def open_framebuffer(self) -> int:
+        """A descriptor of the caller's own, which outlives the machine. Gone after that has ended."""
+        with self.board.lock:
+            if self.framebuffer < 0:
+                raise Gone("the machine was removed")
+            return os.dup(self.framebuffer)
+
     def mode(self) -> TextMode | GraphicsMode:
         """What is shown now; from any thread."""
         with self.board.lock:
@@ -164,8 +170,7 @@ class Display(PciDevice):
     def close(self) -> None:
         if self.framebuffer >= 0:
             fd, self.framebuffer = self.framebuffer, -1
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            os.close(fd)
 
 
 def _parts(fd: int) -> list[tuple[int, bytes]]:

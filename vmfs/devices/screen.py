@@ -10,7 +10,7 @@ from pathlib import Path
 from vmfs.devices.display import Display
 from vmfs.devices.vga import FONT_GLYPH, GraphicsMode, TextMode
 from vmfs.errors import Unsupported
-from vmfs.memory import Memory
+from vmfs.memory import MemoryView
 
 # Code page 437, as the character generator of every VGA has it: those below 32 and 127 are shown, too.
 _LOW = " ☺☻♥♦♣♠•◘○◙♂♀♪♫☼►◄↕‼¶§▬↨↑↓→←∟↔▲▼"
@@ -33,7 +33,7 @@ def find_vga_bios() -> Path | None:
 class Cells:
     """The characters of a text screen: `characters` and `attributes` row by row, CP437 and VGA."""
 
-    def __init__(self, mode: TextMode, memory: Memory) -> None:
+    def __init__(self, mode: TextMode, memory: MemoryView) -> None:
         window = memory.read(mode.window, mode.window_size).ljust(mode.window_size, b"\0")
         self.rows = []
         for row in range(mode.rows):
@@ -43,7 +43,7 @@ class Cells:
             self.rows.append((line[::2], line[1::2]))
 
 
-def text(display: Display, memory: Memory) -> str:
+def text(display: Display, memory: MemoryView) -> str:
     """The characters of the screen, a line a row, trailing blanks cut; a graphics mode's name and size."""
     mode = display.mode()
     if isinstance(mode, GraphicsMode):
@@ -54,7 +54,7 @@ def text(display: Display, memory: Memory) -> str:
     )
 
 
-def picture(display: Display, memory: Memory) -> bytes:
+def picture(display: Display, memory: MemoryView) -> bytes:
     """The screen as a PNG file. Unsupported for planar modes, whose planes are not kept, and where there is no font.
 
     Characters have the guest's font where it has loaded one, else that of a VGA BIOS of the host. Nothing blinks: a
@@ -83,16 +83,20 @@ def picture(display: Display, memory: Memory) -> bytes:
     return file.getvalue()
 
 
-def _pixels(display: Display, mode: GraphicsMode, memory: Memory) -> bytes:
+def _pixels(display: Display, mode: GraphicsMode, memory: MemoryView) -> bytes:
     size = mode.pitch * mode.height
     if mode.memory == "framebuffer":
-        data = os.pread(display.framebuffer, size, mode.start)
+        fd = display.open_framebuffer()
+        try:
+            data = os.pread(fd, size, mode.start)
+        finally:
+            os.close(fd)
     else:
         data = memory.read(mode.start, size)
     return data.ljust(size, b"\0")
 
 
-def _font(display: Display, mode: TextMode, memory: Memory) -> Callable[[int, int], int]:
+def _font(display: Display, mode: TextMode, memory: MemoryView) -> Callable[[int, int], int]:
     """What gives line Y of the glyph of a character."""
     address, glyph = display.vga.font, FONT_GLYPH
     if address is not None:
@@ -114,7 +118,7 @@ def host_font() -> bytes:
     return data[at : at + 256 * _FONT_HEIGHT]
 
 
-def _draw(display: Display, mode: TextMode, memory: Memory) -> tuple[int, int, bytes]:
+def _draw(display: Display, mode: TextMode, memory: MemoryView) -> tuple[int, int, bytes]:
     """Width, height and pixels, each the number of its colour."""
     vga = display.vga
     line_of = _font(display, mode, memory)

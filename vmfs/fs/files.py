@@ -24,6 +24,7 @@ from vmfs.fs.inodes import Kind
 from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.fs.memory_file import Mem
 from vmfs.fs.scopes import MachineScope, RootScope
+from vmfs.fs.screen_files import Framebuffer, screen_picture, screen_text, type_keys
 from vmfs.fs.waiting import finished
 from vmfs.memory import PAGE
 from vmfs.modes import check_mode
@@ -202,6 +203,10 @@ FILES: tuple[Row, ...] = (
         Text(lambda scope: f"{scope.vm.time_source}\n", lambda scope, text: scope.vm.set_time_source(text.strip())),
     ),
     Row("console", 0o666, Console("com1")),
+    Row("screen.txt", 0o444, Text(screen_text)),
+    Row("screen.png", 0o444, Text(screen_picture)),
+    Row("framebuffer", 0o666, Framebuffer()),
+    Row("keyboard", 0o222, Text(put=type_keys)),
     # what is booted
     Row("kernel", 0o666, ImageFile("kernel")),
     Row("initrd", 0o666, ImageFile("initrd")),

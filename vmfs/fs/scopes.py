@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future
 
+from vmfs.devices.display import Display
 from vmfs.devices.serial import Serial
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
@@ -14,6 +15,7 @@ from vmfs.fs.console import ConsolePort
 from vmfs.fs.gdb_files import GdbPort
 from vmfs.fs.inodes import Scope
 from vmfs.fs.memory_file import MemoryServer
+from vmfs.fs.screen_files import FramebufferServer
 from vmfs.host import Host
 from vmfs.vm import Vm
 
@@ -41,6 +43,7 @@ class MachineScope(Scope):
         self.gdb = GdbPort(self)
         self.changes = 1
         self._consoles: dict[str, ConsolePort] = {}
+        self._framebuffer: FramebufferServer | None = None
         self._count = itertools.count(2)
         self._sizes = {name: len(blob) for name, blob in vm.reset_states.items()}
         for name in (*VCPU_STATES, *MACHINE_STATES):
@@ -64,9 +67,20 @@ class MachineScope(Scope):
             port = self._consoles[device] = ConsolePort(serial, super().changed)
         return port
 
+    def framebuffer(self, display: Display) -> FramebufferServer:
+        """How the memory of the display is served."""
+        server = self._framebuffer
+        if server is None or server.display is not display:
+            if server is not None:  # of a machine that it was before
+                server.close()
+            server = self._framebuffer = FramebufferServer(display)
+        return server
+
     def remove(self) -> None:
         super().remove()
         self.memory.close()
+        if self._framebuffer is not None:
+            self._framebuffer.close()
 
     def sample(self, name: str) -> Future[bytes]:
         """A state of the CPU or the machine, between two instructions."""
