@@ -280,6 +280,8 @@ class Vm:
         done_before = self._instructions() if left is not None and exact else 0
         board = self.board
         goes_on = False
+        # Whether the next exit is of an instruction that is counted already.
+        is_counted = left is not None and self._cpu.exits_waiting
         while True:
             with self._lock:
                 stepping = self._ask(bound, step=left is not None and not exact)
@@ -305,8 +307,9 @@ class Vm:
                 if left is not None:
                     if exact:
                         left, done_before = self._rest(left, done_before)
-                    elif is_done:
-                        left -= 1
+                    else:
+                        left -= is_done and not is_counted
+                        is_counted = is_done and self._cpu.exits_waiting
                     if not left and not self._cpu.exits_waiting:
                         return self._bound_reached(bound, exit_)
                 if stepping and is_done and not self._cpu.exits_waiting:
@@ -321,9 +324,10 @@ class Vm:
                 if left is not None:
                     if exact:
                         left, done_before = self._rest(left, done_before)
-                    elif is_done:
-                        left -= 1
-                    if not left:
+                    else:
+                        left -= is_done and not is_counted
+                        is_counted = self._cpu.exits_waiting
+                    if not left and not self._cpu.exits_waiting:
                         return self._bound_reached(bound, exit_)
                 if stepping and is_done:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
@@ -455,6 +459,9 @@ class Vm:
 
     def _set_back(self, cpu: Vcpu) -> None:
         """With the lock held."""
+        cpu.clear_kick()
+        while cpu.exits_waiting:  # of an instruction that is no more: runs return them and execute nothing
+            cpu.run()
         for name, data in self._chip_reset_states.items():
             self._machine.set_state(name, data)
         for name in (*_RESET_STATES, *(("lapic",) if "lapic" in self.reset_states else ())):

@@ -196,3 +196,63 @@ def test_options():
     assert (options.once, options.ignore, options.enabled, options.hits) == (True, 3, False, 7)
     assert options.condition is not None and options.condition.text == "rax==5"
     assert parse_options("") == Options()
+
+
+# ---- machines with devices, which answer accesses inside of a run
+
+
+@pytest.fixture
+def pc(engine):
+    vm = Vm(engine, memory_size=2 << 20)
+    try:
+        vm.set_machine("pc")
+    except Unsupported as error:
+        vm.close()
+        pytest.skip(str(error))
+    vm.set_mode("real")
+    yield vm
+    vm.close()
+
+
+def load(vm, assembler, source):
+    program = assembler(source, "real")
+    vm.memory.write(AT, program.code)
+    vm.change(lambda cpu: write_registers(cpu, {"rip": AT}))
+    return program.labels
+
+
+def test_a_breakpoint_behind_an_access_that_a_device_answered(pc, assembler):
+    """The run goes on inside, and stops there."""
+    at = load(pc, assembler, "mov dx, 0x3f8; out dx, al; l1: in al, dx; l2: out 0x80, al; l3: jmp l3")
+    debug(pc, f"break {at['l1']}\nbreak {at['l2']}\nbreak {at['l3']}")
+    assert [run(pc) for _ in range(3)] == [
+        f"debug cause=breakpoint id={id_} rip={at[label]:#x}" for id_, label in ((1, "l1"), (2, "l2"), (3, "l3"))
+    ]
+
+
+def test_ports_of_devices_are_watched(pc, assembler):
+    at = load(pc, assembler, "mov dx, 0x3fd; again: in al, dx; l1: out 0x80, al; mov dl, 0xff; out dx, al; l2: nop")
+    debug(pc, "iobreak 0x3f8-0x3ff if al==0x60\niobreak 0x80 ignore 1\niobreak 0x3ff once")
+    assert run(pc) == f"debug cause=io id=1 addr=0x3fd rip={at['l1']:#x}"
+    assert register(pc, "rax") & 0xFF == 0x60  # the transmitter of the serial port is empty
+    assert run(pc) == f"debug cause=io id=1 addr=0x3ff rip={at['l2']:#x}"
+    assert [line.split("hits=")[1] for line in lines(pc)[1:]] == ["2", "1", "1"]
+
+
+def test_steps_and_counts_over_devices_with_points(pc, assembler):
+    at = load(pc, assembler, "mov dx, 0x3ff; again: out dx, al; l1: in al, dx; l2: inc bx; l3: jmp again")
+    debug(pc, "iobreak 0x3ff ignore 1000\nbreak 0x5000")
+    assert run(pc, steps=4) == f"debug cause=step rip={at['l3']:#x}"
+    assert run(pc, instructions=9) == f"limit rip={at['again']:#x}"
+    assert register(pc, "rbx") & 0xFFFF == 3
+    assert pc.points.hits(1) == 6
+
+
+def test_a_reset_forgets_stops_that_are_still_to_be_told(pc, assembler):
+    at = load(pc, assembler, "mov al, 3; out 0xf4, al; l1: hlt")
+    debug(pc, "iobreak 0xf4")
+    assert run(pc) == f"shutdown cause=debug-exit code=7 rip={at['l1']:#x}"
+    pc.reset()
+    pc.set_mode("real")
+    at = load(pc, assembler, "nop; out 0x80, al; l1: nop; mov al, 1; out 0xf4, al; l2: hlt")
+    assert run(pc) == f"shutdown cause=debug-exit code=3 rip={at['l2']:#x}"

@@ -145,8 +145,8 @@ struct vmfs_exit_mmio {
 struct vmfs_exit_debug {
     uint32_t cause;  /* VMFS_DEBUG_ */
     uint32_t id;     /* of the point, as in the file `debug`; 0: none */
-    uint64_t addr;   /* watchpoint: what was accessed; io: the port */
-    uint32_t vector; /* exception: which */
+    uint64_t addr;   /* watchpoint: what was accessed; io: the port; #PF: the address */
+    uint32_t vector; /* exception, interrupt: which */
     uint32_t padding;
 };
 
