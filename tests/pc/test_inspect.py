@@ -146,12 +146,14 @@ for symbol in program.symbols():
 """
 
 
-def test_drgn_finds_the_same_symbols_in_its_core(guest):
+def test_drgn_finds_the_same_symbols_in_its_core(guest, tmp_path):
     """By VMCOREINFO and the page tables: another way than that of `kallsyms`, which has RAM only."""
     pytest.importorskip("drgn", reason="no drgn: pip install drgn")
     pc, _ = guest
+    core = tmp_path / "core"  # drgn reads each name by itself, 87,000 of them
+    subprocess.run(["cp", "--sparse=always", pc.path / "core", core], check=True)
     done = subprocess.run(
-        [sys.executable, "-c", DRGN, pc.path / "core"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", DRGN, core], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     theirs = set(done.stdout.splitlines())

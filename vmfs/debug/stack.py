@@ -213,4 +213,7 @@ def _named(symbols: SymbolTable, address: int, back: int) -> str:
     """The symbol of an address. A CALL that does not return may be the last of its function: what it pushes is
     then the next one's, so look `back` a byte."""
     found = symbols.name_of(address - back)
-    return f" {found[0]}+{found[1] + back:#x}" if found else ""
+    if not found:
+        return ""
+    name, offset = found[0], found[1] + back
+    return f" {name}+{offset:#x}" if offset else f" {name}"

@@ -28,7 +28,7 @@ MOST = 1 << 20  # symbols of a table; Debian's Linux has some 150,000
 FILE_MOST = 2 << 30  # bytes of an ELF file; Linux with its debug information has 0.5 GiB
 TEXT_MOST = 256 << 20  # bytes of a System.map
 NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
-REACH = 16 << 20  # how far behind its last symbol an address still is said to belong to it
+REACH = 256 << 10  # how far behind the start of its symbol an address still is said to belong to it
 
 _MAGIC = b"\x7fELF"
 
