@@ -731,7 +731,7 @@ class Vm:
         """The `debug` file."""
         with self._lock:
             self._check_open()
-            return self._points.text(self._cpu.way_of)
+            return self._points.text(self._cpu.way_of, self.symbols.label)
 
     def set_points(self, change: Callable[[Points], object]) -> Future[None]:
         """Change what runs stop for, from the next boundary on. `change` gets a copy of the points to change.

@@ -91,7 +91,8 @@ DIVERGENCES = (
         "kvm",
         is_pvm,
         "A step whose instruction raises an exception ends behind the first instruction of the handler, and a "
-        "step of iretq behind the instruction that it returns to. Breakpoints in debug registers stop before that, those that are watched for by steps do not.",
+        "step of iretq behind the instruction that it returns to. Breakpoints in debug registers stop before "
+        "that, those that are watched for by steps do not.",
     ),
     Divergence(
         "pvm-dirty-log-has-code",

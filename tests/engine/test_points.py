@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmfs.debug.points import Options, parse_options
+from vmfs.debug.symbols import SymbolTable
 from vmfs.engine.base import Capability
 from vmfs.errors import Unsupported
 from vmfs.fs.commands import parse_commands
@@ -189,6 +190,19 @@ def test_what_an_engine_cannot_watch_for_is_refused_whole(vm, divergences):
         debug(vm, "delete all\ncatch #PF")
     assert lines(vm) == ["0", "1 break 0x1000 hits=0"]
     assert run(vm) == f"debug cause=breakpoint id=1 rip={AT:#x}"
+
+
+def test_symbols_are_shown_and_taken_back(vm):
+    vm.symbols = SymbolTable([(AT, "T", "again"), (STORE, "T", "store-it")])
+    vm.set_points(parse_commands("debug", "break store-it+7\nbreak store-it if rip==again", vm.symbols.address_of))
+    text = vm.points_text()
+    assert [line.partition(" hits=")[0] for line in text.splitlines()] == [
+        "0",
+        f"1 break {JUMP:#x} at=store-it+0x7",
+        f"2 break {STORE:#x} if rip=={AT:#x} at=store-it",
+    ]
+    debug(vm, "delete all\n" + text)
+    assert len(vm.points) == 2
 
 
 def test_options():

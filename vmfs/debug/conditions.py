@@ -36,7 +36,7 @@ _TOKEN = re.compile(
     r"|(?P<operator>&&|\|\||==|!=|<=|>=|<<|>>|[-+*&|^~!<>()\[\]]))",
     re.ASCII,
 )
-_ADDRESS = re.compile(r"(?P<name>[A-Za-z_.$][^\s+-]*)(?:(?P<sign>[+-])(?P<offset>\w+))?", re.ASCII)
+_OFFSET = re.compile(r"(.+)([+-])([0-9]\w*)", re.ASCII)  # behind a symbol, whose name may have such signs, too
 
 
 class Unreadable(VmfsError):
@@ -110,14 +110,17 @@ def _memory(address: Evaluate, size: int) -> Evaluate:
 
 def parse_address(text: str, resolve: Resolve = no_symbols, *, what: str = "ADDR") -> int:
     """A number, a symbol, or a symbol with an offset: `start_kernel+0x10`."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
+    if text[:1].isdigit() or text[:1] == "-":
         return parse_number(text, what=what)
-    address = resolve(match["name"])
+    name, sign, offset = text, "+", "0"
+    address = resolve(text)
+    if address is None and (match := _OFFSET.fullmatch(text)):
+        name, sign, offset = match.groups()
+        address = resolve(name)
     if address is None:
-        raise Invalid(f"{what}: {match['name'][:60]!r} is neither a number nor a symbol that is known")
-    offset = parse_number(match["offset"], what=what) if match["sign"] else 0
-    return (address + (offset if match["sign"] != "-" else -offset)) & _MASK
+        raise Invalid(f"{what}: {name[:60]!r} is neither a number nor a symbol that is known")
+    distance = parse_number(offset, what=what)
+    return (address + (distance if sign == "+" else -distance)) & _MASK
 
 
 # ---- operators

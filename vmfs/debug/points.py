@@ -412,12 +412,13 @@ class Points:
 
     # ---- text
 
-    def text(self, way_of: Callable[[int], str] | None = None) -> str:
-        """The `debug` file: whether it steps, then a line a point. `way_of`: how the engine watches for it."""
-        lines = (str(int(self.stepping)), *(self._line(point, way_of) for point in self._by_id.values()))
+    def text(self, way_of: Callable[[int], str] | None = None, label: Callable[[int], str] | None = None) -> str:
+        """The `debug` file: whether it steps, then a line a point. `way_of`: how the engine watches for it;
+        `label`: the symbol at a linear address, or nothing."""
+        lines = (str(int(self.stepping)), *(self._line(one, way_of, label) for one in self._by_id.values()))
         return "".join(f"{line}\n" for line in lines)
 
-    def _line(self, point: Point, way_of: Callable[[int], str] | None) -> str:
+    def _line(self, point: Point, way_of: Callable[[int], str] | None, label: Callable[[int], str] | None) -> str:
         options, counts = point.options, self._counts[point.id]
         words = [str(point.id), _stop_text(point.stop)]
         if options.condition:
@@ -428,6 +429,10 @@ class Points:
             words.append("once")
         if not options.enabled:
             words.append("disabled")
+        place = point.stop
+        is_linear = isinstance(place, Breakpoint) or isinstance(place, Watchpoint) and not place.physical
+        if label and is_linear and (name := label(place.address)):
+            words.append(f"at={name}")
         words.append(f"hits={counts.hits}")
         if counts.unreadable:
             words.append(f"unreadable={counts.unreadable}")
