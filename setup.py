@@ -77,6 +77,13 @@ def extensions():
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
         ))
+    if os.path.exists("vmfs/debug/_trace.c"):
+        found.append(Extension(
+            "vmfs.debug._trace",
+            sources=["vmfs/debug/_trace.c"],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        ))
     return found
 
 

@@ -32,6 +32,7 @@ from vmfs.debug.conditions import CpuLooker
 from vmfs.debug.disasm import Listing
 from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
+from vmfs.debug.trace import Trace, TraceSettings
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
@@ -112,6 +113,7 @@ class Vm:
         self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
         self.time_source = default_time(self._machine)
         self.hooks = MemoryHooks()
+        self.trace = Trace()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed
         self.listing = Listing()  # what `disasm` shows
 
@@ -206,7 +208,7 @@ class Vm:
             current = self._run
             if current is not None and run in (None, current):
                 current.stop_asked = True
-                self._cpu.kick()
+                self._kick()
 
     def pause(self) -> Future[None]:
         """`stop`, and know when the guest has stopped, whatever its exit: done at once when nothing runs."""
@@ -284,8 +286,9 @@ class Vm:
         is_counted = left is not None and self._cpu.exits_waiting
         while True:
             with self._lock:
-                stepping = self._ask(bound, step=left is not None and not exact)
-            exit_ = self._cpu.run(budget=left if exact and left is not None else None, goes_on=goes_on)
+                steps = (left is not None and not exact) or self.trace.steps(self.capabilities)
+                stepping = self._ask(bound, step=steps)
+            exit_ = self._run_cpu(left if exact else None, goes_on)
             goes_on = True
             if isinstance(exit_, exits.Interrupted):
                 with self._lock:
@@ -302,6 +305,7 @@ class Vm:
             if board is not None and isinstance(exit_, exits.Io | exits.Mmio):
                 ended = board.access(exit_, self._cpu)
                 if ended is not None:
+                    self.trace.exit(ended, self._cpu)
                     return ended
                 is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
                 if left is not None:
@@ -339,7 +343,15 @@ class Vm:
                 if stepping or not left:
                     return exit_ if stepping else self._bound_reached(bound, exit_)
                 continue
+            if isinstance(exit_, exits.Debug) and exit_.cause == "step" and not stepping:
+                continue  # the trace wanted it
             return exit_
+
+    def _run_cpu(self, budget: int | None, goes_on: bool) -> exits.Exit:
+        """A slice of a run, in the CPU's thread."""
+        if self.trace.on:
+            return self.trace.run(self._cpu, self.capabilities, budget, goes_on)
+        return self._cpu.run(budget=budget, goes_on=goes_on)
 
     def _rest(self, left: int, done_before: int) -> tuple[int, int]:
         """What is left of an exact bound, and the counter now."""
@@ -384,7 +396,7 @@ class Vm:
         with self._lock:
             if self._run is run:
                 run.expired = True
-                self._cpu.kick()
+                self._kick()
 
     def _do_tasks(self) -> None:
         """What waited for a boundary; with the lock held, in the CPU's thread."""
@@ -414,7 +426,7 @@ class Vm:
                 _do(task, self._cpu, future)
             else:
                 self._tasks.append((task, future))
-                self._cpu.kick()
+                self._kick()
         return future
 
     def change(self, task: Callable[[Vcpu], T]) -> T:
@@ -653,6 +665,7 @@ class Vm:
                 carry_machine(self._machine, machine)
             request = self._points.request()
             cpu.set_debug(request)
+            self._ask_trace(engine, machine, cpu, self.trace.settings)
             written = self._machine.dirty_log(RAM_SLOT)
             board = self.board
             if board_type != "same":
@@ -710,10 +723,15 @@ class Vm:
             self._check_open()
             return self._cpu.interrupts_queued
 
+    def _kick(self) -> None:
+        """End the present slice of a run, also where it waits for who reads the trace; with the lock held."""
+        self._cpu.kick()
+        self.trace.interrupt()
+
     def _notice(self) -> None:
         """Make a running guest look at its interrupts; with the lock held."""
         if self._run is not None:
-            self._cpu.kick()
+            self._kick()
         self._moved()
 
     def _moved(self) -> None:
@@ -747,6 +765,23 @@ class Vm:
             self._points = points
 
         return self.at_boundary(make_it)
+
+    def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> Future[None]:
+        """Change what is traced, from the next boundary on. Unsupported where the engine cannot, and nothing has
+        changed."""
+
+        def make_it(cpu: Vcpu) -> None:
+            settings = change(self.trace.settings)
+            self._ask_trace(self.engine, self._machine, cpu, settings)
+            self.trace.apply(settings)
+
+        return self.at_boundary(make_it)
+
+    def _ask_trace(self, engine: Engine, machine: Machine, cpu: Vcpu, settings: TraceSettings) -> None:
+        if Capability.TRACE in machine.capabilities:
+            cpu.set_trace(settings.request(), self.trace)
+        else:
+            settings.check_steps(engine.name)
 
     # ---- counting
 
@@ -791,7 +826,7 @@ class Vm:
             self._closed = True
             if self._run is not None:
                 self._run.stop_asked = True
-                self._cpu.kick()
+                self._kick()
             thread = self._thread
         self._tell()
         if thread is not None:

@@ -89,6 +89,18 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"ignore 1 1", errno.EINVAL),
         (b"".join(b"break %d\n" % address for address in range(5)), errno.EOPNOTSUPP),
     ),
+    "trace": (
+        (b"insn", errno.EINVAL),
+        (b"insn yes", errno.EINVAL),
+        (b"insn on\nmode fast", errno.EINVAL),
+        (b"range 2-1", errno.EINVAL),
+        (b"range nobody-2", errno.EINVAL),
+        (b"data 1", errno.EINVAL),
+        (b"full stop", errno.EINVAL),
+        (b"buffer 1", errno.EINVAL),
+        (b"off off", errno.EINVAL),
+        (b"insn on\nmem on", errno.EOPNOTSUPP),
+    ),
 }
 
 

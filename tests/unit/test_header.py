@@ -11,6 +11,7 @@ import pytest
 
 import vmfs
 from vmfs import exits
+from vmfs.debug import trace
 from vmfs.registers import REGISTERS
 
 INCLUDE = Path(vmfs.__file__).parent / "include"
@@ -25,7 +26,7 @@ COMPILERS = [
 if shutil.which("clang"):  # a second opinion, where there is one
     COMPILERS += [("clang", "c", "gnu99"), ("clang++", "c++", "c++11")]
 TWICE = "#include <vmfs.h>\n#include <vmfs.h>\n"
-ENUMS = ("KVM_REG_", "KVM_SREG_", "VMFS_EXIT_", "VMFS_IO_", "VMFS_DEBUG_", "VMFS_SHUTDOWN_")
+ENUMS = ("KVM_REG_", "KVM_SREG_", "VMFS_EXIT_", "VMFS_IO_", "VMFS_DEBUG_", "VMFS_SHUTDOWN_", "VMFS_TRACE_")
 
 
 def build(folder, source, compiler="gcc", language="c", standard="gnu99", flags=()):
@@ -64,6 +65,10 @@ def constants():
         yield f"VMFS_DEBUG_{capitals(cause)}", index
     for index, cause in enumerate(exits.SHUTDOWN_CAUSES, 1):
         yield f"VMFS_SHUTDOWN_{capitals(cause)}", index
+    for index, kind in enumerate(trace.RECORD_KINDS, 1):
+        yield f"VMFS_TRACE_{capitals(kind)}", index
+    for bit, flag in enumerate(trace.RECORD_FLAGS):
+        yield f"VMFS_TRACE_{capitals(flag)}", 1 << bit
 
 
 @pytest.mark.parametrize(("compiler", "language", "standard"), COMPILERS)

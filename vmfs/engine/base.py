@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import abc
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmfs.errors import Unsupported
@@ -35,6 +36,7 @@ class Capability(enum.StrEnum):
     BREAKPOINTS_UNLIMITED = "breakpoints-unlimited"
     WATCHPOINTS = "watchpoints"
     GUEST_DEBUG = "guest-debug"  # set_debug works at all
+    TRACE = "trace"  # set_trace works
     DETERMINISTIC = "deterministic"  # time may follow the instructions retired
 
 
@@ -144,6 +146,31 @@ class DebugRequest:
 
 
 NO_DEBUG = DebugRequest()
+
+TRACE_ALL = 0, (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """What a CPU tells of itself while it runs. Ranges are linear addresses, the last one included: `place` of the
+    instructions, `data` of what they access. Where CPL or mode is not among those named, nothing is traced."""
+
+    instructions: bool = False
+    memory: bool = False
+    exceptions: bool = False
+    interrupts: bool = False
+    place: tuple[int, int] = TRACE_ALL
+    data: tuple[int, int] = TRACE_ALL
+    privileges: frozenset[str] = frozenset({"user", "kernel"})
+    modes: frozenset[str] = frozenset({"real", "protected", "long"})
+
+
+NO_TRACE = TraceRequest()
+
+
+# Where a trace goes: `sink(records, events, ended)` is called in the thread of `Vcpu.run`. The records, each a struct
+# vmfs_trace of vmfs.h, are so many events. Unless the run has ended, it may wait; who kicks the CPU ends that.
+TraceSink = Callable[[bytes, int, bool], None]
 
 
 class Engine(abc.ABC):
@@ -319,6 +346,10 @@ class Vcpu(abc.ABC):
         """How a stop of the last request is watched for: `engine` (it costs nothing), `hardware` (the CPU's
         debug registers), `stepping` (an instruction at a time), `protection` (of its page)."""
         return "engine"
+
+    def set_trace(self, request: TraceRequest, sink: TraceSink) -> None:
+        """What runs tell `sink` from now on (capability TRACE), until the next request."""
+        raise Unsupported("this engine does not trace")
 
     @abc.abstractmethod
     def translate(self, linear: int) -> int | None:

@@ -23,8 +23,16 @@ from vmfs.debug.points import (
     parse_vectors,
     parse_watched,
 )
+from vmfs.debug.trace import (
+    TraceSettings,
+    check_size,
+    parse_full,
+    parse_modes,
+    parse_span,
+    parse_switch,
+)
 from vmfs.errors import Invalid
-from vmfs.numbers import parse_duration, parse_number
+from vmfs.numbers import parse_duration, parse_number, parse_size
 from vmfs.vm import Vm
 
 # ---- arguments
@@ -158,6 +166,13 @@ def _shown(words: str, resolve: Resolve) -> Callable[[Any], Any]:
 _address = Argument("ADDR", parse_address, symbolic=True)
 _options = Argument("[OPTION...]", parse_options, rest=True, symbolic=True)
 _ids = Argument("ID|all", _id)
+_switch = Argument("on|off", parse_switch)
+_span = Argument("FIRST-LAST|all", parse_span, symbolic=True)
+
+
+def _traced(kind: str) -> Command:
+    return Command(kind, (_switch,), lambda settings, on: settings.switch(kind, on))
+
 
 COMMANDS: Mapping[str, tuple[Command, ...]] = {
     "vm_run": (
@@ -204,6 +219,19 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             (Argument("ID", _natural("ID", (1 << 32) - 1)), Argument("LINE", _shown, rest=True, symbolic=True)),
             lambda points, _id, make: make(points),
         ),
+    ),
+    "trace": (
+        _traced("insn"),
+        _traced("mem"),
+        _traced("exceptions"),
+        _traced("interrupts"),
+        _traced("exits"),
+        Command("range", (_span,), TraceSettings.only_at),
+        Command("data", (_span,), TraceSettings.only_data),
+        Command("mode", (Argument("user|kernel|real|protected|long[,...]|all", parse_modes),), TraceSettings.only_in),
+        Command("full", (Argument("wait|drop", parse_full),), TraceSettings.when_full),
+        Command("buffer", (Argument("SIZE", lambda text: check_size(parse_size(text))),), TraceSettings.keep),
+        Command("off", (), TraceSettings.off),
     ),
 }
 

@@ -25,6 +25,7 @@ from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.fs.memory_file import Mem
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.screen_files import Framebuffer, screen_picture, screen_text, type_keys
+from vmfs.fs.trace_file import TraceFile
 from vmfs.fs.waiting import finished
 from vmfs.memory import PAGE
 from vmfs.modes import check_mode
@@ -87,6 +88,8 @@ def _stat(scope: MachineScope) -> str:
     counted: dict[str, object] = {
         **scope.vm.counters(),
         "memory_bytes": scope.vm.memory.size,
+        "trace": scope.vm.trace.settings.line(),
+        "trace_dropped": scope.vm.trace.buffer.dropped,
         "memory_served_by": scope.memory.way,
         "signals_noticed_by": "interrupt-message" if status().interrupts else "watch",
     }
@@ -215,6 +218,8 @@ FILES: tuple[Row, ...] = (
     # interrupts and debugging
     Row("irq", 0o222, Irq()),
     Row("debug", 0o666, Text(lambda scope: scope.vm.points_text(), _set_debug)),
+    Row("trace", 0o666, TraceFile()),
+    Row("trace.bin", 0o444, TraceFile(binary=True)),
     Row("symbols", 0o666, Symbols()),
     Row("virt", 0o666, Virt(), per_cpu=True),
     Row("pagetable", 0o444, Text(pagetable), per_cpu=True),

@@ -174,6 +174,62 @@ struct vmfs_exit {
     };
 };
 
+/* ---- Traces ----------------------------------------------------------------------------------------- */
+
+enum vmfs_trace_kind {
+    VMFS_TRACE_INSN = 1,      /* insn: instructions, one behind the other */
+    VMFS_TRACE_MEM = 2,       /* mem: an access to memory */
+    VMFS_TRACE_EXCEPTION = 3, /* event: is delivered, or becomes a double fault or a shutdown */
+    VMFS_TRACE_INTERRUPT = 4, /* event: an external interrupt, an NMI, INT n is delivered */
+    VMFS_TRACE_EXIT = 5,      /* exit: the engine came out of the guest */
+    VMFS_TRACE_AT = 6,        /* insn: where what follows happens */
+    VMFS_TRACE_DROPPED = 7    /* dropped: a gap */
+};
+
+enum vmfs_trace_flag {
+    VMFS_TRACE_WRITE = 1,      /* mem, exit: a store, an `out`; else a load, an `in` */
+    VMFS_TRACE_IMPLICIT = 2,   /* mem: by the CPU itself: descriptors, task states, stack frames of events */
+    VMFS_TRACE_MORE = 4,       /* mem: the next record is the same access, further on */
+    VMFS_TRACE_ERROR_CODE = 8, /* event: `code` is one */
+    VMFS_TRACE_NMI = 16,       /* event */
+    VMFS_TRACE_SOFTWARE = 32   /* event: INT n, INT3, INTO */
+};
+
+/*
+ * What the file trace.bin is made of: 32 bytes, little-endian. Addresses are linear. An instruction's number is how many
+ * the CPU had executed before it. A MEM record is an access of the last instruction of the INSN record before it, or of
+ * the AT record's, whichever is nearer; so is an EXIT record.
+ */
+struct vmfs_trace {
+    uint8_t kind;  /* VMFS_TRACE_ */
+    uint8_t flags;
+    uint16_t size; /* insn: how many, 1 to 16; mem, exit: bytes (mem: 1 to 16); event: the vector */
+    uint32_t code; /* insn: how many times, for a repeated string instruction; event: error; exit: VMFS_EXIT_ */
+    __extension__ union {
+        struct {
+            uint64_t number, address; /* of the first */
+            uint64_t lengths;         /* bytes of each, in 4 bits, the first in the lowest; 0: not known */
+        } insn;
+        struct {
+            uint64_t address;
+            uint8_t value[16];
+        } mem;
+        struct {
+            uint64_t number, address; /* of the instruction: faulting, INT n, or next */
+            uint64_t cr2;             /* exception 14 */
+        } event;
+        struct {
+            uint64_t address; /* the port or the guest-physical address */
+            uint64_t value;   /* what was written; for shutdown, its code */
+            uint64_t rip;     /* as in struct vmfs_exit */
+        } exit;
+        struct {
+            uint64_t events; /* instructions, accesses and so on that are missing here */
+        } dropped;
+    };
+};
+typedef char vmfs_assert_trace_is_32_bytes[sizeof(struct vmfs_trace) == 32 ? 1 : -1];
+
 /* An array of negative length does not compile; static_assert is C11's and C++11's under different names. */
 typedef char vmfs_assert_exit_is_64_bytes[sizeof(struct vmfs_exit) == 64 ? 1 : -1];
 typedef char vmfs_assert_packet_is_4_bytes[sizeof(struct kvm_interrupt) == 4 ? 1 : -1];

@@ -21,6 +21,8 @@ from vmfs.engine.base import (
     DebugRequest,
     Engine,
     Machine,
+    TraceRequest,
+    TraceSink,
     Vcpu,
 )
 from vmfs.engine.emulator import _core
@@ -40,6 +42,13 @@ _DEBUG_CAUSES = {
     _core.DEBUG_MODE: "mode",
     _core.DEBUG_CR3: "cr3",
     _core.DEBUG_INTERRUPT: "interrupt",
+}
+_TRACE_MODES = {
+    "user": _core.TRACE_USER,
+    "kernel": _core.TRACE_KERNEL,
+    "real": _core.TRACE_REAL,
+    "protected": _core.TRACE_PROTECTED,
+    "long": _core.TRACE_LONG,
 }
 _ERRORS: dict[int, type[VmfsError]] = {
     errno.EINVAL: Invalid,
@@ -86,6 +95,7 @@ class EmulatorMachine(Machine):
                 Capability.BREAKPOINTS_UNLIMITED,
                 Capability.DETERMINISTIC,
                 Capability.IRQCHIP,
+                Capability.TRACE,
             }
         )
 
@@ -334,6 +344,21 @@ class EmulatorVcpu(Vcpu):
         stops += [(_core.STOP_CR3, one.id, 0, 0, False, False) for one in request.cr3s]
         with _failures("debug"):
             self._cpu.set_debug(request.step, stops)
+
+    def set_trace(self, request: TraceRequest, sink: TraceSink) -> None:
+        kinds = sum(
+            1 << kind
+            for kind, on in (
+                (_core.TRACE_INSN, request.instructions),
+                (_core.TRACE_MEM, request.memory),
+                (_core.TRACE_EXCEPTION, request.exceptions),
+                (_core.TRACE_INTERRUPT, request.interrupts),
+            )
+            if on
+        )
+        modes = sum(_TRACE_MODES[name] for name in request.privileges | request.modes)
+        with _failures("trace"):
+            self._cpu.set_trace(kinds, modes, *request.place, *request.data, sink)
 
     def translate(self, linear: int) -> int | None:
         with _failures("translate"):

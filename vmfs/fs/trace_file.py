@@ -1,0 +1,135 @@
+"""`trace` and `trace.bin`: the machine's trace as a stream, as lines or as records; switches are written to `trace`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from vmfs.debug.trace import TraceText, dropped_record
+from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
+from vmfs.errors import WouldBlock
+from vmfs.fs.commands import parse_commands
+from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind
+from vmfs.fs.interrupts import interruptible
+from vmfs.fs.kinds import decoded, may_not_block
+from vmfs.fs.waiting import value_of
+
+TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds
+
+
+@dataclass(frozen=True)
+class TraceFile(Kind):
+    """`binary`: records, and no switches."""
+
+    binary: bool = False
+
+    @property
+    def writable(self) -> bool:  # type: ignore[override]
+        return not self.binary
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _TraceHandle(node, pid, nonblocking, self.binary, reads=not writing)
+
+
+class _TraceHandle(Handle):
+    """A reader from when it was opened, or, when it was opened for writing, too, from its first read. While tracing is
+    off, who has read all gets the end of the file."""
+
+    nonseekable = True
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, binary: bool, *, reads: bool) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._buffer = self.scope.vm.trace.buffer
+        self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
+        self._rest = b""  # of `_last`, what did not fit into the read
+        self._last: Chunk | None = None
+        self._reader: TraceReader | None = None
+        self._unsubscribe = lambda: None
+        if reads:
+            self._begin()
+
+    def _begin(self) -> TraceReader:
+        if self._reader is None:
+            self._reader = self._buffer.open()
+            self._unsubscribe = self._buffer.subscribe(self.scope.changed)
+        return self._reader
+
+    async def read(self, offset: int, size: int) -> bytes:
+        nonblocking = may_not_block(self)
+        reader = self._begin()
+        parts, room = [], size
+        while room:
+            if not self._rest and not self._fetch(reader, room):
+                if parts or not self._buffer.flowing:
+                    break
+                if nonblocking:
+                    raise WouldBlock("nothing was traced yet")
+                await self._wait(reader)
+                continue
+            parts.append(self._rest[:room])
+            self._rest = self._rest[room:]
+            room -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _fetch(self, reader: TraceReader, size: int) -> bool:
+        before = reader.seen
+        piece: Piece | None = self._buffer.take(reader, size if self._text is None else TEXT_AT_ONCE)
+        if piece is None:
+            return False
+        if self._text is None:
+            lost = dropped_record(piece.lost) if piece.lost else b""
+            self._rest = lost + piece.data
+        else:
+            lost = b"dropped %d\n" % piece.lost if piece.lost else b""
+            made = self._text.lines(piece.data)
+            self._rest = lost + (made if piece.text is None else piece.text)
+        self._last = Chunk(piece.data, before + piece.lost, None)
+        return True
+
+    async def _wait(self, reader: TraceReader) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        async with interruptible(self.pid):
+            with self.scope.waiting() as event:
+
+                def wake() -> None:
+                    try:
+                        token.run_sync_soon(event.set)
+                    except trio.RunFinishedError:
+                        pass
+
+                unsubscribe = self._buffer.subscribe(wake)
+                try:
+                    self.scope.check()
+                    if not self._buffer.ready(reader) and self._buffer.flowing:
+                        await event.wait()
+                    self.scope.check()
+                finally:
+                    unsubscribe()
+
+    async def write(self, offset: int, data: bytes) -> int:
+        vm = self.scope.vm
+        await value_of(vm.set_trace(parse_commands("trace", decoded(data), vm.symbols.address_of)), self)
+        return len(data)
+
+    def poll(self) -> int:
+        reader = self._begin()
+        there = self._rest or self._buffer.ready(reader) or not self._buffer.flowing
+        return (POLL_IN if there else 0) | (POLL_OUT if self.node.kind.writable else 0)
+
+    def close(self) -> None:
+        """What did not fit into the last read is for the next reader."""
+        self._unsubscribe()
+        if self._reader is not None:
+            self._buffer.close(self._reader, self._unread())
+
+    def _unread(self) -> Chunk | None:
+        last = self._last
+        if not self._rest or last is None:
+            return None
+        if self._text is not None:
+            return Chunk(last.data, last.before, self._rest)
+        size = min(len(self._rest) // RECORD * RECORD, len(last.data))  # whole records only
+        done = len(last.data) - size
+        return Chunk(last.data[done:], last.before + count(last.data[:done])) if size else None
