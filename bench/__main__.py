@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, files, points, runs
+from bench import boot, cpu, debug, files, points, runs
 from bench.harness import table
 
 GROUPS = {
@@ -13,6 +13,7 @@ GROUPS = {
     "cpu": cpu.results,
     "boot": boot.results,
     "points": points.results,
+    "debug": debug.results,
 }
 
 

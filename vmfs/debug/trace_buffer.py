@@ -125,6 +125,11 @@ class TraceBuffer:
     # ---- the reading end
 
     @property
+    def events(self) -> int:
+        """Events that came, read or not."""
+        return self._events
+
+    @property
     def dropped(self) -> int:
         """Events that were dropped before any reader had them."""
         return self._dropped

@@ -89,6 +89,7 @@ def _stat(scope: MachineScope) -> str:
         **scope.vm.counters(),
         "memory_bytes": scope.vm.memory.size,
         "trace": scope.vm.trace.settings.line(),
+        "trace_events": scope.vm.trace.buffer.events,
         "trace_dropped": scope.vm.trace.buffer.dropped,
         "memory_served_by": scope.memory.way,
         "signals_noticed_by": "interrupt-message" if status().interrupts else "watch",
