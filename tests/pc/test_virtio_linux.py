@@ -1,0 +1,249 @@
+"""Debian's drivers on our virtio devices: disks, a network, entropy."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pc.conftest import Pc, boot_linux
+from pc.kernels import BUSYBOX, needs_kernels
+
+pytestmark = needs_kernels
+
+MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng")
+MIB = 1 << 20
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Path:
+    """A file with an empty ext4."""
+    if shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None:
+        pytest.skip("mkfs.ext4 is not installed (package e2fsprogs)")
+    path = tmp_path / "disk.img"
+    with open(path, "wb") as file:
+        file.truncate(48 * MIB)
+    _e2("mkfs.ext4", "-q", "-F", path)
+    return path
+
+
+def _e2(program: str, *arguments: object) -> int:
+    path = f"{os.environ['PATH']}:/sbin:/usr/sbin"
+    done = subprocess.run(
+        [shutil.which(program, path=path) or program, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), f"{program}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.returncode
+
+
+def booted(pc: Pc, files: dict[str, str] | None = None) -> Pc:
+    """Commands longer than the terminal's line go into `files`."""
+    scripts = {f"bin/{name}": f"#!/bin/sh\nset -e\n{text}\n".encode() for name, text in (files or {}).items()}
+    boot_linux(pc, modules=MODULES, files=scripts)
+    pc.expect("guest# ")
+    return pc
+
+
+def counters(pc: Pc, device: str) -> dict[str, int]:
+    lines = (pc.path / "dev" / device / "counters").read_text().splitlines()
+    return {name: int(count) for name, count in (line.split() for line in lines)}
+
+
+def info(pc: Pc, device: str) -> dict[str, str]:
+    lines = (pc.path / "dev" / device / "info").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def test_disks(make_pc, ext4: Path, tmp_path: Path) -> None:
+    """Three at once: one that is written, one that keeps its file as it is, one that cannot be written."""
+    content = os.urandom(2 * MIB)
+    raw = tmp_path / "raw.img"
+    raw.write_bytes(content)
+    pc = make_pc()
+    pc.write("dev/add", f"blk {ext4} rw\n")
+    pc.write("dev/add", f"blk {raw} cow\n")
+    shutil.copy(raw, tmp_path / "copy of it.img")
+    pc.write("dev/add", f"blk '{tmp_path}/copy of it.img' ro\n")
+    pc.write("dev/add", "rng\n")
+    booted(
+        pc,
+        {
+            "fill": "mount /dev/vda /mnt\ndd if=/dev/vdb of=/mnt/copy bs=64k 2>/dev/null\nsync\nmd5sum </mnt/copy",
+            "scribble": "dd if=/dev/zero of=/dev/vdb bs=4k seek=3 count=5 conv=notrunc 2>/dev/null\nsync",
+        },
+    )
+    digest = hashlib.md5(content).hexdigest()
+    assert pc.shell("fill").split()[0] == digest
+    assert pc.shell("md5sum </dev/vdc").split()[0] == digest
+    assert pc.shell("blockdev --getro /dev/vdc") == "1\n"
+    assert pc.shell("blockdev --getsize64 /dev/vda") == f"{48 * MIB}\n"
+    pc.shell("scribble")
+    pc.shell("echo 3 >/proc/sys/vm/drop_caches")
+    scribbled = content[: 3 * 4096] + bytes(5 * 4096) + content[8 * 4096 :]
+    assert pc.shell("md5sum </dev/vdb").split()[0] == hashlib.md5(scribbled).hexdigest()
+    assert raw.read_bytes() == content
+    freed = ext4.stat().st_blocks
+    pc.shell("rm /mnt/copy; sync; fstrim /mnt")
+    assert info(pc, "blk0")["driver"] == "ready"
+    if info(pc, "blk0")["discard"] == "yes":
+        assert counters(pc, "blk0")["discard_bytes"] > 20 * MIB
+        assert ext4.stat().st_blocks <= freed - 2 * MIB // 512
+    assert counters(pc, "blk0")["flushes"] > 0 and "errors" not in counters(pc, "blk0")
+    assert pc.shell("head -c 100 /dev/hwrng | wc -c") == "100\n"
+    assert counters(pc, "rng0")["bytes"] >= 100
+    pc.shell("umount /mnt")
+    assert _e2("e2fsck", "-fn", ext4) == 0
+
+
+WRITER = """\
+mount /dev/vda /mnt
+i=0
+while i=$((i + 1)); do
+    head -c $((i * 700)) /dev/urandom >/mnt/$i
+    sync
+    echo "synced $i $(md5sum </mnt/$i)"
+    [ $((i % 3)) != 0 ] || rm /mnt/$((i - 1))
+done
+"""
+CHECKER = 'mount /dev/vda /mnt\ncd /mnt\nfor one in *[0-9]; do echo "$one $(md5sum <$one)"; done\ncd /'
+
+
+@pytest.fixture
+def other_mount(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A mount of its own, whose server may be killed."""
+    directory = tmp_path / "mount"
+    directory.mkdir()
+    log = open(tmp_path / "log", "wb")
+    vmfs = [sys.executable, "-m", "vmfs.cli"]
+    server = subprocess.Popen([*vmfs, "mount", "-f", "--engine", "emulator", directory], stderr=log)
+    deadline = time.monotonic() + 60
+    while not os.path.ismount(directory):
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        yield directory, server
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+        subprocess.run(["fusermount3", "-u", "-z", directory], check=False)
+
+
+def test_what_was_synced_is_there_after_a_kill(make_pc, other_mount, ext4: Path) -> None:
+    """The server is killed while the guest writes; the file system recovers by its journal, and has what the guest was
+    told is on the disk."""
+    directory, server = other_mount
+    pc = Pc(directory / "victim")
+    pc.write("dev/add", f"blk {ext4} rw\n")
+    boot_linux(pc, WRITER, modules=MODULES)
+    for number in range(1, 8):
+        pc.expect(f"synced {number} ")
+    server.send_signal(signal.SIGKILL)  # it writes the next one now, or flushes, or whatever it does
+    server.wait()
+    with contextlib.suppress(AssertionError, OSError):
+        pc.expect("nothing more")
+    os.close(pc.console)
+    assert pc._runner is not None
+    pc._runner.communicate()
+
+    synced = {}
+    removed = set()
+    for line in pc.said.splitlines():
+        if line.startswith("synced ") and len(line.split()) == 4:
+            number, digest = int(line.split()[1]), line.split()[2]
+            synced[number] = digest
+            if number % 3 == 0:
+                removed.add(number - 1)
+    assert len(synced) >= 7
+    _e2("e2fsck", "-fp", ext4)  # replays the journal; nothing else is to be repaired
+    assert _e2("e2fsck", "-fn", ext4) == 0
+
+    again = make_pc()
+    again.write("dev/add", f"blk {ext4} rw\n")
+    booted(again, {"check": CHECKER})
+    found = dict(line.split()[:2] for line in again.shell("check").splitlines())
+    for number, digest in synced.items():
+        if number not in removed:
+            assert found[str(number)] == digest
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Gives its `content`, and answers what it gets with its SHA-256.
+
+    The passt of Debian 12 stops sending on a connection that the guest has closed on its side (its capture shows the
+    guest's acknowledgement as the last segment), so HTTP, which closes none early.
+    """
+
+    content = os.urandom(3 * MIB)
+
+    def do_GET(self) -> None:
+        self._answer(self.content)
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(hashlib.sha256(data).hexdigest().encode())
+
+    def _answer(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+DHCP = '[ "$1" != bound ] || { ifconfig $interface $ip netmask $subnet && route add default gw $router; }'
+
+
+def test_tcp_with_a_server_on_the_hosts_loopback(make_pc) -> None:
+    """By passt: the gateway's address is the host's loopback."""
+    if shutil.which("passt") is None:
+        pytest.skip("passt is not installed (package passt)")
+    pc = make_pc()
+    try:
+        pc.write("dev/add", "net user\n")
+    except OSError as error:
+        pytest.skip(f"passt does not start here: {error.strerror}: {pc.read('error')}")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://$(route -n | awk '/^0.0.0.0/ {{ print $2 }}'):{server.server_address[1]}/"
+        booted(
+            pc,
+            {
+                "dhcp": DHCP,
+                "up": "ifconfig eth0 up\nudhcpc -n -q -i eth0 -s /bin/dhcp",
+                "get": f"wget -q -O - {url} | sha256sum",
+                # wget posts a text: up to its first NUL.
+                "put": f"tr '\\0' N </bin/busybox >/tmp/text\nwget -q -O - --post-file /tmp/text {url}",
+            },
+        )
+        pc.shell("up 2>&1")
+        assert pc.shell("get").split()[0] == hashlib.sha256(Server.content).hexdigest()
+        text = BUSYBOX.read_bytes().replace(b"\0", b"N")
+        assert pc.shell("put") == hashlib.sha256(text).hexdigest()
+        sent = counters(pc, "net0")
+        assert sent["rx_bytes"] > len(Server.content) and sent["tx_bytes"] > len(text)
+        passt = Path(f"/proc/{info(pc, 'net0')['pid']}")
+        assert (passt / "comm").read_text().startswith("passt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    pc.write("state", "pause")
+    pc.ended()
+    pc.path.rmdir()
+    deadline = time.monotonic() + 60
+    while passt.exists():  # it ends with its card
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
