@@ -116,6 +116,18 @@ def test_there_are_no_kallsyms_without_a_linux(vm):
     assert vm.read("error").startswith("symbols: no kallsyms tables in RAM")
 
 
+def test_closes_are_told_without_the_hooks(own_server, tmp_path):
+    """libfuse's own answer to an open has the kernel tell of the closes of all files."""
+    vm = own_server(environment={"VMFS_NO_FUSE_HOOKS": "1"}).make()
+    (tmp_path / "map").write_text(MAP)
+    subprocess.run(["cp", tmp_path / "map", vm / "symbols"], check=True)
+    assert vm.read("symbols") == MAP
+    fd = os.open(vm / "symbols", os.O_WRONLY)
+    os.write(fd, b"nonsense")
+    assert failing(os.close, fd) == errno.EINVAL
+    assert vm.read("symbols") == MAP
+
+
 # ---- virt
 
 

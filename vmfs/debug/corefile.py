@@ -147,7 +147,8 @@ def _loads(ram: MemoryView, paging: Paging) -> list[bytes]:
 
 
 def _load(linear: int, physical: int, length: int, flags: int) -> bytes:
-    return _PHDR.pack(_PT_LOAD, flags, RAM_OFFSET + physical, linear, physical, length, length, 4096)
+    # p_align is 0, none: crash takes a core with another for one of a format before kdump.
+    return _PHDR.pack(_PT_LOAD, flags, RAM_OFFSET + physical, linear, physical, length, length, 0)
 
 
 # ---- notes
