@@ -254,7 +254,7 @@ CASES = (
             Run("io direction=out port=0x80 size=1 count=1 data=0x0 rip={l3}"),
         ),
         instead={"pvm-no-watchpoints": (
-            Refused(Debug(watchpoints=(Watch(4, 0x2000, 12, "rw"),)), "single steps do not show reads"),
+            Refused(Debug(watchpoints=(Watch(4, 0x2000, 12, "rw"),)), "without hardware: watch w"),
             Run("io direction=out port=0x80 size=1 count=1 data=0x0 rip={l3}"),
         )},
     ),

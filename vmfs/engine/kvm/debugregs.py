@@ -90,7 +90,11 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
     breakpoints: dict[int, tuple[int, ...]] = {}
     in_hardware: set[int] = set()
     for stop in sorted((*request.breakpoints, *request.watchpoints), key=lambda stop: stop.id):
-        _check_address(stop.address + (stop.length - 1 if isinstance(stop, Watchpoint) else 0))
+        _check_address(stop.address)
+        if isinstance(stop, Watchpoint):
+            if stop.length < 1:
+                raise Invalid("a watchpoint watches at least one byte")
+            _check_address(stop.address + stop.length - 1)
         if isinstance(stop, Breakpoint):
             if stop.address not in breakpoints and len(slots) < REGISTERS:
                 slots.append(Slot(stop, stop.address, _RW_EXECUTE))
@@ -107,12 +111,9 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
     watches = tuple(watch for watch in request.watchpoints if ways[watch.id] == "stepping")
     for watch in watches:
         if watch.on_read:
-            why = (
-                f"the debug registers that are left cannot watch {watch.length} bytes at {watch.address:#x} so"
-                if has_watchpoints
-                else "the host's KVM is PVM, without hardware"
+            raise Unsupported(
+                f"watch: single steps show writes only, and {_why_not(watch, has_watchpoints=has_watchpoints)}"
             )
-            raise Unsupported(f"watch: {why}, and single steps do not show reads; watch writes (w)")
     modes, cr3s = tuple(stop.id for stop in request.modes), tuple(stop.id for stop in request.cr3s)
     ways |= dict.fromkeys(modes + cr3s, "stepping") | {stop.id: "exits" for stop in request.ports}
     return Plan(
@@ -127,10 +128,19 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
     )
 
 
+def _why_not(watch: Watchpoint, *, has_watchpoints: bool) -> str:
+    """Why no debug register watches."""
+    if not has_watchpoints:
+        return "the host's KVM is PVM, without hardware: watch w"
+    if watch.physical:
+        return "a debug register watches a linear address, not a guest-physical one"
+    if not watch.on_write:
+        return "a debug register cannot watch reads alone: watch rw"
+    return f"{watch.length} bytes at {watch.address:#x} need more debug registers than are left of {REGISTERS}"
+
+
 def _watch_slots(watch: Watchpoint) -> list[Slot] | None:
     """A range in naturally aligned pieces of 8, 4, 2 and 1 bytes, a register each; None where it does not fit."""
-    if watch.length < 1:
-        raise Invalid("a watchpoint watches at least one byte")
     if watch.physical or not watch.on_write:  # they watch linear addresses, and no reads alone
         return None
     kind = _RW_ACCESS if watch.on_read else _RW_WRITE
