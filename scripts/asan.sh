@@ -18,6 +18,8 @@ if [ $# = 0 ]; then
     set -- "$@" --ignore tests/mount/test_examples.py --ignore tests/mount/test_sessions.py
 fi
 
+# ASan refuses a library that is loaded with RTLD_DEEPBIND, as capstone loads its own.
+echo 'import os; del os.RTLD_DEEPBIND' >build/asan/lib/sitecustomize.py
 # PYTHONPATH and PYTHONSAFEPATH: the copy, also in the processes that tests start in the tree.
 export PYTHONPATH=$PWD/build/asan/lib PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 .venv/bin/python -c 'import vmfs, sys; sys.exit("build/asan" not in vmfs.__file__)'
@@ -25,7 +27,16 @@ export PYTHONPATH=$PWD/build/asan/lib PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 export PYTHONMALLOC=malloc
 # detect_leaks: Python leaves much to the end of the process. Link order: Python itself is not built with ASan, so
 # that the runtime comes by LD_PRELOAD. handle_segv stays on: a fault in the core is a report with a stack.
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}
-export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}
-LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
-    exec .venv/bin/pytest -p no:cacheprovider "$@"
+# Reports go to files: pytest would keep what a process that ends at once has written.
+reports=$PWD/build/asan/reports
+rm -rf "$reports"
+mkdir -p "$reports"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$reports/asan${ASAN_OPTIONS:+:$ASAN_OPTIONS}
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$reports/ubsan${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}
+status=0
+PYTHONUNBUFFERED=1 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+    .venv/bin/pytest -p no:cacheprovider "$@" || status=$?
+for each in "$reports"/*; do
+    if [ -s "$each" ]; then cat "$each" >&2; status=1; fi
+done
+exit "$status"

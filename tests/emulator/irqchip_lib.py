@@ -197,14 +197,22 @@ class Chip:
         assert self.lib.irqchip_read_port(self.ptr, port, ctypes.byref(value), self.now)
         return value.value
 
+    def _has_registers(self, cpu):
+        """Whether the LAPIC answers accesses to memory; the core asks before each, as its contract says."""
+        return self.lib.irqchip_lapic_mapped(self.ptr, cpu, ctypes.byref(ctypes.c_uint64(0)))
+
     def store(self, address, value, cpu=0):
         if address >> 12 == LAPIC >> 12:
+            if not self._has_registers(cpu):
+                return
             self.lib.irqchip_lapic_write(self.ptr, cpu, address & 0xFFF, 4, value, self.now)
         else:
             self.lib.irqchip_ioapic_write(self.ptr, address & 0xFFF, 4, value, self.now)
 
     def load(self, address, cpu=0, size=4):
         if address >> 12 == LAPIC >> 12:
+            if not self._has_registers(cpu):
+                return (1 << 8 * size) - 1
             return self.lib.irqchip_lapic_read(self.ptr, cpu, address & 0xFFF, size, self.now)
         return self.lib.irqchip_ioapic_read(self.ptr, address & 0xFFF, size)
 

@@ -197,8 +197,10 @@ def test_an_interrupt_and_a_kick_reach_a_guest_that_runs(vm, assembler):
     wait_for_guest(vm)
     vm.vcpu.interrupt(0x20)
     vm.vcpu.kick()
-    assert run.exit().REASON == "interrupted"
-    assert vm.vcpu.run().line() == f"hlt rip={program.labels['end']:#x}"
+    # Where this thread had to wait between the two, the guest may have halted already: then the next run is kicked.
+    lines = [run.exit().line(), vm.vcpu.run().line()]
+    assert f"hlt rip={program.labels['end']:#x}" in lines
+    assert any(line.startswith("interrupted ") for line in lines)
 
 
 def test_access_data_has_its_length(vm, assembler):

@@ -381,8 +381,8 @@ def test_kill_ends_a_blocked_reader_at_once(mount):
 def test_a_fatal_signal_ends_a_blocked_reader(mount):
     with reader(mount / "block") as cat:
         mount.wait_for(1)
-        cat.send_signal(signal.SIGINT)
-        assert cat.wait(SOON) == -signal.SIGINT
+        cat.send_signal(signal.SIGTERM)
+        assert cat.wait(SOON) == -signal.SIGTERM
         mount.wait_for(0)
 
 
@@ -442,7 +442,7 @@ def test_ignored_and_blocked_signals_interrupt_nothing(mount):
         caller.send_signal(signal.SIGUSR2)
         with reader(mount / "block") as cat:    # by the time this one has seen its signal, so had the other
             mount.wait_for(2)
-            cat.send_signal(signal.SIGINT)
+            cat.send_signal(signal.SIGTERM)
             cat.wait(SOON)
         mount.wait_for(1)
         mount.write("release")

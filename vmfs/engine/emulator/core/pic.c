@@ -302,6 +302,6 @@ int pic_set(struct irqchip *chip, unsigned which, const struct kvm_pic_state *st
         state->special_fully_nested_mode > 1 || state->init4 > 1)
         return -EINVAL;
     chip->pic.chip[which] = *state;
-    update(chip);
+    update_output(chip); /* the edge from the slave is in the master's state; KVM, which makes a new one, adds it */
     return 0;
 }
