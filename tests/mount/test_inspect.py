@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import struct
@@ -187,6 +188,24 @@ def test_code_written_through_virt_is_what_runs(long_vm):
     os.pwrite(fd, b"\x43", 0x1001)
     os.close(fd)
     assert "data=0x43" in vm.run()
+
+
+def test_virt_and_mappings_of_mem_see_each_other(either_vm):
+    """However `mem` is served."""
+    vm = either_vm
+    with open(vm / "mem", "r+b") as file, mmap.mmap(file.fileno(), 1 << 20) as mapped:
+        virt = os.open(vm / "virt", os.O_RDWR)
+        try:
+            assert mapped[0x5000] == 0
+            mapped[0x5000:0x5004] = b"mine"
+            assert os.pread(virt, 4, 0x5000) == b"mine"
+            os.pwrite(virt, b"ours", 0x5000)
+            assert mapped[0x5000:0x5004] == b"ours"
+            mapped[0x1000] = 0xF4
+            vm.write("registers", "rip 0x1000\ncs 0\ncs.base 0\n")
+            assert ": f4 " in vm.read("disasm").splitlines()[0]
+        finally:
+            os.close(virt)
 
 
 def test_virt_of_a_running_machine(long_vm):

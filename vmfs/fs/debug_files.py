@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,7 +36,10 @@ from vmfs.memory import MemoryView
 T = TypeVar("T")
 
 
-async def _sampled(scope: MachineScope, future: Future[T]) -> T:
+async def _sampled(scope: MachineScope, look: Callable[[Vcpu], T]) -> T:
+    """What `look` finds at the CPU, between two instructions, and then in RAM."""
+    await scope.memory.settle()
+    future = scope.vm.at_boundary(look)
     await finished(future, scope)
     return future.result()
 
@@ -104,7 +106,7 @@ class _SymbolsHandle(Handle):
         if command == "clear":
             found = SymbolTable()
         else:
-            paging = await _sampled(self.scope, vm.at_boundary(Paging.of))
+            paging = await _sampled(self.scope, Paging.of)
             ram = vm.memory.view()
             found = await _in_thread(_kallsyms, ram, paging)
         vm.symbols = self._before.merged(found) if self.appending else found
@@ -152,7 +154,7 @@ class _VirtHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
         memory, address = self.scope.vm.memory, linear_address(offset)
         data = await value_of(
-            self.scope.vm.at_boundary(lambda cpu: read_linear(memory, Paging.of(cpu), address, size)), self
+            _sampled(self.scope, lambda cpu: read_linear(memory, Paging.of(cpu), address, size)), self
         )
         if size and not data:
             raise BadAddress(f"virt: {address:#x} is not mapped to RAM")
@@ -165,7 +167,7 @@ class _VirtHandle(Handle):
         vm = self.scope.vm
         async with self.scope.memory.change():
             return await _sampled(
-                self.scope, vm.at_boundary(lambda cpu: write_linear(vm.memory, Paging.of(cpu), address, data))
+                self.scope, lambda cpu: write_linear(vm.memory, Paging.of(cpu), address, data)
             )
 
 
@@ -174,7 +176,7 @@ class _VirtHandle(Handle):
 
 async def pagetable(scope: MachineScope) -> str:
     """`pagetable`."""
-    paging = await _sampled(scope, scope.vm.at_boundary(Paging.of))
+    paging = await _sampled(scope, Paging.of)
     if paging.kind == "off":
         return "# paging is off: linear addresses are physical\n"
     return await _in_thread(_pagetable, scope.vm.memory.view(), paging)
@@ -196,7 +198,7 @@ async def disasm(scope: MachineScope) -> str:
     def read(cpu: Vcpu) -> tuple[CodeMode, Paging]:
         return CodeMode.of(cpu), Paging.of(cpu)
 
-    code, paging = await _sampled(scope, vm.at_boundary(read))
+    code, paging = await _sampled(scope, read)
 
     def work(ram: MemoryView) -> str:
         with ram:
@@ -212,7 +214,7 @@ def set_disasm(scope: MachineScope, text: str) -> None:
 async def stack(scope: MachineScope) -> str:
     """`stack`."""
     vm = scope.vm
-    state = await _sampled(scope, vm.at_boundary(lambda cpu: StackState.of(cpu, vm.memory)))
+    state = await _sampled(scope, lambda cpu: StackState.of(cpu, vm.memory))
 
     def work(ram: MemoryView) -> str:
         with ram:
@@ -250,7 +252,7 @@ class _CoreHandle(Handle):
 
     async def _make_header(self) -> bytes:
         vm = self.scope.vm
-        cpu = await _sampled(self.scope, vm.at_boundary(CpuState.of))
+        cpu = await _sampled(self.scope, CpuState.of)
 
         def work(ram: MemoryView) -> bytes:
             with ram:

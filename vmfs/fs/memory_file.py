@@ -82,6 +82,11 @@ class MemoryServer:
             if self._opens:
                 await trio.to_thread.run_sync(self._drop)
 
+    async def settle(self) -> None:
+        """Before the server looks at RAM: what clients wrote into mappings is there then."""
+        if self._opens:
+            await trio.to_thread.run_sync(self._drop)
+
     def close(self) -> None:
         self._backing.close()
 
