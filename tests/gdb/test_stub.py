@@ -191,6 +191,18 @@ def test_memory_is_linear_unless_asked(vm, on_stub):
     on_stub(test)
 
 
+def test_regions_of_memory(vm, on_stub):
+    async def test(client, _):
+        assert await client.ask(b"qMemoryRegionInfo:0") == b"start:0;size:%x;permissions:rwx;" % vm.memory.size
+        assert await client.ask(b"qMemoryRegionInfo:ffffffffffffffff") == b"start:%x;size:%x;" % (
+            vm.memory.size,
+            (1 << 64) - vm.memory.size,
+        )
+        assert await client.ask(b"qMemoryRegionInfo:x") == b"E22"
+
+    on_stub(test)
+
+
 def test_steps(loaded, on_stub):
     async def test(client, _):
         for command in (b"s", b"vCont;s:1", b"vCont;s:1;c", b"vCont;S05"):

@@ -87,8 +87,8 @@ class GdbPort:
             return
         settings = parse_layout(rest)
         where = parse_address(address)
-        if self._listener is not None and self._listener.where == where and not isinstance(where, str):
-            await self._end_listener()  # the same port again
+        if self._listener is not None and self._listener.where == where:
+            await self._end_listener()  # the same place again
         listener = await trio.to_thread.run_sync(_Listener, where, who)
         await self._end_listener()
         self._scope.check()
@@ -151,7 +151,7 @@ class _Listener:
     """A socket that listens, made with the rights of who asked for it. Blocks when it is made and closed."""
 
     def __init__(self, where: Where, who: Credentials | None) -> None:
-        self.where = where
+        self.where = where  # with the port that it has
         self.ended = trio.Event()
         self.gone = trio.Event()
         self._who = who
@@ -160,13 +160,15 @@ class _Listener:
             self._socket = self._bind_path(where) if isinstance(where, str) else self._bind_tcp(where)
         except OSError as error:
             raise _host_error(where, error) from None
+        if not isinstance(where, str):
+            self.where = where[0], self._socket.getsockname()[1]
 
     @property
     def address(self) -> str:
         """Where gdb's `target remote` finds it."""
         if isinstance(self.where, str):
             return shlex.quote(self.where)
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.where
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def listener(self) -> trio.SocketListener:

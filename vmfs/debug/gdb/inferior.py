@@ -11,13 +11,15 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
+import trio
+
 from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
-from vmfs.debug.paging import Paging
+from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint, Vcpu
 from vmfs.errors import BadAddress, VmfsError
 from vmfs.exits import Exit
-from vmfs.memory import PAGE
+from vmfs.memory import PAGE, MemoryView
 from vmfs.modes import mode_of
 from vmfs.registers import write_registers
 from vmfs.vm import Vm
@@ -61,6 +63,7 @@ class Inferior:
         self.vm = surroundings.vm
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
+        self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
 
@@ -148,6 +151,27 @@ class Inferior:
         async with self.surroundings.changing_memory():
             await self.at_boundary(write)
 
+    async def region(self, address: int) -> tuple[int, int, str]:
+        """Where the range of memory around an address, or of what is not mapped, begins and ends, and `rwx` for what
+        the guest's kernel may do there. Looked up once between two runs."""
+        if self._regions is None:
+            if self.physical:
+                paging = Paging()
+            else:
+                paging = await self.at_boundary(Paging.of)
+            if paging.kind == "off":
+                self._regions = [(0, self.vm.memory.size, "rwx")]
+            else:
+                self._regions = await trio.to_thread.run_sync(_regions, self.vm.memory.view(), paging)
+        begin = 0
+        for start, end, rights in self._regions:
+            if address < start:
+                return begin, start, ""
+            if address < end:
+                return start, end, rights
+            begin = end
+        return begin, 1 << 64, ""
+
     # ---- points
 
     async def insert(self, stop: Stop, kind: int) -> None:
@@ -168,6 +192,7 @@ class Inferior:
         A step begins behind the breakpoint where it stands, so breakpoints that are not wanted for it may stay:
         gdb wants them again behind it.
         """
+        self._regions = None
         there = self._in_force()
         lost = [stop for stop in self._wanted if self._ids.get(stop) not in there]
         unwanted = [
@@ -235,6 +260,19 @@ class Inferior:
 
     async def command(self, text: str) -> str:
         return await self.surroundings.command(text)
+
+
+def _regions(ram: MemoryView, paging: Paging) -> list[tuple[int, int, str]]:
+    """What is mapped, neighbours of the same rights together."""
+    regions: list[tuple[int, int, str]] = []
+    with ram:
+        for one in mapped_ranges(ram, paging):
+            rights = f"r{'w' * bool(one.flags & WRITABLE)}{'x' * (not one.flags & NO_EXECUTE)}"
+            if regions and regions[-1][1] == one.start and regions[-1][2] == rights:
+                regions[-1] = regions[-1][0], one.end, rights
+            else:
+                regions.append((one.start, one.end, rights))
+    return regions
 
 
 class _Changed(States):

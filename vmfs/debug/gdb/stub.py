@@ -410,6 +410,12 @@ class Stub:
         part = document[offset : offset + min(length, _READ_MOST)]
         return (b"m" if offset + len(part) < len(document) else b"l") + escape(part)
 
+    async def _region(self, arguments: bytes) -> bytes:
+        """lldb's question where it may put things: without `permissions` nothing is there."""
+        start, end, rights = await self.inferior.region(_number(arguments))
+        size = min(end - start, (1 << 64) - 1)
+        return b"start:%x;size:%x;" % (start, size) + (b"permissions:%b;" % rights.encode() if rights else b"")
+
     async def _start_no_ack(self, _arguments: bytes) -> bytes:
         self.no_acknowledgements = True
         return b"OK"
@@ -583,6 +589,7 @@ QUERIES: Mapping[bytes, Handler] = {
     b"fThreadInfo": _constant(b"m%x" % _THREAD),
     b"sThreadInfo": _constant(b"l"),
     b"Symbol": _constant(b"OK"),
+    b"MemoryRegionInfo": Stub._region,
     b"HostInfo": _constant(b"endian:little;ptrsize:8;triple:%b;" % b"x86_64-unknown-none-elf".hex().encode()),
     b"qemu.PhyMemMode": Stub._physical_mode,
     b"vmfs.Layout": Stub._set_layout,

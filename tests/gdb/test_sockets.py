@@ -1,0 +1,305 @@
+"""The files `gdb` and `gdb.stream`: who may connect where, and what becomes of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from mounting import SOON, failing, wait_until
+
+from vmfs.debug.gdb.packets import Decoder, Packet, frame
+from vmfs.errors import NotPermitted
+from vmfs.fs.gdb_files import _Listener
+from vmfs.fs.rights import Credentials, HostError
+
+
+class Peer:
+    """A client that speaks packets over a socket."""
+
+    def __init__(self, one: socket.socket) -> None:
+        self.socket = one
+        one.settimeout(SOON)
+        self._decoder = Decoder()
+        self._payloads: list[bytes] = []
+
+    def ask(self, payload: bytes) -> bytes:
+        self.socket.sendall(frame(payload))
+        return self.reply()
+
+    def reply(self) -> bytes:
+        while not self._payloads:
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise EOFError
+            self._payloads += [event.payload for event in self._decoder.feed(data) if isinstance(event, Packet)]
+        return self._payloads.pop(0)
+
+    def is_ended(self) -> bool:
+        try:
+            self.reply()
+        except (EOFError, ConnectionError):
+            return True
+        return False
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def tcp(machine) -> Peer:
+    host, port = machine.read("gdb").split()[0].rsplit(":", 1)
+    return Peer(socket.create_connection((host.strip("[]"), int(port)), SOON))
+
+
+def unix(path) -> Peer:
+    one = socket.socket(socket.AF_UNIX)
+    one.connect(str(path))
+    return Peer(one)
+
+
+@pytest.mark.parametrize("written", ("127.0.0.1:0", ":0", "0", "localhost:0"))
+def test_tcp(machine, written):
+    assert machine.read("gdb") == "off\n"
+    machine.write("gdb", f"{written}\n")
+    shown = machine.read("gdb")
+    assert shown.startswith("127.0.0.1:") and not shown.endswith(":0\n")
+    peer = tcp(machine)
+    assert peer.ask(b"qC") == b"QC1"
+    machine.write("gdb", "off\n")
+    assert machine.read("gdb") == "off\n"
+    assert peer.is_ended()
+    peer.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(shown.split(":")[1])))
+
+
+def test_other_addresses(machine):
+    machine.write("gdb", "0.0.0.0:0\n")
+    assert machine.read("gdb").startswith("0.0.0.0:")
+    machine.write("gdb", "127.0.0.1:0 i386 linear\n")
+    assert machine.read("gdb").endswith(" i386 linear\n")
+    peer = tcp(machine)
+    assert b"<architecture>i386<" in peer.ask(b"qXfer:features:read:target.xml:0,1000")
+    peer.close()
+
+
+def test_an_address_in_use(machine, server):
+    machine.write("gdb", "127.0.0.1:0\n")
+    shown = machine.read("gdb")
+    machine.write("gdb", shown)  # what was read can be written
+    assert machine.read("gdb") == shown
+    other = server.make()
+    assert failing(other.write, "gdb", shown) == errno.EADDRINUSE
+    assert other.read("error") == f"gdb: {shown.strip()}: Address already in use\n"
+    assert other.read("gdb") == "off\n"
+    other.path.rmdir()
+
+
+def test_a_path(machine, tmp_path):
+    path = tmp_path / "a socket"
+    machine.write("gdb", f"'{path}'\n")
+    assert machine.read("gdb") == f"'{path}'\n"
+    status = path.stat()
+    assert stat.S_ISSOCK(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600
+    peer = unix(path)
+    assert peer.ask(b"qC") == b"QC1"
+    assert failing(machine.write, "gdb", f"{tmp_path}/none/socket\n") == errno.ENOENT
+    assert peer.ask(b"qC") == b"QC1"  # what failed has changed nothing
+    peer.close()
+    machine.path.rmdir()
+    wait_until(lambda: not path.exists(), "the socket goes with the machine")
+
+
+def test_paths_that_are_there(machine, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert failing(machine.write, "gdb", f"{tmp_path}/file\n") == errno.EADDRINUSE
+    assert (tmp_path / "file").read_text() == "precious"
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(tmp_path / "dead"))
+    dead.close()
+    machine.write("gdb", f"{tmp_path}/dead\n")  # nobody listens there: of a server that was killed
+    peer = unix(tmp_path / "dead")
+    assert peer.ask(b"qC") == b"QC1"
+    peer.close()
+    alive = socket.socket(socket.AF_UNIX)
+    alive.bind(str(tmp_path / "alive"))
+    alive.listen()
+    assert failing(machine.write, "gdb", f"{tmp_path}/alive\n") == errno.EADDRINUSE
+    alive.close()
+
+
+def test_a_writer_has_no_more_than_its_own_rights():
+    if os.geteuid():
+        pytest.skip("only root can become somebody else")
+    nobody = Credentials(65534, 65534, ())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "closed").mkdir(mode=0o700)
+        listener = _Listener(str(folder / "theirs"), nobody)
+        status = (folder / "theirs").stat()
+        assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (65534, 65534, 0o600)
+        listener.close()
+        assert not (folder / "theirs").exists()
+        for where in (str(folder / "closed" / "socket"), ("127.0.0.1", 1)):
+            with pytest.raises(HostError) as caught:
+                _Listener(where, nobody)
+            assert caught.value.errno == errno.EACCES
+        with pytest.raises(NotPermitted):
+            _Listener(str(folder / "whose"), None)
+
+
+def test_one_gdb_at_a_time(machine, tmp_path):
+    machine.write("gdb", f"{tmp_path}/socket\n")
+    first, second = unix(tmp_path / "socket"), unix(tmp_path / "socket")
+    assert first.ask(b"qC") == b"QC1"
+    assert second.ask(b"qSupported") == b"E.another gdb is connected to this machine"
+    assert second.is_ended()
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    assert failing(os.pwrite, fd, frame(b"qC"), 0) == errno.EBUSY
+    assert first.ask(b"qC") == b"QC1"
+    first.close()
+    second.close()
+    wait_until(lambda: _can(fd), "the stream is free")
+    third = unix(tmp_path / "socket")
+    assert third.ask(b"qC").startswith(b"E.")
+    os.close(fd)
+    third.close()
+
+
+def _can(fd: int) -> bool:
+    try:
+        os.pwrite(fd, frame(b"qC"), 0)
+    except OSError:
+        return False
+    return b"QC1" in os.pread(fd, 100, 0) + os.pread(fd, 100, 0)
+
+
+def test_one_that_vanishes_while_the_guest_runs(machine):
+    machine.load("eb fe")
+    machine.write("gdb", "127.0.0.1:0\n")
+    peer = tcp(machine)
+    assert peer.ask(b"Z0,7777,1") == b"OK"
+    peer.socket.sendall(frame(b"c"))
+    wait_until(machine.is_running, "it runs")
+    peer.close()
+    wait_until(lambda: machine.read("state") == "paused\n", "it stands still")
+    wait_until(lambda: machine.read("debug") == "0\n", "the points are gone")
+    peer = tcp(machine)  # and it listens still
+    assert peer.ask(b"?").startswith(b"T05")
+    peer.close()
+
+
+def test_removal_ends_it(machine):
+    machine.load("eb fe")
+    machine.write("gdb", "127.0.0.1:0\n")
+    peer = tcp(machine)
+    peer.socket.sendall(frame(b"c"))
+    wait_until(machine.is_running, "it runs")
+    machine.path.rmdir()
+    assert peer.is_ended()
+    peer.close()
+
+
+def test_hostile_bytes_do_not_stop_the_mount(machine, server):
+    machine.write("gdb", "127.0.0.1:0\n")
+    for data in (
+        b"$" + b"A" * (1 << 20),
+        b"$m0,ffffffffffffffff#00" * 100,
+        bytes(range(256)) * 64,
+        b"\x03" * 4096,
+        b"-" * 4096,
+        b"$g#67" * 2000,
+        b"$" * 10000,
+    ):
+        peer = tcp(machine)
+        peer.socket.setblocking(False)
+        try:
+            peer.socket.send(data)  # and nothing is read
+        except BlockingIOError:
+            pass
+        assert machine.read("state") == "paused\n"  # the mount answers
+        peer.close()
+        wait_until(lambda: _answers(machine), "the next gdb is served")
+
+
+def _answers(machine) -> bool:
+    peer = tcp(machine)
+    try:
+        return peer.ask(b"qC") == b"QC1"
+    except (EOFError, ConnectionError):
+        return False
+    finally:
+        peer.close()
+
+
+# ---- gdb.stream
+
+
+def test_the_stream_is_no_file_to_look_into(machine):
+    fd = os.open(machine / "gdb.stream", os.O_RDONLY)
+    assert failing(os.pread, fd, 10, 0) == errno.EINVAL
+    os.close(fd)
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    assert failing(os.pread, fd, 10, 0) == errno.EINVAL  # gdb begins
+    os.close(fd)
+
+
+def test_the_stream(machine):
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    heard = b""
+    done = threading.Event()
+
+    def listen() -> None:
+        nonlocal heard
+        while part := os.pread(fd, 7, 0):
+            heard += part
+        done.set()
+
+    os.pwrite(fd, frame(b"qC"), 0)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    wait_until(lambda: frame(b"QC1") in heard, "the answer")
+    os.pwrite(fd, frame(b"D"), 0)
+    assert done.wait(SOON)  # the end of the file
+    assert heard == b"+" + frame(b"QC1") + b"+" + frame(b"OK")
+    assert failing(os.pwrite, fd, b"+", 0) == errno.ENODEV
+    os.close(fd)
+
+
+def test_removal_ends_the_stream(machine):
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    os.pwrite(fd, frame(b"qC"), 0)
+    assert os.pread(fd, 1, 0) == b"+"
+    assert os.pread(fd, 100, 0) == frame(b"QC1")
+    machine.path.rmdir()
+    assert failing(os.pread, fd, 100, 0) == errno.ENODEV
+    os.close(fd)
+
+
+def test_the_pipe_says_what_is_wrong(machine, tmp_path):
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "vmfs.cli", "gdb", *map(str, arguments)],
+            input=frame(b"qC"),
+            capture_output=True,
+            timeout=SOON,
+        )
+
+    done = run(tmp_path)
+    assert done.returncode == 1 and b"is no machine" in done.stderr
+    done = run(machine.path, "vax")
+    assert done.returncode == 1 and b"layout 'vax'" in done.stderr
+    machine.write("gdb", f"{tmp_path}/socket\n")
+    peer = unix(tmp_path / "socket")
+    assert peer.ask(b"qC") == b"QC1"
+    done = run(machine.path)
+    assert done.returncode == 1 and b"another gdb is connected" in done.stderr
+    peer.close()
