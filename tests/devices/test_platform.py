@@ -154,6 +154,24 @@ def test_rtc_alarm_and_update_flags(pc, guest, machine):
     assert not cmos(guest, 11) & 0x70
 
 
+def test_rtc_every_interrupt_is_an_edge(pc, guest, machine, monkeypatch):
+    """Also where the next period begins while register C is read: IRQ 8 is edge-triggered."""
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    levels, standing = [], machine.get_state
+
+    def ticking(name):
+        machine.time += SECOND // 1024
+        return standing(name)
+
+    monkeypatch.setattr(machine, "get_state", ticking)
+    monkeypatch.setattr(machine, "irq_line", lambda gsi, level: levels.append(level))
+    cmos(guest, 11, 0x42)
+    for _ in range(5):
+        levels.clear()
+        assert cmos(guest, 12) & 0xC0 == 0xC0
+        assert levels[-2:] == [False, True]
+
+
 def test_rtc_memory_and_state(pc, guest):
     assert cmos(guest, 0x15) | cmos(guest, 0x16) << 8 == 640
     assert cmos(guest, 0x30) | cmos(guest, 0x31) << 8 == 15 * 1024

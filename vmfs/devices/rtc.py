@@ -192,6 +192,7 @@ class Rtc(Device):
         if index == _C:
             self._update()
             value, self.cmos[_C] = self.cmos[_C], 0
+            self.set_irq(False)  # even where the next event is due: an edge-triggered input has to see it
             self._update()
             return value
         return self.cmos[index]
