@@ -120,7 +120,7 @@ class Paging:
         if not self.is_canonical(linear):
             return None
         if self.kind == "off":
-            return Page(linear, PAGE, WRITABLE | USER)
+            return Page(linear, 1 << 32, WRITABLE | USER)
         levels = _levels(self)
         table, rights = levels[0].base(self.cr3), WRITABLE | USER
         for level in levels:
@@ -354,7 +354,7 @@ def pieces(memory: Ram, paging: Paging, linear: int, length: int) -> Iterator[tu
         page = paging.translate(memory, linear)
         if page is None or page.physical >= memory.size:
             return
-        part = min(length, PAGE - linear % PAGE, memory.size - page.physical)
+        part = min(length, page.size - linear % page.size, memory.size - page.physical)
         yield page.physical, part
         linear += part
         length -= part

@@ -152,9 +152,10 @@ def linear_address(offset: int) -> int:
 
 class _VirtHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
-        memory, address = self.scope.vm.memory, linear_address(offset)
+        vm, address = self.scope.vm, linear_address(offset)
+        await self.scope.memory.settle()
         data = await value_of(
-            _sampled(self.scope, lambda cpu: read_linear(memory, Paging.of(cpu), address, size)), self
+            vm.at_boundary(lambda cpu: read_linear(vm.memory, Paging.of(cpu), address, size)), self
         )
         if size and not data:
             raise BadAddress(f"virt: {address:#x} is not mapped to RAM")
