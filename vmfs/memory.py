@@ -81,7 +81,7 @@ class Memory:
         first, last = -(-offset // PAGE) * PAGE, (offset + length) // PAGE * PAGE
         if first < last:
             self.write(offset, bytes(first - offset))
-            if _punch(self.fd, first, last - first):
+            if punch(self.fd, first, last - first):
                 raise EngineFailed(f"mem: fallocate does not clear {last - first} bytes at {first:#x}")
             self.write(last, bytes(offset + length - last))
         else:
@@ -95,7 +95,7 @@ class Memory:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            _punch(self.fd, 0, self.size)  # where it fails the last unmap frees them
+            punch(self.fd, 0, self.size)  # where it fails the last unmap frees them
             os.close(self.fd)
 
     def _check_open(self) -> None:
@@ -134,7 +134,7 @@ class MemoryView:
             yield start, end
 
 
-def _punch(fd: int, offset: int, size: int) -> int:
+def punch(fd: int, offset: int, size: int) -> int:
     """Free the pages: they read as zeros. 0, or -1. Python has no fallocate with flags."""
     import ctypes
 

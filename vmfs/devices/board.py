@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from vmfs import exits
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device
 from vmfs.engine.base import Machine, Vcpu
-from vmfs.errors import Invalid
+from vmfs.errors import EngineFailed, Invalid
 from vmfs.memory import PAGE, Memory
 
 FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
@@ -46,6 +47,7 @@ class Board:
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
         self._map: mmap.mmap | None = None
         self._dirty = 0
+        self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
 
     # ---- devices
@@ -177,8 +179,20 @@ class Board:
         self.shutdown = cause, code
 
     def now(self) -> int:
-        """The guest's time in nanoseconds: KVM's clock, which TSC and timers follow."""
-        return struct.unpack_from("<Q", self.machine.get_state("clock"))[0]
+        """The guest's time in nanoseconds: KVM's clock, which TSC and timers follow.
+
+        From any thread. Where the engine tells it only between two instructions, a thread that is not the CPU's gets
+        it as it was last asked for, and what has passed on the host since.
+        """
+        try:
+            (now,) = struct.unpack_from("<Q", self.machine.get_state("clock"))
+        except EngineFailed:
+            if self._last_now is None:
+                raise
+            guest, host = self._last_now
+            return guest + time.monotonic_ns() - host
+        self._last_now = now, time.monotonic_ns()
+        return now
 
     @property
     def ram(self) -> mmap.mmap:

@@ -9,7 +9,6 @@ Source: QEMU's docs/specs/standard-vga.rst; Linux drivers/gpu/drm/tiny/bochs.c f
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 from typing import Any
 
@@ -19,6 +18,7 @@ from vmfs.devices.pci import Bar, PciDevice
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe
 from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga
 from vmfs.errors import Gone, Invalid, VmfsError
+from vmfs.memory import punch
 
 FRAMEBUFFER_SIZE = 16 << 20
 SLOT = FIRST_SLOT  # of the engine's memory
@@ -114,8 +114,7 @@ class Display(PciDevice):
         self.vga.dac_8bit = self.vbe.dac_8bit
         self.counters["modes"] += 1
         if clear:
-            with mmap.mmap(self.framebuffer, FRAMEBUFFER_SIZE) as memory:
-                memory[:clear] = bytes(clear)
+            punch(self.framebuffer, 0, clear)
 
     # ---- what is shown
 
@@ -162,10 +161,9 @@ class Display(PciDevice):
         self.vbe.load(state["vbe"])
         self.vga.load(state["vga"])
         super().load({"config": state["config"], "pending": state["pending"]})
-        with mmap.mmap(self.framebuffer, FRAMEBUFFER_SIZE) as memory:
-            memory[:] = bytes(FRAMEBUFFER_SIZE)
-            for offset, data in state["framebuffer"]:
-                memory[offset : offset + len(data)] = data
+        punch(self.framebuffer, 0, FRAMEBUFFER_SIZE)
+        for offset, data in state["framebuffer"]:
+            os.pwrite(self.framebuffer, data, offset)
 
     def close(self) -> None:
         if self.framebuffer >= 0:

@@ -61,20 +61,12 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
-        self.pci.plug(Display(self, "display", DISPLAY_SLOT))
-        self.built_in = frozenset(self.devices)
-
-    @property
-    def display(self) -> Display:
-        display = self.devices["display"]
-        assert isinstance(display, Display)
-        return display
-
-    @property
-    def keyboard(self) -> I8042:
+        self.display = Display(self, "display", DISPLAY_SLOT)
+        self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
         assert isinstance(keyboard, I8042)
-        return keyboard
+        self.keyboard = keyboard
+        self.built_in = frozenset(self.devices)
 
     def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
         """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display."""
