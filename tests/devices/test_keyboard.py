@@ -1,0 +1,355 @@
+"""The keyboard controller, keyboard and mouse, as drivers probe them; and what `keyboard` takes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from devices.fakes import FakeMachine, Guest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmfs.devices import i8042, keys
+from vmfs.devices.machine import Pc
+from vmfs.errors import Invalid, Unsupported, WouldBlock
+from vmfs.memory import Memory
+
+FULL, FROM_MOUSE = 0x01, 0x20
+
+
+def status(guest):
+    return guest.inp(0x64)
+
+
+def drain(guest):
+    """All that can be read, and for each byte whether it is the mouse's."""
+    data = []
+    while status(guest) & FULL:
+        from_mouse = bool(status(guest) & FROM_MOUSE)
+        data.append((guest.inp(0x60), from_mouse))
+        assert len(data) < 1000
+    return data
+
+
+def answer(guest, *data):
+    """What the keyboard says to bytes."""
+    result = []
+    for byte in data:
+        guest.out(0x60, byte)
+        result += drain(guest)
+    assert not any(from_mouse for _, from_mouse in result)
+    return bytes(byte for byte, _ in result)
+
+
+def mouse(guest, *data):
+    result = []
+    for byte in data:
+        guest.out(0x64, 0xD4)
+        guest.out(0x60, byte)
+        result += drain(guest)
+    assert all(from_mouse for _, from_mouse in result)
+    return bytes(byte for byte, _ in result)
+
+
+def controller(guest, command, *arguments):
+    guest.out(0x64, command)
+    for argument in arguments:
+        guest.out(0x60, argument)
+    return bytes(byte for byte, _ in drain(guest))
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Keys are handed on when the test says so: `by_hand(pc)`."""
+    timers = []
+
+    class Timer:
+        def __init__(self, seconds, function):
+            self.function, self.daemon = function, False
+            assert seconds == i8042.KEY_SECONDS
+
+        def start(self):
+            timers.append(self)
+
+        def cancel(self):
+            timers.remove(self)
+
+    monkeypatch.setattr(i8042.threading, "Timer", Timer)
+
+    def run():
+        while timers:
+            timers.pop(0).function()
+
+    return run
+
+
+def typed(pc, guest, text, by_hand):
+    """The bytes that a guest gets when `text` is written to `keyboard`."""
+    pc.keyboard.type(keys.parse(text))
+    data = b""
+    while part := bytes(byte for byte, _ in drain(guest)):
+        data += part
+        by_hand()
+    return data
+
+
+# ---- the controller
+
+
+def test_the_command_byte_and_the_tests(pc, guest):
+    assert status(guest) & (FULL | 2) == 0
+    assert controller(guest, 0xAA) == b"\x55" and controller(guest, 0xAB) == b"\0" == controller(guest, 0xA9)
+    assert controller(guest, 0x20) == b"\x47"
+    controller(guest, 0x60, 0x44)
+    assert controller(guest, 0x20) == b"\x44"
+    controller(guest, 0x65, 0x99)
+    assert controller(guest, 0x25) == b"\x99"
+    assert controller(guest, 0xC0) == b"\x80"
+
+
+def test_linux_finds_the_mouse_port(pc, guest):
+    """i8042_check_aux: loop-back, and switching it off and on by its bit of the command byte."""
+    guest.out(0x64, 0xD3)
+    guest.out(0x60, 0x5A)
+    assert drain(guest) == [(0x5A, True)]
+    for command, bit in ((0xA7, 0x20), (0xA8, 0), (0xAD, 0x10), (0xAE, 0)):
+        controller(guest, command)
+        assert controller(guest, 0x20)[0] & 0x30 == bit
+    guest.out(0x64, 0xD2)
+    guest.out(0x60, 0x77)
+    assert drain(guest) == [(0x77, False)]
+
+
+def test_each_byte_is_an_edge_on_its_line(pc, guest, machine):
+    edges = []
+    irq_line = machine.irq_line
+    machine.irq_line = lambda gsi, level: (edges.append((gsi, level)), irq_line(gsi, level))
+    assert answer(guest, 0xF2) == b"\xfa\xab\x41"
+    assert edges == [(1, True), (1, False)] * 3
+    edges.clear()
+    assert mouse(guest, 0xF2) == b"\xfa\0"
+    assert edges == [(12, True), (12, False)] * 2
+    controller(guest, 0x60, 0x44)
+    edges.clear()
+    answer(guest, 0xEE)
+    mouse(guest, 0xF2)
+    assert edges == []
+
+
+def test_a_disabled_keyboard_waits(pc, guest, by_hand):
+    controller(guest, 0xAD)
+    pc.keyboard.type(keys.parse("a"))
+    assert drain(guest) == []
+    controller_bytes = controller(guest, 0xAE)
+    assert controller_bytes == b"\x1e"
+
+
+def test_resets(pc, guest):
+    for writes in ([(0x64, 0xFE)], [(0x92, 3)], [(0x64, 0xD1), (0x60, 0xFE)]):
+        for port, value in writes:
+            guest.out(port, value)
+        assert guest.ended is not None and guest.ended.cause == "reset", writes
+        pc.reset()
+    guest.out(0x64, 0xFF)
+    assert guest.ended is None
+
+
+def test_the_a20_gate(pc, guest, machine):
+    assert guest.inp(0x92) == 2 and controller(guest, 0xD0)[0] & 2
+    guest.out(0x92, 0)
+    assert machine.a20 is False and guest.inp(0x92) == 0 and controller(guest, 0xD0)[0] & 2 == 0
+    guest.out(0x64, 0xDF)
+    assert machine.a20 is True
+    controller(guest, 0xD1, 0xDD)
+    assert machine.a20 is False
+    other = FakeMachine()
+    pc.move_to(other)
+    assert other.a20 is False
+    pc.reset()
+    assert other.a20 is True
+
+
+def test_where_the_engine_has_no_a20_gate_the_guest_reads_that_it_is_open(pc, guest, machine, monkeypatch):
+    def refuse(enabled):
+        raise Unsupported("always on")
+
+    monkeypatch.setattr(machine, "set_a20", refuse)
+    guest.out(0x92, 0)
+    assert guest.inp(0x92) == 2 and pc.keyboard.describe()["a20"] == "on"
+
+
+# ---- the devices
+
+
+def test_the_keyboard_answers(pc, guest):
+    assert answer(guest, 0xFF) == b"\xfa\xaa"
+    assert answer(guest, 0xED, 5) == b"\xfa\xfa" and pc.keyboard.describe()["leds"] == "scrolllock capslock"
+    assert answer(guest, 0xF3, 0) == b"\xfa\xfa"
+    assert answer(guest, 0xEE) == b"\xee" and answer(guest, 0xFE) == b"\xee"
+    assert answer(guest, 0xF0, 0) == b"\xfa\xfa\x41"  # set 2, translated
+    assert answer(guest, 0xF0, 3) == b"\xfa\xfe" and answer(guest, 0x12) == b"\xfe"
+    controller(guest, 0x60, 0x07)  # not translated
+    assert answer(guest, 0xF2) == b"\xfa\xab\x83" and answer(guest, 0xF0, 0) == b"\xfa\xfa\x02"
+
+
+def test_the_mouse_is_one_with_a_wheel_for_who_knocks(pc, guest):
+    assert mouse(guest, 0xFF) == b"\xfa\xaa\0"
+    assert mouse(guest, 0xF2) == b"\xfa\0" and mouse(guest, 0xEB) == b"\xfa\x08\0\0"
+    for rates, number in (((200, 100, 80), 3), ((200, 200, 80), 4)):
+        for rate in rates:
+            assert mouse(guest, 0xF3, rate) == b"\xfa\xfa"
+        assert mouse(guest, 0xF2) == bytes((0xFA, number))
+    assert mouse(guest, 0xEB) == b"\xfa\x08\0\0\0"
+    assert mouse(guest, 0xE8, 3, 0xE7, 0xF4, 0xE9) == b"\xfa\xfa\xfa\xfa\xfa\x30\x03\x50"
+    assert mouse(guest, 0xF6, 0xE9) == b"\xfa\xfa\0\x02\x64"
+    assert mouse(guest, 0xEE, 0x12, 0xEC) == b"\xfa\x12\xfa"
+
+
+# ---- typing
+
+
+def test_what_is_typed_comes_as_scan_codes(pc, guest, by_hand):
+    assert typed(pc, guest, "a", by_hand) == b"\x1e\x9e"
+    assert typed(pc, guest, '"aB!"', by_hand) == b"\x1e\x9e" + b"\x2a\x30\xb0\xaa" + b"\x2a\x02\x82\xaa"
+    assert typed(pc, guest, "ctrl-alt-del", by_hand) == b"\x1d\x38\xe0\x53" + b"\xe0\xd3\xb8\x9d"
+    assert typed(pc, guest, "print", by_hand) == b"\xe0\x2a\xe0\x37\xe0\xb7\xe0\xaa"
+    assert typed(pc, guest, "pause", by_hand) == b"\xe1\x1d\x45\xe1\x9d\xc5"
+    controller(guest, 0x60, 0x07)
+    assert typed(pc, guest, "a f7 right", by_hand) == b"\x1c\xf0\x1c\x83\xf0\x83\xe0\x74\xe0\xf0\x74"
+    answer(guest, 0xF0, 1)
+    assert typed(pc, guest, "a", by_hand) == b"\x1e\x9e"
+
+
+def test_keys_wait_until_the_guest_has_taken_the_one_before(pc, guest):
+    """With the real timer: the guest reads in its own time, and gets all in order."""
+    text = "the quick brown fox " * 3
+    pc.keyboard.type(keys.of_text(text))
+    got, wake = bytearray(), threading.Event()
+    while len(got) < 2 * len(text):
+        part = bytes(byte for byte, _ in drain(guest))
+        assert len(part) <= 1  # a letter's press, or its release
+        got += part
+        wake.wait(0.001)
+    assert bytes(got) == b"".join(
+        keys.translated(code) for chord in keys.of_text(text) for code in keys.chord_codes(chord)
+    )
+    assert pc.keyboard.describe()["waiting"] == "0"
+
+
+def test_there_is_an_end_to_what_waits(pc, guest, by_hand):
+    pc.keyboard.type([("a",)] * (i8042.TYPED_MOST // 2))
+    before = pc.keyboard.describe()
+    with pytest.raises(WouldBlock, match="does not take them"):
+        pc.keyboard.type([("a",)] * 2)
+    assert pc.keyboard.describe() == before
+    pc.reset()
+    assert pc.keyboard.describe()["waiting"] == "0"
+
+
+def test_a_keyboard_that_is_switched_off_takes_no_key_until_it_is_on(pc, guest, by_hand):
+    assert answer(guest, 0xF5) == b"\xfa"
+    pc.keyboard.type(keys.parse("x"))
+    by_hand()
+    assert drain(guest) == []
+    assert answer(guest, 0xF4) == b"\xfa"
+    by_hand()
+    assert drain(guest) == [(0x2D, False)]
+
+
+def test_state_goes_to_another_machine(pc, guest, memory, by_hand):
+    mouse(guest, 0xE8)
+    answer(guest, 0xED, 2)
+    guest.out(0x92, 0)
+    pc.keyboard.type(keys.parse("a b"))
+    state = pc.keyboard.save()
+    machine = FakeMachine()
+    other = Pc(machine, memory)
+    try:
+        other.keyboard.load(state)
+        assert other.keyboard.save() == state and machine.a20 is False and machine.lines[1]
+        there = Guest(other)
+        assert there.inp(0x60) == 0x1E
+        by_hand()
+        assert there.inp(0x60) == 0x9E
+        there.out(0x64, 0xD4)
+        there.out(0x60, 1)  # the resolution that was announced
+        assert drain(there)[-1] == (0xFA, True) and other.keyboard.mouse.resolution == 1
+        for change in ({"control": 256}, {"ram": b""}, {"keyboard": {**state["keyboard"], "scan_set": 9}}):
+            with pytest.raises(Invalid):
+                other.keyboard.load({**state, **change})
+    finally:
+        other.close()
+
+
+_BYTES = st.one_of(st.integers(0, 255), st.sampled_from((0xD1, 0xD3, 0xD4, 0x60, 0xF3, 0xF0, 0xFF, 0xED, 0xEE)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from((0x60, 0x64, 0x92)), _BYTES, st.booleans())))
+def test_no_sequence_gets_it_out_of_order(accesses):
+    memory = Memory(1 << 20)
+    pc = Pc(FakeMachine(), memory)
+    try:
+        guest = Guest(pc)
+        for port, value, out in accesses:
+            if out:
+                guest.out(port, value)
+            else:
+                guest.inp(port)
+        state = pc.keyboard.save()
+        pc.keyboard.load(state)
+        assert pc.keyboard.save() == state
+        drain(guest)
+        assert not pc.machine.lines.get(1) and not pc.machine.lines.get(12)
+        guest.out(0x64, 0xAA)
+        assert drain(guest)[0][0] == 0x55
+    finally:
+        pc.close()
+        memory.close()
+
+
+# ---- names
+
+
+def test_every_key_goes_down_and_up():
+    sent = set()
+    for name in keys.KEYS:
+        down, up = keys.codes(name, True), keys.codes(name, False)
+        assert down and (up or name == "pause") and (down, up) not in sent
+        sent.add((down, up))
+
+
+def test_words_chords_and_texts():
+    assert keys.parse("a  enter\nctrl-alt-del\t-") == [("a",), ("enter",), ("ctrl", "alt", "del"), ("minus",)]
+    assert keys.parse("A ctrl-C ctrl-- Escape ?") == [
+        ("shift", "a"), ("ctrl", "shift", "c"), ("ctrl", "minus"), ("esc",), ("shift", "slash"),
+    ]  # fmt: skip
+    assert keys.parse(r'"a\n\t\"\\"') == [("a",), ("enter",), ("tab",), ("shift", "apostrophe"), ("backslash",)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", "nokey", '"open', '"a"b', 'a"b"', "ctrl-", "ctrl-alt-nokey", r'"\q"', '"é"', "\x00"]
+)
+def test_what_is_no_key_is_refused(text):
+    with pytest.raises(Invalid):
+        keys.parse(text)
+
+
+@given(st.text(alphabet=[chr(code) for code in range(32, 127)]))
+def test_any_ascii_text_can_be_typed(text):
+    quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    chords = keys.of_text(text)
+    assert len(chords) == len(text)
+    if text:
+        assert keys.parse(quoted) == chords
+    for chord in chords:
+        pressed = keys.chord_codes(chord)
+        assert len(pressed) == 2 * len(chord)
+
+
+@given(st.text())
+def test_any_text_is_parsed_or_refused(text):
+    try:
+        assert keys.parse(text)
+    except Invalid:
+        pass
