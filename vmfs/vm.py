@@ -467,7 +467,15 @@ class Vm:
 
         RAM keeps its contents, as on a real machine.
         """
-        self.change(self._set_back)
+        with self._lock:
+            self._check_idle()
+            self.still = object()
+            self._cpu.complete()
+            self._set_back(self._cpu)
+            changed = self._state != "paused"
+            self._state = "paused"
+        if changed:
+            self._tell()
 
     def _set_back(self, cpu: Vcpu) -> None:
         """With the lock held."""

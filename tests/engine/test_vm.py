@@ -71,6 +71,16 @@ def test_exits_come_one_by_one(vm):
     assert (counters["runs"], counters["exits.io"], counters["exits.hlt"]) == (3, 2, 1)
 
 
+def test_reset_forgets_a_read_that_waits(vm):
+    load(vm, OUT_IN_HLT)
+    run(vm)
+    assert run(vm).line().startswith("io direction=in ")
+    vm.reset()
+    assert vm.access_data == b"" and vm.state == "paused"
+    assert vm.mode().result(SECONDS) == "real"
+    assert register(vm, "rip") == 0xFFF0
+
+
 def test_a_new_machine_is_in_the_reset_state(engine):
     vm = Vm(engine)
     try:
