@@ -57,3 +57,22 @@ def test_untouched_ram_costs_nothing_and_close_gives_it_back():
     os.close(kept)
     with pytest.raises(Gone):
         memory.read(0, 1)
+
+
+def test_a_view_knows_what_was_touched_and_outlives_the_memory():
+    memory = Memory(64 << 20)
+    with memory.view() as ram:
+        assert list(ram.extents()) == []
+        memory.write(5 * PAGE + 7, b"x")
+        memory.write((64 << 20) - 1, b"y")
+        touched = list(ram.extents())
+        assert all(start % PAGE == end % PAGE == 0 for start, end in touched)
+        assert any(start <= 5 * PAGE + 7 < end for start, end in touched)
+        assert touched[-1][1] == 64 << 20
+        assert sum(end - start for start, end in touched) < 16 << 20
+        assert ram.read(5 * PAGE + 7, 2) == b"x\0"
+        assert ram.read((64 << 20) - 1, 9) == b"y" and ram.read(64 << 20, 1) == b""
+        memory.close()
+        assert list(ram.extents()) == [] and ram.read(5 * PAGE + 7, 1) == b"\0"
+    with pytest.raises(Gone):
+        memory.view()
