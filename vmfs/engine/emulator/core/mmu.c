@@ -173,8 +173,15 @@ static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
 
 static struct tlb_entry *entries(struct tlb *t, unsigned kind) { return kind == TLB_READ ? t->read : kind == TLB_WRITE ? t->write : t->execute; }
 
+static void forget_watched(struct vcpu *c)
+{
+    for (unsigned kind = 0; kind < TLB_KINDS; kind++)
+        c->watched[kind].page = TLB_INVALID;
+}
+
 void tlb_clear(struct vcpu *c)
 {
+    forget_watched(c);
     memset(c->tlbs, 0xff, sizeof c->tlbs);
     c->filled_count = 0;
     c->large_low = ~0ull;
@@ -183,6 +190,7 @@ void tlb_clear(struct vcpu *c)
 
 void tlb_flush(struct vcpu *c)
 {
+    forget_watched(c);
     if (c->filled_count > TLB_FILLED)
         tlb_clear(c);
     else
@@ -202,6 +210,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
         tlb_flush(c);
         return;
     }
+    forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
             entries(&c->tlbs[table], kind)[linear >> 12 & (TLB_SIZE - 1)].page = TLB_INVALID;
@@ -210,6 +219,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
 
 void tlb_flush_writes(struct vcpu *c, bool mark)
 {
+    forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++) {
             struct tlb_entry *e = &c->tlbs[table].write[i];
@@ -284,8 +294,15 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
         enter(c, table, TLB_EXECUTE, linear, physical, addend, w->large);
         return;
     }
-    if (!slot || page_watched(c, linear, physical))
+    if (!slot)
         return; /* the slow path, always */
+    if (page_watched(c, linear, physical)) { /* the slow path, too; it need not walk the tables each time */
+        enum tlb_kind kind = access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
+        c->watched[kind].page = linear & PAGE_MASK;
+        c->watched[kind].physical = physical & PAGE_MASK;
+        c->watched[kind].map = &c->tlbs[table];
+        return;
+    }
     u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
         if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
@@ -333,6 +350,8 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
     enum tlb_kind kind = access & ACCESS_EXECUTE ? TLB_EXECUTE : access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
     if (likely(entries(c->map, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
         return c->map->physical[kind][at] | (linear & 0xfff);
+    if (c->watched[kind].page == (linear & PAGE_MASK) && c->watched[kind].map == c->map && !(access & ACCESS_SUPERVISOR))
+        return c->watched[kind].physical | (linear & 0xfff);
     return translate(c, linear, access);
 }
 

@@ -311,6 +311,7 @@ struct vcpu {
     u8 linked_cpl;            /* and outside of CPL 0 for this CPL */
     u64 large_low, large_high; /* the linear addresses of large pages that the TLB has parts of lie between them */
     struct tlb tlbs[TLB_TABLES];
+    struct { u64 page, physical; const struct tlb *map; } watched[TLB_KINDS]; /* the last page with a watched byte */
     u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: (table * 3 + kind) << 10 | index */
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
