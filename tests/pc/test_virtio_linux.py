@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from pc.conftest import Pc, boot_linux
-from pc.kernels import BUSYBOX, needs_kernels
+from pc.kernels import BUSYBOX, CLOUD, GENERIC, Kernel, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -46,10 +46,12 @@ def _e2(program: str, *arguments: object) -> int:
     return done.returncode
 
 
-def booted(pc: Pc, files: dict[str, str] | None = None) -> Pc:
+def booted(
+    pc: Pc, files: dict[str, str] | None = None, *, modules: tuple[str, ...] = MODULES, kernel: Kernel = CLOUD
+) -> Pc:
     """Commands longer than the terminal's line go into `files`."""
     scripts = {f"bin/{name}": f"#!/bin/sh\nset -e\n{text}\n".encode() for name, text in (files or {}).items()}
-    boot_linux(pc, modules=MODULES, files=scripts)
+    boot_linux(pc, modules=modules, files=scripts, kernel=kernel)
     pc.expect("guest# ")
     return pc
 
@@ -247,3 +249,52 @@ def test_tcp_with_a_server_on_the_hosts_loopback(make_pc) -> None:
     while passt.exists():  # it ends with its card
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_folder_of_the_host_and_a_second_console(make_pc, tmp_path: Path) -> None:
+    """The cloud kernel has no 9p, so the generic one."""
+    folder = tmp_path / "shared"
+    (folder / "sub").mkdir(parents=True)
+    content = os.urandom(MIB + 77)
+    (folder / "sub" / "data").write_bytes(content)
+    (folder / "out").symlink_to("/etc")
+    for number in range(120):
+        (folder / "sub" / f"name {number}").touch()
+    pc = make_pc()
+    pc.write("dev/add", f"share {folder} host\n")
+    pc.write("dev/add", f"share {folder} kept ro\n")
+    pc.write("dev/add", "hvc\n")
+    modules = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p")
+    mount = "mount -t 9p -o trans=virtio,version=9p2000.L"
+    booted(
+        pc,
+        {
+            "both": f"mkdir /m /k\n{mount} host /m\n{mount} kept /k",
+            "work": "cd /m\nmkdir -p new/deep\ncp sub/data new/deep/copy\nmv new moved\nln -s data moved/link\n"
+            "chmod 640 moved/deep/copy\necho more >>moved/deep/copy\nln moved/deep/copy hard\nrm sub/name*\nsync",
+        },
+        modules=modules,
+        kernel=GENERIC,
+    )
+    pc.shell("both")
+    assert pc.shell("md5sum </m/sub/data").split()[0] == hashlib.md5(content).hexdigest()
+    assert pc.shell("ls /m/sub | wc -l") == "121\n"
+    pc.shell("work")
+    copy = folder / "moved" / "deep" / "copy"
+    assert copy.read_bytes() == content + b"more\n" == (folder / "hard").read_bytes()
+    assert copy.stat().st_mode & 0o777 == 0o640 and copy.stat().st_nlink == 2
+    assert os.readlink(folder / "moved" / "link") == "data" and os.listdir(folder / "sub") == ["data"]
+    assert "Read-only file system" in pc.shell("touch /k/x 2>&1 || true")
+    assert pc.shell("df /m | tail -1 | cut -c1-4") == "host\n"
+    hvc = os.open(pc.path / "hvc", os.O_RDWR)
+    try:
+        pc.shell("echo to the host >/dev/hvc0")
+        assert os.read(hvc, 100) == b"to the host\r\n"
+        pc.type("head -n 1 /dev/hvc0\n")
+        pc.expect("hvc0\r\n")
+        os.write(hvc, b"from the host\n")
+        pc.expect("from the host\r\n")
+        pc.expect("guest# ")
+    finally:
+        os.close(hvc)
+    assert info(pc, "share0")["tag"] == "host" and counters(pc, "share0")["requests"] > 100

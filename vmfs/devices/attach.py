@@ -16,9 +16,12 @@ from vmfs.devices.machine import Pc
 from vmfs.devices.pci import PciDevice
 from vmfs.devices.virtio.backends import Passt, open_tap
 from vmfs.devices.virtio.block import Block
+from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import open_disk
 from vmfs.devices.virtio.net import Net
+from vmfs.devices.virtio.ninep import Server
 from vmfs.devices.virtio.rng import Rng
+from vmfs.devices.virtio.share import Share
 from vmfs.errors import Invalid
 
 if TYPE_CHECKING:
@@ -79,9 +82,22 @@ def _open_net(writer: Writer, words: list[str]) -> Any:
     raise Invalid(f"dev/add: it is `{ATTACHABLE['net'].usage}`")
 
 
-def _mac(request: Request) -> bytes:
-    """Locally administered, and its own for each slot of each process."""
-    return bytes((0x52, 0x54, 0x00, os.getpid() >> 8 & 0xFF, os.getpid() & 0xFF, request.slot))
+def _mac() -> bytes:
+    """Locally administered; no two cards on a host's bridge shall have the same."""
+    return b"\x52\x54\x00" + os.urandom(3)
+
+
+def _open_share(writer: Writer, words: list[str]) -> Any:
+    mode = words[2] if len(words) > 2 else "rw"
+    if mode not in ("ro", "rw"):
+        raise Invalid(f"dev/add: a share is ro or rw, not {mode[:20]!r}")
+    root = writer.do(lambda: writer.open(words[0], os.O_PATH | os.O_DIRECTORY))
+    return Server(root, read_only=mode == "ro"), writer.do
+
+
+def _make_share(request: Request, acquired: Any) -> PciDevice:
+    server, as_owner = acquired
+    return Share(request.board, request.name, request.slot, server, request.words[1], as_owner)
 
 
 ATTACHABLE: Mapping[str, Row] = {
@@ -97,9 +113,11 @@ ATTACHABLE: Mapping[str, Row] = {
         1,
         32,
         _open_net,
-        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac(request)),
+        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac()),
     ),
     "rng": Row("rng", 0, 0, lambda writer, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
+    "hvc": Row("hvc", 0, 0, lambda writer, words: None, lambda r, _: Console(r.board, r.name, r.slot)),
+    "share": Row("share FOLDER TAG [ro|rw]", 2, 3, _open_share, _make_share),
 }
 
 

@@ -1,4 +1,5 @@
-"""`console`: the first serial port as a stream. What is written is typed; what the guest sends goes to every reader."""
+"""`console`, `hvc`: the first serial port, and a virtio console, as streams. What is written is typed; what the guest
+sends goes to every reader."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import trio
 
 from vmfs.devices.serial import Serial
+from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.errors import Unsupported, WouldBlock
 from vmfs.fs.inodes import POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
@@ -19,9 +21,9 @@ ROOM = 4096  # bytes that wait for the guest; more make a writer wait
 
 
 class ConsolePort:
-    """A serial port of the board and the stream of what it has sent."""
+    """A serial port or virtio console of the board, and the stream of what it has sent."""
 
-    def __init__(self, serial: Serial, changed: Any) -> None:
+    def __init__(self, serial: Serial | VirtioConsole, changed: Any) -> None:
         self.serial = serial
         self.stream = Stream(LIMIT, changed)
         serial.output = self.stream.append
@@ -39,7 +41,7 @@ class ConsolePort:
 
 @dataclass(frozen=True)
 class Console(Kind):
-    """A serial port, by the name of its device."""
+    """A serial port or virtio console, by the name of its device."""
 
     device: str
     writable = True
@@ -54,7 +56,9 @@ class Console(Kind):
 
 class _NoConsole(Handle):
     async def read(self, offset: int, size: int) -> bytes:
-        raise Unsupported("a bare machine has no serial port: write pc to `machine`, then open it")
+        raise Unsupported(
+            "there is no such port: write pc to `machine` for console, and hvc to `dev/add` for hvc, then open it again"
+        )
 
     async def write(self, offset: int, data: bytes) -> int:
         return len(await self.read(0, 0))

@@ -207,6 +207,7 @@ FILES: tuple[Row, ...] = (
         Text(lambda scope: f"{scope.vm.time_source}\n", lambda scope, text: scope.vm.set_time_source(text.strip())),
     ),
     Row("console", 0o666, Console("com1")),
+    Row("hvc", 0o666, Console("hvc0")),
     Row("screen.txt", 0o444, Text(screen_text)),
     Row("screen.png", 0o444, Text(screen_picture)),
     Row("framebuffer", 0o666, Framebuffer()),

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 from vmfs.devices.display import Display
 from vmfs.devices.serial import Serial
+from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.errors import Busy, Unsupported
@@ -57,10 +58,10 @@ class MachineScope(Scope):
         super().changed()
 
     def console_port(self, device: str) -> ConsolePort | None:
-        """The stream of a serial port; None where there is none."""
+        """The stream of a serial port or a virtio console; None where there is none."""
         board = self.vm.board
         serial = None if board is None else board.devices.get(device)
-        if not isinstance(serial, Serial):
+        if not isinstance(serial, Serial | VirtioConsole):
             return None
         port = self._consoles.get(device)
         if port is None or port.serial is not serial:

@@ -202,7 +202,9 @@ class Tap:
         return {"backend": "tap", "interface": self.name}
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def open_tap(fd: int, name: str) -> Tap:
