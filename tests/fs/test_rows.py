@@ -12,7 +12,7 @@ from vmfs.exits import Io
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
 
 CONTROLLERS = ("lapic", "irqchip", "pit")
-OF_A_PC = ("console", "screen.txt", "screen.png", "framebuffer")  # a bare machine has none of them
+OF_A_PC = ("console", "hvc", "screen.txt", "screen.png", "framebuffer")  # a bare machine has none of them
 
 # What no file of the row takes, and its errno. A row that can be written and is not here fails a test below.
 BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
@@ -40,6 +40,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
     "console": ((b"a", errno.EOPNOTSUPP),),
+    "hvc": ((b"a", errno.EOPNOTSUPP),),
     "framebuffer": ((b"a", errno.EOPNOTSUPP),),
     "keyboard": (
         (b"", errno.EINVAL),
