@@ -63,6 +63,7 @@ class Bound:
     instructions: int | None = None  # ends with Limit
     until: int | None = None  # a linear address; ends with Debug(cause="breakpoint")
     seconds: float | None = None  # ends with Limit
+    within: tuple[int, int] | None = None  # with `steps`: steps again while rip is from the first on, below the second
 
 
 UNBOUND = Bound()
@@ -273,7 +274,21 @@ class Vm:
                 after(self.take_dirty("cache"))
 
     def _run_to_exit(self, run: Run) -> exits.Exit:
-        """Run slice by slice until an exit that is the caller's to see."""
+        """Run until an exit that is the caller's to see."""
+        exit_ = self._run_slices(run, goes_on=False)
+        if run.bound.within is not None:
+            first, end = run.bound.within
+            while (
+                isinstance(exit_, exits.Debug)
+                and exit_.cause == "step"
+                and first <= exit_.rip < end
+                and not self._points.stepping
+            ):
+                exit_ = self._run_slices(run, goes_on=True)
+        return exit_
+
+    def _run_slices(self, run: Run, goes_on: bool) -> exits.Exit:
+        """Run slice by slice until an exit that is not only the engine's."""
         bound = run.bound
         if bound.instructions == 0:  # `load`
             return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
@@ -281,7 +296,6 @@ class Vm:
         exact = Capability.BUDGET in self.capabilities
         done_before = self._instructions() if left is not None and exact else 0
         board = self.board
-        goes_on = False
         # Whether the next exit is of an instruction that is counted already.
         is_counted = left is not None and self._cpu.exits_waiting
         while True:

@@ -16,7 +16,7 @@ import trio
 from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.debug.points import Points
-from vmfs.engine.base import Breakpoint, Vcpu
+from vmfs.engine.base import Vcpu
 from vmfs.errors import BadAddress, VmfsError
 from vmfs.exits import Exit
 from vmfs.memory import PAGE, MemoryView
@@ -238,12 +238,6 @@ class Inferior:
                 address, length, "r" in access, "w" in access, physical=self.physical, owner=OWNER
             )
         self._ids[stop] = points.last_id
-
-    def breaks_at(self, address: int) -> bool:
-        """Whether any breakpoint that is in force, gdb's or not, is there."""
-        return any(
-            isinstance(stop, Breakpoint) and stop.address == address for stop in self.vm.points.request().breakpoints
-        )
 
     # ---- the rest
 

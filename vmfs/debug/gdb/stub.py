@@ -304,23 +304,16 @@ class Stub:
         return await self._stopped(exit_, tell)
 
     async def _run(self, what: Resume, run: Run) -> Exit:
-        bound = Bound(steps=1) if what.step else UNBOUND
+        bound = UNBOUND
+        if what.step:
+            # A stub may stop inside of a range; one whose addresses are linear does, behind every instruction.
+            bound = Bound(steps=1, within=(what.start, what.end) if what.end and not self.linear else None)
         while True:
             exit_ = await run(bound)
-            if isinstance(exit_, _PASSABLE) and SIGNALS[_EXIT_SIGNALS[type(exit_)]] in self._pass:
-                if not what.step or getattr(exit_, "direction", "") in ("in", "read"):  # it is not executed yet
-                    continue
-                exit_ = exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-            if what.end and isinstance(exit_, exits.Debug) and exit_.cause == "step":
-                pc = exit_.rip if not self.linear else await self._pc()
-                if what.start <= pc < what.end and not self.inferior.breaks_at(pc):
-                    continue
-            return exit_
-
-    async def _pc(self) -> int:
-        rows = await self.layout()
-        (data,) = await self.inferior.read_registers((rows.registers[rows.pc],))
-        return int.from_bytes(data, "little")
+            if not isinstance(exit_, _PASSABLE) or SIGNALS[_EXIT_SIGNALS[type(exit_)]] not in self._pass:
+                return exit_
+            if what.step and getattr(exit_, "direction", "") not in ("in", "read"):  # those are not executed yet
+                return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
 
     async def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
         signal = SIGNALS[_signal_of(exit_)]
