@@ -27,12 +27,14 @@ RUN = {
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.iterdir()} == {name.split()[0] for name in RUN} | {"README.md"}
+    gallery = (Path(__file__).parents[1] / "pc" / "test_gallery.py").read_text()
+    others = {path.name for path in EXAMPLES.iterdir() if f'script("{path.name}"' in gallery}
+    assert {path.name for path in EXAMPLES.iterdir()} == {name.split()[0] for name in RUN} | others | {"README.md"}
 
 
 def test_the_readme_names_every_example():
     readme = (EXAMPLES / "README.md").read_text()
-    for name in RUN:
+    for name in (*RUN, *(path.name for path in EXAMPLES.glob("*.sh"))):
         assert f"[{name.split()[0]}]({name.split()[0]})" in readme
 
 

@@ -1,0 +1,117 @@
+"""The debugging scripts of examples/ do what they say, on Debian's kernel where they take one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from pc.initramfs import build
+from pc.kernels import CLOUD, needs_kernels
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
+
+
+@pytest.fixture
+def script(pc_mount, tmp_path):
+    """Runs one with its arguments behind the mount; what it prints. It leaves no machine behind."""
+
+    def run(name: str, *arguments: object, code: int = 0) -> str:
+        before = set(os.listdir(pc_mount))
+        command = ["bash", EXAMPLES / name, pc_mount, *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=230)
+        assert done.returncode == code, f"{name}: {done.stdout}\n{done.stderr}"
+        assert set(os.listdir(pc_mount)) == before
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def initrd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gallery") / "initrd"
+    path.write_bytes(build("cat /proc/version > /dev/null; poweroff -f\n"))
+    return path
+
+
+@needs_kernels
+def test_syscalls(script, initrd):
+    lines = script("syscalls.sh", CLOUD.image, initrd, 3).splitlines()
+    assert re.fullmatch(r"--- \d{5,} symbols; do_sys_openat2 is at ffffffff[0-9a-f]{8}", lines[0])
+    assert lines[1] == 'open(-100, "/init")' and len(lines) == 4
+
+
+@needs_kernels
+def test_who_writes(script):
+    said = script("whowrites.sh", CLOUD.image, "jiffies_64", 8, 3)
+    values = [int.from_bytes(bytes.fromhex(one), "little") for one in re.findall(r"written: (\w{16})", said)]
+    assert values == list(range(values[0], values[0] + 3))  # a tick each
+    assert said.count("do_timer+0x") >= 3 and "tick_periodic+0x" in said
+
+
+@needs_kernels
+def test_gdt(script):
+    said = script("gdt.sh", CLOUD.image)
+    # Linux's, by arch/x86/include/asm/segment.h
+    assert re.search(r"^0x0010 base 0+ limit 0xffffffff code:ra +ring 0 64-bit$", said, re.M)
+    assert re.search(r"^0x0030 base 0+ limit 0xffffffff code:ra +ring 3 64-bit$", said, re.M)
+    assert re.search(r"^0x0040 base 0x\w+ limit 0x\w+ tss:busy +ring 0 ", said, re.M)
+    assert "base[63:32] 0xfffffe" in said
+
+
+@needs_kernels
+def test_symbols(script):
+    said = script("symbols.sh", CLOUD.image)
+    assert re.search(r"^ffffffff\w{8} T start_kernel$", said, re.M)
+    assert re.search(r"^ffffffff\w{8} D sys_call_table$", said, re.M)
+    assert re.search(r"^0xffffffff\w{8} <start_kernel>: .* call 0x\w+ <__fentry__>$", said, re.M)
+
+
+@needs_kernels
+def test_profile(script, initrd):
+    rows = [line.split() for line in script("profile.sh", CLOUD.image, initrd, 150).splitlines()]
+    shares = [float(row[0]) for row in rows]
+    assert shares == sorted(shares, reverse=True) and 5 < sum(shares) <= 100.5
+    assert all(re.fullmatch(r"[\w.]+", row[2]) for row in rows) and len(rows) >= 5
+
+
+def test_bisect(script):
+    first, runs, code = script("bisect.sh").splitlines()
+    assert first == "after 1000000 instructions it hangs in 0x7c09..0x7c0e"
+    assert "instruction 20003 is the first of it" in runs  # mov, 20000 times loop, mov, out
+    assert code.endswith("out 0xe9, al")
+
+
+@pytest.mark.skipif(not SEABIOS.exists(), reason="SeaBIOS is not installed (package seabios)")
+def test_ports(script):
+    lines = script("ports.sh", "0x70-0x71", SEABIOS, 6).splitlines()
+    assert lines[0].startswith("port 0x70 out 0x70, al   al 0x8f ")  # the shutdown status, NMI off
+    assert lines[1].startswith("port 0x71 in al, 0x71 ")
+    assert len(lines) == 6 and lines[-1].endswith(" protected")
+
+
+def test_fuzz_of_a_boot_sector(script):
+    counts = dict(line.split() for line in script("fuzzboot.sh", "", 20).splitlines())
+    assert sum(map(int, counts.values())) == 20 and int(counts["hlt"]) > 5
+
+
+def test_engines(script):
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        script("engines.sh", code=77)
+        pytest.skip("/dev/kvm is not accessible: one engine only")
+    said = script("engines.sh")
+    assert re.match(r"instruction 6\d, 0x0*1013: 0f a2 +cpuid: < kvm, > emulator\n", said), said
+    assert re.search(r"^< rax 0x", said, re.M) and re.search(r"^> rax 0x", said, re.M)
+
+
+def test_triple_fault(script, tmp_path):
+    if not shutil.which("gdb"):
+        pytest.skip("gdb is not installed")
+    said = script("triplefault.sh")
+    assert said.startswith("shutdown cause=triple-fault rip=0x1009\n")
+    assert re.search(r"^=> 0x1009:\s+div +%ecx$", said, re.M) and re.search(r"^rax +0x4d2 +1234$", said, re.M)
+    assert (tmp_path / "triplefault.core").stat().st_size > 128 << 20
