@@ -40,7 +40,7 @@ run() {
 say 'A mount, and a machine: a directory.'
 run "vmfs mount $vmfs${VMFS_ENGINE:+ --engine $VMFS_ENGINE}" '^$'
 run "cd $vmfs && cat engines" 'available=yes preferred=yes'
-run 'mkdir first && cd first && ls -C -w 80 -T 0' 'mem .*vm_run'
+run 'mkdir first && cd first && ls -C -w 80 -T 0' '(^|[[:space:]])vm_run([[:space:]]|$)'
 run 'grep . engine mode mem_size' 'mode:real.*mem_size:134217728'
 
 say 'Code for the serial port, at address 0x1000:' \
