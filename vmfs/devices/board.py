@@ -29,6 +29,7 @@ from vmfs.errors import EngineFailed, Invalid
 from vmfs.memory import PAGE, Memory
 
 FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
+_DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
 class Board:
@@ -46,7 +47,8 @@ class Board:
         self._lines: dict[int, set[str]] = {}  # GSI -> devices that hold it high
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
         self._map: mmap.mmap | None = None
-        self._dirty = 0
+        self._dirty = bytearray()  # a byte a page: devices write often, and the log is read seldom
+        self._is_dirty = False
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
 
@@ -219,13 +221,18 @@ class Board:
         """A device has written RAM: for the dirty log, as if the guest had."""
         if length:
             first, last = address // PAGE, (address + length - 1) // PAGE
-            self._dirty |= ((1 << last - first + 1) - 1) << first
+            if last >= len(self._dirty):
+                self._dirty.extend(bytes(self.memory.size // PAGE - len(self._dirty)))
+            self._dirty[first : last + 1] = b"\1" * (last - first + 1)
+            self._is_dirty = True
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""
         with self.lock:
-            dirty, self._dirty = self._dirty, 0
-        return dirty
+            if not self._is_dirty:
+                return 0
+            pages, self._dirty, self._is_dirty = self._dirty, bytearray(), False
+        return int(pages[::-1].translate(_DIGITS), 2)
 
     def map_memory(
         self, slot: int, address: int, fd: int, offset: int, size: int, *, read_only: bool = False

@@ -150,11 +150,14 @@ class VirtioDevice(PciDevice):
         try:
             yield
         except DriverError as error:
-            self.counters["errors"] += 1
-            self.failure = str(error)
-            self.status |= NEEDS_RESET
-            if self.status & DRIVER_OK:
-                self._interrupt(_ISR_CONFIG)
+            self._fail(error)
+
+    def _fail(self, error: DriverError) -> None:
+        self.counters["errors"] += 1
+        self.failure = str(error)
+        self.status |= NEEDS_RESET
+        if self.status & DRIVER_OK:
+            self._interrupt(_ISR_CONFIG)
 
     def _interrupt(self, cause: int) -> None:
         self.isr |= cause
@@ -189,8 +192,10 @@ class VirtioDevice(PciDevice):
     def _notify(self, queue: Virtqueue) -> None:
         self.counters["notifications"] += 1
         if queue.enabled and self.is_live:
-            with self.guarded():
+            try:
                 self.notified(queue)
+            except DriverError as error:
+                self._fail(error)
 
     def _read_common(self, offset: int, size: int) -> int:
         # Drivers access each field by its size (4.1.3.1). Others get the bytes, too, which takes nothing.

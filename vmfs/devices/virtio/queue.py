@@ -10,6 +10,7 @@ DEVICE_NEEDS_RESET; no other exception comes out of here, and no address outside
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class Chain:
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """Up to `length` of the readable bytes from `offset` on."""
         ram = self.board.ram
+        if offset == 0 and length is not None and self.readable and self.readable[0][1] >= length:  # as mostly
+            at = self.readable[0][0]
+            return ram[at : at + length]
         return b"".join(ram[at : at + size] for at, size in part(self.readable, offset, length))
 
     def write(self, data: bytes | memoryview, offset: int = 0) -> int:
@@ -125,18 +129,22 @@ class Virtqueue:
 
     def pending(self) -> int:
         """How many requests wait."""
-        (available,) = _U16.unpack_from(self.board.ram, self.driver + 2)
+        return self._pending(self.board.ram)
+
+    def _pending(self, ram: mmap.mmap) -> int:
+        (available,) = _U16.unpack_from(ram, self.driver + 2)
         count = (available - self.taken) & 0xFFFF
         if count > self.size:
             raise DriverError(f"queue {self.index}: {count} requests wait in a queue of {self.size}")
-        return count
+        return int(count)
 
     def pop(self) -> Chain | None:
         """Take the next request, if there is one."""
-        if not self.pending():
+        ram = self.board.ram
+        if not self._pending(ram):
             return None
-        (head,) = _U16.unpack_from(self.board.ram, self.driver + 4 + 2 * (self.taken % self.size))
-        chain = self._chain(head)
+        (head,) = _U16.unpack_from(ram, self.driver + 4 + 2 * (self.taken % self.size))
+        chain = self._chain(ram, head)
         self.taken = (self.taken + 1) & 0xFFFF
         return chain
 
@@ -144,8 +152,9 @@ class Virtqueue:
         """The request taken last was not done: it is the next one again."""
         self.taken = (self.taken - 1) & 0xFFFF
 
-    def _chain(self, head: int) -> Chain:
+    def _chain(self, ram: mmap.mmap, head: int) -> Chain:
         chain = Chain(self.board, head, [], [])
+        limit = self.board.memory.size
         table, count, index = self.descriptors, self.size, head
         is_indirect = False
         left = count  # a chain that is longer than its table has a loop
@@ -156,7 +165,7 @@ class Virtqueue:
             if left == 0:
                 raise DriverError(f"queue {self.index}: a chain with a loop")
             left -= 1
-            address, length, flags, following = _DESCRIPTOR.unpack_from(self.board.ram, table + 16 * index)
+            address, length, flags, following = _DESCRIPTOR.unpack_from(ram, table + 16 * index)
             if flags & INDIRECT:
                 if not self.indirect or is_indirect or flags & NEXT:
                     raise DriverError(f"queue {self.index}: an indirect table that cannot be there")
@@ -165,7 +174,7 @@ class Virtqueue:
                 table, count, index, is_indirect = address, length // 16, 0, True
                 left = count
                 continue
-            if not self._is_ram(address, length):
+            if address + length > limit:
                 raise DriverError(f"queue {self.index}: {length} bytes at {address:#x} are not RAM")
             total += length
             if flags & WRITE:
