@@ -14,7 +14,7 @@ import re
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -56,6 +56,10 @@ class SymbolTable:
 
     def __len__(self) -> int:
         return len(self._symbols)
+
+    def __iter__(self) -> Iterator[Symbol]:
+        """By address."""
+        return iter(self._symbols)
 
     def address_of(self, name: str) -> int | None:
         """The linear address of `name`, or None."""
@@ -106,11 +110,12 @@ class SymbolTable:
 
     def merged(self, other: SymbolTable) -> SymbolTable:
         """The symbols of both."""
-        if not len(self):
-            return other
+        if not len(self) or not len(other):
+            return self if len(self) else other
         if len(self) + len(other) > MOST:
             raise LimitReached(f"together there were more than {MOST} symbols")
-        return SymbolTable({*self._symbols, *other._symbols})
+        mine = set(self._symbols)
+        return SymbolTable((*self._symbols, *(one for one in other._symbols if one not in mine)))
 
     def text(self) -> str:
         """A line a symbol, by address: `ffffffff81000000 T _stext`."""

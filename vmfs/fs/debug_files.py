@@ -25,6 +25,7 @@ from vmfs.debug.paging import (
     write_linear,
 )
 from vmfs.debug.stack import StackState, stack_text
+from vmfs.debug.symbolfile import size_of, symbol_file
 from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
 from vmfs.engine.base import Vcpu
 from vmfs.errors import BadAddress, PastEnd
@@ -127,6 +128,21 @@ class _SymbolsHandle(Handle):
 def _kallsyms(ram: MemoryView, paging: Paging) -> SymbolTable:
     with ram:
         return kallsyms.find(ram, paging)
+
+
+async def symbols_elf(scope: MachineScope) -> bytes:
+    """`symbols.elf`, made once of a table: a debugger reads it in many pieces."""
+    table = scope.vm.symbols
+    if scope.symbol_file is None or scope.symbol_file[0] is not table:
+        scope.symbol_file = table, await _in_thread(symbol_file, table)
+    return scope.symbol_file[1]
+
+
+def symbols_elf_size(scope: MachineScope) -> int:
+    table = scope.vm.symbols
+    if scope.symbol_file_size is None or scope.symbol_file_size[0] is not table:
+        scope.symbol_file_size = table, size_of(table)
+    return scope.symbol_file_size[1]
 
 
 # ---- memory by linear address

@@ -17,7 +17,7 @@ from vmfs.errors import Busy, Invalid, Unsupported
 from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.console import Console
-from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack
+from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack, symbols_elf, symbols_elf_size
 from vmfs.fs.gdb_files import GdbFile, GdbStream
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Kind
@@ -223,6 +223,7 @@ FILES: tuple[Row, ...] = (
     Row("trace", 0o666, TraceFile()),
     Row("trace.bin", 0o444, TraceFile(binary=True)),
     Row("symbols", 0o666, Symbols()),
+    Row("symbols.elf", 0o444, Text(symbols_elf, room=symbols_elf_size)),
     Row("virt", 0o666, Virt(), per_cpu=True),
     Row("pagetable", 0o444, Text(pagetable), per_cpu=True),
     Row("disasm", 0o666, Text(disasm, set_disasm), per_cpu=True),

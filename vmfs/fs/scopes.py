@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future
 
+from vmfs.debug.symbols import SymbolTable
 from vmfs.devices.display import Display
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
@@ -42,6 +43,8 @@ class MachineScope(Scope):
         self.host = host
         self.memory = MemoryServer(vm, connection)
         self.gdb = GdbPort(self)
+        self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of
+        self.symbol_file_size: tuple[SymbolTable, int] | None = None
         self.changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._framebuffer: FramebufferServer | None = None
