@@ -10,8 +10,12 @@ What all have is a token table whose tokens for `0` to `9` follow each other, an
 offsets that agrees with it: that is what RAM is searched for. The rest is found from there, and everything is
 checked: a guest may hold anything. KASLR needs no care, for the kernel relocates its tables.
 
-Not found: symbols of modules (they are in each module's own tables), 32-bit kernels, and kernels built
-without CONFIG_KALLSYMS.
+Symbols of modules are in each module's own table, with names that are not compressed. The list of modules
+leads there, through structs whose offsets differ with the configuration: so each pointer of a `struct module` is tried
+for what it points to.
+
+Not found: 32-bit kernels, kernels built without CONFIG_KALLSYMS, and modules while page table isolation
+hides them (in user mode).
 
 Facts: Linux scripts/kallsyms.c and kernel/kallsyms.c of 6.1, 6.4 (404bad70fcf7) and 7.0 (a081b5789255).
 """
@@ -24,8 +28,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice, pairwise
 
-from vmfs.debug.paging import Paging, Ram, mapped_ranges
-from vmfs.debug.symbols import MOST, NAME_MOST, SymbolTable
+from vmfs.debug.paging import Paging, Ram, Reader, linear_reader, mapped_ranges
+from vmfs.debug.symbols import MOST, NAME_MOST, Symbol, SymbolTable
 from vmfs.errors import Invalid
 from vmfs.memory import PAGE, MemoryView
 
@@ -58,7 +62,7 @@ def find(memory: MemoryView, paging: Paging) -> SymbolTable:
         text = symbols.address_of("_text") or symbols.address_of("_stext")
         page = paging.translate(memory, text) if text is not None else None
         if page and 0 <= tables.tokens - page.physical < _IMAGE_MOST:
-            return symbols
+            return symbols.merged(SymbolTable(_of_modules(linear_reader(memory, paging), symbols)))
         unmapped = unmapped or symbols
     if unmapped is None:
         raise Invalid("no kallsyms tables in RAM: no Linux for x86-64 has begun to run, or it has none")
@@ -277,3 +281,68 @@ def _linear(memory: Ram, paging: Paging, physical: int) -> int:
         if one.start >= _KERNEL and one.physical <= physical < one.physical + one.end - one.start:
             return one.start + physical - one.physical
     return 0
+
+
+# ---- modules
+
+_MODULES_MOST = 1024
+_MODULE_SYMBOLS_MOST = 1 << 18
+_STRINGS_MOST = 4 << 20  # bytes of a module's names
+_MODULE = 2048  # bytes of a struct module that are looked through
+_LIST = 8  # offset of `list` in it, behind `state`
+_SYM = struct.Struct("<IBBHQQ")  # Elf64_Sym
+
+
+def _of_modules(read: Reader, symbols: SymbolTable) -> list[Symbol]:
+    """The symbols of all modules that are loaded (struct module, include/linux/module.h)."""
+    head = symbols.address_of("modules")
+    found: list[Symbol] = []
+    seen = {head}
+    left = _MODULE_SYMBOLS_MOST  # to be looked at
+    at = _pointer(read, head) if head else 0
+    while at and at not in seen and len(seen) <= _MODULES_MOST and left > 0:
+        seen.add(at)
+        for table in _tables_of_module(read, at - _LIST):
+            left -= table[1]
+            if left > 0 and (those := _module_symbols(read, *table)):
+                found += those
+                break
+        at = _pointer(read, at)
+    return found
+
+
+def _pointer(read: Reader, address: int) -> int:
+    return int.from_bytes(read(address, 8), "little")
+
+
+def _tables_of_module(read: Reader, module: int) -> Iterator[tuple[int, int, int, int]]:
+    """What may be its `struct mod_kallsyms`: symtab, num_symtab, strtab, typetab."""
+    raw = read(module, _MODULE)
+    for (candidate,) in struct.iter_unpack("<Q", raw[: len(raw) & ~7]):
+        if candidate % 8 or not candidate >> 63:
+            continue
+        table = read(candidate, 32)
+        if len(table) < 32:
+            continue
+        symtab, count, strtab, typetab = struct.unpack("<QI4xQQ", table)
+        # The first of an ELF file's symbols and strings is empty.
+        if count < 2 or read(symtab, _SYM.size) != bytes(_SYM.size) or read(strtab, 1) != b"\0":
+            continue
+        yield symtab, count, strtab, typetab
+
+
+def _module_symbols(read: Reader, symtab: int, count: int, strtab: int, typetab: int) -> list[Symbol]:
+    entries, types = read(symtab, count * _SYM.size), read(typetab, count)
+    if len(entries) < count * _SYM.size or len(types) < count:
+        return []
+    fields = list(_SYM.iter_unpack(entries))
+    strings = read(strtab, min(max(at for at, *_ in fields) + NAME_MOST, _STRINGS_MOST))
+    found = []
+    for (at, _, _, _, value, _), letter in zip(fields, types, strict=True):
+        end = strings.find(b"\0", at, at + NAME_MOST)
+        if end <= at or bytes([letter]) not in _TYPES or value < _KERNEL:
+            continue
+        name = strings[at:end].decode("ascii", "backslashreplace")
+        if name.isprintable() and " " not in name:
+            found.append((value, chr(letter), name))
+    return found
