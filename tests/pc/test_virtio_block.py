@@ -227,6 +227,7 @@ def test_a_hosts_error_is_an_io_error_and_is_counted(bench: Bench, image: Path, 
     disk.fails = {"write": number}
     assert ask(driver, OUT, 0, data=b"x" * 512)[0] == IOERR
     assert driver.device.counters[f"host_errors.{errno.errorcode[number]}"] == 1
+    assert bench.board.counters["host_errors"] == 1  # which is in `stat`
     disk.fails = {}
     assert ask(driver, OUT, 0, data=b"x" * 512)[0] == OK
     assert not driver.needs_reset
@@ -382,3 +383,46 @@ def _first_bytes(views: list[memoryview], count: int) -> list[memoryview]:
         if not count:
             break
     return taken
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kind=st.one_of(st.sampled_from([IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES]), st.integers(0, 2**32 - 1)),
+    sector=st.one_of(st.integers(0, 140), st.integers(0, 2**64 - 1)),
+    data=st.one_of(
+        st.binary(max_size=64),
+        st.tuples(st.integers(0, 150), st.integers(0, 150), st.integers(0, 3)).map(lambda t: struct.pack("<QII", *t)),
+        st.integers(1, 4).map(lambda count: b"d" * 512 * count),
+    ),
+    cut=st.integers(0, 80),
+    rooms=st.lists(st.integers(1, 1500), max_size=3),
+    mode=st.sampled_from(["ro", "rw", "cow"]),
+)
+def test_hostile_requests(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: int, sector: int, data: bytes, cut: int, rooms: list[int], mode: str,
+) -> None:  # fmt: skip
+    """Whatever is asked for: an answer or the device's error, and the disk keeps its size and its bounds."""
+    path = tmp_path_factory.mktemp("disk") / "image"
+    path.write_bytes(b"o" * 140 * 512)
+    bench = Bench()
+    driver = attach(bench, opened(path, mode))
+    request = struct.pack("<IIQ", kind, 0, sector) + data
+    parts = [part for part in (request[:cut], request[cut:]) if part]
+    ring = driver.queues[0]
+    outputs = [(driver.take(room), room, True) for room in rooms]
+    ring.add([*((driver.put(part), len(part), False) for part in parts), *outputs])
+    ring.notify()
+    if driver.needs_reset:
+        assert not rooms
+    else:
+        ((_, length),) = ring.used()
+        assert length <= sum(rooms)
+        status = driver.get(outputs[-1][0] + rooms[-1] - 1, 1)[0]
+        assert status in (OK, IOERR, UNSUPP)
+        if mode == "ro" and kind in (OUT, DISCARD, WRITE_ZEROES):
+            assert status != OK
+    bench.close()
+    assert path.stat().st_size == 140 * 512
+    if mode != "rw":
+        assert path.read_bytes() == b"o" * 140 * 512

@@ -19,6 +19,7 @@ from pc.virtio_driver import Bench, Driver
 from vmfs.devices.virtio.ninep import MAX_FIDS, MAX_OPEN, MESSAGES, Server
 from vmfs.devices.virtio.share import Share
 from vmfs.errors import Invalid, NotPermitted
+from vmfs.fs.rights import Credentials, as_user
 
 ROOM = 1 << 16
 
@@ -430,6 +431,28 @@ def test_the_device_works_with_the_rights_of_its_owner(folder: Path) -> None:
         Share(other.board, "share0", 6, server, "host", cannot)
     server.close()
     other.close()
+
+
+def test_the_kernel_checks_the_owner_of_the_share(folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    (folder / "file").chmod(0o600)
+    (folder / "sub").chmod(0o777)
+    bench = Bench()
+    driver = plugged(bench, folder, as_owner=lambda work: as_user(Credentials(54321, 54322, (54323,)), work))
+    client = through(driver)
+    assert client.read(client.open("sub/deep"), 0, 9) == b"deeper"
+    for path, flags in (("file", os.O_RDONLY), ("sub/deep", os.O_RDWR)):
+        with refused(errno.EACCES):
+            client.open(path, flags)
+    with refused(errno.EACCES):
+        client.create("", "mine")
+    client.create("sub", "mine")
+    found = (folder / "sub" / "mine").stat()
+    assert (found.st_uid, found.st_gid) == (54321, 54322)
+    with refused(errno.EPERM):
+        client.setattr(client.walk("sub/mine"), 2, uid=0)
+    bench.close()
 
 
 def test_messages_that_are_none_are_the_drivers_error(folder: Path) -> None:

@@ -107,6 +107,7 @@ class Block(VirtioDevice):
         except OSError as error:
             status, written = IOERR, 0
             self.counters[f"host_errors.{_name_of(error)}"] += 1
+            self.board.counters["host_errors"] += 1
         if status == IOERR:
             self.counters["errors.io"] += 1
         chain.write(bytes((status,)), room - 1)
