@@ -32,7 +32,8 @@ COMPILE = [
     "-Wno-unused-parameter",    # handlers of one table share a signature
     "-Wno-missing-field-initializers",  # PyMethodDef and PyType_Slot tables end in a short sentinel
 ]
-LINK = []
+COMPILE += shlex.split(os.environ.get("VMFS_CFLAGS", ""))  # for experiments: bench/flags.py
+LINK = shlex.split(os.environ.get("VMFS_LDFLAGS", ""))
 if SANITIZE:
     COMPILE += [
         f"-fsanitize={SANITIZE}",

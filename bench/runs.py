@@ -9,14 +9,17 @@ import os
 import statistics
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.harness import Result, mounted
 from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
+from vmfs.exits import Hlt
 from vmfs.memory import DEFAULT_SIZE, Memory
 from vmfs.modes import set_mode
+from vmfs.registers import write_registers
 
 # again: out 0x80, al; jmp again
 OUT_LOOP = b"\xe6\x80\xeb\xfc"
@@ -101,7 +104,8 @@ def mount_exits(mount: Path, exits: int = 2000) -> float:
 
 
 def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float, float]:
-    """Microseconds an `out` exit: by `Vcpu.run`, and by ioctl(KVM_RUN) alone on the same CPU, in turn."""
+    """Microseconds an `out` exit, by `Vcpu.run` and by what is below it (ioctl(KVM_RUN), the core's own run), in
+    turn on the same CPU."""
     memory = Memory(16 << 20)
     machine = by_name(name).create_machine()
     machine.map_memory(0, 0, memory.fd, 0, memory.size)
@@ -112,21 +116,51 @@ def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float,
     regs[128:136] = AT.to_bytes(8, "little")
     cpu.set_state("regs", bytes(regs))
 
+    below: Callable[[], object]
+    if name == "kvm":
+        run, fd = int(Ioctl.KVM_RUN), cpu._fd
+
+        def below() -> object:
+            return fcntl.ioctl(fd, run, 0)
+    else:
+        core = cpu._cpu
+
+        def below() -> object:
+            return core.run(-1, False)
+
     ours, raw = [], []
     for _ in range(rounds):
-        began = time.perf_counter()
-        for _ in range(exits):
-            cpu.run()
-        ours.append((time.perf_counter() - began) * 1e6 / exits)
-        if name == "kvm":
-            fd = cpu._fd
+        for one, times in ((cpu.run, ours), (below, raw)):
             began = time.perf_counter()
             for _ in range(exits):
-                fcntl.ioctl(fd, int(Ioctl.KVM_RUN), 0)
-            raw.append((time.perf_counter() - began) * 1e6 / exits)
+                one()
+            times.append((time.perf_counter() - began) * 1e6 / exits)
     machine.close()
     memory.close()
-    return statistics.median(ours), statistics.median(raw) if raw else 0.0
+    return statistics.median(ours), statistics.median(raw)
+
+
+def budgets(rounds: int = 15, instructions: int = 20_000_000) -> tuple[float, float]:
+    """Milliseconds of a loop of so many instructions until its hlt: with a bound just behind it, and without."""
+    memory = Memory(16 << 20)
+    machine = by_name("emulator").create_machine()
+    machine.map_memory(0, 0, memory.fd, 0, memory.size)
+    cpu = machine.create_vcpu(0)
+    set_mode(cpu, memory, memory.size, "long")
+    # again: add rax, rcx; xor rdx, rax; dec rcx; jnz again; hlt
+    memory.write(AT, bytes.fromhex("4801c8 4831c2 48ffc9 75f5 f4"))
+    bounded: list[float] = []
+    free: list[float] = []
+    for _ in range(rounds):
+        for budget, times in ((instructions + 2, bounded), (None, free)):
+            write_registers(cpu, {"rip": AT, "rcx": instructions // 4})
+            began = time.perf_counter()
+            exit_ = cpu.run(budget)
+            times.append((time.perf_counter() - began) * 1e3)
+            assert isinstance(exit_, Hlt), exit_.line()
+    machine.close()
+    memory.close()
+    return statistics.median(bounded), statistics.median(free)
 
 
 def results() -> list[Result]:
@@ -139,4 +173,8 @@ def results() -> list[Result]:
         found.append(Result("exit by vm_run, through the mount", "us", mount_exits(mount), ""))
     ours, raw = engine_exits("kvm")
     found.append(Result("port exit in the server", "us", ours, "raw ioctl(KVM_RUN)", raw, "<= +5 us"))
+    ours, raw = engine_exits("emulator")
+    found.append(Result("emulator: port exit to Python", "us", ours, "the core's own run", raw, "<= 3 us"))
+    bounded, free = budgets()
+    found.append(Result("emulator: a loop with an exact bound", "ms", bounded, "without one", free, "<= 1.02"))
     return found
