@@ -174,7 +174,7 @@ def test_digits_at_the_border_of_a_chunk(memory):
 
 
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_tables_give_symbols_or_a_sentence(memory, data, layout):
     symbols = make_symbols(300) if layout not in ("6.15", "7.0") else make_symbols(300)[2:]
     tables = bytearray(build(layout, symbols, TABLES))
@@ -204,3 +204,60 @@ def test_a_guest_full_of_counts_is_given_up(memory):
     memory.write(TABLES + (1 << 20), os.urandom(64) + b"\1T" * (1 << 20) + tail)
     with pytest.raises(Invalid):
         found_in(memory)
+
+
+# ---- modules
+
+
+def with_modules(memory: Memory, *modules: tuple[int, list[tuple[str, str, int]]], last: int) -> list[str]:
+    """A kernel with a list of modules, each at a physical address of the image; `last` is what the last leads to."""
+    head = TEXT + 0x90_0000
+    symbols = (*symbols_of("6.1"), (head, "D", "modules"))
+    memory.write(TABLES, build("6.1", symbols, TABLES))
+    nodes = [TEXT - IMAGE + at + 8 for at, _ in modules]
+    memory.write(head - TEXT + IMAGE, struct.pack("<Q", nodes[0]))
+    for (at, those), following in zip(modules, [*nodes[1:], last or head], strict=True):
+        names, entries, letters = b"\0", bytes(24), b"\0"
+        for letter, name, value in those:
+            entries += struct.pack("<IBBHQQ", len(names), 0, 0, 1, value, 0)
+            names += name.encode() + b"\0"
+            letters += letter.encode()
+        here = TEXT - IMAGE + at
+        memory.write(at, struct.pack("<QQQ56s", 0, following, here, b"module"))
+        memory.write(at + 0x200, struct.pack("<QQ", here + 0x100, here + 0x300))  # one that leads nowhere
+        table = struct.pack("<QI4xQQ", here + 0x1000, len(those) + 1, here + 0x2000, here + 0x3000)
+        memory.write(at + 0x300, table)
+        for offset, data in ((0x1000, entries), (0x2000, names), (0x3000, letters)):
+            memory.write(at + offset, data)
+    found = found_in(memory)
+    return found[len(symbols) :] if len(found) > len(symbols) else []
+
+
+MODULE = 0xFFFF_FFFF_C000_1000
+
+
+def test_the_symbols_of_modules(memory):
+    found = with_modules(
+        memory,
+        (0xE0_0000, [("t", "probe", MODULE), ("D", "table", MODULE + 0x100)]),
+        (0xE1_0000, [("T", "remove", MODULE + 0x2000), ("t", "bad name", MODULE + 0x3000)]),
+        last=0,
+    )
+    assert found == lines(
+        ((MODULE, "t", "probe"), (MODULE + 0x100, "D", "table"), (MODULE + 0x2000, "T", "remove"))
+    )
+
+
+def test_a_list_of_modules_that_leads_back_ends(memory):
+    loop = TEXT - IMAGE + 0xE0_0000 + 8
+    assert len(with_modules(memory, (0xE0_0000, [("t", "probe", MODULE)]), last=loop)) == 1
+
+
+def test_a_list_of_modules_that_leads_nowhere_ends(memory):
+    assert len(with_modules(memory, (0xE0_0000, [("t", "probe", MODULE)]), last=0xDEAD_BEEF)) == 1
+
+
+def test_module_tables_that_are_too_long_are_left_out(memory):
+    with_modules(memory, (0xE0_0000, [("t", "probe", MODULE)]), last=0)
+    memory.write(0xE0_0000 + 0x308, struct.pack("<I", 1 << 31))
+    assert found_in(memory)[-1].endswith(" D modules")
