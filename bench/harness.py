@@ -66,13 +66,13 @@ def mounted(*arguments: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def bare_file() -> Iterator[Path]:
-    """The one file of `bench.bare_fuse`."""
+def bare_file(module: str, name: str) -> Iterator[Path]:
+    """The one file, `name`, of a file system that is a program of its own, `bench.bare_fuse` for one."""
     with tempfile.TemporaryDirectory(prefix="vmfs-bare-") as where:
-        server = subprocess.Popen([sys.executable, "-m", "bench.bare_fuse", where], stdout=subprocess.PIPE)
+        server = subprocess.Popen([sys.executable, "-m", module, where], stdout=subprocess.PIPE)
         try:
             assert server.stdout and server.stdout.readline() == b"ready\n"
-            yield Path(where) / "eight"
+            yield Path(where) / name
         finally:
             subprocess.run(["fusermount3", "-u", where], check=True)
             server.wait()
