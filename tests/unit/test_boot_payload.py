@@ -83,6 +83,11 @@ def test_a_bomb_is_not_unpacked(name):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_no_kernel_takes_the_hosts_memory():
+    bomb = COMPRESSORS["zstd"](bytes(16 * MIB))[:-4] + struct.pack("<I", (512 << 20) + 1)
+    assert decompressed(bomb, limit=3 << 30) is None
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(COMPRESSORS)), st.data())
 def test_hostile_streams(name, data):

@@ -23,6 +23,7 @@ from vmfs.boot.source import CHUNK, Source
 from vmfs.errors import Invalid
 
 _SIZE = 4  # bytes of the vmlinux's size
+_LARGEST = 512 << 20  # bytes of a vmlinux; with every option of Linux it has a third of that
 _MEMORY_LIMIT = 256 << 20  # what a dictionary may take; Linux's are of 128 MiB at the most
 
 
@@ -48,7 +49,7 @@ def decompress(image: Source, offset: int, length: int, limit: int) -> Source | 
     if decompressor is None:
         return None
     size = int.from_bytes(image.read(offset + length - _SIZE, _SIZE), "little")
-    if not 0 < size <= limit:
+    if not 0 < size <= min(limit, _LARGEST):
         return None
     stream = image.part(offset, length if decompressor is _gzip else length - _SIZE)
     fd = os.memfd_create("vmfs-vmlinux", os.MFD_CLOEXEC)
