@@ -45,9 +45,12 @@ def tokens() -> list[bytes]:
     return [word or next(spare, b"unused%d" % code) for code, word in enumerate(words)]
 
 
+LONG = [word for word in tokens() if word.startswith((b"sy", b"pe", b"lo", b"_d"))]  # what names have of them
+
+
 def compress(name: bytes, words: list[bytes]) -> bytes:
     """The longer words stand for themselves where they occur, and characters for the rest."""
-    for word in sorted((word for word in words if len(word) > 1), key=len, reverse=True):
+    for word in LONG:
         if word in name:
             before, _, behind = name.partition(word)
             return compress(before, words) + bytes([words.index(word)]) + compress(behind, words)

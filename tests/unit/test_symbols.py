@@ -170,6 +170,10 @@ def test_elf_files_without_symbols_for_us(program):
         parse(bytes(other))
     with pytest.raises(Invalid, match="cut off"):
         parse(program[64].read_bytes()[:-100])
+    other = bytearray(program[64].read_bytes())
+    struct.pack_into("<H", other, 58, 1)  # e_shentsize
+    with pytest.raises(Invalid, match="section headers of 1 bytes"):
+        parse(bytes(other))
 
 
 @given(data=st.data())

@@ -19,6 +19,7 @@ from io import BytesIO
 from typing import Any, BinaryIO
 
 from elftools.common.exceptions import ELFError
+from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
 
 from vmfs.errors import Invalid, LimitReached
@@ -27,6 +28,7 @@ from vmfs.numbers import parse_number
 MOST = 1 << 20  # symbols of a table; Debian's Linux has some 150,000
 FILE_MOST = 2 << 30  # bytes of an ELF file; Linux with its debug information has 0.5 GiB
 TEXT_MOST = 256 << 20  # bytes of a System.map
+SECTIONS_MOST = 1 << 16  # of an ELF file
 NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
 REACH = 256 << 10  # how far behind the start of its symbol an address still is said to belong to it
 
@@ -210,18 +212,25 @@ def _parse_elf(file: BinaryIO) -> SymbolTable:
         raise Invalid("the ELF file is relocatable: it is not linked, and its symbols have no addresses")
     if not header["e_shoff"]:
         raise Invalid("the ELF file has no sections")
-    if header["e_shoff"] + elf.num_sections() * header["e_shentsize"] > size:
+    step, count = header["e_shentsize"], elf.num_sections()
+    if step != elf.structs.Elf_Shdr.sizeof() or count > SECTIONS_MOST:
+        raise Invalid(f"the ELF file is damaged: {count} section headers of {step} bytes")
+    if header["e_shoff"] + count * step > size:
         raise Invalid("the ELF file is cut off: its section headers are past its end")
-    headers = [elf._get_section_header(number) for number in range(elf.num_sections())]
+    # Headers only: making pyelftools' sections reads what is in them, however long that says it is.
+    first = header["e_shoff"]
+    headers = [struct_parse(elf.structs.Elf_Shdr, file, first + step * number) for number in range(count)]
     for wanted in ("SHT_SYMTAB", "SHT_DYNSYM"):
         for section in headers:
             if section["sh_type"] == wanted and section["sh_size"]:
                 strings = headers[section["sh_link"]]
                 entries, names = (_contents(file, size, one) for one in (section, strings))
                 letters = [_letter(one) for one in headers]
-                if percpu := elf.get_section_by_name(".data..percpu"):
-                    if not percpu["sh_addr"]:  # of Linux, linked at 0: offsets into each CPU's copy
-                        letters[elf.get_section_index(percpu.name)] = "A"
+                # Of Linux up to 6.14, linked at 0: offsets into each CPU's copy.
+                titles = _contents(file, size, headers[elf.get_shstrndx()])
+                for number, one in enumerate(headers):
+                    if titles.startswith(b".data..percpu\0", one["sh_name"]) and not one["sh_addr"]:
+                        letters[number] = "A"
                 return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass))
     raise Invalid("the ELF file has no symbols: it was stripped")
 
