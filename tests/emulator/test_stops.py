@@ -207,3 +207,34 @@ def test_a_kick_at_a_breakpoint_does_not_pass_it():
         before = struct.unpack_from("<Q", vm.vcpu.get_state("regs"))[0]
         assert vm.vcpu.run(goes_on=True).line() == line
         assert vm.regs()["rax"] - before == 3
+
+
+def test_hundreds_of_stops_of_one_place_all_come():
+    """At once, each once, however often the instruction accesses what they watch."""
+    with machine_on(EmulatorEngine()) as vm:
+        vm.load(assemble("mov ecx, 4; mov edi, 0x2000; l0: rep movsq; l1: nop; l2: hlt", "long"), "long")
+        watches = tuple(Watchpoint(n, 0x2000 + n % 8, 1 + n % 5, n % 2 == 0, True) for n in range(1, 301))
+        points = tuple(Breakpoint(n, 0x100A) for n in range(1000, 1400))
+        vm.vcpu.set_debug(DebugRequest(breakpoints=points, watchpoints=watches))
+        exit_ = vm.vcpu.run()
+        assert (exit_.cause, exit_.rip) == ("breakpoint", 0x100A)
+        assert [exit_.id, *(stop.id for stop in exit_.also)] == [point.id for point in points]
+        exit_ = vm.vcpu.run()
+        assert (exit_.cause, exit_.rip) == ("watchpoint", 0x100A)
+        ids = {exit_.id, *(stop.id for stop in exit_.also)}
+        assert ids == {watch.id for watch in watches} and len(exit_.also) == 299
+        for stop in (exit_, *exit_.also):
+            assert 0x2000 <= stop.addr < 0x2008 + 5 and stop.rip == exit_.rip
+
+
+def test_what_is_held_survives_other_points():
+    """An `out` at a watched port is first the exit of the access; points are changed; then comes the stop."""
+    with machine_on(EmulatorEngine()) as vm:
+        vm.load(assemble("out 0x80, al; l1: hlt", "long"), "long")
+        vm.vcpu.set_debug(DebugRequest(ports=tuple(PortStop(n, 0x80, 0x80) for n in range(1, 9))))
+        assert vm.vcpu.run().REASON == "io"
+        vm.vcpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x5000),)))
+        exit_ = vm.vcpu.run()
+        assert [exit_.id, *(stop.id for stop in exit_.also)] == list(range(1, 9)) and exit_.cause == "io"
+        vm.vcpu.set_debug(DebugRequest())
+        assert vm.vcpu.run().REASON == "hlt"

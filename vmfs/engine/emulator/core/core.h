@@ -131,8 +131,7 @@ struct vcpu_stop {
 };
 /* Replaces all stops. The array is copied. */
 int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count);
-enum { REACHED_MOST = 64 };
-/* With EXIT_DEBUG: the other stops that were reached at the same time, up to REACHED_MOST. Valid until the next run. */
+/* With EXIT_DEBUG: the other stops that were reached at the same time. Valid until the next run. */
 size_t vcpu_also(const struct vcpu *c, const struct vcpu_exit **others);
 
 /* ---- Tracing ------------------------------------------------------------------------------------------------------ */

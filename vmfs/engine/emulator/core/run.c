@@ -118,7 +118,7 @@ static void run_alone(struct vcpu *c)
     c->saved_budget = c->budget - 1;
     c->slice -= c->saved_budget;
     c->budget = 1;
-    c->reached_count = 0;
+    stops_forget(c);
     c->trap_taken = false;
     c->reads_used = 0;
     c->store_count = c->stores_reported = 0;
@@ -307,7 +307,7 @@ static void after_escape(struct vcpu *c, enum escape how)
         end_alone(c);
         c->store_count = 0;
         c->debug_hits = 0;
-        c->reached_count = 0;
+        stops_forget(c);
         c->shadow_sti = c->shadow_ss = false;
         if (has_stops(c, STOP_VECTOR) && catches_fault(c))
             return;
@@ -320,13 +320,13 @@ static void after_escape(struct vcpu *c, enum escape how)
             debug_exit(c, DEBUG_STEP);
         break;
     case ESCAPE_ALONE:
-        c->reached_count = 0;
+        stops_forget(c);
         c->delivering = -1; /* an INT n */
         c->restart = true;
         break;
     case ESCAPE_EXIT:
         if (c->exit.reason != EXIT_DEBUG)
-            c->reached_count = 0;
+            stops_forget(c);
         c->reading = c->exit.reason == EXIT_MMIO || c->exit.reason == EXIT_IO;
         if (c->alone) { /* what was read so far is kept for the restart */
             unsigned reads = c->reads;
@@ -519,7 +519,7 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     vm_lock(c->vm);
     clock_enter(c);
     stops_know_mode(c);
-    c->reached_count = 0;
+    stops_forget(c);
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
     c->run_count++;
     break_links(c);

@@ -283,9 +283,10 @@ struct vcpu {
         struct vcpu_stop *all; /* by kind, then address */
         size_t first[STOP_KINDS + 1]; /* of each kind in `all` */
         u32 longest[STOP_KINDS]; /* the greatest length */
+        bool *reached;        /* whether each of `all` is in `reached` below */
     } stops;
-    struct vcpu_exit reached[REACHED_MOST]; /* by the running instruction or event, then the exit */
-    unsigned reached_count;
+    struct vcpu_exit *reached; /* by the running instruction or event, then the exit; `count` is the index in stops.all */
+    size_t reached_count;
     bool resume_breakpoint;   /* the next instruction does not stop: it is where a run begins */
 
     /* Time */
@@ -447,6 +448,8 @@ void stops_reach_mode(struct vcpu *c);                     /* if it is not the k
 void stops_know_mode(struct vcpu *c);
 bool catches(struct vcpu *c, unsigned vector, bool external, u64 done); /* c->exit is ready */
 void stops_finish(struct vcpu *c);                         /* behind an instruction or event */
+void stops_forget(struct vcpu *c);                         /* nothing is reached */
+void stops_free(struct vcpu *c);
 /* cache.c */
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);

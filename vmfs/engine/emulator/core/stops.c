@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
+enum { NO_STOP = 0xffffffff };
+
 static int by_kind_and_address(const void *left, const void *right)
 {
     const struct vcpu_stop *a = left, *b = right;
@@ -20,19 +22,31 @@ static int by_kind_and_address(const void *left, const void *right)
 int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, size_t count)
 {
     struct vcpu_stop *copy = NULL;
+    bool *marks = NULL;
     for (size_t i = 0; i < count; i++)
         if (stops[i].kind > STOP_MODE || (stops[i].kind <= STOP_IO && stops[i].kind != STOP_BREAKPOINT &&
              (!stops[i].length || stops[i].address + (stops[i].length - 1) < stops[i].address)))
             return -EINVAL;
     if (count) {
         copy = malloc(count * sizeof *copy);
-        if (!copy)
+        marks = calloc(count, sizeof *marks);
+        /* What is held for the next run may have others with it, which are of the stops before. */
+        struct vcpu_exit *reached = realloc(c->reached, (count + c->reached_count) * sizeof *reached);
+        if (reached)
+            c->reached = reached;
+        if (!copy || !marks || !reached) {
+            free(copy);
+            free(marks);
             return -ENOMEM;
+        }
         memcpy(copy, stops, count * sizeof *copy);
         qsort(copy, count, sizeof *copy, by_kind_and_address);
     }
     free(c->stops.all);
-    c->stops = (struct stops){.all = copy};
+    free(c->stops.reached);
+    c->stops = (struct stops){.all = copy, .reached = marks};
+    for (size_t i = 0; i < c->reached_count; i++)
+        c->reached[i].count = NO_STOP;
     size_t i = 0;
     for (unsigned kind = 0; kind < STOP_KINDS; kind++) {
         c->stops.first[kind] = i;
@@ -71,14 +85,29 @@ static const struct vcpu_stop *near(const struct vcpu *c, enum stop_kind kind, u
 
 /* ---- What was reached -------------------------------------------------------------------------------------------------------- */
 
-static void reach(struct vcpu *c, enum debug_cause cause, u32 id, u64 address, unsigned vector)
+static void reach(struct vcpu *c, enum debug_cause cause, const struct vcpu_stop *s, u64 address, unsigned vector)
 {
-    for (unsigned i = 0; i < c->reached_count; i++)
-        if (c->reached[i].id == id && c->reached[i].cause == cause)
-            return; /* an instruction may come to one several times */
-    if (c->reached_count < REACHED_MOST)
-        c->reached[c->reached_count++] = (struct vcpu_exit){
-            .reason = EXIT_DEBUG, .cause = cause, .id = id, .address = address, .vector = vector};
+    size_t index = (size_t)(s - c->stops.all);
+    if (c->stops.reached[index])
+        return; /* an instruction may come to one several times */
+    c->stops.reached[index] = true;
+    c->reached[c->reached_count++] = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = cause, .id = s->id,
+        .count = (u32)index, .address = address, .vector = vector};
+}
+
+void stops_forget(struct vcpu *c)
+{
+    for (size_t i = 0; i < c->reached_count; i++)
+        if (c->reached[i].count != NO_STOP)
+            c->stops.reached[c->reached[i].count] = false;
+    c->reached_count = 0;
+}
+
+void stops_free(struct vcpu *c)
+{
+    free(c->stops.all);
+    free(c->stops.reached);
+    free(c->reached);
 }
 
 /* They are the exit, or the next one if there is one already. */
@@ -86,7 +115,7 @@ void stops_finish(struct vcpu *c)
 {
     if (likely(!c->reached_count))
         return;
-    for (unsigned i = 0; i < c->reached_count; i++)
+    for (size_t i = 0; i < c->reached_count; i++)
         c->reached[i].rip = c->gpr[GPR_IP];
     if (c->exit.reason == EXIT_NONE)
         c->exit = c->reached[0];
@@ -114,7 +143,7 @@ bool stops_reach_break(struct vcpu *c, u64 linear)
     if (s == end || s->address != linear)
         return false;
     for (; s < end && s->address == linear; s++)
-        reach(c, DEBUG_BREAKPOINT, s->id, 0, 0);
+        reach(c, DEBUG_BREAKPOINT, s, 0, 0);
     stops_finish(c);
     return true;
 }
@@ -177,7 +206,7 @@ void stops_reach_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes,
         const struct vcpu_stop *end;
         for (const struct vcpu_stop *s = near(c, kind, at, &end); s < end && s->address <= at + (bytes - 1); s++)
             if (watches(s, at, bytes, write))
-                reach(c, DEBUG_WATCHPOINT, s->id, watched_piece(s, at), 0);
+                reach(c, DEBUG_WATCHPOINT, s, watched_piece(s, at), 0);
     }
 }
 
@@ -186,7 +215,7 @@ void stops_reach_port(struct vcpu *c, u16 port, unsigned bytes)
     const struct vcpu_stop *end;
     for (const struct vcpu_stop *s = near(c, STOP_IO, port, &end); s < end && s->address <= port + (bytes - 1); s++)
         if (meets(s, port, bytes))
-            reach(c, DEBUG_IO, s->id, port, 0);
+            reach(c, DEBUG_IO, s, port, 0);
 }
 
 /* Whether an event is to end the run instead of being delivered; not the same one again when it runs again. `done`: the
@@ -205,7 +234,7 @@ bool catches(struct vcpu *c, unsigned vector, bool external, u64 done)
     *word |= bit;
     u64 address = vector == VECTOR_PF && !external ? c->fault.address : 0;
     for (; s < end && s->address == vector; s++)
-        reach(c, external ? DEBUG_INTERRUPT : DEBUG_EXCEPTION, s->id, address, vector);
+        reach(c, external ? DEBUG_INTERRUPT : DEBUG_EXCEPTION, s, address, vector);
     stops_finish(c);
     return true;
 }
@@ -214,7 +243,7 @@ void stops_reach_cr3(struct vcpu *c)
 {
     const struct vcpu_stop *end;
     for (const struct vcpu_stop *s = from(c, STOP_CR3, 0, &end); s < end; s++)
-        reach(c, DEBUG_CR3, s->id, 0, 0);
+        reach(c, DEBUG_CR3, s, 0, 0);
 }
 
 /* Real, protected or long mode. */
@@ -228,5 +257,5 @@ void stops_reach_mode(struct vcpu *c)
     c->known_mode = mode;
     const struct vcpu_stop *end;
     for (const struct vcpu_stop *s = from(c, STOP_MODE, 0, &end); s < end && mode != before; s++)
-        reach(c, DEBUG_MODE, s->id, 0, 0);
+        reach(c, DEBUG_MODE, s, 0, 0);
 }

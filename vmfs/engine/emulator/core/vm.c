@@ -317,7 +317,7 @@ void vcpu_destroy(struct vcpu *c)
         return;
     c->vm->vcpus[c->index] = NULL;
     cache_destroy(c);
-    free(c->stops.all);
+    stops_free(c);
     free(c->tracer);
     free(c);
 }
