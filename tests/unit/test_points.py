@@ -1,11 +1,16 @@
 """Points: ids, what is refused, and what the engine is asked for."""
 
+from dataclasses import astuple
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmfs.debug import points as module
 from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint
 from vmfs.errors import Invalid, LimitReached
+from vmfs.fs.commands import parse_commands
 
 
 class Nothing:
@@ -76,3 +81,65 @@ def test_there_is_a_limit(monkeypatch):
     with pytest.raises(LimitReached):
         points.add_break(3)
     assert points.delete(1).add_break(3).last_id == 4
+
+
+# ---- the text
+
+
+NUMBERS = st.integers(0, (1 << 64) - 1)
+CONDITIONS = st.sampled_from(["", "if rax==5", "if u8(rdi)!=0x2f&&cs==0x10", "if !(al&1)||[rsp+8]>>3"])
+OPTIONS = st.tuples(
+    CONDITIONS, st.sampled_from(["", "ignore 3", "ignore 0x10"]), st.sampled_from(["", "once"]), st.booleans()
+).map(lambda parts: " ".join((*parts[:3], "" if parts[3] else "disabled")))
+PLACES = st.one_of(
+    NUMBERS.map(lambda address: f"break {address:#x}"),
+    st.tuples(st.sampled_from(["", "phys:"]), st.integers(0, (1 << 64) - 4096), st.integers(1, 4096)).map(
+        lambda parts: f"watch {parts[0]}{parts[1]} {parts[2]} rw"
+    ),
+    st.tuples(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF)).map(
+        lambda pair: f"iobreak {min(pair):#x}-{max(pair):#x}"
+    ),
+    st.lists(st.integers(0, 255), min_size=1, max_size=9).map(lambda vectors: "catch " + ",".join(map(str, vectors))),
+    st.sampled_from(["catch #PF", "catch pf,nmi,0x20-0x2f", "on mode", "on cr3"]),
+)
+
+
+def in_engine_terms(points: Points) -> set[tuple[object, ...]]:
+    """What the engine is asked for, but for the ids."""
+    request = points.request()
+    stops = (
+        *request.breakpoints,
+        *request.watchpoints,
+        *request.ports,
+        *request.vectors,
+        *request.modes,
+        *request.cr3s,
+    )
+    return {(type(stop), *astuple(stop)[1:]) for stop in stops}
+
+
+@given(st.lists(st.tuples(PLACES, OPTIONS).map(" ".join), max_size=12, unique=True), st.booleans())
+def test_what_is_read_can_be_written(written, stepping):
+    points = Points().set_stepping(stepping)
+    for line in written:
+        try:
+            points = parse_commands("debug", line)(points)
+        except Invalid as error:
+            assert "there is such a point already" in str(error)
+    text = points.text(lambda _id: "engine", lambda address: "name+0x1" if address & 1 else "")
+    again = parse_commands("debug", text)(Points())
+    assert [line.partition(" ")[2] for line in again.text().splitlines()] == [
+        line.partition(" ")[2] for line in points.text().splitlines()
+    ]
+    assert in_engine_terms(again) == in_engine_terms(points) and again.stepping == points.stepping
+
+
+@given(st.lists(st.sampled_from(["1", "0", "on mode", "delete 1", "delete 9", "break x", "enable all", "watch 1 1"])))
+def test_lines_take_effect_together_or_not_at_all(lines):
+    points = Points().add_break(0x1000)
+    before, copy = points.text(), points.copy()
+    try:
+        parse_commands("debug", "\n".join(lines))(copy)
+    except Invalid as error:
+        assert str(error)
+    assert points.text() == before and len(points) == 1
