@@ -187,7 +187,7 @@ static u64 image_at(struct vcpu *c, const struct record *r, unsigned bytes, unsi
 {
     u64 at = mem_linear(c, r, bytes, access);
     bool is_canonical = !(c->key & KEY_CODE64) || canonical(c, at);
-    if (unlikely(c->tlb == &c->tlbs[TLB_NONE] && at & (r->size == 1 ? 1 : 3) && is_canonical))
+    if (unlikely(c->map == &c->tlbs[TLB_NONE] && at & (r->size == 1 ? 1 : 3) && is_canonical))
         raise_error(c, r, VECTOR_AC, 0);
     return at;
 }

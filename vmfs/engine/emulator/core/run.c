@@ -300,7 +300,7 @@ static bool catches_fault(struct vcpu *c)
 static void after_escape(struct vcpu *c, enum escape how)
 {
     if (c->tracer)
-        tracer_undo(c);
+        tracer_undo(c, how == ESCAPE_FAULT);
     undo(c);
     switch (how) {
     case ESCAPE_FAULT:

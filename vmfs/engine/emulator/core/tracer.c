@@ -125,26 +125,48 @@ void tracer_prologue(const struct record *r, struct record *prologue)
     prologue->run = r->prefix & (PREFIX_REP | PREFIX_REPNE) ? op_trace_repeated : op_trace;
 }
 
-void tracer_undo(struct vcpu *c)
+/* Of the records from `first` on, keep the stores, at the instruction that runs. */
+static void keep_stores(struct vcpu *c, struct core_trace_record *first)
 {
     struct tracer *t = c->tracer;
-    u64 number = number_now(c);
-    struct core_trace_record *r = t->current;
+    size_t kept = 0;
+    for (const struct core_trace_record *r = first; r != t->at; r++)
+        if (r->kind == CORE_TRACE_MEM && r->flags & CORE_TRACE_WRITE)
+            first[kept++] = *r;
+    t->at = first;
+    if (!kept)
+        return;
+    memmove(first + 1, first, kept * sizeof *first); /* where the AT record or that of the instruction was, if not a load */
+    *first = (struct core_trace_record){.kind = CORE_TRACE_AT};
+    first->insn.number = number_now(c);
+    first->insn.address = place_now(c);
+    t->at = first + 1 + kept;
+}
+
+void tracer_undo(struct vcpu *c, bool fault)
+{
+    struct tracer *t = c->tracer;
     if (!c->now)
         return;
+    u64 number = number_now(c);
+    struct core_trace_record *r = t->current, *first = t->at;
     if (r && last_number(r) == number) {
-        t->at = r + 1;
+        first = r + 1;
         if (r->code > 1) {
             r->code--;
         } else if (r->size > 1) {
             r->size--;
             r->insn.lengths &= ~(15ull << 4 * r->size);
         } else {
-            t->at = r;
+            first = r;
         }
     } else if (t->undo_number == number) {
-        t->at = t->undo_at;
+        first = t->undo_at;
     }
+    if (fault && t->at != t->records + TRACER_RECORDS)
+        keep_stores(c, first);
+    else
+        t->at = first;
     forget(t);
 }
 

@@ -5,7 +5,7 @@
  * that is always empty, so that every access comes to mmu_read and mmu_write, which translate by the real one (`c->map`).
  *
  * A record stands for what was done. A handler that escapes has done nothing, and what was written of it is taken back
- * (tracer_undo), except for what the delivery of an event wrote before it failed: memory has that. */
+ * (tracer_undo). Where it escapes with a fault, stores that were done stay (ENTER, an INT n that could not be delivered). */
 #ifndef VMFS_TRACER_H
 #define VMFS_TRACER_H
 
@@ -41,7 +41,7 @@ COLD void tracer_memory(struct vcpu *c, u64 linear, const void *data, unsigned b
 enum tracer_event { TRACER_EXCEPTION, TRACER_EXTERNAL, TRACER_NMI, TRACER_SOFTWARE };
 COLD void tracer_event(struct vcpu *c, enum tracer_event event, unsigned vector, bool has_error, u32 error, u64 address);
 /* The instruction at c->now escaped. */
-COLD void tracer_undo(struct vcpu *c);
+COLD void tracer_undo(struct vcpu *c, bool fault);
 /* Repeated string instructions: another iteration begins; `n` more iterations were done at once. */
 void tracer_iteration(struct vcpu *c, const struct record *r);
 void tracer_more(struct vcpu *c, u64 n);
