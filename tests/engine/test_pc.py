@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import pytest
@@ -217,6 +218,39 @@ def test_a_machine_with_devices_moves(pc, assembler):
     pc.set_points(lambda points: points.delete_all()).result()
     assert run(pc).line().startswith("shutdown cause=debug-exit code=15 ")
     assert pc.sent == b"..."
+
+
+def test_the_framebuffer_is_memory_that_goes_along(pc, assembler):
+    code = "mov edi, 0xe0000000; inc byte ptr [rdi]; mov al, [rdi + 0x10000]; out 0xf4, al"
+    framebuffer = pc.board.display.framebuffer
+    assert pc.board.display.bar(0) == 0xE000_0000
+    os.pwrite(framebuffer, b"\x21", 0x10000)
+    for row in ENGINES:
+        try:
+            engine = row.load()
+        except VmfsError:
+            continue
+        if not engine.probe().available:
+            continue
+        pc.move_to(engine)
+        before = os.pread(framebuffer, 1, 0)[0]
+        load(pc, assembler(code, "long"), "long")
+        assert run(pc).line().startswith("shutdown cause=debug-exit code=67 "), engine.name
+        assert os.pread(framebuffer, 1, 0)[0] == before + 1
+
+
+def test_the_a20_gate_is_what_the_guest_reads_of_it(pc, assembler):
+    """Bit 1 of port 92 is switched off; a store to FFFF:0010 goes to 0 where that took."""
+    code = "xor al, al; out 0x92, al; mov bx, 0xffff; mov ds, bx; mov byte ptr [0x10], 0x5a; in al, 0x92; out 0xf4, al"
+    load(pc, assembler(code, "real"))
+    line = run(pc).line()
+    is_off = line.startswith("shutdown cause=debug-exit code=1 ")
+    assert is_off or line.startswith("shutdown cause=debug-exit code=5 ")
+    assert is_off == (pc.engine.name == "emulator")
+    assert (pc.memory.read(0, 1) == b"\x5a") == is_off and (pc.memory.read(1 << 20, 1) == b"\x5a") == (not is_off)
+    if is_off:
+        pc.reset()
+        assert pc.board.keyboard.describe()["a20"] == "on"
 
 
 def test_machine_is_chosen_before_the_first_run(engine, assembler):
