@@ -13,14 +13,17 @@ from bench.cpu import ENTER64, IMAGE_AT, KERNELS, RAM, STACK, build
 from bench.harness import Result
 from vmfs.engine import by_name
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
-from vmfs.exits import Hlt
+from vmfs.exits import Debug, Hlt
+from vmfs.fs.commands import parse_commands
 from vmfs.memory import Memory
 from vmfs.modes import set_mode
 from vmfs.registers import write_registers
+from vmfs.vm import Vm
 
 ROUNDS = 5
 SHARE = 3  # of the repetitions of bench.cpu
 KERNEL_NAMES = ("alu", "sort", "calls", "bytecode")
+_LOOP_AT = 0x1000
 _ELSEWHERE = 0x1800000  # RAM that no kernel uses
 _NEAR_STACK = STACK - 0x1000  # a page that `calls` uses, and a byte of it that it does not
 
@@ -74,6 +77,24 @@ def _speed(image: bytes, names: tuple[str, ...], request: DebugRequest) -> float
     return statistics.geometric_mean(ratios)
 
 
+def _conditions(engine: str, times: int) -> float:
+    """How many times a second a breakpoint in a loop is come to and does not stop, because rax is not `times`."""
+    vm = Vm(by_name(engine), memory_size=1 << 20)
+    try:
+        vm.set_mode("long")
+        vm.memory.write(_LOOP_AT, bytes.fromhex("48ffc0 ebfb"))  # again: inc rax; jmp again
+        vm.change(lambda cpu: write_registers(cpu, {"rip": _LOOP_AT}))
+        lines = f"break {_LOOP_AT + 3:#x} if rax=={times}"
+        vm.set_points(parse_commands("debug", lines)).result()
+        began = time.perf_counter()
+        exit_ = vm.start().result()
+        taken = time.perf_counter() - began
+        assert isinstance(exit_, Debug) and exit_.cause == "breakpoint", exit_.line()
+        return times / taken
+    finally:
+        vm.close()
+
+
 def results() -> list[Result]:
     image = build()
     found = [
@@ -82,4 +103,9 @@ def results() -> list[Result]:
     ]
     near = DebugRequest(watchpoints=(Watchpoint(1, _NEAR_STACK, 1, True, True),))
     speed = _speed(image, ("calls",), near)
-    return [*found, Result("debug: run with a watched byte in the page of its stack", "of none", speed, "")]
+    found.append(Result("debug: run with a watched byte in the page of its stack", "of none", speed, ""))
+    for engine, times in (("emulator", 100_000), ("kvm", 10_000)):
+        if by_name(engine).probe().available:
+            rate = _conditions(engine, times)
+            found.append(Result(f"debug: conditions that do not hold, {engine}", "/s", rate, ""))
+    return found
