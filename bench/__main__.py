@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, files, points, runs
+from bench import boot, cpu, debug, files, gdb, points, runs
 from bench.harness import table
 
 GROUPS = {
@@ -14,6 +14,7 @@ GROUPS = {
     "boot": boot.results,
     "points": points.results,
     "debug": debug.results,
+    "gdb": gdb.results,
 }
 
 

@@ -122,7 +122,7 @@ def test_one_session_from_the_reset_vector_to_a_kernel(booting, guest):
         "$8 = 1",
         "#1 ",
         "again ()",
-        "cpu0 [long]",
+        'Thread 1 "cpu0" (long)',
     )
     assert booting.read("debug") == "0\n"
 
@@ -306,9 +306,7 @@ def test_a_triple_fault_is_no_end(machine):
     in_order(said, "vmfs: shutdown cause=triple-fault", "SIGSEGV", "= 0x1000", "paused")
 
 
-def test_the_guests_own_int3_is_the_guests(machine, request):
-    if request.node.callspec.params["server"].name == "kvm":
-        pytest.skip("int3 is an internal error of KVM on a host like this one (tests/engine/divergences.py)")
+def test_the_guests_own_int3_is_the_guests(machine):
     # int3; inc ax; hlt. Its handler, at 0x2000: inc bx; iret
     machine.load("cc 40 f4")
     fd = os.open(machine / "mem", os.O_RDWR)
@@ -317,6 +315,9 @@ def test_the_guests_own_int3_is_the_guests(machine, request):
     os.close(fd)
     machine.write("registers", "rsp 0x800\nss 0\nss.base 0\nrax 0\nrbx 0\n")
     said = gdb(None, pipe(machine), "break *0x1001", "continue", "p $rbx", "p $rax", "continue", "p $rax")
+    if machine.read("engine") == "kvm\n" and "SIGILL" in said:  # not on every KVM: tests/engine/divergences.py
+        in_order(said, "vmfs: error reason=", "KVM", "SIGILL")
+        return
     in_order(said, "Breakpoint 1, ", "$1 = 1", "$2 = 0", "vmfs: hlt", "$3 = 1")
 
 

@@ -107,6 +107,8 @@ def test_target_xml_in_pieces(on_stub):
         assert await client.ask(b"qXfer:features:read:target.xml:ffffff,10") == b"l"
         assert await client.ask(b"qXfer:features:read:other.xml:0,10") == b"E00"
         assert await client.ask(b"qXfer:auxv:read::0,10") == b""
+        threads = await client.ask(b"qXfer:threads:read::0,1000")
+        assert b'<thread id="1" core="0" name="cpu0">real</thread>' in threads and threads[:1] == b"l"
         assert (await client.ask(b"qXfer:memory-map:read::0,1000")).startswith(b"l<?xml")
 
     on_stub(test)

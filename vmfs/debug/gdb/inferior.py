@@ -63,6 +63,7 @@ class Inferior:
         self.vm = surroundings.vm
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
+        self._paging: tuple[object, Paging] = object(), Paging()
         self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
@@ -109,13 +110,20 @@ class Inferior:
 
     def _pieces(self, cpu: Vcpu, address: int, length: int) -> Iterable[tuple[int | None, int]]:
         """The physical ranges of a range of addresses; None where nothing is mapped."""
-        paging = Paging() if self.physical else Paging.of(cpu)
+        paging = Paging() if self.physical else self._paging_of(cpu)
         while length > 0:
             part = min(length, PAGE - address % PAGE)
             page = paging.translate(self.vm.memory, address)
             yield (None if page is None else page.physical), part
             address = (address + part) & _MASK
             length -= part
+
+    def _paging_of(self, cpu: Vcpu) -> Paging:
+        """Looked up once while the CPU is not used."""
+        at = self.vm.still
+        if at is None or at is not self._paging[0]:
+            self._paging = at, Paging.of(cpu)
+        return self._paging[1]
 
     async def read_memory(self, address: int, length: int) -> bytes:
         """Up to `length` bytes; BadAddress where there is none."""

@@ -396,7 +396,9 @@ class Stub:
             document = (await self.layout()).xml().encode()
         elif parts[0] == b"memory-map" and not parts[2]:
             document = MEMORY_MAP.encode()
-        elif parts[0] in (b"features", b"memory-map"):
+        elif parts[0] == b"threads" and not parts[2]:
+            document = THREADS.format(thread=_THREAD, mode=await self.inferior.mode()).encode()
+        elif parts[0] in (b"features", b"memory-map", b"threads"):
             return b"E00"  # there is no such annex
         else:
             return b""
@@ -523,8 +525,8 @@ def _constant(reply: bytes) -> Callable[[Stub, bytes], Awaitable[bytes]]:
 
 
 SUPPORTED = (
-    b"PacketSize=%x;qXfer:features:read+;qXfer:memory-map:read+;QStartNoAckMode+;QPassSignals+;vContSupported+;"
-    b"hwbreak+;swbreak+;PhyMemMode+;multiprocess-" % PACKET_SIZE
+    b"PacketSize=%x;qXfer:features:read+;qXfer:memory-map:read+;qXfer:threads:read+;QStartNoAckMode+;QPassSignals+;"
+    b"vContSupported+;hwbreak+;swbreak+;PhyMemMode+;multiprocess-" % PACKET_SIZE
 )
 
 # gdb refuses to touch what a memory map does not have, and it reads the map once. Its addresses are linear, which the
@@ -536,6 +538,9 @@ MEMORY_MAP = """<?xml version="1.0"?>
 <memory type="ram" start="0x8000000000000000" length="0x8000000000000000"/>
 </memory-map>
 """
+
+# The CPUs, in one packet where qfThreadInfo takes two, and gdb asks at every stop.
+THREADS = '<?xml version="1.0"?>\n<threads><thread id="{thread:x}" core="0" name="cpu0">{mode}</thread></threads>\n'
 
 Handler = Callable[[Stub, bytes], Awaitable[Answer]]
 
