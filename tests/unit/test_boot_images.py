@@ -506,10 +506,17 @@ def test_boot_sector():
         regs = start.registers
         assert (regs["rip"], regs["cs"], regs["cs.base"], regs["rdx"]) == (0x7C00, 0, 0, 0x80)
         assert memory.read(0x7C00, 516) == SECTOR + b"more"
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGES if name not in ("bios", "bzImage-16")])
+def test_without_a_bios_every_vector_halts(name):
+    with loaded(IMAGES[name]) as (_, memory):
         for vector in (0, 0x10, 0x13, 0xFF):
             offset, segment = struct.unpack("<HH", memory.read(4 * vector, 4))
             assert segment == 0xF000 and offset == 0xFC00 + 2 * vector
             assert memory.read((segment << 4) + offset, 2) == b"\xfa\xf4"
+        assert struct.unpack("<H", memory.read(0x40E, 2)) == (0x9FC0,)
+        assert struct.unpack("<H", memory.read(0x413, 2)) == (639,)
 
 
 def test_a_disk_is_no_boot_sector():

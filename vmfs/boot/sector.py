@@ -1,14 +1,12 @@
 """A boot sector as the BIOS starts one: at 0000:7C00 in real mode, the drive's number in dl.
 
-Only that there is no BIOS: each interrupt vector points to a `cli; hlt` of its own, so that the machine halts with the
-vector in rip instead of running wild. For a sector that needs int 10h or int 13h, give the machine a disk and a BIOS.
+Only that there is no BIOS: see `start.bios_data`. For a sector that needs int 10h or int 13h, give the machine a disk
+and a BIOS.
 
 Source: IBM's PS/2 BIOS Interface Technical Reference, INT 19h; the two bytes 55 AA at offset 510.
 """
 
 from __future__ import annotations
-
-import struct
 
 from vmfs.boot import start
 from vmfs.boot.plan import Plan
@@ -20,8 +18,6 @@ from vmfs.errors import Invalid
 ADDRESS = 0x7C00
 SECTOR = 512
 DRIVE = 0x80  # the first hard disk
-STUBS = 0xF_FC00  # F000:FC00 + 2 * vector
-_VECTORS = 256
 
 
 def is_boot_sector(image: Source) -> bool:
@@ -39,10 +35,5 @@ def load(plan: Plan, request: Request) -> Entry:
         )
     plan.claim(f"{image.name}: the boot sector", ADDRESS, image.size)
     plan.write(ADDRESS, image)
-    segment = STUBS >> 4 & 0xF000
-    offset = STUBS - (segment << 4)
-    vectors = (struct.pack("<HH", offset + 2 * number, segment) for number in range(_VECTORS))
-    plan.write(0, b"".join(vectors))
-    plan.write(STUBS, b"\xfa\xf4" * _VECTORS)  # cli; hlt
     registers = start.real(rip=ADDRESS, rsp=ADDRESS, rdx=DRIVE)
     return Entry(registers, "boot sector at 0000:7c00, without a BIOS")

@@ -22,6 +22,9 @@ from vmfs.registers import RegisterFile, write_registers
 # first 64 KiB, where small kernels have their stacks.
 LOW, LOW_END = 0x1_0000, EBDA
 
+STUBS = 0xF_FC00
+_VECTORS = 256
+
 CODE, DATA, TASK = 0x10, 0x18, 0x20
 _DATA_TYPE, _CODE_TYPE, _BUSY_TSS, _LDT_TYPE = 3, 11, 11, 2  # Intel SDM 3A 3.4.5.1, 3.5
 
@@ -161,10 +164,15 @@ def _general(values: Mapping[str, int]) -> dict[str, int]:
 
 
 def bios_data(plan: Plan) -> None:
-    """The BIOS data area as a BIOS leaves it, for kernels that look there, and the EBDA's size.
+    """What a BIOS leaves in low memory, for kernels that look there: its data area, and the EBDA's size.
 
-    Interrupt vectors: there is no BIOS behind them. See `sector.py`.
+    There is no BIOS behind it: each interrupt vector points to a `cli; hlt` of its own, at F000:FC00 + 2 * vector,
+    so that a machine which calls the BIOS halts with the call in rip instead of running wild.
     """
+    offset = STUBS & 0xFFFF
+    vectors = (struct.pack("<HH", offset + 2 * number, STUBS >> 4 & 0xF000) for number in range(_VECTORS))
+    plan.write(0, b"".join(vectors))
+    plan.write(STUBS, b"\xfa\xf4" * _VECTORS)  # cli; hlt
     area = bytearray(BIOS_DATA_END - 0x400)
     struct.pack_into("<4H", area, 0x00, 0x3F8, 0x2F8, 0x3E8, 0x2E8)  # serial ports
     struct.pack_into("<H", area, 0x0E, EBDA >> 4)
