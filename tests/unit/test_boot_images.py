@@ -128,7 +128,9 @@ def test_a_machine_without_devices_is_told_of_none():
     with loaded(bzimage(CODE), platform=bare) as (start, memory):
         page = memory.read(start.registers["rsi"], 4096)
         assert not any(page[4:0x1C0]) and page[0x1E8] == 4
-        assert not any(memory.read(0xE0000, 0x20000))
+        assert not any(memory.read(0xE0000, 0x1FC00))
+        assert not any(memory.read(0x400, 8)) and memory.read(0x410, 2) == b"\2\0"
+        assert not any(memory.read(0x449, 0x100 - 0x49))
     with loaded(IMAGES["bios"], platform=bare) as (start, _):
         assert start.firmware_files.keys() == {"etc/e820"}
 
@@ -517,6 +519,8 @@ def test_without_a_bios_every_vector_halts(name):
             assert memory.read((segment << 4) + offset, 2) == b"\xfa\xf4"
         assert struct.unpack("<H", memory.read(0x40E, 2)) == (0x9FC0,)
         assert struct.unpack("<H", memory.read(0x413, 2)) == (639,)
+        assert struct.unpack("<4H", memory.read(0x400, 8)) == (0x3F8, 0x2F8, 0x3E8, 0x2E8)
+        assert struct.unpack("<H", memory.read(0x410, 2)) == (4 << 9 | 2 << 4 | 1 << 2 | 1 << 1,)
 
 
 def test_a_disk_is_no_boot_sector():

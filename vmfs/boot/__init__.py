@@ -91,7 +91,7 @@ def load(
         entry = row.load(plan, Request(image, initrd, cmdline, platform, rsdp, root, decompress))
         files = dict(entry.firmware_files or {})
         if entry.registers:
-            start.bios_data(plan)
+            start.bios_data(plan, platform)
             if platform.acpi:
                 plan.write(rsdp, root)
                 _write_tables(plan, platform)

@@ -163,7 +163,7 @@ def _general(values: Mapping[str, int]) -> dict[str, int]:
     return {**dict.fromkeys(_GENERAL, 0), "rflags": RFLAGS_FIXED, **values}
 
 
-def bios_data(plan: Plan) -> None:
+def bios_data(plan: Plan, platform: Platform) -> None:
     """What a BIOS leaves in low memory, for kernels that look there: its data area, and the EBDA's size.
 
     There is no BIOS behind it: each interrupt vector points to a `cli; hlt` of its own, at F000:FC00 + 2 * vector,
@@ -174,12 +174,16 @@ def bios_data(plan: Plan) -> None:
     plan.write(0, b"".join(vectors))
     plan.write(STUBS, b"\xfa\xf4" * _VECTORS)  # cli; hlt
     area = bytearray(BIOS_DATA_END - 0x400)
-    struct.pack_into("<4H", area, 0x00, 0x3F8, 0x2F8, 0x3E8, 0x2E8)  # serial ports
+    ports = [port for port, _ in platform.serial[:4]]
+    struct.pack_into(f"<{len(ports)}H", area, 0x00, *ports)
     struct.pack_into("<H", area, 0x0E, EBDA >> 4)
-    struct.pack_into("<H", area, 0x10, 4 << 9 | 2 << 4 | 1 << 2 | 1 << 1)  # 4 serial, 80x25 colour, a mouse, an FPU
+    fpu, mouse, color_80 = 1 << 1, 1 << 2, 2 << 4
+    equipment = fpu | (mouse if platform.ps2 else 0) | (color_80 if platform.vga else 0) | len(ports) << 9
+    struct.pack_into("<H", area, 0x10, equipment)
     struct.pack_into("<H", area, 0x13, EBDA >> 10)  # KiB of conventional memory
-    struct.pack_into("<BHH", area, 0x49, 3, 80, 0x1000)  # video mode, columns, bytes a page
-    struct.pack_into("<H", area, 0x63, 0x3D4)  # the CRT controller's port
-    struct.pack_into("<BH", area, 0x84, 24, 16)  # rows less one, lines of a character
+    if platform.vga:
+        struct.pack_into("<BHH", area, 0x49, 3, 80, 0x1000)  # video mode, columns, bytes a page
+        struct.pack_into("<H", area, 0x63, 0x3D4)  # the CRT controller's port
+        struct.pack_into("<BH", area, 0x84, 24, 16)  # rows less one, lines of a character
     plan.write(0x400, bytes(area))
     plan.write(EBDA, b"\x01".ljust(1 << 10, b"\0"))
