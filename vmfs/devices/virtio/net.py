@@ -76,7 +76,9 @@ class Net(VirtioDevice):
 
     def notified(self, queue: Virtqueue) -> None:
         if queue.index == _TRANSMIT:
-            if not self._blocked:
+            if self._blocked:
+                self._wake_up()  # it may have been held back meanwhile by more than the backend
+            else:
                 self._transmit()
         elif self._starved:
             self._starved = False
@@ -150,7 +152,7 @@ class Net(VirtioDevice):
             poller = select.poll()
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
-                is_sending = self._blocked or self.backend.unsent
+                is_sending = self._blocked and self.is_live or self.backend.unsent
                 events = (0 if self._starved else select.POLLIN) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
