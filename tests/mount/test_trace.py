@@ -1,0 +1,224 @@
+"""`trace` and `trace.bin` on real mounts: lines, ends, readers that come and go, and a guest that waits for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from mounting import SOON, failing, wait_until
+
+from vmfs.debug.trace import _RECORD, DROPPED, INSN
+from vmfs.debug.trace_buffer import count
+
+# mov cx, 3; l: push cx; pop ax; loop l; out 0x80, al; hlt
+PROGRAM = "b90300 51 58 e2fc e680 f4"
+LINES = (
+    ["insn 0x1000"]
+    + ["insn 0x1003", "insn 0x1004", "insn 0x1005"] * 3
+    + ["insn 0x1007", "exit io direction=out port=0x80 size=1 count=1 data=0x1 rip=0x1009"]
+    + ["insn 0x1009", "exit hlt rip=0x100a"]
+)
+SPIN = "40 ebfd"  # inc ax; jmp
+
+
+def engine_of(vm) -> str:
+    return vm.read("engine").strip()
+
+
+@pytest.fixture
+def emulated(vm):
+    if engine_of(vm) != "emulator":
+        pytest.skip("KVM traces by steps")
+    return vm
+
+
+def stat(vm) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in vm.read("stat").splitlines())
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def blocked_read(threads, fd: int) -> Future[bytes]:
+    """In a thread; not by pread, since the file cannot be sought."""
+    return threads.submit(os.read, fd, 1000)
+
+
+def run_to_hlt(vm) -> None:
+    while not vm.run().startswith("hlt"):
+        pass
+
+
+def test_lines_of_a_program_on_every_engine(vm):
+    vm.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    vm.write("trace", "insn on\nexits on")
+    run_to_hlt(vm)
+    vm.write("trace", "off")
+    assert vm.read("trace").splitlines() == LINES
+    assert vm.read("trace") == ""  # what was read is not kept
+    assert stat(vm)["trace_dropped"] == "0"
+    assert stat(vm)["trace"].startswith("off,")
+
+
+def test_what_kvm_does_not_show_is_refused_and_changes_nothing(vm):
+    if engine_of(vm) == "emulator":
+        pytest.skip("the emulator shows all")
+    for line in ("mem on", "exceptions on", "interrupts on", "mode user"):
+        assert failing(vm.write, "trace", f"insn on\n{line}") == errno.EOPNOTSUPP
+        assert stat(vm)["trace"].startswith("off,") or line == "mode user"
+
+
+def test_symbols_are_told(emulated):
+    vm = emulated.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    vm.write("symbols", "0000000000001003 T again\n")
+    vm.write("trace", "insn on\nmem on\nrange again-again+1")
+    run_to_hlt(vm)
+    vm.write("trace", "off")
+    assert vm.read("trace").splitlines()[:4] == [
+        "insn 0x1003 again",
+        "write 0x7fe size=2 value=0x3 at=0x1003 again",
+        "insn 0x1004 again+0x1",
+        "read 0x7fe size=2 value=0x3 at=0x1004 again+0x1",
+    ]
+
+
+def test_records_are_the_same_trace(emulated):
+    vm = emulated.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    vm.write("trace", "insn on")
+    first, second = (os.open(vm / name, os.O_RDONLY) for name in ("trace.bin", "trace"))
+    run_to_hlt(vm)
+    vm.write("trace", "off")
+    records = b""
+    while part := os.read(first, 40):  # no multiple of a record
+        records += part
+    text = b""
+    while part := os.read(second, 7):
+        text += part
+    os.close(first)
+    os.close(second)
+    assert count(records) == 12 and len(records) % 32 == 0
+    assert text.decode().splitlines() == [line for line in LINES if line.startswith("insn")]
+
+
+def test_a_read_waits_for_what_comes_and_ends_when_it_is_off(emulated, threads):
+    vm = emulated.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    fd = os.open(vm / "trace", os.O_RDONLY | os.O_NONBLOCK)
+    assert os.read(fd, 100) == b""  # off
+    vm.write("trace", "insn on")
+    assert failing(os.read, fd, 100) == errno.EAGAIN
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    assert poll.poll(0) == []
+    waiting = os.open(vm / "trace", os.O_RDONLY)
+    reader = blocked_read(threads, waiting)
+    vm.write("vm_run", "step")
+    assert reader.result(SOON) == b"insn 0x1000\n"
+    assert poll.poll(10_000)
+    assert os.read(fd, 100) == b"insn 0x1000\n"
+    reader = blocked_read(threads, waiting)
+    vm.write("trace", "off")
+    assert reader.result(SOON) == b""
+    assert failing(os.lseek, fd, 0, os.SEEK_SET) == errno.ESPIPE
+    os.close(fd)
+    os.close(waiting)
+
+
+def test_what_a_reader_leaves_is_for_the_next(emulated):
+    vm = emulated.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    vm.write("trace", "insn on")
+    run_to_hlt(vm)
+    vm.write("trace", "off")
+    lines = []
+    for _ in range(12):
+        with open(vm / "trace", "rb", buffering=0) as file:
+            lines.append(file.read(12))
+    assert b"".join(lines).decode().splitlines() == [line for line in LINES if line.startswith("insn")]
+
+
+def test_what_is_dropped_is_counted_to_the_last(emulated):
+    """Nobody reads, and what was kept of it is the end."""
+    vm = emulated.load(SPIN)
+    vm.write("trace", "insn on\nbuffer 1M")
+    vm.write("vm_run", "insns 1000000")
+    vm.write("trace", "off")
+    dropped = int(stat(vm)["trace_dropped"])
+    records = list(_RECORD.iter_unpack((vm / "trace.bin").read_bytes()))
+    assert records[0][0] == DROPPED and records[0][4] == dropped > 0
+    insns = [record for record in records if record[0] == INSN]
+    assert sum(record[2] for record in insns) == 1_000_000 - dropped
+    assert insns[0][4] == dropped and insns[-1][4] + insns[-1][2] == 1_000_000
+
+
+def test_the_guest_waits_for_a_slow_reader_and_can_be_paused(emulated):
+    vm = emulated.load(SPIN)
+    vm.write("trace", "insn on\nbuffer 1M")
+    fd = os.open(vm / "trace.bin", os.O_RDONLY)
+    vm.write("state", "run")
+    wait_until(lambda: int(stat(vm)["trace_events"]) > 50_000)
+    assert vm.read("registers")  # a boundary, in the middle of the wait
+    vm.write("state", "pause")
+    wait_until(lambda: not vm.is_running())
+    vm.write("trace", "off")
+    records = b""
+    while part := os.read(fd, 1 << 17):
+        records += part
+    os.close(fd)
+    assert stat(vm)["trace_dropped"] == "0"
+    assert count(records) == int(stat(vm)["instructions"])
+    numbers = [(number, size) for kind, _, size, _, number, _, _ in _RECORD.iter_unpack(records) if kind == INSN]
+    assert all(a + size == b for (a, size), (b, _) in zip(numbers, numbers[1:], strict=False))
+
+
+def test_a_killed_reader_does_not_hold_the_guest(emulated):
+    vm = emulated.load(SPIN)
+    vm.write("trace", "insn on\nbuffer 1M")
+    holding = ["sh", "-c", "exec 3<trace.bin; echo open; exec sleep 1000"]
+    reader = subprocess.Popen(holding, cwd=vm.path, stdout=subprocess.PIPE)
+    assert reader.stdout and reader.stdout.readline() == b"open\n"
+    run = subprocess.Popen(["sh", "-c", "echo insns 3000000 >vm_run"], cwd=vm.path)
+    wait_until(lambda: int(stat(vm)["trace_events"]) > 50_000)
+    reader.send_signal(signal.SIGKILL)
+    reader.wait()
+    reader.stdout.close()
+    assert run.wait(60) == 0
+    assert int(stat(vm)["trace_events"]) == 3_000_000
+
+
+def test_a_machine_that_goes_ends_its_readers(emulated, threads):
+    emulated.write("trace", "insn on")
+    fd = os.open(emulated / "trace", os.O_RDONLY)
+    reader = blocked_read(threads, fd)
+    emulated.path.rmdir()
+    with pytest.raises(OSError, match=os.strerror(errno.ENODEV)):
+        reader.result(SOON)
+    os.close(fd)
+
+
+def test_a_machine_moves_with_its_trace(emulated):
+    """To an engine that cannot show it, it does not."""
+    if "kvm available=yes" not in (emulated.path.parent / "engines").read_text():
+        pytest.skip("there is no KVM to move to")
+    emulated.write("trace", "mem on")
+    assert failing(emulated.write, "engine", "kvm") == errno.EOPNOTSUPP
+    assert engine_of(emulated) == "emulator"
+    emulated.write("trace", "mem off\ninsn on")
+    emulated.write("engine", "kvm")
+    emulated.load(PROGRAM)
+    emulated.write("vm_run", "step")
+    emulated.write("trace", "off")
+    assert emulated.read("trace") == "insn 0x1000\n"
+
+
