@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 
 import pytest
 from devices.fakes import FakeMachine, Guest
@@ -326,6 +327,17 @@ def test_a_framebuffer_over_ram_is_not_mapped(pc, guest, machine):
     guest.store(0x100_0000, 0x1234_5678)
     assert guest.load(0x100_0000) == 0x1234_5678
     assert os.pread(pc.display.framebuffer, 4, 0) == b"\x78\x56\x34\x12"
+
+
+def test_it_opens_while_a_device_holds_the_board(pc):
+    """A disk's image may be a file of the server that opens it."""
+    opened = []
+    with pc.lock:
+        thread = threading.Thread(target=lambda: opened.append(pc.display.open_framebuffer()))
+        thread.start()
+        thread.join(10)
+    assert opened and os.fstat(opened[0]).st_size == FRAMEBUFFER_SIZE
+    os.close(opened[0])
 
 
 # ---- state

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from typing import Any
 
 from vmfs.devices.board import FIRST_SLOT, Board
@@ -44,6 +45,7 @@ class Display(PciDevice):
         os.ftruncate(self.framebuffer, FRAMEBUFFER_SIZE)
         # Clients that map it hold it; none of them can pull it away under the guest.
         fcntl.fcntl(self.framebuffer, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._closing = threading.Lock()
         self._mapped: int | None = None
 
     def windows(self) -> tuple[Window, ...]:
@@ -119,8 +121,11 @@ class Display(PciDevice):
     # ---- what is shown
 
     def open_framebuffer(self) -> int:
-        """A descriptor of the caller's own, which outlives the machine. Gone after that has ended."""
-        with self.board.lock:
+        """A descriptor of the caller's own, which outlives the machine. Gone after that has ended.
+
+        Does not take the board's lock, which a device may hold for long.
+        """
+        with self._closing:
             if self.framebuffer < 0:
                 raise Gone("the machine was removed")
             return os.dup(self.framebuffer)
@@ -166,8 +171,9 @@ class Display(PciDevice):
             os.pwrite(self.framebuffer, data, offset)
 
     def close(self) -> None:
-        if self.framebuffer >= 0:
+        with self._closing:
             fd, self.framebuffer = self.framebuffer, -1
+        if fd >= 0:
             os.close(fd)
 
 

@@ -1,10 +1,15 @@
-"""`screen.txt`, `screen.png`, `framebuffer`, `keyboard`: what a PC shows, and what is typed on it."""
+"""`screen.txt`, `screen.png`, `framebuffer`, `keyboard`: what a PC shows, and what is typed on it.
+
+What takes the board's lock is done in a thread: the CPU's thread holds that lock while a device works for the guest,
+and a disk may be a file that this very server has to answer for.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -14,9 +19,12 @@ from vmfs.devices.machine import Pc
 from vmfs.errors import Invalid, PastEnd, Unsupported
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.passthrough import Backing
+from vmfs.memory import MemoryView
 
 if TYPE_CHECKING:
     from vmfs.fs.scopes import MachineScope
+
+T = TypeVar("T")
 
 
 def _pc(scope: MachineScope, what: str) -> Pc:
@@ -26,26 +34,28 @@ def _pc(scope: MachineScope, what: str) -> Pc:
     return board
 
 
-def screen_text(scope: MachineScope) -> str:
-    display = _pc(scope, "screen").display
-    with scope.vm.memory.view() as ram:
-        return screen.text(display, ram)
+async def screen_text(scope: MachineScope) -> str:
+    return await _shown(scope, screen.text)
 
 
 async def screen_picture(scope: MachineScope) -> bytes:
+    return await _shown(scope, screen.picture)
+
+
+async def _shown(scope: MachineScope, show: Callable[[Display, MemoryView], T]) -> T:
     display = _pc(scope, "screen").display
     memory = scope.vm.memory
 
-    def draw() -> bytes:
+    def work() -> T:
         with memory.view() as ram:
-            return screen.picture(display, ram)
+            return show(display, ram)
 
-    return await trio.to_thread.run_sync(draw, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
-def type_keys(scope: MachineScope, text: str) -> None:
+async def type_keys(scope: MachineScope, text: str) -> None:
     chords = keys.parse(text)
-    _pc(scope, "keyboard").keyboard.type(chords)
+    await trio.to_thread.run_sync(_pc(scope, "keyboard").keyboard.type, chords)
 
 
 # ---- the framebuffer
