@@ -66,7 +66,7 @@ def as_user(who: Credentials | None, work: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="vmfs-as-user")
+    thread = threading.Thread(target=run, name="vmfs-as-user", daemon=True)  # a share keeps its own
     thread.start()
     thread.join()
     return future.result()
