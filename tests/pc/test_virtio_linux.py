@@ -96,7 +96,7 @@ def test_disks(make_pc, ext4: Path, tmp_path: Path) -> None:
     assert raw.read_bytes() == content
     freed = ext4.stat().st_blocks
     pc.shell("rm /mnt/copy; sync; fstrim /mnt")
-    assert info(pc, "blk0")["driver"] == "ready"
+    assert info(pc, "blk0")["driver"] == "ready" and info(pc, "blk0")["path"] == str(ext4)
     if info(pc, "blk0")["discard"] == "yes":
         assert counters(pc, "blk0")["discard_bytes"] > 20 * MIB
         assert ext4.stat().st_blocks <= freed - 2 * MIB // 512

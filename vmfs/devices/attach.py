@@ -97,7 +97,8 @@ def _open_share(writer: Writer, words: list[str]) -> Any:
 
 def _make_share(request: Request, acquired: Any) -> PciDevice:
     server, as_owner = acquired
-    return Share(request.board, request.name, request.slot, server, request.words[1], as_owner)
+    path, tag = request.words[:2]
+    return Share(request.board, request.name, request.slot, server, tag, as_owner, path=path)
 
 
 ATTACHABLE: Mapping[str, Row] = {
@@ -106,7 +107,7 @@ ATTACHABLE: Mapping[str, Row] = {
         1,
         2,
         _open_disk,
-        lambda request, disk: Block(request.board, request.name, request.slot, disk[0]),
+        lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
     ),
     "net": Row(
         "net user [OPTION...]|tap NAME",

@@ -41,7 +41,8 @@ _WRITEBACK = 32  # offset of the field in the configuration
 
 
 class Block(VirtioDevice):
-    """A disk of `disk.size` bytes. `serial`: up to 20 bytes of ASCII; `block_size`: of a logical block."""
+    """A disk of `disk.size` bytes. `path` is what `info` shows; `serial`: up to 20 bytes of ASCII; `block_size`: of a
+    logical block."""
 
     TYPE = "virtio-blk"
     DEVICE = FIRST_DEVICE + 2
@@ -49,13 +50,22 @@ class Block(VirtioDevice):
     QUEUES = (QUEUE_SIZE,)
 
     def __init__(
-        self, board: Board, name: str, slot: int, disk: Disk, *, serial: str = "", block_size: int = SECTOR
+        self,
+        board: Board,
+        name: str,
+        slot: int,
+        disk: Disk,
+        *,
+        path: str = "",
+        serial: str = "",
+        block_size: int = SECTOR,
     ) -> None:
         if not serial.isascii() or len(serial) > _ID_LENGTH:
             raise Invalid(f"a disk's serial has up to {_ID_LENGTH} letters, not {serial[:40]!r}")
         if block_size not in (512, 1024, 2048, 4096) or disk.size % block_size:
             raise Invalid(f"a disk of {disk.size} bytes has no blocks of {block_size}")
         self.disk = disk
+        self.path = path
         self.serial = serial or name
         self.block_size = block_size
         self.writeback = True
@@ -201,6 +211,7 @@ class Block(VirtioDevice):
     def describe(self) -> dict[str, str]:
         return {
             **super().describe(),
+            "path": self.path,
             "mode": self.disk.mode,
             "size": str(self.disk.size),
             "block_size": str(self.block_size),

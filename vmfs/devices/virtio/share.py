@@ -37,10 +37,13 @@ class Share(VirtioDevice):
     CLASS = 0x018000
     QUEUES = (128,)
 
-    def __init__(self, board: Board, name: str, slot: int, server: Server, tag: str, as_owner: As) -> None:
+    def __init__(
+        self, board: Board, name: str, slot: int, server: Server, tag: str, as_owner: As, *, path: str = ""
+    ) -> None:
         if not 0 < len(tag.encode()) <= _MAX_TAG or not tag.isprintable() or "," in tag:
             raise Invalid(f"a share's tag has up to {_MAX_TAG} letters and no comma, not {tag[:50]!r}")
         self.tag = tag
+        self.path = path  # what `info` shows
         self.server = server
         self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -108,7 +111,8 @@ class Share(VirtioDevice):
         self._do(lambda: self.server.load(state["server"]))
 
     def describe(self) -> dict[str, str]:
-        return {**super().describe(), "tag": self.tag, "mode": "ro" if self.server.read_only else "rw"}
+        mode = "ro" if self.server.read_only else "rw"
+        return {**super().describe(), "path": self.path, "tag": self.tag, "mode": mode}
 
     def close(self) -> None:
         self._work.put(None)
