@@ -362,6 +362,21 @@ def test_interrupting(loaded, on_stub):
     on_stub(test)
 
 
+def test_packets_do_not_pile_up_while_the_guest_runs(loaded, on_stub):
+    async def test(client, _):
+        await client.send(b"c")
+        await trio.to_thread.run_sync(_until_running, loaded)
+        await client.raw(frame(b"qC") * 20000 + b"\x03")
+        assert (await client.reply()).startswith(b"T02")
+        await client.send(b"qAttached")
+        count = 0
+        while await client.reply() != b"1":
+            count += 1
+        assert 0 < count < 1000
+
+    on_stub(test)
+
+
 def _until_running(vm):
     while not vm.counters()["instructions"] > 1000:
         pass

@@ -44,6 +44,7 @@ class GdbPort:
         self.gdb = Gdb(self)
         self._scope = scope
         self._listener: _Listener | None = None
+        self._changing = trio.Lock()
 
     async def wait(self, future: Future[Any]) -> None:
         await finished(future, self._scope)
@@ -83,16 +84,23 @@ class GdbPort:
         if address == "off":
             if rest:
                 raise Invalid("gdb: nothing follows `off`")
-            await self._end_listener()
+            async with self._changing:
+                await self._end_listener()
             return
         settings = parse_layout(rest)
         where = parse_address(address)
+        async with self._changing:
+            await self._listen(where, who)
+            self.gdb.words = settings
+
+    async def _listen(self, where: Where, who: Credentials | None) -> None:
         if self._listener is not None and self._listener.where == where:
             await self._end_listener()  # the same place again
         listener = await trio.to_thread.run_sync(_Listener, where, who)
         await self._end_listener()
+        if self._scope.removed:
+            await trio.to_thread.run_sync(listener.close)
         self._scope.check()
-        self.gdb.words = settings
         self._listener = listener
         trio.lowlevel.spawn_system_task(self._serve, listener)
 

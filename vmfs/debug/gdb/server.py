@@ -24,6 +24,7 @@ from vmfs.vm import Bound, Run
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
+_MOST_WAITING = 64  # packets that wait while the guest runs
 _TEXT_CHUNK = PACKET_SIZE // 8  # bytes of text in an O packet
 # As in vmfs.fs.kinds: a step takes some 20 us, sleeping until its end many times that.
 _SHORT_SECONDS = 200e-6
@@ -179,7 +180,11 @@ class Session:
                 await self._receive()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self._ended = True
-            if self._ended or any(isinstance(event, Interrupt) for event in list(self._events)[before:]):
+            news = list(self._events)[before:]
+            # A gdb says nothing else while it waits for a stop; what a peer sends all the same must not pile up.
+            while len(self._events) > _MOST_WAITING:
+                self._events.pop()
+            if self._ended or any(isinstance(event, Interrupt) for event in news):
                 stop()
 
 
