@@ -48,7 +48,7 @@ def threads():
 
 
 def blocked_read(threads, fd: int) -> Future[bytes]:
-    """In a thread; not by pread, since the file cannot be sought."""
+    """In a thread, from where the descriptor stands."""
     return threads.submit(os.read, fd, 1000)
 
 
@@ -130,7 +130,8 @@ def test_a_read_waits_for_what_comes_and_ends_when_it_is_off(emulated, threads):
     reader = blocked_read(threads, waiting)
     vm.write("trace", "off")
     assert reader.result(SOON) == b""
-    assert failing(os.lseek, fd, 0, os.SEEK_SET) == errno.ESPIPE
+    assert os.pread(fd, 100, 5) == b"0x1000\n"  # what was read can be read again
+    assert failing(os.pread, fd, 100, 100) == errno.EINVAL
     os.close(fd)
     os.close(waiting)
 
@@ -146,6 +147,23 @@ def test_what_a_reader_leaves_is_for_the_next(emulated):
         with open(vm / "trace", "rb", buffering=0) as file:
             lines.append(file.read(12))
     assert b"".join(lines).decode().splitlines() == [line for line in LINES if line.startswith("insn")]
+
+
+def test_programs_that_read_ahead_and_seek_back(emulated):
+    """head(1), and bash's read."""
+    vm = emulated.load(PROGRAM)
+    vm.write("registers", "rsp 0x800")
+    vm.write("trace", "insn on\nexits on")
+    run_to_hlt(vm)
+    vm.write("trace", "off")
+    script = "while read -r line; do echo $line; done <trace"
+    done = subprocess.run(["bash", "-c", script], cwd=vm.path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (0, "", LINES)
+    vm.write("trace", "insn on")
+    vm.write("registers", "rip 0x1000")
+    run_to_hlt(vm)
+    done = subprocess.run(["head", "-n", "2", "trace"], cwd=vm.path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (0, "", LINES[:2])
 
 
 def test_what_is_dropped_is_counted_to_the_last(emulated):
@@ -220,5 +238,3 @@ def test_a_machine_moves_with_its_trace(emulated):
     emulated.write("vm_run", "step")
     emulated.write("trace", "off")
     assert emulated.read("trace") == "insn 0x1000\n"
-
-

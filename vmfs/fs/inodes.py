@@ -102,7 +102,6 @@ class Handle:
 
     direct_io = True  # the server answers every read; a size of 0 does not cut them
     keep_cache = False
-    nonseekable = False  # a stream: lseek, pread and pwrite answer ESPIPE
     tells_closing = False  # `flush` is called
     appending = False  # opened with O_APPEND
 

@@ -149,12 +149,7 @@ class Operations(pyfuse3.Operations):
             raise
         number = next(self._numbers)
         self._handles[number] = handle
-        return pyfuse3.FileInfo(
-            fh=number,
-            direct_io=handle.direct_io,
-            keep_cache=handle.keep_cache,
-            nonseekable=handle.nonseekable,
-        )
+        return pyfuse3.FileInfo(fh=number, direct_io=handle.direct_io, keep_cache=handle.keep_cache)
 
     @_answers
     async def release(self, fh: int) -> None:

@@ -8,13 +8,14 @@ import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
 from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
-from vmfs.errors import WouldBlock
+from vmfs.errors import Invalid, WouldBlock
 from vmfs.fs.commands import parse_commands
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import decoded, may_not_block
 from vmfs.fs.waiting import value_of
 
+SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
 TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds
 
 
@@ -36,14 +37,14 @@ class _TraceHandle(Handle):
     """A reader from when it was opened, or, when it was opened for writing, too, from its first read. While tracing is
     off, who has read all gets the end of the file."""
 
-    nonseekable = True
-
     def __init__(self, node: File, pid: int, nonblocking: bool, binary: bool, *, reads: bool) -> None:
         super().__init__(node, pid, nonblocking)
         self._buffer = self.scope.vm.trace.buffer
         self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
         self._rest = b""  # of `_last`, what did not fit into the read
         self._last: Chunk | None = None
+        self._position = 0  # how much was read
+        self._sent = b""  # the end of that
         self._reader: TraceReader | None = None
         self._unsubscribe = lambda: None
         if reads:
@@ -56,6 +57,20 @@ class _TraceHandle(Handle):
         return self._reader
 
     async def read(self, offset: int, size: int) -> bytes:
+        if offset != self._position:
+            return self._again(offset, size)
+        data = await self._next(size)
+        self._position += len(data)
+        self._sent = (self._sent + data)[-SENT_MOST:] if len(data) < SENT_MOST else data[-SENT_MOST:]
+        return data
+
+    def _again(self, offset: int, size: int) -> bytes:
+        first = self._position - len(self._sent)
+        if not first <= offset < self._position:
+            raise Invalid(f"byte {offset}: {self._position} were read, and one can go back to {first}")
+        return self._sent[offset - first : offset - first + size]
+
+    async def _next(self, size: int) -> bytes:
         nonblocking = may_not_block(self)
         reader = self._begin()
         parts, room = [], size
