@@ -37,6 +37,7 @@ class Board:
 
     def __init__(self, machine: Machine, memory: Memory) -> None:
         self.lock = threading.RLock()
+        self._dirty_lock = threading.Lock()  # of the dirty log, which is asked for where nobody may wait for a device
         self.machine = machine
         self.memory = memory
         self.devices: dict[str, Device] = {}
@@ -219,8 +220,10 @@ class Board:
 
     def wrote(self, address: int, length: int) -> None:
         """A device has written RAM: for the dirty log, as if the guest had."""
-        if length:
-            first, last = address // PAGE, (address + length - 1) // PAGE
+        if not length:
+            return
+        first, last = address // PAGE, (address + length - 1) // PAGE
+        with self._dirty_lock:
             if last >= len(self._dirty):
                 self._dirty.extend(bytes(self.memory.size // PAGE - len(self._dirty)))
             self._dirty[first : last + 1] = b"\1" * (last - first + 1)
@@ -228,7 +231,7 @@ class Board:
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""
-        with self.lock:
+        with self._dirty_lock:
             if not self._is_dirty:
                 return 0
             pages, self._dirty, self._is_dirty = self._dirty, bytearray(), False

@@ -25,6 +25,7 @@ class ConsolePort:
 
     def __init__(self, serial: Serial | VirtioConsole, changed: Any) -> None:
         self.serial = serial
+        self._typist = trio.CapacityLimiter(1)  # what is typed stays in order
         self.stream = Stream(LIMIT, changed)
         serial.output = self.stream.append
         serial.took = self._took
@@ -34,6 +35,13 @@ class ConsolePort:
         if len(self.serial.waiting) < ROOM:
             self.stream.wake()
             self.stream.changed()
+
+    async def type(self, data: bytes) -> None:
+        """In a thread: the board's lock may be held for as long as a disk takes. A caller that is interrupted there
+        has typed all the same."""
+        await trio.to_thread.run_sync(
+            self.serial.receive, data, abandon_on_cancel=True, limiter=self._typist
+        )
 
     def room(self) -> int:
         return max(ROOM - len(self.serial.waiting), 0)
@@ -85,7 +93,8 @@ class _ConsoleHandle(StreamHandle):
             room = self._port.room()
             if room:
                 part = data[done : done + room]
-                self._port.serial.receive(part)
+                async with interruptible(self.pid):
+                    await self._port.type(part)
                 done += len(part)
             elif nonblocking:
                 break
