@@ -4,16 +4,16 @@
 /* Only what the core does: a feature bit here is a promise. Leaves: function, index, significant index. */
 static const struct kvm_cpuid_entry2 defaults[] = {
     {.function = 0, .eax = 0x16, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69}, /* GenuineIntel */
-    {.function = 1, .eax = 0x000006f1, .ebx = 0x00400800,
+    {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
      .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 17 | 1u << 19 | 1u << 20 | 1u << 21 | 1u << 22 | 1u << 23 | 1u << 24 | 1u << 25 | 1u << 26 |
             1u << 30 | 1u << 31 /* hypervisor */,
-     .edx = (0x1f8bfbff & ~(1u << 7 | 1u << 14)) /* no MCE, MCA */},
+     .edx = (0x0f8bfbff & ~(1u << 7 | 1u << 14)) /* no MCE, MCA; no HTT: one CPU */},
     {.function = 6, .eax = 1u << 2}, /* the APIC timer never stops */
     {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 1 | 1u << 3 | 1u << 7 | 1u << 8 |
      1u << 9 | 1u << 10 | 1u << 18 | 1u << 19 | 1u << 20 | 1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3 | 1u << 16 | 1u << 22, .edx = 1u << 29},
-    /* Topology: one package, a core a CPU. EDX follows the CPU. */
+    /* Topology: one package with one CPU, ids for CORE_VCPUS. EDX follows the CPU. A machine of more sets its own. */
     {.function = 0xb, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1, .ecx = 0x100},
-    {.function = 0xb, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 6, .ebx = CORE_VCPUS, .ecx = 0x201},
+    {.function = 0xb, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 6, .ebx = 1, .ecx = 0x201},
     /* XSAVE: x87, SSE, PKRU; offsets as in ops_sse_state.c. EBX of the first two follows XCR0. */
     {.function = 0xd, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 0x203, .ecx = 2696},
     {.function = 0xd, .index = 1, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .eax = 1u << 0 | 1u << 1 | 1u << 3},
