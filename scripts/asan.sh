@@ -21,10 +21,14 @@ echo 'import os; del os.RTLD_DEEPBIND' >build/asan/lib/sitecustomize.py
 # PYTHONPATH and PYTHONSAFEPATH: the copy, also in the processes that tests start in the tree.
 export PYTHONPATH=$PWD/build/asan/lib PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 .venv/bin/python -c 'import vmfs, sys; sys.exit("build/asan" not in vmfs.__file__)'
-# dd asks for memory in a way that ASan's allocator refuses: it runs without.
+# Programs of the host that do not run with ASan's allocator run without.
 mkdir -p build/asan/bin
-printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$@"\n' "$(command -v dd)" >build/asan/bin/dd
-chmod +x build/asan/bin/dd
+for each in dd gdb; do
+    if [ -n "$(command -v $each)" ]; then
+        printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$@"\n' "$(command -v $each)" >build/asan/bin/$each
+        chmod +x build/asan/bin/$each
+    fi
+done
 export PATH=$PWD/build/asan/bin:$PATH
 # Python's own allocator would hide overruns of bytes objects from ASan.
 export PYTHONMALLOC=malloc
