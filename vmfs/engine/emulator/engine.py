@@ -197,8 +197,11 @@ class EmulatorVcpu(Vcpu):
         self._closed = False
 
     def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
-        with _failures("run"):
+        try:  # and no _failures, which takes as long as the rest of an exit
             exit_ = self._cpu.run(-1 if budget is None else budget, goes_on)
+        except Exception:
+            with _failures("run"):
+                raise
         return _MAKERS[exit_[0]](self, exit_)
 
     # The exits: (reason, rip, write, size, count, address, cause, id, vector, message)
