@@ -52,7 +52,7 @@ def test_reboot_is_a_reset_and_the_next_run_boots_again(make_pc):
 
 def test_the_generic_kernel_boots(make_pc):
     pc = boot_linux(make_pc(), 'echo "version $(uname -r)"; poweroff -f\n', kernel=GENERIC, mem="512M")
-    assert pc.expect(r"version (\S+)")[1] == GENERIC.release
+    assert pc.expect(r"version (\S+)\r\n")[1] == GENERIC.release
     assert pc.ended().startswith("shutdown cause=poweroff")
 
 
