@@ -71,7 +71,7 @@ def tcg_run(initrd: bytes, disk: Path | None) -> tuple[float, str]:
         drive = ["-drive", f"file={disk},format=raw,if=virtio,cache=writeback"] if disk else []
         command = [
             "qemu-system-x86_64", "-accel", "tcg", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-            "-serial", "stdio", "-cpu", "max", *drive,
+            "-serial", "stdio", *drive,
             "-kernel", str(CLOUD.image), "-initrd", file.name, "-append", CMDLINE,
         ]  # fmt: skip
         began = time.perf_counter()

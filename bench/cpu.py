@@ -136,13 +136,21 @@ class Qemu:
         assert done.returncode & 1, done.returncode
 
 
+SHORT = 0.1  # seconds; less is not told from the noise of starting a process
+
+
 def _timed(run: Callable[[int, int], object], number: int, kernel: Kernel) -> float:
-    """Seconds of the repetitions between few and many."""
-    began = time.perf_counter()
-    run(number, kernel.few)
-    middle = time.perf_counter()
-    run(number, kernel.many)
-    return (time.perf_counter() - middle) - (middle - began)
+    """Seconds of the repetitions between few and many; where that is too short to be timed, a part of many more."""
+    more = 1
+    while True:
+        began = time.perf_counter()
+        run(number, kernel.few)
+        middle = time.perf_counter()
+        run(number, kernel.few + more * (kernel.many - kernel.few))
+        seconds = (time.perf_counter() - middle) - (middle - began)
+        if seconds > SHORT or more > 100:
+            return seconds / more
+        more *= 4
 
 
 def results() -> list[Result]:
