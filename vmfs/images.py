@@ -68,6 +68,11 @@ class Images:
     def there(self, name: str) -> bool:
         return self._images[name].size > 0
 
+    @property
+    def bootable(self) -> bool:
+        """Whether there is anything to begin with."""
+        return self.there("kernel") or self.there("bios")
+
     def close(self) -> None:
         for image in self._images.values():
             image.close()

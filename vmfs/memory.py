@@ -8,15 +8,13 @@ import os
 from collections.abc import Iterator
 
 from vmfs.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
+from vmfs.hostfile import KEEP_SIZE, PUNCH_HOLE, fallocate
 
 PAGE = 4096
 DEFAULT_SIZE = 128 << 20
 # Below the flash, the APICs and the pages that KVM takes on Intel hosts, all of which live under 4 GiB.
 # More RAM needs a hole there, which is a PC's memory map and not that of a bare machine.
 MAXIMUM_SIZE = 0xE000_0000
-
-# Linux include/uapi/linux/falloc.h: give the pages back, keep the size.
-_PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01
 
 
 def check_size(size: int) -> None:
@@ -135,9 +133,9 @@ class MemoryView:
 
 
 def punch(fd: int, offset: int, size: int) -> int:
-    """Free the pages: they read as zeros. 0, or -1. Python has no fallocate with flags."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size)
+    """Free the pages: they read as zeros. 0, or -1."""
+    try:
+        fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, size)
+    except OSError:
+        return -1
+    return 0

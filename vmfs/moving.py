@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu
+from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu, has_state
 from vmfs.errors import Invalid, Unsupported
 
 # What decides about the validity of something comes before it: CPUID of all, EFER and CR0 of the rest, XCR0
@@ -29,7 +29,7 @@ def carry_cpu(source: Vcpu, target: Vcpu, reset: Mapping[str, bytes], *, keep_cp
             _carry(source, target, name)
     _carry_msrs(source, target, _entries(reset["msrs"]))
     for name in _BEHIND_MSRS:
-        if name != "lapic" or _has(target, name):  # a machine that becomes bare has none
+        if name != "lapic" or has_state(target, name):  # a machine that becomes bare has none
             _carry(source, target, name)
     for vector in source.queued_vectors:
         target.interrupt(vector)
@@ -56,14 +56,6 @@ def _carry(source: Vcpu, target: Vcpu, name: str) -> None:
         target.set_state(name, data)
     except Invalid as error:
         raise Unsupported(f"{name} is in a state that the other engine cannot have: {error}") from error
-
-
-def _has(cpu: Vcpu, name: str) -> bool:
-    try:
-        cpu.get_state(name)
-    except Unsupported:
-        return False
-    return True
 
 
 def _resized(xsave: bytes, size: int) -> bytes:

@@ -571,7 +571,7 @@ class Vm:
     def _boot(self) -> None:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
         images = self.images
-        if images.there("kernel") or images.there("bios"):
+        if images.bootable:
             from vmfs.booting import boot  # what reads images is not loaded by who boots none
 
             booted = boot(images, self.memory, self._cpu, has_devices=self.board is not None)
@@ -584,13 +584,13 @@ class Vm:
                 for address, size in booted.written:
                     first, last = address // PAGE, (address + max(size, 1) - 1) // PAGE
                     written |= ((1 << last - first + 1) - 1) << first
-                self._dirty = {name: bits | written for name, bits in self._dirty.items()}
+                self._note_written(written)
         self._boot_due = False
 
     def load(self) -> Run | None:
         """Do now what the next run would begin with, for a debugger that comes before it: load what there is to
         boot, and execute nothing. None where there is nothing to do."""
-        if not self._boot_due or not (self.images.there("kernel") or self.images.there("bios")):
+        if not self._boot_due or not self.images.bootable:
             return None
         return self.start(Bound(instructions=0))
 
@@ -651,8 +651,6 @@ class Vm:
             self._check_idle()
             if self._cpu.exits_waiting:
                 raise Busy("the last instruction has more exits: run until they are seen")
-            if self.board is not None and Capability.IRQCHIP not in self.capabilities:
-                raise Unsupported(f"{engine.name} has no interrupt controllers")
             self._replace_machine(engine)
             if Capability.DETERMINISTIC in self.capabilities:
                 self._machine.set_time(self.time_source)
@@ -702,8 +700,7 @@ class Vm:
         self._chip_reset_states = chip_reset_states
         self.board = board
         self._asked, self.still = request, object()
-        news = int.from_bytes(written, "little")
-        self._dirty = {name: bits | news for name, bits in self._dirty.items()}
+        self._note_written(int.from_bytes(written, "little"))
         old.close()
 
     # ---- the pending access
@@ -815,11 +812,14 @@ class Vm:
             news = int.from_bytes(log, "little")
             if self.board is not None:
                 news |= self.board.take_dirty()
-            taken = self._dirty[reader] | news
-            if news:
-                self._dirty = {name: bits | news for name, bits in self._dirty.items()}
-            self._dirty[reader] = 0
+            self._note_written(news)
+            taken, self._dirty[reader] = self._dirty[reader], 0
         return taken.to_bytes(len(log), "little")
+
+    def _note_written(self, pages: int) -> None:
+        """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""
+        if pages:
+            self._dirty = {name: bits | pages for name, bits in self._dirty.items()}
 
     def counters(self) -> dict[str, int]:
         """What `stat` shows."""

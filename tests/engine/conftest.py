@@ -13,9 +13,8 @@ from vmfs.errors import VmfsError
 pytest.register_assert_rewrite("engine.case")
 
 
-@pytest.fixture(scope="session", params=[row.name for row in ENGINES])
-def engine(request):
-    row = next(row for row in ENGINES if row.name == request.param)
+def engine_or_skip(name):
+    row = next(row for row in ENGINES if row.name == name)
     try:
         engine = row.load()
     except VmfsError as error:
@@ -24,6 +23,17 @@ def engine(request):
     if not availability.available:
         pytest.skip(f"{row.name}: {availability.reason}")
     return engine
+
+
+@pytest.fixture(scope="session", params=[row.name for row in ENGINES])
+def engine(request):
+    return engine_or_skip(request.param)
+
+
+@pytest.fixture(params=[row.name for row in ENGINES])
+def other(request):
+    """One more engine, the same one too: pairs of them."""
+    return engine_or_skip(request.param)
 
 
 @pytest.fixture(scope="session")

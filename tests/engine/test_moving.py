@@ -5,26 +5,12 @@ import struct
 import pytest
 from engine.asm import ORIGIN
 
-from vmfs.engine import ENGINES
-from vmfs.errors import Busy, Unsupported, VmfsError
+from vmfs.errors import Busy, Unsupported
 from vmfs.vm import Bound, Vm
 
 SECONDS = 30
 SIZE = 2 << 20
 LSTAR = 0xC0000082
-
-
-@pytest.fixture(params=[row.name for row in ENGINES])
-def other(request):
-    row = next(row for row in ENGINES if row.name == request.param)
-    try:
-        engine = row.load()
-    except VmfsError as error:
-        pytest.skip(str(error))
-    availability = engine.probe()
-    if not availability.available:
-        pytest.skip(f"{row.name}: {availability.reason}")
-    return engine
 
 
 @pytest.fixture

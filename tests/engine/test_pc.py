@@ -17,20 +17,16 @@ from vmfs.vm import Bound, Vm
 SECONDS = 30
 SIZE = 2 << 20
 
+# The 8259 with IRQ 0 at vector 0x20; what follows is its mask.
+PIC = "mov al, 0x11; out 0x20, al; mov al, 0x20; out 0x21, al; mov al, 4; out 0x21, al; mov al, 1; out 0x21, al"
+
 # The timer at 100 Hz through the 8259s to vector 0x20, whose handler counts in [0x500]; runs until it has counted 3.
-TIMER = """
+TIMER = f"""
     xor ax, ax
     mov ds, ax
     mov word ptr [0x80], offset handler
     mov word ptr [0x82], 0
-    mov al, 0x11
-    out 0x20, al
-    mov al, 0x20
-    out 0x21, al
-    mov al, 4
-    out 0x21, al
-    mov al, 1
-    out 0x21, al
+    {PIC}
     mov al, 0xfe
     out 0x21, al
     mov al, 0x34
@@ -137,19 +133,12 @@ def test_the_timer_wakes_it(pc, assembler):
 def test_a_device_interrupts(pc, assembler):
     """Received bytes, by IRQ 4 through the 8259s, while the CPU halts."""
     program = assembler(
-        """
+        f"""
         xor ax, ax
         mov ds, ax
         mov word ptr [0x90], offset handler
         mov word ptr [0x92], 0
-        mov al, 0x11
-        out 0x20, al
-        mov al, 0x20
-        out 0x21, al
-        mov al, 4
-        out 0x21, al
-        mov al, 1
-        out 0x21, al
+        {PIC}
         mov al, 0xef
         out 0x21, al
         mov dx, 0x3f9

@@ -2,11 +2,9 @@
 
 import struct
 
-import pytest
 from engine.machine import RAM, machine_on
 
-from vmfs.engine import ENGINES, measure_speed
-from vmfs.errors import VmfsError
+from vmfs.engine import measure_speed
 
 # In this order: EFER and CR0 decide what of the rest is valid, and xcrs what xsave holds.
 STATES = ("sregs", "xcrs", "fpu", "debugregs", "regs", "events", "mp_state")
@@ -27,19 +25,6 @@ end:
 """
 
 
-@pytest.fixture(params=[row.name for row in ENGINES])
-def other_engine(request):
-    row = next(row for row in ENGINES if row.name == request.param)
-    try:
-        engine = row.load()
-    except VmfsError as error:
-        pytest.skip(str(error))
-    availability = engine.probe()
-    if not availability.available:
-        pytest.skip(f"{row.name}: {availability.reason}")
-    return engine
-
-
 def move(source, target):
     target.ram.write(0, source.ram.read(0, RAM))
     for name in STATES:
@@ -48,7 +33,7 @@ def move(source, target):
         target.vcpu.set_msr(index, source.vcpu.get_msr(index))
 
 
-def test_a_machine_moves_between_two_accesses(vm, other_engine, assembler):
+def test_a_machine_moves_between_two_accesses(vm, other, assembler):
     program = assembler(PROGRAM, "long")
     vm.load(program, "long")
     fpu = bytearray(vm.vcpu.get_state("fpu"))
@@ -57,7 +42,7 @@ def test_a_machine_moves_between_two_accesses(vm, other_engine, assembler):
     assert vm.vcpu.run().line().startswith("io direction=in port=0x80 ")
     vm.vcpu.access_data = b"\x99"
     vm.vcpu.complete()
-    with machine_on(other_engine) as target:
+    with machine_on(other) as target:
         move(vm, target)
         for name in STATES:
             assert target.vcpu.get_state(name) == vm.vcpu.get_state(name), name
@@ -70,12 +55,12 @@ def test_a_machine_moves_between_two_accesses(vm, other_engine, assembler):
         assert vm.regs() == regs
 
 
-def test_a_pending_in_moves_as_not_yet_executed(vm, other_engine, assembler):
+def test_a_pending_in_moves_as_not_yet_executed(vm, other, assembler):
     """What is read at an `in` is the CPU before it: the other machine executes it anew."""
     program = assembler("mov eax, 1; l0: in al, 0x80; hlt; end:", "long")
     vm.load(program, "long")
     assert vm.vcpu.run().REASON == "io"
-    with machine_on(other_engine) as target:
+    with machine_on(other) as target:
         move(vm, target)
         assert (
             target.vcpu.run().line()

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vmfs.errors import Unsupported
+from vmfs.errors import Invalid, Unsupported
 from vmfs.exits import Exit
 
 
@@ -60,6 +61,7 @@ MACHINE_STATES = {
     "clock": "struct kvm_clock_data",
 }
 
+PAGE_SIZE = 4096
 INTERRUPT_QUEUE = 64  # vectors that wait in a Vcpu; one more is errors.WouldBlock
 
 
@@ -171,6 +173,43 @@ NO_TRACE = TraceRequest()
 # Where a trace goes: `sink(records, events, ended)` is called in the thread of `Vcpu.run`. The records, each a struct
 # vmfs_trace of vmfs.h, are so many events. Unless the run has ended, it may wait; who kicks the CPU ends that.
 TraceSink = Callable[[bytes, int, bool], None]
+
+
+def check_slot(
+    slot: int,
+    guest_address: int,
+    fd: int,
+    offset: int,
+    size: int,
+    *,
+    limit: int,
+    others: Iterable[tuple[int, int, int]],
+) -> None:
+    """Invalid for what `Machine.map_memory` refuses. `limit` is how many slots there are; `others` have the number,
+    guest address and size of those in use."""
+    if not 0 <= slot < limit:
+        raise Invalid(f"memory slot {slot}: there are {limit}")
+    if not size:
+        return
+    if min(guest_address, offset, size) < 0 or (guest_address | offset | size) % PAGE_SIZE:
+        raise Invalid(f"memory slot {slot}: address, offset and size are multiples of {PAGE_SIZE}")
+    end = guest_address + size
+    if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
+        raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
+    if offset + size > os.fstat(fd).st_size:
+        raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
+    for number, address, length in others:
+        if number != slot and guest_address < address + length and address < end:
+            raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
+
+
+def has_state(cpu: Vcpu, name: str) -> bool:
+    """Whether the CPU has a state of VCPU_STATES."""
+    try:
+        cpu.get_state(name)
+    except Unsupported:
+        return False
+    return True
 
 
 class Engine(abc.ABC):

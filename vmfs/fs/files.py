@@ -12,7 +12,7 @@ import trio
 
 from vmfs import __version__
 from vmfs.engine import EngineInfo, by_name
-from vmfs.engine.base import Vcpu
+from vmfs.engine.base import Vcpu, has_state
 from vmfs.errors import Busy, Invalid, Unsupported
 from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
@@ -290,16 +290,8 @@ def has_msr(cpu: Vcpu, name: str) -> bool:
 
 def listed_registers(cpu: Vcpu) -> list[str]:
     """The registers that the CPU has, and those MSRs that are in its `msrs`."""
-    has = {state: _has_state(cpu, state) for state in {row.state for row in REGISTERS.values()}}
+    has = {state: has_state(cpu, state) for state in {row.state for row in REGISTERS.values()}}
     names = [row.name for row in REGISTERS.values() if has[row.state]]
-    if _has_state(cpu, "msrs"):
+    if has_state(cpu, "msrs"):
         names += [msr_name(index) for index, _, _ in struct.iter_unpack("<IIQ", cpu.get_state("msrs")[8:])]
     return names
-
-
-def _has_state(cpu: Vcpu, name: str) -> bool:
-    try:
-        cpu.get_state(name)
-    except Unsupported:
-        return False
-    return True

@@ -24,12 +24,12 @@ from vmfs.engine.base import (
     TraceRequest,
     TraceSink,
     Vcpu,
+    check_slot,
 )
 from vmfs.engine.emulator import _core
 from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
 from vmfs.exits import Exit
 
-PAGE_SIZE = 4096
 _PAGE_FAULT = 14  # #PF
 IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
 
@@ -102,28 +102,13 @@ class EmulatorMachine(Machine):
     def map_memory(
         self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
     ) -> None:
-        self._check_slot(slot, guest_address, fd, offset, size)
+        others = ((number, *place) for number, place in self._slots.items())
+        check_slot(slot, guest_address, fd, offset, size, limit=_core.SLOTS, others=others)
         with _failures(f"memory slot {slot} at {guest_address:#x}"):
             self._vm.map(slot, guest_address if size else 0, fd, offset if size else 0, size, read_only)
         self._slots.pop(slot, None)
         if size:
             self._slots[slot] = guest_address, size
-
-    def _check_slot(self, slot: int, guest_address: int, fd: int, offset: int, size: int) -> None:
-        if not 0 <= slot < _core.SLOTS:
-            raise Invalid(f"memory slot {slot}: there are {_core.SLOTS}")
-        if not size:
-            return
-        if min(guest_address, offset, size) < 0 or (guest_address | offset | size) % PAGE_SIZE:
-            raise Invalid(f"memory slot {slot}: address, offset and size are multiples of {PAGE_SIZE}")
-        end = guest_address + size
-        if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
-            raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
-        if offset + size > os.fstat(fd).st_size:
-            raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
-        for number, (address, length) in self._slots.items():
-            if number != slot and guest_address < address + length and address < end:
-                raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
 
     def create_vcpu(self, index: int) -> EmulatorVcpu:
         if index in self._vcpus:

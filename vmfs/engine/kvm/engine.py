@@ -20,7 +20,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from vmfs.engine.base import MACHINE_STATES, Availability, Capability, Engine, Machine
+from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability, Engine, Machine, check_slot
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
@@ -29,7 +29,6 @@ from vmfs.engine.kvm.state import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
 
-PAGE_SIZE = 4096
 # Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
 # map (1 page) that lie in the guest's memory: below the BIOS ROM at the end of the first 4 GiB.
 TSS_ADDRESS = 0xFFFBD000
@@ -200,7 +199,8 @@ class KvmMachine(Machine):
     def map_memory(
         self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
     ) -> None:
-        self._check_region(slot, guest_address, fd, offset, size)
+        others = ((number, one.guest_address, one.size) for number, one in self._slots.items())
+        check_slot(slot, guest_address, fd, offset, size, limit=self._slot_limit, others=others)
         old = self._slots.get(slot)
         new = None
         if size:
@@ -227,22 +227,6 @@ class KvmMachine(Machine):
             old.mapping.close()
         if new:
             self._slots[slot] = new
-
-    def _check_region(self, slot: int, guest_address: int, fd: int, offset: int, size: int) -> None:
-        if not 0 <= slot < self._slot_limit:
-            raise Invalid(f"memory slot {slot}: there are {self._slot_limit}")
-        if not size:
-            return
-        if min(guest_address, offset, size) < 0 or (guest_address | offset | size) % PAGE_SIZE:
-            raise Invalid(f"memory slot {slot}: address, offset and size are multiples of {PAGE_SIZE}")
-        end = guest_address + size
-        if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
-            raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
-        if offset + size > os.fstat(fd).st_size:
-            raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
-        for number, other in self._slots.items():
-            if number != slot and guest_address < other.guest_address + other.size and other.guest_address < end:
-                raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
 
     def _set_region(self, region: bytes) -> None:
         ioctl_set(self._fd, Ioctl.KVM_SET_USER_MEMORY_REGION, region)
