@@ -99,23 +99,11 @@ class _ConsoleHandle(StreamHandle):
             elif nonblocking:
                 break
             else:
-                await self._wait_for_room()
+                await self.wait_until(self._port.room)
+                await trio.lowlevel.checkpoint()
         if not done and data:
             raise WouldBlock("the guest has not read what was typed before")
         return done
-
-    async def _wait_for_room(self) -> None:
-        async with interruptible(self.pid):
-            with self.scope.waiting() as event:
-                try:
-                    self.scope.check()
-                    self._port.stream.wait(event)
-                    if not self._port.room():
-                        await event.wait()
-                    self.scope.check()
-                finally:
-                    self._port.stream.forget(event)
-        await trio.lowlevel.checkpoint()
 
     def room(self) -> int:
         return POLL_OUT if self._port.room() else 0

@@ -143,7 +143,7 @@ class StreamHandle(Handle):
                 return data
             if nonblocking:
                 raise WouldBlock("there is nothing to read yet")
-            await self._wait()
+            await self.wait_until(self._has_news)
 
     def _next(self, size: int) -> bytes:
         if not self._rest:
@@ -154,20 +154,24 @@ class StreamHandle(Handle):
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
-    async def _wait(self) -> None:
+    def _has_news(self) -> bool:
+        return self.stream.ready(self._reader) or self._ended(self.scope)
+
+    async def wait_until(self, ready: Callable[[], object]) -> None:
+        """Returns when `ready()`, or at the next append or `wake` of the stream: who waits looks again."""
         async with interruptible(self.pid):
             with self.scope.waiting() as event:
                 try:
                     self.scope.check()
                     self.stream.wait(event)
-                    if not self.stream.ready(self._reader) and not self._ended(self.scope):
+                    if not ready():
                         await event.wait()
                     self.scope.check()
                 finally:
                     self.stream.forget(event)
 
     def poll(self) -> int:
-        there = self._rest or self.stream.ready(self._reader) or self._ended(self.scope)
+        there = self._rest or self._has_news()
         return (POLL_IN if there else 0) | self.room()
 
     def room(self) -> int:
