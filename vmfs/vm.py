@@ -16,6 +16,7 @@ others hand it a task (`at_boundary`) and kick it; it does the tasks between two
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import struct
@@ -96,23 +97,23 @@ class Vm:
 
     def __init__(self, engine: Engine, *, memory_size: int = DEFAULT_SIZE) -> None:
         self.memory = Memory(memory_size)
-        try:
-            self.engine = engine
+        self.engine = engine
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.memory.close)
             self._machine = engine.create_machine()
+            undo.callback(self._machine.close)
             self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, memory_size)
             self._cpu = self._machine.create_vcpu(0)
-        except BaseException:
-            self.memory.close()
-            raise
-        self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
-        self._made_cpuid = self._cpu.get_state("cpuid")
+            self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
+            self._made_cpuid = self._cpu.get_state("cpuid")
+            self.time_source = default_time(self._machine)
+            undo.pop_all()
         self._chip_reset_states: dict[str, bytes] = {}
         self.machine_name = "bare"
         self.board: Board | None = None
         self.images = Images()
         self._boot_due = True  # the next run begins by loading what `images` has
         self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
-        self.time_source = default_time(self._machine)
         self.hooks = MemoryHooks()
         self.trace = Trace()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed

@@ -388,14 +388,14 @@ def test_host_keeps_its_limits(engine):
 def test_a_host_without_descriptors(engine):
     """ENOSPC, with a sentence; whatever was the one descriptor too many, none is lost."""
     engine.create_machine().close()  # what an engine keeps, it has
-    least = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    taken = set(map(int, os.listdir("/proc/self/fd")))
     host = Host(engine, max_vms=9, max_memory=1 << 40)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = len(os.listdir("/proc/self/fd"))
-    made = 0
+    made = refused = 0
     try:
-        for limit in range(least, least + 20):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        for last in sorted(set(range(len(taken) + 20)) - taken):  # the lowest numbers that are free: one more each time
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last, hard))
             try:
                 vm = host.create()
                 host.forget(vm)
@@ -404,7 +404,8 @@ def test_a_host_without_descriptors(engine):
             except LimitReached as error:
                 assert "descriptor" in str(error)
                 assert not made
+                refused += 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert made
+    assert made and refused
     assert len(os.listdir("/proc/self/fd")) == before
