@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ import shutil
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -91,6 +93,13 @@ def card() -> Iterator[Card]:
     card = Card()
     yield card
     card.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0)
 
 
 def frame_of(size: int, seed: int = 1) -> bytes:
@@ -201,6 +210,61 @@ def test_frames_wait_in_the_backend_for_buffers(card: Card) -> None:
         card.wait(lambda done=done: bool(done.__iadd__(ring.used())))
         seen += [card.driver.get(places[head], length)[12:] for head, length in done]
     assert seen == frames and card.device.counters["rx_dropped"] == 0
+
+
+def test_a_frame_that_waits_for_more_buffers_is_told_of_each(card: Card) -> None:
+    """Some are there, but too few: the device wants to hear of the next one, whatever number it has."""
+    card.driver.start(EVENT_IDX | F_MRG_RXBUF)
+    ring = card.driver.queues[0]
+    frame = frame_of(1000)
+    at = card.driver.take(4 * 256)
+    with card.bench.board.lock:
+        for index in range(2):
+            ring.add([(at + 256 * index, 256, True)])
+        ring.notify()
+    card.wire.send(frame)
+    for index in range(2, 4):
+        until(lambda: card.device._starved)
+        with card.bench.board.lock:
+            ring.add([(at + 256 * index, 256, True)])
+            assert ring.notify_if_wanted()
+    done: list[tuple[int, int]] = []
+    card.wait(lambda: len(done.__iadd__(ring.used())) == 4)
+    assert card.driver.get(at, 1012)[12:] == frame
+
+
+def test_a_guest_without_buffers_does_not_hold_the_backend_back(card: Card) -> None:
+    """It keeps some MiB of frames for the guest: passt loses some, and itself, where its socket is full."""
+    card.driver.start(F_MRG_RXBUF)
+    frames = [frame_of(60_000, at) for at in range(8 * 16)]  # 7.3 MiB: more than any socket has
+    card.wire.send(*frames)
+    ring = card.driver.queues[0]
+    at = card.driver.take(60_100)
+    seen = []
+    for _ in frames:
+        with card.bench.board.lock:
+            ring.add([(at, 60_100, True)])
+            ring.notify()
+        done: list[tuple[int, int]] = []
+        card.wait(lambda done=done: bool(done.__iadd__(ring.used())))
+        seen.append(card.driver.get(at, done[0][1])[12:])
+    assert seen == frames and card.device.counters["rx_dropped"] == 0
+
+
+def test_a_backend_without_end_is_held_back(card: Card) -> None:
+    card.driver.start()
+    card.wire.end.setblocking(False)
+    frame = struct.pack(">I", 60_000) + frame_of(60_000)
+    sent = 0
+
+    def is_full() -> bool:
+        nonlocal sent
+        with contextlib.suppress(BlockingIOError):
+            sent += card.wire.end.send(frame)
+        return not card.wire.backend.has_room
+
+    until(is_full)
+    assert sent < 32 << 20
 
 
 def test_what_comes_without_a_driver_is_dropped(card: Card) -> None:

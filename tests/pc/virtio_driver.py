@@ -183,6 +183,7 @@ class Ring:
         driver.write(1, 28, 2, 1)
         self.next = 0
         self.made = 0
+        self.told = 0  # what was made when the device was last notified, or needed not be
         self.seen = 0
         self.event: int | None = None  # the used index to be interrupted at (of EVENT_IDX), or None: the next one
 
@@ -217,7 +218,17 @@ class Ring:
         self.poke(self.avail + 2, "<H", self.made)
 
     def notify(self) -> None:
+        self.told = self.made
         self.driver.write(2, 4 * self.index, 2, self.index)
+
+    def notify_if_wanted(self) -> bool:
+        """As a driver with EVENT_IDX does: when the device's avail_event is among what was added since the last time."""
+        (event,) = self.peek(self.used_area + 4 + 8 * self.size, "<H")
+        wanted = (self.made - event - 1) & 0xFFFF < (self.made - self.told) & 0xFFFF
+        self.told = self.made
+        if wanted:
+            self.notify()
+        return wanted
 
     def used(self) -> list[tuple[int, int]]:
         """(head, length) of what was given back since the last call."""

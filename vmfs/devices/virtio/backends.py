@@ -23,6 +23,9 @@ from vmfs.errors import Invalid, Unsupported
 MAX_FRAME = 65_535 + 14  # passt's packets have up to 65520 bytes
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
 _CHUNK = 1 << 18
+# What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem), and passt loses
+# frames when its socket is full: of an ARP reply, in Debian 12's, only the second half, which garbles all that follows.
+_ROOM = 16 << 20
 
 # Linux include/uapi/linux/if_tun.h
 TUNSETIFF = 0x4004_54CA
@@ -35,6 +38,15 @@ class Backend(Protocol):
     """`fd` is readable when a frame has come, and writable when one can be sent."""
 
     fd: int
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `collect` would keep frames that have come."""
+        ...
+
+    def collect(self) -> None:
+        """Keep what has come for `receive`, as far as there is room, so that the other end need not wait."""
+        ...
 
     @property
     def unsent(self) -> bool:
@@ -64,7 +76,23 @@ class Stream:
         self._socket = sock
         self.fd = sock.fileno()
         self._in = bytearray()
+        self._ended = False
         self._out = b""  # the rest of a frame that the socket took a part of
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._in) < _ROOM and not self._ended
+
+    def collect(self) -> None:
+        while self.has_room:
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            self._in += data
+            self._ended = not data
 
     @property
     def unsent(self) -> bool:
@@ -97,13 +125,12 @@ class Stream:
                     frame = bytes(self._in[_LENGTH.size : end])
                     del self._in[:end]
                     return frame
-            try:
-                data = self._socket.recv(_CHUNK)
-            except BlockingIOError:
+            before = len(self._in)
+            self.collect()
+            if len(self._in) == before:
+                if self._ended:
+                    raise OSError("the other end has closed the connection")
                 return None
-            if not data:
-                raise OSError("the other end has closed the connection")
-            self._in += data
 
     def describe(self) -> dict[str, str]:
         return {"backend": "stream"}
@@ -176,7 +203,11 @@ class Tap:
         self.fd = fd
         self.name = name
         self.unsent = False
+        self.has_room = False  # the interface has a queue of its own
         os.set_blocking(fd, False)
+
+    def collect(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass

@@ -71,12 +71,15 @@ class Console(VirtioDevice):
     def _deliver(self) -> None:
         queue = self.queues[_RECEIVE]
         count = 0
-        while self.waiting and (chain := queue.pop()) is not None:
-            done = chain.write(bytes(self.waiting[: chain.writable_length]))
-            del self.waiting[:done]
-            count += done
-            queue.push(chain, done)
-        queue.want_notifications()
+        while True:
+            while self.waiting and (chain := queue.pop()) is not None:
+                done = chain.write(bytes(self.waiting[: chain.writable_length]))
+                del self.waiting[:done]
+                count += done
+                queue.push(chain, done)
+            queue.want_notifications()
+            if not self.waiting or not queue.pending():
+                break
         self.tell(queue)
         if count:
             self.took()

@@ -153,7 +153,8 @@ class Net(VirtioDevice):
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
                 is_sending = self._blocked and self.is_live or self.backend.unsent
-                events = (0 if self._starved else select.POLLIN) | (select.POLLOUT if is_sending else 0)
+                is_receiving = not self._starved or self.backend.has_room
+                events = (select.POLLIN if is_receiving else 0) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
             poller.poll(0 if more else None)
@@ -164,6 +165,7 @@ class Net(VirtioDevice):
                 with self.guarded():
                     self._go_on_sending()
                     more = self._receive()
+                    self.backend.collect()
 
     def _receive(self) -> bool:
         """Bring what has arrived to the guest, or nowhere while it has no driver. True when there is more."""

@@ -205,10 +205,11 @@ class Virtqueue:
         self.board.wrote(self.device + 2, 2)
 
     def want_notifications(self) -> None:
-        """Ask the driver to notify for the next request. Look at `pending` once more afterwards."""
+        """Ask the driver to notify for the next request beyond those that wait now. Look at `pending` once more
+        afterwards, whether there are more."""
         if self.event_index:
             at = self.device + 4 + 8 * self.size
-            _U16.pack_into(self.board.ram, at, self.taken)
+            _U16.pack_into(self.board.ram, at, (self.taken + self.pending()) & 0xFFFF)
             self.board.wrote(at, 2)
             with self._barrier:
                 pass
