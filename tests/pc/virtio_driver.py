@@ -222,7 +222,7 @@ class Ring:
         self.driver.write(2, 4 * self.index, 2, self.index)
 
     def notify_if_wanted(self) -> bool:
-        """As a driver with EVENT_IDX does: when the device's avail_event is among what was added since the last time."""
+        """As a driver with EVENT_IDX does: when avail_event is among what was added since the last time."""
         (event,) = self.peek(self.used_area + 4 + 8 * self.size, "<H")
         wanted = (self.made - event - 1) & 0xFFFF < (self.made - self.told) & 0xFFFF
         self.told = self.made
