@@ -346,7 +346,7 @@ def reader(path):
 @contextmanager
 def program(body, *arguments):
     """A Python process that runs CALLS and the body, with pipes for its standard input and output."""
-    process = subprocess.Popen([sys.executable, "-c", CALLS + body, *map(str, arguments)],
+    process = subprocess.Popen([sys.executable, "-u", "-c", CALLS + body, *map(str, arguments)],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     try:
         yield process
