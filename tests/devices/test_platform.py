@@ -58,6 +58,7 @@ def test_serial_interrupts(pc, guest, machine):
 def test_serial_keeps_what_does_not_fit(pc, guest):
     com1, taken = pc.devices["com1"], []
     com1.took = lambda: taken.append(len(com1.waiting))
+    guest.out(0x3FC, 3)
     guest.out(0x3FA, 0xC1)
     text = bytes(range(100))
     com1.receive(text)
@@ -68,6 +69,42 @@ def test_serial_keeps_what_does_not_fit(pc, guest):
     got = bytes(guest.inp(0x3F8) for _ in range(100))
     assert got == text and not com1.waiting and taken[-1] == 0
     guest.inp(0x3F8)
+
+
+@pytest.mark.parametrize("listening", [(0x3FC, 3), (0x3F9, 1)], ids=["RTS", "interrupt"])
+def test_serial_loses_nothing_to_a_driver_that_begins(pc, guest, listening):
+    """What Linux does to a port until it listens: it clears the FIFO, and reads what may be there."""
+    pc.devices["com1"].receive(b"typed before the driver was there")
+    for fcr in (1, 0, 1, 7, 0):
+        guest.out(0x3FA, fcr)
+    guest.out(0x3FC, 0x1A)  # is it a UART?
+    guest.out(0x3FC, 1)
+    assert guest.inp(0x3FD) == 0x60 and guest.inp(0x3F8) == 0
+    guest.out(0x3FA, 0x81)
+    guest.out(*listening)
+    assert bytes(guest.inp(0x3F8) for _ in range(33)) == b"typed before the driver was there"
+    assert guest.inp(0x3FD) == 0x60
+
+
+def test_serial_reaches_a_guest_that_only_polls(pc, guest):
+    guest.out(0x3FC, 0)
+    guest.out(0x3FA, 7)
+    pc.devices["com1"].receive(b"ab")
+    looks = 0
+    while not guest.inp(0x3FD) & 1:
+        looks += 1
+        assert looks < 100
+    assert (guest.inp(0x3F8), guest.inp(0x3FD) & 1, guest.inp(0x3F8)) == (ord("a"), 1, ord("b"))
+
+
+def test_serial_gives_what_was_typed_to_the_guest_behind_a_reset(pc, guest):
+    com1 = pc.devices["com1"]
+    guest.out(0x3FA, 7)
+    guest.out(0x3FC, 3)
+    com1.receive(b"twenty bytes of text")
+    com1.reset()
+    assert guest.inp(0x3FD) & 1
+    assert bytes(guest.inp(0x3F8) for _ in range(20)) == b"twenty bytes of text"
 
 
 def test_serial_loopback(guest, sent):

@@ -23,6 +23,7 @@ LCR, MCR, LSR, MSR, SCR = 3, 4, 5, 6, 7
 _IER_RX, _IER_THRE, _IER_LINE, _IER_MODEM = 1, 2, 4, 8
 _LSR_DR, _LSR_OE, _LSR_THRE, _LSR_TEMT = 1, 2, 0x20, 0x40
 _MCR_DTR, _MCR_RTS, _MCR_OUT1, _MCR_OUT2, _MCR_LOOP = 1, 2, 4, 8, 0x10
+_LOOKS = 16  # by which a guest that neither has interrupts nor raises RTS is known to listen
 _MSR_READY = 0xB0  # CTS, DSR, DCD: somebody is at the other end
 
 
@@ -31,6 +32,11 @@ class Serial(Device):
 
     The line has no speed: a byte is sent when it is written. So the transmitter is always empty, and bytes that
     come are in the FIFO as soon as it has room; the host's own queue (`waiting`) has no limit that it enforces.
+
+    There is flow control at the other end, so that what is typed before a driver is ready is not lost: Linux empties
+    the FIFO and the receiver several times as it finds and opens a port. What a guest clears out of the FIFO has not
+    been sent yet, and is sent again when the guest listens: it raises RTS, enables the interrupt of the receiver, or
+    has looked for data a few times.
     """
 
     TYPE = "16550"
@@ -43,6 +49,7 @@ class Serial(Device):
         self.irq = irq
         self.output = output or (lambda data: None)
         self.waiting: deque[int] = deque()  # bytes that did not fit into the FIFO yet
+        self.fifo: deque[int] = deque()
         self.took: Callable[[], None] = lambda: None  # called when `waiting` got shorter
         self.reset()
 
@@ -56,8 +63,11 @@ class Serial(Device):
         self.overrun = False
         self.thre = False  # the transmitter became empty, which the guest has not seen yet
         self.delta = 0  # changes of the modem lines, in loopback
-        self.fifo: deque[int] = deque()
+        self.waiting.extendleft(reversed(self.fifo))
+        self.fifo.clear()
+        self.looks = _LOOKS  # of the guest for data, since it has cleared the FIFO
         self._update()
+        self._refill()
 
     # ---- the other end
 
@@ -68,8 +78,18 @@ class Serial(Device):
             self.waiting.extend(data)
             self._refill()
 
+    def _clear(self) -> None:
+        """Empty the FIFO; what was in it is still to come, except for what the guest has sent to itself."""
+        if not self.mcr & _MCR_LOOP:
+            self.waiting.extendleft(reversed(self.fifo))
+            self.looks = 0
+        self.fifo.clear()
+
+    def _listens(self) -> bool:
+        return self.looks >= _LOOKS or bool(self.mcr & _MCR_RTS or self.ier & _IER_RX)
+
     def _refill(self) -> None:
-        if self.mcr & _MCR_LOOP:
+        if self.mcr & _MCR_LOOP or not self._listens():
             return
         room = (FIFO if self.fcr & 1 else 1) - len(self.fifo)
         moved = min(room, len(self.waiting))
@@ -108,7 +128,7 @@ class Serial(Device):
         if offset == RBR:
             if dlab:
                 return self.divisor & 0xFF
-            value = self.fifo.popleft() if self.fifo else 0
+            value = self.fifo.popleft() if self.fifo else self._look()
             self._refill()
             self._update()
             return value
@@ -127,6 +147,7 @@ class Serial(Device):
         if offset == LSR:
             value = _LSR_THRE | _LSR_TEMT | (_LSR_DR if self.fifo else 0) | (_LSR_OE if self.overrun else 0)
             self.overrun = False
+            self._look()
             self._update()
             return value
         if offset == MSR:
@@ -134,6 +155,13 @@ class Serial(Device):
             self._update()
             return value
         return self.scr
+
+    def _look(self) -> int:
+        """The guest looks for data; without any it reads 0."""
+        if self.looks < _LOOKS and not self.fifo:
+            self.looks += 1
+            self._refill()
+        return 0
 
     def _modem(self) -> int:
         if not self.mcr & _MCR_LOOP:
@@ -159,9 +187,10 @@ class Serial(Device):
             if value & _IER_THRE and not self.ier & _IER_THRE:
                 self.thre = True  # enabling it with an empty transmitter makes the interrupt
             self.ier = value & 0x0F
+            self._refill()
         elif offset == FCR:
             if value & 2 or (value ^ self.fcr) & 1:
-                self.fifo.clear()
+                self._clear()
             self.fcr = value & 0xC9
             self._refill()
         elif offset == LCR:
@@ -191,7 +220,7 @@ class Serial(Device):
 
     # ---- state
 
-    _NUMBERS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "overrun", "thre", "delta")
+    _NUMBERS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "overrun", "thre", "delta", "looks")
 
     def save(self) -> dict[str, Any]:
         return {
@@ -201,6 +230,7 @@ class Serial(Device):
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        state = {"looks": _LOOKS, **state}  # which those of before did not have
         if len(state["fifo"]) > FIFO or any(not 0 <= state[name] <= 0xFFFF for name in self._NUMBERS):
             raise Invalid(f"{self.name}: that is no state of a 16550")
         for name in self._NUMBERS:
