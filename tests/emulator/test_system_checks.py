@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from emulator.system_lib import (
     AC,
@@ -33,9 +35,11 @@ from emulator.system_lib import (
     NT,
     OF,
     RF,
+    SHUTDOWN,
     SS,
     STACK1,
     STOP,
+    TABLES,
     TF,
     TSS,
     UD,
@@ -47,6 +51,9 @@ from emulator.system_lib import (
     VIP,
     VM,
     Guest,
+    P,
+    W,
+    _TABLES_AT,
     descriptor,
     gate,
 )  # fmt: skip
@@ -107,6 +114,7 @@ FAULTS = [
     ),  # LSTAR not canonical (57 bits: no LA57 set)
     ("long", 0, "mov ecx, 0xc0000100; mov edx, 0x8000; wrmsr", GP, 0),
     ("long", 0, "mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr", GP, 0),  # PAT: reserved type
+    ("long", 0, "mov ecx, 0x2ff; mov eax, 0xc02; xor edx, edx; wrmsr", GP, 0),  # MTRRs: the same
     ("long", 0, "mov ecx, 0x10a; xor eax, eax; xor edx, edx; wrmsr", GP, 0),  # read-only
     ("long", 0, "mov ecx, 0x802; rdmsr", GP, 0),  # x2APIC: no LAPIC
     ("long", 0, "xor ecx, ecx; rdpmc", GP, 0),
@@ -705,6 +713,41 @@ def test_a_stack_that_is_not_canonical():
         guest.set_gate(SS, gate(CODE64, guest.stub(SS), 14))
         guest.set(rip=0x1000)
         assert guest.run() == DF
+
+
+@pytest.mark.parametrize("code", ["push rax", "call stop", "push qword ptr [rip]", "enter 0, 0", "pushf"])
+def test_a_stack_whose_end_is_not_canonical(code):
+    """It begins in the lower half and ends behind it: #SS, as every access of the stack."""
+    with Guest("long") as guest:
+        guest.set_gate(SS, gate(CODE64, guest.stub(SS), 14) | 1 << 32)
+        assert guest.run(f"mov rsp, 0x800000000004; {code}") == SS
+        assert guest.error == 0
+
+
+def test_tables_do_not_go_on_behind_the_lower_half():
+    """In compatibility mode, too, linear addresses of tables have 64 bits."""
+    with Guest("compat") as guest:
+        upper = TABLES + 0x1000
+        guest.put(TABLES + 8 * 256, upper | P | W)  # what stands behind 7fffffffffff must not be taken for it
+        guest.put(TABLES + 8 * 255, upper | P | W)
+        for vector in range(8, 32):
+            guest.put(16 * vector - 0x80, gate(CODE64, guest.stub(vector), 14))
+        sregs = bytearray(guest.cpu.get_state("sregs"))
+        struct.pack_into("<Q", sregs, _TABLES_AT + 16, 0x7FFF_FFFF_FFFF - 0x7F)  # the IDT: eight gates
+        guest.cpu.set_state("sregs", bytes(sregs))
+        assert guest.run("int 0x10") == SHUTDOWN
+
+
+def test_breakpoints_know_32_bits_of_linear_addresses():
+    """CS begins below 4 GiB and its code behind it."""
+    with Guest("protected") as guest:
+        guest.load("mov eax, offset place; mov dr0, eax; mov eax, 0x401; mov dr7, eax; place: nop; nop")
+        sregs = bytearray(guest.cpu.get_state("sregs"))
+        struct.pack_into("<Q", sregs, 0, 0xFFFF_F000)
+        guest.cpu.set_state("sregs", bytes(sregs))
+        guest.set(rip=guest.regs()["rip"] + 0x1000)
+        assert guest.run() == DB
+        assert guest.frame(False)[0] == guest.labels["place"] + 0x1000
 
 
 def test_trap_gates_leave_if():

@@ -65,6 +65,10 @@ FAULTS = [
      CR4_PKE, PRESENT | USER | WRITE | KEY),
     (0, P | W | U | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; "
                              "mov eax, [rsi + 5]", 0, CR4_PKE, PRESENT | KEY),
+    (3, P | U | 1 << 59, "mov eax, 8; xor ecx, ecx; xor edx, edx; wrpkru; mov [rsi + 5], eax", 0,
+     CR4_PKE, PRESENT | USER | WRITE | KEY),  # W and the key: 4.7 shows both
+    (0, P | W | U | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; "
+                             "mov eax, [rsi + 5]", 0, CR4_PKE | CR4_SMAP, PRESENT | KEY),
     (0, P | W | 1 << 59, "mov eax, 4; xor ecx, ecx; xor edx, edx; wrpkru; "
                          "mov eax, [rsi + 5]", 0, CR4_PKE, STOP),
 ]  # fmt: skip
@@ -299,3 +303,15 @@ def test_implicit_accesses_are_the_supervisors():
         assert guest.run("mov eax, 0xf; mov ds, eax") == PF
         assert guest.error == 0  # a supervisor access, although at CPL 3
         assert guest.control("cr2") == 0x14008
+
+
+def test_translate_knows_no_address_that_is_not_canonical():
+    with Guest("long") as guest:
+        upper = TABLES + 0x1000
+        guest.put(TABLES + 8 * 256, upper | P | W)  # the kernel's half begins with what the user's does
+        assert guest.cpu.translate(0xFFFF_8000_0000_0000 + PAGE) == PAGE
+        assert guest.cpu.translate(0x0000_8000_0000_0000 + PAGE) is None
+        assert guest.cpu.translate(0xFFFE_8000_0000_0000 + PAGE) is None
+    with Guest("protected") as guest:
+        assert guest.cpu.translate(PAGE) == PAGE
+        assert guest.cpu.translate((1 << 32) + PAGE) is None

@@ -187,6 +187,19 @@ def test_cpuid_instruction():
         assert regs["rbx"] == 576  # x87 and SSE: what XCR0 has enabled needs the header only
 
 
+def test_cpuid_follows_cr4_pke_and_the_apic():
+    with Guest("long", chip=True) as guest:
+        leaf7 = "mov eax, 7; xor ecx, ecx; cpuid;"
+        leaf1 = "mov eax, 1; cpuid;"
+        assert guest.run(
+            f"{leaf7} mov esi, ecx; mov rax, cr4; bts eax, 22; mov cr4, rax; {leaf7} mov edi, ecx;"
+            f"{leaf1} mov r8d, edx; mov ecx, 0x1b; rdmsr; btr eax, 11; wrmsr; {leaf1} mov r9d, edx"
+        ) == STOP  # fmt: skip
+        regs = guest.regs()
+        assert (regs["rsi"] & 0x18, regs["rdi"] & 0x18) == (8, 0x18)  # PKU; OSPKE with CR4.PKE
+        assert (regs["r8"] >> 9 & 1, regs["r9"] >> 9 & 1) == (1, 0)  # APIC, until IA32_APIC_BASE disables it
+
+
 def test_msrs_that_linux_reads():
     with Guest("long") as guest:
         for index in (0x10, 0x17, 0x3B, 0x8B, 0xCE, 0xFE, 0x10A, 0x174, 0x1A0, 0x1D9, 0x200, 0x20F, 0x250,

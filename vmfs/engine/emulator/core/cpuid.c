@@ -1,4 +1,5 @@
 /* CPUID: what it tells, and the features that follow from it (Intel SDM 2A CPUID). */
+#include "irqchip.h"
 #include "sse.h"
 
 /* Only what the core does: a feature bit here is a promise. Leaves: function, index, significant index. */
@@ -91,7 +92,7 @@ void cpuid_changed(struct vcpu *c)
         cache_flush(c);
 }
 
-/* With the bits that follow from state: OSXSAVE, the APIC id. Beyond the last basic leaf: that one's data. */
+/* With the bits that follow from state: OSXSAVE, OSPKE, APIC, the APIC id. Beyond the last basic leaf: that one's data. */
 void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
 {
     const struct kvm_cpuid_entry2 *e = find(c, leaf, subleaf), *base = find(c, leaf & 0x80000000, 0);
@@ -113,6 +114,10 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
     } else if (e->function == 1) {
         out[1] = (out[1] & 0x00ffffff) | c->index << 24;
         out[2] = (out[2] & ~(1u << 27)) | (c->cr4 & CR4_OSXSAVE ? 1u << 27 : 0);
+        if (c->vm->irqchip && !(c->vm->irqchip->cpu[c->index].base >> 11 & 1)) /* disabled in IA32_APIC_BASE (3A 11.4.3) */
+            out[3] &= ~(1u << 9);
+    } else if (e->function == 7 && e->index == 0) {
+        out[2] = (out[2] & ~(1u << 4)) | (c->cr4 & CR4_PKE ? 1u << 4 : 0);
     } else if (e->function == 0xd && e->index < 2 && (e->eax || e->edx)) {
         out[1] = xsave_size(c->xcr0, e->index == 1);
     }

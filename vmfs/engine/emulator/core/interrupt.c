@@ -26,7 +26,7 @@ void raise_page_fault(struct vcpu *c, const struct record *r, u64 linear, u32 er
 void push_on(struct vcpu *c, struct stack *s, unsigned bytes, u64 value)
 {
     u64 sp = (s->sp - bytes) & s->mask;
-    if (sp < s->check.low || sp + bytes - 1 > s->check.high || (s->mask == ~0ull && !canonical(c, sp)))
+    if (sp < s->check.low || sp + bytes - 1 > s->check.high || (s->mask == ~0ull && (!canonical(c, sp) || !canonical(c, sp + bytes - 1))))
         raise_error(c, c->now, VECTOR_SS, s->fault_error);
     u64 linear = (s->check.base + sp) & s->linear_mask;
     mmu_write(c, linear, &value, bytes, s->access);

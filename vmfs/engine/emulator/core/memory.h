@@ -182,7 +182,7 @@ ALWAYS_INLINE void set_sp(struct vcpu *c, u64 sp)
 ALWAYS_INLINE u64 stack_linear(struct vcpu *c, const struct record *r, u64 sp, unsigned bytes, unsigned access)
 {
     c->now = r;
-    if (unlikely(c->key & KEY_CODE64 && !canonical(c, sp))) /* elsewhere #GP: the slow path goes by r->seg */
+    if (unlikely(c->key & KEY_CODE64 && (!canonical(c, sp) || !canonical(c, sp + bytes - 1)))) /* elsewhere #GP */
         raise_error(c, r, VECTOR_SS, 0);
     return linear_of(c, r, SEG_SS, sp & c->stack_mask, bytes, access);
 }

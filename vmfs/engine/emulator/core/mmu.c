@@ -139,22 +139,22 @@ static u32 check_rights(const struct vcpu *c, const struct walk *w, unsigned acc
     if (!w->paged)
         return 0;
     u32 error = PF_PRESENT;
-    bool wp = c->cr0 & CR0_WP;
+    bool wp = c->cr0 & CR0_WP, by_key = false;
     if (access & ACCESS_EXECUTE) {
         if ((w->nx && c->efer & EFER_NXE) || (user_mode ? !w->user : w->user && c->cr4 & CR4_SMEP))
             return error;
         return 0;
     }
+    if (w->user && c->cr4 & CR4_PKE && c->efer & EFER_LMA) { /* 4.6.2 */
+        u32 rights = c->pkru >> (2 * w->key) & 3;
+        by_key = rights & 1 || (access & ACCESS_WRITE && rights & 2 && (user_mode || wp));
+        error |= by_key ? PF_KEY : 0; /* 4.7: whatever else is wrong */
+    }
     if (user_mode ? !w->user : w->user && c->cr4 & CR4_SMAP && !ac)
         return error;
     if (access & ACCESS_WRITE && !w->write && (user_mode || wp))
         return error;
-    if (w->user && c->cr4 & CR4_PKE && c->efer & EFER_LMA) { /* 4.6.2 */
-        u32 rights = c->pkru >> (2 * w->key) & 3;
-        if (rights & 1 || (access & ACCESS_WRITE && rights & 2 && (user_mode || wp)))
-            return error | PF_KEY;
-    }
-    return 0;
+    return by_key ? error : 0;
 }
 
 static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
@@ -358,7 +358,7 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
 bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical)
 {
     struct walk w;
-    if (walk_tables(c, linear, &w))
+    if ((c->efer & EFER_LMA ? !canonical(c, linear) : linear >> 32) || walk_tables(c, linear, &w))
         return false;
     *physical = w.physical & c->vm->a20_mask;
     return true;
@@ -387,7 +387,7 @@ static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned acces
     unsigned here = 0x1000 - (unsigned)(linear & 0xfff);
     if (here > bytes)
         here = bytes;
-    if (unlikely(c->key & KEY_CODE64 && (!canonical(c, linear) || !canonical(c, linear + bytes - 1)))) {
+    if (unlikely(c->efer & EFER_LMA && (!canonical(c, linear) || !canonical(c, linear + bytes - 1)))) {
         /* the segment decides between #SS and #GP */
         raise_error(c, c->now, c->now && c->now->seg == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
     }

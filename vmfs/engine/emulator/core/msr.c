@@ -15,6 +15,7 @@ static bool memory_types(u64 value, u32 valid)
 enum { MTRR_TYPES = 1 << 0 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6, PAT_TYPES = MTRR_TYPES | 1 << 7 };
 static bool is_pat(const struct vcpu *c, u64 v) { return memory_types(v, PAT_TYPES); }
 static bool is_mtrr(const struct vcpu *c, u64 v) { return memory_types(v, MTRR_TYPES); }
+static bool is_mtrr_type(const struct vcpu *c, u64 v) { (void)c; return memory_types(v & 0xff, MTRR_TYPES); }
 static bool is_mtrr_base(const struct vcpu *c, u64 v) { return !(v >> c->physical_bits) && memory_types(v & 0xff, MTRR_TYPES); }
 static bool is_mtrr_mask(const struct vcpu *c, u64 v) { return !(v >> c->physical_bits); }
 
@@ -50,7 +51,7 @@ static const struct msr_row rows[] = {
     FIXED_MTRR(0x26a, 5), FIXED_MTRR(0x26b, 6), FIXED_MTRR(0x26c, 7), FIXED_MTRR(0x26d, 8), FIXED_MTRR(0x26e, 9),
     FIXED_MTRR(0x26f, 10),
     FIELD(0x277, pat, ~0ull, is_pat, PAT),
-    FIELD(0x2ff, mtrr_def_type, 0xcff, NULL, MTRR),
+    FIELD(0x2ff, mtrr_def_type, 0xcff, is_mtrr_type, MTRR),
     FIELD(0xda0, xss, 0, NULL, XSAVES),
     FIELD(0xc0000081, star, ~0ull, NULL, SYSCALL),
     FIELD(0xc0000082, lstar, ~0ull, is_canonical, SYSCALL),

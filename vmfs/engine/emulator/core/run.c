@@ -360,9 +360,14 @@ static void after_alone(struct vcpu *c, bool tf)
     stops_finish(c);
 }
 
+static u64 code_linear_ip(const struct vcpu *c)
+{
+    return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
+}
+
 static void at_breakpoint(struct vcpu *c)
 {
-    u64 linear = (c->key & KEY_CODE64 ? 0 : c->seg[SEG_CS].base) + c->gpr[GPR_IP];
+    u64 linear = code_linear_ip(c);
     c->at_breakpoint = false;
     if (!c->resume_breakpoint && stops_reach_break(c, linear)) {
         c->resume_breakpoint = true;
@@ -396,11 +401,6 @@ static bool host_polls(struct vcpu *c)
         return false;
     c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
     return true;
-}
-
-static u64 code_linear_ip(const struct vcpu *c)
-{
-    return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
 }
 
 /* Whether the instruction at `start`, which ran alone, jumped: IA32_DEBUGCTL.BTF traps only those (3B 17.4.3). */
