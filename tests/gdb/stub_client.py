@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any
 
 import trio
-import trio.testing
 
-from vmfs.debug.gdb.inferior import nothing
 from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.debug.gdb.server import Gdb
 from vmfs.errors import Invalid
@@ -25,16 +23,10 @@ class Surroundings:
         self.complaints: list[str] = []
         self.commands: list[str] = []
 
-    async def wait(self, future: Future[Any]) -> None:
-        if not future.done():
-            done, token = trio.Event(), trio.lowlevel.current_trio_token()
-            future.add_done_callback(lambda _: token.run_sync_soon(done.set))
-            await done.wait()
+    def change_memory(self, change: Callable[[], Future[None]]) -> None:
+        change().result()
 
-    def changing_memory(self) -> Any:
-        return nothing()
-
-    async def command(self, text: str) -> str:
+    def command(self, text: str) -> str:
         self.commands.append(text)
         if text.startswith("bad"):
             raise Invalid("it is bad")
@@ -57,6 +49,13 @@ class Client:
 
     async def raw(self, data: bytes) -> None:
         await self.stream.send_all(data)
+
+    async def heard(self, expected: bytes) -> bool:
+        """Whether these are the next bytes, however they arrive."""
+        data = b""
+        while len(data) < len(expected) and (part := await self.stream.receive_some(len(expected) - len(data))):
+            data += part
+        return data == expected
 
     async def reply(self) -> bytes:
         """The next packet."""
@@ -85,15 +84,16 @@ class Client:
 @contextlib.asynccontextmanager
 async def connected(gdb: Gdb) -> AsyncIterator[Client]:
     """A session, which ends with the block."""
-    ours, theirs = trio.testing.memory_stream_pair()
+    ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_serve, gdb, theirs)
+        client = Client(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
         try:
-            yield Client(ours)
+            yield client
         finally:
-            await ours.aclose()
+            await client.stream.aclose()
 
 
-async def _serve(gdb: Gdb, stream: trio.abc.Stream) -> None:
-    await gdb.serve(stream)
-    await stream.aclose()
+async def _serve(gdb: Gdb, line: socket.socket) -> None:
+    with line:
+        await gdb.serve(line)

@@ -80,15 +80,15 @@ def test_what_gdb_asks_first(loaded, on_stub):
 def test_acknowledgements_end_when_asked(on_stub):
     async def test(client, _):
         await client.raw(b"+" + frame(b"qC"))
-        assert await client.stream.receive_some(100) == b"+"
-        assert await client.stream.receive_some(100) == frame(b"QC1")
+        assert await client.heard(b"+")
+        assert await client.heard(frame(b"QC1"))
         await client.raw(b"-")  # once more
-        assert await client.stream.receive_some(100) == frame(b"QC1")
+        assert await client.heard(frame(b"QC1"))
         await client.raw(b"$qC#00")
-        assert await client.stream.receive_some(100) == b"-"
+        assert await client.heard(b"-")
         assert await client.ask(b"QStartNoAckMode") == b"OK"
         await client.raw(frame(b"qC"))
-        assert await client.stream.receive_some(100) == frame(b"QC1")
+        assert await client.heard(frame(b"QC1"))
         await client.raw(b"$qC#00")
         assert (await client.reply()).startswith(b"E.")
 

@@ -6,16 +6,20 @@ import contextlib
 import logging
 import os
 import re
+import select
 import shlex
 import socket
 import stat
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
-from vmfs.debug.gdb.server import Gdb
+from vmfs.debug.gdb import handover
+from vmfs.debug.gdb.packets import Decoder, Packet, frame
+from vmfs.debug.gdb.server import Gdb, Words
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.debug.gdb.target import DEFAULT
 from vmfs.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
@@ -28,12 +32,15 @@ from vmfs.vm import Vm
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost)?:)?(?P<port>[0-9]{1,5})")
 _LOOPBACK = "127.0.0.1"
 _USAGE = "`off`, or HOST:PORT or a socket's path, and then a layout (x86-64, i386, i8086) or `linear`"
 _PATH_MOST = 107  # bytes of struct sockaddr_un's path, without its NUL
 _SOCKET_MODE = 0o600
-_CHUNKS = 16  # that wait on the way to gdb or from it, before the sender has to
+_OFFER_SECONDS = 10.0  # that a program has to hand its socket over
+_SECRET_SECONDS = 1.0  # and a connection to say that it is the one
 
 
 class GdbPort:
@@ -46,19 +53,26 @@ class GdbPort:
         self._listener: _Listener | None = None
         self._changing = trio.Lock()
 
-    async def wait(self, future: Future[Any]) -> None:
-        await finished(future, self._scope)
+    # What a session asks for, in its thread; a machine that is removed ends it with a cancellation.
 
-    def changing_memory(self) -> Any:
-        return self._scope.memory.change()
+    def change_memory(self, change: Callable[[], Future[None]]) -> None:
+        trio.from_thread.run(self._change_memory, change)
 
-    async def command(self, text: str) -> str:
+    async def _change_memory(self, change: Callable[[], Future[None]]) -> None:
+        async with self._scope.memory.change():
+            future = change()
+            await finished(future, self._scope)
+            future.result()
+
+    def command(self, text: str) -> str:
         from vmfs.fs.monitor import command  # it knows all files, and this is what one of them is made of
 
-        return await command(self._scope, text)
+        return trio.from_thread.run(command, self._scope, text)
 
     def complain(self, sentence: str) -> None:
-        self._scope.complaint = sentence
+        trio.from_thread.run_sync(setattr, self._scope, "complaint", sentence)
+
+    # ---- where it is listened for
 
     @property
     def scope(self) -> Scope:
@@ -115,7 +129,7 @@ class GdbPort:
             with self._scope.waiting() as event:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_when, listener.ended, event)
-                    nursery.start_soon(trio.serve_listeners, self.gdb.serve, [listener.listener()])
+                    nursery.start_soon(trio.serve_listeners, self._connected, [listener.listener()])
                     if not self._scope.removed:
                         await event.wait()
                     nursery.cancel_scope.cancel()
@@ -127,6 +141,11 @@ class GdbPort:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(listener.close)
             listener.gone.set()
+
+
+    async def _connected(self, stream: trio.SocketStream) -> None:
+        with socket.socket(fileno=stream.socket.detach()) as line:
+            await self.gdb.serve(line)
 
 
 async def _when(one: trio.Event, other: trio.Event) -> None:
@@ -302,106 +321,169 @@ class GdbStream(Kind):
         return _StreamHandle(node, pid, nonblocking, writing)
 
 
-class _FileChannel:
-    """The server's end of the stream."""
-
-    def __init__(self) -> None:
-        self.to_stub, self._from_gdb = trio.open_memory_channel[bytes](_CHUNKS)
-        self._to_gdb, self.from_stub = trio.open_memory_channel[bytes](_CHUNKS)
-        self.news = lambda: None
-
-    async def receive_some(self, max_bytes: int) -> bytes:
-        try:
-            return await self._from_gdb.receive()
-        except trio.EndOfChannel:
-            return b""
-
-    async def send_all(self, data: bytes) -> None:
-        await self._to_gdb.send(data)
-        self.news()
-
-    def close(self) -> None:
-        self._from_gdb.close()
-        self._to_gdb.close()
-        self.news()
-
-
 class _StreamHandle(Handle):
     """The session begins with the first write, and ends with the close or when the stub ends it: then reads return
-    the end of the file."""
+    the end of the file. A first write that is vmfs's own packet asks for the way to hand over a socket instead."""
 
     def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
         super().__init__(node, pid, nonblocking)
+        self._who = credentials_of(pid) if writing else None
         self._writing = writing
-        self._channel: _FileChannel | None = None
-        self._rest = b""
+        self._line: socket.socket | None = None  # to the session
+        self._answer = b""  # to what was asked instead
 
     async def write(self, offset: int, data: bytes) -> int:
-        if self._channel is None:
-            if self.scope.gdb.gdb.connected:
+        if self._line is None:
+            if not await self.scope.gdb.gdb.is_free():
                 raise Busy("another gdb is connected to this machine")
-            self._channel = _FileChannel()
-            self._channel.news = self.scope.wake
-            trio.lowlevel.spawn_system_task(self._serve, self._channel)
+            words = _asked(data)
+            if words is not None:
+                self._offer(words)
+                return len(data)
+            self._begin()
+        assert self._line is not None
+        line = self._line
         try:
-            if may_not_block(self):
-                self._channel.to_stub.send_nowait(bytes(data))
-            else:
-                async with interruptible(self.pid):
-                    await self._channel.to_stub.send(bytes(data))
+            return await self._done(lambda: line.send(data), trio.lowlevel.wait_writable)
         except trio.WouldBlock:
             raise WouldBlock("what was sent before is not answered yet") from None
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except OSError:
             raise Gone("the session has ended") from None
-        return len(data)
 
     async def read(self, offset: int, size: int) -> bytes:
         if not self._writing:
             raise Invalid("gdb.stream is opened for reading and writing")
-        if self._channel is None:
-            raise Invalid("gdb.stream: a gdb writes first")
-        if not self._rest:
+        if self._line is None:
+            if not self._answer:
+                raise Invalid("gdb.stream: a gdb writes first")
+            data, self._answer = self._answer[:size], self._answer[size:]
+            return data
+        line = self._line
+        try:
+            return await self._done(lambda: line.recv(size), trio.lowlevel.wait_readable)
+        except trio.WouldBlock:
+            raise WouldBlock("there is no answer yet") from None
+        except OSError:
+            return b""
+
+    async def _done(self, act: Callable[[], T], wait: Callable[[socket.socket], Awaitable[None]]) -> T:
+        assert self._line is not None
+        while True:
             try:
+                return act()
+            except BlockingIOError:
                 if may_not_block(self):
-                    self._rest = self._channel.from_stub.receive_nowait()
-                else:
-                    async with interruptible(self.pid):
-                        self._rest = await self._channel.from_stub.receive()
-            except trio.WouldBlock:
-                raise WouldBlock("there is no answer yet") from None
-            except (trio.EndOfChannel, trio.ClosedResourceError):
-                return b""
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+                    raise trio.WouldBlock from None
+            async with interruptible(self.pid):
+                await wait(self._line)
 
     def poll(self) -> int:
-        channel = self._channel
-        if channel is None:
-            return POLL_OUT
-        statistics = channel.from_stub.statistics()
-        there = self._rest or statistics.current_buffer_used or not statistics.open_send_channels
-        room = channel.to_stub.statistics().current_buffer_used < _CHUNKS
-        return (POLL_IN if there else 0) | (POLL_OUT if room else 0)
+        if self._line is None:
+            return POLL_OUT | (POLL_IN if self._answer else 0)
+        asking = select.poll()
+        asking.register(self._line, select.POLLIN | select.POLLOUT)
+        found = sum(events for _, events in asking.poll(0))
+        return (POLL_IN if found & ~select.POLLOUT else 0) | (POLL_OUT if found & select.POLLOUT else 0)
 
     def close(self) -> None:
-        if self._channel is not None:
-            self._channel.to_stub.close()
-            self._channel.from_stub.close()
+        if self._line is not None:
+            trio.lowlevel.notify_closing(self._line)
+            self._line.close()
 
-    async def _serve(self, channel: _FileChannel) -> None:
+    def _begin(self) -> None:
+        try:
+            self._line, its = socket.socketpair()
+        except OSError as error:
+            raise _host_error("a socket for the session", error) from None
+        self._line.setblocking(False)
+        token = trio.lowlevel.current_trio_token()
+
+        def moved() -> None:
+            if self.scope.watched(self):
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(self.scope.wake, idempotent=True)
+
+        async def serve() -> None:
+            try:
+                await self.scope.gdb.gdb.serve(its, moved=moved)
+            finally:
+                its.close()
+                moved()
+
+        trio.lowlevel.spawn_system_task(self._guarded, serve)
+
+    def _offer(self, words: Words) -> None:
+        try:
+            offer = handover.Offer()
+        except OSError as error:
+            raise _host_error("a socket for `vmfs gdb`", error) from None
+        self._answer = frame(offer.text)
+        trio.lowlevel.spawn_system_task(self._guarded, lambda: self._take(offer, words))
+
+    async def _take(self, offer: handover.Offer, words: Words) -> None:
+        """A session over the socket that is handed over; it ends with its program, too."""
+        taken = None
+        with offer.listening, trio.move_on_after(_OFFER_SECONDS):
+            taken = await self._handed_over(offer)
+        if taken is None:
+            return
+        connection, line = taken
+        with connection, line:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when_readable, connection, nursery.cancel_scope)
+                await self.scope.gdb.gdb.serve(line, words)
+                nursery.cancel_scope.cancel()
+
+    async def _handed_over(self, offer: handover.Offer) -> tuple[socket.socket, socket.socket] | None:
+        while True:
+            await trio.lowlevel.wait_readable(offer.listening)
+            try:
+                connection, _ = offer.listening.accept()
+            except OSError:  # no descriptors
+                return None
+            line = None
+            try:
+                if self._who is None or handover.peer_of(connection) in (self._who.uid, 0):
+                    with trio.move_on_after(_SECRET_SECONDS):
+                        await trio.lowlevel.wait_readable(connection)
+                    line = offer.take(connection)
+            finally:
+                if line is None:
+                    connection.close()
+            if line is not None:
+                return connection, line
+
+    async def _guarded(self, serve: Callable[[], Awaitable[None]]) -> None:
+        """To its end, or the machine's."""
         try:
             with self.scope.waiting() as event:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_at, event, nursery.cancel_scope)
                     if not self.scope.removed:
-                        await self.scope.gdb.gdb.serve(channel)
+                        await serve()
                     nursery.cancel_scope.cancel()
         except Exception:
             log.exception("gdb.stream failed")
-        finally:
-            channel.close()
+
+
+def _asked(data: bytes) -> Words | None:
+    """Of the packet that asks for the way to hand over a socket: how registers shall be described. Invalid for
+    what is no layout."""
+    first = next(Decoder().feed(data), None) if data.startswith(b"$") else None
+    if not isinstance(first, Packet):
+        return None
+    name, _, words = first.payload.partition(b":")
+    if name != handover.QUERY:
+        return None
+    return parse_layout([word for word in words.decode("ascii", "replace").split(",") if word])
 
 
 async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
+    scope.cancel()
+
+
+async def _cancel_when_readable(connection: socket.socket, scope: trio.CancelScope) -> None:
+    """Nothing is said over it: it has ended then."""
+    await trio.lowlevel.wait_readable(connection)
     scope.cancel()

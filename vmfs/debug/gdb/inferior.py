@@ -1,17 +1,13 @@
 """What a stub does to a machine: registers and memory, points, runs. The one part of the stub that knows `Vm`.
 
-It works in one trio task; what a machine that runs has to stop for is waited for, by a function it is given, as the
-event loop must not block.
+It blocks, and so do all who use it: a session has a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
-
-import trio
+from typing import Protocol, TypeVar
 
 from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
@@ -34,26 +30,18 @@ Stop = tuple[str, int, int, str]  # `break` or `watch`, address, length, what ac
 
 
 class Surroundings(Protocol):
-    """What the files of a machine give."""
+    """What the files of a machine give. Called in a session's thread, and blocks it."""
 
     vm: Vm
 
-    async def wait(self, future: Future[Any]) -> None:
-        """Returns when it is done; Gone when the machine goes first."""
+    def change_memory(self, change: Callable[[], Future[None]]) -> None:
+        """Begin a change of RAM, and wait for its end; the files have been told then."""
 
-    def changing_memory(self) -> Any:
-        """An asynchronous context manager around a change of RAM."""
-
-    async def command(self, text: str) -> str:
+    def command(self, text: str) -> str:
         """Do a command of the files; what there is to say about it."""
 
     def complain(self, sentence: str) -> None:
         """Have it in the file `error`."""
-
-
-@asynccontextmanager
-async def nothing() -> AsyncIterator[None]:
-    yield
 
 
 class Inferior:
@@ -63,35 +51,44 @@ class Inferior:
         self.vm = surroundings.vm
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
+        self._states: tuple[object, States] | None = None
         self._paging: tuple[object, Paging] = object(), Paging()
         self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
 
-    async def _value(self, future: Future[T]) -> T:
-        if not future.done():
-            await self.surroundings.wait(future)
-        return future.result()
-
-    async def at_boundary(self, task: Callable[[Vcpu], T]) -> T:
-        return await self._value(self.vm.at_boundary(task))
+    def at_boundary(self, task: Callable[[Vcpu], T]) -> T:
+        return self.vm.at_boundary(task).result()
 
     # ---- registers
 
-    async def avx(self) -> bool:
-        return await self.at_boundary(has_avx)
+    def avx(self) -> bool:
+        return self.at_boundary(has_avx)
 
-    async def mode(self) -> str:
-        return await self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
+    def mode(self) -> str:
+        def look(cpu: Vcpu) -> str:
+            states = self._states_of(cpu)
+            return mode_of(states.blob("regs"), states.blob("sregs"))
 
-    async def read_registers(self, rows: Iterable[Register]) -> list[bytes]:
+        return self.at_boundary(look)
+
+    def read_registers(self, rows: Iterable[Register]) -> list[bytes]:
         """In the byte order of the guest."""
 
         def read(cpu: Vcpu) -> list[bytes]:
-            states = States(cpu)
+            states = self._states_of(cpu)
             return [row.get(states).to_bytes(row.size, "little") for row in rows]
 
-        return await self.at_boundary(read)
+        return self.at_boundary(read)
+
+    def _states_of(self, cpu: Vcpu) -> States:
+        """Each got once while the CPU is not used: gdb asks for one register after the other."""
+        at = self.vm.still
+        if at is None:
+            return States(cpu)
+        if self._states is None or at is not self._states[0]:
+            self._states = at, States(cpu)
+        return self._states[1]
 
     def write_registers(self, values: dict[Register, int]) -> None:
         """Those that differ from what they are, as one change. Busy while the machine runs."""
@@ -125,7 +122,7 @@ class Inferior:
             self._paging = at, Paging.of(cpu)
         return self._paging[1]
 
-    async def read_memory(self, address: int, length: int) -> bytes:
+    def read_memory(self, address: int, length: int) -> bytes:
         """Up to `length` bytes; BadAddress where there is none."""
 
         def read(cpu: Vcpu) -> bytes:
@@ -137,12 +134,12 @@ class Inferior:
                     break
             return b"".join(parts)
 
-        data = await self.at_boundary(read)
+        data = self.at_boundary(read)
         if length and not data:
             raise BadAddress(f"{address:#x} is not mapped to memory")
         return data
 
-    async def write_memory(self, address: int, data: bytes) -> None:
+    def write_memory(self, address: int, data: bytes) -> None:
         """All or nothing; the rights of the guest's pages are not asked for."""
 
         def write(cpu: Vcpu) -> None:
@@ -156,21 +153,20 @@ class Inferior:
                 self.vm.memory.write(physical, data[done : done + part])
                 done += part
 
-        async with self.surroundings.changing_memory():
-            await self.at_boundary(write)
+        self.surroundings.change_memory(lambda: self.vm.at_boundary(write))
 
-    async def region(self, address: int) -> tuple[int, int, str]:
+    def region(self, address: int) -> tuple[int, int, str]:
         """Where the range of memory around an address, or of what is not mapped, begins and ends, and `rwx` for what
         the guest's kernel may do there. Looked up once between two runs."""
         if self._regions is None:
             if self.physical:
                 paging = Paging()
             else:
-                paging = await self.at_boundary(Paging.of)
+                paging = self.at_boundary(Paging.of)
             if paging.kind == "off":
                 self._regions = [(0, self.vm.memory.size, "rwx")]
             else:
-                self._regions = await trio.to_thread.run_sync(_regions, self.vm.memory.view(), paging)
+                self._regions = _regions(self.vm.memory.view(), paging)
         begin = 0
         for start, end, rights in self._regions:
             if address < start:
@@ -182,9 +178,9 @@ class Inferior:
 
     # ---- points
 
-    async def insert(self, stop: Stop, kind: int) -> None:
+    def insert(self, stop: Stop, kind: int) -> None:
         if self._ids.get(stop) not in self._in_force():
-            await self._value(self.vm.set_points(lambda points: self._add(points, stop)))
+            self.vm.set_points(lambda points: self._add(points, stop)).result()
         self._wanted.setdefault(stop, set()).add(kind)
 
     def remove(self, stop: Stop, kind: int) -> None:
@@ -194,7 +190,7 @@ class Inferior:
         if not kinds:
             self._wanted.pop(stop, None)
 
-    async def settle(self, *, stepping: bool) -> None:
+    def settle(self, *, stepping: bool) -> None:
         """Before a run: have the machine watch for what is wanted, and for nothing else.
 
         A step begins behind the breakpoint where it stands, so breakpoints that are not wanted for it may stay:
@@ -215,16 +211,16 @@ class Inferior:
                 for stop in lost:
                     self._add(points, stop)
 
-            await self._value(self.vm.set_points(change))
+            self.vm.set_points(change).result()
             for stop in unwanted:
                 del self._ids[stop]
 
-    async def forget(self) -> None:
+    def forget(self) -> None:
         """Delete all of them."""
         self._wanted.clear()
         self._ids.clear()
         if self.vm.points.of(OWNER):
-            await self._value(self.vm.set_points(lambda points: points.delete_of(OWNER)))
+            self.vm.set_points(lambda points: points.delete_of(OWNER)).result()
 
     def stop_of(self, id_: int | None) -> tuple[Stop, int] | None:
         """What gdb has set that has this id, and by which type."""
@@ -249,19 +245,19 @@ class Inferior:
 
     # ---- the rest
 
-    async def pause(self) -> None:
+    def pause(self) -> None:
         """Stop what runs; where nothing ever has, load what there is to boot, so that gdb sees it."""
-        await self._value(self.vm.pause())
+        self.vm.pause().result()
         loading = self.vm.load()
         if loading is not None:
-            await self._value(loading)
+            loading.result()
 
     @property
     def last_exit(self) -> Exit | None:
         return self.vm.last_exit
 
-    async def command(self, text: str) -> str:
-        return await self.surroundings.command(text)
+    def command(self, text: str) -> str:
+        return self.surroundings.command(text)
 
 
 def _regions(ram: MemoryView, paging: Paging) -> list[tuple[int, int, str]]:

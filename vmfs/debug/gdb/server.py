@@ -1,16 +1,19 @@
 """Sessions: a gdb that is connected to a machine. One at a time.
 
-A session is a trio task. What it does while the guest runs is wait for the run, or for gdb: a ^C, or its end.
-Whatever ends the session, its points go and the machine stands still and usable.
+A session is a thread, since a step is a matter of microseconds, and to pass a packet through the event loop takes
+longer. What it does while the guest runs is wait for the run, or for gdb: a ^C, or its end. Whatever ends the session,
+its points go and the machine stands still and usable.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
+import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Callable
 
 import trio
 
@@ -28,14 +31,10 @@ _MOST_WAITING = 64  # packets that wait while the guest runs
 _TEXT_CHUNK = PACKET_SIZE // 8  # bytes of text in an O packet
 # As in vmfs.fs.kinds: a step takes some 20 us, sleeping until its end many times that.
 _SHORT_SECONDS = 200e-6
-_END_SECONDS = 5.0  # that a machine has to stop when its gdb is gone
+_REFUSAL_SECONDS = 5.0  # that a gdb which is one too many has for its first packet
+_LAST_SECONDS = 1.0  # to acknowledge the last packet
 
-
-class Channel(Protocol):
-    """A connection: trio.SocketStream is one."""
-
-    async def receive_some(self, max_bytes: int) -> bytes: ...
-    async def send_all(self, data: bytes) -> None: ...
+Words = tuple[str, bool]  # a layout's name, and whether its pc is linear
 
 
 class Gdb:
@@ -43,215 +42,273 @@ class Gdb:
 
     def __init__(self, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
-        self.words: tuple[str, bool] = ("x86-64", False)
-        self._session: trio.CancelScope | None = None
+        self.words: Words = ("x86-64", False)
+        self._scope = trio.CancelScope()
+        self._session: Session | None = None
+        self._gone = trio.Event()  # of that session
 
     @property
     def connected(self) -> bool:
-        return self._session is not None
+        return self._session is not None and not self._session.is_over
 
     def disconnect(self) -> None:
         """End the session, if there is one."""
         if self._session is not None:
-            self._session.cancel()
+            self._scope.cancel()
 
-    async def serve(self, channel: Channel) -> None:
-        """A session, to its end; one that is one too many is told so. Raises nothing but cancellations."""
-        if self._session is not None:
-            await _refuse(channel, "another gdb is connected to this machine")
+    async def is_free(self) -> bool:
+        """Whether a session may begin. One whose gdb has gone is waited for: a gdb may be back at once."""
+        while self._session is not None and self._session.is_over:
+            await self._gone.wait()
+        return self._session is None
+
+    async def serve(
+        self, line: socket.socket, words: Words | None = None, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """A session over a stream socket, to its end; one that is one too many is told so. The socket stays the
+        caller's, to close. Raises nothing but cancellations. `moved`: called, in any thread, when bytes have."""
+        if not await self.is_free():
+            await _refuse(line, "another gdb is connected to this machine")
             return
-        self._session = trio.CancelScope()
+        line.setblocking(True)
         try:
-            with self._session:
-                await Session(self._surroundings, channel, *self.words).serve()
+            session = Session(self._surroundings, line, *(words or self.words), moved)
+        except OSError as error:
+            await _refuse(line, f"the session has no descriptor: {error.strerror}")
+            return
+        self._scope, self._session, self._gone = trio.CancelScope(), session, trio.Event()
+        try:
+            with session, self._scope:
+                await _served(session)
         except VmfsError as error:  # the machine is gone
             log.debug("gdb: %s", error)
         except Exception:
             log.exception("a gdb session failed")
         finally:
             self._session = None
+            self._gone.set()
+
+
+async def _served(session: Session) -> None:
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_hang_up_when_cancelled, session)
+        try:
+            await trio.to_thread.run_sync(session.serve, limiter=trio.CapacityLimiter(1))
+        except Exception as error:  # not through the nursery, which would make a group of it
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _hang_up_when_cancelled(session: Session) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        session.hang_up()
 
 
 class Session:
-    """One connection."""
+    """One connection. A context manager, which has a descriptor."""
 
-    def __init__(self, surroundings: Surroundings, channel: Channel, layout: str, linear: bool) -> None:
-        self._channel = channel
+    def __init__(
+        self, surroundings: Surroundings, line: socket.socket, layout: str, linear: bool, moved: Callable[[], None]
+    ) -> None:
+        self._line = line
+        self._moved = moved
         self._inferior = Inferior(surroundings)
+        self._vm = surroundings.vm
         self._stub = Stub(self._inferior, layout, linear=linear)
         self._decoder = Decoder()
         self._events: deque[Event] = deque()
         self._ended = False  # nothing more comes
+        self._over = False  # and it is done
         self._acknowledges = True
         self._last_reply = b""
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # rings at the end of a run
+        self._runs = 0  # of this resumption
+        self._stop_asked = False
 
-    async def serve(self) -> None:
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._bell)
+
+    @property
+    def is_over(self) -> bool:
+        """From any thread: whether it has ended, or its gdb has."""
+        poll = select.poll()
+        poll.register(self._line, select.POLLRDHUP)
+        return self._over or bool(poll.poll(0))
+
+    def hang_up(self) -> None:
+        """From any thread: nothing more is received or sent."""
+        with contextlib.suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
+
+    def serve(self) -> None:
+        """To its end, in a thread that may block."""
         try:
-            while (event := await self._next()) is not None:
-                if not await self._handle(event):
+            while (event := self._next()) is not None:
+                if not self._handle(event):
                     break
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+        except OSError as error:
+            log.debug("gdb: the connection broke: %s", error)
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _END_SECONDS):
-                with contextlib.suppress(VmfsError):
-                    await self._inferior.forget()
+            with contextlib.suppress(VmfsError):
+                self._inferior.forget()
+            self._over = True
 
-    async def _next(self) -> Event | None:
+    def _next(self) -> Event | None:
         while not self._events:
             if self._ended:
                 return None
-            await self._receive()
+            self._receive()
         return self._events.popleft()
 
-    async def _receive(self) -> None:
-        data = await self._channel.receive_some(_CHUNK)
+    def _receive(self) -> None:
+        try:
+            data = self._line.recv(_CHUNK)
+        except OSError:
+            data = b""
+        self._moved()
         self._ended = not data
         self._events.extend(self._decoder.feed(data))
 
-    async def _handle(self, event: Event) -> bool:
+    def _handle(self, event: Event) -> bool:
         """False when the session is over."""
         match event:
             case Packet():
                 if self._acknowledges:
-                    await self._channel.send_all(b"+")
-                return await self._answer(event.payload)
+                    self._send(b"+")
+                return self._answer(event.payload)
             case TooLong():
                 if self._acknowledges:
-                    await self._channel.send_all(b"+")
-                await self._reply(b"E.the packet is longer than %d bytes" % PACKET_SIZE)
+                    self._send(b"+")
+                self._reply(b"E.the packet is longer than %d bytes" % PACKET_SIZE)
             case Damaged():
                 # Without acknowledgements the line is reliable, and nobody would send it again.
-                await self._channel.send_all(b"-" if self._acknowledges else frame(b"E.the checksum is wrong"))
+                self._send(b"-" if self._acknowledges else frame(b"E.the checksum is wrong"))
             case Acknowledged(well=False):
                 if self._acknowledges and self._last_reply:
-                    await self._channel.send_all(self._last_reply)
+                    self._send(self._last_reply)
         return True
 
-    async def _answer(self, payload: bytes) -> bool:
-        answer = await self._stub.answer(payload)
+    def _answer(self, payload: bytes) -> bool:
+        answer = self._stub.answer(payload)
         match answer:
+            case bytes():
+                self._reply(answer)
+                if self._stub.no_acknowledgements:
+                    self._acknowledges = False
             case Resume():
                 if self._ended:  # it would run for nobody
                     return False
-                await self._reply(await self._resume(answer))
+                # The ^C may have come with the packet: gdb waits for a stop then, and does not ask again.
+                self._runs, self._stop_asked = 0, self._take_interrupts()
+                self._reply(self._stub.resume(answer, self._run, self._tell))
             case Said():
-                await self._tell(answer.text)
-                await self._reply(answer.reply)
+                self._tell(answer.text)
+                self._reply(answer.reply)
             case Bye():
-                await self._inferior.forget()
+                self._inferior.forget()
+                self._over = True
                 if answer.reply is not None:
-                    await self._reply(answer.reply)
+                    self._reply(answer.reply)
+                    self._linger()
                 return False
-            case bytes():
-                await self._reply(answer)
-                if self._stub.no_acknowledgements:
-                    self._acknowledges = False
         return True
 
-    async def _reply(self, payload: bytes) -> None:
-        self._last_reply = frame(payload)
-        await self._channel.send_all(self._last_reply)
+    def _linger(self) -> None:
+        """Take the acknowledgement of the last reply: a socket that is closed with something unread is reset, and
+        over TCP the reply may be lost with it."""
+        if self._acknowledges and not self._events:
+            self._line.settimeout(_LAST_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                self._line.recv(_CHUNK)
 
-    async def _tell(self, text: str) -> None:
+    def _reply(self, payload: bytes) -> None:
+        self._last_reply = frame(payload)
+        self._send(self._last_reply)
+
+    def _send(self, data: bytes) -> None:
+        self._line.sendall(data)
+        self._moved()
+
+    def _tell(self, text: str) -> None:
         for at in range(0, len(text), _TEXT_CHUNK):
-            await self._reply(console_text(text[at : at + _TEXT_CHUNK]))
+            self._reply(console_text(text[at : at + _TEXT_CHUNK]))
 
     # ---- running
 
-    async def _resume(self, what: Resume) -> bytes:
-        """The stop reply."""
-        failure: Exception | None = None
-        reply = b""
-        async with _Runner(self._inferior, self._listen) as runner:
-            try:
-                reply = await self._stub.resume(what, runner.run, self._tell)
-            except (VmfsError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                failure = error  # not through the runner's nursery, which would make a group of it
-        if failure is not None:
-            raise failure
-        return reply
-
-    async def _listen(self, stop: Callable[[], None]) -> None:
-        """While the guest runs: ^C stops it, and so does a gdb that goes away."""
-        while not self._ended:
-            before = len(self._events)
-            try:
-                await self._receive()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                self._ended = True
-            news = list(self._events)[before:]
-            # A gdb says nothing else while it waits for a stop; what a peer sends all the same must not pile up.
-            while len(self._events) > _MOST_WAITING:
-                self._events.pop()
-            if self._ended or any(isinstance(event, Interrupt) for event in news):
-                stop()
-
-
-class _Runner:
-    """The runs of one resumption, and a task that listens meanwhile.
-
-    A single step is most often done before anybody could listen: the task begins when it is not, or with the second
-    run of several.
-    """
-
-    def __init__(self, inferior: Inferior, listen: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
-        self._vm = inferior.vm
-        self._wait = inferior.surroundings.wait
-        self._listen = listen
-        self._stack = contextlib.AsyncExitStack()
-        self._run: Run | None = None
-        self._listening = False
-        self._stop_asked = False
-
-    async def __aenter__(self) -> _Runner:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self._stack.aclose()
-
-    async def run(self, bound: Bound) -> Exit:
+    def _run(self, bound: Bound) -> Exit:
         """To the next exit."""
-        is_first = self._run is None
         try:
-            run = self._run = self._vm.start(bound)
+            run = self._vm.start(bound)
         except Busy:
             raise Busy("the machine is running: somebody else has started it") from None
-        try:
-            if self._stop_asked:
-                self._vm.stop(run)
-            if bound.steps is not None:
-                with contextlib.suppress(TimeoutError):
-                    run.exception(_SHORT_SECONDS)
-            if not is_first or not run.done():
-                await self._begin_listening()
-                await self._wait(run)
-                await trio.lowlevel.checkpoint()
-        finally:
-            if not run.done():  # the session is ended from outside, or the machine goes
-                self._vm.stop(run)
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + _END_SECONDS):
-                    with contextlib.suppress(VmfsError):
-                        await self._wait(run)
+        if self._stop_asked:
+            self._vm.stop(run)
+        self._runs += 1
+        # A single step is most often done before anybody could listen. Of several runs, each listens.
+        if bound.steps is None or self._runs > 1 or not _is_soon_done(run):
+            self._listen(run)
         return run.result()
 
-    async def _begin_listening(self) -> None:
-        if not self._listening:
-            self._listening = True
-            nursery = await self._stack.enter_async_context(trio.open_nursery())
-            self._stack.callback(nursery.cancel_scope.cancel)
-            nursery.start_soon(self._listen, self._stop)
+    def _listen(self, run: Run) -> None:
+        """To the end of the run. ^C stops it, and so does a gdb that goes away."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        if not self._ended:
+            poll.register(self._line, select.POLLIN)
+        run.add_done_callback(lambda _: os.eventfd_write(self._bell, 1))
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._line.fileno() in ready:
+                self._hear(run)
+                if self._ended:
+                    poll.unregister(self._line)
+            if self._bell in ready:  # and not before: the bell must be there when it rings
+                os.eventfd_read(self._bell)
+                return
 
-    def _stop(self) -> None:
-        self._stop_asked = True
-        self._vm.stop(self._run)
+    def _hear(self, run: Run) -> None:
+        self._receive()
+        is_interrupted = self._take_interrupts()
+        # A gdb says nothing else while it waits for a stop; what a peer sends all the same must not pile up.
+        while len(self._events) > _MOST_WAITING:
+            self._events.pop()
+        if self._ended or is_interrupted:
+            self._stop_asked = True
+            self._vm.stop(run)
+
+    def _take_interrupts(self) -> bool:
+        """Whether there are any in what has come."""
+        before = len(self._events)
+        self._events = deque(event for event in self._events if not isinstance(event, Interrupt))
+        return len(self._events) < before
 
 
-async def _refuse(channel: Channel, sentence: str) -> None:
+def _is_soon_done(run: Run) -> bool:
+    try:
+        run.exception(_SHORT_SECONDS)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _refuse(line: socket.socket, sentence: str) -> None:
     """Answer the first packet with the reason, which gdb shows."""
     decoder = Decoder()
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(_END_SECONDS):
-        while data := await channel.receive_some(_CHUNK):
+    line.setblocking(False)
+    with contextlib.suppress(OSError), trio.move_on_after(_REFUSAL_SECONDS):
+        while True:
+            await trio.lowlevel.wait_readable(line)
+            data = line.recv(_CHUNK)
+            if not data:
+                return
             if any(isinstance(event, Packet) for event in decoder.feed(data)):
-                await channel.send_all(b"+" + frame(b"E." + sentence.encode()))
+                line.send(b"+" + frame(b"E." + sentence.encode()))
                 return

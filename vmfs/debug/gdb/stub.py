@@ -9,7 +9,7 @@ Source: GDB manual, appendix E, "Packets", "Stop Reply Packets", "General Query 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vmfs import exits
@@ -73,8 +73,8 @@ class Said:
     reply: bytes
 
 
-Run = Callable[[Bound], Awaitable[Exit]]
-Tell = Callable[[str], Awaitable[None]]  # text for the user, while the guest runs
+Run = Callable[[Bound], Exit]
+Tell = Callable[[str], None]  # text for the user, while the guest runs
 Answer = bytes | Resume | Said | Bye
 
 
@@ -139,21 +139,21 @@ class Stub:
         self._pass: frozenset[int] = frozenset()
         self._last_stop: bytes | None = None
 
-    async def layout(self) -> Layout:
+    def layout(self) -> Layout:
         """Settled when it is first needed, for the rest of the session."""
         if self._layout is None:
-            avx = await self.inferior.avx()
+            avx = self.inferior.avx()
             self._layout = layout(self.layout_name, avx=avx, linear=self.linear)
         return self._layout
 
     # ---- a packet
 
-    async def answer(self, payload: bytes) -> Answer:
+    def answer(self, payload: bytes) -> Answer:
         """Gone when the machine is removed; all other failures are error replies."""
         try:
             for prefix, handler in COMMANDS.items():
                 if payload.startswith(prefix):
-                    return await handler(self, payload[len(prefix) :])
+                    return handler(self, payload[len(prefix) :])
             return b""
         except Malformed as error:
             return error_reply(error)
@@ -172,13 +172,13 @@ class Stub:
 
     # ---- registers
 
-    async def _read_all(self, _arguments: bytes) -> bytes:
-        rows = (await self.layout()).registers
-        return _hex(b"".join(await self.inferior.read_registers(rows)))
+    def _read_all(self, _arguments: bytes) -> bytes:
+        rows = self.layout().registers
+        return _hex(b"".join(self.inferior.read_registers(rows)))
 
-    async def _write_all(self, arguments: bytes) -> bytes:
+    def _write_all(self, arguments: bytes) -> bytes:
         data, values = _unhex(arguments), {}
-        rows = (await self.layout()).registers
+        rows = self.layout().registers
         if len(data) != sum(row.size for row in rows):
             raise Malformed
         at = 0
@@ -188,16 +188,16 @@ class Stub:
         self.inferior.write_registers(values)
         return b"OK"
 
-    async def _read_one(self, arguments: bytes) -> bytes:
-        rows = (await self.layout()).registers
+    def _read_one(self, arguments: bytes) -> bytes:
+        rows = self.layout().registers
         number = _number(arguments)
         if number >= len(rows):
             raise Malformed
-        return _hex((await self.inferior.read_registers((rows[number],)))[0])
+        return _hex(self.inferior.read_registers((rows[number],))[0])
 
-    async def _write_one(self, arguments: bytes) -> bytes:
+    def _write_one(self, arguments: bytes) -> bytes:
         text, _, value = arguments.partition(b"=")
-        rows = (await self.layout()).registers
+        rows = self.layout().registers
         number, data = _number(text), _unhex(value)
         if number >= len(rows) or len(data) != rows[number].size:
             raise Malformed
@@ -210,40 +210,40 @@ class Stub:
 
     # ---- memory
 
-    async def _read_memory(self, arguments: bytes) -> bytes:
+    def _read_memory(self, arguments: bytes) -> bytes:
         address, length = _numbers(arguments, 2)
-        return _hex(await self.inferior.read_memory(address, min(length, _READ_MOST)))
+        return _hex(self.inferior.read_memory(address, min(length, _READ_MOST)))
 
-    async def _read_binary(self, arguments: bytes) -> bytes:
+    def _read_binary(self, arguments: bytes) -> bytes:
         address, length = _numbers(arguments, 2)
-        return b"b" + escape(await self.inferior.read_memory(address, min(length, _READ_MOST)))
+        return b"b" + escape(self.inferior.read_memory(address, min(length, _READ_MOST)))
 
-    async def _write_memory(self, arguments: bytes) -> bytes:
-        return await self._write(arguments, _unhex)
+    def _write_memory(self, arguments: bytes) -> bytes:
+        return self._write(arguments, _unhex)
 
-    async def _write_binary(self, arguments: bytes) -> bytes:
-        return await self._write(arguments, bytes)
+    def _write_binary(self, arguments: bytes) -> bytes:
+        return self._write(arguments, bytes)
 
-    async def _write(self, arguments: bytes, decode: Callable[[bytes], bytes]) -> bytes:
+    def _write(self, arguments: bytes, decode: Callable[[bytes], bytes]) -> bytes:
         where, colon, text = arguments.partition(b":")
         address, length = _numbers(where, 2)
         data = decode(text)
         if not colon or len(data) != length:
             raise Malformed
         if data:
-            await self.inferior.write_memory(address, data)
+            self.inferior.write_memory(address, data)
         return b"OK"
 
     # ---- points
 
-    async def _insert(self, arguments: bytes) -> bytes:
+    def _insert(self, arguments: bytes) -> bytes:
         stop, kind = _point(arguments)
         if stop is None:
             return b""
-        await self.inferior.insert(stop, kind)
+        self.inferior.insert(stop, kind)
         return b"OK"
 
-    async def _remove(self, arguments: bytes) -> bytes:
+    def _remove(self, arguments: bytes) -> bytes:
         stop, kind = _point(arguments)
         if stop is None:
             return b""
@@ -252,27 +252,27 @@ class Stub:
 
     # ---- running
 
-    async def _continue(self, arguments: bytes) -> Answer:
-        await self._jump(arguments)
+    def _continue(self, arguments: bytes) -> Answer:
+        self._jump(arguments)
         return Resume()
 
-    async def _step(self, arguments: bytes) -> Answer:
-        await self._jump(arguments)
+    def _step(self, arguments: bytes) -> Answer:
+        self._jump(arguments)
         return Resume(step=True)
 
-    async def _continue_with_signal(self, arguments: bytes) -> Answer:
+    def _continue_with_signal(self, arguments: bytes) -> Answer:
         """A guest has no signals: only the address means something."""
-        return await self._continue(_behind_signal(arguments))
+        return self._continue(_behind_signal(arguments))
 
-    async def _step_with_signal(self, arguments: bytes) -> Answer:
-        return await self._step(_behind_signal(arguments))
+    def _step_with_signal(self, arguments: bytes) -> Answer:
+        return self._step(_behind_signal(arguments))
 
-    async def _jump(self, address: bytes) -> None:
+    def _jump(self, address: bytes) -> None:
         if address:
-            rows = await self.layout()
+            rows = self.layout()
             self.inferior.write_registers({rows.registers[rows.pc]: _number(address)})
 
-    async def _resume(self, arguments: bytes) -> Answer:
+    def _resume(self, arguments: bytes) -> Answer:
         """vCont;ACTION[:THREAD]...: the first that is for the CPU counts."""
         if not arguments.startswith(b";"):
             raise Malformed
@@ -292,112 +292,112 @@ class Stub:
             return Resume(step=letter in b"sS")
         raise Malformed
 
-    async def resume(self, what: Resume, run: Run, tell: Tell) -> bytes:
+    def resume(self, what: Resume, run: Run, tell: Tell) -> bytes:
         """Run, and the reply when it has stopped. `tell` gets what no stop reply can say."""
         try:
-            await self.inferior.settle(stepping=what.step)
-            exit_ = await self._run(what, run)
+            self.inferior.settle(stepping=what.step)
+            exit_ = self._run(what, run)
         except VmfsError as error:
             self._check(error)
-            await tell(f"vmfs: {error}\n")
-            return await self.stop_reply(0)
-        return await self._stopped(exit_, tell)
+            tell(f"vmfs: {error}\n")
+            return self.stop_reply(0)
+        return self._stopped(exit_, tell)
 
-    async def _run(self, what: Resume, run: Run) -> Exit:
+    def _run(self, what: Resume, run: Run) -> Exit:
         bound = UNBOUND
         if what.step:
             # A stub may stop inside of a range; one whose addresses are linear does, behind every instruction.
             bound = Bound(steps=1, within=(what.start, what.end) if what.end and not self.linear else None)
         while True:
-            exit_ = await run(bound)
+            exit_ = run(bound)
             if not isinstance(exit_, _PASSABLE) or SIGNALS[_EXIT_SIGNALS[type(exit_)]] not in self._pass:
                 return exit_
             if what.step and getattr(exit_, "direction", "") not in ("in", "read"):  # those are not executed yet
                 return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
 
-    async def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
+    def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
         signal = SIGNALS[_signal_of(exit_)]
         reason = b""
         if isinstance(exit_, exits.Debug) and exit_.cause != "step":
             found = self.inferior.stop_of(exit_.id)
             if found is None:
-                await tell(f"vmfs: {exit_.line()}\n")
+                tell(f"vmfs: {exit_.line()}\n")
             else:
                 reason = _reason(*found, exit_)
         elif not isinstance(exit_, exits.Debug | exits.Interrupted):
-            await tell(f"vmfs: {exit_.line()}\n")
-        self._last_stop = await self.stop_reply(signal, reason)
+            tell(f"vmfs: {exit_.line()}\n")
+        self._last_stop = self.stop_reply(signal, reason)
         return self._last_stop
 
-    async def stop_reply(self, signal: int, reason: bytes = b"") -> bytes:
-        rows = await self.layout()
+    def stop_reply(self, signal: int, reason: bytes = b"") -> bytes:
+        rows = self.layout()
         numbers = rows.expedited
-        values = await self.inferior.read_registers([rows.registers[number] for number in numbers])
+        values = self.inferior.read_registers([rows.registers[number] for number in numbers])
         words = b"".join(b"%02x:%b;" % (number, _hex(value)) for number, value in zip(numbers, values, strict=True))
         return b"T%02x%b%bthread:%x;" % (signal, words, reason, _THREAD)
 
-    async def _why(self, _arguments: bytes) -> bytes:
+    def _why(self, _arguments: bytes) -> bytes:
         """`?`: the machine stands still for gdb, whoever ran it."""
         try:
-            await self.inferior.pause()
+            self.inferior.pause()
         except VmfsError as error:  # what cannot be booted: the first run will say so, too
             self._check(error)
         if self._last_stop is None:
             last = self.inferior.last_exit
             is_over = last is not None and self.inferior.vm.state in ("shutdown", "halted")
-            self._last_stop = await self.stop_reply(SIGNALS[_signal_of(last) if last and is_over else "TRAP"])
+            self._last_stop = self.stop_reply(SIGNALS[_signal_of(last) if last and is_over else "TRAP"])
         return self._last_stop
 
     # ---- the end
 
-    async def _detach(self, _arguments: bytes) -> Answer:
+    def _detach(self, _arguments: bytes) -> Answer:
         return Bye(b"OK")
 
-    async def _kill(self, _arguments: bytes) -> Answer:
+    def _kill(self, _arguments: bytes) -> Answer:
         return Bye()
 
-    async def _v_kill(self, _arguments: bytes) -> Answer:
+    def _v_kill(self, _arguments: bytes) -> Answer:
         return Bye(b"OK")
 
     # ---- threads: the CPUs
 
-    async def _select(self, arguments: bytes) -> bytes:
+    def _select(self, arguments: bytes) -> bytes:
         if arguments[:1] not in (b"g", b"c") or _thread(arguments[1:]) not in (_THREAD, 0, -1):
             raise Malformed
         return b"OK"
 
-    async def _is_alive(self, arguments: bytes) -> bytes:
+    def _is_alive(self, arguments: bytes) -> bytes:
         if _thread(arguments) != _THREAD:
             raise Malformed
         return b"OK"
 
-    async def _thread_words(self, arguments: bytes) -> bytes:
+    def _thread_words(self, arguments: bytes) -> bytes:
         if _thread(arguments) != _THREAD:
             raise Malformed
-        return _hex(f"cpu{_THREAD - 1} [{await self.inferior.mode()}]".encode())
+        return _hex(f"cpu{_THREAD - 1} [{self.inferior.mode()}]".encode())
 
     # ---- queries
 
-    async def _query(self, arguments: bytes) -> Answer:
+    def _query(self, arguments: bytes) -> Answer:
         name, separator, rest = _split_query(arguments)
         handler = QUERIES.get(name)
-        return b"" if handler is None else await handler(self, rest if separator else b"")
+        return b"" if handler is None else handler(self, rest if separator else b"")
 
-    async def _supported(self, _features: bytes) -> bytes:
+    def _supported(self, _features: bytes) -> bytes:
         return SUPPORTED
 
-    async def _transfer(self, arguments: bytes) -> bytes:
+    def _transfer(self, arguments: bytes) -> bytes:
         """qXfer:OBJECT:read:ANNEX:OFFSET,LENGTH"""
         parts = arguments.split(b":")
         if len(parts) != 4 or parts[1] != b"read":
             return b""
         offset, length = _numbers(parts[3], 2)
         if parts[0] == b"features" and parts[2] == b"target.xml":
-            document = (await self.layout()).xml().encode()
+            document = self.layout().xml().encode()
         elif parts[0] == b"memory-map" and not parts[2]:
             document = MEMORY_MAP.encode()
         elif parts[0] == b"threads" and not parts[2]:
-            document = THREADS.format(thread=_THREAD, mode=await self.inferior.mode()).encode()
+            document = THREADS.format(thread=_THREAD, mode=self.inferior.mode()).encode()
         elif parts[0] in (b"features", b"memory-map", b"threads"):
             return b"E00"  # there is no such annex
         else:
@@ -405,21 +405,21 @@ class Stub:
         part = document[offset : offset + min(length, _READ_MOST)]
         return (b"m" if offset + len(part) < len(document) else b"l") + escape(part)
 
-    async def _region(self, arguments: bytes) -> bytes:
+    def _region(self, arguments: bytes) -> bytes:
         """lldb's question where it may put things: without `permissions` nothing is there."""
-        start, end, rights = await self.inferior.region(_number(arguments))
+        start, end, rights = self.inferior.region(_number(arguments))
         size = min(end - start, (1 << 64) - 1)
         return b"start:%x;size:%x;" % (start, size) + (b"permissions:%b;" % rights.encode() if rights else b"")
 
-    async def _start_no_ack(self, _arguments: bytes) -> bytes:
+    def _start_no_ack(self, _arguments: bytes) -> bytes:
         self.no_acknowledgements = True
         return b"OK"
 
-    async def _pass_signals(self, arguments: bytes) -> bytes:
+    def _pass_signals(self, arguments: bytes) -> bytes:
         self._pass = frozenset(_number(part) for part in arguments.split(b";") if part)
         return b"OK"
 
-    async def _monitor(self, arguments: bytes) -> Said:
+    def _monitor(self, arguments: bytes) -> Said:
         try:
             text = _unhex(arguments).decode()
         except UnicodeDecodeError:
@@ -427,19 +427,19 @@ class Stub:
         word, _, rest = text.strip().partition(" ")
         own = MONITOR.get(word)
         try:
-            return Said(await (own(self, rest.strip()) if own else self.inferior.command(text)), b"OK")
+            return Said(own(self, rest.strip()) if own else self.inferior.command(text), b"OK")
         except VmfsError as error:
             self._check(error)
             return Said(f"{error}\n", error_reply(error))
 
-    async def _monitor_physical(self, argument: str) -> str:
+    def _monitor_physical(self, argument: str) -> str:
         if argument:
             if argument not in ("on", "off"):
                 raise Invalid(f"phys: {argument[:40]!r} is not on or off")
             self.inferior.physical = argument == "on"
         return f"phys {'on' if self.inferior.physical else 'off'}\n"
 
-    async def _physical_mode(self, argument: bytes) -> bytes:
+    def _physical_mode(self, argument: bytes) -> bytes:
         """QEMU's packets: `qqemu.PhyMemMode` asks, `Qqemu.PhyMemMode:1` sets."""
         if not argument:
             return b"%d" % self.inferior.physical
@@ -448,7 +448,7 @@ class Stub:
         self.inferior.physical = argument == b"1"
         return b"OK"
 
-    async def _set_layout(self, arguments: bytes) -> bytes:
+    def _set_layout(self, arguments: bytes) -> bytes:
         """vmfs's own, before gdb says anything: the words that may follow an address in the file `gdb`."""
         name, linear = parse_layout(arguments.decode("ascii", "replace").split(","))
         if self._layout is not None:
@@ -517,8 +517,8 @@ def _split_query(arguments: bytes) -> tuple[bytes, bytes, bytes]:
     return (found[1], found[2], found[3]) if found else (b"", b"", b"")
 
 
-def _constant(reply: bytes) -> Callable[[Stub, bytes], Awaitable[bytes]]:
-    async def handler(_stub: Stub, _arguments: bytes) -> bytes:
+def _constant(reply: bytes) -> Callable[[Stub, bytes], bytes]:
+    def handler(_stub: Stub, _arguments: bytes) -> bytes:
         return reply
 
     return handler
@@ -542,7 +542,7 @@ MEMORY_MAP = """<?xml version="1.0"?>
 # The CPUs, in one packet where qfThreadInfo takes two, and gdb asks at every stop.
 THREADS = '<?xml version="1.0"?>\n<threads><thread id="{thread:x}" core="0" name="cpu0">{mode}</thread></threads>\n'
 
-Handler = Callable[[Stub, bytes], Awaitable[Answer]]
+Handler = Callable[[Stub, bytes], Answer]
 
 # By how a payload begins; the first that fits.
 COMMANDS: Mapping[bytes, Handler] = {
@@ -594,6 +594,6 @@ QUERIES: Mapping[bytes, Handler] = {
 }
 
 # Words of `monitor` that are about the session; all others are the files'.
-MONITOR: Mapping[str, Callable[[Stub, str], Awaitable[str]]] = {
+MONITOR: Mapping[str, Callable[[Stub, str], str]] = {
     "phys": Stub._monitor_physical,
 }
