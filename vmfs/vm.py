@@ -113,6 +113,7 @@ class Vm:
         self.board: Board | None = None
         self.images = Images()
         self._boot_due = True  # the next run begins by loading what `images` has
+        self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
         self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
         self.hooks = MemoryHooks()
         self.trace = Trace()
@@ -175,7 +176,6 @@ class Vm:
             if self._state == "shutdown" and self.last_exit is not None:
                 run.set_result(self._note(self.last_exit))
             else:
-                self.memory.seal()
                 self._cpu.clear_kick()
                 self._run, self._state = run, "running"
                 self.still = None
@@ -261,6 +261,8 @@ class Vm:
             before()
         if self._boot_due:
             self._boot()
+        self.memory.seal()
+        self._has_run = True
         timer = None
         if run.bound.seconds is not None:
             timer = threading.Timer(run.bound.seconds, self._expire, (run,))
@@ -516,7 +518,7 @@ class Vm:
                 return
             if board_type is not None and Capability.IRQCHIP not in self.capabilities:
                 raise Unsupported(f"machine: {name} needs interrupt controllers, which {self.engine.name} has not")
-            if self._counts["runs"]:
+            if self._has_run:
                 raise Busy("machine: it has run; its devices are fixed")
             old_board = self.board
             self._replace_machine(self.engine, board_type)
@@ -550,7 +552,7 @@ class Vm:
         self._check_idle()
         if not isinstance(self.board, Pc):
             raise Unsupported("a bare machine has no devices: write pc to `machine` first")
-        if self._counts["runs"]:
+        if self._has_run:
             raise Busy("it has run; its devices are fixed")
         return self.board
 
@@ -680,7 +682,7 @@ class Vm:
                 reset_states["lapic"] = cpu.get_state("lapic")
                 chip_reset_states = {name: machine.get_state(name) for name in ("irqchip", "pit")}
             made_cpuid = cpu.get_state("cpuid")
-            is_new = not self._counts["runs"] and self._cpu.get_state("cpuid") == self._made_cpuid
+            is_new = not self._has_run and self._cpu.get_state("cpuid") == self._made_cpuid
             carry_cpu(self._cpu, cpu, self.reset_states, keep_cpuid=not is_new)
             if board_type == "same":
                 carry_machine(self._machine, machine)

@@ -50,6 +50,28 @@ def test_reboot_is_a_reset_and_the_next_run_boots_again(make_pc):
     assert pc.ended().startswith("shutdown cause=reset rip=0x")
 
 
+def test_a_machine_that_could_not_boot_is_as_it_was(make_pc):
+    """The user who is told that a kernel does not fit gives the machine more RAM, and goes on."""
+    pc = make_pc()
+    pc.write("mem_size", "32M")
+    pc.load("kernel", CLOUD.image)
+    for image, sentence in ((CLOUD.image, "RAM ends at 0x2000000"), (CLOUD.image.read_bytes()[:-9999], "truncated")):
+        pc.load("kernel", image)
+        with pytest.raises(OSError, match="Invalid argument"):
+            pc.read("vm_run")
+        assert sentence in pc.read("error") and pc.read("state") == "paused\n"
+    pc.write("mem_size", "64M")
+    pc.write("dev/add", "rng")
+    (pc.path / "dev/rng0").rmdir()
+    pc.write("machine", "bare")
+    pc.write("machine", "pc")
+    pc.load("kernel", b"\xe6\xf4".ljust(510, b"\0") + b"\x55\xaa")  # a boot sector: out 0xf4, al
+    assert pc.read("vm_run").startswith("shutdown cause=debug-exit code=")
+    for name, text in (("mem_size", "128M"), ("dev/add", "rng"), ("machine", "bare")):
+        with pytest.raises(OSError, match="busy"):
+            pc.write(name, text)
+
+
 def test_the_generic_kernel_boots(make_pc):
     pc = boot_linux(make_pc(), 'echo "version $(uname -r)"; poweroff -f\n', kernel=GENERIC, mem="512M")
     assert pc.expect(r"version (\S+)\r\n")[1] == GENERIC.release
