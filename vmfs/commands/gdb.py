@@ -1,15 +1,19 @@
 """`vmfs gdb`: a pipe between a gdb and a machine, for `target remote | vmfs gdb MACHINE`.
 
-It speaks through the machine's files, so it needs no port and no more rights than those to write them.
+It speaks through the machine's files, so it needs no port and no more rights than those to write them. gdb starts it
+with a socket as its standard input and output, and it hands that over: packets take no way through this process then.
 """
 
 import argparse
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
 
+from vmfs.debug.gdb import handover
+from vmfs.debug.gdb.packets import frame
 from vmfs.errors import EngineFailed, Invalid, NotPermitted, VmfsError
 
 _CHUNK = 1 << 16
@@ -26,8 +30,34 @@ def run(arguments: argparse.Namespace) -> int:
     # A terminal's ^C is for gdb, which says by a byte that the guest is to be stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stream = _open(machine)
-    if arguments.words:
-        _set_layout(machine, stream, arguments.words)
+    connection = _hand_over(machine, stream, arguments.words) if _is_one_socket() else None
+    if connection is None:
+        _copy(machine, stream, arguments.words)
+        return 0
+    os.close(stream)
+    while connection.recv(_CHUNK):  # nothing is said: it ends with the session
+        pass
+    return 0
+
+
+def _is_one_socket() -> bool:
+    """Whether standard input and output are one, as a gdb gives it to what it starts."""
+    ours, theirs = os.fstat(0), os.fstat(1)
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino) and handover.is_stream(0)
+
+
+def _hand_over(machine: str, stream: int, words: list[str]) -> socket.socket | None:
+    """The connection that lasts as long as the session; None where the server is out of reach but for its files."""
+    return handover.send(_ask(machine, stream, handover.QUERY + b":" + ",".join(words).encode()), 0)
+
+
+def _copy(machine: str, stream: int, words: list[str]) -> None:
+    """Between standard input and output and the stream."""
+    if words:
+        reply = _ask(machine, stream, b"Qvmfs.Layout:" + ",".join(words).encode())
+        _write(stream, b"+")
+        if reply != b"OK":
+            raise _reason(machine, OSError(errno.EINVAL, "there is no such layout"))
     outward = threading.Thread(target=_copy_out, args=(stream,), daemon=True)
     started = False
     while data := os.read(0, _CHUNK):
@@ -42,7 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
             started = True
     # What is on its way out when gdb has closed its end is for nobody.
     os.close(stream) if not started else None
-    return 0
 
 
 def _open(machine: str) -> int:
@@ -57,22 +86,19 @@ def _open(machine: str) -> int:
         raise EngineFailed(f"{path}: {os.strerror(failure.errno or errno.EIO)}") from None
 
 
-def _set_layout(machine: str, stream: int, words: list[str]) -> None:
-    """By vmfs's own packet, before gdb says anything."""
-    payload = b"Qvmfs.Layout:" + ",".join(words).encode()
+def _ask(machine: str, stream: int, payload: bytes) -> bytes:
+    """One of vmfs's own packets, before gdb says anything, and its reply."""
     try:
-        _write(stream, b"$%b#%02x" % (payload, sum(payload) & 0xFF))
+        _write(stream, frame(payload))
     except OSError as failure:
         raise _reason(machine, failure) from None
-    reply = b""
-    while b"#" not in reply[:-2]:
+    said = b""
+    while b"#" not in said[:-2]:
         part = os.pread(stream, _CHUNK, 0)
         if not part:
             raise EngineFailed(f"{machine}: the session has ended")
-        reply += part
-    _write(stream, b"+")
-    if b"$OK#" not in reply:
-        raise _reason(machine, OSError(errno.EINVAL, "there is no such layout"))
+        said += part
+    return said[said.index(b"$") + 1 : said.rindex(b"#")]
 
 
 def _reason(machine: str, failure: OSError) -> VmfsError:

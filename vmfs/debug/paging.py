@@ -8,6 +8,7 @@ Source: Intel SDM 3A chapter 4, "Paging"; the tables there say which bits are re
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class Paging:
         raise AssertionError("the last level has leaves only")
 
 
+@functools.lru_cache(maxsize=8)
 def _cpu_limits(cpuid: bytes) -> tuple[int, bool, bool]:
     """MAXPHYADDR, whether there are 1 GiB pages (SDM 3A 4.1.4), and whether it is a CPU by AMD's manual."""
     # struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, three of padding.
@@ -198,6 +200,7 @@ class _Level:
         return above & entry & (WRITABLE | USER) | (above | entry) & NO_EXECUTE
 
 
+@functools.lru_cache(maxsize=64)
 def _levels(paging: Paging) -> tuple[_Level, ...]:
     """From the table that CR3 names down to the last."""
     if paging.kind == "32-bit":

@@ -52,7 +52,7 @@ class Inferior:
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
         self._states: tuple[object, States] | None = None
-        self._paging: tuple[object, Paging] = object(), Paging()
+        self._paging: tuple[States, Paging] | None = None
         self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
@@ -117,9 +117,9 @@ class Inferior:
 
     def _paging_of(self, cpu: Vcpu) -> Paging:
         """Looked up once while the CPU is not used."""
-        at = self.vm.still
-        if at is None or at is not self._paging[0]:
-            self._paging = at, Paging.of(cpu)
+        states = self._states_of(cpu)
+        if self._paging is None or states is not self._paging[0]:
+            self._paging = states, Paging.of(states)
         return self._paging[1]
 
     def read_memory(self, address: int, length: int) -> bytes:

@@ -78,13 +78,17 @@ Tell = Callable[[str], None]  # text for the user, while the guest runs
 Answer = bytes | Resume | Said | Bye
 
 
+_NUMBER = re.compile(rb"[0-9a-fA-F]{1,16}")
+_QUERY = re.compile(rb"([A-Za-z.]+)([:,]?)(.*)", re.DOTALL)
+
+
 class Malformed(Exception):
     """A packet that does not parse."""
 
 
 def _number(text: bytes) -> int:
     """Hexadecimal, as all numbers in packets."""
-    if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", text):
+    if not _NUMBER.fullmatch(text):
         raise Malformed
     return int(text, 16)
 
@@ -151,7 +155,7 @@ class Stub:
     def answer(self, payload: bytes) -> Answer:
         """Gone when the machine is removed; all other failures are error replies."""
         try:
-            for prefix, handler in COMMANDS.items():
+            for prefix, handler in _BY_LETTER.get(payload[:1], ()):
                 if payload.startswith(prefix):
                     return handler(self, payload[len(prefix) :])
             return b""
@@ -513,7 +517,7 @@ def _behind_signal(arguments: bytes) -> bytes:
 
 def _split_query(arguments: bytes) -> tuple[bytes, bytes, bytes]:
     """A name, what ends it, and the rest: `,` or `:` or nothing."""
-    found = re.match(rb"([A-Za-z.]+)([:,]?)(.*)", arguments, re.DOTALL)
+    found = _QUERY.match(arguments)
     return (found[1], found[2], found[3]) if found else (b"", b"", b"")
 
 
@@ -574,6 +578,10 @@ COMMANDS: Mapping[bytes, Handler] = {
     b"T": Stub._is_alive,
     b"D": Stub._detach,
     b"k": Stub._kill,
+}
+
+_BY_LETTER = {
+    prefix[:1]: [row for row in COMMANDS.items() if row[0][:1] == prefix[:1]] for prefix in COMMANDS
 }
 
 # By name; q and Q alike.

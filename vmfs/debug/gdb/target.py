@@ -47,13 +47,17 @@ class States:
             self._blobs[state] = self._cpu.get_state(state)
         return self._blobs[state]
 
+    get_state = blob  # so that it can be taken for a CPU
+
     def value(self, name: str) -> int:
         """Of a row of REGISTERS, or of an MSR."""
+        row = REGISTERS.get(name)
+        if row is not None:
+            return row.get(self.blob(row.state))
         index = parse_msr(name)
-        if index is not None:
-            return self._cpu.get_msr(index)
-        row = REGISTERS[name]
-        return row.get(self.blob(row.state))
+        if index is None:
+            raise KeyError(name)
+        return self._cpu.get_msr(index)
 
 
 Change = Mapping[str, int]  # names of REGISTERS (or of MSRs, or `ymmNh`) and their values
@@ -254,19 +258,8 @@ class Layout:
     architecture: str
     bits: int  # of an address
     registers: tuple[Register, ...]
-
-    def number(self, name: str) -> int:
-        return next(number for number, register in enumerate(self.registers) if register.name == name)
-
-    @property
-    def pc(self) -> int:
-        return self.number("rip" if self.bits == 64 else "eip")
-
-    @property
-    def expedited(self) -> tuple[int, ...]:
-        """What a stop reply has, so that gdb need not ask: the instruction, stack and frame pointers, the flags."""
-        letter = "r" if self.bits == 64 else "e"
-        return tuple(self.number(name) for name in (f"{letter}ip", f"{letter}sp", f"{letter}bp", "eflags"))
+    pc: int  # number of the instruction pointer
+    expedited: tuple[int, ...]  # what a stop reply has, so that gdb need not ask
 
     def xml(self) -> str:
         """target.xml."""
@@ -371,7 +364,11 @@ def layout(name: str, *, avx: bool, linear: bool = False) -> Layout:
     registers = [_linear(row) if linear and row.type == "code_ptr" else row for row in _flat(bits)]
     if avx:
         registers += _avx(16 if bits == 64 else 8)
-    return Layout(name, architecture, bits, tuple(registers))
+    numbers = {register.name: number for number, register in enumerate(registers)}
+    letter = "r" if bits == 64 else "e"
+    # The instruction, stack and frame pointers, the flags.
+    expedited = tuple(numbers[one] for one in (f"{letter}ip", f"{letter}sp", f"{letter}bp", "eflags"))
+    return Layout(name, architecture, bits, tuple(registers), expedited[0], expedited)
 
 
 def has_avx(cpu: Cpu) -> bool:
