@@ -142,8 +142,9 @@ class Guest:
         self.cpu = self.vm.create_vcpu(0)
         self.mode, self.long, self.chip = mode, mode in ("long", "compat"), chip
         self.labels: dict[str, int] = {}
+        self._start = (3 if mode == "v86" else cpl, iopl)
         self._tables()
-        self._state(3 if mode == "v86" else cpl, iopl)
+        self.begin()
 
     def close(self) -> None:
         self.vm.close()
@@ -222,8 +223,9 @@ class Guest:
 
     # ---- State ------------------------------------------------------------
 
-    def _state(self, cpl: int, iopl: int) -> None:
-        mode = self.mode
+    def begin(self) -> None:
+        """Registers as in the beginning; memory stays."""
+        mode, (cpl, iopl) = self.mode, self._start
         if mode in ("real", "v86"):
             dpl = 3 if mode == "v86" else 0
             code = data = Segment(0, 0xFFFF, 0, 3, g=0, dpl=dpl)

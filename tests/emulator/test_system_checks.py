@@ -6,6 +6,7 @@ import struct
 
 import pytest
 from emulator.system_lib import (
+    _TABLES_AT,
     AC,
     AC_FLAG,
     BP,
@@ -23,6 +24,7 @@ from emulator.system_lib import (
     CR4_UMIP,
     CR4_VME,
     DATA,
+    DATA16,
     DATA32,
     DB,
     DF,
@@ -53,7 +55,6 @@ from emulator.system_lib import (
     Guest,
     P,
     W,
-    _TABLES_AT,
     descriptor,
     gate,
 )  # fmt: skip
@@ -748,6 +749,55 @@ def test_breakpoints_know_32_bits_of_linear_addresses():
         guest.set(rip=guest.regs()["rip"] + 0x1000)
         assert guest.run() == DB
         assert guest.frame(False)[0] == guest.labels["place"] + 0x1000
+
+
+def test_what_was_refused_is_looked_at_again():
+    """Decoding remembers that bytes are refused: for all the bytes that it saw."""
+    with Guest("real") as guest:
+        guest.load("nop; nop; nop; nop; nop")  # the first: a run's first instruction is decoded anew
+        start = guest.regs()["rip"] + 1
+        guest.write(start, b"\xc4\xc0")  # VEX is for protected mode
+        assert guest.run() == UD
+        assert guest.frame(False)[0] == start
+        guest.write(start + 1, b"\x06")  # LES AX, [9090]
+        guest.begin()
+        assert guest.run() == STOP
+    with Guest("protected") as guest:
+        sregs = bytearray(guest.cpu.get_state("sregs"))
+        struct.pack_into("<I", sregs, 8, 0x3002)  # the limit of CS
+        guest.labels = {"stop": 0x3001}
+        guest.write(0x2FFE, b"\x90\x0f\x80\x00\x00\x00\x00")  # JO rel32, over the end of the page and of the segment
+        for byte, what in ((0x80, GP), (0xC8, STOP), (0x80, GP)):  # C8: BSWAP EAX
+            guest.write(0x3000, bytes((byte,)))
+            guest.write(0x3001, b"\x0f\x0b")
+            guest.cpu.set_state("sregs", bytes(sregs))
+            guest.set(rip=0x2FFE)
+            assert guest.run() == what
+
+
+def test_enter_with_a_32_bit_operand_on_a_16_bit_stack():
+    """EBP gets ESP, of which the push moved the low half only: so have processors it (tests/emulator/fuzz)."""
+    with Guest("protected") as guest:
+        assert guest.run(
+            f"mov eax, {DATA16}; mov ss, eax; mov esp, 0x80000000; enter 2, 0; mov eax, {DATA32}; mov esi, esp;"
+            f"mov ss, eax; mov esp, {KERNEL_STACK}"
+        ) == STOP  # fmt: skip
+        regs = guest.regs()
+        assert (hex(regs["rbp"]), hex(regs["rsi"])) == ("0x8000fffc", "0x8000fffa")
+
+
+@pytest.mark.parametrize("code", ["clflush cs:[edi]", "clflushopt cs:[edi]", "clwb cs:[edi]"])
+def test_flushing_a_line_of_an_execute_only_segment(code):
+    """Intel SDM 2A CLFLUSH allows it; a load is refused, and so is what lies outside."""
+    with Guest("protected") as guest:
+        guest.set_descriptor(FREE, descriptor(kind=9))
+        begin = f"push {FREE}; push offset there; retf; there: mov edi, {DATA};"
+        assert guest.run(f"{begin} {code}") == STOP
+        guest.begin()
+        assert guest.run(f"{begin} mov al, cs:[edi]") == GP
+        guest.begin()
+        guest.set_descriptor(FREE, descriptor(kind=9, limit=0xFFFF, granular=0))
+        assert guest.run(f"{begin} {code}") == GP
 
 
 def test_trap_gates_leave_if():

@@ -28,6 +28,21 @@ struct state {
     u64 rip, rflags;
     u8 fx[512] __attribute__((aligned(64))); /* FXSAVE image */
     int vector;                              /* after: VECTOR_NONE at the exit, or the exception */
+    u64 address;                             /* of the core: what a page fault was about */
+};
+
+/* Segments of the third mode, entries of an LDT. All code begins at CODE. */
+struct segment { u32 base, limit; bool pages, big, code, down, less /* read-only, execute-only */; };
+enum { CODE_SEGMENTS = 4, SEGMENTS = 13, NULL_SEGMENT = SEGMENTS };
+enum { IN_CS, IN_DS, IN_ES, IN_SS, USED };
+extern const struct segment segments[SEGMENTS];
+static inline u16 selector_of(u8 segment) { return segment == NULL_SEGMENT ? 0 : (u16)(segment << 3 | 7); }
+
+/* How a code runs. */
+struct mode {
+    bool compat;            /* not 64-bit mode */
+    bool segmented;         /* with `use` of `segments`, not flat ones; rip of a state is linear all the same */
+    u8 use[USED];
 };
 
 /* host.c: before and after a batch; and one run in `s`, with the data area as the caller filled it. */
@@ -35,6 +50,6 @@ extern u8 *host_code, *host_data;
 int host_open(void);                   /* 0, or a negative errno */
 void host_begin(void);
 void host_end(void);
-void host_run(struct state *s, bool compat);
+void host_run(struct state *s, const struct mode *mode);
 
 #endif

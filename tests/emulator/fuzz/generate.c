@@ -54,6 +54,46 @@ u64 random_floats(struct random *r)
     }
 }
 
+/* ---- Segments ----------------------------------------------------------------------------------------------- */
+
+const struct segment segments[SEGMENTS] = {
+    {CODE, CODE_SIZE - 1, .code = true},
+    {CODE, CODE_SIZE - 1, .code = true, .big = true},
+    {CODE, CODE_SIZE - 1, .code = true, .less = true},
+    {CODE, PAGE + 7, .code = true}, /* ends in a code that begins on the first page's end */
+    {DATA, DATA_SIZE - 1, .big = false},
+    {DATA, DATA_SIZE - 1, .big = true},
+    {DATA, 0xffff, .big = false},
+    {DATA + DATA_SIZE - 0x10000, 0xffff - DATA_SIZE, .down = true},
+    {DATA + DATA_SIZE, 0xffffffff - DATA_SIZE, .pages = true, .big = true, .down = true}, /* base + offset wraps */
+    {DATA + 0x800, 0x7ff, .less = true},
+    {DATA + 0x1233, 0x4fe, .big = true},
+    {0xfffff000, 0xffffffff, .pages = true, .big = true},
+    {0, 0xffffffff, .pages = true, .big = true},
+};
+
+void generate_segments(struct random *r, struct mode *mode)
+{
+    *mode = (struct mode){.compat = true, .segmented = true};
+    mode->use[IN_CS] = (u8)below(r, CODE_SEGMENTS - !one_in(r, 4));
+    for (unsigned i = IN_DS; i < USED; i++) {
+        do
+            mode->use[i] = (u8)(CODE_SEGMENTS + below(r, SEGMENTS - CODE_SEGMENTS));
+        while (i == IN_SS && segments[mode->use[i]].less); /* SS can be written */
+        if (i != IN_SS && one_in(r, 12))
+            mode->use[i] = one_in(r, 2) ? NULL_SEGMENT : 0;
+    }
+}
+
+/* The offset by which a segment has a linear address. */
+static u32 offset_in(const struct mode *mode, unsigned use, u32 linear)
+{
+    u8 segment = mode->use[use];
+    return mode->segmented && segment != NULL_SEGMENT ? linear - segments[segment].base : linear;
+}
+
+static bool is_16_bit(const struct mode *mode) { return mode->segmented && !segments[mode->use[IN_CS]].big; }
+
 /* ---- The table -------------------------------------------------------------------------------------------- */
 
 /* Without A_NO64: legacy-only rows that do not touch segment registers or leave the program. */
@@ -164,8 +204,9 @@ static u8 pick(struct random *r, const u8 *list, unsigned count, bool high)
 }
 
 /* ModRM and what follows, for a memory operand. *rex gets X and B. */
-static void put_memory(struct random *r, struct out *o, u8 reg, bool compat, bool vector, bool extended, u8 *rex)
+static void put_memory(struct random *r, struct out *o, u8 reg, const struct mode *mode, bool vector, bool extended, u8 *rex)
 {
+    bool compat = mode->compat;
     int displacement = one_in(r, 3) ? 0 : (int)below(r, one_in(r, 2) ? 256 : 2048) - 128;
     if (vector && !one_in(r, 8))
         displacement &= ~15;
@@ -178,7 +219,7 @@ static void put_memory(struct random *r, struct out *o, u8 reg, bool compat, boo
             put(o, 0x25, 1);
         else if (!compat)
             o->relative = o->at;
-        put(o, address, 4);
+        put(o, offset_in(mode, IN_DS, address), 4);
         return;
     }
     u8 base = pick(r, pointers, sizeof pointers, extended);
@@ -191,6 +232,18 @@ static void put_memory(struct random *r, struct out *o, u8 reg, bool compat, boo
     if (sib)
         put(o, (u64)(below(r, 4) << 6 | (index & 7) << 3 | (base & 7)), 1);
     put(o, (u64)(int64_t)displacement, form == 0 ? 0 : form == 1 ? 1 : 4);
+}
+
+/* The 16-bit form (Intel SDM 2A table 2-1). */
+static void put_memory16(struct random *r, struct out *o, u8 reg, const struct mode *mode, bool vector)
+{
+    unsigned form = below(r, 3), rm = one_in(r, 2) ? 4 + below(r, 4) : below(r, 8);
+    u64 displacement = one_in(r, 8) ? random_value(r) : below(r, 0x100) & (vector ? ~15u : ~0u);
+    put(o, (u64)(form << 6 | reg << 3 | rm), 1);
+    if (form == 0 && rm == 6)
+        put(o, offset_in(mode, IN_DS, data_address(r)), 2);
+    else
+        put(o, displacement, form);
 }
 
 static bool is_name(const struct row *row, const char *name) { return !strcmp(row->i.name, name); }
@@ -209,8 +262,9 @@ static bool leads_to_a_row(const struct row *row, u8 prefix)
 }
 
 /* One instruction of the row into `code`, at guest address `ip`; its length. */
-static unsigned emit(struct random *r, const struct row *row, bool compat, bool wild, u32 ip, u8 *code)
+static unsigned emit(struct random *r, const struct row *row, const struct mode *mode, bool wild, u32 ip, u8 *code)
 {
+    bool compat = mode->compat, by16 = is_16_bit(mode), short_form = mode->segmented && one_in(r, 2);
     u8 prefixes[8], rex = 0, body[32];
     unsigned count = 0;
     struct out o = {body, NULL};
@@ -220,16 +274,20 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
         prefixes[count++] = row->prefix == '6' ? 0x66 : row->prefix == '3' ? 0xf3 : 0xf2;
     if (row->is_vex)
         count = 0;
-    if (allow66 && one_in(r, 4) && !(wild && row->flow)) {
+    if (allow66 && one_in(r, by16 ? 2 : 4) && !((wild || by16) && row->flow)) {
         prefixes[count++] = 0x66;
         narrow = true;
     }
     bool string = *row->i.operands[0] && strchr("XY", *row->i.operands[0]);
     if (row->prefix == 'a' && !row->is_vex && !row->flow && one_in(r, string ? 2 : 24))
         prefixes[count++] = one_in(r, 2) ? 0xf3 : 0xf2;
-    if (one_in(r, compat ? 64 : 24))
+    if (one_in(r, compat ? mode->segmented ? 4 : 64 : 24))
         prefixes[count++] = 0x67;
-    bool short_address = count && prefixes[count - 1] == 0x67;
+    bool short_address = (count && prefixes[count - 1] == 0x67) != by16;
+    if (mode->segmented && !row->flow && one_in(r, 3)) {
+        static const u8 overrides[] = {0x26, 0x2e, 0x36, 0x3e};
+        prefixes[count++] = overrides[below(r, 4)];
+    }
     if (wild && !row->is_vex && one_in(r, 3)) {
         static const u8 any[] = {0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x2e, 0x36, 0x3e, 0x26};
         prefixes[count] = any[below(r, sizeof any)];
@@ -238,6 +296,7 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
         narrow |= good && prefixes[count] == 0x66;
         count += good;
     }
+    narrow ^= by16;
     if (extended)
         rex = 0x40 | (one_in(r, 2) ? 8 : 0);
     unsigned reg = 0;
@@ -264,7 +323,10 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
             put(&m, (u64)(0xc0 | (reg & 7) << 3 | (rm & 7)), 1);
         } else {
             memory = true;
-            put_memory(r, &m, reg & 7, compat, row->vector, extended, &rex);
+            if (short_form)
+                put_memory16(r, &m, reg & 7, mode, row->vector);
+            else
+                put_memory(r, &m, reg & 7, mode, row->vector, extended, &rex);
             if (row->lock && one_in(r, 6))
                 prefixes[count++] = 0xf0;
         }
@@ -302,7 +364,7 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
         put(&o, *p, 1);
     bool wide = rex & 8;
     unsigned size = *row->i.size == 'B' ? 1 : *row->i.size == 'W' ? 2 : *row->i.size == 'V' ? (wide ? 8 : narrow ? 2 : 4) :
-                    *row->i.size == 'S' ? (narrow && !wide ? 2 : 8) : 4;
+                    *row->i.size == 'S' ? (narrow && !wide ? 2 : 8) : *row->i.size == 'N' && by16 ? 2 : 4;
     for (int i = 0; i < 3; i++) {
         const char *operand = row->i.operands[i];
         u64 value = random_value(r);
@@ -317,12 +379,15 @@ static unsigned emit(struct random *r, const struct row *row, bool compat, bool 
         else if (!strcmp(operand, "Iv"))
             put(&o, value, size);
         else if (!strcmp(operand, "Ob") || !strcmp(operand, "Ov"))
-            put(&o, data_address(r), compat ? (short_address ? 2 : 4) : short_address ? 4 : 8);
+            put(&o, offset_in(mode, IN_DS, data_address(r)), compat ? (short_address ? 2 : 4) : short_address ? 4 : 8);
     }
-    if (compat && memory) /* 16-bit forms have another ModRM */
+    if (compat && memory) { /* 16-bit forms have another ModRM */
         for (unsigned i = 0; i < count; i++)
             if (prefixes[i] == 0x67)
                 prefixes[i--] = prefixes[--count];
+        if (short_form != by16)
+            prefixes[count++] = 0x67;
+    }
     for (unsigned i = 0; i < count; i++) { /* the order of prefixes does not matter, but for which REP is last */
         unsigned j = i + below(r, count - i);
         u8 swapped = prefixes[i];
@@ -368,14 +433,14 @@ static bool acceptable(const struct row *row, bool indirect)
 }
 
 /* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). */
-static bool maker_specific(const struct row *row, const u8 *code, unsigned length)
+static bool maker_specific(const struct row *row, bool by16, const u8 *code, unsigned length)
 {
     if (!is_name(row, "SHLD") && !is_name(row, "SHRD"))
         return false;
-    for (unsigned i = 0; i < length && i < 6; i++)
-        if (code[i] == 0x66)
-            return true;
-    return false;
+    bool prefix = false;
+    for (unsigned i = 0; i < length && code[i] != 0x0f; i++)
+        prefix |= code[i] == 0x66;
+    return prefix != by16;
 }
 
 /* Bytes that must not run natively wherever a wild sequence may be misread. */
@@ -403,13 +468,14 @@ static void add(struct sequence *s, const u8 *code, unsigned length, int row, u1
     s->length += length;
 }
 
-void generate(struct random *r, bool compat, bool wild, struct sequence *s)
+void generate(struct random *r, const struct mode *mode, bool wild, struct sequence *s)
 {
+    bool compat = mode->compat, by16 = is_16_bit(mode);
     unsigned wanted = one_in(r, 3) ? 1 + below(r, 2) : 2 + below(r, 12);
     memset(s, 0, sizeof *s);
-    s->compat = compat;
+    s->mode = *mode;
     s->indirect = !wild && one_in(r, 6);
-    s->ip = one_in(r, 8) ? CODE + PAGE - 1 - below(r, 60) : CODE + 512 + below(r, 64);
+    s->ip = one_in(r, 8) || (mode->segmented && segments[mode->use[IN_CS]].limit < CODE_SIZE - 1) ? CODE + PAGE - 1 - below(r, 60) : CODE + 512 + below(r, 64);
     u16 undefined[INSTRUCTIONS + 1];
     memset(undefined, 0, sizeof undefined);
     u8 code[32];
@@ -427,8 +493,8 @@ void generate(struct random *r, bool compat, bool wild, struct sequence *s)
                 continue;
         }
         u32 ip = s->ip + s->length;
-        unsigned length = emit(r, row, compat, wild, ip, code);
-        if (maker_specific(row, code, length) || length > 15)
+        unsigned length = emit(r, row, mode, wild, ip, code);
+        if (maker_specific(row, by16, code, length) || length > 15)
             continue;
         if (wild && dangerous(code, length))
             continue;
@@ -448,7 +514,7 @@ void generate(struct random *r, bool compat, bool wild, struct sequence *s)
             undefined[s->list[index].target] |= out;
         }
     }
-    s->list[s->count] = (struct instruction){.at = (u16)s->length, .length = 5, .row = -1, .target = -1};
+    s->list[s->count] = (struct instruction){.at = (u16)s->length, .length = mode->segmented ? FAR_EXIT : 5, .row = -1, .target = -1};
     for (unsigned i = 0; i < s->count; i++) {
         struct instruction *n = &s->list[i];
         if (n->target < 0)
@@ -463,7 +529,15 @@ void generate(struct random *r, bool compat, bool wild, struct sequence *s)
             n->target = (int)i + 1;
             relative = 0;
         }
-        memcpy(s->code + n->at + n->length - (byte ? 1 : 4), &relative, byte ? 1 : 4);
+        unsigned size = byte ? 1 : by16 ? 2 : 4;
+        memcpy(s->code + n->at + n->length - size, &relative, size);
+    }
+    if (mode->segmented) {
+        static const u8 jump[] = {0xea, EXIT64 & 255, EXIT64 >> 8 & 255, EXIT64 >> 16 & 255, EXIT64 >> 24, 0x33, 0};
+        s->code[s->length] = by16 ? 0x66 : 0x3e;
+        memcpy(s->code + s->length + 1, jump, sizeof jump);
+        s->length += FAR_EXIT;
+        return;
     }
     u32 end = s->ip + s->length + 5, to = (compat ? EXIT32 : EXIT64) - end;
     s->code[s->length] = 0xe9;
@@ -484,9 +558,21 @@ void generate_state(struct random *r, const struct sequence *s, struct state *st
             state->gpr[indexes[i]] = one_in(r, 2) ? 16 * below(r, 8) : below(r, 128);
     if (one_in(r, 2))
         state->gpr[RCX] = below(r, 40);
+    if (s->mode.segmented) { /* offsets; some at the ends of segments, and of 16 bits; pairs of registers for 16-bit forms */
+        for (unsigned i = 0; i < 5; i++) {
+            unsigned number = pointers[i], use = number == RSP || number == RBP ? IN_SS : number == RDI ? IN_ES : IN_DS;
+            u8 segment = s->mode.use[use];
+            if (state->gpr[number] - DATA < DATA_SIZE)
+                state->gpr[number] = offset_in(&s->mode, use, (u32)state->gpr[number]);
+            if (one_in(r, 12) && segment != NULL_SEGMENT)
+                state->gpr[number] = (one_in(r, 2) ? segments[segment].limit : 0xffff) + 8 - below(r, 24);
+            if ((number == RSI || number == RDI) && one_in(r, 4))
+                state->gpr[number] = below(r, 256);
+        }
+    }
     if (s->indirect && !one_in(r, 3))
-        state->gpr[one_in(r, 2) ? RAX : 11] = s->ip + s->list[below(r, s->count + 1)].at;
-    if (s->compat) {
+        state->gpr[one_in(r, 2) ? RAX : 11] = s->ip - (s->mode.segmented ? CODE : 0) + s->list[below(r, s->count + 1)].at;
+    if (s->mode.compat) {
         for (int i = 0; i < 16; i++)
             state->gpr[i] = i < 8 ? (u32)state->gpr[i] : 0;
     }

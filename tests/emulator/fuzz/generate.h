@@ -17,7 +17,7 @@ struct sequence {
     unsigned count, length;    /* of instructions; of bytes, with the jump to the exit at the end */
     struct instruction list[INSTRUCTIONS + 1]; /* the last: that jump */
     u32 ip;                    /* where it begins */
-    bool compat;
+    struct mode mode;
     bool indirect;             /* has jumps to who knows where */
 };
 
@@ -30,7 +30,10 @@ u64 random_floats(struct random *r);  /* eight bytes: two floats, a double, or i
 
 void generate_open(void);
 /* A sequence; `wild`: with random bytes where the table has fixed ones. */
-void generate(struct random *r, bool compat, bool wild, struct sequence *s);
+void generate(struct random *r, const struct mode *mode, bool wild, struct sequence *s);
+void generate_segments(struct random *r, struct mode *mode);
+/* The end of the code in segments: a far jump out of them, which the core refuses. */
+enum { FAR_EXIT = 8 };
 /* The flags that are undefined before each instruction; false: one reads such a flag. */
 bool undefined_flags(const struct sequence *s, u16 undefined[INSTRUCTIONS + 1]);
 void generate_state(struct random *r, const struct sequence *s, struct state *state);

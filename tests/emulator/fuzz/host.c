@@ -4,11 +4,13 @@
  * System calls from the tested code are kept from the kernel by Syscall User Dispatch (Linux 5.11, prctl(2)). */
 #define _GNU_SOURCE
 #include "fuzz.h"
+#include <asm/ldt.h>
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -30,6 +32,7 @@ static char dispatch = 1;    /* the selector: SYSCALL_DISPATCH_FILTER_BLOCK */
 /* What the assembly below reads and writes. */
 struct state host_state;
 u64 host_rsp, host_target, host_rax;
+u16 host_selector, host_ds, host_es, host_ss;
 u8 host_fx[512] __attribute__((aligned(64)));
 extern const char host_left[], host_stopped[];
 
@@ -76,8 +79,9 @@ __attribute__((naked, noinline)) static void enter(bool compat __attribute__((un
         "mov %edi, %eax\n"
         "lea host_state(%rip), %rdi\n"
         "fxrstor64 192(%rdi)\n"
+        "mov host_ds(%rip), %ds\n mov host_es(%rip), %es\n" /* the x87 stores DS in 64-bit mode, too */
         "mov 128(%rdi), %rcx\n mov %rcx, host_target(%rip)\n"
-        "movw $0x23, host_selector(%rip)\n mov %ecx, host_far(%rip)\n"
+        "mov %ecx, host_far(%rip)\n movzwl host_selector(%rip), %ecx\n mov %cx, host_far+4(%rip)\n"
         "mov 8(%rdi), %rcx\n mov 16(%rdi), %rdx\n mov 24(%rdi), %rbx\n"
         "mov 40(%rdi), %rbp\n mov 48(%rdi), %rsi\n"
         "mov 64(%rdi), %r8\n mov 72(%rdi), %r9\n mov 80(%rdi), %r10\n mov 88(%rdi), %r11\n"
@@ -88,8 +92,10 @@ __attribute__((naked, noinline)) static void enter(bool compat __attribute__((un
         "jmp *host_target(%rip)\n"
         "1: mov 0(%rdi), %rax\n push 136(%rdi)\n mov 56(%rdi), %rdi\n popfq\n"
         "mov host_state+32(%rip), %rsp\n"
+        "mov host_ss(%rip), %ss\n"
         "ljmp *host_far(%rip)\n"
         ".global host_left\n host_left:\n"
+        "mov $0x2b, %eax\n mov %eax, %ss\n"
         "mov %rcx, host_state+8(%rip)\n mov %rdx, host_state+16(%rip)\n mov %rbx, host_state+24(%rip)\n"
         "mov %rsp, host_state+32(%rip)\n mov %rbp, host_state+40(%rip)\n mov %rsi, host_state+48(%rip)\n"
         "mov %rdi, host_state+56(%rip)\n mov %r8, host_state+64(%rip)\n mov %r9, host_state+72(%rip)\n"
@@ -103,21 +109,44 @@ __attribute__((naked, noinline)) static void enter(bool compat __attribute__((un
         ".global host_stopped\n host_stopped:\n"
         "cld\n fxrstor64 host_fx(%rip)\n"
         "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbp\n pop %rbx\n ret\n"
-        ".pushsection .data\n host_far: .long 0\n host_selector: .word 0x23\n .popsection\n");
+        ".pushsection .data\n host_far: .long 0\n .word 0\n .popsection\n");
 }
 _Static_assert(offsetof(struct state, rip) == 128 && offsetof(struct state, fx) == 192, "the assembly knows");
 
-void host_run(struct state *s, bool compat)
+void host_run(struct state *s, const struct mode *mode)
 {
     host_state = *s;
+    host_selector = 0x23, host_ds = host_es = host_ss = 0x2b; /* Linux's user segments */
+    if (mode->segmented) {
+        host_selector = selector_of(mode->use[IN_CS]), host_ds = selector_of(mode->use[IN_DS]);
+        host_es = selector_of(mode->use[IN_ES]), host_ss = selector_of(mode->use[IN_SS]);
+        host_state.rip -= CODE;
+    }
     host_state.vector = VECTOR_NONE;
     runs++;
     native = true;
-    enter(compat);
+    enter(mode->compat);
     native = false;
     if (host_state.vector == VECTOR_NONE)
-        host_state.rip = compat ? EXIT32 : EXIT64;
+        host_state.rip = mode->compat ? EXIT32 : EXIT64;
+    else if (mode->segmented && host_state.vector == 1 && host_state.rip == EXIT64) /* EFLAGS.TF: behind the jump */
+        host_state.vector = VECTOR_NONE, host_state.rip = EXIT32;
+    else if (mode->segmented)
+        host_state.rip = (u32)(host_state.rip + CODE);
     *s = host_state;
+}
+
+static int set_ldt(void)
+{
+    for (unsigned i = 0; i < SEGMENTS; i++) {
+        const struct segment *s = &segments[i];
+        struct user_desc d = {.entry_number = i, .base_addr = s->base, .limit = s->pages ? s->limit >> 12 : s->limit,
+                              .seg_32bit = s->big, .contents = s->code ? 2 : s->down, .read_exec_only = s->less,
+                              .limit_in_pages = s->pages, .useable = 1};
+        if (syscall(SYS_modify_ldt, 0x11, &d, sizeof d))
+            return -errno;
+    }
+    return 0;
 }
 
 static u8 *map_at(u32 address, size_t size, int protection, int fd, long offset)
@@ -150,6 +179,9 @@ int host_open(void)
     memcpy(stub + (EXIT32 - EXIT64) + 1, &exit64, 4);
     memcpy(stub + (EXIT32 - EXIT64) + 5, "\x33\0", 2);
     memset(host_code, 0xcc, CODE_SIZE);
+    int error = set_ldt();
+    if (error)
+        return error;
     host_begin();
     host_end();
     /* Everything above the test's area may make system calls always. */
@@ -165,7 +197,6 @@ void host_begin(void)
     sigaltstack(&(stack_t){.ss_sp = stack, .ss_size = sizeof stack}, NULL);
     for (int i = 0; i < SIGNALS; i++)
         sigaction(signals[i], &action, &before[i]);
-    __asm__ volatile("mov %0, %%ds\n mov %0, %%es" : : "r"(0x2b)); /* for compatibility mode; Linux's user data */
     setitimer(ITIMER_VIRTUAL, &(struct itimerval){.it_value = {.tv_sec = 1}, .it_interval = {.tv_sec = 1}}, NULL);
 }
 

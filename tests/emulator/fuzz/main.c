@@ -15,13 +15,14 @@
 
 enum { BUDGET = 3000, STATES = 4, TABLES = 0x10000 };
 
-static struct vcpu *cpus[2];      /* 64-bit mode, compatibility mode */
+static struct vcpu *cpus[3];      /* 64-bit mode, compatibility mode, that with segments */
+static struct kvm_sregs segmented; /* of the third */
 static u8 *core_code, *core_data;
 static u8 data[DATA_SIZE];        /* what the data area begins as */
 static bool use_host = true;
 static const char *planted;       /* --plant NAME: the core gets that instruction wrong */
 
-struct counts { u64 cases, endless, faults; } counts[4]; /* table and wild, 64-bit and compatibility */
+struct counts { u64 cases, endless, faults; } counts[5]; /* table and wild, 64-bit and compatibility; segments */
 
 static void die(const char *what, int error)
 {
@@ -60,6 +61,7 @@ static struct vcpu *make_cpu(bool compat)
         .cr0 = 0x80050033, .cr3 = 0x1000, .cr4 = 0x40620, .efer = 0xd01, .apic_base = 0xfee00900,
     };
     int error = vcpu_set_state(c, "sregs", &s, sizeof s);
+    segmented = s;
     struct vcpu_stop stops[32];
     for (unsigned i = 0; i < 32; i++)
         stops[i] = (struct vcpu_stop){.kind = STOP_VECTOR, .id = i, .address = i};
@@ -70,13 +72,35 @@ static struct vcpu *make_cpu(bool compat)
 
 static const u8 kvm_order[16] = {0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15}; /* struct kvm_regs */
 
-static void core_run(struct state *s, bool compat, bool stepped)
+static struct kvm_segment core_segment(u8 number)
 {
-    struct vcpu *c = cpus[compat];
+    if (number == NULL_SEGMENT)
+        return (struct kvm_segment){.unusable = 1};
+    const struct segment *s = &segments[number];
+    return (struct kvm_segment){
+        .base = s->base, .limit = s->limit, .selector = selector_of(number), .present = 1, .dpl = 3, .s = 1, .db = s->big,
+        .g = s->pages, .type = (u8)(1 | (s->less ? 0 : 2) | (s->down ? 4 : 0) | (s->code ? 8 : 0)),
+    };
+}
+
+/* Whether the far jump at the end lies in the segment, and so is what the core refused. */
+static bool has_exit(const struct mode *mode, u64 ip) { return ip - CODE + FAR_EXIT - 1 <= segments[mode->use[IN_CS]].limit; }
+
+static void core_run(struct state *s, const struct sequence *code, bool stepped)
+{
+    const struct mode *mode = &code->mode;
+    struct vcpu *c = cpus[mode->compat + mode->segmented];
+    u32 base = mode->segmented ? CODE : 0;
     u64 regs[18];
+    if (mode->segmented) {
+        segmented.cs = core_segment(mode->use[IN_CS]), segmented.ds = core_segment(mode->use[IN_DS]);
+        segmented.es = core_segment(mode->use[IN_ES]), segmented.ss = core_segment(mode->use[IN_SS]);
+        if (vcpu_set_state(c, "sregs", &segmented, sizeof segmented))
+            die("segments of the core", EINVAL);
+    }
     for (int i = 0; i < 16; i++)
         regs[i] = s->gpr[kvm_order[i]];
-    regs[16] = s->rip, regs[17] = s->rflags;
+    regs[16] = s->rip - base, regs[17] = s->rflags;
     struct kvm_fpu f = {0};
     for (int i = 0; i < 8; i++)
         memcpy(f.fpr[i], s->fx + 32 + 16 * i, 16);
@@ -98,16 +122,19 @@ static void core_run(struct state *s, bool compat, bool stepped)
     vcpu_get_state(c, "fpu", &f, sizeof f);
     for (int i = 0; i < 16; i++)
         s->gpr[kvm_order[i]] = regs[i];
-    s->rip = regs[16], s->rflags = regs[17];
+    s->rip = base ? (u32)(regs[16] + base) : regs[16], s->rflags = regs[17];
     for (int i = 0; i < 8; i++)
         memcpy(s->fx + 32 + 16 * i, f.fpr[i], 10);
     memcpy(s->fx, &f.fcw, 2), memcpy(s->fx + 2, &f.fsw, 2), memcpy(s->fx + 24, &f.mxcsr, 4);
     s->fx[4] = f.ftwx;
     memcpy(s->fx + 160, f.xmm, 256);
     s->vector = e.reason == EXIT_LIMIT ? VECTOR_ENDLESS : e.reason == EXIT_DEBUG ? (int)e.vector : 1000 + (int)e.reason;
+    s->address = e.reason == EXIT_DEBUG ? e.address : 0;
     if (e.reason == EXIT_SHUTDOWN)
         s->vector = 1; /* a vector stop does not catch traps of TF, and there is no IDT */
-    if (s->vector == 14 && s->rip == (compat ? EXIT32 : EXIT64))
+    if (mode->segmented && s->vector == 13 && s->rip == code->ip + code->length - FAR_EXIT && has_exit(mode, s->rip))
+        s->vector = VECTOR_NONE, s->rip = EXIT32;
+    if (s->vector == 14 && s->rip == (mode->compat ? EXIT32 : EXIT64))
         s->vector = VECTOR_NONE;
 }
 
@@ -135,7 +162,7 @@ static u16 flags_to_skip(const struct sequence *s, const struct state *end)
 {
     u16 undefined[INSTRUCTIONS + 1], all = 0;
     undefined_flags(s, undefined);
-    if (end->rip == (s->compat ? EXIT32 : EXIT64))
+    if (end->rip == (s->mode.compat ? EXIT32 : EXIT64))
         return undefined[s->count];
     for (unsigned i = 0; i <= s->count; i++) {
         if (end->rip == s->ip + s->list[i].at)
@@ -159,27 +186,45 @@ static bool has_operand_of(const struct core_instruction *row, const char *opera
     return !strcmp(row->operands[0], operand) || !strcmp(row->operands[1], operand);
 }
 
+/* Whether the instruction is one of those for 16 bytes that need not be aligned: MOVUPS, MOVUPD, MOVDQU, LDDQU, PCMPxSTRx. Its
+ * bytes tell, since prefixes may have made it of another row. */
+static bool is_unaligned(const struct sequence *s, u64 ip)
+{
+    unsigned at = (unsigned)(ip - s->ip);
+    while (at < s->length && (memchr("\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3", s->code[at], 11) ||
+                              (!s->mode.compat && s->code[at] >> 4 == 4)))
+        at++;
+    const u8 *p = s->code + at;
+    if (at + 3 > s->length || p[0] != 0x0f)
+        return false;
+    return memchr("\x10\x11\x6f\x7f\xf0", p[1], 5) || (p[1] == 0x3a && p[2] >> 4 == 6);
+}
+
 /* Whether processors may differ here: two faults at once whose order the manuals leave open, and checks of which they say so. */
 static bool is_open(const struct test *t, const struct state *host, const struct state *core)
 {
     struct core_instruction row = {.name = "", .operands = {"", "", ""}};
     row_at(t, host->rip, &row);
     /* 16 bytes unaligned with AC set: "may or may not be generated" (Intel SDM 2A, MOVUPS). AMD does. */
-    if (host->vector == 17 && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq")))
+    if (host->vector == 17 && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq") || is_unaligned(&t->code, host->rip)))
+        return true;
+    if (core->vector == 14 && core->address - EXIT64 < PAGE) /* a wild address: only the host has that page */
         return true;
     bool parts = has_operand_of(&row, "Mt") || !strcmp(row.name, "BOUND"); /* more than one access */
     bool environment = !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FLDENV") || !strcmp(row.name, "FNSAVE") ||
                        !strcmp(row.name, "FRSTOR");
     if (host->rip != core->rip)
         return false;
+    if (host->vector == 6 && !strncmp(row.name, "UD", 2)) /* UD0 and UD1 have a ModRM byte, or not, which may lie on no page */
+        return true;
     if (host->vector == 17 && core->vector == 14) /* AMD checks alignment before it looks at the page */
         return true;
     if (host->vector == 3 && core->vector == 13) /* INT3 is no vector stop, and there is no IDT */
         return true;
     /* Over the end of 4 GiB: alignment of a vector and a segment's limit; what is stored or read first. */
-    if (t->code.compat && host->vector == 13 && core->vector == 12)
+    if (t->code.mode.compat && host->vector == 13 && core->vector == 12)
         return true;
-    if (t->code.compat && (parts || environment) && host->vector == 14)
+    if (t->code.mode.compat && (parts || environment) && host->vector == 14)
         return true;
     /* CALL of a non-canonical address, and its push (Intel SDM 2A: the address first; AMD: the push) */
     return t->code.indirect && (host->vector == 12 || host->vector == 14) && core->vector == 13;
@@ -205,8 +250,10 @@ static const char *compare(const struct test *t, struct state *host, struct stat
                  (long)core->rip);
         return text;
     }
-    for (int i = 0; i < (t->code.compat ? 8 : 16); i++)
-        if (t->code.compat ? (u32)host->gpr[i] != (u32)core->gpr[i] : host->gpr[i] != core->gpr[i]) {
+    struct core_instruction row; /* POPA that faults may have loaded registers already */
+    bool popped = host->vector >= 0 && row_at(t, host->rip, &row) && !strcmp(row.name, "POPA");
+    for (int i = 0; i < (t->code.mode.compat ? 8 : 16) && !popped; i++)
+        if (t->code.mode.compat ? (u32)host->gpr[i] != (u32)core->gpr[i] : host->gpr[i] != core->gpr[i]) {
             snprintf(text, size, "%s: host %#lx, core %#lx", names[i], (long)host->gpr[i], (long)core->gpr[i]);
             return text;
         }
@@ -219,7 +266,7 @@ static const char *compare(const struct test *t, struct state *host, struct stat
                                   {112, 122}, {128, 138}, {144, 154}}; /* not: opcode and pointers of the x87 */
     for (unsigned i = 0; i < sizeof fields / sizeof *fields + 16; i++) {
         unsigned at = i < 10 ? fields[i][0] : 160 + 16 * (i - 10), end = i < 10 ? fields[i][1] : at + 16;
-        if (at >= 160 + 128 && t->code.compat)
+        if (at >= 160 + 128 && t->code.mode.compat)
             break;
         if (memcmp(host->fx + at, core->fx + at, end - at)) {
             int n = at < 32 ? snprintf(text, size, "FXSAVE image at %u: host ", at) :
@@ -247,7 +294,7 @@ static const char *run(const struct test *t, char *text, size_t size, struct cou
 {
     struct state core = t->start, host = t->start;
     memcpy(core_data, data, DATA_SIZE);
-    core_run(&core, t->code.compat, t->stepped);
+    core_run(&core, &t->code, t->stepped);
     count->cases++;
     if (core.vector >= 1000) {
         snprintf(text, size, "the core made exit %d at %#lx", core.vector - 1000, (long)core.rip);
@@ -266,7 +313,7 @@ static const char *run(const struct test *t, char *text, size_t size, struct cou
     if (!use_host)
         return NULL;
     memcpy(host_data, data, DATA_SIZE);
-    host_run(&host, t->code.compat);
+    host_run(&host, &t->code.mode);
     return compare(t, &host, &core, text, size);
 }
 
@@ -352,7 +399,23 @@ static void print_hex(const u8 *bytes, unsigned count)
         printf("%02x", bytes[i]);
 }
 
-/* case compat stepped ip code(hex) undefined-flags rflags gpr=N:HEX... fx=OFFSET:HEX... data=OFFSET:HEX... # why */
+/* The mode as a number: 0, 1, or 2 and the segments above. */
+static unsigned mode_number(const struct mode *m)
+{
+    return !m->segmented ? m->compat : 2u | m->use[IN_CS] << 4 | m->use[IN_DS] << 8 | m->use[IN_ES] << 12 | m->use[IN_SS] << 16;
+}
+static bool mode_of(unsigned number, struct mode *m)
+{
+    *m = (struct mode){.compat = number & 3, .segmented = number & 2};
+    for (unsigned i = 0; m->segmented && i < USED; i++) {
+        m->use[i] = number >> (4 + 4 * i) & 15;
+        if (m->use[i] > NULL_SEGMENT)
+            return false;
+    }
+    return true;
+}
+
+/* case mode stepped ip code(hex) undefined-flags rflags gpr=N:HEX... fx=OFFSET:HEX... data=OFFSET:HEX... # why */
 static void print_case(const struct test *t, const char *why)
 {
     u16 undefined[INSTRUCTIONS + 1], all = 0;
@@ -366,7 +429,7 @@ static void print_case(const struct test *t, const char *why)
     bool whole = t->code.indirect;
     if (whole)
         from = 0;
-    printf("case %d %d %x ", t->code.compat, t->stepped, t->code.ip + from);
+    printf("case %u %d %x ", mode_number(&t->code.mode), t->stepped, t->code.ip + from);
     print_hex(t->code.code + from, t->code.length - from);
     printf(" %x %lx", all, (long)t->start.rflags);
     for (int i = 0; i < 16; i++)
@@ -416,17 +479,17 @@ static int replay(const char *name)
         static struct test t;
         memset(&t, 0, sizeof t);
         memset(data, 0, sizeof data);
-        int compat, stepped, used = 0;
-        unsigned ip, undefined;
+        int stepped, used = 0;
+        unsigned mode, ip, undefined;
         unsigned long flags;
         static char hex[2 * CODE_MAX + 1];
-        if (sscanf(line, "case %d %d %x %1280[0-9a-f] %x %lx%n", &compat, &stepped, &ip, hex, &undefined, &flags,
-                   &used) < 6) {
+        if (sscanf(line, "case %u %d %x %1280[0-9a-f] %x %lx%n", &mode, &stepped, &ip, hex, &undefined, &flags,
+                   &used) < 6 || !mode_of(mode, &t.code.mode)) {
             fprintf(stderr, "fuzz: %s:%d: not a case\n", name, number);
             exit(2);
         }
         t.code.length = read_hex(hex, t.code.code, CODE_MAX);
-        t.code.compat = compat, t.stepped = stepped, t.code.ip = ip;
+        t.stepped = stepped, t.code.ip = ip;
         t.code.count = 1;
         t.code.list[0] = (struct instruction){.undefined = (u16)undefined, .row = -1, .target = 1};
         t.code.list[1].row = -1;
@@ -462,10 +525,10 @@ static int replay(const char *name)
 
 static void print_counts(void)
 {
-    static const char *const names[4] = {"table, 64-bit mode", "table, compatibility mode", "wild bytes, 64-bit mode",
-                                         "wild bytes, compatibility mode"};
+    static const char *const names[5] = {"table, 64-bit mode", "table, compatibility mode", "wild bytes, 64-bit mode",
+                                         "wild bytes, compatibility mode", "segments and 16-bit code"};
     u64 all = 0;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         printf("count %s: %lu cases, %lu ended in a fault, %lu did not end\n", names[i], (long)counts[i].cases,
                (long)counts[i].faults, (long)counts[i].endless);
         all += counts[i].cases;
@@ -518,6 +581,7 @@ int main(int argc, char **argv)
     }
     cpus[0] = make_cpu(false);
     cpus[1] = make_cpu(true);
+    cpus[2] = make_cpu(true);
     generate_open();
     if (file)
         return replay(file) ? 1 : 0;
@@ -531,8 +595,11 @@ int main(int argc, char **argv)
         }
         for (int codes = 0; codes < 64 && done < limit && finds < most; codes++) {
             static struct test t;
-            bool compat = one_in(&r, 4), wild = one_in(&r, 4);
-            generate(&r, compat, wild, &t.code);
+            bool wild = one_in(&r, 4);
+            struct mode mode = {.compat = one_in(&r, 4)};
+            if (!wild && one_in(&r, 4))
+                generate_segments(&r, &mode);
+            generate(&r, &mode, wild, &t.code);
             put_code(&t.code, true);
             for (unsigned i = 0; i < t.code.count; i++)
                 if (t.code.list[i].row >= 0)
@@ -542,7 +609,7 @@ int main(int argc, char **argv)
             for (int i = 0; i < STATES && !found; i++) {
                 generate_state(&r, &t.code, &t.start);
                 t.stepped = one_in(&r, 8);
-                found = run(&t, text, sizeof text, &counts[wild * 2 + compat]);
+                found = run(&t, text, sizeof text, &counts[mode.segmented ? 4 : wild * 2 + mode.compat]);
                 done++;
             }
             put_code(&t.code, false);

@@ -312,7 +312,8 @@ static unsigned decode_at(struct vcpu *c, struct fetch *f, u64 ip, unsigned offs
         *ends = true;
         r->run = op_raise;
         r->imm = VECTOR_GP;
-        return 1;
+        r->length = (u8)room; /* all that was looked at: other bytes there may be an instruction that fits */
+        return r->length;
     }
     return length;
 }

@@ -343,7 +343,7 @@ opcode:;
             return 0;
         if (code64 || next >= 0xc0) {
             if (!(key & KEY_PROTECTED) || p.rex || p.lock || p.rep || p.operand_size)
-                return finish_raise(r, VECTOR_UD, b.used, ends);
+                return finish_raise(r, VECTOR_UD, b.used + 1, ends); /* it is of `next`, too */
             byte = decode_vex(&p, &b, byte == 0xc4, code64, &map);
             if (map == MAPS)
                 return finish_raise(r, VECTOR_UD, b.used, ends);

@@ -344,10 +344,13 @@ HANDLER(stmxcsr);
 /* LFENCE, MFENCE, SFENCE: CPUs of a machine take turns, each sees all stores in order. */
 OP(op_fence) { NEXT(); }
 HANDLER(fence);
-/* CLFLUSH, CLFLUSHOPT, CLWB: access checks of a byte load (Intel SDM 2A CLFLUSH), no data. */
+/* CLFLUSH, CLFLUSHOPT, CLWB: access checks of a byte load, but that the segment may be execute-only (Intel SDM 2A CLFLUSH);
+ * no data. */
 OP(op_clflush)
 {
-    u64 at = mem_linear(c, r, 1, ACCESS_READ);
+    u32 a = c->seg[r->seg].attributes;
+    bool code = !(a & ATTR_UNUSABLE) && a & ATTR_CODE;
+    u64 at = mem_linear(c, r, 1, code ? 0 : ACCESS_READ);
     if (unlikely(!fast_linear_read(c, at, 1))) {
         check_canonical(c, r, at);
         mmu_translate(c, at, ACCESS_READ);

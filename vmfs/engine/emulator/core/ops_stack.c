@@ -36,7 +36,7 @@
     OP(enter_##bits) \
     { \
         unsigned allocate = (u16)r->imm, level = r->imm >> 16 & 31, n = bits / 8; \
-        u64 sp = c->gpr[RSP], frame = sp - n, bp = c->gpr[RBP]; \
+        u64 sp = c->gpr[RSP], frame = (sp & ~c->stack_mask) | ((sp - n) & c->stack_mask), bp = c->gpr[RBP]; \
         mmu_check_write(c, stack_linear(c, r, sp - n, n, ACCESS_WRITE), n, 0); \
         for (unsigned i = 1; i <= level; i++) \
             mmu_check_write(c, stack_linear(c, r, sp - n * (i + 1), n, ACCESS_WRITE), n, 0); \
