@@ -5,10 +5,14 @@ The cases in `tests/engine/cases` and the tests assert what happens instead: non
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.machine import machine_on
+
+from vmfs.engine.kvm.engine import KvmEngine
 from vmfs.engine.kvm.host import is_pvm
 
 
@@ -27,6 +31,13 @@ def _everywhere() -> bool:
 
 def _svm() -> bool:
     return Path("/sys/module/kvm_amd").exists()
+
+
+def _no_la57() -> bool:
+    """CPUID.(7,0):ECX bit 16 (SDM 3A 4.1.4) of the CPUs that this KVM makes."""
+    with machine_on(KvmEngine()) as vm:
+        entries = struct.iter_unpack("<7I12x", vm.vcpu.get_state("cpuid")[8:])
+    return not any(leaf == 7 and index == 0 and ecx >> 16 & 1 for leaf, index, _, _, _, ecx, _ in entries)
 
 
 DIVERGENCES = (
@@ -63,6 +74,13 @@ DIVERGENCES = (
         _everywhere,
         "A watchpoint beyond the debug registers is watched for by single steps. They see what an instruction "
         "changed: a write of the value that is there already does not stop.",
+        in_cases=False,
+    ),
+    Divergence(
+        "kvm-no-5-level-paging",
+        "kvm",
+        _no_la57,
+        "KVM offers LA57 where the host's CPU has it; elsewhere CR4.LA57 is reserved, and refused.",
         in_cases=False,
     ),
     Divergence(
@@ -120,6 +138,13 @@ DIVERGENCES = (
         is_pvm,
         "A SYSCALL in user mode arrives at LSTAR with the privileges and the flags of user mode, where no "
         "PVM kernel has registered another entry.",
+    ),
+    Divergence(
+        "pvm-pages-in-long-mode-only",
+        "kvm",
+        is_pvm,
+        "PVM takes CR0.PG in long mode only. A guest's mov to CR0 that sets it elsewhere is a triple fault; in "
+        "state it is dropped without a word, and so refused.",
     ),
     Divergence(
         "pvm-shows-host-selectors",

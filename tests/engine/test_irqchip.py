@@ -7,7 +7,6 @@ import pytest
 from engine.machine import machine_on
 
 from vmfs import exits
-from vmfs.engine.base import Capability
 from vmfs.errors import Invalid, Unsupported
 
 SECONDS = 30
@@ -32,8 +31,6 @@ HANDLER = "handler: inc word ptr [0x3000]; mov al, 0x20; out 0x20, al; iret"
 @pytest.fixture
 def pc(engine):
     with machine_on(engine, irqchip=True) as machine:
-        if Capability.IRQCHIP not in machine.machine.capabilities:
-            pytest.skip(f"{engine.name} has no interrupt controllers")
         yield machine
 
 

@@ -218,11 +218,7 @@ def test_options():
 @pytest.fixture
 def pc(engine):
     vm = Vm(engine, memory_size=2 << 20)
-    try:
-        vm.set_machine("pc")
-    except Unsupported as error:
-        vm.close()
-        pytest.skip(str(error))
+    vm.set_machine("pc")
     vm.set_mode("real")
     yield vm
     vm.close()

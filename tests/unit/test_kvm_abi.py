@@ -43,6 +43,7 @@ EXPRESSIONS = {
     "RUN_SYNC_REGS": "offsetof(struct kvm_run, s)",
     "CLOCK_FLAGS": "offsetof(struct kvm_clock_data, flags)",
     "REGS_RIP": "offsetof(struct kvm_regs, rip)",
+    "SREGS_CR0": "offsetof(struct kvm_sregs, cr0)",
     "SREGS_CR8": "offsetof(struct kvm_sregs, cr8)",
     "SREGS_SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
     "EVENTS_EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",

@@ -61,6 +61,28 @@ CASES = (
         regs={"rsp": 0x8000},
     ),
     Case(
+        "32-bit-paging",
+        "protected",
+        """
+            mov dword ptr [0x4000], 0x5003
+            mov dword ptr [0x5000 + 4], 0x1003
+            mov dword ptr [0x5000 + 4 * 5], 0x3003
+            mov dword ptr [0x3010], 0x1234
+            mov eax, 0x4000
+            mov cr3, eax
+            mov eax, cr0
+            or eax, 0x80000000
+        paging:
+            mov cr0, eax
+            mov ebx, [0x5010]
+            hlt
+        end:
+        """,
+        (Run("hlt rip={end}"), Regs({"rbx": 0x1234})),
+        regs={"rbx": 0},
+        instead={"pvm-pages-in-long-mode-only": (Run("shutdown cause=triple-fault rip={paging}"),)},
+    ),
+    Case(
         "syscall-and-sysret",
         "long",
         f"""

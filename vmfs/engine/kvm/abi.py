@@ -204,7 +204,7 @@ SIZES = {
 REGS_RIP = 128  # offset in struct kvm_regs
 REGS_RFLAGS = 136
 SREGS_SS_DPL = 5 * 24 + 16  # offset in struct kvm_sregs: cs ds es fs gs ss
-SREGS_CR8 = 256  # offset in struct kvm_sregs
+SREGS_CR0, SREGS_CR8 = 224, 256  # offsets in struct kvm_sregs
 
 # struct kvm_fpu, and the same in the order of the legacy area of struct kvm_xsave (Intel SDM 1 13.4.1).
 FPU = struct.Struct("<128sHHBxHQQ256sI4x")  # st, fcw fsw ftwx last_opcode last_ip last_dp, xmm, mxcsr

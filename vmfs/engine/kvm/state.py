@@ -10,6 +10,7 @@ from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.errors import EngineFailed, Invalid, Unsupported
+from vmfs.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
 _IA32_TSC = 0x10
@@ -97,6 +98,8 @@ class VcpuState:
                 self._set_fpu(data)
             elif name == "regs":
                 self._set_regs(data)
+            elif name == "sregs":
+                self._set_sregs(data)
             else:
                 ioctl_set(self._fd, _PLAIN[name].set, data)
 
@@ -151,6 +154,14 @@ class VcpuState:
         if ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer) != 1:
             raise Invalid(f"KVM_GET_MSRS: this CPU has no MSR {index:#x}")
         return _unpack_msrs(buffer)[0][1]
+
+    def _set_sregs(self, data: bytes) -> None:
+        """PVM drops CR0.PG outside of long mode without a word; then it is refused, and all is as it was."""
+        before = self.get("sregs")
+        ioctl_set(self._fd, Ioctl.KVM_SET_SREGS, data)
+        if _cr0(data) & CR0_PG and not _cr0(self.get("sregs")) & CR0_PG:
+            ioctl_set(self._fd, Ioctl.KVM_SET_SREGS, before)
+            raise Unsupported("cr0: the host's KVM drops PG: it has paging in long mode only")
 
     def set_msr(self, index: int, value: int) -> None:
         if ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, _pack_msrs([(index, value)])) != 1:
@@ -269,3 +280,7 @@ def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[t
         accepted += entries[:count]
         entries = entries[count + 1 :]
     return accepted
+
+
+def _cr0(sregs: bytes) -> int:
+    return int.from_bytes(sregs[abi.SREGS_CR0 : abi.SREGS_CR0 + 8], "little")
