@@ -273,7 +273,6 @@ static void far_return(struct vcpu *c, const struct record *r, u64 skip, bool ir
         if (!cpl)
             mask |= FLAG_IOPL | (n > 2 ? FLAG_VIF | FLAG_VIP : 0);
         change_flags(c, flags, mask);
-        c->nmi_masked = false;
     }
     if (!pops_stack) {
         set_sp(c, c->gpr[RSP] + skip);
@@ -333,7 +332,6 @@ static void iret_real(struct vcpu *c, const struct record *r)
     else
         c->rflags = (c->rflags & ~(u64)FLAG_VIF) | (flags & FLAG_IF ? FLAG_VIF : 0);
     change_flags(c, flags, mask);
-    c->nmi_masked = false;
     set_sp(c, c->gpr[RSP] + 3 * n);
     enter_real(c, r, (u16)selector, ip);
 }
@@ -347,7 +345,6 @@ static void iret_to_v86(struct vcpu *c, const struct record *r, u64 ip, u64 flag
     if (ip > 0xffff)
         raise_gp(c, 0);
     set_rflags(c, flags & 0x3f7fd7);
-    c->nmi_masked = false;
     set_segment_real(c, SEG_CS, (u16)values[1]);
     for (unsigned i = 0; i < 5; i++)
         set_segment_real(c, order[i], (u16)values[4 + i]);
@@ -361,6 +358,7 @@ OP(op_iret)
 {
     unsigned n = 1u << r->size;
     c->now = r;
+    c->nmi_masked = false; /* even if it faults (3A 6.7.1) */
     if (segmented(c)) {
         iret_real(c, r);
         return;
