@@ -131,7 +131,7 @@ class Vm:
         self.path = os.fspath(path)
         self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         self._files: dict[tuple[str, int], int] = {}
-        self._lock = threading.Lock()  # guards _files
+        self._lock = threading.RLock()  # guards _files; a signal handler may use the Vm, too
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._last: Exit | None = None
@@ -271,8 +271,9 @@ class Vm:
                     raise OSError(errno.EBADF, "the Vm is closed", self.path)
                 with self._errors(name):
                     fd = os.open(name, flags, dir_fd=self._directory)
-                if keep:
-                    self._files[name, flags] = fd
+                if keep and (kept := self._files.setdefault((name, flags), fd)) != fd:
+                    os.close(fd)  # a signal handler has opened it meanwhile
+                    return kept
             return fd
 
     @contextmanager
@@ -398,13 +399,28 @@ class Vm:
         commands = [f"{verb} {value}\n" for verb, value in bounds.items() if value is not None]
         if len(commands) > 1:
             raise ValueError("a run has one bound")
-        if commands:
-            self.write("vm_run", commands[0])
-            line = self.read_text("exit")
-        else:
-            line = self.read_text("vm_run")
-        self._last = parse_exit(line)
+        self._last = parse_exit(self._bounded(commands[0]) if commands else self.read_text("vm_run"))
         return self._last
+
+    def _bounded(self, command: str) -> str:
+        """Run with a bound; the exit's line.
+
+        A call that a signal ends is made again by Python (PEP 475) once the handler has returned, and a run
+        that is begun again has its whole bound before it. So what waits here is a poll, not the run.
+        """
+        fd = self._open("vm_run", os.O_RDWR | os.O_NONBLOCK)
+        with self._errors("vm_run", writing=True):
+            os.pwrite(fd, command.encode(), 0)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+        except BaseException:  # what a signal handler raises
+            with suppress(OSError):
+                self.pause()
+            raise
+        with self._errors("vm_run", writing=True):
+            return os.pread(fd, _CHUNK, 0).decode().removesuffix("\n")
 
     def step(self, count: int = 1) -> Exit:
         """Execute `count` instructions (or fewer, when one makes an exit)."""

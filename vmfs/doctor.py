@@ -233,7 +233,12 @@ def trial_mount() -> Iterator[Finding]:
     command = [sys.executable, "-m", "vmfs.cli"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vmfs-doctor-", ignore_cleanup_errors=True) as directory:
-        done = subprocess.run([*command, "mount", directory], capture_output=True, text=True)
+        try:
+            done = subprocess.run([*command, "mount", directory], capture_output=True, text=True)
+        except OSError as failure:
+            yield Finding(name, MISSING, f"{sys.executable} cannot be started: {os.strerror(failure.errno)}",
+                          "every directory above it must let this user through")
+            return
         if done.returncode:
             yield Finding(name, MISSING, f"failed: {done.stderr.strip()}", "see above")
             return

@@ -81,6 +81,8 @@ def test_what_is_no_text_is_refused(data):
 def test_a_command_that_is_none_names_those_there_are():
     with pytest.raises(Invalid, match="there is no 'tbreak': `1`, `0`, `break ADDR .*`, .*`delete ID|all`"):
         parse_command("debug", "tbreak 1")
+    with pytest.raises(Invalid, match="line 1: a number other than 1 and 0 is no command: `1`, `0`"):
+        parse_commands("debug", "2")
     with pytest.raises(Invalid, match=r"it is `step \[N\]`"):
         parse_command("vm_run", "step 1 2")
     with pytest.raises(Invalid, match="line 2: ADDR: 'x' is neither a number nor a symbol"):

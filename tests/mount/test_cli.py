@@ -281,12 +281,13 @@ def test_the_log(directory, tmp_path):
 # --- ends of a server ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGINT SIGTERM", "SIGTERM SIGINT SIGINT"])
 def test_in_the_foreground_a_signal_unmounts(how, directory):
     with in_foreground(directory) as server:
         wait_for_mount(directory)
         (directory / "a").mkdir()
-        server.send_signal(how)
+        for name in how.split():
+            server.send_signal(signal.Signals[name])
         _, err = server.communicate(timeout=30)
     assert (server.returncode, err) == (0, "")
     wait_for_mount(directory, False)
@@ -363,7 +364,7 @@ def helper(tmp_path):
 @needs_root
 @pytest.mark.parametrize("style", ["fuse.PROGRAM SOURCE", "fuse PROGRAM#", "fuse PROGRAM#SOURCE"])
 def test_mount_8(style, helper, directory):
-    kind, source = style.replace("PROGRAM", str(helper)).replace("SOURCE", "lab").split(" ")
+    kind, source = (part.replace("PROGRAM", str(helper)).replace("SOURCE", "lab") for part in style.split(" "))
     command = ["mount", "-t", kind, source, directory, "-o", "max_vms=1,noatime"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

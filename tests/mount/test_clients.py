@@ -266,6 +266,53 @@ def test_a_signal_handler_that_raises_ends_a_run(vm):
     assert vm.regs.rax == count + 1
 
 
+def test_a_bound_is_kept_across_signals(vm):
+    """Python repeats a call that a signal has ended; the run is not to begin its count anew."""
+    count = 20_000_000 if vm.engine == "emulator" else 4000
+    seen = []
+
+    def ring(*_):
+        seen.append(vm.state)
+        if len(seen) % 3 == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        while "running" not in seen:  # each run lasts longer than that, on an idle machine
+            load(vm, LOOP)
+            vm.regs.rax = 0
+            signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+            assert vm.run(insns=count) == exits.Limit(rip=CODE)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert vm.regs.rax == count // 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_handler_that_raises_ends_a_run_with_a_bound(vm):
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    load(vm, LOOP)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with pytest.raises(Alarm):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            vm.run(timeout=1000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert vm.state == "paused"
+    assert isinstance(vm.exit, exits.Interrupted)
+    count = vm.regs.rax
+    assert vm.run(insns=2).rip == vm.regs.rip
+    assert vm.regs.rax == count + 1
+
+
 def real_mode_interrupts(vm):
     """A guest that halts with interrupts on; the handlers of vector 0x21 and of the NMI set bx."""
     vm.mode = "real"  # where the table of vectors is as simple as this

@@ -195,6 +195,17 @@ def test_bad_input(vm, name, text, number):
     assert {name: (vm / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize("name", ["sregs", "fpu", "xsave", "xcrs", "msrs", "debugregs", "events", "mp_state", "cpuid"])
+def test_a_refused_state_says_why(vm, name):
+    state = (vm / name).read_bytes()
+    assert failing(vm.write, name, b"\xff" * len(state)) == errno.EINVAL
+    if name != "msrs":  # the TSC goes on
+        assert (vm / name).read_bytes() == state
+    file, _, reason = vm.read("error").rstrip("\n").partition(": ")
+    assert file == name
+    assert reason.startswith("KVM_SET_") or reason != os.strerror(errno.EINVAL)
+
+
 _STABLE = "regs sregs fpu debugregs registers mem_size engine mode debug exit state".split()
 
 

@@ -332,6 +332,13 @@ LESS = doctor.Finding("extra", doctor.WARN, "is not there", "get it")
 NONE = doctor.Finding("base", doctor.MISSING, "is not there", "get that")
 
 
+def test_doctor_where_no_process_can_be_started(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "executable", "/nonexistent/python3")
+    (found,) = doctor.trial_mount()
+    assert (found.status, found.meaning) == (
+        doctor.MISSING, "/nonexistent/python3 cannot be started: No such file or directory")
+
+
 @pytest.mark.parametrize("found, code", [([FINE], 0), ([FINE, LESS], 0), ([FINE, NONE, LESS], 1)])
 def test_doctor_fails_only_where_no_mount_works(found, code, findings, capsys):
     findings(*found)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 10_000  # a blocked caller takes one; without a free one the mount would stand still
 ABORT_LOOK_SECONDS = 0.5
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(
@@ -45,7 +46,12 @@ def serve(
         chosen, max_vms=settings.max_vms or sys.maxsize, max_memory=settings.max_memory or sys.maxsize
     )
     _allow_descriptors()
-    trio.run(_serve, mountpoint, settings, ready, host, infos)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        trio.run(_serve, mountpoint, settings, ready, host, infos)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _serve(
@@ -109,7 +115,9 @@ async def _tell(began: trio.Event, ready: Callable[[], None]) -> None:
 
 
 async def _watch_signals(root: RootDirectory, task_status: trio.TaskStatus[None]) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    for number in ENDING:  # so it is again when the receiver has gone: a second ^C cuts no end short
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*ENDING) as signals:
         task_status.started()
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from vmfs import exits
 from vmfs.engine.base import (
@@ -57,6 +57,24 @@ _ERRORS: dict[int, type[VmfsError]] = {
 }
 
 
+# Why the core refuses a state (core/state.c).
+_REFUSED: Mapping[str, str] = {
+    "sregs": "a reserved bit of a control register, EFER or the APIC base is set, or CR0, CR4, EFER and CS.L"
+    " contradict each other",
+    "fpu": "a reserved bit of MXCSR is set",
+    "xsave": "a reserved bit of MXCSR is set, or XSTATE_BV names a component that the CPU does not have",
+    "xcrs": "XCR0 has a bit that the CPU does not have, or lacks one that another needs; or nr_xcrs or flags is wrong",
+    "msrs": "the CPU does not have one of these MSRs, or it does not take the value; or nmsrs is not their number",
+    "debugregs": "the upper half of DR6 or DR7, or flags, is not zero",
+    "events": "exception.nr is no exception, a flag is unknown, or it asks for SMM, which the CPU does not have",
+    "mp_state": "RUNNABLE is the only one without interrupt controllers; of the others there are those up to HALTED",
+    "cpuid": "nent is not the number of the entries, or there are too many",
+    "lapic": "the ID is not the one that the APIC has in x2APIC mode",
+    "irqchip": "a chip_id is wrong (PIC master, PIC slave, IOAPIC, in this order), or a chip cannot have such a state",
+    "pit": "a channel cannot have such a state, or a flag is unknown",
+}
+
+
 @contextlib.contextmanager
 def _failures(what: str) -> Iterator[None]:
     """The core's errno as an exception of ours; `what` begins the sentence."""
@@ -64,6 +82,16 @@ def _failures(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise _ERRORS.get(error.errno, EngineFailed)(f"{what}: {os.strerror(error.errno)}") from error
+
+
+def _set_state(setter: Callable[[str, bytes], None], name: str, data: bytes) -> None:
+    with _failures(name):
+        try:
+            setter(name, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL or name not in _REFUSED:
+                raise
+            raise Invalid(f"{name}: {_REFUSED[name]}") from error
 
 
 class EmulatorEngine(Engine):
@@ -158,8 +186,7 @@ class EmulatorMachine(Machine):
 
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)
-        with _failures(name):
-            self._vm.set_state(name, data)
+        _set_state(self._vm.set_state, name, data)
 
     def _check_state(self, name: str) -> None:
         if name not in MACHINE_STATES:
@@ -266,8 +293,7 @@ class EmulatorVcpu(Vcpu):
 
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)
-        with _failures(name):
-            self._cpu.set_state(name, data)
+        _set_state(self._cpu.set_state, name, data)
 
     def _check_state(self, name: str) -> None:
         if name not in VCPU_STATES:
