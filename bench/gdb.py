@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.harness import Result, mounted
 
 STEPS = 300
-ROUNDS = 3
+ROUNDS = 5
 RANGE = {"emulator": 100_000, "kvm": 2_000}  # rounds of the loop
 CONDITIONS = 300
 CODE_AT = 0x1000
@@ -76,9 +76,13 @@ def _gdb(target: str, more: str = "") -> dict[str, float]:
     return {what: float(speed) for _, what, speed in lines}
 
 
-def _median(target: str, more: str = "") -> dict[str, float]:
-    rounds = [_gdb(target, more) for _ in range(ROUNDS)]
-    return {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+def _medians(targets: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Of rounds in which each is timed once, so that whatever else the host does is done to all of them."""
+    rounds = [{name: _gdb(*target) for name, target in targets.items()} for _ in range(ROUNDS)]
+    return {
+        name: {what: statistics.median(one[name][what] for one in rounds) for what in rounds[0][name]}
+        for name in targets
+    }
 
 
 def _exchange(stream: int, payload: bytes) -> bytes:
@@ -142,23 +146,26 @@ def results() -> list[Result]:
     found = []
     with mounted() as mount, tempfile.TemporaryDirectory() as folder:
         with _qemu(folder) as path:
-            peer = _median(path)["stepi"] if path else None
-        for engine in ("emulator", "kvm"):
-            if f"{engine} available=yes" not in (mount / "engines").read_text():
-                continue
-            vm = _machine(mount, engine, 1 << 40)
-            (vm / "gdb").write_text(f"{folder}/{engine}.sock")
-            more = MORE.format(code=CODE_AT, behind_loop=BEHIND - 2, conditions=CONDITIONS)
-            timed = _median(f"{folder}/{engine}.sock", more)
-            name = "QEMU's stub" if peer else ""
-            found.append(Result(f"gdb: stepi, socket, {engine}", "/s", timed["stepi"], name, peer))
-            piped = _median(f"| {sys.executable} -m vmfs.cli gdb {vm}")["stepi"]
-            found.append(Result(f"gdb: stepi, vmfs gdb, {engine}", "/s", piped, name, peer))
-            speed = statistics.median(_range(vm, engine) for _ in range(ROUNDS))
-            found.append(Result(f"gdb: instructions of a next, {engine}", "/s", speed, "stepi", timed["stepi"]))
-            own = statistics.median(_own_condition(vm, 20_000 if engine == "emulator" else 500) for _ in range(ROUNDS))
-            found.append(
-                Result(f"gdb: the machine's conditions, {engine}", "/s", own, "gdb's conditions", timed["condition"])
-            )
-            vm.rmdir()
+            for engine in ("emulator", "kvm"):
+                if f"{engine} available=yes" in (mount / "engines").read_text():
+                    found += _results(mount, engine, folder, path)
     return found
+
+
+def _results(mount: Path, engine: str, folder: str, qemu: str | None) -> Iterator[Result]:
+    vm = _machine(mount, engine, 1 << 40)
+    (vm / "gdb").write_text(f"{folder}/{engine}.sock")
+    more = MORE.format(code=CODE_AT, behind_loop=BEHIND - 2, conditions=CONDITIONS)
+    targets = {"socket": (f"{folder}/{engine}.sock", more), "pipe": (f"| {sys.executable} -m vmfs.cli gdb {vm}", "")}
+    if qemu:
+        targets["qemu"] = qemu, ""
+    timed = _medians(targets)
+    name, peer = ("QEMU's stub", timed["qemu"]["stepi"]) if qemu else ("", None)
+    yield Result(f"gdb: stepi, socket, {engine}", "/s", timed["socket"]["stepi"], name, peer)
+    yield Result(f"gdb: stepi, vmfs gdb, {engine}", "/s", timed["pipe"]["stepi"], name, peer)
+    speed = statistics.median(_range(vm, engine) for _ in range(ROUNDS))
+    yield Result(f"gdb: instructions of a next, {engine}", "/s", speed, "stepi", timed["socket"]["stepi"])
+    own = statistics.median(_own_condition(vm, 20_000 if engine == "emulator" else 500) for _ in range(ROUNDS))
+    conditions = timed["socket"]["condition"]
+    yield Result(f"gdb: the machine's conditions, {engine}", "/s", own, "gdb's conditions", conditions)
+    vm.rmdir()

@@ -52,7 +52,7 @@ class Inferior:
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
         self._states: tuple[object, States] | None = None
-        self._paging: tuple[States, Paging] | None = None
+        self._paging: tuple[tuple[bytes, bytes], Paging] | None = None
         self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
@@ -77,7 +77,7 @@ class Inferior:
 
         def read(cpu: Vcpu) -> list[bytes]:
             states = self._states_of(cpu)
-            return [row.get(states).to_bytes(row.size, "little") for row in rows]
+            return [row.read(states) for row in rows]
 
         return self.at_boundary(read)
 
@@ -116,10 +116,11 @@ class Inferior:
             length -= part
 
     def _paging_of(self, cpu: Vcpu) -> Paging:
-        """Looked up once while the CPU is not used."""
+        """Looked up once while the registers that it depends on are the same."""
         states = self._states_of(cpu)
-        if self._paging is None or states is not self._paging[0]:
-            self._paging = states, Paging.of(states)
+        blobs = states.blob("sregs"), states.blob("cpuid")
+        if self._paging is None or blobs != self._paging[0]:
+            self._paging = blobs, Paging.of(states)
         return self._paging[1]
 
     def read_memory(self, address: int, length: int) -> bytes:

@@ -18,6 +18,7 @@ _START, _END, _ESCAPE, _FLIP = ord("$"), ord("#"), ord("}"), 0x20
 _ACK, _NAK = ord("+"), ord("-")
 _MUST_ESCAPE = re.compile(rb"[#$}*]")
 _ESCAPED = re.compile(rb"}(.?)", re.DOTALL)
+_WHOLE = re.compile(rb"\$([^$#]*)#([0-9a-fA-F]{2})")
 _HEX = frozenset(b"0123456789abcdefABCDEF")
 
 
@@ -64,6 +65,8 @@ def escape(data: bytes) -> bytes:
 
 def unescape(data: bytes) -> bytes:
     """An escape at the very end stands for nothing."""
+    if b"}" not in data:
+        return data
     return _ESCAPED.sub(lambda found: bytes(byte ^ _FLIP for byte in found[1]), data)
 
 
@@ -85,6 +88,11 @@ class Decoder:
         """The events that are complete with `data`. To be used up before the next call."""
         at = 0
         while at < len(data):
+            whole = _WHOLE.match(data, at) if self._payload is None else None
+            if whole is not None and len(whole[1]) <= MOST:  # as nearly all are
+                at = whole.end()
+                yield Packet(unescape(whole[1])) if int(whole[2], 16) == checksum(whole[1]) else Damaged()
+                continue
             if self._in_checksum:
                 at, event = self._checksum(data, at)
             elif self._payload is not None:

@@ -287,6 +287,8 @@ class Session:
     def _take_interrupts(self) -> bool:
         """Whether there are any in what has come."""
         before = len(self._events)
+        if not before:
+            return False
         self._events = deque(event for event in self._events if not isinstance(event, Interrupt))
         return len(self._events) < before
 

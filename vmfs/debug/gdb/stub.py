@@ -8,6 +8,7 @@ Source: GDB manual, appendix E, "Packets", "Stop Reply Packets", "General Query 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -277,24 +278,7 @@ class Stub:
             self.inferior.write_registers({rows.registers[rows.pc]: _number(address)})
 
     def _resume(self, arguments: bytes) -> Answer:
-        """vCont;ACTION[:THREAD]...: the first that is for the CPU counts."""
-        if not arguments.startswith(b";"):
-            raise Malformed
-        for part in arguments[1:].split(b";"):
-            action, colon, thread = part.partition(b":")
-            if colon and _thread(thread) not in (_THREAD, 0, -1):
-                continue
-            letter, rest = action[:1], action[1:]
-            if letter in b"CS" and letter:
-                _behind_signal(rest)
-                rest = b""
-            if letter == b"r":
-                start, end = _numbers(rest, 2)
-                return Resume(step=True, start=start, end=end)
-            if rest or letter not in (b"c", b"C", b"s", b"S"):
-                raise Malformed
-            return Resume(step=letter in b"sS")
-        raise Malformed
+        return _resumption(arguments)
 
     def resume(self, what: Resume, run: Run, tell: Tell) -> bytes:
         """Run, and the reply when it has stopped. `tell` gets what no stop reply can say."""
@@ -459,6 +443,28 @@ class Stub:
             return b"E16"
         self.layout_name, self.linear = name, linear
         return b"OK"
+
+
+@functools.lru_cache(maxsize=64)
+def _resumption(arguments: bytes) -> Resume:
+    """vCont;ACTION[:THREAD]...: the first that is for the CPU counts."""
+    if not arguments.startswith(b";"):
+        raise Malformed
+    for part in arguments[1:].split(b";"):
+        action, colon, thread = part.partition(b":")
+        if colon and _thread(thread) not in (_THREAD, 0, -1):
+            continue
+        letter, rest = action[:1], action[1:]
+        if letter in b"CS" and letter:
+            _behind_signal(rest)
+            rest = b""
+        if letter == b"r":
+            start, end = _numbers(rest, 2)
+            return Resume(step=True, start=start, end=end)
+        if rest or letter not in (b"c", b"C", b"s", b"S"):
+            raise Malformed
+        return Resume(step=letter in b"sS")
+    raise Malformed
 
 
 def parse_layout(words: list[str]) -> tuple[str, bool]:

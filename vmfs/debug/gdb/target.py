@@ -74,10 +74,18 @@ class Register:
     get: Callable[[States], int]
     put: Callable[[States, int], Change]
     group: str = ""
+    where: tuple[str, int, int] | None = None  # it is these bytes of a state, and zeros: state, first, end
 
     @property
     def size(self) -> int:
         return self.bits // 8
+
+    def read(self, states: States) -> bytes:
+        """In the byte order of the guest."""
+        if self.where is None:
+            return self.get(states).to_bytes(self.size, "little")
+        state, first, end = self.where
+        return states.blob(state)[first:end].ljust(self.size, b"\0")
 
 
 # ---- features
@@ -102,7 +110,9 @@ def _plain(name: str, row: str, bits: int, type_: str, feature: str, group: str 
         kept = states.value(row) & ~mask if bits < width else 0
         return {row: kept | value & (1 << width) - 1}
 
-    return Register(name, bits, type_, feature, get, put, group)
+    known = REGISTERS.get(row)
+    where = known and (known.state, known.offset, known.offset + min(known.size, bits // 8))
+    return Register(name, bits, type_, feature, get, put, group, where)
 
 
 def _x87() -> Iterator[Register]:
@@ -340,7 +350,7 @@ def _linear(pc: Register) -> Register:
         width = 64 if states.value("efer") & EFER_LMA and states.value("cs.l") else 32
         return {"rip": value - _code_base(states) & (1 << width) - 1}
 
-    return replace(pc, get=get, put=put)
+    return replace(pc, get=get, put=put, where=None)
 
 
 # Names of layouts, and gdb's names of their architectures.
