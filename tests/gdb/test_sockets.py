@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from mounting import SOON, failing, wait_until
 
+from vmfs.debug.gdb import handover
 from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.errors import NotPermitted
 from vmfs.fs.gdb_files import _Listener
@@ -308,4 +310,122 @@ def test_the_pipe_says_what_is_wrong(machine, tmp_path):
     assert peer.ask(b"qC") == b"QC1"
     done = run(machine.path)
     assert done.returncode == 1 and b"another gdb is connected" in done.stderr
+    peer.close()
+
+
+# ---- `vmfs gdb`, which hands a socket over
+
+
+def piped(machine, *words: str) -> tuple[subprocess.Popen, Peer]:
+    """As gdb starts it: with one socket for its standard input and output."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", "vmfs.cli", "gdb", str(machine.path), *words]
+        program = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+    return program, Peer(ours)
+
+
+def test_gdbs_own_socket_is_handed_over(machine):
+    program, peer = piped(machine, "i386", "linear")
+    assert b"<architecture>i386<" in peer.ask(b"qXfer:features:read:target.xml:0,1000")
+    os.kill(program.pid, signal.SIGSTOP)  # nothing takes the way through it
+    assert peer.ask(b"qC") == b"QC1"
+    os.kill(program.pid, signal.SIGCONT)
+    assert peer.ask(b"D") == b"OK"
+    assert program.wait(SOON) == 0
+    assert peer.is_ended()
+    peer.close()
+
+
+def test_the_session_ends_with_whoever_goes(machine):
+    machine.load("eb fe")
+    for killed in (True, False):
+        program, peer = piped(machine)
+        assert peer.ask(b"Z0,7777,1") == b"OK"
+        peer.socket.sendall(frame(b"c"))
+        wait_until(machine.is_running, "it runs")
+        if killed:
+            program.kill()
+            assert peer.is_ended()
+        peer.close()
+        program.wait(SOON)
+        wait_until(lambda: machine.read("state") == "paused\n", "it stands still")
+        wait_until(lambda: machine.read("debug") == "0\n", "the points are gone")
+    program, peer = piped(machine)
+    assert peer.ask(b"qC") == b"QC1"
+    machine.path.rmdir()
+    assert peer.is_ended()
+    assert program.wait(SOON) == 0
+    peer.close()
+
+
+def test_only_who_asked_may_hand_over(machine):
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    os.pwrite(fd, frame(handover.QUERY), 0)
+    reply = os.pread(fd, 100, 0)[1:-3]
+    name, secret = reply.decode().split(",")
+    assert f"@vmfs-gdb-{name}" in Path("/proc/net/unix").read_text()  # everybody sees that
+    ours, theirs = socket.socketpair()
+    listening = socket.socket(socket.AF_UNIX)
+    with open("/dev/null") as null, listening, theirs:
+        for wrong, sent in (
+            ("0" * len(secret), [theirs.fileno()]),
+            (secret, [null.fileno()]),
+            (secret, [listening.fileno()]),
+            (secret[:-1], [theirs.fileno()]),
+            (secret, []),
+        ):
+            with socket.socket(socket.AF_UNIX) as one:
+                one.connect(f"\0vmfs-gdb-{name}")
+                socket.send_fds(one, [wrong.encode()], sent)
+                one.settimeout(SOON)
+                assert one.recv(1) == b""  # it is told nothing
+        connection = handover.send(reply, theirs.fileno())
+    assert connection is not None
+    peer = Peer(ours)
+    assert peer.ask(b"qC") == b"QC1"
+    assert failing(os.pwrite, fd, frame(b"qC"), 0) == errno.EBUSY
+    assert handover.send(reply, 0) is None  # once
+    connection.close()
+    assert peer.is_ended()
+    peer.close()
+    os.close(fd)
+
+
+def test_a_stream_goes_on_where_nothing_is_handed_over(machine):
+    """In another network namespace there is no way to the server but its files."""
+    fd = os.open(machine / "gdb.stream", os.O_RDWR)
+    assert failing(os.pwrite, fd, frame(handover.QUERY + b":vax"), 0) == errno.EINVAL
+    assert "'vax'" in machine.read("error")
+    os.pwrite(fd, frame(handover.QUERY + b":"), 0)
+    assert os.pread(fd, 100, 0).startswith(b"$")
+    assert _can(fd)
+    os.close(fd)
+
+
+# ---- races
+
+
+def test_reconnections_are_not_refused(machine):
+    """A gdb may be back before the session of the one before has ended."""
+    machine.load("eb fe")
+    machine.write("gdb", "127.0.0.1:0\n")
+    for number in range(60):
+        peer = tcp(machine)
+        assert peer.ask(b"qC") == b"QC1", number
+        if number % 3 == 0:
+            assert peer.ask(b"D") == b"OK"
+        elif number % 3 == 1:
+            peer.socket.sendall(frame(b"c"))
+        peer.close()
+    wait_until(lambda: machine.read("state") == "paused\n", "it stands still")
+
+
+def test_an_interrupt_that_comes_with_the_packet_that_resumes(machine):
+    machine.load("eb fe")
+    machine.write("gdb", "127.0.0.1:0\n")
+    peer = tcp(machine)
+    for _ in range(50):
+        peer.socket.sendall(frame(b"c") + b"\x03")
+        assert peer.reply().startswith(b"T02")
     peer.close()
