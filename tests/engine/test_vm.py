@@ -10,7 +10,8 @@ import time
 import pytest
 
 from vmfs import exits
-from vmfs.engine.base import INTERRUPT_QUEUE
+from vmfs.engine import by_name
+from vmfs.engine.base import INTERRUPT_QUEUE, VCPU_STATES, has_state
 from vmfs.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsError, WouldBlock
 from vmfs.host import Host
 from vmfs.memory import PAGE
@@ -69,6 +70,55 @@ def test_exits_come_one_by_one(vm):
     assert vm.exit_number == 3
     counters = vm.counters()
     assert (counters["runs"], counters["exits.io"], counters["exits.hlt"]) == (3, 2, 1)
+
+
+def states_of(engine, change=None):
+    """All states but the MSRs, whose time goes on, of a CPU that was just made and then changed."""
+    machine = engine.create_machine()
+    try:
+        cpu = machine.create_vcpu(0)
+        if change:
+            change(cpu)
+        return {name: cpu.get_state(name) for name in VCPU_STATES if name != "msrs" and has_state(cpu, name)}
+    finally:
+        machine.close()
+
+
+def test_a_new_cpu_is_as_it_is_made_whatever_those_before_it_did(engine):
+    """An engine may know what a CPU is made as; one that never made one has to ask."""
+
+    def change_all(cpu):
+        regs = bytearray(cpu.get_state("regs"))
+        regs[:8] = b"\x55" * 8
+        cpu.set_state("regs", bytes(regs))
+        cpu.set_msr(0xC0000082, 0x1234)
+
+    def nmi(cpu):
+        cpu.get_state("events")
+        cpu.nmi()
+
+    fresh = states_of(by_name(engine.name))
+    assert states_of(engine) == fresh
+    changed = states_of(engine, change_all)
+    assert changed["regs"][:8] == b"\x55" * 8
+    assert changed.keys() == fresh.keys()
+    assert states_of(engine, nmi)["events"] != fresh["events"]
+    cpuid = states_of(engine, lambda cpu: cpu.set_state("cpuid", bytes(8)))["cpuid"]
+    assert cpuid != fresh["cpuid"]
+    assert states_of(engine) == fresh
+
+
+def test_a_run_changes_what_a_new_cpu_answers(engine):
+    vm = Vm(engine, memory_size=16 << 20)
+    try:
+        assert register(vm, "rip") == 0xFFF0
+        vm.start(Bound(seconds=0)).result(SECONDS)
+        assert register(vm, "rip") == 0xFFF0
+        exit_ = run(vm)  # at the reset vector, where there is nothing
+        asked = vm.at_boundary(lambda cpu: cpu.get_state("regs")).result(SECONDS)
+        assert int.from_bytes(asked[128:136], "little") == exit_.rip
+    finally:
+        vm.close()
 
 
 def test_reset_forgets_a_read_that_waits(vm):

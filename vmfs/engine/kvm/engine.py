@@ -24,8 +24,7 @@ from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
-from vmfs.engine.kvm.host import is_pvm
-from vmfs.engine.kvm.state import HostFacts
+from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
 
@@ -154,8 +153,8 @@ class KvmMachine(Machine):
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
-        self._pvm = is_pvm()
-        self._slot_limit = ioctl(device, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_NR_MEMSLOTS)
+        self._pvm = facts.pvm
+        self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
         self._fd = self._create()
         try:
             self.capabilities = self._find_capabilities()
@@ -192,7 +191,7 @@ class KvmMachine(Machine):
             ioctl(self._fd, Ioctl.KVM_ENABLE_CAP, bytearray(enable))
 
     def _has(self, cap: Cap) -> bool:
-        return ioctl(self._fd, Ioctl.KVM_CHECK_EXTENSION, cap) > 0
+        return self._facts.extension(self._fd, cap) > 0
 
     # Memory
 

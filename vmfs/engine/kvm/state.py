@@ -9,12 +9,12 @@ from vmfs.engine.base import VCPU_STATES
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
+from vmfs.engine.kvm.host import HostFacts, trim_cpuid
 from vmfs.errors import EngineFailed, Invalid, Unsupported
 from vmfs.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
 _IA32_TSC = 0x10
-_LEAF_1_ECX_X2APIC, _LEAF_1_ECX_TSC_DEADLINE = 1 << 21, 1 << 24
 
 
 class _Plain(NamedTuple):
@@ -35,25 +35,8 @@ _PLAIN = {
     "lapic": _Plain(Ioctl.KVM_GET_LAPIC, Ioctl.KVM_SET_LAPIC),
 }
 
-
-class HostFacts:
-    """What a host's KVM answers the same each time, and slowly. An engine keeps one for its machines.
-
-    The MSRs are those of a CPU with the CPUID that it was made with, by whether there is an irqchip.
-    """
-
-    def __init__(self) -> None:
-        self._cpuid = b""
-        self.saved_msrs: dict[bool, tuple[int, ...]] = {}
-
-    def supported_cpuid(self, device: int) -> bytes:
-        """KVM_GET_SUPPORTED_CPUID, as `struct kvm_cpuid2`."""
-        if not self._cpuid:
-            buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
-            abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
-            ioctl(device, Ioctl.KVM_GET_SUPPORTED_CPUID, buffer)
-            self._cpuid = _trim_cpuid(buffer)
-        return self._cpuid
+# Of a CPU that was made and not changed. Not the MSRs, for the time goes on.
+_SAME_IN_EACH = frozenset({"regs", "sregs", "fpu", "xsave", "xcrs", "debugregs", "events", "mp_state", "cpuid"})
 
 
 class VcpuState:
@@ -66,12 +49,27 @@ class VcpuState:
         self._facts = facts
         self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
         # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
-        self._xsave_size = max(ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_XSAVE2), abi.SIZES["xsave"])
-        self.set("cpuid", made_cpuid(facts.supported_cpuid(device), index, has_irqchip=has_irqchip))
+        self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), abi.SIZES["xsave"])
+        self.set("cpuid", facts.made_cpuid(device, index, has_irqchip=has_irqchip))
         self._has_made_cpuid = True
+        # Without interrupt controllers nothing but the CPU's own runs and sets changes it: until then it has what
+        # each before it had. None from then on.
+        self._made = None if has_irqchip else facts.made_states.setdefault(index, {})
 
     def get(self, name: str) -> bytes:
         self._check_name(name)
+        made = self._made
+        if made is None or name not in _SAME_IN_EACH:
+            return self._get(name)
+        if name not in made:
+            made[name] = self._get(name)
+        return made[name]
+
+    def changes(self) -> None:
+        """The CPU is not as it was made any more: it is about to run, or otherwise than by `set` to change."""
+        self._made = None
+
+    def _get(self, name: str) -> bytes:
         if name == "msrs":
             return self._get_msrs(self._msrs_to_save())
         if name == "cpuid":
@@ -87,6 +85,7 @@ class VcpuState:
 
     def set(self, name: str, data: bytes) -> None:
         self._check_name(name)
+        self._made = None
         if name == "msrs":
             self._set_msrs(data)
         elif name == "cpuid":
@@ -104,7 +103,7 @@ class VcpuState:
                 ioctl_set(self._fd, _PLAIN[name].set, data)
 
     def close(self) -> None:
-        self._fd = -1
+        self._fd, self._made = -1, None
 
     def _size(self, name: str) -> int:
         return self._xsave_size if name == "xsave" else abi.SIZES[name]
@@ -164,6 +163,7 @@ class VcpuState:
             raise Unsupported("cr0: the host's KVM drops PG: it has paging in long mode only")
 
     def set_msr(self, index: int, value: int) -> None:
+        self._made = None
         if ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, _pack_msrs([(index, value)])) != 1:
             raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
 
@@ -209,7 +209,7 @@ class VcpuState:
         buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
         abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
         ioctl(self._fd, Ioctl.KVM_GET_CPUID2, buffer)
-        return _trim_cpuid(buffer)
+        return trim_cpuid(buffer)
 
     def _set_cpuid(self, data: bytes) -> None:
         if len(data) < abi.CPUID_HEAD.size:
@@ -222,30 +222,6 @@ class VcpuState:
         hint = "a CPU that has run keeps its CPUID, and the host has to have what it says"
         ioctl_set(self._fd, Ioctl.KVM_SET_CPUID2, data, hint)
         self._has_made_cpuid, self._saved_msrs = False, None
-
-
-def made_cpuid(supported: bytes, index: int, *, has_irqchip: bool) -> bytes:
-    """`supported`, with what is the CPU's own in it: its APIC id, and what needs a LAPIC."""
-    data = bytearray(supported)
-    for at in range(abi.CPUID_HEAD.size, len(data), abi.CPUID_ENTRY.size):
-        function, subleaf, flags, eax, ebx, ecx, edx = abi.CPUID_ENTRY.unpack_from(data, at)
-        if function == 1:  # Intel SDM 2A, CPUID: EBX[31:24] is the initial APIC id
-            ebx = ebx & 0x00FFFFFF | (index & 0xFF) << 24
-            # KVM says it could emulate an x2APIC, and does not say that it has the deadline timer; both are
-            # there with the in-kernel LAPIC, and only then (api.rst, KVM_GET_SUPPORTED_CPUID).
-            lapic_features = _LEAF_1_ECX_X2APIC | _LEAF_1_ECX_TSC_DEADLINE
-            ecx = ecx | lapic_features if has_irqchip else ecx & ~lapic_features
-        elif function in (0xB, 0x1F):  # EDX is the x2APIC id
-            edx = index
-        elif function == 0x8000001E:  # AMD APM 3: EAX is the extended APIC id
-            eax = index
-        abi.CPUID_ENTRY.pack_into(data, at, function, subleaf, flags, eax, ebx, ecx, edx)
-    return bytes(data)
-
-
-def _trim_cpuid(buffer: bytearray) -> bytes:
-    count = abi.CPUID_HEAD.unpack_from(buffer)[0]
-    return bytes(buffer[: abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size])
 
 
 def _pack_msrs(entries: list[tuple[int, int]]) -> bytes:

@@ -17,7 +17,8 @@ from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
-from vmfs.engine.kvm.state import HostFacts, VcpuState
+from vmfs.engine.kvm.host import HostFacts
+from vmfs.engine.kvm.state import VcpuState
 from vmfs.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.exits import Exit
 
@@ -63,7 +64,7 @@ class KvmVcpu(Vcpu):
         self._pvm = pvm
         self._read_memory = read_memory
         self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip, facts=facts)
-        block_irq = ioctl(vm, Ioctl.KVM_CHECK_EXTENSION, Cap.KVM_CAP_SET_GUEST_DEBUG2)
+        block_irq = facts.extension(vm, Cap.KVM_CAP_SET_GUEST_DEBUG2)
         self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
         # For kick, interrupt and nmi from other threads. Reentrant, because a Python signal handler may call
         # them in the very thread that holds it.
@@ -81,7 +82,7 @@ class KvmVcpu(Vcpu):
         self._plan = debugregs.NO_PLAN
         self._passing: int | None = None  # the breakpoint there has stopped the CPU: it is no stop again
         self._due: exits.Debug | None = None  # comes when the `in` that waits has its bytes
-        self._run_page = mmap.mmap(fd, ioctl(device, Ioctl.KVM_GET_VCPU_MMAP_SIZE))
+        self._run_page = mmap.mmap(fd, facts.run_size(device))
         self._words = memoryview(self._run_page).cast("I")
         self._quads = memoryview(self._run_page).cast("Q")
         self._run_page[abi.RUN_VALID_REGS] = abi.SYNC_X86_REGS  # rip at each exit without another ioctl
@@ -142,6 +143,7 @@ class KvmVcpu(Vcpu):
         thread = getattr(self._threads, "token", None)
         if thread is self._mask_thread and thread is not None:
             return
+        self._state.changes()  # each first run of a CPU comes by here
         if thread is None:
             signal.pthread_sigmask(signal.SIG_BLOCK, _KICK_SIGNALS)
             thread = self._threads.token = object()
@@ -243,6 +245,7 @@ class KvmVcpu(Vcpu):
         with self._lock:
             wanted, self._nmi = self._nmi, False
         if wanted:
+            self._state.changes()
             ioctl(self._fd, Ioctl.KVM_NMI)
 
     def _offer_interrupts(self, points: debugregs.HardwarePoints) -> Exit | None:
