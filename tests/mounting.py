@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from vmfs import mounts
+
 SOON = 60.0
 """Seconds after which something has not happened: far more than it takes on a busy machine."""
 
@@ -112,7 +114,7 @@ class Server:
         subprocess.run(["umount", "-f", self.path], stderr=subprocess.DEVNULL, check=False)
 
     def is_mounted(self) -> bool:
-        return f" {self.path} " in Path("/proc/self/mounts").read_text()
+        return mounts.at(self.path) is not None
 
     def end(self) -> str:
         """Unmount; the log."""

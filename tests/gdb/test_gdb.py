@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from gdb.conftest import built, needed
 from gdb.guest import FIRMWARE, FIRMWARE_AT, KERNEL, KERNEL_AT, KERNEL_LOADED
 from mounting import SOON, wait_until
 
-VMFS = f"{sys.executable} -m vmfs.cli"
+VMFS = f"{shlex.quote(sys.executable)} -m vmfs.cli"
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,7 +68,7 @@ def gdb(elf: Path | None, *commands: str) -> str:
 
 
 def pipe(machine, words: str = "") -> str:
-    return f"target remote | {VMFS} gdb {machine.path} {words}"
+    return f"target remote | {VMFS} gdb {shlex.quote(str(machine.path))} {words}"
 
 
 def in_order(text: str, *parts: str) -> None:
@@ -85,7 +86,7 @@ def test_one_session_from_the_reset_vector_to_a_kernel(booting, guest):
         pipe(booting, "linear"),
         "p/x $pc",
         "x/2xb $pc",
-        f"add-symbol-file {kernel}",
+        f"add-symbol-file {shlex.quote(str(kernel))}",
         "hbreak *&_start",
         "break work",  # long before there are page tables
         "break protected",
@@ -206,9 +207,10 @@ def test_writing_memory_and_registers(in_kernel, guest, tmp_path):
     said = gdb(
         guest[2],
         pipe(in_kernel),
-        f"restore {tmp_path}/data binary 0x400000",
+        f"cd {tmp_path}",
+        "restore data binary 0x400000",
         "set var *(long*)&counter = 0x1122334455667788",
-        f"dump binary memory {tmp_path}/back 0xffffffff80400000 0xffffffff80400000+{len(data)}",
+        f"dump binary memory back 0xffffffff80400000 0xffffffff80400000+{len(data)}",
         "p/x *(long*)&counter",
         "set var $rax = 0x99",
         "p/x $rax",
@@ -367,10 +369,10 @@ def test_a_run_of_somebody_else(in_kernel, guest):
     said = gdb(
         guest[2],
         pipe(in_kernel),
-        f"shell echo run > {in_kernel.path}/state",
+        f"shell echo run > {shlex.quote(str(in_kernel / 'state'))}",
         "continue",
-        f"shell cat {in_kernel.path}/error",
-        f"shell echo pause > {in_kernel.path}/state",
+        f"shell cat {shlex.quote(str(in_kernel / 'error'))}",
+        f"shell echo pause > {shlex.quote(str(in_kernel / 'state'))}",
         "stepi",
         "x/i $pc",
     )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from mounting import SOON, blocked_read, running, wait_until
@@ -122,8 +123,15 @@ def as_nobody(root) -> list[str]:
     return subprocess.run(program, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.fixture
+def umask_022() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_two_users(own_server):
+def test_two_users(own_server, umask_022):
     server = own_server(allow_other=True)
     for parent in server.path.parents[:-1]:  # pytest's folders are their maker's alone
         parent.chmod(parent.stat().st_mode | 0o011)

@@ -58,7 +58,7 @@ def test_the_session_in_the_readme(engine, tmp_path):
     mark = "=====next command====="
     # /tmp/vmfs is what the README says; several of these may run at a time.
     script = "".join(f"{command}\necho '{mark}'\n" for command, _ in session)
-    for said, meant in ("/tmp/vmfs", f"{tmp_path}/vmfs"), ("vmfs mount ", f"vmfs mount --engine {engine} "):
+    for said, meant in ("/tmp/vmfs", '"$HOME"/vmfs'), ("vmfs mount ", f"vmfs mount --engine {engine} "):
         script = script.replace(said, meant)
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
