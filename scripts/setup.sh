@@ -113,3 +113,4 @@ fi
 # --- what tests boot --------------------------------------------------------------------------------------
 
 scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"
+scripts/fetch_root.sh || say "without Debian's packages, the test of a root on a disk skips"

@@ -1,4 +1,5 @@
-"""Where scripts/fetch_kernels.sh puts what tests boot: Debian's kernels, busybox, iPXE, memtest86+.
+"""Where scripts/fetch_kernels.sh and fetch_root.sh put what tests boot: Debian's kernels, busybox, iPXE, memtest86+, and a
+small Debian.
 
 Debian's System.map is in the packages of debugging symbols only (hundreds of MB), so there is none here.
 """
@@ -14,6 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "kernels"
 BUSYBOX = FOLDER / "busybox"
 IPXE = FOLDER / "ipxe.lkrn"  # has the header of a bzImage
 MEMTEST = FOLDER / "memtest.bin"  # as a bzImage, too
+DEBIAN = FOLDER.parent / "debian"  # the unpacked packages of a root
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +46,8 @@ GENERIC = Kernel("generic")  # linux-image-amd64, without modules for hardware
 
 needs_kernels = pytest.mark.skipif(
     not (FOLDER / "stamp").exists(), reason=f"{FOLDER} is not there: scripts/fetch_kernels.sh could not make it"
+)
+
+needs_debian = pytest.mark.skipif(
+    not DEBIAN.with_suffix(".stamp").exists(), reason=f"{DEBIAN} is not there: scripts/fetch_root.sh could not make it"
 )
