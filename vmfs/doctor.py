@@ -6,6 +6,7 @@ CHECKS is the list, a function each, from what no mount works without to what on
 import argparse
 import dataclasses
 import fcntl
+import grp
 import gzip
 import importlib.metadata
 import json
@@ -146,6 +147,17 @@ KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE00, 0xAE01, 0xAE41    
 KVM_API_VERSION = 12
 
 
+def may_open(device: os.stat_result) -> str:
+    """How a user comes to open a device that its group may open, or none but its owner."""
+    if device.st_gid and stat.S_IMODE(device.st_mode) & 0o060 == 0o060:
+        try:
+            group = grp.getgrgid(device.st_gid).gr_name
+        except KeyError:
+            group = str(device.st_gid)
+        return f"usermod -aG {group} USER, and log in anew"
+    return "chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm USER, as root, and log in anew"
+
+
 def dev_kvm() -> Iterator[Finding]:
     without = "new machines run on the emulator"
     try:
@@ -155,7 +167,8 @@ def dev_kvm() -> Iterator[Finding]:
                       "modprobe kvm_intel or kvm_amd, with virtualization on in the firmware or the host")
         return
     except PermissionError:
-        yield Finding("/dev/kvm", WARN, f"may not be opened by this user: {without}", "adduser USER kvm")
+        yield Finding("/dev/kvm", WARN, f"may not be opened by this user: {without}",
+                      may_open(os.stat("/dev/kvm")))
         return
     except OSError as failure:
         yield Finding("/dev/kvm", WARN, f"{os.strerror(failure.errno)}: {without}")

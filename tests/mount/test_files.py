@@ -345,6 +345,8 @@ def test_interrupts(vm):
         assert any("data=0x55" in line for line in lines), (packet, lines)
         while vm.run() != "hlt rip=0x1004\n":
             pass
+    counters = vm.read("stat").splitlines()
+    assert "interrupts 3" in counters and "interrupts_queued 0" in counters
 
 
 def test_the_interrupt_queue_is_bounded(vm):

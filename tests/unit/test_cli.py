@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,17 @@ def findings(monkeypatch):
 FINE = doctor.Finding("thing", doctor.OK, "is there")
 LESS = doctor.Finding("extra", doctor.WARN, "is not there", "get it")
 NONE = doctor.Finding("base", doctor.MISSING, "is not there", "get that")
+
+
+@pytest.mark.parametrize("mode, gid, remedy", [
+    (0o660, 5, "usermod -aG tty USER"),
+    (0o660, 0, "chgrp kvm /dev/kvm; chmod 660 "),
+    (0o600, 5, "chgrp kvm /dev/kvm; chmod 660 "),
+    (0o660, 4_000_000_000, "usermod -aG 4000000000 USER"),
+])
+def test_doctor_says_how_a_user_may_open_dev_kvm(mode, gid, remedy):
+    device = os.stat_result((stat.S_IFCHR | mode, 1, 1, 1, 0, gid, 0, 0, 0, 0))
+    assert doctor.may_open(device).startswith(remedy)
 
 
 def test_doctor_where_no_process_can_be_started(monkeypatch):

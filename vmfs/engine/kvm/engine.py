@@ -93,7 +93,7 @@ class KvmEngine(Engine):
             ) from error
         except PermissionError as error:
             raise EngineFailed(
-                f"{self.device}: no permission; be in its group (usermod -aG kvm USER, and log in anew)"
+                f"{self.device}: no permission to open it (`vmfs doctor` says how to get it)"
             ) from error
         except OSError as error:
             raise EngineFailed(f"{self.device}: {os.strerror(error.errno)}") from error

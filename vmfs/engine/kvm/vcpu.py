@@ -72,6 +72,7 @@ class KvmVcpu(Vcpu):
         self._runner: int | None = None  # the thread in KVM_RUN, by threading.get_ident(); see _leave
         self._kicked = False
         self._vectors: deque[int] = deque()
+        self._injected = 0
         self._nmi = False
         self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
         self._access = _NO_ACCESS
@@ -262,6 +263,7 @@ class KvmVcpu(Vcpu):
             if page[abi.RUN_READY_FOR_INTERRUPT] and page[abi.RUN_IF_FLAG]:
                 vector = self._vectors.popleft()
                 ioctl(self._fd, Ioctl.KVM_INTERRUPT, bytearray(abi.INTERRUPT.pack(vector)))
+                self._injected += 1
         page[abi.RUN_REQUEST_INTERRUPT_WINDOW] = bool(self._vectors)
         return None
 
@@ -632,7 +634,8 @@ class KvmVcpu(Vcpu):
         return physical if valid else None
 
     def counters(self) -> dict[str, int]:
-        return {}
+        # What its own interrupt controllers deliver, KVM does not tell.
+        return {} if self._has_irqchip else {"interrupts": self._injected}
 
     def close(self) -> None:
         with self._lock:
