@@ -536,3 +536,23 @@ def test_any_bytes_leave_a_stub_that_answers(vm, pieces):
 async def _limited(main):
     with trio.fail_after(60):
         await main()
+
+
+def test_page_tables_that_change_while_the_guest_stands_still(vm, on_stub):
+    vm.resize_memory(16 << 20)
+    vm.set_mode("long")
+    tables = struct.unpack_from("<Q", vm.at_boundary(lambda cpu: cpu.get_state("sregs")).result(), 24 * 8 + 32 + 16)[0]
+    pd = (struct.unpack("<Q", vm.memory.read(tables + 4096, 8))[0]) & ~0xFFF
+    vm.memory.write(0x20_0010, b"two!")
+    vm.memory.write(0x40_0010, b"four")
+
+    async def test(client, _):
+        for frame_at, there in ((0x20_0000, b"two!"), (0x40_0000, b"four"), (0x20_0000, b"two!")):
+            vm.memory.write(pd + 8, struct.pack("<Q", frame_at | 0x87))
+            for at, size in ((0, 4), (2, 2)):  # the second the way that is known
+                reply = await client.ask(b"m%x,%x" % (0x20_0010 + at, size))
+                assert bytes.fromhex(reply.decode()) == there[at:]
+        vm.memory.write(pd + 8, struct.pack("<Q", 0))
+        assert await client.ask(b"m200010,4") == b"E14"
+
+    on_stub(test)

@@ -15,7 +15,7 @@ from vmfs.debug.points import Points
 from vmfs.engine.base import Vcpu
 from vmfs.errors import BadAddress, VmfsError
 from vmfs.exits import Exit
-from vmfs.memory import PAGE, MemoryView
+from vmfs.memory import PAGE, Memory, MemoryView
 from vmfs.modes import mode_of
 from vmfs.registers import write_registers
 from vmfs.vm import Vm
@@ -53,6 +53,8 @@ class Inferior:
         self.physical = False  # addresses are guest-physical
         self._states: tuple[object, States] | None = None
         self._paging: tuple[tuple[bytes, bytes], Paging] | None = None
+        # The last page that was looked up: how, its address, the entries of tables on the way, where it is.
+        self._way: tuple[Paging, int, list[tuple[int, bytes]], int] | None = None
         self._regions: list[tuple[int, int, str]] | None = None
         self._wanted: dict[Stop, set[int]] = {}  # the types that gdb asked for it by: Z0 and Z1 are one stop
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
@@ -110,10 +112,25 @@ class Inferior:
         paging = Paging() if self.physical else self._paging_of(cpu)
         while length > 0:
             part = min(length, PAGE - address % PAGE)
-            page = paging.translate(self.vm.memory, address)
-            yield (None if page is None else page.physical), part
+            yield self._translate(paging, address), part
             address = (address + part) & _MASK
             length -= part
+
+    def _translate(self, paging: Paging, address: int) -> int | None:
+        """gdb reads a few bytes of the same page again and again: the way there is not gone through anew while the
+        entries are what they were."""
+        offset = address % PAGE
+        if self._way is not None:
+            of, page, entries, physical = self._way
+            read = self.vm.memory.read
+            if of is paging and page == address - offset and all(read(at, len(raw)) == raw for at, raw in entries):
+                return physical + offset
+        walked = _Walked(self.vm.memory)
+        found = paging.translate(walked, address - offset)
+        if found is None:
+            return None
+        self._way = paging, address - offset, walked.entries, found.physical
+        return found.physical + offset
 
     def _paging_of(self, cpu: Vcpu) -> Paging:
         """Looked up once while the registers that it depends on are the same."""
@@ -259,6 +276,19 @@ class Inferior:
 
     def command(self, text: str) -> str:
         return self.surroundings.command(text)
+
+
+class _Walked:
+    """RAM, and what was read of it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self.size = memory, memory.size
+        self.entries: list[tuple[int, bytes]] = []
+
+    def read(self, offset: int, length: int) -> bytes:
+        raw = self._memory.read(offset, length)
+        self.entries.append((offset, raw))
+        return raw
 
 
 def _regions(ram: MemoryView, paging: Paging) -> list[tuple[int, int, str]]:

@@ -22,7 +22,7 @@ from vmfs.debug.gdb.packets import Acknowledged, Damaged, Decoder, Event, Interr
 from vmfs.debug.gdb.stub import PACKET_SIZE, Bye, Resume, Said, Stub, console_text
 from vmfs.errors import Busy, VmfsError
 from vmfs.exits import Exit
-from vmfs.vm import Bound, Run
+from vmfs.running import Bound, Run
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from vmfs.debug.gdb.packets import MOST, escape
 from vmfs.debug.gdb.target import DEFAULT, Layout, layout
 from vmfs.errors import BadAddress, Gone, Invalid, VmfsError
 from vmfs.exits import Exit
-from vmfs.vm import UNBOUND, Bound
+from vmfs.running import UNBOUND, Bound
 
 PACKET_SIZE = MOST // 2
 _READ_MOST = PACKET_SIZE // 2 - 8  # bytes whose hexadecimal form a packet has room for
