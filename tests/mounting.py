@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 import os
+import pwd
 import select
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from vmfs import mounts
+from vmfs import doctor, mounts
+from vmfs.engine import Row
+from vmfs.errors import VmfsError
 
 SOON = 60.0
 """Seconds after which something has not happened: far more than it takes on a busy machine."""
@@ -38,6 +41,29 @@ if fake:
 asked["fuse_options"] = tuple(asked.get("fuse_options", ()))
 serve(sys.argv[1], MountSettings(**asked), lambda: os.write(1, b"ready"), rows)
 """
+
+
+def reason_against_mounts() -> str | None:
+    """Why nothing can be mounted here, or None."""
+    checks = (*doctor.dev_fuse(), *doctor.fusermount())
+    missing = [f"{each.name} {each.meaning}" for each in checks if each.status == doctor.MISSING]
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        missing.append(f"the user {os.getuid()} has no name, which fusermount3 asks for")
+    return "; ".join(missing) or None
+
+
+def reason_against(engine: Row) -> str | None:
+    """Why there can be no mount with that engine here, or None."""
+    reason = reason_against_mounts()
+    if reason:
+        return reason
+    try:
+        availability = engine.load().probe()
+    except VmfsError as error:
+        return str(error)
+    return None if availability.available else f"{engine.name}: {availability.reason}"
 
 
 def wait_until(condition: Callable[[], object], what: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 from gdb.stub_client import Surroundings, connected
-from mounting import Machine, Server
+from mounting import Machine, Server, reason_against
 
 from vmfs.debug.gdb.server import Gdb
 from vmfs.engine import ENGINES, by_name
@@ -54,18 +53,9 @@ def no_errors_logged(caplog):
 # ---- real mounts
 
 
-def reason_against_mounts() -> str | None:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse is not accessible"
-    if not shutil.which("fusermount3"):
-        return "fusermount3 is not installed"
-    return None
-
-
 @pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.name)
 def server(request, tmp_path_factory) -> Iterator[Server]:
-    availability = request.param.load().probe()
-    reason = reason_against_mounts() or (None if availability.available else availability.reason)
+    reason = reason_against(request.param)
     if reason:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("mount") / "m"

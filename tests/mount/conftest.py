@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from mounting import Machine, Server
+from mounting import Machine, Server, reason_against
 
-from vmfs.engine import ENGINES, Row
-from vmfs.errors import VmfsError
-
-
-def reason_against(engine: Row) -> str | None:
-    """Why there can be no mount with that engine here, or None."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse is not accessible"
-    if not shutil.which("fusermount3"):
-        return "fusermount3 is not installed"
-    try:
-        availability = engine.load().probe()
-    except VmfsError as error:
-        return str(error)
-    return None if availability.available else f"{engine.name}: {availability.reason}"
+from vmfs.engine import ENGINES
 
 
 @pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.name)

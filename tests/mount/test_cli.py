@@ -12,16 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from mounting import reason_against_mounts
 
-from vmfs import doctor, mounts
+from vmfs import mounts
 
 ROOT = Path(__file__).resolve().parents[2]
 VMFS = Path(sys.executable).parent / "vmfs"
 COMMAND = [sys.executable, "-m", "vmfs.cli"]
 
-MISSING = [f"{each.name} {each.meaning}" for check in (doctor.dev_fuse, doctor.fusermount)
-           for each in check() if each.status == doctor.MISSING]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+pytestmark = pytest.mark.skipif(bool(reason_against_mounts()), reason=str(reason_against_mounts()))
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount namespaces and mount(8)")
 
@@ -140,6 +139,17 @@ def test_other_ways_to_unmount(command, mounted):
     with ends(server_of(mounted)):
         subprocess.run([*command, mounted], check=True)
     assert not is_mounted(mounted)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_caller_without_standard_streams(closed, directory):
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, "mount", directory], cwd=ROOT)
+    assert done.returncode == 0
+    assert sorted(os.listdir(directory)) == ["engines", "version"]
+    (directory / "a").mkdir()
+    server = server_of(directory)
+    links = {os.readlink(f"/proc/{server}/fd/{number}") for number in range(3)}
+    assert links == {os.devnull}
 
 
 def test_mounting_twice_is_refused_and_changes_nothing(mounted):

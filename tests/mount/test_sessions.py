@@ -8,28 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from mounting import reason_against
 
-from vmfs import doctor
-from vmfs.engine import describe
+from vmfs.engine import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
-MISSING = [f"{each.name} {each.meaning}" for check in (doctor.dev_fuse, doctor.fusermount)
-           for each in check() if each.status == doctor.MISSING]
-if not (BIN / "vmfs").exists():
-    MISSING.append(f"{BIN}/vmfs is not installed: make setup")
-pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+pytestmark = pytest.mark.skipif(not (BIN / "vmfs").exists(), reason=f"{BIN}/vmfs is not installed: make setup")
 
 
-@pytest.fixture(params=["kvm", "emulator"])
+@pytest.fixture(params=ENGINES, ids=lambda engine: engine.name)
 def engine(request):
-    for each in describe():
-        if each.name == request.param:
-            if not each.available:
-                pytest.skip(each.reason)
-            return each.name
-    pytest.skip(f"there is no engine {request.param}")
+    reason = reason_against(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param.name
 
 
 def test_the_demo(engine):

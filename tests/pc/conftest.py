@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mounting import reason_against_mounts
 from pc.initramfs import SHELL, build
 from pc.kernels import CLOUD
 
@@ -98,10 +98,9 @@ class Pc:
 @pytest.fixture(scope="session")
 def pc_mount(tmp_path_factory) -> Iterator[Path]:
     """A mount whose machines run on the emulator; behind all tests its log shows no traceback."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("/dev/fuse is not accessible")
-    if not shutil.which("fusermount3"):
-        pytest.skip("fusermount3 is not installed")
+    reason = reason_against_mounts()
+    if reason:
+        pytest.skip(reason)
     directory, log = tmp_path_factory.mktemp("mount"), tmp_path_factory.mktemp("log") / "log"
     vmfs = [sys.executable, "-m", "vmfs.cli"]
     subprocess.run([*vmfs, "mount", "--engine", "emulator", "--log", log, directory], check=True)
