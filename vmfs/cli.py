@@ -7,6 +7,7 @@ call the command as `vmfs SOURCE DIR -o OPTIONS`, which is `vmfs mount DIR -o OP
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -50,6 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (without the program's name) asks for; the exit code."""
+    open_standard_streams()
     argv = from_mount_helper(list(sys.argv[1:] if argv is None else argv))
     parser = Parser("vmfs", description="Every virtual machine is a directory.")
     parser.add_argument("--version", action="version", version=f"vmfs {__version__}")
@@ -75,6 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return 130      # 128 + SIGINT, as the shell has it
+
+
+def open_standard_streams() -> None:
+    """/dev/null where the caller has closed 0, 1 or 2: else the next file that is opened is one of them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode, closefd=False))
 
 
 def from_mount_helper(argv: list[str]) -> list[str]:

@@ -47,8 +47,6 @@ def foreground(directory: Path, settings: MountSettings, log: Path | None) -> in
 
 def background(directory: Path, settings: MountSettings, log: Path | None) -> int:
     """Return 0 once a child serves `directory`. Raises EngineFailed with the reason if none comes to that."""
-    while os.open(os.devnull, os.O_RDWR) < 3:   # a caller may have closed 0, 1 or 2: none may be the pipe
-        pass
     told, tell = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
