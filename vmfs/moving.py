@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu, has_state
 from vmfs.errors import Invalid, Unsupported
 
+# What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
+RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
+
 # What decides about the validity of something comes before it: CPUID of all, EFER and CR0 of the rest, XCR0
 # of xsave.
 _BEFORE_MSRS = ("cpuid", "sregs", "xcrs", "xsave")

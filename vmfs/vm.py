@@ -1,4 +1,4 @@
-"""Vm: a machine with its memory, its CPU, the loop that runs it, and its end.
+"""Vm: a machine with its memory, its CPU, the thread that runs it (by `vmfs.running`), and its end.
 
 It knows no file and no event loop: what takes time returns a `concurrent.futures.Future`, and whoever
 wants to hear of changes subscribes.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -42,42 +41,14 @@ from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Eng
 from vmfs.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
 from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, PAGE, Memory, check_size
-from vmfs.modes import RIP, mode_of, set_mode
-from vmfs.moving import carry_cpu, carry_machine
+from vmfs.modes import mode_of, set_mode
+from vmfs.moving import RESET_STATES, carry_cpu, carry_machine
+from vmfs.rehearsal import Rehearsal
+from vmfs.running import UNBOUND, Asked, Bound, Run, RunLoop
 
 T = TypeVar("T")
 
 RAM_SLOT, ROM_SLOT = 0, 1
-# What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
-_RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
-
-
-# Causes of a debug exit that come behind an instruction; the others come before one.
-_STOPS_BEHIND = frozenset({"watchpoint", "io", "mode", "cr3"})
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """When a run ends at the latest; the default is never."""
-
-    steps: int | None = None  # ends with Debug(cause="step")
-    instructions: int | None = None  # ends with Limit
-    until: int | None = None  # a linear address; ends with Debug(cause="breakpoint")
-    seconds: float | None = None  # ends with Limit
-    within: tuple[int, int] | None = None  # with `steps`: steps again while rip is from the first on, below the second
-
-
-UNBOUND = Bound()
-
-
-class Run(Future):  # type: ignore[type-arg]
-    """A run under way. Its result is the `Exit`, its exception a VmfsError. Callbacks: in the CPU's thread."""
-
-    def __init__(self, bound: Bound) -> None:
-        super().__init__()
-        self.bound = bound
-        self.stop_asked = False
-        self.expired = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +75,7 @@ class Vm:
             undo.callback(self._machine.close)
             self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, memory_size)
             self._cpu = self._machine.create_vcpu(0)
-            self.reset_states = {name: self._cpu.get_state(name) for name in _RESET_STATES}
+            self.reset_states = {name: self._cpu.get_state(name) for name in RESET_STATES}
             self._made_cpuid = self._cpu.get_state("cpuid")
             self.time_source = default_time(self._machine)
             undo.pop_all()
@@ -269,117 +240,17 @@ class Vm:
             timer.daemon = True
             timer.start()
         try:
-            return self._run_to_exit(run)
+            asked = Asked(self._prepare, self._stop_for, self._do_tasks_now, lambda: self._points.stepping)
+            return RunLoop(run, self._cpu, self.capabilities, self.board, self.trace, asked).to_exit()
         finally:
             if timer:
                 timer.cancel()
             if after := self.hooks.after:
                 after(self.take_dirty("cache"))
 
-    def _run_to_exit(self, run: Run) -> exits.Exit:
-        """Run until an exit that is the caller's to see."""
-        exit_ = self._run_slices(run, goes_on=False)
-        if run.bound.within is not None:
-            first, end = run.bound.within
-            while (
-                isinstance(exit_, exits.Debug)
-                and exit_.cause == "step"
-                and first <= exit_.rip < end
-                and not self._points.stepping
-            ):
-                exit_ = self._run_slices(run, goes_on=True)
-        return exit_
-
-    def _run_slices(self, run: Run, goes_on: bool) -> exits.Exit:
-        """Run slice by slice until an exit that is not only the engine's."""
-        bound = run.bound
-        if bound.instructions == 0:  # `load`
-            return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
-        left = bound.steps if bound.steps is not None else bound.instructions
-        exact = Capability.BUDGET in self.capabilities
-        done_before = self._instructions() if left is not None and exact else 0
-        board = self.board
-        # Whether the next exit is of an instruction that is counted already.
-        is_counted = left is not None and self._cpu.exits_waiting
-        while True:
-            with self._lock:
-                steps = (left is not None and not exact) or self.trace.steps(self.capabilities)
-                stepping = self._ask(bound, step=steps)
-            exit_ = self._run_cpu(left if exact else None, goes_on)
-            goes_on = True
-            if isinstance(exit_, exits.Interrupted):
-                with self._lock:
-                    self._do_tasks()
-                    if run.stop_asked:
-                        return exit_
-                    if run.expired:
-                        return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
-                if left is not None and exact:
-                    left, done_before = self._rest(left, done_before)
-                    if not left:
-                        return self._bound_reached(bound, exit_)
-                continue
-            if board is not None and isinstance(exit_, exits.Io | exits.Mmio):
-                ended = board.access(exit_, self._cpu)
-                if ended is not None:
-                    self.trace.exit(ended, self._cpu)
-                    return ended
-                is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
-                if left is not None:
-                    if exact:
-                        left, done_before = self._rest(left, done_before)
-                    else:
-                        left -= is_done and not is_counted
-                        is_counted = is_done and self._cpu.exits_waiting
-                    if not left and not self._cpu.exits_waiting:
-                        return self._bound_reached(bound, exit_)
-                if stepping and is_done and not self._cpu.exits_waiting:
-                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-                continue
-            if isinstance(exit_, exits.Debug) and exit_.cause != "step":
-                with self._lock:
-                    stop = self._stop_for(exit_)
-                if stop is not None:
-                    return stop
-                is_done = exit_.cause in _STOPS_BEHIND
-                if left is not None:
-                    if exact:
-                        left, done_before = self._rest(left, done_before)
-                    else:
-                        left -= is_done and not is_counted
-                        is_counted = self._cpu.exits_waiting
-                    if not left and not self._cpu.exits_waiting:
-                        return self._bound_reached(bound, exit_)
-                if stepping and is_done:
-                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-                continue
-            if isinstance(exit_, exits.Limit) and left is not None:
-                return self._bound_reached(bound, exit_)
-            if left is not None and not exact and isinstance(exit_, exits.Debug) and exit_.cause == "step":
-                left -= 1
-                if stepping or not left:
-                    return exit_ if stepping else self._bound_reached(bound, exit_)
-                continue
-            if isinstance(exit_, exits.Debug) and exit_.cause == "step" and not stepping:
-                continue  # the trace wanted it
-            return exit_
-
-    def _run_cpu(self, budget: int | None, goes_on: bool) -> exits.Exit:
-        """A slice of a run, in the CPU's thread."""
-        if self.trace.on:
-            return self.trace.run(self._cpu, self.capabilities, budget, goes_on)
-        return self._cpu.run(budget=budget, goes_on=goes_on)
-
-    def _rest(self, left: int, done_before: int) -> tuple[int, int]:
-        """What is left of an exact bound, and the counter now."""
-        done = self._instructions()
-        return max(left - (done - done_before), 0), done
-
-    @staticmethod
-    def _bound_reached(bound: Bound, at: exits.Exit) -> exits.Exit:
-        if bound.steps is not None:
-            return exits.Debug(cause="step", rip=at.rip, cpu=at.cpu)
-        return exits.Limit(rip=at.rip, cpu=at.cpu)
+    def _prepare(self, bound: Bound, by_steps: bool) -> bool:
+        with self._lock:
+            return self._ask(bound, step=by_steps or self.trace.steps(self.capabilities))
 
     def _ask(self, bound: Bound, step: bool) -> bool:
         """Tell the engine what to stop for, if that changed. True when the debug file asks for steps."""
@@ -394,14 +265,15 @@ class Vm:
 
     def _stop_for(self, reached: exits.Debug) -> exits.Debug | None:
         """The stop that the caller is to see of those that the CPU came to at once, or None when the run goes
-        on: a condition is false, a count is not used up. With the lock held, in the CPU's thread."""
+        on: a condition is false, a count is not used up. In the CPU's thread."""
         stops = {stop.id: stop for stop in (*reversed(reached.also), reached) if stop.id is not None}
         ids = sorted(stops)
-        wanted = self._points.reached(ids, CpuLooker(self._cpu, self.memory.read))
-        if wanted is None:
-            return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
-        if self._points.is_once(wanted):
-            self._points = self._points.copy().delete(wanted)
+        with self._lock:
+            wanted = self._points.reached(ids, CpuLooker(self._cpu, self.memory.read))
+            if wanted is None:
+                return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
+            if self._points.is_once(wanted):
+                self._points = self._points.copy().delete(wanted)
         return replace(stops[wanted], also=())
 
     def _set_debug(self, request: DebugRequest) -> None:
@@ -414,6 +286,10 @@ class Vm:
             if self._run is run:
                 run.expired = True
                 self._kick()
+
+    def _do_tasks_now(self) -> None:
+        with self._lock:
+            self._do_tasks()
 
     def _do_tasks(self) -> None:
         """What waited for a boundary; with the lock held, in the CPU's thread."""
@@ -457,7 +333,7 @@ class Vm:
             self._check_idle()
             if self._is_reading():
                 # What is refused shall not have completed the access.
-                with _Rehearsal(self.engine, self._cpu) as rehearsal:
+                with Rehearsal(self.engine, self._cpu) as rehearsal:
                     task(cast(Vcpu, rehearsal))
             self.still = object()
             self._cpu.complete()  # else a part of the state, read and set again, would undo the access
@@ -501,7 +377,7 @@ class Vm:
             cpu.run()
         for name, data in self._chip_reset_states.items():
             self._machine.set_state(name, data)
-        for name in (*_RESET_STATES, *(("lapic",) if "lapic" in self.reset_states else ())):
+        for name in (*RESET_STATES, *(("lapic",) if "lapic" in self.reset_states else ())):
             cpu.set_state(name, self.reset_states[name])
         if self.board is not None:
             self.board.reset()
@@ -676,7 +552,7 @@ class Vm:
             if has_board:
                 machine.create_irqchip()
             cpu = machine.create_vcpu(0)
-            reset_states = {name: cpu.get_state(name) for name in _RESET_STATES}
+            reset_states = {name: cpu.get_state(name) for name in RESET_STATES}
             chip_reset_states = {}
             if has_board:
                 reset_states["lapic"] = cpu.get_state("lapic")
@@ -838,9 +714,6 @@ class Vm:
                 **({f"board.{name}": count for name, count in self.board.counters.items()} if self.board else {}),
             }
 
-    def _instructions(self) -> int:
-        return self._cpu.counters()["instructions"]
-
     # ---- the end
 
     def close(self) -> None:
@@ -889,57 +762,6 @@ class Vm:
     def _tell(self) -> None:
         for callback in self._subscribers:
             callback()
-
-
-class _Rehearsal:
-    """A CPU for a task that changes registers, which only finds out whether the engine takes them.
-
-    An engine tells only when something is set, and to set something completes the access that waits. So it is
-    set on a CPU of another machine, made when the first state but `regs` (never refused) is set.
-    """
-
-    def __init__(self, engine: Engine, cpu: Vcpu) -> None:
-        self._engine = engine
-        self._cpu = cpu
-        self._machine: Machine | None = None
-        self._spare: Vcpu | None = None
-        self._regs: bytes | None = None
-
-    def __enter__(self) -> _Rehearsal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._machine is not None:
-            self._machine.close()
-
-    def get_state(self, name: str) -> bytes:
-        if name == "regs" and self._regs is not None:
-            return self._regs
-        return (self._spare or self._cpu).get_state(name)
-
-    def set_state(self, name: str, data: bytes) -> None:
-        if name == "regs" and len(data) == len(self.get_state(name)):
-            self._regs = data
-        elif name == "cpuid":
-            self._other().set_state(name, data)
-            self._cpu.set_state(name, data)  # here, whether it has run decides
-        else:
-            self._other().set_state(name, data)
-
-    def get_msr(self, index: int) -> int:
-        return (self._spare or self._cpu).get_msr(index)
-
-    def set_msr(self, index: int, value: int) -> None:
-        self._other().set_msr(index, value)
-
-    def _other(self) -> Vcpu:
-        if self._spare is None:
-            self._machine = self._engine.create_machine()
-            spare = self._machine.create_vcpu(0)
-            for name in ("cpuid", *_RESET_STATES):
-                spare.set_state(name, self._cpu.get_state(name))
-            self._spare = spare
-        return self._spare
 
 
 def default_time(machine: Machine) -> str:

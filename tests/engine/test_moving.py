@@ -6,7 +6,8 @@ import pytest
 from engine.asm import ORIGIN
 
 from vmfs.errors import Busy, Unsupported
-from vmfs.vm import Bound, Vm
+from vmfs.running import Bound
+from vmfs.vm import Vm
 
 SECONDS = 30
 SIZE = 2 << 20

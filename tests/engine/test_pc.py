@@ -12,7 +12,8 @@ from vmfs.engine import ENGINES
 from vmfs.engine.base import Capability
 from vmfs.errors import Busy, Invalid, NotPermitted, Unsupported, VmfsError
 from vmfs.registers import read_register, write_registers
-from vmfs.vm import Bound, Vm
+from vmfs.running import Bound
+from vmfs.vm import Vm
 
 SECONDS = 30
 SIZE = 2 << 20

@@ -10,7 +10,8 @@ from vmfs.engine.base import Capability
 from vmfs.errors import Unsupported
 from vmfs.fs.commands import parse_commands
 from vmfs.registers import read_register, write_registers
-from vmfs.vm import Bound, Vm
+from vmfs.running import Bound
+from vmfs.vm import Vm
 
 AT = 0x1000
 SECONDS = 20

@@ -16,7 +16,8 @@ from vmfs.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsErro
 from vmfs.host import Host
 from vmfs.memory import PAGE
 from vmfs.registers import read_register, write_registers
-from vmfs.vm import Bound, MemoryHooks, Vm
+from vmfs.running import Bound
+from vmfs.vm import MemoryHooks, Vm
 
 AT = 0x1000
 SECONDS = 20  # for what takes milliseconds; a bound for a hang, not a measure

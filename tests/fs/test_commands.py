@@ -12,7 +12,7 @@ from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
 from vmfs.fs.kinds import decoded
 from vmfs.fs.memory_file import dirty_ranges
 from vmfs.fs.tree import check_name
-from vmfs.vm import UNBOUND, Bound
+from vmfs.running import UNBOUND, Bound
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 WORDS = sorted({command.name for row in COMMANDS.values() for command in row if command.name})

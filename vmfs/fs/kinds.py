@@ -24,7 +24,7 @@ from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.waiting import finished, value_of
-from vmfs.vm import UNBOUND, Bound, Run
+from vmfs.running import UNBOUND, Bound, Run
 
 TEXT_LIMIT = 64 << 10  # bytes of one write; `registers` whole is 9 KiB
 STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
