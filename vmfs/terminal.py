@@ -31,10 +31,7 @@ def escape_name(byte: int) -> str:
 
 @contextlib.contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """Every key as it is typed, where `fd` is a terminal; as before afterwards."""
-    if not os.isatty(fd):
-        yield
-        return
+    """Every key of the terminal `fd` as it is typed; as before afterwards."""
     before = termios.tcgetattr(fd)
     tty.setraw(fd)
     try:
@@ -49,44 +46,47 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE) -> bo
 
     Raises OSError where the console fails: ENODEV when the machine was removed.
     """
-    keyboard, screen = sys.stdin.fileno(), sys.stdout.fileno()
+    keyboard = sys.stdin.fileno() if sys.stdin is not None else None  # None at its end, too
+    is_terminal = keyboard is not None and os.isatty(keyboard)
+    screen = sys.stdout.fileno()
     os.set_blocking(console, False)
-    poll = select.poll()
-    poll.register(console, select.POLLIN)
-    poll.register(keyboard, select.POLLIN)
-    if done is not None:
-        poll.register(done, select.POLLIN)
-    with raw(keyboard):
+    typed = b""  # what the machine has not taken yet
+    with raw(keyboard) if is_terminal else contextlib.nullcontext():
         while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if console in ready:
+            # While the machine takes nothing, output and the escape key go on; a file waits.
+            poll = select.poll()
+            poll.register(console, select.POLLIN | (select.POLLOUT if typed else 0))
+            if keyboard is not None and (is_terminal or not typed):
+                poll.register(keyboard, select.POLLIN)
+            if done is not None:
+                poll.register(done, select.POLLIN)
+            ready = dict(poll.poll())
+            output = b""
+            if ready.get(console, 0) & ~select.POLLOUT:
                 with contextlib.suppress(BlockingIOError):
                     output = os.read(console, _CHUNK)
                     _write_all(screen, output)
-                    if output:
-                        continue  # all of it before anything else
-                    if done is None:
+                    if not output and done is None:
                         return False  # the machine is shut down
             if keyboard in ready:
                 keys = os.read(keyboard, _CHUNK)
-                if not keys:
-                    poll.unregister(keyboard)
-                elif os.isatty(keyboard) and escape in keys:
-                    _type(console, keys[: keys.index(escape)])
+                if is_terminal and escape in keys:
+                    _type(console, typed + keys[: keys.index(escape)])
                     return True
-                else:
-                    _type(console, keys)
-            if done is not None and done in ready:
+                typed += keys
+                if not keys:
+                    keyboard = None
+            typed = _type(console, typed)
+            if done in ready and not output:  # all of it first
                 return False
 
 
-def _type(console: int, keys: bytes) -> None:
-    """Write all, and wait where the machine takes no more."""
-    while keys:
-        try:
+def _type(console: int, keys: bytes) -> bytes:
+    """Write what the machine takes now; the rest."""
+    with contextlib.suppress(BlockingIOError):
+        while keys:
             keys = keys[os.write(console, keys) :]
-        except BlockingIOError:
-            select.select([], [console], [])
+    return keys
 
 
 def _write_all(fd: int, data: bytes) -> None:

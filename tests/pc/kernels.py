@@ -1,5 +1,5 @@
-"""Where scripts/fetch_kernels.sh and fetch_root.sh put what tests boot: Debian's kernels, busybox, iPXE, memtest86+, and a
-small Debian.
+"""Where scripts/fetch_kernels.sh and fetch_root.sh put what tests boot: Debian's kernels, busybox, iPXE, memtest86+,
+and a small Debian.
 
 Debian's System.map is in the packages of debugging symbols only (hundreds of MB), so there is none here.
 """

@@ -182,25 +182,55 @@ def test_vmfs_boot_makes_runs_and_removes_a_machine(pc_mount, tmp_path):
     assert set(os.listdir(pc_mount)) == before
 
 
-def test_vmfs_boot_ends_at_the_escape_key_and_at_sigterm(pc_mount, tmp_path):
+SECTOR = bytes.fromhex("B041BAF803EEEBFE").ljust(510, b"\0") + b"\x55\xaa"  # "A" on COM1, and hangs
+
+
+@pytest.mark.parametrize("how", ["key", "signal", "kill"])
+def test_vmfs_boot_ends_and_takes_the_machine_along(pc_mount, tmp_path, how):
+    """The guest reads nothing of what was typed, which is more than waits for it."""
     before = set(os.listdir(pc_mount))
-    command = [sys.executable, "-m", "vmfs.cli", "boot", CLOUD.image, "--on", pc_mount]
-    for how in ("key", "signal"):
-        controller, terminal = pty.openpty()
-        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL)
-        os.close(terminal)
-        try:
-            said = b""
-            while b"Linux version" not in said:
-                said += os.read(controller, 4096)
-            if how == "key":
-                os.write(controller, b"\x1d")
-                assert process.wait(BOOT_SECONDS) == 0
-            else:
-                process.terminate()
-                assert process.wait(BOOT_SECONDS) == 128 + 15
-        finally:
+    (tmp_path / "sector").write_bytes(SECTOR)
+    command = [sys.executable, "-m", "vmfs.cli", "boot", tmp_path / "sector", "--on", pc_mount]
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=subprocess.DEVNULL)
+    os.close(terminal)
+    try:
+        while b"A" not in os.read(controller, 4096):
+            pass
+        for _ in range(8):
+            os.write(controller, b"x" * 1024)  # it is raw, and waits where the program reads nothing
+        if how == "key":
+            os.write(controller, b"\x1d")
+            assert process.wait(BOOT_SECONDS) == 0
+        elif how == "signal":
+            process.terminate()
+            assert process.wait(BOOT_SECONDS) == 128 + 15
+        else:
             process.kill()
             process.wait()
-            os.close(controller)
-        assert set(os.listdir(pc_mount)) == before, how
+            deadline = time.monotonic() + BOOT_SECONDS
+            while set(os.listdir(pc_mount)) != before:  # by the shell that it has left behind
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+    assert set(os.listdir(pc_mount)) == before
+
+
+def test_vmfs_boot_types_a_file_and_ends_where_the_guest_has_not_read_it(pc_mount, tmp_path):
+    (tmp_path / "sector").write_bytes(bytes.fromhex("B001E6F4").ljust(510, b"\0") + b"\x55\xaa")  # debug exit
+    command = [sys.executable, "-m", "vmfs.cli", "boot", tmp_path / "sector", "--on", pc_mount]
+    done = subprocess.run(command, input=b"y" * 50000, capture_output=True, timeout=BOOT_SECONDS, check=False)
+    assert (done.returncode, done.stdout) == (3, b"") and b"cause=debug-exit code=3 " in done.stderr
+
+
+def test_commands_typed_before_the_kernel_is_there_reach_its_shell(pc_mount, tmp_path):
+    """`vmfs boot KERNEL --initrd INITRD < commands`"""
+    (tmp_path / "initrd").write_bytes(build())
+    command = [sys.executable, "-m", "vmfs.cli", "boot", CLOUD.image, "--initrd", tmp_path / "initrd", "--on", pc_mount]
+    typed = b"echo $((6 * 7)) to the shell\n" + b"poweroff -f\n"
+    done = subprocess.run(command, input=typed, capture_output=True, timeout=BOOT_SECONDS, check=False)
+    assert done.returncode == 0 and b"shutdown cause=poweroff" in done.stderr
+    assert b"\r\n42 to the shell\r\n" in done.stdout

@@ -1,5 +1,5 @@
-"""A Debian on a virtio disk, from Debian's packages: its init checks the root and mounts it, it reboots, powers off, and
-survives the server's death."""
+"""A Debian on a virtio disk, from Debian's packages: its init checks the root and mounts it, it reboots, powers off,
+and survives the server's death."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmfs import exits, mounts, terminal
+from vmfs.boot import Source, probe
 from vmfs.commands.console import open_console
 from vmfs.commands.options import argument, engine, size
 from vmfs.errors import EngineFailed, Invalid, NotPermitted, VmfsError
@@ -53,15 +54,39 @@ def run(arguments: argparse.Namespace) -> int:
             machine.mkdir()
         except OSError as failure:
             raise EngineFailed(f"{machine}: {failure.strerror}") from None
-        try:
+        if arguments.keep:
+            try:
+                prepare(machine, arguments)
+                return drive(machine, arguments)
+            finally:
+                print(f"vmfs boot: the machine is {machine}", file=sys.stderr)
+        with removed_in_any_case(f"rmdir -- {shlex.quote(os.path.abspath(machine))}"):
             prepare(machine, arguments)
             return drive(machine, arguments)
-        finally:
-            if arguments.keep:
-                print(f"vmfs boot: the machine is {machine}", file=sys.stderr)
-            else:
-                with contextlib.suppress(OSError):
-                    machine.rmdir()
+
+
+@contextlib.contextmanager
+def removed_in_any_case(command: str) -> Iterator[None]:
+    """Have a shell run `command` afterwards, in the case that this process is killed, too.
+
+    The shell sees the end of the pipe. It is in a session of its own, so that no key and no hangup of the terminal
+    ends it.
+    """
+    script = f"trap '' TERM; read -r _; exec 2>/dev/null; {command}"
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        assert shell.stdin is not None
+        shell.stdin.close()
+        shell.wait()
 
 
 @contextlib.contextmanager
@@ -71,7 +96,11 @@ def ended_by_signals() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as nohup(1) has it
+    }
     try:
         yield
     finally:
@@ -95,18 +124,14 @@ def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
     if keep:
         raise Invalid("--keep needs a mount that stays: vmfs mount DIR")
     directory = tempfile.mkdtemp(prefix="vmfs-")
-    try:
+    quoted = shlex.quote(os.path.abspath(directory))
+    with removed_in_any_case(f"fusermount3 -u -z -- {quoted}; rmdir -- {quoted}"):
         made = subprocess.run(
             [sys.executable, "-m", "vmfs.cli", "mount", directory], stderr=subprocess.PIPE, text=True, check=False
         )
         if made.returncode:
             raise EngineFailed(made.stderr.strip().removeprefix("vmfs mount: ") or "the mount failed")
-        try:
-            yield Path(directory)
-        finally:
-            mounts.unmount(directory, lazy=True)
-    finally:
-        os.rmdir(directory)
+        yield Path(directory)
 
 
 # ---- loading
@@ -130,7 +155,17 @@ def prepare(machine: Path, arguments: argparse.Namespace) -> None:
         if path:
             copy(Path(path), machine / name)
     if arguments.kernel:
-        put(machine, "cmdline", DEFAULT_CMDLINE if arguments.cmdline is None else arguments.cmdline)
+        cmdline = default_cmdline(machine / "kernel") if arguments.cmdline is None else arguments.cmdline
+        if cmdline:
+            put(machine, "cmdline", cmdline)
+
+
+def default_cmdline(kernel: Path) -> str:
+    """What takes no command line gets none, nor does iPXE, which would run it."""
+    with open(kernel, "rb") as file, contextlib.suppress(Invalid):
+        if probe(Source.of(file.fileno())) in ("bios", "boot-sector", "bzImage-16"):
+            return ""
+    return DEFAULT_CMDLINE
 
 
 def put(machine: Path, name: str, text: str, what: str = "") -> None:
@@ -211,7 +246,7 @@ def drive(machine: Path, arguments: argparse.Namespace) -> int:
     """Run it with its console on this terminal; the exit code."""
     console = open_console(str(machine))
     runs = Runs(machine, reboot=not arguments.no_reboot)
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         print(f"{machine}: {terminal.escape_name(arguments.escape)} ends it", file=sys.stderr)
     runs.start()
     try:
