@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from mounting import Machine, Server, reason_against
 
 from vmfs.engine import ENGINES
-
-
-@pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.name)
-def mount(request, tmp_path_factory):
-    """The directory of a mount, one for each engine; behind all tests, its log shows no traceback."""
-    reason = reason_against(request.param)
-    if reason:
-        pytest.skip(reason)
-    directory = tmp_path_factory.mktemp("mount")
-    log = tmp_path_factory.mktemp("log") / "log"
-    vmfs = [sys.executable, "-m", "vmfs.cli"]
-    subprocess.run([*vmfs, "mount", "--engine", request.param.name, "--log", log, directory], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run([*vmfs, "umount", directory], check=True)
-    assert "Traceback" not in log.read_text()
 
 
 @contextlib.contextmanager
@@ -51,6 +33,12 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
         pytest.skip(reason)
     with serving(tmp_path_factory, engine=request.param.name) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def mount(server) -> Path:
+    """The directory of a mount, one for each engine."""
+    return server.path
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def test_a_killed_server_leaves_a_mount_that_can_be_unmounted(own_server):
     assert os.listdir(server.path) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="libfuse 3.14's auto_unmount leaves the mounts of users other than root")
 def test_a_killed_server_is_unmounted_by_auto_unmount(own_server):
     server = own_server(fuse_options=["auto_unmount"])
     server.make().load(SPIN).write("state", "run")
