@@ -49,7 +49,7 @@ class Run(Future):  # type: ignore[type-arg]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a run asks of its machine, in the CPU's thread. Without the machine's lock, which they take if they need it."""
+    """What a run asks of its machine, in the CPU's thread. Without the machine's lock, which they take if need be."""
 
     # Tell the engine what to stop for. The flag: the bound is counted in steps. True when the user wants each step.
     prepare: Callable[[Bound, bool], bool]
