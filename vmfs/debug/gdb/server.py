@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 _MOST_WAITING = 64  # packets that wait while the guest runs
 _TEXT_CHUNK = PACKET_SIZE // 8  # bytes of text in an O packet
-# As in vmfs.fs.kinds: a step takes some 20 us, sleeping until its end many times that.
-_SHORT_SECONDS = 200e-6
+_SHORT_SECONDS = 20e-3  # that a ^C may go unheard, for a step is most often done by then
 _REFUSAL_SECONDS = 5.0  # that a gdb which is one too many has for its first packet
 _LAST_SECONDS = 1.0  # to acknowledge the last packet
 
