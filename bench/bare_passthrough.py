@@ -6,41 +6,22 @@ vmfs but the hook that lets pyfuse3 say so. What it costs over the memfd is the 
 
 import errno
 import os
-import stat
-import sys
 
-import trio
-
-from vmfs.fs.hooks import pyfuse3
+# isort: off
+from vmfs.fs.hooks import pyfuse3  # before anything else imports pyfuse3
+from bench.bare_fuse import OneFile, serve
+# isort: on
 from vmfs.fs.passthrough import Backing
 
-NAME = b"mem"
 SIZE = 128 << 20
-FILE_INODE = pyfuse3.ROOT_INODE + 1
 
 
-class OneFile(pyfuse3.Operations):
+class PassedFile(OneFile):
     def __init__(self):
-        super().__init__()
+        super().__init__(b"mem", SIZE)
         fd = os.memfd_create("bare")
         os.ftruncate(fd, SIZE)
         self.backing = Backing(fd)
-
-    async def getattr(self, inode, ctx=None):
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = inode
-        if inode == pyfuse3.ROOT_INODE:
-            entry.st_mode = stat.S_IFDIR | 0o755
-        else:
-            entry.st_mode = stat.S_IFREG | 0o644
-            entry.st_size = SIZE
-        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
-        return entry
-
-    async def lookup(self, parent_inode, name, ctx=None):
-        if name != NAME:
-            raise pyfuse3.FUSEError(errno.ENOENT)
-        return await self.getattr(FILE_INODE)
 
     async def open(self, inode, flags, ctx):
         if not self.backing.answer_open():
@@ -48,15 +29,5 @@ class OneFile(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=inode)
 
 
-def main() -> None:
-    options = set(pyfuse3.default_options) | {"fsname=bare"}
-    pyfuse3.init(OneFile(), sys.argv[1], options)
-    print("ready", flush=True)
-    try:
-        trio.run(pyfuse3.main)
-    finally:
-        pyfuse3.close(unmount=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(PassedFile())

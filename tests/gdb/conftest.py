@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+from gdb.guest import FIRMWARE, FIRMWARE_AT, KERNEL, KERNEL_AT, KERNEL_LOADED
 from gdb.stub_client import Surroundings, connected
 from mounting import Machine, Server, reason_against
 
@@ -96,3 +98,30 @@ def built(source: str, origin: int, folder: Path) -> tuple[Path, bytes]:
     )
     subprocess.run(["objcopy", "-O", "binary", linked, flat], check=True)
     return linked, flat.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory):
+    """ELF files of the firmware and the kernel, and their bytes."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("firmware", "kernel")]
+    return built(FIRMWARE, FIRMWARE_AT, folders[0]) + built(KERNEL, KERNEL_AT, folders[1])
+
+
+@pytest.fixture
+def booting(machine, guest):
+    """A machine with the firmware, at its reset vector, and the kernel in place."""
+    _, firmware, _, kernel = guest
+    machine.write("mem_size", "16M\n")
+    (machine / "bios").write_bytes(firmware)
+    fd = os.open(machine / "mem", os.O_RDWR)
+    os.pwrite(fd, kernel, KERNEL_LOADED)
+    os.close(fd)
+    return machine
+
+
+@pytest.fixture
+def in_kernel(booting):
+    """It has come to the kernel."""
+    booting.write("vm_run", f"until {KERNEL_AT:#x}\n")
+    assert "cause=breakpoint" in booting.read("exit")
+    return booting

@@ -10,40 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from gdb.conftest import built, needed
-from gdb.guest import FIRMWARE, FIRMWARE_AT, KERNEL, KERNEL_AT, KERNEL_LOADED
+from gdb.conftest import needed
+from gdb.guest import KERNEL_AT
 from mounting import SOON, wait_until
 
 VMFS = f"{shlex.quote(sys.executable)} -m vmfs.cli"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory):
-    """ELF files of the firmware and the kernel, and their bytes."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("firmware", "kernel")]
-    return built(FIRMWARE, FIRMWARE_AT, folders[0]) + built(KERNEL, KERNEL_AT, folders[1])
-
-
-@pytest.fixture
-def booting(machine, guest):
-    """A machine with the firmware, at its reset vector, and the kernel in place."""
-    _, firmware, _, kernel = guest
-    machine.write("mem_size", "16M\n")
-    (machine / "bios").write_bytes(firmware)
-    fd = os.open(machine / "mem", os.O_RDWR)
-    os.pwrite(fd, kernel, KERNEL_LOADED)
-    os.close(fd)
-    return machine
-
-
-@pytest.fixture
-def in_kernel(booting):
-    """It has come to the kernel."""
-    booting.write("vm_run", f"until {KERNEL_AT:#x}\n")
-    assert "cause=breakpoint" in booting.read("exit")
-    return booting
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
-import pytest
-from gdb.conftest import built, needed
-from gdb.guest import FIRMWARE, FIRMWARE_AT, KERNEL, KERNEL_AT, KERNEL_LOADED
+from gdb.conftest import needed
 from mounting import SOON
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory):
-    needed("lldb")
-    folders = [tmp_path_factory.mktemp(name) for name in ("firmware", "kernel")]
-    return built(FIRMWARE, FIRMWARE_AT, folders[0]) + built(KERNEL, KERNEL_AT, folders[1])
-
-
-@pytest.fixture
-def in_kernel(machine, guest):
-    _, firmware, _, kernel = guest
-    machine.write("mem_size", "16M\n")
-    (machine / "bios").write_bytes(firmware)
-    fd = os.open(machine / "mem", os.O_RDWR)
-    os.pwrite(fd, kernel, KERNEL_LOADED)
-    os.close(fd)
-    machine.write("vm_run", f"until {KERNEL_AT:#x}\n")
-    return machine
 
 
 def lldb(machine, elf, *commands: str) -> str:
     machine.write("gdb", "127.0.0.1:0\n")
-    asked = [f"target create {elf}", f"gdb-remote {machine.read('gdb').strip()}", *commands]
+    asked = [f"target create '{elf}'", f"gdb-remote {machine.read('gdb').strip()}", *commands]
     done = subprocess.run(
         [needed("lldb"), "-b", "-x", *(part for one in asked for part in ("-o", one))],
         stdin=subprocess.DEVNULL,
