@@ -20,13 +20,15 @@ from vmfs.numbers import parse_number
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """`bits` bits at byte `offset` of the state `state`; a container of more bits keeps the rest."""
+    """`bits` bits at byte `offset` of the state `state`; a container of more bits keeps the rest. `used`: how many
+    of them there are to be set, where the struct has more room than the register."""
 
     name: str
     bits: int
     state: str
     offset: int
     writable: bool = True
+    used: int | None = None
 
     @property
     def size(self) -> int:
@@ -46,27 +48,27 @@ class Register:
     def parse(self, text: str) -> int:
         if not self.writable:
             raise Invalid(f"{self.name} cannot be written")
-        return parse_number(text, self.bits, what=self.name)
+        return parse_number(text, self.used or self.bits, what=self.name)
 
 
 _GENERAL = (
     "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"  # the order of struct kvm_regs
 ).split()
 
-# struct kvm_segment, 24 bytes: field, bits, offset.
+# struct kvm_segment, 24 bytes: field, bits, offset, bits that a descriptor has for it (SDM 3A 3.4.5).
 _SEGMENT = (
-    ("", 16, 12),  # selector
-    (".base", 64, 0),
-    (".limit", 32, 8),
-    (".type", 8, 14),
-    (".present", 8, 15),
-    (".dpl", 8, 16),
-    (".db", 8, 17),
-    (".s", 8, 18),
-    (".l", 8, 19),
-    (".g", 8, 20),
-    (".avl", 8, 21),
-    (".unusable", 8, 22),
+    ("", 16, 12, 16),  # selector
+    (".base", 64, 0, 64),
+    (".limit", 32, 8, 32),
+    (".type", 8, 14, 4),
+    (".present", 8, 15, 1),
+    (".dpl", 8, 16, 2),
+    (".db", 8, 17, 1),
+    (".s", 8, 18, 1),
+    (".l", 8, 19, 1),
+    (".g", 8, 20, 1),
+    (".avl", 8, 21, 1),
+    (".unusable", 8, 22, 1),
 )
 _SEGMENTS = "cs ds es fs gs ss tr ldtr".split()  # the order of struct kvm_sregs
 _TABLES = ("gdtr", "idtr")  # struct kvm_dtable, 16 bytes: base, limit
@@ -77,13 +79,14 @@ _CONTROL_AT = _TABLES_AT + 16 * len(_TABLES)
 
 def _sregs() -> Iterable[Register]:
     for index, segment in enumerate(_SEGMENTS):
-        for suffix, bits, offset in _SEGMENT:
-            yield Register(segment + suffix, bits, "sregs", 24 * index + offset)
+        for suffix, bits, offset, used in _SEGMENT:
+            yield Register(segment + suffix, bits, "sregs", 24 * index + offset, used=used)
     for index, table in enumerate(_TABLES):
         yield Register(f"{table}.base", 64, "sregs", _TABLES_AT + 16 * index)
         yield Register(f"{table}.limit", 16, "sregs", _TABLES_AT + 16 * index + 8)
     for index, name in enumerate(_CONTROL):
-        yield Register(name, 64, "sregs", _CONTROL_AT + 8 * index)
+        used = 4 if name == "cr8" else 64  # a priority class (SDM 3A 11.8.6.1); KVM takes more, and keeps 0
+        yield Register(name, 64, "sregs", _CONTROL_AT + 8 * index, used=used)
 
 
 def _fpu() -> Iterable[Register]:

@@ -184,6 +184,8 @@ def test_a_read_goes_on_in_its_snapshot(vm):
         ("irq", "pulse 1", errno.EOPNOTSUPP),
         ("exit.data", "A", errno.EINVAL),
         ("reg/rax", "0x10000000000000000", errno.EINVAL),
+        ("reg/cs.present", "2", errno.EINVAL),
+        ("reg/cr8", "16", errno.EINVAL),
         ("registers", b"rax \xff", errno.EINVAL),
         ("registers", b"#" * 70000, errno.EINVAL),
     ],
