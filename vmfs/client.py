@@ -39,6 +39,15 @@ from vmfs.registers import REGISTERS, Register, msr_name, parse_registers
 _CHUNK = 1 << 16
 
 
+def _whole(fd: int) -> bytes:
+    """All of an open file."""
+    data, part = bytearray(), bytes(_CHUNK)
+    while len(part) == _CHUNK:  # a short read is the end of all but streams
+        part = os.pread(fd, _CHUNK, len(data))
+        data += part
+    return bytes(data)
+
+
 class Registers:
     """The registers of one CPU, by attribute (`vm.regs.rax`) and by name (`vm.regs["cs.base"]`): REGISTERS.
 
@@ -94,9 +103,9 @@ class Registers:
 
 
 def _unsigned(row: Register, value: int) -> int:
-    if not -(1 << (row.bits - 1)) <= value < 1 << row.bits:
-        raise ValueError(f"{row.name}: {value:#x} does not fit {row.bits} bits")
-    return value & ((1 << row.bits) - 1)
+    if not -(1 << (row.settable - 1)) <= value < 1 << row.settable:
+        raise ValueError(f"{row.name}: {value:#x} does not fit {row.settable} bits")
+    return value & ((1 << row.settable) - 1)
 
 
 class Msrs:
@@ -233,17 +242,12 @@ class Vm:
     def read(self, name: str, *, keep: bool = True) -> bytes:
         """The whole file. `keep` its descriptor open for the next time."""
         fd = self._open(name, os.O_RDONLY, keep=keep)
-        data = bytearray()
         try:
             with self._errors(name):
-                part = bytes(_CHUNK)
-                while len(part) == _CHUNK:  # a short read is the end of all but streams
-                    part = os.pread(fd, _CHUNK, len(data))
-                    data += part
+                return _whole(fd)
         finally:
             if not keep:
                 os.close(fd)
-        return bytes(data)
 
     def read_text(self, name: str, *, keep: bool = True) -> str:
         """A text file, without its last newline."""
@@ -420,7 +424,7 @@ class Vm:
                 self.pause()
             raise
         with self._errors("vm_run", writing=True):
-            return os.pread(fd, _CHUNK, 0).decode().removesuffix("\n")
+            return _whole(fd).decode().removesuffix("\n")
 
     def step(self, count: int = 1) -> Exit:
         """Execute `count` instructions (or fewer, when one makes an exit)."""

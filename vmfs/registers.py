@@ -21,14 +21,19 @@ from vmfs.numbers import parse_number
 @dataclass(frozen=True, slots=True)
 class Register:
     """`bits` bits at byte `offset` of the state `state`; a container of more bits keeps the rest. `used`: how many
-    of them there are to be set, where the struct has more room than the register."""
+    of them the register really has, where the struct has more room."""
 
     name: str
     bits: int
     state: str
     offset: int
     writable: bool = True
-    used: int | None = None
+    used: int = 0
+
+    @property
+    def settable(self) -> int:
+        """How many bits a new value may have."""
+        return self.used or self.bits
 
     @property
     def size(self) -> int:
@@ -48,7 +53,7 @@ class Register:
     def parse(self, text: str) -> int:
         if not self.writable:
             raise Invalid(f"{self.name} cannot be written")
-        return parse_number(text, self.used or self.bits, what=self.name)
+        return parse_number(text, self.settable, what=self.name)
 
 
 _GENERAL = (

@@ -36,14 +36,14 @@ def vm(machine):
 @pytest.mark.parametrize("name", REGISTERS)
 def test_each_register_is_its_bytes(machine, vm, name):
     row = REGISTERS[name]
-    value = int.from_bytes(range(0x81, 0x81 + row.size), "little") & ((1 << row.bits) - 1)
+    value = int.from_bytes(range(0x81, 0x81 + row.size), "little") & ((1 << row.settable) - 1)
     vm.regs[name] = value
     assert vm.regs[name] == value == row.get((machine / row.state).read_bytes())
     others = bytearray((machine / row.state).read_bytes())
     row.put(others, 0)
     assert not any(others)
     vm.regs[name] = -1
-    assert vm.regs[name] == (1 << row.bits) - 1
+    assert vm.regs[name] == (1 << row.settable) - 1
 
 
 def test_registers_by_attribute(machine, vm):
@@ -139,10 +139,17 @@ def test_close_leaves_no_descriptor(machine):
         ({"timeout": 0.25}, "for 250000000ns\n"),
     ],
 )
-def test_a_bounded_run_writes_its_bound_and_reads_exit(machine, vm, bound, command):
-    (machine / "exit").write_text("limit rip=0x10\n")
+def test_a_bounded_run_writes_its_bound_and_reads_its_exit(machine, vm, bound, command, monkeypatch):
+    asked = []
+
+    def run(fd, data, offset):
+        asked.append((os.readlink(f"/proc/self/fd/{fd}"), data.decode(), offset))
+        (machine / "vm_run").write_text("limit rip=0x10\n")
+        return len(data)
+
+    monkeypatch.setattr(os, "pwrite", run)
     assert vm.run(**bound) == exits.Limit(rip=0x10)
-    assert (machine / "vm_run").read_text() == command
+    assert asked == [(str(machine / "vm_run"), command, 0)]
 
 
 def test_a_run_reads_its_exit(machine, vm):
