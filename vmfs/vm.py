@@ -43,6 +43,7 @@ from vmfs.images import Images
 from vmfs.memory import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.modes import mode_of, set_mode
 from vmfs.moving import RESET_STATES, carry_cpu, carry_machine
+from vmfs.registers import write_registers
 from vmfs.rehearsal import Rehearsal
 from vmfs.running import UNBOUND, Asked, Bound, Run, RunLoop
 
@@ -446,6 +447,9 @@ class Vm:
             if source == "instructions" and Capability.DETERMINISTIC not in self.capabilities:
                 raise Unsupported(f"time: on {self.engine.name} it follows the host's clock")
             self._set_time(source)
+            if source == "instructions" and not self._has_run:  # what has passed on the host is in no run
+                self._machine.set_state("clock", bytes(len(self._machine.get_state("clock"))))
+                write_registers(self._cpu, {"msr.0x10": 0})  # the TSC
 
     def _boot(self) -> None:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""

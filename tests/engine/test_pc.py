@@ -297,7 +297,9 @@ def test_time_has_its_source(pc, assembler):
         with pytest.raises(Unsupported):
             pc.set_time_source("instructions")
         return
+    assert register(pc, "msr.0x10") > 0
     pc.set_time_source("instructions")
+    assert register(pc, "msr.0x10") == 0  # what passed on the host before the first run is in no run
     load(pc, assembler("mov ecx, 1000; l: dec ecx; jnz l; out 0xf4, al", "real"))
     before = struct.unpack_from("<Q", pc.get_machine_state("clock").result(SECONDS))[0]
     run(pc)

@@ -185,7 +185,8 @@ class Passt(Stream):
                 self.close()
                 said.seek(0)
                 lines = [line for line in said.read().decode(errors="replace").splitlines() if "syslog" not in line]
-                raise Unsupported(f"passt does not start: {' '.join(lines[-1:])[:200] or 'it does not say why'}")
+                usage = next((at for at, line in enumerate(lines) if line.startswith("Usage:")), len(lines))
+                raise Unsupported(f"passt does not start: {' '.join(lines[:usage][-1:])[:200] or 'it does not say why'}")
 
     def describe(self) -> dict[str, str]:
         return {"backend": "passt", "pid": str(self._process.pid)}
