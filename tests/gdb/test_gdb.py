@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def command(*arguments: str | Path) -> list[str]:
     fixed = ["-nx", "-q", "-ex", "set pagination off", "-ex", "set confirm off", "-ex", "set width 0"]
+    fixed += ["-ex", f"set remotetimeout {SOON:.0f}"]  # 2 seconds are few on a busy machine
     return [needed("gdb"), *fixed, *map(str, arguments)]
 
 

@@ -77,6 +77,19 @@ def test_what_gdb_asks_first(loaded, on_stub):
     on_stub(test)
 
 
+def test_a_first_packet_that_came_twice_is_answered_once(on_stub):
+    """As of a gdb that has waited too long for its pipe to begin."""
+
+    async def test(client, _):
+        await client.raw(b"+" + frame(b"qC") + frame(b"qC") + frame(b"qC"))
+        assert await client.heard(b"+++" + frame(b"QC1"))
+        assert await client.ask(b"qAttached") == b"1"
+        await client.raw(frame(b"qC") + frame(b"qC"))
+        assert await client.heard((b"+" + frame(b"QC1")) * 2)
+
+    on_stub(test)
+
+
 def test_acknowledgements_end_when_asked(on_stub):
     async def test(client, _):
         await client.raw(b"+" + frame(b"qC"))

@@ -182,6 +182,8 @@ class Session:
             case Packet():
                 if self._acknowledges:
                     self._send(b"+")
+                if not self._last_reply and self._has_come_again(event):
+                    return True
                 return self._answer(event.payload)
             case TooLong():
                 if self._acknowledges:
@@ -194,6 +196,15 @@ class Session:
                 if self._acknowledges and self._last_reply:
                     self._send(self._last_reply)
         return True
+
+    def _has_come_again(self, packet: Packet) -> bool:
+        """Whether a packet waits once more: gdb sends its first one again where `vmfs gdb` takes more than 2 seconds
+        to begin. If each were answered, gdb would take every reply for that to its next packet."""
+        poll = select.poll()
+        poll.register(self._line, select.POLLIN)
+        while not self._ended and poll.poll(0):
+            self._receive()
+        return packet in self._events
 
     def _answer(self, payload: bytes) -> bool:
         answer = self._stub.answer(payload)
