@@ -186,7 +186,8 @@ class Passt(Stream):
                 said.seek(0)
                 lines = [line for line in said.read().decode(errors="replace").splitlines() if "syslog" not in line]
                 usage = next((at for at, line in enumerate(lines) if line.startswith("Usage:")), len(lines))
-                raise Unsupported(f"passt does not start: {' '.join(lines[:usage][-1:])[:200] or 'it does not say why'}")
+                why = " ".join(lines[:usage][-1:])[:200]
+                raise Unsupported(f"passt does not start: {why or 'it does not say why'}")
 
     def describe(self) -> dict[str, str]:
         return {"backend": "passt", "pid": str(self._process.pid)}
