@@ -7,13 +7,12 @@ import os
 import re
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import reason_against_mounts
+from mounting import Server, reason_against_mounts
 from pc.initramfs import SHELL, build
 from pc.kernels import CLOUD
 
@@ -86,6 +85,16 @@ class Pc:
     def stat(self) -> dict[str, str]:
         return dict(line.split(" ", 1) for line in self.read("stat").splitlines())
 
+    def die(self, server: Server) -> None:
+        """Its server is killed; `said` has all that came before."""
+        assert self._runner is not None
+        server.server.kill()
+        server.server.wait()
+        with contextlib.suppress(AssertionError, OSError):
+            self.expect("nothing more")
+        os.close(self.console)
+        self._runner.communicate()
+
     def remove(self) -> None:
         os.close(self.console)
         if self._runner is not None:
@@ -101,14 +110,20 @@ def pc_mount(tmp_path_factory) -> Iterator[Path]:
     reason = reason_against_mounts()
     if reason:
         pytest.skip(reason)
-    directory, log = tmp_path_factory.mktemp("mount"), tmp_path_factory.mktemp("log") / "log"
-    vmfs = [sys.executable, "-m", "vmfs.cli"]
-    subprocess.run([*vmfs, "mount", "--engine", "emulator", "--log", log, directory], check=True)
+    server = Server(tmp_path_factory.mktemp("mount"), engine="emulator")
     try:
-        yield directory
+        yield server.path
     finally:
-        subprocess.run([*vmfs, "umount", directory], check=True)
-    assert "Traceback" not in log.read_text(), log.read_text()
+        log = server.end()
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def other_mount(pc_mount, tmp_path_factory) -> Iterator[Server]:
+    """A mount of its own, whose server may be killed."""
+    server = Server(tmp_path_factory.mktemp("mount"), engine="emulator")
+    yield server
+    server.end()
 
 
 @pytest.fixture

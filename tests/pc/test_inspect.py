@@ -97,9 +97,9 @@ def test_the_stack_of_an_idle_kernel_leads_to_where_it_began(guest):
     lines = pc.read("stack").splitlines()
     assert lines[0].startswith("#0 0x")
     called = re.findall(r" (\w[\w.]*)\+0x", "\n".join(lines))
-    # The idle loop, or where a shell waits, by when the pause came; if it came in an interrupt, that is on
-    # another stack.
-    assert {"do_idle", "cpu_startup_entry", "do_syscall_64"} & set(called), lines
+    # The idle loop, a kernel thread, or where a shell waits, by when the pause came; if it came in an interrupt, that
+    # is on another stack.
+    assert {"do_idle", "cpu_startup_entry", "ret_from_fork", "do_syscall_64"} & set(called), lines
 
 
 def test_disasm_names_functions(guest):

@@ -3,19 +3,15 @@ and survives the server's death."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from pc.conftest import Pc, boot_linux
 from pc.kernels import DEBIAN, needs_debian, needs_kernels
-from pc.test_virtio_linux import MIB, _e2, other_mount
+from pc.test_virtio_linux import MIB, _e2
 
 pytestmark = [needs_kernels, needs_debian]
-__all__ = ["other_mount"]  # a fixture
 
 # The initramfs has the modules for the disk; it gives the machine to the Debian there, and leaves the root read-only.
 HANDOVER = """\
@@ -89,8 +85,7 @@ def boot(pc: Pc, root: Path) -> Pc:
 
 
 def test_a_debian_on_a_disk_reboots_and_survives_a_kill(make_pc, other_mount, root: Path) -> None:
-    directory, server = other_mount
-    victim = boot(Pc(directory / "victim"), root)
+    victim = boot(Pc(other_mount.path / "victim"), root)
     victim.expect(r"boots 1\r\n")
     victim.expect("root# ")
     victim.type("reboot\n")
@@ -103,13 +98,7 @@ def test_a_debian_on_a_disk_reboots_and_survives_a_kill(make_pc, other_mount, ro
     victim.type("loss\n")
     for number in range(1, 6):
         victim.expect(rf"counted {number}\.\r\n")
-    server.send_signal(signal.SIGKILL)
-    server.wait()
-    with contextlib.suppress(AssertionError, OSError):
-        victim.expect("nothing more")
-    os.close(victim.console)
-    assert victim._runner is not None
-    victim._runner.communicate()
+    victim.die(other_mount)
     told = int(victim.said.rpartition("counted ")[2].partition(".")[0])
 
     crashed = root.with_suffix(".crashed")

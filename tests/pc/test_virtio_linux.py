@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.server
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,43 +116,15 @@ done
 CHECKER = 'mount /dev/vda /mnt\ncd /mnt\nfor one in *[0-9]; do echo "$one $(md5sum <$one)"; done\ncd /'
 
 
-@pytest.fixture
-def other_mount(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """A mount of its own, whose server may be killed."""
-    directory = tmp_path / "mount"
-    directory.mkdir()
-    log = open(tmp_path / "log", "wb")
-    vmfs = [sys.executable, "-m", "vmfs.cli"]
-    server = subprocess.Popen([*vmfs, "mount", "-f", "--engine", "emulator", directory], stderr=log)
-    deadline = time.monotonic() + 60
-    while not os.path.ismount(directory):
-        assert server.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    try:
-        yield directory, server
-    finally:
-        server.kill()
-        server.wait()
-        log.close()
-        subprocess.run(["fusermount3", "-u", "-z", directory], check=False)
-
-
 def test_what_was_synced_is_there_after_a_kill(make_pc, other_mount, ext4: Path) -> None:
     """The server is killed while the guest writes; the file system recovers by its journal, and has what the guest was
     told is on the disk."""
-    directory, server = other_mount
-    pc = Pc(directory / "victim")
+    pc = Pc(other_mount.path / "victim")
     pc.write("dev/add", f"blk {ext4} rw\n")
     boot_linux(pc, WRITER, modules=MODULES)
     for number in range(1, 8):
         pc.expect(rf"synced {number} \S+ +-\r\n")
-    server.send_signal(signal.SIGKILL)  # it writes the next one now, or flushes, or whatever it does
-    server.wait()
-    with contextlib.suppress(AssertionError, OSError):
-        pc.expect("nothing more")
-    os.close(pc.console)
-    assert pc._runner is not None
-    pc._runner.communicate()
+    pc.die(other_mount)  # it writes the next one now, or flushes, or whatever it does
 
     synced = {}
     removed = set()
