@@ -26,7 +26,7 @@ _CONTROL_AT = _IDTR + 16
 _EFER = _CONTROL_AT + _CONTROL.size
 
 CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
-CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
+CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_LA57 = 1 << 5, 1 << 9, 1 << 10, 1 << 12
 EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 RFLAGS_FIXED, RFLAGS_VM = 1 << 1, 1 << 17
 
@@ -102,6 +102,15 @@ def mode_of(regs: bytes, sregs: bytes) -> str:
     if efer & EFER_LMA:
         return "long" if Segment(*_SEGMENT.unpack_from(sregs, 0)).l else "compat"
     return "v8086" if rflags & RFLAGS_VM else "protected"
+
+
+def is_linear(sregs: bytes, address: int) -> bool:
+    """Whether a CPU has such a linear address: a canonical one in IA-32e mode (SDM 1 3.3.7.1), else one of 32 bits."""
+    (efer,) = struct.unpack_from("<Q", sregs, _EFER)
+    if not efer & EFER_LMA:
+        return address < 1 << 32
+    bits = 57 if _CONTROL.unpack_from(sregs, _CONTROL_AT)[3] & CR4_LA57 else 48
+    return address >> (bits - 1) in (0, (1 << (65 - bits)) - 1)
 
 
 def check_mode(mode: str) -> None:

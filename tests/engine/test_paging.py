@@ -12,7 +12,7 @@ from engine.machine import RAM, Ram, machine_on
 from vmfs.debug.paging import NO_EXECUTE, USER, WRITABLE, Paging, mapped_ranges
 from vmfs.errors import Invalid, Unsupported
 from vmfs.memory import PAGE
-from vmfs.modes import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, set_mode
+from vmfs.modes import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, MODES, set_mode
 from vmfs.registers import REGISTERS
 
 PSE, LA57, NXE = 1 << 4, 1 << 12, 1 << 11
@@ -115,6 +115,18 @@ def test_an_address_is_mapped_where_the_engine_says(engine, divergences, name):
                 assert ours == vm.vcpu.translate(address), f"seed {seed}: {address:#x}"
                 mapped += ours is not None
     assert mapped > 20  # else this compares nothing
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_address_that_the_cpu_does_not_have_is_not_mapped(engine, mode):
+    """Conditions look at memory by it: what is not canonical is not what its lower bits are."""
+    with machine_on(engine) as vm:
+        set_mode(vm.vcpu, vm.ram, RAM, mode)
+        paging = Paging.of(vm.vcpu)
+        assert vm.vcpu.translate(0x1000) == 0x1000
+        for beyond in (1 << 47, 1 << 48, 1 << 63, 0xFFFF_0000_0000_0000, *((1 << 32,) if mode != "long" else ())):
+            assert vm.vcpu.translate(beyond | 0x1000) is None
+            assert paging.translate(vm.ram, beyond | 0x1000) is None
 
 
 @pytest.fixture

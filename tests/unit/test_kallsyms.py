@@ -154,10 +154,34 @@ def test_the_tables_that_are_mapped_win(memory):
 
 
 def test_tables_that_nothing_maps_are_better_than_none(memory):
-    """In user mode with page table isolation the kernel is not mapped."""
+    """Of a kernel whose CPU was reset."""
     symbols = symbols_of("6.1")
     memory.write(TABLES, build("6.1", symbols, TABLES))
     assert found_in(memory, Paging()) == lines(symbols)
+
+
+def test_a_kernel_that_page_table_isolation_hides(memory):
+    """In user mode only its entry is mapped, as far from `_text` as it always is."""
+    symbols = symbols_of("6.1")
+    memory.write(TABLES, build("6.1", symbols, TABLES))
+    directory = PAGE_TABLES + 0x2000 + 8 * (TEXT >> 21 & 511)
+    memory.write(directory, bytes(16))  # nothing of `_text` on
+    assert found_in(memory) == lines(symbols)
+
+
+def test_a_kernel_that_is_not_relocated_yet_has_no_addresses(memory):
+    """Decompressed, in the page tables of its decompressor, which KASLR will have move it."""
+    symbols = symbols_of("6.1")
+    memory.write(TABLES, build("6.1", symbols, TABLES))
+    tables = PAGE_TABLES + 0x4000
+    for at, entry in ((tables, tables + 0x1000 | 3), (tables + 0x1000, 0x83)):
+        memory.write(at, struct.pack("<Q", entry))  # the first GiB to itself
+    with pytest.raises(Invalid, match="does not run at its addresses yet"):
+        found_in(memory, Paging(tables, "4-level", long=True))
+    # Nor where what is mapped there lies behind the tables.
+    memory.write(PAGE_TABLES + 0x2000 + 8 * (TEXT >> 21 & 511), struct.pack("<Q", 0x100_0083) + bytes(8 * 7))
+    with pytest.raises(Invalid, match="does not run at its addresses yet"):
+        found_in(memory, Paging(PAGE_TABLES, "4-level", long=True))
 
 
 def test_no_linux(memory):

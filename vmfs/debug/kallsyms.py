@@ -52,21 +52,35 @@ def find(memory: MemoryView, paging: Paging) -> SymbolTable:
     """The symbols of the Linux that runs in `memory`. Invalid where there is none.
 
     A kernel's file in the page cache and what a boot loader left behind have such tables, too. The page tables
-    tell which are in force: those whose `_text` is mapped to just before them.
+    tell which are in force: those whose `_text` is mapped to just before them, or, where page table isolation
+    hides that, some of whose image is. A kernel that is not mapped so, though paging is on, has not yet
+    relocated itself: its addresses are none. With paging off it is the one that ran before.
     """
-    unmapped = None
+    is_there, unmapped = False, None
     for tables in _candidates(memory):
         symbols = _symbols(memory, paging, tables)
         if symbols is None:
             continue
+        is_there = True
         text = symbols.address_of("_text") or symbols.address_of("_stext")
         page = paging.translate(memory, text) if text is not None else None
         if page and 0 <= tables.tokens - page.physical < _IMAGE_MOST:
             return symbols.merged(SymbolTable(_of_modules(linear_reader(memory, paging), symbols)))
-        unmapped = unmapped or symbols
-    if unmapped is None:
-        raise Invalid("no kallsyms tables in RAM: no Linux for x86-64 has begun to run, or it has none")
-    return unmapped
+        if unmapped is None and (paging.kind == "off" or text and _is_partly_mapped(memory, paging, tables, text)):
+            unmapped = symbols
+    if unmapped is not None:
+        return unmapped
+    if is_there:
+        raise Invalid("the Linux in RAM does not run at its addresses yet: the page tables do not map it there")
+    raise Invalid("no kallsyms tables in RAM: no Linux for x86-64 has begun to run, or it has none")
+
+
+def _is_partly_mapped(memory: Ram, paging: Paging, tables: _Tables, text: int) -> bool:
+    """Whether pages of the image that begins at `text` are mapped, and as far from it as its tables are."""
+    return any(
+        text <= one.start < text + _IMAGE_MOST and 0 <= tables.tokens + one.start - one.physical - text < _IMAGE_MOST
+        for one in mapped_ranges(memory, paging)
+    )
 
 
 class _Tables:

@@ -16,10 +16,10 @@ from typing import NamedTuple, Protocol
 
 from vmfs.errors import BadAddress
 from vmfs.memory import PAGE
-from vmfs.modes import CR0_PG, CR4_PAE, EFER_LMA
+from vmfs.modes import CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA
 from vmfs.registers import REGISTERS
 
-CR4_PSE, CR4_LA57, CR4_PKE = 1 << 4, 1 << 12, 1 << 22
+CR4_PSE, CR4_PKE = 1 << 4, 1 << 22
 EFER_NXE = 1 << 11
 
 PRESENT, WRITABLE, USER, WRITE_THROUGH, UNCACHED = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4

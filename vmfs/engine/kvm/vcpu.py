@@ -21,6 +21,7 @@ from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.state import VcpuState
 from vmfs.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.exits import Exit
+from vmfs.modes import is_linear
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
 # return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).
@@ -628,7 +629,10 @@ class KvmVcpu(Vcpu):
         return code[0] if code else None
 
     def translate(self, linear: int) -> int | None:
-        buffer = bytearray(abi.TRANSLATION.pack(linear & (1 << 64) - 1, 0, 0, 0, 0))
+        linear &= (1 << 64) - 1
+        if not is_linear(self._state.get("sregs"), linear):  # KVM_TRANSLATE takes the bits that it needs
+            return None
+        buffer = bytearray(abi.TRANSLATION.pack(linear, 0, 0, 0, 0))
         ioctl(self._fd, Ioctl.KVM_TRANSLATE, buffer)
         _linear, physical, valid, _writable, _user = abi.TRANSLATION.unpack(buffer)
         return physical if valid else None
