@@ -9,7 +9,9 @@ if [ $# -gt 1 ]; then
     trap 'rmdir "$vm"' EXIT
     echo pc > "$vm/machine"
     cp "$2" "$vm/kernel"
-    until echo kallsyms > "$vm/symbols"; do echo 'for 200ms' > "$vm/vm_run"; done 2> /dev/null
+    until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
+        echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+    done
     echo 'break kernel_init' > "$vm/debug"      # by then every CPU has its own table
     cat "$vm/vm_run" > /dev/null
 fi
@@ -26,8 +28,9 @@ dd if="$vm/virt" bs=1 skip=$((base & 0x7fffffffffffffff)) count=$((limit + 1)) s
     size=$((entry & 0xffff | entry >> 32 & 0xf0000))
     ((entry >> 55 & 1)) && size=$((size << 12 | 0xfff))                 # G: pages
     if ((entry >> 44 & 1)); then kind=${types[entry >> 40 & 15]}; else kind=${system[entry >> 40 & 15]}; fi
-    bits=$((entry >> 53 & 1 ? 64 : entry >> 54 & 1 ? 32 : 16))
-    printf '%#06x base %#010x limit %#010x %-10s ring %d %d-bit%s\n' "$selector" "$start" "$size" "$kind" \
+    bits=
+    ((entry >> 44 & 1)) && bits=" $((entry >> 53 & 1 ? 64 : entry >> 54 & 1 ? 32 : 16))-bit"
+    printf '0x%04x base 0x%08x limit 0x%08x %-10s ring %d%s%s\n' "$selector" "$start" "$size" "$kind" \
         $((entry >> 45 & 3)) "$bits" "$( ((entry >> 47 & 1)) || echo ' not present')"
     if ! ((entry >> 44 & 1)) && (($(cat "$vm/reg/efer") >> 10 & 1)); then   # in long mode these have 16 bytes
         read -r high

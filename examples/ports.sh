@@ -22,5 +22,5 @@ for ((n = 0; n < count; n++)); do
         code=$(sed 's/.*:  *\([0-9a-f][0-9a-f] \)* *//' "$vm/disasm")
         [[ $code != in* && $code != out* ]] || break
     done
-    printf 'port %s %-14s al %#04x  before %#x  %s\n' "$port" "$code" "$(($(cat "$vm/reg/rax") & 255))" "$at" "$(cat "$vm/mode")"
+    printf 'port %s %-14s al 0x%02x  before %#x  %s\n' "$port" "$code" "$(($(cat "$vm/reg/rax") & 255))" "$at" "$(cat "$vm/mode")"
 done

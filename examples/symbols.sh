@@ -10,13 +10,16 @@ mkdir "$vm"
 trap 'rmdir "$vm"' EXIT
 echo pc > "$vm/machine"
 cp "$kernel" "$vm/kernel"
-echo 'console=ttyS0 quiet' > "$vm/cmdline"
-until echo kallsyms > "$vm/symbols"; do echo 'for 200ms' > "$vm/vm_run"; done 2> /dev/null
+echo 'console=ttyS0 quiet kaslr' > "$vm/cmdline"         # without `kaslr` a kernel is where it was linked
+until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
+    echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+done
 
 text=$(awk '$3 == "_text" { print $1 }' "$vm/symbols")
 echo "--- _text is at $text, moved by $(printf '%#x' $((0x$text - 0xffffffff81000000))); $(wc -l < "$vm/symbols") symbols"
 for name; do
-    awk -v name="$name" '$3 == name { print; found = 1 } END { exit !found }' "$vm/symbols"
+    awk -v name="$name" '$3 == name { print; found = 1 } END { exit !found }' "$vm/symbols" ||
+        { echo "there is no symbol $name" >&2; exit 1; }
 done
 echo "--- where it stands now"
 head -n 3 "$vm/disasm"

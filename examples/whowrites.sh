@@ -10,7 +10,9 @@ trap 'rmdir "$vm"' EXIT
 echo pc > "$vm/machine"
 cp "$kernel" "$vm/kernel"
 echo 'console=ttyS0 quiet' > "$vm/cmdline"
-until echo kallsyms > "$vm/symbols"; do echo 'for 200ms' > "$vm/vm_run"; done 2> /dev/null
+until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
+    echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+done
 
 echo "watch $symbol $length w" > "$vm/debug"
 address=$(awk -v name="$symbol" '$3 == name { print $1; exit }' "$vm/symbols")

@@ -18,7 +18,7 @@ SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 
 @pytest.fixture
 def script(pc_mount, tmp_path):
-    """Runs one with its arguments behind the mount; what it prints. It leaves no machine behind."""
+    """Runs one with its arguments behind the mount; what it prints, or complains of. It leaves no machine behind."""
 
     def run(name: str, *arguments: object, code: int = 0) -> str:
         before = set(os.listdir(pc_mount))
@@ -26,7 +26,7 @@ def script(pc_mount, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=230)
         assert done.returncode == code, f"{name}: {done.stdout}\n{done.stderr}"
         assert set(os.listdir(pc_mount)) == before
-        return done.stdout
+        return done.stderr if code == 1 else done.stdout
 
     return run
 
@@ -57,19 +57,34 @@ def test_who_writes(script):
 def test_gdt(script):
     said = script("gdt.sh", CLOUD.image)
     # Linux's, by arch/x86/include/asm/segment.h
-    assert re.search(r"^0x0010 base 0+ limit 0xffffffff code:ra +ring 0 64-bit$", said, re.M)
-    assert re.search(r"^0x0030 base 0+ limit 0xffffffff code:ra +ring 3 64-bit$", said, re.M)
-    assert re.search(r"^0x0040 base 0x\w+ limit 0x\w+ tss:busy +ring 0 ", said, re.M)
+    assert re.search(r"^0x0010 base 0x0+ limit 0xffffffff code:ra +ring 0 64-bit$", said, re.M)
+    assert re.search(r"^0x0030 base 0x0+ limit 0xffffffff code:ra +ring 3 64-bit$", said, re.M)
+    assert re.search(r"^0x0040 base 0x\w+ limit 0x\w+ tss:busy +ring 0$", said, re.M)
     assert "base[63:32] 0xfffffe" in said
 
 
 @needs_kernels
 def test_symbols(script):
     said = script("symbols.sh", CLOUD.image)
+    moved = re.match(r"--- _text is at (ffffffff\w{8}), moved by 0x\w+; \d{5,} symbols\n", said)
+    assert moved and moved[1] != "ffffffff81000000"  # not those of the kernel that is about to be moved
+    assert f"no symbol {'no' * 4}\n" in script("symbols.sh", CLOUD.image, "no" * 4, code=1)
     assert re.search(r"^ffffffff\w{8} T start_kernel$", said, re.M)
     assert re.search(r"^ffffffff\w{8} D sys_call_table$", said, re.M)
     # Linux overwrites the calls of __fentry__ with nops while it boots.
     assert re.search(r"^0xffffffff\w{8} <start_kernel>: .* (call 0x\w+ <__fentry__>|nop.*)$", said, re.M)
+
+
+@pytest.mark.parametrize("name", ["symbols.sh", "whowrites.sh", "gdt.sh", "profile.sh"])
+def test_what_is_no_kernel_is_said(script, tmp_path, name):
+    (tmp_path / "text").write_text("no kernel\n")
+    assert "vm_run: " in script(name, "text", code=1)
+
+
+def test_a_kernel_that_dies_before_it_has_symbols(script, tmp_path):
+    sector = bytes.fromhex("0f011e067c cc").ljust(510, b"\0") + b"\x55\xaa"  # lidt [0x7c06]; int3
+    (tmp_path / "sector").write_bytes(sector)
+    assert script("gdt.sh", "sector", code=1).endswith("shutdown cause=triple-fault rip=0x7c05\n")
 
 
 @needs_kernels
