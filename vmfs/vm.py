@@ -271,11 +271,13 @@ class Vm:
         ids = sorted(stops)
         with self._lock:
             wanted = self._points.reached(ids, CpuLooker(self._cpu, self.memory.read))
-            if wanted is None:
+            if not wanted:
                 return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
-            if self._points.is_once(wanted):
-                self._points = self._points.copy().delete(wanted)
-        return replace(stops[wanted], also=())
+            if spent := [id_ for id_ in wanted if self._points.is_once(id_)]:
+                self._points = self._points.copy()
+                for id_ in spent:
+                    self._points.delete(id_)
+        return replace(stops[wanted[0]], also=())
 
     def _set_debug(self, request: DebugRequest) -> None:
         if request is not self._asked and request != self._asked:

@@ -82,6 +82,13 @@ def test_once(vm):
     assert lines(vm) == ["0", "2 break 0x1003 hits=3"]
 
 
+def test_once_together_with_another(vm):
+    """It has stopped the machine, though the exit names the first."""
+    debug(vm, "break store\nbreak store if rax==2 once\nbreak store if 2==rax ignore 1 once")
+    assert [run(vm) for _ in range(3)] == [f"debug cause=breakpoint id=1 rip={STORE:#x}"] * 3
+    assert lines(vm) == ["0", "1 break 0x1003 hits=3", "3 break 0x1003 if 2==rax once hits=1"]
+
+
 def test_disabled_points_do_nothing(vm):
     debug(vm, "break store disabled\nbreak again if rax==4")
     assert run(vm) == f"debug cause=breakpoint id=2 rip={AT:#x}"
@@ -247,7 +254,7 @@ def test_ports_of_devices_are_watched(pc, assembler):
     assert run(pc) == f"debug cause=io id=1 addr=0x3fd rip={at['l1']:#x}"
     assert register(pc, "rax") & 0xFF == 0x60  # the transmitter of the serial port is empty
     assert run(pc) == f"debug cause=io id=1 addr=0x3ff rip={at['l2']:#x}"
-    assert [line.split("hits=")[1] for line in lines(pc)[1:]] == ["2", "1", "1"]
+    assert [line.split("hits=")[1] for line in lines(pc)[1:]] == ["2", "1"]  # the third stopped with the first
 
 
 def test_steps_and_counts_over_devices_with_points(pc, assembler):

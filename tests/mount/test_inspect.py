@@ -276,7 +276,24 @@ def test_disasm_ends_where_memory_ends(long_vm):
     long_vm.write("disasm", f"{HIGH + 0x1FFE:#x} 4")
     poke(long_vm, 0x300FFE, b"\x90\x90")
     *_, last = long_vm.read("disasm").splitlines()
-    assert last == f"# {HIGH + 0x2000:#x} is not mapped to RAM"
+    assert last == f"# {HIGH + 0x2000:#x} is not mapped to RAM or ROM"
+
+
+def test_disasm_of_a_rom(vm):
+    """The reset vector of a PC is in its BIOS, and no RAM is there."""
+    vm.write("machine", "pc")
+    image = bytearray(b"\xf4" * (128 << 10))  # hlt
+    image[-16:-11] = bytes.fromhex("ea 00e0 00f0")
+    (vm / "bios").write_bytes(image)
+    vm.write("vm_run", "step")
+    assert vm.read("exit") == "debug cause=step rip=0xe000\n"
+    vm.write("disasm", "0xfffffff0 2")
+    assert vm.read("disasm").splitlines() == [
+        "0xfffffff0: ea 00 e0 00 f0           ljmp 0xf000:0xe000",
+        "0xfffffff5: f4                       hlt",
+    ]
+    vm.write("disasm", "0xfffc0000")
+    assert vm.read("disasm") == "# 0xfffc0000 is not mapped to RAM or ROM\n"
 
 
 def test_stack_with_frame_pointers(long_vm):

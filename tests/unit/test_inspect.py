@@ -130,7 +130,7 @@ def test_a_listing():
     text = listing_text(read_from(b"\x90"), CodeMode(64, 0, 0x1000), Listing(), SYMBOLS)
     assert text.splitlines() == [
         "0x0000000000001000 <start>: 90                       nop",
-        "# 0x1001 is not mapped to RAM",
+        "# 0x1001 is not mapped to RAM or ROM",
     ]
 
 

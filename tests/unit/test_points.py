@@ -34,7 +34,7 @@ def test_ids_are_never_used_twice():
 
 def test_text_and_request_say_the_same():
     points = Points().add_break(0x1000).add_break(0x2000).set_stepping(True)
-    assert [points.reached([id_], NOTHING) for id_ in (2, 2, 7)] == [2, 2, None]
+    assert [points.reached([id_], NOTHING) for id_ in (2, 2, 7)] == [[2], [2], []]
     assert points.text() == "1\n1 break 0x1000 hits=0\n2 break 0x2000 hits=2\n"
     request = points.request()
     assert request.step
@@ -60,7 +60,7 @@ def test_a_request_is_made_anew_after_each_change():
 def test_a_copy_is_apart():
     points = Points().add_break(0x1000)
     other = points.copy().add_break(0x2000).set_stepping(True)
-    assert other.reached([1], NOTHING) == 1
+    assert other.reached([1], NOTHING) == [1]
     assert points.text() == "0\n1 break 0x1000 hits=0\n"
     assert other.text() == "1\n1 break 0x1000 hits=1\n2 break 0x2000 hits=0\n"
     assert (len(points), len(other)) == (1, 2)
@@ -73,6 +73,13 @@ def test_what_cannot_be():
     with pytest.raises(Invalid):
         points.delete(2)
     assert points.text() == "0\n1 break 0x1000 hits=0\n"
+
+
+@pytest.mark.parametrize("text", ["", "-", "-1", "5-", "5-3", "1-2-3", "0x10000", "x"])
+def test_what_is_no_port(text):
+    with pytest.raises(Invalid, match="^PORT: "):
+        module.parse_ports(text)
+    assert module.parse_ports("0x60-100") == (0x60, 100) and module.parse_ports("0xffff") == (0xFFFF, 0xFFFF)
 
 
 def test_there_is_a_limit(monkeypatch):

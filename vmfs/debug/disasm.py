@@ -146,5 +146,5 @@ def listing_text(read: Reader, code: CodeMode, listing: Listing, symbols: Symbol
     ]
     if len(found) < listing.count:
         end = found[-1].address + len(found[-1].code) if found else address
-        lines.append(f"# {end:#x} is not mapped to RAM\n")
+        lines.append(f"# {end:#x} is not mapped to RAM or ROM\n")
     return "".join(lines)

@@ -135,6 +135,8 @@ def parse_access(text: str) -> tuple[bool, bool]:
 def parse_ports(text: str) -> tuple[int, int]:
     """`PORT` or `PORT-PORT`: the first and the last."""
     first, dash, last = text.partition("-")
+    if not first or (dash and not last):
+        raise Invalid(f"PORT: {text[:40]} is neither a port nor a range of ports")
     numbers = [parse_number(part, what="PORT") for part in ((first, last) if dash else (first,))]
     if max(numbers) > 0xFFFF:
         raise Invalid(f"PORT: {text[:40]} is no port: 0 to 0xffff")
@@ -381,13 +383,13 @@ class Points:
             self._request = DebugRequest(step=self.stepping, **fields)  # type: ignore[arg-type]
         return self._request
 
-    def reached(self, ids: Iterable[int], looker: Looker) -> int | None:
-        """Count that the CPU came to stops with these ids, at once; the first that it is to stop for, or None.
+    def reached(self, ids: Iterable[int], looker: Looker) -> list[int]:
+        """Count that the CPU came to stops with these ids, at once; those that it is to stop for, in their order.
 
         The condition comes first, then `ignore`. What the condition cannot read makes it false, and is
         counted. Points that were deleted meanwhile are none.
         """
-        wanted = None
+        wanted = []
         for id_ in ids:
             point = self._by_id.get(id_)
             if point is None or not point.options.enabled:
@@ -402,8 +404,8 @@ class Points:
             counts.hits += 1
             if counts.ignored < point.options.ignore:
                 counts.ignored += 1
-            elif wanted is None:
-                wanted = id_
+            else:
+                wanted.append(id_)
         return wanted
 
     def is_once(self, id_: int) -> bool:

@@ -15,7 +15,7 @@ import trio
 
 from vmfs.debug import kallsyms
 from vmfs.debug.corefile import RAM_OFFSET, CpuState, core_header, core_size
-from vmfs.debug.disasm import CodeMode, listing_text, parse_listing
+from vmfs.debug.disasm import LONGEST, CodeMode, listing_text, parse_listing
 from vmfs.debug.paging import (
     Paging,
     linear_reader,
@@ -212,14 +212,27 @@ async def disasm(scope: MachineScope) -> str:
     vm = scope.vm
     listing, symbols, memory = vm.listing, vm.symbols, vm.memory
 
-    def read(cpu: Vcpu) -> tuple[CodeMode, Paging]:
-        return CodeMode.of(cpu), Paging.of(cpu)
+    def look(cpu: Vcpu) -> tuple[CodeMode, Paging, int, bytes]:
+        """With code that is not in RAM, but in the ROM: its address, and up to a page of it."""
+        code, paging = CodeMode.of(cpu), Paging.of(cpu)
+        start = code.address if listing.address is None else listing.address
+        page = paging.translate(memory, start)
+        if page is None or page.physical < memory.size:
+            return code, paging, start, b""
+        length = min(LONGEST * listing.count, page.size - start % page.size)
+        return code, paging, start, vm.read_physical(page.physical, length)
 
-    code, paging = await _sampled(scope, read)
+    code, paging, start, rom = await _sampled(scope, look)
 
     def work(ram: MemoryView) -> str:
         with ram:
-            return listing_text(linear_reader(ram, paging), code, listing, symbols)
+            in_ram = linear_reader(ram, paging)
+
+            def read(linear: int, length: int) -> bytes:
+                at = linear - start
+                return rom[at : at + length] if 0 <= at < len(rom) else in_ram(linear, length)
+
+            return listing_text(read, code, listing, symbols)
 
     return await _in_thread(work, memory.view())
 
