@@ -36,7 +36,7 @@ def said(process: subprocess.Popen) -> str:
 
 
 def test_a_running_kernel(linux):
-    pc = linux()
+    pc = linux(cmdline="kaslr")
     pc.write("state", "pause")
     assert pc.ended().startswith("interrupted")
     pc.write("symbols", "kallsyms")
