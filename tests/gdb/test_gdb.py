@@ -215,6 +215,27 @@ def test_monitor(in_kernel, guest):
         "monitor reg rax",
     )
     in_order(said, "mode        long", "watch 0x3000 8 w", "= 0x77", "there is no 'reg'", "Protocol error")
+    said = gdb(
+        None,
+        pipe(in_kernel),
+        "monitor reg/rax",
+        "monitor reg/msr.0xc0000080",
+        "monitor reg/msr.0x12345",
+        "monitor reg/rbx 0x1234",
+        "p/x $rbx",
+        "monitor irq 0x20",
+        "monitor irq line 3 2",
+        "monitor trace insn on",
+        "monitor trace off",
+        "monitor symbols kallsyms",
+        "monitor symbols",
+    )
+    in_order(
+        said,
+        *("0x0000000000000077", "0x0000000000000", "there is no 'reg/msr.0x12345'", "= 0x1234", "'2' is not 0 or 1"),
+        *("trace insn,", "trace off", "no kallsyms tables in RAM", "0 symbols"),
+    )
+    assert "\ninterrupts_queued 1\n" in in_kernel.read("stat")
     said = gdb(None, pipe(in_kernel), "monitor reset", "maintenance flush register-cache", "p/x $rip")
     in_order(said, "the machine is reset", "= 0xfff0")
     assert "watch 0x3000 8 w" in in_kernel.read("debug")  # the files', not gdb's

@@ -52,7 +52,7 @@ async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
 # ---- symbols
 
-_COMMANDS = ("kallsyms", "clear")
+SYMBOL_COMMANDS = ("kallsyms", "clear")
 _COMMAND_MOST = 64
 
 
@@ -87,7 +87,7 @@ class _SymbolsHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> int:
         word = data.strip() if len(data) <= _COMMAND_MOST and not self._size else b""
-        if word.decode("latin-1") in _COMMANDS:
+        if word.decode("latin-1") in SYMBOL_COMMANDS:
             await value_of(self._do(word.decode()), self)
             return len(data)
         at = self._size if self.appending else offset
@@ -103,14 +103,8 @@ class _SymbolsHandle(Handle):
         return len(data)
 
     async def _do(self, command: str) -> None:
-        vm = self.scope.vm
-        if command == "clear":
-            found = SymbolTable()
-        else:
-            paging = await _sampled(self.scope, Paging.of)
-            ram = vm.memory.view()
-            found = await _in_thread(_kallsyms, ram, paging)
-        vm.symbols = self._before.merged(found) if self.appending else found
+        found = await symbols_by(self.scope, command)
+        self.scope.vm.symbols = self._before.merged(found) if self.appending else found
 
     async def flush(self) -> None:
         if not self._news:
@@ -123,6 +117,14 @@ class _SymbolsHandle(Handle):
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+
+
+async def symbols_by(scope: MachineScope, command: str) -> SymbolTable:
+    """The symbols that a word of SYMBOL_COMMANDS asks for."""
+    if command == "clear":
+        return SymbolTable()
+    paging = await _sampled(scope, Paging.of)
+    return await _in_thread(_kallsyms, scope.vm.memory.view(), paging)
 
 
 def _kallsyms(ram: MemoryView, paging: Paging) -> SymbolTable:

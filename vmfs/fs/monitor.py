@@ -1,4 +1,4 @@
-"""What gdb's `monitor` takes: the verbs of `debug`, and any text file of the machine by its name."""
+"""What gdb's `monitor` takes: the verbs of `debug`, any text file of the machine by its name, and more."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.errors import Invalid
-from vmfs.fs.commands import COMMANDS, parse_commands
-from vmfs.fs.files import FILES
+from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
+from vmfs.fs.debug_files import SYMBOL_COMMANDS, symbols_by
+from vmfs.fs.files import FILES, REGISTER_FILES, has_msr, register_file
 from vmfs.fs.kinds import Text
 from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished
@@ -29,7 +30,7 @@ async def command(scope: MachineScope, text: str) -> str:
         change = parse_commands("debug", text, scope.vm.symbols.address_of)
         await _settled(scope.vm.set_points(change), scope)
         return scope.vm.points_text()
-    kind = _TEXTS.get(word)
+    kind = await _text_file(scope, word)
     if kind is None:
         raise Invalid(f"there is no {word[:40]!r}: see `monitor help`")
     if not rest:
@@ -41,6 +42,17 @@ async def command(scope: MachineScope, text: str) -> str:
         raise Invalid(f"{word} cannot be written")
     await _settled(kind.put(scope, rest + "\n"), scope)
     return ""
+
+
+async def _text_file(scope: MachineScope, name: str) -> Text | None:
+    """What there is of that name, `reg/NAME` too."""
+    folder, slash, register = name.partition("/")
+    if not slash or folder != "reg":
+        return _TEXTS.get(name)
+    row = REGISTER_FILES.get(register)
+    if row is None and await _settled(scope.vm.at_boundary(lambda cpu: has_msr(cpu, register)), scope):
+        row = register_file(register)
+    return row.kind if row is not None and isinstance(row.kind, Text) else None
 
 
 _VERBS = frozenset(one.name for one in COMMANDS["debug"] if one.name)
@@ -58,8 +70,11 @@ async def _settled(value: Any, scope: MachineScope) -> Any:
 async def _help(_scope: MachineScope, _rest: str) -> str:
     lines = [f"{word:<24}{about}\n" for word, (about, _) in sorted(WORDS.items())]
     lines.append(f"{'phys [on|off]':<24}whether addresses are guest-physical\n")
-    lines.append(f"{'FILE':<24}read one of: {' '.join(name for name, kind in _TEXTS.items() if kind.get)}\n")
-    lines.append(f"{'FILE TEXT':<24}write one of: {' '.join(name for name, kind in _TEXTS.items() if kind.put)}\n")
+    for usage, names in (
+        ("FILE", [name for name, kind in _TEXTS.items() if kind.get]),
+        ("FILE TEXT", [name for name, kind in _TEXTS.items() if kind.put]),
+    ):
+        lines.append(f"{usage:<24}one of: {' '.join(names)} reg/NAME\n")
     lines += [f"{one.usage}\n" for one in COMMANDS["debug"] if one.name and not one.name.isdigit()]
     return "".join(lines)
 
@@ -90,11 +105,35 @@ async def _layout(scope: MachineScope, rest: str) -> str:
     return f"layout {name}{' linear' * linear}, from the next connection on\n"
 
 
-# Words that are no files: what they are for, and what does it.
+async def _irq(scope: MachineScope, rest: str) -> str:
+    parse_command("irq", rest)(scope.vm)
+    return ""
+
+
+async def _symbols(scope: MachineScope, rest: str) -> str:
+    if rest:
+        if rest not in SYMBOL_COMMANDS:
+            raise Invalid(f"symbols: it is {' or '.join(SYMBOL_COMMANDS)}; a file is written to `symbols`")
+        scope.vm.symbols = await symbols_by(scope, rest)
+    return f"{len(scope.vm.symbols)} symbols\n"
+
+
+async def _trace(scope: MachineScope, rest: str) -> str:
+    if rest:
+        change = parse_commands("trace", rest, scope.vm.symbols.address_of)
+        await _settled(scope.vm.set_trace(change), scope)
+    lines = (await command(scope, "stat")).splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith(("trace ", "trace_")))
+
+
+# Words that are no texts of files: what they are for, and what does it.
 WORDS: Mapping[str, tuple[str, Callable[[MachineScope, str], Awaitable[str]]]] = {
     "help": ("this", _help),
     "info": ("what the machine is, and why it last stopped", _info),
     "reset": ("the CPU as after power-on; RAM stays", _reset),
+    "irq": ("VECTOR, nmi, line N 0|1, pulse N: an interrupt, as written to `irq`", _irq),
+    "symbols": ("[kallsyms|clear]: how many there are; find those of the Linux that runs", _symbols),
+    "trace": ("[SETTING]: what is traced, as written to `trace`", _trace),
     "answer": ("VALUE: what the `in` or load that waits returns", _answer),
     "layout": ("[x86-64|i386|i8086] [linear]: the registers that the next connection gets", _layout),
 }
