@@ -74,9 +74,9 @@ def extensions():
     if os.path.exists(f"{CORE}/module.c"):
         found.append(Extension(
             "vmfs.engine.emulator._core",
-            sources=sorted(glob(f"{CORE}/*.c")),
-            depends=sorted(glob(f"{CORE}/*.h") + glob(f"{CORE}/*.def")),
-            include_dirs=[CORE],
+            sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),
+            depends=sorted(glob(f"{CORE}/**/*.h", recursive=True)),
+            include_dirs=[CORE, *sorted(glob(f"{CORE}/*/"))],
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
         ))

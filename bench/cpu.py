@@ -20,10 +20,10 @@ from pathlib import Path
 
 from bench.harness import HERE, Result
 from vmfs.engine import by_name
-from vmfs.exits import Hlt
-from vmfs.memory import Memory
-from vmfs.modes import set_mode
-from vmfs.registers import write_registers
+from vmfs.machine.memory import Memory
+from vmfs.words.exits import Hlt
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import write_registers
 
 GUEST = HERE / "guest"
 IMAGE_AT = 0x100000

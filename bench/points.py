@@ -13,12 +13,12 @@ from bench.cpu import ENTER64, IMAGE_AT, KERNELS, RAM, STACK, build
 from bench.harness import Result
 from vmfs.engine import by_name
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
-from vmfs.exits import Debug, Hlt
 from vmfs.fs.commands import parse_commands
-from vmfs.memory import Memory
-from vmfs.modes import set_mode
-from vmfs.registers import write_registers
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.machine.memory import Memory
+from vmfs.words.exits import Debug, Hlt
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import write_registers
 
 ROUNDS = 5
 SHARE = 3  # of the repetitions of bench.cpu

@@ -16,10 +16,10 @@ from bench.harness import Result, mounted
 from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
-from vmfs.exits import Hlt
-from vmfs.memory import DEFAULT_SIZE, Memory
-from vmfs.modes import set_mode
-from vmfs.registers import write_registers
+from vmfs.machine.memory import DEFAULT_SIZE, Memory
+from vmfs.words.exits import Hlt
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import write_registers
 
 # again: out 0x80, al; jmp again
 OUT_LOOP = b"\xe6\x80\xeb\xfc"

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 
 from vmfs.client import Vm
-from vmfs.exits import Hlt
+from vmfs.words.exits import Hlt
 
 CODE, STOP, ROUNDS = 0x1000, 0x2000, 0x2008
 GUEST = bytes.fromhex(

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from vmfs import doctor, mounts
+from vmfs.commands import doctor
 from vmfs.engine import Row
-from vmfs.errors import VmfsError
+from vmfs.host import mounts
+from vmfs.words.errors import VmfsError
 
 SOON = 60.0
 """Seconds after which something has not happened: far more than it takes on a busy machine."""
@@ -30,7 +31,7 @@ import ctypes, json, logging, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a test run that dies leaves no mount
 from vmfs.fs import serve
 from vmfs.engine import ENGINES, Row
-from vmfs.settings import MountSettings
+from vmfs.host.settings import MountSettings
 logging.basicConfig(filename=sys.argv[3], level=logging.INFO)
 asked = json.loads(sys.argv[2])
 fake = asked.pop("fake", False)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vmfs import __version__
-from vmfs.errors import VmfsError
+from vmfs.words.errors import VmfsError
 
 FAILURE = 1
 USAGE = 2
@@ -31,7 +31,7 @@ class Command:
 COMMANDS = (
     Command("mount", "make a directory a place for virtual machines", "vmfs.commands.mount"),
     Command("umount", "unmount it, which ends its machines", "vmfs.commands.umount"),
-    Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.doctor"),
+    Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.commands.doctor"),
     Command("boot", "boot a kernel in a machine of its own, on this terminal", "vmfs.commands.boot"),
     Command("console", "join a machine's serial port to this terminal", "vmfs.commands.console"),
     Command("gdb", "join a gdb to a machine: `target remote | vmfs gdb MACHINE`", "vmfs.commands.gdb"),

@@ -33,8 +33,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from vmfs.exits import Exit, Io, Mmio, parse_exit
-from vmfs.registers import REGISTERS, Register, msr_name, parse_registers
+from vmfs.words.exits import Exit, Io, Mmio, parse_exit
+from vmfs.words.registers import REGISTERS, Register, msr_name, parse_registers
 
 _CHUNK = 1 << 16
 

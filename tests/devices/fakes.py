@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from vmfs import exits
+from vmfs.words import exits
 
 
 class FakeMachine:

@@ -7,13 +7,13 @@ from devices.fakes import FakeMachine, Guest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs import exits
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device, Window
 from vmfs.devices.machine import Pc
 from vmfs.devices.pci import Bar, PciDevice
-from vmfs.errors import Invalid, LimitReached
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, LimitReached
 
 
 class Echo(Device):

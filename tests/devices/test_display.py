@@ -16,8 +16,8 @@ from vmfs.devices import screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, SLOT
 from vmfs.devices.machine import DISPLAY_SLOT, Pc
 from vmfs.devices.vga import FRAME
-from vmfs.errors import Gone, Invalid, Unsupported
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Gone, Invalid, Unsupported
 
 needs_font = pytest.mark.skipif(screen.find_vga_bios() is None, reason="no VGA BIOS here: apt-get install seabios")
 ENABLED, LFB, DAC_8BIT, GETCAPS, NO_CLEAR = 0x01, 0x40, 0x20, 0x02, 0x80

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vmfs.devices import i8042, keys
 from vmfs.devices.machine import Pc
-from vmfs.errors import Invalid, Unsupported, WouldBlock
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 FULL, FROM_MOUSE = 0x01, 0x20
 

@@ -6,7 +6,7 @@ import calendar
 
 import pytest
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 SECOND = 1_000_000_000
 

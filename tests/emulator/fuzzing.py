@@ -31,11 +31,11 @@ SOURCES = ("main.c", "generate.c", "host.c")
 def objects() -> list[str]:
     """What the extension in use was linked from, but for the module. VMFS_FUZZ_OBJECTS: another folder."""
     if folder := os.environ.get("VMFS_FUZZ_OBJECTS"):
-        found = glob.glob(f"{folder}/*.o")
+        found = glob.glob(f"{folder}/**/*.o", recursive=True)
     elif sanitized():
-        found = glob.glob(str(ROOT / "build/asan/temp/vmfs/engine/emulator/core/*.o"))
+        found = glob.glob(str(ROOT / "build/asan/temp/vmfs/engine/emulator/core/**/*.o"), recursive=True)
     else:
-        found = glob.glob(str(ROOT / "build/temp.*/vmfs/engine/emulator/core/*.o"))
+        found = glob.glob(str(ROOT / "build/temp.*/vmfs/engine/emulator/core/**/*.o"), recursive=True)
     return sorted(each for each in found if os.path.basename(each) != "module.o")
 
 

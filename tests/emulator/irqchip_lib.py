@@ -15,10 +15,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CORE = HERE.parents[1] / "vmfs" / "engine" / "emulator" / "core"
+CHIP = CORE / "chip"
 SOURCES = [
-    CORE / name
-    for name in ("irqchip.c", "apic.c", "apic_timer.c", "ioapic.c", "pic.c", "pit.c")
-    if (CORE / name).exists()
+    CHIP / name
+    for name in ("irqchip.c", "apic.c", "ioapic.c", "pic.c", "pit.c")
 ] + [HERE / "irqchip_shim.c"]
 GIVEN_LIBRARY = "VMFS_TEST_IRQCHIP_LIBRARY"
 NEVER = 2**64 - 1
@@ -71,6 +71,7 @@ def build(directory, sanitize=False):
             "-fPIC",
             *flags,
             f"-I{CORE}",
+            f"-I{CHIP}",
             "-o",
             library,
             *SOURCES,

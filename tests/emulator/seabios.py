@@ -13,8 +13,8 @@ import os
 import struct
 from pathlib import Path
 
-from vmfs import exits
 from vmfs.engine.emulator.engine import EmulatorEngine
+from vmfs.words import exits
 
 IMAGES = Path("/usr/share/seabios")
 RAM = 16 << 20

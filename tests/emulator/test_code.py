@@ -12,8 +12,8 @@ from engine.asm import ORIGIN, assemble
 from engine.machine import RAM, REGS, machine_on
 
 from vmfs.engine.base import Breakpoint, DebugRequest, Watchpoint
-from vmfs.errors import EngineFailed
-from vmfs.exits import Exit
+from vmfs.words.errors import EngineFailed
+from vmfs.words.exits import Exit
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402

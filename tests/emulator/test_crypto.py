@@ -11,6 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CORE = HERE.parents[1] / "vmfs/engine/emulator/core"
+INSN = CORE / "insn"
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split() if CPUINFO.exists() else []
 LACKING = {"aes", "pclmulqdq", "sha_ni"} - set(FLAGS)
@@ -23,7 +24,8 @@ def test_portable_forms(tmp_path):
     library = tmp_path / "crypto.so"
     subprocess.run(
         ["gcc", "-std=gnu11", "-O1", "-fwrapv", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-maes",
-         "-mpclmul", "-msha", f"-I{CORE}", "-o", library, HERE / "crypto_shim.c", CORE / "crypto.c"],
+         "-mpclmul", "-msha", f"-I{CORE}", f"-I{CORE / 'cpu'}",
+         f"-I{INSN}", "-o", library, HERE / "crypto_shim.c", INSN / "crypto.c"],
         check=True,
     )
     check = ctypes.CDLL(str(library)).crypto_check

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmfs import exits
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Breakpoint, DebugRequest, Watchpoint
-from vmfs.errors import Invalid, Unsupported, VmfsError
-from vmfs.modes import set_mode
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, Unsupported, VmfsError
+from vmfs.words.modes import set_mode
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402

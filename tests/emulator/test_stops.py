@@ -10,8 +10,8 @@ from engine import asm
 from engine.asm import assemble
 from engine.machine import RAM, machine_on
 
-from vmfs import exits
 from vmfs.engine.base import Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
+from vmfs.words import exits
 
 pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402

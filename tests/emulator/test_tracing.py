@@ -18,13 +18,13 @@ from engine.machine import RAM, machine_on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs import exits
 from vmfs.debug import trace
 from vmfs.debug.trace import _RECORD, linear_rip
 from vmfs.debug.trace_buffer import count
 from vmfs.engine.base import VCPU_STATES, DebugRequest, TraceRequest
-from vmfs.errors import Unsupported
-from vmfs.modes import set_mode
+from vmfs.words import exits
+from vmfs.words.errors import Unsupported
+from vmfs.words.modes import set_mode
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402

@@ -18,7 +18,7 @@ from vmfs.engine.base import (
     VectorStop,
     Watchpoint,
 )
-from vmfs.errors import Unsupported
+from vmfs.words.errors import Unsupported
 
 _LABEL = re.compile(r"\{(\w+)\}")
 

@@ -8,7 +8,7 @@ from engine.divergences import active
 from engine.machine import machine_on
 
 from vmfs.engine import ENGINES
-from vmfs.errors import VmfsError
+from vmfs.words.errors import VmfsError
 
 pytest.register_assert_rewrite("engine.case")
 

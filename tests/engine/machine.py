@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from engine.asm import ORIGIN, Program
 
 from vmfs.engine.base import Engine, Machine, Vcpu
-from vmfs.modes import USER_CODE64, USER_DATA, set_mode
+from vmfs.words.modes import USER_CODE64, USER_DATA, set_mode
 
 RAM = 0x80000
 MMIO = 0xA0000  # neither RAM nor a device, and in reach of real mode

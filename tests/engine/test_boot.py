@@ -7,7 +7,7 @@ import pytest
 from booting import MIB, loaded
 from engine import asm
 
-from vmfs import exits
+from vmfs.words import exits
 
 # Prints a string at an address on port 0xe9; clobbers al. `say "text"` prints the text.
 MACROS = """

@@ -6,8 +6,8 @@ import threading
 import pytest
 from engine.machine import machine_on
 
-from vmfs import exits
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, Unsupported
 
 SECONDS = 30
 

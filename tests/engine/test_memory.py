@@ -6,8 +6,8 @@ import pytest
 from engine.asm import ORIGIN
 from engine.machine import RAM, Ram, machine_on
 
-from vmfs import exits
-from vmfs.errors import EngineFailed, Invalid, VmfsError
+from vmfs.words import exits
+from vmfs.words.errors import EngineFailed, Invalid, VmfsError
 
 PAGE = 4096
 HIGH = 0x100000  # behind the RAM of the test machine

@@ -5,9 +5,9 @@ import struct
 import pytest
 from engine.asm import ORIGIN
 
-from vmfs.errors import Busy, Unsupported
-from vmfs.running import Bound
-from vmfs.vm import Vm
+from vmfs.machine.control import Bound
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Busy, Unsupported
 
 SECONDS = 30
 SIZE = 2 << 20

@@ -10,10 +10,10 @@ from engine.asm import ORIGIN
 
 from vmfs.engine import ENGINES
 from vmfs.engine.base import Capability
-from vmfs.errors import Busy, Invalid, NotPermitted, Unsupported, VmfsError
-from vmfs.registers import read_register, write_registers
-from vmfs.running import Bound
-from vmfs.vm import Vm
+from vmfs.machine.control import Bound
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Busy, Invalid, NotPermitted, Unsupported, VmfsError
+from vmfs.words.registers import read_register, write_registers
 
 SECONDS = 30
 SIZE = 2 << 20

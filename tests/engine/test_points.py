@@ -7,11 +7,11 @@ import pytest
 from vmfs.debug.points import Options, parse_options
 from vmfs.debug.symbols import SymbolTable
 from vmfs.engine.base import Capability
-from vmfs.errors import Unsupported
 from vmfs.fs.commands import parse_commands
-from vmfs.registers import read_register, write_registers
-from vmfs.running import Bound
-from vmfs.vm import Vm
+from vmfs.machine.control import Bound
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Unsupported
+from vmfs.words.registers import read_register, write_registers
 
 AT = 0x1000
 SECONDS = 20

@@ -8,9 +8,9 @@ import pytest
 from engine.asm import ORIGIN
 from engine.machine import MMIO, machine_on
 
-from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, Capability
-from vmfs.errors import Invalid, Unsupported, WouldBlock
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 SECONDS = 30  # for what takes milliseconds: a bound for a hang
 

@@ -7,7 +7,7 @@ from engine.asm import ORIGIN
 from engine.machine import MMIO, machine_on
 
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
-from vmfs.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported
 
 _TSC, _TSC_ADJUST, _SYSENTER_CS, _EFER, _LSTAR = 0x10, 0x3B, 0x174, 0xC0000080, 0xC0000082
 # Time goes on between two reads: the time stamp counter, and KVM's clocks.

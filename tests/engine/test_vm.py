@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-from vmfs import exits
 from vmfs.engine import by_name
 from vmfs.engine.base import INTERRUPT_QUEUE, VCPU_STATES, has_state
-from vmfs.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsError, WouldBlock
-from vmfs.host import Host
-from vmfs.memory import PAGE
-from vmfs.registers import read_register, write_registers
-from vmfs.running import Bound
-from vmfs.vm import MemoryHooks, Vm
+from vmfs.host.machines import Host
+from vmfs.machine.control import Bound
+from vmfs.machine.machine import MemoryHooks, Vm
+from vmfs.machine.memory import PAGE
+from vmfs.words import exits
+from vmfs.words.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsError, WouldBlock
+from vmfs.words.registers import read_register, write_registers
 
 AT = 0x1000
 SECONDS = 20  # for what takes milliseconds; a bound for a hang, not a measure

@@ -17,7 +17,7 @@ from vmfs.fs.inodes import ROOT, Inodes
 from vmfs.fs.operations import Operations
 from vmfs.fs.scopes import RootScope
 from vmfs.fs.tree import RootDirectory
-from vmfs.host import Host
+from vmfs.host.machines import Host
 
 INFOS = (EngineInfo("fake", True, True, 1.5, 'it is "fake"'), EngineInfo("other", False, False, None, "no"))
 

@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from vmfs import exits
 from vmfs.engine.base import (
     INTERRUPT_QUEUE,
     NO_DEBUG,
@@ -23,7 +22,8 @@ from vmfs.engine.base import (
     Machine,
     Vcpu,
 )
-from vmfs.errors import Invalid, Unsupported, WouldBlock
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 RIP = 128  # in struct kvm_regs
 MSRS = {0x10: 0, 0x174: 0, 0xC0000080: 0}

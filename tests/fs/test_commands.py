@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs.debug.points import Points
-from vmfs.errors import Invalid, VmfsError
 from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
 from vmfs.fs.kinds import decoded
 from vmfs.fs.memory_file import dirty_ranges
 from vmfs.fs.tree import check_name
-from vmfs.running import UNBOUND, Bound
+from vmfs.machine.control import UNBOUND, Bound
+from vmfs.words.errors import Invalid, VmfsError
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 WORDS = sorted({command.name for row in COMMANDS.values() for command in row if command.name})

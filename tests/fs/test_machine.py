@@ -10,10 +10,10 @@ import pytest
 import trio
 from fs.conftest import Waker
 
-from vmfs.errors import EngineFailed
-from vmfs.exits import Hlt, Io, Shutdown
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import POLL_HUP, POLL_IN, POLL_OUT, POLL_PRI, ROOT, Node
+from vmfs.words.errors import EngineFailed
+from vmfs.words.exits import Hlt, Io, Shutdown
 
 OUT = Io(direction="out", port=0x80, size=1, data=b"\x42", rip=0x1004)
 
@@ -418,7 +418,7 @@ def test_what_is_forgotten_is_gone(on_fs):
 def test_a_bug_is_eio_and_a_line_in_the_log(on_fs, monkeypatch, caplog):
     async def test(kernel):
         await kernel.mkdir("a")
-        monkeypatch.setattr("vmfs.vm.Vm.counters", lambda vm: 1 / 0)
+        monkeypatch.setattr("vmfs.machine.machine.Vm.counters", lambda vm: 1 / 0)
         monkeypatch.setattr(kernel.engine.cpu, "nmi", lambda: 1 / 0)
         monkeypatch.setattr("vmfs.fs.tree.RegisterDirectory.lookup", lambda directory, name: 1 / 0)
         assert await failing(kernel.read("a/stat")) == errno.EIO

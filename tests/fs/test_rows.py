@@ -8,8 +8,8 @@ import stat
 
 import pytest
 
-from vmfs.exits import Io
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
+from vmfs.words.exits import Io
 
 CONTROLLERS = ("lapic", "irqchip", "pit")
 OF_A_PC = ("console", "hvc", "screen.txt", "screen.png", "framebuffer")  # a bare machine has none of them

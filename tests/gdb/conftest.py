@@ -18,7 +18,7 @@ from mounting import Machine, Server, reason_against
 
 from vmfs.debug.gdb.server import Gdb
 from vmfs.engine import ENGINES, by_name
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import trio
 
 from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.debug.gdb.server import Gdb
-from vmfs.errors import Invalid
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Invalid
 
 
 class Surroundings:

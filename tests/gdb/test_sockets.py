@@ -18,9 +18,9 @@ from mounting import SOON, failing, wait_until
 
 from vmfs.debug.gdb import handover
 from vmfs.debug.gdb.packets import Decoder, Packet, frame
-from vmfs.errors import NotPermitted
 from vmfs.fs.gdb_files import _Listener
 from vmfs.fs.rights import Credentials, HostError
+from vmfs.words.errors import NotPermitted
 
 
 class Peer:

@@ -10,8 +10,8 @@ import pytest
 from vmfs.debug.gdb.inferior import _set
 from vmfs.debug.gdb.target import AVX, CORE, LAYOUTS, SEGMENTS, SSE, States, has_avx, layout, set_ymm_highs
 from vmfs.engine import ENGINES
-from vmfs.errors import Invalid
-from vmfs.registers import REGISTERS
+from vmfs.words.errors import Invalid
+from vmfs.words.registers import REGISTERS
 
 # GDB manual G.5.5: what each of its features must have.
 NEEDED = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mounting import reason_against_mounts
 
-from vmfs import mounts
+from vmfs.host import mounts
 
 ROOT = Path(__file__).resolve().parents[2]
 VMFS = Path(sys.executable).parent / "vmfs"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import vmfs
-from vmfs import exits
 from vmfs.client import Vm
-from vmfs.registers import REGISTERS
+from vmfs.words import exits
+from vmfs.words.registers import REGISTERS
 
 INCLUDE = Path(vmfs.__file__).parent / "include"
 CODE = 0x1000

@@ -11,9 +11,9 @@ import subprocess
 import pytest
 from mounting import failing
 
-from vmfs.exits import EXIT_STRUCT_SIZE
 from vmfs.fs.files import FILES, ROOT_FILES
-from vmfs.registers import REGISTERS
+from vmfs.words.exits import EXIT_STRUCT_SIZE
+from vmfs.words.registers import REGISTERS
 
 OUT_HLT = "b042 e680 f4"  # mov al, 0x42; out 0x80, al; hlt
 IN_OUT = "e481 e680 f4"  # in al, 0x81; out 0x80, al; hlt

@@ -67,10 +67,10 @@ def drop_sys_admin():
 def serve(directory):
     import trio
 
-    from vmfs.errors import VmfsError
     from vmfs.fs.hooks import _fuse, pyfuse3, status
     from vmfs.fs.interrupts import interruptible
     from vmfs.fs.passthrough import Backing
+    from vmfs.words.errors import VmfsError
 
     class Files(pyfuse3.Operations):
         def __init__(self):

@@ -82,8 +82,8 @@ def test_an_aborted_connection_ends_the_server(own_server):
 
 def test_a_mount_on_what_is_no_directory_fails_with_a_sentence(tmp_path):
     code = (
-        "import sys; from vmfs.fs import serve; from vmfs.settings import MountSettings\n"
-        "from vmfs.errors import VmfsError\n"
+        "import sys; from vmfs.fs import serve; from vmfs.host.settings import MountSettings\n"
+        "from vmfs.words.errors import VmfsError\n"
         "try: serve(sys.argv[1], MountSettings(), lambda: print('ready'))\n"
         "except VmfsError as error: print(error)\n"
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from mounting import SOON, Blocked, blocked_read, blocked_write, failing, running, wait_until
 
-from vmfs.registers import REGISTERS
+from vmfs.words.registers import REGISTERS
 
 SPIN = "ebfe"  # jmp $
 COUNT = "ff06 0020 ebfa"  # inc word [0x2000]; jmp

@@ -8,12 +8,13 @@ import pytest
 from booting import MIB, text_at
 from pc.kernels import CLOUD, GENERIC, IPXE, MEMTEST, needs_kernels
 
-from vmfs import boot, exits
+from vmfs import boot
 from vmfs.boot import elf, linux, payload
 from vmfs.boot.source import Source
 from vmfs.engine.base import Breakpoint, DebugRequest
 from vmfs.engine.emulator.engine import EmulatorEngine
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words import exits
 
 pytestmark = needs_kernels
 SIZE = 128 * MIB

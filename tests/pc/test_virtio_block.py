@@ -32,7 +32,7 @@ from vmfs.devices.virtio.block import (
     Block,
 )
 from vmfs.devices.virtio.disk import Disk, Overlay, RawDisk, open_disk
-from vmfs.errors import Busy, Invalid
+from vmfs.words.errors import Busy, Invalid
 
 SECTORS = 4096  # 2 MiB
 

@@ -21,7 +21,7 @@ from pc.virtio_driver import SIZE, Bench, Driver
 from vmfs.devices.virtio.backends import MAX_FRAME, Passt, Stream, open_tap
 from vmfs.devices.virtio.net import F_MRG_RXBUF, Net
 from vmfs.devices.virtio.pci import EVENT_IDX
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words.errors import Invalid, Unsupported
 
 HEADER = bytes(12)
 MAC = bytes.fromhex("525400123456")

@@ -15,8 +15,8 @@ from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.pci import EVENT_IDX, INDIRECT_DESC, VERSION_1, VirtioDevice
 from vmfs.devices.virtio.queue import INDIRECT, NEXT, WRITE, Chain, Virtqueue, part
 from vmfs.devices.virtio.rng import Rng
-from vmfs.errors import Invalid
-from vmfs.memory import PAGE
+from vmfs.machine.memory import PAGE
+from vmfs.words.errors import Invalid
 
 
 class Echo(VirtioDevice):

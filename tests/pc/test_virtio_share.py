@@ -18,8 +18,8 @@ from pc.virtio_driver import Bench, Driver
 
 from vmfs.devices.virtio.ninep import MAX_FIDS, MAX_OPEN, MESSAGES, Server
 from vmfs.devices.virtio.share import Share
-from vmfs.errors import Invalid, NotPermitted
 from vmfs.fs.rights import Credentials, as_user
+from vmfs.words.errors import Invalid, NotPermitted
 
 ROOM = 1 << 16
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from vmfs import boot
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import Platform
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
-from vmfs.registers import REGISTERS
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
+from vmfs.words.registers import REGISTERS
 
 CODE = bytes(range(256)) * 8
 SECTOR = b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"

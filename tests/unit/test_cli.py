@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs import cli, daemon, doctor, mounts
-from vmfs.commands import mount
+from vmfs import cli
+from vmfs.commands import doctor, mount
 from vmfs.commands.options import OPTIONS, count, parse_options, size
-from vmfs.errors import EngineFailed, Invalid
-from vmfs.settings import MountSettings
+from vmfs.host import daemon, mounts
+from vmfs.host.settings import MountSettings
+from vmfs.words.errors import EngineFailed, Invalid
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -244,9 +245,9 @@ def in_a_process():
         script = "\n".join([
             "import os, signal, sys, time",
             "from pathlib import Path",
-            "from vmfs import cli, daemon",
-            "from vmfs.errors import *",
-            "from vmfs.settings import MountSettings",
+            "from vmfs.host import daemon",
+            "from vmfs.words.errors import *",
+            "from vmfs.host.settings import MountSettings",
             "def serve(directory, settings, ready):",
             *(f"    {line}" for line in lines.splitlines()),
             "daemon.serve = serve",

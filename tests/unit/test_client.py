@@ -6,9 +6,9 @@ import struct
 
 import pytest
 
-from vmfs import exits
 from vmfs.client import Vm
-from vmfs.registers import REGISTERS
+from vmfs.words import exits
+from vmfs.words.registers import REGISTERS
 
 STATES = {"regs": 144, "sregs": 312, "debugregs": 128, "xcrs": 392, "fpu": 416}
 

@@ -14,7 +14,7 @@ from vmfs.debug.conditions import (
     parse_address,
     parse_condition,
 )
-from vmfs.errors import Invalid, VmfsError
+from vmfs.words.errors import Invalid, VmfsError
 
 MASK = (1 << 64) - 1
 REGISTERS = {"rax": 0x1122334455667788, "rbx": 0, "rsp": 0x7FF8, "cr3": 0x1000, "rip": MASK, "cs": 0x10}

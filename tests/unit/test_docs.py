@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from vmfs.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 from vmfs.fs.commands import COMMANDS
 from vmfs.fs.files import FILES, ROOT_FILES
+from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 SECTIONS = dict(re.findall(r"^### `([^`]+)` \((.*)\)$", TEXT, re.MULTILINE))

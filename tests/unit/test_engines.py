@@ -11,7 +11,7 @@ from vmfs.engine import ENGINES, EngineInfo, Row, by_name, choose, describe
 from vmfs.engine.base import Availability, Breakpoint, DebugRequest, Watchpoint
 from vmfs.engine.kvm.debugregs import NO_PLAN, NOTHING, Plan, plan
 from vmfs.engine.kvm.engine import KvmEngine
-from vmfs.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported
 
 
 class Works:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs import exits
-from vmfs.errors import Invalid
+from vmfs.words import exits
+from vmfs.words.errors import Invalid
 
 LINES = [
     (

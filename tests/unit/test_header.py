@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import vmfs
-from vmfs import exits
 from vmfs.debug import trace
-from vmfs.registers import REGISTERS
+from vmfs.words import exits
+from vmfs.words.registers import REGISTERS
 
 INCLUDE = Path(vmfs.__file__).parent / "include"
 HEADER = INCLUDE / "vmfs.h"

@@ -15,10 +15,10 @@ from vmfs.debug.disasm import CodeMode, Listing, disassemble, listing_text, pars
 from vmfs.debug.paging import Paging, linear_reader, mapped_ranges, ranges_text
 from vmfs.debug.stack import DEPTH, STACKS_MOST, StackState, stack_text
 from vmfs.debug.symbols import SymbolTable
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
-from vmfs.modes import set_mode
-from vmfs.registers import REGISTERS
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import REGISTERS
 
 SYMBOLS = SymbolTable([(0x1000, "T", "start"), (0x1100, "t", "helper"), (0x2000, "D", "table")])
 

@@ -11,9 +11,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.errors import Interrupted
 from vmfs.fs import interrupts
 from vmfs.fs.interrupts import Watch, deliverable, interruptible, signalled
+from vmfs.words.errors import Interrupted
 
 
 class FakeRequest:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from vmfs.debug import kallsyms
 from vmfs.debug.paging import Paging
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
 
 TEXT = 0xFFFF_FFFF_8140_0000  # _text, where KASLR has put it
 IMAGE = 0x40_0000  # its physical address

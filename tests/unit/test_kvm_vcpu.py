@@ -16,7 +16,7 @@ from vmfs.engine.base import Breakpoint, DebugRequest, VectorStop, Watchpoint
 from vmfs.engine.kvm import abi, call, vcpu
 from vmfs.engine.kvm.abi import ExitReason, Ioctl
 from vmfs.engine.kvm.state import HostFacts
-from vmfs.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported
 
 PAGE = 3 * mmap.PAGESIZE
 DATA = mmap.PAGESIZE  # where port data lies in the mapping

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from vmfs.errors import Busy, Gone, Invalid, PastEnd
-from vmfs.memory import MAXIMUM_SIZE, PAGE, Memory
+from vmfs.machine.memory import MAXIMUM_SIZE, PAGE, Memory
+from vmfs.words.errors import Busy, Gone, Invalid, PastEnd
 
 
 def test_reads_and_writes_stop_at_the_end():

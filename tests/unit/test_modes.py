@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from vmfs.errors import Invalid
-from vmfs.modes import CODE, DATA, RFLAGS, RIP, RSP, mode_of, set_mode
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import CODE, DATA, RFLAGS, RIP, RSP, mode_of, set_mode
 
 SEGMENT = struct.Struct("<QIHBBBBBBBBBx")
 NAMES = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")

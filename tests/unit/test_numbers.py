@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.errors import Invalid
-from vmfs.numbers import parse_duration, parse_number, parse_size
+from vmfs.words.errors import Invalid
+from vmfs.words.numbers import parse_duration, parse_number, parse_size
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from vmfs.debug import points as module
 from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint
-from vmfs.errors import Invalid, LimitReached
 from vmfs.fs.commands import parse_commands
+from vmfs.words.errors import Invalid, LimitReached
 
 
 class Nothing:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.errors import Invalid, Unsupported, VmfsError
-from vmfs.registers import (
+from vmfs.words.errors import Invalid, Unsupported, VmfsError
+from vmfs.words.registers import (
     REGISTERS,
     dump_registers,
     msr_name,

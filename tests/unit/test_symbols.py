@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs.debug.symbols import REACH, SymbolTable, parse, parse_elf, parse_file, parse_map
-from vmfs.errors import Invalid, LimitReached
+from vmfs.words.errors import Invalid, LimitReached
 
 MAP = b"""\
 0000000000000000 A percpu_start

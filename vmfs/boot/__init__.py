@@ -16,8 +16,8 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom, Start
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
 
 __all__ = [
     "IMAGES", "Image", "Platform", "Rom", "Source", "Start", "firmware_files", "load", "load_bios", "probe",

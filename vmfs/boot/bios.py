@@ -8,8 +8,8 @@ from __future__ import annotations
 from vmfs.boot.plan import Plan
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
 
 _GRANULE = 64 << 10
 LARGEST = 16 << 20  # below that are the APICs' addresses

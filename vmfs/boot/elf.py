@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vmfs.boot.plan import Plan
 from vmfs.boot.source import Source
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 MAGIC = b"\x7fELF"
 EXECUTABLE, SHARED = 2, 3

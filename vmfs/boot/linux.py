@@ -23,7 +23,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import HIGH, Platform
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 _SECTOR = 512
 _HEADER_AT, _HEADER_END = 0x1F1, 0x290  # the setup header in the image and, the same, in struct boot_params

@@ -15,7 +15,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import EBDA, HIGH
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 _SEARCHED = 8192
 _HEADER = struct.Struct("<III")

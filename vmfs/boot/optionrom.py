@@ -17,7 +17,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import HIGH
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 FILE = "genroms/vmfs-kernel.rom"
 

@@ -20,7 +20,7 @@ import lz4.block
 import zstandard
 
 from vmfs.boot.source import CHUNK, Source
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 _SIZE = 4  # bytes of the vmlinux's size
 _LARGEST = 512 << 20  # bytes of a vmlinux; with every option of Linux it has a third of that

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from vmfs.boot.platform import USABLE, Range
 from vmfs.boot.source import Source
-from vmfs.errors import Invalid
-from vmfs.memory import PAGE, Memory
+from vmfs.machine.memory import PAGE, Memory
+from vmfs.words.errors import Invalid
 
 
 class Claim(NamedTuple):

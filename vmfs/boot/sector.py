@@ -13,7 +13,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import EBDA
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 ADDRESS = 0x7C00
 SECTOR = 512

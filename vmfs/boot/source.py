@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vmfs.errors import EngineFailed, Invalid
+from vmfs.words.errors import EngineFailed, Invalid
 
 CHUNK = 1 << 20  # bytes that are moved at a time
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, EBDA, Platform
 from vmfs.boot.source import Source
-from vmfs.errors import Invalid
-from vmfs.modes import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_FIXED, Segment
-from vmfs.registers import RegisterFile, write_registers
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_FIXED, Segment
+from vmfs.words.registers import RegisterFile, write_registers
 
 # Where the loader's own structures go when an image is not there itself: clear of the boot sector's page and of the
 # first 64 KiB, where small kernels have their stacks.
@@ -47,7 +47,8 @@ class Rom:
 class Start:
     """A machine that is ready to run.
 
-    `registers` are by the names of vmfs.registers. `format` is a row of IMAGES, `how` a sentence about what was done.
+    `registers` are by the names of vmfs.words.registers. `format` is a row of IMAGES, `how` a sentence about what
+    was done.
     `written` are the (address, size) in RAM that were changed.
 
     With `registers` the CPU starts in the image. Without, it starts at the reset vector, in a BIOS: `rom`, or

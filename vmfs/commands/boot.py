@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmfs import exits, mounts, terminal
 from vmfs.boot import Source, probe
+from vmfs.commands import terminal
 from vmfs.commands.console import open_console
 from vmfs.commands.options import argument, engine, size
-from vmfs.errors import EngineFailed, Invalid, NotPermitted, VmfsError
+from vmfs.host import mounts
+from vmfs.words import exits
+from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
 
 _CHUNK = 1 << 20
 _PATIENCE = 0.5  # seconds of loading before it is told about

@@ -5,9 +5,9 @@ import errno
 import os
 import sys
 
-from vmfs import terminal
+from vmfs.commands import terminal
 from vmfs.commands.options import argument
-from vmfs.errors import EngineFailed, Gone, Invalid, NotPermitted
+from vmfs.words.errors import EngineFailed, Gone, Invalid, NotPermitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import threading
 
 from vmfs.debug.gdb import handover
 from vmfs.debug.gdb.packets import frame
-from vmfs.errors import EngineFailed, Invalid, NotPermitted, VmfsError
+from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
 
 _CHUNK = 1 << 16
 

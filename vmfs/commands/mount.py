@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from vmfs import daemon, mounts
 from vmfs.commands.options import argument, count, engine, parse_options, size
-from vmfs.errors import EngineFailed, Invalid, NotPermitted
-from vmfs.settings import MountSettings
+from vmfs.host import daemon, mounts
+from vmfs.host.settings import MountSettings
+from vmfs.words.errors import EngineFailed, Invalid, NotPermitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

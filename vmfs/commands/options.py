@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vmfs.errors import Invalid, VmfsError
-from vmfs.numbers import parse_number, parse_size
-from vmfs.settings import MountSettings
+from vmfs.host.settings import MountSettings
+from vmfs.words.errors import Invalid, VmfsError
+from vmfs.words.numbers import parse_number, parse_size
 
 
 def engine(text: str) -> str:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from vmfs import mounts
-from vmfs.errors import Invalid
+from vmfs.host import mounts
+from vmfs.words.errors import Invalid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vmfs.errors import Invalid, VmfsError
-from vmfs.numbers import parse_number
-from vmfs.registers import REGISTERS, parse_msr
+from vmfs.words.errors import Invalid, VmfsError
+from vmfs.words.numbers import parse_number
+from vmfs.words.registers import REGISTERS, parse_msr
 
 Resolve = Callable[[str], int | None]  # the address of a symbol, or None
 

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.engine.base import Vcpu
-from vmfs.errors import Invalid, Unsupported
-from vmfs.memory import MemoryView
-from vmfs.registers import REGISTERS
+from vmfs.machine.memory import MemoryView
+from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.registers import REGISTERS
 
 RAM_OFFSET = 8 << 20  # room for 131072 program headers and the notes
 PHYSICAL_WINDOW = 1 << 63

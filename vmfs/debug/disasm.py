@@ -13,10 +13,10 @@ import capstone
 
 from vmfs.debug.paging import Reader, States
 from vmfs.debug.symbols import SymbolTable
-from vmfs.errors import Invalid
-from vmfs.modes import EFER_LMA
-from vmfs.numbers import parse_number
-from vmfs.registers import REGISTERS
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import EFER_LMA
+from vmfs.words.numbers import parse_number
+from vmfs.words.registers import REGISTERS
 
 LONGEST = 15  # bytes of an instruction (SDM 2A 2.3.11)
 COUNT = 16

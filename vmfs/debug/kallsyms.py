@@ -30,8 +30,8 @@ from itertools import accumulate, islice, pairwise
 
 from vmfs.debug.paging import Paging, Ram, Reader, linear_reader, mapped_ranges
 from vmfs.debug.symbols import MOST, NAME_MOST, Symbol, SymbolTable
-from vmfs.errors import Invalid
-from vmfs.memory import PAGE, MemoryView
+from vmfs.machine.memory import PAGE, MemoryView
+from vmfs.words.errors import Invalid
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _CHUNK = 1 << 20

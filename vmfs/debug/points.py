@@ -29,8 +29,8 @@ from vmfs.engine.base import (
     VectorStop,
     Watchpoint,
 )
-from vmfs.errors import Invalid, LimitReached
-from vmfs.numbers import parse_number
+from vmfs.words.errors import Invalid, LimitReached
+from vmfs.words.numbers import parse_number
 
 MOST = 1 << 16  # of a machine: they live in the server's memory, and every change is told to the engine whole
 LONGEST_WATCH = 4096

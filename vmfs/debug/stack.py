@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from vmfs.debug.disasm import CodeMode
 from vmfs.debug.paging import NO_EXECUTE, Page, Paging, Ram, States, linear_reader, read_linear
 from vmfs.debug.symbols import SymbolTable
-from vmfs.memory import PAGE
-from vmfs.registers import REGISTERS
+from vmfs.machine.memory import PAGE
+from vmfs.words.registers import REGISTERS
 
 DEPTH = 16 << 10  # bytes of the stack that are looked at: a kernel stack of Linux
 STACKS_MOST = 4

@@ -22,8 +22,8 @@ from elftools.common.exceptions import ELFError
 from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
 
-from vmfs.errors import Invalid, LimitReached
-from vmfs.numbers import parse_number
+from vmfs.words.errors import Invalid, LimitReached
+from vmfs.words.numbers import parse_number
 
 MOST = 1 << 20  # symbols of a table; Debian's Linux has some 150,000
 FILE_MOST = 2 << 30  # bytes of an ELF file; Linux with its debug information has 0.5 GiB

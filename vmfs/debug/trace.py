@@ -13,13 +13,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vmfs import exits
 from vmfs.debug._trace import Text
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace_buffer import TraceBuffer
 from vmfs.engine.base import TRACE_ALL, Capability, TraceRequest, Vcpu
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words import exits
+from vmfs.words.errors import Invalid, Unsupported
 
 # As VMFS_TRACE_ in vmfs.h, where the record is documented.
 RECORD_KINDS = ("insn", "mem", "exception", "interrupt", "exit", "at", "dropped")

@@ -22,10 +22,10 @@ from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.ninep import Server
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import Share
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 if TYPE_CHECKING:
-    from vmfs.vm import Vm
+    from vmfs.machine.machine import Vm
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmfs import exits
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device
 from vmfs.engine.base import Machine, Vcpu
-from vmfs.errors import EngineFailed, Invalid
-from vmfs.memory import PAGE, Memory
+from vmfs.machine.memory import PAGE, Memory
+from vmfs.words import exits
+from vmfs.words.errors import EngineFailed, Invalid
 
 FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
 _DIGITS = bytes.maketrans(b"\0\1", b"01")

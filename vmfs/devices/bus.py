@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 
 from vmfs.devices.device import Device, Window
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 PORTS = 0x10000
 

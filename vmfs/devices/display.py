@@ -18,8 +18,8 @@ from vmfs.devices.device import Window
 from vmfs.devices.pci import Bar, PciDevice
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe
 from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga
-from vmfs.errors import Gone, Invalid, VmfsError
-from vmfs.memory import punch
+from vmfs.machine.memory import punch
+from vmfs.words.errors import Gone, Invalid, VmfsError
 
 FRAMEBUFFER_SIZE = 16 << 20
 SLOT = FIRST_SLOT  # of the engine's memory

@@ -14,7 +14,7 @@ from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 PORT, PORTS = 0x510, 12
 _SELECTOR, _DATA, _DMA_HIGH, _DMA_LOW = 0, 1, 4, 8  # offsets

@@ -20,7 +20,7 @@ from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
 from vmfs.devices.ps2 import Keyboard, Mouse
-from vmfs.errors import Invalid, Unsupported, WouldBlock
+from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
 KEYBOARD_IRQ, MOUSE_IRQ = 1, 12

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 # What the controller makes of each code of set 2, by the code: set 1.
 SET_2_TO_1 = bytes.fromhex(

@@ -21,8 +21,8 @@ from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import find_vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.engine.base import Machine
-from vmfs.errors import Invalid
-from vmfs.memory import Memory
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
-from vmfs.errors import Invalid, LimitReached
+from vmfs.words.errors import Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 SLOTS = 32

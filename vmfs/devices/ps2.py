@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from vmfs.devices.keys import translated
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 ACK, RESEND, ERROR, SELF_TEST_PASSED = 0xFA, 0xFE, 0xFC, 0xAA
 QUEUE = 16  # bytes that a keyboard keeps

@@ -16,7 +16,7 @@ from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 INDEX, DATA, IRQ = 0x70, 0x71, 8
 CENTURY = 0x32

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vmfs.devices.display import Display
 from vmfs.devices.vga import FONT_GLYPH, GraphicsMode, TextMode
-from vmfs.errors import Unsupported
-from vmfs.memory import MemoryView
+from vmfs.machine.memory import MemoryView
+from vmfs.words.errors import Unsupported
 
 # Code page 437, as the character generator of every VGA has it: those below 32 and 127 are shown, too.
 _LOW = " ☺☻♥♦♣♠•◘○◙♂♀♪♫☼►◄↕‼¶§▬↨↑↓→←∟↔▲▼"

@@ -11,7 +11,7 @@ from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 FIFO = 16
 # Offsets; RBR, THR, IER are DLL, DLM while LCR.DLAB is set.

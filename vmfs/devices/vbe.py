@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmfs.devices.vga import GraphicsMode
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 PORT = 0x1CE
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 PORTS_START, PORTS_END = 0x3B0, 0x3E0
 FRAME = 1_000_000_000 // 60  # ns; the retrace is a tenth of a frame

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 
 from vmfs.engine.base import Availability, Engine
-from vmfs.errors import EngineFailed, Invalid, VmfsError
-from vmfs.exits import Hlt
-from vmfs.modes import RIP, set_mode
+from vmfs.words.errors import EngineFailed, Invalid, VmfsError
+from vmfs.words.exits import Hlt
+from vmfs.words.modes import RIP, set_mode
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ and one test suite (tests/engine) runs on all.
 What is behind a capability may be missing in an engine: it is then not in `capabilities`, the method
 raises `errors.Unsupported` with the reason, and the file answers EOPNOTSUPP.
 
-Failures are `vmfs.errors`: `Invalid` for bytes that the engine refuses, `Unsupported`, `EngineFailed` naming
+Failures are `vmfs.words.errors`: `Invalid` for bytes that the engine refuses, `Unsupported`, `EngineFailed` naming
 the ioctl and its errno. A failed call has changed nothing.
 
 Threads: `Vcpu.run` is called by one thread at a time and drops the GIL while the guest runs. `Vcpu.kick`,
@@ -24,8 +24,8 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vmfs.errors import Invalid, Unsupported
-from vmfs.exits import Exit
+from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.exits import Exit
 
 
 class Capability(enum.StrEnum):

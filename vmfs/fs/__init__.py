@@ -12,15 +12,15 @@ from collections.abc import Callable
 import trio
 
 from vmfs import engine
-from vmfs.errors import EngineFailed
 from vmfs.fs.connection import Connection, fuse_descriptors
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import Inodes
 from vmfs.fs.operations import Operations
 from vmfs.fs.scopes import RootScope
 from vmfs.fs.tree import RootDirectory
-from vmfs.host import Host
-from vmfs.settings import MountSettings
+from vmfs.host.machines import Host
+from vmfs.host.settings import MountSettings
+from vmfs.words.errors import EngineFailed
 
 log = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ from vmfs.debug.trace import (
     parse_span,
     parse_switch,
 )
-from vmfs.errors import Invalid
-from vmfs.numbers import parse_duration, parse_number, parse_size
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Invalid
+from vmfs.words.numbers import parse_duration, parse_number, parse_size
 
 # ---- arguments
 

@@ -10,11 +10,11 @@ import trio
 
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
-from vmfs.errors import Unsupported, WouldBlock
 from vmfs.fs.inodes import POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import may_not_block
 from vmfs.fs.streams import Stream, StreamHandle
+from vmfs.words.errors import Unsupported, WouldBlock
 
 LIMIT = 16 << 20  # bytes that are kept for a reader that does not read
 ROOM = 4096  # bytes that wait for the guest; more make a writer wait

@@ -28,11 +28,11 @@ from vmfs.debug.stack import StackState, stack_text
 from vmfs.debug.symbolfile import size_of, symbol_file
 from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
 from vmfs.engine.base import Vcpu
-from vmfs.errors import BadAddress, PastEnd
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished, value_of
-from vmfs.memory import MemoryView
+from vmfs.machine.memory import MemoryView
+from vmfs.words.errors import BadAddress, PastEnd
 
 T = TypeVar("T")
 

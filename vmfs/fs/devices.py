@@ -13,11 +13,11 @@ import trio
 
 from vmfs.devices.attach import Writer, attach
 from vmfs.devices.device import Device
-from vmfs.errors import NotPermitted, Unsupported
 from vmfs.fs.inodes import Directory, File, Handle, Kind, Node, Scope
 from vmfs.fs.kinds import Text, decoded
 from vmfs.fs.rights import as_user, credentials_of, open_path
 from vmfs.fs.scopes import MachineScope
+from vmfs.words.errors import NotPermitted, Unsupported
 
 
 class DeviceScope(Scope):

@@ -13,8 +13,6 @@ import trio
 from vmfs import __version__
 from vmfs.engine import EngineInfo, by_name
 from vmfs.engine.base import Vcpu, has_state
-from vmfs.errors import Busy, Invalid, Unsupported
-from vmfs.exits import Exit
 from vmfs.fs.commands import parse_command, parse_commands
 from vmfs.fs.console import Console
 from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack, symbols_elf, symbols_elf_size
@@ -27,10 +25,12 @@ from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.screen_files import Framebuffer, screen_picture, screen_text, type_keys
 from vmfs.fs.trace_file import TraceFile
 from vmfs.fs.waiting import finished
-from vmfs.memory import PAGE
-from vmfs.modes import check_mode
-from vmfs.numbers import parse_number, parse_size
-from vmfs.registers import (
+from vmfs.machine.memory import PAGE
+from vmfs.words.errors import Busy, Invalid, Unsupported
+from vmfs.words.exits import Exit
+from vmfs.words.modes import check_mode
+from vmfs.words.numbers import parse_number, parse_size
+from vmfs.words.registers import (
     REGISTERS,
     dump_registers,
     msr_name,

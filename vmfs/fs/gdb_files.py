@@ -22,13 +22,13 @@ from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.debug.gdb.server import Gdb, Words
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.debug.gdb.target import DEFAULT
-from vmfs.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import decoded, may_not_block
 from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of
 from vmfs.fs.waiting import finished
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
 
 log = logging.getLogger(__name__)
 

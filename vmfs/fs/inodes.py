@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
-from vmfs.errors import Gone, Invalid, NotPermitted
+from vmfs.words.errors import Gone, Invalid, NotPermitted
 
 POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Linux asm-generic/poll.h
 ROOT = 1

@@ -21,8 +21,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from vmfs.errors import Interrupted
 from vmfs.fs.hooks import _fuse
+from vmfs.words.errors import Interrupted
 
 INTERVAL = 0.03
 """Seconds between two looks at a watched caller: unfelt at a keyboard, a small load for hundreds of them."""

@@ -16,15 +16,15 @@ from typing import Any
 
 import trio
 
-from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
-from vmfs.errors import Busy, Gone, Interrupted, Invalid, PastEnd, WouldBlock
 from vmfs.fs.commands import parse_command
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.waiting import finished, value_of
-from vmfs.running import UNBOUND, Bound, Run
+from vmfs.machine.control import UNBOUND, Bound, Run
+from vmfs.words import exits
+from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, PastEnd, WouldBlock
 
 TEXT_LIMIT = 64 << 10  # bytes of one write; `registers` whole is 9 KiB
 STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops

@@ -27,8 +27,8 @@ from vmfs.fs.connection import Connection
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.passthrough import Backing
-from vmfs.memory import PAGE
-from vmfs.vm import MemoryHooks, Vm
+from vmfs.machine.machine import MemoryHooks, Vm
+from vmfs.machine.memory import PAGE
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from concurrent.futures import Future
 from typing import Any
 
 from vmfs.debug.gdb.stub import parse_layout
-from vmfs.errors import Invalid
 from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
 from vmfs.fs.debug_files import SYMBOL_COMMANDS, symbols_by
 from vmfs.fs.files import FILES, REGISTER_FILES, has_msr, register_file
 from vmfs.fs.kinds import Text
 from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished
-from vmfs.numbers import parse_number
+from vmfs.words.errors import Invalid
+from vmfs.words.numbers import parse_number
 
 _TEXTS: Mapping[str, Text] = {row.name: row.kind for row in FILES if isinstance(row.kind, Text)}
 

@@ -17,10 +17,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import trio
 
-from vmfs.errors import Interrupted, NotPermitted, VmfsError, WouldBlock
 from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
-from vmfs.memory import PAGE
+from vmfs.machine.memory import PAGE
+from vmfs.words.errors import Interrupted, NotPermitted, VmfsError, WouldBlock
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vmfs.errors import Invalid, NotPermitted, VmfsError
+from vmfs.words.errors import Invalid, NotPermitted, VmfsError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # Raw system calls act on the calling thread; glibc's wrappers act on all threads. x86-64 numbers.

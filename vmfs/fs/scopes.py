@@ -11,15 +11,15 @@ from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
-from vmfs.errors import Busy, Unsupported
 from vmfs.fs.connection import Connection
 from vmfs.fs.console import ConsolePort
 from vmfs.fs.gdb_files import GdbPort
 from vmfs.fs.inodes import Scope
 from vmfs.fs.memory_file import MemoryServer
 from vmfs.fs.screen_files import FramebufferServer
-from vmfs.host import Host
-from vmfs.vm import Vm
+from vmfs.host.machines import Host
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Busy, Unsupported
 
 
 class RootScope(Scope):

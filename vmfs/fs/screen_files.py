@@ -16,10 +16,10 @@ import trio
 from vmfs.devices import keys, screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, Display
 from vmfs.devices.machine import Pc
-from vmfs.errors import Invalid, PastEnd, Unsupported
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.passthrough import Backing
-from vmfs.memory import MemoryView
+from vmfs.machine.memory import MemoryView
+from vmfs.words.errors import Invalid, PastEnd, Unsupported
 
 if TYPE_CHECKING:
     from vmfs.fs.scopes import MachineScope

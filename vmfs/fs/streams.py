@@ -12,10 +12,10 @@ from typing import Any
 
 import trio
 
-from vmfs.errors import WouldBlock
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import may_not_block
+from vmfs.words.errors import WouldBlock
 
 
 class Reader:

@@ -8,12 +8,12 @@ import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
 from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
-from vmfs.errors import Invalid, WouldBlock
 from vmfs.fs.commands import parse_commands
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import decoded, may_not_block
 from vmfs.fs.waiting import value_of
+from vmfs.words.errors import Invalid, WouldBlock
 
 SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
 TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds

@@ -9,14 +9,14 @@ from collections.abc import Iterable
 
 import trio
 
-from vmfs.errors import Invalid, NotPermitted
 from vmfs.fs.devices import DevicesDirectory
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, listed_registers, register_file
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import Directory, File, Inodes, Node
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.waiting import finished
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import Invalid, NotPermitted
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import trio
 
-from vmfs.errors import Gone
 from vmfs.fs.inodes import Handle, Scope
 from vmfs.fs.interrupts import interruptible
+from vmfs.words.errors import Gone
 
 
 async def finished(future: Future[Any], scope: Scope) -> None:

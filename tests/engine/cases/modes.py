@@ -3,7 +3,7 @@
 from engine.case import Case, Regs, Run
 from engine.cases.exceptions import idt64
 
-from vmfs.modes import CODE, DATA, USER_CODE32, USER_CODE64, USER_DATA
+from vmfs.words.modes import CODE, DATA, USER_CODE32, USER_CODE64, USER_DATA
 
 _EFER, _STAR, _LSTAR, _FMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000084
 

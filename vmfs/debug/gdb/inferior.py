@@ -13,12 +13,12 @@ from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_hig
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.debug.points import Points
 from vmfs.engine.base import Vcpu
-from vmfs.errors import BadAddress, VmfsError
-from vmfs.exits import Exit
-from vmfs.memory import PAGE, Memory, MemoryView
-from vmfs.modes import mode_of
-from vmfs.registers import write_registers
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.machine.memory import PAGE, Memory, MemoryView
+from vmfs.words.errors import BadAddress, VmfsError
+from vmfs.words.exits import Exit
+from vmfs.words.modes import mode_of
+from vmfs.words.registers import write_registers
 
 T = TypeVar("T")
 

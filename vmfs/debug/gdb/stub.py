@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vmfs import exits
 from vmfs.debug.gdb.inferior import Inferior, Stop
 from vmfs.debug.gdb.packets import MOST, escape
 from vmfs.debug.gdb.target import DEFAULT, Layout, layout
-from vmfs.errors import BadAddress, Gone, Invalid, VmfsError
-from vmfs.exits import Exit
-from vmfs.running import UNBOUND, Bound
+from vmfs.machine.control import UNBOUND, Bound
+from vmfs.words import exits
+from vmfs.words.errors import BadAddress, Gone, Invalid, VmfsError
+from vmfs.words.exits import Exit
 
 PACKET_SIZE = MOST // 2
 _READ_MOST = PACKET_SIZE // 2 - 8  # bytes whose hexadecimal form a packet has room for

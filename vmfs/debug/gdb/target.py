@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 from xml.sax.saxutils import quoteattr
 
-from vmfs.errors import Invalid
-from vmfs.modes import EFER_LMA
-from vmfs.registers import REGISTERS, msr_name, parse_msr
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import EFER_LMA
+from vmfs.words.registers import REGISTERS, msr_name, parse_msr
 
 KERNEL_GS_BASE = msr_name(0xC000_0102)
 _YMM_HIGH = 576  # of the XSAVE area, standard format: the upper halves (Intel SDM 1 13.4.2, CPUID 0DH.2)

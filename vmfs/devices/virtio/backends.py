@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from typing import Any, Protocol
 
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words.errors import Invalid, Unsupported
 
 MAX_FRAME = 65_535 + 14  # passt's packets have up to 65520 bytes
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it

@@ -17,7 +17,7 @@ from vmfs.devices.board import Board
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
 from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2  # a descriptor for the header, one for the status

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from errno import EIO
 from typing import Protocol
 
-from vmfs.errors import Busy, Invalid
-from vmfs.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
+from vmfs.machine.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
+from vmfs.words.errors import Busy, Invalid
 
 SECTOR = 512
 CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied

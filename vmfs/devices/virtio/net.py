@@ -19,7 +19,7 @@ from vmfs.devices.board import Board
 from vmfs.devices.virtio.backends import MAX_FRAME, Backend
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 F_MAC, F_MRG_RXBUF, F_STATUS = 1 << 5, 1 << 15, 1 << 16
 _STATUS_LINK_UP = 1

@@ -14,7 +14,7 @@ from typing import Any
 from vmfs.devices.board import Board
 from vmfs.devices.pci import Bar, PciDevice
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 VENDOR = 0x1AF4
 FIRST_DEVICE = 0x1040  # and the type's number of section 5

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmfs.devices.board import Board
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor
 NO_INTERRUPT = 1  # flag of the driver area

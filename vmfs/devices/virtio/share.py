@@ -19,7 +19,7 @@ from vmfs.devices.board import Board
 from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE, Server
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 F_MOUNT_TAG = 1
 _MAX_TAG = 36  # Linux refuses longer ones

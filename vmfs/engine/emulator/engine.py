@@ -12,7 +12,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 
-from vmfs import exits
 from vmfs.engine.base import (
     MACHINE_STATES,
     VCPU_STATES,
@@ -27,8 +26,9 @@ from vmfs.engine.base import (
     check_slot,
 )
 from vmfs.engine.emulator import _core
-from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
-from vmfs.exits import Exit
+from vmfs.words import exits
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
+from vmfs.words.exits import Exit
 
 _PAGE_FAULT = 14  # #PF
 IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
@@ -57,7 +57,7 @@ _ERRORS: dict[int, type[VmfsError]] = {
 }
 
 
-# Why the core refuses a state (core/state.c).
+# Why the core refuses a state (core/cpu/state.c).
 _REFUSED: Mapping[str, str] = {
     "sregs": "a reserved bit of a control register, EFER or the APIC base is set, or CR0, CR4, EFER and CS.L"
     " contradict each other",

@@ -7,7 +7,7 @@ import mmap
 import os
 
 from vmfs.engine.kvm.abi import Ioctl
-from vmfs.errors import EngineFailed, Invalid
+from vmfs.words.errors import EngineFailed, Invalid
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p

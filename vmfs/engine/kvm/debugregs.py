@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, Watchpoint
 from vmfs.engine.kvm import abi
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words.errors import Invalid, Unsupported
 
 REGISTERS = 4
 DR6_SINGLE_STEP = 1 << 14

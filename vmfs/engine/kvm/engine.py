@@ -26,7 +26,7 @@ from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
-from vmfs.errors import EngineFailed, Invalid, Unsupported, VmfsError
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError
 
 # Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
 # map (1 page) that lie in the guest's memory: below the BIOS ROM at the end of the first 4 GiB.

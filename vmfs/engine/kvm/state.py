@@ -10,8 +10,8 @@ from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts, trim_cpuid
-from vmfs.errors import EngineFailed, Invalid, Unsupported
-from vmfs.modes import CR0_PG
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
 _IA32_TSC = 0x10

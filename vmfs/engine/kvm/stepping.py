@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vmfs import exits
 from vmfs.engine.base import Watchpoint
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.debugregs import Plan
+from vmfs.words import exits
 
 _PAGE = 4096
 _CS_L = 19  # offset of `l` in struct kvm_segment; cs is the first of struct kvm_sregs

@@ -12,16 +12,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmfs import exits
 from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.state import VcpuState
-from vmfs.errors import EngineFailed, Invalid, Unsupported, WouldBlock
-from vmfs.exits import Exit
-from vmfs.modes import is_linear
+from vmfs.words import exits
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
+from vmfs.words.exits import Exit
+from vmfs.words.modes import is_linear
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
 # return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).

@@ -2,7 +2,7 @@
 
 import re
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+|[0-9]+)", re.ASCII)
 _SIZE = re.compile(r"([0-9]+)\s*([KMGT]?)(iB|B)?", re.ASCII | re.IGNORECASE)

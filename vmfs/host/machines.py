@@ -7,9 +7,9 @@ import os
 import sys
 
 from vmfs.engine.base import Engine
-from vmfs.errors import EngineFailed, LimitReached
-from vmfs.memory import DEFAULT_SIZE, check_size
-from vmfs.vm import Vm
+from vmfs.machine.machine import Vm
+from vmfs.machine.memory import DEFAULT_SIZE, check_size
+from vmfs.words.errors import EngineFailed, LimitReached
 
 
 class Host:

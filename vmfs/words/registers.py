@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from vmfs.errors import Invalid, Unsupported, VmfsError
-from vmfs.numbers import parse_number
+from vmfs.words.errors import Invalid, Unsupported, VmfsError
+from vmfs.words.numbers import parse_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple, Protocol
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 MODES = ("real", "protected", "long")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmfs.errors import Gone, LimitReached
+from vmfs.words.errors import Gone, LimitReached
 
 NAMES = ("kernel", "initrd", "bios")
 

@@ -3,7 +3,7 @@
 An engine runs a guest in slices, each of which ends with an exit. Many of these are nobody's to see: an access that
 the board answers, a stop whose condition is false, a kick for a task at a boundary, the step that a trace wants.
 `RunLoop` goes on behind them, and counts down what the run is bound by. It knows a CPU, a board and a trace; what
-is the machine's to decide (`vmfs.vm.Vm`, which has the lock) it asks by the functions of `Asked`.
+is the machine's to decide (`vmfs.machine.machine.Vm`, which has the lock) it asks by the functions of `Asked`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from vmfs import exits
 from vmfs.debug.trace import Trace
 from vmfs.devices.board import Board
 from vmfs.engine.base import Capability, Vcpu
-from vmfs.modes import RIP
+from vmfs.words import exits
+from vmfs.words.modes import RIP
 
 # Causes of a debug exit that come behind an instruction; the others come before one.
 _STOPS_BEHIND = frozenset({"watchpoint", "io", "mode", "cr3"})

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from vmfs.boot import Platform, Rom, Source, firmware_files, load, load_bios
 from vmfs.engine.base import Vcpu
-from vmfs.errors import Invalid
-from vmfs.images import Images
-from vmfs.memory import Memory
+from vmfs.machine.images import Images
+from vmfs.machine.memory import Memory
+from vmfs.words.errors import Invalid
 
 # What a kernel is told of a machine without devices: its RAM.
 _BARE = {"serial": (), "ps2": False, "rtc": False, "vga": False, "power_button": False, "acpi": False}

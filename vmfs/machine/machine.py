@@ -1,4 +1,4 @@
-"""Vm: a machine with its memory, its CPU, the thread that runs it (by `vmfs.running`), and its end.
+"""Vm: a machine with its memory, its CPU, the thread that runs it (by `vmfs.machine.control`), and its end.
 
 It knows no file and no event loop: what takes time returns a `concurrent.futures.Future`, and whoever
 wants to hear of changes subscribes.
@@ -27,7 +27,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
-from vmfs import exits
 from vmfs.debug.conditions import CpuLooker
 from vmfs.debug.disasm import Listing
 from vmfs.debug.points import UNTIL, Points
@@ -38,14 +37,15 @@ from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
-from vmfs.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
-from vmfs.images import Images
-from vmfs.memory import DEFAULT_SIZE, PAGE, Memory, check_size
-from vmfs.modes import mode_of, set_mode
-from vmfs.moving import RESET_STATES, carry_cpu, carry_machine
-from vmfs.registers import write_registers
-from vmfs.rehearsal import Rehearsal
-from vmfs.running import UNBOUND, Asked, Bound, Run, RunLoop
+from vmfs.machine.control import UNBOUND, Asked, Bound, Run, RunLoop
+from vmfs.machine.images import Images
+from vmfs.machine.memory import DEFAULT_SIZE, PAGE, Memory, check_size
+from vmfs.machine.rehearsal import Rehearsal
+from vmfs.machine.state import RESET_STATES, carry_cpu, carry_machine
+from vmfs.words import exits
+from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
+from vmfs.words.modes import mode_of, set_mode
+from vmfs.words.registers import write_registers
 
 T = TypeVar("T")
 
@@ -457,7 +457,7 @@ class Vm:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
         images = self.images
         if images.bootable:
-            from vmfs.booting import boot  # what reads images is not loaded by who boots none
+            from vmfs.machine.booting import boot  # what reads images is not loaded by who boots none
 
             booted = boot(images, self.memory, self._cpu, has_devices=self.board is not None)
             if self.board is not None:

@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmfs import __version__, mounts
+from vmfs import __version__
+from vmfs.host import mounts
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 EXIT_STRUCT_SIZE = 64
 _HEADER = struct.Struct("<IIQ")  # reason, cpu, rip

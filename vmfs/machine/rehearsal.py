@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmfs.engine.base import Engine, Machine, Vcpu
-from vmfs.moving import RESET_STATES
+from vmfs.machine.state import RESET_STATES
 
 
 class Rehearsal:

@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from vmfs.errors import Busy, EngineFailed, NotPermitted
+from vmfs.words.errors import Busy, EngineFailed, NotPermitted
 
 
 @dataclasses.dataclass(frozen=True)

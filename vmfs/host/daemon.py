@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from vmfs.errors import EngineFailed, VmfsError
-from vmfs.settings import MountSettings
+from vmfs.host.settings import MountSettings
+from vmfs.words.errors import EngineFailed, VmfsError
 
 READY = b"\0"
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 
 from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu, has_state
-from vmfs.errors import Invalid, Unsupported
+from vmfs.words.errors import Invalid, Unsupported
 
 # What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
 RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")

@@ -10,7 +10,7 @@ import termios
 import tty
 from collections.abc import Iterator
 
-from vmfs.errors import Invalid
+from vmfs.words.errors import Invalid
 
 ESCAPE = 0x1D  # Ctrl-]
 _CHUNK = 4096

@@ -7,8 +7,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from vmfs.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
-from vmfs.hostfile import KEEP_SIZE, PUNCH_HOLE, fallocate
+from vmfs.machine.hostfile import KEEP_SIZE, PUNCH_HOLE, fallocate
+from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
 PAGE = 4096
 DEFAULT_SIZE = 128 << 20

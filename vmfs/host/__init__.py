@@ -1,0 +1,1 @@
+"""All machines of a mount, the mount's settings, and the process that serves it."""

@@ -1,0 +1,1 @@
+"""One machine: its memory, CPU, runs, what is booted, and its state."""

@@ -1,0 +1,1 @@
+"""The words that all sides say: exits, registers, modes, errors, numbers."""
