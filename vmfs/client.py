@@ -48,6 +48,15 @@ def _whole(fd: int) -> bytes:
     return bytes(data)
 
 
+def _put(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data`, in one write(2) where the file takes it so."""
+    view = memoryview(data).cast("B")
+    while view:
+        if not (done := os.pwrite(fd, view, offset)):
+            raise OSError(errno.EIO, "nothing was written")
+        view, offset = view[done:], offset + done
+
+
 class Registers:
     """The registers of one CPU, by attribute (`vm.regs.rax`) and by name (`vm.regs["cs.base"]`): REGISTERS.
 
@@ -124,7 +133,7 @@ class Msrs:
         return int(self._vm.read_text(f"reg/{msr_name(index)}", keep=False), 0)
 
     def __setitem__(self, index: int, value: int) -> None:
-        self._vm.write(f"reg/{msr_name(index)}", f"{value:#x}\n", keep=False)
+        self._vm.write(f"reg/{msr_name(index)}", f"{value:#x}\n")
 
     def read(self) -> dict[int, int]:
         """All that the engine saves, by number."""
@@ -195,7 +204,7 @@ class Vm:
             self.close()
 
     def close(self) -> None:
-        """Close every descriptor. Slices of `mem` that are still in use stay valid until they go."""
+        """Close every descriptor; never fails. Slices of `mem` that are still in use stay valid until they go."""
         with suppress(BufferError):
             self._unmap()
         self._view = self._map = None
@@ -204,7 +213,8 @@ class Vm:
             self._directory = -1
         for fd in files:
             if fd >= 0:
-                os.close(fd)
+                with suppress(OSError):  # ENODEV of a machine that is gone: Linux has closed it all the same (close(2))
+                    os.close(fd)
 
     def __enter__(self) -> Vm:
         return self
@@ -230,14 +240,10 @@ class Vm:
         return bytes(data)
 
     def pwrite(self, name: str, data: bytes | bytearray | memoryview, offset: int = 0) -> None:
-        """Write all of `data` at `offset`."""
+        """Write all of `data` at `offset` of a binary file. What takes effect when it is closed, `write` writes."""
         fd = self._open(name, os.O_WRONLY)
-        view = memoryview(data).cast("B")
         with self._errors(name, writing=True):
-            while view:
-                if not (done := os.pwrite(fd, view, offset)):
-                    raise OSError(errno.EIO, "nothing was written")
-                view, offset = view[done:], offset + done
+            _put(fd, data, offset)
 
     def read(self, name: str, *, keep: bool = True) -> bytes:
         """The whole file. `keep` its descriptor open for the next time."""
@@ -253,15 +259,20 @@ class Vm:
         """A text file, without its last newline."""
         return self.read(name, keep=keep).decode().removesuffix("\n")
 
-    def write(self, name: str, data: str | bytes, *, keep: bool = True) -> None:
-        """Write a command or a value, in one write(2): it takes effect whole, or fails."""
-        fd = self._open(name, os.O_WRONLY, keep=keep)
-        try:
-            with self._errors(name, writing=True):
-                os.pwrite(fd, data.encode() if isinstance(data, str) else data, 0)
-        finally:
-            if not keep:
-                os.close(fd)
+    def write(self, name: str, data: str | bytes | bytearray | memoryview) -> None:
+        """Replace the file's contents: open, write and close, as `cat data > name` does.
+
+        A command or a value takes effect whole, or fails. So does what is understood at the close only, as `symbols`.
+        """
+        fd = self._open(name, os.O_WRONLY | os.O_TRUNC, keep=False)
+        with self._errors(name, writing=True):
+            try:
+                _put(fd, data.encode() if isinstance(data, str) else data, 0)
+            except BaseException:
+                with suppress(OSError):  # the first failure is the one that tells why
+                    os.close(fd)
+                raise
+            os.close(fd)
 
     def fileno(self) -> int:
         """The descriptor of the file `exit`, for poll(): POLLIN while `wait` has an exit to return."""
@@ -384,27 +395,34 @@ class Vm:
         until: int | str | None = None,
         timeout: float | None = None,
     ) -> Exit:
-        """Run until the next exit and return it, with at most one bound:
+        """Run until the next exit and return it. It ends at the latest after
 
-        steps    so many instructions, then Debug(cause="step")
-        insns    so many instructions, then Limit
-        until    the linear address or symbol, then Debug(cause="breakpoint")
-        timeout  seconds, then Limit
+        steps    so many instructions, with Debug(cause="step")
+        insns    so many instructions, with Limit
+        until    before the linear address or symbol, with Debug(cause="breakpoint")
+        timeout  so many seconds, with Limit
 
-        OSError: EBUSY when it runs already, ENODEV once it is removed. A Python signal handler that raises
-        ends the run at an instruction boundary; nothing is lost.
+        whichever comes first; not both `steps` and `insns`.
+
+        OSError: EBUSY when it runs already, ENODEV once it is removed, EINVAL when it cannot boot. A Python signal
+        handler that raises ends the run at an instruction boundary; nothing is lost.
         """
+        if steps is not None and insns is not None:
+            raise ValueError("a run counts steps or insns, not both")
         bounds = {
             "step": steps,
             "insns": insns,
             "until": f"{until:#x}" if isinstance(until, int) else until,
             "for": None if timeout is None else f"{round(timeout * 1e9)}ns",
         }
-        commands = [f"{verb} {value}\n" for verb, value in bounds.items() if value is not None]
-        if len(commands) > 1:
-            raise ValueError("a run has one bound")
-        self._last = parse_exit(self._bounded(commands[0]) if commands else self.read_text("vm_run"))
+        words = [f"{verb} {value}" for verb, value in bounds.items() if value is not None]
+        self._last = parse_exit(self._bounded(" ".join(words) + "\n") if words else self._unbounded())
         return self._last
+
+    def _unbounded(self) -> str:
+        fd = self._open("vm_run", os.O_RDONLY)
+        with self._errors("vm_run", writing=True):  # a read that acts: `error` is about it
+            return _whole(fd).decode().removesuffix("\n")
 
     def _bounded(self, command: str) -> str:
         """Run with a bound; the exit's line.

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pty
 import select
 import shutil
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import reason_against_mounts
 
+from vmfs import cli
+from vmfs.commands import terminal
 from vmfs.host import mounts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +123,7 @@ def test_a_mount_is_ready_when_the_command_returns(mounted):
 
 def test_the_mount_table_shows_it(mounted):
     found = mounts.at(mounted)
-    assert (found.kind, found.source) == ("fuse.vmfs", "vmfs")
+    assert (found.kind, found.source, found.user) == ("fuse.vmfs", "vmfs", os.geteuid())
 
 
 def test_umount_ends_the_server_and_its_machines(mounted):
@@ -395,6 +398,45 @@ def test_mount_8_fails_with_our_sentence(helper, directory):
     assert done.returncode != 0
     assert "option 'max_vms': " in done.stderr
     assert not is_mounted(directory)
+
+
+# --- boot and console ------------------------------------------------------------------------------------
+
+DEBUG_EXIT = bytes.fromhex("B001E6F4").ljust(510, b"\0") + b"\x55\xaa"  # a boot sector: mov al, 1; out 0xf4, al
+WITHOUT_MOUNTS = 'grep -o "[^ ]* fuse.vmfs" /proc/mounts | cut -d" " -f1 | xargs -r umount -l; exec "$@"'
+
+
+@needs_root
+def test_boot_where_nothing_is_mounted_has_a_mount_for_its_time(tmp_path, monkeypatch):
+    (tmp_path / "sector").write_bytes(DEBUG_EXIT)
+    (tmp_path / "t").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    done = unshared(WITHOUT_MOUNTS, "boot", "--engine", "emulator", tmp_path / "sector")
+    first, last = done.stderr.splitlines()
+    assert first.startswith(f"vmfs boot: on {tmp_path}/t/vmfs-") and first.endswith(", a mount for this time")
+    assert last.startswith("vmfs boot: shutdown cause=debug-exit code=3 ")
+    assert done.returncode == 3
+    assert os.listdir(tmp_path / "t") == []
+
+
+def test_the_console_is_left_by_its_key_with_a_code_of_its_own(mounted):
+    machine = mounted / "pc"
+    machine.mkdir()
+    (machine / "machine").write_text("pc\n")
+    controller, terminal_fd = pty.openpty()
+    command = [*COMMAND, "console", machine]
+    process = subprocess.Popen(command, stdin=terminal_fd, stdout=terminal_fd, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert b"Ctrl-] leads out" in process.stderr.readline()
+        os.write(controller, b"\x1d")
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+        os.close(terminal_fd)
+    assert process.returncode == terminal.ESCAPED not in (0, cli.FAILURE, cli.USAGE)
+    assert (machine / "state").read_text() == "paused\n"
 
 
 # --- doctor ----------------------------------------------------------------------------------------------

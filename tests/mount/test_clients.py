@@ -187,6 +187,78 @@ def test_a_count_of_instructions_ends_a_run(vm):
     assert vm.regs.rax == 51
 
 
+def test_a_run_ends_at_the_first_of_its_bounds(vm):
+    load(vm, LOOP)
+    assert vm.run(until=CODE + 3, timeout=600) == exits.Debug(cause="breakpoint", rip=CODE + 3)
+    assert vm.run(until=CODE, insns=50) == exits.Debug(cause="breakpoint", rip=CODE)
+    assert isinstance(vm.run(until=0x4000, timeout=0.05), exits.Limit)
+    load(vm, LOOP)
+    assert vm.run(until=0x4000, insns=3, timeout=600) == exits.Limit(rip=CODE + 3)
+    assert vm.run(until=0x4000, steps=2) == exits.Debug(cause="step", rip=CODE + 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("step 1 insns 1", "a run counts `step` or `insns`, not both"),
+        ("for 1s for 2s", "each bound stands once"),
+        ("until 0x1000 0x2000 for 1s", "it is `until ADDR`"),
+        ("until for", "'for' is neither a number nor a symbol"),
+        ("until", "it is `until ADDR`"),
+        ("for 1s never", "it is `for TIME`"),
+        ("1s for", "there is no '1s'"),
+    ],
+)
+def test_bounds_that_are_none(vm, line, sentence):
+    with fails(errno.EINVAL) as caught:
+        vm.write("vm_run", line)
+    assert sentence in caught.value.strerror
+    assert (vm.exit, vm.state) == (None, "paused")
+
+
+def test_a_symbol_may_have_the_name_of_a_bound(vm):
+    load(vm, b"\x90" * 8)
+    vm.write("symbols", f"{CODE + 5:016x} T for\n")
+    vm.write("vm_run", "until for for 600s")
+    assert vm.exit == exits.Debug(cause="breakpoint", rip=CODE + 5)
+
+
+def test_what_is_understood_at_the_close_is_there_after_a_write(vm):
+    vm.write("symbols", "0000000000001000 T begin\n")
+    vm.write("symbols", "0000000000001005 T there\n")  # in place of those before
+    assert vm.read_text("symbols") == "0000000000001005 T there"
+    load(vm, b"\x90" * 16)
+    assert vm.run(until="there") == exits.Debug(cause="breakpoint", rip=CODE + 5)
+    with fails(errno.EINVAL) as caught:
+        vm.write("symbols", b"\x7fELF and no more")
+    assert caught.value.strerror.startswith("symbols: ")
+    vm.write("kernel", b"the longer one")
+    vm.write("kernel", b"short")
+    assert vm.read("kernel") == b"short"
+
+
+def test_a_start_that_fails_is_an_exit_of_its_own(mount):
+    with Vm.temporary(mount, machine="pc", kernel="no kernel") as vm:
+        with fails(errno.EINVAL) as caught:
+            vm.run()
+        assert "kernel: not an image that can be booted" in caught.value.strerror
+        vm.start()
+        ended = vm.wait(timeout=60)
+        assert isinstance(ended, exits.Error) and "kernel: not an image that can be booted" in ended.reason
+        assert (vm.state, ended.rip) == ("paused", 0xFFF0)
+
+
+def test_a_machine_that_is_gone_is_closed_without_a_failure(mount):
+    before = os.listdir("/proc/self/fd")
+    vm = Vm.create(mount / "gone")
+    vm.regs.rax = 1
+    fd = os.open(os.path.join(vm.path, "symbols"), os.O_WRONLY)
+    os.write(fd, b"0000000000001000 T begin\n")
+    vm._files["symbols", os.O_WRONLY] = fd  # a file whose close fails: ENODEV
+    vm.remove()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_until_and_breakpoints(vm):
     load(vm, b"\x90" * 16 + b"\xf4")
     assert vm.run(until=CODE + 5) == exits.Debug(cause="breakpoint", rip=CODE + 5)

@@ -374,3 +374,21 @@ def test_two_hundred_blocked_callers(own_server):
         assert reader.end()[:2] == (-1, errno.ENODEV)
     for fd in fds:
         os.close(fd)
+
+
+def test_the_time_of_a_run_counts_while_it_goes_on(vm):
+    def run_time() -> int:
+        return int(dict(line.split(" ", 1) for line in vm.read("stat").splitlines())["run_time_us"])
+
+    vm.load("ebfe")  # jmp $
+    assert run_time() == 0
+    vm.write("state", "run")
+    first = run_time()
+    time.sleep(0.05)
+    second = run_time()
+    assert second - first >= 50_000
+    vm.write("state", "pause")
+    ended = run_time()
+    assert ended >= second
+    time.sleep(0.01)
+    assert run_time() == ended

@@ -14,6 +14,8 @@ from pc.conftest import BOOT_SECONDS, boot_linux
 from pc.initramfs import build
 from pc.kernels import CLOUD, GENERIC, needs_kernels
 
+from vmfs.commands.terminal import ESCAPED
+
 pytestmark = needs_kernels
 
 
@@ -201,7 +203,7 @@ def test_vmfs_boot_ends_and_takes_the_machine_along(pc_mount, tmp_path, how):
             os.write(controller, b"x" * 1024)  # it is raw, and waits where the program reads nothing
         if how == "key":
             os.write(controller, b"\x1d")
-            assert process.wait(BOOT_SECONDS) == 0
+            assert process.wait(BOOT_SECONDS) == ESCAPED
         elif how == "signal":
             process.terminate()
             assert process.wait(BOOT_SECONDS) == 128 + 15

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs import cli
-from vmfs.commands import doctor, mount
+from vmfs.commands import boot, doctor, mount
 from vmfs.commands.options import OPTIONS, count, parse_options, size
 from vmfs.host import daemon, mounts
 from vmfs.host.settings import MountSettings
@@ -233,6 +233,29 @@ def test_a_link_to_a_mount_is_that_mount(tmp_path):
 def test_unescape_undoes_what_the_kernel_does(path):
     escaped = "".join(f"\\{ord(each):03o}" if each in " \t\n\\" else each for each in path)
     assert mounts.unescape(escaped) == path
+
+
+def test_boot_takes_a_mount_of_its_own_user_only(tmp_path, monkeypatch, capsys):
+    """Another user's server is not to get what is booted, nor to be asked whether it may be written."""
+    paths = [tmp_path / name for name in ("theirs", "other", "unknown", "mine", "later")]
+    for path in paths:
+        path.mkdir()
+    me = os.geteuid()
+    kinds = ("fuse.vmfs", "fuse.sshfs", "fuse.vmfs", "fuse.vmfs", "fuse.vmfs")
+    table = [
+        mounts.Mount(str(path), kind, "vmfs", number, user)
+        for number, (path, kind, user) in enumerate(zip(paths, kinds, (me + 1, me, None, me, me), strict=True))
+    ]
+    looked_at = []
+    monkeypatch.setattr(mounts, "table", lambda: table)
+    monkeypatch.setattr(mounts, "is_dead", lambda path: looked_at.append(path))
+    with boot.mount(None, keep=True) as chosen:
+        assert chosen == tmp_path / "mine"
+    assert looked_at == [str(chosen)]
+    assert capsys.readouterr().err == f"vmfs boot: on {chosen}, a mount of yours\n"
+    table[3:] = []
+    with pytest.raises(Invalid, match="--keep needs a mount that stays"), boot.mount(None, keep=True):
+        raise AssertionError("it took a mount that is not its user's")
 
 
 # --- failing to serve ------------------------------------------------------------------------------------

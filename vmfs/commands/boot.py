@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a raw disk image (default: rw); may be given several times")
     parser.add_argument("--dev", action="append", default=[], metavar="LINE", help="a line for dev/add, as 'net user'")
     parser.add_argument("--engine", type=argument(engine), metavar="kvm|emulator", help="what it runs on")
-    parser.add_argument("--on", metavar="DIR", help="the vmfs mount (default: the first one, else one for this time)")
+    parser.add_argument("--on", metavar="DIR",
+                        help="the vmfs mount (default: the first that is yours, else one for this time)")
     parser.add_argument("--name", metavar="NAME", help="of the machine (default: boot-PID)")
     parser.add_argument("--keep", action="store_true", help="leave the machine there")
     parser.add_argument("--no-reboot", action="store_true", help="a reset ends it")
@@ -112,7 +113,11 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
-    """The mount to use: the one given, one that is there, or a new one for this time."""
+    """The mount to use: the one given, one that is there, or a new one for this time.
+
+    Without being told, only one of this user's own: another user's server would get the kernel, the names of the
+    disks and the keys.
+    """
     if given:
         mounted = mounts.at(given)
         if mounted is None or not mounted.is_vmfs:
@@ -120,7 +125,9 @@ def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
         yield Path(given)
         return
     for each in mounts.table():
-        if each.is_vmfs and not mounts.is_dead(each.path) and os.access(each.path, os.W_OK):
+        is_own = each.is_vmfs and each.user == os.geteuid()  # before anything of it is looked at
+        if is_own and not mounts.is_dead(each.path) and os.access(each.path, os.W_OK):
+            print(f"vmfs boot: on {each.path}, a mount of yours", file=sys.stderr)
             yield Path(each.path)
             return
     if keep:
@@ -133,6 +140,7 @@ def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
         )
         if made.returncode:
             raise EngineFailed(made.stderr.strip().removeprefix("vmfs mount: ") or "the mount failed")
+        print(f"vmfs boot: on {directory}, a mount for this time", file=sys.stderr)
         yield Path(directory)
 
 
@@ -249,7 +257,7 @@ def drive(machine: Path, arguments: argparse.Namespace) -> int:
     console = open_console(str(machine))
     runs = Runs(machine, reboot=not arguments.no_reboot)
     if sys.stdin is not None and sys.stdin.isatty():
-        print(f"{machine}: {terminal.escape_name(arguments.escape)} ends it", file=sys.stderr)
+        print(f"vmfs boot: {terminal.escape_name(arguments.escape)} ends it", file=sys.stderr)
     runs.start()
     try:
         escaped = terminal.attach(console, done=runs.done, escape=arguments.escape)
@@ -257,7 +265,7 @@ def drive(machine: Path, arguments: argparse.Namespace) -> int:
         os.close(console)
     if escaped:
         print(file=sys.stderr)
-        return 0
+        return terminal.ESCAPED
     runs.join()
     if runs.failure is not None:
         raise runs.failure

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     if os.isatty(0):
         print(f"{arguments.machine}: {terminal.escape_name(arguments.escape)} leads out", file=sys.stderr)
     try:
-        terminal.attach(console, escape=arguments.escape)
+        escaped = terminal.attach(console, escape=arguments.escape)
     except OSError as failure:
         if failure.errno == errno.ENODEV:
             raise Gone(f"{arguments.machine} was removed") from None
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         os.close(console)
     if os.isatty(0):
         print(file=sys.stderr)
-    return 0
+    return terminal.ESCAPED if escaped else 0
 
 
 def open_console(machine: str) -> int:

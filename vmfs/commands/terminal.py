@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from vmfs.words.errors import Invalid
 
 ESCAPE = 0x1D  # Ctrl-]
+ESCAPED = 4
+"""The exit code of a command that the escape key has ended: even, as the code of no debug exit is (2N + 1)."""
 _CHUNK = 4096
 
 

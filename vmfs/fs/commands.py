@@ -31,6 +31,7 @@ from vmfs.debug.trace import (
     parse_span,
     parse_switch,
 )
+from vmfs.machine.control import UNBOUND, Bound
 from vmfs.machine.machine import Vm
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_duration, parse_number, parse_size
@@ -244,6 +245,31 @@ def parse_command(file: str, text: str, resolve: Resolve = no_symbols) -> Callab
     if len(text.splitlines()) > 1 or not words:
         raise Invalid(f"it takes one command: {_usages(file)}")
     return _bound(file, words, resolve)
+
+
+def parse_bound(text: str, resolve: Resolve = no_symbols) -> Bound:
+    """The line of `vm_run`: commands that together say when a run ends, as `until ADDR for TIME`."""
+    words = text.split()
+    if len(text.splitlines()) > 1 or not words:
+        raise Invalid(f"it takes one line of {_usages('vm_run')}")
+    needs_argument = {row.name: any(not one.optional for one in row.arguments) for row in COMMANDS["vm_run"]}
+    commands: list[list[str]] = []
+    for word in words:
+        # The word after `until` is its argument, also where a symbol has the name of a command.
+        is_argument = bool(commands) and len(commands[-1]) == 1 and needs_argument.get(commands[-1][0], False)
+        if commands and (is_argument or word not in needs_argument):
+            commands[-1].append(word)
+        else:
+            commands.append([word])
+    verbs = [command[0] for command in commands]
+    if len(verbs) != len(set(verbs)):
+        raise Invalid("each bound stands once in the line")
+    if {"step", "insns"} <= set(verbs):
+        raise Invalid("a run counts `step` or `insns`, not both")
+    bound = UNBOUND
+    for command in commands:
+        bound = _bound("vm_run", command, resolve)(bound)
+    return bound
 
 
 def parse_commands(file: str, text: str, resolve: Resolve = no_symbols) -> Callable[[Any], Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
-from vmfs.fs.commands import parse_command
+from vmfs.fs.commands import parse_bound, parse_command
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
@@ -307,7 +307,7 @@ class _VmRunHandle(Handle):
         return self._line[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
-        bound: Bound = parse_command("vm_run", decoded(data), self.scope.vm.symbols.address_of)(UNBOUND)
+        bound = parse_bound(decoded(data), self.scope.vm.symbols.address_of)
         if may_not_block(self):
             self._begin(bound)
         else:

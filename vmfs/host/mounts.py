@@ -18,6 +18,8 @@ class Mount:
     source: str
     device: int
     """As st_dev of its root; its minor number names /sys/fs/fuse/connections/N."""
+    user: int | None = None
+    """Who has mounted it, where the file system says so: FUSE does (fuse(4), user_id)."""
 
     @property
     def is_vmfs(self) -> bool:
@@ -29,9 +31,11 @@ def table() -> list[Mount]:
     found = []
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
-        fields, (kind, source, *_) = before.split(" "), after.split(" ")
+        fields, (kind, source, *options) = before.split(" "), after.split(" ")
         major, _, minor = fields[2].partition(":")
-        found.append(Mount(unescape(fields[4]), kind, unescape(source), os.makedev(int(major), int(minor))))
+        user = re.search(r"(?:^|,)user_id=([0-9]+)", options[-1] if options else "")
+        device = os.makedev(int(major), int(minor))
+        found.append(Mount(unescape(fields[4]), kind, unescape(source), device, int(user[1]) if user else None))
     return found
 
 

@@ -45,7 +45,7 @@ from vmfs.machine.state import RESET_STATES, carry_cpu, carry_machine
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
 from vmfs.words.modes import mode_of, set_mode
-from vmfs.words.registers import write_registers
+from vmfs.words.registers import REGISTERS, write_registers
 
 T = TypeVar("T")
 
@@ -104,7 +104,8 @@ class Vm:
         self._subscribers: tuple[Callable[[], None], ...] = ()
         self._dirty = {"file": 0, "cache": 0}
         self._counts: Counter[str] = Counter()
-        self._seconds = 0.0
+        self._seconds = 0.0  # of the runs that have ended
+        self._began = 0.0  # when the run under way did
         self._closed = False
         # A new object whenever the CPU was used for more than to look at it; None while it runs. While it is
         # the same, registers are: who has read them need not ask the engine again.
@@ -150,6 +151,7 @@ class Vm:
             else:
                 self._cpu.clear_kick()
                 self._run, self._state = run, "running"
+                self._began = time.perf_counter()
                 self.still = None
                 self._counts["runs"] += 1
                 self._work.put(run)
@@ -200,7 +202,6 @@ class Vm:
     def _serve(self) -> None:
         """The CPU's thread."""
         while (run := self._work.get()) is not None:
-            began = time.perf_counter()
             result: exits.Exit | None = None
             failure: BaseException | None = None
             try:
@@ -211,12 +212,14 @@ class Vm:
                 failure = EngineFailed(f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
             with self._lock:
-                self._seconds += time.perf_counter() - began
+                self._seconds += time.perf_counter() - self._began
                 self._do_tasks()
                 self._run = None
                 self.still = object()
                 if self._closed:
                     failure = Gone("the machine was removed")
+                elif failure is not None:  # for those who did not wait for the run
+                    result = self._error_exit(failure)
                 self._state = "paused"
                 if isinstance(result, exits.Shutdown) and result.cause == "reset" and not self._closed:
                     self._set_back(self._cpu)
@@ -227,6 +230,14 @@ class Vm:
                 run.set_exception(failure)
             else:
                 run.set_result(result)
+
+    def _error_exit(self, failure: BaseException) -> exits.Error:
+        """The exit of a run that failed; with the lock held."""
+        try:
+            rip = REGISTERS["rip"].get(self._cpu.get_state("regs"))
+        except VmfsError:  # of a CPU that can do nothing any more
+            rip = 0
+        return exits.Error(reason=str(failure), rip=rip)
 
     def _execute(self, run: Run) -> exits.Exit:
         if before := self.hooks.before:
@@ -710,11 +721,14 @@ class Vm:
         """What `stat` shows."""
         with self._lock:
             self._check_open()
+            seconds = self._seconds
+            if self._run is not None:
+                seconds += time.perf_counter() - self._began
             counts = {f"exits.{exit_.REASON}": self._counts[exit_.REASON] for exit_ in exits.EXITS}
             return {
                 "runs": self._counts["runs"],
                 **counts,
-                "run_time_us": int(self._seconds * 1e6),
+                "run_time_us": int(seconds * 1e6),
                 "interrupts_queued": self._cpu.interrupts_queued,
                 **self._cpu.counters(),
                 **({f"board.{name}": count for name, count in self.board.counters.items()} if self.board else {}),
