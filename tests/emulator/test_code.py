@@ -271,6 +271,21 @@ def test_slices_of_any_length_are_one_run(vm):
         assert vm.regs() == wanted
 
 
+@pytest.mark.parametrize("first", [0xFFF0, 0xFF00, 0xFE30])
+def test_what_ran_to_the_end_of_the_segment_is_counted(vm, first):
+    """The limit of CS is the end of a page and of a trace: the next fetch faults, and what was before it has run."""
+    vm.load(assemble("handler: hlt", "real"), "real")
+    vm.ram.write(13 * 4, ORIGIN.to_bytes(4, "little"))
+    vm.ram.write(first, b"\x90" * (0x10000 - first))
+    for budget in (None, 1, 7, 16):
+        vm.set_regs(rip=first, rsp=0x8000)
+        before = vm.vcpu.counters()["instructions"]
+        while (exit_ := vm.vcpu.run(budget=budget)).REASON == "limit":
+            pass
+        assert exit_.line() == f"hlt rip={ORIGIN + 1:#x}"
+        assert vm.vcpu.counters()["instructions"] - before == 0x10000 - first + 1
+
+
 # ---- stops of the core
 
 

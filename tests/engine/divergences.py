@@ -133,6 +133,12 @@ DIVERGENCES = (
         "KVM's emulator has int n in real mode only: elsewhere it is an `error` exit.",
     ),
     Divergence(
+        "pvm-no-iret",
+        "kvm",
+        is_pvm,
+        "KVM's emulator has iret in real mode only, and PVM itself has iretq: others are an `error` exit.",
+    ),
+    Divergence(
         "pvm-syscall-stays-in-user-mode",
         "kvm",
         is_pvm,

@@ -82,6 +82,38 @@ def test_in_the_middle_of_a_program_and_back(vm, engine, other, assembler):
     assert rax(vm) == 0x1122334455667788
 
 
+def test_16_bit_code_beyond_64_kib(vm, engine, other, assembler):
+    """EIP is above FFFF in a 16-bit segment: got, set and gone on with by each engine."""
+    program = assembler(
+        """
+            lgdt [gdtr]
+            ljmp 8, 0x10000 - 3
+        .balign 8
+        gdt: .quad 0, 0x00019a020000ffff    # 16-bit code: base 20000, limit 1FFFF
+        gdtr: .word . - gdt - 1
+              .long gdt
+        .code16
+        .org 0x30000 - 3 - 0x1000
+            mov al, 1
+            nop
+            out 0x80, al
+            nop
+            out 0x81, al
+            hlt
+        """,
+        "protected",
+    )
+    load(vm, program, "protected")
+    assert run(vm).line() == "io direction=out port=0x80 size=1 count=1 data=0x1 rip=0x10002"
+    vm.move_to(other)
+    assert struct.unpack_from("<Q", state(vm, "regs"), 128) == (0x10002,)
+    assert run(vm).line() == "io direction=out port=0x81 size=1 count=1 data=0x1 rip=0x10005"
+    assert run(vm).line() == "hlt rip=0x10006"
+    vm.move_to(engine)
+    set_rip(vm, 0x10002)
+    assert run(vm).line() == "io direction=out port=0x81 size=1 count=1 data=0x1 rip=0x10005"
+
+
 def test_of_a_new_machine(vm, other):
     """The CPUID is the new engine's then: nobody has seen the old one's."""
     theirs = Vm(other, memory_size=SIZE)

@@ -1,9 +1,10 @@
 """All conformance cases, a file a family."""
 
-from engine.cases import access, control, debug, exceptions, interrupts, modes
+from engine.cases import access, code16, control, debug, exceptions, interrupts, modes
 
 CASES = (
     *access.CASES,
+    *code16.CASES,
     *control.CASES,
     *debug.CASES,
     *exceptions.CASES,

@@ -257,11 +257,6 @@ struct fetch {
     unsigned first;           /* bytes up to the page's end, or the limit of CS */
 };
 
-static u64 code_linear(const struct vcpu *c, u64 ip)
-{
-    return c->key & KEY_CODE64 ? ip : (u32)(c->seg[SEG_CS].base + ip);
-}
-
 static void fetch_first(struct vcpu *c, u64 ip, struct fetch *f)
 {
     u64 linear = code_linear(c, ip);
@@ -366,7 +361,7 @@ static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
     memset(last, 0, sizeof *last);
     last->run = count ? op_end : op_breakpoint;
     last->at = (u8)offset;
-    last->size = c->key & KEY_CODE64 ? 3 : c->key & KEY_CODE32 ? 2 : 1;
+    last->size = c->key & KEY_CODE64 ? 3 : 2; /* as ip_mask: no branch of operand size 16 */
     for (unsigned i = 0; i < used; i++)
         t->records[i].left = (u8)(count - 1 - (traced ? i / 2 : i));
     t->ip = ip;
@@ -439,7 +434,8 @@ struct trace *cache_lookup(struct vcpu *c)
 void jump_slow(struct vcpu *c, const struct record *r)
 {
     u64 target = relative_target(c, r);
-    check_target(c, r, target);
+    if (r->length) /* a jump: its own fault; the end of a trace just goes on to where the fetch faults */
+        check_target(c, r, target);
     c->budget += r->left;
     c->gpr[GPR_IP] = target;
     if (c->alone || atomic_load_explicit(&c->attention, memory_order_relaxed)) {

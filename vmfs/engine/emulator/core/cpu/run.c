@@ -360,14 +360,9 @@ static void after_alone(struct vcpu *c, bool tf)
     stops_finish(c);
 }
 
-static u64 code_linear_ip(const struct vcpu *c)
-{
-    return c->key & KEY_CODE64 ? c->gpr[GPR_IP] : (u32)(c->seg[SEG_CS].base + c->gpr[GPR_IP]);
-}
-
 static void at_breakpoint(struct vcpu *c)
 {
-    u64 linear = code_linear_ip(c);
+    u64 linear = code_linear(c, c->gpr[GPR_IP]);
     c->at_breakpoint = false;
     if (!c->resume_breakpoint && stops_reach_break(c, linear)) {
         c->resume_breakpoint = true;
@@ -445,7 +440,7 @@ static void turn(struct vcpu *c)
     if (!c->restart) { /* an instruction that is half done comes before any event */
         /* A run that begins at a breakpoint executes the instruction there, and an interrupt would come back to it. */
         bool held = c->resume_breakpoint && !c->halted && has_stops(c, STOP_BREAKPOINT) &&
-                    stops_break(c, code_linear_ip(c));
+                    stops_break(c, code_linear(c, c->gpr[GPR_IP]));
         if (c->mp_state == KVM_MP_STATE_RUNNABLE && take_event(c, held)) {
             c->resume_breakpoint = c->pass_breakpoint = false;
             if (c->exit.reason == EXIT_NONE)
@@ -463,13 +458,14 @@ static void turn(struct vcpu *c)
     }
     if (c->repeating) { /* to go on is not to arrive at a breakpoint */
         c->repeating = false;
-        c->pass_breakpoint |= (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c));
+        c->pass_breakpoint |= (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) &&
+                              is_breakpoint(c, code_linear(c, c->gpr[GPR_IP]));
     }
     begin_slice(c);
     bool tf = c->rflags & FLAG_TF;
     bool alone = tf || c->shadow_sti || c->shadow_ss || c->step || c->rflags & FLAG_RF;
     if ((alone || c->resume_breakpoint) && !c->restart && !c->pass_breakpoint &&
-        (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear_ip(c))) {
+        (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear(c, c->gpr[GPR_IP]))) {
         at_breakpoint(c); /* stops, or lets it pass */
         return;
     }

@@ -408,9 +408,13 @@ _Noreturn COLD void escape(struct vcpu *c, enum escape how);
 
 /* The instruction pointer of r, and of the instruction after it. */
 ALWAYS_INLINE u64 ip_of(const struct vcpu *c, const struct record *r) { return c->gpr[GPR_IP] + r->at; }
-ALWAYS_INLINE u64 ip_mask(const struct vcpu *c, u64 ip)
+/* An instruction pointer that went on by itself: EIP has 32 bits in 16-bit code, too, and only branches and returns of
+ * operand size 16 cut it (Intel SDM 2A, JMP; relative_target). */
+ALWAYS_INLINE u64 ip_mask(const struct vcpu *c, u64 ip) { return c->key & KEY_CODE64 ? ip : (u32)ip; }
+/* The linear address of code: 64-bit mode takes no base (3A 3.2.4). */
+ALWAYS_INLINE u64 code_linear(const struct vcpu *c, u64 ip)
 {
-    return c->key & KEY_CODE64 ? ip : c->key & KEY_CODE32 ? (u32)ip : (u16)ip;
+    return c->key & KEY_CODE64 ? ip : (u32)(c->seg[SEG_CS].base + ip);
 }
 u64 next_ip(const struct vcpu *c, const struct record *r);
 

@@ -4,8 +4,6 @@
 
 #include <stdlib.h>
 
-static u64 linear_ip(const struct vcpu *c, u64 ip) { return c->key & KEY_CODE64 ? ip : (u32)(c->seg[SEG_CS].base + ip); }
-
 /* The number of the instruction that runs (c->now), or that is next. */
 static u64 number_now(const struct vcpu *c)
 {
@@ -13,7 +11,7 @@ static u64 number_now(const struct vcpu *c)
 }
 static u64 place_now(const struct vcpu *c)
 {
-    return linear_ip(c, c->now ? ip_of(c, c->now) : c->gpr[GPR_IP]);
+    return code_linear(c, c->now ? ip_of(c, c->now) : c->gpr[GPR_IP]);
 }
 
 static bool in_range(const struct tracer *t, u64 linear) { return linear - t->want.first <= t->want.last - t->want.first; }
@@ -79,7 +77,7 @@ static void __attribute__((noinline)) begin(struct vcpu *c, const struct record 
 OP(op_trace)
 {
     struct tracer *t = c->tracer;
-    u64 at = linear_ip(c, ip_of(c, r));
+    u64 at = code_linear(c, ip_of(c, r));
     struct core_trace_record *last = t->current;
     if (likely(last && last + 1 == t->at && t->next == at && last->size < 16 &&
                last->insn.number + last->size == retired_at(c, r) && in_range(t, at))) {
@@ -102,7 +100,7 @@ OP(op_trace_repeated)
 void tracer_iteration(struct vcpu *c, const struct record *r)
 {
     struct tracer *t = c->tracer;
-    u64 at = linear_ip(c, ip_of(c, r));
+    u64 at = code_linear(c, ip_of(c, r));
     struct core_trace_record *last = t->current;
     if (last && last + 1 == t->at && last->size == 1 && last->insn.address == at && last->code < ~0u &&
         last->insn.number + last->code == retired_at(c, r))
