@@ -121,9 +121,11 @@ def make_case(row: dict, rng: random.Random) -> Case:
         rex = 0x40 | rng.getrandbits(4)
         if row["handler"] in ("nop",):
             rex &= ~1
-    vex = "VEX" in row["attributes"]
+    vex = bool(row["length"])
     if vex:
         legacy, rex = bytearray(), 0x40 | rng.getrandbits(4)
+        if row["w"] != "WX":
+            rex = rex & ~8 | (8 if row["w"] == "W1" else 0)
     short = rng.randrange(12) == 0
     if short:
         legacy += b"\x67"
@@ -192,7 +194,7 @@ def make_case(row: dict, rng: random.Random) -> Case:
     }[row["size"]]
     immediate = b""
     for operand in operands:
-        if operand in ("Ib", "sIb"):
+        if operand in ("Ib", "sIb", "Lx"):
             immediate += struct.pack("<B", value(rng) & 0xFF)
         elif operand == "Iw":
             immediate += struct.pack("<H", value(rng) & (0x3F8 if name == "RET" else 0xFFFF))
@@ -217,8 +219,9 @@ def make_case(row: dict, rng: random.Random) -> Case:
     prefixes = list(legacy)
     rng.shuffle(prefixes)
     if vex:
-        vvvv = rng.randrange(16) if "By" in operands else 0
-        escape = vex_prefix(row, rex, vvvv)
+        vvvv = rng.randrange(16) if {"By", "Hx", "Hd", "Hq"} & set(operands) else 0
+        long = row["length"] == "L1" or (row["length"] in ("LX", "LIG") and rng.randrange(2) == 1)
+        escape = vex_prefix(row, rex, vvvv, long)
     if rex and not vex:
         prefixes.append(rex)
     code = bytes(prefixes) + escape + bytes([opcode]) + modrm + tail + immediate
@@ -240,10 +243,10 @@ def make_case(row: dict, rng: random.Random) -> Case:
     return case
 
 
-def vex_prefix(row: dict, rex: int, vvvv: int) -> bytes:
-    """C4 and two bytes, or C5 and one. R, X, B, vvvv are inverted; L is 0 (Intel SDM 2A 2.3.5)."""
+def vex_prefix(row: dict, rex: int, vvvv: int, long: bool) -> bytes:
+    """C4 and two bytes, or C5 and one. R, X, B, vvvv are inverted (Intel SDM 2A 2.3.5)."""
     pp = ("none", "66", "F3", "F2").index(row["prefix"])
-    last = (~vvvv & 15) << 3 | pp
+    last = (~vvvv & 15) << 3 | long << 2 | pp
     if row["map"] == "0F" and not rex & 11:
         return bytes([0xC5, (~rex & 4) << 5 | last])
     opcode_map = ("0F", "0F38", "0F3A").index(row["map"]) + 1

@@ -112,7 +112,7 @@ static bool is_in(const char *name, const char *const *list)
 
 static bool has_operand(const struct row *r, const char *name)
 {
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++)
         if (!strcmp(r->i.operands[i], name))
             return true;
     return false;
@@ -127,12 +127,12 @@ static bool from_modrm(const char *operand)
 
 void generate_open(void)
 {
-    u32 a_lock = 0, a_opreg = 0, a_no64 = 0, a_only64 = 0, a_notest = 0, a_cpl0 = 0, a_vex = 0, a_norexb = 0;
+    u32 a_lock = 0, a_opreg = 0, a_no64 = 0, a_only64 = 0, a_notest = 0, a_cpl0 = 0, a_norexb = 0;
     const char *name;
     for (unsigned bit = 0; (name = core_attribute_name(bit)); bit++) {
         struct { const char *name; u32 *mask; } known[] = {{"LOCK", &a_lock}, {"OPREG", &a_opreg}, {"NO64", &a_no64},
-            {"ONLY64", &a_only64}, {"NOTEST", &a_notest}, {"CPL0", &a_cpl0}, {"VEX", &a_vex}, {"NOREXB", &a_norexb}};
-        for (unsigned i = 0; i < 8; i++)
+            {"ONLY64", &a_only64}, {"NOTEST", &a_notest}, {"CPL0", &a_cpl0}, {"NOREXB", &a_norexb}};
+        for (unsigned i = 0; i < sizeof known / sizeof *known; i++)
             if (!strcmp(name + (strncmp(name, "A_", 2) ? 0 : 2), known[i].name))
                 *known[i].mask = 1u << bit;
     }
@@ -143,11 +143,11 @@ void generate_open(void)
         r->escape[0] = 0x0f;
         r->escape[1] = !strcmp(i->map, "0F38") ? 0x38 : 0x3a;
         r->modrm = i->digit >= 0 || strcmp(i->mod, "rm");
-        for (int n = 0; n < 3; n++) {
+        for (int n = 0; n < 4; n++) {
             r->modrm |= from_modrm(i->operands[n]);
             r->vector |= *i->operands[n] && strchr("WVU", *i->operands[n]);
         }
-        r->is_vex = i->attributes & a_vex;
+        r->is_vex = *i->length;
         r->lock = i->attributes & a_lock;
         r->opreg = i->attributes & a_opreg;
         r->only64 = i->attributes & a_only64;
@@ -344,13 +344,18 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
     if (extended && rex == 0)
         rex = 0x40;
     if (row->is_vex) {
-        unsigned v = has_operand(row, "By") ? (compat ? below(r, 8) : below(r, 16)) : 0;
+        bool names = has_operand(row, "By") || has_operand(row, "Hx") || has_operand(row, "Hd") || has_operand(row, "Hq");
+        unsigned v = names ? (compat ? below(r, 8) : below(r, 16)) : 0;
         u8 pp = row->prefix == '6' ? 1 : row->prefix == '3' ? 2 : row->prefix == '2' ? 3 : 0;
         if (compat)
             rex &= 0x48;
+        if (row->i.w[1] != 'X')
+            rex = (u8)((rex & ~8) | (row->i.w[1] == '1' ? 8 : 0));
+        bool both = !strcmp(row->i.length, "LX") || !strcmp(row->i.length, "LIG");
+        unsigned l = !strcmp(row->i.length, "L1") || (both && one_in(r, 2)) ? 4 : 0;
         put(&o, 0xc4, 1);
         put(&o, (u64)((~rex & 7) << 5 | (row->escapes == 1 ? 1 : row->escape[1] == 0x38 ? 2 : 3)), 1);
-        put(&o, (u64)((rex & 8) << 4 | (~v & 15) << 3 | pp), 1);
+        put(&o, (u64)((rex & 8) << 4 | (~v & 15) << 3 | l | pp), 1);
     } else {
         if (extended)
             put(&o, rex, 1);
@@ -365,10 +370,10 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
     bool wide = rex & 8;
     unsigned size = *row->i.size == 'B' ? 1 : *row->i.size == 'W' ? 2 : *row->i.size == 'V' ? (wide ? 8 : narrow ? 2 : 4) :
                     *row->i.size == 'S' ? (narrow && !wide ? 2 : 8) : *row->i.size == 'N' && by16 ? 2 : 4;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         const char *operand = row->i.operands[i];
         u64 value = random_value(r);
-        if (!strcmp(operand, "Ib") || !strcmp(operand, "sIb") || !strcmp(operand, "Jb"))
+        if (!strcmp(operand, "Ib") || !strcmp(operand, "sIb") || !strcmp(operand, "Jb") || !strcmp(operand, "Lx"))
             put(&o, value, 1);
         else if (!strcmp(operand, "Iw"))
             put(&o, is_name(row, "RET") ? value & 0xf8 : value, 2);

@@ -176,7 +176,7 @@ int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_del
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 
 struct vcpu_counters {
-    uint64_t instructions, traces_decoded, traces_killed, tlb_misses, interrupts, exceptions;
+    uint64_t instructions, blocks_decoded, blocks_killed, tlb_misses, interrupts, exceptions;
 };
 void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters);
 
@@ -187,6 +187,7 @@ struct core_instruction {
     const char *map;         /* "", "0F", "0F38", "0F3A" */
     uint8_t opcode;
     const char *prefix;      /* "any", "none", "66", "F3", "F2", "no-rep" */
+    const char *length, *w;  /* VEX: "L0", "L1", "LX" (both), "LIG"; "W0", "W1", "WX" (ignored, or the size). "": not VEX */
     int digit;               /* /digit, or -1 */
     const char *mod;         /* "rm", "reg", "mem", "reg0".."reg7": register form with exactly that rm field */
     const char *operands[4]; /* SDM letters: "Eb", "Gv", ...; "" after the last */

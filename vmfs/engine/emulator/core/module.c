@@ -568,8 +568,8 @@ static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
     if (!vcpu_alive(self))
         return NULL;
     vcpu_get_counters(self->vcpu, &k);
-    return Py_BuildValue("{sKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "traces_decoded",
-                         (unsigned long long)k.traces_decoded, "traces_killed", (unsigned long long)k.traces_killed,
+    return Py_BuildValue("{sKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "blocks_decoded",
+                         (unsigned long long)k.blocks_decoded, "blocks_killed", (unsigned long long)k.blocks_killed,
                          "tlb_misses", (unsigned long long)k.tlb_misses, "interrupts", (unsigned long long)k.interrupts,
                          "exceptions", (unsigned long long)k.exceptions);
 }
@@ -707,8 +707,8 @@ static PyObject *py_instructions(PyObject *module, PyObject *ignored)
                 Py_XDECREF(text);
             }
         PyObject *row = attributes ? Py_BuildValue(
-            "{ss ss sB ss si ss s(sss) ss ss ss sN sH sH sH}", "name", i.name, "map", i.map, "opcode", i.opcode, "prefix",
-            i.prefix, "digit", i.digit, "mod", i.mod, "operands", i.operands[0], i.operands[1], i.operands[2], "size",
+            "{ss ss sB ss ss ss si ss s(ssss) ss ss ss sN sH sH sH}", "name", i.name, "map", i.map, "opcode", i.opcode, "prefix",
+            i.prefix, "length", i.length, "w", i.w, "digit", i.digit, "mod", i.mod, "operands", i.operands[0], i.operands[1], i.operands[2], i.operands[3], "size",
             i.size, "handler", i.handler, "feature", i.feature, "attributes", attributes, "flags_read", i.flags_read,
             "flags_written", i.flags_written, "flags_undefined", i.flags_undefined) : NULL;
         if (!row || PyList_Append(list, row))

@@ -1,11 +1,11 @@
-/* Decoded traces: lookup, links, invalidation.
+/* Decoded blocks: lookup, links, invalidation.
  *
  * Traces live in an arena that is emptied whole when it is full; links and jump cache entries are guarded by the CPU's
- * generation, so that breaking all of them is one increment. A trace is found by the physical address of its first byte,
+ * generation, so that breaking all of them is one increment. A block is found by the physical address of its first byte,
  * its instruction pointer and the fetch key, lies on one page (or is a single instruction that crosses one), and is known
  * to its code pages, which find it when a store hits one of its 128-byte lines.
  *
- * Clients write guest memory behind our back between runs: in each run, a trace's bytes are compared before its first
+ * Clients write guest memory behind our back between runs: in each run, a block's bytes are compared before its first
  * execution (links and the jump cache start a run empty). */
 #include "cache.h"
 
@@ -20,11 +20,11 @@ enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12 };
 
 struct code_page {
     u64 page;                 /* guest-physical */
-    struct trace *traces;
+    struct block *blocks;
     struct code_page *next;
 };
 struct cache {
-    struct trace *buckets[BUCKETS];
+    struct block *buckets[BUCKETS];
     struct code_page *pages[PAGES];
     u8 *arena;
     size_t used;
@@ -66,7 +66,7 @@ void cache_destroy(struct vcpu *c)
     c->cache = NULL;
 }
 
-/* The lines of a page that the traces of all CPUs of the VM cover. */
+/* The lines of a page that the blocks of all CPUs of the VM cover. */
 static struct code_page *find_page(struct cache *cache, u64 page)
 {
     struct code_page *p = cache->pages[page >> 12 & (PAGES - 1)];
@@ -78,16 +78,16 @@ static u32 lines_of(u64 first, u64 last) /* offsets in a page, inclusive */
 {
     return (u32)((2ull << (last >> 7)) - (1ull << (first >> 7)));
 }
-static u32 trace_lines(const struct trace *t, u64 page)
+static u32 block_lines(const struct block *b, u64 page)
 {
     u32 lines = 0;
-    if ((t->physical[0] & PAGE_MASK) == page)
-        lines |= lines_of(t->physical[0] & 0xfff, (t->physical[0] & 0xfff) + t->first_bytes - 1);
-    if (t->physical[1] == page)
-        lines |= lines_of(0, t->bytes - t->first_bytes - 1);
+    if ((b->physical[0] & PAGE_MASK) == page)
+        lines |= lines_of(b->physical[0] & 0xfff, (b->physical[0] & 0xfff) + b->first_bytes - 1);
+    if (b->physical[1] == page)
+        lines |= lines_of(0, b->bytes - b->first_bytes - 1);
     return lines;
 }
-static unsigned page_side(const struct trace *t, u64 page) { return (t->physical[0] & PAGE_MASK) != page; }
+static unsigned page_side(const struct block *b, u64 page) { return (b->physical[0] & PAGE_MASK) != page; }
 
 static u32 *lines_at(struct slot *slot, u64 page) { return &slot->lines[(page - slot->address) >> 12]; }
 
@@ -98,9 +98,9 @@ static u32 decoded_lines(struct vm *vm, u64 page)
         if (!vm->vcpus[i])
             continue;
         struct code_page *p = find_page(vm->vcpus[i]->cache, page);
-        for (struct trace *t = p ? p->traces : NULL; t; t = t->page_next[page_side(t, page)])
-            if (!t->dead)
-                lines |= trace_lines(t, page);
+        for (struct block *b = p ? p->blocks : NULL; b; b = b->page_next[page_side(b, page)])
+            if (!b->dead)
+                lines |= block_lines(b, page);
     }
     return lines;
 }
@@ -142,15 +142,15 @@ void cache_flush(struct vcpu *c)
     break_links(c);
 }
 
-static void unlink_trace(struct vcpu *c, struct trace *t)
+static void unlink_block(struct vcpu *c, struct block *b)
 {
-    struct trace **at = &c->cache->buckets[bucket_of(t->physical[0], t->key)];
-    while (*at && *at != t)
+    struct block **at = &c->cache->buckets[bucket_of(b->physical[0], b->key)];
+    while (*at && *at != b)
         at = &(*at)->bucket_next;
     if (*at)
-        *at = t->bucket_next;
-    t->dead = true;
-    c->counters.traces_killed++;
+        *at = b->bucket_next;
+    b->dead = true;
+    c->counters.blocks_killed++;
 }
 
 static void kill_lines(struct vm *vm, u64 page, u32 lines)
@@ -161,15 +161,15 @@ static void kill_lines(struct vm *vm, u64 page, u32 lines)
         if (!p)
             continue;
         bool killed = false;
-        for (struct trace **at = &p->traces; *at;) {
-            struct trace *t = *at;
-            if (t->dead || trace_lines(t, page) & lines) {
-                if (!t->dead)
-                    unlink_trace(c, t);
+        for (struct block **at = &p->blocks; *at;) {
+            struct block *b = *at;
+            if (b->dead || block_lines(b, page) & lines) {
+                if (!b->dead)
+                    unlink_block(c, b);
                 killed = true;
-                *at = t->page_next[page_side(t, page)];
+                *at = b->page_next[page_side(b, page)];
             } else {
-                at = &t->page_next[page_side(t, page)];
+                at = &b->page_next[page_side(b, page)];
             }
         }
         if (killed)
@@ -209,7 +209,7 @@ static void note_lines(struct vm *vm, struct slot *slot, u64 page, u32 lines)
     *noted |= lines;
 }
 
-static void note_page(struct vcpu *c, struct trace *t, u64 page, unsigned side)
+static void note_page(struct vcpu *c, struct block *b, u64 page, unsigned side)
 {
     struct code_page *p = find_page(c->cache, page);
     if (!p) {
@@ -218,14 +218,14 @@ static void note_page(struct vcpu *c, struct trace *t, u64 page, unsigned side)
         *p = (struct code_page){page, NULL, *head};
         *head = p;
     }
-    t->page_next[side] = p->traces;
-    p->traces = t;
+    b->page_next[side] = p->blocks;
+    p->blocks = b;
     struct slot *slot = vm_slot(c->vm, page);
-    note_lines(c->vm, slot, page, trace_lines(t, page));
+    note_lines(c->vm, slot, page, block_lines(b, page));
     for (unsigned i = 0; i < alias_slots(c->vm); i++) {
         u64 there = alias_page(slot, page, c->vm->sorted[i]);
         if (there != NO_PAGE)
-            note_lines(c->vm, c->vm->sorted[i], there, trace_lines(t, page));
+            note_lines(c->vm, c->vm->sorted[i], there, block_lines(b, page));
     }
 }
 
@@ -292,11 +292,11 @@ static unsigned decode_at(struct vcpu *c, struct fetch *f, u64 ip, unsigned offs
         r->imm = VECTOR_GP;
         r->at = (u8)at;
         r->length = (u8)(room ? room : 1);
-        return r->length;
+        return room ? (unsigned)room : 1;
     }
     *crosses = true;
     if (offset)
-        return 0; /* of no use in the middle of a trace */
+        return 0; /* of no use in the middle of a block */
     u8 joined[16];
     f->physical[1] = mmu_translate(c, code_linear(c, ip + here), ACCESS_EXECUTE);
     f->host[1] = code_page_host(c, f->physical[1]);
@@ -308,7 +308,7 @@ static unsigned decode_at(struct vcpu *c, struct fetch *f, u64 ip, unsigned offs
         r->run = op_raise;
         r->imm = VECTOR_GP;
         r->length = (u8)room; /* all that was looked at: other bytes there may be an instruction that fits */
-        return r->length;
+        return room ? (unsigned)room : 1;
     }
     return length;
 }
@@ -326,111 +326,115 @@ void decode_alone(struct vcpu *c, struct record *r)
         tracer_prologue(instruction, r);
         r = instruction;
     }
-    memset(r + 1, 0, sizeof *r);
-    r[1].run = op_end_alone;
-    r[1].at = (u8)length;
+    memset(r + 1, 0, 2 * sizeof *r); /* a link of no generation */
+    struct record *end = r + 1 + r->has_link;
+    end->run = op_end_alone;
+    end->at = (u8)length;
 }
 
-static struct trace *build(struct vcpu *c, u64 ip, struct fetch *f)
+static struct block *build(struct vcpu *c, u64 ip, struct fetch *f)
 {
-    if (c->cache->used + sizeof(struct trace) + (2 * TRACE_RECORDS + 1) * sizeof(struct record) + TRACE_BYTES +
+    if (c->cache->used + sizeof(struct block) + BLOCK_SLOTS * sizeof(struct record) + BLOCK_BYTES +
             2 * sizeof(struct code_page) + 256 > ARENA_SIZE)
         cache_flush(c);
-    struct trace *t = (struct trace *)(c->cache->arena + c->cache->used);
+    struct block *b = (struct block *)(c->cache->arena + c->cache->used);
     unsigned offset = 0, count = 0, used = 0;
     bool traced = c->key & KEY_TRACED;
     bool ends = false, crosses = false, stops = has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff;
-    while (!ends && !crosses && count < TRACE_RECORDS && offset + 15 <= TRACE_BYTES && offset < f->first) {
+    while (!ends && !crosses && count < BLOCK_INSTRUCTIONS && offset + 15 <= BLOCK_BYTES && offset < f->first) {
         u64 here = ip_mask(c, ip + offset);
         if (offset && here < ip)
             break;
         if (stops && is_breakpoint(c, code_linear(c, here)))
             break;
-        unsigned length = decode_at(c, f, here, offset, offset, &t->records[used + traced], &ends, &crosses);
+        unsigned length = decode_at(c, f, here, offset, offset, &b->records[used + traced], &ends, &crosses);
         if (!length)
             break;
         if (traced) {
-            tracer_prologue(&t->records[used + 1], &t->records[used]);
-            used++;
+            tracer_prologue(&b->records[used + 1], &b->records[used]);
+            b->records[used++].left = (u8)count;
         }
-        used++;
+        struct record *r = &b->records[used++];
+        r->left = (u8)count++;
+        if (r->has_link)
+            memset(&b->records[used++], 0, sizeof *r);
         offset += length;
-        count++;
     }
-    struct record *last = &t->records[used];
-    memset(last, 0, sizeof *last);
+    struct record *last = &b->records[used];
+    memset(last, 0, 2 * sizeof *last);
     last->run = count ? op_end : op_breakpoint;
+    last->has_link = true;
     last->at = (u8)offset;
     last->size = c->key & KEY_CODE64 ? 3 : 2; /* as ip_mask: no branch of operand size 16 */
-    for (unsigned i = 0; i < used; i++)
-        t->records[i].left = (u8)(count - 1 - (traced ? i / 2 : i));
-    t->ip = ip;
-    t->key = c->key;
-    t->physical[0] = f->physical[0];
-    t->physical[1] = f->physical[1];
-    t->host[0] = f->host[0];
-    t->host[1] = f->host[1];
-    t->bytes = offset ? offset : 1;
-    t->first_bytes = t->bytes < f->first ? t->bytes : f->first;
-    if (t->bytes == t->first_bytes)
-        t->physical[1] = ~0ull; /* it raised before it needed the second page */
-    t->count = count;
-    t->ending = used;
-    t->checked = c->run_count;
-    t->dead = false;
-    u8 *copy = (u8 *)(last + 1);
-    memcpy(copy, t->host[0], t->first_bytes);
-    if (t->physical[1] != ~0ull)
-        memcpy(copy + t->first_bytes, t->host[1], t->bytes - t->first_bytes);
-    arena_take(c, sizeof *t + (used + 1) * sizeof(struct record) + t->bytes);
-    struct trace **bucket = &c->cache->buckets[bucket_of(t->physical[0], t->key)];
-    t->bucket_next = *bucket;
-    *bucket = t;
-    note_page(c, t, t->physical[0] & PAGE_MASK, 0);
-    if (t->physical[1] != ~0ull)
-        note_page(c, t, t->physical[1], 1);
-    c->counters.traces_decoded++;
-    return t;
+    for (struct record *r = b->records; r != last; r += 1 + r->has_link)
+        r->left = (u8)(count - 1 - r->left);
+    b->ip = ip;
+    b->key = c->key;
+    b->physical[0] = f->physical[0];
+    b->physical[1] = f->physical[1];
+    b->host[0] = f->host[0];
+    b->host[1] = f->host[1];
+    b->bytes = offset ? offset : 1;
+    b->first_bytes = b->bytes < f->first ? b->bytes : f->first;
+    if (b->bytes == b->first_bytes)
+        b->physical[1] = ~0ull; /* it raised before it needed the second page */
+    b->count = count;
+    b->ending = used;
+    b->checked = c->run_count;
+    b->dead = false;
+    u8 *copy = (u8 *)(last + 2);
+    memcpy(copy, b->host[0], b->first_bytes);
+    if (b->physical[1] != ~0ull)
+        memcpy(copy + b->first_bytes, b->host[1], b->bytes - b->first_bytes);
+    arena_take(c, sizeof *b + (used + 2) * sizeof(struct record) + b->bytes);
+    struct block **bucket = &c->cache->buckets[bucket_of(b->physical[0], b->key)];
+    b->bucket_next = *bucket;
+    *bucket = b;
+    note_page(c, b, b->physical[0] & PAGE_MASK, 0);
+    if (b->physical[1] != ~0ull)
+        note_page(c, b, b->physical[1], 1);
+    c->counters.blocks_decoded++;
+    return b;
 }
 
-static bool bytes_unchanged(const struct trace *t)
+static bool bytes_unchanged(const struct block *b)
 {
-    const u8 *copy = (const u8 *)&t->records[t->ending + 1];
-    return !memcmp(copy, t->host[0], t->first_bytes) &&
-           (t->physical[1] == ~0ull || !memcmp(copy + t->first_bytes, t->host[1], t->bytes - t->first_bytes));
+    const u8 *copy = (const u8 *)&b->records[b->ending + 2];
+    return !memcmp(copy, b->host[0], b->first_bytes) &&
+           (b->physical[1] == ~0ull || !memcmp(copy + b->first_bytes, b->host[1], b->bytes - b->first_bytes));
 }
 
-struct trace *cache_lookup(struct vcpu *c)
+struct block *cache_lookup(struct vcpu *c)
 {
     u64 ip = c->gpr[GPR_IP];
     struct fetch f;
     fetch_first(c, ip, &f);
-    struct trace *t = c->cache->buckets[bucket_of(f.physical[0], c->key)];
-    while (t && (t->physical[0] != f.physical[0] || t->ip != ip || t->key != c->key))
-        t = t->bucket_next;
-    if (t && t->physical[1] != ~0ull &&
-        mmu_translate(c, code_linear(c, ip + t->first_bytes), ACCESS_EXECUTE) != t->physical[1]) {
-        unlink_trace(c, t);
-        t = NULL;
+    struct block *b = c->cache->buckets[bucket_of(f.physical[0], c->key)];
+    while (b && (b->physical[0] != f.physical[0] || b->ip != ip || b->key != c->key))
+        b = b->bucket_next;
+    if (b && b->physical[1] != ~0ull &&
+        mmu_translate(c, code_linear(c, ip + b->first_bytes), ACCESS_EXECUTE) != b->physical[1]) {
+        unlink_block(c, b);
+        b = NULL;
     }
-    if (t && t->checked != c->run_count) {
-        t->checked = c->run_count;
-        if (!bytes_unchanged(t)) {
-            unlink_trace(c, t);
+    if (b && b->checked != c->run_count) {
+        b->checked = c->run_count;
+        if (!bytes_unchanged(b)) {
+            unlink_block(c, b);
             break_links(c);
-            t = NULL;
+            b = NULL;
         }
     }
-    if (!t)
-        t = build(c, ip, &f);
+    if (!b)
+        b = build(c, ip, &f);
     struct jump_entry *e = jump_entry(c, ip);
-    *e = (struct jump_entry){ip, c->key, t, c->generation};
-    return t;
+    *e = (struct jump_entry){ip, c->key, b, c->generation};
+    return b;
 }
 
-/* ---- The handlers that end traces ------------------------------------------------------------------------------------- */
+/* ---- The handlers that end blocks ------------------------------------------------------------------------------------- */
 
-/* A direct jump whose link is not valid; also the end of a trace. */
+/* A direct jump whose link is not valid; also the end of a block. */
 void jump_slow(struct vcpu *c, const struct record *r)
 {
     u64 target = relative_target(c, r);
@@ -443,13 +447,11 @@ void jump_slow(struct vcpu *c, const struct record *r)
         return;
     }
     u32 generation = c->generation; /* r may lie in the arena that a lookup empties */
-    struct trace *t = cache_lookup(c);
+    struct block *b = cache_lookup(c);
     if (generation == c->generation) {
-        struct record *self = (struct record *)r;
-        self->link = t;
-        self->link_generation = generation;
+        *LINK_OF(r) = (struct link){b, generation};
     }
-    ENTER(c, t);
+    ENTER(c, b);
 }
 
 void jump_indirect_slow(struct vcpu *c, const struct record *r)
@@ -458,8 +460,8 @@ void jump_indirect_slow(struct vcpu *c, const struct record *r)
     c->now = NULL;
     if (c->alone)
         return;
-    struct trace *t = cache_lookup(c);
-    ENTER(c, t);
+    struct block *b = cache_lookup(c);
+    ENTER(c, b);
 }
 
 void op_end(struct vcpu *c, const struct record *r) { JUMP_LINK(c, r); }

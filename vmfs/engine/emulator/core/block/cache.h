@@ -1,35 +1,35 @@
-/* Entering traces: the inline part that jumps need. */
+/* Entering blocks: the inline part that jumps need. */
 #ifndef VMFS_CACHE_H
 #define VMFS_CACHE_H
 
 #include "state.h"
 
-/* Run a trace if the budget covers it and nobody wants attention; else back to the main loop. */
-#define ENTER(c, t) do { \
-        const struct trace *t_ = (t); \
-        (c)->gpr[GPR_IP] = t_->ip; \
-        (c)->budget -= t_->count; \
+/* Run a block if the budget covers it and nobody wants attention; else back to the main loop. */
+#define ENTER(c, b) do { \
+        const struct block *b_ = (b); \
+        (c)->gpr[GPR_IP] = b_->ip; \
+        (c)->budget -= b_->count; \
         if (unlikely((c)->budget < 0 || atomic_load_explicit(&(c)->attention, memory_order_relaxed))) { \
-            (c)->budget += t_->count; \
+            (c)->budget += b_->count; \
             return; \
         } \
-        t_->records[0].run((c), t_->records); \
+        b_->records[0].run((c), b_->records); \
         return; \
     } while (0)
 
 /* A direct near jump is taken. */
 #define JUMP_LINK(c, r) do { \
-        if (unlikely((r)->link_generation != (c)->generation)) { \
+        if (unlikely(LINK_OF(r)->generation != (c)->generation)) { \
             jump_slow((c), (r)); \
             return; \
         } \
         (c)->budget += (r)->left; \
-        ENTER(c, (r)->link); \
+        ENTER(c, LINK_OF(r)->to); \
     } while (0)
 
 ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c->jumps[(ip ^ ip >> 12) & (JUMP_CACHE - 1)]; }
 
-/* An indirect near jump to `target`, which is masked and checked (check_target) unless it is in the jump cache. The trace
+/* An indirect near jump to `target`, which is masked and checked (check_target) unless it is in the jump cache. The block
  * ends with r. */
 #define JUMP_TO(c, r, target) do { \
         u64 target_ = (target); \
@@ -39,7 +39,7 @@ ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c-
             jump_indirect_slow((c), (r)); \
             return; \
         } \
-        ENTER(c, e_->trace); \
+        ENTER(c, e_->block); \
     } while (0)
 
 /* #GP(0) unless a near jump may go there: within the limit of CS, or canonical (Intel SDM 2A JMP). */

@@ -3,7 +3,7 @@
 #include "memory.h"
 
 /* What the access may have changed for other CPUs and for the next timer is looked at behind the instruction: IN and OUT end
- * their trace, and a store to a device runs alone. */
+ * their block, and a store to a device runs alone. */
 
 /* ---- Ports, a byte each --------------------------------------------------------------------------------------------------- */
 

@@ -518,7 +518,7 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
             u64 at = p[i].physical & 0xfff;
             if (lines & (u32)((2ull << ((at + p[i].bytes - 1) >> 7)) - (1ull << (at >> 7)))) {
                 if (!c->alone && !(access & ACCESS_SUPERVISOR))
-                    escape(c, ESCAPE_ALONE); /* it may be the running trace that changes */
+                    escape(c, ESCAPE_ALONE); /* it may be the running block that changes */
                 cache_kill(c->vm, slots[i], p[i].physical, p[i].bytes);
             }
         } else if (!c->alone && !(access & ACCESS_SUPERVISOR)) {

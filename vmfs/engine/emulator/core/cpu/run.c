@@ -1,4 +1,4 @@
-/* The main loop: traces, single instructions, events, exits. */
+/* The main loop: blocks, single instructions, events, exits. */
 #include "cache.h"
 #include "flags.h"
 #include "memory.h"
@@ -110,7 +110,7 @@ static void end_alone(struct vcpu *c)
     c->input_ready = false;
 }
 
-/* One instruction outside of the cache. With budget 0, no jump can enter a trace. */
+/* One instruction outside of the cache. With budget 0, no jump can enter a block. */
 static void run_alone(struct vcpu *c)
 {
     c->restart = false;
@@ -404,7 +404,7 @@ static bool branched(const struct vcpu *c, u64 start)
     return !c->repeating && c->gpr[GPR_IP] != ip_mask(c, start + c->single[0].length);
 }
 
-/* One round of the main loop: an event, or a chain of traces, or one instruction. */
+/* One round of the main loop: an event, or a chain of blocks, or one instruction. */
 static void turn(struct vcpu *c)
 {
     if (report_store(c))
@@ -469,7 +469,7 @@ static void turn(struct vcpu *c)
         at_breakpoint(c); /* stops, or lets it pass */
         return;
     }
-    struct trace *t = NULL;
+    struct block *t = NULL;
     if (!(alone || c->restart || c->pass_breakpoint || c->resume_breakpoint)) {
         t = cache_lookup(c);
         alone = t->count > c->budget;

@@ -1,4 +1,4 @@
-/* The state of a CPU, and what every part of the core shares: records, traces, escapes. */
+/* The state of a CPU, and what every part of the core shares: records, blocks, escapes. */
 #ifndef VMFS_STATE_H
 #define VMFS_STATE_H
 
@@ -26,7 +26,7 @@ typedef int32_t i32;
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
 /* Behind the sixteen: a slot that is always zero, for addresses without base or index, and the instruction
- * pointer at the start of the running trace, for RIP-relative addresses. */
+ * pointer at the start of the running block, for RIP-relative addresses. */
 enum { GPR_ZERO = 16, GPR_IP = 17, GPR_COUNT = 18 };
 
 enum { SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_LDTR, SEG_TR, SEG_COUNT };
@@ -86,33 +86,35 @@ enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_EXECUTE = 4, ACCESS_SUPERVISOR 
 struct record;
 typedef void handler(struct vcpu *c, const struct record *r);
 
-/* A decoded instruction; 32 bytes. General registers are byte offsets into `gpr`: 8 times the number, plus 1
- * for AH, CH, DH, BH; other registers (segment, control, x87, MMX, XMM) are numbers. */
+/* A decoded instruction; 32 bytes, which nothing changes after the decoder. General registers are byte offsets into
+ * `gpr`: 8 times the number, plus 1 for AH, CH, DH, BH; other registers (segment, control, x87, MMX, XMM) are numbers. */
 struct record {
     handler *run;
-    union {
-        i64 disp;             /* of the memory operand (RIP-relative: from the start of the trace), or a 64-bit
+    i64 disp;                 /* of the memory operand (RIP-relative: from the start of the block), or a 64-bit
                                  immediate, or the offset of a far pointer */
-        struct trace *link;   /* a direct jump: where it goes, valid while link_generation is the CPU's */
-    };
     i32 imm;                  /* immediate, sign-extended; selector of a far pointer; a branch's displacement */
-    union {
-        struct {
-            u8 reg;           /* ModRM.reg or the register in the opcode */
-            union { u8 rm, base; }; /* ModRM.rm as a register; base of the address */
-            u8 index, scale;
-        };
-        u32 link_generation;
-    };
-    u8 seg;                   /* of the memory operand */
-    u8 length;                /* bytes */
-    u8 at;                    /* offset in the trace */
-    u8 left;                  /* instructions behind it in the trace */
+    u8 reg;                   /* ModRM.reg or the register in the opcode */
+    union { u8 rm, base; };   /* ModRM.rm as a register; base of the address */
+    u8 index, scale;
+    u8 seg : 3;               /* of the memory operand */
+    u8 has_link : 1;          /* a direct jump: behind it lies a struct link */
+    u8 vector : 4;            /* log2 of the vector length in bytes: 4, or 5 with VEX.L */
+    u8 length : 4;            /* bytes */
+    u8 vvvv : 4;              /* VEX: the register in vvvv, as a number */
+    u8 at;                    /* offset in the block */
+    u8 left;                  /* instructions behind it in the block */
     u8 size;                  /* operand size: log2 of bytes */
     u8 prefix;                /* PREFIX_* */
     u16 id;                   /* row in the instruction table */
 };
 _Static_assert(sizeof(struct record) == 32, "two records a cache line");
+
+/* What the cache knows of a direct jump: it lies in the place of a record, behind that of the jump. */
+struct link {
+    struct block *to;         /* where it goes, valid while */
+    u32 generation;           /* ... is the CPU's */
+};
+#define LINK_OF(r) ((struct link *)((struct record *)(r) + 1))
 
 enum {
     PREFIX_ADDRESS = 3,       /* log2 of the address size in bytes: 1, 2, 3 */
@@ -120,22 +122,25 @@ enum {
     PREFIX_REGISTER = 128,    /* the ModRM names a register, not memory */
 };
 
-enum { TRACE_RECORDS = 32, TRACE_BYTES = 240 };
+ALWAYS_INLINE const struct record *record_after(const struct record *r) { return r + 1 + r->has_link; }
+
+/* BLOCK_SLOTS: room for its records, each with a prologue of the tracer and a link, and for the one that leaves. */
+enum { BLOCK_INSTRUCTIONS = 32, BLOCK_SLOTS = 3 * BLOCK_INSTRUCTIONS + 2, BLOCK_BYTES = 240 };
 
 /* A straight run of instructions; conditional jumps that are not taken stay in it. */
-struct trace {
+struct block {
     u64 ip;                   /* of its first instruction */
     u64 key;                  /* fetch mode (see fetch_key) */
     u64 physical[2];          /* of its first byte; of its second page, if it crosses (else ~0) */
     const u8 *host[2];        /* where its bytes are */
     u32 bytes, first_bytes;   /* all; those on the first page */
     u32 count;                /* instructions */
-    u32 ending;               /* the record that leaves, behind all others */
+    u32 ending;               /* the record that leaves, behind all others; then comes its link */
     u32 checked;              /* the run in which its bytes were last compared */
     bool dead;
-    struct trace *bucket_next;
-    struct trace *page_next[2];
-    struct record records[];  /* up to the one that leaves; behind it a copy of the bytes */
+    struct block *bucket_next;
+    struct block *page_next[2];
+    struct record records[];  /* up to the one that leaves and its link; behind it a copy of the bytes */
 };
 
 /* Bits of the fetch key: everything that decides how bytes decode, so that handlers need not check it. */
@@ -166,7 +171,7 @@ struct tlb {
  * every access takes the slow path (alignment checks). */
 enum { TLB_USER, TLB_SUPERVISOR, TLB_SUPERVISOR_AC, TLB_NONE, TLB_TABLES };
 
-struct jump_entry { u64 ip, key; struct trace *trace; u32 generation; };
+struct jump_entry { u64 ip, key; struct block *block; u32 generation; };
 enum { JUMP_CACHE = 2048 };
 
 /* ---- The CPU ------------------------------------------------------------------------------------------------------- */
@@ -176,7 +181,7 @@ union vector { u8 b[32]; u16 w[16]; u32 d[8]; u64 q[4]; float f[8]; double e[4];
 /* x87 and MMX: physical registers in 80-bit form (Intel SDM 1 8.1). mm[n] is the mantissa of physical register n. */
 struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
 
-enum attention { /* reasons to leave the traces; bits of vcpu.attention, set by any thread */
+enum attention { /* reasons to leave the blocks; bits of vcpu.attention, set by any thread */
     ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
     ATTENTION_TRACE = 32,
 };
@@ -201,10 +206,10 @@ struct msr_state {
 
 struct vcpu {
     /* What every handler touches. */
-    u64 gpr[GPR_COUNT];       /* gpr[GPR_IP]: instruction pointer (not linear) at the start of the running trace;
-                                 exact between traces */
+    u64 gpr[GPR_COUNT];       /* gpr[GPR_IP]: instruction pointer (not linear) at the start of the running block;
+                                 exact between blocks */
     u64 zf, sf, carries;      /* the arithmetic flags: see flags.h */
-    i64 budget;               /* instructions left in this slice; a trace's are subtracted at its entry */
+    i64 budget;               /* instructions left in this slice; a block's are subtracted at its entry */
     struct tlb *tlb;          /* where the inline paths look: `map`, or an empty one while accesses are traced */
     struct tlb *map;          /* one of tlbs */
     _Atomic u32 attention;
@@ -218,7 +223,7 @@ struct vcpu {
     union vector xmm[16];
     u32 mxcsr;
     u8 cpl, physical_bits;    /* physical_bits: MAXPHYADDR, from CPUID */
-    bool alone;               /* one instruction is executing outside of a trace */
+    bool alone;               /* one instruction is executing outside of a block */
     bool shadow_sti, shadow_ss; /* the instruction before was STI / a load of SS */
 
     /* x87 */
@@ -317,7 +322,7 @@ struct vcpu {
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
     struct cache *cache;
-    struct record single[3];
+    struct record single[4];  /* an instruction that runs alone: with a prologue of the tracer, a link, and its end */
     u32 run_count;
     struct vcpu_counters counters;
 
@@ -397,6 +402,8 @@ ALWAYS_INLINE i64 sign_extend(u64 value, unsigned bits) { return (i64)(value << 
 #define OP(name) static void name(struct vcpu *c, const struct record *r)
 /* The end of a handler: on to the next instruction, as a jump. */
 #define NEXT() do { r[1].run(c, r + 1); return; } while (0)
+/* ... of a direct jump that is not taken: over its link. */
+#define NEXT_OVER_LINK() do { r[2].run(c, r + 2); return; } while (0)
 
 /* Raise an exception at instruction r. Nothing of it may have been committed. Does not return. */
 _Noreturn COLD void raise_fault(struct vcpu *c, const struct record *r, unsigned vector);
@@ -418,7 +425,7 @@ ALWAYS_INLINE u64 code_linear(const struct vcpu *c, u64 ip)
 }
 u64 next_ip(const struct vcpu *c, const struct record *r);
 
-/* End the trace behind r, which is done, and go back to the main loop, which looks at everything again (interrupts,
+/* End the block behind r, which is done, and go back to the main loop, which looks at everything again (interrupts,
  * mode, exits). Use as the end of a handler: `leave(c, r); return;` */
 void leave(struct vcpu *c, const struct record *r);
 /* The same with another instruction pointer. */
@@ -457,18 +464,18 @@ void stops_free(struct vcpu *c);
 /* cache.c */
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);
-void cache_flush(struct vcpu *c);                /* forget all traces */
+void cache_flush(struct vcpu *c);                /* forget all blocks */
 void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* those that overlap, on all CPUs */
-struct trace *cache_lookup(struct vcpu *c);      /* the trace at gpr[GPR_IP]; may escape with a fault */
+struct block *cache_lookup(struct vcpu *c);      /* the block at gpr[GPR_IP]; may escape with a fault */
 void break_links(struct vcpu *c);
 handler op_end, op_end_alone, op_raise, op_breakpoint, jump_slow, jump_indirect_slow;
-void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached; r[1] ends it */
+void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached, and its end */
 bool is_breakpoint(const struct vcpu *c, u64 linear);
 void tlb_drop_writes_of(struct vcpu *c, u64 page);   /* mmu.c: the guest-physical page got code */
 /* decode.c */
 void decode_init(void);
 /* One instruction at `ip`, of which `available` bytes are at `bytes`. Returns its length; 0: needs more bytes
- * than there are. r->at, r->left are the caller's. *ends: the trace must end behind it. */
+ * than there are. r->at, r->left are the caller's. *ends: the block must end behind it. */
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
 /* segment.c */
 void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks after seg[] was set */

@@ -120,6 +120,7 @@ void tracer_more(struct vcpu *c, u64 n)
 void tracer_prologue(const struct record *r, struct record *prologue)
 {
     *prologue = *r;
+    prologue->has_link = false;
     prologue->run = r->prefix & (PREFIX_REP | PREFIX_REPNE) ? op_trace_repeated : op_trace;
 }
 

@@ -11,7 +11,7 @@
 
 #include "state.h"
 
-/* TRACER_RESERVE: what may come until the main loop is reached, where records are delivered: a trace of 32 instructions,
+/* TRACER_RESERVE: what may come until the main loop is reached, where records are delivered: a block of 32 instructions,
  * each with at most some 200 records (XSAVE: 2700 bytes in pieces of 16). */
 enum { TRACER_RECORDS = 32768, TRACER_RESERVE = 8192 };
 

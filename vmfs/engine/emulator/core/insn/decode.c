@@ -11,22 +11,14 @@ static struct {
 } index_of;
 static pthread_once_t index_once = PTHREAD_ONCE_INIT;
 
-static const struct { u8 kind, width; } operand_info[] = {
-
-#define X(name, kind, width) {kind, width},
-    OPERANDS(X)
-#undef X
-
-};
-
 static bool needs_modrm(const struct opcode *o)
 {
     if (o->digit != NO || o->mod != RM)
         return true;
-    for (unsigned i = 0; i < 3; i++) {
-        u8 kind = operand_info[o->operands[i]].kind;
+    for (unsigned i = 0; i < OPERANDS_MAX; i++) {
+        u8 kind = operand_types[o->operands[i]].kind;
         if (kind != FIXED && kind != OPCODE && kind != IMMEDIATE && kind != RELATIVE && kind != OFFSET && kind != FAR &&
-            kind != VEX_V)
+            kind != VEX_V && kind != IS4)
             return true;
     }
     return false;
@@ -170,6 +162,12 @@ static bool prefix_matches(const struct opcode *o, const struct prefixes *p)
     }
 }
 
+static bool vex_matches(const struct opcode *o, const struct prefixes *p)
+{
+    bool w = p->rex & 8;
+    return !(o->length == L0 && p->vex_l) && !(o->length == L1 && !p->vex_l) && !(o->w == W0 && w) && !(o->w == W1 && !w);
+}
+
 static const struct opcode *find_row(struct vcpu *c, const struct prefixes *p, unsigned key, u8 modrm)
 {
     bool code64 = c->key & KEY_CODE64;
@@ -181,7 +179,7 @@ static const struct opcode *find_row(struct vcpu *c, const struct prefixes *p, u
             continue;
         if (o->mod >= REG0 && o->mod - REG0 != (modrm & 7))
             continue;
-        if (p->vex != !!(o->attributes & (A_AVX | A_VEX)))
+        if (p->vex != (o->length != LNONE) || !vex_matches(o, p))
             continue;
         if (o->attributes & (code64 ? A_NO64 : A_ONLY64) || ((o->attributes & A_NOREXB) && p->rex & 1))
             continue;
@@ -211,7 +209,7 @@ static unsigned finish_raise(struct record *r, unsigned vector, unsigned length,
 {
     r->run = op_raise;
     r->imm = (i32)vector;
-    r->length = (u8)(length > 15 ? 15 : length);
+    r->length = length > 15 ? 15 : length & 15;
     *ends = true;
     return r->length;
 }
@@ -220,10 +218,10 @@ static unsigned finish_raise(struct record *r, unsigned vector, unsigned length,
 static bool decode_operand(const struct opcode *o, unsigned operand, const struct prefixes *p, struct bytes *b, u64 key,
                            u8 opcode, u8 modrm, struct record *r)
 {
-    unsigned width = operand_info[operand].width, reg = (modrm >> 3 & 7) | (p->rex & 4) << 1;
+    unsigned width = operand_types[operand].width, reg = (modrm >> 3 & 7) | (p->rex & 4) << 1;
     unsigned z = r->size == 1 ? 2 : 4;
     bool is_register = r->prefix & PREFIX_REGISTER;
-    switch (operand_info[operand].kind) {
+    switch (operand_types[operand].kind) {
     case REGISTER: r->reg = gpr_offset(reg, width, p->rex); break;
     case RM_OPERAND:
         if (is_register)
@@ -257,8 +255,12 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
         r->seg = p->segment < SEG_COUNT && (!(key & KEY_CODE64) || p->segment >= SEG_FS) ? p->segment : SEG_DS;
         break;
     case VEX_V:
-        if (width == WIDTH_Y)
-            r->imm = p->vex_v * 8;
+        r->vvvv = p->vex_v;
+        break;
+    case IS4: /* a byte at the end; in code of 32 bits its top bit is ignored (2A 2.3.8). Bits 3:0 may hold an immediate */
+        r->imm = (u8)take(b, 1);
+        if (!(key & KEY_CODE64))
+            r->imm &= 0x7f;
         break;
     case FAR:
         r->disp = (i64)take(b, z);
@@ -362,14 +364,15 @@ opcode:;
         return finish_raise(r, VECTOR_UD, b.used, ends);
 
     unsigned address_size = code64 ? (p.address_size ? 2 : 3) : !(key & KEY_CODE32) == p.address_size ? 2 : 1;
-    bool to_control = operand_info[o->operands[0]].kind == CONTROL || operand_info[o->operands[1]].kind == CONTROL ||
-                      operand_info[o->operands[0]].kind == DEBUGREG || operand_info[o->operands[1]].kind == DEBUGREG;
+    bool to_control = operand_types[o->operands[0]].kind == CONTROL || operand_types[o->operands[1]].kind == CONTROL ||
+                      operand_types[o->operands[0]].kind == DEBUGREG || operand_types[o->operands[1]].kind == DEBUGREG;
     bool has_modrm = needs_modrm(o);
     bool is_register = !has_modrm || modrm >= 0xc0 || to_control; /* MOV CR, DR ignore mod */
-    bool is_offset = operand_info[o->operands[0]].kind == OFFSET || operand_info[o->operands[1]].kind == OFFSET;
+    bool is_offset = operand_types[o->operands[0]].kind == OFFSET || operand_types[o->operands[1]].kind == OFFSET;
     bool rip_relative = false;
     r->id = (u16)(o - opcodes);
     r->size = (u8)operand_size(o, &p, key);
+    r->vector = p.vex_l && o->length != LIG ? 5 : 4;
     r->prefix = (u8)(address_size | (p.rep == 0xf3 ? PREFIX_REP : p.rep == 0xf2 ? PREFIX_REPNE : 0) |
                      (p.lock ? PREFIX_LOCK : 0) | (p.operand_size ? PREFIX_66 : 0) | (p.rex & 8 ? PREFIX_REX_W : 0) |
                      (is_register && has_modrm ? PREFIX_REGISTER : 0));
@@ -380,7 +383,7 @@ opcode:;
     if (p.segment < SEG_COUNT && !(code64 && p.segment < SEG_FS))
         r->seg = p.segment;
     bool valid = true;
-    for (unsigned i = 0; i < 3; i++)
+    for (unsigned i = 0; i < OPERANDS_MAX; i++)
         valid &= decode_operand(o, o->operands[i], &p, &b, key, byte, modrm, r);
     if (b.too_long)
         return finish_raise(r, VECTOR_GP, 15, ends);
@@ -389,9 +392,9 @@ opcode:;
 
     if (p.vex) { /* vvvv that names nothing is 1111 */
         bool uses_v = false;
-        for (unsigned i = 0; i < 3; i++)
-            uses_v |= operand_info[o->operands[i]].kind == VEX_V;
-        valid &= (uses_v || !p.vex_v) && !(o->attributes & A_VEX && p.vex_l);
+        for (unsigned i = 0; i < OPERANDS_MAX; i++)
+            uses_v |= operand_types[o->operands[i]].kind == VEX_V;
+        valid &= uses_v || !p.vex_v;
     }
 
     int vector = check_row(o, key);
@@ -405,9 +408,10 @@ opcode:;
     r->run = !memory ? h->reg[r->size] : fast ? h->fast[r->size] : h->mem[r->size];
     if (!r->run)
         return finish_raise(r, VECTOR_UD, b.used, ends);
-    r->length = (u8)b.used;
+    r->length = b.used & 15;
     if (rip_relative)
         r->disp += at + b.used;
+    r->has_link = operand_types[o->operands[0]].kind == RELATIVE;
     *ends = o->attributes & A_END;
     return b.used;
 }

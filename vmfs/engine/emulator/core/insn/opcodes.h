@@ -3,14 +3,19 @@
  *
  *   INSN(name, map, opcode, prefix, digit, mod, operand, operand, operand, size, handler, feature, attributes,
  *        flags read, flags written, flags undefined)
+ *   VEX(name, map, opcode, prefix, length, w, digit, mod, operand, operand, operand, operand, size, handler, feature,
+ *        attributes, flags read, flags written, flags undefined)
  *
- * name      mnemonic, for traces and tests
+ * name      mnemonic, for traces and tests; it is also the row's operation: rows of one name do the same to different
+ *           operands, and `operation_NAME` is what they have in common. EMITTER(NAME) makes host code of them
  * map       M1 (one byte), M0F, M38 (0F 38), M3A (0F 3A)
  * opcode    last opcode byte; with attribute OPREG the row stands for opcode .. opcode + 7
  * prefix    ANY: 66 is the operand size, F2/F3 are REP or ignored; NP: none of 66 F2 F3; P66, PF3, PF2: mandatory;
  *           NOREP: no F2/F3, 66 is the operand size. Rows of an opcode are tried from the top.
  * digit     /0 .. /7 in ModRM.reg, or NO
  * mod       RM: any ModRM (or none); REG, MEM: only that form; REG0 .. REG7: register form with exactly that rm
+ * length    of VEX: L0 (128 bits), L1 (256), LX (both: r->vector says which), LIG (ignored: 128)
+ * w         of VEX: W0, W1, WX (ignored, or it is the operand size: Y)
  * operands  in SDM letters (Intel SDM 2D A.2), a list below; __ for none. They say what the decoder reads.
  * size      of `r->size`: B W D Q fixed; V 16/32/64 by prefix, REX.W and mode; Y 32/64; S as V, but 64 in place of 32 in
  *           64-bit mode (stack); N as S, and 66 is ignored in 64-bit mode (near branches)
@@ -40,13 +45,15 @@ struct handlers {
 enum map { M1, M0F, M38, M3A, MAPS };
 enum prefix { ANY, NP, P66, PF3, PF2, NOREP };
 enum { NO = -1 };
+enum length { LNONE /* not VEX */, L0, L1, LX, LIG };
+enum w { WX, W0, W1 };
 enum mod { RM, REG, MEM, REG0, REG1, REG2, REG3, REG4, REG5, REG6, REG7 };
 enum size { B, W, D, Q, V, Y, S, N };
 
 #define ATTRIBUTES(X) \
     X(A_LOCK)      /* LOCK is allowed with a memory destination (else #UD) */ \
     X(A_OPREG)     /* the register is in the opcode's low three bits */ \
-    X(A_END)       /* the trace ends behind it */ \
+    X(A_END)       /* the block ends behind it */ \
     X(A_NO64)      /* #UD in 64-bit mode */ \
     X(A_ONLY64)    /* #UD elsewhere */ \
     X(A_PROTECTED) /* #UD in real and virtual-8086 mode */ \
@@ -55,11 +62,10 @@ enum size { B, W, D, Q, V, Y, S, N };
     X(A_MMX)       /* #UD if CR0.EM, #NM if CR0.TS */ \
     X(A_SSE)       /* #UD if CR0.EM or not CR4.OSFXSR, #NM if CR0.TS */ \
     X(A_FWAIT)     /* #NM if CR0.MP and CR0.TS */ \
-    X(A_AVX)       /* VEX-encoded: #UD unless CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
+    X(A_AVX)       /* of VEX-encoded vectors: #UD unless CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
     X(A_REPORT)    /* F2/F3 is REP: kept in r->prefix for the handler (it always is); for tests */ \
     X(A_NOTEST)    /* the native comparison cannot run it (privileged, far, time, ports, ...) */ \
-    X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */ \
-    X(A_VEX)       /* VEX-encoded, of general registers: #UD if VEX.L; By is in r->imm. `prefix` is VEX.pp */
+    X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */
 enum attribute_bit {
 #define X(name) name##_BIT,
     ATTRIBUTES(X)
@@ -99,8 +105,9 @@ ALWAYS_INLINE bool has_feature(const struct vcpu *c, enum feature f) { return c-
 
 /* Operands: name, where the decoder finds it, width (of the register form, and of the memory operand).
  * Kinds: RM general register or memory; REGISTER in ModRM.reg; OPCODE in the opcode; MEMORY; IMMEDIATE; RELATIVE; OFFSET
- * (moffs); SEGMENT, CONTROL, DEBUGREG, VECTOR, MMXREG in ModRM.reg; VECTOR_RM, MMX_RM; FAR (immediate pointer); VEX_V (vvvv);
- * FIXED (implied; nothing is read). Widths in bytes; v z y as in SDM; 0 not a number of bytes that matters. */
+ * (moffs); SEGMENT, CONTROL, DEBUGREG, VECTOR, MMXREG in ModRM.reg; VECTOR_RM, MMX_RM; FAR (immediate pointer); VEX_V, a
+ * general register or vector in r->vvvv; IS4, a vector in bits 7:4 of the immediate byte; FIXED (implied; nothing is read).
+ * Widths in bytes; v z y as in SDM; WIDTH_X the vector length; 0 not a number of bytes that matters. */
 #define OPERANDS(X) \
     X(__, FIXED, 0) \
     X(Eb, RM_OPERAND, 1) X(Ew, RM_OPERAND, 2) X(Ed, RM_OPERAND, 4) X(Eq, RM_OPERAND, 8) X(Ev, RM_OPERAND, WIDTH_V) \
@@ -117,15 +124,18 @@ ALWAYS_INLINE bool has_feature(const struct vcpu *c, enum feature f) { return c-
     X(Sw, SEGMENT, 2) X(Cd, CONTROL, 8) X(Dd, DEBUGREG, 8) \
     X(Vx, VECTOR, 16) X(Vd, VECTOR, 4) X(Vq, VECTOR, 8) \
     X(Wx, VECTOR_RM, 16) X(Wd, VECTOR_RM, 4) X(Wq, VECTOR_RM, 8) X(Ww, VECTOR_RM, 2) \
-    X(Ux, VECTOR_RM, 16) X(Pq, MMXREG, 8) X(Qq, MMX_RM, 8) X(Qd, MMX_RM, 4) X(Nq, MMX_RM, 8) X(Hx, VEX_V, 16) X(By, VEX_V, WIDTH_Y) \
+    X(Ux, VECTOR_RM, 16) X(Pq, MMXREG, 8) X(Qq, MMX_RM, 8) X(Qd, MMX_RM, 4) X(Nq, MMX_RM, 8) \
+    X(By, VEX_V, WIDTH_Y) X(Hx, VEX_V, 16) X(Hd, VEX_V, 4) X(Hq, VEX_V, 8) X(Lx, IS4, 16) \
     X(Xb, FIXED, 1) X(Xv, FIXED, WIDTH_V) X(Yb, FIXED, 1) X(Yv, FIXED, WIDTH_V) \
     X(AL, FIXED, 1) X(AX, FIXED, 2) X(rAX, FIXED, WIDTH_V) X(CL, FIXED, 1) X(DX, FIXED, 2) X(One, FIXED, 0) \
     X(ST0, FIXED, 0) X(STi, FIXED, 0) X(XMM0, FIXED, 16)
 enum operand_kind {
     FIXED, RM_OPERAND, REGISTER, OPCODE, MEMORY, IMMEDIATE, RELATIVE, OFFSET, SEGMENT, CONTROL, DEBUGREG, VECTOR, MMXREG,
-    VECTOR_RM, MMX_RM, FAR, VEX_V,
+    VECTOR_RM, MMX_RM, FAR, VEX_V, IS4,
 };
-enum { WIDTH_V = 32, WIDTH_Y, WIDTH_Z };
+enum { WIDTH_V = 128, WIDTH_Y, WIDTH_Z, WIDTH_X };
+struct operand_type { u8 kind, width; };
+extern const struct operand_type operand_types[];
 enum operand {
 #define X(name, kind, width) o##name,
     OPERANDS(X)
@@ -152,12 +162,18 @@ enum {
     fOSZAPC = fO | fS | fZ | fA | fP | fC,
 };
 
+/* What rows of one name have in common: compare `row->operation == &operation_NAME`. */
+struct operation { char unused; }; /* an address of its own */
+enum { OPERANDS_MAX = 4 };
+
 struct opcode {
     const char *name, *handler_name, *feature_name;
+    struct operation *operation;
     const struct handlers *handlers;
-    u8 map, opcode, prefix, mod, size, feature;
+    const struct emitter *emitter; /* NULL: translated code calls the handler */
+    u8 map, opcode, prefix, mod, size, feature, length, w;
     int8_t digit;
-    u8 operands[3];
+    u8 operands[OPERANDS_MAX];    /* enum operand: operand_types[] says kind and width */
     u32 attributes;
     u16 flags_read, flags_written, flags_undefined;
 };
@@ -167,8 +183,11 @@ extern const unsigned opcode_count;
 #endif
 
 /* The rows. A family is a file; a file may be empty of rows, but must be listed here. opcodes.c includes this part with
- * INSN defined. */
-#ifdef INSN
+ * ROW defined. */
+#ifdef ROW
+#define INSN(name, map, opcode, prefix, digit, mod, o1, o2, o3, size, handler, feature, attributes, fr, fw, fu) \
+    ROW(name, map, opcode, prefix, LNONE, WX, digit, mod, o1, o2, o3, __, size, handler, feature, attributes, fr, fw, fu)
+#define VEX ROW
 #include "opcodes_alu.h"      /* ADD .. CMP, TEST, INC, NOT, MOV, LEA, MOVZX, XCHG, CMPXCHG, XADD, SETcc, CMOVcc */
 #include "opcodes_flow.h"     /* Jcc, JMP, CALL, RET, LOOP; PUSH, POP, ENTER, LEAVE; NOP, UD2, HLT */
 #include "opcodes_integer.h"  /* shifts, multiplication, division, bits, BCD, strings, flags, misc */
@@ -178,4 +197,6 @@ extern const unsigned opcode_count;
 #include "opcodes_sse.h"      /* SSE, SSE2, SSE3, FXSAVE, XSAVE */
 #include "opcodes_sse4.h"     /* SSSE3, SSE4.1, SSE4.2, AES, PCLMUL, SHA */
 #include "opcodes_avx.h"
+#undef INSN
+#undef VEX
 #endif

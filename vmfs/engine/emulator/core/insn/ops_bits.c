@@ -140,12 +140,12 @@ const struct handlers H_movbe_M_G = MEMORY_TABLE(movbe_M_G);
 ADD_CARRY(adcx, cf)
 ADD_CARRY(adox, of)
 
-/* ---- BMI1, BMI2. The register in VEX.vvvv (`v`) is in r->imm -------------------------------------------------------------------------------- */
+/* ---- BMI1, BMI2. `v` is the register in VEX.vvvv -------------------------------------------------------------------------------- */
 
 #define BMI(name, destination, value, carry) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
-        u64 v = get_reg(c, (unsigned)r->imm, bits), result = truncate_to(value, bits); \
+        u64 v = get_reg(c, r->vvvv * 8u, bits), result = truncate_to(value, bits); \
         (void)v; \
         set_reg(c, destination, bits, result); \
         set_carries(c, carry, 0, 0); \
@@ -153,9 +153,9 @@ ADD_CARRY(adox, of)
     } \
     READ_FORMS_Y(name)
 BMI(andn, r->reg, ~v & e, 0)
-BMI(blsr, (unsigned)r->imm, e & (e - 1), !e)
-BMI(blsmsk, (unsigned)r->imm, e ^ (e - 1), !e)
-BMI(blsi, (unsigned)r->imm, e & (0 - e), !!e)
+BMI(blsr, r->vvvv * 8u, e & (e - 1), !e)
+BMI(blsmsk, r->vvvv * 8u, e ^ (e - 1), !e)
+BMI(blsi, r->vvvv * 8u, e & (0 - e), !!e)
 BMI(bextr, r->reg, ((v & 0xff) < bits ? e >> (v & 63) : 0) & ((v >> 8 & 0xff) < 64 ? (1ull << (v >> 8 & 63)) - 1 : ~0ull), 0)
 BMI(bzhi, r->reg, (v & 0xff) < bits ? e & ((1ull << (v & 63)) - 1) : e, (v & 0xff) >= bits)
 
@@ -177,7 +177,7 @@ static u64 extract(u64 source, u64 mask)
 #define BY_MASK(name, function) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
-        set_reg(c, r->reg, bits, function(get_reg(c, (unsigned)r->imm, bits), e)); \
+        set_reg(c, r->reg, bits, function(get_reg(c, r->vvvv * 8u, bits), e)); \
     } \
     READ_FORMS_Y(name)
 BY_MASK(pdep, deposit)

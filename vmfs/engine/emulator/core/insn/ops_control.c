@@ -208,7 +208,7 @@ OP(op_mov_D_R)
         c->dr7 = (value & 0xffff23ff) | 0x400;
     else
         c->dr[n] = value;
-    if (was || c->dr7 & 0xff) { /* traces end at breakpoints; the TLB keeps watched pages off the fast path */
+    if (was || c->dr7 & 0xff) { /* blocks end at breakpoints; the TLB keeps watched pages off the fast path */
         cache_flush(c);
         tlb_flush(c);
     }

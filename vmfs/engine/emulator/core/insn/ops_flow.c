@@ -9,7 +9,7 @@
     { \
         if (condition(c, n)) \
             JUMP_LINK(c, r); \
-        NEXT(); \
+        NEXT_OVER_LINK(); \
     } \
     HANDLER(j##n);
 JCC(0) JCC(1) JCC(2) JCC(3) JCC(4) JCC(5) JCC(6) JCC(7) JCC(8) JCC(9) JCC(10) JCC(11) JCC(12) JCC(13) JCC(14) JCC(15)
@@ -33,7 +33,7 @@ ALWAYS_INLINE void set_count(struct vcpu *c, const struct record *r, u64 count)
         set_count(c, r, count); \
         if (taken) \
             JUMP_LINK(c, r); \
-        NEXT(); \
+        NEXT_OVER_LINK(); \
     } \
     HANDLER(name);
 LOOP_WHILE(loop, true)
@@ -44,7 +44,7 @@ OP(op_jcxz)
 {
     if (!count_of(c, r))
         JUMP_LINK(c, r);
-    NEXT();
+    NEXT_OVER_LINK();
 }
 HANDLER(jcxz);
 
@@ -53,7 +53,7 @@ HANDLER(jcxz);
 #define FAST_STACK(bits) \
     OP(call_##bits) \
     { \
-        if (unlikely(r->link_generation != c->generation)) \
+        if (unlikely(LINK_OF(r)->generation != c->generation)) \
             check_target(c, r, relative_target(c, r)); \
         push(c, r, bits / 8, next_ip(c, r)); \
         JUMP_LINK(c, r); \
@@ -107,7 +107,7 @@ OP(call_fast)
 {
     u64 sp = c->gpr[RSP] - 8;
     u8 *p = fast_linear_write(c, sp, 8);
-    if (unlikely(!p || r->link_generation != c->generation)) {
+    if (unlikely(!p || LINK_OF(r)->generation != c->generation)) {
         call_64(c, r);
         return;
     }
@@ -130,7 +130,7 @@ OP(ret_fast)
         return;
     }
     c->gpr[RSP] = sp + 8;
-    ENTER(c, e->trace);
+    ENTER(c, e->block);
 }
 
 #define SIZED(f) {NULL, f##_16, f##_32, f##_64}

@@ -117,7 +117,7 @@ OP(op_ins)
     check_permission(c, r, port, bytes);
     u64 offset = c->gpr[RDI] & address_mask(r), linear = linear_of(c, r, SEG_ES, offset, bytes, ACCESS_WRITE);
     mmu_check_write(c, linear, bytes, ACCESS_WRITE);
-    if (!c->alone) /* a device is read once: what the store may do to the trace, it does now */
+    if (!c->alone) /* a device is read once: what the store may do to the block, it does now */
         escape(c, ESCAPE_ALONE);
     u32 value = input(c, r, port, bytes);
     linear_store(c, linear, bytes, value);

@@ -79,7 +79,7 @@ IMUL_G(imul_G_E_I, (u64)(i64)r->imm)
 ALWAYS_INLINE void mulx(struct vcpu *c, const struct record *r, u64 e, unsigned bits)
 {
     u128 product = (u128)get_reg(c, RDX * 8, bits) * e;
-    set_reg(c, (unsigned)r->imm, bits, truncate_to((u64)product, bits));
+    set_reg(c, r->vvvv * 8u, bits, truncate_to((u64)product, bits));
     set_reg(c, r->reg, bits, truncate_to((u64)(product >> bits), bits));
 }
 READ_FORMS_Y(mulx)

@@ -209,7 +209,7 @@ OP(op_smsw)
 }
 HANDLER(smsw);
 
-/* A handler with a local variable that has an address cannot end in a jump: it leaves the trace. */
+/* A handler with a local variable that has an address cannot end in a jump: it leaves the block. */
 
 /* The descriptor for LLDT and LTR: in the GDT, 16 bytes in long mode, of one of the types (a bit each). */
 static void read_system(struct vcpu *c, u16 selector, u32 types, struct descriptor *d)

@@ -168,12 +168,12 @@ DOUBLE_SHIFT(shld, CL)
 DOUBLE_SHIFT(shrd, I)
 DOUBLE_SHIFT(shrd, CL)
 
-/* ---- BMI2: no flags. The register in VEX.vvvv is in r->imm ---------------------------------------------------------------- */
+/* ---- BMI2: no flags ---------------------------------------------------------------- */
 
 #define SHIFT_X(name, expression) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
-        unsigned n = (unsigned)get_reg(c, (unsigned)r->imm, 8) & (bits - 1); \
+        unsigned n = (unsigned)get_reg(c, r->vvvv * 8u, 8) & (bits - 1); \
         set_reg(c, r->reg, bits, truncate_to(expression, bits)); \
     } \
     READ_FORMS_Y(name)

@@ -2,7 +2,7 @@
  *
  * An iteration is one instruction: for the budget, for the time, for a single step, as EFLAGS.TF shows it (Intel SDM 2B
  * "REP": traps and interrupts are taken between iterations, with rip at the instruction and rCX, rSI, rDI of what is left
- * to do). REP with a count of zero is one instruction too. The trace paid for the first iteration at its entry. */
+ * to do). REP with a count of zero is one instruction too. The block paid for the first iteration at its entry. */
 #ifndef VMFS_REPEAT_H
 #define VMFS_REPEAT_H
 
