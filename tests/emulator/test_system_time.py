@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 import threading
 
+import pytest
 from emulator.system_lib import CODE32, CODE64, IF, STOP, Guest, gate
 
 from vmfs.engine.emulator import _core
@@ -125,6 +126,53 @@ def test_a_line_from_another_thread_wakes_hlt():
         thread.join(JOIN)
         assert not thread.is_alive()
         assert (result[0][0], result[0][1]) == (_core.EXIT_IO, guest.stub(0x24) + 2)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "mov dword ptr [rdx + 0x350], 0x400",  # LINT0, behind the 8259: NMI
+        "mov esi, 0xfec00000; mov dword ptr [rsi], 0x10; mov dword ptr [rsi + 0x10], 0x400",  # the IOAPIC's pin 0: NMI
+    ],
+    ids=["lint0", "ioapic"],
+)
+def test_a_timer_that_sends_nmis_wakes_a_halt_with_interrupts_off(way):
+    with Guest("long", chip=True) as guest:
+        map_apic(guest)
+        pit = PIC + "mov al, 0xfe; out 0x21, al; mov al, 0x34; out 0x43, al; mov al, 9; out 0x40, al; out 0x40, al;"
+        guest.load(f"mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff; {way}; {pit} cli; at: hlt; nop")
+        assert guest.run() == 2
+        assert guest.frame(False)[0] == guest.labels["at"] + 1
+
+
+def test_a_halt_in_an_nmi_handler_is_for_good():
+    """NMIs are blocked until IRET: one that waits does not wake it."""
+    with Guest("long", chip=True) as guest:
+        guest.load("l: jmp l")
+        guest.set_gate(2, gate(CODE64, 0x8000, 14))
+        guest.write(0x8000, bytes.fromhex("f4 ebfd"))  # hlt; jmp to it
+        guest.cpu.nmi()
+        for _ in range(2):
+            assert guest.go()[:2] == (_core.EXIT_HLT, 0x8001)
+            guest.cpu.nmi()
+
+
+def test_a_halt_is_for_good_once_all_cpus_are_asleep():
+    """Another CPU could send an NMI: what ends there is the last one's run, and then that of the one before."""
+    with Guest("long", chip=True) as guest:
+        other = guest.vm.create_vcpu(1)
+        other.set_state("mp_state", struct.pack("<I", 0))
+        guest.load("cli; hlt; l: jmp l")
+        result = []
+        thread = threading.Thread(target=lambda: result.append(guest.go(-1)), daemon=True)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        other.set_state("mp_state", struct.pack("<I", 1))  # KVM_MP_STATE_UNINITIALIZED: it waits for an INIT
+        assert other.run(1000)[0] == _core.EXIT_HLT
+        thread.join(JOIN)
+        assert not thread.is_alive()
+        assert result[0][0] == _core.EXIT_HLT
 
 
 def test_init_and_sipi_start_another_cpu():

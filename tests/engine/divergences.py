@@ -69,6 +69,14 @@ DIVERGENCES = (
         "KVM delivers exceptions and interrupts to the guest without an exit: to catch them is refused.",
     ),
     Divergence(
+        "kvm-sleeps-in-the-kernel",
+        "kvm",
+        _everywhere,
+        "With its interrupt controllers KVM has no exit for HLT. One that nothing can end is found by a look at the "
+        "CPU: when a kick ends a run, and when one begins. So an unbounded run goes on until somebody asks for something.",
+        in_cases=False,
+    ),
+    Divergence(
         "kvm-steps-see-changes",
         "kvm",
         _everywhere,
@@ -111,6 +119,13 @@ DIVERGENCES = (
         "A step whose instruction raises an exception ends behind the first instruction of the handler, and a "
         "step of iretq behind the instruction that it returns to. Breakpoints in debug registers stop before "
         "that, those that are watched for by steps do not.",
+    ),
+    Divergence(
+        "pvm-steps-past-hlt",
+        "kvm",
+        is_pvm,
+        "A step of HLT on a machine with interrupt controllers ends behind it with a CPU that does not sleep.",
+        in_cases=False,
     ),
     Divergence(
         "pvm-dirty-log-has-code",

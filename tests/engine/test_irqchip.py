@@ -79,7 +79,7 @@ def test_a_line_wakes_hlt(pc, assembler):
 
 
 def test_kick_ends_a_halt(pc, assembler):
-    pc.load(assembler("cli; hlt; mov bl, 1; hlt", "real"), "real")
+    pc.load(assembler("mov al, 0xff; out 0x21, al; sti; hlt; mov bl, 1; hlt", "real"), "real")
     result = []
     thread = threading.Thread(target=lambda: result.append(pc.vcpu.run()), daemon=True)
     thread.start()

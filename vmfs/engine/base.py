@@ -62,6 +62,7 @@ MACHINE_STATES = {
 }
 
 PAGE_SIZE = 4096
+SLEEP_MOST = 1.0  # seconds that a step or a budget waits for a CPU that sleeps
 INTERRUPT_QUEUE = 64  # vectors that wait in a Vcpu; one more is errors.WouldBlock
 
 
@@ -290,7 +291,8 @@ class Vcpu(abc.ABC):
         """Run the guest until its next exit, in the calling thread, without the GIL.
 
         `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit`
-        after exactly so many instructions. What the guest does wrong is an exit; what the engine cannot do is
+        after exactly so many instructions. One with a budget or in steps also ends with it once the CPU has slept
+        for SLEEP_MOST seconds, waiting for an interrupt: it still sleeps. What the guest does wrong is an exit; what the engine cannot do is
         `exits.Error`; an exception is a fault of the host or of this program.
 
         A run that starts at a breakpoint executes the instruction there. One that `goes_on` does that only

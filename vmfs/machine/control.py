@@ -100,10 +100,15 @@ class RunLoop:
             stepping = self._asked.prepare(run.bound, left.by_steps)
             exit_ = self._slice(left.budget, goes_on)
             goes_on = True
-            if isinstance(exit_, exits.Interrupted):
+            if isinstance(exit_, exits.Limit):  # the budget is used up, or the CPU sleeps
+                if left.is_bounded:
+                    return self._bound_reached(exit_)
+                if stepping:
+                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
+            if isinstance(exit_, exits.Interrupted | exits.Limit):
                 self._asked.do_tasks()
                 if run.stop_asked:
-                    return exit_
+                    return exits.Interrupted(rip=exit_.rip, cpu=exit_.cpu)
                 if run.expired:
                     return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
                 if left.is_used_up():
@@ -127,8 +132,6 @@ class RunLoop:
                     return self._bound_reached(exit_)
                 if stepping and is_done:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-            elif isinstance(exit_, exits.Limit) and left.is_bounded:
-                return self._bound_reached(exit_)
             elif _is_step(exit_):
                 if stepping:
                     return exit_

@@ -213,3 +213,7 @@ XSAVE_STATE_BV = 512  # u64, the first of the XSAVE header (SDM 1 13.4.2)
 XSAVE_X87, XSAVE_SSE = 1 << 0, 1 << 1
 DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs
 EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING = 0, 3  # offsets in struct kvm_vcpu_events
+# What of it is on its way to the guest: exception.injected and .pending, interrupt.injected, nmi.injected and .pending.
+EVENTS_UNDER_WAY = (EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING, 8, 12, 13)
+# struct kvm_mp_state
+MP_STATE_RUNNABLE, MP_STATE_HALTED = struct.pack("<I", 0), struct.pack("<I", 3)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmfs.engine.base import INTERRUPT_QUEUE, DebugRequest, Vcpu
+from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
@@ -21,7 +21,7 @@ from vmfs.engine.kvm.state import VcpuState
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.words.exits import Exit
-from vmfs.words.modes import is_linear
+from vmfs.words.modes import RFLAGS_IF, is_linear
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
 # return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).
@@ -75,6 +75,7 @@ class KvmVcpu(Vcpu):
         self._vectors: deque[int] = deque()
         self._injected = 0
         self._nmi = False
+        self._may_sleep = has_irqchip  # HLT may have been executed, or be in the state that was set
         self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
         self._access = _NO_ACCESS
         self._written = b""  # the bytes of a write that is no longer in the mapping
@@ -103,11 +104,68 @@ class KvmVcpu(Vcpu):
             return self._pop_stash()
         self._runner = threading.get_ident()
         try:
-            if self._plan is debugregs.NO_PLAN:
-                return self._run_until_exit(debugregs.NOTHING)
-            return self._run_debugged(goes_on)
+            if self._may_sleep and self._is_asleep():
+                return self._run_asleep(goes_on)
+            return self._note_sleep(self._run_awake(goes_on))
         finally:
             self._leave()
+
+    def _run_awake(self, goes_on: bool) -> Exit:
+        if self._plan is debugregs.NO_PLAN:
+            return self._run_until_exit(debugregs.NOTHING)
+        return self._run_debugged(goes_on)
+
+    # HLT with interrupt controllers: KVM sleeps in the kernel, and there is no exit. It is found by looking.
+
+    def _note_sleep(self, exit_: Exit) -> Exit:
+        """Behind a run: whether the next one may find the CPU asleep, or this one found it so for good."""
+        if not self._has_irqchip:
+            return exit_
+        self._may_sleep = isinstance(exit_, exits.Interrupted | exits.Debug)
+        if isinstance(exit_, exits.Interrupted) and self._is_asleep() and self._is_deaf():
+            return self._halted()
+        return exit_
+
+    def _run_asleep(self, goes_on: bool) -> Exit:
+        if self._is_deaf():
+            return self._halted()
+        if not self._plan.hardware.step:
+            return self._note_sleep(self._run_awake(goes_on))
+        overslept = threading.Event()
+
+        def wake() -> None:
+            overslept.set()
+            self.kick()
+
+        timer = threading.Timer(SLEEP_MOST, wake)
+        timer.daemon = True
+        timer.start()
+        try:
+            exit_ = self._note_sleep(self._run_awake(goes_on))
+        finally:
+            timer.cancel()
+            timer.join()
+        if overslept.is_set() and isinstance(exit_, exits.Interrupted):
+            return exits.Limit(rip=exit_.rip, cpu=self.index)
+        return exit_
+
+    def _is_asleep(self) -> bool:
+        return self._state.get("mp_state") == abi.MP_STATE_HALTED
+
+    def _is_deaf(self) -> bool:
+        """Whether nothing can wake it: interrupts are off, and no event is pending. An NMI that another CPU or a pin
+        could still send is not looked for."""
+        self._deliver_nmi()
+        rflags = int.from_bytes(self._state.get("regs")[abi.REGS_RFLAGS : abi.REGS_RFLAGS + 8], "little")
+        return not rflags & RFLAGS_IF and not any(self._state.get("events")[at] for at in abi.EVENTS_UNDER_WAY)
+
+    def _halted(self) -> Exit:
+        """The next run goes on behind HLT."""
+        self._state.set("mp_state", abi.MP_STATE_RUNNABLE)
+        self._access, self._written = _NO_ACCESS, b""
+        rip = int.from_bytes(self._state.get("regs")[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
+        self._may_sleep = False
+        return exits.Hlt(rip=rip, cpu=self.index)
 
     def _pop_stash(self) -> Exit:
         exit_ = self._stash.popleft()
@@ -425,6 +483,7 @@ class KvmVcpu(Vcpu):
         if name != "cpuid":  # which is of no register, and refused once the CPU has run
             self.complete()
         self._state.set(name, data)
+        self._may_sleep |= self._has_irqchip and name == "mp_state"
         if name == "sregs" and not self._has_irqchip:
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
             at = abi.SREGS_CR8

@@ -95,7 +95,8 @@ struct vcpu_exit {
 
 enum { BUDGET_UNLIMITED = -1 };
 
-/* Run until the next exit; with a budget >= 0, EXIT_LIMIT after exactly so many instructions. */
+/* Run until the next exit; with a budget >= 0, EXIT_LIMIT after exactly so many instructions, or when the CPU has slept
+ * through a second; the latter with vcpu_set_debug's step, too. */
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* The same as a part of the run before: where that did not stop at a breakpoint (or begin there and execute nothing), one
  * at its start stops. */

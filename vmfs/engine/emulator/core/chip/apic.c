@@ -319,6 +319,14 @@ void apic_lint0_edge(struct irqchip *chip)
             deliver_lvt(chip, cpu, LVT_LINT0);
 }
 
+/* LINT0 is the only local entry of a free mode that something drives: the 8259. */
+bool apic_can_send_unmaskable(const struct lapic *a)
+{
+    uint32_t lint0 = a->reg[LVT_LINT0];
+
+    return is_enabled(a) && !(lint0 & LVT_MASKED) && is_unmaskable(LVT_MODE(lint0));
+}
+
 uint8_t irqchip_take_events(struct irqchip *chip, unsigned cpu, uint8_t which)
 {
     uint8_t taken = chip->cpu[cpu].events & which;

@@ -173,18 +173,47 @@ static bool others_wait(const struct vcpu *c)
     return true;
 }
 
-void chip_wait(struct vcpu *c)
+enum { SLEEP_MOST = 1000000000 }; /* nanoseconds: how long a run that is bounded by instructions waits for the next one */
+
+/* Whether only an NMI, an INIT or a SIPI wakes it, and none of them is under way. */
+static bool is_deaf(const struct vcpu *c)
+{
+    bool sleeps = c->mp_state != KVM_MP_STATE_RUNNABLE || (c->halted && !(c->rflags & FLAG_IF));
+    return sleeps && !(c->nmi_pending && !c->nmi_masked) && !irqchip_events(c->vm->irqchip, c->index);
+}
+
+bool chip_leaves_it_asleep(const struct vcpu *c)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (c->vm->vcpus[i] && !is_deaf(c->vm->vcpus[i])) /* another one could wake it */
+            return false;
+    return !irqchip_can_send_unmaskable(c->vm->irqchip);
+}
+
+bool chip_wait(struct vcpu *c)
 {
     struct irqchip *chip = c->vm->irqchip;
-    u64 due = chip ? irqchip_next_deadline(chip) : IRQCHIP_NEVER, now = core_now(c, NULL), most = IRQCHIP_NEVER;
+    u64 due = irqchip_next_deadline(chip), now = core_now(c, NULL), most = IRQCHIP_NEVER;
+    if (!c->asleep) {
+        c->asleep = true;
+        c->asleep_since = now;
+        c->asleep_since_host = host_clock();
+    }
+    if (c->run_limited || c->step) {
+        u64 slept = host_clock() - c->asleep_since_host;
+        if (slept >= SLEEP_MOST || now - c->asleep_since >= SLEEP_MOST)
+            return false;
+        most = SLEEP_MOST - slept;
+    }
     if (due != IRQCHIP_NEVER) {
         if (due <= now)
-            return; /* chip_look sees to it */
+            return true; /* chip_look sees to it */
         if (c->vm->time == TIME_HOST) {
-            most = due - now;
+            if (due - now < most)
+                most = due - now;
         } else if (others_wait(c)) {
             c->skew += due - now;
-            return;
+            return true;
         }
     }
     atomic_store(&c->sleeping, true);
@@ -194,4 +223,5 @@ void chip_wait(struct vcpu *c)
     vm_lock(c->vm);
     clock_enter(c);
     atomic_store(&c->sleeping, false);
+    return true;
 }

@@ -91,6 +91,19 @@ void ioapic_end_of_interrupt(struct irqchip *chip, uint8_t vector)
     }
 }
 
+bool ioapic_can_send_unmaskable(const struct ioapic *ioapic)
+{
+    unsigned pin;
+
+    for (pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++) {
+        uint64_t entry = ioapic->state.redirtbl[pin].bits;
+
+        if (!(entry & ENTRY_MASKED) && is_unmaskable(ENTRY_MODE(entry)))
+            return true;
+    }
+    return false;
+}
+
 static void write_entry(struct irqchip *chip, unsigned pin, bool high, uint32_t value)
 {
     struct kvm_ioapic_state *s = &chip->ioapic.state;

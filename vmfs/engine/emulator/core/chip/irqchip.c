@@ -102,6 +102,18 @@ void irqchip_advance_slow(struct irqchip *chip, uint64_t now)
     irqchip_reschedule(chip);
 }
 
+/* --- Ways to a CPU with interrupts off ---------------------------------------------------------------- */
+
+bool irqchip_can_send_unmaskable(const struct irqchip *chip)
+{
+    unsigned cpu;
+
+    for (cpu = 0; cpu < chip->cpus; cpu++)
+        if (apic_can_send_unmaskable(&chip->cpu[cpu]))
+            return true;
+    return ioapic_can_send_unmaskable(&chip->ioapic);
+}
+
 /* --- Lines and messages ------------------------------------------------------------------------------- */
 
 int irqchip_set_route(struct irqchip *chip, unsigned gsi, unsigned pic, unsigned ioapic)

@@ -181,6 +181,9 @@ static inline uint8_t irqchip_events(const struct irqchip *chip, unsigned cpu)
     return chip->cpu[cpu].events;
 }
 
+/* Whether a pin or a local interrupt is set up to send an NMI or an INIT, which no EFLAGS.IF keeps back. */
+bool irqchip_can_send_unmaskable(const struct irqchip *chip);
+
 /* Hands over and clears the events named in `which`. */
 uint8_t irqchip_take_events(struct irqchip *chip, unsigned cpu, uint8_t which);
 /* The local APIC's part of an INIT (SDM 3A 11.4.7.3): registers as after reset, ID and IA32_APIC_BASE

@@ -16,6 +16,11 @@ enum delivery_mode {
     DELIVER_EXTINT = 7,
 };
 
+static inline bool is_unmaskable(enum delivery_mode mode)
+{
+    return mode == DELIVER_NMI || mode == DELIVER_INIT;
+}
+
 enum shorthand { TO_DESTINATION, TO_SELF, TO_ALL, TO_OTHERS };
 
 struct apic_message {
@@ -37,11 +42,13 @@ void apic_refresh(struct irqchip *chip, unsigned cpu);
 void apic_lint0_edge(struct irqchip *chip);
 void apic_advance(struct irqchip *chip, unsigned cpu);
 bool apic_takes_pic(const struct lapic *lapic);
+bool apic_can_send_unmaskable(const struct lapic *lapic);
 
 /* ioapic.c */
 void ioapic_reset(struct ioapic *ioapic);
 void ioapic_set_pin(struct irqchip *chip, unsigned pin, bool level);
 void ioapic_end_of_interrupt(struct irqchip *chip, uint8_t vector);
+bool ioapic_can_send_unmaskable(const struct ioapic *ioapic);
 void ioapic_get(const struct ioapic *ioapic, struct kvm_ioapic_state *state);
 int ioapic_set(struct irqchip *chip, const struct kvm_ioapic_state *state);
 

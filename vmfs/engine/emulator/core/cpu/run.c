@@ -210,6 +210,16 @@ static bool can_wake(struct vcpu *c)
            (c->nmi_pending && !c->nmi_masked) || (c->rflags & FLAG_IF && pending_vector(c) >= 0);
 }
 
+/* Whether it executes nothing and never will, whatever happens in the machine. */
+static bool sleeps_for_good(struct vcpu *c)
+{
+    if (likely(!c->halted && c->mp_state == KVM_MP_STATE_RUNNABLE))
+        return false;
+    if (c->restart || (c->halted && can_wake(c)))
+        return false;
+    return !c->vm->irqchip || chip_leaves_it_asleep(c);
+}
+
 /* What was being delivered when its state was taken from another machine. */
 static bool take_injected(struct vcpu *c)
 {
@@ -413,7 +423,7 @@ static void turn(struct vcpu *c)
     if (unlikely(atomic_load_explicit(&c->attention, memory_order_relaxed)))
         kicked = look_around(c);
     end_slice(c);
-    if (c->halted && !c->vm->irqchip && !c->restart && !can_wake(c)) {
+    if (sleeps_for_good(c)) {
         c->exit = (struct vcpu_exit){.reason = EXIT_HLT};
         return;
     }
@@ -451,11 +461,14 @@ static void turn(struct vcpu *c)
         }
         if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) { /* HLT, or waiting for INIT or SIPI */
             deliver_trace(c);
-            chip_wait(c);
-            host_polls(c);
+            if (chip_wait(c))
+                host_polls(c);
+            else
+                c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
             return;
         }
     }
+    c->asleep = false;
     if (c->repeating) { /* to go on is not to arrive at a breakpoint */
         c->repeating = false;
         c->pass_breakpoint |= (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) &&
@@ -543,7 +556,7 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
         c->data_size = 0;
     if (!(c->exit.reason == EXIT_MMIO && c->exit.write)) /* a store has the rip of when it was made */
         c->exit.rip = c->gpr[GPR_IP];
-    if (!c->vm->irqchip) /* HLT was an exit, or there is what wakes it */
+    if (!c->vm->irqchip || c->exit.reason == EXIT_HLT) /* HLT was an exit, or there is what wakes it */
         c->halted = false;
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
@@ -560,6 +573,7 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
     c->resume_breakpoint = true;
+    c->asleep = false;
     run(c, budget, exit);
 }
 

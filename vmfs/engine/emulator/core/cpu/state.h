@@ -248,6 +248,8 @@ struct vcpu {
     struct fault fault;       /* being raised */
     bool nmi_pending, nmi_masked, halted;
     u32 mp_state;             /* KVM_MP_STATE_* */
+    bool asleep;              /* it waits in chip_wait, since: */
+    u64 asleep_since, asleep_since_host; /* in the machine's time, in the host's */
     u8 sipi_vector;
     u8 queue[INTERRUPT_QUEUE];
     _Atomic u32 queue_head, queue_tail;
@@ -535,7 +537,10 @@ void chip_apply_lines(struct vm *vm);
 void chip_look(struct vcpu *c);                      /* timers and INIT, SIPI, NMI messages, before the next instruction */
 void chip_notify(struct vcpu *c);                    /* tell the other CPUs that something is for them */
 i64 chip_room(struct vcpu *c, i64 most);             /* how many instructions until the next timer */
-void chip_wait(struct vcpu *c);                      /* a CPU that executes nothing: until something happens */
+bool chip_leaves_it_asleep(const struct vcpu *c);    /* nothing in the machine can wake it, for all time */
+/* A CPU that executes nothing: until something happens. False where the run is bounded by instructions, which do not come,
+ * and it has slept for a second: of the machine's time, or of the host's. */
+bool chip_wait(struct vcpu *c);
 void chip_features(struct vcpu *c);                  /* after cpuid */
 
 #endif
