@@ -91,7 +91,12 @@ def test_an_nmi_ends_a_halt_that_nothing_in_the_machine_would(pc, divergences, a
 @pytest.mark.parametrize("source", ["host", "instructions"])
 @pytest.mark.parametrize(
     "timer, bound",
-    [("none", {"steps": 50}), ("none", {"seconds": 0.1}), ("none", {"instructions": 50}), ("masked", {"instructions": 50})],
+    [
+        ("none", {"steps": 50}),
+        ("none", {"seconds": 0.1}),
+        ("none", {"instructions": 50}),
+        ("masked", {"instructions": 50}),
+    ],
 )
 def test_bounds_on_a_halt_that_an_interrupt_would_end(pc, divergences, assembler, source, timer, bound):
     """No timer runs, or one whose interrupts are masked."""

@@ -292,7 +292,9 @@ class Vcpu(abc.ABC):
 
         `kick()` ends it with `exits.Interrupted`. A budget (capability BUDGET) ends it with `exits.Limit`
         after exactly so many instructions. One with a budget or in steps also ends with it once the CPU has slept
-        for SLEEP_MOST seconds, waiting for an interrupt: it still sleeps. What the guest does wrong is an exit; what the engine cannot do is
+        for SLEEP_MOST seconds, waiting for an interrupt: it still sleeps.
+
+        What the guest does wrong is an exit; what the engine cannot do is
         `exits.Error`; an exception is a fault of the host or of this program.
 
         A run that starts at a breakpoint executes the instruction there. One that `goes_on` does that only
