@@ -42,7 +42,7 @@ if SANITIZE:
         "-fno-sanitize-recover=all",    # the first report ends the process, so that a test fails
         "-fno-omit-frame-pointer",      # whole stacks in reports
         "-O1",
-        "-foptimize-sibling-calls",     # the emulator's handlers end in calls: they would fill the stack
+        "-DVMFS_TRAMPOLINE",            # the emulator's handlers return, and do not call the next (core/cpu/state.h)
         "-UNDEBUG",                     # and assertions on
     ]
     LINK += [f"-fsanitize={SANITIZE}"]

@@ -13,8 +13,7 @@
             (c)->budget += b_->count; \
             return; \
         } \
-        b_->records[0].run((c), b_->records); \
-        return; \
+        CONTINUE((c), b_->records); \
     } while (0)
 
 /* A direct near jump is taken. */

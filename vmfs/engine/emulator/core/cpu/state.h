@@ -217,6 +217,9 @@ struct vcpu {
     u64 key;                  /* fetch mode */
     u64 rflags;               /* all but the arithmetic flags */
     const struct record *now; /* the record that is executing, where it may fault; NULL: gpr[GPR_IP] is exact */
+#ifdef VMFS_TRAMPOLINE
+    const struct record *next; /* where `run_records` goes on; NULL: back to the main loop */
+#endif
     u64 linear_mask;          /* of linear addresses: 32 bits outside of long mode */
     u64 stack_mask;           /* of rSP: 16, 32 or 64 bits */
     struct segment_check check[6];
@@ -402,10 +405,31 @@ ALWAYS_INLINE i64 sign_extend(u64 value, unsigned bits) { return (i64)(value << 
 /* ---- Leaving a handler --------------------------------------------------------------------------------------------- */
 
 #define OP(name) static void name(struct vcpu *c, const struct record *r)
-/* The end of a handler: on to the next instruction, as a jump. */
-#define NEXT() do { r[1].run(c, r + 1); return; } while (0)
-/* ... of a direct jump that is not taken: over its link. */
-#define NEXT_OVER_LINK() do { r[2].run(c, r + 2); return; } while (0)
+/* The end of a handler: on to the record `to`. This is a jump, because the call is the last thing that the handler does. With
+ * sanitizers it would be a call, and a long run would fill the stack: they put code of their own behind it. Then a handler
+ * hands the record back to `run_records`, which has a loop (setup.py defines VMFS_TRAMPOLINE). */
+#ifdef VMFS_TRAMPOLINE
+#define CONTINUE(c, to) do { (c)->next = (to); return; } while (0)
+#else
+#define CONTINUE(c, to) do { const struct record *to_ = (to); to_->run((c), to_); return; } while (0)
+#endif
+#define NEXT() CONTINUE(c, r + 1)
+/* The end of a direct jump that is not taken: over its link. */
+#define NEXT_OVER_LINK() CONTINUE(c, r + 2)
+
+/* Run from `r` on, until a handler goes back to the main loop. */
+ALWAYS_INLINE void run_records(struct vcpu *c, const struct record *r)
+{
+#ifdef VMFS_TRAMPOLINE
+    do {
+        c->next = NULL;
+        r->run(c, r);
+        r = c->next;
+    } while (r);
+#else
+    r->run(c, r);
+#endif
+}
 
 /* Raise an exception at instruction r. Nothing of it may have been committed. Does not return. */
 _Noreturn COLD void raise_fault(struct vcpu *c, const struct record *r, unsigned vector);
