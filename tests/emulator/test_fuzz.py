@@ -27,6 +27,7 @@ def test_sample(program):
     done = fuzzing.run(program, "--cases", CASES, "--seed", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"^total (\d+)$", done.stdout, re.M)[1]) >= CASES
+    assert all(int(count) > CASES // 100 for count in re.findall(r"^count .*: (\d+) cases", done.stdout, re.M))
     rows = re.findall(r"^row \d+ (\S+) (\S+) (\d+)$", done.stdout, re.M)
     assert len(rows) > 500
     assert not [name for _, name, count in rows if count == "0"]

@@ -31,9 +31,10 @@ struct state {
     u64 address;                             /* of the core: what a page fault was about */
 };
 
-/* Segments of the third mode, entries of an LDT. All code begins at CODE. */
-struct segment { u32 base, limit; bool pages, big, code, down, less /* read-only, execute-only */; };
-enum { CODE_SEGMENTS = 4, SEGMENTS = 13, NULL_SEGMENT = SEGMENTS };
+/* Segments of the third mode, entries of an LDT: those for code, then those for data. `border`: an offset that code is to run
+ * over, the segment's end or that of 16 bits; 0: code lies well within. */
+struct segment { u32 base, limit, border; bool pages, big, code, down, less /* read-only, execute-only */; };
+enum { WHOLE_CODE_SEGMENTS = 3, CODE_SEGMENTS = 11, SEGMENTS = 20, NULL_SEGMENT = SEGMENTS };
 enum { IN_CS, IN_DS, IN_ES, IN_SS, USED };
 extern const struct segment segments[SEGMENTS];
 static inline u16 selector_of(u8 segment) { return segment == NULL_SEGMENT ? 0 : (u16)(segment << 3 | 7); }
@@ -44,6 +45,10 @@ struct mode {
     bool segmented;         /* with `use` of `segments`, not flat ones; rip of a state is linear all the same */
     u8 use[USED];
 };
+
+/* What is to be added to an instruction pointer. */
+static inline u32 code_base(const struct mode *mode) { return mode->segmented ? segments[mode->use[IN_CS]].base : 0; }
+static inline u32 code_border(const struct mode *mode) { return mode->segmented ? segments[mode->use[IN_CS]].border : 0; }
 
 /* host.c: before and after a batch; and one run in `s`, with the data area as the caller filled it. */
 extern u8 *host_code, *host_data;

@@ -56,11 +56,22 @@ u64 random_floats(struct random *r)
 
 /* ---- Segments ----------------------------------------------------------------------------------------------- */
 
+enum { MIDDLE = 0x7f3 }; /* of the first page of code, and no border of anything */
 const struct segment segments[SEGMENTS] = {
     {CODE, CODE_SIZE - 1, .code = true},
     {CODE, CODE_SIZE - 1, .code = true, .big = true},
     {CODE, CODE_SIZE - 1, .code = true, .less = true},
-    {CODE, PAGE + 7, .code = true}, /* ends in a code that begins on the first page's end */
+    /* These end where code is, */
+    {CODE, PAGE + 7, .border = PAGE + 8, .code = true},
+    {CODE, PAGE + 7, .border = PAGE + 8, .code = true, .big = true},
+    {CODE + PAGE - 0x10000, 0xffff, .border = 0x10000, .code = true},
+    {CODE + MIDDLE - 0x10000, 0xffff, .border = 0x10000, .code = true},
+    /* or code runs over 10000h: at the border of two pages, within one, and then to an end, */
+    {CODE + PAGE - 0x10000, 0x10000 + PAGE - 1, .border = 0x10000, .code = true},
+    {CODE + MIDDLE - 0x10000, 0x10fff, .border = 0x10000, .code = true},
+    {CODE + MIDDLE - 0x10000, 0x10013, .border = 0x10000, .code = true},
+    /* where 66h makes branches of 16 bits, too. */
+    {CODE + MIDDLE - 0x10000, 0x10fff, .border = 0x10000, .code = true, .big = true},
     {DATA, DATA_SIZE - 1, .big = false},
     {DATA, DATA_SIZE - 1, .big = true},
     {DATA, 0xffff, .big = false},
@@ -75,7 +86,7 @@ const struct segment segments[SEGMENTS] = {
 void generate_segments(struct random *r, struct mode *mode)
 {
     *mode = (struct mode){.compat = true, .segmented = true};
-    mode->use[IN_CS] = (u8)below(r, CODE_SEGMENTS - !one_in(r, 4));
+    mode->use[IN_CS] = (u8)below(r, one_in(r, 2) ? WHOLE_CODE_SEGMENTS : CODE_SEGMENTS);
     for (unsigned i = IN_DS; i < USED; i++) {
         do
             mode->use[i] = (u8)(CODE_SEGMENTS + below(r, SEGMENTS - CODE_SEGMENTS));
@@ -269,12 +280,13 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
     unsigned count = 0;
     struct out o = {body, NULL};
     bool allow66 = strchr("VS", *row->i.size) && strchr("ar32", row->prefix) && !row->is_vex, narrow = false;
+    allow66 |= row->flow && mode->segmented; /* in 64-bit mode it differs between makers */
     bool extended = !compat && !one_in(r, 3);
     if (row->prefix == '6' || row->prefix == '3' || row->prefix == '2')
         prefixes[count++] = row->prefix == '6' ? 0x66 : row->prefix == '3' ? 0xf3 : 0xf2;
     if (row->is_vex)
         count = 0;
-    if (allow66 && one_in(r, by16 ? 2 : 4) && !((wild || by16) && row->flow)) {
+    if (allow66 && one_in(r, by16 ? 2 : 4) && !(wild && row->flow)) {
         prefixes[count++] = 0x66;
         narrow = true;
     }
@@ -369,7 +381,7 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
         put(&o, *p, 1);
     bool wide = rex & 8;
     unsigned size = *row->i.size == 'B' ? 1 : *row->i.size == 'W' ? 2 : *row->i.size == 'V' ? (wide ? 8 : narrow ? 2 : 4) :
-                    *row->i.size == 'S' ? (narrow && !wide ? 2 : 8) : *row->i.size == 'N' && by16 ? 2 : 4;
+                    *row->i.size == 'S' ? (narrow && !wide ? 2 : 8) : *row->i.size == 'N' && narrow ? 2 : 4;
     for (int i = 0; i < 4; i++) {
         const char *operand = row->i.operands[i];
         u64 value = random_value(r);
@@ -437,15 +449,18 @@ static bool acceptable(const struct row *row, bool indirect)
     return true;
 }
 
+static bool has_66(const u8 *code, unsigned length)
+{
+    for (unsigned i = 0; i < length && memchr("\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3", code[i], 11); i++)
+        if (code[i] == 0x66)
+            return true;
+    return false;
+}
+
 /* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). */
 static bool maker_specific(const struct row *row, bool by16, const u8 *code, unsigned length)
 {
-    if (!is_name(row, "SHLD") && !is_name(row, "SHRD"))
-        return false;
-    bool prefix = false;
-    for (unsigned i = 0; i < length && code[i] != 0x0f; i++)
-        prefix |= code[i] == 0x66;
-    return prefix != by16;
+    return (is_name(row, "SHLD") || is_name(row, "SHRD")) && has_66(code, length) != by16;
 }
 
 /* Bytes that must not run natively wherever a wild sequence may be misread. */
@@ -480,7 +495,9 @@ void generate(struct random *r, const struct mode *mode, bool wild, struct seque
     memset(s, 0, sizeof *s);
     s->mode = *mode;
     s->indirect = !wild && one_in(r, 6);
-    s->ip = one_in(r, 8) || (mode->segmented && segments[mode->use[IN_CS]].limit < CODE_SIZE - 1) ? CODE + PAGE - 1 - below(r, 60) : CODE + 512 + below(r, 64);
+    u32 border = code_border(mode);
+    s->ip = border ? code_base(mode) + border - 1 - below(r, 60) :
+            one_in(r, 8) ? CODE + PAGE - 1 - below(r, 60) : CODE + 512 + below(r, 64);
     u16 undefined[INSTRUCTIONS + 1];
     memset(undefined, 0, sizeof undefined);
     u8 code[32];
@@ -534,7 +551,7 @@ void generate(struct random *r, const struct mode *mode, bool wild, struct seque
             n->target = (int)i + 1;
             relative = 0;
         }
-        unsigned size = byte ? 1 : by16 ? 2 : 4;
+        unsigned size = byte ? 1 : has_66(s->code + n->at, n->length) != by16 ? 2 : 4;
         memcpy(s->code + n->at + n->length - size, &relative, size);
     }
     if (mode->segmented) {
@@ -576,7 +593,7 @@ void generate_state(struct random *r, const struct sequence *s, struct state *st
         }
     }
     if (s->indirect && !one_in(r, 3))
-        state->gpr[one_in(r, 2) ? RAX : 11] = s->ip - (s->mode.segmented ? CODE : 0) + s->list[below(r, s->count + 1)].at;
+        state->gpr[one_in(r, 2) ? RAX : 11] = s->ip - code_base(&s->mode) + s->list[below(r, s->count + 1)].at;
     if (s->mode.compat) {
         for (int i = 0; i < 16; i++)
             state->gpr[i] = i < 8 ? (u32)state->gpr[i] : 0;

@@ -120,7 +120,7 @@ void host_run(struct state *s, const struct mode *mode)
     if (mode->segmented) {
         host_selector = selector_of(mode->use[IN_CS]), host_ds = selector_of(mode->use[IN_DS]);
         host_es = selector_of(mode->use[IN_ES]), host_ss = selector_of(mode->use[IN_SS]);
-        host_state.rip -= CODE;
+        host_state.rip -= code_base(mode);
     }
     host_state.vector = VECTOR_NONE;
     runs++;
@@ -132,7 +132,7 @@ void host_run(struct state *s, const struct mode *mode)
     else if (mode->segmented && host_state.vector == 1 && host_state.rip == EXIT64) /* EFLAGS.TF: behind the jump */
         host_state.vector = VECTOR_NONE, host_state.rip = EXIT32;
     else if (mode->segmented)
-        host_state.rip = (u32)(host_state.rip + CODE);
+        host_state.rip = (u32)(host_state.rip + code_base(mode));
     *s = host_state;
 }
 

@@ -22,7 +22,7 @@ static u8 data[DATA_SIZE];        /* what the data area begins as */
 static bool use_host = true;
 static const char *planted;       /* --plant NAME: the core gets that instruction wrong */
 
-struct counts { u64 cases, endless, faults; } counts[5]; /* table and wild, 64-bit and compatibility; segments */
+struct counts { u64 cases, endless, faults; } counts[6]; /* table and wild, 64-bit and compatibility; segments; with a border */
 
 static void die(const char *what, int error)
 {
@@ -84,13 +84,16 @@ static struct kvm_segment core_segment(u8 number)
 }
 
 /* Whether the far jump at the end lies in the segment, and so is what the core refused. */
-static bool has_exit(const struct mode *mode, u64 ip) { return ip - CODE + FAR_EXIT - 1 <= segments[mode->use[IN_CS]].limit; }
+static bool has_exit(const struct mode *mode, u64 ip) 
+{
+    return ip - code_base(mode) + FAR_EXIT - 1 <= segments[mode->use[IN_CS]].limit;
+}
 
 static void core_run(struct state *s, const struct sequence *code, bool stepped)
 {
     const struct mode *mode = &code->mode;
     struct vcpu *c = cpus[mode->compat + mode->segmented];
-    u32 base = mode->segmented ? CODE : 0;
+    u32 base = code_base(mode);
     u64 regs[18];
     if (mode->segmented) {
         segmented.cs = core_segment(mode->use[IN_CS]), segmented.ds = core_segment(mode->use[IN_DS]);
@@ -402,13 +405,13 @@ static void print_hex(const u8 *bytes, unsigned count)
 /* The mode as a number: 0, 1, or 2 and the segments above. */
 static unsigned mode_number(const struct mode *m)
 {
-    return !m->segmented ? m->compat : 2u | m->use[IN_CS] << 4 | m->use[IN_DS] << 8 | m->use[IN_ES] << 12 | m->use[IN_SS] << 16;
+    return !m->segmented ? m->compat : 2u | m->use[IN_CS] << 4 | m->use[IN_DS] << 9 | m->use[IN_ES] << 14 | m->use[IN_SS] << 19;
 }
 static bool mode_of(unsigned number, struct mode *m)
 {
     *m = (struct mode){.compat = number & 3, .segmented = number & 2};
     for (unsigned i = 0; m->segmented && i < USED; i++) {
-        m->use[i] = number >> (4 + 4 * i) & 15;
+        m->use[i] = number >> (4 + 5 * i) & 31;
         if (m->use[i] > NULL_SEGMENT)
             return false;
     }
@@ -426,7 +429,7 @@ static void print_case(const struct test *t, const char *why)
     while (skip < t->code.count && t->code.list[skip].row < 0 && t->code.code[t->code.list[skip].at] == 0x90)
         skip++;
     unsigned from = t->code.list[skip].at;
-    bool whole = t->code.indirect;
+    bool whole = t->code.indirect || code_border(&t->code.mode);
     if (whole)
         from = 0;
     printf("case %u %d %x ", mode_number(&t->code.mode), t->stepped, t->code.ip + from);
@@ -525,10 +528,11 @@ static int replay(const char *name)
 
 static void print_counts(void)
 {
-    static const char *const names[5] = {"table, 64-bit mode", "table, compatibility mode", "wild bytes, 64-bit mode",
-                                         "wild bytes, compatibility mode", "segments and 16-bit code"};
+    static const char *const names[6] = {"table, 64-bit mode", "table, compatibility mode", "wild bytes, 64-bit mode",
+                                         "wild bytes, compatibility mode", "segments and 16-bit code",
+                                         "code over the end of a segment or 10000h"};
     u64 all = 0;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         printf("count %s: %lu cases, %lu ended in a fault, %lu did not end\n", names[i], (long)counts[i].cases,
                (long)counts[i].faults, (long)counts[i].endless);
         all += counts[i].cases;
@@ -609,7 +613,7 @@ int main(int argc, char **argv)
             for (int i = 0; i < STATES && !found; i++) {
                 generate_state(&r, &t.code, &t.start);
                 t.stepped = one_in(&r, 8);
-                found = run(&t, text, sizeof text, &counts[mode.segmented ? 4 : wild * 2 + mode.compat]);
+                found = run(&t, text, sizeof text, &counts[mode.segmented ? 4 + !!code_border(&mode) : wild * 2 + mode.compat]);
                 done++;
             }
             put_code(&t.code, false);
