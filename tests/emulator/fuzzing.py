@@ -5,7 +5,8 @@
 Random instruction sequences from the core's table (one in four with other prefixes and fields), from random
 state, in 64-bit mode, in compatibility mode, and in segments of an LDT (16-bit and 32-bit code and stacks, limits,
 expand-down, read-only and execute-only ones, code that runs over the end of its segment and over 10000h), run on the
-host CPU and on the core. A difference is shrunk and printed as a line that begins with "case"; put into finds.txt, it is a test.
+host CPU and on the core. A difference is shrunk and printed as a line that begins with "case"; put into finds.txt,
+it is a test.
 """
 
 from __future__ import annotations
