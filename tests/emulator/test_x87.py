@@ -214,6 +214,20 @@ def test_operands_over_pages(host, core):
     assert faults
 
 
+@pytest.mark.parametrize("control", [0x37F, 0x37E])
+def test_pointers_are_those_of_the_last_instruction(control, core, compat_core):
+    """Whatever the host does: no FDP_EXCPTN_ONLY, no deprecated FCS and FDS, and the opcode of each instruction."""
+    for cpu, selectors in ((core, (0x33, 0)), (compat_core, (0x23, 0x2B))):
+        leaves = struct.iter_unpack("<10I", cpu.cpu.get_state("cpuid")[8:])
+        bits = next(leaf[4] for leaf in leaves if leaf[:2] == (7, 0))
+        assert not bits & (1 << 6 | 1 << 13)
+        # fninit; fldcw [rbx]; fadd [rbx + 16], with an empty stack; fnclex; fld [rbx + 20]; fnstenv [rcx]
+        case = plain("dbe3 d92b d84310 dbe2 d94314 d931", data=struct.pack("<H", control).ljust(64, b"\0"))
+        cpu.load(case)
+        image = struct.unpack_from("<7I", cpu.outcome(case, cpu.cpu.run(6)).data, 512)
+        assert image[3:] == (case.ip + 9, selectors[0] | 0x143 << 16, DATA + 20, selectors[1] | 0xFFFF0000)
+
+
 # ---- Programs of a compiler --------------------------------------------------------------------------------
 
 PROGRAM_FLAGS = [

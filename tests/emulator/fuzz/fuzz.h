@@ -28,7 +28,7 @@ struct state {
     u64 rip, rflags;
     u8 fx[512] __attribute__((aligned(64))); /* FXSAVE image */
     int vector;                              /* after: VECTOR_NONE at the exit, or the exception */
-    u64 address;                             /* of the core: what a page fault was about */
+    u64 address;                             /* after: what a page fault was about */
 };
 
 /* Segments of the third mode, entries of an LDT: those for code, then those for data. `border`: an offset that code is to run

@@ -449,17 +449,21 @@ static bool acceptable(const struct row *row, bool indirect)
     return true;
 }
 
-static bool has_66(const u8 *code, unsigned length)
+static bool has_prefix(const u8 *code, unsigned length, u8 prefix)
 {
     for (unsigned i = 0; i < length && memchr("\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3", code[i], 11); i++)
-        if (code[i] == 0x66)
+        if (code[i] == prefix)
             return true;
     return false;
 }
+static bool has_66(const u8 *code, unsigned length) { return has_prefix(code, length, 0x66); }
 
-/* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). */
+/* 16-bit SHLD and SHRD by more than 16: result and flags are undefined (Intel SDM 2B). 90 with F3 and REX.B: PAUSE on
+ * processors of Intel, XCHG of R8 on AMD's (SDM 2D table A-2 has both in one field). */
 static bool maker_specific(const struct row *row, bool by16, const u8 *code, unsigned length)
 {
+    if (is_name(row, "XCHG") && row->opreg && code[length - 1] == 0x90 && has_prefix(code, length, 0xf3))
+        return true;
     return (is_name(row, "SHLD") || is_name(row, "SHRD")) && has_66(code, length) != by16;
 }
 

@@ -60,6 +60,7 @@ static void stopped(int signal, siginfo_t *info, void *context)
     host_state.rip = (u64)g[REG_RIP];
     host_state.rflags = (u64)g[REG_EFL];
     host_state.vector = signal == SIGVTALRM ? VECTOR_ENDLESS : signal == SIGSYS ? VECTOR_SYSCALL : (int)g[REG_TRAPNO];
+    host_state.address = host_state.vector == 14 ? (u64)g[REG_CR2] : 0;
     if (host_state.vector == 3)
         host_state.rip--; /* a trap: behind the INT3 */
     memcpy(host_state.fx, u->uc_mcontext.fpregs, 512);

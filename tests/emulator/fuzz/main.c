@@ -4,7 +4,7 @@
  * core, and natively; registers, defined flags, x87 and vector state and memory are compared. A difference is shrunk and
  * printed as a line `case ...`, which --replay takes again. Exit code 1: there were differences. */
 #include "core.h"
-#include "generate.h"
+#include "freedoms.h"
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,12 +13,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { BUDGET = 3000, STATES = 4, TABLES = 0x10000 };
+enum { STATES = 4, TABLES = 0x10000 };
 
 static struct vcpu *cpus[3];      /* 64-bit mode, compatibility mode, that with segments */
 static struct kvm_sregs segmented; /* of the third */
-static u8 *core_code, *core_data;
-static u8 data[DATA_SIZE];        /* what the data area begins as */
+u8 *core_code, *core_data;
+u8 data[DATA_SIZE];
 static bool use_host = true;
 static const char *planted;       /* --plant NAME: the core gets that instruction wrong */
 
@@ -89,9 +89,8 @@ static bool has_exit(const struct mode *mode, u64 ip)
     return ip - code_base(mode) + FAR_EXIT - 1 <= segments[mode->use[IN_CS]].limit;
 }
 
-static void core_run(struct state *s, const struct sequence *code, bool stepped)
+struct vcpu *core_load(const struct state *s, const struct mode *mode)
 {
-    const struct mode *mode = &code->mode;
     struct vcpu *c = cpus[mode->compat + mode->segmented];
     u32 base = code_base(mode);
     u64 regs[18];
@@ -109,6 +108,7 @@ static void core_run(struct state *s, const struct sequence *code, bool stepped)
         memcpy(f.fpr[i], s->fx + 32 + 16 * i, 16);
     memcpy(&f.fcw, s->fx, 2), memcpy(&f.fsw, s->fx + 2, 2), memcpy(&f.mxcsr, s->fx + 24, 4);
     f.ftwx = s->fx[4];
+    memcpy(&f.last_opcode, s->fx + FX_OPCODE, 2), memcpy(&f.last_ip, s->fx + FX_IP, 8), memcpy(&f.last_dp, s->fx + FX_DP, 8);
     memcpy(f.xmm, s->fx + 160, 256);
     static const struct kvm_vcpu_events none;
     int error = vcpu_set_state(c, "events", &none, sizeof none); /* a trap that was caught waits to be delivered */
@@ -116,11 +116,15 @@ static void core_run(struct state *s, const struct sequence *code, bool stepped)
         error = vcpu_set_state(c, "regs", regs, sizeof regs);
     if (error || (error = vcpu_set_state(c, "fpu", &f, sizeof f)))
         die("state of the core", -error);
-    struct vcpu_exit e = {0};
-    if (!stepped)
-        vcpu_run(c, BUDGET, &e);
-    for (int i = 0; stepped && i < BUDGET && (i == 0 || e.reason == EXIT_LIMIT); i++)
-        vcpu_run(c, 1, &e);
+    return c;
+}
+
+void core_store(struct vcpu *c, const struct vcpu_exit *e, const struct sequence *code, struct state *s)
+{
+    const struct mode *mode = &code->mode;
+    u32 base = code_base(mode);
+    u64 regs[18];
+    struct kvm_fpu f;
     vcpu_get_state(c, "regs", regs, sizeof regs);
     vcpu_get_state(c, "fpu", &f, sizeof f);
     for (int i = 0; i < 16; i++)
@@ -130,10 +134,11 @@ static void core_run(struct state *s, const struct sequence *code, bool stepped)
         memcpy(s->fx + 32 + 16 * i, f.fpr[i], 10);
     memcpy(s->fx, &f.fcw, 2), memcpy(s->fx + 2, &f.fsw, 2), memcpy(s->fx + 24, &f.mxcsr, 4);
     s->fx[4] = f.ftwx;
+    memcpy(s->fx + FX_OPCODE, &f.last_opcode, 2), memcpy(s->fx + FX_IP, &f.last_ip, 8), memcpy(s->fx + FX_DP, &f.last_dp, 8);
     memcpy(s->fx + 160, f.xmm, 256);
-    s->vector = e.reason == EXIT_LIMIT ? VECTOR_ENDLESS : e.reason == EXIT_DEBUG ? (int)e.vector : 1000 + (int)e.reason;
-    s->address = e.reason == EXIT_DEBUG ? e.address : 0;
-    if (e.reason == EXIT_SHUTDOWN)
+    s->vector = e->reason == EXIT_LIMIT ? VECTOR_ENDLESS : e->reason == EXIT_DEBUG ? (int)e->vector : 1000 + (int)e->reason;
+    s->address = e->reason == EXIT_DEBUG ? e->address : 0;
+    if (e->reason == EXIT_SHUTDOWN)
         s->vector = 1; /* a vector stop does not catch traps of TF, and there is no IDT */
     if (mode->segmented && s->vector == 13 && s->rip == code->ip + code->length - FAR_EXIT && has_exit(mode, s->rip))
         s->vector = VECTOR_NONE, s->rip = EXIT32;
@@ -141,15 +146,20 @@ static void core_run(struct state *s, const struct sequence *code, bool stepped)
         s->vector = VECTOR_NONE;
 }
 
+void core_run(struct state *s, const struct sequence *code, bool stepped)
+{
+    struct vcpu *c = core_load(s, &code->mode);
+    struct vcpu_exit e = {0};
+    if (!stepped)
+        vcpu_run(c, BUDGET, &e);
+    for (int i = 0; stepped && i < BUDGET && (i == 0 || e.reason == EXIT_LIMIT); i++)
+        vcpu_run(c, 1, &e);
+    core_store(c, &e, code, s);
+}
+
 /* ---- One case on both --------------------------------------------------------------------------------------------- */
 
-struct test {
-    struct sequence code;
-    struct state start;
-    bool stepped;
-};
-
-static void put_code(const struct sequence *s, bool present)
+void put_code(const struct sequence *s, bool present)
 {
     u32 at = s->ip - CODE;
     if (present)
@@ -175,87 +185,17 @@ static u16 flags_to_skip(const struct sequence *s, const struct state *end)
     return all;
 }
 
-/* The row of the instruction at an address; false: none is known there. */
-static bool row_at(const struct test *t, u64 ip, struct core_instruction *row)
-{
-    for (unsigned i = 0; i < t->code.count; i++)
-        if (ip == t->code.ip + t->code.list[i].at && t->code.list[i].row >= 0)
-            return core_instruction((unsigned)t->code.list[i].row, row);
-    return false;
-}
-
-static bool has_operand_of(const struct core_instruction *row, const char *operand)
-{
-    return !strcmp(row->operands[0], operand) || !strcmp(row->operands[1], operand);
-}
-
-/* Whether the instruction is one of those for 16 bytes that need not be aligned: MOVUPS, MOVUPD, MOVDQU, LDDQU, PCMPxSTRx. Its
- * bytes tell, since prefixes may have made it of another row. */
-static bool is_unaligned(const struct sequence *s, u64 ip)
-{
-    unsigned at = (unsigned)(ip - s->ip);
-    while (at < s->length && (memchr("\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3", s->code[at], 11) ||
-                              (!s->mode.compat && s->code[at] >> 4 == 4)))
-        at++;
-    const u8 *p = s->code + at;
-    if (at + 3 > s->length || p[0] != 0x0f)
-        return false;
-    return memchr("\x10\x11\x6f\x7f\xf0", p[1], 5) || (p[1] == 0x3a && p[2] >> 4 == 6);
-}
-
-/* Whether processors may differ here: two faults at once whose order the manuals leave open, and checks of which they say so. */
-static bool is_open(const struct test *t, const struct state *host, const struct state *core)
-{
-    struct core_instruction row = {.name = "", .operands = {"", "", ""}};
-    row_at(t, host->rip, &row);
-    /* 16 bytes unaligned with AC set: "may or may not be generated" (Intel SDM 2A, MOVUPS). AMD does. */
-    if (host->vector == 17 && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq") || is_unaligned(&t->code, host->rip)))
-        return true;
-    if (core->vector == 14 && core->address - EXIT64 < PAGE) /* a wild address: only the host has that page */
-        return true;
-    bool parts = has_operand_of(&row, "Mt") || !strcmp(row.name, "BOUND"); /* more than one access */
-    bool environment = !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FLDENV") || !strcmp(row.name, "FNSAVE") ||
-                       !strcmp(row.name, "FRSTOR");
-    if (host->rip != core->rip)
-        return false;
-    if (host->vector == 6 && !strncmp(row.name, "UD", 2)) /* UD0 and UD1 have a ModRM byte, or not, which may lie on no page */
-        return true;
-    if (host->vector == 17 && core->vector == 14) /* AMD checks alignment before it looks at the page */
-        return true;
-    if (host->vector == 3 && core->vector == 13) /* INT3 is no vector stop, and there is no IDT */
-        return true;
-    /* Over the end of 4 GiB: alignment of a vector and a segment's limit; what is stored or read first. */
-    if (t->code.mode.compat && host->vector == 13 && core->vector == 12)
-        return true;
-    if (t->code.mode.compat && (parts || environment) && host->vector == 14)
-        return true;
-    /* CALL of a non-canonical address, and its push (Intel SDM 2A: the address first; AMD: the push) */
-    return t->code.indirect && (host->vector == 12 || host->vector == 14) && core->vector == 13;
-}
-
-/* Whether it ended in a fault of an instruction that stores more than once: what is stored then is the processor's affair. */
-static bool stored_in_part(const struct test *t, const struct state *end)
-{
-    struct core_instruction row;
-    return end->vector >= 0 && row_at(t, end->rip, &row) && (!strcmp(row.name, "ENTER") || !strcmp(row.name, "PUSHA") ||
-                                                             !strcmp(row.name, "FNSTENV") || !strcmp(row.name, "FNSAVE"));
-}
-
 /* What differs, or NULL. `text` takes a sentence. */
-static const char *compare(const struct test *t, struct state *host, struct state *core, char *text, size_t size)
+static const char *compare(const struct test *t, const struct state *host, const struct state *core, char *text, size_t size)
 {
     static const char *const names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                           "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
-    if (is_open(t, host, core))
-        return NULL;
     if (host->vector != core->vector || host->rip != core->rip) {
         snprintf(text, size, "vector: host %d at %#lx, core %d at %#lx", host->vector, (long)host->rip, core->vector,
                  (long)core->rip);
         return text;
     }
-    struct core_instruction row; /* POPA that faults may have loaded registers already */
-    bool popped = host->vector >= 0 && row_at(t, host->rip, &row) && !strcmp(row.name, "POPA");
-    for (int i = 0; i < (t->code.mode.compat ? 8 : 16) && !popped; i++)
+    for (int i = 0; i < (t->code.mode.compat ? 8 : 16); i++)
         if (t->code.mode.compat ? (u32)host->gpr[i] != (u32)core->gpr[i] : host->gpr[i] != core->gpr[i]) {
             snprintf(text, size, "%s: host %#lx, core %#lx", names[i], (long)host->gpr[i], (long)core->gpr[i]);
             return text;
@@ -282,7 +222,7 @@ static const char *compare(const struct test *t, struct state *host, struct stat
             return text;
         }
     }
-    if (memcmp(host_data, core_data, DATA_SIZE) && !stored_in_part(t, host)) {
+    if (memcmp(host_data, core_data, DATA_SIZE)) {
         unsigned at = 0;
         while (host_data[at] == core_data[at])
             at++;
@@ -317,7 +257,9 @@ static const char *run(const struct test *t, char *text, size_t size, struct cou
         return NULL;
     memcpy(host_data, data, DATA_SIZE);
     host_run(&host, &t->code.mode);
-    return compare(t, &host, &core, text, size);
+    if (!compare(t, &host, &core, text, size))
+        return NULL;
+    return is_open(t, &host, &core) ? NULL : compare(t, &host, &core, text, size);
 }
 
 /* ---- A find: made smaller, printed, read again ------------------------------------------------------- */
@@ -333,18 +275,6 @@ static bool differs(const struct test *t)
     bool found = run(t, text, sizeof text, &ignored);
     put_code(&t->code, false);
     return found;
-}
-
-/* AMD's x87 loses its instruction and data pointers when the host's kernel switches tasks (FXRSTOR and XRSTOR leave them
- * out while no exception is pending), so that what FNSAVE and FNSTENV store of them differs now and then. */
-static bool pointers_are_stored(const struct test *t)
-{
-    struct core_instruction row;
-    for (unsigned i = 0; i < t->code.count; i++)
-        if (t->code.list[i].row >= 0 && core_instruction((unsigned)t->code.list[i].row, &row) &&
-            (!strcmp(row.name, "FNSAVE") || !strcmp(row.name, "FNSTENV")))
-            return true;
-    return false;
 }
 
 static void shrink(struct test *t)
@@ -587,6 +517,7 @@ int main(int argc, char **argv)
     cpus[1] = make_cpu(true);
     cpus[2] = make_cpu(true);
     generate_open();
+    freedoms_open();
     if (file)
         return replay(file) ? 1 : 0;
     double end = now() + seconds;

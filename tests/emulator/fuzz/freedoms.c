@@ -1,0 +1,473 @@
+/* What processors may do as they like, a row each at the end of this file; tests/emulator/freedoms.py is the same for the
+ * comparisons of single instructions. A row says why, and is as narrow as can be told. */
+#include "freedoms.h"
+#include <cpuid.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DB = 1, BP = 3, BR = 5, UD = 6, SS = 12, GP = 13, PF = 14, AC = 17 };
+
+/* CPUID.7.EBX of the host; and whether it keeps the opcode of each x87 instruction, which no bit tells. */
+static struct { bool fdp_of_exceptions, no_selectors, fop_of_exceptions; } host_x87;
+
+void freedoms_open(void)
+{
+    u32 a, b, c, d;
+    struct { u32 control, status, tags, ip, cs_fop, dp, ds; } image;
+    float one = 1;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        host_x87.fdp_of_exceptions = b >> 6 & 1; /* FDP_EXCPTN_ONLY */
+        host_x87.no_selectors = b >> 13 & 1;     /* deprecates FCS and FDS */
+    }
+    __asm__ volatile("fninit\n\tflds %1\n\tfnstenv %0\n\tfninit" : "=m"(image) : "m"(one));
+    host_x87.fop_of_exceptions = !(image.cs_fop >> 16);
+}
+
+/* ---- The instruction at an address ------------------------------------------------------------------------------- */
+
+/* The row; false: none is known there. */
+static bool row_at(const struct test *t, u64 ip, struct core_instruction *row)
+{
+    *row = (struct core_instruction){.name = "", .operands = {"", "", ""}};
+    for (unsigned i = 0; i < t->code.count; i++)
+        if (ip == t->code.ip + t->code.list[i].at && t->code.list[i].row >= 0)
+            return core_instruction((unsigned)t->code.list[i].row, row);
+    return false;
+}
+
+static bool has_operand_of(const struct core_instruction *row, const char *operand)
+{
+    return !strcmp(row->operands[0], operand) || !strcmp(row->operands[1], operand);
+}
+
+/* Its bytes, which count where prefixes made it of another row and where a find is replayed. */
+struct encoding {
+    bool by66, by67, repeats, short_operand, short_address; /* short: 16 bits outside of 64-bit mode */
+    u8 opcode[2];  /* [0] is 0f: the second counts, too */
+    u8 mod, reg, rm;
+    unsigned length; /* with ModRM and what of an address follows it, without immediates */
+};
+
+static struct encoding encoding_at(const struct test *t, u64 ip)
+{
+    struct encoding e = {0};
+    u8 code[32] = {0};
+    const struct mode *m = &t->code.mode;
+    bool by16 = m->segmented && !segments[m->use[IN_CS]].big;
+    if (ip < t->code.ip || ip >= t->code.ip + t->code.length)
+        return e;
+    unsigned left = (unsigned)(t->code.ip + t->code.length - ip), at = 0;
+    memcpy(code, t->code.code + (ip - t->code.ip), left < 24 ? left : 24);
+    for (; at < 15; at++) {
+        if (code[at] == 0x66)
+            e.by66 = true;
+        else if (code[at] == 0x67)
+            e.by67 = true;
+        else if (code[at] == 0xf2 || code[at] == 0xf3)
+            e.repeats = true;
+        else if (!memchr("\x26\x2e\x36\x3e\x64\x65\xf0", code[at], 7) && (m->compat || code[at] >> 4 != 4))
+            break;
+    }
+    e.short_operand = e.by66 != by16, e.short_address = e.by67 != by16 && m->compat;
+    e.opcode[0] = code[at++];
+    if (e.opcode[0] == 0x0f)
+        e.opcode[1] = code[at++];
+    u8 modrm = code[at++];
+    e.mod = modrm >> 6, e.reg = modrm >> 3 & 7, e.rm = modrm & 7;
+    if (e.mod != 3 && e.short_address) {
+        at += e.mod == 0 && e.rm == 6 ? 2 : e.mod;
+    } else if (e.mod != 3) {
+        u8 base = e.rm == 4 ? code[at++] & 7 : e.rm;
+        at += e.mod == 1 ? 1 : e.mod == 2 || base == 5 ? 4 : 0;
+    }
+    e.length = at;
+    return e;
+}
+
+static bool is_x87_store(const struct encoding *e)
+{
+    u8 digits = e->opcode[0] == 0xd9 ? 0x0c : e->opcode[0] == 0xdb ? 0x8e : e->opcode[0] == 0xdd ? 0x0e :
+                e->opcode[0] == 0xdf ? 0xce : 0; /* FST, FSTP, FIST, FISTP, FISTTP, FBSTP */
+    return e->mod != 3 && digits >> e->reg & 1;
+}
+static bool is_environment_store(const struct encoding *e) /* FNSTENV, FNSAVE */
+{
+    return e->mod != 3 && e->reg == 6 && (e->opcode[0] == 0xd9 || e->opcode[0] == 0xdd);
+}
+static bool is_memory_fault(int vector) { return vector == SS || vector == GP || vector == PF || vector == AC; }
+static bool in_data(u64 address, unsigned bytes) { return address >= DATA && address + bytes <= DATA + DATA_SIZE; }
+/* Where the data differ, in [*first, *last); false: nowhere. */
+static bool data_differ(unsigned *first, unsigned *last)
+{
+    for (*first = 0; *first < DATA_SIZE && host_data[*first] == core_data[*first];)
+        ++*first;
+    for (*last = DATA_SIZE; *last > *first && host_data[*last - 1] == core_data[*last - 1];)
+        --*last;
+    return *first < *last;
+}
+
+/* ---- The freedoms: true if all that is left is open ----------------------------------------------------------- */
+
+static bool no_page(const struct test *t, struct state *host, struct state *core)
+{
+    (void)t, (void)host;
+    return core->vector == PF && core->address - EXIT64 < PAGE;
+}
+
+/* MOVUPS, MOVUPD, MOVDQU, LDDQU, PCMPxSTRx by their bytes. */
+static bool is_unaligned(const struct test *t, u64 ip)
+{
+    struct encoding e = encoding_at(t, ip);
+    return e.opcode[0] == 0x0f && (memchr("\x10\x11\x6f\x7f\xf0", e.opcode[1], 5) ||
+                                   (e.opcode[1] == 0x3a && ((e.mod << 6 | e.reg << 3 | e.rm) >> 4) == 6));
+}
+static bool unaligned_vector(const struct test *t, struct state *host, struct state *core)
+{
+    struct core_instruction row;
+    (void)core;
+    row_at(t, host->rip, &row);
+    return host->vector == AC && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq") || is_unaligned(t, host->rip));
+}
+
+static bool undefined_modrm(const struct test *t, struct state *host, struct state *core)
+{
+    struct core_instruction row;
+    return host->rip == core->rip && host->vector == UD && row_at(t, host->rip, &row) && !strncmp(row.name, "UD", 2);
+}
+
+static bool alignment_first(const struct test *t, struct state *host, struct state *core)
+{
+    (void)t;
+    return host->rip == core->rip && host->vector == AC && core->vector == PF;
+}
+
+static bool breakpoint(const struct test *t, struct state *host, struct state *core)
+{
+    (void)t;
+    return host->rip == core->rip && host->vector == BP && core->vector == GP;
+}
+
+/* Whether an address is near where the offsets of a segment of 4 GiB wrap. */
+static bool at_the_wrap(const struct mode *m, u64 address)
+{
+    enum { NEAR = 512 };
+    if (!m->segmented)
+        return (u32)(address + NEAR) < 2 * NEAR;
+    for (unsigned i = IN_DS; i < USED; i++) {
+        const struct segment *s = &segments[m->use[i] == NULL_SEGMENT ? 0 : m->use[i]];
+        if ((s->down ? s->big : s->limit == 0xffffffff) && (u32)((u32)address - s->base + NEAR) < 2 * NEAR)
+            return true;
+    }
+    return false;
+}
+static bool wrapped_access(const struct test *t, struct state *host, struct state *core)
+{
+    struct core_instruction row;
+    if (host->rip != core->rip || !t->code.mode.compat)
+        return false;
+    struct encoding e = encoding_at(t, host->rip);
+    row_at(t, host->rip, &row);
+    bool parts = has_operand_of(&row, "Mt") || !strcmp(row.name, "BOUND") || !strcmp(row.name, "FLDENV") ||
+                 !strcmp(row.name, "FRSTOR") || is_environment_store(&e);
+    if (host->vector == PF && (core->vector == SS || core->vector == GP))
+        return parts || at_the_wrap(&t->code.mode, host->address);
+    return (host->vector == GP && core->vector == SS) || (host->vector == PF && parts);
+}
+
+static bool call_order(const struct test *t, struct state *host, struct state *core)
+{
+    return host->rip == core->rip && t->code.indirect && (host->vector == SS || host->vector == PF) && core->vector == GP;
+}
+
+static bool call_pushed(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, core->rip);
+    const struct mode *m = &t->code.mode;
+    bool call = e.opcode[0] == 0xe8 || (e.opcode[0] == 0xff && e.reg == 2);
+    if (!call || host->rip != core->rip || host->vector != GP || core->vector != GP)
+        return false;
+    unsigned size = !m->compat ? 8 : e.short_operand ? 2 : 4, first, last;
+    u64 sp = core->gpr[4] - size, pushed = 0;
+    if (m->segmented)
+        sp = (u32)((segments[m->use[IN_SS]].big ? (u32)sp : (u16)sp) + segments[m->use[IN_SS]].base);
+    else if (m->compat)
+        sp = (u32)sp;
+    if (!in_data(sp, size) || !data_differ(&first, &last) || first < sp - DATA || last > sp - DATA + size)
+        return false;
+    memcpy(&pushed, host_data + (sp - DATA), size);
+    u64 mask = size == 8 ? ~0ull : (1ull << 8 * size) - 1, length = (pushed - (core->rip - code_base(m))) & mask;
+    if (length >= 2 && length <= 15)
+        memcpy(host_data + (sp - DATA), core_data + (sp - DATA), size);
+    return false;
+}
+
+static bool popped_in_part(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, host->rip);
+    if (t->code.mode.compat && host->vector >= 0 && host->rip == core->rip && e.opcode[0] == 0x61)
+        memcpy(host->gpr, core->gpr, sizeof host->gpr);
+    return false;
+}
+
+static bool stored_in_part(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, host->rip);
+    unsigned first, last;
+    if (host->vector < 0 || host->rip != core->rip || !data_differ(&first, &last))
+        return false;
+    bool pushes = t->code.mode.compat && e.opcode[0] == 0x60; /* PUSHA */
+    bool eighty = e.mod != 3 && ((e.opcode[0] == 0xdb && e.reg == 7) || (e.opcode[0] == 0xdf && e.reg == 6));
+    unsigned most = e.opcode[0] == 0xc8 ? 8 * 32 : pushes ? 32 : is_environment_store(&e) ? 108 : eighty ? 10 : 0;
+    if (last - first <= most)
+        memcpy(host_data + first, core_data + first, last - first);
+    return false;
+}
+
+static bool bound_first(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, core->rip);
+    unsigned size = e.short_operand ? 2 : 4;
+    if (host->rip != core->rip || host->vector != BR || e.opcode[0] != 0x62)
+        return false;
+    if (core->vector == SS || core->vector == GP) /* the upper bound is beyond the limit */
+        return true;
+    if (core->vector != PF || core->address != DATA + DATA_SIZE)
+        return false;
+    for (unsigned at = DATA_SIZE - 2 * size + 1; at <= DATA_SIZE - size; at++) {
+        int32_t lower = 0, index = (int32_t)core->gpr[e.reg];
+        memcpy(&lower, core_data + at, size);
+        if (size == 2 ? (int16_t)index < (int16_t)lower : index < lower)
+            return true;
+    }
+    return false;
+}
+
+static bool mmx_top(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, core->rip);
+    bool store = e.opcode[0] == 0x0f && !e.by66 && !e.repeats && memchr("\x7e\x7f\xe7\xf7", e.opcode[1], 4);
+    u16 status, top;
+    memcpy(&status, host->fx + 2, 2), memcpy(&top, core->fx + 2, 2);
+    if (host->rip != core->rip || host->vector != core->vector || !is_memory_fault(core->vector) || !store || status & 0x3800)
+        return false;
+    u8 registers[128];
+    memcpy(registers, host->fx + 32, 128);
+    for (unsigned i = 0; i < 8; i++)
+        memcpy(host->fx + 32 + 16 * i, registers + 16 * (((top >> 11) + i) & 7), 16);
+    status |= top & 0x3800;
+    memcpy(host->fx + 2, &status, 2);
+    return false;
+}
+
+static bool repeat_registers(const struct test *t, struct state *host, struct state *core)
+{
+    static const u8 which[] = {1, 6, 7}; /* rCX, rSI, rDI */
+    bool there = false;
+    for (unsigned i = 0; i + 2 < t->code.length && !t->code.mode.compat; i++) {
+        struct encoding e = encoding_at(t, t->code.ip + i);
+        there |= e.repeats && e.by67 && e.opcode[0] >= 0xa4 && e.opcode[0] <= 0xaf && e.opcode[0] >> 1 != 0x54;
+    }
+    for (unsigned i = 0; i < 3 && there; i++)
+        if (host->gpr[which[i]] == (u32)core->gpr[which[i]])
+            host->gpr[which[i]] = core->gpr[which[i]];
+    return false;
+}
+
+static bool repeat_flags(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, core->rip);
+    bool amid = is_memory_fault(core->vector) || core->vector == DB; /* a trap of TF between iterations */
+    if (host->rip == core->rip && host->vector == core->vector && amid && e.repeats &&
+        (e.opcode[0] >> 1 == 0x53 || e.opcode[0] >> 1 == 0x57))
+        host->rflags = (host->rflags & ~(u64)FLAGS_ARITHMETIC) | (core->rflags & FLAGS_ARITHMETIC);
+    return false;
+}
+
+static bool enter_wraps(const struct test *t, struct state *host, struct state *core)
+{
+    const struct mode *m = &t->code.mode;
+    if (m->segmented && !segments[m->use[IN_SS]].big && memchr(t->code.code, 0xc8, t->code.length) &&
+        (u16)core->gpr[5] >= 0xfffc && (u32)host->gpr[5] == (u32)core->gpr[5] - 0x10000)
+        host->gpr[5] = core->gpr[5];
+    return false;
+}
+
+/* If the store of the x87 at which the core faulted meets an unmasked exception with good memory: the state after it. */
+static bool go_past_refused_store(const struct test *t, struct state *core)
+{
+    enum { PROBE = 0x30011fc0, ES = 0x80, TRAP = 0x100 };
+    struct encoding e = encoding_at(t, core->rip);
+    if (!is_memory_fault(core->vector) || !is_x87_store(&e))
+        return false;
+    static struct test probe;
+    probe = (struct test){.code = {.length = 7, .ip = PROBE}, .start = *core};
+    u32 exit = EXIT64 - (PROBE + 7);
+    memcpy(probe.code.code, (u8[]){e.opcode[0], (u8)(e.reg << 3 | 3), 0xe9}, 3); /* [rbx] */
+    memcpy(probe.code.code + 3, &exit, 4);
+    probe.start.rip = PROBE, probe.start.rflags = 0x202, probe.start.gpr[3] = DATA;
+    u8 kept[16];
+    memcpy(kept, core_data, 16);
+    put_code(&probe.code, true);
+    core_run(&probe.start, &probe.code, false);
+    put_code(&probe.code, false);
+    memcpy(core_data, kept, 16);
+    if (probe.start.vector != VECTOR_NONE || !(probe.start.fx[2] & ES))
+        return false;
+    memcpy(core->fx, probe.start.fx, 160);
+    u64 ip = core->rip - code_base(&t->code.mode);
+    memcpy(core->fx + FX_IP, &ip, 8);
+    core->rip += e.length;
+    core->vector = core->rflags & TRAP ? DB : VECTOR_NONE;
+    return true;
+}
+static bool refused_store(const struct test *t, struct state *host, struct state *core)
+{
+    while ((host->rip != core->rip || host->vector != core->vector) && go_past_refused_store(t, core))
+        if (core->vector == VECTOR_NONE)
+            core_run(core, &t->code, t->stepped);
+    return false;
+}
+
+/* Pointers of the x87 that this host keeps otherwise, in images that the case stored: the core runs once more, in steps and
+ * traced, which says where they are. */
+static struct {
+    bool open[DATA_SIZE], read;
+    u64 lowest;
+    unsigned written;
+} images;
+
+static void accessed(void *argument, const struct core_trace_record *records, size_t count, u64 events, bool ended)
+{
+    (void)argument, (void)events, (void)ended;
+    for (size_t i = 0; i < count; i++) {
+        const struct core_trace_record *r = &records[i];
+        if (r->kind != CORE_TRACE_MEM)
+            continue;
+        bool write = r->flags & CORE_TRACE_WRITE;
+        if (write && (!images.written || r->mem.address < images.lowest))
+            images.lowest = r->mem.address;
+        images.written += write ? r->size : 0;
+        for (unsigned b = 0; b < r->size; b++)
+            if (in_data(r->mem.address + b, 1)) {
+                bool *open = &images.open[r->mem.address + b - DATA];
+                images.read |= !write && *open;
+                *open &= !write;
+            }
+    }
+}
+
+static void open_bytes(unsigned at, unsigned size)
+{
+    for (unsigned i = 0; i < size; i++)
+        if (in_data(images.lowest + at + i, 1))
+            images.open[images.lowest + at + i - DATA] = true;
+}
+
+static void trace_images(const struct test *t)
+{
+    static const struct core_trace all = {.kinds = 1u << CORE_TRACE_MEM, .modes = 31, .last = ~0ull, .data_last = ~0ull};
+    struct state s = t->start;
+    u8 kept[DATA_SIZE];
+    memset(&images, 0, sizeof images);
+    memcpy(kept, core_data, DATA_SIZE);
+    memcpy(core_data, data, DATA_SIZE);
+    struct vcpu *c = core_load(&s, &t->code.mode);
+    if (vcpu_set_trace(c, &all, accessed, NULL))
+        abort();
+    for (unsigned i = 0; i < BUDGET; i++) {
+        u64 regs[18];
+        struct vcpu_exit exit = {0};
+        vcpu_get_state(c, "regs", regs, sizeof regs);
+        struct encoding e = encoding_at(t, t->code.mode.segmented ? (u32)(regs[16] + code_base(&t->code.mode)) : regs[16]);
+        images.written = 0;
+        vcpu_run(c, 1, &exit);
+        if (is_environment_store(&e) && images.written) {
+            bool narrow = images.written == 14 || images.written == 94;
+            if (host_x87.fop_of_exceptions && !narrow)
+                open_bytes(18, 2);
+            if (host_x87.fdp_of_exceptions)
+                open_bytes(narrow ? 10 : 20, narrow ? 2 : 4);
+            if (host_x87.no_selectors)
+                open_bytes(narrow ? 8 : 16, 2), open_bytes(narrow ? 12 : 24, 2);
+        }
+        if (exit.reason == EXIT_LIMIT)
+            continue;
+        core_store(c, &exit, &t->code, &s);
+        vcpu_set_trace(c, NULL, NULL, NULL);
+        if (!go_past_refused_store(t, &s) || s.vector != VECTOR_NONE)
+            break;
+        c = core_load(&s, &t->code.mode);
+        if (vcpu_set_trace(c, &all, accessed, NULL))
+            abort();
+    }
+    vcpu_set_trace(c, NULL, NULL, NULL);
+    memcpy(core_data, kept, DATA_SIZE);
+}
+
+static bool x87_pointers(const struct test *t, struct state *host, struct state *core)
+{
+    (void)host, (void)core;
+    bool stores = false;
+    for (unsigned i = 0; i + 1 < t->code.length; i++) {
+        struct encoding e = encoding_at(t, t->code.ip + i);
+        stores |= is_environment_store(&e);
+    }
+    if (!stores || !(host_x87.fop_of_exceptions || host_x87.fdp_of_exceptions || host_x87.no_selectors))
+        return false;
+    trace_images(t);
+    for (unsigned i = 0; i < DATA_SIZE; i++)
+        if (images.open[i])
+            host_data[i] = core_data[i];
+    return images.read;
+}
+
+static const struct freedom {
+    const char *name, *why;
+    bool (*use)(const struct test *t, struct state *host, struct state *core);
+} freedoms[] = { /* the first two go on with the core, or undo what stays in memory, for the others */
+    {"an unmasked x87 exception or a fault of a store", "SDM 1 8.5.1, 8.5.4: nothing is stored then, so no address is looked at; "
+     "AMD looks first", refused_store},
+    {"x87 pointers", "CPUID.7.EBX: FDP_EXCPTN_ONLY, deprecated FCS and FDS; SDM 1 8.1.9: the opcode, too, may be that of the "
+     "last unmasked exception", x87_pointers},
+    {"a wild address", "only the host has the page of the exit", no_page},
+    {"alignment of 16 bytes", "SDM 2A MOVUPS: with AC set #AC may or may not be generated; AMD does", unaligned_vector},
+    {"ModRM of UD0 and UD1", "SDM 2B UD: some processors do not read it, and it may lie on no page", undefined_modrm},
+    {"alignment or page", "SDM 3A table 6-2 has both in one class; AMD checks alignment first", alignment_first},
+    {"INT3", "it is no vector stop of the core, which has no IDT here", breakpoint},
+    {"over the end of 4 GiB", "SDM 3A 5.3: where the effective limit is FFFFFFFF, an access over the end may or may not "
+     "cause the exception; this is implementation-specific", wrapped_access},
+    {"CALL with two faults", "SDM 2A CALL: the target first; AMD: the push", call_order},
+    {"CALL that pushed", "the same; what lies below rSP is nobody's", call_pushed},
+    {"POPA in part", "the manuals do not say that it loads all or nothing", popped_in_part},
+    {"long stores in part", "SDM 3A 8.1.1: of the accesses of one instruction some may complete when another faults",
+     stored_in_part},
+    {"BOUND reads one bound", "SDM 2A BOUND: below the lower or above the upper; nothing says that both are read", bound_first},
+    {"TOP after a faulting MMX store", "Intel's errata: Faulting MMX Instruction May Incorrectly Update x87 FPU Tag Word",
+     mmx_top},
+    {"registers of REP with 32-bit addresses", "SDM 1 3.4.1.1 says it of results, and without an iteration there is none; "
+     "Intel's zero-extend (Linux arch/x86/kvm/emulate.c, string_registers_quirk)", repeat_registers},
+    {"flags of a repeated comparison that faults", "SDM 2B REP: as before the instruction; AMD: of the last iteration",
+     repeat_flags},
+    {"ENTER on a 16-bit stack that wraps", "SDM 2A ENTER has EBP from ESP after the push; Intel's take ESP - 4", enter_wraps},
+};
+
+bool is_open(const struct test *t, struct state *host, struct state *core)
+{
+    for (unsigned i = 0; i < sizeof freedoms / sizeof *freedoms; i++)
+        if (freedoms[i].use(t, host, core))
+            return true;
+    return core->vector == VECTOR_ENDLESS;
+}
+
+/* AMD's x87 loses its instruction and data pointers when the host's kernel switches tasks (FXRSTOR and XRSTOR leave them
+ * out while no exception is pending), so that what FNSAVE and FNSTENV store of them differs now and then. */
+bool pointers_are_stored(const struct test *t)
+{
+    struct core_instruction row;
+    for (unsigned i = 0; i < t->code.count; i++)
+        if (t->code.list[i].row >= 0 && core_instruction((unsigned)t->code.list[i].row, &row) &&
+            (!strcmp(row.name, "FNSAVE") || !strcmp(row.name, "FNSTENV")))
+            return true;
+    return false;
+}
+
