@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs.debug.corefile import PHYSICAL_WINDOW, RAM_OFFSET, CpuState, core_header, find_vmcoreinfo
-from vmfs.debug.disasm import CodeMode, Listing, disassemble, listing_text, parse_listing
+from vmfs.debug.disasm import Listing, disassemble, listing_text, parse_listing
 from vmfs.debug.paging import Paging, linear_reader, mapped_ranges, ranges_text
 from vmfs.debug.stack import DEPTH, STACKS_MOST, StackState, stack_text
 from vmfs.debug.symbols import SymbolTable
 from vmfs.machine.memory import Memory
 from vmfs.words.errors import Invalid
-from vmfs.words.modes import set_mode
+from vmfs.words.modes import CodeMode, set_mode
 from vmfs.words.registers import REGISTERS
 
 SYMBOLS = SymbolTable([(0x1000, "T", "start"), (0x1100, "t", "helper"), (0x2000, "D", "table")])
@@ -96,6 +96,27 @@ def test_branches_in_real_mode_are_relative_to_their_segment_and_wrap():
     # At f000:fff0 jump back by 8, and at ffff:fff0 forward over the end of the segment.
     assert texts("ebf6", 16, base=0xF0000, at=0xFFFF0) == ["jmp 0xffe8"]
     assert texts("e91000", 16, base=0xF0000, at=0xFFFFD) == ["jmp 0x10"]
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "base", "at", "target"),
+    [
+        ("eb1e", 16, 0, 0xFFF0, 0x10),
+        ("66eb1d", 16, 0, 0xFFF0, 0x10010),
+        ("3e660f8417000000", 16, 0, 0xFFF0, 0x1000F),
+        ("ebee", 16, 0x20000, 0x30000, 0xFFF0),  # EIP is 10000 there
+        ("66e91a00", 32, 0, 0xFFF0, 0xE),
+        ("e91b000000", 32, 0, 0xFFF0, 0x10010),
+        ("66eb1d", 64, 0, 0xFFF0, 0x10010),
+    ],
+)
+def test_branches_of_operand_size_16_are_cut_and_others_not(code, bits, base, at, target):
+    assert texts(code, bits, base, at)[0].partition(" <")[0].split()[1] == f"{target:#x}"
+
+
+def test_a_target_is_named_by_its_linear_address():
+    # CS begins 1000h below 4 GiB: offset 2000h is address 1000h.
+    assert texts("eb02", 16, base=0xFFFFF000, at=0x0FFE)[-1] == "jmp 0x2002 <start+0x2>"
 
 
 def test_what_is_no_instruction_is_a_byte():

@@ -4,8 +4,9 @@ import struct
 
 import pytest
 
+from vmfs.engine.kvm import stepping
 from vmfs.words.errors import Invalid
-from vmfs.words.modes import CODE, DATA, RFLAGS, RIP, RSP, mode_of, set_mode
+from vmfs.words.modes import CODE, DATA, RFLAGS, RIP, RSP, CodeMode, mode_of, set_mode
 
 SEGMENT = struct.Struct("<QIHBBBBBBBBBx")
 NAMES = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
@@ -168,3 +169,29 @@ def test_mode_of_the_rest():
     cs[6], cs[8] = 1, 0  # D, and not L
     SEGMENT.pack_into(sregs, 0, *cs)
     assert mode_of(long.states["regs"], bytes(sregs)) == "compat"
+
+
+@pytest.mark.parametrize(
+    ("mode", "changed", "rip", "bits", "address"),
+    [
+        ("real", {"base": 0x20000}, 0x10010, 16, 0x30010),  # EIP has 32 bits in 16-bit code, too
+        ("real", {"base": 0xFFFF0000}, 0x1FFF0, 16, 0xFFF0),
+        ("protected", {"base": 0x1000}, 0xFFFFF123, 32, 0x123),
+        ("protected", {"base": 0x1000, "l": 1}, 0xFFFFF123, 32, 0x123),  # L means nothing outside of IA-32e mode
+        ("long", {"base": 0x1000, "db": 1, "l": 0}, 0x2000, 32, 0x3000),
+        ("long", {"base": 0x1000, "db": 0, "l": 0}, 0x12345, 16, 0x13345),
+        ("long", {"base": 0x1000}, 0xFFFFFFFF80000123, 64, 0xFFFFFFFF80000123),
+    ],
+)
+def test_the_linear_address_of_code(mode, changed, rip, bits, address):
+    cpu, _ = set_up(mode)
+    sregs, regs = bytearray(cpu.states["sregs"]), bytearray(cpu.states["regs"])
+    cs = list(SEGMENT.unpack_from(sregs, 0))
+    for name, value in changed.items():
+        cs[{"base": 0, "db": 6, "l": 8}[name]] = value
+    SEGMENT.pack_into(sregs, 0, *cs)
+    struct.pack_into("<Q", regs, RIP, rip)
+    code = CodeMode.of(bytes(regs), bytes(sregs))
+    assert (code.bits, code.ip, hex(code.address)) == (bits, rip, hex(address))
+    assert code.ip_of(address) == rip & code.mask
+    assert stepping.look(bytes(regs), bytes(sregs)).linear == address

@@ -5,18 +5,18 @@ Capstone decodes; this reads the guest's memory for it, and gives the operands t
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import capstone
 
-from vmfs.debug.paging import Reader, States
+from vmfs.debug.paging import Reader
 from vmfs.debug.symbols import SymbolTable
 from vmfs.words.errors import Invalid
-from vmfs.words.modes import EFER_LMA
+from vmfs.words.modes import CodeMode
 from vmfs.words.numbers import parse_number
-from vmfs.words.registers import REGISTERS
 
 LONGEST = 15  # bytes of an instruction (SDM 2A 2.3.11)
 COUNT = 16
@@ -29,30 +29,6 @@ class Instruction(NamedTuple):
     address: int  # linear
     code: bytes
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CodeMode:
-    """How a CPU reads instructions: `bits` 16, 32 or 64, and the base of its code segment."""
-
-    bits: int
-    base: int
-    ip: int
-
-    @property
-    def address(self) -> int:
-        """The linear address of the next instruction."""
-        return self.base + self.ip & ((1 << (64 if self.bits == 64 else 32)) - 1)
-
-    @staticmethod
-    def of(cpu: States) -> CodeMode:
-        """That of a CPU between two instructions."""
-        sregs, regs = cpu.get_state("sregs"), cpu.get_state("regs")
-        base, large, db, efer = (REGISTERS[name].get(sregs) for name in ("cs.base", "cs.l", "cs.db", "efer"))
-        ip = REGISTERS["rip"].get(regs)
-        if large and efer & EFER_LMA:
-            return CodeMode(64, 0, ip)
-        return CodeMode(32 if db else 16, base, ip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +60,24 @@ def disassemble(
     relative to it. A byte that begins no instruction is `.byte`.
     """
     engine = capstone.Cs(capstone.CS_ARCH_X86, _MODES[bits])
-    top = (1 << (64 if bits == 64 else 32)) - 1
+    mode = CodeMode(bits, base, 0)
     found: list[Instruction] = []
     while len(found) < count:
         code = read(address, min(LONGEST * (count - len(found)), 4096))
         used = 0
         for at, size, mnemonic, operands in engine.disasm_lite(
-            code, address - base & top, count - len(found)
+            code, mode.ip_of(address), count - len(found)
         ):
-            linear = base + at & top
-            text = _text(mnemonic, operands, at + size, bits, base, symbols)
-            found.append(Instruction(linear, bytes(code[used : used + size]), text))
+            one = bytes(code[used : used + size])
+            text = _text(mnemonic, operands, one, replace(mode, ip=at + size), symbols)
+            found.append(Instruction(mode.linear(at), one, text))
             used += size
         if len(found) < count and used < len(code) and (used == 0 or len(code) - used >= LONGEST):
-            found.append(Instruction(address + used & top, code[used : used + 1], f".byte {code[used]:#04x}"))
+            found.append(Instruction(address + used & mode.mask, code[used : used + 1], f".byte {code[used]:#04x}"))
             used += 1
         if not used:
             break
-        address = address + used & top
+        address = address + used & mode.mask
     return found
 
 
@@ -111,19 +87,29 @@ _ABSOLUTE = re.compile(r"\[(0x[0-9a-f]{5,16})\]")
 _BRANCHES = re.compile(r"(?:bnd |notrack )*(?:call|jmp|j[a-z]+|loop[a-z]*|xbegin)")
 
 
-def _text(mnemonic: str, operands: str, after: int, bits: int, base: int, symbols: SymbolTable | None) -> str:
-    """An instruction with the names of what it refers to. `after`: the ip behind it."""
-    top = (1 << bits) - 1
+_PREFIXES = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3"
+
+
+def _target_bits(code: bytes, bits: int) -> int:
+    """Of a near branch, which its operand size cuts (Intel SDM 2A JMP): 66h chooses the other one of 16 and 32."""
+    if bits == 64:
+        return 64
+    prefixes = itertools.takewhile(_PREFIXES.__contains__, code)
+    return bits ^ (16 ^ 32) if 0x66 in prefixes else bits
+
+
+def _text(mnemonic: str, operands: str, code: bytes, after: CodeMode, symbols: SymbolTable | None) -> str:
+    """An instruction with the names of what it refers to. `after`: the CPU after it."""
     if not operands:
         return mnemonic
     text = f"{mnemonic} {operands}"
     if _TARGET.fullmatch(operands) and _BRANCHES.fullmatch(mnemonic):
-        target = int(operands, 0) & top  # capstone lets ip grow beyond 16 bits
+        target = int(operands, 0) & (1 << _target_bits(code, after.bits)) - 1  # capstone cuts none to 16
         text = f"{mnemonic} {target:#x}"
-        return text + _name(base + target, symbols)
+        return text + _name(after.linear(target), symbols)
     if match := _RIP.search(operands):
         offset = int(match[2], 0) if match[2] else 0
-        address = after + (offset if match[1] == "+" else -offset) & top
+        address = after.linear(after.ip + (offset if match[1] == "+" else -offset))
         return f"{text}  # {address:#x}{_name(address, symbols)}"
     if match := _ABSOLUTE.search(operands):
         return text + _name(int(match[1], 0), symbols)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from vmfs.debug.disasm import CodeMode
 from vmfs.debug.paging import NO_EXECUTE, Page, Paging, Ram, States, linear_reader, read_linear
 from vmfs.debug.symbols import SymbolTable
 from vmfs.machine.memory import PAGE
+from vmfs.words.modes import CodeMode
 from vmfs.words.registers import REGISTERS
 
 DEPTH = 16 << 10  # bytes of the stack that are looked at: a kernel stack of Linux
@@ -47,15 +47,15 @@ class StackState:
     @staticmethod
     def of(cpu: States, memory: Ram) -> StackState:
         """That of a CPU between two instructions."""
-        code, paging = CodeMode.of(cpu), Paging.of(cpu)
         sregs, regs = cpu.get_state("sregs"), cpu.get_state("regs")
+        code, paging = CodeMode.of(regs, sregs), Paging.of(cpu)
         rsp, rbp = REGISTERS["rsp"].get(regs), REGISTERS["rbp"].get(regs)
         base = 0
         if code.bits != 64:
             base = REGISTERS["ss.base"].get(sregs)
             mask = 0xFFFF_FFFF if REGISTERS["ss.db"].get(sregs) else 0xFFFF  # which of esp is used
             rsp, rbp = rsp & mask, rbp & mask
-        pointer, frame = base + rsp, base + rbp
+        pointer, frame = base + rsp & code.mask, base + rbp & code.mask
         return StackState(code, paging, pointer, frame, base, _stacks(memory, paging, pointer, code.bits))
 
     @property
@@ -130,7 +130,7 @@ def _chain(state: StackState, code: _Code) -> dict[int, int]:
         if not code.is_behind_call(address):
             break
         found[frame + width] = address
-        least, frame = frame + 2 * width, state.base + caller
+        least, frame = frame + 2 * width, state.base + caller & state.code.mask
     return found
 
 
@@ -140,14 +140,11 @@ class _Code:
     def __init__(self, memory: Ram, state: StackState) -> None:
         self._memory = memory
         self._paging = state.paging
-        self._base = state.code.base
         self._bits = state.code.bits
-        self._top = (1 << (64 if self._bits == 64 else 32)) - 1
+        self._mask = state.code.mask
+        self.linear = state.code.linear
         self._pages: dict[int, bool] = {}
         self.read = linear_reader(memory, state.paging)
-
-    def linear(self, ip: int) -> int:
-        return self._base + ip & self._top
 
     def is_behind_call(self, address: int) -> bool:
         """Whether `address` may be what a CALL pushed."""
@@ -158,7 +155,7 @@ class _Code:
             before = self.read(address - 5, 5).rjust(8, b"\0")
         if before[3] == 0xE8 and self._bits != 16:  # CALL rel32
             (offset,) = struct.unpack_from("<i", before, 4)
-            return self._is_executable(address + offset & self._top)
+            return self._is_executable(address + offset & self._mask)
         if before[5] == 0xE8 and self._bits == 16:  # CALL rel16
             return True
         # CALL r/m: FF /2, with two to seven bytes: ModRM, SIB, a displacement of 0, 1 or 4 bytes.

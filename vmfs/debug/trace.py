@@ -20,6 +20,7 @@ from vmfs.debug.trace_buffer import TraceBuffer
 from vmfs.engine.base import TRACE_ALL, Capability, TraceRequest, Vcpu
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.modes import CodeMode
 
 # As VMFS_TRACE_ in vmfs.h, where the record is documented.
 RECORD_KINDS = ("insn", "mem", "exception", "interrupt", "exit", "at", "dropped")
@@ -209,12 +210,7 @@ class Trace:
 
 def linear_rip(cpu: Vcpu) -> int:
     """The linear address of the instruction at rip."""
-    (rip,) = struct.unpack_from("<Q", cpu.get_state("regs"), 128)
-    sregs = cpu.get_state("sregs")
-    base, efer = struct.unpack_from("<Q", sregs)[0], struct.unpack_from("<Q", sregs, 264)[0]
-    if efer & 1 << 10 and sregs[19]:  # LMA, CS.L
-        return rip
-    return (base + rip) & 0xFFFFFFFF
+    return CodeMode.of(cpu.get_state("regs"), cpu.get_state("sregs")).address
 
 
 def _is_executed(exit_: exits.Exit) -> bool:

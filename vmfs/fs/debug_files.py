@@ -15,7 +15,7 @@ import trio
 
 from vmfs.debug import kallsyms
 from vmfs.debug.corefile import RAM_OFFSET, CpuState, core_header, core_size
-from vmfs.debug.disasm import LONGEST, CodeMode, listing_text, parse_listing
+from vmfs.debug.disasm import LONGEST, listing_text, parse_listing
 from vmfs.debug.paging import (
     Paging,
     linear_reader,
@@ -33,6 +33,7 @@ from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished, value_of
 from vmfs.machine.memory import MemoryView
 from vmfs.words.errors import BadAddress, PastEnd
+from vmfs.words.modes import CodeMode
 
 T = TypeVar("T")
 
@@ -216,7 +217,7 @@ async def disasm(scope: MachineScope) -> str:
 
     def look(cpu: Vcpu) -> tuple[CodeMode, Paging, int, bytes]:
         """With code that is not in RAM, but in the ROM: its address, and up to a page of it."""
-        code, paging = CodeMode.of(cpu), Paging.of(cpu)
+        code, paging = CodeMode.of(cpu.get_state("regs"), cpu.get_state("sregs")), Paging.of(cpu)
         start = code.address if listing.address is None else listing.address
         page = paging.translate(memory, start)
         if page is None or page.physical < memory.size:

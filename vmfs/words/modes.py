@@ -8,6 +8,7 @@ checks that hardware makes when it enters a guest (Intel SDM 3C 27.3.1).
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from vmfs.words.errors import Invalid
@@ -102,6 +103,45 @@ def mode_of(regs: bytes, sregs: bytes) -> str:
     if efer & EFER_LMA:
         return "long" if Segment(*_SEGMENT.unpack_from(sregs, 0)).l else "compat"
     return "v8086" if rflags & RFLAGS_VM else "protected"
+
+
+@dataclass(frozen=True, slots=True)
+class CodeMode:
+    """How a CPU reads instructions: `bits` 16, 32 or 64, the base of its code segment, and its instruction pointer.
+
+    A linear address is base + ip. 64-bit code takes no base, whatever is loaded (Intel SDM 3A 3.2.4); elsewhere both
+    have 32 bits, in 16-bit code, too.
+    """
+
+    bits: int
+    base: int
+    ip: int
+
+    @staticmethod
+    def of(regs: bytes, sregs: bytes) -> CodeMode:
+        """That of a CPU between two instructions."""
+        cs = Segment(*_SEGMENT.unpack_from(sregs, 0))
+        (efer,) = struct.unpack_from("<Q", sregs, _EFER)
+        (ip,) = struct.unpack_from("<Q", regs, RIP)
+        if cs.l and efer & EFER_LMA:
+            return CodeMode(64, 0, ip)
+        return CodeMode(32 if cs.db else 16, cs.base, ip)
+
+    @property
+    def mask(self) -> int:
+        """The bits of an instruction pointer and of a linear address."""
+        return (1 << (64 if self.bits == 64 else 32)) - 1
+
+    def linear(self, ip: int) -> int:
+        return self.base + ip & self.mask
+
+    def ip_of(self, linear: int) -> int:
+        return linear - self.base & self.mask
+
+    @property
+    def address(self) -> int:
+        """The linear address of the next instruction."""
+        return self.linear(self.ip)
 
 
 def is_linear(sregs: bytes, address: int) -> bool:

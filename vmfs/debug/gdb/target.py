@@ -18,7 +18,7 @@ from typing import Protocol
 from xml.sax.saxutils import quoteattr
 
 from vmfs.words.errors import Invalid
-from vmfs.words.modes import EFER_LMA
+from vmfs.words.modes import CodeMode
 from vmfs.words.registers import REGISTERS, msr_name, parse_msr
 
 KERNEL_GS_BASE = msr_name(0xC000_0102)
@@ -335,20 +335,15 @@ def _flat(bits: int) -> Iterator[Register]:
     yield from _system(bits)
 
 
-def _code_base(states: States) -> int:
-    """Intel SDM 1 3.4.4: 64-bit code has base 0, whatever is loaded."""
-    return 0 if states.value("efer") & EFER_LMA and states.value("cs.l") else states.value("cs.base")
-
-
 def _linear(pc: Register) -> Register:
-    mask = (1 << pc.bits) - 1
+    def code(states: States) -> CodeMode:
+        return CodeMode.of(states.blob("regs"), states.blob("sregs"))
 
     def get(states: States) -> int:
-        return states.value("rip") + _code_base(states) & mask
+        return code(states).address & (1 << pc.bits) - 1
 
     def put(states: States, value: int) -> Change:
-        width = 64 if states.value("efer") & EFER_LMA and states.value("cs.l") else 32
-        return {"rip": value - _code_base(states) & (1 << width) - 1}
+        return {"rip": code(states).ip_of(value)}
 
     return replace(pc, get=get, put=put, where=None)
 

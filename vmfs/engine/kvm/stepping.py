@@ -13,9 +13,9 @@ from vmfs.engine.base import Watchpoint
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.debugregs import Plan
 from vmfs.words import exits
+from vmfs.words.modes import CodeMode
 
 _PAGE = 4096
-_CS_L = 19  # offset of `l` in struct kvm_segment; cs is the first of struct kvm_sregs
 _CR0, _CR3, _EFER = 224, 240, 264  # offsets in struct kvm_sregs
 _CR0_PE, _EFER_LMA = 1 << 0, 1 << 10
 
@@ -37,11 +37,10 @@ def _quad(blob: bytes, at: int) -> int:
 
 
 def look(regs: bytes, sregs: bytes, watched: tuple[bytes, ...] = ()) -> Look:
-    rip = _quad(regs, abi.REGS_RIP)
-    mask = (1 << 64) - 1 if sregs[_CS_L] else 0xFFFFFFFF
+    code = CodeMode.of(regs, sregs)
     mode = 2 if _quad(sregs, _EFER) & _EFER_LMA else sregs[_CR0] & _CR0_PE
     cpl = sregs[abi.SREGS_SS_DPL]
-    return Look(rip, (_quad(sregs, 0) + rip) & mask, cpl, mode, _quad(sregs, _CR3), watched)
+    return Look(code.ip, code.address, cpl, mode, _quad(sregs, _CR3), watched)
 
 
 def watched_bytes(
