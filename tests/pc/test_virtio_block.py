@@ -19,6 +19,7 @@ from vmfs.devices.virtio.block import (
     F_CONFIG_WCE,
     F_DISCARD,
     F_FLUSH,
+    F_GEOMETRY,
     F_RO,
     F_WRITE_ZEROES,
     FLUSH,
@@ -266,13 +267,45 @@ def test_a_file_that_was_cut_is_an_io_error(bench: Bench, image: Path) -> None:
     assert driver.device.counters["host_errors.EIO"] == 1
 
 
+@pytest.mark.parametrize("mode", ["ro", "cow"])
+@pytest.mark.parametrize("length", [1, 511, 513, 4096 + 100])
+def test_a_last_sector_that_is_cut_has_zeros_at_its_end(bench: Bench, tmp_path: Path, mode: str, length: int) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * length)
+    sectors = -(-length // 512)
+    driver = attach(bench, opened(path, mode))
+    wanted = (b"x" * length).ljust(sectors * 512, b"\0")
+    assert driver.read(4, 0, 4) == sectors
+    assert ask(driver, IN, 0, room=sectors * 512) == (OK, wanted)
+    assert ask(driver, IN, sectors - 1, room=512) == (OK, wanted[-512:])
+    assert ask(driver, IN, sectors, room=512)[0] == IOERR
+    if mode == "cow":
+        assert ask(driver, OUT, 0, data=b"new!" * 128) == (OK, b"")
+        assert ask(driver, IN, 0, room=sectors * 512) == (OK, b"new!" * 128 + wanted[512:])
+    os.truncate(path, 0)
+    if mode == "ro":  # what was there and no longer is, is no padding
+        assert ask(driver, IN, 0, room=512)[0] == IOERR
+
+
+@pytest.mark.parametrize(
+    "sectors, geometry", [(1, (1, 1, 1)), (26, (1, 1, 26)), (64, (2, 1, 32)), (1007, (16, 1, 62)), (1008, None)]
+)
+def test_a_small_disk_has_a_geometry(bench: Bench, tmp_path: Path, sectors: int, geometry) -> None:
+    """A BIOS would take 16 heads of 63 sectors, and find less than a cylinder of it."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(sectors * 512))
+    driver = attach(bench, opened(path))
+    assert bool(driver.device.features() & F_GEOMETRY) == (geometry is not None)
+    assert (driver.read(4, 16, 2), driver.read(4, 18, 1), driver.read(4, 19, 1)) == (geometry or (0, 0, 0))
+
+
 def test_what_is_no_disk_is_refused(tmp_path: Path, image: Path) -> None:
     odd = tmp_path / "odd"
     odd.write_bytes(b"x" * 513)
     empty = tmp_path / "empty"
     empty.touch()
     before = os.listdir("/proc/self/fd")
-    for path, mode in ((odd, "ro"), (empty, "ro"), (tmp_path, "ro"), (Path("/dev/null"), "ro"), (image, "sideways")):
+    for path, mode in ((odd, "rw"), (empty, "ro"), (tmp_path, "ro"), (Path("/dev/null"), "ro"), (image, "sideways")):
         with pytest.raises(Invalid):
             opened(path, mode)
     assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -24,7 +24,7 @@ SEG_MAX = QUEUE_SIZE - 2  # a descriptor for the header, one for the status
 SIZE_MAX = 1 << 20
 MAX_DATA = SEG_MAX * SIZE_MAX  # so the most bytes that a request can ask for
 
-F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 5, 1 << 6
+F_SIZE_MAX, F_SEG_MAX, F_GEOMETRY, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6
 F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 10, 1 << 11, 1 << 13, 1 << 14
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -37,6 +37,9 @@ _MAX_SEGMENTS = 16
 _MAX_RANGE = 1 << 22  # sectors of a discard: 2 GiB
 _MAX_ZEROES = 1 << 17  # sectors of a write-zeroes, which may have to be written: 64 MiB
 _ID_LENGTH = 20
+# BIOSes make up a geometry of 16 heads and 63 sectors a track. A disk has to have a cylinder of that, else no sector is in it.
+_SMALLEST_CYLINDER = 16 * 63
+_TRACK = 63  # sectors, the most that int 13h knows
 _WRITEBACK = 32  # offset of the field in the configuration
 
 
@@ -71,8 +74,20 @@ class Block(VirtioDevice):
         self.writeback = True
         super().__init__(board, name, slot)
 
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """Cylinders, heads, sectors a track, for a disk that is smaller than a BIOS expects; else zeros. A remainder, smaller
+        than a track, is out of reach of addresses by cylinder, head and sector."""
+        sectors = self.disk.size // SECTOR
+        if sectors >= _SMALLEST_CYLINDER:
+            return 0, 0, 0
+        cylinders = -(-sectors // _TRACK)
+        return cylinders, 1, sectors // cylinders
+
     def features(self) -> int:
         features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY
+        if any(self.geometry):
+            features |= F_GEOMETRY
         if not self.disk.writable:
             return features | F_RO
         features |= F_FLUSH | F_CONFIG_WCE | F_WRITE_ZEROES
@@ -84,7 +99,7 @@ class Block(VirtioDevice):
             self.disk.size // SECTOR,
             SIZE_MAX,
             SEG_MAX,
-            0, 0, 0,  # geometry: not offered
+            *self.geometry,
             self.block_size,
             (4096 // self.block_size).bit_length() - 1, 0, 4096 // self.block_size, 0,  # topology: blocks of 4 KiB
             int(self.writeback),

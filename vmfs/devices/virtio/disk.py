@@ -64,7 +64,7 @@ def open_disk(fd: int, mode: str) -> Disk:
     no disk; Busy while another machine writes to it (or, for "rw", uses it at all).
     """
     try:
-        size = _size_of(fd)
+        size = _size_of(fd, mode)
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if mode == "rw" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,23 +79,29 @@ def open_disk(fd: int, mode: str) -> Disk:
         raise
 
 
-def _size_of(fd: int) -> int:
+def _size_of(fd: int, mode: str) -> int:
     kind = os.fstat(fd).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
         raise Invalid("a disk is a regular file or a block device")
     size = os.lseek(fd, 0, os.SEEK_END)
-    if size == 0 or size % SECTOR:
-        raise Invalid(f"a disk has a multiple of 512 bytes, not {size} (truncate -s %512 FILE makes it one)")
+    if not size:
+        raise Invalid("the disk's file is empty")
+    if mode == "rw" and size % SECTOR:
+        raise Invalid(
+            f"a disk that is written to has a multiple of 512 bytes, not {size}: "
+            "`truncate -s %512 FILE` makes it one, or attach it with ro or cow"
+        )
     return size
 
 
 class RawDisk:
-    """A file or block device as it is."""
+    """A file or block device of `length` bytes as it is; its last sector, where that is cut, is read with zeros."""
 
-    def __init__(self, fd: int, mode: str, size: int) -> None:
+    def __init__(self, fd: int, mode: str, length: int) -> None:
         self.fd = fd
         self.mode = mode
-        self.size = size
+        self.size = -(-length // SECTOR) * SECTOR
+        self._length = length
         is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         self.can_discard = mode == "rw" and is_file and can_punch(fd)
         self._can_zero = is_file
@@ -106,6 +112,12 @@ class RawDisk:
         return self.mode == "rw"
 
     def read(self, offset: int, buffers: Buffers) -> None:
+        length = sum(map(len, buffers))
+        there = min(length, max(self._length - offset, 0))
+        if there < length:
+            for view in _cut(buffers, there, length - there):
+                view[:] = bytes(len(view))
+            buffers = _cut(buffers, 0, there)
         _transfer(os.preadv, self.fd, buffers, offset)
 
     def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
@@ -233,7 +245,11 @@ class Overlay:
         length = sum(map(len, buffers))
         at = 0
         for has, start, size in self._runs(offset, length):
-            _transfer(os.preadv, self.fd if has else self.base.fd, _cut(buffers, at, size), start)
+            part = _cut(buffers, at, size)
+            if has:
+                _transfer(os.preadv, self.fd, part, start)
+            else:
+                self.base.read(start, part)
             at += size
 
     def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
