@@ -29,7 +29,9 @@ from emulator.system_lib import (
     descriptor,
     gate,
 )  # fmt: skip
+from engine.asm import ORIGIN, assemble
 
+LAST = 0xFFFE
 _NMI_MASKED = 14  # in struct kvm_vcpu_events
 
 
@@ -115,6 +117,45 @@ def test_flushing_a_line_of_an_execute_only_segment(code):
         guest.begin()
         guest.set_descriptor(FREE, descriptor(kind=9, limit=0xFFFF, granular=0))
         assert guest.run(f"{begin} {code}") == GP
+
+
+@pytest.mark.parametrize("code", ["nop; nop", "mov al, 1", ".byte 0x70, 0x1e", "cmp al, [bx]", "xlatb; cmc"])
+def test_virtual_8086_code_ends_at_ffff(code):
+    """#GP, whose gate of 32 bits pushes EIP 10000h."""
+    with Guest("v86") as guest:
+        guest.write(LAST, assemble(code, "real").code)
+        guest.write(0, b"\xf4\xf4")
+        guest.labels = {"stop": 0}
+        guest.set(rip=LAST, rbx=0x1000)
+        assert guest.run() == GP
+        assert guest.frame(True)[0] == 0x10000
+
+
+@pytest.mark.parametrize("limit", [0x1FFFF, 0xFFFF])
+@pytest.mark.parametrize("code", [
+    "pushd 0x10010; .byte 0x66, 0xc3",  # RET
+    "pushd 0x2000; pushd 0x10010; .byte 0x66, 0xcb",  # RETF
+    "pushd 2; pushd 0x2000; pushd 0x10010; .byte 0x66, 0xcf",  # IRET
+    ".byte 0x66, 0xe9; .long 0x10010 - 0x1006",  # JMP
+    ".byte 0x66, 0xea; .long 0x10010; .word 0x2000",
+])  # fmt: skip
+def test_real_mode_goes_beyond_ffff_by_32_bit_operands(code, limit):
+    """As far as the limit of CS allows; what is refused has changed nothing."""
+    with Guest("real") as guest:
+        guest.load(code)
+        guest.write(0x21000, guest.memory[ORIGIN : ORIGIN + 64])
+        guest.write(0x30010, b"\xb0\x01\x0f\x0b")  # mov al, 1; ud2
+        sregs = bytearray(guest.cpu.get_state("sregs"))
+        struct.pack_into("<QIH", sregs, 0, 0x20000, limit, 0x2000)
+        guest.cpu.set_state("sregs", bytes(sregs))
+        last = guest.labels["stop"]
+        guest.labels = {"stop": -1}
+        if limit == 0x1FFFF:
+            assert guest.run() == UD
+            assert (guest.regs()["rax"] & 0xFF, guest.frame(False)[:2]) == (1, [0x12, 0x2000])
+        else:
+            assert guest.run() == GP
+            assert ORIGIN <= guest.frame(False)[0] < last
 
 
 @pytest.mark.parametrize(("mode", "code", "vector"), [

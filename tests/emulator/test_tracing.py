@@ -300,6 +300,18 @@ def test_external_interrupts_and_nmis(vm):
     ]
 
 
+def test_a_run_to_the_end_of_the_segment(vm):
+    """All instructions before it are there, and the fetch that faults is at an EIP of 10000h."""
+    vm.load(assemble("handler: hlt", "real"), "real")
+    vm.ram.write(13 * 4, ORIGIN.to_bytes(4, "little"))
+    vm.ram.write(0xFFC0, b"\x90" * 64)
+    vm.set_regs(rip=0xFFC0, rsp=0x8000)
+    vm.vcpu.set_trace(ALL, sink := Sink())
+    vm.vcpu.run(budget=100)
+    assert sink.instructions() == [*range(0xFFC0, 0x10000), ORIGIN]
+    assert [(vector, place) for _, _, vector, _, place, _ in sink.happened()] == [(13, 0x10000)]
+
+
 def test_page_faults_have_their_address(vm):
     vm.load(assemble("mov rax, 0x123456789000; mov [rax], al; hlt", "long"), "long")
     vm.vcpu.set_trace(EVENTS, sink := Sink())

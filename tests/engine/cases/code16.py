@@ -1,7 +1,7 @@
 """16-bit code at and past the end of 64 KiB. EIP has 32 bits there, too: an instruction adds its length, and only
 branches and returns of operand size 16 cut the sum (Intel SDM 2A JMP, 2B RET; limits: 3A 5.3)."""
 
-from engine.case import Case, Debug, Memory, NoDebug, Regs, Run, RunError
+from engine.case import Answer, Case, Debug, Memory, NoDebug, Regs, Run, RunError
 
 # ---- real mode: CS ends at FFFF
 
@@ -86,6 +86,19 @@ CASES = (
                 Run("hlt rip={handled13}"), Regs({"rbx": 0x10000})),
     _of_128_kib("a-16-bit-gate-pushes-16-bits", "xor cx, cx; .fill 19, 1, 0x90; div cl",
                 Run("hlt rip={handled0}"), Regs({"rbx": 5})),
+    _of_128_kib(
+        "accesses-beyond",
+        ".fill 16, 1, 0x90; in al, 0x80; out 0x81, al; mov [edi], al; mov bl, [edi + 4]; hlt",
+        Run("io direction=in port=0x80 size=1 count=1 rip=0x10000"),
+        Answer(b"\x07"),
+        Run("io direction=out port=0x81 size=1 count=1 data=0x7 rip=0x10004"),
+        Run("mmio direction=write addr=0xa0000 size=1 data=0x7 rip=0x10007"),
+        Run("mmio direction=read addr=0xa0004 size=1 rip=0x10007"),
+        Answer(b"\x08"),
+        Run("hlt rip=0x1000c"),
+        Regs({"rbx": 8}),
+        regs={"rbx": 0, "rdi": 0xA0000},
+    ),
     _of_128_kib("breakpoint-beyond", ".fill 32, 1, 0x90; mov al, 2; hlt", Debug(breakpoints={7: 0x30004}),
                 Run("debug cause=breakpoint id=7 rip=0x10004"), _PAST),
     *(
