@@ -112,9 +112,16 @@ def test_serial_loopback(guest, sent):
     assert guest.inp(0x3FE) & 0xF0 == 0x90  # RTS is CTS, OUT2 is DCD: how Linux finds a UART
     guest.out(0x3F8, 0x5A)
     assert not sent and guest.inp(0x3F8) == 0x5A
-    guest.out(0x3F8, 1)
-    guest.out(0x3F8, 2)
+    for byte in (0x11, 0x22, 0x33):
+        guest.out(0x3F8, byte)
     assert guest.inp(0x3FD) & 2 and not guest.inp(0x3FD) & 2
+    assert guest.inp(0x3F8) == 0x33  # without a FIFO the newest is kept
+    guest.out(0x3FA, 1)
+    for byte in range(20):
+        guest.out(0x3F8, byte)
+    assert guest.inp(0x3FD) & 2
+    assert bytes(guest.inp(0x3F8) for _ in range(16)) == bytes(range(16))  # with one, what was in it
+    assert not guest.inp(0x3FD) & 1
 
 
 def test_serial_scratch_and_bytes_of_wider_accesses(guest, sent):
@@ -234,11 +241,14 @@ def test_pm_timer_follows_the_guests_time(guest, machine):
 
 
 def test_sleeping_in_s5_powers_off(guest):
+    """S5 is type 0: what everybody's code writes."""
     guest.out(0x604, 3 << 10 | 0x2000, 2)
     assert guest.ended is None
     guest.out(0x604, 5 << 10, 2)
     assert guest.ended is None and guest.inp(0x604, 2) == 5 << 10
     guest.out(0x604, 5 << 10 | 0x2000, 2)
+    assert guest.ended is None
+    guest.out(0x604, 0x2000, 2)
     assert guest.ended.line() == "shutdown cause=poweroff rip=0x1"
 
 

@@ -176,7 +176,7 @@ def test_a_device_interrupts(pc, assembler):
 @pytest.mark.parametrize("stop", ["poweroff", "reset"])
 def test_power(pc, assembler, stop):
     code = {
-        "poweroff": "mov dx, 0x604; mov ax, 0x3400; out dx, ax; l: jmp l",
+        "poweroff": "mov dx, 0x604; mov ax, 0x2000; out dx, ax; l: jmp l",
         "reset": "mov dx, 0xcf9; mov al, 6; out dx, al; l: jmp l",
     }[stop]
     load(pc, assembler(f"mov dx, 0x3ff; mov al, 7; out dx, al; {code}", "real"))

@@ -1,5 +1,8 @@
 """ACPI's fixed hardware: the PM timer, PM1 event and control blocks. A guest that sleeps in S5 has powered off.
 
+S5 is sleep type 0, as on a PIIX4 (and QEMU's and Bochs' PCs): SeaBIOS and small kernels write 2000h to port 604h without
+a look at the tables.
+
 Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control) and 4.8.3.3 (timer).
 """
 
@@ -12,7 +15,7 @@ from vmfs.devices.device import Device, Window
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
 FREQUENCY = 3_579_545  # Hz
-S5 = 5  # SLP_TYP in the tables' \_S5
+S5 = 0  # SLP_TYP in the tables' \_S5
 
 _POWER_BUTTON, _TIMER = 0x100, 1
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000

@@ -210,9 +210,12 @@ class Serial(Device):
     def _send(self, byte: int) -> None:
         self.thre = True
         if self.mcr & _MCR_LOOP:
+            # "Overrun error": without FIFOs the newest byte takes the place of the one before, with them it is lost.
             if len(self.fifo) >= (FIFO if self.fcr & 1 else 1):
                 self.overrun = True
-            else:
+                if not self.fcr & 1:
+                    self.fifo.clear()
+            if len(self.fifo) < FIFO:
                 self.fifo.append(byte)
         else:
             self.counters["sent"] += 1

@@ -73,6 +73,7 @@ struct pic {
 
 struct pit_channel {
     struct kvm_pit_channel_state state; /* count_load_time: since when, in ns; INT64_MAX: not counting */
+    bool mode_bit2;                     /* the control word said mode 6 or 7, which are 2 and 3 */
     uint32_t next_count;                /* written while counting, in use from switch_time on; else 0 */
     int64_t next_load;
     int64_t switch_time;                /* when next_count takes over */

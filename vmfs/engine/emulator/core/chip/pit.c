@@ -305,6 +305,8 @@ static void latch_status(struct pit_channel *c, uint64_t now)
     if (s->status_latched)
         return;
     s->status = (uint8_t)(out(c, now) << 7 | null_count << 6 | s->rw_mode << 4 | (s->mode & 7) << 1 | s->bcd);
+    if (c->mode_bit2)
+        s->status |= 4 << 1;
     s->status_latched = 1;
 }
 
@@ -314,7 +316,8 @@ static void set_mode(struct pit_channel *c, uint8_t command)
     uint8_t mode = command >> 1 & 7, access = command >> 4 & 3;
 
     s->rw_mode = s->read_state = s->write_state = access;
-    s->mode = mode > 5 ? mode - 4 : mode; /* bit 2 is a "don't care" of modes 2 and 3 */
+    s->mode = mode > 5 ? mode - 4 : mode; /* bit 2 is a "don't care" of modes 2 and 3 ... */
+    c->mode_bit2 = mode > 5;              /* ... which the status byte has as it was written */
     s->bcd = command & 1;
     s->count_latched = 0;
     s->status_latched = 0;
@@ -467,7 +470,9 @@ void pit_reset(struct irqchip *chip)
     reschedule(chip);
 }
 
-/* A count that waits is reported as the counter's, with the (future) time it counts from; a held counter
+/* The first reserved word has a bit a channel for mode_bit2, which KVM does not keep.
+ *
+ * A count that waits is reported as the counter's, with the (future) time it counts from; a held counter
  * with the time it would have been loaded at to stand where it stands. */
 void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
 {
@@ -488,6 +493,8 @@ void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_
         if (c->next_count && is_periodic(c))
             s->count_load_time = c->next_load;
     }
+    for (i = 0; i < 3; i++)
+        state->reserved[0] |= (uint32_t)chip->pit.channel[i].mode_bit2 << i;
     state->flags = chip->pit.flags | (chip->pit.speaker_data ? KVM_PIT_FLAGS_SPEAKER_DATA_ON : 0);
 }
 
@@ -552,6 +559,8 @@ int irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, bo
             return -EINVAL;
     for (i = 0; i < 3; i++)
         set_channel(&pit->channel[i], &state->channels[i], restart, chip->now);
+    for (i = 0; i < 3; i++)
+        pit->channel[i].mode_bit2 = is_periodic(&pit->channel[i]) && state->reserved[0] & 1u << i;
     pit->flags = state->flags & KVM_PIT_FLAGS_HPET_LEGACY;
     pit->speaker_data = state->flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON;
     reschedule(chip);
