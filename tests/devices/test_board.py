@@ -129,7 +129,7 @@ def test_pci_configuration_space(pc, guest):
     assert guest.config(slot, 0) == 0x10FF_1AF4
     assert guest.config(slot, 2, size=2) == 0x10FF
     assert guest.config(slot, 0xB, size=1) == 0xFF
-    assert guest.config(30, 0) == 0xFFFF_FFFF
+    assert guest.config(29, 0) == 0xFFFF_FFFF
     guest.out(0xCF8, 0x8001_0000, 4)  # another bus
     assert guest.inp(0xCFC, 4) == 0xFFFF_FFFF
     guest.config(slot, 0, 0)  # the identity is read-only

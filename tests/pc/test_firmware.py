@@ -55,3 +55,21 @@ def test_ipxe(make_pc):
     assert any("from the initrd, on pcbios" in line for line in lines), lines
     assert any(line.startswith("iPXE 1.") for line in lines)
     assert lines[0].startswith("SeaBIOS")
+
+
+@pytest.mark.skipif(not SEABIOS.exists(), reason=f"{SEABIOS} is not there: Debian's package seabios")
+def test_apm_powers_off(make_pc, tmp_path):
+    """APM 1.2, by int 15h from a boot sector: connect (5301h), Set Power State (5307h) of all devices to off. SeaBIOS
+    writes sleep type 0 to the port that the PCI function of power management names."""
+    code = bytes.fromhex(
+        "b80153 31db cd15"  # mov ax, 5301h; xor bx, bx; int 15h
+        "b80753 bb0100 b90300 cd15"  # mov ax, 5307h; mov bx, 1; mov cx, 3; int 15h
+        "b0ee e6f4 ebfe"  # it came back: debug-exit
+    )
+    image = tmp_path / "disk.img"
+    image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(2 << 20))
+    pc = make_pc()
+    pc.load("bios", SEABIOS)
+    pc.write("dev/add", f"blk {image} ro\n")
+    pc.start()
+    assert pc.ended().startswith("shutdown cause=poweroff rip=0x")

@@ -16,7 +16,7 @@ from vmfs.devices.display import Display
 from vmfs.devices.fw_cfg import FwCfg
 from vmfs.devices.i8042 import I8042
 from vmfs.devices.pci import Bridge, HostBridge
-from vmfs.devices.power import Power
+from vmfs.devices.power import Power, PowerFunction
 from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import find_vga_bios
 from vmfs.devices.serial import Serial
@@ -48,7 +48,7 @@ PC_DEVICES: tuple[Row, ...] = (
 )
 
 
-DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
+POWER_SLOT, DISPLAY_SLOT = 30, 31  # of the PCI bus, out of the way of what is attached
 
 
 class Pc(Board):
@@ -61,6 +61,7 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
+        self.pci.plug(PowerFunction(self, "power-pci", POWER_SLOT))
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]

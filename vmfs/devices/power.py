@@ -1,17 +1,19 @@
 """ACPI's fixed hardware: the PM timer, PM1 event and control blocks. A guest that sleeps in S5 has powered off.
 
-S5 is sleep type 0, as on a PIIX4 (and QEMU's and Bochs' PCs): SeaBIOS and small kernels write 2000h to port 604h without
-a look at the tables.
+S5 is sleep type 0, as on a PIIX4 (and QEMU's and Bochs' PCs): SeaBIOS and small kernels write 2000h to port 604h
+without a look at the tables.
 
 Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control) and 4.8.3.3 (timer).
 """
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
+from vmfs.devices.pci import PciDevice
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
 FREQUENCY = 3_579_545  # Hz
@@ -83,3 +85,21 @@ class Power(Device):
             state[name] & 0xFFFF for name in ("status", "enable", "control")
         )
         self._update()
+
+
+class PowerFunction(PciDevice):
+    """The PCI function of a PIIX4 that says where these ports are: SeaBIOS looks there for where its APM powers off.
+
+    Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. The base is fixed, and there is neither an SMBus nor SMM.
+    """
+
+    TYPE = "pci-acpi-pm"
+    VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x7113, 0x068000, 3
+    INTERRUPT = False
+
+    def _identity(self) -> bytearray:
+        config = super()._identity()
+        struct.pack_into("<I", config, 0x40, PM1_EVENT | 1)  # PMBA: I/O space
+        config[0x80] = 1  # PMREGMISC: decoded
+        config[0x5B] = 2  # DEVACTB, APMC_EN: SMM was set up already, so that firmware does not wait for it
+        return config
