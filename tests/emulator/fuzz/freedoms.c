@@ -7,8 +7,9 @@
 
 enum { DB = 1, BP = 3, BR = 5, UD = 6, SS = 12, GP = 13, PF = 14, AC = 17 };
 
-/* CPUID.7.EBX of the host; and whether it keeps the opcode of each x87 instruction, which no bit tells. */
-static struct { bool fdp_of_exceptions, no_selectors, fop_of_exceptions; } host_x87;
+/* CPUID.7.EBX of the host; and what no bit tells: whether it keeps the opcode of x87 instructions without an exception only,
+ * and whether REP with a count of zero in ECX clears the high half of RCX. */
+static struct { bool fdp_of_exceptions, no_selectors, fop_of_exceptions, extends_counts; } host_way;
 
 void freedoms_open(void)
 {
@@ -16,11 +17,14 @@ void freedoms_open(void)
     struct { u32 control, status, tags, ip, cs_fop, dp, ds; } image;
     float one = 1;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-        host_x87.fdp_of_exceptions = b >> 6 & 1; /* FDP_EXCPTN_ONLY */
-        host_x87.no_selectors = b >> 13 & 1;     /* deprecates FCS and FDS */
+        host_way.fdp_of_exceptions = b >> 6 & 1; /* FDP_EXCPTN_ONLY */
+        host_way.no_selectors = b >> 13 & 1;     /* deprecates FCS and FDS */
     }
     __asm__ volatile("fninit\n\tflds %1\n\tfnstenv %0\n\tfninit" : "=m"(image) : "m"(one));
-    host_x87.fop_of_exceptions = !(image.cs_fop >> 16);
+    host_way.fop_of_exceptions = !(image.cs_fop >> 16);
+    u64 count = 1ull << 32, to = 0;
+    __asm__ volatile("rep stosb %%al, %%es:(%%edi)" : "+c"(count), "+D"(to) : "a"(0) : "memory");
+    host_way.extends_counts = !count;
 }
 
 /* ---- The instruction at an address ------------------------------------------------------------------------------- */
@@ -171,7 +175,22 @@ static bool wrapped_access(const struct test *t, struct state *host, struct stat
                  !strcmp(row.name, "FRSTOR") || is_environment_store(&e);
     if (host->vector == PF && (core->vector == SS || core->vector == GP))
         return parts || at_the_wrap(&t->code.mode, host->address);
+    if (host->vector == AC && (core->vector == SS || core->vector == GP)) /* no exception of the limit, so the next one */
+        return !t->code.mode.segmented;
     return (host->vector == GP && core->vector == SS) || (host->vector == PF && parts);
+}
+
+static bool wrapped_part(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, host->rip);
+    u8 digits = e.opcode[0] == 0xdb ? 0xa0 : e.opcode[0] == 0xd9 || e.opcode[0] == 0xdd || e.opcode[0] == 0xdf ? 0x50 : 0;
+    bool parts = e.mod != 3 && (digits >> e.reg & 1 || e.opcode[0] == 0x62); /* 80 bits, environments and states, bounds */
+    if (!t->code.mode.segmented || !e.short_address || !parts || host->vector != PF || core->rip == host->rip)
+        return false;
+    for (unsigned i = IN_CS; i < USED; i++)
+        if (t->code.mode.use[i] != NULL_SEGMENT && (u32)((u32)host->address - segments[t->code.mode.use[i]].base) < 108)
+            return true;
+    return false;
 }
 
 static bool call_order(const struct test *t, struct state *host, struct state *core)
@@ -259,18 +278,20 @@ static bool mmx_top(const struct test *t, struct state *host, struct state *core
     return false;
 }
 
-static bool repeat_registers(const struct test *t, struct state *host, struct state *core)
+/* REP with 32-bit addresses in 64-bit mode that does no iteration, on a host that extends its registers all the same. */
+static bool extends(const struct test *t, u64 ip, u64 regs[18])
 {
-    static const u8 which[] = {1, 6, 7}; /* rCX, rSI, rDI */
-    bool there = false;
-    for (unsigned i = 0; i + 2 < t->code.length && !t->code.mode.compat; i++) {
-        struct encoding e = encoding_at(t, t->code.ip + i);
-        there |= e.repeats && e.by67 && e.opcode[0] >= 0xa4 && e.opcode[0] <= 0xaf && e.opcode[0] >> 1 != 0x54;
-    }
-    for (unsigned i = 0; i < 3 && there; i++)
-        if (host->gpr[which[i]] == (u32)core->gpr[which[i]])
-            host->gpr[which[i]] = core->gpr[which[i]];
-    return false;
+    enum { ALL_RCX = 2, ALL_RSI = 4, ALL_RDI = 5 }; /* in struct kvm_regs */
+    struct encoding e = encoding_at(t, ip);
+    u8 op = e.opcode[0];
+    if (t->code.mode.compat || !e.repeats || !e.by67 || op < 0xa4 || op > 0xaf || op >> 1 == 0x54)
+        return false;
+    regs[ALL_RCX] = (u32)regs[ALL_RCX];
+    if (op >> 1 == 0x52)
+        regs[ALL_RSI] = (u32)regs[ALL_RSI];
+    if (op >> 1 == 0x52 || op >> 1 == 0x55)
+        regs[ALL_RDI] = (u32)regs[ALL_RDI];
+    return true;
 }
 
 static bool repeat_flags(const struct test *t, struct state *host, struct state *core)
@@ -287,8 +308,17 @@ static bool enter_wraps(const struct test *t, struct state *host, struct state *
 {
     const struct mode *m = &t->code.mode;
     if (m->segmented && !segments[m->use[IN_SS]].big && memchr(t->code.code, 0xc8, t->code.length) &&
-        (u16)core->gpr[5] >= 0xfffc && (u32)host->gpr[5] == (u32)core->gpr[5] - 0x10000)
+        (u16)core->gpr[5] >= 0xfffc && (u32)host->gpr[5] == (u32)core->gpr[5] - 0x10000) {
+        u32 stored;
+        unsigned first, last;
         host->gpr[5] = core->gpr[5];
+        if (data_differ(&first, &last) && first >= 2 && last <= first + 2) { /* the frame pointer, deeper than 0 */
+            memcpy(&stored, core_data + first - 2, 4);
+            stored -= 0x10000;
+            if ((u16)stored >= 0xfffc && !memcmp(host_data + first - 2, &stored, 4))
+                memcpy(host_data + first, core_data + first, 2);
+        }
+    }
     return false;
 }
 
@@ -322,7 +352,7 @@ static bool go_past_refused_store(const struct test *t, struct state *core)
 }
 static bool refused_store(const struct test *t, struct state *host, struct state *core)
 {
-    while ((host->rip != core->rip || host->vector != core->vector) && go_past_refused_store(t, core))
+    while (host->rip != core->rip && go_past_refused_store(t, core))
         if (core->vector == VECTOR_NONE)
             core_run(core, &t->code, t->stepped);
     return false;
@@ -331,10 +361,11 @@ static bool refused_store(const struct test *t, struct state *host, struct state
 /* Pointers of the x87 that this host keeps otherwise, in images that the case stored: the core runs once more, in steps and
  * traced, which says where they are. */
 static struct {
-    bool open[DATA_SIZE], read;
+    bool open[DATA_SIZE], read, astray;
     u64 lowest;
     unsigned written;
 } images;
+static u64 host_stop; /* where the host ended: no store that it refused */
 
 static void accessed(void *argument, const struct core_trace_record *records, size_t count, u64 events, bool ended)
 {
@@ -363,62 +394,96 @@ static void open_bytes(unsigned at, unsigned size)
             images.open[images.lowest + at + i - DATA] = true;
 }
 
-static void trace_images(const struct test *t)
+static bool is_boundary(const struct test *t, u64 ip)
+{
+    for (unsigned i = 0; i <= t->code.count; i++)
+        if (ip == t->code.ip + t->code.list[i].at)
+            return true;
+    return false;
+}
+
+static void open_image(void)
+{
+    bool narrow = images.written == 14 || images.written == 94;
+    if (host_way.fop_of_exceptions && !narrow)
+        open_bytes(18, 2);
+    if (host_way.fdp_of_exceptions)
+        open_bytes(narrow ? 10 : 20, narrow ? 2 : 4);
+    if (host_way.no_selectors)
+        open_bytes(narrow ? 8 : 16, 2), open_bytes(narrow ? 12 : 24, 2);
+}
+
+/* The core once more from the start, in steps, traced by `accessed` into `images`, with registers extended as the host does,
+ * and past stores that the host refused. */
+static void run_in_steps(const struct test *t, struct state *s)
 {
     static const struct core_trace all = {.kinds = 1u << CORE_TRACE_MEM, .modes = 31, .last = ~0ull, .data_last = ~0ull};
-    struct state s = t->start;
-    u8 kept[DATA_SIZE];
+    const struct mode *m = &t->code.mode;
+    *s = t->start;
     memset(&images, 0, sizeof images);
-    memcpy(kept, core_data, DATA_SIZE);
-    memcpy(core_data, data, DATA_SIZE);
-    struct vcpu *c = core_load(&s, &t->code.mode);
-    if (vcpu_set_trace(c, &all, accessed, NULL))
-        abort();
+    memcpy(core_data, data, DATA_SIZE); /* it ends as what it was, or as the host would have it */
+    struct vcpu *c = NULL;
     for (unsigned i = 0; i < BUDGET; i++) {
         u64 regs[18];
         struct vcpu_exit exit = {0};
-        vcpu_get_state(c, "regs", regs, sizeof regs);
-        struct encoding e = encoding_at(t, t->code.mode.segmented ? (u32)(regs[16] + code_base(&t->code.mode)) : regs[16]);
-        images.written = 0;
-        vcpu_run(c, 1, &exit);
-        if (is_environment_store(&e) && images.written) {
-            bool narrow = images.written == 14 || images.written == 94;
-            if (host_x87.fop_of_exceptions && !narrow)
-                open_bytes(18, 2);
-            if (host_x87.fdp_of_exceptions)
-                open_bytes(narrow ? 10 : 20, narrow ? 2 : 4);
-            if (host_x87.no_selectors)
-                open_bytes(narrow ? 8 : 16, 2), open_bytes(narrow ? 12 : 24, 2);
-        }
-        if (exit.reason == EXIT_LIMIT)
-            continue;
-        core_store(c, &exit, &t->code, &s);
-        vcpu_set_trace(c, NULL, NULL, NULL);
-        if (!go_past_refused_store(t, &s) || s.vector != VECTOR_NONE)
-            break;
-        c = core_load(&s, &t->code.mode);
-        if (vcpu_set_trace(c, &all, accessed, NULL))
+        if (!c && vcpu_set_trace(c = core_load(s, m), &all, accessed, NULL))
             abort();
+        vcpu_get_state(c, "regs", regs, sizeof regs);
+        u64 ip = m->segmented ? (u32)(regs[16] + code_base(m)) : regs[16];
+        struct encoding e = encoding_at(t, ip);
+        images.written = 0;
+        images.astray |= !is_boundary(t, ip);
+        vcpu_run(c, 1, &exit);
+        bool faulted = exit.reason != EXIT_LIMIT;
+        if (host_way.extends_counts && (faulted || !(u32)regs[2])) {
+            vcpu_get_state(c, "regs", regs, sizeof regs);
+            if (extends(t, ip, regs) && vcpu_set_state(c, "regs", regs, sizeof regs))
+                abort();
+        }
+        if (is_environment_store(&e) && images.written)
+            open_image();
+        if (!faulted)
+            continue;
+        core_store(c, &exit, &t->code, s);
+        vcpu_set_trace(c, NULL, NULL, NULL);
+        if (s->rip == host_stop || !go_past_refused_store(t, s) || s->vector != VECTOR_NONE)
+            return;
+        c = NULL;
     }
+    s->vector = VECTOR_ENDLESS;
     vcpu_set_trace(c, NULL, NULL, NULL);
-    memcpy(core_data, kept, DATA_SIZE);
 }
 
-static bool x87_pointers(const struct test *t, struct state *host, struct state *core)
+static bool in_the_hosts_way(const struct test *t, struct state *host, struct state *core)
 {
-    (void)host, (void)core;
-    bool stores = false;
+    bool stores = false, repeats = false;
+    u64 unused[18];
     for (unsigned i = 0; i + 1 < t->code.length; i++) {
         struct encoding e = encoding_at(t, t->code.ip + i);
         stores |= is_environment_store(&e);
+        repeats |= extends(t, t->code.ip + i, unused);
     }
-    if (!stores || !(host_x87.fop_of_exceptions || host_x87.fdp_of_exceptions || host_x87.no_selectors))
+    stores &= host_way.fop_of_exceptions || host_way.fdp_of_exceptions || host_way.no_selectors;
+    if (!stores && !(repeats && host_way.extends_counts))
         return false;
-    trace_images(t);
+    host_stop = host->rip;
+    run_in_steps(t, core);
     for (unsigned i = 0; i < DATA_SIZE; i++)
         if (images.open[i])
             host_data[i] = core_data[i];
     return images.read;
+}
+
+static bool undefined_flags_inside(const struct test *t, struct state *host, struct state *core)
+{
+    struct state again;
+    if (!t->code.indirect || !((host->rflags ^ core->rflags) & FLAGS_ARITHMETIC))
+        return false;
+    host_stop = host->rip;
+    run_in_steps(t, &again);
+    if (images.astray)
+        host->rflags = (host->rflags & ~(u64)FLAGS_ARITHMETIC) | (core->rflags & FLAGS_ARITHMETIC);
+    return false;
 }
 
 static const struct freedom {
@@ -427,8 +492,10 @@ static const struct freedom {
 } freedoms[] = { /* the first two go on with the core, or undo what stays in memory, for the others */
     {"an unmasked x87 exception or a fault of a store", "SDM 1 8.5.1, 8.5.4: nothing is stored then, so no address is looked at; "
      "AMD looks first", refused_store},
-    {"x87 pointers", "CPUID.7.EBX: FDP_EXCPTN_ONLY, deprecated FCS and FDS; SDM 1 8.1.9: the opcode, too, may be that of the "
-     "last unmasked exception", x87_pointers},
+    {"x87 pointers, and registers of REP with 32-bit addresses", "CPUID.7.EBX: FDP_EXCPTN_ONLY, deprecated FCS and FDS; SDM 1 "
+     "8.1.9: the opcode, too, may be that of the last unmasked exception. SDM 1 3.4.1.1 extends results of 32 bits, and "
+     "without an iteration there is none; Intel's extend (Linux arch/x86/kvm/emulate.c, string_registers_quirk)",
+     in_the_hosts_way},
     {"a wild address", "only the host has the page of the exit", no_page},
     {"alignment of 16 bytes", "SDM 2A MOVUPS: with AC set #AC may or may not be generated; AMD does", unaligned_vector},
     {"ModRM of UD0 and UD1", "SDM 2B UD: some processors do not read it, and it may lie on no page", undefined_modrm},
@@ -436,6 +503,8 @@ static const struct freedom {
     {"INT3", "it is no vector stop of the core, which has no IDT here", breakpoint},
     {"over the end of 4 GiB", "SDM 3A 5.3: where the effective limit is FFFFFFFF, an access over the end may or may not "
      "cause the exception; this is implementation-specific", wrapped_access},
+    {"over FFFF with 16-bit addresses", "SDM 1 3.3.5 has no word on operands of several parts; Intel's cut each part's offset",
+     wrapped_part},
     {"CALL with two faults", "SDM 2A CALL: the target first; AMD: the push", call_order},
     {"CALL that pushed", "the same; what lies below rSP is nobody's", call_pushed},
     {"POPA in part", "the manuals do not say that it loads all or nothing", popped_in_part},
@@ -444,10 +513,9 @@ static const struct freedom {
     {"BOUND reads one bound", "SDM 2A BOUND: below the lower or above the upper; nothing says that both are read", bound_first},
     {"TOP after a faulting MMX store", "Intel's errata: Faulting MMX Instruction May Incorrectly Update x87 FPU Tag Word",
      mmx_top},
-    {"registers of REP with 32-bit addresses", "SDM 1 3.4.1.1 says it of results, and without an iteration there is none; "
-     "Intel's zero-extend (Linux arch/x86/kvm/emulate.c, string_registers_quirk)", repeat_registers},
     {"flags of a repeated comparison that faults", "SDM 2B REP: as before the instruction; AMD: of the last iteration",
      repeat_flags},
+    {"flags where a jump went into an instruction", "nobody knows which are undefined there", undefined_flags_inside},
     {"ENTER on a 16-bit stack that wraps", "SDM 2A ENTER has EBP from ESP after the push; Intel's take ESP - 4", enter_wraps},
 };
 
