@@ -393,3 +393,35 @@ def test_engine(vm):
     name = vm.read("engine").strip()
     vm.write("engine", name)
     assert vm.read("engine").strip() == name
+
+
+def test_paths_on_the_mount_itself_are_refused(server, vm, tmp_path):
+    """The server would have to answer what it waits for."""
+    other = server.make()
+    vm.write("machine", "pc")
+    (tmp_path / "link").symlink_to(other.path)
+    lines = [
+        f"blk {other.path}/mem rw",
+        f"blk {tmp_path}/link/mem ro",
+        f"blk {vm.path}/kernel cow",
+        f"share {server.path} tag",
+        f"share {tmp_path}/link tag",
+    ]
+    for line in lines:
+        assert failing(vm.write, "dev/add", line) == errno.EINVAL
+        assert " is on this mount itself: its server would wait for its own answers" in vm.read("error")
+    for path in (f"{server.path}/socket", f"{tmp_path}/link/socket", f"{vm.path}/gdb"):
+        assert failing(vm.write, "gdb", path) == errno.EINVAL
+        assert vm.read("error").startswith(f"gdb: {path} is on this mount itself: ")
+    assert vm.read("gdb") == "off\n"
+    assert not any((vm / "dev" / name).exists() for name in ("blk0", "share0"))
+    vm.write("dev/add", f"share {server.path.parent} tag")  # it has the mount below, where no guest gets to
+    other.path.rmdir()
+
+
+def test_a_disk_on_another_mount_of_vmfs_is_a_disk(own_server, vm):
+    other = own_server().make()
+    other.write("mem_size", "1M")
+    vm.write("machine", "pc")
+    vm.write("dev/add", f"blk {other.path}/mem ro")
+    assert (vm / "dev/blk0").is_dir()

@@ -134,6 +134,23 @@ def refused(number: int) -> Any:
     return pytest.raises(OSError, match=os.strerror(number).replace("(", r"\(").replace(")", r"\)"))
 
 
+def test_nothing_is_opened_on_the_mount_whose_server_it_is() -> None:
+    """A share of / that has another file system below: /proc stands for the mount."""
+    server = Server(os.open("/", os.O_PATH | os.O_DIRECTORY), barred=os.stat("/proc").st_dev)
+    try:
+        client = Client(server.handle)
+        assert "proc" in client.list("/", 4000)
+        client.walk("tmp")
+        for path in ("proc", "proc/version"):
+            with refused(errno.EACCES):
+                client.walk(path)
+        with pytest.raises(OSError):
+            client.walk("tmp/../proc")
+        assert client.walk("tmp/..") > 0
+    finally:
+        server.close()
+
+
 def test_files_are_read_written_and_made(client: Client, folder: Path) -> None:
     fid = client.open("file", os.O_RDWR)
     assert client.read(fid, 0, 100) == b"hello" and client.read(fid, 3, 1) == b"l" and client.read(fid, 9, 9) == b""

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Writer:
     """Whoever has written the line: `do` does a piece of work with its rights, `open` is open(2) for within it, and
-    `who` has its `uid`, `gid` and `groups`."""
+    `who` has its `uid`, `gid` and `groups`. `own_device` is the st_dev of this mount, where `open` opens nothing."""
 
     do: Callable[[Callable[[], Any]], Any]
     open: Callable[[str, int], int]
     who: Any
+    own_device: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _open_share(writer: Writer, words: list[str]) -> Any:
     if mode not in ("ro", "rw"):
         raise Invalid(f"dev/add: a share is ro or rw, not {mode[:20]!r}")
     root = writer.do(lambda: writer.open(words[0], os.O_PATH | os.O_DIRECTORY))
-    return Server(root, read_only=mode == "ro"), writer.do
+    return Server(root, read_only=mode == "ro", barred=writer.own_device), writer.do
 
 
 def _make_share(request: Request, acquired: Any) -> PciDevice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 import os
@@ -112,9 +113,11 @@ def measure_speed(engine: Engine, seconds: float = 0.02) -> float:
 
     Kernel mode, because KVM may run user mode natively and emulate the kernel (nested, or software-assisted).
     """
-    fd = os.memfd_create("vmfs-speed", os.MFD_CLOEXEC)
-    machine = engine.create_machine()
-    try:
+    with contextlib.ExitStack() as made:
+        fd = os.memfd_create("vmfs-speed", os.MFD_CLOEXEC)
+        made.callback(os.close, fd)
+        machine = engine.create_machine()
+        made.callback(machine.close)
         os.ftruncate(fd, _LOOP_MEMORY)
         machine.map_memory(0, 0, fd, 0, _LOOP_MEMORY)
         vcpu = machine.create_vcpu(0)
@@ -134,9 +137,6 @@ def measure_speed(engine: Engine, seconds: float = 0.02) -> float:
             if elapsed >= seconds:
                 return turns * _LOOP_INSTRUCTIONS / elapsed / 1e6
             turns *= min(16, int(2 * seconds / max(elapsed, 1e-6)) + 1)
-    finally:
-        machine.close()
-        os.close(fd)
 
 
 class _Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -81,7 +82,7 @@ async def _serve(
             async with trio.open_nursery() as nursery:
                 await nursery.start(_watch_signals, root)
                 nursery.start_soon(_watch_abort, connection, root)
-                nursery.start_soon(_tell, began, ready)
+                nursery.start_soon(_tell, began, ready, mountpoint, host)
                 await pyfuse3.main(max_tasks=MAX_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
@@ -108,8 +109,11 @@ def _options(settings: MountSettings) -> set[str]:
     return options
 
 
-async def _tell(began: trio.Event, ready: Callable[[], None]) -> None:
+async def _tell(began: trio.Event, ready: Callable[[], None], mountpoint: str, host: Host) -> None:
     await began.wait()
+    with contextlib.suppress(OSError):  # it may be unmounted by now
+        # In a thread: this server answers it.
+        host.own_device = (await trio.to_thread.run_sync(os.stat, mountpoint)).st_dev
     log.info("mounted")
     ready()
 

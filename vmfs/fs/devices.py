@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -96,10 +97,11 @@ class _AddHandle(Handle):
         self._who = credentials_of(pid)
 
     async def write(self, offset: int, data: bytes) -> int:
-        text, vm, who = decoded(data), self.scope.vm, self._who
+        text, vm, who, own_device = decoded(data), self.scope.vm, self._who, self.scope.host.own_device
+        writer = Writer(lambda task: as_user(who, task), partial(open_path, own_device=own_device), who, own_device)
 
         def work() -> None:  # in a thread: a path may be on a slow file system
-            attach(vm, text, Writer(lambda task: as_user(who, task), open_path, who))
+            attach(vm, text, writer)
 
         await trio.to_thread.run_sync(work)
         return len(data)

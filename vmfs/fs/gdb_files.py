@@ -25,10 +25,10 @@ from vmfs.debug.gdb.target import DEFAULT
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import decoded, may_not_block
-from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of
+from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of, own_path
 from vmfs.fs.waiting import finished
 from vmfs.machine.machine import Vm
-from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
+from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _USAGE = "`off`, or HOST:PORT or a socket's path, and then a layout (x86-64, i38
 _PATH_MOST = 107  # bytes of struct sockaddr_un's path, without its NUL
 _SOCKET_MODE = 0o600
 _OFFER_SECONDS = 10.0  # that a program has to hand its socket over
+_ACCEPT_AGAIN_SECONDS = 0.1
 _SECRET_SECONDS = 1.0  # and a connection to say that it is the one
 
 
@@ -110,7 +111,7 @@ class GdbPort:
     async def _listen(self, where: Where, who: Credentials | None) -> None:
         if self._listener is not None and self._listener.where == where:
             await self._end_listener()  # the same place again
-        listener = await trio.to_thread.run_sync(_Listener, where, who)
+        listener = await trio.to_thread.run_sync(_Listener, where, who, self._scope.host.own_device)
         await self._end_listener()
         if self._scope.removed:
             await trio.to_thread.run_sync(listener.close)
@@ -129,7 +130,7 @@ class GdbPort:
             with self._scope.waiting() as event:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_when, listener.ended, event)
-                    nursery.start_soon(trio.serve_listeners, self._connected, [listener.listener()])
+                    nursery.start_soon(self._accept, listener, nursery)
                     if not self._scope.removed:
                         await event.wait()
                     nursery.cancel_scope.cancel()
@@ -142,9 +143,22 @@ class GdbPort:
                 await trio.to_thread.run_sync(listener.close)
             listener.gone.set()
 
+    async def _accept(self, listener: _Listener, nursery: trio.Nursery) -> None:
+        """Connections, until this is cancelled. One for which there is no descriptor waits."""
+        while True:
+            await listener.wait()
+            try:
+                nursery.start_soon(self._connected, listener.accept())
+            except (BlockingIOError, ConnectionAbortedError):  # it has gone again
+                continue
+            except OSError as error:
+                if (failure := known(error)) is error:
+                    raise
+                log.warning("gdb: a connection has to wait: %s", failure)
+                await trio.sleep(_ACCEPT_AGAIN_SECONDS)
 
-    async def _connected(self, stream: trio.SocketStream) -> None:
-        with socket.socket(fileno=stream.socket.detach()) as line:
+    async def _connected(self, line: socket.socket) -> None:
+        with line:
             await self.gdb.serve(line)
 
 
@@ -177,7 +191,8 @@ def parse_address(text: str) -> Where:
 class _Listener:
     """A socket that listens, made with the rights of who asked for it. Blocks when it is made and closed."""
 
-    def __init__(self, where: Where, who: Credentials | None) -> None:
+    def __init__(self, where: Where, who: Credentials | None, own_device: int | None = None) -> None:
+        self._own_device = own_device
         self.where = where  # with the port that it has
         self.ended = trio.Event()
         self.gone = trio.Event()
@@ -187,6 +202,7 @@ class _Listener:
             self._socket = self._bind_path(where) if isinstance(where, str) else self._bind_tcp(where)
         except OSError as error:
             raise _host_error(where, error) from None
+        self._socket.setblocking(False)
         if not isinstance(where, str):
             self.where = where[0], self._socket.getsockname()[1]
 
@@ -198,8 +214,13 @@ class _Listener:
         host, port = self.where
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def listener(self) -> trio.SocketListener:
-        return trio.SocketListener(trio.socket.from_stdlib_socket(self._socket))
+    async def wait(self) -> None:
+        """Until a connection may wait to be accepted."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    def accept(self) -> socket.socket:
+        """BlockingIOError where there is none."""
+        return self._socket.accept()[0]
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -210,6 +231,8 @@ class _Listener:
 
     def _bind_path(self, path: str) -> socket.socket:
         def bind() -> socket.socket:
+            if self._own_device is not None and os.stat(os.path.dirname(path)).st_dev == self._own_device:
+                raise own_path(path)
             made = socket.socket(socket.AF_UNIX)
             try:
                 os.fchmod(made.fileno(), _SOCKET_MODE)  # what bind(2) makes has the mode of the socket

@@ -15,6 +15,7 @@ Source: Documentation/filesystems/fuse/fuse.rst, "Interrupting filesystem operat
 signal(7).
 """
 
+import errno
 import os
 import signal
 from contextlib import asynccontextmanager
@@ -154,6 +155,15 @@ def signalled(pid, openers=frozenset()):
     `pid` is the thread that opened the file, and another may be the one that waits: any but the `openers`,
     which wait for what they opened. For a thread that does not wait, a signal is not pending for long.
     """
+    try:
+        return _signalled(pid, openers)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # it is looked at again in a moment
+            return False
+        raise
+
+
+def _signalled(pid, openers):
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except (FileNotFoundError, ProcessLookupError):

@@ -20,7 +20,7 @@ import trio
 from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
 from vmfs.machine.memory import PAGE
-from vmfs.words.errors import Interrupted, NotPermitted, VmfsError, WouldBlock
+from vmfs.words.errors import Interrupted, NotPermitted, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,12 @@ def _answers(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         try:
             return await handler(*args, **kwargs)
         except Exception as error:
-            raise _failure(error, handler.__name__) from None
+            raise _failure(known(error), handler.__name__) from None
 
     return answering
 
 
-def _failure(error: Exception, where: str) -> pyfuse3.FUSEError:
+def _failure(error: BaseException, where: str) -> pyfuse3.FUSEError:
     if isinstance(error, pyfuse3.FUSEError):
         return error
     if isinstance(error, VmfsError):
@@ -105,7 +105,8 @@ class Operations(pyfuse3.Operations):
             if handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
             return await handle.read(off, size)
-        except Exception as error:
+        except Exception as raised:
+            error = known(raised)
             if not isinstance(error, (WouldBlock, pyfuse3.FUSEError)):
                 self._complain(handle, error)
             raise _failure(error, f"read {handle.node.name}") from None
@@ -116,12 +117,13 @@ class Operations(pyfuse3.Operations):
             if handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
             return await handle.write(off, buf)
-        except Exception as error:
+        except Exception as raised:
+            error = known(raised)
             self._complain(handle, error)
             raise _failure(error, f"write {handle.node.name}") from None
 
     @staticmethod
-    def _complain(handle: Handle, error: Exception) -> None:
+    def _complain(handle: Handle, error: BaseException) -> None:
         if isinstance(error, VmfsError) and not isinstance(error, Interrupted):
             _complain(handle.node, error)
 
@@ -144,9 +146,11 @@ class Operations(pyfuse3.Operations):
             if handle.tells_closing and request is not None:
                 request.tell_closing = True
             handle.prepare_answer()
-        except VmfsError as error:
-            _complain(node, error)
-            raise
+        except Exception as raised:
+            error = known(raised)
+            if isinstance(error, VmfsError):
+                _complain(node, error)
+            raise error from None
         number = next(self._numbers)
         self._handles[number] = handle
         return pyfuse3.FileInfo(fh=number, direct_io=handle.direct_io, keep_cache=handle.keep_cache)
@@ -165,7 +169,8 @@ class Operations(pyfuse3.Operations):
             if handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
             await handle.flush()
-        except Exception as error:
+        except Exception as raised:
+            error = known(raised)
             self._complain(handle, error)
             raise _failure(error, f"close {handle.node.name}") from None
 
@@ -214,9 +219,11 @@ class Operations(pyfuse3.Operations):
         if fields.update_size and isinstance(node, File):
             try:
                 node.kind.truncate(node.scope, attr.st_size, opened=fh is not None)
-            except VmfsError as error:
-                _complain(node, error)
-                raise
+            except Exception as raised:
+                error = known(raised)
+                if isinstance(error, VmfsError):
+                    _complain(node, error)
+                raise error from None
         if fields.update_mode:
             node.mode = attr.st_mode & 0o7777
         if fields.update_uid:

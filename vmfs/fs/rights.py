@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vmfs.words.errors import Invalid, NotPermitted, VmfsError
+from vmfs.words.errors import Invalid, NotPermitted, VmfsError, known
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # Raw system calls act on the calling thread; glibc's wrappers act on all threads. x86-64 numbers.
@@ -40,13 +40,15 @@ class Credentials:
 
 
 def credentials_of(pid: int) -> Credentials | None:
-    """Of a running process or thread, or None where it is not visible from here."""
+    """Of a running process or thread, or None where it is not visible from here. LimitReached without a descriptor."""
     try:
         with open(f"/proc/{pid}/status") as status:
             fields = dict(line.split(":", 1) for line in status if ":" in line)
         uid, gid = int(fields["Uid"].split()[3]), int(fields["Gid"].split()[3])
         return Credentials(uid, gid, tuple(map(int, fields["Groups"].split())))
-    except (OSError, KeyError, ValueError, IndexError):
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        if (failure := known(error)) is not error:
+            raise failure from None
         return None
 
 
@@ -72,16 +74,28 @@ def as_user(who: Credentials | None, work: Callable[[], T]) -> T:
     return future.result()
 
 
-def open_path(path: str, flags: int) -> int:
-    """open(2) of an absolute path, by whoever calls; never blocks on a FIFO. HostError with open's errno."""
+def open_path(path: str, flags: int, own_device: int | None = None) -> int:
+    """open(2) of an absolute path, by whoever calls; never blocks on a FIFO. HostError with open's errno.
+
+    Not on the mount itself, whose st_dev is `own_device`: Invalid.
+    """
     if not path.startswith("/") or "\0" in path:
         raise Invalid(f"{path[:200]!r} is not an absolute path")
     try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         failure = HostError(f"{path}: {os.strerror(error.errno or errno.EIO)}")
         failure.errno = error.errno or errno.EIO
         raise failure from None
+    if own_device is not None and os.fstat(fd).st_dev == own_device:
+        os.close(fd)
+        raise own_path(path)
+    return fd
+
+
+def own_path(path: str) -> Invalid:
+    """Why a path on the mount itself is refused."""
+    return Invalid(f"{path} is on this mount itself: its server would wait for its own answers")
 
 
 def _become(who: Credentials) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 
 from vmfs.engine.base import Engine
 from vmfs.machine.machine import Vm
 from vmfs.machine.memory import DEFAULT_SIZE, check_size
-from vmfs.words.errors import EngineFailed, LimitReached
+from vmfs.words.errors import LimitReached, known
 
 
 class Host:
@@ -19,6 +18,7 @@ class Host:
         self.engine = engine  # of new machines
         self.max_vms = max_vms
         self.max_memory = max_memory
+        self.own_device: int | None = None  # st_dev of the mount, once it is there
         self._vms: set[Vm] = set()
 
     @property
@@ -26,17 +26,14 @@ class Host:
         return frozenset(self._vms)
 
     def create(self, memory_size: int = DEFAULT_SIZE) -> Vm:
-        """A new machine; LimitReached when the mount has no room for it."""
+        """A new machine; LimitReached when the mount, or the host, has no room for it."""
         if len(self._vms) >= self.max_vms:
             raise LimitReached(f"the mount's limit of {self.max_vms} machines is reached (--max-vms)")
         self._check_memory(memory_size)
         try:
             vm = Vm(self.engine, memory_size=memory_size)
-        except (OSError, EngineFailed) as error:
-            number = getattr(error if isinstance(error, OSError) else error.__cause__, "errno", None)
-            if number in (errno.EMFILE, errno.ENFILE):
-                raise LimitReached("the server has no file descriptor left for it (ulimit -n)") from error
-            raise
+        except Exception as error:
+            raise known(error) from error.__cause__
         self._vms.add(vm)
         return vm
 

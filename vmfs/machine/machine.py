@@ -43,7 +43,17 @@ from vmfs.machine.memory import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.machine.rehearsal import Rehearsal
 from vmfs.machine.state import RESET_STATES, carry_cpu, carry_machine
 from vmfs.words import exits
-from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, LimitReached, NotPermitted, Unsupported, VmfsError
+from vmfs.words.errors import (
+    Busy,
+    EngineFailed,
+    Gone,
+    Invalid,
+    LimitReached,
+    NotPermitted,
+    Unsupported,
+    VmfsError,
+    known,
+)
 from vmfs.words.modes import mode_of, set_mode
 from vmfs.words.registers import REGISTERS, write_registers
 
@@ -207,10 +217,12 @@ class Vm:
             try:
                 result = self._execute(run)
             except VmfsError as error:
-                failure = error
-            except BaseException as error:  # a bug; the caller gets EIO and the log the traceback
-                failure = EngineFailed(f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
+                failure = known(error)
+            except BaseException as error:
+                failure = known(error)
+                if failure is error:  # a bug; the caller gets EIO and the log the traceback
+                    failure = EngineFailed(f"{type(error).__name__}: {error}")
+                    failure.__cause__ = error
             with self._lock:
                 self._seconds += time.perf_counter() - self._began
                 self._do_tasks()

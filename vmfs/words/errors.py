@@ -78,3 +78,33 @@ class EngineFailed(VmfsError):
     """EIO: the engine or the host failed; the log says how."""
 
     errno = errno.EIO
+
+
+_OUT_OF = {
+    errno.EMFILE: "file descriptor left (ulimit -n)",
+    errno.ENFILE: "file descriptor left: the host's limit is reached",
+    errno.ENOMEM: "memory left",
+}
+
+
+def known(error: BaseException) -> BaseException:
+    """`error`, or LimitReached where it comes of it that the server has no descriptor, thread or memory left.
+
+    Any call may fail so, in any layer: what it was raised from is looked at, too. A VmfsError with an errno of its own
+    stays as it is.
+    """
+    if isinstance(error, VmfsError) and error.errno != errno.EIO:
+        return error
+    cause: BaseException | None = error
+    while cause is not None:
+        missing = None
+        if isinstance(cause, OSError):
+            missing = _OUT_OF.get(cause.errno or 0)
+        elif isinstance(cause, MemoryError):
+            missing = _OUT_OF[errno.ENOMEM]
+        elif isinstance(cause, RuntimeError) and "can't start new thread" in str(cause):
+            missing = "thread left"
+        if missing is not None:
+            return LimitReached(f"the server has no {missing}")
+        cause = cause.__cause__ or cause.__context__
+    return error

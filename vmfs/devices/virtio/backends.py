@@ -8,6 +8,7 @@ Neither blocks, and neither is used by two threads at a time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -155,32 +156,30 @@ class Passt(Stream):
         identity: dict[str, Any] = {}
         if os.geteuid() == 0:
             identity = {"user": uid, "group": gid, "extra_groups": groups}
-        mine, its = socket.socketpair()
-        ready, pid_file = os.pipe()
-        if identity:
-            os.fchown(pid_file, uid, gid)
-        with its, tempfile.TemporaryFile() as said:
-            try:
-                # It writes its number when it is ready; when it fails the pipe ends.
-                self._process = subprocess.Popen(
-                    [program, "--foreground", "--quiet", "--stderr", "--fd", str(its.fileno()),
-                     "--pid", f"/proc/self/fd/{pid_file}", *options],
-                    pass_fds=(its.fileno(), pid_file),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=said,
-                    cwd="/",
-                    **identity,
-                )  # fmt: skip
-            except BaseException:
-                mine.close()
-                os.close(ready)
-                raise
-            finally:
-                os.close(pid_file)
+        with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
+            mine, its = socket.socketpair()
+            kept.callback(mine.close)
+            given.callback(its.close)
+            ready_fd, pid_file = os.pipe()
+            ready = kept.enter_context(open(ready_fd, "rb"))
+            given.callback(os.close, pid_file)
+            if identity:
+                os.fchown(pid_file, uid, gid)
+            said = kept.enter_context(tempfile.TemporaryFile())
+            # It writes its number when it is ready; when it fails the pipe ends.
+            self._process = subprocess.Popen(
+                [program, "--foreground", "--quiet", "--stderr", "--fd", str(its.fileno()),
+                 "--pid", f"/proc/self/fd/{pid_file}", *options],
+                pass_fds=(its.fileno(), pid_file),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                cwd="/",
+                **identity,
+            )  # fmt: skip
+            given.close()
             super().__init__(mine)
-            with open(ready, "rb") as pipe:
-                is_ready = bool(pipe.read(1))
+            is_ready = bool(ready.read(1))
             if not is_ready:
                 self.close()
                 said.seek(0)
@@ -188,6 +187,9 @@ class Passt(Stream):
                 usage = next((at for at, line in enumerate(lines) if line.startswith("Usage:")), len(lines))
                 why = " ".join(lines[:usage][-1:])[:200]
                 raise Unsupported(f"passt does not start: {why or 'it does not say why'}")
+            kept.pop_all()  # the socket is what stays
+            ready.close()
+            said.close()
 
     def describe(self) -> dict[str, str]:
         return {"backend": "passt", "pid": str(self._process.pid)}

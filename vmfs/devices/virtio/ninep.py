@@ -99,10 +99,15 @@ def _text(data: bytes) -> bytes:
 
 
 class Server:
-    """Serves the folder open as `root` (closed with it), to be changed or not."""
+    """Serves the folder open as `root` (closed with it), to be changed or not.
 
-    def __init__(self, root: int, *, read_only: bool = False) -> None:
+    Nothing is opened that lies on the device `barred` (st_dev): the mount whose own server this is. A guest that waited
+    for a file of its own machine would wait for ever.
+    """
+
+    def __init__(self, root: int, *, read_only: bool = False, barred: int | None = None) -> None:
         self.root = root
+        self.barred = barred
         self.read_only = read_only
         self.fids: dict[int, Fid] = {}
         self.size = MIN_MESSAGE  # of the largest message, once the version is agreed
@@ -145,6 +150,9 @@ class Server:
         while True:
             fd = _LIBC.syscall(_SYS_OPENAT2, self.root, ctypes.c_char_p(name), ctypes.c_char_p(how), len(how))
             if fd >= 0:
+                if self.barred is not None and os.fstat(fd).st_dev == self.barred:
+                    os.close(fd)
+                    raise _fail(errno.EACCES)
                 return int(fd)
             number = ctypes.get_errno()
             if number == errno.EXDEV:  # out of the folder

@@ -13,6 +13,7 @@ The interface is described in Linux Documentation/virt/kvm/api.rst. What KVM can
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -26,7 +27,7 @@ from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
-from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError
+from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, known
 
 # Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
 # map (1 page) that lie in the guest's memory: below the BIOS ROM at the end of the first 4 GiB.
@@ -64,13 +65,16 @@ class KvmEngine(Engine):
         self._facts = HostFacts()
 
     def probe(self) -> Availability:
-        """Whether a machine here writes to a port: everything between open and the guest's first exit."""
+        """Whether a machine here writes to a port: everything between open and the guest's first exit.
+
+        LimitReached where the server had no descriptor left to try it.
+        """
         try:
             why_not = self._try_guest()
-        except VmfsError as error:
-            return Availability(False, str(error))
-        except OSError as error:
-            return Availability(False, f"{self.device}: {os.strerror(error.errno)}")
+        except (VmfsError, OSError) as error:
+            if (failure := known(error)) is not error:
+                raise failure from error
+            why_not = str(error) if isinstance(error, VmfsError) else f"{self.device}: {os.strerror(error.errno)}"
         if why_not:
             return Availability(False, why_not)
         return Availability(True, f"{self.device} runs guests")
@@ -115,17 +119,16 @@ class KvmEngine(Engine):
                     return f"{self.device} lacks {cap.name}: a kernel of at least Linux {since} has it"
         finally:
             os.close(device)
-        machine = self.create_machine()
-        memory = os.memfd_create("vmfs-probe", os.MFD_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as made:
+            machine = self.create_machine()
+            made.callback(machine.close)
+            memory = os.memfd_create("vmfs-probe", os.MFD_CLOEXEC)
+            made.callback(os.close, memory)
             os.ftruncate(memory, PAGE_SIZE)
             # The reset vector: the last 16 bytes below 4 GiB (Intel SDM 3A 9.1.4).
             os.pwrite(memory, b"\xb0\x42\xe6\x80\xf4", PAGE_SIZE - 16)
             machine.map_memory(0, (1 << 32) - PAGE_SIZE, memory, 0, PAGE_SIZE)
             line = machine.create_vcpu(0).run().line()
-        finally:
-            machine.close()
-            os.close(memory)
         if line.startswith("io direction=out port=0x80 size=1 count=1 data=0x42 "):
             return ""
         return f"{self.device} does not run guests rightly: in place of an access to port 0x80 came `{line}`"
