@@ -32,7 +32,9 @@ from emulator.system_lib import (
     NP,
     NT,
     OF,
+    PF,
     RF,
+    SHUTDOWN,
     SS,
     STACK1,
     STOP,
@@ -101,11 +103,11 @@ FAULTS = [
     (
         "long",
         0,
-        "mov ecx, 0xc0000082; mov edx, 0x800000; wrmsr",
+        "mov ecx, 0xc0000082; mov edx, 0x1000000; wrmsr",
         GP,
         0,
-    ),  # LSTAR not canonical (57 bits: no LA57 set)
-    ("long", 0, "mov ecx, 0xc0000100; mov edx, 0x8000; wrmsr", GP, 0),
+    ),  # LSTAR not canonical: CPUID has LA57
+    ("long", 0, "mov ecx, 0xc0000100; mov edx, 0x1000000; wrmsr", GP, 0),
     ("long", 0, "mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr", GP, 0),  # PAT: reserved type
     ("long", 0, "mov ecx, 0x2ff; mov eax, 0xc02; xor edx, edx; wrmsr", GP, 0),  # MTRRs: the same
     ("long", 0, "mov ecx, 0x10a; xor eax, eax; xor edx, edx; wrmsr", GP, 0),  # read-only
@@ -165,7 +167,7 @@ FAULTS = [
     ("v86", 3, ".byte 0x0f, 0x00, 0xc8", UD, None),  # STR
     ("real", 0, ".byte 0x0f, 0x02, 0xc0", UD, None),  # LAR
     ("real", 0, ".byte 0x63, 0xc0", UD, None),  # ARPL
-    ("long", 0, "mov rax, 0x800000000000; mov [0x30002], rax; lgdt [0x30000]", GP, 0),
+    ("long", 0, "mov rax, 0x100000000000000; mov [0x30002], rax; lgdt [0x30000]", GP, 0),
     ("protected", 0, "xor eax, eax; ltr ax", GP, 0),
     ("protected", 0, "mov ax, 0x48; ltr ax", GP, 0x48),  # busy
     ("protected", 0, "mov ax, 0x10; ltr ax", GP, 0x10),
@@ -293,6 +295,110 @@ def test_arpl():
         expect(
             guest, "mov eax, 0x10; mov ecx, 3; arpl ax, cx; setz bl; arpl ax, cx; setz bh", rax=0x13, rbx=1
         )
+
+
+def test_arpl_writes_only_what_it_changes():
+    """ES read-only: no fault where the RPL is not raised, #GP where it is; in a page, #PF."""
+    code = ".byte 0x26, 0x63, 0x1d, 0, 0, 3, 0"  # arpl es:[0x30000], bx
+    for rpl, vector in ((2, STOP), (3, STOP), (1, STOP), (0, STOP)):
+        with Guest("protected") as guest:
+            guest.set_descriptor(FREE, descriptor(kind=1))
+            guest.put(DATA, 0x13, 2)
+            assert guest.run(f"mov eax, {FREE}; mov es, eax; mov ebx, {rpl}; {code}; setz cl") == vector
+            assert guest.get(DATA, 2) == 0x13
+    with Guest("protected") as guest:
+        guest.set_descriptor(FREE, descriptor(kind=1))
+        guest.put(DATA, 0x12, 2)
+        assert guest.run(f"mov eax, {FREE}; mov es, eax; mov ebx, 3; {code}") == GP
+        assert guest.get(DATA, 2) == 0x12
+    for stored, vector in ((0x13, STOP), (0x12, PF)):
+        with Guest("compat", 3) as guest:
+            guest.put(guest.pte(DATA), DATA | 5)  # present, user, read-only
+            guest.put(DATA, stored, 2)
+            assert guest.run(f"mov ebx, 3; {code[:6]}0x63, 0x1d, 0, 0, 3, 0") == vector
+            if vector == PF:
+                assert guest.error == 7  # a write
+
+
+READS = ("bt dword ptr [rdi], 7", "verw word ptr [rdi]", "lar eax, [rdi]", "cmovb eax, [rdi]", "test [rdi], eax",
+         "rep movsb", "rep stosb", "cmp [rdi], eax")  # fmt: skip
+WRITES = (
+    *(f"{name} {size} ptr [rdi], {count}" for name in ("shl", "sar", "rol", "rcl") for size in ("byte", "qword")
+      for count in ("cl", 0)),
+    "rcl byte ptr [rdi], 9", "shld [rdi], edx, 0", "shrd [rdi], rdx, cl", "shld [rdi], dx, 0", "cmpxchg [rdi], ebx",
+    "cmpxchg [rdi], bl", "lock cmpxchg [rdi], ebx", "cmpxchg8b [rdi]", "cmpxchg16b [rdi]",
+    "bts dword ptr [rdi], 7", "btr dword ptr [rdi], 0", "bts [rdi], eax", "or dword ptr [rdi], 0", "xadd [rdi], eax",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("code", (*READS, *WRITES))
+def test_what_writes_even_if_nothing_changes(code):
+    """On a page that is read-only, as an Intel Xeon does it: there ARPL alone may do without the write. (The
+    manual leaves open what MASKMOVDQU with an empty mask does.)"""
+    with Guest("long", 3) as guest:
+        guest.put(guest.pte(DATA), DATA | 5)
+        guest.write(DATA, b"\x80" * 64)
+        guest.set(cr4=guest.control("cr4") | 0x600)  # OSFXSR, OSXMMEXCPT
+        assert guest.run(f"mov edi, {DATA}; mov esi, edi; xor ecx, ecx; xor eax, eax; xor edx, edx; {code}") == (
+            PF if code in WRITES else STOP
+        )
+        assert guest.memory[DATA : DATA + 64] == b"\x80" * 64
+
+
+# ---- Addresses that registers take ----
+
+WIDE = 0x00FAAAAAAAAAAAAA  # canonical in 57 bits, not in 48
+TOO_WIDE = 0x01FAAAAAAAAAAAAA
+TAKES = {
+    **{f"wrmsr-{msr:x}": f"mov ecx, {msr:#x}; mov eax, {{low:#x}}; mov edx, {{high:#x}}; wrmsr"
+       for msr in (0xC0000100, 0xC0000101, 0xC0000102, 0xC0000082, 0xC0000083, 0x175, 0x176)},
+    "lgdt": "movabs rax, {address:#x}; mov [0x30002], rax; sgdt [0x30010]; lgdt [0x30000]; lgdt [0x30010]",
+    "lidt": "movabs rax, {address:#x}; mov [0x30002], rax; sidt [0x30010]; lidt [0x30000]; lidt [0x30010]",
+    "ltr": "mov eax, 0x90; ltr ax",
+    "lldt": "mov eax, 0xa0; lldt ax",
+    "invpcid": "movabs rax, {address:#x}; mov [0x30008], rax; xor ecx, ecx; invpcid rcx, [0x30000]",
+    "wrfsbase": "movabs rax, {address:#x}; wrfsbase rax",
+    "mov": "movabs rax, {address:#x}; mov rax, [rax]",
+    "jmp": "movabs rax, {address:#x}; jmp rax",
+}  # fmt: skip
+BY_CR4 = ("wrfsbase", "mov", "jmp")
+
+
+@pytest.mark.parametrize("address", [WIDE, TOO_WIDE], ids=["wide", "too-wide"])
+@pytest.mark.parametrize("takes", TAKES)
+@pytest.mark.parametrize("la57", [True, False], ids=["la57", "no-la57"])
+def test_addresses_that_registers_take(la57, takes, address):
+    """By CPUID, whatever CR4.LA57 is; accesses, jumps and WRFSBASE by CR4."""
+    with Guest("long") as guest:
+        if not la57:
+            cpuid = bytearray(guest.cpu.get_state("cpuid"))
+            for at in range(8, len(cpuid), 40):
+                if int.from_bytes(cpuid[at : at + 4], "little") == 7:
+                    cpuid[at + 22] &= 0xFE  # ECX bit 16
+            guest.cpu.set_state("cpuid", bytes(cpuid))
+        guest.set(cr4=guest.control("cr4") | CR4_FSGSBASE)
+        for selector, kind in ((0x90, 9), (0xA0, 2)):
+            guest.set_descriptor(
+                selector, descriptor(address & 0xFFFFFFFF, 0x67, kind, s=0, big=0, granular=0), address >> 32
+            )
+        taken = la57 and address == WIDE and takes not in BY_CR4
+        code = TAKES[takes].format(address=address, low=address & 0xFFFFFFFF, high=address >> 32)
+        assert guest.run(code) == (STOP if taken else GP)
+        if taken and takes.startswith("wrmsr"):
+            assert guest.cpu.get_msr(int(takes[6:], 16)) == address
+
+
+def test_a_base_that_cr4_makes_unusable_is_a_fault_where_it_is_used():
+    code = f"mov ecx, 0xc0000100; mov eax, {WIDE & 0xFFFFFFFF:#x}; mov edx, {WIDE >> 32:#x}; wrmsr; {{}}"
+    with Guest("long") as guest:
+        assert guest.run(code.format("mov rax, fs:[0]")) == GP
+    with Guest("long") as guest:  # the table itself: nothing can be delivered
+        assert guest.run(f"movabs rax, {WIDE:#x}; mov [0x30002], rax; lidt [0x30000]; ud2") == SHUTDOWN
+    with Guest("long") as guest:
+        guest.cpu.set_msr(0xC0000081, CODE64 << 32)
+        guest.cpu.set_msr(0xC0000082, WIDE)
+        assert guest.run("syscall") == GP
+        assert guest.frame(True)[0] == WIDE
 
 
 def test_accessed_bits_are_set():
@@ -518,6 +624,65 @@ def test_retf_to_an_outer_level():
             rax=USER_STACK + 8, rbx=0, rcx=USER_DATA | 3,
         )  # fmt: skip
         assert guest.frame(False)[1] == USER_CODE32 | 3
+
+
+LEAVES = {
+    "iret": "push 2; push {cs}; {push_there}; .byte 0x48, 0xcf",
+    "retf": "push {cs}; {push_there}; .byte 0x48, 0xcb",
+    "iretd": "push 2; push {cs}; push offset there; .byte 0xcf",
+    "retfd": "push {cs}; push offset there; .byte 0xcb",
+}
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+@pytest.mark.parametrize("selector", [1, 2, 3, DATA32, USER_DATA | 3, CONFORMING, "dpl1"])
+def test_what_a_return_to_an_outer_level_leaves_of_segments(leave, selector):
+    """Null selectors lose their RPL; segments that the level may not have become null; the others stay."""
+    long = leave in ("iret", "retf")
+    code_selector = (USER_CODE64 if long else USER_CODE32) | 3
+    stays = selector in (USER_DATA | 3, CONFORMING)
+    wanted = selector if stays else 0
+    selector = 0x88 if selector == "dpl1" else selector
+    with Guest("long" if long else "protected") as guest:
+        leaving = LEAVES[leave].format(cs=code_selector, push_there="lea rax, [rip + there]; push rax")
+        loads = "; ".join(f"mov {name}, cx" for name in ("ds", "es", "fs", "gs"))
+        stores = "; ".join(
+            f"mov {register}, {name}"
+            for register, name in (("eax", "ds"), ("ebx", "es"), ("esi", "fs"), ("edi", "gs"))
+        )
+        expect(
+            guest,
+            f"mov ecx, {selector}; {loads}; push {USER_DATA | 3}; push {USER_STACK}; {leaving}; there: {stores}",
+            rax=wanted, rbx=wanted, rsi=wanted, rdi=wanted,
+        )  # fmt: skip
+        for name in ("ds", "es", "fs", "gs"):
+            assert bool(guest.segment(name).unusable) != stays
+
+
+@pytest.mark.parametrize("selector", [0, 3, DATA32])
+@pytest.mark.parametrize("leave", ["iret", "retf"])
+@pytest.mark.parametrize("name, prefix, msr", [("fs", 0x64, 0xC0000100), ("gs", 0x65, 0xC0000101)])
+def test_fs_and_gs_keep_their_bases_when_a_return_takes_their_selectors(name, prefix, msr, leave, selector):
+    leaving = LEAVES[leave].format(cs=USER_CODE64 | 3, push_there="lea rax, [rip + there]; push rax")
+    with Guest("long") as guest:
+        guest.put(DATA, 0x1122334455667788)
+        expect(
+            guest,
+            f"mov ecx, {selector}; mov {name}, cx; mov ecx, {msr:#x}; mov eax, {DATA}; xor edx, edx; wrmsr;"
+            f"push {USER_DATA | 3}; push {USER_STACK}; {leaving};"
+            f"there: .byte {prefix:#x}, 0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0; mov ebx, {name}",
+            rax=0x1122334455667788, rbx=0,
+        )  # fmt: skip
+
+
+def test_a_return_to_the_same_level_leaves_segments_alone():
+    with Guest("long") as guest:
+        expect(
+            guest,
+            f"mov ecx, 3; mov ds, cx; push {DATA32}; push {STACK1}; push 2; push {CODE64};"
+            "lea rax, [rip + there]; push rax; iretq; there: mov eax, ds",
+            rax=3,
+        )  # fmt: skip
 
 
 def test_iret_flags_by_privilege():

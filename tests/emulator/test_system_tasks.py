@@ -192,14 +192,16 @@ def test_task_gates():
 
 def test_to_a_16_bit_task():
     with Guest("protected") as guest:
-        guest.load(f"mov edx, 0x12345678; jmp {FREE}:0; other: nop")
+        guest.load(f"mov edx, 0x12345678; jmp {FREE}:0; other: movzx esp, sp")
         guest.set_descriptor(FREE, tss_descriptor(TSS2, 43, 1))
         other = guest.labels["other"]
         for offset, value in ((14, other), (16, 2), (18, 0x11), (26, 0x8000), (34, DATA32), (36, CODE32),
                               (38, DATA32), (40, DATA32), (42, 0)):  # fmt: skip
             guest.put(TSS2 + offset, value, 2)
         assert guest.run() == STOP
-        assert guest.regs()["rax"] == 0x11
+        regs = guest.regs()
+        assert regs["rax"] == 0xFFFF0011  # the upper halves are ones
+        assert {regs[name] for name in ("rcx", "rdx", "rbx", "rbp", "rsi", "rdi")} == {0xFFFF0000}
         assert guest.get(TSS + 48, 4) == 0x12345678
         assert guest.segment("fs").unusable
 

@@ -1,6 +1,6 @@
 """All conformance cases, a file a family."""
 
-from engine.cases import access, code16, control, debug, exceptions, interrupts, modes
+from engine.cases import access, code16, control, debug, exceptions, interrupts, modes, processor
 
 CASES = (
     *access.CASES,
@@ -10,4 +10,5 @@ CASES = (
     *exceptions.CASES,
     *interrupts.CASES,
     *modes.CASES,
+    *processor.CASES,
 )

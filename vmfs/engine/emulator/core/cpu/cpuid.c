@@ -8,7 +8,7 @@ static const struct kvm_cpuid_entry2 defaults[] = {
     {.function = 1, .eax = 0x000006f1, .ebx = 0x00010800,
      .ecx = 1u << 0 | 1u << 1 | 1u << 9 | 1u << 13 | 1u << 17 | 1u << 19 | 1u << 20 | 1u << 21 | 1u << 22 | 1u << 23 | 1u << 24 | 1u << 25 | 1u << 26 |
             1u << 30 | 1u << 31 /* hypervisor */,
-     .edx = (0x0f8bfbff & ~(1u << 7 | 1u << 14)) /* no MCE, MCA; no HTT: one CPU */},
+     .edx = 0x0f8bfbff /* no HTT: one CPU */},
     {.function = 6, .eax = 1u << 2}, /* the APIC timer never stops */
     {.function = 7, .index = 0, .flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX, .ebx = 1u << 0 | 1u << 1 | 1u << 3 | 1u << 7 | 1u << 8 |
      1u << 9 | 1u << 10 | 1u << 18 | 1u << 19 | 1u << 20 | 1u << 23 | 1u << 24 | 1u << 29, .ecx = 1u << 2 | 1u << 3 | 1u << 16 | 1u << 22, .edx = 1u << 29},
@@ -111,6 +111,12 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4])
     out[0] = e->eax, out[1] = e->ebx, out[2] = e->ecx, out[3] = e->edx;
     if (e->function == 0xb || e->function == 0x1f) {
         out[3] = c->index;
+    } else if (!e->function) {
+        if (cpuid_is_limited(c) && out[0] > 2) /* SDM 4 table 2-2 */
+            out[0] = 2;
+    } else if (e->function == 0x80000001) {
+        if (!has_nx(c))
+            out[3] &= ~(1u << 20);
     } else if (e->function == 1) {
         out[1] = (out[1] & 0x00ffffff) | c->index << 24;
         out[2] = (out[2] & ~(1u << 27)) | (c->cr4 & CR4_OSXSAVE ? 1u << 27 : 0);

@@ -217,8 +217,12 @@ static void deliver_protected(struct vcpu *c, unsigned vector, enum event kind, 
     mode_changed(c);
 }
 
+/* B0 to B3 are what is met now, whatever they were; BD, BS and BT stay until software clears them (3B 17.2.3). */
+void debug_status(struct vcpu *c, u64 bits) { c->dr6 = (c->dr6 & ~15ull) | bits; }
+
 static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error, u64 return_ip)
 {
+    u64 waiting = c->debug_pending; /* behind a load of SS: INT n drops it, and not the trap of a task that it switches to */
     c->delivering = (int)vector;
     c->delivering_kind = kind;
     c->delivering_has_error = has_error;
@@ -230,7 +234,11 @@ static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool 
     c->delivering = -1;
     c->halted = false;
     c->shadow_sti = c->shadow_ss = c->repeating = false;
-    if (vector == VECTOR_DB && kind == EVENT_EXCEPTION) {
+    if (kind == EVENT_SOFTWARE || kind == EVENT_INT1)
+        c->debug_pending &= ~waiting;
+    if (kind == EVENT_INT1)
+        debug_status(c, 0);
+    if (vector == VECTOR_DB && (kind == EVENT_EXCEPTION || kind == EVENT_INT1)) {
         /* 17.2.4, 17.4.3: the handler may use the debug registers, and is not stepped by branches */
         c->dr7 &= ~(u64)DR7_GD;
         c->msr.debugctl &= ~(u64)DEBUGCTL_BTF;
@@ -284,6 +292,7 @@ void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector)
     mode_changed(c);
     leave_to(c, r, entry & 0xffff);
     c->trap_taken = true;
+    c->debug_pending = 0; /* as deliver_from has it */
 }
 
 static bool contributory(unsigned vector)

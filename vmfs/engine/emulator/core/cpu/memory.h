@@ -84,6 +84,7 @@ ALWAYS_INLINE void linear_store(struct vcpu *c, u64 linear, unsigned bytes, u64 
 
 /* ---- Segmented ---------------------------------------------------------------------------------------------------------------- */
 
+/* For accesses, jumps and WRFSBASE. What other registers take: canonical_base. */
 ALWAYS_INLINE bool canonical(const struct vcpu *c, u64 linear)
 {
     unsigned shift = c->cr4 & CR4_LA57 ? 7 : 16;

@@ -248,7 +248,7 @@ static bool take_event(struct vcpu *c, bool held)
     if (c->debug_pending && !c->shadow_ss) { /* traps of the instruction before: single step, data breakpoints (6.9 class 4) */
         if (catches(c, VECTOR_DB, false, instructions_done(c)))
             return true;
-        c->dr6 |= c->debug_pending;
+        debug_status(c, c->debug_pending);
         c->debug_pending = 0;
         c->fault = (struct fault){.vector = VECTOR_DB};
         deliver(c, VECTOR_DB, EVENT_EXCEPTION, false, 0);
@@ -307,6 +307,14 @@ static bool catches_fault(struct vcpu *c)
     return true;
 }
 
+/* The instruction is not done, and stands where it stood: behind STI or a load of SS. */
+static void begin_again(struct vcpu *c)
+{
+    c->shadow_sti |= c->began_sti;
+    c->shadow_ss |= c->began_ss;
+    c->began_sti = c->began_ss = false;
+}
+
 static void after_escape(struct vcpu *c, enum escape how)
 {
     if (c->tracer)
@@ -318,9 +326,12 @@ static void after_escape(struct vcpu *c, enum escape how)
         c->store_count = 0;
         c->debug_hits = 0;
         stops_forget(c);
-        c->shadow_sti = c->shadow_ss = false;
-        if (has_stops(c, STOP_VECTOR) && catches_fault(c))
+        if (has_stops(c, STOP_VECTOR) && catches_fault(c)) {
+            begin_again(c);
             return;
+        }
+        c->shadow_sti = c->shadow_ss = c->began_sti = c->began_ss = false;
+        c->debug_pending = 0; /* a trap that waited behind a load of SS: any fault drops it */
         if (!deliver_fault(c)) {
             shutdown(c);
             return;
@@ -345,9 +356,11 @@ static void after_escape(struct vcpu *c, enum escape how)
         }
         c->delivering = -1;
         c->restart = c->reading;
+        begin_again(c);
         break;
     case ESCAPE_FREEZE:
         end_alone(c);
+        c->began_sti = c->began_ss = false;
         c->halted = true;
         break;
     }
@@ -384,7 +397,7 @@ static void at_breakpoint(struct vcpu *c)
             if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
                 hits |= 1ull << i;
         if (hits) { /* a fault: before the instruction */
-            c->dr6 |= hits;
+            debug_status(c, hits);
             c->fault = (struct fault){.vector = VECTOR_DB};
             escape(c, ESCAPE_FAULT);
         }
@@ -491,10 +504,14 @@ static void turn(struct vcpu *c)
     }
     if (alone) {
         c->pass_breakpoint = c->resume_breakpoint = c->reading = c->completing = false;
+        c->began_sti = c->shadow_sti, c->began_ss = c->shadow_ss;
         c->shadow_sti = c->shadow_ss = false;
         c->rflags &= ~(u64)FLAG_RF; /* holds for one instruction (17.3.1.1); the instruction may set it anew */
         u64 start = c->gpr[GPR_IP];
         run_alone(c);
+        if (c->began_ss) /* of loads in a row only the first holds events back for sure (3A 6.8.3), and on processors no other */
+            c->shadow_ss = false;
+        c->began_sti = c->began_ss = false;
         after_alone(c, tf && !c->shadow_ss && (!(c->msr.debugctl & DEBUGCTL_BTF) || branched(c, start)));
         if (c->step && c->exit.reason == EXIT_NONE && !(c->halted && !c->vm->irqchip)) /* HLT is an exit, or an event */
             debug_exit(c, DEBUG_STEP);

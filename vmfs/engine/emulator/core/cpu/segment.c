@@ -1,6 +1,7 @@
 /* Segmentation: what follows from the segment registers and the mode, and loading data segments (Intel SDM 3A
  * chapters 3 and 5). Far transfers and task switches are in ops_system*.c. */
 #include "memory.h"
+#include "opcodes.h"
 #include "tracer.h"
 
 static bool code64(const struct vcpu *c) { return c->efer & EFER_LMA && c->seg[SEG_CS].attributes & ATTR_L; }
@@ -34,6 +35,14 @@ void segment_changed(struct vcpu *c, unsigned seg)
 }
 
 void flags_changed(struct vcpu *c) { tlb_select(c); }
+
+/* WRMSR, LGDT, LIDT, LLDT, LTR and INVPCID take every address that a mode of the CPU has: what counts is whether CPUID has 5-level
+ * paging, not whether CR4.LA57 is set. KVM does so, too. */
+bool canonical_base(const struct vcpu *c, u64 linear)
+{
+    unsigned shift = has_feature(c, FEATURE_LA57) ? 7 : 16;
+    return (u64)((i64)(linear << shift) >> shift) == linear;
+}
 
 void mode_changed(struct vcpu *c)
 {

@@ -288,7 +288,9 @@ static void get_debugregs(struct vcpu *c, void *data)
     struct kvm_debugregs *d = data;
     memset(d, 0, sizeof *d);
     memcpy(d->db, c->dr, sizeof d->db);
-    d->dr6 = c->dr6 | c->debug_pending, d->dr7 = c->dr7; /* a #DB that waits has its bits shown already */
+    d->dr6 = c->dr6, d->dr7 = c->dr7;
+    if (c->debug_pending && !c->shadow_ss) /* a #DB that comes next has its bits shown already */
+        d->dr6 = (c->dr6 & ~15ull) | c->debug_pending;
 }
 static int set_debugregs(struct vcpu *c, const void *data, size_t size)
 {
@@ -323,7 +325,11 @@ static void get_events(struct vcpu *c, void *data)
         e->exception.nr = c->injected.vector;
         e->exception.has_error_code = c->injected.has_error;
         e->exception.error_code = c->injected.error;
-    } else if (c->debug_pending) { /* a trap; KVM shows one that waits as injected too */
+    } else if (c->debug_pending && c->shadow_ss) { /* it waits. KVM has no place for that, and no look at a payload without its flag */
+        e->exception.pending = e->exception_has_payload = 1;
+        e->exception.nr = VECTOR_DB;
+        e->exception_payload = c->debug_pending;
+    } else if (c->debug_pending) { /* a trap; KVM shows one that comes next as injected too */
         e->exception.injected = e->exception.pending = 1;
         e->exception.nr = VECTOR_DB;
     }
@@ -345,9 +351,11 @@ static int set_events(struct vcpu *c, const void *data, size_t size)
     c->injected.interrupt_vector = e->interrupt.nr;
     c->injected.soft = e->interrupt.soft;
     c->injected.nmi = e->nmi.injected;
-    if (e->exception.injected && e->exception.nr == VECTOR_DB)
-        c->dr6 |= c->debug_pending;
-    c->debug_pending = 0;
+    if (e->exception.injected && e->exception.nr == VECTOR_DB && c->debug_pending)
+        debug_status(c, c->debug_pending);
+    bool waits = !e->exception.injected && e->exception.pending && e->exception.nr == VECTOR_DB && e->exception_has_payload &&
+                 e->flags & KVM_VCPUEVENT_VALID_SHADOW && e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS;
+    c->debug_pending = waits ? e->exception_payload & (15 | DR6_BS) : 0;
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING) {
         c->nmi_pending = e->nmi.pending;
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_NMI);
@@ -380,8 +388,8 @@ static int set_mp_state(struct vcpu *c, const void *data, size_t size)
 
 static long get_msrs(struct vcpu *c, void *data, size_t size)
 {
-    u32 indices[256];
-    size_t count = msr_list(c, indices, 256), need = sizeof(struct kvm_msrs) + count * sizeof(struct kvm_msr_entry);
+    u32 indices[512];
+    size_t count = msr_list(c, indices, sizeof indices / sizeof *indices), need = sizeof(struct kvm_msrs) + count * sizeof(struct kvm_msr_entry);
     if (size >= need) {
         struct kvm_msrs *m = data;
         m->nmsrs = (u32)count;

@@ -198,10 +198,12 @@ enum { MMIO_PIECES = 128 };
 enum event { EVENT_EXTERNAL, EVENT_EXCEPTION, EVENT_SOFTWARE /* INT n, INT3, INTO */, EVENT_INT1 };
 struct fault { u8 vector; bool has_error; u32 error; u64 address; };
 
+enum { MC_BANKS = 32 }; /* as many as KVM has */
 struct msr_state {
     u64 star, lstar, cstar, fmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux, apic_base,
         misc_enable, mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], tsc_deadline, tsc_adjust, xss,
-        debugctl, platform_id, microcode, platform_info, mtrr_cap, arch_capabilities;
+        debugctl, platform_id, microcode, platform_info, mtrr_cap, arch_capabilities, misc_features, power_control,
+        hardware_configuration, mcg_cap, mcg_status, mc_bank[MC_BANKS][4] /* CTL, STATUS, ADDR, MISC */;
 };
 
 struct vcpu {
@@ -228,6 +230,7 @@ struct vcpu {
     u8 cpl, physical_bits;    /* physical_bits: MAXPHYADDR, from CPUID */
     bool alone;               /* one instruction is executing outside of a block */
     bool shadow_sti, shadow_ss; /* the instruction before was STI / a load of SS */
+    bool began_sti, began_ss; /* ... when the instruction began that is executing alone */
 
     /* x87 */
     struct x87_register fpr[8]; /* physical, not relative to TOP */
@@ -283,7 +286,7 @@ struct vcpu {
     bool repeating;           /* the repeated string instruction at rip has iterations behind it */
     u64 caught_at;            /* instructions retired when events were caught, plus 1 */
     u64 caught[4];            /* ... a bit a vector */
-    u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered */
+    u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered; it waits while shadow_ss is set */
     bool trap_taken;          /* the running instruction cleared TF and takes no single-step trap (INT n, SYSCALL) */
     u64 yielded_at;
 
@@ -505,6 +508,7 @@ void decode_init(void);
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
 /* segment.c */
 void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks after seg[] was set */
+bool canonical_base(const struct vcpu *c, u64 linear); /* may a register hold that address? */
 u64 cr4_valid(const struct vcpu *c);                 /* ops_control.c: the bits that may be set */
 void mode_changed(struct vcpu *c);                   /* derive key, masks, TLB table, checks after CR0, EFER, CPL, CS.. */
 void flags_changed(struct vcpu *c);                  /* after AC or VM in rflags changed */
@@ -524,6 +528,7 @@ void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u
 bool fault_to_deliver(const struct vcpu *c, struct fault *f); /* c->fault, or a double fault; false: triple fault */
 /* Deliver a fault and what follows from it (double fault); false: triple fault. For the main loop. */
 bool deliver_fault(struct vcpu *c);
+void debug_status(struct vcpu *c, u64 bits);         /* of a #DB, in DR6 */
 void set_cpl(struct vcpu *c, unsigned cpl);
 /* cpuid.c msr.c */
 void cpuid_defaults(struct vcpu *c);
@@ -533,6 +538,8 @@ bool xcr0_is_valid(const struct vcpu *c, u64 value); /* XCR0, with what CPUID ha
 bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
 bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
 size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
+bool has_nx(const struct vcpu *c);
+bool cpuid_is_limited(const struct vcpu *c);
 u64 read_tsc(struct vcpu *c, const struct record *r);
 /* vm.c */
 struct slot *vm_slot(struct vm *vm, u64 physical);   /* the slot of that byte, or NULL */

@@ -147,8 +147,8 @@ void task_switch(struct vcpu *c, u16 selector, enum task_source source, u32 ext,
         new_flags &= 0xffff;
     set_rflags(c, new_flags | (nested ? FLAG_NT : 0));
     c->gpr[GPR_IP] = tss_get(&new, tss_offset(new.wide, 0));
-    for (unsigned i = 0; i < 8; i++)
-        c->gpr[i] = tss_get(&new, tss_offset(new.wide, 2 + i));
+    for (unsigned i = 0; i < 8; i++) /* a 16-bit TSS: the upper halves become ones, since the 386 */
+        c->gpr[i] = tss_get(&new, tss_offset(new.wide, 2 + i)) | (new.wide ? 0 : 0xffff0000);
     c->dr7 &= ~(u64)0x155; /* 17.2.4: the local enables */
     u16 selectors[6] = {0}, ldt = (u16)tss_get(&new, new.wide ? 96 : 42);
     for (unsigned i = 0; i < (new.wide ? 6u : 4u); i++)

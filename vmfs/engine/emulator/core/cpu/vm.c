@@ -252,9 +252,10 @@ void vcpu_reset(struct vcpu *c)
     c->msr = (struct msr_state){
         .pat = 0x0007040600070406, .apic_base = 0xfee00000 | 1 << 11 | (c->index ? 0 : 1 << 8), .misc_enable = 1 | 1 << 11 | 1 << 12 /* no BTS, no PEBS */,
         .platform_info = 10 << 8 /* times 100 MHz */, .mtrr_cap = 8 | 1 << 8 | 1 << 10, .arch_capabilities = NOT_VULNERABLE,
+        .mcg_cap = MC_BANKS,
     };
     c->cpl = 0;
-    c->alone = c->shadow_sti = c->shadow_ss = c->nmi_pending = c->nmi_masked = c->halted = false;
+    c->alone = c->shadow_sti = c->shadow_ss = c->began_sti = c->began_ss = c->nmi_pending = c->nmi_masked = c->halted = false;
     c->delivering = -1;
     /* Without a LAPIC nobody could send it an INIT. */
     c->mp_state = c->index && c->vm->irqchip ? KVM_MP_STATE_UNINITIALIZED : KVM_MP_STATE_RUNNABLE;

@@ -82,7 +82,8 @@ enum attribute {
 /* CPUID features that rows need, each with its leaf, register (EAX 0 .. EDX 3) and bit. cpuid.c fills vcpu.features. */
 #define FEATURES(X) \
     X(BASE, 0, 0, 0) \
-    X(FPU, 1, 3, 0) X(TSC, 1, 3, 4) X(MSR, 1, 3, 5) X(CX8, 1, 3, 8) X(SEP, 1, 3, 11) X(CMOV, 1, 3, 15) \
+    X(FPU, 1, 3, 0) X(TSC, 1, 3, 4) X(MSR, 1, 3, 5) X(MCE, 1, 3, 7) X(CX8, 1, 3, 8) X(SEP, 1, 3, 11) X(MCA, 1, 3, 14) \
+    X(CMOV, 1, 3, 15) \
     X(CLFSH, 1, 3, 19) X(MMX, 1, 3, 23) X(FXSR, 1, 3, 24) X(SSE, 1, 3, 25) X(SSE2, 1, 3, 26) \
     X(SSE3, 1, 2, 0) X(PCLMUL, 1, 2, 1) X(MONITOR, 1, 2, 3) X(SSSE3, 1, 2, 9) X(FMA, 1, 2, 12) X(CX16, 1, 2, 13) \
     X(PCID, 1, 2, 17) X(SSE41, 1, 2, 19) X(SSE42, 1, 2, 20) X(X2APIC, 1, 2, 21) X(MOVBE, 1, 2, 22) X(POPCNT, 1, 2, 23) \

@@ -89,7 +89,8 @@ static void set_cr3(struct vcpu *c, const struct record *r, u64 value)
 u64 cr4_valid(const struct vcpu *c)
 {
     static const struct { u64 bits; enum feature feature; } features[] = {
-        {CR4_OSFXSR, FEATURE_FXSR}, {CR4_OSXMMEXCPT, FEATURE_SSE}, {CR4_UMIP, FEATURE_UMIP}, {CR4_LA57, FEATURE_LA57},
+        {CR4_MCE, FEATURE_MCE}, {CR4_OSFXSR, FEATURE_FXSR}, {CR4_OSXMMEXCPT, FEATURE_SSE}, {CR4_UMIP, FEATURE_UMIP},
+        {CR4_LA57, FEATURE_LA57},
         {CR4_FSGSBASE, FEATURE_FSGSBASE}, {CR4_PCIDE, FEATURE_PCID}, {CR4_OSXSAVE, FEATURE_XSAVE},
         {CR4_SMEP, FEATURE_SMEP}, {CR4_SMAP, FEATURE_SMAP}, {CR4_PKE, FEATURE_PKU},
     };
@@ -178,7 +179,7 @@ static unsigned debug_register(struct vcpu *c, const struct record *r)
         raise_fault(c, r, VECTOR_UD);
     need_cpl0(c, r);
     if (c->dr7 & DR7_GD) {
-        c->dr6 |= DR6_BD;
+        debug_status(c, DR6_BD);
         raise_fault(c, r, VECTOR_DB);
     }
     return n == 4 || n == 5 ? n + 2 : n;
@@ -234,7 +235,7 @@ OP(op_invpcid)
         raise_gp(c, 0);
     if ((type == ADDRESS || type == SINGLE) && pcid && !(c->cr4 & CR4_PCIDE))
         raise_gp(c, 0);
-    if (type == ADDRESS && !canonical(c, linear))
+    if (type == ADDRESS && !canonical_base(c, linear))
         raise_gp(c, 0);
     if (type == ADDRESS)
         tlb_flush_page(c, linear); /* the TLB holds the current PCID only */

@@ -208,15 +208,19 @@ HANDLER(call_far_M);
 
 /* ---- Returns ------------------------------------------------------------------------------------------------------------------ */
 
-/* A segment register that an outer level must not have (5.8.6). */
+/* At a return to an outer level: a segment register that it must not have becomes null, and a null one loses its RPL. What is
+ * hidden stays, so FS and GS keep their bases (2A IRET, RETURN-TO-OUTER-PRIVILEGE-LEVEL). */
 static void drop_inner_segments(struct vcpu *c)
 {
     static const u8 data[] = {SEG_ES, SEG_DS, SEG_FS, SEG_GS};
     for (unsigned i = 0; i < 4; i++) {
-        u32 a = c->seg[data[i]].attributes;
+        struct segment *s = &c->seg[data[i]];
+        u32 a = s->attributes;
         bool conforming = a & ATTR_CODE && a & ATTR_CONFORMING;
-        if (!(a & ATTR_UNUSABLE) && !conforming && attributes_dpl(a) < c->cpl)
-            set_null(c, data[i], 0);
+        if (a & ATTR_UNUSABLE || (!conforming && attributes_dpl(a) < c->cpl)) {
+            s->selector = 0;
+            s->attributes = (a | ATTR_UNUSABLE) & ~(u32)ATTR_P;
+        }
     }
 }
 

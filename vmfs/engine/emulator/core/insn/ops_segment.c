@@ -110,7 +110,7 @@ static void write_base(struct vcpu *c, const struct record *r, unsigned seg)
 {
     need_fsgsbase(c, r);
     u64 value = get_reg(c, r->rm, 8u << r->size);
-    if (!canonical(c, value))
+    if (!canonical(c, value)) /* by CR4.LA57, unlike WRMSR: a Xeon does so */
         raise_error(c, r, VECTOR_GP, 0);
     c->seg[seg].base = value;
     segment_changed(c, seg);
@@ -165,7 +165,7 @@ static void load_table(struct vcpu *c, const struct record *r, struct table_regi
     unsigned n = c->key & KEY_CODE64 ? 8 : 4;
     u64 at = mem_linear(c, r, n + 2, ACCESS_READ), limit = linear_load(c, at, 2);
     u64 base = linear_load(c, (at + 2) & c->linear_mask, n);
-    if (n == 8 && !canonical(c, base))
+    if (n == 8 && !canonical_base(c, base))
         raise_error(c, r, VECTOR_GP, 0);
     if (n == 4 && r->size == 1)
         base &= 0xffffff;
@@ -223,7 +223,7 @@ static void read_system(struct vcpu *c, u16 selector, u32 types, struct descript
         raise_gp(c, error);
     if (!(a & ATTR_P))
         raise_error(c, c->now, VECTOR_NP, error);
-    if (!canonical(c, descriptor_base(d)))
+    if (!canonical_base(c, descriptor_base(d)))
         raise_gp(c, error);
 }
 
@@ -322,18 +322,18 @@ OP(op_verw)
 }
 HANDLER(verw);
 
+/* What does not change is not written, and need not be writable. */
 OP(op_arpl)
 {
     unsigned wanted = R16(c, r->reg) & 3;
-    u64 at = 0;
-    u16 selector = r->prefix & PREFIX_REGISTER ? R16(c, r->rm) : (u16)rmw_load(c, r, 2, &at);
+    u16 selector = selector_operand(c, r);
     bool raised = (selector & 3u) < wanted;
     if (raised) {
         selector = (u16)((selector & ~3u) | wanted);
         if (r->prefix & PREFIX_REGISTER)
             set_reg(c, r->rm, 16, selector);
         else
-            linear_store(c, at, 2, selector);
+            mem_store(c, r, 2, selector);
     }
     set_zf(c, raised);
     NEXT();
