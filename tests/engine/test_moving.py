@@ -114,6 +114,32 @@ def test_16_bit_code_beyond_64_kib(vm, engine, other, assembler):
     assert run(vm).line() == "io direction=out port=0x81 size=1 count=1 data=0x1 rip=0x10005"
 
 
+# The MTRRs, machine check banks, IA32_MCG_STATUS, IA32_MISC_ENABLE, IA32_POWER_CTL, HWCR
+KEPT = {
+    0x200: 0x6, 0x201: 0x8000000800, 0x250: 0x0606060606060606, 0x2FF: 0xC06, 0x277: 0x0007010600070106,
+    0x400: 2**64 - 1, 0x47E: 0x1234, 0x17A: 4, 0x1A0: 0x41801, 0x1FC: 2, 0xC0010015: 1 << 24,
+}  # fmt: skip
+
+
+def test_msrs_go_along_there_and_back_and_a_reset_sets_them_back(vm, engine, other):
+    vm.set_mode("long")
+
+    def put(cpu):
+        for index, value in KEPT.items():
+            cpu.set_msr(index, value)
+
+    def values(cpu):
+        return {index: cpu.get_msr(index) for index in KEPT}
+
+    fresh = vm.at_boundary(values).result(SECONDS)
+    vm.change(put)
+    for target in (other, engine):
+        vm.move_to(target)
+        assert vm.at_boundary(values).result(SECONDS) == KEPT
+    vm.reset()
+    assert vm.at_boundary(values).result(SECONDS) == fresh
+
+
 def test_of_a_new_machine(vm, other):
     """The CPUID is the new engine's then: nobody has seen the old one's."""
     theirs = Vm(other, memory_size=SIZE)

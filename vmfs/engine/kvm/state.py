@@ -15,6 +15,8 @@ from vmfs.words.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
 _IA32_TSC = 0x10
+# KVM keeps them, and leaves them out of KVM_GET_MSR_INDEX_LIST: the MTRRs, and the machine check banks.
+_UNLISTED_MSRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF, *range(0x400, 0x480))
 
 
 class _Plain(NamedTuple):
@@ -190,7 +192,7 @@ class VcpuState:
         raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
 
     def _msrs_to_save(self) -> tuple[int, ...]:
-        """KVM_GET_MSR_INDEX_LIST, less what this host, with this CPUID, does not read or write back."""
+        """KVM_GET_MSR_INDEX_LIST and _UNLISTED_MSRS, less what this host, with this CPUID, does not take back."""
         if self._saved_msrs is None and self._has_made_cpuid:
             self._saved_msrs = self._facts.saved_msrs.get(self._has_irqchip)
         if self._saved_msrs is None:
@@ -245,7 +247,8 @@ def _msr_list(device: int) -> tuple[int, ...]:
     buffer = bytearray(abi.MSR_LIST_HEAD.pack(room) + bytes(4 * room))
     ioctl(device, Ioctl.KVM_GET_MSR_INDEX_LIST, buffer)
     count = abi.MSR_LIST_HEAD.unpack_from(buffer)[0]
-    return struct.unpack_from(f"<{count}I", buffer, abi.MSR_LIST_HEAD.size)
+    listed = struct.unpack_from(f"<{count}I", buffer, abi.MSR_LIST_HEAD.size)
+    return (*listed, *(index for index in _UNLISTED_MSRS if index not in listed))
 
 
 def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
