@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from emulator.system_lib import (
     CODE16,
     CODE32,
     CODE64,
+    CR0_PG,
     CR0_TS,
+    CR0_WP,
     DATA16,
     DATA32,
     DB,
@@ -19,6 +23,7 @@ from emulator.system_lib import (
     LDT_SELECTOR,
     NP,
     NT,
+    PF,
     RF,
     SS,
     STACK1,
@@ -36,8 +41,11 @@ from emulator.system_lib import (
     gate,
     tss_descriptor,
 )  # fmt: skip
+from engine.asm import ORIGIN
 
 from vmfs.engine.emulator import _core
+
+GDT_BASE = 8 * 24  # in struct kvm_sregs
 
 
 def test_real_protected_long_compatibility_and_back():
@@ -168,6 +176,30 @@ def test_call_and_iret_between_tasks():
         assert guest.get(TSS2 + 36, 4) & NT == 0  # cleared in what IRET saved
         assert guest.get(TSS2 + 32, 4) == guest.labels["stop"]
         assert guest.frame(False)[2] & NT == 0
+
+
+def test_busy_bits_are_written_only_where_they_change():
+    """A call leaves the old task's descriptor alone, and IRET that of the task it returns to: it may be read-only."""
+    table = 0x23000 - TSS2_SELECTOR + 8  # the page ends before the second task's descriptor
+    with Guest("protected") as guest:
+        guest.load(f"mov ecx, 5; call {TSS2_SELECTOR}:0; inc ecx; jmp stop; other: iret")
+        task(guest, guest.labels["other"], cr3=TABLES)
+        guest.put(TSS + 28, TABLES, 4)
+        guest.write(table, guest.memory[GDT : GDT + 0x100])
+        guest.put(TABLES, TABLES + 0x1000 | 3, 4)
+        for page in range(0x200):
+            guest.put(TABLES + 0x1000 + 4 * page, page << 12 | (1 if page == 0x22 else 3), 4)
+        sregs = bytearray(guest.cpu.get_state("sregs"))
+        struct.pack_into("<Q", sregs, GDT_BASE, table)
+        guest.cpu.set_state("sregs", bytes(sregs))
+        guest.set(cr3=TABLES, cr0=guest.control("cr0") | CR0_PG | CR0_WP)
+        assert guest.run() == STOP
+        assert guest.regs()["rcx"] == 6
+        at = table + TSS2_SELECTOR + 5
+        assert not guest.get(at, 1) & 2
+        guest.put(at - 5, tss_descriptor(TSS2))
+        guest.set(rip=ORIGIN, rsp=KERNEL_STACK - 0x800)
+        assert guest.run(f"jmp {TSS2_SELECTOR}:0; nop") == PF  # a jump makes the old one free
 
 
 def test_task_gates():

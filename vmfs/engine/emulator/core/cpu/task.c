@@ -104,8 +104,10 @@ void task_switch(struct vcpu *c, u16 selector, enum task_source source, u32 ext,
     tss_transfer(c, tr.base, new.bytes, 0, new.wide ? 104 : 44, false);
     for (unsigned at = 0; at < save_bytes; at += 4)
         mmu_check_write(c, (u32)(old_base + save_from + at), 4, ACCESS_SUPERVISOR);
-    mmu_check_write(c, (u32)(d.address + 5), 1, ACCESS_SUPERVISOR);
-    mmu_check_write(c, (u32)(gdt_old + 5), 1, ACCESS_SUPERVISOR);
+    if (source != TASK_RETURN) /* which task is busy is written only where it changes (7.2.2) */
+        mmu_check_write(c, (u32)(d.address + 5), 1, ACCESS_SUPERVISOR);
+    if (!nested)
+        mmu_check_write(c, (u32)(gdt_old + 5), 1, ACCESS_SUPERVISOR);
     if (nested)
         mmu_check_write(c, (u32)tr.base, 2, ACCESS_SUPERVISOR);
 
