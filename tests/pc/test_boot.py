@@ -35,8 +35,7 @@ def test_a_kernel_boots_to_a_shell_and_powers_off(linux):
     pc.type("poweroff -f\n")
     assert pc.ended().startswith("shutdown cause=poweroff rip=0x")
     assert pc.read("state") == "shutdown\n"
-    with contextlib.suppress(AssertionError):
-        pc.expect("never said")  # reads to the end of the file
+    pc.rest()
     assert os.read(pc.console, 1) == b""
 
 
@@ -97,8 +96,7 @@ def test_every_reader_of_the_console_gets_all_from_when_it_opened_it(linux, tmp_
         for one in readers:
             one.kill()
     texts = [file.read_bytes().decode(errors="replace") for file in files]
-    with contextlib.suppress(AssertionError):
-        pc.expect("never said")
+    pc.rest()
     assert texts[0] == texts[1] and pc.said.endswith(texts[0])
     assert "\r\n499\r\n500\r\n" in texts[0]
 

@@ -70,8 +70,6 @@ def test_host_and_guest_decompress_to_the_same_kernel(opened):
         assert found.pvh is not None and len(found.segments) == 4
         for segment in found.segments:
             assert here.read(segment.physical, segment.filled) == there.read(segment.physical, segment.filled)
-            bss = here.read(segment.physical + segment.filled, segment.size - segment.filled)
-            assert not any(bss)
     finally:
         machine.close()
         here.close()

@@ -349,23 +349,31 @@ def test_hostile_buffers(buffers: list[tuple[int, int]], features: int, sizes: l
         card.close()  # which waits for the thread: it has ended without an exception, or pytest says so
 
 
-@given(data=st.binary(max_size=400), cuts=st.lists(st.integers(1, 50), max_size=10))
-def test_a_stream_in_any_pieces(data: bytes, cuts: list[int]) -> None:
-    """Frames come out as they went in; nonsense is an OSError; nothing else happens."""
+@given(
+    frames=st.lists(st.binary(min_size=1, max_size=80), max_size=6),
+    nonsense=st.none() | st.just(0) | st.integers(MAX_FRAME + 1, (1 << 32) - 1),
+    cuts=st.lists(st.integers(1, 50), max_size=10),
+)
+def test_a_stream_in_any_pieces(frames: list[bytes], nonsense: int | None, cuts: list[int]) -> None:
+    """Frames come out as they went in; a length that none has is an OSError behind them."""
+    data = b"".join(struct.pack(">I", len(frame)) + frame for frame in frames)
+    if nonsense is not None:
+        data += struct.pack(">I", nonsense)
     wire = Wire()
-    got = []
+    got, failed = [], False
     try:
-        for cut in (*cuts, 400):
+        for cut in (*cuts, len(data)):
             piece, data = data[:cut], data[cut:]
             wire.end.sendall(piece)
             while (frame := wire.backend.receive()) is not None:
                 got.append(frame)
     except OSError:
-        pass
+        failed = True
     finally:
         wire.end.close()
         wire.backend.close()
-    assert all(0 < len(frame) <= MAX_FRAME for frame in got)
+    assert got == frames
+    assert failed == (nonsense is not None)
 
 
 def test_passt_starts_and_ends() -> None:
