@@ -271,6 +271,18 @@ def test_slices_of_any_length_are_one_run(vm):
         assert vm.regs() == wanted
 
 
+def test_a_budget_ends_before_the_fetch_that_faults(vm):
+    """What the fetch raises is no part of the instruction before it: a run in any pieces ends in the same place."""
+    vm.load(assemble("handler: hlt", "real"), "real")
+    vm.ram.write(13 * 4, ORIGIN.to_bytes(4, "little"))
+    vm.ram.write(0xFFF0, b"\x90" * 16)
+    for pieces in ((16,), (15, 1), (1,) * 16):
+        vm.set_regs(rip=0xFFF0, rsp=0x8000)
+        lines = [vm.vcpu.run(budget=budget).line() for budget in pieces]
+        assert lines[-1] == "limit rip=0x10000"
+        assert vm.vcpu.run(budget=1).line() == f"hlt rip={ORIGIN + 1:#x}"
+
+
 @pytest.mark.parametrize("first", [0xFFF0, 0xFF00, 0xFE30])
 def test_what_ran_to_the_end_of_the_segment_is_counted(vm, first):
     """The limit of CS is the end of a page and of a trace: the next fetch faults, and what was before it has run."""

@@ -16,6 +16,8 @@ from emulator.system_lib import (
     GP,
     KERNEL_STACK,
     NT,
+    PF,
+    RF,
     SHUTDOWN,
     SS,
     STOP,
@@ -117,6 +119,19 @@ def test_flushing_a_line_of_an_execute_only_segment(code):
         guest.begin()
         guest.set_descriptor(FREE, descriptor(kind=9, limit=0xFFFF, granular=0))
         assert guest.run(f"{begin} {code}") == GP
+
+
+def test_a_breakpoint_comes_before_the_faults_of_the_fetch():
+    """Intel SDM 3A table 6-2. If it came after, it would never: the frame of a fault has RF. Processors do so."""
+    with Guest("long") as guest:
+        there = DATA
+        guest.put(guest.pte(there), 0)
+        load = f"mov eax, {there}; mov dr0, rax; mov ebx, 0x401; mov dr7, rbx"
+        assert guest.run(f"{load}; jmp rax") == DB
+        assert guest.frame(False)[0] == there
+        guest.set(rip=there, rflags=RF | 2)
+        assert guest.run() == PF
+        assert (guest.frame(True)[0], guest.frame(True)[2] & RF) == (there, RF)
 
 
 @pytest.mark.parametrize("code", ["nop; nop", "mov al, 1", ".byte 0x70, 0x1e", "cmp al, [bx]", "xlatb; cmc"])

@@ -75,6 +75,9 @@ CASES = (
         "out", "e680", (Run("io direction=out port=0x80 size=1 count=1 data=0x41 rip=0x10000"), Regs({"rsp": 0x8000}))
     ),
     _at_the_end("nops-at-full-speed", "9090", ()),
+    _at_the_end("breakpoint-beyond", "9090", (
+        Debug(breakpoints={3: 0x10000}), Run("debug cause=breakpoint id=3 rip=0x10000")
+    )),
     _at_the_end("rep", "f3aa", (), rcx=3, rdi=0x3000),
     _of_128_kib("goes-straight-on", ".fill 32, 1, 0x90; mov al, 2; hlt", _PAST),
     _of_128_kib("straddles", ".fill 14, 1, 0x90; mov ebx, 0x12345678; .fill 12, 1, 0x90; mov al, 2; hlt",

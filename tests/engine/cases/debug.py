@@ -34,6 +34,18 @@ _NO_USER_STEP = {"pvm-no-user-mode-debug": (
 )}  # fmt: skip
 
 CASES = (
+    Case(
+        "breakpoint-where-nothing-is-mapped",
+        "long",
+        # Breakpoints come before the faults of the fetch (Intel SDM 3A table 6-2).
+        idt64(14) + "mov rax, 0x7000000000; jmp rax; handler14: pop rbx; pop rcx; hlt; end:",
+        (
+            Debug(breakpoints={3: 0x7000000000}),
+            Run("debug cause=breakpoint id=3 rip=0x7000000000"),
+            Run("hlt rip={end}"),
+            Regs({"rbx": 0, "rcx": 0x7000000000}),
+        ),
+    ),
     *(
         Case(
             f"step-{mode}",

@@ -261,9 +261,11 @@ static void fetch_first(struct vcpu *c, u64 ip, struct fetch *f)
 {
     u64 linear = code_linear(c, ip);
     c->now = NULL;
+    c->fetching = true;
     if (!target_valid(c, ip))
         raise_error(c, NULL, VECTOR_GP, 0);
     f->physical[0] = mmu_translate(c, linear, ACCESS_EXECUTE);
+    c->fetching = false;
     f->physical[1] = ~0ull;
     f->host[0] = code_page_host(c, f->physical[0]);
     f->host[1] = NULL;
@@ -442,7 +444,7 @@ void jump_slow(struct vcpu *c, const struct record *r)
         check_target(c, r, target);
     c->budget += r->left;
     c->gpr[GPR_IP] = target;
-    if (c->alone || atomic_load_explicit(&c->attention, memory_order_relaxed)) {
+    if (c->budget <= 0 || atomic_load_explicit(&c->attention, memory_order_relaxed)) { /* and before what the fetch raises */
         c->now = NULL;
         return;
     }
@@ -458,7 +460,7 @@ void jump_indirect_slow(struct vcpu *c, const struct record *r)
 {
     (void)r;
     c->now = NULL;
-    if (c->alone)
+    if (c->budget <= 0)
         return;
     struct block *b = cache_lookup(c);
     ENTER(c, b);

@@ -315,6 +315,42 @@ static void begin_again(struct vcpu *c)
     c->began_sti = c->began_ss = false;
 }
 
+/* Whether the instruction at rip has a breakpoint, the host's or the guest's. */
+static bool has_breakpoint(const struct vcpu *c)
+{
+    return (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear(c, c->gpr[GPR_IP]));
+}
+
+static void at_breakpoint(struct vcpu *c)
+{
+    u64 linear = code_linear(c, c->gpr[GPR_IP]);
+    c->at_breakpoint = false;
+    if (!c->resume_breakpoint && stops_reach_break(c, linear)) {
+        c->resume_breakpoint = true;
+        return;
+    }
+    if (!(c->rflags & FLAG_RF) && !c->shadow_ss) {
+        u64 hits = 0;
+        for (unsigned i = 0; i < 4; i++)
+            if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
+                hits |= 1ull << i;
+        if (hits) { /* a fault: before the instruction */
+            debug_status(c, hits);
+            c->fault = (struct fault){.vector = VECTOR_DB};
+            escape(c, ESCAPE_FAULT);
+        }
+    }
+    c->pass_breakpoint = true;
+}
+
+/* Whether the fetch that faulted was that of an instruction with a breakpoint, which comes first (3A table 6-2). */
+static bool fetched_breakpoint(struct vcpu *c)
+{
+    bool fetched = c->fetching && !c->alone;
+    c->fetching = false;
+    return fetched && has_breakpoint(c);
+}
+
 static void after_escape(struct vcpu *c, enum escape how)
 {
     if (c->tracer)
@@ -322,6 +358,10 @@ static void after_escape(struct vcpu *c, enum escape how)
     undo(c);
     switch (how) {
     case ESCAPE_FAULT:
+        if (fetched_breakpoint(c)) {
+            at_breakpoint(c);
+            return;
+        }
         end_alone(c);
         c->store_count = 0;
         c->debug_hits = 0;
@@ -381,28 +421,6 @@ static void after_alone(struct vcpu *c, bool tf)
     if (has_stops(c, STOP_MODE))
         stops_reach_mode(c);
     stops_finish(c);
-}
-
-static void at_breakpoint(struct vcpu *c)
-{
-    u64 linear = code_linear(c, c->gpr[GPR_IP]);
-    c->at_breakpoint = false;
-    if (!c->resume_breakpoint && stops_reach_break(c, linear)) {
-        c->resume_breakpoint = true;
-        return;
-    }
-    if (!(c->rflags & FLAG_RF) && !c->shadow_ss) {
-        u64 hits = 0;
-        for (unsigned i = 0; i < 4; i++)
-            if (c->dr7 >> (2 * i) & 3 && !(c->dr7 >> (16 + 4 * i) & 15) && c->dr[i] == linear)
-                hits |= 1ull << i;
-        if (hits) { /* a fault: before the instruction */
-            debug_status(c, hits);
-            c->fault = (struct fault){.vector = VECTOR_DB};
-            escape(c, ESCAPE_FAULT);
-        }
-    }
-    c->pass_breakpoint = true;
 }
 
 /* Ask the host whether to go on (vcpu_set_poll). */
@@ -484,14 +502,12 @@ static void turn(struct vcpu *c)
     c->asleep = false;
     if (c->repeating) { /* to go on is not to arrive at a breakpoint */
         c->repeating = false;
-        c->pass_breakpoint |= (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) &&
-                              is_breakpoint(c, code_linear(c, c->gpr[GPR_IP]));
+        c->pass_breakpoint |= has_breakpoint(c);
     }
     begin_slice(c);
     bool tf = c->rflags & FLAG_TF;
     bool alone = tf || c->shadow_sti || c->shadow_ss || c->step || c->rflags & FLAG_RF;
-    if ((alone || c->resume_breakpoint) && !c->restart && !c->pass_breakpoint &&
-        (has_stops(c, STOP_BREAKPOINT) || c->dr7 & 0xff) && is_breakpoint(c, code_linear(c, c->gpr[GPR_IP]))) {
+    if ((alone || c->resume_breakpoint) && !c->restart && !c->pass_breakpoint && has_breakpoint(c)) {
         at_breakpoint(c); /* stops, or lets it pass */
         return;
     }
