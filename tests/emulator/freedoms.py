@@ -172,6 +172,20 @@ def _repeat_flags(case, host, core):
     return replace(host, flags=core.flags)
 
 
+def _movsxd_reads_more(case, host, core):
+    """MOVSXD with operand size 16, of which only 16 bits are there."""
+    at = instruction_at(case, host.ip)
+    short = 0x66 in at.prefixes and not at.prefixes[-1] & 0xF8 == 0x48
+    if host.vector != PF or core.vector != COMPLETED or at.opcode != b"\x63" or not at.memory or not short:
+        return None
+    if core.ip != case.ip + len(case.code) or host.address % PAGE:
+        return None
+    changes = [name for name in host.gprs if host.gprs[name] != core.gprs[name]]
+    if len(changes) > 1 or any((host.gprs[name] ^ core.gprs[name]) >> 16 for name in changes):
+        return None
+    return replace(host, vector=COMPLETED, ip=core.ip, gprs=dict(core.gprs))
+
+
 @dataclass(frozen=True)
 class Freedom:
     """`use(case, host, core)`: the host's outcome in the core's way, or None where the freedom is not what differs."""
@@ -217,6 +231,11 @@ FREEDOMS = (
         "SDM 1 3.4.1.1 zero-extends results of 32 bits; where ECX is 0 or the first iteration faults there is none. "
         "Intel's processors extend nevertheless (Linux arch/x86/kvm/emulate.c, string_registers_quirk)",
         _repeat_halves,
+    ),
+    Freedom(
+        "MOVSXD of 16 bits",
+        "SDM 2B MOVSX: MOVSXD r16, r/m16. AMD's APM 3 has forms of 32 bits only, and its processors read them",
+        _movsxd_reads_more,
     ),
     Freedom(
         "flags of a repeated comparison that faults",

@@ -72,6 +72,9 @@ REP = case("f367a4", rcx=5 << 32, rsi=6 << 32 | 1, rdi=7 << 32 | 2)
 REP_GPRS = REP.gprs | {"rcx": 0, "rsi": 1, "rdi": 2}
 DONE = {"vector": COMPLETED, "ip": START + 3}
 REP64 = replace(REP, code=bytes.fromhex("f3a4"))
+MOVSXD = case("666303", rbx=END - 2)
+LOADED = faulted(MOVSXD, COMPLETED, ip=START + 3, gprs=MOVSXD.gprs | {"rax": 0x8181})
+MOVSXD32 = replace(MOVSXD, code=b"\x66\x48\x63\x03")
 SCAS = case("f3ae", rcx=9, rdi=END - 2)
 
 ALLOWED = {
@@ -86,6 +89,7 @@ ALLOWED = {
     "high halves of repeated strings' registers": (
         REP, faulted(REP, gprs=REP_GPRS, **DONE), faulted(REP, **DONE)
     ),
+    "MOVSXD of 16 bits": (MOVSXD, faulted(MOVSXD, PF), LOADED),
     "flags of a repeated comparison that faults": (
         SCAS,
         faulted(SCAS, PF, gprs=SCAS.gprs | {"rcx": 7, "rdi": END}),
@@ -127,6 +131,8 @@ REFUSALS = {
     "a low half": (REP, faulted(REP, gprs=REP_GPRS | {"rsi": 3}, **DONE), faulted(REP, **DONE)),
     "another register": (REP, faulted(REP, gprs=REP_GPRS | {"rdx": 3}, **DONE), faulted(REP, **DONE)),
     "64-bit addresses": (REP64, faulted(REP64, gprs=REP_GPRS, **DONE), faulted(REP64, **DONE)),
+    "32 bits loaded": (MOVSXD, faulted(MOVSXD, PF), replace(LOADED, gprs=MOVSXD.gprs | {"rax": 0x81818181})),
+    "MOVSXD of 32 bits": (MOVSXD32, faulted(MOVSXD32, PF), replace(LOADED, ip=START + 4)),
     "other flags than before": (SCAS, faulted(SCAS, PF, flags=0x81), faulted(SCAS, PF, flags=0x85)),
     "flags of what is done": (SCAS, faulted(SCAS, COMPLETED), faulted(SCAS, COMPLETED, flags=0x85)),
 }  # fmt: skip

@@ -141,3 +141,15 @@ def test_rdrand_writes_its_size(core):
     ones = 2**64 - 1
     assert core.run(make_case("660fc7f0", rax=ones)).gprs["rax"] >> 16 == ones >> 16
     assert core.run(make_case("0fc7f8", rax=ones)).gprs["rax"] >> 32 == 0  # rdseed eax
+
+
+@pytest.mark.parametrize(("code", "size"), [("666303", 2), ("6303", 4), ("486303", 4), ("66486303", 4)])
+def test_movsxd_reads_its_operand_and_no_more(code, size, core):
+    """With operand size 16 that is 16 bits (SDM 2B MOVSX): at the end of what is mapped there is no more."""
+    case = make_case(code, rbx=DATA + native.DATA_SIZE - size, rax=0)
+    found = core.run(case)
+    value = int.from_bytes(case.data[-size:], "little", signed=True)
+    width = 2 if size == 2 else 8 if "48" in code else 4
+    assert (found.vector, found.gprs["rax"]) == (native.COMPLETED, value % 256**width)
+    case.gprs["rbx"] += 1
+    assert core.run(case).vector == 14

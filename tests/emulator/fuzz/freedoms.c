@@ -193,6 +193,13 @@ static bool wrapped_part(const struct test *t, struct state *host, struct state 
     return false;
 }
 
+static bool movsxd_reads_more(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, host->rip);
+    return e.opcode[0] == 0x63 && e.by66 && e.mod != 3 && !t->code.mode.compat && host->rip != core->rip &&
+           (host->vector == PF || host->vector == AC);
+}
+
 static bool call_order(const struct test *t, struct state *host, struct state *core)
 {
     return host->rip == core->rip && t->code.indirect && (host->vector == SS || host->vector == PF) && core->vector == GP;
@@ -505,6 +512,7 @@ static const struct freedom {
      "cause the exception; this is implementation-specific", wrapped_access},
     {"over FFFF with 16-bit addresses", "SDM 1 3.3.5 has no word on operands of several parts; Intel's cut each part's offset",
      wrapped_part},
+    {"MOVSXD of 16 bits", "SDM 2B MOVSX: it reads 16 bits; AMD: 32", movsxd_reads_more},
     {"CALL with two faults", "SDM 2A CALL: the target first; AMD: the push", call_order},
     {"CALL that pushed", "the same; what lies below rSP is nobody's", call_pushed},
     {"POPA in part", "the manuals do not say that it loads all or nothing", popped_in_part},

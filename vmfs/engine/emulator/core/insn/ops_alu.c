@@ -201,18 +201,18 @@ UNARY(dec)
     } \
     OP(name##_mem_##bits) \
     { \
-        u64 e = mem_load(c, r, from / 8); \
+        u64 e = mem_load(c, r, (from) / 8); \
         set_reg(c, r->reg, bits, (u64)(expression)); \
         NEXT(); \
     } \
     OP(name##_fast_##bits) \
     { \
-        const u8 *p = fast_read(c, r, from / 8); \
+        const u8 *p = fast_read(c, r, (from) / 8); \
         if (unlikely(!p)) { \
             name##_mem_##bits(c, r); \
             return; \
         } \
-        u64 e = peek(p, from / 8); \
+        u64 e = peek(p, (from) / 8); \
         set_reg(c, r->reg, bits, (u64)(expression)); \
         NEXT(); \
     }
@@ -224,12 +224,14 @@ UNARY(dec)
 SIZES(MOV_SIZE, mov)
 TABLE(mov_E_G); TABLE(mov_E_I); TABLE(mov_G_E);
 
+/* MOVSXD r16, r/m16: with operand size 16 it reads 16 bits (SDM 2B MOVSX), on AMD's processors 32. */
+#define MOVSXD_BITS(bits) ((bits) < 32 ? (bits) : 32)
 #define EXTEND_SIZE(name, bits) \
     LOAD(movzx8, 8, e, bits) LOAD(movzx16, 16, e, bits) \
     LOAD(movsx8, 8, sign_extend(e, 8), bits) LOAD(movsx16, 16, sign_extend(e, 16), bits) \
-    LOAD(movsx32, 32, sign_extend(e, 32), bits)
+    LOAD(movsxd, MOVSXD_BITS(bits), sign_extend(e, MOVSXD_BITS(bits)), bits)
 WIDE_SIZES(EXTEND_SIZE, movx)
-WIDE_TABLE(movzx8); WIDE_TABLE(movzx16); WIDE_TABLE(movsx8); WIDE_TABLE(movsx16); WIDE_TABLE(movsx32);
+WIDE_TABLE(movzx8); WIDE_TABLE(movzx16); WIDE_TABLE(movsx8); WIDE_TABLE(movsx16); WIDE_TABLE(movsxd);
 
 #define MOV_Z_SIZE(name, bits) \
     OP(mov_Z_Iv_##bits) { set_reg(c, r->rm, bits, (u64)r->disp); NEXT(); }
