@@ -48,7 +48,7 @@ next:
     say "|"
     mov ax, ds              # what the descriptors say is what the segments are
     mov es, ax
-    jmp 0x10:reloaded
+    jmp 0x08:reloaded
 reloaded:
     mov eax, cr0
     and eax, 0x80000001

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,9 @@ def test_a_kernel_boots_to_a_shell_and_powers_off(linux):
     pc = linux()
     assert pc.shell("echo $((6 * 7)) and more") == "42 and more\n"
     assert f"Linux (none) {CLOUD.release} " in pc.shell("uname -a")
+    assert "PAT: Configuration [0-7]: WB  WC  UC- UC  WB  WP  UC- WT" in pc.shell("dmesg | grep PAT")
+    ranges = pc.shell("cat /proc/mtrr")
+    assert re.fullmatch(r"reg00: base=0x0e0000000 \( *3584MB\), size= *512MB.*: uncachable\n", ranges)
     assert "PCI: Using ACPI for IRQ routing" in pc.shell("dmesg | grep ACPI")
     # What it found of the machine is what dev/ has.
     assert "0: uart:16550A port:000003F8 irq:4" in pc.shell("cat /proc/tty/driver/serial")

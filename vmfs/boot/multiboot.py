@@ -98,7 +98,7 @@ def load(plan: Plan, request: Request) -> Entry:
         struct.pack_into("<QIIIBB", info, 88, 0xB8000, 160, 80, 25, 16, _TEXT)
     struct.pack_into("<I", info, 0, flags)
     address = plan.put("the multiboot information", bytes(info), low=low, high=high, align=16)
-    registers = start.protected(plan, {"rip": entry, "rax": _BOOTLOADER_MAGIC, "rbx": address})
+    registers = start.protected(plan, {"rip": entry, "rax": _BOOTLOADER_MAGIC, "rbx": address}, start.LOADER)
     return Entry(registers, f"multiboot, entered at {entry:#x}")
 
 

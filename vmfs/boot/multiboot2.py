@@ -105,7 +105,7 @@ def load(plan: Plan, request: Request) -> Entry:
     body = b"".join(parts) + struct.pack("<II", _END, 8)
     data = struct.pack("<II", 8 + len(body), 0) + body
     address = plan.put("the multiboot information", data, low=start.LOW, high=start.LOW_END)
-    registers = start.protected(plan, {"rip": entry, "rax": _BOOTLOADER_MAGIC, "rbx": address})
+    registers = start.protected(plan, {"rip": entry, "rax": _BOOTLOADER_MAGIC, "rbx": address}, start.LOADER)
     return Entry(registers, f"multiboot2, entered at {entry:#x}")
 
 

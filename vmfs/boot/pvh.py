@@ -47,5 +47,5 @@ def load(plan: Plan, request: Request) -> Entry:
         _MAGIC, _VERSION, 0, len(modules) // _MODULE.size, modules_at, command, request.rsdp, map_at, len(ranges), 0
     )
     plan.write(info, header + entries + modules)
-    registers = start.protected(plan, {"rip": found.pvh, "rbx": info})
+    registers = start.protected(plan, {"rip": found.pvh, "rbx": info}, start.LOADER)
     return Entry(registers, f"ELF{found.bits}, PVH entry at {found.pvh:#x}")

@@ -1,7 +1,8 @@
 """Start: how the CPU begins, as register values; and the states that boot protocols ask for.
 
-Every one has interrupts off, no paging but where long mode needs it, flat segments with the selectors that the Linux
-protocols name (code 0x10, data 0x18), and a GDT in RAM that says the same as the hidden parts of the segments.
+Every one has interrupts off, no paging but where long mode needs it, flat segments, and a GDT in RAM that says the
+same as the hidden parts of the segments. Selectors are those of a `Layout`. What a BIOS would have set in the CPU and
+in the chips is in firmware.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmfs.boot import firmware
+from vmfs.boot.firmware import States
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, EBDA, Platform
 from vmfs.boot.source import Source
@@ -25,12 +28,28 @@ LOW, LOW_END = 0x1_0000, EBDA
 STUBS = 0xF_FC00
 _VECTORS = 256
 
-CODE, DATA, TASK = 0x10, 0x18, 0x20
 _DATA_TYPE, _CODE_TYPE, _BUSY_TSS, _LDT_TYPE = 3, 11, 11, 2  # Intel SDM 3A 3.4.5.1, 3.5
 
 _PAGE = 4096
 _MAPPED = 4  # GiB
 _TABLE, _LARGE = 0x03, 0x83  # present and writable; a page of 2 MiB, too
+
+
+class Layout(NamedTuple):
+    """The descriptors of a GDT, by their selectors. `task` is 0 where TR has none: its hidden part counts."""
+
+    code: int
+    data: int
+    task: int
+    code_16: int
+    data_16: int
+    idt_limit: int
+
+
+# boot.rst: __BOOT_CS, __BOOT_DS; Linux's own setup code has the TSS there, and an IDT without entries.
+LINUX = Layout(code=0x10, data=0x18, task=0x20, code_16=0, data_16=0, idt_limit=0)
+# What QEMU and GRUB's first version leave: a kernel may use them until it has a GDT of its own. IDTR is real mode's.
+LOADER = Layout(code=0x08, data=0x10, task=0, code_16=0x18, data_16=0x20, idt_limit=0x3FF)
 
 _GENERAL = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15".split()
 
@@ -65,7 +84,12 @@ class Start:
     def apply(self, cpu: RegisterFile) -> None:
         """Set the registers of a CPU in its reset state, as one change."""
         if self.registers:
-            write_registers(cpu, self.registers)
+            write_registers(cpu, {**self.registers, **firmware.memory_types(cpu.get_state("cpuid"))})
+
+    def apply_to_chips(self, machine: States, cpu: States) -> None:
+        """Set a new machine's interrupt controllers and timer."""
+        if self.registers:
+            firmware.leave_chips(machine, cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +144,12 @@ def real(*, rip: int, rsp: int, rdx: int = 0, segment: int = 0, code_segment: in
     }
 
 
-def protected(plan: Plan, values: Mapping[str, int]) -> dict[str, int]:
+def protected(plan: Plan, values: Mapping[str, int], layout: Layout = LINUX) -> dict[str, int]:
     """32-bit protected mode without paging; `values` are the general registers, 0 where not given.
 
     The state of the multiboot, PVH and 32-bit Linux protocols.
     """
-    return _flat(plan, values, long=False, cr3=0)
+    return _flat(plan, values, layout, long=False, cr3=0)
 
 
 def long(plan: Plan, values: Mapping[str, int]) -> dict[str, int]:
@@ -140,24 +164,39 @@ def long(plan: Plan, values: Mapping[str, int]) -> dict[str, int]:
         *(struct.pack("<Q", number << 21 | _LARGE) for number in range(_MAPPED * 512)),
     ]
     plan.write(address, b"".join(tables))
-    return _flat(plan, values, long=True, cr3=address)
+    return _flat(plan, values, LINUX, long=True, cr3=address)
 
 
-def _flat(plan: Plan, values: Mapping[str, int], *, long: bool, cr3: int) -> dict[str, int]:
-    data = Segment(0, 0xFFFFFFFF, DATA, _DATA_TYPE, present=1, dpl=0, db=1, s=1, l=0, g=1)
-    code = data._replace(type=_CODE_TYPE, selector=CODE, db=0 if long else 1, l=1 if long else 0)
-    tss = Segment(0, 0x67, TASK, _BUSY_TSS, present=1, dpl=0, db=0, s=0, l=0, g=0)
-    # The hidden part of TR is what counts until the guest loads its own: its descriptor is of 16 bytes in long mode.
-    table = bytes(CODE) + code.descriptor() + data.descriptor() + tss.descriptor() + bytes(8)
+def _flat(plan: Plan, values: Mapping[str, int], layout: Layout, *, long: bool, cr3: int) -> dict[str, int]:
+    data = Segment(0, 0xFFFFFFFF, layout.data, _DATA_TYPE, present=1, dpl=0, db=1, s=1, l=0, g=1)
+    code = data._replace(type=_CODE_TYPE, selector=layout.code, db=0 if long else 1, l=1 if long else 0)
+    tss = Segment(0, 0x67, layout.task, _BUSY_TSS, present=1, dpl=0, db=0, s=0, l=0, g=0)
+    data_16 = Segment(0, 0xFFFF, layout.data_16, _DATA_TYPE, present=1, dpl=0, db=0, s=1, l=0, g=0)
+    code_16 = data_16._replace(type=_CODE_TYPE, selector=layout.code_16)
+    table = _table(code, data, code_16, data_16, tss)
     gdt = plan.put("the GDT", table, low=LOW, high=LOW_END)
     stack = plan.place("the stack", _PAGE, low=LOW, high=LOW_END) + _PAGE
     return {
         **_segments(code, data, tss),
-        **{"gdtr.base": gdt, "gdtr.limit": len(table) - 1, "idtr.base": 0, "idtr.limit": 0},
+        **{"gdtr.base": gdt, "gdtr.limit": len(table) - 1, "idtr.base": 0, "idtr.limit": layout.idt_limit},
         **{"cr0": CR0_PE | CR0_ET | (CR0_PG if long else 0), "cr2": 0, "cr3": cr3},
         **{"cr4": CR4_PAE if long else 0, "cr8": 0, "efer": EFER_LME | EFER_LMA if long else 0},
         **_general({"rsp": stack, **values}),
     }
+
+
+def _table(*segments: Segment) -> bytes:
+    """A GDT with each segment at its selector; one with selector 0 is not in it."""
+    table = bytearray(8)
+    for segment in segments:
+        if not segment.selector:
+            continue
+        descriptor = segment.descriptor()
+        if not segment.s:
+            descriptor += bytes(8)  # a system segment's is of 16 bytes in long mode
+        table.extend(bytes(max(segment.selector + len(descriptor) - len(table), 0)))
+        table[segment.selector : segment.selector + len(descriptor)] = descriptor
+    return bytes(table)
 
 
 def _general(values: Mapping[str, int]) -> dict[str, int]:
@@ -182,6 +221,9 @@ def bios_data(plan: Plan, platform: Platform) -> None:
     equipment = fpu | (mouse if platform.ps2 else 0) | (color_80 if platform.vga else 0) | len(ports) << 9
     struct.pack_into("<H", area, 0x10, equipment)
     struct.pack_into("<H", area, 0x13, EBDA >> 10)  # KiB of conventional memory
+    if platform.ps2:
+        struct.pack_into("<HH", area, 0x1A, 0x1E, 0x1E)  # the keyboard's buffer, which is empty
+        struct.pack_into("<HH", area, 0x80, 0x1E, 0x3E)  # its begin and end
     if platform.vga:
         struct.pack_into("<BHH", area, 0x49, 3, 80, 0x1000)  # video mode, columns, bytes a page
         struct.pack_into("<H", area, 0x63, 0x3D4)  # the CRT controller's port

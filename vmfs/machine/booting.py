@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmfs.boot import Platform, Rom, Source, firmware_files, load, load_bios
-from vmfs.engine.base import Vcpu
+from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.images import Images
 from vmfs.machine.memory import Memory
 from vmfs.words.errors import Invalid
@@ -27,7 +27,7 @@ class Booted:
     files: Mapping[str, bytes]
 
 
-def boot(images: Images, memory: Memory, cpu: Vcpu, *, has_devices: bool) -> Booted:
+def boot(images: Images, memory: Memory, machine: Machine, cpu: Vcpu, *, has_devices: bool) -> Booted:
     """Load the images, and set the CPU to where they begin. Invalid for what cannot be; nothing has changed then."""
     platform = Platform(memory.size) if has_devices else Platform(memory.size, **_BARE)  # type: ignore[arg-type]
     bios = _source(images, "bios")
@@ -49,6 +49,8 @@ def boot(images: Images, memory: Memory, cpu: Vcpu, *, has_devices: bool) -> Boo
         rom = load_bios(bios, memory)
         written = (*written, *_shadow(rom))
     started.apply(cpu)
+    if has_devices:
+        started.apply_to_chips(machine, cpu)
     return Booted(started.how, written, rom, started.firmware_files or {})
 
 

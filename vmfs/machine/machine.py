@@ -482,7 +482,7 @@ class Vm:
         if images.bootable:
             from vmfs.machine.booting import boot  # what reads images is not loaded by who boots none
 
-            booted = boot(images, self.memory, self._cpu, has_devices=self.board is not None)
+            booted = boot(images, self.memory, self._machine, self._cpu, has_devices=self.board is not None)
             if self.board is not None:
                 self.board.set_firmware_files(booted.files)
             if booted.rom is not None:

@@ -37,7 +37,7 @@ _MAX_SEGMENTS = 16
 _MAX_RANGE = 1 << 22  # sectors of a discard: 2 GiB
 _MAX_ZEROES = 1 << 17  # sectors of a write-zeroes, which may have to be written: 64 MiB
 _ID_LENGTH = 20
-# BIOSes make up a geometry of 16 heads and 63 sectors a track. A disk has to have a cylinder of that, else no sector is in it.
+# A BIOS makes up a geometry of 16 heads and 63 sectors a track; a disk without a cylinder of that has no sector for it.
 _SMALLEST_CYLINDER = 16 * 63
 _TRACK = 63  # sectors, the most that int 13h knows
 _WRITEBACK = 32  # offset of the field in the configuration
@@ -76,8 +76,8 @@ class Block(VirtioDevice):
 
     @property
     def geometry(self) -> tuple[int, int, int]:
-        """Cylinders, heads, sectors a track, for a disk that is smaller than a BIOS expects; else zeros. A remainder, smaller
-        than a track, is out of reach of addresses by cylinder, head and sector."""
+        """Cylinders, heads, sectors a track, for a disk that is smaller than a BIOS expects; else zeros. The last
+        sectors, fewer than a track, may have no such address."""
         sectors = self.disk.size // SECTOR
         if sectors >= _SMALLEST_CYLINDER:
             return 0, 0, 0
