@@ -22,7 +22,7 @@ CASES = 150
 NARROW = GPRS[:8]
 # The rest of what is legacy-only moves segment registers or leaves the program: tests of the system part.
 SIMPLE = {
-    "AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF", "INC", "DEC", "PUSHA", "POPA",
+    "AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "ARPL", "LAHF", "SAHF", "INC", "DEC", "PUSHA", "POPA",
     "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP",
 }
 

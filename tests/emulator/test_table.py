@@ -32,7 +32,6 @@ ELSEWHERE = {
     "PUSH_CS": ("test_table.py", "test_segments_on_the_stack", SELECTORS),
     **{name: ("test_table.py", "test_far_pointers_to_segments", SELECTORS)
        for name in ("LES", "LDS", "LSS", "LFS", "LGS")},
-    "ARPL": ("test_system_checks.py", "test_arpl", "Linux gives programs no selectors for it"),
     "JMP_FAR": ("test_system_checks.py", "test_accessed_bits_are_set", FAR),
     "CALL_FAR": ("test_system_checks.py", "test_call_gates", FAR),
     "RET_FAR": ("test_system_checks.py", "test_retf_to_an_outer_level", FAR),

@@ -108,7 +108,7 @@ static bool is_16_bit(const struct mode *mode) { return mode->segmented && !segm
 /* ---- The table -------------------------------------------------------------------------------------------- */
 
 /* Without A_NO64: legacy-only rows that do not touch segment registers or leave the program. */
-static const char *const legacy[] = {"AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "LAHF", "SAHF",
+static const char *const legacy[] = {"AAA", "AAS", "AAM", "AAD", "DAA", "DAS", "SALC", "BOUND", "ARPL", "LAHF", "SAHF",
                                      "INC", "DEC", "PUSHA", "POPA", "ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP", NULL};
 /* With A_NOTEST, but good here: the SHA rows in register form only, since AMD does not ask for aligned memory there. */
 static const char *const allowed[] = {"SHA1NEXTE", "SHA1MSG1", "SHA1MSG2", "SHA256MSG1", "SHA256MSG2",

@@ -17,7 +17,7 @@ INSN(LDS, M1, 0xc5, ANY, NO, MEM, Gv, Mp, __, V, lds, BASE, A_NO64 | A_NOTEST, N
 INSN(LSS, M0F, 0xb2, ANY, NO, MEM, Gv, Mp, __, V, lss, BASE, A_END | A_NOTEST, NONE, NONE, NONE)
 INSN(LFS, M0F, 0xb4, ANY, NO, MEM, Gv, Mp, __, V, lfs, BASE, A_NOTEST, NONE, NONE, NONE)
 INSN(LGS, M0F, 0xb5, ANY, NO, MEM, Gv, Mp, __, V, lgs, BASE, A_NOTEST, NONE, NONE, NONE)
-INSN(ARPL, M1, 0x63, ANY, NO, RM, Ew, Gw, __, W, arpl, BASE, A_NO64 | A_PROTECTED | A_NOTEST, NONE, Z, NONE)
+INSN(ARPL, M1, 0x63, ANY, NO, RM, Ew, Gw, __, W, arpl, BASE, A_NO64 | A_PROTECTED, NONE, Z, NONE)
 
 INSN(JMP_FAR, M1, 0xea, ANY, NO, RM, Ap, __, __, V, jmp_far, BASE, A_NO64 | A_END | A_NOTEST, NONE, NONE, NONE)
 INSN(CALL_FAR, M1, 0x9a, ANY, NO, RM, Ap, __, __, V, call_far, BASE, A_NO64 | A_END | A_NOTEST, NONE, NONE, NONE)
