@@ -440,7 +440,7 @@ struct block *cache_lookup(struct vcpu *c)
 void jump_slow(struct vcpu *c, const struct record *r)
 {
     u64 target = relative_target(c, r);
-    if (r->length) /* a jump: its own fault; the end of a trace just goes on to where the fetch faults */
+    if (r->length) /* a jump: its own fault; the end of a block goes on to where the fetch faults */
         check_target(c, r, target);
     c->budget += r->left;
     c->gpr[GPR_IP] = target;
