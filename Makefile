@@ -8,7 +8,7 @@ help:
 	@echo "make test    all tests (make test ARGS='-k name' for some)"
 	@echo "make bench   benchmarks, each against a named peer"
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
-	@echo "make asan    the tests of the C parts, under AddressSanitizer and UBSan"
+	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
 	@echo "make clean   removes what was built"
