@@ -18,7 +18,7 @@ from vmfs.words.exits import Exit
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bool(asm.missing_tools()), reason="no binutils")
+pytestmark = asm.needs_assembler
 PAGE = 4096
 HIGH = 0x100000
 

@@ -16,7 +16,7 @@ from vmfs.words import exits
 pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bool(asm.missing_tools()), reason="no binutils")
+pytestmark = asm.needs_assembler
 
 STATES = ("regs", "sregs", "fpu", "xsave", "xcrs", "msrs", "debugregs", "events", "mp_state", "lapic")
 MOST = 2500  # instructions of a program

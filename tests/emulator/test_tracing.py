@@ -29,7 +29,7 @@ from vmfs.words.modes import set_mode
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bool(asm.missing_tools()), reason="no binutils")
+pytestmark = asm.needs_assembler
 
 INSN = TraceRequest(instructions=True)
 MEM = TraceRequest(memory=True)

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
+import pytest
+
 ORIGIN = 0x1000
 TOOLS = ("as", "ld")
 _CODE = {"real": ".code16", "protected": ".code32", "long": ".code64", "user": ".code64"}
@@ -32,6 +34,10 @@ class Program:
 
 def missing_tools() -> list[str]:
     return [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+_MISSING = missing_tools()
+needs_assembler = pytest.mark.skipif(bool(_MISSING), reason=f"no {' and '.join(_MISSING)}: install binutils")
 
 
 @functools.cache

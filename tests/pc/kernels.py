@@ -6,6 +6,7 @@ Debian's System.map is in the packages of debugging symbols only (hundreds of MB
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,16 @@ class Kernel:
 CLOUD = Kernel("cloud")  # linux-image-cloud-amd64: smaller, boots faster; has no 9p
 GENERIC = Kernel("generic")  # linux-image-amd64, without modules for hardware
 
-needs_kernels = pytest.mark.skipif(
-    not (FOLDER / "stamp").exists(), reason=f"{FOLDER} is not there: scripts/fetch_kernels.sh could not make it"
-)
 
-needs_debian = pytest.mark.skipif(
-    not DEBIAN.with_suffix(".stamp").exists(), reason=f"{DEBIAN} is not there: scripts/fetch_root.sh could not make it"
-)
+
+def _reason_against(stamp: Path, script: str) -> str | None:
+    """Why no Linux is booted here, or None."""
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        return "`make asan`: with sanitizers a Linux takes minutes to boot"
+    return None if stamp.exists() else f"{stamp.parent} is not there: scripts/{script} could not make it"
+
+
+_NO_KERNELS = _reason_against(FOLDER / "stamp", "fetch_kernels.sh")
+_NO_DEBIAN = _reason_against(DEBIAN.with_suffix(".stamp"), "fetch_root.sh")
+needs_kernels = pytest.mark.skipif(_NO_KERNELS is not None, reason=str(_NO_KERNELS))
+needs_debian = pytest.mark.skipif(_NO_DEBIAN is not None, reason=str(_NO_DEBIAN))
