@@ -343,22 +343,16 @@ static void at_breakpoint(struct vcpu *c)
     c->pass_breakpoint = true;
 }
 
-/* Whether the fetch that faulted was that of an instruction with a breakpoint, which comes first (3A table 6-2). */
-static bool fetched_breakpoint(struct vcpu *c)
-{
-    bool fetched = c->fetching && !c->alone;
-    c->fetching = false;
-    return fetched && has_breakpoint(c);
-}
-
 static void after_escape(struct vcpu *c, enum escape how)
 {
     if (c->tracer)
         tracer_undo(c, how == ESCAPE_FAULT);
     undo(c);
+    bool fetching = c->fetching;
+    c->fetching = false;
     switch (how) {
     case ESCAPE_FAULT:
-        if (fetched_breakpoint(c)) {
+        if (fetching && !c->alone && has_breakpoint(c)) { /* which comes before the faults of its fetch (3A table 6-2) */
             at_breakpoint(c);
             return;
         }

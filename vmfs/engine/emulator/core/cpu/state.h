@@ -282,7 +282,7 @@ struct vcpu {
     bool input_ready;         /* an IN (or INS) that exited finds its bytes in `data` */
     bool reading_memory;      /* ... it was a memory-mapped load, not a port */
     bool at_breakpoint;       /* op_breakpoint ran */
-    bool fetching;            /* the instruction at rip is being fetched, or its fetch has faulted */
+    bool fetching;            /* the instruction at rip is being fetched */
     bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
     bool repeating;           /* the repeated string instruction at rip has iterations behind it */
     u64 caught_at;            /* instructions retired when events were caught, plus 1 */
