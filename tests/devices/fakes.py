@@ -8,13 +8,18 @@ from vmfs.words import exits
 
 
 class FakeMachine:
-    """What a board asks of an engine's machine: lines, slots, and the time, which stands still."""
+    """What a board asks of an engine's machine: lines, slots, the time, which stands still,
+    and the deadline."""
 
     def __init__(self):
         self.lines = {}
         self.slots = {}
         self.time = 0
         self.a20 = True
+        self.deadline = None
+
+    def set_deadline(self, when):
+        self.deadline = when
 
     def irq_line(self, gsi, level):
         self.lines[gsi] = level
@@ -31,6 +36,15 @@ class FakeMachine:
             self.slots[slot] = address, fd, offset, size, read_only
         else:
             self.slots.pop(slot, None)
+
+
+def pass_time(board, until):
+    """The guest's time goes on, and the board is called at each deadline, as by an engine."""
+    machine = board.machine
+    while machine.deadline is not None and machine.deadline <= until:
+        machine.time, machine.deadline = max(machine.time, machine.deadline), None
+        board.call_due()
+    machine.time = until
 
 
 class FakeCpu:

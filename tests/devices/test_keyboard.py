@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
-from devices.fakes import FakeMachine, Guest
+from devices.fakes import FakeMachine, Guest, pass_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,38 +56,18 @@ def controller(guest, command, *arguments):
     return bytes(byte for byte, _ in drain(guest))
 
 
-@pytest.fixture
-def by_hand(monkeypatch):
-    """Keys are handed on when the test says so: `by_hand(pc)`."""
-    timers = []
-
-    class Timer:
-        def __init__(self, seconds, function):
-            self.function, self.daemon = function, False
-            assert seconds == i8042.KEY_SECONDS
-
-        def start(self):
-            timers.append(self)
-
-        def cancel(self):
-            timers.remove(self)
-
-    monkeypatch.setattr(i8042.threading, "Timer", Timer)
-
-    def run():
-        while timers:
-            timers.pop(0).function()
-
-    return run
+def wait(pc):
+    """So long that the next key may come."""
+    pass_time(pc, pc.machine.time + i8042.KEY_TIME)
 
 
-def typed(pc, guest, text, by_hand):
+def typed(pc, guest, text):
     """The bytes that a guest gets when `text` is written to `keyboard`."""
     pc.keyboard.type(keys.parse(text))
     data = b""
     while part := bytes(byte for byte, _ in drain(guest)):
         data += part
-        by_hand()
+        wait(pc)
     return data
 
 
@@ -136,7 +114,7 @@ def test_each_byte_is_an_edge_on_its_line(pc, guest, machine):
     assert edges == []
 
 
-def test_a_disabled_keyboard_waits(pc, guest, by_hand):
+def test_a_disabled_keyboard_waits(pc, guest):
     controller(guest, 0xAD)
     pc.keyboard.type(keys.parse("a"))
     assert drain(guest) == []
@@ -208,33 +186,34 @@ def test_the_mouse_is_one_with_a_wheel_for_who_knocks(pc, guest):
 # ---- typing
 
 
-def test_what_is_typed_comes_as_scan_codes(pc, guest, by_hand):
-    assert typed(pc, guest, "a", by_hand) == b"\x1e\x9e"
-    assert typed(pc, guest, '"aB!"', by_hand) == b"\x1e\x9e" + b"\x2a\x30\xb0\xaa" + b"\x2a\x02\x82\xaa"
-    assert typed(pc, guest, "ctrl-alt-del", by_hand) == b"\x1d\x38\xe0\x53" + b"\xe0\xd3\xb8\x9d"
-    assert typed(pc, guest, "print", by_hand) == b"\xe0\x2a\xe0\x37\xe0\xb7\xe0\xaa"
-    assert typed(pc, guest, "pause", by_hand) == b"\xe1\x1d\x45\xe1\x9d\xc5"
+def test_what_is_typed_comes_as_scan_codes(pc, guest):
+    assert typed(pc, guest, "a") == b"\x1e\x9e"
+    assert typed(pc, guest, '"aB!"') == b"\x1e\x9e" + b"\x2a\x30\xb0\xaa" + b"\x2a\x02\x82\xaa"
+    assert typed(pc, guest, "ctrl-alt-del") == b"\x1d\x38\xe0\x53" + b"\xe0\xd3\xb8\x9d"
+    assert typed(pc, guest, "print") == b"\xe0\x2a\xe0\x37\xe0\xb7\xe0\xaa"
+    assert typed(pc, guest, "pause") == b"\xe1\x1d\x45\xe1\x9d\xc5"
     controller(guest, 0x60, 0x07)
-    assert typed(pc, guest, "a f7 right", by_hand) == b"\x1c\xf0\x1c\x83\xf0\x83\xe0\x74\xe0\xf0\x74"
+    assert typed(pc, guest, "a f7 right") == b"\x1c\xf0\x1c\x83\xf0\x83\xe0\x74\xe0\xf0\x74"
     answer(guest, 0xF0, 1)
-    assert typed(pc, guest, "a", by_hand) == b"\x1e\x9e"
+    assert typed(pc, guest, "a") == b"\x1e\x9e"
 
 
-def test_keys_wait_until_the_guest_has_taken_the_one_before(pc, guest):
-    """With the real timer: the guest reads in its own time, and gets all in order."""
+def test_keys_wait_until_the_guest_has_taken_the_one_before(pc, guest, machine):
+    """The guest looks each millisecond: all comes in order, each key KEY_TIME after the one before was taken."""
     text = "the quick brown fox " * 3
+    codes = [code for chord in keys.of_text(text) for code in keys.chord_codes(chord)]
     pc.keyboard.type(keys.of_text(text))
-    got, wake = bytearray(), threading.Event()
-    while len(got) < 2 * len(text):
-        got += bytes(byte for byte, _ in drain(guest))
-        wake.wait(0.001)
-    assert bytes(got) == b"".join(
-        keys.translated(code) for chord in keys.of_text(text) for code in keys.chord_codes(chord)
-    )
-    assert pc.keyboard.describe()["waiting"] == "0"
+    got = []
+    while len(got) < len(codes):
+        if data := bytes(byte for byte, _ in drain(guest)):
+            got.append((machine.time, data))
+        pass_time(pc, machine.time + 1_000_000)
+    assert b"".join(data for _, data in got) == b"".join(map(keys.translated, codes))
+    assert [when for when, _ in got] == [number * i8042.KEY_TIME for number in range(len(codes))]
+    assert pc.keyboard.describe()["waiting"] == "0" and machine.deadline is None
 
 
-def test_there_is_an_end_to_what_waits(pc, guest, by_hand):
+def test_there_is_an_end_to_what_waits(pc, guest):
     pc.keyboard.type([("a",)] * (i8042.TYPED_MOST // 2))
     before = pc.keyboard.describe()
     with pytest.raises(WouldBlock, match="does not take them"):
@@ -244,17 +223,17 @@ def test_there_is_an_end_to_what_waits(pc, guest, by_hand):
     assert pc.keyboard.describe()["waiting"] == "0"
 
 
-def test_a_keyboard_that_is_switched_off_takes_no_key_until_it_is_on(pc, guest, by_hand):
+def test_a_keyboard_that_is_switched_off_takes_no_key_until_it_is_on(pc, guest):
     assert answer(guest, 0xF5) == b"\xfa"
     pc.keyboard.type(keys.parse("x"))
-    by_hand()
+    wait(pc)
     assert drain(guest) == []
     assert answer(guest, 0xF4) == b"\xfa"
-    by_hand()
+    wait(pc)
     assert drain(guest) == [(0x2D, False)]
 
 
-def test_state_goes_to_another_machine(pc, guest, memory, by_hand):
+def test_state_goes_to_another_machine(pc, guest, memory):
     mouse(guest, 0xE8)
     answer(guest, 0xED, 2)
     guest.out(0x92, 0)
@@ -267,7 +246,7 @@ def test_state_goes_to_another_machine(pc, guest, memory, by_hand):
         assert other.keyboard.save() == state and machine.a20 is False and machine.lines[1]
         there = Guest(other)
         assert there.inp(0x60) == 0x1E
-        by_hand()
+        wait(other)
         assert there.inp(0x60) == 0x9E
         there.out(0x64, 0xD4)
         there.out(0x60, 1)  # the resolution that was announced

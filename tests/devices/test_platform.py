@@ -5,6 +5,9 @@ from __future__ import annotations
 import calendar
 
 import pytest
+from devices.fakes import pass_time
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vmfs.words.errors import Invalid
 
@@ -183,6 +186,132 @@ def test_rtc_is_set_while_it_stands(pc, guest, machine):
     assert [cmos(guest, i) for i in (0, 2, 4, 7, 8, 9, 0x32)] == [0x31, 0x15, 0x06, 0x01, 0x02, 0x99, 0x19]
 
 
+RAW = {0: 0x99, 2: 0x73, 4: 0x99, 6: 0x00, 7: 0x31, 8: 0x13, 9: 0x69, 0x32: 0x18, 1: 0xAB, 3: 0x60, 5: 0xC0}
+
+
+def test_rtc_bytes_are_raw_while_it_is_set(pc, guest, machine):
+    """Month 13h, hour 99h, a year before 1970, the weekday, the century: as written, with SET and after it."""
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    cmos(guest, 11, 0x82)
+    for index, value in RAW.items():
+        cmos(guest, index, value)
+    machine.time = 5 * SECOND
+    assert {index: cmos(guest, index) for index in RAW} == RAW
+    cmos(guest, 11, 0x02)
+    machine.time = 7 * SECOND
+    assert {index: cmos(guest, index) for index in RAW} == RAW  # seconds that are none do not tick
+
+
+@given(st.permutations([(0, 0x59), (2, 0x59), (4, 0x23), (6, 0x07), (7, 0x31), (8, 0x12), (9, 0x99), (0x32, 0x20)]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_rtc_is_set_in_any_order(pc, guest, machine, writes):
+    """From a 29th of a February, which is in few of the years and months that the date is on its way through."""
+    at(pc, machine, 2028, 2, 29, 0, 0, 0)
+    cmos(guest, 11, 0x82)
+    for index, value in writes:
+        cmos(guest, index, value)
+    assert all(cmos(guest, index) == value for index, value in writes)
+    cmos(guest, 11, 0x02)
+    assert all(cmos(guest, index) == value for index, value in writes)
+    machine.time = SECOND
+    shown = [cmos(guest, index) for index in (0, 2, 4, 6, 7, 8, 9, 0x32)]
+    assert shown == [0, 0, 0, 1, 1, 1, 0, 0x21]
+
+
+def test_rtc_carries_over_years_and_knows_leap_years(pc, guest, machine):
+    for before, days, after in (
+        ((2027, 2, 28), 1, (0x27, 0x03, 0x01)),
+        ((2028, 2, 28), 1, (0x28, 0x02, 0x29)),
+        ((2100, 2, 28), 1, (0x00, 0x03, 0x01)),
+        ((2026, 1, 31), 365, (0x27, 0x01, 0x31)),
+        ((2000, 1, 1), 146_097 + 31, (0x00, 0x02, 0x01)),
+    ):
+        at(pc, machine, *before, 12, 0, 0)
+        machine.time = days * 86400 * SECOND
+        assert tuple(cmos(guest, index) for index in (9, 8, 7)) == after, before
+    at(pc, machine, 2026, 6, 7, 23, 59, 59)
+    for index, value in ((9, 0x00), (0x32, 0x00), (8, 0x12), (7, 0x31)):  # year 0
+        cmos(guest, index, value)
+    machine.time = SECOND
+    assert [cmos(guest, index) for index in (7, 8, 9, 0x32)] == [1, 1, 1, 0]
+
+
+def test_rtc_setting_stops_what_depends_on_it(pc, guest, machine):
+    """SET going high clears UIE; updates are lost meanwhile, and the divider goes on."""
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    cmos(guest, 11, 0x12)
+    cmos(guest, 11, 0x92)
+    assert cmos(guest, 11) == 0x82
+    pass_time(pc, 3 * SECOND + SECOND // 2)
+    assert cmos(guest, 12) & 0x10 == 0 and not machine.lines.get(8) and machine.deadline is None
+    cmos(guest, 11, 0x12)
+    assert machine.deadline == 4 * SECOND and cmos(guest, 0) == 0x58
+    pass_time(pc, 4 * SECOND)
+    assert machine.lines[8] and cmos(guest, 12) == 0xD0 and cmos(guest, 0) == 0x59
+
+
+def test_rtc_divider_in_reset_stands(pc, guest, machine):
+    """As Linux sets the clock: the first update is half a second after the divider is let go."""
+    at(pc, machine, 2026, 11, 22, 21, 9, 50)
+    cmos(guest, 10, 0xF6)
+    assert cmos(guest, 10) == 0x76  # UIP is read-only
+    machine.time = 7 * SECOND
+    assert cmos(guest, 0) == 0x50 and cmos(guest, 12) == 0
+    cmos(guest, 10, 0x26)
+    machine.time += SECOND // 2 - 1
+    assert cmos(guest, 0) == 0x50 and cmos(guest, 10) == 0xA6
+    machine.time += 1
+    assert cmos(guest, 0) == 0x51 and cmos(guest, 10) == 0x26
+
+
+@pytest.mark.parametrize("rate", range(1, 16))
+def test_rtc_periodic_rates(pc, guest, machine, rate):
+    """Two seconds of each have exactly so many, each of them an edge."""
+    edges = []
+    machine.irq_line = lambda gsi, level: edges.append(machine.time) if level else None
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    cmos(guest, 10, 0x20 | rate)
+    cmos(guest, 12)
+    cmos(guest, 11, 0x42)
+    until = 2 * SECOND if rate in (1, 2) or rate > 5 else SECOND // 8
+    while machine.deadline is not None and machine.deadline <= until:
+        pass_time(pc, machine.deadline)
+        assert cmos(guest, 12) & 0xC0 == 0xC0
+    hertz = 256 >> rate - 1 if rate < 3 else 32768 >> rate - 1
+    assert len(edges) == hertz * until // SECOND
+    assert edges[:3] == [-(-SECOND * n // hertz) for n in range(1, 4)][: len(edges)]
+
+
+def test_rtc_alarm_calls_once(pc, guest, machine):
+    at(pc, machine, 2026, 11, 22, 21, 9, 58)
+    for index, value in ((1, 0x07), (3, 0xC0), (5, 0x23)):
+        cmos(guest, index, value)
+    cmos(guest, 12)
+    cmos(guest, 11, 0x22)
+    due = 3600 * SECOND + 50 * 60 * SECOND + 9 * SECOND
+    assert machine.deadline == due
+    pass_time(pc, due)
+    assert machine.lines[8] and cmos(guest, 12) & 0xA0 == 0xA0 and machine.deadline == due + 60 * SECOND
+    cmos(guest, 5, 0x24)  # there is no such hour
+    pass_time(pc, due + 2 * 86400 * SECOND)
+    assert not cmos(guest, 12) & 0xA0 and machine.deadline is None
+
+
+def test_rtc_date_is_the_boards(pc, guest, machine):
+    """Which is that of its birth and the guest's time since; a clock that was set anew takes nothing away."""
+    born = pc.date()
+    machine.time = 90 * SECOND
+    assert pc.date() == born + 90 * SECOND
+    shown = cmos(guest, 0), cmos(guest, 2)
+    cmos(guest, 12)
+    cmos(guest, 11, 0x42)
+    due = machine.deadline
+    machine.time = 0
+    pc.time_shifted(-90 * SECOND)
+    assert pc.date() == born + 90 * SECOND and (cmos(guest, 0), cmos(guest, 2)) == shown
+    assert machine.deadline == due - 90 * SECOND
+
+
 def test_rtc_alarm_and_update_flags(pc, guest, machine):
     at(pc, machine, 2026, 11, 22, 21, 9, 58)
     for index, value in ((1, 0x00), (3, 0x10), (5, 0xFF)):  # every hour at :10:00
@@ -232,6 +361,24 @@ def test_rtc_memory_and_state(pc, guest):
 
 
 # ---- power
+
+
+def test_pm_timer_tells_of_its_halves(pc, guest, machine):
+    """TMR_STS at each change of bit 23, and the SCI where TMR_EN says so."""
+    assert guest.inp(0x600, 2) == 0 and machine.deadline is None
+    machine.time = 3 * SECOND
+    assert guest.inp(0x600, 2) == 1
+    guest.out(0x600, 1, 2)
+    guest.out(0x602, 1, 2)
+    assert guest.inp(0x600, 2) == 0 and not machine.lines.get(9)
+    due = machine.deadline
+    assert due == -(-(2 << 23) * SECOND // 3_579_545)
+    pass_time(pc, due - 1)
+    assert not machine.lines.get(9)
+    pass_time(pc, due)
+    assert machine.lines[9] and guest.inp(0x608, 4) == 0
+    guest.out(0x600, 1, 2)
+    assert not machine.lines[9] and machine.deadline > due
 
 
 def test_pm_timer_follows_the_guests_time(guest, machine):

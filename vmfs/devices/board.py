@@ -23,6 +23,7 @@ from typing import Any
 
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device
+from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.memory import PAGE, Memory
 from vmfs.words import exits
@@ -52,6 +53,8 @@ class Board:
         self._is_dirty = False
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
+        self._timers = TimerQueue()
+        self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
 
     # ---- devices
 
@@ -197,6 +200,44 @@ class Board:
         self._last_now = now, time.monotonic_ns()
         return now
 
+    def date(self) -> int:
+        """The date that the machine is at, in nanoseconds since 1970, UTC: that of its birth, and the guest's time
+        since. Clocks that show a date have it from here."""
+        return self._date_of_birth + self.now()
+
+    def schedule(self, when: int, callback: Callable[[], None]) -> Timer:
+        """Have `callback` called when the guest's time is `when` or later: between two instructions, in the CPU's
+        thread, with the lock held. To be asked for in that thread, or while the machine does not run; with the lock."""
+        before = self._timers.first()
+        timer = self._timers.add(when, callback)
+        if before is None or when < before:
+            self._set_deadline()
+        return timer
+
+    def call_due(self) -> None:
+        """Call what is due. In the CPU's thread, between two instructions."""
+        with self.lock:
+            if self._timers.first() is None:
+                return
+            now = self.now()
+            while (timer := self._timers.take_due(now)) is not None:
+                timer.callback()
+            self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        if not self._closed:
+            self.machine.set_deadline(self._timers.first())
+
+    def time_shifted(self, by: int) -> None:
+        """The guest's time was set to what it was and `by`: no device sees that time has passed."""
+        with self.lock:
+            self._date_of_birth -= by
+            self.now()  # which others have to go by
+            self._timers.shift(by)
+            for device in self.devices.values():
+                device.time_shifted(by)
+            self._set_deadline()
+
     @property
     def ram(self) -> mmap.mmap:
         """RAM, to read. What is written must be told to `wrote`; `dma_write` does both."""
@@ -280,7 +321,9 @@ class Board:
         with self.lock:
             for slot, (address, fd, offset, size, read_only) in self._slots.items():
                 machine.map_memory(slot, address, fd, offset, size, read_only=read_only)
+            self.machine.set_deadline(None)
             self.machine = machine
+            self._set_deadline()
             for device in self.devices.values():
                 device.machine_changed()
 
@@ -298,6 +341,7 @@ class Board:
     def close(self) -> None:
         with self.lock:
             self._closed = True
+            self._timers.clear()
             for device in self.devices.values():
                 device.close()
             self.devices.clear()

@@ -4,6 +4,9 @@ A device is registers behind ports and memory (`windows`), lines to the interrup
 to RAM. It knows no engine and no file. The bus calls `read` and `write` with an offset into a window, never
 an address; values are integers, little-endian on the wire.
 
+Time: `board.now()` is the guest's, `board.date()` the date, `board.schedule(when, callback)` has the device called. No
+device has a timer, a clock or a thread of the host's for that.
+
 Threads: the board calls devices with its lock held, so a device has none of its own. What comes from
 elsewhere (a key, a packet) takes the lock first: `with device.board.lock`.
 
@@ -71,6 +74,9 @@ class Device:
 
     def machine_changed(self) -> None:
         """The board goes on with another engine's machine: what an engine keeps and no state has is to be set."""
+
+    def time_shifted(self, by: int) -> None:
+        """The guest's time was set, to what it was and `by`: times that the device keeps are to move along."""
 
     def save(self) -> dict[str, Any]:
         """All that a guest could tell apart."""

@@ -1,6 +1,6 @@
 """i8042: the keyboard controller at ports 60 and 64, with a keyboard and a mouse, and the fast gate at port 92.
 
-What is typed by the host waits here and goes to the keyboard key by key: the next no sooner than KEY_SECONDS after
+What is typed by the host waits here and goes to the keyboard key by key: the next no sooner than KEY_TIME after
 the guest took the one before, so that a BIOS, whose buffer has 15 keys, loses none.
 
 The A20 gate works where the engine has one (the emulator); with KVM address bit 20 is always on.
@@ -11,7 +11,6 @@ of Linux include/linux/i8042.h.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -20,11 +19,12 @@ from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
 from vmfs.devices.ps2 import Keyboard, Mouse
+from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
 KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
-KEY_SECONDS = 0.005
+KEY_TIME = 5_000_000  # ns
 TYPED_MOST = 1 << 17  # strokes that wait for the guest
 
 _OUTPUT_FULL, _SYSTEM, _COMMAND_LAST, _UNLOCKED, _FROM_MOUSE = 0x01, 0x04, 0x08, 0x10, 0x20  # status
@@ -45,8 +45,7 @@ class I8042(Device):
         super().__init__(board, name)
         self.keyboard, self.mouse = Keyboard(), Mouse()
         self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
-        self._timer: threading.Timer | None = None
-        self._closed = False
+        self._timer: Timer | None = None
         self._a20 = True
         self._clear()
 
@@ -227,16 +226,12 @@ class I8042(Device):
             self._fill()
 
     def _type_later(self) -> None:
-        if self._timer is None and not self._closed:
-            self._timer = threading.Timer(KEY_SECONDS, self._type_now)
-            self._timer.daemon = True
-            self._timer.start()
+        if self._timer is None:
+            self._timer = self.board.schedule(self.board.now() + KEY_TIME, self._type_now)
 
     def _type_now(self) -> None:
-        with self.board.lock:
-            self._timer = None
-            if not self._closed:
-                self._type_next()
+        self._timer = None
+        self._type_next()
 
     # ---- life
 
@@ -296,9 +291,3 @@ class I8042(Device):
         self._lines()
         if self.typed:
             self._type_later()
-
-    def close(self) -> None:
-        self._closed = True
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()

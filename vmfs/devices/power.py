@@ -14,9 +14,11 @@ from typing import Any
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
 from vmfs.devices.pci import PciDevice
+from vmfs.devices.timers import Timer
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
 FREQUENCY = 3_579_545  # Hz
+_HALF = 23  # the bit of the PM timer of which a change is an event
 S5 = 0  # SLP_TYP in the tables' \_S5
 
 _POWER_BUTTON, _TIMER = 0x100, 1
@@ -31,6 +33,8 @@ class Power(Device):
 
     def __init__(self, board: Board, name: str) -> None:
         super().__init__(board, name)
+        self._timer: Timer | None = None
+        self._halves = 0  # of the PM timer's rounds, that TMR_STS was set for
         self.reset()
 
     def windows(self) -> tuple[Window, ...]:
@@ -43,6 +47,7 @@ class Power(Device):
     def reset(self) -> None:
         self.status = self.enable = 0
         self.control = _SCI_EN
+        self._halves = self._ticks() >> _HALF
         self._update()
 
     def press_button(self) -> None:
@@ -51,22 +56,41 @@ class Power(Device):
             self.status |= _POWER_BUTTON
             self._update()
 
+    def _ticks(self) -> int:
+        return self.board.now() * FREQUENCY // 1_000_000_000
+
     def _update(self) -> None:
+        """TMR_STS is set when bit 23 of the PM timer changes (4.8.3.3); be called for that where it is an interrupt."""
+        halves = self._ticks() >> _HALF
+        if halves != self._halves:
+            self._halves = halves
+            self.status |= _TIMER
         self.set_irq(bool(self.status & self.enable & (_POWER_BUTTON | _TIMER)))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.enable & _TIMER and not self.status & _TIMER:
+            when = -(-(halves + 1 << _HALF) * 1_000_000_000 // FREQUENCY)
+            self._timer = self.board.schedule(when, self._update)
+
+    def time_shifted(self, by: int) -> None:
+        self._halves = self._ticks() >> _HALF
 
     def read(self, region: int, offset: int, size: int) -> int:
         if region == 0:
+            self._update()
             value = self.status | self.enable << 16
         elif region == 1:
             value = self.control
         else:
-            value = self.board.now() * FREQUENCY // 1_000_000_000 & 0xFF_FFFF
+            value = self._ticks() & 0xFF_FFFF
         return value >> 8 * offset
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         value <<= 8 * offset
         mask = ((1 << 8 * size) - 1) << 8 * offset
         if region == 0:
+            self._update()
             self.status &= ~(value & mask) & 0xFFFF
             if mask >> 16:
                 self.enable = (self.enable & ~(mask >> 16) | value >> 16) & 0xFFFF
@@ -78,12 +102,14 @@ class Power(Device):
                 self.board.stop("poweroff")
 
     def save(self) -> dict[str, Any]:
+        self._update()
         return {"status": self.status, "enable": self.enable, "control": self.control}
 
     def load(self, state: dict[str, Any]) -> None:
         self.status, self.enable, self.control = (
             state[name] & 0xFFFF for name in ("status", "enable", "control")
         )
+        self._halves = self._ticks() >> _HALF
         self._update()
 
 

@@ -254,6 +254,13 @@ class Machine(abc.ABC):
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set an input line of the interrupt controllers (KVM's default routing)."""
 
+    def set_deadline(self, when: int | None) -> None:
+        """End a run with `exits.Interrupted`, between two instructions, once the state `clock` has come to `when` (in
+        nanoseconds), whether the CPU executes or halts then; and forget it. None: never. It takes the place of the one
+        before. Where the time has come already, the next run may end as it begins, or nothing happens: the caller
+        looks. With capability IRQCHIP."""
+        raise Unsupported("a deadline: machines without interrupt controllers have no devices, and need none")
+
     def set_a20(self, enabled: bool) -> None:
         """Whether address bit 20 reaches memory, as in a new machine, or is zero, as behind the PC's A20 gate.
         No state has it."""

@@ -96,6 +96,8 @@ class RunLoop:
         """Slice by slice until an exit that is not only the engine's, or until the bound is reached."""
         run, cpu, board = self._run, self._cpu, self._board
         left = _Countdown(run.bound, cpu, exact=Capability.BUDGET in self._capabilities)
+        if board is not None:
+            board.call_due()  # what became due while nothing ran
         while True:
             stepping = self._asked.prepare(run.bound, left.by_steps)
             exit_ = self._slice(left.budget, goes_on)
@@ -106,6 +108,8 @@ class RunLoop:
                 if stepping:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
             if isinstance(exit_, exits.Interrupted | exits.Limit):
+                if board is not None:
+                    board.call_due()
                 self._asked.do_tasks()
                 if run.stop_asked:
                     return exits.Interrupted(rip=exit_.rip, cpu=exit_.cpu)

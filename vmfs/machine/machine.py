@@ -473,8 +473,11 @@ class Vm:
                 raise Unsupported(f"time: on {self.engine.name} it follows the host's clock")
             self._set_time(source)
             if source == "instructions" and not self._has_run:  # what has passed on the host is in no run
+                passed = 0 if self.board is None else self.board.now()
                 self._machine.set_state("clock", bytes(len(self._machine.get_state("clock"))))
                 write_registers(self._cpu, {"msr.0x10": 0})  # the TSC
+                if self.board is not None:
+                    self.board.time_shifted(-passed)
 
     def _boot(self) -> None:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""

@@ -31,6 +31,7 @@ from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, Wou
 from vmfs.words.exits import Exit
 
 _PAGE_FAULT = 14  # #PF
+_NEVER = (1 << 64) - 1  # CORE_NEVER
 IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
 
 _DEBUG_CAUSES = {
@@ -167,6 +168,9 @@ class EmulatorMachine(Machine):
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to {IRQ_LINES - 1}")
         with _failures(f"interrupt line {gsi}"):
             self._vm.irq_line(gsi, level)
+
+    def set_deadline(self, when: int | None) -> None:
+        self._vm.set_deadline(_NEVER if when is None else max(when, 0))
 
     def set_time(self, source: str) -> None:
         if source not in ("host", "instructions"):

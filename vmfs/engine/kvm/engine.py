@@ -25,6 +25,7 @@ from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
+from vmfs.engine.kvm.deadline import Deadline
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, known
@@ -158,6 +159,7 @@ class KvmMachine(Machine):
         self._has_irqchip = False
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
+        self._deadline = Deadline(self._clock, self._kick)
         self._fd = self._create()
         try:
             self.capabilities = self._find_capabilities()
@@ -298,6 +300,17 @@ class KvmMachine(Machine):
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
 
+    def set_deadline(self, when: int | None) -> None:
+        self._deadline.set(when)
+
+    def _clock(self) -> int:
+        (now,) = struct.unpack_from("<Q", self.get_state("clock"))
+        return now
+
+    def _kick(self) -> None:
+        for vcpu in list(self._vcpus.values()):
+            vcpu.kick()
+
     def _need_irqchip(self, what: str) -> None:
         if not self._has_irqchip:
             raise Unsupported(f"{what}: the machine has no interrupt controller")
@@ -349,6 +362,7 @@ class KvmMachine(Machine):
     # Lifecycle
 
     def close(self) -> None:
+        self._deadline.close()
         for vcpu in self._vcpus.values():
             vcpu.close()
         for fd in (self._fd, self._device):

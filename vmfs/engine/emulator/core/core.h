@@ -48,6 +48,11 @@ void vm_set_a20(struct vm *vm, bool enabled);
 enum core_time { TIME_DETERMINISTIC, TIME_HOST };
 void vm_set_time(struct vm *vm, enum core_time mode);
 
+/* The host is to be asked when the clock of the state `clock` has come to `when`: the run of a CPU ends between two
+ * instructions with EXIT_INTERRUPTED, once; a CPU that halts wakes up for it. It takes the place of the one before. Any thread. */
+#define CORE_NEVER UINT64_MAX
+void vm_set_deadline(struct vm *vm, uint64_t when);
+
 /* State of a machine: a name of irqchip, pit, clock. get returns the size and writes at most `size` bytes. */
 long vm_get_state(struct vm *vm, const char *name, void *data, size_t size);
 int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size);

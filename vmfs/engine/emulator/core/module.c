@@ -200,6 +200,15 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_deadline(VmObject *self, PyObject *args)
+{
+    unsigned long long when;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "K", &when))
+        return NULL;
+    vm_set_deadline(self->vm, when);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
 {
     int host;
@@ -284,6 +293,8 @@ static PyMethodDef vm_methods[] = {
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
+    {"set_deadline", (PyCFunction)py_vm_set_deadline, METH_VARARGS,
+     "set_deadline(clock): a run ends when the state clock has come to it; NEVER"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
      "set_host_time(yes): time follows the host's clock, not the instructions retired"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},

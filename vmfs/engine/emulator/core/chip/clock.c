@@ -38,6 +38,39 @@ void set_tsc_offset(struct vcpu *c, u64 offset)
         irqchip_set_tsc(c->vm->irqchip, c->index, 1000000000, offset);
 }
 
+/* ---- The host's deadline --------------------------------------------------------------------------------------------------- */
+
+void vm_set_deadline(struct vm *vm, uint64_t when)
+{
+    u64 before = atomic_exchange(&vm->deadline, when);
+    for (unsigned i = 0; when < before && i < CORE_VCPUS; i++)
+        if (vm->vcpus[i]) /* one that sleeps would sleep past it */
+            request_attention(vm->vcpus[i], ATTENTION_INTERRUPT);
+}
+
+/* A time of the `clock` state as one of vm_time; CORE_NEVER stays. */
+static u64 in_vm_time(const struct vm *vm, u64 clock)
+{
+    u64 due = clock - (u64)vm->clock_offset;
+    return clock == CORE_NEVER ? CORE_NEVER : (i64)due < 0 ? 0 : due;
+}
+
+/* When a timer is next due, of the interrupt chip or of the host. */
+static u64 next_due(const struct vm *vm)
+{
+    u64 host = in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed));
+    u64 chip = vm->irqchip ? irqchip_next_deadline(vm->irqchip) : CORE_NEVER;
+    return chip < host ? chip : host;
+}
+
+bool deadline_came(struct vcpu *c)
+{
+    u64 when = atomic_load_explicit(&c->vm->deadline, memory_order_relaxed);
+    if (likely(when == CORE_NEVER) || core_now(c, NULL) < in_vm_time(c->vm, when))
+        return false;
+    return atomic_compare_exchange_strong(&c->vm->deadline, &when, CORE_NEVER); /* else it is another one by now */
+}
+
 /* ---- Attention -------------------------------------------------------------------------------------------------------------- */
 
 /* From any thread, or a signal handler. */
@@ -154,12 +187,26 @@ void chip_look(struct vcpu *c)
     }
 }
 
+enum { LEAST_ROOM = 256 }; /* instructions: a fraction of a microsecond */
+
 i64 chip_room(struct vcpu *c, i64 most)
 {
-    u64 due = irqchip_next_deadline(c->vm->irqchip), now = core_now(c, NULL);
-    if (c->vm->time == TIME_HOST || due == IRQCHIP_NEVER)
+    u64 due = next_due(c->vm), now;
+    if (due == CORE_NEVER)
         return most;
-    return due <= now ? 1 : due - now < (u64)most ? (i64)(due - now) : most;
+    now = core_now(c, NULL);
+    /* By the host's clock it is a guess, of as many instructions as no CPU here executes in that time; then the rest of it. */
+    i64 least = c->vm->time == TIME_HOST ? LEAST_ROOM : 1;
+    i64 room = due <= now ? least : due - now < (u64)most ? (i64)(due - now) : most;
+    return room < least ? (least < most ? least : most) : room;
+}
+
+static bool is_alone(const struct vcpu *c)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (c->vm->vcpus[i] && c->vm->vcpus[i] != c)
+            return false;
+    return true;
 }
 
 static bool others_wait(const struct vcpu *c)
@@ -171,6 +218,23 @@ static bool others_wait(const struct vcpu *c)
             return false;
     }
     return true;
+}
+
+enum { LAG_MOST = 1000000000 }; /* nanoseconds */
+
+/* The host wakes a thread late, and a guest that sleeps from tick to tick would lose ticks that a PC never loses. So a CPU that
+ * sleeps until a timer is due wakes up at that time, whatever the host's clock says by then: the machine's time is behind, and
+ * makes up for it while the CPU sleeps the next times. Only with one CPU: no other has seen the time that is taken back. */
+static void fall_behind(struct vcpu *c, u64 due)
+{
+    struct vm *vm = c->vm;
+    u64 now = core_now(c, NULL), late = now > due ? now - due : 0, room = LAG_MOST - vm->lag;
+    if (vm->time != TIME_HOST || !is_alone(c))
+        return;
+    if (late > room)
+        late = room;
+    vm->lag += late;
+    vm->host_origin += late;
 }
 
 enum { SLEEP_MOST = 1000000000 }; /* nanoseconds: how long a run that is bounded by instructions waits for the next one */
@@ -192,8 +256,7 @@ bool chip_leaves_it_asleep(const struct vcpu *c)
 
 bool chip_wait(struct vcpu *c)
 {
-    struct irqchip *chip = c->vm->irqchip;
-    u64 due = irqchip_next_deadline(chip), now = core_now(c, NULL), most = IRQCHIP_NEVER;
+    u64 due = next_due(c->vm), now = core_now(c, NULL), most = IRQCHIP_NEVER;
     if (!c->asleep) {
         c->asleep = true;
         c->asleep_since = now;
@@ -207,14 +270,22 @@ bool chip_wait(struct vcpu *c)
     }
     if (due != IRQCHIP_NEVER) {
         if (due <= now)
-            return true; /* chip_look sees to it */
+            return true; /* chip_look sees to it, or deadline_came */
         if (c->vm->time == TIME_HOST) {
-            if (due - now < most)
-                most = due - now;
+            u64 left = due - now, gained = left < c->vm->lag ? left : c->vm->lag;
+            c->vm->lag -= gained;
+            c->vm->host_origin -= gained;
+            if (gained == left)
+                return true;
+            if (left - gained < most)
+                most = left - gained;
         } else if (others_wait(c)) {
             c->skew += due - now;
             return true;
         }
+    } else {
+        c->vm->host_origin -= c->vm->lag;
+        c->vm->lag = 0;
     }
     atomic_store(&c->sleeping, true);
     clock_leave(c);
@@ -223,5 +294,6 @@ bool chip_wait(struct vcpu *c)
     vm_lock(c->vm);
     clock_enter(c);
     atomic_store(&c->sleeping, false);
+    fall_behind(c, due);
     return true;
 }

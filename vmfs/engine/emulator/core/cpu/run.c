@@ -83,8 +83,7 @@ static void begin_slice(struct vcpu *c)
     i64 slice = SLICE;
     if (c->run_limited && c->run_budget < slice)
         slice = c->run_budget;
-    if (c->vm->irqchip)
-        slice = chip_room(c, slice);
+    slice = chip_room(c, slice);
     c->slice = c->budget = slice;
 }
 
@@ -468,6 +467,10 @@ static void turn(struct vcpu *c)
     }
     if (c->run_limited && c->run_budget <= 0) {
         c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
+        return;
+    }
+    if (!c->completing && deadline_came(c)) {
+        c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
         return;
     }
     if (c->vm->irqchip)

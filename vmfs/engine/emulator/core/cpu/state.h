@@ -366,7 +366,9 @@ struct vm {
     enum core_time time;
     u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
     u64 host_origin;          /* TIME_HOST: CLOCK_MONOTONIC when `now` was 0 */
+    u64 lag;                  /* TIME_HOST: by how much host_origin is too late; clock.c */
     i64 clock_offset;         /* of the `clock` state to `now` */
+    _Atomic u64 deadline;     /* vm_set_deadline, of the `clock` state */
     pthread_mutex_t lock;
     pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
     u64 ticket, serving;
@@ -568,6 +570,7 @@ void set_tsc_offset(struct vcpu *c, u64 offset);
 void chip_apply_lines(struct vm *vm);
 void chip_look(struct vcpu *c);                      /* timers and INIT, SIPI, NMI messages, before the next instruction */
 void chip_notify(struct vcpu *c);                    /* tell the other CPUs that something is for them */
+bool deadline_came(struct vcpu *c);                  /* vm_set_deadline's, which is over then */
 i64 chip_room(struct vcpu *c, i64 most);             /* how many instructions until the next timer */
 bool chip_leaves_it_asleep(const struct vcpu *c);    /* nothing in the machine can wake it, for all time */
 /* A CPU that executes nothing: until something happens. False where the run is bounded by instructions, which do not come,

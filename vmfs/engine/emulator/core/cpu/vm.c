@@ -44,6 +44,7 @@ struct vm *vm_create(void)
     pthread_mutex_init(&vm->lines_lock, NULL);
     pthread_cond_init(&vm->turn, NULL);
     vm->a20_mask = ~0ull;
+    atomic_store(&vm->deadline, CORE_NEVER);
     return vm;
 }
 
@@ -213,6 +214,7 @@ void vm_set_time(struct vm *vm, enum core_time mode)
     vm->time = mode;
     vm->now = now;
     vm->host_origin = host_clock() - now;
+    vm->lag = 0;
 }
 
 /* ---- CPUs ---------------------------------------------------------------------------------------------------------------- */
