@@ -40,7 +40,7 @@ def test_every_find_stays_fixed(program, native):
     assert f"replayed {cases} cases, 0 differ" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["XADD", "PSHUFB", "FYL2X"])
+@pytest.mark.parametrize("name", ["XADD", "PSHUFB", "FYL2X", "FNSTENV", "MOVNTQ"])
 def test_a_wrong_result_is_found_and_shrunk(name, program, native, tmp_path):
     """With a core that gets one instruction wrong (--plant changes a register behind it)."""
     done = fuzzing.run(program, "--seed", 5, "--finds", 1, "--cases", 100_000, "--plant", name)
