@@ -138,6 +138,20 @@ def test_pci_configuration_space(pc, guest):
     assert guest.config(slot, 0) == 0x10FF_1AF4
 
 
+def test_the_power_function_is_also_where_an_i440fx_has_it(pc, guest):
+    """Slot 1, function 3, whatever is in slot 1: no search comes there."""
+    card = pc.pci.plug(Card(pc, "card", 1))
+    assert guest.config(1, 0) == 0x10FF_1AF4 and not guest.config(card.slot, 0xC) >> 16 & 0x80, "one function"
+
+    def function(number, offset, slot=1):
+        guest.out(0xCF8, 0x8000_0000 | slot << 11 | number << 8 | offset, 4)
+        return guest.inp(0xCFC, 4)
+
+    assert function(3, 0) == 0x7113_8086 == guest.config(30, 0)
+    assert function(3, 0x40) == 0x601 and function(3, 0x80) & 1, "the base of the timer's ports, and that it is decoded"
+    assert {function(number, 0) for number in (1, 2, 4, 7)} | {function(3, 0, slot=2)} == {0xFFFF_FFFF}
+
+
 def test_bars_tell_their_size_and_move(pc, guest):
     card = pc.pci.plug(Card(pc, "card", pc.pci.free_slot()))
     slot = card.slot

@@ -49,6 +49,7 @@ PC_DEVICES: tuple[Row, ...] = (
 
 
 POWER_SLOT, DISPLAY_SLOT = 30, 31  # of the PCI bus, out of the way of what is attached
+POWER_PLACE = 1, 3  # slot and function where an i440FX has it; OVMF reads its timer's port there
 
 
 class Pc(Board):
@@ -61,7 +62,8 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
-        self.pci.plug(PowerFunction(self, "power-pci", POWER_SLOT))
+        power = self.pci.plug(PowerFunction(self, "power-pci", POWER_SLOT))
+        self.pci.answer_at(*POWER_PLACE, power)
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]

@@ -206,6 +206,7 @@ class HostBridge(Device):
         super().__init__(board, name)
         self.address = 0
         self.slots: dict[int, PciDevice] = {}
+        self._hidden: dict[int, PciDevice] = {}
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1))
@@ -232,6 +233,11 @@ class HostBridge(Device):
             raise
         return device
 
+    def answer_at(self, slot: int, function: int, device: PciDevice) -> None:
+        """Let a device answer at a second place, too, for software that goes there without a search. No search finds a
+        function other than 0, since no slot says that it has several."""
+        self._hidden[slot << 3 | function] = device
+
     def unplug(self, device: PciDevice) -> None:
         del self.slots[device.slot]
         self.board.remove(device)
@@ -256,9 +262,10 @@ class HostBridge(Device):
 
     def _target(self, offset: int) -> tuple[PciDevice, int] | None:
         address = self.address
-        if not address & 0x8000_0000 or address & 0x00FF_0700:  # off; another bus; another function
+        if not address & 0x8000_0000:  # off
             return None
-        device = self.slots.get(address >> 11 & 31)
+        place = address >> 8 & 0xFFFF  # bus, slot, function
+        device = self._hidden.get(place) if place & 0xFF07 else self.slots.get(place >> 3)
         return None if device is None else (device, (address & 0xFC) + offset)
 
     def read(self, region: int, offset: int, size: int) -> int:
