@@ -52,7 +52,10 @@ class Descriptor:
         return await self._kernel.call(operations.poll, self.inode, self.number, waker, context)
 
     async def close(self) -> None:
-        await self._kernel.call(self._kernel.operations.release, self.number)
+        try:
+            await self._kernel.call(self._kernel.operations.flush, self.number)
+        finally:
+            await self._kernel.call(self._kernel.operations.release, self.number)
 
 
 class Kernel:
@@ -78,6 +81,11 @@ class Kernel:
             if name:
                 entry = await self.call(self.operations.lookup, entry.st_ino, os.fsencode(name), self.context)
         return entry
+
+    async def size(self, path: str) -> int:
+        """As stat(2) has it."""
+        entry = await self.walk(path)
+        return (await self.call(self.operations.getattr, entry.st_ino, self.context)).st_size
 
     async def open(self, path: str, flags: int = os.O_RDWR) -> Descriptor:
         inode = (await self.walk(path)).st_ino

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vmfs.debug.points import Points
 from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
-from vmfs.fs.kinds import decoded
+from vmfs.fs.lines import decoded
 from vmfs.fs.memory_file import dirty_ranges
 from vmfs.fs.tree import check_name
 from vmfs.machine.control import UNBOUND, Bound

@@ -9,14 +9,16 @@ import stat
 import pytest
 
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
+from vmfs.machine.memory import DEFAULT_SIZE
 from vmfs.words.exits import Io
 
 CONTROLLERS = ("lapic", "irqchip", "pit")
-OF_A_PC = ("console", "hvc", "screen.txt", "screen.png", "framebuffer")  # a bare machine has none of them
+# A bare machine has none of them.
+OF_A_PC = ("console", "console.log", "hvc", "hvc.log", "screen.txt", "screen.png", "framebuffer")
 
 # What no file of the row takes, and its errno. A row that can be written and is not here fails a test below.
 BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
-    "vm_run": ((b"", errno.EINVAL), (b"run run", errno.EINVAL), (b"step -1", errno.EINVAL)),
+    "vm_run": ((b"\n", errno.EINVAL), (b"run run", errno.EINVAL), (b"step -1", errno.EINVAL)),
     "vm_run.bin": ((b"jump", errno.EINVAL), (b"until", errno.EINVAL)),
     "exit.data": ((b"12345678", errno.EFBIG),),
     "state": ((b"stop", errno.EINVAL), (b"run\nrun", errno.EINVAL), (b"\xff", errno.EINVAL)),
@@ -33,17 +35,17 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"cs.type 256", errno.EINVAL),
     ),
     "mem": (),  # its one failure, past the end, needs an offset
-    "mem_size": tuple((size, errno.EINVAL) for size in (b"4095", b"0", b"big", b"-4K", b"")),
-    "engine": ((b"none such", errno.EINVAL), (b"", errno.EINVAL)),
+    "mem_size": tuple((size, errno.EINVAL) for size in (b"4095", b"0", b"big", b"-4K", b"\n")),
+    "engine": ((b"none such", errno.EINVAL), (b"\n", errno.EINVAL)),
     "mode": ((b"long short", errno.EINVAL), (b"LONG", errno.EINVAL)),
-    "machine": ((b"", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # a fake has no controllers
+    "machine": ((b"\n", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # it has no controllers
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
     "console": ((b"a", errno.EOPNOTSUPP),),
     "hvc": ((b"a", errno.EOPNOTSUPP),),
     "framebuffer": ((b"a", errno.EOPNOTSUPP),),
     "keyboard": (
-        (b"", errno.EINVAL),
+        (b"\n", errno.EINVAL),
         (b"nokey", errno.EINVAL),
         (b'"open', errno.EINVAL),
         (b'"a"b', errno.EINVAL),
@@ -62,7 +64,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     ),
     "gdb.stream": (),  # whatever is written is a stub's to answer
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
-    "disasm": ((b"", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),
+    "disasm": ((b"\n", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),
     "virt": (),  # its one failure, where nothing is mapped, needs an offset
     "irq": (
         (b"256", errno.EINVAL),
@@ -196,13 +198,25 @@ def test_texts_end_with_one_newline(on_fs):
 def test_sizes_are_those_of_what_is_read(on_fs):
     async def test(kernel):
         await kernel.mkdir("a")
-        for row in FILES:
-            acting = ("vm_run", "vm_run.bin", "gdb.stream", *OF_A_PC)
-            # RAM is longer than one read, and `virt` as long as the address space.
-            if row.kind.readable and row.name not in (*acting, *CONTROLLERS, "mem", "virt", "core"):
-                size = (await kernel.walk(f"a/{row.name}")).st_size
-                file = await kernel.open(f"a/{row.name}", os.O_RDONLY)
-                assert size in (0, len(await file.read())), row.name
-                assert file.info.direct_io  # a size of 0 does not cut what is read
+        kernel.engine.cpu.play([Io(direction="in", port=1, size=4, rip=5)])
+        await kernel.read("a/vm_run")
+        await kernel.write("a/debug", "break 0x1000\nbreak 0x2000\n")
+        for path in (*(f"a/{row.name}" for row in FILES), "a/reg/rax", "a/reg/cs", "a/reg/st0", "a/reg/msr.0x10"):
+            row = next((one for one in FILES if path == f"a/{one.name}"), None)
+            size = await kernel.size(path)
+            if row is not None and not row.kind.walked:
+                assert not size, path
+            elif row is not None and row.name in ("mem", "core"):  # longer than one read
+                assert size >= DEFAULT_SIZE
+            elif row is None or row.kind.readable:
+                file = await kernel.open(path, os.O_RDONLY)
+                try:
+                    data = await file.read()
+                except OSError as error:
+                    assert error.errno == errno.EOPNOTSUPP and not size
+                else:
+                    assert size == len(data), path
+                assert file.info.direct_io
+                await file.close()
 
     on_fs(test)

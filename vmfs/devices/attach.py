@@ -123,8 +123,15 @@ ATTACHABLE: Mapping[str, Row] = {
 }
 
 
-def attach(vm: Vm, text: str, writer: Writer) -> None:
-    """Do what a line says. Busy after the first run; Invalid for what does not parse."""
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What a line asks for."""
+
+    kind: str
+    arguments: list[str]
+
+
+def parse_attachment(text: str) -> Attachment:
     if len(text.splitlines()) != 1:
         raise Invalid(f"dev/add takes one line: {usages()}")
     try:
@@ -133,10 +140,15 @@ def attach(vm: Vm, text: str, writer: Writer) -> None:
         raise Invalid(f"dev/add: {error}") from None
     if not words or words[0] not in ATTACHABLE:
         raise Invalid(f"dev/add: there is no {(words or [''])[0][:40]!r}: {usages()}")
-    kind, arguments = words[0], words[1:]
-    row = ATTACHABLE[kind]
-    if not row.least <= len(arguments) <= row.most:
+    row = ATTACHABLE[words[0]]
+    if not row.least <= len(words) - 1 <= row.most:
         raise Invalid(f"dev/add: it is `{row.usage}`")
+    return Attachment(words[0], words[1:])
+
+
+def attach(vm: Vm, asked: Attachment, writer: Writer) -> PciDevice:
+    """Do what a line says. Busy after the first run."""
+    kind, arguments, row = asked.kind, asked.arguments, ATTACHABLE[asked.kind]
     vm.check_attachable()
     resource = row.acquire(writer, arguments)
 
@@ -147,7 +159,7 @@ def attach(vm: Vm, text: str, writer: Writer) -> None:
         return row.make(Request(board, f"{kind}{number}", board.pci.free_slot(), arguments), resource)
 
     try:
-        vm.attach(make)
+        return vm.attach(make)
     except BaseException:
         _close(resource)
         raise

@@ -51,6 +51,7 @@ class Board:
         self._map: mmap.mmap | None = None
         self._dirty = bytearray()  # a byte a page: devices write often, and the log is read seldom
         self._is_dirty = False
+        self.writes = 0  # how often devices have written RAM
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
         self._timers = TimerQueue()
@@ -269,6 +270,7 @@ class Board:
                 self._dirty.extend(bytes(self.memory.size // PAGE - len(self._dirty)))
             self._dirty[first : last + 1] = b"\1" * (last - first + 1)
             self._is_dirty = True
+            self.writes += 1
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""

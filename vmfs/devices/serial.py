@@ -11,6 +11,7 @@ from typing import Any
 
 from vmfs.devices.board import Board
 from vmfs.devices.device import Device, Window
+from vmfs.devices.sent import Sent
 from vmfs.words.errors import Invalid
 
 FIFO = 16
@@ -48,6 +49,7 @@ class Serial(Device):
         self.port = port
         self.irq = irq
         self.output = output or (lambda data: None)
+        self.sent = Sent()
         self.waiting: deque[int] = deque()  # bytes that did not fit into the FIFO yet
         self.fifo: deque[int] = deque()
         self.took: Callable[[], None] = lambda: None  # called when `waiting` got shorter
@@ -219,7 +221,9 @@ class Serial(Device):
                 self.fifo.append(byte)
         else:
             self.counters["sent"] += 1
-            self.output(bytes((byte,)))
+            data = bytes((byte,))
+            self.sent.append(data)
+            self.output(data)
 
     # ---- state
 

@@ -294,7 +294,8 @@ def _at_line(number: int, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Invalid as error:
-        raise Invalid(f"line {number}: {error}") from None
+        error.line = number
+        raise
 
 
 def _bound(file: str, words: list[str], resolve: Resolve) -> Callable[[Any], Any]:

@@ -1,5 +1,5 @@
 """`console`, `hvc`: the first serial port, and a virtio console, as streams. What is written is typed; what the guest
-sends goes to every reader."""
+sends goes to every reader. `console.log`, `hvc.log` have the end of what was sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
-from vmfs.fs.inodes import POLL_OUT, File, Handle, Kind
+from vmfs.fs.inodes import ATTR_SECONDS, POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.kinds import may_not_block
 from vmfs.fs.streams import Stream, StreamHandle
@@ -54,6 +54,8 @@ class Console(Kind):
     device: str
     writable = True
     reading_acts = True
+    attr_seconds = ATTR_SECONDS
+    walked = False
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         port = node.scope.console_port(self.device)
@@ -62,11 +64,15 @@ class Console(Kind):
         return _ConsoleHandle(node, pid, nonblocking, port)
 
 
+def _no_port() -> Unsupported:
+    return Unsupported("there is no such port: write pc to `machine` for a console, and hvc to `dev/add` for an hvc")
+
+
 class _NoConsole(Handle):
+    """Of a port that was not there at the open."""
+
     async def read(self, offset: int, size: int) -> bytes:
-        raise Unsupported(
-            "there is no such port: write pc to `machine` for console, and hvc to `dev/add` for hvc, then open it again"
-        )
+        raise _no_port()
 
     async def write(self, offset: int, data: bytes) -> int:
         return len(await self.read(0, 0))
@@ -107,3 +113,32 @@ class _ConsoleHandle(StreamHandle):
 
     def room(self) -> int:
         return POLL_OUT if self._port.room() else 0
+
+
+# ---- what was sent
+
+
+@dataclass(frozen=True)
+class Log(Kind):
+    """The end of what a serial port or virtio console has sent, by the name of its device."""
+
+    device: str
+
+    def size(self, scope: Any) -> int:
+        port = scope.port_device(self.device)
+        return 0 if port is None else len(port.sent)
+
+    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+        return _LogHandle(node, pid, nonblocking, self.device)
+
+
+class _LogHandle(Handle):
+    def __init__(self, node: File, pid: int, nonblocking: bool, device: str) -> None:
+        super().__init__(node, pid, nonblocking)
+        self._device = device
+
+    async def read(self, offset: int, size: int) -> bytes:
+        port = self.scope.port_device(self._device)
+        if port is None:
+            raise _no_port()
+        return port.sent.read(offset, size)

@@ -15,7 +15,7 @@ import trio
 
 from vmfs.debug import kallsyms
 from vmfs.debug.corefile import RAM_OFFSET, CpuState, core_header, core_size
-from vmfs.debug.disasm import LONGEST, listing_text, parse_listing
+from vmfs.debug.disasm import LONGEST, listing_text
 from vmfs.debug.paging import (
     Paging,
     linear_reader,
@@ -31,7 +31,7 @@ from vmfs.engine.base import Vcpu
 from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.scopes import MachineScope
 from vmfs.fs.waiting import finished, value_of
-from vmfs.machine.memory import MemoryView
+from vmfs.machine.memory import PAGE, MemoryView
 from vmfs.words.errors import BadAddress, PastEnd
 from vmfs.words.modes import CodeMode
 
@@ -63,6 +63,16 @@ class Symbols(Kind):
 
     writable = True
 
+    def size(self, scope: Any) -> int | None:
+        known, size = scope.symbols_text
+        return size if known is scope.vm.symbols else None
+
+    async def measure(self, scope: Any) -> int:
+        table = scope.vm.symbols
+        size = len((await _in_thread(table.text)).encode())
+        scope.symbols_text = table, size
+        return size
+
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _SymbolsHandle(node, pid, nonblocking, writing)
 
@@ -76,7 +86,7 @@ class _SymbolsHandle(Handle):
         self.tells_closing = writing
         self._fd = -1
         self._size = 0
-        self._news = False
+        self.unsaved = False
         self._before = self.scope.vm.symbols  # to which O_APPEND adds
         self._snapshot: bytes | None = None
 
@@ -100,7 +110,7 @@ class _SymbolsHandle(Handle):
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], at + done)
         self._size = max(self._size, at + len(data))
-        self._news = True
+        self.unsaved = True
         return len(data)
 
     async def _do(self, command: str) -> None:
@@ -108,9 +118,9 @@ class _SymbolsHandle(Handle):
         self.scope.vm.symbols = self._before.merged(found) if self.appending else found
 
     async def flush(self) -> None:
-        if not self._news:
+        if not self.unsaved:
             return
-        self._news = False
+        self.unsaved = False
         # Not to be given up: the descriptor may be closed behind it.
         table = await trio.to_thread.run_sync(parse_file, self._fd)
         self.scope.vm.symbols = self._before.merged(table) if self.appending else table
@@ -153,12 +163,11 @@ def symbols_elf_size(scope: MachineScope) -> int:
 
 @dataclass(frozen=True)
 class Virt(Kind):
-    """`virt`: the offset is the linear address without its bit 63, which is as bit 62."""
+    """`virt`: the offset is the linear address without its bit 63, which is as bit 62. It has no size, as
+    /proc/PID/mem has none: what is mapped is not one piece."""
 
     writable = True
-
-    def size(self, scope: Any) -> int:
-        return (1 << 63) - 1  # dd skips no further than a file is long
+    walked = False
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _VirtHandle(node, pid, nonblocking)
@@ -240,10 +249,6 @@ async def disasm(scope: MachineScope) -> str:
     return await _in_thread(work, memory.view())
 
 
-def set_disasm(scope: MachineScope, text: str) -> None:
-    scope.vm.listing = parse_listing(text, scope.vm.symbols)
-
-
 async def stack(scope: MachineScope) -> str:
     """`stack`."""
     vm = scope.vm
@@ -266,8 +271,8 @@ class Core(Kind):
     def size(self, scope: Any) -> int:
         return core_size(scope.vm.memory.size)
 
-    def blocks(self, scope: Any) -> int:
-        return os.fstat(scope.vm.memory.fd).st_blocks
+    def blocks(self, scope: Any, size: int) -> int:
+        return os.fstat(scope.vm.memory.fd).st_blocks + PAGE // 512  # RAM, and headers that are never all zeros
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _CoreHandle(node, pid, nonblocking)
@@ -281,7 +286,9 @@ class _CoreHandle(Handle):
             return self.scope.vm.memory.read(offset - RAM_OFFSET, size)
         if self._header is None:
             self._header = await value_of(self._make_header(), self)
-        return self._header[offset : offset + size].ljust(min(size, RAM_OFFSET - offset), b"\0")
+        head = self._header[offset : offset + size].ljust(min(size, RAM_OFFSET - offset), b"\0")
+        # A short read is the end of the file for tar and others.
+        return head + self.scope.vm.memory.read(0, size - len(head)) if len(head) < size else head
 
     async def _make_header(self) -> bytes:
         vm = self.scope.vm

@@ -12,12 +12,15 @@ from typing import Any
 
 import trio
 
-from vmfs.devices.attach import Writer, attach
+from vmfs.devices.attach import Writer, attach, parse_attachment
 from vmfs.devices.device import Device
+from vmfs.devices.pci import PciDevice
 from vmfs.fs.inodes import Directory, File, Handle, Kind, Node, Scope
-from vmfs.fs.kinds import Text, decoded
+from vmfs.fs.kinds import Text
+from vmfs.fs.lines import Do, LineHandle, Undo
 from vmfs.fs.rights import as_user, credentials_of, open_path
 from vmfs.fs.scopes import MachineScope
+from vmfs.machine.machine import Vm
 from vmfs.words.errors import NotPermitted, Unsupported
 
 
@@ -36,6 +39,18 @@ class DeviceScope(Scope):
     @removed.setter
     def removed(self, value: bool) -> None:
         self._removed = value
+
+    def modified_ns(self) -> int:
+        return self.machine.modified_ns()
+
+    def touch(self) -> None:
+        self.machine.touch()
+
+    def complain(self, sentence: str, about: object) -> None:
+        self.machine.complain(sentence, about)
+
+    def succeeded(self, about: object) -> None:
+        self.machine.succeeded(about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +103,38 @@ class Add(Kind):
     writable = True
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _AddHandle(node, pid, nonblocking)
+        return _AddHandle(node, pid, nonblocking, writing)
 
 
-class _AddHandle(Handle):
-    def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
-        super().__init__(node, pid, nonblocking)
+class _AddHandle(LineHandle):
+    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, pid, nonblocking, writing)
         self._who = credentials_of(pid)
 
-    async def write(self, offset: int, data: bytes) -> int:
-        text, vm, who, own_device = decoded(data), self.scope.vm, self._who, self.scope.host.own_device
-        writer = Writer(lambda task: as_user(who, task), partial(open_path, own_device=own_device), who, own_device)
+    def parse(self, text: str) -> Do:
+        asked, vm, who, own_device = parse_attachment(text), self.scope.vm, self._who, self.scope.host.own_device
+        writer = Writer(partial(as_user, who), partial(open_path, own_device=own_device), who, own_device)
 
-        def work() -> None:  # in a thread: a path may be on a slow file system
-            attach(vm, text, writer)
+        async def do() -> Undo:
+            # In a thread: a path may be on a slow file system.
+            device = await trio.to_thread.run_sync(attach, vm, asked, writer)
+            return Undo(
+                (device,),
+                lambda devices: _detach(vm, devices),
+                lambda: lambda: not vm.has_run,
+                join=lambda one, two: one + two,
+            )
 
-        await trio.to_thread.run_sync(work)
-        return len(data)
+        return do
+
+
+async def _detach(vm: Vm, devices: tuple[PciDevice, ...]) -> None:
+    def work() -> None:
+        for device in reversed(devices):
+            if vm.board is not None and vm.board.devices.get(device.name) is device:
+                vm.detach(device)
+
+    await trio.to_thread.run_sync(work)
 
 
 class DevicesDirectory(Directory):

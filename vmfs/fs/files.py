@@ -6,26 +6,29 @@ import struct
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 
 from vmfs import __version__
+from vmfs.debug.disasm import Listing, parse_listing
+from vmfs.devices.machine import machine_type
 from vmfs.engine import EngineInfo, by_name
 from vmfs.engine.base import Vcpu, has_state
 from vmfs.fs.commands import parse_command, parse_commands
-from vmfs.fs.console import Console
-from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, set_disasm, stack, symbols_elf, symbols_elf_size
+from vmfs.fs.console import Console, Log
+from vmfs.fs.debug_files import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size
 from vmfs.fs.gdb_files import GdbFile, GdbStream
 from vmfs.fs.hooks import status
-from vmfs.fs.inodes import Kind
+from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
+from vmfs.fs.lines import Do, Undo, same
 from vmfs.fs.memory_file import Mem
 from vmfs.fs.scopes import MachineScope, RootScope
-from vmfs.fs.screen_files import Framebuffer, screen_picture, screen_text, type_keys
+from vmfs.fs.screen_files import Framebuffer, put_keys, screen_picture, screen_text
 from vmfs.fs.trace_file import TraceFile
-from vmfs.fs.waiting import finished
-from vmfs.machine.memory import PAGE
+from vmfs.fs.waiting import finished, settled
+from vmfs.machine.machine import Vm, check_time
+from vmfs.machine.memory import PAGE, check_size
 from vmfs.words.errors import Busy, Invalid, Unsupported
 from vmfs.words.exits import Exit
 from vmfs.words.modes import check_mode
@@ -34,6 +37,7 @@ from vmfs.words.registers import (
     REGISTERS,
     dump_registers,
     msr_name,
+    msr_text,
     parse_msr,
     parse_registers,
     read_register,
@@ -58,20 +62,57 @@ def _registers(scope: MachineScope) -> Future[str]:
     return scope.vm.at_boundary(dump_registers)
 
 
-def _set_registers(scope: MachineScope, text: str) -> None:
+def _put_registers(scope: MachineScope, text: str) -> Do:
     values = parse_registers(text)
-    if scope.vm.state != "running":  # then it is Busy
+    return lambda: _set_registers(scope.vm, values)
+
+
+def _set_registers(vm: Vm, values: dict[str, int]) -> Undo | None:
+    if not values:
+        return None
+    state, before = vm.state, {}
+    if state != "running":  # then it is Busy
         # Before `change`, which completes a pending access: whether there are such MSRs.
-        scope.vm.at_boundary(lambda cpu: [read_register(cpu, name) for name in values]).result()
-    scope.vm.change(lambda cpu: write_registers(cpu, values))
+        texts = vm.at_boundary(lambda cpu: {name: read_register(cpu, name) for name in values}).result()
+        before = {name: int(text, 16) for name, text in texts.items()}
+    vm.change(lambda cpu: write_registers(cpu, values))
+
+    def put_back(old: dict[str, int]) -> None:
+        vm.change(lambda cpu: write_registers(cpu, old), then=state)
+
+    return Undo(before, put_back, lambda: same(lambda: vm.still), join=lambda first, second: {**second, **first})
 
 
-def _set_debug(scope: MachineScope, text: str) -> Future[None]:
-    return scope.vm.set_points(parse_commands("debug", text, scope.vm.symbols.address_of))
+def _put_debug(scope: MachineScope, text: str) -> Do:
+    vm = scope.vm
+    change = parse_commands("debug", text, vm.symbols.address_of)
+
+    async def do() -> Undo:
+        before = vm.points
+        await settled(vm.set_points(change), scope)
+        return Undo(before, vm.put_points, lambda: same(lambda: vm.points, lambda: vm.still))
+
+    return do
 
 
-def _set_state(scope: MachineScope, text: str) -> Any:
-    return parse_command("state", text)(scope.vm)
+def _put_disasm(scope: MachineScope, text: str) -> Do:
+    vm = scope.vm
+    listing = parse_listing(text, vm.symbols)
+
+    def put(one: Listing) -> None:
+        vm.listing = one
+
+    def do() -> Undo:
+        before = vm.listing
+        put(listing)
+        return Undo(before, put, lambda: same(lambda: vm.listing))
+
+    return do
+
+
+def _put_state(scope: MachineScope, text: str) -> Do:
+    command = parse_command("state", text)
+    return lambda: command(scope.vm)
 
 
 def _exit_line(scope: MachineScope) -> str:
@@ -97,25 +138,19 @@ def _stat(scope: MachineScope) -> str:
     return "".join(f"{key} {value}\n" for key, value in counted.items())
 
 
-def _take_dirty(scope: MachineScope) -> bytes:
-    return scope.vm.take_dirty("file")
-
-
 def _dirty_size(scope: MachineScope) -> int:
     return (scope.vm.memory.size // PAGE + 7) // 8
 
 
-def _set_mem_size(scope: MachineScope, text: str) -> None:
-    scope.host.resize_memory(scope.vm, parse_size(text.strip(), what="mem_size"))
+def _put_mem_size(scope: MachineScope, text: str) -> Do:
+    size = parse_size(text.strip(), what="mem_size")
+    check_size(size)
+    return lambda: scope.host.resize_memory(scope.vm, size)
 
 
-async def _set_engine(scope: MachineScope, text: str) -> None:
+def _put_engine(scope: MachineScope, text: str) -> Do:
     name = text.strip()
     engine = by_name(name)
-    if scope.vm.state == "running":
-        raise Busy("the machine is running")
-    if name == scope.vm.engine.name:
-        return
 
     def move() -> None:  # in a thread: to probe an engine and to end a machine take a moment
         availability = engine.probe()
@@ -123,8 +158,14 @@ async def _set_engine(scope: MachineScope, text: str) -> None:
             raise Unsupported(f"the engine {name} does not work here: {availability.reason}")
         scope.vm.move_to(engine)
 
-    await trio.to_thread.run_sync(move)
-    scope.forget_sizes()
+    async def do() -> None:
+        if scope.vm.state == "running":
+            raise Busy("the machine is running")
+        if name != scope.vm.engine.name:
+            await trio.to_thread.run_sync(move)
+            scope.forget_sizes()
+
+    return do
 
 
 async def _mode(scope: MachineScope) -> str:
@@ -133,25 +174,44 @@ async def _mode(scope: MachineScope) -> str:
     return f"{mode.result()}\n"
 
 
-async def _set_mode(scope: MachineScope, text: str) -> None:
+def _put_mode(scope: MachineScope, text: str) -> Do:
     mode = text.strip()
     check_mode(mode)
-    async with scope.memory.change():
-        scope.vm.set_mode(mode)
+
+    async def do() -> None:
+        async with scope.memory.change():
+            scope.vm.set_mode(mode)
+
+    return do
 
 
-def _set_machine(scope: MachineScope, text: str) -> None:
-    scope.vm.set_machine(text.strip())
-    scope.forget_sizes()
+def _put_machine(scope: MachineScope, text: str) -> Do:
+    name = text.strip()
+    machine_type(name)
+
+    def do() -> None:
+        scope.vm.set_machine(name)
+        scope.forget_sizes()
+
+    return do
 
 
-def _set_cmdline(scope: MachineScope, text: str) -> None:
-    if scope.vm.state == "running":
-        raise Busy("the machine is running")
-    scope.vm.images.cmdline = text.removesuffix("\n")
+def _put_time(scope: MachineScope, text: str) -> Do:
+    source = text.strip()
+    check_time(source)
+    return lambda: scope.vm.set_time_source(source)
 
 
-def _complaint(scope: MachineScope) -> str:
+def _put_cmdline(scope: MachineScope, text: str) -> Do:
+    def do() -> None:
+        if scope.vm.state == "running":
+            raise Busy("the machine is running")
+        scope.vm.images.cmdline = text.removesuffix("\n")
+
+    return do
+
+
+def _complaint(scope: Scope) -> str:
     return f"{scope.complaint}\n" if scope.complaint else ""
 
 
@@ -172,7 +232,7 @@ FILES: tuple[Row, ...] = (
     Row("exit", 0o444, Text(get=_exit_line, news=_news_of_exits)),
     Row("exit.bin", 0o444, Text(get=_exit_struct, news=_news_of_exits)),
     Row("exit.data", 0o666, AccessData()),
-    Row("state", 0o666, Text(lambda scope: f"{scope.vm.state}\n", _set_state, news=_news_of_state)),
+    Row("state", 0o666, Text(lambda scope: f"{scope.vm.state}\n", _put_state, news=_news_of_state, acts=True)),
     Row("stat", 0o444, Text(_stat)),
     # state
     Row("regs", 0o666, State("regs", still=True), per_cpu=True),
@@ -189,45 +249,45 @@ FILES: tuple[Row, ...] = (
     Row("irqchip", 0o666, State("irqchip")),
     Row("pit", 0o666, State("pit")),
     Row("clock", 0o666, State("clock")),
-    Row("registers", 0o666, Text(_registers, _set_registers), per_cpu=True),
+    Row("registers", 0o666, Text(_registers, _put_registers, of_cpu=True, whole=True), per_cpu=True),
     Row("mem", 0o666, Mem()),
     Row(
         "dirty",
         0o444,
-        Text(_take_dirty, room=_dirty_size, acts=True),
+        Text(
+            lambda scope: scope.vm.take_dirty("file"), peek=lambda scope: scope.vm.peek_dirty("file"), room=_dirty_size
+        ),
     ),
     # configuration
-    Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _set_mem_size)),
-    Row("engine", 0o666, Text(lambda scope: f"{scope.vm.engine.name}\n", _set_engine)),
-    Row("mode", 0o666, Text(_mode, _set_mode)),
-    Row("machine", 0o666, Text(lambda scope: f"{scope.vm.machine_name}\n", _set_machine)),
-    Row(
-        "time",
-        0o666,
-        Text(lambda scope: f"{scope.vm.time_source}\n", lambda scope, text: scope.vm.set_time_source(text.strip())),
-    ),
+    Row("mem_size", 0o666, Text(lambda scope: f"{scope.vm.memory.size}\n", _put_mem_size)),
+    Row("engine", 0o666, Text(lambda scope: f"{scope.vm.engine.name}\n", _put_engine)),
+    Row("mode", 0o666, Text(_mode, _put_mode, of_cpu=True)),
+    Row("machine", 0o666, Text(lambda scope: f"{scope.vm.machine_name}\n", _put_machine)),
+    Row("time", 0o666, Text(lambda scope: f"{scope.vm.time_source}\n", _put_time)),
     Row("console", 0o666, Console("com1")),
+    Row("console.log", 0o444, Log("com1")),
     Row("hvc", 0o666, Console("hvc0")),
-    Row("screen.txt", 0o444, Text(screen_text)),
-    Row("screen.png", 0o444, Text(screen_picture)),
+    Row("hvc.log", 0o444, Log("hvc0")),
+    Row("screen.txt", 0o444, Text(screen_text, slow=True)),
+    Row("screen.png", 0o444, Text(screen_picture, slow=True)),
     Row("framebuffer", 0o666, Framebuffer()),
-    Row("keyboard", 0o222, Text(put=type_keys)),
+    Row("keyboard", 0o222, Text(put=put_keys, whole=True, acts=True)),
     # what is booted
     Row("kernel", 0o666, ImageFile("kernel")),
     Row("initrd", 0o666, ImageFile("initrd")),
     Row("bios", 0o666, ImageFile("bios")),
-    Row("cmdline", 0o666, Text(lambda scope: f"{scope.vm.images.cmdline}\n", _set_cmdline)),
+    Row("cmdline", 0o666, Text(lambda scope: f"{scope.vm.images.cmdline}\n", _put_cmdline, whole=True, continues=True)),
     # interrupts and debugging
     Row("irq", 0o222, Irq()),
-    Row("debug", 0o666, Text(lambda scope: scope.vm.points_text(), _set_debug)),
+    Row("debug", 0o666, Text(lambda scope: scope.vm.points_text(), _put_debug, whole=True)),
     Row("trace", 0o666, TraceFile()),
     Row("trace.bin", 0o444, TraceFile(binary=True)),
     Row("symbols", 0o666, Symbols()),
     Row("symbols.elf", 0o444, Text(symbols_elf, room=symbols_elf_size)),
     Row("virt", 0o666, Virt(), per_cpu=True),
-    Row("pagetable", 0o444, Text(pagetable), per_cpu=True),
-    Row("disasm", 0o666, Text(disasm, set_disasm), per_cpu=True),
-    Row("stack", 0o444, Text(stack), per_cpu=True),
+    Row("pagetable", 0o444, Text(pagetable, slow=True), per_cpu=True),
+    Row("disasm", 0o666, Text(disasm, _put_disasm, slow=True), per_cpu=True),
+    Row("stack", 0o444, Text(stack, slow=True), per_cpu=True),
     Row("core", 0o444, Core()),
     Row("gdb", 0o666, GdbFile()),
     Row("gdb.stream", 0o666, GdbStream()),
@@ -252,6 +312,7 @@ def _engines(scope: RootScope) -> str:
 ROOT_FILES: tuple[Row, ...] = (
     Row("engines", 0o444, Text(_engines)),
     Row("version", 0o444, Text(lambda scope: f"{__version__}\n")),
+    Row("error", 0o444, Text(_complaint)),
 )
 
 
@@ -265,12 +326,13 @@ def register_file(name: str) -> Row:
     def get(scope: MachineScope) -> Future[str]:
         return scope.vm.at_boundary(lambda cpu: f"{read_register(cpu, name)}\n")
 
-    def put(scope: MachineScope, text: str) -> None:
+    def put(scope: MachineScope, text: str) -> Do:
         value = row.parse(text.strip()) if row else parse_number(text.strip(), what=name)
-        scope.vm.change(lambda cpu: write_registers(cpu, {name: value}))
+        return lambda: _set_registers(scope.vm, {name: value})
 
     writable = row is None or row.writable
-    return Row(name, 0o666 if writable else 0o444, Text(get, put if writable else None))
+    size = len(f"{row.text(0) if row else msr_text(0)}\n")
+    return Row(name, 0o666 if writable else 0o444, Text(get, put if writable else None, width=size))
 
 
 REGISTER_FILES: Mapping[str, Row] = {name: register_file(name) for name in REGISTERS}

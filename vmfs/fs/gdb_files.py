@@ -22,9 +22,10 @@ from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.debug.gdb.server import Gdb, Words
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.debug.gdb.target import DEFAULT
-from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
+from vmfs.fs.inodes import ATTR_SECONDS, POLL_IN, POLL_OUT, File, Handle, Kind, Scope
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import decoded, may_not_block
+from vmfs.fs.kinds import may_not_block
+from vmfs.fs.lines import Do, LineHandle
 from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of, own_path
 from vmfs.fs.waiting import finished
 from vmfs.machine.machine import Vm
@@ -71,7 +72,7 @@ class GdbPort:
         return trio.from_thread.run(command, self._scope, text)
 
     def complain(self, sentence: str) -> None:
-        trio.from_thread.run_sync(setattr, self._scope, "complaint", sentence)
+        trio.from_thread.run_sync(self._scope.complain, sentence, "gdb")
 
     # ---- where it is listened for
 
@@ -87,26 +88,14 @@ class GdbPort:
         words = [self._listener.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
         return " ".join(words) + "\n"
 
-    async def set(self, text: str, who: Credentials | None) -> None:
+    async def set(self, asked: Asked, who: Credentials | None) -> None:
         """What was written to it. When it fails, what was before stays."""
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise Invalid(f"gdb: {error}") from None
-        if not words or "\n" in text.strip():
-            raise Invalid(f"gdb: it is {_USAGE}")
-        address, *rest = words
-        if address == "off":
-            if rest:
-                raise Invalid("gdb: nothing follows `off`")
-            async with self._changing:
-                await self._end_listener()
-            return
-        settings = parse_layout(rest)
-        where = parse_address(address)
         async with self._changing:
-            await self._listen(where, who)
-            self.gdb.words = settings
+            if asked.where is None:
+                await self._end_listener()
+            else:
+                await self._listen(asked.where, who)
+                self.gdb.words = asked.words
 
     async def _listen(self, where: Where, who: Credentials | None) -> None:
         if self._listener is not None and self._listener.where == where:
@@ -168,6 +157,29 @@ async def _when(one: trio.Event, other: trio.Event) -> None:
 
 
 Where = str | tuple[str, int]  # a socket's path, or a numerical host and a port
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the `gdb` file is told: where to listen (None: nowhere), and for which layout."""
+
+    where: Where | None
+    words: Words = (DEFAULT, False)
+
+
+def parse_gdb(text: str) -> Asked:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Invalid(f"gdb: {error}") from None
+    if not words:
+        raise Invalid(f"gdb: it is {_USAGE}")
+    address, *rest = words
+    if address == "off":
+        if rest:
+            raise Invalid("gdb: nothing follows `off`")
+        return Asked(None)
+    return Asked(parse_address(address), parse_layout(rest))
 
 
 def parse_address(text: str) -> Where:
@@ -306,15 +318,17 @@ class GdbFile(Kind):
     """`gdb`."""
 
     writable = True
-    sized = False
+
+    def size(self, scope: Any) -> int:
+        return len(scope.gdb.text().encode())
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _GdbHandle(node, pid, nonblocking, writing)
 
 
-class _GdbHandle(Handle):
+class _GdbHandle(LineHandle):
     def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, pid, nonblocking)
+        super().__init__(node, pid, nonblocking, writing)
         self._who = credentials_of(pid) if writing else None
         self._snapshot = b""
 
@@ -323,10 +337,9 @@ class _GdbHandle(Handle):
             self._snapshot = self.scope.gdb.text().encode()
         return self._snapshot[offset : offset + size]
 
-    async def write(self, offset: int, data: bytes) -> int:
-        # Not to be given up half-way by a signal: it takes no time that one would wait for.
-        await self.scope.gdb.set(decoded(data), self._who)
-        return len(data)
+    def parse(self, text: str) -> Do:
+        asked = parse_gdb(text)
+        return lambda: self.scope.gdb.set(asked, self._who)
 
 
 # ---- gdb.stream
@@ -337,8 +350,9 @@ class GdbStream(Kind):
     """`gdb.stream`: who opens it for reading and writing is a gdb's connection."""
 
     writable = True
-    sized = False
+    attr_seconds = ATTR_SECONDS
     reading_acts = True
+    walked = False
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         return _StreamHandle(node, pid, nonblocking, writing)

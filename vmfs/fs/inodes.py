@@ -14,11 +14,15 @@ from typing import Any, Protocol
 
 import trio
 
-from vmfs.words.errors import Gone, Invalid, NotPermitted
+from vmfs.words.errors import Gone, Invalid, NotPermitted, NotThere, VmfsError
 
 POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Linux asm-generic/poll.h
 ROOT = 1
 ATTR_SECONDS = 3600  # attributes other than sizes change only by calls that come through the kernel
+
+
+WALK, WALK_OF = 2, 6  # the last two files that a walker has opened are of the six before this one
+MOST_WALKERS = 16  # of which a scope knows what they opened
 
 
 class Waker(Protocol):
@@ -30,15 +34,47 @@ class Waker(Protocol):
 class Scope:
     """What lives and dies together. After `remove` its open files answer ENODEV, and whoever waits is woken.
 
-    `complaint` is the last failure in a sentence. Used on the trio loop only, except `changed`.
+    `complaint` is the last failure in a sentence, until the same succeeds. Used on the trio loop only, except
+    `changed`.
     """
+
+    def modified_ns(self) -> int:
+        """When files that show its state last changed, for their mtime; 0 where they never do."""
+        return 0
 
     def __init__(self) -> None:
         self.removed = False
         self.complaint = ""
+        self._complaint_about: object = None
+        self._opened: dict[int, tuple[str, ...]] = {}  # the files that a process has last opened, for reading only
         self._waiting: set[trio.Event] = set()
         self._pollers: dict[Handle, Waker] = {}
         self._token: trio.lowlevel.TrioToken | None = None
+
+    def touch(self) -> None:
+        """Something was written."""
+
+    def complain(self, sentence: str, about: object) -> None:
+        self.complaint, self._complaint_about = sentence, about
+
+    def succeeded(self, about: object) -> None:
+        if about == self._complaint_about:
+            self.complaint, self._complaint_about = "", None
+
+    def lists(self, pid: int) -> None:
+        """A process looks at what files there are."""
+        self._opened.setdefault(pid, ())
+        if len(self._opened) > MOST_WALKERS:
+            del self._opened[next(iter(self._opened))]
+
+    def is_walking(self, pid: int, file: File) -> bool:
+        """Whether a process that opens a file for reading reads a whole directory: as `diff -r` does, it has listed it,
+        and opens the files in the order of their names. Some may be left out."""
+        before = self._opened.get(pid)
+        if before is None:
+            return False
+        self._opened[pid] = (*before, file.name)[-WALK:]
+        return len(before) == WALK and any(_in_order(before, names) for names in file.follows)
 
     def check(self) -> None:
         """Raises Gone after removal."""
@@ -84,6 +120,11 @@ class Scope:
                 pass
 
 
+def _in_order(some: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    left = iter(names)
+    return all(name in left for name in some)
+
+
 class _Waiting:
     def __init__(self, events: set[trio.Event]) -> None:
         self._events = events
@@ -104,6 +145,8 @@ class Handle:
     keep_cache = False
     tells_closing = False  # `flush` is called
     appending = False  # opened with O_APPEND
+    walking = False  # opened for reading by who reads all files of a directory
+    unsaved = False  # `flush` has something to do
 
     def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
         self.node = node
@@ -136,16 +179,23 @@ class Kind:
 
     readable = True
     writable = False
-    sized = True  # `size` or `blocks` may change: the kernel asks for the attributes at each open
+    attr_seconds: float = 0  # for which the kernel may keep size, blocks and mtime
+    dated = True  # its mtime is when its machine last changed
     reading_acts = False  # a read changes the machine: only who may write the file may read it
+    walked = True  # a program that copies or compares whole directories reads it, as any file
 
-    def size(self, scope: Any) -> int:
-        """What stat shows. Files that the server answers need none, as those in /proc."""
+    def size(self, scope: Any) -> int | None:
+        """The bytes that reading gives; None where `measure` has to find out. 0, as in /proc, for streams and what
+        acts, and where a machine that runs would have to stop for it."""
         return 0
 
-    def blocks(self, scope: Any) -> int:
-        """512-byte blocks in use."""
-        return 0
+    async def measure(self, scope: Any) -> int:
+        """Where `size` does not know: by making the contents. Only stat asks for that; `ls` without -l does not."""
+        raise NotImplementedError
+
+    def blocks(self, scope: Any, size: int) -> int:
+        """512-byte blocks in use. A file with a size and no block is taken for a hole by tar -S."""
+        return -(-size // 512)
 
     def truncate(self, scope: Any, size: int, opened: bool) -> None:
         """O_TRUNC or truncate(2), or, on an open file, ftruncate(2). Ignored where it means nothing."""
@@ -153,6 +203,13 @@ class Kind:
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
         """`writing`: not O_RDONLY. Called only for what the kind is readable and writable for."""
         raise NotImplementedError
+
+
+class EmptyHandle(Handle):
+    """What who walks a directory gets of a file that is no plain one: its end."""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return b""
 
 
 class Node:
@@ -177,11 +234,16 @@ class Node:
     def st_mode(self) -> int:
         return self.format | self.mode
 
-    def size(self) -> int:
-        return 0
+    size = blocks = 0  # as `look` or `measure` last found them
 
-    def blocks(self) -> int:
-        return 0
+    def look(self) -> None:
+        """Find out `size` and `blocks` where that is quick."""
+
+    async def measure(self) -> None:
+        """Find out `size` and `blocks`."""
+
+    def modified_ns(self) -> int:
+        return self.mtime_ns
 
 
 class File(Node):
@@ -192,13 +254,24 @@ class File(Node):
     ) -> None:
         super().__init__(inodes, scope, name, mode, uid, gid)
         self.kind = kind
-        self.attr_seconds = 0 if kind.sized else ATTR_SECONDS
+        self.group = name  # what failures are told by: `error` is about the last write of such a file
+        self.follows: tuple[tuple[str, ...], ...] = ()  # the names that come before it in a walk
+        self.attr_seconds = kind.attr_seconds
 
-    def size(self) -> int:
-        return self.kind.size(self.scope)
+    def look(self) -> None:
+        size = self.kind.size(self.scope)
+        if size is not None:
+            self.size, self.blocks = size, self.kind.blocks(self.scope, size)
 
-    def blocks(self) -> int:
-        return self.kind.blocks(self.scope)
+    async def measure(self) -> None:
+        if self.kind.size(self.scope) is None:
+            self.size = await self.kind.measure(self.scope)
+            self.blocks = self.kind.blocks(self.scope, self.size)
+        else:
+            self.look()
+
+    def modified_ns(self) -> int:
+        return max(self.mtime_ns, self.scope.modified_ns()) if self.kind.dated else self.mtime_ns
 
 
 class Directory(Node):
@@ -231,6 +304,15 @@ class Directory(Node):
     async def entries(self) -> Iterable[tuple[str, Node]]:
         """The children, in the order of their numbers, which never changes."""
         return sorted(self.children.items(), key=lambda item: item[1].number)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names in it, as sentences have them."""
+        return f"{self.name}/"
+
+    def no_such(self, name: str) -> VmfsError:
+        """Why a file that is not there cannot be opened: O_CREAT, as shells have it, makes none."""
+        return NotThere("there is no such file; a machine has those that it has")
 
     async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
         raise NotPermitted("directories are made at the root of the mount only")

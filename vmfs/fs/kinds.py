@@ -19,32 +19,21 @@ import trio
 from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
 from vmfs.fs.commands import parse_bound, parse_command
 from vmfs.fs.hooks import _fuse
-from vmfs.fs.inodes import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
+from vmfs.fs.inodes import ATTR_SECONDS, POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.waiting import finished, value_of
+from vmfs.fs.lines import Do, LineHandle
+from vmfs.fs.waiting import finished, settled, value_of
 from vmfs.machine.control import UNBOUND, Bound, Run
 from vmfs.words import exits
-from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, PastEnd, WouldBlock
+from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, LimitReached, PastEnd, VmfsError, WouldBlock, known
 
-TEXT_LIMIT = 64 << 10  # bytes of one write; `registers` whole is 9 KiB
+DATE_SECONDS = 1.0  # for which the kernel may keep the attributes of what always has the same size: an mtime
 STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
 QUEUE_LOOK_SECONDS = 0.02
 # A run to the next port access takes some 20 us, and sleeping in trio until its end 150. So one that is
 # expected to be short is waited for on the spot for a moment, as an ioctl is.
 SHORT_SECONDS = 200e-6
 LONG_SECONDS = 1e-3  # what takes so long does not make one expect a short run
-
-
-def decoded(data: bytes) -> str:
-    """What was written to a text file."""
-    if len(data) > TEXT_LIMIT:
-        raise Invalid(f"{len(data)} bytes are more than the {TEXT_LIMIT} that one write may have")
-    if b"\0" in data:
-        raise Invalid("there is a NUL in the text")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise Invalid(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def may_not_block(handle: Handle) -> bool:
@@ -60,19 +49,30 @@ def may_not_block(handle: Handle) -> bool:
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """`get(scope)` gives the text (or bytes), `put(scope, text)` takes one; either may be or return a Future
-    or a coroutine. `news(scope)` is a number that changes when a poll should return: without it the file is
-    always ready. `room(scope)` is the `st_size`."""
+    """`get(scope)` gives the text (or bytes); it may be or return a Future or a coroutine. `put(scope, text)` parses
+    one, changes nothing, and returns what does it (`vmfs.fs.lines.Do`). `news(scope)` is a number that changes when a
+    poll should return: without it the file is always ready.
+
+    The size is that of what `get` gives, unless `room(scope)` knows it, or it is always `width`. `of_cpu`: `get` asks
+    a CPU, which would have to stop for it. `slow`: the size is kept while nothing happens to the machine. `peek` is
+    `get` for who walks whole directories, where `get` takes something away.
+    """
 
     get: Callable[[Any], Any] | None = None
-    put: Callable[[Any, str], Any] | None = None
+    put: Callable[[Any, str], Do] | None = None
     news: Callable[[Any], int] | None = None
     room: Callable[[Any], int] | None = None
-    acts: bool = False  # a read takes something away
+    width: int | None = None
+    peek: Callable[[Any], Any] | None = None
+    of_cpu: bool = False
+    slow: bool = False
+    whole: bool = False  # as of LineHandle, and so the next two
+    acts: bool = False
+    continues: bool = False
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
-        return self.acts
+        return self.peek is not None
 
     @property
     def readable(self) -> bool:  # type: ignore[override]
@@ -83,22 +83,47 @@ class Text(Kind):
         return self.put is not None
 
     @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return self.room is not None
+    def attr_seconds(self) -> float:  # type: ignore[override]
+        return 0 if self.width is None else DATE_SECONDS
 
-    def size(self, scope: Any) -> int:
-        return self.room(scope) if self.room else 0
+    def size(self, scope: Any) -> int | None:
+        if self.get is None:
+            return 0
+        return self.room(scope) if self.room else self.width
+
+    async def measure(self, scope: Any) -> int:
+        if (self.of_cpu or self.slow) and scope.vm.state == "running":
+            return 0
+        if self.slow:
+            return await scope.kept_size(self, self._length)
+        return await self._length(scope)
+
+    async def _length(self, scope: Any) -> int:
+        assert self.get
+        try:
+            return len(_encoded(await settled(self.get(scope), scope)))
+        except Gone:
+            raise
+        except VmfsError as error:  # reading fails, too
+            if isinstance(known(error), LimitReached):
+                raise
+            return 0
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _TextHandle(node, pid, nonblocking, self)
+        return _TextHandle(node, pid, nonblocking, writing, self)
 
 
-class _TextHandle(Handle):
-    """A read from offset 0 takes a snapshot, others go on in it. A write is parsed whole, at any offset."""
+def _encoded(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, kind: Text) -> None:
-        super().__init__(node, pid, nonblocking)
+
+class _TextHandle(LineHandle):
+    """A read from offset 0 takes a snapshot, others go on in it. What is written is parsed, at any offset."""
+
+    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool, kind: Text) -> None:
+        super().__init__(node, pid, nonblocking, writing)
         self._kind = kind
+        self.whole, self.acts, self.continues = kind.whole, kind.acts, kind.continues
         self._snapshot: bytes | None = None
         self._seen = 0
 
@@ -106,15 +131,14 @@ class _TextHandle(Handle):
         assert self._kind.get
         if offset == 0 or self._snapshot is None:
             news = self._kind.news(self.scope) if self._kind.news else 0  # what comes later is news again
-            text = await value_of(self._kind.get(self.scope), self)
-            self._snapshot = text.encode() if isinstance(text, str) else text
+            get = self._kind.peek if self.walking and self._kind.peek else self._kind.get
+            self._snapshot = _encoded(await value_of(get(self.scope), self))
             self._seen = news
         return self._snapshot[offset : offset + size]
 
-    async def write(self, offset: int, data: bytes) -> int:
+    def parse(self, text: str) -> Do:
         assert self._kind.put
-        await value_of(self._kind.put(self.scope, decoded(data)), self)
-        return len(data)
+        return self._kind.put(self.scope, text)
 
     def poll(self) -> int:
         out = POLL_OUT if self._kind.put else 0
@@ -279,19 +303,24 @@ class VmRun(Kind):
 
     show: Callable[[exits.Exit], bytes]
     writable = True
-    sized = False
+    attr_seconds = ATTR_SECONDS
     reading_acts = True
+    walked = False
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _VmRunHandle(node, pid, nonblocking, self.show)
+        return _VmRunHandle(node, pid, nonblocking, writing, self.show)
 
 
-class _VmRunHandle(Handle):
+class _VmRunHandle(LineHandle):
     """A read from offset 0 is a run, others go on in its line. Without blocking, a run that ends leaves its
     line to be read once from offset 0."""
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, show: Callable[[exits.Exit], bytes]) -> None:
-        super().__init__(node, pid, nonblocking)
+    acts = True
+
+    def __init__(
+        self, node: File, pid: int, nonblocking: bool, writing: bool, show: Callable[[exits.Exit], bytes]
+    ) -> None:
+        super().__init__(node, pid, nonblocking, writing)
         self._show = show
         self._ends_soon = True  # as the run before
         self._line = b""
@@ -306,13 +335,12 @@ class _VmRunHandle(Handle):
                 self._line = self._show(await self._to_exit(begun or self.scope.vm.start(UNBOUND)))
         return self._line[offset : offset + size]
 
-    async def write(self, offset: int, data: bytes) -> int:
-        bound = parse_bound(decoded(data), self.scope.vm.symbols.address_of)
-        if may_not_block(self):
-            self._begin(bound)
-        else:
-            await self._to_exit(self.scope.vm.start(bound))
-        return len(data)
+    def parse(self, text: str) -> Do:
+        bound = parse_bound(text, self.scope.vm.symbols.address_of)
+        return lambda: self._begin(bound) if may_not_block(self) else self._run_to_exit(bound)
+
+    async def _run_to_exit(self, bound: Bound) -> None:
+        await self._to_exit(self.scope.vm.start(bound))
 
     def poll(self) -> int:
         if self._run is not None:
@@ -371,24 +399,27 @@ class Irq(Kind):
 
     readable = False
     writable = True
-    sized = False
+    attr_seconds = ATTR_SECONDS
 
     def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _IrqHandle(node, pid, nonblocking)
+        return _IrqHandle(node, pid, nonblocking, writing)
 
 
-class _IrqHandle(Handle):
+class _IrqHandle(LineHandle):
+    acts = True
     _looking = False
 
     async def write(self, offset: int, data: bytes) -> int:
         # Of a packet with a vector, three bytes are zero, and no text has a zero byte.
         if len(data) == 4 and b"\0" in data:
             (vector,) = struct.unpack("<I", data)
-            command = parse_command("irq", str(vector))
-        else:
-            command = parse_command("irq", decoded(data))
-        command(self.scope.vm)
-        return len(data)
+            self.parse(str(vector))()
+            return len(data)
+        return await super().write(offset, data)
+
+    def parse(self, text: str) -> Do:
+        command = parse_command("irq", text)
+        return lambda: command(self.scope.vm)
 
     def poll(self) -> int:
         if self.scope.vm.interrupts_queued < INTERRUPT_QUEUE:

@@ -44,6 +44,8 @@ class MemoryServer:
         self._backing = Backing(vm.memory.fd)
         self._way: bool | None = None
         self._opens = 0  # of those that go through the page cache
+        self.writers = 0  # who has it, or what else of the guest is memory, open for writing, and may write unseen
+        self.changes = 0  # grows when it was written, or may have been
         self._inode = 0
 
     def passes_through(self) -> bool:
@@ -74,6 +76,7 @@ class MemoryServer:
     @asynccontextmanager
     async def change(self) -> AsyncIterator[None]:
         """Around a change of RAM by the server."""
+        self.changes += 1
         if self._opens:
             await trio.to_thread.run_sync(self._drop)
         try:
@@ -81,6 +84,13 @@ class MemoryServer:
         finally:
             if self._opens:
                 await trio.to_thread.run_sync(self._drop)
+
+    def writer_comes(self) -> None:
+        self.writers += 1
+
+    def writer_goes(self) -> None:
+        self.writers -= 1
+        self.changes += 1
 
     async def settle(self) -> None:
         """Before the server looks at RAM: what clients wrote into mappings is there then."""
@@ -135,11 +145,13 @@ class Mem(Kind):
     """`mem`."""
 
     writable = True
+    dated = False  # the kernel would drop what it has cached of it
+
 
     def size(self, scope: Any) -> int:
         return scope.vm.memory.size
 
-    def blocks(self, scope: Any) -> int:
+    def blocks(self, scope: Any, size: int) -> int:
         return os.fstat(scope.vm.memory.fd).st_blocks
 
     def truncate(self, scope: Any, size: int, opened: bool) -> None:
@@ -157,7 +169,10 @@ class _MemHandle(Handle):
         super().__init__(node, pid, nonblocking)
         self._memory = self.scope.vm.memory
         self._cached = False
+        self._writing = writing
         self.direct_io = writing
+        if writing:
+            self.scope.memory.writer_comes()
 
     def prepare_answer(self) -> None:
         server: MemoryServer = self.scope.memory
@@ -173,5 +188,7 @@ class _MemHandle(Handle):
         return self._memory.write(offset, data)
 
     def close(self) -> None:
+        if self._writing:
+            self.scope.memory.writer_goes()
         if self._cached:
             self.scope.memory.close_cached()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
-from typing import Any
 
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
@@ -13,7 +10,7 @@ from vmfs.fs.debug_files import SYMBOL_COMMANDS, symbols_by
 from vmfs.fs.files import FILES, REGISTER_FILES, has_msr, register_file
 from vmfs.fs.kinds import Text
 from vmfs.fs.scopes import MachineScope
-from vmfs.fs.waiting import finished
+from vmfs.fs.waiting import settled
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_number
 
@@ -28,7 +25,7 @@ async def command(scope: MachineScope, text: str) -> str:
         return await WORDS[word][1](scope, rest)
     if word in _VERBS or word.isdigit():
         change = parse_commands("debug", text, scope.vm.symbols.address_of)
-        await _settled(scope.vm.set_points(change), scope)
+        await settled(scope.vm.set_points(change), scope)
         return scope.vm.points_text()
     kind = await _text_file(scope, word)
     if kind is None:
@@ -36,11 +33,11 @@ async def command(scope: MachineScope, text: str) -> str:
     if not rest:
         if kind.get is None:
             raise Invalid(f"{word} can only be written")
-        said = await _settled(kind.get(scope), scope)
+        said = await settled(kind.get(scope), scope)
         return said if isinstance(said, str) else said.hex() + "\n"
     if kind.put is None:
         raise Invalid(f"{word} cannot be written")
-    await _settled(kind.put(scope, rest + "\n"), scope)
+    await settled(kind.put(scope, rest)(), scope)
     return ""
 
 
@@ -50,21 +47,12 @@ async def _text_file(scope: MachineScope, name: str) -> Text | None:
     if not slash or folder != "reg":
         return _TEXTS.get(name)
     row = REGISTER_FILES.get(register)
-    if row is None and await _settled(scope.vm.at_boundary(lambda cpu: has_msr(cpu, register)), scope):
+    if row is None and await settled(scope.vm.at_boundary(lambda cpu: has_msr(cpu, register)), scope):
         row = register_file(register)
     return row.kind if row is not None and isinstance(row.kind, Text) else None
 
 
 _VERBS = frozenset(one.name for one in COMMANDS["debug"] if one.name)
-
-
-async def _settled(value: Any, scope: MachineScope) -> Any:
-    if isinstance(value, Future):
-        await finished(value, scope)
-        return value.result()
-    if inspect.isawaitable(value):
-        return await value
-    return value
 
 
 async def _help(_scope: MachineScope, _rest: str) -> str:
@@ -121,7 +109,7 @@ async def _symbols(scope: MachineScope, rest: str) -> str:
 async def _trace(scope: MachineScope, rest: str) -> str:
     if rest:
         change = parse_commands("trace", rest, scope.vm.symbols.address_of)
-        await _settled(scope.vm.set_trace(change), scope)
+        await settled(scope.vm.set_trace(change), scope)
     lines = (await command(scope, "stat")).splitlines(keepends=True)
     return "".join(line for line in lines if line.startswith(("trace ", "trace_")))
 

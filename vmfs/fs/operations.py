@@ -7,20 +7,21 @@ mount lives on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import trio
 
 from vmfs.fs.hooks import _fuse, pyfuse3
-from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
+from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, EmptyHandle, File, Handle, Inodes, Node, Waker
 from vmfs.machine.memory import PAGE
-from vmfs.words.errors import Interrupted, NotPermitted, VmfsError, WouldBlock, known
+from vmfs.words.errors import Interrupted, NotPermitted, Unsupported, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,15 @@ def _directory(node: Node) -> Directory:
 
 
 def _attributes(node: Node) -> pyfuse3.EntryAttributes:
+    """With the size as it was last measured where to measure takes long: the kernel asks again before it is used."""
+    node.look()
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number
     entry.st_mode = node.st_mode
     entry.st_nlink = node.links
     entry.st_uid, entry.st_gid = node.uid, node.gid
-    entry.st_size, entry.st_blocks, entry.st_blksize = node.size(), node.blocks(), PAGE
-    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.mtime_ns, node.ctime_ns
+    entry.st_size, entry.st_blocks, entry.st_blksize = node.size, node.blocks, PAGE
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.modified_ns(), node.ctime_ns
     entry.attr_timeout = node.attr_seconds
     entry.entry_timeout = ENTRY_SECONDS
     return entry
@@ -104,28 +107,37 @@ class Operations(pyfuse3.Operations):
         try:
             if handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
-            return await handle.read(off, size)
+            data = await handle.read(off, size)
         except Exception as raised:
             error = known(raised)
-            if not isinstance(error, (WouldBlock, pyfuse3.FUSEError)):
-                self._complain(handle, error)
+            if handle.walking and isinstance(error, Unsupported):
+                return b""  # a file that such a machine does not have
+            # What a walker cannot read is not what anyone asked for.
+            if not isinstance(error, (WouldBlock, pyfuse3.FUSEError)) and not handle.walking:
+                _complain(handle.node, error, _reading(handle.node))
             raise _failure(error, f"read {handle.node.name}") from None
+        if handle.scope.complaint:
+            handle.scope.succeeded(_reading(handle.node))
+        return data
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
         try:
             if handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
-            return await handle.write(off, buf)
+            done = await handle.write(off, buf)
         except Exception as raised:
             error = known(raised)
-            self._complain(handle, error)
+            _complain(handle.node, error, _writing(handle.node))
             raise _failure(error, f"write {handle.node.name}") from None
+        self._written(handle)
+        return done
 
     @staticmethod
-    def _complain(handle: Handle, error: BaseException) -> None:
-        if isinstance(error, VmfsError) and not isinstance(error, Interrupted):
-            _complain(handle.node, error)
+    def _written(handle: Handle) -> None:
+        handle.scope.touch()
+        if handle.scope.complaint:
+            handle.scope.succeeded(_writing(handle.node))
 
     # ---- opening
 
@@ -139,8 +151,14 @@ class Operations(pyfuse3.Operations):
         # The kernel has checked the mode, but root passes that check.
         if writing and not node.kind.writable or reading and not node.kind.readable:
             raise pyfuse3.FUSEError(errno.EACCES)
+        # cp -r, tar, rsync, grep -r open with O_NOFOLLOW.
+        walking = not writing and (node.scope.is_walking(ctx.pid, node) or bool(flags & os.O_NOFOLLOW))
         try:
-            handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), writing)
+            if walking and not node.kind.walked:
+                handle: Handle = EmptyHandle(node, ctx.pid, False)
+            else:
+                handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), writing)
+            handle.walking = walking
             handle.appending = bool(flags & os.O_APPEND)
             request = _fuse.current_request()
             if handle.tells_closing and request is not None:
@@ -148,8 +166,7 @@ class Operations(pyfuse3.Operations):
             handle.prepare_answer()
         except Exception as raised:
             error = known(raised)
-            if isinstance(error, VmfsError):
-                _complain(node, error)
+            _complain(node, error, _writing(node) if writing else _reading(node))
             raise error from None
         number = next(self._numbers)
         self._handles[number] = handle
@@ -165,14 +182,17 @@ class Operations(pyfuse3.Operations):
         handle = self._handles[fh]
         if not handle.tells_closing:  # asked for all the same, without the hooks or by a kernel before 5.18
             return
+        unsaved = handle.unsaved
         try:
-            if handle.scope.removed:
+            if unsaved and handle.scope.removed:
                 raise pyfuse3.FUSEError(errno.ENODEV)
             await handle.flush()
         except Exception as raised:
             error = known(raised)
-            self._complain(handle, error)
+            _complain(handle.node, error, _writing(handle.node))
             raise _failure(error, f"close {handle.node.name}") from None
+        if unsaved:
+            self._written(handle)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # there is nothing behind what a write has written
@@ -203,7 +223,9 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
-        return _attributes(self._inodes.get(inode))
+        node = self._inodes.get(inode)
+        await node.measure()
+        return _attributes(node)
 
     @_answers
     async def setattr(
@@ -221,8 +243,7 @@ class Operations(pyfuse3.Operations):
                 node.kind.truncate(node.scope, attr.st_size, opened=fh is not None)
             except Exception as raised:
                 error = known(raised)
-                if isinstance(error, VmfsError):
-                    _complain(node, error)
+                _complain(node, error, _writing(node))
                 raise error from None
         if fields.update_mode:
             node.mode = attr.st_mode & 0o7777
@@ -238,7 +259,9 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def opendir(self, inode: int, ctx: Any) -> int:
-        return _directory(self._inodes.get(inode)).number
+        directory = _directory(self._inodes.get(inode))
+        directory.scope.lists(ctx.pid)
+        return directory.number
 
     @_answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -276,43 +299,87 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         parent = _directory(self._inodes.get(parent_inode))
         permissions = mode & 0o7777 & ~ctx.umask
-        node = await parent.mkdir(os.fsdecode(name), permissions, ctx.uid, ctx.gid, ctx.umask)
+        with _naming(parent, name):
+            node = await parent.mkdir(os.fsdecode(name), permissions, ctx.uid, ctx.gid, ctx.umask)
         node.lookups += 1
         return _attributes(node)
 
     @_answers
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
-        await _directory(self._inodes.get(parent_inode)).rmdir(os.fsdecode(name))
+        parent = _directory(self._inodes.get(parent_inode))
+        with _naming(parent, name):
+            await parent.rmdir(os.fsdecode(name))
 
     @_answers
     async def rename(
         self, parent_old: int, name_old: bytes, parent_new: int, name_new: bytes, flags: int, ctx: Any
     ) -> None:
         old, new = (_directory(self._inodes.get(number)) for number in (parent_old, parent_new))
-        await old.rename(os.fsdecode(name_old), new, os.fsdecode(name_new), flags)
+        with _naming(old, name_old):
+            await old.rename(os.fsdecode(name_old), new, os.fsdecode(name_new), flags)
 
     @_answers
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        raise NotPermitted("there are only the files that a machine has")
+        """An open with O_CREAT of a name that was not found."""
+        parent = _directory(self._inodes.get(parent_inode))
+        with _naming(parent, name):
+            raise parent.no_such(os.fsdecode(name))
 
     @_answers
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
-        raise NotPermitted("there are only the files that a machine has")
+        self._make_nothing(parent_inode, name)
 
     @_answers
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
-        raise NotPermitted("there are only the files that a machine has")
+        self._make_nothing(parent_inode, name)
 
     @_answers
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
-        raise NotPermitted("there are only the files that a machine has")
+        self._make_nothing(new_parent_inode, new_name)
+
+    def _make_nothing(self, parent_inode: int, name: bytes) -> None:
+        with _naming(_directory(self._inodes.get(parent_inode)), name):
+            raise NotPermitted("there are only the files that a machine has")
 
     @_answers
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
-        raise NotPermitted("a machine's files go with its directory: rmdir")
+        with _naming(_directory(self._inodes.get(parent_inode)), name):
+            raise NotPermitted("a machine's files go with its directory: rmdir")
 
 
-def _complain(node: Node, error: VmfsError) -> None:
+# ---- the sentences in `error`
+
+
+def _reading(node: File) -> object:
+    """What a failed read is about."""
+    return "read", node.group
+
+
+def _writing(node: File) -> object:
+    return "write", node.group
+
+
+@contextlib.contextmanager
+def _naming(directory: Directory, name: bytes) -> Iterator[None]:
+    """Around what makes, removes or renames a name."""
+    about = "names", directory.prefix
+    try:
+        yield
+    except Exception as raised:
+        error = known(raised)
+        if isinstance(error, VmfsError):
+            shown = ascii(os.fsdecode(name)[:80])[1:-1]
+            directory.scope.complain(_told(directory.prefix + shown, error), about)
+        raise error from None
+    directory.scope.succeeded(about)
+
+
+def _complain(node: Node, error: BaseException, about: object) -> None:
     """Leave the sentence for the `error` file, and say which file it is about."""
+    if isinstance(error, VmfsError) and not isinstance(error, Interrupted):
+        node.scope.complain(_told(node.name, error), about)
+
+
+def _told(name: str, error: VmfsError) -> str:
     sentence = str(error)
-    node.scope.complaint = sentence if sentence.startswith(f"{node.name}: ") else f"{node.name}: {sentence}"
+    return sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}"

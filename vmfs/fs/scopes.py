@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 from vmfs.debug.symbols import SymbolTable
@@ -14,7 +16,7 @@ from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.connection import Connection
 from vmfs.fs.console import ConsolePort
 from vmfs.fs.gdb_files import GdbPort
-from vmfs.fs.inodes import Scope
+from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.memory_file import MemoryServer
 from vmfs.fs.screen_files import FramebufferServer
 from vmfs.host.machines import Host
@@ -45,6 +47,9 @@ class MachineScope(Scope):
         self.gdb = GdbPort(self)
         self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of
         self.symbol_file_size: tuple[SymbolTable, int] | None = None
+        self.symbols_text: tuple[SymbolTable | None, int] = None, 0  # the size of the text of a table
+        self._kept_sizes: dict[Kind, tuple[object, int]] = {}
+        self._modified_ns = time.time_ns()
         self.changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._framebuffer: FramebufferServer | None = None
@@ -56,15 +61,44 @@ class MachineScope(Scope):
 
     def changed(self) -> None:
         self.changes = next(self._count)
+        self.touch()
         for port in self._consoles.values():
             port.stream.wake()  # at the end of a machine its readers have the end of the file
         super().changed()
 
-    def console_port(self, device: str) -> ConsolePort | None:
-        """The stream of a serial port or a virtio console; None where there is none."""
+    def touch(self) -> None:
+        """Something was written."""
+        self._modified_ns = time.time_ns()
+
+    def modified_ns(self) -> int:
+        return time.time_ns() if self.vm.state == "running" else self._modified_ns
+
+    def _same_as(self) -> object | None:
+        """While this is the same, and not None, the CPU, RAM and all else that is shown of a guest are as they were."""
+        vm = self.vm
+        if vm.still is None or self.memory.writers:
+            return None
+        board = vm.board
+        return vm.still, self.memory.changes, board, board and board.writes, vm.symbols, vm.listing
+
+    async def kept_size(self, kind: Kind, measure: Callable[[MachineScope], Awaitable[int]]) -> int:
+        """`measure(self)`, or what it was when nothing has happened since."""
+        same_as = self._same_as()
+        known, size = self._kept_sizes.get(kind, (None, 0))
+        if same_as is None or known != same_as:
+            size = await measure(self)
+            self._kept_sizes[kind] = same_as, size
+        return size
+
+    def port_device(self, device: str) -> Serial | VirtioConsole | None:
         board = self.vm.board
         serial = None if board is None else board.devices.get(device)
-        if not isinstance(serial, Serial | VirtioConsole):
+        return serial if isinstance(serial, Serial | VirtioConsole) else None
+
+    def console_port(self, device: str) -> ConsolePort | None:
+        """The stream of a serial port or a virtio console; None where there is none."""
+        serial = self.port_device(device)
+        if serial is None:
             return None
         port = self._consoles.get(device)
         if port is None or port.serial is not serial:

@@ -17,6 +17,7 @@ from vmfs.devices import keys, screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, Display
 from vmfs.devices.machine import Pc
 from vmfs.fs.inodes import File, Handle, Kind
+from vmfs.fs.lines import Do
 from vmfs.fs.passthrough import Backing
 from vmfs.machine.memory import MemoryView
 from vmfs.words.errors import Invalid, PastEnd, Unsupported
@@ -53,9 +54,13 @@ async def _shown(scope: MachineScope, show: Callable[[Display, MemoryView], T]) 
     return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
-async def type_keys(scope: MachineScope, text: str) -> None:
+def put_keys(scope: MachineScope, text: str) -> Do:
     chords = keys.parse(text)
-    await trio.to_thread.run_sync(_pc(scope, "keyboard").keyboard.type, chords)
+
+    async def do() -> None:
+        await trio.to_thread.run_sync(_pc(scope, "keyboard").keyboard.type, chords)
+
+    return do
 
 
 # ---- the framebuffer
@@ -77,9 +82,13 @@ class Framebuffer(Kind):
     """`framebuffer`."""
 
     writable = True
+    dated = False  # as `mem`
 
     def size(self, scope: Any) -> int:
         return FRAMEBUFFER_SIZE if isinstance(scope.vm.board, Pc) else 0
+
+    def blocks(self, scope: Any, size: int) -> int:
+        return os.fstat(scope.vm.board.display.framebuffer).st_blocks if size else 0
 
     def truncate(self, scope: Any, size: int, opened: bool) -> None:
         if (size or opened) and size != self.size(scope):  # else it may be O_TRUNC, as in `cp picture framebuffer`
@@ -98,6 +107,8 @@ class _FramebufferHandle(Handle):
         board = self.scope.vm.board
         self._display = board.display if isinstance(board, Pc) else None
         self._fd = self._display.open_framebuffer() if self._display is not None else -1
+        if writing:
+            self.scope.memory.writer_comes()
 
     def prepare_answer(self) -> None:
         if self._display is not None and self.scope.framebuffer(self._display).backing.answer_open():
@@ -120,6 +131,8 @@ class _FramebufferHandle(Handle):
             raise Unsupported("framebuffer: the machine was bare when it was opened; open it again")
 
     def close(self) -> None:
+        if self._writing:
+            self.scope.memory.writer_goes()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

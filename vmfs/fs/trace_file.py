@@ -11,8 +11,9 @@ from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
 from vmfs.fs.commands import parse_commands
 from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import decoded, may_not_block
-from vmfs.fs.waiting import value_of
+from vmfs.fs.kinds import may_not_block
+from vmfs.fs.lines import Do, LineHandle, Undo, same
+from vmfs.fs.waiting import settled
 from vmfs.words.errors import Invalid, WouldBlock
 
 SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
@@ -24,6 +25,7 @@ class TraceFile(Kind):
     """`binary`: records, and no switches."""
 
     binary: bool = False
+    walked = False
 
     @property
     def writable(self) -> bool:  # type: ignore[override]
@@ -33,12 +35,14 @@ class TraceFile(Kind):
         return _TraceHandle(node, pid, nonblocking, self.binary, reads=not writing)
 
 
-class _TraceHandle(Handle):
+class _TraceHandle(LineHandle):
     """A reader from when it was opened, or, when it was opened for writing, too, from its first read. While tracing is
     off, who has read all gets the end of the file."""
 
+    whole = True
+
     def __init__(self, node: File, pid: int, nonblocking: bool, binary: bool, *, reads: bool) -> None:
-        super().__init__(node, pid, nonblocking)
+        super().__init__(node, pid, nonblocking, writing=not reads)
         self._buffer = self.scope.vm.trace.buffer
         self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
         self._rest = b""  # of `_last`, what did not fit into the read
@@ -123,10 +127,16 @@ class _TraceHandle(Handle):
                 finally:
                     unsubscribe()
 
-    async def write(self, offset: int, data: bytes) -> int:
+    def parse(self, text: str) -> Do:
         vm = self.scope.vm
-        await value_of(vm.set_trace(parse_commands("trace", decoded(data), vm.symbols.address_of)), self)
-        return len(data)
+        change = parse_commands("trace", text, vm.symbols.address_of)
+
+        async def do() -> Undo:
+            before = vm.trace.settings
+            await settled(vm.set_trace(change), self.scope)
+            return Undo(before, lambda old: vm.set_trace(lambda _: old), lambda: same(lambda: vm.trace.settings))
+
+        return do
 
     def poll(self) -> int:
         reader = self._begin()

@@ -12,11 +12,11 @@ import trio
 from vmfs.fs.devices import DevicesDirectory
 from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, listed_registers, register_file
 from vmfs.fs.hooks import pyfuse3
-from vmfs.fs.inodes import Directory, File, Inodes, Node
+from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
 from vmfs.fs.scopes import MachineScope, RootScope
 from vmfs.fs.waiting import finished
 from vmfs.machine.machine import Vm
-from vmfs.words.errors import Invalid, NotPermitted
+from vmfs.words.errors import Invalid, NotPermitted, NotThere, VmfsError
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,35 @@ class RegisterDirectory(Directory):
             self._complete = True
         return await super().entries()
 
+    def no_such(self, name: str) -> VmfsError:
+        return NotThere("there is no such register")
+
     def _make(self, row: Row) -> Node:
         node = _make_file(self, row, self._umask)
+        node.group = self.name
         node.links = 2
         self.children[row.name] = node
         return node
+
+
+def _follows() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Of each file the readable ones before it by name, at the top and in cpuN/."""
+    follows: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for rows in (FILES, [row for row in FILES if row.per_cpu]):
+        names = sorted(row.name for row in rows if row.kind.readable)
+        for at, name in enumerate(names):
+            follows[name] = (*follows.get(name, ()), tuple(names[max(at - WALK_OF, 0) : at]))
+    return follows
+
+
+_FOLLOWS = _follows()
 
 
 class MachineDirectory(Directory):
     """A machine."""
 
     scope: MachineScope
+    prefix = ""
 
     def __init__(
         self, inodes: Inodes, scope: MachineScope, name: str, mode: int, uid: int, gid: int, umask: int
@@ -86,6 +104,7 @@ class MachineDirectory(Directory):
         cpu = Directory(inodes, scope, "cpu0", mode, uid, gid)
         for row in FILES:
             node = _make_file(self, row, umask)
+            node.follows = _FOLLOWS.get(row.name, ())
             self.add(node)
             if row.per_cpu:
                 cpu.add(node)
@@ -116,11 +135,15 @@ class RootDirectory(Directory):
     """The mount: machines are made, renamed and removed here."""
 
     scope: RootScope
+    prefix = ""
 
     def __init__(self, inodes: Inodes, scope: RootScope, mode: int, uid: int, gid: int) -> None:
         super().__init__(inodes, scope, "", mode, uid, gid)
         for row in ROOT_FILES:
             self.add(_make_file(self, row, 0o022))
+
+    def no_such(self, name: str) -> VmfsError:
+        return NotPermitted("at the root of the mount only machines are made, by mkdir")
 
     async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
         check_name(name)

@@ -35,6 +35,14 @@ async def finished(future: Future[Any], scope: Scope) -> None:
         raise Gone("the machine was removed")
 
 
+async def settled(value: Any, scope: Scope) -> Any:
+    """`value`, or what comes of it where it is a Future or a coroutine, in whatever time."""
+    if isinstance(value, Future):
+        await finished(value, scope)
+        return value.result()
+    return await value if inspect.isawaitable(value) else value
+
+
 async def value_of(value: Any, handle: Handle) -> Any:
     """`value`, or what comes of it where it is a Future or a coroutine. At once where it is there.
 

@@ -348,12 +348,13 @@ class Vm:
                 self._kick()
         return future
 
-    def change(self, task: Callable[[Vcpu], T]) -> T:
+    def change(self, task: Callable[[Vcpu], T], then: str = "paused") -> T:
         """Do `task`, which gets and sets registers, at once. Busy while the machine runs.
 
         While a read waits for its data it is done twice, first on a CPU that is not the guest's.
 
-        A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set.
+        A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set. `then` is for who
+        takes a change back.
         """
         with self._lock:
             self._check_idle()
@@ -364,8 +365,8 @@ class Vm:
             self.still = object()
             self._cpu.complete()  # else a part of the state, read and set again, would undo the access
             result = task(self._cpu)
-            changed = self._state != "paused"
-            self._state = "paused"
+            changed = self._state != then
+            self._state = then
         if changed:
             self._tell()
         return result
@@ -431,11 +432,18 @@ class Vm:
                 old_board.close()
         self._tell()
 
-    def attach(self, make: Callable[[Pc], PciDevice]) -> None:
+    @property
+    def has_run(self) -> bool:
+        """Then the size of RAM and the devices are fixed."""
+        return self._has_run
+
+    def attach(self, make: Callable[[Pc], PciDevice]) -> PciDevice:
         """Plug the device that `make` makes into the PCI bus. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
-            board.pci.plug(make(board))
+            device = make(board)
+            board.pci.plug(device)
+        return device
 
     def check_attachable(self) -> None:
         """Raises what `attach` would, before anything is opened for it."""
@@ -465,8 +473,7 @@ class Vm:
 
     def set_time_source(self, source: str) -> None:
         """`host`: time follows the host's clock; `instructions`: those retired (Unsupported where they cannot)."""
-        if source not in ("host", "instructions"):
-            raise Invalid(f"time: {source[:40]!r} is neither host nor instructions")
+        check_time(source)
         with self._lock:
             self._check_idle()
             if source == "instructions" and Capability.DETERMINISTIC not in self.capabilities:
@@ -690,11 +697,18 @@ class Vm:
         def make_it(cpu: Vcpu) -> None:
             points = self._points.copy()
             change(points)
-            self._moved()
-            self._set_debug(points.request())
-            self._points = points
+            self._use_points(points)
 
         return self.at_boundary(make_it)
+
+    def put_points(self, points: Points) -> Future[None]:
+        """Have points again that there were before."""
+        return self.at_boundary(lambda cpu: self._use_points(points))
+
+    def _use_points(self, points: Points) -> None:
+        self._set_debug(points.request())
+        self._moved()
+        self._points = points
 
     def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> Future[None]:
         """Change what is traced, from the next boundary on. Unsupported where the engine cannot, and nothing has
@@ -716,16 +730,27 @@ class Vm:
     # ---- counting
 
     def take_dirty(self, reader: str) -> bytes:
-        """The pages the guest wrote since `reader` ("file" or "cache") last asked: a bit a 4 KiB page."""
+        """The pages the guest wrote since `reader` ("file" or "cache") last took them: a bit a 4 KiB page."""
         with self._lock:
-            self._check_open()
-            log = self._machine.dirty_log(RAM_SLOT)
-            news = int.from_bytes(log, "little")
-            if self.board is not None:
-                news |= self.board.take_dirty()
-            self._note_written(news)
+            size = self._gather_dirty()
             taken, self._dirty[reader] = self._dirty[reader], 0
-        return taken.to_bytes(len(log), "little")
+        return taken.to_bytes(size, "little")
+
+    def peek_dirty(self, reader: str) -> bytes:
+        """What `take_dirty` would give."""
+        with self._lock:
+            size = self._gather_dirty()
+            return self._dirty[reader].to_bytes(size, "little")
+
+    def _gather_dirty(self) -> int:
+        """Note what was written since; how many bytes a log has."""
+        self._check_open()
+        log = self._machine.dirty_log(RAM_SLOT)
+        news = int.from_bytes(log, "little")
+        if self.board is not None:
+            news |= self.board.take_dirty()
+        self._note_written(news)
+        return len(log)
 
     def _note_written(self, pages: int) -> None:
         """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""
@@ -797,6 +822,11 @@ class Vm:
     def _tell(self) -> None:
         for callback in self._subscribers:
             callback()
+
+
+def check_time(source: str) -> None:
+    if source not in ("host", "instructions"):
+        raise Invalid(f"time: {source[:40]!r} is neither host nor instructions")
 
 
 def default_time(machine: Machine) -> str:

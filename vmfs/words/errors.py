@@ -9,9 +9,18 @@ import errno
 
 
 class VmfsError(Exception):
-    """An expected failure. `errno` is the number a system call answers with, `str()` the reason."""
+    """An expected failure. `errno` is the number a system call answers with, `str()` the reason, and `line` the line
+    of a text that it is about, from 1."""
 
     errno: int = errno.EIO
+
+    def __init__(self, reason: str = "", *, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+    def __str__(self) -> str:
+        reason = super().__str__()
+        return reason if self.line is None else f"line {self.line}: {reason}"
 
 
 class Invalid(VmfsError):
@@ -42,6 +51,12 @@ class BadAddress(VmfsError):
     """EFAULT: no memory is mapped at a guest address."""
 
     errno = errno.EFAULT
+
+
+class NotThere(VmfsError):
+    """ENOENT: a name that nothing has."""
+
+    errno = errno.ENOENT
 
 
 class NotPermitted(VmfsError):

@@ -123,6 +123,7 @@ _ROWS = (
 
 REGISTERS: Mapping[str, Register] = {row.name: row for row in _ROWS}
 
+_EQUALS = re.compile(r"\s*=\s*")
 _MSR = re.compile(r"msr\.0x([0-9a-f]{1,8})", re.ASCII)
 
 
@@ -139,6 +140,11 @@ def parse_msr(name: str) -> int | None:
     return int(match[1], 16)
 
 
+def msr_text(value: int) -> str:
+    """The value of an MSR as the files show it."""
+    return f"{value:#018x}"
+
+
 class RegisterFile(Protocol):
     """What registers are read from and written to: `vmfs.engine.base.Vcpu` is one."""
 
@@ -152,7 +158,7 @@ def read_register(cpu: RegisterFile, name: str) -> str:
     """The text of one register or MSR; KeyError where there is none of that name."""
     msr = parse_msr(name)
     if msr is not None:
-        return f"{cpu.get_msr(msr):#018x}"
+        return msr_text(cpu.get_msr(msr))
     row = REGISTERS[name]
     return row.text(row.get(cpu.get_state(row.state)))
 
@@ -178,29 +184,43 @@ def _state_or_none(cpu: RegisterFile, state: str) -> bytes | None:
 
 
 def parse_registers(text: str) -> dict[str, int]:
-    """Lines of `NAME VALUE` (or `NAME=VALUE`) as values by name. Empty lines and `#` comments are allowed.
+    """Lines of `NAME VALUE` or `NAME=VALUE`, one or more a line, as values by name. Empty lines and `#` comments are
+    allowed.
 
     A name may stand once only: with two values for one register, either order would be a guess.
     """
     values: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.split("#", 1)[0].replace("=", " ", 1).split()
-        if not words:
-            continue
-        if len(words) != 2:
-            raise Invalid(f"line {number}: {line.strip()[:60]!r} is not NAME VALUE")
-        name, value = words
-        if name in values:
-            raise Invalid(f"line {number}: {name} is set twice")
-        if parse_msr(name) is not None:
-            values[name] = parse_number(value, what=name)
-        elif name in REGISTERS:
-            values[name] = REGISTERS[name].parse(value)
-        else:
-            raise Invalid(f"line {number}: there is no register {name[:40]!r}")
-    if not values:
+    if not text.strip():
         raise Invalid("no register is named")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            for name, value in _assignments(line):
+                if name in values:
+                    raise Invalid(f"{name} is set twice")
+                values[name] = _parse_value(name, value)
+        except Invalid as error:
+            error.line = number
+            raise
     return values
+
+
+def _assignments(line: str) -> Iterable[tuple[str, str]]:
+    words = iter(_EQUALS.sub("=", line.split("#", 1)[0]).split())
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            value = next(words, "")
+        if not name or not value or "=" in value:
+            raise Invalid(f"{line.strip()[:60]!r} is not NAME VALUE")
+        yield name, value
+
+
+def _parse_value(name: str, value: str) -> int:
+    if parse_msr(name) is not None:
+        return parse_number(value, what=name)
+    if name not in REGISTERS:
+        raise Invalid(f"there is no register {name[:40]!r}")
+    return REGISTERS[name].parse(value)
 
 
 def write_registers(cpu: RegisterFile, values: Mapping[str, int]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmfs.devices.board import Board
+from vmfs.devices.sent import Sent
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
 from vmfs.devices.virtio.queue import Chain, Virtqueue
 
@@ -31,6 +32,7 @@ class Console(VirtioDevice):
 
     def __init__(self, board: Board, name: str, slot: int, output: Callable[[bytes], None] | None = None) -> None:
         self.output = output or (lambda data: None)
+        self.sent = Sent()
         self.waiting = bytearray()
         self.took: Callable[[], None] = lambda: None
         super().__init__(board, name, slot)
@@ -57,6 +59,7 @@ class Console(VirtioDevice):
 
     def _send(self, data: bytes) -> None:
         self.counters["sent"] += len(data)
+        self.sent.append(data)
         self.output(data)
 
     def receive(self, data: bytes) -> None:
