@@ -253,6 +253,11 @@ class Points:
         other._next_id = self._next_id
         return other
 
+    def skip_ids(self, last: int) -> Points:
+        """Points to come get ids behind `last`."""
+        self._next_id = max(self._next_id, last + 1)
+        return self
+
     def __len__(self) -> int:
         return len(self._by_id)
 

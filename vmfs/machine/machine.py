@@ -54,12 +54,17 @@ from vmfs.words.errors import (
     VmfsError,
     known,
 )
-from vmfs.words.modes import mode_of, set_mode
+from vmfs.words.modes import CodeMode, mode_of, set_mode
 from vmfs.words.registers import REGISTERS, write_registers
 
 T = TypeVar("T")
 
 RAM_SLOT, ROM_SLOT = 0, 1
+RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
+NOTHING_TO_RUN = (
+    "there is nothing to run at the reset vector: write a kernel to `kernel` (or a BIOS to `bios`), "
+    "or choose a `mode`, write code to `mem` and its address to `reg/rip`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +270,20 @@ class Vm:
             timer.start()
         try:
             asked = Asked(self._prepare, self._stop_for, self._do_tasks_now, lambda: self._points.stepping)
-            return RunLoop(run, self._cpu, self.capabilities, self.board, self.trace, asked).to_exit()
+            return self._explained(RunLoop(run, self._cpu, self.capabilities, self.board, self.trace, asked).to_exit())
         finally:
             if timer:
                 timer.cancel()
             if after := self.hooks.after:
                 after(self.take_dirty("cache"))
+
+    def _explained(self, result: exits.Exit) -> exits.Exit:
+        """What a run came to; that of an empty machine says what to do."""
+        if isinstance(result, exits.Error) and self._rom is None:
+            code = CodeMode.of(self._cpu.get_state("regs"), self._cpu.get_state("sregs"))
+            if code.address == RESET_VECTOR:
+                return replace(result, reason=NOTHING_TO_RUN)
+        return result
 
     def _prepare(self, bound: Bound, by_steps: bool) -> bool:
         with self._lock:
@@ -703,7 +716,7 @@ class Vm:
 
     def put_points(self, points: Points) -> Future[None]:
         """Have points again that there were before."""
-        return self.at_boundary(lambda cpu: self._use_points(points))
+        return self.at_boundary(lambda cpu: self._use_points(points.skip_ids(self._points.last_id)))
 
     def _use_points(self, points: Points) -> None:
         self._set_debug(points.request())
