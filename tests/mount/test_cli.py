@@ -113,12 +113,12 @@ def mounted(directory):
 
 
 def test_a_mount_is_ready_when_the_command_returns(mounted):
-    assert sorted(os.listdir(mounted)) == ["engines", "version"]
+    assert sorted(os.listdir(mounted)) == ["engines", "error", "version"]
     machine = mounted / "first"
     machine.mkdir()
     assert (machine / "mem").stat().st_size == 128 << 20
     machine.rmdir()
-    assert sorted(os.listdir(mounted)) == ["engines", "version"]
+    assert sorted(os.listdir(mounted)) == ["engines", "error", "version"]
 
 
 def test_the_mount_table_shows_it(mounted):
@@ -148,7 +148,7 @@ def test_other_ways_to_unmount(command, mounted):
 def test_a_caller_without_standard_streams(closed, directory):
     done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, "mount", directory], cwd=ROOT)
     assert done.returncode == 0
-    assert sorted(os.listdir(directory)) == ["engines", "version"]
+    assert sorted(os.listdir(directory)) == ["engines", "error", "version"]
     (directory / "a").mkdir()
     server = server_of(directory)
     links = {os.readlink(f"/proc/{server}/fd/{number}") for number in range(3)}
