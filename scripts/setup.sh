@@ -38,6 +38,7 @@ need xxd         has xxd
 need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
 need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
+need ovmf        test -e /usr/share/ovmf/OVMF.fd       # and it
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
 need acpica-tools has iasl              # tests read the ACPI tables with it
