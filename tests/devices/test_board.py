@@ -86,8 +86,25 @@ def test_accesses_reach_their_device_with_an_offset(board):
     assert device.seen == [(1, 1, 2, 0x1234), (2, 4, 1, 0x55)]
     assert guest.inp(0x14) == 0xFF and guest.load(0xF000_0010, 8) == (1 << 64) - 1
     assert board.counters["unclaimed"] == 2
+    assert board.unclaimed() == ["port=0x14 reads=1 writes=0 rip=0x1", "memory=0xf0000010 reads=1 writes=0 rip=0x1"]
     board.remove(device)
     assert guest.inp(0x12, 2) == 0xFFFF
+
+
+def test_what_nothing_claims_is_listed_by_its_last_use(board):
+    guest = Guest(board)
+    guest.inp(0x80)
+    guest.out(0x81, 5)
+    guest.out(0x80, 6, 2)
+    assert board.unclaimed() == ["port=0x81 reads=0 writes=1 rip=0x1", "port=0x80 reads=1 writes=1 rip=0x1"]
+    for address in range(300):
+        guest.store(0xE000_0000 + address, 0, 1)
+    lines = board.unclaimed()
+    assert len(lines) == 1 + 256 and lines[0] == "forgotten=46"
+    assert lines[-1] == f"memory={0xE000_0000 + 299:#x} reads=0 writes=1 rip=0x1"
+    board.add(Echo(board, "a", Window("port", 0x80, 1)))
+    guest.inp(0x80)
+    assert board.unclaimed() == lines
 
 
 def test_a_string_of_elements(board):

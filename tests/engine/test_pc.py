@@ -94,6 +94,32 @@ def test_what_no_device_claims_reads_as_ones(pc, assembler):
     assert pc.counters()["board.unclaimed"] == 2
 
 
+def test_what_nothing_claims_is_listed(pc, assembler):
+    program = assembler(
+        """
+        mov dx, 0x1234; in al, dx; a: in al, dx; b: out dx, al; c:
+        mov esi, 0xe8000000; mov eax, [rsi]
+        lea rax, [rip + fault]; mov word ptr [gate], ax; lidt [table]
+        mov ecx, 0xc0011029; d: rdmsr
+    fault:
+        mov dx, 0xf4; out dx, al
+    table: .word 0xff; .quad gate - 13 * 16
+        .balign 16
+    gate: .word 0, 0x8, 0x8e00, 0; .quad 0
+        """,
+        "long",
+    )
+    load(pc, program, "long")
+    selector = register(pc, "cs")
+    pc.memory.write(program.labels["gate"] + 2, selector.to_bytes(2, "little"))
+    assert run(pc).line().startswith("shutdown cause=debug-exit")
+    lines = pc.unclaimed().result(SECONDS).splitlines()
+    assert lines[0] == f"port=0x1234 reads=2 writes=1 rip={program.labels['c']:#x}"
+    assert lines[1].startswith("memory=0xe8000000 reads=1 writes=0 rip=0x")
+    msrs = [f"msr=0xc0011029 reads=1 writes=0 rip={program.labels['d']:#x}"]
+    assert lines[2:] == (msrs if pc.engine.name == "emulator" else [])
+
+
 def test_memory_of_devices(pc, assembler):
     code = "mov edi, 0xe8000000; mov dword ptr [rdi], 5; mov eax, [rdi]; mov dx, 0xf4; out dx, al"
     load(pc, assembler(code, "long"), "long")

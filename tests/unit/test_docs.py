@@ -9,7 +9,7 @@ from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 SECTIONS = dict(re.findall(r"^### `([^`]+)` \((.*)\)$", TEXT, re.MULTILINE))
-DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add"}
+DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed"}
 
 
 def test_every_file_has_its_section_and_every_section_its_file():

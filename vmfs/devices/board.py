@@ -24,6 +24,7 @@ from typing import Any
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device
 from vmfs.devices.timers import Timer, TimerQueue
+from vmfs.devices.unclaimed import Unclaimed
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.memory import PAGE, Memory
 from vmfs.words import exits
@@ -55,6 +56,8 @@ class Board:
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
         self._timers = TimerQueue()
+        self._unclaimed = Unclaimed()
+        self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
 
     # ---- devices
@@ -110,6 +113,7 @@ class Board:
     def access(self, exit_: exits.Io | exits.Mmio, cpu: Vcpu) -> exits.Exit | None:
         """Do what the guest asked for. Returns the exit that it makes of the run, if it makes one."""
         with self.lock:
+            self._rip = exit_.rip
             if type(exit_) is exits.Io:
                 self._port(exit_, cpu)
             else:
@@ -140,7 +144,7 @@ class Board:
     def _find_port(self, port: int) -> tuple[Callable, Callable, int, int]:
         found = self._buses["port"].find(port)
         if found is None:
-            entry: Any = (self._read_nothing, self._write_nothing, 0, 0)
+            entry: Any = (self._read_no_port, self._write_no_port, port, 0)
         else:
             window, device = found
             entry = (device.read, device.write, window.region, port - window.start)
@@ -151,7 +155,7 @@ class Board:
         found = self._buses["memory"].find(exit_.addr)
         size = exit_.size
         if found is None:
-            read, write, region, offset = self._read_nothing, self._write_nothing, 0, 0
+            read, write, region, offset = self._read_no_memory, self._write_no_memory, exit_.addr, 0
         else:
             window, device = found
             read, write, region, offset = device.read, device.write, window.region, exit_.addr - window.start
@@ -160,12 +164,31 @@ class Board:
         else:
             cpu.access_data = (read(region, offset, size) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
-    def _read_nothing(self, region: int, offset: int, size: int) -> int:
-        self.counters["unclaimed"] += 1
+    # Where no device is: `region` is the port or the address.
+
+    def _read_no_port(self, region: int, offset: int, size: int) -> int:
+        self._note_unclaimed("port", region, write=False)
         return (1 << 8 * size) - 1
 
-    def _write_nothing(self, region: int, offset: int, size: int, value: int) -> None:
+    def _write_no_port(self, region: int, offset: int, size: int, value: int) -> None:
+        self._note_unclaimed("port", region, write=True)
+
+    def _read_no_memory(self, region: int, offset: int, size: int) -> int:
+        self._note_unclaimed("memory", region, write=False)
+        return (1 << 8 * size) - 1
+
+    def _write_no_memory(self, region: int, offset: int, size: int, value: int) -> None:
+        self._note_unclaimed("memory", region, write=True)
+
+    def _note_unclaimed(self, space: str, address: int, *, write: bool) -> None:
         self.counters["unclaimed"] += 1
+        self._unclaimed.note(space, address, self._rip, write=write)
+
+    def unclaimed(self) -> list[str]:
+        """The accesses that no device has answered, a line an address: `port=0x80 reads=0 writes=2 rip=0x7c05`."""
+        with self.lock:
+            lines = self._unclaimed.lines()
+            return [f"forgotten={self._unclaimed.forgotten}", *lines] if self._unclaimed.forgotten else lines
 
     # ---- what devices ask for
 

@@ -63,6 +63,7 @@ MACHINE_STATES = {
 
 PAGE_SIZE = 4096
 SLEEP_MOST = 1.0  # seconds that a step or a budget waits for a CPU that sleeps
+UNCLAIMED_MSRS = 64  # that a Vcpu remembers
 INTERRUPT_QUEUE = 64  # vectors that wait in a Vcpu; one more is errors.WouldBlock
 
 
@@ -396,6 +397,11 @@ class Vcpu(abc.ABC):
         """How a stop of the last request is watched for: `engine` (it costs nothing), `hardware` (the CPU's
         debug registers), `stepping` (an instruction at a time), `protection` (of its page)."""
         return "engine"
+
+    def unclaimed_msrs(self) -> tuple[tuple[int, int, int, int], ...]:
+        """MSRs that the guest has used and the CPU has not (so it got #GP): number, reads, writes, and the rip of the
+        last time; the one last used at the end. The last UNCLAIMED_MSRS of them; none where the engine cannot tell."""
+        return ()
 
     def set_trace(self, request: TraceRequest, sink: TraceSink) -> None:
         """What runs tell `sink` from now on (capability TRACE), until the next request."""

@@ -1,4 +1,5 @@
-"""dev/: a directory a device, and `add`, by which disks, networks and shares are attached.
+"""dev/: a directory a device, `add`, by which disks, networks and shares are attached, and `unclaimed`: what no
+device has.
 
 DEVICE_FILES are the files of a device, a row each. A device is detached by rmdir, before the first run.
 """
@@ -95,6 +96,9 @@ def _text_of(row: DeviceRow) -> Text:
 _KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
 
 
+_UNCLAIMED = Text(lambda scope: scope.vm.unclaimed())
+
+
 @dataclass(frozen=True)
 class Add(Kind):
     """`dev/add`: a command a write."""
@@ -145,7 +149,8 @@ class DevicesDirectory(Directory):
     def __init__(self, machine: Directory, umask: int) -> None:
         super().__init__(machine.inodes, machine.scope, "dev", machine.mode, machine.uid, machine.gid)
         self._umask = umask
-        self.add(File(self.inodes, self.scope, "add", 0o222 & ~umask, self.uid, self.gid, Add()))
+        for name, mode, kind in (("add", 0o222, Add()), ("unclaimed", 0o444, _UNCLAIMED)):
+            self.add(File(self.inodes, self.scope, name, mode & ~umask, self.uid, self.gid, kind))
 
     async def lookup(self, name: str) -> Node | None:
         self._refresh()

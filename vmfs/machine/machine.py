@@ -36,6 +36,7 @@ from vmfs.devices.board import Board
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
+from vmfs.devices.unclaimed import Use
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.machine.control import UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.machine.images import Images
@@ -646,6 +647,18 @@ class Vm:
         with self._lock:
             self._check_idle()
             self._cpu.access_data = data
+
+    def unclaimed(self) -> Future[str]:
+        """What the guest has used and nothing has claimed, a line each: ports and addresses (of a machine with
+        devices), MSRs."""
+
+        def lines(cpu: Vcpu) -> str:
+            found = [] if self.board is None else self.board.unclaimed()
+            for index, reads, writes, rip in cpu.unclaimed_msrs():
+                found.append(f"msr={index:#x} {Use(reads, writes, rip)}")
+            return "".join(f"{line}\n" for line in found)
+
+        return self.at_boundary(lines)
 
     # ---- interrupts
 

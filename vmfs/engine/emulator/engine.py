@@ -382,6 +382,10 @@ class EmulatorVcpu(Vcpu):
         with _failures("translate"):
             return self._cpu.translate(linear & (1 << 64) - 1)
 
+    def unclaimed_msrs(self) -> tuple[tuple[int, int, int, int], ...]:
+        with _failures("MSRs"):
+            return self._cpu.unclaimed_msrs
+
     def counters(self) -> dict[str, int]:
         with _failures("counters"):
             return self._cpu.counters()

@@ -186,6 +186,11 @@ struct vcpu_counters {
 };
 void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters);
 
+/* MSRs that the guest has used and that there are not, the one last used at the end. Not while the CPU runs. */
+enum { UNCLAIMED_MSRS = 64 };
+struct vcpu_unclaimed_msr { uint32_t index; uint64_t reads, writes, rip; /* of the last time */ };
+size_t vcpu_unclaimed_msrs(const struct vcpu *c, const struct vcpu_unclaimed_msr **msrs);
+
 /* ---- The instruction table, for tests, tracing and documentation ------------------------------------------------- */
 
 struct core_instruction {

@@ -638,6 +638,24 @@ static PyObject *get_queued_vectors(VcpuObject *self, void *closure)
     }
     return tuple;
 }
+static PyObject *get_unclaimed_msrs(VcpuObject *self, void *closure)
+{
+    const struct vcpu_unclaimed_msr *msrs;
+    (void)closure;
+    if (!vcpu_idle(self))
+        return NULL;
+    size_t count = vcpu_unclaimed_msrs(self->vcpu, &msrs);
+    PyObject *tuple = PyTuple_New((Py_ssize_t)count);
+    for (size_t i = 0; tuple && i < count; i++) {
+        PyObject *one = Py_BuildValue("IKKK", msrs[i].index, (unsigned long long)msrs[i].reads,
+                                      (unsigned long long)msrs[i].writes, (unsigned long long)msrs[i].rip);
+        if (!one)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, (Py_ssize_t)i, one);
+    }
+    return tuple;
+}
 static PyObject *get_exits_waiting(VcpuObject *self, void *closure)
 {
     (void)closure;
@@ -687,6 +705,7 @@ static PyGetSetDef vcpu_getset[] = {
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
     {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
     {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},
+    {"unclaimed_msrs", (getter)get_unclaimed_msrs, NULL, "(index, reads, writes, rip) of MSRs that there are not", NULL},
     {"exits_waiting", (getter)get_exits_waiting, NULL, "whether exits of a done instruction are still to be returned", NULL},
     {"interrupts_queued", (getter)get_interrupts_queued, NULL, "vectors that wait", NULL},
     {NULL, NULL, NULL, NULL, NULL},

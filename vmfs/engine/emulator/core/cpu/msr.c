@@ -292,3 +292,33 @@ int vcpu_set_msr(struct vcpu *c, uint32_t index, uint64_t value)
     clock_enter(c);
     return msr_write(c, index, value, true) ? 0 : -22;
 }
+
+/* ---- What there is not --------------------------------------------------------------------------------------------------------- */
+
+/* The one used the longest time ago makes room. */
+void msr_note_unclaimed(struct vcpu *c, const struct record *r, u32 index, bool write)
+{
+    struct vcpu_unclaimed_msr use = {.index = index}, *all = c->unclaimed_msrs;
+    unsigned at = 0;
+    while (at < c->unclaimed_msr_count && all[at].index != index)
+        at++;
+    if (at < c->unclaimed_msr_count)
+        use = all[at];
+    else if (at == UNCLAIMED_MSRS)
+        at = 0;
+    else
+        c->unclaimed_msr_count++;
+    memmove(all + at, all + at + 1, (c->unclaimed_msr_count - 1 - at) * sizeof *all);
+    if (write)
+        use.writes++;
+    else
+        use.reads++;
+    use.rip = ip_mask(c, c->gpr[GPR_IP] + r->at);
+    all[c->unclaimed_msr_count - 1] = use;
+}
+
+size_t vcpu_unclaimed_msrs(const struct vcpu *c, const struct vcpu_unclaimed_msr **msrs)
+{
+    *msrs = c->unclaimed_msrs;
+    return c->unclaimed_msr_count;
+}

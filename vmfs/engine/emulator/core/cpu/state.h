@@ -254,6 +254,8 @@ struct vcpu {
     struct fault fault;       /* being raised */
     bool nmi_pending, nmi_masked, halted;
     u32 mp_state;             /* KVM_MP_STATE_* */
+    struct vcpu_unclaimed_msr unclaimed_msrs[UNCLAIMED_MSRS];
+    unsigned unclaimed_msr_count;
     bool asleep;              /* it waits in chip_wait, since: */
     u64 asleep_since, asleep_since_host; /* in the machine's time, in the host's */
     u8 sipi_vector;
@@ -540,6 +542,7 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4]);
 bool xcr0_is_valid(const struct vcpu *c, u64 value); /* XCR0, with what CPUID has and the core knows */
 bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
 bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
+void msr_note_unclaimed(struct vcpu *c, const struct record *r, u32 index, bool write);
 size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
 bool has_nx(const struct vcpu *c);
 bool cpuid_is_limited(const struct vcpu *c);

@@ -260,8 +260,10 @@ OP(op_rdmsr)
 {
     u64 value;
     c->now = r;
-    if (!msr_read(c, (u32)c->gpr[RCX], &value, false))
+    if (!msr_read(c, (u32)c->gpr[RCX], &value, false)) {
+        msr_note_unclaimed(c, r, (u32)c->gpr[RCX], false);
         raise_gp(c, 0);
+    }
     set_edx_eax(c, value);
     leave(c, r);
 }
@@ -270,8 +272,12 @@ HANDLER(rdmsr);
 OP(op_wrmsr)
 {
     c->now = r;
-    if (!msr_write(c, (u32)c->gpr[RCX], c->gpr[RDX] << 32 | (u32)c->gpr[RAX], false))
+    if (!msr_write(c, (u32)c->gpr[RCX], c->gpr[RDX] << 32 | (u32)c->gpr[RAX], false)) {
+        u64 value;
+        if (!msr_read(c, (u32)c->gpr[RCX], &value, false)) /* else it is there, and does not take the value */
+            msr_note_unclaimed(c, r, (u32)c->gpr[RCX], true);
         raise_gp(c, 0);
+    }
     leave(c, r);
 }
 HANDLER(wrmsr);
