@@ -73,7 +73,7 @@ DIVERGENCES = (
         "kvm",
         _everywhere,
         "With its interrupt controllers KVM has no exit for HLT. One that nothing can end is found by a look at the "
-        "CPU: when a kick ends a run, and when one begins. An unbounded run goes on until somebody asks for something.",
+        "CPU, every second, when a kick ends a run, and when one begins: the run ends up to a second late.",
         in_cases=False,
     ),
     Divergence(

@@ -136,6 +136,8 @@ def cpu(kvm):
         has_irqchip=False,
         pvm=False,
         read_memory=lambda address, size: b"",
+        read_pins=tuple,
+        is_alone=lambda: True,
         threads=threading.local(),
         facts=HostFacts(),
     )

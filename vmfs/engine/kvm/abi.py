@@ -217,3 +217,8 @@ EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING = 0, 3  # offsets in struct 
 EVENTS_UNDER_WAY = (EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING, 8, 12, 13)
 # struct kvm_mp_state
 MP_STATE_RUNNABLE, MP_STATE_HALTED = struct.pack("<I", 0), struct.pack("<I", 3)
+# An LVT entry, and a redirection entry of the IOAPIC: delivery modes in bits 10:8 (Intel SDM 3A 11.6.1)
+ENTRY_MASKED, UNMASKABLE_MODES = 1 << 16, (4, 5)  # NMI, INIT
+LAPIC_LINT0 = 0x350  # offset in struct kvm_lapic_state
+# The third struct kvm_irqchip, of 520 bytes, behind its chip_id: base_address, ioregsel, id, irr, pad, redirtbl
+IOAPIC_PINS, IOAPIC_PINS_AT = "<24Q", 2 * 520 + 8 + 24

@@ -258,6 +258,9 @@ class KvmMachine(Machine):
 
     # CPUs and interrupt controllers
 
+    def _read_pins(self) -> tuple[int, ...]:
+        return struct.unpack_from(abi.IOAPIC_PINS, self.get_state("irqchip"), abi.IOAPIC_PINS_AT)
+
     def create_vcpu(self, index: int) -> KvmVcpu:
         if index in self._vcpus:
             raise Invalid(f"there is a cpu {index} already")
@@ -273,6 +276,8 @@ class KvmMachine(Machine):
                 has_irqchip=self._has_irqchip,
                 pvm=self._pvm,
                 read_memory=self._read_memory,
+                read_pins=self._read_pins,
+                is_alone=lambda: len(self._vcpus) == 1,
                 threads=self._threads,
                 facts=self._facts,
             )

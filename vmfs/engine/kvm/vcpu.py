@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import signal
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class KvmVcpu(Vcpu):
         has_irqchip: bool,
         pvm: bool,
         read_memory: Callable[[int, int], bytes],
+        read_pins: Callable[[], tuple[int, ...]],
+        is_alone: Callable[[], bool],
         threads: threading.local,
         facts: HostFacts,
     ) -> None:
@@ -64,6 +67,8 @@ class KvmVcpu(Vcpu):
         self._has_irqchip = has_irqchip
         self._pvm = pvm
         self._read_memory = read_memory
+        self._read_pins = read_pins  # the IOAPIC's redirection entries
+        self._is_alone = is_alone  # whether the machine has no other CPU
         self._state = VcpuState(index, fd, device, vm, has_irqchip=has_irqchip, facts=facts)
         block_irq = facts.extension(vm, Cap.KVM_CAP_SET_GUEST_DEBUG2)
         self._step_flags = max(block_irq, 0) & abi.KVM_GUESTDBG_BLOCKIRQ
@@ -76,6 +81,8 @@ class KvmVcpu(Vcpu):
         self._injected = 0
         self._nmi = False
         self._may_sleep = has_irqchip  # HLT may have been executed, or be in the state that was set
+        self._closing = threading.Event()
+        self._looker: threading.Thread | None = None
         self._mask_thread: object = None  # the thread whose signal mask KVM_SET_SIGNAL_MASK was made from
         self._access = _NO_ACCESS
         self._written = b""  # the bytes of a write that is no longer in the mapping
@@ -115,19 +122,27 @@ class KvmVcpu(Vcpu):
             return self._run_until_exit(debugregs.NOTHING)
         return self._run_debugged(goes_on)
 
-    # HLT with interrupt controllers: KVM sleeps in the kernel, and there is no exit. It is found by looking.
+    # HLT with interrupt controllers: KVM sleeps in the kernel, and there is no exit. It is found by looking, when a run
+    # begins, when a signal ends KVM_RUN, and so that there is one, every SLEEP_MOST seconds.
+
+    def _look_now_and_then(self) -> None:
+        """In a thread of its own: have a CPU in KVM_RUN come out and look."""
+        while not self._closing.wait(SLEEP_MOST):
+            with self._lock:
+                if self._runner is not None:
+                    signal.pthread_kill(self._runner, KICK_SIGNAL)
 
     def _note_sleep(self, exit_: Exit) -> Exit:
         """Behind a run: whether the next one may find the CPU asleep, or this one found it so for good."""
         if not self._has_irqchip:
             return exit_
         self._may_sleep = isinstance(exit_, exits.Interrupted | exits.Debug)
-        if isinstance(exit_, exits.Interrupted) and self._is_asleep() and self._is_deaf():
+        if isinstance(exit_, exits.Interrupted) and self._sleeps_for_good():
             return self._halted()
         return exit_
 
     def _run_asleep(self, goes_on: bool) -> Exit:
-        if self._is_deaf():
+        if self._sleeps_for_good():
             return self._halted()
         if not self._plan.hardware.step:
             return self._note_sleep(self._run_awake(goes_on))
@@ -150,21 +165,35 @@ class KvmVcpu(Vcpu):
         return exit_
 
     def _is_asleep(self) -> bool:
-        return self._state.get("mp_state") == abi.MP_STATE_HALTED
+        return self._state.get("mp_state") != abi.MP_STATE_RUNNABLE
 
-    def _is_deaf(self) -> bool:
-        """Whether nothing can wake it: interrupts are off, and no event is pending. An NMI that another CPU or a pin
-        could still send is not looked for."""
+    def _sleeps_for_good(self) -> bool:
+        """Whether nothing can wake it. There is no other CPU, and it waits for an INIT or a SIPI; or it is in HLT with
+        interrupts off, no event is pending, and no pin can send an NMI."""
+        mp_state = self._state.get("mp_state")
+        if mp_state == abi.MP_STATE_RUNNABLE or not self._is_alone():
+            return False
+        if mp_state != abi.MP_STATE_HALTED:
+            return True
         self._deliver_nmi()
         rflags = int.from_bytes(self._state.get("regs")[abi.REGS_RFLAGS : abi.REGS_RFLAGS + 8], "little")
-        return not rflags & RFLAGS_IF and not any(self._state.get("events")[at] for at in abi.EVENTS_UNDER_WAY)
+        if rflags & RFLAGS_IF:
+            return False
+        events = self._state.get("events")
+        return not any(events[at] for at in abi.EVENTS_UNDER_WAY) and not self._can_get_nmis()
+
+    def _can_get_nmis(self) -> bool:
+        """Whether LINT0, or a pin of the IOAPIC, is set up to send an NMI or an INIT."""
+        entries = [struct.unpack_from("<I", self._state.get("lapic"), abi.LAPIC_LINT0)[0], *self._read_pins()]
+        return any(not entry & abi.ENTRY_MASKED and entry >> 8 & 7 in abi.UNMASKABLE_MODES for entry in entries)
 
     def _halted(self) -> Exit:
         """The next run goes on behind HLT."""
-        self._state.set("mp_state", abi.MP_STATE_RUNNABLE)
+        if self._state.get("mp_state") == abi.MP_STATE_HALTED:
+            self._state.set("mp_state", abi.MP_STATE_RUNNABLE)
+            self._may_sleep = False
         self._access, self._written = _NO_ACCESS, b""
         rip = int.from_bytes(self._state.get("regs")[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-        self._may_sleep = False
         return exits.Hlt(rip=rip, cpu=self.index)
 
     def _pop_stash(self) -> Exit:
@@ -175,7 +204,7 @@ class KvmVcpu(Vcpu):
     def _leave(self) -> None:
         """This thread may end now. A kick sets `_kicked`, then reads `_runner` and signals that thread."""
         self._runner = None
-        if self._kicked:
+        if self._kicked or self._looker is not None:
             with self._lock:  # until it has
                 pass
 
@@ -190,6 +219,8 @@ class KvmVcpu(Vcpu):
                 if self._take_kick():
                     self._access, self._written = _NO_ACCESS, b""
                     return exits.Interrupted(rip=self._rip(), cpu=self.index)
+                if self._has_irqchip and self._sleeps_for_good():
+                    return self._halted()
                 continue  # another signal, whose Python handler runs now
             exit_ = self._decode(points)
             if exit_ is not None:
@@ -204,6 +235,9 @@ class KvmVcpu(Vcpu):
         if thread is self._mask_thread and thread is not None:
             return
         self._state.changes()  # each first run of a CPU comes by here
+        if self._has_irqchip and self._looker is None:
+            self._looker = threading.Thread(target=self._look_now_and_then, name=f"vmfs-look{self.index}", daemon=True)
+            self._looker.start()
         if thread is None:
             signal.pthread_sigmask(signal.SIG_BLOCK, _KICK_SIGNALS)
             thread = self._threads.token = object()
@@ -701,6 +735,9 @@ class KvmVcpu(Vcpu):
         return {} if self._has_irqchip else {"interrupts": self._injected}
 
     def close(self) -> None:
+        self._closing.set()
+        if self._looker is not None:
+            self._looker.join()
         with self._lock:
             if self._fd < 0:
                 return
