@@ -42,6 +42,10 @@ need ovmf        test -e /usr/share/ovmf/OVMF.fd       # and it
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
 need acpica-tools has iasl              # tests read the ACPI tables with it
+need git         has git                # programs that copy files, of which tests see what they get
+need rsync       has rsync
+need openssh-client has sftp
+need openssh-sftp-server test -e /usr/lib/openssh/sftp-server
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)

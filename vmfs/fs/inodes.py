@@ -62,7 +62,9 @@ class Scope:
             self.complaint, self._complaint_about = "", None
 
     def lists(self, pid: int) -> None:
-        """A process looks at what files there are."""
+        """A process looks at what files there are. 0: one that is not to be seen from here."""
+        if not pid:
+            return
         self._opened.setdefault(pid, ())
         if len(self._opened) > MOST_WALKERS:
             del self._opened[next(iter(self._opened))]
