@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from vmfs.fs import lines
+from vmfs.words.exits import Hlt, Io
 
 
 async def refused(awaitable) -> int:
@@ -37,6 +38,7 @@ async def told(kernel, path: str, *pieces: str | bytes) -> list[int]:
 
 
 BAD = errno.EINVAL
+OUT = Io(direction="out", port=0x80, size=1, data=b"\x42", rip=0x1004)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_a_descriptor_takes_nothing_more_of_a_change_that_failed_but_others(on_f
 
 
 def test_a_halted_cpu_is_halted_again(on_fs):
-    from vmfs.words.exits import Hlt
+
 
     async def test(kernel):
         await kernel.mkdir("a")
@@ -212,5 +214,53 @@ def test_a_close_after_rmdir_succeeds_unless_something_waits(on_fs):
             else:
                 await file.close()
             await trio.lowlevel.checkpoint()
+
+    on_fs(test)
+
+
+def test_a_close_runs_nothing(on_fs):
+    """The caller may be dying then, and could not be interrupted."""
+
+    async def test(kernel):
+        await kernel.mkdir("a")
+        assert await told(kernel, "a/vm_run", "run ") == [0, BAD]
+        assert await told(kernel, "a/state", "ru") == [0, BAD]
+        assert "runs 0\n" in await kernel.read("a/stat")
+
+    on_fs(test)
+
+
+def test_one_who_reads_some_files_in_any_order_does_not_walk(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        machine = (await kernel.walk("a")).st_ino
+        kernel.context.pid = 77
+        await kernel.call(kernel.operations.opendir, machine, kernel.context)
+        for names in (("exit", "state", "stat"), ("symbols", "trace.bin", "virt"), ("virt",), ("trace", "virt")):
+            for name in names:
+                await (await kernel.open(f"a/{name}", os.O_RDONLY)).close()
+            kernel.engine.cpu.play([OUT])
+            assert await kernel.read("a/vm_run") == f"{OUT.line()}\n", names
+        for name in ("time", "trace", "trace.bin", "virt"):
+            await (await kernel.open(f"a/{name}", os.O_RDONLY)).close()
+        assert await kernel.read("a/vm_run") == ""
+        kernel.context.pid = 78  # who has not listed the directory
+        kernel.engine.cpu.play([OUT])
+        for name in ("trace", "trace.bin", "virt"):
+            await (await kernel.open(f"a/{name}", os.O_RDONLY)).close()
+        assert await kernel.read("a/vm_run") == f"{OUT.line()}\n"
+
+    on_fs(test)
+
+
+def test_o_nofollow_walks(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        for name in ("vm_run", "vm_run.bin", "trace", "virt", "gdb.stream", "console", "lapic", "screen.png"):
+            file = await kernel.open(f"a/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+            assert await file.read() == b""
+            await file.close()
+        assert "runs 0\n" in await kernel.read("a/stat")
+        assert await kernel.read("a/error") == ""
 
     on_fs(test)

@@ -21,7 +21,7 @@ ROOT = 1
 ATTR_SECONDS = 3600  # attributes other than sizes change only by calls that come through the kernel
 
 
-WALK, WALK_OF = 2, 6  # the last two files that a walker has opened are of the six before this one
+WALK, WALK_OF = 3, 4  # the last three files that a walker has opened are of the four before this one
 MOST_WALKERS = 16  # of which a scope knows what they opened
 
 
@@ -76,7 +76,7 @@ class Scope:
         if before is None:
             return False
         self._opened[pid] = (*before, file.name)[-WALK:]
-        return len(before) == WALK and any(_in_order(before, names) for names in file.follows)
+        return any(_walks(before, names) for names in file.follows)
 
     def check(self) -> None:
         """Raises Gone after removal."""
@@ -122,9 +122,11 @@ class Scope:
                 pass
 
 
-def _in_order(some: tuple[str, ...], names: tuple[str, ...]) -> bool:
+def _walks(opened: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether what was opened last is in order in `names`. At the beginning of a directory there are fewer."""
+    need = min(WALK, max(len(names) - 1, 1))
     left = iter(names)
-    return all(name in left for name in some)
+    return len(opened) >= need and all(name in left for name in opened[-need:])
 
 
 class _Waiting:

@@ -145,6 +145,8 @@ class LineHandle(Handle):
             self._waiting = ""
             return
         try:
+            if self.acts:  # nobody could interrupt a run here
+                raise Invalid(f"{self._waiting[:40]!r} has no end: a newline, or no blank")
             await self._take("", closing=True)
         except Exception as error:
             await self._fail(error)
