@@ -214,6 +214,8 @@ def test_the_bus_is_full_at_some_time(pc):
 
 
 def test_reset_control(guest):
+    guest.out(0xCF9, 0xFA)
+    assert guest.ended is None and guest.inp(0xCF9) == 2  # SYS_RST is kept
     guest.out(0xCF9, 6)
     assert guest.ended.cause == "reset"
 

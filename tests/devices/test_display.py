@@ -179,6 +179,10 @@ def test_the_dac_takes_three_bytes_a_colour_and_goes_on(pc, guest):
     guest.out(0x3C7, 7)
     assert [guest.inp(0x3C9) for _ in range(6)] == [0x3F, 0x15, 0x3F, 1, 2, 3]
     assert guest.inp(0x3C7) == 3 and guest.inp(0x3C8) == 9
+    guest.out(0x3C8, 7)
+    guest.out(0x3C9, 0)
+    guest.out(0x3C9, 0)  # without its blue it is no colour yet
+    assert pc.display.vga.colour(7) == (255, 85, 255)
 
 
 def test_crtc_registers_are_protected_and_are_where_the_output_register_says(pc, guest):
@@ -288,6 +292,11 @@ def test_the_dac_has_8_bits_where_the_vbe_says_so(pc, guest):
     for value in (0x81, 0x82, 0x83):
         guest.out(0x3C9, value)
     assert pc.display.vga.colour(1) == (0x81, 0x82, 0x83)
+
+
+def test_the_bank_has_as_many_bits_as_there_are_banks(guest):
+    vbe(guest, 5, 0x105)
+    assert vbe(guest, 5) == 5
 
 
 def test_the_registers_are_in_memory_too(pc, guest):

@@ -77,7 +77,7 @@ def typed(pc, guest, text):
 def test_the_command_byte_and_the_tests(pc, guest):
     assert status(guest) & (FULL | 2) == 0
     assert controller(guest, 0xAA) == b"\x55" and controller(guest, 0xAB) == b"\0" == controller(guest, 0xA9)
-    assert controller(guest, 0x20) == b"\x47"
+    assert controller(guest, 0x20) == b"\x47" and controller(guest, 0xA4) == b"\xf1"
     controller(guest, 0x60, 0x44)
     assert controller(guest, 0x20) == b"\x44"
     controller(guest, 0x65, 0x99)
@@ -136,8 +136,10 @@ def test_the_a20_gate(pc, guest, machine):
     assert guest.inp(0x92) == 2 and controller(guest, 0xD0)[0] & 2
     guest.out(0x92, 0)
     assert machine.a20 is False and guest.inp(0x92) == 0 and controller(guest, 0xD0)[0] & 2 == 0
+    guest.out(0x92, 0xC8)  # the lights of the disk, and the lock
+    assert guest.inp(0x92) == 0xC8
     guest.out(0x64, 0xDF)
-    assert machine.a20 is True
+    assert machine.a20 is True and guest.inp(0x92) == 0xCA
     controller(guest, 0xD1, 0xDD)
     assert machine.a20 is False
     other = FakeMachine()

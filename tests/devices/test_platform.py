@@ -119,6 +119,7 @@ def test_serial_loopback(guest, sent):
         guest.out(0x3F8, byte)
     assert guest.inp(0x3FD) & 2 and not guest.inp(0x3FD) & 2
     assert guest.inp(0x3F8) == 0x33  # without a FIFO the newest is kept
+    assert not guest.inp(0x3FD) & 1 and guest.inp(0x3F8) == 0x33  # and stays in the register
     guest.out(0x3FA, 1)
     for byte in range(20):
         guest.out(0x3F8, byte)

@@ -56,6 +56,7 @@ class I8042(Device):
         self.control = _FIRST_CONTROL
         self.ram = bytearray(32)
         self.output_port = 0xCC | _RESET_LINE | _A20
+        self.fast_gate = 0  # port 92, but for A20: its other bits are kept, and do nothing
         self.command = 0  # the one whose argument comes next at port 60
         self.command_last = False
         self.replies: deque[tuple[int, bool]] = deque()  # the controller's, and whether as if from the mouse
@@ -77,7 +78,7 @@ class I8042(Device):
                 | _UNLOCKED
                 | (_FROM_MOUSE if self.buffer is not None and self.from_mouse else 0)
             )
-        return _A20 if self._a20 else 0
+        return self.fast_gate | (_A20 if self._a20 else 0)
 
     def _read_data(self) -> int:
         if self.buffer is None:
@@ -99,6 +100,7 @@ class I8042(Device):
             self._write_command(value)
         else:
             self._set_a20(bool(value & _A20))
+            self.fast_gate = value & ~_A20 & ~1
             if value & 1:
                 self.board.stop("reset")
         self._fill()
@@ -116,6 +118,8 @@ class I8042(Device):
                 self.board.stop("reset")
             return
         match value:
+            case 0xA4:
+                self._reply(0xF1)  # there is no password
             case 0xA7 | 0xA8:
                 self._set_control(self.control & ~_MOUSE_OFF | (_MOUSE_OFF if value == 0xA7 else 0))
             case 0xA9 | 0xAB:  # tests of the interfaces
@@ -260,6 +264,7 @@ class I8042(Device):
             "ram": bytes(self.ram),
             "output_port": self.output_port,
             "a20": self._a20,
+            "fast_gate": self.fast_gate,
             "command": self.command,
             "command_last": self.command_last,
             "replies": [list(reply) for reply in self.replies],
@@ -273,7 +278,7 @@ class I8042(Device):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        for name in ("control", "output_port", "command", "last", "half"):
+        for name in ("control", "output_port", "command", "last", "half", "fast_gate"):
             if not 0 <= state[name] <= 0xFF:
                 raise Invalid(f"{self.name}: {name} is a byte")
         if len(state["ram"]) != 32 or not -1 <= state["buffer"] <= 0xFF:
@@ -281,7 +286,7 @@ class I8042(Device):
         self.keyboard.load(state["keyboard"])
         self.mouse.load(state["mouse"])
         self.control, self.output_port, self.command = state["control"], state["output_port"], state["command"]
-        self.ram = bytearray(state["ram"])
+        self.ram, self.fast_gate = bytearray(state["ram"]), state["fast_gate"]
         self.command_last, self.last, self._half = bool(state["command_last"]), state["last"], state["half"]
         self.replies = deque((value & 0xFF, bool(from_mouse)) for value, from_mouse in state["replies"][:_REPLIES])
         self.buffer = None if state["buffer"] < 0 else state["buffer"]

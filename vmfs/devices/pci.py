@@ -204,7 +204,7 @@ class HostBridge(Device):
 
     def __init__(self, board: Board, name: str = "pci") -> None:
         super().__init__(board, name)
-        self.address = 0
+        self.address = self.reset_control = 0
         self.slots: dict[int, PciDevice] = {}
         self._hidden: dict[int, PciDevice] = {}
 
@@ -269,6 +269,8 @@ class HostBridge(Device):
         return None if device is None else (device, (address & 0xFC) + offset)
 
     def read(self, region: int, offset: int, size: int) -> int:
+        if region == 0 and offset == 1 and size == 1:
+            return self.reset_control
         if region == 0:
             return self.address if size == 4 else (1 << 8 * size) - 1
         target = self._target(offset)
@@ -289,18 +291,20 @@ class HostBridge(Device):
             target[0].write_config(target[1], size, value & (1 << 8 * size) - 1)
 
     def _reset_control(self, value: int) -> None:
-        """Port CF9, the reset control register: RST_CPU, a rising edge of bit 2, resets the machine."""
+        """Port CF9, the reset control register: RST_CPU, a rising edge of bit 2, resets the machine. SYS_RST, bit 1, is
+        kept: which of two resets that would be."""
+        self.reset_control = value & 2
         if value & 4:
             self.board.stop("reset")
 
     def reset(self) -> None:
-        self.address = 0
+        self.address = self.reset_control = 0
 
     def save(self) -> dict[str, Any]:
-        return {"address": self.address}
+        return {"address": self.address, "reset_control": self.reset_control}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.address = state["address"] & 0x80FF_FFFC
+        self.address, self.reset_control = state["address"] & 0x80FF_FFFC, state["reset_control"] & 2
 
 
 class Bridge(PciDevice):

@@ -62,6 +62,7 @@ class Serial(Device):
         self.ier = self.lcr = self.mcr = self.scr = 0
         self.fcr = 0
         self.divisor = 12  # 9600 baud
+        self.rbr = 0  # the byte that was read last: without a FIFO it stays in the register
         self.overrun = False
         self.thre = False  # the transmitter became empty, which the guest has not seen yet
         self.delta = 0  # changes of the modem lines, in loopback
@@ -130,7 +131,11 @@ class Serial(Device):
         if offset == RBR:
             if dlab:
                 return self.divisor & 0xFF
-            value = self.fifo.popleft() if self.fifo else self._look()
+            if self.fifo:
+                value = self.rbr = self.fifo.popleft()
+            else:
+                self._look()
+                value = 0 if self.fcr & 1 else self.rbr
             self._refill()
             self._update()
             return value
@@ -158,12 +163,11 @@ class Serial(Device):
             return value
         return self.scr
 
-    def _look(self) -> int:
-        """The guest looks for data; without any it reads 0."""
+    def _look(self) -> None:
+        """The guest looks for data."""
         if self.looks < _LOOKS and not self.fifo:
             self.looks += 1
             self._refill()
-        return 0
 
     def _modem(self) -> int:
         if not self.mcr & _MCR_LOOP:
@@ -227,7 +231,7 @@ class Serial(Device):
 
     # ---- state
 
-    _NUMBERS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "overrun", "thre", "delta", "looks")
+    _NUMBERS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "overrun", "thre", "delta", "looks", "rbr")
 
     def save(self) -> dict[str, Any]:
         return {
@@ -237,7 +241,7 @@ class Serial(Device):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        state = {"looks": _LOOKS, **state}  # which those of before did not have
+        state = {"looks": _LOOKS, "rbr": 0, **state}  # which those of before did not have
         if len(state["fifo"]) > FIFO or any(not 0 <= state[name] <= 0xFFFF for name in self._NUMBERS):
             raise Invalid(f"{self.name}: that is no state of a 16550")
         for name in self._NUMBERS:

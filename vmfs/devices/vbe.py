@@ -75,7 +75,7 @@ class Vbe:
             if not self.is_enabled and self._can_be(index, value):
                 get[index] = 8 if index == BPP and value == 4 else value
         elif index == BANK:
-            get[BANK] = min(value, (self.size >> 16) - 1)
+            get[BANK] = value & (self.size >> 16) - 1  # so many bits as there are banks
         elif index == VIRT_WIDTH and self.is_enabled:
             if value >= get[XRES] and get[YRES] <= self._lines(value):
                 get[VIRT_WIDTH], get[VIRT_HEIGHT] = value, self._lines(value)

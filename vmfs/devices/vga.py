@@ -97,6 +97,7 @@ class Vga:
         self.attribute_data = False  # the flip-flop: whether port 3C0 expects data
         self.attributes = bytearray(_ATTRIBUTES)
         self.dac = _ega_palette()
+        self.dac_latch = bytearray(3)  # red and green of the colour that is being written
         self.dac_mask = 0xFF
         self.dac_read = self.dac_write = 0  # the colour, times 3, and the channel
         self.dac_reading = False
@@ -188,8 +189,11 @@ class Vga:
                 self.dac_read, self.dac_reading = 3 * value, True
             case 0x3C8:
                 self.dac_write, self.dac_reading = 3 * value, False
-            case 0x3C9:
-                self.dac[self.dac_write] = value if self.dac_8bit else value & 0x3F
+            case 0x3C9:  # a colour is taken when its blue has come (Inmos IMS G171)
+                channel = self.dac_write % 3
+                self.dac_latch[channel] = value if self.dac_8bit else value & 0x3F
+                if channel == 2:
+                    self.dac[self.dac_write - 2 : self.dac_write + 1] = self.dac_latch
                 self.dac_write = (self.dac_write + 1) % len(self.dac)
             case 0x3CE:
                 self.graphics_index = value & 0xF
@@ -336,4 +340,4 @@ _NUMBERS = {
     **dict.fromkeys(("dac_read", "dac_write"), 768),
 }
 _FLAGS = ("attribute_data", "dac_reading", "dac_8bit", "font_loaded")
-_ARRAYS = ("sequencer", "crtc", "graphics", "attributes", "dac")
+_ARRAYS = ("sequencer", "crtc", "graphics", "attributes", "dac", "dac_latch")
