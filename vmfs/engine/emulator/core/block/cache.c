@@ -15,6 +15,7 @@
 #include "memory.h"
 #include "opcodes.h"
 #include "tracer.h"
+#include "translate.h"
 
 enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12 };
 
@@ -44,6 +45,7 @@ int cache_create(struct vcpu *c)
         return -1;
     }
     c->generation = 1;
+    c->translator = translator_create();
     return 0;
 }
 
@@ -61,6 +63,7 @@ void cache_destroy(struct vcpu *c)
 {
     if (!c->cache)
         return;
+    translator_destroy(c->translator);
     munmap(c->cache->arena, ARENA_SIZE);
     free(c->cache);
     c->cache = NULL;
@@ -126,6 +129,7 @@ static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
 void cache_flush(struct vcpu *c)
 {
     struct cache *cache = c->cache;
+    translator_flush(c);
     for (unsigned i = 0; i < PAGES; i++) {
         struct code_page *p = cache->pages[i];
         cache->pages[i] = NULL;
@@ -150,6 +154,8 @@ static void unlink_block(struct vcpu *c, struct block *b)
     if (*at)
         *at = b->bucket_next;
     b->dead = true;
+    if (b->region)
+        region_kill(c, b->region);
     c->counters.blocks_killed++;
 }
 
@@ -384,6 +390,10 @@ static struct block *build(struct vcpu *c, u64 ip, struct fetch *f)
     b->ending = used;
     b->checked = c->run_count;
     b->dead = false;
+    b->enter = c->translator ? block_count : b->records[0].run;
+    b->code = NULL;
+    b->region = NULL;
+    b->entries = 0;
     u8 *copy = (u8 *)(last + 2);
     memcpy(copy, b->host[0], b->first_bytes);
     if (b->physical[1] != ~0ull)
@@ -425,6 +435,8 @@ struct block *cache_lookup(struct vcpu *c)
             unlink_block(c, b);
             break_links(c);
             b = NULL;
+        } else if (b->region && !region_unchanged(c, b->region, bytes_unchanged)) {
+            region_kill(c, b->region);
         }
     }
     if (!b)

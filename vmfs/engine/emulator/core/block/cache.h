@@ -13,7 +13,7 @@
             (c)->budget += b_->count; \
             return; \
         } \
-        CONTINUE((c), b_->records); \
+        CONTINUE_BY((c), b_->enter, b_->records); \
     } while (0)
 
 /* A direct near jump is taken. */

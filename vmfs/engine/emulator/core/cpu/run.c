@@ -123,7 +123,7 @@ static void run_alone(struct vcpu *c)
     c->store_count = c->stores_reported = 0;
     decode_alone(c, c->single); /* may escape: budget 1 is the instruction that did not run */
     c->budget = 0;
-    run_records(c, c->single);
+    run_records(c, c->single[0].run, c->single);
     c->now = NULL;
     end_alone(c);
 }
@@ -530,7 +530,7 @@ static void turn(struct vcpu *c)
             debug_exit(c, DEBUG_STEP);
     } else {
         c->budget -= t->count;
-        run_records(c, t->records);
+        run_records(c, t->enter, t->records);
         c->now = NULL;
         if (c->at_breakpoint && c->budget <= 0)
             c->at_breakpoint = false; /* the slice is over: its end and events come first */

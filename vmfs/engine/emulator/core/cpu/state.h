@@ -127,6 +127,8 @@ ALWAYS_INLINE const struct record *record_after(const struct record *r) { return
 /* BLOCK_SLOTS: room for its records, each with a prologue of the tracer and a link, and for the one that leaves. */
 enum { BLOCK_INSTRUCTIONS = 32, BLOCK_SLOTS = 3 * BLOCK_INSTRUCTIONS + 2, BLOCK_BYTES = 240 };
 
+struct region;
+
 /* A straight run of instructions; conditional jumps that are not taken stay in it. */
 struct block {
     u64 ip;                   /* of its first instruction */
@@ -137,6 +139,10 @@ struct block {
     u32 count;                /* instructions */
     u32 ending;               /* the record that leaves, behind all others; then comes its link */
     u32 checked;              /* the run in which its bytes were last compared */
+    handler *enter;           /* what it begins with: that of its first record, or the translator's */
+    u8 *code;                 /* host code for it, or NULL */
+    struct region *region;    /* the code is of */
+    u32 entries;              /* that were counted */
     bool dead;
     struct block *bucket_next;
     struct block *page_next[2];
@@ -218,9 +224,13 @@ struct vcpu {
     u32 generation;           /* links and the jump cache hold for it */
     u64 key;                  /* fetch mode */
     u64 rflags;               /* all but the arithmetic flags */
+    u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
+    u64 scratch;
+    bool continues;           /* the handler that host code called did not leave */
     const struct record *now; /* the record that is executing, where it may fault; NULL: gpr[GPR_IP] is exact */
 #ifdef VMFS_TRAMPOLINE
     const struct record *next; /* where `run_records` goes on; NULL: back to the main loop */
+    handler *next_run;        /* ... by what */
 #endif
     u64 linear_mask;          /* of linear addresses: 32 bits outside of long mode */
     u64 stack_mask;           /* of rSP: 16, 32 or 64 bits */
@@ -333,6 +343,7 @@ struct vcpu {
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
     struct cache *cache;
+    struct translator *translator; /* NULL: all is interpreted */
     struct record single[4];  /* an instruction that runs alone: with a prologue of the tracer, a link, and its end */
     u32 run_count;
     struct vcpu_counters counters;
@@ -417,25 +428,27 @@ ALWAYS_INLINE i64 sign_extend(u64 value, unsigned bits) { return (i64)(value << 
  * sanitizers it would be a call, and a long run would fill the stack: they put code of their own behind it. Then a handler
  * hands the record back to `run_records`, which has a loop (setup.py defines VMFS_TRAMPOLINE). */
 #ifdef VMFS_TRAMPOLINE
-#define CONTINUE(c, to) do { (c)->next = (to); return; } while (0)
+#define CONTINUE_BY(c, handler, to) do { (c)->next_run = (handler); (c)->next = (to); return; } while (0)
 #else
-#define CONTINUE(c, to) do { const struct record *to_ = (to); to_->run((c), to_); return; } while (0)
+#define CONTINUE_BY(c, handler, to) do { (handler)((c), (to)); return; } while (0)
 #endif
+#define CONTINUE(c, to) do { const struct record *to_ = (to); CONTINUE_BY(c, to_->run, to_); } while (0)
 #define NEXT() CONTINUE(c, r + 1)
 /* The end of a direct jump that is not taken: over its link. */
 #define NEXT_OVER_LINK() CONTINUE(c, r + 2)
 
-/* Run from `r` on, until a handler goes back to the main loop. */
-ALWAYS_INLINE void run_records(struct vcpu *c, const struct record *r)
+/* Run from `r` on, which begins with `run`, until a handler goes back to the main loop. */
+ALWAYS_INLINE void run_records(struct vcpu *c, handler *run, const struct record *r)
 {
 #ifdef VMFS_TRAMPOLINE
     do {
         c->next = NULL;
-        r->run(c, r);
+        run(c, r);
         r = c->next;
+        run = c->next_run;
     } while (r);
 #else
-    r->run(c, r);
+    run(c, r);
 #endif
 }
 

@@ -1,0 +1,639 @@
+/* Host code of blocks: flags, memory, jumps, calls of handlers. What single instructions are is in emitters.c. */
+#include "emit.h"
+
+#include "flags.h"
+
+static const u16 ALL = FLAGS_ARITHMETIC;
+
+/* ---- What the table says ----------------------------------------------------------------------------------------------- */
+
+unsigned traits_of(const struct record *r)
+{
+    const struct emitter *e = opcodes[r->id].emitter;
+    return e ? e->traits : 0;
+}
+
+static bool names_memory(const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    if (r->prefix & PREFIX_REGISTER)
+        return false;
+    for (unsigned i = 0; i < OPERANDS_MAX; i++) {
+        unsigned kind = operand_types[o->operands[i]].kind;
+        if (kind == RM_OPERAND || kind == MEMORY || kind == VECTOR_RM || kind == OFFSET)
+            return true;
+    }
+    return false;
+}
+
+/* Of an instruction that is emitted. */
+bool may_fault(const struct record *r, unsigned traits)
+{
+    return traits & (STACK_READ | STACK_WRITE) || (names_memory(r) && !(traits & NO_ACCESS));
+}
+
+/* The flags, with what the decoded instruction says beyond its row: a shift by a constant. */
+void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes)
+{
+    const struct opcode *o = &opcodes[r->id];
+    *reads = o->flags_read;
+    *writes = o->flags_written | o->flags_undefined;
+    if (!(traits & SHIFT))
+        return;
+    for (unsigned i = 1; i < OPERANDS_MAX; i++)
+        if (operand_types[o->operands[i]].kind == IMMEDIATE) {
+            if (!(r->imm & (r->size == 3 ? 63 : 31)))
+                *reads = *writes = 0;
+            else if (!(traits & READS_CARRY))
+                *reads = 0;
+            else
+                *reads = fC;
+        }
+}
+
+bool is_emitted(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    if (!o->emitter || r->run == op_raise || r->run == op_end || r->run == op_breakpoint)
+        return false;
+    if (names_memory(r) && (i64)(i32)(r->disp + 64) != r->disp + 64 && r->base != GPR_IP * 8)
+        return false;
+    t->asking = true;
+    t->row = o;
+    t->traits = o->emitter->traits;
+    bool can = o->emitter->emit(t, r);
+    t->asking = false;
+    return can;
+}
+
+/* Guest registers that an emitted instruction writes, a bit each. */
+static u32 registers_written(const struct record *r, unsigned traits)
+{
+    const struct opcode *o = &opcodes[r->id];
+    u32 written = (traits & WRITES_RAX ? 1u << RAX : 0) | (traits & WRITES_RDX ? 1u << RDX : 0) |
+                  (traits & (STACK_READ | STACK_WRITE) ? 1u << RSP : 0) | (traits & WRITES_RBP ? 1u << RBP : 0);
+    for (unsigned i = 0; i < 2; i++) {
+        if (!(traits & (i ? WRITES_SECOND : WRITES_FIRST)))
+            continue;
+        switch (operand_types[o->operands[i]].kind) {
+        case REGISTER: written |= 1u << (r->reg >> 3); break;
+        case OPCODE: written |= 1u << (r->rm >> 3); break;
+        case RM_OPERAND: written |= r->prefix & PREFIX_REGISTER ? 1u << (r->rm >> 3) : 0; break;
+        case FIXED: written |= 1u << RAX; break;
+        default: break;
+        }
+    }
+    return written;
+}
+
+/* ---- Flags ---------------------------------------------------------------------------------------------------------------- */
+
+static void save_flags(struct translation *t) /* PUSHF, POP */
+{
+    put8(&t->code, 0x9c);
+    put_modrm(&t->code, 0, M1, 0x8f, 0, FIELD(flags_image));
+}
+static void load_flags(struct translation *t, u16 needed)
+{
+    if (!needed)
+        return;
+    if (needed == fC) { /* BT, which is much faster than POPF */
+        put_modrm(&t->code, 0, M0F, 0xba, 4, FIELD(flags_image));
+        put8(&t->code, 0);
+    } else {
+        put_modrm(&t->code, 0, M1, 0xff, 6, FIELD(flags_image));
+        put8(&t->code, 0x9d);
+    }
+}
+
+static unsigned size_flags(unsigned size)
+{
+    return size == 0 ? I_BYTE : size == 1 ? I_66 : size == 3 ? I_W : 0;
+}
+/* The host register of a guest's whole register: its own, or `scratch`, loaded. */
+static unsigned use(struct translation *t, unsigned offset, unsigned scratch)
+{
+    unsigned host = pinned(offset);
+    if (host != NO_REGISTER)
+        return host;
+    load64(&t->code, scratch, guest_place(offset));
+    return scratch;
+}
+
+static void alu(struct translation *t, unsigned size, unsigned digit, unsigned a, const struct recipe *p, unsigned b)
+{
+    unsigned flags = size_flags(size);
+    if (!p->constant) {
+        put_modrm(&t->code, flags, M1, digit * 8 + !!size, b, in_register(a));
+    } else if (size == 0) {
+        put_modrm(&t->code, flags, M1, 0x80, digit, in_register(a));
+        put8(&t->code, (u64)p->value);
+    } else if (size == 1) {
+        put_modrm(&t->code, flags, M1, 0x81, digit, in_register(a));
+        put_bytes(&t->code, (u64)p->value, 2);
+    } else {
+        alu_constant(&t->code, flags, digit, in_register(a), p->value);
+    }
+}
+
+/* Into the host's flags. T0 and T1 are free. */
+static void make_recipe(struct translation *t, const struct recipe *p)
+{
+    unsigned a = use(t, p->a, T0), b = p->constant || p->kind == RECIPE_LOGIC ? 0 : use(t, p->b, T1);
+    unsigned flags = size_flags(p->size);
+    switch (p->kind) {
+    case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, a, p, b); break;
+    case RECIPE_TEST:
+        if (p->constant) {
+            put_modrm(&t->code, flags, M1, p->size ? 0xf7 : 0xf6, 0, in_register(a));
+            put_bytes(&t->code, (u64)(i64)p->value, p->size == 0 ? 1 : p->size == 1 ? 2 : 4);
+        } else {
+            put_modrm(&t->code, flags, M1, p->size ? 0x85 : 0x84, b, in_register(a));
+        }
+        break;
+    case RECIPE_ADD: case RECIPE_SUB: /* undone, and done again */
+        if (a != T0)
+            put_modrm(&t->code, I_W, M1, 0x8b, T0, in_register(a));
+        alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_SUB : GROUP_ADD, T0, p, b);
+        alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);
+        break;
+    default: put_modrm(&t->code, flags, M1, p->size ? 0x85 : 0x84, a, in_register(a)); break;
+    }
+}
+
+void flags_to_image(struct translation *t)
+{
+    if (t->where == IN_RECIPE)
+        make_recipe(t, &t->recipe);
+    if (t->where != IN_IMAGE)
+        save_flags(t);
+    t->where = IN_IMAGE;
+    t->recipe.kind = RECIPE_NONE;
+}
+
+static bool recipe_uses(const struct recipe *p, u32 registers)
+{
+    return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind != RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
+}
+
+/* What an instruction that writes flags needs in the host's: what it reads, and what it leaves to who comes after. */
+static u16 needed(const struct translation *t)
+{
+    return t->writes && t->precise & t->writes ? t->reads | (t->precise & ~t->writes) : t->reads;
+}
+
+void begin_flags(struct translation *t, const struct record *r)
+{
+    if (!t->writes) {
+        if (t->where == IN_RECIPE && recipe_uses(&t->recipe, registers_written(r, t->traits)))
+            flags_to_image(t);
+        return;
+    }
+    if (!(t->precise & t->writes)) { /* its flags are never seen */
+        if (t->precise & ~t->writes) {
+            if (t->where == IN_RECIPE || t->where == IN_HOST)
+                flags_to_image(t);
+        }
+        if (t->where == IN_IMAGE)
+            load_flags(t, t->reads);
+        else if (t->where == IN_RECIPE && t->reads)
+            make_recipe(t, &t->recipe);
+        return;
+    }
+    if (t->where == IN_IMAGE)
+        load_flags(t, needed(t));
+    else if (t->where == IN_RECIPE && needed(t))
+        make_recipe(t, &t->recipe);
+    t->where = IN_HOST;
+    t->recipe.kind = RECIPE_NONE;
+}
+
+/* The condition in the host's flags, where it is what this returns. Flags in the image stay there. */
+unsigned emit_condition(struct translation *t, unsigned condition)
+{
+    static const u8 masks[8] = {0, fC, fZ, fZ | fC, fS, fP, 0, 0};
+    if (t->where == IN_RECIPE) {
+        make_recipe(t, &t->recipe);
+        t->where = IN_HOST;
+    }
+    if (t->where == IN_HOST)
+        return condition;
+    unsigned kind = condition >> 1;
+    if (kind == 0) {
+        put_modrm(&t->code, 0, M1, 0xf7, 0, FIELD(flags_image));
+        put32(&t->code, fO);
+    } else if (kind < 6) {
+        put_modrm(&t->code, 0, M1, 0xf6, 0, FIELD(flags_image));
+        put8(&t->code, masks[kind]);
+    } else { /* SF xor OF in bit 7; for LE also ZF, moved there */
+        struct code *code = &t->code;
+        load32(code, T0, FIELD(flags_image));
+        put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+        put8(code, 4);
+        put_modrm(code, 0, M1, 0x33, T0, FIELD(flags_image));
+        if (kind == 7) {
+            alu_constant(code, 0, GROUP_AND, in_register(T0), fS);
+            put_modrm(code, 0, M1, 0x89, T0, FIELD(scratch)); /* T1 may hold an address */
+            load32(code, T0, FIELD(flags_image));
+            alu_constant(code, 0, GROUP_AND, in_register(T0), fZ);
+            put_modrm(code, 0, M1, 0x0b, T0, FIELD(scratch));
+        } else {
+            put_modrm(code, 0, M1, 0xf7, 0, in_register(T0));
+            put32(code, fS);
+        }
+    }
+    return CC_NE ^ (condition & 1); /* not zero: true */
+}
+
+/* The recipe for the flags of an instruction that is done. */
+static struct recipe recipe_of(const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    struct recipe p = {.size = r->size};
+    unsigned first = operand_types[o->operands[0]].kind, second = operand_types[o->operands[1]].kind;
+    if (!(first == REGISTER || first == OPCODE || first == FIXED || (first == RM_OPERAND && r->prefix & PREFIX_REGISTER)))
+        return p;
+    p.a = first == REGISTER ? r->reg : r->rm;
+    if (second == IMMEDIATE) {
+        p.constant = true;
+        p.value = r->imm;
+    } else if (second == REGISTER || (second == RM_OPERAND && r->prefix & PREFIX_REGISTER)) {
+        p.b = second == REGISTER ? r->reg : r->rm;
+    } else if (o->operation == &operation_CMP || o->operation == &operation_TEST) {
+        return p; /* with memory */
+    }
+    if ((p.a | p.b) & 7)
+        return p; /* AH */
+    bool same = !p.constant && p.a == p.b, memory = second == RM_OPERAND && !(r->prefix & PREFIX_REGISTER);
+    if (o->operation == &operation_CMP)
+        p.kind = RECIPE_COMPARE;
+    else if (o->operation == &operation_TEST)
+        p.kind = RECIPE_TEST;
+    else if (o->operation == &operation_AND || o->operation == &operation_OR || o->operation == &operation_XOR)
+        p.kind = RECIPE_LOGIC;
+    else if (o->operation == &operation_ADD && !same && !memory)
+        p.kind = RECIPE_ADD;
+    else if (o->operation == &operation_SUB && !memory)
+        p.kind = same ? RECIPE_LOGIC : RECIPE_SUB;
+    return p;
+}
+
+/* ---- Code out of line ------------------------------------------------------------------------------------------------------- */
+
+struct stub *add_stub(struct translation *t, int kind, const struct record *r)
+{
+    struct stub *s = &t->stubs[t->stub_count++];
+    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .recipe = t->recipe};
+    return s;
+}
+void stub_jump(struct stub *s, u8 *jump) { s->jumps[s->jump_count++] = jump; }
+
+static void call_shared(struct translation *t, const u8 *target)
+{
+    put8(&t->code, 0xe8);
+    put32(&t->code, 0);
+    land(t->code.at - 4, target);
+}
+
+static void emit_leave(struct translation *t, const struct record *r, const struct block *b)
+{
+    load_constant(&t->code, T0, (u64)(uintptr_t)r);
+    load_constant(&t->code, T1, b->ip);
+    land(jump(&t->code), shared_code(t->translator)->leave);
+}
+
+void emit_stubs(struct translation *t)
+{
+    for (unsigned i = 0; i < t->stub_count; i++) { /* they may add more */
+        struct stub s = t->stubs[i];
+        for (unsigned j = 0; j < s.jump_count; j++)
+            land(s.jumps[j], t->code.at);
+        t->where = s.where;
+        t->recipe = s.recipe;
+        t->in = NULL;
+        for (unsigned m = 0; m < t->member_count; m++)
+            if (t->members[m].block == s.block)
+                t->in = &t->members[m];
+        switch (s.kind) {
+        case STUB_CALL:
+            flags_to_image(t);
+            load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, s.record));
+            call_shared(t, shared_code(t->translator)->call);
+            if (s.restore)
+                load_flags(t, ALL);
+            land(jump(&t->code), s.back);
+            break;
+        case STUB_LEAVE:
+            if (s.give_back)
+                put_modrm(&t->code, I_W, M1, 0x01, T1, FIELD(budget));
+            if (s.budget)
+                alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), s.budget);
+            if (s.stack)
+                lea64(&t->code, GUEST_RSP, in_memory(GUEST_RSP, s.stack));
+            flags_to_image(t);
+            emit_leave(t, s.record, s.block);
+            break;
+        case STUB_EDGE:
+            emit_jump(t, s.record);
+            break;
+        }
+    }
+}
+
+/* ---- Memory -------------------------------------------------------------------------------------------------------------------- */
+
+/* The linear address of the memory operand, plus `more`, to a register. With `other`, no flags are changed in 64-bit mode
+ * without FS and GS (LEA). */
+void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more)
+{
+    struct code *code = &t->code;
+    bool narrow = (r->prefix & PREFIX_ADDRESS) == 2;
+    if (r->base == GPR_IP * 8) {
+        u64 address = t->in->block->ip + (u64)r->disp;
+        load_constant(code, to, (narrow ? (u32)address : address) + (u64)(i64)more);
+    } else {
+        i32 disp = (i32)r->disp + (narrow ? 0 : more);
+        bool has_base = r->base != GPR_ZERO * 8, has_index = r->index != GPR_ZERO * 8;
+        if (!has_base && !has_index) {
+            load_constant(code, to, (u64)(i64)disp);
+        } else if (!has_index) {
+            unsigned base = use(t, r->base, to);
+            if (disp || base != to)
+                lea64(code, to, in_memory(base, disp));
+        } else {
+            struct place p = {.memory = true, .base = NO_REGISTER, .index = (u8)use(t, r->index, to), .scale = r->scale,
+                              .disp = disp};
+            bool add = false;
+            if (has_base) {
+                if (pinned(r->base) != NO_REGISTER || p.index != to)
+                    p.base = (u8)use(t, r->base, to);
+                else if (other != NO_REGISTER)
+                    p.base = (u8)use(t, r->base, other);
+                else
+                    add = true;
+            }
+            lea64(code, to, p);
+            if (add)
+                put_modrm(code, I_W, M1, 0x03, to, guest_place(r->base));
+        }
+        if (narrow) {
+            load32(code, to, in_register(to));
+            if (more)
+                lea64(code, to, in_memory(to, more));
+        }
+    }
+    if (r->seg >= SEG_FS)
+        put_modrm(code, I_W, M1, 0x03, to, FIELD(check[r->seg].base));
+}
+
+/* Flags before host code that changes them, of an instruction that may fault: who faults shows them. */
+static void flags_before_check(struct translation *t, const struct record *r)
+{
+    u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);
+    bool lost = recipe_uses(&t->recipe, registers_written(r, t->traits)) && t->precise & ~t->writes;
+    if (t->where == IN_HOST && (after || lost || t->recipe.kind == RECIPE_NONE))
+        flags_to_image(t);
+    else if (t->where == IN_HOST)
+        t->where = IN_RECIPE;
+    else if (t->where == IN_RECIPE && (after || lost))
+        flags_to_image(t);
+}
+
+static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
+{
+    struct stub *s = add_stub(t, leaves ? STUB_LEAVE : STUB_CALL, r);
+    s->restore = t->writes & t->precise;
+    stub_jump(s, from);
+}
+static void flags_behind_check(struct translation *t)
+{
+    if (t->where == IN_IMAGE && t->writes)
+        load_flags(t, needed(t));
+    if (t->writes & t->precise) {
+        t->where = IN_HOST;
+        t->recipe.kind = RECIPE_NONE;
+    }
+}
+
+enum { INDEX_SHIFT = 12 - 4, INDEX_MASK = (TLB_SIZE - 1) << 4 };
+_Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entries");
+
+static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
+
+void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool leaves)
+{
+    struct code *code = &t->code;
+    i32 side = tlb_side(write);
+    flags_before_check(t, r);
+    if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3) { /* a constant */
+        u64 address = t->in->block->ip + (u64)r->disp;
+        i32 entry = side + (i32)(address >> INDEX_SHIFT & INDEX_MASK);
+        load64(code, T0, FIELD(tlb));
+        load_constant(code, T1, (address + bytes - 1) & PAGE_MASK);
+        put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, entry));
+        slow_path(t, r, jump_if(code, CC_NE), leaves);
+        load_constant(code, T1, address);
+        put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, entry + 8));
+    } else {
+        emit_address(t, r, T0, T1, 0);
+        put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+        put8(code, INDEX_SHIFT);
+        alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
+        put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
+        emit_address(t, r, T1, NO_REGISTER, (i32)bytes - 1);
+        alu_constant(code, I_W, GROUP_AND, in_register(T1), -4096);
+        put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
+        slow_path(t, r, jump_if(code, CC_NE), leaves);
+        emit_address(t, r, T1, NO_REGISTER, 0);
+        put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, side + 8));
+    }
+    flags_behind_check(t);
+}
+
+/* 8 bytes at a pinned register + disp. */
+void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves)
+{
+    struct code *code = &t->code;
+    unsigned host = pinned(guest_register * 8);
+    i32 side = tlb_side(write);
+    flags_before_check(t, r);
+    lea64(code, T0, in_memory(host, disp));
+    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+    put8(code, INDEX_SHIFT);
+    alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
+    put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
+    lea64(code, T1, in_memory(host, disp + 7));
+    alu_constant(code, I_W, GROUP_AND, in_register(T1), -4096);
+    put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
+    slow_path(t, r, jump_if(code, CC_NE), leaves);
+    lea64(code, T1, in_memory(host, disp));
+    put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, side + 8));
+    flags_behind_check(t);
+}
+
+/* ---- Jumps ----------------------------------------------------------------------------------------------------------------------- */
+
+int member_at(const struct translation *t, const struct record *r)
+{
+    const struct block *b = t->in->block;
+    u64 target = b->ip + r->at + r->length + (u64)(i64)r->imm;
+    if (is_cut(t->translator, r))
+        return -1;
+    for (unsigned i = 0; i < t->member_count; i++)
+        if (t->members[i].block->ip == target)
+            return (int)i;
+    return -1;
+}
+
+/* To another region, by the link that the interpreter keeps. Flags are in the image. */
+static void emit_link_after(struct translation *t, const struct record *r, i32 stack)
+{
+    struct code *code = &t->code;
+    struct stub *s = add_stub(t, STUB_LEAVE, r), *late = add_stub(t, STUB_LEAVE, r);
+    s->stack = late->stack = stack;
+    load_constant(code, T0, (u64)(uintptr_t)LINK_OF(r));
+    load32(code, T1, in_memory(T0, offsetof(struct link, generation)));
+    put_modrm(code, 0, M1, 0x3b, T1, FIELD(generation));
+    stub_jump(s, jump_if(code, CC_NE));
+    load64(code, T1, in_memory(T0, offsetof(struct link, to)));
+    load64(code, T0, in_memory(T1, offsetof(struct block, code)));
+    put_modrm(code, I_W, M1, 0x85, T0, in_register(T0));
+    stub_jump(s, jump_if(code, CC_E));
+    load32(code, T1, in_memory(T1, offsetof(struct block, count)));
+    if (r->left)
+        lea64(code, T1, in_memory(T1, -(i32)r->left));
+    put_modrm(code, I_W, M1, 0x29, T1, FIELD(budget));
+    late->give_back = true;
+    stub_jump(late, jump_if(code, CC_S));
+    put_modrm(code, 0, M1, 0xff, 4, in_register(T0));
+}
+
+static void jump_to_member(struct translation *t, int target)
+{
+    u8 *from = jump(&t->code);
+    if (t->members[target].code) {
+        land(from, t->members[target].code);
+    } else {
+        t->edges[t->edge_count].jump = from;
+        t->edges[t->edge_count++].member = target;
+    }
+}
+
+/* A direct jump is taken, or the block ends. `stack`: what to add to rSP where the interpreter is to do it again. */
+static void emit_jump_after(struct translation *t, const struct record *r, i32 stack)
+{
+    int target = member_at(t, r);
+    if (target < 0) {
+        flags_to_image(t);
+        emit_link_after(t, r, stack);
+        return;
+    }
+    const struct member *m = &t->members[target];
+    i32 change = (i32)r->left - (i32)m->block->count;
+    if (m->precise || (change && t->where == IN_HOST && t->recipe.kind == RECIPE_NONE))
+        flags_to_image(t);
+    if (change) {
+        if (t->where == IN_HOST)
+            t->where = IN_RECIPE;
+        alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), change);
+        if (change < 0) {
+            struct stub *s = add_stub(t, STUB_LEAVE, r);
+            s->budget = -change;
+            s->stack = stack;
+            stub_jump(s, jump_if(&t->code, CC_S));
+        }
+    }
+    jump_to_member(t, target);
+}
+void emit_jump(struct translation *t, const struct record *r) { emit_jump_after(t, r, 0); }
+void emit_call(struct translation *t, const struct record *r) { emit_jump_after(t, r, 8); }
+
+/* To what is in T1, by the jump cache. rSP is as before; `stack` is added on success. Flags are in the image. */
+void emit_indirect(struct translation *t, const struct record *r, i32 undo, i32 stack)
+{
+    struct code *code = &t->code;
+    _Static_assert(sizeof(struct jump_entry) == 32, "a shift");
+    struct stub *s = add_stub(t, STUB_LEAVE, r), *late = add_stub(t, STUB_LEAVE, r);
+    s->stack = undo;
+    late->stack = undo - stack;
+    late->give_back = true;
+    load32(code, T0, in_register(T1));
+    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+    put8(code, 12);
+    put_modrm(code, 0, M1, 0x33, T0, in_register(T1));
+    alu_constant(code, 0, GROUP_AND, in_register(T0), JUMP_CACHE - 1);
+    put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
+    put8(code, 5);
+    lea64(code, T0, (struct place){.memory = true, .base = C, .index = T0, .disp = offsetof(struct vcpu, jumps)});
+    put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, offsetof(struct jump_entry, ip)));
+    stub_jump(s, jump_if(code, CC_NE));
+    load32(code, T1, in_memory(T0, offsetof(struct jump_entry, generation)));
+    put_modrm(code, 0, M1, 0x3b, T1, FIELD(generation));
+    stub_jump(s, jump_if(code, CC_NE));
+    load64(code, T1, in_memory(T0, offsetof(struct jump_entry, key)));
+    put_modrm(code, I_W, M1, 0x3b, T1, FIELD(key));
+    stub_jump(s, jump_if(code, CC_NE));
+    load64(code, T1, in_memory(T0, offsetof(struct jump_entry, block)));
+    load64(code, T0, in_memory(T1, offsetof(struct block, code)));
+    put_modrm(code, I_W, M1, 0x85, T0, in_register(T0));
+    stub_jump(s, jump_if(code, CC_E));
+    if (stack)
+        lea64(code, GUEST_RSP, in_memory(GUEST_RSP, stack));
+    load32(code, T1, in_memory(T1, offsetof(struct block, count)));
+    put_modrm(code, I_W, M1, 0x29, T1, FIELD(budget));
+    stub_jump(late, jump_if(code, CC_S));
+    put_modrm(code, 0, M1, 0xff, 4, in_register(T0));
+}
+
+/* ---- Records ------------------------------------------------------------------------------------------------------------------------ */
+
+static void leave_at(struct translation *t, const struct record *r)
+{
+    flags_to_image(t);
+    emit_leave(t, r, t->in->block);
+}
+
+/* One instruction; false: nothing of the block follows. */
+static bool emit_record(struct translation *t, const struct member *m, const struct record *r, unsigned index)
+{
+    const struct opcode *o = &opcodes[r->id];
+    if (r->run == op_raise || !is_emitted(t, r)) {
+        if (r->run == op_raise || r->has_link || o->attributes & A_END) {
+            leave_at(t, r);
+            return false;
+        }
+        flags_to_image(t);
+        load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, r));
+        call_shared(t, shared_code(t->translator)->call);
+        return true;
+    }
+    flags_used(r, t->traits, &t->reads, &t->writes);
+    t->live = m->after[index].live;
+    t->precise = m->after[index].precise;
+    unsigned stubs = t->stub_count;
+    o->emitter->emit(t, r);
+    for (unsigned i = stubs; i < t->stub_count; i++)
+        t->stubs[i].back = t->code.at;
+    if (t->writes && t->where == IN_HOST)
+        t->recipe = t->precise & t->writes ? recipe_of(r) : (struct recipe){0};
+    else if (t->where == IN_HOST && recipe_uses(&t->recipe, registers_written(r, t->traits)))
+        t->recipe.kind = RECIPE_NONE;
+    return !(t->traits & FLOW_LEAVES);
+}
+
+void emit_member(struct translation *t, struct member *m)
+{
+    const struct block *b = m->block;
+    m->code = t->code.at;
+    t->in = m;
+    t->where = m->precise ? IN_IMAGE : IN_HOST;
+    t->recipe.kind = RECIPE_NONE;
+    const struct record *r = b->records;
+    for (unsigned i = 0; i < b->count; i++, r = record_after(r))
+        if (!emit_record(t, m, r, i))
+            return;
+    if (r->run == op_end)
+        emit_jump(t, r);
+    else
+        leave_at(t, r);
+}

@@ -1,0 +1,143 @@
+/* Inside of the translator: what emitters are given, and what a row's emitter is. */
+#ifndef VMFS_EMIT_H
+#define VMFS_EMIT_H
+
+#include "assemble.h"
+#include "translate.h"
+
+/* Host registers. Guest registers have their own numbers but for RSP, which is R12, and R12 to R15, which stay in struct
+ * vcpu: so AH to BH, and implied RAX, RCX, RDX are themselves. */
+enum { GUEST_RSP = 12, T0 = 13, T1 = 14, C = 15 };
+#define FIELD(name) in_memory(C, (i32)offsetof(struct vcpu, name))
+
+enum {
+    READS_FIRST = 1, WRITES_FIRST = 2, WRITES_SECOND = 4, /* operands */
+    NO_ACCESS = 8,            /* a memory operand is an address only */
+    STACK_READ = 16, STACK_WRITE = 32,
+    SHIFT = 64,               /* the second or third operand is a count: zero keeps all flags */
+    WRITES_RAX = 128, WRITES_RDX = 256,
+    BY_CONDITION = 1024,      /* of the opcode's low four bits */
+    FLOW_BRANCH = 2048, FLOW_JUMP = 4096, /* a direct jump, conditional or not */
+    FLOW_LEAVES = 8192,       /* nothing follows it in the block */
+    READS_CARRY = 16384,      /* a SHIFT through CF */
+    WRITES_RBP = 32768,
+};
+struct translation;
+struct emitter {
+    /* Make host code of r; false: it cannot be, and the handler is called. With t->asking: only say which. */
+    bool (*emit)(struct translation *t, const struct record *r);
+    unsigned traits;
+};
+
+enum { REGION_BLOCKS = 32, REGION_INSTRUCTIONS = 400, STUBS = 3 * REGION_INSTRUCTIONS, EDGES = 2 * REGION_INSTRUCTIONS };
+
+/* Where the guest's arithmetic flags are. */
+enum where { IN_HOST, IN_IMAGE /* c->flags_image */, IN_RECIPE /* nowhere, but can be made again */ };
+/* How to make the flags again from registers that have not changed since. */
+struct recipe {
+    enum recipe_kind { RECIPE_NONE, RECIPE_COMPARE, RECIPE_TEST, RECIPE_ADD, RECIPE_SUB, RECIPE_LOGIC } kind;
+    u8 size, a, b;            /* registers: offsets into gpr */
+    bool constant;            /* b is `value` */
+    i32 value;
+};
+
+struct member {               /* a block of the region */
+    struct block *block;
+    u8 *code;                 /* where it begins, once emitted */
+    u16 live, precise;        /* at its entry: flags that may be read; that may be seen, by faults, too */
+    struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* behind each instruction */
+};
+
+/* Code out of line. */
+struct stub {
+    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE } kind;
+    const struct record *record;
+    const struct block *block;
+    u8 *jumps[4];             /* that come here */
+    u8 *back;                 /* STUB_CALL: where it goes on */
+    enum where where;
+    struct recipe recipe;
+    bool restore;             /* STUB_CALL: flags are in the host's behind it */
+    bool give_back;           /* STUB_LEAVE: T1 to the budget */
+    i32 budget, stack;        /* STUB_LEAVE: to add to the budget, and to rSP */
+    unsigned jump_count;
+};
+
+struct translation {
+    struct code code;
+    struct vcpu *c;
+    struct translator *translator;
+    struct region *region;
+    struct member members[REGION_BLOCKS];
+    unsigned member_count, instructions;
+    struct stub stubs[STUBS];
+    unsigned stub_count;
+    struct { u8 *jump; int member; } edges[EDGES]; /* jumps to blocks that are not emitted yet */
+    unsigned edge_count;
+
+    /* Of the instruction that is emitted */
+    bool asking;
+    const struct member *in;
+    const struct record *after_record; /* the next one */
+    const struct opcode *row;
+    unsigned traits;
+    u16 reads, writes, live, precise; /* flags; the last two behind it */
+    enum where where;
+    struct recipe recipe;
+};
+
+/* A guest register's host register, or NO_REGISTER: in struct vcpu. */
+ALWAYS_INLINE unsigned pinned(unsigned offset)
+{
+    static const u8 hosts[18] = {RAX, RCX, RDX, RBX, GUEST_RSP, RBP, RSI, RDI, 8, 9, 10, 11,
+                                 NO_REGISTER, NO_REGISTER, NO_REGISTER, NO_REGISTER, NO_REGISTER, NO_REGISTER};
+    return hosts[offset >> 3];
+}
+ALWAYS_INLINE struct place guest_place(unsigned offset)
+{
+    return in_memory(C, (i32)(offsetof(struct vcpu, gpr) + (offset & ~7u)));
+}
+
+/* emit.c */
+bool is_emitted(struct translation *t, const struct record *r);
+unsigned traits_of(const struct record *r);
+bool may_fault(const struct record *r, unsigned traits);
+void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes);
+void emit_member(struct translation *t, struct member *m);
+void emit_stubs(struct translation *t);
+int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
+
+/* For emitters. to_memory, to_stack: behind them T1 is the host address of the memory operand, or of the stack, and the
+ * host's flags are what the instruction reads and keeps. `leaves`: the slow path is to leave at r. */
+void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool leaves);
+void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves);
+void begin_flags(struct translation *t, const struct record *r); /* of an instruction without memory */
+void flags_to_image(struct translation *t);
+void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more);
+unsigned emit_condition(struct translation *t, unsigned condition); /* what to ask the host's flags */
+/* The direct jump r is taken; that of a call, whose return address is pushed; a jump to what is in T1 (`undo`: what to add to
+ * rSP where the interpreter is to do r again, `stack`: what to add behind it). The last two want the flags in the image. */
+void emit_jump(struct translation *t, const struct record *r);
+void emit_call(struct translation *t, const struct record *r);
+void emit_indirect(struct translation *t, const struct record *r, i32 undo, i32 stack);
+struct stub *add_stub(struct translation *t, int kind, const struct record *r);
+void stub_jump(struct stub *s, u8 *jump);
+
+extern struct operation operation_ADD, operation_AND, operation_CMP, operation_IMUL, operation_OR, operation_SUB, operation_TEST,
+    operation_XOR;
+
+/* region.c */
+bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
+struct shared { u8 *leave, *call; }; /* in code memory, as the writer sees it */
+bool host_has(const struct translator *t, enum feature f);
+const struct shared *shared_code(const struct translator *t);
+struct site *add_site(struct translation *t, const struct record *r);
+
+/* A call of a handler from host code: a copy of the record, then one that returns. */
+struct site {
+    struct record record, end;
+    u64 ip;                   /* of the block */
+    struct region *region;
+};
+
+#endif

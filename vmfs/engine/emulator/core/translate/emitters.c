@@ -1,0 +1,374 @@
+/* The emitters: E_NAME for the rows of a name. Most instructions are their own host code, with other registers and with the
+ * host's address of the memory operand: `copy` makes that from the row's encoding and operands. */
+#include "emit.h"
+
+/* ---- Copies ------------------------------------------------------------------------------------------------------------- */
+
+static unsigned bytes_of(const struct record *r, unsigned operand)
+{
+    unsigned width = operand_types[operand].width;
+    return width == WIDTH_V || width == WIDTH_Y ? 1u << r->size : width;
+}
+
+/* A register operand: in the host's register, or moved to and from a scratch one. */
+struct use { bool is; unsigned offset, host, scratch; bool reads, writes, high, byte; };
+
+static struct use use_of(unsigned offset, unsigned bytes, unsigned scratch, bool reads, bool writes)
+{
+    struct use u = {.is = true, .offset = offset, .host = pinned(offset), .scratch = scratch, .reads = reads, .writes = writes};
+    u.high = bytes == 1 && offset & 1;
+    u.byte = bytes == 1;
+    if (u.host == NO_REGISTER) {
+        u.host = scratch;
+        u.reads |= writes && bytes < 4; /* what it keeps */
+    } else {
+        u.scratch = NO_REGISTER;
+    }
+    if (u.high)
+        u.host += 4; /* AH to BH */
+    return u;
+}
+
+static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
+{
+    const struct opcode *o = &opcodes[r->id];
+    struct use reg = {0}, rm = {0};
+    bool memory = false, modrm = o->digit != NO;
+    unsigned immediate = 0, bytes = 0;
+    if (o->length != LNONE || !host_has(t->translator, o->feature))
+        return false;
+    for (unsigned i = 0; i < OPERANDS_MAX; i++) {
+        unsigned width = bytes_of(r, o->operands[i]);
+        bool reads = i || traits & READS_FIRST, writes = traits & (i == 0 ? WRITES_FIRST : i == 1 ? WRITES_SECOND : 0);
+        switch (operand_types[o->operands[i]].kind) {
+        case FIXED: break;
+        case REGISTER: reg = use_of(r->reg, width, T0, reads, writes); modrm = true; break;
+        case OPCODE: rm = use_of(r->rm, width, T1, reads, writes); break;
+        case RM_OPERAND: case MEMORY:
+            modrm = true;
+            bytes = width;
+            if (r->prefix & PREFIX_REGISTER)
+                rm = use_of(r->rm, width, T1, reads, writes);
+            else
+                memory = true;
+            break;
+        case IMMEDIATE:
+            immediate = width == WIDTH_Z ? (r->size == 1 ? 2 : 4) : width;
+            if (immediate > 4)
+                return false;
+            break;
+        default: return false;
+        }
+    }
+    bool high = reg.high || rm.high;
+    if (high && (memory || (reg.is && reg.host > 7) || (rm.is && rm.host > 7) || r->size == 3))
+        return false;
+    if (t->asking)
+        return true;
+
+    if (memory)
+        to_memory(t, r, bytes, traits & WRITES_FIRST && operand_types[o->operands[0]].kind != REGISTER, false);
+    else
+        begin_flags(t, r);
+    struct code *code = &t->code;
+    if (by_condition)
+        opcode = (opcode & 0xf0) | emit_condition(t, opcode & 15);
+    if (reg.scratch == T0 && reg.is && reg.reads)
+        load64(code, T0, guest_place(reg.offset));
+    if (rm.scratch == T1 && rm.is && rm.reads)
+        load64(code, T1, guest_place(rm.offset));
+    unsigned flags = o->prefix == PF3 ? I_F3 : o->prefix == PF2 ? I_F2 : 0;
+    if (o->size != B)
+        flags |= r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
+    if (o->prefix == P66)
+        flags |= I_66;
+    /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
+    bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
+    flags |= high ? I_HIGH : byte ? I_BYTE : 0;
+    if (modrm)
+        put_modrm(code, flags, o->map, opcode, o->digit != NO ? (unsigned)o->digit : reg.host,
+                  memory ? in_memory(T1, 0) : in_register(rm.host));
+    else if (rm.is)
+        put_opcode(code, flags, rm.host >> 3, rm.byte && !rm.high && rm.host > 3, o->map, (opcode & 0xf8) | (rm.host & 7));
+    else
+        put_opcode(code, flags, 0, false, o->map, opcode);
+    if (immediate)
+        put_bytes(code, (u64)(i64)r->imm, immediate);
+    if (reg.is && reg.scratch == T0 && reg.writes)
+        store64(code, guest_place(reg.offset), T0);
+    if (rm.is && rm.scratch == T1 && rm.writes)
+        store64(code, guest_place(rm.offset), T1);
+    return true;
+}
+
+static bool copy(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return copy_as(t, r, o->emitter->traits, o->opcode, false);
+}
+static bool copy_by_condition(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return copy_as(t, r, o->emitter->traits, o->opcode, true);
+}
+#define COPY(name, traits) const struct emitter E_##name = {copy, traits}
+enum { CHANGES = READS_FIRST | WRITES_FIRST };
+
+COPY(ADD, CHANGES); COPY(OR, CHANGES); COPY(ADC, CHANGES); COPY(SBB, CHANGES); COPY(AND, CHANGES); COPY(SUB, CHANGES);
+COPY(XOR, CHANGES); COPY(CMP, READS_FIRST); COPY(TEST, READS_FIRST); COPY(NOT, CHANGES); COPY(NEG, CHANGES);
+COPY(MOVZX, WRITES_FIRST); COPY(MOVSX, WRITES_FIRST); COPY(MOVSXD, WRITES_FIRST);
+COPY(XCHG, CHANGES | WRITES_SECOND); COPY(XADD, CHANGES | WRITES_SECOND); COPY(CMPXCHG, CHANGES | WRITES_RAX);
+COPY(ROL, CHANGES | SHIFT); COPY(ROR, CHANGES | SHIFT); COPY(RCL, CHANGES | SHIFT | READS_CARRY);
+COPY(RCR, CHANGES | SHIFT | READS_CARRY); COPY(SHL, CHANGES | SHIFT); COPY(SHR, CHANGES | SHIFT); COPY(SAR, CHANGES | SHIFT);
+COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);
+COPY(CBW, WRITES_RAX); COPY(CWD, WRITES_RDX);
+COPY(POPCNT, WRITES_FIRST); COPY(TZCNT, WRITES_FIRST); COPY(LZCNT, WRITES_FIRST);
+COPY(BSF, CHANGES); COPY(BSR, CHANGES); /* of zero, they keep the register */
+COPY(CLC, 0); COPY(STC, 0); COPY(CMC, 0);
+COPY(ADCX, CHANGES); COPY(ADOX, CHANGES);
+
+#define BY(name) const struct emitter E_##name = {copy_by_condition, CONDITION_TRAITS}
+#define CONDITION_TRAITS CHANGES
+BY(CMOVO); BY(CMOVNO); BY(CMOVB); BY(CMOVAE); BY(CMOVE); BY(CMOVNE); BY(CMOVBE); BY(CMOVA); BY(CMOVS); BY(CMOVNS); BY(CMOVP);
+BY(CMOVNP); BY(CMOVL); BY(CMOVGE); BY(CMOVLE); BY(CMOVG);
+#undef CONDITION_TRAITS
+#define CONDITION_TRAITS WRITES_FIRST
+BY(SETO); BY(SETNO); BY(SETB); BY(SETAE); BY(SETE); BY(SETNE); BY(SETBE); BY(SETA); BY(SETS); BY(SETNS); BY(SETP); BY(SETNP);
+BY(SETL); BY(SETGE); BY(SETLE); BY(SETG);
+
+/* SHLD, SHRD of 16 bits by more than 16 are what the interpreter says. */
+static bool double_shift(struct translation *t, const struct record *r) { return r->size > 1 && copy(t, r); }
+const struct emitter E_SHLD = {double_shift, CHANGES | SHIFT}, E_SHRD = {double_shift, CHANGES | SHIFT};
+
+static bool swap_bytes(struct translation *t, const struct record *r) { return r->size > 1 && copy(t, r); } /* 16: undefined */
+const struct emitter E_BSWAP = {swap_bytes, CHANGES};
+
+/* INC, DEC: 40 to 4F are prefixes in the host's mode. */
+static bool step(struct translation *t, const struct record *r)
+{
+    return !(opcodes[r->id].attributes & A_NO64) && copy(t, r);
+}
+const struct emitter E_INC = {step, CHANGES}, E_DEC = {step, CHANGES};
+
+/* With one operand it is rDX:rAX that is written. */
+static bool multiply(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return copy_as(t, r, o->operands[1] == o__ ? READS_FIRST : o->operands[2] == o__ ? CHANGES : WRITES_FIRST, o->opcode, false);
+}
+const struct emitter E_IMUL = {multiply, CHANGES | WRITES_RAX | WRITES_RDX};
+
+/* A bit of memory by a register may lie anywhere. */
+static bool bit(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return (r->prefix & PREFIX_REGISTER || o->operands[1] == oIb) && copy(t, r);
+}
+const struct emitter E_BT = {bit, READS_FIRST}, E_BTS = {bit, CHANGES}, E_BTR = {bit, CHANGES}, E_BTC = {bit, CHANGES};
+
+/* ---- Moves ---------------------------------------------------------------------------------------------------------------- */
+
+static bool mov(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    if (o->operands[1] != oIv)
+        return copy(t, r);
+    unsigned host = pinned(r->rm);
+    if (r->size == 1)
+        return false;
+    if (t->asking)
+        return true;
+    begin_flags(t, r);
+    load_constant(&t->code, host == NO_REGISTER ? T0 : host, r->size == 2 ? (u32)r->disp : (u64)r->disp);
+    if (host == NO_REGISTER)
+        store64(&t->code, guest_place(r->rm), T0);
+    return true;
+}
+const struct emitter E_MOV = {mov, WRITES_FIRST};
+
+static bool lea(struct translation *t, const struct record *r)
+{
+    if (r->size == 1 || r->seg >= SEG_FS)
+        return false;
+    if (t->asking)
+        return true;
+    begin_flags(t, r);
+    unsigned host = pinned(r->reg);
+    struct code *code = &t->code;
+    bool plain = r->base != GPR_IP * 8 && host != NO_REGISTER && pinned(r->base) != NO_REGISTER &&
+                 (r->index == GPR_ZERO * 8 || pinned(r->index) != NO_REGISTER) && (r->prefix & PREFIX_ADDRESS) == 3;
+    if (plain) {
+        struct place p = in_memory(pinned(r->base), (i32)r->disp);
+        if (r->index != GPR_ZERO * 8) {
+            p.index = (u8)pinned(r->index);
+            p.scale = r->scale;
+        }
+        put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8d, host, p);
+        return true;
+    }
+    emit_address(t, r, T1, T0, 0);
+    put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8b, host == NO_REGISTER ? T0 : host, in_register(T1));
+    if (host == NO_REGISTER)
+        store64(code, guest_place(r->reg), T0);
+    return true;
+}
+const struct emitter E_LEA = {lea, WRITES_FIRST | NO_ACCESS};
+
+static bool nop(struct translation *t, const struct record *r)
+{
+    (void)t, (void)r;
+    return true;
+}
+const struct emitter E_NOP = {nop, NO_ACCESS};
+
+/* ---- The stack, of 64 bits --------------------------------------------------------------------------------------------------- */
+
+static bool push(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    bool constant = operand_types[o->operands[0]].kind == IMMEDIATE;
+    if (r->size != 3 || !(constant || o->operands[0] == oZv || r->prefix & PREFIX_REGISTER))
+        return false;
+    if (t->asking)
+        return true;
+    struct code *code = &t->code;
+    to_stack(t, r, RSP, -8, true, false);
+    if (constant) {
+        put_modrm(code, I_W, M1, 0xc7, 0, in_memory(T1, 0));
+        put32(code, (u64)(i64)r->imm);
+    } else {
+        unsigned host = pinned(r->rm);
+        if (host == NO_REGISTER)
+            load64(code, host = T0, guest_place(r->rm));
+        store64(code, in_memory(T1, 0), host);
+    }
+    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, -8));
+    return true;
+}
+const struct emitter E_PUSH = {push, STACK_WRITE};
+
+static bool pop(struct translation *t, const struct record *r)
+{
+    if (r->size != 3 || !(opcodes[r->id].operands[0] == oZv || r->prefix & PREFIX_REGISTER))
+        return false;
+    if (t->asking)
+        return true;
+    struct code *code = &t->code;
+    unsigned host = pinned(r->rm);
+    to_stack(t, r, RSP, 0, false, false);
+    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, 8)); /* POP RSP writes it after that */
+    load64(code, host == NO_REGISTER ? T0 : host, in_memory(T1, 0));
+    if (host == NO_REGISTER)
+        store64(code, guest_place(r->rm), T0);
+    return true;
+}
+const struct emitter E_POP = {pop, STACK_READ | WRITES_FIRST};
+
+static bool leave_frame(struct translation *t, const struct record *r)
+{
+    if (r->size != 3)
+        return false;
+    if (t->asking)
+        return true;
+    to_stack(t, r, RBP, 0, false, false);
+    lea64(&t->code, GUEST_RSP, in_memory(RBP, 8));
+    load64(&t->code, RBP, in_memory(T1, 0));
+    return true;
+}
+const struct emitter E_LEAVE = {leave_frame, STACK_READ | WRITES_RBP};
+
+/* ---- Jumps --------------------------------------------------------------------------------------------------------------------- */
+
+static bool is_direct(const struct record *r) { return r->has_link; }
+
+static bool branch(struct translation *t, const struct record *r)
+{
+    if (t->asking)
+        return true;
+    unsigned condition = emit_condition(t, opcodes[r->id].opcode & 15);
+    if (member_at(t, r) < 0) { /* out of line */
+        stub_jump(add_stub(t, STUB_EDGE, r), jump_if(&t->code, condition));
+        return true;
+    }
+    u8 *over = jump_if(&t->code, condition ^ 1);
+    enum where where = t->where;
+    struct recipe recipe = t->recipe;
+    emit_jump(t, r);
+    t->where = where;
+    t->recipe = recipe;
+    land(over, t->code.at);
+    return true;
+}
+#define BRANCH(name) const struct emitter E_##name = {branch, FLOW_BRANCH}
+BRANCH(JO); BRANCH(JNO); BRANCH(JB); BRANCH(JAE); BRANCH(JE); BRANCH(JNE); BRANCH(JBE); BRANCH(JA); BRANCH(JS); BRANCH(JNS);
+BRANCH(JP); BRANCH(JNP); BRANCH(JL); BRANCH(JGE); BRANCH(JLE); BRANCH(JG);
+
+/* The target of an indirect jump or call to T1. */
+static void load_target(struct translation *t, const struct record *r)
+{
+    if (!(r->prefix & PREFIX_REGISTER)) {
+        to_memory(t, r, 8, false, true);
+        load64(&t->code, T1, in_memory(T1, 0));
+    } else {
+        unsigned host = pinned(r->rm);
+        load64(&t->code, T1, host == NO_REGISTER ? guest_place(r->rm) : in_register(host));
+    }
+}
+
+static bool jmp(struct translation *t, const struct record *r)
+{
+    if (r->size != 3)
+        return false;
+    if (t->asking)
+        return true;
+    if (is_direct(r)) {
+        emit_jump(t, r);
+        return true;
+    }
+    flags_to_image(t);
+    load_target(t, r);
+    emit_indirect(t, r, 0, 0);
+    return true;
+}
+const struct emitter E_JMP = {jmp, FLOW_JUMP | FLOW_LEAVES};
+
+static bool call(struct translation *t, const struct record *r)
+{
+    if (r->size != 3)
+        return false;
+    if (t->asking)
+        return true;
+    struct code *code = &t->code;
+    flags_to_image(t);
+    if (!is_direct(r)) {
+        load_target(t, r);
+        store64(code, FIELD(scratch), T1);
+    }
+    to_stack(t, r, RSP, -8, true, true);
+    load_constant(code, T0, t->in->block->ip + r->at + r->length);
+    store64(code, in_memory(T1, 0), T0);
+    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, -8));
+    if (is_direct(r)) {
+        emit_call(t, r);
+        return true;
+    }
+    load64(code, T1, FIELD(scratch));
+    emit_indirect(t, r, 8, 0);
+    return true;
+}
+const struct emitter E_CALL = {call, STACK_WRITE | FLOW_JUMP | FLOW_LEAVES};
+
+static bool ret(struct translation *t, const struct record *r)
+{
+    i32 more = opcodes[r->id].operands[0] == oIw ? (u16)r->imm : 0;
+    if (r->size != 3)
+        return false;
+    if (t->asking)
+        return true;
+    flags_to_image(t);
+    to_stack(t, r, RSP, 0, false, true);
+    load64(&t->code, T1, in_memory(T1, 0));
+    emit_indirect(t, r, 0, 8 + more);
+    return true;
+}
+const struct emitter E_RET = {ret, STACK_READ | FLOW_LEAVES};

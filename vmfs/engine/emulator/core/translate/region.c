@@ -1,0 +1,470 @@
+/* Regions: which blocks they are of, the memory of their code, and going in and out of it. */
+#define _GNU_SOURCE
+#include "emit.h"
+
+#include <cpuid.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cache.h"
+#include "flags.h"
+
+/* Code memory is two mappings of one file, one to write and one to execute. It is used in parts, in turn: what lies in a part
+ * is dropped before it is used again. */
+enum { PARTS = 8, PART_SIZE = 4 << 20, SHARED_SIZE = 4096, PART_ROOM = 1 << 19 /* the most that a region takes */ };
+enum { THRESHOLD = 40 };
+
+struct region {
+    struct region *next;      /* in its part */
+    bool dead;
+    unsigned count;
+    struct block *blocks[];
+};
+struct part { u8 *at, *top; struct region *regions; }; /* code from below, sites from above */
+struct translator {
+    u8 *writable;
+    i64 to_executable;        /* from an address there to that of the same byte to execute */
+    struct shared shared;
+    void (*enter)(struct vcpu *, const u8 *);
+    struct part parts[PARTS];
+    unsigned part;
+    u32 threshold;
+    u64 seed;
+    u64 host_features[4];
+    struct translation work;
+};
+
+const struct shared *shared_code(const struct translator *t) { return &t->shared; }
+bool host_has(const struct translator *t, enum feature f) { return t->host_features[f >> 6] >> (f & 63) & 1; }
+
+bool is_cut(const struct translator *t, const void *where)
+{
+    u64 x = ((u64)(uintptr_t)where ^ t->seed) * 0x9e3779b97f4a7c15;
+    return t->seed && !(x >> 61);
+}
+
+/* ---- What all regions share ------------------------------------------------------------------------------------------- */
+
+static const u8 saved[] = {RBX, RBP, 12, 13, 14, 15};
+
+static void put_push(struct code *code, unsigned reg) { put_opcode(code, 0, reg >> 3, false, M1, 0x50 + (reg & 7)); }
+static void put_pop(struct code *code, unsigned reg) { put_opcode(code, 0, reg >> 3, false, M1, 0x58 + (reg & 7)); }
+
+static void spill(struct code *code)
+{
+    for (unsigned i = 0; i < 16; i++)
+        if (pinned(i * 8) != NO_REGISTER)
+            store64(code, guest_place(i * 8), pinned(i * 8));
+}
+static void reload(struct code *code)
+{
+    for (unsigned i = 0; i < 16; i++)
+        if (pinned(i * 8) != NO_REGISTER)
+            load64(code, pinned(i * 8), guest_place(i * 8));
+}
+static void restore_host(struct code *code)
+{
+    lea64(code, RSP, in_memory(RSP, 8));
+    for (unsigned i = sizeof saved; i--;)
+        put_pop(code, saved[i]);
+}
+
+OP(op_continue)
+{
+    (void)r;
+    c->continues = true;
+}
+
+/* From a region: the instruction of a site, by its handler. False: the handler left. */
+static bool translated_call(struct vcpu *c, const struct site *s)
+{
+    set_arithmetic_flags(c, c->flags_image);
+    c->gpr[GPR_IP] = s->ip;
+    c->continues = false;
+    s->record.run(c, &s->record);
+    if (!c->continues)
+        return false;
+    if (unlikely(s->region->dead)) { /* it changed code of the region */
+        leave(c, &s->record);
+        return false;
+    }
+    c->flags_image = get_arithmetic_flags(c) | 2;
+    return true;
+}
+
+/* From a region: on with r, in the interpreter. */
+static void translated_leave(struct vcpu *c, const struct record *r)
+{
+    set_arithmetic_flags(c, c->flags_image);
+    r->run(c, r);
+}
+
+void block_translated(struct vcpu *c, const struct record *r)
+{
+    const struct block *b = (const struct block *)((const u8 *)r - offsetof(struct block, records));
+    c->flags_image = get_arithmetic_flags(c) | 2;
+    c->translator->enter(c, b->code);
+}
+
+static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
+
+static void write_shared(struct translator *t)
+{
+    struct code code = {t->writable};
+    u8 *enter = code.at; /* (c, code) */
+    for (unsigned i = 0; i < sizeof saved; i++)
+        put_push(&code, saved[i]);
+    lea64(&code, RSP, in_memory(RSP, -8));
+    load64(&code, C, in_register(RDI));
+    load64(&code, T0, in_register(RSI));
+    reload(&code);
+    put_modrm(&code, 0, M1, 0xff, 4, in_register(T0));
+
+    t->shared.leave = code.at; /* T0: the record, T1: the instruction pointer of its block */
+    store64(&code, FIELD(gpr[GPR_IP]), T1);
+    spill(&code);
+    load64(&code, RDI, in_register(C));
+    load64(&code, RSI, in_register(T0));
+    restore_host(&code);
+    load_constant(&code, RAX, (u64)(uintptr_t)translated_leave);
+    put_modrm(&code, 0, M1, 0xff, 4, in_register(RAX));
+
+    t->shared.call = code.at; /* T0: the site */
+    spill(&code);
+    load64(&code, RDI, in_register(C));
+    load64(&code, RSI, in_register(T0));
+    lea64(&code, RSP, in_memory(RSP, -8));
+    load_constant(&code, RAX, (u64)(uintptr_t)translated_call);
+    put_modrm(&code, 0, M1, 0xff, 2, in_register(RAX));
+    put_modrm(&code, 0, M1, 0x84, RAX, in_register(RAX));
+    u8 *left = jump_if(&code, CC_E);
+    lea64(&code, RSP, in_memory(RSP, 8));
+    reload(&code);
+    put8(&code, 0xc3);
+    land(left, code.at);
+    lea64(&code, RSP, in_memory(RSP, 16));
+    restore_host(&code);
+    put8(&code, 0xc3);
+    u8 *run = executable(t, enter);
+    memcpy(&t->enter, &run, sizeof run);
+}
+
+/* ---- Memory ---------------------------------------------------------------------------------------------------------------- */
+
+static u64 number_of(const char *name, u64 otherwise)
+{
+    const char *text = getenv(name);
+    return text && *text ? strtoull(text, NULL, 0) : otherwise;
+}
+
+static void look_at_host(struct translator *t)
+{
+    static const struct { u32 leaf; u8 reg, bit; } places[] = {
+#define X(name, leaf, reg, bit) {leaf, reg, bit},
+        FEATURES(X)
+#undef X
+    };
+    for (unsigned f = 0; f < FEATURE_COUNT; f++) {
+        u32 out[4] = {0};
+        __get_cpuid_count(places[f].leaf, 0, &out[0], &out[1], &out[2], &out[3]);
+        if (f == FEATURE_BASE || out[places[f].reg] >> places[f].bit & 1)
+            t->host_features[f >> 6] |= 1ull << (f & 63);
+    }
+}
+
+struct translator *translator_create(void)
+{
+    if (number_of("VMFS_NO_JIT", 0) || !number_of("VMFS_JIT", 0))
+        return NULL;
+    struct translator *t = calloc(1, sizeof *t);
+    if (!t)
+        return NULL;
+    size_t size = SHARED_SIZE + (size_t)PARTS * PART_SIZE;
+    int fd = memfd_create("vmfs-code", MFD_CLOEXEC);
+    void *writable = MAP_FAILED, *code = MAP_FAILED;
+    if (fd >= 0 && !ftruncate(fd, (off_t)size)) {
+        writable = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+        code = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    }
+    if (fd >= 0)
+        close(fd);
+    if (writable == MAP_FAILED || code == MAP_FAILED) {
+        if (writable != MAP_FAILED)
+            munmap(writable, size);
+        free(t);
+        return NULL;
+    }
+    t->writable = writable;
+    t->to_executable = (u8 *)code - (u8 *)writable;
+    t->threshold = (u32)number_of("VMFS_JIT_THRESHOLD", THRESHOLD);
+    t->seed = number_of("VMFS_JIT_SEED", 0);
+    look_at_host(t);
+    write_shared(t);
+    for (unsigned i = 0; i < PARTS; i++) {
+        t->parts[i].at = t->writable + SHARED_SIZE + (size_t)i * PART_SIZE;
+        t->parts[i].top = t->parts[i].at + PART_SIZE;
+    }
+    return t;
+}
+
+static void free_regions(struct part *p)
+{
+    for (struct region *r = p->regions, *next; r; r = next) {
+        next = r->next;
+        free(r);
+    }
+    p->regions = NULL;
+}
+
+static void empty_part(struct translator *t, unsigned i)
+{
+    free_regions(&t->parts[i]);
+    t->parts[i].at = t->writable + SHARED_SIZE + (size_t)i * PART_SIZE;
+    t->parts[i].top = t->parts[i].at + PART_SIZE;
+}
+
+void translator_destroy(struct translator *t)
+{
+    if (!t)
+        return;
+    for (unsigned i = 0; i < PARTS; i++)
+        free_regions(&t->parts[i]);
+    size_t size = SHARED_SIZE + (size_t)PARTS * PART_SIZE;
+    munmap(t->writable + t->to_executable, size);
+    munmap(t->writable, size);
+    free(t);
+}
+
+void translator_flush(struct vcpu *c)
+{
+    for (unsigned i = 0; c->translator && i < PARTS; i++)
+        empty_part(c->translator, i);
+}
+
+void region_kill(struct vcpu *c, struct region *region)
+{
+    if (region->dead)
+        return;
+    region->dead = true;
+    c->counters.regions_killed++;
+    for (unsigned i = 0; i < region->count; i++) {
+        struct block *b = region->blocks[i];
+        b->code = NULL;
+        b->region = NULL;
+        b->entries = 0;
+        b->enter = block_count;
+    }
+}
+
+static struct part *room(struct vcpu *c)
+{
+    struct translator *t = c->translator;
+    struct part *p = &t->parts[t->part];
+    if (p->top - p->at > PART_ROOM)
+        return p;
+    t->part = (t->part + 1) % PARTS;
+    p = &t->parts[t->part];
+    for (struct region *r = p->regions; r; r = r->next)
+        region_kill(c, r);
+    empty_part(t, t->part);
+    return p;
+}
+
+bool region_unchanged(struct vcpu *c, struct region *region, bool (*unchanged)(const struct block *))
+{
+    for (unsigned i = 0; i < region->count; i++) {
+        struct block *b = region->blocks[i];
+        if (b->checked != c->run_count && !unchanged(b))
+            return false;
+        b->checked = c->run_count;
+    }
+    return true;
+}
+
+struct site *add_site(struct translation *t, const struct record *r)
+{
+    struct part *p = &t->translator->parts[t->translator->part];
+    p->top = (u8 *)((uintptr_t)(p->top - sizeof(struct site)) & ~(uintptr_t)31);
+    struct site *s = (struct site *)p->top;
+    *s = (struct site){.record = *r, .end = {.run = op_continue, .at = (u8)(r->at + r->length)}, .ip = t->in->block->ip,
+                       .region = t->region};
+    return s;
+}
+
+/* ---- Which blocks --------------------------------------------------------------------------------------------------------------- */
+
+static bool may_join(const struct block *first, const struct block *b)
+{
+    return !b->dead && !b->region && b->count && b->key == first->key && b->physical[1] == ~0ull &&
+           (b->physical[0] & PAGE_MASK) == (first->physical[0] & PAGE_MASK) && (b->ip & PAGE_MASK) == (first->ip & PAGE_MASK);
+}
+
+static void add_member(struct translation *t, struct block *b)
+{
+    for (unsigned i = 0; i < t->member_count; i++)
+        if (t->members[i].block == b || t->members[i].block->ip == b->ip)
+            return;
+    if (t->member_count == REGION_BLOCKS || t->instructions + b->count > REGION_INSTRUCTIONS)
+        return;
+    t->instructions += b->count;
+    struct member *m = &t->members[t->member_count++];
+    memset(m, 0, sizeof *m);
+    m->block = b;
+}
+
+/* What the block was seen to jump to. */
+static void add_followers(struct translation *t, const struct block *b)
+{
+    const struct record *r = b->records, *end = &b->records[b->ending];
+    for (;; r = record_after(r)) {
+        if (r->has_link) {
+            const struct link *l = LINK_OF(r);
+            if (l->generation == t->c->generation && l->to && may_join(t->members[0].block, l->to) && !is_cut(t->translator, r))
+                add_member(t, l->to);
+        }
+        if (r == end)
+            return;
+    }
+}
+
+/* ---- Which flags matter ---------------------------------------------------------------------------------------------------------- */
+
+static bool find_flags(struct translation *t, struct member *m)
+{
+    const struct block *b = m->block;
+    const struct record *records[BLOCK_INSTRUCTIONS + 1];
+    const struct record *r = b->records;
+    for (unsigned i = 0; i <= b->count; i++, r = record_after(r))
+        records[i] = r;
+    t->in = m;
+    u16 live, precise = FLAGS_ARITHMETIC; /* a jump may leave: the budget ends */
+    int next = records[b->count]->run == op_end ? member_at(t, records[b->count]) : -1;
+    live = next < 0 ? FLAGS_ARITHMETIC : t->members[next].live;
+    for (unsigned i = b->count; i--;) {
+        r = records[i];
+        m->after[i].live = live;
+        m->after[i].precise = precise;
+        if (!is_emitted(t, r)) {
+            live = precise = FLAGS_ARITHMETIC;
+            continue;
+        }
+        unsigned traits = traits_of(r);
+        u16 reads, writes;
+        flags_used(r, traits, &reads, &writes);
+        if (traits & (FLOW_BRANCH | FLOW_JUMP)) {
+            int target = r->has_link ? member_at(t, r) : -1;
+            u16 there = target < 0 ? FLAGS_ARITHMETIC : t->members[target].live;
+            live = reads | there | (traits & FLOW_LEAVES ? 0 : live);
+            precise = FLAGS_ARITHMETIC;
+        } else if (traits & FLOW_LEAVES) {
+            live = precise = FLAGS_ARITHMETIC;
+        } else {
+            live = reads | (live & ~writes);
+            precise = may_fault(r, traits) ? FLAGS_ARITHMETIC : reads | (precise & ~writes);
+        }
+    }
+    bool changed = m->live != live || m->precise != precise;
+    m->live = live;
+    m->precise = precise;
+    return changed;
+}
+
+/* ---- Translating --------------------------------------------------------------------------------------------------------------------- */
+
+static bool worth_it(struct translation *t, const struct block *b)
+{
+    const struct record *r = b->records;
+    unsigned calls = 0;
+    for (unsigned i = 0; i < b->count; i++, r = record_after(r))
+        if (!is_emitted(t, r)) {
+            if (r->has_link || r->run == op_raise || opcodes[r->id].attributes & A_END)
+                return i > 0 && calls * 4 <= i;
+            calls++;
+        }
+    return calls * 4 <= b->count;
+}
+
+static void name_for_perf(const struct translator *t, const struct region *region, const u8 *code, size_t size)
+{
+    static FILE *map;
+    if (!map) {
+        char path[64];
+        snprintf(path, sizeof path, "/tmp/perf-%d.map", (int)getpid());
+        map = fopen(path, "a");
+        if (!map)
+            return;
+        setvbuf(map, NULL, _IOLBF, 0);
+    }
+    fprintf(map, "%llx %zx guest_%llx\n", (unsigned long long)(uintptr_t)(code + t->to_executable), size,
+            (unsigned long long)region->blocks[0]->ip);
+}
+
+static void translate(struct vcpu *c, struct block *first)
+{
+    struct translator *t = c->translator;
+    struct translation *w = &t->work;
+    struct timespec began, ended;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    struct part *p = room(c);
+    w->c = c;
+    w->translator = t;
+    w->member_count = w->instructions = w->stub_count = w->edge_count = 0;
+    w->code.at = p->at;
+    add_member(w, first);
+    for (unsigned i = 0; i < w->member_count; i++)
+        add_followers(w, w->members[i].block);
+    struct region *region = malloc(sizeof *region + w->member_count * sizeof *region->blocks);
+    if (!region)
+        return;
+    *region = (struct region){.count = w->member_count, .next = p->regions};
+    p->regions = region;
+    w->region = region;
+    for (unsigned i = 0; i < w->member_count; i++)
+        region->blocks[i] = w->members[i].block;
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (unsigned i = w->member_count; i--;)
+            changed |= find_flags(w, &w->members[i]);
+    }
+    for (unsigned i = 0; i < w->member_count; i++)
+        emit_member(w, &w->members[i]);
+    emit_stubs(w);
+    for (unsigned i = 0; i < w->edge_count; i++)
+        land(w->edges[i].jump, w->members[w->edges[i].member].code);
+    for (unsigned i = 0; i < w->member_count; i++) {
+        struct block *b = w->members[i].block;
+        b->region = region;
+        b->code = executable(t, w->members[i].code);
+        b->enter = block_translated;
+    }
+    static int perf = -1;
+    if (perf < 0)
+        perf = (int)number_of("VMFS_JIT_PERF", 0);
+    if (perf)
+        name_for_perf(t, region, p->at, (size_t)(w->code.at - p->at));
+    c->counters.regions++;
+    c->counters.code_bytes += (u64)(w->code.at - p->at);
+    p->at = w->code.at;
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    c->counters.translating_ns += (u64)(ended.tv_sec - began.tv_sec) * 1000000000 + (u64)(ended.tv_nsec - began.tv_nsec);
+}
+
+void block_count(struct vcpu *c, const struct record *r)
+{
+    struct block *b = (struct block *)((u8 *)r - offsetof(struct block, records));
+    struct translator *t = c->translator;
+    if (++b->entries > t->threshold) {
+        t->work.translator = t;
+        if (!(b->key & KEY_CODE64) || b->key & KEY_TRACED || !b->count || b->physical[1] != ~0ull || !worth_it(&t->work, b))
+            b->enter = r->run; /* for good */
+        else
+            translate(c, b);
+    }
+    if (b->enter == block_translated)
+        block_translated(c, r);
+    else
+        r->run(c, r);
+}
