@@ -66,6 +66,7 @@ void mode_changed(struct vcpu *c)
            ((c->xcr0 & 6) == 6 ? KEY_AVX : 0);
     if (!is64)
         key |= (u64)cs->limit << KEY_LIMIT_SHIFT;
+    key |= c->key & KEY_UNMASKED;
     if (c->tracer && tracer_mode(c))
         key |= KEY_TRACED;
     c->key = key;

@@ -155,6 +155,7 @@ enum {
     KEY_EM = 32, KEY_TS = 64, KEY_MP = 128, KEY_OSFXSR = 256, KEY_OSXSAVE = 512, KEY_V86 = 1024,
     KEY_AVX = 2048 /* XCR0 enables it */,
     KEY_TRACED = 4096 /* instructions have a record of op_trace before them (tracer.h) */,
+    KEY_UNMASKED = 8192       /* an exception of MXCSR is (mxcsr.c): host code looks at none */,
     KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
 };
 

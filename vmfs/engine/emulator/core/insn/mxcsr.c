@@ -30,10 +30,20 @@ static u32 host_mxcsr(u32 guest)
     return guest & MXCSR_UE << MXCSR_MASKS_SHIFT ? host : host & ~(u32)MXCSR_FTZ;
 }
 
+/* The key says whether an exception is unmasked, so that host code of other blocks need not look. */
+static void note_masks(struct vcpu *c)
+{
+    if (!!(c->key & KEY_UNMASKED) == mxcsr_unmasked(c))
+        return;
+    c->key ^= KEY_UNMASKED;
+    break_links(c);
+}
+
 u32 mxcsr_enter(struct vcpu *c)
 {
     u32 host = _mm_getcsr();
     _mm_setcsr(host_mxcsr(c->mxcsr));
+    note_masks(c);
     return host;
 }
 
@@ -53,6 +63,7 @@ void mxcsr_write(struct vcpu *c, u32 value)
 {
     c->mxcsr = value;
     _mm_setcsr(host_mxcsr(value));
+    note_masks(c);
 }
 
 /* ---- Unmasked exceptions -------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ bool is_emitted(struct translation *t, const struct record *r)
     t->asking = true;
     t->row = o;
     t->traits = o->emitter->traits;
+    if (t->traits & FLOAT && t->c->key & KEY_UNMASKED)
+        return false;
     bool can = o->emitter->emit(t, r);
     t->asking = false;
     return can;
@@ -100,6 +102,11 @@ static void load_flags(struct translation *t, u16 needed)
     if (needed == fC) { /* BT, which is much faster than POPF */
         put_modrm(&t->code, 0, M0F, 0xba, 4, FIELD(flags_image));
         put8(&t->code, 0);
+    } else if (needed == fZ) { /* of BT */
+        load32(&t->code, T0, FIELD(flags_image));
+        put_modrm(&t->code, 0, M1, 0xf7, 2, in_register(T0));
+        put_modrm(&t->code, 0, M1, 0xf7, 0, in_register(T0));
+        put32(&t->code, fZ);
     } else {
         put_modrm(&t->code, 0, M1, 0xff, 6, FIELD(flags_image));
         put8(&t->code, 0x9d);
@@ -139,7 +146,8 @@ static void alu(struct translation *t, unsigned size, unsigned digit, unsigned a
 /* Into the host's flags. T0 and T1 are free. */
 static void make_recipe(struct translation *t, const struct recipe *p)
 {
-    unsigned a = use(t, p->a, T0), b = p->constant || p->kind == RECIPE_LOGIC ? 0 : use(t, p->b, T1);
+    bool one = p->constant || p->kind >= RECIPE_LOGIC;
+    unsigned a = use(t, p->a, T0), b = one ? 0 : use(t, p->b, T1);
     unsigned flags = size_flags(p->size);
     switch (p->kind) {
     case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, a, p, b); break;
@@ -157,6 +165,13 @@ static void make_recipe(struct translation *t, const struct recipe *p)
         alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_SUB : GROUP_ADD, T0, p, b);
         alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);
         break;
+    case RECIPE_LEFT: case RECIPE_RIGHT: /* as by one: by 31 more and less */
+        if (a != T0)
+            put_modrm(&t->code, I_W, M1, 0x8b, T0, in_register(a));
+        put_modrm(&t->code, flags, M1, p->size ? 0xd1 : 0xd0, p->kind == RECIPE_LEFT, in_register(T0));
+        load_flags(t, ALL);
+        put_modrm(&t->code, flags, M1, p->size ? 0xd1 : 0xd0, p->kind == RECIPE_RIGHT, in_register(T0));
+        break;
     default: put_modrm(&t->code, flags, M1, p->size ? 0x85 : 0x84, a, in_register(a)); break;
     }
 }
@@ -173,13 +188,28 @@ void flags_to_image(struct translation *t)
 
 static bool recipe_uses(const struct recipe *p, u32 registers)
 {
-    return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind != RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
+    return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind < RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
 }
 
 /* What an instruction that writes flags needs in the host's: what it reads, and what it leaves to who comes after. */
 static u16 needed(const struct translation *t)
 {
     return t->writes && t->precise & t->writes ? t->reads | (t->precise & ~t->writes) : t->reads;
+}
+
+/* A rotation by a constant, in a register, of flags that only a fault will show: the image keeps the others, so that they
+ * need not be loaded. */
+static bool begin_rotation(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    bool left = o->operation == &operation_ROL;
+    if (!(left || o->operation == &operation_ROR) || t->reads || t->live || r->rm & 7 || !r->size)
+        return false;
+    if (t->where != IN_IMAGE && !(t->where == IN_RECIPE && t->recipe.kind >= RECIPE_LEFT))
+        flags_to_image(t);
+    t->where = IN_RECIPE;
+    t->recipe = (struct recipe){.kind = left ? RECIPE_LEFT : RECIPE_RIGHT, .size = r->size, .a = r->rm};
+    return true;
 }
 
 void begin_flags(struct translation *t, const struct record *r)
@@ -200,6 +230,8 @@ void begin_flags(struct translation *t, const struct record *r)
             make_recipe(t, &t->recipe);
         return;
     }
+    if (t->where != IN_HOST && needed(t) & ~fC && begin_rotation(t, r))
+        return;
     if (t->where == IN_IMAGE)
         load_flags(t, needed(t));
     else if (t->where == IN_RECIPE && needed(t))
@@ -278,12 +310,38 @@ static struct recipe recipe_of(const struct record *r)
     return p;
 }
 
+/* ---- Vector registers ------------------------------------------------------------------------------------------------------ */
+
+static struct place vector_place(unsigned n)
+{
+    return in_memory(C, (i32)(offsetof(struct vcpu, xmm) + n * sizeof(union vector)));
+}
+static void move_vectors(struct translation *t, u16 which, bool store)
+{
+    for (unsigned n = 0; n < 16; n++)
+        if (which >> n & 1)
+            put_modrm(&t->code, 0, M0F, store ? 0x11 : 0x10, n, vector_place(n)); /* MOVUPS */
+}
+void use_vector(struct translation *t, unsigned n, bool reads, bool writes)
+{
+    if (reads && !(t->vectors >> n & 1))
+        move_vectors(t, (u16)(1 << n), false);
+    t->vectors |= (u16)(1 << n);
+    t->dirty |= (u16)(writes << n);
+}
+void flush_vectors(struct translation *t)
+{
+    move_vectors(t, t->dirty, true);
+    t->dirty = 0;
+}
+
 /* ---- Code out of line ------------------------------------------------------------------------------------------------------- */
 
 struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 {
     struct stub *s = &t->stubs[t->stub_count++];
-    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .recipe = t->recipe};
+    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .recipe = t->recipe,
+                       .dirty = t->dirty};
     return s;
 }
 void stub_jump(struct stub *s, u8 *jump) { s->jumps[s->jump_count++] = jump; }
@@ -316,20 +374,27 @@ void emit_stubs(struct translation *t)
                 t->in = &t->members[m];
         switch (s.kind) {
         case STUB_CALL:
+            move_vectors(t, s.dirty, true);
             flags_to_image(t);
             load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, s.record));
             call_shared(t, shared_code(t->translator)->call);
+            move_vectors(t, s.reload, false);
             if (s.restore)
                 load_flags(t, ALL);
             land(jump(&t->code), s.back);
             break;
+        case STUB_STOP: /* the block of `scratch` does not fit into the budget, whose part is in T1 */
+            if (s.record->left)
+                lea64(&t->code, T1, in_memory(T1, s.record->left));
+            put_modrm(&t->code, I_W, M1, 0x01, T1, FIELD(budget));
+            land(jump(&t->code), shared_code(t->translator)->stop);
+            break;
         case STUB_LEAVE:
-            if (s.give_back)
-                put_modrm(&t->code, I_W, M1, 0x01, T1, FIELD(budget));
             if (s.budget)
                 alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), s.budget);
             if (s.stack)
                 lea64(&t->code, GUEST_RSP, in_memory(GUEST_RSP, s.stack));
+            move_vectors(t, s.dirty, true);
             flags_to_image(t);
             emit_leave(t, s.record, s.block);
             break;
@@ -420,7 +485,7 @@ _Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entrie
 
 static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
 
-void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool leaves)
+void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves)
 {
     struct code *code = &t->code;
     i32 side = tlb_side(write);
@@ -429,7 +494,7 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
         u64 address = t->in->block->ip + (u64)r->disp;
         i32 entry = side + (i32)(address >> INDEX_SHIFT & INDEX_MASK);
         load64(code, T0, FIELD(tlb));
-        load_constant(code, T1, (address + bytes - 1) & PAGE_MASK);
+        load_constant(code, T1, aligned ? address & (PAGE_MASK | (bytes - 1)) : (address + bytes - 1) & PAGE_MASK);
         put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, entry));
         slow_path(t, r, jump_if(code, CC_NE), leaves);
         load_constant(code, T1, address);
@@ -440,8 +505,8 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
         put8(code, INDEX_SHIFT);
         alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
         put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-        emit_address(t, r, T1, NO_REGISTER, (i32)bytes - 1);
-        alu_constant(code, I_W, GROUP_AND, in_register(T1), -4096);
+        emit_address(t, r, T1, NO_REGISTER, aligned ? 0 : (i32)bytes - 1);
+        alu_constant(code, I_W, GROUP_AND, in_register(T1), aligned ? -4096 | (i32)(bytes - 1) : -4096); /* tags have none of these */
         put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
         slow_path(t, r, jump_if(code, CC_NE), leaves);
         emit_address(t, r, T1, NO_REGISTER, 0);
@@ -489,8 +554,8 @@ int member_at(const struct translation *t, const struct record *r)
 static void emit_link_after(struct translation *t, const struct record *r, i32 stack)
 {
     struct code *code = &t->code;
-    struct stub *s = add_stub(t, STUB_LEAVE, r), *late = add_stub(t, STUB_LEAVE, r);
-    s->stack = late->stack = stack;
+    struct stub *s = add_stub(t, STUB_LEAVE, r);
+    s->stack = stack;
     load_constant(code, T0, (u64)(uintptr_t)LINK_OF(r));
     load32(code, T1, in_memory(T0, offsetof(struct link, generation)));
     put_modrm(code, 0, M1, 0x3b, T1, FIELD(generation));
@@ -499,13 +564,7 @@ static void emit_link_after(struct translation *t, const struct record *r, i32 s
     load64(code, T0, in_memory(T1, offsetof(struct block, code)));
     put_modrm(code, I_W, M1, 0x85, T0, in_register(T0));
     stub_jump(s, jump_if(code, CC_E));
-    load32(code, T1, in_memory(T1, offsetof(struct block, count)));
-    if (r->left)
-        lea64(code, T1, in_memory(T1, -(i32)r->left));
-    put_modrm(code, I_W, M1, 0x29, T1, FIELD(budget));
-    late->give_back = true;
-    stub_jump(late, jump_if(code, CC_S));
-    put_modrm(code, 0, M1, 0xff, 4, in_register(T0));
+    emit_enter(t, r);
 }
 
 static void jump_to_member(struct translation *t, int target)
@@ -548,15 +607,11 @@ static void emit_jump_after(struct translation *t, const struct record *r, i32 s
 void emit_jump(struct translation *t, const struct record *r) { emit_jump_after(t, r, 0); }
 void emit_call(struct translation *t, const struct record *r) { emit_jump_after(t, r, 8); }
 
-/* To what is in T1, by the jump cache. rSP is as before; `stack` is added on success. Flags are in the image. */
-void emit_indirect(struct translation *t, const struct record *r, i32 undo, i32 stack)
+void find_block(struct translation *t, const struct record *r)
 {
     struct code *code = &t->code;
     _Static_assert(sizeof(struct jump_entry) == 32, "a shift");
-    struct stub *s = add_stub(t, STUB_LEAVE, r), *late = add_stub(t, STUB_LEAVE, r);
-    s->stack = undo;
-    late->stack = undo - stack;
-    late->give_back = true;
+    struct stub *s = add_stub(t, STUB_LEAVE, r);
     load32(code, T0, in_register(T1));
     put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
     put8(code, 12);
@@ -577,11 +632,18 @@ void emit_indirect(struct translation *t, const struct record *r, i32 undo, i32 
     load64(code, T0, in_memory(T1, offsetof(struct block, code)));
     put_modrm(code, I_W, M1, 0x85, T0, in_register(T0));
     stub_jump(s, jump_if(code, CC_E));
-    if (stack)
-        lea64(code, GUEST_RSP, in_memory(GUEST_RSP, stack));
+}
+
+void emit_enter(struct translation *t, const struct record *r)
+{
+    struct code *code = &t->code;
+    struct stub *s = add_stub(t, STUB_STOP, r);
+    store64(code, FIELD(scratch), T1);
     load32(code, T1, in_memory(T1, offsetof(struct block, count)));
+    if (r->left)
+        lea64(code, T1, in_memory(T1, -(i32)r->left));
     put_modrm(code, I_W, M1, 0x29, T1, FIELD(budget));
-    stub_jump(late, jump_if(code, CC_S));
+    stub_jump(s, jump_if(code, CC_S));
     put_modrm(code, 0, M1, 0xff, 4, in_register(T0));
 }
 
@@ -598,6 +660,8 @@ static bool emit_record(struct translation *t, const struct member *m, const str
 {
     const struct opcode *o = &opcodes[r->id];
     if (r->run == op_raise || !is_emitted(t, r)) {
+        flush_vectors(t);
+        t->vectors = 0;
         if (r->run == op_raise || r->has_link || o->attributes & A_END) {
             leave_at(t, r);
             return false;
@@ -611,9 +675,13 @@ static bool emit_record(struct translation *t, const struct member *m, const str
     t->live = m->after[index].live;
     t->precise = m->after[index].precise;
     unsigned stubs = t->stub_count;
+    if (t->traits & (FLOW_BRANCH | FLOW_LEAVES))
+        flush_vectors(t);
     o->emitter->emit(t, r);
-    for (unsigned i = stubs; i < t->stub_count; i++)
+    for (unsigned i = stubs; i < t->stub_count; i++) {
         t->stubs[i].back = t->code.at;
+        t->stubs[i].reload = t->vectors;
+    }
     if (t->writes && t->where == IN_HOST)
         t->recipe = t->precise & t->writes ? recipe_of(r) : (struct recipe){0};
     else if (t->where == IN_HOST && recipe_uses(&t->recipe, registers_written(r, t->traits)))
@@ -628,10 +696,12 @@ void emit_member(struct translation *t, struct member *m)
     t->in = m;
     t->where = m->precise ? IN_IMAGE : IN_HOST;
     t->recipe.kind = RECIPE_NONE;
+    t->vectors = t->dirty = 0;
     const struct record *r = b->records;
     for (unsigned i = 0; i < b->count; i++, r = record_after(r))
         if (!emit_record(t, m, r, i))
             return;
+    flush_vectors(t);
     if (r->run == op_end)
         emit_jump(t, r);
     else

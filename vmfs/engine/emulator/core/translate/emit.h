@@ -21,6 +21,8 @@ enum {
     FLOW_LEAVES = 8192,       /* nothing follows it in the block */
     READS_CARRY = 16384,      /* a SHIFT through CF */
     WRITES_RBP = 32768,
+    UNALIGNED = 65536,        /* 16 bytes of memory may lie anywhere */
+    FLOAT = 131072,           /* it looks at MXCSR */
 };
 struct translation;
 struct emitter {
@@ -35,7 +37,8 @@ enum { REGION_BLOCKS = 32, REGION_INSTRUCTIONS = 400, STUBS = 3 * REGION_INSTRUC
 enum where { IN_HOST, IN_IMAGE /* c->flags_image */, IN_RECIPE /* nowhere, but can be made again */ };
 /* How to make the flags again from registers that have not changed since. */
 struct recipe {
-    enum recipe_kind { RECIPE_NONE, RECIPE_COMPARE, RECIPE_TEST, RECIPE_ADD, RECIPE_SUB, RECIPE_LOGIC } kind;
+    enum recipe_kind { RECIPE_NONE, RECIPE_COMPARE, RECIPE_TEST, RECIPE_ADD, RECIPE_SUB, RECIPE_LOGIC,
+                       RECIPE_LEFT, RECIPE_RIGHT /* CF and OF of a rotation, the others in the image */ } kind;
     u8 size, a, b;            /* registers: offsets into gpr */
     bool constant;            /* b is `value` */
     i32 value;
@@ -50,7 +53,7 @@ struct member {               /* a block of the region */
 
 /* Code out of line. */
 struct stub {
-    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE } kind;
+    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE, STUB_STOP } kind;
     const struct record *record;
     const struct block *block;
     u8 *jumps[4];             /* that come here */
@@ -61,6 +64,7 @@ struct stub {
     bool give_back;           /* STUB_LEAVE: T1 to the budget */
     i32 budget, stack;        /* STUB_LEAVE: to add to the budget, and to rSP */
     unsigned jump_count;
+    u16 dirty, reload;        /* vector registers to store before, to load behind */
 };
 
 struct translation {
@@ -84,6 +88,7 @@ struct translation {
     u16 reads, writes, live, precise; /* flags; the last two behind it */
     enum where where;
     struct recipe recipe;
+    u16 vectors, dirty;       /* in host registers of their own number; and not yet in struct vcpu */
 };
 
 /* A guest register's host register, or NO_REGISTER: in struct vcpu. */
@@ -109,26 +114,29 @@ int member_at(const struct translation *t, const struct record *r); /* where a d
 
 /* For emitters. to_memory, to_stack: behind them T1 is the host address of the memory operand, or of the stack, and the
  * host's flags are what the instruction reads and keeps. `leaves`: the slow path is to leave at r. */
-void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool leaves);
+void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves);
 void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves);
+void use_vector(struct translation *t, unsigned n, bool reads, bool writes);
+void flush_vectors(struct translation *t);               /* to struct vcpu */
 void begin_flags(struct translation *t, const struct record *r); /* of an instruction without memory */
 void flags_to_image(struct translation *t);
 void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more);
 unsigned emit_condition(struct translation *t, unsigned condition); /* what to ask the host's flags */
-/* The direct jump r is taken; that of a call, whose return address is pushed; a jump to what is in T1 (`undo`: what to add to
- * rSP where the interpreter is to do r again, `stack`: what to add behind it). The last two want the flags in the image. */
+/* The direct jump r is taken; that of a call, whose return address is pushed. To an address: look for its block (or leave at
+ * r), and enter it. All but the first want the flags in the image. */
 void emit_jump(struct translation *t, const struct record *r);
 void emit_call(struct translation *t, const struct record *r);
-void emit_indirect(struct translation *t, const struct record *r, i32 undo, i32 stack);
+void find_block(struct translation *t, const struct record *r);  /* of the address in T1: the block to T1, its code to T0 */
+void emit_enter(struct translation *t, const struct record *r);  /* the block in T1, with its code in T0 */
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
 
-extern struct operation operation_ADD, operation_AND, operation_CMP, operation_IMUL, operation_OR, operation_SUB, operation_TEST,
-    operation_XOR;
+extern struct operation operation_ADD, operation_AND, operation_CMP, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
+    operation_SUB, operation_TEST, operation_XOR;
 
 /* region.c */
 bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
-struct shared { u8 *leave, *call; }; /* in code memory, as the writer sees it */
+struct shared { u8 *leave, *call, *stop; }; /* in code memory, as the writer sees it */
 bool host_has(const struct translator *t, enum feature f);
 const struct shared *shared_code(const struct translator *t);
 struct site *add_site(struct translation *t, const struct record *r);

@@ -34,7 +34,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     const struct opcode *o = &opcodes[r->id];
     struct use reg = {0}, rm = {0};
     bool memory = false, modrm = o->digit != NO;
-    unsigned immediate = 0, bytes = 0;
+    unsigned immediate = 0, bytes = 0, vector = NO_REGISTER, vector_rm = NO_REGISTER;
     if (o->length != LNONE || !host_has(t->translator, o->feature))
         return false;
     for (unsigned i = 0; i < OPERANDS_MAX; i++) {
@@ -44,6 +44,15 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         case FIXED: break;
         case REGISTER: reg = use_of(r->reg, width, T0, reads, writes); modrm = true; break;
         case OPCODE: rm = use_of(r->rm, width, T1, reads, writes); break;
+        case VECTOR: vector = r->reg; modrm = true; break;
+        case VECTOR_RM:
+            modrm = true;
+            bytes = width;
+            if (r->prefix & PREFIX_REGISTER)
+                vector_rm = r->rm;
+            else
+                memory = true;
+            break;
         case RM_OPERAND: case MEMORY:
             modrm = true;
             bytes = width;
@@ -66,11 +75,18 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     if (t->asking)
         return true;
 
+    unsigned first_kind = operand_types[o->operands[0]].kind;
     if (memory)
-        to_memory(t, r, bytes, traits & WRITES_FIRST && operand_types[o->operands[0]].kind != REGISTER, false);
+        to_memory(t, r, bytes, traits & WRITES_FIRST && first_kind != REGISTER && first_kind != VECTOR,
+                  bytes == 16 && !(traits & UNALIGNED), false);
     else
         begin_flags(t, r);
     struct code *code = &t->code;
+    bool vector_first = first_kind == VECTOR;
+    if (vector_rm != NO_REGISTER)
+        use_vector(t, vector_rm, vector_first || traits & READS_FIRST || first_kind == REGISTER, !vector_first && traits & WRITES_FIRST && first_kind == VECTOR_RM);
+    if (vector != NO_REGISTER)
+        use_vector(t, vector, !vector_first || traits & READS_FIRST, vector_first && traits & WRITES_FIRST);
     if (by_condition)
         opcode = (opcode & 0xf0) | emit_condition(t, opcode & 15);
     if (reg.scratch == T0 && reg.is && reg.reads)
@@ -85,9 +101,10 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
     bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
     flags |= high ? I_HIGH : byte ? I_BYTE : 0;
+    unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
-        put_modrm(code, flags, o->map, opcode, o->digit != NO ? (unsigned)o->digit : reg.host,
-                  memory ? in_memory(T1, 0) : in_register(rm.host));
+        put_modrm(code, flags, o->map, opcode, in_reg,
+                  memory ? in_memory(T1, 0) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host));
     else if (rm.is)
         put_opcode(code, flags, rm.host >> 3, rm.byte && !rm.high && rm.host > 3, o->map, (opcode & 0xf8) | (rm.host & 7));
     else
@@ -221,6 +238,64 @@ static bool nop(struct translation *t, const struct record *r)
 }
 const struct emitter E_NOP = {nop, NO_ACCESS};
 
+/* ---- Vectors ---------------------------------------------------------------------------------------------------------------- */
+
+/* A load from memory writes all of the register, a move between registers a part. */
+static bool move_part(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return copy_as(t, r, (r->prefix & PREFIX_REGISTER ? CHANGES : WRITES_FIRST) | UNALIGNED, o->opcode, false);
+}
+const struct emitter E_MOVSS = {move_part, CHANGES | UNALIGNED}, E_MOVSD = {move_part, CHANGES | UNALIGNED};
+
+#define MOVE(name) COPY(name, WRITES_FIRST)
+#define MOVE_U(name) COPY(name, WRITES_FIRST | UNALIGNED)
+MOVE(MOVAPS); MOVE(MOVAPD); MOVE(MOVDQA); MOVE(MOVNTPS); MOVE(MOVNTPD); MOVE(MOVNTDQ); MOVE(MOVNTDQA); MOVE_U(MOVUPS);
+MOVE_U(MOVUPD); MOVE_U(MOVDQU); MOVE_U(LDDQU); MOVE(MOVD); MOVE(MOVQ); MOVE(MOVSHDUP); MOVE(MOVSLDUP); MOVE(MOVDDUP);
+COPY(MOVHLPS, CHANGES); COPY(MOVLHPS, CHANGES); COPY(MOVLPS, CHANGES); COPY(MOVLPD, CHANGES); COPY(MOVHPS, CHANGES);
+COPY(MOVHPD, CHANGES); MOVE(MOVMSKPS); MOVE(MOVMSKPD); MOVE(PMOVMSKB); COPY(PINSRW, CHANGES); MOVE(PEXTRW);
+MOVE(PSHUFD); MOVE(PSHUFHW); MOVE(PSHUFLW); MOVE(MOVNTI);
+
+#define INTEGER(name) COPY(name, CHANGES)
+INTEGER(ANDPS); INTEGER(ANDPD); INTEGER(ANDNPS); INTEGER(ANDNPD); INTEGER(ORPS); INTEGER(ORPD); INTEGER(XORPS); INTEGER(XORPD);
+INTEGER(UNPCKLPS); INTEGER(UNPCKLPD); INTEGER(UNPCKHPS); INTEGER(UNPCKHPD); INTEGER(SHUFPS); INTEGER(SHUFPD);
+INTEGER(PUNPCKLBW); INTEGER(PUNPCKLWD); INTEGER(PUNPCKLDQ); INTEGER(PUNPCKLQDQ); INTEGER(PUNPCKHBW); INTEGER(PUNPCKHWD);
+INTEGER(PUNPCKHDQ); INTEGER(PUNPCKHQDQ); INTEGER(PACKSSWB); INTEGER(PACKSSDW); INTEGER(PACKUSWB); INTEGER(PACKUSDW);
+INTEGER(PCMPGTB); INTEGER(PCMPGTW); INTEGER(PCMPGTD); INTEGER(PCMPGTQ); INTEGER(PCMPEQB); INTEGER(PCMPEQW); INTEGER(PCMPEQD);
+INTEGER(PCMPEQQ); INTEGER(PSRLW); INTEGER(PSRLD); INTEGER(PSRLQ); INTEGER(PSRLDQ); INTEGER(PSRAW); INTEGER(PSRAD);
+INTEGER(PSLLW); INTEGER(PSLLD); INTEGER(PSLLQ); INTEGER(PSLLDQ); INTEGER(PADDB); INTEGER(PADDW); INTEGER(PADDD);
+INTEGER(PADDQ); INTEGER(PADDSB); INTEGER(PADDSW); INTEGER(PADDUSB); INTEGER(PADDUSW); INTEGER(PSUBB); INTEGER(PSUBW);
+INTEGER(PSUBD); INTEGER(PSUBQ); INTEGER(PSUBSB); INTEGER(PSUBSW); INTEGER(PSUBUSB); INTEGER(PSUBUSW); INTEGER(PMULLW);
+INTEGER(PMULHW); INTEGER(PMULHUW); INTEGER(PMULUDQ); INTEGER(PMULLD); INTEGER(PMULDQ); INTEGER(PMADDWD); INTEGER(PSADBW);
+INTEGER(PMINUB); INTEGER(PMINSW); INTEGER(PMAXUB); INTEGER(PMAXSW); INTEGER(PMINSB); INTEGER(PMINSD); INTEGER(PMINUW);
+INTEGER(PMINUD); INTEGER(PMAXSB); INTEGER(PMAXSD); INTEGER(PMAXUW); INTEGER(PMAXUD); INTEGER(PAND); INTEGER(PANDN);
+INTEGER(POR); INTEGER(PXOR); INTEGER(PAVGB); INTEGER(PAVGW); INTEGER(PSHUFB); INTEGER(PALIGNR); INTEGER(PHADDW);
+INTEGER(PHADDD); INTEGER(PHADDSW); INTEGER(PHSUBW); INTEGER(PHSUBD); INTEGER(PHSUBSW); INTEGER(PMADDUBSW); INTEGER(PSIGNB);
+INTEGER(PSIGNW); INTEGER(PSIGND); INTEGER(PMULHRSW); MOVE(PABSB); MOVE(PABSW); MOVE(PABSD); MOVE(PMOVSXBW); MOVE(PMOVSXBD);
+MOVE(PMOVSXBQ); MOVE(PMOVSXWD); MOVE(PMOVSXWQ); MOVE(PMOVSXDQ); MOVE(PMOVZXBW); MOVE(PMOVZXBD); MOVE(PMOVZXBQ);
+MOVE(PMOVZXWD); MOVE(PMOVZXWQ); MOVE(PMOVZXDQ); MOVE(PHMINPOSUW); INTEGER(PBLENDW); INTEGER(BLENDPS); INTEGER(BLENDPD);
+INTEGER(MPSADBW); MOVE(AESIMC); INTEGER(AESENC); INTEGER(AESENCLAST); INTEGER(AESDEC); INTEGER(AESDECLAST);
+MOVE(AESKEYGENASSIST); INTEGER(PCLMULQDQ); INTEGER(SHA1NEXTE); INTEGER(SHA1MSG1); INTEGER(SHA1MSG2); INTEGER(SHA256MSG1);
+INTEGER(SHA256MSG2); INTEGER(SHA1RNDS4); INTEGER(PINSRB); INTEGER(PINSRD); MOVE(PEXTRB); MOVE(PEXTRD);
+COPY(PTEST, READS_FIRST);
+
+#define NUMBER(name) COPY(name, CHANGES | FLOAT)
+NUMBER(ADDPS); NUMBER(ADDPD); NUMBER(ADDSS); NUMBER(ADDSD); NUMBER(SUBPS); NUMBER(SUBPD); NUMBER(SUBSS); NUMBER(SUBSD);
+NUMBER(MULPS); NUMBER(MULPD); NUMBER(MULSS); NUMBER(MULSD); NUMBER(DIVPS); NUMBER(DIVPD); NUMBER(DIVSS); NUMBER(DIVSD);
+NUMBER(MINPS); NUMBER(MINPD); NUMBER(MINSS); NUMBER(MINSD); NUMBER(MAXPS); NUMBER(MAXPD); NUMBER(MAXSS); NUMBER(MAXSD);
+NUMBER(SQRTPS); NUMBER(SQRTPD); NUMBER(SQRTSS); NUMBER(SQRTSD); NUMBER(CMPPS); NUMBER(CMPPD); NUMBER(CMPSS); NUMBER(CMPSD);
+NUMBER(HADDPS); NUMBER(HADDPD); NUMBER(HSUBPS); NUMBER(HSUBPD); NUMBER(ADDSUBPS); NUMBER(ADDSUBPD); NUMBER(CVTSI2SS);
+NUMBER(CVTSI2SD); NUMBER(CVTSS2SD); NUMBER(CVTSD2SS); NUMBER(CVTPS2PD); NUMBER(CVTPD2PS); NUMBER(CVTDQ2PS);
+NUMBER(CVTPS2DQ); NUMBER(CVTTPS2DQ); NUMBER(CVTTPD2DQ); NUMBER(CVTDQ2PD); NUMBER(CVTPD2DQ);
+NUMBER(ROUNDPS); NUMBER(ROUNDPD); NUMBER(ROUNDSS); NUMBER(ROUNDSD);
+#define TO_INTEGER(name) COPY(name, WRITES_FIRST | FLOAT)
+TO_INTEGER(CVTTSS2SI); TO_INTEGER(CVTTSD2SI); TO_INTEGER(CVTSS2SI); TO_INTEGER(CVTSD2SI);
+#define COMPARE(name) COPY(name, READS_FIRST | FLOAT)
+COMPARE(UCOMISS); COMPARE(UCOMISD); COMPARE(COMISS); COMPARE(COMISD);
+
+/* One CPU executes at a time. */
+const struct emitter E_LFENCE = {nop, NO_ACCESS}, E_MFENCE = {nop, NO_ACCESS}, E_SFENCE = {nop, NO_ACCESS};
+
 /* ---- The stack, of 64 bits --------------------------------------------------------------------------------------------------- */
 
 static bool push(struct translation *t, const struct record *r)
@@ -307,7 +382,7 @@ BRANCH(JP); BRANCH(JNP); BRANCH(JL); BRANCH(JGE); BRANCH(JLE); BRANCH(JG);
 static void load_target(struct translation *t, const struct record *r)
 {
     if (!(r->prefix & PREFIX_REGISTER)) {
-        to_memory(t, r, 8, false, true);
+        to_memory(t, r, 8, false, false, true);
         load64(&t->code, T1, in_memory(T1, 0));
     } else {
         unsigned host = pinned(r->rm);
@@ -327,7 +402,8 @@ static bool jmp(struct translation *t, const struct record *r)
     }
     flags_to_image(t);
     load_target(t, r);
-    emit_indirect(t, r, 0, 0);
+    find_block(t, r);
+    emit_enter(t, r);
     return true;
 }
 const struct emitter E_JMP = {jmp, FLOW_JUMP | FLOW_LEAVES};
@@ -341,7 +417,8 @@ static bool call(struct translation *t, const struct record *r)
     struct code *code = &t->code;
     flags_to_image(t);
     if (!is_direct(r)) {
-        load_target(t, r);
+        load_target(t, r); /* before the push, which may write there */
+        find_block(t, r);
         store64(code, FIELD(scratch), T1);
     }
     to_stack(t, r, RSP, -8, true, true);
@@ -353,7 +430,8 @@ static bool call(struct translation *t, const struct record *r)
         return true;
     }
     load64(code, T1, FIELD(scratch));
-    emit_indirect(t, r, 8, 0);
+    load64(code, T0, in_memory(T1, offsetof(struct block, code)));
+    emit_enter(t, r);
     return true;
 }
 const struct emitter E_CALL = {call, STACK_WRITE | FLOW_JUMP | FLOW_LEAVES};
@@ -368,7 +446,9 @@ static bool ret(struct translation *t, const struct record *r)
     flags_to_image(t);
     to_stack(t, r, RSP, 0, false, true);
     load64(&t->code, T1, in_memory(T1, 0));
-    emit_indirect(t, r, 0, 8 + more);
+    find_block(t, r);
+    lea64(&t->code, GUEST_RSP, in_memory(GUEST_RSP, 8 + more));
+    emit_enter(t, r);
     return true;
 }
 const struct emitter E_RET = {ret, STACK_READ | FLOW_LEAVES};

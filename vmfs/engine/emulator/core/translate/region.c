@@ -19,6 +19,7 @@ enum { THRESHOLD = 40 };
 
 struct region {
     struct region *next;      /* in its part */
+    u64 key;
     bool dead;
     unsigned count;
     struct block *blocks[];
@@ -87,7 +88,7 @@ static bool translated_call(struct vcpu *c, const struct site *s)
     s->record.run(c, &s->record);
     if (!c->continues)
         return false;
-    if (unlikely(s->region->dead)) { /* it changed code of the region */
+    if (unlikely(s->region->dead || s->region->key != c->key)) { /* it changed code of the region, or a mode */
         leave(c, &s->record);
         return false;
     }
@@ -107,6 +108,14 @@ void block_translated(struct vcpu *c, const struct record *r)
     const struct block *b = (const struct block *)((const u8 *)r - offsetof(struct block, records));
     c->flags_image = get_arithmetic_flags(c) | 2;
     c->translator->enter(c, b->code);
+}
+
+/* From a region: the block of `scratch` is next, but the budget ends before. */
+static void translated_stop(struct vcpu *c)
+{
+    set_arithmetic_flags(c, c->flags_image);
+    c->gpr[GPR_IP] = ((const struct block *)(uintptr_t)c->scratch)->ip;
+    c->now = NULL;
 }
 
 static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
@@ -130,6 +139,13 @@ static void write_shared(struct translator *t)
     load64(&code, RSI, in_register(T0));
     restore_host(&code);
     load_constant(&code, RAX, (u64)(uintptr_t)translated_leave);
+    put_modrm(&code, 0, M1, 0xff, 4, in_register(RAX));
+
+    t->shared.stop = code.at;
+    spill(&code);
+    load64(&code, RDI, in_register(C));
+    restore_host(&code);
+    load_constant(&code, RAX, (u64)(uintptr_t)translated_stop);
     put_modrm(&code, 0, M1, 0xff, 4, in_register(RAX));
 
     t->shared.call = code.at; /* T0: the site */
@@ -419,7 +435,7 @@ static void translate(struct vcpu *c, struct block *first)
     struct region *region = malloc(sizeof *region + w->member_count * sizeof *region->blocks);
     if (!region)
         return;
-    *region = (struct region){.count = w->member_count, .next = p->regions};
+    *region = (struct region){.count = w->member_count, .next = p->regions, .key = c->key};
     p->regions = region;
     w->region = region;
     for (unsigned i = 0; i < w->member_count; i++)
@@ -443,6 +459,11 @@ static void translate(struct vcpu *c, struct block *first)
     static int perf = -1;
     if (perf < 0)
         perf = (int)number_of("VMFS_JIT_PERF", 0);
+    if (getenv("VMFS_JIT_DUMP")) {
+        char path[64]; static int n;
+        snprintf(path, sizeof path, "/tmp/jit/%d_%llx.bin", n++, (unsigned long long)first->ip);
+        FILE *f = fopen(path, "w"); if (f) { fwrite(p->at, 1, (size_t)(w->code.at - p->at), f); fclose(f); }
+    }
     if (perf)
         name_for_perf(t, region, p->at, (size_t)(w->code.at - p->at));
     c->counters.regions++;
@@ -458,7 +479,9 @@ void block_count(struct vcpu *c, const struct record *r)
     struct translator *t = c->translator;
     if (++b->entries > t->threshold) {
         t->work.translator = t;
-        if (!(b->key & KEY_CODE64) || b->key & KEY_TRACED || !b->count || b->physical[1] != ~0ull || !worth_it(&t->work, b))
+        t->work.c = c;
+        if (!(b->key & KEY_CODE64) || b->key & KEY_TRACED || !b->count || b->physical[1] != ~0ull ||
+            (t->threshold && !worth_it(&t->work, b)))
             b->enter = r->run; /* for good */
         else
             translate(c, b);
