@@ -85,7 +85,7 @@ static bool translated_call(struct vcpu *c, const struct site *s)
     set_arithmetic_flags(c, c->flags_image);
     c->gpr[GPR_IP] = s->ip;
     c->continues = false;
-    s->record.run(c, &s->record);
+    run_records(c, s->record.run, &s->record);
     if (!c->continues)
         return false;
     if (unlikely(s->region->dead || s->region->key != c->key)) { /* it changed code of the region, or a mode */
@@ -100,7 +100,7 @@ static bool translated_call(struct vcpu *c, const struct site *s)
 static void translated_leave(struct vcpu *c, const struct record *r)
 {
     set_arithmetic_flags(c, c->flags_image);
-    r->run(c, r);
+    CONTINUE(c, r);
 }
 
 void block_translated(struct vcpu *c, const struct record *r)
@@ -459,11 +459,6 @@ static void translate(struct vcpu *c, struct block *first)
     static int perf = -1;
     if (perf < 0)
         perf = (int)number_of("VMFS_JIT_PERF", 0);
-    if (getenv("VMFS_JIT_DUMP")) {
-        char path[64]; static int n;
-        snprintf(path, sizeof path, "/tmp/jit/%d_%llx.bin", n++, (unsigned long long)first->ip);
-        FILE *f = fopen(path, "w"); if (f) { fwrite(p->at, 1, (size_t)(w->code.at - p->at), f); fclose(f); }
-    }
     if (perf)
         name_for_perf(t, region, p->at, (size_t)(w->code.at - p->at));
     c->counters.regions++;
@@ -486,8 +481,5 @@ void block_count(struct vcpu *c, const struct record *r)
         else
             translate(c, b);
     }
-    if (b->enter == block_translated)
-        block_translated(c, r);
-    else
-        r->run(c, r);
+    CONTINUE_BY(c, b->enter == block_translated ? block_translated : r->run, r);
 }
