@@ -117,19 +117,20 @@ class Kernel:
             await file.close()
 
 
+def run_on_fs(test: Callable[[Kernel], Any], **limits: int) -> None:
+    """Runs `await test(kernel)`, and ends all machines."""
+
+    async def main() -> None:
+        kernel = Kernel(**limits)
+        try:
+            with trio.fail_after(60):
+                await test(kernel)
+        finally:
+            await kernel.root.close()
+
+    trio.run(main)
+
+
 @pytest.fixture
 def on_fs() -> Callable[..., None]:
-    """`on_fs(test)` runs `await test(kernel)`, and ends all machines."""
-
-    def run(test: Callable[[Kernel], Any], **limits: int) -> None:
-        async def main() -> None:
-            kernel = Kernel(**limits)
-            try:
-                with trio.fail_after(60):
-                    await test(kernel)
-            finally:
-                await kernel.root.close()
-
-        trio.run(main)
-
-    return run
+    return run_on_fs

@@ -8,6 +8,9 @@ import os
 
 import pytest
 import trio
+from fs.conftest import run_on_fs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vmfs.fs import lines
 from vmfs.words.exits import Hlt, Io
@@ -264,3 +267,28 @@ def test_o_nofollow_walks(on_fs):
         assert await kernel.read("a/error") == ""
 
     on_fs(test)
+
+
+_PIECES = st.lists(
+    st.sampled_from(
+        ["rax", " ", "=", "5", "0x", "\n", "\n\n", "#", "break", "0x1000", " if ", "1", "0", "watch 0x10 4 w", "rip 4"]
+        + ["exits on", "off", "full drop", "nmi", "32", "delete all", '"a"', "f1", "64M", "é", "\x00", "real"]
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from("registers reg/rax debug trace irq disasm keyboard cmdline mem_size mode".split()), _PIECES)
+def test_any_pieces_are_taken_or_refused_and_what_is_refused_changes_nothing(file, pieces):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        before = await _settings(kernel)
+        results = await told(kernel, f"a/{file}", *pieces)
+        assert set(results) <= {0, errno.EINVAL, errno.EOPNOTSUPP, errno.EBUSY}, results
+        if any(results) and file not in ("irq", "keyboard"):  # where what follows is for itself, and clears `error`
+            assert (await kernel.read("a/error")).startswith(f"{file.split('/')[-1]}: ")
+            if file in ("registers", "reg/rax", "debug", "trace", "disasm"):
+                assert await _settings(kernel) == before
+
+    run_on_fs(test)

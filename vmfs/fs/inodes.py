@@ -151,6 +151,7 @@ class Handle:
     appending = False  # opened with O_APPEND
     walking = False  # opened for reading by who reads all files of a directory
     unsaved = False  # `flush` has something to do
+    waits = False  # what was written has not been understood yet
 
     def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
         self.node = node

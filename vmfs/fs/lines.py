@@ -122,8 +122,12 @@ class LineHandle(Handle):
         raise NotImplementedError
 
     @property
-    def unsaved(self) -> bool:
+    def unsaved(self) -> bool:  # type: ignore[override]
         return bool(self._waiting.strip())
+
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        return bool(self._waiting)
 
     async def write(self, offset: int, data: bytes) -> int:
         self._go_on_after_failure()
