@@ -149,8 +149,10 @@ class LineHandle(Handle):
             self._waiting = ""
             return
         try:
-            if self.acts:  # nobody could interrupt a run here
-                raise Invalid(f"{self._waiting[:40]!r} has no end: a newline, or no blank")
+            if self.acts:
+                self.parse(self._waiting)
+                # Nobody could interrupt a run here.
+                raise Invalid(f"{self._waiting[:40]!r} ends with a blank: more was to come, or a newline")
             await self._take("", closing=True)
         except Exception as error:
             await self._fail(error)
