@@ -238,3 +238,21 @@ def test_commands_typed_before_the_kernel_is_there_reach_its_shell(pc_mount, tmp
     done = subprocess.run(command, input=typed, capture_output=True, timeout=BOOT_SECONDS, check=False)
     assert done.returncode == 0 and b"shutdown cause=poweroff" in done.stderr
     assert b"\r\n42 to the shell\r\n" in done.stdout
+
+
+@pytest.mark.parametrize("clock", ["host", "instructions"])
+def test_linux_sets_the_real_time_clock_and_gets_its_alarm(make_pc, clock):
+    """By rtc_cmos: SET, the divider in reset, ten bytes; and an alarm in the guest's time."""
+    pc = make_pc()
+    pc.write("time", clock)
+    boot_linux(pc)
+    pc.expect("guest# ")
+    pc.shell("date -u -s '2027-02-15 11:59:58'")
+    pc.shell("hwclock -w -u -f /dev/rtc0")
+    pc.shell("echo +2 > /sys/class/rtc/rtc0/wakealarm")
+    pc.shell("sleep 4")
+    # By instructions, an idle guest's time flies.
+    shown = pc.shell("hwclock -r -u -f /dev/rtc0")
+    assert re.match(r"Mon Feb 15 12:00:0" if clock == "host" else r"Mon Feb 15 1[2-9]:", shown) and " 2027 " in shown
+    assert re.search(r" 8: +[1-9]\d* .*rtc0", pc.shell("cat /proc/interrupts"))
+    assert "\nport=0x80 reads=0 writes=" in "\n" + pc.read("dev/unclaimed")
