@@ -292,3 +292,15 @@ def test_a_signal_is_deliverable_unless_blocked_or_ignored(thread, process, bloc
         (thread >> bit | process >> bit) & 1 and (bit == 8 or not (blocked >> bit | ignored >> bit) & 1)
         for bit in range(64))
     assert deliverable(status(SigPnd=thread, ShdPnd=process, SigBlk=blocked, SigIgn=ignored)) is expected
+
+
+@pytest.mark.parametrize("call", ["listdir", "open"])
+def test_without_a_descriptor_it_is_looked_at_again(monkeypatch, call):
+    def fails(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    target = "vmfs.fs.interrupts.os.listdir" if call == "listdir" else "builtins.open"
+    with monkeypatch.context() as patched:
+        patched.setattr(target, fails)
+        found = interrupts.signalled(os.getpid())
+    assert found is False
