@@ -124,9 +124,9 @@ def serve(directory: Path, settings: MountSettings, ready: Callable[[], None]) -
         fs.serve(str(directory), settings, begun)
 
 
-# A line says that the server is done. At the end of the pipe without one it was killed: if then a stat fails,
-# what it had mounted is still there, and nothing else is.
-WATCH = 'read -r done || stat -- "$1" || fusermount3 -u -z -- "$1"'
+# A line says that the server is done. At the end of the pipe without one it was killed: if then a statfs fails (a stat
+# may be answered from the kernel's cache), what it had mounted is still there, and nothing else is.
+WATCH = 'read -r done || stat -f -- "$1" || fusermount3 -u -z -- "$1"'
 
 
 @contextlib.contextmanager

@@ -52,9 +52,12 @@ def at(path: str | Path) -> Mount | None:
 
 
 def is_dead(path: str | Path) -> bool:
-    """Whether `path` is a vmfs mount whose server has gone without unmounting it."""
+    """Whether `path` is a vmfs mount whose server has gone without unmounting it.
+
+    statfs(2) asks the server; stat(2) is answered from the kernel's cache once somebody has looked.
+    """
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as failure:
         if failure.errno == errno.ENOTCONN:
             mounted = at(path)
