@@ -149,6 +149,9 @@ def test_pci_configuration_space(pc, guest):
     assert guest.config(slot, 2, size=2) == 0x10FF
     assert guest.config(slot, 0xB, size=1) == 0xFF
     assert guest.config(29, 0) == 0xFFFF_FFFF
+    guest.out(0xCF8, 0x8000_0004, 4)
+    assert guest.inp(0xCF8, 4) == 0x8000_0004
+    assert (guest.inp(0xCF8, 1), guest.inp(0xCF8, 2)) == (0xFF, 0xFFFF)  # the address is 32 bits or nothing
     guest.out(0xCF8, 0x8001_0000, 4)  # another bus
     assert guest.inp(0xCFC, 4) == 0xFFFF_FFFF
     guest.config(slot, 0, 0)  # the identity is read-only

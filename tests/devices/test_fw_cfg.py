@@ -69,6 +69,8 @@ def test_a_name_that_is_too_long_is_refused(cfg, guest):
     with pytest.raises(Invalid, match="longer"):
         cfg.set_files({"x" * 56: b""})
     assert list(directory(guest)) == sorted(FILES)
+    cfg.set_files({"x" * 55: b""})
+    assert list(directory(guest)) == ["x" * 55]
 
 
 def test_the_vga_bios_is_among_the_files(pc, guest, monkeypatch, tmp_path):
@@ -90,6 +92,7 @@ def test_dma_selects_skips_and_reads(cfg, guest, memory, pc):
     key, _ = directory(guest)["etc/e820"]
     assert dma(guest, memory, key << 16 | 8, 0, 0) == 0
     assert dma(guest, memory, 4, 5, 0) == 0
+    assert dma(guest, memory, 0, 3, 0) == 0  # asks for nothing
     assert dma(guest, memory, 2, 3, 0x9000) == 0 and memory.read(0x9000, 3) == bytes((5, 6, 7))
     assert guest.inp(0x511) == 8  # both ways go on in the same place
     assert pc.take_dirty() & 1 << 0x100

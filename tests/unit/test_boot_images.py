@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs import boot
+from vmfs.boot import linux
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import Platform
 from vmfs.machine.memory import Memory
@@ -381,6 +382,21 @@ def test_multiboot_addresses_without_ends_load_the_whole_file():
     image = multiboot_header(1 << 16, (MIB, MIB, 0, 0, MIB + 32)) + CODE
     with loaded(image) as (_, memory):
         assert memory.read(MIB, len(image) + 1) == image + b"\0"
+    header = multiboot_header(1 << 16, (MIB + 32, MIB, 0, 0, MIB + 64))  # of a file that is loaded from byte 32 on
+    with loaded(b"x" * 64 + header + CODE) as (_, memory):
+        assert memory.read(MIB, 32 + len(header + CODE) + 1) == b"x" * 32 + header + CODE + b"\0"
+
+
+def test_a_zero_page_has_the_header_and_the_size_of_ram():
+    """Linux Documentation/arch/x86/zero-page.rst: ext_mem_k at 002, alt_mem_k at 1E0, the setup header at 1F1."""
+    params = linux.boot_params(Platform(64 * MIB), 0x1234_5678_9ABC, bytes(range(1, 0x78)))
+    assert len(params) == 4096 and params[0x1F1 : 0x1F1 + 0x77] == bytes(range(1, 0x78))
+    assert struct.unpack_from("<Q", params, 0x70) == (0x1234_5678_9ABC,)
+    assert struct.unpack_from("<H", params, 0x02) == (63 * 1024,)
+    assert struct.unpack_from("<I", params, 0x1E0) == (63 * 1024,)
+    large = linux.boot_params(Platform(512 * MIB), 0)
+    assert struct.unpack_from("<H", large, 0x02) == (0xFFFF,)
+    assert struct.unpack_from("<I", large, 0x1E0) == (511 * 1024,)
 
 
 @pytest.mark.parametrize(
