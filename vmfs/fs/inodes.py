@@ -73,10 +73,11 @@ class Scope:
         """Whether a process that opens a file for reading reads a whole directory: as `diff -r` does, it has listed it,
         and opens the files in the order of their names. Some may be left out."""
         before = self._opened.get(pid)
-        if before is None:
+        if before is None or not file.follows:  # those in reg/ and dev/ come in between
             return False
         self._opened[pid] = (*before, file.name)[-WALK:]
-        return any(_walks(before, names) for names in file.follows)
+        most = WALK - 1 if file.kind.walked else WALK  # to take a run for a walk were worse
+        return any(_walks(before, names, most) for names in file.follows)
 
     def check(self) -> None:
         """Raises Gone after removal."""
@@ -122,9 +123,9 @@ class Scope:
                 pass
 
 
-def _walks(opened: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether what was opened last is in order in `names`. At the beginning of a directory there are fewer."""
-    need = min(WALK, max(len(names) - 1, 1))
+def _walks(opened: tuple[str, ...], names: tuple[str, ...], most: int) -> bool:
+    """Whether the last `most` that were opened are in order in `names`. A directory begins with fewer."""
+    need = min(most, max(len(names) - 1, 1))
     left = iter(names)
     return len(opened) >= need and all(name in left for name in opened[-need:])
 
