@@ -113,7 +113,7 @@ def test_no_tick_is_lost(pc, assembler, source, hertz):
     if pc.engine.name == "kvm":
         pytest.skip("the host's KVM may be slower than the ticks: test_a_tick_wakes_a_cpu_that_halts")
     if pc.time_source == "instructions":
-        assert abs(ticked(pc, assembler, source, hertz)) < 0.00001
+        assert abs(ticked(pc, assembler, source, hertz)) * 2 * hertz < 1  # the first may be a part of one
     else:
         assert any(ticked(pc, assembler, source, hertz) < 0.5 for _ in range(3))
 
@@ -123,7 +123,9 @@ def test_a_tick_wakes_a_cpu_that_halts(pc, assembler):
     before = set(threading.enumerate())
     slow = {**RTC, "begin": RTC["begin"].replace("0x23", "0x29")}
     assert any(ticked(pc, assembler, slow, 128) < 0.1 for _ in range(3))
-    assert len(set(threading.enumerate()) - before) <= 2  # the CPU's, and with KVM the one that kicks it
+    new = set(threading.enumerate()) - before
+    assert not any(isinstance(thread, threading.Timer) for thread in new)
+    assert [thread.name for thread in new].count("vmfs-deadline") == (pc.engine.name == "kvm")
 
 
 # The TSC over 10 ms of PIT channel 2 (port 61h has its gate and its output), as kernels calibrate it.
