@@ -203,6 +203,7 @@ class Core:
             flags=flags & (ARITHMETIC | DF),
             data=self.memory[0x10000 + CODE_SIZE :],
             fx=cpu.get_state("xsave")[:512],
+            address=exit[5] if vector == 14 else 0,
         )
 
 
