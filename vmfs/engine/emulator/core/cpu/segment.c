@@ -6,7 +6,7 @@
 
 static bool code64(const struct vcpu *c) { return c->efer & EFER_LMA && c->seg[SEG_CS].attributes & ATTR_L; }
 
-void segment_changed(struct vcpu *c, unsigned seg)
+static void derive_check(struct vcpu *c, unsigned seg)
 {
     const struct segment *s = &c->seg[seg];
     if (seg >= 6)
@@ -32,6 +32,25 @@ void segment_changed(struct vcpu *c, unsigned seg)
             k->high = s->attributes & ATTR_DB ? 0xffffffff : 0xffff;
         }
     }
+}
+
+/* In the key, so that host code looks at no limits. Who loads a data segment leaves its block when that changes the key. */
+static void note_flat(struct vcpu *c)
+{
+    enum { WANTED = KEY_CODE32 | KEY_STACK32 | KEY_PROTECTED };
+    bool flat = (c->key & (WANTED | KEY_CODE64)) == WANTED && !c->seg[SEG_CS].base;
+    static const u8 data[] = {SEG_ES, SEG_SS, SEG_DS};
+    for (unsigned i = 0; i < sizeof data; i++) {
+        const struct segment_check *k = &c->check[data[i]];
+        flat &= !k->base && !k->low && k->high == 0xffffffff && k->access == (ACCESS_READ | ACCESS_WRITE);
+    }
+    c->key = (c->key & ~(u64)KEY_FLAT) | (flat ? KEY_FLAT : 0);
+}
+
+void segment_changed(struct vcpu *c, unsigned seg)
+{
+    derive_check(c, seg);
+    note_flat(c);
 }
 
 void flags_changed(struct vcpu *c) { tlb_select(c); }
@@ -73,7 +92,8 @@ void mode_changed(struct vcpu *c)
     c->linear_mask = is64 ? ~0ull : 0xffffffff;
     c->stack_mask = is64 ? ~0ull : ss->attributes & ATTR_DB ? 0xffffffff : 0xffff;
     for (unsigned i = 0; i < 6; i++)
-        segment_changed(c, i);
+        derive_check(c, i);
+    note_flat(c);
     tlb_select(c);
     /* Links and the jump cache know instruction pointers and keys. In a key without the 64-bit bit, a pointer means another
      * address when the base of CS has changed; without CPL 0, levels 1 and 2 may fetch what 3 may not. */

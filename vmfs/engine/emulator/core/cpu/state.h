@@ -156,6 +156,7 @@ enum {
     KEY_AVX = 2048 /* XCR0 enables it */,
     KEY_TRACED = 4096 /* instructions have a record of op_trace before them (tracer.h) */,
     KEY_UNMASKED = 8192       /* an exception of MXCSR is (mxcsr.c): host code looks at none */,
+    KEY_FLAT = 16384          /* 32-bit protected mode, and CS SS DS ES are all of the address space, and writable data */,
     KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
 };
 
@@ -526,7 +527,7 @@ void decode_init(void);
  * than there are. r->at, r->left are the caller's. *ends: the block must end behind it. */
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
 /* segment.c */
-void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks after seg[] was set */
+void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks and KEY_FLAT after seg[] was set */
 bool canonical_base(const struct vcpu *c, u64 linear); /* may a register hold that address? */
 u64 cr4_valid(const struct vcpu *c);                 /* ops_control.c: the bits that may be set */
 void mode_changed(struct vcpu *c);                   /* derive key, masks, TLB table, checks after CR0, EFER, CPL, CS.. */

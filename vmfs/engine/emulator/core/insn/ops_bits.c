@@ -71,12 +71,14 @@ BT_OTHER(btc, BTC)
 /* ---- Scans and counts ----------------------------------------------------------------------------------------------------------------- */
 
 /* A source of zero leaves the destination as it was, high half and all: AMD's manual says so, and Intel's processors do. ZF
- * is all that is defined. */
+ * is all that is defined; on Intel's processors PF follows the result, and the others are 0. */
 #define SCAN(name, expression) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
         if (e) \
             set_reg(c, r->reg, bits, (u64)(expression)); \
+        c->carries = 0; \
+        c->sf = e ? (u64)(expression) : 0; \
         c->zf = e; \
     } \
     READ_FORMS_V(name)
@@ -92,13 +94,14 @@ ALWAYS_INLINE void popcnt(struct vcpu *c, const struct record *r, u64 e, unsigne
 }
 READ_FORMS_V(popcnt)
 
-/* CF: the source is 0; ZF: the count is. */
+/* CF: the source is 0; ZF: the count is. The others are undefined: 0. */
 #define COUNT_ZEROS(name, expression) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
         u64 count = e ? (u64)(expression) : bits; \
         set_reg(c, r->reg, bits, count); \
-        set_cf(c, !e); \
+        c->carries = e ? 0 : CARRY_TOP | CARRY_TOP >> 1; \
+        c->sf = 1; \
         c->zf = count; \
     } \
     READ_FORMS_V(name)

@@ -4,9 +4,9 @@
 
 /* ---- Loading and storing segment registers ------------------------------------------------------------------------------- */
 
-/* The end of an instruction that loaded a segment register. SS: the stack's size may have changed. */
+/* The end of an instruction that loaded a segment register. SS: the stack's size may have changed. `key` is what it was before. */
 #define LOADED(seg) do { \
-        if ((seg) == SEG_SS) { \
+        if ((seg) == SEG_SS || c->key != key) { \
             leave(c, r); \
             return; \
         } \
@@ -32,6 +32,7 @@ OP(op_mov_S_E)
     unsigned seg = r->reg;
     if (seg == SEG_CS)
         raise_fault(c, r, VECTOR_UD);
+    u64 key = c->key;
     load_segment(c, seg, selector_operand(c, r));
     if (seg == SEG_SS)
         c->shadow_ss = true; /* 3A 6.8.3 */
@@ -81,12 +82,14 @@ static void load_pointer(struct vcpu *c, const struct record *r, unsigned seg)
 #define SEGMENT(name, seg) \
     OP(op_pop_##name) \
     { \
+        u64 key = c->key; \
         pop_segment(c, r, seg); \
         LOADED(seg); \
     } \
     HANDLER(pop_##name); \
     OP(op_l##name) \
     { \
+        u64 key = c->key; \
         load_pointer(c, r, seg); \
         LOADED(seg); \
     } \

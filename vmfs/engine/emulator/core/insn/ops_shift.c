@@ -1,27 +1,31 @@
 /* Shifts and rotates (Intel SDM 2B "RCL/RCR/ROL/ROR", "SAL/SAR/SHL/SHR", "SHLD", "SHRD"; SARX, SHLX, SHRX, RORX).
  *
  * The count is masked to 5 bits, 6 for 64-bit operands. A count of zero writes the operand back and keeps all flags.
- * Where OF is undefined (counts other than 1) it follows the rule for 1, applied to the last bit that was shifted. */
+ * Where OF is undefined (counts other than 1) it is what Intel's processors make it: that of a shift by one, of the operand as
+ * it was before; ROL and ROR of a register by a constant, and RCL and RCR by the whole width, keep it. So it is the same where the host's own instruction runs (translate/). */
 #include "forms.h"
 
 /* The new `carries` (flags.h): bit 63 is CF, bit 62 is CF xor OF. */
-struct shift { u64 carries; bool none; };
-#define TOP_TWO (3ull << 62)
+struct shift { u64 carries; bool none, keeps; };
 
 ALWAYS_INLINE u64 top_bit(u64 value, unsigned bits) { return value >> (bits - 1) & 1; }
+
+/* OF of a shift or rotation to the left by one: the top bit changes. */
+ALWAYS_INLINE u64 first_overflow(u64 a, unsigned bits) { return (a >> (bits - 1) ^ a >> (bits - 2)) & 1; }
 
 /* Each: a is zero-extended, n from 1 to 31 (63). For SHL, the two bits over the result are CF and its top bit. */
 ALWAYS_INLINE u64 shl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     (void)c;
-    s->carries = (a << (64 - bits)) << (n - 1) & TOP_TWO;
+    u64 cf = (a << (64 - bits)) << (n - 1) >> 63;
+    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62;
     return truncate_to(a << n, bits);
 }
 ALWAYS_INLINE u64 shr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 before = a >> (n - 1), cf = before & 1;
     (void)c;
-    s->carries = cf << 63 | (cf ^ top_bit(before, bits)) << 62;
+    s->carries = cf << 63 | (cf ^ top_bit(a, bits)) << 62;
     return a >> n;
 }
 ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
@@ -44,13 +48,15 @@ ALWAYS_INLINE u64 rotate_right(u64 a, unsigned n, unsigned bits)
 ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 value = rotate_right(a, bits - n % bits, bits);
-    s->carries = value << 63 | top_bit(value, bits) << 62 | (c->carries & 8);
+    u64 of = s->keeps ? flag_of(c) : first_overflow(a, bits);
+    s->carries = value << 63 | ((value ^ of) & 1) << 62 | (c->carries & 8);
     return value;
 }
 ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 value = rotate_right(a, n, bits);
-    s->carries = (value << (64 - bits) & TOP_TWO) | (c->carries & 8);
+    u64 cf = top_bit(value, bits), of = s->keeps ? flag_of(c) : top_bit(a, bits) ^ (a & 1);
+    s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     return value;
 }
 /* Through CF: of bits + 1 bits; for 8 and 16 bits the count is taken modulo 9 and 17. */
@@ -59,11 +65,12 @@ ALWAYS_INLINE u64 rcl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
     if (bits < 32)
         n %= bits + 1;
     if (!n) {
-        s->carries = flag_cf(c) << 63 | top_bit(a, bits) << 62 | (c->carries & 8);
+        s->carries = c->carries;
         return a;
     }
     u64 value = truncate_to(a << n | flag_cf(c) << (n - 1) | (n > 1 ? a >> (bits + 1 - n) : 0), bits);
-    s->carries = (a >> (bits - n)) << 63 | top_bit(value, bits) << 62 | (c->carries & 8);
+    u64 cf = a >> (bits - n) & 1;
+    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62 | (c->carries & 8);
     return value;
 }
 ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
@@ -71,14 +78,20 @@ ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
     if (bits < 32)
         n %= bits + 1;
     u64 value = a, cf = flag_cf(c);
-    if (n) {
+    if (!n) {
+        s->carries = c->carries;
+    } else {
         value = truncate_to(a >> n | cf << (bits - n) | (n > 1 ? a << (bits + 1 - n) : 0), bits);
+        u64 of = top_bit(a, bits) ^ cf;
         cf = a >> (n - 1) & 1;
+        s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     }
-    s->carries = cf << 63 | (cf ^ top_bit(value, bits) ^ (value >> (bits - 2) & 1)) << 62 | (c->carries & 8);
     return value;
 }
 
+#define KEEPS_1 false
+#define KEEPS_I (r->prefix & PREFIX_REGISTER)
+#define KEEPS_CL false
 #define COUNT_1(bits) 1u
 #define COUNT_I(bits) ((unsigned)r->imm & ((bits) == 64 ? 63 : 31))
 #define COUNT_CL(bits) (R8(c, RCX * 8) & ((bits) == 64 ? 63u : 31u))
@@ -90,7 +103,7 @@ ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
     { \
         unsigned n = COUNT_##count(bits); \
         (void)r; \
-        state->shift.none = !n; \
+        state->shift = (struct shift){.none = !n, .keeps = KEEPS_##count && n != 1}; \
         return n ? op(c, a, n, bits, &state->shift) : a; \
     } \
     ALWAYS_INLINE void op##_##count##_done(struct vcpu *c, const struct op##_##count##_state *state, u64 value, \
@@ -128,7 +141,7 @@ ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a << n | b >> (bits - n), bits);
         cf = a >> (bits - n) & 1;
     }
-    s->carries = cf << 63 | top_bit(value, bits) << 62;
+    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62;
     return value;
 }
 ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
@@ -142,7 +155,7 @@ ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a >> n | b << (bits - n), bits);
         cf = a >> (n - 1) & 1;
     }
-    s->carries = cf << 63 | (cf ^ top_bit(value, bits) ^ (value >> (bits - 2) & 1)) << 62;
+    s->carries = cf << 63 | (cf ^ top_bit(a, bits) ^ (b & 1)) << 62;
     return value;
 }
 #define DOUBLE_SHIFT(op, count) \

@@ -38,16 +38,20 @@ void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes
     const struct opcode *o = &opcodes[r->id];
     *reads = o->flags_read;
     *writes = o->flags_written | o->flags_undefined;
+    if (traits & KEEPS_UNDEFINED)
+        *writes &= (u16)~o->flags_undefined;
     if (!(traits & SHIFT))
         return;
     for (unsigned i = 1; i < OPERANDS_MAX; i++)
         if (operand_types[o->operands[i]].kind == IMMEDIATE) {
             if (!(r->imm & (r->size == 3 ? 63 : 31)))
                 *reads = *writes = 0;
-            else if (!(traits & READS_CARRY))
-                *reads = 0;
+            else if (traits & READS_CARRY)
+                *reads = r->size < 2 ? fO | fC : fC; /* by the whole width, they keep OF */
             else
-                *reads = fC;
+                *reads = 0;
+            if (traits & ROTATES && r->prefix & PREFIX_REGISTER && (r->imm & (r->size == 3 ? 63 : 31)) != 1)
+                *writes &= (u16)~fO; /* kept */
         }
 }
 
@@ -56,8 +60,13 @@ bool is_emitted(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     if (!o->emitter || r->run == op_raise || r->run == op_end || r->run == op_breakpoint)
         return false;
-    if (names_memory(r) && (i64)(i32)(r->disp + 64) != r->disp + 64 && r->base != GPR_IP * 8)
-        return false;
+    if (names_memory(r)) {
+        bool constant = r->base == GPR_IP * 8 || (r->base == GPR_ZERO * 8 && r->index == GPR_ZERO * 8);
+        if (!constant && (i64)(i32)(r->disp + 64) != r->disp + 64)
+            return false;
+        if (!t->wide && ((r->prefix & PREFIX_ADDRESS) != 2 || r->seg == SEG_CS || r->seg >= SEG_FS)) /* they have limits */
+            return false;
+    }
     t->asking = true;
     t->row = o;
     t->traits = o->emitter->traits;
@@ -165,12 +174,14 @@ static void make_recipe(struct translation *t, const struct recipe *p)
         alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_SUB : GROUP_ADD, T0, p, b);
         alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);
         break;
-    case RECIPE_LEFT: case RECIPE_RIGHT: /* as by one: by 31 more and less */
+    case RECIPE_LEFT: case RECIPE_RIGHT: /* undone, and done again with the other flags */
         if (a != T0)
             put_modrm(&t->code, I_W, M1, 0x8b, T0, in_register(a));
-        put_modrm(&t->code, flags, M1, p->size ? 0xd1 : 0xd0, p->kind == RECIPE_LEFT, in_register(T0));
+        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_LEFT, in_register(T0));
+        put8(&t->code, (u64)p->value);
         load_flags(t, ALL);
-        put_modrm(&t->code, flags, M1, p->size ? 0xd1 : 0xd0, p->kind == RECIPE_RIGHT, in_register(T0));
+        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_RIGHT, in_register(T0));
+        put8(&t->code, (u64)p->value);
         break;
     default: put_modrm(&t->code, flags, M1, p->size ? 0x85 : 0x84, a, in_register(a)); break;
     }
@@ -208,12 +219,27 @@ static bool begin_rotation(struct translation *t, const struct record *r)
     if (t->where != IN_IMAGE && !(t->where == IN_RECIPE && t->recipe.kind >= RECIPE_LEFT))
         flags_to_image(t);
     t->where = IN_RECIPE;
-    t->recipe = (struct recipe){.kind = left ? RECIPE_LEFT : RECIPE_RIGHT, .size = r->size, .a = r->rm};
+    t->recipe = (struct recipe){.kind = left ? RECIPE_LEFT : RECIPE_RIGHT, .size = r->size, .a = r->rm,
+                                .value = o->operands[1] == oIb ? r->imm & (r->size == 3 ? 63 : 31) : 1};
     return true;
+}
+
+/* CF alone is written, and the others are in the image: CF is put there, which is faster than to load them. */
+static bool merges_carry(const struct translation *t)
+{
+    return t->writes == fC && t->where == IN_IMAGE && needed(t) & ~fC;
+}
+static void merge_carry(struct translation *t)
+{
+    put_modrm(&t->code, I_BYTE, M0F, 0x90 | CC_B, 0, in_register(T0));
+    put_modrm(&t->code, 0, M1, 0x80, GROUP_AND, FIELD(flags_image));
+    put8(&t->code, (u8)~fC);
+    put_modrm(&t->code, 0, M1, 0x08, T0, FIELD(flags_image));
 }
 
 void begin_flags(struct translation *t, const struct record *r)
 {
+    t->merge = false;
     if (!t->writes) {
         if (t->where == IN_RECIPE && recipe_uses(&t->recipe, registers_written(r, t->traits)))
             flags_to_image(t);
@@ -232,6 +258,13 @@ void begin_flags(struct translation *t, const struct record *r)
     }
     if (t->where != IN_HOST && needed(t) & ~fC && begin_rotation(t, r))
         return;
+    if (t->where == IN_RECIPE && t->writes == fC && needed(t) & ~fC)
+        flags_to_image(t);
+    if (merges_carry(t)) {
+        load_flags(t, t->reads);
+        t->merge = true;
+        return;
+    }
     if (t->where == IN_IMAGE)
         load_flags(t, needed(t));
     else if (t->where == IN_RECIPE && needed(t))
@@ -393,7 +426,7 @@ void emit_stubs(struct translation *t)
             if (s.budget)
                 alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), s.budget);
             if (s.stack)
-                lea64(&t->code, GUEST_RSP, in_memory(GUEST_RSP, s.stack));
+                move_stack(t, GUEST_RSP, s.stack);
             move_vectors(t, s.dirty, true);
             flags_to_image(t);
             emit_leave(t, s.record, s.block);
@@ -407,29 +440,25 @@ void emit_stubs(struct translation *t)
 
 /* ---- Memory -------------------------------------------------------------------------------------------------------------------- */
 
-/* The linear address of the memory operand, plus `more`, to a register. With `other`, no flags are changed in 64-bit mode
- * without FS and GS (LEA). */
+/* The linear address of the memory operand, plus `more`, to a register. With `other`, no flags are changed where there is no
+ * FS or GS (LEA). Addresses of 32 bits wrap with `more`: then it is of another page than without, as if it did not. */
 void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more)
 {
     struct code *code = &t->code;
     bool narrow = (r->prefix & PREFIX_ADDRESS) == 2;
-    if (r->base == GPR_IP * 8) {
-        u64 address = t->in->block->ip + (u64)r->disp;
-        load_constant(code, to, (narrow ? (u32)address : address) + (u64)(i64)more);
+    unsigned width = narrow ? 0 : I_W;
+    if (r->base == GPR_IP * 8 || (r->base == GPR_ZERO * 8 && r->index == GPR_ZERO * 8)) {
+        u64 address = (r->base == GPR_IP * 8 ? t->in->block->ip : 0) + (u64)r->disp + (u64)(i64)more;
+        load_constant(code, to, narrow ? (u32)address : address);
     } else {
-        i32 disp = (i32)r->disp + (narrow ? 0 : more);
-        bool has_base = r->base != GPR_ZERO * 8, has_index = r->index != GPR_ZERO * 8;
-        if (!has_base && !has_index) {
-            load_constant(code, to, (u64)(i64)disp);
-        } else if (!has_index) {
-            unsigned base = use(t, r->base, to);
-            if (disp || base != to)
-                lea64(code, to, in_memory(base, disp));
+        i32 disp = (i32)((u32)r->disp + (u32)more);
+        if (r->index == GPR_ZERO * 8) {
+            put_modrm(code, width, M1, 0x8d, to, in_memory(use(t, r->base, to), disp));
         } else {
             struct place p = {.memory = true, .base = NO_REGISTER, .index = (u8)use(t, r->index, to), .scale = r->scale,
                               .disp = disp};
             bool add = false;
-            if (has_base) {
+            if (r->base != GPR_ZERO * 8) {
                 if (pinned(r->base) != NO_REGISTER || p.index != to)
                     p.base = (u8)use(t, r->base, to);
                 else if (other != NO_REGISTER)
@@ -437,14 +466,9 @@ void emit_address(struct translation *t, const struct record *r, unsigned to, un
                 else
                     add = true;
             }
-            lea64(code, to, p);
+            put_modrm(code, width, M1, 0x8d, to, p);
             if (add)
-                put_modrm(code, I_W, M1, 0x03, to, guest_place(r->base));
-        }
-        if (narrow) {
-            load32(code, to, in_register(to));
-            if (more)
-                lea64(code, to, in_memory(to, more));
+                put_modrm(code, width, M1, 0x03, to, guest_place(r->base));
         }
     }
     if (r->seg >= SEG_FS)
@@ -467,11 +491,16 @@ static void flags_before_check(struct translation *t, const struct record *r)
 static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
 {
     struct stub *s = add_stub(t, leaves ? STUB_LEAVE : STUB_CALL, r);
-    s->restore = t->writes & t->precise;
+    s->restore = t->writes & t->precise && !merges_carry(t);
     stub_jump(s, from);
 }
 static void flags_behind_check(struct translation *t)
 {
+    t->merge = t->writes & t->precise && merges_carry(t);
+    if (t->merge) {
+        load_flags(t, t->reads);
+        return;
+    }
     if (t->where == IN_IMAGE && t->writes)
         load_flags(t, needed(t));
     if (t->writes & t->precise) {
@@ -515,25 +544,30 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
     flags_behind_check(t);
 }
 
-/* 8 bytes at a pinned register + disp. */
+/* An element of the stack at a pinned register + disp. */
 void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves)
 {
     struct code *code = &t->code;
-    unsigned host = pinned(guest_register * 8);
+    unsigned host = pinned(guest_register * 8), width = t->wide ? I_W : 0;
     i32 side = tlb_side(write);
     flags_before_check(t, r);
-    lea64(code, T0, in_memory(host, disp));
+    put_modrm(code, width, M1, 0x8d, T0, in_memory(host, disp));
     put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
     put8(code, INDEX_SHIFT);
     alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
     put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-    lea64(code, T1, in_memory(host, disp + 7));
+    put_modrm(code, width, M1, 0x8d, T1, in_memory(host, disp + (i32)stack_width(t) - 1));
     alu_constant(code, I_W, GROUP_AND, in_register(T1), -4096);
     put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
     slow_path(t, r, jump_if(code, CC_NE), leaves);
-    lea64(code, T1, in_memory(host, disp));
+    put_modrm(code, width, M1, 0x8d, T1, in_memory(host, disp));
     put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, side + 8));
     flags_behind_check(t);
+}
+
+void move_stack(struct translation *t, unsigned from, i32 by)
+{
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8d, GUEST_RSP, in_memory(from, by));
 }
 
 /* ---- Jumps ----------------------------------------------------------------------------------------------------------------------- */
@@ -542,6 +576,8 @@ int member_at(const struct translation *t, const struct record *r)
 {
     const struct block *b = t->in->block;
     u64 target = b->ip + r->at + r->length + (u64)(i64)r->imm;
+    if (!t->wide)
+        target = (u32)target;
     if (is_cut(t->translator, r))
         return -1;
     for (unsigned i = 0; i < t->member_count; i++)
@@ -605,7 +641,7 @@ static void emit_jump_after(struct translation *t, const struct record *r, i32 s
     jump_to_member(t, target);
 }
 void emit_jump(struct translation *t, const struct record *r) { emit_jump_after(t, r, 0); }
-void emit_call(struct translation *t, const struct record *r) { emit_jump_after(t, r, 8); }
+void emit_call(struct translation *t, const struct record *r) { emit_jump_after(t, r, (i32)stack_width(t)); }
 
 void find_block(struct translation *t, const struct record *r)
 {
@@ -677,7 +713,10 @@ static bool emit_record(struct translation *t, const struct member *m, const str
     unsigned stubs = t->stub_count;
     if (t->traits & (FLOW_BRANCH | FLOW_LEAVES))
         flush_vectors(t);
+    t->merge = false;
     o->emitter->emit(t, r);
+    if (t->merge)
+        merge_carry(t);
     for (unsigned i = stubs; i < t->stub_count; i++) {
         t->stubs[i].back = t->code.at;
         t->stubs[i].reload = t->vectors;

@@ -23,6 +23,8 @@ enum {
     WRITES_RBP = 32768,
     UNALIGNED = 65536,        /* 16 bytes of memory may lie anywhere */
     FLOAT = 131072,           /* it looks at MXCSR */
+    KEEPS_UNDEFINED = 262144, /* flags that the table calls undefined: Intel's processors keep them */
+    ROTATES = 524288,         /* a SHIFT that keeps OF, with a constant that is not 1 */
 };
 struct translation;
 struct emitter {
@@ -81,6 +83,8 @@ struct translation {
 
     /* Of the instruction that is emitted */
     bool asking;
+    bool merge;               /* CF goes to the image behind it */
+    bool wide;                /* 64-bit mode; else flat 32-bit */
     const struct member *in;
     const struct record *after_record; /* the next one */
     const struct opcode *row;
@@ -116,6 +120,9 @@ int member_at(const struct translation *t, const struct record *r); /* where a d
  * host's flags are what the instruction reads and keeps. `leaves`: the slow path is to leave at r. */
 void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves);
 void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves);
+void move_stack(struct translation *t, unsigned from, i32 by); /* rSP = a pinned register + by */
+ALWAYS_INLINE unsigned stack_width(const struct translation *t) { return t->wide ? 8 : 4; }
+ALWAYS_INLINE bool stack_sized(const struct translation *t, const struct record *r) { return r->size == (t->wide ? 3 : 2); }
 void use_vector(struct translation *t, unsigned n, bool reads, bool writes);
 void flush_vectors(struct translation *t);               /* to struct vcpu */
 void begin_flags(struct translation *t, const struct record *r); /* of an instruction without memory */
@@ -131,7 +138,7 @@ void emit_enter(struct translation *t, const struct record *r);  /* the block in
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
 
-extern struct operation operation_ADD, operation_AND, operation_CMP, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
+extern struct operation operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
     operation_SUB, operation_TEST, operation_XOR;
 
 /* region.c */

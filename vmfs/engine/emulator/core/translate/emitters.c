@@ -33,6 +33,11 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
 {
     const struct opcode *o = &opcodes[r->id];
     struct use reg = {0}, rm = {0};
+    if (o->attributes & A_NO64) {
+        if (opcode != 0x82)
+            return false;
+        opcode = 0x80;
+    }
     bool memory = false, modrm = o->digit != NO;
     unsigned immediate = 0, bytes = 0, vector = NO_REGISTER, vector_rm = NO_REGISTER;
     if (o->length != LNONE || !host_has(t->translator, o->feature))
@@ -84,7 +89,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     struct code *code = &t->code;
     bool vector_first = first_kind == VECTOR;
     if (vector_rm != NO_REGISTER)
-        use_vector(t, vector_rm, vector_first || traits & READS_FIRST || first_kind == REGISTER, !vector_first && traits & WRITES_FIRST && first_kind == VECTOR_RM);
+        use_vector(t, vector_rm, first_kind != VECTOR_RM || traits & READS_FIRST || vector == vector_rm,
+                   first_kind == VECTOR_RM && traits & WRITES_FIRST);
     if (vector != NO_REGISTER)
         use_vector(t, vector, !vector_first || traits & READS_FIRST, vector_first && traits & WRITES_FIRST);
     if (by_condition)
@@ -135,7 +141,7 @@ COPY(ADD, CHANGES); COPY(OR, CHANGES); COPY(ADC, CHANGES); COPY(SBB, CHANGES); C
 COPY(XOR, CHANGES); COPY(CMP, READS_FIRST); COPY(TEST, READS_FIRST); COPY(NOT, CHANGES); COPY(NEG, CHANGES);
 COPY(MOVZX, WRITES_FIRST); COPY(MOVSX, WRITES_FIRST); COPY(MOVSXD, WRITES_FIRST);
 COPY(XCHG, CHANGES | WRITES_SECOND); COPY(XADD, CHANGES | WRITES_SECOND); COPY(CMPXCHG, CHANGES | WRITES_RAX);
-COPY(ROL, CHANGES | SHIFT); COPY(ROR, CHANGES | SHIFT); COPY(RCL, CHANGES | SHIFT | READS_CARRY);
+COPY(ROL, CHANGES | SHIFT | ROTATES); COPY(ROR, CHANGES | SHIFT | ROTATES); COPY(RCL, CHANGES | SHIFT | READS_CARRY);
 COPY(RCR, CHANGES | SHIFT | READS_CARRY); COPY(SHL, CHANGES | SHIFT); COPY(SHR, CHANGES | SHIFT); COPY(SAR, CHANGES | SHIFT);
 COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);
 COPY(CBW, WRITES_RAX); COPY(CWD, WRITES_RDX);
@@ -163,7 +169,17 @@ const struct emitter E_BSWAP = {swap_bytes, CHANGES};
 /* INC, DEC: 40 to 4F are prefixes in the host's mode. */
 static bool step(struct translation *t, const struct record *r)
 {
-    return !(opcodes[r->id].attributes & A_NO64) && copy(t, r);
+    const struct opcode *o = &opcodes[r->id];
+    if (!(o->attributes & A_NO64))
+        return copy(t, r);
+    if (t->asking)
+        return true;
+    begin_flags(t, r);
+    unsigned host = pinned(r->rm);
+    if (host == NO_REGISTER)
+        return true; /* there are eight registers */
+    put_modrm(&t->code, r->size == 1 ? I_66 : 0, M1, 0xff, o->operation == &operation_DEC, in_register(host));
+    return true;
 }
 const struct emitter E_INC = {step, CHANGES}, E_DEC = {step, CHANGES};
 
@@ -181,13 +197,23 @@ static bool bit(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     return (r->prefix & PREFIX_REGISTER || o->operands[1] == oIb) && copy(t, r);
 }
-const struct emitter E_BT = {bit, READS_FIRST}, E_BTS = {bit, CHANGES}, E_BTR = {bit, CHANGES}, E_BTC = {bit, CHANGES};
+const struct emitter E_BT = {bit, READS_FIRST | KEEPS_UNDEFINED}, E_BTS = {bit, CHANGES | KEEPS_UNDEFINED},
+    E_BTR = {bit, CHANGES | KEEPS_UNDEFINED}, E_BTC = {bit, CHANGES | KEEPS_UNDEFINED};
 
 /* ---- Moves ---------------------------------------------------------------------------------------------------------------- */
 
 static bool mov(struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
+    bool load = operand_types[o->operands[1]].kind == OFFSET, store = operand_types[o->operands[0]].kind == OFFSET;
+    if (load || store) { /* rAX and an address */
+        if (t->asking)
+            return true;
+        unsigned flags = o->size == B ? 0 : r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
+        to_memory(t, r, 1u << r->size, store, false, false);
+        put_modrm(&t->code, flags, M1, (load ? 0x8a : 0x88) + (o->size != B), RAX, in_memory(T1, 0));
+        return true;
+    }
     if (o->operands[1] != oIv)
         return copy(t, r);
     unsigned host = pinned(r->rm);
@@ -213,7 +239,8 @@ static bool lea(struct translation *t, const struct record *r)
     unsigned host = pinned(r->reg);
     struct code *code = &t->code;
     bool plain = r->base != GPR_IP * 8 && host != NO_REGISTER && pinned(r->base) != NO_REGISTER &&
-                 (r->index == GPR_ZERO * 8 || pinned(r->index) != NO_REGISTER) && (r->prefix & PREFIX_ADDRESS) == 3;
+                 r->base != GPR_ZERO * 8 && (r->index == GPR_ZERO * 8 || pinned(r->index) != NO_REGISTER) &&
+                 (r->prefix & PREFIX_ADDRESS) >= r->size;
     if (plain) {
         struct place p = in_memory(pinned(r->base), (i32)r->disp);
         if (r->index != GPR_ZERO * 8) {
@@ -296,58 +323,76 @@ COMPARE(UCOMISS); COMPARE(UCOMISD); COMPARE(COMISS); COMPARE(COMISD);
 /* One CPU executes at a time. */
 const struct emitter E_LFENCE = {nop, NO_ACCESS}, E_MFENCE = {nop, NO_ACCESS}, E_SFENCE = {nop, NO_ACCESS};
 
-/* ---- The stack, of 64 bits --------------------------------------------------------------------------------------------------- */
+/* ---- The stack ----------------------------------------------------------------------------------------------------------------- */
+
+static void store_stack(struct translation *t, unsigned host)
+{
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x89, host, in_memory(T1, 0));
+}
+static void load_stack(struct translation *t, unsigned host)
+{
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8b, host, in_memory(T1, 0));
+}
 
 static bool push(struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
     bool constant = operand_types[o->operands[0]].kind == IMMEDIATE;
-    if (r->size != 3 || !(constant || o->operands[0] == oZv || r->prefix & PREFIX_REGISTER))
+    bool memory = o->operands[0] == oEv && !(r->prefix & PREFIX_REGISTER);
+    i32 width = (i32)stack_width(t);
+    if (!stack_sized(t, r))
         return false;
     if (t->asking)
         return true;
     struct code *code = &t->code;
-    to_stack(t, r, RSP, -8, true, false);
+    if (memory) {
+        to_memory(t, r, stack_width(t), false, false, false);
+        load_stack(t, T1);
+        store64(code, FIELD(scratch), T1);
+    }
+    to_stack(t, r, RSP, -width, true, false);
     if (constant) {
-        put_modrm(code, I_W, M1, 0xc7, 0, in_memory(T1, 0));
+        put_modrm(code, t->wide ? I_W : 0, M1, 0xc7, 0, in_memory(T1, 0));
         put32(code, (u64)(i64)r->imm);
+    } else if (memory) {
+        load64(code, T0, FIELD(scratch));
+        store_stack(t, T0);
     } else {
         unsigned host = pinned(r->rm);
         if (host == NO_REGISTER)
             load64(code, host = T0, guest_place(r->rm));
-        store64(code, in_memory(T1, 0), host);
+        store_stack(t, host);
     }
-    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, -8));
+    move_stack(t, GUEST_RSP, -width);
     return true;
 }
 const struct emitter E_PUSH = {push, STACK_WRITE};
 
 static bool pop(struct translation *t, const struct record *r)
 {
-    if (r->size != 3 || !(opcodes[r->id].operands[0] == oZv || r->prefix & PREFIX_REGISTER))
+    if (!stack_sized(t, r) || !(opcodes[r->id].operands[0] == oZv || r->prefix & PREFIX_REGISTER))
         return false;
     if (t->asking)
         return true;
-    struct code *code = &t->code;
     unsigned host = pinned(r->rm);
     to_stack(t, r, RSP, 0, false, false);
-    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, 8)); /* POP RSP writes it after that */
-    load64(code, host == NO_REGISTER ? T0 : host, in_memory(T1, 0));
+    move_stack(t, GUEST_RSP, (i32)stack_width(t)); /* POP rSP writes it after that */
+    load_stack(t, host == NO_REGISTER ? T0 : host);
     if (host == NO_REGISTER)
-        store64(code, guest_place(r->rm), T0);
+        store64(&t->code, guest_place(r->rm), T0);
     return true;
 }
 const struct emitter E_POP = {pop, STACK_READ | WRITES_FIRST};
 
 static bool leave_frame(struct translation *t, const struct record *r)
 {
-    if (r->size != 3)
+    if (!stack_sized(t, r))
         return false;
     if (t->asking)
         return true;
     to_stack(t, r, RBP, 0, false, false);
-    lea64(&t->code, GUEST_RSP, in_memory(RBP, 8));
-    load64(&t->code, RBP, in_memory(T1, 0));
+    move_stack(t, RBP, (i32)stack_width(t));
+    load_stack(t, RBP);
     return true;
 }
 const struct emitter E_LEAVE = {leave_frame, STACK_READ | WRITES_RBP};
@@ -358,6 +403,8 @@ static bool is_direct(const struct record *r) { return r->has_link; }
 
 static bool branch(struct translation *t, const struct record *r)
 {
+    if (!stack_sized(t, r))
+        return false;
     if (t->asking)
         return true;
     unsigned condition = emit_condition(t, opcodes[r->id].opcode & 15);
@@ -382,17 +429,17 @@ BRANCH(JP); BRANCH(JNP); BRANCH(JL); BRANCH(JGE); BRANCH(JLE); BRANCH(JG);
 static void load_target(struct translation *t, const struct record *r)
 {
     if (!(r->prefix & PREFIX_REGISTER)) {
-        to_memory(t, r, 8, false, false, true);
-        load64(&t->code, T1, in_memory(T1, 0));
+        to_memory(t, r, stack_width(t), false, false, true);
+        load_stack(t, T1);
     } else {
         unsigned host = pinned(r->rm);
-        load64(&t->code, T1, host == NO_REGISTER ? guest_place(r->rm) : in_register(host));
+        put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8b, T1, host == NO_REGISTER ? guest_place(r->rm) : in_register(host));
     }
 }
 
 static bool jmp(struct translation *t, const struct record *r)
 {
-    if (r->size != 3)
+    if (!stack_sized(t, r))
         return false;
     if (t->asking)
         return true;
@@ -410,7 +457,7 @@ const struct emitter E_JMP = {jmp, FLOW_JUMP | FLOW_LEAVES};
 
 static bool call(struct translation *t, const struct record *r)
 {
-    if (r->size != 3)
+    if (!stack_sized(t, r))
         return false;
     if (t->asking)
         return true;
@@ -421,10 +468,11 @@ static bool call(struct translation *t, const struct record *r)
         find_block(t, r);
         store64(code, FIELD(scratch), T1);
     }
-    to_stack(t, r, RSP, -8, true, true);
+    i32 width = (i32)stack_width(t);
+    to_stack(t, r, RSP, -width, true, true);
     load_constant(code, T0, t->in->block->ip + r->at + r->length);
-    store64(code, in_memory(T1, 0), T0);
-    lea64(code, GUEST_RSP, in_memory(GUEST_RSP, -8));
+    store_stack(t, T0);
+    move_stack(t, GUEST_RSP, -width);
     if (is_direct(r)) {
         emit_call(t, r);
         return true;
@@ -439,15 +487,15 @@ const struct emitter E_CALL = {call, STACK_WRITE | FLOW_JUMP | FLOW_LEAVES};
 static bool ret(struct translation *t, const struct record *r)
 {
     i32 more = opcodes[r->id].operands[0] == oIw ? (u16)r->imm : 0;
-    if (r->size != 3)
+    if (!stack_sized(t, r))
         return false;
     if (t->asking)
         return true;
     flags_to_image(t);
     to_stack(t, r, RSP, 0, false, true);
-    load64(&t->code, T1, in_memory(T1, 0));
+    load_stack(t, T1);
     find_block(t, r);
-    lea64(&t->code, GUEST_RSP, in_memory(GUEST_RSP, 8 + more));
+    move_stack(t, GUEST_RSP, (i32)stack_width(t) + more);
     emit_enter(t, r);
     return true;
 }

@@ -193,7 +193,7 @@ static void look_at_host(struct translator *t)
 
 struct translator *translator_create(void)
 {
-    if (number_of("VMFS_NO_JIT", 0) || !number_of("VMFS_JIT", 0))
+    if (number_of("VMFS_NO_JIT", 0))
         return NULL;
     struct translator *t = calloc(1, sizeof *t);
     if (!t)
@@ -427,6 +427,7 @@ static void translate(struct vcpu *c, struct block *first)
     struct part *p = room(c);
     w->c = c;
     w->translator = t;
+    w->wide = c->key & KEY_CODE64;
     w->member_count = w->instructions = w->stub_count = w->edge_count = 0;
     w->code.at = p->at;
     add_member(w, first);
@@ -475,7 +476,8 @@ void block_count(struct vcpu *c, const struct record *r)
     if (++b->entries > t->threshold) {
         t->work.translator = t;
         t->work.c = c;
-        if (!(b->key & KEY_CODE64) || b->key & KEY_TRACED || !b->count || b->physical[1] != ~0ull ||
+        t->work.wide = b->key & KEY_CODE64;
+        if (!(b->key & (KEY_CODE64 | KEY_FLAT)) || b->key & KEY_TRACED || !b->count || b->physical[1] != ~0ull ||
             (t->threshold && !worth_it(&t->work, b)))
             b->enter = r->run; /* for good */
         else
