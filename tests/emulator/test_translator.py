@@ -1,0 +1,196 @@
+"""Host code against the interpreter: loops of random instructions, in runs of random lengths, end with the same state.
+
+VMFS_JIT_THRESHOLD=0 translates each block before it first runs, VMFS_JIT_SEED cuts regions at random places.
+VMFS_LOOPS=2000 for a long run, VMFS_SEED for another one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+
+import pytest
+
+pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
+
+from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
+from vmfs.machine.memory import Memory  # noqa: E402
+from vmfs.words.modes import set_mode  # noqa: E402
+from vmfs.words.registers import write_registers  # noqa: E402
+
+LOOPS = int(os.environ.get("VMFS_LOOPS", "60"))
+SEED = int(os.environ.get("VMFS_SEED", "1"))
+RAM = 1 << 20
+CODE, DATA, COUNTER, STACK = 0x1000, 0x8000, 0xC000, 0x20000
+TIMES = 60
+INTERPRETED = {"VMFS_NO_JIT": "1"}
+WAYS = ({"VMFS_JIT_THRESHOLD": "0"}, {"VMFS_JIT_THRESHOLD": "3"}, {"VMFS_JIT_THRESHOLD": "0", "VMFS_JIT_SEED": "5"})
+
+
+# PADDD PXOR MOVDQA PADDQ COMISD; MOVUPS ADDPS SHUFPS; MOVDQU MOVSS; MULSD MOVSD; both ways where there are two
+VECTORS = (
+    *((b"\x66", bytes([0x0F, opcode])) for opcode in (0xFE, 0xEF, 0x6F, 0x7F, 0xD4, 0x2F)),
+    *((b"", bytes([0x0F, opcode])) for opcode in (0x10, 0x11, 0x58, 0xC6)),
+    *((b"\xf3", bytes([0x0F, opcode])) for opcode in (0x6F, 0x7F, 0x10)),
+    *((b"\xf2", bytes([0x0F, opcode])) for opcode in (0x59, 0x11)),
+)
+
+
+class Body:
+    """Instructions that fault only where they are to. Memory is at EBP, 64 KiB of which the loop does not run in."""
+
+    def __init__(self, rng: random.Random, wide: bool) -> None:
+        self._rng, self._wide = rng, wide
+        self._registers = [0, 1, 2, 3, 6, 7] + (list(range(8, 16)) if wide else [])
+
+    def register(self) -> int:
+        return self._rng.choice(self._registers)
+
+    def encode(
+        self, opcode: bytes, reg: int, *, byte: bool = False, prefix: bytes = b"", vector: bool = False
+    ) -> bytes:
+        """With a register or memory as r/m. `reg` is a register or a digit."""
+        rng = self._rng
+        rex = 0x48 if self._wide and not vector and rng.randrange(2) else 0x40 if self._wide and rng.randrange(2) else 0
+        size = b"\x66" if not byte and not vector and not rex & 8 and rng.randrange(6) == 0 else b""
+        if rng.randrange(3) == 0 and opcode != b"\x8d":
+            disp = rng.randrange(-128, 128) & (-16 if vector and rng.randrange(8) else -1)
+            rex |= reg >> 3 << 2
+            modrm = bytes([0x45 | (reg & 7) << 3, disp & 0xFF])  # [ebp + disp8]
+        else:
+            rm = rng.randrange(16 if self._wide else 8) if vector else self.register()
+            if byte and not rex and not rm >> 3 and not reg >> 3:
+                rm &= 3  # AL to BL; AH to BH below
+                rm |= rng.choice((0, 4))
+            rex |= reg >> 3 << 2 | rm >> 3
+            modrm = bytes([0xC0 | (reg & 7) << 3 | rm & 7])
+        if rex and self._wide:
+            rex |= 0x40
+        return size + prefix + (bytes([rex]) if rex else b"") + opcode + modrm
+
+    def instruction(self) -> bytes:
+        rng = self._rng
+        reg = self.register()
+        kind = rng.randrange(24)
+        if kind < 6:
+            operation = rng.randrange(8)
+            byte = rng.randrange(3) == 0
+            if byte and not self._wide or byte and reg < 4:
+                reg &= 3
+            form = rng.choice((0, 2)) + (not byte)
+            return self.encode(bytes([operation * 8 + form]), reg, byte=byte)
+        if kind == 6:
+            return self.encode(b"\x83", rng.randrange(8)) + bytes([rng.randrange(256)])
+        if kind == 7:
+            return self.encode(rng.choice((b"\x88", b"\x8a")), reg & 3, byte=True)
+        if kind == 8:
+            return self.encode(rng.choice((b"\x89", b"\x8b", b"\x87", b"\x85")), reg)
+        if kind == 9:  # shifts and rotations by a constant, one, CL
+            digit = rng.choice((0, 1, 2, 3, 4, 5, 7))
+            which = rng.randrange(3)
+            return self.encode((b"\xc1", b"\xd1", b"\xd3")[which], digit) + (
+                bytes([rng.randrange(40)]) if not which else b""
+            )
+        if kind == 10:
+            return self.encode(b"\xff", rng.randrange(2))
+        if kind == 11:
+            return self.encode(b"\xf7", rng.choice((2, 3, 4, 5)))
+        if kind == 12:
+            return self.encode(b"\x0f" + bytes([0x40 + rng.randrange(16)]), reg)
+        if kind == 13:
+            return self.encode(b"\x0f" + bytes([0x90 + rng.randrange(16)]), 0, byte=True)
+        if kind == 14:
+            return self.encode(b"\x0f" + rng.choice((b"\xb6", b"\xb7", b"\xbe", b"\xbf", b"\xaf")), reg)
+        if kind == 15:
+            return self.encode(b"\x0f" + rng.choice((b"\xbc", b"\xbd", b"\xc1", b"\xb1")), reg)
+        if kind == 16:
+            return self.encode(b"\x0f\xba", rng.choice((4, 5, 6, 7))) + bytes([rng.randrange(256)])
+        if kind == 17:
+            return self.encode(b"\x0f" + rng.choice((b"\xa4", b"\xac")), reg) + bytes([rng.randrange(16)])
+        if kind == 18:
+            return b"\x9c" + bytes([0x58 | rng.choice((0, 1, 2, 3, 6, 7))])  # PUSHF, POP: all flags, undefined ones too
+        if kind == 19:
+            return bytes([0x50 | rng.randrange(8), 0x58 | rng.choice((0, 1, 2, 3, 6, 7))])
+        if kind == 20:
+            return bytes([0x70 | rng.randrange(16), 0x00]) + rng.choice((b"", b"\xf5", b"\xf8", b"\xf9"))
+        if kind == 21:  # over an instruction
+            skipped = self.instruction()
+            return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
+        prefix, opcode = rng.choice(VECTORS)
+        code = self.encode(opcode, rng.randrange(16 if self._wide else 8), prefix=prefix, vector=True)
+        return code + (bytes([rng.randrange(256)]) if opcode == b"\x0f\xc6" else b"")
+
+
+def program(rng: random.Random, wide: bool) -> bytes:
+    """The loop, TIMES times, then HLT. A call in it, too."""
+    body = Body(rng, wide)
+    code = b"".join(body.instruction() for _ in range(rng.randrange(1, 40)))
+    inner = b"".join(body.instruction() for _ in range(rng.randrange(4))) + b"\xc3"
+    over = b"\xe9" + struct.pack("<i", len(inner))
+    entry = over + inner
+    calls = b"\xe8" + struct.pack("<i", -(len(code) + 5 + len(inner)))
+    loop = code + calls
+    counter = b"\xff\x0c\x25" if wide else b"\xff\x0d"
+    loop += counter + struct.pack("<I", COUNTER)  # DEC dword
+    loop += b"\x0f\x85" + struct.pack("<i", -(len(loop) + 6))
+    return entry + loop + b"\xf4"
+
+
+def result(
+    code: bytes, wide: bool, state: int, way: dict[str, str], budgets: random.Random | None, monkeypatch
+) -> tuple:
+    """Registers, vectors, memory, exit, instructions; and what the CPU counted."""
+    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in way.items():
+        monkeypatch.setenv(name, value)
+    rng = random.Random(state)
+    memory = Memory(RAM)
+    machine = EmulatorEngine().create_machine()
+    try:
+        machine.map_memory(0, 0, memory.fd, 0, RAM)
+        cpu = machine.create_vcpu(0)
+        set_mode(cpu, memory, RAM, "long" if wide else "protected")
+        memory.write(CODE, code)
+        memory.write(DATA - 256, rng.randbytes(512))
+        memory.write(COUNTER, struct.pack("<I", TIMES))
+        names = "rax rcx rdx rbx rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()[: None if wide else 6]
+        values = {name: rng.getrandbits(rng.choice((8, 32, 64 if wide else 32))) for name in names}
+        write_registers(cpu, {**values, "rip": CODE, "rsp": STACK, "rbp": DATA})
+        while True:
+            exit_ = cpu.run(budget=budgets.randrange(1, 200) if budgets else -1)
+            if exit_.REASON != "limit":
+                break
+        fpu = cpu.get_state("fpu")
+        counters = cpu.counters()
+        return (
+            exit_.line(),
+            cpu.get_state("regs"),
+            fpu,
+            memory.read(DATA - 256, 512),
+            counters["instructions"],
+            counters,
+        )
+    finally:
+        machine.close()
+        memory.close()
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["64-bit", "32-bit"])
+def test_loops(wide, monkeypatch):
+    for number in range(LOOPS):
+        rng = random.Random(SEED * 100_000 + number)
+        code = program(rng, wide)
+        expected = result(code, wide, number, INTERPRETED, None, monkeypatch)
+        for way in WAYS:
+            budgets = random.Random(number) if rng.randrange(2) else None
+            found = result(code, wide, number, way, budgets, monkeypatch)
+            assert found[:-1] == expected[:-1], f"loop {number}, {way}, budgets {budgets is not None}: {code.hex()}"
+
+
+def test_it_translates(monkeypatch):
+    """Without a word in the environment a hot loop becomes host code; with VMFS_NO_JIT it does not."""
+    code = b"\xff\xc0\xff\x0c\x25" + struct.pack("<I", COUNTER) + b"\x75\xf5\xf4"
+    assert result(code, True, 1, {}, None, monkeypatch)[-1]["regions"] > 0
+    assert result(code, True, 1, INTERPRETED, None, monkeypatch)[-1]["regions"] == 0
