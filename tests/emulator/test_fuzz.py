@@ -23,7 +23,14 @@ def native():
         pytest.skip("under AddressSanitizer the core runs alone: wild addresses would hit its shadow")
 
 
-def test_sample(program):
+@pytest.mark.parametrize(
+    "way",
+    [{"VMFS_NO_JIT": "1"}, {"VMFS_JIT_THRESHOLD": "0"}, {"VMFS_JIT_THRESHOLD": "0", "VMFS_JIT_SEED": "3"}],
+    ids=["interpreter", "translator", "random regions"],
+)
+def test_sample(way, program, monkeypatch):
+    for name, value in way.items():
+        monkeypatch.setenv(name, value)
     done = fuzzing.run(program, "--cases", CASES, "--seed", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"^total (\d+)$", done.stdout, re.M)[1]) >= CASES
