@@ -13,7 +13,7 @@ from bench.cpu import ENTER64, IMAGE_AT, KERNELS, RAM, STACK, build
 from bench.harness import Result
 from vmfs.engine import by_name
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
-from vmfs.fs.commands import parse_commands
+from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.machine import Vm
 from vmfs.machine.memory import Memory
 from vmfs.words.exits import Debug, Hlt

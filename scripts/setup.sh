@@ -41,6 +41,7 @@ need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the 
 need ovmf        test -e /usr/share/ovmf/OVMF.fd       # and it
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
+need libseccomp2 sh -c "ldconfig -p | grep -q libseccomp.so.2"   # machines are processes in a filter of system calls
 need acpica-tools has iasl              # tests read the ACPI tables with it
 need git         has git                # programs that copy files, of which tests see what they get
 need rsync       has rsync

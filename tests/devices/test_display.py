@@ -19,7 +19,7 @@ from vmfs.devices.vga import FRAME
 from vmfs.machine.memory import Memory
 from vmfs.words.errors import Gone, Invalid, Unsupported
 
-needs_font = pytest.mark.skipif(screen.find_vga_bios() is None, reason="no VGA BIOS here: apt-get install seabios")
+needs_font = pytest.mark.skipif(not screen.vga_bios(), reason="no VGA BIOS here: apt-get install seabios")
 ENABLED, LFB, DAC_8BIT, GETCAPS, NO_CLEAR = 0x01, 0x40, 0x20, 0x02, 0x80
 
 

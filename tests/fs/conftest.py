@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import socket
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +21,11 @@ from vmfs.fs.inodes import ROOT, Inodes
 from vmfs.fs.operations import Operations
 from vmfs.fs.scopes import RootScope
 from vmfs.fs.tree import RootDirectory
+from vmfs.host.credentials import Credentials
 from vmfs.host.machines import Host
+from vmfs.host.zygote import Job
+from vmfs.machine import worker
+from vmfs.words.errors import Invalid
 
 INFOS = (EngineInfo("fake", True, True, 1.5, 'it is "fake"'), EngineInfo("other", False, False, None, "no"))
 
@@ -58,12 +66,54 @@ class Descriptor:
             await self._kernel.call(self._kernel.operations.release, self.number)
 
 
+class Threads:
+    """In the place of the zygote: a machine is a thread of the test, so that it has the test's engine. `layers` are
+    none."""
+
+    layers: dict[str, str] = {}
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._numbers = itertools.count(1)
+
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
+        job, end = Job(next(self._numbers)), channel.dup()
+        token = trio.lowlevel.current_trio_token()
+        job.pid = os.getpid()
+        job.forked.set()
+
+        def ended() -> None:
+            job.code = 0
+            job.ended.set()
+
+        def live() -> None:
+            try:
+                trio.run(worker.serve, end, self._engine, self._named, memory_size)
+            finally:
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(ended)
+
+        threading.Thread(target=live, daemon=True).start()
+        return job
+
+    def _named(self, name: str) -> FakeEngine:
+        if name != self._engine.name:
+            raise Invalid(f"there is no engine {name}: {self._engine.name}")
+        return self._engine
+
+    def opener(self, who: Credentials, work: Any, answer: socket.socket) -> Job:
+        raise AssertionError("nothing of the host is opened here")
+
+    def kill(self, job: Job) -> None:
+        """A thread ends by itself."""
+
+
 class Kernel:
     """What the kernel does to Operations; failures are OSError."""
 
     def __init__(self, **limits: int) -> None:
         self.engine = FakeEngine()
-        self.host = Host(self.engine, **{"max_vms": 100, "max_memory": 1 << 40, **limits})
+        self.host = Host(Threads(self.engine), self.engine, **{"max_vms": 100, "max_memory": 1 << 40, **limits})
         self.inodes = Inodes()
         self.root = RootDirectory(self.inodes, RootScope(self.host, INFOS), 0o755, 0, 0)
         self.operations = Operations(self.inodes, self.host.capacity)
@@ -93,7 +143,10 @@ class Kernel:
         return Descriptor(self, info.fh, inode, info)
 
     async def mkdir(self, name: str, mode: int = 0o755) -> pyfuse3.EntryAttributes:
-        return await self.call(self.operations.mkdir, ROOT, os.fsencode(name), mode, self.context)
+        """The machine has its process (here: thread) from now on, so that `engine.cpu` is its CPU."""
+        entry = await self.call(self.operations.mkdir, ROOT, os.fsencode(name), mode, self.context)
+        await self.root.children[name].scope.machine.start()
+        return entry
 
     async def rmdir(self, name: str) -> None:
         await self.call(self.operations.rmdir, ROOT, os.fsencode(name), self.context)

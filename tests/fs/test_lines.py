@@ -12,7 +12,7 @@ from fs.conftest import run_on_fs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmfs.fs import lines
+from vmfs.machine.files import lines
 from vmfs.words.exits import Hlt, Io
 
 

@@ -8,7 +8,10 @@ import stat
 
 import pytest
 
-from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES
+from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES
+from vmfs.fs.kinds import LocalText
+from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS
+from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS
 from vmfs.machine.memory import DEFAULT_SIZE
 from vmfs.words.exits import Io
 
@@ -113,11 +116,29 @@ def test_names_stand_once():
         assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("row", (*FILES, *ROOT_FILES, *REGISTER_FILES.values()), ids=lambda row: row.name)
+ROWS = (*FILES, *ROOT_FILES, *REGISTER_ROWS.values(), *DEV_FILES, *DEVICE_FILES)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_mode_says_what_the_kind_can(row):
     assert bool(row.mode & 0o444) == row.kind.readable
     assert bool(row.mode & 0o222) == row.kind.writable
     assert not row.mode & ~0o666
+
+
+def test_the_machine_has_contents_for_each_name():
+    tables = (
+        (FILES, CONTENTS),
+        (DEV_FILES, DEV_KINDS),
+        (DEVICE_FILES, DEVICE_KINDS),
+        (REGISTER_ROWS.values(), REGISTER_KINDS),
+    )
+    for rows, kinds in tables:
+        assert {row.name for row in rows} == set(kinds)
+        for row in rows:
+            kind = kinds[row.name]
+            assert (row.kind.readable, row.kind.writable) == (kind.readable, kind.writable), row.name
+            assert row.kind.walked == kind.walked or isinstance(row.kind, LocalText), row.name
 
 
 def test_every_row_is_opened_for_what_it_can_and_for_nothing_else(on_fs):
@@ -204,7 +225,7 @@ def test_sizes_are_those_of_what_is_read(on_fs):
         for path in (*(f"a/{row.name}" for row in FILES), "a/reg/rax", "a/reg/cs", "a/reg/st0", "a/reg/msr.0x10"):
             row = next((one for one in FILES if path == f"a/{one.name}"), None)
             size = await kernel.size(path)
-            if row is not None and not row.kind.walked:
+            if row is not None and not CONTENTS[row.name].walked:
                 assert not size, path
             elif row is not None and row.name in ("mem", "core"):  # longer than one read
                 assert size >= DEFAULT_SIZE

@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from mounting import SOON, failing, wait_until
 
 from vmfs.debug.gdb import handover
 from vmfs.debug.gdb.packets import Decoder, Packet, frame
-from vmfs.fs.gdb_files import _Listener
-from vmfs.fs.rights import Credentials, HostError
-from vmfs.words.errors import NotPermitted
 
 
 class Peer:
@@ -135,27 +131,6 @@ def test_paths_that_are_there(machine, tmp_path):
     alive.listen()
     assert failing(machine.write, "gdb", f"{tmp_path}/alive\n") == errno.EADDRINUSE
     alive.close()
-
-
-def test_a_writer_has_no_more_than_its_own_rights():
-    if os.geteuid():
-        pytest.skip("only root can become somebody else")
-    nobody = Credentials(65534, 65534, ())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o777)
-        (folder / "closed").mkdir(mode=0o700)
-        listener = _Listener(str(folder / "theirs"), nobody)
-        status = (folder / "theirs").stat()
-        assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (65534, 65534, 0o600)
-        listener.close()
-        assert not (folder / "theirs").exists()
-        for where in (str(folder / "closed" / "socket"), ("127.0.0.1", 1)):
-            with pytest.raises(HostError) as caught:
-                _Listener(where, nobody)
-            assert caught.value.errno == errno.EACCES
-        with pytest.raises(NotPermitted):
-            _Listener(str(folder / "whose"), None)
 
 
 def test_one_gdb_at_a_time(machine, tmp_path):

@@ -75,7 +75,8 @@ def processes_of(directory):
 
 
 def server_of(directory):
-    (pid,) = [pid for pid, name in processes_of(directory).items() if name != "sh"]     # that is the watcher
+    # `sh` is the watcher, and the server's children say what they are.
+    (pid,) = [pid for pid, name in processes_of(directory).items() if name != "sh" and not name.startswith("vmfs-")]
     return pid
 
 

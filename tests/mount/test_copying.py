@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mounting import SOON, Machine
 
-from vmfs.fs.files import FILES
+from vmfs.machine.files.table import CONTENTS
 
 STORE_HLT = "c606003001 f4"  # mov byte [0x3000], 1; hlt
 # A boot sector: `A` to COM1, then it loops.
@@ -62,7 +62,7 @@ def _walk(path: Path) -> list[Path]:
     return sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
 
 
-_NO_FILES = {row.name for row in FILES if not row.kind.walked or not row.kind.readable} | {"add", "dirty"}
+_NO_FILES = {name for name, kind in CONTENTS.items() if not kind.walked or not kind.readable} | {"add", "dirty"}
 
 
 def _contents(vm: Machine) -> dict[str, bytes]:
@@ -86,13 +86,12 @@ def _assert_copied(copy: Path, vm: Machine) -> None:
         if name not in PASSING:
             assert (copy / name).read_bytes() == data, name
     for path in _walk(vm.path):
-        if not next(row.kind.walked for row in FILES if row.name == path.name) if path.name in _NAMES else False:
+        if path.name in CONTENTS and not CONTENTS[path.name].walked:
             assert (copy / path.relative_to(vm.path)).stat().st_size == 0, path
 
 
 # What could not be read is told in `error` meanwhile; on KVM, the clock goes on.
 PASSING = {"error", "clock", "reg/msr.0x10", "cpu0/reg/msr.0x10", "msrs", "cpu0/msrs", "lapic", "cpu0/lapic", "pit"}
-_NAMES = {row.name for row in FILES}
 
 
 def test_sizes_are_what_reading_gives(resting):

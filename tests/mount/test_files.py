@@ -410,7 +410,7 @@ def test_paths_on_the_mount_itself_are_refused(server, vm, tmp_path):
     ]
     for line in lines:
         assert failing(vm.write, "dev/add", line) == errno.EINVAL
-        assert " is on this mount itself: its server would wait for its own answers" in vm.read("error")
+        assert " is on this mount itself: its machine would wait for its own answers" in vm.read("error")
     for path in (f"{server.path}/socket", f"{tmp_path}/link/socket", f"{vm.path}/gdb"):
         assert failing(vm.write, "gdb", path) == errno.EINVAL
         assert vm.read("error").startswith(f"gdb: {path} is on this mount itself: ")

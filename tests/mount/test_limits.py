@@ -1,4 +1,5 @@
-"""A server without a free descriptor: each call fails with EMFILE or ENOSPC, and works again when there are some."""
+"""A server, or a machine's process, without a free descriptor: each call fails with EMFILE or ENOSPC, and works again
+when there are some."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import SOON, Machine, Server, reason_against, wait_until
+from mounting import SOON, Machine, reason_against, wait_until
 
 from vmfs.engine import ENGINES
 from vmfs.fs.files import FILES
@@ -22,22 +23,22 @@ SECTOR = bytes.fromhex("b001 e6f4").ljust(510, b"\0") + b"\x55\xaa"  # mov al, 1
 BIOS = bytes(0x20000 - 16) + bytes.fromhex("b001 e6f4").ljust(16, b"\xf4")
 
 
-def descriptors(server: Server) -> list[int]:
-    return sorted(int(name) for name in os.listdir(f"/proc/{server.server.pid}/fd"))
+def descriptors(pid: int) -> list[int]:
+    return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
 
 
-def limit(server: Server, room: int | None) -> None:
-    """Leave the server `room` descriptors more than it has; None: as many as it may have."""
-    _, most = resource.prlimit(server.server.pid, resource.RLIMIT_NOFILE)
+def limit(pid: int, room: int | None) -> None:
+    """Leave the process `room` descriptors more than it has; None: as many as it may have."""
+    _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     soft = most
     if room is not None:
-        taken, soft = set(descriptors(server)), 0
+        taken, soft = set(descriptors(pid)), 0
         while True:
             room -= soft not in taken
             if room < 0:
                 break
             soft += 1
-    resource.prlimit(server.server.pid, resource.RLIMIT_NOFILE, (soft, most))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, most))
 
 
 WAITING = ("vm_run", "vm_run.bin", "trace", "trace.bin", "console", "hvc", "virt")  # a read of these may
@@ -190,40 +191,51 @@ CALLS: dict[str, tuple[Callable[[Machine, Path], None] | None, Callable[[Machine
 }
 
 
+def process_of(vm: Machine) -> int:
+    """Of its process, which it has from now on."""
+    return int(dict(line.split() for line in vm.read("stat").splitlines() if len(line.split()) == 2)["pid"])
+
+
+@pytest.mark.parametrize("whose", ["server", "machine"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_without_descriptors_fails_and_then_works(server, tmp_path, name):
+def test_a_call_without_descriptors_fails_and_then_works(server, tmp_path, name, whose):
     prepare, act = CALLS[name]
-    server.make().path.rmdir()  # libfuse has pipes of its own from the first request on
-    before = descriptors(server)
+    process_of(one := server.make())  # libfuse has pipes of its own from the first request on
+    one.path.rmdir()
+    pid = server.server.pid
+    before = descriptors(pid)
     succeeded = False
     for room in range(MOST_NEEDED):
         vm = server.make()
         try:
             if prepare:
                 prepare(vm, tmp_path)
-            limit(server, room)
+            limited = pid if whose == "server" else process_of(vm)
+            limit(limited, room)
             try:
                 act(vm, tmp_path)
                 succeeded = True
             except OSError as error:
                 assert error.errno in EXHAUSTED, f"{error} with {room} descriptors: {vm.read('error')}"
             finally:
-                limit(server, None)
+                limit(limited, None)
             act(vm, tmp_path)
         finally:
             vm.path.rmdir()
         if succeeded:
             break
     assert succeeded
-    wait_until(lambda: descriptors(server) == before, "it has the descriptors that it had before")
+    wait_until(lambda: descriptors(pid) == before, "it has the descriptors that it had before")
     assert "Traceback" not in server.log.read_text()
 
 
 def test_a_machine_is_not_made_without_descriptors(server):
-    server.make().path.rmdir()
-    before = descriptors(server)
+    process_of(one := server.make())
+    one.path.rmdir()
+    pid = server.server.pid
+    before = descriptors(pid)
     for room in range(MOST_NEEDED):
-        limit(server, room)
+        limit(pid, room)
         path = server.path / "new"
         try:
             path.mkdir()
@@ -233,26 +245,26 @@ def test_a_machine_is_not_made_without_descriptors(server):
             path.rmdir()
             break
         finally:
-            limit(server, None)
-        assert not path.exists() and descriptors(server) == before
+            limit(pid, None)
+        assert not path.exists() and descriptors(pid) == before
     else:
         raise AssertionError("it was never made")
-    wait_until(lambda: descriptors(server) == before, "it has the descriptors that it had before")
+    wait_until(lambda: descriptors(pid) == before, "it has the descriptors that it had before")
 
 
 def test_a_gdb_waits_for_a_descriptor(server):
     vm = server.make()
     vm.write("gdb", "127.0.0.1:0")
     host, _, port = vm.read("gdb").strip().partition(":")
-    limit(server, 0)
+    limit(pid := process_of(vm), 0)
     try:
         with socket.create_connection((host, int(port))) as line:
             line.sendall(b"$?#3f")
             wait_until(lambda: "a connection has to wait" in server.log.read_text(), "it is told in the log")
-            limit(server, None)
+            limit(pid, None)
             line.settimeout(SOON)
             assert line.recv(1) == b"+"
     finally:
-        limit(server, None)
+        limit(pid, None)
         vm.path.rmdir()
     assert "Traceback" not in server.log.read_text()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import os
-import shutil
 import socket
 import struct
 import threading
@@ -18,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc.virtio_driver import SIZE, Bench, Driver
 
-from vmfs.devices.virtio.backends import MAX_FRAME, Passt, Stream, open_tap
+from vmfs.devices.virtio.backends import MAX_FRAME, Stream
 from vmfs.devices.virtio.net import F_MRG_RXBUF, Net
 from vmfs.devices.virtio.pci import EVENT_IDX
-from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.errors import Invalid
 
 HEADER = bytes(12)
 MAC = bytes.fromhex("525400123456")
@@ -374,48 +370,3 @@ def test_a_stream_in_any_pieces(frames: list[bytes], nonsense: int | None, cuts:
         wire.backend.close()
     assert got == frames
     assert failed == (nonsense is not None)
-
-
-def test_passt_starts_and_ends() -> None:
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed")
-    for uid in (0, 1000) if os.geteuid() == 0 else (os.geteuid(),):
-        backend = Passt(uid=uid, gid=uid)
-        pid = int(backend.describe()["pid"])
-        if os.geteuid() == 0:
-            assert os.stat(f"/proc/{pid}").st_uid == (uid or 65534)
-        backend.close()
-        assert not os.path.exists(f"/proc/{pid}")
-    with pytest.raises(Unsupported, match="nonesuch"):
-        Passt(uid=os.geteuid(), gid=os.getegid(), options=("-i", "nonesuch"))
-
-
-def test_tap_names_and_rights() -> None:
-    for name in ("", "x" * 16, "a/b", "a\0b"):
-        with pytest.raises(Invalid):
-            open_tap(os.open("/dev/null", os.O_RDWR), name)
-    with pytest.raises(Unsupported, match=os.strerror(errno.ENOTTY)):
-        open_tap(os.open("/dev/null", os.O_RDWR), "vmfs0")
-
-
-def test_frames_through_a_tap() -> None:
-    """What is written to an interface of the host is what its packet sockets see, and the other way round."""
-    try:
-        tap = open_tap(os.open("/dev/net/tun", os.O_RDWR), f"vmfs{os.getpid() % 100000}")
-    except (OSError, Unsupported) as error:
-        pytest.skip(f"no tap interface can be made here: {error}")
-    try:
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as packets:
-            request = struct.pack("<16sH22x", tap.name.encode(), 0x1043)  # up, running, multicast
-            fcntl.ioctl(packets, 0x8914, request)  # SIOCSIFFLAGS
-            packets.bind((tap.name, 0))
-            packets.settimeout(60)
-            frame = b"\xff" * 6 + MAC + b"\x88\xb5" + b"from the guest".ljust(50)
-            assert tap.send(frame)
-            while packets.recv(2000) != frame:
-                pass
-            packets.send(b"\xff" * 6 + MAC + b"\x88\xb5" + b"to the guest".ljust(50))
-            frames = iter(tap.receive, None)
-            assert any(b"to the guest" in one for one in frames if one)
-    finally:
-        tap.close()

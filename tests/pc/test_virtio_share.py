@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from pc.virtio_driver import Bench, Driver
 
 from vmfs.devices.virtio.ninep import MAX_FIDS, MAX_OPEN, MESSAGES, Server
 from vmfs.devices.virtio.share import Share
-from vmfs.fs.rights import Credentials, as_user
-from vmfs.words.errors import Invalid, NotPermitted
+from vmfs.words.errors import Invalid
 
 ROOM = 1 << 16
 
@@ -393,8 +391,8 @@ def test_hostile_messages(
 # ---- the device
 
 
-def plugged(bench: Bench, folder: Path, **options: Any) -> Driver:
-    share = Share(bench.board, "share0", 6, server_of(folder), "host", options.get("as_owner", lambda work: work()))
+def plugged(bench: Bench, folder: Path) -> Driver:
+    share = Share(bench.board, "share0", 6, server_of(folder), "host")
     return bench.plug(share).start()
 
 
@@ -423,55 +421,6 @@ def test_the_device_serves_and_forgets_at_reset(folder: Path) -> None:
     bench.close()
 
 
-def test_the_device_works_with_the_rights_of_its_owner(folder: Path) -> None:
-    bench = Bench()
-    threads = set()
-
-    def as_owner(work: Callable[[], None]) -> None:
-        threads.add(threading.get_ident())
-        work()
-
-    seen = []
-    driver = plugged(bench, folder, as_owner=as_owner)
-    handle = driver.device.server.handle  # type: ignore[attr-defined]
-    driver.device.server.handle = lambda *a: (seen.append(threading.get_ident()), handle(*a))[1]  # type: ignore[attr-defined]
-    through(driver).open("file")
-    assert set(seen) == threads and threading.get_ident() not in threads
-    bench.close()
-
-    def cannot(work: Callable[[], None]) -> None:
-        raise NotPermitted("the server is another user")
-
-    server = server_of(folder)
-    other = Bench()
-    with pytest.raises(NotPermitted):
-        Share(other.board, "share0", 6, server, "host", cannot)
-    server.close()
-    other.close()
-
-
-def test_the_kernel_checks_the_owner_of_the_share(folder: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can be another user")
-    (folder / "file").chmod(0o600)
-    (folder / "sub").chmod(0o777)
-    bench = Bench()
-    driver = plugged(bench, folder, as_owner=lambda work: as_user(Credentials(54321, 54322, (54323,)), work))
-    client = through(driver)
-    assert client.read(client.open("sub/deep"), 0, 9) == b"deeper"
-    for path, flags in (("file", os.O_RDONLY), ("sub/deep", os.O_RDWR)):
-        with refused(errno.EACCES):
-            client.open(path, flags)
-    with refused(errno.EACCES):
-        client.create("", "mine")
-    client.create("sub", "mine")
-    found = (folder / "sub" / "mine").stat()
-    assert (found.st_uid, found.st_gid) == (54321, 54322)
-    with refused(errno.EPERM):
-        client.setattr(client.walk("sub/mine"), 2, uid=0)
-    bench.close()
-
-
 def test_messages_that_are_none_are_the_drivers_error(folder: Path) -> None:
     for readable, room in ((b"short", 100), (bytes(100), 10)):
         bench = Bench()
@@ -487,6 +436,6 @@ def test_messages_that_are_none_are_the_drivers_error(folder: Path) -> None:
 def test_tags_that_linux_refuses(folder: Path, tag: str) -> None:
     bench, server = Bench(), server_of(folder)
     with pytest.raises(Invalid):
-        Share(bench.board, "share0", 6, server, tag, lambda work: work())
+        Share(bench.board, "share0", 6, server, tag)
     server.close()
     bench.close()

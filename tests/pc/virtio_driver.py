@@ -27,10 +27,17 @@ Buffer = tuple[int, int, bool]  # address, length, whether the device writes it
 
 
 class FakeMachine:
-    """The interrupt lines of a machine, and nothing else."""
+    """The interrupt lines of a machine, whose time stands still, and nothing else."""
 
     def __init__(self) -> None:
         self.lines: dict[int, bool] = {}
+
+    def get_state(self, name: str) -> bytes:
+        assert name == "clock"
+        return bytes(48)
+
+    def set_deadline(self, when: int | None) -> None:
+        """It never comes."""
 
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines[gsi] = level

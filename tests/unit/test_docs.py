@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from vmfs.fs.commands import COMMANDS
 from vmfs.fs.files import FILES, ROOT_FILES
+from vmfs.machine.files.commands import COMMANDS
 from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vmfs.debug import points as module
 from vmfs.debug.points import Points
 from vmfs.engine.base import Breakpoint
-from vmfs.fs.commands import parse_commands
+from vmfs.machine.files.commands import parse_commands
 from vmfs.words.errors import Invalid, LimitReached
 
 

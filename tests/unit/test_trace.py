@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import _RECORD, AT, EXIT, INSN, MEM, TraceSettings, TraceText, parse_modes, parse_span
 from vmfs.debug.trace_buffer import Chunk, TraceBuffer, count
-from vmfs.fs.commands import parse_commands
+from vmfs.machine.files.commands import parse_commands
 from vmfs.words.errors import Invalid, Unsupported
 
 NOBODY = SymbolTable()

@@ -8,35 +8,25 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmfs.devices.machine import Pc
 from vmfs.devices.pci import PciDevice
-from vmfs.devices.virtio.backends import Passt, open_tap
+from vmfs.devices.virtio.backends import Passt, Tap
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import open_disk
 from vmfs.devices.virtio.net import Net
-from vmfs.devices.virtio.ninep import Server
 from vmfs.devices.virtio.rng import Rng
-from vmfs.devices.virtio.share import Share
+from vmfs.devices.virtio.share import RemoteServer, Share
 from vmfs.words.errors import Invalid
 
 if TYPE_CHECKING:
+    from vmfs.machine.door import Door
     from vmfs.machine.machine import Vm
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """Whoever has written the line: `do` does a piece of work with its rights, `open` is open(2) for within it, and
-    `who` has its `uid`, `gid` and `groups`. `own_device` is the st_dev of this mount, where `open` opens nothing."""
-
-    do: Callable[[Callable[[], Any]], Any]
-    open: Callable[[str, int], int]
-    who: Any
-    own_device: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +43,33 @@ class Request:
 class Row:
     """`usage` is the line; `least` and `most` are how many words may follow the kind.
 
-    `acquire` gets what the host has to give, as the writer and with no lock held; `make` makes the device of it.
+    `acquire` gets what the host has to give, through the door and with no lock held; `make` makes the device of it.
     """
 
     usage: str
     least: int
     most: int
-    acquire: Callable[[Writer, list[str]], Any]
+    acquire: Callable[[Door, list[str]], Any]
     make: Callable[[Request, Any], PciDevice]
 
 
-def _open_disk(writer: Writer, words: list[str]) -> Any:
+def _open_disk(door: Door, words: list[str]) -> Any:
     path, mode = words[0], words[1] if len(words) > 1 else "rw"
     if mode not in ("ro", "rw", "cow"):
         raise Invalid(f"dev/add: a disk is ro, rw or cow, not {mode[:20]!r}")
     flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
-    disk = open_disk(writer.do(lambda: writer.open(path, flags)), mode)
+    disk = open_disk(
+        door.open(path, flags), mode, lambda: door.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
+    )
     return disk, path
 
 
-def _open_net(writer: Writer, words: list[str]) -> Any:
+def _open_net(door: Door, words: list[str]) -> Any:
     kind, rest = words[0], words[1:]
     if kind == "user":
-        who = writer.who
-        writer.do(lambda: None)  # whether the server can be the writer at all
-        return Passt(uid=who.uid, gid=who.gid, groups=who.groups, options=tuple(rest))
+        return Passt(*door.passt(tuple(rest)))
     if kind == "tap" and len(rest) == 1:
-        return writer.do(lambda: open_tap(writer.open("/dev/net/tun", os.O_RDWR), rest[0]))
+        return Tap(door.tap(rest[0]), rest[0])
     raise Invalid(f"dev/add: it is `{ATTACHABLE['net'].usage}`")
 
 
@@ -88,18 +78,16 @@ def _mac() -> bytes:
     return b"\x52\x54\x00" + os.urandom(3)
 
 
-def _open_share(writer: Writer, words: list[str]) -> Any:
+def _open_share(door: Door, words: list[str]) -> Any:
     mode = words[2] if len(words) > 2 else "rw"
     if mode not in ("ro", "rw"):
         raise Invalid(f"dev/add: a share is ro or rw, not {mode[:20]!r}")
-    root = writer.do(lambda: writer.open(words[0], os.O_PATH | os.O_DIRECTORY))
-    return Server(root, read_only=mode == "ro", barred=writer.own_device), writer.do
+    return RemoteServer(door.share(words[0], mode == "ro"), read_only=mode == "ro")
 
 
-def _make_share(request: Request, acquired: Any) -> PciDevice:
-    server, as_owner = acquired
+def _make_share(request: Request, server: Any) -> PciDevice:
     path, tag = request.words[:2]
-    return Share(request.board, request.name, request.slot, server, tag, as_owner, path=path)
+    return Share(request.board, request.name, request.slot, server, tag, path=path)
 
 
 ATTACHABLE: Mapping[str, Row] = {
@@ -117,8 +105,8 @@ ATTACHABLE: Mapping[str, Row] = {
         _open_net,
         lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac()),
     ),
-    "rng": Row("rng", 0, 0, lambda writer, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
-    "hvc": Row("hvc", 0, 0, lambda writer, words: None, lambda r, _: Console(r.board, r.name, r.slot)),
+    "rng": Row("rng", 0, 0, lambda door, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
+    "hvc": Row("hvc", 0, 0, lambda door, words: None, lambda r, _: Console(r.board, r.name, r.slot)),
     "share": Row("share FOLDER TAG [ro|rw]", 2, 3, _open_share, _make_share),
 }
 
@@ -146,11 +134,11 @@ def parse_attachment(text: str) -> Attachment:
     return Attachment(words[0], words[1:])
 
 
-def attach(vm: Vm, asked: Attachment, writer: Writer) -> PciDevice:
+def attach(vm: Vm, asked: Attachment, door: Door) -> PciDevice:
     """Do what a line says. Busy after the first run."""
     kind, arguments, row = asked.kind, asked.arguments, ATTACHABLE[asked.kind]
     vm.check_attachable()
-    resource = row.acquire(writer, arguments)
+    resource = row.acquire(door, arguments)
 
     def make(board: Pc) -> PciDevice:
         number = 0

@@ -18,7 +18,7 @@ from vmfs.devices.device import Window
 from vmfs.devices.pci import Bar, PciDevice
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe
 from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga
-from vmfs.machine.memory import punch
+from vmfs.machine.hostfile import punch
 from vmfs.words.errors import Gone, Invalid, VmfsError
 
 FRAMEBUFFER_SIZE = 16 << 20

@@ -18,7 +18,7 @@ from vmfs.devices.i8042 import I8042
 from vmfs.devices.pci import Bridge, HostBridge
 from vmfs.devices.power import Power, PowerFunction
 from vmfs.devices.rtc import Rtc
-from vmfs.devices.screen import find_vga_bios
+from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.engine.base import Machine
 from vmfs.machine.memory import Memory
@@ -75,8 +75,8 @@ class Pc(Board):
         """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display."""
         fw_cfg = self.devices["fw-cfg"]
         assert isinstance(fw_cfg, FwCfg)
-        vga_bios = find_vga_bios()
-        roms = {} if vga_bios is None else {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": vga_bios.read_bytes()}
+        rom = vga_bios()
+        roms = {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": rom} if rom else {}
         fw_cfg.set_files({**roms, **files})
 
     def memory_resized(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -26,8 +27,15 @@ _FONT_HEIGHT = 16
 _LINES_DRAWN = range(0xC0, 0xE0)  # characters whose ninth column repeats the eighth
 
 
-def find_vga_bios() -> Path | None:
-    return next((path for path in VGA_BIOSES if path.is_file()), None)
+def vga_bios() -> bytes:
+    """The host's VGA BIOS; empty where it has none. Read once: a machine in its sandbox opens no file."""
+    return _first_of(VGA_BIOSES)
+
+
+@functools.cache
+def _first_of(paths: tuple[Path, ...]) -> bytes:
+    path = next((path for path in paths if path.is_file()), None)
+    return b"" if path is None else path.read_bytes()
 
 
 class Cells:
@@ -110,8 +118,7 @@ def _font(display: Display, mode: TextMode, memory: MemoryView) -> Callable[[int
 
 def host_font() -> bytes:
     """256 glyphs of 8x16, 16 bytes each. Unsupported where the host has none."""
-    path = find_vga_bios()
-    data = path.read_bytes() if path is not None else b""
+    data = vga_bios()
     at = data.find(_FONT_BEGINS)
     if at < 0 or at + 256 * _FONT_HEIGHT > len(data):
         raise Unsupported("screen.png: the guest has loaded no font, and there is no VGA BIOS here (package seabios)")

@@ -223,6 +223,12 @@ class Engine(abc.ABC):
     def probe(self) -> Availability:
         """Whether the engine works here, found out by trying; never raises."""
 
+    def prepare(self) -> None:  # noqa: B027
+        """Get what machines need of the host, while this process may: they are made by a child that may not.
+
+        What is missing is said by `create_machine`.
+        """
+
     @abc.abstractmethod
     def create_machine(self) -> Machine:
         """A machine without memory and CPUs."""

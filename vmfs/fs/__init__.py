@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
@@ -19,8 +18,10 @@ from vmfs.fs.inodes import Inodes
 from vmfs.fs.operations import Operations
 from vmfs.fs.scopes import RootScope
 from vmfs.fs.tree import RootDirectory
+from vmfs.host import mounts
 from vmfs.host.machines import Host
 from vmfs.host.settings import MountSettings
+from vmfs.host.zygote import Zygote
 from vmfs.words.errors import EngineFailed
 
 log = logging.getLogger(__name__)
@@ -41,16 +42,21 @@ def serve(
     In the main thread. `ready` is called when the mount answers. VmfsError when it cannot be mounted. At the
     end all machines are closed.
     """
-    infos = engine.describe(engines)
-    chosen = engine.choose(settings.engine, infos, engines)
-    host = Host(
-        chosen, max_vms=settings.max_vms or sys.maxsize, max_memory=settings.max_memory or sys.maxsize
-    )
     _allow_descriptors()
+    zygote = Zygote.start(engines)  # before there are threads
     before = {number: signal.getsignal(number) for number in ENDING}
     try:
-        trio.run(_serve, mountpoint, settings, ready, host, infos)
+        infos = engine.describe(engines)
+        chosen = engine.choose(settings.engine, infos, engines)
+        host = Host(
+            zygote,
+            chosen,
+            max_vms=settings.max_vms or sys.maxsize,
+            max_memory=settings.max_memory or sys.maxsize,
+        )
+        trio.run(_serve, mountpoint, settings, ready, host, zygote, infos)
     finally:
+        zygote.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -60,6 +66,7 @@ async def _serve(
     settings: MountSettings,
     ready: Callable[[], None],
     host: Host,
+    zygote: Zygote,
     infos: tuple[engine.EngineInfo, ...],
 ) -> None:
     inodes = Inodes()
@@ -71,6 +78,7 @@ async def _serve(
     operations = Operations(inodes, host.capacity, began)
 
     before = fuse_descriptors()
+    where = os.path.realpath(mountpoint)
     try:
         pyfuse3.init(operations, mountpoint, _options(settings))
     except RuntimeError as error:
@@ -79,15 +87,20 @@ async def _serve(
         (descriptor,) = fuse_descriptors() - before
         scope.connection = connection = Connection(os.dup(descriptor))
         try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(_watch_signals, root)
-                nursery.start_soon(_watch_abort, connection, root)
-                nursery.start_soon(_tell, began, ready, mountpoint, host)
-                await pyfuse3.main(max_tasks=MAX_TASKS)
-                nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as outer:
+                await outer.start(zygote.serve)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(_watch_signals, root)
+                        nursery.start_soon(_watch_abort, connection, root)
+                        nursery.start_soon(_tell, began, ready, where, host)
+                        await pyfuse3.main(max_tasks=MAX_TASKS)
+                        nursery.cancel_scope.cancel()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await root.close()  # machines end by themselves, while the zygote tells of it
+                    outer.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True):
-                await root.close()
             connection.close()
     finally:
         pyfuse3.close(unmount=True)
@@ -111,9 +124,9 @@ def _options(settings: MountSettings) -> set[str]:
 
 async def _tell(began: trio.Event, ready: Callable[[], None], mountpoint: str, host: Host) -> None:
     await began.wait()
-    with contextlib.suppress(OSError):  # it may be unmounted by now
-        # In a thread: this server answers it.
-        host.own_device = (await trio.to_thread.run_sync(os.stat, mountpoint)).st_dev
+    for mount in mounts.table():  # not by a stat, which this server answers, and the kernel remembers
+        if mount.path == mountpoint:
+            host.own_device = mount.device
     log.info("mounted")
     ready()
 

@@ -12,14 +12,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-import trio
-
 from vmfs.words.errors import Gone, Invalid, NotPermitted, NotThere, VmfsError
 
 POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Linux asm-generic/poll.h
 ROOT = 1
 ATTR_SECONDS = 3600  # attributes other than sizes change only by calls that come through the kernel
-
 
 WALK, WALK_OF = 3, 4  # the last three files that a walker has opened are of the four before this one
 MOST_WALKERS = 16  # of which a scope knows what they opened
@@ -34,22 +31,16 @@ class Waker(Protocol):
 class Scope:
     """What lives and dies together. After `remove` its open files answer ENODEV, and whoever waits is woken.
 
-    `complaint` is the last failure in a sentence, until the same succeeds. Used on the trio loop only, except
-    `changed`.
+    `complaint` is the last failure in a sentence, until the same succeeds. Used on the trio loop only.
     """
-
-    def modified_ns(self) -> int:
-        """When files that show its state last changed, for their mtime; 0 where they never do."""
-        return 0
 
     def __init__(self) -> None:
         self.removed = False
         self.complaint = ""
         self._complaint_about: object = None
         self._opened: dict[int, tuple[str, ...]] = {}  # the files that a process has last opened, for reading only
-        self._waiting: set[trio.Event] = set()
-        self._pollers: dict[Handle, Waker] = {}
-        self._token: trio.lowlevel.TrioToken | None = None
+        self.modified_ns = 0  # when files that show its state last changed, for their mtime; 0 where they never do
+        self._pollers: dict[int, Waker] = {}
 
     def touch(self) -> None:
         """Something was written."""
@@ -86,41 +77,27 @@ class Scope:
 
     def remove(self) -> None:
         self.removed = True
-        for event in self._waiting:
-            event.set()
-        self.wake()
+        self.wake_all()
 
-    def waiting(self) -> _Waiting:
-        """`with scope.waiting() as event:` an event that removal sets, or whoever has it."""
-        return _Waiting(self._waiting)
-
-    def watch(self, handle: Handle, waker: Waker) -> None:
-        """Wake that poll at the next `wake`."""
-        self._token = trio.lowlevel.current_trio_token()
+    def watch(self, handle: int, waker: Waker) -> None:
+        """Wake that poll, of the open file with that number, at the next `wake`."""
         self._pollers[handle] = waker
 
-    def unwatch(self, handle: Handle) -> None:
+    def unwatch(self, handle: int) -> None:
         self._pollers.pop(handle, None)
 
-    def watched(self, handle: Handle) -> bool:
-        return handle in self._pollers
-
-    def wake(self) -> None:
-        """Have everyone who polls ask again."""
-        pollers, self._pollers = self._pollers, {}
-        for waker in pollers.values():
+    def wake(self, handle: int) -> None:
+        """Have who polls that open file ask again."""
+        waker = self._pollers.pop(handle, None)
+        if waker is not None:
             try:
                 waker.notify()
             except OSError:  # its file is gone
                 pass
 
-    def changed(self) -> None:
-        """Something may have changed. From any thread; costs nothing while nobody polls."""
-        if self._pollers and self._token:
-            try:
-                self._token.run_sync_soon(self.wake, idempotent=True)
-            except trio.RunFinishedError:
-                pass
+    def wake_all(self) -> None:
+        for handle in list(self._pollers):
+            self.wake(handle)
 
 
 def _walks(opened: tuple[str, ...], names: tuple[str, ...], most: int) -> bool:
@@ -130,35 +107,20 @@ def _walks(opened: tuple[str, ...], names: tuple[str, ...], most: int) -> bool:
     return len(opened) >= need and all(name in left for name in opened[-need:])
 
 
-class _Waiting:
-    def __init__(self, events: set[trio.Event]) -> None:
-        self._events = events
-        self._event = trio.Event()
-
-    def __enter__(self) -> trio.Event:
-        self._events.add(self._event)
-        return self._event
-
-    def __exit__(self, *exception: object) -> None:
-        self._events.discard(self._event)
-
-
 class Handle:
-    """An open file. `pid` (0: unknown) is who opened it, `nonblocking` whether with O_NONBLOCK."""
+    """An open file. `pid` (0: unknown) is who opened it."""
 
     direct_io = True  # the server answers every read; a size of 0 does not cut them
     keep_cache = False
     tells_closing = False  # `flush` is called
-    appending = False  # opened with O_APPEND
     walking = False  # opened for reading by who reads all files of a directory
     unsaved = False  # `flush` has something to do
     waits = False  # what was written has not been understood yet
 
-    def __init__(self, node: File, pid: int, nonblocking: bool) -> None:
+    def __init__(self, node: File, pid: int) -> None:
         self.node = node
         self.scope: Any = node.scope
         self.pid = pid
-        self.nonblocking = nonblocking
 
     async def read(self, offset: int, size: int) -> bytes:
         raise Invalid(f"{self.node.name} cannot be read")
@@ -169,8 +131,9 @@ class Handle:
     async def flush(self) -> None:
         """A close(2), of one of its descriptors: what this raises, that call fails with."""
 
-    def poll(self) -> int:
-        """What would not block, as POLL_ bits. A plain file never blocks."""
+    async def poll(self, waker: Waker | None) -> int:
+        """What would not block, as POLL_ bits; a plain file never blocks. `waker` is notified when that may be other.
+        """
         return POLL_IN | POLL_OUT
 
     def prepare_answer(self) -> None:
@@ -185,37 +148,26 @@ class Kind:
 
     readable = True
     writable = False
-    attr_seconds: float = 0  # for which the kernel may keep size, blocks and mtime
-    dated = True  # its mtime is when its machine last changed
+    sized = False  # its size may change: the kernel asks for the attributes each time
     reading_acts = False  # a read changes the machine: only who may write the file may read it
+    dated = True  # its mtime is when its machine last changed
     walked = True  # a program that copies or compares whole directories reads it, as any file
 
-    def size(self, scope: Any) -> int | None:
-        """The bytes that reading gives; None where `measure` has to find out. 0, as in /proc, for streams and what
-        acts, and where a machine that runs would have to stop for it."""
-        return 0
-
-    async def measure(self, scope: Any) -> int:
-        """Where `size` does not know: by making the contents. Only stat asks for that; `ls` without -l does not."""
+    async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
+        """`flags` of open(2), whose it is, and whether it is by who reads all files of a directory. Called only for
+        what the kind is readable and writable for."""
         raise NotImplementedError
 
-    def blocks(self, scope: Any, size: int) -> int:
-        """512-byte blocks in use. A file with a size and no block is taken for a hole by tar -S."""
-        return -(-size // 512)
-
-    def truncate(self, scope: Any, size: int, opened: bool) -> None:
+    async def truncate(self, node: File, size: int, opened: bool) -> None:
         """O_TRUNC or truncate(2), or, on an open file, ftruncate(2). Ignored where it means nothing."""
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        """`writing`: not O_RDONLY. Called only for what the kind is readable and writable for."""
-        raise NotImplementedError
+    def local_size(self, node: File) -> tuple[int, int] | None:
+        """st_size and st_blocks, where the server knows them; None: the machine is asked."""
+        return None
 
-
-class EmptyHandle(Handle):
-    """What who walks a directory gets of a file that is no plain one: its end."""
-
-    async def read(self, offset: int, size: int) -> bytes:
-        return b""
+    def added_size(self, node: File) -> int:
+        """Bytes that the server adds to what the machine gives."""
+        return 0
 
 
 class Node:
@@ -236,48 +188,33 @@ class Node:
         self.lookups = 0
         self.number = inodes.add(self)
 
+    size = (0, 0)  # st_size and st_blocks, as they were last measured
+
     @property
     def st_mode(self) -> int:
         return self.format | self.mode
-
-    size = blocks = 0  # as `look` or `measure` last found them
-
-    def look(self) -> None:
-        """Find out `size` and `blocks` where that is quick."""
-
-    async def measure(self) -> None:
-        """Find out `size` and `blocks`."""
 
     def modified_ns(self) -> int:
         return self.mtime_ns
 
 
 class File(Node):
+    """`path`: from the directory of its scope on, as its machine knows it."""
+
     format = stat.S_IFREG
 
     def __init__(
-        self, inodes: Inodes, scope: Scope, name: str, mode: int, uid: int, gid: int, kind: Kind
+        self, inodes: Inodes, scope: Scope, path: str, mode: int, uid: int, gid: int, kind: Kind
     ) -> None:
-        super().__init__(inodes, scope, name, mode, uid, gid)
+        super().__init__(inodes, scope, path.rpartition("/")[2], mode, uid, gid)
+        self.path = path
         self.kind = kind
-        self.group = name  # what failures are told by: `error` is about the last write of such a file
+        self.group = self.name  # what failures are told by: `error` is about the last write of such a file
         self.follows: tuple[tuple[str, ...], ...] = ()  # the names that come before it in a walk
-        self.attr_seconds = kind.attr_seconds
-
-    def look(self) -> None:
-        size = self.kind.size(self.scope)
-        if size is not None:
-            self.size, self.blocks = size, self.kind.blocks(self.scope, size)
-
-    async def measure(self) -> None:
-        if self.kind.size(self.scope) is None:
-            self.size = await self.kind.measure(self.scope)
-            self.blocks = self.kind.blocks(self.scope, self.size)
-        else:
-            self.look()
+        self.attr_seconds = 0 if kind.sized else ATTR_SECONDS
 
     def modified_ns(self) -> int:
-        return max(self.mtime_ns, self.scope.modified_ns()) if self.kind.dated else self.mtime_ns
+        return max(self.mtime_ns, self.scope.modified_ns) if self.kind.dated else self.mtime_ns
 
 
 class Directory(Node):
@@ -320,7 +257,7 @@ class Directory(Node):
         """Why a file that is not there cannot be opened: O_CREAT, as shells have it, makes none."""
         return NotThere("there is no such file; a machine has those that it has")
 
-    async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
+    async def mkdir(self, name: str, mode: int, caller: Any) -> Node:
         raise NotPermitted("directories are made at the root of the mount only")
 
     async def rmdir(self, name: str) -> None:

@@ -1,440 +1,236 @@
-"""The few kinds of behaviour that files have: text, binary state, bytes of an access, runs, interrupts.
+"""The kinds of files, as names: what their machine answers, and the few that the server answers by itself.
 
-(`memory_file.py` has one more.) A kind is a value in a row of FILES. It gets its machine, or the root's data,
-as `scope`.
+(`mapped.py` has those that the kernel serves.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import struct
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
-from vmfs.fs.commands import parse_bound, parse_command
 from vmfs.fs.hooks import _fuse
-from vmfs.fs.inodes import ATTR_SECONDS, POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
+from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.lines import Do, LineHandle
-from vmfs.fs.waiting import finished, settled, value_of
-from vmfs.machine.control import UNBOUND, Bound, Run
-from vmfs.words import exits
-from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, LimitReached, PastEnd, VmfsError, WouldBlock, known
+from vmfs.host.credentials import Credentials, credentials_of
+from vmfs.host.process import CallFailed, MachineProcess
+from vmfs.words import commands
+from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
+from vmfs.words.errors import Gone, Interrupted
 
-DATE_SECONDS = 1.0  # for which the kernel may keep the attributes of what always has the same size: an mtime
-STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
-QUEUE_LOOK_SECONDS = 0.02
-# A run to the next port access takes some 20 us, and sleeping in trio until its end 150. So one that is
-# expected to be short is waited for on the spot for a moment, as an ioctl is.
-SHORT_SECONDS = 200e-6
-LONG_SECONDS = 1e-3  # what takes so long does not make one expect a short run
+# How long a machine may take to answer a call whose caller was signalled: its guest has to stop first.
+INTERRUPT_SECONDS = 2.0
 
 
-def may_not_block(handle: Handle) -> bool:
-    """O_NONBLOCK, as it is now (fcntl); where the hooks do not tell, as it was at the open."""
+async def call(
+    machine: MachineProcess, make: Callable[[int], Message], pid: int, who: Credentials | None = None
+) -> tuple[Any, list[int]]:
+    """`MachineProcess.call`, for a caller of the mount: a signal to it ends the call, and no user may have too many."""
     request = _fuse.current_request()
-    if request is None or request.file_flags < 0:
-        return handle.nonblocking
-    return bool(request.file_flags & os.O_NONBLOCK)
+    uid = request.uid if request is not None else machine.owner.uid
+    machine.host.begin_call(uid)
+    try:
+        with trio.CancelScope() as limit:
+            number = 0
 
+            def stop() -> None:
+                limit.deadline = trio.current_time() + INTERRUPT_SECONDS
+                if number:
+                    machine.interrupt(number)
 
-# ---- text
+            def began(at: int) -> None:
+                nonlocal number
+                number = at
+                if caller.interrupted:
+                    machine.interrupt(number)
+
+            async with interruptible(pid, stop=stop) as caller:
+                return await machine.call(make, who=who, began=began)
+        raise Interrupted("a signal came for the caller, and the machine does not answer")
+    finally:
+        machine.host.end_call(uid)
 
 
 @dataclass(frozen=True)
-class Text(Kind):
-    """`get(scope)` gives the text (or bytes); it may be or return a Future or a coroutine. `put(scope, text)` parses
-    one, changes nothing, and returns what does it (`vmfs.fs.lines.Do`). `news(scope)` is a number that changes when a
-    poll should return: without it the file is always ready.
+class Served(Kind):
+    """The machine's process answers. `acts`: a read changes the machine. `asks_host`: what is written may name what of
+    the host is opened for the opener of the file. `when_failed`: what a read gets of a machine whose process has
+    failed."""
 
-    The size is that of what `get` gives, unless `room(scope)` knows it, or it is always `width`. `of_cpu`: `get` asks
-    a CPU, which would have to stop for it. `slow`: the size is kept while nothing happens to the machine. `peek` is
-    `get` for who walks whole directories, where `get` takes something away.
-    """
-
-    get: Callable[[Any], Any] | None = None
-    put: Callable[[Any, str], Do] | None = None
-    news: Callable[[Any], int] | None = None
-    room: Callable[[Any], int] | None = None
-    width: int | None = None
-    peek: Callable[[Any], Any] | None = None
-    of_cpu: bool = False
-    slow: bool = False
-    whole: bool = False  # as of LineHandle, and so the next two
+    readable: bool = True  # type: ignore[assignment]
+    writable: bool = False  # type: ignore[assignment]
+    sized: bool = True  # type: ignore[assignment]
     acts: bool = False
-    continues: bool = False
+    walked: bool = True  # type: ignore[assignment]
+    asks_host: bool = False
+    when_failed: str = ""
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
-        return self.peek is not None
+        return self.acts
 
-    @property
-    def readable(self) -> bool:  # type: ignore[override]
-        return self.get is not None
+    async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        who = credentials_of(pid) if self.asks_host and writing else None
+        handle = self.handle(node, pid, who)
+        await handle.begin(flags, uid, walking)
+        return handle
 
-    @property
-    def writable(self) -> bool:  # type: ignore[override]
-        return self.put is not None
+    def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
+        return ServedHandle(node, pid, who)
 
-    @property
-    def attr_seconds(self) -> float:  # type: ignore[override]
-        return 0 if self.width is None else DATE_SECONDS
+    async def truncate(self, node: File, size: int, opened: bool) -> None:
+        machine: MachineProcess = node.scope.machine
+        await call(machine, lambda at: commands.Truncate(at, node.path, size, opened), 0)
 
-    def size(self, scope: Any) -> int | None:
-        if self.get is None:
-            return 0
-        return self.room(scope) if self.room else self.width
 
-    async def measure(self, scope: Any) -> int:
-        if (self.of_cpu or self.slow) and scope.vm.state == "running":
-            return 0
-        if self.slow:
-            return await scope.kept_size(self, self._length)
-        return await self._length(scope)
+class ServedHandle(Handle):
+    """An open file of the machine's process, by its number there."""
 
-    async def _length(self, scope: Any) -> int:
-        assert self.get
-        try:
-            return len(_encoded(await settled(self.get(scope), scope)))
-        except Gone:
-            raise
-        except VmfsError as error:  # reading fails, too
-            if isinstance(known(error), LimitReached):
+    def __init__(self, node: File, pid: int, who: Credentials | None) -> None:
+        super().__init__(node, pid)
+        self._machine: MachineProcess = node.scope.machine
+        self._who = who
+        self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
+
+    async def begin(self, flags: int, uid: int, walking: bool) -> None:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        nonblocking, appending = bool(flags & os.O_NONBLOCK), bool(flags & os.O_APPEND)
+        if self._machine.failure and self.node.kind.when_failed and not writing:
+            return
+        answer, fds = await call(
+            self._machine,
+            lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid),
+            self.pid,
+            self._who,
+        )
+        self._number, self.tells_closing = answer.handle, answer.tells_closing
+        self.opened(fds)
+
+    def opened(self, fds: list[int]) -> None:
+        commands.close_all(fds)
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if self._failed():
+            return self.node.kind.when_failed.encode()[offset : offset + size]
+        flags = _file_flags()
+        answer, fds = await call(
+            self._machine,
+            lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
+            self.pid,
+            self._who,
+        )
+        commands.close_all(fds)
+        return answer.data
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """In pieces, as a message has room for: one write of a text is never so long."""
+        flags = _file_flags()
+        done = 0
+        while True:
+            piece = bytes(data[done : done + DATA_MOST])
+            at_offset = offset + done
+            try:
+                answer, fds = await call(
+                    self._machine,
+                    lambda at, data=piece, to=at_offset: commands.Write(at, self._number, to, data, flags),
+                    self.pid,
+                    self._who,
+                )
+            except CallFailed as error:
+                self.unsaved, self.waits = error.unsaved, False
                 raise
-            return 0
-
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _TextHandle(node, pid, nonblocking, writing, self)
-
-
-def _encoded(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
-class _TextHandle(LineHandle):
-    """A read from offset 0 takes a snapshot, others go on in it. What is written is parsed, at any offset."""
-
-    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool, kind: Text) -> None:
-        super().__init__(node, pid, nonblocking, writing)
-        self._kind = kind
-        self.whole, self.acts, self.continues = kind.whole, kind.acts, kind.continues
-        self._snapshot: bytes | None = None
-        self._seen = 0
-
-    async def read(self, offset: int, size: int) -> bytes:
-        assert self._kind.get
-        if offset == 0 or self._snapshot is None:
-            news = self._kind.news(self.scope) if self._kind.news else 0  # what comes later is news again
-            get = self._kind.peek if self.walking and self._kind.peek else self._kind.get
-            self._snapshot = _encoded(await value_of(get(self.scope), self))
-            self._seen = news
-        return self._snapshot[offset : offset + size]
-
-    def parse(self, text: str) -> Do:
-        assert self._kind.put
-        return self._kind.put(self.scope, text)
-
-    def poll(self) -> int:
-        out = POLL_OUT if self._kind.put else 0
-        if self._kind.news is None:
-            return POLL_IN | out
-        return out | (POLL_IN | POLL_PRI if self._kind.news(self.scope) != self._seen else 0)
-
-
-# ---- state
-
-
-@dataclass(frozen=True)
-class State(Kind):
-    """A state of the CPU or the machine, as the bytes of its KVM UAPI struct.
-
-    `entries`: of a struct that is a count, a pad and so many entries of that many bytes. Such a struct may be
-    written whole with another count. `still`: it changes only when the CPU runs or is set, not with time.
-    """
-
-    name: str
-    entries: int = 0
-    still: bool = False
-    writable = True
-
-    def size(self, scope: Any) -> int:
-        return scope.state_size(self.name)
-
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _StateHandle(node, pid, nonblocking, self)
-
-    def is_whole(self, data: bytes) -> bool:
-        """Whether `data` is such a struct with its entries."""
-        if not self.entries or len(data) < 8:
-            return False
-        return len(data) == 8 + self.entries * struct.unpack_from("<I", data)[0]
-
-
-class _StateHandle(Handle):
-    """Every read samples the state anew; a write changes just its bytes."""
-
-    def __init__(self, node: File, pid: int, nonblocking: bool, kind: State) -> None:
-        super().__init__(node, pid, nonblocking)
-        self._kind = kind
-        self._of_machine = kind.name in MACHINE_STATES
-        self._blob = b""
-        self._at: object | None = None  # the `Vm.still` of the blob
-
-    async def read(self, offset: int, size: int) -> bytes:
-        at = self.scope.vm.still
-        if at is None or at is not self._at:
-            self._blob = await value_of(self.scope.sample(self._kind.name), self)
-            self._at = at if self._kind.still else None
-        return self._blob[offset : offset + size]
-
-    async def write(self, offset: int, data: bytes) -> int:
-        vm, name, end = self.scope.vm, self._kind.name, offset + len(data)
-        if vm.state != "running":  # then it is Busy
-            # Before `change`, which completes a pending access, and so would not leave all as it was.
-            size = len(self.scope.sample(name).result())
-            if end > size and not self._is_whole(offset, data):
-                raise PastEnd(f"{name}: byte {end} is past its {size}")
-        if self._of_machine:
-            vm.change_machine_state(self._kind.name, lambda old: self._new(old, offset, data))
-        else:
-            vm.change(lambda cpu: self._set(cpu, offset, data))
-        return len(data)
-
-    def _set(self, cpu: Vcpu, offset: int, data: bytes) -> None:
-        name = self._kind.name
-        cpu.set_state(name, self._new(lambda: cpu.get_state(name), offset, data))
-
-    def _is_whole(self, offset: int, data: bytes) -> bool:
-        return offset == 0 and self._kind.is_whole(data)
-
-    def _new(self, old: Callable[[], bytes], offset: int, data: bytes) -> bytes:
-        """The state with `data` at `offset`."""
-        if self._is_whole(offset, data):
-            self.scope.forget_size(self._kind.name)
-            return data
-        blob = old()
-        return blob[:offset] + data + blob[offset + len(data) :]
-
-
-# ---- the pending access
-
-
-@dataclass(frozen=True)
-class AccessData(Kind):
-    """The bytes of the pending access."""
-
-    writable = True
-
-    def size(self, scope: Any) -> int:
-        return len(scope.vm.access_data)
-
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _AccessDataHandle(node, pid, nonblocking)
-
-
-class _AccessDataHandle(Handle):
-    async def read(self, offset: int, size: int) -> bytes:
-        return self.scope.vm.access_data[offset : offset + size]
-
-    async def write(self, offset: int, data: bytes) -> int:
-        vm = self.scope.vm
-        if vm.state == "running":
-            raise Busy("the machine is running")
-        blob = vm.access_data
-        if not blob:
-            raise Invalid("no access is pending")
-        if offset + len(data) > len(blob):
-            raise PastEnd(f"the pending access has {len(blob)} bytes; byte {offset + len(data)} is past them")
-        vm.set_access_data(blob[:offset] + data + blob[offset + len(data) :])
-        return len(data)
-
-
-# ---- what is booted
-
-
-@dataclass(frozen=True)
-class ImageFile(Kind):
-    """An image of `Vm.images`: bytes of any length, kept until they are replaced. Busy while the machine runs."""
-
-    name: str
-    writable = True
-
-    def size(self, scope: Any) -> int:
-        return scope.vm.images[self.name].size
-
-    def truncate(self, scope: Any, size: int, opened: bool) -> None:
-        _check_stopped(scope)
-        scope.vm.images[self.name].truncate(size)
-
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _ImageHandle(node, pid, nonblocking, self.name)
-
-
-class _ImageHandle(Handle):
-    def __init__(self, node: File, pid: int, nonblocking: bool, name: str) -> None:
-        super().__init__(node, pid, nonblocking)
-        self._image = self.scope.vm.images[name]
-
-    async def read(self, offset: int, size: int) -> bytes:
-        return self._image.read(offset, size)
-
-    async def write(self, offset: int, data: bytes) -> int:
-        _check_stopped(self.scope)
-        return self._image.write(offset, data)
-
-
-def _check_stopped(scope: Any) -> None:
-    if scope.vm.state == "running":
-        raise Busy("the machine is running")
-
-
-# ---- runs
-
-
-@dataclass(frozen=True)
-class VmRun(Kind):
-    """`vm_run`, `vm_run.bin`: what is read is the exit as `show` gives it."""
-
-    show: Callable[[exits.Exit], bytes]
-    writable = True
-    attr_seconds = ATTR_SECONDS
-    reading_acts = True
-    walked = False
-
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _VmRunHandle(node, pid, nonblocking, writing, self.show)
-
-
-class _VmRunHandle(LineHandle):
-    """A read from offset 0 is a run, others go on in its line. Without blocking, a run that ends leaves its
-    line to be read once from offset 0."""
-
-    acts = True
-
-    def __init__(
-        self, node: File, pid: int, nonblocking: bool, writing: bool, show: Callable[[exits.Exit], bytes]
-    ) -> None:
-        super().__init__(node, pid, nonblocking, writing)
-        self._show = show
-        self._ends_soon = True  # as the run before
-        self._line = b""
-        self._run: Run | None = None  # begun without blocking, its line not read yet
-
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0:
-            if may_not_block(self):
-                self._line = self._next_line()
-            else:
-                begun, self._run = self._run, None  # without blocking; fcntl has cleared O_NONBLOCK since
-                self._line = self._show(await self._to_exit(begun or self.scope.vm.start(UNBOUND)))
-        return self._line[offset : offset + size]
-
-    def parse(self, text: str) -> Do:
-        bound = parse_bound(text, self.scope.vm.symbols.address_of)
-        return lambda: self._begin(bound) if may_not_block(self) else self._run_to_exit(bound)
-
-    async def _run_to_exit(self, bound: Bound) -> None:
-        await self._to_exit(self.scope.vm.start(bound))
-
-    def poll(self) -> int:
-        if self._run is not None:
-            return POLL_IN if self._run.done() else 0
-        return POLL_OUT if self.scope.vm.state != "running" else 0
+            commands.close_all(fds)
+            self.unsaved, self.waits = answer.unsaved, answer.waits
+            done += max(min(answer.number, len(piece)), 0)
+            if done >= len(data) or answer.number < len(piece):
+                return done
+
+    async def flush(self) -> None:
+        if not self._number or self._machine.failure or self.scope.removed:
+            return
+        self.unsaved = self.waits = False
+        await call(self._machine, lambda at: commands.Flush(at, self._number), self.pid, self._who)
+
+    async def poll(self, waker: Any) -> int:
+        if waker is not None:  # before asking, so that a change in between is not lost
+            self.scope.watch(self._number, waker)
+        if self._failed():
+            return POLL_IN | POLL_PRI
+        if self._machine.failure or not self._number:
+            return POLL_ERR | POLL_HUP | POLL_IN
+        try:
+            answer, _ = await call(
+                self._machine, lambda at: commands.Poll(at, self._number, waker is not None), self.pid
+            )
+        except Gone:
+            return POLL_ERR | POLL_HUP | POLL_IN
+        return answer.number & 0xFFFF
 
     def close(self) -> None:
-        """A run that nobody is left to hear of is stopped."""
-        if self._run is not None and not self._run.done():
-            self.scope.vm.stop(self._run)
+        if self._number:
+            self.scope.unwatch(self._number)
+            self._machine.tell(commands.Close(self._number))
 
-    def _next_line(self) -> bytes:
-        if self._run is None:
-            self._begin(UNBOUND)
-        run = self._run
-        assert run is not None
-        if not run.done():
-            raise WouldBlock("the machine is running")
-        self._run = None
-        return self._show(run.result())
-
-    def _begin(self, bound: Bound) -> None:
-        if self._run is not None and not self._run.done():
-            raise Busy("the machine is running")
-        self._run = self.scope.vm.start(bound)
-        # Behind the Vm's own news, which come before a run is done.
-        self._run.add_done_callback(lambda _: self.scope.changed())
-
-    async def _to_exit(self, run: Run) -> exits.Exit:
-        vm = self.scope.vm
-        began = time.perf_counter()
-        if self._ends_soon:
-            with contextlib.suppress(TimeoutError):
-                run.exception(SHORT_SECONDS)
-        try:
-            if not run.done():
-                async with interruptible(self.pid):
-                    await finished(run, self.scope)
-            self._ends_soon = time.perf_counter() - began < LONG_SECONDS
-        except Interrupted:
-            vm.stop(run)
-            with trio.move_on_after(STOP_SECONDS, shield=True):
-                await finished(run, self.scope)
-            # An exit that came before the guest stopped is the caller's all the same.
-            if not run.done() or isinstance(run.result(), exits.Interrupted):
-                raise
-        return run.result()
+    def _failed(self) -> bool:
+        return bool(self._machine.failure and self.node.kind.when_failed)
 
 
-# ---- interrupts
+def _file_flags() -> int:
+    request = _fuse.current_request()
+    return ANY_FLAGS if request is None else request.file_flags
+
+
+# ---- what the server knows
 
 
 @dataclass(frozen=True)
-class Irq(Kind):
-    """`irq`: a packet (struct kvm_interrupt) or a command."""
+class Stat(Served):
+    """`stat`: what the machine counts, and how the server serves it."""
 
-    readable = False
-    writable = True
-    attr_seconds = ATTR_SECONDS
+    def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
+        return _StatHandle(node, pid, who)
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _IrqHandle(node, pid, nonblocking, writing)
+    def added_size(self, node: File) -> int:
+        return len(_facts(node.scope))
 
 
-class _IrqHandle(LineHandle):
-    acts = True
-    _looking = False
+def _facts(scope: Any) -> bytes:
+    return "".join(f"{key} {value}\n" for key, value in scope.facts().items()).encode()
 
-    async def write(self, offset: int, data: bytes) -> int:
-        # Of a packet with a vector, three bytes are zero, and no text has a zero byte.
-        if len(data) == 4 and b"\0" in data:
-            (vector,) = struct.unpack("<I", data)
-            self.parse(str(vector))()
-            return len(data)
-        return await super().write(offset, data)
 
-    def parse(self, text: str) -> Do:
-        command = parse_command("irq", text)
-        return lambda: command(self.scope.vm)
+class _StatHandle(ServedHandle):
+    _snapshot = b""
 
-    def poll(self) -> int:
-        if self.scope.vm.interrupts_queued < INTERRUPT_QUEUE:
-            return POLL_OUT
-        if not self._looking:  # no engine tells when it takes a vector
-            self._looking = True
-            trio.lowlevel.spawn_system_task(self._look_for_room)
-        return 0
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0 or not self._snapshot:
+            self._snapshot = await super().read(0, DATA_MOST) + _facts(self.scope)
+        return self._snapshot[offset : offset + size]
 
-    async def _look_for_room(self) -> None:
-        try:
-            while self.scope.watched(self) and self.scope.vm.interrupts_queued >= INTERRUPT_QUEUE:
-                await trio.sleep(QUEUE_LOOK_SECONDS)
-        except Gone:
-            pass
-        finally:
-            self._looking = False
-        self.scope.wake()
+
+@dataclass(frozen=True)
+class LocalText(Kind):
+    """A text of the server's own."""
+
+    get: Callable[[Any], str]
+    sized = True
+
+    async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
+        return _LocalTextHandle(node, pid)
+
+    def local_size(self, node: File) -> tuple[int, int]:
+        return len(self.get(node.scope).encode()), 0
+
+
+class _LocalTextHandle(Handle):
+    """A read from offset 0 takes a snapshot, others go on in it."""
+
+    _snapshot: bytes | None = None
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0 or self._snapshot is None:
+            self._snapshot = self.node.kind.get(self.scope).encode()
+        return self._snapshot[offset : offset + size]

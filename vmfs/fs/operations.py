@@ -19,9 +19,11 @@ from typing import Any, ParamSpec, TypeVar
 import trio
 
 from vmfs.fs.hooks import _fuse, pyfuse3
-from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, EmptyHandle, File, Handle, Inodes, Node, Waker
+from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
+from vmfs.fs.sizes import measure
+from vmfs.host.process import CallFailed, ProcessFailed
 from vmfs.machine.memory import PAGE
-from vmfs.words.errors import Interrupted, NotPermitted, Unsupported, VmfsError, WouldBlock, known
+from vmfs.words.errors import Interrupted, NotPermitted, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def _failure(error: BaseException, where: str) -> pyfuse3.FUSEError:
         return error
     if isinstance(error, VmfsError):
         log.debug("%s: %s", where, error)
-        if error.errno == errno.EIO:
+        if error.errno == errno.EIO and not isinstance(error, CallFailed | ProcessFailed):  # those are logged
             log.error("%s: %s", where, error, exc_info=error)
         return pyfuse3.FUSEError(error.errno)
     log.error("%s failed", where, exc_info=error)
@@ -64,14 +66,13 @@ def _directory(node: Node) -> Directory:
 
 
 def _attributes(node: Node) -> pyfuse3.EntryAttributes:
-    """With the size as it was last measured where to measure takes long: the kernel asks again before it is used."""
-    node.look()
+    """With the size as it was last measured: the kernel asks again before it is used."""
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number
     entry.st_mode = node.st_mode
     entry.st_nlink = node.links
     entry.st_uid, entry.st_gid = node.uid, node.gid
-    entry.st_size, entry.st_blocks, entry.st_blksize = node.size, node.blocks, PAGE
+    (entry.st_size, entry.st_blocks), entry.st_blksize = node.size, PAGE
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.modified_ns(), node.ctime_ns
     entry.attr_timeout = node.attr_seconds
     entry.entry_timeout = ENTRY_SECONDS
@@ -110,10 +111,10 @@ class Operations(pyfuse3.Operations):
             data = await handle.read(off, size)
         except Exception as raised:
             error = known(raised)
-            if handle.walking and isinstance(error, Unsupported):
+            if handle.walking and getattr(error, "errno", 0) == errno.EOPNOTSUPP:
                 return b""  # a file that such a machine does not have
             # What a walker cannot read is not what anyone asked for.
-            if not isinstance(error, (WouldBlock, pyfuse3.FUSEError)) and not handle.walking:
+            if not isinstance(error, WouldBlock | pyfuse3.FUSEError) and not handle.walking:
                 _complain(handle.node, error, _reading(handle.node))
             raise _failure(error, f"read {handle.node.name}") from None
         if handle.scope.complaint:
@@ -154,16 +155,16 @@ class Operations(pyfuse3.Operations):
         # cp -r, tar, rsync, grep -r open with O_NOFOLLOW.
         walking = not writing and (node.scope.is_walking(ctx.pid, node) or bool(flags & os.O_NOFOLLOW))
         try:
-            if walking and not node.kind.walked:
-                handle: Handle = EmptyHandle(node, ctx.pid, False)
-            else:
-                handle = node.kind.open(node, ctx.pid, bool(flags & os.O_NONBLOCK), writing)
+            handle = await node.kind.open(node, ctx.pid, flags, ctx.uid, walking)
             handle.walking = walking
-            handle.appending = bool(flags & os.O_APPEND)
             request = _fuse.current_request()
             if handle.tells_closing and request is not None:
                 request.tell_closing = True
-            handle.prepare_answer()
+            try:
+                handle.prepare_answer()
+            except BaseException:
+                handle.close()
+                raise
         except Exception as raised:
             error = known(raised)
             _complain(node, error, _writing(node) if writing else _reading(node))
@@ -175,7 +176,6 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def release(self, fh: int) -> None:
         handle = self._handles.pop(fh)
-        handle.scope.unwatch(handle)
         handle.close()
 
     async def flush(self, fh: int) -> None:
@@ -202,9 +202,7 @@ class Operations(pyfuse3.Operations):
         handle = self._handles.get(fh)
         if handle is None or handle.scope.removed:
             return POLL_ERR | POLL_HUP | POLL_IN
-        if poll_handle is not None:  # before looking, so that a change in between is not lost
-            handle.scope.watch(handle, poll_handle)
-        return handle.poll()
+        return await handle.poll(poll_handle)
 
     # ---- names and attributes
 
@@ -224,7 +222,7 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         node = self._inodes.get(inode)
-        await node.measure()
+        await measure([node])
         return _attributes(node)
 
     @_answers
@@ -240,7 +238,7 @@ class Operations(pyfuse3.Operations):
         node = self._inodes.get(inode)
         if fields.update_size and isinstance(node, File):
             try:
-                node.kind.truncate(node.scope, attr.st_size, opened=fh is not None)
+                await node.kind.truncate(node, attr.st_size, opened=fh is not None)
             except Exception as raised:
                 error = known(raised)
                 _complain(node, error, _writing(node))
@@ -300,7 +298,7 @@ class Operations(pyfuse3.Operations):
         parent = _directory(self._inodes.get(parent_inode))
         permissions = mode & 0o7777 & ~ctx.umask
         with _naming(parent, name):
-            node = await parent.mkdir(os.fsdecode(name), permissions, ctx.uid, ctx.gid, ctx.umask)
+            node = await parent.mkdir(os.fsdecode(name), permissions, ctx)
         node.lookups += 1
         return _attributes(node)
 
@@ -376,7 +374,8 @@ def _naming(directory: Directory, name: bytes) -> Iterator[None]:
 
 def _complain(node: Node, error: BaseException, about: object) -> None:
     """Leave the sentence for the `error` file, and say which file it is about."""
-    if isinstance(error, VmfsError) and not isinstance(error, Interrupted):
+    quiet = isinstance(error, Interrupted) or getattr(error, "quiet", False)
+    if isinstance(error, VmfsError) and not quiet:
         node.scope.complain(_told(node.name, error), about)
 
 

@@ -1,4 +1,4 @@
-"""The directories: the root, a machine's, its cpuN/ and reg/, made from the tables of files.py."""
+"""The directories: the root, a machine's, its cpuN/, reg/ and dev/, made from the tables of files.py."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import errno
 import logging
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import trio
 
-from vmfs.fs.devices import DevicesDirectory
-from vmfs.fs.files import FILES, REGISTER_FILES, ROOT_FILES, Row, has_msr, listed_registers, register_file
+from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES, Row, register_row
 from vmfs.fs.hooks import pyfuse3
-from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
+from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node, Scope
+from vmfs.fs.kinds import call
 from vmfs.fs.scopes import MachineScope, RootScope
-from vmfs.fs.waiting import finished
-from vmfs.machine.machine import Vm
+from vmfs.host.credentials import Credentials, credentials_of
+from vmfs.host.process import MachineProcess
+from vmfs.words import commands
+from vmfs.words.commands import FOUND_DIRECTORY, FOUND_NOTHING, FOUND_READ_ONLY
 from vmfs.words.errors import Invalid, NotPermitted, NotThere, VmfsError
+from vmfs.words.registers import parse_msr
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
-CLOSE_SECONDS = 1.0  # how long rmdir waits for the guest to stop and its memory to be free
+_FROM_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # what a machine may call a register or device
+NAMES_MOST = 4096  # in a directory that a machine fills
+CLOSE_SECONDS = 2.0  # how long rmdir waits for the machine's process to be gone
 
 
 def check_name(name: str) -> None:
@@ -46,24 +52,23 @@ class RegisterDirectory(Directory):
 
     async def lookup(self, name: str) -> Node | None:
         node = self.children.get(name)
-        if node is None:
-            row = REGISTER_FILES.get(name)
-            if row is None:
-                found = self.scope.vm.at_boundary(lambda cpu: has_msr(cpu, name))
-                await finished(found, self.scope)
-                if not found.result():
-                    return None
-                row = register_file(name)
-            node = self._make(row)
-        return node
+        if node is not None:
+            return node
+        row = REGISTER_ROWS.get(name)
+        if row is None:
+            if parse_msr(name) is None:
+                return None
+            answer, _ = await call(self.scope.machine, lambda at: commands.Find(at, f"reg/{name}"), 0)
+            if answer.number == FOUND_NOTHING:
+                return None
+            row = register_row(name, writable=answer.number != FOUND_READ_ONLY)
+        return self.children.get(name) or self._make(row)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         if not self._complete:
-            listed = self.scope.vm.at_boundary(listed_registers)
-            await finished(listed, self.scope)
-            for name in listed.result():
+            for name, found in await _listed(self.scope.machine, "reg"):
                 if name not in self.children:
-                    self._make(REGISTER_FILES.get(name) or register_file(name))
+                    self._make(REGISTER_ROWS.get(name) or register_row(name, writable=found != FOUND_READ_ONLY))
             self._complete = True
         return await super().entries()
 
@@ -71,11 +76,105 @@ class RegisterDirectory(Directory):
         return NotThere("there is no such register")
 
     def _make(self, row: Row) -> Node:
-        node = _make_file(self, row, self._umask)
+        node = _make_file(self, row, self._umask, f"reg/{row.name}")
         node.group = self.name
         node.links = 2
         self.children[row.name] = node
         return node
+
+
+class DevicesDirectory(Directory):
+    """dev/: a directory a device, `add`, by which disks, networks and shares are attached, and `unclaimed`.
+
+    A device is detached by rmdir, before the first run.
+    """
+
+    scope: MachineScope
+
+    def __init__(self, machine: Directory, umask: int) -> None:
+        super().__init__(machine.inodes, machine.scope, "dev", machine.mode, machine.uid, machine.gid)
+        self._umask = umask
+        for row in DEV_FILES:
+            self.add(_make_file(self, row, umask, f"dev/{row.name}"))
+
+    async def lookup(self, name: str) -> Node | None:
+        await self._refresh()
+        return await super().lookup(name)
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        await self._refresh()
+        return await super().entries()
+
+    async def rmdir(self, name: str) -> None:
+        await self._refresh()
+        if not isinstance(self.children.get(name), _DeviceDirectory):
+            raise NotPermitted(f"{name} is no device")
+        await call(self.scope.machine, lambda at: commands.Remove(at, f"dev/{name}"), 0)
+        await self._refresh()
+
+    async def _refresh(self) -> None:
+        """Have the directories of the devices that there are. A machine without a process has none."""
+        machine = self.scope.machine
+        listed = await _listed(machine, "dev") if machine.born else []
+        there = {name for name, found in listed if found == FOUND_DIRECTORY}
+        for name, node in list(self.children.items()):
+            if isinstance(node, _DeviceDirectory) and name not in there:
+                self.take(name)
+                node.scope.remove()
+                self.inodes.remove(node)
+        for name in sorted(there - self.children.keys()):
+            self.add(_DeviceDirectory(self, DeviceScope(self.scope), name, self._umask))
+
+
+class DeviceScope(Scope):
+    """One device of a machine, with which it goes."""
+
+    def __init__(self, machine: MachineScope) -> None:
+        self._of = machine
+        self.machine = machine.machine
+        super().__init__()
+
+    @property
+    def removed(self) -> bool:  # type: ignore[override]
+        return self._removed or self._of.removed
+
+    @removed.setter
+    def removed(self, value: bool) -> None:
+        self._removed = value
+
+    @property
+    def modified_ns(self) -> int:  # type: ignore[override]
+        return self._of.modified_ns
+
+    @modified_ns.setter
+    def modified_ns(self, value: int) -> None:
+        if value:
+            self._of.modified_ns = value
+
+    def touch(self) -> None:
+        self._of.touch()
+
+    def complain(self, sentence: str, about: object) -> None:
+        self._of.complain(sentence, about)
+
+    def succeeded(self, about: object) -> None:
+        self._of.succeeded(about)
+
+
+class _DeviceDirectory(Directory):
+    scope: DeviceScope
+    attr_seconds = 0
+
+    def __init__(self, parent: Directory, scope: DeviceScope, name: str, umask: int) -> None:
+        super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
+        for row in DEVICE_FILES:
+            self.add(_make_file(self, row, umask, f"dev/{name}/{row.name}"))
+
+
+async def _listed(machine: MachineProcess, directory: str) -> list[tuple[str, int]]:
+    """What the machine says that there is, as far as it can be."""
+    answer, _ = await call(machine, lambda at: commands.List(at, directory), 0)
+    return [(name, found) for name, found in answer.names[:NAMES_MOST] if _FROM_MACHINE.fullmatch(name)]
 
 
 def _follows() -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -103,7 +202,7 @@ class MachineDirectory(Directory):
         super().__init__(inodes, scope, name, mode, uid, gid)
         cpu = Directory(inodes, scope, "cpu0", mode, uid, gid)
         for row in FILES:
-            node = _make_file(self, row, umask)
+            node = _make_file(self, row, umask, row.name)
             node.follows = _FOLLOWS.get(row.name, ())
             self.add(node)
             if row.per_cpu:
@@ -116,19 +215,15 @@ class MachineDirectory(Directory):
         self.add(cpu)
 
 
-def _make_file(directory: Directory, row: Row, umask: int) -> File:
+def _make_file(directory: Directory, row: Row, umask: int, path: str) -> File:
     mode = row.mode & ~umask
     if row.kind.reading_acts:
         mode &= ~((umask & 0o222) << 1)
-    return File(
-        directory.inodes,
-        directory.scope,
-        row.name,
-        mode,
-        directory.uid,
-        directory.gid,
-        row.kind,
-    )
+    return File(directory.inodes, directory.scope, path, mode, directory.uid, directory.gid, row.kind)
+
+
+# What a machine of this table has of sizes that it must be asked for.
+MEASURED = tuple(row.name for row in FILES if row.kind.sized and row.name != "error")
 
 
 class RootDirectory(Directory):
@@ -140,28 +235,31 @@ class RootDirectory(Directory):
     def __init__(self, inodes: Inodes, scope: RootScope, mode: int, uid: int, gid: int) -> None:
         super().__init__(inodes, scope, "", mode, uid, gid)
         for row in ROOT_FILES:
-            self.add(_make_file(self, row, 0o022))
+            self.add(_make_file(self, row, 0o022, row.name))
+        scope.host.measured = MEASURED
 
     def no_such(self, name: str) -> VmfsError:
         return NotPermitted("at the root of the mount only machines are made, by mkdir")
 
-    async def mkdir(self, name: str, mode: int, uid: int, gid: int, umask: int) -> Node:
+    async def mkdir(self, name: str, mode: int, caller: Any) -> Node:
         check_name(name)
         self._check_free(name)
-        vm = self.scope.host.create()
-        scope = MachineScope(vm, self.scope.host, self.scope.connection)
-        machine = MachineDirectory(self.inodes, scope, name, mode, uid, gid, umask)
-        self.add(machine)
-        return machine
+        machine = self.scope.host.create(_owner(caller))
+        scope = MachineScope(machine, self.scope.connection)
+        directory = MachineDirectory(self.inodes, scope, name, mode, caller.uid, caller.gid, caller.umask)
+        self.add(directory)
+        return directory
 
     async def rmdir(self, name: str) -> None:
-        machine = self._machine(name)
+        directory = self._machine(name)
         self.take(name)
-        machine.scope.remove()
-        self.inodes.remove(machine)
-        self.scope.host.forget(machine.scope.vm)
+        directory.scope.remove()
+        self.inodes.remove(directory)
+        self.scope.host.forget(directory.scope.machine)
+        done = trio.Event()
+        trio.lowlevel.spawn_system_task(_remove, directory.scope.machine, done)
         with trio.move_on_after(CLOSE_SECONDS):
-            await _closing(machine.scope.vm)
+            await done.wait()
 
     async def rename(self, name: str, parent: Directory, new_name: str, flags: int) -> None:
         machine = self._machine(name)
@@ -179,13 +277,13 @@ class RootDirectory(Directory):
         self.add(machine)
 
     async def close(self) -> None:
-        """Remove all machines; returns when their guests have stopped and their memory is free."""
+        """Remove all machines; returns when their processes are gone."""
         async with trio.open_nursery() as nursery:
             for child in list(self.children.values()):
                 if isinstance(child, MachineDirectory):
                     self.take(child.name)
                     child.scope.remove()
-                    nursery.start_soon(trio.to_thread.run_sync, child.scope.vm.close)
+                    nursery.start_soon(_remove, child.scope.machine, trio.Event())
 
     def _check_free(self, name: str) -> None:
         if name in self.children:
@@ -200,17 +298,18 @@ class RootDirectory(Directory):
         return child
 
 
-async def _closing(vm: Vm) -> None:
-    """Close it in a thread, which goes on when whoever waits for it does not."""
-    done = trio.Event()
+def _owner(caller: Any) -> Credentials:
+    """Whose a new machine is: the caller, as it is known while it waits."""
+    found = credentials_of(caller.pid) if caller.pid else None
+    groups = found.groups if found is not None and found.uid == caller.uid else ()
+    return Credentials(caller.uid, caller.gid, groups, 0)
 
-    async def close() -> None:
-        try:
-            await trio.to_thread.run_sync(vm.close)
-        except Exception:
-            log.exception("a machine could not be closed")
-        finally:
-            done.set()
 
-    trio.lowlevel.spawn_system_task(close)
-    await done.wait()
+async def _remove(machine: MachineProcess, done: trio.Event) -> None:
+    """End it, in a task that goes on when whoever waits for it does not."""
+    try:
+        await machine.remove()
+    except Exception:
+        log.exception("a machine could not be ended")
+    finally:
+        done.set()

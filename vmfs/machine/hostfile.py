@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 
 # Linux include/uapi/linux/falloc.h
@@ -25,6 +26,24 @@ def can_punch(fd: int) -> bool:
     try:
         end = os.fstat(fd).st_size
         fallocate(fd, PUNCH_HOLE | KEEP_SIZE, -(-end // 4096) * 4096, 4096)
+    except OSError:
+        return False
+    return True
+
+
+def punch(fd: int, offset: int, size: int) -> int:
+    """Free the pages: they read as zeros. 0, or -1."""
+    try:
+        fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, size)
+    except OSError:
+        return -1
+    return 0
+
+
+def is_shared_memory(fd: int) -> bool:
+    """Whether it is a memfd: what never blocks, and no file, FIFO or device that somebody calls memory."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         return False
     return True

@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from vmfs.machine.hostfile import KEEP_SIZE, PUNCH_HOLE, fallocate
+from vmfs.machine.hostfile import punch
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
 PAGE = 4096
@@ -130,12 +130,3 @@ class MemoryView:
                 raise
             end = os.lseek(self.fd, start, os.SEEK_HOLE)
             yield start, end
-
-
-def punch(fd: int, offset: int, size: int) -> int:
-    """Free the pages: they read as zeros. 0, or -1."""
-    try:
-        fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, size)
-    except OSError:
-        return -1
-    return 0

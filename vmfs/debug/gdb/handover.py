@@ -16,26 +16,22 @@ import secrets
 import socket
 import stat
 import struct
+from collections.abc import Callable
+
+from vmfs.machine.door import Listening
 
 QUERY = b"qvmfs.Socket"  # and behind a colon the words of a layout, with commas
 _REPLY = re.compile(rb"([0-9a-f]{32}),([0-9a-f]{32})")
 _BYTES = 16
-_BACKLOG = 8
 
 
 class Offer:
-    """The server's side, of one socket. Nothing in it blocks."""
+    """The machine's side, of one socket. `listen` makes a listening socket at an address, by the machine's door."""
 
-    def __init__(self) -> None:
+    def __init__(self, listen: Callable[[str], Listening]) -> None:
         self._name, self._secret = secrets.token_bytes(_BYTES).hex(), secrets.token_bytes(_BYTES).hex()
-        self.listening = socket.socket(socket.AF_UNIX)
-        try:
-            self.listening.setblocking(False)
-            self.listening.bind(_address(self._name))
-            self.listening.listen(_BACKLOG)
-        except BaseException:
-            self.listening.close()
-            raise
+        self.listening = socket.socket(fileno=listen(_address(self._name)).fd)
+        self.listening.setblocking(False)
 
     @property
     def text(self) -> bytes:

@@ -8,18 +8,11 @@ Neither blocks, and neither is used by two threads at a time.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
-import shutil
 import socket
 import struct
-import subprocess
-import tempfile
-from typing import Any, Protocol
-
-from vmfs.words.errors import Invalid, Unsupported
+from typing import Protocol
 
 MAX_FRAME = 65_535 + 14  # passt's packets have up to 65520 bytes
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
@@ -27,12 +20,6 @@ _CHUNK = 1 << 18
 # What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem), and passt loses
 # frames when its socket is full: of an ARP reply, in Debian 12's, only the second half, which garbles all that follows.
 _ROOM = 16 << 20
-
-# Linux include/uapi/linux/if_tun.h
-TUNSETIFF = 0x4004_54CA
-IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
-_NAME_LENGTH = 15
-_NOBODY = 65_534
 
 
 class Backend(Protocol):
@@ -141,67 +128,19 @@ class Stream:
 
 
 class Passt(Stream):
-    """A passt of its own, which ends with it. It runs as `uid`, `gid` and `groups`; root's as nobody. `options` are
-    more of passt's, as ("-t", "2222:22").
-
-    Unsupported where passt is not installed or does not start, with what it said.
+    """A passt of its own, at the other end of the stream socket `fd`, with which it ends. `pid` is what `info` shows.
     """
 
-    def __init__(self, *, uid: int, gid: int, groups: tuple[int, ...] = (), options: tuple[str, ...] = ()) -> None:
-        program = shutil.which("passt")
-        if program is None:
-            raise Unsupported("passt is not installed (package passt)")
-        if uid == 0:
-            uid, gid, groups = _NOBODY, _NOBODY, ()
-        identity: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            identity = {"user": uid, "group": gid, "extra_groups": groups}
-        with contextlib.ExitStack() as kept, contextlib.ExitStack() as given:
-            mine, its = socket.socketpair()
-            kept.callback(mine.close)
-            given.callback(its.close)
-            ready_fd, pid_file = os.pipe()
-            ready = kept.enter_context(open(ready_fd, "rb"))
-            given.callback(os.close, pid_file)
-            if identity:
-                os.fchown(pid_file, uid, gid)
-            said = kept.enter_context(tempfile.TemporaryFile())
-            # It writes its number when it is ready; when it fails the pipe ends.
-            self._process = subprocess.Popen(
-                [program, "--foreground", "--quiet", "--stderr", "--fd", str(its.fileno()),
-                 "--pid", f"/proc/self/fd/{pid_file}", *options],
-                pass_fds=(its.fileno(), pid_file),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                cwd="/",
-                **identity,
-            )  # fmt: skip
-            given.close()
-            super().__init__(mine)
-            is_ready = bool(ready.read(1))
-            if not is_ready:
-                self.close()
-                said.seek(0)
-                lines = [line for line in said.read().decode(errors="replace").splitlines() if "syslog" not in line]
-                usage = next((at for at, line in enumerate(lines) if line.startswith("Usage:")), len(lines))
-                why = " ".join(lines[:usage][-1:])[:200]
-                raise Unsupported(f"passt does not start: {why or 'it does not say why'}")
-            kept.pop_all()  # the socket is what stays
-            ready.close()
-            said.close()
+    def __init__(self, fd: int, pid: int) -> None:
+        super().__init__(socket.socket(fileno=fd))
+        self._pid = pid
 
     def describe(self) -> dict[str, str]:
-        return {"backend": "passt", "pid": str(self._process.pid)}
-
-    def close(self) -> None:
-        super().close()
-        self._process.kill()
-        self._process.wait()
+        return {"backend": "passt", "pid": str(self._pid)}
 
 
 class Tap:
-    """An interface of the host, by the descriptor that `open_tap` gave, which is closed with it."""
+    """An interface of the host, by a descriptor of /dev/net/tun that is it, which is closed with it."""
 
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd
@@ -240,20 +179,3 @@ class Tap:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def open_tap(fd: int, name: str) -> Tap:
-    """Make /dev/net/tun, open as `fd`, the tap interface `name`. The calling thread's user must have made or own the
-    interface, or be its administrator. Closes `fd` when it fails."""
-    try:
-        if not 0 < len(name.encode()) <= _NAME_LENGTH or not name.isprintable() or "/" in name:
-            raise Invalid(f"{name[:40]!r} is no interface's name")
-        request = struct.pack("<16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
-        try:
-            fcntl.ioctl(fd, TUNSETIFF, request)
-        except OSError as error:
-            raise Unsupported(f"tap {name}: {os.strerror(error.errno or errno.EIO)} (TUNSETIFF)") from None
-        return Tap(fd, name)
-    except BaseException:
-        os.close(fd)
-        raise

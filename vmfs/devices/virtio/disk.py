@@ -57,11 +57,12 @@ class Disk(Protocol):
     def close(self) -> None: ...
 
 
-def open_disk(fd: int, mode: str) -> Disk:
+def open_disk(fd: int, mode: str, unnamed_file: Callable[[], int] | None = None) -> Disk:
     """The disk of an open file or block device, which is closed with it, or now if this fails.
 
     `mode`: "ro" and "cow" need a descriptor that can be read, "rw" one that can be written, too. Invalid for what is
-    no disk; Busy while another machine writes to it (or, for "rw", uses it at all).
+    no disk; Busy while another machine writes to it (or, for "rw", uses it at all). `unnamed_file` opens the file of an
+    overlay, where it is not this process that does.
     """
     try:
         size = _size_of(fd, mode)
@@ -70,13 +71,17 @@ def open_disk(fd: int, mode: str) -> Disk:
         except BlockingIOError:
             raise Busy("another machine, or somebody else, has the disk open (flock)") from None
         if mode == "cow":
-            return Overlay(RawDisk(fd, "ro", size))
+            return Overlay(RawDisk(fd, "ro", size), (unnamed_file or _unnamed_file)())
         if mode not in ("ro", "rw"):
             raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
         return RawDisk(fd, mode, size)
     except BaseException:
         os.close(fd)
         raise
+
+
+def _unnamed_file() -> int:
+    return os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _size_of(fd: int, mode: str) -> int:
@@ -200,11 +205,10 @@ class Overlay:
     mode = "cow"
     writable = True
 
-    def __init__(self, base: RawDisk) -> None:
+    def __init__(self, base: RawDisk, fd: int) -> None:
         self.base = base
         self.size = base.size
-        self._file = tempfile.TemporaryFile(prefix="vmfs-cow-", buffering=0)
-        self.fd = self._file.fileno()
+        self.fd = fd
         os.ftruncate(self.fd, self.size)
         self.can_discard = True
         self._punches = can_punch(self.fd)
@@ -286,7 +290,9 @@ class Overlay:
         self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
 
     def close(self) -> None:
-        self._file.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
         self.base.close()
 
 

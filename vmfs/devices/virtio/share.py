@@ -3,34 +3,112 @@
 Source: VIRTIO 1.2, section 5, reserves the device type (9); its queue carries whole 9P messages, and its configuration
 is the tag, as in Linux (net/9p/trans_virtio.c, include/uapi/linux/virtio_9p.h).
 
-A thread of its own, which has the rights of whoever attached the folder, does what the guest asks; the CPU's thread
-waits for it. So a request is done when its notification is, and none is under way between two instructions.
+The folder is served by a process of its own, which has the rights of whoever attached it and no others
+(`vmfs.host.share_server`); the CPU's thread waits for its answers. So a request is done when its notification is, and
+none is under way between two instructions.
 """
 
 from __future__ import annotations
 
-import queue
+import socket
 import struct
-import threading
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE, Server
+from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
-from vmfs.words.errors import Invalid
+from vmfs.words.errors import EngineFailed, Invalid
 
 F_MOUNT_TAG = 1
 _MAX_TAG = 36  # Linux refuses longer ones
 _SMALLEST_ANSWER = 11  # an error
 
-As = Callable[[Callable[[], Any]], Any]
+# Between a RemoteServer and its process: a frame is its header and that many bytes more.
+FRAME = struct.Struct("<BII")  # what it is; bytes that follow; of HANDLE, the room for the answer
+HANDLE, FORGET, SAVE, LOAD = range(4)
+FRAME_MOST = 4 << 20  # a saved server has 4,096 paths at most; a 9P message is shorter
+
+
+class FolderServer(Protocol):
+    """What answers 9P messages: `vmfs.devices.virtio.ninep.Server`, or the process of one."""
+
+    read_only: bool
+
+    def handle(self, request: bytes, room: int) -> bytes: ...
+
+    def forget(self) -> None: ...
+
+    def save(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RemoteServer:
+    """A process that serves a folder, at the other end of the stream socket `fd`, which this owns. Calls block.
+
+    EngineFailed when the process is gone.
+    """
+
+    def __init__(self, fd: int, *, read_only: bool) -> None:
+        self.read_only = read_only
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+
+    def handle(self, request: bytes, room: int) -> bytes:
+        return self._ask(HANDLE, request, room)
+
+    def forget(self) -> None:
+        self._ask(FORGET)
+
+    def save(self) -> dict[str, Any]:
+        return msgspec.msgpack.decode(self._ask(SAVE))
+
+    def load(self, state: dict[str, Any]) -> None:
+        failure = self._ask(LOAD, msgspec.msgpack.encode(state))
+        if failure:
+            raise Invalid(failure.decode())
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _ask(self, what: int, data: bytes = b"", room: int = 0) -> bytes:
+        try:
+            send_frame(self._socket, what, data, room)
+            _, answer, _ = receive_frame(self._socket)
+        except (OSError, EOFError) as error:
+            raise EngineFailed(f"the process that serves the folder is gone: {error}") from None
+        return answer
+
+
+def send_frame(line: socket.socket, what: int, data: bytes, room: int = 0) -> None:
+    line.sendall(FRAME.pack(what, len(data), room) + data)
+
+
+def receive_frame(line: socket.socket) -> tuple[int, bytes, int]:
+    """What it is, its bytes, and the room. EOFError at the end, or at what is no frame."""
+    what, size, room = FRAME.unpack(_receive(line, FRAME.size))
+    if size > FRAME_MOST:
+        raise EOFError(f"a frame of {size} bytes")
+    return what, _receive(line, size), room
+
+
+def _receive(line: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        more = line.recv(size - len(data))
+        if not more:
+            raise EOFError("the connection has ended")
+        data += more
+    return bytes(data)
 
 
 class Share(VirtioDevice):
-    """The folder of `server`. `as_owner(work)` does `work`, which does not end before the device is closed, with the
-    rights that it is to have; what it raises comes out of here. The server is closed with the device."""
+    """The folder of `server`, which is closed with the device."""
 
     TYPE = "virtio-9p"
     DEVICE = FIRST_DEVICE + 9
@@ -38,20 +116,14 @@ class Share(VirtioDevice):
     QUEUES = (128,)
 
     def __init__(
-        self, board: Board, name: str, slot: int, server: Server, tag: str, as_owner: As, *, path: str = ""
+        self, board: Board, name: str, slot: int, server: FolderServer, tag: str, *, path: str = ""
     ) -> None:
         if not 0 < len(tag.encode()) <= _MAX_TAG or not tag.isprintable() or "," in tag:
             raise Invalid(f"a share's tag has up to {_MAX_TAG} letters and no comma, not {tag[:50]!r}")
         self.tag = tag
         self.path = path  # what `info` shows
         self.server = server
-        self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._as_owner = as_owner
-        self._thread = threading.Thread(target=self._run, name=f"vmfs-{name}", daemon=True)
         super().__init__(board, name, slot)
-        self._thread.start()
-        self._do(lambda: None)
 
     def features(self) -> int:
         return F_MOUNT_TAG
@@ -61,7 +133,7 @@ class Share(VirtioDevice):
         return struct.pack("<H", len(tag)) + tag
 
     def stopped(self) -> None:
-        self._do(self.server.forget)
+        self.server.forget()
 
     def notified(self, queue: Virtqueue) -> None:
         self.serve(queue, self._answer)
@@ -71,50 +143,25 @@ class Share(VirtioDevice):
         room = chain.writable_length
         if len(request) < HEADER.size or room < _SMALLEST_ANSWER:
             raise DriverError("a 9P request that is shorter than its header, or without room for an answer")
-        answer = self._do(lambda: self.server.handle(request, room))
+        answer = self.server.handle(request, room)
         self.counters["requests"] += 1
         if answer[4] == ERROR:
             self.counters["errors.9p"] += 1
         return chain.write(answer)
 
-    # ---- the thread that has the rights
-
-    def _do(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns or raises, there."""
-        self._work.put(work)
-        result = self._done.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def _run(self) -> None:
-        try:
-            self._as_owner(self._loop)
-        except BaseException as error:  # it could not have the rights: so says the first `_do`
-            self._done.put(error)
-
-    def _loop(self) -> None:
-        while (work := self._work.get()) is not None:
-            try:
-                self._done.put(work())
-            except BaseException as error:
-                self._done.put(error)
-
     # ---- life
 
     def save(self) -> dict[str, Any]:
         """The fids by their paths; not the files, which are the host's."""
-        return {**super().save(), "server": self._do(self.server.save)}
+        return {**super().save(), "server": self.server.save()}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._do(lambda: self.server.load(state["server"]))
+        self.server.load(state["server"])
 
     def describe(self) -> dict[str, str]:
         mode = "ro" if self.server.read_only else "rw"
         return {**super().describe(), "path": self.path, "tag": self.tag, "mode": mode}
 
     def close(self) -> None:
-        self._work.put(None)
-        self._thread.join()
         self.server.close()

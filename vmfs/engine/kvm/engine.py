@@ -64,6 +64,7 @@ class KvmEngine(Engine):
     def __init__(self, device: str = "/dev/kvm") -> None:
         self.device = device
         self._facts = HostFacts()
+        self._prepared = -1  # a descriptor of the device, kept for children that may open nothing
 
     def probe(self) -> Availability:
         """Whether a machine here writes to a port: everything between open and the guest's first exit.
@@ -80,6 +81,11 @@ class KvmEngine(Engine):
             return Availability(False, why_not)
         return Availability(True, f"{self.device} runs guests")
 
+    def prepare(self) -> None:
+        if self._prepared < 0:
+            self._prepared = self._open()
+            _ = self._facts.pvm  # looks into /sys
+
     def create_machine(self) -> KvmMachine:
         device = self._open()
         try:
@@ -89,6 +95,8 @@ class KvmEngine(Engine):
             raise
 
     def _open(self) -> int:
+        if self._prepared >= 0:
+            return os.dup(self._prepared)
         try:
             device = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError as error:

@@ -12,9 +12,8 @@ from typing import Any
 
 import trio
 
-from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle
-from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import may_not_block
+from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle
+from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.words.errors import WouldBlock
 
 
@@ -121,14 +120,13 @@ class StreamHandle(Handle):
     def __init__(
         self,
         node: File,
-        pid: int,
         nonblocking: bool,
         stream: Stream,
         *,
         lost: Callable[[int], bytes],
         ended: Callable[[Any], bool] = lambda scope: False,
     ) -> None:
-        super().__init__(node, pid, nonblocking)
+        super().__init__(node, nonblocking)
         self.stream = stream
         self._lost = lost
         self._ended = ended
@@ -136,7 +134,7 @@ class StreamHandle(Handle):
         self._reader = stream.open()
 
     async def read(self, offset: int, size: int) -> bytes:
-        nonblocking = may_not_block(self)
+        nonblocking = is_nonblocking(self.nonblocking)
         while True:
             data = self._next(size)
             if data or self._ended(self.scope):
@@ -159,7 +157,7 @@ class StreamHandle(Handle):
 
     async def wait_until(self, ready: Callable[[], object]) -> None:
         """Returns when `ready()`, or at the next append or `wake` of the stream: who waits looks again."""
-        async with interruptible(self.pid):
+        async with interruptible():
             with self.scope.waiting() as event:
                 try:
                     self.scope.check()

@@ -8,12 +8,11 @@ import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
 from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
-from vmfs.fs.commands import parse_commands
-from vmfs.fs.inodes import POLL_IN, POLL_OUT, File, Handle, Kind
-from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import may_not_block
-from vmfs.fs.lines import Do, LineHandle, Undo, same
-from vmfs.fs.waiting import settled
+from vmfs.machine.files.commands import parse_commands
+from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
+from vmfs.machine.files.lines import Do, LineHandle, Undo, same
+from vmfs.machine.files.request import interruptible, is_nonblocking
+from vmfs.machine.files.waiting import settled
 from vmfs.words.errors import Invalid, WouldBlock
 
 SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
@@ -31,8 +30,8 @@ class TraceFile(Kind):
     def writable(self) -> bool:  # type: ignore[override]
         return not self.binary
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _TraceHandle(node, pid, nonblocking, self.binary, reads=not writing)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _TraceHandle(node, nonblocking, self.binary, reads=not writing)
 
 
 class _TraceHandle(LineHandle):
@@ -41,8 +40,8 @@ class _TraceHandle(LineHandle):
 
     whole = True
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, binary: bool, *, reads: bool) -> None:
-        super().__init__(node, pid, nonblocking, writing=not reads)
+    def __init__(self, node: File, nonblocking: bool, binary: bool, *, reads: bool) -> None:
+        super().__init__(node, nonblocking, writing=not reads)
         self._buffer = self.scope.vm.trace.buffer
         self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
         self._rest = b""  # of `_last`, what did not fit into the read
@@ -75,7 +74,7 @@ class _TraceHandle(LineHandle):
         return self._sent[offset - first : offset - first + size]
 
     async def _next(self, size: int) -> bytes:
-        nonblocking = may_not_block(self)
+        nonblocking = is_nonblocking(self.nonblocking)
         reader = self._begin()
         parts, room = [], size
         while room:
@@ -109,7 +108,7 @@ class _TraceHandle(LineHandle):
     async def _wait(self, reader: TraceReader) -> None:
         token = trio.lowlevel.current_trio_token()
 
-        async with interruptible(self.pid):
+        async with interruptible():
             with self.scope.waiting() as event:
 
                 def wake() -> None:

@@ -10,10 +10,9 @@ import trio
 
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
-from vmfs.fs.inodes import ATTR_SECONDS, POLL_OUT, File, Handle, Kind
-from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import may_not_block
-from vmfs.fs.streams import Stream, StreamHandle
+from vmfs.machine.files.handles import POLL_OUT, File, Handle, Kind
+from vmfs.machine.files.request import interruptible, is_nonblocking
+from vmfs.machine.files.streams import Stream, StreamHandle
 from vmfs.words.errors import Unsupported, WouldBlock
 
 LIMIT = 16 << 20  # bytes that are kept for a reader that does not read
@@ -54,14 +53,13 @@ class Console(Kind):
     device: str
     writable = True
     reading_acts = True
-    attr_seconds = ATTR_SECONDS
     walked = False
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
         port = node.scope.console_port(self.device)
         if port is None:
-            return _NoConsole(node, pid, nonblocking)
-        return _ConsoleHandle(node, pid, nonblocking, port)
+            return _NoConsole(node, nonblocking)
+        return _ConsoleHandle(node, nonblocking, port)
 
 
 def _no_port() -> Unsupported:
@@ -81,10 +79,9 @@ class _NoConsole(Handle):
 class _ConsoleHandle(StreamHandle):
     """What is read ends while the machine is shut down: nothing more comes."""
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, port: ConsolePort) -> None:
+    def __init__(self, node: File, nonblocking: bool, port: ConsolePort) -> None:
         super().__init__(
             node,
-            pid,
             nonblocking,
             port.stream,
             lost=lambda count: f"\r\n[vmfs: {count} bytes were lost here]\r\n".encode(),
@@ -93,13 +90,13 @@ class _ConsoleHandle(StreamHandle):
         self._port = port
 
     async def write(self, offset: int, data: bytes) -> int:
-        nonblocking = may_not_block(self)
+        nonblocking = is_nonblocking(self.nonblocking)
         done = 0
         while done < len(data):
             room = self._port.room()
             if room:
                 part = data[done : done + room]
-                async with interruptible(self.pid):
+                async with interruptible():
                     await self._port.type(part)
                 done += len(part)
             elif nonblocking:
@@ -128,13 +125,13 @@ class Log(Kind):
         port = scope.port_device(self.device)
         return 0 if port is None else len(port.sent)
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _LogHandle(node, pid, nonblocking, self.device)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _LogHandle(node, nonblocking, self.device)
 
 
 class _LogHandle(Handle):
-    def __init__(self, node: File, pid: int, nonblocking: bool, device: str) -> None:
-        super().__init__(node, pid, nonblocking)
+    def __init__(self, node: File, nonblocking: bool, device: str) -> None:
+        super().__init__(node, nonblocking)
         self._device = device
 
     async def read(self, offset: int, size: int) -> bytes:

@@ -28,9 +28,9 @@ from vmfs.debug.stack import StackState, stack_text
 from vmfs.debug.symbolfile import size_of, symbol_file
 from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
 from vmfs.engine.base import Vcpu
-from vmfs.fs.inodes import File, Handle, Kind
-from vmfs.fs.scopes import MachineScope
-from vmfs.fs.waiting import finished, value_of
+from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.handles import File, Handle, Kind
+from vmfs.machine.files.waiting import finished, value_of
 from vmfs.machine.memory import PAGE, MemoryView
 from vmfs.words.errors import BadAddress, PastEnd
 from vmfs.words.modes import CodeMode
@@ -38,7 +38,7 @@ from vmfs.words.modes import CodeMode
 T = TypeVar("T")
 
 
-async def _sampled(scope: MachineScope, look: Callable[[Vcpu], T]) -> T:
+async def _sampled(scope: Contents, look: Callable[[Vcpu], T]) -> T:
     """What `look` finds at the CPU, between two instructions, and then in RAM."""
     await scope.memory.settle()
     future = scope.vm.at_boundary(look)
@@ -73,16 +73,16 @@ class Symbols(Kind):
         scope.symbols_text = table, size
         return size
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _SymbolsHandle(node, pid, nonblocking, writing)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _SymbolsHandle(node, nonblocking, writing)
 
 
 class _SymbolsHandle(Handle):
     """Every close of a descriptor is told, that of a duplicate, too: what was written since the last time is
     then taken, together with what was before."""
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, pid, nonblocking)
+    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, nonblocking)
         self.tells_closing = writing
         self._fd = -1
         self._size = 0
@@ -130,7 +130,7 @@ class _SymbolsHandle(Handle):
             os.close(self._fd)
 
 
-async def symbols_by(scope: MachineScope, command: str) -> SymbolTable:
+async def symbols_by(scope: Contents, command: str) -> SymbolTable:
     """The symbols that a word of SYMBOL_COMMANDS asks for."""
     if command == "clear":
         return SymbolTable()
@@ -143,7 +143,7 @@ def _kallsyms(ram: MemoryView, paging: Paging) -> SymbolTable:
         return kallsyms.find(ram, paging)
 
 
-async def symbols_elf(scope: MachineScope) -> bytes:
+async def symbols_elf(scope: Contents) -> bytes:
     """`symbols.elf`, made once of a table: a debugger reads it in many pieces."""
     table = scope.vm.symbols
     if scope.symbol_file is None or scope.symbol_file[0] is not table:
@@ -151,7 +151,7 @@ async def symbols_elf(scope: MachineScope) -> bytes:
     return scope.symbol_file[1]
 
 
-def symbols_elf_size(scope: MachineScope) -> int:
+def symbols_elf_size(scope: Contents) -> int:
     table = scope.vm.symbols
     if scope.symbol_file_size is None or scope.symbol_file_size[0] is not table:
         scope.symbol_file_size = table, size_of(table)
@@ -169,8 +169,8 @@ class Virt(Kind):
     writable = True
     walked = False
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _VirtHandle(node, pid, nonblocking)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _VirtHandle(node, nonblocking)
 
 
 def linear_address(offset: int) -> int:
@@ -203,7 +203,7 @@ class _VirtHandle(Handle):
 # ---- what is mapped
 
 
-async def pagetable(scope: MachineScope) -> str:
+async def pagetable(scope: Contents) -> str:
     """`pagetable`."""
     paging = await _sampled(scope, Paging.of)
     if paging.kind == "off":
@@ -219,7 +219,7 @@ def _pagetable(ram: MemoryView, paging: Paging) -> str:
 # ---- code and calls
 
 
-async def disasm(scope: MachineScope) -> str:
+async def disasm(scope: Contents) -> str:
     """`disasm`."""
     vm = scope.vm
     listing, symbols, memory = vm.listing, vm.symbols, vm.memory
@@ -249,7 +249,7 @@ async def disasm(scope: MachineScope) -> str:
     return await _in_thread(work, memory.view())
 
 
-async def stack(scope: MachineScope) -> str:
+async def stack(scope: Contents) -> str:
     """`stack`."""
     vm = scope.vm
     state = await _sampled(scope, lambda cpu: StackState.of(cpu, vm.memory))
@@ -274,8 +274,8 @@ class Core(Kind):
     def blocks(self, scope: Any, size: int) -> int:
         return os.fstat(scope.vm.memory.fd).st_blocks + PAGE // 512  # RAM, and headers that are never all zeros
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _CoreHandle(node, pid, nonblocking)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _CoreHandle(node, nonblocking)
 
 
 class _CoreHandle(Handle):

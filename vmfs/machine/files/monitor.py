@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 
 from vmfs.debug.gdb.stub import parse_layout
-from vmfs.fs.commands import COMMANDS, parse_command, parse_commands
-from vmfs.fs.debug_files import SYMBOL_COMMANDS, symbols_by
-from vmfs.fs.files import FILES, REGISTER_FILES, has_msr, register_file
-from vmfs.fs.kinds import Text
-from vmfs.fs.scopes import MachineScope
-from vmfs.fs.waiting import settled
+from vmfs.machine.files.commands import COMMANDS, parse_command, parse_commands
+from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.debug import SYMBOL_COMMANDS, symbols_by
+from vmfs.machine.files.kinds import Text
+from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS, has_msr, register_file
+from vmfs.machine.files.waiting import settled
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_number
 
-_TEXTS: Mapping[str, Text] = {row.name: row.kind for row in FILES if isinstance(row.kind, Text)}
+_TEXTS: Mapping[str, Text] = {name: kind for name, kind in CONTENTS.items() if isinstance(kind, Text)}
 
 
-async def command(scope: MachineScope, text: str) -> str:
+async def command(scope: Contents, text: str) -> str:
     """Do it; what there is to say about it. Invalid for what is none."""
     word, _, rest = text.strip().partition(" ")
     rest = rest.strip()
@@ -41,21 +41,21 @@ async def command(scope: MachineScope, text: str) -> str:
     return ""
 
 
-async def _text_file(scope: MachineScope, name: str) -> Text | None:
+async def _text_file(scope: Contents, name: str) -> Text | None:
     """What there is of that name, `reg/NAME` too."""
     folder, slash, register = name.partition("/")
     if not slash or folder != "reg":
         return _TEXTS.get(name)
-    row = REGISTER_FILES.get(register)
-    if row is None and await settled(scope.vm.at_boundary(lambda cpu: has_msr(cpu, register)), scope):
-        row = register_file(register)
-    return row.kind if row is not None and isinstance(row.kind, Text) else None
+    kind = REGISTER_KINDS.get(register)
+    if kind is None and await settled(scope.vm.at_boundary(lambda cpu: has_msr(cpu, register)), scope):
+        kind = register_file(register)
+    return kind
 
 
 _VERBS = frozenset(one.name for one in COMMANDS["debug"] if one.name)
 
 
-async def _help(_scope: MachineScope, _rest: str) -> str:
+async def _help(_scope: Contents, _rest: str) -> str:
     lines = [f"{word:<24}{about}\n" for word, (about, _) in sorted(WORDS.items())]
     lines.append(f"{'phys [on|off]':<24}whether addresses are guest-physical\n")
     for usage, names in (
@@ -67,17 +67,17 @@ async def _help(_scope: MachineScope, _rest: str) -> str:
     return "".join(lines)
 
 
-async def _info(scope: MachineScope, _rest: str) -> str:
+async def _info(scope: Contents, _rest: str) -> str:
     parts = {name: await command(scope, name) for name in ("state", "exit", "mode", "machine", "engine", "mem_size")}
     return "".join(f"{name:<12}{text}" for name, text in parts.items() if text) + f"{'gdb':<12}{scope.gdb.text()}"
 
 
-async def _reset(scope: MachineScope, _rest: str) -> str:
+async def _reset(scope: Contents, _rest: str) -> str:
     scope.vm.reset()
     return "the machine is reset; gdb's registers are old until `maintenance flush register-cache`\n"
 
 
-async def _answer(scope: MachineScope, rest: str) -> str:
+async def _answer(scope: Contents, rest: str) -> str:
     size = len(scope.vm.access_data)
     if not size:
         raise Invalid("no access is pending")
@@ -86,19 +86,19 @@ async def _answer(scope: MachineScope, rest: str) -> str:
     return ""
 
 
-async def _layout(scope: MachineScope, rest: str) -> str:
+async def _layout(scope: Contents, rest: str) -> str:
     if rest:
         scope.gdb.gdb.words = parse_layout(rest.split())
     name, linear = scope.gdb.gdb.words
     return f"layout {name}{' linear' * linear}, from the next connection on\n"
 
 
-async def _irq(scope: MachineScope, rest: str) -> str:
+async def _irq(scope: Contents, rest: str) -> str:
     parse_command("irq", rest)(scope.vm)
     return ""
 
 
-async def _symbols(scope: MachineScope, rest: str) -> str:
+async def _symbols(scope: Contents, rest: str) -> str:
     if rest:
         if rest not in SYMBOL_COMMANDS:
             raise Invalid(f"symbols: it is {' or '.join(SYMBOL_COMMANDS)}; a file is written to `symbols`")
@@ -106,7 +106,7 @@ async def _symbols(scope: MachineScope, rest: str) -> str:
     return f"{len(scope.vm.symbols)} symbols\n"
 
 
-async def _trace(scope: MachineScope, rest: str) -> str:
+async def _trace(scope: Contents, rest: str) -> str:
     if rest:
         change = parse_commands("trace", rest, scope.vm.symbols.address_of)
         await settled(scope.vm.set_trace(change), scope)
@@ -115,7 +115,7 @@ async def _trace(scope: MachineScope, rest: str) -> str:
 
 
 # Words that are no texts of files: what they are for, and what does it.
-WORDS: Mapping[str, tuple[str, Callable[[MachineScope, str], Awaitable[str]]]] = {
+WORDS: Mapping[str, tuple[str, Callable[[Contents, str], Awaitable[str]]]] = {
     "help": ("this", _help),
     "info": ("what the machine is, and why it last stopped", _info),
     "reset": ("the CPU as after power-on; RAM stays", _reset),

@@ -9,8 +9,8 @@ from typing import Any
 
 import trio
 
-from vmfs.fs.inodes import Handle, Scope
-from vmfs.fs.interrupts import interruptible
+from vmfs.machine.files.handles import Handle, Scope
+from vmfs.machine.files.request import interruptible
 from vmfs.words.errors import Gone
 
 
@@ -50,7 +50,7 @@ async def value_of(value: Any, handle: Handle) -> Any:
     """
     if isinstance(value, Future):
         if not value.done():
-            async with interruptible(handle.pid):
+            async with interruptible():
                 await finished(value, handle.scope)
         return value.result()
     if inspect.iscoroutine(value):
@@ -59,5 +59,5 @@ async def value_of(value: Any, handle: Handle) -> Any:
 
 
 async def _awaited(coroutine: Awaitable[Any], handle: Handle) -> Any:
-    async with interruptible(handle.pid):
+    async with interruptible():
         return await coroutine

@@ -9,7 +9,6 @@ import re
 import select
 import shlex
 import socket
-import stat
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ from vmfs.debug.gdb.packets import Decoder, Packet, frame
 from vmfs.debug.gdb.server import Gdb, Words
 from vmfs.debug.gdb.stub import parse_layout
 from vmfs.debug.gdb.target import DEFAULT
-from vmfs.fs.inodes import ATTR_SECONDS, POLL_IN, POLL_OUT, File, Handle, Kind, Scope
-from vmfs.fs.interrupts import interruptible
-from vmfs.fs.kinds import may_not_block
-from vmfs.fs.lines import Do, LineHandle
-from vmfs.fs.rights import Credentials, HostError, as_user, credentials_of, own_path
-from vmfs.fs.waiting import finished
+from vmfs.machine.door import Door
+from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
+from vmfs.machine.files.lines import Do, LineHandle
+from vmfs.machine.files.request import current, interruptible, is_nonblocking
+from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
 from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock, known
 
@@ -39,7 +37,6 @@ _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost)?:)?(?P<por
 _LOOPBACK = "127.0.0.1"
 _USAGE = "`off`, or HOST:PORT or a socket's path, and then a layout (x86-64, i386, i8086) or `linear`"
 _PATH_MOST = 107  # bytes of struct sockaddr_un's path, without its NUL
-_SOCKET_MODE = 0o600
 _OFFER_SECONDS = 10.0  # that a program has to hand its socket over
 _ACCEPT_AGAIN_SECONDS = 0.1
 _SECRET_SECONDS = 1.0  # and a connection to say that it is the one
@@ -67,12 +64,12 @@ class GdbPort:
             future.result()
 
     def command(self, text: str) -> str:
-        from vmfs.fs.monitor import command  # it knows all files, and this is what one of them is made of
+        from vmfs.machine.files.monitor import command  # it knows all files, and this is what one of them is made of
 
         return trio.from_thread.run(command, self._scope, text)
 
     def complain(self, sentence: str) -> None:
-        trio.from_thread.run_sync(self._scope.complain, sentence, "gdb")
+        trio.from_thread.run_sync(self._scope.complain, sentence)
 
     # ---- where it is listened for
 
@@ -88,19 +85,19 @@ class GdbPort:
         words = [self._listener.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
         return " ".join(words) + "\n"
 
-    async def set(self, asked: Asked, who: Credentials | None) -> None:
+    async def set(self, asked: Asked) -> None:
         """What was written to it. When it fails, what was before stays."""
         async with self._changing:
             if asked.where is None:
                 await self._end_listener()
             else:
-                await self._listen(asked.where, who)
+                await self._listen(asked.where)
                 self.gdb.words = asked.words
 
-    async def _listen(self, where: Where, who: Credentials | None) -> None:
+    async def _listen(self, where: Where) -> None:
         if self._listener is not None and self._listener.where == where:
             await self._end_listener()  # the same place again
-        listener = await trio.to_thread.run_sync(_Listener, where, who, self._scope.host.own_device)
+        listener = await trio.to_thread.run_sync(_Listener, self._scope.door, where)
         await self._end_listener()
         if self._scope.removed:
             await trio.to_thread.run_sync(listener.close)
@@ -201,22 +198,16 @@ def parse_address(text: str) -> Where:
 
 
 class _Listener:
-    """A socket that listens, made with the rights of who asked for it. Blocks when it is made and closed."""
+    """A socket that listens, got through the door. Blocks when it is made and closed."""
 
-    def __init__(self, where: Where, who: Credentials | None, own_device: int | None = None) -> None:
-        self._own_device = own_device
-        self.where = where  # with the port that it has
+    def __init__(self, door: Door, where: Where) -> None:
         self.ended = trio.Event()
         self.gone = trio.Event()
-        self._who = who
-        self._made: tuple[int, int] | None = None  # the device and inode of a path
-        try:
-            self._socket = self._bind_path(where) if isinstance(where, str) else self._bind_tcp(where)
-        except OSError as error:
-            raise _host_error(where, error) from None
+        self._door = door
+        there = door.listen(where)
+        self._socket = socket.socket(fileno=there.fd)
         self._socket.setblocking(False)
-        if not isinstance(where, str):
-            self.where = where[0], self._socket.getsockname()[1]
+        self.where = where if isinstance(where, str) else (where[0], there.port)  # with the port that it has
 
     @property
     def address(self) -> str:
@@ -237,75 +228,13 @@ class _Listener:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.close()
-        if self._made is not None:
-            with contextlib.suppress(VmfsError, OSError):
-                as_user(self._who, lambda: self._unlink(str(self.where)))
-
-    def _bind_path(self, path: str) -> socket.socket:
-        def bind() -> socket.socket:
-            if self._own_device is not None and os.stat(os.path.dirname(path)).st_dev == self._own_device:
-                raise own_path(path)
-            made = socket.socket(socket.AF_UNIX)
-            try:
-                os.fchmod(made.fileno(), _SOCKET_MODE)  # what bind(2) makes has the mode of the socket
-                try:
-                    made.bind(path)
-                except OSError:
-                    if not _is_dead(path):
-                        raise
-                    os.unlink(path)
-                    made.bind(path)
-                made.listen()
-            except BaseException:
-                made.close()
-                raise
-            return made
-
-        one = as_user(self._who, bind)
-        there = os.lstat(path)
-        self._made = there.st_dev, there.st_ino
-        return one
-
-    def _unlink(self, path: str) -> None:
-        there = os.lstat(path)
-        if (there.st_dev, there.st_ino) == self._made:
-            os.unlink(path)
-
-    def _bind_tcp(self, where: tuple[str, int]) -> socket.socket:
-        return as_user(self._who, lambda: _listen_tcp(where))
+        if isinstance(self.where, str):
+            with contextlib.suppress(VmfsError):
+                self._door.unlink(self.where)
 
 
-def _listen_tcp(where: tuple[str, int]) -> socket.socket:
-    host, _ = where
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(where)
-        made.listen()
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-def _is_dead(path: str) -> bool:
-    """A socket that nobody listens on any more: of a server that was killed."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _host_error(where: Where, error: OSError) -> HostError:
-    name = where if isinstance(where, str) else f"{where[0]}:{where[1]}"
-    failure = HostError(f"gdb: {name}: {os.strerror(error.errno or 5)}")
+def _no_socket(what: str, error: OSError) -> VmfsError:
+    failure = VmfsError(f"gdb: {what}: {os.strerror(error.errno or 5)}")
     failure.errno = error.errno or 5
     return failure
 
@@ -322,14 +251,13 @@ class GdbFile(Kind):
     def size(self, scope: Any) -> int:
         return len(scope.gdb.text().encode())
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _GdbHandle(node, pid, nonblocking, writing)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _GdbHandle(node, nonblocking, writing)
 
 
 class _GdbHandle(LineHandle):
-    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, pid, nonblocking, writing)
-        self._who = credentials_of(pid) if writing else None
+    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, nonblocking, writing)
         self._snapshot = b""
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -339,7 +267,7 @@ class _GdbHandle(LineHandle):
 
     def parse(self, text: str) -> Do:
         asked = parse_gdb(text)
-        return lambda: self.scope.gdb.set(asked, self._who)
+        return lambda: self.scope.gdb.set(asked)
 
 
 # ---- gdb.stream
@@ -350,21 +278,21 @@ class GdbStream(Kind):
     """`gdb.stream`: who opens it for reading and writing is a gdb's connection."""
 
     writable = True
-    attr_seconds = ATTR_SECONDS
     reading_acts = True
     walked = False
 
-    def open(self, node: File, pid: int, nonblocking: bool, writing: bool) -> Handle:
-        return _StreamHandle(node, pid, nonblocking, writing)
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _StreamHandle(node, nonblocking, writing)
 
 
 class _StreamHandle(Handle):
     """The session begins with the first write, and ends with the close or when the stub ends it: then reads return
     the end of the file. A first write that is vmfs's own packet asks for the way to hand over a socket instead."""
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, pid, nonblocking)
-        self._who = credentials_of(pid) if writing else None
+    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, nonblocking)
+        request = current()
+        self._uid = None if request is None else request.uid  # who opened it
         self._writing = writing
         self._line: socket.socket | None = None  # to the session
         self._answer = b""  # to what was asked instead
@@ -375,7 +303,7 @@ class _StreamHandle(Handle):
                 raise Busy("another gdb is connected to this machine")
             words = _asked(data)
             if words is not None:
-                self._offer(words)
+                await self._offer(words)
                 return len(data)
             self._begin()
         assert self._line is not None
@@ -409,9 +337,9 @@ class _StreamHandle(Handle):
             try:
                 return act()
             except BlockingIOError:
-                if may_not_block(self):
+                if is_nonblocking(self.nonblocking):
                     raise trio.WouldBlock from None
-            async with interruptible(self.pid):
+            async with interruptible():
                 await wait(self._line)
 
     def poll(self) -> int:
@@ -431,7 +359,7 @@ class _StreamHandle(Handle):
         try:
             self._line, its = socket.socketpair()
         except OSError as error:
-            raise _host_error("a socket for the session", error) from None
+            raise _no_socket("a socket for the session", error) from None
         self._line.setblocking(False)
         token = trio.lowlevel.current_trio_token()
 
@@ -449,11 +377,8 @@ class _StreamHandle(Handle):
 
         trio.lowlevel.spawn_system_task(self._guarded, serve)
 
-    def _offer(self, words: Words) -> None:
-        try:
-            offer = handover.Offer()
-        except OSError as error:
-            raise _host_error("a socket for `vmfs gdb`", error) from None
+    async def _offer(self, words: Words) -> None:
+        offer = await trio.to_thread.run_sync(handover.Offer, self.scope.door.listen)
         self._answer = frame(offer.text)
         trio.lowlevel.spawn_system_task(self._guarded, lambda: self._take(offer, words))
 
@@ -480,7 +405,7 @@ class _StreamHandle(Handle):
                 return None
             line = None
             try:
-                if self._who is None or handover.peer_of(connection) in (self._who.uid, 0):
+                if self._uid is None or handover.peer_of(connection) in (self._uid, 0):
                     with trio.move_on_after(_SECRET_SECONDS):
                         await trio.lowlevel.wait_readable(connection)
                     line = offer.take(connection)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vmfs.fs.inodes import File, Handle
-from vmfs.fs.waiting import value_of
+from vmfs.machine.files.handles import File, Handle
+from vmfs.machine.files.waiting import value_of
 from vmfs.words.errors import Interrupted, Invalid, VmfsError, WouldBlock
 
 TEXT_LIMIT = 64 << 10  # bytes of one write, and of what waits for the rest of its line; `registers` whole is 9 KiB
@@ -104,8 +104,8 @@ class LineHandle(Handle):
     acts = False
     continues = False
 
-    def __init__(self, node: File, pid: int, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, pid, nonblocking)
+    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
+        super().__init__(node, nonblocking)
         self.tells_closing = writing
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._waiting = ""  # what does not parse yet

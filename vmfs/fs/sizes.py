@@ -1,0 +1,37 @@
+"""st_size and st_blocks of files. The machine that has them is asked once for all that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from vmfs.fs.inodes import File, Node
+from vmfs.words.errors import LimitReached, VmfsError
+
+# A machine that does not answer in that time shows the sizes that it had: `ls -l` of others does not wait for it.
+ANSWER_SECONDS = 1.0
+
+
+async def measure(nodes: Iterable[Node]) -> None:
+    """Have `size` of those nodes that have one as it is now."""
+    asked: dict[object, list[File]] = {}
+    for node in nodes:
+        if isinstance(node, File) and node.kind.sized:
+            known = node.kind.local_size(node)
+            if known is not None:
+                node.size = known
+            else:
+                asked.setdefault(node.scope, []).append(node)
+    for scope, files in asked.items():
+        with trio.move_on_after(ANSWER_SECONDS):
+            try:
+                sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]
+            except LimitReached:
+                raise
+            except VmfsError:  # it has failed, or is gone
+                continue
+            scope.modified_ns = max(scope.modified_ns, modified_ns)  # type: ignore[attr-defined]
+            for file in files:
+                size, blocks = sizes.get(file.path, (0, 0))
+                file.size = size + file.kind.added_size(file), blocks

@@ -1,0 +1,475 @@
+"""A machine as the server has it: a row that costs little until something needs its contents, and then a process.
+
+`MachineProcess.call` is the one way to it. A machine that is gone answers ENODEV, one whose process has failed EIO;
+whoever waits then is woken. What the process asks for is answered here, as the user on whose call it asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from vmfs.host import opener
+from vmfs.host.credentials import Credentials, HostError
+from vmfs.host.zygote import Job
+from vmfs.machine.hostfile import is_shared_memory, punch
+from vmfs.words import commands
+from vmfs.words.commands import Channel, ChannelBroken, Failed, Granted, Message, Refused, ToServer
+from vmfs.words.errors import EngineFailed, Gone, LimitReached, VmfsError, known
+
+if TYPE_CHECKING:
+    from vmfs.host.machines import Host
+
+log = logging.getLogger(__name__)
+
+BIRTH_SECONDS = 20.0  # that a process has to become a machine, on a host that is busy
+CLOSE_SECONDS = 1.0  # that a removed machine has to end by itself
+OPENER_SECONDS = 20.0  # that an opener has, and a passt to start
+NO_DESCRIPTOR = "the server has no file descriptor left (ulimit -n)"
+MOST_ASKED = 16  # questions of one machine at a time
+
+_decode_result = msgspec.msgpack.Decoder(opener.Result).decode
+
+
+class CallFailed(VmfsError):
+    """What a machine answered to a call that failed."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.sentence)
+        self.errno = failed.errno
+        self.quiet = failed.quiet
+        self.unsaved = failed.unsaved
+
+
+class ProcessFailed(EngineFailed):
+    """EIO: the machine's process is gone. It was logged when it went."""
+
+
+class _Call:
+    """A call that waits for its answer."""
+
+    def __init__(self, what: str, who: Credentials | None) -> None:
+        self.what = what
+        self.who = who
+        self.event = trio.Event()
+        self.answer: Any = None
+        self.fds: list[int] | None = []  # None: there was no room for them
+
+
+class Watcher:
+    """Who hears of what a machine says by itself; on the loop."""
+
+    def woken(self, handle: int) -> None:
+        """A poll of that handle may have another answer."""
+
+    def complained(self, sentence: str) -> None:
+        """It leaves a sentence for `error`."""
+
+    def ended(self) -> None:
+        """The process is gone: failed, or removed."""
+
+    async def invalidate(self, ranges: list[tuple[int, int]]) -> None:
+        """Write back and drop pages of `mem` from the kernel's cache."""
+
+
+class MachineProcess:
+    """One machine. On the loop only."""
+
+    def __init__(self, host: Host, owner: Credentials, engine: str, memory_size: int) -> None:
+        self.host = host
+        self.owner = owner
+        self.engine = engine
+        self.memory_size = memory_size  # of RAM, as it counts against the limits
+        self.reserved = 0  # bytes of everything else that does
+        self.watcher = Watcher()
+        self.memory_fd = -1
+        self.failure = ""  # why the process has failed
+        self.removed = False
+        self._job: Job | None = None
+        self._channel: Channel[ToServer] | None = None
+        self._starting = trio.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._numbers = itertools.count(1)
+        self._asked = 0
+        self._helpers: set[Job] = set()  # what lives for a device
+        self._sockets: dict[str, tuple[Credentials, tuple[int, int]]] = {}  # those that gdb listens at, by path
+        self._last = ""  # the last command
+        self._finished = trio.Event()
+
+    @property
+    def born(self) -> bool:
+        return self._channel is not None
+
+    @property
+    def pid(self) -> int:
+        """Of its process; 0 while there is none."""
+        return self._job.pid if self._job is not None and self._job.code is None else 0
+
+    # ---- calls
+
+    async def call(
+        self,
+        make: Callable[[int], Message],
+        *,
+        who: Credentials | None = None,
+        began: Callable[[int], None] | None = None,
+    ) -> tuple[Any, list[int]]:
+        """The answer, and the descriptors that came with it, which are the caller's. CallFailed as the machine says.
+
+        `who` the machine may ask for things as, meanwhile. `began` gets the number of the call, for `interrupt`.
+        """
+        if self._channel is None or self.removed or self.failure:
+            await self.start()
+        channel = self._channel
+        assert channel is not None
+        number = next(self._numbers)
+        message = make(number)
+        waiting = self._calls[number] = _Call(type(message).__name__, who)
+        self._last = f"{waiting.what} {getattr(message, 'file', '') or getattr(message, 'path', '')}".strip()
+        try:
+            if began is not None:
+                began(number)
+            try:
+                await channel.send(message)
+            except ChannelBroken:
+                await self._lost()
+            await waiting.event.wait()
+        finally:
+            self._calls.pop(number, None)
+        answer = waiting.answer
+        if answer is None:
+            raise self._gone()
+        if isinstance(answer, Failed):
+            commands.close_all(waiting.fds)
+            raise CallFailed(answer)
+        if waiting.fds is None:
+            self._give_up(answer)
+            raise LimitReached(NO_DESCRIPTOR)
+        return answer, waiting.fds
+
+    async def measure(self, files: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
+        """(st_size, st_blocks) of files, by their paths, and when what they show last changed (in nanoseconds; 0: it
+        has not)."""
+        if self._channel is None and self.host.fresh_sizes is not None:
+            return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
+        answer, _ = await self.call(lambda at: commands.Measure(at, list(files)))
+        return dict(zip(files, answer.sizes, strict=False)), min(answer.modified_ns, time.time_ns())
+
+    def _give_up(self, answer: Any) -> None:
+        """What was opened is closed again: its descriptor was lost."""
+        if isinstance(answer, commands.Opened):
+            self.tell(commands.Close(answer.handle))
+
+    def interrupt(self, number: int) -> None:
+        """A signal came for the caller of that call: it is answered soon."""
+        self.tell(commands.Interrupt(number))
+
+    def tell(self, message: Message) -> None:
+        """Say what has no answer. Nothing is said to a machine that has no process."""
+        channel = self._channel
+        if channel is not None and not self.removed and not self.failure:
+            try:
+                if not channel.post(message):
+                    trio.lowlevel.spawn_system_task(self._tell, channel, message)
+            except ChannelBroken:
+                pass  # who listens to it says so
+
+    @staticmethod
+    async def _tell(channel: Channel[ToServer], message: Message) -> None:
+        try:
+            await channel.send(message)
+        except (ChannelBroken, trio.ClosedResourceError):
+            pass
+
+    def _gone(self) -> VmfsError:
+        if self.removed:
+            return Gone("the machine was removed")
+        return ProcessFailed(self.failure or "the machine's process is gone")
+
+    # ---- its process
+
+    async def start(self) -> None:
+        """Have a process. VmfsError where there can be none: the machine stays as it was made, and may be asked
+        again."""
+        async with self._starting:
+            if self.removed or self.failure:
+                raise self._gone()
+            if self._channel is not None:
+                return
+            await self._start()
+
+    async def _start(self) -> None:
+        try:
+            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
+        channel: Channel[ToServer] = Channel(ours, ToServer)
+        with its:
+            try:
+                job = self.host.spawn(self, its)
+            except BaseException:
+                channel.close()
+                raise
+        try:
+            with trio.move_on_after(BIRTH_SECONDS):
+                born, fds = await channel.receive()
+                if fds is None:
+                    raise LimitReached(NO_DESCRIPTOR)
+                if isinstance(born, commands.Born) and len(fds) == 1 and is_shared_memory(fds[0]):
+                    self._job, self._channel, self.memory_fd = job, channel, fds[0]
+                    trio.lowlevel.spawn_system_task(self._listen, channel, job)
+                    await self.host.is_born(self)
+                    return
+                commands.close_all(fds)
+                if isinstance(born, Failed):
+                    raise CallFailed(born)
+            raise EngineFailed("the machine's process did not begin")
+        except ChannelBroken as error:
+            channel.close()
+            with trio.move_on_after(1):
+                await job.ended.wait()
+            if job.errno:
+                raise LimitReached(f"the machine has no process: {os.strerror(job.errno)}") from None
+            raise EngineFailed(f"the machine's process did not begin: {_how(job) or error}") from None
+        except BaseException:
+            if self._channel is None:
+                channel.close()
+                self.host.kill(job)
+            raise
+
+    async def _listen(self, channel: Channel[ToServer], job: Job) -> None:
+        """Hear the machine, to its end."""
+        why = ""
+        try:
+            while True:
+                message, fds = await channel.receive()
+                self._hear(message, fds)
+        except (ChannelBroken, trio.ClosedResourceError) as error:
+            why = str(error)
+        except Exception:
+            log.exception("a machine's process said what cannot be")
+            why = "it said what cannot be"
+        with trio.CancelScope(shield=True):
+            await self._end(channel, job, why)
+
+    async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
+        with trio.move_on_after(CLOSE_SECONDS):
+            await job.ended.wait()
+        self.host.kill(job)
+        if not self.removed:
+            with trio.move_on_after(CLOSE_SECONDS):
+                await job.ended.wait()
+            self.failure = f"the machine's process {_how(job) or why}; the last command was {self._last or 'none'}"
+            log.error("%s", self.failure)
+            self.watcher.complained(self.failure)
+        for call in self._calls.values():
+            call.event.set()
+        for helper in list(self._helpers):
+            self.host.kill(helper)
+        for path in list(self._sockets):
+            await self._unlink(path)
+        if not self.removed:
+            channel.close()
+            self._release_memory()
+        await job.ended.wait()
+        self.watcher.ended()
+        self._finished.set()
+
+    def _release_memory(self) -> None:
+        if self.memory_fd >= 0:
+            punch(self.memory_fd, 0, os.fstat(self.memory_fd).st_size)  # at once, whoever still maps it
+            os.close(self.memory_fd)
+            self.memory_fd = -1
+
+    async def _lost(self) -> None:
+        """The channel is broken: who listens to it says why."""
+        await self._finished.wait()
+        raise self._gone()
+
+    async def remove(self) -> None:
+        """End it. Who waits for it is woken at once; returns when its process is gone and its memory free."""
+        if self.removed:
+            return
+        self.removed = True
+        for call in self._calls.values():
+            call.event.set()
+        channel, job = self._channel, self._job
+        if channel is None or job is None:
+            return
+        if not self.failure:
+            channel.close()  # it ends by itself then: files are written, guests stopped
+            with trio.move_on_after(CLOSE_SECONDS):
+                await job.ended.wait()
+            self.host.kill(job)
+        await self._finished.wait()
+        self._release_memory()
+
+    # ---- what it says
+
+    def _hear(self, message: Any, fds: list[int] | None) -> None:
+        match message:
+            case commands.Woken():
+                self.watcher.woken(message.handle)
+            case commands.Complaint():
+                self.watcher.complained(message.sentence[:2000])
+            case commands.Born():
+                raise ValueError("born twice")
+            case _ if isinstance(message, commands.Question):
+                commands.close_all(fds)
+                if self._asked >= MOST_ASKED:
+                    self.tell(Refused(message.ask, errno.EAGAIN, "too many questions at a time"))
+                    return
+                self._asked += 1
+                trio.lowlevel.spawn_system_task(self._answer, message)
+                return
+            case _:
+                call = self._calls.get(message.call)
+                if call is not None and call.answer is None:
+                    call.answer, call.fds = message, fds
+                    call.event.set()
+                    return
+        commands.close_all(fds)
+
+    async def _answer(self, question: Any) -> None:
+        fds: list[int] = []
+        try:
+            text, fds = await _ANSWERS[type(question)](self, question)
+            reply: Granted | Refused = Granted(question.ask, text)
+        except Exception as raised:
+            error = known(raised)
+            if isinstance(error, VmfsError):
+                reply = Refused(question.ask, error.errno, str(error))
+            else:
+                log.error("a machine's question failed", exc_info=error)
+                reply = Refused(question.ask, errno.EIO, f"the server failed: {type(error).__name__}")
+        finally:
+            self._asked -= 1
+        channel = self._channel
+        try:
+            if channel is not None and not self.removed:
+                await channel.send(reply, tuple(fds))
+        except (ChannelBroken, trio.ClosedResourceError):
+            pass
+        finally:
+            commands.close_all(fds)
+
+    # ---- what it asks
+
+    def _who(self, call: int) -> Credentials:
+        """On whose call it asks. HostError where nobody is."""
+        waiting = self._calls.get(call)
+        if waiting is None or waiting.who is None:
+            raise HostError(errno.EPERM, "nothing of the host is opened but for who has asked for it")
+        return waiting.who
+
+    async def _opened(self, who: Credentials, work: opener.Work, *, lives: bool = False) -> tuple[str, list[int]]:
+        """What an opener got. With `lives`, its process goes on, until the machine ends."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with ours:
+            with its:
+                job = self.host.open(who, work, its)
+            packet, fds = b"", []
+            with trio.move_on_after(OPENER_SECONDS) as scope:
+                await trio.lowlevel.wait_readable(ours)
+                packet, fds, flags, _ = socket.recv_fds(ours, 4096, commands.FDS_MOST, socket.MSG_CMSG_CLOEXEC)
+                if flags & socket.MSG_CTRUNC:
+                    commands.close_all(fds)
+                    self.host.kill(job)
+                    raise LimitReached(NO_DESCRIPTOR)
+        if not packet:
+            self.host.kill(job)
+            if scope.cancelled_caught:
+                raise HostError(errno.ETIMEDOUT, f"the host did not answer in {OPENER_SECONDS:g} seconds")
+            raise EngineFailed("the process that was to open it has ended")
+        try:
+            result = _decode_result(packet)
+        except msgspec.MsgspecError as error:
+            commands.close_all(fds)
+            raise EngineFailed("the process that was to open it said what cannot be") from error
+        if result.errno:
+            commands.close_all(fds)
+            raise HostError(result.errno, result.text)
+        if not lives:  # its own descriptors of what it got are gone then: a port that is closed is free
+            with trio.move_on_after(CLOSE_SECONDS):
+                await job.ended.wait()
+        if lives:
+            if self.removed or self.failure:
+                self.host.kill(job)
+            self._helpers.add(job)
+        return result.text, fds
+
+    async def _open_path(self, ask: commands.OpenPath) -> tuple[str, list[int]]:
+        return await self._opened(self._who(ask.call), opener.OpenPath(ask.path, ask.flags, self.host.own_device))
+
+    async def _open_tap(self, ask: commands.OpenTap) -> tuple[str, list[int]]:
+        return await self._opened(self._who(ask.call), opener.OpenTap(ask.name))
+
+    async def _listen_at(self, ask: commands.Listen) -> tuple[str, list[int]]:
+        who = self._who(ask.call)
+        text, fds = await self._opened(who, opener.Listen(ask.path, ask.host, ask.port, self.host.own_device))
+        port, *made = text.split()
+        if made:
+            self._sockets[ask.path] = who, (int(made[0]), int(made[1]))
+        return port, fds
+
+    async def _unlink_at(self, ask: commands.Unlink) -> tuple[str, list[int]]:
+        await self._unlink(ask.path)
+        return "", []
+
+    async def _unlink(self, path: str) -> None:
+        made = self._sockets.pop(path, None)
+        if made is not None:
+            who, identity = made
+            try:
+                await self._opened(who, opener.Unlink(path, identity))
+            except VmfsError as error:
+                log.debug("%s: %s", path, error)
+
+    async def _start_passt(self, ask: commands.StartPasst) -> tuple[str, list[int]]:
+        return await self._opened(self._who(ask.call), opener.StartPasst(ask.options), lives=True)
+
+    async def _start_share(self, ask: commands.StartShare) -> tuple[str, list[int]]:
+        work = opener.StartShare(ask.path, ask.read_only, self.host.own_device)
+        return await self._opened(self._who(ask.call), work, lives=True)
+
+    async def _reserve(self, ask: commands.Reserve) -> tuple[str, list[int]]:
+        self.host.reserve(self, ask.what, ask.size)
+        return "", []
+
+    async def _invalidate(self, ask: commands.Invalidate) -> tuple[str, list[int]]:
+        await self.watcher.invalidate(ask.ranges[:1000])
+        return "", []
+
+
+_ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[int]]]]] = {
+    commands.OpenPath: MachineProcess._open_path,
+    commands.OpenTap: MachineProcess._open_tap,
+    commands.Listen: MachineProcess._listen_at,
+    commands.Unlink: MachineProcess._unlink_at,
+    commands.StartPasst: MachineProcess._start_passt,
+    commands.StartShare: MachineProcess._start_share,
+    commands.Reserve: MachineProcess._reserve,
+    commands.Invalidate: MachineProcess._invalidate,
+}
+
+
+def _how(job: Job) -> str:
+    """How a process has ended; "" while it has not."""
+    if job.code is None:
+        return ""
+    if job.code < 0:
+        return f"was killed by {signal.Signals(-job.code).name}"
+    return f"ended with code {job.code}"
+
+

@@ -1,0 +1,378 @@
+"""The zygote: a process of one thread from which a machine's process, or an opener, is forked in a millisecond or two.
+
+It has imported all that they need, and does nothing but fork, tell who has ended, and kill. The server forks it before
+it has threads or a mount, and holds the other end of its socket. When that ends, so do all of its children, and it.
+
+`Zygote` is the server's side, on the trio loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+import trio
+
+from vmfs import engine as engines
+from vmfs.host import opener
+from vmfs.host.credentials import Credentials
+from vmfs.host.sandbox import Sandbox, die_with_parent
+from vmfs.words.errors import EngineFailed
+
+log = logging.getLogger(__name__)
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+_PACKET = 1 << 16
+_FDS_MOST = 1
+
+
+class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A machine's process; its end of the channel goes along."""
+
+    job: int
+    who: Credentials
+    engine: str
+    memory_size: int
+
+
+class SpawnOpener(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An opener; the socket for its answer goes along."""
+
+    job: int
+    who: Credentials
+    work: opener.Work
+
+
+class Kill(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    job: int
+
+
+class Forked(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """`pid` 0: it could not be, with `errno`."""
+
+    job: int
+    pid: int
+    errno: int
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """`code` as os.waitstatus_to_exitcode gives it: below zero a signal."""
+
+    job: int
+    code: int
+
+
+class Layers(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """First: what of the sandbox holds here (Sandbox.layers)."""
+
+    layers: dict[str, str]
+
+
+ToZygote = SpawnMachine | SpawnOpener | Kill
+ToServer = Forked | Ended | Layers
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_orders = msgspec.msgpack.Decoder(ToZygote).decode
+_decode_news = msgspec.msgpack.Decoder(ToServer).decode
+
+
+# ---- the server's side
+
+
+class Job:
+    """A child of the zygote. `ended` is set when it has; `code` is how."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.errno = 0
+        self.code: int | None = None
+        self.forked = trio.Event()
+        self.ended = trio.Event()
+
+
+class Zygote:
+    """The server's end. `start` before there are threads; `serve` as a task, from then on the rest."""
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self._socket = sock
+        self.pid = pid
+        self.layers: dict[str, str] = {}
+        self._jobs: dict[int, Job] = {}
+        self._next = 1
+        self._gone = False
+
+    @classmethod
+    def start(cls, rows: tuple[engines.Row, ...]) -> Zygote:
+        """Fork it, with the engines that machines may have."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            try:
+                _Children(its, rows).serve()
+            except BaseException:
+                log.exception("the zygote failed")
+            finally:
+                os._exit(1)
+        its.close()
+        ours.setblocking(False)
+        return cls(ours, pid)
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hear what it says. Returns when it is gone: then every job has ended, and none begins."""
+        task_status.started()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._socket)
+                try:
+                    packet = self._socket.recv(_PACKET)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return
+                if not packet:
+                    return
+                self._hear(_decode_news(packet))
+        finally:
+            self._gone = True
+            for job in list(self._jobs.values()):
+                self._end(job, -signal.SIGKILL)
+
+    def _hear(self, news: ToServer) -> None:
+        if isinstance(news, Layers):
+            self.layers = news.layers
+            return
+        job = self._jobs.get(news.job)
+        if job is None:
+            return
+        if isinstance(news, Forked):
+            job.pid, job.errno = news.pid, news.errno
+            job.forked.set()
+            if not news.pid:
+                self._end(job, 1)
+        else:
+            self._end(job, news.code)
+
+    def _end(self, job: Job, code: int) -> None:
+        self._jobs.pop(job.number, None)
+        job.code = code
+        job.forked.set()
+        job.ended.set()
+
+    def _begin(self, make: Callable[[int], ToZygote], fd: int) -> Job:
+        if self._gone:
+            raise EngineFailed("the process that makes machines is gone: unmount, and mount anew")
+        job = Job(self._next)
+        self._next += 1
+        self._jobs[job.number] = job
+        try:
+            self._send(make(job.number), fd)
+        except BaseException:
+            del self._jobs[job.number]
+            raise
+        return job
+
+    def _send(self, order: ToZygote, fd: int | None = None) -> None:
+        packet = _encode(order)
+        if len(packet) > _PACKET:
+            raise EngineFailed(f"an order of {len(packet)} bytes")
+        # It reads at once, so that its queue is never full for long; the wait here is a fork's.
+        while True:
+            try:
+                if fd is None:
+                    self._socket.send(packet, socket.MSG_NOSIGNAL)
+                else:
+                    socket.send_fds(self._socket, [packet], [fd], socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                select.select([], [self._socket], [], 1)
+            except OSError as error:
+                raise EngineFailed(f"the process that makes machines does not answer: {error.strerror}") from error
+
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
+        """A machine's process at the other end of `channel`, which remains the caller's to close."""
+        return self._begin(lambda job: SpawnMachine(job, who, engine, memory_size), channel.fileno())
+
+    def opener(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job:
+        return self._begin(lambda job: SpawnOpener(job, who, work), answer.fileno())
+
+    def kill(self, job: Job) -> None:
+        """SIGKILL, unless it has ended."""
+        if job.code is None and not self._gone:
+            with contextlib.suppress(EngineFailed):
+                self._send(Kill(job.number))
+
+    def close(self) -> None:
+        """End it and all of its children; blocks for that moment."""
+        self._gone = True
+        self._socket.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+# ---- the zygote's
+
+
+class _Children:
+    """The zygote itself."""
+
+    def __init__(self, sock: socket.socket, rows: tuple[engines.Row, ...]) -> None:
+        self._socket = sock
+        self._rows = rows
+        self._engines: dict[str, engines.Engine] = {}
+        self._jobs: dict[int, int] = {}  # pid -> job
+        self._pids: dict[int, int] = {}
+        self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def serve(self) -> NoReturn:
+        _set_name("vmfs-zygote")
+        os.setsid()  # a ^C at the server's terminal is the server's to hear
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup[1])
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what an opener leaves comes here, and is ended
+        _import_all()
+        for row in self._rows:
+            with contextlib.suppress(Exception):  # `engines` says what is wrong with it
+                engine = self._engines[row.name] = row.load()
+                engine.prepare()
+        self._sandbox = Sandbox()
+        gc.collect()
+        gc.freeze()  # so that a collection in a child copies no page
+        self._tell(Layers(self._sandbox.layers))
+        while True:
+            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [])
+            if self._wakeup[0] in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wakeup[0], 4096)
+                self._reap()
+            if self._socket in ready:
+                packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST)
+                if not packet:
+                    self._end_all()
+                try:
+                    self._obey(_decode_orders(packet), fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
+
+    def _tell(self, news: ToServer) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next receive sees it
+            self._socket.send(_encode(news), socket.MSG_NOSIGNAL)
+
+    def _obey(self, order: ToZygote, fds: list[int]) -> None:
+        if isinstance(order, Kill):
+            if pid := self._pids.get(order.job):
+                os.kill(pid, signal.SIGKILL)
+            return
+        try:
+            pid = self._sandbox.fork() if isinstance(order, SpawnMachine) else os.fork()
+        except OSError as error:
+            self._tell(Forked(order.job, 0, error.errno or errno.EAGAIN))
+            return
+        if pid == 0:
+            try:
+                self._be(order, fds[0])
+            except BaseException:
+                log.exception("a process of a machine did not begin")
+            finally:
+                os._exit(1)
+        self._jobs[pid], self._pids[order.job] = order.job, pid
+        self._tell(Forked(order.job, pid, 0))
+
+    def _be(self, order: SpawnMachine | SpawnOpener, fd: int) -> None:
+        """In the child."""
+        _set_name("vmfs-machine" if isinstance(order, SpawnMachine) else "vmfs-opener")
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._socket.close()
+        for one in self._wakeup:
+            os.close(one)
+        line = socket.socket(fileno=fd)
+        if isinstance(order, SpawnOpener):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()
+            opener.run(order.work, order.who, line, self._sandbox)
+        from vmfs.machine import worker
+
+        self._sandbox.enter(order.who)
+        die_with_parent()
+        worker.main(line, self._engine(order.engine), self._engine, order.memory_size)
+
+    def _engine(self, name: str) -> engines.Engine:
+        """As it was prepared; Invalid names those there are."""
+        return self._engines.get(name) or engines.by_name(name, self._rows)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                break
+            job = self._jobs.pop(pid, None)
+            if job is not None:
+                del self._pids[job]
+                self._tell(Ended(job, os.waitstatus_to_exitcode(status)))
+        for pid in _children() - self._jobs.keys():  # an opener has ended before its passt
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _end_all(self) -> NoReturn:
+        while children := _children():
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+        os._exit(0)
+
+
+def _set_name(name: str) -> None:
+    """As ps and top show it."""
+    _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def _children() -> set[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return set(map(int, file.read().split()))
+
+
+def _import_all() -> None:
+    """What machines use, and import when they do: a process in its sandbox opens no file."""
+    import capstone
+    import PIL.Image
+    import PIL.PngImagePlugin
+    import zstandard  # noqa: F401
+
+    import vmfs.boot
+    import vmfs.debug.gdb.server
+    import vmfs.devices.virtio.ninep
+    import vmfs.host.share_server
+    import vmfs.machine.booting
+    import vmfs.machine.files.monitor
+    import vmfs.machine.worker  # noqa: F401
+    from vmfs.devices import screen
+
+    capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)  # loads its library
+    PIL.Image.init()
+    tempfile.gettempdir()  # where the overlays of disks are, found out once
+    screen.vga_bios()

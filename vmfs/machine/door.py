@@ -1,0 +1,86 @@
+"""Door: the one way from a machine to what of the host it may not touch itself.
+
+A machine has no rights to open paths, sockets or interfaces. What a user's line names (`dev/add`, `gdb`) is got through
+the door, which has it done with that user's rights. `NoDoor` is that of a machine that has none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmfs.words.errors import NotPermitted
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A socket that listens: `fd` is the caller's, `port` is what it got (0: at a path)."""
+
+    fd: int
+    port: int
+
+
+class Door(Protocol):
+    """Every method blocks, raises VmfsError with the errno that the user would have got, and gives descriptors that are
+    the caller's. None may be called on the event loop."""
+
+    def open(self, path: str, flags: int) -> int:
+        """open(2) of an absolute path of the host."""
+        ...
+
+    def tap(self, name: str) -> int:
+        """/dev/net/tun, as the tap interface of that name."""
+        ...
+
+    def listen(self, where: str | tuple[str, int]) -> Listening:
+        """A listening socket at a path, or at a numerical address and port."""
+        ...
+
+    def unlink(self, path: str) -> None:
+        """Remove the socket that `listen` has made there, if it is still that one."""
+        ...
+
+    def passt(self, options: tuple[str, ...]) -> tuple[int, int]:
+        """A passt of its own: a stream socket to it, and its process id. It ends when the socket is closed."""
+        ...
+
+    def share(self, path: str, read_only: bool) -> int:
+        """A process that serves a folder by 9P (vmfs.devices.virtio.share): a stream socket to it."""
+        ...
+
+    def reserve(self, what: str, size: int) -> None:
+        """Count `size` more bytes for this machine (fewer, if negative). LimitReached where there is no room."""
+        ...
+
+    def invalidate(self, ranges: list[tuple[int, int]]) -> None:
+        """Have pages of RAM, (offset, length), written back and dropped from the kernel's cache; (0, 0) is all."""
+        ...
+
+
+class NoDoor:
+    """Of a machine in its user's own process without a server: nothing of the host but memory."""
+
+    def open(self, path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC)
+
+    def tap(self, name: str) -> int:
+        raise NotPermitted("net: there is no server that could open a tap interface")
+
+    def listen(self, where: str | tuple[str, int]) -> Listening:
+        raise NotPermitted("gdb: there is no server that could listen")
+
+    def unlink(self, path: str) -> None:
+        pass
+
+    def passt(self, options: tuple[str, ...]) -> tuple[int, int]:
+        raise NotPermitted("net: there is no server that could start passt")
+
+    def share(self, path: str, read_only: bool) -> int:
+        raise NotPermitted("share: there is no server that could serve a folder")
+
+    def reserve(self, what: str, size: int) -> None:
+        pass
+
+    def invalidate(self, ranges: list[tuple[int, int]]) -> None:
+        pass

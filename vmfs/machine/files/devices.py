@@ -1,0 +1,153 @@
+"""What stands in dev/: the devices, `add`, by which disks, networks and shares are attached, and `unclaimed`: what no
+device has.
+
+DEVICE_FILES are the files of a device, a row each. A device is detached by rmdir, before the first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import trio
+
+from vmfs.devices.attach import attach, parse_attachment
+from vmfs.devices.device import Device
+from vmfs.devices.pci import PciDevice
+from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.handles import File, Handle, Kind, Scope
+from vmfs.machine.files.kinds import Text
+from vmfs.machine.files.lines import Do, LineHandle, Undo
+from vmfs.machine.machine import Vm
+from vmfs.words.errors import NotPermitted
+
+
+class DeviceScope(Scope):
+    """One device of a machine, with which it goes."""
+
+    def __init__(self, machine: Contents, device: Device) -> None:
+        self.machine = machine
+        self.device = device
+        super().__init__()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    """A file of a device."""
+
+    name: str
+    mode: int
+    get: Callable[[Device], str]
+
+
+def _address(device: Device) -> str:
+    return "".join(f"{window}\n" for window in device.windows())
+
+
+def _irq(device: Device) -> str:
+    return "none\n" if device.irq is None else f"{device.irq}\n"
+
+
+def _counters(device: Device) -> str:
+    # Without the board's lock: a CPU holds it while a disk is slow, and nothing on the trio loop may wait for that.
+    return "".join(f"{name} {count}\n" for name, count in dict(device.counters).items())
+
+
+def _info(device: Device) -> str:
+    return "".join(f"{name} {value}\n" for name, value in device.describe().items())
+
+
+DEVICE_FILES: tuple[DeviceRow, ...] = (
+    DeviceRow("type", 0o444, lambda device: f"{device.TYPE}\n"),
+    DeviceRow("address", 0o444, _address),
+    DeviceRow("irq", 0o444, _irq),
+    DeviceRow("counters", 0o444, _counters),
+    DeviceRow("info", 0o444, _info),
+)
+
+
+def _text_of(row: DeviceRow) -> Text:
+    return Text(lambda scope: row.get(scope.device))
+
+
+DEVICE_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
+
+
+UNCLAIMED = Text(lambda scope: scope.vm.unclaimed())
+
+
+@dataclass(frozen=True)
+class Add(Kind):
+    """`dev/add`: a command a line."""
+
+    readable = False
+    writable = True
+
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _AddHandle(node, nonblocking, writing)
+
+
+class _AddHandle(LineHandle):
+    def parse(self, text: str) -> Do:
+        asked, vm, door = parse_attachment(text), self.scope.vm, self.scope.door
+
+        async def do() -> Undo:
+            # In a thread: a path may be on a slow file system.
+            device = await trio.to_thread.run_sync(attach, vm, asked, door)
+            return Undo(
+                (device,),
+                lambda devices: _detach(vm, devices),
+                lambda: lambda: not vm.has_run,
+                join=lambda one, two: one + two,
+            )
+
+        return do
+
+
+async def _detach(vm: Vm, devices: tuple[PciDevice, ...]) -> None:
+    def work() -> None:
+        for device in reversed(devices):
+            if vm.board is not None and vm.board.devices.get(device.name) is device:
+                vm.detach(device)
+
+    await trio.to_thread.run_sync(work)
+
+
+# What stands in dev/ besides the devices.
+DEV_KINDS: Mapping[str, Kind] = {"add": Add(), "unclaimed": UNCLAIMED}
+
+
+class Devices:
+    """The devices of a machine, each with the scope of its files."""
+
+    def __init__(self, machine: Contents) -> None:
+        self._machine = machine
+        self._scopes: dict[str, DeviceScope] = {}
+
+    def names(self) -> list[str]:
+        self._refresh()
+        return list(self._scopes)
+
+    def scope(self, name: str) -> DeviceScope | None:
+        self._refresh()
+        return self._scopes.get(name)
+
+    def remove(self, name: str) -> None:
+        """Detach it."""
+        scope = self.scope(name)
+        if scope is None:
+            raise NotPermitted(f"{name} is no device")
+        self._machine.vm.detach(scope.device)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Have a scope for each device that there is, and end those of others."""
+        board = self._machine.vm.board
+        devices = dict(board.devices) if board is not None else {}
+        for name, scope in list(self._scopes.items()):
+            if devices.get(name) is not scope.device:
+                del self._scopes[name]
+                scope.remove()
+        for name, device in devices.items():
+            if name not in self._scopes:
+                self._scopes[name] = DeviceScope(self._machine, device)

@@ -1,0 +1,50 @@
+"""`mem`: RAM. The server and the kernel read, write and map its memfd by themselves; here are its size and its end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs.machine.files.handles import File, Handle, Kind
+from vmfs.machine.memory import check_size
+from vmfs.words.errors import Busy
+
+
+async def resize_memory(scope: Any, size: int) -> None:
+    """Before the first run only. What it takes counts against the limits of the mount."""
+    check_size(size)
+    if scope.vm.state == "running":
+        raise Busy("the machine is running")
+    more = size - scope.vm.memory.size
+    await trio.to_thread.run_sync(scope.door.reserve, "mem", more)
+    try:
+        scope.vm.resize_memory(size)
+    except BaseException:
+        await trio.to_thread.run_sync(scope.door.reserve, "mem", -more)
+        raise
+
+
+@dataclass(frozen=True)
+class Mem(Kind):
+    """`mem`."""
+
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return scope.vm.memory.size
+
+    def blocks(self, scope: Any, size: int) -> int:
+        return os.fstat(scope.vm.memory.fd).st_blocks
+
+    def truncate(self, scope: Any, size: int, opened: bool) -> Any:
+        if size or opened:  # else it may be O_TRUNC, as in `cp image mem`
+            return resize_memory(scope, size)
+        return None
+
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        handle = Handle(node, nonblocking)
+        handle.memory = node.scope.vm.memory.fd
+        return handle

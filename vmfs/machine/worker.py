@@ -1,0 +1,444 @@
+"""The process of a machine: its contents behind the commands of `vmfs.words.commands`.
+
+`serve` makes the machine and answers calls until the channel ends, and then ends the machine. It is a thin layer: what
+a file gets and puts is in `vmfs.machine.files`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import trio
+
+from vmfs.engine.base import Engine
+from vmfs.machine.door import Listening
+from vmfs.machine.files import request
+from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, Devices
+from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
+from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
+from vmfs.machine.files.waiting import finished
+from vmfs.machine.machine import Vm
+from vmfs.words import commands
+from vmfs.words.commands import (
+    DATA_MOST,
+    FOUND_DIRECTORY,
+    FOUND_FILE,
+    FOUND_NOTHING,
+    FOUND_READ_ONLY,
+    Channel,
+    ChannelBroken,
+    Done,
+    Failed,
+    Granted,
+    Listed,
+    Measured,
+    Message,
+    Opened,
+    Refused,
+    ToMachine,
+)
+from vmfs.words.errors import EngineFailed, Gone, Interrupted, LimitReached, NotPermitted, VmfsError, WouldBlock, known
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def serve(
+    sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
+) -> None:
+    """Be a machine until the other end of `sock` is closed. `engine_named`: those that it may be moved to."""
+    channel: Channel[ToMachine] = Channel(sock, ToMachine)
+    try:
+        vm = Vm(engine, memory_size=memory_size)
+    except Exception as raised:
+        error = known(raised)
+        if not isinstance(error, VmfsError):
+            log.error("a machine cannot be made", exc_info=error)
+        await channel.send(Failed(0, getattr(error, "errno", None) or errno.EIO, str(error)))
+        channel.close()
+        return
+    worker = Worker(channel, vm, engine_named)
+    try:
+        await channel.send(commands.Born(commands.VERSION, engine.name), (vm.memory.fd,))
+        await worker.serve()
+    except ChannelBroken as error:
+        log.debug("the channel: %s", error)
+    finally:
+        with trio.CancelScope(shield=True):
+            worker.contents.remove()
+            await trio.to_thread.run_sync(vm.close)
+        channel.close()
+
+
+class Worker:
+    """Answers the server's calls. Each is a task of its own."""
+
+    def __init__(self, channel: Channel[ToMachine], vm: Vm, engine_named: Callable[[str], Engine]) -> None:
+        self._channel = channel
+        self._door = ServerDoor(channel)
+        self.contents = Contents(vm, self._door, self._complain, engine_named)
+        self._devices = Devices(self.contents)
+        self._handles: dict[int, Handle] = {}
+        self._numbers = itertools.count(1)
+        self._requests: dict[int, request.Request] = {}
+        self._outbox_in, self._outbox = trio.open_memory_channel[Message](1000)
+
+    async def serve(self) -> None:
+        """Until the channel ends: ChannelBroken."""
+        failure: ChannelBroken | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_news)
+            try:
+                while True:
+                    message, fds = await self._channel.receive()
+                    self._take(nursery, message, fds)
+            except ChannelBroken as error:
+                failure = error  # not through the nursery, which would make a group of it
+            nursery.cancel_scope.cancel()
+        raise failure or ChannelBroken("it has ended")
+
+    def _take(self, nursery: trio.Nursery, message: Any, fds: list[int] | None) -> None:
+        match message:
+            case Granted() | Refused():
+                self._door.answered(message, fds)
+                return
+            case commands.Interrupt():
+                if asked := self._requests.get(message.call):
+                    asked.interrupt()
+            case commands.Close():
+                self._close(message.handle)
+            case commands.Clients():
+                self.contents.memory.set_clients(message.cached, message.writing)
+            case _:
+                # Here, so that an Interrupt that comes next finds it.
+                asked = request.Request(message.call, getattr(message, "flags", commands.ANY_FLAGS))
+                self._requests[message.call] = asked
+                nursery.start_soon(self._answer, message, asked)
+        commands.close_all(fds)
+
+    async def _answer(self, message: Any, asked: request.Request) -> None:
+        request.begin(asked)
+        fds: tuple[int, ...] = ()
+        try:
+            answer = await _CALLS[type(message)](self, message)
+            if isinstance(answer, tuple):
+                answer, fds = answer
+        except Exception as error:
+            answer = self._failure(error, message)
+        finally:
+            del self._requests[message.call]
+        try:
+            await self._channel.send(answer, fds)
+        except ChannelBroken:
+            pass  # `serve` hears of it, too
+
+    def _failure(self, raised: Exception, message: Any) -> Failed:
+        name, error = self._name_of(message), known(raised)
+        if isinstance(error, VmfsError):
+            may_be_asked_again = isinstance(error, WouldBlock) and isinstance(message, commands.Read)
+            quiet = may_be_asked_again or isinstance(error, Interrupted)
+            if error.errno == errno.EIO:
+                log.error("%s %s: %s", type(message).__name__, name, error, exc_info=error)
+            sentence = str(error)
+            sentence = sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}"
+            if not isinstance(error, Interrupted):
+                self.contents.complaint = sentence
+            handle = self._handles.get(getattr(message, "handle", 0))
+            unsaved = handle is not None and handle.unsaved
+            return Failed(message.call, error.errno, sentence, error.errno == errno.EIO, quiet, unsaved)
+        log.error("%s %s failed", type(message).__name__, name, exc_info=error)
+        return Failed(message.call, errno.EIO, "", True, True)
+
+    def _name_of(self, message: Any) -> str:
+        handle = self._handles.get(getattr(message, "handle", 0))
+        path = getattr(message, "file", "") or getattr(message, "path", "") or getattr(message, "directory", "")
+        return handle.node.name if handle is not None else path.rpartition("/")[2]
+
+    # ---- open files
+
+    async def _open(self, message: commands.Open) -> Any:
+        request_now = request.current()
+        assert request_now is not None
+        request_now.uid = message.uid
+        file = await self._file(message.file)
+        if message.walking and not file.kind.walked:
+            handle: Handle = EmptyHandle(file, False)
+        else:
+            handle = file.kind.open(file, message.nonblocking, message.writing)
+        handle.appending, handle.walking = message.appending, message.walking
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return Opened(message.call, number, handle.tells_closing), () if handle.memory is None else (handle.memory,)
+
+    def _handle(self, number: int) -> Handle:
+        handle = self._handles.get(number)
+        if handle is None:
+            raise Gone("the file is not open")
+        if handle.scope.removed:
+            raise Gone("the device was removed")
+        return handle
+
+    async def _read(self, message: commands.Read) -> Done:
+        data = await self._handle(message.handle).read(message.offset, min(message.size, DATA_MOST))
+        return Done(message.call, bytes(data))
+
+    async def _write(self, message: commands.Write) -> Done:
+        handle = self._handle(message.handle)
+        done = await handle.write(message.offset, message.data)
+        self.contents.touch()
+        return Done(message.call, b"", done, handle.unsaved, handle.waits)
+
+    async def _flush(self, message: commands.Flush) -> Done:
+        await self._handle(message.handle).flush()
+        return Done(message.call)
+
+    async def _poll(self, message: commands.Poll) -> Done:
+        handle = self._handles.get(message.handle)
+        if handle is None or handle.scope.removed:
+            return Done(message.call, b"", POLL_ERR | POLL_HUP | POLL_IN)
+        if message.watch:  # before looking, so that a change in between is not lost
+            handle.scope.watch(handle, _Waker(self, message.handle))
+        return Done(message.call, b"", handle.poll())
+
+    def _close(self, number: int) -> None:
+        handle = self._handles.pop(number, None)
+        if handle is not None:
+            handle.scope.unwatch(handle)
+            handle.close()
+
+    # ---- names, sizes
+
+    async def _file(self, path: str) -> File:
+        """Gone for what is not there any more: the server knows the names that were."""
+        folder, _, name = path.rpartition("/")
+        contents = self.contents
+        if folder == "reg":
+            kind = REGISTER_KINDS.get(name) or (register_file(name) if await self._has_msr(name) else None)
+        elif folder == "dev":
+            kind = DEV_KINDS.get(name)
+        elif folder.startswith("dev/"):
+            scope = self._devices.scope(folder.removeprefix("dev/"))
+            if scope is not None and name in DEVICE_KINDS:
+                return File(name, DEVICE_KINDS[name], scope)
+            kind = None
+        else:
+            kind = None if folder else CONTENTS.get(name)
+        if kind is None:
+            raise Gone(f"there is no {path} any more")
+        return File(name, kind, contents)
+
+    async def _has_msr(self, name: str) -> bool:
+        found = self.contents.vm.at_boundary(lambda cpu: has_msr(cpu, name))
+        await finished(found, self.contents)
+        return bool(found.result())
+
+    async def _find(self, message: commands.Find) -> Done:
+        folder, _, name = message.path.rpartition("/")
+        found = FOUND_NOTHING
+        if folder == "reg":
+            if name in REGISTER_KINDS:
+                found = FOUND_FILE if REGISTER_KINDS[name].writable else FOUND_READ_ONLY
+            elif await self._has_msr(name):
+                found = FOUND_FILE
+        elif folder == "dev" and self._devices.scope(name) is not None:
+            found = FOUND_DIRECTORY
+        return Done(message.call, b"", found)
+
+    async def _list(self, message: commands.List) -> Listed:
+        if message.directory == "reg":
+            listed = self.contents.vm.at_boundary(listed_registers)
+            await finished(listed, self.contents)
+            names = [(name, _found(name)) for name in listed.result()]
+        elif message.directory == "dev":
+            names = [(name, FOUND_DIRECTORY) for name in self._devices.names()]
+        else:
+            names = []
+        return Listed(message.call, names)
+
+    async def _remove(self, message: commands.Remove) -> Done:
+        folder, _, name = message.path.rpartition("/")
+        if folder != "dev":
+            raise NotPermitted("only a device's directory can be removed")
+        self._devices.remove(name)
+        return Done(message.call)
+
+    async def _measure(self, message: commands.Measure) -> Measured:
+        sizes = []
+        for path in message.files:
+            try:
+                file = await self._file(path)
+                size = file.kind.size(file.scope)
+                if size is None:
+                    size = await file.kind.measure(file.scope)
+                sizes.append((size, file.kind.blocks(file.scope, size)))
+            except Exception as error:
+                if isinstance(known(error), LimitReached) or not isinstance(error, VmfsError):
+                    raise
+                sizes.append((0, 0))
+        return Measured(message.call, sizes, self.contents.modified_ns())
+
+    async def _truncate(self, message: commands.Truncate) -> Done:
+        file = await self._file(message.file)
+        done = file.kind.truncate(file.scope, message.size, message.opened)
+        if done is not None:
+            await done
+        return Done(message.call)
+
+    # ---- what the machine says by itself
+
+    async def _send_news(self) -> None:
+        try:
+            async for message in self._outbox:
+                await self._channel.send(message)
+        except ChannelBroken:
+            pass
+
+    def say(self, message: Message) -> None:
+        """On the loop. When too much waits to be said, a poll may be late; nothing else is said this way."""
+        try:
+            self._outbox_in.send_nowait(message)
+        except trio.WouldBlock:
+            log.warning("the server does not listen: %r is not said", message)
+
+    def _complain(self, sentence: str) -> None:
+        self.say(commands.Complaint(sentence))
+
+
+class _Waker:
+    """Tells the server that a poll of a handle may have another answer."""
+
+    def __init__(self, worker: Worker, handle: int) -> None:
+        self._worker = worker
+        self._handle = handle
+
+    def notify(self) -> None:
+        self._worker.say(commands.Woken(self._handle))
+
+
+def _found(register: str) -> int:
+    kind = REGISTER_KINDS.get(register)
+    return FOUND_FILE if kind is None or kind.writable else FOUND_READ_ONLY
+
+
+_CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
+    commands.Open: Worker._open,
+    commands.Read: Worker._read,
+    commands.Write: Worker._write,
+    commands.Flush: Worker._flush,
+    commands.Poll: Worker._poll,
+    commands.Measure: Worker._measure,
+    commands.Truncate: Worker._truncate,
+    commands.List: Worker._list,
+    commands.Find: Worker._find,
+    commands.Remove: Worker._remove,
+}
+
+
+class HostError(VmfsError):
+    """What the host answered to a user's line: the errno that the user would have got."""
+
+    def __init__(self, number: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.errno = number
+
+
+class ServerDoor:
+    """The door of a machine with a server: it asks it over the channel. For threads; `vmfs.machine.door.Door`."""
+
+    def __init__(self, channel: Channel[ToMachine]) -> None:
+        self._channel = channel
+        self._token = trio.lowlevel.current_trio_token()
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, tuple[trio.Event, list[Any]]] = {}
+
+    def open(self, path: str, flags: int) -> int:
+        return self._one_fd(self._ask(lambda ask: commands.OpenPath(ask, _call(), path, flags)))
+
+    def tap(self, name: str) -> int:
+        return self._one_fd(self._ask(lambda ask: commands.OpenTap(ask, _call(), name)))
+
+    def listen(self, where: str | tuple[str, int]) -> Listening:
+        path, host, port = (where, "", 0) if isinstance(where, str) else ("", *where)
+        text, fds = self._ask(lambda ask: commands.Listen(ask, _call(), path, host, port))
+        return Listening(self._one_fd((text, fds)), int(text or 0))
+
+    def unlink(self, path: str) -> None:
+        self._ask(lambda ask: commands.Unlink(ask, path))
+
+    def passt(self, options: tuple[str, ...]) -> tuple[int, int]:
+        text, fds = self._ask(lambda ask: commands.StartPasst(ask, _call(), list(options)))
+        return self._one_fd((text, fds)), int(text)
+
+    def share(self, path: str, read_only: bool) -> int:
+        return self._one_fd(self._ask(lambda ask: commands.StartShare(ask, _call(), path, read_only)))
+
+    def reserve(self, what: str, size: int) -> None:
+        self._ask(lambda ask: commands.Reserve(ask, what, size))
+
+    def invalidate(self, ranges: list[tuple[int, int]]) -> None:
+        if ranges:
+            self._ask(lambda ask: commands.Invalidate(ask, ranges))
+
+    def answered(self, message: Granted | Refused, fds: list[int] | None) -> None:
+        """On the loop: the server's answer has come."""
+        waiting = self._asked.pop(message.ask, None)
+        if waiting is None:
+            commands.close_all(fds)
+            return
+        event, answer = waiting
+        answer[:] = message, fds
+        event.set()
+
+    def _ask(self, make: Callable[[int], Message]) -> tuple[str, list[int]]:
+        ask = next(self._numbers)
+        message = make(ask)  # here, in the context of the call
+        try:
+            answer, fds = trio.from_thread.run(self._answer_to, ask, message, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled, ChannelBroken):
+            raise Gone("the machine was removed") from None
+        if isinstance(answer, Refused):
+            commands.close_all(fds)
+            raise HostError(answer.errno, answer.sentence)
+        if fds is None:
+            raise LimitReached("the machine's process has no file descriptor left (ulimit -n)")
+        return answer.text, fds
+
+    async def _answer_to(self, ask: int, message: Message) -> tuple[Granted | Refused, list[int]]:
+        event, answer = self._asked[ask] = trio.Event(), []
+        try:
+            await self._channel.send(message)
+            await event.wait()
+        finally:
+            self._asked.pop(ask, None)
+        return answer[0], answer[1]
+
+    @staticmethod
+    def _one_fd(answer: tuple[str, list[int]]) -> int:
+        _, fds = answer
+        if len(fds) != 1:
+            commands.close_all(fds)
+            raise EngineFailed("the server granted something else than was asked for")
+        return fds[0]
+
+
+def _call() -> int:
+    """The call that the running thread works for; 0 is none."""
+    now = request.current()
+    return 0 if now is None else now.call
+
+
+def main(
+    sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
+) -> None:
+    """The whole life of a machine's process, in its main thread; returns at its end."""
+    trio.run(serve, sock, engine, engine_named, memory_size)
+    logging.shutdown()
+    os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for

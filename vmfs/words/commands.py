@@ -1,0 +1,387 @@
+"""What the server of a mount and the process of a machine say to each other: the closed set of messages, and the
+channel.
+
+A message is a msgspec struct, packed as an array with its tag, in one packet of a SOCK_SEQPACKET pair; descriptors
+go along by SCM_RIGHTS. The server calls, and each call has a number and one answer (`Done`, `Opened`, `Listed`,
+`Measured`, or `Failed`); the machine asks the server for what only the server may do, and each question has a number
+and one answer (`Granted` or `Refused`). `Interrupt`, `Close`, `Clients`, `Woken` and `Complaint` have none.
+
+Both sides decode strictly: what is no message of the set ends the channel (`ChannelBroken`). Neither side trusts the
+other: the server because a machine process is its user's, the machine because everything that it gets is bounded.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import trio
+
+VERSION = 1
+
+PACKET_MOST = 192 << 10  # bytes of a packet: what Linux lets through with its default net.core.wmem_max
+DATA_MOST = 128 << 10  # bytes of a file's contents in one message
+FDS_MOST = 4
+
+ANY_FLAGS = -1  # of a read or a write: its file's flags are not known
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """One packet."""
+
+
+# ---- the server's calls. `file` is a path in the machine's directory, "regs" or "reg/rax"
+
+
+class Open(Message, frozen=True):
+    call: int
+    file: str
+    writing: bool  # not O_RDONLY
+    nonblocking: bool
+    appending: bool
+    walking: bool  # for reading, by who reads all files of a directory
+    uid: int  # whose it is
+
+
+class Read(Message, frozen=True):
+    call: int
+    handle: int
+    offset: int
+    size: int
+    flags: int  # the file's, as they are now (O_NONBLOCK), or ANY_FLAGS
+
+
+class Write(Message, frozen=True):
+    call: int
+    handle: int
+    offset: int
+    data: bytes
+    flags: int
+
+
+class Flush(Message, frozen=True):
+    """A close(2), of one of the descriptors."""
+
+    call: int
+    handle: int
+
+
+class Close(Message, frozen=True):
+    """The last descriptor and the last mapping are gone."""
+
+    handle: int
+
+
+class Poll(Message, frozen=True):
+    """`watch`: tell by `Woken`, once, when the answer may be another."""
+
+    call: int
+    handle: int
+    watch: bool
+
+
+class Measure(Message, frozen=True):
+    """st_size and st_blocks of files."""
+
+    call: int
+    files: list[str]
+
+
+class Truncate(Message, frozen=True):
+    call: int
+    file: str
+    size: int
+    opened: bool  # ftruncate(2), and not truncate(2) or O_TRUNC
+
+
+class List(Message, frozen=True):
+    """The names in a directory that the machine makes: `reg`, `dev`, `dev/blk0`."""
+
+    call: int
+    directory: str
+
+
+class Find(Message, frozen=True):
+    """Whether there is such a file or directory: `Done` with FOUND_ values."""
+
+    call: int
+    path: str
+
+
+class Remove(Message, frozen=True):
+    """rmdir(2) of a directory that the machine has made."""
+
+    call: int
+    path: str
+
+
+class Interrupt(Message, frozen=True):
+    """A signal came for the caller: end the call soon. It is answered all the same."""
+
+    call: int
+
+
+class Clients(Message, frozen=True):
+    """What clients have open: RAM in the kernel's page cache, so that it must be dropped around runs; any memory of the
+    guest for writing, so that it may change unseen."""
+
+    cached: bool
+    writing: bool
+
+
+class Granted(Message, frozen=True):
+    """The answer to a question: `text` and the descriptors are what was asked for."""
+
+    ask: int
+    text: str = ""
+
+
+class Refused(Message, frozen=True):
+    ask: int
+    errno: int
+    sentence: str
+
+
+Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove
+ToMachine = Call | Close | Interrupt | Clients | Granted | Refused
+
+FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
+
+
+# ---- the machine's answers
+
+
+class Done(Message, frozen=True):
+    """Of a write, `unsaved`: the close of the file has something to do; `waits`: it has not been understood yet."""
+
+    call: int
+    data: bytes = b""
+    number: int = 0
+    unsaved: bool = False
+    waits: bool = False
+
+
+class Opened(Message, frozen=True):
+    """Of `mem` and `framebuffer`, the descriptor of the memory goes along."""
+
+    call: int
+    handle: int
+    tells_closing: bool
+
+
+class Listed(Message, frozen=True):
+    """The names, and of each what `Find` would say."""
+
+    call: int
+    names: list[tuple[str, int]]
+
+
+class Measured(Message, frozen=True):
+    """(st_size, st_blocks) of each file, and when what they show last changed, in nanoseconds."""
+
+    call: int
+    sizes: list[tuple[int, int]]
+    modified_ns: int
+
+
+class Failed(Message, frozen=True):
+    """`logged`: the failure is a bug or the engine's, and its traceback is in the machine's log. `quiet`: it is no
+    reason for a sentence in `error` (EAGAIN, EINTR)."""
+
+    call: int
+    errno: int
+    sentence: str
+    logged: bool = False
+    quiet: bool = False
+    unsaved: bool = False
+
+
+# ---- what the machine says by itself
+
+
+class Born(Message, frozen=True):
+    """First: the machine is there. The descriptor of its RAM goes along."""
+
+    version: int
+    engine: str
+
+
+class Woken(Message, frozen=True):
+    handle: int
+
+
+class Complaint(Message, frozen=True):
+    """What went wrong where no call failed with it: a gdb's."""
+
+    sentence: str
+
+
+class OpenPath(Message, frozen=True):
+    """open(2) of an absolute host path, with the rights of who opened the file that call `call` is on."""
+
+    ask: int
+    call: int
+    path: str
+    flags: int
+
+
+class OpenTap(Message, frozen=True):
+    """The tap interface of that name: a descriptor of /dev/net/tun."""
+
+    ask: int
+    call: int
+    name: str
+
+
+class Listen(Message, frozen=True):
+    """A listening socket: at a host path, or at a numerical address and port. `text` of the answer is the port it
+    got."""
+
+    ask: int
+    call: int
+    path: str
+    host: str
+    port: int
+
+
+class Unlink(Message, frozen=True):
+    """Remove the socket that `Listen` made at that path, if it is still that one."""
+
+    ask: int
+    path: str
+
+
+class StartPasst(Message, frozen=True):
+    """A passt, and the socket to it; `text` of the answer is its process id."""
+
+    ask: int
+    call: int
+    options: list[str]
+
+
+class StartShare(Message, frozen=True):
+    """A process that serves a folder by 9P with the rights of who asked, and the socket to it."""
+
+    ask: int
+    call: int
+    path: str
+    read_only: bool
+
+
+class Reserve(Message, frozen=True):
+    """More (or, below zero, less) of what counts against the limits: Refused with ENOSPC over them."""
+
+    ask: int
+    what: str
+    size: int
+
+
+class Invalidate(Message, frozen=True):
+    """Write back and drop pages of RAM from the kernel's cache: (offset, length); (0, 0) is all of it."""
+
+    ask: int
+    ranges: list[tuple[int, int]]
+
+
+Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | Reserve | Invalidate
+Answer = Done | Opened | Listed | Measured | Failed
+ToServer = Answer | Question | Born | Woken | Complaint
+
+
+# ---- the channel
+
+
+class ChannelBroken(Exception):
+    """The other side is gone, or has said what is no message."""
+
+
+M = TypeVar("M")
+
+
+class Channel(Generic[M]):
+    """One end of the pair. `kind` is the union of what may come. Used on one trio loop; it owns the socket."""
+
+    def __init__(self, sock: socket.socket, kind: Any) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self._socket = sock
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._room = bytearray(PACKET_MOST + 1)
+        self._sending = trio.Lock()
+
+    async def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """ChannelBroken when nobody is there to get it. Descriptors remain the caller's."""
+        packet = self._encode(message)
+        if len(packet) > PACKET_MOST:
+            raise ValueError(f"a message of {len(packet)} bytes")
+        if not self._sending.locked() and self._try(packet, fds):
+            return
+        async with self._sending:
+            while not self._try(packet, fds):
+                await trio.lowlevel.wait_writable(self._socket)
+
+    def post(self, message: Message) -> bool:
+        """`send` it now, before whatever is sent later. False where that would have to wait. ChannelBroken as there."""
+        return not self._sending.locked() and self._try(self._encode(message), ())
+
+    def _try(self, packet: bytes, fds: tuple[int, ...]) -> bool:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._socket.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelBroken(f"sending failed: {os.strerror(error.errno or 0)}") from None
+        return True
+
+    async def receive(self) -> tuple[M, list[int] | None]:
+        """The next message, and the descriptors that came with it, which are the caller's now.
+
+        None: this process had no room for them (EMFILE), and they are lost; the message is whole.
+        """
+        while True:
+            try:
+                size, ancillary, flags, _ = self._socket.recvmsg_into(
+                    [self._room], socket.CMSG_SPACE(4 * FDS_MOST), socket.MSG_CMSG_CLOEXEC
+                )
+                break
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+            except OSError as error:
+                raise ChannelBroken(f"receiving failed: {os.strerror(error.errno or 0)}") from None
+        fds = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: len(data) // fds.itemsize * fds.itemsize])
+        if size == 0:
+            close_all(fds)
+            raise ChannelBroken("the other side has gone")
+        try:
+            if size > PACKET_MOST or flags & socket.MSG_TRUNC:
+                raise ChannelBroken("a packet that is too long")
+            message = self._decode(memoryview(self._room)[:size])
+            if flags & socket.MSG_CTRUNC:
+                close_all(fds)
+                return message, None
+            return message, list(fds)
+        except msgspec.MsgspecError as error:  # ValidationError and DecodeError
+            close_all(fds)
+            raise ChannelBroken(f"what came is no message: {error}") from None
+        except ChannelBroken:
+            close_all(fds)
+            raise
+
+    def close(self) -> None:
+        trio.lowlevel.notify_closing(self._socket)
+        self._socket.close()
+
+
+def close_all(fds: Any) -> None:
+    for fd in fds or ():
+        os.close(fd)
