@@ -603,9 +603,9 @@ static void emit_link_after(struct translation *t, const struct record *r, i32 s
     emit_enter(t, r);
 }
 
-static void jump_to_member(struct translation *t, int target)
+/* A jump of the host goes to a block of the region, once that has code. */
+static void land_at_member(struct translation *t, u8 *from, int target)
 {
-    u8 *from = jump(&t->code);
     if (t->members[target].code) {
         land(from, t->members[target].code);
     } else {
@@ -631,14 +631,16 @@ static void emit_jump_after(struct translation *t, const struct record *r, i32 s
         if (t->where == IN_HOST)
             t->where = IN_RECIPE;
         alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), change);
-        if (change < 0) {
-            struct stub *s = add_stub(t, STUB_LEAVE, r);
-            s->budget = -change;
-            s->stack = stack;
-            stub_jump(s, jump_if(&t->code, CC_S));
-        }
     }
-    jump_to_member(t, target);
+    if (change < 0) {
+        struct stub *s = add_stub(t, STUB_LEAVE, r);
+        s->budget = -change;
+        s->stack = stack;
+        land_at_member(t, jump_if(&t->code, CC_NS), target);
+        stub_jump(s, jump(&t->code));
+    } else {
+        land_at_member(t, jump(&t->code), target);
+    }
 }
 void emit_jump(struct translation *t, const struct record *r) { emit_jump_after(t, r, 0); }
 void emit_call(struct translation *t, const struct record *r) { emit_jump_after(t, r, (i32)stack_width(t)); }
