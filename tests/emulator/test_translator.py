@@ -192,5 +192,10 @@ def test_loops(wide, monkeypatch):
 def test_it_translates(monkeypatch):
     """Without a word in the environment a hot loop becomes host code; with VMFS_NO_JIT it does not."""
     code = b"\xff\xc0\xff\x0c\x25" + struct.pack("<I", COUNTER) + b"\x75\xf5\xf4"
-    assert result(code, True, 1, {}, None, monkeypatch)[-1]["regions"] > 0
-    assert result(code, True, 1, INTERPRETED, None, monkeypatch)[-1]["regions"] == 0
+    counters = result(code, True, 1, {}, None, monkeypatch)[-1]
+    assert counters["regions"] == 1
+    assert 0 < counters["instructions_translated"] < counters["instructions"]
+    counters = result(code, True, 1, INTERPRETED, None, monkeypatch)[-1]
+    assert (counters["regions"], counters["instructions_translated"]) == (0, 0)
+    counters = result(code, True, 1, {"VMFS_JIT_THRESHOLD": "0"}, None, monkeypatch)[-1]
+    assert 0 < counters["instructions"] - counters["instructions_translated"] < 5  # the last round, and HLT

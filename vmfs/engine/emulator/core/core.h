@@ -183,7 +183,7 @@ int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_del
 
 struct vcpu_counters {
     uint64_t instructions, blocks_decoded, blocks_killed, tlb_misses, interrupts, exceptions;
-    uint64_t regions, regions_killed, code_bytes, translating_ns; /* of the translator */
+    uint64_t instructions_translated, regions, regions_killed, code_bytes, translating_ns; /* of the translator */
 };
 void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters);
 

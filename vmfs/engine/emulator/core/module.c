@@ -579,10 +579,11 @@ static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
     if (!vcpu_alive(self))
         return NULL;
     vcpu_get_counters(self->vcpu, &k);
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "blocks_decoded",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "blocks_decoded",
                          (unsigned long long)k.blocks_decoded, "blocks_killed", (unsigned long long)k.blocks_killed,
                          "tlb_misses", (unsigned long long)k.tlb_misses, "interrupts", (unsigned long long)k.interrupts,
-                         "exceptions", (unsigned long long)k.exceptions, "regions", (unsigned long long)k.regions,
+                         "exceptions", (unsigned long long)k.exceptions, "instructions_translated",
+                         (unsigned long long)k.instructions_translated, "regions", (unsigned long long)k.regions,
                          "regions_killed", (unsigned long long)k.regions_killed, "code_bytes", (unsigned long long)k.code_bytes,
                          "translating_ns", (unsigned long long)k.translating_ns);
 }

@@ -200,8 +200,6 @@ static bool look_around(struct vcpu *c)
     return bits & ATTENTION_KICK && !c->completing; /* a pending read completes first */
 }
 
-static u64 instructions_done(const struct vcpu *c) { return c->retired + (u64)(c->slice - c->budget); }
-
 /* Whether an event ends HLT (the shadows are over by then). */
 static bool can_wake(struct vcpu *c)
 {
@@ -347,6 +345,8 @@ static void after_escape(struct vcpu *c, enum escape how)
     if (c->tracer)
         tracer_undo(c, how == ESCAPE_FAULT);
     undo(c);
+    if (c->translated)
+        end_translated(c, instructions_done(c));
     bool fetching = c->fetching;
     c->fetching = false;
     switch (how) {

@@ -229,6 +229,8 @@ struct vcpu {
     u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
     u64 scratch;
     bool continues;           /* the handler that host code called did not leave */
+    bool translated;          /* host code runs, */
+    u64 translated_from;      /* ... since so many instructions were retired */
     const struct record *now; /* the record that is executing, where it may fault; NULL: gpr[GPR_IP] is exact */
 #ifdef VMFS_TRAMPOLINE
     const struct record *next; /* where `run_records` goes on; NULL: back to the main loop */
@@ -490,6 +492,13 @@ u64 core_now(struct vcpu *c, const struct record *r); /* the time in TSC cycles,
 /* ---- Between the files ----------------------------------------------------------------------------------------------- */
 
 /* run.c */
+ALWAYS_INLINE u64 instructions_done(const struct vcpu *c) { return c->retired + (u64)(c->slice - c->budget); }
+/* Host code is left, with so many instructions retired. */
+ALWAYS_INLINE void end_translated(struct vcpu *c, u64 done)
+{
+    c->counters.instructions_translated += done - c->translated_from;
+    c->translated = false;
+}
 void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count);
 void request_attention(struct vcpu *c, u32 bits);
 /* stops.c */

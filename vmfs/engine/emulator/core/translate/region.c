@@ -86,10 +86,13 @@ static bool translated_call(struct vcpu *c, const struct site *s)
     c->gpr[GPR_IP] = s->ip;
     c->continues = false;
     run_records(c, s->record.run, &s->record);
-    if (!c->continues)
+    if (!c->continues) {
+        end_translated(c, instructions_done(c));
         return false;
+    }
     if (unlikely(s->region->dead || s->region->key != c->key)) { /* it changed code of the region, or a mode */
         leave(c, &s->record);
+        end_translated(c, instructions_done(c));
         return false;
     }
     c->flags_image = get_arithmetic_flags(c) | 2;
@@ -100,6 +103,7 @@ static bool translated_call(struct vcpu *c, const struct site *s)
 static void translated_leave(struct vcpu *c, const struct record *r)
 {
     set_arithmetic_flags(c, c->flags_image);
+    end_translated(c, instructions_done(c) - r->left - (r->run != op_end));
     CONTINUE(c, r);
 }
 
@@ -107,6 +111,8 @@ void block_translated(struct vcpu *c, const struct record *r)
 {
     const struct block *b = (const struct block *)((const u8 *)r - offsetof(struct block, records));
     c->flags_image = get_arithmetic_flags(c) | 2;
+    c->translated = true;
+    c->translated_from = instructions_done(c) - b->count;
     c->translator->enter(c, b->code);
 }
 
@@ -116,6 +122,7 @@ static void translated_stop(struct vcpu *c)
     set_arithmetic_flags(c, c->flags_image);
     c->gpr[GPR_IP] = ((const struct block *)(uintptr_t)c->scratch)->ip;
     c->now = NULL;
+    end_translated(c, instructions_done(c));
 }
 
 static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
