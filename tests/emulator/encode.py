@@ -132,7 +132,7 @@ def make_case(row: dict, rng: random.Random) -> Case:
     if row["prefix"] == "any" and rng.randrange(20) == 0:
         legacy += rng.choice((b"\x2e", b"\x3e", b"\x36"))
     modrm = tail = b""
-    displacement = None
+    displacement = gather_index = None
     if has_modrm(row):
         reg = row["digit"] if row["digit"] >= 0 else rng.randrange(6 if "Sw" in operands else 8)
         mod = row["mod"]
@@ -141,10 +141,12 @@ def make_case(row: dict, rng: random.Random) -> Case:
         elif mod.startswith("reg"):
             modrm = bytes([0xC0 | reg << 3 | int(mod[3])])
         else:
-            target = operand_target(rng, 16)
+            target = operand_target(rng, 32 if vex else 16)
             if "LOCK" in row["attributes"] and rng.randrange(4) == 0:
                 legacy += b"\xf0"
             kind = rng.choice(("base", "base", "sib", "sib", "rip", "absolute"))
+            if "Mvs" in operands:
+                kind = "vsib"
             base = rng.randrange(16)
             if not rex:
                 base &= 7
@@ -172,6 +174,14 @@ def make_case(row: dict, rng: random.Random) -> Case:
                 gprs[GPRS[base]] = (target - offset) % 2**64
                 if short:
                     gprs[GPRS[base]] = gprs[GPRS[base]] % 2**32 | rng.getrandbits(32) << 32
+            elif kind == "vsib":
+                gprs[GPRS[base]], scale = (target - disp) % 2**64, rng.randrange(4)
+                rex = rex & ~1 | base >> 3
+                gather_index = index = rng.randrange(8) | (rex & 2) << 2
+                modrm = bytes([0x84 | reg << 3, scale << 6 | (index & 7) << 3 | base & 7])
+                tail = struct.pack("<i", disp)
+                if short:
+                    gprs[GPRS[base]] = gprs[GPRS[base]] % 2**32
             elif kind == "rip":
                 modrm = bytes([reg << 3 | 5])
                 displacement = target
@@ -234,13 +244,30 @@ def make_case(row: dict, rng: random.Random) -> Case:
         data=b"",
         flags=rng.getrandbits(32) & (ARITHMETIC | (DF if rng.randrange(4) == 0 else 0)),
         fx=fx_image(rng),
+        ymm=b"".join(float_bytes(rng) for _ in range(32)),
         ip=ip,
         name=f"{name} {','.join(operands)}",
         undefined=row["flags_undefined"],
     )
     _prepare(row, case, data, rng)
+    if gather_index is not None:
+        _set_index(row, case, gather_index, rng)
     case.data = bytes(data)
     return case
+
+
+def _set_index(row: dict, case: Case, number: int, rng: random.Random) -> None:
+    """Numbers of elements of a gather that lie near each other, now and then one far away."""
+    size, form = (4, "<i") if "GATHERD" in row["name"] else (8, "<q")
+    far = rng.randrange(4) == 0
+    values = b"".join(
+        struct.pack(form, rng.randrange(-(2**31), 2**31) if far and rng.randrange(6) == 0 else rng.randrange(-64, 256))
+        for _ in range(32 // size)
+    )
+    fx, ymm = bytearray(case.fx), bytearray(case.ymm)
+    fx[160 + 16 * number : 176 + 16 * number] = values[:16]
+    ymm[16 * number : 16 * number + 16] = values[16:]
+    case.fx, case.ymm = bytes(fx), bytes(ymm)
 
 
 def vex_prefix(row: dict, rex: int, vvvv: int, long: bool) -> bytes:

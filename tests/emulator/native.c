@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -22,8 +23,12 @@ struct native_state {
     uint64_t fault_address;
     uint32_t vector;          /* 3: the INT3 behind the code */
     uint32_t error;
-    uint8_t fx[512] __attribute__((aligned(16))); /* FXSAVE image */
+    uint64_t avx;             /* the host has AVX: the area is XRSTOR's, with three components; else FXRSTOR's */
+    uint8_t fx[512] __attribute__((aligned(64))); /* FXSAVE image */
+    uint8_t header[64];       /* of XSAVE: the caller sets the components */
+    uint8_t ymm[256];         /* the upper halves */
 };
+_Static_assert(offsetof(struct native_state, fx) == 192, "the assembly knows");
 
 static sigjmp_buf back;
 static struct native_state *current;
@@ -45,14 +50,22 @@ static void stopped(int signal, siginfo_t *info, void *context)
     current->error = (uint32_t)u->uc_mcontext.gregs[REG_ERR];
     current->fault_address = (uint64_t)u->uc_mcontext.gregs[REG_CR2];
     memcpy(current->fx, u->uc_mcontext.fpregs, 512);
+    if (current->avx) { /* the signal's frame is an XSAVE area of the standard form */
+        const uint8_t *area = (const uint8_t *)u->uc_mcontext.fpregs;
+        if (area[512] & 4)
+            memcpy(current->ymm, area + 576, sizeof current->ymm);
+        else
+            memset(current->ymm, 0, sizeof current->ymm);
+    }
     siglongjmp(back, 1);
 }
 
-/* The flags, the x87 and SSE state, the registers, and go; r15 last, from the stack's own copy. */
+/* The flags, the x87, SSE and AVX state, the registers, and go; r15 last, from the stack's own copy. */
 __attribute__((naked, noinline)) static void enter(struct native_state *s __attribute__((unused)))
 {
     __asm__ volatile(
-        "fxrstor64 160(%rdi)\n"
+        "cmpl $0, 160(%rdi)\n jne 1f\n fxrstor64 192(%rdi)\n jmp 2f\n"
+        "1: mov $7, %eax\n xor %edx, %edx\n xrstor64 192(%rdi)\n 2:\n"
         "mov 128(%rdi), %rax\n"
         "mov %rax, target(%rip)\n"
         "push 136(%rdi)\n"
@@ -71,7 +84,8 @@ __attribute__((naked, noinline)) static void enter(struct native_state *s __attr
 __attribute__((naked, noinline)) static void enter_compat(struct native_state *s __attribute__((unused)))
 {
     __asm__ volatile(
-        "fxrstor64 160(%rdi)\n"
+        "cmpl $0, 160(%rdi)\n jne 1f\n fxrstor64 192(%rdi)\n jmp 2f\n"
+        "1: mov $7, %eax\n xor %edx, %edx\n xrstor64 192(%rdi)\n 2:\n"
         "mov 128(%rdi), %rax\n"
         "mov %eax, far_target(%rip)\n"
         "mov $0x2b, %eax\n mov %eax, %ds\n mov %eax, %es\n"
@@ -109,6 +123,8 @@ static int run(struct native_state *s, void (*enter_code)(struct native_state *)
     setitimer(ITIMER_REAL, &(struct itimerval){.it_value = {.tv_sec = 1}}, &old_timer);
     if (!sigsetjmp(back, 1))
         enter_code(s);
+    if (s->avx)
+        __asm__ volatile("vzeroupper");
     __asm__ volatile("fxrstor64 %0\n cld" : : "m"(saved));
     __asm__ volatile("mov %0, %%ds\n mov %1, %%es" : : "r"(ds), "r"(es));
     setitimer(ITIMER_REAL, &old_timer, NULL); /* pytest-timeout has one */

@@ -27,6 +27,7 @@ KVM_ORDER = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15".spli
 CF, PF, AF, ZF, SF, TF, DF, OF = 1, 4, 16, 64, 128, 256, 1024, 2048
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 COMPLETED = -1  # in place of a vector
+AVX = "avx" in open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()
 # AddressSanitizer has its shadow memory where the guest has nothing: there a stray access succeeds natively.
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 ASAN_SHADOW = range(0x7FFF8000, 0x10007FFF8000)  # sanitizer_common's x86-64 mapping
@@ -41,6 +42,7 @@ class Case:
     flags: int
     data: bytes
     fx: bytes  # FXSAVE image: x87, MMX, XMM, MXCSR
+    ymm: bytes = bytes(256)  # upper halves of YMM registers
     ip: int = START
     name: str = ""
     undefined: int = 0  # arithmetic flags that are not compared
@@ -56,6 +58,7 @@ class Outcome:
     flags: int
     data: bytes
     fx: bytes
+    ymm: bytes = bytes(256)
     error: int = 0
     address: int = 0  # of a page fault
     notes: list[str] = field(default_factory=list)
@@ -69,7 +72,12 @@ class NativeState(ctypes.Structure):
         ("fault_address", ctypes.c_uint64),
         ("vector", ctypes.c_uint32),
         ("error", ctypes.c_uint32),
+        ("avx", ctypes.c_uint64),
+        ("pad", ctypes.c_uint64 * 3),
         ("fx", ctypes.c_uint8 * 512),
+        ("components", ctypes.c_uint64),
+        ("header", ctypes.c_uint64 * 7),
+        ("ymm", ctypes.c_uint8 * 256),
     ]
 
 
@@ -115,6 +123,8 @@ class Host:
         s.gpr[:] = [case.gprs[name] for name in GPRS]
         s.rip, s.rflags, s.fault_address, s.vector, s.error = case.ip, case.flags | 0x202, 0, 0, 0
         ctypes.memmove(s.fx, case.fx, 512)
+        ctypes.memmove(s.ymm, case.ymm, 256)
+        s.avx, s.components = AVX, 7
         (self.lib.native_run_compat if compat else self.lib.native_run)(ctypes.byref(s))
         arrived = s.vector == 14 and s.rip == s.fault_address != case.ip  # a jump to where nothing is mapped
         trapped = s.vector == 3 and s.rip != case.ip + 1
@@ -126,6 +136,7 @@ class Host:
             flags=s.rflags & (ARITHMETIC | DF),
             data=self.memory[CODE_SIZE:],
             fx=bytes(s.fx),
+            ymm=bytes(s.ymm) if AVX else case.ymm,
             error=0 if done else s.error,
             address=s.fault_address if s.vector == 14 else 0,
         )
@@ -169,6 +180,9 @@ class Core:
             for page in range(start, start + size, PAGE):
                 struct.pack_into("<Q", self.memory, 0x4000 + (page >> 12 & 511) * 8, page | 7)
         self.cpu.set_state("sregs", user_sregs(0x1000))
+        xcrs = bytearray(self.cpu.get_state("xcrs"))
+        struct.pack_into("<Q", xcrs, 16, 7 if AVX else 3)
+        self.cpu.set_state("xcrs", bytes(xcrs))
         self.cpu.set_debug(False, [(_core.STOP_VECTOR, vector, vector, 0, 0, 0) for vector in range(32)])
 
     def load(self, case: Case) -> None:
@@ -180,7 +194,8 @@ class Core:
         cpu.set_state("regs", struct.pack("<18Q", *values, case.ip, case.flags | 0x202))
         xsave = bytearray(4096)
         xsave[:512] = case.fx
-        struct.pack_into("<Q", xsave, 512, 3)
+        struct.pack_into("<Q", xsave, 512, 7)
+        xsave[576:832] = case.ymm
         cpu.set_state("xsave", bytes(xsave))
 
     def run(self, case: Case) -> Outcome:
@@ -202,7 +217,8 @@ class Core:
             ip=ip,
             flags=flags & (ARITHMETIC | DF),
             data=self.memory[0x10000 + CODE_SIZE :],
-            fx=cpu.get_state("xsave")[:512],
+            fx=(area := cpu.get_state("xsave"))[:512],
+            ymm=area[576:832],
             address=exit[5] if vector == 14 else 0,
         )
 
@@ -241,6 +257,10 @@ def _differences(case: Case, host: Outcome, core: Outcome) -> list[str]:
     for start, end in FX_COMPARED:
         if host.fx[start:end] != core.fx[start:end]:
             found.append(f"fx[{start}]: host {host.fx[start:end].hex()}, core {core.fx[start:end].hex()}")
+    for at in range(0, 256, 16):
+        if host.ymm[at : at + 16] != core.ymm[at : at + 16]:
+            host_half, core_half = (half[at : at + 16].hex() for half in (host.ymm, core.ymm))
+            found.append(f"ymm{at // 16}h: host {host_half}, core {core_half}")
     return found
 
 

@@ -43,6 +43,9 @@ CPUINFO = {
     "AVX2": "avx2",
     "F16C": "f16c",
     "FMA": "fma",
+    "VAES": "vaes",
+    "VPCLMUL": "vpclmulqdq",
+    "GFNI": "gfni",
 }
 _CPUINFO = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
 HOST = set(_CPUINFO.partition("flags")[2].partition("\n")[0].split())
@@ -52,7 +55,8 @@ def row_id(row):
     operands = ",".join(operand for operand in row["operands"] if operand)
     digit = f"/{row['digit']}" if row["digit"] >= 0 else ""
     prefix = "" if row["prefix"] in ("any", "none", "no-rep") else row["prefix"] + "."
-    return f"{row['name']}-{operands}-{prefix}{row['map']}{row['opcode']:02X}{digit}"
+    length = f".{row['length']}" if row["length"] else ""
+    return f"{row['name']}-{operands}-{prefix}{row['map']}{row['opcode']:02X}{digit}{length}"
 
 
 def test_the_table_has_rows():

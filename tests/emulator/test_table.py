@@ -82,6 +82,7 @@ ELSEWHERE = {
     "CLI": ("test_system_checks.py", "test_pvi", PRIVILEGED),
     "STI": ("test_system_checks.py", "test_pvi", PRIVILEGED),
     "MASKMOVQ": ("test_mmx.py", "test_maskmovq", "faults with an empty mask differ between makers"),
+    "VMASKMOVDQU": ("test_avx.py", "test_vmaskmovdqu", "faults with an empty mask differ between makers"),
     "MASKMOVDQU": ("test_sse.py", "test_maskmovdqu", "faults with an empty mask differ between makers"),
     **{name: ("test_sse_state.py", "test_save", STATE) for name in ("FXSAVE", "XSAVE", "XSAVEC", "XSAVES")},
     **{name: ("test_sse_state.py", "test_restore", STATE) for name in ("FXRSTOR", "XRSTOR")},
@@ -123,7 +124,7 @@ def test_no_two_rows_take_the_same_encoding():
     seen = {}
     for row in ROWS:
         where = (
-            row["map"], row["opcode"], row["prefix"], row["digit"], row["mod"], "VEX" in row["attributes"],
+            row["map"], row["opcode"], row["prefix"], row["digit"], row["mod"], row["length"], row["w"],
             "NO64" in row["attributes"], "ONLY64" in row["attributes"], "NOREXB" in row["attributes"],
             "AVX" in row["attributes"],
         )  # fmt: skip

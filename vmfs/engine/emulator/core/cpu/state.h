@@ -239,7 +239,7 @@ struct vcpu {
     u64 linear_mask;          /* of linear addresses: 32 bits outside of long mode */
     u64 stack_mask;           /* of rSP: 16, 32 or 64 bits */
     struct segment_check check[6];
-    union vector xmm[16];
+    union vector xmm[16] __attribute__((aligned(64))); /* the whole YMM registers */
     u32 mxcsr;
     u8 cpl, physical_bits;    /* physical_bits: MAXPHYADDR, from CPUID */
     bool alone;               /* one instruction is executing outside of a block */
@@ -563,7 +563,7 @@ void set_cpl(struct vcpu *c, unsigned cpl);
 void cpuid_defaults(struct vcpu *c);
 void cpuid_changed(struct vcpu *c);
 void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4]);
-bool xcr0_is_valid(const struct vcpu *c, u64 value); /* XCR0, with what CPUID has and the core knows */
+bool xcr0_is_valid(struct vcpu *c, u64 value); /* XCR0, with what CPUID has and the core knows */
 bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
 bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
 void msr_note_unclaimed(struct vcpu *c, const struct record *r, u32 index, bool write);

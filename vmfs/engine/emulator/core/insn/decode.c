@@ -183,7 +183,7 @@ static const struct opcode *find_row(struct vcpu *c, const struct prefixes *p, u
             continue;
         if (o->attributes & (code64 ? A_NO64 : A_ONLY64) || ((o->attributes & A_NOREXB) && p->rex & 1))
             continue;
-        if (!o->handlers || !has_feature(c, o->feature))
+        if (!o->handlers || !has_feature(c, o->feature) || (o->attributes & A_AVX && !has_feature(c, FEATURE_AVX)))
             continue;
         return o;
     }
@@ -229,6 +229,10 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
         break;
     case OPCODE: r->rm = gpr_offset((opcode & 7) | (p->rex & 1) << 3, width, p->rex); break;
     case MEMORY: return !is_register;
+    case VSIB: { /* always with a SIB byte, whose index 4 is a register like any (2A 2.3.12) */
+        r->index = r->index == GPR_ZERO * 8 ? 4 : r->index / 8;
+        return !is_register && (modrm & 7) == 4 && r->prefix & 2 && r->index != reg && r->index != p->vex_v && reg != p->vex_v;
+    }
     case SEGMENT: r->reg = modrm >> 3 & 7; return r->reg <= SEG_GS;
     case CONTROL: case DEBUGREG: case VECTOR: r->reg = (u8)reg; break;
     case MMXREG: r->reg = modrm >> 3 & 7; break;

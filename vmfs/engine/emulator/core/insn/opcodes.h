@@ -62,7 +62,7 @@ enum size { B, W, D, Q, V, Y, S, N };
     X(A_MMX)       /* #UD if CR0.EM, #NM if CR0.TS */ \
     X(A_SSE)       /* #UD if CR0.EM or not CR4.OSFXSR, #NM if CR0.TS */ \
     X(A_FWAIT)     /* #NM if CR0.MP and CR0.TS */ \
-    X(A_AVX)       /* of VEX-encoded vectors: #UD unless CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
+    X(A_AVX)       /* of VEX-encoded vectors: #UD unless CPUID has AVX, too, and CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
     X(A_REPORT)    /* F2/F3 is REP: kept in r->prefix for the handler (it always is); for tests */ \
     X(A_NOTEST)    /* the native comparison cannot run it (privileged, far, time, ports, ...) */ \
     X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */
@@ -92,8 +92,8 @@ enum attribute {
     X(AES, 1, 2, 25) X(XSAVE, 1, 2, 26) X(AVX, 1, 2, 28) X(F16C, 1, 2, 29) X(RDRAND, 1, 2, 30) \
     X(FSGSBASE, 7, 1, 0) X(BMI1, 7, 1, 3) X(AVX2, 7, 1, 5) X(SMEP, 7, 1, 7) X(BMI2, 7, 1, 8) X(INVPCID, 7, 1, 10) \
     X(RDSEED, 7, 1, 18) X(ADX, 7, 1, 19) X(SMAP, 7, 1, 20) X(CLFLUSHOPT, 7, 1, 23) X(CLWB, 7, 1, 24) X(SHA, 7, 1, 29) \
-    X(UMIP, 7, 2, 2) X(PKU, 7, 2, 3) X(LA57, 7, 2, 16) X(RDPID, 7, 2, 22) \
-    X(XSAVEOPT, 0xd, 0, 0) X(XSAVEC, 0xd, 0, 1) X(XSAVES, 0xd, 0, 3) \
+    X(UMIP, 7, 2, 2) X(PKU, 7, 2, 3) X(LA57, 7, 2, 16) X(GFNI, 7, 2, 8) X(VAES, 7, 2, 9) X(VPCLMUL, 7, 2, 10) \
+    X(RDPID, 7, 2, 22) X(XSAVEOPT, 0xd, 0, 0) X(XSAVEC, 0xd, 0, 1) X(XGETBV1, 0xd, 0, 2) X(XSAVES, 0xd, 0, 3) \
     X(SYSCALL, 0x80000001, 3, 11) X(NX, 0x80000001, 3, 20) X(PAGE1GB, 0x80000001, 3, 26) X(RDTSCP, 0x80000001, 3, 27) \
     X(LM, 0x80000001, 3, 29) X(LAHF, 0x80000001, 2, 0) X(LZCNT, 0x80000001, 2, 5) X(PREFETCHW, 0x80000001, 2, 8)
 enum feature {
@@ -107,7 +107,8 @@ ALWAYS_INLINE bool has_feature(const struct vcpu *c, enum feature f) { return c-
 /* Operands: name, where the decoder finds it, width (of the register form, and of the memory operand).
  * Kinds: RM general register or memory; REGISTER in ModRM.reg; OPCODE in the opcode; MEMORY; IMMEDIATE; RELATIVE; OFFSET
  * (moffs); SEGMENT, CONTROL, DEBUGREG, VECTOR, MMXREG in ModRM.reg; VECTOR_RM, MMX_RM; FAR (immediate pointer); VEX_V, a
- * general register or vector in r->vvvv; IS4, a vector in bits 7:4 of the immediate byte; FIXED (implied; nothing is read).
+ * general register or vector in r->vvvv; IS4, a vector in bits 7:4 of the immediate byte; VSIB, memory whose index (a number in
+ * r->index) is a vector, and no two of the row's vectors may be one; FIXED (implied; nothing is read).
  * Widths in bytes; v z y as in SDM; WIDTH_X the vector length; 0 not a number of bytes that matters. */
 #define OPERANDS(X) \
     X(__, FIXED, 0) \
@@ -117,14 +118,14 @@ ALWAYS_INLINE bool has_feature(const struct vcpu *c, enum feature f) { return c-
     X(Gy, REGISTER, WIDTH_Y) \
     X(Zb, OPCODE, 1) X(Zv, OPCODE, WIDTH_V) \
     X(M, MEMORY, 0) X(Mb, MEMORY, 1) X(Mw, MEMORY, 2) X(Md, MEMORY, 4) X(Mq, MEMORY, 8) X(Mt, MEMORY, 10) \
-    X(Mdq, MEMORY, 16) X(Mv, MEMORY, WIDTH_V) X(My, MEMORY, WIDTH_Y) X(Ma, MEMORY, 0) X(Mp, MEMORY, 0) X(Ms, MEMORY, 0) \
+    X(Mdq, MEMORY, 16) X(Mx, MEMORY, WIDTH_X) X(Mvs, VSIB, 0) X(Mv, MEMORY, WIDTH_V) X(My, MEMORY, WIDTH_Y) X(Ma, MEMORY, 0) X(Mp, MEMORY, 0) X(Ms, MEMORY, 0) \
     X(Ib, IMMEDIATE, 1) X(sIb, IMMEDIATE, 1) X(Iw, IMMEDIATE, 2) X(Iz, IMMEDIATE, WIDTH_Z) X(Iv, IMMEDIATE, WIDTH_V) \
     X(IwIb, IMMEDIATE, 3) \
     X(Jb, RELATIVE, 1) X(Jz, RELATIVE, WIDTH_Z) X(Ap, FAR, 0) \
     X(Ob, OFFSET, 1) X(Ov, OFFSET, WIDTH_V) \
     X(Sw, SEGMENT, 2) X(Cd, CONTROL, 8) X(Dd, DEBUGREG, 8) \
     X(Vx, VECTOR, 16) X(Vd, VECTOR, 4) X(Vq, VECTOR, 8) \
-    X(Wx, VECTOR_RM, 16) X(Wd, VECTOR_RM, 4) X(Wq, VECTOR_RM, 8) X(Ww, VECTOR_RM, 2) \
+    X(Wx, VECTOR_RM, 16) X(Wd, VECTOR_RM, 4) X(Wq, VECTOR_RM, 8) X(Ww, VECTOR_RM, 2) X(Wb, VECTOR_RM, 1) \
     X(Ux, VECTOR_RM, 16) X(Pq, MMXREG, 8) X(Qq, MMX_RM, 8) X(Qd, MMX_RM, 4) X(Nq, MMX_RM, 8) \
     X(By, VEX_V, WIDTH_Y) X(Hx, VEX_V, 16) X(Hd, VEX_V, 4) X(Hq, VEX_V, 8) X(Lx, IS4, 16) \
     X(Xb, FIXED, 1) X(Xv, FIXED, WIDTH_V) X(Yb, FIXED, 1) X(Yv, FIXED, WIDTH_V) \
@@ -132,7 +133,7 @@ ALWAYS_INLINE bool has_feature(const struct vcpu *c, enum feature f) { return c-
     X(ST0, FIXED, 0) X(STi, FIXED, 0) X(XMM0, FIXED, 16)
 enum operand_kind {
     FIXED, RM_OPERAND, REGISTER, OPCODE, MEMORY, IMMEDIATE, RELATIVE, OFFSET, SEGMENT, CONTROL, DEBUGREG, VECTOR, MMXREG,
-    VECTOR_RM, MMX_RM, FAR, VEX_V, IS4,
+    VECTOR_RM, MMX_RM, FAR, VEX_V, IS4, VSIB,
 };
 enum { WIDTH_V = 128, WIDTH_Y, WIDTH_Z, WIDTH_X };
 struct operand_type { u8 kind, width; };
@@ -189,6 +190,10 @@ extern const unsigned opcode_count;
 #define INSN(name, map, opcode, prefix, digit, mod, o1, o2, o3, size, handler, feature, attributes, fr, fw, fu) \
     ROW(name, map, opcode, prefix, LNONE, WX, digit, mod, o1, o2, o3, __, size, handler, feature, attributes, fr, fw, fu)
 #define VEX ROW
+/* The same of both lengths, where 256 bits came later: the features are those of L0 and L1. */
+#define VEX_BOTH(name, map, opcode, prefix, w, digit, mod, o1, o2, o3, o4, handler, feature, feature256) \
+    VEX(name, map, opcode, prefix, L0, w, digit, mod, o1, o2, o3, o4, D, handler, feature, A_AVX, NONE, NONE, NONE) \
+    VEX(name, map, opcode, prefix, L1, w, digit, mod, o1, o2, o3, o4, D, handler, feature256, A_AVX, NONE, NONE, NONE)
 #include "opcodes_alu.h"      /* ADD .. CMP, TEST, INC, NOT, MOV, LEA, MOVZX, XCHG, CMPXCHG, XADD, SETcc, CMOVcc */
 #include "opcodes_flow.h"     /* Jcc, JMP, CALL, RET, LOOP; PUSH, POP, ENTER, LEAVE; NOP, UD2, HLT */
 #include "opcodes_integer.h"  /* shifts, multiplication, division, bits, BCD, strings, flags, misc */
@@ -197,7 +202,8 @@ extern const unsigned opcode_count;
 #include "opcodes_mmx.h"
 #include "opcodes_sse.h"      /* SSE, SSE2, SSE3, FXSAVE, XSAVE */
 #include "opcodes_sse4.h"     /* SSSE3, SSE4.1, SSE4.2, AES, PCLMUL, SHA */
-#include "opcodes_avx.h"
+#include "opcodes_avx.h"      /* AVX, AVX2, F16C, FMA, VAES, VPCLMULQDQ, GFNI */
 #undef INSN
 #undef VEX
+#undef VEX_BOTH
 #endif

@@ -1,4 +1,4 @@
-/* Rows: SSSE3, SSE4.1, SSE4.2, AES, PCLMULQDQ, SHA, with XMM registers. See opcodes.h for the columns. */
+/* Rows: SSSE3, SSE4.1, SSE4.2, AES, PCLMULQDQ, GFNI, SHA, with XMM registers. See opcodes.h for the columns. */
 INSN(PSHUFB, M38, 0x00, P66, NO, RM, Vx, Wx, __, D, pshufb, SSSE3, A_SSE, NONE, NONE, NONE)
 INSN(PHADDW, M38, 0x01, P66, NO, RM, Vx, Wx, __, D, phaddw, SSSE3, A_SSE, NONE, NONE, NONE)
 INSN(PHADDD, M38, 0x02, P66, NO, RM, Vx, Wx, __, D, phaddd, SSSE3, A_SSE, NONE, NONE, NONE)
@@ -75,7 +75,7 @@ INSN(PCMPISTRI, M3A, 0x63, P66, NO, RM, Vx, Wx, Ib, D, pcmpistri, SSE42, A_SSE, 
 INSN(CRC32, M38, 0xf0, PF2, NO, RM, Gd, Eb, __, B, crc32, SSE42, A_NONE, NONE, NONE, NONE)
 INSN(CRC32, M38, 0xf1, PF2, NO, RM, Gd, Ev, __, V, crc32, SSE42, A_NONE, NONE, NONE, NONE)
 
-/* AES, PCLMULQDQ, SHA. By the manual, SHA's memory operands must be aligned; AMD's processors do not check it. The
+/* AES, PCLMULQDQ, GFNI, SHA. By the manual, SHA's memory operands must be aligned; AMD's processors do not check it. The
  * rows that test_instructions.py leaves out are in test_sse.py. */
 INSN(AESIMC, M38, 0xdb, P66, NO, RM, Vx, Wx, __, D, aesimc, AES, A_SSE, NONE, NONE, NONE)
 INSN(AESENC, M38, 0xdc, P66, NO, RM, Vx, Wx, __, D, aesenc, AES, A_SSE, NONE, NONE, NONE)
@@ -84,6 +84,9 @@ INSN(AESDEC, M38, 0xde, P66, NO, RM, Vx, Wx, __, D, aesdec, AES, A_SSE, NONE, NO
 INSN(AESDECLAST, M38, 0xdf, P66, NO, RM, Vx, Wx, __, D, aesdeclast, AES, A_SSE, NONE, NONE, NONE)
 INSN(AESKEYGENASSIST, M3A, 0xdf, P66, NO, RM, Vx, Wx, Ib, D, aeskeygenassist, AES, A_SSE, NONE, NONE, NONE)
 INSN(PCLMULQDQ, M3A, 0x44, P66, NO, RM, Vx, Wx, Ib, D, pclmulqdq, PCLMUL, A_SSE, NONE, NONE, NONE)
+INSN(GF2P8MULB, M38, 0xcf, P66, NO, RM, Vx, Wx, __, D, gf2p8mulb, GFNI, A_SSE, NONE, NONE, NONE)
+INSN(GF2P8AFFINEQB, M3A, 0xce, P66, NO, RM, Vx, Wx, Ib, D, gf2p8affineqb, GFNI, A_SSE, NONE, NONE, NONE)
+INSN(GF2P8AFFINEINVQB, M3A, 0xcf, P66, NO, RM, Vx, Wx, Ib, D, gf2p8affineinvqb, GFNI, A_SSE, NONE, NONE, NONE)
 INSN(SHA1NEXTE, M38, 0xc8, NP, NO, RM, Vx, Wx, __, D, sha1nexte, SHA, A_SSE | A_NOTEST, NONE, NONE, NONE)
 INSN(SHA1MSG1, M38, 0xc9, NP, NO, RM, Vx, Wx, __, D, sha1msg1, SHA, A_SSE | A_NOTEST, NONE, NONE, NONE)
 INSN(SHA1MSG2, M38, 0xca, NP, NO, RM, Vx, Wx, __, D, sha1msg2, SHA, A_SSE | A_NOTEST, NONE, NONE, NONE)

@@ -83,6 +83,8 @@ static NOINLINE void compare_mask(struct vcpu *c, const struct record *r, xmm s,
         ? host_pcmpestrm(a, s, imm, element_count(c, r, RAX), element_count(c, r, RDX))
         : host_pcmpistrm(a, s, imm);
     set_xmm(c, 0, k.mask);
+    if (opcodes[r->id].length != LNONE) /* VPCMPESTRM, VPCMPISTRM */
+        memset(c->xmm[0].b + 16, 0, 16);
     set_comparison_flags(c, &k);
 }
 

@@ -405,10 +405,12 @@ OP(op_xgetbv)
 {
     if (!(c->cr4 & CR4_OSXSAVE))
         raise_fault(c, r, VECTOR_UD);
-    if ((u32)c->gpr[RCX] != 0) /* XINUSE, as register 1, is not offered (CPUID.(0DH,1):EAX bit 2) */
+    u32 number = (u32)c->gpr[RCX];
+    if (number > (has_feature(c, FEATURE_XGETBV1) ? 1 : 0))
         raise_error(c, r, VECTOR_GP, 0);
-    c->gpr[RAX] = (u32)c->xcr0;
-    c->gpr[RDX] = c->xcr0 >> 32;
+    u64 value = number ? c->xcr0 & in_use(c) : c->xcr0; /* 1: XINUSE (Intel SDM 1 13.2, 13.6) */
+    c->gpr[RAX] = (u32)value;
+    c->gpr[RDX] = value >> 32;
     NEXT();
 }
 HANDLER(xgetbv);

@@ -82,8 +82,10 @@ ALWAYS_INLINE bool mxcsr_unmasked(const struct vcpu *c) { return unlikely(~c->mx
 COLD void mxcsr_begin(struct vcpu *c);
 COLD void mxcsr_end(struct vcpu *c, const struct record *r); /* raises */
 /* Before one that does both: raises if it would. `lanes` elements of `bytes` (4 or 8), lane by lane d OP s;
- * TO_SINGLE converts doubles in s. */
-enum arithmetic { FLOAT_ADD, FLOAT_SUB, FLOAT_MUL, FLOAT_DIV, FLOAT_TO_SINGLE };
+ * TO_SINGLE converts doubles in s, TO_HALF singles, rounded as r->imm says (VCVTPS2PH); FMA is a * b + addend. */
+enum arithmetic { FLOAT_ADD, FLOAT_SUB, FLOAT_MUL, FLOAT_DIV, FLOAT_TO_SINGLE, FLOAT_TO_HALF, FLOAT_FMA };
+COLD void mxcsr_lanes(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes, unsigned lanes,
+                      const union vector *a, const union vector *b, const union vector *addend);
 COLD void mxcsr_arithmetic(struct vcpu *c, const struct record *r, enum arithmetic op, unsigned bytes,
                            unsigned lanes, xmm d, xmm s);
 
