@@ -464,7 +464,8 @@ static void run_in_steps(const struct test *t, bool extended, struct state *s)
 static bool is_same(const struct state *a, const struct state *b)
 {
     return a->vector == b->vector && a->rip == b->rip && !memcmp(a->gpr, b->gpr, sizeof a->gpr) &&
-           !((a->rflags ^ b->rflags) & FLAGS_COMPARED) && !memcmp(a->fx, b->fx, 5) && !memcmp(a->fx + 24, b->fx + 24, 392);
+           !((a->rflags ^ b->rflags) & FLAGS_COMPARED) && !memcmp(a->fx, b->fx, 5) && !memcmp(a->fx + 24, b->fx + 24, 392) &&
+           !memcmp(a->ymm, b->ymm, sizeof a->ymm);
 }
 
 static bool in_the_hosts_way(const struct test *t, struct state *host, struct state *core)

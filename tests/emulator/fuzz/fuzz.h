@@ -26,7 +26,9 @@ enum { VECTOR_NONE = -1, VECTOR_ENDLESS = -2, VECTOR_SYSCALL = -3 };
 struct state {
     u64 gpr[16];
     u64 rip, rflags;
-    u8 fx[512] __attribute__((aligned(64))); /* FXSAVE image */
+    u8 fx[512] __attribute__((aligned(64))); /* FXSAVE image, the begin of an XSAVE area; */
+    u8 header[64];                           /* ... its header, which is host.c's; */
+    u8 ymm[256];                             /* ... the upper halves of YMM registers */
     int vector;                              /* after: VECTOR_NONE at the exit, or the exception */
     u64 address;                             /* after: what a page fault was about */
 };
@@ -52,6 +54,7 @@ static inline u32 code_border(const struct mode *mode) { return mode->segmented 
 
 /* host.c: before and after a batch; and one run in `s`, with the data area as the caller filled it. */
 extern u8 *host_code, *host_data;
+extern bool host_avx;                  /* else `ymm` is nothing, and no instruction with VEX is tried */
 int host_open(void);                   /* 0, or a negative errno */
 void host_begin(void);
 void host_end(void);

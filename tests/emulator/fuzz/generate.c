@@ -8,7 +8,7 @@ enum flow { FLOW_NONE, FLOW_NEAR, FLOW_INDIRECT };
 struct row {
     struct core_instruction i;
     u8 escape[2], escapes;
-    bool modrm, vector, is_vex, lock, opreg, only64, no64, norexb, usable64, usable32;
+    bool modrm, vector, is_vex, vsib, lock, opreg, only64, no64, norexb, usable64, usable32;
     char prefix;               /* a any, n none, r no-rep, 6 f3 -> 3, f2 -> 2 */
     enum flow flow;
 };
@@ -129,6 +129,14 @@ static bool has_operand(const struct row *r, const char *name)
     return false;
 }
 
+static bool names_vvvv(const struct core_instruction *i)
+{
+    for (int n = 0; n < 4; n++)
+        if (*i->operands[n] == 'H' || !strcmp(i->operands[n], "By"))
+            return true;
+    return false;
+}
+
 static bool from_modrm(const char *operand)
 {
     static const char *const fixed[] = {"AL", "AX", "rAX", "CL", "DX", "One", "ST0", "STi", "XMM0", "Xb", "Xv", "Yb",
@@ -168,7 +176,8 @@ void generate_open(void)
                     !strcmp(i->prefix, "66") ? '6' : !strcmp(i->prefix, "F3") ? '3' : '2';
         r->flow = has_operand(r, "Jb") || has_operand(r, "Jz") ? FLOW_NEAR :
                   !strcmp(i->name, "JMP") || !strcmp(i->name, "CALL") || !strcmp(i->name, "RET") ? FLOW_INDIRECT : FLOW_NONE;
-        bool testable = !(i->attributes & (a_notest | a_cpl0)) || is_in(i->name, allowed);
+        r->vsib = has_operand(r, "Mvs");
+        bool testable = (!(i->attributes & (a_notest | a_cpl0)) || is_in(i->name, allowed)) && !(r->is_vex && !host_avx);
         r->usable64 = testable && !r->no64;
         r->usable32 = testable && !r->only64 && (!r->no64 || is_in(i->name, legacy));
         if (r->usable64)
@@ -335,7 +344,13 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
             put(&m, (u64)(0xc0 | (reg & 7) << 3 | (rm & 7)), 1);
         } else {
             memory = true;
-            if (short_form)
+            if (row->vsib) { /* a base, and any vector as its index */
+                u8 base = pick(r, pointers, sizeof pointers, extended), index = (u8)below(r, extended ? 16 : 8);
+                rex |= (u8)(base >> 3 | (index >> 3) << 1);
+                put(&m, (u64)(0x44 | (reg & 7) << 3), 1);
+                put(&m, (u64)(below(r, 4) << 6 | (index & 7) << 3 | (base & 7)), 1);
+                put(&m, (u64)below(r, 128), 1);
+            } else if (short_form)
                 put_memory16(r, &m, reg & 7, mode, row->vector);
             else
                 put_memory(r, &m, reg & 7, mode, row->vector, extended, &rex);
@@ -356,8 +371,9 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
     if (extended && rex == 0)
         rex = 0x40;
     if (row->is_vex) {
-        bool names = has_operand(row, "By") || has_operand(row, "Hx") || has_operand(row, "Hd") || has_operand(row, "Hq");
-        unsigned v = names ? (compat ? below(r, 8) : below(r, 16)) : 0;
+        unsigned v = names_vvvv(&row->i) ? below(r, 16) : 0;
+        if (wild && one_in(r, 16))
+            v = below(r, 16);
         u8 pp = row->prefix == '6' ? 1 : row->prefix == '3' ? 2 : row->prefix == '2' ? 3 : 0;
         if (compat)
             rex &= 0x48;
@@ -632,5 +648,14 @@ void generate_state(struct random *r, const struct sequence *s, struct state *st
     for (int i = 0; i < 32; i++) {
         u64 x = random_floats(r);
         memcpy(state->fx + 160 + 8 * i, &x, 8);
+        x = random_floats(r);
+        memcpy(state->ymm + 8 * i, &x, 8);
     }
+    if (one_in(r, 4)) /* small numbers of elements, for gathers */
+        for (unsigned i = 0; i < 4; i++)
+            for (unsigned at = 0; at < 16; at += 8) {
+                u64 numbers = below(r, 256) | (u64)(one_in(r, 2) ? below(r, 256) : 0) << 32;
+                memcpy(state->fx + 160 + 16 * i + at, &numbers, 8);
+                memcpy(state->ymm + 16 * i + at, &numbers, 8);
+            }
 }

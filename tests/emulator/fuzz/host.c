@@ -22,6 +22,7 @@
 #endif
 
 u8 *host_code, *host_data;
+bool host_avx;
 static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGSYS, SIGVTALRM};
 enum { SIGNALS = sizeof signals / sizeof *signals };
 static struct sigaction before[SIGNALS];
@@ -63,7 +64,12 @@ static void stopped(int signal, siginfo_t *info, void *context)
     host_state.address = host_state.vector == 14 ? (u64)g[REG_CR2] : 0;
     if (host_state.vector == 3)
         host_state.rip--; /* a trap: behind the INT3 */
-    memcpy(host_state.fx, u->uc_mcontext.fpregs, 512);
+    const u8 *area = (const u8 *)u->uc_mcontext.fpregs; /* of XSAVE's standard form */
+    memcpy(host_state.fx, area, 512);
+    if (host_avx && area[512] & 4)
+        memcpy(host_state.ymm, area + 576, sizeof host_state.ymm);
+    else if (host_avx)
+        memset(host_state.ymm, 0, sizeof host_state.ymm);
     g[REG_RIP] = (greg_t)host_stopped;
     g[REG_RSP] = (greg_t)host_rsp;
     g[REG_EFL] = 0x202;
@@ -77,9 +83,12 @@ __attribute__((naked, noinline)) static void enter(bool compat __attribute__((un
         "push %rbx\n push %rbp\n push %r12\n push %r13\n push %r14\n push %r15\n"
         "fxsave64 host_fx(%rip)\n"
         "mov %rsp, host_rsp(%rip)\n"
-        "mov %edi, %eax\n"
+        "mov %edi, %ecx\n"
         "lea host_state(%rip), %rdi\n"
-        "fxrstor64 192(%rdi)\n"
+        "cmpb $0, host_avx(%rip)\n je 2f\n"
+        "mov $7, %eax\n xor %edx, %edx\n xrstor64 192(%rdi)\n jmp 3f\n"
+        "2: fxrstor64 192(%rdi)\n"
+        "3: mov %ecx, %eax\n"
         "mov host_ds(%rip), %ds\n mov host_es(%rip), %es\n" /* the x87 stores DS in 64-bit mode, too */
         "mov 128(%rdi), %rcx\n mov %rcx, host_target(%rip)\n"
         "mov %ecx, host_far(%rip)\n movzwl host_selector(%rip), %ecx\n mov %cx, host_far+4(%rip)\n"
@@ -106,9 +115,12 @@ __attribute__((naked, noinline)) static void enter(bool compat __attribute__((un
         "pushfq\n popq host_state+136(%rip)\n"
         "pushq $0x202\n popfq\n"
         "mov host_rax(%rip), %rax\n mov %rax, host_state(%rip)\n"
-        "fxsave64 host_state+192(%rip)\n"
+        "cmpb $0, host_avx(%rip)\n je 4f\n"
+        "mov $7, %eax\n xor %edx, %edx\n xsave64 host_state+192(%rip)\n jmp host_stopped\n"
+        "4: fxsave64 host_state+192(%rip)\n"
         ".global host_stopped\n host_stopped:\n"
-        "cld\n fxrstor64 host_fx(%rip)\n"
+        "cld\n cmpb $0, host_avx(%rip)\n je 5f\n vzeroupper\n"
+        "5: fxrstor64 host_fx(%rip)\n"
         "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbp\n pop %rbx\n ret\n"
         ".pushsection .data\n host_far: .long 0\n .word 0\n .popsection\n");
 }
@@ -117,6 +129,8 @@ _Static_assert(offsetof(struct state, rip) == 128 && offsetof(struct state, fx) 
 void host_run(struct state *s, const struct mode *mode)
 {
     host_state = *s;
+    memset(host_state.header, 0, sizeof host_state.header);
+    host_state.header[0] = 7;
     host_selector = 0x23, host_ds = host_es = host_ss = 0x2b; /* Linux's user segments */
     if (mode->segmented) {
         host_selector = selector_of(mode->use[IN_CS]), host_ds = selector_of(mode->use[IN_DS]);
@@ -158,6 +172,7 @@ static u8 *map_at(u32 address, size_t size, int protection, int fd, long offset)
 
 int host_open(void)
 {
+    host_avx = __builtin_cpu_supports("avx");
     int fd = memfd_create("fuzz", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, CODE_SIZE + DATA_SIZE + PAGE))
         return -errno;

@@ -60,7 +60,10 @@ static struct vcpu *make_cpu(bool compat)
         .ldt = {.unusable = 1},
         .cr0 = 0x80050033, .cr3 = 0x1000, .cr4 = 0x40620, .efer = 0xd01, .apic_base = 0xfee00900,
     };
+    struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = host_avx ? 7 : 3};
     int error = vcpu_set_state(c, "sregs", &s, sizeof s);
+    if (!error)
+        error = vcpu_set_state(c, "xcrs", &xcrs, sizeof xcrs);
     segmented = s;
     struct vcpu_stop stops[32];
     for (unsigned i = 0; i < 32; i++)
@@ -103,18 +106,15 @@ struct vcpu *core_load(const struct state *s, const struct mode *mode)
     for (int i = 0; i < 16; i++)
         regs[i] = s->gpr[kvm_order[i]];
     regs[16] = s->rip - base, regs[17] = s->rflags;
-    struct kvm_fpu f = {0};
-    for (int i = 0; i < 8; i++)
-        memcpy(f.fpr[i], s->fx + 32 + 16 * i, 16);
-    memcpy(&f.fcw, s->fx, 2), memcpy(&f.fsw, s->fx + 2, 2), memcpy(&f.mxcsr, s->fx + 24, 4);
-    f.ftwx = s->fx[4];
-    memcpy(&f.last_opcode, s->fx + FX_OPCODE, 2), memcpy(&f.last_ip, s->fx + FX_IP, 8), memcpy(&f.last_dp, s->fx + FX_DP, 8);
-    memcpy(f.xmm, s->fx + 160, 256);
+    static u8 area[4096]; /* struct kvm_xsave */
+    memcpy(area, s->fx, 512);
+    area[512] = 7;
+    memcpy(area + 576, s->ymm, sizeof s->ymm);
     static const struct kvm_vcpu_events none;
     int error = vcpu_set_state(c, "events", &none, sizeof none); /* a trap that was caught waits to be delivered */
     if (!error)
         error = vcpu_set_state(c, "regs", regs, sizeof regs);
-    if (error || (error = vcpu_set_state(c, "fpu", &f, sizeof f)))
+    if (error || (error = vcpu_set_state(c, "xsave", area, sizeof area)))
         die("state of the core", -error);
     return c;
 }
@@ -124,18 +124,17 @@ void core_store(struct vcpu *c, const struct vcpu_exit *e, const struct sequence
     const struct mode *mode = &code->mode;
     u32 base = code_base(mode);
     u64 regs[18];
-    struct kvm_fpu f;
+    static u8 area[4096];
     vcpu_get_state(c, "regs", regs, sizeof regs);
-    vcpu_get_state(c, "fpu", &f, sizeof f);
+    vcpu_get_state(c, "xsave", area, sizeof area);
     for (int i = 0; i < 16; i++)
         s->gpr[kvm_order[i]] = regs[i];
     s->rip = base ? (u32)(regs[16] + base) : regs[16], s->rflags = regs[17];
+    memcpy(s->fx, area, 28);
     for (int i = 0; i < 8; i++)
-        memcpy(s->fx + 32 + 16 * i, f.fpr[i], 10);
-    memcpy(s->fx, &f.fcw, 2), memcpy(s->fx + 2, &f.fsw, 2), memcpy(s->fx + 24, &f.mxcsr, 4);
-    s->fx[4] = f.ftwx;
-    memcpy(s->fx + FX_OPCODE, &f.last_opcode, 2), memcpy(s->fx + FX_IP, &f.last_ip, 8), memcpy(s->fx + FX_DP, &f.last_dp, 8);
-    memcpy(s->fx + 160, f.xmm, 256);
+        memcpy(s->fx + 32 + 16 * i, area + 32 + 16 * i, 10);
+    memcpy(s->fx + 160, area + 160, 256);
+    memcpy(s->ymm, area + 576, sizeof s->ymm);
     s->vector = e->reason == EXIT_LIMIT ? VECTOR_ENDLESS : e->reason == EXIT_DEBUG ? (int)e->vector : 1000 + (int)e->reason;
     s->address = e->reason == EXIT_DEBUG ? e->address : 0;
     if (e->reason == EXIT_SHUTDOWN)
@@ -222,6 +221,16 @@ static const char *compare(const struct test *t, const struct state *host, const
             return text;
         }
     }
+    for (unsigned i = 0; i < (t->code.mode.compat ? 8 : 16); i++)
+        if (memcmp(host->ymm + 16 * i, core->ymm + 16 * i, 16)) {
+            int n = snprintf(text, size, "ymm%u, upper half: host ", i);
+            for (unsigned side = 0; side < 2; side++) {
+                for (unsigned b = 16 * i + 16; b-- > 16 * i;)
+                    n += snprintf(text + n, size - (size_t)n, "%02x", (side ? core : host)->ymm[b]);
+                n += snprintf(text + n, size - (size_t)n, side ? "" : ", core ");
+            }
+            return text;
+        }
     if (memcmp(host_data, core_data, DATA_SIZE)) {
         unsigned at = 0;
         while (host_data[at] == core_data[at])
@@ -315,6 +324,12 @@ static void shrink(struct test *t)
             if (memcmp(&smaller, t, sizeof smaller) && differs(&smaller))
                 *t = smaller;
         }
+        for (unsigned at = 0; at < sizeof t->start.ymm; at += 16) {
+            smaller = *t;
+            memset(smaller.start.ymm + at, 0, 16);
+            if (memcmp(&smaller, t, sizeof smaller) && differs(&smaller))
+                *t = smaller;
+        }
         for (unsigned block = DATA_SIZE; block >= 8; block /= 4)
             for (unsigned at = 0; at < DATA_SIZE; at += block) {
                 u8 kept[DATA_SIZE];
@@ -348,7 +363,7 @@ static bool mode_of(unsigned number, struct mode *m)
     return true;
 }
 
-/* case mode stepped ip code(hex) undefined-flags rflags gpr=N:HEX... fx=OFFSET:HEX... data=OFFSET:HEX... # why */
+/* case mode stepped ip code(hex) undefined-flags rflags gpr=N:HEX... f(x)OFFSET:HEX... y(mm)OFFSET:HEX... d(ata)OFFSET:HEX... # why */
 static void print_case(const struct test *t, const char *why)
 {
     u16 undefined[INSTRUCTIONS + 1], all = 0;
@@ -372,6 +387,11 @@ static void print_case(const struct test *t, const char *why)
         if (memcmp(t->start.fx + at, "\0\0\0\0\0\0\0", 8)) {
             printf(" f%u:", at);
             print_hex(t->start.fx + at, 8);
+        }
+    for (unsigned at = 0; at < sizeof t->start.ymm; at += 8)
+        if (memcmp(t->start.ymm + at, "\0\0\0\0\0\0\0", 8)) {
+            printf(" y%u:", at);
+            print_hex(t->start.ymm + at, 8);
         }
     for (unsigned at = 0; at < DATA_SIZE; at += 8)
         if (memcmp(data + at, "\0\0\0\0\0\0\0", 8)) {
@@ -430,14 +450,14 @@ static int replay(const char *name)
         for (char *word = strtok(line + used, " "); word; word = strtok(NULL, " ")) {
             unsigned at = (unsigned)atoi(word + 1);
             const char *value = strchr(word, ':');
-            if (!value || at >= (*word == 'r' ? 16u : *word == 'f' ? 504u : DATA_SIZE - 7u)) {
+            if (!value || at >= (*word == 'r' ? 16u : *word == 'f' ? 504u : *word == 'y' ? 248u : DATA_SIZE - 7u)) {
                 fprintf(stderr, "fuzz: %s:%d: %s\n", name, number, word);
                 exit(2);
             }
             if (*word == 'r')
                 t.start.gpr[at] = strtoul(value + 1, NULL, 16);
             else
-                read_hex(value + 1, (*word == 'f' ? t.start.fx : data) + at, 8);
+                read_hex(value + 1, (*word == 'f' ? t.start.fx : *word == 'y' ? t.start.ymm : data) + at, 8);
         }
         char text[256];
         put_code(&t.code, true);

@@ -393,7 +393,8 @@ static unsigned split(struct vcpu *c, u64 linear, unsigned bytes, unsigned acces
     }
     /* Intel SDM 3A table 6-7: the 10 bytes of the x87 to 8. 16 bytes: MOVUPS and its kind need not raise it. */
     unsigned alignment = bytes == 10 ? 8 : bytes <= 8 ? bytes : 1;
-    if (unlikely(c->map == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (alignment - 1)))
+    if (unlikely(c->map == &c->tlbs[TLB_NONE] && !(access & ACCESS_SUPERVISOR) && linear & (alignment - 1)) &&
+        !(opcodes[c->now->id].attributes & A_UNALIGNED))
         raise_error(c, c->now, VECTOR_AC, 0);
     p[0] = (struct piece){linear, mmu_translate(c, linear, access), here};
     if (here == bytes)

@@ -250,10 +250,13 @@ static int set_xsave(struct vcpu *c, const void *data, size_t size)
         memcpy(&c->xmm[i], present & 2 ? x + 160 + 16 * i : zero, 16);
         memcpy(c->xmm[i].b + 16, present & 4 ? x + XSAVE_AVX + 16 * i : zero, 16);
     }
-    c->pkru = 0;
+    u32 pkru = 0;
     if (present & 1 << 9)
-        memcpy(&c->pkru, x + XSAVE_PKRU, 4);
-    tlb_flush(c);
+        memcpy(&pkru, x + XSAVE_PKRU, 4);
+    if (pkru != c->pkru) {
+        c->pkru = pkru;
+        tlb_flush(c);
+    }
     return 0;
 }
 

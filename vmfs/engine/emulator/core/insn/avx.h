@@ -159,7 +159,11 @@ typedef ymm host_function(ymm v, ymm s);
     extern const u8 label[256][16] __attribute__((visibility("hidden"))); \
     __asm__(".pushsection .text\n .p2align 4\n" #label ":\n .set vmfs_imm, 0\n .rept 256\n .p2align 4, 0xcc\n " \
             instruction "\n ret\n .set vmfs_imm, vmfs_imm + 1\n .endr\n .p2align 4, 0xcc\n .popsection\n");
-#define HOST_IMMEDIATE(table, r, v, s) ((host_function *)(uintptr_t)(table)[(u8)(r)->imm])((v), (s))
+static __attribute__((noinline, unused)) ymm call_host(const u8 (*table)[16], unsigned imm, ymm v, ymm s)
+{
+    return ((host_function *)(uintptr_t)table[imm])(v, s);
+}
+#define HOST_IMMEDIATE(table, r, v, s) call_host((table), (u8)(r)->imm, (v), (s))
 
 /* d from v, s and the immediate; d from s and the immediate; and those of 128 bits only. */
 #define VEX_IMMEDIATE(name, form, short_operands, long_operands, around) \

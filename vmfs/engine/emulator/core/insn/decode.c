@@ -81,7 +81,7 @@ struct prefixes {
     u8 rep;                   /* 0, 0xf2, 0xf3: the last one */
     u8 segment;               /* SEG_COUNT: none */
     bool vex, vex_l;          /* then rex, rep and operand_size are what VEX says */
-    u8 vex_v;                 /* VEX.vvvv */
+    u8 vex_v;                 /* VEX.vvvv; a register has only its low three bits outside of 64-bit mode */
 };
 
 static void decode_memory(const struct prefixes *p, struct bytes *b, u8 modrm, bool code64, unsigned address_size,
@@ -219,7 +219,7 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
                            u8 opcode, u8 modrm, struct record *r)
 {
     unsigned width = operand_types[operand].width, reg = (modrm >> 3 & 7) | (p->rex & 4) << 1;
-    unsigned z = r->size == 1 ? 2 : 4;
+    unsigned z = r->size == 1 ? 2 : 4, vvvv = p->vex_v & (key & KEY_CODE64 ? 15 : 7);
     bool is_register = r->prefix & PREFIX_REGISTER;
     switch (operand_types[operand].kind) {
     case REGISTER: r->reg = gpr_offset(reg, width, p->rex); break;
@@ -231,7 +231,7 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
     case MEMORY: return !is_register;
     case VSIB: { /* always with a SIB byte, whose index 4 is a register like any (2A 2.3.12) */
         r->index = r->index == GPR_ZERO * 8 ? 4 : r->index / 8;
-        return !is_register && (modrm & 7) == 4 && r->prefix & 2 && r->index != reg && r->index != p->vex_v && reg != p->vex_v;
+        return !is_register && (modrm & 7) == 4 && r->prefix & 2 && r->index != reg && r->index != vvvv && reg != vvvv;
     }
     case SEGMENT: r->reg = modrm >> 3 & 7; return r->reg <= SEG_GS;
     case CONTROL: case DEBUGREG: case VECTOR: r->reg = (u8)reg; break;
@@ -259,7 +259,7 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
         r->seg = p->segment < SEG_COUNT && (!(key & KEY_CODE64) || p->segment >= SEG_FS) ? p->segment : SEG_DS;
         break;
     case VEX_V:
-        r->vvvv = p->vex_v;
+        r->vvvv = vvvv & 15;
         break;
     case IS4: /* a byte at the end; in code of 32 bits its top bit is ignored (2A 2.3.8). Bits 3:0 may hold an immediate */
         r->imm = (u8)take(b, 1);
@@ -285,10 +285,8 @@ static u8 decode_vex(struct prefixes *p, struct bytes *b, bool three, bool code6
     p->rex = 0x40 | inverted | (three && last & 0x80 ? 8 : 0);
     p->vex_v = ~last >> 3 & 15;
     p->vex_l = last & 4;
-    if (!code64) { /* eight registers */
+    if (!code64) /* eight registers */
         p->rex &= 0x48;
-        p->vex_v &= 7;
-    }
     p->operand_size = (last & 3) == 1;
     p->rep = (last & 3) == 2 ? 0xf3 : (last & 3) == 3 ? 0xf2 : 0;
     unsigned number = three ? first & 31 : 1;

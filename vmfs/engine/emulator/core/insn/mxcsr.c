@@ -147,11 +147,9 @@ static bool fma_is_inexact(unsigned bytes, u64 a, u64 b, u64 addend)
  * bits of exponent. */
 static bool inexact_unbounded(enum arithmetic op, unsigned bytes, u64 a, u64 b, u64 addend, u32 mxcsr)
 {
-    if (op == FLOAT_TO_HALF) { /* of 11 bits */
-        u32 mantissa = (u32)b & 0x7fffff;
-        if (b & 0x7f800000)
-            mantissa |= 0x800000;
-        return mantissa && mantissa >> __builtin_ctz(mantissa) >> 11;
+    if (op == FLOAT_TO_HALF) { /* of 11 bits; Intel's processors call every denormal inexact */
+        u32 mantissa = ((u32)b & 0x7fffff) | 0x800000;
+        return b & 0x7f800000 ? mantissa >> __builtin_ctz(mantissa) >> 11 != 0 : b & 0x7fffff;
     }
     if (op == FLOAT_FMA) {
         _mm_setcsr(MXCSR_RESET);

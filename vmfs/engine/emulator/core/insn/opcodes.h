@@ -63,6 +63,7 @@ enum size { B, W, D, Q, V, Y, S, N };
     X(A_SSE)       /* #UD if CR0.EM or not CR4.OSFXSR, #NM if CR0.TS */ \
     X(A_FWAIT)     /* #NM if CR0.MP and CR0.TS */ \
     X(A_AVX)       /* of VEX-encoded vectors: #UD unless CPUID has AVX, too, and CR4.OSXSAVE and XCR0 allow, #NM if CR0.TS */ \
+    X(A_UNALIGNED) /* no #AC, whatever EFLAGS.AC says */ \
     X(A_REPORT)    /* F2/F3 is REP: kept in r->prefix for the handler (it always is); for tests */ \
     X(A_NOTEST)    /* the native comparison cannot run it (privileged, far, time, ports, ...) */ \
     X(A_NOREXB)    /* not with REX.B: 90 is NOP, 41 90 is XCHG */

@@ -1,6 +1,8 @@
 /* AVX, AVX2: moves, inserts, broadcasts, masked moves, gathers. */
 #include <setjmp.h>
 
+#include "repeat.h"
+
 #include "avx.h"
 
 /* ---- Whole registers --------------------------------------------------------------------------------------- */
@@ -253,7 +255,7 @@ HANDLER(vzero);
 /* ---- Masked moves: VMASKMOVPS and its like ----------------------------------------------------------------- */
 
 /* The bits of the elements whose top bit is set in the mask. What is not chosen is neither read nor written, and does not
- * fault (Intel SDM 2C VMASKMOV). */
+ * fault (Intel SDM 2C VMASKMOV). The operand lies in a row: offsets of 16 bits do not begin again within it. */
 ALWAYS_INLINE u32 chosen(const union vector *mask, unsigned bytes, unsigned count)
 {
     u32 bits = 0;
@@ -261,41 +263,41 @@ ALWAYS_INLINE u32 chosen(const union vector *mask, unsigned bytes, unsigned coun
         bits |= (u32)(mask->b[i * bytes + bytes - 1] >> 7) << i;
     return bits;
 }
-static u64 element_linear(struct vcpu *c, const struct record *r, u64 offset, unsigned bytes, unsigned access)
+static u64 masked_linear(struct vcpu *c, const struct record *r, unsigned at, unsigned bytes, unsigned access)
 {
-    return linear_of(c, r, r->seg, offset & address_masks[r->prefix & PREFIX_ADDRESS], bytes, access);
+    u64 mask = address_masks[r->prefix & PREFIX_ADDRESS] | 0xffffffff;
+    return linear_of(c, r, r->seg, (offset_of(c, r) + at) & mask, bytes, access);
 }
-
 static NOINLINE void masked_load(struct vcpu *c, const struct record *r, unsigned bytes)
 {
-    unsigned count = vector_bytes(r) / bytes;
-    u32 bits = chosen(&c->xmm[r->vvvv], bytes, count);
-    u64 from = offset_of(c, r);
+    u32 bits = chosen(&c->xmm[r->vvvv], bytes, vector_bytes(r) / bytes);
+    u64 from[8];
     union vector value = {0};
     c->now = r;
-    for (unsigned i = 0; i < count; i++)
+    for (unsigned i = 0; bits >> i; i++) /* the segment is asked before pages */
+        if (bits >> i & 1)
+            from[i] = masked_linear(c, r, i * bytes, bytes, ACCESS_READ);
+    for (unsigned i = 0; bits >> i; i++)
         if (bits >> i & 1) {
-            u64 element = linear_load(c, element_linear(c, r, from + i * bytes, bytes, ACCESS_READ), bytes);
+            u64 element = linear_load(c, from[i], bytes);
             memcpy(value.b + i * bytes, &element, bytes);
         }
     memcpy(&c->xmm[r->reg], &value, 32);
 }
 static NOINLINE void masked_store(struct vcpu *c, const struct record *r, unsigned bytes)
 {
-    unsigned count = vector_bytes(r) / bytes;
-    u32 bits = chosen(&c->xmm[r->vvvv], bytes, count);
-    u64 to = offset_of(c, r);
+    u32 bits = chosen(&c->xmm[r->vvvv], bytes, vector_bytes(r) / bytes);
+    u64 to[8];
     c->now = r;
-    for (unsigned i = 0; i < count; i++)
-        if (bits >> i & 1) {
-            u64 at = element_linear(c, r, to + i * bytes, bytes, ACCESS_WRITE);
-            if (!fast_linear_write(c, at, bytes))
-                mmu_check_write(c, at, bytes, ACCESS_WRITE);
-        }
-    for (unsigned i = 0; i < count; i++)
+    for (unsigned i = 0; bits >> i; i++)
         if (bits >> i & 1)
-            linear_store(c, element_linear(c, r, to + i * bytes, bytes, ACCESS_WRITE), bytes,
-                         bytes == 4 ? c->xmm[r->reg].d[i] : c->xmm[r->reg].q[i]);
+            to[i] = masked_linear(c, r, i * bytes, bytes, ACCESS_WRITE);
+    for (unsigned i = 0; bits >> i; i++)
+        if (bits >> i & 1 && !fast_linear_write(c, to[i], bytes))
+            mmu_check_write(c, to[i], bytes, ACCESS_WRITE);
+    for (unsigned i = 0; bits >> i; i++)
+        if (bits >> i & 1)
+            linear_store(c, to[i], bytes, bytes == 4 ? c->xmm[r->reg].d[i] : c->xmm[r->reg].q[i]);
 }
 #define VEX_MASKED(name, move, bytes) \
     OP(op_##name) \
@@ -314,6 +316,10 @@ VEX_MASKED(vmaskstore_8, masked_store, 8)
 /* An element that faults ends the instruction after those before it are done: their mask bits are clear, so that it goes on
  * with the others, and the mask's other elements are their top bits everywhere. So far this is the manual's; that the rest of
  * the destination is cleared by the first element that is done, and not before, is Intel's processors' way. What else leaves it (an exit for device memory) has done nothing, and begins anew. */
+static u64 element_linear(struct vcpu *c, const struct record *r, u64 offset, unsigned bytes, unsigned access)
+{
+    return linear_of(c, r, r->seg, offset & address_masks[r->prefix & PREFIX_ADDRESS], bytes, access);
+}
 static enum escape try_load(struct vcpu *c, const struct record *r, u64 offset, unsigned bytes, u64 *value)
 {
     if (c->key & KEY_CODE64) {
@@ -333,7 +339,8 @@ static enum escape try_load(struct vcpu *c, const struct record *r, u64 offset, 
     return how;
 }
 
-static NOINLINE void gather(struct vcpu *c, const struct record *r, unsigned index_bytes, unsigned bytes)
+/* False: it left. */
+static NOINLINE bool gather(struct vcpu *c, const struct record *r, unsigned index_bytes, unsigned bytes)
 {
     unsigned wider = bytes > index_bytes ? bytes : index_bytes, count = vector_bytes(r) / wider, i;
     union vector index = c->xmm[r->index], value = c->xmm[r->reg], mask = c->xmm[r->vvvv];
@@ -341,6 +348,7 @@ static NOINLINE void gather(struct vcpu *c, const struct record *r, unsigned ind
     u32 bits = chosen(&mask, bytes, elements);
     u64 base = R64(c, r->base) + (u64)r->disp;
     enum escape how = 0;
+    bool done = false;
     c->now = r;
     for (i = 0; i < sizeof mask; i++)
         mask.b[i] = bits >> i / bytes & 1 ? 0xff : 0;
@@ -352,6 +360,7 @@ static NOINLINE void gather(struct vcpu *c, const struct record *r, unsigned ind
                 break;
             memcpy(value.b + i * bytes, &element, bytes);
             memset(mask.b + i * bytes, 0, bytes);
+            done = true;
             if (!is_256(r))
                 value.q[2] = value.q[3] = 0;
         }
@@ -363,14 +372,19 @@ static NOINLINE void gather(struct vcpu *c, const struct record *r, unsigned ind
         c->xmm[r->reg] = value;
         c->xmm[r->vvvv] = mask;
     }
+    if (how == ESCAPE_FAULT && done && c->rflags & FLAG_TF) { /* the trap comes in place of the fault */
+        pause_repetition(c, r);
+        return false;
+    }
     if (how)
         longjmp(c->escape, how);
+    return true;
 }
 #define VEX_GATHER(name, index_bytes, bytes) \
     OP(op_##name) \
     { \
-        gather(c, r, index_bytes, bytes); \
-        NEXT(); \
+        if (likely(gather(c, r, index_bytes, bytes))) \
+            NEXT(); \
     } \
     HANDLER(name);
 VEX_GATHER(vgather_d4, 4, 4)
