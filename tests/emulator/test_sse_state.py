@@ -181,6 +181,63 @@ def test_xgetbv(xsave_core):
     assert run(xsave_core, "xgetbv", rcx=2).vector == GP
 
 
+def ymm_core():
+    """XCR0: x87, SSE, AVX."""
+    core = native.Core()
+    set_components(core, 7)
+    return core
+
+
+@pytest.mark.skipif(not {"avx", "xgetbv1"} <= set(HOST_FLAGS), reason="the host CPU lacks AVX or XGETBV(1)")
+@pytest.mark.parametrize("name", ["xgetbv", "xsave", "xsavec", "xsaveopt"])
+def test_ymm_is_saved_as_the_host_does(name, host):
+    """XINUSE of XGETBV(1); the standard and the compacted form, whole or in part; upper halves that are zero or not."""
+    core, rng = ymm_core(), generator("ymm", name)
+    for _ in range(CASES):
+        at = DATA + PAGE - 64 * rng.randrange(14)
+        mask = rng.randrange(8) & rng.choice((4, 6, 7))
+        case = plain(bytes.fromhex(CODES[name]), rbx=at, rax=mask, rcx=int(name == "xgetbv"))
+        case.fx = fx_image(rng, rng.choice((0x1F80, 0x5F80)), 8)
+        if rng.randrange(2):
+            case.fx = case.fx[:160] + bytes(256) + case.fx[416:]
+        case.ymm = bytes(256) if rng.randrange(2) else rng.randbytes(256)
+        if name == "xgetbv":
+            expected, found = (outcome.gprs["rax"] & 6 for outcome in (host.run(case), core.run(case)))
+            assert found == expected == (2 * any(case.fx[160:416])) | (4 * any(case.ymm))
+            continue
+        case.data = rng.randbytes(at - DATA + 512) + bytes(16) + rng.randbytes(DATA_SIZE - (at - DATA) - 528)
+        expected, found = host.run(case), core.run(case)
+        start = at - DATA
+        assert expected.vector == found.vector == COMPLETED
+        wanted, got = bytearray(expected.data), bytearray(found.data)
+        for data in (wanted, got):  # x87's part differs between processors
+            data[start : start + 160] = bytes(160)
+            data[start + 512] &= ~1
+        if name == "xsaveopt":  # the host may know what it loaded from there
+            wanted[start + 160 : start + 832] = got[start + 160 : start + 832]
+        assert wanted == got, f"{case.gprs['rax']:#x}"
+
+
+@pytest.mark.skipif("avx" not in HOST_FLAGS, reason="the host CPU has no AVX")
+@pytest.mark.parametrize("compacted", [False, True])
+def test_ymm_is_restored_as_the_host_does(compacted, host):
+    """Of each set of components: loaded, initialized, left alone."""
+    core, rng = ymm_core(), generator("restore ymm", compacted)
+    for _ in range(CASES):
+        mask = rng.randrange(8) & 6
+        case = plain(bytes.fromhex(CODES["xrstor"]), rbx=DATA, rax=mask)
+        case.fx, case.ymm = fx_image(rng, 0x1F80, 8), rng.randbytes(256)
+        area = bytearray(save_area(rng, reserved=False)) + rng.randbytes(256)
+        format = rng.randrange(8) if compacted else 7
+        struct.pack_into("<QQ", area, 512, rng.randrange(8) & format, (1 << 63 | format) if compacted else 0)
+        case.data = bytes(area).ljust(DATA_SIZE, b"\0")
+        expected, found = host.run(case), core.run(case)
+        assert expected.vector == found.vector == COMPLETED
+        assert found.fx[160:416] == expected.fx[160:416]
+        assert found.fx[24:28] == expected.fx[24:28]
+        assert found.ymm == expected.ymm
+
+
 @pytest.mark.parametrize("name", ["xsetbv", "xsaves", "xrstors"])
 def test_supervisor_instructions(name, xsave_core):
     assert run(xsave_core, name, rax=3).vector == GP
