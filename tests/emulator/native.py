@@ -124,7 +124,8 @@ class Host:
         s.rip, s.rflags, s.fault_address, s.vector, s.error = case.ip, case.flags | 0x202, 0, 0, 0
         ctypes.memmove(s.fx, case.fx, 512)
         ctypes.memmove(s.ymm, case.ymm, 256)
-        s.avx, s.components = AVX, 7
+        s.avx = AVX  # what is zero begins in its initial state: XINUSE
+        s.components = 1 | 2 * any(case.fx[160:416]) | 4 * any(case.ymm)
         (self.lib.native_run_compat if compat else self.lib.native_run)(ctypes.byref(s))
         arrived = s.vector == 14 and s.rip == s.fault_address != case.ip  # a jump to where nothing is mapped
         trapped = s.vector == 3 and s.rip != case.ip + 1

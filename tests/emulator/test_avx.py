@@ -1,5 +1,6 @@
-"""AVX, AVX2, F16C, FMA, VAES, VPCLMULQDQ, GFNI: what test_instructions.py leaves out, which runs every row with random
-operands. MXCSR in all its states, which encodings exist, the checks of the mode, gathers and masked moves that end early.
+"""AVX, AVX2, F16C, FMA, VAES, VPCLMULQDQ, GFNI: what test_instructions.py leaves out, which runs every row with
+random operands. MXCSR in all its states, which encodings exist, the checks of the mode, gathers and masked moves that
+end early.
 
 VMFS_CASES sets how many cases a row gets (default 40); VMFS_SEED the first random seed.
 """
@@ -395,7 +396,7 @@ def test_program(flags, host, core, tmp_path):
 
 
 def test_random_rows_in_compatibility_mode(host):
-    """Eight registers: the top bit of vvvv is ignored, and that of a register in an immediate; VZEROALL clears eight."""
+    """Eight registers: the top bit of vvvv is ignored, and that of a register in an immediate. VZEROALL clears 8."""
     core = native.Core()
     compat_mode(core)
     rng = generator("compat")

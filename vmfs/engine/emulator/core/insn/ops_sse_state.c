@@ -408,7 +408,9 @@ OP(op_xgetbv)
     u32 number = (u32)c->gpr[RCX];
     if (number > (has_feature(c, FEATURE_XGETBV1) ? 1 : 0))
         raise_error(c, r, VECTOR_GP, 0);
-    u64 value = number ? c->xcr0 & in_use(c) : c->xcr0; /* 1: XINUSE (Intel SDM 1 13.2, 13.6) */
+    u64 value = c->xcr0;
+    if (number) /* XINUSE (Intel SDM 1 13.2, 13.6), and MXCSR counts as SSE's, as it does to XSAVEC */
+        value &= in_use(c) | (mxcsr_read(c) != MXCSR_RESET ? STATE_SSE : 0);
     c->gpr[RAX] = (u32)value;
     c->gpr[RDX] = value >> 32;
     NEXT();
