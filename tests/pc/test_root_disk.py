@@ -51,6 +51,7 @@ while i=$((i + 1)); do
     echo "$i" > /count.new && sync && mv /count.new /count && sync && echo "counted $i."
 done
 """
+V3 = {"avx", "avx2", "f16c", "fma"}  # what x86-64-v3 takes from the host
 FILES = {
     "etc/inittab": INITTAB,
     "etc/start": START,
@@ -112,6 +113,9 @@ def test_a_debian_on_a_disk_reboots_and_survives_a_kill(make_pc, other_mount, ro
     again.expect("root# ")
     again.type("echo count $(cat /count).\n")
     assert int(again.expect(r"count (\d+)\.\r\n")[1]) >= told
+    if V3 <= set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()):
+        again.type("/lib64/ld-linux-x86-64.so.2 --help | grep v3\n")  # the C library takes its functions for that
+        again.expect(r"x86-64-v3 \(supported, searched\)\r\n")
     again.type("poweroff\n")
     assert again.ended().startswith("shutdown cause=poweroff")
     assert _e2("e2fsck", "-fn", root) == 0
