@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,19 @@ class Server:
             if self.is_mounted():
                 subprocess.run(["fusermount3", "-uz", self.path], check=True)
         return self.log.read_text()
+
+
+@contextlib.contextmanager
+def serving(factory: pytest.TempPathFactory, **settings: object) -> Iterator[Server]:
+    """A mount of its own. The settings are those of MountSettings, and `fake`: on tests/fs/fake_engine.py."""
+    directory = factory.mktemp("mount") / "m"
+    directory.mkdir()
+    server = Server(directory, **settings)
+    try:
+        yield server
+    finally:
+        log = server.end()
+    assert "Traceback" not in log, log
 
 
 LIBC = ctypes.CDLL(None, use_errno=True)

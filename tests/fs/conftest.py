@@ -23,6 +23,7 @@ from vmfs.fs.scopes import RootScope
 from vmfs.fs.tree import RootDirectory
 from vmfs.host.credentials import Credentials
 from vmfs.host.machines import Host
+from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Job
 from vmfs.machine import worker
 from vmfs.words.errors import Invalid
@@ -113,7 +114,7 @@ class Kernel:
 
     def __init__(self, **limits: int) -> None:
         self.engine = FakeEngine()
-        self.host = Host(Threads(self.engine), self.engine, **{"max_vms": 100, "max_memory": 1 << 40, **limits})
+        self.host = Host(Threads(self.engine), self.engine, MountSettings(**limits))
         self.inodes = Inodes()
         self.root = RootDirectory(self.inodes, RootScope(self.host, INFOS), 0o755, 0, 0)
         self.operations = Operations(self.inodes, self.host.capacity)

@@ -13,6 +13,7 @@ import msgspec
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials, HostError
 from vmfs.host.sandbox import Sandbox
+from vmfs.words.commands import Result
 
 SECONDS = 60
 
@@ -37,7 +38,7 @@ class Opened:
             ready, _, _ = select.select([ours], [], [], SECONDS)
             assert ready, "the opener does not answer"
             packet, self.fds, _, _ = socket.recv_fds(ours, 4096, 4)
-        result = msgspec.msgpack.decode(packet, type=opener.Result)
+        result = msgspec.msgpack.decode(packet, type=Result)
         self.text = result.text
         if result.errno:
             os.waitpid(self.pid, 0)

@@ -31,15 +31,6 @@ def refused(work: opener.Work, who: Credentials) -> HostError:
     return caught.value
 
 
-@pytest.fixture
-def folder(tmp_path_factory) -> Path:
-    """Which everybody may come to."""
-    path = tmp_path_factory.mktemp("host")
-    for each in (path, *path.parents[:2]):
-        each.chmod(stat.S_IMODE(each.stat().st_mode) | 0o755)
-    return path
-
-
 @as_root
 def test_a_path_is_opened_with_the_callers_rights(folder):
     (folder / "theirs").write_text("theirs")

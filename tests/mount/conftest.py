@@ -7,22 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Machine, Server, reason_against
+from mounting import Machine, Server, reason_against, serving
 
 from vmfs.engine import ENGINES
-
-
-@contextlib.contextmanager
-def serving(factory: pytest.TempPathFactory, **settings: object) -> Iterator[Server]:
-    """A mount of its own. The settings are those of MountSettings, and `fake`: on tests/fs/fake_engine.py."""
-    directory = factory.mktemp("mount") / "m"
-    directory.mkdir()
-    server = Server(directory, **settings)
-    try:
-        yield server
-    finally:
-        log = server.end()
-    assert "Traceback" not in log, log
 
 
 @pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.name)

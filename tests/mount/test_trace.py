@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from mount.conftest import serving
-from mounting import SOON, Machine, Server, failing, reason_against, wait_until
+from mounting import SOON, Machine, Server, failing, reason_against, serving, wait_until
 
 from vmfs.debug.trace import _RECORD, DROPPED, INSN
 from vmfs.debug.trace_buffer import count

@@ -76,6 +76,9 @@ LONG_AND_SHORT = [
     (["--allow-other"], "allow_other"),
     (["--max-vms", "3"], "max_vms=3"),
     (["--max-mem", "2G"], "max_mem=2G"),
+    (["--max-vms-user", "3"], "max_vms_user=3"),
+    (["--max-mem-user", "2G"], "max_mem_user=2G"),
+    (["--max-waiting-user", "9"], "max_waiting_user=9"),
     (["--debug"], "debug"),
 ]
 

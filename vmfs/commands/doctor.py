@@ -204,6 +204,30 @@ def engines() -> Iterator[Finding]:
         yield Finding(f"engine {each.name}", OK if each.available else WARN, ", ".join(filter(None, said)))
 
 
+# What each layer keeps a machine's process from, and how to have it.
+_LAYERS = {
+    "seccomp": ("system calls beyond computing are refused", "apt-get install libseccomp2; pip install pyseccomp"),
+    "no_new_privs": ("no program gives it rights", ""),
+    "user": ("a machine's process is its maker's", "run the server as root"),
+    "namespaces": ("it sees no file, network or process of the host", "run the server as root (CAP_SYS_ADMIN)"),
+}
+
+
+def sandbox() -> Iterator[Finding]:
+    """Of a machine's process: a layer a line."""
+    try:
+        from vmfs.host.sandbox import Sandbox
+    except ImportError as failure:
+        yield Finding("sandbox", MISSING, f"cannot be loaded: {failure}", "make setup")
+        return
+    for name, why in Sandbox().layers.items():
+        meaning, remedy = _LAYERS[name]
+        if why:
+            yield Finding(f"sandbox {name}", WARN, f"does not hold: {why}", remedy)
+        else:
+            yield Finding(f"sandbox {name}", OK, meaning)
+
+
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4        # <linux/fcntl.h>
 
 
@@ -274,6 +298,7 @@ def trial_mount() -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     packages, dev_fuse, fusermount, memory, sys_admin, allow_other, hooks, passthrough, dev_kvm, engines,
+    sandbox,
 )
 
 

@@ -22,13 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-vms", type=argument(count), metavar="N",
                         help="at most so many machines at a time (0: any number)")
     parser.add_argument("--max-mem", type=argument(size), metavar="SIZE",
-                        help="at most so much RAM for all of them together, as 512M or 2G (0: no limit)")
+                        help="at most so much memory for all of them together, as 512M or 2G (0: no limit)")
+    parser.add_argument("--max-vms-user", type=argument(count), metavar="N", help="at most so many of one user")
+    parser.add_argument("--max-mem-user", type=argument(size), metavar="SIZE",
+                        help="at most so much memory for those of one user")
+    parser.add_argument("--max-waiting-user", type=argument(count), metavar="N",
+                        help="at most so many calls of one user wait at a time (2000)")
     parser.add_argument("--log", type=Path, metavar="FILE",
                         help="log there (else: syslog, where there is one)")
     parser.add_argument("--debug", action="store_true", help="log each request")
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPTION,...",
                         type=argument(lambda text: parse_options([text]) and text),
-                        help="the same as engine=, allow_other, max_vms=, max_mem=, debug; and those of FUSE")
+                        help="the same as engine=, allow_other, max_vms=, max_mem= and so on; and those of FUSE")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,6 +57,9 @@ def settings_of(arguments: argparse.Namespace) -> MountSettings:
         "engine": arguments.engine,
         "max_vms": arguments.max_vms,
         "max_memory": arguments.max_mem,
+        "max_vms_user": arguments.max_vms_user,
+        "max_memory_user": arguments.max_mem_user,
+        "max_waiting_user": arguments.max_waiting_user,
         "allow_other": arguments.allow_other or None,
         "debug": arguments.debug or None,
     }

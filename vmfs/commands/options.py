@@ -55,6 +55,9 @@ OPTIONS = (
     Option("allow_other", field="allow_other"),
     Option("max_vms", field="max_vms", parse=count),
     Option("max_mem", field="max_memory", parse=size),
+    Option("max_vms_user", field="max_vms_user", parse=count),
+    Option("max_mem_user", field="max_memory_user", parse=size),
+    Option("max_waiting_user", field="max_waiting_user", parse=count),
     Option("debug", field="debug"),
     # mount(8) and fuse(4): handed on.
     Option("ro", fuse=True),

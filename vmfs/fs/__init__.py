@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 
 import trio
@@ -48,12 +47,7 @@ def serve(
     try:
         infos = engine.describe(engines)
         chosen = engine.choose(settings.engine, infos, engines)
-        host = Host(
-            zygote,
-            chosen,
-            max_vms=settings.max_vms or sys.maxsize,
-            max_memory=settings.max_memory or sys.maxsize,
-        )
+        host = Host(zygote, chosen, settings)
         trio.run(_serve, mountpoint, settings, ready, host, zygote, infos)
     finally:
         zygote.close()

@@ -17,7 +17,10 @@ from vmfs.words.registers import REGISTERS
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A file. `mode`: its permission bits, before the maker's umask. `per_cpu`: it stands in cpuN/, too."""
+    """A file. `mode`: its permission bits, before the maker's umask. `per_cpu`: it stands in cpuN/, too.
+
+    What shows or changes a machine is its owner's, who opens it to others by chmod.
+    """
 
     name: str
     mode: int
@@ -39,73 +42,73 @@ def _complaint(scope: Scope) -> str:
 
 FILES: tuple[Row, ...] = (
     # running
-    Row("vm_run", 0o666, STREAM),
-    Row("vm_run.bin", 0o666, STREAM),
-    Row("exit", 0o444, READ),
-    Row("exit.bin", 0o444, READ),
-    Row("exit.data", 0o666, BOTH),
-    Row("state", 0o666, Served(writable=True, when_failed="failed\n")),
-    Row("stat", 0o444, Stat()),
+    Row("vm_run", 0o600, STREAM),
+    Row("vm_run.bin", 0o600, STREAM),
+    Row("exit", 0o400, READ),
+    Row("exit.bin", 0o400, READ),
+    Row("exit.data", 0o600, BOTH),
+    Row("state", 0o600, Served(writable=True, when_failed="failed\n")),
+    Row("stat", 0o400, Stat()),
     # state
-    Row("regs", 0o666, BOTH, per_cpu=True),
-    Row("sregs", 0o666, BOTH, per_cpu=True),
-    Row("fpu", 0o666, BOTH, per_cpu=True),
-    Row("xsave", 0o666, BOTH, per_cpu=True),
-    Row("xcrs", 0o666, BOTH, per_cpu=True),
-    Row("msrs", 0o666, BOTH, per_cpu=True),
-    Row("debugregs", 0o666, BOTH, per_cpu=True),
-    Row("events", 0o666, BOTH, per_cpu=True),
-    Row("mp_state", 0o666, BOTH, per_cpu=True),
-    Row("cpuid", 0o666, BOTH, per_cpu=True),
-    Row("lapic", 0o666, BOTH, per_cpu=True),
-    Row("irqchip", 0o666, BOTH),
-    Row("pit", 0o666, BOTH),
-    Row("clock", 0o666, BOTH),
-    Row("registers", 0o666, BOTH, per_cpu=True),
-    Row("mem", 0o666, Mem()),
-    Row("dirty", 0o444, Served(acts=True)),
+    Row("regs", 0o600, BOTH, per_cpu=True),
+    Row("sregs", 0o600, BOTH, per_cpu=True),
+    Row("fpu", 0o600, BOTH, per_cpu=True),
+    Row("xsave", 0o600, BOTH, per_cpu=True),
+    Row("xcrs", 0o600, BOTH, per_cpu=True),
+    Row("msrs", 0o600, BOTH, per_cpu=True),
+    Row("debugregs", 0o600, BOTH, per_cpu=True),
+    Row("events", 0o600, BOTH, per_cpu=True),
+    Row("mp_state", 0o600, BOTH, per_cpu=True),
+    Row("cpuid", 0o600, BOTH, per_cpu=True),
+    Row("lapic", 0o600, BOTH, per_cpu=True),
+    Row("irqchip", 0o600, BOTH),
+    Row("pit", 0o600, BOTH),
+    Row("clock", 0o600, BOTH),
+    Row("registers", 0o600, BOTH, per_cpu=True),
+    Row("mem", 0o600, Mem()),
+    Row("dirty", 0o400, Served(acts=True)),
     # configuration
-    Row("mem_size", 0o666, BOTH),
-    Row("engine", 0o666, BOTH),
-    Row("mode", 0o666, BOTH),
-    Row("machine", 0o666, BOTH),
-    Row("time", 0o666, BOTH),
-    Row("console", 0o666, STREAM),
-    Row("console.log", 0o444, READ),
-    Row("hvc", 0o666, STREAM),
-    Row("hvc.log", 0o444, READ),
-    Row("screen.txt", 0o444, READ),
-    Row("screen.png", 0o444, READ),
-    Row("framebuffer", 0o666, Framebuffer()),
-    Row("keyboard", 0o222, WRITE),
+    Row("mem_size", 0o600, BOTH),
+    Row("engine", 0o600, BOTH),
+    Row("mode", 0o600, BOTH),
+    Row("machine", 0o600, BOTH),
+    Row("time", 0o600, BOTH),
+    Row("console", 0o600, STREAM),
+    Row("console.log", 0o400, READ),
+    Row("hvc", 0o600, STREAM),
+    Row("hvc.log", 0o400, READ),
+    Row("screen.txt", 0o400, READ),
+    Row("screen.png", 0o400, READ),
+    Row("framebuffer", 0o600, Framebuffer()),
+    Row("keyboard", 0o200, WRITE),
     # what is booted
-    Row("kernel", 0o666, BOTH),
-    Row("initrd", 0o666, BOTH),
-    Row("bios", 0o666, BOTH),
-    Row("cmdline", 0o666, BOTH),
+    Row("kernel", 0o600, BOTH),
+    Row("initrd", 0o600, BOTH),
+    Row("bios", 0o600, BOTH),
+    Row("cmdline", 0o600, BOTH),
     # interrupts and debugging
-    Row("irq", 0o222, WRITE),
-    Row("debug", 0o666, BOTH),
-    Row("trace", 0o666, Served(writable=True, sized=False, walked=False)),
-    Row("trace.bin", 0o444, Served(sized=False, walked=False)),
-    Row("symbols", 0o666, BOTH),
-    Row("symbols.elf", 0o444, READ),
-    Row("virt", 0o666, Served(writable=True, sized=False, walked=False), per_cpu=True),
-    Row("pagetable", 0o444, READ, per_cpu=True),
-    Row("disasm", 0o666, BOTH, per_cpu=True),
-    Row("stack", 0o444, READ, per_cpu=True),
-    Row("core", 0o444, READ),
-    Row("gdb", 0o666, HOST),
-    Row("gdb.stream", 0o666, Served(writable=True, acts=True, sized=False, walked=False, asks_host=True)),
-    Row("error", 0o444, LocalText(_complaint)),
+    Row("irq", 0o200, WRITE),
+    Row("debug", 0o600, BOTH),
+    Row("trace", 0o600, Served(writable=True, sized=False, walked=False)),
+    Row("trace.bin", 0o400, Served(sized=False, walked=False)),
+    Row("symbols", 0o600, BOTH),
+    Row("symbols.elf", 0o400, READ),
+    Row("virt", 0o600, Served(writable=True, sized=False, walked=False), per_cpu=True),
+    Row("pagetable", 0o400, READ, per_cpu=True),
+    Row("disasm", 0o600, BOTH, per_cpu=True),
+    Row("stack", 0o400, READ, per_cpu=True),
+    Row("core", 0o400, READ),
+    Row("gdb", 0o600, HOST),
+    Row("gdb.stream", 0o600, Served(writable=True, acts=True, sized=False, walked=False, asks_host=True)),
+    Row("error", 0o400, LocalText(_complaint)),
 )
 
 # Of dev/, and of each device.
 DEV_FILES: tuple[Row, ...] = (
-    Row("add", 0o222, Served(readable=False, writable=True, sized=False, asks_host=True)),
-    Row("unclaimed", 0o444, READ),
+    Row("add", 0o200, Served(readable=False, writable=True, sized=False, asks_host=True)),
+    Row("unclaimed", 0o400, READ),
 )
-DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o444, READ) for name in ("type", "address", "irq", "counters", "info"))
+DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 
 
 def _engine_line(info: EngineInfo) -> str:
@@ -134,7 +137,7 @@ ROOT_FILES: tuple[Row, ...] = (
 
 def register_row(name: str, *, writable: bool) -> Row:
     """Of one register or MSR."""
-    return Row(name, 0o666 if writable else 0o444, BOTH if writable else READ)
+    return Row(name, 0o600 if writable else 0o400, BOTH if writable else READ)
 
 
 REGISTER_ROWS: Mapping[str, Row] = {

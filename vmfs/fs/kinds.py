@@ -19,7 +19,7 @@ from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import CallFailed, MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
-from vmfs.words.errors import Gone, Interrupted
+from vmfs.words.errors import Gone, Interrupted, ProcessFailed
 
 # How long a machine may take to answer a call whose caller was signalled: its guest has to stop first.
 INTERRUPT_SECONDS = 2.0
@@ -27,7 +27,7 @@ INTERRUPT_SECONDS = 2.0
 
 async def call(
     machine: MachineProcess, make: Callable[[int], Message], pid: int, who: Credentials | None = None
-) -> tuple[Any, list[int]]:
+) -> Any:
     """`MachineProcess.call`, for a caller of the mount: a signal to it ends the call, and no user may have too many."""
     request = _fuse.current_request()
     uid = request.uid if request is not None else machine.owner.uid
@@ -101,30 +101,45 @@ class ServedHandle(Handle):
         nonblocking, appending = bool(flags & os.O_NONBLOCK), bool(flags & os.O_APPEND)
         if self._machine.failure and self.node.kind.when_failed and not writing:
             return
-        answer, fds = await call(
-            self._machine,
-            lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid),
-            self.pid,
-            self._who,
-        )
+        try:
+            answer = await call(
+                self._machine,
+                lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid),
+                self.pid,
+                self._who,
+            )
+        except ProcessFailed:
+            if self.node.kind.when_failed and not writing:
+                return
+            raise
         self._number, self.tells_closing = answer.handle, answer.tells_closing
-        self.opened(fds)
+        if answer.memory >= 0:
+            try:
+                self.opened(self._machine.open_memory(answer.memory))
+            except BaseException:
+                self.close()
+                raise
 
-    def opened(self, fds: list[int]) -> None:
-        commands.close_all(fds)
+    def opened(self, memory: int) -> None:
+        """It is a file whose memory that is, a descriptor that is the handle's now."""
+        os.close(memory)
 
     async def read(self, offset: int, size: int) -> bytes:
         if self._failed():
             return self.node.kind.when_failed.encode()[offset : offset + size]
         flags = _file_flags()
-        answer, fds = await call(
-            self._machine,
-            lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
-            self.pid,
-            self._who,
-        )
-        commands.close_all(fds)
-        return answer.data
+        try:
+            answer = await call(
+                self._machine,
+                lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
+                self.pid,
+                self._who,
+            )
+        except ProcessFailed:
+            if self._failed():  # meanwhile
+                return self.node.kind.when_failed.encode()[offset : offset + size]
+            raise
+        return answer.data[:size]
 
     async def write(self, offset: int, data: bytes) -> int:
         """In pieces, as a message has room for: one write of a text is never so long."""
@@ -134,7 +149,7 @@ class ServedHandle(Handle):
             piece = bytes(data[done : done + DATA_MOST])
             at_offset = offset + done
             try:
-                answer, fds = await call(
+                answer = await call(
                     self._machine,
                     lambda at, data=piece, to=at_offset: commands.Write(at, self._number, to, data, flags),
                     self.pid,
@@ -143,7 +158,6 @@ class ServedHandle(Handle):
             except CallFailed as error:
                 self.unsaved, self.waits = error.unsaved, False
                 raise
-            commands.close_all(fds)
             self.unsaved, self.waits = answer.unsaved, answer.waits
             done += max(min(answer.number, len(piece)), 0)
             if done >= len(data) or answer.number < len(piece):
@@ -163,7 +177,7 @@ class ServedHandle(Handle):
         if self._machine.failure or not self._number:
             return POLL_ERR | POLL_HUP | POLL_IN
         try:
-            answer, _ = await call(
+            answer = await call(
                 self._machine, lambda at: commands.Poll(at, self._number, waker is not None), self.pid
             )
         except Gone:

@@ -26,10 +26,9 @@ from vmfs.fs.inodes import File, Handle, Kind
 from vmfs.fs.kinds import Served, ServedHandle, call
 from vmfs.fs.passthrough import Backing
 from vmfs.host.credentials import Credentials
-from vmfs.host.process import MachineProcess, ProcessFailed
-from vmfs.machine.hostfile import is_shared_memory
+from vmfs.host.process import MachineProcess
 from vmfs.words import commands
-from vmfs.words.errors import PastEnd
+from vmfs.words.errors import PastEnd, ProcessFailed
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +192,8 @@ class _FramebufferHandle(ServedHandle):
         if self._writing:
             self.scope.memory.writer_comes()
 
-    def opened(self, fds: list[int]) -> None:
-        if len(fds) == 1 and is_shared_memory(fds[0]):
-            self._fd = fds[0]
-        else:
-            commands.close_all(fds)
+    def opened(self, memory: int) -> None:
+        self._fd = memory
 
     def prepare_answer(self) -> None:
         if self._fd >= 0 and self.scope.framebuffer(self._fd).answer_open():

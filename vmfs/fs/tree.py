@@ -58,7 +58,7 @@ class RegisterDirectory(Directory):
         if row is None:
             if parse_msr(name) is None:
                 return None
-            answer, _ = await call(self.scope.machine, lambda at: commands.Find(at, f"reg/{name}"), 0)
+            answer = await call(self.scope.machine, lambda at: commands.Find(at, f"reg/{name}"), 0)
             if answer.number == FOUND_NOTHING:
                 return None
             row = register_row(name, writable=answer.number != FOUND_READ_ONLY)
@@ -173,7 +173,7 @@ class _DeviceDirectory(Directory):
 
 async def _listed(machine: MachineProcess, directory: str) -> list[tuple[str, int]]:
     """What the machine says that there is, as far as it can be."""
-    answer, _ = await call(machine, lambda at: commands.List(at, directory), 0)
+    answer = await call(machine, lambda at: commands.List(at, directory), 0)
     return [(name, found) for name, found in answer.names[:NAMES_MOST] if _FROM_MACHINE.fullmatch(name)]
 
 

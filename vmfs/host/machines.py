@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import sys
 from collections import Counter
 from socket import socket
 
@@ -11,22 +11,24 @@ from vmfs.engine.base import Engine
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials
 from vmfs.host.process import MachineProcess
+from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.zygote import Job, Zygote
 from vmfs.machine.memory import DEFAULT_SIZE
 from vmfs.words.errors import LimitReached, WouldBlock
 
-# Calls of one user that wait at a time; the mount has room for five times as many (vmfs.fs.MAX_TASKS).
-BLOCKED_MOST = 2000
+# Calls that wait at a time, of all users. The mount has room for more (vmfs.fs.MAX_TASKS), so that interrupts are heard
+# and an unmount is.
+WAITING_MOST = 8000
+LIMITS = ("max_vms", "max_memory", "max_vms_user", "max_memory_user", "max_waiting_user")  # 0: there is none
 
 
 class Host:
-    """Makes and ends machines. `max_memory` (bytes) bounds the sum of their RAM, touched or not, and of what else is
-    kept for them. `own_device` is the mount's st_dev, once it is there."""
+    """Makes and ends machines, within the limits of `settings`. Of memory, RAM counts, touched or not, and what else is
+    kept for a machine. `own_device` is the mount's st_dev, once it is there."""
 
-    def __init__(self, zygote: Zygote, engine: Engine | str, *, max_vms: int, max_memory: int) -> None:
+    def __init__(self, zygote: Zygote, engine: Engine | str, settings: MountSettings) -> None:
         self.engine = engine if isinstance(engine, str) else engine.name  # of new machines
-        self.max_vms = max_vms
-        self.max_memory = max_memory
+        self._settings = dataclasses.replace(settings, **{name: getattr(settings, name) or NO_LIMIT for name in LIMITS})
         self.own_device = 0
         # (st_size, st_blocks) of each file of a machine that was only made, by its path: taken of the first that is
         # born.
@@ -47,16 +49,19 @@ class Host:
 
     def create(self, owner: Credentials, memory_size: int = DEFAULT_SIZE) -> MachineProcess:
         """A new machine of that user; LimitReached when the mount has no room for it."""
-        if len(self._machines) >= self.max_vms:
-            raise LimitReached(f"the mount's limit of {self.max_vms} machines is reached (--max-vms)")
-        self._check_memory(memory_size)
+        limits = self._settings
+        if len(self._machines) >= limits.max_vms:
+            raise LimitReached(f"the mount's limit of {limits.max_vms} machines is reached (--max-vms)")
+        if sum(machine.owner.uid == owner.uid for machine in self._machines) >= limits.max_vms_user:
+            raise LimitReached(f"the limit of {limits.max_vms_user} machines a user is reached (--max-vms-user)")
+        self._check_memory(owner.uid, memory_size)
         machine = MachineProcess(self, owner, self.engine, memory_size)
         self._machines.add(machine)
         return machine
 
     def reserve(self, machine: MachineProcess, what: str, size: int) -> None:
         """Count more (or, below zero, less) memory of a machine: `mem` is RAM, all else what is kept beside it."""
-        self._check_memory(size)
+        self._check_memory(machine.owner.uid, size)
         if what == "mem":
             machine.memory_size = max(machine.memory_size + size, 0)
         else:
@@ -64,30 +69,40 @@ class Host:
 
     def capacity(self) -> tuple[int, int, int, int]:
         """RAM and how much of it is unpromised, in bytes; machines and how many more (0, 0: any number)."""
-        memory = min(self.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        names = self.max_vms if self.max_vms < sys.maxsize else 0
+        memory = min(self._settings.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        names = self._settings.max_vms if self._settings.max_vms < NO_LIMIT else 0
         return memory, max(memory - self._used(), 0), names, max(names - len(self._machines), 0)
 
     def forget(self, machine: MachineProcess) -> None:
         """The machine no longer counts; `MachineProcess.remove` is the caller's to call."""
         self._machines.discard(machine)
 
-    def _used(self) -> int:
-        return sum(machine.memory_size + machine.reserved for machine in self._machines)
+    def _used(self, uid: int | None = None) -> int:
+        return sum(
+            machine.memory_size + machine.reserved
+            for machine in self._machines
+            if uid is None or machine.owner.uid == uid
+        )
 
-    def _check_memory(self, more: int) -> None:
-        used = self._used()
-        if more > 0 and used + more > self.max_memory:
-            raise LimitReached(
-                f"{more} bytes more than the {used} in use pass the mount's {self.max_memory} (--max-mem)"
-            )
+    def _check_memory(self, uid: int, more: int) -> None:
+        if more <= 0:
+            return
+        limits = self._settings
+        for used, most, whose in (
+            (self._used(), limits.max_memory, "the mount's {} (--max-mem)"),
+            (self._used(uid), limits.max_memory_user, "a user's {} (--max-mem-user)"),
+        ):
+            if used + more > most:
+                raise LimitReached(f"{more} bytes more than the {used} in use pass {whose.format(most)}")
 
     # ---- calls that wait
 
     def begin_call(self, uid: int) -> None:
         """A call of that user waits now. WouldBlock where as many do as may: others shall be served, too."""
-        if self._blocked[uid] >= BLOCKED_MOST:
-            raise WouldBlock(f"{BLOCKED_MOST} calls of the user {uid} wait already")
+        if self._blocked[uid] >= self._settings.max_waiting_user:
+            raise WouldBlock(f"{self._blocked[uid]} calls of the user {uid} wait already")
+        if self._blocked.total() >= WAITING_MOST:
+            raise WouldBlock(f"{WAITING_MOST} calls wait already")
         self._blocked[uid] += 1
 
     def end_call(self, uid: int) -> None:

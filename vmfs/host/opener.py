@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vmfs.host.credentials import Credentials, HostError, become
-from vmfs.host.sandbox import Sandbox
+from vmfs.host.credentials import Credentials, HostError, become, limit_capabilities
+from vmfs.host.sandbox import Sandbox, die_with_parent
+from vmfs.words.commands import Result
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
 
 SOCKET_MODE = 0o600
+_FILE_CAPABILITIES = 0b1111  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 BACKLOG = 8
 
 # Linux include/uapi/linux/if_tun.h
@@ -74,20 +76,14 @@ class StartShare(msgspec.Struct, frozen=True, array_like=True, tag=True):
 Work = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare
 
 
-class Result(msgspec.Struct, frozen=True, array_like=True):
-    """`errno` 0: it is done, and `text` says what there is to say. Else `text` is a sentence. The descriptor goes
-    along."""
-
-    errno: int
-    text: str
-
-
 def run(work: Work, who: Credentials, line: socket.socket, sandbox: Sandbox) -> NoReturn:
     """In a process of its own: do it as `who`, answer over `line`, and end."""
     code = 0
     try:
-        if not (isinstance(work, Listen) and work.path.startswith("\0")):
-            become(who)
+        if isinstance(work, Listen) and work.path.startswith("\0"):  # no path: it means the same everywhere
+            who = msgspec.structs.replace(who, elsewhere="")
+        become(who)
+        die_with_parent()
         _WORKS[type(work)](work, who, _Answer(line), sandbox)
     except VmfsError as error:
         _Answer(line)(error.errno, str(error))
@@ -222,6 +218,8 @@ def _start_share(work: StartShare, who: Credentials, answer: _Answer, sandbox: S
 
     root = open_path(work.path, os.O_PATH | os.O_DIRECTORY, work.mount)
     ours, its = socket.socketpair()
+    # Not CAP_FSETID: what its guest writes into loses set-user-ID, be it root's.
+    limit_capabilities(_FILE_CAPABILITIES)
     sandbox.filter("share")
     answer(0, "", its.fileno())
     its.close()
@@ -250,6 +248,7 @@ def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: S
             stdout=subprocess.DEVNULL,
             stderr=said,
             cwd="/",
+            preexec_fn=die_with_parent,
             **identity,
         )  # fmt: skip
         os.close(pid_file)

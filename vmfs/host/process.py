@@ -10,8 +10,10 @@ import errno
 import itertools
 import logging
 import os
+import shlex
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,22 @@ import trio
 
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials, HostError
+from vmfs.host.theirs import open_memory
 from vmfs.host.zygote import Job
-from vmfs.machine.hostfile import is_shared_memory, punch
+from vmfs.machine.hostfile import punch
 from vmfs.words import commands
-from vmfs.words.commands import Channel, ChannelBroken, Failed, Granted, Message, Refused, ToServer
-from vmfs.words.errors import EngineFailed, Gone, LimitReached, VmfsError, known
+from vmfs.words.commands import (
+    Channel,
+    ChannelBroken,
+    ChannelEnded,
+    Failed,
+    Granted,
+    Message,
+    Refused,
+    Result,
+    ToServer,
+)
+from vmfs.words.errors import Gone, LimitReached, ProcessFailed, VmfsError, WouldBlock, known
 
 if TYPE_CHECKING:
     from vmfs.host.machines import Host
@@ -36,34 +49,38 @@ BIRTH_SECONDS = 20.0  # that a process has to become a machine, on a host that i
 CLOSE_SECONDS = 1.0  # that a removed machine has to end by itself
 OPENER_SECONDS = 20.0  # that an opener has, and a passt to start
 NO_DESCRIPTOR = "the server has no file descriptor left (ulimit -n)"
-MOST_ASKED = 16  # questions of one machine at a time
+OPENERS_MOST = 16  # of a machine at a time
+HELPERS_MOST = 64  # processes that live for a machine's devices, and sockets that it listens at
+MESSAGES_MOST = 4  # of one machine that are heard before others have their turn
+SENTENCE_MOST = 2000
+SIZE_MOST = (1 << 63) - 1
+_LOOPBACK = ("127.0.0.1", "::1")
+HANDOVER = "\0vmfs-gdb-"  # how the names of sockets begin at which a gdb.stream is handed over
+_OPENINGS = (os.O_RDONLY, os.O_RDWR, os.O_TMPFILE | os.O_RDWR)  # the flags that a machine opens what a line names with
 
-_decode_result = msgspec.msgpack.Decoder(opener.Result).decode
+_decode_result = msgspec.msgpack.Decoder(Result).decode
 
 
 class CallFailed(VmfsError):
     """What a machine answered to a call that failed."""
 
     def __init__(self, failed: Failed) -> None:
-        super().__init__(failed.sentence)
-        self.errno = failed.errno
+        super().__init__(failed.sentence[:SENTENCE_MOST])
+        self.errno = failed.errno if 0 < failed.errno < 512 else errno.EIO  # what FUSE takes for one
         self.quiet = failed.quiet
         self.unsaved = failed.unsaved
-
-
-class ProcessFailed(EngineFailed):
-    """EIO: the machine's process is gone. It was logged when it went."""
 
 
 class _Call:
     """A call that waits for its answer."""
 
-    def __init__(self, what: str, who: Credentials | None) -> None:
-        self.what = what
+    def __init__(self, message: Any, who: Credentials | None) -> None:
+        self.message = message
+        self.what = type(message).__name__
         self.who = who
+        self.answered_by = commands.ANSWERS.get(type(message), commands.Done)
         self.event = trio.Event()
         self.answer: Any = None
-        self.fds: list[int] | None = []  # None: there was no room for them
 
 
 class Watcher:
@@ -102,6 +119,7 @@ class MachineProcess:
         self._numbers = itertools.count(1)
         self._asked = 0
         self._helpers: set[Job] = set()  # what lives for a device
+        self._openers: set[Job] = set()  # of host paths
         self._sockets: dict[str, tuple[Credentials, tuple[int, int]]] = {}  # those that gdb listens at, by path
         self._last = ""  # the last command
         self._finished = trio.Event()
@@ -123,8 +141,8 @@ class MachineProcess:
         *,
         who: Credentials | None = None,
         began: Callable[[int], None] | None = None,
-    ) -> tuple[Any, list[int]]:
-        """The answer, and the descriptors that came with it, which are the caller's. CallFailed as the machine says.
+    ) -> Any:
+        """The answer. CallFailed as the machine says.
 
         `who` the machine may ask for things as, meanwhile. `began` gets the number of the call, for `interrupt`.
         """
@@ -134,7 +152,7 @@ class MachineProcess:
         assert channel is not None
         number = next(self._numbers)
         message = make(number)
-        waiting = self._calls[number] = _Call(type(message).__name__, who)
+        waiting = self._calls[number] = _Call(message, who)
         self._last = f"{waiting.what} {getattr(message, 'file', '') or getattr(message, 'path', '')}".strip()
         try:
             if began is not None:
@@ -150,25 +168,22 @@ class MachineProcess:
         if answer is None:
             raise self._gone()
         if isinstance(answer, Failed):
-            commands.close_all(waiting.fds)
             raise CallFailed(answer)
-        if waiting.fds is None:
-            self._give_up(answer)
-            raise LimitReached(NO_DESCRIPTOR)
-        return answer, waiting.fds
+        return answer
+
+    def open_memory(self, number: int) -> int:
+        """What the machine says is memory of its, by its number there. ProcessFailed where it is none."""
+        assert self._job is not None
+        return open_memory(self._job.pid, number)
 
     async def measure(self, files: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
         """(st_size, st_blocks) of files, by their paths, and when what they show last changed (in nanoseconds; 0: it
         has not)."""
         if self._channel is None and self.host.fresh_sizes is not None:
             return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
-        answer, _ = await self.call(lambda at: commands.Measure(at, list(files)))
-        return dict(zip(files, answer.sizes, strict=False)), min(answer.modified_ns, time.time_ns())
-
-    def _give_up(self, answer: Any) -> None:
-        """What was opened is closed again: its descriptor was lost."""
-        if isinstance(answer, commands.Opened):
-            self.tell(commands.Close(answer.handle))
+        answer = await self.call(lambda at: commands.Measure(at, list(files)))
+        sizes = [(min(max(size, 0), SIZE_MOST), min(max(blocks, 0), SIZE_MOST)) for size, blocks in answer.sizes]
+        return dict(zip(files, sizes, strict=False)), max(min(answer.modified_ns, time.time_ns()), 0)
 
     def interrupt(self, number: int) -> None:
         """A signal came for the caller of that call: it is answered soon."""
@@ -213,7 +228,7 @@ class MachineProcess:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
-        channel: Channel[ToServer] = Channel(ours, ToServer)
+        channel: Channel[ToServer] = Channel(ours, ToServer, takes_fds=False)
         with its:
             try:
                 job = self.host.spawn(self, its)
@@ -222,25 +237,24 @@ class MachineProcess:
                 raise
         try:
             with trio.move_on_after(BIRTH_SECONDS):
-                born, fds = await channel.receive()
-                if fds is None:
-                    raise LimitReached(NO_DESCRIPTOR)
-                if isinstance(born, commands.Born) and len(fds) == 1 and is_shared_memory(fds[0]):
-                    self._job, self._channel, self.memory_fd = job, channel, fds[0]
+                born, _ = await channel.receive()
+                await job.forked.wait()
+                if isinstance(born, commands.Born) and born.version == commands.VERSION:
+                    self.memory_fd = open_memory(job.pid, born.memory)
+                    self._job, self._channel = job, channel
                     trio.lowlevel.spawn_system_task(self._listen, channel, job)
                     await self.host.is_born(self)
                     return
-                commands.close_all(fds)
                 if isinstance(born, Failed):
                     raise CallFailed(born)
-            raise EngineFailed("the machine's process did not begin")
+            raise ProcessFailed("the machine's process did not begin")
         except ChannelBroken as error:
             channel.close()
             with trio.move_on_after(1):
                 await job.ended.wait()
             if job.errno:
                 raise LimitReached(f"the machine has no process: {os.strerror(job.errno)}") from None
-            raise EngineFailed(f"the machine's process did not begin: {_how(job) or error}") from None
+            raise ProcessFailed(f"the machine's process did not begin: {_how(job) or error}") from None
         except BaseException:
             if self._channel is None:
                 channel.close()
@@ -249,41 +263,52 @@ class MachineProcess:
 
     async def _listen(self, channel: Channel[ToServer], job: Job) -> None:
         """Hear the machine, to its end."""
-        why = ""
+        why = ""  # it is ended by this server
         try:
             while True:
-                message, fds = await channel.receive()
-                self._hear(message, fds)
-        except (ChannelBroken, trio.ClosedResourceError) as error:
-            why = str(error)
-        except Exception:
-            log.exception("a machine's process said what cannot be")
-            why = "it said what cannot be"
+                for _ in range(MESSAGES_MOST):
+                    message, _ = await channel.receive()
+                    self._hear(message)
+                await trio.lowlevel.checkpoint()
+        except (ChannelEnded, trio.ClosedResourceError):
+            pass
+        except ChannelBroken as error:
+            why = f"was ended: {error}"
+            self.host.kill(job)
         with trio.CancelScope(shield=True):
             await self._end(channel, job, why)
 
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
-        with trio.move_on_after(CLOSE_SECONDS):
-            await job.ended.wait()
-        self.host.kill(job)
+        await self._kill(job)
         if not self.removed:
-            with trio.move_on_after(CLOSE_SECONDS):
-                await job.ended.wait()
-            self.failure = f"the machine's process {_how(job) or why}; the last command was {self._last or 'none'}"
+            how = why or _how(job) or "has closed its channel"
+            self.failure = f"the machine's process {how}; the last command was {self._last or 'none'}"
             log.error("%s", self.failure)
             self.watcher.complained(self.failure)
         for call in self._calls.values():
             call.event.set()
         for helper in list(self._helpers):
             self.host.kill(helper)
-        for path in list(self._sockets):
-            await self._unlink(path)
         if not self.removed:
             channel.close()
-            self._release_memory()
-        await job.ended.wait()
+        self._release_memory()
         self.watcher.ended()
+        with trio.move_on_after(CLOSE_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for path in list(self._sockets):
+                    nursery.start_soon(self._unlink, path)
         self._finished.set()
+
+    async def _kill(self, job: Job) -> None:
+        """Have it end, by itself if it does. One that the kernel keeps, for a file of its user's that hangs, is left to
+        the kernel: nothing of it runs any more."""
+        with trio.move_on_after(CLOSE_SECONDS):
+            await job.ended.wait()
+        self.host.kill(job)
+        with trio.move_on_after(CLOSE_SECONDS):
+            await job.ended.wait()
+        if job.code is None:
+            log.warning("process %d of a removed or failed machine is kept by the kernel", job.pid)
 
     def _release_memory(self) -> None:
         if self.memory_fd >= 0:
@@ -308,37 +333,30 @@ class MachineProcess:
             return
         if not self.failure:
             channel.close()  # it ends by itself then: files are written, guests stopped
-            with trio.move_on_after(CLOSE_SECONDS):
-                await job.ended.wait()
-            self.host.kill(job)
         await self._finished.wait()
-        self._release_memory()
 
     # ---- what it says
 
-    def _hear(self, message: Any, fds: list[int] | None) -> None:
+    def _hear(self, message: Any) -> None:
         match message:
             case commands.Woken():
                 self.watcher.woken(message.handle)
             case commands.Complaint():
-                self.watcher.complained(message.sentence[:2000])
+                self.watcher.complained(message.sentence[:SENTENCE_MOST])
             case commands.Born():
-                raise ValueError("born twice")
+                raise ChannelBroken("it was born twice")
             case _ if isinstance(message, commands.Question):
-                commands.close_all(fds)
-                if self._asked >= MOST_ASKED:
-                    self.tell(Refused(message.ask, errno.EAGAIN, "too many questions at a time"))
-                    return
+                if self._asked >= commands.ASKED_MOST:
+                    raise ChannelBroken("it asks too much at a time")
                 self._asked += 1
                 trio.lowlevel.spawn_system_task(self._answer, message)
-                return
             case _:
                 call = self._calls.get(message.call)
                 if call is not None and call.answer is None:
-                    call.answer, call.fds = message, fds
+                    if not isinstance(message, call.answered_by | Failed):
+                        raise ChannelBroken(f"it answered {call.what} by {type(message).__name__}")
+                    call.answer = message
                     call.event.set()
-                    return
-        commands.close_all(fds)
 
     async def _answer(self, question: Any) -> None:
         fds: list[int] = []
@@ -352,8 +370,6 @@ class MachineProcess:
             else:
                 log.error("a machine's question failed", exc_info=error)
                 reply = Refused(question.ask, errno.EIO, f"the server failed: {type(error).__name__}")
-        finally:
-            self._asked -= 1
         channel = self._channel
         try:
             if channel is not None and not self.removed:
@@ -361,15 +377,24 @@ class MachineProcess:
         except (ChannelBroken, trio.ClosedResourceError):
             pass
         finally:
+            self._asked -= 1  # now: a machine that does not listen asks no more
             commands.close_all(fds)
 
     # ---- what it asks
 
-    def _who(self, call: int) -> Credentials:
-        """On whose call it asks. HostError where nobody is."""
+    def _who(self, call: int, *words: str) -> Credentials:
+        """On whose call it asks. HostError where nobody is.
+
+        Where that is another user than the machine's own, it gets what the line of that user names (`words`), and
+        nothing else: what a machine's process asks for is its owner's choice.
+        """
         waiting = self._calls.get(call)
         if waiting is None or waiting.who is None:
             raise HostError(errno.EPERM, "nothing of the host is opened but for who has asked for it")
+        if waiting.who.uid != self.owner.uid and not set(words) <= _words_of(waiting.message):
+            raise HostError(errno.EACCES, "another user's machine gets what a line names, and nothing else")
+        if len(self._helpers) >= HELPERS_MOST or len(self._sockets) >= HELPERS_MOST:
+            raise LimitReached(f"the machine has {HELPERS_MOST} helpers already")
         return waiting.who
 
     async def _opened(self, who: Credentials, work: opener.Work, *, lives: bool = False) -> tuple[str, list[int]]:
@@ -379,49 +404,100 @@ class MachineProcess:
         with ours:
             with its:
                 job = self.host.open(who, work, its)
-            packet, fds = b"", []
-            with trio.move_on_after(OPENER_SECONDS) as scope:
-                await trio.lowlevel.wait_readable(ours)
-                packet, fds, flags, _ = socket.recv_fds(ours, 4096, commands.FDS_MOST, socket.MSG_CMSG_CLOEXEC)
-                if flags & socket.MSG_CTRUNC:
-                    commands.close_all(fds)
-                    self.host.kill(job)
-                    raise LimitReached(NO_DESCRIPTOR)
-        if not packet:
+            self._helpers.add(job)
+            try:
+                packet, fds = b"", []
+                with trio.move_on_after(OPENER_SECONDS) as scope:
+                    await trio.lowlevel.wait_readable(ours)
+                    packet, fds, flags, _ = socket.recv_fds(ours, 4096, commands.FDS_MOST, socket.MSG_CMSG_CLOEXEC)
+                    if flags & socket.MSG_CTRUNC:
+                        commands.close_all(fds)
+                        raise LimitReached(NO_DESCRIPTOR)
+                text, fds = self._result_of(packet, fds, late=scope.cancelled_caught)
+            except BaseException:
+                self._helpers.discard(job)
+                self.host.kill(job)
+                raise
+        if not lives:  # its own descriptors of what it got are gone then: a port that is closed is free
+            with trio.move_on_after(CLOSE_SECONDS):
+                await job.ended.wait()
+            self._helpers.discard(job)
+        elif self.removed or self.failure:
             self.host.kill(job)
-            if scope.cancelled_caught:
+        return text, fds
+
+    @staticmethod
+    def _result_of(packet: bytes, fds: list[int], *, late: bool) -> tuple[str, list[int]]:
+        """What an opener said."""
+        if not packet:
+            if late:
                 raise HostError(errno.ETIMEDOUT, f"the host did not answer in {OPENER_SECONDS:g} seconds")
-            raise EngineFailed("the process that was to open it has ended")
+            raise ProcessFailed("the process that was to open it has ended")
         try:
             result = _decode_result(packet)
         except msgspec.MsgspecError as error:
             commands.close_all(fds)
-            raise EngineFailed("the process that was to open it said what cannot be") from error
+            raise ProcessFailed("the process that was to open it said what cannot be") from error
         if result.errno:
             commands.close_all(fds)
             raise HostError(result.errno, result.text)
-        if not lives:  # its own descriptors of what it got are gone then: a port that is closed is free
-            with trio.move_on_after(CLOSE_SECONDS):
-                await job.ended.wait()
-        if lives:
-            if self.removed or self.failure:
-                self.host.kill(job)
-            self._helpers.add(job)
         return result.text, fds
 
     async def _open_path(self, ask: commands.OpenPath) -> tuple[str, list[int]]:
-        return await self._opened(self._who(ask.call), opener.OpenPath(ask.path, ask.flags, self.host.own_device))
+        """A socket at which the opener answers the machine."""
+        if ask.flags not in _OPENINGS:
+            raise HostError(errno.EINVAL, f"a machine opens nothing with the flags {ask.flags:#o}")
+        if ask.flags == _OPENINGS[-1]:  # an overlay, which has no name
+            who = self._who(ask.call, "cow")
+            path = tempfile.gettempdir()
+        else:
+            who, path = self._who(ask.call, ask.path), ask.path
+            if ask.flags != os.O_RDONLY and _words_of(self._calls[ask.call].message) & {"ro", "cow"}:
+                raise HostError(errno.EACCES, "the line says that it is only read")
+        if len(self._openers) >= OPENERS_MOST:
+            raise WouldBlock(f"{len(self._openers)} openers of the machine wait for the host already")
+        theirs, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            try:
+                job = self.host.open(who, opener.OpenPath(path, ask.flags, self.host.own_device), its)
+            except BaseException:
+                theirs.close()
+                raise
+        trio.lowlevel.spawn_system_task(self._bound, job)
+        return "", [theirs.detach()]
+
+    async def _bound(self, job: Job) -> None:
+        """Kill an opener that takes too long. One that the kernel keeps all the same counts until it ends."""
+        self._openers.add(job)
+        with trio.move_on_after(OPENER_SECONDS):
+            await job.ended.wait()
+        self.host.kill(job)
+        await job.ended.wait()
+        self._openers.discard(job)
 
     async def _open_tap(self, ask: commands.OpenTap) -> tuple[str, list[int]]:
-        return await self._opened(self._who(ask.call), opener.OpenTap(ask.name))
+        return await self._opened(self._who(ask.call, ask.name), opener.OpenTap(ask.name))
 
     async def _listen_at(self, ask: commands.Listen) -> tuple[str, list[int]]:
-        who = self._who(ask.call)
+        if ask.path.startswith("\0"):  # where a gdb.stream is handed over
+            if not ask.path.startswith(HANDOVER):
+                raise HostError(errno.EACCES, "no such socket is a machine's")
+            who = self._who(ask.call)
+        else:
+            who = self._who(ask.call, ask.path or self._address_in(ask))
         text, fds = await self._opened(who, opener.Listen(ask.path, ask.host, ask.port, self.host.own_device))
         port, *made = text.split()
         if made:
             self._sockets[ask.path] = who, (int(made[0]), int(made[1]))
         return port, fds
+
+    def _address_in(self, ask: commands.Listen) -> str:
+        """The word of the line that means that address."""
+        waiting = self._calls.get(ask.call)
+        for word in _words_of(waiting.message) if waiting is not None else ():
+            if word.rpartition(":")[2] == str(ask.port) and (ask.host in _LOOPBACK or ask.host in word):
+                return word
+        return "\0"
 
     async def _unlink_at(self, ask: commands.Unlink) -> tuple[str, list[int]]:
         await self._unlink(ask.path)
@@ -437,11 +513,14 @@ class MachineProcess:
                 log.debug("%s: %s", path, error)
 
     async def _start_passt(self, ask: commands.StartPasst) -> tuple[str, list[int]]:
-        return await self._opened(self._who(ask.call), opener.StartPasst(ask.options), lives=True)
+        return await self._opened(self._who(ask.call, *ask.options), opener.StartPasst(ask.options), lives=True)
 
     async def _start_share(self, ask: commands.StartShare) -> tuple[str, list[int]]:
         work = opener.StartShare(ask.path, ask.read_only, self.host.own_device)
-        return await self._opened(self._who(ask.call), work, lives=True)
+        who = self._who(ask.call, ask.path, *(["ro"] if ask.read_only else []))
+        if not ask.read_only and "ro" in _words_of(self._calls[ask.call].message):
+            raise HostError(errno.EACCES, "the line says that it is only read")
+        return await self._opened(who, work, lives=True)
 
     async def _reserve(self, ask: commands.Reserve) -> tuple[str, list[int]]:
         self.host.reserve(self, ask.what, ask.size)
@@ -462,6 +541,14 @@ _ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[i
     commands.Reserve: MachineProcess._reserve,
     commands.Invalidate: MachineProcess._invalidate,
 }
+
+
+def _words_of(message: Any) -> set[str]:
+    """Of the line that a call writes."""
+    try:
+        return set(shlex.split(message.data.decode())) if isinstance(message, commands.Write) else set()
+    except ValueError:
+        return set()
 
 
 def _how(job: Job) -> str:

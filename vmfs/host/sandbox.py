@@ -35,7 +35,7 @@ MACHINE_CALLS = """
     fstat newfstatat statx fstatfs fcntl ftruncate fallocate fsync fdatasync sync_file_range flock copy_file_range
     dup dup2 dup3 pipe2 eventfd2 timerfd_create timerfd_settime timerfd_gettime memfd_create ioctl
     poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-    recvfrom recvmsg sendto sendmsg accept4 shutdown getsockname getpeername getsockopt setsockopt
+    recvfrom recvmsg sendto sendmsg accept4 shutdown getsockname getpeername getsockopt
     mmap munmap mremap mprotect madvise msync mincore brk membarrier
     futex set_robust_list rseq sched_yield sched_getaffinity getcpu
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait rt_sigpending sigaltstack tgkill restart_syscall
@@ -74,6 +74,8 @@ def _filter(calls: list[str], *, set_id: bool) -> bytes:
     rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _THREAD, _THREAD))
     rules.add_rule(seccomp.ERRNO(38), "clone3")  # ENOSYS: glibc makes threads by clone then
     rules.add_rule(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
+    # Not SO_LINGER, with which whoever closes the socket may wait.
+    rules.add_rule(seccomp.ALLOW, "setsockopt", seccomp.Arg(2, seccomp.NE, socket.SO_LINGER))
     for option in (15, 16, 38, 0x53564D41):  # PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA
         rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, option))
     with tempfile.TemporaryFile() as file:
@@ -128,6 +130,7 @@ class Sandbox:
             if name in self._inside and _LIBC.setns(self._inside[name], kind):
                 raise OSError(ctypes.get_errno(), f"setns {name}")
         self.become(who)
+        die_with_parent()  # between the two: the filter forbids it
         self.filter(filter_name)
 
     def become(self, who: Credentials) -> None:
@@ -148,7 +151,8 @@ class Sandbox:
 
 def die_with_parent() -> None:
     """SIGKILL when the parent ends. After all changes of credentials, which take it back (prctl(2))."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+    if _LIBC.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
 
 
 def set_filter(program: bytes) -> None:

@@ -22,6 +22,15 @@ class MountSettings:
     max_memory: int = NO_LIMIT
     """How many bytes of RAM all VMs may have together, touched or not: ENOSPC over it."""
 
+    max_vms_user: int = NO_LIMIT
+    """How many of them one user may have."""
+
+    max_memory_user: int = NO_LIMIT
+    """How much of it one user may have."""
+
+    max_waiting_user: int = 2000
+    """How many calls of one user may wait at a time: EAGAIN over it, so that others are served, too."""
+
     fuse_options: tuple[str, ...] = ()
     """Options for the FUSE library as in mount(8)'s -o, e.g. "ro" or "fsname=lab"."""
 

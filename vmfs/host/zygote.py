@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,8 +28,8 @@ import trio
 from vmfs import engine as engines
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials
-from vmfs.host.sandbox import Sandbox, die_with_parent
-from vmfs.words.errors import EngineFailed
+from vmfs.host.sandbox import Sandbox
+from vmfs.words.errors import EngineFailed, ProcessFailed
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _PACKET = 1 << 16
 _FDS_MOST = 1
+CLOSE_SECONDS = 2.0  # that the end of all may take
 
 
 class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -142,8 +144,9 @@ class Zygote:
                 except BlockingIOError:
                     continue
                 except OSError:
-                    return
+                    packet = b""
                 if not packet:
+                    log.error("the process that makes machines is gone")
                     return
                 self._hear(_decode_news(packet))
         finally:
@@ -174,7 +177,7 @@ class Zygote:
 
     def _begin(self, make: Callable[[int], ToZygote], fd: int) -> Job:
         if self._gone:
-            raise EngineFailed("the process that makes machines is gone: unmount, and mount anew")
+            raise ProcessFailed("the process that makes machines is gone: unmount, and mount anew")
         job = Job(self._next)
         self._next += 1
         self._jobs[job.number] = job
@@ -200,7 +203,7 @@ class Zygote:
             except BlockingIOError:
                 select.select([], [self._socket], [], 1)
             except OSError as error:
-                raise EngineFailed(f"the process that makes machines does not answer: {error.strerror}") from error
+                raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
 
     def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
         """A machine's process at the other end of `channel`, which remains the caller's to close."""
@@ -219,8 +222,10 @@ class Zygote:
         """End it and all of its children; blocks for that moment."""
         self._gone = True
         self._socket.close()
+        end = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+            while not os.waitpid(self.pid, os.WNOHANG)[0] and time.monotonic() < end:
+                time.sleep(0.002)
 
 
 # ---- the zygote's
@@ -311,7 +316,6 @@ class _Children:
         from vmfs.machine import worker
 
         self._sandbox.enter(order.who)
-        die_with_parent()
         worker.main(line, self._engine(order.engine), self._engine, order.memory_size)
 
     def _engine(self, name: str) -> engines.Engine:
@@ -335,14 +339,16 @@ class _Children:
                 os.kill(pid, signal.SIGKILL)
 
     def _end_all(self) -> NoReturn:
-        while children := _children():
+        """One that the kernel keeps, for a file of its user's that hangs, is left to the kernel."""
+        end = time.monotonic() + CLOSE_SECONDS / 2
+        while (children := _children()) and time.monotonic() < end:
             for pid in children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.002)
         os._exit(0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 
 # Linux include/uapi/linux/falloc.h
@@ -38,12 +37,3 @@ def punch(fd: int, offset: int, size: int) -> int:
     except OSError:
         return -1
     return 0
-
-
-def is_shared_memory(fd: int) -> bool:
-    """Whether it is a memfd: what never blocks, and no file, FIFO or device that somebody calls memory."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        return False
-    return True

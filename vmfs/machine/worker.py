@@ -14,6 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from vmfs.engine.base import Engine
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NO_DESCRIPTOR = "the machine's process has no file descriptor left (ulimit -n)"
+_decode_result = msgspec.msgpack.Decoder(commands.Result).decode
 
 async def serve(
     sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
@@ -67,7 +70,7 @@ async def serve(
         return
     worker = Worker(channel, vm, engine_named)
     try:
-        await channel.send(commands.Born(commands.VERSION, engine.name), (vm.memory.fd,))
+        await channel.send(commands.Born(commands.VERSION, engine.name, vm.memory.fd))
         await worker.serve()
     except ChannelBroken as error:
         log.debug("the channel: %s", error)
@@ -126,17 +129,14 @@ class Worker:
 
     async def _answer(self, message: Any, asked: request.Request) -> None:
         request.begin(asked)
-        fds: tuple[int, ...] = ()
         try:
             answer = await _CALLS[type(message)](self, message)
-            if isinstance(answer, tuple):
-                answer, fds = answer
         except Exception as error:
             answer = self._failure(error, message)
         finally:
-            del self._requests[message.call]
+            self._requests.pop(message.call, None)
         try:
-            await self._channel.send(answer, fds)
+            await self._channel.send(answer)
         except ChannelBroken:
             pass  # `serve` hears of it, too
 
@@ -176,7 +176,7 @@ class Worker:
         handle.appending, handle.walking = message.appending, message.walking
         number = next(self._numbers)
         self._handles[number] = handle
-        return Opened(message.call, number, handle.tells_closing), () if handle.memory is None else (handle.memory,)
+        return Opened(message.call, number, handle.tells_closing, -1 if handle.memory is None else handle.memory)
 
     def _handle(self, number: int) -> Handle:
         handle = self._handles.get(number)
@@ -358,9 +358,25 @@ class ServerDoor:
         self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[trio.Event, list[Any]]] = {}
+        self._room = trio.Semaphore(commands.ASKED_MOST)
 
     def open(self, path: str, flags: int) -> int:
-        return self._one_fd(self._ask(lambda ask: commands.OpenPath(ask, _call(), path, flags)))
+        line = self._one_fd(self._ask(lambda ask: commands.OpenPath(ask, _call(), path, flags)))
+        with socket.socket(fileno=line) as opener:
+            packet, fds, cut, _ = socket.recv_fds(opener, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        if cut & socket.MSG_CTRUNC:
+            raise LimitReached(NO_DESCRIPTOR)
+        if not packet:
+            raise HostError(errno.ETIMEDOUT, f"{path[:200]}: the host does not answer")
+        try:
+            result = _decode_result(packet)
+        except msgspec.MsgspecError as error:
+            commands.close_all(fds)
+            raise EngineFailed("the process that was to open it said what cannot be") from error
+        if result.errno:
+            commands.close_all(fds)
+            raise HostError(result.errno, result.text)
+        return self._one_fd(("", fds))
 
     def tap(self, name: str) -> int:
         return self._one_fd(self._ask(lambda ask: commands.OpenTap(ask, _call(), name)))
@@ -408,16 +424,17 @@ class ServerDoor:
             commands.close_all(fds)
             raise HostError(answer.errno, answer.sentence)
         if fds is None:
-            raise LimitReached("the machine's process has no file descriptor left (ulimit -n)")
+            raise LimitReached(NO_DESCRIPTOR)
         return answer.text, fds
 
     async def _answer_to(self, ask: int, message: Message) -> tuple[Granted | Refused, list[int]]:
-        event, answer = self._asked[ask] = trio.Event(), []
-        try:
-            await self._channel.send(message)
-            await event.wait()
-        finally:
-            self._asked.pop(ask, None)
+        async with self._room:
+            event, answer = self._asked[ask] = trio.Event(), []
+            try:
+                await self._channel.send(message)
+                await event.wait()
+            finally:
+                self._asked.pop(ask, None)
         return answer[0], answer[1]
 
     @staticmethod

@@ -2,9 +2,12 @@
 channel.
 
 A message is a msgspec struct, packed as an array with its tag, in one packet of a SOCK_SEQPACKET pair; descriptors
-go along by SCM_RIGHTS. The server calls, and each call has a number and one answer (`Done`, `Opened`, `Listed`,
-`Measured`, or `Failed`); the machine asks the server for what only the server may do, and each question has a number
-and one answer (`Granted` or `Refused`). `Interrupt`, `Close`, `Clients`, `Woken` and `Complaint` have none.
+go along by SCM_RIGHTS, from the server to the machine. The server takes none: to close what it got might wait for a
+file system of its user's; memory it opens by the number that the descriptor has in the machine's process.
+
+The server calls, and each call has a number and one answer (`Done`, `Opened`, `Listed`, `Measured`, or `Failed`); the
+machine asks the server for what only the server may do, and each question has a number and one answer (`Granted` or
+`Refused`). `Interrupt`, `Close`, `Clients`, `Woken` and `Complaint` have none.
 
 Both sides decode strictly: what is no message of the set ends the channel (`ChannelBroken`). Neither side trusts the
 other: the server because a machine process is its user's, the machine because everything that it gets is bounded.
@@ -26,6 +29,9 @@ VERSION = 1
 PACKET_MOST = 192 << 10  # bytes of a packet: what Linux lets through with its default net.core.wmem_max
 DATA_MOST = 128 << 10  # bytes of a file's contents in one message
 FDS_MOST = 4
+ASKED_MOST = 16  # questions of a machine at a time
+
+_SO_PASSRIGHTS = 83  # Linux include/uapi/asm-generic/socket.h
 
 ANY_FLAGS = -1  # of a read or a write: its file's flags are not known
 
@@ -166,11 +172,12 @@ class Done(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """Of `mem` and `framebuffer`, the descriptor of the memory goes along."""
+    """`memory`: of `mem` and `framebuffer`, the number of the memory's descriptor in the machine's process."""
 
     call: int
     handle: int
     tells_closing: bool
+    memory: int = -1
 
 
 class Listed(Message, frozen=True):
@@ -204,10 +211,11 @@ class Failed(Message, frozen=True):
 
 
 class Born(Message, frozen=True):
-    """First: the machine is there. The descriptor of its RAM goes along."""
+    """First: the machine is there. `memory`: the number of its RAM's descriptor in its process."""
 
     version: int
     engine: str
+    memory: int
 
 
 class Woken(Message, frozen=True):
@@ -221,7 +229,11 @@ class Complaint(Message, frozen=True):
 
 
 class OpenPath(Message, frozen=True):
-    """open(2) of an absolute host path, with the rights of who opened the file that call `call` is on."""
+    """open(2) of an absolute host path, with the rights of who opened the file that call `call` is on.
+
+    What is granted is a socket, on which the opener itself answers by a `Result`: what comes of a user's path never is
+    a descriptor of the server's, for to close one may take as long as its file system likes.
+    """
 
     ask: int
     call: int
@@ -287,9 +299,20 @@ class Invalidate(Message, frozen=True):
     ranges: list[tuple[int, int]]
 
 
+# What answers a call, if not `Failed`; Done, if it is not here.
+ANSWERS = {Open: Opened, List: Listed, Measure: Measured}
+
 Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | Reserve | Invalidate
 Answer = Done | Opened | Listed | Measured | Failed
 ToServer = Answer | Question | Born | Woken | Complaint
+
+
+class Result(msgspec.Struct, frozen=True, array_like=True):
+    """What an opener says. `errno` 0: it is done, and `text` says what there is to say. Else `text` is a sentence. The
+    descriptor goes along."""
+
+    errno: int
+    text: str
 
 
 # ---- the channel
@@ -299,13 +322,18 @@ class ChannelBroken(Exception):
     """The other side is gone, or has said what is no message."""
 
 
+class ChannelEnded(ChannelBroken):
+    """The other side is gone."""
+
+
 M = TypeVar("M")
 
 
 class Channel(Generic[M]):
-    """One end of the pair. `kind` is the union of what may come. Used on one trio loop; it owns the socket."""
+    """One end of the pair. `kind` is the union of what may come. Used on one trio loop; it owns the socket. Where not
+    `takes_fds`, the kernel drops what comes along."""
 
-    def __init__(self, sock: socket.socket, kind: Any) -> None:
+    def __init__(self, sock: socket.socket, kind: Any, *, takes_fds: bool = True) -> None:
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -314,6 +342,10 @@ class Channel(Generic[M]):
         self._decode = msgspec.msgpack.Decoder(kind).decode
         self._room = bytearray(PACKET_MOST + 1)
         self._sending = trio.Lock()
+        self._fd_room = socket.CMSG_SPACE(4 * FDS_MOST) if takes_fds else 0
+        if not takes_fds:
+            with contextlib.suppress(OSError):  # since Linux 6.16: then it is the sender who is refused (EPERM)
+                sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
     async def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """ChannelBroken when nobody is there to get it. Descriptors remain the caller's."""
@@ -337,7 +369,7 @@ class Channel(Generic[M]):
         except BlockingIOError:
             return False
         except OSError as error:
-            raise ChannelBroken(f"sending failed: {os.strerror(error.errno or 0)}") from None
+            raise ChannelEnded(f"sending failed: {os.strerror(error.errno or 0)}") from None
         return True
 
     async def receive(self) -> tuple[M, list[int] | None]:
@@ -348,25 +380,25 @@ class Channel(Generic[M]):
         while True:
             try:
                 size, ancillary, flags, _ = self._socket.recvmsg_into(
-                    [self._room], socket.CMSG_SPACE(4 * FDS_MOST), socket.MSG_CMSG_CLOEXEC
+                    [self._room], self._fd_room, socket.MSG_CMSG_CLOEXEC
                 )
                 break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._socket)
             except OSError as error:
-                raise ChannelBroken(f"receiving failed: {os.strerror(error.errno or 0)}") from None
+                raise ChannelEnded(f"receiving failed: {os.strerror(error.errno or 0)}") from None
         fds = array.array("i")
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data[: len(data) // fds.itemsize * fds.itemsize])
         if size == 0:
             close_all(fds)
-            raise ChannelBroken("the other side has gone")
+            raise ChannelEnded("the other side has gone")
         try:
             if size > PACKET_MOST or flags & socket.MSG_TRUNC:
                 raise ChannelBroken("a packet that is too long")
             message = self._decode(memoryview(self._room)[:size])
-            if flags & socket.MSG_CTRUNC:
+            if flags & socket.MSG_CTRUNC and self._fd_room:
                 close_all(fds)
                 return message, None
             return message, list(fds)
@@ -384,4 +416,5 @@ class Channel(Generic[M]):
 
 def close_all(fds: Any) -> None:
     for fd in fds or ():
-        os.close(fd)
+        with contextlib.suppress(OSError):  # of a flush: the descriptor is closed all the same
+            os.close(fd)

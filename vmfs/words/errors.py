@@ -95,6 +95,10 @@ class EngineFailed(VmfsError):
     errno = errno.EIO
 
 
+class ProcessFailed(EngineFailed):
+    """EIO: a machine's process is gone, or did not begin, or is not what it should be. It is no bug of the server's."""
+
+
 _OUT_OF = {
     errno.EMFILE: "file descriptor left (ulimit -n)",
     errno.ENFILE: "file descriptor left: the host's limit is reached",

@@ -7,6 +7,7 @@ into and written from is given as memoryviews (of the guest's RAM: nothing is co
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 import tempfile
@@ -16,6 +17,8 @@ from typing import Protocol
 
 from vmfs.machine.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
 from vmfs.words.errors import Busy, Invalid
+
+log = logging.getLogger(__name__)
 
 SECTOR = 512
 CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied
@@ -169,9 +172,12 @@ class RawDisk:
             offset, length = offset + size, length - size
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError as error:  # what was written and not flushed is lost, as the guest has to expect
+                log.warning("a disk's file: %s", error.strerror)
 
 
 def _write_through(fd: int, buffers: Buffers, offset: int) -> int:

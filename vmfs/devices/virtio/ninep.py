@@ -42,6 +42,7 @@ _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x02, 0x04, 0x08
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_DSYNC | os.O_SYNC | os.O_DIRECTORY
 _REMOVE_FOLDER = 0x200  # AT_REMOVEDIR
+_EMPTY_PATH = 0x1000  # AT_EMPTY_PATH
 _OFD_GETLK, _OFD_SETLK = 36, 37
 _LOCK = struct.Struct("@hhqqi")
 # Tsetattr's valid bits
@@ -383,38 +384,40 @@ class Server:
     def setattr(self, message: Message, room: int) -> bytes:
         number, valid, mode, uid, gid, size, atime, atime_ns, mtime, mtime_ns = message.numbers("IIIIIQQQQQ")
         fid = self._fid(number)
-        status = self._stat(fid)
-        if valid & _MODE:
-            if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISDIR(status.st_mode):
-                raise _fail(errno.EPERM)
-            with self._at(fid.path) as fd:
+        with self._at(fid.path) as fd:  # looked at and changed by one descriptor: a path may lead elsewhere meanwhile
+            status = os.fstat(fd)
+            if valid & _MODE:
+                if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISDIR(status.st_mode):
+                    raise _fail(errno.EPERM)
                 os.chmod(f"/proc/self/fd/{fd}", mode & 0o7777)
-        if valid & (_UID | _GID):
-            with self._parent(fid.path) as (folder, name):
-                owner = uid if valid & _UID else -1
-                os.chown(name, owner, gid if valid & _GID else -1, dir_fd=folder, follow_symlinks=False)
-        if valid & _SIZE:
-            if not stat.S_ISREG(status.st_mode):
-                raise _fail(errno.EINVAL)
-            if fid.fd >= 0 and fid.flags & os.O_ACCMODE != os.O_RDONLY:
-                os.ftruncate(fid.fd, _signed(size))
-            else:
-                with self._at(fid.path) as fd:
+            if valid & (_UID | _GID):
+                _chown(fd, uid if valid & _UID else -1, gid if valid & _GID else -1)
+            if valid & _SIZE:
+                if not stat.S_ISREG(status.st_mode):
+                    raise _fail(errno.EINVAL)
+                if fid.fd >= 0 and fid.flags & os.O_ACCMODE != os.O_RDONLY:
+                    os.ftruncate(fid.fd, _signed(size))
+                else:
                     os.truncate(f"/proc/self/fd/{fd}", _signed(size))
-        if valid & (_ATIME | _MTIME):
-            now = time.time_ns()
-            given = [
-                ((seconds * 10**9 + rest) if valid & is_set else now) if valid & bit else old
-                for bit, is_set, seconds, rest, old in (
-                    (_ATIME, _ATIME_SET, atime, atime_ns, status.st_atime_ns),
-                    (_MTIME, _MTIME_SET, mtime, mtime_ns, status.st_mtime_ns),
-                )
-            ]
-            if max(given) >= 1 << 63 or atime_ns >= 10**9 or mtime_ns >= 10**9:
-                raise _fail(errno.EINVAL)
-            with self._parent(fid.path) as (folder, name):
-                os.utime(name, ns=(given[0], given[1]), dir_fd=folder, follow_symlinks=False)
+            if valid & (_ATIME | _MTIME):
+                self._set_times(fid, status, valid, atime, atime_ns, mtime, mtime_ns)
         return b""
+
+    def _set_times(
+        self, fid: Fid, status: os.stat_result, valid: int, atime: int, atime_ns: int, mtime: int, mtime_ns: int
+    ) -> None:
+        now = time.time_ns()
+        given = [
+            ((seconds * 10**9 + rest) if valid & is_set else now) if valid & bit else old
+            for bit, is_set, seconds, rest, old in (
+                (_ATIME, _ATIME_SET, atime, atime_ns, status.st_atime_ns),
+                (_MTIME, _MTIME_SET, mtime, mtime_ns, status.st_mtime_ns),
+            )
+        ]
+        if max(given) >= 1 << 63 or atime_ns >= 10**9 or mtime_ns >= 10**9:
+            raise _fail(errno.EINVAL)
+        with self._parent(fid.path) as (folder, name):
+            os.utime(name, ns=(given[0], given[1]), dir_fd=folder, follow_symlinks=False)
 
     def statfs(self, message: Message, room: int) -> bytes:
         self._fid(message.numbers("I")[0])
@@ -429,8 +432,10 @@ class Server:
         with self._parent(path) as (folder, name):
             os.mkdir(name, mode & 0o1777, dir_fd=folder)
         with self._at(path) as fd:
-            os.chmod(f"/proc/self/fd/{fd}", mode & 0o1777)
-            return self._qid(os.fstat(fd))
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):  # else somebody has put something else in its place
+                os.chmod(f"/proc/self/fd/{fd}", mode & 0o1777)
+            return self._qid(status)
 
     def symlink(self, message: Message, room: int) -> bytes:
         path = (*self._fid(message.numbers("I")[0]).path, message.name())
@@ -540,6 +545,12 @@ class Server:
             except OSError:
                 continue
             self.fids[number] = fid
+
+
+def _chown(fd: int, uid: int, gid: int) -> None:
+    """Of what an O_PATH descriptor names, be it a symbolic link."""
+    if _LIBC.fchownat(fd, b"", uid, gid, _EMPTY_PATH):
+        raise _fail(ctypes.get_errno())
 
 
 def _bits(mode: int) -> int:

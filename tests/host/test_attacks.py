@@ -1,0 +1,388 @@
+"""What one user of a mount does to another's machines, and to the host: nothing.
+
+The server is root's, with --allow-other. A and B are ordinary users; B attacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from host.users import A, B, Child, children, may_signal, pid_of, status, threads
+from mounting import SOON, Machine, failing, wait_until
+
+PROMPT = 5.0  # seconds that a call of A's may take on a busy host, whatever B's do
+
+
+def regs(vm: Machine) -> int:
+    """What A reads all the time: the length of `regs`."""
+    return len((vm / "regs").read_bytes())
+
+
+def works(vm: Machine) -> None:
+    """A's machine answers, promptly."""
+    began = time.monotonic()
+    assert A.does(regs, vm, seconds=PROMPT) == 144
+    assert time.monotonic() - began < PROMPT
+
+
+@pytest.fixture
+def machines(server) -> Iterator[tuple[Machine, Machine]]:
+    """A's, and B's."""
+    mine, theirs = A.makes(server.path / "mine"), B.makes(server.path / "theirs")
+    works(mine)
+    yield mine, theirs
+    for vm in (mine, theirs):
+        with contextlib.suppress(FileNotFoundError):
+            vm.path.rmdir()
+
+
+# ---- processes
+
+
+def test_what_b_may_signal_is_of_its_machine(server, machines, folder):
+    mine, theirs = machines
+    B.does(theirs.write, "machine", "pc")
+    os.chown(folder, B.uid, B.uid)
+    B.does(theirs.write, "dev/add", f"share {folder} tag")
+    tree = [server.server.pid, *children(server.server.pid)]
+    for pid in tree:
+        real, effective, *_ = status(pid)["Uid"].split()
+        assert real == effective, "a process bears another's real uid: who may signal it, and what it may differ"
+    everything = [thread for pid in tree for thread in threads(pid)]
+    its = B.does(may_signal, everything)
+    assert pid_of(theirs) in its
+    assert not set(its) & set(threads(server.server.pid)) and not set(its) & set(threads(pid_of(mine)))
+    for pid in set(its):
+        assert status(pid)["Uid"].split()[0] == str(B.uid)
+
+
+STOPS: dict[str, Callable[[int], object]] = {
+    "stop": lambda pid: os.kill(pid, signal.SIGSTOP),
+    "prlimit": lambda pid: resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, 0)),
+    "kill": lambda pid: os.kill(pid, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_what_b_does_to_its_processes_is_not_as_bad(server, machines, folder, how):
+    mine, theirs = machines
+    B.does(theirs.write, "machine", "pc")
+    os.chown(folder, B.uid, B.uid)
+    B.does(theirs.write, "dev/add", f"share {folder} tag")
+    tree = [server.server.pid, *children(server.server.pid)]
+
+    def attack() -> int:
+        mine = [pid for pid in may_signal(tree) if pid != os.getpid()]
+        for pid in mine:
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                STOPS[how](pid)
+        return len(mine)
+
+    assert B.does(attack) >= 2  # the machine, and the share
+    works(mine)
+    if how == "stop":
+        reader = B.begins(regs, theirs)
+        time.sleep(0.2)
+        works(mine)
+        reader.kill()  # within the time that the machine has to answer an interrupt
+    elif how == "kill":
+        wait_until(lambda: B.does(theirs.read, "state") == "failed\n", "its machine has failed")
+    again = A.makes(server.path / "again")
+    works(again)
+    again.path.rmdir()
+    began = time.monotonic()
+    B.does(theirs.path.rmdir)
+    assert time.monotonic() - began < PROMPT
+    works(mine)
+
+
+# ---- files that hang
+
+HANGING = """
+import errno, os, stat, sys
+import pyfuse3, trio
+
+class Hanging(pyfuse3.Operations):
+    '''One file, which is never closed to its end.'''
+    def entry(self, inode):
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_nlink, entry.st_size = inode, 1, 1 << 20
+        entry.st_mode = stat.S_IFDIR | 0o777 if inode == pyfuse3.ROOT_INODE else stat.S_IFREG | 0o666
+        entry.attr_timeout = entry.entry_timeout = 300
+        return entry
+    async def getattr(self, inode, ctx=None):
+        return self.entry(inode)
+    async def lookup(self, parent, name, ctx=None):
+        if name != b"disk":
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self.entry(2)
+    async def open(self, inode, flags, ctx):
+        return pyfuse3.FileInfo(fh=inode)
+    async def read(self, fh, offset, size):
+        return bytes(size)
+    async def flush(self, fh):
+        print("hangs", flush=True)
+        await trio.sleep_forever()
+    async def release(self, fh):
+        await trio.sleep_forever()
+
+options = {*pyfuse3.default_options, "allow_other", "fsname=hanging"}
+pyfuse3.init(Hanging(), sys.argv[1], options)
+print("ready", flush=True)
+trio.run(pyfuse3.main)
+"""
+
+
+@pytest.fixture
+def hanging(folder) -> Iterator[tuple[Path, Callable[[], str]]]:
+    """A file whose last close never returns, and what waits until one hangs."""
+    where = folder / "hanging"
+    where.mkdir()
+    command = [sys.executable, "-c", HANGING, where]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield where / "disk", process.stdout.readline
+        subprocess.run(["umount", "-f", where], stderr=subprocess.DEVNULL, check=False)  # wakes who hangs
+        process.kill()
+    subprocess.run(["fusermount3", "-uz", where], stderr=subprocess.DEVNULL, check=False)
+
+
+def attach_hanging(theirs: Machine, disk: Path) -> None:
+    B.does(theirs.write, "machine", "pc")
+    B.does(theirs.write, "dev/add", f"blk {disk} ro")
+
+
+WAYS: dict[str, Callable[[Machine], object]] = {
+    "detached": lambda vm: (vm / "dev" / "blk0").rmdir(),
+    "machine": lambda vm: vm.write("machine", "bare"),
+    "removed": lambda vm: vm.path.rmdir(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_close_that_hangs_delays_its_machine_only(server, machines, hanging, way):
+    mine, theirs = machines
+    disk, hangs = hanging
+    attach_hanging(theirs, disk)
+    attacker = B.begins(WAYS[way], theirs)
+    assert hangs() == "hangs\n"
+    for _ in range(3):
+        works(mine)
+    attacker.kill()
+    if theirs.path.exists():
+        B.does(theirs.path.rmdir, seconds=PROMPT)
+    works(mine)
+    shm = memory_of_mounts()
+    assert shm < 64 << 20
+
+
+def memory_of_mounts() -> int:
+    """Bytes of shared memory in use on the host."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["Shmem"].split()[0]) << 10
+
+
+def test_a_close_that_hangs_does_not_keep_the_server(own_server, hanging):
+    server = own_server()
+    disk, hangs = hanging
+    theirs = B.makes(server.path / "theirs")
+    attach_hanging(theirs, disk)
+    attacker = B.begins(WAYS["detached"], theirs)
+    assert hangs() == "hangs\n"
+    began = time.monotonic()
+    server.server.terminate()
+    server.server.wait(SOON)
+    assert time.monotonic() - began < 3 * PROMPT
+    attacker.kill()
+    assert not server.is_mounted()
+
+
+# ---- passt
+
+
+@pytest.fixture
+def fifo(folder) -> Path:
+    """Nobody reads it, so who opens it to write waits."""
+    path = folder / "fifo"
+    os.mkfifo(path)
+    os.chown(path, B.uid, B.uid)
+    path.chmod(0o666)
+    return path
+
+
+CROWD = 12
+
+
+@pytest.mark.skipif(not any(os.access(f"{path}/passt", os.X_OK) for path in ("/usr/bin", "/usr/local/bin")),
+                    reason="passt is not installed")
+def test_machines_whose_passt_hangs_hold_up_nobody(server, machines, fifo, folder):
+    mine, _ = machines
+    A.does(mine.write, "machine", "pc")
+    crowd = [Machine(server.path / f"crowd{number}") for number in range(CROWD)]
+
+    def make() -> None:
+        for vm in crowd:
+            vm.path.mkdir()
+            vm.write("machine", "pc")
+
+    B.does(make)
+    writers = [B.begins(vm.write, "dev/add", f"net user --pcap {fifo}") for vm in crowd]
+    wait_until(lambda: sum(Path(f"/proc/{pid}/comm").read_text().startswith("passt")
+                           for pid in children(server.server.pid)) >= CROWD, "they hang")
+
+    def use() -> None:
+        regs(mine)
+        mine.read("screen.txt")
+        mine.read("disasm")
+        mine.write("dev/add", "rng")
+        mine.write("gdb", "127.0.0.1:0")
+        mine.write("gdb", "off")
+
+    began = time.monotonic()
+    A.does(use)
+    assert time.monotonic() - began < 2 * PROMPT
+    began = time.monotonic()
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+    for writer in writers:
+        writer.kill()
+    assert time.monotonic() - began < 2 * PROMPT
+    B.does(lambda: [vm.path.rmdir() for vm in crowd])
+    wait_until(lambda: not any(Path(f"/proc/{pid}/comm").read_text().startswith("passt")
+                               for pid in children(server.server.pid)), "their passts are gone")
+
+
+# ---- calls that wait
+
+MOST = 30
+
+
+def test_b_cannot_use_up_the_calls_that_may_wait(own_server):
+    server = own_server(max_waiting_user=MOST)
+    mine, theirs = A.makes(server.path / "mine"), B.makes(server.path / "theirs")
+    B.does(theirs.write, "machine", "pc")
+
+    def attack() -> list[int]:
+        """errno of each read, 0 while it waits."""
+        fd = os.open(theirs / "console", os.O_RDONLY)
+        answers = [0] * (MOST + 20)
+
+        def read(at: int) -> None:
+            try:
+                os.pread(fd, 1, 0)
+            except OSError as error:
+                answers[at] = error.errno
+
+        for at in range(len(answers)):
+            threading.Thread(target=read, args=(at,), daemon=True).start()
+        end = time.monotonic() + PROMPT
+        while sum(map(bool, answers)) < 20 and time.monotonic() < end:
+            time.sleep(0.01)
+        print(answers)
+        return answers
+
+    def attack_and_wait(tell: int) -> None:
+        os.write(tell, bytes(attack()))
+        time.sleep(SOON)
+
+    told, tell = os.pipe()
+    attacker = B.begins(attack_and_wait, tell)
+    answers = list(os.read(told, 1000))
+    assert answers.count(0) == MOST and set(answers) == {0, errno.EAGAIN}
+    works(mine)
+    spin = A.begins(lambda: mine.load("40 ebfd").run())
+    wait_until(lambda: A.does(mine.read, "state") == "running\n", "it runs")
+    began = time.monotonic()
+    spin.kill()  # whose interrupt is read
+    attacker.kill()
+    assert time.monotonic() - began < PROMPT
+    wait_until(lambda: A.does(mine.read, "state") == "paused\n", "it was stopped")
+    B.does(regs, theirs)
+    os.close(told)
+    os.close(tell)
+
+
+# ---- rights
+
+
+def drop_capabilities() -> None:
+    from vmfs.host.credentials import limit_capabilities
+
+    limit_capabilities(0)
+
+
+@pytest.mark.parametrize("where", ["here", "chroot"])
+def test_root_without_its_capabilities_opens_no_more_than_it_could(server, folder, where):
+    secret = folder / "secret"
+    secret.write_bytes(bytes(4096))
+    os.chown(secret, A.uid, A.uid)
+    secret.chmod(0o600)
+    vm = server.make()
+    vm.write("machine", "pc")
+    root = vm.path.parent.parent
+
+    def prepare() -> None:
+        if where == "chroot":
+            os.chroot(root)
+        drop_capabilities()
+
+    add = vm / "dev" / "add"
+    path = f"/{add.relative_to(root)}" if where == "chroot" else str(add)
+
+    def attack() -> None:
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, f"blk {secret} ro".encode())
+
+    with pytest.raises(PermissionError):
+        Child(0, attack, prepare).result()
+    assert "Permission denied" in vm.read("error") or "another root directory" in vm.read("error")
+    assert os.listdir(vm / "dev").count("blk0") == 0
+    vm.path.rmdir()
+
+
+def test_a_disk_that_is_written_loses_set_user_id(server, machines, folder):
+    """As with write(2) by B: what runs with root's rights has no content of B's."""
+    from host.guests import write_sector
+
+    _, theirs = machines
+    disk = folder / "disk"
+    disk.write_bytes(bytes(4096))
+    os.chown(disk, 0, B.uid)
+    disk.chmod(0o4775)
+    B.does(write_sector, theirs, disk, b"B's")
+    assert disk.read_bytes()[512:515] == b"B's"
+    assert stat.S_IMODE(disk.stat().st_mode) == 0o775
+
+
+# ---- what is seen
+
+
+def test_a_machines_inside_is_its_makers(server, machines):
+    mine, _ = machines
+
+    def look() -> list[str]:
+        seen = []
+        for folder, _, names in os.walk(mine.path):
+            for name in names:
+                for flags in (os.O_RDONLY, os.O_WRONLY):
+                    with contextlib.suppress(PermissionError):
+                        os.close(os.open(f"{folder}/{name}", flags | os.O_NONBLOCK))
+                        seen.append(name)
+        return seen
+
+    assert B.does(look) == []
+    A.does((mine / "regs").chmod, 0o644)
+    assert B.does(look) == ["regs"] * 2  # in its directory and in cpu0/
+    assert failing(B.does, mine.write, "vm_run", "2") == errno.EACCES

@@ -1,0 +1,498 @@
+"""Both ends of the channel, against an enemy at the other: only that machine ends."""
+
+from __future__ import annotations
+
+import array
+import errno
+import itertools
+import logging
+import os
+import socket
+import threading
+import typing
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from fs.fake_engine import FakeEngine
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from vmfs.host.credentials import Credentials
+from vmfs.host.machines import Host
+from vmfs.host.process import MachineProcess
+from vmfs.host.settings import MountSettings
+from vmfs.host.zygote import Job
+from vmfs.machine import worker
+from vmfs.words import commands
+from vmfs.words.errors import VmfsError
+
+B = Credentials(54322, 54322)
+ENCODE = msgspec.msgpack.Encoder().encode
+
+
+# ---- messages
+
+# Numbers that mean something to somebody, and those that mean too much.
+NUMBERS = st.one_of(st.integers(-1, 8), st.sampled_from([-(1 << 63), 1 << 31, (1 << 63) - 1, (1 << 64) - 1]))
+NAMES = st.one_of(
+    st.sampled_from(["regs", "mem", "vm_run", "console", "dev/add", "reg/rax", "framebuffer", "dev", "reg", "", "/",
+                     "../x", "\0", "x" * 5000, "dev/blk0", "cpu0/regs", "symbols", "kernel", "trace.bin"]),
+    st.text(max_size=20),
+)  # fmt: skip
+BYTES = st.one_of(
+    st.binary(max_size=64),
+    st.sampled_from([b"", b"run", b"pc", b"off"]),
+    st.just(commands.DATA_MOST).map(bytes),
+)
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    if kind is int:
+        return NUMBERS
+    if kind is str:
+        return NAMES
+    if kind is bytes:
+        return BYTES
+    if kind is bool:
+        return st.booleans()
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        few = st.lists(values(arguments[0]), max_size=5)
+        return st.one_of(few, few.map(lambda one: one * 2000))
+    assert origin is tuple, kind
+    return st.tuples(*map(values, arguments))
+
+
+def messages(union: Any) -> st.SearchStrategy[commands.Message]:
+    kinds = [kind for kind in typing.get_args(union)]
+    return st.one_of(
+        [st.builds(kind, **{one.name: values(one.type) for one in msgspec.structs.fields(kind)}) for kind in kinds]
+    )
+
+
+def packets(union: Any) -> st.SearchStrategy[bytes]:
+    """Mostly messages; some that were changed, and some that are nothing."""
+    whole = messages(union).map(ENCODE).filter(lambda packet: len(packet) <= commands.PACKET_MOST)
+    cut = st.tuples(whole, st.integers(0, 40)).map(lambda one: one[0][: one[1]])
+    flipped = st.tuples(whole, st.integers(0, 1 << 20), st.integers(1, 255)).map(_flip)
+    return st.one_of(whole, whole, whole, cut, flipped, st.binary(min_size=1, max_size=100)).filter(bool)
+
+
+def _flip(one: tuple[bytes, int, int]) -> bytes:
+    packet, at, bits = one
+    changed = bytearray(packet)
+    changed[at % len(changed)] ^= bits
+    return bytes(changed)
+
+
+FDS = ("nothing", "nothing", "fifo", "socket", "file", "memfd", "four")
+
+
+def descriptors(name: str, folder: str) -> list[int]:
+    """What an enemy sends along."""
+    if name == "fifo":
+        path = f"{folder}/fifo"
+        if not os.path.exists(path):
+            os.mkfifo(path)
+        return [os.open(path, os.O_RDWR)]
+    if name == "socket":
+        return [socket.socket(socket.AF_UNIX).detach()]
+    if name == "file":
+        return [os.open("/dev/null", os.O_RDONLY)]
+    if name == "memfd":
+        return [os.memfd_create("enemy")]
+    return [os.open("/dev/zero", os.O_RDONLY) for _ in range(4)] if name == "four" else []
+
+
+def send(sock: socket.socket, packet: bytes, fds: list[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    try:
+        sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    except OSError as error:
+        if error.errno == errno.EPERM and fds:  # this kernel spares the server from them (SO_PASSRIGHTS)
+            send(sock, packet, [])
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+# ---- the server's end
+
+
+class Enemies:
+    """In the place of the zygote: the other ends of the channels are the test's."""
+
+    layers: dict[str, str] = {}
+
+    def __init__(self) -> None:
+        self.lines: list[socket.socket] = []
+        self.jobs: list[Job] = []
+        self.opened: list[Any] = []
+
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
+        job = Job(len(self.jobs) + 1)
+        job.pid = os.getpid()
+        job.forked.set()
+        line = channel.dup()
+        line.setblocking(False)
+        self.lines.append(line)
+        self.jobs.append(job)
+        return job
+
+    def opener(self, who: Credentials, work: Any, answer: socket.socket) -> Job:
+        job = Job(1000 + len(self.opened))
+        self.opened.append((who, work))
+        job.code = 0
+        job.forked.set()
+        job.ended.set()
+        return job
+
+    def kill(self, job: Job) -> None:
+        if job.code is None:
+            job.code = -9
+            job.ended.set()
+            self.lines[job.number - 1].close()
+
+
+class Errors(logging.Handler):
+    """Tracebacks in the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[0]:
+            self.found.append(logging.Formatter().format(record))
+
+
+@pytest.fixture
+def log() -> Any:
+    handler = Errors()
+    logging.getLogger().addHandler(handler)
+    yield handler
+    logging.getLogger().removeHandler(handler)
+
+
+Act = Callable[[MachineProcess, socket.socket, Enemies], Awaitable[None]]
+
+
+def against_a_machine(act: Act) -> None:
+    """`act` gets a machine that was born, and the enemy's end. Whatever it does, it leaves no descriptor."""
+
+    async def main() -> None:
+        enemies = Enemies()
+        host = Host(enemies, "fake", MountSettings())  # type: ignore[arg-type]
+        machine = host.create(B)
+        memory = os.memfd_create("ram")
+        os.ftruncate(memory, 1 << 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(machine.start)
+            await trio.testing.wait_all_tasks_blocked()
+            send(enemies.lines[0], ENCODE(commands.Born(commands.VERSION, "fake", memory)), [])
+        try:
+            await act(machine, enemies.lines[0], enemies)
+        finally:
+            enemies.lines[0].close()
+            enemies.kill(enemies.jobs[0])
+            await machine.remove()
+            await trio.testing.wait_all_tasks_blocked()
+            os.close(memory)
+
+    trio.run(main)
+
+
+
+
+def descriptors_there() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+QUICK = settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+
+
+@QUICK
+@given(st.lists(st.tuples(packets(commands.ToServer), st.sampled_from(FDS)), max_size=12))
+def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
+    handler = Errors()
+    logging.getLogger().addHandler(handler)
+    folder = str(tmp_path_factory.getbasetemp())
+    before = descriptors_there()
+
+    async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
+        async with trio.open_nursery() as nursery:
+            for make in (
+                lambda at: commands.Open(at, "regs", False, False, False, 0),
+                lambda at: commands.Read(at, 1, 0, 100, 0),
+                lambda at: commands.Write(at, 1, 0, b"blk /x", 0),
+                lambda at: commands.List(at, "dev"),
+                lambda at: commands.Poll(at, 1, True),
+            ):
+                nursery.start_soon(ask, machine, make)
+            nursery.start_soon(measure, machine)
+            await trio.testing.wait_all_tasks_blocked()
+            for packet, what in packed:
+                send(line, packet, descriptors(what, folder))
+                await trio.testing.wait_all_tasks_blocked()
+            enemies.kill(enemies.jobs[0])
+
+    try:
+        against_a_machine(act)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert not handler.found, handler.found[0]
+    assert descriptors_there() == before
+
+
+async def ask(machine: MachineProcess, make: Callable[[int], commands.Message]) -> None:
+    try:
+        answer = await machine.call(make, who=B)
+    except VmfsError as error:
+        assert 0 < error.errno < 512
+        return
+    expected = commands.ANSWERS.get(type(make(0)), commands.Done)
+    assert isinstance(answer, expected)
+
+
+async def measure(machine: MachineProcess) -> None:
+    try:
+        sizes = await machine.measure(["regs", "mem"])
+    except VmfsError:
+        return
+    assert all(0 <= number < 1 << 63 for size in sizes.values() for number in size)
+
+
+def ended_by(*packed: bytes) -> str:
+    """How the machine failed that said this."""
+    failure = ""
+
+    async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
+        nonlocal failure
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, machine, lambda at: commands.Open(at, "regs", False, False, False, 0))
+            await trio.testing.wait_all_tasks_blocked()
+            for packet in packed:
+                send(line, packet, [])
+                await trio.testing.wait_all_tasks_blocked()
+            if b"" in packed:  # as if it had gone: it has a moment to end
+                with trio.fail_after(60):
+                    while not machine.failure:
+                        await trio.sleep(0.01)
+            failure = machine.failure
+            enemies.kill(enemies.jobs[0])
+
+    against_a_machine(act)
+    return failure
+
+
+CALL = 1  # the number of the first call
+
+
+@pytest.mark.parametrize(
+    "packed, why",
+    [
+        ([b"\xff\xff"], "what came is no message"),
+        ([b""], "was killed by SIGKILL"),
+        ([ENCODE(commands.Born(commands.VERSION, "fake", 0))], "it was born twice"),
+        ([ENCODE(commands.Done(CALL))], "it answered Open by Done"),
+        ([ENCODE(commands.Open(1, "regs", False, False, False, 0))], "what came is no message"),
+        ([bytes(commands.PACKET_MOST + 1)], "a packet that is too long"),
+        ([ENCODE(commands.Opened(CALL, 1, False)), ENCODE(commands.Opened(CALL, 1, False))], ""),  # answered twice
+        ([ENCODE(commands.Done(999))], ""),
+    ],
+)
+def test_what_ends_a_machine_and_what_does_not(packed, why, log):
+    found = ended_by(*packed)
+    assert why in found if why else not found
+    assert not log.found
+
+
+def test_a_machine_that_floods_leaves_others_their_turn():
+    turns = 0
+
+    async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
+        nonlocal turns
+        packet, done = ENCODE(commands.Woken(1)), False
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+        def flood() -> None:
+            while not done:
+                send(line, packet, [])
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        with trio.move_on_after(0.5):
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+        done = True
+        await trio.to_thread.run_sync(thread.join)
+
+    against_a_machine(act)
+    assert turns > 100
+
+
+def test_a_machine_that_asks_and_does_not_listen_ends(log):
+    """Nothing is kept for it: its questions are bounded, and an answer is given before the next one is taken."""
+    failure = ""
+
+    async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
+        nonlocal failure
+        for number in itertools.count():
+            send(line, ENCODE(commands.Reserve(number, "x", 1)), [])
+            if number % 8 == 0:
+                await trio.testing.wait_all_tasks_blocked()
+            if machine.failure:
+                break
+            assert trio.lowlevel.current_statistics().tasks_living < 60
+            assert number < 200_000
+        failure = machine.failure
+
+    against_a_machine(act)
+    assert "it asks too much at a time" in failure
+    assert not log.found
+
+
+# What a machine may ask for, on the call of another user, or of its own.
+WHO_ELSE = Credentials(0, 0)
+ASKED = [
+    (b"blk /srv/a ro", commands.OpenPath(1, CALL, "/srv/a", os.O_RDONLY), True),
+    (b"blk /srv/a ro", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), False),
+    (b"blk /srv/a cow", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), False),
+    (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), True),
+    (b"blk '/srv/a b'", commands.OpenPath(1, CALL, "/srv/a b", os.O_RDWR), True),
+    (b"blk /srv/a", commands.OpenPath(1, CALL, "/etc/shadow", os.O_RDONLY), False),
+    (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv", os.O_RDONLY), False),
+    (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv/a", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), False),
+    (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv/a", os.O_RDONLY | os.O_DIRECTORY), False),
+    (b"blk /srv/a", commands.OpenPath(1, 77, "/srv/a", os.O_RDWR), False),
+    (b"share /srv t ro", commands.StartShare(1, CALL, "/srv", False), False),
+    (b"share /srv t ro", commands.StartShare(1, CALL, "/srv", True), True),
+    (b"share /srv t", commands.StartShare(1, CALL, "/", False), False),
+    (b"net user", commands.StartPasst(1, CALL, ["--pcap", "/etc/x"]), False),
+    (b"net user", commands.StartPasst(1, CALL, []), True),
+    (b"net tap a0", commands.OpenTap(1, CALL, "a1"), False),
+    (b"/srv/s", commands.Listen(1, CALL, "/srv/other", "", 0), False),
+    (b"/srv/s", commands.Listen(1, CALL, "/srv/s", "", 0), True),
+    (b":1234", commands.Listen(1, CALL, "", "127.0.0.1", 1234), True),
+    (b":1234", commands.Listen(1, CALL, "", "0.0.0.0", 1234), False),
+    (b":1234", commands.Listen(1, CALL, "", "127.0.0.1", 22), False),
+    (b"", commands.Listen(1, CALL, "\0org.freedesktop.x", "", 0), False),
+]
+
+
+@pytest.mark.parametrize("line, question, granted", ASKED)
+def test_a_machine_gets_of_another_user_what_that_ones_line_names(line, question, granted):
+    """A machine's process is its owner's: what it asks for with another's rights is looked at."""
+    opened: list[Any] = []
+
+    async def act(machine: MachineProcess, enemy: socket.socket, enemies: Enemies) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def write() -> None:
+                with pytest.raises(VmfsError):
+                    await machine.call(lambda at: commands.Write(at, 1, 0, line, 0), who=WHO_ELSE)
+
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            send(enemy, ENCODE(question), [])
+            await trio.testing.wait_all_tasks_blocked()
+            opened.extend(enemies.opened)
+            enemies.kill(enemies.jobs[0])
+
+    against_a_machine(act)
+    assert bool(opened) == granted
+    assert all(who == WHO_ELSE for who, _ in opened)
+
+
+# ---- memory
+
+
+def test_memory_is_opened_only_where_it_is_memory(tmp_path):
+    from vmfs.host.theirs import open_memory
+
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    tmpfs = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR, 0o600) if os.path.isdir("/dev/shm") else -1
+    memory = os.memfd_create("memory")
+    others = [
+        os.open(fifo, os.O_RDWR),
+        os.open("/dev/zero", os.O_RDWR),
+        os.open(tmp_path, os.O_RDONLY),
+        socket.socket(socket.AF_UNIX).detach(),
+        *([tmpfs] if tmpfs >= 0 else []),
+    ]
+    before = descriptors_there()
+    try:
+        for fd in (*others, -1, 1 << 40):
+            with pytest.raises(VmfsError):
+                open_memory(os.getpid(), fd)
+        again = open_memory(os.getpid(), memory)
+        os.write(memory, b"the same")
+        assert os.pread(again, 8, 0) == b"the same"
+        os.close(again)
+        assert descriptors_there() == before
+    finally:
+        for fd in (*others, memory):
+            os.close(fd)
+
+
+# ---- the machine's end
+
+
+@QUICK
+@given(st.lists(st.tuples(packets(commands.ToMachine), st.sampled_from(FDS)), max_size=10))
+def test_a_machine_against_a_hostile_server(tmp_path_factory, packed):
+    """It ends by the channel's end, and by nothing else."""
+    before = descriptors_there()
+    folder = str(tmp_path_factory.getbasetemp())
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    failures: list[BaseException] = []
+
+    def live() -> None:
+        try:
+            trio.run(worker.serve, its, FakeEngine(), lambda name: FakeEngine(), 1 << 20)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    with ours:
+        ours.settimeout(30)
+        assert ours.recv(1 << 16)  # it is born
+        ours.setblocking(False)
+        for packet, what in packed:
+            send(ours, packet, descriptors(what, folder))
+            try:
+                while ours.recv(1 << 20):
+                    pass
+            except OSError:
+                pass
+    thread.join(60)
+    assert not thread.is_alive() and not failures, failures
+    assert descriptors_there() == before
+
+
+def test_every_call_has_one_answer():
+    """However they are numbered."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    thread = threading.Thread(
+        target=lambda: trio.run(worker.serve, its, FakeEngine(), lambda name: FakeEngine(), 1 << 20)
+    )
+    thread.start()
+    decode = msgspec.msgpack.Decoder(commands.ToServer).decode
+    with ours:
+        ours.settimeout(30)
+        ours.recv(1 << 16)
+        for number in (5, 5, 7, -1):
+            ours.send(ENCODE(commands.Open(number, "regs", False, False, False, 0)))
+            assert decode(ours.recv(1 << 20)).call == number
+        ours.send(ENCODE(commands.Read(8, 999, 0, 10, 0)))
+        failed = decode(ours.recv(1 << 20))
+        assert (failed.call, failed.errno) == (8, errno.ENODEV)
+    thread.join(60)
+    assert not thread.is_alive()

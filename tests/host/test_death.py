@@ -1,0 +1,211 @@
+"""What ends, how it is told, and that nothing lingers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from host.users import A, B, children, is_there, pid_of, status
+from mounting import LIBC, SOON, Machine, blocked_read, failing, reason_against_mounts, running, wait_until
+
+SPIN = "40 ebfd"  # inc ax; jmp
+
+
+@pytest.fixture
+def vm(server) -> Iterator[Machine]:
+    one = server.make()
+    yield one
+    with contextlib.suppress(FileNotFoundError):
+        one.path.rmdir()
+
+
+def shared_memory() -> int:
+    """Bytes of it on this host."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)["Shmem"].split()[0]) << 10
+
+
+PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_ATTACH, PTRACE_DETACH = 12, 13, 16, 17
+RIP = 16 * 8  # in struct user_regs_struct
+
+
+def crash(pid: int) -> None:
+    """Have its main thread jump to 0. (A SIGSEGV that is sent is nothing to the first process of a pid namespace.)"""
+    registers = ctypes.create_string_buffer(27 * 8)
+
+    def ptrace(what: int, data: object = None) -> None:
+        if LIBC.ptrace(what, pid, None, data):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    try:
+        ptrace(PTRACE_ATTACH)
+    except PermissionError:
+        pytest.skip("no process may be traced here (CAP_SYS_PTRACE)")
+    os.waitpid(pid, 0x40000000)  # __WALL
+    ptrace(PTRACE_GETREGS, registers)
+    registers[RIP : RIP + 8] = bytes(8)
+    ptrace(PTRACE_SETREGS, registers)
+    ptrace(PTRACE_DETACH)
+
+
+ENDS: dict[str, Callable[[int], None]] = {"SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL), "SIGSEGV": crash}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_process_that_ends_fails_its_machine_only(server, vm, name):
+    other = server.make()
+    other.load(SPIN).write("state", "run")
+    vm.load(SPIN)
+    watched = os.open(vm / "state", os.O_RDONLY)
+    console = os.open(vm / "vm_run", os.O_RDONLY)
+    poll = select.poll()
+    poll.register(watched, select.POLLPRI)
+    os.pread(watched, 100, 0)
+    reader = blocked_read(console)
+    running(vm)
+    while poll.poll(0):
+        os.pread(watched, 100, 0)
+    pid = pid_of(vm)
+    ENDS[name](pid)
+    assert reader.end()[:2] == (-1, errno.EIO)
+    assert poll.poll(SOON * 1000), "who polls is woken"
+    assert vm.read("state") == "failed\n"
+    error = vm.read("error")
+    assert f"was killed by {name}" in error and "the last command was " in error
+    for file in ("regs", "registers", "vm_run", "mem", "console", "stat"):
+        assert failing((vm / file).read_bytes) == errno.EIO, file
+    assert failing(vm.write, "state", "run") == errno.EIO
+    assert is_there(pid_of(other)) and other.read("state") == "running\n"
+    listed = set(os.listdir(vm.path))
+    assert {"state", "error", "regs", "dev"} <= listed
+    os.close(watched)
+    os.close(console)
+    vm.path.rmdir()
+    assert not vm.path.exists()
+    other.path.rmdir()
+
+
+def test_the_log_names_it_once_and_has_no_traceback(server, vm):
+    """(A traceback in the log fails every test of a mount, at its end.)"""
+    os.kill(pid_of(vm), signal.SIGKILL)
+    wait_until(lambda: vm.read("state") == "failed\n")
+    lines = [line for line in server.log.read_text().splitlines() if "was killed by SIGKILL" in line]
+    assert lines
+
+
+SIZE = 64 << 20
+
+
+@pytest.mark.parametrize("how", ["removed", "killed", "stopped"])
+def test_memory_comes_back_within_a_second(server, how):
+    vm = server.make()
+    vm.write("mem_size", f"{SIZE}")
+    before = shared_memory()
+    with open(vm / "mem", "r+b", buffering=0) as file:
+        for at in range(0, SIZE, 1 << 20):
+            file.seek(at)
+            file.write(b"\xff" * (1 << 20))
+    assert shared_memory() - before > SIZE * 3 // 4
+    pid = pid_of(vm)
+    if how != "removed":
+        os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    began = time.monotonic()
+    vm.path.rmdir()
+    wait_until(lambda: shared_memory() - before < SIZE // 4, "its memory is free")
+    took = time.monotonic() - began
+    assert took < (1.0 if how != "stopped" else 2.5), took
+    wait_until(lambda: not is_there(pid), "its process is gone")
+
+
+def test_a_machine_out_of_memory_takes_nobody_along(own_server):
+    """As the kernel's OOM killer does: SIGKILL of the one that has the most, which is no process of root's."""
+    server = own_server()
+    machines = [who.makes(server.path / f"of{who.uid}") for who in (A, B)]
+    os.kill(pid_of(machines[1]), signal.SIGKILL)
+    wait_until(lambda: machines[1].read("state") == "failed\n")
+    assert len((machines[0] / "regs").read_bytes()) == 144
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (server.server.pid, pid_of(machines[0]))]
+    assert scores[0] <= scores[1]
+
+
+# ---- the zygote, the server
+
+
+def zygote_of(server_pid: int) -> int:
+    return next(pid for pid in children(server_pid) if status(pid)["Name"].strip() == "vmfs-zygote")
+
+
+def test_without_its_zygote_a_server_says_so(own_server):
+    server = own_server()
+    vm = server.make().load(SPIN)
+    fd = os.open(vm / "vm_run", os.O_RDONLY)
+    reader = blocked_read(fd)
+    running(vm)
+    pid = pid_of(vm)
+    os.kill(zygote_of(server.server.pid), signal.SIGKILL)
+    assert reader.end()[:2] == (-1, errno.EIO)
+    os.close(fd)
+    assert vm.read("state") == "failed\n"
+    wait_until(lambda: not is_there(pid), "its process is gone")
+    late = server.make()
+    assert failing((late / "regs").read_bytes) == errno.EIO
+    assert "the process that makes machines is gone: unmount, and mount anew" in late.read("error")
+    vm.path.rmdir()
+    server.server.terminate()
+    server.server.wait(SOON)
+    assert not server.is_mounted()
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "running"])
+def test_a_server_that_is_killed_leaves_nothing(folder, for_everybody, busy):
+    """By the command, since its watcher unmounts."""
+    if reason := reason_against_mounts():
+        pytest.skip(reason)
+    mount = folder / "m"
+    mount.mkdir()
+    command = [sys.executable, "-m", "vmfs.cli"]
+    options = ["--engine", "emulator", "--allow-other", "--log", folder / "log"]
+    subprocess.run([*command, "mount", *options, mount], check=True)
+    server = server_of(mount)
+    vm = Machine(mount / "one")
+    vm.path.mkdir()
+    vm.write("machine", "pc")
+    os.makedirs(folder / "share")
+    vm.write("dev/add", f"share {folder / 'share'} tag")
+    if any(os.access(f"{path}/passt", os.X_OK) for path in os.environ["PATH"].split(":")):
+        vm.write("dev/add", "net user")
+    vm.write("gdb", f"{folder}/socket")
+    if busy:
+        bare = Machine(mount / "two")
+        bare.path.mkdir()
+        bare.load(SPIN).write("state", "run")
+    tree = [*children(server)]
+    assert len(tree) >= 4
+    os.kill(server, signal.SIGKILL)
+    began = time.monotonic()
+    wait_until(lambda: not any(map(is_there, tree)), "all processes are gone")
+    assert time.monotonic() - began < 3
+    wait_until(lambda: not os.path.ismount(mount), "it is unmounted")
+    mount.rmdir()
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def server_of(mount: Path) -> int:
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"mount" in words and os.fsencode(mount) in words and b"vmfs.cli" in words:
+                if status(int(entry.name))["Name"].strip() != "vmfs-zygote":
+                    return int(entry.name)
+    raise AssertionError("there is no server")
