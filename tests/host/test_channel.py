@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from vmfs.host.credentials import Credentials
 from vmfs.host.machines import Host
-from vmfs.host.process import MachineProcess
+from vmfs.host.process import Asker, MachineProcess
 from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Job
 from vmfs.machine import worker
@@ -226,7 +226,7 @@ def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
     async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
         async with trio.open_nursery() as nursery:
             for make in (
-                lambda at: commands.Open(at, "regs", False, False, False, 0),
+                lambda at: commands.Open(at, "regs", False, False, False, False, 0),
                 lambda at: commands.Read(at, 1, 0, 100, 0),
                 lambda at: commands.Write(at, 1, 0, b"blk /x", 0),
                 lambda at: commands.List(at, "dev"),
@@ -250,7 +250,7 @@ def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
 
 async def ask(machine: MachineProcess, make: Callable[[int], commands.Message]) -> None:
     try:
-        answer = await machine.call(make, who=B)
+        answer = await machine.call(make, asker=Asker(B))
     except VmfsError as error:
         assert 0 < error.errno < 512
         return
@@ -260,9 +260,10 @@ async def ask(machine: MachineProcess, make: Callable[[int], commands.Message]) 
 
 async def measure(machine: MachineProcess) -> None:
     try:
-        sizes = await machine.measure(["regs", "mem"])
+        sizes, modified = await machine.measure(["regs", "mem"])
     except VmfsError:
         return
+    assert modified >= 0
     assert all(0 <= number < 1 << 63 for size in sizes.values() for number in size)
 
 
@@ -273,7 +274,7 @@ def ended_by(*packed: bytes) -> str:
     async def act(machine: MachineProcess, line: socket.socket, enemies: Enemies) -> None:
         nonlocal failure
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, machine, lambda at: commands.Open(at, "regs", False, False, False, 0))
+            nursery.start_soon(ask, machine, lambda at: commands.Open(at, "regs", False, False, False, False, 0))
             await trio.testing.wait_all_tasks_blocked()
             for packet in packed:
                 send(line, packet, [])
@@ -299,7 +300,7 @@ CALL = 1  # the number of the first call
         ([b""], "was killed by SIGKILL"),
         ([ENCODE(commands.Born(commands.VERSION, "fake", 0))], "it was born twice"),
         ([ENCODE(commands.Done(CALL))], "it answered Open by Done"),
-        ([ENCODE(commands.Open(1, "regs", False, False, False, 0))], "what came is no message"),
+        ([ENCODE(commands.Open(1, "regs", False, False, False, False, 0))], "what came is no message"),
         ([bytes(commands.PACKET_MOST + 1)], "a packet that is too long"),
         ([ENCODE(commands.Opened(CALL, 1, False)), ENCODE(commands.Opened(CALL, 1, False))], ""),  # answered twice
         ([ENCODE(commands.Done(999))], ""),
@@ -364,6 +365,8 @@ ASKED = [
     (b"blk /srv/a ro", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), False),
     (b"blk /srv/a cow", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), False),
     (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), True),
+    (b"blk /srv/b ro\nblk /srv/a rw", commands.OpenPath(1, CALL, "/srv/a", os.O_RDWR), True),
+    (b"blk /srv/b ro\nblk /srv/a rw", commands.OpenPath(1, CALL, "/srv/b", os.O_RDWR), False),
     (b"blk '/srv/a b'", commands.OpenPath(1, CALL, "/srv/a b", os.O_RDWR), True),
     (b"blk /srv/a", commands.OpenPath(1, CALL, "/etc/shadow", os.O_RDONLY), False),
     (b"blk /srv/a", commands.OpenPath(1, CALL, "/srv", os.O_RDONLY), False),
@@ -394,8 +397,10 @@ def test_a_machine_gets_of_another_user_what_that_ones_line_names(line, question
         async with trio.open_nursery() as nursery:
 
             async def write() -> None:
+                asker = Asker(WHO_ELSE)
+                asker.says(line)
                 with pytest.raises(VmfsError):
-                    await machine.call(lambda at: commands.Write(at, 1, 0, line, 0), who=WHO_ELSE)
+                    await machine.call(lambda at: commands.Write(at, 1, 0, line, 0), asker=asker)
 
             nursery.start_soon(write)
             await trio.testing.wait_all_tasks_blocked()
@@ -489,7 +494,7 @@ def test_every_call_has_one_answer():
         ours.settimeout(30)
         ours.recv(1 << 16)
         for number in (5, 5, 7, -1):
-            ours.send(ENCODE(commands.Open(number, "regs", False, False, False, 0)))
+            ours.send(ENCODE(commands.Open(number, "regs", False, False, False, False, 0)))
             assert decode(ours.recv(1 << 20)).call == number
         ours.send(ENCODE(commands.Read(8, 999, 0, 10, 0)))
         failed = decode(ours.recv(1 << 20))

@@ -16,7 +16,7 @@ from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.host.credentials import Credentials, credentials_of
-from vmfs.host.process import CallFailed, MachineProcess
+from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
 from vmfs.words.errors import Gone, Interrupted, ProcessFailed
@@ -26,7 +26,7 @@ INTERRUPT_SECONDS = 2.0
 
 
 async def call(
-    machine: MachineProcess, make: Callable[[int], Message], pid: int, who: Credentials | None = None
+    machine: MachineProcess, make: Callable[[int], Message], pid: int, asker: Asker | None = None
 ) -> Any:
     """`MachineProcess.call`, for a caller of the mount: a signal to it ends the call, and no user may have too many."""
     request = _fuse.current_request()
@@ -48,7 +48,7 @@ async def call(
                     machine.interrupt(number)
 
             async with interruptible(pid, stop=stop) as caller:
-                return await machine.call(make, who=who, began=began)
+                return await machine.call(make, asker=asker, began=began)
         raise Interrupted("a signal came for the caller, and the machine does not answer")
     finally:
         machine.host.end_call(uid)
@@ -93,7 +93,7 @@ class ServedHandle(Handle):
     def __init__(self, node: File, pid: int, who: Credentials | None) -> None:
         super().__init__(node, pid)
         self._machine: MachineProcess = node.scope.machine
-        self._who = who
+        self._asker = Asker(who) if who is not None else None
         self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
@@ -106,7 +106,7 @@ class ServedHandle(Handle):
                 self._machine,
                 lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid),
                 self.pid,
-                self._who,
+                self._asker,
             )
         except ProcessFailed:
             if self.node.kind.when_failed and not writing:
@@ -133,7 +133,7 @@ class ServedHandle(Handle):
                 self._machine,
                 lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
                 self.pid,
-                self._who,
+                self._asker,
             )
         except ProcessFailed:
             if self._failed():  # meanwhile
@@ -147,13 +147,15 @@ class ServedHandle(Handle):
         done = 0
         while True:
             piece = bytes(data[done : done + DATA_MOST])
+            if self._asker is not None:
+                self._asker.says(piece)
             at_offset = offset + done
             try:
                 answer = await call(
                     self._machine,
                     lambda at, data=piece, to=at_offset: commands.Write(at, self._number, to, data, flags),
                     self.pid,
-                    self._who,
+                    self._asker,
                 )
             except CallFailed as error:
                 self.unsaved, self.waits = error.unsaved, False
@@ -167,7 +169,7 @@ class ServedHandle(Handle):
         if not self._number or self._machine.failure or self.scope.removed:
             return
         self.unsaved = self.waits = False
-        await call(self._machine, lambda at: commands.Flush(at, self._number), self.pid, self._who)
+        await call(self._machine, lambda at: commands.Flush(at, self._number), self.pid, self._asker)
 
     async def poll(self, waker: Any) -> int:
         if waker is not None:  # before asking, so that a change in between is not lost

@@ -6,6 +6,7 @@ whoever waits then is woken. What the process asks for is answered here, as the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -53,6 +54,7 @@ OPENERS_MOST = 16  # of a machine at a time
 HELPERS_MOST = 64  # processes that live for a machine's devices, and sockets that it listens at
 MESSAGES_MOST = 4  # of one machine that are heard before others have their turn
 SENTENCE_MOST = 2000
+SAID_MOST = 1 << 16  # bytes of lines
 SIZE_MOST = (1 << 63) - 1
 _LOOPBACK = ("127.0.0.1", "::1")
 HANDOVER = "\0vmfs-gdb-"  # how the names of sockets begin at which a gdb.stream is handed over
@@ -71,13 +73,35 @@ class CallFailed(VmfsError):
         self.unsaved = failed.unsaved
 
 
+class Asker:
+    """Who has opened a file whose lines name what of the host a machine shall get, and those lines."""
+
+    def __init__(self, who: Credentials) -> None:
+        self.who = who
+        self._said = b""
+
+    def says(self, data: bytes) -> None:
+        self._said = (self._said + data)[-SAID_MOST:]
+
+    def lines(self) -> list[set[str]]:
+        """The words of each."""
+        found = []
+        for line in self._said.decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(set(shlex.split(line, comments=True)))
+        return found
+
+    def names(self, words: set[str], *, changes: bool) -> bool:
+        """Whether a line has all of them; with `changes`, and does not say that it is only read."""
+        return any(words <= line and not (changes and line & {"ro", "cow"}) for line in self.lines())
+
+
 class _Call:
     """A call that waits for its answer."""
 
-    def __init__(self, message: Any, who: Credentials | None) -> None:
-        self.message = message
+    def __init__(self, message: Any, asker: Asker | None) -> None:
         self.what = type(message).__name__
-        self.who = who
+        self.asker = asker
         self.answered_by = commands.ANSWERS.get(type(message), commands.Done)
         self.event = trio.Event()
         self.answer: Any = None
@@ -139,12 +163,12 @@ class MachineProcess:
         self,
         make: Callable[[int], Message],
         *,
-        who: Credentials | None = None,
+        asker: Asker | None = None,
         began: Callable[[int], None] | None = None,
     ) -> Any:
         """The answer. CallFailed as the machine says.
 
-        `who` the machine may ask for things as, meanwhile. `began` gets the number of the call, for `interrupt`.
+        As `asker` the machine may ask for things meanwhile. `began` gets the number of the call, for `interrupt`.
         """
         if self._channel is None or self.removed or self.failure:
             await self.start()
@@ -152,7 +176,7 @@ class MachineProcess:
         assert channel is not None
         number = next(self._numbers)
         message = make(number)
-        waiting = self._calls[number] = _Call(message, who)
+        waiting = self._calls[number] = _Call(message, asker)
         self._last = f"{waiting.what} {getattr(message, 'file', '') or getattr(message, 'path', '')}".strip()
         try:
             if began is not None:
@@ -382,20 +406,21 @@ class MachineProcess:
 
     # ---- what it asks
 
-    def _who(self, call: int, *words: str) -> Credentials:
+    def _who(self, call: int, *words: str, changes: bool = False) -> Credentials:
         """On whose call it asks. HostError where nobody is.
 
-        Where that is another user than the machine's own, it gets what the line of that user names (`words`), and
-        nothing else: what a machine's process asks for is its owner's choice.
+        Where that is another user than the machine's own, it gets what a line of that user names (`words`), and
+        nothing else: what a machine's process asks for is its owner's choice. `changes`: it will not only be read.
         """
         waiting = self._calls.get(call)
-        if waiting is None or waiting.who is None:
+        asker = waiting.asker if waiting is not None else None
+        if asker is None:
             raise HostError(errno.EPERM, "nothing of the host is opened but for who has asked for it")
-        if waiting.who.uid != self.owner.uid and not set(words) <= _words_of(waiting.message):
+        if asker.who.uid != self.owner.uid and not asker.names(set(words), changes=changes):
             raise HostError(errno.EACCES, "another user's machine gets what a line names, and nothing else")
         if len(self._helpers) >= HELPERS_MOST or len(self._sockets) >= HELPERS_MOST:
             raise LimitReached(f"the machine has {HELPERS_MOST} helpers already")
-        return waiting.who
+        return asker.who
 
     async def _opened(self, who: Credentials, work: opener.Work, *, lives: bool = False) -> tuple[str, list[int]]:
         """What an opener got. With `lives`, its process goes on, until the machine ends."""
@@ -451,9 +476,7 @@ class MachineProcess:
             who = self._who(ask.call, "cow")
             path = tempfile.gettempdir()
         else:
-            who, path = self._who(ask.call, ask.path), ask.path
-            if ask.flags != os.O_RDONLY and _words_of(self._calls[ask.call].message) & {"ro", "cow"}:
-                raise HostError(errno.EACCES, "the line says that it is only read")
+            who, path = self._who(ask.call, ask.path, changes=ask.flags != os.O_RDONLY), ask.path
         if len(self._openers) >= OPENERS_MOST:
             raise WouldBlock(f"{len(self._openers)} openers of the machine wait for the host already")
         theirs, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -494,7 +517,8 @@ class MachineProcess:
     def _address_in(self, ask: commands.Listen) -> str:
         """The word of the line that means that address."""
         waiting = self._calls.get(ask.call)
-        for word in _words_of(waiting.message) if waiting is not None else ():
+        lines = waiting.asker.lines() if waiting is not None and waiting.asker is not None else []
+        for word in itertools.chain(*lines):
             if word.rpartition(":")[2] == str(ask.port) and (ask.host in _LOOPBACK or ask.host in word):
                 return word
         return "\0"
@@ -517,9 +541,7 @@ class MachineProcess:
 
     async def _start_share(self, ask: commands.StartShare) -> tuple[str, list[int]]:
         work = opener.StartShare(ask.path, ask.read_only, self.host.own_device)
-        who = self._who(ask.call, ask.path, *(["ro"] if ask.read_only else []))
-        if not ask.read_only and "ro" in _words_of(self._calls[ask.call].message):
-            raise HostError(errno.EACCES, "the line says that it is only read")
+        who = self._who(ask.call, ask.path, changes=not ask.read_only)
         return await self._opened(who, work, lives=True)
 
     async def _reserve(self, ask: commands.Reserve) -> tuple[str, list[int]]:
@@ -541,14 +563,6 @@ _ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[i
     commands.Reserve: MachineProcess._reserve,
     commands.Invalidate: MachineProcess._invalidate,
 }
-
-
-def _words_of(message: Any) -> set[str]:
-    """Of the line that a call writes."""
-    try:
-        return set(shlex.split(message.data.decode())) if isinstance(message, commands.Write) else set()
-    except ValueError:
-        return set()
 
 
 def _how(job: Job) -> str:
