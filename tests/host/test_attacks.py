@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from host.conftest import shared
+from host.guests import SEABIOS, boot_disk, writes_sector
 from host.users import A, B, Child, children, may_signal, pid_of, status, threads
-from mounting import SOON, Machine, failing, wait_until
+from mounting import SOON, Machine, failing, serving, wait_until
 
 PROMPT = 5.0  # seconds that a call of A's may take on a busy host, whatever B's do
 
@@ -184,14 +186,6 @@ def test_a_close_that_hangs_delays_its_machine_only(server, machines, hanging, w
     if theirs.path.exists():
         B.does(theirs.path.rmdir, seconds=PROMPT)
     works(mine)
-    shm = memory_of_mounts()
-    assert shm < 64 << 20
-
-
-def memory_of_mounts() -> int:
-    """Bytes of shared memory in use on the host."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["Shmem"].split()[0]) << 10
 
 
 def test_a_close_that_hangs_does_not_keep_the_server(own_server, hanging):
@@ -352,16 +346,15 @@ def test_root_without_its_capabilities_opens_no_more_than_it_could(server, folde
     vm.path.rmdir()
 
 
+@pytest.mark.skipif(not SEABIOS.exists(), reason=f"{SEABIOS} is not there: Debian's package seabios")
 def test_a_disk_that_is_written_loses_set_user_id(server, machines, folder):
     """As with write(2) by B: what runs with root's rights has no content of B's."""
-    from host.guests import write_sector
-
     _, theirs = machines
     disk = folder / "disk"
-    disk.write_bytes(bytes(4096))
+    disk.write_bytes(writes_sector(b"B's").ljust(4096, b"\0"))
     os.chown(disk, 0, B.uid)
     disk.chmod(0o4775)
-    B.does(write_sector, theirs, disk, b"B's")
+    assert B.does(boot_disk, theirs, disk).startswith("shutdown cause=debug-exit")
     assert disk.read_bytes()[512:515] == b"B's"
     assert stat.S_IMODE(disk.stat().st_mode) == 0o775
 
@@ -386,3 +379,135 @@ def test_a_machines_inside_is_its_makers(server, machines):
     A.does((mine / "regs").chmod, 0o644)
     assert B.does(look) == ["regs"] * 2  # in its directory and in cpu0/
     assert failing(B.does, mine.write, "vm_run", "2") == errno.EACCES
+
+
+# ---- what is kept for a machine counts
+
+MIB = 1 << 20
+
+
+def keep_image(name: str) -> Callable[[Machine, int], object]:
+    return lambda vm, size: write_at(vm / name, size)
+
+
+def write_at(path: Path, size: int) -> None:
+    """A file of that size, a MiB at a time."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        for at in range(0, size, MIB):
+            os.pwrite(fd, bytes(MIB), at)
+    finally:
+        with contextlib.suppress(OSError):  # it is no System.map
+            os.close(fd)
+
+
+def cut(vm: Machine, size: int) -> None:
+    os.truncate(vm / "initrd", size)
+
+
+def trace(vm: Machine, size: int) -> None:
+    vm.write("trace", f"buffer {size}\ninsn on\n")
+
+
+KEPT: dict[str, Callable[[Machine, int], object]] = {
+    "kernel": keep_image("kernel"),
+    "initrd": keep_image("initrd"),
+    "bios": keep_image("bios"),
+    "truncate": cut,
+    "symbols": keep_image("symbols"),
+    "trace": trace,
+    "mem_size": lambda vm, size: vm.write("mem_size", f"{128 * MIB + size}"),
+}
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory, for_everybody) -> Iterator[Path]:
+    with serving(tmp_path_factory, **for_everybody, max_memory_user=150 * MIB) as one:
+        yield shared(one).path
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_machine_keeps_counts(limited, name):
+    vm = B.makes(limited / "one")
+    B.does(KEPT[name], vm, 4 * MIB)
+    before = shared_memory()
+    assert failing(B.does, KEPT[name], vm, 100 * MIB) == errno.ENOSPC
+    assert shared_memory() - before < 40 * MIB
+    assert "--max-mem-user" in vm.read("error")
+    assert len((vm / "regs").read_bytes()) == 144
+    B.does(vm.path.rmdir)
+    other = B.makes(limited / "another")  # all of it is free again
+    assert B.does(regs, other) == 144
+    B.does(other.path.rmdir)
+
+
+def shared_memory() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["Shmem"].split()[0]) << 10
+
+
+def test_what_is_given_back_counts_no_more(own_server):
+    server = own_server(max_memory=150 * MIB)
+    vm = B.makes(server.path / "one")
+    for _ in range(3):
+        B.does(write_at, vm / "kernel", 15 * MIB)
+        assert failing(B.does, write_at, vm / "initrd", 15 * MIB) == errno.ENOSPC
+        for name in ("kernel", "initrd"):
+            B.does(os.truncate, vm / name, 0)
+        B.does(write_at, vm / "initrd", 15 * MIB)
+        B.does(os.truncate, vm / "initrd", 0)
+
+
+def test_a_users_limits_are_a_users(own_server):
+    server = own_server(max_vms_user=2, max_memory_user=300 * MIB)
+    for number in range(2):
+        B.makes(server.path / f"b{number}")
+    assert failing(B.makes, server.path / "b2") == errno.ENOSPC
+    A.makes(server.path / "a0")
+    assert failing(B.does, Machine(server.path / "b0").write, "mem_size", "256M") == errno.ENOSPC
+    A.does(Machine(server.path / "a0").write, "mem_size", "256M")
+    B.does((server.path / "b1").rmdir)
+    B.makes(server.path / "b2")
+
+
+# ---- page tables that name themselves
+
+def test_page_tables_that_name_themselves_are_bounded(server, machines):
+    mine, theirs = machines
+    table = 0x10000
+    entries = b"".join((table | 3).to_bytes(8, "little") for _ in range(512))
+
+    def set_up() -> None:
+        theirs.write("mode", "long")
+        with open(theirs / "mem", "r+b", buffering=0) as file:
+            file.seek(table)
+            file.write(entries)
+        theirs.write("registers", f"cr3 {table:#x}\n")
+
+    B.does(set_up)
+    reader = B.begins(theirs.read, "pagetable")
+    for _ in range(3):
+        works(mine)
+    text = reader.result()
+    assert len(text.splitlines()) < 200_000
+    assert text.splitlines()[-1].startswith("#") and "more than" in text.splitlines()[-1]
+    killed = B.begins(theirs.read, "pagetable")
+    time.sleep(0.1)
+    began = time.monotonic()
+    killed.kill()
+    assert time.monotonic() - began < PROMPT
+    B.does(regs, theirs)
+
+    def rests() -> bool:
+        before = cpu_time(pid)
+        time.sleep(0.3)
+        return cpu_time(pid) - before <= 1
+
+    pid = pid_of(theirs)
+    wait_until(rests, "the work of the reader that was killed has ended")
+
+
+def cpu_time(pid: int) -> int:
+    """In ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -62,8 +62,9 @@ class Host:
     def reserve(self, machine: MachineProcess, what: str, size: int) -> None:
         """Count more (or, below zero, less) memory of a machine: `mem` is RAM, all else what is kept beside it."""
         self._check_memory(machine.owner.uid, size)
-        if what == "mem":
-            machine.memory_size = max(machine.memory_size + size, 0)
+        if what == "mem":  # never less than there is
+            there = os.fstat(machine.memory_fd).st_size if machine.memory_fd >= 0 else 0
+            machine.memory_size = max(machine.memory_size + size, there)
         else:
             machine.reserved = max(machine.reserved + size, 0)
 

@@ -33,18 +33,19 @@ class Image:
 
     def write(self, offset: int, data: bytes) -> int:
         """LimitReached when it would be larger than it may be."""
-        self._check(offset + len(data))
+        self.check(offset + len(data))
         done = os.pwrite(self.fd, data, offset)
         self.size = max(self.size, offset + done)
         return done
 
     def truncate(self, size: int) -> None:
-        self._check(size)
+        self.check(size)
         if size or self.size:
             os.ftruncate(self.fd, size)
         self.size = size
 
-    def _check(self, size: int) -> None:
+    def check(self, size: int) -> None:
+        """LimitReached when it would be larger than it may be."""
         if size > self.limit:
             raise LimitReached(f"{self.name}: {size} bytes are more than the {self.limit} that it may have")
 

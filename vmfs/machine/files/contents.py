@@ -11,14 +11,17 @@ from contextlib import asynccontextmanager
 import trio
 
 from vmfs.debug.symbols import SymbolTable
+from vmfs.debug.trace import TraceSettings
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import by_name
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Engine
 from vmfs.machine.door import Door
+from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.console import ConsolePort
 from vmfs.machine.files.gdb import GdbPort
 from vmfs.machine.files.handles import Kind, Scope
+from vmfs.machine.files.waiting import settled
 from vmfs.machine.machine import MemoryHooks, Vm
 from vmfs.machine.memory import PAGE
 from vmfs.words.errors import Busy, Unsupported
@@ -99,6 +102,7 @@ class Contents(Scope):
         self.complaint = ""  # the last failure in a sentence
         self._tell = complain
         self.engine_named = engine_named  # of those that it may be moved to
+        self.budget = Budget(door)
         self.memory = CachedMemory(vm, door)
         self.gdb = GdbPort(self)
         self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of
@@ -113,6 +117,16 @@ class Contents(Scope):
         for name in (*VCPU_STATES, *MACHINE_STATES):
             self.state_size(name)  # now, because a CPU that runs has to be stopped for it
         vm.subscribe(self.changed)
+
+    async def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> None:
+        """`Vm.set_trace`, with room for what is kept."""
+        settings = change(self.vm.trace.settings)
+        if settings.kinds or self.budget.has("trace", 1):
+            if not self.budget.has("trace", settings.size):
+                await self.budget.hold("trace", settings.size)
+        await settled(self.vm.set_trace(change), self)
+        if self.budget.has("trace", 1):
+            await self.budget.hold("trace", self.vm.trace.settings.size)
 
     def complain(self, sentence: str) -> None:
         """It went wrong, and no call fails with it."""

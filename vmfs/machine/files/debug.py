@@ -55,6 +55,7 @@ async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
 
 SYMBOL_COMMANDS = ("kallsyms", "clear")
 _COMMAND_MOST = 64
+SYMBOL_COST = 200  # bytes that a symbol takes in a table, about
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class _SymbolsHandle(Handle):
         at = self._size if self.appending else offset
         if at + len(data) > FILE_MOST:
             raise PastEnd(f"symbols: a file of more than {FILE_MOST} bytes is not taken")
+        size = max(self._size, at + len(data))
+        if not self.scope.budget.has(self, size):
+            self.unsaved = False  # the half of a file is not taken
+            await self.scope.budget.hold(self, size)
         if self._fd < 0:
             self._fd = os.memfd_create("vmfs-symbols", os.MFD_CLOEXEC)
         done = 0
@@ -114,20 +119,24 @@ class _SymbolsHandle(Handle):
         return len(data)
 
     async def _do(self, command: str) -> None:
-        found = await symbols_by(self.scope, command)
-        self.scope.vm.symbols = self._before.merged(found) if self.appending else found
+        await self._take(await symbols_by(self.scope, command))
+
+    async def _take(self, table: SymbolTable) -> None:
+        table = self._before.merged(table) if self.appending else table
+        await self.scope.budget.hold("symbols", SYMBOL_COST * len(table))
+        self.scope.vm.symbols = table
 
     async def flush(self) -> None:
         if not self.unsaved:
             return
         self.unsaved = False
         # Not to be given up: the descriptor may be closed behind it.
-        table = await trio.to_thread.run_sync(parse_file, self._fd)
-        self.scope.vm.symbols = self._before.merged(table) if self.appending else table
+        await self._take(await trio.to_thread.run_sync(parse_file, self._fd))
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            self.scope.budget.drop(self)
 
 
 async def symbols_by(scope: Contents, command: str) -> SymbolTable:

@@ -252,9 +252,11 @@ class ImageFile(Kind):
     def size(self, scope: Any) -> int:
         return scope.vm.images[self.name].size
 
-    def truncate(self, scope: Any, size: int, opened: bool) -> None:
+    def truncate(self, scope: Any, size: int, opened: bool) -> Any:
         _check_stopped(scope)
-        scope.vm.images[self.name].truncate(size)
+        image = scope.vm.images[self.name]
+        image.check(size)
+        return scope.budget.around(image, size, lambda: image.truncate(size))
 
     def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
         return _ImageHandle(node, nonblocking, self.name)
@@ -270,6 +272,11 @@ class _ImageHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> int:
         _check_stopped(self.scope)
+        size = max(self._image.size, offset + len(data))
+        self._image.check(size)
+        if not self.scope.budget.has(self._image, size):
+            await self.scope.budget.hold(self._image, size)
+            _check_stopped(self.scope)
         return self._image.write(offset, data)
 
 

@@ -19,12 +19,16 @@ async def resize_memory(scope: Any, size: int) -> None:
     if scope.vm.state == "running":
         raise Busy("the machine is running")
     more = size - scope.vm.memory.size
-    await trio.to_thread.run_sync(scope.door.reserve, "mem", more)
+    if more > 0:
+        await trio.to_thread.run_sync(scope.door.reserve, "mem", more)
     try:
         scope.vm.resize_memory(size)
     except BaseException:
-        await trio.to_thread.run_sync(scope.door.reserve, "mem", -more)
+        if more > 0:
+            await trio.to_thread.run_sync(scope.door.reserve, "mem", -more)
         raise
+    if more < 0:
+        await trio.to_thread.run_sync(scope.door.reserve, "mem", more)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ async def _symbols(scope: Contents, rest: str) -> str:
 async def _trace(scope: Contents, rest: str) -> str:
     if rest:
         change = parse_commands("trace", rest, scope.vm.symbols.address_of)
-        await settled(scope.vm.set_trace(change), scope)
+        await scope.set_trace(change)
     lines = (await command(scope, "stat")).splitlines(keepends=True)
     return "".join(line for line in lines if line.startswith(("trace ", "trace_")))
 

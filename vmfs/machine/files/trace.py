@@ -12,7 +12,6 @@ from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
-from vmfs.machine.files.waiting import settled
 from vmfs.words.errors import Invalid, WouldBlock
 
 SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
@@ -132,7 +131,7 @@ class _TraceHandle(LineHandle):
 
         async def do() -> Undo:
             before = vm.trace.settings
-            await settled(vm.set_trace(change), self.scope)
+            await self.scope.set_trace(change)
             return Undo(before, lambda old: vm.set_trace(lambda _: old), lambda: same(lambda: vm.trace.settings))
 
         return do

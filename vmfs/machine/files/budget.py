@@ -1,0 +1,59 @@
+"""What a machine has its host keep beside RAM: counted against the limits of the mount before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from vmfs.words.errors import VmfsError
+
+if TYPE_CHECKING:
+    from vmfs.machine.door import Door
+
+STEP = 1 << 20  # bytes that are asked for at a time: a file that grows asks once a MiB
+
+
+class Budget:
+    """So many bytes for each purpose. On the loop."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._held: dict[object, int] = {}
+        self._changing = trio.Lock()
+
+    def has(self, purpose: object, size: int) -> bool:
+        """Whether so much is held for it already."""
+        return self._held.get(purpose, 0) >= size
+
+    async def hold(self, purpose: object, size: int) -> None:
+        """Hold `size` bytes for it from now on, more or fewer than before. LimitReached or the like, with nothing
+        changed, where the limits do not let it."""
+        wanted = -(-size // STEP) * STEP
+        async with self._changing:
+            more = wanted - self._held.get(purpose, 0)
+            if more:
+                await trio.to_thread.run_sync(self._door.reserve, "beside", more)
+            if wanted:
+                self._held[purpose] = wanted
+            else:
+                self._held.pop(purpose, None)
+
+    def drop(self, purpose: object) -> None:
+        """Hold nothing for it, soon."""
+        if purpose in self._held:
+            trio.lowlevel.spawn_system_task(self._drop, purpose)
+
+    async def _drop(self, purpose: object) -> None:
+        try:
+            await self.hold(purpose, 0)
+        except VmfsError:  # the machine is removed
+            pass
+
+    async def around(self, purpose: object, size: int, change: Callable[[], None]) -> None:
+        """`change()`, with `size` bytes for it, which were enough before or are afterwards."""
+        if not self.has(purpose, size):
+            await self.hold(purpose, size)
+        change()
+        await self.hold(purpose, size)
