@@ -214,7 +214,7 @@ def test_other_ways_to_make_system_calls_are_none():
 def process(server) -> dict[str, str]:
     vm = B.makes(server.path / "sandboxed")
     pid = pid_of(vm)
-    facts = {**status(pid), "pid": str(pid)}
+    facts = {**status(pid), "process": str(pid)}
     for name in ("net", "ipc", "uts", "mnt", "pid", "user"):
         facts[name] = os.readlink(f"/proc/{pid}/ns/{name}")
     facts["root"] = " ".join(os.listdir(f"/proc/{pid}/root/"))
@@ -230,6 +230,11 @@ def test_it_is_its_maker_without_capabilities(process):
     for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(process[kind], 16) == 0, kind
     assert process["NoNewPrivs"] == "1" and process["Seccomp"] == "2"
+
+
+def test_it_leaves_no_core(process):
+    limits = Path(f"/proc/{process['process']}/limits").read_text().splitlines()
+    assert next(line for line in limits if line.startswith("Max core file size")).split()[4:6] == ["0", "0"]
 
 
 def test_it_sees_nothing(process):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import socket
 import struct
 import tempfile
@@ -143,6 +144,7 @@ class Sandbox:
                 os.setresuid(who.uid, who.uid, who.uid)
         limit_capabilities(0)
         no_new_privileges()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would have the guest's memory, and the server's before it
 
     def filter(self, name: str) -> None:
         if name in self._filters:
