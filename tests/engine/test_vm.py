@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import threading
 import time
 
@@ -11,7 +9,6 @@ import pytest
 
 from vmfs.engine import by_name
 from vmfs.engine.base import INTERRUPT_QUEUE, VCPU_STATES, has_state
-from vmfs.host.machines import Host
 from vmfs.machine.control import Bound
 from vmfs.machine.machine import MemoryHooks, Vm
 from vmfs.machine.memory import PAGE
@@ -416,47 +413,3 @@ def test_a_host_without_room_for_a_thread(vm, monkeypatch):
             vm.start()
     assert vm.state == "paused"
     assert run(vm).line().startswith("hlt ")
-
-
-def test_host_keeps_its_limits(engine):
-    host = Host(engine, max_vms=2, max_memory=300 << 20)
-    first, second = host.create(), host.create()
-    try:
-        with pytest.raises(VmfsError, match="max-vms"):
-            host.create()
-        with pytest.raises(VmfsError, match="max-mem"):
-            host.resize_memory(first, 256 << 20)
-        host.resize_memory(first, 160 << 20)
-        host.forget(second)
-        with pytest.raises(VmfsError, match="max-mem"):
-            host.create(256 << 20)
-        assert host.vms == {first}
-    finally:
-        first.close()
-        second.close()
-
-
-def test_a_host_without_descriptors(engine):
-    """ENOSPC, with a sentence; whatever was the one descriptor too many, none is lost."""
-    engine.create_machine().close()  # what an engine keeps, it has
-    taken = {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
-    host = Host(engine, max_vms=9, max_memory=1 << 40)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = len(os.listdir("/proc/self/fd"))
-    made = refused = 0
-    try:
-        for last in sorted(set(range(len(taken) + 20)) - taken):  # the lowest numbers that are free: one more each time
-            resource.setrlimit(resource.RLIMIT_NOFILE, (last, hard))
-            try:
-                vm = host.create()
-                host.forget(vm)
-                vm.close()
-                made += 1
-            except LimitReached as error:
-                assert "descriptor" in str(error)
-                assert not made
-                refused += 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert made and refused
-    assert len(os.listdir("/proc/self/fd")) == before
