@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = "vmfs/engine/emulator/core"
+LANE = "vmfs/words/lane.h"      # what the server, a machine's process and its engine share
 
 SANITIZE = os.environ.get("VMFS_SANITIZE", "")
 
@@ -64,8 +65,8 @@ def extensions():
     if os.path.exists("vmfs/fs/_fuse.c"):
         found.append(Extension(
             "vmfs.fs._fuse",
-            sources=["vmfs/fs/_fuse.c"],
-            depends=glob("vmfs/fs/*.h"),
+            sources=["vmfs/fs/_fuse.c", "vmfs/fs/lane.c"],
+            depends=[*glob("vmfs/fs/*.h"), LANE],
             # libfuse's headers only. pyfuse3 brings the library; this extension finds it with dlopen, since
             # it stands in front of some of its functions.
             extra_compile_args=COMPILE + pkg_config("--cflags", "fuse3"),
@@ -75,10 +76,19 @@ def extensions():
         found.append(Extension(
             "vmfs.engine.emulator._core",
             sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),
-            depends=sorted(glob(f"{CORE}/**/*.h", recursive=True)),
-            include_dirs=[CORE, *sorted(glob(f"{CORE}/*/"))],
+            depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE],
+            include_dirs=["vmfs/words", CORE, *sorted(glob(f"{CORE}/*/"))],
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
+        ))
+    if os.path.exists("vmfs/machine/_lane.c"):
+        found.append(Extension(
+            "vmfs.machine._lane",
+            sources=["vmfs/machine/_lane.c"],
+            depends=[LANE],
+            include_dirs=["vmfs/words"],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
         ))
     if os.path.exists("vmfs/debug/_trace.c"):
         found.append(Extension(

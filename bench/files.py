@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.harness import Result, bare_file, memfd, mounted, pairs
+from bench.harness import Result, bare_c_file, bare_file, memfd, mounted, pairs
 
 SPAN = 16 << 20
 
@@ -14,6 +14,9 @@ def results() -> list[Result]:
         vm.mkdir()
         ours, peer = pairs("pread", 8, 2000, vm / "regs", bare)
         found.append(Result("pread of 8 bytes of regs", "ns", ours, "bare pyfuse3 file", peer, "<= 1.1"))
+        with bare_c_file() as least:
+            ours, peer = pairs("pread", 8, 5000, vm / "regs", least)
+        found.append(Result("pread of 8 bytes of regs", "ns", ours, "bare C libfuse file", peer, "<= 1.5"))
         ours, peer = pairs("pread", 4096, 20000, vm / "mem", ram)
         found.append(Result("pread of 4 KiB of mem", "ns", ours, "memfd", peer, "<= 1.05 with passthrough"))
         if "memory_served_by passthrough" in (vm / "stat").read_text():

@@ -66,6 +66,23 @@ def mounted(*arguments: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def bare_c_file() -> Iterator[Path]:
+    """The file of hello_ll.c: what a FUSE file costs at the least."""
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "fuse3"], check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="vmfs-hello-") as where:
+        program, mount = Path(where) / "hello_ll", Path(where) / "m"
+        mount.mkdir()
+        subprocess.run(["gcc", "-O2", "-o", program, HERE / "hello_ll.c", *flags.stdout.split()], check=True)
+        server = subprocess.Popen([program, mount], stdout=subprocess.PIPE)
+        try:
+            assert server.stdout and server.stdout.readline() == b"ready\n"
+            yield mount / "least"
+        finally:
+            subprocess.run(["fusermount3", "-u", mount], check=True)
+            server.wait()
+
+
+@contextlib.contextmanager
 def bare_file(module: str, name: str) -> Iterator[Path]:
     """The one file, `name`, of a file system that is a program of its own, `bench.bare_fuse` for one."""
     with tempfile.TemporaryDirectory(prefix="vmfs-bare-") as where:

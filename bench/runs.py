@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.harness import Result, mounted
+from bench.harness import Result, bare_c_file, mounted, pairs
 from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
@@ -103,6 +103,20 @@ def mount_exits(mount: Path, exits: int = 2000) -> float:
     return took
 
 
+def lane_exits(mount: Path) -> tuple[float, float]:
+    """Nanoseconds an exit of a loop of `out`, each a read of `vm_run.bin`; and a read of a bare C file."""
+    vm = mount / "lane"
+    vm.mkdir()
+    (vm / "mode").write_text("real")
+    _write(f"{vm}/mem", OUT_LOOP, AT)
+    (vm / "reg" / "rip").write_text(hex(AT))
+    (vm / "vm_run").read_text()
+    with bare_c_file() as least:
+        times = pairs("pread", 64, 2000, vm / "vm_run.bin", least)
+    vm.rmdir()
+    return times
+
+
 def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float, float]:
     """Microseconds an `out` exit, by `Vcpu.run` and by what is below it (ioctl(KVM_RUN), the core's own run), in
     turn on the same CPU."""
@@ -171,6 +185,9 @@ def results() -> list[Result]:
         ours, raw = (statistics.median(times) for times in zip(*pairs, strict=True))
         found.append(Result("mkdir to the first exit", "ms", ours, "raw ioctls", raw, "<= 5 ms"))
         found.append(Result("exit by vm_run, through the mount", "us", mount_exits(mount), ""))
+    with mounted("--engine", "emulator") as mount:
+        ours, least = lane_exits(mount)
+        found.append(Result("emulator: exit by vm_run.bin", "ns", ours, "pread of a bare C file", least, "<= 4"))
     ours, raw = engine_exits("kvm")
     found.append(Result("port exit in the server", "us", ours, "raw ioctl(KVM_RUN)", raw, "<= +5 us"))
     ours, raw = engine_exits("emulator")

@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mounting import Machine, Server, reason_against, serving
 
-from vmfs.engine import ENGINES
+from vmfs.engine import ENGINES, Row
 
 
-@pytest.fixture(scope="session", params=ENGINES, ids=lambda engine: engine.name)
+@dataclass(frozen=True)
+class Way:
+    """How a mount serves: an engine, and hot files by the lane or by Python."""
+
+    engine: Row
+    lane: bool = True
+
+    def __str__(self) -> str:
+        return self.engine.name if self.lane else f"{self.engine.name}-no-lane"
+
+
+WAYS = [Way(engine) for engine in ENGINES]
+# The suites of what the lane answers run without it, too.
+WITHOUT_LANE = {"test_files", "test_running", "test_clients"}
+NO_LANE = [Way(engine, lane=False) for engine in ENGINES if engine.name == "emulator"]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "server" in metafunc.fixturenames and "server" not in vars(metafunc.module):  # which has a fixture of its own
+        more = NO_LANE if metafunc.module.__name__.rpartition(".")[2] in WITHOUT_LANE else []
+        metafunc.parametrize("server", WAYS + more, ids=str, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def server(request, tmp_path_factory) -> Iterator[Server]:
-    """A mount that tests share, one for each engine: they make machines of their own."""
-    reason = reason_against(request.param)
+    """A mount that tests share, one for each of the ways: they make machines of their own."""
+    way = request.param
+    reason = reason_against(way.engine)
     if reason:
         pytest.skip(reason)
-    with serving(tmp_path_factory, engine=request.param.name) as one:
+    environment = {} if way.lane else {"VMFS_NO_LANE": "1"}
+    with serving(tmp_path_factory, engine=way.engine.name, environment=environment) as one:
         yield one
 
 

@@ -46,12 +46,12 @@ def test_passthrough_can_be_switched_off_alone():
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed (binutils)")
 def test_other_libraries_do_not_see_its_symbols_any_more_than_needed():
-    """Global are only the two functions of libfuse and the module's initialization."""
+    """Global are only the functions of libfuse and the module's initialization."""
     listed = subprocess.run(["nm", "-D", "--defined-only", _fuse.__file__], capture_output=True, text=True,
                             check=True)
     names = {line.split()[2].partition("@")[0] for line in listed.stdout.splitlines()}
     assert {name for name in names if not name.startswith("__odr_asan")} == {
-        "PyInit__fuse", "fuse_reply_open", "fuse_session_process_buf"}
+        "PyInit__fuse", "fuse_reply_open", "fuse_session_fd", "fuse_session_process_buf", "fuse_session_receive_buf"}
 
 
 def test_without_a_mount_nothing_is_served(tmp_path):
@@ -59,6 +59,7 @@ def test_without_a_mount_nothing_is_served(tmp_path):
     assert _fuse.current_unique() == 0
     assert _fuse.request(2) is None
     assert not status().passthrough
+    assert not _fuse.lane_serves()
     for call in (lambda: _fuse.backing_open(0), lambda: _fuse.backing_close(1),
                  lambda: _fuse.passthrough_next_open(1), lambda: _fuse.passthrough_open(2, 1)):
         with pytest.raises(OSError) as refused:

@@ -299,6 +299,12 @@ class Vcpu(abc.ABC):
     """A virtual CPU: KVM_CREATE_VCPU."""
 
     index: int
+    # A capsule by which C code runs it in the thread of its own, without Python (vmfs/words/lane.h).
+    lane: object | None = None
+
+    def left_exit(self) -> Exit:
+        """The exit of the last run by `lane`, from any thread."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:

@@ -2,7 +2,7 @@
  * vmfs.fs._fuse: what pyfuse3 does not surface.
  *
  * pyfuse3 calls libfuse through dynamic symbols, and the dynamic linker looks for those first in what was
- * loaded with RTLD_GLOBAL. This extension defines two of them, so that pyfuse3, loaded after it
+ * loaded with RTLD_GLOBAL. This extension defines four of them, so that pyfuse3, loaded after it
  * (vmfs/fs/hooks.py does that), calls these, and these call libfuse's:
  *
  *   fuse_session_process_buf   sees every request before libfuse does. It notes whose request is dispatched
@@ -11,6 +11,8 @@
  *                              negotiate: passthrough.
  *   fuse_reply_open            answers an open with a backing id where the handler asked for one, and spares
  *                              the kernel the FUSE_FLUSH at each close where it did not ask for that.
+ *   fuse_session_fd            begins the lane (lane.c), which reads /dev/fuse in pyfuse3's place, and gives pyfuse3 a
+ *   fuse_session_receive_buf   descriptor to wait on and the messages that the lane leaves to it.
  *
  * A request is a `Request`, held by a context variable: pyfuse3 serves each of its requests in one task from
  * dispatch to reply, so a handler finds its own request at any time, as do the tasks and threads that it
@@ -21,7 +23,7 @@
  * the linker prefers this definition, which interposed() tells. Whatever fails, the mount works on without.
  *
  * The symbols belong to the process, so the state they use does, too: one mount a process, as with pyfuse3.
- * Everything runs under the GIL; a call without it goes straight to libfuse.
+ * Everything runs under the GIL, but for the lane; a call without it goes straight to libfuse.
  *
  * Facts: linux/fuse.h; Documentation/filesystems/fuse/fuse.rst ("Interrupting filesystem operations"),
  * fuse-passthrough.rst.
@@ -48,6 +50,8 @@
 
 #define FUSE_USE_VERSION 32     /* pyfuse3's minimum: what is used here has not changed since */
 #include <fuse_lowlevel.h>
+
+#include "lane.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -142,6 +146,7 @@ static struct {
     int (*reply_open)(fuse_req_t, const struct fuse_file_info *);
     void (*reply_none)(fuse_req_t);
     int (*session_fd)(struct fuse_session *);
+    int (*receive_buf)(struct fuse_session *, struct fuse_buf *);
 
     PyTypeObject *request_type; /* NULL: the module is not loaded, nothing is noted */
     PyObject *current;          /* the context variable */
@@ -153,6 +158,7 @@ static struct {
     int passthrough_wanted;
     int passthrough;
     char passthrough_reason[160];
+    int lane_wanted;
 } hooks;
 
 static void explain(const char *sentence, int error)
@@ -462,7 +468,7 @@ static void drop_o_trunc(const struct fuse_buf *buf)
     }
 }
 
-/* ---- the two functions in front of libfuse's ---- */
+/* ---- the functions in front of libfuse's ---- */
 
 /* The header of a request. libfuse may leave a large write in a pipe (splice): then a copy of its first bytes
    is taken through a pipe of our own. Returns 0, or -1 where there is none to be had. */
@@ -573,6 +579,161 @@ EXPORT int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
     return result;
 }
 
+/* pyfuse3 asks once, when it has mounted, and waits on what it gets. */
+EXPORT int fuse_session_fd(struct fuse_session *session)
+{
+    if (!hooks.session_fd)
+        return -1;
+    int device = hooks.session_fd(session);
+    if (!hooks.request_type || !hooks.lane_wanted || device < 0)
+        return device;
+    int readable = lane_start(device);
+    return readable < 0 ? device : readable;
+}
+
+EXPORT int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
+{
+    if (lane_serves()) {
+        void *message = NULL;
+        long size = lane_receive(&message);
+        if (size == 0)
+            return -EINTR;              /* pyfuse3 waits again */
+        if (size > 0) {
+            free(buf->mem);             /* of the message before, which was served */
+            buf->mem = message;
+            buf->size = (size_t)size;
+            buf->flags = 0;
+            return (int)size;
+        }
+    }
+    return hooks.receive_buf ? hooks.receive_buf(session, buf) : -EIO;
+}
+
+/* ---- the lane ---- */
+
+#define MACHINE "vmfs.fs._fuse.lane_machine"
+
+static void machine_release(PyObject *capsule)
+{
+    lane_release(PyCapsule_GetPointer(capsule, MACHINE));
+}
+
+PyDoc_STRVAR(want_lane_doc,
+    "want_lane(wanted)\n\n"
+    "Whether the next mount has the lane.");
+
+static PyObject *fuse_want_lane(PyObject *module, PyObject *args)
+{
+    if (!PyArg_ParseTuple(args, "p", &hooks.lane_wanted))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lane_serves_doc,
+    "lane_serves()\n\n"
+    "Whether the mount has the lane.");
+
+static PyObject *fuse_lane_serves(PyObject *module, PyObject *args)
+{
+    return PyBool_FromLong(lane_serves());
+}
+
+PyDoc_STRVAR(lane_done_doc,
+    "lane_done()\n\n"
+    "The descriptor that machines wake the lane by.");
+
+static PyObject *fuse_lane_done(PyObject *module, PyObject *args)
+{
+    return PyLong_FromLong(lane_done());
+}
+
+PyDoc_STRVAR(lane_stop_doc,
+    "lane_stop()\n\n"
+    "Ends the lane's thread. Before the mount is given up: the thread holds its device open.");
+
+static PyObject *fuse_lane_stop(PyObject *module, PyObject *args)
+{
+    Py_BEGIN_ALLOW_THREADS
+    lane_stop();
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lane_map_doc,
+    "lane_map(fd)\n\n"
+    "The page of a machine (vmfs/words/lane.h), a memfd of LANE_SIZE that cannot shrink: an opaque object.");
+
+static PyObject *fuse_lane_map(PyObject *module, PyObject *args)
+{
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd))
+        return NULL;
+    struct lane_machine *machine = lane_map(fd);
+    if (!machine)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *capsule = PyCapsule_New(machine, MACHINE, machine_release);
+    if (!capsule)
+        lane_release(machine);
+    return capsule;
+}
+
+PyDoc_STRVAR(lane_close_doc,
+    "lane_close(machine)\n\n"
+    "Nothing is answered from its page any more.");
+
+static PyObject *fuse_lane_close(PyObject *module, PyObject *capsule)
+{
+    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
+    if (!machine)
+        return NULL;
+    lane_close(machine);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lane_add_doc,
+    "lane_add(fh, machine, file, handle)\n\n"
+    "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle.");
+
+static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
+{
+    unsigned long long fh, handle;
+    unsigned file;
+    PyObject *capsule;
+    if (!PyArg_ParseTuple(args, "KOIK", &fh, &capsule, &file, &handle))
+        return NULL;
+    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
+    if (!machine)
+        return NULL;
+    return lane_add(fh, machine, file, handle) ? PyErr_NoMemory() : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(lane_forget_doc,
+    "lane_forget(fh)\n\n"
+    "The open file fh is hot no more.");
+
+static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
+{
+    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+    if (fh == (unsigned long long)-1 && PyErr_Occurred())
+        return NULL;
+    lane_forget(fh);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lane_counts_doc,
+    "lane_counts(machine) -> (reads, runs, left)\n\n"
+    "Reads that were answered from its page, runs, and runs that were left to Python.");
+
+static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
+{
+    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
+    if (!machine)
+        return NULL;
+    struct lane_counts counts = lane_counts(machine);
+    return Py_BuildValue("KKK", (unsigned long long)counts.reads, (unsigned long long)counts.runs,
+                         (unsigned long long)counts.left);
+}
+
 /* ---- the module ---- */
 
 PyDoc_STRVAR(bind_doc,
@@ -597,15 +758,18 @@ static PyObject *fuse_bind(PyObject *module, PyObject *args)
     void *reply_open = dlsym(library, "fuse_reply_open");
     void *reply_none = dlsym(library, "fuse_reply_none");
     void *session_fd = dlsym(library, "fuse_session_fd");
+    void *receive_buf = dlsym(library, "fuse_session_receive_buf");
     dlclose(library);                   /* pyfuse3 keeps it loaded */
-    if (!process_buf || !reply_open || !reply_none || !session_fd
-        || process_buf == (void *)fuse_session_process_buf || reply_open == (void *)fuse_reply_open)
+    if (!process_buf || !reply_open || !reply_none || !session_fd || !receive_buf
+        || process_buf == (void *)fuse_session_process_buf || reply_open == (void *)fuse_reply_open
+        || session_fd == (void *)fuse_session_fd || receive_buf == (void *)fuse_session_receive_buf)
         return PyErr_Format(PyExc_OSError, "pyfuse3 was linked with no libfuse3 of 3.2 or later");
 
     hooks.process_buf = (void (*)(struct fuse_session *, const struct fuse_buf *))process_buf;
     hooks.reply_open = (int (*)(fuse_req_t, const struct fuse_file_info *))reply_open;
     hooks.reply_none = (void (*)(fuse_req_t))reply_none;
     hooks.session_fd = (int (*)(struct fuse_session *))session_fd;
+    hooks.receive_buf = (int (*)(struct fuse_session *, struct fuse_buf *))receive_buf;
     Py_RETURN_NONE;
 }
 
@@ -616,7 +780,9 @@ PyDoc_STRVAR(interposed_doc,
 static PyObject *fuse_interposed(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(dlsym(RTLD_DEFAULT, "fuse_session_process_buf") == (void *)fuse_session_process_buf
-                           && dlsym(RTLD_DEFAULT, "fuse_reply_open") == (void *)fuse_reply_open);
+                           && dlsym(RTLD_DEFAULT, "fuse_reply_open") == (void *)fuse_reply_open
+                           && dlsym(RTLD_DEFAULT, "fuse_session_fd") == (void *)fuse_session_fd
+                           && dlsym(RTLD_DEFAULT, "fuse_session_receive_buf") == (void *)fuse_session_receive_buf);
 }
 
 PyDoc_STRVAR(seen_doc,
@@ -801,6 +967,15 @@ static PyMethodDef methods[] = {
     {"backing_close", fuse_backing_close, METH_VARARGS, backing_close_doc},
     {"passthrough_next_open", fuse_passthrough_next_open, METH_VARARGS, passthrough_next_open_doc},
     {"passthrough_open", fuse_passthrough_open, METH_VARARGS, passthrough_open_doc},
+    {"want_lane", fuse_want_lane, METH_VARARGS, want_lane_doc},
+    {"lane_serves", fuse_lane_serves, METH_NOARGS, lane_serves_doc},
+    {"lane_done", fuse_lane_done, METH_NOARGS, lane_done_doc},
+    {"lane_stop", fuse_lane_stop, METH_NOARGS, lane_stop_doc},
+    {"lane_map", fuse_lane_map, METH_VARARGS, lane_map_doc},
+    {"lane_close", fuse_lane_close, METH_O, lane_close_doc},
+    {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
+    {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
+    {"lane_counts", fuse_lane_counts, METH_O, lane_counts_doc},
     {NULL},
 };
 
@@ -825,6 +1000,7 @@ static int module_exec(PyObject *module)
     hooks.tee[0] = hooks.tee[1] = -1;
     hooks.device = -1;
     hooks.passthrough_wanted = 1;
+    hooks.lane_wanted = 1;
     explain("nothing is mounted yet", 0);
     hooks.current = current;
     hooks.request_type = (PyTypeObject *)type;

@@ -33,6 +33,8 @@ WRITE = Served(readable=False, writable=True, sized=False)
 BOTH = Served(writable=True)
 # What a read does changes the machine, and what it gives has no size.
 STREAM = Served(writable=True, acts=True, sized=False, walked=False)
+HOT_STREAM = Served(writable=True, acts=True, sized=False, walked=False, hot=True)
+HOT = Served(writable=True, hot=True)
 HOST = Served(writable=True, asks_host=True)
 
 
@@ -43,15 +45,15 @@ def _complaint(scope: Scope) -> str:
 FILES: tuple[Row, ...] = (
     # running
     Row("vm_run", 0o600, STREAM),
-    Row("vm_run.bin", 0o600, STREAM),
+    Row("vm_run.bin", 0o600, HOT_STREAM),
     Row("exit", 0o400, READ),
     Row("exit.bin", 0o400, READ),
-    Row("exit.data", 0o600, BOTH),
+    Row("exit.data", 0o600, HOT),
     Row("state", 0o600, Served(writable=True, when_failed="failed\n")),
     Row("stat", 0o400, Stat()),
     # state
-    Row("regs", 0o600, BOTH, per_cpu=True),
-    Row("sregs", 0o600, BOTH, per_cpu=True),
+    Row("regs", 0o600, HOT, per_cpu=True),
+    Row("sregs", 0o600, HOT, per_cpu=True),
     Row("fpu", 0o600, BOTH, per_cpu=True),
     Row("xsave", 0o600, BOTH, per_cpu=True),
     Row("xcrs", 0o600, BOTH, per_cpu=True),

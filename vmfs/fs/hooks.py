@@ -1,6 +1,6 @@
 """pyfuse3, and what it does not surface: import it from here, so that `_fuse` is always loaded before it.
 
-`_fuse` stands in front of two functions of libfuse (see `_fuse.c`), which works only if it is loaded first
+`_fuse` stands in front of some functions of libfuse (see `_fuse.c`), which works only if it is loaded first
 and with its symbols global. `status()` says what that gave; a mount works without either part.
 
     from vmfs.fs.hooks import _fuse, pyfuse3, status
@@ -26,7 +26,8 @@ answer, also after an await and in tasks and threads started from it: `.unique`,
 hooks did not take.
 
 Environment, read once: VMFS_NO_FUSE_HOOKS=1 leaves libfuse's functions alone, VMFS_NO_PASSTHROUGH=1 only asks
-for no passthrough. For tests, and for a machine where one of them misbehaves.
+for no passthrough, VMFS_NO_LANE=1 has pyfuse3 read /dev/fuse itself (lane.c). For tests, and for a machine where
+one of them misbehaves.
 """
 
 import importlib
@@ -75,8 +76,11 @@ def _load():
 
     if reason:
         _fuse.want_passthrough(False, reason)
+        _fuse.want_lane(False)
     elif os.environ.get("VMFS_NO_PASSTHROUGH") == "1":
         _fuse.want_passthrough(False, "switched off by VMFS_NO_PASSTHROUGH")
+    if os.environ.get("VMFS_NO_LANE") == "1":
+        _fuse.want_lane(False)
     return _fuse, pyfuse3, reason
 
 

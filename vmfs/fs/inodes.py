@@ -136,6 +136,9 @@ class Handle:
         """
         return POLL_IN | POLL_OUT
 
+    def numbered(self, number: int) -> None:
+        """The kernel will know it by that number."""
+
     def prepare_answer(self) -> None:
         """Called last before the open is answered, in the same task."""
 

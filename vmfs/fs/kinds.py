@@ -67,6 +67,7 @@ class Served(Kind):
     walked: bool = True  # type: ignore[assignment]
     asks_host: bool = False
     when_failed: str = ""
+    hot: bool = False  # programs read it in loops: the lane answers it where it can
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
@@ -94,6 +95,7 @@ class ServedHandle(Handle):
         super().__init__(node, pid)
         self._machine: MachineProcess = node.scope.machine
         self._asker = Asker(who) if who is not None else None
+        self._hot = 0  # its number in the lane; 0: it is not there
         self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
@@ -119,10 +121,17 @@ class ServedHandle(Handle):
             except BaseException:
                 self.close()
                 raise
+        if self.node.kind.hot and not walking:
+            await self.scope.lane.prepare()
 
     def opened(self, memory: int) -> None:
         """It is a file whose memory that is, a descriptor that is the handle's now."""
         os.close(memory)
+
+    def numbered(self, number: int) -> None:
+        is_hot = self.node.kind.hot and self._number and not self.walking
+        if is_hot and self.scope.lane.add(number, self.node.path, self._number):
+            self._hot = number
 
     async def read(self, offset: int, size: int) -> bytes:
         if self._failed():
@@ -187,6 +196,8 @@ class ServedHandle(Handle):
         return answer.number & 0xFFFF
 
     def close(self) -> None:
+        if self._hot:
+            self.scope.lane.forget(self._hot)
         if self._number:
             self.scope.unwatch(self._number)
             self._machine.tell(commands.Close(self._number))

@@ -171,6 +171,7 @@ class Operations(pyfuse3.Operations):
             raise error from None
         number = next(self._numbers)
         self._handles[number] = handle
+        handle.numbered(number)
         return pyfuse3.FileInfo(fh=number, direct_io=handle.direct_io, keep_cache=handle.keep_cache)
 
     @_answers

@@ -9,6 +9,7 @@ from vmfs.engine import EngineInfo
 from vmfs.fs.connection import Connection
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Scope
+from vmfs.fs.lane import MachineLane
 from vmfs.fs.mapped import MemoryServer
 from vmfs.fs.passthrough import Backing
 from vmfs.host.machines import Host
@@ -35,6 +36,7 @@ class MachineScope(Scope, Watcher):
         self.machine = machine
         self.modified_ns = time.time_ns()
         self.memory = MemoryServer(machine, connection)
+        self.lane = MachineLane(machine)
         self._framebuffer: tuple[tuple[int, int], Backing, int] | None = None
         machine.watcher = self
 
@@ -61,12 +63,14 @@ class MachineScope(Scope, Watcher):
         return {
             "memory_served_by": self.memory.way,
             "signals_noticed_by": "interrupt-message" if status().interrupts else "watch",
+            **self.lane.facts(),
             "pid": self.machine.pid,
             "sandbox": ",".join(name for name, why in layers.items() if not why) or "none",
         }
 
     def remove(self) -> None:
         super().remove()
+        self.lane.close()
         self.memory.close()
         self._close_framebuffer()
 
@@ -80,6 +84,9 @@ class MachineScope(Scope, Watcher):
 
     def complained(self, sentence: str) -> None:
         self.complain(sentence, "machine")
+
+    def ending(self) -> None:
+        self.lane.close()
 
     def ended(self) -> None:
         self.wake_all()

@@ -116,6 +116,9 @@ class Watcher:
     def complained(self, sentence: str) -> None:
         """It leaves a sentence for `error`."""
 
+    def ending(self) -> None:
+        """The process says nothing any more."""
+
     def ended(self) -> None:
         """The process is gone: failed, or removed."""
 
@@ -165,10 +168,12 @@ class MachineProcess:
         *,
         asker: Asker | None = None,
         began: Callable[[int], None] | None = None,
+        send: tuple[int, ...] = (),
     ) -> Any:
         """The answer. CallFailed as the machine says.
 
         As `asker` the machine may ask for things meanwhile. `began` gets the number of the call, for `interrupt`.
+        `send`: descriptors that go along.
         """
         if self._channel is None or self.removed or self.failure:
             await self.start()
@@ -182,7 +187,7 @@ class MachineProcess:
             if began is not None:
                 began(number)
             try:
-                await channel.send(message)
+                await channel.send(message, send)
             except ChannelBroken:
                 await self._lost()
             await waiting.event.wait()
@@ -303,6 +308,7 @@ class MachineProcess:
             await self._end(channel, job, why)
 
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
+        self.watcher.ending()
         await self._kill(job)
         if not self.removed:
             how = why or _how(job) or "has closed its channel"

@@ -80,19 +80,19 @@ class RunLoop:
         self._trace = trace
         self._asked = asked
 
-    def to_exit(self) -> exits.Exit:
-        """Run until an exit that is the caller's to see."""
+    def to_exit(self, first: exits.Exit | None = None) -> exits.Exit:
+        """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that."""
         bound = self._run.bound
         if bound.instructions == 0:  # `Vm.load`
             return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
-        exit_ = self._slices(goes_on=False)
+        exit_ = self._slices(goes_on=False, first=first)
         if bound.within is not None:
             first, end = bound.within
             while _is_step(exit_) and first <= exit_.rip < end and not self._asked.wants_steps():
                 exit_ = self._slices(goes_on=True)
         return exit_
 
-    def _slices(self, goes_on: bool) -> exits.Exit:
+    def _slices(self, goes_on: bool, first: exits.Exit | None = None) -> exits.Exit:
         """Slice by slice until an exit that is not only the engine's, or until the bound is reached."""
         run, cpu, board = self._run, self._cpu, self._board
         left = _Countdown(run.bound, cpu, exact=Capability.BUDGET in self._capabilities)
@@ -100,7 +100,7 @@ class RunLoop:
             board.call_due()  # what became due while nothing ran
         while True:
             stepping = self._asked.prepare(run.bound, left.by_steps)
-            exit_ = self._slice(left.budget, goes_on)
+            exit_, first = first or self._slice(left.budget, goes_on), None
             goes_on = True
             if isinstance(exit_, exits.Limit):  # the budget is used up, or the CPU sleeps
                 if left.is_bounded:

@@ -12,6 +12,13 @@ of a machine with devices has a lock of its own: it may be taken while this one 
 
 While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may:
 others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
+
+The lane
+--------
+A machine that has a page with its server (`attach_lane`) may also be run by C code alone, in the CPU's thread, while it
+is simple (`_is_simple`) and nobody has the lock. Who takes the lock (`_Guard`) takes the CPU back: what was run
+since is counted then, and a run under way becomes `_run`, like any other, before anybody can look. So there is one
+truth, and it is here; the lane has facts that were not told yet.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
 from vmfs.devices.unclaimed import Use
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
+from vmfs.machine._lane import Lane
 from vmfs.machine.control import UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.machine.images import Images
 from vmfs.machine.memory import DEFAULT_SIZE, PAGE, Memory, check_size
@@ -66,6 +74,7 @@ NOTHING_TO_RUN = (
     "there is nothing to run at the reset vector: write a kernel to `kernel` (or a BIOS to `bios`), "
     "or choose a `mode`, write code to `mem` and its address to `reg/rip`"
 )
+LANE_FILES = {"regs": 0, "sregs": 1, "exit.data": 2}  # enum lane_file of vmfs/words/lane.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,25 @@ class MemoryHooks:
 
     before: Callable[[], None] | None = None
     after: Callable[[bytes], None] | None = None
+
+
+class _Guard:
+    """The lock of a machine. Who holds it has heard of all that the lane has done, and has the CPU."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._vm.lane is not None:
+            self._vm.enter_lane(self._vm.lane)
+
+    def __exit__(self, *exception: object) -> None:
+        news = self._vm.lane is not None and self._vm.leave_lane(self._vm.lane)
+        self._lock.release()
+        if news:
+            self._vm.tell()
 
 
 class Vm:
@@ -103,16 +131,21 @@ class Vm:
         self._boot_due = True  # the next run begins by loading what `images` has
         self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
         self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
-        self.hooks = MemoryHooks()
+        self.lane: Lane | None = None  # for `_Guard`
+        self._lane_news = False
+        self._left: dict[int, Run] = {}  # the lane's runs that Python ends, by the handle whose they are
+        self.is_watched: Callable[[], bool] = lambda: False  # whether somebody is to be told of each exit
+        self._lock = _Guard(self)
+        self._hooks = MemoryHooks()
         self.trace = Trace()
         self.symbols = SymbolTable()  # another one takes its place; it is never changed
         self.listing = Listing()  # what `disasm` shows
 
-        self._lock = threading.Lock()
         self._state = "paused"
         self._run: Run | None = None
         self._tasks: deque[tuple[Callable[[Vcpu], Any], Future[Any]]] = deque()
-        self._work: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        # None: the end. _LOOK: there is a lane now.
+        self._work: queue.SimpleQueue[Run | Literal["look"] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._has_begun = threading.Event()
         self._points = Points()
@@ -123,18 +156,50 @@ class Vm:
         self._seconds = 0.0  # of the runs that have ended
         self._began = 0.0  # when the run under way did
         self._closed = False
-        # A new object whenever the CPU was used for more than to look at it; None while it runs. While it is
-        # the same, registers are: who has read them need not ask the engine again.
-        self.still: object | None = object()
-        self.last_exit: exits.Exit | None = None
-        self.exit_number = 0  # how many exits there were
+        self._still: object | None = object()
+        self._last_exit: exits.Exit | None = None
+        self._exit_number = 0  # how many exits there were
 
     # ---- what it is
 
     @property
     def state(self) -> str:
         """`paused`, `running`, `halted` or `shutdown`."""
+        self.settle()
         return self._state
+
+    @property
+    def last_exit(self) -> exits.Exit | None:
+        self.settle()
+        return self._last_exit
+
+    @property
+    def exit_number(self) -> int:
+        """How many exits there were."""
+        self.settle()
+        return self._exit_number
+
+    @property
+    def still(self) -> object | None:
+        """A new object whenever the CPU was used for more than to look at it; None while it runs. While it is the
+        same, registers are: who has read them need not ask the engine again."""
+        self.settle()
+        return self._still
+
+    def _set_still(self, still: object | None) -> None:
+        """With the lock held."""
+        self._still = still
+        if self.lane is not None:
+            self.lane.invalidate()
+
+    @property
+    def hooks(self) -> MemoryHooks:
+        return self._hooks
+
+    @hooks.setter
+    def hooks(self, hooks: MemoryHooks) -> None:
+        with self._lock:
+            self._hooks = hooks
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -155,6 +220,88 @@ class Vm:
 
         return unsubscribe
 
+    # ---- the lane
+
+    def attach_lane(self, page: int, done: int) -> None:
+        """Have that page with a server, which is woken by that eventfd (vmfs/words/lane.h)."""
+        lane = Lane(page, done)
+        with self._lock:
+            self.lane = lane
+            if self._thread is not None:
+                self._work.put("look")
+
+    def settle(self) -> None:
+        """Hear of what the lane has done."""
+        if self.lane is not None:
+            with self._lock:
+                pass
+
+    def publish(self, name: str, data: bytes, still: object | None) -> None:
+        """Have the lane answer a file of LANE_FILES with what was read of it while the CPU was `still`."""
+        if self.lane is not None and still is not None and name in LANE_FILES:
+            with self._lock:
+                if self._still is still:
+                    self.lane.publish(LANE_FILES[name], data)
+
+    def take_left(self, handle: int) -> Run | None:
+        """The run that the lane began for that open file, and left to be waited for in the usual way."""
+        if self.lane is None:
+            return None
+        with self._lock:
+            return self._left.pop(handle, None)
+
+    def enter_lane(self, lane: Lane) -> None:
+        """The lock was taken."""
+        found = lane.enter()
+        if found:
+            self._lane_news |= self._hear(lane)
+        if found == 2 and self._run is None:
+            handle, self._began = lane.under_way()
+            self._run = self._left[handle] = Run(UNBOUND)
+            self._state = "running"
+            self._set_still(None)
+            self._counts["runs"] += 1
+            self._lane_news = True
+
+    def _hear(self, lane: Lane) -> bool:
+        """Count the lane's runs, as `_note` does those of Python. Whether there were any."""
+        runs, *by_reason, seconds = lane.take()
+        if not runs:
+            return False
+        self._counts["runs"] += runs
+        for kind, count in zip((exits.Io, exits.Mmio, exits.Hlt), by_reason, strict=True):
+            self._counts[kind.REASON] += count
+        self._seconds += seconds
+        self._exit_number += runs
+        self._last_exit = self._cpu.left_exit()
+        self._state = _state_after(self._last_exit)
+        self._still = object()  # and what is published is of now
+        return True
+
+    def leave_lane(self, lane: Lane) -> bool:
+        """The lock is about to be released. Whether subscribers are to be told of what was heard."""
+        if self._is_simple():
+            lane.leave(self._cpu.lane)
+        news, self._lane_news = self._lane_news, False
+        return news
+
+    def _is_simple(self) -> bool:
+        """Whether a run is nothing but the CPU's: from where it stands to an exit that is the caller's."""
+        return (
+            self._run is None
+            and self._state in ("paused", "halted")
+            and self._has_run
+            and not self._boot_due
+            and self.board is None
+            and self._cpu.lane is not None
+            and (self._asked is NO_DEBUG or self._asked == NO_DEBUG)
+            and not self.trace.on
+            and self._hooks.before is None
+            and self._hooks.after is None
+            and not self._closed
+            and not self.is_watched()
+        )
+
     # ---- running
 
     def start(self, bound: Bound = UNBOUND) -> Run:
@@ -162,23 +309,45 @@ class Vm:
         with self._lock:
             self._check_idle()
             run, begins = Run(bound), None
-            if self._state == "shutdown" and self.last_exit is not None:
-                run.set_result(self._note(self.last_exit))
+            if self._state == "shutdown" and self._last_exit is not None:
+                run.set_result(self._note(self._last_exit))
             else:
                 self._cpu.clear_kick()
                 self._run, self._state = run, "running"
                 self._began = time.perf_counter()
-                self.still = None
+                self._set_still(None)
                 self._counts["runs"] += 1
-                self._work.put(run)
+                self._put_work(run)
                 if self._thread is None:
                     self._has_begun.clear()
                     self._thread = begins = threading.Thread(target=self._serve, name="vmfs-cpu0", daemon=True)
-        self._tell()
+        self.tell()
         if begins is not None:
             # Behind the put and without the lock, so that the new thread need not wait for this one.
             self._begin(begins)
         return run
+
+    def _put_work(self, run: Run | None) -> None:
+        self._work.put(run)
+        if self.lane is not None:
+            self.lane.call()
+
+    def _next_work(self) -> tuple[Run | None, bool]:
+        """In the CPU's thread: the next run, and whether the lane has begun it, which has served until then."""
+        while True:
+            if self.lane is None:
+                work = self._work.get()
+            else:
+                try:
+                    work = self._work.get_nowait()
+                except queue.Empty:
+                    if not self.lane.serve():
+                        continue
+                    with self._lock:
+                        assert self._run is not None
+                        return self._run, True
+            if work != "look":
+                return work, False
 
     def _begin(self, thread: threading.Thread) -> None:
         try:
@@ -188,9 +357,10 @@ class Vm:
                 self._thread = self._run = None
                 self._work.get()
                 self._do_tasks()
-                self._state, self.still = "paused", object()
+                self._state = "paused"
+                self._set_still(object())
             self._has_begun.set()
-            self._tell()
+            self.tell()
             raise LimitReached(f"the CPU has no thread: {error}") from error
         self._has_begun.set()
 
@@ -217,11 +387,14 @@ class Vm:
 
     def _serve(self) -> None:
         """The CPU's thread."""
-        while (run := self._work.get()) is not None:
+        while True:
+            run, by_lane = self._next_work()
+            if run is None:
+                return
             result: exits.Exit | None = None
             failure: BaseException | None = None
             try:
-                result = self._execute(run)
+                result = self._execute(run, self._cpu.left_exit() if by_lane else None)
             except VmfsError as error:
                 failure = known(error)
             except BaseException as error:
@@ -233,7 +406,9 @@ class Vm:
                 self._seconds += time.perf_counter() - self._began
                 self._do_tasks()
                 self._run = None
-                self.still = object()
+                self._set_still(object())
+                if by_lane and self.lane is not None:
+                    self.lane.settle()
                 if self._closed:
                     failure = Gone("the machine was removed")
                 elif failure is not None:  # for those who did not wait for the run
@@ -243,7 +418,7 @@ class Vm:
                     self._set_back(self._cpu)
                 if result is not None:
                     result = self._note(result)
-            self._tell()
+            self.tell()
             if failure is not None:
                 run.set_exception(failure)
             else:
@@ -257,7 +432,7 @@ class Vm:
             rip = 0
         return exits.Error(reason=str(failure), rip=rip)
 
-    def _execute(self, run: Run) -> exits.Exit:
+    def _execute(self, run: Run, first: exits.Exit | None) -> exits.Exit:
         if before := self.hooks.before:
             before()
         if self._boot_due:
@@ -271,7 +446,8 @@ class Vm:
             timer.start()
         try:
             asked = Asked(self._prepare, self._stop_for, self._do_tasks_now, lambda: self._points.stepping)
-            return self._explained(RunLoop(run, self._cpu, self.capabilities, self.board, self.trace, asked).to_exit())
+            loop = RunLoop(run, self._cpu, self.capabilities, self.board, self.trace, asked)
+            return self._explained(loop.to_exit(first))
         finally:
             if timer:
                 timer.cancel()
@@ -339,12 +515,10 @@ class Vm:
 
     def _note(self, exit_: exits.Exit) -> exits.Exit:
         """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
-        self._state = {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
-        if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
-            self._state = "paused"  # it was reset, and can go on
+        self._state = _state_after(exit_)
         self._counts[exit_.REASON] += 1
-        self.last_exit = exit_
-        self.exit_number += 1
+        self._last_exit = exit_
+        self._exit_number += 1
         return exit_
 
     # ---- the CPU between instructions
@@ -376,13 +550,13 @@ class Vm:
                 # What is refused shall not have completed the access.
                 with Rehearsal(self.engine, self._cpu) as rehearsal:
                     task(cast(Vcpu, rehearsal))
-            self.still = object()
+            self._set_still(object())
             self._cpu.complete()  # else a part of the state, read and set again, would undo the access
             result = task(self._cpu)
             changed = self._state != then
             self._state = then
         if changed:
-            self._tell()
+            self.tell()
         return result
 
     # ---- state of the machine
@@ -403,13 +577,13 @@ class Vm:
         """
         with self._lock:
             self._check_idle()
-            self.still = object()
+            self._set_still(object())
             self._cpu.complete()
             self._set_back(self._cpu)
             changed = self._state != "paused"
             self._state = "paused"
         if changed:
-            self._tell()
+            self.tell()
 
     def _set_back(self, cpu: Vcpu) -> None:
         """With the lock held."""
@@ -444,7 +618,7 @@ class Vm:
             self._set_time("host" if board_type else default_time(self._machine))
             if old_board is not None:
                 old_board.close()
-        self._tell()
+        self.tell()
 
     @property
     def has_run(self) -> bool:
@@ -588,7 +762,7 @@ class Vm:
                 self._machine.set_time(self.time_source)
             else:
                 self.time_source = "host"
-        self._tell()
+        self.tell()
 
     def _replace_machine(self, engine: Engine, board_type: type[Pc] | Literal["same"] | None = "same") -> None:
         """Go on with a new machine of an engine, which gets all state; with the lock held.
@@ -631,7 +805,8 @@ class Vm:
         self.reset_states, self._made_cpuid = reset_states, made_cpuid
         self._chip_reset_states = chip_reset_states
         self.board = board
-        self._asked, self.still = request, object()
+        self._asked = request
+        self._set_still(object())
         self._note_written(int.from_bytes(written, "little"))
         old.close()
 
@@ -647,6 +822,7 @@ class Vm:
         with self._lock:
             self._check_idle()
             self._cpu.access_data = data
+            self._moved()
 
     def unclaimed(self) -> Future[str]:
         """What the guest has used and nothing has claimed, a line each: ports and addresses (of a machine with
@@ -700,7 +876,7 @@ class Vm:
     def _moved(self) -> None:
         """The CPU may not be as it was; with the lock held."""
         if self._run is None:
-            self.still = object()
+            self._set_still(object())
 
     # ---- debugging
 
@@ -812,11 +988,11 @@ class Vm:
                 self._run.stop_asked = True
                 self._kick()
             thread = self._thread
-        self._tell()
+        self.tell()
         if thread is not None:
             self._has_begun.wait()  # else it could not be joined
             if thread.ident is not None:
-                self._work.put(None)
+                self._put_work(None)
                 thread.join()
         with self._lock:
             while self._tasks:
@@ -828,13 +1004,13 @@ class Vm:
                 os.close(self._rom[0])
             self.images.close()
             self.memory.close()
-        self._tell()
+        self.tell()
 
     # ---- helpers
 
     def _is_reading(self) -> bool:
         """Whether an `in` or a load waits for its data; with the lock held."""
-        return getattr(self.last_exit, "direction", "") in ("in", "read") and bool(self._cpu.access_data)
+        return getattr(self._last_exit, "direction", "") in ("in", "read") and bool(self._cpu.access_data)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -845,7 +1021,7 @@ class Vm:
         if self._run is not None:
             raise Busy("the machine is running")
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         for callback in self._subscribers:
             callback()
 
@@ -853,6 +1029,12 @@ class Vm:
 def check_time(source: str) -> None:
     if source not in ("host", "instructions"):
         raise Invalid(f"time: {source[:40]!r} is neither host nor instructions")
+
+
+def _state_after(exit_: exits.Exit) -> str:
+    if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
+        return "paused"  # it was reset, and can go on
+    return {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
 
 
 def default_time(machine: Machine) -> str:

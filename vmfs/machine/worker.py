@@ -118,6 +118,8 @@ class Worker:
                     asked.interrupt()
             case commands.Close():
                 self._close(message.handle)
+            case commands.Lane() if fds is not None and len(fds) == 2:
+                self._attach_lane(message, *fds)
             case commands.Clients():
                 self.contents.memory.set_clients(message.cached, message.writing)
             case _:
@@ -126,6 +128,14 @@ class Worker:
                 self._requests[message.call] = asked
                 nursery.start_soon(self._answer, message, asked)
         commands.close_all(fds)
+
+    def _attach_lane(self, message: commands.Lane, page: int, done: int) -> None:
+        try:
+            self.contents.vm.attach_lane(page, done)
+            answer: Message = Done(message.call)
+        except OSError as error:
+            answer = Failed(message.call, error.errno or errno.EIO, f"no lane: {error.strerror}", quiet=True)
+        self.say(answer)
 
     async def _answer(self, message: Any, asked: request.Request) -> None:
         request.begin(asked)
@@ -174,7 +184,7 @@ class Worker:
         else:
             handle = file.kind.open(file, message.nonblocking, message.writing)
         handle.appending, handle.walking = message.appending, message.walking
-        number = next(self._numbers)
+        handle.number = number = next(self._numbers)
         self._handles[number] = handle
         return Opened(message.call, number, handle.tells_closing, -1 if handle.memory is None else handle.memory)
 
@@ -206,6 +216,7 @@ class Worker:
             return Done(message.call, b"", POLL_ERR | POLL_HUP | POLL_IN)
         if message.watch:  # before looking, so that a change in between is not lost
             handle.scope.watch(handle, _Waker(self, message.handle))
+            self.contents.vm.settle()  # from now on the lane runs nothing, until it is woken
         return Done(message.call, b"", handle.poll())
 
     def _close(self, number: int) -> None:

@@ -131,6 +131,13 @@ class Interrupt(Message, frozen=True):
     call: int
 
 
+class Lane(Message, frozen=True):
+    """The page that C threads of both sides answer hot files by (vmfs/words/lane.h): its descriptor goes along, and
+    that of the eventfd by which a machine wakes the server's."""
+
+    call: int
+
+
 class Clients(Message, frozen=True):
     """What clients have open: RAM in the kernel's page cache, so that it must be dropped around runs; any memory of the
     guest for writing, so that it may change unseen."""
@@ -152,7 +159,7 @@ class Refused(Message, frozen=True):
     sentence: str
 
 
-Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove
+Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
 ToMachine = Call | Close | Interrupt | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)

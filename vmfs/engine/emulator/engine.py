@@ -209,6 +209,7 @@ class EmulatorVcpu(Vcpu):
     def __init__(self, index: int, cpu: _core.Vcpu, *, has_irqchip: bool) -> None:
         self.index = index
         self._cpu = cpu
+        self.lane = cpu.lane
         self._has_irqchip = has_irqchip
         self._closed = False
 
@@ -218,26 +219,28 @@ class EmulatorVcpu(Vcpu):
         except Exception:
             with _failures("run"):
                 raise
-        return _MAKERS[exit_[0]](self, exit_)
+        return _MAKERS[exit_[0]](self, exit_, self._cpu.access_data if exit_[2] else b"")
 
-    # The exits: (reason, rip, write, size, count, address, cause, id, vector, message)
+    def left_exit(self) -> Exit:
+        exit_, data = self._cpu.left()
+        return _MAKERS[exit_[0]](self, exit_, data if exit_[2] else b"")
 
-    def _io(self, exit_: tuple) -> Exit:
+    # The exits: (reason, rip, write, size, count, address, cause, id, vector, message), and what was written
+
+    def _io(self, exit_: tuple, data: bytes) -> Exit:
         _, rip, write, size, count, port, *_ = exit_
-        data = self._cpu.access_data if write else b""
         direction = "out" if write else "in"
         return exits.Io(direction=direction, port=port, size=size, count=count, data=data, rip=rip, cpu=self.index)
 
-    def _mmio(self, exit_: tuple) -> Exit:
+    def _mmio(self, exit_: tuple, data: bytes) -> Exit:
         _, rip, write, size, _, address, *_ = exit_
-        data = self._cpu.access_data if write else b""
         direction = "write" if write else "read"
         return exits.Mmio(direction=direction, addr=address, size=size, data=data, rip=rip, cpu=self.index)
 
-    def _hlt(self, exit_: tuple) -> Exit:
+    def _hlt(self, exit_: tuple, data: bytes) -> Exit:
         return exits.Hlt(rip=exit_[1], cpu=self.index)
 
-    def _debug(self, exit_: tuple) -> Exit:
+    def _debug(self, exit_: tuple, data: bytes) -> Exit:
         stop = self._stop(exit_)
         if stop.cause != "step":
             stop.also = tuple(map(self._stop, self._cpu.also()))
@@ -257,16 +260,16 @@ class EmulatorVcpu(Vcpu):
             cpu=self.index,
         )
 
-    def _shutdown(self, exit_: tuple) -> Exit:
+    def _shutdown(self, exit_: tuple, data: bytes) -> Exit:
         return exits.Shutdown(cause="triple-fault", rip=exit_[1], cpu=self.index)
 
-    def _interrupted(self, exit_: tuple) -> Exit:
+    def _interrupted(self, exit_: tuple, data: bytes) -> Exit:
         return exits.Interrupted(rip=exit_[1], cpu=self.index)
 
-    def _limit(self, exit_: tuple) -> Exit:
+    def _limit(self, exit_: tuple, data: bytes) -> Exit:
         return exits.Limit(rip=exit_[1], cpu=self.index)
 
-    def _error(self, exit_: tuple) -> Exit:
+    def _error(self, exit_: tuple, data: bytes) -> Exit:
         return exits.Error(reason=exit_[9] or "the core gave no reason", rip=exit_[1], cpu=self.index)
 
     def kick(self) -> None:
@@ -396,7 +399,7 @@ class EmulatorVcpu(Vcpu):
         self._closed = True
 
 
-_MAKERS: dict[int, Callable[[EmulatorVcpu, tuple], Exit]] = {
+_MAKERS: dict[int, Callable[[EmulatorVcpu, tuple, bytes], Exit]] = {
     _core.EXIT_IO: EmulatorVcpu._io,
     _core.EXIT_MMIO: EmulatorVcpu._mmio,
     _core.EXIT_HLT: EmulatorVcpu._hlt,

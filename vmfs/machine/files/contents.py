@@ -110,13 +110,14 @@ class Contents(Scope):
         self.symbols_text: tuple[SymbolTable | None, int] = None, 0  # the size of the text of a table
         self._kept_sizes: dict[Kind, tuple[object, int]] = {}
         self._modified_ns = time.time_ns()
-        self.changes = 1
+        self._changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._count = itertools.count(2)
         self._sizes = {name: len(blob) for name, blob in vm.reset_states.items()}
         for name in (*VCPU_STATES, *MACHINE_STATES):
             self.state_size(name)  # now, because a CPU that runs has to be stopped for it
         vm.subscribe(self.changed)
+        vm.is_watched = lambda: bool(self._pollers)
 
     async def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> None:
         """`Vm.set_trace`, with room for what is kept."""
@@ -158,8 +159,13 @@ class Contents(Scope):
             self._kept_sizes[kind] = same_as, size
         return size
 
+    @property
+    def changes(self) -> int:
+        self.vm.settle()
+        return self._changes
+
     def changed(self) -> None:
-        self.changes = next(self._count)
+        self._changes = next(self._count)
         self.touch()
         for port in self._consoles.values():
             port.stream.wake()  # at the end of a machine its readers have the end of the file

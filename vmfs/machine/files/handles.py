@@ -100,6 +100,7 @@ class Handle:
     tells_closing = False  # `flush` is called
     unsaved = False  # `flush` has something to do
     waits = False  # what was written has not been understood yet
+    number = 0  # by which the server calls it
     memory: int | None = None  # a descriptor of what the server and the kernel serve by themselves
 
     def __init__(self, node: File, nonblocking: bool) -> None:

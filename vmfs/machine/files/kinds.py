@@ -175,6 +175,7 @@ class _StateHandle(Handle):
         if at is None or at is not self._at:
             self._blob = await value_of(self.scope.sample(self._kind.name), self)
             self._at = at if self._kind.still else None
+            self.scope.vm.publish(self._kind.name, self._blob, self._at)
         return self._blob[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
@@ -224,7 +225,10 @@ class AccessData(Kind):
 
 class _AccessDataHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
-        return self.scope.vm.access_data[offset : offset + size]
+        vm = self.scope.vm
+        at, data = vm.still, vm.access_data
+        vm.publish("exit.data", data, at)
+        return data[offset : offset + size]
 
     async def write(self, offset: int, data: bytes) -> int:
         vm = self.scope.vm
@@ -322,6 +326,7 @@ class _VmRunHandle(LineHandle):
                 self._line = self._next_line()
             else:
                 begun, self._run = self._run, None  # without blocking; fcntl has cleared O_NONBLOCK since
+                begun = begun or self.scope.vm.take_left(self.number)
                 self._line = self._show(await self._to_exit(begun or self.scope.vm.start(UNBOUND)))
         return self._line[offset : offset + size]
 
@@ -339,8 +344,9 @@ class _VmRunHandle(LineHandle):
 
     def close(self) -> None:
         """A run that nobody is left to hear of is stopped."""
-        if self._run is not None and not self._run.done():
-            self.scope.vm.stop(self._run)
+        for run in (self._run, self.scope.vm.take_left(self.number)):
+            if run is not None and not run.done():
+                self.scope.vm.stop(run)
 
     def _next_line(self) -> bytes:
         if self._run is None:

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "core.h"
+#include "lane.h"
 
 enum { PAGE = 4096 };
 
@@ -30,6 +31,11 @@ typedef struct {
     int running;
     int signalled;            /* a Python signal handler raised, in poll_signals; or the sink of the trace did */
     PyObject *sink;           /* of the trace, or NULL */
+    unsigned index;
+    struct lane_cpu lane;     /* how others run it, without Python */
+    /* The last exits of such runs, in turn: while the next one runs, that of the one before can be looked at. */
+    struct left { struct vcpu_exit exit; size_t size; uint8_t data[EXIT_DATA]; } *left;
+    unsigned left_at;
 } VcpuObject;
 
 typedef struct {
@@ -245,6 +251,11 @@ static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static void lane_clear_kick(void *cpu);
+static int lane_run(void *cpu, uint8_t packed[LANE_EXIT_SIZE]);
+static void lane_state(void *cpu, uint8_t regs[LANE_REGS_SIZE], uint8_t sregs[LANE_SREGS_SIZE]);
+static size_t lane_data(void *cpu, uint8_t data[LANE_DATA_MOST]);
+
 static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObject *const *args, Py_ssize_t count,
                                    PyObject *names)
 {
@@ -266,6 +277,10 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
     vcpu->owner = NULL;
     vcpu->running = vcpu->signalled = 0;
     vcpu->sink = NULL;
+    vcpu->left = NULL;
+    vcpu->left_at = 0;
+    vcpu->index = (unsigned)index;
+    vcpu->lane = (struct lane_cpu){vcpu, lane_clear_kick, lane_run, lane_state, lane_data};
     vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
     if (!vcpu->vcpu) {
         Py_DECREF(vcpu);
@@ -321,6 +336,7 @@ static void vcpu_dealloc(VcpuObject *self)
         Py_DECREF(self->owner);
     }
     Py_XDECREF(self->sink);
+    free(self->left);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -670,6 +686,100 @@ static PyObject *get_reading(VcpuObject *self, void *closure)
     return vcpu_idle(self) ? PyBool_FromLong(vcpu_reading(self->vcpu)) : NULL;
 }
 
+/* ---- runs by other C code: vmfs/words/lane.h ---- */
+
+static void lane_clear_kick(void *cpu) { vcpu_clear_kick(((VcpuObject *)cpu)->vcpu); }
+
+/* struct vmfs_exit, as vmfs.words.exits packs it. */
+static int pack_exit(unsigned cpu, const struct vcpu_exit *e, const uint8_t *data, size_t size, uint8_t packed[LANE_EXIT_SIZE])
+{
+    static const struct { enum exit_reason reason; int index; uint32_t code; } rows[] = {
+        {EXIT_IO, LANE_EXIT_IO, KVM_EXIT_IO}, {EXIT_MMIO, LANE_EXIT_MMIO, KVM_EXIT_MMIO}, {EXIT_HLT, LANE_EXIT_HLT, KVM_EXIT_HLT},
+    };
+    struct __attribute__((packed)) {
+        uint32_t reason, cpu;
+        uint64_t rip;
+        union {
+            struct __attribute__((packed)) { uint8_t direction, size; uint16_t port; uint32_t count; uint8_t data[40]; } io;
+            struct __attribute__((packed)) { uint64_t addr; uint8_t data[8]; uint32_t size; uint8_t is_write; } mmio;
+            uint8_t bytes[48];
+        };
+    } exit = {.cpu = cpu, .rip = e->rip};
+    _Static_assert(sizeof exit == LANE_EXIT_SIZE, "struct vmfs_exit");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        if (rows[i].reason != e->reason)
+            continue;
+        exit.reason = rows[i].code;
+        if (e->reason == EXIT_IO) {
+            exit.io.direction = e->write ? KVM_EXIT_IO_OUT : KVM_EXIT_IO_IN;
+            exit.io.size = (uint8_t)e->size;
+            exit.io.port = (uint16_t)e->address;
+            exit.io.count = e->count;
+            if (e->write)
+                memcpy(exit.io.data, data, size < sizeof exit.io.data ? size : sizeof exit.io.data);
+        } else if (e->reason == EXIT_MMIO) {
+            exit.mmio.addr = e->address;
+            exit.mmio.size = e->size;
+            exit.mmio.is_write = e->write;
+            if (e->write)
+                memcpy(exit.mmio.data, data, size < sizeof exit.mmio.data ? size : sizeof exit.mmio.data);
+        }
+        memcpy(packed, &exit, sizeof exit);
+        return rows[i].index;
+    }
+    return -1;
+}
+
+static int lane_run(void *cpu, uint8_t packed[LANE_EXIT_SIZE])
+{
+    VcpuObject *self = cpu;
+    unsigned next = 1 - self->left_at;
+    struct left *left = &self->left[next];
+
+    vcpu_set_poll(self->vcpu, NULL, self);
+    vcpu_run(self->vcpu, BUDGET_UNLIMITED, &left->exit);
+    const uint8_t *data = vcpu_exit_data(self->vcpu, &left->size);
+    memcpy(left->data, data, left->size);
+    __atomic_store_n(&self->left_at, next, __ATOMIC_RELEASE);
+    return pack_exit(self->index, &left->exit, left->data, left->size, packed);
+}
+
+static void lane_state(void *cpu, uint8_t regs[LANE_REGS_SIZE], uint8_t sregs[LANE_SREGS_SIZE])
+{
+    _Static_assert(sizeof(struct kvm_regs) == LANE_REGS_SIZE && sizeof(struct kvm_sregs) == LANE_SREGS_SIZE, "KVM's UAPI");
+    VcpuObject *self = cpu;
+    vcpu_get_state(self->vcpu, "regs", regs, LANE_REGS_SIZE);
+    vcpu_get_state(self->vcpu, "sregs", sregs, LANE_SREGS_SIZE);
+}
+
+static size_t lane_data(void *cpu, uint8_t data[LANE_DATA_MOST])
+{
+    VcpuObject *self = cpu;
+    size_t size;
+    const uint8_t *from = vcpu_exit_data(self->vcpu, &size);
+    memcpy(data, from, size < LANE_DATA_MOST ? size : LANE_DATA_MOST);
+    return size;
+}
+
+static PyObject *get_lane(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    if (!vcpu_alive(self))
+        return NULL;
+    if (!self->left && !(self->left = calloc(2, sizeof *self->left)))
+        return PyErr_NoMemory();
+    return PyCapsule_New(&self->lane, LANE_CPU, NULL);
+}
+
+static PyObject *py_vcpu_left(VcpuObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!self->left)
+        return fail(-EINVAL);
+    struct left *left = &self->left[__atomic_load_n(&self->left_at, __ATOMIC_ACQUIRE)];
+    return Py_BuildValue("(Ny#)", exit_tuple(&left->exit), (const char *)left->data, (Py_ssize_t)left->size);
+}
+
 static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
 {
     (void)ignored;
@@ -685,6 +795,8 @@ static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
 static PyMethodDef vcpu_methods[] = {
     {"close", (PyCFunction)py_vcpu_close, METH_NOARGS, "close(): free the CPU"},
     {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1, goes_on=False) -> exit tuple; without the GIL"},
+    {"left", (PyCFunction)py_vcpu_left, METH_NOARGS,
+     "left() -> (exit tuple, bytes of the access) of the last run by the capsule `lane` that has ended"},
     {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
     {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
@@ -705,6 +817,7 @@ static PyMethodDef vcpu_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef vcpu_getset[] = {
+    {"lane", (getter)get_lane, NULL, "a capsule by which C code runs it (vmfs/words/lane.h); the CPU is to live longer", NULL},
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
     {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
     {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},

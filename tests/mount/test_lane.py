@@ -1,0 +1,412 @@
+"""The lane: reads of hot files that C threads answer. The answers and the facts are those that there are without it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import random
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mounting import Machine, Server, blocked_read, failing, running, serving, wait_until
+
+OUT_LOOP = "e680 ebfc"  # again: out 0x80, al; jmp again
+FOREVER = "ebfe"
+
+
+@pytest.fixture(scope="module", params=["lane", "no-lane"])
+def server(request, tmp_path_factory, any_engine) -> Iterator[Server]:
+    """With the lane and without: what a test says holds of both."""
+    environment = {} if request.param == "lane" else {"VMFS_NO_LANE": "1"}
+    with serving(tmp_path_factory, engine="emulator", environment=environment) as one:
+        one.has_lane = request.param == "lane"
+        yield one
+
+
+def stat(vm: Machine) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in vm.read("stat").splitlines())
+
+
+def looping(vm: Machine, code: str = OUT_LOOP) -> Machine:
+    """A machine that has run once: only then are runs the CPU's alone."""
+    vm.write("mode", "real")
+    vm.load(code)
+    vm.run()
+    return vm
+
+
+@contextlib.contextmanager
+def opened(vm: Machine, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    fd = os.open(vm / name, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def run(fd: int) -> bytes:
+    return os.pread(fd, 64, 0)
+
+
+def test_it_serves(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs:
+        for _ in range(300):
+            run(runs)
+            os.pread(regs, 8, 0)
+    facts = stat(vm)
+    lane_runs, lane_reads = int(facts["lane_runs"]), int(facts["lane_reads"])
+    assert (lane_runs > 100 and lane_reads > 100) if server.has_lane else lane_runs == lane_reads == 0, facts
+
+
+ACCESSES = {
+    "out": "b012 e680 ebfa",
+    "in": "e480 ebfc",
+    "a word out": "b83412 e780 ebf9",
+    "many out": "be0010 b93c00 fc ba8000 f36e ebf2",
+    "many in": "bf0020 b90500 fc ba8000 f36c ebf2",
+    "hlt": "f4 ebfd",
+}
+
+
+@pytest.mark.parametrize("code", ACCESSES.values(), ids=ACCESSES)
+def test_the_answer_is_the_exit(server, vm, code):
+    """The struct that C packs is the one of `exit.bin`, and all that is told of the exit is of that one."""
+    looping(vm, code)
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs, opened(vm, "exit.data") as data:
+        for _ in range(5):
+            line = run(runs)
+            read, pending = os.pread(regs, 144, 0), os.pread(data, 4096, 0)
+            assert (vm / "exit.bin").read_bytes() == line
+            assert (vm / "exit.data").read_bytes() == pending
+            reason, _, rip = struct.unpack_from("<IIQ", line)
+            assert struct.unpack_from("<Q", read, 128) == (rip,)
+            assert f"rip={rip:#x}" in vm.read("exit")
+            assert vm.read("state") == ("halted\n" if reason == 5 else "paused\n")
+            assert vm.read("registers").partition("\n")[0].split()[0] == "rax"
+
+
+@pytest.mark.parametrize("code", ["b8000000f0 c70078563412 ebf8", "b8000000f0 8b18 ebfc"], ids=["store", "load"])
+def test_memory_that_is_none(server, vm, code):
+    vm.write("mode", "long")
+    with opened(vm, "mem", os.O_RDWR) as mem:
+        os.pwrite(mem, bytes.fromhex(code), 0x1000)
+    vm.write("reg/rip", "0x1000")
+    vm.run()
+    with opened(vm, "vm_run.bin") as runs:
+        for _ in range(5):
+            line = run(runs)
+            assert struct.unpack_from("<IIQQ", line)[::3] == (6, 0xF0000000)
+            assert (vm / "exit.bin").read_bytes() == line
+            assert vm.read("exit").startswith("mmio ")
+
+
+def test_the_line_goes_on(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as fd:
+        whole = run(fd)
+        assert os.pread(fd, 64, 16) == whole[16:]
+        assert os.pread(fd, 64, 64) == b""
+        assert os.pread(fd, 10, 0) == run(fd)[:10]
+        assert len(os.pread(fd, 100, 10)) == 54
+
+
+def test_counts(server, vm):
+    looping(vm)
+    before = stat(vm)
+    with opened(vm, "vm_run.bin") as fd:
+        for _ in range(500):
+            run(fd)
+    after = stat(vm)
+    for name in ("runs", "exits.io"):
+        assert int(after[name]) - int(before[name]) == 500
+    assert int(after["instructions"]) - int(before["instructions"]) == 1000
+    assert int(after["run_time_us"]) > int(before["run_time_us"])
+
+
+def test_what_is_set_is_read(server, vm):
+    looping(vm)
+    with opened(vm, "regs", os.O_RDWR) as regs, opened(vm, "sregs") as sregs, opened(vm, "vm_run.bin") as runs:
+        for number in range(20):
+            vm.write("reg/rbx", f"{number}")
+            assert struct.unpack("<Q", os.pread(regs, 8, 8)) == (number,)
+            os.pwrite(regs, struct.pack("<Q", number + 7), 8)
+            assert struct.unpack("<Q", os.pread(regs, 8, 8)) == (number + 7,)
+            vm.write("reg/cr3", f"{number << 12:#x}")
+            assert os.pread(sregs, 312, 0) == (vm / "sregs").read_bytes()
+            run(runs)
+            assert struct.unpack("<Q", os.pread(regs, 8, 8)) == (number + 7,)
+            vm.write("state", "reset")
+            assert struct.unpack("<Q", os.pread(regs, 8, 128)) == (0xFFF0,)
+            vm.write("registers", "rip 0x1000\ncs 0\ncs.base 0\n")
+            assert os.pread(regs, 144, 0) == (vm / "regs").read_bytes()
+
+
+def test_a_read_gets_its_bytes(server, vm):
+    looping(vm, ACCESSES["in"])
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "exit.data", os.O_RDWR) as data:
+        for value in range(100):
+            run(runs)
+            assert os.pread(data, 8, 0) == b"\xff"
+            os.pwrite(data, bytes([value]), 0)
+            assert os.pread(data, 8, 0) == bytes([value])
+            run(runs)
+            assert int(vm.read("reg/rax"), 0) == value
+
+
+def test_points_and_traces_are_asked_for(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as fd:
+        for _ in range(3):
+            assert struct.unpack_from("<I", run(fd)) == (2,)
+            vm.write("debug", "break 0x1000")
+            assert struct.unpack_from("<I", run(fd)) == (4,)
+            assert struct.unpack_from("<I", run(fd)) == (2,)
+            vm.write("debug", "delete all")
+            assert struct.unpack_from("<I", run(fd)) == (2,)
+            vm.write("trace", "insn on")
+            before = int(stat(vm)["trace_events"])
+            run(fd)
+            assert int(stat(vm)["trace_events"]) > before
+            vm.write("trace", "insn off")
+
+
+def test_polls_hear_of_runs(server, vm):
+    looping(vm, "f4 ebfd")
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "exit") as exits, opened(vm, "state") as states:
+        for fd in (exits, states):
+            poll = select.poll()
+            poll.register(fd, select.POLLPRI)
+            for _ in range(3):
+                run(runs)
+                os.pread(fd, 100, 0)
+                assert poll.poll(0) == []
+                waiting = threading.Timer(0.05, run, (runs,))
+                waiting.start()
+                assert poll.poll(20000)
+                waiting.join()
+
+
+def test_a_long_run_is_interrupted(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as fd:
+        run(fd)
+        vm.load(FOREVER)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        for _ in range(3):
+            call = blocked_read(fd)
+            running(vm)
+            call.signal()
+            assert call.end()[:2] == (-1, errno.EINTR)
+            wait_until(lambda: not vm.is_running())
+        assert "interrupted" in vm.read("exit")
+
+
+def test_a_long_run_is_seen(server, vm):
+    """Who looks at a machine that the lane runs sees it run, and stops it as any other."""
+    looping(vm)
+    with opened(vm, "vm_run.bin") as fd, opened(vm, "regs") as regs:
+        run(fd)
+        vm.load(FOREVER)
+        call = blocked_read(fd)
+        running(vm)
+        assert struct.unpack("<Q", os.pread(regs, 8, 128)) == (0x1000,)
+        assert failing(vm.write, "reg/rbx", "1") == errno.EBUSY
+        assert failing(os.pread, fd, 64, 0) == errno.EBUSY
+        assert "rip 0x0000000000001000\n" in vm.read("registers")
+        vm.write("state", "pause")
+        size, _, line = call.end()
+        assert (size, line[:4]) == (64, struct.pack("<I", 10))
+        assert vm.read("exit.data") == ""
+
+
+def test_a_killed_caller(server, vm):
+    looping(vm)
+    vm.load(FOREVER)
+    child = os.fork()
+    if child == 0:
+        fd = os.open(vm / "vm_run.bin", os.O_RDONLY)
+        os.pread(fd, 64, 0)
+        os._exit(1)
+    running(vm)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    wait_until(lambda: not vm.is_running())
+
+
+def test_without_blocking(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as blocking, opened(vm, "vm_run.bin", os.O_RDONLY | os.O_NONBLOCK) as fd:
+        run(blocking)
+        for _ in range(20):
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            try:
+                line = run(fd)
+            except BlockingIOError:
+                assert poll.poll(20000)
+                line = run(fd)
+            assert line[:4] == run(blocking)[:4] == struct.pack("<I", 2)
+        vm.load(FOREVER)
+        assert failing(run, fd) == errno.EAGAIN
+        assert failing(run, blocking) == errno.EBUSY
+        vm.write("state", "pause")
+        assert run(fd)[:4] == struct.pack("<I", 10)
+
+
+def test_removal(server, vm):
+    looping(vm)
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs:
+        run(runs)
+        os.pread(regs, 8, 0)
+        vm.load(FOREVER)
+        call = blocked_read(runs)
+        running(vm)
+        vm.path.rmdir()
+        assert call.end()[:2] == (-1, errno.ENODEV)
+        assert failing(run, runs) == failing(os.pread, regs, 8, 0) == errno.ENODEV
+
+
+def has_failed(vm: Machine) -> bool:
+    try:
+        return vm.read("state") == "failed\n"
+    except OSError:  # it is about to
+        return False
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another's process is killed")
+def test_a_machine_that_dies(tmp_path_factory, any_engine):
+    with contextlib.ExitStack() as stack:
+        directory = tmp_path_factory.mktemp("mount") / "m"
+        directory.mkdir()
+        server = Server(directory, engine="emulator")
+        stack.callback(server.end)
+        vm = looping(server.make())
+        with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs:
+            run(runs)
+            os.pread(regs, 8, 0)
+            os.kill(int(stat(vm)["pid"]), signal.SIGKILL)
+            wait_until(lambda: has_failed(vm))
+            assert failing(run, runs) == failing(os.pread, regs, 8, 0) == errno.EIO
+        other = looping(server.make())
+        with opened(other, "vm_run.bin") as runs:
+            assert len(run(runs)) == 64
+
+
+def test_nothing_is_lost_among_others(server, vm):
+    """One runs, others look, set, interrupt and poll at the same time: each exit is somebody's, once."""
+    looping(vm)
+    before = stat(vm)
+    end = time.monotonic() + 3
+    counts = {"done": 0, "interrupted": 0}
+    failures: list[BaseException] = []
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+
+    def runner() -> None:
+        with opened(vm, "vm_run.bin") as fd:
+            while time.monotonic() < end:
+                call = blocked_read(fd)
+                if counts["done"] % 7 == 0:
+                    with contextlib.suppress(ProcessLookupError):
+                        call.signal()
+                size, error, line = call.end()
+                if size < 0:
+                    assert error == errno.EINTR, error
+                    counts["interrupted"] += 1
+                else:
+                    assert line[:4] == struct.pack("<I", 2), line
+                    counts["done"] += 1
+
+    def looker() -> None:
+        choose = random.Random(4)
+        with opened(vm, "regs") as regs, opened(vm, "exit") as exits:
+            poll = select.poll()
+            poll.register(exits, select.POLLPRI)
+            while time.monotonic() < end:
+                what = choose.randrange(6)
+                if what == 0:
+                    assert struct.unpack("<Q", os.pread(regs, 8, 128))[0] in (0x1000, 0x1002)
+                elif what == 1:
+                    assert "rip" in vm.read("registers")
+                elif what == 2:
+                    stat(vm)
+                elif what == 3:
+                    poll.poll(1)
+                elif what == 4:
+                    with contextlib.suppress(OSError):
+                        vm.write("reg/rbx", "5")
+                else:
+                    vm.read("state")
+
+    def guarded(what) -> None:
+        try:
+            what()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=guarded, args=(what,)) for what in (runner, looker)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not failures, failures
+    after = stat(vm)
+    assert counts["done"] > 20
+    assert int(after["exits.io"]) - int(before["exits.io"]) == counts["done"]
+    ran = counts["done"] + int(after["exits.interrupted"]) - int(before["exits.interrupted"])
+    assert int(after["runs"]) - int(before["runs"]) == ran
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another's memory is written")
+def test_a_hostile_page(server, vm):
+    """What a machine writes into its page hurts nobody but its own readers."""
+    if not server.has_lane:
+        pytest.skip("there is no page")
+    looping(vm)
+    other = looping(server.make())
+    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs, opened(vm, "exit.data") as data:
+        run(runs)
+        process = Path("/proc") / stat(vm)["pid"]
+        (line,) = [line for line in (process / "maps").read_text().splitlines() if "memfd:vmfs-lane" in line]
+        place = "-".join(part.lstrip("0") for part in line.split()[0].split("-"))
+        fd = os.open(process / "map_files" / place, os.O_RDWR)
+        page = mmap.mmap(fd, 4096)
+        assert failing(os.ftruncate, fd, 0) == errno.EPERM
+        os.close(fd)
+        os.kill(int(stat(vm)["pid"]), signal.SIGSTOP)  # it is this test from now on
+        choose = random.Random(9)
+        end = time.monotonic() + 3
+        stop = threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                for at in range(0, 32, 4):
+                    number = choose.choice((0, 1, 2, 7, 0xFFFFFFFF, choose.getrandbits(32)))
+                    page[at : at + 4] = struct.pack("<I", number)
+                for at in range(640, 672, 4):
+                    page[at : at + 4] = struct.pack("<I", choose.choice((0, 1, 0xFFFFFFFF, choose.randrange(4096))))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        calls = []
+        with opened(other, "vm_run.bin") as theirs, opened(other, "regs") as their_regs:
+            while time.monotonic() < end:
+                calls.append(blocked_read(choose.choice((runs, regs, data))))
+                assert run(theirs)[:4] == struct.pack("<I", 2)
+                assert struct.unpack("<Q", os.pread(their_regs, 8, 128))[0] == 0x1002
+        stop.set()
+        writer.join()
+        page.close()
+        os.kill(int(stat(other)["pid"]), 0)
+        vm.path.rmdir()
+        for call in calls:
+            call.end()
+    other.path.rmdir()

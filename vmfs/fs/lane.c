@@ -1,0 +1,551 @@
+/* The lane: a thread that reads the mount's /dev/fuse. Reads of open files that are registered as hot it answers from
+ * the page that their machine shares (vmfs/words/lane.h); every other message, and every read that the page has no answer
+ * for, waits in a queue for pyfuse3, as if it had read it from the device.
+ *
+ * It never waits for a machine: a second thread answers the runs that the first has asked for. A run that takes long is
+ * left to Python, where its caller can be interrupted, and waits without a thread.
+ *
+ * Nobody spins: on two busy CPUs all waiting was cheaper asleep, since who is woken takes the CPU of the one who
+ * wakes it and then sleeps.
+ *
+ * Source: linux/fuse.h; Linux fs/fuse/dev.c. */
+
+#define _GNU_SOURCE
+#include "lane.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/uio.h>
+
+#include <linux/fuse.h>
+
+#include "../words/lane.h"
+
+#define WAKE_SIGNAL (SIGRTMIN + 7)      /* ends a read(2) of the reader, and means nothing */
+
+enum {
+    /* What the kernel asks a reader to have room for: 256 pages of data and a page of headers (FUSE_MAX_MAX_PAGES). */
+    MESSAGE_MOST = 257 * 4096,
+    SMALL = 64 << 10,           /* a longer message is passed on in the buffer that it was read into */
+    BUCKETS = 1024,
+    PENDING_MOST = 64,
+    RUN_NS = 1000000,           /* that a run may take before it is left to Python, */
+    LOOK_MS = 2,                /* which is looked at so often */
+};
+
+struct lane_machine {
+    struct lane_page *page;
+    unsigned references;        /* with the lock: the maker's, and an open file each */
+    int closed;
+    uint32_t number;            /* of its last order */
+    int waits;                  /* its order is in `pending` */
+    struct lane_counts counts;  /* the thread's */
+};
+
+struct hot {
+    struct hot *next;
+    uint64_t fh, handle;
+    struct lane_machine *machine;
+    unsigned file;
+    int cold;                   /* never again: it was used in ways that only Python serves */
+    int has_line;               /* `line` is what the last read from offset 0 got */
+    uint8_t line[LANE_EXIT_SIZE];
+};
+
+struct message {
+    struct message *next;
+    size_t size;
+    void *bytes;
+};
+
+struct pending {
+    uint64_t fh, deadline;
+    struct lane_machine *machine;   /* with a reference */
+    uint32_t number;
+    struct fuse_in_header header;
+    struct fuse_read_in read;
+};
+
+static struct {
+    pthread_mutex_t lock;       /* of the hot files and the machines */
+    struct hot *hot[BUCKETS];
+
+    pthread_mutex_t queue_lock;
+    struct message *first, **last;
+    int ended;                  /* the thread does not read any more */
+
+    int started, ending;
+    int device, readable, done; /* /dev/fuse; eventfds */
+    pthread_t reader, ender;
+    struct pending pending[PENDING_MOST];
+    unsigned pending_count;     /* with `lock` */
+    int rests;                  /* with `lock`: `ender` sleeps until it is woken */
+} lane = {.lock = PTHREAD_MUTEX_INITIALIZER, .queue_lock = PTHREAD_MUTEX_INITIALIZER, .device = -1, .readable = -1, .done = -1};
+
+/* ---- machines and hot files ---- */
+
+struct lane_machine *lane_map(int fd)
+{
+    struct lane_machine *machine = calloc(1, sizeof *machine);
+    if (!machine)
+        return NULL;
+    machine->page = mmap(NULL, LANE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (machine->page == MAP_FAILED) {
+        int error = errno;
+        free(machine);
+        errno = error;
+        return NULL;
+    }
+    machine->references = 1;
+    return machine;
+}
+
+static void release(struct lane_machine *machine)       /* with the lock */
+{
+    if (--machine->references)
+        return;
+    munmap(machine->page, LANE_SIZE);
+    free(machine);
+}
+
+void lane_close(struct lane_machine *machine)
+{
+    pthread_mutex_lock(&lane.lock);
+    machine->closed = 1;
+    pthread_mutex_unlock(&lane.lock);
+}
+
+void lane_release(struct lane_machine *machine)
+{
+    pthread_mutex_lock(&lane.lock);
+    machine->closed = 1;
+    release(machine);
+    pthread_mutex_unlock(&lane.lock);
+}
+
+static struct hot **find(uint64_t fh)
+{
+    struct hot **each = &lane.hot[fh % BUCKETS];
+    while (*each && (*each)->fh != fh)
+        each = &(*each)->next;
+    return each;
+}
+
+int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle)
+{
+    struct hot *one = calloc(1, sizeof *one);
+    if (!one)
+        return -ENOMEM;
+    *one = (struct hot){.fh = fh, .machine = machine, .file = file, .handle = handle};
+    pthread_mutex_lock(&lane.lock);
+    machine->references++;
+    one->next = lane.hot[fh % BUCKETS];
+    lane.hot[fh % BUCKETS] = one;
+    pthread_mutex_unlock(&lane.lock);
+    return 0;
+}
+
+void lane_forget(uint64_t fh)
+{
+    pthread_mutex_lock(&lane.lock);
+    struct hot **place = find(fh), *one = *place;
+    if (one) {
+        *place = one->next;
+        release(one->machine);
+        free(one);
+    }
+    pthread_mutex_unlock(&lane.lock);
+}
+
+/* ---- answers ---- */
+
+static void answer(uint64_t unique, const void *data, size_t size)
+{
+    struct fuse_out_header header = {.len = (uint32_t)(sizeof header + size), .unique = unique};
+    struct iovec parts[] = {{&header, sizeof header}, {(void *)data, size}};
+    while (writev(lane.device, parts, 2) < 0 && errno == EINTR)
+        ;                       /* any other error: the caller has gone */
+}
+
+static void answer_part(const struct fuse_in_header *header, const struct fuse_read_in *read, const uint8_t *data, size_t size)
+{
+    size_t offset = read->offset < size ? (size_t)read->offset : size;
+    size_t length = size - offset < read->size ? size - offset : read->size;
+    answer(header->unique, data + offset, length);
+}
+
+/* A part of what stands still, whole: its size, or -1 where the page does not have it. */
+static long copy_still(const struct lane_page *page, unsigned file, uint8_t *to)
+{
+    for (int tries = 0; tries < 4; tries++) {
+        uint32_t before = __atomic_load_n(&page->sequence, __ATOMIC_ACQUIRE);
+        if (before & 1)
+            continue;
+        if (!(__atomic_load_n(&page->valid, __ATOMIC_ACQUIRE) & LANE_VALID(file)))
+            return -1;
+        size_t size = file == LANE_REGS ? LANE_REGS_SIZE : file == LANE_SREGS ? LANE_SREGS_SIZE
+                      : __atomic_load_n(&page->data_size, __ATOMIC_RELAXED);
+        if (size > (file == LANE_DATA ? (size_t)LANE_DATA_MOST : size))
+            return -1;
+        memcpy(to, file == LANE_REGS ? page->regs : file == LANE_SREGS ? page->sregs : page->data, size);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&page->sequence, __ATOMIC_RELAXED) == before)
+            return (long)size;
+    }
+    return -1;
+}
+
+/* ---- what Python is to serve ---- */
+
+static void refuse(uint64_t unique, int error)
+{
+    struct fuse_out_header header = {.len = sizeof header, .error = -error, .unique = unique};
+    while (write(lane.device, &header, sizeof header) < 0 && errno == EINTR)
+        ;
+}
+
+static void pass(void *bytes, size_t size)
+{
+    struct message *one = malloc(sizeof *one);
+    if (!one) {
+        refuse(((struct fuse_in_header *)bytes)->unique, ENOMEM);
+        free(bytes);
+        return;
+    }
+    *one = (struct message){NULL, size, bytes};
+    pthread_mutex_lock(&lane.queue_lock);
+    int was_empty = !lane.first;
+    *lane.last = one;
+    lane.last = &one->next;
+    if (was_empty)
+        eventfd_write(lane.readable, 1);
+    pthread_mutex_unlock(&lane.queue_lock);
+}
+
+static void pass_read(const struct fuse_in_header *header, const struct fuse_read_in *read)
+{
+    uint8_t *bytes = malloc(sizeof *header + sizeof *read);
+    if (!bytes) {
+        refuse(header->unique, ENOMEM);
+        return;
+    }
+    memcpy(bytes, header, sizeof *header);
+    memcpy(bytes + sizeof *header, read, sizeof *read);
+    pass(bytes, sizeof *header + sizeof *read);
+}
+
+long lane_receive(void **message)
+{
+    long size = 0;
+    pthread_mutex_lock(&lane.queue_lock);
+    struct message *one = lane.first;
+    if (one) {
+        lane.first = one->next;
+        if (!lane.first)
+            lane.last = &lane.first;
+        *message = one->bytes;
+        size = (long)one->size;
+        free(one);
+    } else if (lane.ended)
+        size = -1;
+    if (!lane.first && !lane.ended) {
+        eventfd_t count;
+        eventfd_read(lane.readable, &count);
+    }
+    pthread_mutex_unlock(&lane.queue_lock);
+    return size;
+}
+
+/* ---- runs ---- */
+
+/* With the lock. Answer a run that has ended, else leave it to Python; it is pending no more. */
+static void end_pending(unsigned at)
+{
+    struct pending one = lane.pending[at];
+    struct lane_machine *machine = one.machine;
+    struct lane_page *page = machine->page;
+    uint8_t line[LANE_EXIT_SIZE];
+
+    lane.pending[at] = lane.pending[--lane.pending_count];
+    machine->waits = 0;
+    /* A run that has just ended allows neither of these, and is answered: Python would run the guest again. */
+    if (!lane_step_on(&page->order, one.number, LANE_POSTED, LANE_NONE)
+        && !lane_step_on(&page->order, one.number, LANE_TAKEN, LANE_LEFT)
+        && __atomic_load_n(&page->order, __ATOMIC_ACQUIRE) == (one.number << LANE_STEP_BITS | LANE_DONE)) {
+        memcpy(line, page->exit, sizeof line);
+        machine->counts.runs++;
+        struct hot *file = *find(one.fh);
+        if (file) {
+            file->has_line = 1;
+            memcpy(file->line, line, sizeof line);
+        }
+        answer_part(&one.header, &one.read, line, sizeof line);
+    } else {
+        machine->counts.left++;
+        pass_read(&one.header, &one.read);
+    }
+    release(machine);
+}
+
+/* With the lock. End those that are over, and those that take too long. */
+static void look_at_pending(void)
+{
+    for (unsigned at = lane.pending_count; at-- > 0;) {
+        struct pending *one = &lane.pending[at];
+        uint32_t order = __atomic_load_n(&one->machine->page->order, __ATOMIC_ACQUIRE);
+        int under_way = order == (one->number << LANE_STEP_BITS | LANE_POSTED)
+                        || order == (one->number << LANE_STEP_BITS | LANE_TAKEN);
+        if (!under_way || lane_now() >= one->deadline)
+            end_pending(at);
+    }
+}
+
+/* With the lock. Whether the run was asked for. */
+static int ask_for_run(struct hot *file, const struct fuse_in_header *header, const struct fuse_read_in *read)
+{
+    struct lane_machine *machine = file->machine;
+    struct lane_page *page = machine->page;
+
+    if (machine->waits || lane.pending_count == PENDING_MOST || !__atomic_load_n(&page->is_open, __ATOMIC_ACQUIRE))
+        return 0;
+    machine->waits = 1;
+    machine->references++;
+    uint32_t number = machine->number = (machine->number + 1) & (UINT32_MAX >> LANE_STEP_BITS);
+    lane.pending[lane.pending_count++] = (struct pending){
+        file->fh, lane_now() + RUN_NS, machine, number, *header, *read,
+    };
+    __atomic_store_n(&page->handle, file->handle, __ATOMIC_RELAXED);
+    __atomic_store_n(&page->order, number << LANE_STEP_BITS | LANE_POSTED, __ATOMIC_SEQ_CST);
+    lane_ring(page);
+    if (lane.rests) {
+        lane.rests = 0;
+        eventfd_write(lane.done, 1);
+    }
+    return 1;
+}
+
+/* ---- messages ---- */
+
+enum served { NOT_SERVED, SERVED };
+
+static enum served serve_read(const struct fuse_in_header *header, const struct fuse_read_in *read)
+{
+    uint8_t data[LANE_SREGS_SIZE];
+    enum served done = NOT_SERVED;
+    long size = -1;
+
+    pthread_mutex_lock(&lane.lock);
+    struct hot *file = *find(read->fh);
+    if (!file || file->machine->closed || file->cold)
+        ;
+    else if (file->file < LANE_FILES_STILL) {
+        size = copy_still(file->machine->page, file->file, data);
+    } else if (read->flags & O_NONBLOCK) {
+        file->cold = 1;                 /* its handle has a run of its own to tell of, from now on */
+    } else if (read->offset) {
+        if (file->has_line) {
+            memcpy(data, file->line, LANE_EXIT_SIZE);
+            size = LANE_EXIT_SIZE;
+        }
+    } else {
+        file->has_line = 0;
+        if (ask_for_run(file, header, read))
+            done = SERVED;
+    }
+    if (size >= 0)
+        file->machine->counts.reads++;
+    pthread_mutex_unlock(&lane.lock);
+    if (size >= 0) {
+        answer_part(header, read, data, (size_t)size);
+        return SERVED;
+    }
+    return done;
+}
+
+/* What a machine shall have heard before the message: who is interrupted waits in Python, and a file that is written,
+ * polled or released is not the lane's. */
+static void before_passing(const struct fuse_in_header *header, const uint8_t *argument, size_t size)
+{
+    uint64_t key;
+    if (size < sizeof key)
+        return;
+    memcpy(&key, argument, sizeof key);         /* fuse_interrupt_in's unique; the fh of the others */
+    if (header->opcode == FUSE_INTERRUPT) {
+        pthread_mutex_lock(&lane.lock);
+        for (unsigned at = lane.pending_count; at-- > 0;)
+            if (lane.pending[at].header.unique == key)
+                end_pending(at);
+        pthread_mutex_unlock(&lane.lock);
+    } else if (header->opcode == FUSE_WRITE || header->opcode == FUSE_POLL) {
+        pthread_mutex_lock(&lane.lock);
+        struct hot *file = *find(key);
+        if (file && file->file == LANE_RUN)
+            file->cold = 1;
+        pthread_mutex_unlock(&lane.lock);
+    }
+}
+
+static enum served serve_message(uint8_t **buffer, size_t size)
+{
+    struct fuse_in_header header;
+    struct fuse_read_in read;
+
+    if (size < sizeof header)
+        return NOT_SERVED;
+    memcpy(&header, *buffer, sizeof header);
+    if (header.opcode == FUSE_READ && size >= sizeof header + sizeof read) {
+        memcpy(&read, *buffer + sizeof header, sizeof read);
+        enum served done = serve_read(&header, &read);
+        if (done != NOT_SERVED)
+            return done;
+    } else
+        before_passing(&header, *buffer + sizeof header, size - sizeof header);
+    if (size <= SMALL) {
+        uint8_t *copy = malloc(size);
+        if (copy) {
+            memcpy(copy, *buffer, size);
+            pass(copy, size);
+            return NOT_SERVED;
+        }
+    }
+    uint8_t *other = malloc(MESSAGE_MOST);
+    if (!other) {
+        refuse(header.unique, ENOMEM);
+        return NOT_SERVED;
+    }
+    pass(*buffer, size);
+    *buffer = other;
+    return NOT_SERVED;
+}
+
+static void *read_messages(void *argument)
+{
+    uint8_t *buffer = argument;
+
+    prctl(PR_SET_NAME, "vmfs-lane", 0, 0, 0);
+    while (!__atomic_load_n(&lane.ending, __ATOMIC_SEQ_CST)) {
+        ssize_t size = read(lane.device, buffer, MESSAGE_MOST);
+        if (size > 0)
+            serve_message(&buffer, (size_t)size);
+        else if (size == 0 || (errno != EINTR && errno != ENOENT && errno != EAGAIN))
+            break;                      /* ENOENT: the request was aborted meanwhile */
+    }
+    free(buffer);
+    pthread_mutex_lock(&lane.queue_lock);
+    lane.ended = 1;
+    eventfd_write(lane.readable, 1);    /* stays readable: who receives is to see the end */
+    pthread_mutex_unlock(&lane.queue_lock);
+    return NULL;
+}
+
+static void *end_runs(void *ignored)
+{
+    struct pollfd on = {lane.done, POLLIN, 0};
+    int idle = 0;
+
+    prctl(PR_SET_NAME, "vmfs-lane-runs", 0, 0, 0);
+    while (!__atomic_load_n(&lane.ending, __ATOMIC_SEQ_CST)) {
+        eventfd_t count;
+        /* Deadlines are looked at so often; who asks for a run need not wake this thread for it, unless it rests. */
+        int woken = poll(&on, 1, idle ? -1 : LOOK_MS) > 0;
+        if (woken)
+            eventfd_read(lane.done, &count);
+        pthread_mutex_lock(&lane.lock);
+        look_at_pending();
+        idle = lane.rests = !woken && !lane.pending_count;
+        pthread_mutex_unlock(&lane.lock);
+    }
+    pthread_mutex_lock(&lane.lock);
+    while (lane.pending_count)
+        end_pending(0);
+    pthread_mutex_unlock(&lane.lock);
+    return NULL;
+}
+
+int lane_done(void) { return lane.done; }
+
+static void wake_up(int ignored) { (void)ignored; }
+
+static int start_threads(void)
+{
+    sigset_t all, before;
+    struct sigaction action = {.sa_handler = wake_up};      /* no SA_RESTART: it ends a read */
+    uint8_t *buffer = malloc(MESSAGE_MOST);
+    if (!buffer)
+        return ENOMEM;
+    sigfillset(&all);           /* Python's signals go to its main thread */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&lane.ender, NULL, end_runs, NULL);
+    sigaction(WAKE_SIGNAL, &action, NULL);
+    sigdelset(&all, WAKE_SIGNAL);
+    pthread_sigmask(SIG_SETMASK, &all, NULL);
+    if (!error && (error = pthread_create(&lane.reader, NULL, read_messages, buffer))) {
+        __atomic_store_n(&lane.ending, 1, __ATOMIC_SEQ_CST);
+        eventfd_write(lane.done, 1);
+        pthread_join(lane.ender, NULL);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error)
+        free(buffer);
+    return error;
+}
+
+static void close_all(void)
+{
+    int *each[] = {&lane.device, &lane.readable, &lane.done};
+    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
+        if (*each[i] >= 0)
+            close(*each[i]);
+        *each[i] = -1;
+    }
+}
+
+int lane_start(int device)
+{
+    if (lane.started)
+        return -EBUSY;
+    lane.last = &lane.first;
+    lane.ended = lane.ending = lane.rests = 0;
+    lane.device = fcntl(device, F_DUPFD_CLOEXEC, 0);
+    lane.readable = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    lane.done = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int error = lane.device < 0 || lane.readable < 0 || lane.done < 0 ? errno : start_threads();
+    if (error) {
+        close_all();
+        return -error;
+    }
+    lane.started = 1;
+    return lane.readable;
+}
+
+void lane_stop(void)
+{
+    struct timespec until;
+    if (!lane.started)
+        return;
+    __atomic_store_n(&lane.ending, 1, __ATOMIC_SEQ_CST);
+    eventfd_write(lane.done, 1);
+    pthread_join(lane.ender, NULL);
+    do {                        /* again and again: a signal may come right before the read that it is to end */
+        pthread_kill(lane.reader, WAKE_SIGNAL);
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += 2000000;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+    } while (pthread_timedjoin_np(lane.reader, NULL, &until));
+    lane.started = 0;
+    close_all();
+}
+
+int lane_serves(void) { return lane.started; }
+struct lane_counts lane_counts(struct lane_machine *machine) { return machine->counts; }

@@ -1,0 +1,37 @@
+/* The lane: reads of hot files that are answered by a C thread, without the GIL (lane.c). */
+#ifndef VMFS_FS_LANE_H
+#define VMFS_FS_LANE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct lane_machine;                    /* a machine's shared page, mapped */
+
+/* Begin to read `device`, the mount's /dev/fuse. Returns a descriptor that is readable while messages wait for
+ * lane_receive, or a negative errno; then nothing has begun. */
+int lane_start(int device);
+/* End the threads. What waits stays to be received. */
+void lane_stop(void);
+/* Whether the thread reads the device, or has left messages. */
+int lane_serves(void);
+/* The eventfd that a machine writes when a run has ended. */
+int lane_done(void);
+/* The next message that is not the lane's: a buffer of malloc, for the caller to free, and its size. 0: none now. -1: the
+ * lane has ended, and the device is the caller's to read. */
+long lane_receive(void **message);
+
+struct lane_machine *lane_map(int fd);  /* NULL: errno */
+/* Nothing is answered from it any more. */
+void lane_close(struct lane_machine *machine);
+void lane_release(struct lane_machine *machine);
+
+/* The open file `fh` is hot: file `file` (enum lane_file) of a machine, where it has the number `handle`. -ENOMEM. */
+int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle);
+void lane_forget(uint64_t fh);
+
+struct lane_counts {
+    uint64_t reads, runs, left;         /* answered from the page; runs; runs that were left to Python */
+};
+struct lane_counts lane_counts(struct lane_machine *machine);
+
+#endif

@@ -1,0 +1,73 @@
+"""The lane, for one machine: which of its open files are answered by the C thread (lane.c), and the page for it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+
+from vmfs.fs.hooks import _fuse
+from vmfs.host.process import MachineProcess
+from vmfs.words import commands
+from vmfs.words.errors import VmfsError
+
+log = logging.getLogger(__name__)
+
+SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
+FILES: Mapping[str, int] = {"regs": 0, "sregs": 1, "exit.data": 2, "vm_run.bin": 3}  # enum lane_file there
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class MachineLane:
+    """Of one machine. A machine without a page is served as ever."""
+
+    def __init__(self, machine: MachineProcess) -> None:
+        self._machine = machine
+        self._page: Any = None
+        self._tried = False
+        self._trying = trio.Lock()
+
+    async def prepare(self) -> None:
+        """Have the page, where there can be one."""
+        async with self._trying:
+            if self._tried or not _fuse.lane_serves():
+                return
+            self._tried = True
+            try:
+                fd = os.memfd_create("vmfs-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                try:
+                    os.ftruncate(fd, SIZE)
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # else an access of ours could be a SIGBUS
+                    page = _fuse.lane_map(fd)
+                    await self._machine.call(commands.Lane, send=(fd, _fuse.lane_done()))
+                finally:
+                    os.close(fd)
+            except (OSError, VmfsError) as error:
+                log.warning("a machine has no lane: %s", error)
+                return
+            self._page = page
+
+    def add(self, number: int, name: str, handle: int) -> bool:
+        """The open file `number` of the mount is `handle` of the machine. Whether the lane has it."""
+        if self._page is None or name not in FILES:
+            return False
+        _fuse.lane_add(number, self._page, FILES[name], handle)
+        return True
+
+    def forget(self, number: int) -> None:
+        _fuse.lane_forget(number)
+
+    def facts(self) -> dict[str, object]:
+        """What `stat` shows of it."""
+        reads, runs, left = _fuse.lane_counts(self._page) if self._page is not None else (0, 0, 0)
+        return {"lane_reads": reads, "lane_runs": runs, "lane_left": left}
+
+    def close(self) -> None:
+        """Nothing is answered without the machine any more."""
+        page, self._page, self._tried = self._page, None, True
+        if page is not None:
+            _fuse.lane_close(page)
