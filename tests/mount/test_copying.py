@@ -55,7 +55,15 @@ def resting(request, server):
 
 def _inside(vm: Machine) -> dict[str, bytes]:
     """What shows whether the guest has run."""
-    return {name: (vm / name).read_bytes() for name in ("stat", "state", "exit", "regs", "sregs", "debug")}
+    names = ("stat", "state", "exit", "regs", "sregs", "debug")
+    return {name: _without_lane(name, (vm / name).read_bytes()) for name in names}
+
+
+def _without_lane(name: str, data: bytes) -> bytes:
+    """`stat` counts reads of `regs`; all else of it stands while the guest does."""
+    if name != "stat":
+        return data
+    return b"".join(line for line in data.splitlines(keepends=True) if not line.startswith(b"lane_"))
 
 
 def _walk(path: Path) -> list[Path]:
@@ -236,7 +244,8 @@ def test_sftp(resting, tmp_path):
     said = _run("sftp", "-q", "-D", program, "-b", "-", input=commands)
     assert said.returncode == 0, said.stderr
     for at, name in enumerate(PLAIN):
-        assert (tmp_path / str(at)).read_bytes() == (resting / name).read_bytes(), name
+        copied = (tmp_path / str(at)).read_bytes()
+        assert _without_lane(name, copied) == _without_lane(name, (resting / name).read_bytes()), name
 
 
 SFTP_SERVERS = (Path("/usr/lib/openssh/sftp-server"), Path("/usr/lib/sftp-server"))

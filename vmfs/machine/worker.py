@@ -118,8 +118,11 @@ class Worker:
                     asked.interrupt()
             case commands.Close():
                 self._close(message.handle)
-            case commands.Lane() if fds is not None and len(fds) == 2:
-                self._attach_lane(message, *fds)
+            case commands.Lane():
+                if fds is not None and len(fds) == 2:
+                    self._attach_lane(message, *fds)
+                else:  # this process had no room for them
+                    self.say(Failed(message.call, errno.ENOSPC, "no lane: there is no descriptor left", quiet=True))
             case commands.Clients():
                 self.contents.memory.set_clients(message.cached, message.writing)
             case _:
