@@ -15,7 +15,7 @@ import struct
 
 import msgspec
 
-from vmfs.words.errors import NotPermitted, VmfsError, known
+from vmfs.words.errors import HostError, NotPermitted, known
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CAPABILITY_VERSION_3 = 0x20080522  # Linux include/uapi/linux/capability.h
@@ -23,14 +23,6 @@ _SYS_CAPGET, _SYS_CAPSET = 125, 126
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 4, 24, 8, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 ALL_CAPABILITIES = (1 << 64) - 1
-
-
-class HostError(VmfsError):
-    """The host refused it: the errno that the caller would have got."""
-
-    def __init__(self, number: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.errno = number
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):

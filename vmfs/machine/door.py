@@ -1,16 +1,13 @@
 """Door: the one way from a machine to what of the host it may not touch itself.
 
 A machine has no rights to open paths, sockets or interfaces. What a user's line names (`dev/add`, `gdb`) is got through
-the door, which has it done with that user's rights. `NoDoor` is that of a machine that has none.
+the door, which has it done with that user's rights.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Protocol
-
-from vmfs.words.errors import NotPermitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +53,3 @@ class Door(Protocol):
     def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         """Have pages of RAM, (offset, length), written back and dropped from the kernel's cache; (0, 0) is all."""
         ...
-
-
-class NoDoor:
-    """Of a machine in its user's own process without a server: nothing of the host but memory."""
-
-    def open(self, path: str, flags: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC)
-
-    def tap(self, name: str) -> int:
-        raise NotPermitted("net: there is no server that could open a tap interface")
-
-    def listen(self, where: str | tuple[str, int]) -> Listening:
-        raise NotPermitted("gdb: there is no server that could listen")
-
-    def unlink(self, path: str) -> None:
-        pass
-
-    def passt(self, options: tuple[str, ...]) -> tuple[int, int]:
-        raise NotPermitted("net: there is no server that could start passt")
-
-    def share(self, path: str, read_only: bool) -> int:
-        raise NotPermitted("share: there is no server that could serve a folder")
-
-    def reserve(self, what: str, size: int) -> None:
-        pass
-
-    def invalidate(self, ranges: list[tuple[int, int]]) -> None:
-        pass

@@ -45,7 +45,17 @@ from vmfs.words.commands import (
     Refused,
     ToMachine,
 )
-from vmfs.words.errors import EngineFailed, Gone, Interrupted, LimitReached, NotPermitted, VmfsError, WouldBlock, known
+from vmfs.words.errors import (
+    EngineFailed,
+    Gone,
+    HostError,
+    Interrupted,
+    LimitReached,
+    NotPermitted,
+    VmfsError,
+    WouldBlock,
+    known,
+)
 
 log = logging.getLogger(__name__)
 
@@ -354,14 +364,6 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Find: Worker._find,
     commands.Remove: Worker._remove,
 }
-
-
-class HostError(VmfsError):
-    """What the host answered to a user's line: the errno that the user would have got."""
-
-    def __init__(self, number: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.errno = number
 
 
 class ServerDoor:

@@ -99,6 +99,14 @@ class ProcessFailed(EngineFailed):
     """EIO: a machine's process is gone, or did not begin, or is not what it should be. It is no bug of the server's."""
 
 
+class HostError(VmfsError):
+    """The host refused what a user's line asked of it: the errno that the user would have got."""
+
+    def __init__(self, number: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.errno = number
+
+
 _OUT_OF = {
     errno.EMFILE: "file descriptor left (ulimit -n)",
     errno.ENFILE: "file descriptor left: the host's limit is reached",
