@@ -14,6 +14,8 @@ ENUMS = (abi.Ioctl, abi.Cap, abi.ExitReason, abi.InternalError)
 CONSTANTS = (
     "KVM_EXIT_IO_OUT",
     "KVM_MEM_LOG_DIRTY_PAGES",
+    "KVM_MSR_EXIT_REASON_INVAL",
+    "KVM_MSR_EXIT_REASON_UNKNOWN",
     "KVM_MEM_READONLY",
     "KVM_PIT_SPEAKER_DUMMY",
     "KVM_GUESTDBG_ENABLE",
@@ -73,6 +75,7 @@ EXPRESSIONS = {
     "RUN_EMULATION_FAILURE.size": "offsetof(struct kvm_run, emulation_failure.insn_bytes) + 15 - offsetof("
     "struct kvm_run, emulation_failure)",
     "RUN_SYSTEM_EVENT.size": "sizeof(((struct kvm_run *)0)->system_event)",
+    "RUN_MSR.size": "sizeof(((struct kvm_run *)0)->msr)",
     "RUN_MEMORY_FAULT.size": "sizeof(((struct kvm_run *)0)->memory_fault)",
 }
 

@@ -24,13 +24,14 @@ from typing import Any
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import Device
 from vmfs.devices.timers import Timer, TimerQueue
-from vmfs.devices.unclaimed import Unclaimed
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.memory import PAGE, Memory
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid
+from vmfs.words.unclaimed import Unclaimed
 
 FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
+UNCLAIMED_MOST = 256  # ports and addresses that are remembered
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
@@ -56,7 +57,7 @@ class Board:
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
         self._timers = TimerQueue()
-        self._unclaimed = Unclaimed()
+        self._unclaimed: Unclaimed[tuple[str, int]] = Unclaimed(UNCLAIMED_MOST)
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
 
@@ -182,12 +183,12 @@ class Board:
 
     def _note_unclaimed(self, space: str, address: int, *, write: bool) -> None:
         self.counters["unclaimed"] += 1
-        self._unclaimed.note(space, address, self._rip, write=write)
+        self._unclaimed.note((space, address), self._rip, write=write)
 
     def unclaimed(self) -> list[str]:
         """The accesses that no device has answered, a line an address: `port=0x80 reads=0 writes=2 rip=0x7c05`."""
         with self.lock:
-            lines = self._unclaimed.lines()
+            lines = [f"{space}={address:#x} {use}" for (space, address), use in self._unclaimed.items()]
             return [f"forgotten={self._unclaimed.forgotten}", *lines] if self._unclaimed.forgotten else lines
 
     # ---- what devices ask for

@@ -43,7 +43,6 @@ from vmfs.devices.board import Board
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
-from vmfs.devices.unclaimed import Use
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.machine._lane import Lane
 from vmfs.machine.control import UNBOUND, Asked, Bound, Run, RunLoop
@@ -65,6 +64,7 @@ from vmfs.words.errors import (
 )
 from vmfs.words.modes import CodeMode, mode_of, set_mode
 from vmfs.words.registers import REGISTERS, write_registers
+from vmfs.words.unclaimed import Use
 
 T = TypeVar("T")
 

@@ -89,6 +89,7 @@ class Cap(enum.IntEnum):
     KVM_CAP_SYNC_REGS = 74
     KVM_CAP_READONLY_MEM = 81
     KVM_CAP_IMMEDIATE_EXIT = 136
+    KVM_CAP_X86_USER_SPACE_MSR = 188
     KVM_CAP_SET_GUEST_DEBUG2 = 195
     KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204
     KVM_CAP_XSAVE2 = 208
@@ -149,6 +150,7 @@ RUN_EMULATION_FAILURE = struct.Struct("<IIQB15s")  # suberror, ndata, flags, ins
 RUN_FAIL_ENTRY = struct.Struct("<QI")  # hardware_entry_failure_reason, cpu
 RUN_UNKNOWN = struct.Struct("<Q")  # hardware_exit_reason
 RUN_SYSTEM_EVENT = struct.Struct("<II16Q")  # type, ndata, data
+RUN_MSR = struct.Struct("<B7xIIQ")  # error, reason, index, data
 RUN_MEMORY_FAULT = struct.Struct("<QQQ")  # flags, gpa, size
 RUN_VALID_REGS = 288  # u64: what KVM copies into the mapping at each exit
 RUN_SYNC_REGS = 304  # struct kvm_regs, then kvm_sregs, then kvm_vcpu_events
@@ -156,6 +158,7 @@ SYNC_X86_REGS = 1
 
 KVM_EXIT_IO_OUT = 1
 EMULATION_FLAG_INSTRUCTION_BYTES = 1
+KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN = 1, 2
 SYSTEM_EVENT_SHUTDOWN, SYSTEM_EVENT_RESET, SYSTEM_EVENT_CRASH = 1, 2, 3
 
 MEMORY_REGION = struct.Struct("<IIQQQ")  # slot, flags, guest_phys_addr, memory_size, userspace_addr

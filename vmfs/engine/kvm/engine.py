@@ -200,8 +200,14 @@ class KvmMachine(Machine):
             ioctl_long(self._fd, Ioctl.KVM_SET_TSS_ADDR, TSS_ADDRESS)
         if self._has(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE):
             # Else an instruction that KVM cannot emulate is a #UD in the guest, which no CPU would raise.
-            enable = abi.ENABLE_CAP.pack(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 0, 1, 0, 0, 0)
-            ioctl(self._fd, Ioctl.KVM_ENABLE_CAP, bytearray(enable))
+            self._enable(Cap.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+        if self._has(Cap.KVM_CAP_X86_USER_SPACE_MSR):
+            # So that the CPU can remember the MSRs that it does not have, before the guest gets its #GP.
+            wanted = abi.KVM_MSR_EXIT_REASON_UNKNOWN | abi.KVM_MSR_EXIT_REASON_INVAL
+            self._enable(Cap.KVM_CAP_X86_USER_SPACE_MSR, wanted)
+
+    def _enable(self, cap: Cap, argument: int) -> None:
+        ioctl(self._fd, Ioctl.KVM_ENABLE_CAP, bytearray(abi.ENABLE_CAP.pack(cap, 0, argument, 0, 0, 0)))
 
     def _has(self, cap: Cap) -> bool:
         return self._facts.extension(self._fd, cap) > 0

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, DebugRequest, Vcpu
+from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
@@ -23,6 +23,7 @@ from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.words.exits import Exit
 from vmfs.words.modes import RFLAGS_IF, is_linear
+from vmfs.words.unclaimed import Unclaimed
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
 # return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).
@@ -80,6 +81,7 @@ class KvmVcpu(Vcpu):
         self._vectors: deque[int] = deque()
         self._injected = 0
         self._nmi = False
+        self._unclaimed_msrs: Unclaimed[int] = Unclaimed(UNCLAIMED_MSRS)
         self._may_sleep = has_irqchip  # HLT may have been executed, or be in the state that was set
         self._closing = threading.Event()
         self._looker: threading.Thread | None = None
@@ -412,6 +414,29 @@ class KvmVcpu(Vcpu):
         """Whether a vector waits that wakes the CPU from HLT: it is injected before the next KVM_RUN."""
         return bool(self._vectors and self._run_page[abi.RUN_IF_FLAG])
 
+    def _on_msr(self, write: bool) -> None:
+        """An MSR that the CPU does not have, or a value that it does not take: the guest gets its #GP, and the run
+        goes on. KVM makes the #GP now, before an interrupt is injected, which would break into the handler.
+        """
+        _error, reason, index, _data = abi.RUN_MSR.unpack_from(self._run_page, abi.RUN_UNION)
+        if reason == abi.KVM_MSR_EXIT_REASON_UNKNOWN or not write or not self._has_msr(index):
+            self._unclaimed_msrs.note(index, self._rip(), write=write)
+        self._run_page[abi.RUN_UNION] = 1  # error
+        self._kvm_run_nothing()
+
+    def _on_rdmsr(self, _points: debugregs.HardwarePoints) -> None:
+        self._on_msr(write=False)
+
+    def _on_wrmsr(self, _points: debugregs.HardwarePoints) -> None:
+        self._on_msr(write=True)
+
+    def _has_msr(self, index: int) -> bool:
+        try:
+            self._state.get_msr(index)
+        except Invalid:
+            return False
+        return True
+
     def _on_shutdown(self, _points: debugregs.HardwarePoints) -> Exit:
         return exits.Shutdown(cause="triple-fault", rip=self._rip(), cpu=self.index)
 
@@ -730,6 +755,9 @@ class KvmVcpu(Vcpu):
         _linear, physical, valid, _writable, _user = abi.TRANSLATION.unpack(buffer)
         return physical if valid else None
 
+    def unclaimed_msrs(self) -> tuple[tuple[int, int, int, int], ...]:
+        return tuple((index, use.reads, use.writes, use.rip) for index, use in self._unclaimed_msrs.items())
+
     def counters(self) -> dict[str, int]:
         # What its own interrupt controllers deliver, KVM does not tell.
         return {} if self._has_irqchip else {"interrupts": self._injected}
@@ -757,6 +785,8 @@ _HANDLERS: dict[int, _Handler] = {
     ExitReason.KVM_EXIT_HLT: KvmVcpu._on_hlt,
     ExitReason.KVM_EXIT_DEBUG: KvmVcpu._on_debug,
     ExitReason.KVM_EXIT_IRQ_WINDOW_OPEN: KvmVcpu._on_irq_window_open,
+    ExitReason.KVM_EXIT_X86_RDMSR: KvmVcpu._on_rdmsr,
+    ExitReason.KVM_EXIT_X86_WRMSR: KvmVcpu._on_wrmsr,
     ExitReason.KVM_EXIT_SHUTDOWN: KvmVcpu._on_shutdown,
     ExitReason.KVM_EXIT_SYSTEM_EVENT: KvmVcpu._on_system_event,
     ExitReason.KVM_EXIT_FAIL_ENTRY: KvmVcpu._on_fail_entry,
