@@ -10,8 +10,8 @@ import pytest
 from engine.asm import ORIGIN
 
 from vmfs.engine.base import SLEEP_MOST, Capability
-from vmfs.machine.control import Bound
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 from vmfs.words.registers import read_register, write_registers
 
 SECONDS = 30

@@ -11,8 +11,8 @@ import pytest
 from booting import MIB, bzimage, elf, multiboot2_header, multiboot_header, pvh_note
 from engine.asm import ORIGIN
 
-from vmfs.machine.control import Bound
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 from vmfs.words.registers import read_register
 
 SECONDS = 30

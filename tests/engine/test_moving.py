@@ -5,8 +5,8 @@ import struct
 import pytest
 from engine.asm import ORIGIN
 
-from vmfs.machine.control import Bound
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Busy, Unsupported
 
 SECONDS = 30

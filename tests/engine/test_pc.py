@@ -9,8 +9,8 @@ import pytest
 from engine.asm import ORIGIN
 
 from vmfs.engine.base import Capability
-from vmfs.machine.control import Bound
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Busy, Invalid, NotPermitted, Unsupported
 from vmfs.words.registers import read_register, write_registers
 

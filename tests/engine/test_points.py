@@ -7,9 +7,9 @@ import pytest
 from vmfs.debug.points import Options, parse_options
 from vmfs.debug.symbols import SymbolTable
 from vmfs.engine.base import Capability
-from vmfs.machine.control import Bound
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Unsupported
 from vmfs.words.registers import read_register, write_registers
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from vmfs.debug.points import Points
 from vmfs.fs.tree import check_name
-from vmfs.machine.control import UNBOUND, Bound
 from vmfs.machine.files.commands import COMMANDS, parse_command, parse_commands
 from vmfs.machine.files.contents import dirty_ranges
 from vmfs.machine.files.lines import decoded
+from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words.errors import Invalid, VmfsError
 
 NUMBERS = st.integers(0, (1 << 64) - 1)

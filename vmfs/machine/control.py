@@ -1,213 +1,564 @@
-"""A run: its bound, and the way from its begin to the exit that its caller sees.
+"""Control: who runs the CPU of a machine, why it stopped, and what may be done between two instructions.
 
-An engine runs a guest in slices, each of which ends with an exit. Many of these are nobody's to see: an access that
-the board answers, a stop whose condition is false, a kick for a task at a boundary, the step that a trace wants.
-`RunLoop` goes on behind them, and counts down what the run is bound by. It knows a CPU, a board and a trace; what
-is the machine's to decide (`vmfs.machine.machine.Vm`, which has the lock) it asks by the functions of `Asked`.
+It knows no file and no event loop: what takes time returns a `concurrent.futures.Future`, and whoever
+wants to hear of changes subscribes.
+
+Threads and locks
+-----------------
+A CPU runs in a thread of its own (`vmfs.machine.cpu`), started by the first run. One lock, `_lock`, guards all that is
+mutable in a machine (the state, the current run, the tasks that wait for a boundary, the points); it is held for short
+calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
+of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
+
+While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may:
+others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
+
+The lane
+--------
+A machine that has a page with its server (`attach_lane`) may also be run by C code alone, in the CPU's thread, while it
+is simple (`_is_simple`) and nobody has the lock. Who takes the lock (`_Guard`) takes the CPU back: what was run
+since is counted then, and a run under way becomes `_run`, like any other, before anybody can look. So there is one
+truth, and it is here; the lane has facts that were not told yet.
 """
 
 from __future__ import annotations
 
-import struct
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from vmfs.debug.trace import Trace
+from vmfs.debug.conditions import CpuLooker
+from vmfs.debug.points import UNTIL, Points
+from vmfs.debug.symbols import SymbolTable
+from vmfs.debug.trace import Trace, TraceSettings
 from vmfs.devices.board import Board
-from vmfs.engine.base import Capability, Vcpu
+from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, Engine, Machine, Vcpu
+from vmfs.machine._lane import Lane
+from vmfs.machine.cpu import Cpu, CpuThread
+from vmfs.machine.memory import Memory
+from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.words import exits
-from vmfs.words.modes import RIP
+from vmfs.words.errors import Busy, EngineFailed, Gone, VmfsError, known
+from vmfs.words.registers import REGISTERS
 
-# Causes of a debug exit that come behind an instruction; the others come before one.
-_STOPS_BEHIND = frozenset({"watchpoint", "io", "mode", "cr3"})
+T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """When a run ends at the latest; the default is never."""
-
-    steps: int | None = None  # ends with Debug(cause="step")
-    instructions: int | None = None  # ends with Limit
-    until: int | None = None  # a linear address; ends with Debug(cause="breakpoint")
-    seconds: float | None = None  # ends with Limit
-    within: tuple[int, int] | None = None  # with `steps`: steps again while rip is from the first on, below the second
-
-
-UNBOUND = Bound()
-
-
-class Run(Future):  # type: ignore[type-arg]
-    """A run under way. Its result is the `Exit`, its exception a VmfsError. Callbacks: in the CPU's thread."""
-
-    def __init__(self, bound: Bound) -> None:
-        super().__init__()
-        self.bound = bound
-        self.stop_asked = False
-        self.expired = False
+LANE_FILES = {"regs": 0, "sregs": 1, "exit.data": 2}  # enum lane_file of vmfs/words/lane.h
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a run asks of its machine, in the CPU's thread. Without the machine's lock, which they take if need be."""
+class MemoryHooks:
+    """Called in the CPU's thread before the guest first runs in a run, and after it last ran.
 
-    # Tell the engine what to stop for. The flag: the bound is counted in steps. True when the user wants each step.
-    prepare: Callable[[Bound, bool], bool]
-    # The stop that the caller is to see of those that the CPU came to at once; None: the run goes on.
-    stop_for: Callable[[exits.Debug], exits.Debug | None]
-    # Do what waits for a boundary.
-    do_tasks: Callable[[], None]
-    # Whether the user wants each step now.
-    wants_steps: Callable[[], bool]
-
-
-class RunLoop:
-    """One run of a CPU, in its thread."""
-
-    def __init__(
-        self,
-        run: Run,
-        cpu: Vcpu,
-        capabilities: frozenset[Capability],
-        board: Board | None,
-        trace: Trace,
-        asked: Asked,
-    ) -> None:
-        self._run = run
-        self._cpu = cpu
-        self._capabilities = capabilities
-        self._board = board
-        self._trace = trace
-        self._asked = asked
-
-    def to_exit(self, first: exits.Exit | None = None) -> exits.Exit:
-        """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that."""
-        bound = self._run.bound
-        if bound.instructions == 0:  # `Vm.load`
-            return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
-        exit_ = self._slices(goes_on=False, first=first)
-        if bound.within is not None:
-            first, end = bound.within
-            while _is_step(exit_) and first <= exit_.rip < end and not self._asked.wants_steps():
-                exit_ = self._slices(goes_on=True)
-        return exit_
-
-    def _slices(self, goes_on: bool, first: exits.Exit | None = None) -> exits.Exit:
-        """Slice by slice until an exit that is not only the engine's, or until the bound is reached."""
-        run, cpu, board = self._run, self._cpu, self._board
-        left = _Countdown(run.bound, cpu, exact=Capability.BUDGET in self._capabilities)
-        if board is not None:
-            board.call_due()  # what became due while nothing ran
-        while True:
-            stepping = self._asked.prepare(run.bound, left.by_steps)
-            exit_, first = first or self._slice(left.budget, goes_on), None
-            goes_on = True
-            if isinstance(exit_, exits.Limit):  # the budget is used up, or the CPU sleeps
-                if left.is_bounded:
-                    return self._bound_reached(exit_)
-                if stepping:
-                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-            if isinstance(exit_, exits.Interrupted | exits.Limit):
-                if board is not None:
-                    board.call_due()
-                self._asked.do_tasks()
-                if run.stop_asked:
-                    return exits.Interrupted(rip=exit_.rip, cpu=exit_.cpu)
-                if run.expired:
-                    return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
-                if left.is_used_up():
-                    return self._bound_reached(exit_)
-            elif board is not None and isinstance(exit_, exits.Io | exits.Mmio):
-                ended = board.access(exit_, cpu)
-                if ended is not None:
-                    self._trace.exit(ended, cpu)
-                    return ended
-                is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
-                if left.count(is_done, is_done):
-                    return self._bound_reached(exit_)
-                if stepping and is_done and not cpu.exits_waiting:
-                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-            elif isinstance(exit_, exits.Debug) and exit_.cause != "step":
-                stop = self._asked.stop_for(exit_)
-                if stop is not None:
-                    return stop
-                is_done = exit_.cause in _STOPS_BEHIND
-                if left.count(is_done, True):
-                    return self._bound_reached(exit_)
-                if stepping and is_done:
-                    return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
-            elif _is_step(exit_):
-                if stepping:
-                    return exit_
-                if left.count_step():
-                    return self._bound_reached(exit_)
-                # else the trace wanted it, or there are more to count
-            else:
-                return exit_
-
-    def _slice(self, budget: int | None, goes_on: bool) -> exits.Exit:
-        if self._trace.on:
-            return self._trace.run(self._cpu, self._capabilities, budget, goes_on)
-        return self._cpu.run(budget=budget, goes_on=goes_on)
-
-    def _bound_reached(self, at: exits.Exit) -> exits.Exit:
-        if self._run.bound.steps is not None:
-            return exits.Debug(cause="step", rip=at.rip, cpu=at.cpu)
-        return exits.Limit(rip=at.rip, cpu=at.cpu)
-
-
-class _Countdown:
-    """What is left of a bound of steps or instructions; without one, nothing counts.
-
-    An engine with a budget counts exactly. With another each instruction is a step, and one that ends with an access
-    or a stop behind it has no step of its own: that exit counts for it, however many it has.
+    `after` gets the dirty log of the run (a bit a 4 KiB page). They exist for clients' caches of RAM; where
+    there are none, so that RAM is shared live, they are None.
     """
 
-    def __init__(self, bound: Bound, cpu: Vcpu, *, exact: bool) -> None:
-        left = bound.steps if bound.steps is not None else bound.instructions
-        self.is_bounded = left is not None
-        self.by_steps = self.is_bounded and not exact
-        self._left = left or 0
-        self._is_exact = self.is_bounded and exact
-        self._cpu = cpu
-        self._done = self._instructions() if self._is_exact else 0
-        # Whether the next exit is of an instruction that is counted already.
-        self._is_counted = self.is_bounded and cpu.exits_waiting
+    before: Callable[[], None] | None = None
+    after: Callable[[bytes], None] | None = None
+
+
+class _Guard:
+    """The lock of a machine. Who holds it has heard of all that the lane has done, and has the CPU."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._control.lane is not None:
+            self._control.enter_lane(self._control.lane)
+
+    def __exit__(self, *exception: object) -> None:
+        news = self._control.lane is not None and self._control.leave_lane(self._control.lane)
+        self._lock.release()
+        if news:
+            self._control.tell()
+
+
+class Control:
+    """The running of a machine. Every method may be called from any thread; all raise Gone after the machine's end.
+
+    The machine itself, `vmfs.machine.machine.Vm`, says what there is to run, and what comes before and after a run.
+    """
+
+    engine: Engine
+    memory: Memory
+    board: Board | None
+    cpu: Cpu
+    _machine: Machine
+    _boot_due: bool  # the next run begins by loading what there is to boot
+    _has_run: bool
+
+    def __init__(self) -> None:
+        self.lane: Lane | None = None  # for `_Guard`
+        self._lane_news = False
+        self._left: dict[int, Run] = {}  # the lane's runs that Python ends, by the handle whose they are
+        self.is_watched: Callable[[], bool] = lambda: False  # whether somebody is to be told of each exit
+        self._lock = _Guard(self)
+        self._hooks = MemoryHooks()
+        self.trace = Trace()
+        self.symbols = SymbolTable()  # another one takes its place; it is never changed
+
+        self._state = "paused"
+        self._run: Run | None = None
+        self._tasks: deque[tuple[Callable[[Vcpu], Any], Future[Any]]] = deque()
+        self._thread = CpuThread("vmfs-cpu0", self._serve, self._adopted)
+        self._points = Points()
+        self._subscribers: tuple[Callable[[], None], ...] = ()
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0  # of the runs that have ended
+        self._began = 0.0  # when the run under way did
+        self._closed = False
+        self._still: object | None = object()
+        self._last_exit: exits.Exit | None = None
+        self._exit_number = 0  # how many exits there were
+
+    # ---- what a machine says
+
+    def _before_run(self) -> None:
+        """In the CPU's thread, without the lock: what comes before the guest first runs in a run."""
+        raise NotImplementedError
+
+    def _after_run(self) -> None:
+        """And after it last ran."""
+        raise NotImplementedError
+
+    def _explained(self, result: exits.Exit) -> exits.Exit:
+        """What a run came to, in words that help."""
+        raise NotImplementedError
+
+    def _set_back(self) -> None:
+        """Be as at power-on; with the lock held."""
+        raise NotImplementedError
+
+    # ---- what it is
 
     @property
-    def budget(self) -> int | None:
-        """For `Vcpu.run`."""
-        return self._left if self._is_exact else None
+    def state(self) -> str:
+        """`paused`, `running`, `halted` or `shutdown`."""
+        self.settle()
+        return self._state
 
-    def is_used_up(self) -> bool:
-        """Behind a slice of which only the engine knows what it has done."""
-        if not self._is_exact:
-            return False
-        done = self._instructions()
-        self._left, self._done = max(self._left - (done - self._done), 0), done
-        return not self._left
+    @property
+    def last_exit(self) -> exits.Exit | None:
+        self.settle()
+        return self._last_exit
 
-    def count(self, is_done: bool, may_have_more: bool) -> bool:
-        """Behind an exit of an instruction, which `is_done` or not; whether the bound is used up."""
-        if not self.is_bounded:
+    @property
+    def exit_number(self) -> int:
+        """How many exits there were."""
+        self.settle()
+        return self._exit_number
+
+    @property
+    def still(self) -> object | None:
+        """A new object whenever the CPU was used for more than to look at it; None while it runs. While it is the
+        same, registers are: who has read them need not ask the engine again."""
+        self.settle()
+        return self._still
+
+    def _set_still(self, still: object | None) -> None:
+        """With the lock held."""
+        self._still = still
+        if self.lane is not None:
+            self.lane.invalidate()
+
+    @property
+    def hooks(self) -> MemoryHooks:
+        return self._hooks
+
+    @hooks.setter
+    def hooks(self, hooks: MemoryHooks) -> None:
+        with self._lock:
+            self._hooks = hooks
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self._machine.capabilities
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback` called, in any thread, after state or last exit changed. Returns what ends that."""
+        with self._lock:
+            self._subscribers = (*self._subscribers, callback)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscribers = tuple(one for one in self._subscribers if one is not callback)
+
+        return unsubscribe
+
+    # ---- the lane
+
+    def attach_lane(self, page: int, done: int) -> None:
+        """Have that page with a server, which is woken by that eventfd (vmfs/words/lane.h)."""
+        lane = Lane(page, done)
+        with self._lock:
+            self.lane = lane
+            self._thread.attach_lane(lane)
+
+    def settle(self) -> None:
+        """Hear of what the lane has done."""
+        if self.lane is not None:
+            with self._lock:
+                pass
+
+    def publish(self, name: str, data: bytes, still: object | None) -> None:
+        """Have the lane answer a file of LANE_FILES with what was read of it while the CPU was `still`."""
+        if self.lane is not None and still is not None and name in LANE_FILES:
+            with self._lock:
+                if self._still is still:
+                    self.lane.publish(LANE_FILES[name], data)
+
+    def take_left(self, handle: int) -> Run | None:
+        """The run that the lane began for that open file, and left to be waited for in the usual way."""
+        if self.lane is None:
+            return None
+        with self._lock:
+            return self._left.pop(handle, None)
+
+    def enter_lane(self, lane: Lane) -> None:
+        """The lock was taken."""
+        found = lane.enter()
+        if found:
+            self._lane_news |= self._hear(lane)
+        if found == 2 and self._run is None:
+            handle, self._began = lane.under_way()
+            self._run = self._left[handle] = Run(UNBOUND)
+            self._state = "running"
+            self._set_still(None)
+            self._counts["runs"] += 1
+            self._lane_news = True
+
+    def _hear(self, lane: Lane) -> bool:
+        """Count the lane's runs, as `_note` does those of Python. Whether there were any."""
+        runs, *by_reason, seconds = lane.take()
+        if not runs:
             return False
-        if self._is_exact:
-            self.is_used_up()
+        self._counts["runs"] += runs
+        for kind, count in zip((exits.Io, exits.Mmio, exits.Hlt), by_reason, strict=True):
+            self._counts[kind.REASON] += count
+        self._seconds += seconds
+        self._exit_number += runs
+        self._last_exit = self.cpu.vcpu.left_exit()
+        self._state = _state_after(self._last_exit)
+        self._still = object()  # and what is published is of now
+        return True
+
+    def leave_lane(self, lane: Lane) -> bool:
+        """The lock is about to be released. Whether subscribers are to be told of what was heard."""
+        if self._is_simple():
+            lane.leave(self.cpu.vcpu.lane)
+        news, self._lane_news = self._lane_news, False
+        return news
+
+    def _is_simple(self) -> bool:
+        """Whether a run is nothing but the CPU's: from where it stands to an exit that is the caller's."""
+        return (
+            self._run is None
+            and self._state in ("paused", "halted")
+            and self._has_run
+            and not self._boot_due
+            and self.board is None
+            and self.cpu.vcpu.lane is not None
+            and (self.cpu.asked is NO_DEBUG or self.cpu.asked == NO_DEBUG)
+            and not self.trace.on
+            and self._hooks.before is None
+            and self._hooks.after is None
+            and not self._closed
+            and not self.is_watched()
+        )
+
+    # ---- running
+
+    def start(self, bound: Bound = UNBOUND) -> Run:
+        """Begin a run. Busy when there is one. A machine that is shut down gives its last exit again."""
+        with self._lock:
+            self._check_idle()
+            run, begins = Run(bound), False
+            if self._state == "shutdown" and self._last_exit is not None:
+                run.set_result(self._note(self._last_exit))
+            else:
+                self.cpu.vcpu.clear_kick()
+                self._run, self._state = run, "running"
+                self._began = time.perf_counter()
+                self._set_still(None)
+                self._counts["runs"] += 1
+                begins = self._thread.put(run)
+        self.tell()
+        if begins:
+            self._thread.begin(self._give_up)
+        return run
+
+    def _give_up(self) -> None:
+        """The run that was begun has no thread."""
+        with self._lock:
+            self._thread.forget()
+            self._run = None
+            self._do_tasks()
+            self._state = "paused"
+            self._set_still(object())
+        self.tell()
+
+    def _adopted(self) -> Run:
+        """The run that the lane has begun, and Python ends."""
+        with self._lock:
+            assert self._run is not None
+            return self._run
+
+    def stop(self, run: Run | None = None) -> None:
+        """End the current run (or `run`, if it is still the current one) with Interrupted; or do nothing."""
+        with self._lock:
+            current = self._run
+            if current is not None and run in (None, current):
+                current.stop_asked = True
+                self._kick()
+
+    def pause(self) -> Future[None]:
+        """`stop`, and know when the guest has stopped, whatever its exit: done at once when nothing runs."""
+        stopped: Future[None] = Future()
+        with self._lock:
+            self._check_open()
+            run = self._run
+        if run is None:
+            stopped.set_result(None)
         else:
-            self._left -= is_done and not self._is_counted
-            self._is_counted = may_have_more and self._cpu.exits_waiting
-        return not self._left and not self._cpu.exits_waiting
+            run.add_done_callback(lambda _: stopped.set_result(None))
+            self.stop(run)
+        return stopped
 
-    def count_step(self) -> bool:
-        """Behind a step; whether the bound is used up."""
-        if not self.by_steps:
-            return False
-        self._left -= 1
-        return not self._left
+    def _serve(self, run: Run, by_lane: bool) -> None:
+        """In the CPU's thread."""
+        result: exits.Exit | None = None
+        failure: BaseException | None = None
+        try:
+            result = self._execute(run, self.cpu.vcpu.left_exit() if by_lane else None)
+        except VmfsError as error:
+            failure = known(error)
+        except BaseException as error:
+            failure = known(error)
+            if failure is error:  # a bug; the caller gets EIO and the log the traceback
+                failure = EngineFailed(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+        with self._lock:
+            self._seconds += time.perf_counter() - self._began
+            self._do_tasks()
+            self._run = None
+            self._set_still(object())
+            if by_lane and self.lane is not None:
+                self.lane.settle()
+            if self._closed:
+                failure = Gone("the machine was removed")
+            elif failure is not None:  # for those who did not wait for the run
+                result = self._error_exit(failure)
+            self._state = "paused"
+            if isinstance(result, exits.Shutdown) and result.cause == "reset" and not self._closed:
+                self._set_back()
+            if result is not None:
+                result = self._note(result)
+        self.tell()
+        if failure is not None:
+            run.set_exception(failure)
+        else:
+            run.set_result(result)
 
-    def _instructions(self) -> int:
-        return self._cpu.counters()["instructions"]
+    def _error_exit(self, failure: BaseException) -> exits.Error:
+        """The exit of a run that failed; with the lock held."""
+        try:
+            rip = REGISTERS["rip"].get(self.cpu.vcpu.get_state("regs"))
+        except VmfsError:  # of a CPU that can do nothing any more
+            rip = 0
+        return exits.Error(reason=str(failure), rip=rip)
+
+    def _execute(self, run: Run, first: exits.Exit | None) -> exits.Exit:
+        self._before_run()
+        timer = None
+        if run.bound.seconds is not None:
+            timer = threading.Timer(run.bound.seconds, self._expire, (run,))
+            timer.daemon = True
+            timer.start()
+        try:
+            asked = Asked(self._prepare, self._stop_for, self._do_tasks_now, lambda: self._points.stepping)
+            loop = RunLoop(run, self.cpu.vcpu, self.capabilities, self.board, self.trace, asked)
+            return self._explained(loop.to_exit(first))
+        finally:
+            if timer:
+                timer.cancel()
+            self._after_run()
+
+    def _prepare(self, bound: Bound, by_steps: bool) -> bool:
+        with self._lock:
+            return self._ask(bound, step=by_steps or self.trace.steps(self.capabilities))
+
+    def _ask(self, bound: Bound, step: bool) -> bool:
+        """Tell the engine what to stop for, if that changed. True when the debug file asks for steps."""
+        request = self._points.request()
+        stepping = request.step
+        if bound.until is not None:
+            request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(UNTIL, bound.until)))
+        if step:
+            request = replace(request, step=True)
+        self.cpu.set_debug(request)
+        return stepping
+
+    def _stop_for(self, reached: exits.Debug) -> exits.Debug | None:
+        """The stop that the caller is to see of those that the CPU came to at once, or None when the run goes
+        on: a condition is false, a count is not used up. In the CPU's thread."""
+        stops = {stop.id: stop for stop in (*reversed(reached.also), reached) if stop.id is not None}
+        ids = sorted(stops)
+        with self._lock:
+            wanted = self._points.reached(ids, CpuLooker(self.cpu.vcpu, self.memory.read))
+            if not wanted:
+                return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
+            if spent := [id_ for id_ in wanted if self._points.is_once(id_)]:
+                self._points = self._points.copy()
+                for id_ in spent:
+                    self._points.delete(id_)
+        return replace(stops[wanted[0]], also=())
+
+    def _expire(self, run: Run) -> None:
+        with self._lock:
+            if self._run is run:
+                run.expired = True
+                self._kick()
+
+    def _do_tasks_now(self) -> None:
+        with self._lock:
+            self._do_tasks()
+
+    def _do_tasks(self) -> None:
+        """What waited for a boundary; with the lock held, in the CPU's thread."""
+        while self._tasks:
+            task, future = self._tasks.popleft()
+            _do(task, self.cpu.vcpu, future)
+
+    def _note(self, exit_: exits.Exit) -> exits.Exit:
+        """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
+        self._state = _state_after(exit_)
+        self._counts[exit_.REASON] += 1
+        self._last_exit = exit_
+        self._exit_number += 1
+        return exit_
+
+    # ---- the CPU between instructions
+
+    def at_boundary(self, task: Callable[[Vcpu], T]) -> Future[T]:
+        """Do `task` with the CPU between two instructions: at once when nothing runs, else as soon as the
+        guest stops for it; it then goes on. The task must be short and change nothing a run relies on."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._check_open()
+            if self._run is None:
+                _do(task, self.cpu.vcpu, future)
+            else:
+                self._tasks.append((task, future))
+                self._kick()
+        return future
+
+    def _kick(self) -> None:
+        """End the present slice of a run, also where it waits for who reads the trace; with the lock held."""
+        self.cpu.vcpu.kick()
+        self.trace.interrupt()
+
+    def _notice(self) -> None:
+        """Make a running guest look at its interrupts; with the lock held."""
+        if self._run is not None:
+            self._kick()
+        self._moved()
+
+    def _moved(self) -> None:
+        """The CPU may not be as it was; with the lock held."""
+        if self._run is None:
+            self._set_still(object())
+
+    # ---- debugging
+
+    @property
+    def points(self) -> Points:
+        return self._points
+
+    def points_text(self) -> str:
+        """The `debug` file."""
+        with self._lock:
+            self._check_open()
+            return self._points.text(self.cpu.vcpu.way_of, self.symbols.label)
+
+    def set_points(self, change: Callable[[Points], object]) -> Future[None]:
+        """Change what runs stop for, from the next boundary on. `change` gets a copy of the points to change.
+
+        Asks the engine first: Unsupported when it cannot watch for all of that, and nothing changes.
+        """
+
+        def make_it(cpu: Vcpu) -> None:
+            points = self._points.copy()
+            change(points)
+            self._use_points(points)
+
+        return self.at_boundary(make_it)
+
+    def put_points(self, points: Points) -> Future[None]:
+        """Have points again that there were before."""
+        return self.at_boundary(lambda cpu: self._use_points(points.skip_ids(self._points.last_id)))
+
+    def _use_points(self, points: Points) -> None:
+        self.cpu.set_debug(points.request())
+        self._moved()
+        self._points = points
+
+    def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> Future[None]:
+        """Change what is traced, from the next boundary on. Unsupported where the engine cannot, and nothing has
+        changed."""
+
+        def make_it(cpu: Vcpu) -> None:
+            settings = change(self.trace.settings)
+            self._ask_trace(self.engine, self._machine, cpu, settings)
+            self.trace.apply(settings)
+
+        return self.at_boundary(make_it)
+
+    def _ask_trace(self, engine: Engine, machine: Machine, cpu: Vcpu, settings: TraceSettings) -> None:
+        if Capability.TRACE in machine.capabilities:
+            cpu.set_trace(settings.request(), self.trace)
+        else:
+            settings.check_steps(engine.name)
+
+    # ---- helpers
+
+    def _is_reading(self) -> bool:
+        """Whether an `in` or a load waits for its data; with the lock held."""
+        return getattr(self._last_exit, "direction", "") in ("in", "read") and bool(self.cpu.vcpu.access_data)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Gone("the machine was removed")
+
+    def _check_idle(self) -> None:
+        self._check_open()
+        if self._run is not None:
+            raise Busy("the machine is running")
+
+    def tell(self) -> None:
+        for callback in self._subscribers:
+            callback()
 
 
-def _is_step(exit_: exits.Exit) -> bool:
-    return isinstance(exit_, exits.Debug) and exit_.cause == "step"
+def _state_after(exit_: exits.Exit) -> str:
+    if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
+        return "paused"  # it was reset, and can go on
+    return {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
+
+
+def _do(task: Callable[[Vcpu], T], cpu: Vcpu, future: Future[T]) -> None:
+    try:
+        future.set_result(task(cpu))
+    except BaseException as error:
+        future.set_exception(error)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vmfs.debug.gdb.inferior import Inferior, Stop
 from vmfs.debug.gdb.packets import MOST, escape
 from vmfs.debug.gdb.target import DEFAULT, Layout, layout
-from vmfs.machine.control import UNBOUND, Bound
+from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words import exits
 from vmfs.words.errors import BadAddress, Gone, Invalid, VmfsError
 from vmfs.words.exits import Exit

@@ -31,8 +31,8 @@ from vmfs.debug.trace import (
     parse_span,
     parse_switch,
 )
-from vmfs.machine.control import UNBOUND, Bound
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_duration, parse_number, parse_size
 

@@ -16,13 +16,14 @@ from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import by_name
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Engine
+from vmfs.machine.control import MemoryHooks
 from vmfs.machine.door import Door
 from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.console import ConsolePort
 from vmfs.machine.files.gdb import GdbPort
 from vmfs.machine.files.handles import Kind, Scope
 from vmfs.machine.files.waiting import settled
-from vmfs.machine.machine import MemoryHooks, Vm
+from vmfs.machine.machine import Vm
 from vmfs.machine.memory import PAGE
 from vmfs.words.errors import Busy, Unsupported
 
@@ -113,7 +114,7 @@ class Contents(Scope):
         self._changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._count = itertools.count(2)
-        self._sizes = {name: len(blob) for name, blob in vm.reset_states.items()}
+        self._sizes = {name: len(blob) for name, blob in vm.cpu.reset_states.items()}
         for name in (*VCPU_STATES, *MACHINE_STATES):
             self.state_size(name)  # now, because a CPU that runs has to be stopped for it
         vm.subscribe(self.changed)

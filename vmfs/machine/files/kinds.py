@@ -15,12 +15,12 @@ from typing import Any
 import trio
 
 from vmfs.engine.base import INTERRUPT_QUEUE, MACHINE_STATES, Vcpu
-from vmfs.machine.control import UNBOUND, Bound, Run
 from vmfs.machine.files.commands import parse_bound, parse_command
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, POLL_PRI, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle
 from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.machine.files.waiting import finished, settled, value_of
+from vmfs.machine.runloop import UNBOUND, Bound, Run
 from vmfs.words import exits
 from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, LimitReached, PastEnd, VmfsError, WouldBlock, known
 
