@@ -202,9 +202,9 @@ def test_tcp_with_a_server_on_the_hosts_loopback(make_pc) -> None:
         pc.shell("up 2>&1")
         assert pc.shell("get").split()[0] == hashlib.sha256(Server.content).hexdigest()
         text = BUSYBOX.read_bytes().replace(b"\0", b"N")
-        # Observed with Debian 12's passt and a guest as fast as the translator makes it: a connection that begins right
-        # after another has ended is reset. With a pause, or without the translator, it is not.
-        time.sleep(5)
+        # A connection right after a large one. Where passt has lost frames of that, it sends all after them again at
+        # each duplicate ACK, the SYN-ACK is late for it, and the guest's second SYN is reset (tcp.c, tcp_data_from_tap
+        # and tcp_tap_handler; newer ones ignore such a SYN).
         assert pc.shell("put") == hashlib.sha256(text).hexdigest()
         sent = counters(pc, "net0")
         assert sent["rx_bytes"] > len(Server.content) and sent["tx_bytes"] > len(text)

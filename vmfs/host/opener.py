@@ -35,6 +35,7 @@ TUNSETIFF = 0x4004_54CA
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 _NAME_LENGTH = 15
 _NOBODY = 65_534
+_PASST_BUFFER = 8 << 20  # bytes on their way from passt, as far as net.core.wmem_max allows: it loses what is more
 
 
 class OpenPath(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -235,6 +236,7 @@ def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: S
     if os.geteuid() == 0:  # root's passt is nobody's
         identity = {"user": _NOBODY, "group": _NOBODY, "extra_groups": ()}
     mine, its = socket.socketpair()
+    its.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PASST_BUFFER)
     ready, pid_file = os.pipe()
     if identity:
         os.fchown(pid_file, _NOBODY, _NOBODY)

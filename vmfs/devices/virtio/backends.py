@@ -3,7 +3,7 @@
 `Passt` is the program of that name (https://passt.top): it speaks to the guest as a router with DHCP, and to the world
 by ordinary sockets, so it takes no rights. `Tap` is an interface of the host, and takes the right to open it.
 
-Neither blocks, and neither is used by two threads at a time.
+Neither blocks. Frames in one direction are for one thread at a time.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import errno
 import os
 import socket
 import struct
+from collections import deque
 from typing import Protocol
 
 MAX_FRAME = 65_535 + 14  # passt's packets have up to 65520 bytes
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
 _CHUNK = 1 << 18
-# What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem), and passt loses
-# frames when its socket is full: of an ARP reply, in Debian 12's, only the second half, which garbles all that follows.
-_ROOM = 16 << 20
+# What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem). More would only
+# make all wait for what passt sends again and again after a loss.
+_ROOM = 8 << 20
 
 
 class Backend(Protocol):
@@ -28,12 +29,13 @@ class Backend(Protocol):
     fd: int
 
     @property
-    def has_room(self) -> bool:
-        """Whether `collect` would keep frames that have come."""
+    def collects(self) -> bool:
+        """Whether `collect` may find something when `fd` is readable."""
         ...
 
-    def collect(self) -> None:
-        """Keep what has come for `receive`, as far as there is room, so that the other end need not wait."""
+    def collect(self) -> int:
+        """Keep what has come for `receive`, so that the other end need not wait. Returns how many frames are lost,
+        because there was no room for them."""
         ...
 
     @property
@@ -48,7 +50,7 @@ class Backend(Protocol):
         ...
 
     def receive(self) -> bytes | None:
-        """A frame, or None when none has come. OSError when none will."""
+        """A frame of those collected, or None when there is none. OSError when there will be none."""
         ...
 
     def describe(self) -> dict[str, str]: ...
@@ -57,30 +59,63 @@ class Backend(Protocol):
 
 
 class Stream:
-    """Frames, each behind its length in 32 bits, over a connected stream socket, which is closed with it."""
+    """Frames, each after its length in 32 bits, over a connected stream socket, which is closed with it.
+
+    What the guest does not take is lost here and not left in the socket: passt takes no account of a full one. It loses
+    the frames that do not fit (tap.c, tap_send_frames_passt), and of an ARP reply, in Debian 12's, only the second half
+    (tap_send), which garbles all that follows.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._socket = sock
         self.fd = sock.fileno()
-        self._in = bytearray()
-        self._ended = False
+        self._in = bytearray()  # the beginning of a frame
+        self._frames: deque[bytes] = deque()
+        self._held = 0  # bytes in _frames
+        self._end = ""  # why there will be no more
         self._out = b""  # the rest of a frame that the socket took a part of
 
     @property
-    def has_room(self) -> bool:
-        return len(self._in) < _ROOM and not self._ended
+    def collects(self) -> bool:
+        return not self._end
 
-    def collect(self) -> None:
-        while self.has_room:
+    def collect(self) -> int:
+        lost = 0
+        for _ in range(_ROOM // _CHUNK):
+            if self._end:
+                break
             try:
                 data = self._socket.recv(_CHUNK)
             except BlockingIOError:
-                return
+                break
             except OSError:
                 data = b""
+            if not data:
+                self._end = "the other end has closed the connection"
             self._in += data
-            self._ended = not data
+            lost += self._split()
+        return lost
+
+    def _split(self) -> int:
+        """Make frames of the bytes. Returns how many there was no room for."""
+        lost = at = 0
+        while len(self._in) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._in, at)
+            if not 0 < length <= MAX_FRAME:
+                self._end = f"a frame of {length} bytes"
+                break
+            end = at + _LENGTH.size + length
+            if len(self._in) < end:
+                break
+            if self._held + length <= _ROOM:
+                self._frames.append(bytes(self._in[at + _LENGTH.size : end]))
+                self._held += length
+            else:
+                lost += 1
+            at = end
+        del self._in[:at]
+        return lost
 
     @property
     def unsent(self) -> bool:
@@ -103,22 +138,13 @@ class Stream:
         return True
 
     def receive(self) -> bytes | None:
-        while True:
-            if len(self._in) >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._in)
-                if not 0 < length <= MAX_FRAME:
-                    raise OSError(f"a frame of {length} bytes")
-                end = _LENGTH.size + length
-                if len(self._in) >= end:
-                    frame = bytes(self._in[_LENGTH.size : end])
-                    del self._in[:end]
-                    return frame
-            before = len(self._in)
-            self.collect()
-            if len(self._in) == before:
-                if self._ended:
-                    raise OSError("the other end has closed the connection")
-                return None
+        if self._frames:
+            frame = self._frames.popleft()
+            self._held -= len(frame)
+            return frame
+        if self._end:
+            raise OSError(self._end)
+        return None
 
     def describe(self) -> dict[str, str]:
         return {"backend": "stream"}
@@ -146,11 +172,11 @@ class Tap:
         self.fd = fd
         self.name = name
         self.unsent = False
-        self.has_room = False  # the interface has a queue of its own
+        self.collects = False  # the interface has a queue of its own
         os.set_blocking(fd, False)
 
-    def collect(self) -> None:
-        pass
+    def collect(self) -> int:
+        return 0
 
     def flush(self) -> None:
         pass

@@ -3,8 +3,8 @@
 Source: VIRTIO 1.2, section 5.1. No offloads: each frame is whole, with its checksums, as on a wire.
 
 What the guest sends goes to the backend in the CPU's thread, at once; when the backend has no room, a thread goes on as
-soon as it has. That thread also brings what arrives, with the board's lock held. It reads no more than the guest has
-buffers for: the rest waits in the backend.
+soon as it has. That thread also brings what arrives, with the board's lock held. What the guest has no buffers for
+waits in the backend, or is lost.
 """
 
 from __future__ import annotations
@@ -153,19 +153,24 @@ class Net(VirtioDevice):
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
                 is_sending = self._blocked and self.is_live or self.backend.unsent
-                is_receiving = not self._starved or self.backend.has_room
+                is_receiving = not self._starved or self.backend.collects
                 events = (select.POLLIN if is_receiving else 0) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
             poller.poll(0 if more else None)
+            lost = self.backend.collect()  # before it waits for the lock
             with self.board.lock:
                 if self._closing:
                     return
                 _drain(self._wake)
+                self._count_lost(lost)
                 with self.guarded():
                     self._go_on_sending()
                     more = self._receive()
-                    self.backend.collect()
+
+    def _count_lost(self, frames: int) -> None:
+        if frames:
+            self.counters["rx_dropped"] += frames
 
     def _receive(self) -> bool:
         """Bring what has arrived to the guest, or nowhere while it has no driver. True when there is more."""
@@ -173,6 +178,7 @@ class Net(VirtioDevice):
         is_live = self.is_live and queue.enabled
         count = 0
         while count < _BATCH and not self._starved and self.link_up:
+            self._count_lost(self.backend.collect())  # at each frame: passt sends faster than a guest receives
             if self._frame is None:
                 try:
                     self._frame = self.backend.receive()
