@@ -214,6 +214,9 @@ struct msr_state {
         hardware_configuration, mcg_cap, mcg_status, mc_bank[MC_BANKS][4] /* CTL, STATUS, ADDR, MISC */;
 };
 
+/* The room before struct vcpu: the stack of host code, for the frames of signals (with AVX-512 and AMX, 11 KB). */
+enum { HOST_STACK = 1 << 16 };
+
 struct vcpu {
     /* What every handler touches. */
     u64 gpr[GPR_COUNT];       /* gpr[GPR_IP]: instruction pointer (not linear) at the start of the running block;
@@ -228,6 +231,7 @@ struct vcpu {
     u64 rflags;               /* all but the arithmetic flags */
     u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
     u64 scratch;
+    u64 host_stack;           /* the thread's stack pointer, while host code runs */
     bool continues;           /* the handler that host code called did not leave */
     bool translated;          /* host code runs, */
     u64 translated_from;      /* ... since so many instructions were retired */

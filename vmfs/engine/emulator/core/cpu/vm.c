@@ -297,14 +297,15 @@ struct vcpu *vcpu_create(struct vm *vm, unsigned index)
 {
     if (index >= CORE_VCPUS || vm->vcpus[index])
         return NULL;
-    struct vcpu *c = aligned_alloc(64, (sizeof *c + 63) & ~(size_t)63);
-    if (!c)
+    u8 *room = aligned_alloc(64, HOST_STACK + ((sizeof(struct vcpu) + 63) & ~(size_t)63));
+    if (!room)
         return NULL;
+    struct vcpu *c = (struct vcpu *)(room + HOST_STACK);
     memset(c, 0, sizeof *c);
     c->vm = vm;
     c->index = index;
     if (cache_create(c)) {
-        free(c);
+        free(room);
         return NULL;
     }
     tlb_clear(c);
@@ -322,7 +323,7 @@ void vcpu_destroy(struct vcpu *c)
     cache_destroy(c);
     stops_free(c);
     free(c->tracer);
-    free(c);
+    free((u8 *)c - HOST_STACK);
 }
 
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)

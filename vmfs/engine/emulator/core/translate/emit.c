@@ -419,12 +419,12 @@ void emit_stubs(struct translation *t)
         case STUB_STOP: /* the block of `scratch` does not fit into the budget, whose part is in T1 */
             if (s.record->left)
                 lea64(&t->code, T1, in_memory(T1, s.record->left));
-            put_modrm(&t->code, I_W, M1, 0x01, T1, FIELD(budget));
+            put_modrm(&t->code, I_W, M1, 0x01, T1, in_register(BUDGET));
             land(jump(&t->code), shared_code(t->translator)->stop);
             break;
         case STUB_LEAVE:
             if (s.budget)
-                alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), s.budget);
+                alu_constant(&t->code, I_W, GROUP_ADD, in_register(BUDGET), s.budget);
             if (s.stack)
                 move_stack(t, GUEST_RSP, s.stack);
             move_vectors(t, s.dirty, true);
@@ -630,13 +630,13 @@ static void emit_jump_after(struct translation *t, const struct record *r, i32 s
     if (change) {
         if (t->where == IN_HOST)
             t->where = IN_RECIPE;
-        alu_constant(&t->code, I_W, GROUP_ADD, FIELD(budget), change);
+        alu_constant(&t->code, I_W, change < 0 ? GROUP_SUB : GROUP_ADD, in_register(BUDGET), change < 0 ? -change : change);
     }
     if (change < 0) {
         struct stub *s = add_stub(t, STUB_LEAVE, r);
         s->budget = -change;
         s->stack = stack;
-        land_at_member(t, jump_if(&t->code, CC_NS), target);
+        land_at_member(t, jump_if(&t->code, CC_GE), target); /* fuses with SUB, as CC_NS does not */
         stub_jump(s, jump(&t->code));
     } else {
         land_at_member(t, jump(&t->code), target);
@@ -680,8 +680,8 @@ void emit_enter(struct translation *t, const struct record *r)
     load32(code, T1, in_memory(T1, offsetof(struct block, count)));
     if (r->left)
         lea64(code, T1, in_memory(T1, -(i32)r->left));
-    put_modrm(code, I_W, M1, 0x29, T1, FIELD(budget));
-    stub_jump(s, jump_if(code, CC_S));
+    put_modrm(code, I_W, M1, 0x29, T1, in_register(BUDGET));
+    stub_jump(s, jump_if(code, CC_L));
     put_modrm(code, 0, M1, 0xff, 4, in_register(T0));
 }
 

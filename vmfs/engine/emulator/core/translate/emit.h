@@ -7,7 +7,7 @@
 
 /* Host registers. Guest registers have their own numbers but for RSP, which is R12, and R12 to R15, which stay in struct
  * vcpu: so AH to BH, and implied RAX, RCX, RDX are themselves. */
-enum { GUEST_RSP = 12, T0 = 13, T1 = 14, C = 15 };
+enum { C = RSP /* struct vcpu: host code's stack ends where that begins */, GUEST_RSP = 12, T0 = 13, T1 = 14, BUDGET = 15 };
 #define FIELD(name) in_memory(C, (i32)offsetof(struct vcpu, name))
 
 enum {

@@ -56,21 +56,28 @@ static void put_pop(struct code *code, unsigned reg) { put_opcode(code, 0, reg >
 
 static void spill(struct code *code)
 {
+    store64(code, FIELD(budget), BUDGET);
     for (unsigned i = 0; i < 16; i++)
         if (pinned(i * 8) != NO_REGISTER)
             store64(code, guest_place(i * 8), pinned(i * 8));
 }
 static void reload(struct code *code)
 {
+    load64(code, BUDGET, FIELD(budget));
     for (unsigned i = 0; i < 16; i++)
         if (pinned(i * 8) != NO_REGISTER)
             load64(code, pinned(i * 8), guest_place(i * 8));
 }
+/* From host code's stack to the thread's, and out of `enter`. */
 static void restore_host(struct code *code)
 {
-    lea64(code, RSP, in_memory(RSP, 8));
     for (unsigned i = sizeof saved; i--;)
         put_pop(code, saved[i]);
+}
+static void jump_to(struct code *code, void (*function)(void))
+{
+    load_constant(code, RAX, (u64)(uintptr_t)function);
+    put_modrm(code, 0, M1, 0xff, 4, in_register(RAX));
 }
 
 OP(op_continue)
@@ -127,13 +134,15 @@ static void translated_stop(struct vcpu *c)
 
 static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
 
+/* Host code's stack is the room below struct vcpu (HOST_STACK), so that RSP is also the register for that. There its calls leave
+ * a return address, and signals their frames; C code runs on the thread's stack. */
 static void write_shared(struct translator *t)
 {
     struct code code = {t->writable};
     u8 *enter = code.at; /* (c, code) */
     for (unsigned i = 0; i < sizeof saved; i++)
         put_push(&code, saved[i]);
-    lea64(&code, RSP, in_memory(RSP, -8));
+    store64(&code, in_memory(RDI, offsetof(struct vcpu, host_stack)), RSP);
     load64(&code, C, in_register(RDI));
     load64(&code, T0, in_register(RSI));
     reload(&code);
@@ -144,31 +153,37 @@ static void write_shared(struct translator *t)
     spill(&code);
     load64(&code, RDI, in_register(C));
     load64(&code, RSI, in_register(T0));
+    load64(&code, RSP, FIELD(host_stack));
     restore_host(&code);
-    load_constant(&code, RAX, (u64)(uintptr_t)translated_leave);
-    put_modrm(&code, 0, M1, 0xff, 4, in_register(RAX));
+    jump_to(&code, (void (*)(void))translated_leave);
 
     t->shared.stop = code.at;
     spill(&code);
     load64(&code, RDI, in_register(C));
+    load64(&code, RSP, FIELD(host_stack));
     restore_host(&code);
-    load_constant(&code, RAX, (u64)(uintptr_t)translated_stop);
-    put_modrm(&code, 0, M1, 0xff, 4, in_register(RAX));
+    jump_to(&code, (void (*)(void))translated_stop);
 
     t->shared.call = code.at; /* T0: the site */
+    put_pop(&code, T1);
     spill(&code);
+    load64(&code, RBX, in_register(C));
+    load64(&code, RBP, in_register(T1));
     load64(&code, RDI, in_register(C));
     load64(&code, RSI, in_register(T0));
-    lea64(&code, RSP, in_memory(RSP, -8));
+    load64(&code, RSP, FIELD(host_stack));
+    lea64(&code, RSP, in_memory(RSP, -8)); /* aligned to 16 */
     load_constant(&code, RAX, (u64)(uintptr_t)translated_call);
     put_modrm(&code, 0, M1, 0xff, 2, in_register(RAX));
     put_modrm(&code, 0, M1, 0x84, RAX, in_register(RAX));
     u8 *left = jump_if(&code, CC_E);
-    lea64(&code, RSP, in_memory(RSP, 8));
+    load64(&code, C, in_register(RBX));
+    load64(&code, T1, in_register(RBP));
     reload(&code);
+    put_push(&code, T1);
     put8(&code, 0xc3);
     land(left, code.at);
-    lea64(&code, RSP, in_memory(RSP, 16));
+    lea64(&code, RSP, in_memory(RSP, 8));
     restore_host(&code);
     put8(&code, 0xc3);
     u8 *run = executable(t, enter);
