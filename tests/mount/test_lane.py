@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Machine, Server, blocked_read, failing, running, serving, wait_until
+from mounting import LIBC, Machine, Server, blocked_read, failing, running, serving, wait_until
 
 OUT_LOOP = "e680 ebfc"  # again: out 0x80, al; jmp again
 FOREVER = "ebfe"
@@ -299,6 +300,33 @@ def test_a_machine_that_dies(tmp_path_factory, any_engine):
         other = looping(server.make())
         with opened(other, "vm_run.bin") as runs:
             assert len(run(runs)) == 64
+            other.load(FOREVER)
+            call = blocked_read(runs)
+            time.sleep(0.2)  # nobody looks: it is the lane's alone
+            os.kill(int(stat(other)["pid"]), signal.SIGKILL)
+            assert call.end()[:2] == (-1, errno.EIO)
+
+
+def test_a_server_that_dies(tmp_path_factory, any_engine):
+    """Its readers wake up, and the CPU that ran for the lane ends."""
+    with contextlib.ExitStack() as stack:
+        directory = tmp_path_factory.mktemp("mount") / "m"
+        directory.mkdir()
+        server = Server(directory, engine="emulator")
+        stack.callback(server.end)
+        vm = looping(server.make())
+        fd = os.open(vm / "vm_run.bin", os.O_RDONLY)
+        stack.callback(os.close, fd)
+        run(fd)
+        machine = os.pidfd_open(int(stat(vm)["pid"]))
+        stack.callback(os.close, machine)
+        vm.load(FOREVER)
+        call = blocked_read(fd)
+        time.sleep(0.2)
+        server.server.kill()
+        size, error, _ = call.end()
+        assert size == -1 and error in (errno.ECONNABORTED, errno.ENOTCONN)
+        assert select.select([machine], [], [], 20)[0], "the machine's process has not ended"
 
 
 def test_nothing_is_lost_among_others(server, vm):
@@ -365,6 +393,17 @@ def test_nothing_is_lost_among_others(server, vm):
     assert int(after["runs"]) - int(before["runs"]) == ran
 
 
+def wake(futex) -> None:
+    """futex(2), FUTEX_WAKE of one who sleeps there."""
+    LIBC.syscall(202, futex, 1, 1, None, None, 0)
+
+
+def answering_threads(server) -> int:
+    """The server's threads that answer runs: one for each machine with `vm_run.bin` open."""
+    names = [(task / "comm").read_text() for task in Path(f"/proc/{server.server.pid}/task").iterdir()]
+    return names.count("vmfs-lane-runs\n")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="another's memory is written")
 def test_a_hostile_page(server, vm):
     """What a machine writes into its page hurts nobody but its own readers."""
@@ -379,6 +418,7 @@ def test_a_hostile_page(server, vm):
         place = "-".join(part.lstrip("0") for part in line.split()[0].split("-"))
         fd = os.open(process / "map_files" / place, os.O_RDWR)
         page = mmap.mmap(fd, 4096)
+        ended = ctypes.c_uint32.from_buffer(page, 704)
         assert failing(os.ftruncate, fd, 0) == errno.EPERM
         os.close(fd)
         os.kill(int(stat(vm)["pid"]), signal.SIGSTOP)  # it is this test from now on
@@ -391,8 +431,9 @@ def test_a_hostile_page(server, vm):
                 for at in range(0, 32, 4):
                     number = choose.choice((0, 1, 2, 7, 0xFFFFFFFF, choose.getrandbits(32)))
                     page[at : at + 4] = struct.pack("<I", number)
-                for at in range(640, 672, 4):
+                for at in (*range(640, 672, 4), 704, 708):  # orders, and what says that they have ended
                     page[at : at + 4] = struct.pack("<I", choose.choice((0, 1, 0xFFFFFFFF, choose.randrange(4096))))
+                wake(ctypes.byref(ended))
 
         writer = threading.Thread(target=write)
         writer.start()
@@ -404,6 +445,13 @@ def test_a_hostile_page(server, vm):
                 assert struct.unpack("<Q", os.pread(their_regs, 8, 128))[0] == 0x1002
         stop.set()
         writer.join()
+        deadline = time.monotonic() + 20
+        while answering_threads(server):  # it wakes its thread of the server all the time, until it has none
+            assert time.monotonic() < deadline
+            for _ in range(100):
+                ended.value += 1
+                wake(ctypes.byref(ended))
+        del ended
         page.close()
         os.kill(int(stat(other)["pid"]), 0)
         vm.path.rmdir()

@@ -638,18 +638,9 @@ static PyObject *fuse_lane_serves(PyObject *module, PyObject *args)
     return PyBool_FromLong(lane_serves());
 }
 
-PyDoc_STRVAR(lane_done_doc,
-    "lane_done()\n\n"
-    "The descriptor that machines wake the lane by.");
-
-static PyObject *fuse_lane_done(PyObject *module, PyObject *args)
-{
-    return PyLong_FromLong(lane_done());
-}
-
 PyDoc_STRVAR(lane_stop_doc,
     "lane_stop()\n\n"
-    "Ends the lane's thread. Before the mount is given up: the thread holds its device open.");
+    "Ends the lane's threads. Before the mount is given up: they hold its device open.");
 
 static PyObject *fuse_lane_stop(PyObject *module, PyObject *args)
 {
@@ -691,7 +682,7 @@ static PyObject *fuse_lane_close(PyObject *module, PyObject *capsule)
 }
 
 PyDoc_STRVAR(lane_add_doc,
-    "lane_add(fh, machine, file, handle)\n\n"
+    "lane_add(fh, machine, file, handle) -> whether it is the lane's now\n\n"
     "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle.");
 
 static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
@@ -704,7 +695,7 @@ static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
     struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
     if (!machine)
         return NULL;
-    return lane_add(fh, machine, file, handle) ? PyErr_NoMemory() : Py_NewRef(Py_None);
+    return PyBool_FromLong(!lane_add(fh, machine, file, handle));
 }
 
 PyDoc_STRVAR(lane_forget_doc,
@@ -716,7 +707,9 @@ static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
     unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
     if (fh == (unsigned long long)-1 && PyErr_Occurred())
         return NULL;
+    Py_BEGIN_ALLOW_THREADS
     lane_forget(fh);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -969,7 +962,6 @@ static PyMethodDef methods[] = {
     {"passthrough_open", fuse_passthrough_open, METH_VARARGS, passthrough_open_doc},
     {"want_lane", fuse_want_lane, METH_VARARGS, want_lane_doc},
     {"lane_serves", fuse_lane_serves, METH_NOARGS, lane_serves_doc},
-    {"lane_done", fuse_lane_done, METH_NOARGS, lane_done_doc},
     {"lane_stop", fuse_lane_stop, METH_NOARGS, lane_stop_doc},
     {"lane_map", fuse_lane_map, METH_VARARGS, lane_map_doc},
     {"lane_close", fuse_lane_close, METH_O, lane_close_doc},

@@ -2,20 +2,21 @@
  * the page that their machine shares (vmfs/words/lane.h); every other message, and every read that the page has no answer
  * for, waits in a queue for pyfuse3, as if it had read it from the device.
  *
- * It never waits for a machine: a second thread answers the runs that the first has asked for. A run that takes long is
- * left to Python, where its caller can be interrupted, and waits without a thread.
+ * It never waits for a machine: a machine that has files open by which it is run has a thread here, which answers the runs that
+ * the first has asked for. One thread reads, so that messages keep their order (an interrupt comes after its request). A run
+ * may take as long as it likes, until its caller is signalled, or its machine wants to end it in Python.
  *
- * Nobody spins: on two busy CPUs all waiting was cheaper asleep, since who is woken takes the CPU of the one who
- * wakes it and then sleeps.
+ * What an exit costs are four wake-ups, so each is a futex, and has no timeout, which would have a timer programmed. Nobody
+ * spins: on two busy CPUs all waiting was cheaper asleep, since who is woken takes the CPU of the one who wakes it and
+ * then sleeps.
  *
- * Source: linux/fuse.h; Linux fs/fuse/dev.c. */
+ * Source: linux/fuse.h; Linux fs/fuse/dev.c; futex(2). */
 
 #define _GNU_SOURCE
 #include "lane.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -36,9 +37,15 @@ enum {
     MESSAGE_MOST = 257 * 4096,
     SMALL = 64 << 10,           /* a longer message is passed on in the buffer that it was read into */
     BUCKETS = 1024,
-    PENDING_MOST = 64,
-    RUN_NS = 1000000,           /* that a run may take before it is left to Python, */
-    LOOK_MS = 2,                /* which is looked at so often */
+    STACK = 64 << 10,           /* of a machine's thread */
+    IDLE_MOST = 1000,           /* so often a machine may wake its thread for nothing */
+};
+
+/* Who reads a file of runs, and waits. */
+struct asked {
+    uint64_t fh;
+    struct fuse_in_header header;
+    struct fuse_read_in read;
 };
 
 struct lane_machine {
@@ -46,8 +53,16 @@ struct lane_machine {
     unsigned references;        /* with the lock: the maker's, and an open file each */
     int closed;
     uint32_t number;            /* of its last order */
-    int waits;                  /* its order is in `pending` */
-    struct lane_counts counts;  /* the thread's */
+    int waits;                  /* its order is under way, for `asked` */
+    struct asked asked;
+    unsigned idle;              /* how often its thread was woken for nothing since */
+    struct lane_counts counts;
+
+    /* of its thread */
+    unsigned run_files;         /* open files that need it */
+    struct lane_machine *next;  /* of lane.machines */
+    pthread_t thread;
+    int ends;
 };
 
 struct hot {
@@ -66,14 +81,6 @@ struct message {
     void *bytes;
 };
 
-struct pending {
-    uint64_t fh, deadline;
-    struct lane_machine *machine;   /* with a reference */
-    uint32_t number;
-    struct fuse_in_header header;
-    struct fuse_read_in read;
-};
-
 static struct {
     pthread_mutex_t lock;       /* of the hot files and the machines */
     struct hot *hot[BUCKETS];
@@ -83,12 +90,10 @@ static struct {
     int ended;                  /* the thread does not read any more */
 
     int started, ending;
-    int device, readable, done; /* /dev/fuse; eventfds */
-    pthread_t reader, ender;
-    struct pending pending[PENDING_MOST];
-    unsigned pending_count;     /* with `lock` */
-    int rests;                  /* with `lock`: `ender` sleeps until it is woken */
-} lane = {.lock = PTHREAD_MUTEX_INITIALIZER, .queue_lock = PTHREAD_MUTEX_INITIALIZER, .device = -1, .readable = -1, .done = -1};
+    int device, readable;       /* /dev/fuse; an eventfd */
+    pthread_t reader;
+    struct lane_machine *machines;  /* with `lock`: those that have a thread */
+} lane = {.lock = PTHREAD_MUTEX_INITIALIZER, .queue_lock = PTHREAD_MUTEX_INITIALIZER, .device = -1, .readable = -1};
 
 /* ---- machines and hot files ---- */
 
@@ -116,12 +121,6 @@ static void release(struct lane_machine *machine)       /* with the lock */
     free(machine);
 }
 
-void lane_close(struct lane_machine *machine)
-{
-    pthread_mutex_lock(&lane.lock);
-    machine->closed = 1;
-    pthread_mutex_unlock(&lane.lock);
-}
 
 void lane_release(struct lane_machine *machine)
 {
@@ -139,13 +138,21 @@ static struct hot **find(uint64_t fh)
     return each;
 }
 
+static int begin_thread(struct lane_machine *machine);
+static void end_thread(struct lane_machine *machine);
+
 int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle)
 {
     struct hot *one = calloc(1, sizeof *one);
     if (!one)
         return -ENOMEM;
+    if (file == LANE_RUN && !machine->run_files && begin_thread(machine)) {
+        free(one);
+        return -EAGAIN;
+    }
     *one = (struct hot){.fh = fh, .machine = machine, .file = file, .handle = handle};
     pthread_mutex_lock(&lane.lock);
+    machine->run_files += file == LANE_RUN;
     machine->references++;
     one->next = lane.hot[fh % BUCKETS];
     lane.hot[fh % BUCKETS] = one;
@@ -157,12 +164,18 @@ void lane_forget(uint64_t fh)
 {
     pthread_mutex_lock(&lane.lock);
     struct hot **place = find(fh), *one = *place;
-    if (one) {
+    if (one)
         *place = one->next;
-        release(one->machine);
-        free(one);
-    }
+    int was_last = one && one->file == LANE_RUN && !--one->machine->run_files;
     pthread_mutex_unlock(&lane.lock);
+    if (!one)
+        return;
+    if (was_last)
+        end_thread(one->machine);
+    pthread_mutex_lock(&lane.lock);
+    release(one->machine);
+    pthread_mutex_unlock(&lane.lock);
+    free(one);
 }
 
 /* ---- answers ---- */
@@ -266,46 +279,50 @@ long lane_receive(void **message)
 
 /* ---- runs ---- */
 
-/* With the lock. Answer a run that has ended, else leave it to Python; it is pending no more. */
-static void end_pending(unsigned at)
-{
-    struct pending one = lane.pending[at];
-    struct lane_machine *machine = one.machine;
-    struct lane_page *page = machine->page;
+/* What becomes of a read of a file of runs: the line of the exit, or it is Python's. */
+struct outcome {
+    struct asked asked;
+    int is_answer;
     uint8_t line[LANE_EXIT_SIZE];
+};
 
-    lane.pending[at] = lane.pending[--lane.pending_count];
-    machine->waits = 0;
-    /* A run that has just ended allows neither of these, and is answered: Python would run the guest again. */
-    if (!lane_step_on(&page->order, one.number, LANE_POSTED, LANE_NONE)
-        && !lane_step_on(&page->order, one.number, LANE_TAKEN, LANE_LEFT)
-        && __atomic_load_n(&page->order, __ATOMIC_ACQUIRE) == (one.number << LANE_STEP_BITS | LANE_DONE)) {
-        memcpy(line, page->exit, sizeof line);
-        machine->counts.runs++;
-        struct hot *file = *find(one.fh);
-        if (file) {
-            file->has_line = 1;
-            memcpy(file->line, line, sizeof line);
-        }
-        answer_part(&one.header, &one.read, line, sizeof line);
-    } else {
-        machine->counts.left++;
-        pass_read(&one.header, &one.read);
-    }
-    release(machine);
+static int is_at(const struct lane_machine *machine, enum lane_step step)
+{
+    return __atomic_load_n(&machine->page->order, __ATOMIC_SEQ_CST) == (machine->number << LANE_STEP_BITS | step);
 }
 
-/* With the lock. End those that are over, and those that take too long. */
-static void look_at_pending(void)
+/* With the lock: take the run that the machine is asked for as answered, where it has ended, else leave it to Python. */
+static void end_order(struct lane_machine *machine, struct outcome *outcome)
 {
-    for (unsigned at = lane.pending_count; at-- > 0;) {
-        struct pending *one = &lane.pending[at];
-        uint32_t order = __atomic_load_n(&one->machine->page->order, __ATOMIC_ACQUIRE);
-        int under_way = order == (one->number << LANE_STEP_BITS | LANE_POSTED)
-                        || order == (one->number << LANE_STEP_BITS | LANE_TAKEN);
-        if (!under_way || lane_now() >= one->deadline)
-            end_pending(at);
+    struct lane_page *page = machine->page;
+
+    machine->waits = 0;
+    machine->idle = 0;
+    outcome->asked = machine->asked;
+    /* A run that has just ended allows neither of these, and is answered: Python would run the guest again. */
+    outcome->is_answer = !lane_step_on(&page->order, machine->number, LANE_POSTED, LANE_NONE)
+                         && !lane_step_on(&page->order, machine->number, LANE_TAKEN, LANE_LEFT) && is_at(machine, LANE_DONE);
+    if (!outcome->is_answer) {
+        machine->counts.left++;
+        return;
     }
+    machine->counts.runs++;
+    memcpy(outcome->line, page->exit, sizeof outcome->line);
+    struct hot *file = *find(machine->asked.fh);
+    if (file) {
+        file->has_line = 1;
+        memcpy(file->line, outcome->line, sizeof file->line);
+    }
+}
+
+/* Without the lock. */
+static void finish(const struct outcome *outcome)
+{
+    const struct asked *asked = &outcome->asked;
+    if (outcome->is_answer)
+        answer_part(&asked->header, &asked->read, outcome->line, sizeof outcome->line);
+    else
+        pass_read(&asked->header, &asked->read);
 }
 
 /* With the lock. Whether the run was asked for. */
@@ -314,22 +331,52 @@ static int ask_for_run(struct hot *file, const struct fuse_in_header *header, co
     struct lane_machine *machine = file->machine;
     struct lane_page *page = machine->page;
 
-    if (machine->waits || lane.pending_count == PENDING_MOST || !__atomic_load_n(&page->is_open, __ATOMIC_ACQUIRE))
+    if (machine->waits || !__atomic_load_n(&page->is_open, __ATOMIC_ACQUIRE))
         return 0;
     machine->waits = 1;
-    machine->references++;
-    uint32_t number = machine->number = (machine->number + 1) & (UINT32_MAX >> LANE_STEP_BITS);
-    lane.pending[lane.pending_count++] = (struct pending){
-        file->fh, lane_now() + RUN_NS, machine, number, *header, *read,
-    };
+    machine->number = (machine->number + 1) & (UINT32_MAX >> LANE_STEP_BITS);
+    machine->asked = (struct asked){file->fh, *header, *read};
     __atomic_store_n(&page->handle, file->handle, __ATOMIC_RELAXED);
-    __atomic_store_n(&page->order, number << LANE_STEP_BITS | LANE_POSTED, __ATOMIC_SEQ_CST);
-    lane_ring(page);
-    if (lane.rests) {
-        lane.rests = 0;
-        eventfd_write(lane.done, 1);
-    }
+    __atomic_store_n(&page->order, machine->number << LANE_STEP_BITS | LANE_POSTED, __ATOMIC_SEQ_CST);
+    lane_signal(&page->bell, &page->sleeps);
     return 1;
+}
+
+void lane_close(struct lane_machine *machine)
+{
+    struct outcome outcome;
+    pthread_mutex_lock(&lane.lock);
+    machine->closed = 1;
+    int waits = machine->waits;
+    if (waits)
+        end_order(machine, &outcome);
+    pthread_mutex_unlock(&lane.lock);
+    if (waits)
+        finish(&outcome);
+}
+
+/* The thread of a machine: answers its runs as they end. */
+static void *answer_runs(void *argument)
+{
+    struct lane_machine *machine = argument;
+    struct lane_page *page = machine->page;
+    struct outcome outcome;
+
+    prctl(PR_SET_NAME, "vmfs-lane-runs", 0, 0, 0);
+    while (!__atomic_load_n(&machine->ends, __ATOMIC_SEQ_CST)) {
+        uint32_t ended = __atomic_load_n(&page->ended, __ATOMIC_SEQ_CST);
+        pthread_mutex_lock(&lane.lock);
+        int is_over = machine->waits && !is_at(machine, LANE_POSTED) && !is_at(machine, LANE_TAKEN);
+        if (is_over)
+            end_order(machine, &outcome);
+        else if (++machine->idle > IDLE_MOST)
+            machine->closed = machine->ends = 1;        /* it wants to keep this thread busy */
+        pthread_mutex_unlock(&lane.lock);
+        if (is_over)
+            finish(&outcome);
+        lane_sleep(&page->ended, &page->server_sleeps, ended);
+    }
+    return NULL;
 }
 
 /* ---- messages ---- */
@@ -379,11 +426,17 @@ static void before_passing(const struct fuse_in_header *header, const uint8_t *a
         return;
     memcpy(&key, argument, sizeof key);         /* fuse_interrupt_in's unique; the fh of the others */
     if (header->opcode == FUSE_INTERRUPT) {
+        struct outcome outcome;
+        int is_found = 0;
         pthread_mutex_lock(&lane.lock);
-        for (unsigned at = lane.pending_count; at-- > 0;)
-            if (lane.pending[at].header.unique == key)
-                end_pending(at);
+        for (struct lane_machine *each = lane.machines; each && !is_found; each = each->next)
+            if (each->waits && each->asked.header.unique == key) {
+                is_found = 1;
+                end_order(each, &outcome);
+            }
         pthread_mutex_unlock(&lane.lock);
+        if (is_found)
+            finish(&outcome);
     } else if (header->opcode == FUSE_WRITE || header->opcode == FUSE_POLL) {
         pthread_mutex_lock(&lane.lock);
         struct hot *file = *find(key);
@@ -446,61 +499,81 @@ static void *read_messages(void *argument)
     return NULL;
 }
 
-static void *end_runs(void *ignored)
-{
-    struct pollfd on = {lane.done, POLLIN, 0};
-    int idle = 0;
-
-    prctl(PR_SET_NAME, "vmfs-lane-runs", 0, 0, 0);
-    while (!__atomic_load_n(&lane.ending, __ATOMIC_SEQ_CST)) {
-        eventfd_t count;
-        /* Deadlines are looked at so often; who asks for a run need not wake this thread for it, unless it rests. */
-        int woken = poll(&on, 1, idle ? -1 : LOOK_MS) > 0;
-        if (woken)
-            eventfd_read(lane.done, &count);
-        pthread_mutex_lock(&lane.lock);
-        look_at_pending();
-        idle = lane.rests = !woken && !lane.pending_count;
-        pthread_mutex_unlock(&lane.lock);
-    }
-    pthread_mutex_lock(&lane.lock);
-    while (lane.pending_count)
-        end_pending(0);
-    pthread_mutex_unlock(&lane.lock);
-    return NULL;
-}
-
-int lane_done(void) { return lane.done; }
+/* ---- threads ---- */
 
 static void wake_up(int ignored) { (void)ignored; }
 
-static int start_threads(void)
+/* Python's signals go to its main thread; the one that wakes a thread of the lane goes to that. */
+static int begin(pthread_t *thread, void *(*body)(void *), void *argument, size_t stack)
 {
-    sigset_t all, before;
-    struct sigaction action = {.sa_handler = wake_up};      /* no SA_RESTART: it ends a read */
-    uint8_t *buffer = malloc(MESSAGE_MOST);
-    if (!buffer)
-        return ENOMEM;
-    sigfillset(&all);           /* Python's signals go to its main thread */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&lane.ender, NULL, end_runs, NULL);
-    sigaction(WAKE_SIGNAL, &action, NULL);
-    sigdelset(&all, WAKE_SIGNAL);
-    pthread_sigmask(SIG_SETMASK, &all, NULL);
-    if (!error && (error = pthread_create(&lane.reader, NULL, read_messages, buffer))) {
-        __atomic_store_n(&lane.ending, 1, __ATOMIC_SEQ_CST);
-        eventfd_write(lane.done, 1);
-        pthread_join(lane.ender, NULL);
-    }
+    sigset_t blocked, before;
+    pthread_attr_t attributes;
+
+    sigfillset(&blocked);
+    sigdelset(&blocked, WAKE_SIGNAL);
+    pthread_attr_init(&attributes);
+    if (stack)
+        pthread_attr_setstacksize(&attributes, stack);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int error = pthread_create(thread, &attributes, body, argument);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error)
-        free(buffer);
+    pthread_attr_destroy(&attributes);
     return error;
+}
+
+/* Wake a thread that is to end, again and again: a signal may come right before the sleep that it is to end. */
+static void end(pthread_t thread)
+{
+    struct timespec until;
+    do {
+        pthread_kill(thread, WAKE_SIGNAL);
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += 2000000;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+    } while (pthread_timedjoin_np(thread, NULL, &until));
+}
+
+static int begin_thread(struct lane_machine *machine)
+{
+    machine->ends = 0;
+    int error = begin(&machine->thread, answer_runs, machine, STACK);
+    if (error)
+        return error;
+    pthread_mutex_lock(&lane.lock);
+    machine->next = lane.machines;
+    lane.machines = machine;
+    pthread_mutex_unlock(&lane.lock);
+    return 0;
+}
+
+/* Of a machine that has one, unless the lane has ended. */
+static void end_thread(struct lane_machine *machine)
+{
+    struct outcome outcome;
+    pthread_mutex_lock(&lane.lock);
+    struct lane_machine **place = &lane.machines;
+    while (*place && *place != machine)
+        place = &(*place)->next;
+    int has_thread = *place == machine;
+    if (has_thread)
+        *place = machine->next;
+    int waits = has_thread && machine->waits;
+    if (waits)
+        end_order(machine, &outcome);
+    __atomic_store_n(&machine->ends, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&lane.lock);
+    if (waits)
+        finish(&outcome);
+    if (has_thread)
+        end(machine->thread);
 }
 
 static void close_all(void)
 {
-    int *each[] = {&lane.device, &lane.readable, &lane.done};
+    int *each[] = {&lane.device, &lane.readable};
     for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
         if (*each[i] >= 0)
             close(*each[i]);
@@ -508,16 +581,28 @@ static void close_all(void)
     }
 }
 
+static int start_reader(void)
+{
+    struct sigaction action = {.sa_handler = wake_up};      /* no SA_RESTART: it ends a read */
+    uint8_t *buffer = malloc(MESSAGE_MOST);
+    if (!buffer)
+        return ENOMEM;
+    sigaction(WAKE_SIGNAL, &action, NULL);
+    int error = begin(&lane.reader, read_messages, buffer, 0);
+    if (error)
+        free(buffer);
+    return error;
+}
+
 int lane_start(int device)
 {
     if (lane.started)
         return -EBUSY;
     lane.last = &lane.first;
-    lane.ended = lane.ending = lane.rests = 0;
+    lane.ended = lane.ending = 0;
     lane.device = fcntl(device, F_DUPFD_CLOEXEC, 0);
     lane.readable = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    lane.done = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int error = lane.device < 0 || lane.readable < 0 || lane.done < 0 ? errno : start_threads();
+    int error = lane.device < 0 || lane.readable < 0 ? errno : start_reader();
     if (error) {
         close_all();
         return -error;
@@ -528,21 +613,12 @@ int lane_start(int device)
 
 void lane_stop(void)
 {
-    struct timespec until;
     if (!lane.started)
         return;
     __atomic_store_n(&lane.ending, 1, __ATOMIC_SEQ_CST);
-    eventfd_write(lane.done, 1);
-    pthread_join(lane.ender, NULL);
-    do {                        /* again and again: a signal may come right before the read that it is to end */
-        pthread_kill(lane.reader, WAKE_SIGNAL);
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += 2000000;
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-    } while (pthread_timedjoin_np(lane.reader, NULL, &until));
+    end(lane.reader);
+    while (lane.machines)
+        end_thread(lane.machines);
     lane.started = 0;
     close_all();
 }

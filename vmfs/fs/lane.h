@@ -14,8 +14,6 @@ int lane_start(int device);
 void lane_stop(void);
 /* Whether the thread reads the device, or has left messages. */
 int lane_serves(void);
-/* The eventfd that a machine writes when a run has ended. */
-int lane_done(void);
 /* The next message that is not the lane's: a buffer of malloc, for the caller to free, and its size. 0: none now. -1: the
  * lane has ended, and the device is the caller's to read. */
 long lane_receive(void **message);
@@ -25,7 +23,8 @@ struct lane_machine *lane_map(int fd);  /* NULL: errno */
 void lane_close(struct lane_machine *machine);
 void lane_release(struct lane_machine *machine);
 
-/* The open file `fh` is hot: file `file` (enum lane_file) of a machine, where it has the number `handle`. -ENOMEM. */
+/* The open file `fh` is hot: file `file` (enum lane_file) of a machine, where it has the number `handle`. -ENOMEM, or -EAGAIN
+ * where no thread can be had. This and lane_forget: by one thread. */
 int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle);
 void lane_forget(uint64_t fh);
 

@@ -43,7 +43,7 @@ class MachineLane:
                     os.ftruncate(fd, SIZE)
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # else an access of ours could be a SIGBUS
                     page = _fuse.lane_map(fd)
-                    await self._machine.call(commands.Lane, send=(fd, _fuse.lane_done()))
+                    await self._machine.call(commands.Lane, send=(fd,))
                 finally:
                     os.close(fd)
             except (OSError, VmfsError) as error:
@@ -55,8 +55,7 @@ class MachineLane:
         """The open file `number` of the mount is `handle` of the machine. Whether the lane has it."""
         if self._page is None or name not in FILES:
             return False
-        _fuse.lane_add(number, self._page, FILES[name], handle)
-        return True
+        return _fuse.lane_add(number, self._page, FILES[name], handle)
 
     def forget(self, number: int) -> None:
         _fuse.lane_forget(number)

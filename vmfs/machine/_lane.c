@@ -1,6 +1,6 @@
 /* vmfs.machine._lane: a machine's end of the page that it shares with its server (vmfs/words/lane.h).
  *
- * Lane(page, done) has the gate between the machine's two ways to run. Python, with the machine's lock held, calls enter() first and
+ * Lane(page) has the gate between the machine's two ways to run. Python, with the machine's lock held, calls enter() first and
  * leave() last; in between the CPU is Python's. leave(cpu) opens the gate: the CPU's thread, which is in serve() while it has
  * nothing else to do, may then run the CPU for the server, without the GIL. enter() takes the CPU back, or finds a
  * run under way, and makes it Python's: serve() returns at its end.
@@ -14,7 +14,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -29,7 +28,6 @@ struct facts {
 typedef struct {
     PyObject_HEAD
     struct lane_page *page;
-    int done;                   /* the server's eventfd */
     uint32_t gate;
     uint32_t called;            /* serve() shall return */
     const struct lane_cpu *cpu; /* of the open gate */
@@ -68,12 +66,8 @@ static void invalidate(struct lane_page *page)
 
 /* ---- runs for the server ---- */
 
-/* The order has ended: wake the server. */
-static void tell(Lane *self)
-{
-    uint64_t one = 1;
-    (void)!write(self->done, &one, sizeof one);         /* EAGAIN: it was woken, many times */
-}
+/* The order has ended. */
+static void tell(Lane *self) { lane_signal(&self->page->ended, &self->page->server_sleeps); }
 
 enum taken { SETTLED, FOR_PYTHON };
 
@@ -147,10 +141,7 @@ static int serve(Lane *self)
                 return 1;
             continue;
         }
-        store(&page->sleeps, 1);
-        if (load(&page->bell) == bell)
-            syscall(SYS_futex, &page->bell, FUTEX_WAIT, bell, NULL, NULL, 0);
-        store(&page->sleeps, 0);
+        lane_sleep(&page->bell, &page->sleeps, bell);
     }
 }
 
@@ -158,17 +149,16 @@ static int serve(Lane *self)
 
 static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    int fd, done;
-    if (!PyArg_ParseTuple(args, "ii", &fd, &done))
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd))
         return NULL;
     Lane *self = (Lane *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    self->done = fcntl(done, F_DUPFD_CLOEXEC, 0);
     void *page = mmap(NULL, LANE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (page != MAP_FAILED)
         self->page = page;
-    if (!self->page || self->done < 0) {
+    if (!self->page) {
         PyErr_SetFromErrno(PyExc_OSError);
         Py_DECREF(self);
         return NULL;
@@ -181,8 +171,6 @@ static void lane_dealloc(Lane *self)
     PyTypeObject *type = Py_TYPE(self);
     if (self->page)
         munmap(self->page, LANE_SIZE);
-    if (self->done >= 0)
-        close(self->done);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -294,7 +282,7 @@ PyDoc_STRVAR(call_doc,
 static PyObject *lane_call(Lane *self, PyObject *ignored)
 {
     store(&self->called, 1);
-    lane_ring(self->page);
+    lane_signal(&self->page->bell, &self->page->sleeps);
     Py_RETURN_NONE;
 }
 
@@ -323,7 +311,7 @@ static PyMethodDef lane_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot lane_slots[] = {
-    {Py_tp_doc, "Lane(page, done): a machine's end of the page that it shares with its server, whose eventfd `done` is."},
+    {Py_tp_doc, "Lane(page): a machine's end of the page that it shares with its server."},
     {Py_tp_new, lane_new}, {Py_tp_dealloc, lane_dealloc}, {Py_tp_methods, lane_methods}, {0, NULL},
 };
 static PyType_Spec lane_spec = {"vmfs.machine._lane.Lane", sizeof(Lane), 0, Py_TPFLAGS_DEFAULT, lane_slots};

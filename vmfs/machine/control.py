@@ -199,9 +199,9 @@ class Control:
 
     # ---- the lane
 
-    def attach_lane(self, page: int, done: int) -> None:
-        """Have that page with a server, which is woken by that eventfd (vmfs/words/lane.h)."""
-        lane = Lane(page, done)
+    def attach_lane(self, page: int) -> None:
+        """Have that page with a server (vmfs/words/lane.h)."""
+        lane = Lane(page)
         with self._lock:
             self.lane = lane
             self._thread.attach_lane(lane)

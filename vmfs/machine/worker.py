@@ -129,9 +129,9 @@ class Worker:
             case commands.Close():
                 self._close(message.handle)
             case commands.Lane():
-                if fds is not None and len(fds) == 2:
+                if fds is not None and len(fds) == 1:
                     self._attach_lane(message, *fds)
-                else:  # this process had no room for them
+                else:  # this process had no room for it
                     self.say(Failed(message.call, errno.ENOSPC, "no lane: there is no descriptor left", quiet=True))
             case commands.Clients():
                 self.contents.memory.set_clients(message.cached, message.writing)
@@ -142,9 +142,9 @@ class Worker:
                 nursery.start_soon(self._answer, message, asked)
         commands.close_all(fds)
 
-    def _attach_lane(self, message: commands.Lane, page: int, done: int) -> None:
+    def _attach_lane(self, message: commands.Lane, page: int) -> None:
         try:
-            self.contents.vm.attach_lane(page, done)
+            self.contents.vm.attach_lane(page)
             answer: Message = Done(message.call)
         except OSError as error:
             answer = Failed(message.call, error.errno or errno.EIO, f"no lane: {error.strerror}", quiet=True)

@@ -132,8 +132,7 @@ class Interrupt(Message, frozen=True):
 
 
 class Lane(Message, frozen=True):
-    """The page that C threads of both sides answer hot files by (vmfs/words/lane.h): its descriptor goes along, and
-    that of the eventfd by which a machine wakes the server's."""
+    """The page that C threads of both sides answer hot files by (vmfs/words/lane.h): its descriptor goes along."""
 
     call: int
 

@@ -8,9 +8,10 @@
  * A run: the server writes `handle` and then `order`, a number and LANE_POSTED, and rings. Each step on is a compare and
  * swap, so that only one side makes it:
  *   POSTED -> TAKEN   the machine runs the guest;   POSTED -> NONE   it does not (the server asks in the usual way), by either
- *   TAKEN -> DONE     the exit is in `exit`, and the server, which the machine wakes by an eventfd, answers with it
+ *   TAKEN -> DONE     the exit is in `exit`, and the server answers with it
  *   TAKEN -> LEFT     it takes too long, or is more than an exit of the guest: the server asks in the usual way, and
- *                     the machine's Python answers with this run. By either. */
+ *                     the machine's Python answers with this run. By either.
+ * Each waits for the other on a futex of its own, which the other changes: `bell` and `ended`. */
 #ifndef VMFS_LANE_H
 #define VMFS_LANE_H
 
@@ -44,6 +45,8 @@ struct lane_page {
     uint32_t order __attribute__((aligned(64)));
     uint32_t bell;          /* a futex: another number whenever there is something to look at */
     uint64_t handle;        /* whose run it is: the number of the machine's open file */
+    uint32_t ended __attribute__((aligned(64)));    /* a futex: another number whenever an order has ended */
+    uint32_t server_sleeps; /* who would answer it sleeps on `ended` */
 };
 _Static_assert(sizeof(struct lane_page) <= LANE_SIZE, "a page");
 
@@ -69,8 +72,6 @@ static inline uint64_t lane_now(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static inline void lane_relax(void) { __builtin_ia32_pause(); }
-
 static inline int lane_step_on(uint32_t *order, uint32_t number, enum lane_step from, enum lane_step to)
 {
     uint32_t expected = number << LANE_STEP_BITS | from;
@@ -78,11 +79,21 @@ static inline int lane_step_on(uint32_t *order, uint32_t number, enum lane_step 
                                        __ATOMIC_SEQ_CST);
 }
 
-static inline void lane_ring(struct lane_page *page)
+/* Change the futex `word`, and wake who says by `sleeps` that it sleeps on it. */
+static inline void lane_signal(uint32_t *word, const uint32_t *sleeps)
 {
-    __atomic_add_fetch(&page->bell, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&page->sleeps, __ATOMIC_SEQ_CST))
-        syscall(SYS_futex, &page->bell, FUTEX_WAKE, 1, NULL, NULL, 0);
+    __atomic_add_fetch(word, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(sleeps, __ATOMIC_SEQ_CST))
+        syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+/* Sleep until `word`, a futex, is signalled; not when it is not `seen` any more. May wake up for nothing. */
+static inline void lane_sleep(uint32_t *word, uint32_t *sleeps, uint32_t seen)
+{
+    __atomic_store_n(sleeps, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(word, __ATOMIC_SEQ_CST) == seen)
+        syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0);
+    __atomic_store_n(sleeps, 0, __ATOMIC_SEQ_CST);
 }
 
 #endif
