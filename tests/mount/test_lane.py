@@ -418,7 +418,7 @@ def test_a_hostile_page(server, vm):
         place = "-".join(part.lstrip("0") for part in line.split()[0].split("-"))
         fd = os.open(process / "map_files" / place, os.O_RDWR)
         page = mmap.mmap(fd, 4096)
-        ended = ctypes.c_uint32.from_buffer(page, 704)
+        ended = ctypes.c_uint32.from_buffer(mmap.mmap(fd, 4096), 704)
         assert failing(os.ftruncate, fd, 0) == errno.EPERM
         os.close(fd)
         os.kill(int(stat(vm)["pid"]), signal.SIGSTOP)  # it is this test from now on
@@ -451,7 +451,6 @@ def test_a_hostile_page(server, vm):
             for _ in range(100):
                 ended.value += 1
                 wake(ctypes.byref(ended))
-        del ended
         page.close()
         os.kill(int(stat(other)["pid"]), 0)
         vm.path.rmdir()
