@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, files, gdb, points, runs
+from bench import boot, cpu, debug, files, gdb, points, programs, runs
 from bench.harness import table
 
 GROUPS = {
@@ -12,6 +12,7 @@ GROUPS = {
     "runs": runs.results,
     "cpu": cpu.results,
     "boot": boot.results,
+    "programs": programs.results,
     "points": points.results,
     "debug": debug.results,
     "gdb": gdb.results,

@@ -1,4 +1,4 @@
-"""A stock kernel: how long it takes to a mark in its initramfs, and how fast its disk is, against QEMU TCG.
+"""Stock kernels: their processor time to a mark in their initramfs, and how fast a disk is, against QEMU TCG.
 
 The same kernel, initramfs and disk on both, one after the other in turns. Disk figures are the guest's own time, by its
 clock, which is the host's on both.
@@ -6,29 +6,24 @@ clock, which is the host's on both.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from bench.guests import OFF, Guest, Told, on_tcg, on_vmfs, qemu_version
 from bench.harness import HERE, Result, mounted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from pc.initramfs import build  # noqa: E402
-from pc.kernels import CLOUD, FOLDER  # noqa: E402
+from pc.kernels import BUSYBOX, CLOUD, FOLDER, GENERIC, Kernel  # noqa: E402
 
 BOOTS = 3
 DISK_MIB = 64
-MARK = "the-mark"
-CMDLINE = "console=ttyS0 quiet panic=-1"
-_OFF = "poweroff -f\n"
+FETCHED = FOLDER.parent / "bench"  # scripts/fetch_bench.sh
+K686 = Kernel("686", FETCHED)
+KERNELS = ((CLOUD, BUSYBOX, 0.6), (GENERIC, BUSYBOX, 0.8), (K686, FETCHED / "busybox-i386", 0.8))
 _READS = 4096
 DISK_SCRIPT = f"""
 now() {{ cut -d' ' -f1 /proc/uptime; }}
@@ -37,59 +32,8 @@ echo "disk read $a $b"
 a=$(now); dd if=/dev/zero of=/dev/vda bs=1M count={DISK_MIB} oflag=direct 2>/dev/null; b=$(now)
 echo "disk write $a $b"
 echo "disk random 0 $(/randread /dev/vda {_READS})"
-echo {MARK}
-""" + _OFF
-
-
-def vmfs_run(mount: Path, initrd: bytes, disk: Path | None) -> tuple[float, str]:
-    """Seconds from the run's start to the mark, and all that the guest said."""
-    vm = mount / "bench"
-    vm.mkdir()
-    try:
-        (vm / "mem_size").write_text("512M")
-        (vm / "machine").write_text("pc")
-        if disk:
-            (vm / "dev/add").write_text(f"blk {disk} rw")
-        (vm / "kernel").write_bytes(CLOUD.image.read_bytes())
-        (vm / "initrd").write_bytes(initrd)
-        (vm / "cmdline").write_text(CMDLINE)
-        with open(vm / "console", "rb", buffering=0) as console:
-            run = threading.Thread(target=(vm / "vm_run").read_text)
-            began = time.perf_counter()
-            run.start()
-            seconds, said = until_mark(lambda: console.read(4096) or b"", began)
-            run.join()
-        return seconds, said
-    finally:
-        vm.rmdir()
-
-
-def tcg_run(initrd: bytes, disk: Path | None) -> tuple[float, str]:
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(initrd)
-        file.flush()
-        drive = ["-drive", f"file={disk},format=raw,if=virtio,cache=writeback"] if disk else []
-        command = [
-            "qemu-system-x86_64", "-accel", "tcg", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-            "-serial", "stdio", *drive,
-            "-kernel", str(CLOUD.image), "-initrd", file.name, "-append", CMDLINE,
-        ]  # fmt: skip
-        began = time.perf_counter()
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
-            assert process.stdout
-            fd = process.stdout.fileno()
-            return until_mark(lambda: os.read(fd, 4096), began)
-
-
-def until_mark(read: Callable[[], bytes], began: float) -> tuple[float, str]:
-    said, seconds = "", 0.0
-    while data := read():
-        said += data.decode(errors="replace")
-        if not seconds and MARK in said:
-            seconds = time.perf_counter() - began
-    if not seconds:
-        raise RuntimeError(f"the guest did not come to its mark:\n{said[-2000:]}")
-    return seconds, said
+echo mark end
+""" + OFF
 
 
 def randread() -> bytes:
@@ -107,31 +51,45 @@ def disk_rates(said: str) -> dict[str, float]:
     return {name: amount[name] / max(seconds, 0.01) for name, seconds in found.items()}
 
 
+def _boots(mount: Path, kernel: Kernel, busybox: Path, peer: str) -> tuple[float, float | None]:
+    """The least of some boots, ours and the peer's."""
+    guest = Guest(kernel.image, build(f"echo mark end\n{OFF}", kernel=kernel, busybox=busybox))
+    ours: list[Told] = []
+    theirs: list[Told] = []
+    for _ in range(BOOTS):
+        ours.append(on_vmfs(mount, guest))
+        if peer:
+            theirs.append(on_tcg(guest))
+    return min(t.processor["end"] for t in ours), min((t.processor["end"] for t in theirs), default=None)
+
+
 def results() -> list[Result]:
     if not (FOLDER / "stamp").exists():
         print("bench boot: scripts/fetch_kernels.sh has not fetched the kernels", file=sys.stderr)
         return []
-    has_tcg = bool(shutil.which("qemu-system-x86_64"))
-    if not has_tcg:
+    peer = qemu_version()
+    if not peer:
         print("bench boot: qemu-system-x86_64 is not installed: no peer", file=sys.stderr)
-    plain = build(f"echo {MARK}\n{_OFF}")
-    with_disk = build(DISK_SCRIPT, modules=("virtio_pci", "virtio_blk"), files={"randread": randread()})
-    ours, theirs = [], []
+    found = []
     with mounted("--engine", "emulator") as mount, tempfile.NamedTemporaryFile(dir="/var/tmp") as image:
-        for _ in range(BOOTS):
-            ours.append(vmfs_run(mount, plain, None)[0])
-            if has_tcg:
-                theirs.append(tcg_run(plain, None)[0])
+        for kernel, busybox, mark in KERNELS:
+            if not kernel.image.exists():
+                print(f"bench boot: no {kernel.name} kernel: scripts/fetch_bench.sh", file=sys.stderr)
+                continue
+            ours, theirs = _boots(mount, kernel, busybox, peer)
+            name = f"{kernel.name} kernel to a mark in its initramfs, CPU time"
+            found.append(Result(name, "s", ours, peer, theirs, f"<= {mark}x"))
         image.truncate(DISK_MIB << 20)
         image.flush()
-        our_disk = disk_rates(vmfs_run(mount, with_disk, Path(image.name))[1])
-        tcg_disk = disk_rates(tcg_run(with_disk, Path(image.name))[1]) if has_tcg else {}
-    peer = statistics.median(theirs) if theirs else None
-    rows = [Result("cloud kernel to a mark in its initramfs", "s", statistics.median(ours), "QEMU TCG", peer, "<= 3x")]
+        files = {"randread": randread()}
+        initrd = build(DISK_SCRIPT, modules=("virtio_pci", "virtio_blk"), files=files)
+        guest = Guest(CLOUD.image, initrd, Path(image.name))
+        our_disk = disk_rates(on_vmfs(mount, guest).said)
+        tcg_disk = disk_rates(on_tcg(guest).said) if peer else {}
     for name, unit, what in (
         ("read", "MiB/s", "disk: sequential read, 1 MiB"),
         ("write", "MiB/s", "disk: sequential write, 1 MiB"),
         ("random", "k/s", "disk: random reads of 4 KiB"),
     ):
-        rows.append(Result(what, unit, our_disk[name], "QEMU TCG", tcg_disk.get(name)))
-    return rows
+        found.append(Result(what, unit, our_disk[name], peer, tcg_disk.get(name)))
+    return found

@@ -101,6 +101,7 @@ def build(
     kernel: Kernel = CLOUD,
     modules: Iterable[str] = (),
     files: Mapping[str, bytes] | None = None,
+    busybox: Path = BUSYBOX,
 ) -> bytes:
     """An initramfs whose /init mounts /proc, /sys and /dev, loads `modules`, and then is `script`, in sh.
 
@@ -111,7 +112,7 @@ def build(
     for folder in ("proc", "sys", "dev", "mnt", "tmp"):
         archive.add(folder, stat.S_IFDIR | 0o755)
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    archive.add("bin/busybox", stat.S_IFREG | 0o755, BUSYBOX.read_bytes())
+    archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
     archive.add("bin/sh", stat.S_IFLNK | 0o777, b"busybox")
     lines = [_PROLOGUE]
     for path in with_dependencies(kernel, modules):

@@ -24,22 +24,23 @@ class Kernel:
     """A package's kernel: `image` is a bzImage, `modules` the folder that is /lib/modules/RELEASE."""
 
     name: str
+    folder: Path = FOLDER
 
     @property
     def image(self) -> Path:
-        return FOLDER / self.name / "vmlinuz"
+        return self.folder / self.name / "vmlinuz"
 
     @property
     def config(self) -> Path:
-        return FOLDER / self.name / "config"
+        return self.folder / self.name / "config"
 
     @property
     def modules(self) -> Path:
-        return FOLDER / self.name / "modules"
+        return self.folder / self.name / "modules"
 
     @property
     def release(self) -> str:
-        return (FOLDER / self.name / "release").read_text().strip()
+        return (self.folder / self.name / "release").read_text().strip()
 
 
 CLOUD = Kernel("cloud")  # linux-image-cloud-amd64: smaller, boots faster; has no 9p

@@ -35,6 +35,7 @@ struct translator {
     u32 threshold;
     u64 seed;
     u64 host_features[4];
+    struct profile { u64 calls, leaves; } *profile; /* by row; NULL: nothing is counted */
     struct translation work;
 };
 
@@ -92,6 +93,8 @@ static bool translated_call(struct vcpu *c, const struct site *s)
     set_arithmetic_flags(c, c->flags_image);
     c->gpr[GPR_IP] = s->ip;
     c->continues = false;
+    if (unlikely(c->translator->profile != NULL))
+        c->translator->profile[s->record.id].calls++;
     run_records(c, s->record.run, &s->record);
     if (!c->continues) {
         end_translated(c, instructions_done(c));
@@ -110,6 +113,8 @@ static bool translated_call(struct vcpu *c, const struct site *s)
 static void translated_leave(struct vcpu *c, const struct record *r)
 {
     set_arithmetic_flags(c, c->flags_image);
+    if (unlikely(c->translator->profile != NULL) && r->run != op_end)
+        c->translator->profile[r->id].leaves++;
     end_translated(c, instructions_done(c) - r->left - (r->run != op_end));
     CONTINUE(c, r);
 }
@@ -239,6 +244,8 @@ struct translator *translator_create(void)
     t->to_executable = (u8 *)code - (u8 *)writable;
     t->threshold = (u32)number_of("VMFS_JIT_THRESHOLD", THRESHOLD);
     t->seed = number_of("VMFS_JIT_SEED", 0);
+    if (getenv("VMFS_JIT_PROFILE"))
+        t->profile = calloc(opcode_count, sizeof *t->profile);
     look_at_host(t);
     write_shared(t);
     for (unsigned i = 0; i < PARTS; i++) {
@@ -264,10 +271,25 @@ static void empty_part(struct translator *t, unsigned i)
     t->parts[i].top = t->parts[i].at + PART_SIZE;
 }
 
+/* VMFS_JIT_PROFILE=FILE: by row, how often host code called the handler, or left for it. */
+static void write_profile(const struct translator *t)
+{
+    FILE *file = fopen(getenv("VMFS_JIT_PROFILE"), "a");
+    for (unsigned i = 0; file && i < opcode_count; i++)
+        if (t->profile[i].calls | t->profile[i].leaves)
+            fprintf(file, "%llu %llu %s %s\n", (unsigned long long)t->profile[i].calls,
+                    (unsigned long long)t->profile[i].leaves, opcodes[i].name, opcodes[i].handler_name);
+    if (file)
+        fclose(file);
+}
+
 void translator_destroy(struct translator *t)
 {
     if (!t)
         return;
+    if (t->profile)
+        write_profile(t);
+    free(t->profile);
     for (unsigned i = 0; i < PARTS; i++)
         free_regions(&t->parts[i]);
     size_t size = SHARED_SIZE + (size_t)PARTS * PART_SIZE;

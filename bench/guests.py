@@ -1,0 +1,124 @@
+"""A Linux guest on a machine of ours and under QEMU TCG: the same kernel, initramfs, disk and command line, and when it
+came to its marks, by the clock and in processor time of the host.
+
+A guest says a mark as a line `mark NAME`. Processor time counts what the host does for the guest, in each of its
+threads and, with us, in the server that passes the console on. On a busy host that is what can be compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CMDLINE = "console=ttyS0 quiet panic=-1"
+OFF = "poweroff -f\n"
+_MARK = re.compile(r"^mark (\S+)\r\n", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    kernel: Path
+    initrd: bytes
+    disk: Path | None = None
+    memory: int = 512  # MiB
+    cpu: str = ""  # QEMU's word for another than its own default
+
+
+@dataclass(slots=True)
+class Told:
+    """What a guest said, and when it came to its marks: seconds by the clock, and of processor time, from the start."""
+
+    said: str = ""
+    clock: dict[str, float] = field(default_factory=dict)
+    processor: dict[str, float] = field(default_factory=dict)
+
+    def took(self, first: str, last: str) -> float:
+        """Processor time between two marks."""
+        return self.processor[last] - self.processor[first]
+
+
+def processor_time(pid: int) -> float:
+    """Of all threads of a process (clock_getcpuclockid)."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def on_vmfs(mount: Path, guest: Guest) -> Told:
+    vm = mount / "bench"
+    vm.mkdir()
+    try:
+        (vm / "mem_size").write_text(f"{guest.memory}M")
+        (vm / "machine").write_text("pc")
+        if guest.disk:
+            (vm / "dev/add").write_text(f"blk {guest.disk} rw")
+        (vm / "kernel").write_bytes(guest.kernel.read_bytes())
+        (vm / "initrd").write_bytes(guest.initrd)
+        (vm / "cmdline").write_text(CMDLINE)
+        machine = int(dict(line.split() for line in (vm / "stat").read_text().splitlines())["pid"])
+        processes = (machine, parent(machine), parent(parent(machine)))  # the zygote, the server
+        with open(vm / "console", "rb", buffering=0) as console:
+            run = threading.Thread(target=(vm / "vm_run").read_text)
+            told = _listen(lambda: console.read(4096) or b"", processes, run.start)
+            run.join()
+        return told
+    finally:
+        vm.rmdir()
+
+
+def on_tcg(guest: Guest) -> Told:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(guest.initrd)
+        file.flush()
+        command = [
+            *("qemu-system-x86_64 -accel tcg -nodefaults -display none -no-reboot -serial stdio -m").split(),
+            str(guest.memory),
+            *(("-cpu", guest.cpu) if guest.cpu else ()),
+            *(("-drive", f"file={guest.disk},format=raw,if=virtio,cache=writeback") if guest.disk else ()),
+            *("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE),
+        ]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
+            assert process.stdout
+            fd = process.stdout.fileno()
+            return _listen(lambda: os.read(fd, 4096), (process.pid,), None)
+
+
+def _listen(read: Callable[[], bytes], processes: tuple[int, ...], start: Callable[[], object] | None) -> Told:
+    """Until the guest is off. A QEMU has started already: all that it used counts."""
+
+    def used() -> float:
+        return sum(map(processor_time, processes))
+
+    told = Told()
+    before, began = used() if start else 0.0, time.perf_counter()
+    if start:
+        start()
+    seen = 0
+    while data := read():
+        told.said += data.decode(errors="replace")
+        for match in _MARK.finditer(told.said, seen):
+            told.clock[match[1]] = time.perf_counter() - began
+            told.processor[match[1]] = used() - before
+            seen = match.end()
+    if not told.clock:
+        raise RuntimeError(f"the guest came to no mark:\n{told.said[-2000:]}")
+    return told
+
+
+def qemu_version() -> str:
+    """`QEMU TCG 7.2.22`, or nothing where it is missing."""
+    try:
+        said = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        return ""
+    found = re.search(r"version (\S+)", said)
+    return f"QEMU TCG {found[1] if found else '?'}"
