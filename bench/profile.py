@@ -1,7 +1,7 @@
 """python -m bench.profile PROGRAM ...: which instructions translated code still leaves to handlers.
 
-Boots the Debian of bench.programs in this process, outside of a machine's sandbox, so that `perf record` sees it, too (with
-VMFS_JIT_PERF=1 it names the regions). A line for each row of the table: calls of its handler from host code, leaves.
+Boots the Debian of bench.programs in this process, outside of a machine's sandbox, so that `perf record` sees it, too
+(with VMFS_JIT_PERF=1 it names the regions). A line for each row: calls of its handler from host code, leaves.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def boot(disk: Path, initrd: bytes, kernel: Path) -> bytearray:
     from bench.guests import CMDLINE
     from vmfs.devices.attach import attach, parse_attachment
     from vmfs.engine import by_name
-    from vmfs.machine.machine import Vm
     from vmfs.machine.control import Bound
+    from vmfs.machine.machine import Vm
 
     class Door:
         def open(self, path: str, flags: int) -> int:

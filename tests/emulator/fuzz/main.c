@@ -450,7 +450,7 @@ static int replay(const char *name)
         for (char *word = strtok(line + used, " "); word; word = strtok(NULL, " ")) {
             unsigned at = (unsigned)atoi(word + 1);
             const char *value = strchr(word, ':');
-            if (!value || at >= (*word == 'r' ? 16u : *word == 'f' ? 504u : *word == 'y' ? 248u : DATA_SIZE - 7u)) {
+            if (!value || at >= (*word == 'r' ? 16u : *word == 'f' ? 504u : *word == 'y' ? 249u : DATA_SIZE - 7u)) {
                 fprintf(stderr, "fuzz: %s:%d: %s\n", name, number, word);
                 exit(2);
             }

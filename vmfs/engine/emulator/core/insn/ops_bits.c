@@ -145,7 +145,8 @@ ADD_CARRY(adox, of)
 
 /* ---- BMI1, BMI2. `v` is the register in VEX.vvvv -------------------------------------------------------------------------------- */
 
-#define BMI(name, destination, value, carry) \
+/* AF and PF are undefined: 0, as on Intel's processors; so is SF of BEXTR. */
+#define BMI(name, destination, value, carry, sign) \
     ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
     { \
         u64 v = get_reg(c, r->vvvv * 8u, bits), result = truncate_to(value, bits); \
@@ -153,14 +154,15 @@ ADD_CARRY(adox, of)
         set_reg(c, destination, bits, result); \
         set_carries(c, carry, 0, 0); \
         set_result(c, result, bits); \
+        c->sf = (c->sf & sign) | 1; \
     } \
     READ_FORMS_Y(name)
-BMI(andn, r->reg, ~v & e, 0)
-BMI(blsr, r->vvvv * 8u, e & (e - 1), !e)
-BMI(blsmsk, r->vvvv * 8u, e ^ (e - 1), !e)
-BMI(blsi, r->vvvv * 8u, e & (0 - e), !!e)
-BMI(bextr, r->reg, ((v & 0xff) < bits ? e >> (v & 63) : 0) & ((v >> 8 & 0xff) < 64 ? (1ull << (v >> 8 & 63)) - 1 : ~0ull), 0)
-BMI(bzhi, r->reg, (v & 0xff) < bits ? e & ((1ull << (v & 63)) - 1) : e, (v & 0xff) >= bits)
+BMI(andn, r->reg, ~v & e, 0, CARRY_TOP)
+BMI(blsr, r->vvvv * 8u, e & (e - 1), !e, CARRY_TOP)
+BMI(blsmsk, r->vvvv * 8u, e ^ (e - 1), !e, CARRY_TOP)
+BMI(blsi, r->vvvv * 8u, e & (0 - e), !!e, CARRY_TOP)
+BMI(bextr, r->reg, ((v & 0xff) < bits ? e >> (v & 63) : 0) & ((v >> 8 & 0xff) < 64 ? (1ull << (v >> 8 & 63)) - 1 : ~0ull), 0, 0)
+BMI(bzhi, r->reg, (v & 0xff) < bits ? e & ((1ull << (v & 63)) - 1) : e, (v & 0xff) >= bits, CARRY_TOP)
 
 static u64 deposit(u64 source, u64 mask)
 {

@@ -42,13 +42,10 @@ static inline void put_opcode(struct code *code, unsigned flags, unsigned rex, b
     put8(code, opcode);
 }
 
-/* With a ModRM byte; `reg` is a register or a digit. An immediate is the caller's. */
-static inline void put_modrm(struct code *code, unsigned flags, enum map map, unsigned opcode, unsigned reg, struct place p)
+/* ModRM, SIB and displacement. */
+static inline void put_operands(struct code *code, unsigned reg, struct place p)
 {
     bool has_index = p.memory && p.index != NO_REGISTER;
-    unsigned rex = (reg >> 3) << 2 | (has_index ? (unsigned)p.index >> 3 << 1 : 0) | (p.base != NO_REGISTER ? p.base >> 3 : 0);
-    bool byte = flags & I_BYTE && ((reg >= 4 && reg < 8) || (!p.memory && p.base >= 4 && p.base < 8));
-    put_opcode(code, flags, rex, byte && !(flags & I_HIGH), map, opcode);
     reg = (reg & 7) << 3;
     if (!p.memory) {
         put8(code, 0xc0 | reg | (p.base & 7));
@@ -66,6 +63,34 @@ static inline void put_modrm(struct code *code, unsigned flags, enum map map, un
         put8(code, (u64)p.disp);
     else if (mod == 2 || none)
         put32(code, (u64)(i64)p.disp);
+}
+
+/* With a ModRM byte; `reg` is a register or a digit. An immediate is the caller's. */
+static inline void put_modrm(struct code *code, unsigned flags, enum map map, unsigned opcode, unsigned reg, struct place p)
+{
+    bool has_index = p.memory && p.index != NO_REGISTER;
+    unsigned rex = (reg >> 3) << 2 | (has_index ? (unsigned)p.index >> 3 << 1 : 0) | (p.base != NO_REGISTER ? p.base >> 3 : 0);
+    bool byte = flags & I_BYTE && ((reg >= 4 && reg < 8) || (!p.memory && p.base >= 4 && p.base < 8));
+    put_opcode(code, flags, rex, byte && !(flags & I_HIGH), map, opcode);
+    put_operands(code, reg, p);
+}
+
+/* The same with VEX (SDM 2A 2.3). pp: 0, or 1 for 66, 2 for F3, 3 for F2. */
+static inline void put_vex(struct code *code, enum map map, unsigned pp, bool l, bool w, unsigned opcode, unsigned reg, unsigned vvvv,
+                           struct place p)
+{
+    bool x = p.memory && p.index != NO_REGISTER && p.index >> 3, b = p.base != NO_REGISTER && p.base >> 3;
+    unsigned last = (~vvvv & 15) << 3 | (unsigned)l << 2 | pp;
+    if (!x && !b && !w && map == M0F) {
+        put8(code, 0xc5);
+        put8(code, (reg >> 3 ? 0 : 0x80) | last);
+    } else {
+        put8(code, 0xc4);
+        put8(code, (reg >> 3 ? 0 : 0x80) | (x ? 0 : 0x40) | (b ? 0 : 0x20) | (map == M0F ? 1 : map == M38 ? 2 : 3));
+        put8(code, (w ? 0x80 : 0) | last);
+    }
+    put8(code, opcode);
+    put_operands(code, reg, p);
 }
 
 /* ---- By name -------------------------------------------------------------------------------------------------------- */

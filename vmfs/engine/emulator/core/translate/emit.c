@@ -88,6 +88,7 @@ static u32 registers_written(const struct record *r, unsigned traits)
             continue;
         switch (operand_types[o->operands[i]].kind) {
         case REGISTER: written |= 1u << (r->reg >> 3); break;
+        case VEX_V: written |= o->operands[i] == oBy ? 1u << r->vvvv : 0; break;
         case OPCODE: written |= 1u << (r->rm >> 3); break;
         case RM_OPERAND: written |= r->prefix & PREFIX_REGISTER ? 1u << (r->rm >> 3) : 0; break;
         case FIXED: written |= 1u << RAX; break;
@@ -352,7 +353,11 @@ static struct place vector_place(unsigned n)
 static void move_vectors(struct translation *t, u16 which, bool store)
 {
     for (unsigned n = 0; n < 16; n++)
-        if (which >> n & 1)
+        if (!(which >> n & 1))
+            continue;
+        else if (t->ymm)
+            put_vex(&t->code, M0F, 0, true, false, store ? 0x11 : 0x10, n, 0, vector_place(n)); /* VMOVUPS */
+        else
             put_modrm(&t->code, 0, M0F, store ? 0x11 : 0x10, n, vector_place(n)); /* MOVUPS */
 }
 void use_vector(struct translation *t, unsigned n, bool reads, bool writes)

@@ -25,6 +25,7 @@ enum {
     FLOAT = 131072,           /* it looks at MXCSR */
     KEEPS_UNDEFINED = 262144, /* flags that the table calls undefined: Intel's processors keep them */
     ROTATES = 524288,         /* a SHIFT that keeps OF, with a constant that is not 1 */
+    ALIGNED = 1048576,        /* VEX: its memory operand lies at a multiple of its size */
 };
 struct translation;
 struct emitter {
@@ -85,6 +86,7 @@ struct translation {
     bool asking;
     bool merge;               /* CF goes to the image behind it */
     bool wide;                /* 64-bit mode; else flat 32-bit */
+    bool ymm;                 /* the region has VEX-encoded vectors: 32 bytes of each register are loaded and stored */
     const struct member *in;
     const struct record *after_record; /* the next one */
     const struct opcode *row;

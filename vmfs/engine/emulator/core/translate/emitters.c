@@ -1,33 +1,8 @@
 /* The emitters: E_NAME for the rows of a name. Most instructions are their own host code, with other registers and with the
  * host's address of the memory operand: `copy` makes that from the row's encoding and operands. */
-#include "emit.h"
+#include "operands.h"
 
 /* ---- Copies ------------------------------------------------------------------------------------------------------------- */
-
-static unsigned bytes_of(const struct record *r, unsigned operand)
-{
-    unsigned width = operand_types[operand].width;
-    return width == WIDTH_V || width == WIDTH_Y ? 1u << r->size : width;
-}
-
-/* A register operand: in the host's register, or moved to and from a scratch one. */
-struct use { bool is; unsigned offset, host, scratch; bool reads, writes, high, byte; };
-
-static struct use use_of(unsigned offset, unsigned bytes, unsigned scratch, bool reads, bool writes)
-{
-    struct use u = {.is = true, .offset = offset, .host = pinned(offset), .scratch = scratch, .reads = reads, .writes = writes};
-    u.high = bytes == 1 && offset & 1;
-    u.byte = bytes == 1;
-    if (u.host == NO_REGISTER) {
-        u.host = scratch;
-        u.reads |= writes && bytes < 4; /* what it keeps */
-    } else {
-        u.scratch = NO_REGISTER;
-    }
-    if (u.high)
-        u.host += 4; /* AH to BH */
-    return u;
-}
 
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
 {
@@ -40,7 +15,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     }
     bool memory = false, modrm = o->digit != NO;
     unsigned immediate = 0, bytes = 0, vector = NO_REGISTER, vector_rm = NO_REGISTER;
-    if (o->length != LNONE || !host_has(t->translator, o->feature))
+    if (!host_has(t->translator, o->feature))
         return false;
     for (unsigned i = 0; i < OPERANDS_MAX; i++) {
         unsigned width = bytes_of(r, o->operands[i]);
@@ -89,16 +64,14 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     struct code *code = &t->code;
     bool vector_first = first_kind == VECTOR;
     if (vector_rm != NO_REGISTER)
-        use_vector(t, vector_rm, first_kind != VECTOR_RM || traits & READS_FIRST || vector == vector_rm,
+        use_vector(t, vector_rm, first_kind != VECTOR_RM || traits & READS_FIRST || vector == vector_rm || t->ymm,
                    first_kind == VECTOR_RM && traits & WRITES_FIRST);
-    if (vector != NO_REGISTER)
-        use_vector(t, vector, !vector_first || traits & READS_FIRST, vector_first && traits & WRITES_FIRST);
+    if (vector != NO_REGISTER) /* its upper half is kept */
+        use_vector(t, vector, !vector_first || traits & READS_FIRST || t->ymm, vector_first && traits & WRITES_FIRST);
     if (by_condition)
         opcode = (opcode & 0xf0) | emit_condition(t, opcode & 15);
-    if (reg.scratch == T0 && reg.is && reg.reads)
-        load64(code, T0, guest_place(reg.offset));
-    if (rm.scratch == T1 && rm.is && rm.reads)
-        load64(code, T1, guest_place(rm.offset));
+    load_use(t, &reg);
+    load_use(t, &rm);
     unsigned flags = o->prefix == PF3 ? I_F3 : o->prefix == PF2 ? I_F2 : 0;
     if (o->size != B)
         flags |= r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
@@ -117,10 +90,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         put_opcode(code, flags, 0, false, o->map, opcode);
     if (immediate)
         put_bytes(code, (u64)(i64)r->imm, immediate);
-    if (reg.is && reg.scratch == T0 && reg.writes)
-        store64(code, guest_place(reg.offset), T0);
-    if (rm.is && rm.scratch == T1 && rm.writes)
-        store64(code, guest_place(rm.offset), T1);
+    store_use(t, &reg);
+    store_use(t, &rm);
     return true;
 }
 
@@ -135,7 +106,6 @@ static bool copy_by_condition(struct translation *t, const struct record *r)
     return copy_as(t, r, o->emitter->traits, o->opcode, true);
 }
 #define COPY(name, traits) const struct emitter E_##name = {copy, traits}
-enum { CHANGES = READS_FIRST | WRITES_FIRST };
 
 COPY(ADD, CHANGES); COPY(OR, CHANGES); COPY(ADC, CHANGES); COPY(SBB, CHANGES); COPY(AND, CHANGES); COPY(SUB, CHANGES);
 COPY(XOR, CHANGES); COPY(CMP, READS_FIRST); COPY(TEST, READS_FIRST); COPY(NOT, CHANGES); COPY(NEG, CHANGES);

@@ -434,6 +434,16 @@ static bool find_flags(struct translation *t, struct member *m)
 
 /* ---- Translating --------------------------------------------------------------------------------------------------------------------- */
 
+/* Whether host code of it has VEX-encoded vectors. */
+static bool uses_ymm(struct translation *t, const struct block *b)
+{
+    const struct record *r = b->records;
+    for (unsigned i = 0; i < b->count; i++, r = record_after(r))
+        if (opcodes[r->id].attributes & A_AVX && is_emitted(t, r))
+            return true;
+    return false;
+}
+
 static bool worth_it(struct translation *t, const struct block *b)
 {
     const struct record *r = b->records;
@@ -485,6 +495,9 @@ static void translate(struct vcpu *c, struct block *first)
     w->region = region;
     for (unsigned i = 0; i < w->member_count; i++)
         region->blocks[i] = w->members[i].block;
+    w->ymm = false;
+    for (unsigned i = 0; i < w->member_count; i++)
+        w->ymm |= uses_ymm(w, w->members[i].block);
     for (bool changed = true; changed;) {
         changed = false;
         for (unsigned i = w->member_count; i--;)
