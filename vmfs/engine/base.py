@@ -60,6 +60,15 @@ MACHINE_STATES = {
     "pit": "struct kvm_pit_state2",
     "clock": "struct kvm_clock_data",
 }
+# What no struct of KVM's has, and decides what comes next; no files. The layouts are in core.h of the emulator, and
+# `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says so in its module.
+VCPU_REST = {
+    "progress": "struct core_progress: half-done instructions, exits and vectors that wait, counts. Set it after all others",
+}
+MACHINE_REST = {
+    "time": "struct core_time_state: where the clocks stand. Set it before all others; timers keep the time that they have left",
+    "chips": "levels of lines, delivered edges, counters of the 8254. Set it after irqchip and pit",
+}
 
 PAGE_SIZE = 4096
 SLEEP_MOST = 1.0  # seconds that a step or a budget waits for a CPU that sleeps
@@ -284,11 +293,11 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def get_state(self, name: str) -> bytes:
-        """A state of MACHINE_STATES."""
+        """A state of MACHINE_STATES or MACHINE_REST."""
 
     @abc.abstractmethod
     def set_state(self, name: str, data: bytes) -> None:
-        """Set a state of MACHINE_STATES, whole."""
+        """Set a state of MACHINE_STATES or MACHINE_REST, whole. `Invalid` for what cannot be, and nothing has changed."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -353,11 +362,15 @@ class Vcpu(abc.ABC):
 
     @abc.abstractmethod
     def get_state(self, name: str) -> bytes:
-        """A state of VCPU_STATES."""
+        """A state of VCPU_STATES or VCPU_REST."""
 
     @abc.abstractmethod
     def set_state(self, name: str, data: bytes) -> None:
-        """Set a state of VCPU_STATES, whole. `Invalid` for a length or content that the engine refuses."""
+        """Set a state of VCPU_STATES or VCPU_REST, whole. `Invalid` for a length or content that the engine refuses.
+
+        "progress" takes the place of what the CPU is in the middle of, which is given up. Every other state ends that:
+        a read that waits completes, with the bytes as they stand.
+        """
 
     def complete(self) -> None:
         """Complete the pending `in` or load now, with the bytes as they stand.

@@ -1,64 +1,132 @@
-"""A CPU's state from one engine to another: what is carried, in which order, and what is not.
+"""STATE: the one table of what a machine is.
 
-State is the bytes of the KVM UAPI structs on every engine, so most of it is carried as it is. What the new
-engine refuses is an exception that names it, and the caller gives the new machine up.
+All that decides what a machine does next is a row of ROWS, whoever owns it: a CPU, the engine's machine, the board and its
+devices, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a value says. Reset,
+the move to another engine and the trial of a change read the same table.
+
+Not in it: RAM and the framebuffer's pixels (`vmfs.machine.memory` owns these; `state_hash` has them), points, traces and
+symbols (they are the user's, who looks at the machine), and caches, which an engine may drop at any time: decoded code, the TLB.
+
+The order of ROWS is the order in which they are set. `after` says why: what has to be set before.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from vmfs.engine.base import MACHINE_STATES, Machine, Vcpu, has_state
+from vmfs.engine.base import Machine, Vcpu, has_state
+from vmfs.engine.rest import given_up
 from vmfs.words.errors import Invalid, Unsupported
 
-# What reset sets back, in an order that KVM accepts (the mode before what is checked against it).
-RESET_STATES = ("sregs", "regs", "fpu", "xcrs", "msrs", "debugregs", "events", "mp_state")
 
-# What decides about the validity of something comes before it: CPUID of all, EFER and CR0 of the rest, XCR0
-# of xsave.
-_BEFORE_MSRS = ("cpuid", "sregs", "xcrs", "xsave")
-_BEHIND_MSRS = ("debugregs", "regs", "lapic", "events", "mp_state")
+class Owner(enum.StrEnum):
+    """Whose a row is. Rows of a CPU are there once a CPU."""
 
-
-def carry_cpu(source: Vcpu, target: Vcpu, reset: Mapping[str, bytes], *, keep_cpuid: bool) -> None:
-    """Make `target`, a new CPU, what `source` is. `reset` has the states of `source` when it was new.
-
-    `keep_cpuid`: the CPUID too, which the guest may have seen. MSRs are carried where both CPUs have them;
-    one that `target` refuses may only be one that is as it was at the reset, and so describes the engine.
-    """
-    for name in _BEFORE_MSRS:
-        if name != "cpuid" or keep_cpuid:
-            _carry(source, target, name)
-    _carry_msrs(source, target, _entries(reset["msrs"]))
-    for name in _BEHIND_MSRS:
-        if name != "lapic" or has_state(target, name):  # a machine that becomes bare has none
-            _carry(source, target, name)
-    for vector in source.queued_vectors:
-        target.interrupt(vector)
+    ENGINE = "engine"  # the engine's machine
+    CPU = "cpu"
 
 
-def carry_machine(source: Machine, target: Machine) -> None:
-    """What is of the machine and not of a CPU."""
-    for name in MACHINE_STATES:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A part of a machine. `version` is that of its bytes. `is_reset`: a reset sets it back to what a new machine has."""
+
+    name: str
+    owner: Owner
+    after: tuple[str, ...] = ()
+    version: int = 1
+    is_reset: bool = True
+    with_chips: bool = False  # only a machine with interrupt controllers has it
+
+
+ROWS: tuple[Row, ...] = (
+    Row("time", Owner.ENGINE, is_reset=False),
+    Row("irqchip", Owner.ENGINE, ("time",), with_chips=True),
+    Row("pit", Owner.ENGINE, ("time", "irqchip"), with_chips=True),
+    # It completes them. The lines are driven by devices, which reset them.
+    Row("chips", Owner.ENGINE, ("irqchip", "pit"), is_reset=False),
+    Row("cpuid", Owner.CPU, is_reset=False),
+    Row("sregs", Owner.CPU, ("cpuid",)),  # EFER, CR0, CR4: what is valid in most others
+    Row("xcrs", Owner.CPU, ("cpuid", "sregs")),
+    Row("xsave", Owner.CPU, ("xcrs",)),
+    # The I/O APIC sends its requests anew when it is set. IA32_APIC_BASE is in sregs.
+    Row("lapic", Owner.CPU, ("irqchip", "sregs"), with_chips=True),
+    Row("msrs", Owner.CPU, ("cpuid", "sregs", "lapic", "time")),  # IA32_TSC_DEADLINE holds in the timer's mode only
+    Row("debugregs", Owner.CPU, ("sregs",)),
+    Row("regs", Owner.CPU, ("sregs",)),  # RFLAGS.VM holds in protected mode only
+    Row("events", Owner.CPU, ("regs", "debugregs")),
+    Row("mp_state", Owner.CPU, ("events", "lapic")),
+    Row("progress", Owner.CPU, ("regs", "sregs", "xsave", "lapic", "msrs", "debugregs", "events", "mp_state"), is_reset=False),
+)
+
+Values = Mapping[str, bytes]  # by the name of the row
+
+
+def rows_of(owner: Owner, machine: Machine | Vcpu | None = None) -> tuple[Row, ...]:
+    """In the order in which they are set."""
+    return tuple(row for row in ROWS if row.owner is owner)
+
+
+# ---- the engine's part
+
+
+def take_engine(machine: Machine) -> dict[str, bytes]:
+    """The rows of the engine's machine that there are."""
+    return _take(machine, Owner.ENGINE)
+
+
+def take_cpu(cpu: Vcpu) -> dict[str, bytes]:
+    """The rows of a CPU that there are. What it is in the middle of stays so."""
+    return _take(cpu, Owner.CPU)
+
+
+def _take(source: Machine | Vcpu, owner: Owner) -> dict[str, bytes]:
+    values = {}
+    for row in rows_of(owner):
         try:
-            data = source.get_state(name)
-        except Unsupported:  # there are no interrupt controllers
+            values[row.name] = source.get_state(row.name)
+        except Unsupported:
+            if not row.with_chips:
+                raise
+    return values
+
+
+def put_engine(machine: Machine, values: Values) -> None:
+    """Set the rows that are in `values`. Before its CPUs' rows."""
+    for row in rows_of(Owner.ENGINE):
+        if row.name in values:
+            machine.set_state(row.name, values[row.name])
+
+
+def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
+    """Set the rows that are in `values`, after those of the machine.
+
+    `reset_msrs`: the CPU that they are of had these when it was new, and is perhaps another engine's. Then only MSRs that
+    both have are set, and one that is refused may be as it was at the reset, for it describes the engine.
+    """
+    cpu.set_state("progress", given_up(cpu.get_state("progress")))
+    for row in rows_of(Owner.CPU):
+        if row.name not in values:
             continue
-        target.set_state(name, data)
-
-
-def _carry(source: Vcpu, target: Vcpu, name: str) -> None:
-    try:
-        data = source.get_state(name)
-    except Unsupported:
-        return
-    if name == "xsave":
-        data = _resized(data, len(target.get_state(name)))
-    try:
-        target.set_state(name, data)
-    except Invalid as error:
-        raise Unsupported(f"{name} is in a state that the other engine cannot have: {error}") from error
+        data = values[row.name]
+        if row.name == "cpuid" and cpu.get_state("cpuid") == data:
+            continue  # an engine may refuse even that, once the CPU has run
+        if row.name == "msrs" and reset_msrs is not None:
+            _put_common_msrs(cpu, entries(data), entries(reset_msrs))
+            continue
+        if row.name == "xsave":
+            data = _resized(data, len(cpu.get_state("xsave")))
+        if row.with_chips and not has_state(cpu, row.name):  # a machine that becomes bare
+            continue
+        try:
+            cpu.set_state(row.name, data)
+        except Invalid as error:
+            if reset_msrs is None:
+                raise
+            raise Unsupported(f"{row.name} is in a state that the other engine cannot have: {error}") from error
 
 
 def _resized(xsave: bytes, size: int) -> bytes:
@@ -68,18 +136,44 @@ def _resized(xsave: bytes, size: int) -> bytes:
     return xsave[:size].ljust(size, b"\0")
 
 
-def _carry_msrs(source: Vcpu, target: Vcpu, reset: Mapping[int, int]) -> None:
-    there = _entries(target.get_state("msrs"))
-    for index, value in _entries(source.get_state("msrs")).items():
+def _put_common_msrs(cpu: Vcpu, wanted: Mapping[int, int], reset: Mapping[int, int]) -> None:
+    there = entries(cpu.get_state("msrs"))
+    for index, value in wanted.items():
         if index not in there or there[index] == value:
             continue
         try:
-            target.set_msr(index, value)
+            cpu.set_msr(index, value)
         except Invalid as error:
             if value != reset.get(index):
                 raise Unsupported(f"MSR {index:#x} is {value:#x}, which the other engine refuses") from error
 
 
-def _entries(msrs: bytes) -> dict[int, int]:
+def entries(msrs: bytes) -> dict[int, int]:
     """`struct kvm_msrs` as values by index."""
     return {index: value for index, _, value in struct.iter_unpack("<IIQ", msrs[8:])}
+
+
+# ---- reset
+
+
+def reset_values(source: Machine | Vcpu, owner: Owner) -> dict[str, bytes]:
+    """What a reset sets back, of a machine or a CPU that is new."""
+    values = _take(source, owner)
+    return {row.name: values[row.name] for row in rows_of(owner) if row.is_reset and row.name in values}
+
+
+# ---- trying
+
+
+@contextmanager
+def tried(cpu: Vcpu) -> Iterator[None]:
+    """What is done to the CPU in this block is only tried: afterwards it is as it was, in the middle of what it was in."""
+    before = take_cpu(cpu)
+    cpu.set_state("progress", given_up(before["progress"]))
+    try:
+        yield
+    finally:
+        put_cpu(cpu, before)
+
+
+Change = Callable[[Vcpu], object]

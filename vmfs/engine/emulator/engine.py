@@ -13,7 +13,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 
 from vmfs.engine.base import (
+    MACHINE_REST,
     MACHINE_STATES,
+    VCPU_REST,
     VCPU_STATES,
     Availability,
     Capability,
@@ -73,6 +75,9 @@ _REFUSED: Mapping[str, str] = {
     "lapic": "the ID is not the one that the APIC has in x2APIC mode",
     "irqchip": "a chip_id is wrong (PIC master, PIC slave, IOAPIC, in this order), or a chip cannot have such a state",
     "pit": "a channel cannot have such a state, or a flag is unknown",
+    "progress": "its version, a length, a flag or an exit that waits cannot be",
+    "time": "its version, its length or a time cannot be",
+    "chips": "its version, its length, a line or a counter cannot be; or there are no interrupt controllers",
 }
 
 
@@ -193,6 +198,8 @@ class EmulatorMachine(Machine):
         _set_state(self._vm.set_state, name, data)
 
     def _check_state(self, name: str) -> None:
+        if name in MACHINE_REST:
+            return
         if name not in MACHINE_STATES:
             raise Invalid(f"there is no state {name}")
         if name != "clock" and not self._has_irqchip:
@@ -303,7 +310,7 @@ class EmulatorVcpu(Vcpu):
         _set_state(self._cpu.set_state, name, data)
 
     def _check_state(self, name: str) -> None:
-        if name not in VCPU_STATES:
+        if name not in VCPU_STATES and name not in VCPU_REST:
             raise Invalid(f"there is no state {name}")
         if name == "lapic" and not self._has_irqchip:
             raise Unsupported("lapic: the machine has no interrupt controllers")

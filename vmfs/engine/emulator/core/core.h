@@ -53,16 +53,32 @@ void vm_set_time(struct vm *vm, enum core_time mode);
 #define CORE_NEVER UINT64_MAX
 void vm_set_deadline(struct vm *vm, uint64_t when);
 
-/* State of a machine: a name of irqchip, pit, clock. get returns the size and writes at most `size` bytes. */
+/* State of a machine: a name of irqchip, pit, clock, time, chips. get returns the size and writes at most `size` bytes. */
 long vm_get_state(struct vm *vm, const char *name, void *data, size_t size);
 int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size);
+
+/* "time": where the machine's time stands. `clock` is a view of it. Set, time goes on from there, and every timer has as
+ * long to go as before. Layouts here are those of saved machines, little-endian; `version` and `size` begin each. */
+enum { CORE_TIME_VERSION = 1, CORE_TIME_HOST = 1 /* flag */ };
+struct core_time_state {
+    uint32_t version, size;
+    uint32_t flags, reserved;
+    uint64_t now;                /* in ns, which are TSC cycles */
+    uint64_t clock;              /* the state `clock` at that time */
+    uint64_t lag;                /* how much of the host's time is to be made up for (clock.c) */
+    uint64_t deadline;           /* vm_set_deadline's */
+};
+
+/* "chips": what KVM's structs lack of the interrupt controllers and the 8254: levels of lines, edges that the I/O APIC has
+ * delivered, where counters stand. Set it after irqchip and pit. */
+enum { CORE_CHIPS_VERSION = 1, CORE_CHIPS_A20_OFF = 1 /* flag: address bit 20 is zero */ };
 
 /* ---- CPUs ------------------------------------------------------------------------------------------------ */
 
 struct vcpu *vcpu_create(struct vm *vm, unsigned index); /* in reset state; NULL: no memory, or index taken */
 void vcpu_destroy(struct vcpu *c);
 
-/* State of a CPU: regs, sregs, fpu, xsave, xcrs, msrs, debugregs, events, mp_state, cpuid, lapic. get returns
+/* State of a CPU: regs, sregs, fpu, xsave, xcrs, msrs, debugregs, events, mp_state, cpuid, lapic, progress. get returns
  * the size of the whole state and writes at most `size` bytes, -ENOENT for a name unknown; set takes it whole:
  * -EINVAL for a length or contents that cannot be, and then nothing changed. */
 long vcpu_get_state(struct vcpu *c, const char *name, void *data, size_t size);
@@ -71,6 +87,51 @@ int vcpu_get_msr(struct vcpu *c, uint32_t index, uint64_t *value);   /* -EINVAL:
 int vcpu_set_msr(struct vcpu *c, uint32_t index, uint64_t value);    /* -EINVAL: would be #GP */
 /* The guest-physical address of a linear one by the page tables, without side effects; -EFAULT. */
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical);
+
+/* "progress": what a CPU is in the middle of, and what it has done. The other states show the CPU between two instructions;
+ * this is what the next run begins with. Set it after all others: setting one of them ends what was begun. A struct
+ * core_progress, then `reads` struct core_read, `exits` struct core_waiting, each with its data, padded to 8 bytes, `msrs`
+ * struct vcpu_unclaimed_msr, `vectors` bytes, `data` bytes. All zero but for version and size: nothing. */
+enum { CORE_PROGRESS_VERSION = 1, CORE_WAITING_MOST = 4096, CORE_PROGRESS_DATA = 1 << 20 /* bytes of all waiting exits */ };
+enum core_progress_flag {
+    CORE_EXACT = 1,              /* what is marked E below is there; else the other states say it, as KVM has it */
+    CORE_RESTART = 2,            /* the instruction at rip runs alone, and nothing comes before it */
+    CORE_FED = 4,                /* the read that waits has its bytes: it is no exit any more */
+    CORE_PASS = 8, CORE_RESUME = 16, /* a breakpoint at rip does not stop: in any run; in one that goes on */
+    CORE_REPEATING = 32,         /* iterations of the string instruction at rip are done */
+    CORE_CAUGHT = 64,            /* `caught` has the vectors that have stopped here */
+    CORE_ASLEEP = 128,           /* it waits, for so long: `slept` */
+    CORE_INJECTED = 256,         /* E: state events shows an injected exception, and no trap that comes next */
+};
+enum core_read_kind { CORE_READ_NONE, CORE_READ_PORT, CORE_READ_MEMORY };
+struct core_progress {
+    uint32_t version, size;
+    uint64_t instructions, interrupts, exceptions; /* so far */
+    uint64_t turn;               /* instructions since other CPUs had theirs */
+    uint32_t flags, kind;        /* enum core_progress_flag; of the read that waits, enum core_read_kind */
+    uint64_t address;            /* of the read: a port, or guest-physical */
+    uint32_t element, count;     /* bytes, how many: `data` bytes in all, as they are to be read */
+    uint32_t reads, exits, msrs, vectors, data, reserved;
+    uint64_t caught[4];          /* a bit a vector */
+    uint64_t slept;              /* ns of the machine's time */
+    uint64_t debug_hits;         /* E: guest's data breakpoints that the instruction at rip has hit, as bits of DR6 */
+    uint64_t debug_pending, dr6; /* E: of a #DB trap that comes next; DR6 without it */
+    uint64_t pdptr[4];           /* E: of PAE paging */
+    uint64_t timer_left;         /* E: of the local APIC, ns; UINT64_MAX: it does not run */
+    uint32_t apic_errors;        /* E */
+    uint8_t apic_events, apic_sipi, sipi, reserved8; /* E */
+    uint16_t fcs, fds;           /* E: selectors of the x87's pointers */
+    uint32_t reserved32;
+};
+struct core_read { uint64_t address, value; uint32_t size, reserved; };  /* done by the instruction at rip; value: up to 8 bytes */
+struct core_waiting {            /* an exit of an instruction that is done, which the next runs return */
+    uint8_t reason;              /* enum exit_reason: io, mmio, debug, error, or one without more */
+    uint8_t write, cause, also;  /* also: the stop was reached together with that of the record before */
+    uint32_t size, count;
+    uint32_t id, vector;
+    uint32_t data;               /* bytes that follow: what was written; of an error, its sentence */
+    uint64_t rip, address;
+};
 
 /* ---- Running --------------------------------------------------------------------------------------------- */
 

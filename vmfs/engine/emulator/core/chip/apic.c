@@ -850,3 +850,43 @@ int irqchip_set_lapic(struct irqchip *chip, unsigned cpu, const struct kvm_lapic
     apic_refresh(chip, cpu);
     return 0;
 }
+
+/* --- What the struct lacks ---------------------------------------------------------------------------- */
+
+void irqchip_get_lapic_rest(struct irqchip *chip, unsigned cpu, struct irqchip_lapic_rest *rest, uint64_t now)
+{
+    const struct lapic *a = &chip->cpu[cpu];
+
+    irqchip_advance(chip, now);
+    *rest = (struct irqchip_lapic_rest){
+        .timer_left = a->timer_due == IRQCHIP_NEVER ? IRQCHIP_NEVER : a->timer_due - chip->now,
+        .errors = a->errors,
+        .events = a->events,
+        .sipi_vector = a->sipi_vector,
+    };
+}
+
+bool irqchip_lapic_rest_is_valid(const struct irqchip_lapic_rest *rest)
+{
+    const unsigned events = IRQCHIP_EVENT_NMI | IRQCHIP_EVENT_INIT | IRQCHIP_EVENT_SIPI;
+    const uint32_t errors = ERROR_SEND_VECTOR | ERROR_RECEIVE_VECTOR | ERROR_REGISTER;
+
+    return !(rest->events & ~events) && !(rest->errors & ~errors) && !rest->reserved;
+}
+
+void irqchip_set_lapic_rest(struct irqchip *chip, unsigned cpu, const struct irqchip_lapic_rest *rest, uint64_t now)
+{
+    struct lapic *a = &chip->cpu[cpu];
+
+    irqchip_advance(chip, now);
+    a->errors = rest->errors;
+    a->events = rest->events;
+    a->sipi_vector = rest->sipi_vector;
+    start_timer(chip, a, rest->timer_left == IRQCHIP_NEVER ? IRQCHIP_NEVER : add_saturating(chip->now, rest->timer_left));
+}
+
+void apic_move_time(struct lapic *a, int64_t by)
+{
+    if (a->timer_due != IRQCHIP_NEVER)
+        a->timer_due += (uint64_t)by;
+}

@@ -258,3 +258,42 @@ int irqchip_set_chip(struct irqchip *chip, const struct kvm_irqchip *state)
     }
     return -EINVAL;
 }
+
+/* --- What the structs lack ---------------------------------------------------------------------------- */
+
+void irqchip_get_rest(struct irqchip *chip, struct irqchip_rest *rest, uint64_t now)
+{
+    irqchip_advance(chip, now);
+    memset(rest, 0, sizeof *rest);
+    memcpy(rest->line, chip->line, sizeof rest->line);
+    rest->delivered = chip->ioapic.delivered;
+    pit_get_rest(chip, rest->channel);
+}
+
+int irqchip_set_rest(struct irqchip *chip, const struct irqchip_rest *rest, uint64_t now)
+{
+    const uint8_t drivers = 1u << IRQCHIP_SOURCE_USER | 1u << IRQCHIP_SOURCE_PIT;
+    unsigned i;
+
+    for (i = 0; i < IRQCHIP_GSIS; i++)
+        if (rest->line[i] & ~drivers)
+            return -EINVAL;
+    if (rest->delivered >> IRQCHIP_GSIS || rest->reserved || !pit_rest_is_valid(rest->channel))
+        return -EINVAL;
+    irqchip_advance(chip, now);
+    memcpy(chip->line, rest->line, sizeof chip->line);
+    chip->ioapic.delivered = rest->delivered;
+    chip->ioapic.state.irr |= rest->delivered;
+    pit_set_rest(chip, rest->channel);
+    return 0;
+}
+
+void irqchip_move_time(struct irqchip *chip, int64_t by)
+{
+    unsigned cpu;
+
+    chip->now += (uint64_t)by;
+    for (cpu = 0; cpu < chip->cpus; cpu++)
+        apic_move_time(&chip->cpu[cpu], by);
+    pit_move_time(chip, by);
+}

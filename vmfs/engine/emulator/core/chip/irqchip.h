@@ -115,6 +115,32 @@ struct irqchip {
     struct irqchip_route route[IRQCHIP_GSIS];
 };
 
+/* --- State without a struct of KVM's --- */
+/* What else decides what the chip does next. Times are counted from `now`; layouts are part of saved machines. */
+
+#define IRQCHIP_NOT_COUNTING INT64_C(-1)
+
+struct irqchip_pit_rest {
+    uint32_t count, next_count; /* struct pit_channel */
+    int64_t since;              /* ns that it has counted, or IRQCHIP_NOT_COUNTING */
+    int64_t next_load, switch_time; /* after now; the latter INT64_MAX: at the next trigger */
+    uint64_t held, seen;
+};
+
+struct irqchip_rest {
+    uint8_t line[IRQCHIP_GSIS];
+    uint32_t delivered;         /* struct ioapic */
+    uint32_t reserved;
+    struct irqchip_pit_rest channel[3];
+};
+
+struct irqchip_lapic_rest {
+    uint64_t timer_left;        /* ns, or IRQCHIP_NEVER */
+    uint32_t errors;
+    uint8_t events, sipi_vector;
+    uint16_t reserved;
+};
+
 /* --- Life --------------------------------------------------------------------------------------------- */
 
 /* A chip for 1..IRQCHIP_MAX_CPUS CPUs in reset state with the 8254 present; NULL without memory or out
@@ -242,5 +268,15 @@ int irqchip_set_chip(struct irqchip *chip, const struct kvm_irqchip *state);
  * under way where the next one waits for its trigger. */
 void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now);
 int irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, bool restart, uint64_t now);
+
+/* The rest of the machine's chips: set it after KVM's structs, which it completes. -EINVAL, and nothing has changed. */
+void irqchip_get_rest(struct irqchip *chip, struct irqchip_rest *rest, uint64_t now);
+int irqchip_set_rest(struct irqchip *chip, const struct irqchip_rest *rest, uint64_t now);
+/* The rest of a local APIC, after its struct and its MSRs. */
+void irqchip_get_lapic_rest(struct irqchip *chip, unsigned cpu, struct irqchip_lapic_rest *rest, uint64_t now);
+bool irqchip_lapic_rest_is_valid(const struct irqchip_lapic_rest *rest);
+void irqchip_set_lapic_rest(struct irqchip *chip, unsigned cpu, const struct irqchip_lapic_rest *rest, uint64_t now);
+/* The clock was set, to what it was and `by`: for the chip no time has passed. The TSCs are the caller's. */
+void irqchip_move_time(struct irqchip *chip, int64_t by);
 
 #endif

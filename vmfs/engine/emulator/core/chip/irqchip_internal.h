@@ -42,6 +42,7 @@ void apic_refresh(struct irqchip *chip, unsigned cpu);
 void apic_lint0_edge(struct irqchip *chip);
 void apic_advance(struct irqchip *chip, unsigned cpu);
 bool apic_takes_pic(const struct lapic *lapic);
+void apic_move_time(struct lapic *lapic, int64_t by);
 bool apic_can_send_unmaskable(const struct lapic *lapic);
 
 /* ioapic.c */
@@ -64,6 +65,10 @@ int pic_set(struct irqchip *chip, unsigned which, const struct kvm_pic_state *st
 /* pit.c */
 void pit_reset(struct irqchip *chip);
 void pit_advance(struct irqchip *chip);
+void pit_get_rest(const struct irqchip *chip, struct irqchip_pit_rest rest[3]);
+bool pit_rest_is_valid(const struct irqchip_pit_rest rest[3]);
+void pit_set_rest(struct irqchip *chip, const struct irqchip_pit_rest rest[3]);
+void pit_move_time(struct irqchip *chip, int64_t by);
 uint8_t pit_read_port(struct irqchip *chip, uint16_t port);
 void pit_write_port(struct irqchip *chip, uint16_t port, uint8_t value);
 

@@ -566,3 +566,85 @@ int irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, bo
     reschedule(chip);
     return 0;
 }
+
+/* --- What the struct lacks ---------------------------------------------------------------------------- */
+
+void pit_get_rest(const struct irqchip *chip, struct irqchip_pit_rest rest[3])
+{
+    unsigned i;
+
+    for (i = 0; i < 3; i++) {
+        const struct pit_channel *c = &chip->pit.channel[i];
+        bool waits_for_time = c->next_count && c->switch_time != IDLE;
+        int64_t now = (int64_t)chip->now;
+
+        rest[i] = (struct irqchip_pit_rest){
+            .count = c->state.count,
+            .next_count = c->next_count,
+            .since = c->state.count_load_time == IDLE ? IRQCHIP_NOT_COUNTING : now - c->state.count_load_time,
+            .next_load = waits_for_time ? c->next_load - now : 0,
+            .switch_time = waits_for_time ? c->switch_time - now : c->next_count ? IDLE : 0,
+            .held = c->held,
+            .seen = c->seen,
+        };
+    }
+}
+
+/* No counter has counted for more than 36 years, and no period is longer than 55 ms. */
+#define LONGEST (INT64_C(1) << 60)
+
+bool pit_rest_is_valid(const struct irqchip_pit_rest rest[3])
+{
+    unsigned i;
+
+    for (i = 0; i < 3; i++) {
+        const struct irqchip_pit_rest *r = &rest[i];
+        bool for_trigger = r->switch_time == IDLE;
+
+        if (r->count < 1 || r->count > FULL_COUNT || r->next_count > FULL_COUNT || r->since < IRQCHIP_NOT_COUNTING ||
+            r->since > LONGEST || r->held > LONGEST || r->seen > LONGEST)
+            return false;
+        if ((!r->next_count && (r->next_load || r->switch_time)) ||
+            (!for_trigger && (r->switch_time < 0 || r->switch_time > (int64_t)NS)) || r->next_load < -(int64_t)NS ||
+            r->next_load > r->switch_time)
+            return false;
+    }
+    return true;
+}
+
+void pit_set_rest(struct irqchip *chip, const struct irqchip_pit_rest rest[3])
+{
+    unsigned i;
+
+    for (i = 0; i < 3; i++) {
+        const struct irqchip_pit_rest *r = &rest[i];
+        struct pit_channel *c = &chip->pit.channel[i];
+        int64_t now = (int64_t)chip->now;
+
+        c->state.count = r->count;
+        c->state.count_load_time = r->since == IRQCHIP_NOT_COUNTING ? IDLE : now - r->since;
+        c->next_count = r->next_count;
+        c->next_load = now + r->next_load;
+        c->switch_time = r->switch_time == IDLE ? IDLE : now + r->switch_time;
+        c->held = r->held;
+        c->seen = r->seen;
+    }
+    reschedule(chip);
+}
+
+void pit_move_time(struct irqchip *chip, int64_t by)
+{
+    unsigned i;
+
+    for (i = 0; i < 3; i++) {
+        struct pit_channel *c = &chip->pit.channel[i];
+
+        if (c->state.count_load_time != IDLE)
+            c->state.count_load_time += by;
+        if (c->next_count && c->switch_time != IDLE) {
+            c->switch_time += by;
+            c->next_load += by;
+        }
+    }
+    reschedule(chip);
+}

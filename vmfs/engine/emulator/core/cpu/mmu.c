@@ -433,19 +433,34 @@ static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes
     c->debug_hits |= guest;
 }
 
+/* Whether the instruction has read it before it began again; it is the next of `done_reads` then. Another engine may have
+ * read in another order. */
+static bool was_read(struct vcpu *c, u64 physical, unsigned bytes)
+{
+    for (unsigned i = c->reads_used; i < c->reads; i++) {
+        struct mmio_access found = c->done_reads[i];
+        if (found.address == physical && found.size == bytes) {
+            c->done_reads[i] = c->done_reads[c->reads_used];
+            c->done_reads[c->reads_used] = found;
+            return true;
+        }
+    }
+    return false;
+}
+
 static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
 {
     if (c->delivering >= 0) { /* tables and stacks outside of RAM: as physical_read */
         memset(data, 0xff, bytes);
         return;
     }
-    if (!c->alone) /* `read_values` are of one instruction */
+    if (!c->alone) /* `done_reads` are of one instruction */
         escape(c, ESCAPE_ALONE);
     while (bytes) {
         unsigned n = bytes > 8 ? 8 : bytes;
         u64 value = 0;
-        if (c->reads_used < c->reads) {
-            value = c->read_values[c->reads_used++];
+        if (was_read(c, physical, n)) {
+            value = c->done_reads[c->reads_used++].data;
         } else if (c->reads == MMIO_PIECES) {
             c->exit.reason = EXIT_ERROR;
             c->exit.message = "an instruction reads more memory-mapped data than the core can hold";
@@ -456,7 +471,7 @@ static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
             c->data_size = n;
             escape(c, ESCAPE_EXIT);
         } else { /* a device of the core answers once, even if the instruction restarts */
-            c->read_values[c->reads++] = value;
+            c->done_reads[c->reads++] = (struct mmio_access){physical, n, false, value};
             c->reads_used++;
         }
         memcpy(data, &value, n);

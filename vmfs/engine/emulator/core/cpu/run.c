@@ -42,7 +42,10 @@ uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size)
     return c->data;
 }
 
-bool vcpu_exits_waiting(struct vcpu *c) { return c->held.reason || c->stores_reported < c->store_count; }
+bool vcpu_exits_waiting(struct vcpu *c)
+{
+    return c->waiting_at < c->waiting_size || c->held.reason || c->stores_reported < c->store_count;
+}
 bool vcpu_reading(struct vcpu *c) { return c->reading && c->restart; }
 
 void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument)
@@ -126,6 +129,10 @@ static void run_alone(struct vcpu *c)
     run_records(c, c->single[0].run, c->single);
     c->now = NULL;
     end_alone(c);
+    if (unlikely(c->input_at < c->input_size && c->repeating))
+        c->restart = c->input_ready = true; /* an INS: the next iteration has its bytes already */
+    else
+        c->input_at = c->input_size = 0;
 }
 
 /* ---- Exits ----------------------------------------------------------------------------------------------------------------------- */
@@ -545,6 +552,8 @@ static void turn(struct vcpu *c)
 
 static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
+    if (take_waiting(c, exit))
+        return;
     if (c->held.reason) {
         *exit = c->held;
         c->held.reason = EXIT_NONE;
@@ -567,11 +576,12 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     c->completing = c->reading && c->restart;
     if (c->completing) { /* the bytes of the access are in c->data */
         if (c->reading_memory) {
-            u64 value = 0;
-            memcpy(&value, c->data, c->data_size > 8 ? 8 : c->data_size);
-            c->read_values[c->reads++] = value;
+            c->done_reads[c->reads] = c->asked;
+            memcpy(&c->done_reads[c->reads++].data, c->data, c->data_size > 8 ? 8 : c->data_size);
         } else {
             c->input_ready = true;
+            c->input_at = 0;
+            c->input_size = (u32)c->data_size;
         }
     }
     u32 host_mxcsr = mxcsr_enter(c);
@@ -582,6 +592,8 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
         turn(c);
     end_slice(c);
     c->reading_memory = c->exit.reason == EXIT_MMIO;
+    if (c->reading && c->restart)
+        c->asked = (struct mmio_access){c->exit.address, c->exit.size, false, 0};
     if (c->exit.reason != EXIT_MMIO && c->exit.reason != EXIT_IO)
         c->data_size = 0;
     if (!(c->exit.reason == EXIT_MMIO && c->exit.write)) /* a store has the rip of when it was made */

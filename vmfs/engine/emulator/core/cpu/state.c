@@ -484,6 +484,7 @@ static const struct state {
     {"msrs", 0, NULL, get_msrs, set_msrs},
     {"cpuid", 0, NULL, get_cpuid, set_cpuid},
     {"lapic", 0, NULL, get_lapic, set_lapic},
+    {"progress", 0, NULL, get_progress, set_progress},
 };
 
 static const struct state *find(const char *name)
@@ -494,6 +495,9 @@ static const struct state *find(const char *name)
     return NULL;
 }
 
+/* Whether an instruction that has begun has its reads before it. */
+static bool is_half_done(const struct vcpu *c) { return c->restart && (c->reading || c->input_ready); }
+
 /* A read that waits for its data completes before state is set, with the bytes as they stand (engine/base.py). */
 static void complete_read(struct vcpu *c)
 {
@@ -501,14 +505,16 @@ static void complete_read(struct vcpu *c)
     struct vcpu_exit exit = {EXIT_NONE};
     c->step = false;
     vcpu_clear_kick(c);
-    for (unsigned i = 0; i < MMIO_PIECES && vcpu_reading(c); i++)
+    for (unsigned i = 0; i < MMIO_PIECES + EXIT_DATA && is_half_done(c); i++)
         vcpu_run(c, 1, &exit);
-    c->data_size = 0;
-    c->step = step;
     if (exit.reason == EXIT_MMIO && exit.write)
         c->stores_reported--; /* the next run tells */
+    else if (exit.reason == EXIT_IO && exit.write)
+        add_waiting(c, &exit);
     else if (exit.reason != EXIT_LIMIT)
         c->held = exit;
+    c->data_size = 0;
+    c->step = step;
     if (kicked)
         vcpu_kick(c);
 }
@@ -533,9 +539,11 @@ int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t si
         return -ENOENT;
     if (s->size && size != s->size)
         return -EINVAL;
-    if (vcpu_reading(c))
+    if (s->set == set_progress) /* which says what of the present one is left: nothing */
+        return s->set(c, data, size);
+    if (is_half_done(c))
         complete_read(c);
-    c->restart = c->reading = false;
+    c->restart = c->reading = c->input_ready = false;
     c->reads = 0;
     c->caught_at = 0; /* it may fault for another reason now */
     return s->set(c, data, size);
@@ -571,6 +579,10 @@ long vm_get_state(struct vm *vm, const char *name, void *data, size_t size)
             *(struct kvm_clock_data *)data = (struct kvm_clock_data){.clock = vm_time(vm) + (u64)vm->clock_offset};
         return sizeof(struct kvm_clock_data);
     }
+    if (!strcmp(name, "time"))
+        return get_time(vm, data, size);
+    if (!strcmp(name, "chips"))
+        return get_chips(vm, data, size);
     if (strcmp(name, "irqchip") && strcmp(name, "pit"))
         return -ENOENT;
     if (!vm->irqchip)
@@ -597,6 +609,10 @@ int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size)
         vm->clock_offset = (i64)(((const struct kvm_clock_data *)data)->clock - vm_time(vm));
         return 0;
     }
+    if (!strcmp(name, "time"))
+        return set_time(vm, data, size);
+    if (!strcmp(name, "chips"))
+        return set_chips_rest(vm, data, size);
     if (strcmp(name, "irqchip") && strcmp(name, "pit"))
         return -ENOENT;
     if (!vm->irqchip)

@@ -284,22 +284,29 @@ struct vcpu {
     /* Exits */
     jmp_buf escape;
     struct vcpu_exit exit;    /* ready when exit.reason is set */
-    u8 data[EXIT_DATA];       /* of the last access */
+    u8 data[EXIT_DATA + 8];   /* of the last access */
     size_t data_size;
     bool reading;             /* the last exit was a read, whose data completes it */
-    u64 read_values[MMIO_PIECES];             /* of the running instruction: what its reads got so far */
+    struct mmio_access asked;                 /* the read of the last exit */
+    struct mmio_access done_reads[MMIO_PIECES]; /* of the running instruction: what its reads got so far */
     struct mmio_access stores[MMIO_PIECES];   /* done, to be reported as exits when it has ended */
     unsigned reads, reads_used, store_count, stores_reported;
     u64 stores_rip;           /* behind the instruction that made them */
     bool completing;          /* a run began with the bytes of a read; its instruction is not done yet */
-    struct vcpu_exit held;    /* an exit that came while state was set; the next run returns it */
+    struct vcpu_exit held;    /* a stop that came with another exit; the next run returns it */
+    /* Exits of an instruction that is done, struct core_waiting with their data: from another machine, or those that came
+     * while state was set. The next runs return them, before all others. */
+    u8 *waiting;
+    size_t waiting_at, waiting_size;
+    char waiting_message[128]; /* of an error that was one of them */
     bool (*poll)(void *);     /* vcpu_set_poll */
     void *poll_argument;
     u64 polled_at;
     /* Events that state brought half delivered (struct kvm_vcpu_events): they go first. */
     struct { bool exception, has_error, interrupt, soft, nmi; u8 vector, interrupt_vector; u32 error; } injected;
     bool restart;             /* the instruction at rip is to run alone: a read completes, or a store has consequences */
-    bool input_ready;         /* an IN (or INS) that exited finds its bytes in `data` */
+    bool input_ready;         /* an IN (or INS) that exited finds its bytes in `data`, */
+    u32 input_at, input_size; /* ... from here on, up to here: those of one exit may be for several iterations */
     bool reading_memory;      /* ... it was a memory-mapped load, not a port */
     bool at_breakpoint;       /* op_breakpoint ran */
     bool fetching;            /* the instruction at rip is being fetched */
@@ -523,6 +530,16 @@ bool catches(struct vcpu *c, unsigned vector, bool external, u64 done); /* c->ex
 void stops_finish(struct vcpu *c);                         /* behind an instruction or event */
 void stops_forget(struct vcpu *c);                         /* nothing is reached */
 void stops_free(struct vcpu *c);
+void stops_hold(struct vcpu *c, const struct vcpu_exit *stops, size_t count); /* the last exit is the first of them */
+/* progress.c */
+long get_progress(struct vcpu *c, void *data, size_t size);
+int set_progress(struct vcpu *c, const void *data, size_t size);
+long get_time(struct vm *vm, void *data, size_t size);
+int set_time(struct vm *vm, const void *data, size_t size);
+long get_chips(struct vm *vm, void *data, size_t size);
+int set_chips_rest(struct vm *vm, const void *data, size_t size);
+bool take_waiting(struct vcpu *c, struct vcpu_exit *exit); /* the first of `waiting`, and its bytes in c->data */
+int add_waiting(struct vcpu *c, const struct vcpu_exit *exit);
 /* cache.c */
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);

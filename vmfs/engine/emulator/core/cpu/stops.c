@@ -103,6 +103,18 @@ void stops_forget(struct vcpu *c)
     c->reached_count = 0;
 }
 
+void stops_hold(struct vcpu *c, const struct vcpu_exit *stops, size_t count)
+{
+    struct vcpu_exit *reached = realloc(c->reached, (c->stops.first[STOP_KINDS] + count) * sizeof *reached);
+    if (!reached)
+        return; /* the others are not told */
+    c->reached = reached;
+    c->reached_count = count;
+    memcpy(reached, stops, count * sizeof *stops);
+    for (size_t i = 0; i < count; i++)
+        reached[i].count = NO_STOP;
+}
+
 void stops_free(struct vcpu *c)
 {
     free(c->stops.all);

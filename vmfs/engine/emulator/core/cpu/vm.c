@@ -265,6 +265,8 @@ void vcpu_reset(struct vcpu *c)
     c->debug_hits = c->debug_pending = 0;
     c->reading = c->restart = c->input_ready = c->completing = false;
     c->held.reason = EXIT_NONE;
+    c->waiting_at = c->waiting_size;
+    c->input_at = c->input_size = 0;
     memset(&c->injected, 0, sizeof c->injected);
     c->reads = c->reads_used = c->store_count = c->stores_reported = 0;
     mode_changed(c);
@@ -323,6 +325,7 @@ void vcpu_destroy(struct vcpu *c)
     cache_destroy(c);
     stops_free(c);
     free(c->tracer);
+    free(c->waiting);
     free((u8 *)c - HOST_STACK);
 }
 

@@ -50,7 +50,8 @@ static u32 input(struct vcpu *c, const struct record *r, u16 port, unsigned byte
     u32 value = 0;
     if (c->input_ready) {
         c->input_ready = false;
-        memcpy(&value, c->data, bytes);
+        memcpy(&value, c->data + c->input_at, bytes);
+        c->input_at += bytes;
     } else if (!io_read(c, port, bytes, &value)) {
         leave_io_exit(c, r, false, port, bytes, 1);
     }
