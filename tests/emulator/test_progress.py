@@ -1,4 +1,4 @@
-"""What the emulator is in the middle of: a machine that goes into another one, at any moment, goes on as if it had not."""
+"""What the emulator is in the middle of: a machine that goes into another one at any moment goes on undisturbed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMER = f"""
 """
 TICK = """
 tick: push ax; inc word ptr [0x500]; test byte ptr [0x500], 3; jne 1f
-    mov al, 0x36; out 0x43, al; mov al, byte ptr [0x500]; out 0x40, al; mov al, 3; out 0x40, al   # another mode and count
+    mov al, 0x36; out 0x43, al; mov al, byte ptr [0x500]; out 0x40, al; mov al, 3; out 0x40, al
 1:  mov al, 0x20; out 0x20, al; pop ax; iret
 """
 # Name -> mode, whether with interrupt controllers, program. Each goes on for ever.
@@ -55,7 +55,8 @@ GUESTS = {
         l: mov rax, [rdi]; add rax, rcx; mov [rdi], rax; movdqu xmm0, [rbx + 8]; movdqu [rbx + 0x18], xmm0
         push qword ptr [rbx]; pop rcx; xchg [rbx + 0x40], rdx; in eax, 0x80; out 0x81, eax
         mov rsi, rbx; lea rdi, [rbx + 0x100]; movsq; cmpsb; mov edi, 0x80000 + 0x20000 - 4; jmp l"""),
-    "a timer and hlt": ("real", True, TIMER + "l: hlt; inc word ptr [0x502]; in al, 0x40; mov [0x504], al; jmp l;" + TICK),
+    "a timer and hlt": ("real", True, TIMER + """
+        l: hlt; inc word ptr [0x502]; in al, 0x40; mov [0x504], al; jmp l;""" + TICK),
     "a timer and loops": ("real", True, TIMER + """
         l: mov cx, 0x123; rep stosb; in al, 0x61; xor al, 1; out 0x61, al; add [0x506], ax
         rdtsc; mov [0x508], eax; mov ax, 0; in al, 0x40; out 0x80, al; jmp l;""" + TICK),
@@ -146,10 +147,9 @@ def test_at_any_moment(name):
 def test_bytes_of_progress_are_what_python_says():
     with machine_on(ENGINE, irqchip=True) as vm:
         begin(vm, "devices out of reach")
-        dice = random.Random(5)
-        seen = set()
+        dice, seen, vm.kinds = random.Random(5), set(), set()
         for _ in range(300):
-            exit_ = step(vm, dice) if "kinds" in vm.__dict__ else (setattr(vm, "kinds", set()), step(vm, dice))[1]
+            exit_ = step(vm, dice)
             seen.add(exit_.REASON)
             for unpack, data in (
                 (Progress.unpack, vm.vcpu.get_state("progress")),
@@ -196,7 +196,7 @@ def test_what_a_string_out_of_a_device_wrote_waits_with_its_bytes():
 
 
 def test_input_of_several_elements():
-    """KVM asks for many elements of a REP INS at once: with these bytes the instruction goes on, and asks for the rest."""
+    """KVM asks for many elements of a REP INS at once: the instruction goes on with them, and asks for the rest."""
     with machine_on(ENGINE) as vm:
         vm.load(assemble("mov edi, 0x3000; mov ecx, 6; mov dx, 0x80; l: rep insw; hlt", "long"), "long")
         rip = vm.vcpu.run().rip
@@ -262,12 +262,12 @@ def saved():
                 Waiting(4, 0x1000, cause=3, id=8, also=True),
                 Waiting(8, 0x1000, data=b"it went wrong"),
             ),
-            vectors=(0x20, 0x21),
             msrs=((5, 1, 2, 3),),
         )
         vm.vcpu.set_state("progress", full.pack())
         assert vm.vcpu.get_state("progress") == full.pack()
-        yield vm, {"progress": full.pack(), "time": vm.machine.get_state("time"), "chips": vm.machine.get_state("chips")}
+        rest_of_it = {name: vm.machine.get_state(name) for name in ("time", "chips")}
+        yield vm, {"progress": full.pack(), **rest_of_it}
 
 
 @given(

@@ -5,6 +5,7 @@ import struct
 import pytest
 from engine.asm import ORIGIN
 
+from vmfs.engine.base import Capability
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Busy, Unsupported
@@ -153,17 +154,74 @@ def test_of_a_new_machine(vm, other):
     assert struct.unpack_from("<Q", state(vm, "regs"), 128) == (0xFFF0,)
 
 
-def test_a_pending_in_is_executed_anew(vm, other, assembler):
-    program = assembler("mov eax, 1; l0: in al, 0x80; hlt; end:", "long")
+def test_in_the_middle_of_an_in(vm, engine, other, assembler):
+    """The read goes on waiting, with the bytes that it was given, there and back."""
+    program = assembler("mov eax, 1; l0: in al, 0x80; mov bl, al; in ax, 0x82; hlt; end:", "long")
     load(vm, program)
     line = f"io direction=in port=0x80 size=1 count=1 rip={program.labels['l0']:#x}"
     assert run(vm).line() == line
     vm.move_to(other)
-    assert vm.access_data == b""
-    assert run(vm).line() == line
+    assert vm.access_data == b"\xff" and vm.last_exit.line() == line
     vm.set_access_data(b"\x07")
+    assert rax(vm) == 1
+    vm.move_to(engine)
+    assert vm.access_data == b"\x07"
+    assert run(vm).line().startswith("io direction=in port=0x82 size=2 ")
+    vm.set_access_data(b"\x34\x12")
+    vm.move_to(other)
     assert run(vm).line() == f"hlt rip={program.labels['end']:#x}"
-    assert rax(vm) == 7
+    assert rax(vm) == 0x1234 and state(vm, "regs")[8] == 7
+
+
+def test_in_the_middle_of_a_string_from_a_port(vm, engine, other, assembler):
+    """The engines ask for other numbers of elements: all that one was given arrives, once and in order."""
+    load(vm, assembler("mov edi, 0x8000; mov ecx, 9; mov dx, 0x80; rep insw; hlt", "long"))
+    given, engines = b"", [other, engine]
+    while (exit_ := run(vm)).REASON == "io":
+        data = bytes(range(len(given) + 1, len(given) + 1 + exit_.size * exit_.count))
+        vm.set_access_data(data)
+        given += data
+        engines.reverse()
+        vm.move_to(engines[0])
+    assert exit_.REASON == "hlt" and len(given) == 18
+    assert vm.memory.read(0x8000, 19) == given + b"\0"
+
+
+def test_in_the_middle_of_a_load_and_a_store_over_two_pages(vm, engine, other, assembler):
+    edge = 4 << 20
+    program = assembler(
+        f"mov rdi, {edge - 4:#x}; mov rax, [rdi]; mov rbx, rax; mov [rdi], rbx; mov rsi, {edge - 0x100:#x};"
+        f"mov rdi, 0x8000; mov ecx, 2; rep movsq; hlt",
+        "long",
+    )
+    load(vm, program)
+    engines = [other, engine]
+    lines, values = [], iter(range(1, 9))
+    while (exit_ := run(vm)).REASON == "mmio":
+        lines.append((exit_.direction, exit_.addr, exit_.size, exit_.data))
+        if exit_.direction == "read":
+            vm.set_access_data(bytes([next(values)]) * exit_.size)
+        engines.reverse()
+        vm.move_to(engines[0])
+    assert exit_.REASON == "hlt"
+    assert lines == [
+        ("read", edge - 4, 4, b""), ("read", edge, 4, b""),
+        ("write", edge - 4, 4, b"\1" * 4), ("write", edge, 4, b"\2" * 4),
+        ("read", edge - 0x100, 8, b""), ("read", edge - 0xF8, 8, b""),
+    ]  # fmt: skip
+    assert vm.memory.read(0x8000, 17) == b"\3" * 8 + b"\4" * 8 + b"\0"
+
+
+def test_in_the_middle_of_a_repeated_string(vm, engine, other, assembler):
+    load(vm, assembler("mov esi, 0x8000; mov edi, 0x10001; mov ecx, 0x7000; mov eax, 5; rep movsb; hlt; end:", "long"))
+    vm.memory.write(0x8000, bytes(range(251)) * 150)
+    wanted = vm.memory.read(0x8000, 0x7000)
+    if Capability.BUDGET in vm.capabilities:
+        run(vm, Bound(instructions=1000))
+        assert 0 < struct.unpack_from("<Q", state(vm, "regs"), 16)[0] < 0x7000
+    vm.move_to(other)
+    assert run(vm).REASON == "hlt"
+    assert vm.memory.read(0x10001, 0x7001) == wanted + b"\0"
 
 
 def test_vectors_that_wait_and_points_go_along(vm, other, assembler):
@@ -206,15 +264,16 @@ def test_a_running_machine_does_not_move(vm, engine, other, assembler):
     assert running.result(SECONDS).REASON == "interrupted"
 
 
-def test_exits_of_a_done_instruction_are_seen_first(vm, other, assembler):
-    """8 bytes to where there is no RAM, over the border of two pages: two exits."""
-    load(vm, assembler(f"mov rdi, {(4 << 20) - 4:#x}; mov [rdi], rax; hlt", "long"))
-    assert run(vm).line().startswith(f"mmio direction=write addr={(4 << 20) - 4:#x} size=4 ")
-    with pytest.raises(Busy):
-        vm.move_to(other)
-    assert run(vm).line().startswith(f"mmio direction=write addr={4 << 20:#x} size=4 ")
+def test_what_is_counted_goes_on(vm, engine, other, assembler):
+    load(vm, assembler("nop; nop; out 0x80, al; nop; out 0x80, al; hlt", "long"))
+    run(vm)
+    before = vm.counters().get("instructions")
     vm.move_to(other)
-    assert run(vm).REASON == "hlt"
+    run(vm)
+    vm.move_to(engine)
+    counted = 1 + (other.name == "emulator")  # parts of the program that an engine with a counter has run
+    if before is not None:
+        assert before == 3 and vm.counters()["instructions"] == (3 if counted == 1 else 5)
 
 
 class NoPoints:

@@ -22,6 +22,7 @@ from vmfs.engine.base import (
     Machine,
     Vcpu,
 )
+from vmfs.engine.rest import Chips, Flag, Progress, Reading, Time
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
@@ -63,6 +64,7 @@ class FakeMachine(Machine):
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
+        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack()}
         self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
     def map_memory(self, slot, guest_address, fd, offset, size, *, read_only=False):
@@ -97,6 +99,8 @@ class FakeMachine(Machine):
         return bytes(log)
 
     def get_state(self, name: str) -> bytes:
+        if name in self.rest:
+            return self.rest[name]
         if name != "clock":
             raise Unsupported(f"{name}: {NO_CONTROLLER}")
         return self.clock
@@ -104,7 +108,10 @@ class FakeMachine(Machine):
     def set_state(self, name: str, data: bytes) -> None:
         if len(data) != len(self.get_state(name)):
             raise Invalid(f"{name} has {len(self.clock)} bytes")
-        self.clock = data
+        if name in self.rest:
+            self.rest[name] = data
+        else:
+            self.clock = data
 
     def close(self) -> None:
         self.closed += 1
@@ -192,11 +199,16 @@ class FakeVcpu(Vcpu):
         self.reads += 1
         if name == "lapic":
             raise Unsupported(f"lapic: {NO_CONTROLLER}")
+        if name == "progress":
+            return Progress(vectors=self.queued_vectors, **self._asked()).pack()
         return _msrs(self.msrs) if name == "msrs" else self.states[name]
 
     def set_state(self, name: str, data: bytes) -> None:
         if name == "lapic":
             raise Unsupported(f"lapic: {NO_CONTROLLER}")
+        if name == "progress":
+            self._set_progress(Progress.unpack(data))
+            return
         if name == "msrs":
             for index, _, value in struct.iter_unpack("<IIQ", data[8:]):
                 self.set_msr(index, value)
@@ -204,6 +216,15 @@ class FakeVcpu(Vcpu):
         if name != "cpuid" and len(data) != len(self.states[name]):
             raise Invalid(f"{name} has {len(self.states[name])} bytes, not {len(data)}")
         self.states[name] = data
+
+    def _asked(self):
+        if not self._readable:
+            return {}
+        return {"reading": Reading.MEMORY, "element": len(self._data), "data": self._data, "flags": Flag.RESTART}
+
+    def _set_progress(self, progress: Progress) -> None:
+        self.interrupts = list(progress.vectors)
+        self._readable, self._data = progress.reading is not Reading.NONE, progress.data
 
     def get_msr(self, index: int) -> int:
         if index not in self.msrs:

@@ -63,11 +63,11 @@ MACHINE_STATES = {
 # What no struct of KVM's has, and decides what comes next; no files. The layouts are in core.h of the emulator, and
 # `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says so in its module.
 VCPU_REST = {
-    "progress": "struct core_progress: half-done instructions, exits and vectors that wait, counts. Set it after all others",
+    "progress": "struct core_progress: half-done instructions, what waits, counts; set after all others",
 }
 MACHINE_REST = {
-    "time": "struct core_time_state: where the clocks stand. Set it before all others; timers keep the time that they have left",
-    "chips": "levels of lines, delivered edges, counters of the 8254. Set it after irqchip and pit",
+    "time": "struct core_time_state: where the clocks stand; set before all others. Timers keep what they have left",
+    "chips": "levels of lines, delivered edges, counters of the 8254; set after irqchip and pit",
 }
 
 PAGE_SIZE = 4096
@@ -297,7 +297,7 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def set_state(self, name: str, data: bytes) -> None:
-        """Set a state of MACHINE_STATES or MACHINE_REST, whole. `Invalid` for what cannot be, and nothing has changed."""
+        """Set a state of MACHINE_STATES or MACHINE_REST, whole. `Invalid` for what cannot be; nothing has changed."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -72,8 +72,8 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """An exit of an instruction that is done, which a next run returns. `data`: what was written, or an error's sentence.
-    `also`: the stop was reached together with the one before."""
+    """An exit of an instruction that is done, which a next run returns. `data`: what was written, or an error's
+    sentence. `also`: the stop was reached together with the one before."""
 
     reason: int
     rip: int
@@ -157,9 +157,19 @@ def given_up(progress: bytes) -> bytes:
     """The state of a CPU that is in the middle of nothing any more, and has done as much."""
     now = Progress.unpack(progress)
     kept = replace(
-        now, flags=now.flags & Flag.EXACT, reading=Reading.NONE, address=0, element=0, data=b"", reads=(), exits=(), vectors=()
-    )
+        now, flags=now.flags & Flag.EXACT, reading=Reading.NONE, address=0, element=0, data=b"", reads=(), exits=(),
+        vectors=(),
+    )  # fmt: skip
     return kept.pack()
+
+
+def as_new(progress: bytes, new: bytes) -> bytes:
+    """That of a CPU that was reset: in the middle of nothing, as the new one, and has done as much."""
+    now = Progress.unpack(progress)
+    return replace(
+        Progress.unpack(new), instructions=now.instructions, interrupts=now.interrupts, exceptions=now.exceptions,
+        turn=now.turn, msrs=now.msrs,
+    ).pack()  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

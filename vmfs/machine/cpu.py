@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-from vmfs.engine.base import NO_DEBUG, DebugRequest, Vcpu, has_state
+from vmfs.engine.base import NO_DEBUG, DebugRequest, Vcpu
 from vmfs.machine._lane import Lane
 from vmfs.machine.runloop import Run
-from vmfs.machine.state import RESET_STATES
+from vmfs.machine.state import Owner, reset_cpu, reset_values
 from vmfs.words.errors import LimitReached
 
 
@@ -19,7 +19,7 @@ class Cpu:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
-        self.reset_states = {name: vcpu.get_state(name) for name in (*RESET_STATES, "lapic") if has_state(vcpu, name)}
+        self.reset_states = reset_values(vcpu, Owner.CPU)
         self._made_cpuid = vcpu.get_state("cpuid")
         self.asked = NO_DEBUG  # what the engine was last asked to stop for
 
@@ -33,16 +33,10 @@ class Cpu:
             self.vcpu.set_debug(request)
             self.asked = request
 
-    def drop_exits(self) -> None:
-        """Forget those of an instruction that is no more, and kicks. The states may be set then."""
-        self.vcpu.clear_kick()
-        while self.vcpu.exits_waiting:  # runs return them and execute nothing
-            self.vcpu.run()
-
     def set_back(self) -> None:
-        """Be as in a new machine."""
-        for name, data in self.reset_states.items():
-            self.vcpu.set_state(name, data)
+        """Be as in a new machine. After the machine's own rows."""
+        self.vcpu.clear_kick()
+        reset_cpu(self.vcpu, self.reset_states)
 
 
 class CpuThread:

@@ -22,9 +22,8 @@ from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images
 from vmfs.machine.memory import DEFAULT_SIZE, PAGE, Memory, check_size
-from vmfs.machine.rehearsal import Rehearsal
 from vmfs.machine.runloop import Bound, Run
-from vmfs.machine.state import carry_cpu, carry_machine
+from vmfs.machine.state import Attempt, Owner, put_cpu, put_engine, reset_values, take_cpu, take_engine, tried
 from vmfs.words import exits
 from vmfs.words.errors import (
     Busy,
@@ -62,7 +61,7 @@ class Vm(Control):
             self.cpu = Cpu(self._machine.create_vcpu(0))
             self.time_source = default_time(self._machine)
             undo.pop_all()
-        self._chip_reset_states: dict[str, bytes] = {}
+        self._reset_values: dict[str, bytes] = {}  # of the engine's machine
         self.machine_name = "bare"
         self.board = None
         self.images = Images()
@@ -99,20 +98,26 @@ class Vm(Control):
     def change(self, task: Callable[[Vcpu], T], then: str = "paused") -> T:
         """Do `task`, which gets and sets registers, at once. Busy while the machine runs.
 
-        While a read waits for its data it is done twice, first on a CPU that is not the guest's.
+        It is whole or not at all: where it fails, what it has set is set back. While a read waits for its data it is
+        tried first, since what is refused shall not have completed the access.
 
         A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set. `then` is for who
         takes a change back.
         """
         with self._lock:
             self._check_idle()
+            vcpu = self.cpu.vcpu
             if self._is_reading():
-                # What is refused shall not have completed the access.
-                with Rehearsal(self.engine, self.cpu.vcpu) as rehearsal:
-                    task(cast(Vcpu, rehearsal))
+                with tried(vcpu):
+                    task(vcpu)
             self._set_still(object())
-            self.cpu.vcpu.complete()  # else a part of the state, read and set again, would undo the access
-            result = task(self.cpu.vcpu)
+            vcpu.complete()  # else a part of the state, read and set again, would undo the access
+            attempt = Attempt(vcpu)
+            try:
+                result = task(cast(Vcpu, attempt))
+            except BaseException:
+                attempt.undo()
+                raise
             changed = self._state != then
             self._state = then
         if changed:
@@ -138,7 +143,6 @@ class Vm(Control):
         with self._lock:
             self._check_idle()
             self._set_still(object())
-            self.cpu.vcpu.complete()
             self._set_back()
             changed = self._state != "paused"
             self._state = "paused"
@@ -146,9 +150,7 @@ class Vm(Control):
             self.tell()
 
     def _set_back(self) -> None:
-        self.cpu.drop_exits()
-        for name, data in self._chip_reset_states.items():
-            self._machine.set_state(name, data)
+        put_engine(self._machine, self._reset_values)
         self.cpu.set_back()
         if self.board is not None:
             self.board.reset()
@@ -300,19 +302,15 @@ class Vm(Control):
                     self.board.memory_resized()
 
     def move_to(self, engine: Engine) -> None:
-        """Go on with another engine: RAM, the state of the CPU, vectors that wait and points go along.
+        """Go on with another engine: RAM, all state (`vmfs.machine.state`) and points go along, in the middle of an
+        instruction, too.
 
-        Busy while the machine runs, or when exits of an instruction that is done were not all seen. Where the
-        other engine cannot have the state, or cannot watch for the points, Unsupported, and nothing has
-        changed.
-
-        A read that waits for its data is not executed yet: it is an exit again at the next run. The CPUID
-        goes along once the CPU has run. Counters of the engine begin anew.
+        Busy while the machine runs. Where the other engine cannot have the state, or cannot watch for the points,
+        Unsupported, and nothing has changed. The CPUID goes along once the CPU has run. Counters of what the engine
+        does, and not the guest, begin anew.
         """
         with self._lock:
             self._check_idle()
-            if self.cpu.vcpu.exits_waiting:
-                raise Busy("the last instruction has more exits: run until they are seen")
             self._replace_machine(engine)
             if Capability.DETERMINISTIC in self.capabilities:
                 self._machine.set_time(self.time_source)
@@ -335,11 +333,13 @@ class Vm(Control):
             if has_board:
                 machine.create_irqchip()
             cpu = Cpu(machine.create_vcpu(0))
-            chip_reset_states = {name: machine.get_state(name) for name in ("irqchip", "pit")} if has_board else {}
-            is_new = not self._has_run and self.cpu.has_its_cpuid
-            carry_cpu(self.cpu.vcpu, cpu.vcpu, self.cpu.reset_states, keep_cpuid=not is_new)
+            new_values = reset_values(machine, Owner.ENGINE)
+            values = take_cpu(self.cpu.vcpu)
+            if not self._has_run and self.cpu.has_its_cpuid:  # nobody has seen it
+                del values["cpuid"]
             if board_type == "same":
-                carry_machine(self._machine, machine)
+                put_engine(machine, take_engine(self._machine))
+            put_cpu(cpu.vcpu, values, self.cpu.reset_states["msrs"])
             cpu.set_debug(self._points.request())
             self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings)
             written = self._machine.dirty_log(RAM_SLOT)
@@ -352,7 +352,7 @@ class Vm(Control):
             machine.close()
             raise
         old, self._machine, self.cpu, self.engine = self._machine, machine, cpu, engine
-        self._chip_reset_states = chip_reset_states
+        self._reset_values = new_values
         self.board = board
         self._set_still(object())
         self._note_written(int.from_bytes(written, "little"))

@@ -1,11 +1,12 @@
 """STATE: the one table of what a machine is.
 
-All that decides what a machine does next is a row of ROWS, whoever owns it: a CPU, the engine's machine, the board and its
-devices, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a value says. Reset,
-the move to another engine and the trial of a change read the same table.
+All that decides what a machine does next is a row of ROWS, whoever owns it: a CPU, the engine's machine, the board and
+its devices, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a value says.
+Reset, the move to another engine and the trial of a change read the same table.
 
-Not in it: RAM and the framebuffer's pixels (`vmfs.machine.memory` owns these; `state_hash` has them), points, traces and
-symbols (they are the user's, who looks at the machine), and caches, which an engine may drop at any time: decoded code, the TLB.
+Not in it: RAM and the framebuffer's pixels (`vmfs.machine.memory` owns these; `state_hash` has them), points, traces
+and symbols (they are the user's, who looks at the machine), and caches, which an engine may drop at any time: decoded
+code, the TLB.
 
 The order of ROWS is the order in which they are set. `after` says why: what has to be set before.
 """
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vmfs.engine.base import Machine, Vcpu, has_state
-from vmfs.engine.rest import given_up
+from vmfs.engine.rest import as_new, given_up
 from vmfs.words.errors import Invalid, Unsupported
 
 
@@ -32,7 +33,8 @@ class Owner(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part of a machine. `version` is that of its bytes. `is_reset`: a reset sets it back to what a new machine has."""
+    """A part of a machine. `version` is that of its bytes. `is_reset`: a reset sets it back to what a new machine
+    has."""
 
     name: str
     owner: Owner
@@ -59,13 +61,13 @@ ROWS: tuple[Row, ...] = (
     Row("regs", Owner.CPU, ("sregs",)),  # RFLAGS.VM holds in protected mode only
     Row("events", Owner.CPU, ("regs", "debugregs")),
     Row("mp_state", Owner.CPU, ("events", "lapic")),
-    Row("progress", Owner.CPU, ("regs", "sregs", "xsave", "lapic", "msrs", "debugregs", "events", "mp_state"), is_reset=False),
+    Row("progress", Owner.CPU, ("regs", "sregs", "xsave", "lapic", "msrs", "debugregs", "events", "mp_state")),
 )
 
 Values = Mapping[str, bytes]  # by the name of the row
 
 
-def rows_of(owner: Owner, machine: Machine | Vcpu | None = None) -> tuple[Row, ...]:
+def rows_of(owner: Owner) -> tuple[Row, ...]:
     """In the order in which they are set."""
     return tuple(row for row in ROWS if row.owner is owner)
 
@@ -104,8 +106,8 @@ def put_engine(machine: Machine, values: Values) -> None:
 def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
     """Set the rows that are in `values`, after those of the machine.
 
-    `reset_msrs`: the CPU that they are of had these when it was new, and is perhaps another engine's. Then only MSRs that
-    both have are set, and one that is refused may be as it was at the reset, for it describes the engine.
+    `reset_msrs`: the CPU that they are of had these when it was new, and is perhaps another engine's. Then only MSRs
+    that both have are set, and one that is refused may be as it was at the reset, for it describes the engine.
     """
     cpu.set_state("progress", given_up(cpu.get_state("progress")))
     for row in rows_of(Owner.CPU):
@@ -162,12 +164,19 @@ def reset_values(source: Machine | Vcpu, owner: Owner) -> dict[str, bytes]:
     return {row.name: values[row.name] for row in rows_of(owner) if row.is_reset and row.name in values}
 
 
+def reset_cpu(cpu: Vcpu, values: Values) -> None:
+    """Set back a CPU that had `values` when it was new. What it has counted stays."""
+    before = cpu.get_state("progress")
+    put_cpu(cpu, {**values, "progress": as_new(before, values["progress"])})
+
+
 # ---- trying
 
 
 @contextmanager
 def tried(cpu: Vcpu) -> Iterator[None]:
-    """What is done to the CPU in this block is only tried: afterwards it is as it was, in the middle of what it was in."""
+    """What is done to the CPU in this block is only tried: it is afterwards as before, in the middle of what it was
+    in."""
     before = take_cpu(cpu)
     cpu.set_state("progress", given_up(before["progress"]))
     try:
@@ -176,4 +185,36 @@ def tried(cpu: Vcpu) -> Iterator[None]:
         put_cpu(cpu, before)
 
 
-Change = Callable[[Vcpu], object]
+class Attempt:
+    """A CPU for a task that gets and sets its states. Where the task fails, `undo` sets back what it has set."""
+
+    def __init__(self, cpu: Vcpu) -> None:
+        self._cpu = cpu
+        self._before: dict[str, bytes] = {}
+
+    def get_state(self, name: str) -> bytes:
+        return self._cpu.get_state(name)
+
+    def set_state(self, name: str, data: bytes) -> None:
+        self._note(name)
+        self._cpu.set_state(name, data)
+
+    def get_msr(self, index: int) -> int:
+        return self._cpu.get_msr(index)
+
+    def set_msr(self, index: int, value: int) -> None:
+        self._note("msrs")
+        self._cpu.set_msr(index, value)
+
+    def _note(self, name: str) -> None:
+        """Before it is set for the first time. `regs`, which most tasks set, is a state by itself; others change
+        several."""
+        if name in self._before or len(self._before) > 1:
+            return
+        if name == "regs":
+            self._before = {name: self._cpu.get_state(name)}
+        else:
+            self._before = {**take_cpu(self._cpu), **self._before}
+
+    def undo(self) -> None:
+        put_cpu(self._cpu, self._before)

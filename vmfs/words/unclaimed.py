@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, ItemsView
+from collections.abc import Hashable, ItemsView, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -42,6 +42,10 @@ class Unclaimed(Generic[Key]):
             use.writes += 1
         else:
             use.reads += 1
+
+    def put(self, uses: Iterable[tuple[Key, Use]]) -> None:
+        """Have these, the one last used at the end."""
+        self._uses = dict(uses)
 
     def items(self) -> ItemsView[Key, Use]:
         return self._uses.items()

@@ -75,7 +75,8 @@ _REFUSED: Mapping[str, str] = {
     "lapic": "the ID is not the one that the APIC has in x2APIC mode",
     "irqchip": "a chip_id is wrong (PIC master, PIC slave, IOAPIC, in this order), or a chip cannot have such a state",
     "pit": "a channel cannot have such a state, or a flag is unknown",
-    "progress": "its version, a length, a flag or an exit that waits cannot be",
+    "progress": "its version, a length, a flag or an exit that waits cannot be; or it has vectors, and the machine"
+    " interrupt controllers, which make them",
     "time": "its version, its length or a time cannot be",
     "chips": "its version, its length, a line or a counter cannot be; or there are no interrupt controllers",
 }

@@ -32,6 +32,10 @@ class Deadline:
             elif sooner:  # else the thread looks by itself when it wakes up
                 self._changed.notify()
 
+    @property
+    def when(self) -> int | None:
+        return self._when
+
     def close(self) -> None:
         """The thread has ended when this returns."""
         with self._changed:

@@ -22,12 +22,13 @@ import threading
 from dataclasses import dataclass
 
 from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability, Engine, Machine, check_slot
-from vmfs.engine.kvm import abi
+from vmfs.engine.kvm import abi, progress
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.deadline import Deadline
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
+from vmfs.engine.rest import NEVER, Chips, Time
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, known
 
 # Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
@@ -165,6 +166,7 @@ class KvmMachine(Machine):
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
+        self._lines = bytearray(24)  # their levels, which KVM tells nobody
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
         self._deadline = Deadline(self._clock, self._kick)
@@ -318,13 +320,14 @@ class KvmMachine(Machine):
         if not 0 <= gsi < 24:  # KVM's default routing: the IOAPIC's pins
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
+        self._lines[gsi] = level
 
     def set_deadline(self, when: int | None) -> None:
         self._deadline.set(when)
 
     def _clock(self) -> int:
-        (now,) = struct.unpack_from("<Q", self.get_state("clock"))
-        return now
+        (now,) = struct.unpack_from("<Q", self._get(Ioctl.KVM_GET_CLOCK, bytearray(abi.SIZES["clock"])))
+        return int(now)
 
     def _kick(self) -> None:
         for vcpu in list(self._vcpus.values()):
@@ -337,6 +340,11 @@ class KvmMachine(Machine):
     # State
 
     def get_state(self, name: str) -> bytes:
+        if name == "time":
+            now = self._clock()
+            return Time(now, now, deadline=NEVER if self._deadline.when is None else self._deadline.when).pack()
+        if name == "chips":
+            return progress.chips(bytes(self._lines), self.get_state("pit") if self._has_irqchip else None).pack()
         if name == "clock":
             return self._get(Ioctl.KVM_GET_CLOCK, bytearray(abi.SIZES["clock"]))
         self._need_state(name)
@@ -346,19 +354,28 @@ class KvmMachine(Machine):
         return b"".join(self._get(Ioctl.KVM_GET_IRQCHIP, chip) for chip in chips)
 
     def set_state(self, name: str, data: bytes) -> None:
+        if name == "time":
+            now = Time.unpack(data)
+            self._set_clock(now.clock)
+            self._deadline.set(None if now.deadline == NEVER else now.deadline)
+            return
+        if name == "chips":  # what devices drive, KVM hears of when it changes; its counters begin afresh
+            self._lines = bytearray(level & 1 for level in Chips.unpack(data).lines)
+            return
         if name != "clock":
             self._need_state(name)
         if len(data) != abi.SIZES[name]:
             raise Invalid(f"{name} has {abi.SIZES[name]} bytes, not {len(data)}")
         if name == "clock":
-            # The flags say what KVM_GET_CLOCK knew; set, KVM_CLOCK_REALTIME would add the time since then.
-            clock = bytearray(data)
-            clock[abi.CLOCK_FLAGS : abi.CLOCK_FLAGS + 4] = bytes(4)
-            ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, clock)
+            self._set_clock(int.from_bytes(data[:8], "little"))
         elif name == "pit":
             ioctl_set(self._fd, Ioctl.KVM_SET_PIT2, data)
         else:
             self._set_irqchip(data)
+
+    def _set_clock(self, now: int) -> None:
+        """Without the flags, which say what KVM_GET_CLOCK knew: KVM_CLOCK_REALTIME would add the time since then."""
+        ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, now.to_bytes(8, "little").ljust(abi.SIZES["clock"], b"\0"))
 
     def _set_irqchip(self, data: bytes) -> None:
         size = abi.IRQCHIP.size

@@ -14,16 +14,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
-from vmfs.engine.kvm import abi, debugregs, stepping
+from vmfs.engine.kvm import abi, debugregs, progress, stepping
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.state import VcpuState
+from vmfs.engine.rest import NOTHING, Flag, Progress, Read, Reading
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.words.exits import Exit
-from vmfs.words.modes import RFLAGS_IF, is_linear
-from vmfs.words.unclaimed import Unclaimed
+from vmfs.words.modes import RFLAGS_IF, CodeMode, is_linear
+from vmfs.words.unclaimed import Unclaimed, Use
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
 # return EINTR, and no handler is needed (api.rst, KVM_SET_SIGNAL_MASK).
@@ -90,6 +91,11 @@ class KvmVcpu(Vcpu):
         self._written = b""  # the bytes of a write that is no longer in the mapping
         self._is_fresh = False  # kvm_run says what is true now of the state
         self._completes = False  # KVM may do the rest of the last access at the next KVM_RUN
+        self._asked = (Reading.NONE, 0, 0)  # what the last read was of: its address, bytes an element
+        self._reads: tuple[Read, ...] = ()  # memory-mapped, that the instruction of the last read has done before it
+        self._read_at = b""  # the registers at the last memory-mapped read
+        self._again: progress.Again | None = None  # a read of another machine, which the next run takes up
+        self._before = NOTHING  # what was counted on another engine
         self._stash: deque[Exit] = deque()  # exits that came while an access was completed
         self._plan = debugregs.NO_PLAN
         self._passing: int | None = None  # the breakpoint there has stopped the CPU: it is no stop again
@@ -113,6 +119,8 @@ class KvmVcpu(Vcpu):
             return self._pop_stash()
         self._runner = threading.get_ident()
         try:
+            if self._again is not None and (exit_ := self._take_up(self._again)) is not None:
+                return exit_
             if self._may_sleep and self._is_asleep():
                 return self._run_asleep(goes_on)
             return self._note_sleep(self._run_awake(goes_on))
@@ -391,6 +399,7 @@ class KvmVcpu(Vcpu):
         page[offset : offset + length] = b"\xff" * length  # what an empty bus reads as
         self._completes = True
         self._access = (offset, length, True)
+        self._asked = (Reading.PORT, port, size)
         return exits.Io(direction="in", port=port, size=size, count=count, rip=self._rip(), cpu=self.index)
 
     def _on_mmio(self, _points: debugregs.HardwarePoints) -> Exit:
@@ -401,9 +410,22 @@ class KvmVcpu(Vcpu):
         if is_write:
             self._access = (abi.RUN_MMIO_DATA, size, False)
             return exits.Mmio(direction="write", addr=address, size=size, data=data[:size], rip=rip, cpu=self.index)
+        self._note_read(address, size, data)
         page[abi.RUN_MMIO_DATA : abi.RUN_MMIO_DATA + size] = b"\xff" * size
         self._access = (abi.RUN_MMIO_DATA, size, True)
         return exits.Mmio(direction="read", addr=address, size=size, rip=rip, cpu=self.index)
+
+    def _note_read(self, address: int, size: int, before: bytes) -> None:
+        """Which reads are of one instruction, KVM does not tell. With the same registers, a second execution of an
+        instruction would read from the same addresses: another address is the same execution's. `before` are the bytes
+        that the read before this one has got."""
+        registers = self._run_page[abi.RUN_SYNC_REGS : abi.RUN_SYNC_REGS + abi.SIZES["regs"]]
+        _, last, length = self._asked
+        if registers != self._read_at or address in (last, *(read.address for read in self._reads)):
+            self._reads = ()
+        elif self._asked[0] is Reading.MEMORY:
+            self._reads = (*self._reads, Read(last, before[:length]))
+        self._read_at, self._asked = registers, (Reading.MEMORY, address, size)
 
     def _on_hlt(self, points: debugregs.HardwarePoints) -> Exit | None:
         if self._is_woken() and not points.alone:
@@ -504,16 +526,23 @@ class KvmVcpu(Vcpu):
 
     @property
     def access_data(self) -> bytes:
+        if self._again is not None and self._again.is_asking:
+            return self._again.data
         offset, size, _is_read = self._access
         return self._run_page[offset : offset + size] if size else self._written
 
     @access_data.setter
     def access_data(self, data: bytes) -> None:
         offset, size, is_read = self._access
-        if not is_read:
+        again = self._again if self._again is not None and self._again.is_asking else None
+        if not is_read and again is None:
             raise Invalid("no read waits for data")
+        size = size if again is None else len(again.data)
         if len(data) != size:
             raise Invalid(f"the pending read takes {size} bytes, not {len(data)}")
+        if again is not None:
+            again.data = data
+            return
         self._run_page[offset : offset + size] = data
 
     def _finish_access(self, points: debugregs.HardwarePoints) -> None:
@@ -534,11 +563,16 @@ class KvmVcpu(Vcpu):
     # State
 
     def get_state(self, name: str) -> bytes:
+        if name == "progress":
+            return self._progress().pack()
         if name == "events":
             self._deliver_nmi()
         return self._state.get(name)
 
     def set_state(self, name: str, data: bytes) -> None:
+        if name == "progress":
+            self._set_progress(Progress.unpack(data))
+            return
         if name != "cpuid":  # which is of no register, and refused once the CPU has run
             self.complete()
         self._state.set(name, data)
@@ -556,6 +590,10 @@ class KvmVcpu(Vcpu):
         self._state.set_msr(index, value)
 
     def complete(self) -> None:
+        if self._again is not None:
+            exit_ = self._take_up(self._again)
+            if exit_ is not None and not self._access[2]:
+                self._stash.append(exit_)
         if self._completes:
             _offset, _size, is_read = self._access
             written = b"" if is_read else self.access_data
@@ -565,6 +603,123 @@ class KvmVcpu(Vcpu):
                 self._due = None
             self._written = written
         self._is_fresh = False
+
+    # What it is in the middle of: progress.py
+
+    def _progress(self) -> Progress:
+        if not self._access[2]:  # the rest of a write is done now, and its exits wait
+            if self._completes:
+                self.complete()
+        again, before = self._again, self._before
+        kind, address, element = self._asked if self._access[2] else (Reading.NONE, 0, 0)
+        flags = Flag.RESTART if kind else Flag(0)
+        if self._passing is not None:
+            flags |= Flag.RESUME
+        now = Progress(
+            flags=flags,
+            instructions=before.instructions,
+            interrupts=before.interrupts + self._injected,
+            exceptions=before.exceptions,
+            reading=kind,
+            address=address,
+            element=element,
+            data=self.access_data if kind else b"",
+            reads=self._reads if kind is Reading.MEMORY else (),
+            exits=tuple(record for exit_ in self._stash for record in progress.waiting(exit_)),
+            vectors=self.queued_vectors,
+            msrs=self.unclaimed_msrs(),
+        )
+        if again is None:
+            return now
+        of = again.progress
+        return replace(
+            now, flags=flags | of.flags & (Flag.RESTART | Flag.FED), reading=of.reading, address=of.address,
+            element=of.element, data=again.data, reads=of.reads,
+        )  # fmt: skip
+
+    def _set_progress(self, new: Progress) -> None:
+        waiting = progress.exits_of(new.exits, self.index)
+        if self._has_irqchip and new.vectors:
+            raise Invalid("progress: the machine has interrupt controllers, and they make the vectors")
+        if new.reading is not Reading.NONE and (new.element not in (1, 2, 4, 8) or len(new.data) > mmap.PAGESIZE):
+            raise Invalid("progress: no instruction reads so")
+        self._again = None
+        self.complete()
+        self._access, self._written, self._due = _NO_ACCESS, b"", None
+        self._stash = deque(waiting)
+        self._reads, self._read_at = (), b""
+        with self._lock:
+            self._vectors = deque(new.vectors)
+        self._injected = 0
+        self._before = Progress(instructions=new.instructions, interrupts=new.interrupts, exceptions=new.exceptions)
+        self._unclaimed_msrs.put((index, Use(reads, writes, rip)) for index, reads, writes, rip in new.msrs)
+        self._passing = None
+        if new.flags & Flag.RESUME:
+            self._passing = CodeMode.of(self._state.get("regs"), self._state.get("sregs")).address
+        if new.reading is not Reading.NONE:
+            self._again = progress.Again(new, new.data)
+
+    def _take_up(self, again: progress.Again) -> Exit | None:
+        """Have KVM where the read waits: its instruction is executed alone, up to the exit. Returns one of another
+        kind."""
+        self._again = None
+        now = self._look()
+        string = self._string_beyond(again, now) if again.progress.reading is Reading.PORT else None
+        points = debugregs.NOTHING if self._pvm and now.cpl == 3 else replace(debugregs.NOTHING, step=True, alone=True)
+        self._arm(points)
+        try:
+            exit_ = self._take_up_reads(again, points)
+            if string is not None:
+                if exit_ is None:
+                    self._finish_access(points)
+                self._set_count(string, now.rip)
+            return exit_
+        finally:
+            self._arm(self._plan.hardware)
+
+    def _string_beyond(self, again: progress.Again, now: stepping.Look) -> progress.StringCount | None:
+        """Where a REP INS has more iterations than there are bytes for: KVM would ask for all of them at once. Its
+        count is that of the bytes until these are stored."""
+        code = bytes(byte for at in range(15) if (byte := self._opcode(now.linear + at)) is not None)
+        regs = self._state.get("regs")
+        string = progress.string_count(code, CodeMode.of(regs, self._state.get("sregs")).bits, regs)
+        given = len(again.data) // again.progress.element
+        if string is None or string.count <= given:
+            return None
+        self._state.set("regs", string.with_count(regs, given))
+        return replace(string, count=string.count - given)
+
+    def _set_count(self, string: progress.StringCount, rip: int) -> None:
+        regs = string.with_count(self._state.get("regs"), string.count + string.left_in(self._state.get("regs")))
+        self._state.set("regs", regs[: abi.REGS_RIP] + rip.to_bytes(8, "little") + regs[abi.REGS_RIP + 8 :])
+        self._is_fresh = False
+
+    def _take_up_reads(self, again: progress.Again, points: debugregs.HardwarePoints) -> Exit | None:
+        while True:
+            exit_ = self._run_until_exit(points)
+            if isinstance(exit_, exits.Interrupted):
+                self._again = again
+                return exit_
+            offset, size, is_read = self._access
+            if not is_read:
+                # It came to its end without, or made another exit: code, or what it reads from, is not as it was.
+                is_step = isinstance(exit_, exits.Debug) and exit_.cause == "step"
+                return None if is_step and not self._plan.hardware.step else exit_
+            if isinstance(exit_, exits.Mmio):
+                known = again.known(exit_.addr, size)
+                if known is None and not again.is_asked(exit_.addr, size):
+                    return exit_
+                self._run_page[offset : offset + size] = again.data if known is None else known
+                if known is None:
+                    return None
+            elif isinstance(exit_, exits.Io):
+                taken = again.take(exit_.port, exit_.size, exit_.count)
+                if len(taken) < size:
+                    return exit_
+                self._run_page[offset : offset + size] = taken
+                if not again.data:
+                    self._look_at_port(exit_)
+                    return None
 
     # Debugging
 
@@ -760,7 +915,7 @@ class KvmVcpu(Vcpu):
 
     def counters(self) -> dict[str, int]:
         # What its own interrupt controllers deliver, KVM does not tell.
-        return {} if self._has_irqchip else {"interrupts": self._injected}
+        return {} if self._has_irqchip else {"interrupts": self._before.interrupts + self._injected}
 
     def close(self) -> None:
         self._closing.set()

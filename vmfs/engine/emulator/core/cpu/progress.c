@@ -249,7 +249,7 @@ static bool header_is_valid(const struct vcpu *c, const struct core_progress *p)
     const struct irqchip_lapic_rest rest = {p->timer_left, p->apic_errors, p->apic_events, p->apic_sipi, 0};
     if (p->flags & ~known || p->reserved || p->reserved8 || p->reserved32 || p->kind > CORE_READ_MEMORY ||
         p->reads > MMIO_PIECES || p->exits > CORE_WAITING_MOST || p->msrs > UNCLAIMED_MSRS || p->vectors > INTERRUPT_QUEUE ||
-        p->data > EXIT_DATA || p->slept > LONG_TIME)
+        p->data > EXIT_DATA || p->slept > LONG_TIME || (p->vectors && c->vm->irqchip))
         return false;
     if (p->debug_hits & ~15ull || p->debug_pending & ~(u64)(15 | DR6_BS | DR6_BT) || p->dr6 >> 32 || !irqchip_lapic_rest_is_valid(&rest))
         return false;
