@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is n
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 from vmfs.machine.memory import Memory  # noqa: E402
 from vmfs.words.modes import set_mode  # noqa: E402
-from vmfs.words.registers import write_registers  # noqa: E402
+from vmfs.words.registers import read_register, write_registers  # noqa: E402
 
 LOOPS = int(os.environ.get("VMFS_LOOPS", "60"))
 SEED = int(os.environ.get("VMFS_SEED", "1"))
@@ -34,6 +35,21 @@ VECTORS = (
     *((b"", bytes([0x0F, opcode])) for opcode in (0x10, 0x11, 0x58, 0xC6)),
     *((b"\xf3", bytes([0x0F, opcode])) for opcode in (0x6F, 0x7F, 0x10)),
     *((b"\xf2", bytes([0x0F, opcode])) for opcode in (0x59, 0x11)),
+)
+
+
+# map, pp, opcode, and what the third register is: of BMI ANDN BEXTR BZHI PDEP PEXT MULX SHLX SARX SHRX, BLSR BLSMSK BLSI, RORX; and
+# VPADDD VPXOR VPSHUFB VADDPS VPERM2F128 VPSLLD VMOVDQU VMOVDQU VADDSD VMOVD VPMOVZXBW VEXTRACTI128 VZEROUPPER VPTEST
+BMI = (
+    *((2, 0, 0xF2), (2, 0, 0xF7), (2, 0, 0xF5), (2, 3, 0xF5), (2, 2, 0xF5), (2, 3, 0xF6)),
+    *((2, 1, 0xF7), (2, 2, 0xF7), (2, 3, 0xF7), (2, 0, 0xF3), (3, 3, 0xF0)),
+)
+AVX = (
+    *((1, 1, 0xFE), (1, 1, 0xEF), (2, 1, 0x00), (1, 0, 0x58), (3, 1, 0x06), (1, 1, 0xF2), (1, 2, 0x6F), (1, 2, 0x7F)),
+    *((1, 3, 0x58), (1, 1, 0x6E), (2, 1, 0x30), (3, 1, 0x39), (1, 0, 0x77), (2, 1, 0x17)),
+)
+HAS_AVX2 = {"avx2", "bmi1", "bmi2", "adx"} <= set(
+    Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
 )
 
 
@@ -69,10 +85,34 @@ class Body:
             rex |= 0x40
         return size + prefix + (bytes([rex]) if rex else b"") + opcode + modrm
 
+    def vex(self) -> bytes:
+        """Of BMI or AVX, in 32-bit mode, too."""
+        rng = self._rng
+        vector = rng.randrange(2)
+        space, pp, opcode = rng.choice(AVX if vector else BMI)
+        if opcode == 0x77:
+            return b"\xc5\xf8\x77"
+        count = 16 if self._wide else 8
+        registers = list(range(count)) if vector else self._registers
+        reg, third = rng.choice(registers), rng.choice(registers)
+        long = vector and (opcode in (0x06, 0x39) or (opcode != 0x6E and rng.randrange(2)))
+        if opcode in (0x6F, 0x7F, 0x6E, 0x30, 0x39, 0x17) or (not vector and opcode == 0xF0):
+            third = 0
+        if not vector and opcode == 0xF3:
+            reg = rng.randrange(1, 4)
+        wide = not vector and self._wide and rng.randrange(2)
+        rm = self.register() if not vector or opcode == 0x6E else rng.randrange(count)
+        memory = rng.randrange(3) == 0
+        modrm = bytes([0x45 | (reg & 7) << 3, rng.randrange(256)] if memory else [0xC0 | (reg & 7) << 3 | rm & 7])
+        first = (reg >> 3 ^ 1) << 7 | 0x40 | ((0 if memory else rm >> 3) ^ 1) << 5 | space
+        second = wide << 7 | (~third & 15) << 3 | long << 2 | pp
+        code = bytes([0xC4, first, second, opcode]) + modrm
+        return code + (bytes([rng.randrange(256)]) if space == 3 else b"")
+
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
-        kind = rng.randrange(24)
+        kind = rng.randrange(28 if HAS_AVX2 else 24)
         if kind < 6:
             operation = rng.randrange(8)
             byte = rng.randrange(3) == 0
@@ -117,6 +157,16 @@ class Body:
         if kind == 21:  # over an instruction
             skipped = self.instruction()
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
+        if kind in (24, 25):  # ADCX, ADOX: CF and OF in turn
+            codes = []
+            for prefix in rng.choice(((0x66, 0xF3), (0xF3, 0x66), (0x66,), (0xF3,))):
+                rex = bytes([rng.choice((0x40, 0x48))]) if self._wide else b""
+                memory = rng.randrange(2)
+                rest = [0x45 | (reg & 7) << 3, rng.randrange(256)] if memory else [0xC0 | (reg & 7) << 3]
+                codes.append(bytes([prefix]) + rex + b"\x0f\x38\xf6" + bytes(rest))
+            return b"".join(codes)
+        if kind in (26, 27):
+            return self.vex()
         prefix, opcode = rng.choice(VECTORS)
         code = self.encode(opcode, rng.randrange(16 if self._wide else 8), prefix=prefix, vector=True)
         return code + (bytes([rng.randrange(256)]) if opcode == b"\x0f\xc6" else b"")
@@ -152,6 +202,8 @@ def result(
         machine.map_memory(0, 0, memory.fd, 0, RAM)
         cpu = machine.create_vcpu(0)
         set_mode(cpu, memory, RAM, "long" if wide else "protected")
+        if HAS_AVX2:  # what a kernel does: CR4.OSXSAVE, XCR0
+            write_registers(cpu, {"cr4": int(read_register(cpu, "cr4"), 0) | 1 << 9 | 1 << 18, "xcr0": 7})
         memory.write(CODE, code)
         memory.write(DATA - 256, rng.randbytes(512))
         memory.write(COUNTER, struct.pack("<I", TIMES))
@@ -162,7 +214,7 @@ def result(
             exit_ = cpu.run(budget=budgets.randrange(1, 200) if budgets else -1)
             if exit_.REASON != "limit":
                 break
-        fpu = cpu.get_state("fpu")
+        fpu = cpu.get_state("xsave")
         counters = cpu.counters()
         return (
             exit_.line(),

@@ -230,6 +230,7 @@ struct vcpu {
     u64 key;                  /* fetch mode */
     u64 rflags;               /* all but the arithmetic flags */
     u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
+    u8 carry_image, overflow_image; /* host code: CF and OF where they are newer than those there: 0, 1 */
     u64 scratch;
     u64 host_stack;           /* the thread's stack pointer, while host code runs */
     bool continues;           /* the handler that host code called did not leave */

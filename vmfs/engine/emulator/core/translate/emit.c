@@ -105,14 +105,54 @@ static void save_flags(struct translation *t) /* PUSHF, POP */
     put8(&t->code, 0x9c);
     put_modrm(&t->code, 0, M1, 0x8f, 0, FIELD(flags_image));
 }
+/* CF and OF that are in bytes of their own, to the image. */
+static void fold(struct translation *t)
+{
+    struct code *code = &t->code;
+    for (u16 flag = fC; flag; flag = flag == fC ? fO : 0) {
+        if (!(t->split & flag))
+            continue;
+        put_modrm(code, 0, M0F, 0xb6, T0, flag == fC ? FIELD(carry_image) : FIELD(overflow_image)); /* MOVZX */
+        if (flag == fO) {
+            put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
+            put8(code, 11);
+        }
+        alu_constant(code, 0, GROUP_AND, FIELD(flags_image), ~flag);
+        put_modrm(code, 0, M1, 0x09, T0, FIELD(flags_image));
+    }
+    t->split = 0;
+}
+/* From the image to those bytes. */
+static void unfold(struct translation *t, u16 flags)
+{
+    for (u16 flag = fC; flag; flag = flag == fC ? fO : 0) {
+        if (!(flags & flag))
+            continue;
+        put_modrm(&t->code, 0, M0F, 0xba, 4, FIELD(flags_image)); /* BT */
+        put8(&t->code, flag == fC ? 0 : 11);
+        put_modrm(&t->code, 0, M0F, 0x90 | CC_B, 0, flag == fC ? FIELD(carry_image) : FIELD(overflow_image));
+    }
+}
 static void load_flags(struct translation *t, u16 needed)
 {
     if (!needed)
         return;
     if (needed == fC) { /* BT, which is much faster than POPF */
-        put_modrm(&t->code, 0, M0F, 0xba, 4, FIELD(flags_image));
+        put_modrm(&t->code, 0, M0F, 0xba, 4, t->split & fC ? FIELD(carry_image) : FIELD(flags_image));
         put8(&t->code, 0);
-    } else if (needed == fZ) { /* of BT */
+        return;
+    }
+    if (needed == fO) { /* of ADD to a byte */
+        bool split = t->split & fO;
+        put_modrm(&t->code, 0, M0F, 0xb6, T0, split ? FIELD(overflow_image) : in_memory(C, (i32)offsetof(struct vcpu, flags_image) + 1));
+        if (!split)
+            alu_constant(&t->code, 0, GROUP_AND, in_register(T0), fO >> 8);
+        put_modrm(&t->code, I_BYTE, M1, 0x80, GROUP_ADD, in_register(T0));
+        put8(&t->code, 0x80 - (split ? 1 : fO >> 8));
+        return;
+    }
+    fold(t);
+    if (needed == fZ) { /* of BT */
         load32(&t->code, T0, FIELD(flags_image));
         put_modrm(&t->code, 0, M1, 0xf7, 2, in_register(T0));
         put_modrm(&t->code, 0, M1, 0xf7, 0, in_register(T0));
@@ -190,6 +230,7 @@ static void make_recipe(struct translation *t, const struct recipe *p)
 
 void flags_to_image(struct translation *t)
 {
+    fold(t);
     if (t->where == IN_RECIPE)
         make_recipe(t, &t->recipe);
     if (t->where != IN_IMAGE)
@@ -217,7 +258,7 @@ static bool begin_rotation(struct translation *t, const struct record *r)
     bool left = o->operation == &operation_ROL;
     if (!(left || o->operation == &operation_ROR) || t->reads || t->live || r->rm & 7 || !r->size)
         return false;
-    if (t->where != IN_IMAGE && !(t->where == IN_RECIPE && t->recipe.kind >= RECIPE_LEFT))
+    if (!(t->where == IN_RECIPE && t->recipe.kind >= RECIPE_LEFT))
         flags_to_image(t);
     t->where = IN_RECIPE;
     t->recipe = (struct recipe){.kind = left ? RECIPE_LEFT : RECIPE_RIGHT, .size = r->size, .a = r->rm,
@@ -225,17 +266,17 @@ static bool begin_rotation(struct translation *t, const struct record *r)
     return true;
 }
 
-/* CF alone is written, and the others are in the image: CF is put there, which is faster than to load them. */
-static bool merges_carry(const struct translation *t)
+/* CF alone is written, or OF alone, and the others are in the image: it gets a byte of its own, which is faster than to load
+ * them. */
+static bool merges(const struct translation *t)
 {
-    return t->writes == fC && t->where == IN_IMAGE && needed(t) & ~fC;
+    return (t->writes == fC || t->writes == fO) && t->where == IN_IMAGE && needed(t) & ~t->writes;
 }
-static void merge_carry(struct translation *t)
+static void merge(struct translation *t)
 {
-    put_modrm(&t->code, I_BYTE, M0F, 0x90 | CC_B, 0, in_register(T0));
-    put_modrm(&t->code, 0, M1, 0x80, GROUP_AND, FIELD(flags_image));
-    put8(&t->code, (u8)~fC);
-    put_modrm(&t->code, 0, M1, 0x08, T0, FIELD(flags_image));
+    bool carry = t->writes == fC;
+    put_modrm(&t->code, 0, M0F, 0x90 | (carry ? CC_B : CC_O), 0, carry ? FIELD(carry_image) : FIELD(overflow_image));
+    t->split |= t->writes;
 }
 
 void begin_flags(struct translation *t, const struct record *r)
@@ -259,9 +300,9 @@ void begin_flags(struct translation *t, const struct record *r)
     }
     if (t->where != IN_HOST && needed(t) & ~fC && begin_rotation(t, r))
         return;
-    if (t->where == IN_RECIPE && t->writes == fC && needed(t) & ~fC)
+    if (t->where == IN_RECIPE && (t->writes == fC || t->writes == fO) && needed(t) & ~t->writes)
         flags_to_image(t);
-    if (merges_carry(t)) {
+    if (merges(t)) {
         load_flags(t, t->reads);
         t->merge = true;
         return;
@@ -271,6 +312,7 @@ void begin_flags(struct translation *t, const struct record *r)
     else if (t->where == IN_RECIPE && needed(t))
         make_recipe(t, &t->recipe);
     t->where = IN_HOST;
+    t->split = 0;
     t->recipe.kind = RECIPE_NONE;
 }
 
@@ -285,6 +327,12 @@ unsigned emit_condition(struct translation *t, unsigned condition)
     if (t->where == IN_HOST)
         return condition;
     unsigned kind = condition >> 1;
+    if ((kind == 0 && t->split & fO) || (kind == 1 && t->split & fC)) {
+        put_modrm(&t->code, 0, M1, 0xf6, 0, kind ? FIELD(carry_image) : FIELD(overflow_image));
+        put8(&t->code, 1);
+        return CC_NE ^ (condition & 1);
+    }
+    fold(t);
     if (kind == 0) {
         put_modrm(&t->code, 0, M1, 0xf7, 0, FIELD(flags_image));
         put32(&t->code, fO);
@@ -378,7 +426,7 @@ void flush_vectors(struct translation *t)
 struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 {
     struct stub *s = &t->stubs[t->stub_count++];
-    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .recipe = t->recipe,
+    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .split = t->split, .recipe = t->recipe,
                        .dirty = t->dirty};
     return s;
 }
@@ -405,6 +453,7 @@ void emit_stubs(struct translation *t)
         for (unsigned j = 0; j < s.jump_count; j++)
             land(s.jumps[j], t->code.at);
         t->where = s.where;
+        t->split = s.split;
         t->recipe = s.recipe;
         t->in = NULL;
         for (unsigned m = 0; m < t->member_count; m++)
@@ -419,6 +468,7 @@ void emit_stubs(struct translation *t)
             move_vectors(t, s.reload, false);
             if (s.restore)
                 load_flags(t, ALL);
+            unfold(t, s.split_behind);
             land(jump(&t->code), s.back);
             break;
         case STUB_STOP: /* the block of `scratch` does not fit into the budget, whose part is in T1 */
@@ -496,12 +546,12 @@ static void flags_before_check(struct translation *t, const struct record *r)
 static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
 {
     struct stub *s = add_stub(t, leaves ? STUB_LEAVE : STUB_CALL, r);
-    s->restore = t->writes & t->precise && !merges_carry(t);
+    s->restore = t->writes & t->precise && !merges(t);
     stub_jump(s, from);
 }
 static void flags_behind_check(struct translation *t)
 {
-    t->merge = t->writes & t->precise && merges_carry(t);
+    t->merge = t->writes & t->precise && merges(t);
     if (t->merge) {
         load_flags(t, t->reads);
         return;
@@ -510,6 +560,7 @@ static void flags_behind_check(struct translation *t)
         load_flags(t, needed(t));
     if (t->writes & t->precise) {
         t->where = IN_HOST;
+        t->split = 0;
         t->recipe.kind = RECIPE_NONE;
     }
 }
@@ -723,10 +774,11 @@ static bool emit_record(struct translation *t, const struct member *m, const str
     t->merge = false;
     o->emitter->emit(t, r);
     if (t->merge)
-        merge_carry(t);
+        merge(t);
     for (unsigned i = stubs; i < t->stub_count; i++) {
         t->stubs[i].back = t->code.at;
         t->stubs[i].reload = t->vectors;
+        t->stubs[i].split_behind = t->split;
     }
     if (t->writes && t->where == IN_HOST)
         t->recipe = t->precise & t->writes ? recipe_of(r) : (struct recipe){0};
@@ -741,6 +793,7 @@ void emit_member(struct translation *t, struct member *m)
     m->code = t->code.at;
     t->in = m;
     t->where = m->precise ? IN_IMAGE : IN_HOST;
+    t->split = 0;
     t->recipe.kind = RECIPE_NONE;
     t->vectors = t->dirty = 0;
     const struct record *r = b->records;

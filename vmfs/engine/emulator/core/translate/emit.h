@@ -62,6 +62,7 @@ struct stub {
     u8 *jumps[4];             /* that come here */
     u8 *back;                 /* STUB_CALL: where it goes on */
     enum where where;
+    u16 split, split_behind;
     struct recipe recipe;
     bool restore;             /* STUB_CALL: flags are in the host's behind it */
     bool give_back;           /* STUB_LEAVE: T1 to the budget */
@@ -84,7 +85,7 @@ struct translation {
 
     /* Of the instruction that is emitted */
     bool asking;
-    bool merge;               /* CF goes to the image behind it */
+    bool merge;               /* the flag that it writes goes to a byte of its own */
     bool wide;                /* 64-bit mode; else flat 32-bit */
     bool ymm;                 /* the region has VEX-encoded vectors: 32 bytes of each register are loaded and stored */
     const struct member *in;
@@ -93,6 +94,7 @@ struct translation {
     unsigned traits;
     u16 reads, writes, live, precise; /* flags; the last two behind it */
     enum where where;
+    u16 split;                /* IN_IMAGE: fC, fO, where they are in carry_image and overflow_image */
     struct recipe recipe;
     u16 vectors, dirty;       /* in host registers of their own number; and not yet in struct vcpu */
 };

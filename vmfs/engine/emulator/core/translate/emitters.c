@@ -384,9 +384,11 @@ static bool branch(struct translation *t, const struct record *r)
     }
     u8 *over = jump_if(&t->code, condition ^ 1);
     enum where where = t->where;
+    u16 split = t->split;
     struct recipe recipe = t->recipe;
     emit_jump(t, r);
     t->where = where;
+    t->split = split;
     t->recipe = recipe;
     land(over, t->code.at);
     return true;
