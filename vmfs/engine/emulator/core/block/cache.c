@@ -1,12 +1,14 @@
 /* Decoded blocks: lookup, links, invalidation.
  *
- * Traces live in an arena that is emptied whole when it is full; links and jump cache entries are guarded by the CPU's
- * generation, so that breaking all of them is one increment. A block is found by the physical address of its first byte,
+ * Blocks live in an arena that is emptied whole when it is full. A block is found by the physical address of its first byte,
  * its instruction pointer and the fetch key, lies on one page (or is a single instruction that crosses one), and is known
  * to its code pages, which find it when a store hits one of its 128-byte lines.
  *
- * Clients write guest memory behind our back between runs: in each run, a block's bytes are compared before its first
- * execution (links and the jump cache start a run empty). */
+ * A link or an entry of the jump cache holds while the code map has its number: so it may stay where it is over changes of the
+ * address space. A block that dies takes those that go to it along.
+ *
+ * Clients write guest memory unseen between runs: in each run, the blocks of a page are compared with it before the page is
+ * first entered (the code maps start a run empty). */
 #include "cache.h"
 
 #include <stdlib.h>
@@ -17,21 +19,117 @@
 #include "tracer.h"
 #include "translate.h"
 
-enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12 };
+enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12, MAPPINGS = 1 << 13 };
 
 struct code_page {
     u64 page;                 /* guest-physical */
     struct block *blocks;
     struct code_page *next;
+    u32 checked;              /* in which epoch its blocks were compared with it */
 };
+struct mapping { u64 linear, physical, key, base; u32 id; };
 struct cache {
     struct block *buckets[BUCKETS];
     struct code_page *pages[PAGES];
+    struct mapping mappings[MAPPINGS];
+    u32 last_id;
+    u32 flushes;
     u8 *arena;
     size_t used;
 };
 
 static unsigned bucket_of(u64 physical, u64 key) { return (physical ^ physical >> 15 ^ key * 7 ^ key >> 32) & (BUCKETS - 1); }
+
+/* ---- Where code is ------------------------------------------------------------------------------------------------------- */
+
+static void map_clear(struct code_map *m) { memset(m->ids, 0xff, CODE_PAGES * sizeof *m->ids); }
+
+void code_map_clear(struct vcpu *c)
+{
+    for (unsigned i = 0; i < 2; i++)
+        map_clear(&c->code_maps[i]);
+}
+
+static u32 code_at(u64 linear) { return linear >> 12 & (CODE_PAGES - 1); }
+
+void code_map_drop(struct vcpu *c, u64 linear)
+{
+    for (unsigned i = 0; i < 2; i++)
+        c->code_maps[i].ids[code_at(linear)] = NO_CODE;
+}
+
+static u64 code_base(const struct vcpu *c) { return c->key & KEY_CODE64 ? 0 : c->seg[SEG_CS].base; }
+
+void code_map_select(struct vcpu *c)
+{
+    struct code_map *m = &c->code_maps[c->cpl != 0];
+    c->code_map = m;
+    u64 base = code_base(c);
+    if (m->key != c->key || m->base != base || m->cpl != c->cpl) { /* levels 1 and 2 may fetch what 3 may not */
+        m->key = c->key;
+        m->base = base;
+        m->cpl = c->cpl;
+        map_clear(m);
+    }
+}
+
+/* The number of a mapping of a page. Who lost its place gets another one: its links do not hold any more. */
+static u32 mapping_id(struct vcpu *c, u64 linear, u64 physical)
+{
+    struct cache *cache = c->cache;
+    u64 base = code_base(c), x = (linear >> 12 ^ physical >> 9 ^ c->key << 7 ^ base) * 0x9e3779b97f4a7c15;
+    struct mapping *m = &cache->mappings[x >> 32 & (MAPPINGS - 1)];
+    if (m->linear != linear || m->physical != physical || m->key != c->key || m->base != base || !m->id)
+        *m = (struct mapping){linear, physical, c->key, base, ++cache->last_id};
+    return m->id;
+}
+
+static void note_mapping(struct vcpu *c, u64 linear, u64 physical)
+{
+    c->code_map->ids[code_at(linear)] = mapping_id(c, linear & PAGE_MASK, physical & PAGE_MASK);
+}
+
+void cache_check_again(struct vcpu *c)
+{
+    c->epoch++;
+    code_map_clear(c);
+}
+
+/* ---- Links -------------------------------------------------------------------------------------------------------------- */
+
+static void unlink_jump(struct link *l)
+{
+    if (!l->to)
+        return;
+    *l->before = l->next;
+    if (l->next)
+        l->next->before = l->before;
+    memset(l, 0, sizeof *l);
+}
+
+static void link_jump(struct link *l, struct block *to, u32 at, u32 id)
+{
+    unlink_jump(l);
+    *l = (struct link){to, to->links, &to->links, id, at};
+    if (l->next)
+        l->next->before = &l->next;
+    to->links = l;
+}
+
+/* r, of a block that begins at `ip`, goes to `to`, for which the code map was just filled. */
+static void link_record(struct vcpu *c, const struct record *r, u64 ip, struct block *to)
+{
+    u64 from = code_linear(c, ip), there = code_linear(c, to->ip), last = (from & 0xfff) + r->at + r->length;
+    bool same = last <= 0x1000 && (from & PAGE_MASK) == (there & PAGE_MASK);
+    if (to->physical[1] != ~0ull) { /* both pages must be where they are: of the first is the jump */
+        if (!same)
+            return;
+        there += to->first_bytes;
+        same = false;
+    }
+    u32 at = same ? SAME_PAGE : code_at(there);
+    link_jump(LINK_OF(r), to, at, c->code_map->ids[at]);
+}
 
 int cache_create(struct vcpu *c)
 {
@@ -44,19 +142,13 @@ int cache_create(struct vcpu *c)
         c->cache = NULL;
         return -1;
     }
-    c->generation = 1;
+    for (unsigned i = 0; i < 2; i++)
+        c->code_maps[i].ids[SAME_PAGE] = 1;
+    c->cache->last_id = 1;
+    c->code_map = &c->code_maps[0];
+    code_map_clear(c);
     c->translator = translator_create();
     return 0;
-}
-
-void break_links(struct vcpu *c)
-{
-    if (++c->generation == 0) { /* wrapped: old generations would look new */
-        memset(c->jumps, 0, sizeof c->jumps);
-        memset(c->cache->buckets, 0, sizeof c->cache->buckets);
-        c->generation = 1;
-        cache_flush(c);
-    }
 }
 
 void cache_destroy(struct vcpu *c)
@@ -143,7 +235,11 @@ void cache_flush(struct vcpu *c)
     }
     memset(cache->buckets, 0, sizeof cache->buckets);
     cache->used = 0;
-    break_links(c);
+    cache->flushes++;
+    memset(c->jumps, 0, sizeof c->jumps);
+    memset(cache->mappings, 0, sizeof cache->mappings);
+    cache->last_id = 1;
+    code_map_clear(c);
 }
 
 static void unlink_block(struct vcpu *c, struct block *b)
@@ -156,6 +252,11 @@ static void unlink_block(struct vcpu *c, struct block *b)
     b->dead = true;
     if (b->region)
         region_kill(c, b->region);
+    ways_drop(c, b);
+    while (b->links)
+        unlink_jump(b->links);
+    if (jump_entry(c, b->ip)->block == b)
+        *jump_entry(c, b->ip) = (struct jump_entry){0};
     c->counters.blocks_killed++;
 }
 
@@ -166,20 +267,16 @@ static void kill_lines(struct vm *vm, u64 page, u32 lines)
         struct code_page *p = c ? find_page(c->cache, page) : NULL;
         if (!p)
             continue;
-        bool killed = false;
         for (struct block **at = &p->blocks; *at;) {
             struct block *b = *at;
             if (b->dead || block_lines(b, page) & lines) {
                 if (!b->dead)
                     unlink_block(c, b);
-                killed = true;
                 *at = b->page_next[page_side(b, page)];
             } else {
                 at = &b->page_next[page_side(b, page)];
             }
         }
-        if (killed)
-            break_links(c);
     }
 }
 
@@ -221,7 +318,7 @@ static void note_page(struct vcpu *c, struct block *b, u64 page, unsigned side)
     if (!p) {
         p = arena_take(c, sizeof *p);
         struct code_page **head = &c->cache->pages[page >> 12 & (PAGES - 1)];
-        *p = (struct code_page){page, NULL, *head};
+        *p = (struct code_page){page, NULL, *head, c->epoch};
         *head = p;
     }
     b->page_next[side] = p->blocks;
@@ -334,7 +431,7 @@ void decode_alone(struct vcpu *c, struct record *r)
         tracer_prologue(instruction, r);
         r = instruction;
     }
-    memset(r + 1, 0, 2 * sizeof *r); /* a link of no generation */
+    memset(r + 1, 0, 2 * sizeof *r); /* a link that does not hold */
     struct record *end = r + 1 + r->has_link;
     end->run = op_end_alone;
     end->at = (u8)length;
@@ -388,8 +485,9 @@ static struct block *build(struct vcpu *c, u64 ip, struct fetch *f)
         b->physical[1] = ~0ull; /* it raised before it needed the second page */
     b->count = count;
     b->ending = used;
-    b->checked = c->run_count;
     b->dead = false;
+    b->links = NULL;
+    b->ways = NULL;
     b->enter = c->translator ? block_count : b->records[0].run;
     b->code = NULL;
     b->region = NULL;
@@ -416,11 +514,30 @@ static bool bytes_unchanged(const struct block *b)
            (b->physical[1] == ~0ull || !memcmp(copy + b->first_bytes, b->host[1], b->bytes - b->first_bytes));
 }
 
+/* In this epoch, the blocks of a page are as they were decoded, or dead. */
+static void check_page(struct vcpu *c, u64 page)
+{
+    struct code_page *p = find_page(c->cache, page);
+    if (!p || p->checked == c->epoch)
+        return;
+    p->checked = c->epoch;
+    for (struct block **at = &p->blocks; *at;) {
+        struct block *b = *at;
+        if (!b->dead && !bytes_unchanged(b))
+            unlink_block(c, b);
+        if (b->dead)
+            *at = b->page_next[page_side(b, page)];
+        else
+            at = &b->page_next[page_side(b, page)];
+    }
+}
+
 struct block *cache_lookup(struct vcpu *c)
 {
-    u64 ip = c->gpr[GPR_IP];
+    u64 ip = c->gpr[GPR_IP], linear = code_linear(c, ip);
     struct fetch f;
     fetch_first(c, ip, &f);
+    check_page(c, f.physical[0] & PAGE_MASK);
     struct block *b = c->cache->buckets[bucket_of(f.physical[0], c->key)];
     while (b && (b->physical[0] != f.physical[0] || b->ip != ip || b->key != c->key))
         b = b->bucket_next;
@@ -429,20 +546,18 @@ struct block *cache_lookup(struct vcpu *c)
         unlink_block(c, b);
         b = NULL;
     }
-    if (b && b->checked != c->run_count) {
-        b->checked = c->run_count;
-        if (!bytes_unchanged(b)) {
-            unlink_block(c, b);
-            break_links(c);
-            b = NULL;
-        } else if (b->region && !region_unchanged(c, b->region, bytes_unchanged)) {
-            region_kill(c, b->region);
-        }
-    }
     if (!b)
         b = build(c, ip, &f);
+    if (c->cache->last_id > 0xfffffff0) /* they come to an end: all links are of old ones */
+        cache_flush(c), b = build(c, ip, &f);
+    note_mapping(c, linear, b->physical[0]);
     struct jump_entry *e = jump_entry(c, ip);
-    *e = (struct jump_entry){ip, c->key, b, c->generation};
+    if (b->physical[1] == ~0ull)
+        *e = (struct jump_entry){.ip = ip, .block = b, .id = c->code_map->ids[code_at(linear)], .at = code_at(linear)};
+    else {
+        check_page(c, b->physical[1]);
+        note_mapping(c, code_linear(c, ip + b->first_bytes), b->physical[1]);
+    }
     return b;
 }
 
@@ -455,16 +570,16 @@ void jump_slow(struct vcpu *c, const struct record *r)
     if (r->length) /* a jump: its own fault; the end of a block goes on to where the fetch faults */
         check_target(c, r, target);
     c->budget += r->left;
+    u64 ip = c->gpr[GPR_IP];
     c->gpr[GPR_IP] = target;
     if (c->budget <= 0 || atomic_load_explicit(&c->attention, memory_order_relaxed)) { /* and before what the fetch raises */
         c->now = NULL;
         return;
     }
-    u32 generation = c->generation; /* r may lie in the arena that a lookup empties */
+    u32 flushes = c->cache->flushes; /* r may lie in the arena that a lookup empties */
     struct block *b = cache_lookup(c);
-    if (generation == c->generation) {
-        *LINK_OF(r) = (struct link){b, generation};
-    }
+    if (flushes == c->cache->flushes)
+        link_record(c, r, ip, b);
     ENTER(c, b);
 }
 

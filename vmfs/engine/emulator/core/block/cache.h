@@ -16,9 +16,11 @@
         CONTINUE_BY((c), b_->enter, b_->records); \
     } while (0)
 
+ALWAYS_INLINE bool link_holds(const struct vcpu *c, const struct link *l) { return c->code_map->ids[l->at] == l->id; }
+
 /* A direct near jump is taken. */
 #define JUMP_LINK(c, r) do { \
-        if (unlikely(LINK_OF(r)->generation != (c)->generation)) { \
+        if (unlikely(!link_holds((c), LINK_OF(r)))) { \
             jump_slow((c), (r)); \
             return; \
         } \
@@ -27,6 +29,10 @@
     } while (0)
 
 ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c->jumps[(ip ^ ip >> 12) & (JUMP_CACHE - 1)]; }
+ALWAYS_INLINE bool jump_holds(const struct vcpu *c, const struct jump_entry *e, u64 target)
+{
+    return e->ip == target && c->code_map->ids[e->at] == e->id;
+}
 
 /* An indirect near jump to `target`, which is masked and checked (check_target) unless it is in the jump cache. The block
  * ends with r. */
@@ -34,7 +40,7 @@ ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c-
         u64 target_ = (target); \
         struct jump_entry *e_ = jump_entry((c), target_); \
         (c)->gpr[GPR_IP] = target_; \
-        if (unlikely(e_->ip != target_ || e_->generation != (c)->generation || e_->key != (c)->key)) { \
+        if (unlikely(!jump_holds((c), e_, target_))) { \
             jump_indirect_slow((c), (r)); \
             return; \
         } \

@@ -43,7 +43,7 @@ void mmu_check_write(struct vcpu *c, u64 linear, unsigned bytes, unsigned access
 u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access);
 /* The same without side effects or faults; false: not mapped. */
 bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical);
-/* Drop TLB entries: all (and break links), of a page, all write tags. */
+/* Drop TLB entries: all, of a page, all write tags. */
 void tlb_flush(struct vcpu *c);
 void tlb_flush_page(struct vcpu *c, u64 linear);
 void tlb_flush_writes(struct vcpu *c, bool mark); /* mark: log their pages once more */

@@ -183,6 +183,7 @@ void tlb_clear(struct vcpu *c)
 {
     forget_watched(c);
     memset(c->tlbs, 0xff, sizeof c->tlbs);
+    code_map_clear(c);
     c->filled_count = 0;
     c->large_low = ~0ull;
     c->large_high = 0;
@@ -201,7 +202,7 @@ void tlb_flush(struct vcpu *c)
     c->filled_count = 0;
     c->large_low = ~0ull;
     c->large_high = 0;
-    break_links(c);
+    code_map_clear(c);
 }
 
 void tlb_flush_page(struct vcpu *c, u64 linear)
@@ -214,7 +215,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
             entries(&c->tlbs[table], kind)[linear >> 12 & (TLB_SIZE - 1)].page = TLB_INVALID;
-    break_links(c);
+    code_map_drop(c, linear);
 }
 
 void tlb_flush_writes(struct vcpu *c, bool mark)

@@ -569,8 +569,7 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     stops_know_mode(c);
     stops_forget(c);
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
-    c->run_count++;
-    break_links(c);
+    cache_check_again(c);
     c->run_limited = budget >= 0;
     c->run_budget = budget;
     c->completing = c->reading && c->restart;

@@ -51,6 +51,7 @@ void segment_changed(struct vcpu *c, unsigned seg)
 {
     derive_check(c, seg);
     note_flat(c);
+    code_map_select(c);
 }
 
 void flags_changed(struct vcpu *c) { tlb_select(c); }
@@ -95,13 +96,7 @@ void mode_changed(struct vcpu *c)
         derive_check(c, i);
     note_flat(c);
     tlb_select(c);
-    /* Links and the jump cache know instruction pointers and keys. In a key without the 64-bit bit, a pointer means another
-     * address when the base of CS has changed; without CPL 0, levels 1 and 2 may fetch what 3 may not. */
-    if ((!is64 && c->linked_base != cs->base) || (c->cpl && c->linked_cpl != c->cpl)) {
-        c->linked_base = is64 ? c->linked_base : cs->base;
-        c->linked_cpl = c->cpl ? c->cpl : c->linked_cpl;
-        break_links(c);
-    }
+    code_map_select(c);
 }
 
 /* CPL changes only with CS and SS: the caller ends with mode_changed. */

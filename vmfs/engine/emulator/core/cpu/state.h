@@ -109,12 +109,16 @@ struct record {
 };
 _Static_assert(sizeof(struct record) == 32, "two records a cache line");
 
-/* What the cache knows of a direct jump: it lies in the place of a record, behind that of the jump. */
+/* What the cache knows of a direct jump: it lies in the place of a record, after that of the jump. It holds while the code
+ * map (below) has `id` at `at`. */
 struct link {
-    struct block *to;         /* where it goes, valid while */
-    u32 generation;           /* ... is the CPU's */
+    struct block *to;         /* where it goes, or NULL */
+    struct link *next, **before; /* of those that go there */
+    u32 id;                   /* 0: it does not hold */
+    u32 at;
 };
 #define LINK_OF(r) ((struct link *)((struct record *)(r) + 1))
+_Static_assert(sizeof(struct link) == 32, "a link takes the place of a record");
 
 enum {
     PREFIX_ADDRESS = 3,       /* log2 of the address size in bytes: 1, 2, 3 */
@@ -128,23 +132,25 @@ ALWAYS_INLINE const struct record *record_after(const struct record *r) { return
 enum { BLOCK_INSTRUCTIONS = 32, BLOCK_SLOTS = 3 * BLOCK_INSTRUCTIONS + 2, BLOCK_BYTES = 240 };
 
 struct region;
+struct way;
 
 /* A straight run of instructions; conditional jumps that are not taken stay in it. */
 struct block {
     u64 ip;                   /* of its first instruction */
     u64 key;                  /* fetch mode (see fetch_key) */
     u64 physical[2];          /* of its first byte; of its second page, if it crosses (else ~0) */
+    struct block *bucket_next;
     const u8 *host[2];        /* where its bytes are */
     u32 bytes, first_bytes;   /* all; those on the first page */
     u32 count;                /* instructions */
     u32 ending;               /* the record that leaves, behind all others; then comes its link */
-    u32 checked;              /* the run in which its bytes were last compared */
     handler *enter;           /* what it begins with: that of its first record, or the translator's */
     u8 *code;                 /* host code for it, or NULL */
     struct region *region;    /* the code is of */
+    struct link *links;       /* that go to it */
+    struct way *ways;         /* jumps of host code that go to its */
     u32 entries;              /* that were counted */
     bool dead;
-    struct block *bucket_next;
     struct block *page_next[2];
     struct record records[];  /* up to the one that leaves and its link; behind it a copy of the bytes */
 };
@@ -179,7 +185,19 @@ struct tlb {
  * every access takes the slow path (alignment checks). */
 enum { TLB_USER, TLB_SUPERVISOR, TLB_SUPERVISOR_AC, TLB_NONE, TLB_TABLES };
 
-struct jump_entry { u64 ip, key; struct block *block; u32 generation; };
+/* Where code is just now: a number for each page that was fetched from since its translation was dropped. Another number means
+ * another physical page, another key or another base of CS; the same mapping gets the same number again. So links survive a
+ * change of the address space, and one comparison tells whether one holds. Kernel and users have maps of their own. */
+enum { CODE_PAGES = 1024, SAME_PAGE = CODE_PAGES /* where `ids` has 1 for good: a jump within a page */ };
+#define NO_CODE (~0u)         /* no page; a link that does not hold has 0 */
+struct code_map {
+    u32 ids[CODE_PAGES + 1];
+    u64 key, base;            /* ids are of this mode and base */
+    u8 cpl;
+};
+
+/* Where an indirect jump went. It holds as a link does. */
+struct jump_entry { u64 ip; struct block *block; u32 id, at; u64 unused; };
 enum { JUMP_CACHE = 2048 };
 
 /* ---- The CPU ------------------------------------------------------------------------------------------------------- */
@@ -226,7 +244,7 @@ struct vcpu {
     struct tlb *tlb;          /* where the inline paths look: `map`, or an empty one while accesses are traced */
     struct tlb *map;          /* one of tlbs */
     _Atomic u32 attention;
-    u32 generation;           /* links and the jump cache hold for it */
+    struct code_map *code_map; /* one of code_maps */
     u64 key;                  /* fetch mode */
     u64 rflags;               /* all but the arithmetic flags */
     u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
@@ -350,18 +368,17 @@ struct vcpu {
     struct tracer *tracer;    /* NULL: nothing is traced */
 
     /* Caches */
-    u64 linked_base;          /* links hold for this base of CS outside of 64-bit mode */
-    u8 linked_cpl;            /* and outside of CPL 0 for this CPL */
     u64 large_low, large_high; /* the linear addresses of large pages that the TLB has parts of lie between them */
     struct tlb tlbs[TLB_TABLES];
     struct { u64 page, physical; const struct tlb *map; } watched[TLB_KINDS]; /* the last page with a watched byte */
     u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: (table * 3 + kind) << 10 | index */
     unsigned filled_count;    /* more than TLB_FILLED: flush all */
     struct jump_entry jumps[JUMP_CACHE];
+    struct code_map code_maps[2]; /* of CPL 0, of the others */
     struct cache *cache;
     struct translator *translator; /* NULL: all is interpreted */
     struct record single[4];  /* an instruction that runs alone: with a prologue of the tracer, a link, and its end */
-    u32 run_count;
+    u32 epoch;                /* pages of code are compared with what was decoded, once in each */
     struct vcpu_counters counters;
 
     struct cpuid_state {
@@ -547,7 +564,11 @@ void cache_destroy(struct vcpu *c);
 void cache_flush(struct vcpu *c);                /* forget all blocks */
 void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* those that overlap, on all CPUs */
 struct block *cache_lookup(struct vcpu *c);      /* the block at gpr[GPR_IP]; may escape with a fault */
-void break_links(struct vcpu *c);
+/* Instruction fetches: their translations were dropped, all or of a page; the key, CPL or base of CS changed. */
+void code_map_clear(struct vcpu *c);
+void code_map_drop(struct vcpu *c, u64 linear);
+void code_map_select(struct vcpu *c);
+void cache_check_again(struct vcpu *c);          /* others may have written code */
 handler op_end, op_end_alone, op_raise, op_breakpoint, jump_slow, jump_indirect_slow;
 void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached, and its end */
 bool is_breakpoint(const struct vcpu *c, u64 linear);

@@ -39,7 +39,7 @@ static void note_masks(struct vcpu *c)
     if (!!(c->key & KEY_UNMASKED) == mxcsr_unmasked(c))
         return;
     c->key ^= KEY_UNMASKED;
-    break_links(c);
+    code_map_select(c);
 }
 
 u32 mxcsr_enter(struct vcpu *c)

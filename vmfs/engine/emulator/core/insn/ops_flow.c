@@ -53,7 +53,7 @@ HANDLER(jcxz);
 #define FAST_STACK(bits) \
     OP(call_##bits) \
     { \
-        if (unlikely(LINK_OF(r)->generation != c->generation)) \
+        if (unlikely(!link_holds(c, LINK_OF(r)))) \
             check_target(c, r, relative_target(c, r)); \
         push(c, r, bits / 8, next_ip(c, r)); \
         JUMP_LINK(c, r); \
@@ -107,7 +107,7 @@ OP(call_fast)
 {
     u64 sp = c->gpr[RSP] - 8;
     u8 *p = fast_linear_write(c, sp, 8);
-    if (unlikely(!p || LINK_OF(r)->generation != c->generation)) {
+    if (unlikely(!p || !link_holds(c, LINK_OF(r)))) {
         call_64(c, r);
         return;
     }
@@ -125,7 +125,7 @@ OP(ret_fast)
     }
     u64 target = peek(p, 8);
     struct jump_entry *e = jump_entry(c, target);
-    if (unlikely(e->ip != target || e->generation != c->generation || e->key != c->key)) {
+    if (unlikely(!jump_holds(c, e, target))) {
         ret_64(c, r);
         return;
     }

@@ -486,6 +486,17 @@ void emit_stubs(struct translation *t)
             flags_to_image(t);
             emit_leave(t, s.record, s.block);
             break;
+        case STUB_WAY: /* first where the budget ends before the block that follows */
+            s.way->stop = t->code.at;
+            load_constant(&t->code, T0, (u64)(uintptr_t)s.way);
+            put_modrm(&t->code, I_W, M1, 0x03, BUDGET, in_memory(T0, offsetof(struct way, taken)));
+            land(s.jumps[0], t->code.at);
+            s.way->leave = t->code.at;
+            if (s.stack)
+                move_stack(t, GUEST_RSP, s.stack);
+            load_constant(&t->code, T0, (u64)(uintptr_t)s.way);
+            land(jump(&t->code), shared_code(t->translator)->way);
+            break;
         case STUB_EDGE:
             emit_jump(t, s.record);
             break;
@@ -642,21 +653,15 @@ int member_at(const struct translation *t, const struct record *r)
     return -1;
 }
 
-/* To another region, by the link that the interpreter keeps. Flags are in the image. */
-static void emit_link_after(struct translation *t, const struct record *r, i32 stack)
+/* To another region. Flags are in the image. */
+static void emit_way(struct translation *t, const struct record *r, i32 stack)
 {
-    struct code *code = &t->code;
-    struct stub *s = add_stub(t, STUB_LEAVE, r);
+    struct stub *s = add_stub(t, STUB_WAY, r);
     s->stack = stack;
-    load_constant(code, T0, (u64)(uintptr_t)LINK_OF(r));
-    load32(code, T1, in_memory(T0, offsetof(struct link, generation)));
-    put_modrm(code, 0, M1, 0x3b, T1, FIELD(generation));
-    stub_jump(s, jump_if(code, CC_NE));
-    load64(code, T1, in_memory(T0, offsetof(struct link, to)));
-    load64(code, T0, in_memory(T1, offsetof(struct block, code)));
-    put_modrm(code, I_W, M1, 0x85, T0, in_register(T0));
-    stub_jump(s, jump_if(code, CC_E));
-    emit_enter(t, r);
+    s->way = add_way(t, r);
+    s->way->code = t->code.at;
+    stub_jump(s, jump(&t->code));
+    t->code.at = s->way->code + WAY_ROOM;
 }
 
 /* A jump of the host goes to a block of the region, once that has code. */
@@ -676,7 +681,7 @@ static void emit_jump_after(struct translation *t, const struct record *r, i32 s
     int target = member_at(t, r);
     if (target < 0) {
         flags_to_image(t);
-        emit_link_after(t, r, stack);
+        emit_way(t, r, stack);
         return;
     }
     const struct member *m = &t->members[target];
@@ -716,11 +721,9 @@ void find_block(struct translation *t, const struct record *r)
     lea64(code, T0, (struct place){.memory = true, .base = C, .index = T0, .disp = offsetof(struct vcpu, jumps)});
     put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, offsetof(struct jump_entry, ip)));
     stub_jump(s, jump_if(code, CC_NE));
-    load32(code, T1, in_memory(T0, offsetof(struct jump_entry, generation)));
-    put_modrm(code, 0, M1, 0x3b, T1, FIELD(generation));
-    stub_jump(s, jump_if(code, CC_NE));
-    load64(code, T1, in_memory(T0, offsetof(struct jump_entry, key)));
-    put_modrm(code, I_W, M1, 0x3b, T1, FIELD(key));
+    load32(code, T1, in_memory(T0, offsetof(struct jump_entry, at)));
+    load32(code, T1, (struct place){.memory = true, .base = C, .index = T1, .scale = 2, .disp = code_ids(t->c->key)});
+    put_modrm(code, 0, M1, 0x3b, T1, in_memory(T0, offsetof(struct jump_entry, id)));
     stub_jump(s, jump_if(code, CC_NE));
     load64(code, T1, in_memory(T0, offsetof(struct jump_entry, block)));
     load64(code, T0, in_memory(T1, offsetof(struct block, code)));

@@ -56,7 +56,7 @@ struct member {               /* a block of the region */
 
 /* Code out of line. */
 struct stub {
-    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE, STUB_STOP } kind;
+    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
     const struct record *record;
     const struct block *block;
     u8 *jumps[4];             /* that come here */
@@ -66,7 +66,8 @@ struct stub {
     struct recipe recipe;
     bool restore;             /* STUB_CALL: flags are in the host's behind it */
     bool give_back;           /* STUB_LEAVE: T1 to the budget */
-    i32 budget, stack;        /* STUB_LEAVE: to add to the budget, and to rSP */
+    i32 budget, stack;        /* STUB_LEAVE, STUB_WAY: to add to the budget, and to rSP */
+    struct way *way;          /* STUB_WAY */
     unsigned jump_count;
     u16 dirty, reload;        /* vector registers to store before, to load behind */
 };
@@ -147,10 +148,29 @@ extern struct operation operation_ADD, operation_AND, operation_CMP, operation_D
 
 /* region.c */
 bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
-struct shared { u8 *leave, *call, *stop; }; /* in code memory, as the writer sees it */
+struct shared { u8 *leave, *call, *stop, *way; }; /* in code memory, as the writer sees it */
+/* Where the code map of a key has its numbers, from struct vcpu on. */
+ALWAYS_INLINE i32 code_ids(u64 key)
+{
+    return (i32)(offsetof(struct vcpu, code_maps) + (key & KEY_CPL0 ? 0 : sizeof(struct code_map)) + offsetof(struct code_map, ids));
+}
 bool host_has(const struct translator *t, enum feature f);
 const struct shared *shared_code(const struct translator *t);
 struct site *add_site(struct translation *t, const struct record *r);
+
+/* A direct jump out of a region. It leaves, until its link was followed; from then on it is a jump to host code. */
+enum { WAY_ROOM = 40 };
+struct way {
+    const struct record *record;
+    u64 ip;                   /* of the block */
+    u8 *code, *leave, *stop;  /* the jump, WAY_ROOM bytes; where it goes to leave; where the budget ends */
+    struct block *to;
+    struct way *next, **before; /* of those that go there */
+    struct way *sibling;      /* of the same region */
+    i64 taken;                /* from the budget, when it jumps */
+    u32 id;                   /* of the link that it was opened for */
+};
+struct way *add_way(struct translation *t, const struct record *r);
 
 /* A call of a handler from host code: a copy of the record, then one that returns. */
 struct site {

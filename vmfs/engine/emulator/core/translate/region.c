@@ -21,6 +21,7 @@ struct region {
     struct region *next;      /* in its part */
     u64 key;
     bool dead;
+    struct way *ways;         /* out of it */
     unsigned count;
     struct block *blocks[];
 };
@@ -137,6 +138,8 @@ static void translated_stop(struct vcpu *c)
     end_translated(c, instructions_done(c));
 }
 
+static void translated_way(struct vcpu *c, struct way *w);
+
 static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
 
 /* Host code's stack is the room below struct vcpu (HOST_STACK), so that RSP is also the register for that. There its calls leave
@@ -168,6 +171,14 @@ static void write_shared(struct translator *t)
     load64(&code, RSP, FIELD(host_stack));
     restore_host(&code);
     jump_to(&code, (void (*)(void))translated_stop);
+
+    t->shared.way = code.at; /* T0: the way */
+    spill(&code);
+    load64(&code, RDI, in_register(C));
+    load64(&code, RSI, in_register(T0));
+    load64(&code, RSP, FIELD(host_stack));
+    restore_host(&code);
+    jump_to(&code, (void (*)(void))translated_way);
 
     t->shared.call = code.at; /* T0: the site */
     put_pop(&code, T1);
@@ -255,10 +266,31 @@ struct translator *translator_create(void)
     return t;
 }
 
+static void close_way(struct way *w)
+{
+    if (!w->to)
+        return;
+    *w->before = w->next;
+    if (w->next)
+        w->next->before = w->before;
+    w->to = NULL;
+    struct code code = {w->code};
+    land(jump(&code), w->leave);
+}
+
+void ways_drop(struct vcpu *c, struct block *b)
+{
+    (void)c;
+    while (b->ways)
+        close_way(b->ways);
+}
+
 static void free_regions(struct part *p)
 {
     for (struct region *r = p->regions, *next; r; r = next) {
         next = r->next;
+        for (struct way *w = r->ways; w; w = w->sibling)
+            close_way(w);
         free(r);
     }
     p->regions = NULL;
@@ -312,6 +344,7 @@ void region_kill(struct vcpu *c, struct region *region)
     c->counters.regions_killed++;
     for (unsigned i = 0; i < region->count; i++) {
         struct block *b = region->blocks[i];
+        ways_drop(c, b);
         b->code = NULL;
         b->region = NULL;
         b->entries = 0;
@@ -333,25 +366,65 @@ static struct part *room(struct vcpu *c)
     return p;
 }
 
-bool region_unchanged(struct vcpu *c, struct region *region, bool (*unchanged)(const struct block *))
+static void *take_top(struct translation *t, size_t size)
 {
-    for (unsigned i = 0; i < region->count; i++) {
-        struct block *b = region->blocks[i];
-        if (b->checked != c->run_count && !unchanged(b))
-            return false;
-        b->checked = c->run_count;
-    }
-    return true;
+    struct part *p = &t->translator->parts[t->translator->part];
+    p->top = (u8 *)((uintptr_t)(p->top - size) & ~(uintptr_t)31);
+    return p->top;
 }
 
 struct site *add_site(struct translation *t, const struct record *r)
 {
-    struct part *p = &t->translator->parts[t->translator->part];
-    p->top = (u8 *)((uintptr_t)(p->top - sizeof(struct site)) & ~(uintptr_t)31);
-    struct site *s = (struct site *)p->top;
+    struct site *s = take_top(t, sizeof *s);
     *s = (struct site){.record = *r, .end = {.run = op_continue, .at = (u8)(r->at + r->length)}, .ip = t->in->block->ip,
                        .region = t->region};
     return s;
+}
+
+/* ---- Ways out ----------------------------------------------------------------------------------------------------------------- */
+
+struct way *add_way(struct translation *t, const struct record *r)
+{
+    struct way *w = take_top(t, sizeof *w);
+    *w = (struct way){.record = r, .ip = t->in->block->ip, .sibling = t->region->ways};
+    t->region->ways = w;
+    return w;
+}
+
+/* From now on straight to `to`, which has code, while the link holds. */
+static void open_way(const struct translator *t, const struct vcpu *c, struct way *w, struct block *to, const struct link *l)
+{
+    struct code code = {w->code};
+    if (l->at != SAME_PAGE) {
+        alu_constant(&code, 0, GROUP_CMP, in_memory(C, code_ids(c->key) + 4 * (i32)l->at), (i32)l->id);
+        land(jump_if(&code, CC_NE), w->leave);
+    }
+    w->taken = (i64)to->count - w->record->left;
+    if (w->taken)
+        alu_constant(&code, I_W, w->taken < 0 ? GROUP_ADD : GROUP_SUB, in_register(BUDGET), (i32)(w->taken < 0 ? -w->taken : w->taken));
+    if (w->taken > 0)
+        land(jump_if(&code, CC_L), w->stop);
+    land(jump(&code), to->code - t->to_executable);
+    w->to = to;
+    w->id = l->id;
+    w->before = &to->ways;
+    w->next = to->ways;
+    if (w->next)
+        w->next->before = &w->next;
+    to->ways = w;
+}
+
+/* From a region: a direct jump whose way is closed, or whose link does not hold, or for which the budget is too small. */
+static void translated_way(struct vcpu *c, struct way *w)
+{
+    const struct record *r = w->record;
+    const struct link *l = LINK_OF(r);
+    c->gpr[GPR_IP] = w->ip;
+    if (w->to && (w->to != l->to || w->id != l->id)) /* where the link does not hold just now, it may soon again */
+        close_way(w);
+    if (!w->to && l->to && link_holds(c, l) && l->to->code)
+        open_way(c->translator, c, w, l->to, l);
+    translated_leave(c, r);
 }
 
 /* ---- Which blocks --------------------------------------------------------------------------------------------------------------- */
@@ -382,7 +455,7 @@ static void add_followers(struct translation *t, const struct block *b)
     for (;; r = record_after(r)) {
         if (r->has_link) {
             const struct link *l = LINK_OF(r);
-            if (l->generation == t->c->generation && l->to && may_join(t->members[0].block, l->to) && !is_cut(t->translator, r))
+            if (l->to && may_join(t->members[0].block, l->to) && !is_cut(t->translator, r))
                 add_member(t, l->to);
         }
         if (r == end)

@@ -17,8 +17,7 @@ struct translator *translator_create(void);
 void translator_destroy(struct translator *t);
 void translator_flush(struct vcpu *c);                        /* forget all regions: their blocks are gone */
 void region_kill(struct vcpu *c, struct region *region);      /* a block of it dies: its other blocks are interpreted again */
-/* Whether the bytes of all its blocks are as they were decoded, in this run. */
-bool region_unchanged(struct vcpu *c, struct region *region, bool (*unchanged)(const struct block *));
+void ways_drop(struct vcpu *c, struct block *b);              /* jumps of host code to it leave, from now on */
 
 /* What a block's `enter` is: it counts, and in the end translates; or it runs host code. */
 handler block_count, block_translated;
