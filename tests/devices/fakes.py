@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import struct
 
+import msgspec
+
 from vmfs.words import exits
+from vmfs.words.errors import Invalid
 
 
 class FakeMachine:
@@ -36,6 +39,31 @@ class FakeMachine:
             self.slots[slot] = address, fd, offset, size, read_only
         else:
             self.slots.pop(slot, None)
+
+
+def saved(board):
+    """The state of every device, as bytes."""
+    with board.asleep():
+        return board.pack_devices()
+
+
+def plain(device):
+    """The state of a device as dicts and lists, to be changed, and given to `refuses`."""
+    return msgspec.to_builtins(device.save(), builtin_types=(bytes,))
+
+
+def refuses(device, state):
+    """Whether it does not take such a state."""
+    try:
+        device.unpack(device.STATE.VERSION, msgspec.msgpack.encode(state))
+    except Invalid:
+        return True
+    return False
+
+
+def load(board, states):
+    with board.asleep():
+        board.load_devices(board.unpack_devices(states))
 
 
 def pass_time(board, until):

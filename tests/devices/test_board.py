@@ -5,20 +5,20 @@ from __future__ import annotations
 import random
 
 import pytest
-from devices.fakes import FakeMachine, Guest
+from devices.fakes import FakeMachine, Guest, load, saved
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs.devices.bus import Bus
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import StatelessDevice, Window
 from vmfs.devices.machine import Pc
-from vmfs.devices.pci import Bar, PciDevice
+from vmfs.devices.pci import Bar, PlainPciDevice
 from vmfs.machine.memory import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, LimitReached
 
 
-class Echo(Device):
+class Echo(StatelessDevice):
     """Remembers what was written, and reads back where."""
 
     TYPE = "echo"
@@ -39,7 +39,7 @@ class Echo(Device):
         self.seen.append((region, offset, size, value))
 
 
-class Card(PciDevice):
+class Card(PlainPciDevice):
     TYPE = "card"
     VENDOR, DEVICE, CLASS = 0x1AF4, 0x10FF, 0xFF0000
     BARS = {0: Bar("memory", 4096), 1: Bar("port", 32), 4: Bar("memory", 1 << 20, prefetchable=True)}
@@ -228,11 +228,11 @@ STATELESS = {"debugcon", "debugcon2", "debug-exit"}
 
 def test_the_state_of_every_device_goes_to_another_board(pc, guest, memory):
     with pytest.raises(Invalid, match="other devices"):
-        pc.load({})
+        pc.unpack_devices({})
     other = Pc(FakeMachine(), memory)
     try:
-        fresh = other.save()
-        assert pc.save().keys() == fresh.keys()
+        fresh = saved(other)
+        assert saved(pc).keys() == fresh.keys()
         dice = random.Random(21)
         ports = [port for device in pc.devices.values() for window in device.windows() if window.space == "port"
                  for port in range(window.start, window.end)]  # fmt: skip
@@ -241,10 +241,10 @@ def test_the_state_of_every_device_goes_to_another_board(pc, guest, memory):
         guest.out(0x510, 0x19, 2)  # fw_cfg: its directory
         for slot in pc.pci.slots:
             guest.config(slot, 0x3C, dice.getrandbits(8), size=1)  # the interrupt line, which is a scratch register
-        state = pc.save()
+        state = saved(pc)
         assert {name for name in state if state[name] == fresh[name]} == STATELESS
-        other.load(state)
-        assert other.save() == state
+        load(other, state)
+        assert saved(other) == state
     finally:
         other.close()
 

@@ -18,21 +18,36 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+import msgspec
 
 from vmfs.devices.bus import Bus
-from vmfs.devices.device import Device
+from vmfs.devices.device import U64, Device, DeviceState
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.memory import PAGE, Memory
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid
-from vmfs.words.unclaimed import Unclaimed
+from vmfs.words.unclaimed import Unclaimed, Use
 
 FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
 UNCLAIMED_MOST = 256  # ports and addresses that are remembered
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
+
+
+class BoardState(DeviceState):
+    """What is of a board and of no device. `lines`: the devices that hold each GSI high; `unclaimed`: space, address,
+    reads, writes and rip. Timers are their devices'."""
+
+    date_of_birth: int
+    shutdown: tuple[str, int | None] | None
+    lines: dict[Annotated[int, msgspec.Meta(ge=0, lt=24)], tuple[str, ...]]
+    counters: dict[str, int]
+    device_counters: dict[str, dict[str, int]]
+    unclaimed: Annotated[tuple[tuple[str, U64, int, int, U64], ...], msgspec.Meta(max_length=UNCLAIMED_MOST)]
+    forgotten: int
 
 
 class Board:
@@ -353,16 +368,68 @@ class Board:
             for device in self.devices.values():
                 device.machine_changed()
 
-    def save(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Nothing happens in the devices, or by them, in this block, which has the lock."""
         with self.lock:
-            return {name: device.save() for name, device in self.devices.items()}
+            sleeping = []
+            try:
+                for device in self.devices.values():
+                    sleeping.append(device)
+                    device.sleep()
+                yield
+            finally:
+                for device in sleeping:
+                    device.wake()
 
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            if state.keys() != self.devices.keys():
-                raise Invalid(f"it is a machine of other devices: {', '.join(sorted(state)) or 'none'}")
-            for name, device in self.devices.items():
-                device.load(state[name])
+    def save(self) -> BoardState:
+        """What is of no device. In `asleep`."""
+        return BoardState(
+            date_of_birth=self._date_of_birth,
+            shutdown=self.shutdown,
+            lines={gsi: tuple(sorted(names)) for gsi, names in sorted(self._lines.items()) if names},
+            counters=dict(self.counters),
+            device_counters={name: dict(device.counters) for name, device in self.devices.items() if device.counters},
+            unclaimed=tuple((*key, use.reads, use.writes, use.rip) for key, use in self._unclaimed.items()),
+            forgotten=self._unclaimed.forgotten,
+        )
+
+    def check(self, state: BoardState) -> None:
+        """Invalid for what this board cannot be, and nothing has changed."""
+        names = {*state.device_counters, *(name for names in state.lines.values() for name in names)}
+        if unknown := names - self.devices.keys():
+            raise Invalid(f"the board has no device {min(unknown)[:40]!r}")
+
+    def load(self, state: BoardState) -> None:
+        """What is of no device. In `asleep`, after the engine's chips, which have the lines' levels, and before the
+        devices, which then find the lines as they hold them."""
+        self._date_of_birth = state.date_of_birth
+        self.shutdown = state.shutdown
+        self._lines = {gsi: set(names) for gsi, names in state.lines.items()}
+        self.counters = Counter(state.counters)
+        for name, device in self.devices.items():
+            device.counters.clear()
+            device.counters.update(state.device_counters.get(name, {}))
+        self._unclaimed.put(((space, at), Use(reads, writes, rip)) for space, at, reads, writes, rip in state.unclaimed)
+        self._unclaimed.forgotten = state.forgotten
+        self._last_now = None
+        self._set_deadline()
+
+    def pack_devices(self) -> dict[str, tuple[int, bytes]]:
+        """Version and bytes of each device's state. In `asleep`."""
+        return {name: (device.STATE.VERSION, device.pack()) for name, device in self.devices.items()}
+
+    def unpack_devices(self, states: Mapping[str, tuple[int, bytes]]) -> dict[str, DeviceState]:
+        """Checked by each device; Invalid, and nothing has changed, where one cannot be so."""
+        if states.keys() != self.devices.keys():
+            different = ", ".join(sorted(states.keys() ^ self.devices.keys()))
+            raise Invalid(f"it is a machine of other devices: {different}")
+        return {name: self.devices[name].unpack(*state) for name, state in states.items()}
+
+    def load_devices(self, states: Mapping[str, DeviceState]) -> None:
+        """What `unpack_devices` gave. In `asleep`."""
+        for name, device in self.devices.items():
+            device.load(states[name])
 
     def close(self) -> None:
         with self.lock:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import StatelessDevice, Window
 
 
-class DebugConsole(Device):
+class DebugConsole(StatelessDevice):
     """Bytes written to `port` go to `output`; reading gives `answer`, by which firmware knows that it is there.
 
     Bochs' port E9 answers E9; QEMU's isa-debugcon at 402, which SeaBIOS and OVMF write to, answers E9, too.
@@ -32,7 +32,7 @@ class DebugConsole(Device):
         self.output(bytes((value & 0xFF,)))
 
 
-class DebugExit(Device):
+class DebugExit(StatelessDevice):
     """QEMU's isa-debug-exit: a write of N ends the run with `shutdown cause=debug-exit code=2N+1`."""
 
     TYPE = "debug-exit"

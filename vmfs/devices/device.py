@@ -10,18 +10,49 @@ device has a timer, a clock or a thread of the host's for that.
 Threads: the board calls devices with its lock held, so a device has none of its own. What comes from
 elsewhere (a key, a packet) takes the lock first: `with device.board.lock`.
 
-State: `save` gives what a guest could tell apart, as numbers, bytes, strings, lists and dicts of them; `load`
-of another device of the same type with the same windows makes it the same.
+State: `save` gives what a guest could tell apart, and what decides what the device does next, as a DeviceState of its
+own type; `load` of another device of the same type with the same windows makes it the same. It is whole or not at all:
+the type's constraints, then `check`, say what no device can be, before anything is set. Times in it are the guest's.
 """
 
 from __future__ import annotations
 
+import abc
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, TypeVar
+
+import msgspec
+
+from vmfs.words.errors import Invalid
 
 if TYPE_CHECKING:
     from vmfs.devices.board import Board
+
+
+U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]  # no more fits into msgpack
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a device is. VERSION grows when a field changes what it means, or one without a default is added."""
+
+    VERSION: ClassVar[int] = 1
+
+
+S = TypeVar("S", bound=DeviceState)
+
+
+def unpack(kind: type[S], version: int, data: bytes, what: str) -> S:
+    """A state of bytes; Invalid for what no device can be, by its type."""
+    if version != kind.VERSION:
+        raise Invalid(f"{what}: a state of version {version}, where {kind.VERSION} is known")
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, OverflowError) as error:
+        raise Invalid(f"{what}: that is no state of it: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +75,14 @@ class Window:
         return f"{self.space} {self.start:#x}-{self.end - 1:#x}"
 
 
-class Device:
-    """A device with the name that it has under dev/. Subclasses set TYPE and what they need of the rest.
+class Device(abc.ABC, Generic[S]):
+    """A device with the name that it has under dev/. Subclasses set TYPE and STATE, and what they need of the rest.
 
     `irq` is the interrupt line (GSI) or None; `counters` what its `counters` file shows.
     """
 
     TYPE: str
+    STATE: type[S]
     irq: int | None = None
 
     def __init__(self, board: Board, name: str) -> None:
@@ -78,12 +110,34 @@ class Device:
     def time_shifted(self, by: int) -> None:
         """The guest's time was set, to what it was and `by`: times that the device keeps are to move along."""
 
-    def save(self) -> dict[str, Any]:
-        """All that a guest could tell apart."""
-        return {}
+    @abc.abstractmethod
+    def save(self) -> S:
+        """What it is. With the board's lock held, between `sleep` and `wake`."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Be as the device was that `save` was called of. Invalid for what no device can be."""
+    def check(self, state: S) -> None:  # noqa: B027
+        """Invalid for what STATE's type lets through and this device cannot be; nothing has changed."""
+
+    @abc.abstractmethod
+    def load(self, state: S) -> None:
+        """Be as the device was that `save` was called of. `check` has let it pass."""
+
+    @abc.abstractmethod
+    def sleep(self) -> None:
+        """Have nothing under way, and begin nothing, until `wake`: neither in the guest's RAM nor at the host's end."""
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Go on."""
+
+    def pack(self) -> bytes:
+        """The state as bytes."""
+        return msgspec.msgpack.encode(self.save())
+
+    def unpack(self, version: int, data: bytes) -> S:
+        """The state of bytes, checked. Invalid for what it cannot be, and nothing has changed."""
+        state = unpack(self.STATE, version, data, self.name)
+        self.check(state)
+        return state
 
     def describe(self) -> dict[str, str]:
         """More lines for its `info` file: a disk's path, a backend."""
@@ -96,3 +150,27 @@ class Device:
         """Drive the device's line."""
         if self.irq is not None:
             self.board.set_irq(self, self.irq, level)
+
+
+class QuietDevice(Device[S]):
+    """One that does something only when it is called, and then all of it: nothing is ever under way."""
+
+    def sleep(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+
+class NoState(DeviceState):
+    """Of a device that is the same whatever a guest has done to it."""
+
+
+class StatelessDevice(QuietDevice[NoState]):
+    STATE = NoState
+
+    def save(self) -> NoState:
+        return NoState()
+
+    def load(self, state: NoState) -> None:
+        pass

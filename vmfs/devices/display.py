@@ -11,13 +11,12 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from typing import Any
 
 from vmfs.devices.board import FIRST_SLOT, Board
-from vmfs.devices.device import Window
-from vmfs.devices.pci import Bar, PciDevice
-from vmfs.devices.vbe import PORT, REGISTERS, Vbe
-from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga
+from vmfs.devices.device import U32, DeviceState, Window
+from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.vbe import PORT, REGISTERS, Vbe, VbeState
+from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga, VgaState
 from vmfs.machine.hostfile import punch
 from vmfs.words.errors import Gone, Invalid, VmfsError
 
@@ -28,10 +27,20 @@ _FRAMEBUFFER, _REGISTERS, _VGA_PORTS, _VBE_PORTS = 0, 2, 6, 7  # regions: BARs b
 _VGA_AT, _VGA_END, _VBE_AT = 0x400, 0x420, 0x500
 
 
-class Display(PciDevice):
+class DisplayState(DeviceState):
+    """`framebuffer`: what was ever written of it, offsets and bytes."""
+
+    pci: PciState
+    vga: VgaState
+    vbe: VbeState
+    framebuffer: tuple[tuple[U32, bytes], ...]
+
+
+class Display(PciDevice[DisplayState]):
     """`framebuffer` is a memfd of FRAMEBUFFER_SIZE bytes, which the guest has at BAR 0."""
 
     TYPE = "vga"
+    STATE = DisplayState
     VENDOR, DEVICE, CLASS, REVISION = 0x1234, 0x1111, 0x030000, 2
     SUBSYSTEM = (0x1AF4, 0x1100)
     INTERRUPT = False
@@ -150,24 +159,26 @@ class Display(PciDevice):
         self.vbe.reset()
         self.vga.dac_8bit = False
 
-    def save(self) -> dict[str, Any]:
-        """With the framebuffer as (offset, bytes) of what was ever written."""
-        return {
-            **super().save(),
-            "vga": self.vga.save(),
-            "vbe": self.vbe.save(),
-            "framebuffer": [list(part) for part in _parts(self.framebuffer)],
-        }
+    def save(self) -> DisplayState:
+        return DisplayState(
+            pci=self.save_pci(),
+            vga=self.vga.save(),
+            vbe=self.vbe.save(),
+            framebuffer=tuple(_parts(self.framebuffer)),
+        )
 
-    def load(self, state: dict[str, Any]) -> None:
-        for offset, data in state["framebuffer"]:
-            if offset < 0 or offset + len(data) > FRAMEBUFFER_SIZE:
-                raise Invalid(f"{self.name}: the framebuffer has {FRAMEBUFFER_SIZE} bytes")
-        self.vbe.load(state["vbe"])
-        self.vga.load(state["vga"])
-        super().load({"config": state["config"], "pending": state["pending"]})
+    def check(self, state: DisplayState) -> None:
+        self.check_pci(state.pci)
+        self.vbe.check(state.vbe)
+        if any(offset + len(data) > FRAMEBUFFER_SIZE for offset, data in state.framebuffer):
+            raise Invalid(f"{self.name}: the framebuffer has {FRAMEBUFFER_SIZE} bytes")
+
+    def load(self, state: DisplayState) -> None:
+        self.vbe.load(state.vbe)
+        self.vga.load(state.vga)
+        self.load_pci(state.pci)
         punch(self.framebuffer, 0, FRAMEBUFFER_SIZE)
-        for offset, data in state["framebuffer"]:
+        for offset, data in state.framebuffer:
             os.pwrite(self.framebuffer, data, offset)
 
     def close(self) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import U16, U64, DeviceState, QuietDevice, Window
 from vmfs.words.errors import Invalid
 
 PORT, PORTS = 0x510, 12
@@ -32,10 +34,18 @@ NAME_MOST = 55
 _FILE = struct.Struct(">IHH56s")
 
 
-class FwCfg(Device):
+class FwCfgState(DeviceState):
+    key: U16
+    offset: U64
+    address: U64
+    files: dict[Annotated[str, msgspec.Meta(max_length=NAME_MOST)], bytes]
+
+
+class FwCfg(QuietDevice[FwCfgState]):
     """`files` are by their names, which firmware looks up in the directory."""
 
     TYPE = "fw-cfg"
+    STATE = FwCfgState
 
     def __init__(self, board: Board, name: str) -> None:
         super().__init__(board, name)
@@ -53,9 +63,7 @@ class FwCfg(Device):
 
     def set_files(self, files: Mapping[str, bytes]) -> None:
         """Have these in place of those before. Invalid for a name that is too long."""
-        for name in files:
-            if len(name.encode()) > NAME_MOST:
-                raise Invalid(f"fw_cfg: the name {name[:40]!r} is longer than {NAME_MOST} bytes")
+        _check_names(files)
         self.files = dict(files)
         self._make_items()
 
@@ -137,12 +145,19 @@ class FwCfg(Device):
     def describe(self) -> dict[str, str]:
         return {"files": " ".join(sorted(self.files)) or "none"}
 
-    def save(self) -> dict[str, Any]:
-        return {"key": self.key, "offset": self.offset, "address": self.address, "files": dict(self.files)}
+    def save(self) -> FwCfgState:
+        return FwCfgState(key=self.key, offset=self.offset, address=self.address, files=dict(self.files))
 
-    def load(self, state: dict[str, Any]) -> None:
-        if not (0 <= state["key"] <= 0xFFFF and 0 <= state["offset"] and 0 <= state["address"] < 1 << 64):
-            raise Invalid(f"{self.name}: there is no such selector")
-        self.set_files(state["files"])
-        self.key, self.address = state["key"], state["address"]
-        self.offset = min(state["offset"], len(self._items.get(self.key, b"")))
+    def check(self, state: FwCfgState) -> None:
+        _check_names(state.files)
+
+    def load(self, state: FwCfgState) -> None:
+        self.set_files(state.files)
+        self.key, self.address = state.key, state.address
+        self.offset = min(state.offset, len(self._items.get(self.key, b"")))
+
+
+def _check_names(files: Mapping[str, bytes]) -> None:
+    for name in files:
+        if len(name.encode(errors="surrogatepass")) > NAME_MOST:
+            raise Invalid(f"fw_cfg: the name {name[:40]!r} is longer than {NAME_MOST} bytes")

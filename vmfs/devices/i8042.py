@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import U8, DeviceState, QuietDevice, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
-from vmfs.devices.ps2 import Keyboard, Mouse
+from vmfs.devices.ps2 import Keyboard, KeyboardState, Mouse, MouseState
 from vmfs.devices.timers import Timer
-from vmfs.words.errors import Invalid, Unsupported, WouldBlock
+from vmfs.words.errors import Unsupported, WouldBlock
 
 DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
 KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
@@ -35,10 +37,33 @@ _RESET_LINE, _A20 = 0x01, 0x02  # the output port; the reset line is active low
 _REPLIES = 16
 
 
-class I8042(Device):
+class I8042State(DeviceState):
+    """`replies`: the controller's bytes that wait, and whether as if from the mouse. `typed`: codes of set 2 that wait,
+    a piece a key; `next_key`: when the next one is due."""
+
+    control: U8
+    ram: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    output_port: U8
+    a20: bool
+    fast_gate: U8
+    command: U8
+    command_last: bool
+    replies: Annotated[tuple[tuple[U8, bool], ...], msgspec.Meta(max_length=_REPLIES)]
+    buffer: U8 | None
+    from_mouse: bool
+    last: U8
+    half: U8
+    keyboard: KeyboardState
+    mouse: MouseState
+    typed: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=TYPED_MOST)]
+    next_key: int | None
+
+
+class I8042(QuietDevice[I8042State]):
     """Regions 0, 1, 2: ports 60, 64, 92."""
 
     TYPE = "i8042"
+    STATE = I8042State
     irq = KEYBOARD_IRQ
 
     def __init__(self, board: Board, name: str) -> None:
@@ -258,41 +283,35 @@ class I8042(Device):
             self._a20 = True  # as every new machine has it
             self._set_a20(False)
 
-    def save(self) -> dict[str, Any]:
-        return {
-            "control": self.control,
-            "ram": bytes(self.ram),
-            "output_port": self.output_port,
-            "a20": self._a20,
-            "fast_gate": self.fast_gate,
-            "command": self.command,
-            "command_last": self.command_last,
-            "replies": [list(reply) for reply in self.replies],
-            "buffer": -1 if self.buffer is None else self.buffer,
-            "from_mouse": self.from_mouse,
-            "last": self.last,
-            "half": self._half,
-            "keyboard": self.keyboard.save(),
-            "mouse": self.mouse.save(),
-            "typed": list(self.typed),
-        }
+    def save(self) -> I8042State:
+        return I8042State(
+            control=self.control,
+            ram=bytes(self.ram),
+            output_port=self.output_port,
+            a20=self._a20,
+            fast_gate=self.fast_gate,
+            command=self.command,
+            command_last=self.command_last,
+            replies=tuple(self.replies),
+            buffer=self.buffer,
+            from_mouse=self.from_mouse,
+            last=self.last,
+            half=self._half,
+            keyboard=self.keyboard.save(),
+            mouse=self.mouse.save(),
+            typed=tuple(self.typed),
+            next_key=self._timer.when if self._timer is not None else None,
+        )
 
-    def load(self, state: dict[str, Any]) -> None:
-        for name in ("control", "output_port", "command", "last", "half", "fast_gate"):
-            if not 0 <= state[name] <= 0xFF:
-                raise Invalid(f"{self.name}: {name} is a byte")
-        if len(state["ram"]) != 32 or not -1 <= state["buffer"] <= 0xFF:
-            raise Invalid(f"{self.name}: it has 32 bytes of RAM and a buffer of one")
-        self.keyboard.load(state["keyboard"])
-        self.mouse.load(state["mouse"])
-        self.control, self.output_port, self.command = state["control"], state["output_port"], state["command"]
-        self.ram, self.fast_gate = bytearray(state["ram"]), state["fast_gate"]
-        self.command_last, self.last, self._half = bool(state["command_last"]), state["last"], state["half"]
-        self.replies = deque((value & 0xFF, bool(from_mouse)) for value, from_mouse in state["replies"][:_REPLIES])
-        self.buffer = None if state["buffer"] < 0 else state["buffer"]
-        self.from_mouse = bool(state["from_mouse"])
-        self.typed = deque(state["typed"])
-        self._set_a20(bool(state["a20"]))
+    def load(self, state: I8042State) -> None:
+        self.keyboard.load(state.keyboard)
+        self.mouse.load(state.mouse)
+        for name in ("control", "output_port", "command", "command_last", "last", "fast_gate", "buffer", "from_mouse"):
+            setattr(self, name, getattr(state, name))
+        self.ram, self._half = bytearray(state.ram), state.half
+        self.replies, self.typed = deque(state.replies), deque(state.typed)
+        self._set_a20(state.a20)
         self._lines()
-        if self.typed:
-            self._type_later()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if state.next_key is None else self.board.schedule(state.next_key, self._type_now)

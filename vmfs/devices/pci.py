@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import U8, U32, Device, DeviceState, QuietDevice, Window
 from vmfs.words.errors import Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -38,7 +40,17 @@ class Bar:
     prefetchable: bool = False
 
 
-class PciDevice(Device):
+class PciState(DeviceState):
+    """The configuration space, and INTA as the device drives it."""
+
+    config: Annotated[bytes, msgspec.Meta(min_length=256, max_length=256)]
+    pending: bool
+
+
+P = TypeVar("P", bound=DeviceState)
+
+
+class PciDevice(Device[P]):
     """A device of the PCI bus. A subclass sets its identity, BARS by their index, and reads and writes with the
     BAR's index as the region."""
 
@@ -173,15 +185,25 @@ class PciDevice(Device):
         self.pending = False
         self._config_changed()
 
-    def save(self) -> dict[str, Any]:
-        return {"config": bytes(self.config), "pending": self.pending}
+    def save_pci(self) -> PciState:
+        return PciState(config=bytes(self.config), pending=self.pending)
 
-    def load(self, state: dict[str, Any]) -> None:
-        if len(state["config"]) != len(self.config):
-            raise Invalid(f"{self.name}: a configuration space has {len(self.config)} bytes")
-        self.config[:] = state["config"]
-        self.pending = bool(state["pending"])
+    def check_pci(self, state: PciState) -> None:
+        """Invalid where what no guest can change is not as it is here."""
+        for at, (value, is_, mask) in enumerate(zip(state.config, self.config, self._mask, strict=True)):
+            if (value ^ is_) & ~(mask | (_STATUS_INTERRUPT if at == _STATUS else 0)):
+                raise Invalid(f"{self.name}: byte {at:#x} of its configuration space cannot be {value:#x}")
+
+    def load_pci(self, state: PciState) -> None:
+        self.config[:] = state.config
+        self.pending = state.pending
         self._config_changed()
+
+    def sleep(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
 
     def describe(self) -> dict[str, str]:
         return {"pci": f"00:{self.slot:02x}.0 {self.VENDOR:04x}:{self.DEVICE:04x}"}
@@ -197,10 +219,31 @@ def pic_irq(slot: int) -> int:
     return 10 + slot % 2
 
 
-class HostBridge(Device):
+class PlainPciDevice(PciDevice[PciState]):
+    """One that is no more than its configuration space."""
+
+    STATE = PciState
+
+    def save(self) -> PciState:
+        return self.save_pci()
+
+    def check(self, state: PciState) -> None:
+        self.check_pci(state)
+
+    def load(self, state: PciState) -> None:
+        self.load_pci(state)
+
+
+class HostBridgeState(DeviceState):
+    address: U32
+    reset_control: U8
+
+
+class HostBridge(QuietDevice[HostBridgeState]):
     """Ports CF8 and CFC, and the bus. The bridge itself is slot 0 (an i440FX by its identity, as firmware knows it)."""
 
     TYPE = "pci-host"
+    STATE = HostBridgeState
 
     def __init__(self, board: Board, name: str = "pci") -> None:
         super().__init__(board, name)
@@ -300,14 +343,14 @@ class HostBridge(Device):
     def reset(self) -> None:
         self.address = self.reset_control = 0
 
-    def save(self) -> dict[str, Any]:
-        return {"address": self.address, "reset_control": self.reset_control}
+    def save(self) -> HostBridgeState:
+        return HostBridgeState(address=self.address, reset_control=self.reset_control)
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.address, self.reset_control = state["address"] & 0x80FF_FFFC, state["reset_control"] & 2
+    def load(self, state: HostBridgeState) -> None:
+        self.address, self.reset_control = state.address & 0x80FF_FFFC, state.reset_control & 2
 
 
-class Bridge(PciDevice):
+class Bridge(PlainPciDevice):
     """Slot 0: what firmware and kernels look for first."""
 
     TYPE = "pci-host-bridge"

@@ -9,11 +9,10 @@ Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control) and 4.8.3.3 
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
-from vmfs.devices.pci import PciDevice
+from vmfs.devices.device import U16, DeviceState, QuietDevice, Window
+from vmfs.devices.pci import PlainPciDevice
 from vmfs.devices.timers import Timer
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
@@ -25,10 +24,17 @@ _POWER_BUTTON, _TIMER = 0x100, 1
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
 
 
-class Power(Device):
+class PowerState(DeviceState):
+    status: U16
+    enable: U16
+    control: U16
+
+
+class Power(QuietDevice[PowerState]):
     """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits."""
 
     TYPE = "acpi-pm"
+    STATE = PowerState
     irq = SCI
 
     def __init__(self, board: Board, name: str) -> None:
@@ -101,19 +107,17 @@ class Power(Device):
             if new & _SLP_EN and new >> _SLP_TYP & 7 == S5:
                 self.board.stop("poweroff")
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> PowerState:
         self._update()
-        return {"status": self.status, "enable": self.enable, "control": self.control}
+        return PowerState(status=self.status, enable=self.enable, control=self.control)
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.status, self.enable, self.control = (
-            state[name] & 0xFFFF for name in ("status", "enable", "control")
-        )
+    def load(self, state: PowerState) -> None:
+        self.status, self.enable, self.control = state.status, state.enable, state.control
         self._halves = self._ticks() >> _HALF
         self._update()
 
 
-class PowerFunction(PciDevice):
+class PowerFunction(PlainPciDevice):
     """The PCI function of a PIIX4 that says where these ports are: SeaBIOS looks there for where its APM powers off.
 
     Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. The base is fixed, and there is neither an SMBus nor SMM.

@@ -9,20 +9,51 @@ protocol for the wheel.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Annotated, Generic, TypeVar
 
+import msgspec
+
+from vmfs.devices.device import U8, DeviceState
 from vmfs.devices.keys import translated
-from vmfs.words.errors import Invalid
 
 ACK, RESEND, ERROR, SELF_TEST_PASSED = 0xFA, 0xFE, 0xFC, 0xAA
 QUEUE = 16  # bytes that a keyboard keeps
 REPLIES = 64  # bytes of answers that a hostile driver can make wait
 
+Flag = Annotated[int, msgspec.Meta(ge=0, le=1)]
 
-class Ps2Device:
-    """`queue` is what waits to be sent. `FIELDS` are its numbers, with what is above each."""
 
-    FIELDS: dict[str, int]
+class Ps2State(DeviceState):
+    """`queue`: what waits to be sent."""
+
+    queue: Annotated[bytes, msgspec.Meta(max_length=REPLIES)]
+    command: U8
+    enabled: Flag
+    last: U8
+    rate: U8
+
+
+class KeyboardState(Ps2State):
+    scan_set: Annotated[int, msgspec.Meta(ge=1, le=2)]
+    leds: Annotated[int, msgspec.Meta(ge=0, le=7)]
+
+
+class MouseState(Ps2State):
+    id: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    resolution: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    scaling: Flag
+    remote: Flag
+    wrap: Flag
+    knock: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+
+
+S = TypeVar("S", bound=Ps2State)
+
+
+class Ps2Device(Generic[S]):
+    """`queue` is what waits to be sent. `STATE` has its numbers, by the names of its attributes."""
+
+    STATE: type[S]
 
     def __init__(self) -> None:
         self.queue: deque[int] = deque()
@@ -49,28 +80,21 @@ class Ps2Device:
         self.last = self.queue.popleft()
         return self.last
 
-    def save(self) -> dict[str, Any]:
-        return {"queue": bytes(self.queue), **{name: getattr(self, name) for name in self._fields()}}
+    def save(self) -> S:
+        values = {name: getattr(self, name) for name in self.STATE.__struct_fields__ if name != "queue"}
+        return self.STATE(queue=bytes(self.queue), **values)
 
-    def load(self, state: dict[str, Any]) -> None:
-        fields = self._fields()
-        for name, limit in fields.items():
-            if not 0 <= state[name] < limit:
-                raise Invalid(f"ps2: {name} cannot be {state[name]}")
-        if len(state["queue"]) > REPLIES:
-            raise Invalid(f"ps2: {len(state['queue'])} bytes wait, of at most {REPLIES}")
-        self.queue = deque(state["queue"])
-        for name in fields:
-            setattr(self, name, state[name])
-
-    def _fields(self) -> dict[str, int]:
-        return {"command": 256, "enabled": 2, "last": 256, **self.FIELDS}
+    def load(self, state: S) -> None:
+        self.queue = deque(state.queue)
+        for name in self.STATE.__struct_fields__:
+            if name != "queue":
+                setattr(self, name, getattr(state, name))
 
 
-class Keyboard(Ps2Device):
+class Keyboard(Ps2Device[KeyboardState]):
     """Scan code sets 1 and 2."""
 
-    FIELDS = {"scan_set": 3, "leds": 8, "rate": 256}
+    STATE = KeyboardState
 
     def reset(self) -> None:
         super().reset()
@@ -136,10 +160,10 @@ class Keyboard(Ps2Device):
         self.send(ACK)
 
 
-class Mouse(Ps2Device):
+class Mouse(Ps2Device[MouseState]):
     """Three buttons; a wheel and five buttons for drivers that know how to ask."""
 
-    FIELDS = {"id": 5, "rate": 256, "resolution": 4, "scaling": 2, "remote": 2, "wrap": 2, "knock": 1 << 24}
+    STATE = MouseState
 
     def reset(self) -> None:
         super().reset()

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import datetime
 import time
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
+from vmfs.devices.device import U8, DeviceState, QuietDevice, Window
 from vmfs.devices.timers import Timer
-from vmfs.words.errors import Invalid
 
 INDEX, DATA, IRQ = 0x70, 0x71, 8
 CENTURY = 0x32
@@ -39,10 +40,19 @@ _UPDATE = 244_000  # ns before the update in which UIP is set
 _CYCLE_YEARS, _CYCLE_DAYS = 400, 146_097  # of the Gregorian calendar
 
 
-class Rtc(Device):
+class RtcState(DeviceState):
+    """`divider`: nanoseconds since it has begun its second."""
+
+    index: U8
+    cmos: Annotated[bytes, msgspec.Meta(min_length=128, max_length=128)]
+    divider: Annotated[int, msgspec.Meta(ge=-SECOND, le=SECOND)]
+
+
+class Rtc(QuietDevice[RtcState]):
     """Ports 70 and 71. Bit 7 of the index (NMI mask) is kept, and masks nothing."""
 
     TYPE = "rtc"
+    STATE = RtcState
     irq = IRQ
 
     def __init__(self, board: Board, name: str, memory_size: int = 0) -> None:
@@ -314,17 +324,15 @@ class Rtc(Device):
         self._second_began += by
         self._seen += by
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> RtcState:
         now = self._catch_up()
-        return {"index": self.index, "cmos": bytes(self.cmos), "divider": now - self._second_began}
+        return RtcState(index=self.index, cmos=bytes(self.cmos), divider=now - self._second_began)
 
-    def load(self, state: dict[str, Any]) -> None:
-        if len(state["cmos"]) != 128 or not 0 <= state["index"] <= 0xFF or state["divider"] < 0:
-            raise Invalid(f"{self.name}: that is no state of a real-time clock")
-        self.index = state["index"]
-        self.cmos[:] = state["cmos"]
+    def load(self, state: RtcState) -> None:
+        self.index = state.index
+        self.cmos[:] = state.cmos
         self._seen = self.board.now()
-        self._second_began = self._seen - state["divider"]
+        self._second_began = self._seen - state.divider
         self._update()
 
     def close(self) -> None:

@@ -28,6 +28,15 @@ class Sent:
             if len(self._bytes) > 2 * self._size:
                 del self._bytes[: -self._size]
 
+    def save(self) -> bytes:
+        with self._lock:
+            return bytes(self._bytes)
+
+    def load(self, data: bytes) -> None:
+        """Have these in place of those that were appended."""
+        with self._lock:
+            self._bytes = bytearray(data)
+
     def read(self, offset: int, length: int) -> bytes:
         with self._lock:
             return bytes(self._bytes[offset : offset + length])

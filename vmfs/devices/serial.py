@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.device import Device, Window
-from vmfs.devices.sent import Sent
-from vmfs.words.errors import Invalid
+from vmfs.devices.device import U8, U16, DeviceState, QuietDevice, Window
+from vmfs.devices.sent import LOG_SIZE, Sent
 
 FIFO = 16
 # Offsets; RBR, THR, IER are DLL, DLM while LCR.DLAB is set.
@@ -28,7 +29,29 @@ _LOOKS = 16  # by which a guest that neither has interrupts nor raises RTS is kn
 _MSR_READY = 0xB0  # CTS, DSR, DCD: somebody is at the other end
 
 
-class Serial(Device):
+class SerialState(DeviceState):
+    """`waiting`: bytes that have come and did not fit into the FIFO; `sent`: the end of what was sent."""
+
+    ier: U8
+    lcr: U8
+    mcr: U8
+    scr: U8
+    fcr: U8
+    divisor: U16
+    overrun: bool
+    thre: bool
+    delta: U8
+    looks: U8
+    rbr: U8
+    fifo: Annotated[bytes, msgspec.Meta(max_length=FIFO)]
+    waiting: bytes
+    sent: Annotated[bytes, msgspec.Meta(max_length=2 * LOG_SIZE)]
+
+
+_NUMBERS = tuple(name for name in SerialState.__struct_fields__ if name not in ("fifo", "waiting", "sent"))
+
+
+class Serial(QuietDevice[SerialState]):
     """A UART at `port`. `output(data)` is called, with the board's lock held, for each byte that is sent.
 
     The line has no speed: a byte is sent when it is written. So the transmitter is always empty, and bytes that
@@ -41,6 +64,7 @@ class Serial(Device):
     """
 
     TYPE = "16550"
+    STATE = SerialState
 
     def __init__(
         self, board: Board, name: str, port: int, irq: int, output: Callable[[bytes], None] | None = None
@@ -231,22 +255,14 @@ class Serial(Device):
 
     # ---- state
 
-    _NUMBERS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "overrun", "thre", "delta", "looks", "rbr")
+    def save(self) -> SerialState:
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return SerialState(fifo=bytes(self.fifo), waiting=bytes(self.waiting), sent=self.sent.save(), **numbers)
 
-    def save(self) -> dict[str, Any]:
-        return {
-            **{name: int(getattr(self, name)) for name in self._NUMBERS},
-            "fifo": bytes(self.fifo),
-            "waiting": bytes(self.waiting),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        state = {"looks": _LOOKS, "rbr": 0, **state}  # which those of before did not have
-        if len(state["fifo"]) > FIFO or any(not 0 <= state[name] <= 0xFFFF for name in self._NUMBERS):
-            raise Invalid(f"{self.name}: that is no state of a 16550")
-        for name in self._NUMBERS:
-            kind = bool if name in ("overrun", "thre") else int
-            setattr(self, name, kind(state[name]))
-        self.fifo = deque(state["fifo"])
-        self.waiting = deque(state["waiting"])
+    def load(self, state: SerialState) -> None:
+        for name in _NUMBERS:
+            setattr(self, name, getattr(state, name))
+        self.fifo = deque(state.fifo)
+        self.waiting = deque(state.waiting)
+        self.sent.load(state.sent)
         self._update()

@@ -7,8 +7,11 @@ An index at port 1CE and data at port 1CF, both of 16 bits. Source: Bochs' docum
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
+import msgspec
+
+from vmfs.devices.device import U16, DeviceState
 from vmfs.devices.vga import GraphicsMode
 from vmfs.words.errors import Invalid
 
@@ -20,6 +23,11 @@ FIRST_ID, LAST_ID = 0xB0C0, 0xB0C5
 ENABLED, GETCAPS, DAC_8BIT, LFB, NO_CLEAR = 0x01, 0x02, 0x20, 0x40, 0x80
 MOST = {XRES: 8192, YRES: 8192, BPP: 32}
 DEPTHS = (8, 15, 16, 24, 32)
+
+
+class VbeState(DeviceState):
+    index: U16
+    registers: Annotated[tuple[U16, ...], msgspec.Meta(min_length=REGISTERS, max_length=REGISTERS)]
 
 
 class Vbe:
@@ -112,20 +120,18 @@ class Vbe:
         get[ENABLE] = value
         self._changed(clear)
 
-    def save(self) -> dict[str, Any]:
-        return {"index": self.index, "registers": list(self.registers)}
+    def save(self) -> VbeState:
+        return VbeState(index=self.index, registers=tuple(self.registers))
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Invalid for a mode that cannot be, and then nothing has changed."""
-        new, index = list(state["registers"]), state["index"]
-        if len(new) != REGISTERS or not all(0 <= value <= 0xFFFF for value in (*new, index)):
-            raise Invalid(f"vbe: there are {REGISTERS} registers of 16 bits")
+    def check(self, state: VbeState) -> None:
+        """Invalid for a mode that cannot be."""
         other = Vbe(self.size, lambda clear: None)
-        other.index, other.registers = index, new
+        other.index, other.registers = state.index, list(state.registers)
         if not other._is_possible():
             raise Invalid("vbe: there is no such mode")
-        self.index, self.registers = index, new
-        self._changed(0)
+
+    def load(self, state: VbeState) -> None:
+        self.index, self.registers = state.index, list(state.registers)
 
     def _is_possible(self) -> bool:
         get = self.registers

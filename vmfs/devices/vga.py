@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from vmfs.words.errors import Invalid
+import msgspec
+
+from vmfs.devices.device import U8, DeviceState
 
 PORTS_START, PORTS_END = 0x3B0, 0x3E0
 FRAME = 1_000_000_000 // 60  # ns; the retrace is a tenth of a frame
@@ -76,6 +78,38 @@ class GraphicsMode:
 
     def __str__(self) -> str:
         return f"graphics {self.width}x{self.height}x{self.bits}"
+
+
+def _below(limit: int) -> msgspec.Meta:
+    return msgspec.Meta(ge=0, lt=limit)
+
+
+def _length(count: int) -> msgspec.Meta:
+    return msgspec.Meta(min_length=count, max_length=count)
+
+
+class VgaState(DeviceState):
+    """The attributes of Vga by their names."""
+
+    misc: U8
+    feature: U8
+    dac_mask: U8
+    sequencer_index: Annotated[int, _below(8)]
+    crtc_index: Annotated[int, _below(64)]
+    graphics_index: Annotated[int, _below(16)]
+    attribute_index: Annotated[int, _below(64)]
+    dac_read: Annotated[int, _below(768)]
+    dac_write: Annotated[int, _below(768)]
+    attribute_data: bool
+    dac_reading: bool
+    dac_8bit: bool
+    font_loaded: bool
+    sequencer: Annotated[bytes, _length(8)]
+    crtc: Annotated[bytes, _length(len(_CRTC))]
+    graphics: Annotated[bytes, _length(len(_GRAPHICS))]
+    attributes: Annotated[bytes, _length(len(_ATTRIBUTES))]
+    dac: Annotated[bytes, _length(768)]
+    dac_latch: Annotated[bytes, _length(3)]
 
 
 class Vga:
@@ -313,31 +347,11 @@ class Vga:
 
     # ---- state
 
-    def save(self) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in _NUMBERS},
-            **{name: bool(getattr(self, name)) for name in _FLAGS},
-            **{name: bytes(getattr(self, name)) for name in _ARRAYS},
-        }
+    def save(self) -> VgaState:
+        values = {name: getattr(self, name) for name in VgaState.__struct_fields__}
+        return VgaState(**{name: bytes(v) if isinstance(v, bytearray) else v for name, v in values.items()})
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Invalid where a register has a value that it cannot have, and then nothing has changed."""
-        for name, limit in _NUMBERS.items():
-            if not 0 <= state[name] < limit:
-                raise Invalid(f"vga: {name} cannot be {state[name]}")
-        for name in _ARRAYS:
-            if len(state[name]) != len(getattr(self, name)):
-                raise Invalid(f"vga: {name} has {len(getattr(self, name))} bytes")
-        for name in (*_NUMBERS, *_FLAGS):
-            setattr(self, name, state[name])
-        for name in _ARRAYS:
-            setattr(self, name, bytearray(state[name]))
-
-
-_NUMBERS = {
-    **dict.fromkeys(("misc", "feature", "dac_mask"), 256),
-    **{"sequencer_index": 8, "crtc_index": 64, "graphics_index": 16, "attribute_index": 64},
-    **dict.fromkeys(("dac_read", "dac_write"), 768),
-}
-_FLAGS = ("attribute_data", "dac_reading", "dac_8bit", "font_loaded")
-_ARRAYS = ("sequencer", "crtc", "graphics", "attributes", "dac", "dac_latch")
+    def load(self, state: VgaState) -> None:
+        for name in VgaState.__struct_fields__:
+            value = getattr(state, name)
+            setattr(self, name, bytearray(value) if isinstance(value, bytes) else value)

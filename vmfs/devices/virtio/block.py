@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from vmfs.devices.board import Board
+from vmfs.devices.device import U32
 from vmfs.devices.virtio.disk import SECTOR, Disk
-from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
 from vmfs.words.errors import Invalid
 
@@ -43,11 +46,21 @@ _TRACK = 63  # sectors, the most that int 13h knows
 _WRITEBACK = 32  # offset of the field in the configuration
 
 
-class Block(VirtioDevice):
+class BlockState(VirtioState):
+    """`size`: of the disk, whose contents are the host's. `overlay`: which clusters of a cow disk have been written, a
+    bit each, by their 512; their contents are in the overlay's file."""
+
+    writeback: bool
+    size: int
+    overlay: dict[U32, Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]]
+
+
+class Block(VirtioDevice[BlockState]):
     """A disk of `disk.size` bytes. `path` is what `info` shows; `serial`: up to 20 bytes of ASCII; `block_size`: of a
     logical block."""
 
     TYPE = "virtio-blk"
+    STATE = BlockState
     DEVICE = FIRST_DEVICE + 2
     CLASS = 0x010000
     QUEUES = (QUEUE_SIZE,)
@@ -213,15 +226,17 @@ class Block(VirtioDevice):
 
     # ---- life
 
-    def save(self) -> dict[str, Any]:
-        """Without the contents of the disk, which are the host's."""
-        return {**super().save(), "writeback": self.writeback, "size": self.disk.size}
+    def save_own(self) -> dict[str, Any]:
+        return {"writeback": self.writeback, "size": self.disk.size, "overlay": self.disk.save_map()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        if state["size"] != self.disk.size:
-            raise Invalid(f"{self.name}: the disk has {self.disk.size} bytes, and had {state['size']}")
-        super().load(state)
-        self.writeback = bool(state["writeback"])
+    def check_own(self, state: BlockState) -> None:
+        if state.size != self.disk.size:
+            raise Invalid(f"{self.name}: the disk has {self.disk.size} bytes, and had {state.size}")
+        self.disk.check_map(state.overlay)
+
+    def load_own(self, state: BlockState) -> None:
+        self.writeback = state.writeback
+        self.disk.load_map(state.overlay)
 
     def describe(self) -> dict[str, str]:
         return {

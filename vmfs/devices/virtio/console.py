@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.sent import Sent
-from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.sent import LOG_SIZE, Sent
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, Virtqueue
 
 F_EMERG_WRITE = 1 << 2
@@ -21,11 +23,17 @@ _RECEIVE, _TRANSMIT = 0, 1
 _MOST = 1 << 20  # bytes of a request that are sent; no console writes as many at once
 
 
-class Console(VirtioDevice):
+class ConsoleState(VirtioState):
+    waiting: bytes
+    sent: Annotated[bytes, msgspec.Meta(max_length=2 * LOG_SIZE)]
+
+
+class Console(VirtioDevice[ConsoleState]):
     """`output(data)` is called with the board's lock held. `took` is called when `waiting` got shorter, as a
     serial port's."""
 
     TYPE = "virtio-console"
+    STATE = ConsoleState
     DEVICE = FIRST_DEVICE + 3
     CLASS = 0x078000
     QUEUES = (64, 64)
@@ -87,9 +95,9 @@ class Console(VirtioDevice):
         if count:
             self.took()
 
-    def save(self) -> dict[str, Any]:
-        return {**super().save(), "waiting": bytes(self.waiting)}
+    def save_own(self) -> dict[str, Any]:
+        return {"waiting": bytes(self.waiting), "sent": self.sent.save()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        super().load(state)
-        self.waiting = bytearray(state["waiting"])
+    def load_own(self, state: ConsoleState) -> None:
+        self.waiting = bytearray(state.waiting)
+        self.sent.load(state.sent)

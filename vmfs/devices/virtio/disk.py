@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from errno import EIO
 from typing import Protocol
 
@@ -56,6 +56,18 @@ class Disk(Protocol):
         ...
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None: ...
+
+    def save_map(self) -> dict[int, bytes]:
+        """Of an overlay: which clusters it has, a bit each, by their chunk of 512; else nothing."""
+        ...
+
+    def check_map(self, chunks: Mapping[int, bytes]) -> None:
+        """Invalid for what `load_map` cannot take."""
+        ...
+
+    def load_map(self, chunks: Mapping[int, bytes]) -> None:
+        """Have the overlay's file be one with these clusters, which the caller has put into it."""
+        ...
 
     def close(self) -> None: ...
 
@@ -170,6 +182,16 @@ class RawDisk:
             size = min(length, len(_ZEROS))
             self.write(offset, [memoryview(_ZEROS)[:size]])
             offset, length = offset + size, length - size
+
+    def save_map(self) -> dict[int, bytes]:
+        return {}
+
+    def check_map(self, chunks: Mapping[int, bytes]) -> None:
+        if chunks:
+            raise Invalid(f"a disk that is {self.mode} has no overlay")
+
+    def load_map(self, chunks: Mapping[int, bytes]) -> None:
+        pass
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -294,6 +316,19 @@ class Overlay:
                 _transfer(os.pwritev, self.fd, [memoryview(_ZEROS)[:size]], at)
                 at += size
         self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+
+    def save_map(self) -> dict[int, bytes]:
+        return {chunk: bits.to_bytes(_CHUNK // 8, "little") for chunk, bits in sorted(self._map.items()) if bits}
+
+    def check_map(self, chunks: Mapping[int, bytes]) -> None:
+        clusters = -(-self.size // CLUSTER)
+        for chunk, bits in chunks.items():
+            last = int.from_bytes(bits, "little").bit_length() - 1
+            if len(bits) != _CHUNK // 8 or last < 0 or chunk * _CHUNK + last >= clusters:
+                raise Invalid(f"the overlay of a disk of {self.size} bytes has no such clusters as chunk {chunk} says")
+
+    def load_map(self, chunks: Mapping[int, bytes]) -> None:
+        self._map = {chunk: int.from_bytes(bits, "little") for chunk, bits in chunks.items()}
 
     def close(self) -> None:
         if self.fd >= 0:

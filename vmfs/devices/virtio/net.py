@@ -13,11 +13,13 @@ import os
 import select
 import struct
 import threading
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from vmfs.devices.board import Board
 from vmfs.devices.virtio.backends import MAX_FRAME, Backend
-from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
 from vmfs.words.errors import Invalid
 
@@ -30,10 +32,20 @@ _RECEIVE, _TRANSMIT = 0, 1
 _BATCH = 64  # frames a turn with the lock held, so that the CPU is not kept from its devices
 
 
-class Net(VirtioDevice):
+class NetState(VirtioState):
+    """`frame` has arrived, and the guest has no buffer for it yet. What the backend has not given, or not taken, is on
+    the wire, where frames may be lost."""
+
+    mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+    frame: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME)] | None
+    link_up: bool
+
+
+class Net(VirtioDevice[NetState]):
     """A card with the address `mac` (six bytes), and `backend`, which is closed with it."""
 
     TYPE = "virtio-net"
+    STATE = NetState
     DEVICE = FIRST_DEVICE + 1
     CLASS = 0x020000
     QUEUES = (256, 256)
@@ -48,6 +60,7 @@ class Net(VirtioDevice):
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
         self._closing = False
+        self._asleep = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
         try:
@@ -154,6 +167,8 @@ class Net(VirtioDevice):
             with self.board.lock:
                 is_sending = self._blocked and self.is_live or self.backend.unsent
                 is_receiving = not self._starved or self.backend.collects
+                if self._asleep:
+                    is_sending = is_receiving = False
                 events = (select.POLLIN if is_receiving else 0) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
@@ -164,6 +179,9 @@ class Net(VirtioDevice):
                     return
                 _drain(self._wake)
                 self._count_lost(lost)
+                if self._asleep:
+                    more = False
+                    continue
                 with self.guarded():
                     self._go_on_sending()
                     more = self._receive()
@@ -253,14 +271,28 @@ class Net(VirtioDevice):
 
     # ---- life
 
-    def save(self) -> dict[str, Any]:
-        return {**super().save(), "mac": self.mac}
+    def save_own(self) -> dict[str, Any]:
+        return {"mac": self.mac, "frame": self._frame, "link_up": self.link_up}
 
-    def load(self, state: dict[str, Any]) -> None:
-        if len(state["mac"]) != 6:
-            raise Invalid(f"{self.name}: an address has six bytes")
-        self.mac = bytes(state["mac"])
+    def check_own(self, state: NetState) -> None:
+        if state.mac[0] & 1:
+            raise Invalid(f"{self.name}: {state.mac.hex(':')} is the address of a group")
+
+    def load_own(self, state: NetState) -> None:
+        """The link is as its backend is: a driver that knew another is told."""
+        self.mac, self._frame = state.mac, state.frame
+
+    def load(self, state: NetState) -> None:
         super().load(state)
+        if state.link_up != self.link_up:
+            self.config_changed()
+
+    def sleep(self) -> None:
+        self._asleep = True  # its thread works with the board's lock held, which the caller has
+
+    def wake(self) -> None:
+        self._asleep = False
+        self._wake_up()
 
     def describe(self) -> dict[str, str]:
         return {

@@ -9,11 +9,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from vmfs.devices.board import Board
-from vmfs.devices.pci import Bar, PciDevice
-from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
+from vmfs.devices.device import U8, U16, U32, U64, DeviceState
+from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.virtio.queue import Chain, DriverError, QueueState, Virtqueue
 from vmfs.words.errors import Invalid
 
 VENDOR = 0x1AF4
@@ -59,9 +62,29 @@ _COMMON_LENGTH = 56
 _ADDRESSES = {"queue_desc": "descriptors", "queue_driver": "driver", "queue_device": "device"}
 
 
-class VirtioDevice(PciDevice):
-    """A virtio device. A subclass sets the identity of PciDevice and QUEUES (the largest size of each), and does
-    what drivers ask for in `notified`. Its constructor sets what `features` and `device_config` need first."""
+class VirtioState(DeviceState):
+    """What the transport has of every device: attributes of VirtioDevice by their names, but for `pci` and `queues`."""
+
+    pci: PciState
+    status: U8
+    accepted: U64
+    isr: Annotated[int, msgspec.Meta(ge=0, le=_ISR_QUEUE | _ISR_CONFIG)]
+    generation: U8
+    device_select: U32
+    driver_select: U32
+    queue_select: U16
+    failure: str
+    queues: tuple[QueueState, ...]
+
+
+_SAVED = tuple(name for name in VirtioState.__struct_fields__ if name not in ("pci", "queues"))
+V = TypeVar("V", bound=VirtioState)
+
+
+class VirtioDevice(PciDevice[V]):
+    """A virtio device. A subclass sets the identity of PciDevice, STATE and QUEUES (the largest size of each), and does
+    what drivers ask for in `notified`. Its constructor sets what `features` and `device_config` need first. What its
+    STATE has beyond VirtioState is of `save_own`, `check_own` and `load_own`."""
 
     VENDOR = VENDOR
     REVISION = 1  # 4.1.2.1: of a non-transitional device
@@ -350,36 +373,41 @@ class VirtioDevice(PciDevice):
         self._reset_driver()
         super().reset()
 
-    _NUMBERS = {
-        "status": 8, "accepted": 64, "isr": 2, "generation": 8, "device_select": 32, "driver_select": 32,
-        "queue_select": 16,
-    }  # fmt: skip
+    def save(self) -> V:
+        common = {name: getattr(self, name) for name in _SAVED}
+        queues = tuple(queue.save() for queue in self.queues)
+        return self.STATE(pci=self.save_pci(), queues=queues, **common, **self.save_own())
 
-    def save(self) -> dict[str, Any]:
-        return {
-            **super().save(),
-            **{name: getattr(self, name) for name in self._NUMBERS},
-            "failure": self.failure,
-            "queues": [queue.save() for queue in self.queues],
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        if len(state["queues"]) != len(self.queues):
+    def check(self, state: V) -> None:
+        self.check_pci(state.pci)
+        if len(state.queues) != len(self.queues):
             raise Invalid(f"{self.name}: it has {len(self.queues)} queues")
-        for name, bits in self._NUMBERS.items():
-            if not 0 <= state[name] < 1 << bits:
-                raise Invalid(f"{self.name}: its {name} cannot be {state[name]}")
-        if state["accepted"] & ~self._offered() and state["status"] & FEATURES_OK:
+        if state.accepted & ~self._offered() and state.status & FEATURES_OK:
             raise Invalid(f"{self.name}: the driver was offered what is not there now")
+        for queue, one in zip(self.queues, state.queues, strict=True):
+            queue.check(one)
+        self.check_own(state)
+
+    def load(self, state: V) -> None:
         self._reset_driver()
-        super().load(state)
-        for name in self._NUMBERS:
-            setattr(self, name, state[name])
-        self.failure = str(state["failure"])
-        for queue, one in zip(self.queues, state["queues"], strict=True):
+        self.load_own(state)
+        self.load_pci(state.pci)
+        for name in _SAVED:
+            setattr(self, name, getattr(state, name))
+        for queue, one in zip(self.queues, state.queues, strict=True):
             queue.load(one)
         if self.is_live:
             self.started()
+
+    def save_own(self) -> dict[str, Any]:
+        """What STATE has beyond VirtioState."""
+        return {}
+
+    def check_own(self, state: V) -> None:
+        """Invalid for what STATE's type lets through and this device cannot be."""
+
+    def load_own(self, state: V) -> None:
+        """Set what `save_own` gives. The device is reset; the driver's settings and `started` come afterwards."""
 
     def describe(self) -> dict[str, str]:
         lines = {**super().describe(), "driver": self._driver_state()}

@@ -14,9 +14,9 @@ import mmap
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 from vmfs.devices.board import Board
+from vmfs.devices.device import U16, U64, DeviceState
 from vmfs.words.errors import Invalid
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor
@@ -86,6 +86,21 @@ def part(spans: list[Span], offset: int, length: int | None = None) -> list[Span
     return taken
 
 
+class QueueState(DeviceState):
+    """The attributes of Virtqueue by their names."""
+
+    size: U16
+    descriptors: U64
+    driver: U64
+    device: U64
+    enabled: bool
+    event_index: bool
+    indirect: bool
+    taken: U16
+    used: U16
+    told: U16
+
+
 class Virtqueue:
     """Queue `index` of a device, of up to `maximum` descriptors (a power of two)."""
 
@@ -106,21 +121,23 @@ class Virtqueue:
         self.indirect = False
         self.taken = 0  # index of the next available entry, modulo 2**16 as all indices
         self.used = 0
-        self._told = 0  # `used` when the driver was last asked whether it wants an interrupt
+        self.told = 0  # `used` when the driver was last asked whether it wants an interrupt
 
     def enable(self, *, event_index: bool, indirect: bool) -> None:
         """The driver has set addresses and size. DriverError where they cannot be."""
-        size = self.size
+        self._check_areas(self.size, self.descriptors, self.driver, self.device)
+        self.enabled, self.event_index, self.indirect = True, event_index, indirect
+
+    def _check_areas(self, size: int, descriptors: int, driver: int, device: int) -> None:
         if not 0 < size <= self.maximum or size & (size - 1):
             raise DriverError(f"queue {self.index}: its size of {size} is no power of two up to {self.maximum}")
         for name, address, alignment, length in (
-            ("descriptors", self.descriptors, 16, 16 * size),
-            ("driver area", self.driver, 2, 6 + 2 * size),
-            ("device area", self.device, 4, 6 + 8 * size),
+            ("descriptors", descriptors, 16, 16 * size),
+            ("driver area", driver, 2, 6 + 2 * size),
+            ("device area", device, 4, 6 + 8 * size),
         ):
             if address % alignment or not self._is_ram(address, length):
                 raise DriverError(f"queue {self.index}: its {name}, {length} bytes at {address:#x}, cannot be there")
-        self.enabled, self.event_index, self.indirect = True, event_index, indirect
 
     def _is_ram(self, address: int, length: int) -> bool:
         return address + length <= self.board.memory.size
@@ -216,7 +233,7 @@ class Virtqueue:
 
     def wants_interrupt(self) -> bool:
         """Whether the driver wants to hear of what was pushed since this was last asked."""
-        told, self._told = self._told, self.used
+        told, self.told = self.told, self.used
         if told == self.used:
             return False
         with self._barrier:
@@ -230,21 +247,17 @@ class Virtqueue:
 
     # ---- state
 
-    _NUMBERS = {"size": 16, "descriptors": 64, "driver": 64, "device": 64, "taken": 16, "used": 16, "_told": 16}
-    _FLAGS = ("enabled", "event_index", "indirect")
+    def save(self) -> QueueState:
+        return QueueState(**{name: getattr(self, name) for name in QueueState.__struct_fields__})
 
-    def save(self) -> dict[str, Any]:
-        return {name.lstrip("_"): int(getattr(self, name)) for name in (*self._NUMBERS, *self._FLAGS)}
+    def check(self, state: QueueState) -> None:
+        """Invalid where an enabled queue cannot be there."""
+        try:
+            if state.enabled:
+                self._check_areas(state.size, state.descriptors, state.driver, state.device)
+        except DriverError as error:
+            raise Invalid(str(error)) from None
 
-    def load(self, state: dict[str, Any]) -> None:
-        for name, bits in self._NUMBERS.items():
-            value = state[name.lstrip("_")]
-            if not 0 <= value < 1 << bits:
-                raise Invalid(f"queue {self.index}: its {name.lstrip('_')} cannot be {value}")
-            setattr(self, name, value)
-        self.enabled = False
-        if state["enabled"]:
-            try:
-                self.enable(event_index=bool(state["event_index"]), indirect=bool(state["indirect"]))
-            except DriverError as error:
-                raise Invalid(str(error)) from None
+    def load(self, state: QueueState) -> None:
+        for name in QueueState.__struct_fields__:
+            setattr(self, name, getattr(state, name))

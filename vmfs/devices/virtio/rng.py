@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 
-from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, Virtqueue
 
 _MOST = 1 << 16  # bytes a request: the driver asks again for more
 
 
-class Rng(VirtioDevice):
+class Rng(VirtioDevice[VirtioState]):
+    STATE = VirtioState
     TYPE = "virtio-rng"
     DEVICE = FIRST_DEVICE + 4
     CLASS = 0x00FF00

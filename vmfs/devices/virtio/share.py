@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import msgspec
 
 from vmfs.devices.board import Board
+from vmfs.devices.device import U32
 from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE
-from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice
+from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
 from vmfs.words.errors import EngineFailed, Invalid
 
@@ -107,10 +108,25 @@ def _receive(line: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-class Share(VirtioDevice):
+class ServerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a folder's server knows of its client: the size of messages, and fids as number, path and how it is open
+    (-1: it is not)."""
+
+    size: int
+    fids: tuple[tuple[U32, tuple[bytes, ...], int], ...]
+
+
+class ShareState(VirtioState):
+    """Files are the host's."""
+
+    server: ServerState
+
+
+class Share(VirtioDevice[ShareState]):
     """The folder of `server`, which is closed with the device."""
 
     TYPE = "virtio-9p"
+    STATE = ShareState
     DEVICE = FIRST_DEVICE + 9
     CLASS = 0x018000
     QUEUES = (128,)
@@ -151,13 +167,11 @@ class Share(VirtioDevice):
 
     # ---- life
 
-    def save(self) -> dict[str, Any]:
-        """The fids by their paths; not the files, which are the host's."""
-        return {**super().save(), "server": self.server.save()}
+    def save_own(self) -> dict[str, Any]:
+        return {"server": msgspec.convert(self.server.save(), ServerState)}
 
-    def load(self, state: dict[str, Any]) -> None:
-        super().load(state)
-        self.server.load(state["server"])
+    def load_own(self, state: ShareState) -> None:
+        self.server.load(msgspec.to_builtins(state.server, builtin_types=(bytes,)))
 
     def describe(self) -> dict[str, str]:
         mode = "ro" if self.server.read_only else "rw"
