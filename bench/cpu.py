@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.harness import HERE, Result
 from vmfs.engine import by_name
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.exits import Hlt
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import write_registers

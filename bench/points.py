@@ -15,7 +15,7 @@ from vmfs.engine import by_name
 from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.machine import Vm
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.exits import Debug, Hlt
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import write_registers

@@ -16,8 +16,8 @@ COUNTED = 40
 
 def boot(disk: Path, initrd: bytes, kernel: Path) -> bytearray:
     from bench.guests import CMDLINE
-    from vmfs.devices.attach import attach, parse_attachment
     from vmfs.engine import by_name
+    from vmfs.machine.attach import attach, parse_attachment
     from vmfs.machine.control import Bound
     from vmfs.machine.machine import Vm
 

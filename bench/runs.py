@@ -16,7 +16,7 @@ from bench.harness import Result, bare_c_file, mounted, pairs
 from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
-from vmfs.machine.memory import DEFAULT_SIZE, Memory
+from vmfs.memory.ram import DEFAULT_SIZE, Memory
 from vmfs.words.exits import Hlt
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import write_registers

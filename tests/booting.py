@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from vmfs import boot
 from vmfs.boot.source import Source
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 
 MIB = 1 << 20
 

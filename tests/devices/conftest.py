@@ -7,7 +7,7 @@ from devices.fakes import FakeMachine, Guest
 
 from vmfs.devices.board import Board
 from vmfs.devices.machine import Pc
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 
 
 @pytest.fixture

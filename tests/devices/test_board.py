@@ -13,7 +13,7 @@ from vmfs.devices.bus import Bus
 from vmfs.devices.device import StatelessDevice, Window
 from vmfs.devices.machine import Pc
 from vmfs.devices.pci import Bar, PlainPciDevice
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, LimitReached
 

@@ -16,7 +16,7 @@ from vmfs.devices import screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, SLOT
 from vmfs.devices.machine import DISPLAY_SLOT, Pc
 from vmfs.devices.vga import FRAME
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Gone, Invalid, Unsupported
 
 needs_font = pytest.mark.skipif(not screen.vga_bios(), reason="no VGA BIOS here: apt-get install seabios")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmfs.devices import fw_cfg
 from vmfs.devices.machine import Pc
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 FILES = {"etc/e820": bytes(range(20)), "bootorder": b"/rom\0", "genroms/x.rom": b"\x55\xaa" * 3000}

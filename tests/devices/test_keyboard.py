@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmfs.devices import i8042, keys
 from vmfs.devices.machine import Pc
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 FULL, FROM_MOUSE = 0x01, 0x20

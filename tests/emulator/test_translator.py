@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
-from vmfs.machine.memory import Memory  # noqa: E402
+from vmfs.memory.ram import Memory  # noqa: E402
 from vmfs.words.modes import set_mode  # noqa: E402
 from vmfs.words.registers import read_register, write_registers  # noqa: E402
 

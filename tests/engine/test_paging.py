@@ -10,7 +10,7 @@ import pytest
 from engine.machine import RAM, Ram, machine_on
 
 from vmfs.debug.paging import NO_EXECUTE, USER, WRITABLE, Paging, mapped_ranges
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.modes import CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, MODES, set_mode
 from vmfs.words.registers import REGISTERS

@@ -11,8 +11,8 @@ from vmfs.engine import by_name
 from vmfs.engine.base import INTERRUPT_QUEUE, VCPU_STATES, has_state
 from vmfs.machine.control import MemoryHooks
 from vmfs.machine.machine import Vm
-from vmfs.machine.memory import PAGE
 from vmfs.machine.runloop import Bound
+from vmfs.memory.ram import PAGE
 from vmfs.words import exits
 from vmfs.words.errors import Busy, Gone, Invalid, LimitReached, Unsupported, VmfsError, WouldBlock
 from vmfs.words.registers import read_register, write_registers

@@ -12,7 +12,7 @@ from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FI
 from vmfs.fs.kinds import LocalText
 from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS
 from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS
-from vmfs.machine.memory import DEFAULT_SIZE
+from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.exits import Io
 
 CONTROLLERS = ("lapic", "irqchip", "pit")

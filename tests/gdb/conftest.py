@@ -16,8 +16,8 @@ from gdb.guest import FIRMWARE, FIRMWARE_AT, KERNEL, KERNEL_AT, KERNEL_LOADED
 from gdb.stub_client import Surroundings, connected
 from mounting import Machine, Server, reason_against
 
-from vmfs.debug.gdb.server import Gdb
 from vmfs.engine import ENGINES, by_name
+from vmfs.machine.gdb.server import Gdb
 from vmfs.machine.machine import Vm
 
 

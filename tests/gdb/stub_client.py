@@ -9,8 +9,8 @@ from concurrent.futures import Future
 
 import trio
 
-from vmfs.debug.gdb.packets import Decoder, Packet, frame
-from vmfs.debug.gdb.server import Gdb
+from vmfs.machine.gdb.packets import Decoder, Packet, frame
+from vmfs.machine.gdb.server import Gdb
 from vmfs.machine.machine import Vm
 from vmfs.words.errors import Invalid
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.debug.gdb import packets
-from vmfs.debug.gdb.packets import (
+from vmfs.machine.gdb import packets
+from vmfs.machine.gdb.packets import (
     Acknowledged,
     Damaged,
     Decoder,

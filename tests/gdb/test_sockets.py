@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import SOON, failing, wait_until
 
-from vmfs.debug.gdb import handover
-from vmfs.debug.gdb.packets import Decoder, Packet, frame
+from vmfs.machine.gdb import handover
+from vmfs.machine.gdb.packets import Decoder, Packet, frame
 
 
 class Peer:

@@ -11,10 +11,10 @@ from gdb.stub_client import Surroundings, connected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmfs.debug.gdb.packets import escape, frame
-from vmfs.debug.gdb.server import Gdb
-from vmfs.debug.gdb.stub import COMMANDS, PACKET_SIZE, QUERIES
-from vmfs.debug.gdb.target import has_avx, layout
+from vmfs.machine.gdb.packets import escape, frame
+from vmfs.machine.gdb.server import Gdb
+from vmfs.machine.gdb.stub import COMMANDS, PACKET_SIZE, QUERIES
+from vmfs.machine.gdb.target import has_avx, layout
 from vmfs.words import exits
 
 ROWS = layout("x86-64", avx=False).registers

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vmfs.debug.gdb.inferior import _set
-from vmfs.debug.gdb.target import AVX, CORE, LAYOUTS, SEGMENTS, SSE, States, has_avx, layout, set_ymm_highs
 from vmfs.engine import ENGINES
+from vmfs.machine.gdb.inferior import _set
+from vmfs.machine.gdb.target import AVX, CORE, LAYOUTS, SEGMENTS, SSE, States, has_avx, layout, set_ymm_highs
 from vmfs.words.errors import Invalid
 from vmfs.words.registers import REGISTERS
 

@@ -13,7 +13,7 @@ from vmfs.boot import elf, linux, payload
 from vmfs.boot.source import Source
 from vmfs.engine.base import Breakpoint, DebugRequest
 from vmfs.engine.emulator.engine import EmulatorEngine
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words import exits
 
 pytestmark = needs_kernels

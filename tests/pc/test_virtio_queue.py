@@ -16,7 +16,7 @@ from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.pci import EVENT_IDX, INDIRECT_DESC, VERSION_1, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import INDIRECT, NEXT, WRITE, Chain, Virtqueue, part
 from vmfs.devices.virtio.rng import Rng
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
 
 
 class Echo(VirtioDevice[VirtioState]):

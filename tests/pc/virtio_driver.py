@@ -20,7 +20,7 @@ from vmfs.devices.virtio.pci import (
     VirtioDevice,
 )
 from vmfs.devices.virtio.queue import INDIRECT, NEXT, WRITE
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 
 SIZE = 4 << 20
 Buffer = tuple[int, int, bool]  # address, length, whether the device writes it

@@ -22,7 +22,7 @@ from vmfs import boot
 from vmfs.boot import linux
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import Platform
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 from vmfs.words.registers import REGISTERS
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs import cli
-from vmfs.commands import boot, doctor, mount
+from vmfs.commands import boot, daemon, doctor, mount
 from vmfs.commands.options import OPTIONS, count, parse_options, size
-from vmfs.host import daemon, mounts
+from vmfs.host import mounts
 from vmfs.host.settings import MountSettings
 from vmfs.words.errors import EngineFailed, Invalid
 
@@ -271,7 +271,7 @@ def in_a_process():
         script = "\n".join([
             "import os, signal, sys, time",
             "from pathlib import Path",
-            "from vmfs.host import daemon",
+            "from vmfs.commands import daemon",
             "from vmfs.words.errors import *",
             "from vmfs.host.settings import MountSettings",
             "def serve(directory, settings, ready):",

@@ -15,7 +15,7 @@ from vmfs.debug.disasm import Listing, disassemble, listing_text, parse_listing
 from vmfs.debug.paging import Paging, linear_reader, mapped_ranges, ranges_text
 from vmfs.debug.stack import DEPTH, STACKS_MOST, StackState, stack_text
 from vmfs.debug.symbols import SymbolTable
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 from vmfs.words.modes import CodeMode, set_mode
 from vmfs.words.registers import REGISTERS

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vmfs.debug import kallsyms
 from vmfs.debug.paging import Paging
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 TEXT = 0xFFFF_FFFF_8140_0000  # _text, where KASLR has put it

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vmfs.machine.memory import MAXIMUM_SIZE, PAGE, Memory
+from vmfs.memory.ram import MAXIMUM_SIZE, PAGE, Memory
 from vmfs.words.errors import Busy, Gone, Invalid, PastEnd
 
 

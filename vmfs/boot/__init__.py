@@ -16,7 +16,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom, Start
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 __all__ = [

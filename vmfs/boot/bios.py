@@ -8,7 +8,7 @@ from __future__ import annotations
 from vmfs.boot.plan import Plan
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 _GRANULE = 64 << 10

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vmfs.boot.platform import USABLE, Range
 from vmfs.boot.source import Source
-from vmfs.machine.memory import PAGE, Memory
+from vmfs.memory.ram import PAGE, Memory
 from vmfs.words.errors import Invalid
 
 

@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 
-from vmfs.debug.gdb import handover
-from vmfs.debug.gdb.packets import frame
+from vmfs.machine.gdb import handover
+from vmfs.machine.gdb.packets import frame
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
 
 _CHUNK = 1 << 16

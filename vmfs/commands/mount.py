@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from vmfs.commands import daemon
 from vmfs.commands.options import argument, count, engine, parse_options, size
-from vmfs.host import daemon, mounts
+from vmfs.host import mounts
 from vmfs.host.settings import MountSettings
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.engine.base import Vcpu
-from vmfs.machine.memory import MemoryView
+from vmfs.memory.ram import MemoryView
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.registers import REGISTERS
 

@@ -30,7 +30,7 @@ from itertools import accumulate, islice, pairwise
 
 from vmfs.debug.paging import Paging, Ram, Reader, linear_reader, mapped_ranges
 from vmfs.debug.symbols import MOST, NAME_MOST, Symbol, SymbolTable
-from vmfs.machine.memory import PAGE, MemoryView
+from vmfs.memory.ram import PAGE, MemoryView
 from vmfs.words.errors import Invalid
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))

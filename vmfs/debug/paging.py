@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
 from vmfs.words.errors import BadAddress
 from vmfs.words.modes import CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA
 from vmfs.words.registers import REGISTERS
@@ -39,7 +39,7 @@ class States(Protocol):
 
 
 class Ram(Protocol):
-    """Guest-physical RAM from address 0 on: `vmfs.machine.memory.Memory`, or a `MemoryView`."""
+    """Guest-physical RAM from address 0 on: `vmfs.memory.ram.Memory`, or a `MemoryView`."""
 
     size: int
 

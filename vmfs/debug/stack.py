@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from vmfs.debug.paging import NO_EXECUTE, Page, Paging, Ram, States, linear_reader, read_linear
 from vmfs.debug.symbols import SymbolTable
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
 from vmfs.words.modes import CodeMode
 from vmfs.words.registers import REGISTERS
 

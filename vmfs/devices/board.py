@@ -27,12 +27,11 @@ from vmfs.devices.bus import Bus
 from vmfs.devices.device import U64, Device, DeviceState
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
-from vmfs.machine.memory import PAGE, Memory
+from vmfs.memory.ram import PAGE, Memory
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid
 from vmfs.words.unclaimed import Unclaimed, Use
 
-FIRST_SLOT = 2  # 0 is RAM, 1 the BIOS
 UNCLAIMED_MOST = 256  # ports and addresses that are remembered
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
@@ -220,6 +219,10 @@ class Board:
         if was != bool(holders) and not self._closed:
             self.machine.irq_line(gsi, bool(holders))
 
+    def set_a20(self, enabled: bool) -> None:
+        """The PC's A20 gate."""
+        self.machine.set_a20(enabled)
+
     def stop(self, cause: str, code: int | None = None) -> None:
         """End the run with `shutdown cause=...` when the access that is under way is done."""
         self.shutdown = cause, code
@@ -279,6 +282,10 @@ class Board:
             self._set_deadline()
 
     @property
+    def ram_size(self) -> int:
+        return self.memory.size
+
+    @property
     def ram(self) -> mmap.mmap:
         """RAM, to read. What is written must be told to `wrote`; `dma_write` does both."""
         if self._map is None or len(self._map) != self.memory.size:
@@ -324,7 +331,7 @@ class Board:
     ) -> None:
         """Memory of a device in the guest's address space (a ROM, a framebuffer); size 0 takes it away.
 
-        Slots from FIRST_SLOT on. In the CPU's thread, or while the machine does not run.
+        Slots from `device.FIRST_SLOT` on. In the CPU's thread, or while the machine does not run.
         """
         self.machine.map_memory(slot, address if size else 0, fd, offset, size, read_only=read_only)
         self._slots.pop(slot, None)

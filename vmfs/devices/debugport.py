@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import StatelessDevice, Window
+from vmfs.devices.device import Port, StatelessDevice, Window
 
 
 class DebugConsole(StatelessDevice):
@@ -16,7 +15,7 @@ class DebugConsole(StatelessDevice):
 
     TYPE = "debug-console"
 
-    def __init__(self, board: Board, name: str, port: int, output: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, board: Port, name: str, port: int, output: Callable[[bytes], None] | None = None) -> None:
         super().__init__(board, name)
         self.port = port
         self.output = output or (lambda data: None)
@@ -37,7 +36,7 @@ class DebugExit(StatelessDevice):
 
     TYPE = "debug-exit"
 
-    def __init__(self, board: Board, name: str, port: int) -> None:
+    def __init__(self, board: Port, name: str, port: int) -> None:
         super().__init__(board, name)
         self.port = port
 

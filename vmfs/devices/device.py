@@ -1,7 +1,7 @@
-"""Device: what every device of a machine is, and what it may ask of its board.
+"""Device: what every device of a machine is; and Port: all that it knows of the machine, which `Board` has.
 
-A device is registers behind ports and memory (`windows`), lines to the interrupt controllers, perhaps access
-to RAM. It knows no engine and no file. The bus calls `read` and `write` with an offset into a window, never
+A device is registers at ports and in memory (`windows`), lines to the interrupt controllers, perhaps access
+to RAM. It knows no engine, no board and no file. The bus calls `read` and `write` with an offset into a window, never
 an address; values are integers, little-endian on the wire.
 
 Time: `board.now()` is the guest's, `board.date()` the date, `board.schedule(when, callback)` has the device called. No
@@ -18,17 +18,19 @@ the type's constraints, then `check`, say what no device can be, before anything
 from __future__ import annotations
 
 import abc
+import mmap
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
 
+from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid
 
-if TYPE_CHECKING:
-    from vmfs.devices.board import Board
-
+FIRST_SLOT = 2  # of memory, for `map_memory`: 0 is RAM, 1 the BIOS
 
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -75,6 +77,41 @@ class Window:
         return f"{self.space} {self.start:#x}-{self.end - 1:#x}"
 
 
+class Port(Protocol):
+    """What a device may ask for. `vmfs.devices.board.Board` says how each works."""
+
+    lock: threading.RLock
+    counters: Counter[str]
+
+    # RAM
+    @property
+    def ram_size(self) -> int: ...
+    @property
+    def ram(self) -> mmap.mmap: ...
+    def dma_read(self, address: int, length: int) -> bytes: ...
+    def dma_write(self, address: int, data: bytes | memoryview) -> None: ...
+    def wrote(self, address: int, length: int) -> None: ...
+
+    # Time
+    def now(self) -> int: ...
+    def date(self) -> int: ...
+    def schedule(self, when: int, callback: Callable[[], None]) -> Timer: ...
+
+    # Lines, and the end of the run
+    def set_irq(self, device: Device[Any], gsi: int, level: bool) -> None: ...
+    def set_a20(self, enabled: bool) -> None: ...
+    def stop(self, cause: str, code: int | None = None) -> None: ...
+
+    # Where devices are
+    def add(self, device: Device[Any]) -> Device[Any]: ...
+    def remove(self, device: Device[Any]) -> None: ...
+    def remove_windows(self, device: Device[Any]) -> None: ...
+    def rewire(self, device: Device[Any]) -> None: ...
+    def map_memory(
+        self, slot: int, address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+    ) -> None: ...
+
+
 class Device(abc.ABC, Generic[S]):
     """A device with the name that it has under dev/. Subclasses set TYPE and STATE, and what they need of the rest.
 
@@ -85,7 +122,7 @@ class Device(abc.ABC, Generic[S]):
     STATE: type[S]
     irq: int | None = None
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Port, name: str) -> None:
         self.board = board
         self.name = name
         self.counters: Counter[str] = Counter()

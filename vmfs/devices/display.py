@@ -12,12 +12,11 @@ import fcntl
 import os
 import threading
 
-from vmfs.devices.board import FIRST_SLOT, Board
-from vmfs.devices.device import U32, DeviceState, Window
+from vmfs.devices.device import FIRST_SLOT, U32, DeviceState, Port, Window
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe, VbeState
 from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga, VgaState
-from vmfs.machine.hostfile import punch
+from vmfs.memory.hostfile import punch
 from vmfs.words.errors import Gone, Invalid, VmfsError
 
 FRAMEBUFFER_SIZE = 16 << 20
@@ -46,7 +45,7 @@ class Display(PciDevice[DisplayState]):
     INTERRUPT = False
     BARS = {_FRAMEBUFFER: Bar("memory", FRAMEBUFFER_SIZE, prefetchable=True), _REGISTERS: Bar("memory", 4096)}
 
-    def __init__(self, board: Board, name: str, slot: int) -> None:
+    def __init__(self, board: Port, name: str, slot: int) -> None:
         super().__init__(board, name, slot)
         self.vga = Vga(board.now)
         self.vbe = Vbe(FRAMEBUFFER_SIZE, self._mode_set)

@@ -14,8 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U16, U64, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U16, U64, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Invalid
 
 PORT, PORTS = 0x510, 12
@@ -47,7 +46,7 @@ class FwCfg(QuietDevice[FwCfgState]):
     TYPE = "fw-cfg"
     STATE = FwCfgState
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
         self.files: dict[str, bytes] = {}
         self._items: dict[int, bytes] = {}
@@ -74,7 +73,7 @@ class FwCfg(QuietDevice[FwCfgState]):
         self._items = {
             SIGNATURE: b"QEMU",
             ID: struct.pack("<I", 1 | _HAS_DMA),
-            RAM_SIZE: struct.pack("<Q", self.board.memory.size),
+            RAM_SIZE: struct.pack("<Q", self.board.ram_size),
             NO_GRAPHIC: bytes(2),
             CPUS: struct.pack("<H", 1),
             NUMA: bytes(16),

@@ -17,8 +17,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U8, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
 from vmfs.devices.ps2 import Keyboard, KeyboardState, Mouse, MouseState
 from vmfs.devices.timers import Timer
@@ -66,7 +65,7 @@ class I8042(QuietDevice[I8042State]):
     STATE = I8042State
     irq = KEYBOARD_IRQ
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
         self.keyboard, self.mouse = Keyboard(), Mouse()
         self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
@@ -195,7 +194,7 @@ class I8042(QuietDevice[I8042State]):
         if on == self._a20:
             return
         try:
-            self.board.machine.set_a20(on)
+            self.board.set_a20(on)
             self._a20 = on
         except Unsupported:
             self.counters["a20_stays_on"] += 1

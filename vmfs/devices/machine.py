@@ -21,7 +21,7 @@ from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.engine.base import Machine
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 

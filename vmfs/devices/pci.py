@@ -14,8 +14,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U8, U32, Device, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U8, U32, Device, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -62,7 +61,7 @@ class PciDevice(Device[P]):
     INTERRUPT = True
     BARS: dict[int, Bar] = {}
 
-    def __init__(self, board: Board, name: str, slot: int) -> None:
+    def __init__(self, board: Port, name: str, slot: int) -> None:
         super().__init__(board, name)
         self.slot = slot
         self.irq = gsi(slot) if self.INTERRUPT else None
@@ -245,7 +244,7 @@ class HostBridge(QuietDevice[HostBridgeState]):
     TYPE = "pci-host"
     STATE = HostBridgeState
 
-    def __init__(self, board: Board, name: str = "pci") -> None:
+    def __init__(self, board: Port, name: str = "pci") -> None:
         super().__init__(board, name)
         self.address = self.reset_control = 0
         self.slots: dict[int, PciDevice] = {}

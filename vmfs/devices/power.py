@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U16, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.pci import PlainPciDevice
 from vmfs.devices.timers import Timer
 
@@ -37,7 +36,7 @@ class Power(QuietDevice[PowerState]):
     STATE = PowerState
     irq = SCI
 
-    def __init__(self, board: Board, name: str) -> None:
+    def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
         self._timer: Timer | None = None
         self._halves = 0  # of the PM timer's rounds, that TMR_STS was set for

@@ -18,8 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U8, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.timers import Timer
 
 INDEX, DATA, IRQ = 0x70, 0x71, 8
@@ -55,7 +54,7 @@ class Rtc(QuietDevice[RtcState]):
     STATE = RtcState
     irq = IRQ
 
-    def __init__(self, board: Board, name: str, memory_size: int = 0) -> None:
+    def __init__(self, board: Port, name: str, memory_size: int = 0) -> None:
         super().__init__(board, name)
         self._timer: Timer | None = None
         self.cmos = bytearray(128)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmfs.devices.display import Display
 from vmfs.devices.vga import FONT_GLYPH, GraphicsMode, TextMode
-from vmfs.machine.memory import MemoryView
+from vmfs.memory.ram import MemoryView
 from vmfs.words.errors import Unsupported
 
 # Code page 437, as the character generator of every VGA has it: those below 32 and 127 are shown, too.

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U8, U16, DeviceState, QuietDevice, Window
+from vmfs.devices.device import U8, U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.sent import LOG_SIZE, Sent
 
 FIFO = 16
@@ -67,7 +66,7 @@ class Serial(QuietDevice[SerialState]):
     STATE = SerialState
 
     def __init__(
-        self, board: Board, name: str, port: int, irq: int, output: Callable[[bytes], None] | None = None
+        self, board: Port, name: str, port: int, irq: int, output: Callable[[bytes], None] | None = None
     ) -> None:
         super().__init__(board, name)
         self.port = port

@@ -22,7 +22,7 @@ from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
 from vmfs.fs.sizes import measure
 from vmfs.host.process import CallFailed
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
 from vmfs.words.errors import Interrupted, NotPermitted, ProcessFailed, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from vmfs.host.credentials import Credentials
 from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.zygote import Job, Zygote
-from vmfs.machine.memory import DEFAULT_SIZE
+from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.errors import LimitReached, WouldBlock
 
 # Calls that wait at a time, of all users. The mount has room for more (vmfs.fs.MAX_TASKS), so that interrupts are heard

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -26,7 +26,7 @@ from vmfs.host import opener
 from vmfs.host.credentials import Credentials, HostError
 from vmfs.host.theirs import open_memory
 from vmfs.host.zygote import Job
-from vmfs.machine.hostfile import punch
+from vmfs.memory.hostfile import punch
 from vmfs.words import commands
 from vmfs.words.commands import (
     Channel,
@@ -40,9 +40,6 @@ from vmfs.words.commands import (
     ToServer,
 )
 from vmfs.words.errors import Gone, LimitReached, ProcessFailed, VmfsError, WouldBlock, known
-
-if TYPE_CHECKING:
-    from vmfs.host.machines import Host
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +123,25 @@ class Watcher:
         """Write back and drop pages of `mem` from the kernel's cache."""
 
 
+class Keeper(Protocol):
+    """What a machine needs of who keeps it. `vmfs.host.machines.Host` says how each works."""
+
+    own_device: int
+    fresh_sizes: dict[str, tuple[int, int]] | None
+
+    @property
+    def layers(self) -> dict[str, str]: ...
+    def spawn(self, machine: MachineProcess, channel: socket.socket) -> Job: ...
+    async def is_born(self, machine: MachineProcess) -> None: ...
+    def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
+    def kill(self, job: Job) -> None: ...
+    def reserve(self, machine: MachineProcess, what: str, size: int) -> None: ...
+
+
 class MachineProcess:
     """One machine. On the loop only."""
 
-    def __init__(self, host: Host, owner: Credentials, engine: str, memory_size: int) -> None:
+    def __init__(self, host: Keeper, owner: Credentials, engine: str, memory_size: int) -> None:
         self.host = host
         self.owner = owner
         self.engine = engine

@@ -370,11 +370,11 @@ def _import_all() -> None:
     import zstandard  # noqa: F401
 
     import vmfs.boot
-    import vmfs.debug.gdb.server
     import vmfs.devices.virtio.ninep
     import vmfs.host.share_server
     import vmfs.machine.booting
     import vmfs.machine.files.monitor
+    import vmfs.machine.gdb.server
     import vmfs.machine.worker  # noqa: F401
     from vmfs.devices import screen
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vmfs.boot import Platform, Rom, Source, firmware_files, load, load_bios
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.images import Images
-from vmfs.machine.memory import Memory
+from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
 
 # What a kernel is told of a machine without devices: its RAM.

@@ -39,8 +39,8 @@ from vmfs.devices.board import Board
 from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, Engine, Machine, Vcpu
 from vmfs.machine._lane import Lane
 from vmfs.machine.cpu import Cpu, CpuThread
-from vmfs.machine.memory import Memory
 from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
+from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed, Gone, VmfsError, known
 from vmfs.words.registers import REGISTERS

@@ -21,9 +21,9 @@ from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images
-from vmfs.machine.memory import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import Attempt, Owner, put_cpu, put_engine, reset_values, take_cpu, take_engine, tried
+from vmfs.memory.ram import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
     Busy,

@@ -4,7 +4,7 @@ All that decides what a machine does next is a row of ROWS, whoever owns it: a C
 its devices, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a value says.
 Reset, the move to another engine and the trial of a change read the same table.
 
-Not in it: RAM and the framebuffer's pixels (`vmfs.machine.memory` owns these; `state_hash` has them), points, traces
+Not in it: RAM and the framebuffer's pixels (`vmfs.memory.ram` owns these; `state_hash` has them), points, traces
 and symbols (they are the user's, who looks at the machine), and caches, which an engine may drop at any time: decoded
 code, the TLB.
 

@@ -18,8 +18,7 @@ import msgspec
 import trio
 
 from vmfs.engine.base import Engine
-from vmfs.machine.door import Listening
-from vmfs.machine.files import request
+from vmfs.machine.files import monitor, request
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, Devices
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
@@ -45,6 +44,7 @@ from vmfs.words.commands import (
     Refused,
     ToMachine,
 )
+from vmfs.words.door import Listening
 from vmfs.words.errors import (
     EngineFailed,
     Gone,
@@ -97,7 +97,7 @@ class Worker:
     def __init__(self, channel: Channel[ToMachine], vm: Vm, engine_named: Callable[[str], Engine]) -> None:
         self._channel = channel
         self._door = ServerDoor(channel)
-        self.contents = Contents(vm, self._door, self._complain, engine_named)
+        self.contents = Contents(vm, self._door, self._complain, monitor.command, engine_named)
         self._devices = Devices(self.contents)
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
@@ -367,7 +367,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
 
 
 class ServerDoor:
-    """The door of a machine with a server: it asks it over the channel. For threads; `vmfs.machine.door.Door`."""
+    """The door of a machine with a server: it asks it over the channel. For threads; `vmfs.words.door.Door`."""
 
     def __init__(self, channel: Channel[ToMachine]) -> None:
         self._channel = channel

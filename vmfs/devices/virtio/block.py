@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U32
+from vmfs.devices.device import U32, Port
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
@@ -67,7 +66,7 @@ class Block(VirtioDevice[BlockState]):
 
     def __init__(
         self,
-        board: Board,
+        board: Port,
         name: str,
         slot: int,
         disk: Disk,

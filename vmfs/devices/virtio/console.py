@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmfs.devices.board import Board
+from vmfs.devices.device import Port
 from vmfs.devices.sent import LOG_SIZE, Sent
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, Virtqueue
@@ -38,7 +38,7 @@ class Console(VirtioDevice[ConsoleState]):
     CLASS = 0x078000
     QUEUES = (64, 64)
 
-    def __init__(self, board: Board, name: str, slot: int, output: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, board: Port, name: str, slot: int, output: Callable[[bytes], None] | None = None) -> None:
         self.output = output or (lambda data: None)
         self.sent = Sent()
         self.waiting = bytearray()

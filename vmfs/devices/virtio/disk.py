@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from errno import EIO
 from typing import Protocol
 
-from vmfs.machine.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
+from vmfs.memory.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
 from vmfs.words.errors import Busy, Invalid
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from vmfs.devices.board import Board
+from vmfs.devices.device import Port
 from vmfs.devices.virtio.backends import MAX_FRAME, Backend
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
@@ -50,7 +50,7 @@ class Net(VirtioDevice[NetState]):
     CLASS = 0x020000
     QUEUES = (256, 256)
 
-    def __init__(self, board: Board, name: str, slot: int, backend: Backend, mac: bytes) -> None:
+    def __init__(self, board: Port, name: str, slot: int, backend: Backend, mac: bytes) -> None:
         if len(mac) != 6 or mac[0] & 1:
             raise Invalid("a network card's address is six bytes, and none of a group (the first one is even)")
         self.backend = backend

@@ -13,8 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U8, U16, U32, U64, DeviceState
+from vmfs.devices.device import U8, U16, U32, U64, DeviceState, Port
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.virtio.queue import Chain, DriverError, QueueState, Virtqueue
 from vmfs.words.errors import Invalid
@@ -91,7 +90,7 @@ class VirtioDevice(PciDevice[V]):
     BARS = {0: Bar("memory", _BAR_SIZE)}
     QUEUES: tuple[int, ...] = ()
 
-    def __init__(self, board: Board, name: str, slot: int) -> None:
+    def __init__(self, board: Port, name: str, slot: int) -> None:
         self.SUBSYSTEM = (VENDOR, self.DEVICE)
         super().__init__(board, name, slot)
         self.queues = [Virtqueue(board, index, size) for index, size in enumerate(self.QUEUES)]

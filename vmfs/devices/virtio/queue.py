@@ -15,8 +15,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U16, U64, DeviceState
+from vmfs.devices.device import U16, U64, DeviceState, Port
 from vmfs.words.errors import Invalid
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # flags of a descriptor
@@ -39,7 +38,7 @@ class DriverError(Exception):
 class Chain:
     """A request: what the device may read, and after it what it may write. `head` gives it back."""
 
-    board: Board
+    board: Port
     head: int
     readable: list[Span]
     writable: list[Span]
@@ -104,7 +103,7 @@ class QueueState(DeviceState):
 class Virtqueue:
     """Queue `index` of a device, of up to `maximum` descriptors (a power of two)."""
 
-    def __init__(self, board: Board, index: int, maximum: int) -> None:
+    def __init__(self, board: Port, index: int, maximum: int) -> None:
         self.board = board
         self.index = index
         self.maximum = maximum
@@ -140,7 +139,7 @@ class Virtqueue:
                 raise DriverError(f"queue {self.index}: its {name}, {length} bytes at {address:#x}, cannot be there")
 
     def _is_ram(self, address: int, length: int) -> bool:
-        return address + length <= self.board.memory.size
+        return address + length <= self.board.ram_size
 
     # ---- what the driver has made available
 
@@ -171,7 +170,7 @@ class Virtqueue:
 
     def _chain(self, ram: mmap.mmap, head: int) -> Chain:
         chain = Chain(self.board, head, [], [])
-        limit = self.board.memory.size
+        limit = self.board.ram_size
         table, count, index = self.descriptors, self.size, head
         is_indirect = False
         left = count  # a chain that is longer than its table has a loop

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vmfs.devices.board import Board
-from vmfs.devices.device import U32
+from vmfs.devices.device import U32, Port
 from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
@@ -132,7 +131,7 @@ class Share(VirtioDevice[ShareState]):
     QUEUES = (128,)
 
     def __init__(
-        self, board: Board, name: str, slot: int, server: FolderServer, tag: str, *, path: str = ""
+        self, board: Port, name: str, slot: int, server: FolderServer, tag: str, *, path: str = ""
     ) -> None:
         if not 0 < len(tag.encode()) <= _MAX_TAG or not tag.isprintable() or "," in tag:
             raise Invalid(f"a share's tag has up to {_MAX_TAG} letters and no comma, not {tag[:50]!r}")

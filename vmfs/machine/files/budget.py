@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import trio
 
+from vmfs.words.door import Door
 from vmfs.words.errors import VmfsError
-
-if TYPE_CHECKING:
-    from vmfs.machine.door import Door
 
 STEP = 1 << 20  # bytes that are asked for at a time: a file that grows asks once a MiB
 

@@ -17,14 +17,14 @@ from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import by_name
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Engine
 from vmfs.machine.control import MemoryHooks
-from vmfs.machine.door import Door
 from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.console import ConsolePort
 from vmfs.machine.files.gdb import GdbPort
 from vmfs.machine.files.handles import Kind, Scope
 from vmfs.machine.files.waiting import settled
 from vmfs.machine.machine import Vm
-from vmfs.machine.memory import PAGE
+from vmfs.memory.ram import PAGE
+from vmfs.words.door import Door
 from vmfs.words.errors import Busy, Unsupported
 
 MOST_RANGES = 64  # more messages than that cost more than dropping the whole cache
@@ -88,13 +88,15 @@ def dirty_ranges(dirty: bytes) -> Iterator[tuple[int, int]]:
 
 
 class Contents(Scope):
-    """One machine. `changes` grows whenever its state may have changed. `complaint` is what `error` shows."""
+    """One machine. `changes` grows whenever its state may have changed. `complaint` is what `error` shows. `monitor` is
+    what gdb's monitor commands do (vmfs.machine.files.monitor)."""
 
     def __init__(
         self,
         vm: Vm,
         door: Door,
         complain: Callable[[str], None],
+        monitor: Callable[[Contents, str], Awaitable[str]],
         engine_named: Callable[[str], Engine] = by_name,
     ) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class Contents(Scope):
         self.engine_named = engine_named  # of those that it may be moved to
         self.budget = Budget(door)
         self.memory = CachedMemory(vm, door)
-        self.gdb = GdbPort(self)
+        self.gdb = GdbPort(self, monitor)
         self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of
         self.symbol_file_size: tuple[SymbolTable, int] | None = None
         self.symbols_text: tuple[SymbolTable | None, int] = None, 0  # the size of the text of a table

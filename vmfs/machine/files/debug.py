@@ -31,7 +31,7 @@ from vmfs.engine.base import Vcpu
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
 from vmfs.machine.files.waiting import finished, value_of
-from vmfs.machine.memory import PAGE, MemoryView
+from vmfs.memory.ram import PAGE, MemoryView
 from vmfs.words.errors import BadAddress, PastEnd
 from vmfs.words.modes import CodeMode
 

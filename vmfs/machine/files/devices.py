@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import trio
 
-from vmfs.devices.attach import attach, parse_attachment
 from vmfs.devices.device import Device
 from vmfs.devices.pci import PciDevice
+from vmfs.machine.attach import attach, parse_attachment
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text

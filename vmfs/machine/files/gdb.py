@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 
 import trio
 
-from vmfs.debug.gdb import handover
-from vmfs.debug.gdb.packets import Decoder, Packet, frame
-from vmfs.debug.gdb.server import Gdb, Words
-from vmfs.debug.gdb.stub import parse_layout
-from vmfs.debug.gdb.target import DEFAULT
-from vmfs.machine.door import Door
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
 from vmfs.machine.files.lines import Do, LineHandle
 from vmfs.machine.files.request import current, interruptible, is_nonblocking
 from vmfs.machine.files.waiting import finished
+from vmfs.machine.gdb import handover
+from vmfs.machine.gdb.packets import Decoder, Packet, frame
+from vmfs.machine.gdb.server import Gdb, Words
+from vmfs.machine.gdb.stub import parse_layout
+from vmfs.machine.gdb.target import DEFAULT
 from vmfs.machine.machine import Vm
+from vmfs.words.door import Door
 from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock, known
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,11 @@ _SECRET_SECONDS = 1.0  # and a connection to say that it is the one
 class GdbPort:
     """A machine's gdb, and where it is listened for. What a stub needs of the files."""
 
-    def __init__(self, scope: Any) -> None:
+    def __init__(self, scope: Any, monitor: Callable[[Any, str], Awaitable[str]]) -> None:
         self.vm: Vm = scope.vm
         self.gdb = Gdb(self)
         self._scope = scope
+        self._monitor = monitor
         self._listener: _Listener | None = None
         self._changing = trio.Lock()
 
@@ -64,9 +65,7 @@ class GdbPort:
             future.result()
 
     def command(self, text: str) -> str:
-        from vmfs.machine.files.monitor import command  # it knows all files, and this is what one of them is made of
-
-        return trio.from_thread.run(command, self._scope, text)
+        return trio.from_thread.run(self._monitor, self._scope, text)
 
     def complain(self, sentence: str) -> None:
         trio.from_thread.run_sync(self._scope.complain, sentence)

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from vmfs.machine.files.handles import File, Handle, Kind
-from vmfs.machine.memory import check_size
+from vmfs.memory.ram import check_size
 from vmfs.words.errors import Busy
 
 

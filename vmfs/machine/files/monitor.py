@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from vmfs.debug.gdb.stub import parse_layout
 from vmfs.machine.files.commands import COMMANDS, parse_command, parse_commands
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.debug import SYMBOL_COMMANDS, symbols_by
 from vmfs.machine.files.kinds import Text
 from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS, has_msr, register_file
 from vmfs.machine.files.waiting import settled
+from vmfs.machine.gdb.stub import parse_layout
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_number
 

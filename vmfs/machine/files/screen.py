@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
 from vmfs.devices import keys, screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, Display
 from vmfs.devices.machine import Pc
+from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
 from vmfs.machine.files.lines import Do
-from vmfs.machine.memory import MemoryView
+from vmfs.memory.ram import MemoryView
 from vmfs.words.errors import Invalid, Unsupported
-
-if TYPE_CHECKING:
-    from vmfs.machine.files.contents import Contents
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, scr
 from vmfs.machine.files.trace import TraceFile
 from vmfs.machine.files.waiting import finished, settled
 from vmfs.machine.machine import Vm, check_time
-from vmfs.machine.memory import PAGE, check_size
+from vmfs.memory.ram import PAGE, check_size
 from vmfs.words.errors import Busy, Invalid, Unsupported
 from vmfs.words.exits import Exit
 from vmfs.words.modes import check_mode

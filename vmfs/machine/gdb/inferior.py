@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from vmfs.debug.gdb.target import Change, Register, States, has_avx, set_ymm_highs
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.debug.points import Points
 from vmfs.engine.base import Vcpu
+from vmfs.machine.gdb.target import Change, Register, States, has_avx, set_ymm_highs
 from vmfs.machine.machine import Vm
-from vmfs.machine.memory import PAGE, Memory, MemoryView
+from vmfs.memory.ram import PAGE, Memory, MemoryView
 from vmfs.words.errors import BadAddress, VmfsError
 from vmfs.words.exits import Exit
 from vmfs.words.modes import mode_of

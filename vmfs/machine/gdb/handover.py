@@ -18,7 +18,7 @@ import stat
 import struct
 from collections.abc import Callable
 
-from vmfs.machine.door import Listening
+from vmfs.words.door import Listening
 
 QUERY = b"qvmfs.Socket"  # and behind a colon the words of a layout, with commas
 _REPLY = re.compile(rb"([0-9a-f]{32}),([0-9a-f]{32})")

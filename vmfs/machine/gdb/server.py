@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import trio
 
-from vmfs.debug.gdb.inferior import Inferior, Surroundings
-from vmfs.debug.gdb.packets import Acknowledged, Damaged, Decoder, Event, Interrupt, Packet, TooLong, frame
-from vmfs.debug.gdb.stub import PACKET_SIZE, Bye, Resume, Said, Stub, console_text
+from vmfs.machine.gdb.inferior import Inferior, Surroundings
+from vmfs.machine.gdb.packets import Acknowledged, Damaged, Decoder, Event, Interrupt, Packet, TooLong, frame
+from vmfs.machine.gdb.stub import PACKET_SIZE, Bye, Resume, Said, Stub, console_text
 from vmfs.machine.runloop import Bound, Run
 from vmfs.words.errors import Busy, VmfsError
 from vmfs.words.exits import Exit

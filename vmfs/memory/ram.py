@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from vmfs.machine.hostfile import punch
+from vmfs.memory.hostfile import punch
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
 PAGE = 4096

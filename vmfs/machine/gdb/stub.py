@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vmfs.debug.gdb.inferior import Inferior, Stop
-from vmfs.debug.gdb.packets import MOST, escape
-from vmfs.debug.gdb.target import DEFAULT, Layout, layout
+from vmfs.machine.gdb.inferior import Inferior, Stop
+from vmfs.machine.gdb.packets import MOST, escape
+from vmfs.machine.gdb.target import DEFAULT, Layout, layout
 from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words import exits
 from vmfs.words.errors import BadAddress, Gone, Invalid, VmfsError

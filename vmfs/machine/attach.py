@@ -11,7 +11,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmfs.devices.machine import Pc
 from vmfs.devices.pci import PciDevice
@@ -22,11 +22,9 @@ from vmfs.devices.virtio.disk import open_disk
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
+from vmfs.machine.machine import Vm
+from vmfs.words.door import Door
 from vmfs.words.errors import Invalid
-
-if TYPE_CHECKING:
-    from vmfs.machine.door import Door
-    from vmfs.machine.machine import Vm
 
 
 @dataclass(frozen=True, slots=True)
