@@ -69,6 +69,10 @@ class Images:
     def there(self, name: str) -> bool:
         return self._images[name].size > 0
 
+    def sizes(self) -> dict[str, int]:
+        """Of those that are there."""
+        return {name: image.size for name, image in self._images.items() if image.size}
+
     @property
     def bootable(self) -> bool:
         """Whether there is anything to begin with."""

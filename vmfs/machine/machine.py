@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar, cast
@@ -17,12 +19,30 @@ from vmfs.debug.disasm import Listing
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
+from vmfs.devices.virtio.block import Block
+from vmfs.devices.virtio.disk import Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images
 from vmfs.machine.runloop import Bound, Run
-from vmfs.machine.state import Attempt, Owner, put_cpu, put_engine, reset_values, take_cpu, take_engine, tried
+from vmfs.machine.state import (
+    Attempt,
+    Owner,
+    Seen,
+    Setup,
+    State,
+    entries,
+    put,
+    put_cpu,
+    put_engine,
+    reset_values,
+    state_hash,
+    take,
+    take_cpu,
+    take_engine,
+    tried,
+)
 from vmfs.memory.ram import DEFAULT_SIZE, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
@@ -155,6 +175,97 @@ class Vm(Control):
         if self.board is not None:
             self.board.reset()
         self._boot_due = True
+
+    # ---- as a value
+
+    def take(self) -> Future[State]:
+        """What it is, without its memory: now, or between two instructions of the run under way."""
+        return self.at_boundary(lambda _: take(self))
+
+    def put(self, state: State) -> None:
+        """Be what `state` says; its memory is that of the state already. Whole or not at all. Busy during a run."""
+        with self._lock:
+            self._check_idle()
+            put(self, state)
+            self._set_still(object())
+        self.tell()
+
+    def state_hash(self) -> bytes:
+        """See `vmfs.machine.state.state_hash`. Busy during a run."""
+        with self._lock:
+            self._check_idle()
+            return state_hash(self)
+
+    @property
+    def engine_machine(self) -> Machine:
+        return self._machine
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        return (self.cpu.vcpu,)
+
+    def save_setup(self) -> Setup:
+        return Setup(
+            machine=self.machine_name,
+            engine=self.engine.name,
+            time_source=cast(Literal["host", "instructions"], self.time_source),
+            memory=self.memory.size,
+            cpus=len(self.vcpus),
+            has_run=self._has_run,
+            boot_due=self._boot_due,
+            is_shut_down=self._state == "shutdown",
+            is_halted=self._state == "halted",
+            cmdline=os.fsencode(self.images.cmdline),
+            images=self.images.sizes(),
+            new_msrs=self.cpu.reset_states["msrs"],
+        )
+
+    def check_setup(self, setup: Setup) -> None:
+        for what, is_, wanted in (
+            ("kind", self.machine_name, setup.machine),
+            ("RAM", self.memory.size, setup.memory),
+            ("number of CPUs", len(self.vcpus), setup.cpus),
+            ("boot images", self.images.sizes(), setup.images),
+        ):
+            if is_ != wanted:
+                raise Invalid(f"the state is of a machine of another {what}: {str(wanted)[:80]}, and not {is_}")
+        try:
+            entries(setup.new_msrs)
+        except struct.error:
+            raise Invalid("setup: the MSRs of a new CPU are none") from None
+
+    def load_setup(self, setup: Setup) -> None:
+        if setup.has_run:
+            self.memory.seal()
+        self._has_run, self._boot_due = setup.has_run, setup.boot_due
+        self._state = "shutdown" if setup.is_shut_down else "halted" if setup.is_halted else "paused"
+        self.images.cmdline = os.fsdecode(setup.cmdline)
+        # Of a state that another engine has made: time goes on by the host's clock where it cannot by instructions.
+        self.time_source = setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host"
+
+    def save_seen(self) -> Seen:
+        line = None if self._last_exit is None else self._last_exit.line()
+        return Seen(last_exit=line, exit_number=self._exit_number, counts=dict(self._counts))
+
+    def check_seen(self, seen: Seen) -> None:
+        if seen.last_exit is not None:
+            exits.parse_exit(seen.last_exit)
+
+    def load_seen(self, seen: Seen) -> None:
+        self._last_exit = None if seen.last_exit is None else exits.parse_exit(seen.last_exit)
+        self._exit_number = seen.exit_number
+        self._counts = Counter(seen.counts)
+
+    def memories(self) -> Iterator[tuple[str, int, int]]:
+        yield "ram", self.memory.fd, self.memory.size
+        if self._rom is not None:
+            fd, address, size = self._rom
+            yield f"rom {address:#x}", fd, size
+        for name, size in self.images.sizes().items():
+            yield f"image {name}", self.images[name].fd, size
+        for name, device in self.board.devices.items() if self.board is not None else ():
+            if isinstance(device, Block) and isinstance(device.disk, Overlay):
+                yield f"overlay {name}", device.disk.fd, device.disk.size
 
     # ---- what it is made of
 
@@ -364,7 +475,10 @@ class Vm(Control):
     def access_data(self) -> bytes:
         with self._lock:
             self._check_open()
-            return b"" if self._run is not None else self.cpu.vcpu.access_data
+            if self._run is not None:
+                return b""
+            # What a CPU that came from elsewhere has not: the bytes of a write that is done.
+            return self.cpu.vcpu.access_data or getattr(self._last_exit, "data", b"")
 
     def set_access_data(self, data: bytes) -> None:
         with self._lock:

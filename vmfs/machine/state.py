@@ -1,12 +1,13 @@
 """STATE: the one table of what a machine is.
 
 All that decides what a machine does next is a row of ROWS, whoever owns it: a CPU, the engine's machine, the board and
-its devices, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a value says.
-Reset, the move to another engine and the trial of a change read the same table.
+its devices, memory, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a
+value says. Reset, the move to another engine and the trial of a change read the same table.
 
-Not in it: RAM and the framebuffer's pixels (`vmfs.memory.ram` owns these; `state_hash` has them), points, traces
-and symbols (they are the user's, who looks at the machine), and caches, which an engine may drop at any time: decoded
-code, the TLB.
+Rows of MEMORY are in the table and not in a value: they are large, and whoever keeps them shares their pages.
+`state_hash` has them. Not in the table are points, traces and symbols, which stay with the user who looks at the
+machine, and what is a cache, which an engine may drop at any time: decoded code, the TLB (Intel SDM 3A 4.10.2.2 lets a
+processor do that).
 
 The order of ROWS is the order in which they are set. `after` says why: what has to be set before.
 """
@@ -14,27 +15,40 @@ The order of ROWS is the order in which they are set. `after` says why: what has
 from __future__ import annotations
 
 import enum
+import hashlib
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
 
+import msgspec
+
+from vmfs.devices.board import Board, BoardState
+from vmfs.devices.device import DeviceState, unpack
 from vmfs.engine.base import Machine, Vcpu, has_state
 from vmfs.engine.rest import as_new, given_up
 from vmfs.words.errors import Invalid, Unsupported
 
+FORMAT = 1  # of a State
+
 
 class Owner(enum.StrEnum):
-    """Whose a row is. Rows of a CPU are there once a CPU."""
+    """Whose a row is. Rows of a CPU are there once a CPU, that of a device once a device."""
 
+    MEMORY = "memory"
+    MACHINE = "machine"  # as its user has set it up
     ENGINE = "engine"  # the engine's machine
+    BOARD = "board"
+    DEVICE = "device"
     CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part of a machine. `version` is that of its bytes. `is_reset`: a reset sets it back to what a new machine
-    has."""
+    """A part of a machine. `version` is that of its bytes; a device's is in its STATE. `is_reset`: a reset sets it back
+    to what a new machine has. `of_run`: it says how the machine came here, and not what it does next."""
 
     name: str
     owner: Owner
@@ -42,14 +56,22 @@ class Row:
     version: int = 1
     is_reset: bool = True
     with_chips: bool = False  # only a machine with interrupt controllers has it
+    of_run: bool = False
 
 
 ROWS: tuple[Row, ...] = (
-    Row("time", Owner.ENGINE, is_reset=False),
+    Row("ram", Owner.MEMORY, is_reset=False),
+    Row("rom", Owner.MEMORY, is_reset=False),
+    Row("images", Owner.MEMORY, is_reset=False),  # kernel, initrd, bios
+    Row("overlays", Owner.MEMORY, is_reset=False),  # of disks that are cow; their maps are of the devices
+    Row("setup", Owner.MACHINE, is_reset=False),
+    Row("time", Owner.ENGINE, ("setup",), is_reset=False),
     Row("irqchip", Owner.ENGINE, ("time",), with_chips=True),
     Row("pit", Owner.ENGINE, ("time", "irqchip"), with_chips=True),
     # It completes them. The lines are driven by devices, which reset them.
     Row("chips", Owner.ENGINE, ("irqchip", "pit"), is_reset=False),
+    Row("board", Owner.BOARD, ("time", "chips"), version=BoardState.VERSION, is_reset=False),
+    Row("device", Owner.DEVICE, ("board", "ram", "overlays")),  # a virtqueue is in RAM
     Row("cpuid", Owner.CPU, is_reset=False),
     Row("sregs", Owner.CPU, ("cpuid",)),  # EFER, CR0, CR4: what is valid in most others
     Row("xcrs", Owner.CPU, ("cpuid", "sregs")),
@@ -62,6 +84,7 @@ ROWS: tuple[Row, ...] = (
     Row("events", Owner.CPU, ("regs", "debugregs")),
     Row("mp_state", Owner.CPU, ("events", "lapic")),
     Row("progress", Owner.CPU, ("regs", "sregs", "xsave", "lapic", "msrs", "debugregs", "events", "mp_state")),
+    Row("seen", Owner.MACHINE, ("progress",), is_reset=False, of_run=True),
 )
 
 Values = Mapping[str, bytes]  # by the name of the row
@@ -218,3 +241,213 @@ class Attempt:
 
     def undo(self) -> None:
         put_cpu(self._cpu, self._before)
+
+
+# ---- the machine as its user has set it up
+
+
+class Setup(DeviceState):
+    """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot. `new_msrs`:
+    the MSRs that its CPUs had when they were new, by which another engine knows which of them describe the engine."""
+
+    machine: str
+    engine: str
+    time_source: Literal["host", "instructions"]
+    memory: int
+    cpus: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    has_run: bool
+    boot_due: bool
+    is_shut_down: bool
+    is_halted: bool
+    cmdline: bytes
+    images: dict[str, int]
+    new_msrs: bytes
+
+
+class Seen(DeviceState):
+    """What a user has seen of the machine: the last exit as a line, how many there were, and of each reason."""
+
+    last_exit: str | None
+    exit_number: Annotated[int, msgspec.Meta(ge=0)]
+    counts: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+
+
+class Body(Protocol):
+    """What `take` and `put` need of a machine, which does not run and is locked."""
+
+    board: Board | None
+
+    @property
+    def engine_machine(self) -> Machine: ...
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]: ...
+
+    def save_setup(self) -> Setup: ...
+
+    def check_setup(self, setup: Setup) -> None:
+        """Invalid where it is another machine than this one can become."""
+        ...
+
+    def load_setup(self, setup: Setup) -> None: ...
+
+    def save_seen(self) -> Seen: ...
+
+    def check_seen(self, seen: Seen) -> None: ...
+
+    def load_seen(self, seen: Seen) -> None: ...
+
+    def memories(self) -> Iterator[tuple[str, int, int]]:
+        """The rows of MEMORY: a name, a descriptor and how many bytes of it there are."""
+        ...
+
+
+# ---- the value
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    version: int
+    data: bytes
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A machine as a value, without its memory. Parts are by owner and name: `engine/time`, `cpu0/regs`,
+    `device/com1`."""
+
+    format: int
+    parts: dict[str, Part]
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> State:
+        """Invalid for bytes that are none, or of a format that is not known here."""
+        try:
+            state = msgspec.msgpack.decode(data, type=State)
+        except msgspec.MsgspecError as error:
+            raise Invalid(f"that is no state of a machine: {error}") from None
+        if state.format != FORMAT:
+            raise Invalid(f"a machine's state of format {state.format}, where {FORMAT} is known")
+        return state
+
+
+def take(body: Body) -> State:
+    """What the machine is, between two instructions. What it is in the middle of stays so."""
+    parts: dict[str, Part] = {}
+
+    def add(owner: str, values: Mapping[str, bytes], rows: tuple[Row, ...]) -> None:
+        parts.update({f"{owner}/{row.name}": Part(row.version, values[row.name]) for row in rows if row.name in values})
+
+    own = {"setup": msgspec.msgpack.encode(body.save_setup()), "seen": msgspec.msgpack.encode(body.save_seen())}
+    add(Owner.MACHINE, own, rows_of(Owner.MACHINE))
+    add(Owner.ENGINE, take_engine(body.engine_machine), rows_of(Owner.ENGINE))
+    for number, vcpu in enumerate(body.vcpus):
+        add(f"{Owner.CPU}{number}", take_cpu(vcpu), rows_of(Owner.CPU))
+    if body.board is not None:
+        with body.board.asleep():
+            add(Owner.BOARD, {"board": msgspec.msgpack.encode(body.board.save())}, rows_of(Owner.BOARD))
+            for name, state in body.board.pack_devices().items():
+                parts[f"{Owner.DEVICE}/{name}"] = Part(*state)
+    return State(FORMAT, parts)
+
+
+def put(body: Body, state: State) -> None:
+    """Make the machine what `state` says; its memory is that of the state already. It is whole or not at all: Invalid,
+    Unsupported, and nothing has changed, where the machine cannot be so."""
+    wanted = _Wanted(body, state)
+    before = take(body)
+    try:
+        wanted.put()
+    except BaseException:
+        _Wanted(body, before).put()
+        raise
+
+
+class _Wanted:
+    """A state that is to be put, checked as far as it can be without setting anything."""
+
+    def __init__(self, body: Body, state: State) -> None:
+        self._body = body
+        self._parts = dict(state.parts)
+        self._setup = unpack(Setup, *self._own("setup"), "setup")
+        self._seen = unpack(Seen, *self._own("seen"), "seen")
+        body.check_setup(self._setup)
+        body.check_seen(self._seen)
+        self._engine = self._values(Owner.ENGINE, Owner.ENGINE)
+        self._cpus = [self._values(Owner.CPU, f"{Owner.CPU}{number}") for number in range(len(body.vcpus))]
+        if body.board is not None:
+            self._board = unpack(BoardState, *self._part(f"{Owner.BOARD}/board"), "board")
+            body.board.check(self._board)
+            prefix = f"{Owner.DEVICE}/"
+            names = [name for name in self._parts if name.startswith(prefix)]
+            self._devices = body.board.unpack_devices({name.removeprefix(prefix): self._part(name) for name in names})
+        if self._parts:
+            raise Invalid(f"the state has a part that this machine has not: {min(self._parts)[:60]!r}")
+
+    def _own(self, name: str) -> tuple[int, bytes]:
+        return self._part(f"{Owner.MACHINE}/{name}")
+
+    def _part(self, name: str) -> tuple[int, bytes]:
+        part = self._parts.pop(name, None)
+        if part is None:
+            raise Invalid(f"the state has no {name}")
+        return part.version, part.data
+
+    def _values(self, owner: Owner, name: str) -> dict[str, bytes]:
+        values = {}
+        for row in rows_of(owner):
+            if row.with_chips and self._body.board is None:
+                continue
+            version, values[row.name] = self._part(f"{name}/{row.name}")
+            if version != row.version:
+                raise Invalid(f"{name}/{row.name}: of version {version}, where {row.version} is known")
+        return values
+
+    def put(self) -> None:
+        body, setup = self._body, self._setup
+        is_same = setup.engine == body.save_setup().engine
+        body.load_setup(setup)
+        put_engine(body.engine_machine, self._engine)
+        if body.board is not None:
+            with body.board.asleep():
+                body.board.load(self._board)
+                body.board.load_devices(self._devices)
+        for vcpu, values in zip(body.vcpus, self._cpus, strict=True):
+            put_cpu(vcpu, values, None if is_same else setup.new_msrs)
+        body.load_seen(self._seen)
+
+
+def state_hash(body: Body) -> bytes:
+    """A number of 32 bytes for all that decides what the machine does next, its memory included."""
+    digest = hashlib.blake2b(digest_size=32)
+    of_run = {f"{row.owner}/{row.name}" for row in ROWS if row.of_run}
+    for name, part in sorted(take(body).parts.items()):
+        if name not in of_run:
+            digest.update(b"%s %d %d " % (name.encode(), part.version, len(part.data)) + part.data)
+    for name, fd, size in body.memories():
+        digest.update(b"%s %d " % (name.encode(), size))
+        for at, page in _pages(fd, size):
+            digest.update(at.to_bytes(8, "little") + page)
+    return digest.digest()
+
+
+_PAGE = 4096
+_NO_PAGE = bytes(_PAGE)
+
+
+def _pages(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """The pages that are not zeros, whether they were ever touched or not."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: a hole up to the end
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        for at in range(start, end, 1 << 20):
+            data = os.pread(fd, min(1 << 20, end - at), at)
+            if any(data):
+                for offset in range(0, len(data), _PAGE):
+                    if (page := data[offset : offset + _PAGE]) != _NO_PAGE[: len(page)]:
+                        yield at + offset, page
