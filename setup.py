@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 CORE = "vmfs/engine/emulator/core"
 LANE = "vmfs/words/lane.h"      # what the server, a machine's process and its engine share
+EXIT = "vmfs/include/vmfs.h"
 
 SANITIZE = os.environ.get("VMFS_SANITIZE", "")
 
@@ -76,7 +77,7 @@ def extensions():
         found.append(Extension(
             "vmfs.engine.emulator._core",
             sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),
-            depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE],
+            depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE, EXIT],
             include_dirs=["vmfs/words", CORE, *sorted(glob(f"{CORE}/*/"))],
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
@@ -85,7 +86,7 @@ def extensions():
         found.append(Extension(
             "vmfs.machine._lane",
             sources=["vmfs/machine/_lane.c"],
-            depends=[LANE],
+            depends=[LANE, EXIT],
             include_dirs=["vmfs/words"],
             extra_compile_args=COMPILE,
             extra_link_args=LINK,

@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 from mounting import LIBC, Machine, Server, blocked_read, failing, running, serving, wait_until
+from vmfs.machine._lane import ENDED, ORDER
+
+from vmfs.engine.base import INTERRUPT_QUEUE
+from vmfs.words.exits import parse_exit
 
 OUT_LOOP = "e680 ebfc"  # again: out 0x80, al; jmp again
 FOREVER = "ebfe"
@@ -59,13 +63,25 @@ def run(fd: int) -> bytes:
 
 def test_it_serves(server, vm):
     looping(vm)
-    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs:
-        for _ in range(300):
+    names = ("regs", "sregs", "exit.data", "exit.bin", "state")
+    with contextlib.ExitStack() as stack:
+        still = [stack.enter_context(opened(vm, name)) for name in names]
+        for name in ("vm_run.bin", "vm_run"):
+            runs = stack.enter_context(opened(vm, name))
+            for fd in still:
+                before = stat(vm)
+                for _ in range(200):
+                    run(runs)
+                    os.pread(fd, 8, 0)
+                after = stat(vm)
+                done = {what: int(after[what]) - int(before[what]) for what in ("lane_runs", "lane_reads")}
+                assert min(done.values()) > 100 if server.has_lane else not any(done.values()), (done, fd)
+        regs = stack.enter_context(opened(vm, "regs", os.O_RDWR))
+        for _ in range(200):
             run(runs)
-            os.pread(regs, 8, 0)
-    facts = stat(vm)
-    lane_runs, lane_reads = int(facts["lane_runs"]), int(facts["lane_reads"])
-    assert (lane_runs > 100 and lane_reads > 100) if server.has_lane else lane_runs == lane_reads == 0, facts
+            os.pwrite(regs, bytes(8), 0)
+        written = int(stat(vm)["lane_writes"])
+        assert written > 100 if server.has_lane else not written
 
 
 ACCESSES = {
@@ -82,10 +98,20 @@ ACCESSES = {
 def test_the_answer_is_the_exit(server, vm, code):
     """The struct that C packs is the one of `exit.bin`, and all that is told of the exit is of that one."""
     looping(vm, code)
-    with opened(vm, "vm_run.bin") as runs, opened(vm, "regs") as regs, opened(vm, "exit.data") as data:
-        for _ in range(5):
+    with (
+        opened(vm, "vm_run.bin") as runs,
+        opened(vm, "regs") as regs,
+        opened(vm, "exit.data") as data,
+        opened(vm, "exit.bin") as last,
+        opened(vm, "state") as state,
+    ):
+        for number in range(5):
             line = run(runs)
             read, pending = os.pread(regs, 144, 0), os.pread(data, 4096, 0)
+            assert os.pread(last, 100, 0) == line
+            assert os.pread(state, 100, 0) == (b"halted\n" if line[0] == 5 else b"paused\n")
+            if number % 2:
+                continue  # nobody looks
             assert (vm / "exit.bin").read_bytes() == line
             assert (vm / "exit.data").read_bytes() == pending
             reason, _, rip = struct.unpack_from("<IIQ", line)
@@ -108,6 +134,20 @@ def test_memory_that_is_none(server, vm, code):
             assert struct.unpack_from("<IIQQ", line)[::3] == (6, 0xF0000000)
             assert (vm / "exit.bin").read_bytes() == line
             assert vm.read("exit").startswith("mmio ")
+    with opened(vm, "vm_run") as runs:
+        for _ in range(5):
+            line = os.pread(runs, 4096, 0).decode()
+            assert line == vm.read("exit") == parse_exit(line).line() + "\n"
+
+
+@pytest.mark.parametrize("code", ACCESSES.values(), ids=ACCESSES)
+def test_the_line_is_the_exit(server, vm, code):
+    looping(vm, code)
+    with opened(vm, "vm_run") as runs:
+        for _ in range(5):
+            line = os.pread(runs, 4096, 0).decode()
+            assert line == vm.read("exit") == parse_exit(line).line() + "\n"
+            assert os.pread(runs, 4096, 3).decode() == line[3:]
 
 
 def test_the_line_goes_on(server, vm):
@@ -163,6 +203,93 @@ def test_a_read_gets_its_bytes(server, vm):
             assert int(vm.read("reg/rax"), 0) == value
 
 
+def test_what_cannot_be_written(server, vm):
+    """The errno, the sentence and that nothing has changed are Python's; the next that can be clears the sentence."""
+    looping(vm)
+    with (
+        opened(vm, "regs", os.O_RDWR) as regs,
+        opened(vm, "sregs", os.O_RDWR) as sregs,
+        opened(vm, "exit.data", os.O_RDWR) as data,
+        opened(vm, "vm_run.bin") as runs,
+    ):
+        run(runs)
+        before = os.pread(regs, 144, 0), os.pread(sregs, 312, 0)
+        assert failing(os.pwrite, regs, bytes(16), 136) == failing(os.pwrite, regs, bytes(8), 144) == errno.EFBIG
+        assert failing(os.pwrite, regs, bytes(8), 1 << 40) == errno.EFBIG
+        assert "past" in vm.read("error")
+        assert failing(os.pwrite, sregs, struct.pack("<Q", 1 << 31), 224) == errno.EINVAL  # PG without PE
+        assert failing(os.pwrite, data, b"1", 0) == errno.EINVAL  # no read waits
+        assert (os.pread(regs, 144, 0), os.pread(sregs, 312, 0)) == before
+        assert vm.read("error").startswith("exit.data")
+        os.pwrite(regs, before[0][:8], 0)
+        assert vm.read("error").startswith("exit.data")
+        assert failing(os.pwrite, regs, bytes(8), 144) == errno.EFBIG
+        assert vm.read("error").startswith("regs")
+        os.pwrite(regs, before[0][:8], 0)
+        assert vm.read("error") == ""
+
+
+def test_a_write_is_dated(server, vm):
+    looping(vm)
+    with opened(vm, "regs", os.O_RDWR) as regs:
+        os.pread(regs, 8, 0)
+        before = os.stat(vm / "regs").st_mtime_ns
+        time.sleep(0.05)
+        os.pwrite(regs, bytes(8), 0)
+        assert os.stat(vm / "regs").st_mtime_ns > before
+
+
+def test_a_halted_cpu_is_set(server, vm):
+    """It is paused then."""
+    looping(vm, ACCESSES["hlt"])
+    with opened(vm, "regs", os.O_RDWR) as regs, opened(vm, "vm_run.bin") as runs, opened(vm, "state") as state:
+        for _ in range(5):
+            run(runs)
+            assert os.pread(state, 100, 0) == b"halted\n"
+            os.pwrite(regs, bytes(8), 0)
+            assert os.pread(state, 100, 0) == b"paused\n"
+
+
+def test_a_pending_read_is_done_before_a_write(server, vm):
+    looping(vm, ACCESSES["in"])
+    with (
+        opened(vm, "regs", os.O_RDWR) as regs,
+        opened(vm, "vm_run.bin") as runs,
+        opened(vm, "exit.data", os.O_RDWR) as data,
+    ):
+        for value in range(20):
+            run(runs)
+            os.pwrite(data, bytes([value]), 0)
+            os.pwrite(regs, struct.pack("<Q", 1), 8)
+            assert struct.unpack("<QQ", os.pread(regs, 16, 0)) == (value, 1)
+            assert os.pread(data, 8, 0) == b""
+
+
+def test_interrupts(server, vm):
+    """Packets: each is delivered once, and as many wait as ever."""
+    vm.write("mode", "real")
+    with opened(vm, "mem", os.O_RDWR) as mem:
+        os.pwrite(mem, struct.pack("<HH", 0x2000, 0), 0x20 * 4)
+        os.pwrite(mem, bytes.fromhex("e681 cf"), 0x2000)  # out 0x81, al; iret
+        os.pwrite(mem, bytes.fromhex("fb e680 ebfc"), 0x1000)  # sti
+    vm.write("reg/rip", "0x1000")
+    vm.write("reg/rsp", "0x8000")
+    vm.run()
+    with opened(vm, "irq", os.O_WRONLY) as irq, opened(vm, "vm_run.bin") as runs:
+        for _ in range(20):
+            assert struct.unpack_from("<H", run(runs), 18) == (0x80,)
+            os.write(irq, struct.pack("<I", 0x20))
+            while (port := struct.unpack_from("<H", run(runs), 18)) != (0x81,):
+                assert port == (0x80,)
+        vm.write("reg/rflags", "2")
+        for _ in range(INTERRUPT_QUEUE):
+            os.write(irq, struct.pack("<I", 0x20))
+        assert stat(vm)["interrupts_queued"] == str(INTERRUPT_QUEUE)
+        assert failing(os.write, irq, struct.pack("<I", 0x20)) == errno.EAGAIN
+        assert failing(os.write, irq, struct.pack("<I", 0x100)) == errno.EINVAL
+        assert stat(vm)["interrupts_queued"] == str(INTERRUPT_QUEUE)
+
+
 def test_points_and_traces_are_asked_for(server, vm):
     looping(vm)
     with opened(vm, "vm_run.bin") as fd:
@@ -182,14 +309,28 @@ def test_points_and_traces_are_asked_for(server, vm):
 
 def test_polls_hear_of_runs(server, vm):
     looping(vm, "f4 ebfd")
-    with opened(vm, "vm_run.bin") as runs, opened(vm, "exit") as exits, opened(vm, "state") as states:
-        for fd in (exits, states):
+    with contextlib.ExitStack() as stack:
+        runs = stack.enter_context(opened(vm, "vm_run.bin"))
+        for name in ("exit", "exit.bin", "state"):
+            fd = stack.enter_context(opened(vm, name))
             poll = select.poll()
             poll.register(fd, select.POLLPRI)
             for _ in range(3):
+                for _ in range(3):
+                    run(runs)
+                assert poll.poll(0) == poll.poll(0) == [(fd, select.POLLPRI)]
+                os.pread(fd, 100, 0)
+                assert poll.poll(0) == poll.poll(0) == []
                 run(runs)
                 os.pread(fd, 100, 0)
+                run(runs)
+                assert poll.poll(0) == [(fd, select.POLLPRI)]
+                os.pread(fd, 100, 0)
                 assert poll.poll(0) == []
+                vm.write("reg/rbx", "1")
+                if name != "state":  # it is not halted any more
+                    assert poll.poll(0) == []
+                os.pread(fd, 100, 0)
                 waiting = threading.Timer(0.05, run, (runs,))
                 waiting.start()
                 assert poll.poll(20000)
@@ -380,13 +521,20 @@ def test_nothing_is_lost_among_others(server, vm):
         except BaseException as failure:
             failures.append(failure)
 
-    threads = [threading.Thread(target=guarded, args=(what,)) for what in (runner, looker)]
+    def interrupter() -> None:
+        with opened(vm, "irq", os.O_WRONLY) as irq:
+            for _ in range(INTERRUPT_QUEUE):
+                os.write(irq, struct.pack("<I", 0x20))
+                time.sleep(2 / INTERRUPT_QUEUE)
+
+    threads = [threading.Thread(target=guarded, args=(what,)) for what in (runner, looker, interrupter)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
     assert not failures, failures
     after = stat(vm)
+    assert after["interrupts_queued"] == str(INTERRUPT_QUEUE)
     assert counts["done"] > 20
     assert int(after["exits.io"]) - int(before["exits.io"]) == counts["done"]
     ran = counts["done"] + int(after["exits.interrupted"]) - int(before["exits.interrupted"])
@@ -421,7 +569,7 @@ def test_a_hostile_page(server, vm):
         place = "-".join(part.lstrip("0") for part in line.split()[0].split("-"))
         fd = os.open(process / "map_files" / place, os.O_RDWR)
         page = mmap.mmap(fd, 4096)
-        ended = ctypes.c_uint32.from_buffer(mmap.mmap(fd, 4096), 704)
+        ended = ctypes.c_uint32.from_buffer(mmap.mmap(fd, 4096), ENDED)
         assert failing(os.ftruncate, fd, 0) == errno.EPERM
         os.close(fd)
         os.kill(int(stat(vm)["pid"]), signal.SIGSTOP)  # it is this test from now on
@@ -431,10 +579,10 @@ def test_a_hostile_page(server, vm):
 
         def write() -> None:
             while not stop.is_set():
-                for at in range(0, 32, 4):
+                for at in range(0, 56, 4):
                     number = choose.choice((0, 1, 2, 7, 0xFFFFFFFF, choose.getrandbits(32)))
                     page[at : at + 4] = struct.pack("<I", number)
-                for at in (*range(640, 672, 4), 704, 708):  # orders, and what says that they have ended
+                for at in (*range(ORDER, ORDER + 32, 4), *range(ENDED, ENDED + 12, 4)):
                     page[at : at + 4] = struct.pack("<I", choose.choice((0, 1, 0xFFFFFFFF, choose.randrange(4096))))
                 wake(ctypes.byref(ended))
 

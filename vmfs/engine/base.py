@@ -312,7 +312,11 @@ class Vcpu(abc.ABC):
     lane: object | None = None
 
     def left_exit(self) -> Exit:
-        """The exit of the last run by `lane`, from any thread."""
+        """The exit of the last run by `lane` that counts, from any thread."""
+        raise NotImplementedError
+
+    def ended_exit(self) -> Exit | None:
+        """The exit of the run by `lane` that Python is to end; None where it has to go on to one. In its thread."""
         raise NotImplementedError
 
     @abc.abstractmethod

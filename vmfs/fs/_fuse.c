@@ -682,20 +682,21 @@ static PyObject *fuse_lane_close(PyObject *module, PyObject *capsule)
 }
 
 PyDoc_STRVAR(lane_add_doc,
-    "lane_add(fh, machine, file, handle) -> whether it is the lane's now\n\n"
-    "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle.");
+    "lane_add(fh, machine, file, handle, written) -> whether it is the lane's now\n\n"
+    "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle; it is open to be written.");
 
 static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
 {
     unsigned long long fh, handle;
     unsigned file;
+    int written;
     PyObject *capsule;
-    if (!PyArg_ParseTuple(args, "KOIK", &fh, &capsule, &file, &handle))
+    if (!PyArg_ParseTuple(args, "KOIKp", &fh, &capsule, &file, &handle, &written))
         return NULL;
     struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
     if (!machine)
         return NULL;
-    return PyBool_FromLong(!lane_add(fh, machine, file, handle));
+    return PyBool_FromLong(!lane_add(fh, machine, file, handle, written));
 }
 
 PyDoc_STRVAR(lane_forget_doc,
@@ -713,9 +714,38 @@ static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(lane_seen_doc,
+    "lane_seen(fh)\n\n"
+    "The news that a read of the open file by the lane has seen; 0 where there was none.");
+
+static PyObject *fuse_lane_seen(PyObject *module, PyObject *arg)
+{
+    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+    if (fh == (unsigned long long)-1 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLongLong(lane_seen(fh));
+}
+
+PyDoc_STRVAR(lane_leave_doc,
+    "lane_leave(machine, reads, writes)\n\n"
+    "Leave reads and writes of these files, a bit each, to Python until the next call.");
+
+static PyObject *fuse_lane_leave(PyObject *module, PyObject *args)
+{
+    PyObject *capsule;
+    unsigned reads, writes;
+    if (!PyArg_ParseTuple(args, "OII", &capsule, &reads, &writes))
+        return NULL;
+    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
+    if (!machine)
+        return NULL;
+    lane_leave(machine, reads, writes);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(lane_counts_doc,
-    "lane_counts(machine) -> (reads, runs, left)\n\n"
-    "Reads that were answered from its page, runs, and runs that were left to Python.");
+    "lane_counts(machine) -> (reads, runs, writes, left, written_ns)\n\n"
+    "Reads that were answered from its page, runs, writes, and runs and writes that were left to Python; when the last write was.");
 
 static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
 {
@@ -723,8 +753,9 @@ static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
     if (!machine)
         return NULL;
     struct lane_counts counts = lane_counts(machine);
-    return Py_BuildValue("KKK", (unsigned long long)counts.reads, (unsigned long long)counts.runs,
-                         (unsigned long long)counts.left);
+    return Py_BuildValue("KKKKK", (unsigned long long)counts.reads, (unsigned long long)counts.runs,
+                         (unsigned long long)counts.writes, (unsigned long long)counts.left,
+                         (unsigned long long)counts.written_ns);
 }
 
 /* ---- the module ---- */
@@ -967,6 +998,8 @@ static PyMethodDef methods[] = {
     {"lane_close", fuse_lane_close, METH_O, lane_close_doc},
     {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
     {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
+    {"lane_seen", fuse_lane_seen, METH_O, lane_seen_doc},
+    {"lane_leave", fuse_lane_leave, METH_VARARGS, lane_leave_doc},
     {"lane_counts", fuse_lane_counts, METH_O, lane_counts_doc},
     {NULL},
 };

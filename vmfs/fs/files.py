@@ -44,12 +44,12 @@ def _complaint(scope: Scope) -> str:
 
 FILES: tuple[Row, ...] = (
     # running
-    Row("vm_run", 0o600, STREAM),
+    Row("vm_run", 0o600, HOT_STREAM),
     Row("vm_run.bin", 0o600, HOT_STREAM),
     Row("exit", 0o400, READ),
-    Row("exit.bin", 0o400, READ),
+    Row("exit.bin", 0o400, Served(hot=True)),
     Row("exit.data", 0o600, HOT),
-    Row("state", 0o600, Served(writable=True, when_failed="failed\n")),
+    Row("state", 0o600, Served(writable=True, when_failed="failed\n", hot=True)),
     Row("stat", 0o400, Stat()),
     # state
     Row("regs", 0o600, HOT, per_cpu=True),
@@ -89,7 +89,7 @@ FILES: tuple[Row, ...] = (
     Row("bios", 0o600, BOTH),
     Row("cmdline", 0o600, BOTH),
     # interrupts and debugging
-    Row("irq", 0o200, WRITE),
+    Row("irq", 0o200, Served(readable=False, writable=True, sized=False, hot=True)),
     Row("debug", 0o600, BOTH),
     Row("trace", 0o600, Served(writable=True, sized=False, walked=False)),
     Row("trace.bin", 0o400, Served(sized=False, walked=False)),

@@ -96,6 +96,7 @@ class ServedHandle(Handle):
         self._machine: MachineProcess = node.scope.machine
         self._asker = Asker(who) if who is not None else None
         self._hot = 0  # its number in the lane; 0: it is not there
+        self._is_written = False
         self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
@@ -114,7 +115,7 @@ class ServedHandle(Handle):
             if self.node.kind.when_failed and not writing:
                 return
             raise
-        self._number, self.tells_closing = answer.handle, answer.tells_closing
+        self._number, self.tells_closing, self._is_written = answer.handle, answer.tells_closing, writing
         if answer.memory >= 0:
             try:
                 self.opened(self._machine.open_memory(answer.memory))
@@ -130,7 +131,7 @@ class ServedHandle(Handle):
 
     def numbered(self, number: int) -> None:
         is_hot = self.node.kind.hot and self._number and not self.walking
-        if is_hot and self.scope.lane.add(number, self.node.path, self._number):
+        if is_hot and self.scope.lane.add(number, self.node.path, self._number, self._is_written):
             self._hot = number
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -187,9 +188,10 @@ class ServedHandle(Handle):
             return POLL_IN | POLL_PRI
         if self._machine.failure or not self._number:
             return POLL_ERR | POLL_HUP | POLL_IN
+        seen = self.scope.lane.seen(self._hot) if self._hot else 0
         try:
             answer = await call(
-                self._machine, lambda at: commands.Poll(at, self._number, waker is not None), self.pid
+                self._machine, lambda at: commands.Poll(at, self._number, waker is not None, seen), self.pid
             )
         except Gone:
             return POLL_ERR | POLL_HUP | POLL_IN

@@ -1,9 +1,9 @@
 /* The lane: a thread that reads the mount's /dev/fuse. Reads of open files that are registered as hot it answers from
- * the page that their machine shares (vmfs/words/lane.h); every other message, and every read that the page has no answer
- * for, waits in a queue for pyfuse3, as if it had read it from the device.
+ * the page that their machine shares (vmfs/words/lane.h), writes of them it has the machine do; every other message, and every
+ * one that the page has no answer for, waits in a queue for pyfuse3, as if it had read it from the device.
  *
- * It never waits for a machine: a machine that has files open by which it is run has a thread here, which answers the runs that
- * the first has asked for. One thread reads, so that messages keep their order (an interrupt comes after its request). A run
+ * It never waits for a machine: a machine that has files open by which it is run or written has a thread here, which answers the
+ * orders that the first has given. One thread reads, so that messages keep their order (an interrupt comes after its request). A run
  * may take as long as it likes, until its caller is signalled, or its machine wants to end it in Python.
  *
  * What an exit costs are four wake-ups, so each is a futex, and has no timeout, which would have a timer programmed. Nobody
@@ -17,6 +17,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -41,17 +42,21 @@ enum {
     IDLE_MOST = 1000,           /* so often a machine may wake its thread for nothing */
 };
 
-/* Who reads a file of runs, and waits. */
+/* A message that is an order, and waits. */
 struct asked {
-    uint64_t fh;
     struct fuse_in_header header;
-    struct fuse_read_in read;
+    union {
+        struct fuse_read_in read;
+        struct fuse_write_in write;
+    };
+    uint8_t input[LANE_SREGS_SIZE];     /* of a write */
 };
 
 struct lane_machine {
     struct lane_page *page;
     unsigned references;        /* with the lock: the maker's, and an open file each */
     int closed;
+    uint32_t pythons_reads, pythons_writes;     /* LANE_VALID of files that are Python's for now */
     uint32_t number;            /* of its last order */
     int waits;                  /* its order is under way, for `asked` */
     struct asked asked;
@@ -59,7 +64,7 @@ struct lane_machine {
     struct lane_counts counts;
 
     /* of its thread */
-    unsigned run_files;         /* open files that need it */
+    unsigned users;             /* open files that need it */
     struct lane_machine *next;  /* of lane.machines */
     pthread_t thread;
     int ends;
@@ -70,10 +75,15 @@ struct hot {
     uint64_t fh, handle;
     struct lane_machine *machine;
     unsigned file;
+    int gives_orders;
     int cold;                   /* never again: it was used in ways that only Python serves */
-    int has_line;               /* `line` is what the last read from offset 0 got */
-    uint8_t line[LANE_EXIT_SIZE];
+    int has_line;               /* `line` is what the last read from offset 0 got, */
+    uint64_t seen;              /* and these news */
+    uint32_t line_size;
+    uint8_t line[LANE_LINE_MOST];
 };
+
+static int is_run(unsigned file) { return file == LANE_RUN || file == LANE_RUN_LINE; }
 
 struct message {
     struct message *next;
@@ -141,18 +151,19 @@ static struct hot **find(uint64_t fh)
 static int begin_thread(struct lane_machine *machine);
 static void end_thread(struct lane_machine *machine);
 
-int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle)
+int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle, int written)
 {
+    int gives_orders = is_run(file) || written;
     struct hot *one = calloc(1, sizeof *one);
     if (!one)
         return -ENOMEM;
-    if (file == LANE_RUN && !machine->run_files && begin_thread(machine)) {
+    if (gives_orders && !machine->users && begin_thread(machine)) {
         free(one);
         return -EAGAIN;
     }
-    *one = (struct hot){.fh = fh, .machine = machine, .file = file, .handle = handle};
+    *one = (struct hot){.fh = fh, .machine = machine, .file = file, .handle = handle, .gives_orders = gives_orders};
     pthread_mutex_lock(&lane.lock);
-    machine->run_files += file == LANE_RUN;
+    machine->users += (unsigned)gives_orders;
     machine->references++;
     one->next = lane.hot[fh % BUCKETS];
     lane.hot[fh % BUCKETS] = one;
@@ -166,7 +177,7 @@ void lane_forget(uint64_t fh)
     struct hot **place = find(fh), *one = *place;
     if (one)
         *place = one->next;
-    int was_last = one && one->file == LANE_RUN && !--one->machine->run_files;
+    int was_last = one && one->gives_orders && !--one->machine->users;
     pthread_mutex_unlock(&lane.lock);
     if (!one)
         return;
@@ -195,8 +206,8 @@ static void answer_part(const struct fuse_in_header *header, const struct fuse_r
     answer(header->unique, data + offset, length);
 }
 
-/* A part of what stands still, whole: its size, or -1 where the page does not have it. */
-static long copy_still(const struct lane_page *page, unsigned file, uint8_t *to)
+/* What stands still of a file, whole: its size, or -1 where the page does not have it. */
+static long copy_still(const struct lane_page *page, unsigned file, uint8_t *to, uint64_t *news)
 {
     for (int tries = 0; tries < 4; tries++) {
         uint32_t before = __atomic_load_n(&page->sequence, __ATOMIC_ACQUIRE);
@@ -204,11 +215,11 @@ static long copy_still(const struct lane_page *page, unsigned file, uint8_t *to)
             continue;
         if (!(__atomic_load_n(&page->valid, __ATOMIC_ACQUIRE) & LANE_VALID(file)))
             return -1;
-        size_t size = file == LANE_REGS ? LANE_REGS_SIZE : file == LANE_SREGS ? LANE_SREGS_SIZE
-                      : __atomic_load_n(&page->data_size, __ATOMIC_RELAXED);
-        if (size > (file == LANE_DATA ? (size_t)LANE_DATA_MOST : size))
+        size_t size = __atomic_load_n(&page->sizes[file], __ATOMIC_RELAXED);
+        if (size > lane_places[file].most)
             return -1;
-        memcpy(to, file == LANE_REGS ? page->regs : file == LANE_SREGS ? page->sregs : page->data, size);
+        memcpy(to, (const uint8_t *)page + lane_places[file].at, size);
+        *news = LANE_SNAPSHOTS & LANE_VALID(file) ? page->news[file - LANE_EXIT] : 0;
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&page->sequence, __ATOMIC_RELAXED) == before)
             return (long)size;
@@ -243,16 +254,20 @@ static void pass(void *bytes, size_t size)
     pthread_mutex_unlock(&lane.queue_lock);
 }
 
-static void pass_read(const struct fuse_in_header *header, const struct fuse_read_in *read)
+static void pass_asked(const struct asked *asked)
 {
-    uint8_t *bytes = malloc(sizeof *header + sizeof *read);
+    int is_write = asked->header.opcode == FUSE_WRITE;
+    size_t head = sizeof asked->header, more = is_write ? sizeof asked->write : sizeof asked->read;
+    size_t size = head + more + (is_write ? asked->write.size : 0);
+    uint8_t *bytes = malloc(size);
     if (!bytes) {
-        refuse(header->unique, ENOMEM);
+        refuse(asked->header.unique, ENOMEM);
         return;
     }
-    memcpy(bytes, header, sizeof *header);
-    memcpy(bytes + sizeof *header, read, sizeof *read);
-    pass(bytes, sizeof *header + sizeof *read);
+    memcpy(bytes, &asked->header, head);
+    memcpy(bytes + head, &asked->write, more);
+    memcpy(bytes + head + more, asked->input, size - head - more);
+    pass(bytes, size);
 }
 
 long lane_receive(void **message)
@@ -277,13 +292,16 @@ long lane_receive(void **message)
     return size;
 }
 
-/* ---- runs ---- */
+/* ---- orders ---- */
 
-/* What becomes of a read of a file of runs: the line of the exit, or it is Python's. */
+enum ends { ANSWERED, FOR_PYTHON, IS_INTERRUPTED };
+
+/* What becomes of a message that is an order. */
 struct outcome {
     struct asked asked;
-    int is_answer;
-    uint8_t line[LANE_EXIT_SIZE];
+    enum ends end;
+    uint32_t line_size;         /* of a read that is answered */
+    uint8_t line[LANE_LINE_MOST];
 };
 
 static int is_at(const struct lane_machine *machine, enum lane_step step)
@@ -291,27 +309,43 @@ static int is_at(const struct lane_machine *machine, enum lane_step step)
     return __atomic_load_n(&machine->page->order, __ATOMIC_SEQ_CST) == (machine->number << LANE_STEP_BITS | step);
 }
 
-/* With the lock: take the run that the machine is asked for as answered, where it has ended, else leave it to Python. */
+/* With the lock: the order that waits is over: answered, where the machine has done it, else left to Python. */
 static void end_order(struct lane_machine *machine, struct outcome *outcome)
 {
     struct lane_page *page = machine->page;
+    int is_write = machine->asked.header.opcode == FUSE_WRITE;
 
     machine->waits = 0;
     machine->idle = 0;
     outcome->asked = machine->asked;
-    /* A run that has just ended allows neither of these, and is answered: Python would run the guest again. */
-    outcome->is_answer = !lane_step_on(&page->order, machine->number, LANE_POSTED, LANE_NONE)
-                         && !lane_step_on(&page->order, machine->number, LANE_TAKEN, LANE_LEFT) && is_at(machine, LANE_DONE);
-    if (!outcome->is_answer) {
+    outcome->end = FOR_PYTHON;
+    if (lane_step_on(&page->order, machine->number, LANE_POSTED, LANE_NONE))
+        ;
+    else if (lane_step_on(&page->order, machine->number, LANE_TAKEN, LANE_LEFT)) {
+        if (is_write)
+            outcome->end = IS_INTERRUPTED;          /* it may have been done: an interrupt is not to come twice */
+    } else if (is_at(machine, LANE_DONE))           /* Python would do it again */
+        outcome->end = ANSWERED;
+    if (outcome->end != ANSWERED) {
         machine->counts.left++;
         return;
     }
+    if (is_write) {
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME_COARSE, &now);
+        machine->counts.writes++;
+        machine->counts.written_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+        return;
+    }
     machine->counts.runs++;
-    memcpy(outcome->line, page->exit, sizeof outcome->line);
-    struct hot *file = *find(machine->asked.fh);
+    uint32_t size = page->output_size;
+    outcome->line_size = size <= LANE_LINE_MOST ? size : 0;
+    memcpy(outcome->line, page->output, outcome->line_size);
+    struct hot *file = *find(machine->asked.read.fh);
     if (file) {
         file->has_line = 1;
-        memcpy(file->line, outcome->line, sizeof file->line);
+        file->line_size = outcome->line_size;
+        memcpy(file->line, outcome->line, outcome->line_size);
     }
 }
 
@@ -319,14 +353,19 @@ static void end_order(struct lane_machine *machine, struct outcome *outcome)
 static void finish(const struct outcome *outcome)
 {
     const struct asked *asked = &outcome->asked;
-    if (outcome->is_answer)
-        answer_part(&asked->header, &asked->read, outcome->line, sizeof outcome->line);
-    else
-        pass_read(&asked->header, &asked->read);
+    if (outcome->end == FOR_PYTHON)
+        pass_asked(asked);
+    else if (outcome->end == IS_INTERRUPTED)
+        refuse(asked->header.unique, EINTR);
+    else if (asked->header.opcode == FUSE_WRITE) {
+        struct fuse_write_out written = {.size = asked->write.size};
+        answer(asked->header.unique, &written, sizeof written);
+    } else
+        answer_part(&asked->header, &asked->read, outcome->line, outcome->line_size);
 }
 
-/* With the lock. Whether the run was asked for. */
-static int ask_for_run(struct hot *file, const struct fuse_in_header *header, const struct fuse_read_in *read)
+/* With the lock. Whether the order was given. */
+static int give_order(struct hot *file, const struct asked *asked)
 {
     struct lane_machine *machine = file->machine;
     struct lane_page *page = machine->page;
@@ -335,8 +374,14 @@ static int ask_for_run(struct hot *file, const struct fuse_in_header *header, co
         return 0;
     machine->waits = 1;
     machine->number = (machine->number + 1) & (UINT32_MAX >> LANE_STEP_BITS);
-    machine->asked = (struct asked){file->fh, *header, *read};
-    __atomic_store_n(&page->handle, file->handle, __ATOMIC_RELAXED);
+    machine->asked = *asked;
+    page->handle = file->handle;
+    page->file = file->file;
+    if (asked->header.opcode == FUSE_WRITE) {
+        page->offset = (uint32_t)asked->write.offset;
+        page->size = asked->write.size;
+        memcpy(page->input, asked->input, asked->write.size);
+    }
     __atomic_store_n(&page->order, machine->number << LANE_STEP_BITS | LANE_POSTED, __ATOMIC_SEQ_CST);
     lane_signal(&page->bell, &page->sleeps);
     return 1;
@@ -355,8 +400,8 @@ void lane_close(struct lane_machine *machine)
         finish(&outcome);
 }
 
-/* The thread of a machine: answers its runs as they end. */
-static void *answer_runs(void *argument)
+/* The thread of a machine: answers its orders as they end. */
+static void *answer_orders(void *argument)
 {
     struct lane_machine *machine = argument;
     struct lane_page *page = machine->page;
@@ -385,30 +430,42 @@ enum served { NOT_SERVED, SERVED };
 
 static enum served serve_read(const struct fuse_in_header *header, const struct fuse_read_in *read)
 {
-    uint8_t data[LANE_SREGS_SIZE];
+    uint8_t data[LANE_LINE_MOST];
     enum served done = NOT_SERVED;
     long size = -1;
+    uint64_t news;
 
     pthread_mutex_lock(&lane.lock);
     struct hot *file = *find(read->fh);
-    if (!file || file->machine->closed || file->cold)
+    if (!file || file->machine->closed || file->cold || file->machine->pythons_reads & LANE_VALID(file->file))
         ;
-    else if (file->file < LANE_FILES_STILL) {
-        size = copy_still(file->machine->page, file->file, data);
-    } else if (read->flags & O_NONBLOCK) {
+    else if (file->file < LANE_EXIT)
+        size = copy_still(file->machine->page, file->file, data, &news);
+    else if (is_run(file->file) && read->flags & O_NONBLOCK)
         file->cold = 1;                 /* its handle has a run of its own to tell of, from now on */
-    } else if (read->offset) {
+    else if (read->offset) {
         if (file->has_line) {
-            memcpy(data, file->line, LANE_EXIT_SIZE);
-            size = LANE_EXIT_SIZE;
+            size = file->line_size;
+            memcpy(data, file->line, file->line_size);
         }
-    } else {
+    } else if (is_run(file->file)) {
         file->has_line = 0;
-        if (ask_for_run(file, header, read))
+        struct asked asked = {.header = *header, .read = *read};
+        if (give_order(file, &asked))
             done = SERVED;
+    } else if (file->file < LANE_FILES_STILL) {
+        size = copy_still(file->machine->page, file->file, data, &news);
+        file->has_line = size >= 0;
+        if (file->has_line) {
+            file->seen = news;
+            file->line_size = (uint32_t)size;
+            memcpy(file->line, data, (size_t)size);
+        }
     }
     if (size >= 0)
         file->machine->counts.reads++;
+    else if (file && !read->offset)
+        file->has_line = 0;             /* Python has what others go on in */
     pthread_mutex_unlock(&lane.lock);
     if (size >= 0) {
         answer_part(header, read, data, (size_t)size);
@@ -417,8 +474,49 @@ static enum served serve_read(const struct fuse_in_header *header, const struct 
     return done;
 }
 
-/* What a machine shall have heard before the message: who is interrupted waits in Python, and a file that is written,
- * polled or released is not the lane's. */
+static enum served serve_write(const struct fuse_in_header *header, const struct fuse_write_in *write, const uint8_t *data)
+{
+    enum served done = NOT_SERVED;
+
+    pthread_mutex_lock(&lane.lock);
+    struct hot *file = *find(write->fh);
+    if (file && file->gives_orders && !is_run(file->file) && !file->machine->closed
+        && !(file->machine->pythons_writes & LANE_VALID(file->file))
+        && (file->file == LANE_IRQ ? write->size == 4 && !data[1] && !data[2] && !data[3]    /* struct kvm_interrupt */
+            : file->file <= LANE_DATA && write->size && write->size <= sizeof((struct asked *)0)->input
+              && write->offset < LANE_SREGS_SIZE)) {
+        struct asked asked = {.header = *header, .write = *write};
+        memcpy(asked.input, data, write->size);
+        if (give_order(file, &asked))
+            done = SERVED;
+    }
+    pthread_mutex_unlock(&lane.lock);
+    return done;
+}
+
+/* Only that there are news: who waits for them is Python's. */
+static enum served serve_poll(const struct fuse_in_header *header, const struct fuse_poll_in *poll)
+{
+    uint8_t data[LANE_LINE_MOST];
+    struct fuse_poll_out found = {0};
+    uint64_t news;
+
+    pthread_mutex_lock(&lane.lock);
+    struct hot *file = *find(poll->fh);
+    if (file && !file->machine->closed && LANE_SNAPSHOTS & LANE_VALID(file->file) && file->has_line
+        && copy_still(file->machine->page, file->file, data, &news) >= 0 && news != file->seen) {
+        found.revents = POLLIN | POLLPRI | (file->file == LANE_STATE ? POLLOUT : 0);
+        file->machine->counts.reads++;
+    }
+    pthread_mutex_unlock(&lane.lock);
+    if (!found.revents)
+        return NOT_SERVED;
+    answer(header->unique, &found, sizeof found);
+    return SERVED;
+}
+
+/* What a machine shall have heard before the message: who is interrupted waits in Python, and a file of runs that is written
+ * or polled is not the lane's. */
 static void before_passing(const struct fuse_in_header *header, const uint8_t *argument, size_t size)
 {
     uint64_t key;
@@ -440,27 +538,41 @@ static void before_passing(const struct fuse_in_header *header, const uint8_t *a
     } else if (header->opcode == FUSE_WRITE || header->opcode == FUSE_POLL) {
         pthread_mutex_lock(&lane.lock);
         struct hot *file = *find(key);
-        if (file && file->file == LANE_RUN)
+        if (file && is_run(file->file))
             file->cold = 1;
         pthread_mutex_unlock(&lane.lock);
     }
 }
 
+static enum served serve_request(const struct fuse_in_header *header, const uint8_t *argument, size_t size)
+{
+    union {
+        struct fuse_read_in read;
+        struct fuse_write_in write;
+        struct fuse_poll_in poll;
+    } in;
+
+    memcpy(&in, argument, size < sizeof in ? size : sizeof in);
+    if (header->opcode == FUSE_READ && size >= sizeof in.read)
+        return serve_read(header, &in.read);
+    if (header->opcode == FUSE_WRITE && size >= sizeof in.write && size - sizeof in.write >= in.write.size
+        && serve_write(header, &in.write, argument + sizeof in.write) == SERVED)
+        return SERVED;
+    if (header->opcode == FUSE_POLL && size >= sizeof in.poll && serve_poll(header, &in.poll) == SERVED)
+        return SERVED;
+    before_passing(header, argument, size);
+    return NOT_SERVED;
+}
+
 static enum served serve_message(uint8_t **buffer, size_t size)
 {
     struct fuse_in_header header;
-    struct fuse_read_in read;
 
     if (size < sizeof header)
         return NOT_SERVED;
     memcpy(&header, *buffer, sizeof header);
-    if (header.opcode == FUSE_READ && size >= sizeof header + sizeof read) {
-        memcpy(&read, *buffer + sizeof header, sizeof read);
-        enum served done = serve_read(&header, &read);
-        if (done != NOT_SERVED)
-            return done;
-    } else
-        before_passing(&header, *buffer + sizeof header, size - sizeof header);
+    if (serve_request(&header, *buffer + sizeof header, size - sizeof header) == SERVED)
+        return SERVED;
     if (size <= SMALL) {
         uint8_t *copy = malloc(size);
         if (copy) {
@@ -539,7 +651,7 @@ static void end(pthread_t thread)
 static int begin_thread(struct lane_machine *machine)
 {
     machine->ends = 0;
-    int error = begin(&machine->thread, answer_runs, machine, STACK);
+    int error = begin(&machine->thread, answer_orders, machine, STACK);
     if (error)
         return error;
     pthread_mutex_lock(&lane.lock);
@@ -621,6 +733,23 @@ void lane_stop(void)
         end_thread(lane.machines);
     lane.started = 0;
     close_all();
+}
+
+uint64_t lane_seen(uint64_t fh)
+{
+    pthread_mutex_lock(&lane.lock);
+    const struct hot *file = *find(fh);
+    uint64_t seen = file ? file->seen : 0;
+    pthread_mutex_unlock(&lane.lock);
+    return seen;
+}
+
+void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes)
+{
+    pthread_mutex_lock(&lane.lock);
+    machine->pythons_reads = reads;
+    machine->pythons_writes = writes;
+    pthread_mutex_unlock(&lane.lock);
 }
 
 int lane_serves(void) { return lane.started; }

@@ -23,13 +23,20 @@ struct lane_machine *lane_map(int fd);  /* NULL: errno */
 void lane_close(struct lane_machine *machine);
 void lane_release(struct lane_machine *machine);
 
-/* The open file `fh` is hot: file `file` (enum lane_file) of a machine, where it has the number `handle`. -ENOMEM, or -EAGAIN
+/* The open file `fh` is hot: file `file` (enum lane_file) of a machine, where it has the number `handle`; it is open to
+ * be `written`. -ENOMEM, or -EAGAIN
  * where no thread can be had. This and lane_forget: by one thread. */
-int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle);
+int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle, int written);
 void lane_forget(uint64_t fh);
 
+/* What a read of that open file by the lane has seen of its news; 0: nothing. */
+uint64_t lane_seen(uint64_t fh);
+/* Leave reads and writes of these files (LANE_VALID) to Python until further notice. */
+void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes);
+
 struct lane_counts {
-    uint64_t reads, runs, left;         /* answered from the page; runs; runs that were left to Python */
+    uint64_t reads, runs, writes, left;     /* answered from the page; orders; those that were left to Python */
+    uint64_t written_ns;                    /* when the last write was, CLOCK_REALTIME */
 };
 struct lane_counts lane_counts(struct lane_machine *machine);
 

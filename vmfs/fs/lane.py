@@ -18,7 +18,8 @@ from vmfs.words.errors import VmfsError
 log = logging.getLogger(__name__)
 
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
-FILES: Mapping[str, int] = {"regs": 0, "sregs": 1, "exit.data": 2, "vm_run.bin": 3}  # enum lane_file there
+_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq")  # enum lane_file there
+FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -51,19 +52,35 @@ class MachineLane:
                 return
             self._page = page
 
-    def add(self, number: int, name: str, handle: int) -> bool:
+    def add(self, number: int, name: str, handle: int, written: bool) -> bool:
         """The open file `number` of the mount is `handle` of the machine. Whether the lane has it."""
         if self._page is None or name not in FILES:
             return False
-        return _fuse.lane_add(number, self._page, FILES[name], handle)
+        return _fuse.lane_add(number, self._page, FILES[name], handle, written)
 
     def forget(self, number: int) -> None:
         _fuse.lane_forget(number)
 
+    def seen(self, number: int) -> int:
+        """What a read by the lane has seen of the news of that open file."""
+        return _fuse.lane_seen(number)
+
+    def leave(self, about: object) -> None:
+        """Leave to Python the files that a complaint is about, so that it hears when they succeed. None: no more."""
+        if self._page is not None:
+            verb, name = about if isinstance(about, tuple) else (None, None)
+            file = 1 << FILES[name] if name in FILES else 0
+            _fuse.lane_leave(self._page, file if verb == "read" else 0, file if verb == "write" else 0)
+
+    @property
+    def written_ns(self) -> int:
+        """When the lane last did a write."""
+        return 0 if self._page is None else _fuse.lane_counts(self._page)[4]
+
     def facts(self) -> dict[str, object]:
         """What `stat` shows of it."""
-        reads, runs, left = _fuse.lane_counts(self._page) if self._page is not None else (0, 0, 0)
-        return {"lane_reads": reads, "lane_runs": runs, "lane_left": left}
+        reads, runs, writes, left, _ = _fuse.lane_counts(self._page) if self._page is not None else (0, 0, 0, 0, 0)
+        return {"lane_reads": reads, "lane_runs": runs, "lane_writes": writes, "lane_left": left}
 
     def close(self) -> None:
         """Nothing is answered without the machine any more."""

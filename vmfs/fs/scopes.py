@@ -32,11 +32,11 @@ class MachineScope(Scope, Watcher):
     """One machine, and what the server keeps of it."""
 
     def __init__(self, machine: MachineProcess, connection: Connection | None) -> None:
+        self.lane = MachineLane(machine)
         super().__init__()
         self.machine = machine
         self.modified_ns = time.time_ns()
         self.memory = MemoryServer(machine, connection)
-        self.lane = MachineLane(machine)
         self._framebuffer: tuple[tuple[int, int], Backing, int] | None = None
         machine.watcher = self
 
@@ -67,6 +67,23 @@ class MachineScope(Scope, Watcher):
             "pid": self.machine.pid,
             "sandbox": ",".join(name for name, why in layers.items() if not why) or "none",
         }
+
+    @property
+    def modified_ns(self) -> int:  # type: ignore[override]
+        return max(self._modified_ns, self.lane.written_ns)
+
+    @modified_ns.setter
+    def modified_ns(self, value: int) -> None:
+        self._modified_ns = value
+
+    def complain(self, sentence: str, about: object) -> None:
+        super().complain(sentence, about)
+        self.lane.leave(about)
+
+    def succeeded(self, about: object) -> None:
+        super().succeeded(about)
+        if not self.complaint:
+            self.lane.leave(None)
 
     def remove(self) -> None:
         super().remove()

@@ -15,14 +15,17 @@
 #include <Python.h>
 
 #include <sched.h>
+#include <stdio.h>
 #include <sys/mman.h>
 
 #include "lane.h"
+#include "../include/vmfs.h"
 
 enum gate { CLOSED, OPEN, RUNNING, BUSY, ADOPTED };
 
 struct facts {
     uint64_t runs, exits[LANE_EXITS], ns;
+    uint64_t writes;
 };
 
 typedef struct {
@@ -31,7 +34,8 @@ typedef struct {
     uint32_t gate;
     uint32_t called;            /* serve() shall return */
     const struct lane_cpu *cpu; /* of the open gate */
-    struct facts facts;         /* of the runs that Python has not heard of; serve()'s while the gate is BUSY */
+    int is_halted;              /* once it is open */
+    struct facts facts;         /* of what Python has not heard of; serve()'s while the gate is BUSY */
     uint64_t began;             /* the run under way, CLOCK_MONOTONIC */
     uint64_t handle;            /* whose it is */
 } Lane;
@@ -64,33 +68,98 @@ static void invalidate(struct lane_page *page)
     end_writing(page);
 }
 
-/* ---- runs for the server ---- */
+/* ---- orders of the server ---- */
 
 /* The order has ended. */
 static void tell(Lane *self) { lane_signal(&self->page->ended, &self->page->server_sleeps); }
 
+static uint64_t number_at(const uint8_t *data, unsigned size)
+{
+    uint64_t number = 0;
+    memcpy(&number, data, size <= sizeof number ? size : sizeof number);
+    return number;
+}
+
+/* The line of an exit (Exit.line of vmfs.words.exits); its size, or 0 where it is too long. `data`: all that was written. */
+static size_t write_line(int kind, const uint8_t *packed, const uint8_t *data, size_t data_size, char *line)
+{
+    struct vmfs_exit exit;
+    size_t at = 0;
+
+    memcpy(&exit, packed, sizeof exit);
+#define SAY(...) (at += (size_t)snprintf(line + at, at < LANE_LINE_MOST ? LANE_LINE_MOST - at : 0, __VA_ARGS__), \
+                  at = at < LANE_LINE_MOST ? at : LANE_LINE_MOST)
+    if (kind == LANE_EXIT_IO) {
+        SAY("io direction=%s port=0x%x size=%u count=%u", exit.io.direction ? "out" : "in", exit.io.port, exit.io.size, exit.io.count);
+        unsigned size = exit.io.size ? exit.io.size : 1;
+        if (exit.io.direction)
+            for (size_t of = 0; of + size <= data_size; of += size)
+                SAY("%s0x%llx", of ? "," : " data=", (unsigned long long)number_at(data + of, size));
+    } else if (kind == LANE_EXIT_MMIO) {
+        SAY("mmio direction=%s addr=0x%llx size=%u", exit.mmio.is_write ? "write" : "read", (unsigned long long)exit.mmio.addr,
+            exit.mmio.len);
+        if (exit.mmio.is_write)
+            SAY(" data=0x%llx", (unsigned long long)number_at(exit.mmio.data, exit.mmio.len));
+    } else
+        SAY("hlt");
+    SAY(" rip=0x%llx", (unsigned long long)exit.rip);
+    if (exit.cpu)
+        SAY(" cpu=%u", exit.cpu);
+    SAY("\n");
+#undef SAY
+    return at < LANE_LINE_MOST ? at : 0;
+}
+
+/* A run has come to `packed`: what can be read of it now. `had`: of which of LANE_SNAPSHOTS the `news` are known. Whether there is
+ * an answer to the order. */
+static int show_run(Lane *self, int kind, const uint8_t packed[LANE_EXIT_SIZE], uint32_t had)
+{
+    static const char *const states[] = {"paused\n", "halted\n"};
+    struct lane_page *page = self->page;
+    const struct lane_cpu *cpu = self->cpu;
+
+    begin_writing(page);
+    page->valid = had | cpu->state(cpu->cpu, page->regs, page->sregs);
+    size_t size = cpu->data(cpu->cpu, page->data);
+    page->sizes[LANE_REGS] = LANE_REGS_SIZE;
+    page->sizes[LANE_SREGS] = LANE_SREGS_SIZE;
+    if (size <= LANE_DATA_MOST) {
+        page->sizes[LANE_DATA] = (uint32_t)size;
+        page->valid |= LANE_VALID(LANE_DATA);
+    }
+    memcpy(page->exit, packed, LANE_EXIT_SIZE);
+    page->sizes[LANE_EXIT] = LANE_EXIT_SIZE;
+    page->news[0]++;
+    self->is_halted = kind == LANE_EXIT_HLT;
+    memcpy(page->state, states[self->is_halted], strlen(states[0]));
+    page->sizes[LANE_STATE] = (uint32_t)strlen(states[0]);
+    page->news[1] += 1 + !self->facts.runs;         /* Contents.changes: each run, and that Python hears of them */
+    end_writing(page);
+
+    if (page->file == LANE_RUN_LINE)
+        page->output_size = size <= LANE_DATA_MOST
+            ? (uint32_t)write_line(kind, packed, page->data, size, (char *)page->output) : 0;
+    else {
+        memcpy(page->output, packed, LANE_EXIT_SIZE);
+        page->output_size = LANE_EXIT_SIZE;
+    }
+    return page->output_size != 0;
+}
+
 enum taken { SETTLED, FOR_PYTHON };
 
-static enum taken take_order(Lane *self, uint32_t order)
+/* The gate is BUSY, the order TAKEN. */
+static enum taken take_run(Lane *self, uint32_t number)
 {
     struct lane_page *page = self->page;
-    uint32_t number = order >> LANE_STEP_BITS;
-    uint8_t exit[LANE_EXIT_SIZE];
-
-    if (!swap(&self->gate, OPEN, BUSY)) {
-        lane_step_on(&page->order, number, LANE_POSTED, LANE_NONE);
-        tell(self);
-        return SETTLED;
-    }
-    if (!lane_step_on(&page->order, number, LANE_POSTED, LANE_TAKEN)) {
-        store(&self->gate, OPEN);
-        return SETTLED;
-    }
     const struct lane_cpu *cpu = self->cpu;
+    uint8_t exit[LANE_EXIT_SIZE];
     uint64_t began = lane_now();
+
     self->began = began;
-    self->handle = __atomic_load_n(&page->handle, __ATOMIC_RELAXED);
+    self->handle = page->handle;
     cpu->clear_kick(cpu->cpu);          /* of runs that are over: who kicks this one has adopted it */
+    uint32_t had = page->valid & LANE_SNAPSHOTS;
     invalidate(page);
     store(&self->gate, RUNNING);
 
@@ -101,15 +170,9 @@ static enum taken take_order(Lane *self, uint32_t order)
         tell(self);
         return FOR_PYTHON;
     }
-    if (kind >= 0) {
-        memcpy(page->exit, exit, sizeof exit);
-        begin_writing(page);
-        cpu->state(cpu->cpu, page->regs, page->sregs);
-        size_t size = cpu->data(cpu->cpu, page->data);
-        page->data_size = (uint32_t)size;
-        page->valid = LANE_VALID(LANE_REGS) | LANE_VALID(LANE_SREGS) | (size <= LANE_DATA_MOST ? LANE_VALID(LANE_DATA) : 0);
-        end_writing(page);
+    if (kind >= 0 && show_run(self, kind, exit, had)) {
         if (lane_step_on(&page->order, number, LANE_TAKEN, LANE_DONE)) {
+            cpu->keep(cpu->cpu);
             self->facts.runs++;
             self->facts.exits[kind]++;
             self->facts.ns += lane_now() - began;
@@ -117,12 +180,80 @@ static enum taken take_order(Lane *self, uint32_t order)
             tell(self);
             return SETTLED;
         }
-        invalidate(page);
     } else
         lane_step_on(&page->order, number, LANE_TAKEN, LANE_LEFT);
+    invalidate(page);
     store(&self->gate, ADOPTED);
     tell(self);
     return FOR_PYTHON;
+}
+
+/* Set bytes of a file; whether that was done, else nothing has changed. */
+static int set_part(Lane *self, unsigned file, uint32_t offset, uint32_t size, const uint8_t *input)
+{
+    struct lane_page *page = self->page;
+    const struct lane_cpu *cpu = self->cpu;
+    uint8_t regs[LANE_REGS_SIZE], sregs[LANE_SREGS_SIZE], data[LANE_DATA_MOST];
+    uint8_t *whole = file == LANE_REGS ? regs : file == LANE_SREGS ? sregs : data;
+    size_t most = lane_places[file].most;
+
+    if (!cpu->set || size > most || offset > most - size)
+        return 0;
+    if (file == LANE_DATA) {
+        most = cpu->data(cpu->cpu, data);
+        if (most > LANE_DATA_MOST || offset + size > most)
+            return 0;
+    } else if (self->is_halted || !(cpu->state(cpu->cpu, regs, sregs) & LANE_VALID(file)))
+        return 0;                       /* a CPU that is set is halted no more, which others are told */
+    memcpy(whole + offset, input, size);
+    if (cpu->set(cpu->cpu, file, whole, most))
+        return 0;
+    begin_writing(page);
+    uint32_t still = page->valid & LANE_SNAPSHOTS;
+    page->valid = still | cpu->state(cpu->cpu, page->regs, page->sregs);
+    page->sizes[LANE_REGS] = LANE_REGS_SIZE;
+    page->sizes[LANE_SREGS] = LANE_SREGS_SIZE;
+    most = cpu->data(cpu->cpu, page->data);
+    if (most <= LANE_DATA_MOST) {
+        page->sizes[LANE_DATA] = (uint32_t)most;
+        page->valid |= LANE_VALID(LANE_DATA);
+    }
+    end_writing(page);
+    return 1;
+}
+
+static enum taken take_write(Lane *self, uint32_t number)
+{
+    struct lane_page *page = self->page;
+    const struct lane_cpu *cpu = self->cpu;
+    int is_done = 0;
+
+    if (page->file == LANE_IRQ)
+        is_done = cpu->interrupt && !cpu->interrupt(cpu->cpu, page->input[0]);
+    else if (page->file <= LANE_DATA)
+        is_done = set_part(self, page->file, page->offset, page->size, page->input);
+    self->facts.writes += (uint64_t)is_done;
+    lane_step_on(&page->order, number, LANE_TAKEN, is_done ? LANE_DONE : LANE_LEFT);
+    store(&self->gate, OPEN);
+    tell(self);
+    return SETTLED;
+}
+
+static enum taken take_order(Lane *self, uint32_t order)
+{
+    struct lane_page *page = self->page;
+    uint32_t number = order >> LANE_STEP_BITS;
+
+    if (!swap(&self->gate, OPEN, BUSY)) {
+        lane_step_on(&page->order, number, LANE_POSTED, LANE_NONE);
+        tell(self);
+        return SETTLED;
+    }
+    if (!lane_step_on(&page->order, number, LANE_POSTED, LANE_TAKEN)) {
+        store(&self->gate, OPEN);
+        return SETTLED;
+    }
+    return page->file == LANE_RUN || page->file == LANE_RUN_LINE ? take_run(self, number) : take_write(self, number);
 }
 
 static int posted(struct lane_page *page) { return (load(&page->order) & LANE_STEP_MASK) == LANE_POSTED; }
@@ -197,15 +328,20 @@ static PyObject *lane_enter(Lane *self, PyObject *ignored)
 }
 
 PyDoc_STRVAR(leave_doc,
-    "leave(cpu)\n\n"
-    "Runs may begin of the CPU with that capsule (vmfs/words/lane.h).");
-static PyObject *lane_leave(Lane *self, PyObject *capsule)
+    "leave(cpu, is_halted)\n\n"
+    "Orders may be taken for the CPU with that capsule (vmfs/words/lane.h).");
+static PyObject *lane_leave(Lane *self, PyObject *args)
 {
+    PyObject *capsule;
+    int is_halted;
+    if (!PyArg_ParseTuple(args, "Op", &capsule, &is_halted))
+        return NULL;
     const struct lane_cpu *cpu = PyCapsule_GetPointer(capsule, LANE_CPU);
     if (!cpu)
         return NULL;
     if (load(&self->gate) == CLOSED) {
         self->cpu = cpu;
+        self->is_halted = is_halted;
         store(&self->gate, OPEN);
         store(&self->page->is_open, 1);
     }
@@ -222,15 +358,15 @@ static PyObject *lane_settle(Lane *self, PyObject *ignored)
 }
 
 PyDoc_STRVAR(take_doc,
-    "take() -> (runs, io, mmio, hlt, seconds)\n\n"
-    "What was run since it was last asked; once entered.");
+    "take() -> (runs, io, mmio, hlt, seconds, writes)\n\n"
+    "What was done since it was last asked; once entered.");
 static PyObject *lane_take(Lane *self, PyObject *ignored)
 {
     struct facts f = self->facts;
     self->facts = (struct facts){0};
-    return Py_BuildValue("(KKKKd)", (unsigned long long)f.runs, (unsigned long long)f.exits[LANE_EXIT_IO],
+    return Py_BuildValue("(KKKKdK)", (unsigned long long)f.runs, (unsigned long long)f.exits[LANE_EXIT_IO],
                          (unsigned long long)f.exits[LANE_EXIT_MMIO], (unsigned long long)f.exits[LANE_EXIT_HLT],
-                         (double)f.ns / 1e9);
+                         (double)f.ns / 1e9, (unsigned long long)f.writes);
 }
 
 PyDoc_STRVAR(under_way_doc,
@@ -242,24 +378,24 @@ static PyObject *lane_under_way(Lane *self, PyObject *ignored)
 }
 
 PyDoc_STRVAR(publish_doc,
-    "publish(file, data)\n\n"
-    "What stands still of regs (0), sregs (1) or the pending access (2); once entered, and without a run.");
+    "publish(file, data, news)\n\n"
+    "What stands still of a file (enum lane_file), and what polls of it have seen who have read that; once entered, and without\n"
+    "a run.");
 static PyObject *lane_publish(Lane *self, PyObject *args)
 {
     unsigned file;
     Py_buffer data;
-    if (!PyArg_ParseTuple(args, "Iy*", &file, &data))
+    unsigned long long news;
+    if (!PyArg_ParseTuple(args, "Iy*K", &file, &data, &news))
         return NULL;
     struct lane_page *page = self->page;
-    size_t size = (size_t)data.len;
-    uint8_t *to = file == LANE_REGS ? page->regs : file == LANE_SREGS ? page->sregs : page->data;
-    int fits = file == LANE_REGS ? size == LANE_REGS_SIZE : file == LANE_SREGS ? size == LANE_SREGS_SIZE
-               : file == LANE_DATA && size <= LANE_DATA_MOST;
+    int fits = file < LANE_FILES_STILL && (size_t)data.len <= lane_places[file].most;
     if (fits) {
         begin_writing(page);
-        memcpy(to, data.buf, size);
-        if (file == LANE_DATA)
-            page->data_size = (uint32_t)size;
+        memcpy((uint8_t *)page + lane_places[file].at, data.buf, (size_t)data.len);
+        page->sizes[file] = (uint32_t)data.len;
+        if (LANE_SNAPSHOTS & LANE_VALID(file))
+            page->news[file - LANE_EXIT] = news;
         page->valid |= LANE_VALID(file);
         end_writing(page);
     }
@@ -300,7 +436,7 @@ static PyObject *lane_serve(Lane *self, PyObject *ignored)
 
 static PyMethodDef lane_methods[] = {
     {"enter", (PyCFunction)lane_enter, METH_NOARGS, enter_doc},
-    {"leave", (PyCFunction)lane_leave, METH_O, leave_doc},
+    {"leave", (PyCFunction)lane_leave, METH_VARARGS, leave_doc},
     {"settle", (PyCFunction)lane_settle, METH_NOARGS, settle_doc},
     {"take", (PyCFunction)lane_take, METH_NOARGS, take_doc},
     {"under_way", (PyCFunction)lane_under_way, METH_NOARGS, under_way_doc},
@@ -321,7 +457,10 @@ static int module_exec(PyObject *module)
     PyObject *type = PyType_FromModuleAndSpec(module, &lane_spec, NULL);
     int failed = !type || PyModule_AddType(module, (PyTypeObject *)type);
     Py_XDECREF(type);
-    return failed ? -1 : PyModule_AddIntConstant(module, "SIZE", LANE_SIZE);
+    failed = failed || PyModule_AddIntConstant(module, "SIZE", LANE_SIZE)
+             || PyModule_AddIntConstant(module, "ORDER", offsetof(struct lane_page, order))
+             || PyModule_AddIntConstant(module, "ENDED", offsetof(struct lane_page, ended));
+    return failed ? -1 : 0;
 }
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
 static struct PyModuleDef module_def = {

@@ -47,7 +47,7 @@ from vmfs.words.registers import REGISTERS
 
 T = TypeVar("T")
 
-LANE_FILES = {"regs": 0, "sregs": 1, "exit.data": 2}  # enum lane_file of vmfs/words/lane.h
+LANE_FILES = {"regs": 0, "sregs": 1, "exit.data": 2, "exit.bin": 3, "state": 4}  # enum lane_file of vmfs/words/lane.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ class Control:
     def __init__(self) -> None:
         self.lane: Lane | None = None  # for `_Guard`
         self._lane_news = False
+        self.lane_runs = 0  # of which subscribers were not told one by one
         self._left: dict[int, Run] = {}  # the lane's runs that Python ends, by the handle whose they are
         self.is_watched: Callable[[], bool] = lambda: False  # whether somebody is to be told of each exit
         self._lock = _Guard(self)
@@ -212,12 +213,19 @@ class Control:
             with self._lock:
                 pass
 
-    def publish(self, name: str, data: bytes, still: object | None) -> None:
-        """Have the lane answer a file of LANE_FILES with what was read of it while the CPU was `still`."""
+    def publish(self, name: str, data: bytes, still: object | None, news: int = 0) -> None:
+        """Have the lane answer a file of LANE_FILES with what was read of it while the CPU was `still`. `news`: what
+        polls of it have seen then."""
         if self.lane is not None and still is not None and name in LANE_FILES:
             with self._lock:
                 if self._still is still:
-                    self.lane.publish(LANE_FILES[name], data)
+                    self.lane.publish(LANE_FILES[name], data, news)
+
+    def unpublish(self) -> None:
+        """What was published has other news by now, perhaps."""
+        if self.lane is not None:
+            with self._lock:
+                self.lane.invalidate()
 
     def take_left(self, handle: int) -> Run | None:
         """The run that the lane began for that open file, and left to be waited for in the usual way."""
@@ -241,7 +249,9 @@ class Control:
 
     def _hear(self, lane: Lane) -> bool:
         """Count the lane's runs, as `_note` does those of Python. Whether there were any."""
-        runs, *by_reason, seconds = lane.take()
+        runs, *by_reason, seconds, writes = lane.take()
+        if writes:
+            self._still = object()  # and what is published is of now
         if not runs:
             return False
         self._counts["runs"] += runs
@@ -249,6 +259,7 @@ class Control:
             self._counts[kind.REASON] += count
         self._seconds += seconds
         self._exit_number += runs
+        self.lane_runs += runs
         self._last_exit = self.cpu.vcpu.left_exit()
         self._state = _state_after(self._last_exit)
         self._still = object()  # and what is published is of now
@@ -257,7 +268,7 @@ class Control:
     def leave_lane(self, lane: Lane) -> bool:
         """The lock is about to be released. Whether subscribers are to be told of what was heard."""
         if self._is_simple():
-            lane.leave(self.cpu.vcpu.lane)
+            lane.leave(self.cpu.vcpu.lane, self._state == "halted")
         news, self._lane_news = self._lane_news, False
         return news
 
@@ -341,7 +352,7 @@ class Control:
         result: exits.Exit | None = None
         failure: BaseException | None = None
         try:
-            result = self._execute(run, self.cpu.vcpu.left_exit() if by_lane else None)
+            result = self._execute(run, self.cpu.vcpu.ended_exit() if by_lane else None)
         except VmfsError as error:
             failure = known(error)
         except BaseException as error:

@@ -230,6 +230,7 @@ class Worker:
         if message.watch:  # before looking, so that a change in between is not lost
             handle.scope.watch(handle, _Waker(self, message.handle))
             self.contents.vm.settle()  # from now on the lane runs nothing, until it is woken
+        handle.sees(message.seen)
         return Done(message.call, b"", handle.poll())
 
     def _close(self, number: int) -> None:

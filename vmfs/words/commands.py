@@ -83,11 +83,13 @@ class Close(Message, frozen=True):
 
 
 class Poll(Message, frozen=True):
-    """`watch`: tell by `Woken`, once, when the answer may be another."""
+    """`watch`: tell by `Woken`, once, when the answer may be another. `seen`: the news that a read by the lane
+    has seen, or 0."""
 
     call: int
     handle: int
     watch: bool
+    seen: int = 0
 
 
 class Measure(Message, frozen=True):

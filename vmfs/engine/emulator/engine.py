@@ -230,7 +230,13 @@ class EmulatorVcpu(Vcpu):
         return _MAKERS[exit_[0]](self, exit_, self._cpu.access_data if exit_[2] else b"")
 
     def left_exit(self) -> Exit:
-        exit_, data = self._cpu.left()
+        return self._left(counts=True)
+
+    def ended_exit(self) -> Exit:
+        return self._left(counts=False)
+
+    def _left(self, counts: bool) -> Exit:
+        exit_, data = self._cpu.left(counts)
         return _MAKERS[exit_[0]](self, exit_, data if exit_[2] else b"")
 
     # The exits: (reason, rip, write, size, count, address, cause, id, vector, message), and what was written

@@ -165,7 +165,7 @@ class Contents(Scope):
     @property
     def changes(self) -> int:
         self.vm.settle()
-        return self._changes
+        return self._changes + self.vm.lane_runs
 
     def changed(self) -> None:
         self._changes = next(self._count)

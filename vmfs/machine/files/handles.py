@@ -119,6 +119,9 @@ class Handle:
     async def flush(self) -> None:
         """A close(2), of one of its descriptors: what this raises, that call fails with."""
 
+    def sees(self, news: int) -> None:
+        """The lane has answered a read with what is of these news."""
+
     def poll(self) -> int:
         """What would not block, as POLL_ bits. A plain file never blocks."""
         return POLL_IN | POLL_OUT

@@ -114,21 +114,30 @@ class _TextHandle(LineHandle):
     async def read(self, offset: int, size: int) -> bytes:
         assert self._kind.get
         if offset == 0 or self._snapshot is None:
+            still = self.scope.vm.still if self._kind.news else None
             news = self._kind.news(self.scope) if self._kind.news else 0  # what comes later is news again
             get = self._kind.peek if self.walking and self._kind.peek else self._kind.get
             self._snapshot = _encoded(await value_of(get(self.scope), self))
             self._seen = news
+            if still is not None:
+                self.scope.vm.publish(self.node.name, self._snapshot, still, news)
         return self._snapshot[offset : offset + size]
 
     def parse(self, text: str) -> Do:
         assert self._kind.put
         return self._kind.put(self.scope, text)
 
+    def sees(self, news: int) -> None:
+        self._seen = max(self._seen, news)
+
     def poll(self) -> int:
         out = POLL_OUT if self._kind.put else 0
         if self._kind.news is None:
             return POLL_IN | out
-        return out | (POLL_IN | POLL_PRI if self._kind.news(self.scope) != self._seen else 0)
+        if self._kind.news(self.scope) == self._seen:
+            return out
+        self.scope.vm.unpublish()  # so that who reads them now sees these news
+        return out | POLL_IN | POLL_PRI
 
 
 # ---- state

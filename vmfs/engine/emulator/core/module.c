@@ -14,6 +14,7 @@
 
 #include "core.h"
 #include "lane.h"
+#include "../../../include/vmfs.h"
 
 enum { PAGE = 4096 };
 
@@ -251,10 +252,7 @@ static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static void lane_clear_kick(void *cpu);
-static int lane_run(void *cpu, uint8_t packed[LANE_EXIT_SIZE]);
-static void lane_state(void *cpu, uint8_t regs[LANE_REGS_SIZE], uint8_t sregs[LANE_SREGS_SIZE]);
-static size_t lane_data(void *cpu, uint8_t data[LANE_DATA_MOST]);
+static struct lane_cpu lane_of(VcpuObject *cpu);
 
 static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObject *const *args, Py_ssize_t count,
                                    PyObject *names)
@@ -280,7 +278,7 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
     vcpu->left = NULL;
     vcpu->left_at = 0;
     vcpu->index = (unsigned)index;
-    vcpu->lane = (struct lane_cpu){vcpu, lane_clear_kick, lane_run, lane_state, lane_data};
+    vcpu->lane = lane_of(vcpu);
     vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
     if (!vcpu->vcpu) {
         Py_DECREF(vcpu);
@@ -690,28 +688,19 @@ static PyObject *get_reading(VcpuObject *self, void *closure)
 
 static void lane_clear_kick(void *cpu) { vcpu_clear_kick(((VcpuObject *)cpu)->vcpu); }
 
-/* struct vmfs_exit, as vmfs.words.exits packs it. */
 static int pack_exit(unsigned cpu, const struct vcpu_exit *e, const uint8_t *data, size_t size, uint8_t packed[LANE_EXIT_SIZE])
 {
     static const struct { enum exit_reason reason; int index; uint32_t code; } rows[] = {
-        {EXIT_IO, LANE_EXIT_IO, KVM_EXIT_IO}, {EXIT_MMIO, LANE_EXIT_MMIO, KVM_EXIT_MMIO}, {EXIT_HLT, LANE_EXIT_HLT, KVM_EXIT_HLT},
+        {EXIT_IO, LANE_EXIT_IO, VMFS_EXIT_IO}, {EXIT_MMIO, LANE_EXIT_MMIO, VMFS_EXIT_MMIO}, {EXIT_HLT, LANE_EXIT_HLT, VMFS_EXIT_HLT},
     };
-    struct __attribute__((packed)) {
-        uint32_t reason, cpu;
-        uint64_t rip;
-        union {
-            struct __attribute__((packed)) { uint8_t direction, size; uint16_t port; uint32_t count; uint8_t data[40]; } io;
-            struct __attribute__((packed)) { uint64_t addr; uint8_t data[8]; uint32_t size; uint8_t is_write; } mmio;
-            uint8_t bytes[48];
-        };
-    } exit = {.cpu = cpu, .rip = e->rip};
+    struct vmfs_exit exit = {.cpu = cpu, .rip = e->rip};
     _Static_assert(sizeof exit == LANE_EXIT_SIZE, "struct vmfs_exit");
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (rows[i].reason != e->reason)
             continue;
         exit.reason = rows[i].code;
         if (e->reason == EXIT_IO) {
-            exit.io.direction = e->write ? KVM_EXIT_IO_OUT : KVM_EXIT_IO_IN;
+            exit.io.direction = e->write ? VMFS_IO_OUT : VMFS_IO_IN;
             exit.io.size = (uint8_t)e->size;
             exit.io.port = (uint16_t)e->address;
             exit.io.count = e->count;
@@ -719,7 +708,7 @@ static int pack_exit(unsigned cpu, const struct vcpu_exit *e, const uint8_t *dat
                 memcpy(exit.io.data, data, size < sizeof exit.io.data ? size : sizeof exit.io.data);
         } else if (e->reason == EXIT_MMIO) {
             exit.mmio.addr = e->address;
-            exit.mmio.size = e->size;
+            exit.mmio.len = e->size;
             exit.mmio.is_write = e->write;
             if (e->write)
                 memcpy(exit.mmio.data, data, size < sizeof exit.mmio.data ? size : sizeof exit.mmio.data);
@@ -733,23 +722,28 @@ static int pack_exit(unsigned cpu, const struct vcpu_exit *e, const uint8_t *dat
 static int lane_run(void *cpu, uint8_t packed[LANE_EXIT_SIZE])
 {
     VcpuObject *self = cpu;
-    unsigned next = 1 - self->left_at;
-    struct left *left = &self->left[next];
+    struct left *left = &self->left[1 - self->left_at];
 
     vcpu_set_poll(self->vcpu, NULL, self);
     vcpu_run(self->vcpu, BUDGET_UNLIMITED, &left->exit);
     const uint8_t *data = vcpu_exit_data(self->vcpu, &left->size);
     memcpy(left->data, data, left->size);
-    __atomic_store_n(&self->left_at, next, __ATOMIC_RELEASE);
     return pack_exit(self->index, &left->exit, left->data, left->size, packed);
 }
 
-static void lane_state(void *cpu, uint8_t regs[LANE_REGS_SIZE], uint8_t sregs[LANE_SREGS_SIZE])
+static void lane_keep(void *cpu)
+{
+    VcpuObject *self = cpu;
+    self->left_at = 1 - self->left_at;
+}
+
+static unsigned lane_state(void *cpu, uint8_t regs[LANE_REGS_SIZE], uint8_t sregs[LANE_SREGS_SIZE])
 {
     _Static_assert(sizeof(struct kvm_regs) == LANE_REGS_SIZE && sizeof(struct kvm_sregs) == LANE_SREGS_SIZE, "KVM's UAPI");
     VcpuObject *self = cpu;
     vcpu_get_state(self->vcpu, "regs", regs, LANE_REGS_SIZE);
     vcpu_get_state(self->vcpu, "sregs", sregs, LANE_SREGS_SIZE);
+    return LANE_VALID(LANE_REGS) | LANE_VALID(LANE_SREGS);
 }
 
 static size_t lane_data(void *cpu, uint8_t data[LANE_DATA_MOST])
@@ -759,6 +753,28 @@ static size_t lane_data(void *cpu, uint8_t data[LANE_DATA_MOST])
     const uint8_t *from = vcpu_exit_data(self->vcpu, &size);
     memcpy(data, from, size < LANE_DATA_MOST ? size : LANE_DATA_MOST);
     return size;
+}
+
+static int lane_set(void *cpu, unsigned file, const uint8_t *data, size_t size)
+{
+    VcpuObject *self = cpu;
+    size_t has;
+    if ((file == LANE_DATA) != vcpu_reading(self->vcpu))
+        return -EBUSY;                  /* a state that is set completes the read */
+    if (file != LANE_DATA)
+        return vcpu_set_state(self->vcpu, file == LANE_REGS ? "regs" : "sregs", data, size);
+    uint8_t *to = vcpu_exit_data(self->vcpu, &has);
+    if (has != size)
+        return -EINVAL;
+    memcpy(to, data, size);
+    return 0;
+}
+
+static int lane_interrupt(void *cpu, unsigned vector) { return vcpu_interrupt(((VcpuObject *)cpu)->vcpu, (uint8_t)vector); }
+
+static struct lane_cpu lane_of(VcpuObject *cpu)
+{
+    return (struct lane_cpu){cpu, lane_clear_kick, lane_run, lane_keep, lane_state, lane_data, lane_set, lane_interrupt};
 }
 
 static PyObject *get_lane(VcpuObject *self, void *closure)
@@ -771,12 +787,14 @@ static PyObject *get_lane(VcpuObject *self, void *closure)
     return PyCapsule_New(&self->lane, LANE_CPU, NULL);
 }
 
-static PyObject *py_vcpu_left(VcpuObject *self, PyObject *ignored)
+static PyObject *py_vcpu_left(VcpuObject *self, PyObject *args)
 {
-    (void)ignored;
+    int counts;
+    if (!PyArg_ParseTuple(args, "p", &counts))
+        return NULL;
     if (!self->left)
         return fail(-EINVAL);
-    struct left *left = &self->left[__atomic_load_n(&self->left_at, __ATOMIC_ACQUIRE)];
+    struct left *left = &self->left[counts ? self->left_at : 1 - self->left_at];
     return Py_BuildValue("(Ny#)", exit_tuple(&left->exit), (const char *)left->data, (Py_ssize_t)left->size);
 }
 
@@ -795,8 +813,8 @@ static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
 static PyMethodDef vcpu_methods[] = {
     {"close", (PyCFunction)py_vcpu_close, METH_NOARGS, "close(): free the CPU"},
     {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1, goes_on=False) -> exit tuple; without the GIL"},
-    {"left", (PyCFunction)py_vcpu_left, METH_NOARGS,
-     "left() -> (exit tuple, bytes of the access) of the last run by the capsule `lane` that has ended"},
+    {"left", (PyCFunction)py_vcpu_left, METH_VARARGS,
+     "left(counts) -> (exit tuple, bytes of the access) of the last run by the capsule `lane`: of those that count, or of all"},
     {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
     {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
