@@ -21,6 +21,7 @@ from vmfs.host import mounts
 from vmfs.host.machines import Host
 from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Zygote
+from vmfs.machine.memory import DEFAULT_SIZE
 from vmfs.words.errors import EngineFailed
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def serve(
         infos = engine.describe(engines)
         chosen = engine.choose(settings.engine, infos, engines)
         host = Host(zygote, chosen, settings)
+        zygote.expect(host.engine, DEFAULT_SIZE)
         trio.run(_serve, mountpoint, settings, ready, host, zygote, infos)
     finally:
         zygote.close()

@@ -98,6 +98,8 @@ class ServedHandle(Handle):
         self._hot = 0  # its number in the lane; 0: it is not there
         self._is_written = False
         self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
+        self._flushes = False  # a close has something to do there
+        self._end = 0  # where what was read ends; 0: not known
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
@@ -137,6 +139,8 @@ class ServedHandle(Handle):
     async def read(self, offset: int, size: int) -> bytes:
         if self._failed():
             return self.node.kind.when_failed.encode()[offset : offset + size]
+        if offset >= self._end > 0:
+            return b""
         flags = _file_flags()
         try:
             answer = await call(
@@ -149,7 +153,9 @@ class ServedHandle(Handle):
             if self._failed():  # meanwhile
                 return self.node.kind.when_failed.encode()[offset : offset + size]
             raise
-        return answer.data[:size]
+        data = answer.data[:size]
+        self._end = offset + len(data) if answer.number else 0
+        return data
 
     async def write(self, offset: int, data: bytes) -> int:
         """In pieces, as a message has room for: one write of a text is never so long."""
@@ -168,16 +174,18 @@ class ServedHandle(Handle):
                     self._asker,
                 )
             except CallFailed as error:
-                self.unsaved, self.waits = error.unsaved, False
+                self.unsaved, self.waits, self._flushes = error.unsaved, False, True
                 raise
             self.unsaved, self.waits = answer.unsaved, answer.waits
+            self._flushes = answer.unsaved or answer.waits
             done += max(min(answer.number, len(piece)), 0)
             if done >= len(data) or answer.number < len(piece):
                 return done
 
     async def flush(self) -> None:
-        if not self._number or self._machine.failure or self.scope.removed:
+        if not self._flushes or not self._number or self._machine.failure or self.scope.removed:
             return
+        self._flushes = False
         self.unsaved = self.waits = False
         await call(self._machine, lambda at: commands.Flush(at, self._number), self.pid, self._asker)
 

@@ -1,6 +1,6 @@
 """What a machine's process may still do: compute, and use the descriptors that it has.
 
-`Sandbox` is prepared once, by the zygote, which may; each child then enters it. What of it holds on this host, `layers`
+`Sandbox` is prepared once, by the zygote, which may; each child then enters it, by `seclude` and `confine`. What of it holds on this host, `layers`
 says; `vmfs doctor` and `stat` show it. The rules are tried from inside by tests/host/test_sandbox.py.
 
 Source: seccomp(2), namespaces(7), pivot_root(2), libseccomp's documentation.
@@ -125,11 +125,19 @@ class Sandbox:
 
     # ---- in the child
 
-    def enter(self, who: Credentials, filter_name: str = "machine") -> None:
-        """Be `who`, with nothing but the open descriptors. OSError where the host does not let that be."""
+    def seclude(self) -> None:
+        """See nothing of the host but the open descriptors. OSError where the host does not let that be."""
         for name, kind in _INSIDE:
             if name in self._inside and _LIBC.setns(self._inside[name], kind):
                 raise OSError(ctypes.get_errno(), f"setns {name}")
+        if os.geteuid() == 0:
+            drop_bounding_set()
+        no_new_privileges()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would have the guest's memory, and the server's before it
+        die_with_parent()
+
+    def confine(self, who: Credentials, filter_name: str = "machine") -> None:
+        """Be `who`, and do nothing that the filter does not allow. OSError where the host does not let that be."""
         self.become(who)
         die_with_parent()  # between the two: the filter forbids it
         self.filter(filter_name)
@@ -137,14 +145,11 @@ class Sandbox:
     def become(self, who: Credentials) -> None:
         """The user and no capability. A server that is no root has machines of its own user."""
         if os.geteuid() == 0:
-            drop_bounding_set()
             os.setgroups(who.groups)
             os.setresgid(who.gid, who.gid, who.gid)
             if who.uid:
                 os.setresuid(who.uid, who.uid, who.uid)
         limit_capabilities(0)
-        no_new_privileges()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would have the guest's memory, and the server's before it
 
     def filter(self, name: str) -> None:
         if name in self._filters:

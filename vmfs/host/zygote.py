@@ -19,25 +19,30 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import msgspec
 import trio
 
 from vmfs import engine as engines
-from vmfs.host import opener
+from vmfs.host import opener, spare
 from vmfs.host.credentials import Credentials
 from vmfs.host.sandbox import Sandbox
+from vmfs.host.spare import Kind, Spare
 from vmfs.words.errors import EngineFailed, ProcessFailed
 
 log = logging.getLogger(__name__)
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+# mallopt(3). A table that is as big as that has pages of its own, which are zeros and cost nothing until they are
+# touched. Without this glibc, once one was freed, has them among what is used again, and clears them.
+_M_MMAP_THRESHOLD, _BIG = -3, 128 << 10
 _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
+IDLE_SECONDS = 0.005  # without an order, until it prepares for the next one
 
 
 class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -45,6 +50,13 @@ class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     job: int
     who: Credentials
+    engine: str
+    memory_size: int
+
+
+class Expect(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Such machines will be made: have a spare for one."""
+
     engine: str
     memory_size: int
 
@@ -82,7 +94,7 @@ class Layers(msgspec.Struct, frozen=True, array_like=True, tag=True):
     layers: dict[str, str]
 
 
-ToZygote = SpawnMachine | SpawnOpener | Kill
+ToZygote = SpawnMachine | Expect | SpawnOpener | Kill
 ToServer = Forked | Ended | Layers
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -209,6 +221,10 @@ class Zygote:
         """A machine's process at the other end of `channel`, which remains the caller's to close."""
         return self._begin(lambda job: SpawnMachine(job, who, engine, memory_size), channel.fileno())
 
+    def expect(self, engine: str, memory_size: int) -> None:
+        """Be ready for such a machine."""
+        self._send(Expect(engine, memory_size))
+
     def opener(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job:
         return self._begin(lambda job: SpawnOpener(job, who, work), answer.fileno())
 
@@ -241,9 +257,13 @@ class _Children:
         self._jobs: dict[int, int] = {}  # pid -> job
         self._pids: dict[int, int] = {}
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._expected: Kind | None = None
+        self._spare: Spare | None = None
+        self._chores = self._warm_up()
 
     def serve(self) -> NoReturn:
         _set_name("vmfs-zygote")
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _BIG)
         os.setsid()  # a ^C at the server's terminal is the server's to hear
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -260,7 +280,10 @@ class _Children:
         gc.freeze()  # so that a collection in a child copies no page
         self._tell(Layers(self._sandbox.layers))
         while True:
-            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [])
+            idle = IDLE_SECONDS if self._expected is not None and self._spare is None else None
+            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [], idle)
+            if not ready:
+                self._prepare()
             if self._wakeup[0] in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wakeup[0], 4096)
@@ -275,6 +298,38 @@ class _Children:
                     for fd in fds:
                         os.close(fd)
 
+    def _prepare(self) -> None:
+        """Nothing is to be done now: make the next machine quicker."""
+        assert self._expected is not None
+        if next(self._chores, None) is None:
+            with contextlib.suppress(OSError):
+                self._spare = self._new_spare(self._expected, warm=False)
+
+    def _warm_up(self) -> Iterator[str]:
+        """In steps that delay no order for long."""
+        from vmfs.machine import warmup  # here: the server loads this module, too, and needs none of that
+
+        for chore in ("lives", "gather", "lives again"):
+            if chore == "gather":
+                warmup.gather_code()
+                continue
+            for _ in range(warmup.LIVES):
+                signal.set_wakeup_fd(-1)  # trio has its own meanwhile
+                try:
+                    assert self._expected is not None
+                    lived = warmup.live(self._engine(self._expected.engine), self._engine)
+                except Exception:
+                    log.debug("a life came to nothing", exc_info=True)
+                    return
+                finally:
+                    signal.set_wakeup_fd(self._wakeup[1])
+                    self._reap()
+                if not lived:
+                    return
+                yield chore
+        gc.collect()
+        gc.freeze()
+
     def _tell(self, news: ToServer) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next receive sees it
             self._socket.send(_encode(news), socket.MSG_NOSIGNAL)
@@ -284,39 +339,75 @@ class _Children:
             if pid := self._pids.get(order.job):
                 os.kill(pid, signal.SIGKILL)
             return
+        if isinstance(order, Expect):
+            self._expect(Kind(order.engine, order.memory_size))
+            return
         try:
-            pid = self._sandbox.fork() if isinstance(order, SpawnMachine) else os.fork()
+            if isinstance(order, SpawnMachine):
+                pid = self._give(Kind(order.engine, order.memory_size), order.who, fds[0])
+            else:
+                pid = self._child(os.fork, lambda: self._be_opener(order, fds[0]))
         except OSError as error:
             self._tell(Forked(order.job, 0, error.errno or errno.EAGAIN))
             return
+        self._jobs[pid], self._pids[order.job] = order.job, pid
+        self._tell(Forked(order.job, pid, 0))
+
+    def _expect(self, kind: Kind) -> None:
+        self._expected = kind
+        if self._spare is not None and self._spare.kind != kind:
+            self._spare.close()
+            self._spare = None
+
+    def _give(self, kind: Kind, who: Credentials, channel: int) -> int:
+        """The process of a new machine."""
+        self._expect(kind)
+        spare, self._spare = self._spare, None
+        if spare is None or not spare.give(who, channel):
+            spare = self._new_spare(kind, warm=False)
+            spare.give(who, channel)
+        return spare.pid
+
+    def _new_spare(self, kind: Kind, *, warm: bool) -> Spare:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            try:
+                pid = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind, warm=warm))
+            except OSError:
+                ours.close()
+                raise
+        return Spare(kind, pid, ours)
+
+    def _child(self, fork: Callable[[], int], be: Callable[[], None]) -> int:
+        """One that has nothing of the zygote's own."""
+        pid = fork()
         if pid == 0:
             try:
-                self._be(order, fds[0])
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                self._socket.close()
+                for one in self._wakeup:
+                    os.close(one)
+                if self._spare is not None:
+                    self._spare.close()  # who has that end says whose it is
+                be()
             except BaseException:
                 log.exception("a process of a machine did not begin")
             finally:
                 os._exit(1)
-        self._jobs[pid], self._pids[order.job] = order.job, pid
-        self._tell(Forked(order.job, pid, 0))
+        return pid
 
-    def _be(self, order: SpawnMachine | SpawnOpener, fd: int) -> None:
-        """In the child."""
-        _set_name("vmfs-machine" if isinstance(order, SpawnMachine) else "vmfs-opener")
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._socket.close()
-        for one in self._wakeup:
-            os.close(one)
-        line = socket.socket(fileno=fd)
-        if isinstance(order, SpawnOpener):
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            os.setsid()
-            opener.run(order.work, order.who, line, self._sandbox)
-        from vmfs.machine import worker
+    def _be_machine(self, line: socket.socket, zygotes: socket.socket, kind: Kind, *, warm: bool) -> None:
+        _set_name("vmfs-machine")
+        zygotes.close()
+        spare.main(line, self._sandbox, kind, self._engine(kind.engine), self._engine, warm=warm)
 
-        self._sandbox.enter(order.who)
-        worker.main(line, self._engine(order.engine), self._engine, order.memory_size)
+    def _be_opener(self, order: SpawnOpener, fd: int) -> None:
+        _set_name("vmfs-opener")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        opener.run(order.work, order.who, socket.socket(fileno=fd), self._sandbox)
 
     def _engine(self, name: str) -> engines.Engine:
         """As it was prepared; Invalid names those there are."""
@@ -330,11 +421,15 @@ class _Children:
                 return
             if not pid:
                 break
+            if self._spare is not None and pid == self._spare.pid:
+                self._spare.close()
+                self._spare = None
             job = self._jobs.pop(pid, None)
             if job is not None:
                 del self._pids[job]
                 self._tell(Ended(job, os.waitstatus_to_exitcode(status)))
-        for pid in _children() - self._jobs.keys():  # an opener has ended before its passt
+        known = {self._spare.pid} if self._spare is not None else set()
+        for pid in _children() - self._jobs.keys() - known:  # an opener has ended before its passt
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -375,6 +470,7 @@ def _import_all() -> None:
     import vmfs.machine.booting
     import vmfs.machine.files.monitor
     import vmfs.machine.gdb.server
+    import vmfs.machine.warmup
     import vmfs.machine.worker  # noqa: F401
     from vmfs.devices import screen
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -64,31 +63,47 @@ T = TypeVar("T")
 NO_DESCRIPTOR = "the machine's process has no file descriptor left (ulimit -n)"
 _decode_result = msgspec.msgpack.Decoder(commands.Result).decode
 
+
 async def serve(
     sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
 ) -> None:
     """Be a machine until the other end of `sock` is closed. `engine_named`: those that it may be moved to."""
-    channel: Channel[ToMachine] = Channel(sock, ToMachine)
-    try:
-        vm = Vm(engine, memory_size=memory_size)
-    except Exception as raised:
-        error = known(raised)
-        if not isinstance(error, VmfsError):
-            log.error("a machine cannot be made", exc_info=error)
-        await channel.send(Failed(0, getattr(error, "errno", None) or errno.EIO, str(error)))
-        channel.close()
-        return
-    worker = Worker(channel, vm, engine_named)
-    try:
-        await channel.send(commands.Born(commands.VERSION, engine.name, vm.memory.fd))
-        await worker.serve()
-    except ChannelBroken as error:
-        log.debug("the channel: %s", error)
-    finally:
-        with trio.CancelScope(shield=True):
-            worker.contents.remove()
-            await trio.to_thread.run_sync(vm.close)
-        channel.close()
+    await Unborn(engine, engine_named, memory_size).serve(sock)
+
+
+class Unborn:
+    """A machine in a process that nobody has yet. `failure`: why it could not be made, which `serve` tells."""
+
+    def __init__(self, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int) -> None:
+        self._channel: Channel[ToMachine] = Channel(None, ToMachine)
+        self.failure: Exception | None = None
+        try:
+            self._worker = Worker(self._channel, Vm(engine, memory_size=memory_size), engine_named)
+        except Exception as raised:
+            self.failure = known(raised)
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Be a machine until the other end of `sock` is closed."""
+        channel, failure = self._channel, self.failure
+        channel.attach(sock)
+        if failure is not None:
+            if not isinstance(failure, VmfsError):
+                log.error("a machine cannot be made", exc_info=failure)
+            await channel.send(Failed(0, getattr(failure, "errno", None) or errno.EIO, str(failure)))
+            channel.close()
+            return
+        worker = self._worker
+        vm = worker.contents.vm
+        try:
+            await channel.send(commands.Born(commands.VERSION, vm.engine.name, vm.memory.fd))
+            await worker.serve()
+        except ChannelBroken as error:
+            log.debug("the channel: %s", error)
+        finally:
+            with trio.CancelScope(shield=True):
+                worker.contents.remove()
+                await trio.to_thread.run_sync(vm.close)
+            channel.close()
 
 
 class Worker:
@@ -210,8 +225,9 @@ class Worker:
         return handle
 
     async def _read(self, message: commands.Read) -> Done:
-        data = await self._handle(message.handle).read(message.offset, min(message.size, DATA_MOST))
-        return Done(message.call, bytes(data))
+        handle = self._handle(message.handle)
+        data = bytes(await handle.read(message.offset, min(message.size, DATA_MOST)))
+        return Done(message.call, data, int(handle.ends(message.offset + len(data))))
 
     async def _write(self, message: commands.Write) -> Done:
         handle = self._handle(message.handle)
@@ -467,12 +483,3 @@ def _call() -> int:
     """The call that the running thread works for; 0 is none."""
     now = request.current()
     return 0 if now is None else now.call
-
-
-def main(
-    sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
-) -> None:
-    """The whole life of a machine's process, in its main thread; returns at its end."""
-    trio.run(serve, sock, engine, engine_named, memory_size)
-    logging.shutdown()
-    os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import mmap
 import os
 import socket
 from typing import Any, Generic, TypeVar
@@ -170,7 +171,8 @@ FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 
 
 class Done(Message, frozen=True):
-    """Of a write, `unsaved`: the close of the file has something to do; `waits`: it has not been understood yet."""
+    """Of a write, `unsaved`: the close of the file has something to do; `waits`: it has not been understood yet. Of a
+    read, `number` 1: there is nothing after that, until one reads from the beginning again."""
 
     call: int
     data: bytes = b""
@@ -339,19 +341,25 @@ M = TypeVar("M")
 
 class Channel(Generic[M]):
     """One end of the pair. `kind` is the union of what may come. Used on one trio loop; it owns the socket. Where not
-    `takes_fds`, the kernel drops what comes along."""
+    `takes_fds`, the kernel drops what comes along. Without a socket it is one as soon as it gets one (`attach`)."""
 
-    def __init__(self, sock: socket.socket, kind: Any, *, takes_fds: bool = True) -> None:
+    _socket: socket.socket
+
+    def __init__(self, sock: socket.socket | None, kind: Any, *, takes_fds: bool = True) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._room = mmap.mmap(-1, PACKET_MOST + 1)  # whose pages cost nothing until there is a long packet
+        self._sending = trio.Lock()
+        self._fd_room = socket.CMSG_SPACE(4 * FDS_MOST) if takes_fds else 0
+        if sock is not None:
+            self.attach(sock)
+
+    def attach(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._socket = sock
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(kind).decode
-        self._room = bytearray(PACKET_MOST + 1)
-        self._sending = trio.Lock()
-        self._fd_room = socket.CMSG_SPACE(4 * FDS_MOST) if takes_fds else 0
-        if not takes_fds:
+        if not self._fd_room:
             with contextlib.suppress(OSError):  # since Linux 6.16: then it is the sender who is refused (EPERM)
                 sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 

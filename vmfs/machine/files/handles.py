@@ -113,6 +113,10 @@ class Handle:
     async def read(self, offset: int, size: int) -> bytes:
         raise Invalid(f"{self.node.name} cannot be read")
 
+    def ends(self, offset: int) -> bool:
+        """Whether reads from there on get nothing, until one is from the beginning."""
+        return False
+
     async def write(self, offset: int, data: bytes) -> int:
         raise Invalid(f"{self.node.name} cannot be written")
 

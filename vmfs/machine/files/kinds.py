@@ -123,6 +123,9 @@ class _TextHandle(LineHandle):
                 self.scope.vm.publish(self.node.name, self._snapshot, still, news)
         return self._snapshot[offset : offset + size]
 
+    def ends(self, offset: int) -> bool:
+        return self._snapshot is not None and offset >= len(self._snapshot)
+
     def parse(self, text: str) -> Do:
         assert self._kind.put
         return self._kind.put(self.scope, text)
@@ -338,6 +341,9 @@ class _VmRunHandle(LineHandle):
                 begun = begun or self.scope.vm.take_left(self.number)
                 self._line = self._show(await self._to_exit(begun or self.scope.vm.start(UNBOUND)))
         return self._line[offset : offset + size]
+
+    def ends(self, offset: int) -> bool:
+        return offset >= len(self._line)
 
     def parse(self, text: str) -> Do:
         bound = parse_bound(text, self.scope.vm.symbols.address_of)

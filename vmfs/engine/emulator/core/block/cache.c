@@ -222,6 +222,10 @@ void cache_flush(struct vcpu *c)
 {
     struct cache *cache = c->cache;
     translator_flush(c);
+    if (!cache->used) { /* nothing is in the tables, whose pages are not to be touched then */
+        break_links(c);
+        return;
+    }
     for (unsigned i = 0; i < PAGES; i++) {
         struct code_page *p = cache->pages[i];
         cache->pages[i] = NULL;

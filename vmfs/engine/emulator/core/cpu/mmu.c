@@ -182,7 +182,8 @@ static void forget_watched(struct vcpu *c)
 void tlb_clear(struct vcpu *c)
 {
     forget_watched(c);
-    memset(c->tlbs, 0xff, sizeof c->tlbs);
+    for (unsigned table = 0; table < TLB_TABLES; table++)
+        memset(&c->tlbs[table], 0xff, offsetof(struct tlb, physical)); /* what only valid entries have stays untouched */
     code_map_clear(c);
     c->filled_count = 0;
     c->large_low = ~0ull;

@@ -1,0 +1,99 @@
+"""A spare: a process that is to be a machine's as soon as there is one that needs it.
+
+To fork it, and to have what it will use in pages of its own, is most of what a machine's birth takes. So the zygote
+has one that has done so, and has RAM and a CPU, but has no user yet. Its order says whose it is; it becomes that
+user, goes into the rest of its sandbox, and is the machine, before it has read anything of anybody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from vmfs.engine.base import Engine
+from vmfs.host.credentials import Credentials
+from vmfs.host.sandbox import Sandbox
+from vmfs.words.errors import VmfsError
+
+log = logging.getLogger(__name__)
+
+_PACKET = 1 << 16
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Credentials).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a spare can be made for: machines as they are made."""
+
+    engine: str
+    memory_size: int
+
+
+class Spare:
+    """The zygote's end."""
+
+    def __init__(self, kind: Kind, pid: int, line: socket.socket) -> None:
+        self.kind = kind
+        self.pid = pid
+        self._line = line
+
+    def give(self, who: Credentials, channel: int) -> bool:
+        """Have it be that user's machine, at the other end of that channel. False where it has gone."""
+        with self._line:
+            try:
+                socket.send_fds(self._line, [_encode(who)], [channel], socket.MSG_NOSIGNAL)
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """It ends."""
+        self._line.close()
+
+
+def main(
+    line: socket.socket,
+    sandbox: Sandbox,
+    kind: Kind,
+    engine: Engine,
+    engine_named: Callable[[str], Engine],
+    *,
+    warm: bool,
+) -> None:
+    """The spare's life, and the machine's. `warm`: there is time to lead a short life first."""
+    sandbox.seclude()
+    trio.run(_live, line, sandbox, kind, engine, engine_named, warm)
+    logging.shutdown()
+    os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
+
+
+async def _live(
+    line: socket.socket,
+    sandbox: Sandbox,
+    kind: Kind,
+    engine: Engine,
+    engine_named: Callable[[str], Engine],
+    warm: bool,
+) -> None:
+    from vmfs.machine import warmup, worker  # here: the server loads this module, too, and needs none of that
+
+    if warm:
+        with contextlib.suppress(VmfsError, OSError):
+            await warmup.life(engine, engine_named)
+    unborn = worker.Unborn(engine, engine_named, kind.memory_size)
+    await trio.lowlevel.wait_readable(line)
+    with line:
+        packet, fds, _, _ = socket.recv_fds(line, _PACKET, 1)
+    if packet:
+        sandbox.confine(_decode(packet))
+        if unborn.failure is not None:  # it is long ago
+            unborn = worker.Unborn(engine, engine_named, kind.memory_size)
+        await unborn.serve(socket.socket(fileno=fds[0]))
