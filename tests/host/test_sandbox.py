@@ -17,6 +17,7 @@ from host.openers import sandbox
 from host.users import B, Child, pid_of, status
 
 from vmfs.host.credentials import Credentials
+from vmfs.host.sandbox import Sandbox
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 WHO = Credentials(B.uid, B.uid)
@@ -138,12 +139,17 @@ FORBIDDEN: list[tuple[str, int, tuple[object, ...]]] = [
 ANSWERS = {"clone3": errno.ENOSYS}
 
 
+def enter(box: Sandbox) -> None:
+    box.seclude()
+    box.confine(WHO)
+
+
 def inside(act: Callable[[], object]) -> object:
     """What `act` returns in the sandbox of a machine's process."""
     box = sandbox()
     if box.layers["seccomp"]:
         pytest.skip(f"seccomp: {box.layers['seccomp']}")
-    return Child(0, act, lambda: box.enter(WHO)).result()
+    return Child(0, act, lambda: enter(box)).result()
 
 
 def call(number: int, arguments: tuple[object, ...]) -> int:
@@ -200,7 +206,7 @@ def test_other_ways_to_make_system_calls_are_none():
     box = sandbox()
     if box.layers["seccomp"]:
         pytest.skip(box.layers["seccomp"])
-    child = Child(0, act, lambda: box.enter(WHO))
+    child = Child(0, act, lambda: enter(box))
     try:
         assert child.result() != 0
     except AssertionError as error:

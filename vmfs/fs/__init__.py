@@ -21,7 +21,7 @@ from vmfs.host import mounts
 from vmfs.host.machines import Host
 from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Zygote
-from vmfs.machine.memory import DEFAULT_SIZE
+from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.errors import EngineFailed
 
 log = logging.getLogger(__name__)

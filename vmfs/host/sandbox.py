@@ -1,7 +1,8 @@
 """What a machine's process may still do: compute, and use the descriptors that it has.
 
-`Sandbox` is prepared once, by the zygote, which may; each child then enters it, by `seclude` and `confine`. What of it holds on this host, `layers`
-says; `vmfs doctor` and `stat` show it. The rules are tried from inside by tests/host/test_sandbox.py.
+`Sandbox` is prepared once, by the zygote, which may; each child then enters it, by `seclude` and `confine`. What of it
+holds on this host, `layers` says; `vmfs doctor` and `stat` show it. The rules are tried from inside by
+tests/host/test_sandbox.py.
 
 Source: seccomp(2), namespaces(7), pivot_root(2), libseccomp's documentation.
 """

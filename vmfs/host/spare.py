@@ -7,7 +7,6 @@ user, goes into the rest of its sandbox, and is the machine, before it has read 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -20,7 +19,6 @@ import trio
 from vmfs.engine.base import Engine
 from vmfs.host.credentials import Credentials
 from vmfs.host.sandbox import Sandbox
-from vmfs.words.errors import VmfsError
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +63,10 @@ def main(
     kind: Kind,
     engine: Engine,
     engine_named: Callable[[str], Engine],
-    *,
-    warm: bool,
 ) -> None:
-    """The spare's life, and the machine's. `warm`: there is time to lead a short life first."""
+    """The spare's life, and the machine's."""
     sandbox.seclude()
-    trio.run(_live, line, sandbox, kind, engine, engine_named, warm)
+    trio.run(_live, line, sandbox, kind, engine, engine_named)
     logging.shutdown()
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
 
@@ -81,13 +77,9 @@ async def _live(
     kind: Kind,
     engine: Engine,
     engine_named: Callable[[str], Engine],
-    warm: bool,
 ) -> None:
-    from vmfs.machine import warmup, worker  # here: the server loads this module, too, and needs none of that
+    from vmfs.machine import worker  # here: the server loads this module, too, and needs none of that
 
-    if warm:
-        with contextlib.suppress(VmfsError, OSError):
-            await warmup.life(engine, engine_named)
     unborn = worker.Unborn(engine, engine_named, kind.memory_size)
     await trio.lowlevel.wait_readable(line)
     with line:

@@ -303,7 +303,7 @@ class _Children:
         assert self._expected is not None
         if next(self._chores, None) is None:
             with contextlib.suppress(OSError):
-                self._spare = self._new_spare(self._expected, warm=False)
+                self._spare = self._new_spare(self._expected)
 
     def _warm_up(self) -> Iterator[str]:
         """In steps that delay no order for long."""
@@ -364,15 +364,15 @@ class _Children:
         self._expect(kind)
         spare, self._spare = self._spare, None
         if spare is None or not spare.give(who, channel):
-            spare = self._new_spare(kind, warm=False)
+            spare = self._new_spare(kind)
             spare.give(who, channel)
         return spare.pid
 
-    def _new_spare(self, kind: Kind, *, warm: bool) -> Spare:
+    def _new_spare(self, kind: Kind) -> Spare:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             try:
-                pid = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind, warm=warm))
+                pid = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind))
             except OSError:
                 ours.close()
                 raise
@@ -397,10 +397,10 @@ class _Children:
                 os._exit(1)
         return pid
 
-    def _be_machine(self, line: socket.socket, zygotes: socket.socket, kind: Kind, *, warm: bool) -> None:
+    def _be_machine(self, line: socket.socket, zygotes: socket.socket, kind: Kind) -> None:
         _set_name("vmfs-machine")
         zygotes.close()
-        spare.main(line, self._sandbox, kind, self._engine(kind.engine), self._engine, warm=warm)
+        spare.main(line, self._sandbox, kind, self._engine(kind.engine), self._engine)
 
     def _be_opener(self, order: SpawnOpener, fd: int) -> None:
         _set_name("vmfs-opener")

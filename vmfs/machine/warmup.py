@@ -30,11 +30,10 @@ _SIZES = ["mode", "registers", "state", "exit", "regs", "mem"]
 def live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
     """A life from birth to end, with a run. Whether it came to its end in time. In a process of one thread, which it
     has again afterwards."""
-    return trio.run(life, engine, engine_named)
+    return trio.run(_live, engine, engine_named)
 
 
-async def life(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
-    """As `live`, on the loop that runs."""
+async def _live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     client, channel = _Client(ours), Channel[ToMachine](its, ToMachine)
     vm = Vm(engine)

@@ -1,0 +1,158 @@
+"""The process that waits for its machine, and the lives that are led before there are any."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from host.users import A, B, children, is_there, pid_of, status
+from mounting import Server, wait_until
+
+from vmfs.engine import by_name
+from vmfs.machine import warmup
+
+
+def named(pid: int, name: str) -> bool:
+    return status(pid)["Name"].strip() == name
+
+
+def zygote_of(server: Server) -> int:
+    return next(pid for pid in children(server.server.pid) if named(pid, "vmfs-zygote"))
+
+
+def spares(server: Server) -> list[int]:
+    """Processes that nobody has yet."""
+    found = []
+    for pid in children(server.server.pid):
+        facts = status(pid)
+        if facts["Name"].strip() == "vmfs-machine" and facts["Seccomp"] == "0" and facts["NoNewPrivs"] == "1":
+            found.append(pid)
+    return found
+
+
+def the_spare(server: Server) -> int:
+    wait_until(lambda: len(spares(server)) == 1, "there is a spare")
+    return spares(server)[0]
+
+
+@pytest.fixture
+def quiet(own_server) -> Iterator[Server]:
+    yield own_server()
+
+
+def test_the_next_machine_has_it_and_then_there_is_another(quiet):
+    spare = the_spare(quiet)
+    facts = status(spare)
+    assert int(facts["CapBnd"], 16) == 0 and os.listdir(f"/proc/{spare}/root/") == []
+    vm = B.makes(quiet.path / "one")
+    assert is_there(spare) and spares(quiet) == [spare]  # a machine that was only made has no process
+    assert pid_of(vm) == spare
+    assert status(spare)["Uid"].split() == [str(B.uid)] * 4 and status(spare)["Seccomp"] == "2"
+    assert the_spare(quiet) != spare
+    B.does(vm.path.rmdir)
+
+
+def test_machines_that_come_at_once_all_have_one(quiet):
+    the_spare(quiet)
+    machines = [who.makes(quiet.path / f"{who.uid}-{at}") for at in range(3) for who in (A, B)]
+    pids = {pid_of(vm) for vm in machines}
+    assert len(pids) == 6
+    assert sorted(status(pid)["Uid"].split()[0] for pid in pids) == sorted([str(A.uid), str(B.uid)] * 3)
+    for vm in machines:
+        vm.path.rmdir()
+
+
+def test_one_that_is_killed_is_not_missed(quiet):
+    spare = the_spare(quiet)
+    os.kill(spare, signal.SIGKILL)
+    vm = B.makes(quiet.path / "one")
+    assert pid_of(vm) != spare
+    assert status(pid_of(vm))["Uid"].split() == [str(B.uid)] * 4
+    B.does(vm.path.rmdir)
+
+
+def sockets(pid: int) -> set[str]:
+    found = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+    return {one for one in found if one.startswith("socket:")}
+
+
+def test_nobody_else_has_the_zygotes_sockets(quiet, folder):
+    """Who has its end to the spare says whose that is, and who has its end to the server can have anything opened."""
+    the_spare(quiet)
+    machines = [B.makes(quiet.path / f"of{at}") for at in range(3)]
+    B.does(machines[0].write, "machine", "pc")
+    os.chown(folder, B.uid, B.uid)
+    B.does(machines[0].write, "dev/add", f"share {folder} tag")
+    for vm in machines:
+        pid_of(vm)
+    the_spare(quiet)
+    zygote = zygote_of(quiet)
+    others = [pid for pid in children(quiet.server.pid) if pid != zygote]
+    assert len(others) == 5
+    wait_until(lambda: len(sockets(zygote)) == 2, "it has closed what its children got")
+    for pid in others:
+        assert not sockets(pid) & sockets(zygote), status(pid)["Name"]
+    for vm in machines:
+        vm.path.rmdir()
+
+
+def test_it_ends_with_the_server_and_with_the_zygote(own_server):
+    for end in (lambda server: server.end(), lambda server: os.kill(zygote_of(server), signal.SIGKILL)):
+        server = own_server()
+        spare = the_spare(server)
+        end(server)
+        wait_until(lambda one=spare: not is_there(one), "the spare is gone")
+
+
+# ---- lives that are led before
+
+
+def test_a_life_leaves_nothing():
+    engine = by_name("emulator")
+    warmup.live(engine, by_name)
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir("/proc/self/task"))
+    assert warmup.live(engine, by_name)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir("/proc/self/task"))) == before
+
+
+def test_code_that_is_gathered_does_what_it_did():
+    """In a process of its own: it is done to all functions that there are."""
+    from host.users import Child
+
+    def outer(number: int) -> list[int]:
+        return [inner(each) for each in range(number)]
+
+    def inner(number: int, *, more: int = 3) -> int:
+        return sum(one + more for one in range(number))
+
+    def act() -> tuple[bool, bool, list[int]]:
+        for _ in range(20):
+            outer(5)
+        before = outer.__code__
+        warmup.gather_code()
+        once = outer.__code__ is not before
+        warm = warmup.live(by_name("emulator"), by_name)
+        return once, warm, outer(5)
+
+    assert Child(0, act).result() == (True, True, outer(5))
+
+
+def memory_of(pid: int) -> int:
+    """KiB that only it has."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    facts = {name: int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
+    return facts["Private_Clean"] + facts["Private_Dirty"]
+
+
+def test_a_machine_has_little_that_no_other_has(quiet):
+    """The mark is 6 MiB; bench/house.py measures it."""
+    the_spare(quiet)
+    vm = B.makes(quiet.path / "one")
+    B.does(vm.load, "f4")
+    assert B.does(vm.run).startswith("hlt")
+    assert memory_of(pid_of(vm)) < 9 << 10
+    B.does(vm.path.rmdir)
