@@ -222,26 +222,26 @@ void cache_flush(struct vcpu *c)
 {
     struct cache *cache = c->cache;
     translator_flush(c);
-    if (!cache->used) { /* nothing is in the tables, whose pages are not to be touched then */
-        break_links(c);
-        return;
-    }
-    for (unsigned i = 0; i < PAGES; i++) {
-        struct code_page *p = cache->pages[i];
-        cache->pages[i] = NULL;
-        while (p) {
-            struct code_page *next = p->next;
-            struct slot *slot = vm_slot(c->vm, p->page);
-            if (slot)
-                recompute_lines(c->vm, slot, p->page);
-            p = next;
+    /* Tables in which there is nothing are not touched: they cost no memory then. */
+    if (cache->used) {
+        for (unsigned i = 0; i < PAGES; i++) {
+            struct code_page *p = cache->pages[i];
+            cache->pages[i] = NULL;
+            while (p) {
+                struct code_page *next = p->next;
+                struct slot *slot = vm_slot(c->vm, p->page);
+                if (slot)
+                    recompute_lines(c->vm, slot, p->page);
+                p = next;
+            }
         }
+        memset(cache->buckets, 0, sizeof cache->buckets);
+        memset(c->jumps, 0, sizeof c->jumps);
+        cache->used = 0;
     }
-    memset(cache->buckets, 0, sizeof cache->buckets);
-    cache->used = 0;
     cache->flushes++;
-    memset(c->jumps, 0, sizeof c->jumps);
-    memset(cache->mappings, 0, sizeof cache->mappings);
+    if (cache->last_id != 1)
+        memset(cache->mappings, 0, sizeof cache->mappings);
     cache->last_id = 1;
     code_map_clear(c);
 }
