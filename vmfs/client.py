@@ -34,6 +34,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from vmfs.words.exits import Exit, Io, Mmio, parse_exit
+from vmfs.words.layouts import unpack_msrs
 from vmfs.words.registers import REGISTERS, Register, msr_name, parse_registers
 
 _CHUNK = 1 << 16
@@ -137,9 +138,7 @@ class Msrs:
 
     def read(self) -> dict[int, int]:
         """All that the engine saves, by number."""
-        data = self._vm.read("msrs")  # struct kvm_msrs: nmsrs, pad, then {index, reserved, data}
-        (count,) = struct.unpack_from("<I", data)
-        return dict(struct.unpack_from("<I4xQ", data, 8 + 16 * at) for at in range(count))
+        return dict(unpack_msrs(self._vm.read("msrs")))
 
 
 class Vm:

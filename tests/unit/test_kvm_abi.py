@@ -1,4 +1,4 @@
-"""The numbers of vmfs.engine.kvm.abi against the C compiler and the host's linux/kvm.h."""
+"""The numbers of vmfs.engine.kvm.abi and vmfs.words.layouts against the C compiler and the host's linux/kvm.h."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from vmfs.engine.kvm import abi
+from vmfs.words import layouts
 
 ENUMS = (abi.Ioctl, abi.Cap, abi.ExitReason, abi.InternalError)
 
@@ -43,15 +44,6 @@ EXPRESSIONS = {
     "RUN_MMIO_DATA": "offsetof(struct kvm_run, mmio.data)",
     "RUN_VALID_REGS": "offsetof(struct kvm_run, kvm_valid_regs)",
     "RUN_SYNC_REGS": "offsetof(struct kvm_run, s)",
-    "CLOCK_FLAGS": "offsetof(struct kvm_clock_data, flags)",
-    "REGS_RIP": "offsetof(struct kvm_regs, rip)",
-    "SREGS_CR0": "offsetof(struct kvm_sregs, cr0)",
-    "SREGS_CR8": "offsetof(struct kvm_sregs, cr8)",
-    "SREGS_SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
-    "EVENTS_EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",
-    "EVENTS_EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
-    "DEBUGREGS_DR6": "offsetof(struct kvm_debugregs, dr6)",
-    "IRQCHIP.size": "sizeof(struct kvm_irqchip)",
     "PIT_CONFIG.size": "sizeof(struct kvm_pit_config)",
     "MEMORY_REGION.size": "sizeof(struct kvm_userspace_memory_region)",
     "DIRTY_LOG.size": "sizeof(struct kvm_dirty_log)",
@@ -60,13 +52,7 @@ EXPRESSIONS = {
     "TRANSLATION.size": "sizeof(struct kvm_translation)",
     "INTERRUPT.size": "sizeof(struct kvm_interrupt)",
     "GUEST_DEBUG.size": "sizeof(struct kvm_guest_debug)",
-    "MSRS_HEAD.size": "sizeof(struct kvm_msrs)",
-    "MSR_ENTRY.size": "sizeof(struct kvm_msr_entry)",
     "MSR_LIST_HEAD.size": "sizeof(struct kvm_msr_list)",
-    "CPUID_HEAD.size": "sizeof(struct kvm_cpuid2)",
-    "CPUID_ENTRY.size": "sizeof(struct kvm_cpuid_entry2)",
-    "FPU.size": "sizeof(struct kvm_fpu)",
-    "XSAVE_LEGACY.size": "416",  # the legacy area without its reserved end, SDM 1 table 13-1
     # what unpack_from reads of the union
     "RUN_IO.size": "offsetof(struct kvm_run, io.data_offset) + 8 - offsetof(struct kvm_run, io)",
     "RUN_MMIO.size": "offsetof(struct kvm_run, mmio.is_write) + 1 - offsetof(struct kvm_run, mmio)",
@@ -77,6 +63,51 @@ EXPRESSIONS = {
     "RUN_SYSTEM_EVENT.size": "sizeof(((struct kvm_run *)0)->system_event)",
     "RUN_MSR.size": "sizeof(((struct kvm_run *)0)->msr)",
     "RUN_MEMORY_FAULT.size": "sizeof(((struct kvm_run *)0)->memory_fault)",
+}
+
+# The same of vmfs.words.layouts. The registers' offsets are compared in test_registers.
+LAYOUTS = {
+    "RBX": "offsetof(struct kvm_regs, rbx)",
+    "RCX": "offsetof(struct kvm_regs, rcx)",
+    "RSP": "offsetof(struct kvm_regs, rsp)",
+    "RIP": "offsetof(struct kvm_regs, rip)",
+    "RFLAGS": "offsetof(struct kvm_regs, rflags)",
+    "SEGMENT.size": "sizeof(struct kvm_segment)",
+    "TABLE.size": "sizeof(struct kvm_dtable)",
+    "GDTR": "offsetof(struct kvm_sregs, gdt)",
+    "IDTR": "offsetof(struct kvm_sregs, idt)",
+    "CONTROL_AT": "offsetof(struct kvm_sregs, cr0)",
+    "CR0": "offsetof(struct kvm_sregs, cr0)",
+    "CR3": "offsetof(struct kvm_sregs, cr3)",
+    "CR4": "offsetof(struct kvm_sregs, cr4)",
+    "CR8": "offsetof(struct kvm_sregs, cr8)",
+    "EFER": "offsetof(struct kvm_sregs, efer)",
+    "SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
+    "FPU.size": "sizeof(struct kvm_fpu)",
+    "XSAVE_LEGACY.size": "416",  # the legacy area without its reserved end, SDM 1 table 13-1
+    "XSAVE_SOFTWARE": "464",
+    "XSAVE_STATE_BV": "512",
+    "XSAVE_YMM_HIGH": "576",
+    "XSAVE_AVX_END": "832",
+    "DR6": "offsetof(struct kvm_debugregs, dr6)",
+    "XCR0": "offsetof(struct kvm_xcrs, xcrs[0].value)",
+    "EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",
+    "EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
+    "UNDER_WAY[2]": "offsetof(struct kvm_vcpu_events, interrupt.injected)",
+    "UNDER_WAY[3]": "offsetof(struct kvm_vcpu_events, nmi.injected)",
+    "UNDER_WAY[4]": "offsetof(struct kvm_vcpu_events, nmi.pending)",
+    "IRQCHIP.size": "sizeof(struct kvm_irqchip)",
+    "IRQCHIP_CHIP": "offsetof(struct kvm_irqchip, chip)",
+    "PIC_IMR": "offsetof(struct kvm_pic_state, imr)",
+    "PIC_IRQ_BASE": "offsetof(struct kvm_pic_state, irq_base)",
+    "PIC_INIT4": "offsetof(struct kvm_pic_state, init4)",
+    "PIC_ELCR": "offsetof(struct kvm_pic_state, elcr)",
+    "IOAPIC_PINS_AT": "2 * sizeof(struct kvm_irqchip) + offsetof(struct kvm_irqchip, chip.ioapic.redirtbl)",
+    "PIT_CHANNEL.size": "sizeof(struct kvm_pit_channel_state)",
+    "CLOCK": "offsetof(struct kvm_clock_data, clock)",
+    "LIST_HEAD.size": "sizeof(struct kvm_msrs)",
+    "MSR_ENTRY.size": "sizeof(struct kvm_msr_entry)",
+    "CPUID_ENTRY.size": "sizeof(struct kvm_cpuid_entry2)",
 }
 
 STATES = {
@@ -95,11 +126,8 @@ STATES = {
 }
 
 
-def value_of(name):
-    value = abi
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def value_of(module, name):
+    return eval(name, vars(module).copy())
 
 
 def wanted():
@@ -107,8 +135,12 @@ def wanted():
     for enum in ENUMS:
         yield from ((member.name, member.value) for member in enum)
     yield from ((name, getattr(abi, name)) for name in CONSTANTS)
-    yield from ((expression, value_of(name)) for name, expression in EXPRESSIONS.items())
-    yield from ((f"sizeof({layout})", abi.SIZES[name]) for name, layout in STATES.items())
+    for module, table in ((abi, EXPRESSIONS), (layouts, LAYOUTS)):
+        yield from ((expression, value_of(module, name)) for name, expression in table.items())
+    for field, (_bits, offset) in layouts.SEGMENT_FIELDS.items():
+        yield f"offsetof(struct kvm_segment, {field})", offset
+    yield "sizeof(struct kvm_cpuid2)", layouts.LIST_HEAD.size
+    yield from ((f"sizeof({layout})", layouts.SIZES[name]) for name, layout in STATES.items())
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +186,16 @@ def test_nearly_every_number_was_compared(header):
 
 
 def test_every_struct_and_state_is_compared():
-    structs = {name for name, value in vars(abi).items() if isinstance(value, struct.Struct)}
-    # Of fixed size by their only user, and no struct of their own.
-    structs -= {"RUN_FAIL_ENTRY", "RUN_UNKNOWN", "SIGNAL_MASK"}
-    assert structs == {name.removesuffix(".size") for name in EXPRESSIONS if name.endswith(".size")}
-    assert set(abi.SIZES) == set(STATES)
+    for module, table in ((abi, EXPRESSIONS), (layouts, LAYOUTS)):
+        structs = {name for name, value in vars(module).items() if isinstance(value, struct.Struct)}
+        # Of fixed size by their only user, and no struct of their own.
+        structs -= {"RUN_FAIL_ENTRY", "RUN_UNKNOWN", "SIGNAL_MASK", "_QUAD"}
+        assert structs == {name.removesuffix(".size") for name in table if name.endswith(".size")}
+    assert set(layouts.SIZES) == set(STATES)
+
+
+def test_every_number_of_a_layout_is_compared():
+    """But for those that a manual says, and how many chips there are."""
+    numbers = {name for name, value in vars(layouts).items() if isinstance(value, int)}
+    manual = {"LAPIC_SPURIOUS", "LAPIC_LINT0", "LAPIC_LINT1", "XSAVE_X87", "XSAVE_SSE", "XSAVE_AVX", "IRQCHIPS"}
+    assert numbers - manual <= set(LAYOUTS)

@@ -16,6 +16,7 @@ from vmfs.engine.base import Breakpoint, DebugRequest, VectorStop, Watchpoint
 from vmfs.engine.kvm import abi, call, vcpu
 from vmfs.engine.kvm.abi import ExitReason, Ioctl
 from vmfs.engine.kvm.state import HostFacts
+from vmfs.words import layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported
 
 PAGE = 3 * mmap.PAGESIZE
@@ -44,25 +45,25 @@ class Kvm:
         elif request == Ioctl.KVM_GET_VCPU_MMAP_SIZE:
             return PAGE
         elif request == Ioctl.KVM_GET_SUPPORTED_CPUID:
-            abi.CPUID_HEAD.pack_into(argument, 0, 0, 0)
+            layouts.LIST_HEAD.pack_into(argument, 0, 0, 0)
         elif request == Ioctl.KVM_GET_REGS:
-            struct.pack_into("<Q", argument, abi.REGS_RIP, self.rip)
+            struct.pack_into("<Q", argument, layouts.RIP, self.rip)
         elif request == Ioctl.KVM_SET_REGS:
-            (self.rip,) = struct.unpack_from("<Q", argument, abi.REGS_RIP)
+            (self.rip,) = struct.unpack_from("<Q", argument, layouts.RIP)
             self.events = bytearray(64)
         elif request == Ioctl.KVM_GET_VCPU_EVENTS:
             argument[:] = self.events
         elif request == Ioctl.KVM_SET_VCPU_EVENTS:
             self.events = bytearray(argument)
         elif request == Ioctl.KVM_SET_DEBUGREGS:
-            (self.dr6,) = struct.unpack_from("<Q", argument, abi.DEBUGREGS_DR6)
+            (self.dr6,) = struct.unpack_from("<Q", argument, layouts.DR6)
         return 0
 
     def run(self):
         assert self.script, "one KVM_RUN too many"
         step = self.script.pop(0)
         failed = step if isinstance(step, int) else step(self)
-        struct.pack_into("<Q", self.page, abi.RUN_SYNC_REGS + abi.REGS_RIP, self.rip)
+        struct.pack_into("<Q", self.page, abi.RUN_SYNC_REGS + layouts.RIP, self.rip)
         if failed:
             raise OSError(failed, os.strerror(failed))
 
@@ -179,7 +180,7 @@ def test_setting_state_completes_a_read_with_all_ones(kvm, cpu):
     ]
     assert cpu.run().line() == "mmio direction=read addr=0xffc size=4 rip=0x1000"
     regs = bytearray(144)
-    struct.pack_into("<Q", regs, abi.REGS_RIP, 0x2000)
+    struct.pack_into("<Q", regs, layouts.RIP, 0x2000)
     cpu.set_state("regs", bytes(regs))
     assert kvm.rip == 0x2000, "set behind the end of the load"
     assert cpu.access_data == b""
@@ -203,11 +204,11 @@ def test_the_write_of_a_read_modify_write_is_not_lost(kvm, cpu):
 @pytest.mark.parametrize("rip, kept", [(0x1000, True), (0x2000, False)])
 def test_a_fault_is_not_lost_when_another_register_is_set(kvm, cpu, rip, kept):
     """KVM_SET_REGS drops an exception that is about to be delivered; if rip stays, it is set again."""
-    kvm.events[abi.EVENTS_EXCEPTION_INJECTED] = 1
+    kvm.events[layouts.EXCEPTION_INJECTED] = 1
     kvm.events[1] = 14
     before = bytes(kvm.events)
     regs = bytearray(144)
-    struct.pack_into("<Q", regs, abi.REGS_RIP, rip)
+    struct.pack_into("<Q", regs, layouts.RIP, rip)
     cpu.set_state("regs", bytes(regs))
     assert kvm.rip == rip
     assert bytes(kvm.events) == (before if kept else bytes(64))

@@ -10,6 +10,8 @@ import struct
 from typing import Protocol
 
 from vmfs.devices.pci import MEMORY_START
+from vmfs.words import layouts
+from vmfs.words.layouts import PIC_ELCR, PIC_IMR, PIC_INIT4, PIC_IRQ_BASE
 from vmfs.words.registers import msr_name
 
 _UC, _WP, _WB = 0, 5, 6  # memory types, SDM 3A table 11-2
@@ -27,28 +29,22 @@ _FIXED = {
 _BASE, _MASK = 0x200, 0x201  # of the first variable range
 _VALID = 1 << 11
 
-# CPUID: struct kvm_cpuid_entry2, behind a header of 8 bytes
-_ENTRY = struct.Struct("<7I12x")  # function, index, flags, eax, ebx, ecx, edx
+# CPUID
 _MTRR, _HAS_PAT = 1 << 12, 1 << 16  # leaf 1, edx
 _ADDRESS_BITS_WITHOUT_LEAF = 36  # SDM 3A 11.11.3
 
-# struct kvm_irqchip: the union is 8 bytes behind its begin. In struct kvm_pic_state:
-_CHIP, _UNION = 520, 8
-_IMR, _IRQ_BASE, _INIT4, _ELCR = 2, 5, 13, 14
 _PICS = (  # mask, vector of the first line, lines that are level-triggered: those of PCI, IRQ 10 and 11
     (0xB8, 0x08, 0x00),
     (0x8E, 0x70, 0x0C),
 )
 
-# struct kvm_pit_channel_state: count, latched_count, count_latched, status_latched, status, read_state, write_state,
-# write_latch, rw_mode, mode, bcd, gate, count_load_time. 54.9 ms a tick: the BIOS's clock.
-_CHANNEL_0 = struct.Struct("<IHBBBBBBBBBBq")
+# Of the timer; 54.9 ms a tick: the BIOS's clock.
 _WORD, _RATE = 3, 2
 
 _LAPIC = {  # offset: value; virtual wire mode (MultiProcessor Specification 1.4, 3.6.2.2)
-    0x0F0: 0x1FF,  # software enable, spurious vector FF
-    0x350: 0x8700,  # LINT0: ExtINT, level
-    0x360: 0x8400,  # LINT1: NMI, level
+    layouts.LAPIC_SPURIOUS: 0x1FF,  # software enable, spurious vector FF
+    layouts.LAPIC_LINT0: 0x8700,  # LINT0: ExtINT, level
+    layouts.LAPIC_LINT1: 0x8400,  # LINT1: NMI, level
 }
 
 
@@ -66,7 +62,7 @@ def memory_types(cpuid: bytes) -> dict[str, int]:
     takes its PAT for disabled, and maps everything that is to be write-combining uncached.
     """
     features, bits = 0, _ADDRESS_BITS_WITHOUT_LEAF
-    for function, _, _, eax, _, _, edx in _ENTRY.iter_unpack(cpuid[8:]):
+    for function, _, _, eax, _, _, edx in layouts.cpuid_entries(cpuid):
         if function == 1:
             features = edx
         elif function == 0x8000_0008:
@@ -86,13 +82,13 @@ def leave_chips(machine: States, cpu: States) -> None:
     """The 8259s with the BIOS's vectors and masks, the timer at 18.2 Hz, the LAPIC as a wire to the 8259s."""
     irqchip = bytearray(machine.get_state("irqchip"))
     for number, (mask, vector, level) in enumerate(_PICS):
-        at = number * _CHIP + _UNION
-        for offset, value in ((_IMR, mask), (_IRQ_BASE, vector), (_INIT4, 1), (_ELCR, level)):
+        at = number * layouts.IRQCHIP.size + layouts.IRQCHIP_CHIP
+        for offset, value in ((PIC_IMR, mask), (PIC_IRQ_BASE, vector), (PIC_INIT4, 1), (PIC_ELCR, level)):
             irqchip[at + offset] = value
     machine.set_state("irqchip", bytes(irqchip))
     pit = bytearray(machine.get_state("pit"))
-    (now,) = struct.unpack_from("<q", machine.get_state("clock"))
-    _CHANNEL_0.pack_into(pit, 0, 1 << 16, 0, 0, 0, 0, _WORD, _WORD, 0, _WORD, _RATE, 0, 1, now)
+    now = layouts.quad(machine.get_state("clock"), layouts.CLOCK)
+    layouts.PIT_CHANNEL.pack_into(pit, 0, 1 << 16, 0, 0, 0, 0, _WORD, _WORD, 0, _WORD, _RATE, 0, 1, now)
     machine.set_state("pit", bytes(pit))
     lapic = bytearray(cpu.get_state("lapic"))
     for offset, value in _LAPIC.items():

@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.engine.base import Vcpu
 from vmfs.memory.ram import MemoryView
+from vmfs.words import layouts
 from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.layouts import put_quad, quad
 from vmfs.words.registers import REGISTERS
 
 RAM_OFFSET = 8 << 20  # room for 131072 program headers and the notes
@@ -41,9 +43,7 @@ _PF_X, _PF_W, _PF_R = 1, 2, 4
 _NT_PRSTATUS, _NT_FPREGSET, _NT_X86_XSTATE = 1, 2, 0x202
 
 _KERNEL_GS_BASE = 0xC000_0102
-_XCR0_AVX = 7  # x87, SSE, AVX: a component after the other (SDM 1 13.4)
-_XSAVE_AVX = 832  # bytes up to its end
-_XCR0_AT = 464  # in the bytes of an FXSAVE area that are software's, where Linux puts XCR0 for debuggers
+_XCR0_AVX = layouts.XSAVE_X87 | layouts.XSAVE_SSE | layouts.XSAVE_AVX
 
 # struct user_regs_struct (Linux arch/x86/include/asm/user_64.h).
 _USER_REGS = (
@@ -167,12 +167,13 @@ def _padded(data: bytes) -> bytes:
 def _cpu_notes(number: int, cpu: CpuState) -> bytes:
     fxsave = _fxsave(cpu)
     notes = _note("CORE", _NT_PRSTATUS, _prstatus(number, cpu)) + _note("CORE", _NT_FPREGSET, fxsave)
-    if cpu.registers.get("xcr0", 0) & _XCR0_AVX == _XCR0_AVX and len(cpu.xsave) >= _XSAVE_AVX:
-        area = bytearray(cpu.xsave[:_XSAVE_AVX])
+    if cpu.registers.get("xcr0", 0) & _XCR0_AVX == _XCR0_AVX and len(cpu.xsave) >= layouts.XSAVE_AVX_END:
+        area = bytearray(cpu.xsave[: layouts.XSAVE_AVX_END])
         area[: len(fxsave)] = fxsave
-        struct.pack_into("<Q", area, _XCR0_AT, _XCR0_AVX)
+        put_quad(area, layouts.XSAVE_SOFTWARE, _XCR0_AVX)
         # What is not in its initial state, and x87 and SSE, which stand above in any case.
-        struct.pack_into("<Q", area, 512, struct.unpack_from("<Q", area, 512)[0] & _XCR0_AVX | 3)
+        in_use = quad(area, layouts.XSAVE_STATE_BV) & _XCR0_AVX | layouts.XSAVE_X87 | layouts.XSAVE_SSE
+        put_quad(area, layouts.XSAVE_STATE_BV, in_use)
         notes += _note("LINUX", _NT_X86_XSTATE, bytes(area))
     return notes
 
@@ -211,8 +212,7 @@ def _fxsave(cpu: CpuState) -> bytes:
 def _qemu_note(cpu: CpuState) -> bytes:
     """struct QEMUCPUState, version 1."""
     get = cpu.registers
-    general = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
-    body = struct.pack("<18Q", *[get[name] for name in general])
+    body = struct.pack("<18Q", *[get[name] for name in layouts.GENERAL])
     for name in "cs ds es fs gs ss ldtr tr".split():
         body += _qemu_segment(
             get[name], get[f"{name}.limit"], _descriptor_flags(cpu, name), get[f"{name}.base"]

@@ -9,13 +9,13 @@ Source: Intel SDM 3A chapter 4, "Paging"; the tables there say which bits are re
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from vmfs.memory.ram import PAGE
 from vmfs.words.errors import BadAddress
+from vmfs.words.layouts import cpuid_entries
 from vmfs.words.modes import CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA
 from vmfs.words.registers import REGISTERS
 
@@ -147,9 +147,8 @@ class Paging:
 @functools.lru_cache(maxsize=8)
 def _cpu_limits(cpuid: bytes) -> tuple[int, bool, bool]:
     """MAXPHYADDR, whether there are 1 GiB pages (SDM 3A 4.1.4), and whether it is a CPU by AMD's manual."""
-    # struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, three of padding.
     bits, huge, amd = 36, False, False
-    for function, _, _, eax, ebx, _, edx in struct.iter_unpack("<7I12x", cpuid[8:]):
+    for function, _, _, eax, ebx, _, edx in cpuid_entries(cpuid):
         if function == 0:
             amd = ebx in _AMD
         elif function == 0x8000_0008:

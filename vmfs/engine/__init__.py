@@ -6,14 +6,14 @@ import contextlib
 import importlib
 import mmap
 import os
-import struct
 import time
 from dataclasses import dataclass
 
 from vmfs.engine.base import Availability, Engine
 from vmfs.words.errors import EngineFailed, Invalid, VmfsError
 from vmfs.words.exits import Hlt
-from vmfs.words.modes import RIP, set_mode
+from vmfs.words.layouts import RBX, RCX, RIP, put_quad
+from vmfs.words.modes import set_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,6 @@ _LOOP = bytes.fromhex("488903 480303 4831c8 48ffc9 75f2 f4")
 _LOOP_INSTRUCTIONS = 5
 _LOOP_MEMORY = 1 << 20
 _LOOP_DATA = 0x1000
-_RBX, _RCX = 8, 16  # offsets in struct kvm_regs
 
 
 def measure_speed(engine: Engine, seconds: float = 0.02) -> float:
@@ -127,7 +126,7 @@ def measure_speed(engine: Engine, seconds: float = 0.02) -> float:
         regs = vcpu.get_state("regs")
         turns = 2_000
         while True:
-            _set_quads(regs := bytearray(regs), {_RBX: _LOOP_DATA, _RCX: turns, RIP: 0})
+            _set_quads(regs := bytearray(regs), {RBX: _LOOP_DATA, RCX: turns, RIP: 0})
             vcpu.set_state("regs", bytes(regs))
             start = time.perf_counter()
             exit_ = vcpu.run()
@@ -151,4 +150,4 @@ class _Window:
 
 def _set_quads(blob: bytearray, values: dict[int, int]) -> None:
     for offset, value in values.items():
-        struct.pack_into("<Q", blob, offset, value)
+        put_quad(blob, offset, value)

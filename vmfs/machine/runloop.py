@@ -8,7 +8,6 @@ is the machine's to decide (`vmfs.machine.control.Control`, which has the lock) 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from vmfs.debug.trace import Trace
 from vmfs.devices.board import Board
 from vmfs.engine.base import Capability, Vcpu
 from vmfs.words import exits
-from vmfs.words.modes import RIP
+from vmfs.words.layouts import RIP, quad
 
 # Causes of a debug exit that come after an instruction; the others come before one.
 _STOPS_AFTER = frozenset({"watchpoint", "io", "mode", "cr3"})
@@ -84,7 +83,7 @@ class RunLoop:
         """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that."""
         bound = self._run.bound
         if bound.instructions == 0:  # `Vm.load`
-            return exits.Limit(rip=struct.unpack_from("<Q", self._cpu.get_state("regs"), RIP)[0])
+            return exits.Limit(rip=quad(self._cpu.get_state("regs"), RIP))
         exit_ = self._slices(goes_on=False, first=first)
         if bound.within is not None:
             first, end = bound.within

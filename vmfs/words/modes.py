@@ -12,19 +12,26 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from vmfs.words.errors import Invalid
+from vmfs.words.layouts import (
+    CONTROL_AT,
+    CR0,
+    CR4,
+    EFER,
+    GDTR,
+    IDTR,
+    RFLAGS,
+    RIP,
+    RSP,
+    SEGMENT,
+    SEGMENTS,
+    TABLE,
+    put_quad,
+    quad,
+)
 
 MODES = ("real", "protected", "long")
 
-# Offsets in struct kvm_regs and kvm_sregs (Linux arch/x86/include/uapi/asm/kvm.h).
-RSP, RIP, RFLAGS = 48, 128, 136
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
-_SEGMENT = struct.Struct("<QIHBBBBBBBBBx")  # base limit selector type present dpl db s l g avl unusable
-_GDTR = len(_SEGMENTS) * _SEGMENT.size
-_IDTR = _GDTR + 16
-_TABLE = struct.Struct("<QH6x")
 _CONTROL = struct.Struct("<5Q")  # cr0 cr2 cr3 cr4 cr8
-_CONTROL_AT = _IDTR + 16
-_EFER = _CONTROL_AT + _CONTROL.size
 
 CR0_PE, CR0_MP, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
 CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_LA57 = 1 << 5, 1 << 9, 1 << 10, 1 << 12
@@ -62,7 +69,7 @@ class Segment(NamedTuple):
     unusable: int = 0
 
     def pack(self) -> bytes:
-        return _SEGMENT.pack(*self)
+        return SEGMENT.pack(*self)
 
     def descriptor(self) -> bytes:
         """The 8 bytes of it in a GDT (Intel SDM 3A 3.4.5)."""
@@ -95,14 +102,11 @@ class Memory(Protocol):
 
 def mode_of(regs: bytes, sregs: bytes) -> str:
     """`real`, `v8086`, `protected`, `compat` (a 32- or 16-bit segment in long mode) or `long`."""
-    cr0 = _CONTROL.unpack_from(sregs, _CONTROL_AT)[0]
-    (efer,) = struct.unpack_from("<Q", sregs, _EFER)
-    (rflags,) = struct.unpack_from("<Q", regs, RFLAGS)
-    if not cr0 & CR0_PE:
+    if not quad(sregs, CR0) & CR0_PE:
         return "real"
-    if efer & EFER_LMA:
-        return "long" if Segment(*_SEGMENT.unpack_from(sregs, 0)).l else "compat"
-    return "v8086" if rflags & RFLAGS_VM else "protected"
+    if quad(sregs, EFER) & EFER_LMA:
+        return "long" if Segment(*SEGMENT.unpack_from(sregs, 0)).l else "compat"
+    return "v8086" if quad(regs, RFLAGS) & RFLAGS_VM else "protected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +124,8 @@ class CodeMode:
     @staticmethod
     def of(regs: bytes, sregs: bytes) -> CodeMode:
         """That of a CPU between two instructions."""
-        cs = Segment(*_SEGMENT.unpack_from(sregs, 0))
-        (efer,) = struct.unpack_from("<Q", sregs, _EFER)
-        (ip,) = struct.unpack_from("<Q", regs, RIP)
-        if cs.l and efer & EFER_LMA:
+        cs, ip = Segment(*SEGMENT.unpack_from(sregs, 0)), quad(regs, RIP)
+        if cs.l and quad(sregs, EFER) & EFER_LMA:
             return CodeMode(64, 0, ip)
         return CodeMode(32 if cs.db else 16, cs.base, ip)
 
@@ -146,10 +148,9 @@ class CodeMode:
 
 def is_linear(sregs: bytes, address: int) -> bool:
     """Whether a CPU has such a linear address: a canonical one in IA-32e mode (SDM 1 3.3.7.1), else one of 32 bits."""
-    (efer,) = struct.unpack_from("<Q", sregs, _EFER)
-    if not efer & EFER_LMA:
+    if not quad(sregs, EFER) & EFER_LMA:
         return address < 1 << 32
-    bits = 57 if _CONTROL.unpack_from(sregs, _CONTROL_AT)[3] & CR4_LA57 else 48
+    bits = 57 if quad(sregs, CR4) & CR4_LA57 else 48
     return address >> (bits - 1) in (0, (1 << (65 - bits)) - 1)
 
 
@@ -184,10 +185,10 @@ def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 
         _set_control(sregs, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG, cr3=top, cr4_more=CR4_PAE)
     elif mode == "protected":
         _set_control(sregs, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE, cr3=0, cr4_more=0)
-    struct.pack_into("<Q", sregs, _EFER, EFER_LME | EFER_LMA if mode == "long" else 0)
+    put_quad(sregs, EFER, EFER_LME | EFER_LMA if mode == "long" else 0)
     regs = bytearray(cpu.get_state("regs"))
     for offset, value in ((RIP, 0), (RSP, top), (RFLAGS, RFLAGS_FIXED)):
-        struct.pack_into("<Q", regs, offset, value)
+        put_quad(regs, offset, value)
     cpu.set_state("sregs", bytes(sregs))
     cpu.set_state("regs", bytes(regs))
 
@@ -195,9 +196,9 @@ def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 
 def _set_real(sregs: bytearray) -> None:
     data = Segment(0, 0xFFFF, 0, _DATA_TYPE, present=1, dpl=0, db=0, s=1, l=0, g=0)
     _set_segments(sregs, data._replace(type=_CODE_TYPE), data)
-    _TABLE.pack_into(sregs, _GDTR, 0, 0xFFFF)
-    _TABLE.pack_into(sregs, _IDTR, 0, 0x3FF)  # the interrupt vector table: 256 far pointers
-    _CONTROL.pack_into(sregs, _CONTROL_AT, CR0_ET, 0, 0, 0, 0)
+    TABLE.pack_into(sregs, GDTR, 0, 0xFFFF)
+    TABLE.pack_into(sregs, IDTR, 0, 0x3FF)  # the interrupt vector table: 256 far pointers
+    _CONTROL.pack_into(sregs, CONTROL_AT, CR0_ET, 0, 0, 0, 0)
 
 
 def _set_flat(sregs: bytearray, *, long: bool, gdt: int) -> bytes:
@@ -210,8 +211,8 @@ def _set_flat(sregs: bytearray, *, long: bool, gdt: int) -> bytes:
     user = [part._replace(dpl=3) for part in (code32, data, code64)]
     table = [code, data, *(user if long else user[:2])]
     gdt_bytes = bytes(8) + b"".join(part.descriptor() for part in table)
-    _TABLE.pack_into(sregs, _GDTR, gdt, len(gdt_bytes) - 1)
-    _TABLE.pack_into(sregs, _IDTR, 0, 0)  # no IDT: an exception is a triple fault, not a jump to wherever
+    TABLE.pack_into(sregs, GDTR, gdt, len(gdt_bytes) - 1)
+    TABLE.pack_into(sregs, IDTR, 0, 0)  # no IDT: an exception is a triple fault, not a jump to wherever
     return gdt_bytes
 
 
@@ -219,14 +220,14 @@ def _set_segments(sregs: bytearray, code: Segment, data: Segment) -> None:
     # TR has to be usable and a busy TSS, LDTR may be unusable (SDM 3C 27.3.1.2).
     tss = Segment(0, 0xFFFF, 0, _BUSY_TSS, present=1, dpl=0, db=0, s=0, l=0, g=0)
     ldt = Segment(0, 0xFFFF, 0, _LDT_TYPE, present=1, dpl=0, db=0, s=0, l=0, g=0)
-    for number, name in enumerate(_SEGMENTS):
-        segment = {"cs": code, "tr": tss, "ldt": ldt}.get(name, data)
-        _SEGMENT.pack_into(sregs, number * _SEGMENT.size, *segment)
+    for number, name in enumerate(SEGMENTS):
+        segment = {"cs": code, "tr": tss, "ldtr": ldt}.get(name, data)
+        SEGMENT.pack_into(sregs, number * SEGMENT.size, *segment)
 
 
 def _set_control(sregs: bytearray, *, cr0: int, cr3: int, cr4_more: int) -> None:
     cr4 = CR4_OSFXSR | CR4_OSXMMEXCPT | cr4_more
-    _CONTROL.pack_into(sregs, _CONTROL_AT, cr0, 0, cr3, cr4, 0)
+    _CONTROL.pack_into(sregs, CONTROL_AT, cr0, 0, cr3, cr4, 0)
 
 
 def _page_tables_size(reach: int) -> int:

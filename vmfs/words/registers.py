@@ -1,8 +1,8 @@
 """REGISTERS: every register by name, with its width and where it lies in which KVM UAPI struct.
 
 The table drives the files `registers` and `reg/`, the constants of vmfs.h, the Python client and gdb.
-Layouts: Linux arch/x86/include/uapi/asm/kvm.h. Names: Intel SDM; fields of a segment's hidden part and of
-the descriptor table registers behind a dot (`cs.base`, `gdtr.limit`).
+Names: Intel SDM; fields of a segment's hidden part and of the descriptor table registers after a dot (`cs.base`,
+`gdtr.limit`).
 
 MSRs are not rows, because which there are is the engine's to say: they are `msr.0xc0000082`, see `parse_msr`.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from vmfs.words import layouts
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
 from vmfs.words.numbers import parse_number
 
@@ -56,69 +57,31 @@ class Register:
         return parse_number(text, self.settable, what=self.name)
 
 
-_GENERAL = (
-    "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"  # the order of struct kvm_regs
-).split()
-
-# struct kvm_segment, 24 bytes: field, bits, offset, bits that a descriptor has for it (SDM 3A 3.4.5).
-_SEGMENT = (
-    ("", 16, 12, 16),  # selector
-    (".base", 64, 0, 64),
-    (".limit", 32, 8, 32),
-    (".type", 8, 14, 4),
-    (".present", 8, 15, 1),
-    (".dpl", 8, 16, 2),
-    (".db", 8, 17, 1),
-    (".s", 8, 18, 1),
-    (".l", 8, 19, 1),
-    (".g", 8, 20, 1),
-    (".avl", 8, 21, 1),
-    (".unusable", 8, 22, 1),
-)
-_SEGMENTS = "cs ds es fs gs ss tr ldtr".split()  # the order of struct kvm_sregs
-_TABLES = ("gdtr", "idtr")  # struct kvm_dtable, 16 bytes: base, limit
-_CONTROL = "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()  # 8 bytes each, behind the tables
-_TABLES_AT = 24 * len(_SEGMENTS)
-_CONTROL_AT = _TABLES_AT + 16 * len(_TABLES)
+# Bits that a register has, where the struct has more room: those that a descriptor has for a segment (SDM 3A 3.4.5),
+# and a priority class for CR8 (SDM 3A 11.8.6.1), of which KVM takes more, and keeps 0.
+_USED = {"type": 4, "present": 1, "dpl": 2, "db": 1, "s": 1, "l": 1, "g": 1, "avl": 1, "unusable": 1, "cr8": 4}
 
 
 def _sregs() -> Iterable[Register]:
-    for index, segment in enumerate(_SEGMENTS):
-        for suffix, bits, offset, used in _SEGMENT:
-            yield Register(segment + suffix, bits, "sregs", 24 * index + offset, used=used)
-    for index, table in enumerate(_TABLES):
-        yield Register(f"{table}.base", 64, "sregs", _TABLES_AT + 16 * index)
-        yield Register(f"{table}.limit", 16, "sregs", _TABLES_AT + 16 * index + 8)
-    for index, name in enumerate(_CONTROL):
-        used = 4 if name == "cr8" else 64  # a priority class (SDM 3A 11.8.6.1); KVM takes more, and keeps 0
-        yield Register(name, 64, "sregs", _CONTROL_AT + 8 * index, used=used)
-
-
-def _fpu() -> Iterable[Register]:
-    # struct kvm_fpu: fpr[8][16], fcw, fsw, ftwx (the FXSAVE form: a bit a register), pad, last_opcode,
-    # last_ip, last_dp, xmm[16][16], mxcsr. fpr is in the order of the register stack: st0 first.
-    for index in range(8):
-        yield Register(f"st{index}", 80, "fpu", 16 * index)
-    yield Register("fcw", 16, "fpu", 128)
-    yield Register("fsw", 16, "fpu", 130)
-    yield Register("ftw", 8, "fpu", 132)
-    yield Register("fop", 16, "fpu", 134)
-    yield Register("fip", 64, "fpu", 136)
-    yield Register("fdp", 64, "fpu", 144)
-    for index in range(16):
-        yield Register(f"xmm{index}", 128, "fpu", 152 + 16 * index)
-    yield Register("mxcsr", 32, "fpu", 408)
+    for index, segment in enumerate(layouts.SEGMENTS):
+        for field, (bits, offset) in layouts.SEGMENT_FIELDS.items():
+            name = segment if field == "selector" else f"{segment}.{field}"
+            at = index * layouts.SEGMENT.size + offset
+            yield Register(name, bits, "sregs", at, used=_USED.get(field, bits))
+    for index, table in enumerate(layouts.TABLES):
+        at = layouts.GDTR + index * layouts.TABLE.size
+        yield Register(f"{table}.base", 64, "sregs", at)
+        yield Register(f"{table}.limit", 16, "sregs", at + 8)
+    for index, name in enumerate(layouts.CONTROL):
+        yield Register(name, 64, "sregs", layouts.CONTROL_AT + 8 * index, used=_USED.get(name, 64))
 
 
 _ROWS = (
-    *(Register(name, 64, "regs", 8 * index) for index, name in enumerate(_GENERAL)),
+    *(Register(name, 64, "regs", 8 * index) for index, name in enumerate(layouts.GENERAL)),
     *_sregs(),
-    *(Register(f"dr{number}", 64, "debugregs", 8 * number) for number in range(4)),
-    Register("dr6", 64, "debugregs", 32),
-    Register("dr7", 64, "debugregs", 40),
-    # struct kvm_xcrs: nr_xcrs, flags, then struct kvm_xcr {xcr, reserved, value}; XCR0 is the only one.
-    Register("xcr0", 64, "xcrs", 16),
-    *_fpu(),
+    *(Register(name, 64, "debugregs", offset) for name, offset in layouts.DEBUGREGS_FIELDS.items()),
+    Register("xcr0", 64, "xcrs", layouts.XCR0),
+    *(Register(name, bits, "fpu", offset) for name, (bits, offset) in layouts.FPU_FIELDS.items()),
 )
 
 REGISTERS: Mapping[str, Register] = {row.name: row for row in _ROWS}

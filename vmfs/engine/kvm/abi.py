@@ -1,4 +1,5 @@
 """KVM's system call interface: ioctl numbers, constants and struct layouts, and no logic.
+What lies where in states is in vmfs/words/layouts.py.
 
 Source of every number: Linux include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h. What they mean:
 Linux Documentation/virt/kvm/api.rst. tests/unit/test_kvm_abi.py checks them against the host's headers.
@@ -166,11 +167,8 @@ KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY = 1, 2
 DIRTY_LOG = struct.Struct("<IIQ")  # slot, padding, address of the bitmap
 ENABLE_CAP = struct.Struct("<II4Q64x")  # cap, flags, args
 IRQ_LEVEL = struct.Struct("<II")  # irq, level
-IRQCHIP = struct.Struct("<II512s")  # chip_id, pad, chip
-IRQCHIPS = 3  # PIC master, PIC slave, IOAPIC are chip ids 0, 1, 2
 PIT_CONFIG = struct.Struct("<I60x")  # flags
 KVM_PIT_SPEAKER_DUMMY = 1  # KVM answers port 0x61, too
-CLOCK_FLAGS = 8  # offset of flags (u32) in struct kvm_clock_data
 
 SIGNAL_MASK = struct.Struct("<IQ")  # len (8), sigset
 TRANSLATION = struct.Struct("<QQBBB5x")  # linear_address, physical_address, valid, writeable, usermode
@@ -182,46 +180,8 @@ KVM_GUESTDBG_USE_HW_BP = 0x20000
 KVM_GUESTDBG_INJECT_DB = 0x40000
 KVM_GUESTDBG_BLOCKIRQ = 0x100000
 
-MSRS_HEAD = struct.Struct("<II")  # nmsrs, pad
-MSR_ENTRY = struct.Struct("<IIQ")  # index, reserved, data
 MSR_LIST_HEAD = struct.Struct("<I")  # nmsrs; then a u32 each
-CPUID_HEAD = struct.Struct("<II")  # nent, padding
-CPUID_ENTRY = struct.Struct("<7I12x")  # function, index, flags, eax, ebx, ecx, edx
 CPUID_MAX_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES in arch/x86/kvm/cpuid.h
 
-# Sizes of the states of a fixed size.
-SIZES = {
-    "regs": 144,
-    "sregs": 312,
-    "fpu": 416,
-    "xsave": 4096,
-    "xcrs": 392,
-    "debugregs": 128,
-    "events": 64,
-    "mp_state": 4,
-    "lapic": 1024,
-    "irqchip": IRQCHIPS * IRQCHIP.size,
-    "pit": 112,
-    "clock": 48,
-}
-REGS_RIP = 128  # offset in struct kvm_regs
-REGS_RFLAGS = 136
-SREGS_SS_DPL = 5 * 24 + 16  # offset in struct kvm_sregs: cs ds es fs gs ss
-SREGS_CR0, SREGS_CR8 = 224, 256  # offsets in struct kvm_sregs
-
-# struct kvm_fpu, and the same in the order of the legacy area of struct kvm_xsave (Intel SDM 1 13.4.1).
-FPU = struct.Struct("<128sHHBxHQQ256sI4x")  # st, fcw fsw ftwx last_opcode last_ip last_dp, xmm, mxcsr
-XSAVE_LEGACY = struct.Struct("<HHBxHQQI4x128s256s")  # fcw fsw ftwx fop rip rdp mxcsr, st, xmm
-XSAVE_STATE_BV = 512  # u64, the first of the XSAVE header (SDM 1 13.4.2)
-XSAVE_X87, XSAVE_SSE = 1 << 0, 1 << 1
-DEBUGREGS_DR6 = 32  # offset in struct kvm_debugregs
-EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING = 0, 3  # offsets in struct kvm_vcpu_events
-# What of it is on its way to the guest: exception.injected and .pending, interrupt.injected, nmi.injected and .pending.
-EVENTS_UNDER_WAY = (EVENTS_EXCEPTION_INJECTED, EVENTS_EXCEPTION_PENDING, 8, 12, 13)
-# struct kvm_mp_state
-MP_STATE_RUNNABLE, MP_STATE_HALTED = struct.pack("<I", 0), struct.pack("<I", 3)
 # An LVT entry, and a redirection entry of the IOAPIC: delivery modes in bits 10:8 (Intel SDM 3A 11.6.1)
 ENTRY_MASKED, UNMASKABLE_MODES = 1 << 16, (4, 5)  # NMI, INIT
-LAPIC_LINT0 = 0x350  # offset in struct kvm_lapic_state
-# The third struct kvm_irqchip, of 520 bytes, behind its chip_id: base_address, ioregsel, id, irr, pad, redirtbl
-IOAPIC_PINS, IOAPIC_PINS_AT = "<24Q", 2 * 520 + 8 + 24

@@ -29,6 +29,7 @@ from vmfs.engine.kvm.deadline import Deadline
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
 from vmfs.engine.rest import NEVER, Chips, Time
+from vmfs.words import layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, known
 
 # Intel CPUs without "unrestricted guest" run real mode as v8086 tasks, with a TSS (3 pages) and an identity
@@ -275,7 +276,7 @@ class KvmMachine(Machine):
     # CPUs and interrupt controllers
 
     def _read_pins(self) -> tuple[int, ...]:
-        return struct.unpack_from(abi.IOAPIC_PINS, self.get_state("irqchip"), abi.IOAPIC_PINS_AT)
+        return struct.unpack_from(layouts.IOAPIC_PINS, self.get_state("irqchip"), layouts.IOAPIC_PINS_AT)
 
     def create_vcpu(self, index: int) -> KvmVcpu:
         if index in self._vcpus:
@@ -326,8 +327,7 @@ class KvmMachine(Machine):
         self._deadline.set(when)
 
     def _clock(self) -> int:
-        (now,) = struct.unpack_from("<Q", self._get(Ioctl.KVM_GET_CLOCK, bytearray(abi.SIZES["clock"])))
-        return int(now)
+        return layouts.quad(self._get(Ioctl.KVM_GET_CLOCK, bytearray(layouts.SIZES["clock"])), layouts.CLOCK)
 
     def _kick(self) -> None:
         for vcpu in list(self._vcpus.values()):
@@ -346,11 +346,11 @@ class KvmMachine(Machine):
         if name == "chips":
             return progress.chips(bytes(self._lines), self.get_state("pit") if self._has_irqchip else None).pack()
         if name == "clock":
-            return self._get(Ioctl.KVM_GET_CLOCK, bytearray(abi.SIZES["clock"]))
+            return self._get(Ioctl.KVM_GET_CLOCK, bytearray(layouts.SIZES["clock"]))
         self._need_state(name)
         if name == "pit":
-            return self._get(Ioctl.KVM_GET_PIT2, bytearray(abi.SIZES["pit"]))
-        chips = (bytearray(abi.IRQCHIP.pack(chip, 0, b"")) for chip in range(abi.IRQCHIPS))
+            return self._get(Ioctl.KVM_GET_PIT2, bytearray(layouts.SIZES["pit"]))
+        chips = (bytearray(layouts.IRQCHIP.pack(chip, 0, b"")) for chip in range(layouts.IRQCHIPS))
         return b"".join(self._get(Ioctl.KVM_GET_IRQCHIP, chip) for chip in chips)
 
     def set_state(self, name: str, data: bytes) -> None:
@@ -364,8 +364,8 @@ class KvmMachine(Machine):
             return
         if name != "clock":
             self._need_state(name)
-        if len(data) != abi.SIZES[name]:
-            raise Invalid(f"{name} has {abi.SIZES[name]} bytes, not {len(data)}")
+        if len(data) != layouts.SIZES[name]:
+            raise Invalid(f"{name} has {layouts.SIZES[name]} bytes, not {len(data)}")
         if name == "clock":
             self._set_clock(int.from_bytes(data[:8], "little"))
         elif name == "pit":
@@ -375,13 +375,13 @@ class KvmMachine(Machine):
 
     def _set_clock(self, now: int) -> None:
         """Without the flags, which say what KVM_GET_CLOCK knew: KVM_CLOCK_REALTIME would add the time since then."""
-        ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, now.to_bytes(8, "little").ljust(abi.SIZES["clock"], b"\0"))
+        ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, now.to_bytes(8, "little").ljust(layouts.SIZES["clock"], b"\0"))
 
     def _set_irqchip(self, data: bytes) -> None:
-        size = abi.IRQCHIP.size
-        chips = [data[chip * size : (chip + 1) * size] for chip in range(abi.IRQCHIPS)]
+        size = layouts.IRQCHIP.size
+        chips = [data[chip * size : (chip + 1) * size] for chip in range(layouts.IRQCHIPS)]
         for number, chip in enumerate(chips):
-            if abi.IRQCHIP.unpack(chip)[0] != number:
+            if layouts.IRQCHIP.unpack(chip)[0] != number:
                 raise Invalid(f"irqchip: chip_id of part {number} is not {number}")
         for chip in chips:
             ioctl_set(self._fd, Ioctl.KVM_SET_IRQCHIP, chip)

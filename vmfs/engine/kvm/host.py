@@ -8,6 +8,7 @@ from pathlib import Path
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl
+from vmfs.words import layouts
 
 _LEAF_1_ECX_X2APIC, _LEAF_1_ECX_TSC_DEADLINE = 1 << 21, 1 << 24
 
@@ -63,8 +64,8 @@ class HostFacts:
         """`struct kvm_cpuid2` of a new CPU: all that the host supports (KVM_GET_SUPPORTED_CPUID)."""
         key = index, has_irqchip
         if key not in self._made_cpuids:
-            buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
-            abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
+            buffer = bytearray(layouts.LIST_HEAD.size + abi.CPUID_MAX_ENTRIES * layouts.CPUID_ENTRY.size)
+            layouts.LIST_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
             ioctl(device, Ioctl.KVM_GET_SUPPORTED_CPUID, buffer)
             self._made_cpuids[key] = made_cpuid(trim_cpuid(buffer), index, has_irqchip=has_irqchip)
         return self._made_cpuids[key]
@@ -73,8 +74,8 @@ class HostFacts:
 def made_cpuid(supported: bytes, index: int, *, has_irqchip: bool) -> bytes:
     """`supported`, with what is the CPU's own in it: its APIC id, and what needs a LAPIC."""
     data = bytearray(supported)
-    for at in range(abi.CPUID_HEAD.size, len(data), abi.CPUID_ENTRY.size):
-        function, subleaf, flags, eax, ebx, ecx, edx = abi.CPUID_ENTRY.unpack_from(data, at)
+    for at in range(layouts.LIST_HEAD.size, len(data), layouts.CPUID_ENTRY.size):
+        function, subleaf, flags, eax, ebx, ecx, edx = layouts.CPUID_ENTRY.unpack_from(data, at)
         if function == 1:  # Intel SDM 2A, CPUID: EBX[31:24] is the initial APIC id
             ebx = ebx & 0x00FFFFFF | (index & 0xFF) << 24
             # KVM says it could emulate an x2APIC, and does not say that it has the deadline timer; both are
@@ -85,11 +86,11 @@ def made_cpuid(supported: bytes, index: int, *, has_irqchip: bool) -> bytes:
             edx = index
         elif function == 0x8000001E:  # AMD APM 3: EAX is the extended APIC id
             eax = index
-        abi.CPUID_ENTRY.pack_into(data, at, function, subleaf, flags, eax, ebx, ecx, edx)
+        layouts.CPUID_ENTRY.pack_into(data, at, function, subleaf, flags, eax, ebx, ecx, edx)
     return bytes(data)
 
 
 def trim_cpuid(buffer: bytearray) -> bytes:
     """`struct kvm_cpuid2` without the room behind its entries."""
-    count = abi.CPUID_HEAD.unpack_from(buffer)[0]
-    return bytes(buffer[: abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size])
+    count = layouts.LIST_HEAD.unpack_from(buffer)[0]
+    return bytes(buffer[: layouts.LIST_HEAD.size + count * layouts.CPUID_ENTRY.size])

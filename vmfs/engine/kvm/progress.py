@@ -8,15 +8,14 @@ gate.
 
 from __future__ import annotations
 
-import struct
 import time
 from dataclasses import dataclass
 
 from vmfs.engine.rest import CAUSES, Channel, Chips, Flag, Progress, Reading, Reason, Waiting
-from vmfs.words import exits
+from vmfs.words import exits, layouts
 from vmfs.words.errors import Invalid
+from vmfs.words.layouts import quad, with_quad
 
-_PIT_CHANNEL = struct.Struct("<IH10Bq")  # struct kvm_pit_channel_state: count, latched_count, ..., count_load_time
 _PIT_HZ = 1193182
 _MODE_UNSET = 0xFF
 _REASONS = {
@@ -59,7 +58,6 @@ class Again:
         return taken
 
 
-_RCX = 16  # offset in struct kvm_regs
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _INS = (0x6C, 0x6D)
 
@@ -72,11 +70,10 @@ class StringCount:
     mask: int
 
     def left_in(self, regs: bytes) -> int:
-        return int.from_bytes(regs[_RCX : _RCX + 8], "little") & self.mask
+        return quad(regs, layouts.RCX) & self.mask
 
     def with_count(self, regs: bytes, count: int) -> bytes:
-        rcx = int.from_bytes(regs[_RCX : _RCX + 8], "little") & ~self.mask | count
-        return regs[:_RCX] + rcx.to_bytes(8, "little") + regs[_RCX + 8 :]
+        return with_quad(regs, layouts.RCX, quad(regs, layouts.RCX) & ~self.mask | count)
 
 
 def string_count(code: bytes, bits: int, regs: bytes) -> StringCount | None:
@@ -90,7 +87,7 @@ def string_count(code: bytes, bits: int, regs: bytes) -> StringCount | None:
             return None
         size = {16: 32, 32: 16, 64: 32}[bits] if 0x67 in prefixes else bits
         mask = (1 << size) - 1
-        return StringCount(int.from_bytes(regs[_RCX : _RCX + 8], "little") & mask, mask)
+        return StringCount(quad(regs, layouts.RCX) & mask, mask)
     return None
 
 
@@ -165,7 +162,7 @@ def chips(lines: bytes, pit: bytes | None) -> Chips:
     now = time.monotonic_ns()  # which KVM's count_load_time is of
     channels = []
     for at in range(3):
-        count, *fields, load = _PIT_CHANNEL.unpack_from(pit, at * _PIT_CHANNEL.size)
+        count, *fields, load = layouts.PIT_CHANNEL.unpack_from(pit, at * layouts.PIT_CHANNEL.size)
         counts = fields[8] != _MODE_UNSET and 0 <= load <= now
         since = now - load if counts else -1
         ticks = since * _PIT_HZ // 1_000_000_000 if counts else 0

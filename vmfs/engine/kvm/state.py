@@ -10,7 +10,9 @@ from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts, trim_cpuid
+from vmfs.words import layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.layouts import put_quad, quad
 from vmfs.words.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
@@ -51,7 +53,7 @@ class VcpuState:
         self._facts = facts
         self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
         # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
-        self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), abi.SIZES["xsave"])
+        self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), layouts.SIZES["xsave"])
         self.set("cpuid", facts.made_cpuid(device, index, has_irqchip=has_irqchip))
         self._has_made_cpuid = True
         # Without interrupt controllers nothing but the CPU's own runs and sets changes it: until then it has what
@@ -79,7 +81,7 @@ class VcpuState:
         if name == "fpu":
             return self._get_fpu()
         get = _PLAIN[name].get
-        if name == "xsave" and self._xsave_size > abi.SIZES["xsave"]:
+        if name == "xsave" and self._xsave_size > layouts.SIZES["xsave"]:
             get = Ioctl.KVM_GET_XSAVE2
         buffer = bytearray(self._size(name))
         ioctl(self._fd, get, buffer)
@@ -108,7 +110,7 @@ class VcpuState:
         self._fd, self._made = -1, None
 
     def _size(self, name: str) -> int:
-        return self._xsave_size if name == "xsave" else abi.SIZES[name]
+        return self._xsave_size if name == "xsave" else layouts.SIZES[name]
 
     def _check_name(self, name: str) -> None:
         if name not in VCPU_STATES:
@@ -122,9 +124,8 @@ class VcpuState:
         That is right where rip changes, and loses a fault of the guest where another register does.
         """
         events = self.get("events")
-        exception = events[abi.EVENTS_EXCEPTION_INJECTED] or events[abi.EVENTS_EXCEPTION_PENDING]
-        rip = slice(abi.REGS_RIP, abi.REGS_RIP + 8)
-        keep = exception and self.get("regs")[rip] == data[rip]
+        exception = events[layouts.EXCEPTION_INJECTED] or events[layouts.EXCEPTION_PENDING]
+        keep = exception and quad(self.get("regs"), layouts.RIP) == quad(data, layouts.RIP)
         ioctl_set(self._fd, Ioctl.KVM_SET_REGS, data)
         if keep:
             self.set("events", events)
@@ -134,43 +135,42 @@ class VcpuState:
 
     def _get_fpu(self) -> bytes:
         xsave = self.get("xsave")
-        fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm = abi.XSAVE_LEGACY.unpack_from(xsave)
-        return abi.FPU.pack(st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr)
+        fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm = layouts.XSAVE_LEGACY.unpack_from(xsave)
+        return layouts.FPU.pack(st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr)
 
     def _set_fpu(self, data: bytes) -> None:
-        st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr = abi.FPU.unpack(data)
+        st, fcw, fsw, ftwx, opcode, ip, dp, xmm, mxcsr = layouts.FPU.unpack(data)
         if mxcsr & _MXCSR_RESERVED:
             raise Invalid(f"fpu: mxcsr {mxcsr:#x} has reserved bits set")
         xsave = bytearray(self.get("xsave"))
-        abi.XSAVE_LEGACY.pack_into(xsave, 0, fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm)
-        (state_bv,) = struct.unpack_from("<Q", xsave, abi.XSAVE_STATE_BV)
-        state_bv |= abi.XSAVE_X87 | abi.XSAVE_SSE
-        struct.pack_into("<Q", xsave, abi.XSAVE_STATE_BV, state_bv)
+        layouts.XSAVE_LEGACY.pack_into(xsave, 0, fcw, fsw, ftwx, opcode, ip, dp, mxcsr, st, xmm)
+        in_use = quad(xsave, layouts.XSAVE_STATE_BV) | layouts.XSAVE_X87 | layouts.XSAVE_SSE
+        put_quad(xsave, layouts.XSAVE_STATE_BV, in_use)
         self.set("xsave", bytes(xsave))
 
     # MSRs
 
     def get_msr(self, index: int) -> int:
-        buffer = bytearray(_pack_msrs([(index, 0)]))
+        buffer = bytearray(layouts.pack_msrs([(index, 0)]))
         if ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer) != 1:
             raise Invalid(f"KVM_GET_MSRS: this CPU has no MSR {index:#x}")
-        return _unpack_msrs(buffer)[0][1]
+        return layouts.unpack_msrs(buffer)[0][1]
 
     def _set_sregs(self, data: bytes) -> None:
         """PVM drops CR0.PG outside of long mode without a word; then it is refused, and all is as it was."""
         before = self.get("sregs")
         ioctl_set(self._fd, Ioctl.KVM_SET_SREGS, data)
-        if _cr0(data) & CR0_PG and not _cr0(self.get("sregs")) & CR0_PG:
+        if quad(data, layouts.CR0) & CR0_PG and not quad(self.get("sregs"), layouts.CR0) & CR0_PG:
             ioctl_set(self._fd, Ioctl.KVM_SET_SREGS, before)
             raise Unsupported("cr0: the host's KVM drops PG: it has paging in long mode only")
 
     def set_msr(self, index: int, value: int) -> None:
         self._made = None
-        if ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, _pack_msrs([(index, value)])) != 1:
+        if ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, layouts.pack_msrs([(index, value)])) != 1:
             raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
 
     def _get_msrs(self, indices: tuple[int, ...]) -> bytes:
-        buffer = bytearray(_pack_msrs([(index, 0) for index in indices]))
+        buffer = bytearray(layouts.pack_msrs([(index, 0) for index in indices]))
         count = ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer)
         if count != len(indices):
             raise EngineFailed(f"KVM_GET_MSRS: MSR {indices[count]:#x} could be read, and now cannot")
@@ -178,7 +178,7 @@ class VcpuState:
 
     def _set_msrs(self, data: bytes) -> None:
         """All or none: KVM stops at the first that it refuses; those before get their old values back."""
-        entries = _unpack_msrs(data)
+        entries = layouts.unpack_msrs(data)
         before = []
         for index, _value in entries:
             before.append((index, self.get_msr(index)))
@@ -186,7 +186,7 @@ class VcpuState:
         if count == len(entries):
             return
         undo = before[:count]
-        if undo and ioctl(self._fd, Ioctl.KVM_SET_MSRS, bytearray(_pack_msrs(undo))) != len(undo):
+        if undo and ioctl(self._fd, Ioctl.KVM_SET_MSRS, bytearray(layouts.pack_msrs(undo))) != len(undo):
             raise EngineFailed("KVM_SET_MSRS: the MSRs before a bad one did not take their old values back")
         index, value = entries[count]
         raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
@@ -208,38 +208,19 @@ class VcpuState:
     # CPUID
 
     def _get_cpuid(self) -> bytes:
-        buffer = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
-        abi.CPUID_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
+        buffer = bytearray(layouts.LIST_HEAD.size + abi.CPUID_MAX_ENTRIES * layouts.CPUID_ENTRY.size)
+        layouts.LIST_HEAD.pack_into(buffer, 0, abi.CPUID_MAX_ENTRIES, 0)
         ioctl(self._fd, Ioctl.KVM_GET_CPUID2, buffer)
         return trim_cpuid(buffer)
 
     def _set_cpuid(self, data: bytes) -> None:
-        if len(data) < abi.CPUID_HEAD.size:
-            raise Invalid("cpuid: no header")
-        count = abi.CPUID_HEAD.unpack_from(data)[0]
+        layouts.check_list("cpuid", data)
+        count = layouts.LIST_HEAD.unpack_from(data)[0]
         if count > abi.CPUID_MAX_ENTRIES:
             raise Invalid(f"cpuid: {count} entries are more than {abi.CPUID_MAX_ENTRIES}")
-        if len(data) != abi.CPUID_HEAD.size + count * abi.CPUID_ENTRY.size:
-            raise Invalid(f"cpuid: nent says {count} entries, and that is not its length")
         hint = "a CPU that has run keeps its CPUID, and the host has to have what it says"
         ioctl_set(self._fd, Ioctl.KVM_SET_CPUID2, data, hint)
         self._has_made_cpuid, self._saved_msrs = False, None
-
-
-def _pack_msrs(entries: list[tuple[int, int]]) -> bytes:
-    """`struct kvm_msrs` with entries of index and value."""
-    body = (abi.MSR_ENTRY.pack(index, 0, value) for index, value in entries)
-    return abi.MSRS_HEAD.pack(len(entries), 0) + b"".join(body)
-
-
-def _unpack_msrs(data: bytes | bytearray) -> list[tuple[int, int]]:
-    if len(data) < abi.MSRS_HEAD.size:
-        raise Invalid("msrs: no header")
-    count = abi.MSRS_HEAD.unpack_from(data)[0]
-    body = data[abi.MSRS_HEAD.size :]
-    if len(body) != count * abi.MSR_ENTRY.size:
-        raise Invalid(f"msrs: nmsrs says {count} entries, and that is not its length")
-    return [(index, value) for index, _reserved, value in abi.MSR_ENTRY.iter_unpack(body)]
 
 
 def _msr_list(device: int) -> tuple[int, ...]:
@@ -255,11 +236,7 @@ def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[t
     """The MSRs that KVM_GET_MSRS or KVM_SET_MSRS takes: each call stops at the first that it does not."""
     accepted: list[tuple[int, int]] = []
     while entries:
-        count = ioctl(fd, request, bytearray(_pack_msrs(entries)))
+        count = ioctl(fd, request, bytearray(layouts.pack_msrs(entries)))
         accepted += entries[:count]
         entries = entries[count + 1 :]
     return accepted
-
-
-def _cr0(sregs: bytes) -> int:
-    return int.from_bytes(sregs[abi.SREGS_CR0 : abi.SREGS_CR0 + 8], "little")

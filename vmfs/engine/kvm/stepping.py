@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmfs.engine.base import Watchpoint
-from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.debugregs import Plan
-from vmfs.words import exits
-from vmfs.words.modes import CodeMode
+from vmfs.words import exits, layouts
+from vmfs.words.layouts import quad
+from vmfs.words.modes import CR0_PE, EFER_LMA, CodeMode
 
 _PAGE = 4096
-_CR0, _CR3, _EFER = 224, 240, 264  # offsets in struct kvm_sregs
-_CR0_PE, _EFER_LMA = 1 << 0, 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +30,11 @@ class Look:
     watched: tuple[bytes, ...] = ()
 
 
-def _quad(blob: bytes, at: int) -> int:
-    return int.from_bytes(blob[at : at + 8], "little")
-
-
 def look(regs: bytes, sregs: bytes, watched: tuple[bytes, ...] = ()) -> Look:
     code = CodeMode.of(regs, sregs)
-    mode = 2 if _quad(sregs, _EFER) & _EFER_LMA else sregs[_CR0] & _CR0_PE
-    cpl = sregs[abi.SREGS_SS_DPL]
-    return Look(code.ip, code.address, cpl, mode, _quad(sregs, _CR3), watched)
+    mode = 2 if quad(sregs, layouts.EFER) & EFER_LMA else quad(sregs, layouts.CR0) & CR0_PE
+    cpl = sregs[layouts.SS_DPL]
+    return Look(code.ip, code.address, cpl, mode, quad(sregs, layouts.CR3), watched)
 
 
 def watched_bytes(

@@ -20,9 +20,10 @@ from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.state import VcpuState
 from vmfs.engine.rest import NOTHING, Flag, Progress, Read, Reading
-from vmfs.words import exits
+from vmfs.words import exits, layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.words.exits import Exit
+from vmfs.words.layouts import put_quad, quad, with_quad
 from vmfs.words.modes import RFLAGS_IF, CodeMode, is_linear
 from vmfs.words.unclaimed import Unclaimed, Use
 
@@ -33,7 +34,7 @@ _KICK_SIGNALS = frozenset({KICK_SIGNAL})
 
 _RUN = int(Ioctl.KVM_RUN)
 _EXIT_REASON = abi.RUN_EXIT_REASON // 4  # in words of 4 bytes
-_RIP = (abi.RUN_SYNC_REGS + abi.REGS_RIP) // 8  # in words of 8 bytes
+_RIP = (abi.RUN_SYNC_REGS + layouts.RIP) // 8  # in words of 8 bytes
 
 _HLT = 0xF4
 # PICs, PIT, port B, ELCRs: with interrupt controllers they are KVM's.
@@ -175,36 +176,34 @@ class KvmVcpu(Vcpu):
         return exit_
 
     def _is_asleep(self) -> bool:
-        return self._state.get("mp_state") != abi.MP_STATE_RUNNABLE
+        return self._state.get("mp_state") != layouts.RUNNABLE
 
     def _sleeps_for_good(self) -> bool:
         """Whether nothing can wake it. There is no other CPU, and it waits for an INIT or a SIPI; or it is in HLT with
         interrupts off, no event is pending, and no pin can send an NMI."""
         mp_state = self._state.get("mp_state")
-        if mp_state == abi.MP_STATE_RUNNABLE or not self._is_alone():
+        if mp_state == layouts.RUNNABLE or not self._is_alone():
             return False
-        if mp_state != abi.MP_STATE_HALTED:
+        if mp_state != layouts.HALTED:
             return True
         self._deliver_nmi()
-        rflags = int.from_bytes(self._state.get("regs")[abi.REGS_RFLAGS : abi.REGS_RFLAGS + 8], "little")
-        if rflags & RFLAGS_IF:
+        if quad(self._state.get("regs"), layouts.RFLAGS) & RFLAGS_IF:
             return False
         events = self._state.get("events")
-        return not any(events[at] for at in abi.EVENTS_UNDER_WAY) and not self._can_get_nmis()
+        return not any(events[at] for at in layouts.UNDER_WAY) and not self._can_get_nmis()
 
     def _can_get_nmis(self) -> bool:
         """Whether LINT0, or a pin of the IOAPIC, is set up to send an NMI or an INIT."""
-        entries = [struct.unpack_from("<I", self._state.get("lapic"), abi.LAPIC_LINT0)[0], *self._read_pins()]
+        entries = [struct.unpack_from("<I", self._state.get("lapic"), layouts.LAPIC_LINT0)[0], *self._read_pins()]
         return any(not entry & abi.ENTRY_MASKED and entry >> 8 & 7 in abi.UNMASKABLE_MODES for entry in entries)
 
     def _halted(self) -> Exit:
         """The next run goes on behind HLT."""
-        if self._state.get("mp_state") == abi.MP_STATE_HALTED:
-            self._state.set("mp_state", abi.MP_STATE_RUNNABLE)
+        if self._state.get("mp_state") == layouts.HALTED:
+            self._state.set("mp_state", layouts.RUNNABLE)
             self._may_sleep = False
         self._access, self._written = _NO_ACCESS, b""
-        rip = int.from_bytes(self._state.get("regs")[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-        return exits.Hlt(rip=rip, cpu=self.index)
+        return exits.Hlt(rip=quad(self._state.get("regs"), layouts.RIP), cpu=self.index)
 
     def _pop_stash(self) -> Exit:
         exit_ = self._stash.popleft()
@@ -419,7 +418,7 @@ class KvmVcpu(Vcpu):
         """Which reads are of one instruction, KVM does not tell. With the same registers, a second execution of an
         instruction would read from the same addresses: another address is the same execution's. `before` are the bytes
         that the read before this one has got."""
-        registers = self._run_page[abi.RUN_SYNC_REGS : abi.RUN_SYNC_REGS + abi.SIZES["regs"]]
+        registers = self._run_page[abi.RUN_SYNC_REGS : abi.RUN_SYNC_REGS + layouts.SIZES["regs"]]
         _, last, length = self._asked
         if registers != self._read_at or address in (last, *(read.address for read in self._reads)):
             self._reads = ()
@@ -471,7 +470,7 @@ class KvmVcpu(Vcpu):
             return exits.Debug(cause="step", rip=self._rip(), cpu=self.index)
         # The guest's own: KVM intercepts every #DB while it debugs. Hand it back, with DR6 as the CPU had it.
         registers = bytearray(self._state.get("debugregs"))
-        registers[abi.DEBUGREGS_DR6 : abi.DEBUGREGS_DR6 + 8] = dr6.to_bytes(8, "little")
+        put_quad(registers, layouts.DR6, dr6)
         self._state.set("debugregs", bytes(registers))
         self._arm(points, abi.KVM_GUESTDBG_INJECT_DB)
         return None
@@ -579,7 +578,7 @@ class KvmVcpu(Vcpu):
         self._may_sleep |= self._has_irqchip and name == "mp_state"
         if name == "sregs" and not self._has_irqchip:
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
-            at = abi.SREGS_CR8
+            at = layouts.CR8
             self._run_page[abi.RUN_CR8 : abi.RUN_CR8 + 8] = data[at : at + 8]
 
     def get_msr(self, index: int) -> int:
@@ -691,7 +690,7 @@ class KvmVcpu(Vcpu):
 
     def _set_count(self, string: progress.StringCount, rip: int) -> None:
         regs = string.with_count(self._state.get("regs"), string.count + string.left_in(self._state.get("regs")))
-        self._state.set("regs", regs[: abi.REGS_RIP] + rip.to_bytes(8, "little") + regs[abi.REGS_RIP + 8 :])
+        self._state.set("regs", with_quad(regs, layouts.RIP, rip))
         self._is_fresh = False
 
     def _take_up_reads(self, again: progress.Again, points: debugregs.HardwarePoints) -> Exit | None:

@@ -21,7 +21,7 @@ from vmfs.machine.files.lines import Do, LineHandle
 from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.machine.files.waiting import finished, settled, value_of
 from vmfs.machine.runloop import UNBOUND, Bound, Run
-from vmfs.words import exits
+from vmfs.words import exits, layouts
 from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, LimitReached, PastEnd, VmfsError, WouldBlock, known
 
 STOP_SECONDS = 1.0  # how long a caller that was signalled is kept while its guest stops
@@ -150,12 +150,11 @@ class _TextHandle(LineHandle):
 class State(Kind):
     """A state of the CPU or the machine, as the bytes of its KVM UAPI struct.
 
-    `entries`: of a struct that is a count, a pad and so many entries of that many bytes. Such a struct may be
-    written whole with another count. `still`: it changes only when the CPU runs or is set, not with time.
+    A struct that is a list (`layouts.ENTRIES`) may be written whole with another count. `still`: it changes only when
+    the CPU runs or is set, not with time.
     """
 
     name: str
-    entries: int = 0
     still: bool = False
     writable = True
 
@@ -166,10 +165,8 @@ class State(Kind):
         return _StateHandle(node, nonblocking, self)
 
     def is_whole(self, data: bytes) -> bool:
-        """Whether `data` is such a struct with its entries."""
-        if not self.entries or len(data) < 8:
-            return False
-        return len(data) == 8 + self.entries * struct.unpack_from("<I", data)[0]
+        """Whether `data` is such a list with its entries."""
+        return self.name in layouts.ENTRIES and layouts.is_whole_list(self.name, data)
 
 
 class _StateHandle(Handle):

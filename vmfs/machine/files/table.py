@@ -3,7 +3,6 @@ who may read and write it."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from concurrent.futures import Future
 
@@ -28,6 +27,7 @@ from vmfs.machine.machine import Vm, check_time
 from vmfs.memory.ram import PAGE, check_size
 from vmfs.words.errors import Busy, Invalid, Unsupported
 from vmfs.words.exits import Exit
+from vmfs.words.layouts import unpack_msrs
 from vmfs.words.modes import check_mode
 from vmfs.words.numbers import parse_number, parse_size
 from vmfs.words.registers import (
@@ -224,11 +224,11 @@ CONTENTS: Mapping[str, Kind] = {
     "fpu": State("fpu", still=True),
     "xsave": State("xsave", still=True),
     "xcrs": State("xcrs", still=True),
-    "msrs": State("msrs", entries=16),
+    "msrs": State("msrs"),
     "debugregs": State("debugregs", still=True),
     "events": State("events"),
     "mp_state": State("mp_state"),
-    "cpuid": State("cpuid", entries=40, still=True),
+    "cpuid": State("cpuid", still=True),
     "lapic": State("lapic"),
     "irqchip": State("irqchip"),
     "pit": State("pit"),
@@ -314,5 +314,5 @@ def listed_registers(cpu: Vcpu) -> list[str]:
     has = {state: has_state(cpu, state) for state in {row.state for row in REGISTERS.values()}}
     names = [row.name for row in REGISTERS.values() if has[row.state]]
     if has_state(cpu, "msrs"):
-        names += [msr_name(index) for index, _, _ in struct.iter_unpack("<IIQ", cpu.get_state("msrs")[8:])]
+        names += [msr_name(index) for index, _ in unpack_msrs(cpu.get_state("msrs"))]
     return names

@@ -11,20 +11,18 @@ underscore in the place of a dot.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 from xml.sax.saxutils import quoteattr
 
+from vmfs.words import layouts
 from vmfs.words.errors import Invalid
+from vmfs.words.layouts import put_quad, quad
 from vmfs.words.modes import CodeMode
 from vmfs.words.registers import REGISTERS, msr_name, parse_msr
 
 KERNEL_GS_BASE = msr_name(0xC000_0102)
-_YMM_HIGH = 576  # of the XSAVE area, standard format: the upper halves (Intel SDM 1 13.4.2, CPUID 0DH.2)
-_XSTATE_BV = 512
-_XSTATE_AVX = 1 << 2
 _MASK = (1 << 64) - 1
 
 
@@ -172,10 +170,10 @@ def _sse(count: int) -> Iterator[Register]:
 def _avx(count: int) -> Iterator[Register]:
     for number in range(count):
 
-        def get(states: States, at: int = _YMM_HIGH + 16 * number) -> int:
+        def get(states: States, at: int = layouts.XSAVE_YMM_HIGH + 16 * number) -> int:
             area = states.blob("xsave")
-            (in_use,) = struct.unpack_from("<Q", area, _XSTATE_BV)
-            return int.from_bytes(area[at : at + 16], "little") if in_use & _XSTATE_AVX else 0
+            in_use = quad(area, layouts.XSAVE_STATE_BV)
+            return int.from_bytes(area[at : at + 16], "little") if in_use & layouts.XSAVE_AVX else 0
 
         def put(_states: States, value: int, name: str = f"ymm{number}h") -> Change:
             return {name: value}
@@ -186,12 +184,13 @@ def _avx(count: int) -> Iterator[Register]:
 def set_ymm_highs(area: bytes, values: Mapping[int, int]) -> bytes:
     """An XSAVE area with the upper halves of some YMM registers set."""
     new = bytearray(area)
-    (in_use,) = struct.unpack_from("<Q", new, _XSTATE_BV)
-    if not in_use & _XSTATE_AVX:  # in their initial state, and the bytes there mean nothing
-        new[_YMM_HIGH : _YMM_HIGH + 256] = bytes(256)
-        struct.pack_into("<Q", new, _XSTATE_BV, in_use | _XSTATE_AVX)
+    in_use = quad(new, layouts.XSAVE_STATE_BV)
+    if not in_use & layouts.XSAVE_AVX:  # in their initial state, and the bytes there mean nothing
+        new[layouts.XSAVElayouts.XSAVE_YMM_HIGH : layouts.XSAVE_AVX_END] = bytes(256)
+        put_quad(new, layouts.XSAVE_STATE_BV, in_use | layouts.XSAVE_AVX)
     for number, value in values.items():
-        new[_YMM_HIGH + 16 * number : _YMM_HIGH + 16 * number + 16] = value.to_bytes(16, "little")
+        at = layouts.XSAVElayouts.XSAVE_YMM_HIGH + 16 * number
+        new[at : at + 16] = value.to_bytes(16, "little")
     return bytes(new)
 
 
@@ -378,7 +377,7 @@ def layout(name: str, *, avx: bool, linear: bool = False) -> Layout:
 
 def has_avx(cpu: Cpu) -> bool:
     """By its CPUID (leaf 1, ECX bit 28), and that its XSAVE area has the place for it."""
-    for function, _, _, _, _, ecx, _ in struct.iter_unpack("<7I12x", cpu.get_state("cpuid")[8:]):
+    for function, _, _, _, _, ecx, _ in layouts.cpuid_entries(cpu.get_state("cpuid")):
         if function == 1:
-            return bool(ecx >> 28 & 1) and len(cpu.get_state("xsave")) >= _YMM_HIGH + 256
+            return bool(ecx >> 28 & 1) and len(cpu.get_state("xsave")) >= layouts.XSAVE_AVX_END
     return False
