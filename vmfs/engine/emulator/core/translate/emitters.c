@@ -4,6 +4,30 @@
 
 /* ---- Copies ------------------------------------------------------------------------------------------------------------- */
 
+/* Whether a register operand of ModRM may be its place in struct vcpu. Not what writes a part of it, because a load of all of it
+ * would wait for that store. XCHG would lock, and a bit of memory by a register may lie anywhere. */
+static bool may_be_memory(const struct record *r, const struct use *u, unsigned bytes, unsigned traits)
+{
+    const struct opcode *o = &opcodes[r->id];
+    return u->is && u->scratch != NO_REGISTER && o->mod == RM && !(u->writes && bytes != 8) && !(traits & WRITES_SECOND) &&
+           !u->high && !(traits & KEEPS_UNDEFINED && operand_types[o->operands[1]].kind == REGISTER);
+}
+/* Of two registers, ModRM.rm is to be the one in struct vcpu: ADD to CMP, and MOV, have both directions. */
+static bool exchange(const struct record *r, struct use *reg, struct use *rm, unsigned *opcode)
+{
+    const struct opcode *o = &opcodes[r->id];
+    bool has_both = o->map == M1 && (*opcode < 0x40 || (*opcode >= 0x88 && *opcode < 0x8c));
+    if (!has_both || !reg->is || !rm->is || reg->scratch == NO_REGISTER || rm->scratch != NO_REGISTER || reg->high || rm->high)
+        return false;
+    struct use other = *reg;
+    *reg = *rm;
+    *rm = other;
+    if (rm->host == T0)
+        rm->host = rm->scratch = T1;
+    *opcode ^= 2;
+    return true;
+}
+
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
 {
     const struct opcode *o = &opcodes[r->id];
@@ -13,7 +37,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
             return false;
         opcode = 0x80;
     }
-    bool memory = false, modrm = o->digit != NO;
+    bool memory = false, modrm = o->digit != NO, opcode_register = false;
     unsigned immediate = 0, bytes = 0, vector = NO_REGISTER, vector_rm = NO_REGISTER;
     if (!host_has(t->translator, o->feature))
         return false;
@@ -23,7 +47,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         switch (operand_types[o->operands[i]].kind) {
         case FIXED: break;
         case REGISTER: reg = use_of(r->reg, width, T0, reads, writes); modrm = true; break;
-        case OPCODE: rm = use_of(r->rm, width, T1, reads, writes); break;
+        case OPCODE: rm = use_of(r->rm, width, T1, reads, writes); opcode_register = true; break;
         case VECTOR: vector = r->reg; modrm = true; break;
         case VECTOR_RM:
             modrm = true;
@@ -55,6 +79,14 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     if (t->asking)
         return true;
 
+    exchange(r, &reg, &rm, &opcode);
+    bool in_vcpu = !opcode_register && may_be_memory(r, &rm, bytes, traits);
+    if (reg.is && rm.is && reg.offset == rm.offset && rm.scratch != NO_REGISTER && r->size >= 2 && o->operation == &operation_XOR) {
+        reg = (struct use){.is = true, .host = T1, .scratch = NO_REGISTER}; /* zero, whatever it was */
+        rm.reads = in_vcpu = false;
+        if (o->operands[0] == oGv)
+            rm.writes = true;
+    }
     unsigned first_kind = operand_types[o->operands[0]].kind;
     if (memory)
         to_memory(t, r, bytes, traits & WRITES_FIRST && first_kind != REGISTER && first_kind != VECTOR,
@@ -71,7 +103,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     if (by_condition)
         opcode = (opcode & 0xf0) | emit_condition(t, opcode & 15);
     load_use(t, &reg);
-    load_use(t, &rm);
+    if (!in_vcpu)
+        load_use(t, &rm);
     unsigned flags = o->prefix == PF3 ? I_F3 : o->prefix == PF2 ? I_F2 : 0;
     if (o->size != B)
         flags |= r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
@@ -83,7 +116,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
         put_modrm(code, flags, o->map, opcode, in_reg,
-                  memory ? in_memory(T1, 0) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host));
+                  memory ? in_memory(T1, 0) : in_vcpu ? guest_place(rm.offset) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host));
     else if (rm.is)
         put_opcode(code, flags, rm.host >> 3, rm.byte && !rm.high && rm.host > 3, o->map, (opcode & 0xf8) | (rm.host & 7));
     else
@@ -91,7 +124,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     if (immediate)
         put_bytes(code, (u64)(i64)r->imm, immediate);
     store_use(t, &reg);
-    store_use(t, &rm);
+    if (!in_vcpu)
+        store_use(t, &rm);
     return true;
 }
 
@@ -220,10 +254,15 @@ static bool lea(struct translation *t, const struct record *r)
         put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8d, host, p);
         return true;
     }
+    if (host != NO_REGISTER && r->size == 3 && (r->index == GPR_ZERO * 8 || pinned(r->index) != host)) {
+        emit_address(t, r, host, T0, 0);
+        return true;
+    }
     emit_address(t, r, T1, T0, 0);
-    put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8b, host == NO_REGISTER ? T0 : host, in_register(T1));
+    if (r->size < 3 || host != NO_REGISTER)
+        put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8b, host == NO_REGISTER ? T1 : host, in_register(T1));
     if (host == NO_REGISTER)
-        store64(code, guest_place(r->reg), T0);
+        store64(code, guest_place(r->reg), T1);
     return true;
 }
 const struct emitter E_LEA = {lea, WRITES_FIRST | NO_ACCESS};
