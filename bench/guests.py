@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import tempfile
 import threading
@@ -68,9 +69,14 @@ def on_vmfs(mount: Path, guest: Guest) -> Told:
         processes = (machine, parent(machine), parent(parent(machine)))  # the zygote, the server
         with open(vm / "console", "rb", buffering=0) as console:
             run = threading.Thread(target=(vm / "vm_run").read_text)
-            told = _listen(lambda: console.read(4096) or b"", processes, run.start)
-            run.join()
-        return told
+
+            def read() -> bytes:
+                while run.is_alive():
+                    if select.select([console], [], [], 1)[0]:
+                        return console.read(4096) or b""
+                return b""
+
+            return _listen(read, processes, run.start)
     finally:
         vm.rmdir()
 

@@ -112,7 +112,7 @@ class Body:
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
-        kind = rng.randrange(28 if HAS_AVX2 else 24)
+        kind = rng.randrange(29 if HAS_AVX2 else 25)
         if kind < 6:
             operation = rng.randrange(8)
             byte = rng.randrange(3) == 0
@@ -157,7 +157,12 @@ class Body:
         if kind == 21:  # over an instruction
             skipped = self.instruction()
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
-        if kind in (24, 25):  # ADCX, ADOX: CF and OF in turn
+        if kind == 24:  # LEA of all that an address may have
+            base, index = rng.choice([*self._registers, 4]), rng.choice([*self._registers, 4])
+            rex = 0x40 | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 | base >> 3
+            code = (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
+            return code + bytes([rng.randrange(4) << 6 | (index & 7) << 3 | base & 7, rng.randrange(256)])
+        if kind in (25, 26):  # ADCX, ADOX: CF and OF in turn
             codes = []
             for prefix in rng.choice(((0x66, 0xF3), (0xF3, 0x66), (0x66,), (0xF3,))):
                 rex = bytes([rng.choice((0x40, 0x48))]) if self._wide else b""
@@ -165,7 +170,7 @@ class Body:
                 rest = [0x45 | (reg & 7) << 3, rng.randrange(256)] if memory else [0xC0 | (reg & 7) << 3]
                 codes.append(bytes([prefix]) + rex + b"\x0f\x38\xf6" + bytes(rest))
             return b"".join(codes)
-        if kind in (26, 27):
+        if kind in (27, 28):
             return self.vex()
         prefix, opcode = rng.choice(VECTORS)
         code = self.encode(opcode, rng.randrange(16 if self._wide else 8), prefix=prefix, vector=True)

@@ -254,7 +254,10 @@ static bool lea(struct translation *t, const struct record *r)
         put_modrm(code, r->size == 3 ? I_W : 0, M1, 0x8d, host, p);
         return true;
     }
-    if (host != NO_REGISTER && r->size == 3 && (r->index == GPR_ZERO * 8 || pinned(r->index) != host)) {
+    /* What is loaded for the address goes to the destination: it must be no other part of it. */
+    bool apart = r->index == GPR_ZERO * 8 ||
+                 (pinned(r->index) != host && (pinned(r->index) != NO_REGISTER || pinned(r->base) != host));
+    if (host != NO_REGISTER && r->size == 3 && apart) {
         emit_address(t, r, host, T0, 0);
         return true;
     }
