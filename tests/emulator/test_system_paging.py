@@ -146,6 +146,37 @@ def test_a_cached_translation_stays_until_invlpg():
             assert guest.regs()["rdx"] == 2
 
 
+def test_a_global_page_outlives_mov_cr3():
+    """SDM 3A 4.10.2.4: of the translations, and of the code that was fetched by them. 2 is of after the flush."""
+    invpcid = "mov qword ptr [0x31000], 0; mov eax, {}; invpcid rax, [0x31000]"
+    for flush, seen in (
+        ("mov rax, cr3; mov cr3, rax", 1),
+        (invpcid.format(3), 1),
+        (invpcid.format(2), 2),
+        ("invlpg [rsi]", 2),
+        ("mov rax, cr4; btc rax, 7; mov cr4, rax", 2),
+    ):
+        for is_global in (True, False):
+            with Guest("long") as guest:
+                for page, number in ((PAGE, 1), (PAGE + 0x2000, 2)):
+                    guest.put(page, number, 4)
+                    guest.put(page + 8, 0xC3 << 40 | number << 8 | 0xB8)  # mov eax, number; ret
+                entry = P | W | U | (0x100 if is_global else 0)
+                guest.put(guest.pte(PAGE), PAGE | entry)
+                guest.set(rsi=PAGE, rdi=guest.pte(PAGE), rbx=PAGE + 0x2000 | entry)
+                times = 60  # enough for host code
+                program = f"""
+                    mov rax, cr4; bts rax, 7; mov cr4, rax
+                    lea r8, [rsi + 8]; mov ebp, {times}
+                    1: call r8; dec ebp; jnz 1b
+                    mov ecx, [rsi]; mov [rdi], rbx; {flush}; mov edx, [rsi]; call r8; mov r9, rax
+                """
+                assert guest.run(program) == STOP
+                regs = guest.regs()
+                assert regs["rcx"] == 1
+                assert (regs["rdx"], regs["r9"]) == ((seen, seen) if is_global else (2, 2)), (flush, is_global)
+
+
 def test_invlpg_of_a_large_page_takes_all_of_it():
     with Guest("long") as guest:
         pd = TABLES + 0x2000

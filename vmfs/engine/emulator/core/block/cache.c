@@ -42,12 +42,27 @@ static unsigned bucket_of(u64 physical, u64 key) { return (physical ^ physical >
 
 /* ---- Where code is ------------------------------------------------------------------------------------------------------- */
 
-static void map_clear(struct code_map *m) { memset(m->ids, 0xff, CODE_PAGES * sizeof *m->ids); }
+static void map_clear(struct code_map *m)
+{
+    memset(m->ids, 0xff, CODE_PAGES * sizeof *m->ids);
+    m->local_count = 0;
+}
 
 void code_map_clear(struct vcpu *c)
 {
     for (unsigned i = 0; i < 2; i++)
         map_clear(&c->code_maps[i]);
+}
+
+void code_map_clear_local(struct vcpu *c)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        struct code_map *m = &c->code_maps[i];
+        if (m->local_count > LOCAL_PAGES)
+            map_clear(m);
+        while (m->local_count)
+            m->ids[m->local[--m->local_count]] = NO_CODE;
+    }
 }
 
 static u32 code_at(u64 linear) { return linear >> 12 & (CODE_PAGES - 1); }
@@ -86,7 +101,14 @@ static u32 mapping_id(struct vcpu *c, u64 linear, u64 physical)
 
 static void note_mapping(struct vcpu *c, u64 linear, u64 physical)
 {
-    c->code_map->ids[code_at(linear)] = mapping_id(c, linear & PAGE_MASK, physical & PAGE_MASK);
+    struct code_map *m = c->code_map;
+    u32 at = code_at(linear);
+    m->ids[at] = mapping_id(c, linear & PAGE_MASK, physical & PAGE_MASK);
+    if (tlb_is_global(c, linear))
+        return;
+    if (m->local_count < LOCAL_PAGES)
+        m->local[m->local_count] = (u16)at;
+    m->local_count += m->local_count <= LOCAL_PAGES;
 }
 
 void cache_check_again(struct vcpu *c)

@@ -45,9 +45,16 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access);
 bool mmu_probe(struct vcpu *c, u64 linear, u64 *physical);
 /* Drop TLB entries: all, of a page, all write tags. */
 void tlb_flush(struct vcpu *c);
+void tlb_flush_local(struct vcpu *c);           /* all but global pages: the address space changed */
 void tlb_flush_page(struct vcpu *c, u64 linear);
 void tlb_flush_writes(struct vcpu *c, bool mark); /* mark: log their pages once more */
 void tlb_clear(struct vcpu *c);
+/* Whether a page that was just fetched from is known to be global. */
+ALWAYS_INLINE bool tlb_is_global(const struct vcpu *c, u64 linear)
+{
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    return c->map->execute[at].page == (linear & PAGE_MASK) && c->map->physical[TLB_EXECUTE][at] & TLB_GLOBAL;
+}
 void tlb_select(struct vcpu *c);
 bool load_pdptrs(struct vcpu *c, u64 cr3); /* false: reserved bits set in a present one */
 /* Guest-physical memory, by slots; what is not RAM reads as ones, writes vanish. For page tables and the like. */

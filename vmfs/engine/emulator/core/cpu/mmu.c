@@ -3,7 +3,7 @@
 #include "opcodes.h"
 #include "tracer.h"
 
-enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80 };
+enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80, PTE_G = 0x100 };
 #define PTE_NX (1ull << 63)
 enum { PF_PRESENT = 1, PF_WRITE = 2, PF_USER = 4, PF_RESERVED = 8, PF_FETCH = 16, PF_KEY = 32 };
 
@@ -41,7 +41,7 @@ void physical_write(struct vcpu *c, u64 physical, unsigned bytes, u64 value)
 
 struct walk {
     u64 physical;
-    bool paged, user, write, nx, dirty;
+    bool paged, user, write, nx, dirty, global;
     unsigned key;             /* protection key of a user page */
     u64 large;                /* the offset bits of a large page; 0: 4 KiB */
     unsigned levels;
@@ -80,12 +80,14 @@ static u32 walk_tables(struct vcpu *c, u64 linear, struct walk *w)
                 w->physical = (e & 0xffc00000) | (e >> 13 & 0xff) << 32 | (linear & 0x3fffff);
                 w->large = 0x3fffff;
                 w->dirty = e & PTE_D;
+                w->global = e & PTE_G && c->cr4 & CR4_PGE;
                 return 0;
             }
             table = e & 0xfffff000;
             if (shift == 12) {
                 w->physical = table | (linear & 0xfff);
                 w->dirty = e & PTE_D;
+                w->global = e & PTE_G && c->cr4 & CR4_PGE;
                 return 0;
             }
         }
@@ -126,6 +128,7 @@ static u32 walk_tables(struct vcpu *c, u64 linear, struct walk *w)
             w->physical = (e & address_bits & ~inside) | (linear & inside);
             w->large = shift > 12 ? inside : 0;
             w->dirty = e & PTE_D;
+            w->global = e & PTE_G && c->cr4 & CR4_PGE;
             w->key = e >> 59 & 15;
             return 0;
         }
@@ -185,25 +188,48 @@ void tlb_clear(struct vcpu *c)
     for (unsigned table = 0; table < TLB_TABLES; table++)
         memset(&c->tlbs[table], 0xff, offsetof(struct tlb, physical)); /* what only valid entries have stays untouched */
     code_map_clear(c);
-    c->filled_count = 0;
+    c->filled[0].count = c->filled[1].count = 0;
     c->large_low = ~0ull;
     c->large_high = 0;
 }
 
+static void drop_filled(struct vcpu *c, struct filled *f)
+{
+    for (unsigned i = 0; i < f->count; i++) {
+        unsigned which = f->at[i] >> 10;
+        entries(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS)[f->at[i] & (TLB_SIZE - 1)].page = TLB_INVALID;
+    }
+    f->count = 0;
+}
+
 void tlb_flush(struct vcpu *c)
 {
-    forget_watched(c);
-    if (c->filled_count > TLB_FILLED)
+    if (c->filled[0].count > TLB_FILLED || c->filled[1].count > TLB_FILLED) {
         tlb_clear(c);
-    else
-        for (unsigned i = 0; i < c->filled_count; i++) {
-            unsigned which = c->filled[i] >> 10;
-            entries(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS)[c->filled[i] & (TLB_SIZE - 1)].page = TLB_INVALID;
-        }
-    c->filled_count = 0;
+        return;
+    }
+    forget_watched(c);
+    drop_filled(c, &c->filled[0]);
+    drop_filled(c, &c->filled[1]);
     c->large_low = ~0ull;
     c->large_high = 0;
     code_map_clear(c);
+}
+
+void tlb_flush_local(struct vcpu *c)
+{
+    forget_watched(c);
+    code_map_clear_local(c);
+    if (c->filled[0].count <= TLB_FILLED) {
+        drop_filled(c, &c->filled[0]);
+        return;
+    }
+    c->filled[0].count = 0;
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        for (unsigned kind = 0; kind < TLB_KINDS; kind++)
+            for (unsigned i = 0; i < TLB_SIZE; i++)
+                if (!(c->tlbs[table].physical[kind][i] & TLB_GLOBAL))
+                    entries(&c->tlbs[table], kind)[i].page = TLB_INVALID;
 }
 
 void tlb_flush_page(struct vcpu *c, u64 linear)
@@ -228,7 +254,7 @@ void tlb_flush_writes(struct vcpu *c, bool mark)
             if (e->page == TLB_INVALID)
                 continue;
             e->page = TLB_INVALID;
-            u64 physical = c->tlbs[table].physical[TLB_WRITE][i];
+            u64 physical = c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK;
             struct slot *slot = mark ? vm_slot(c->vm, physical) : NULL;
             if (slot)
                 mark_dirty(slot, physical);
@@ -239,7 +265,7 @@ void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++)
-            if (c->tlbs[table].physical[TLB_WRITE][i] == page)
+            if ((c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK) == page)
                 c->tlbs[table].write[i].page = TLB_INVALID;
 }
 
@@ -266,20 +292,19 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend, u64 large)
+static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend, const struct walk *w)
 {
     unsigned at = linear >> 12 & (TLB_SIZE - 1);
-    if (c->filled_count <= TLB_FILLED) {
-        if (c->filled_count < TLB_FILLED)
-            c->filled[c->filled_count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
-        c->filled_count++;
-    }
-    if (large) {
-        u64 first = linear & ~large, last = linear | large;
+    struct filled *f = &c->filled[w->global];
+    if (f->count < TLB_FILLED)
+        f->at[f->count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
+    f->count += f->count <= TLB_FILLED;
+    if (w->large) {
+        u64 first = linear & ~w->large, last = linear | w->large;
         c->large_low = first < c->large_low ? first : c->large_low;
         c->large_high = last > c->large_high ? last : c->large_high;
     }
-    c->tlbs[table].physical[kind][at] = physical & PAGE_MASK;
+    c->tlbs[table].physical[kind][at] = (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0);
     entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, addend};
 }
 
@@ -293,7 +318,7 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     struct slot *slot = vm_slot(c->vm, physical);
     u64 addend = slot ? (u64)(uintptr_t)slot->host + (physical - slot->address) - linear : 0;
     if (access & ACCESS_EXECUTE) {
-        enter(c, table, TLB_EXECUTE, linear, physical, addend, w->large);
+        enter(c, table, TLB_EXECUTE, linear, physical, addend, w);
         return;
     }
     if (!slot)
@@ -308,9 +333,9 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
         if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
-            enter(c, table, TLB_WRITE, linear, physical, addend, w->large);
+            enter(c, table, TLB_WRITE, linear, physical, addend, w);
     } else {
-        enter(c, table, TLB_READ, linear, physical, addend, w->large);
+        enter(c, table, TLB_READ, linear, physical, addend, w);
     }
 }
 
@@ -351,7 +376,7 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
     unsigned at = linear >> 12 & (TLB_SIZE - 1);
     enum tlb_kind kind = access & ACCESS_EXECUTE ? TLB_EXECUTE : access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
     if (likely(entries(c->map, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
-        return c->map->physical[kind][at] | (linear & 0xfff);
+        return (c->map->physical[kind][at] & PAGE_MASK) | (linear & 0xfff);
     if (c->watched[kind].page == (linear & PAGE_MASK) && c->watched[kind].map == c->map && !(access & ACCESS_SUPERVISOR))
         return c->watched[kind].physical | (linear & 0xfff);
     return translate(c, linear, access);

@@ -168,7 +168,7 @@ enum {
 
 /* ---- TLB ------------------------------------------------------------------------------------------------------ */
 
-enum { TLB_SIZE = 1024, TLB_FILLED = 256 };
+enum { TLB_SIZE = 1024, TLB_FILLED = 1024 };
 #define PAGE_MASK (~(u64)0xfff)
 #define TLB_INVALID (~(u64)0)
 struct tlb_entry {
@@ -179,8 +179,12 @@ struct tlb_entry {
 enum tlb_kind { TLB_READ, TLB_WRITE, TLB_EXECUTE, TLB_KINDS };
 struct tlb {
     struct tlb_entry read[TLB_SIZE], write[TLB_SIZE], execute[TLB_SIZE];
-    u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages */
+    u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages, and TLB_GLOBAL */
 };
+enum { TLB_GLOBAL = 1 };      /* MOV to CR3 leaves it (Intel SDM 3A 4.10.2.4) */
+/* Entries that were filled since they were last dropped: (table * TLB_KINDS + kind) << 10 | index. */
+struct filled { u16 at[TLB_FILLED]; unsigned count; /* more than TLB_FILLED: look at all */ };
+
 /* Which table the CPU uses: SUPERVISOR_AC is CPL < 3 with EFLAGS.AC set while CR4.SMAP is. NONE is never filled:
  * every access takes the slow path (alignment checks). */
 enum { TLB_USER, TLB_SUPERVISOR, TLB_SUPERVISOR_AC, TLB_NONE, TLB_TABLES };
@@ -190,15 +194,18 @@ enum { TLB_USER, TLB_SUPERVISOR, TLB_SUPERVISOR_AC, TLB_NONE, TLB_TABLES };
  * change of the address space, and one comparison tells whether one holds. Kernel and users have maps of their own. */
 enum { CODE_PAGES = 1024, SAME_PAGE = CODE_PAGES /* where `ids` has 1 for good: a jump within a page */ };
 #define NO_CODE (~0u)         /* no page; a link that does not hold has 0 */
+enum { LOCAL_PAGES = 64 };
 struct code_map {
     u32 ids[CODE_PAGES + 1];
+    u16 local[LOCAL_PAGES];   /* where pages are that are not global */
+    unsigned local_count;     /* more than LOCAL_PAGES: it may be any */
     u64 key, base;            /* ids are of this mode and base */
     u8 cpl;
 };
 
 /* Where an indirect jump went. It holds as a link does. */
 struct jump_entry { u64 ip; struct block *block; u32 id, at; u64 unused; };
-enum { JUMP_CACHE = 2048 };
+enum { JUMP_CACHE = 8192 };
 
 /* ---- The CPU ------------------------------------------------------------------------------------------------------- */
 
@@ -371,8 +378,7 @@ struct vcpu {
     u64 large_low, large_high; /* the linear addresses of large pages that the TLB has parts of lie between them */
     struct tlb tlbs[TLB_TABLES];
     struct { u64 page, physical; const struct tlb *map; } watched[TLB_KINDS]; /* the last page with a watched byte */
-    u16 filled[TLB_FILLED];   /* entries that were filled since the last flush: (table * 3 + kind) << 10 | index */
-    unsigned filled_count;    /* more than TLB_FILLED: flush all */
+    struct filled filled[2];  /* by whether they are global */
     struct jump_entry jumps[JUMP_CACHE];
     struct code_map code_maps[2]; /* of CPL 0, of the others */
     struct cache *cache;
@@ -566,6 +572,7 @@ void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* th
 struct block *cache_lookup(struct vcpu *c);      /* the block at gpr[GPR_IP]; may escape with a fault */
 /* Instruction fetches: their translations were dropped, all or of a page; the key, CPL or base of CS changed. */
 void code_map_clear(struct vcpu *c);
+void code_map_clear_local(struct vcpu *c);       /* those of pages that are not global */
 void code_map_drop(struct vcpu *c, u64 linear);
 void code_map_select(struct vcpu *c);
 void cache_check_again(struct vcpu *c);          /* others may have written code */

@@ -168,7 +168,7 @@ void task_switch(struct vcpu *c, u16 selector, enum task_source source, u32 ext,
         c->cr3 = cr3;
     }
     mode_changed(c);
-    tlb_flush(c);
+    tlb_flush_local(c);
     load_task_ldt(c, ldt, ext);
     if (v86) {
         for (unsigned i = 0; i < 6; i++)

@@ -82,7 +82,7 @@ static void set_cr3(struct vcpu *c, const struct record *r, u64 value)
     if (c->cr3 != value)
         stops_reach_cr3(c);
     c->cr3 = value;
-    tlb_flush(c);
+    tlb_flush_local(c);
 }
 
 /* The bits that may be set: the features that CPUID shows. */
@@ -239,8 +239,10 @@ OP(op_invpcid)
         raise_gp(c, 0);
     if (type == ADDRESS)
         tlb_flush_page(c, linear); /* the TLB holds the current PCID only */
-    else
+    else if (type == ALL_GLOBAL)
         tlb_flush(c);
+    else
+        tlb_flush_local(c);
     leave(c, r);
 }
 HANDLER(invpcid);
