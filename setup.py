@@ -91,6 +91,15 @@ def extensions():
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
         ))
+    if os.path.exists("vmfs/engine/kvm/_run.c"):
+        found.append(Extension(
+            "vmfs.engine.kvm._run",
+            sources=["vmfs/engine/kvm/_run.c"],
+            depends=[LANE, EXIT],
+            include_dirs=["vmfs/words"],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        ))
     if os.path.exists("vmfs/debug/_trace.c"):
         found.append(Extension(
             "vmfs.debug._trace",

@@ -217,6 +217,22 @@ class Error(Exit):
 # Every exit, in the order of the documentation; vmfs.h has a VMFS_EXIT_ constant for each.
 EXITS: tuple[type[Exit], ...] = (Io, Mmio, Hlt, Debug, Shutdown, Interrupted, Limit, Error)
 
+
+def unpack_access(packed: bytes, data: bytes) -> Exit:
+    """The exit of an access or a halt that C code has packed as `struct vmfs_exit`. `data`: all that was written."""
+    code, cpu, rip = _HEADER.unpack_from(packed)
+    if code == Io.CODE:
+        direction, size, port, count = struct.unpack_from("<BBHI", packed, _HEADER.size)
+        way = "out" if direction == IO_OUT else "in"
+        return Io(direction=way, port=port, size=size, count=count, data=data, rip=rip, cpu=cpu)
+    if code == Mmio.CODE:
+        addr, size, is_write = struct.unpack_from("<Q8xIB", packed, _HEADER.size)
+        return Mmio(direction="write" if is_write else "read", addr=addr, size=size, data=data, rip=rip, cpu=cpu)
+    if code == Hlt.CODE:
+        return Hlt(rip=rip, cpu=cpu)
+    raise ValueError(f"exit {code} is no access and no halt")
+
+
 _WORD = re.compile(r' ([a-z]+)=("(?:[^"\\]|\\.)*"|[^ "]+)')
 _DIRECTIONS = {"io": ("in", "out"), "mmio": ("read", "write")}
 

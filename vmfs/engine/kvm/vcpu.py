@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, progress, stepping
+from vmfs.engine.kvm._run import Runner
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
@@ -22,7 +23,7 @@ from vmfs.engine.kvm.state import VcpuState
 from vmfs.engine.rest import NOTHING, Flag, Progress, Read, Reading
 from vmfs.words import exits, layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
-from vmfs.words.exits import Exit
+from vmfs.words.exits import Exit, unpack_access
 from vmfs.words.layouts import put_quad, quad, with_quad
 from vmfs.words.modes import RFLAGS_IF, CodeMode, is_linear
 from vmfs.words.unclaimed import Unclaimed, Use
@@ -105,6 +106,7 @@ class KvmVcpu(Vcpu):
         self._words = memoryview(self._run_page).cast("I")
         self._quads = memoryview(self._run_page).cast("Q")
         self._run_page[abi.RUN_VALID_REGS] = abi.SYNC_X86_REGS  # rip at each exit without another ioctl
+        self._by_lane = Runner(fd, self._run_page, index, not pvm)
 
     # Running
 
@@ -132,6 +134,52 @@ class KvmVcpu(Vcpu):
         if self._plan is debugregs.NO_PLAN:
             return self._run_until_exit(debugregs.NOTHING)
         return self._run_debugged(goes_on)
+
+    # Runs by C code, in the thread of this CPU's runs, and what is to be known after them
+
+    @property
+    def lane(self) -> object | None:  # type: ignore[override]
+        """Where a run is KVM_RUN and no more."""
+        is_plain = (
+            self._mask_thread is not None
+            and not self._has_irqchip
+            and self._plan is debugregs.NO_PLAN
+            and not (self._stash or self._vectors or self._nmi or self._due)
+            and self._fd >= 0
+            and not self._run_page[abi.RUN_REQUEST_INTERRUPT_WINDOW]
+        )
+        return self._by_lane.lane if is_plain else None
+
+    def left_exit(self) -> Exit:
+        return self._take_left(*self._by_lane.left(True))
+
+    def ended_exit(self) -> Exit | None:
+        exit_, data, offset, size, reads, completes, kind, error, has_more = left = self._by_lane.left(False)
+        if kind >= 0:
+            return self._take_left(*left)
+        self._access, self._written = _NO_ACCESS, b""
+        self._completes, self._is_fresh = False, True
+        if error in (errno.EINTR, errno.EAGAIN):
+            return exits.Interrupted(rip=self._rip(), cpu=self.index) if self._take_kick() else None
+        if error:
+            raise EngineFailed(f"KVM_RUN: {os.strerror(error)}")
+        if not has_more:
+            return self._decode(debugregs.NOTHING)
+        second = self._decode(debugregs.NOTHING)  # of the instruction of an OUT, which has ended with the first
+        if second is not None and not self._access[2]:
+            self._stash.append(second)
+        self._finish_access(debugregs.NOTHING)
+        first = self._take_left(exit_, data, offset, size, reads, completes, kind, error, has_more)
+        first.rip = self._rip()
+        return first
+
+    def _take_left(
+        self, packed: bytes, data: bytes, offset: int, size: int, reads: bool, completes: bool, *_: object
+    ) -> Exit:
+        """The exit of a run by `lane`; its access is the pending one."""
+        self._access, self._written = (offset, size, reads), b""
+        self._completes, self._is_fresh = completes, True
+        return unpack_access(packed, data)
 
     # HLT with interrupt controllers: KVM sleeps in the kernel, and there is no exit. It is found by looking, when a run
     # begins, when a signal ends KVM_RUN, and so that there is one, every SLEEP_MOST seconds.
@@ -295,8 +343,9 @@ class KvmVcpu(Vcpu):
             # For a run that has not reached KVM_RUN; the signal is for one that is in it. A signal that is
             # left over, because the run ended by itself, finds no kick and is swallowed by _take_kick.
             self._run_page[abi.RUN_IMMEDIATE_EXIT] = 1
-            if self._runner is not None:
-                signal.pthread_kill(self._runner, KICK_SIGNAL)
+            thread = self._runner if self._runner is not None else self._by_lane.thread
+            if thread is not None:
+                signal.pthread_kill(thread, KICK_SIGNAL)
 
     def clear_kick(self) -> None:
         with self._lock:
@@ -925,6 +974,7 @@ class KvmVcpu(Vcpu):
                 return
             self._words.release()
             self._quads.release()
+            self._by_lane.close()
             self._run_page.close()
             os.close(self._fd)
             self._fd = -1
