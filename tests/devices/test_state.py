@@ -1,0 +1,285 @@
+"""Every device: what it is goes into a fresh one, and both go on alike. Random accesses drive them, time and the
+host."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from devices.fakes import FakeMachine, Guest, load, pass_time, plain, saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmfs.devices.device import DeviceState, NoState
+from vmfs.devices.machine import Pc
+from vmfs.devices.virtio.backends import Stream
+from vmfs.devices.virtio.block import Block
+from vmfs.devices.virtio.console import Console
+from vmfs.devices.virtio.disk import open_disk
+from vmfs.devices.virtio.net import Net
+from vmfs.devices.virtio.ninep import Server
+from vmfs.devices.virtio.pci import VirtioDevice
+from vmfs.devices.virtio.rng import Rng
+from vmfs.devices.virtio.share import Share
+from vmfs.memory.ram import Memory
+from vmfs.words.errors import Invalid
+
+RAM = 1 << 20
+DISK = 1 << 20
+QUEUES = 0x1_0000  # what the pretended driver has there, 64 KiB a queue
+
+
+class OtherEnd:
+    """Of a network card: what it sends is lost, and nothing comes."""
+
+    def __init__(self):
+        self.ours, self.theirs = socket.socketpair()
+
+    def close(self):
+        self.theirs.close()
+
+
+@contextmanager
+def a_pc(folder):
+    """With every device that there is."""
+    memory = Memory(RAM)
+    pc = Pc(FakeMachine(), memory)
+    end = OtherEnd()
+    image = folder / "image"
+    if not image.exists():
+        image.write_bytes(random.Random(4).randbytes(DISK))
+        (folder / "shared").mkdir()
+        (folder / "shared" / "file").write_text("shared")
+    disks = {name: open_disk(os.open(image, os.O_RDONLY), name) for name in ("ro", "cow")}
+    for make in (
+        lambda slot: Block(pc, "blk0", slot, disks["ro"]),
+        lambda slot: Block(pc, "blk1", slot, disks["cow"]),
+        lambda slot: Net(pc, "net0", slot, Stream(end.ours), b"\2\0\0\0\0\1"),
+        lambda slot: Rng(pc, "rng0", slot),
+        lambda slot: Console(pc, "hvc0", slot),
+        lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
+    ):
+        pc.pci.plug(make(pc.pci.free_slot()))
+    try:
+        yield pc
+    finally:
+        pc.close()
+        memory.close()
+        end.close()
+
+
+NAMES = (
+    "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit power-pci display "
+    "blk0 blk1 net0 rng0 hvc0 share0"
+).split()
+
+
+def begin_virtio(guest, device):
+    """As a driver does it: features, queues, DRIVER_OK."""
+    guest.config(device.slot, 4, 0x107, size=2)
+    base = device.bar(0)
+    device._set_status(0)
+    features = (8, 4, 1), (12, 4, 1), (8, 4, 0), (12, 4, 1 << 28)
+    for offset, size, value in ((20, 1, 1), (20, 1, 3), *features, (20, 1, 11)):
+        guest.store(base + offset, value, size)
+    for queue in range(len(device.queues)):
+        at = QUEUES + (queue << 16)
+        areas = (32, 8, at), (40, 8, at + 0x1000), (48, 8, at + 0x2000)
+        for offset, size, value in ((22, 2, queue), (24, 2, 16), *areas):
+            guest.store(base + offset, value, size)
+        guest.store(base + 28, 1, 2)
+    guest.store(base + 20, 15, 1)
+    assert device.is_live
+
+
+def make_request(dice, pc, guest, device):
+    """Descriptors of any kind and order, of which some are a request of the device's type."""
+    queue = dice.choice(device.queues)
+    ram, at = pc.ram, QUEUES + (queue.index << 16)
+    data = at + 0x4000 + dice.randrange(8) * 0x800
+    kind = dice.choice((0, 0, 1, 1, 4, 8, 11, 13))
+    ram[data : data + 16] = struct.pack("<IIQ", kind, 0, dice.randrange(DISK // 512 + 2))
+    if isinstance(device, Share):
+        ram[data : data + 21] = struct.pack("<IBHIH", 19 + 2, 100, 0xFFFF, 8192, 8) + b"9P2000.L"
+    length = dice.choice((512, 512, 1024, 7))
+    rows = (data, 16, False), (data + 0x100, length, kind in (0, 8)), (data + 0x700, 1, True)
+    for number, (address, length, writable) in enumerate(rows):
+        flags = (1 if number < len(rows) - 1 else 0) | (2 if writable else 0)
+        ram[at + 16 * number : at + 16 * number + 16] = struct.pack("<QIHH", address, length, flags, number + 1)
+    (index,) = struct.unpack_from("<H", ram, at + 0x1002)
+    struct.pack_into("<H", ram, at + 0x1004 + 2 * (index % 16), dice.choice((0, 0, 0, 1)))
+    struct.pack_into("<H", ram, at + 0x1002, index + 1 & 0xFFFF)
+    guest.store(device.bar(0) + 0x3000 + 4 * queue.index, queue.index, 2)
+
+
+def drive(pc, name, seed, count=120):
+    """So many accesses, and what comes from outside; all that the guest could see of it."""
+    dice = random.Random(seed)
+    guest, device, seen = Guest(pc), pc.devices[name], []
+    for _ in range(count):
+        what = dice.random()
+        windows = device.windows()
+        if isinstance(device, VirtioDevice) and what < 0.4:
+            if not device.is_live or device.bar(0) is None:
+                guest.config(device.slot, 4, 0x107, size=2)
+                if device.bar(0) is None:  # it was moved out of reach
+                    device.reset()
+                begin_virtio(guest, device)
+            make_request(dice, pc, guest, device)
+        elif hasattr(device, "slot") and what < 0.5:
+            offset = dice.choice((4, 5, 6, 0x3C, 0x10, 0x2C))
+            if offset == 0x10 or dice.random() < 0.5:
+                seen.append(guest.config(device.slot, offset, size=1))
+            else:
+                guest.config(device.slot, offset, dice.getrandbits(8), size=1)
+        elif name == "pci" and what < 0.5:
+            seen.append(guest.config(dice.randrange(32), dice.randrange(64) * 4))
+        elif windows and what < 0.9:
+            window = dice.choice(windows)
+            at, size, value = dice.randrange(window.length), dice.choice((1, 1, 2, 4)), dice.getrandbits(32)
+            if isinstance(device, VirtioDevice) and 20 <= at < 56:
+                at = dice.choice((0, 4, 8, 0x1000, 0x2000, 0x2008))
+            if window.space == "port" and dice.random() < 0.5:
+                seen.append(guest.inp(window.start + at, size))
+            elif window.space == "port":
+                guest.out(window.start + at, value & (1 << 8 * size) - 1, size)
+            elif dice.random() < 0.5:
+                seen.append(guest.load(window.start + at, size))
+            else:
+                guest.store(window.start + at, value & (1 << 8 * size) - 1, size)
+        elif hasattr(device, "receive"):
+            device.receive(dice.randbytes(dice.randrange(1, 30)))
+        elif name == "keyboard":
+            device.type([("a",), ("shift", "b")])
+        elif name == "power":
+            device.press_button()
+        pass_time(pc, pc.machine.time + dice.choice((1, 1000, 5_000_000, 700_000_000)))
+        pc.shutdown = None
+    return seen
+
+
+def everything(pc):
+    with pc.asleep():
+        board = pc.save()
+    return {**saved(pc), "board": board, "ram": bytes(pc.ram), "lines": pc.machine.lines, "a20": pc.machine.a20,
+            "deadline": pc.machine.deadline}  # fmt: skip
+
+
+def go_into(pc, other):
+    """What the engine and memory have first, then the board, then the devices."""
+    with pc.asleep():
+        board = msgspec.msgpack.encode(pc.save())
+    other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
+    other.ram[:] = pc.ram[:]
+    disk, copy = pc.devices["blk1"].disk, other.devices["blk1"].disk
+    os.pwrite(copy.fd, os.pread(disk.fd, DISK, 0), 0)
+    with other.asleep():
+        other.load(msgspec.msgpack.decode(board, type=type(pc.save())))
+    load(other, saved(pc))
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(autouse=True)
+def no_entropy(monkeypatch):
+    monkeypatch.setattr("vmfs.devices.virtio.rng.os.urandom", lambda count: b"\x5a" * count)
+
+
+def test_these_are_all(folder):
+    with a_pc(folder) as pc:
+        assert sorted(NAMES) == sorted(pc.devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_on_in_a_fresh_machine(folder, name):
+    changed = False
+    for seed in range(4):
+        with a_pc(folder) as pc, a_pc(folder) as other:
+            fresh = saved(pc)[name]
+            drive(pc, name, f"{name} {seed}")
+            go_into(pc, other)
+            assert everything(other) == everything(pc)
+            changed |= saved(pc)[name] != fresh
+            for turn in range(3):
+                assert drive(pc, name, f"{seed} {turn}") == drive(other, name, f"{seed} {turn}")
+                is_, was = everything(other), everything(pc)
+                assert {key for key in was if is_[key] != was[key]} == set()
+    assert changed == (name not in ("debugcon", "debugcon2", "debug-exit"))
+
+
+def test_what_an_overlay_has_is_read_where_it_goes(folder):
+    with a_pc(folder) as pc, a_pc(folder) as other:
+        disk = pc.devices["blk1"].disk
+        disk.write(5120, [memoryview(b"x" * 1024)])
+        disk.discard(8 << 12, 4096)
+        go_into(pc, other)
+        got = bytearray(DISK)
+        other.devices["blk1"].disk.read(0, [memoryview(got)])
+        wanted = bytearray(DISK)
+        disk.read(0, [memoryview(wanted)])
+        assert got == wanted and got[5120:6144] == b"x" * 1024 and not any(got[8 << 12 : 9 << 12])
+        state = plain(other.devices["blk1"])
+        for chunk in ({0: b"\xff" * 64}, {9: b"\1".ljust(64, b"\0")}, {0: bytes(64)}):
+            state["overlay"] = chunk
+            with pytest.raises(Invalid):
+                other.devices["blk1"].unpack(1, msgspec.msgpack.encode(state))
+
+
+def test_every_state_says_its_version_and_bounds(folder):
+    with a_pc(folder) as pc:
+        for device in pc.devices.values():
+            assert issubclass(device.STATE, DeviceState) and isinstance(device.save(), device.STATE)
+            with pytest.raises(Invalid, match="of version"):
+                device.unpack(device.STATE.VERSION + 1, device.pack())
+            if device.STATE is not NoState:
+                with pytest.raises(Invalid):
+                    device.unpack(device.STATE.VERSION, msgspec.msgpack.encode({}))
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory):
+    with a_pc(tmp_path_factory.mktemp("driven")) as pc:
+        for name in NAMES:
+            drive(pc, name, 11, count=40)
+        yield pc
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_refused_whole_or_taken(driven, data):
+    before = saved(driven)
+    name = data.draw(st.sampled_from(NAMES))
+    device = driven.devices[name]
+    version, packed = before[name]
+    blob = bytearray(packed)
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), max_size=3)):
+        blob[at % len(blob)] = value
+    try:
+        state = device.unpack(version, bytes(blob))
+    except Invalid:
+        assert saved(driven) == before
+        return
+    with driven.asleep():
+        device.load(state)
+    drive(driven, name, 12, count=5)
+    load(driven, before)
+
+
+def test_nothing_comes_into_ram_while_the_card_sleeps(folder):
+    with a_pc(folder) as pc:
+        card = pc.devices["net0"]
+        begin_virtio(Guest(pc), card)
+        with pc.asleep():
+            assert card._asleep
+        assert not card._asleep

@@ -1,0 +1,104 @@
+"""A Debian that is taken and put into another machine during its boot boots as one that is left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+
+import pytest
+from pc.initramfs import VIRTIO, build
+from pc.kernels import CLOUD, needs_kernels
+
+from vmfs.devices.virtio.block import Block
+from vmfs.devices.virtio.disk import open_disk
+from vmfs.engine.emulator.engine import EmulatorEngine
+from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
+from vmfs.machine.state import State
+from vmfs.memory.hostfile import punch
+
+pytestmark = needs_kernels
+
+SECONDS = 300
+MEMORY = 128 << 20
+SLICE = 60_000_000  # instructions, at most
+SCRIPT = """\
+read answer
+echo "$answer" | dd of=/dev/vda bs=512 seek=9 2>/dev/null
+dd if=/dev/vda bs=4096 count=500 2>/dev/null | md5sum
+for i in 1 2 3 4 5 6 7 8; do /bin/busybox true & done; wait
+date; sync; poweroff -f
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    image = tmp_path / "disk"
+    image.write_bytes(random.Random(1).randbytes(4 << 20))
+    initrd = build(SCRIPT, modules=VIRTIO)
+    made = []
+
+    def one():
+        vm = Vm(EmulatorEngine(), memory_size=MEMORY)
+        made.append(vm)
+        vm.set_machine("pc")
+        vm.set_time_source("instructions")
+        vm.images["kernel"].write(0, CLOUD.image.read_bytes())
+        vm.images["initrd"].write(0, initrd)
+        vm.images.cmdline = "console=ttyS0 quiet"
+        disk = open_disk(os.open(image, os.O_RDONLY), "cow")
+        vm.attach(lambda board: Block(board, "blk0", board.pci.free_slot(), disk))
+        return vm
+
+    yield one
+    for vm in made:
+        vm.close()
+
+
+def go_into(vm, other):
+    """`other` becomes what `vm` is, with its memory, by way of bytes."""
+    state = State.decode(vm.take().result(SECONDS).encode())
+    for (name, source, size), (same, target, _) in zip(list(vm.memories()), list(other.memories()), strict=True):
+        assert name == same
+        if name == "ram" or name.startswith("overlay"):
+            punch(target, 0, size)
+            for start, end in extents(source, size):
+                os.pwrite(target, os.pread(source, end - start, start), start)
+    other.put(state)
+
+
+def extents(fd, size):
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # a hole up to the end
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def test_a_boot_that_moves_from_machine_to_machine(make):
+    alone, first, second = make(), make(), make()
+    go_into(alone, first)  # with the date of its birth
+    dice, slices, typed = random.Random(3), 0, False
+    while alone.state != "shutdown":
+        bound = Bound(instructions=dice.randrange(1, SLICE))
+        lines = [vm.start(bound).result(SECONDS).line() for vm in (alone, first)]
+        assert lines[0] == lines[1]
+        said = alone.board.devices["com1"].sent.read(0, 1 << 20)
+        if not typed and slices > 12:
+            for vm in (alone, first):
+                vm.board.devices["com1"].receive(b"an answer\n")
+            typed = True
+        slices += 1
+        if slices % 5 == 0 or alone.state == "shutdown":
+            assert first.state_hash() == alone.state_hash(), (slices, said[-500:])
+        if dice.random() < 0.4 and alone.state != "shutdown":
+            go_into(first, second)
+            first, second = second, first
+        assert slices < 400, said[-2000:]
+    disk = bytearray(random.Random(1).randbytes(4 << 20))
+    disk[9 * 512 : 9 * 512 + 10] = b"an answer\n"
+    assert hashlib.md5(disk[: 500 * 4096]).hexdigest().encode() in said and b"20" in said
