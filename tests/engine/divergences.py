@@ -173,6 +173,13 @@ DIVERGENCES = (
         is_pvm,
         "User mode runs with the host's own segment selectors, and `mov r, cs` reads them. State shows the guest's.",
     ),
+    Divergence(
+        "pvm-tsc-is-the-hosts",
+        "kvm",
+        is_pvm,
+        "The TSC is the host's, and IA32_TSC takes a value without a word and keeps none.",
+        in_cases=False,
+    ),
 )
 
 

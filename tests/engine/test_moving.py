@@ -4,11 +4,12 @@ import struct
 
 import pytest
 from engine.asm import ORIGIN
+from engine.divergences import active
 
 from vmfs.engine.base import Capability
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
-from vmfs.words.errors import Busy, Unsupported
+from vmfs.words.errors import Busy, Invalid, Unsupported
 
 SECONDS = 30
 SIZE = 2 << 20
@@ -314,3 +315,75 @@ def test_a_refused_move_changes_nothing(vm, engine, assembler):
     assert state(vm, "regs") == regs
     assert run(vm).REASON == "hlt"
     assert rax(vm) & 0xFF == 0x31
+
+
+def test_a_change_that_fails_is_taken_back_whole(vm, assembler):
+    load(vm, assembler("in al, 0x80; hlt", "long"))
+    for ran in (False, True):  # the second time a read waits
+        before = {name: state(vm, name) for name in ("regs", "sregs", "xcrs", "xsave", "debugregs")}
+
+        def change(cpu, before=before):
+            cpu.set_state("regs", bytes(8) + before["regs"][8:])
+            cpu.set_state("debugregs", (1 << 40).to_bytes(8, "little") + before["debugregs"][8:])
+            sregs = bytearray(before["sregs"])
+            struct.pack_into("<Q", sregs, 264, 1 << 60)  # EFER
+            cpu.set_state("sregs", bytes(sregs))
+
+        with pytest.raises(Invalid):
+            vm.change(change)
+        assert {name: state(vm, name) for name in before} == before
+        assert vm.access_data == (b"\xff" if ran else b"")
+        if not ran:
+            run(vm)
+    vm.set_access_data(b"\x05")
+    assert run(vm).REASON == "hlt" and rax(vm) & 0xFF == 5
+
+
+def test_a_reset_leaves_nothing_of_a_cpu(vm, assembler):
+    load(vm, assembler("mov dword ptr [0x300000], 5; in al, 0x80; hlt", "long"))
+    fresh = {name: state(vm, name) for name in ("xsave", "events", "debugregs")}
+    xsave = bytearray(fresh["xsave"])
+    xsave[512:520] = (7).to_bytes(8, "little")
+    xsave[160:176] = b"x" * 16
+    try:
+        vm.change(lambda cpu: cpu.set_state("xsave", bytes(xsave)))
+    except Invalid:
+        pytest.skip("the host's CPU has no YMM registers")
+    run(vm)  # with a store that is an exit, and one that is left
+    vm.nmi()
+    vm.reset()
+    assert {name: state(vm, name) for name in fresh} == fresh
+    assert vm.access_data in (b"", b"\5\0\0\0") and not vm.cpu.vcpu.exits_waiting
+
+
+DEADLINE = """
+    mov dword ptr [0x8000], 0x00086000; lea rax, [rip + tick]; mov [gate], ax
+    lidt [table]; mov esp, 0x7000; mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff
+    mov dword ptr [rdx + 0x320], 0x40040; mov ecx, 0x6e0; rdtsc; add eax, 100000000; adc edx, 0; wrmsr
+    out 0x80, al; sti; hlt; mov dx, 0xf4; mov al, 1; out dx, al
+tick: mov dx, 0xf4; mov al, 2; out dx, al
+    .balign 8
+table: .word 0x40 * 16 + 15; .quad gate - 0x40 * 16
+    .balign 16
+gate: .word 0, 0x8, 0x8e00, 0; .quad 0
+"""
+
+
+def test_a_tsc_deadline_goes_along(engine, other, assembler):
+    vm = Vm(engine, memory_size=SIZE)
+    try:
+        vm.set_machine("pc")
+        program = assembler(DEADLINE, "long")
+        load(vm, program)
+        selector = int.from_bytes(state(vm, "sregs")[12:14], "little")
+        vm.memory.write(program.labels["gate"] + 2, selector.to_bytes(2, "little"))
+        vm.set_points(lambda points: points.add_iobreak(0x80, 0x80)).result(SECONDS)
+        assert run(vm).line().startswith("debug cause=io ")
+        left = vm.at_boundary(lambda cpu: cpu.get_msr(0x6E0) - cpu.get_msr(0x10)).result(SECONDS)
+        vm.move_to(other)
+        there = vm.at_boundary(lambda cpu: cpu.get_msr(0x6E0) - cpu.get_msr(0x10)).result(SECONDS)
+        if "pvm-tsc-is-the-hosts" not in active(other.name):  # else it may be over at once
+            assert left >= there > 0
+        assert run(vm).line().startswith("shutdown cause=debug-exit code=5 ")
+    finally:
+        vm.close()

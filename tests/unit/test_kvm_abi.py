@@ -93,6 +93,8 @@ LAYOUTS = {
     "XCR0": "offsetof(struct kvm_xcrs, xcrs[0].value)",
     "EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",
     "EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
+    "EVENTS_FLAGS": "offsetof(struct kvm_vcpu_events, flags)",
+    "EVENTS_SAY_NMI": "KVM_VCPUEVENT_VALID_NMI_PENDING",
     "UNDER_WAY[2]": "offsetof(struct kvm_vcpu_events, interrupt.injected)",
     "UNDER_WAY[3]": "offsetof(struct kvm_vcpu_events, nmi.injected)",
     "UNDER_WAY[4]": "offsetof(struct kvm_vcpu_events, nmi.pending)",

@@ -56,7 +56,8 @@ DR6 = DEBUGREGS_FIELDS["dr6"]
 XCR0 = 16
 
 # struct kvm_vcpu_events
-EXCEPTION_INJECTED, EXCEPTION_PENDING = 0, 3
+EXCEPTION_INJECTED, EXCEPTION_PENDING, EVENTS_FLAGS = 0, 3, 20
+EVENTS_SAY_NMI = 1  # KVM_VCPUEVENT_VALID_NMI_PENDING: nmi.pending says whether one is
 # What of it is on its way to the guest: exception.injected and .pending, interrupt.injected, nmi.injected and .pending.
 UNDER_WAY = (EXCEPTION_INJECTED, EXCEPTION_PENDING, 8, 12, 13)
 # struct kvm_mp_state

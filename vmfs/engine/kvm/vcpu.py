@@ -624,6 +624,9 @@ class KvmVcpu(Vcpu):
         if name != "cpuid":  # which is of no register, and refused once the CPU has run
             self.complete()
         self._state.set(name, data)
+        if name == "events" and data[layouts.EVENTS_FLAGS] & layouts.EVENTS_SAY_NMI:
+            with self._lock:
+                self._nmi = False
         self._may_sleep |= self._has_irqchip and name == "mp_state"
         if name == "sregs" and not self._has_irqchip:
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
