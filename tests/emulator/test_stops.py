@@ -13,7 +13,7 @@ from engine.machine import RAM, machine_on
 from vmfs.engine.base import Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
 from vmfs.words import exits
 
-pytest.importorskip("vmfs.engine.emulator._core")
+_core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 
 pytestmark = asm.needs_assembler
@@ -238,3 +238,10 @@ def test_what_is_held_survives_other_points():
         assert [exit_.id, *(stop.id for stop in exit_.also)] == list(range(1, 9)) and exit_.cause == "io"
         vm.vcpu.set_debug(DebugRequest())
         assert vm.vcpu.run().REASON == "hlt"
+
+
+def test_the_core_has_the_words_of_the_exits_in_their_order():
+    numbers = {name: number for name, number in vars(_core).items() if name.startswith(("EXIT_", "DEBUG_"))}
+    wanted = {f"EXIT_{kind.REASON.upper()}": at for at, kind in enumerate(exits.EXITS, 1)}
+    wanted |= {f"DEBUG_{cause.upper()}": at for at, cause in enumerate(exits.DEBUG_CAUSES)}
+    assert numbers == wanted

@@ -174,6 +174,9 @@ def _vector(text: str) -> int:
 
 # ---- points
 
+ON: Mapping[str, type[ModeStop | Cr3Stop]] = {"mode": ModeStop, "cr3": Cr3Stop}  # `on WHAT`
+_WHATS = {kind: what for what, kind in ON.items()}
+
 
 def _stop_text(stop: Stop) -> str:
     """A stop as it is written: the verb and its arguments."""
@@ -188,10 +191,8 @@ def _stop_text(stop: Stop) -> str:
             return f"iobreak {stop.first:#x}{last}"
         case VectorStop():
             return "catch " + ",".join(_vector_texts(stop.vectors))
-        case ModeStop():
-            return "on mode"
-        case Cr3Stop():
-            return "on cr3"
+        case ModeStop() | Cr3Stop():
+            return f"on {_WHATS[type(stop)]}"
 
 
 def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:
@@ -303,10 +304,9 @@ class Points:
 
     def add_on(self, what: str, options: Options = PLAIN, *, owner: str = "") -> Points:
         """Behind an instruction that changes the `mode` of the CPU, or its `cr3`."""
-        kinds: Mapping[str, Callable[[int], Stop]] = {"mode": ModeStop, "cr3": Cr3Stop}
-        if what not in kinds:
-            raise Invalid(f"on: {what[:40]!r} is not mode or cr3")
-        return self._add(kinds[what], options, owner)
+        if what not in ON:
+            raise Invalid(f"on: {what[:40]!r} is not {' or '.join(ON)}")
+        return self._add(ON[what], options, owner)
 
     def _add(self, make: Callable[[int], Stop], options: Options, owner: str) -> Points:
         point = Point(make(self._next_id), options, owner)

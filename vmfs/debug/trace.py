@@ -216,7 +216,7 @@ def linear_rip(cpu: Vcpu) -> int:
 def _is_executed(exit_: exits.Exit) -> bool:
     """Whether the step that ended with it has executed its instruction."""
     if isinstance(exit_, exits.Debug):
-        return exit_.cause in ("step", "watchpoint", "io", "mode", "cr3")
+        return exit_.cause == "step" or exit_.cause in exits.STOPS_AFTER
     if isinstance(exit_, exits.Io | exits.Mmio):
         return exit_.direction in ("out", "write")
     return isinstance(exit_, exits.Hlt)

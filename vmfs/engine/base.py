@@ -21,7 +21,7 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from vmfs.words.errors import Invalid, Unsupported
@@ -41,24 +41,34 @@ class Capability(enum.StrEnum):
     DETERMINISTIC = "deterministic"  # time may follow the instructions retired
 
 
-# The names of states, each with the struct whose bytes it is. The same names are files.
-VCPU_STATES = {
-    "regs": "struct kvm_regs",
-    "sregs": "struct kvm_sregs",
-    "fpu": "struct kvm_fpu",
-    "xsave": "struct kvm_xsave",
-    "xcrs": "struct kvm_xcrs",
-    "msrs": "struct kvm_msrs with its entries, of the MSRs that the engine saves",
-    "debugregs": "struct kvm_debugregs",
-    "events": "struct kvm_vcpu_events",
-    "mp_state": "struct kvm_mp_state",
-    "cpuid": "struct kvm_cpuid2 with its entries",
-    "lapic": "struct kvm_lapic_state (with an interrupt controller)",
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """A state: the KVM struct whose bytes it is. `still`: it changes only when the CPU runs or is set, not with time.
+    `hot`: programs read and set it in loops, so the lane has it (vmfs/words/lane.h)."""
+
+    struct: str
+    still: bool = False
+    hot: bool = False
+
+
+# The states by name. The same names are files.
+VCPU_STATES: Mapping[str, StateRow] = {
+    "regs": StateRow("struct kvm_regs", still=True, hot=True),
+    "sregs": StateRow("struct kvm_sregs", still=True, hot=True),
+    "fpu": StateRow("struct kvm_fpu", still=True),
+    "xsave": StateRow("struct kvm_xsave", still=True),
+    "xcrs": StateRow("struct kvm_xcrs", still=True),
+    "msrs": StateRow("struct kvm_msrs with its entries, of the MSRs that the engine saves"),
+    "debugregs": StateRow("struct kvm_debugregs", still=True),
+    "events": StateRow("struct kvm_vcpu_events"),
+    "mp_state": StateRow("struct kvm_mp_state"),
+    "cpuid": StateRow("struct kvm_cpuid2 with its entries", still=True),
+    "lapic": StateRow("struct kvm_lapic_state (with an interrupt controller)"),
 }
-MACHINE_STATES = {
-    "irqchip": "three struct kvm_irqchip: PIC master, PIC slave, IOAPIC",
-    "pit": "struct kvm_pit_state2",
-    "clock": "struct kvm_clock_data",
+MACHINE_STATES: Mapping[str, StateRow] = {
+    "irqchip": StateRow("three struct kvm_irqchip: PIC master, PIC slave, IOAPIC"),
+    "pit": StateRow("struct kvm_pit_state2"),
+    "clock": StateRow("struct kvm_clock_data"),
 }
 # What no struct of KVM's has, and decides what comes next; no files. The layouts are in core.h of the emulator, and
 # `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says so in its module.

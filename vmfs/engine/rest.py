@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass, field, replace
 
 from vmfs.engine.base import INTERRUPT_QUEUE, UNCLAIMED_MSRS
+from vmfs.words import exits
 from vmfs.words.errors import Invalid
 
 VERSION = 1  # of each of the three
@@ -46,20 +47,9 @@ class Reading(enum.IntEnum):
     MEMORY = 2
 
 
-class Reason(enum.IntEnum):
-    """enum exit_reason."""
-
-    IO = 1
-    MMIO = 2
-    HLT = 3
-    DEBUG = 4
-    SHUTDOWN = 5
-    INTERRUPTED = 6
-    LIMIT = 7
-    ERROR = 8
-
-
-CAUSES = ("step", "breakpoint", "watchpoint", "io", "exception", "mode", "cr3", "interrupt")  # enum debug_cause
+# enum exit_reason and enum debug_cause of core.h, which have the words of exits.py in its order
+Reason = enum.IntEnum("Reason", [kind.REASON.upper() for kind in exits.EXITS])
+CAUSES = exits.DEBUG_CAUSES
 
 
 @dataclass(frozen=True, slots=True)

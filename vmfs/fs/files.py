@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vmfs import __version__
 from vmfs.engine import EngineInfo
+from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.kinds import LocalText, Served, Stat
 from vmfs.fs.mapped import Framebuffer, Mem
@@ -52,20 +53,8 @@ FILES: tuple[Row, ...] = (
     Row("state", 0o600, Served(writable=True, when_failed="failed\n", hot=True)),
     Row("stat", 0o400, Stat()),
     # state
-    Row("regs", 0o600, HOT, per_cpu=True),
-    Row("sregs", 0o600, HOT, per_cpu=True),
-    Row("fpu", 0o600, BOTH, per_cpu=True),
-    Row("xsave", 0o600, BOTH, per_cpu=True),
-    Row("xcrs", 0o600, BOTH, per_cpu=True),
-    Row("msrs", 0o600, BOTH, per_cpu=True),
-    Row("debugregs", 0o600, BOTH, per_cpu=True),
-    Row("events", 0o600, BOTH, per_cpu=True),
-    Row("mp_state", 0o600, BOTH, per_cpu=True),
-    Row("cpuid", 0o600, BOTH, per_cpu=True),
-    Row("lapic", 0o600, BOTH, per_cpu=True),
-    Row("irqchip", 0o600, BOTH),
-    Row("pit", 0o600, BOTH),
-    Row("clock", 0o600, BOTH),
+    *(Row(name, 0o600, HOT if row.hot else BOTH, per_cpu=True) for name, row in VCPU_STATES.items()),
+    *(Row(name, 0o600, BOTH) for name in MACHINE_STATES),
     Row("registers", 0o600, BOTH, per_cpu=True),
     Row("mem", 0o600, Mem()),
     Row("dirty", 0o400, Served(acts=True)),

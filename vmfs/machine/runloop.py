@@ -18,9 +18,6 @@ from vmfs.engine.base import Capability, Vcpu
 from vmfs.words import exits
 from vmfs.words.layouts import RIP, quad
 
-# Causes of a debug exit that come after an instruction; the others come before one.
-_STOPS_AFTER = frozenset({"watchpoint", "io", "mode", "cr3"})
-
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -130,7 +127,7 @@ class RunLoop:
                 stop = self._asked.stop_for(exit_)
                 if stop is not None:
                     return stop
-                is_done = exit_.cause in _STOPS_AFTER
+                is_done = exit_.cause in exits.STOPS_AFTER
                 if left.count(is_done, True):
                     return self._bound_reached(exit_)
                 if stepping and is_done:

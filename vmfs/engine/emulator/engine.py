@@ -36,16 +36,6 @@ _PAGE_FAULT = 14  # #PF
 _NEVER = (1 << 64) - 1  # CORE_NEVER
 IRQ_LINES = 24  # KVM's default routing: the IOAPIC's pins
 
-_DEBUG_CAUSES = {
-    _core.DEBUG_STEP: "step",
-    _core.DEBUG_BREAKPOINT: "breakpoint",
-    _core.DEBUG_WATCHPOINT: "watchpoint",
-    _core.DEBUG_IO: "io",
-    _core.DEBUG_EXCEPTION: "exception",
-    _core.DEBUG_MODE: "mode",
-    _core.DEBUG_CR3: "cr3",
-    _core.DEBUG_INTERRUPT: "interrupt",
-}
 _TRACE_MODES = {
     "user": _core.TRACE_USER,
     "kernel": _core.TRACE_KERNEL,
@@ -262,7 +252,7 @@ class EmulatorVcpu(Vcpu):
 
     def _stop(self, exit_: tuple) -> exits.Debug:
         _, rip, _, _, _, address, cause, id_, vector, _ = exit_
-        name = _DEBUG_CAUSES[cause]
+        name = exits.DEBUG_CAUSES[cause]
         is_event = name in ("exception", "interrupt")
         is_page_fault = name == "exception" and vector == _PAGE_FAULT
         return exits.Debug(

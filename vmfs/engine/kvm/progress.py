@@ -18,12 +18,6 @@ from vmfs.words.layouts import quad, with_quad
 
 _PIT_HZ = 1193182
 _MODE_UNSET = 0xFF
-_REASONS = {
-    exits.Hlt: Reason.HLT,
-    exits.Shutdown: Reason.SHUTDOWN,
-    exits.Interrupted: Reason.INTERRUPTED,
-    exits.Limit: Reason.LIMIT,
-}
 _ERROR_MOST = 127
 
 
@@ -100,7 +94,7 @@ def waiting(exit_: exits.Exit) -> tuple[Waiting, ...]:
     if isinstance(exit_, exits.Error):
         return (Waiting(Reason.ERROR, exit_.rip, data=exit_.reason.encode()[:_ERROR_MOST]),)
     if not isinstance(exit_, exits.Debug):
-        return (Waiting(_REASONS[type(exit_)], exit_.rip),)
+        return (Waiting(Reason[exit_.REASON.upper()], exit_.rip),)
     return tuple(
         Waiting(
             Reason.DEBUG, stop.rip, stop.addr or 0, cause=CAUSES.index(stop.cause), id=stop.id or 0,
@@ -151,8 +145,7 @@ def _exit(w: Waiting, cpu: int) -> exits.Exit:
                 rip=w.rip,
                 cpu=cpu,
             )
-    kind = next(kind for kind, reason in _REASONS.items() if reason == w.reason)
-    return kind(rip=w.rip, cpu=cpu)
+    return exits.EXITS[w.reason - 1](rip=w.rip, cpu=cpu)
 
 
 def chips(lines: bytes, pit: bytes | None) -> Chips:

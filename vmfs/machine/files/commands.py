@@ -15,6 +15,7 @@ from typing import Any
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
 from vmfs.debug.points import (
     LONGEST_WATCH,
+    ON,
     Options,
     Points,
     parse_access,
@@ -212,7 +213,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
         Command("iobreak", (Argument("PORT[-PORT]", parse_ports), _options), _iobreak),
         Command("catch", (Argument("VECTOR[,VECTOR]", parse_vectors), _options), Points.add_catch),
-        Command("on", (Argument("mode|cr3", str), _options), Points.add_on),
+        Command("on", (Argument("|".join(ON), str), _options), Points.add_on),
         Command("delete", (_ids,), _delete),
         Command("enable", (_ids,), partial(_enable, on=True)),
         Command("disable", (_ids,), partial(_enable, on=False)),

@@ -10,7 +10,7 @@ import trio
 
 from vmfs.debug.disasm import Listing, parse_listing
 from vmfs.devices.machine import machine_type
-from vmfs.engine.base import Vcpu, has_state
+from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Vcpu, has_state
 from vmfs.machine.files.commands import parse_command, parse_commands
 from vmfs.machine.files.console import Console, Log
 from vmfs.machine.files.contents import Contents
@@ -219,20 +219,7 @@ CONTENTS: Mapping[str, Kind] = {
     "state": Text(lambda scope: f"{scope.vm.state}\n", _put_state, news=_news_of_state, acts=True),
     "stat": Text(_stat),
     # state
-    "regs": State("regs", still=True),
-    "sregs": State("sregs", still=True),
-    "fpu": State("fpu", still=True),
-    "xsave": State("xsave", still=True),
-    "xcrs": State("xcrs", still=True),
-    "msrs": State("msrs"),
-    "debugregs": State("debugregs", still=True),
-    "events": State("events"),
-    "mp_state": State("mp_state"),
-    "cpuid": State("cpuid", still=True),
-    "lapic": State("lapic"),
-    "irqchip": State("irqchip"),
-    "pit": State("pit"),
-    "clock": State("clock"),
+    **{name: State(name, still=row.still) for name, row in (*VCPU_STATES.items(), *MACHINE_STATES.items())},
     "registers": Text(_registers, _put_registers, of_cpu=True, whole=True),
     "mem": Mem(),
     "dirty": Text(

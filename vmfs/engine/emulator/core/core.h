@@ -135,11 +135,13 @@ struct core_waiting {            /* an exit of an instruction that is done, whic
 
 /* ---- Running --------------------------------------------------------------------------------------------- */
 
-enum exit_reason {
-    EXIT_NONE, EXIT_IO, EXIT_MMIO, EXIT_HLT, EXIT_DEBUG, EXIT_SHUTDOWN, EXIT_INTERRUPTED, EXIT_LIMIT, EXIT_ERROR,
-};
-enum debug_cause { DEBUG_STEP, DEBUG_BREAKPOINT, DEBUG_WATCHPOINT, DEBUG_IO, DEBUG_EXCEPTION, DEBUG_MODE, DEBUG_CR3,
-                   DEBUG_INTERRUPT };
+/* The words of exits.py, in its order: EXITS, DEBUG_CAUSES. */
+#define CORE_EXITS(X) X(EXIT_IO) X(EXIT_MMIO) X(EXIT_HLT) X(EXIT_DEBUG) X(EXIT_SHUTDOWN) X(EXIT_INTERRUPTED) X(EXIT_LIMIT) X(EXIT_ERROR)
+#define CORE_CAUSES(X) X(DEBUG_STEP) X(DEBUG_BREAKPOINT) X(DEBUG_WATCHPOINT) X(DEBUG_IO) X(DEBUG_EXCEPTION) X(DEBUG_MODE) \
+    X(DEBUG_CR3) X(DEBUG_INTERRUPT)
+#define CORE_ENUMERATOR(name) name,
+enum exit_reason { EXIT_NONE, CORE_EXITS(CORE_ENUMERATOR) };
+enum debug_cause { CORE_CAUSES(CORE_ENUMERATOR) };
 
 enum { EXIT_DATA = 4096 };
 
@@ -187,8 +189,8 @@ void vcpu_nmi(struct vcpu *c);
 
 /* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */
 
-enum stop_kind { STOP_BREAKPOINT, STOP_WATCH, STOP_WATCH_PHYSICAL, STOP_IO, STOP_VECTOR, STOP_CR3, STOP_MODE };
-enum { STOP_KINDS = STOP_MODE + 1 };
+#define CORE_STOPS(X) X(STOP_BREAKPOINT) X(STOP_WATCH) X(STOP_WATCH_PHYSICAL) X(STOP_IO) X(STOP_VECTOR) X(STOP_CR3) X(STOP_MODE)
+enum stop_kind { CORE_STOPS(CORE_ENUMERATOR) STOP_KINDS };
 struct vcpu_stop {
     enum stop_kind kind;
     uint32_t id;
