@@ -14,8 +14,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = "vmfs/engine/emulator/core"
+CHIPS = "vmfs/devices/chips"
 LANE = "vmfs/words/lane.h"      # what the server, a machine's process and its engine share
 EXIT = "vmfs/include/vmfs.h"
+BUS = "vmfs/words/bus.h"        # what an engine and a board's devices share
 
 SANITIZE = os.environ.get("VMFS_SANITIZE", "")
 
@@ -77,7 +79,7 @@ def extensions():
         found.append(Extension(
             "vmfs.engine.emulator._core",
             sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),
-            depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE, EXIT],
+            depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE, BUS, EXIT],
             include_dirs=["vmfs/words", CORE, *sorted(glob(f"{CORE}/*/"))],
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
@@ -97,6 +99,15 @@ def extensions():
             sources=["vmfs/engine/kvm/_run.c"],
             depends=[LANE, EXIT],
             include_dirs=["vmfs/words"],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        ))
+    if os.path.exists(f"{CHIPS}/module.c"):
+        found.append(Extension(
+            "vmfs.devices._chips",
+            sources=sorted(glob(f"{CHIPS}/*.c")),
+            depends=[*sorted(glob(f"{CHIPS}/*.h")), BUS],
+            include_dirs=["vmfs/words", CHIPS],
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
         ))

@@ -21,6 +21,9 @@ class FakeMachine:
         self.a20 = True
         self.deadline = None
 
+    def set_fast_bus(self, bus):
+        return False
+
     def set_deadline(self, when):
         self.deadline = when
 

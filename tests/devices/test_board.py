@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from devices.fakes import FakeMachine, Guest, load, saved
@@ -39,6 +40,9 @@ class Echo(StatelessDevice):
         self.seen.append((region, offset, size, value))
 
 
+NO_BOARD = SimpleNamespace(take_number=lambda device: 0)
+
+
 class Card(PlainPciDevice):
     TYPE = "card"
     VENDOR, DEVICE, CLASS = 0x1AF4, 0x10FF, 0xFF0000
@@ -66,7 +70,7 @@ def test_a_bus_finds_the_one_that_is_there(ranges, address):
     for number, (start, length) in enumerate(ranges):
         free = all(start >= s + n or s >= start + length for s, n, _ in kept)
         try:
-            bus.add(Window("port", start, length, number), Echo(None, str(number)))
+            bus.add(Window("port", start, length, number), Echo(NO_BOARD, str(number)))
             assert free
             kept.append((start, length, number))
         except Invalid:

@@ -325,22 +325,21 @@ def test_rtc_alarm_and_update_flags(pc, guest, machine):
     assert not cmos(guest, 11) & 0x70
 
 
-def test_rtc_every_interrupt_is_an_edge(pc, guest, machine, monkeypatch):
-    """Also where the next period begins while register C is read: IRQ 8 is edge-triggered."""
+@pytest.mark.parametrize("late", [0, 1, SECOND // 1024 - 1])
+def test_rtc_every_interrupt_is_an_edge(pc, guest, machine, monkeypatch, late):
+    """Also where register C is read as the next period begins: IRQ 8 is edge-triggered."""
     at(pc, machine, 2026, 11, 22, 21, 9, 58)
-    levels, standing = [], machine.get_state
-
-    def ticking(name):
-        machine.time += SECOND // 1024
-        return standing(name)
-
-    monkeypatch.setattr(machine, "get_state", ticking)
+    levels = []
     monkeypatch.setattr(machine, "irq_line", lambda gsi, level: levels.append(level))
+    cmos(guest, 12)
     cmos(guest, 11, 0x42)
     for _ in range(5):
         levels.clear()
+        pass_time(pc, machine.deadline)
+        machine.time += late
+        assert levels == [True]
         assert cmos(guest, 12) & 0xC0 == 0xC0
-        assert levels[-2:] == [False, True]
+        assert levels == [True, False] and machine.deadline > machine.time
 
 
 def test_rtc_memory_and_state(pc, guest):

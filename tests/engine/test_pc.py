@@ -213,7 +213,7 @@ def test_power(pc, assembler, stop):
     else:
         assert pc.state == "paused"
         assert register(pc, "rip") == 0xFFF0 and register(pc, "cs.base") == 0xFFFF0000
-        assert pc.board.devices["com1"].scr == 0
+        assert pc.board.devices["com1"].save().scr == 0
         assert pc.memory.read(ORIGIN, 1) != b"\0"  # RAM keeps its contents
 
 

@@ -108,14 +108,16 @@ def ticked(pc, assembler, source, hertz):
 
 @pytest.mark.parametrize("source, hertz", [(RTC, 8192), (PIT, 1193182 / 146)], ids=["rtc", "pit"])
 def test_no_tick_is_lost(pc, assembler, source, hertz):
-    """Two seconds of the fastest ticks that PCs are used with. By the host's clock, a busy host may keep the CPU's
-    thread from running for longer than a tick; a thread a tick lost three of four."""
+    """Two seconds of the fastest ticks that PCs are used with. A CPU that halts until a tick gets it, however late the
+    host wakes it. By the host's clock, a busy host may take the CPU's thread away for longer than a tick while it
+    executes, which is the fiftieth part of the time here: of 16384 it lost 4 with four times as much work as cores. The
+    RTC lost 590 as calls of Python, on an idle host."""
     if pc.engine.name == "kvm":
         pytest.skip("the host's KVM may be slower than the ticks: test_a_tick_wakes_a_cpu_that_halts")
     if pc.time_source == "instructions":
         assert abs(ticked(pc, assembler, source, hertz)) * 2 * hertz < 1  # the first may be a part of one
     else:
-        assert any(ticked(pc, assembler, source, hertz) < 0.5 for _ in range(3))
+        assert any(ticked(pc, assembler, source, hertz) < 0.01 for _ in range(3))
 
 
 def test_a_tick_wakes_a_cpu_that_halts(pc, assembler):

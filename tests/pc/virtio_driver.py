@@ -39,6 +39,9 @@ class FakeMachine:
     def set_deadline(self, when: int | None) -> None:
         """It never comes."""
 
+    def set_fast_bus(self, bus: object) -> bool:
+        return False
+
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines[gsi] = level
 

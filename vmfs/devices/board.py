@@ -4,9 +4,13 @@ memory.
 The `Vm` hands it every port and memory-mapped access that leaves the engine (`access`), in the CPU's thread.
 It answers all of them: what no device claims reads as ones and swallows writes, as on a PC.
 
-`lock` guards all devices. The CPU's thread holds it for an access; other threads (a console, a network) take
+What a guest uses often is in C (vmfs/devices/chips; docs/decisions/0009): such devices have a `chip`, which the
+engine asks by the board's `bus` without Python, where it can (`Machine.set_fast_bus`). Everything else comes here,
+and where the engine cannot, so do accesses to chips.
+
+`lock` guards all devices of Python. The CPU's thread holds it for an access; other threads (a console, a network) take
 it before they touch a device. It is taken before the engine's own locks and never while the `Vm`'s lock is
-held or wanted.
+held or wanted. The bus has a lock of its own, for chips and lines: the last that anybody takes before the engine's.
 """
 
 from __future__ import annotations
@@ -17,22 +21,27 @@ import os
 import struct
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import U64, Device, DeviceState
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.memory.ram import PAGE, Memory
 from vmfs.words import exits
-from vmfs.words.errors import EngineFailed, Invalid
-from vmfs.words.unclaimed import Unclaimed, Use
+from vmfs.words.errors import EngineFailed, Invalid, LimitReached
+from vmfs.words.unclaimed import Use
 
-UNCLAIMED_MOST = 256  # ports and addresses that are remembered
+UNCLAIMED_MOST = _chips.UNCLAIMED_MOST  # ports and addresses that are remembered
+DEVICES_MOST = 64  # a bit of a line's holders each
+_NAP = 0.001  # seconds, in which what a port sends is gathered
+_SPACES = "port", "memory"
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
@@ -58,11 +67,14 @@ class Board:
         self.machine = machine
         self.memory = memory
         self.devices: dict[str, Device] = {}
-        self.counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
         self.shutdown: tuple[str, int | None] | None = None  # cause and code, asked for by a device
         self._buses = {"port": Bus("port"), "memory": Bus("memory")}
         self._ports: dict[int, tuple[Callable, Callable, int, int]] = {}  # what a port was found to be
-        self._lines: dict[int, set[str]] = {}  # GSI -> devices that hold it high
+        self.bus = _chips.Bus(self._set_line, self.now)
+        self._numbers: weakref.WeakValueDictionary[int, Device] = weakref.WeakValueDictionary()
+        self._attendant: threading.Thread | None = None
+        self._told_due: int | None = None
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
         self._map: mmap.mmap | None = None
         self._dirty = bytearray()  # a byte a page: devices write often, and the log is read seldom
@@ -71,11 +83,19 @@ class Board:
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
         self._timers = TimerQueue()
-        self._unclaimed: Unclaimed[tuple[str, int]] = Unclaimed(UNCLAIMED_MOST)
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
+        self._is_fast = machine.set_fast_bus(self.bus.capsule)  # the engine asks the bus by itself
 
     # ---- devices
+
+    def take_number(self, device: Device) -> int:
+        """By which the bus knows it; its for as long as there is one of the device."""
+        number = next((number for number in range(DEVICES_MOST) if number not in self._numbers), None)
+        if number is None:
+            raise LimitReached(f"a machine has up to {DEVICES_MOST} devices")
+        self._numbers[number] = device
+        return number
 
     def add(self, device: Device) -> Device:
         """Invalid where another device is, and then nothing has changed."""
@@ -90,8 +110,7 @@ class Board:
         with self.lock:
             del self.devices[device.name]
             self._unwire(device)
-            for gsi in list(self._lines):
-                self.set_irq(device, gsi, False)
+            self.bus.drop_lines(device.number)
             device.close()
 
     def remove_windows(self, device: Device) -> None:
@@ -107,7 +126,8 @@ class Board:
                 try:
                     self._buses[window.space].add(window, device)
                 except Invalid:
-                    self.counters["overlaps"] += 1
+                    self._counters["overlaps"] += 1
+            self._map_bus()
 
     def _wire(self, device: Device) -> None:
         try:
@@ -116,12 +136,22 @@ class Board:
         except Invalid:
             self._unwire(device)
             raise
-        self._ports.clear()
+        self._map_bus()
 
     def _unwire(self, device: Device) -> None:
         for bus in self._buses.values():
             bus.remove(device)
+        self._map_bus()
+
+    def _map_bus(self) -> None:
         self._ports.clear()
+        self.bus.set_map(
+            [
+                (space == "memory", window.start, window.length, device.chip, window.region)
+                for space, bus in self._buses.items()
+                for window, device in bus.windows()
+            ]
+        )
 
     # ---- accesses
 
@@ -196,28 +226,33 @@ class Board:
         self._note_unclaimed("memory", region, write=True)
 
     def _note_unclaimed(self, space: str, address: int, *, write: bool) -> None:
-        self.counters["unclaimed"] += 1
-        self._unclaimed.note((space, address), self._rip, write=write)
+        self.bus.note_unclaimed(space == "memory", address, self._rip, write)
 
     def unclaimed(self) -> list[str]:
         """The accesses that no device has answered, a line an address: `port=0x80 reads=0 writes=2 rip=0x7c05`."""
-        with self.lock:
-            lines = [f"{space}={address:#x} {use}" for (space, address), use in self._unclaimed.items()]
-            return [f"forgotten={self._unclaimed.forgotten}", *lines] if self._unclaimed.forgotten else lines
+        rows, forgotten = self.bus.unclaimed()
+        lines = [
+            f"{_SPACES[is_memory]}={address:#x} {Use(reads, writes, rip)}"
+            for is_memory, address, reads, writes, rip in rows
+        ]
+        return [f"forgotten={forgotten}", *lines] if forgotten else lines
+
+    @property
+    def counters(self) -> Counter[str]:
+        if unclaimed := self.bus.take_uses():
+            self._counters["unclaimed"] += unclaimed
+        return self._counters
 
     # ---- what devices ask for
 
     def set_irq(self, device: Device, gsi: int, level: bool) -> None:
         """Drive a line of the interrupt controllers; it is high while any device holds it high (PCI shares
         them)."""
-        holders = self._lines.setdefault(gsi, set())
-        was = bool(holders)
-        if level:
-            holders.add(device.name)
-        else:
-            holders.discard(device.name)
-        if was != bool(holders) and not self._closed:
-            self.machine.irq_line(gsi, bool(holders))
+        self.bus.set_line(device.number, gsi, level)
+
+    def _set_line(self, gsi: int, level: bool) -> None:
+        if not self._closed:
+            self.machine.irq_line(gsi, level)
 
     def set_a20(self, enabled: bool) -> None:
         """The PC's A20 gate."""
@@ -260,16 +295,48 @@ class Board:
     def call_due(self) -> None:
         """Call what is due. In the CPU's thread, between two instructions."""
         with self.lock:
-            if self._timers.first() is None:
+            if self._first_due() is None:
                 return
             now = self.now()
+            if not self._is_fast:
+                self.bus.advance(now)
             while (timer := self._timers.take_due(now)) is not None:
                 timer.callback()
             self._set_deadline()
 
+    def _first_due(self) -> int | None:
+        """Of the timers that are not the engine's to look at."""
+        first, due = self._timers.first(), None if self._is_fast else self.bus.due
+        return first if due is None else due if first is None else min(first, due)
+
     def _set_deadline(self) -> None:
         if not self._closed:
-            self.machine.set_deadline(self._timers.first())
+            self._told_due = self.bus.due
+            self.machine.set_deadline(self._first_due())
+
+    def chip_used(self) -> None:
+        """A chip with a timer was used from Python."""
+        if not self._is_fast and self.bus.due != self._told_due:
+            self._set_deadline()
+
+    # ---- what chips have sent
+
+    def begin(self) -> None:
+        """A run begins. Where the engine asks the bus by itself, a thread fetches what ports send meanwhile."""
+        if self._is_fast and self._attendant is None:
+            self._attendant = threading.Thread(target=self._attend, name="vmfs-attendant", daemon=True)
+            self._attendant.start()
+
+    def _attend(self) -> None:
+        nap = 0.0
+        while self.bus.wait(nap):
+            self.drain()
+            nap = _NAP
+
+    def drain(self) -> None:
+        """Have all ports that send give what they have sent so far, in order. From any thread."""
+        for device in tuple(self.devices.values()):
+            device.drain()
 
     def time_shifted(self, by: int) -> None:
         """The guest's time was set to what it was and `by`: no device sees that time has passed."""
@@ -359,9 +426,8 @@ class Board:
             self.shutdown = None
             for device in self.devices.values():
                 device.reset()
-            for gsi in list(self._lines):
-                for name in list(self._lines[gsi]):
-                    self.set_irq(self.devices[name], gsi, False)
+            for device in self.devices.values():
+                self.bus.drop_lines(device.number)
 
     def move_to(self, machine: Machine) -> None:
         """Go on with another engine's machine, which has no memory but RAM, and the lines' levels in its
@@ -370,7 +436,9 @@ class Board:
             for slot, (address, fd, offset, size, read_only) in self._slots.items():
                 machine.map_memory(slot, address, fd, offset, size, read_only=read_only)
             self.machine.set_deadline(None)
+            self.machine.set_fast_bus(None)
             self.machine = machine
+            self._is_fast = machine.set_fast_bus(self.bus.capsule)
             self._set_deadline()
             for device in self.devices.values():
                 device.machine_changed()
@@ -391,15 +459,19 @@ class Board:
 
     def save(self) -> BoardState:
         """What is of no device. In `asleep`."""
+        rows, forgotten = self.bus.unclaimed()
         return BoardState(
             date_of_birth=self._date_of_birth,
             shutdown=self.shutdown,
-            lines={gsi: tuple(sorted(names)) for gsi, names in sorted(self._lines.items()) if names},
+            lines={gsi: self._holders(bits) for gsi, bits in enumerate(self.bus.holders()) if bits},
             counters=dict(self.counters),
             device_counters={name: dict(device.counters) for name, device in self.devices.items() if device.counters},
-            unclaimed=tuple((*key, use.reads, use.writes, use.rip) for key, use in self._unclaimed.items()),
-            forgotten=self._unclaimed.forgotten,
+            unclaimed=tuple((_SPACES[is_memory], *row) for is_memory, *row in rows),
+            forgotten=forgotten,
         )
+
+    def _holders(self, bits: int) -> tuple[str, ...]:
+        return tuple(sorted(device.name for device in self.devices.values() if bits >> device.number & 1))
 
     def check(self, state: BoardState) -> None:
         """Invalid for what this board cannot be, and nothing has changed."""
@@ -412,13 +484,16 @@ class Board:
         devices, which then find the lines as they hold them."""
         self._date_of_birth = state.date_of_birth
         self.shutdown = state.shutdown
-        self._lines = {gsi: set(names) for gsi, names in state.lines.items()}
-        self.counters = Counter(state.counters)
+        held = [0] * _chips.LINES
+        for gsi, names in state.lines.items():
+            held[gsi] = sum(1 << self.devices[name].number for name in set(names))
+        self.bus.hold(held)
+        self.counters.clear()
+        self.counters.update(state.counters)
         for name, device in self.devices.items():
             device.counters.clear()
             device.counters.update(state.device_counters.get(name, {}))
-        self._unclaimed.put(((space, at), Use(reads, writes, rip)) for space, at, reads, writes, rip in state.unclaimed)
-        self._unclaimed.forgotten = state.forgotten
+        self.bus.load_unclaimed(tuple((space == "memory", *row) for space, *row in state.unclaimed), state.forgotten)
         self._last_now = None
         self._set_deadline()
 
@@ -442,9 +517,12 @@ class Board:
         with self.lock:
             self._closed = True
             self._timers.clear()
+            self.bus.close()
+            self.drain()
             for device in self.devices.values():
                 device.close()
             self.devices.clear()
+            self.bus.set_map(())
             if self._map is not None:
                 with contextlib.suppress(BufferError):  # a thread still copies; the last reference unmaps
                     self._map.close()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmfs.devices import _chips
 from vmfs.devices.device import Port, StatelessDevice, Window
+from vmfs.devices.serial import Output
+
+ANSWER = 0xE9
 
 
 class DebugConsole(StatelessDevice):
-    """Bytes written to `port` go to `output`; reading gives `answer`, by which firmware knows that it is there.
+    """Bytes written to `port` go to `output`; reading gives ANSWER, by which firmware knows that it is there.
 
     Bochs' port E9 answers E9; QEMU's isa-debugcon at 402, which SeaBIOS and OVMF write to, answers E9, too.
     """
@@ -18,17 +22,37 @@ class DebugConsole(StatelessDevice):
     def __init__(self, board: Port, name: str, port: int, output: Callable[[bytes], None] | None = None) -> None:
         super().__init__(board, name)
         self.port = port
-        self.output = output or (lambda data: None)
+        self.chip = _chips.Sender(board.bus, self.number, ANSWER)
+        self._output = Output(self.chip)
+        if output is not None:
+            self._output.to = output
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", self.port, 1),)
 
+    @property
+    def output(self) -> Callable[[bytes], None]:
+        return self._output.to
+
+    @output.setter
+    def output(self, output: Callable[[bytes], None]) -> None:
+        self._output.to = output
+
+    def count(self) -> None:
+        if sent := self.chip.take_count():
+            self._counters["sent"] += sent
+
+    def drain(self) -> None:
+        self._output.drain()
+
     def read(self, region: int, offset: int, size: int) -> int:
-        return 0xE9
+        return self.chip.read(region, offset, size)
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
-        self.counters["sent"] += 1
-        self.output(bytes((value & 0xFF,)))
+        if not self.chip.write(region, offset, size, value):  # it has no room for what it has sent
+            self.drain()
+            self.chip.write(region, offset, size, value)
+        self.drain()
 
 
 class DebugExit(StatelessDevice):

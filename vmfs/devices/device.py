@@ -81,7 +81,9 @@ class Port(Protocol):
     """What a device may ask for. `vmfs.devices.board.Board` says how each works."""
 
     lock: threading.RLock
-    counters: Counter[str]
+
+    @property
+    def counters(self) -> Counter[str]: ...
 
     # RAM
     @property
@@ -96,6 +98,12 @@ class Port(Protocol):
     def now(self) -> int: ...
     def date(self) -> int: ...
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer: ...
+
+    # Chips (vmfs.devices._chips)
+    @property
+    def bus(self) -> Any: ...
+    def take_number(self, device: Device[Any]) -> int: ...
+    def chip_used(self) -> None: ...
 
     # Lines, and the end of the run
     def set_irq(self, device: Device[Any], gsi: int, level: bool) -> None: ...
@@ -115,17 +123,28 @@ class Port(Protocol):
 class Device(abc.ABC, Generic[S]):
     """A device with the name that it has under dev/. Subclasses set TYPE and STATE, and what they need of the rest.
 
+    One with a `chip` gives it the accesses that come to `read` and `write`; what it does not answer is the device's.
     `irq` is the interrupt line (GSI) or None; `counters` what its `counters` file shows.
     """
 
     TYPE: str
     STATE: type[S]
     irq: int | None = None
+    chip: Any = None  # of vmfs.devices._chips: what of its registers is in C
 
     def __init__(self, board: Port, name: str) -> None:
         self.board = board
         self.name = name
-        self.counters: Counter[str] = Counter()
+        self.number = board.take_number(self)
+        self._counters: Counter[str] = Counter()
+
+    @property
+    def counters(self) -> Counter[str]:
+        self.count()
+        return self._counters
+
+    def count(self) -> None:  # noqa: B027
+        """Add what its chip has counted since the last time."""
 
     def windows(self) -> tuple[Window, ...]:
         """Where it is now. PCI devices change it by their BARs: `board.rewire(self)` afterwards."""
@@ -179,6 +198,9 @@ class Device(abc.ABC, Generic[S]):
     def describe(self) -> dict[str, str]:
         """More lines for its `info` file: a disk's path, a backend."""
         return {}
+
+    def drain(self) -> None:  # noqa: B027
+        """Give on what its chip has sent. From any thread, without the board's lock."""
 
     def close(self) -> None:
         """Give back what is the host's."""

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
 from vmfs.devices.ps2 import Keyboard, KeyboardState, Mouse, MouseState
@@ -71,7 +72,9 @@ class I8042(QuietDevice[I8042State]):
         self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
         self._timer: Timer | None = None
         self._a20 = True
+        self.chip = _chips.Latch(board.bus, self.number)
         self._clear()
+        self._show()
 
     def windows(self) -> tuple[Window, ...]:
         return tuple(Window("port", port, 1, region) for region, port in enumerate((DATA, COMMAND, FAST_GATE)))
@@ -94,15 +97,23 @@ class I8042(QuietDevice[I8042State]):
     def read(self, region: int, offset: int, size: int) -> int:
         if region == 0:
             return self._read_data()
-        if region == 1:
-            return (
-                (_OUTPUT_FULL if self.buffer is not None else 0)
-                | (self.control & _SYSTEM)
-                | (_COMMAND_LAST if self.command_last else 0)
-                | _UNLOCKED
-                | (_FROM_MOUSE if self.buffer is not None and self.from_mouse else 0)
-            )
+        return self._status() if region == 1 else self._gate()
+
+    def _status(self) -> int:
+        return (
+            (_OUTPUT_FULL if self.buffer is not None else 0)
+            | (self.control & _SYSTEM)
+            | (_COMMAND_LAST if self.command_last else 0)
+            | _UNLOCKED
+            | (_FROM_MOUSE if self.buffer is not None and self.from_mouse else 0)
+        )
+
+    def _gate(self) -> int:
         return self.fast_gate | (_A20 if self._a20 else 0)
+
+    def _show(self) -> None:
+        """What reads get that change nothing."""
+        self.chip.show((self.last if self.buffer is None else None, self._status(), self._gate()))
 
     def _read_data(self) -> int:
         if self.buffer is None:
@@ -231,6 +242,7 @@ class I8042(QuietDevice[I8042State]):
         full = self.buffer is not None
         self.board.set_irq(self, KEYBOARD_IRQ, full and not self.from_mouse and bool(self.control & _KEYBOARD_INT))
         self.board.set_irq(self, MOUSE_IRQ, full and self.from_mouse and bool(self.control & _MOUSE_INT))
+        self._show()
 
     # ---- what is typed
 
@@ -281,6 +293,7 @@ class I8042(QuietDevice[I8042State]):
         if not self._a20:
             self._a20 = True  # as every new machine has it
             self._set_a20(False)
+            self._show()
 
     def save(self) -> I8042State:
         return I8042State(

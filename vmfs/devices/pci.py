@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U8, U32, Device, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Invalid, LimitReached
 
@@ -28,6 +29,7 @@ _IO, _MEMORY, _MASTER, _INTX_OFF = 1, 2, 4, 0x400
 _STATUS_INTERRUPT, _STATUS_CAPABILITIES = 0x08, 0x10
 _BAR0, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x34, 0x3C
 _HEADER = 0x40
+_WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,14 @@ class PciDevice(Device[P]):
         super().__init__(board, name)
         self.slot = slot
         self.irq = gsi(slot) if self.INTERRUPT else None
-        self.pending = False  # INTx as the device drives it; the command register can hold it back
         self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
-        self.config = bytearray(256)
-        self._mask = bytearray(256)  # bits that a guest can change
+        # The configuration space is the bridge's chip's to read and write, but for what is marked as Python's.
+        self.function = _chips.Function(board.bus, self.number, (gsi(slot), pic_irq(slot)) if self.INTERRUPT else ())
+        parts = memoryview(self.function)
+        self.config, self._by_python = parts[:256], parts[512:]
+        self._mask = parts[256:512]  # bits that a guest can change
+        self._by_python[_COMMAND:_STATUS] = bytes((_WRITES_BY_PYTHON,)) * 2
+        self._by_python[_BAR0:_CAPABILITIES] = bytes((_WRITES_BY_PYTHON,)) * (_CAPABILITIES - _BAR0)
         self._fixed = self._identity()
         self._next = _HEADER
         self._last_link = _CAPABILITIES
@@ -110,11 +116,11 @@ class PciDevice(Device[P]):
 
     # ---- configuration space
 
+    def answers_itself(self, at: int, length: int) -> None:
+        """Reads of these bytes of the configuration space, and writes, come to `read_config` and `write_config`."""
+        self._by_python[at : at + length] = bytes((_ALL_BY_PYTHON,)) * length
+
     def read_config(self, offset: int, size: int) -> int:
-        if offset <= _STATUS < offset + size:
-            self.config[_STATUS] &= ~_STATUS_INTERRUPT
-            if self.pending:
-                self.config[_STATUS] |= _STATUS_INTERRUPT
         return int.from_bytes(self.config[offset : offset + size], "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
@@ -130,7 +136,7 @@ class PciDevice(Device[P]):
             self._was = windows
             self.board.rewire(self)
             self.moved()
-        self._drive()
+        self.function.drive()
 
     def windows(self) -> tuple[Window, ...]:
         command = self.config[_COMMAND]
@@ -160,16 +166,14 @@ class PciDevice(Device[P]):
 
     # ---- interrupts
 
+    @property
+    def pending(self) -> bool:
+        """INTA as the device drives it; the command register can hold it back."""
+        return self.function.pending
+
     def set_irq(self, level: bool) -> None:
         """Drive INTA."""
-        self.pending = level
-        self._drive()
-
-    def _drive(self) -> None:
-        if self.irq is not None:
-            level = self.pending and not self.config[_COMMAND + 1] & _INTX_OFF >> 8
-            super().set_irq(level)
-            self.board.set_irq(self, pic_irq(self.slot), level)
+        self.function.set_irq(level)
 
     # ---- life
 
@@ -181,7 +185,7 @@ class PciDevice(Device[P]):
         self.config[_COMMAND] = _IO | _MEMORY
         if self.INTERRUPT:
             self.config[_INTERRUPT_LINE] = pic_irq(self.slot)
-        self.pending = False
+        self.function.set_irq(False)
         self._config_changed()
 
     def save_pci(self) -> PciState:
@@ -195,7 +199,7 @@ class PciDevice(Device[P]):
 
     def load_pci(self, state: PciState) -> None:
         self.config[:] = state.config
-        self.pending = state.pending
+        self.function.set_irq(state.pending)
         self._config_changed()
 
     def sleep(self) -> None:
@@ -246,7 +250,8 @@ class HostBridge(QuietDevice[HostBridgeState]):
 
     def __init__(self, board: Port, name: str = "pci") -> None:
         super().__init__(board, name)
-        self.address = self.reset_control = 0
+        self.chip = _chips.Bridge(board.bus, self.number)
+        self.reset_control = 0
         self.slots: dict[int, PciDevice] = {}
         self._hidden: dict[int, PciDevice] = {}
 
@@ -266,12 +271,14 @@ class HostBridge(QuietDevice[HostBridgeState]):
         for index, bar in device.BARS.items():
             device.given[index] = self._place(device, bar)
         self.slots[device.slot] = device
+        self.chip.set_function(device.slot << 3, device.function)
         try:
             device.reset()
             self.board.remove_windows(device)
             self.board.add(device)
         except BaseException:
             del self.slots[device.slot]
+            self.chip.set_function(device.slot << 3, None)
             raise
         return device
 
@@ -279,9 +286,11 @@ class HostBridge(QuietDevice[HostBridgeState]):
         """Let a device answer at a second place, too, for software that goes there without a search. No search finds a
         function other than 0, since no slot says that it has several."""
         self._hidden[slot << 3 | function] = device
+        self.chip.set_function(slot << 3 | function, device.function)
 
     def unplug(self, device: PciDevice) -> None:
         del self.slots[device.slot]
+        self.chip.set_function(device.slot << 3, None)
         self.board.remove(device)
 
     def _place(self, device: PciDevice, bar: Bar) -> int:
@@ -310,22 +319,26 @@ class HostBridge(QuietDevice[HostBridgeState]):
         device = self._hidden.get(place) if place & 0xFF07 else self.slots.get(place >> 3)
         return None if device is None else (device, (address & 0xFC) + offset)
 
+    @property
+    def address(self) -> int:
+        return self.chip.address
+
     def read(self, region: int, offset: int, size: int) -> int:
-        if region == 0 and offset == 1 and size == 1:
-            return self.reset_control
+        value = self.chip.read(region, offset, size)
+        if value is not None:
+            return value
         if region == 0:
-            return self.address if size == 4 else (1 << 8 * size) - 1
+            return self.reset_control
         target = self._target(offset)
         if target is None:
             return (1 << 8 * size) - 1
         return target[0].read_config(target[1], min(size, 4 - offset))
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if self.chip.write(region, offset, size, value):
+            return
         if region == 0:
-            if size == 4:
-                self.address = value & 0x80FF_FFFC
-            elif offset == 1 and size == 1:
-                self._reset_control(value)
+            self._reset_control(value)
             return
         target = self._target(offset)
         if target is not None:
@@ -340,13 +353,13 @@ class HostBridge(QuietDevice[HostBridgeState]):
             self.board.stop("reset")
 
     def reset(self) -> None:
-        self.address = self.reset_control = 0
+        self.chip.address = self.reset_control = 0
 
     def save(self) -> HostBridgeState:
         return HostBridgeState(address=self.address, reset_control=self.reset_control)
 
     def load(self, state: HostBridgeState) -> None:
-        self.address, self.reset_control = state.address & 0x80FF_FFFC, state.reset_control & 2
+        self.chip.address, self.reset_control = state.address & 0x80FF_FFFC, state.reset_control & 2
 
 
 class Bridge(PlainPciDevice):

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import struct
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.pci import PlainPciDevice
-from vmfs.devices.timers import Timer
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
-FREQUENCY = 3_579_545  # Hz
-_HALF = 23  # the bit of the PM timer of which a change is an event
 S5 = 0  # SLP_TYP in the tables' \_S5
 
-_POWER_BUTTON, _TIMER = 0x100, 1
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
 
 
@@ -30,7 +27,7 @@ class PowerState(DeviceState):
 
 
 class Power(QuietDevice[PowerState]):
-    """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits."""
+    """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits. The registers are in C (chips/power.c)."""
 
     TYPE = "acpi-pm"
     STATE = PowerState
@@ -38,8 +35,7 @@ class Power(QuietDevice[PowerState]):
 
     def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
-        self._timer: Timer | None = None
-        self._halves = 0  # of the PM timer's rounds, that TMR_STS was set for
+        self.chip = _chips.Power(board.bus, self.number, SCI)
         self.reset()
 
     def windows(self) -> tuple[Window, ...]:
@@ -50,70 +46,44 @@ class Power(QuietDevice[PowerState]):
         )
 
     def reset(self) -> None:
-        self.status = self.enable = 0
-        self.control = _SCI_EN
-        self._halves = self._ticks() >> _HALF
-        self._update()
+        self._set(0, 0, _SCI_EN)
 
     def press_button(self) -> None:
         """The power button, by which a guest is asked to shut down."""
         with self.board.lock:
-            self.status |= _POWER_BUTTON
-            self._update()
-
-    def _ticks(self) -> int:
-        return self.board.now() * FREQUENCY // 1_000_000_000
-
-    def _update(self) -> None:
-        """TMR_STS is set when bit 23 of the PM timer changes (4.8.3.3); be called for that where it is an interrupt."""
-        halves = self._ticks() >> _HALF
-        if halves != self._halves:
-            self._halves = halves
-            self.status |= _TIMER
-        self.set_irq(bool(self.status & self.enable & (_POWER_BUTTON | _TIMER)))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self.enable & _TIMER and not self.status & _TIMER:
-            when = -(-(halves + 1 << _HALF) * 1_000_000_000 // FREQUENCY)
-            self._timer = self.board.schedule(when, self._update)
+            self.chip.press(self.board.now())
 
     def time_shifted(self, by: int) -> None:
-        self._halves = self._ticks() >> _HALF
+        self.chip.seen(self.board.now())
 
     def read(self, region: int, offset: int, size: int) -> int:
-        if region == 0:
-            self._update()
-            value = self.status | self.enable << 16
-        elif region == 1:
-            value = self.control
-        else:
-            value = self._ticks() & 0xFF_FFFF
-        return value >> 8 * offset
+        value = self.chip.read(region, offset, size)
+        self.board.chip_used()
+        return value
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
-        value <<= 8 * offset
+        if not self.chip.write(region, offset, size, value):
+            self._sleep(offset, size, value)
+        self.board.chip_used()
+
+    def _sleep(self, offset: int, size: int, value: int) -> None:
+        """PM1 control with SLP_EN, which is not kept."""
+        state = self.save()
         mask = ((1 << 8 * size) - 1) << 8 * offset
-        if region == 0:
-            self._update()
-            self.status &= ~(value & mask) & 0xFFFF
-            if mask >> 16:
-                self.enable = (self.enable & ~(mask >> 16) | value >> 16) & 0xFFFF
-            self._update()
-        elif region == 1:
-            new = (self.control & ~mask | value & mask) & 0xFFFF
-            self.control = new & ~_SLP_EN
-            if new & _SLP_EN and new >> _SLP_TYP & 7 == S5:
-                self.board.stop("poweroff")
+        control = (state.control & ~mask | value << 8 * offset & mask) & 0xFFFF & ~_SLP_EN
+        self._set(state.status, state.enable, control)
+        if control >> _SLP_TYP & 7 == S5:
+            self.board.stop("poweroff")
 
     def save(self) -> PowerState:
-        self._update()
-        return PowerState(status=self.status, enable=self.enable, control=self.control)
+        return PowerState(**self.chip.state(self.board.now()))
 
     def load(self, state: PowerState) -> None:
-        self.status, self.enable, self.control = state.status, state.enable, state.control
-        self._halves = self._ticks() >> _HALF
-        self._update()
+        self._set(state.status, state.enable, state.control)
+
+    def _set(self, status: int, enable: int, control: int) -> None:
+        self.chip.load(now=self.board.now(), status=status, enable=enable, control=control)
+        self.board.chip_used()
 
 
 class PowerFunction(PlainPciDevice):

@@ -287,6 +287,12 @@ class Machine(abc.ABC):
         looks. With capability IRQCHIP."""
         raise Unsupported("a deadline: machines without interrupt controllers have no devices, and need none")
 
+    def set_fast_bus(self, bus: object | None) -> bool:
+        """Have C code of the board's devices answer accesses before they are exits: a capsule of vmfs/words/bus.h,
+        which drives this machine's lines until it closes or gets another one. While the machine does not run. False
+        where the engine does not: then all accesses are exits, and `set_deadline` has what is due on the bus, too."""
+        return False
+
     def set_a20(self, enabled: bool) -> None:
         """Whether address bit 20 reaches memory, as in a new machine, or is zero, as behind the PC's A20 gate.
         No state has it."""

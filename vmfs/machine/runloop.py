@@ -81,6 +81,16 @@ class RunLoop:
         bound = self._run.bound
         if bound.instructions == 0:  # `Vm.load`
             return exits.Limit(rip=quad(self._cpu.get_state("regs"), RIP))
+        if self._board is None:
+            return self._to_exit(first)
+        self._board.begin()
+        try:
+            return self._to_exit(first)
+        finally:
+            self._board.drain()
+
+    def _to_exit(self, first: exits.Exit | None) -> exits.Exit:
+        bound = self._run.bound
         exit_ = self._slices(goes_on=False, first=first)
         if bound.within is not None:
             first, end = bound.within

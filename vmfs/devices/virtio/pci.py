@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U8, U16, U32, U64, DeviceState, Port
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.virtio.queue import Chain, DriverError, QueueState, Virtqueue
@@ -103,6 +104,8 @@ class VirtioDevice(PciDevice[V]):
         # 4.1.4.9: the BAR, reached through configuration space: bar, offset, length and data are the driver's.
         writable = bytes(4) + b"\xff" + bytes(3) + b"\xff" * 12
         self._window = self._add_capability(_CAP_PCI, 0, 0, bytes(4), writable)
+        self.answers_itself(self._window + 16, 4)
+        self.chip = _chips.Virtio(board.bus, self.number, self.function, _ISR, _NOTIFY, len(self.queues))
         self.generation = 0
         self._forget_driver()
 
@@ -182,8 +185,11 @@ class VirtioDevice(PciDevice[V]):
             self._interrupt(_ISR_CONFIG)
 
     def _interrupt(self, cause: int) -> None:
-        self.isr |= cause
-        self.set_irq(True)
+        self.chip.interrupt(cause)
+
+    @property
+    def isr(self) -> int:
+        return self.chip.isr
 
     # ---- the BAR
 
@@ -191,11 +197,7 @@ class VirtioDevice(PciDevice[V]):
         if offset < _ISR:
             return self._read_common(offset, size)
         if offset < _CONFIG:
-            if offset != _ISR:
-                return 0
-            value, self.isr = self.isr, 0  # 4.1.4.5: reading it takes the interrupt back
-            self.set_irq(False)
-            return value
+            return self.chip.read(0, offset, size) or 0
         if offset < _NOTIFY:
             at = offset - _CONFIG
             return int.from_bytes(self.device_config()[at : at + size], "little")
@@ -332,7 +334,7 @@ class VirtioDevice(PciDevice[V]):
         """Everything that the driver has set (2.1.2)."""
         self.status = 0
         self.accepted = 0
-        self.isr = 0
+        self.chip.isr = 0
         self.device_select = self.driver_select = self.queue_select = 0
         self.failure = ""
         for queue in self.queues:
@@ -392,7 +394,7 @@ class VirtioDevice(PciDevice[V]):
         self.load_own(state)
         self.load_pci(state.pci)
         for name in _SAVED:
-            setattr(self, name, getattr(state, name))
+            setattr(self.chip if name == "isr" else self, name, getattr(state, name))
         for queue, one in zip(self.queues, state.queues, strict=True):
             queue.load(one)
         if self.is_live:

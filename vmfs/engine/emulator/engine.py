@@ -168,6 +168,10 @@ class EmulatorMachine(Machine):
     def set_deadline(self, when: int | None) -> None:
         self._vm.set_deadline(_NEVER if when is None else max(when, 0))
 
+    def set_fast_bus(self, bus: object | None) -> bool:
+        self._vm.set_bus(bus)
+        return True
+
     def set_time(self, source: str) -> None:
         if source not in ("host", "instructions"):
             raise Invalid(f"there is no time source {source}")

@@ -19,6 +19,7 @@
 
 struct vm;
 struct vcpu;
+struct fast_bus; /* bus.h */
 
 /* ---- Machines and memory ------------------------------------------------------------------------------- */
 
@@ -41,6 +42,8 @@ size_t vm_dirty_log_size(struct vm *vm, unsigned slot);
 
 int vm_create_irqchip(struct vm *vm);  /* before the first CPU */
 void vm_irq_line(struct vm *vm, unsigned gsi, bool level);
+/* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
+void vm_set_bus(struct vm *vm, struct fast_bus *bus);
 void vm_set_a20(struct vm *vm, bool enabled);
 
 /* Time: deterministic (default): the TSC and the timers follow the instructions retired, `tsc_khz` thousands

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "core.h"
+#include "bus.h"
 #include "lane.h"
 #include "../../../include/vmfs.h"
 
@@ -23,6 +24,7 @@ typedef struct {
     struct vm *vm;
     struct { void *host; size_t size; } maps[CORE_SLOTS];
     unsigned running;         /* CPUs in a run */
+    PyObject *bus;            /* the capsule of vm_set_bus, or NULL */
 } VmObject;
 
 typedef struct {
@@ -91,8 +93,10 @@ static void vm_release(VmObject *self)
 {
     if (!self->vm)
         return;
+    vm_set_bus(self->vm, NULL);
     vm_destroy(self->vm);
     self->vm = NULL;
+    Py_CLEAR(self->bus);
     for (unsigned i = 0; i < CORE_SLOTS; i++)
         unmap_guarded(self->maps[i].host, self->maps[i].size);
 }
@@ -207,6 +211,18 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_bus(VmObject *self, PyObject *capsule)
+{
+    if (!vm_idle(self))
+        return NULL;
+    struct fast_bus *bus = capsule == Py_None ? NULL : PyCapsule_GetPointer(capsule, FAST_BUS);
+    if (!bus && capsule != Py_None)
+        return NULL;
+    vm_set_bus(self->vm, bus);
+    Py_XSETREF(self->bus, bus ? Py_NewRef(capsule) : NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_set_deadline(VmObject *self, PyObject *args)
 {
     unsigned long long when;
@@ -306,6 +322,8 @@ static PyMethodDef vm_methods[] = {
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
+    {"set_bus", (PyCFunction)py_vm_set_bus, METH_O,
+     "set_bus(capsule or None): devices that are asked before an access is an exit (vmfs/words/bus.h)"},
     {"set_deadline", (PyCFunction)py_vm_set_deadline, METH_VARARGS,
      "set_deadline(clock): a run ends when the state clock has come to it; NEVER"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,

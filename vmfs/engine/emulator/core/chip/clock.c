@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "bus.h"
 #include "irqchip.h"
 #include "memory.h"
 #include "opcodes.h"
@@ -55,12 +56,19 @@ static u64 in_vm_time(const struct vm *vm, u64 clock)
     return clock == CORE_NEVER ? CORE_NEVER : (i64)due < 0 ? 0 : due;
 }
 
-/* When a timer is next due, of the interrupt chip or of the host. */
+/* When a timer of the bus's devices is next due. */
+static u64 bus_due(const struct vm *vm)
+{
+    return vm->bus ? in_vm_time(vm, atomic_load_explicit(&vm->bus->due, memory_order_relaxed)) : CORE_NEVER;
+}
+
+/* When a timer is next due, of the interrupt chip, the bus or the host. */
 static u64 next_due(const struct vm *vm)
 {
     u64 host = in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed));
     u64 chip = vm->irqchip ? irqchip_next_deadline(vm->irqchip) : CORE_NEVER;
-    return chip < host ? chip : host;
+    u64 bus = bus_due(vm), first = chip < host ? chip : host;
+    return bus < first ? bus : first;
 }
 
 bool deadline_came(struct vcpu *c)
@@ -69,6 +77,19 @@ bool deadline_came(struct vcpu *c)
     if (likely(when == CORE_NEVER) || core_now(c, NULL) < in_vm_time(c->vm, when))
         return false;
     return atomic_compare_exchange_strong(&c->vm->deadline, &when, CORE_NEVER); /* else it is another one by now */
+}
+
+/* ---- The bus -------------------------------------------------------------------------------------------------------------------- */
+
+static void bus_line(void *vm, unsigned gsi, bool level) { vm_irq_line(vm, gsi, level); }
+
+void vm_set_bus(struct vm *vm, struct fast_bus *bus)
+{
+    if (vm->bus)
+        vm->bus->detach(vm->bus, vm);
+    vm->bus = bus;
+    if (bus)
+        bus->attach(bus, &(struct bus_machine){vm, bus_line});
 }
 
 /* ---- Attention -------------------------------------------------------------------------------------------------------------- */
@@ -165,6 +186,11 @@ void chip_look(struct vcpu *c)
     u64 now = core_now(c, NULL);
     if (unlikely(now >= irqchip_next_deadline(chip))) {
         irqchip_advance(chip, now);
+        chip_notify(c);
+    }
+    if (unlikely(now >= bus_due(c->vm))) {
+        c->vm->bus->advance(c->vm->bus, now + (u64)c->vm->clock_offset);
+        chip_apply_lines(c->vm); /* the interrupt comes before the next instruction */
         chip_notify(c);
     }
     if (likely(!irqchip_events(chip, c->index)) || c->restart)

@@ -1,9 +1,49 @@
-/* What devices of the core claim: ports, memory, interrupts. Everything else becomes an exit. */
+/* What devices of the core claim, and those of the bus: ports, memory, interrupts. Everything else becomes an exit. */
+#include "bus.h"
 #include "irqchip.h"
 #include "memory.h"
 
-/* What the access may have changed for other CPUs and for the next timer is looked at behind the instruction: IN and OUT end
- * their block, and a store to a device runs alone. */
+/* What the access may have changed for other CPUs and for the next timer is looked at after the instruction: IN and OUT end
+ * their block, and a store to a device of the core runs alone. */
+
+/* ---- The bus -------------------------------------------------------------------------------------------------------------------- */
+
+static u64 bus_now(void *context)
+{
+    struct vcpu *c = context;
+    return core_now(c, c->now) + (u64)c->vm->clock_offset;
+}
+
+static bool ask_bus(struct vcpu *c, struct bus_access *a)
+{
+    struct fast_bus *bus = c->vm->bus;
+    if (!bus)
+        return false;
+    a->rip = ip_of(c, c->now) + (a->write ? c->now->length : 0);
+    a->now = bus_now;
+    a->context = c;
+    return bus->access(bus, a);
+}
+
+/* A line that it raises asks for attention, which the next block sees; of timers only the main loop knows. */
+static enum answer ask_bus_port(struct vcpu *c, struct bus_access *a)
+{
+    struct fast_bus *bus = c->vm->bus;
+    u64 due = bus ? atomic_load_explicit(&bus->due, memory_order_relaxed) : 0;
+    if (!ask_bus(c, a))
+        return ANSWER_NONE;
+    return atomic_load_explicit(&bus->due, memory_order_relaxed) == due ? ANSWER_PLAIN : ANSWER_LOOK;
+}
+
+static bool ask_bus_memory(struct vcpu *c, u64 physical, unsigned size, bool write, u64 *value)
+{
+    struct bus_access a = {.memory = true, .write = write, .size = (u8)size, .address = physical, .value = write ? *value : 0};
+    if (size & (size - 1) || !ask_bus(c, &a))
+        return false;
+    if (!write)
+        *value = a.value;
+    return true;
+}
 
 /* ---- Ports, a byte each --------------------------------------------------------------------------------------------------- */
 
@@ -15,11 +55,15 @@ static bool owns_ports(const struct irqchip *chip, u16 port, unsigned size)
     return true;
 }
 
-bool io_read(struct vcpu *c, u16 port, unsigned size, u32 *value)
+enum answer io_read(struct vcpu *c, u16 port, unsigned size, u32 *value)
 {
     struct irqchip *chip = c->vm->irqchip;
-    if (!chip || !owns_ports(chip, port, size))
-        return false;
+    if (!chip || !owns_ports(chip, port, size)) {
+        struct bus_access a = {.size = (u8)size, .address = port};
+        enum answer answer = ask_bus_port(c, &a);
+        *value = (u32)a.value;
+        return answer;
+    }
     u64 now = core_now(c, c->now);
     *value = 0;
     for (unsigned i = 0; i < size; i++) {
@@ -27,19 +71,19 @@ bool io_read(struct vcpu *c, u16 port, unsigned size, u32 *value)
         irqchip_read_port(chip, (u16)(port + i), &byte, now);
         *value |= (u32)byte << 8 * i;
     }
-    return true;
+    return ANSWER_LOOK;
 }
 
-bool io_write(struct vcpu *c, u16 port, unsigned size, u32 value)
+enum answer io_write(struct vcpu *c, u16 port, unsigned size, u32 value)
 {
     struct irqchip *chip = c->vm->irqchip;
     if (!chip || !owns_ports(chip, port, size))
-        return false;
+        return ask_bus_port(c, &(struct bus_access){.write = true, .size = (u8)size, .address = port, .value = value});
     u64 now = core_now(c, c->now);
     for (unsigned i = 0; i < size; i++)
         irqchip_write_port(chip, (u16)(port + i), (u8)(value >> 8 * i), now);
     chip_notify(c);
-    return true;
+    return ANSWER_LOOK;
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------------------------------------- */
@@ -64,12 +108,18 @@ static unsigned find_device(struct vcpu *c, u64 physical, u32 *offset)
     return DEVICE_NONE;
 }
 
+bool bus_memory(struct vcpu *c, u64 physical, unsigned size, bool write, u64 *value)
+{
+    u32 offset;
+    return c->vm->bus && find_device(c, physical, &offset) == DEVICE_NONE && ask_bus_memory(c, physical, size, write, value);
+}
+
 bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value)
 {
     u32 offset = 0;
     unsigned device = find_device(c, physical, &offset);
     if (device == DEVICE_NONE)
-        return false;
+        return ask_bus_memory(c, physical, size, false, value);
     *value = device == DEVICE_LAPIC ? irqchip_lapic_read(c->vm->irqchip, c->index, offset, size, core_now(c, c->now))
                                     : irqchip_ioapic_read(c->vm->irqchip, offset, size);
     return true;
@@ -80,7 +130,7 @@ bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value)
     u32 offset = 0;
     unsigned device = find_device(c, physical, &offset);
     if (device == DEVICE_NONE)
-        return false;
+        return ask_bus_memory(c, physical, size, true, &value);
     u64 now = core_now(c, c->now);
     if (device == DEVICE_LAPIC)
         irqchip_lapic_write(c->vm->irqchip, c->index, offset, size, (u32)value, now);

@@ -475,14 +475,29 @@ static bool was_read(struct vcpu *c, u64 physical, unsigned bytes)
     return false;
 }
 
+/* Whether the running instruction is a move between a general register and memory, all of it in `bytes` here: nothing comes
+ * after such an access that could make it begin anew, and the bus may answer at once. What else the access changes (vm.c,
+ * io.c: devices of the core) is looked at after the instruction, which then runs alone. */
+static bool is_move(const struct vcpu *c, unsigned bytes)
+{
+    const struct opcode *o = c->now ? &opcodes[c->now->id] : NULL;
+    return o && o->map == M1 && o->opcode >= 0x88 && o->opcode <= 0x8b && bytes == 1u << c->now->size;
+}
+
 static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
 {
     if (c->delivering >= 0) { /* tables and stacks outside of RAM: as physical_read */
         memset(data, 0xff, bytes);
         return;
     }
-    if (!c->alone) /* `done_reads` are of one instruction */
+    if (!c->alone) { /* `done_reads` are of one instruction */
+        u64 value = 0;
+        if (is_move(c, bytes) && bus_memory(c, physical, bytes, false, &value)) {
+            memcpy(data, &value, bytes);
+            return;
+        }
         escape(c, ESCAPE_ALONE);
+    }
     while (bytes) {
         unsigned n = bytes > 8 ? 8 : bytes;
         u64 value = 0;
@@ -565,6 +580,12 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
                 cache_kill(c->vm, slots[i], p[i].physical, p[i].bytes);
             }
         } else if (!c->alone && !(access & ACCESS_SUPERVISOR)) {
+            u64 value = 0;
+            if (!slots[i] && is_move(c, p[i].bytes) && count == 1) {
+                memcpy(&value, data, bytes);
+                if (bus_memory(c, p[i].physical, bytes, true, &value))
+                    goto stored;
+            }
             escape(c, ESCAPE_ALONE);
         }
     }
@@ -578,6 +599,7 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
         }
         in += p[i].bytes;
     }
+stored:
     if (unlikely(c->tracer && c->tracer->memory))
         tracer_memory(c, linear, data, bytes, true, access & ACCESS_SUPERVISOR || c->delivering >= 0);
 }

@@ -426,6 +426,7 @@ struct vm {
     u64 ticket, serving;
     _Atomic u32 waiting;
     struct irqchip *irqchip;  /* NULL: none */
+    struct fast_bus *bus;     /* NULL: none */
     pthread_mutex_t lines_lock;
     struct line_change { u32 gsi; bool level; } *line_queue; /* by vm_irq_line, for the CPU that runs to apply */
     size_t line_count, line_room;
@@ -630,11 +631,18 @@ void vcpu_init(struct vcpu *c);                      /* an INIT message */
 void vm_lock(struct vm *vm);
 void vm_unlock(struct vm *vm);
 void vm_yield(struct vm *vm);
-/* io.c: ports and memory of the devices in the core; false: not theirs */
-bool io_read(struct vcpu *c, u16 port, unsigned size, u32 *value);
-bool io_write(struct vcpu *c, u16 port, unsigned size, u32 value);
+/* io.c: ports and memory of the devices in the core, and of those on the bus; c->now is set */
+enum answer {
+    ANSWER_NONE,              /* nobody's: an exit */
+    ANSWER_PLAIN,             /* done, and nothing is to be looked at */
+    ANSWER_LOOK,              /* done: the main loop comes before the next instruction */
+};
+enum answer io_read(struct vcpu *c, u16 port, unsigned size, u32 *value);
+enum answer io_write(struct vcpu *c, u16 port, unsigned size, u32 value);
 bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value);
 bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value);
+/* Memory of devices on the bus alone. */
+bool bus_memory(struct vcpu *c, u64 physical, unsigned size, bool write, u64 *value);
 int queued_vector(struct vcpu *c);                   /* the first that vcpu_interrupt queued, or -1 */
 int pending_vector(struct vcpu *c);                  /* the interrupt to take next, or -1; does not acknowledge */
 int acknowledge(struct vcpu *c);                     /* take it */

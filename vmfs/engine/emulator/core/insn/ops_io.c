@@ -1,6 +1,7 @@
 /* IN, OUT, INS, OUTS; CLI, STI (Intel SDM 1 chapter 19, 2A, 2B; 3A 20.3 for CR4.VME and CR4.PVI).
  *
- * A port of a device in the core is read or written at once. Any other access is an exit, of one element. */
+ * A port of a device in the core or on the bus is read or written at once. Any other access is an exit, of one element. */
+#include "cache.h"
 #include "repeat.h"
 
 static unsigned iopl(const struct vcpu *c) { return c->rflags >> 12 & 3; }
@@ -45,42 +46,58 @@ static void check_stops(struct vcpu *c, u16 port, unsigned bytes)
 /* ---- One element ---------------------------------------------------------------------------------------------------------------- */
 
 /* May escape with an exit; the instruction then runs again with the bytes. */
-static u32 input(struct vcpu *c, const struct record *r, u16 port, unsigned bytes)
+static u32 input(struct vcpu *c, const struct record *r, u16 port, unsigned bytes, enum answer *answer)
 {
     u32 value = 0;
+    *answer = ANSWER_LOOK;
     if (c->input_ready) {
         c->input_ready = false;
         memcpy(&value, c->data + c->input_at, bytes);
         c->input_at += bytes;
-    } else if (!io_read(c, port, bytes, &value)) {
+    } else if (!(*answer = io_read(c, port, bytes, &value))) {
         leave_io_exit(c, r, false, port, bytes, 1);
     }
     check_stops(c, port, bytes);
     return value;
 }
 
-static void output(struct vcpu *c, const struct record *r, u16 port, unsigned bytes, u32 value)
+static enum answer output(struct vcpu *c, const struct record *r, u16 port, unsigned bytes, u32 value)
 {
-    if (!io_write(c, port, bytes, value)) {
+    enum answer answer = io_write(c, port, bytes, value);
+    if (!answer) {
         leave_io_exit(c, r, true, port, bytes, 1);
         memcpy(c->data, &value, bytes);
     }
     check_stops(c, port, bytes);
+    return answer;
 }
 
-static void in(struct vcpu *c, const struct record *r, u16 port)
+/* The end of an instruction that may go on to the next block: not where something was reached that ends the run. */
+#define GO_ON(c, r, answer) do { \
+        if (unlikely((answer) != ANSWER_PLAIN || (c)->alone || (c)->reached_count || (c)->debug_pending)) { \
+            leave((c), (r)); \
+            return; \
+        } \
+        u64 next_ = next_ip((c), (r)); \
+        (c)->budget += (r)->left; \
+        (c)->now = NULL; \
+        JUMP_TO((c), (r), next_); \
+    } while (0)
+
+ALWAYS_INLINE void in(struct vcpu *c, const struct record *r, u16 port)
 {
     unsigned bytes = io_bytes(r);
+    enum answer answer;
     check_permission(c, r, port, bytes);
-    set_reg(c, RAX * 8, 8 * bytes, input(c, r, port, bytes));
-    leave(c, r);
+    set_reg(c, RAX * 8, 8 * bytes, input(c, r, port, bytes, &answer));
+    GO_ON(c, r, answer);
 }
-static void out(struct vcpu *c, const struct record *r, u16 port)
+ALWAYS_INLINE void out(struct vcpu *c, const struct record *r, u16 port)
 {
     unsigned bytes = io_bytes(r);
     check_permission(c, r, port, bytes);
-    output(c, r, port, bytes, (u32)get_reg(c, RAX * 8, 8 * bytes));
-    leave(c, r);
+    enum answer answer = output(c, r, port, bytes, (u32)get_reg(c, RAX * 8, 8 * bytes));
+    GO_ON(c, r, answer);
 }
 OP(op_in_I) { in(c, r, (u8)r->imm); }
 HANDLER(in_I);
@@ -120,7 +137,8 @@ OP(op_ins)
     mmu_check_write(c, linear, bytes, ACCESS_WRITE);
     if (!c->alone) /* a device is read once: what the store may do to the block, it does now */
         escape(c, ESCAPE_ALONE);
-    u32 value = input(c, r, port, bytes);
+    enum answer answer;
+    u32 value = input(c, r, port, bytes, &answer);
     linear_store(c, linear, bytes, value);
     set_address_register(c, r, RDI, c->gpr[RDI] + string_step(c, bytes));
     end_string(c, r);

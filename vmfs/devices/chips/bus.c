@@ -1,0 +1,586 @@
+/* The bus: who answers for a port or an address, the lines that devices share, and what is next due. */
+#include "chips.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "module.h"
+
+static struct bus *bus_of(struct fast_bus *face) { return (struct bus *)((char *)face - offsetof(struct bus, face)); }
+
+/* ---- Lines ---------------------------------------------------------------------------------------------------------------------- */
+
+void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level)
+{
+    u64 bit = 1ull << device, was = bus->holders[gsi];
+    bus->holders[gsi] = level ? was | bit : was & ~bit;
+    if (!was == !bus->holders[gsi])
+        return;
+    if (bus->machine.irq_line)
+        bus->machine.irq_line(bus->machine.machine, gsi, level);
+    else if (bus->change_count < CHANGES) { /* as many as no access makes */
+        bus->changes[bus->change_count].gsi = (u8)gsi;
+        bus->changes[bus->change_count++].level = level;
+    }
+}
+
+static void attach(struct fast_bus *face, const struct bus_machine *machine)
+{
+    struct bus *bus = bus_of(face);
+    pthread_mutex_lock(&bus->lock);
+    bus->machine = *machine;
+    pthread_mutex_unlock(&bus->lock);
+}
+
+static void detach(struct fast_bus *face, const void *machine)
+{
+    struct bus *bus = bus_of(face);
+    pthread_mutex_lock(&bus->lock);
+    if (bus->machine.machine == machine)
+        bus->machine = (struct bus_machine){0};
+    pthread_mutex_unlock(&bus->lock);
+}
+
+/* ---- Time ------------------------------------------------------------------------------------------------------------------------ */
+
+void bus_set_due(struct chip *chip, u64 due)
+{
+    struct bus *bus = chip->bus;
+    u64 first = BUS_NEVER;
+    chip->due = due;
+    for (const struct chip *each = bus->timed; each; each = each->next)
+        first = each->due < first ? each->due : first;
+    atomic_store_explicit(&bus->face.due, first, memory_order_relaxed);
+}
+
+static void advance(struct fast_bus *face, u64 now)
+{
+    struct bus *bus = bus_of(face);
+    pthread_mutex_lock(&bus->lock);
+    for (struct chip *each = bus->timed; each; each = each->next)
+        if (each->due <= now)
+            each->kind->advance(each, now);
+    pthread_mutex_unlock(&bus->lock);
+}
+
+/* ---- What nobody claims -------------------------------------------------------------------------------------------------------- */
+
+static void note_unclaimed(struct bus *bus, bool memory, u64 address, u64 rip, bool write)
+{
+    struct unclaimed *row = NULL, *oldest = bus->unclaimed;
+    struct unclaimed *last = &bus->unclaimed[bus->unclaimed_last];
+    if (bus->unclaimed_count && last->address == address && last->memory == memory)
+        row = last;
+    for (unsigned i = 0; !row && i < bus->unclaimed_count; i++) {
+        struct unclaimed *each = &bus->unclaimed[i];
+        if (each->address == address && each->memory == memory)
+            row = each;
+        else if (each->used < oldest->used)
+            oldest = each;
+    }
+    if (!row) {
+        row = oldest;
+        if (bus->unclaimed_count < UNCLAIMED_MOST)
+            row = &bus->unclaimed[bus->unclaimed_count++];
+        else
+            bus->forgotten++;
+        *row = (struct unclaimed){.address = address, .memory = memory};
+    }
+    bus->unclaimed_last = (unsigned)(row - bus->unclaimed);
+    row->rip = rip;
+    row->used = ++bus->unclaimed_uses;
+    *(write ? &row->writes : &row->reads) += 1;
+}
+
+/* ---- Accesses -------------------------------------------------------------------------------------------------------------------- */
+
+static u64 ones(unsigned size) { return ~0ull >> (64 - 8 * size); }
+
+static const struct place *find_memory(const struct bus *bus, u64 address)
+{
+    for (unsigned i = 0; i < bus->memory_count; i++) {
+        const struct place *place = &bus->places[bus->memory_places[i]];
+        if (address - place->start < place->length)
+            return place;
+    }
+    return NULL;
+}
+
+static bool access_place(struct bus *bus, struct bus_access *a)
+{
+    const struct place *place = a->memory ? find_memory(bus, a->address) : &bus->places[bus->ports[a->address & (PORTS - 1)]];
+    if (!place || place == &bus->places[PLACE_NOBODY]) {
+        note_unclaimed(bus, a->memory, a->address, a->rip, a->write);
+        a->value = ones(a->size);
+        return true;
+    }
+    if (!place->chip)
+        return false;
+    if (!place->chip->kind->access(place->chip, a, place->region, a->address - place->start))
+        return false;
+    a->value &= ones(a->size);
+    return true;
+}
+
+static bool access_bus(struct fast_bus *face, struct bus_access *a)
+{
+    struct bus *bus = bus_of(face);
+    pthread_mutex_lock(&bus->lock);
+    bool done = !bus->closed && access_place(bus, a);
+    pthread_mutex_unlock(&bus->lock);
+    return done;
+}
+
+/* ---- For Python -------------------------------------------------------------------------------------------------------------------- */
+
+void bus_enter(struct bus *bus) { pthread_mutex_lock(&bus->lock); }
+
+bool bus_leave(struct bus *bus)
+{
+    unsigned count = bus->change_count;
+    struct { u8 gsi; bool level; } changes[CHANGES];
+    _Static_assert(sizeof changes == sizeof bus->changes, "alike");
+    if (count)
+        memcpy(changes, bus->changes, sizeof changes);
+    bus->change_count = 0;
+    pthread_mutex_unlock(&bus->lock);
+    for (unsigned i = 0; i < count; i++) {
+        PyObject *done = PyObject_CallFunction(bus->irq_line, "IO", changes[i].gsi, changes[i].level ? Py_True : Py_False);
+        if (!done)
+            return false;
+        Py_DECREF(done);
+    }
+    return true;
+}
+
+static u64 given_now(void *context) { return *(u64 *)context; }
+
+/* In nanoseconds, as Python has it; false where that raised. */
+static bool ask_now(struct chip *chip, u64 *now)
+{
+    *now = 0;
+    if (!chip->kind->timed)
+        return true;
+    PyObject *asked = PyObject_CallNoArgs(chip->bus->now);
+    if (!asked)
+        return false;
+    *now = PyLong_AsUnsignedLongLong(asked);
+    Py_DECREF(asked);
+    return !(*now == (u64)-1 && PyErr_Occurred());
+}
+
+/* As many numbers as `count`. */
+static bool numbers(PyObject *const *args, Py_ssize_t given, u64 *into, Py_ssize_t count)
+{
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "%zd numbers", count);
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        into[i] = PyLong_AsUnsignedLongLong(args[i]);
+        if (into[i] == (u64)-1 && PyErr_Occurred())
+            return false;
+    }
+    return true;
+}
+
+static bool good_size(u64 size)
+{
+    if (size >= 1 && size <= 8)
+        return true;
+    PyErr_SetString(PyExc_ValueError, "an access of 1 to 8 bytes");
+    return false;
+}
+
+PyObject *chip_read(struct chip *chip, PyObject *const *args, Py_ssize_t count)
+{
+    u64 n[3], now;
+    if (!numbers(args, count, n, 3) || !good_size(n[2]) || !ask_now(chip, &now))
+        return NULL;
+    struct bus_access a = {.size = (u8)n[2], .now = given_now, .context = &now};
+    bus_enter(chip->bus);
+    bool done = chip->kind->access(chip, &a, (unsigned)n[0], n[1]);
+    if (!bus_leave(chip->bus))
+        return NULL;
+    if (!done)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(a.value & ones(a.size));
+}
+
+PyObject *chip_write(struct chip *chip, PyObject *const *args, Py_ssize_t count)
+{
+    u64 n[4], now;
+    if (!numbers(args, count, n, 4) || !good_size(n[2]) || !ask_now(chip, &now))
+        return NULL;
+    struct bus_access a = {.write = true, .size = (u8)n[2], .value = n[3], .now = given_now, .context = &now};
+    bus_enter(chip->bus);
+    bool done = chip->kind->access(chip, &a, (unsigned)n[0], n[1]);
+    if (!bus_leave(chip->bus))
+        return NULL;
+    return PyBool_FromLong(done);
+}
+
+static PyObject *bus_line(struct bus *self, PyObject *args)
+{
+    unsigned device, gsi;
+    int level;
+    if (!PyArg_ParseTuple(args, "IIp", &device, &gsi, &level))
+        return NULL;
+    if (device >= DEVICES || gsi >= LINES) {
+        PyErr_Format(PyExc_ValueError, "device %u or line %u is none", device, gsi);
+        return NULL;
+    }
+    bus_enter(self);
+    bus_set_line(self, device, gsi, level);
+    if (!bus_leave(self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *bus_drop_lines(struct bus *self, PyObject *args)
+{
+    unsigned device;
+    if (!PyArg_ParseTuple(args, "I", &device))
+        return NULL;
+    if (device >= DEVICES)
+        return PyErr_Format(PyExc_ValueError, "device %u is none", device);
+    bus_enter(self);
+    for (unsigned gsi = 0; gsi < LINES; gsi++)
+        bus_set_line(self, device, gsi, false);
+    if (!bus_leave(self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static void forget_map(struct bus *bus)
+{
+    for (unsigned i = PLACE_FIRST; i < PLACES && bus->places[i].length; i++) {
+        struct place *place = &bus->places[i];
+        if (place->start < PORTS && bus->ports[place->start] == i)
+            memset(bus->ports + place->start, PLACE_NOBODY, place->length);
+        Py_XDECREF((PyObject *)place->chip);
+        *place = (struct place){0};
+    }
+    bus->memory_count = 0;
+}
+
+static PyObject *bus_set_map(struct bus *self, PyObject *windows)
+{
+    struct place places[PLACES];
+    bool memory[PLACES];
+    unsigned count = 0;
+    const struct module_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyObject *rows = PySequence_Tuple(windows);
+    if (!rows)
+        return NULL;
+    if (PyTuple_GET_SIZE(rows) > PLACES - PLACE_FIRST) {
+        PyErr_Format(PyExc_ValueError, "%zd windows are too many", PyTuple_GET_SIZE(rows));
+        goto failed;
+    }
+    for (; count < PyTuple_GET_SIZE(rows); count++) {
+        struct place *place = &places[count];
+        PyObject *chip;
+        int is_memory;
+        unsigned long long start, length;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(rows, count), "pKKOI", &is_memory, &start, &length, &chip, &place->region))
+            goto failed;
+        if (!length || (!is_memory && (start >= PORTS || length > PORTS - start))) {
+            PyErr_Format(PyExc_ValueError, "there is no window of %llu at %llu", length, start);
+            goto failed;
+        }
+        if (chip != Py_None && !is_chip(state, chip)) {
+            PyErr_SetString(PyExc_TypeError, "a chip, or None");
+            goto failed;
+        }
+        place->start = start, place->length = length, memory[count] = is_memory;
+        place->chip = chip == Py_None ? NULL : (struct chip *)chip;
+    }
+    bus_enter(self);
+    forget_map(self);
+    for (unsigned i = 0; i < count; i++) {
+        unsigned number = i + PLACE_FIRST;
+        self->places[number] = places[i];
+        Py_XINCREF((PyObject *)places[i].chip);
+        if (memory[i])
+            self->memory_places[self->memory_count++] = (u8)number;
+        else
+            memset(self->ports + places[i].start, (int)number, places[i].length);
+    }
+    Py_DECREF(rows);
+    if (!bus_leave(self))
+        return NULL;
+    Py_RETURN_NONE;
+failed:
+    Py_DECREF(rows);
+    return NULL;
+}
+
+static PyObject *bus_advance_to(struct bus *self, PyObject *argument)
+{
+    u64 now;
+    if (!numbers(&argument, 1, &now, 1))
+        return NULL;
+    advance(&self->face, now);
+    bus_enter(self);
+    if (!bus_leave(self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *bus_due(struct bus *self, void *ignored)
+{
+    u64 due = atomic_load(&self->face.due);
+    if (due == BUS_NEVER)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(due);
+}
+
+static PyObject *bus_note_unclaimed(struct bus *self, PyObject *args)
+{
+    int memory, write;
+    unsigned long long address, rip;
+    if (!PyArg_ParseTuple(args, "pKKp", &memory, &address, &rip, &write))
+        return NULL;
+    bus_enter(self);
+    note_unclaimed(self, memory, address, rip, write);
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+static int by_use(const void *a, const void *b)
+{
+    u64 x = ((const struct unclaimed *)a)->used, y = ((const struct unclaimed *)b)->used;
+    return (x > y) - (x < y);
+}
+
+static PyObject *bus_list_unclaimed(struct bus *self, PyObject *ignored)
+{
+    struct unclaimed rows[UNCLAIMED_MOST];
+    bus_enter(self);
+    unsigned count = self->unclaimed_count;
+    u64 forgotten = self->forgotten;
+    memcpy(rows, self->unclaimed, count * sizeof *rows);
+    pthread_mutex_unlock(&self->lock);
+    qsort(rows, count, sizeof *rows, by_use);
+    PyObject *list = PyList_New(0);
+    for (unsigned i = 0; list && i < count; i++) {
+        PyObject *row = Py_BuildValue("(OKKKK)", rows[i].memory ? Py_True : Py_False, (unsigned long long)rows[i].address,
+                                      (unsigned long long)rows[i].reads, (unsigned long long)rows[i].writes,
+                                      (unsigned long long)rows[i].rip);
+        if (!row || PyList_Append(list, row))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list ? Py_BuildValue("(NK)", list, (unsigned long long)forgotten) : NULL;
+}
+
+static PyObject *bus_load_unclaimed(struct bus *self, PyObject *args)
+{
+    struct unclaimed loaded[UNCLAIMED_MOST];
+    PyObject *rows;
+    unsigned long long forgotten;
+    if (!PyArg_ParseTuple(args, "O!K", &PyTuple_Type, &rows, &forgotten))
+        return NULL;
+    if (PyTuple_GET_SIZE(rows) > UNCLAIMED_MOST)
+        return PyErr_Format(PyExc_ValueError, "up to %d rows", UNCLAIMED_MOST);
+    unsigned count = (unsigned)PyTuple_GET_SIZE(rows);
+    for (unsigned i = 0; i < count; i++) {
+        int memory;
+        unsigned long long address, reads, writes, rip;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(rows, i), "pKKKK", &memory, &address, &reads, &writes, &rip))
+            return NULL;
+        loaded[i] = (struct unclaimed){address, reads, writes, rip, 0, memory};
+    }
+    bus_enter(self);
+    for (unsigned i = 0; i < count; i++) {
+        loaded[i].used = ++self->unclaimed_uses;
+        self->unclaimed[i] = loaded[i];
+    }
+    self->unclaimed_count = count;
+    self->unclaimed_last = 0;
+    self->forgotten = forgotten;
+    self->uses_told = self->unclaimed_uses;
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+static PyObject *bus_take_uses(struct bus *self, PyObject *ignored)
+{
+    bus_enter(self);
+    u64 uses = self->unclaimed_uses - self->uses_told;
+    self->uses_told = self->unclaimed_uses;
+    pthread_mutex_unlock(&self->lock);
+    return PyLong_FromUnsignedLongLong(uses);
+}
+
+static PyObject *bus_holders(struct bus *self, PyObject *ignored)
+{
+    PyObject *list = PyList_New(LINES);
+    for (unsigned i = 0; list && i < LINES; i++) {
+        PyObject *bits = PyLong_FromUnsignedLongLong(self->holders[i]);
+        if (!bits)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, bits);
+    }
+    return list;
+}
+
+static PyObject *bus_hold(struct bus *self, PyObject *list)
+{
+    u64 holders[LINES];
+    if (!PyList_Check(list) || !numbers(((PyListObject *)list)->ob_item, PyList_GET_SIZE(list), holders, LINES))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a list of %d numbers", LINES);
+    bus_enter(self);
+    memcpy(self->holders, holders, sizeof holders);
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+/* ---- What Python is to fetch ------------------------------------------------------------------------------------------------------ */
+
+static void futex(_Atomic u32 *word, int how, u32 value)
+{
+    syscall(SYS_futex, word, how | FUTEX_PRIVATE_FLAG, value, NULL, NULL, 0);
+}
+
+void bus_ring(struct bus *bus)
+{
+    if (atomic_exchange(&bus->rung, 1) == 0 && atomic_load(&bus->sleeps))
+        futex(&bus->rung, FUTEX_WAKE, 1);
+}
+
+static PyObject *bus_wait(struct bus *self, PyObject *args)
+{
+    double nap;
+    if (!PyArg_ParseTuple(args, "d", &nap))
+        return NULL;
+    struct timespec t = {0, (long)((nap < 0 ? 0 : nap > 0.9 ? 0.9 : nap) * SECOND)};
+    Py_BEGIN_ALLOW_THREADS
+    if (t.tv_nsec)
+        nanosleep(&t, NULL); /* what comes in a row is fetched at once */
+    while (!atomic_exchange(&self->rung, 0)) {
+        atomic_store(&self->sleeps, 1);
+        if (!atomic_load(&self->rung))
+            futex(&self->rung, FUTEX_WAIT, 0);
+        atomic_store(&self->sleeps, 0);
+    }
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(!self->closed);
+}
+
+static PyObject *bus_close(struct bus *self, PyObject *ignored)
+{
+    bus_enter(self);
+    self->closed = true;
+    self->change_count = 0;
+    pthread_mutex_unlock(&self->lock);
+    bus_ring(self);
+    Py_RETURN_NONE;
+}
+
+/* ---- The type ------------------------------------------------------------------------------------------------------------------------ */
+
+static void release_capsule(PyObject *capsule) { Py_XDECREF((PyObject *)PyCapsule_GetContext(capsule)); }
+
+static PyObject *bus_capsule(struct bus *self, void *ignored)
+{
+    PyObject *capsule = PyCapsule_New(&self->face, FAST_BUS, release_capsule);
+    if (capsule && PyCapsule_SetContext(capsule, self) == 0)
+        Py_INCREF(self);
+    return capsule;
+}
+
+static PyObject *bus_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *irq_line, *now;
+    if (!PyArg_ParseTuple(args, "OO", &irq_line, &now))
+        return NULL;
+    struct bus *self = (struct bus *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->face.access = access_bus;
+    self->face.due = BUS_NEVER;
+    self->face.advance = advance;
+    self->face.attach = attach;
+    self->face.detach = detach;
+    pthread_mutex_init(&self->lock, NULL);
+    self->irq_line = Py_NewRef(irq_line);
+    self->now = Py_NewRef(now);
+    self->places = calloc(PLACES, sizeof *self->places);
+    self->ports = calloc(PORTS, 1);
+    self->unclaimed = calloc(UNCLAIMED_MOST, sizeof *self->unclaimed);
+    if (!self->places || !self->ports || !self->unclaimed) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static int bus_traverse(struct bus *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->irq_line);
+    Py_VISIT(self->now);
+    for (unsigned i = 0; self->places && i < PLACES; i++)
+        Py_VISIT((PyObject *)self->places[i].chip);
+    return 0;
+}
+
+static int bus_clear(struct bus *self)
+{
+    Py_CLEAR(self->irq_line);
+    Py_CLEAR(self->now);
+    if (self->places)
+        forget_map(self);
+    return 0;
+}
+
+static void bus_dealloc(struct bus *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    bus_clear(self);
+    free(self->places);
+    free(self->ports);
+    free(self->unclaimed);
+    pthread_mutex_destroy(&self->lock);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef bus_methods[] = {
+    {"set_line", (PyCFunction)bus_line, METH_VARARGS, "set_line(device, gsi, level): a line is high while any device holds it high"},
+    {"drop_lines", (PyCFunction)bus_drop_lines, METH_VARARGS, "drop_lines(device): it holds none"},
+    {"set_map", (PyCFunction)bus_set_map, METH_O,
+     "set_map([(is_memory, start, length, chip or None, region)]): who answers where; None: Python. Nobody, elsewhere"},
+    {"advance", (PyCFunction)bus_advance_to, METH_O, "advance(now): do what is due"},
+    {"note_unclaimed", (PyCFunction)bus_note_unclaimed, METH_VARARGS, "note_unclaimed(is_memory, address, rip, is_write)"},
+    {"unclaimed", (PyCFunction)bus_list_unclaimed, METH_NOARGS,
+     "unclaimed() -> ([(is_memory, address, reads, writes, rip)], forgotten): the one last used at the end"},
+    {"load_unclaimed", (PyCFunction)bus_load_unclaimed, METH_VARARGS, "load_unclaimed(rows, forgotten): as `unclaimed` gives them"},
+    {"take_uses", (PyCFunction)bus_take_uses, METH_NOARGS,
+     "take_uses() -> how many accesses nobody has claimed since this was last asked"},
+    {"holders", (PyCFunction)bus_holders, METH_NOARGS, "holders() -> of each line the devices that hold it high, a bit each"},
+    {"hold", (PyCFunction)bus_hold, METH_O, "hold(list): they hold the lines, as the engine knows already"},
+    {"wait", (PyCFunction)bus_wait, METH_VARARGS,
+     "wait(nap) -> bool: after `nap` seconds, until there is something to fetch; False: closed. One thread at a time"},
+    {"close", (PyCFunction)bus_close, METH_NOARGS, "close(): nothing is answered, and nobody waits, from now on"},
+    {NULL, NULL, 0, NULL},
+};
+static PyGetSetDef bus_attributes[] = {
+    {"due", (getter)bus_due, NULL, "when `advance` is to be called, or None", NULL},
+    {"capsule", (getter)bus_capsule, NULL, "for an engine (vmfs/words/bus.h)", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+static PyType_Slot bus_slots[] = {
+    {Py_tp_doc, "Bus(irq_line, now): a board's, for its chips and its engine. `irq_line(gsi, level)` is called while no engine is\n"
+                "attached; `now()` is the guest's time."},
+    {Py_tp_new, bus_new}, {Py_tp_dealloc, bus_dealloc}, {Py_tp_traverse, bus_traverse}, {Py_tp_clear, bus_clear},
+    {Py_tp_methods, bus_methods}, {Py_tp_getset, bus_attributes}, {0, NULL},
+};
+PyType_Spec bus_spec = {"vmfs.devices._chips.Bus", sizeof(struct bus), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, bus_slots};

@@ -1,0 +1,144 @@
+/* vmfs.devices._chips: the bus and the chips, and what their types have in common. */
+#include "module.h"
+
+bool is_chip(const struct module_state *state, PyObject *object)
+{
+    for (unsigned i = TYPE_BUS + 1; i < TYPES; i++)
+        if (Py_TYPE(object) == state->types[i])
+            return true;
+    return false;
+}
+
+PyObject *chip_new(PyTypeObject *type, const struct chip_kind *kind, PyObject *bus, unsigned number)
+{
+    const struct module_state *state = PyType_GetModuleState(type);
+    if (Py_TYPE(bus) != state->types[TYPE_BUS] || number >= DEVICES) {
+        PyErr_SetString(PyExc_TypeError, "a Bus, and the number of a device");
+        return NULL;
+    }
+    struct chip *chip = (struct chip *)type->tp_alloc(type, 0);
+    if (!chip)
+        return NULL;
+    chip->bus = (struct bus *)Py_NewRef(bus);
+    chip->kind = kind;
+    chip->number = number;
+    chip->due = BUS_NEVER;
+    if (kind->advance) {
+        bus_enter(chip->bus);
+        chip->next = chip->bus->timed;
+        chip->bus->timed = chip;
+        bus_leave(chip->bus);
+    }
+    return (PyObject *)chip;
+}
+
+void chip_dealloc(struct chip *chip)
+{
+    PyTypeObject *type = Py_TYPE(chip);
+    if (chip->kind && chip->kind->advance) {
+        bus_enter(chip->bus);
+        bus_set_due(chip, BUS_NEVER);
+        struct chip **at = &chip->bus->timed;
+        while (*at != chip)
+            at = &(*at)->next;
+        *at = chip->next;
+        pthread_mutex_unlock(&chip->bus->lock);
+    }
+    Py_XDECREF((PyObject *)chip->bus);
+    type->tp_free(chip);
+    Py_DECREF(type);
+}
+
+/* ---- Bytes ----------------------------------------------------------------------------------------------------------------------- */
+
+bool bytes_reserve(struct bytes *b, size_t more)
+{
+    if (b->room - b->count >= more)
+        return true;
+    size_t room = b->room ? b->room : 64;
+    while (room - b->count < more)
+        room *= 2;
+    u8 *data = malloc(room);
+    if (!data)
+        return false;
+    for (size_t i = 0; i < b->count; i++)
+        data[i] = bytes_at(b, i);
+    free(b->data);
+    *b = (struct bytes){data, 0, b->count, room};
+    return true;
+}
+
+void bytes_push(struct bytes *b, u8 byte) { b->data[(b->head + b->count++) & (b->room - 1)] = byte; }
+
+void bytes_push_front(struct bytes *b, u8 byte)
+{
+    if (!bytes_reserve(b, 1))
+        return;
+    b->head = (b->head - 1) & (b->room - 1);
+    b->count++;
+    b->data[b->head] = byte;
+}
+
+u8 bytes_pop(struct bytes *b)
+{
+    u8 byte = b->data[b->head];
+    b->head = (b->head + 1) & (b->room - 1);
+    b->count--;
+    return byte;
+}
+
+u8 bytes_at(const struct bytes *b, size_t at) { return b->data[(b->head + at) & (b->room - 1)]; }
+
+void bytes_copy(const struct bytes *b, u8 *to)
+{
+    for (size_t i = 0; i < b->count; i++)
+        to[i] = bytes_at(b, i);
+}
+
+void bytes_free(struct bytes *b)
+{
+    free(b->data);
+    *b = (struct bytes){0};
+}
+
+/* ---- The module -------------------------------------------------------------------------------------------------------------------- */
+
+static PyType_Spec *const specs[TYPES] = {
+    [TYPE_BUS] = &bus_spec, [TYPE_UART] = &uart_spec, [TYPE_SENDER] = &sender_spec, [TYPE_RTC] = &rtc_spec,
+    [TYPE_POWER] = &power_spec, [TYPE_LATCH] = &latch_spec, [TYPE_BRIDGE] = &bridge_spec, [TYPE_FUNCTION] = &function_spec,
+    [TYPE_VIRTIO] = &virtio_spec,
+};
+
+static int module_exec(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+    for (unsigned i = 0; i < TYPES; i++) {
+        state->types[i] = (PyTypeObject *)PyType_FromModuleAndSpec(module, specs[i], NULL);
+        if (!state->types[i] || PyModule_AddType(module, state->types[i]))
+            return -1;
+    }
+    return PyModule_AddIntConstant(module, "LINES", LINES) || PyModule_AddIntConstant(module, "UNCLAIMED_MOST", UNCLAIMED_MOST);
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    const struct module_state *state = PyModule_GetState(module);
+    for (unsigned i = 0; i < TYPES; i++)
+        Py_VISIT(state->types[i]);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+    for (unsigned i = 0; i < TYPES; i++)
+        Py_CLEAR(state->types[i]);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT, "vmfs.devices._chips", "Devices that a guest uses often, in C.", sizeof(struct module_state), NULL,
+    module_slots, module_traverse, module_clear, NULL,
+};
+PyMODINIT_FUNC PyInit__chips(void) { return PyModuleDef_Init(&module_def); }

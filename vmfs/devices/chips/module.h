@@ -1,0 +1,12 @@
+/* The types of the module, for those who take one as an argument. */
+#ifndef VMFS_CHIPS_MODULE_H
+#define VMFS_CHIPS_MODULE_H
+
+#include "chips.h"
+
+enum type { TYPE_BUS, TYPE_UART, TYPE_SENDER, TYPE_RTC, TYPE_POWER, TYPE_LATCH, TYPE_BRIDGE, TYPE_FUNCTION, TYPE_VIRTIO, TYPES };
+struct module_state { PyTypeObject *types[TYPES]; };
+
+bool is_chip(const struct module_state *state, PyObject *object);
+
+#endif

@@ -1,0 +1,44 @@
+/* What an engine and the devices of a board are to each other without Python. A board gives its engine a capsule named
+ * FAST_BUS (`Machine.set_fast_bus`). The engine asks the bus first, in the CPU's thread and without the GIL; what the bus does
+ * not answer is an exit, and Python's. Neither side knows more of the other than this.
+ *
+ * Threads: all functions may be called from any thread; a bus has its own lock, and calls `irq_line` with it held. */
+#ifndef VMFS_BUS_H
+#define VMFS_BUS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define FAST_BUS "vmfs.fast_bus"
+#define BUS_NEVER UINT64_MAX
+
+struct bus_access {
+    bool memory, write;             /* a port where it is not memory */
+    uint8_t size;                   /* bytes: 1, 2, 4; of memory 8, too */
+    uint64_t address;
+    uint64_t value;                 /* written; of a read that was answered: what was read, with no bit beyond `size` */
+    uint64_t rip;                   /* as the exit would have it */
+    uint64_t (*now)(void *context); /* the guest's time, as in the state `clock`: nanoseconds */
+    void *context;
+};
+
+/* What a bus asks of an engine's machine. */
+struct bus_machine {
+    void *machine;
+    void (*irq_line)(void *machine, unsigned gsi, bool level);
+};
+
+struct fast_bus {
+    /* False: nothing has happened, and Python is to answer. One of memory that is answered raises no line, and makes nothing
+     * due sooner; one of a port may, and the engine looks before the next instruction. */
+    bool (*access)(struct fast_bus *bus, struct bus_access *access);
+    /* When `advance` is to be called, in the guest's time; BUS_NEVER. It changes by accesses, by `advance`, and while the
+     * machine does not run. */
+    _Atomic uint64_t due;
+    void (*advance)(struct fast_bus *bus, uint64_t now);
+    /* Lines are this machine's from now on; until it is detached, where it is still the one. */
+    void (*attach)(struct fast_bus *bus, const struct bus_machine *machine);
+    void (*detach)(struct fast_bus *bus, const void *machine);
+};
+
+#endif
