@@ -464,8 +464,8 @@ class Board:
             date_of_birth=self._date_of_birth,
             shutdown=self.shutdown,
             lines={gsi: self._holders(bits) for gsi, bits in enumerate(self.bus.holders()) if bits},
-            counters=dict(self.counters),
-            device_counters={name: dict(device.counters) for name, device in self.devices.items() if device.counters},
+            counters=dict(sorted(self.counters.items())),
+            device_counters={name: counts for name, device in self.devices.items() if (counts := _sorted(device))},
             unclaimed=tuple((_SPACES[is_memory], *row) for is_memory, *row in rows),
             forgotten=forgotten,
         )
@@ -527,3 +527,7 @@ class Board:
                 with contextlib.suppress(BufferError):  # a thread still copies; the last reference unmaps
                     self._map.close()
                 self._map = None
+
+
+def _sorted(device: Device) -> dict[str, int]:
+    return dict(sorted(device.counters.items()))
