@@ -17,15 +17,15 @@ def writes_sector(data: bytes) -> bytes:
         "31c0 8ed8 8ec0 bb0080"  # xor ax, ax; mov ds, ax; mov es, ax; mov bx, 8000h
         f"c707{low} c64702{high}"  # mov word [bx], low; mov byte [bx + 2], high
         "b80103 b90200 30f6 cd13"  # mov ax, 301h; mov cx, 2; xor dh, dh; int 13h (dl is the disk)
-        "b001 e6f4 f4"  # mov al, 1; out 0xf4, al
+        "0f92c0 e6f4 f4"  # setc al; out 0xf4, al: whether it failed
     )
     return code.ljust(510, b"\0") + b"\x55\xaa"
 
 
-def boot_disk(vm: Machine, disk: Path) -> str:
-    """How the run of that sector ended."""
+def boot_disk(vm: Machine, disk: Path, mode: str = "rw") -> str:
+    """How the run of that sector ended: `code=1` where it wrote, `code=3` where that failed."""
     vm.write("machine", "pc")
     vm.write("mem_size", "16M")
     (vm / "bios").write_bytes(SEABIOS.read_bytes())
-    vm.write("dev/add", f"blk {disk} rw")
+    vm.write("dev/add", f"blk {disk} {mode}")
     return vm.run()

@@ -56,10 +56,22 @@ def _open_disk(door: Door, words: list[str]) -> Any:
     if mode not in ("ro", "rw", "cow"):
         raise Invalid(f"dev/add: a disk is ro, rw or cow, not {mode[:20]!r}")
     flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
-    disk = open_disk(
-        door.open(path, flags), mode, lambda: door.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
-    )
-    return disk, path
+    unnamed = os.O_TMPFILE | os.O_RDWR
+    fd = door.open(path, flags)
+    return open_disk(fd, mode, lambda: door.open(tempfile.gettempdir(), unnamed), _Room(door)), path
+
+
+class _Room:
+    """Room for an overlay counts as memory of the machine does."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def reserve(self, size: int) -> None:
+        self._door.reserve("beside", size)
+
+    def release(self, size: int) -> None:
+        self._door.release("beside", size)
 
 
 def _open_net(door: Door, words: list[str]) -> Any:

@@ -6,6 +6,7 @@ a file gets and puts is in `vmfs.machine.files`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -431,6 +432,15 @@ class ServerDoor:
 
     def reserve(self, what: str, size: int) -> None:
         self._ask(lambda ask: commands.Reserve(ask, what, size))
+
+    def release(self, what: str, size: int) -> None:
+        ask = next(self._numbers)
+        with contextlib.suppress(trio.RunFinishedError):  # the machine is removed, and all that it held is free
+            self._token.run_sync_soon(trio.lowlevel.spawn_system_task, self._say, commands.Reserve(ask, what, -size))
+
+    async def _say(self, message: Message) -> None:
+        with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):
+            await self._answer_to(message.ask, message)
 
     def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         if ranges:

@@ -50,6 +50,10 @@ class Door(Protocol):
         """Count `size` more bytes for this machine (fewer, if negative). LimitReached where there is no room."""
         ...
 
+    def release(self, what: str, size: int) -> None:
+        """Count `size` bytes fewer, soon. Does not block: for whoever holds a lock."""
+        ...
+
     def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         """Have pages of RAM, (offset, length), written back and dropped from the kernel's cache; (0, 0) is all."""
         ...

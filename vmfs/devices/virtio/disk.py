@@ -16,12 +16,13 @@ from errno import EIO
 from typing import Protocol
 
 from vmfs.memory.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
-from vmfs.words.errors import Busy, Invalid
+from vmfs.words.errors import Busy, Invalid, VmfsError
 
 log = logging.getLogger(__name__)
 
 SECTOR = 512
 CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied
+ROOM_STEP = 4 << 20  # bytes that an overlay asks for at a time
 _CHUNK = 512  # clusters in an integer of the overlay's map: 2 MiB
 _MAX_VECTORS = 1024  # IOV_MAX
 _ZEROS = bytes(1 << 20)
@@ -72,12 +73,32 @@ class Disk(Protocol):
     def close(self) -> None: ...
 
 
-def open_disk(fd: int, mode: str, unnamed_file: Callable[[], int] | None = None) -> Disk:
+class Room(Protocol):
+    """Where an overlay asks for what it takes of the host."""
+
+    def reserve(self, size: int) -> None:
+        """VmfsError where there is no more."""
+        ...
+
+    def release(self, size: int) -> None: ...
+
+
+class _NoLimit:
+    def reserve(self, size: int) -> None:
+        pass
+
+    def release(self, size: int) -> None:
+        pass
+
+
+def open_disk(
+    fd: int, mode: str, unnamed_file: Callable[[], int] | None = None, room: Room | None = None
+) -> Disk:
     """The disk of an open file or block device, which is closed with it, or now if this fails.
 
     `mode`: "ro" and "cow" need a descriptor that can be read, "rw" one that can be written, too. Invalid for what is
     no disk; Busy while another machine writes to it (or, for "rw", uses it at all). `unnamed_file` opens the file of an
-    overlay, where it is not this process that does.
+    overlay, where it is not this process that does, and what that takes is asked of `room`.
     """
     try:
         size = _size_of(fd, mode)
@@ -86,7 +107,7 @@ def open_disk(fd: int, mode: str, unnamed_file: Callable[[], int] | None = None)
         except BlockingIOError:
             raise Busy("another machine, or somebody else, has the disk open (flock)") from None
         if mode == "cow":
-            return Overlay(RawDisk(fd, "ro", size), (unnamed_file or _unnamed_file)())
+            return Overlay(RawDisk(fd, "ro", size), (unnamed_file or _unnamed_file)(), room or _NoLimit())
         if mode not in ("ro", "rw"):
             raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
         return RawDisk(fd, mode, size)
@@ -226,14 +247,18 @@ def _transfer(call: Callable[[int, Buffers, int], int], fd: int, buffers: Buffer
 class Overlay:
     """What is written goes into a file without a name, which is gone with the machine; the base stays as it is.
 
-    In the folder for temporary files (TMPDIR): it takes disk space as it grows, and where that ends writes fail. To
-    flush it has no meaning: nothing of it outlives the machine.
+    In the folder for temporary files (TMPDIR): it takes disk space as it grows, and where that ends, or `room` does,
+    writes fail. To flush it has no meaning: nothing of it outlives the machine.
     """
 
     mode = "cow"
     writable = True
 
-    def __init__(self, base: RawDisk, fd: int) -> None:
+    def __init__(self, base: RawDisk, fd: int, room: Room) -> None:
+        self._room = room
+        self._held = 0  # bytes that are reserved there
+        self._taken = 0  # that the file took when it was last looked at
+        self._since = 0  # that it may have taken since
         self.base = base
         self.size = base.size
         self.fd = fd
@@ -241,6 +266,22 @@ class Overlay:
         self.can_discard = True
         self._punches = can_punch(self.fd)
         self._map: dict[int, int] = {}  # chunk -> a bit a cluster that the overlay has
+
+    def _hold(self, length: int) -> None:
+        """Before so many bytes are written. OSError where there is no room for them."""
+        self._since += length + 2 * CLUSTER
+        if self._taken + self._since <= self._held:
+            return
+        self._taken, self._since = os.fstat(self.fd).st_blocks * SECTOR, length + 2 * CLUSTER
+        more = self._taken + self._since - self._held
+        if more > 0:
+            more = -(-more // ROOM_STEP) * ROOM_STEP
+            try:
+                self._room.reserve(more)
+            except VmfsError as error:
+                self._since = 0
+                raise OSError(error.errno, str(error)) from None
+            self._held += more
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """(whether the overlay has it, offset, length) of the parts of a range, in order."""
@@ -286,6 +327,7 @@ class Overlay:
 
     def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
         length = sum(map(len, buffers))
+        self._hold(length)
         self._fill(offset, length)
         _transfer(os.pwritev, self.fd, buffers, offset)
         self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
@@ -306,6 +348,7 @@ class Overlay:
         self.write_zeroes(offset, length, unmap=True)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._hold(0 if self._punches else length)
         self._fill(offset, length)
         if self._punches:
             fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
@@ -334,6 +377,7 @@ class Overlay:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            self._room.release(self._held)
         self.base.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import trio
@@ -36,6 +37,32 @@ class Budget:
                 self._held[purpose] = wanted
             else:
                 self._held.pop(purpose, None)
+
+    def follower(
+        self, purpose: object, wanted: Callable[[], int], has: Callable[[int], None]
+    ) -> Callable[[], None]:
+        """What has `wanted()` bytes held for it soon, and `has` called with how many are. From any thread; where there
+        are fewer than are wanted, it is asked for again at the next call."""
+        token = trio.lowlevel.current_trio_token()
+        asked = False
+
+        async def follow() -> None:
+            nonlocal asked
+            asked = False
+            try:
+                await self.hold(purpose, wanted())
+            except VmfsError:  # there is no room
+                pass
+            has(self._held.get(purpose, 0))
+
+        def ask() -> None:
+            nonlocal asked
+            if not asked:
+                asked = True
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(trio.lowlevel.spawn_system_task, follow)
+
+        return ask
 
     def drop(self, purpose: object) -> None:
         """Hold nothing for it, soon."""

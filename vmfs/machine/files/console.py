@@ -10,6 +10,7 @@ import trio
 
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
+from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.handles import POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.machine.files.streams import Stream, StreamHandle
@@ -22,10 +23,10 @@ ROOM = 4096  # bytes that wait for the guest; more make a writer wait
 class ConsolePort:
     """A serial port or virtio console of the board, and the stream of what it has sent."""
 
-    def __init__(self, serial: Serial | VirtioConsole, changed: Any) -> None:
+    def __init__(self, serial: Serial | VirtioConsole, changed: Any, budget: Budget) -> None:
         self.serial = serial
         self._typist = trio.CapacityLimiter(1)  # what is typed stays in order
-        self.stream = Stream(LIMIT, changed)
+        self.stream = Stream(LIMIT, changed, budget.follower(self, self._room_wanted, self._has_room))
         serial.output = self.stream.append
         serial.took = self._took
 
@@ -34,6 +35,12 @@ class ConsolePort:
         if len(self.serial.waiting) < ROOM:
             self.stream.wake()
             self.stream.changed()
+
+    def _room_wanted(self) -> int:
+        return self.stream.wanted()
+
+    def _has_room(self, size: int) -> None:
+        self.stream.room = size
 
     async def type(self, data: bytes) -> None:
         """In a thread: the board's lock may be held for as long as a disk takes. A caller that is interrupted there

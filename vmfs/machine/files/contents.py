@@ -186,7 +186,7 @@ class Contents(Scope):
             return None
         port = self._consoles.get(device)
         if port is None or port.serial is not serial:
-            port = self._consoles[device] = ConsolePort(serial, super().changed)
+            port = self._consoles[device] = ConsolePort(serial, super().changed, self.budget)
         return port
 
     def sample(self, name: str) -> Future[bytes]:

@@ -24,15 +24,23 @@ class Reader:
         self.position = position
 
 
-class Stream:
-    """Bytes with their numbers. `limit` is how many are kept for a reader that is behind.
+SLACK = 256 << 10  # bytes that are kept before room for them is there: it comes while the guest goes on
 
-    `changed` is called after an append, from the appending thread.
+
+class Stream:
+    """Bytes with their numbers. `limit` is how many are kept for a reader that has not read them yet.
+
+    `changed` is called after an append, from the appending thread. Where there is somebody to ask for room, more than
+    `SLACK` are kept only as far as there is: `ask` is called, in any thread, when `room` ought to be another.
     """
 
-    def __init__(self, limit: int, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, limit: int, changed: Callable[[], None] = lambda: None, ask: Callable[[], None] | None = None
+    ) -> None:
         self.limit = limit
         self.changed = changed
+        self.room = 0 if ask is not None else limit
+        self._ask = ask or (lambda: None)
         self._lock = threading.Lock()
         self._kept = bytearray()
         self._end = 0  # the number of the next byte
@@ -48,10 +56,19 @@ class Stream:
             self._end += len(data)
             if self._readers:
                 self._kept += data
-                if len(self._kept) > 2 * self.limit:
-                    del self._kept[: -self.limit]
+                most = min(self.limit, self.room + SLACK)
+                if len(self._kept) > most + most // 4:  # not each time: that copies
+                    del self._kept[: len(self._kept) - most]
+            short = len(self._kept) > self.room + SLACK // 2 and self.room < self.limit
+        if short:
+            self._ask()
         self.wake()
         self.changed()
+
+    def wanted(self) -> int:
+        """What `room` ought to be."""
+        kept = len(self._kept)
+        return min(kept + SLACK, self.limit) if kept > SLACK // 2 else 0
 
     def open(self) -> Reader:
         """A reader of all that comes from now on."""
@@ -64,6 +81,8 @@ class Stream:
         with self._lock:
             self._readers.discard(reader)
             self._trim()
+        if self.room > 0:
+            self._ask()
 
     def ready(self, reader: Reader) -> bool:
         return reader.position < self._end
@@ -77,6 +96,9 @@ class Stream:
             data = bytes(self._kept[at : at + size])
             reader.position += lost + len(data)
             self._trim()
+            idle = self.room > 0 and not self._kept
+        if idle:
+            self._ask()
         return data, lost
 
     def _trim(self) -> None:
