@@ -24,6 +24,8 @@ from host.guests import SEABIOS, boot_disk, writes_sector
 from host.users import A, B, Child, children, may_signal, pid_of, status, threads
 from mounting import SOON, Machine, failing, serving, wait_until
 
+from vmfs.host.credentials import limit_capabilities
+
 PROMPT = 5.0  # seconds that a call of A's may take on a busy host, whatever B's do
 
 
@@ -312,8 +314,6 @@ def test_b_cannot_use_up_the_calls_that_may_wait(own_server):
 
 
 def drop_capabilities() -> None:
-    from vmfs.host.credentials import limit_capabilities
-
     limit_capabilities(0)
 
 
