@@ -256,3 +256,25 @@ def test_linux_sets_the_real_time_clock_and_gets_its_alarm(make_pc, clock):
     assert re.match(r"Mon Feb 15 12:00:0" if clock == "host" else r"Mon Feb 15 1[2-9]:", shown) and " 2027 " in shown
     assert re.search(r" 8: +[1-9]\d* .*rtc0", pc.shell("cat /proc/interrupts"))
     assert "\nport=0x80 reads=0 writes=" in "\n" + pc.read("dev/unclaimed")
+
+
+def test_ram_above_4_gib_is_used(make_pc):
+    """6 GiB: the kernel finds all of it, and what it writes above 4 GiB is in `mem` at that address."""
+    end = (6 << 30) + (512 << 20)
+    pc = boot_linux(make_pc(), mem="6G")
+    pc.expect("guest# ")
+    total = int(pc.shell("grep MemTotal /proc/meminfo").split()[1])
+    assert 5_800_000 < total < 6 * 1024 * 1024
+    assert "100000000-19fffffff : System RAM" in pc.shell("cat /proc/iomem")
+    assert os.stat(pc.path / "mem").st_size == end
+    before = pc.shell("cat /proc/zoneinfo | grep -A1 'zone *Normal' | tail -1")
+    assert int(before.split()[-1]) > 100_000  # pages free above 4 GiB
+    pc.shell("head -c 8000000 /dev/zero | tr '\\0' Q > /pattern")
+    pc.write("state", "pause")
+    with (pc.path / "mem").open("rb", buffering=0) as ram:
+        ram.seek(4 << 30)
+        while (start := os.lseek(ram.fileno(), 0, os.SEEK_CUR)) < end:
+            block = ram.read(1 << 20)
+            if b"Q" * 4096 in block:
+                break
+        assert start >= 4 << 30 and b"Q" * 4096 in block

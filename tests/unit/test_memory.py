@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vmfs.memory.ram import MAXIMUM_SIZE, PAGE, Memory
+from vmfs.memory.ram import HIGH_START, LOW_MOST, MAXIMUM_SIZE, PAGE, Memory, regions_of, size_to
 from vmfs.words.errors import Busy, Gone, Invalid, PastEnd
 
 
@@ -76,3 +76,13 @@ def test_a_view_knows_what_was_touched_and_outlives_the_memory():
         assert list(ram.extents()) == [] and ram.read(5 * PAGE + 7, 1) == b"\0"
     with pytest.raises(Gone):
         memory.view()
+
+
+def test_where_ram_lies():
+    for size in (PAGE, LOW_MOST, LOW_MOST + PAGE, 64 << 30, MAXIMUM_SIZE):
+        regions = regions_of(size)
+        assert sum(one.size for one in regions) == size and size_to(regions[-1].end) == size
+        assert all(one.end <= LOW_MOST or one.address >= HIGH_START for one in regions)
+    for end in (LOW_MOST + 1, HIGH_START):
+        with pytest.raises(Invalid, match="devices"):
+            size_to(end)

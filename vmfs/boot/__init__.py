@@ -16,7 +16,7 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom, Start
-from vmfs.memory.ram import Memory
+from vmfs.memory.ram import Memory, regions_of
 from vmfs.words.errors import Invalid
 
 __all__ = [
@@ -111,5 +111,5 @@ def _write_tables(plan: Plan, platform: Platform) -> None:
 
 def firmware_files(platform: Platform) -> dict[str, bytes]:
     """What a BIOS asks fw_cfg for to know the machine, by the names of its files."""
-    ram = struct.pack("<QQI", 0, platform.memory_size, USABLE)
+    ram = b"".join(struct.pack("<QQI", one.address, one.size, USABLE) for one in regions_of(platform.memory_size))
     return {"etc/e820": ram, **(acpi.tables(platform).for_firmware() if platform.acpi else {})}

@@ -163,7 +163,7 @@ def boot_params(platform: Platform, rsdp: int, header: bytes = b"") -> bytearray
         struct.pack_into("<HBB", params, 0x04, 0, 3, 80)
         struct.pack_into("<BBH", params, 0x0E, 25, 1, 16)
     struct.pack_into("<Q", params, 0x70, rsdp)
-    above = min(max(platform.memory_size - HIGH, 0) >> 10, 0xFFFF_FFFF)
+    above = platform.extended >> 10
     struct.pack_into("<H", params, 0x02, min(above, 0xFFFF))  # ext_mem_k
     struct.pack_into("<I", params, 0x1E0, above)  # alt_mem_k
     ranges = platform.e820

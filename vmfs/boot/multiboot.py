@@ -88,7 +88,7 @@ def load(plan: Plan, request: Request) -> Entry:
     loader = plan.put("the loader's name", b"vmfs\0", low=low, high=high, align=16)
     ranges = b"".join(_MAP_ENTRY.pack(_MAP_ENTRY.size - 4, *one) for one in platform.e820)
     memory_map = plan.put("the memory map", ranges, low=low, high=high, align=16)
-    above = max(platform.memory_size - HIGH, 0) >> 10
+    above = platform.extended >> 10
     struct.pack_into("<III", info, 4, EBDA >> 10, above, 0)
     struct.pack_into("<III", info, 16, command, 1 if modules else 0, table)
     struct.pack_into("<II", info, 44, len(ranges), memory_map)

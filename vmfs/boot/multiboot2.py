@@ -134,7 +134,7 @@ def _information(request: Request, module: tuple[int, int] | None) -> Iterator[t
     yield _NAME, b"vmfs\0"
     if module is not None:
         yield _MODULE, struct.pack("<II", *module) + b"initrd\0"
-    yield _MEMORY, struct.pack("<II", EBDA >> 10, max(platform.memory_size - HIGH, 0) >> 10)
+    yield _MEMORY, struct.pack("<II", EBDA >> 10, platform.extended >> 10)
     entries = (struct.pack("<QQII", one.address, one.size, one.type, 0) for one in platform.e820)
     yield _MAP, struct.pack("<II", 24, 0) + b"".join(entries)
     if platform.vga:

@@ -47,8 +47,8 @@ class Plan(ExitStack):
 
     @property
     def top(self) -> int:
-        """Where usable RAM ends."""
-        return max(one.end for one in self._usable)
+        """Where usable RAM ends that 32 bits reach: loaders place nothing above."""
+        return max(one.end for one in self._usable if one.end <= 1 << 32)
 
     def reserve(self, what: str, address: int, end: int) -> None:
         """Keep everything else away."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vmfs.memory.ram import regions_of
+
 # E820 types (ACPI Specification 6.4, 15.2, table 15.3). Multiboot's and PVH's memory maps use the same numbers.
 USABLE, RESERVED = 1, 2
 
@@ -30,8 +32,8 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """A PC as kernels are told of it. `serial` are the ports' (base, IRQ) in order; `memory_size` is all RAM, from
-    address 0 on."""
+    """A PC as kernels are told of it. `serial` are the ports' (base, IRQ) in order; `memory_size` is all RAM, which
+    lies in `vmfs.memory.ram.regions_of` it."""
 
     memory_size: int
     cpus: int = 1
@@ -45,7 +47,8 @@ class Platform:
     @property
     def e820(self) -> tuple[Range, ...]:
         """The memory map, in order of addresses. Hole is what is not listed: the video memory, devices."""
-        top = self.memory_size
+        low, *high = regions_of(self.memory_size)
+        top = low.end
         ranges = [
             Range(0, min(EBDA, top), USABLE),
             Range(EBDA, VIDEO - EBDA, RESERVED),
@@ -53,4 +56,10 @@ class Platform:
         ]
         if top > HIGH:
             ranges.append(Range(HIGH, top - HIGH, USABLE))
+        ranges += (Range(one.address, one.size, USABLE) for one in high)
         return tuple(ranges)
+
+    @property
+    def extended(self) -> int:
+        """Bytes of RAM from 1 MiB on, up to the first hole."""
+        return max(regions_of(self.memory_size)[0].end - HIGH, 0)

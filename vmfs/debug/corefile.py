@@ -80,9 +80,9 @@ class CpuState:
         return CpuState(registers, states["xsave"], Paging.of(cpu), kernel_gs_base)
 
 
-def core_size(ram_size: int) -> int:
+def core_size(ram_end: int) -> int:
     """Bytes of the file."""
-    return RAM_OFFSET + ram_size
+    return RAM_OFFSET + ram_end
 
 
 def core_header(ram: MemoryView, cpus: list[CpuState]) -> bytes:
@@ -127,11 +127,11 @@ def core_header(ram: MemoryView, cpus: list[CpuState]) -> bytes:
 def _loads(ram: MemoryView, paging: Paging) -> list[bytes]:
     everything = _PF_R | _PF_W | _PF_X
     if paging.kind == "off":
-        return [_load(0, 0, ram.size, everything)]
-    found = [_load(PHYSICAL_WINDOW, 0, ram.size, everything)]
+        return [_load(one.address, one.address, one.size, everything) for one in ram.regions]
+    found = [_load(PHYSICAL_WINDOW + one.address, one.address, one.size, everything) for one in ram.regions]
     start = end = physical = flags = 0
     for one in mapped_ranges(ram, paging):
-        length = min(one.end - one.start, ram.size - one.physical)
+        length = min(one.end - one.start, ram.room(one.physical))
         if length <= 0:
             continue
         rights = _PF_R | _PF_W * bool(one.flags & WRITABLE) | _PF_X * (not one.flags & NO_EXECUTE)

@@ -39,9 +39,9 @@ class States(Protocol):
 
 
 class Ram(Protocol):
-    """Guest-physical RAM from address 0 on: `vmfs.memory.ram.Memory`, or a `MemoryView`."""
+    """Guest-physical RAM: `vmfs.memory.ram.Memory`, or a `MemoryView`."""
 
-    size: int
+    def room(self, address: int) -> int: ...
 
     def read(self, offset: int, length: int) -> bytes: ...
 
@@ -354,9 +354,9 @@ def pieces(memory: Ram, paging: Paging, linear: int, length: int) -> Iterator[tu
     page that is not mapped or not in RAM."""
     while length > 0:
         page = paging.translate(memory, linear)
-        if page is None or page.physical >= memory.size:
+        if page is None or not (room := memory.room(page.physical)):
             return
-        part = min(length, page.size - linear % page.size, memory.size - page.physical)
+        part = min(length, page.size - linear % page.size, room)
         yield page.physical, part
         linear += part
         length -= part
@@ -394,7 +394,7 @@ def linear_reader(memory: Ram, paging: Paging) -> Reader:
             if number not in found:
                 found[number] = paging.translate(memory, number * PAGE)
             page = found[number]
-            if page is None or page.physical >= memory.size:
+            if page is None or not memory.room(page.physical):
                 break
             part = memory.read(page.physical + offset, min(length, PAGE - offset))
             if not part:

@@ -171,7 +171,7 @@ class _Code:
         if number not in self._pages:
             page: Page | None = self._paging.translate(self._memory, number * PAGE)
             self._pages[number] = bool(
-                page and not page.flags & NO_EXECUTE and page.physical < self._memory.size
+                page and not page.flags & NO_EXECUTE and self._memory.room(page.physical)
             )
         return self._pages[number]
 

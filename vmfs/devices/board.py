@@ -43,6 +43,7 @@ DEVICES_MOST = 64  # a bit of a line's holders each
 _NAP = 0.001  # seconds, in which what a port sends is gathered
 _SPACES = "port", "memory"
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
+_DIRTY_PART = 1 << 15  # pages: 128 MiB
 
 
 class BoardState(DeviceState):
@@ -77,8 +78,8 @@ class Board:
         self._told_due: int | None = None
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
         self._map: mmap.mmap | None = None
-        self._dirty = bytearray()  # a byte a page: devices write often, and the log is read seldom
-        self._is_dirty = False
+        # A byte a page, by parts of RAM: devices write often, and the log is read seldom.
+        self._dirty: dict[int, bytearray] = {}
         self.writes = 0  # how often devices have written RAM
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
@@ -352,11 +353,15 @@ class Board:
     def ram_size(self) -> int:
         return self.memory.size
 
+    def is_ram(self, address: int, length: int) -> bool:
+        """Whether all of that is RAM."""
+        return self.memory.is_ram(address, length)
+
     @property
     def ram(self) -> mmap.mmap:
-        """RAM, to read. What is written must be told to `wrote`; `dma_write` does both."""
-        if self._map is None or len(self._map) != self.memory.size:
-            self._map = mmap.mmap(self.memory.fd, self.memory.size)
+        """RAM by its addresses, to read. What is written must be told to `wrote`; `dma_write` does both."""
+        if self._map is None or len(self._map) != self.memory.end:
+            self._map = mmap.mmap(self.memory.fd, self.memory.end)
         return self._map
 
     def dma_read(self, address: int, length: int) -> bytes:
@@ -370,7 +375,7 @@ class Board:
         self.wrote(address, len(data))
 
     def _check_ram(self, address: int, length: int) -> None:
-        if address < 0 or length < 0 or address + length > self.memory.size:
+        if not self.memory.is_ram(address, length):
             raise Invalid(f"{length} bytes at {address:#x} are not RAM")
 
     def wrote(self, address: int, length: int) -> None:
@@ -379,19 +384,21 @@ class Board:
             return
         first, last = address // PAGE, (address + length - 1) // PAGE
         with self._dirty_lock:
-            if last >= len(self._dirty):
-                self._dirty.extend(bytes(self.memory.size // PAGE - len(self._dirty)))
-            self._dirty[first : last + 1] = b"\1" * (last - first + 1)
-            self._is_dirty = True
+            while first <= last:
+                part, at = divmod(first, _DIRTY_PART)
+                count = min(last - first + 1, _DIRTY_PART - at)
+                pages = self._dirty.get(part)
+                if pages is None:
+                    pages = self._dirty[part] = bytearray(_DIRTY_PART)
+                pages[at : at + count] = b"\1" * count
+                first += count
             self.writes += 1
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""
         with self._dirty_lock:
-            if not self._is_dirty:
-                return 0
-            pages, self._dirty, self._is_dirty = self._dirty, bytearray(), False
-        return int(pages[::-1].translate(_DIGITS), 2)
+            parts, self._dirty = self._dirty, {}
+        return sum(int(pages[::-1].translate(_DIGITS), 2) << part * _DIRTY_PART for part, pages in parts.items())
 
     def map_memory(
         self, slot: int, address: int, fd: int, offset: int, size: int, *, read_only: bool = False

@@ -30,7 +30,7 @@ import msgspec
 from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid
 
-FIRST_SLOT = 2  # of memory, for `map_memory`: 0 is RAM, 1 the BIOS
+FIRST_SLOT = 3  # of memory, for `map_memory`: 0 and 2 are RAM, 1 the BIOS
 
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -88,6 +88,7 @@ class Port(Protocol):
     # RAM
     @property
     def ram_size(self) -> int: ...
+    def is_ram(self, address: int, length: int) -> bool: ...
     @property
     def ram(self) -> mmap.mmap: ...
     def dma_read(self, address: int, length: int) -> bytes: ...

@@ -19,6 +19,7 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
+from vmfs.memory.ram import Region, regions_of
 
 INDEX, DATA, IRQ = 0x70, 0x71, 8
 CENTURY = 0x32
@@ -47,12 +48,16 @@ class Rtc(QuietDevice[RtcState]):
         self.set_clock(board.date())
 
     def describe_memory(self, size: int) -> None:
-        """The bytes by which firmware learns how much RAM there is: 15-18 (KiB above 1 MiB), 30, 31, 34, 35."""
-        kib = min(max(size // 1024 - 1024, 0), 0xFFFF)
-        above = min(max((size - (16 << 20)) // 65536, 0), 0xFFFF)
-        for at, number in ((0x15, 640), (0x17, kib), (0x30, kib), (0x34, above)):
+        """The bytes by which firmware learns how much RAM there is: 15-18 (KiB above 1 MiB), 30, 31, 34, 35 (64 KiB
+        above 16 MiB), 5B-5D (64 KiB above 4 GiB)."""
+        low, *high = regions_of(size) if size else (Region(0, 0),)
+        kib = min(max(low.size // 1024 - 1024, 0), 0xFFFF)
+        above = min(max((low.size - (16 << 20)) // 65536, 0), 0xFFFF)
+        beyond = sum(one.size for one in high) >> 16
+        for at, number in ((0x15, 640), (0x17, kib), (0x30, kib), (0x34, above), (0x5B, beyond & 0xFFFF)):
             self.chip.put(at, number & 0xFF)
             self.chip.put(at + 1, number >> 8)
+        self.chip.put(0x5D, beyond >> 16)
         self.chip.put(0x14, 0x06)  # equipment: FPU, mouse
         self.chip.put(0x3D, 0x32)  # boot order: disk, CD, floppy
         self.chip.put(0x38, 0x10)

@@ -43,7 +43,7 @@ from vmfs.machine.state import (
     take_engine,
     tried,
 )
-from vmfs.memory.ram import DEFAULT_SIZE, PAGE, Memory, check_size
+from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
     Busy,
@@ -58,7 +58,7 @@ from vmfs.words.unclaimed import Use
 
 T = TypeVar("T")
 
-RAM_SLOT, ROM_SLOT = 0, 1
+RAM_SLOTS, ROM_SLOT = (0, 2), 1  # of RAM: below and above 4 GiB
 RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
 NOTHING_TO_RUN = (
     "there is nothing to run at the reset vector: write a kernel to `kernel` (or a BIOS to `bios`), "
@@ -77,7 +77,7 @@ class Vm(Control):
             undo.callback(self.memory.close)
             self._machine = engine.create_machine()
             undo.callback(self._machine.close)
-            self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, memory_size)
+            self._map_ram(self._machine)
             self.cpu = Cpu(self._machine.create_vcpu(0))
             self.time_source = default_time(self._machine)
             undo.pop_all()
@@ -257,7 +257,7 @@ class Vm(Control):
         self._counts = Counter(seen.counts)
 
     def memories(self) -> Iterator[tuple[str, int, int]]:
-        yield "ram", self.memory.fd, self.memory.size
+        yield "ram", self.memory.fd, self.memory.end
         if self._rom is not None:
             fd, address, size = self._rom
             yield f"rom {address:#x}", fd, size
@@ -372,7 +372,7 @@ class Vm(Control):
     def read_physical(self, address: int, length: int) -> bytes:
         """What a debugger sees there: up to `length` bytes of RAM, of the ROM or of a device's memory; empty where
         there is none."""
-        if address < self.memory.size:
+        if self.memory.room(address):
             return self.memory.read(address, length)
         if self._rom is not None:
             fd, start, size = self._rom
@@ -398,7 +398,8 @@ class Vm(Control):
         return self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
 
     def set_mode(self, mode: str) -> None:
-        self.change(lambda cpu: set_mode(cpu, self.memory, self.memory.size, mode))
+        low, reach = self.memory.regions[0].size, max(HIGH_START, self.memory.end)
+        self.change(lambda cpu: set_mode(cpu, self.memory, low, mode, reach=reach))
 
     def resize_memory(self, size: int) -> None:
         """Before the first run only, else Busy."""
@@ -407,8 +408,7 @@ class Vm(Control):
             self._check_idle()
             if size != self.memory.size:
                 self.memory.resize(size)
-                self._machine.map_memory(RAM_SLOT, 0, 0, 0, 0)
-                self._machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, size)
+                self._map_ram(self._machine)
                 if self.board is not None:
                     self.board.memory_resized()
 
@@ -437,7 +437,7 @@ class Vm(Control):
         has_board = self.board is not None if board_type == "same" else board_type is not None
         machine = engine.create_machine()
         try:
-            machine.map_memory(RAM_SLOT, 0, self.memory.fd, 0, self.memory.size)
+            self._map_ram(machine)
             if self._rom is not None:
                 rom, address, size = self._rom
                 machine.map_memory(ROM_SLOT, address, rom, 0, size, read_only=True)
@@ -453,7 +453,7 @@ class Vm(Control):
             put_cpu(cpu.vcpu, values, self.cpu.reset_states["msrs"])
             cpu.set_debug(self._points.request())
             self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings)
-            written = self._machine.dirty_log(RAM_SLOT)
+            written = self._engine_dirty()
             board = self.board
             if board_type != "same":
                 board = board_type and board_type(machine, self.memory)
@@ -466,7 +466,7 @@ class Vm(Control):
         self._reset_values = new_values
         self.board = board
         self._set_still(object())
-        self._note_written(int.from_bytes(written, "little"))
+        self._note_written(written)
         old.close()
 
     # ---- the pending access
@@ -544,12 +544,24 @@ class Vm(Control):
     def _gather_dirty(self) -> int:
         """Note what was written since; how many bytes a log has."""
         self._check_open()
-        log = self._machine.dirty_log(RAM_SLOT)
-        news = int.from_bytes(log, "little")
+        news = self._engine_dirty()
         if self.board is not None:
             news |= self.board.take_dirty()
         self._note_written(news)
-        return len(log)
+        return (self.memory.end // PAGE + 7) // 8
+
+    def _engine_dirty(self) -> int:
+        """What the guest wrote since this was last asked: a bit a page, by its address."""
+        found = 0
+        for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
+            found |= int.from_bytes(self._machine.dirty_log(slot), "little") << region.address // PAGE
+        return found
+
+    def _map_ram(self, machine: Machine) -> None:
+        for slot in RAM_SLOTS:
+            machine.map_memory(slot, 0, 0, 0, 0)
+        for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
+            machine.map_memory(slot, region.address, self.memory.fd, region.address, region.size)
 
     def _note_written(self, pages: int) -> None:
         """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""

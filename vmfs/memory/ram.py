@@ -1,4 +1,8 @@
-"""A machine's RAM: one memfd that the engine maps and the `mem` file is."""
+"""A machine's RAM: one memfd that the engine maps and the `mem` file is. An offset in it is a guest-physical address.
+
+RAM lies in regions: up to LOW_MOST from address 0 on, and the rest from 4 GiB on, as on a PC. Between them are the BARs
+of PCI, the APICs and the flash; the memfd has a hole there, which takes no memory and is nobody's.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from vmfs.memory.hostfile import punch
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
 PAGE = 4096
 DEFAULT_SIZE = 128 << 20
-# Below the flash, the APICs and the pages that KVM takes on Intel hosts, all of which live under 4 GiB.
-# More RAM needs a hole there, which is a PC's memory map and not that of a bare machine.
-MAXIMUM_SIZE = 0xE000_0000
+# Below PCI's memory, the flash, the APICs and the pages that KVM takes on Intel hosts, all of which are under 4 GiB.
+LOW_MOST = 0xE000_0000
+HIGH_START = 1 << 32
+MAXIMUM_SIZE = 1 << 39  # so that all of it has an address of 40 bits, as the emulator's CPUID says
 
 
 def check_size(size: int) -> None:
@@ -23,8 +29,40 @@ def check_size(size: int) -> None:
         raise Invalid(f"RAM cannot have {size} bytes: a multiple of {PAGE} up to {MAXIMUM_SIZE}")
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`size` bytes of RAM at a guest-physical address, which is their offset in the memfd, too."""
+
+    address: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+def regions_of(size: int) -> tuple[Region, ...]:
+    """Where `size` bytes of RAM lie."""
+    if size <= LOW_MOST:
+        return (Region(0, size),)
+    return Region(0, LOW_MOST), Region(HIGH_START, size - LOW_MOST)
+
+
+def size_to(end: int) -> int:
+    """The RAM of a machine whose last region ends there. Invalid where none does."""
+    size = end if end <= LOW_MOST else end - HIGH_START + LOW_MOST
+    if LOW_MOST < end <= HIGH_START:
+        raise Invalid(f"mem: no RAM ends at {end:#x}: from {LOW_MOST:#x} to {HIGH_START:#x} are devices")
+    return size
+
+
+def room_in(regions: tuple[Region, ...], address: int) -> int:
+    """How many bytes of RAM there are from an address on, up to the end of its region; none where it is no RAM."""
+    return next((one.end - address for one in regions if one.address <= address < one.end), 0)
+
+
 class Memory:
-    """`size` bytes of guest-physical RAM from address 0 on; pages cost nothing until they are touched.
+    """`size` bytes of guest-physical RAM in `regions`; pages cost nothing until they are touched.
 
     `fd` is the memfd. Clients hold mappings of it that this object knows nothing of; it stays valid
     until `close`, which gives the pages back at once, whoever still maps them (they read zeros then).
@@ -33,13 +71,27 @@ class Memory:
     def __init__(self, size: int = DEFAULT_SIZE) -> None:
         check_size(size)
         self.fd = os.memfd_create("vmfs-mem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.size = size
         self._sealed = False
         self._closed = False
-        os.ftruncate(self.fd, size)
+        self._set_size(size)
 
-    def __len__(self) -> int:
-        return self.size
+    def _set_size(self, size: int) -> None:
+        regions = regions_of(size)
+        os.ftruncate(self.fd, regions[-1].end)
+        self.size, self.regions = size, regions
+
+    @property
+    def end(self) -> int:
+        """The first address after all RAM, and the size of the memfd."""
+        return self.regions[-1].end
+
+    def room(self, address: int) -> int:
+        """How many bytes of RAM there are from an address on, up to the end of its region; none where it is no RAM."""
+        return room_in(self.regions, address)
+
+    def is_ram(self, address: int, length: int) -> bool:
+        """Whether all of that is RAM of one region."""
+        return 0 <= length <= self.room(address) or (length == 0 and 0 <= address <= self.end)
 
     def resize(self, size: int) -> None:
         """Before `seal` only, else Busy. What is cut off is lost, what is added is zero."""
@@ -47,8 +99,7 @@ class Memory:
         if self._sealed and size != self.size:
             raise Busy("the machine has run: the size of its RAM is fixed")
         check_size(size)
-        os.ftruncate(self.fd, size)
-        self.size = size
+        self._set_size(size)
 
     def seal(self) -> None:
         """Fix the size: from now on no holder of the descriptor can shrink RAM under the guest."""
@@ -57,16 +108,22 @@ class Memory:
             self._sealed = True
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes; fewer at the end, none past it."""
+        """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""
+        self._check_open()
+        return os.pread(self.fd, min(length, self.room(offset)), offset)
+
+    def read_file(self, offset: int, length: int) -> bytes:
+        """As the file `mem` has it: between the regions are zeros."""
         self._check_open()
         return os.pread(self.fd, length, offset)
 
     def write(self, offset: int, data: bytes) -> int:
-        """How many bytes were written: all that fit. PastEnd when none does."""
+        """How many bytes were written: all that fit into a region. PastEnd when none does."""
         self._check_open()
-        room = self.size - offset
+        room = self.room(offset)
         if room <= 0 and data:
-            raise PastEnd(f"mem: {offset:#x} is past the end of RAM, {self.size:#x}")
+            where = "past the end of RAM" if offset >= self.end else "between the parts of RAM, which ends at"
+            raise PastEnd(f"mem: {offset:#x} is {where}, {self.end:#x}")
         done = 0
         view = memoryview(data)[:room]
         while done < len(view):
@@ -88,12 +145,12 @@ class Memory:
     def view(self) -> MemoryView:
         """For a thread that reads RAM for a while: it may outlive this object."""
         self._check_open()
-        return MemoryView(os.dup(self.fd), self.size)
+        return MemoryView(os.dup(self.fd), self.regions)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            punch(self.fd, 0, self.size)  # where it fails the last unmap frees them
+            punch(self.fd, 0, self.end)  # where it fails the last unmap frees them
             os.close(self.fd)
 
     def _check_open(self) -> None:
@@ -104,9 +161,18 @@ class Memory:
 class MemoryView:
     """RAM, to be read through a descriptor of its own: `with memory.view() as ram`. Zeros once it is closed."""
 
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, fd: int, regions: tuple[Region, ...]) -> None:
         self.fd = fd
-        self.size = size
+        self.regions = regions
+
+    @property
+    def end(self) -> int:
+        """The first address after all RAM."""
+        return self.regions[-1].end
+
+    def room(self, address: int) -> int:
+        """How many bytes of RAM there are from an address on, up to the end of its region; none where it is no RAM."""
+        return room_in(self.regions, address)
 
     def __enter__(self) -> MemoryView:
         return self
@@ -115,13 +181,13 @@ class MemoryView:
         os.close(self.fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes; fewer at the end, none past it."""
-        return os.pread(self.fd, length, offset) if offset < self.size else b""
+        """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""
+        return os.pread(self.fd, min(length, self.room(offset)), offset)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of what was ever touched; between them are zeros that take no memory."""
         end = 0
-        while end < self.size:
+        while end < self.end:
             try:
                 start = os.lseek(self.fd, end, os.SEEK_DATA)
             except OSError as error:

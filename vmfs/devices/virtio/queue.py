@@ -139,7 +139,7 @@ class Virtqueue:
                 raise DriverError(f"queue {self.index}: its {name}, {length} bytes at {address:#x}, cannot be there")
 
     def _is_ram(self, address: int, length: int) -> bool:
-        return address + length <= self.board.ram_size
+        return self.board.is_ram(address, length)
 
     # ---- what the driver has made available
 
@@ -170,7 +170,7 @@ class Virtqueue:
 
     def _chain(self, ram: mmap.mmap, head: int) -> Chain:
         chain = Chain(self.board, head, [], [])
-        limit = self.board.ram_size
+        is_ram = self.board.is_ram
         table, count, index = self.descriptors, self.size, head
         is_indirect = False
         left = count  # a chain that is longer than its table has a loop
@@ -190,7 +190,7 @@ class Virtqueue:
                 table, count, index, is_indirect = address, length // 16, 0, True
                 left = count
                 continue
-            if address + length > limit:
+            if length and not is_ram(address, length):
                 raise DriverError(f"queue {self.index}: {length} bytes at {address:#x} are not RAM")
             total += length
             if flags & WRITE:

@@ -238,7 +238,7 @@ async def disasm(scope: Contents) -> str:
         code, paging = CodeMode.of(cpu.get_state("regs"), cpu.get_state("sregs")), Paging.of(cpu)
         start = code.address if listing.address is None else listing.address
         page = paging.translate(memory, start)
-        if page is None or page.physical < memory.size:
+        if page is None or memory.room(page.physical):
             return code, paging, start, b""
         length = min(LONGEST * listing.count, page.size - start % page.size)
         return code, paging, start, vm.read_physical(page.physical, length)
@@ -278,7 +278,7 @@ class Core(Kind):
     """`core`: headers as of the first read, and RAM behind them as it is."""
 
     def size(self, scope: Any) -> int:
-        return core_size(scope.vm.memory.size)
+        return core_size(scope.vm.memory.end)
 
     def blocks(self, scope: Any, size: int) -> int:
         return os.fstat(scope.vm.memory.fd).st_blocks + PAGE // 512  # RAM, and headers that are never all zeros
@@ -292,12 +292,12 @@ class _CoreHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset >= RAM_OFFSET:
-            return self.scope.vm.memory.read(offset - RAM_OFFSET, size)
+            return self.scope.vm.memory.read_file(offset - RAM_OFFSET, size)
         if self._header is None:
             self._header = await value_of(self._make_header(), self)
         head = self._header[offset : offset + size].ljust(min(size, RAM_OFFSET - offset), b"\0")
         # A short read is the end of the file for tar and others.
-        return head + self.scope.vm.memory.read(0, size - len(head)) if len(head) < size else head
+        return head + self.scope.vm.memory.read_file(0, size - len(head)) if len(head) < size else head
 
     async def _make_header(self) -> bytes:
         vm = self.scope.vm

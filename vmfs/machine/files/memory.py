@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from vmfs.machine.files.handles import File, Handle, Kind
-from vmfs.memory.ram import check_size
+from vmfs.memory.ram import check_size, size_to
 from vmfs.words.errors import Busy
 
 
@@ -38,14 +38,14 @@ class Mem(Kind):
     writable = True
 
     def size(self, scope: Any) -> int:
-        return scope.vm.memory.size
+        return scope.vm.memory.end
 
     def blocks(self, scope: Any, size: int) -> int:
         return os.fstat(scope.vm.memory.fd).st_blocks
 
     def truncate(self, scope: Any, size: int, opened: bool) -> Any:
         if size or opened:  # else it may be O_TRUNC, as in `cp image mem`
-            return resize_memory(scope, size)
+            return resize_memory(scope, size_to(size))
         return None
 
     def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:

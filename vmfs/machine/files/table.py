@@ -123,7 +123,7 @@ def _stat(scope: Contents) -> str:
 
 
 def _dirty_size(scope: Contents) -> int:
-    return (scope.vm.memory.size // PAGE + 7) // 8
+    return (scope.vm.memory.end // PAGE + 7) // 8
 
 
 def _put_mem_size(scope: Contents, text: str) -> Do:

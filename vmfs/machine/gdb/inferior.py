@@ -161,9 +161,9 @@ class Inferior:
         """All or nothing; the rights of the guest's pages are not asked for."""
 
         def write(cpu: Vcpu) -> None:
-            size = self.vm.memory.size
+            memory = self.vm.memory
             pieces = list(self._pieces(cpu, address, len(data)))
-            if any(physical is None or physical + part > size for physical, part in pieces):
+            if any(physical is None or part > memory.room(physical) for physical, part in pieces):
                 raise BadAddress(f"{len(data)} bytes at {address:#x} are not all mapped to RAM")
             done = 0
             for physical, part in pieces:
@@ -182,7 +182,7 @@ class Inferior:
             else:
                 paging = self.at_boundary(Paging.of)
             if paging.kind == "off":
-                self._regions = [(0, self.vm.memory.size, "rwx")]
+                self._regions = [(one.address, one.end, "rwx") for one in self.vm.memory.regions]
             else:
                 self._regions = _regions(self.vm.memory.view(), paging)
         begin = 0
@@ -282,8 +282,11 @@ class _Walked:
     """RAM, and what was read of it."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory, self.size = memory, memory.size
+        self._memory = memory
         self.entries: list[tuple[int, bytes]] = []
+
+    def room(self, address: int) -> int:
+        return self._memory.room(address)
 
     def read(self, offset: int, length: int) -> bytes:
         raw = self._memory.read(offset, length)
