@@ -85,7 +85,7 @@ def test_devices_reach_it(engine):
             (5 * GIB - 3) // PAGE,
             5 * GIB // PAGE,
         ]
-        rtc = board.devices["rtc"].cmos
+        rtc = board.devices["rtc"].save().cmos
         assert int.from_bytes(rtc[0x5B:0x5E], "little") == (6 * GIB - LOW_MOST) >> 16
         assert int.from_bytes(rtc[0x34:0x36], "little") == (LOW_MOST >> 16) - 256
     finally:
