@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: help setup demo test bench fuzz asan lint clean
+.PHONY: help setup demo test bench fuzz mutate asan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -8,6 +8,7 @@ help:
 	@echo "make test    all tests (make test ARGS='-k name' for some)"
 	@echo "make bench   benchmarks, each against a named peer"
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
+	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
@@ -27,6 +28,9 @@ bench: setup
 
 fuzz: setup
 	@PYTHONPATH=tests .venv/bin/python -m emulator.fuzzing $(ARGS)
+
+mutate: setup
+	@PYTHONPATH=tests .venv/bin/python -m emulator.mutate $(ARGS)
 
 asan: setup
 	@scripts/asan.sh $(ARGS)

@@ -1,0 +1,214 @@
+"""`make mutate`: do the tests of the translator find faults that are planted in it, one by one?
+
+In a copy of the tree, under build/mutate, each row of PLANTS is put into the source, and what compares host code with
+the host's CPU and with the interpreter has to fail: the fuzzer, and the loops of test_translator.py. A plant that is
+found by neither fails this. `make mutate ARGS=words`: only those whose text has the words.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "build/mutate"
+INSIDE = Path("vmfs/engine/emulator/core/translate")
+SECONDS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """`old` becomes `new`, in the first place where it stands."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+PLANTS = (
+    Plant(
+        "a memory access loses the flags behind it", "emit.c", "(t->writes ? t->precise & ~t->writes : t->live)", "0"
+    ),
+    Plant("CF alone, where other flags are needed, too", "emit.c", "    if (needed == fC) {", "    if (needed & fC) {"),
+    Plant(
+        "a comparison made again with its operands exchanged",
+        "emit.c",
+        "case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, a, p, b)",
+        "case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, b, p, a)",
+    ),
+    Plant(
+        "a subtraction made again as an addition",
+        "emit.c",
+        "p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);",
+        "GROUP_ADD, T0, p, b);",
+    ),
+    Plant("flags that a fault may show, at a jump", "emit.c", "if (m->precise || (change", "if ((change"),
+    Plant(
+        "flags of a handler that the host code behind it wants",
+        "emit.c",
+        "s->restore = t->writes & t->precise && !merges(t);",
+        "s->restore = false;",
+    ),
+    Plant("OF in its own byte is forgotten", "emit.c", "t->split |= t->writes;", "t->split |= t->writes & fC;"),
+    Plant("CF in its own byte is older than a handler's", "emit.c", "unfold(t, s.split_behind);", ";"),
+    Plant(
+        "OF from a byte by a sum that is one too small",
+        "emit.c",
+        "0x80 - (split ? 1 : fO >> 8)",
+        "0x7f - (split ? 1 : fO >> 8)",
+    ),
+    Plant("less or equal without ZF", "emit.c", "        if (kind == 7) {", "        if (false) {"),
+    Plant(
+        "a vector register that is not stored",
+        "emit.c",
+        "t->dirty |= (u16)(writes << n);",
+        "t->dirty |= (u16)((writes && n < 7) << n);",
+    ),
+    Plant("half of a vector is loaded", "emit.c", "        else if (t->ymm)", "        else if (t->ymm && store)"),
+    Plant(
+        "an address of 32 bits that is not cut",
+        "emit.c",
+        "unsigned width = narrow ? 0 : I_W;",
+        "unsigned width = I_W | narrow;",
+    ),
+    Plant(
+        "a segment's base is forgotten",
+        "emit.c",
+        "    if (r->seg >= SEG_FS)\n        put_modrm(code, I_W",
+        "    if (r->seg > SEG_GS)\n        put_modrm(code, I_W",
+    ),
+    Plant("SIL instead of DH", "operands.h", "u.host += 4;", "u.host += 0;"),
+    Plant(
+        "a byte's register loses its rest",
+        "operands.h",
+        "u.reads |= writes && bytes < 4;",
+        "u.reads |= writes && bytes < 2;",
+    ),
+    Plant(
+        "a register of 32 bits keeps its high half",
+        "emitters.c",
+        "!(u->writes && bytes != 8)",
+        "!(u->writes && bytes < 4)",
+    ),
+    Plant("operands exchanged, the direction not", "emitters.c", "    *opcode ^= 2;\n", "    *opcode ^= 0;\n"),
+    Plant(
+        "XCHG of two registers writes one", "emitters.c", "COPY(XCHG, CHANGES | WRITES_SECOND);", "COPY(XCHG, CHANGES);"
+    ),
+    Plant(
+        "MUL writes RAX alone",
+        "emitters.c",
+        "COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);",
+        "COPY(MUL, READS_FIRST | WRITES_RAX);",
+    ),
+    Plant("BSF of zero writes", "emitters.c", "COPY(BSF, CHANGES);", "COPY(BSF, WRITES_FIRST);"),
+    Plant("an address loads over a part of itself", "emitters.c", "pinned(r->base) != host));", "true));"),
+    Plant("INC is DEC", "emitters.c", "0xff, o->operation == &operation_DEC", "0xff, o->operation != &operation_DEC"),
+    Plant(
+        "PUSH of half",
+        "emitters.c",
+        "t->wide ? I_W : 0, M1, 0x89, host, in_memory(T1, 0)",
+        "0, M1, 0x89, host, in_memory(T1, 0)",
+    ),
+    Plant("VEX without its length", "emitters_vex.c", "vectors && r->vector == 5, w", "false, w"),
+    Plant("VEX without W", "emitters_vex.c", "(o->size == Y && r->size == 3)", "false"),
+    Plant("VZEROUPPER leaves one", "emitters_vex.c", "n < (t->wide ? 16 : 8)", "n < (t->wide ? 15 : 8)"),
+    Plant(
+        "MULX has its halves exchanged where they are one",
+        "emitters_vex.c",
+        "    store_use(t, &third);\n    store_use(t, &reg);",
+        "    store_use(t, &reg);\n    store_use(t, &third);",
+    ),
+    Plant(
+        "a fused multiplication reads no addend",
+        "emitters_vex.c",
+        "#define NUMBER_3(name) COPY(name, CHANGES | FLOAT)",
+        "#define NUMBER_3(name) COPY(name, WRITES_FIRST | FLOAT)",
+    ),
+    Plant(
+        "a load is not thought to fault",
+        "region.c",
+        "precise = may_fault(r, traits) ? FLAGS_ARITHMETIC : reads",
+        "precise = reads",
+    ),
+)
+
+
+def make_tree() -> None:
+    """With what was compiled, so that only what changes is compiled again."""
+    (TREE / "build").mkdir(parents=True, exist_ok=True)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy2(ROOT / name, TREE)
+    copy = ["rsync", "-a", "--delete", "--exclude=__pycache__"]
+    for name in ("vmfs", "tests"):
+        subprocess.run([*copy, f"{ROOT / name}/", f"{TREE / name}/"], check=True)
+    for each in ROOT.glob("build/temp.*"):
+        subprocess.run([*copy, f"{each}/", f"{TREE / 'build' / each.name}/"], check=True)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "PYTHONPATH": f"{TREE}:{TREE / 'tests'}", **environment},
+    )
+
+
+def build() -> None:
+    done = run("setup.py", "-q", "build_ext", "--inplace")
+    if done.returncode:
+        raise SystemExit(f"mutate: the tree does not build:\n{done.stderr[-2000:]}")
+
+
+def who_finds() -> str:
+    """What fails; empty: nothing does."""
+    try:
+        loops = run(
+            *"-m pytest -q -x -p no:cacheprovider tests/emulator/test_translator.py -k loops".split(),
+            f"--basetemp={TREE / 'pt'}",
+            VMFS_LOOPS="200",
+        )
+        if loops.returncode:
+            return "loops"
+        fuzz = run(
+            "-m", "emulator.fuzzing", "--cases", "400000", "--seed", "11", "--finds", "1", VMFS_JIT_THRESHOLD="0"
+        )
+        return "fuzzer" if fuzz.returncode else ""
+    except subprocess.TimeoutExpired:
+        return "it hangs"
+
+
+def main(words: list[str]) -> int:
+    make_tree()
+    build()
+    if found := who_finds():
+        print(f"mutate: {found} fails without a plant")
+        return 2
+    missed = 0
+    for plant in PLANTS:
+        if words and not all(word in plant.what for word in words):
+            continue
+        path = TREE / INSIDE / plant.file
+        source = path.read_text()
+        if plant.old not in source:
+            print(f"gone    {plant.what}: {plant.file} has no {plant.old!r}", flush=True)
+            missed += 1
+            continue
+        path.write_text(source.replace(plant.old, plant.new, 1))
+        build()
+        found = who_finds()
+        missed += not found
+        print(f"{'found' if found else 'MISSED'}   {plant.what}{f' ({found})' if found else ''}", flush=True)
+        path.write_text(source)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
