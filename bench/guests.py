@@ -76,7 +76,9 @@ def on_vmfs(mount: Path, guest: Guest) -> Told:
                         return console.read(4096) or b""
                 return b""
 
-            return _listen(read, processes, run.start)
+            told = _listen(read, processes, run.start)
+            run.join()
+        return told
     finally:
         vm.rmdir()
 
