@@ -68,12 +68,14 @@ class Body:
     ) -> bytes:
         """With a register or memory as r/m. `reg` is a register or a digit."""
         rng = self._rng
+        segment = b""
         rex = 0x48 if self._wide and not vector and rng.randrange(2) else 0x40 if self._wide and rng.randrange(2) else 0
         size = b"\x66" if not byte and not vector and not rex & 8 and rng.randrange(6) == 0 else b""
         if rng.randrange(3) == 0 and opcode != b"\x8d":
             disp = rng.randrange(-128, 128) & (-16 if vector and rng.randrange(8) else -1)
             rex |= reg >> 3 << 2
             modrm = bytes([0x45 | (reg & 7) << 3, disp & 0xFF])  # [ebp + disp8]
+            segment = rng.choice((b"", b"", b"", b"\x64", b"\x65")) if self._wide else b""  # their bases: 64, 128
         else:
             rm = rng.randrange(16 if self._wide else 8) if vector else self.register()
             if byte and not rex and not rm >> 3 and not reg >> 3:
@@ -83,7 +85,7 @@ class Body:
             modrm = bytes([0xC0 | (reg & 7) << 3 | rm & 7])
         if rex and self._wide:
             rex |= 0x40
-        return size + prefix + (bytes([rex]) if rex else b"") + opcode + modrm
+        return segment + size + prefix + (bytes([rex]) if rex else b"") + opcode + modrm
 
     def vex(self) -> bytes:
         """Of BMI or AVX, in 32-bit mode, too."""
@@ -112,7 +114,7 @@ class Body:
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
-        kind = rng.randrange(29 if HAS_AVX2 else 25)
+        kind = rng.randrange(31 if HAS_AVX2 else 27)
         if kind < 6:
             operation = rng.randrange(8)
             byte = rng.randrange(3) == 0
@@ -160,9 +162,31 @@ class Body:
         if kind == 24:  # LEA of all that an address may have
             base, index = rng.choice([*self._registers, 4]), rng.choice([*self._registers, 4])
             rex = 0x40 | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 | base >> 3
-            code = (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
+            narrow = b"\x67" if self._wide and rng.randrange(4) == 0 else b""
+            code = narrow + (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
             return code + bytes([rng.randrange(4) << 6 | (index & 7) << 3 | base & 7, rng.randrange(256)])
-        if kind in (25, 26):  # ADCX, ADOX: CF and OF in turn
+        if kind == 25:  # DIV, IDIV, after CDQ or XOR EDX,EDX, by something that is not zero; JCXZ
+            if rng.randrange(4) == 0:
+                skipped = self.instruction()
+                return b"\xe3" + bytes([len(skipped)]) + skipped
+            rex = rng.choice((b"", b"\x48")) if self._wide else b""
+            signed = rng.randrange(2)
+            divisor = b"\x83\xc9" + bytes([rng.choice((1, 3, 0xFF, 0x7F))])  # OR ECX
+            high = rng.choice((rex + b"\x99", b"\x31\xd2"))
+            by = b"\xf7" + bytes([0xF1 | signed << 3]) if rng.randrange(2) else b"\xf7\x75\x10"
+            return divisor + high + rex + by
+        if kind == 26:  # CMPXCHG8B, CRC32, MOVBE, CLI
+            rex = rng.choice((b"", b"\x48")) if self._wide else b""
+            return rng.choice(
+                (
+                    rex + b"\x0f\xc7\x4d" + bytes([rng.randrange(16) * 8]),
+                    b"\xf2\x0f\x38\xf1\xc1",
+                    b"\x0f\x38\xf0\x45\x08",
+                    b"\x66\x0f\x38\xf1\x45\x09",
+                    b"\xfa",
+                )
+            )
+        if kind in (27, 28):  # ADCX, ADOX: CF and OF in turn
             codes = []
             for prefix in rng.choice(((0x66, 0xF3), (0xF3, 0x66), (0x66,), (0xF3,))):
                 rex = bytes([rng.choice((0x40, 0x48))]) if self._wide else b""
@@ -170,7 +194,7 @@ class Body:
                 rest = [0x45 | (reg & 7) << 3, rng.randrange(256)] if memory else [0xC0 | (reg & 7) << 3]
                 codes.append(bytes([prefix]) + rex + b"\x0f\x38\xf6" + bytes(rest))
             return b"".join(codes)
-        if kind in (27, 28):
+        if kind in (29, 30):
             return self.vex()
         prefix, opcode = rng.choice(VECTORS)
         code = self.encode(opcode, rng.randrange(16 if self._wide else 8), prefix=prefix, vector=True)
@@ -209,8 +233,10 @@ def result(
         set_mode(cpu, memory, RAM, "long" if wide else "protected")
         if HAS_AVX2:  # what a kernel does: CR4.OSXSAVE, XCR0
             write_registers(cpu, {"cr4": int(read_register(cpu, "cr4"), 0) | 1 << 9 | 1 << 18, "xcr0": 7})
+        if wide:
+            write_registers(cpu, {"fs.base": 64, "gs.base": 128})
         memory.write(CODE, code)
-        memory.write(DATA - 256, rng.randbytes(512))
+        memory.write(DATA - 256, rng.randbytes(768))
         memory.write(COUNTER, struct.pack("<I", TIMES))
         names = "rax rcx rdx rbx rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()[: None if wide else 6]
         values = {name: rng.getrandbits(rng.choice((8, 32, 64 if wide else 32))) for name in names}
@@ -225,7 +251,7 @@ def result(
             exit_.line(),
             cpu.get_state("regs"),
             fpu,
-            memory.read(DATA - 256, 512),
+            memory.read(DATA - 256, 768),
             counters["instructions"],
             counters,
         )

@@ -29,7 +29,7 @@ static bool names_memory(const struct record *r)
 /* Of an instruction that is emitted. */
 bool may_fault(const struct record *r, unsigned traits)
 {
-    return traits & (STACK_READ | STACK_WRITE) || (names_memory(r) && !(traits & NO_ACCESS));
+    return traits & (STACK_READ | STACK_WRITE | FAULTS) || (names_memory(r) && !(traits & NO_ACCESS));
 }
 
 /* The flags, with what the decoded instruction says beyond its row: a shift by a constant. */
@@ -541,8 +541,8 @@ void emit_address(struct translation *t, const struct record *r, unsigned to, un
         put_modrm(code, I_W, M1, 0x03, to, FIELD(check[r->seg].base));
 }
 
-/* Flags before host code that changes them, of an instruction that may fault: who faults shows them. */
-static void flags_before_check(struct translation *t, const struct record *r)
+/* Flags before host code that changes them and is no instruction of the guest. Who faults shows them. */
+void flags_aside(struct translation *t, const struct record *r)
 {
     u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);
     bool lost = recipe_uses(&t->recipe, registers_written(r, t->traits)) && t->precise & ~t->writes;
@@ -585,7 +585,7 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
 {
     struct code *code = &t->code;
     i32 side = tlb_side(write);
-    flags_before_check(t, r);
+    flags_aside(t, r);
     if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3) { /* a constant */
         u64 address = t->in->block->ip + (u64)r->disp;
         i32 entry = side + (i32)(address >> INDEX_SHIFT & INDEX_MASK);
@@ -617,7 +617,7 @@ void to_stack(struct translation *t, const struct record *r, unsigned guest_regi
     struct code *code = &t->code;
     unsigned host = pinned(guest_register * 8), width = t->wide ? I_W : 0;
     i32 side = tlb_side(write);
-    flags_before_check(t, r);
+    flags_aside(t, r);
     put_modrm(code, width, M1, 0x8d, T0, in_memory(host, disp));
     put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
     put8(code, INDEX_SHIFT);

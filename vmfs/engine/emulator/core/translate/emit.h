@@ -25,6 +25,7 @@ enum {
     FLOAT = 131072,           /* it looks at MXCSR */
     KEEPS_UNDEFINED = 262144, /* flags that the table calls undefined: Intel's processors keep them */
     ROTATES = 524288,         /* a SHIFT that keeps OF, with a constant that is not 1 */
+    FAULTS = 2097152,         /* without memory, too */
     ALIGNED = 1048576,        /* VEX: its memory operand lies at a multiple of its size */
 };
 struct translation;
@@ -132,6 +133,7 @@ void use_vector(struct translation *t, unsigned n, bool reads, bool writes);
 void flush_vectors(struct translation *t);               /* to struct vcpu */
 void begin_flags(struct translation *t, const struct record *r); /* of an instruction without memory */
 void flags_to_image(struct translation *t);
+void flags_aside(struct translation *t, const struct record *r); /* before host code that changes them, not as r does */
 void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more);
 unsigned emit_condition(struct translation *t, unsigned condition); /* what to ask the host's flags */
 /* The direct jump r is taken; that of a call, whose return address is pushed. To an address: look for its block (or leave at

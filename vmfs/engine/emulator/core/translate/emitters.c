@@ -187,6 +187,72 @@ static bool step(struct translation *t, const struct record *r)
 }
 const struct emitter E_INC = {step, CHANGES}, E_DEC = {step, CHANGES};
 
+/* DIV, IDIV: a quotient that does not fit is the handler's, whose #DE it is. Of IDIV so is what is not a sign extension, by 0 or by
+ * -1. Flags stay as they are: they are undefined, and Intel's processors keep them. */
+static bool divide(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    if (r->size < 2)
+        return false;
+    if (t->asking)
+        return true;
+    struct code *code = &t->code;
+    unsigned width = r->size == 3 ? I_W : 0;
+    struct place divisor;
+    if (r->prefix & PREFIX_REGISTER) {
+        flags_aside(t, r);
+        divisor = pinned(r->rm) == NO_REGISTER ? guest_place(r->rm) : in_register(pinned(r->rm));
+    } else {
+        to_memory(t, r, 1u << r->size, false, false, false);
+        divisor = in_memory(T1, 0);
+    }
+    struct stub *s = add_stub(t, STUB_CALL, r);
+    if (o->digit == 6) {
+        put_modrm(code, width, M1, 0x3b, RDX, divisor);
+        stub_jump(s, jump_if(code, CC_AE));
+    } else {
+        put_modrm(code, width, M1, 0x8b, T0, in_register(RAX));
+        put_modrm(code, width, M1, 0xc1, 7, in_register(T0)); /* SAR */
+        put8(code, r->size == 3 ? 63 : 31);
+        put_modrm(code, width, M1, 0x3b, T0, in_register(RDX));
+        stub_jump(s, jump_if(code, CC_NE));
+        put_modrm(code, width, M1, 0x8b, T0, divisor);
+        alu_constant(code, width, GROUP_ADD, in_register(T0), 1);
+        alu_constant(code, width, GROUP_CMP, in_register(T0), 1);
+        stub_jump(s, jump_if(code, CC_BE));
+    }
+    put_modrm(code, width, M1, 0xf7, (unsigned)o->digit, divisor);
+    return true;
+}
+#define DIVIDE(name) const struct emitter E_##name = {divide, READS_FIRST | WRITES_RAX | WRITES_RDX | KEEPS_UNDEFINED | FAULTS}
+DIVIDE(DIV); DIVIDE(IDIV);
+
+/* CMPXCHG8B, CMPXCHG16B, which wants its operand aligned. */
+static bool compare_two(struct translation *t, const struct record *r)
+{
+    if (t->asking)
+        return true;
+    to_memory(t, r, 2u << r->size, true, r->size == 3, false);
+    put_modrm(&t->code, r->size == 3 ? I_W : 0, M0F, 0xc7, 1, in_memory(T1, 0));
+    return true;
+}
+const struct emitter E_CMPXCHG8B = {compare_two, CHANGES | WRITES_RAX | WRITES_RDX};
+
+/* At CPL 0 nothing of CLI is checked. */
+static bool clear_interrupts(struct translation *t, const struct record *r)
+{
+    if (!(t->c->key & KEY_CPL0) || !(t->c->key & KEY_PROTECTED) || t->c->key & KEY_V86)
+        return false;
+    if (t->asking)
+        return true;
+    flags_aside(t, r);
+    alu_constant(&t->code, I_W, GROUP_AND, FIELD(rflags), ~FLAG_IF);
+    return true;
+}
+const struct emitter E_CLI = {clear_interrupts, 0};
+
+COPY(CRC32, CHANGES); COPY(MOVBE, WRITES_FIRST);
+
 /* With one operand it is rDX:rAX that is written. */
 static bool multiply(struct translation *t, const struct record *r)
 {
@@ -438,6 +504,26 @@ static bool branch(struct translation *t, const struct record *r)
 #define BRANCH(name) const struct emitter E_##name = {branch, FLOW_BRANCH}
 BRANCH(JO); BRANCH(JNO); BRANCH(JB); BRANCH(JAE); BRANCH(JE); BRANCH(JNE); BRANCH(JBE); BRANCH(JA); BRANCH(JS); BRANCH(JNS);
 BRANCH(JP); BRANCH(JNP); BRANCH(JL); BRANCH(JGE); BRANCH(JLE); BRANCH(JG);
+
+/* It asks and changes no flags. The host's own distance is of a byte, so it jumps over a jump. */
+static bool jump_if_zero(struct translation *t, const struct record *r)
+{
+    unsigned address = r->prefix & PREFIX_ADDRESS;
+    struct code *code = &t->code;
+    if (!stack_sized(t, r) || address < 2 || (!t->wide && address != 2))
+        return false;
+    if (t->asking)
+        return true;
+    if (address == 2)
+        put8(code, 0x67);
+    put8(code, 0xe3);
+    put8(code, 5);
+    u8 *over = jump(code);
+    stub_jump(add_stub(t, STUB_EDGE, r), jump(code));
+    land(over, code->at);
+    return true;
+}
+const struct emitter E_JCXZ = {jump_if_zero, FLOW_BRANCH};
 
 /* The target of an indirect jump or call to T1. */
 static void load_target(struct translation *t, const struct record *r)
