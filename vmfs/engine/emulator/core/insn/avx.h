@@ -53,28 +53,7 @@ static __attribute__((noinline, unused)) void mem_store_ymm(struct vcpu *c, cons
 /* H is the register in vvvv; who has none ignores it. W is a register, or so many bytes of memory, zero-extended:
  * VEX_X the vector length; VEX_HALF, VEX_QUARTER, VEX_EIGHTH a part of it; VEX_16, VEX_8, VEX_4, VEX_2, VEX_1 a number. */
 #define VEX_FORMS(name, address, fast, general) \
-    OP(op_##name##_reg) \
-    { \
-        set_ymm(c, r->reg, do_##name(c, r, get_ymm(c, r->vvvv), get_ymm(c, r->rm))); \
-        NEXT(); \
-    } \
-    GENERAL_OP(op_##name##_mem) \
-    { \
-        ymm s = general; \
-        set_ymm(c, r->reg, do_##name(c, r, get_ymm(c, r->vvvv), s)); \
-        NEXT(); \
-    } \
-    OP(op_##name##_fast) \
-    { \
-        const u8 *p = address; \
-        if (unlikely(!p)) { \
-            op_##name##_mem(c, r); \
-            return; \
-        } \
-        set_ymm(c, r->reg, do_##name(c, r, get_ymm(c, r->vvvv), fast)); \
-        NEXT(); \
-    } \
-    HANDLER_FAST(name);
+    VECTOR_FORMS(name, ymm, set_ymm, get_ymm, r->vvvv, address, fast, general)
 #define VEX_X(name) \
     VEX_FORMS(name, fast_read(c, r, vector_bytes(r)), load_vector_at(p, r), mem_load_ymm(c, r, vector_bytes(r), false))
 #define VEX_16(name) VEX_FORMS(name, fast_read(c, r, 16), wide(load16(p)), mem_load_ymm(c, r, 16, false))

@@ -1,8 +1,6 @@
 /* Arithmetic, logic, moves (Intel SDM 2). Each operation is two functions: the result, and the flags from operands and
  * result, so that a store that faults comes between them and changes nothing. */
-#include "flags.h"
-#include "memory.h"
-#include "opcodes.h"
+#include "forms.h"
 
 /* ---- The operations: operands zero-extended, results truncated by the caller --------------------------------------------- */
 
@@ -28,16 +26,6 @@ OPERATION(dec, a - 1, (flags_keep_cf(c, spread_carries(carry_out(r, 1, a), bits)
 
 #define SIZES(X, name) X(name, 8) X(name, 16) X(name, 32) X(name, 64)
 #define WIDE_SIZES(X, name) X(name, 16) X(name, 32) X(name, 64)
-#define TABLE(name) \
-    const struct handlers H_##name = { \
-        {name##_reg_8, name##_reg_16, name##_reg_32, name##_reg_64}, \
-        {name##_fast_8, name##_fast_16, name##_fast_32, name##_fast_64}, \
-        {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}}
-#define WIDE_TABLE(name) \
-    const struct handlers H_##name = { \
-        {NULL, name##_reg_16, name##_reg_32, name##_reg_64}, {NULL, name##_fast_16, name##_fast_32, name##_fast_64}, \
-        {NULL, name##_mem_16, name##_mem_32, name##_mem_64}}
-
 /* E op= source */
 #define MODIFY(op, form, source, bits) \
     OP(op##_##form##_reg_##bits) \
@@ -141,7 +129,7 @@ OPERATION(dec, a - 1, (flags_keep_cf(c, spread_carries(carry_out(r, 1, a), bits)
     MODIFY(op, E_G, get_reg(c, r->reg, bits), bits) \
     MODIFY(op, E_I, truncate_to((u64)(i64)r->imm, bits), bits) \
     MODIFY_G(op, bits)
-#define ALU(op) SIZES(ALU_SIZE, op) TABLE(op##_E_G); TABLE(op##_E_I); TABLE(op##_G_E);
+#define ALU(op) SIZES(ALU_SIZE, op) FORM_TABLE(op##_E_G); FORM_TABLE(op##_E_I); FORM_TABLE(op##_G_E);
 
 ALU(add)
 ALU(or)
@@ -158,10 +146,10 @@ ALU(xor)
     COMPARE(test_E_G, and, E_FIRST, REG, bits) \
     COMPARE(test_E_I, and, E_FIRST, IMM, bits)
 SIZES(CMP_SIZE, cmp)
-TABLE(cmp_E_G); TABLE(cmp_G_E); TABLE(cmp_E_I); TABLE(test_E_G); TABLE(test_E_I);
+FORM_TABLE(cmp_E_G); FORM_TABLE(cmp_G_E); FORM_TABLE(cmp_E_I); FORM_TABLE(test_E_G); FORM_TABLE(test_E_I);
 
 #define UNARY_SIZE(op, bits) MODIFY(op, E, 0, bits)
-#define UNARY(op) SIZES(UNARY_SIZE, op) TABLE(op##_E);
+#define UNARY(op) SIZES(UNARY_SIZE, op) FORM_TABLE(op##_E);
 UNARY(not)
 UNARY(neg)
 UNARY(inc)
@@ -222,7 +210,7 @@ UNARY(dec)
     STORE(mov_E_I, (u64)(i64)r->imm, bits) \
     LOAD(mov_G_E, bits, e, bits)
 SIZES(MOV_SIZE, mov)
-TABLE(mov_E_G); TABLE(mov_E_I); TABLE(mov_G_E);
+FORM_TABLE(mov_E_G); FORM_TABLE(mov_E_I); FORM_TABLE(mov_G_E);
 
 /* MOVSXD r16, r/m16: with operand size 16 it reads 16 bits (SDM 2B MOVSX), on AMD's processors 32. */
 #define MOVSXD_BITS(bits) ((bits) < 32 ? (bits) : 32)
@@ -231,7 +219,7 @@ TABLE(mov_E_G); TABLE(mov_E_I); TABLE(mov_G_E);
     LOAD(movsx8, 8, sign_extend(e, 8), bits) LOAD(movsx16, 16, sign_extend(e, 16), bits) \
     LOAD(movsxd, MOVSXD_BITS(bits), sign_extend(e, MOVSXD_BITS(bits)), bits)
 WIDE_SIZES(EXTEND_SIZE, movx)
-WIDE_TABLE(movzx8); WIDE_TABLE(movzx16); WIDE_TABLE(movsx8); WIDE_TABLE(movsx16); WIDE_TABLE(movsxd);
+FORM_TABLE_V(movzx8); FORM_TABLE_V(movzx16); FORM_TABLE_V(movsx8); FORM_TABLE_V(movsx16); FORM_TABLE_V(movsxd);
 
 #define MOV_Z_SIZE(name, bits) \
     OP(mov_Z_Iv_##bits) { set_reg(c, r->rm, bits, (u64)r->disp); NEXT(); }
@@ -319,7 +307,7 @@ SLOW_TABLE(cmpxchg);
 #define CONDITIONAL(n) \
     enum { CONDITION_OF_cmov##n = n }; \
     WIDE_SIZES(CMOV_SIZE, cmov##n) \
-    WIDE_TABLE(cmov##n); \
+    FORM_TABLE_V(cmov##n); \
     STORE(set##n, condition(c, n), 8) \
     const struct handlers H_set##n = {{set##n##_reg_8}, {set##n##_fast_8}, {set##n##_mem_8}};
 CONDITIONAL(0) CONDITIONAL(1) CONDITIONAL(2) CONDITIONAL(3) CONDITIONAL(4) CONDITIONAL(5) CONDITIONAL(6) CONDITIONAL(7)

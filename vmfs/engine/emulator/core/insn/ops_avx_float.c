@@ -275,24 +275,10 @@ HANDLER_REG_MEM(vcvtps2ph);
         xmm d, v = get_xmm(c, r->vvvv); \
         CHECKED(__asm__ volatile(#name suffix " %2, %1, %0" : "=x"(d) : "x"(v), "r"((u##bits)value))); \
         set_ymm(c, r->reg, wide(d)); \
-    } \
-    OP(op_##name##bits##_reg) \
-    { \
-        name##bits(c, r, get_reg(c, r->rm, bits)); \
-        NEXT(); \
-    } \
-    OP(op_##name##bits##_mem) \
-    { \
-        name##bits(c, r, mem_load(c, r, bits / 8)); \
-        NEXT(); \
     }
 #define VEX_FROM_INTEGER_BOTH(name) \
     VEX_FROM_INTEGER(name, 32, "l") \
     VEX_FROM_INTEGER(name, 64, "q") \
-    const struct handlers H_##name = { \
-        {NULL, NULL, op_##name##32_reg, op_##name##64_reg}, \
-        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
-        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
-    };
+    FROM_GENERAL(name)
 VEX_FROM_INTEGER_BOTH(vcvtsi2ss)
 VEX_FROM_INTEGER_BOTH(vcvtsi2sd)

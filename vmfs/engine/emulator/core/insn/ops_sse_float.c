@@ -155,25 +155,11 @@ ARITHMETIC(cvtpd2ps, FLOAT_TO_SINGLE, 8, 2, 16)
         xmm d = get_xmm(c, r->reg); \
         CHECKED(__asm__ volatile(#name suffix " %1, %0" : "+x"(d) : "r"((u##bits)value))); \
         set_xmm(c, r->reg, d); \
-    } \
-    OP(op_##name##bits##_reg) \
-    { \
-        name##bits(c, r, get_reg(c, r->rm, bits)); \
-        NEXT(); \
-    } \
-    OP(op_##name##bits##_mem) \
-    { \
-        name##bits(c, r, mem_load(c, r, bits / 8)); \
-        NEXT(); \
     }
 #define FROM_INTEGER_BOTH(name) \
     FROM_INTEGER(name, 32, "l") \
     FROM_INTEGER(name, 64, "q") \
-    const struct handlers H_##name = { \
-        {NULL, NULL, op_##name##32_reg, op_##name##64_reg}, \
-        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
-        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
-    };
+    FROM_GENERAL(name)
 FROM_INTEGER_BOTH(cvtsi2ss)
 FROM_INTEGER_BOTH(cvtsi2sd)
 

@@ -117,15 +117,19 @@ u32 xsave_size(u64 components, bool compact);
 #define FORMS_4(name) FORMS_OF(name, fast_read(c, r, 4), from64(peek(p, 4)), from64(mem_load(c, r, 4)))
 #define FORMS_2(name) FORMS_OF(name, fast_read(c, r, 2), from64(peek(p, 2)), from64(mem_load(c, r, 2)))
 #define FORMS_OF(name, address, fast, general) \
+    VECTOR_FORMS(name, xmm, set_xmm, get_xmm, r->reg, address, fast, general)
+
+/* The register, general and fast form of V <- do_NAME(c, r, A, W), A the register of number `first`. */
+#define VECTOR_FORMS(name, vector, set, get, first, address, fast, general) \
     OP(op_##name##_reg) \
     { \
-        set_xmm(c, r->reg, do_##name(c, r, get_xmm(c, r->reg), get_xmm(c, r->rm))); \
+        set(c, r->reg, do_##name(c, r, get(c, first), get(c, r->rm))); \
         NEXT(); \
     } \
     GENERAL_OP(op_##name##_mem) \
     { \
-        xmm s = general; \
-        set_xmm(c, r->reg, do_##name(c, r, get_xmm(c, r->reg), s)); \
+        vector s = general; \
+        set(c, r->reg, do_##name(c, r, get(c, first), s)); \
         NEXT(); \
     } \
     OP(op_##name##_fast) \
@@ -135,10 +139,31 @@ u32 xsave_size(u64 components, bool compact);
             op_##name##_mem(c, r); \
             return; \
         } \
-        set_xmm(c, r->reg, do_##name(c, r, get_xmm(c, r->reg), fast)); \
+        set(c, r->reg, do_##name(c, r, get(c, first), fast)); \
         NEXT(); \
     } \
     HANDLER_FAST(name);
+
+/* The forms of an instruction whose source is a general register, or memory of its size: NAME32 and NAME64(c, r, value). */
+#define FROM_GENERAL_SIZE(name, bits) \
+    OP(op_##name##bits##_reg) \
+    { \
+        name##bits(c, r, get_reg(c, r->rm, bits)); \
+        NEXT(); \
+    } \
+    OP(op_##name##bits##_mem) \
+    { \
+        name##bits(c, r, mem_load(c, r, bits / 8)); \
+        NEXT(); \
+    }
+#define FROM_GENERAL(name) \
+    FROM_GENERAL_SIZE(name, 32) \
+    FROM_GENERAL_SIZE(name, 64) \
+    const struct handlers H_##name = { \
+        {NULL, NULL, op_##name##32_reg, op_##name##64_reg}, \
+        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
+        {NULL, NULL, op_##name##32_mem, op_##name##64_mem}, \
+    };
 
 #define COMPUTE(name) ALWAYS_INLINE xmm do_##name(struct vcpu *c, const struct record *r, xmm d, xmm s)
 
