@@ -1,12 +1,16 @@
-"""What the tests of the vector instructions share: values that are interesting as floats, and cases."""
+"""What the tests of the vector instructions share: values that are interesting as floats, cases, compiled programs."""
 
 import os
 import random
+import shutil
 import struct
+import subprocess
 import zlib
+from pathlib import Path
 
+import pytest
 from emulator import encode, native
-from emulator.native import DATA, DATA_SIZE, GPRS, Case
+from emulator.native import CODE, CODE_SIZE, DATA, DATA_SIZE, GPRS, Case
 
 CASES = int(os.environ.get("VMFS_CASES", "40"))
 SEED = int(os.environ.get("VMFS_SEED", "0"))
@@ -32,6 +36,17 @@ DOUBLES = [
         0x3690000000000000, 0x3800000000000000,
     )),
 ]
+
+HOST_FLAGS = frozenset(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+
+
+def needs(*features):
+    """The marks of a module that compares with a host that has these."""
+    lacking = sorted(set(features) - HOST_FLAGS)
+    return [
+        pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the oracle is compiled"),
+        pytest.mark.skipif(bool(lacking), reason=f"the host CPU lacks {' '.join(lacking)}"),
+    ]
 
 
 def generator(*words):
@@ -89,3 +104,35 @@ def plain(code, **registers):
     gprs = dict.fromkeys(GPRS, 0) | {"rsp": DATA + 2048} | registers
     fx = encode.fx_image(random.Random(1))
     return Case(code=code, gprs=gprs, flags=0, data=bytes(DATA_SIZE), fx=fx, name=code.hex())
+
+
+FREESTANDING = [
+    "-std=gnu11", "-Wall", "-Wextra", "-fno-math-errno", "-ffreestanding", "-nostdlib", "-static", "-fno-pic",
+    "-no-pie", "-fno-stack-protector", "-fcf-protection=none", f"-Wl,-Ttext={CODE:#x}",
+    "-Wl,--build-id=none,-N,--oformat=binary",
+]  # fmt: skip
+VECTORS = "-msse4.2 -maes -mpclmul -msha"
+
+
+def compiled(source, flags, tmp_path):
+    """A C program that ends in UD2, as a case."""
+    image = tmp_path / "program"
+    path = Path(__file__).parent / source
+    subprocess.run(["gcc", *flags.split(), *FREESTANDING, "-o", image, path], check=True)
+    code = image.read_bytes()
+    assert len(code) < CODE_SIZE
+    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as after a CALL
+    case.ip, case.name = CODE, "program"
+    return case
+
+
+def compare_program(host, core, case):
+    """It leaves the same data and XMM registers on both; the outcome of the host."""
+    expected = host.run(case)
+    assert expected.vector == UD
+    core.run(case)
+    exit = core.cpu.run(100_000_000)
+    assert exit[8] == UD, exit
+    assert core.memory[-DATA_SIZE:] == expected.data
+    assert core.cpu.get_state("xsave")[160:416] == expected.fx[160:416]
+    return expected

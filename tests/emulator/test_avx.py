@@ -6,16 +6,14 @@ VMFS_CASES sets how many cases a row gets (default 40); VMFS_SEED the first rand
 """
 
 import random
-import shutil
 import struct
-import subprocess
 
 import pytest
 
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import ARITHMETIC, CODE, CODE_SIZE, COMPLETED, DATA, DATA_SIZE, PAGE  # noqa: E402
+from emulator.native import ARITHMETIC, COMPLETED, DATA, DATA_SIZE, PAGE  # noqa: E402
 from emulator.sse_lib import (  # noqa: E402
     CASES,
     CR0,
@@ -24,22 +22,22 @@ from emulator.sse_lib import (  # noqa: E402
     NM,
     PF,
     UD,
+    VECTORS,
     XM,
     compare,
+    compare_program,
+    compiled,
     eight_bytes,
     fx_image,
     generator,
     mxcsr,
+    needs,
     plain,
 )
 from emulator.system_lib import Guest  # noqa: E402
 from emulator.test_instructions import CPUINFO, HOST, row_id  # noqa: E402
-from emulator.test_sse import HERE, PROGRAM_FLAGS, run_until_ud2  # noqa: E402
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the oracle is compiled"),
-    pytest.mark.skipif(not {"avx", "avx2", "fma", "f16c"} <= HOST, reason="the host CPU has no AVX2, FMA or F16C"),
-]
+pytestmark = needs("avx", "avx2", "fma", "f16c")
 ROWS = [row for row in _core.instructions() if row["length"] and CPUINFO.get(row["feature"], "avx") in HOST]
 FLOAT = ("VADD", "VSUB", "VMUL", "VDIV", "VSQRT", "VMIN", "VMAX", "VCMP", "VROUND", "VRCP", "VRSQRT", "VHADD", "VHSUB",
          "VDPP", "VUCOMI", "VCOMI", "VCVT", "VFM", "VFNM")
@@ -379,19 +377,7 @@ def test_thirty_two_bytes_of_device_memory():
 )
 def test_program(flags, host, core, tmp_path):
     """A program of vectorized loops and intrinsics leaves the same data and registers as on the host."""
-    image = tmp_path / "program"
-    subprocess.run(
-        ["gcc", "-std=gnu11", *flags.split(), *PROGRAM_FLAGS, "-o", image, HERE / "vector_program.c"], check=True
-    )
-    code = image.read_bytes()
-    assert len(code) < CODE_SIZE
-    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as behind a CALL
-    case.ip, case.name = CODE, "program"
-    expected = host.run(case)
-    assert expected.vector == UD
-    data, registers = run_until_ud2(core, case)
-    assert data == expected.data
-    assert registers == expected.fx[160:416]
+    expected = compare_program(host, core, compiled("vector_program.c", f"{VECTORS} {flags}", tmp_path))
     assert core.cpu.get_state("xsave")[576:832] == expected.ymm
 
 

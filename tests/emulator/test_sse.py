@@ -4,17 +4,14 @@ rows that test_instructions.py leaves out.
 VMFS_CASES sets how many cases a row gets (default 40); VMFS_SEED the first random seed.
 """
 
-import shutil
 import struct
-import subprocess
-from pathlib import Path
 
 import pytest
 
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import CODE, CODE_SIZE, COMPLETED, DATA, DATA_SIZE  # noqa: E402
+from emulator.native import COMPLETED, DATA, DATA_SIZE  # noqa: E402
 from emulator.sse_lib import (  # noqa: E402
     CASES,
     CR0,
@@ -23,24 +20,22 @@ from emulator.sse_lib import (  # noqa: E402
     NM,
     PF,
     UD,
+    VECTORS,
     XM,
     compare,
+    compare_program,
+    compiled,
     eight_bytes,
     fx_image,
     generator,
     mxcsr,
+    needs,
     plain,
 )
 
-HOST_FLAGS = open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()
-LACKING = {"pni", "ssse3", "sse4_1", "sse4_2", "aes", "pclmulqdq", "sha_ni"} - set(HOST_FLAGS)
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the oracle is compiled"),
-    pytest.mark.skipif(bool(LACKING), reason=f"the host CPU lacks {LACKING}"),
-]
+pytestmark = needs("pni", "ssse3", "sse4_1", "sse4_2", "aes", "pclmulqdq", "sha_ni")
 
 ROWS = _core.instructions()
-HERE = Path(__file__).parent
 ZE = 4  # in MXCSR
 FLOAT = {
     *(name + kind for name in ("SQRT", "ADD", "SUB", "MUL", "DIV", "MIN", "MAX", "CMP", "ROUND") for kind in
@@ -204,39 +199,10 @@ def test_without_osxmmexcpt_an_unmasked_exception_is_ud(core):
 # ---- Many instructions -------------------------------------------------------------------------------------
 
 
-def run_until_ud2(core, case):
-    """The core runs the case to the UD2 that its code ends in; the data area and the XMM registers."""
-    core.run(case)
-    exit = core.cpu.run(100_000_000)
-    assert exit[0] == _core.EXIT_DEBUG and exit[8] == UD, exit
-    return core.memory[-DATA_SIZE:], core.cpu.get_state("xsave")[160:416]
-
-
-PROGRAM_FLAGS = [
-    "-Wall", "-Wextra", "-msse4.2", "-maes", "-mpclmul", "-msha", "-fno-math-errno", "-ffreestanding",
-    "-nostdlib", "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none",
-    f"-Wl,-Ttext={CODE:#x}",
-    "-Wl,--build-id=none,-N,--oformat=binary",
-]
-
-
 @pytest.mark.parametrize("flags", ["-O1", "-O3 -ffast-math -msse2", "-O3 -mno-red-zone"])
 def test_program(flags, host, core, tmp_path):
     """A program of vectorized loops and intrinsics leaves the same data and registers as on the host."""
-    image = tmp_path / "program"
-    subprocess.run(
-        ["gcc", "-std=gnu11", *flags.split(), *PROGRAM_FLAGS, "-o", image, HERE / "vector_program.c"],
-        check=True,
-    )
-    code = image.read_bytes()
-    assert len(code) < CODE_SIZE
-    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as behind a CALL
-    case.ip, case.name = CODE, "program"
-    expected = host.run(case)
-    assert expected.vector == UD
-    data, registers = run_until_ud2(core, case)
-    assert data == expected.data
-    assert registers == expected.fx[160:416]
+    compare_program(host, core, compiled("vector_program.c", f"{flags} {VECTORS}", tmp_path))
 
 
 def test_mxcsr_outlives_a_run_and_stays_inside(core):

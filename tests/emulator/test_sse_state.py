@@ -1,7 +1,6 @@
 """FXSAVE, XSAVE and their like: against the host CPU where it can be, else by the manual (Intel SDM 1
 chapter 13)."""
 
-import shutil
 import struct
 
 import pytest
@@ -13,20 +12,17 @@ from emulator.native import COMPLETED, DATA, DATA_SIZE, PAGE  # noqa: E402
 from emulator.sse_lib import (  # noqa: E402
     CASES,
     GP,
+    HOST_FLAGS,
     compare,
     eight_bytes,
     fx_image,
     generator,
     mxcsr,
+    needs,
     plain,
 )
 
-HOST_FLAGS = open("/proc/cpuinfo").read().partition("flags")[2].partition("\n")[0].split()
-LACKING = {"xsave", "xsavec"} - set(HOST_FLAGS)
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the oracle is compiled"),
-    pytest.mark.skipif(bool(LACKING), reason=f"the host CPU lacks {LACKING}"),
-]
+pytestmark = needs("xsave", "xsavec")
 CODES = {  # with the operand [rbx]
     "fxsave": "0fae03", "fxsave64": "480fae03", "fxrstor": "0fae0b", "fxrstor64": "480fae0b",
     "xsave": "0fae23", "xsave64": "480fae23", "xrstor": "0fae2b", "xrstor64": "480fae2b",
@@ -188,7 +184,7 @@ def ymm_core():
     return core
 
 
-@pytest.mark.skipif(not {"avx", "xgetbv1"} <= set(HOST_FLAGS), reason="the host CPU lacks AVX or XGETBV(1)")
+@pytest.mark.skipif(not {"avx", "xgetbv1"} <= HOST_FLAGS, reason="the host CPU lacks AVX or XGETBV(1)")
 @pytest.mark.parametrize("name", ["xgetbv", "xsave", "xsavec", "xsaveopt"])
 def test_ymm_is_saved_as_the_host_does(name, host):
     """XINUSE of XGETBV(1); the standard and the compacted form, whole or in part; upper halves that are zero or not."""

@@ -9,15 +9,14 @@ import math
 import platform
 import shutil
 import struct
-import subprocess
-from pathlib import Path
 
 import pytest
 
 _core = pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.native import CODE, CODE_SIZE, COMPLETED, DATA, DATA_SIZE, GPRS, START  # noqa: E402
+from emulator.native import COMPLETED, DATA, DATA_SIZE, GPRS, START  # noqa: E402
+from emulator.sse_lib import compiled  # noqa: E402
 from emulator.system_lib import STOP, Guest  # noqa: E402
 from emulator.x87_lib import (  # noqa: E402
     CASES,
@@ -230,22 +229,10 @@ def test_pointers_are_those_of_the_last_instruction(control, core, compat_core):
 
 # ---- Programs of a compiler --------------------------------------------------------------------------------
 
-PROGRAM_FLAGS = [
-    "-std=gnu11", "-Wall", "-Wextra", "-mfpmath=387", "-fno-math-errno", "-ffreestanding", "-nostdlib",
-    "-static", "-fno-pic", "-no-pie", "-fno-stack-protector", "-fcf-protection=none", f"-Wl,-Ttext={CODE:#x}",
-    "-Wl,--build-id=none,-N,--oformat=binary",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("flags", ["-O1", "-O3 -ffast-math"])
 def test_program(flags, host, core, tmp_path):
     """A program in extended precision leaves the same data on the host and here, in one run and in many."""
-    image, source = tmp_path / "program", Path(__file__).parent / "x87_program.c"
-    subprocess.run(["gcc", *flags.split(), *PROGRAM_FLAGS, "-o", image, source], check=True)
-    code = image.read_bytes()
-    assert len(code) < CODE_SIZE
-    case = plain(code, rdi=DATA, rsp=DATA + DATA_SIZE - 72)  # as behind a CALL
-    case.ip, case.name = CODE, "program"
+    case = compiled("x87_program.c", f"-mfpmath=387 {flags}", tmp_path)
     expected = host.run(case)
     assert expected.vector == UD
     for budget in (10_000_000, 777):
