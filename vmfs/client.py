@@ -33,9 +33,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from vmfs.words import layouts
 from vmfs.words.exits import Exit, Io, Mmio, parse_exit
 from vmfs.words.layouts import unpack_msrs
-from vmfs.words.registers import REGISTERS, Register, msr_name, parse_registers
+from vmfs.words.registers import REGISTERS, Register, Ymm, msr_name, parse_registers
 
 _CHUNK = 1 << 16
 
@@ -74,12 +75,19 @@ class Registers:
 
     def __getitem__(self, name: str) -> int:
         row = REGISTERS[name]
+        if isinstance(row, Ymm):
+            return row.get(self._vm.pread(row.state, layouts.XSAVE_AVX_END, 0))
         return int.from_bytes(self._vm.pread(row.state, row.size, row.offset), "little")
 
     def __setitem__(self, name: str, value: int) -> None:
         row = REGISTERS[name]
         if not row.writable:
             raise ValueError(f"{name} cannot be set")
+        if isinstance(row, Ymm):
+            area = bytearray(self._vm.pread(row.state, layouts.XSAVE_AVX_END, 0))
+            row.put(area, _unsigned(row, value))
+            self._vm.pwrite(row.state, bytes(area), 0)
+            return
         self._vm.pwrite(row.state, _unsigned(row, value).to_bytes(row.size, "little"), row.offset)
 
     def __getattr__(self, name: str) -> int:

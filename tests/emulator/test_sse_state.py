@@ -252,6 +252,27 @@ def test_xsaves_round_trip(kernel_core):
         assert restored.fx[start:end] == case.fx[start:end]
 
 
+@pytest.mark.skipif("avx" not in HOST_FLAGS, reason="the host CPU has no AVX")
+def test_xsaves_and_xrstors_have_the_upper_halves():
+    """At CPL 0, where the host does not let us: as XSAVEC does it, which the host was asked of (SDM 1 13.11, 13.12)."""
+    core = ymm_core()
+    change_segments(core, dpl=0)
+    rng = generator("xsaves ymm")
+    for mask in (4, 6, 7):
+        case = plain(bytes.fromhex(CODES["xsaves"]), rbx=DATA, rax=mask)
+        case.fx, case.ymm = fx_image(rng, 0x1F80, 8), rng.randbytes(256)
+        saved = core.run(case)
+        compacted = plain(bytes.fromhex(CODES["xsavec"]), rbx=DATA, rax=mask)
+        compacted.fx, compacted.ymm = case.fx, case.ymm
+        assert saved.vector == COMPLETED and core.run(compacted).data == saved.data
+        assert struct.unpack_from("<QQ", saved.data, 512) == (mask, mask | 1 << 63)
+        assert saved.data[576 : 576 + 256] == case.ymm
+        again = plain(bytes.fromhex(CODES["xrstors"]), rbx=DATA, rax=mask)
+        again.fx, again.ymm, again.data = fx_image(rng, 0x1F80, 8), rng.randbytes(256), saved.data
+        restored = core.run(again)
+        assert restored.vector == COMPLETED and restored.ymm == case.ymm
+
+
 def test_xrstors_takes_only_the_compacted_form(kernel_core):
     run(kernel_core, "xsave", rax=3)
     assert run(kernel_core, "xrstor", rax=3).vector == COMPLETED

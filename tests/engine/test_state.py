@@ -8,6 +8,7 @@ from engine.machine import MMIO, machine_on
 
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.registers import has_avx, read_register, write_registers
 
 _TSC, _TSC_ADJUST, _SYSENTER_CS, _EFER, _LSTAR = 0x10, 0x3B, 0x174, 0xC0000080, 0xC0000082
 # Time goes on between two reads: the time stamp counter, and KVM's clocks.
@@ -275,6 +276,18 @@ def test_fpu_and_xsave_are_two_views_of_one(vm):
     fpu[_XMM : _XMM + 16] = b"0123456789abcdef"
     vm.vcpu.set_state("fpu", bytes(fpu))
     assert vm.vcpu.get_state("xsave")[160:176] == b"0123456789abcdef"  # SDM 1 10.5.1, FXSAVE's layout
+
+
+def test_ymm_is_the_upper_half_and_xmm(vm):
+    if not has_avx(vm.vcpu):
+        pytest.skip("the CPU has no AVX")
+    low, high = int.from_bytes(b"0123456789abcdef", "little"), 1 << 127 | 3
+    write_registers(vm.vcpu, {"ymm5": high << 128 | low, "xmm6": 9})
+    assert int(read_register(vm.vcpu, "xmm5"), 16) == low
+    assert int(read_register(vm.vcpu, "xmm6"), 16) == 9  # of the same change, and not lost
+    assert vm.vcpu.get_state("xsave")[576 + 5 * 16 : 576 + 6 * 16] == high.to_bytes(16, "little")
+    write_registers(vm.vcpu, {"xmm5": 1})
+    assert int(read_register(vm.vcpu, "ymm5"), 16) == high << 128 | 1
 
 
 def test_msr(vm, assembler):

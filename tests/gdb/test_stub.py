@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from vmfs.machine.gdb.packets import escape, frame
 from vmfs.machine.gdb.server import Gdb
 from vmfs.machine.gdb.stub import COMMANDS, PACKET_SIZE, QUERIES
-from vmfs.machine.gdb.target import has_avx, layout
+from vmfs.machine.gdb.target import layout
 from vmfs.words import exits
+from vmfs.words.registers import has_avx
 
 ROWS = layout("x86-64", avx=False).registers
 RIP = 16

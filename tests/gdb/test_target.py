@@ -9,9 +9,9 @@ import pytest
 
 from vmfs.engine import ENGINES
 from vmfs.machine.gdb.inferior import _set
-from vmfs.machine.gdb.target import AVX, CORE, LAYOUTS, SEGMENTS, SSE, States, has_avx, layout, set_ymm_highs
+from vmfs.machine.gdb.target import AVX, CORE, LAYOUTS, SEGMENTS, SSE, States, layout, set_ymm_highs
 from vmfs.words.errors import Invalid
-from vmfs.words.registers import REGISTERS
+from vmfs.words.registers import REGISTERS, has_avx
 
 # GDB manual G.5.5: what each of its features must have.
 NEEDED = {

@@ -356,6 +356,18 @@ def test_gdb_reads_registers_and_linear_memory_of_a_core(long_vm):
     assert f"Cannot access memory at address {HIGH + 0x2000:#x}" in shown
 
 
+def test_gdb_reads_ymm_of_a_core(long_vm):
+    """NT_X86_XSTATE, once the guest has enabled AVX."""
+    if "ymm0" not in os.listdir(long_vm / "reg"):
+        pytest.skip("the CPU has no AVX")
+    long_vm.write("registers", f"xcr0 7\nymm3 {0x11223344 << 128 | 0x55667788:#x}\n")
+    assert int(long_vm.read("reg/ymm3"), 16) == 0x11223344 << 128 | 0x55667788
+    assert "ymm3 0x" in long_vm.read("registers")
+    assert gdb(long_vm, "print/x $ymm3.v8_int32").splitlines()[-1] == (
+        "$1 = {0x55667788, 0x0, 0x0, 0x0, 0x11223344, 0x0, 0x0, 0x0}"
+    )
+
+
 def test_gdb_reads_a_core_without_paging(vm):
     vm.load("f4")
     assert "=> 0x1000:\thlt" in gdb(vm, "x/i $pc")

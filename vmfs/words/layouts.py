@@ -44,6 +44,7 @@ FPU_FIELDS = {  # bits and offset of each; st0 first, as the register stack has 
     "mxcsr": (32, 408),
 }  # fmt: skip
 XSAVE_LEGACY = struct.Struct("<HHBxHQQI4x128s256s")  # fcw fsw ftwx fop rip rdp mxcsr, st, xmm
+XSAVE_XMM = 160  # XMM0 to XMM15
 XSAVE_SOFTWARE = 464  # bytes that are software's; Linux has XCR0 there for debuggers
 XSAVE_STATE_BV = 512  # u64, the first of the header: which components are not in their initial state
 XSAVE_YMM_HIGH = 576  # the upper halves of YMM0 to YMM15, 16 bytes each (CPUID 0DH.2)

@@ -57,6 +57,37 @@ class Register:
         return parse_number(text, self.settable, what=self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class Ymm(Register):
+    """A YMM register: `offset` is where the state has its lower half, which is XMM. A part that is in its initial
+    state, as the header says, is zero, whatever its bytes are."""
+
+    high: int = 0
+
+    def get(self, blob: bytes) -> int:
+        value = 0
+        for at, component, shift in self._parts():
+            if layouts.quad(blob, layouts.XSAVE_STATE_BV) & component:
+                value |= int.from_bytes(blob[at : at + 16], "little") << shift
+        return value
+
+    def put(self, blob: bytearray, value: int) -> None:
+        in_use = layouts.quad(blob, layouts.XSAVE_STATE_BV)
+        for at, component, shift in self._parts():
+            part = value >> shift & (1 << 128) - 1
+            if not in_use & component:
+                if not part:
+                    continue
+                first = layouts.XSAVE_XMM if component == layouts.XSAVE_SSE else layouts.XSAVE_YMM_HIGH
+                blob[first : first + 256] = bytes(256)
+                in_use |= component
+            blob[at : at + 16] = part.to_bytes(16, "little")
+        layouts.put_quad(blob, layouts.XSAVE_STATE_BV, in_use)
+
+    def _parts(self) -> Iterable[tuple[int, int, int]]:
+        return (self.offset, layouts.XSAVE_SSE, 0), (self.high, layouts.XSAVE_AVX, 128)
+
+
 # Bits that a register has, where the struct has more room: those that a descriptor has for a segment (SDM 3A 3.4.5),
 # and a priority class for CR8 (SDM 3A 11.8.6.1), of which KVM takes more, and keeps 0.
 _USED = {"type": 4, "present": 1, "dpl": 2, "db": 1, "s": 1, "l": 1, "g": 1, "avl": 1, "unusable": 1, "cr8": 4}
@@ -82,6 +113,10 @@ _ROWS = (
     *(Register(name, 64, "debugregs", offset) for name, offset in layouts.DEBUGREGS_FIELDS.items()),
     Register("xcr0", 64, "xcrs", layouts.XCR0),
     *(Register(name, bits, "fpu", offset) for name, (bits, offset) in layouts.FPU_FIELDS.items()),
+    *(
+        Ymm(f"ymm{n}", 256, "xsave", layouts.XSAVE_XMM + 16 * n, high=layouts.XSAVE_YMM_HIGH + 16 * n)
+        for n in range(16)
+    ),
 )
 
 REGISTERS: Mapping[str, Register] = {row.name: row for row in _ROWS}
@@ -126,11 +161,28 @@ def read_register(cpu: RegisterFile, name: str) -> str:
     return row.text(row.get(cpu.get_state(row.state)))
 
 
+def has_avx(cpu: RegisterFile) -> bool:
+    """By its CPUID (leaf 1, ECX bit 28), and that its XSAVE area has the place for it."""
+    try:
+        for function, _, _, _, _, ecx, _ in layouts.cpuid_entries(cpu.get_state("cpuid")):
+            if function == 1:
+                return bool(ecx >> 28 & 1) and len(cpu.get_state("xsave")) >= layouts.XSAVE_AVX_END
+    except Unsupported:
+        pass
+    return False
+
+
+def there_are(cpu: RegisterFile, rows: Iterable[Register]) -> list[Register]:
+    """Those of rows that the CPU has, as far as AVX goes."""
+    rows = list(rows)
+    return rows if has_avx(cpu) else [row for row in rows if not isinstance(row, Ymm)]
+
+
 def dump_registers(cpu: RegisterFile) -> str:
     """Every register that the engine has, a line each: `rax 0x0000000000000000`."""
     blobs: dict[str, bytes | None] = {}
     lines = []
-    for row in REGISTERS.values():
+    for row in there_are(cpu, REGISTERS.values()):
         if row.state not in blobs:
             blobs[row.state] = _state_or_none(cpu, row.state)
         blob = blobs[row.state]
@@ -187,9 +239,11 @@ def _parse_value(name: str, value: str) -> int:
 
 
 def write_registers(cpu: RegisterFile, values: Mapping[str, int]) -> None:
-    """Set registers as one change: when the engine refuses a part of it, what was set before is set back."""
-    before: dict[str, bytes] = {}
-    after: dict[str, bytearray] = {}
+    """Set registers as one change: when the engine refuses a part of it, what was set before is set back.
+
+    YMM registers come last, because `fpu` has their lower halves, too.
+    """
+    by_state: dict[str, list[tuple[Register, int]]] = {}
     msrs: dict[int, int] = {}
     for name, value in values.items():
         msr = parse_msr(name)
@@ -197,17 +251,22 @@ def write_registers(cpu: RegisterFile, values: Mapping[str, int]) -> None:
             msrs[msr] = value
             continue
         row = REGISTERS[name]
-        if row.state not in after:
-            before[row.state] = cpu.get_state(row.state)
-            after[row.state] = bytearray(before[row.state])
-        row.put(after[row.state], value)
+        if isinstance(row, Ymm):
+            low = values.get(name.replace("y", "x", 1), value)
+            if (low ^ value) & (1 << 128) - 1:
+                raise Invalid(f"{name} and {name.replace('y', 'x', 1)} say different things")
+        by_state.setdefault(row.state, []).append((row, value))
+    before = {state: cpu.get_state(state) for state in by_state}
     msrs_before = {index: cpu.get_msr(index) for index in msrs}
 
     states_set: list[str] = []
     msrs_set: list[int] = []
     try:
-        for state, blob in after.items():
+        for state in sorted(by_state, key=lambda name: name == "xsave"):
             states_set.append(state)
+            blob = bytearray(cpu.get_state(state) if state == "xsave" else before[state])
+            for row, value in by_state[state]:
+                row.put(blob, value)
             cpu.set_state(state, bytes(blob))
         for index, value in msrs.items():
             msrs_set.append(index)

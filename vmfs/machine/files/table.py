@@ -38,6 +38,7 @@ from vmfs.words.registers import (
     parse_msr,
     parse_registers,
     read_register,
+    there_are,
     write_registers,
 )
 
@@ -299,7 +300,7 @@ def has_msr(cpu: Vcpu, name: str) -> bool:
 def listed_registers(cpu: Vcpu) -> list[str]:
     """The registers that the CPU has, and those MSRs that are in its `msrs`."""
     has = {state: has_state(cpu, state) for state in {row.state for row in REGISTERS.values()}}
-    names = [row.name for row in REGISTERS.values() if has[row.state]]
+    names = [row.name for row in there_are(cpu, REGISTERS.values()) if has[row.state]]
     if has_state(cpu, "msrs"):
         names += [msr_name(index) for index, _ in unpack_msrs(cpu.get_state("msrs"))]
     return names

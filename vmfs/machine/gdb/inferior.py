@@ -12,13 +12,13 @@ from typing import Protocol, TypeVar
 from vmfs.debug.paging import NO_EXECUTE, WRITABLE, Paging, mapped_ranges
 from vmfs.debug.points import Points
 from vmfs.engine.base import Vcpu
-from vmfs.machine.gdb.target import Change, Register, States, has_avx, set_ymm_highs
+from vmfs.machine.gdb.target import Change, Register, States, set_ymm_highs
 from vmfs.machine.machine import Vm
 from vmfs.memory.ram import PAGE, Memory, MemoryView
 from vmfs.words.errors import BadAddress, VmfsError
 from vmfs.words.exits import Exit
 from vmfs.words.modes import mode_of
-from vmfs.words.registers import write_registers
+from vmfs.words.registers import has_avx, write_registers
 
 T = TypeVar("T")
 

@@ -186,10 +186,10 @@ def set_ymm_highs(area: bytes, values: Mapping[int, int]) -> bytes:
     new = bytearray(area)
     in_use = quad(new, layouts.XSAVE_STATE_BV)
     if not in_use & layouts.XSAVE_AVX:  # in their initial state, and the bytes there mean nothing
-        new[layouts.XSAVElayouts.XSAVE_YMM_HIGH : layouts.XSAVE_AVX_END] = bytes(256)
+        new[layouts.XSAVE_YMM_HIGH : layouts.XSAVE_AVX_END] = bytes(256)
         put_quad(new, layouts.XSAVE_STATE_BV, in_use | layouts.XSAVE_AVX)
     for number, value in values.items():
-        at = layouts.XSAVElayouts.XSAVE_YMM_HIGH + 16 * number
+        at = layouts.XSAVE_YMM_HIGH + 16 * number
         new[at : at + 16] = value.to_bytes(16, "little")
     return bytes(new)
 
@@ -373,11 +373,3 @@ def layout(name: str, *, avx: bool, linear: bool = False) -> Layout:
     # The instruction, stack and frame pointers, the flags.
     expedited = tuple(numbers[one] for one in (f"{letter}ip", f"{letter}sp", f"{letter}bp", "eflags"))
     return Layout(name, architecture, bits, tuple(registers), expedited[0], expedited)
-
-
-def has_avx(cpu: Cpu) -> bool:
-    """By its CPUID (leaf 1, ECX bit 28), and that its XSAVE area has the place for it."""
-    for function, _, _, _, _, ecx, _ in layouts.cpuid_entries(cpu.get_state("cpuid")):
-        if function == 1:
-            return bool(ecx >> 28 & 1) and len(cpu.get_state("xsave")) >= layouts.XSAVE_AVX_END
-    return False
