@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, files, gdb, house, points, programs, runs
+from bench import boot, cpu, debug, files, gdb, house, lane, points, programs, runs
 from bench.harness import table
 
 GROUPS = {
     "files": files.results,
     "runs": runs.results,
+    "lane": lane.results,
     "house": house.results,
     "cpu": cpu.results,
     "boot": boot.results,

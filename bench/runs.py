@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.harness import Result, bare_c_file, mounted, pairs
+from bench.harness import Result, mounted
 from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
@@ -32,9 +32,9 @@ def first_exit(mount: Path, number: int) -> float:
     vm = os.fspath(mount / f"first{number}")
     began = time.perf_counter()
     os.mkdir(vm)
-    _write(f"{vm}/mode", b"real")
-    _write(f"{vm}/mem", HLT, AT)
-    _write(f"{vm}/reg/rip", b"%d" % AT)
+    write(f"{vm}/mode", b"real")
+    write(f"{vm}/mem", HLT, AT)
+    write(f"{vm}/reg/rip", b"%d" % AT)
     fd = os.open(f"{vm}/vm_run", os.O_RDONLY)
     line = os.read(fd, 4096)
     took = (time.perf_counter() - began) * 1e3
@@ -44,7 +44,7 @@ def first_exit(mount: Path, number: int) -> float:
     return took
 
 
-def _write(path: str, data: bytes, offset: int = 0) -> None:
+def write(path: str, data: bytes, offset: int = 0) -> None:
     fd = os.open(path, os.O_WRONLY)
     os.pwrite(fd, data, offset)
     os.close(fd)
@@ -101,20 +101,6 @@ def mount_exits(mount: Path, exits: int = 2000) -> float:
     os.close(fd)
     vm.rmdir()
     return took
-
-
-def lane_exits(mount: Path) -> tuple[float, float]:
-    """Nanoseconds an exit of a loop of `out`, each a read of `vm_run.bin`; and a read of a bare C file."""
-    vm = mount / "lane"
-    vm.mkdir()
-    (vm / "mode").write_text("real")
-    _write(f"{vm}/mem", OUT_LOOP, AT)
-    (vm / "reg" / "rip").write_text(hex(AT))
-    (vm / "vm_run").read_text()
-    with bare_c_file() as least:
-        times = pairs("pread", 64, 2000, vm / "vm_run.bin", least)
-    vm.rmdir()
-    return times
 
 
 def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float, float]:
@@ -185,9 +171,6 @@ def results() -> list[Result]:
         ours, raw = (statistics.median(times) for times in zip(*pairs, strict=True))
         found.append(Result("mkdir to the first exit", "ms", ours, "raw ioctls", raw, "<= 5 ms"))
         found.append(Result("exit by vm_run, through the mount", "us", mount_exits(mount), ""))
-    with mounted("--engine", "emulator") as mount:
-        ours, least = lane_exits(mount)
-        found.append(Result("emulator: exit by vm_run.bin", "ns", ours, "pread of a bare C file", least, "<= 4"))
     ours, raw = engine_exits("kvm")
     found.append(Result("port exit in the server", "us", ours, "raw ioctl(KVM_RUN)", raw, "<= +5 us"))
     ours, raw = engine_exits("emulator")

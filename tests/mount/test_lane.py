@@ -94,6 +94,28 @@ def test_it_serves(server, vm):
         assert written > 100 if server.has_lane and not on_kvm else not written
 
 
+def test_a_machine_with_devices(server, vm):
+    """Reads of what stands still are the lane's there, too."""
+    vm.write("machine", "pc")
+    vm.write("mode", "real")
+    vm.load("90 ebfd")
+    vm.write("vm_run", "step 3")
+    with opened(vm, "regs") as regs, opened(vm, "state") as state, opened(vm, "vm_run.bin", os.O_RDWR) as runs:
+        for number in range(10):
+            vm.write("reg/rbx", f"{number}")
+            before = int(stat(vm)["lane_reads"])
+            for _ in range(20):
+                assert struct.unpack("<Q", os.pread(regs, 8, 8)) == (number,)
+                assert os.pread(state, 100, 0) == b"paused\n"
+            assert (int(stat(vm)["lane_reads"]) - before > 30) == server.has_lane
+        call = blocked_read(runs)
+        running(vm)
+        assert os.pread(state, 100, 0) == b"running\n"
+        vm.write("state", "pause")
+        assert call.end()[2][:4] == struct.pack("<I", 10)
+        assert stat(vm)["lane_runs"] == "0"
+
+
 ACCESSES = {
     "out": "b012 e680 ebfa",
     "in": "e480 ebfc",
