@@ -114,7 +114,7 @@ class Unicorn:
             (x86.UC_X86_REG_RSI, times),
         ):
             uc.reg_write(register, value)
-        uc.emu_start(ENTER64, ENTER64 + 5)  # until the hlt behind the call
+        uc.emu_start(ENTER64, ENTER64 + 5)  # until the hlt after the call
         return uc.reg_read(x86.UC_X86_REG_RAX)
 
 

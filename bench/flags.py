@@ -27,7 +27,7 @@ BASE = "as it is"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Flags behind those of setup.py. `trained`: built twice, with a profile of a run of the loops between."""
+    """Flags that follow those of setup.py. `trained`: built twice, with a profile of a run of the loops between."""
 
     name: str
     compile: str = ""

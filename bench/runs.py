@@ -141,7 +141,7 @@ def engine_exits(name: str, rounds: int = 15, exits: int = 2000) -> tuple[float,
 
 
 def budgets(rounds: int = 15, instructions: int = 20_000_000) -> tuple[float, float]:
-    """Milliseconds of a loop of so many instructions until its hlt: with a bound just behind it, and without."""
+    """Milliseconds of a loop of so many instructions until its hlt: with a bound just after it, and without."""
     memory = Memory(16 << 20)
     machine = by_name("emulator").create_machine()
     machine.map_memory(0, 0, memory.fd, 0, memory.size)

@@ -39,5 +39,5 @@ while ((bad - good > 1)); do
     if ((low >= hang_low && high <= hang_high)); then bad=$middle; else good=$middle; fi
 done
 after "$good"
-echo "$runs runs: instruction $bad is the first of it, behind"
+echo "$runs runs: instruction $bad is the first of it, after"
 head -n 1 "$vm/disasm"

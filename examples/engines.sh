@@ -1,6 +1,6 @@
 #!/bin/bash
 # engines.sh MOUNT [CODE [STEPS]]: run a flat 64-bit binary on both engines, an instruction at a time, and tell the first one
-# behind which they differ. Without CODE: a few sums, and then CPUID, in which no two processors agree.
+# after which they differ. Without CODE: a few sums, and then CPUID, in which no two processors agree.
 # Exit code 77: this host has one engine only.
 set -euo pipefail
 mount=${1:?usage: engines.sh MOUNT [CODE [STEPS]]} steps=${3:-200}

@@ -17,7 +17,7 @@ for ((n = 0; n < count; n++)); do
     [[ $stop == *cause=io* ]] || { echo "$stop" >&2; exit 1; }
     port=$(sed 's/.*addr=\(0x[0-9a-f]*\).*/\1/' <<< "$stop")
     at=$(($(cat "$vm/reg/cs.base") + $(cat "$vm/reg/rip")))
-    for length in 2 1; do                   # the exit is behind the instruction: in al, 0x71 has two bytes, in al, dx one
+    for length in 2 1; do                   # the exit comes after the instruction: in al, 0x71 has two bytes, in al, dx one
         echo "$((at - length)) 1" > "$vm/disasm"
         code=$(sed 's/.*:  *\([0-9a-f][0-9a-f] \)* *//' "$vm/disasm")
         [[ $code != in* && $code != out* ]] || break

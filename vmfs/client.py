@@ -469,7 +469,7 @@ class Vm:
         return self.exit
 
     def pause(self) -> None:
-        """Stop it at an instruction boundary. The run under way, whoever called it, ends with Interrupted."""
+        """Stop it at an instruction boundary. The run under way ends with Interrupted, for any caller."""
         self.write("state", "pause\n")
 
     def reset(self) -> None:
@@ -526,5 +526,5 @@ class Vm:
 
     def _point(self, command: str) -> int:
         self.write("debug", f"{command}\n")
-        # Its lines, behind the first, are `ID ...`; ids only grow.
+        # Its lines after the first are `ID ...`; ids only grow.
         return max(int(line.split()[0]) for line in self.read_text("debug").splitlines()[1:])

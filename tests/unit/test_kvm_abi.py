@@ -85,6 +85,7 @@ LAYOUTS = {
     "SS_DPL": "offsetof(struct kvm_sregs, ss.dpl)",
     "FPU.size": "sizeof(struct kvm_fpu)",
     "XSAVE_LEGACY.size": "416",  # the legacy area without its reserved end, SDM 1 table 13-1
+    "XSAVE_XMM": "160",
     "XSAVE_SOFTWARE": "464",
     "XSAVE_STATE_BV": "512",
     "XSAVE_YMM_HIGH": "576",
@@ -93,6 +94,8 @@ LAYOUTS = {
     "XCR0": "offsetof(struct kvm_xcrs, xcrs[0].value)",
     "EXCEPTION_INJECTED": "offsetof(struct kvm_vcpu_events, exception.injected)",
     "EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
+    "EVENTS_FLAGS": "offsetof(struct kvm_vcpu_events, flags)",
+    "EVENTS_SAY_NMI": "KVM_VCPUEVENT_VALID_NMI_PENDING",
     "EVENTS_FLAGS": "offsetof(struct kvm_vcpu_events, flags)",
     "EVENTS_SAY_NMI": "KVM_VCPUEVENT_VALID_NMI_PENDING",
     "UNDER_WAY[2]": "offsetof(struct kvm_vcpu_events, interrupt.injected)",

@@ -24,7 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_TABLES = FIRMWARE + 64  # ACPI's, behind their root pointer
+_TABLES = FIRMWARE + 64  # ACPI's, after their root pointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def load(
 
 
 def _write_tables(plan: Plan, platform: Platform) -> None:
-    """ACPI's tables, and behind them the multiprocessor tables."""
+    """ACPI's tables, and after them the multiprocessor tables."""
     data = acpi.tables(platform).at(_TABLES)
     plan.write(_TABLES, data)
     at = -(-(_TABLES + len(data)) // 16) * 16

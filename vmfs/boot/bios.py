@@ -16,7 +16,7 @@ LARGEST = 16 << 20  # below that are the APICs' addresses
 _SHADOW = 128 << 10
 _SHADOW_END = 0x10_0000
 _RESET_VECTOR = 16
-# The first instruction: a jump, far or near, perhaps behind nops or a wbinvd.
+# The first instruction: a jump, far or near, perhaps after nops or a wbinvd.
 _JUMPS = (b"\xea", b"\xe9", b"\xeb", b"\x90\x90\xe9", b"\x90\x90\xeb", b"\x0f\x09\xe9", b"\x0f\x09\xeb")
 
 

@@ -58,8 +58,8 @@ class States(Protocol):
 def memory_types(cpuid: bytes) -> dict[str, int]:
     """MTRRs and PAT as registers by name, those that a CPU with the CPUID (the bytes of its state) has.
 
-    RAM is write-back and so is what no range has, the memory of PCI devices is uncached. Where the MTRRs are off, Linux
-    takes its PAT for disabled, and maps everything that is to be write-combining uncached.
+    RAM is write-back, as is all that no range covers; the memory of PCI devices is uncached. Where the MTRRs are off,
+    Linux takes its PAT for disabled, and maps everything that is to be write-combining uncached.
     """
     features, bits = 0, _ADDRESS_BITS_WITHOUT_LEAF
     for function, _, _, eax, _, _, edx in layouts.cpuid_entries(cpuid):

@@ -41,7 +41,7 @@ class Header:
     raw: bytes  # struct setup_header
     version: int  # 0x20f is 2.15
     setup_size: int  # bytes of the real-mode part
-    size: int  # bytes of the protected-mode part behind it
+    size: int  # bytes of the protected-mode part after it
     loadflags: int
     xloadflags: int
     address: int  # where it wants to be

@@ -22,7 +22,7 @@ _PROCESSOR_SIGNATURE, _HAS_FPU_AND_APIC = 0x600, 0x201
 
 
 def table(platform: Platform, address: int) -> bytes:
-    """The floating pointer and, behind it, the configuration table, for `address` (a multiple of 16)."""
+    """The floating pointer, and after it the configuration table, for `address` (a multiple of 16)."""
     entries = _entries(platform)
     body = b"".join(entries)
     header = struct.pack(

@@ -75,7 +75,7 @@ def load(plan: Plan, request: Request) -> Entry:
     low, high = start.LOW, start.LOW_END
     info = bytearray(_INFO_SIZE)
     flags = _HAS_MEMORY | _HAS_CMDLINE | _HAS_MAP | _HAS_NAME
-    # Behind the kernel: small ones map the first few MiB only.
+    # After the kernel: small ones map the first few MiB only.
     modules = b""
     if initrd is not None:
         address = plan.place("initrd", initrd.size, low=max(end, HIGH), high=plan.top)

@@ -93,7 +93,7 @@ def load(plan: Plan, request: Request) -> Entry:
     header = read_header(image)
     entry, end = _load_kernel(plan, image, header)
     module = None
-    if initrd is not None:  # behind the kernel: small ones map the first few MiB only
+    if initrd is not None:  # after the kernel: small ones map the first few MiB only
         address = plan.place("initrd", initrd.size, low=max(end, HIGH), high=plan.top)
         plan.write(address, initrd)
         module = address, address + initrd.size

@@ -5,7 +5,7 @@ understood (a format without a library here, a size that is not the announced on
 own decompressor runs, which says what it does not like.
 
 Source: Linux Documentation/arch/x86/boot.rst, payload_offset and payload_length. The formats but gzip have the size
-of the vmlinux behind them (4 bytes, little-endian); gzip ends with it (RFC 1952, ISIZE).
+of the vmlinux after them (4 bytes, little-endian); gzip ends with it (RFC 1952, ISIZE).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _zstd(stream: Source) -> Iterator[bytes]:
 
 
 def _lz4(stream: Source) -> Iterator[bytes]:
-    """The legacy format: blocks of at most 8 MiB when decompressed, each behind its length (lz4's
+    """The legacy format: blocks of at most 8 MiB when decompressed, each after its length (lz4's
     doc/lz4_Frame_format.md, "Legacy frame")."""
     block = 8 << 20
     largest = block + block // 255 + 16  # LZ4_COMPRESSBOUND

@@ -206,7 +206,7 @@ def _general(values: Mapping[str, int]) -> dict[str, int]:
 def bios_data(plan: Plan, platform: Platform) -> None:
     """What a BIOS leaves in low memory, for kernels that look there: its data area, and the EBDA's size.
 
-    There is no BIOS behind it: each interrupt vector points to a `cli; hlt` of its own, at F000:FC00 + 2 * vector,
+    There is no BIOS: each interrupt vector points to a `cli; hlt` of its own, at F000:FC00 + 2 * vector,
     so that a machine which calls the BIOS halts with the call in rip instead of running wild.
     """
     offset = STUBS & 0xFFFF

@@ -1,4 +1,4 @@
-"""`vmfs boot KERNEL`: make a machine, load it, join it to this terminal, and clean up behind it."""
+"""`vmfs boot KERNEL`: make a machine, load it, join it to this terminal, and clean up after it."""
 
 import argparse
 import contextlib

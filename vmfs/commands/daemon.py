@@ -1,4 +1,4 @@
-"""Serving a mount in the background, or in the foreground: who waits for what, and where messages go.
+"""Serving a mount in the background, or in the foreground: which process waits for what, and where messages go.
 
 In the background, the parent waits on a pipe until the child says that the mount is ready, or why it is not,
 so that the command after `vmfs mount DIR` finds the mount there.
@@ -131,7 +131,7 @@ WATCH = 'read -r done || stat -f -- "$1" || fusermount3 -u -z -- "$1"'
 
 @contextlib.contextmanager
 def unmounted_if_killed(directory: Path) -> Iterator[None]:
-    """If this process ends within the block, however it does, `directory` is unmounted behind it."""
+    """If this process ends within the block, however it does, `directory` is unmounted after it."""
     null = subprocess.DEVNULL
     # A session of its own: what is sent to the server's group, as ^C, is not for the watcher.
     with subprocess.Popen(["sh", "-c", WATCH, "vmfs-watch", directory], cwd="/", start_new_session=True,
@@ -153,7 +153,7 @@ def startup_messages():
 
 
 def sentence(failure: VmfsError, messages) -> str:
-    """What `failure` says, and behind it what libfuse and fusermount3 said."""
+    """What `failure` says, and after it what libfuse and fusermount3 said."""
     sys.stderr.flush()
     messages.seek(0)
     said = dict.fromkeys(line.removeprefix("fuse: ").strip() for line in messages if line.strip())

@@ -43,7 +43,7 @@ class Option:
     name: str
     field: str = ""
     parse: Callable[[str], Any] | None = None
-    """From the text behind the `=`; an option without one takes no value."""
+    """From the text after the `=`; an option without one takes no value."""
     fuse: bool = False
     value: bool = False
     """Whether a FUSE option has a value."""

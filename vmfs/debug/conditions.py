@@ -36,7 +36,7 @@ _TOKEN = re.compile(
     r"|(?P<operator>&&|\|\||==|!=|<=|>=|<<|>>|[-+*&|^~!<>()\[\]]))",
     re.ASCII,
 )
-_OFFSET = re.compile(r"(.+)([+-])([0-9]\w*)", re.ASCII)  # behind a symbol, whose name may have such signs, too
+_OFFSET = re.compile(r"(.+)([+-])([0-9]\w*)", re.ASCII)  # after a symbol, whose name may have such signs, too
 
 
 class Unreadable(VmfsError):
@@ -170,7 +170,7 @@ _UNARY: Mapping[str, Callable[[int], int]] = {
 
 
 def parse_condition(text: str, resolve: Resolve = no_symbols) -> tuple[Condition, str]:
-    """The condition that `text` begins with, and what stands behind it: where no operator goes on."""
+    """The condition that `text` begins with, and what stands after it: where no operator goes on."""
     parser = _Parser(text, resolve)
     evaluate = parser.expression(1)
     return Condition("".join(parser.taken), evaluate), text[parser.at :].strip()

@@ -6,7 +6,7 @@ addresses. Versions differ in their order and in how addresses are encoded:
     up to 6.3   offsets, relative_base, num_syms, names, markers, [seqs_of_names,] token_table, token_index
     since 6.4   num_syms, names, markers, token_table, token_index, offsets, [relative_base,] [seqs_of_names]
 
-What all have is a token table whose tokens for `0` to `9` follow each other, and behind it an index of 256
+What all have is a token table whose tokens for `0` to `9` follow each other, and after it an index of 256
 offsets that agrees with it: that is what RAM is searched for. The rest is found from there, and everything is
 checked: a guest may hold anything. KASLR needs no care, for the kernel relocates its tables.
 
@@ -51,7 +51,7 @@ _LOOKS_MOST = 1 << 15  # at 256 names, for each candidate: what a hostile guest 
 def find(memory: MemoryView, paging: Paging) -> SymbolTable:
     """The symbols of the Linux that runs in `memory`. Invalid where there is none.
 
-    A kernel's file in the page cache and what a boot loader left behind have such tables, too. The page tables
+    A kernel's file in the page cache and what a boot loader left in RAM have such tables, too. The page tables
     tell which are in force: those whose `_text` is mapped to just before them, or, where page table isolation
     hides that, some of whose image is. A kernel that is not mapped so, though paging is on, has not yet
     relocated itself: its addresses are none. With paging off it is the one that ran before.
@@ -156,7 +156,7 @@ def _symbols(memory: Ram, paging: Paging, tables: _Tables) -> SymbolTable | None
 
 
 def _counts(memory: Ram, tables: _Tables) -> Iterator[tuple[int, memoryview, int]]:
-    """Where kallsyms_num_syms may be, the names behind it, and what it is.
+    """Where kallsyms_num_syms may be, the names after it, and what it is.
 
     It is one of the numbers before the token table that are aligned and followed by zero, and that as many
     names follow.
@@ -198,7 +198,7 @@ def _names_end(names: memoryview, count: int, words: list[bytes]) -> int:
 
 
 def _has_markers(names: memoryview, end: int, count: int) -> bool:
-    """Whether behind the names there are markers: the offset of every 256th name."""
+    """Whether markers follow the names: the offset of every 256th name."""
     marked = -(-count // _MARKED)
     at = -(-end // 8) * 8
     raw = bytes(names[at : at + 4 * marked])
@@ -241,15 +241,15 @@ def _addresses(
     """
     room = -(-4 * count // 8) * 8
     before = number - 8 - room
-    behind = -(-tables.end // 8) * 8
+    after = -(-tables.end // 8) * 8
     encodings: tuple[Callable[[], Iterable[int]], ...] = (
         # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: absolute ones are positive, the others negative.
         lambda: _absolute_percpu(_offsets(memory, before, count), _word(memory, number - 8)),
         lambda: _base_relative(_offsets(memory, before, count), _word(memory, number - 8)),
         lambda: array("Q", memory.read(max(number - 8 * count, 0), 8 * count)),
-        lambda: _absolute_percpu(_offsets(memory, behind, count), _word(memory, behind + room)),
-        lambda: _base_relative(_offsets(memory, behind, count), _word(memory, behind + room)),
-        lambda: _relative_to_its_place(_offsets(memory, behind, count), _linear(memory, paging, behind)),
+        lambda: _absolute_percpu(_offsets(memory, after, count), _word(memory, after + room)),
+        lambda: _base_relative(_offsets(memory, after, count), _word(memory, after + room)),
+        lambda: _relative_to_its_place(_offsets(memory, after, count), _linear(memory, paging, after)),
     )
     for encoding in encodings:
         addresses = list(encoding())
@@ -303,7 +303,7 @@ _MODULES_MOST = 1024
 _MODULE_SYMBOLS_MOST = 1 << 18
 _STRINGS_MOST = 4 << 20  # bytes of a module's names
 _MODULE = 2048  # bytes of a struct module that are looked through
-_LIST = 8  # offset of `list` in it, behind `state`
+_LIST = 8  # offset of `list` in it, after `state`
 _SYM = struct.Struct("<IBBHQQ")  # Elf64_Sym
 
 

@@ -255,7 +255,7 @@ class Points:
         return other
 
     def skip_ids(self, last: int) -> Points:
-        """Points to come get ids behind `last`."""
+        """Points to come get ids after `last`."""
         self._next_id = max(self._next_id, last + 1)
         return self
 
@@ -287,7 +287,7 @@ class Points:
         physical: bool = False,
         owner: str = "",
     ) -> Points:
-        """Behind an instruction that accesses one of `length` (1 to 4096) bytes."""
+        """After an instruction that accesses one of `length` (1 to 4096) bytes."""
         if not 1 <= length <= LONGEST_WATCH:
             raise Invalid(f"watch: {length} is no length: 1 to {LONGEST_WATCH} bytes")
         if address + length > 1 << 64:
@@ -295,7 +295,7 @@ class Points:
         return self._add(lambda id_: Watchpoint(id_, address, length, on_read, on_write, physical), options, owner)
 
     def add_iobreak(self, first: int, last: int, options: Options = PLAIN, *, owner: str = "") -> Points:
-        """Behind an access to one of the ports from `first` to `last`."""
+        """After an access to one of the ports from `first` to `last`."""
         return self._add(lambda id_: PortStop(id_, first, last), options, owner)
 
     def add_catch(self, vectors: tuple[int, ...], options: Options = PLAIN, *, owner: str = "") -> Points:
@@ -303,7 +303,7 @@ class Points:
         return self._add(lambda id_: VectorStop(id_, vectors), options, owner)
 
     def add_on(self, what: str, options: Options = PLAIN, *, owner: str = "") -> Points:
-        """Behind an instruction that changes the `mode` of the CPU, or its `cr3`."""
+        """After an instruction that changes the `mode` of the CPU, or its `cr3`."""
         if what not in ON:
             raise Invalid(f"on: {what[:40]!r} is not {' or '.join(ON)}")
         return self._add(ON[what], options, owner)

@@ -4,7 +4,7 @@ Most kernels keep no frame pointers. So, as an oops of Linux does, all words on 
 addresses are shown, in their order, marked `?` where no frame pointer vouches for them: they may be left over
 from calls that have returned.
 
-A word may be a return address if it points behind a CALL, in a page that can be executed.
+A word may be a return address if it points to the instruction after a CALL, in a page that can be executed.
 
 Linux runs interrupts on stacks of their own, below pages that are not mapped. The last word of such a stack, or
 the RSP and SS of the frame that the CPU pushed there, lead to the one that was interrupted.
@@ -88,7 +88,7 @@ def frames(memory: Ram, state: StackState) -> list[Frame]:
             if at in sure or guesses >= GUESSES_MOST:
                 continue
             address = code.linear(value)
-            if code.is_behind_call(address):
+            if code.follows_call(address):
                 found.append(Frame(address, at, False))
                 guesses += 1
     # What a chain finds beyond those stacks comes last.
@@ -127,7 +127,7 @@ def _chain(state: StackState, code: _Code) -> dict[int, int]:
             break
         caller, back = struct.unpack(f"<2{_FORMATS[width][1]}", pair)
         address = code.linear(back)
-        if not code.is_behind_call(address):
+        if not code.follows_call(address):
             break
         found[frame + width] = address
         least, frame = frame + 2 * width, state.base + caller & state.code.mask
@@ -146,7 +146,7 @@ class _Code:
         self._pages: dict[int, bool] = {}
         self.read = linear_reader(memory, state.paging)
 
-    def is_behind_call(self, address: int) -> bool:
+    def follows_call(self, address: int) -> bool:
         """Whether `address` may be what a CALL pushed."""
         if address < 8 or not self._is_executable(address - 1):
             return False

@@ -82,7 +82,7 @@ def symbol_file(symbols: Iterable[Symbol]) -> bytes:
 
 
 def _runs(places: list[Symbol]) -> list[tuple[int, int, bool, int]]:
-    """Symbols that are all code, or all data: the first, the one behind the last, which, and the address of the end.
+    """Symbols that are all code, or all data: the first, the one after the last, which, and the address of the end.
 
     What is far from the one before begins another run, so that sections have only what symbols are near to.
     """

@@ -30,7 +30,7 @@ FILE_MOST = 2 << 30  # bytes of an ELF file; Linux with its debug information ha
 TEXT_MOST = 256 << 20  # bytes of a System.map
 SECTIONS_MOST = 1 << 16  # of an ELF file
 NAME_MOST = 1024  # of a name's characters; KSYM_NAME_LEN of Linux is 512
-REACH = 256 << 10  # how far behind the start of its symbol an address still is said to belong to it
+REACH = 256 << 10  # how far after the start of its symbol an address still is said to belong to it
 
 _MAGIC = b"\x7fELF"
 
@@ -68,8 +68,8 @@ class SymbolTable:
         return self._by_name.get(name)
 
     def name_of(self, address: int) -> tuple[str, int] | None:
-        """The symbol that `address` belongs to, and how many bytes behind its start: the last one that does
-        not begin behind it, if that is near (REACH). Of several at one place a global function comes first.
+        """The symbol that `address` belongs to, and how many bytes after its start: the last one that does
+        not begin after it, if that is near (REACH). Of several at one place a global function comes first.
         """
         end = bisect_right(self._addresses, address)
         if not end:

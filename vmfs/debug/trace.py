@@ -1,7 +1,7 @@
 """Tracing: what a machine executes, accesses and is interrupted by, as a stream that never loses anything silently.
 
 `TraceSettings` is what is traced, as the lines written to the file `trace` say it; it is never changed. `Trace` is a
-machine's: its settings, and the buffer between the CPU's thread and who reads.
+machine's: its settings, and the buffer between the CPU's thread and its readers.
 
 Binary records are `struct vmfs_trace` of vmfs.h; the emulator's core writes the same. Numbers of instructions count
 from the machine's start on the emulator, and those that were traced on an engine that steps.
@@ -53,7 +53,7 @@ def parse_span(text: str, resolve: Resolve = no_symbols) -> Span:
         raise Invalid(f"range: {text[:60]!r} is not FIRST-LAST or all")
     span = parse_address(first, resolve, what="FIRST"), parse_address(last, resolve, what="LAST")
     if span[0] > span[1]:
-        raise Invalid(f"range: {first} is behind {last}")
+        raise Invalid(f"range: {first} is after {last}")
     return span
 
 

@@ -5,7 +5,7 @@ interrupt or an exit; what is lost is counted in events.
 
 A reader begins with the oldest that is kept. What all open readers have read is not kept; while nobody reads, the last
 `limit` bytes are. When readers are behind by `limit`, then either the guest waits for them (`waits`), or the oldest
-records are dropped, and whoever had not read them is told how many.
+records are dropped, and readers that had not read them are told how many.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class TraceReader:
-    """A place in the stream: `seen` events are behind it, `offset` bytes of the chunk `index`."""
+    """A place in the stream: `seen` events come before it, `offset` bytes of the chunk `index`."""
 
     index: int
     seen: int

@@ -109,7 +109,7 @@ class FwCfg(QuietDevice[FwCfgState]):
         self.counters["selected"] += 1
 
     def _take(self, length: int) -> bytes:
-        """What comes next of the item; zeros behind its end."""
+        """What comes next of the item; zeros after its end."""
         item = self._items.get(self.key, b"")
         data = item[self.offset : self.offset + length]
         self.offset = min(self.offset + length, len(item))

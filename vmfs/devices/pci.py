@@ -157,7 +157,7 @@ class PciDevice(Device[P]):
         return next((window.start for window in self.windows() if window.region == index), None)
 
     def moved(self) -> None:
-        """A BAR was moved, enabled or disabled: for those with memory of their own behind one."""
+        """A BAR was moved, enabled or disabled: for those that map memory of their own there."""
 
     @property
     def is_master(self) -> bool:
@@ -192,7 +192,7 @@ class PciDevice(Device[P]):
         return PciState(config=bytes(self.config), pending=self.pending)
 
     def check_pci(self, state: PciState) -> None:
-        """Invalid where what no guest can change is not as it is here."""
+        """Invalid where a value that no guest can change is not as it is here."""
         for at, (value, is_, mask) in enumerate(zip(state.config, self.config, self._mask, strict=True)):
             if (value ^ is_) & ~(mask | (_STATUS_INTERRUPT if at == _STATUS else 0)):
                 raise Invalid(f"{self.name}: byte {at:#x} of its configuration space cannot be {value:#x}")

@@ -68,7 +68,7 @@ def picture(display: Display, memory: MemoryView) -> bytes:
     Characters have the guest's font where it has loaded one, else that of a VGA BIOS of the host. Nothing blinks: a
     character that does is shown, and so is the cursor.
     """
-    from PIL import Image  # what makes pictures is not loaded by who asks for none
+    from PIL import Image  # loaded only by a process that makes pictures
 
     mode = display.mode()
     if isinstance(mode, TextMode):

@@ -1,7 +1,7 @@
 """VGA: the registers at ports 3B0 to 3DF, and the text screen and palette that they make of RAM.
 
 The display's memory at A0000-BFFFF is the guest's RAM: what it writes there is there, a byte at an address, and no
-plane stands behind another. So text modes work, and mode 13h (320x200, 256 colours), whose memory is a byte a pixel.
+plane follows another. So text modes work, and mode 13h (320x200, 256 colours), whose memory is a byte a pixel.
 Planar modes (12h, the EGA's) can be set, but what they show is lost. A font that is loaded into plane 2, in the way
 that every BIOS and every console driver does it, lies in RAM at A0000, and `font` finds it there.
 

@@ -135,14 +135,14 @@ async def _watch_signals(root: RootDirectory, task_status: trio.TaskStatus[None]
         task_status.started()
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
-            # First, and while the mount still answers: whoever is blocked is released.
+            # First, and while the mount still answers: blocked callers are released.
             await root.close()
             pyfuse3.terminate()
             return
 
 
 async def _watch_abort(connection: Connection, root: RootDirectory) -> None:
-    """When the kernel gives the mount up, release whoever is blocked: the loop ends with its last task."""
+    """When the kernel gives the mount up, release blocked callers: the loop ends with its last task."""
     while not connection.aborted():
         await trio.sleep(ABORT_LOOK_SECONDS)
     await root.close()

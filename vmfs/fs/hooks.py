@@ -94,7 +94,7 @@ def _bind(_fuse):
             return _fuse.bind(library)
         except OSError as error:
             failure = failure or error
-    raise ImportError(f"no libfuse behind pyfuse3: {failure}") from failure
+    raise ImportError(f"pyfuse3 has loaded no libfuse: {failure}") from failure
 
 
 _fuse, pyfuse3, _no_hooks = _load()

@@ -23,13 +23,13 @@ MOST_WALKERS = 16  # of which a scope knows what they opened
 
 
 class Waker(Protocol):
-    """What a poll leaves behind; pyfuse3.PollHandle is one."""
+    """What a poll leaves here; pyfuse3.PollHandle is one."""
 
     def notify(self) -> None: ...
 
 
 class Scope:
-    """What lives and dies together. After `remove` its open files answer ENODEV, and whoever waits is woken.
+    """What lives and dies together. After `remove` its open files answer ENODEV, and every waiter is woken.
 
     `complaint` is the last failure in a sentence, until the same succeeds. Used on the trio loop only.
     """
@@ -113,7 +113,7 @@ class Handle:
     direct_io = True  # the server answers every read; a size of 0 does not cut them
     keep_cache = False
     tells_closing = False  # `flush` is called
-    walking = False  # opened for reading by who reads all files of a directory
+    walking = False  # opened for reading by a program that reads all files of a directory
     unsaved = False  # `flush` has something to do
     waits = False  # what was written has not been understood yet
 
@@ -157,8 +157,8 @@ class Kind:
     walked = True  # a program that copies or compares whole directories reads it, as any file
 
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
-        """`flags` of open(2), whose it is, and whether it is by who reads all files of a directory. Called only for
-        what the kind is readable and writable for."""
+        """`flags` of open(2), whose it is, and whether a program that reads all files of a directory opens it. Called
+        only for what the kind is readable and writable for."""
         raise NotImplementedError
 
     async def truncate(self, node: File, size: int, opened: bool) -> None:

@@ -42,7 +42,7 @@ class MemoryServer:
         self._backing: Backing | None = None
         self._way: bool | None = None
         self._opens = 0  # of those that go through the page cache
-        self._writers = 0  # who has it, or what else of the guest is memory, open for writing
+        self._writers = 0  # clients that have it, or other memory of the guest, open for writing
         self._inode = 0
 
     def passes_through(self) -> bool:

@@ -196,7 +196,7 @@ class Operations(pyfuse3.Operations):
             self._written(handle)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        raise pyfuse3.FUSEError(errno.ENOSYS)  # there is nothing behind what a write has written
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # a write has reached its file already
 
     @_answers
     async def poll(self, inode: int, fh: int, poll_handle: Waker | None, ctx: pyfuse3.RequestContext) -> int:

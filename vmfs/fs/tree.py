@@ -306,7 +306,7 @@ def _owner(caller: Any) -> Credentials:
 
 
 async def _remove(machine: MachineProcess, done: trio.Event) -> None:
-    """End it, in a task that goes on when whoever waits for it does not."""
+    """End it, in a task that goes on when its waiter gives up."""
     try:
         await machine.remove()
     except Exception:

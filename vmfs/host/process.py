@@ -1,7 +1,7 @@
 """A machine as the server has it: a row that costs little until something needs its contents, and then a process.
 
 `MachineProcess.call` is the one way to it. A machine that is gone answers ENODEV, one whose process has failed EIO;
-whoever waits then is woken. What the process asks for is answered here, as the user on whose call it asks.
+every waiter is woken then. What the process asks for is answered here, as the user on whose call it asks.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ class MachineProcess:
 
     def _release_memory(self) -> None:
         if self.memory_fd >= 0:
-            punch(self.memory_fd, 0, os.fstat(self.memory_fd).st_size)  # at once, whoever still maps it
+            punch(self.memory_fd, 0, os.fstat(self.memory_fd).st_size)  # at once, even if others still map it
             os.close(self.memory_fd)
             self.memory_fd = -1
 

@@ -76,7 +76,7 @@ def _filter(calls: list[str], *, set_id: bool) -> bytes:
     rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _THREAD, _THREAD))
     rules.add_rule(seccomp.ERRNO(38), "clone3")  # ENOSYS: glibc makes threads by clone then
     rules.add_rule(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
-    # Not SO_LINGER, with which whoever closes the socket may wait.
+    # Not SO_LINGER: with it, closing the socket may wait.
     rules.add_rule(seccomp.ALLOW, "setsockopt", seccomp.Arg(2, seccomp.NE, socket.SO_LINGER))
     for option in (15, 16, 38, 0x53564D41):  # PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA
         rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, option))

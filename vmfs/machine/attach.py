@@ -29,7 +29,7 @@ from vmfs.words.errors import Invalid
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Where the device goes, and the words of the line behind its kind."""
+    """Where the device goes, and the words of the line after its kind."""
 
     board: Pc
     name: str

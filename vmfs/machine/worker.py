@@ -1,4 +1,4 @@
-"""The process of a machine: its contents behind the commands of `vmfs.words.commands`.
+"""The process of a machine: its contents, by the commands of `vmfs.words.commands`.
 
 `serve` makes the machine and answers calls until the channel ends, and then ends the machine. It is a thin layer: what
 a file gets and puts is in `vmfs.machine.files`.

@@ -124,7 +124,7 @@ class Mmio(Exit):
 
 @dataclass(slots=True, kw_only=True)
 class Hlt(Exit):
-    """The guest executed HLT and nothing in the machine can wake it. The next run goes on behind it."""
+    """The guest executed HLT and nothing in the machine can wake it. The next run goes on after it."""
 
     REASON: ClassVar[str] = "hlt"
     CODE: ClassVar[int] = 5

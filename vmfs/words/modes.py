@@ -53,7 +53,7 @@ _REAL_STACK = 0xFFF0
 
 
 class Segment(NamedTuple):
-    """`struct kvm_segment`: a selector and the hidden part behind it."""
+    """`struct kvm_segment`: a selector and its hidden part."""
 
     base: int
     limit: int

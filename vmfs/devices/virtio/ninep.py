@@ -34,7 +34,7 @@ VERSION = b"9P2000.L"
 ERROR = 7
 _QID = struct.Struct("<BIQ")
 _DIRECTORY, _SYMLINK = 0x80, 0x02  # qid types
-_READ_HEADER = HEADER.size + 4  # of an answer that has data behind a count
+_READ_HEADER = HEADER.size + 4  # of an answer that has data after a count
 _GETATTR_BASIC = 0x7FF
 
 _SYS_OPENAT2 = 437

@@ -35,7 +35,7 @@ def ioctl(fd: int, request: Ioctl, argument: int | bytearray = 0) -> int:
 
 
 def ioctl_set(fd: int, request: Ioctl, argument: int | bytes, hint: str = "") -> int:
-    """An ioctl that sets what a user chose: EINVAL is `Invalid`, with a hint at what is wrong behind it."""
+    """An ioctl that sets what a user chose: EINVAL is `Invalid`, followed by a hint at what is wrong."""
     if not isinstance(argument, int):
         argument = bytearray(argument)  # fcntl.ioctl takes at most 1024 bytes that it cannot write to
     _check_open(fd, request)

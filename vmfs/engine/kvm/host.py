@@ -20,8 +20,8 @@ def is_pvm() -> bool:
 
     What follows from it:
 
-    - Each port access is emulated, so rip has moved behind an `out` when KVM_RUN returns. On VMX and SVM it
-      moves behind a plain `out` at the next KVM_RUN only.
+    - Each port access is emulated, so rip has moved past an `out` when KVM_RUN returns. On VMX and SVM it
+      moves past a plain `out` at the next KVM_RUN only.
     - Debug registers and TF do not stop user-mode code; a single step there is a #DB in the guest.
     - No data breakpoint works.
     - The single step of a `hlt` is reported as a step, and the `hlt` one instruction later.
@@ -91,6 +91,6 @@ def made_cpuid(supported: bytes, index: int, *, has_irqchip: bool) -> bytes:
 
 
 def trim_cpuid(buffer: bytearray) -> bytes:
-    """`struct kvm_cpuid2` without the room behind its entries."""
+    """`struct kvm_cpuid2` without the room after its entries."""
     count = layouts.LIST_HEAD.unpack_from(buffer)[0]
     return bytes(buffer[: layouts.LIST_HEAD.size + count * layouts.CPUID_ENTRY.size])

@@ -159,7 +159,7 @@ def _iobreak(points: Points, ports: tuple[int, int], options: Options) -> Points
 
 
 def _shown(words: str, resolve: Resolve) -> Callable[[Any], Any]:
-    """What stands behind the id in a line that the `debug` file shows: the verb that makes such a point."""
+    """What stands after the id in a line that the `debug` file shows: the verb that makes such a point."""
     if not words:
         raise Invalid(f"a number other than 1 and 0 is no command: {_usages('debug')}")
     if words[:1].isdigit():

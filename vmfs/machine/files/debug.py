@@ -130,7 +130,7 @@ class _SymbolsHandle(Handle):
         if not self.unsaved:
             return
         self.unsaved = False
-        # Not to be given up: the descriptor may be closed behind it.
+        # Not to be given up: the descriptor may be closed after it.
         await self._take(await trio.to_thread.run_sync(parse_file, self._fd))
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ async def stack(scope: Contents) -> str:
 
 @dataclass(frozen=True)
 class Core(Kind):
-    """`core`: headers as of the first read, and RAM behind them as it is."""
+    """`core`: headers as of the first read, and RAM after them as it is."""
 
     def size(self, scope: Any) -> int:
         return core_size(scope.vm.memory.end)

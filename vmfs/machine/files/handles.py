@@ -17,7 +17,7 @@ POLL_IN, POLL_PRI, POLL_OUT, POLL_ERR, POLL_HUP = 0x1, 0x2, 0x4, 0x8, 0x10  # Li
 
 
 class Waker(Protocol):
-    """What a poll leaves behind."""
+    """What a poll leaves here."""
 
     def notify(self) -> None: ...
 
@@ -43,7 +43,7 @@ class Scope:
         self.wake()
 
     def waiting(self) -> _Waiting:
-        """`with scope.waiting() as event:` an event that removal sets, or whoever has it."""
+        """`with scope.waiting() as event:` an event that removal sets, or another holder."""
         return _Waiting(self._waiting)
 
     def watch(self, handle: Handle, waker: Waker) -> None:
@@ -108,7 +108,7 @@ class Handle:
         self.scope: Any = node.scope
         self.nonblocking = nonblocking  # opened with O_NONBLOCK
         self.appending = False  # opened with O_APPEND
-        self.walking = False  # opened for reading by who reads all files of a directory
+        self.walking = False  # opened for reading by a program that reads all files of a directory
 
     async def read(self, offset: int, size: int) -> bytes:
         raise Invalid(f"{self.node.name} cannot be read")

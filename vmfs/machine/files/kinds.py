@@ -139,7 +139,7 @@ class _TextHandle(LineHandle):
             return POLL_IN | out
         if self._kind.news(self.scope) == self._seen:
             return out
-        self.scope.vm.unpublish()  # so that who reads them now sees these news
+        self.scope.vm.unpublish()  # so that a read now sees these news
         return out | POLL_IN | POLL_PRI
 
 
@@ -374,7 +374,7 @@ class _VmRunHandle(LineHandle):
         if self._run is not None and not self._run.done():
             raise Busy("the machine is running")
         self._run = self.scope.vm.start(bound)
-        # Behind the Vm's own news, which come before a run is done.
+        # After the Vm's own news, which come before a run is done.
         self._run.add_done_callback(lambda _: self.scope.changed())
 
     async def _to_exit(self, run: Run) -> exits.Exit:

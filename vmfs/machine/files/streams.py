@@ -136,7 +136,7 @@ class StreamHandle(Handle):
     """Reads whatever comes, at any offset; waits for it unless O_NONBLOCK.
 
     `lost(count)` is what a reader gets in the place of bytes that were dropped, and `ended(scope)` says whether a
-    reader who has all gets the end of the file instead of waiting.
+    reader that has all gets the end of the file instead of waiting.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class StreamHandle(Handle):
         self.stream = stream
         self._lost = lost
         self._ended = ended
-        self._rest = b""  # the notice about what was lost, and what came behind it, too long for one read
+        self._rest = b""  # the notice about what was lost, and what came after it, too long for one read
         self._reader = stream.open()
 
     async def read(self, offset: int, size: int) -> bytes:

@@ -14,7 +14,7 @@ from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.words.errors import Invalid, WouldBlock
 
-SENT_MOST = 128 << 10  # of what was read, for who reads ahead and seeks back: bash's `read`, head(1)
+SENT_MOST = 128 << 10  # of what was read, for programs that read ahead and seek back: bash's `read`, head(1)
 TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds
 
 
@@ -35,7 +35,7 @@ class TraceFile(Kind):
 
 class _TraceHandle(LineHandle):
     """A reader from when it was opened, or, when it was opened for writing, too, from its first read. While tracing is
-    off, who has read all gets the end of the file."""
+    off, a reader that has read all gets the end of the file."""
 
     whole = True
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from vmfs.words.door import Listening
 
-QUERY = b"qvmfs.Socket"  # and behind a colon the words of a layout, with commas
+QUERY = b"qvmfs.Socket"  # and after a colon the words of a layout, with commas
 _REPLY = re.compile(rb"([0-9a-f]{32}),([0-9a-f]{32})")
 _BYTES = 16
 

@@ -211,8 +211,8 @@ class Inferior:
     def settle(self, *, stepping: bool) -> None:
         """Before a run: have the machine watch for what is wanted, and for nothing else.
 
-        A step begins behind the breakpoint where it stands, so breakpoints that are not wanted for it may stay:
-        gdb wants them again behind it.
+        A step begins after the breakpoint where it stands, so breakpoints that are not wanted for it may stay:
+        gdb wants them again after it.
         """
         self._regions = None
         there = self._in_force()

@@ -47,7 +47,7 @@ _EXIT_SIGNALS: Mapping[type[Exit], str] = {
     exits.Limit: "TRAP",
     exits.Error: "ILL",
 }
-_PASSABLE = (exits.Io, exits.Mmio, exits.Hlt)  # a program goes on behind them
+_PASSABLE = (exits.Io, exits.Mmio, exits.Hlt)  # a program goes on after them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """The session ends, behind a last reply or without one."""
+    """The session ends, after a last reply or without one."""
 
     reply: bytes | None = None
 
@@ -267,10 +267,10 @@ class Stub:
 
     def _continue_with_signal(self, arguments: bytes) -> Answer:
         """A guest has no signals: only the address means something."""
-        return self._continue(_behind_signal(arguments))
+        return self._continue(_after_signal(arguments))
 
     def _step_with_signal(self, arguments: bytes) -> Answer:
-        return self._step(_behind_signal(arguments))
+        return self._step(_after_signal(arguments))
 
     def _jump(self, address: bytes) -> None:
         if address:
@@ -294,7 +294,7 @@ class Stub:
     def _run(self, what: Resume, run: Run) -> Exit:
         bound = UNBOUND
         if what.step:
-            # A stub may stop inside of a range; one whose addresses are linear does, behind every instruction.
+            # A stub may stop inside of a range; one whose addresses are linear does, after every instruction.
             bound = Bound(steps=1, within=(what.start, what.end) if what.end and not self.linear else None)
         while True:
             exit_ = run(bound)
@@ -456,7 +456,7 @@ def _resumption(arguments: bytes) -> Resume:
             continue
         letter, rest = action[:1], action[1:]
         if letter in b"CS" and letter:
-            _behind_signal(rest)
+            _after_signal(rest)
             rest = b""
         if letter == b"r":
             start, end = _numbers(rest, 2)
@@ -502,7 +502,7 @@ def _point(arguments: bytes) -> tuple[Stop | None, int]:
     """TYPE,ADDRESS,KIND; None for a type that there is not."""
     type_, *rest = arguments.split(b",")
     number = _number(type_)
-    # Conditions and commands in agent code would follow behind a `;`: `ConditionalBreakpoints` is not offered.
+    # Conditions and commands in agent code would follow a `;`: `ConditionalBreakpoints` is not offered.
     if len(rest) != 2:
         raise Malformed
     address, length = (_number(part) for part in rest)
@@ -513,7 +513,7 @@ def _point(arguments: bytes) -> tuple[Stop | None, int]:
     return ("watch", address, length, _ACCESS[number]), number
 
 
-def _behind_signal(arguments: bytes) -> bytes:
+def _after_signal(arguments: bytes) -> bytes:
     """`SIG` or `SIG;ADDRESS`: the address."""
     signal, _, address = arguments.partition(b";")
     if _number(signal) > 0xFF:
