@@ -77,7 +77,7 @@ class Threads:
         self._engine = engine
         self._numbers = itertools.count(1)
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
         job, end = Job(next(self._numbers)), channel.dup()
         token = trio.lowlevel.current_trio_token()
         job.pid = os.getpid()

@@ -133,7 +133,7 @@ class Enemies:
         self.jobs: list[Job] = []
         self.opened: list[Any] = []
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
         job = Job(len(self.jobs) + 1)
         job.pid = os.getpid()
         job.forked.set()

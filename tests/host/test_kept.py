@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 import trio
 import trio.testing
 from host.guests import SEABIOS, boot_disk, writes_sector
-from host.users import A, B
-from mounting import Server, failing, wait_until
+from host.users import A, B, Child, pid_of
+from mounting import Machine, Server, failing, wait_until
 
 from vmfs.devices.virtio.disk import CLUSTER, ROOM_STEP, open_disk
+from vmfs.host.sandbox import DESCRIPTORS_MOST, OWN_MEMORY
 from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.streams import SLACK, Stream
 from vmfs.words.errors import LimitReached
@@ -201,4 +203,46 @@ def test_an_overlay_counts(limited, folder, room):
     if room:
         assert free(limited) <= before - ROOM_STEP
     vm.path.rmdir()
+    other.path.rmdir()
+
+
+# ---- what the kernel holds a machine's process to
+
+
+def limits_of(pid: int) -> dict[str, str]:
+    """The soft ones."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {line[:26].strip(): line[26:].split()[0] for line in lines}
+
+
+def test_the_kernel_bounds_what_a_machine_keeps(limited):
+    vm = B.makes(limited.path / "one")
+    limits = limits_of(pid_of(vm))
+    assert int(limits["Max data size"]) == 160 * MIB + OWN_MEMORY
+    assert int(limits["Max open files"]) <= DESCRIPTORS_MOST
+    assert limits["Max core file size"] == "0"
+    vm.path.rmdir()
+
+
+def test_files_become_no_longer_than_the_makers(limited):
+    """RLIMIT_FSIZE, as setrlimit(2) has it: a write past it fails with EFBIG, for a disk's file as for any."""
+    path = limited.path / "one"
+    Child(B.uid, path.mkdir, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, 4 * MIB))).result()
+    vm = Machine(path)
+    B.does(vm.write, "cmdline", "short")
+    assert limits_of(pid_of(vm))["Max file size"] == str(4 * MIB)
+
+    def write(at: int) -> None:
+        fd = os.open(vm / "initrd", os.O_WRONLY)
+        try:
+            os.pwrite(fd, b"x", at)
+        finally:
+            os.close(fd)
+
+    B.does(write, 4 * MIB - 1)
+    assert failing(B.does, write, 5 * MIB) == 28
+    assert "RLIMIT_FSIZE" in vm.read("error")
+    vm.path.rmdir()
+    other = B.makes(path)
+    B.does(write, 5 * MIB)
     other.path.rmdir()

@@ -301,8 +301,9 @@ class RootDirectory(Directory):
 def _owner(caller: Any) -> Credentials:
     """Whose a new machine is: the caller, as it is known while it waits."""
     found = credentials_of(caller.pid) if caller.pid else None
-    groups = found.groups if found is not None and found.uid == caller.uid else ()
-    return Credentials(caller.uid, caller.gid, groups, 0)
+    if found is None or found.uid != caller.uid:
+        return Credentials(caller.uid, caller.gid, (), 0)
+    return Credentials(caller.uid, caller.gid, found.groups, 0, file_size=found.file_size)
 
 
 async def _remove(machine: MachineProcess, done: trio.Event) -> None:

@@ -3,7 +3,7 @@
 Who the writer of a command file is, is looked up in /proc when the file is opened: its opener waits for the answer
 then, so the process is there and is the right one.
 
-Source: proc_pid_status(5), capabilities(7), credentials(7).
+Source: proc_pid_status(5), proc_pid_limits(5), capabilities(7), credentials(7), setrlimit(2).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import resource
 import struct
 
 import msgspec
@@ -23,17 +24,27 @@ _SYS_CAPGET, _SYS_CAPSET = 125, 126
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 4, 24, 8, 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 ALL_CAPABILITIES = (1 << 64) - 1
+ANY_SIZE = (1 << 63) - 1
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """Of a process, as the kernel checks paths with them. `elsewhere`: in what its root or mount namespace differs from
-    the server's, "" where paths mean the same to both."""
+    the server's, "" where paths mean the same to both. `file_size`: how long the files may become that it writes
+    (RLIMIT_FSIZE)."""
 
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
     capabilities: int = ALL_CAPABILITIES
     elsewhere: str = ""
+    file_size: int = ANY_SIZE
+
+    def limit_file_size(self) -> None:
+        """This process writes no longer files than they may. A limit that it has itself it keeps."""
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = min(self.file_size, most if most != resource.RLIM_INFINITY else ANY_SIZE)
+        if limit != ANY_SIZE:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def credentials_of(pid: int) -> Credentials | None:
@@ -43,11 +54,19 @@ def credentials_of(pid: int) -> Credentials | None:
             fields = dict(line.split(":", 1) for line in status if ":" in line)
         uid, gid = int(fields["Uid"].split()[3]), int(fields["Gid"].split()[3])
         groups = tuple(map(int, fields["Groups"].split()))
-        return Credentials(uid, gid, groups, int(fields["CapEff"], 16), _elsewhere(pid))
+        return Credentials(uid, gid, groups, int(fields["CapEff"], 16), _elsewhere(pid), _file_size(pid))
     except (OSError, KeyError, ValueError, IndexError) as error:
         if (failure := known(error)) is not error:
             raise failure from None
         return None
+
+
+def _file_size(pid: int) -> int:
+    """The soft limit: what the process may raise it to counts no more than it does for its own writes."""
+    with open(f"/proc/{pid}/limits") as limits:
+        line = next(line for line in limits if line.startswith("Max file size"))
+    soft = line.removeprefix("Max file size").split()[0]
+    return ANY_SIZE if soft == "unlimited" else min(int(soft), ANY_SIZE)
 
 
 def _elsewhere(pid: int) -> str:
@@ -73,6 +92,7 @@ def become(who: Credentials) -> None:
     """
     if who.elsewhere:
         raise HostError(13, f"the caller has another {who.elsewhere} than the server, so its paths mean other files")
+    who.limit_file_size()
     if os.geteuid() == 0:
         try:
             os.setgroups(who.groups)

@@ -114,7 +114,9 @@ class Host:
     # ---- for machines
 
     def spawn(self, machine: MachineProcess, channel: socket) -> Job:
-        return self._zygote.machine(machine.owner, machine.engine, machine.memory_size, channel)
+        most = min(self._settings.max_memory, self._settings.max_memory_user)
+        most = most if most < NO_LIMIT else 0
+        return self._zygote.machine(machine.owner, machine.engine, machine.memory_size, channel, most)
 
     def open(self, who: Credentials, work: opener.Work, answer: socket) -> Job:
         return self._zygote.opener(who, work, answer)

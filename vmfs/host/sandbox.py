@@ -28,6 +28,8 @@ _SYS_PIVOT_ROOT = 155
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
+OWN_MEMORY = 1 << 30  # bytes of a machine's process that no limit of a mount counts: heap, stacks, host code
+DESCRIPTORS_MOST = 4096
 _INSIDE = (("net", CLONE_NEWNET), ("ipc", CLONE_NEWIPC), ("uts", CLONE_NEWUTS), ("mnt", CLONE_NEWNS))
 
 # System calls of a machine's process. No path, process, credential or socket is named by any of them, but for stat's of
@@ -134,17 +136,24 @@ class Sandbox:
         if os.geteuid() == 0:
             drop_bounding_set()
         no_new_privileges()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would have the guest's memory, and the server's before it
+        bound(resource.RLIMIT_CORE, 0)  # it would have the guest's memory, and the server's before it
+        bound(resource.RLIMIT_NOFILE, DESCRIPTORS_MOST)
         die_with_parent()
 
-    def confine(self, who: Credentials, filter_name: str = "machine") -> None:
-        """Be `who`, and do nothing that the filter does not allow. OSError where the host does not let that be."""
+    def confine(self, who: Credentials, filter_name: str = "machine", memory_most: int = 0) -> None:
+        """Be `who`, and do nothing that the filter does not allow. OSError where the host does not let that be.
+
+        `memory_most` (0: any): what it keeps beside RAM may not be more than that and `OWN_MEMORY`.
+        """
+        if memory_most:
+            bound(resource.RLIMIT_DATA, memory_most + OWN_MEMORY)
         self.become(who)
         die_with_parent()  # between the two: the filter forbids it
         self.filter(filter_name)
 
     def become(self, who: Credentials) -> None:
         """The user and no capability. A server that is no root has machines of its own user."""
+        who.limit_file_size()
         if os.geteuid() == 0:
             os.setgroups(who.groups)
             os.setresgid(who.gid, who.gid, who.gid)
@@ -155,6 +164,13 @@ class Sandbox:
     def filter(self, name: str) -> None:
         if name in self._filters:
             set_filter(self._filters[name])
+
+
+def bound(limit: int, most: int) -> None:
+    """Have no more of it than `most`, for good."""
+    _, hard = resource.getrlimit(limit)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(limit, (most, most))
 
 
 def die_with_parent() -> None:

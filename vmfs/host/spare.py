@@ -24,7 +24,16 @@ log = logging.getLogger(__name__)
 
 _PACKET = 1 << 16
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Credentials).decode
+
+
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """Whose machine it is, and how much memory that user may have, as far as there is a limit (0: none)."""
+
+    who: Credentials
+    memory_most: int
+
+
+_decode = msgspec.msgpack.Decoder(Order).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +52,11 @@ class Spare:
         self.pid = pid
         self._line = line
 
-    def give(self, who: Credentials, channel: int) -> bool:
-        """Have it be that user's machine, at the other end of that channel. False where it has gone."""
+    def give(self, order: Order, channel: int) -> bool:
+        """Have it be that machine, at the other end of that channel. False where it has gone."""
         with self._line:
             try:
-                socket.send_fds(self._line, [_encode(who)], [channel], socket.MSG_NOSIGNAL)
+                socket.send_fds(self._line, [_encode(order)], [channel], socket.MSG_NOSIGNAL)
             except OSError:
                 return False
         return True
@@ -85,7 +94,8 @@ async def _live(
     with line:
         packet, fds, _, _ = socket.recv_fds(line, _PACKET, 1)
     if packet:
-        sandbox.confine(_decode(packet))
+        order = _decode(packet)
+        sandbox.confine(order.who, memory_most=order.memory_most)
         if unborn.failure is not None:  # it is long ago
             unborn = worker.Unborn(engine, engine_named, kind.memory_size)
         await unborn.serve(socket.socket(fileno=fds[0]))

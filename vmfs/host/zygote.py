@@ -52,6 +52,7 @@ class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
     who: Credentials
     engine: str
     memory_size: int
+    memory_most: int
 
 
 class Expect(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -217,9 +218,12 @@ class Zygote:
             except OSError as error:
                 raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket) -> Job:
-        """A machine's process at the other end of `channel`, which remains the caller's to close."""
-        return self._begin(lambda job: SpawnMachine(job, who, engine, memory_size), channel.fileno())
+    def machine(
+        self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, memory_most: int = 0
+    ) -> Job:
+        """A machine's process at the other end of `channel`, which remains the caller's to close. `memory_most`: what
+        its user may have (0: there is no limit)."""
+        return self._begin(lambda job: SpawnMachine(job, who, engine, memory_size, memory_most), channel.fileno())
 
     def expect(self, engine: str, memory_size: int) -> None:
         """Be ready for such a machine."""
@@ -344,7 +348,8 @@ class _Children:
             return
         try:
             if isinstance(order, SpawnMachine):
-                pid = self._give(Kind(order.engine, order.memory_size), order.who, fds[0])
+                kind = Kind(order.engine, order.memory_size)
+                pid = self._give(kind, spare.Order(order.who, order.memory_most), fds[0])
             else:
                 pid = self._child(os.fork, lambda: self._be_opener(order, fds[0]))
         except OSError as error:
@@ -359,14 +364,14 @@ class _Children:
             self._spare.close()
             self._spare = None
 
-    def _give(self, kind: Kind, who: Credentials, channel: int) -> int:
+    def _give(self, kind: Kind, order: spare.Order, channel: int) -> int:
         """The process of a new machine."""
         self._expect(kind)
-        spare, self._spare = self._spare, None
-        if spare is None or not spare.give(who, channel):
-            spare = self._new_spare(kind)
-            spare.give(who, channel)
-        return spare.pid
+        process, self._spare = self._spare, None
+        if process is None or not process.give(order, channel):
+            process = self._new_spare(kind)
+            process.give(order, channel)
+        return process.pid
 
     def _new_spare(self, kind: Kind) -> Spare:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
