@@ -30,6 +30,7 @@ _AVAILABLE = 0x7 << 9 | 0x7F << 52  # to software
 
 TABLES_MOST = 1 << 14  # tables that are looked at: what 32 GiB of 4 KiB pages have
 RANGES_MOST = 1 << 17
+_LINES_BETWEEN_CHECKS = 1 << 10
 
 
 class States(Protocol):
@@ -410,9 +411,13 @@ def linear_reader(memory: Ram, paging: Paging) -> Reader:
 # ---- as text
 
 
-def ranges_text(ranges: Ranges) -> str:
-    """A line a range: `START-END rwxu SIZE PHYSICAL PAGE [FLAGS]`."""
-    lines = [_line(one) for one in ranges]
+def ranges_text(ranges: Ranges, check: Callable[[], None] = lambda: None) -> str:
+    """A line a range: `START-END rwxu SIZE PHYSICAL PAGE [FLAGS]`. `check` is called now and then, and may raise."""
+    lines = []
+    for at, one in enumerate(ranges):
+        if not at % _LINES_BETWEEN_CHECKS:
+            check()
+        lines.append(_line(one))
     if ranges.cut:
         lines.append(f"# cut off: {ranges.cut}\n")
     return "".join(lines)

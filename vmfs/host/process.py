@@ -205,6 +205,8 @@ class MachineProcess:
             await waiting.event.wait()
         finally:
             self._calls.pop(number, None)
+            if waiting.answer is None:  # nobody waits any more: it need not go on
+                self.interrupt(number)
         answer = waiting.answer
         if answer is None:
             raise self._gone()

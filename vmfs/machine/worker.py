@@ -315,14 +315,17 @@ class Worker:
     async def _measure(self, message: commands.Measure) -> Measured:
         sizes = []
         for path in message.files:
+            if (now := request.current()) is not None and now.interrupted:
+                raise Interrupted("who wanted to know does not wait any more")
             try:
                 file = await self._file(path)
                 size = file.kind.size(file.scope)
                 if size is None:
-                    size = await file.kind.measure(file.scope)
+                    async with request.interruptible():
+                        size = await file.kind.measure(file.scope)
                 sizes.append((size, file.kind.blocks(file.scope, size)))
             except Exception as error:
-                if isinstance(known(error), LimitReached) or not isinstance(error, VmfsError):
+                if isinstance(known(error), LimitReached | Interrupted) or not isinstance(error, VmfsError):
                     raise
                 sizes.append((0, 0))
         return Measured(message.call, sizes, self.contents.modified_ns())

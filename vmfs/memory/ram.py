@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmfs.memory.hostfile import punch
@@ -142,10 +142,11 @@ class Memory:
         else:
             self.write(offset, bytes(length))
 
-    def view(self) -> MemoryView:
-        """For a thread that reads RAM for a while: it may outlive this object."""
+    def view(self, check: Callable[[], None] = lambda: None) -> MemoryView:
+        """For a thread that reads RAM for a while: it may outlive this object. `check` is called before each read, and
+        raises what ends the work; whoever computes for long calls it, too."""
         self._check_open()
-        return MemoryView(os.dup(self.fd), self.regions)
+        return MemoryView(os.dup(self.fd), self.regions, check)
 
     def close(self) -> None:
         if not self._closed:
@@ -161,9 +162,10 @@ class Memory:
 class MemoryView:
     """RAM, to be read through a descriptor of its own: `with memory.view() as ram`. Zeros once it is closed."""
 
-    def __init__(self, fd: int, regions: tuple[Region, ...]) -> None:
+    def __init__(self, fd: int, regions: tuple[Region, ...], check: Callable[[], None] = lambda: None) -> None:
         self.fd = fd
         self.regions = regions
+        self.check = check
 
     @property
     def end(self) -> int:
@@ -182,6 +184,7 @@ class MemoryView:
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""
+        self.check()
         return os.pread(self.fd, min(length, self.room(offset)), offset)
 
     def extents(self) -> Iterator[tuple[int, int]]:

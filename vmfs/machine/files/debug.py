@@ -31,6 +31,7 @@ from vmfs.engine.base import Vcpu
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
 from vmfs.machine.files.waiting import finished, value_of
+from vmfs.machine.machine import Vm
 from vmfs.memory.ram import PAGE, MemoryView
 from vmfs.words.errors import BadAddress, PastEnd
 from vmfs.words.modes import CodeMode
@@ -47,8 +48,13 @@ async def _sampled(scope: Contents, look: Callable[[Vcpu], T]) -> T:
 
 
 async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """A signal to the caller ends the wait, and the thread goes on to its end."""
+    """A signal to the caller ends the wait, and the work at its next look at RAM, where that is through `_ram`."""
     return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)
+
+
+def _ram(vm: Vm) -> MemoryView:
+    """For `_in_thread`."""
+    return vm.memory.view(trio.from_thread.check_cancelled)
 
 
 # ---- symbols
@@ -144,7 +150,7 @@ async def symbols_by(scope: Contents, command: str) -> SymbolTable:
     if command == "clear":
         return SymbolTable()
     paging = await _sampled(scope, Paging.of)
-    return await _in_thread(_kallsyms, scope.vm.memory.view(), paging)
+    return await _in_thread(_kallsyms, _ram(scope.vm), paging)
 
 
 def _kallsyms(ram: MemoryView, paging: Paging) -> SymbolTable:
@@ -217,12 +223,12 @@ async def pagetable(scope: Contents) -> str:
     paging = await _sampled(scope, Paging.of)
     if paging.kind == "off":
         return "# paging is off: linear addresses are physical\n"
-    return await _in_thread(_pagetable, scope.vm.memory.view(), paging)
+    return await _in_thread(_pagetable, _ram(scope.vm), paging)
 
 
 def _pagetable(ram: MemoryView, paging: Paging) -> str:
     with ram:
-        return ranges_text(mapped_ranges(ram, paging))
+        return ranges_text(mapped_ranges(ram, paging), ram.check)
 
 
 # ---- code and calls
@@ -255,7 +261,7 @@ async def disasm(scope: Contents) -> str:
 
             return listing_text(read, code, listing, symbols)
 
-    return await _in_thread(work, memory.view())
+    return await _in_thread(work, _ram(vm))
 
 
 async def stack(scope: Contents) -> str:
@@ -267,7 +273,7 @@ async def stack(scope: Contents) -> str:
         with ram:
             return stack_text(ram, state, vm.symbols)
 
-    return await _in_thread(work, vm.memory.view())
+    return await _in_thread(work, _ram(vm))
 
 
 # ---- the machine as a file
@@ -307,4 +313,4 @@ class _CoreHandle(Handle):
             with ram:
                 return core_header(ram, [cpu])
 
-        return await _in_thread(work, vm.memory.view())
+        return await _in_thread(work, _ram(vm))

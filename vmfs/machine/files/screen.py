@@ -45,7 +45,7 @@ async def _shown(scope: Contents, show: Callable[[Display, MemoryView], T]) -> T
     memory = scope.vm.memory
 
     def work() -> T:
-        with memory.view() as ram:
+        with memory.view(trio.from_thread.check_cancelled) as ram:
             return show(display, ram)
 
     return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
