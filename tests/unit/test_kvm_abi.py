@@ -96,8 +96,6 @@ LAYOUTS = {
     "EXCEPTION_PENDING": "offsetof(struct kvm_vcpu_events, exception.pending)",
     "EVENTS_FLAGS": "offsetof(struct kvm_vcpu_events, flags)",
     "EVENTS_SAY_NMI": "KVM_VCPUEVENT_VALID_NMI_PENDING",
-    "EVENTS_FLAGS": "offsetof(struct kvm_vcpu_events, flags)",
-    "EVENTS_SAY_NMI": "KVM_VCPUEVENT_VALID_NMI_PENDING",
     "UNDER_WAY[2]": "offsetof(struct kvm_vcpu_events, interrupt.injected)",
     "UNDER_WAY[3]": "offsetof(struct kvm_vcpu_events, nmi.injected)",
     "UNDER_WAY[4]": "offsetof(struct kvm_vcpu_events, nmi.pending)",

@@ -1,12 +1,12 @@
-"""The contract that every engine keeps. It has the shape of KVM: who knows KVM's ioctls knows it.
+"""The contract that every engine keeps. It has the shape of KVM: if you know KVM's ioctls, you know it.
 
 Three classes, `Engine` -> `Machine` -> `Vcpu`, as /dev/kvm, a VM descriptor and a vCPU descriptor are.
 State is `bytes` in the layout of the KVM UAPI structs (Linux include/uapi/linux/kvm.h and
 arch/x86/include/uapi/asm/kvm.h), whatever the engine: a machine's state taken from one loads in another,
 and one test suite (tests/engine) runs on all.
 
-What is behind a capability may be missing in an engine: it is then not in `capabilities`, the method
-raises `errors.Unsupported` with the reason, and the file answers EOPNOTSUPP.
+An engine may lack a capability: it is then not in `capabilities`, its methods
+raise `errors.Unsupported` with the reason, and the file answers EOPNOTSUPP.
 
 Failures are `vmfs.words.errors`: `Invalid` for bytes that the engine refuses, `Unsupported`, `EngineFailed` naming
 the ioctl and its errno. A failed call has changed nothing.
@@ -70,7 +70,7 @@ MACHINE_STATES: Mapping[str, StateRow] = {
     "pit": StateRow("struct kvm_pit_state2"),
     "clock": StateRow("struct kvm_clock_data"),
 }
-# What no struct of KVM's has, and decides what comes next; no files. The layouts are in core.h of the emulator, and
+# States that decide what comes next, and that no struct of KVM's has; they are no files. The layouts are in core.h of the emulator, and
 # `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says so in its module.
 VCPU_REST = {
     "progress": "struct core_progress: half-done instructions, what waits, counts; set after all others",
@@ -116,7 +116,7 @@ class Watchpoint:
 
 @dataclass(frozen=True, slots=True)
 class PortStop:
-    """Stop behind an access that touches a port from `first` to `last`, whoever answers it.
+    """Stop after an access that touches a port from `first` to `last`, whether a device answers it or not.
 
     An access that is an exit by itself is that exit first; the stop is what the next run returns.
     """
@@ -137,14 +137,14 @@ class VectorStop:
 
 @dataclass(frozen=True, slots=True)
 class ModeStop:
-    """Stop behind an instruction that switched between real, protected and long mode."""
+    """Stop after an instruction that switched between real, protected and long mode."""
 
     id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cr3Stop:
-    """Stop behind an instruction that changed CR3."""
+    """Stop after an instruction that changed CR3."""
 
     id: int
 
@@ -192,7 +192,7 @@ NO_TRACE = TraceRequest()
 
 
 # Where a trace goes: `sink(records, events, ended)` is called in the thread of `Vcpu.run`. The records, each a struct
-# vmfs_trace of vmfs.h, are so many events. Unless the run has ended, it may wait; who kicks the CPU ends that.
+# vmfs_trace of vmfs.h, are so many events. Unless the run has ended, it may wait; a kick of the CPU ends that.
 TraceSink = Callable[[bytes, int, bool], None]
 
 
@@ -294,7 +294,7 @@ class Machine(abc.ABC):
         return False
 
     def set_a20(self, enabled: bool) -> None:
-        """Whether address bit 20 reaches memory, as in a new machine, or is zero, as behind the PC's A20 gate.
+        """Whether address bit 20 reaches memory, as in a new machine, or is zero, as with the PC's A20 gate closed.
         No state has it."""
         raise Unsupported("the A20 gate: address bit 20 is always on with this engine")
 

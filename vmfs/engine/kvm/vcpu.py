@@ -192,7 +192,7 @@ class KvmVcpu(Vcpu):
                     signal.pthread_kill(self._runner, KICK_SIGNAL)
 
     def _note_sleep(self, exit_: Exit) -> Exit:
-        """Behind a run: whether the next one may find the CPU asleep, or this one found it so for good."""
+        """After a run: whether the next one may find the CPU asleep, or this one found it so for good."""
         if not self._has_irqchip:
             return exit_
         self._may_sleep = isinstance(exit_, exits.Interrupted | exits.Debug)
@@ -246,7 +246,7 @@ class KvmVcpu(Vcpu):
         return any(not entry & abi.ENTRY_MASKED and entry >> 8 & 7 in abi.UNMASKABLE_MODES for entry in entries)
 
     def _halted(self) -> Exit:
-        """The next run goes on behind HLT."""
+        """The next run goes on after HLT."""
         if self._state.get("mp_state") == layouts.HALTED:
             self._state.set("mp_state", layouts.RUNNABLE)
             self._may_sleep = False
@@ -812,7 +812,7 @@ class KvmVcpu(Vcpu):
         the CPU, but KVM's emulator does not look at it.
         """
         wanted = plan.hardware
-        if self._completes:  # the instruction has begun: breakpoints and the end of a step are behind it
+        if self._completes:  # the instruction has begun: breakpoints and the end of a step come after it
             return self._run_until_exit(wanted)
         if not (plan.breakpoints or wanted.step and self._pvm):
             self._arm(wanted)  # sets TF for the rip at this time
@@ -845,7 +845,7 @@ class KvmVcpu(Vcpu):
         return self._run_until_exit(wanted)
 
     def _run_stepping(self, plan: debugregs.Plan, goes_on: bool) -> Exit:
-        """One instruction after the other, and a look at the CPU behind each."""
+        """One instruction after the other, and a look at the CPU after each."""
         before = self._look()
         passes = not goes_on or self._passing == before.linear
         self._passing = None
@@ -906,7 +906,7 @@ class KvmVcpu(Vcpu):
         return stepping.joined(stops, self.index)
 
     def _look_at_port(self, exit_: Exit) -> Exit:
-        """Have the stops of a port come behind an access to it."""
+        """Have the stops of a port come after an access to it."""
         if not self._plan.ports or not isinstance(exit_, exits.Io):
             return exit_
         stops = [
@@ -933,7 +933,7 @@ class KvmVcpu(Vcpu):
         return self._at_port(due)
 
     def _at_port(self, due: exits.Debug) -> exits.Debug:
-        """The stop behind an `in`, now that it is done."""
+        """The stop after an `in`, now that it is done."""
         rip = self._rip()
         for stop in (due, *due.also):
             stop.rip = rip
@@ -947,7 +947,7 @@ class KvmVcpu(Vcpu):
         return stepping.look(self._state.get("regs"), self._state.get("sregs"), watched)
 
     def _opcode(self, linear: int) -> int | None:
-        """The byte of code there, or None where none can be read. Prefixes are not looked behind."""
+        """The byte of code there, or None where none can be read. A prefix counts as the opcode."""
         physical = self.translate(linear)
         code = b"" if physical is None else self._read_memory(physical, 1)
         return code[0] if code else None
