@@ -24,7 +24,7 @@ LOOPS = int(os.environ.get("VMFS_LOOPS", "60"))
 SEED = int(os.environ.get("VMFS_SEED", "1"))
 RAM = 1 << 20
 CODE, DATA, COUNTER, STACK = 0x1000, 0x8000, 0xC000, 0x20000
-TIMES = 60
+TIMES, STOPS = 60, 300
 INTERPRETED = {"VMFS_NO_JIT": "1"}
 WAYS = ({"VMFS_JIT_THRESHOLD": "0"}, {"VMFS_JIT_THRESHOLD": "3"}, {"VMFS_JIT_THRESHOLD": "0", "VMFS_JIT_SEED": "5"})
 
@@ -201,13 +201,15 @@ class Body:
         return code + (bytes([rng.randrange(256)]) if opcode == b"\x0f\xc6" else b"")
 
 
-def program(rng: random.Random, wide: bool) -> bytes:
-    """The loop, TIMES times, then HLT. A call in it, too."""
+def program(rng: random.Random, wide: bool, changes_itself: bool = False) -> bytes:
+    """The loop, TIMES times, then HLT. A call in it, too. It may change an instruction of its own in each round."""
     body = Body(rng, wide)
     code = b"".join(body.instruction() for _ in range(rng.randrange(1, 40)))
     inner = b"".join(body.instruction() for _ in range(rng.randrange(4))) + b"\xc3"
     over = b"\xe9" + struct.pack("<i", len(inner))
     entry = over + inner
+    if changes_itself:  # INC byte of the constant of ADD EAX
+        code = b"\xfe\x04\x25" + struct.pack("<I", CODE + len(entry) + 9) + b"\x83\xc0\x11" + code
     calls = b"\xe8" + struct.pack("<i", -(len(code) + 5 + len(inner)))
     loop = code + calls
     counter = b"\xff\x0c\x25" if wide else b"\xff\x0d"
@@ -216,10 +218,45 @@ def program(rng: random.Random, wide: bool) -> bytes:
     return entry + loop + b"\xf4"
 
 
+TABLES, IDT, HANDLERS, COUNTS, VECTOR = 0x40000, 0x2000, 0x3000, 0xC100, 0x40
+PAGES = (0x7000, 0x8000)  # where the data lies
+
+
+def _absolute(code: str, address: int, constant: bytes = b"") -> bytes:
+    return bytes.fromhex(code) + struct.pack("<I", address) + constant
+
+
+def set_up_events(cpu, memory) -> None:
+    """Page tables of 4 KiB pages and an IDT. The interrupt takes the pages of the data away, the page fault brings them
+    back; every other exception halts."""
+    entries = {page: TABLES + 0x3000 + page // 4096 * 8 for page in PAGES}
+    flush = b"".join(_absolute("0f013c25", page) for page in PAGES)  # INVLPG
+    bring = b"".join(_absolute("c70425", at, struct.pack("<I", page | 3)) for page, at in entries.items())
+    take = b"".join(_absolute("832425", at, b"\xfe") for at in entries.values())  # AND dword
+    for level in range(3):
+        memory.write(TABLES + level * 0x1000, struct.pack("<Q", TABLES + (level + 1) * 0x1000 | 3))
+    memory.write(TABLES + 0x3000, struct.pack("<512Q", *(page * 4096 | 3 for page in range(512))))
+    memory.write(HANDLERS, b"\xff\x04\x25" + struct.pack("<I", COUNTS) + bring + flush + bytes.fromhex("4883c40848cf"))
+    memory.write(HANDLERS + 0x100, b"\xff\x04\x25" + struct.pack("<I", COUNTS + 4) + take + flush + b"\x48\xcf")
+    memory.write(HANDLERS + 0x200, b"\xf4")
+    selector = int(read_register(cpu, "cs"), 0)
+    for vector in range(256):
+        at = HANDLERS + {14: 0, VECTOR: 0x100}.get(vector, 0x200)
+        memory.write(IDT + vector * 16, struct.pack("<HHHHII", at, selector, 0x8E00, 0, 0, 0))
+    write_registers(cpu, {"cr3": TABLES, "idtr.base": IDT, "idtr.limit": 0xFFF, "rflags": 0x202})
+
+
 def result(
-    code: bytes, wide: bool, state: int, way: dict[str, str], budgets: random.Random | None, monkeypatch
+    code: bytes,
+    wide: bool,
+    state: int,
+    way: dict[str, str],
+    budgets: random.Random | None,
+    monkeypatch,
+    events: random.Random | None = None,
 ) -> tuple:
-    """Registers, vectors, memory, exit, instructions; and what the CPU counted."""
+    """Registers, vectors, memory, exit, instructions; and what the CPU counted. `events`: between two stops, whose
+    registers are there, too, interrupts come, which change page tables."""
     for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in way.items():
@@ -241,9 +278,16 @@ def result(
         names = "rax rcx rdx rbx rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()[: None if wide else 6]
         values = {name: rng.getrandbits(rng.choice((8, 32, 64 if wide else 32))) for name in names}
         write_registers(cpu, {**values, "rip": CODE, "rsp": STACK, "rbp": DATA})
+        if events:
+            set_up_events(cpu, memory)
+        stops = []
         while True:
             exit_ = cpu.run(budget=budgets.randrange(1, 200) if budgets else -1)
-            if exit_.REASON != "limit":
+            if events:
+                stops.append(cpu.get_state("regs"))
+                if events.randrange(2) and not cpu.interrupts_queued:
+                    cpu.interrupt(VECTOR)
+            if exit_.REASON != "limit" or len(stops) > STOPS:
                 break
         fpu = cpu.get_state("xsave")
         counters = cpu.counters()
@@ -252,6 +296,8 @@ def result(
             cpu.get_state("regs"),
             fpu,
             memory.read(DATA - 256, 768),
+            memory.read(STACK - 128, 128) + memory.read(COUNTS, 8),  # frames of events, with their flags
+            stops,
             counters["instructions"],
             counters,
         )
@@ -270,6 +316,24 @@ def test_loops(wide, monkeypatch):
             budgets = random.Random(number) if rng.randrange(2) else None
             found = result(code, wide, number, way, budgets, monkeypatch)
             assert found[:-1] == expected[:-1], f"loop {number}, {way}, budgets {budgets is not None}: {code.hex()}"
+
+
+def test_events(monkeypatch):
+    """Interrupts at any boundary, faults in the middle of regions, page tables and code that change."""
+    counts = [0, 0]
+    for number in range(LOOPS):
+        rng = random.Random(SEED * 100_000 + 50_000 + number)
+        code = program(rng, True, changes_itself=number % 4 == 0)
+
+        def run(way, number=number, code=code):
+            return result(code, True, number, way, random.Random(number), monkeypatch, random.Random(number))
+
+        expected = run(INTERPRETED)
+        for way in WAYS:
+            found = run(way)
+            assert found[:-1] == expected[:-1], f"loop {number}, {way}: {code.hex()}"
+        counts = [a + b for a, b in zip(counts, struct.unpack("<2I", expected[4][-8:]), strict=True)]
+    assert min(counts) > LOOPS, "page faults and interrupts came"
 
 
 def test_it_translates(monkeypatch):

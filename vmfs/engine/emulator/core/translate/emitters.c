@@ -5,12 +5,13 @@
 /* ---- Copies ------------------------------------------------------------------------------------------------------------- */
 
 /* Whether a register operand of ModRM may be its place in struct vcpu. Not what writes a part of it, because a load of all of it
- * would wait for that store. XCHG would lock, and a bit of memory by a register may lie anywhere. */
+ * would wait for that store. XCHG would lock, a bit of memory by a register may lie anywhere, and OF of a rotation is kept in the one
+ * form, and computed in the other. */
 static bool may_be_memory(const struct record *r, const struct use *u, unsigned bytes, unsigned traits)
 {
     const struct opcode *o = &opcodes[r->id];
     return u->is && u->scratch != NO_REGISTER && o->mod == RM && !(u->writes && bytes != 8) && !(traits & WRITES_SECOND) &&
-           !u->high && !(traits & KEEPS_UNDEFINED && operand_types[o->operands[1]].kind == REGISTER);
+           !u->high && !(traits & (ROTATES | READS_CARRY)) && !(traits & KEEPS_UNDEFINED && operand_types[o->operands[1]].kind == REGISTER);
 }
 /* Of two registers, ModRM.rm is to be the one in struct vcpu: ADD to CMP, and MOV, have both directions. */
 static bool exchange(const struct record *r, struct use *reg, struct use *rm, unsigned *opcode)
