@@ -71,8 +71,8 @@ MACHINE_STATES: Mapping[str, StateRow] = {
     "clock": StateRow("struct kvm_clock_data"),
 }
 # States that decide what comes next, and that no struct of KVM's has; they are no files. The layouts are in core.h of
-# the emulator, and `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says so in
-# its module.
+# the emulator, and `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says
+# so in its module.
 VCPU_REST = {
     "progress": "struct core_progress: half-done instructions, what waits, counts; set after all others",
 }
