@@ -1,6 +1,6 @@
 /* Run a few instructions natively, with given registers, and give everything back: the oracle for the emulator core.
  *
- * native_run enters the code at `rip` with the state in `s` and comes back through an INT3 behind it (SIGTRAP), or through
+ * native_run enters the code at `rip` with the state in `s` and comes back through an INT3 after it (SIGTRAP), or through
  * the signal that a fault raises. All signals are taken on an alternate stack, because RSP is the test's too. The code runs
  * in this process: it must not touch memory that is not the test's, so memory operands point into the arena that the caller
  * mapped, whose address is the same in the guest. */
@@ -21,7 +21,7 @@ struct native_state {
     uint64_t gpr[16];         /* rax rcx rdx rbx rsp rbp rsi rdi r8 .. r15 */
     uint64_t rip, rflags;
     uint64_t fault_address;
-    uint32_t vector;          /* 3: the INT3 behind the code */
+    uint32_t vector;          /* 3: the INT3 after the code */
     uint32_t error;
     uint64_t avx;             /* the host has AVX: the area is XRSTOR's, with three components; else FXRSTOR's */
     uint8_t fx[512] __attribute__((aligned(64))); /* FXSAVE image */

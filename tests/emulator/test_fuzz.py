@@ -49,7 +49,7 @@ def test_every_find_stays_fixed(program, native):
 
 @pytest.mark.parametrize("name", ["XADD", "PSHUFB", "FYL2X", "FNSTENV", "MOVNTQ"])
 def test_a_wrong_result_is_found_and_shrunk(name, program, native, tmp_path):
-    """With a core that gets one instruction wrong (--plant changes a register behind it)."""
+    """With a core that gets one instruction wrong (--plant changes a register after it)."""
     done = fuzzing.run(program, "--seed", 5, "--finds", 1, "--cases", 100_000, "--plant", name)
     assert done.returncode == 1, done.stdout + done.stderr
     case = re.search(r"^case .*", done.stdout, re.M)[0]

@@ -165,7 +165,7 @@ def interesting(dice: random.Random) -> bytes:
 
 
 def hostile_code(dice: random.Random, size: int) -> bytes:
-    """Prefixes, opcodes of the table, and what comes behind them."""
+    """Prefixes, opcodes of the table, and what comes after them."""
     code = bytearray()
     while len(code) < size:
         map_, opcode = dice.choice(ROWS)

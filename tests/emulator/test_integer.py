@@ -84,7 +84,7 @@ DEFINED = {
     "66 f3 tzcnt ax, bx": "66f30fbcc3",
     "rep bswap eax": "f30fc8",
     "rex.w cmpxchg8b, address not of 16": "480fc74808",
-    "cwde behind two prefixes": "6666664898",
+    "cwde after two prefixes": "6666664898",
 }
 
 

@@ -564,7 +564,7 @@ def test_timer_deadline(chip):
     chip.advance(1)
     assert chip.window() == [0xA2] and chip.rdmsr(0x6E0) == 0
     chip.store(LAPIC + 0xB0, 0)
-    chip.wrmsr(0x6E0, 5)  # behind already
+    chip.wrmsr(0x6E0, 5)  # it has passed already
     assert chip.window() == [0xA2]
     chip.wrmsr(0x6E0, 10**12)
     chip.store(LAPIC + 0x320, 0xA2)

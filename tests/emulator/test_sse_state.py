@@ -296,7 +296,7 @@ def set_components(core, value):
 
 
 def test_pkru_component(kernel_core):
-    """At offset 2688; in the compacted form directly behind the header."""
+    """At offset 2688; in the compacted form directly after the header."""
     core = kernel_core
     set_components(core, 0x203)
     for name, at in (("xsave", 2688), ("xsavec", 576)):

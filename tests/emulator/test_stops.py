@@ -89,7 +89,7 @@ class Machine:
 
 
 def stepped(code: asm.Program, wanted: set[int] = frozenset()) -> tuple[list[tuple[int, int]], dict]:
-    """Where the machine was, step by step (one ends behind an event, too): rip, and how many instructions were
+    """Where the machine was, step by step (one ends after an event, too): rip, and how many instructions were
     done. And what it was where rip was one of `wanted`, by the number of the step."""
     with machine_on(EmulatorEngine(), irqchip=True) as vm:
         machine = Machine(vm, code)

@@ -90,7 +90,7 @@ def test_as_the_host(name, host, core):
 
 
 def test_each_iteration_is_a_step(core):
-    """With a budget of one at a time: rip stays, the count falls; behind the last iteration rip moves on."""
+    """With a budget of one at a time: rip stays, the count falls; after the last iteration rip moves on."""
     case = string_case("movs", random.Random(0))
     case.code, case.flags = b"\xf3\xa4", 0
     case.gprs |= {"rsi": DATA, "rdi": DATA + PAGE - 2, "rcx": 5}
@@ -103,7 +103,7 @@ def test_each_iteration_is_a_step(core):
     assert found.data[PAGE - 2 : PAGE + 3] == case.data[:5]
 
 
-def test_a_trap_comes_behind_each_iteration(core):
+def test_a_trap_comes_after_each_iteration(core):
     """EFLAGS.TF: #DB with rip at the instruction until the last iteration, as the manual has it (2B REP)."""
     case = string_case("stos", random.Random(0))
     case.code, case.flags = b"\xf3\xaa", native.TF
@@ -199,7 +199,7 @@ def test_32_bit_addresses_stop_at_the_limit(real):
 
 
 def test_code_that_a_repetition_overwrites_is_seen(real):
-    """rep stosb over the instructions behind it, in a page that has decoded code: INC AX becomes INC DX."""
+    """rep stosb over the instructions after it, in a page that has decoded code: INC AX becomes INC DX."""
     real.run(b"\x40\x40\x40", 3)  # decoded once
     sregs = bytearray(real.cpu.get_state("sregs"))
     struct.pack_into("<Q", sregs, 48, 0)  # ES = 0

@@ -442,7 +442,7 @@ def test_ss_load_shadows_one_instruction():
         guest.set(rflags=2 | IF)
         guest.cpu.interrupt(0x40)
         guest.load("nop")
-        # The interrupt is taken at once; with a shadow it comes behind the next instruction.
+        # The interrupt is taken at once; with a shadow it comes after the next instruction.
         assert guest.run() == 0x40
     with Guest("protected") as guest:
         guest.load("cli; mov ax, ss; sti; mov ss, ax; mov esp, 0x17000; inc ebx; nop")
@@ -469,7 +469,7 @@ def test_single_step_traps():
         assert guest.regs()["rax"] == 1
         assert dr6(guest) & 0xE00F == 0x4000
         assert guest.regs()["rflags"] & TF == 0
-    with Guest("protected") as guest:  # not behind MOV SS, and not behind INT n
+    with Guest("protected") as guest:  # not after MOV SS, and not after INT n
         assert guest.run("push 0x102; popf; mov ax, ss; nop") == DB
         assert guest.frame(False)[0] == guest.labels["stop"] - 1  # POPF's trap is the next instruction's
     with Guest("protected") as guest:
@@ -479,7 +479,7 @@ def test_single_step_traps():
 
 
 def test_steps_by_branches():
-    """IA32_DEBUGCTL.BTF: traps behind jumps only, and #DB clears it."""
+    """IA32_DEBUGCTL.BTF: traps after jumps only, and #DB clears it."""
     with Guest("protected") as guest:
         guest.cpu.set_msr(0x1D9, 2)
         guest.set(rflags=2 | TF)
@@ -510,7 +510,7 @@ def test_debug_registers(mode):
         guest.set(rip=guest.stub(DB))
         assert guest.run() == STOP
         assert guest.regs()["rcx"] == 1
-    with Guest(mode) as guest:  # a store: a trap, behind it
+    with Guest(mode) as guest:  # a store: a trap, after it
         assert (
             guest.run(
                 enable.format(r=r, address=DATA, control=0x401 | 0xD << 16) + f"mov [{DATA}], eax; inc ecx"
@@ -570,7 +570,7 @@ def test_call_gates():
             guest.load(push + f"call {FREE | 3}:0; stopped: hlt; .balign 16; entry: nop")
             guest.set_descriptor(FREE, gate(CODE32, guest.labels["entry"], kind, dpl=3, parameters=2))
             assert guest.run() == STOP
-            sp = guest.regs()["rsp"] + 12  # behind the frame of the UD2: same level
+            sp = guest.regs()["rsp"] + 12  # after the frame of the UD2: same level
             mask = (1 << 8 * size) - 1
             got = [guest.get(sp + size * n, size) for n in range(6)]
             first, second = (0x11223344, 0x55667788) if size == 4 else (0x3344, 0x7788)

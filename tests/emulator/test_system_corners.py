@@ -39,18 +39,18 @@ _NMI_MASKED = 14  # in struct kvm_vcpu_events
 
 @pytest.mark.parametrize("code", ["push rax", "call stop", "push qword ptr [rip]", "enter 0, 0", "pushf"])
 def test_a_stack_whose_end_is_not_canonical(code):
-    """It begins in the lower half and ends behind it: #SS, as every access of the stack."""
+    """It begins in the lower half and ends after it: #SS, as every access of the stack."""
     with Guest("long") as guest:
         guest.set_gate(SS, gate(CODE64, guest.stub(SS), 14) | 1 << 32)
         assert guest.run(f"mov rsp, 0x800000000004; {code}") == SS
         assert guest.error == 0
 
 
-def test_tables_do_not_go_on_behind_the_lower_half():
+def test_tables_do_not_go_on_after_the_lower_half():
     """In compatibility mode, too, linear addresses of tables have 64 bits."""
     with Guest("compat") as guest:
         upper = TABLES + 0x1000
-        guest.put(TABLES + 8 * 256, upper | P | W)  # what stands behind 7fffffffffff must not be taken for it
+        guest.put(TABLES + 8 * 256, upper | P | W)  # what stands after 7fffffffffff must not be taken for it
         guest.put(TABLES + 8 * 255, upper | P | W)
         for vector in range(8, 32):
             guest.put(16 * vector - 0x80, gate(CODE64, guest.stub(vector), 14))
@@ -61,7 +61,7 @@ def test_tables_do_not_go_on_behind_the_lower_half():
 
 
 def test_breakpoints_know_32_bits_of_linear_addresses():
-    """CS begins below 4 GiB and its code behind it."""
+    """CS begins below 4 GiB and its code after it."""
     with Guest("protected") as guest:
         guest.load("mov eax, offset place; mov dr0, eax; mov eax, 0x401; mov dr7, eax; place: nop; nop")
         sregs = bytearray(guest.cpu.get_state("sregs"))

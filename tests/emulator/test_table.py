@@ -128,7 +128,7 @@ def test_no_two_rows_take_the_same_encoding():
             "NO64" in row["attributes"], "ONLY64" in row["attributes"], "NOREXB" in row["attributes"],
             "AVX" in row["attributes"],
         )  # fmt: skip
-        assert where not in seen, f"{row['name']} behind {seen[where]}"
+        assert where not in seen, f"{row['name']} after {seen[where]}"
         seen[where] = row["name"]
 
 

@@ -45,7 +45,7 @@ DIVERGENCES = (
         "kvm-rep-outs-ends-late",
         "kvm",
         _everywhere,
-        "KVM's emulator leaves rip at the string instruction behind its last iteration, with rcx 0: the "
+        "KVM's emulator leaves rip at the string instruction after its last iteration, with rcx 0: the "
         "next run executes it for no element. Nothing in kvm_run tells this from a rep outs that goes on.",
     ),
     Divergence(
@@ -95,7 +95,7 @@ DIVERGENCES = (
         "svm-shutdown-resets",
         "kvm",
         _svm,
-        "The VMCB is undefined behind an intercepted shutdown (AMD APM 2, 15.14.3), and KVM resets the CPU "
+        "The VMCB is undefined after an intercepted shutdown (AMD APM 2, 15.14.3), and KVM resets the CPU "
         "then: the registers of the triple fault are lost.",
     ),
     Divergence(
@@ -116,15 +116,15 @@ DIVERGENCES = (
         "pvm-steps-past-exceptions",
         "kvm",
         is_pvm,
-        "A step whose instruction raises an exception ends behind the first instruction of the handler, and a "
-        "step of iretq behind the instruction that it returns to. Breakpoints in debug registers stop before "
+        "A step whose instruction raises an exception ends after the first instruction of the handler, and a "
+        "step of iretq after the instruction that it returns to. Breakpoints in debug registers stop before "
         "that, those that are watched for by steps do not.",
     ),
     Divergence(
         "pvm-steps-past-hlt",
         "kvm",
         is_pvm,
-        "A step of HLT on a machine with interrupt controllers ends behind it with a CPU that does not sleep.",
+        "A step of HLT on a machine with interrupt controllers ends after it with a CPU that does not sleep.",
         in_cases=False,
     ),
     Divergence(
@@ -139,7 +139,7 @@ DIVERGENCES = (
         "kvm",
         is_pvm,
         "PVM emulates several instructions before it looks whether an interrupt can be injected: one that "
-        "waits for sti comes some instructions behind it.",
+        "waits for sti comes some instructions after it.",
     ),
     Divergence(
         "pvm-no-int",

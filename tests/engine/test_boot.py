@@ -290,4 +290,4 @@ def test_boot_sector_without_a_bios_halts_at_the_vector(engine, build):
     out, exit_ = printed(engine, image)
     assert out == "DK"
     assert isinstance(exit_, exits.Hlt)
-    assert exit_.rip == 0xFC00 + 2 * 0x13 + 2  # behind the hlt of its vector
+    assert exit_.rip == 0xFC00 + 2 * 0x13 + 2  # after the hlt of its vector

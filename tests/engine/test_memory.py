@@ -10,7 +10,7 @@ from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, VmfsError
 
 PAGE = 4096
-HIGH = 0x100000  # behind the RAM of the test machine
+HIGH = 0x100000  # after the RAM of the test machine
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_slot_at_an_offset(vm, extra, assembler):
     extra.write(4 * PAGE, b"abcd")
     assert vm.vcpu.run().REASON == "hlt"
     assert extra.read(5 * PAGE, 4) == b"abcd"
-    assert isinstance(vm.vcpu.run(), exits.Mmio)  # behind the slot
+    assert isinstance(vm.vcpu.run(), exits.Mmio)  # after the slot
 
 
 def test_slots_are_replaced_and_removed(vm, extra, assembler):
@@ -126,7 +126,7 @@ def test_a_refused_slot_leaves_the_old_one(vm, extra, assembler):
         (1, HIGH + 1, extra.fd, 0, PAGE),
         (1, HIGH, extra.fd, 1, PAGE),
         (1, HIGH, extra.fd, 0, PAGE + 1),
-        (1, HIGH, extra.fd, 0, 17 * PAGE),  # behind the end of the file
+        (1, HIGH, extra.fd, 0, 17 * PAGE),  # after the end of the file
         (1, HIGH, extra.fd, -PAGE, PAGE),
         (1, -PAGE, extra.fd, 0, PAGE),
         (1, 0, extra.fd, 0, PAGE),  # over slot 0

@@ -1,4 +1,4 @@
-"""A guest to debug: firmware from the reset vector through real and protected to long mode, and a kernel behind it.
+"""A guest to debug: firmware from the reset vector through real and protected to long mode, and a kernel after it.
 
 The firmware (at F0000, with the reset vector in its last 16 bytes) maps the first GiB at 0 and at -2 GiB, and jumps
 to the kernel, which somebody has put at 1 MiB.

@@ -73,7 +73,7 @@ class Client:
         return await self.reply()
 
     async def ask_and_hear(self, payload: bytes) -> tuple[str, bytes]:
-        """The text of O packets, and the reply behind them."""
+        """The text of O packets, and the reply after them."""
         await self.send(payload)
         text = b""
         while (reply := await self.reply())[:1] == b"O" and reply != b"OK":

@@ -82,7 +82,7 @@ def server_of(directory):
 
 @contextlib.contextmanager
 def ends(pid, seconds=30):
-    """Within the block, something ends process `pid`; behind it, it has ended."""
+    """Within the block, something ends process `pid`; after it, it has ended."""
     pidfd = os.pidfd_open(pid)
     try:
         yield

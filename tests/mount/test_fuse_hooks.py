@@ -454,7 +454,7 @@ def test_a_signal_before_the_wait_began_ends_it(mount):
     with reader(mount / "late") as cat:
         mount.wait_for(1)
         cat.kill()
-        with reader(mount / "block") as other:  # as above: an event behind the signal
+        with reader(mount / "block") as other:  # as above: an event after the signal
             mount.wait_for(2)
             other.kill()
             other.wait(SOON)

@@ -93,7 +93,7 @@ def test_what_is_no_file_of_symbols_fails_at_the_close_and_changes_nothing(vm, t
 
 
 def test_an_elf_file_of_many_mebibytes_with_a_cp(vm, tmp_path):
-    """A program with its symbols at the end, behind 40 MiB: as a vmlinux has its debug information."""
+    """A program with its symbols at the end, after 40 MiB: as a vmlinux has its debug information."""
     if not shutil.which("ld") or not shutil.which("as"):
         pytest.skip("no as and ld: install binutils")
     source = tmp_path / "a.s"

@@ -54,7 +54,7 @@ class Pc:
         return line.strip()
 
     def expect(self, pattern: str) -> re.Match[str]:
-        """Wait until the guest sends what matches, behind what was expected before."""
+        """Wait until the guest sends what matches, after what was expected before."""
         deadline = time.monotonic() + BOOT_SECONDS
         while (match := re.compile(pattern).search(self.said, self.seen)) is None:
             ready, _, _ = select.select([self.console], [], [], max(deadline - time.monotonic(), 0))
@@ -119,7 +119,7 @@ class Pc:
 
 @pytest.fixture(scope="session")
 def pc_mount(tmp_path_factory) -> Iterator[Path]:
-    """A mount whose machines run on the emulator; behind all tests its log shows no traceback."""
+    """A mount whose machines run on the emulator; after all tests its log shows no traceback."""
     reason = reason_against_mounts()
     if reason:
         pytest.skip(reason)

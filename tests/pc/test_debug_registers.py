@@ -12,7 +12,7 @@ from pc.kernels import needs_kernels
 pytestmark = needs_kernels
 
 SIGILL, SIGTRAP = 4, 5
-# The instruction behind a load of SS whose operand is watched: the signal, DR6, and where, counted from it.
+# The instruction after a load of SS whose operand is watched: the signal, DR6, and where, counted from it.
 # A Xeon under Linux 6 says the same. INT 80h and SYSCALL end in a handler that a user's watchpoints are not shown.
 WANTED = {
     "nop": f"{SIGTRAP} ff1 1",

@@ -25,7 +25,7 @@ MAC = bytes.fromhex("525400123456")
 
 
 class Wire:
-    """The other end of a card: frames behind their lengths."""
+    """The other end of a card: frames after their lengths."""
 
     def __init__(self) -> None:
         self.end, other = socket.socketpair()
@@ -302,7 +302,7 @@ def test_what_comes_without_a_driver_is_dropped(card: Card) -> None:
     card.wire.send(frame_of(60), frame_of(61))
     card.driver.next = 0x20_0000
     card.driver.start()
-    # The two are dropped or still on their way; what comes behind them arrives.
+    # The two are dropped or still on their way; what comes after them arrives.
     ring = card.driver.queues[0]
     for _ in range(3):
         ring.add([(card.driver.take(256), 256, True)])
@@ -329,7 +329,7 @@ def test_a_full_backend_holds_the_guest_back_and_loses_nothing(card: Card) -> No
         sent += 1
         ring.used()
         assert sent < 10_000
-    # The last one waits; more come behind it.
+    # The last one waits; more come after it.
     for _ in range(3):
         ring.add([(at, 12 + len(frame), False)])
         ring.notify()
@@ -390,7 +390,7 @@ def test_hostile_buffers(buffers: list[tuple[int, int]], features: int, sizes: l
     cuts=st.lists(st.integers(1, 50), max_size=10),
 )
 def test_a_stream_in_any_pieces(frames: list[bytes], nonsense: int | None, cuts: list[int]) -> None:
-    """Frames come out as they went in; a length that none has is an OSError behind them."""
+    """Frames come out as they went in; a length that none has is an OSError after them."""
     data = b"".join(struct.pack(">I", len(frame)) + frame for frame in frames)
     if nonsense is not None:
         data += struct.pack(">I", nonsense)

@@ -26,7 +26,7 @@ def lz4_legacy(data):
 
 
 def sized(compress):
-    """Linux puts the size behind what has none of its own (scripts/Makefile.lib, size_append)."""
+    """Linux puts the size after what has none of its own (scripts/Makefile.lib, size_append)."""
     return lambda data: compress(data) + struct.pack("<I", len(data))
 
 

@@ -24,7 +24,7 @@ SYMBOLS = SymbolTable([(0x1000, "T", "start"), (0x1100, "t", "helper"), (0x2000,
 
 
 class Cpu:
-    """States as an engine keeps them, and nothing behind them."""
+    """States as an engine keeps them, and nothing after them."""
 
     def __init__(self) -> None:
         self.states = {"regs": bytes(144), "sregs": bytes(312), "fpu": bytes(416), "xcrs": bytes(392)}
@@ -166,7 +166,7 @@ def stack_of(memory, cpu) -> list[str]:
     "call",
     "e800000000 ffd0 41ffd2 ff10 ff5008 ff9000010000 ff142500200000 ff942480000000 ff1500000000".split(),
 )
-def test_a_word_behind_any_call_is_a_guess(memory, cpu, call):
+def test_a_word_after_any_call_is_a_guess(memory, cpu, call):
     code = bytes.fromhex(call)
     memory.write(0x1100, bytes(16) + code)
     back = 0x1110 + len(code)
@@ -178,7 +178,7 @@ def test_a_word_behind_any_call_is_a_guess(memory, cpu, call):
 
 
 @pytest.mark.parametrize("code", ["90 90 90 90 90 90", "ffe0", "ff20", "e9 00000000", "ff6008"])
-def test_a_word_behind_something_else_is_none(memory, cpu, code):
+def test_a_word_after_something_else_is_none(memory, cpu, code):
     memory.write(0x1100, bytes(16) + bytes.fromhex(code))
     memory.write(0x9010, struct.pack("<Q", 0x1110 + len(bytes.fromhex(code))))
     assert stack_of(memory, cpu) == ["#0 0x0000000000001000 start"]

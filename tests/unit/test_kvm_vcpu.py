@@ -148,7 +148,7 @@ def cpu(kvm):
 
 
 def test_out_is_done_when_the_exit_is_returned(kvm, cpu):
-    """On hardware, rip moves behind a plain OUT at the next KVM_RUN only."""
+    """On hardware, rip moves past a plain OUT at the next KVM_RUN only."""
     kvm.script = [io(OUT), completed(0x1002)]
     assert cpu.run().line() == "io direction=out port=0x80 size=1 count=1 data=0x41 rip=0x1002"
     assert cpu.access_data == b"A"
@@ -182,7 +182,7 @@ def test_setting_state_completes_a_read_with_all_ones(kvm, cpu):
     regs = bytearray(144)
     struct.pack_into("<Q", regs, layouts.RIP, 0x2000)
     cpu.set_state("regs", bytes(regs))
-    assert kvm.rip == 0x2000, "set behind the end of the load"
+    assert kvm.rip == 0x2000, "set after the end of the load"
     assert cpu.access_data == b""
     assert cpu.run().line() == "hlt rip=0x2001"
 

@@ -63,7 +63,7 @@ static void stopped(int signal, siginfo_t *info, void *context)
     host_state.vector = signal == SIGVTALRM ? VECTOR_ENDLESS : signal == SIGSYS ? VECTOR_SYSCALL : (int)g[REG_TRAPNO];
     host_state.address = host_state.vector == 14 ? (u64)g[REG_CR2] : 0;
     if (host_state.vector == 3)
-        host_state.rip--; /* a trap: behind the INT3 */
+        host_state.rip--; /* a trap: after the INT3 */
     const u8 *area = (const u8 *)u->uc_mcontext.fpregs; /* of XSAVE's standard form */
     memcpy(host_state.fx, area, 512);
     if (host_avx && area[512] & 4)
@@ -144,7 +144,7 @@ void host_run(struct state *s, const struct mode *mode)
     native = false;
     if (host_state.vector == VECTOR_NONE)
         host_state.rip = mode->compat ? EXIT32 : EXIT64;
-    else if (mode->segmented && host_state.vector == 1 && host_state.rip == EXIT64) /* EFLAGS.TF: behind the jump */
+    else if (mode->segmented && host_state.vector == 1 && host_state.rip == EXIT64) /* EFLAGS.TF: after the jump */
         host_state.vector = VECTOR_NONE, host_state.rip = EXIT32;
     else if (mode->segmented)
         host_state.rip = (u32)(host_state.rip + code_base(mode));

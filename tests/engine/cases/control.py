@@ -41,7 +41,7 @@ CASES = (
             Run("io direction=in port=0x80 size=1 count=1 rip={l0}"),
             Answer(b"\x31"),
             Kick(),
-            # The next run begins with the end of the `in`; the kick ends it behind.
+            # The next run begins with the end of the `in`; the kick ends it there.
             Run("interrupted rip={l1}"),
             Data(b""),
             Regs({"rax": 0x31}),
@@ -50,7 +50,7 @@ CASES = (
         regs={"rax": 0, "rdx": 0x80},
     ),
     Case(
-        "kick-behind-a-store",
+        "kick-after-a-store",
         "long",
         "mov [rdi], al; l1: hlt; l2:",
         (

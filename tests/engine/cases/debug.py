@@ -167,7 +167,7 @@ CASES = (
         regs={"rax": 0},
     ),
     Case(
-        "breakpoint-behind-a-store",
+        "breakpoint-after-a-store",
         "long",
         "mov [rdi], eax; l1: nop; l2: mov [rdi], eax; l3: nop; l4: hlt; l5:",
         (
@@ -184,7 +184,7 @@ CASES = (
     Case(
         "step-of-the-guests-own",
         "long",
-        # The guest sets TF by itself: its handler gets the #DB behind the nop, in spite of a breakpoint.
+        # The guest sets TF by itself: its handler gets the #DB after the nop, in spite of a breakpoint.
         idt64(1)
         + """
             pushf
