@@ -50,7 +50,7 @@ static __attribute__((noinline, unused)) void mem_store_ymm(struct vcpu *c, cons
 
 /* ---- Forms of an instruction V <- do_NAME(c, r, H, W) ------------------------------------------------------ */
 
-/* H is the register in vvvv; who has none ignores it. W is a register, or so many bytes of memory, zero-extended:
+/* H is the register in vvvv; an instruction without one ignores it. W is a register, or so many bytes of memory, zero-extended:
  * VEX_X the vector length; VEX_HALF, VEX_QUARTER, VEX_EIGHTH a part of it; VEX_16, VEX_8, VEX_4, VEX_2, VEX_1 a number. */
 #define VEX_FORMS(name, address, fast, general) \
     VECTOR_FORMS(name, ymm, set_ymm, get_ymm, r->vvvv, address, fast, general)

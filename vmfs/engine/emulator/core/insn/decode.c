@@ -276,7 +276,7 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
     return true;
 }
 
-/* VEX (Intel SDM 2A 2.3.5) behind C4 or C5; the opcode byte. *map: MAPS for one that does not exist. */
+/* VEX (Intel SDM 2A 2.3.5) after C4 or C5; the opcode byte. *map: MAPS for one that does not exist. */
 static u8 decode_vex(struct prefixes *p, struct bytes *b, bool three, bool code64, unsigned *map)
 {
     u8 first = (u8)take(b, 1), last = three ? (u8)take(b, 1) : first;

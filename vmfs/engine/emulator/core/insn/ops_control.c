@@ -171,7 +171,7 @@ HANDLER(mov_C_R);
 
 /* ---- Debug registers (3B 17.2) ------------------------------------------------------------------------------------------------ */
 
-/* The number behind an encoding; what MOV DR checks, in its order. */
+/* The number that an encoding has; what MOV DR checks, in its order. */
 static unsigned debug_register(struct vcpu *c, const struct record *r)
 {
     unsigned n = r->reg;

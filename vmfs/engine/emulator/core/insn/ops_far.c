@@ -15,7 +15,7 @@ static u64 load_far(struct vcpu *c, const struct record *r, u16 *selector)
 
 /* ---- Into a code segment -------------------------------------------------------------------------------------------------- */
 
-/* Nothing can fault behind this, except what it does first. */
+/* Nothing can fault after this, except what it does first. */
 static void enter_code(struct vcpu *c, const struct record *r, struct descriptor *code, unsigned cpl, u64 ip)
 {
     descriptor_segment(code, &c->seg[SEG_CS]);

@@ -102,7 +102,7 @@ FAST_STACK(16)
 FAST_STACK(32)
 FAST_STACK(64)
 
-/* In 64-bit mode: the stack is flat, and an address in the jump cache or behind a call is canonical. */
+/* In 64-bit mode: the stack is flat, and an address in the jump cache or after a call is canonical. */
 OP(call_fast)
 {
     u64 sp = c->gpr[RSP] - 8;

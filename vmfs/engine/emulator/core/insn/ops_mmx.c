@@ -212,7 +212,7 @@ MMX_ELEMENTS(pabsb)
 MMX_ELEMENTS(pabsw)
 MMX_ELEMENTS(pabsd)
 
-/* The 8 bytes at `imm` of s, d, and zeros behind them. */
+/* The 8 bytes at `imm` of s, d, and zeros after them. */
 MMX_COMPUTE(palignr)
 {
     (void)c;

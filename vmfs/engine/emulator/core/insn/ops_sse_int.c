@@ -173,7 +173,7 @@ SSE_INTEGER(pabsb)
 SSE_INTEGER(pabsw)
 SSE_INTEGER(pabsd)
 
-/* The 16 bytes at `imm` of s, d, and zeros behind them. The control bytes of PSHUFB for either are a window into:
+/* The 16 bytes at `imm` of s, d, and zeros after them. The control bytes of PSHUFB for either are a window into:
  * sixteen that clear, 0 to 15, and again some that clear. */
 COMPUTE(palignr)
 {

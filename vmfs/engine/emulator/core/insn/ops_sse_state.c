@@ -265,7 +265,7 @@ static u64 requested(const struct vcpu *c)
 {
     return (c->gpr[RDX] << 32 | (u32)c->gpr[RAX]) & c->xcr0;
 }
-/* Where a component lies: at its offset, or, compacted, behind those of `packed` before it (SDM 1 13.4.3). */
+/* Where a component lies: at its offset, or, compacted, after those of `packed` before it (SDM 1 13.4.3). */
 static unsigned component_offset(unsigned n, u64 packed)
 {
     if (!(packed & COMPACTED))

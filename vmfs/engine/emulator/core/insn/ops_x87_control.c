@@ -157,7 +157,7 @@ static void take_environment(struct vcpu *c, const struct record *r, const struc
     x87_summarize(c);
 }
 
-/* ST(i) in 10 bytes each behind the environment. */
+/* ST(i) in 10 bytes each after the environment. */
 static void put_registers(const struct vcpu *c, u8 *to)
 {
     for (unsigned i = 0; i < 8; i++, to += 10) {

@@ -21,7 +21,7 @@ struct stack current_stack(struct vcpu *c, u32 fault_error);
 /* The stack that the TSS has for a privilege level (Intel SDM 3A 5.8.5); `ext`: bit 0 of error codes. */
 void inner_stack(struct vcpu *c, unsigned level, u32 ext, struct stack *s, struct segment *ss);
 u64 tss_stack64(struct vcpu *c, unsigned offset, u32 ext);
-/* Behind an INT n, INT3, INTO or INT1 at r; nothing of it has been done. */
+/* After an INT n, INT3, INTO or INT1 at r; nothing of it has been done. */
 void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, enum event kind);
 /* To the real-mode style handler of a virtual-8086 task, by CR4.VME's redirection (3A 20.3.3). */
 void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector);
