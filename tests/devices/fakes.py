@@ -21,6 +21,9 @@ class FakeMachine:
         self.a20 = True
         self.deadline = None
 
+    def memory_written(self, address, size):
+        pass
+
     def set_fast_bus(self, bus):
         return False
 

@@ -39,6 +39,9 @@ class FakeMachine:
     def set_deadline(self, when: int | None) -> None:
         """It never comes."""
 
+    def memory_written(self, address: int, size: int) -> None:
+        pass
+
     def set_fast_bus(self, bus: object) -> bool:
         return False
 

@@ -393,6 +393,7 @@ class Board:
                 pages[at : at + count] = b"\1" * count
                 first += count
             self.writes += 1
+        self.machine.memory_written(address, length)
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""

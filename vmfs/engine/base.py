@@ -288,6 +288,11 @@ class Machine(abc.ABC):
         looks. With capability IRQCHIP."""
         raise Unsupported("a deadline: machines without interrupt controllers have no devices, and need none")
 
+    def memory_written(self, address: int, size: int) -> None:  # noqa: B027
+        """A device has written guest-physical memory: code there is not what it was. From any thread, before the guest
+        can know that it is written. What others write (clients, a loader) is seen by the next run that does not go on.
+        """
+
     def set_fast_bus(self, bus: object | None) -> bool:
         """Have C code of the board's devices answer accesses before they are exits: a capsule of vmfs/words/bus.h,
         which drives this machine's lines until it closes or gets another one. While the machine does not run. False
@@ -349,7 +354,8 @@ class Vcpu(abc.ABC):
 
         A run that starts at a breakpoint executes the instruction there. One that `goes_on` does that only
         where the run before it stopped for the breakpoint, or began there and executed nothing: a run in
-        several slices stops wherever one in one piece would. A single step ends with
+        several slices stops wherever one in one piece would. Of memory that was written meanwhile it knows only what
+        `memory_written` has named. A single step ends with
         Debug(cause="step"), or with the exit that the instruction makes; completing an `in` or a load
         ends a step, too.
 

@@ -168,6 +168,9 @@ class EmulatorMachine(Machine):
     def set_deadline(self, when: int | None) -> None:
         self._vm.set_deadline(_NEVER if when is None else max(when, 0))
 
+    def memory_written(self, address: int, size: int) -> None:
+        self._vm.memory_written(address, size)
+
     def set_fast_bus(self, bus: object | None) -> bool:
         self._vm.set_bus(bus)
         return True

@@ -40,6 +40,10 @@ void vm_set_backing(struct vm *vm, unsigned slot, const struct core_backing *bac
 int vm_dirty_log(struct vm *vm, unsigned slot, uint8_t *bitmap, size_t bytes);
 size_t vm_dirty_log_size(struct vm *vm, unsigned slot);
 
+/* Somebody else than the guest has written memory that CPUs may have decoded: before the next instruction of a run, all that
+ * they know of it is forgotten. Any thread. Between two runs nobody has to say it; in vcpu_go_on nothing else is noticed. */
+void vm_memory_written(struct vm *vm, uint64_t address, uint64_t size);
+
 int vm_create_irqchip(struct vm *vm);  /* before the first CPU */
 void vm_irq_line(struct vm *vm, unsigned gsi, bool level);
 /* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
@@ -170,7 +174,7 @@ enum { BUDGET_UNLIMITED = -1 };
  * through a second; the latter with vcpu_set_debug's step, too. */
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* The same as a part of the run before: where that did not stop at a breakpoint (or begin there and execute nothing), one
- * at its start stops. */
+ * at its start stops. Decoded code stays as it is, but for what vm_memory_written names. */
 void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* End the run at an instruction boundary with EXIT_INTERRUPTED, or the next one at its start. Any thread, or a
  * signal handler. An exit that was on its way comes first; the kick then ends the run after it. */

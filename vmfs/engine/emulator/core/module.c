@@ -211,6 +211,16 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_memory_written(VmObject *self, PyObject *args)
+{
+    unsigned long long address, size;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "KK", &address, &size))
+        return NULL;
+    if (size && address + size > address)
+        vm_memory_written(self->vm, address, size);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_set_bus(VmObject *self, PyObject *capsule)
 {
     if (!vm_idle(self))
@@ -322,6 +332,8 @@ static PyMethodDef vm_methods[] = {
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
+    {"memory_written", (PyCFunction)py_vm_memory_written, METH_VARARGS,
+     "memory_written(address, size): by somebody else than the guest, in the middle of a run"},
     {"set_bus", (PyCFunction)py_vm_set_bus, METH_O,
      "set_bus(capsule or None): devices that are asked before an access is an exit (vmfs/words/bus.h)"},
     {"set_deadline", (PyCFunction)py_vm_set_deadline, METH_VARARGS,

@@ -320,6 +320,58 @@ void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size)
     recompute_lines(vm, slot, page);
 }
 
+/* ---- What others write ---------------------------------------------------------------------------------------------------- */
+
+static bool has_code(struct vm *vm, u64 address, u64 size)
+{
+    for (u64 page = address & PAGE_MASK; page < address + size; page += 0x1000) {
+        struct slot *slot = vm_slot(vm, page);
+        if (slot && *(volatile u32 *)lines_at(slot, page)) /* a CPU may note some just now: of what is being written */
+            return true;
+    }
+    return false;
+}
+
+void vm_memory_written(struct vm *vm, uint64_t address, uint64_t size)
+{
+    if (!has_code(vm, address, size))
+        return;
+    pthread_mutex_lock(&vm->lines_lock);
+    if (vm->written_count < WRITTEN)
+        vm->written[vm->written_count] = (struct range){address, size};
+    vm->written_count += vm->written_count <= WRITTEN;
+    pthread_mutex_unlock(&vm->lines_lock);
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            request_attention(vm->vcpus[i], ATTENTION_WRITTEN);
+}
+
+void cache_forget_written(struct vcpu *c)
+{
+    struct vm *vm = c->vm;
+    struct range written[WRITTEN];
+    pthread_mutex_lock(&vm->lines_lock);
+    unsigned count = vm->written_count;
+    memcpy(written, vm->written, sizeof written);
+    vm->written_count = 0;
+    pthread_mutex_unlock(&vm->lines_lock);
+    if (count > WRITTEN) {
+        for (unsigned i = 0; i < CORE_VCPUS; i++)
+            if (vm->vcpus[i])
+                cache_check_again(vm->vcpus[i]);
+        return;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        u64 end = written[i].address + written[i].size;
+        for (u64 at = written[i].address, next; at < end; at = next) {
+            next = (at | 0xfff) + 1;
+            struct slot *slot = vm_slot(vm, at);
+            if (slot && *lines_at(slot, at & PAGE_MASK))
+                cache_kill(vm, slot, at, (next < end ? next : end) - at);
+        }
+    }
+}
+
 static void *arena_take(struct vcpu *c, size_t size)
 {
     size = (size + 31) & ~(size_t)31;

@@ -198,6 +198,10 @@ static bool look_around(struct vcpu *c)
         chip_apply_lines(c->vm);
         chip_notify(c);
     }
+    if (bits & ATTENTION_WRITTEN) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_WRITTEN);
+        cache_forget_written(c);
+    }
     if (bits & ATTENTION_TRACE) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_TRACE);
         deliver_trace(c);
@@ -550,7 +554,7 @@ static void turn(struct vcpu *c)
     }
 }
 
-static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *exit)
 {
     if (take_waiting(c, exit))
         return;
@@ -569,7 +573,8 @@ static void run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     stops_know_mode(c);
     stops_forget(c);
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
-    cache_check_again(c);
+    if (!goes_on)
+        cache_check_again(c);
     c->run_limited = budget >= 0;
     c->run_budget = budget;
     c->completing = c->reading && c->restart;
@@ -615,7 +620,7 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
 {
     c->resume_breakpoint = true;
     c->asleep = false;
-    run(c, budget, exit);
+    run(c, budget, false, exit);
 }
 
-void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit) { run(c, budget, exit); }
+void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit) { run(c, budget, true, exit); }

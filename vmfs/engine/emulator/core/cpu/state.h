@@ -216,7 +216,7 @@ struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
 
 enum attention { /* reasons to leave the blocks; bits of vcpu.attention, set by any thread */
     ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
-    ATTENTION_TRACE = 32,
+    ATTENTION_TRACE = 32, ATTENTION_WRITTEN = 64,
 };
 enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
@@ -408,6 +408,8 @@ struct slot {
     struct core_backing backing;
 };
 
+enum { WRITTEN = 32 };
+
 struct vm {
     struct slot slots[CORE_SLOTS];
     struct slot *sorted[CORE_SLOTS];
@@ -430,6 +432,8 @@ struct vm {
     pthread_mutex_t lines_lock;
     struct line_change { u32 gsi; bool level; } *line_queue; /* by vm_irq_line, for the CPU that runs to apply */
     size_t line_count, line_room;
+    struct range { u64 address, size; } written[WRITTEN]; /* by others, where code may be; under lines_lock, too */
+    unsigned written_count;   /* more than WRITTEN: anywhere */
 };
 
 /* ---- Register access, for handlers ------------------------------------------------------------------------------ */
@@ -577,6 +581,7 @@ void code_map_clear_local(struct vcpu *c);       /* those of pages that are not 
 void code_map_drop(struct vcpu *c, u64 linear);
 void code_map_select(struct vcpu *c);
 void cache_check_again(struct vcpu *c);          /* others may have written code */
+void cache_forget_written(struct vcpu *c);       /* what vm_memory_written was told */
 handler op_end, op_end_alone, op_raise, op_breakpoint, jump_slow, jump_indirect_slow;
 void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached, and its end */
 bool is_breakpoint(const struct vcpu *c, u64 linear);
