@@ -71,7 +71,7 @@ class CallFailed(VmfsError):
 
 
 class Asker:
-    """Who has opened a file whose lines name what of the host a machine shall get, and those lines."""
+    """A user who has opened a file by whose lines a machine gets something of the host, and those lines."""
 
     def __init__(self, who: Credentials) -> None:
         self.who = who
@@ -435,7 +435,7 @@ class MachineProcess:
         waiting = self._calls.get(call)
         asker = waiting.asker if waiting is not None else None
         if asker is None:
-            raise HostError(errno.EPERM, "nothing of the host is opened but for who has asked for it")
+            raise HostError(errno.EPERM, "a machine gets nothing of the host that no user has asked for")
         if asker.who.uid != self.owner.uid and not asker.names(set(words), changes=changes):
             raise HostError(errno.EACCES, "another user's machine gets what a line names, and nothing else")
         if len(self._helpers) >= HELPERS_MOST or len(self._sockets) >= HELPERS_MOST:

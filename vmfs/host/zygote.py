@@ -1,7 +1,8 @@
 """The zygote: a process of one thread from which a machine's process, or an opener, is forked in a millisecond or two.
 
-It has imported all that they need, and does nothing but fork, tell who has ended, and kill. The server forks it before
-it has threads or a mount, and holds the other end of its socket. When that ends, so do all of its children, and it.
+It has imported all that they need, and does nothing but fork, report which processes have ended, and kill. The server
+forks it before it has threads or a mount, and holds the other end of its socket. When that ends, so do all of its
+children, and it.
 
 `Zygote` is the server's side, on the trio loop.
 """

@@ -1,7 +1,7 @@
 """Control: who runs the CPU of a machine, why it stopped, and what may be done between two instructions.
 
-It knows no file and no event loop: what takes time returns a `concurrent.futures.Future`, and whoever
-wants to hear of changes subscribes.
+It knows no file and no event loop: a call that takes time returns a `concurrent.futures.Future`, and callers subscribe
+to changes.
 
 Threads and locks
 -----------------
@@ -10,13 +10,13 @@ mutable in a machine (the state, the current run, the tasks that wait for a boun
 calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
 of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
 
-While the machine does not run, whoever holds the lock may use the CPU. While it runs, only its thread may:
+While the machine does not run, a thread that holds the lock may use the CPU. While it runs, only its own thread may:
 others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
 
 The lane
 --------
 A machine that has a page with its server (`attach_lane`) may also be run by C code alone, in the CPU's thread, while it
-is simple (`_is_simple`) and nobody has the lock. Who takes the lock (`_Guard`) takes the CPU back: what was run
+is simple (`_is_simple`) and no thread has the lock. To take the lock (`_Guard`) is to take the CPU back: what was run
 since is counted then, and a run under way becomes `_run`, like any other, before anybody can look. So there is one
 truth, and it is here; the lane has facts that were not told yet.
 """
@@ -63,7 +63,7 @@ class MemoryHooks:
 
 
 class _Guard:
-    """The lock of a machine. Who holds it has heard of all that the lane has done, and has the CPU."""
+    """The lock of a machine. A thread that holds it has taken over all that the lane has done, and has the CPU."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -159,8 +159,8 @@ class Control:
 
     @property
     def still(self) -> object | None:
-        """A new object whenever the CPU was used for more than to look at it; None while it runs. While it is the
-        same, registers are: who has read them need not ask the engine again."""
+        """Changes whenever the state of the CPU may have changed; None while it runs. While it is the same, registers
+        are, and those that were read need not be asked for again."""
         self.settle()
         return self._still
 
@@ -476,7 +476,7 @@ class Control:
         return future
 
     def _kick(self) -> None:
-        """End the present slice of a run, also where it waits for who reads the trace; with the lock held."""
+        """End the present slice of a run, also where it waits for readers of the trace; with the lock held."""
         self.cpu.vcpu.kick()
         self.trace.interrupt()
 

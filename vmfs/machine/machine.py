@@ -347,7 +347,7 @@ class Vm(Control):
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
         images = self.images
         if images.bootable:
-            from vmfs.machine.booting import boot  # what reads images is not loaded by who boots none
+            from vmfs.machine.booting import boot  # it loads what reads images, which many machines never need
 
             booted = boot(images, self.memory, self._machine, self.cpu.vcpu, has_devices=self.board is not None)
             if self.board is not None:
