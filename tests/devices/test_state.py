@@ -193,7 +193,7 @@ def folder():
 
 @pytest.fixture(autouse=True)
 def no_entropy(monkeypatch):
-    monkeypatch.setattr("vmfs.devices.virtio.rng.os.urandom", lambda count: b"\x5a" * count)
+    monkeypatch.setattr("vmfs.devices.board.os.urandom", lambda count: b"\x5a" * count)
 
 
 def test_these_are_all(folder):

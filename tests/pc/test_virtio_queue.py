@@ -416,6 +416,18 @@ def test_parts_of_spans(spans: list[tuple[int, int]], offset: int, length: int |
 # ---- entropy and console
 
 
+def test_random_bytes_repeat_where_time_does(bench: Bench) -> None:
+    board = bench.board
+    assert board.random(16) != board.random(16)
+    with board.asleep():
+        board.time_source, state = "instructions", board.save()
+        drawn = [board.random(16) for _ in range(3)]
+        assert len(set(drawn)) == 3
+        assert board.save() != state
+        board.load(state)
+        assert [board.random(16) for _ in range(3)] == drawn
+
+
 def test_rng_fills_buffers(bench: Bench) -> None:
     driver = bench.plug(Rng(bench.board, "rng0", 4)).start()
     (first,), length = driver.request([], [64])

@@ -16,6 +16,7 @@ held or wanted. The bus has a lock of its own, for chips and lines: the last tha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import os
 import struct
@@ -24,7 +25,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -46,11 +47,18 @@ _DIGITS = bytes.maketrans(b"\0\1", b"01")
 _DIRTY_PART = 1 << 15  # pages: 128 MiB
 
 
+_SEED = 16  # bytes
+
+
 class BoardState(DeviceState):
     """What is of a board and of no device. `lines`: the devices that hold each GSI high; `unclaimed`: space, address,
-    reads, writes and rip. Timers are their devices'."""
+    reads, writes and rip; `drawn`: how often there were random bytes of `seed`. Timers are their devices'."""
+
+    VERSION: ClassVar[int] = 2
 
     date_of_birth: int
+    seed: Annotated[bytes, msgspec.Meta(min_length=_SEED, max_length=_SEED)]
+    drawn: U64
     shutdown: tuple[str, int | None] | None
     lines: dict[Annotated[int, msgspec.Meta(ge=0, lt=24)], tuple[str, ...]]
     counters: dict[str, int]
@@ -86,6 +94,8 @@ class Board:
         self._timers = TimerQueue()
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
+        self.time_source = "host"  # or instructions, as the machine's
+        self._seed, self._drawn = os.urandom(_SEED), 0
         self._is_fast = machine.set_fast_bus(self.bus.capsule)  # the engine asks the bus by itself
 
     # ---- devices
@@ -284,6 +294,14 @@ class Board:
         since. Clocks that show a date have it from here."""
         return self._date_of_birth + self.now()
 
+    def random(self, length: int) -> bytes:
+        """Random bytes: the host's; where time follows the instructions, a series that the machine was born with, so
+        that a copy of the machine gets the same."""
+        if self.time_source == "host":
+            return os.urandom(length)
+        self._drawn += 1
+        return hashlib.shake_128(self._seed + self._drawn.to_bytes(8, "little")).digest(length)
+
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer:
         """Have `callback` called when the guest's time is `when` or later: between two instructions, in the CPU's
         thread, with the lock held. To be asked for in that thread, or while the machine does not run; with the lock."""
@@ -470,6 +488,8 @@ class Board:
         rows, forgotten = self.bus.unclaimed()
         return BoardState(
             date_of_birth=self._date_of_birth,
+            seed=self._seed,
+            drawn=self._drawn,
             shutdown=self.shutdown,
             lines={gsi: self._holders(bits) for gsi, bits in enumerate(self.bus.holders()) if bits},
             counters=dict(sorted(self.counters.items())),
@@ -491,6 +511,7 @@ class Board:
         """What is of no device. In `asleep`, after the engine's chips, which have the lines' levels, and before the
         devices, which then find the lines as they hold them."""
         self._date_of_birth = state.date_of_birth
+        self._seed, self._drawn = state.seed, state.drawn
         self.shutdown = state.shutdown
         held = [0] * _chips.LINES
         for gsi, names in state.lines.items():

@@ -234,6 +234,17 @@ class Vm(Control):
         except struct.error:
             raise Invalid("setup: the MSRs of a new CPU are none") from None
 
+    @property
+    def time_source(self) -> str:
+        """Where time comes from: `host`, or `instructions`."""
+        return self._time_source
+
+    @time_source.setter
+    def time_source(self, source: str) -> None:
+        self._time_source = source
+        if self.board is not None:
+            self.board.time_source = source
+
     def load_setup(self, setup: Setup) -> None:
         if setup.has_run:
             self.memory.seal()

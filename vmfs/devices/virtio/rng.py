@@ -1,12 +1,10 @@
 """virtio-rng: entropy.
 
-Source: VIRTIO 1.2, section 5.4. It is the host's (getrandom), also where the machine's time follows its instructions:
-a run with this device is not repeatable.
+Source: VIRTIO 1.2, section 5.4. It is the host's (getrandom); where the machine's time follows its instructions, a
+series that it was born with (`Board.random`).
 """
 
 from __future__ import annotations
-
-import os
 
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, Virtqueue
@@ -25,6 +23,6 @@ class Rng(VirtioDevice[VirtioState]):
         self.serve(queue, self._fill)
 
     def _fill(self, chain: Chain) -> int:
-        count = chain.write(os.urandom(min(chain.writable_length, _MOST)))
+        count = chain.write(self.board.random(min(chain.writable_length, _MOST)))
         self.counters["bytes"] += count
         return count
