@@ -73,6 +73,7 @@ class Vm(Control):
         super().__init__()
         self.memory = Memory(memory_size)
         self.engine = engine
+        self.board = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.memory.close)
             self._machine = engine.create_machine()
@@ -83,7 +84,6 @@ class Vm(Control):
             undo.pop_all()
         self._reset_values: dict[str, bytes] = {}  # of the engine's machine
         self.machine_name = "bare"
-        self.board = None
         self.images = Images()
         self._boot_due = True
         self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
