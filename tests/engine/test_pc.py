@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 
 import pytest
 from engine.asm import ORIGIN
@@ -314,3 +315,14 @@ def test_time_has_its_source(pc, assembler):
     run(pc)
     after = struct.unpack_from("<Q", pc.get_machine_state("clock").result(SECONDS))[0]
     assert after - before == pc.counters()["instructions"]
+
+
+def test_code_that_a_debugger_writes_while_the_guest_runs(pc, assembler):
+    program = assembler("l: call code; out 0x80, al; jmp l; code: mov al, 1; ret", "real")
+    load(pc, program)
+    pc.change(lambda cpu: write_registers(cpu, {"rsp": 0x7000}))
+    going = pc.start()
+    time.sleep(0.05)
+    stop = assembler("mov dx, 0xf4; out dx, al", "real").code
+    pc.at_boundary(lambda cpu: pc.memory.write(program.labels["code"], stop)).result(SECONDS)
+    assert going.result(SECONDS).line().startswith("shutdown cause=debug-exit ")

@@ -413,6 +413,12 @@ class Board:
             self.writes += 1
         self.machine.memory_written(address, length)
 
+    def wrote_slot(self, slot: int) -> None:
+        """A device has written memory of its own that `map_memory` has put there."""
+        if slot in self._slots:
+            address, _, _, size, _ = self._slots[slot]
+            self.machine.memory_written(address, size)
+
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""
         with self._dirty_lock:

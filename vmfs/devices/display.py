@@ -125,6 +125,7 @@ class Display(PciDevice[DisplayState]):
         self.counters["modes"] += 1
         if clear:
             punch(self.framebuffer, 0, clear)
+            self.board.wrote_slot(SLOT)
 
     # ---- what is shown
 

@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar, cast
@@ -79,6 +79,7 @@ class Vm(Control):
             self._machine = engine.create_machine()
             undo.callback(self._machine.close)
             self._map_ram(self._machine)
+            self.memory.written = lambda address, size: self.memory_written(((address, size),))
             self.cpu = Cpu(self._machine.create_vcpu(0))
             self.time_source = default_time(self._machine)
             undo.pop_all()
@@ -567,6 +568,14 @@ class Vm(Control):
         for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
             found |= int.from_bytes(self._machine.dirty_log(slot), "little") << region.address // PAGE
         return found
+
+    def memory_written(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Address and size of what others than the CPUs have written to RAM: the one door for all that do. `Memory` comes
+        by it, and the board tells the engine itself. From any thread. Clients of `mem` do not: what they write is seen
+        by the next run that begins.
+        """
+        for address, size in ranges:
+            self._machine.memory_written(address, size)
 
     def _map_ram(self, machine: Machine) -> None:
         for slot in RAM_SLOTS:

@@ -73,6 +73,7 @@ class Memory:
         self.fd = os.memfd_create("vmfs-mem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._sealed = False
         self._closed = False
+        self.written: Callable[[int, int], None] = lambda address, size: None  # called after this object wrote RAM
         self._set_size(size)
 
     def _set_size(self, size: int) -> None:
@@ -128,6 +129,7 @@ class Memory:
         view = memoryview(data)[:room]
         while done < len(view):
             done += os.pwrite(self.fd, view[done:], offset + done)
+        self.written(offset, done)
         return done
 
     def clear(self, offset: int, length: int) -> None:
@@ -138,6 +140,7 @@ class Memory:
             self.write(offset, bytes(first - offset))
             if punch(self.fd, first, last - first):
                 raise EngineFailed(f"mem: fallocate does not clear {last - first} bytes at {first:#x}")
+            self.written(first, last - first)
             self.write(last, bytes(offset + length - last))
         else:
             self.write(offset, bytes(length))
