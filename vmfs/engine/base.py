@@ -289,8 +289,9 @@ class Machine(abc.ABC):
         raise Unsupported("a deadline: machines without interrupt controllers have no devices, and need none")
 
     def memory_written(self, address: int, size: int) -> None:  # noqa: B027
-        """Others than CPUs have written guest-physical memory: code there is not what it was. From any thread, before the guest
-        can know that it is written. What others write (clients, a loader) is seen by the next run that does not go on.
+        """Others than CPUs have written guest-physical memory: code there is not what it was. From any thread, before
+        the guest can know that it is written. What others write (clients, a loader) is seen by the next run that does
+        not go on.
         """
 
     def set_fast_bus(self, bus: object | None) -> bool:

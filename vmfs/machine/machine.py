@@ -570,9 +570,9 @@ class Vm(Control):
         return found
 
     def memory_written(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Address and size of what others than the CPUs have written to RAM: the one door for all that do. `Memory` comes
-        by it, and the board tells the engine itself. From any thread. Clients of `mem` do not: what they write is seen
-        by the next run that begins.
+        """Address and size of what others than the CPUs have written to RAM: the one door for all that do. `Memory`
+        comes by it, and the board tells the engine itself. From any thread. Clients of `mem` do not: what they write is
+        seen by the next run that begins.
         """
         for address, size in ranges:
             self._machine.memory_written(address, size)
