@@ -112,6 +112,11 @@ class Mem(Kind):
     sized = True
     dated = False  # it may be written unseen, at any time
 
+    def local_size(self, node: File) -> tuple[int, int] | None:
+        """Of a machine that was only made it is known, before the first process of a mount is there to be asked."""
+        machine = node.scope.machine
+        return None if machine.born else (machine.memory_size, 0)
+
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
         await node.scope.machine.start()
         return _MemHandle(node, pid, flags & os.O_ACCMODE != os.O_RDONLY)
