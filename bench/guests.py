@@ -76,7 +76,7 @@ def on_vmfs(mount: Path, guest: Guest) -> Told:
                         return console.read(4096) or b""
                 return b""
 
-            told = _listen(read, processes, run.start)
+            told = listen(read, processes, run.start)
             run.join()
         return told
     finally:
@@ -97,11 +97,11 @@ def on_tcg(guest: Guest) -> Told:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
             assert process.stdout
             fd = process.stdout.fileno()
-            return _listen(lambda: os.read(fd, 4096), (process.pid,), None)
+            return listen(lambda: os.read(fd, 4096), (process.pid,), None)
 
 
-def _listen(read: Callable[[], bytes], processes: tuple[int, ...], start: Callable[[], object] | None) -> Told:
-    """Until the guest is off. A QEMU has started already: all that it used counts."""
+def listen(read: Callable[[], bytes], processes: tuple[int, ...], start: Callable[[], object] | None) -> Told:
+    """Until the guest is off. Without `start` it has begun already: all that its processes used counts."""
 
     def used() -> float:
         return sum(map(processor_time, processes))

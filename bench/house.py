@@ -12,17 +12,16 @@ import threading
 import time
 from pathlib import Path
 
-from bench.boot import CLOUD, FOLDER, MARK, build, until_mark
+from bench.boot import CLOUD, FOLDER, build
+from bench.guests import CMDLINE, OFF, listen
 from bench.harness import Result, mounted
-from bench.runs import AT, HLT, _write, first_exit, raw_first_exit
+from bench.runs import AT, HLT, first_exit, raw_first_exit, write
 
 BIRTHS = 30
 PAUSE_SECONDS = 0.2  # between births: as a user makes them, and not a loop
 MADE = 1000
 LISTINGS = 5
 CROWD, CORES = 8, 2
-_OFF = "poweroff -f\n"
-_CMDLINE = "console=ttyS0 quiet panic=-1"
 
 
 def server_of(mount: Path) -> int:
@@ -70,9 +69,9 @@ def memory_of_one(mount: Path) -> int:
     """KiB of its process only, when it has run a small guest."""
     vm = mount / "small"
     vm.mkdir()
-    _write(f"{vm}/mode", b"real")
-    _write(f"{vm}/mem", HLT, AT)
-    _write(f"{vm}/reg/rip", b"%d" % AT)
+    write(f"{vm}/mode", b"real")
+    write(f"{vm}/mem", HLT, AT)
+    write(f"{vm}/reg/rip", b"%d" % AT)
     assert (vm / "vm_run").read_text().startswith("hlt ")
     facts = dict(line.split(" ", 1) for line in (vm / "stat").read_text().splitlines())
     size = private_memory(int(facts["pid"]))
@@ -107,7 +106,7 @@ def boots(mount: Path, initrd: bytes, count: int) -> float:
         (vm / "machine").write_text("pc")
         (vm / "kernel").write_bytes(CLOUD.image.read_bytes())
         (vm / "initrd").write_bytes(initrd)
-        (vm / "cmdline").write_text(_CMDLINE)
+        (vm / "cmdline").write_text(CMDLINE)
     seconds = [0.0] * count
     began = time.perf_counter()
 
@@ -116,7 +115,8 @@ def boots(mount: Path, initrd: bytes, count: int) -> float:
         with open(vm / "console", "rb", buffering=0) as console:
             run = threading.Thread(target=(vm / "vm_run").read_text)
             run.start()
-            seconds[at], _ = until_mark(lambda: console.read(4096) or b"", began)
+            late = time.perf_counter() - began
+            seconds[at] = late + listen(lambda: console.read(4096) or b"", (), None).clock["end"]
             run.join()
 
     threads = [threading.Thread(target=boot, args=(at,)) for at in range(count)]
@@ -152,7 +152,7 @@ def results() -> list[Result]:
         if not (FOLDER / "stamp").exists():
             print("bench house: scripts/fetch_kernels.sh has not fetched the kernels", file=sys.stderr)
             return found
-        initrd = build(f"echo {MARK}\n{_OFF}")
+        initrd = build(f"echo mark end\n{OFF}")
         boots(mount, initrd, 1)
         one = [boots(mount, initrd, 1)]
         eight = boots(mount, initrd, CROWD)
