@@ -318,6 +318,8 @@ static bool enter_wraps(const struct test *t, struct state *host, struct state *
         (u16)core->gpr[5] >= 0xfffc && (u32)host->gpr[5] == (u32)core->gpr[5] - 0x10000) {
         u32 stored;
         unsigned first, last;
+        if (host->vector != core->vector || host->rip != core->rip) /* an address was made of it */
+            return true;
         host->gpr[5] = core->gpr[5];
         if (data_differ(&first, &last) && first >= 2 && last <= first + 2) { /* the frame pointer, deeper than 0 */
             memcpy(&stored, core_data + first - 2, 4);
