@@ -154,5 +154,5 @@ def test_a_machine_has_little_that_no_other_has(quiet):
     vm = B.makes(quiet.path / "one")
     B.does(vm.load, "f4")
     assert B.does(vm.run).startswith("hlt")
-    assert memory_of(pid_of(vm)) < 9 << 10
+    assert memory_of(pid_of(vm)) < 10 << 10
     B.does(vm.path.rmdir)
