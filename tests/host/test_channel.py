@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging
 import os
+import select
 import socket
 import threading
 import typing
@@ -501,3 +502,120 @@ def test_every_call_has_one_answer():
         assert (failed.call, failed.errno) == (8, errno.ENODEV)
     thread.join(60)
     assert not thread.is_alive()
+
+
+# ---- death at each message
+
+
+class Between:
+    """Real machines, in threads, and in between somebody who ends one after so many messages of the two."""
+
+    layers: dict[str, str] = {}
+
+    def __init__(self, messages: int) -> None:
+        self.left = messages
+        self.said = 0
+        self.jobs: list[Job] = []
+        self._threads: list[threading.Thread] = []
+
+    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
+        job = Job(len(self.jobs) + 1)
+        job.pid = os.getpid()
+        job.forked.set()
+        self.jobs.append(job)
+        near = channel.dup()
+        far, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        token = trio.lowlevel.current_trio_token()
+
+        def live() -> None:
+            trio.run(worker.serve, its, FakeEngine(), lambda name: FakeEngine(), 1 << 20)
+
+        def carry() -> None:
+            with near, far:
+                near.setblocking(True)
+                while self.left:
+                    ready, _, _ = select.select([near, far], [], [])
+                    source, to = (near, far) if near in ready else (far, near)
+                    packet, fds, _, _ = socket.recv_fds(source, 1 << 20, 4)
+                    if not packet:
+                        break
+                    self.left -= 1
+                    self.said += 1
+                    socket.send_fds(to, [packet], fds)
+                    commands.close_all(fds)
+            token.run_sync_soon(self.kill, job)
+
+        for act in (live, carry):
+            thread = threading.Thread(target=act)
+            thread.start()
+            self._threads.append(thread)
+        return job
+
+    def kill(self, job: Job) -> None:
+        if job.code is None:
+            job.code = -9
+            job.ended.set()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def conversation(messages: int) -> tuple[int, list[int | None], str]:
+    """What the calls of a small life failed with, where the process is killed after so many messages."""
+    between = Between(messages)
+    outcome: list[int | None] = []
+    state = ""
+
+    async def main() -> None:
+        nonlocal state
+        machine = Host(between, "fake", MountSettings()).create(B)  # type: ignore[arg-type]
+        handle = 1
+
+        async def ask(make: Callable[[int], commands.Message]) -> Any:
+            try:
+                answer = await machine.call(make)
+            except VmfsError as error:
+                outcome.append(error.errno)
+                return None
+            outcome.append(None)
+            return answer
+
+        with trio.fail_after(60):
+            opened = await ask(lambda at: commands.Open(at, "mode", True, False, False, False, 0))
+            handle = opened.handle if opened else handle
+            await ask(lambda at: commands.Write(at, handle, 0, b"real\n", 0))
+            await ask(lambda at: commands.Flush(at, handle))
+            await ask(lambda at: commands.Poll(at, handle, True))
+            machine.tell(commands.Close(handle))
+            await ask(lambda at: commands.Measure(at, ["mode", "regs"]))
+            await ask(lambda at: commands.List(at, "reg"))
+            await ask(lambda at: commands.Find(at, "reg/rax"))
+            await ask(lambda at: commands.Truncate(at, "initrd", 4096, False))
+            async with trio.open_nursery() as nursery:  # three that wait at once
+                for _ in range(3):
+                    nursery.start_soon(ask, lambda at: commands.Measure(at, ["registers"]))
+            state = machine.failure
+            await machine.remove()
+            assert machine.memory_fd == -1
+            assert machine.reserved == 0 or machine.removed
+        await trio.to_thread.run_sync(between.join)
+
+    trio.run(main)
+    return between.said, outcome, state
+
+
+def test_a_process_that_dies_at_any_message_fails_its_calls_and_nothing_else(log):
+    said, outcome, failure = conversation(10_000)
+    assert outcome == [None] * 11 and not failure and said > 20
+    before = descriptors_there()
+    for messages in range(said):
+        _, outcome, failure = conversation(messages)
+        assert set(outcome) <= {None, errno.EIO}, (messages, outcome)
+        first = outcome.index(errno.EIO) if errno.EIO in outcome else len(outcome)
+        assert None not in outcome[first : first + 8 - min(first, 8)], (messages, outcome)
+        born = messages > 1  # else it stays as it was made, and each call tries again
+        assert "the last command was" in failure or not born or first == len(outcome), (messages, failure)
+        assert descriptors_there() == before, messages
+    assert not log.found, log.found

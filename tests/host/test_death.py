@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import random
 import select
 import signal
 import subprocess
@@ -198,7 +199,70 @@ def test_a_server_that_is_killed_leaves_nothing(folder, for_everybody, busy):
     assert time.monotonic() - began < 3
     wait_until(lambda: not os.path.ismount(mount), "it is unmounted")
     mount.rmdir()
+    assert not os.path.lexists(folder / "socket")
     assert "Traceback" not in (folder / "log").read_text()
+
+
+def hostile_hurry(mount: Path, folder: Path, number: int) -> None:
+    """All that a machine may have, as fast as it can be had, until the mount is gone."""
+    at = 0
+    with contextlib.suppress(OSError, AssertionError):
+        while True:
+            at += 1
+            vm = Machine(mount / f"vm{number}-{at}")
+            vm.path.mkdir()
+            if at % 2:
+                vm.load(SPIN).write("state", "run")
+                vm.read("registers")
+            else:
+                vm.write("machine", "pc")
+                vm.write("dev/add", f"share {folder} tag")
+                vm.write("dev/add", f"blk {folder}/disk cow")
+                vm.write("gdb", f"{folder}/socket{number}")
+                if number == 0 and PASST:
+                    vm.write("dev/add", "net user")
+            if at > 4:
+                Machine(mount / f"vm{number}-{at - 4}").path.rmdir()
+
+
+PASST = any(os.access(f"{path}/passt", os.X_OK) for path in os.environ["PATH"].split(":"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_server_that_is_killed_at_any_moment_leaves_nothing(folder, for_everybody, seed):
+    if reason := reason_against_mounts():
+        pytest.skip(reason)
+    mount = folder / "m"
+    mount.mkdir()
+    folder.chmod(0o777)
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    (folder / "disk").chmod(0o666)
+    command = [sys.executable, "-m", "vmfs.cli", "mount", "--engine", "emulator", "--allow-other"]
+    subprocess.run([*command, "--log", folder / "log", mount], check=True)
+    server = server_of(mount)
+    users = [who.begins(hostile_hurry, mount, folder, number) for number, who in enumerate((A, B))]
+    time.sleep(random.Random(seed).uniform(0.05, 1.5))
+    tree = [*children(server)]
+    os.kill(server, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_there, tree)), "all processes are gone")
+    wait_until(lambda: not os.path.ismount(mount), "it is unmounted")
+    for user in users:
+        user.kill()
+    wait_until(lambda: not orphans(folder), "nothing of it is left")
+    mount.rmdir()
+    assert {path.name for path in folder.iterdir()} == {"disk", "log"}
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def orphans(folder: Path) -> list[str]:
+    """Processes that have something of that folder on their command line or open."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if os.fsencode(folder) in (entry / "cmdline").read_bytes() and is_there(int(entry.name)):
+                    found.append(entry.name)
+    return found
 
 
 def server_of(mount: Path) -> int:

@@ -262,6 +262,7 @@ class _Children:
         self._jobs: dict[int, int] = {}  # pid -> job
         self._pids: dict[int, int] = {}
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._listening: dict[str, Credentials] = {}  # paths at which somebody's gdb may listen
         self._expected: Kind | None = None
         self._spare: Spare | None = None
         self._chores = self._warm_up()
@@ -358,6 +359,11 @@ class _Children:
             return
         self._jobs[pid], self._pids[order.job] = order.job, pid
         self._tell(Forked(order.job, pid, 0))
+        work = order.work if isinstance(order, SpawnOpener) else None
+        if isinstance(work, opener.Listen) and work.path and not work.path.startswith("\0"):
+            self._listening[work.path] = order.who
+        elif isinstance(work, opener.Unlink):
+            self._listening.pop(work.path, None)
 
     def _expect(self, kind: Kind) -> None:
         self._expected = kind
@@ -449,6 +455,13 @@ class _Children:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+            time.sleep(0.002)
+        for path, who in self._listening.items():
+            with contextlib.suppress(OSError):
+                self._child(os.fork, lambda path=path, who=who: opener.unlink_dead(path, who))  # type: ignore[misc]
+        while _children() and time.monotonic() < end + CLOSE_SECONDS / 2:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
             time.sleep(0.002)
         os._exit(0)
 

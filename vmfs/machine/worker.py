@@ -131,6 +131,7 @@ class Worker:
                     self._take(nursery, message, fds)
             except ChannelBroken as error:
                 failure = error  # not through the nursery, which would make a group of it
+                self._door.end()
             nursery.cancel_scope.cancel()
         raise failure or ChannelBroken("it has ended")
 
@@ -396,6 +397,7 @@ class ServerDoor:
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[trio.Event, list[Any]]] = {}
         self._room = trio.Semaphore(commands.ASKED_MOST)
+        self._ended = False
 
     def open(self, path: str, flags: int) -> int:
         line = self._one_fd(self._ask(lambda ask: commands.OpenPath(ask, _call(), path, flags)))
@@ -449,6 +451,13 @@ class ServerDoor:
         if ranges:
             self._ask(lambda ask: commands.Invalidate(ask, ranges))
 
+    def end(self) -> None:
+        """On the loop: no answer comes any more. Threads that wait for one go on, since the loop waits for them."""
+        self._ended = True
+        for event, answer in self._asked.values():
+            answer[:] = Refused(0, errno.ENODEV, "the machine was removed"), []
+            event.set()
+
     def answered(self, message: Granted | Refused, fds: list[int] | None) -> None:
         """On the loop: the server's answer has come."""
         waiting = self._asked.pop(message.ask, None)
@@ -475,6 +484,8 @@ class ServerDoor:
 
     async def _answer_to(self, ask: int, message: Message) -> tuple[Granted | Refused, list[int]]:
         async with self._room:
+            if self._ended:
+                raise Gone("the machine was removed")
             event, answer = self._asked[ask] = trio.Event(), []
             try:
                 await self._channel.send(message)
