@@ -94,6 +94,46 @@ def test_it_serves(server, vm):
         assert written > 100 if server.has_lane and not on_kvm else not written
 
 
+def calls_of(vm: Machine) -> int:
+    """How often the machine's process was woken: it is for each message."""
+    status = (Path("/proc") / stat(vm)["pid"] / "status").read_text()
+    return int(status.partition("voluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_what_stands_still_costs_the_machine_nothing(server, vm):
+    """`cat regs`: neither the open, nor the size, nor the read."""
+    looping(vm)
+    names = ("regs", "exit.data", "exit.bin", "state")
+    for name in names * 2:
+        (vm / name).read_bytes()
+        os.stat(vm / name)
+    before = calls_of(vm)
+    for _ in range(50):
+        for name in names:
+            data = (vm / name).read_bytes()
+            assert os.stat(vm / name).st_size == len(data)
+    woken = calls_of(vm) - before
+    assert woken < 20 if server.has_lane else woken > 200
+    for number in range(5):
+        vm.write("reg/rbx", f"{number}")
+        assert struct.unpack_from("<Q", (vm / "regs").read_bytes(), 8) == (number,)
+
+
+def test_sizes_and_times_follow_the_runs(server, vm):
+    looping(vm, "e480 f4 ebfb")  # in, hlt
+    with opened(vm, "vm_run.bin") as runs:
+        for _ in range(3):
+            for _ in range(2):
+                run(runs)
+                for name in ("regs", "exit.data", "exit.bin", "state"):
+                    assert os.stat(vm / name).st_size == len((vm / name).read_bytes()), name
+            before = os.stat(vm / "regs").st_mtime_ns
+            assert os.stat(vm / "regs").st_mtime_ns == before
+            time.sleep(0.02)
+            run(runs)
+            assert os.stat(vm / "regs").st_mtime_ns > before
+
+
 def test_a_machine_with_devices(server, vm):
     """Reads of what stands still are the lane's there, too."""
     vm.write("machine", "pc")

@@ -726,6 +726,19 @@ static PyObject *fuse_lane_seen(PyObject *module, PyObject *arg)
     return PyLong_FromUnsignedLongLong(lane_seen(fh));
 }
 
+PyDoc_STRVAR(lane_still_doc,
+    "lane_still(machine)\n\n"
+    "A number that is the same while the CPU stands still, or None.");
+
+static PyObject *fuse_lane_still(PyObject *module, PyObject *capsule)
+{
+    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
+    if (!machine)
+        return NULL;
+    int64_t still = lane_still(machine);
+    return still < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(still);
+}
+
 PyDoc_STRVAR(lane_leave_doc,
     "lane_leave(machine, reads, writes)\n\n"
     "Leave reads and writes of these files, a bit each, to Python until the next call.");
@@ -999,6 +1012,7 @@ static PyMethodDef methods[] = {
     {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
     {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
     {"lane_seen", fuse_lane_seen, METH_O, lane_seen_doc},
+    {"lane_still", fuse_lane_still, METH_O, lane_still_doc},
     {"lane_leave", fuse_lane_leave, METH_VARARGS, lane_leave_doc},
     {"lane_counts", fuse_lane_counts, METH_O, lane_counts_doc},
     {NULL},

@@ -164,6 +164,10 @@ class Kind:
     async def truncate(self, node: File, size: int, opened: bool) -> None:
         """O_TRUNC or truncate(2), or, on an open file, ftruncate(2). Ignored where it means nothing."""
 
+    def stands_since(self, node: File) -> object | None:
+        """While this is the same, and not None, the size and the time of the file are as they were."""
+        return None
+
     def local_size(self, node: File) -> tuple[int, int] | None:
         """st_size and st_blocks, where the server knows them; None: the machine is asked."""
         return None
@@ -205,6 +209,7 @@ class File(Node):
     """`path`: from the directory of its scope on, as its machine knows it."""
 
     format = stat.S_IFREG
+    measured_at: object = None  # `Kind.stands_since`, when it was measured
 
     def __init__(
         self, inodes: Inodes, scope: Scope, path: str, mode: int, uid: int, gid: int, kind: Kind

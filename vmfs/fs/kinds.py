@@ -15,6 +15,7 @@ import trio
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
+from vmfs.fs.lane import STILL
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
@@ -73,6 +74,9 @@ class Served(Kind):
     def reading_acts(self) -> bool:  # type: ignore[override]
         return self.acts
 
+    def stands_since(self, node: File) -> object | None:
+        return node.scope.lane.still() if self.hot and node.path in STILL else None
+
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         who = credentials_of(pid) if self.asks_host and writing else None
@@ -97,42 +101,54 @@ class ServedHandle(Handle):
         self._asker = Asker(who) if who is not None else None
         self._hot = 0  # its number in the lane; 0: it is not there
         self._is_written = False
-        self._number = 0  # of the file in the machine's process; 0: there is none, and `when_failed` is shown
+        self._number = 0  # of the file in the machine's process; 0: there is none (yet), or `when_failed` is shown
+        self._open: Callable[[int], Message] | None = None  # what is asked for that there is one; None: no more
+        self._opening = trio.Lock()
         self._flushes = False  # a close has something to do there
         self._end = 0  # where what was read ends; 0: not known
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        nonblocking, appending = bool(flags & os.O_NONBLOCK), bool(flags & os.O_APPEND)
         if self._machine.failure and self.node.kind.when_failed and not writing:
             return
-        try:
-            answer = await call(
-                self._machine,
-                lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid),
-                self.pid,
-                self._asker,
-            )
-        except ProcessFailed:
-            if self.node.kind.when_failed and not writing:
+        self._is_written = writing
+        nonblocking, appending = bool(flags & os.O_NONBLOCK), bool(flags & os.O_APPEND)
+        self._open = lambda at: commands.Open(at, self.node.path, writing, nonblocking, appending, walking, uid)
+        is_hot = self.node.kind.hot and not walking
+        # What the lane reads the machine need not hear of, until something is to be read that the lane does not have.
+        if not (is_hot and not writing and self.node.path in STILL and self.scope.lane.is_ready):
+            await self._be_open()
+        if is_hot:
+            await self.scope.lane.prepare()
+
+    async def _be_open(self) -> None:
+        """Be an open file of the machine's process."""
+        if self._open is None:
+            return
+        async with self._opening:
+            if self._open is None:  # meanwhile
                 return
-            raise
-        self._number, self.tells_closing, self._is_written = answer.handle, answer.tells_closing, writing
+            try:
+                answer = await call(self._machine, self._open, self.pid, self._asker)
+            except ProcessFailed:
+                if self.node.kind.when_failed and not self._is_written:
+                    self._open = None
+                    return
+                raise
+            self._number, self.tells_closing, self._open = answer.handle, answer.tells_closing, None
         if answer.memory >= 0:
             try:
                 self.opened(self._machine.open_memory(answer.memory))
             except BaseException:
                 self.close()
                 raise
-        if self.node.kind.hot and not walking:
-            await self.scope.lane.prepare()
 
     def opened(self, memory: int) -> None:
         """It is a file whose memory that is, a descriptor that is the handle's now."""
         os.close(memory)
 
     def numbered(self, number: int) -> None:
-        is_hot = self.node.kind.hot and self._number and not self.walking
+        is_hot = self.node.kind.hot and not self.walking and (self._number or self._open is not None)
         if is_hot and self.scope.lane.add(number, self.node.path, self._number, self._is_written):
             self._hot = number
 
@@ -143,6 +159,7 @@ class ServedHandle(Handle):
             return b""
         flags = _file_flags()
         try:
+            await self._be_open()
             answer = await call(
                 self._machine,
                 lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
@@ -190,6 +207,10 @@ class ServedHandle(Handle):
         await call(self._machine, lambda at: commands.Flush(at, self._number), self.pid, self._asker)
 
     async def poll(self, waker: Any) -> int:
+        try:
+            await self._be_open()
+        except (Gone, ProcessFailed):
+            return POLL_ERR | POLL_HUP | POLL_IN
         if waker is not None:  # before asking, so that a change in between is not lost
             self.scope.watch(self._number, waker)
         if self._failed():

@@ -744,6 +744,14 @@ uint64_t lane_seen(uint64_t fh)
     return seen;
 }
 
+int64_t lane_still(struct lane_machine *machine)
+{
+    const struct lane_page *page = machine->page;
+    uint32_t sequence = __atomic_load_n(&page->sequence, __ATOMIC_SEQ_CST);
+    int is_still = !(sequence & 1) && __atomic_load_n(&page->valid, __ATOMIC_SEQ_CST) & LANE_VALID(LANE_REGS);
+    return is_still && !machine->waits && !machine->closed ? (int64_t)sequence : -1;
+}
+
 void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes)
 {
     pthread_mutex_lock(&lane.lock);

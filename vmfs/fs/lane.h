@@ -31,6 +31,8 @@ void lane_forget(uint64_t fh);
 
 /* What a read of that open file by the lane has seen of its news; 0: nothing. */
 uint64_t lane_seen(uint64_t fh);
+/* A number that is the same while the CPU stands still; -1 where the page does not say that it does. */
+int64_t lane_still(struct lane_machine *machine);
 /* Leave reads and writes of these files (LANE_VALID) to Python until further notice. */
 void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes);
 

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
 _NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq")  # enum lane_file there
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
+STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -60,6 +61,15 @@ class MachineLane:
 
     def forget(self, number: int) -> None:
         _fuse.lane_forget(number)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a page."""
+        return self._page is not None
+
+    def still(self) -> int | None:
+        """The same number while the CPU stands still; None where the page does not say so."""
+        return None if self._page is None else _fuse.lane_still(self._page)
 
     def seen(self, number: int) -> int:
         """What a read by the lane has seen of the news of that open file."""

@@ -19,11 +19,13 @@ async def measure(nodes: Iterable[Node]) -> None:
     for node in nodes:
         if isinstance(node, File) and node.kind.sized:
             known = node.kind.local_size(node)
+            since = node.kind.stands_since(node)
             if known is not None:
                 node.size = known
-            else:
+            elif since is None or node.measured_at != since:
                 asked.setdefault(node.scope, []).append(node)
     for scope, files in asked.items():
+        stood = {file: file.kind.stands_since(file) for file in files}  # before: it may change meanwhile
         with trio.move_on_after(ANSWER_SECONDS):
             try:
                 sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]
@@ -35,3 +37,4 @@ async def measure(nodes: Iterable[Node]) -> None:
             for file in files:
                 size, blocks = sizes.get(file.path, (0, 0))
                 file.size = size + file.kind.added_size(file), blocks
+                file.measured_at = stood[file]
