@@ -444,7 +444,7 @@ class ServerDoor:
             self._token.run_sync_soon(trio.lowlevel.spawn_system_task, self._say, commands.Reserve(ask, what, -size))
 
     async def _say(self, message: Message) -> None:
-        with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):
+        with contextlib.suppress(ChannelBroken, trio.ClosedResourceError, Gone):
             await self._answer_to(message.ask, message)
 
     def invalidate(self, ranges: list[tuple[int, int]]) -> None:
