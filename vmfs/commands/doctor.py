@@ -208,6 +208,11 @@ def engines() -> Iterator[Finding]:
 _LAYERS = {
     "seccomp": ("system calls beyond computing are refused", "apt-get install libseccomp2; pip install pyseccomp"),
     "no_new_privs": ("no program gives it rights", ""),
+    "limits": (
+        "the kernel bounds its descriptors, the length of its files (RLIMIT_FSIZE of the maker) and, where there is a"
+        " limit on memory, its heap; memory files (RAM, images) it counts itself",
+        "",
+    ),
     "user": ("a machine's process is its maker's", "run the server as root"),
     "namespaces": ("it sees no file, network or process of the host", "run the server as root (CAP_SYS_ADMIN)"),
 }

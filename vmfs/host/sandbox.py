@@ -105,6 +105,7 @@ class Sandbox:
         except (ImportError, OSError, RuntimeError) as error:
             self.layers["seccomp"] = f"libseccomp: {error}"
         self.layers["no_new_privs"] = ""
+        self.layers["limits"] = ""
         self.layers["user"] = "" if os.geteuid() == 0 else "the server is no root: machines are its own user's"
         try:
             self._inside = _empty_namespaces()
