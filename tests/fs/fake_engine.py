@@ -22,7 +22,7 @@ from vmfs.engine.base import (
     Machine,
     Vcpu,
 )
-from vmfs.engine.rest import Chips, Flag, Progress, Reading, Time
+from vmfs.engine.rest import TURN, TURNS, Chips, Flag, Progress, Reading, Time
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
@@ -64,7 +64,7 @@ class FakeMachine(Machine):
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
-        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack()}
+        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN)}
         self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
     def map_memory(self, slot, guest_address, fd, offset, size, *, read_only=False):

@@ -93,8 +93,34 @@ def test_cpu0_and_reg_hold_the_same_inodes(on_fs):
         for name in ("regs", "msrs", "registers", "reg/rax", "reg/msr.0x10"):
             assert (await kernel.walk(f"a/{name}")).st_ino == (await kernel.walk(f"a/cpu0/{name}")).st_ino
         assert (await kernel.walk("a/reg")).st_ino != (await kernel.walk("a/cpu0/reg")).st_ino
-        for name in ("cpu0/mem", "cpu0/state", "cpu0/cpu0", "cpu1", "reg/msr.0x11", "reg/msr.16", "reg/ax"):
+        for name in ("cpu0/mem", "cpu0/vm_run", "cpu0/cpu0", "cpu1", "cpu01", "reg/msr.0x11", "reg/msr.16", "reg/ax"):
             assert await failing(kernel.walk(f"a/{name}")) == errno.ENOENT
+
+    on_fs(test)
+
+
+def test_cpun_is_that_of_the_machine_as_it_is(on_fs):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        assert await kernel.read("a/cpus") == "1\n"
+        await kernel.write("a/reg/rbx", "7")
+        await kernel.write("a/cpus", "3")
+        await kernel.write("a/cpu2/reg/rax", "5")
+        await kernel.write("a/cpu1/registers", "rax 4\nrcx 6\n")
+        assert [await kernel.read(f"a/cpu{cpu}/reg/rax") for cpu in range(3)] == [f"{n:#018x}\n" for n in (0, 4, 5)]
+        assert await kernel.read("a/reg/rbx") == f"{7:#018x}\n"  # what was set of a CPU that stays, stays
+        assert await kernel.read("a/cpu2/reg/msr.0x10") == f"{0:#018x}\n"
+        for name in ("cpu3", "cpu64", "cpu1/mem", "cpu1/vm_run", "cpu2/reg/msr.0x11"):
+            assert await failing(kernel.walk(f"a/{name}")) == errno.ENOENT
+        assert [await kernel.read(f"a/cpu{cpu}/state") for cpu in range(3)] == ["running\n"] * 3
+        assert "interrupts_queued 0\n" in await kernel.read("a/cpu2/stat")
+        file = await kernel.open("a/cpu2/regs")
+        assert await failing(kernel.write("a/cpu2/registers", "rax 1\nrip x\n")) == errno.EINVAL
+        assert await kernel.read("a/cpu2/reg/rax") == f"{5:#018x}\n"
+        await kernel.write("a/cpus", "2")
+        assert await failing(kernel.walk("a/cpu2")) == errno.ENOENT
+        assert await failing(file.read(8)) == errno.ENODEV
+        assert await kernel.read("a/cpu1/reg/rax") == f"{4:#018x}\n"
 
     on_fs(test)
 

@@ -79,6 +79,14 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"\0\0\0\1", errno.EINVAL),
         (b"line 1 1", errno.EOPNOTSUPP),
     ),
+    "cpus": (
+        (b"\n", errno.EINVAL),
+        (b"0", errno.EINVAL),
+        (b"65", errno.EINVAL),
+        (b"-1", errno.EINVAL),
+        (b"two", errno.EINVAL),
+        (b"2 3", errno.EINVAL),
+    ),
     "debug": (
         (b"2", errno.EINVAL),
         (b"break", errno.EINVAL),

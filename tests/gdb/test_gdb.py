@@ -376,3 +376,34 @@ def test_the_other_layouts(in_kernel, booting):
         assert ("rip " in said) == (not words) and ("eip " in said) == bool(words)
     said = gdb(None, pipe(in_kernel, "vax"), "show architecture")
     assert "there is no register layout 'vax'" in said or "there is no such layout" in said
+
+
+def test_a_thread_is_a_cpu(machine):
+    machine.write("cpus", "3\n")
+    with open(machine.path / "mem", "r+b") as mem:
+        for cpu in range(3):
+            mem.seek(0x1000 * (cpu + 1))
+            mem.write(bytes.fromhex("40 eb fd"))  # again: inc ax; jmp again
+            registers = f"cs 0\ncs.base 0\nrip {0x1000 * (cpu + 1):#x}\n"
+            (machine.path / f"cpu{cpu}" / "registers").write_text(registers)
+    said = gdb(
+        None,
+        pipe(machine, "i8086"),
+        "info threads",
+        "break *0x3001",
+        "continue",
+        "delete",
+        "thread apply all print $_thread * 0x1000",
+        "thread 2",
+        "set var $bx = 7",
+        "set scheduler-locking on",
+        "stepi",
+        "stepi",
+        "print/x $pc",
+        "thread 1",
+        "print $bx",
+    )
+    stop = 'Thread 3 "cpu2" hit Breakpoint 1, 0x00003001'
+    in_order(said, '"cpu0"', '"cpu1"', '"cpu2"', stop, "= 12288", "= 8192", "= 4096")
+    in_order(said, "Switching to thread 2", "0x00002001", "0x00002000", "= 0x2000", "Switching to thread 1", "= 0")
+    assert (machine.path / "cpu1" / "reg" / "rbx").read_text() == f"{7:#018x}\n"

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vmfs.fs.files import FILES, ROOT_FILES
+from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES
 from vmfs.machine.files.commands import COMMANDS
 from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
@@ -16,13 +16,15 @@ DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed"}
 
 def test_every_file_has_its_section_and_every_section_its_file():
     assert set(ROOT_SECTIONS) - DIRECTORIES == {row.name for row in ROOT_FILES}
-    assert set(SECTIONS) - DIRECTORIES == {row.name for row in FILES}
+    assert set(SECTIONS) - DIRECTORIES == {row.name for row in FILES} | {f"cpuN/{row.name}" for row in CPU_FILES}
 
 
 def test_sections_say_the_permissions():
     for rows, sections in ((FILES, SECTIONS), (ROOT_FILES, ROOT_SECTIONS)):
         for row in rows:
             assert sections[row.name].startswith(f"{row.mode:04o}, "), row.name
+    for row in CPU_FILES:
+        assert SECTIONS[f"cpuN/{row.name}"].startswith(f"{row.mode:04o}, "), row.name
 
 
 def test_every_verb_is_in_its_section():

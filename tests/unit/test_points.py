@@ -133,7 +133,7 @@ def test_what_is_read_can_be_written(written, stepping):
             points = parse_commands("debug", line)(points)
         except Invalid as error:
             assert "there is such a point already" in str(error)
-    text = points.text(lambda _id: "engine", lambda address: "name+0x1" if address & 1 else "")
+    text = points.text(lambda _id, _cpu: "engine", lambda address: "name+0x1" if address & 1 else "")
     again = parse_commands("debug", text)(Points())
     assert [line.partition(" ")[2] for line in again.text().splitlines()] == [
         line.partition(" ")[2] for line in points.text().splitlines()

@@ -74,16 +74,17 @@ class Options:
     once: bool = False
     enabled: bool = True
     hits: int = 0
+    cpu: int | None = None  # the only one that stops for it
 
 
 PLAIN = Options()
-OPTIONS_USAGE = "[if COND] [ignore N] [once] [disabled]"
+OPTIONS_USAGE = "[if COND] [ignore N] [once] [disabled] [cpu=K]"
 _INFORMATION = re.compile(r"(by|unreadable|owner|at)=\S*")  # of a line that was read: the machine's to say
 _COUNT_MOST = (1 << 63) - 1
 
 
 def parse_options(text: str, resolve: Resolve = no_symbols) -> Options:
-    """`if COND`, `ignore N`, `once`, `disabled` in any order, each at most once; `hits=N` as lines show it."""
+    """`if COND`, `ignore N`, `once`, `disabled`, `cpu=K` in any order, each at most once; `hits=N` as lines show it."""
     options, rest, seen = PLAIN, text.strip(), set[str]()
     while rest:
         word, _, rest = rest.partition(" ")
@@ -104,6 +105,8 @@ def parse_options(text: str, resolve: Resolve = no_symbols) -> Options:
             options = replace(options, enabled=False)
         elif key == "hits" and "=" in word:
             options = replace(options, hits=_count(word.partition("=")[2], "hits"))
+        elif key == "cpu" and "=" in word:
+            options = replace(options, cpu=_count(word.partition("=")[2], "cpu"))
         elif not _INFORMATION.fullmatch(word):
             raise Invalid(f"there is no {word[:40]!r} here: {OPTIONS_USAGE}")
     return options
@@ -222,6 +225,9 @@ class Point:
         return self.stop.id
 
 
+WayOf = Callable[[int, int | None], str]  # of a point's id, and the only CPU that stops for it
+
+
 @dataclass(slots=True)
 class _Counts:
     hits: int
@@ -241,9 +247,9 @@ class Points:
         self.stepping = False
         self._by_id: dict[int, Point] = {}
         self._counts: dict[int, _Counts] = {}
-        self._known: dict[tuple[str, str, str], int] = {}  # owner, stop, condition: its id
+        self._known: dict[tuple[str, str, str, int | None], int] = {}  # owner, stop, condition, CPU: its id
         self._next_id = UNTIL + 1
-        self._request: DebugRequest | None = None  # of the points as they are, once it was asked for
+        self._requests: dict[int, DebugRequest] = {}  # of the points as they are, once they were asked for
 
     def copy(self) -> Points:
         other = Points()
@@ -269,7 +275,7 @@ class Points:
     # ---- changing
 
     def set_stepping(self, on: bool) -> Points:
-        self.stepping, self._request = on, None
+        self.stepping, self._requests = on, {}
         return self
 
     def add_break(self, address: int, options: Options = PLAIN, *, owner: str = "") -> Points:
@@ -319,22 +325,22 @@ class Points:
         self._counts[point.id] = _Counts(options.hits)
         self._known[key] = point.id
         self._next_id += 1
-        self._request = None
+        self._requests = {}
         return self
 
     @staticmethod
-    def _key(point: Point) -> tuple[str, str, str]:
+    def _key(point: Point) -> tuple[str, str, str, int | None]:
         condition = point.options.condition
-        return point.owner, _stop_text(point.stop), condition.text if condition else ""
+        return point.owner, _stop_text(point.stop), condition.text if condition else "", point.options.cpu
 
     def delete(self, id_: int) -> Points:
         point = self._find(id_, "delete")
         del self._by_id[id_], self._counts[id_], self._known[self._key(point)]
-        self._request = None
+        self._requests = {}
         return self
 
     def delete_all(self) -> Points:
-        self._by_id, self._counts, self._known, self._request = {}, {}, {}, None
+        self._by_id, self._counts, self._known, self._requests = {}, {}, {}, {}
         return self
 
     def delete_of(self, owner: str) -> Points:
@@ -346,7 +352,7 @@ class Points:
     def enable(self, id_: int, on: bool = True) -> Points:
         point = self._find(id_, "enable" if on else "disable")
         self._by_id[id_] = replace(point, options=replace(point.options, enabled=on))
-        self._request = None
+        self._requests = {}
         return self
 
     def enable_all(self, on: bool = True) -> Points:
@@ -377,16 +383,22 @@ class Points:
         self._find(id_, "hits")
         return self._counts[id_].hits
 
-    def request(self) -> DebugRequest:
-        """What the engine shall stop for: the same object until something changes."""
-        if self._request is None:
+    def request(self, cpu: int = 0) -> DebugRequest:
+        """What the engine shall stop that CPU for: the same object until something changes."""
+        if cpu not in self._requests:
             stops: dict[type, list[Stop]] = {kind: [] for kind in _FIELDS}
             for point in self._by_id.values():
-                if point.options.enabled:
+                if point.options.enabled and point.options.cpu in (None, cpu):
                     stops[type(point.stop)].append(point.stop)
             fields = {_FIELDS[kind]: tuple(found) for kind, found in stops.items()}
-            self._request = DebugRequest(step=self.stepping, **fields)  # type: ignore[arg-type]
-        return self._request
+            self._requests[cpu] = DebugRequest(step=self.stepping, **fields)  # type: ignore[arg-type]
+        return self._requests[cpu]
+
+    def check_cpus(self, count: int) -> None:
+        """Invalid where one is of a CPU that there is not."""
+        for point in self._by_id.values():
+            if point.options.cpu is not None and point.options.cpu >= count:
+                raise Invalid(f"cpu={point.options.cpu}: there are {count}, from 0 on")
 
     def reached(self, ids: Iterable[int], looker: Looker) -> list[int]:
         """Count that the CPU came to stops with these ids, at once; those that it is to stop for, in their order.
@@ -419,13 +431,13 @@ class Points:
 
     # ---- text
 
-    def text(self, way_of: Callable[[int], str] | None = None, label: Callable[[int], str] | None = None) -> str:
+    def text(self, way_of: WayOf | None = None, label: Callable[[int], str] | None = None) -> str:
         """The `debug` file: whether it steps, then a line a point. `way_of`: how the engine watches for it;
         `label`: the symbol at a linear address, or nothing."""
         lines = (str(int(self.stepping)), *(self._line(one, way_of, label) for one in self._by_id.values()))
         return "".join(f"{line}\n" for line in lines)
 
-    def _line(self, point: Point, way_of: Callable[[int], str] | None, label: Callable[[int], str] | None) -> str:
+    def _line(self, point: Point, way_of: WayOf | None, label: Callable[[int], str] | None) -> str:
         options, counts = point.options, self._counts[point.id]
         words = [str(point.id), _stop_text(point.stop)]
         if options.condition:
@@ -436,6 +448,8 @@ class Points:
             words.append("once")
         if not options.enabled:
             words.append("disabled")
+        if options.cpu is not None:
+            words.append(f"cpu={options.cpu}")
         place = point.stop
         is_linear = isinstance(place, Breakpoint) or isinstance(place, Watchpoint) and not place.physical
         if label and is_linear and (name := label(place.address)):
@@ -446,7 +460,7 @@ class Points:
         if point.owner:
             words.append(f"owner={point.owner}")
         if way_of and options.enabled:
-            words.append(f"by={way_of(point.id)}")
+            words.append(f"by={way_of(point.id, options.cpu)}")
         return " ".join(words)
 
 

@@ -10,14 +10,15 @@ from the machine's start on the emulator, and those that were traced on an engin
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from vmfs.debug._trace import Text
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace_buffer import TraceBuffer
-from vmfs.engine.base import TRACE_ALL, Capability, TraceRequest, Vcpu
+from vmfs.engine.base import TRACE_ALL, Capability, Runner, TraceRequest, Vcpu
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.modes import CodeMode
@@ -182,19 +183,26 @@ class Trace:
         """Whether an engine has to step for it."""
         return "insn" in self.settings.kinds and Capability.TRACE not in capabilities
 
-    def run(self, cpu: Vcpu, capabilities: frozenset[Capability], budget: int | None, goes_on: bool) -> exits.Exit:
-        """`Vcpu.run`, with what the engine does not tell by itself: exits, and instructions where it steps."""
-        steps = self.steps(capabilities)
-        before = linear_rip(cpu) if steps else 0
+    def run(
+        self,
+        runner: Runner,
+        cpus: Sequence[Vcpu],
+        capabilities: frozenset[Capability],
+        budget: int | None,
+        goes_on: bool,
+    ) -> exits.Exit:
+        """`runner.run`, with what the engine does not tell by itself: exits, and instructions where it steps."""
+        steps = self.steps(capabilities)  # then a runner is a CPU
+        before = linear_rip(cast(Vcpu, runner)) if steps else 0
         self.buffer.wait_for_room()
-        exit_ = cpu.run(budget=budget, goes_on=goes_on)
+        exit_ = runner.run(budget=budget, goes_on=goes_on)
         if steps and _is_executed(exit_):
             first, last = self.settings.place
             if first <= before <= last:
                 self.buffer.append(_RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0), 1)
             self.stepped += 1
         if not isinstance(exit_, exits.Interrupted | exits.Limit | exits.Debug):  # those are the client's doing
-            self.exit(exit_, cpu)
+            self.exit(exit_, cpus[exit_.cpu])
         return exit_
 
     def exit(self, exit_: exits.Exit, cpu: Vcpu) -> None:

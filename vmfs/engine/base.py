@@ -21,8 +21,9 @@ from __future__ import annotations
 import abc
 import enum
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.exits import Exit
@@ -78,6 +79,7 @@ VCPU_REST = {
 }
 MACHINE_REST = {
     "time": "struct core_time_state: where the clocks stand; set before all others. Timers keep what they have left",
+    "turns": "struct core_turns: where CPUs execute in turn, whose turn it is, and how much is left of it",
     "chips": "levels of lines, delivered edges, counters of the 8254; set after irqchip and pit",
 }
 
@@ -273,6 +275,10 @@ class Machine(abc.ABC):
     def create_vcpu(self, index: int) -> Vcpu:
         """CPU `index` in the x86 reset state (Intel SDM 3A 9.1.1), with the CPUID of the engine."""
 
+    def runners(self, cpus: Sequence[Vcpu]) -> Sequence[Runner]:
+        """What runs these, which are all of its CPUs in order: each in a thread of its own, all at the same time."""
+        return cpus
+
     @abc.abstractmethod
     def create_irqchip(self) -> None:
         """LAPICs, IOAPIC, two 8259 and an 8254 in the engine; before the first CPU."""
@@ -325,6 +331,31 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Free everything, CPUs too. None of them runs. May be called twice."""
+
+
+class Runner(Protocol):
+    """A CPU, or several that an engine runs in one thread. The exit says which CPU's it is (`Exit.cpu`)."""
+
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
+        """As `Vcpu.run`; a budget is for all of them together."""
+        ...
+
+    def kick(self) -> None:
+        """As `Vcpu.kick`."""
+        ...
+
+    def clear_kick(self) -> None:
+        """As `Vcpu.clear_kick`."""
+        ...
+
+    @property
+    def exits_waiting(self) -> bool:
+        """As `Vcpu.exits_waiting`."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """As `Vcpu.counters`, the sums."""
+        ...
 
 
 class Vcpu(abc.ABC):

@@ -21,6 +21,8 @@ _READ = struct.Struct("<QQII")
 _WAITING = struct.Struct("<4B II II I QQ")
 _MSR = struct.Struct("<I4xQQQ")
 _TIME = struct.Struct("<IIIIQQQQ")
+TURNS = struct.Struct("<II")  # struct core_turns
+TURN = 1 << 14  # CORE_TURN
 _CHIPS = struct.Struct("<IIII 24s II")
 _CHANNEL = struct.Struct("<IIqqqQQ")
 

@@ -60,6 +60,7 @@ FILES: tuple[Row, ...] = (
     Row("dirty", 0o400, Served(acts=True)),
     # configuration
     Row("mem_size", 0o600, BOTH),
+    Row("cpus", 0o600, BOTH),
     Row("engine", 0o600, BOTH),
     Row("mode", 0o600, BOTH),
     Row("machine", 0o600, BOTH),
@@ -93,6 +94,9 @@ FILES: tuple[Row, ...] = (
     Row("gdb.stream", 0o600, Served(writable=True, acts=True, sized=False, walked=False, asks_host=True)),
     Row("error", 0o400, LocalText(_complaint)),
 )
+
+# What cpuN/ has beside the files that stand at the top, too: there, these names are the machine's.
+CPU_FILES: tuple[Row, ...] = (Row("state", 0o400, READ), Row("stat", 0o400, READ))
 
 # Of dev/, and of each device.
 DEV_FILES: tuple[Row, ...] = (

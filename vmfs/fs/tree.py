@@ -6,15 +6,17 @@ import errno
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import trio
 
-from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES, Row, register_row
+from vmfs.fs.files import BOTH, CPU_FILES, DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES, Row, register_row
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node, Scope
 from vmfs.fs.kinds import call
 from vmfs.fs.scopes import MachineScope, RootScope
+from vmfs.fs.sizes import ANSWER_SECONDS
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
@@ -25,6 +27,7 @@ from vmfs.words.registers import parse_msr
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+_CPU = re.compile(r"cpu[1-9][0-9]?", re.ASCII)
 _FROM_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # what a machine may call a register or device
 NAMES_MOST = 4096  # in a directory that a machine fills
 CLOSE_SECONDS = 2.0  # how long rmdir waits for the machine's process to be gone
@@ -39,15 +42,16 @@ def check_name(name: str) -> None:
 class RegisterDirectory(Directory):
     """reg/: a file a register. MSRs are found by name whether they are listed or not.
 
-    `files` are shared by reg/ and cpu0/reg/: one inode in two directories.
+    `files` are shared by reg/ and cpu0/reg/: one inode in two directories. `path`: what the machine calls it.
     """
 
     scope: MachineScope
 
-    def __init__(self, machine: Directory, files: dict[str, Node], umask: int) -> None:
+    def __init__(self, machine: Directory, files: dict[str, Node], umask: int, path: str = "reg") -> None:
         super().__init__(machine.inodes, machine.scope, "reg", machine.mode, machine.uid, machine.gid)
         self.children = files
         self._umask = umask
+        self._path = path
         self._complete = False
 
     async def lookup(self, name: str) -> Node | None:
@@ -58,7 +62,7 @@ class RegisterDirectory(Directory):
         if row is None:
             if parse_msr(name) is None:
                 return None
-            answer = await call(self.scope.machine, lambda at: commands.Find(at, f"reg/{name}"), 0)
+            answer = await call(self.scope.machine, lambda at: commands.Find(at, f"{self._path}/{name}"), 0)
             if answer.number == FOUND_NOTHING:
                 return None
             row = register_row(name, writable=answer.number != FOUND_READ_ONLY)
@@ -66,7 +70,7 @@ class RegisterDirectory(Directory):
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         if not self._complete:
-            for name, found in await _listed(self.scope.machine, "reg"):
+            for name, found in await _listed(self.scope.machine, self._path):
                 if name not in self.children:
                     self._make(REGISTER_ROWS.get(name) or register_row(name, writable=found != FOUND_READ_ONLY))
             self._complete = True
@@ -76,9 +80,9 @@ class RegisterDirectory(Directory):
         return NotThere("there is no such register")
 
     def _make(self, row: Row) -> Node:
-        node = _make_file(self, row, self._umask, f"reg/{row.name}")
+        node = _make_file(self, row, self._umask, f"{self._path}/{row.name}")
         node.group = self.name
-        node.links = 2
+        node.links = 2 if self._path == self.name else 1
         self.children[row.name] = node
         return node
 
@@ -123,11 +127,11 @@ class DevicesDirectory(Directory):
                 node.scope.remove()
                 self.inodes.remove(node)
         for name in sorted(there - self.children.keys()):
-            self.add(_DeviceDirectory(self, DeviceScope(self.scope), name, self._umask))
+            self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask))
 
 
-class DeviceScope(Scope):
-    """One device of a machine, with which it goes."""
+class PartScope(Scope):
+    """A device or a CPU of a machine, with which it goes."""
 
     def __init__(self, machine: MachineScope) -> None:
         self._of = machine
@@ -161,11 +165,26 @@ class DeviceScope(Scope):
         self._of.succeeded(about)
 
 
-class _DeviceDirectory(Directory):
-    scope: DeviceScope
+class _CpuDirectory(Directory):
+    """cpuN/ of another CPU than the first."""
+
+    scope: PartScope
     attr_seconds = 0
 
-    def __init__(self, parent: Directory, scope: DeviceScope, name: str, umask: int) -> None:
+    def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int) -> None:
+        super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
+        for row in (*FILES, *CPU_FILES):
+            if row.per_cpu or row in CPU_FILES:
+                cold = replace(row, kind=BOTH) if getattr(row.kind, "hot", False) else row
+                self.add(_make_file(self, cold, umask, f"{name}/{row.name}"))
+        self.add(RegisterDirectory(self, {}, umask, f"{name}/reg"))
+
+
+class _DeviceDirectory(Directory):
+    scope: PartScope
+    attr_seconds = 0
+
+    def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int) -> None:
         super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
         for row in DEVICE_FILES:
             self.add(_make_file(self, row, umask, f"dev/{name}/{row.name}"))
@@ -212,7 +231,38 @@ class MachineDirectory(Directory):
         self.add(RegisterDirectory(self, registers, umask))
         self.add(DevicesDirectory(self, umask))
         cpu.add(RegisterDirectory(self, registers, umask))
+        for row in CPU_FILES:
+            cpu.add(_make_file(self, row, umask, f"cpu0/{row.name}"))
         self.add(cpu)
+        self._umask = umask
+
+    async def lookup(self, name: str) -> Node | None:
+        if _CPU.fullmatch(name):
+            await self._find_cpus()
+        return await super().lookup(name)
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        await self._find_cpus()
+        return await super().entries()
+
+    async def _find_cpus(self) -> None:
+        """Have the directories of the CPUs that there are. A machine without a process has one."""
+        machine = self.scope.machine
+        listed: list[tuple[str, int]] = []
+        if machine.born:
+            try:
+                with trio.fail_after(ANSWER_SECONDS):
+                    listed = await _listed(machine, "cpus")
+            except (VmfsError, trio.TooSlowError):  # as many as there were
+                return
+        there = {name for name, _ in listed if _CPU.fullmatch(name)}
+        for name, node in list(self.children.items()):
+            if isinstance(node, _CpuDirectory) and name not in there:
+                self.take(name)
+                node.scope.remove()
+                self.inodes.remove(node)
+        for name in sorted(there - self.children.keys(), key=lambda name: int(name[3:])):
+            self.add(_CpuDirectory(self, PartScope(self.scope), name, self._umask))
 
 
 def _make_file(directory: Directory, row: Row, umask: int, path: str) -> File:

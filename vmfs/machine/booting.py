@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vmfs.boot import Platform, Rom, Source, firmware_files, load, load_bios
@@ -27,9 +27,10 @@ class Booted:
     files: Mapping[str, bytes]
 
 
-def boot(images: Images, memory: Memory, machine: Machine, cpu: Vcpu, *, has_devices: bool) -> Booted:
-    """Load the images, and set the CPU to where they begin. Invalid for what cannot be; nothing has changed then."""
-    platform = Platform(memory.size) if has_devices else Platform(memory.size, **_BARE)  # type: ignore[arg-type]
+def boot(images: Images, memory: Memory, machine: Machine, cpus: Sequence[Vcpu], *, has_devices: bool) -> Booted:
+    """Load the images, and set the first CPU to where they begin. Invalid for what cannot be: nothing has changed."""
+    is_bare = {} if has_devices else _BARE
+    platform = Platform(memory.size, len(cpus), **is_bare)  # type: ignore[arg-type]
     bios = _source(images, "bios")
     if not images.there("kernel"):
         assert bios is not None
@@ -48,9 +49,9 @@ def boot(images: Images, memory: Memory, machine: Machine, cpu: Vcpu, *, has_dev
             raise Invalid(f"kernel: it is a {started.format}, which needs a BIOS to boot: write one to `bios`")
         rom = load_bios(bios, memory)
         written = (*written, *_shadow(rom))
-    started.apply(cpu)
+    started.apply(cpus[0])
     if has_devices:
-        started.apply_to_chips(machine, cpu)
+        started.apply_to_chips(machine, cpus[0])
     return Booted(started.how, written, rom, started.firmware_files or {})
 
 

@@ -1,17 +1,20 @@
-"""Control: who runs the CPU of a machine, why it stopped, and what may be done between two instructions.
+"""Control: who runs the CPUs of a machine, why they stopped, and what may be done between two instructions.
 
 It knows no file and no event loop: a call that takes time returns a `concurrent.futures.Future`, and callers subscribe
 to changes.
 
 Threads and locks
 -----------------
-A CPU runs in a thread of its own (`vmfs.machine.cpu`), started by the first run. One lock, `_lock`, guards all that is
+A CPU runs in a thread of its own (`vmfs.machine.cpu`), started by the first run; where the engine executes CPUs in
+turn, all are in one. The first thread leads a run, the others join in (`_Parts`). One lock, `_lock`, guards all that is
 mutable in a machine (the state, the current run, the tasks that wait for a boundary, the points); it is held for short
 calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
 of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
 
-While the machine does not run, a thread that holds the lock may use the CPU. While it runs, only its own thread may:
-others hand it a task (`at_boundary`) and kick it; it does the tasks between two instructions and goes on.
+While the machine does not run, whoever holds the lock may use the CPUs. While it runs, only their threads may:
+others hand them a task (`at_boundary`) and kick them; once all stand between two instructions, one does the tasks, and
+they go on. When one comes to an exit that the caller sees, the others are kicked, and end, too. What they came to on
+their way is kept for the next runs (`_held`).
 
 The lane
 --------
@@ -26,9 +29,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from vmfs.debug.conditions import CpuLooker
@@ -36,13 +40,13 @@ from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import Trace, TraceSettings
 from vmfs.devices.board import Board
-from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, Engine, Machine, Vcpu
+from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Runner, Vcpu
 from vmfs.machine._lane import Lane
-from vmfs.machine.cpu import Cpu, CpuThread
+from vmfs.machine.cpu import Cpu, CpuThread, Job
 from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.memory.ram import Memory
 from vmfs.words import exits
-from vmfs.words.errors import Busy, EngineFailed, Gone, VmfsError, known
+from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError, known
 from vmfs.words.registers import REGISTERS
 
 T = TypeVar("T")
@@ -81,6 +85,48 @@ class _Guard:
             self._control.tell()
 
 
+class _Parts:
+    """The threads of a run of several: they meet where something waits for a boundary of all, and end together.
+
+    `action` is done once by the last of them to come, while the others wait.
+    """
+
+    def __init__(self, count: int, action: Callable[[], None]) -> None:
+        self._changed = threading.Condition()
+        self._action = action
+        self._running = count
+        self._waiting = 0
+        self._meeting = 0  # the number of it
+        self.came: list[exits.Exit | BaseException] = []  # what each of those that have ended came to, in this order
+
+    def meet(self) -> None:
+        with self._changed:
+            meeting = self._meeting
+            self._waiting += 1
+            self._look()
+            while meeting == self._meeting:
+                self._changed.wait()
+
+    def end(self, came_to: exits.Exit | BaseException) -> None:
+        with self._changed:
+            self.came.append(came_to)
+            self._running -= 1
+            self._look()
+            self._changed.notify_all()
+
+    def wait_for_all(self) -> None:
+        with self._changed:
+            while self._running:
+                self._changed.wait()
+
+    def _look(self) -> None:
+        if self._waiting and self._waiting == self._running:
+            self._action()
+            self._waiting = 0
+            self._meeting += 1
+            self._changed.notify_all()
+
+
 class Control:
     """The running of a machine. Every method may be called from any thread; all raise Gone after the machine's end.
 
@@ -90,7 +136,7 @@ class Control:
     engine: Engine
     memory: Memory
     board: Board | None
-    cpu: Cpu
+    cpus: Sequence[Cpu]
     _machine: Machine
     _boot_due: bool  # the next run begins by loading what there is to boot
     _has_run: bool
@@ -108,8 +154,11 @@ class Control:
 
         self._state = "paused"
         self._run: Run | None = None
-        self._tasks: deque[tuple[Callable[[Vcpu], Any], Future[Any]]] = deque()
-        self._thread = CpuThread("vmfs-cpu0", self._serve, self._adopted)
+        self._parts: _Parts | None = None  # of a run of several threads
+        self._tasks: deque[tuple[Callable[[Vcpu], Any], int, Future[Any]]] = deque()  # with the number of their CPU
+        self._threads = [CpuThread("vmfs-cpu0", self._adopted)]
+        self._runners: Sequence[Runner] = ()
+        self._held: deque[exits.Exit] = deque()  # that CPUs came to when another one had ended the run
         self._points = Points()
         self._subscribers: tuple[Callable[[], None], ...] = ()
         self._counts: Counter[str] = Counter()
@@ -141,6 +190,18 @@ class Control:
     # ---- what it is
 
     @property
+    def cpu(self) -> Cpu:
+        """The first one."""
+        return self.cpus[0]
+
+    def _set_cpus(self, cpus: Sequence[Cpu]) -> None:
+        """Have these; with the lock held, or before anybody has this object."""
+        self.cpus = cpus
+        self._runners = self._machine.runners([cpu.vcpu for cpu in cpus])
+        while len(self._threads) < len(self._runners):
+            self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
+
+    @property
     def state(self) -> str:
         """`paused`, `running`, `halted` or `shutdown`."""
         self.settle()
@@ -162,6 +223,11 @@ class Control:
         """Changes whenever the state of the CPU may have changed; None while it runs. While it is the same, registers
         are, and those that were read need not be asked for again."""
         self.settle()
+        return self._still
+
+    @property
+    def still_in_task(self) -> object | None:
+        """`still`, for a task of `at_boundary`, which has the lock."""
         return self._still
 
     def _set_still(self, still: object | None) -> None:
@@ -205,7 +271,7 @@ class Control:
         lane = Lane(page)
         with self._lock:
             self.lane = lane
-            self._thread.attach_lane(lane)
+            self._threads[0].attach_lane(lane)
 
     def settle(self) -> None:
         """Hear of what the lane has done."""
@@ -260,7 +326,7 @@ class Control:
         self._seconds += seconds
         self._exit_number += runs
         self.lane_runs += runs
-        self._last_exit = self.cpu.vcpu.left_exit()
+        self._last_exit = self.cpu.last_exit = self.cpu.vcpu.left_exit()
         self._state = _state_after(self._last_exit)
         self._still = object()  # and what is published is of now
         return True
@@ -280,6 +346,7 @@ class Control:
             and self._has_run
             and not self._boot_due
             and self.board is None
+            and len(self.cpus) == 1
             and self.cpu.vcpu.lane is not None
             and (self.cpu.asked is NO_DEBUG or self.cpu.asked == NO_DEBUG)
             and not self.trace.on
@@ -295,36 +362,50 @@ class Control:
         """Begin a run. Busy when there is one. A machine that is shut down gives its last exit again."""
         with self._lock:
             self._check_idle()
+            bound = self._checked(bound)
             run, begins = Run(bound), False
             if self._state == "shutdown" and self._last_exit is not None:
                 run.set_result(self._note(self._last_exit))
+            elif self._held:
+                run.set_result(self._note(self._held.popleft()))
             else:
-                self.cpu.vcpu.clear_kick()
+                for runner in self._runners:
+                    runner.clear_kick()
                 self._run, self._state = run, "running"
                 self._began = time.perf_counter()
                 self._set_still(None)
                 self._counts["runs"] += 1
-                begins = self._thread.put(run)
+                begins = self._threads[0].put(partial(self._serve, run))
         self.tell()
         if begins:
-            self._thread.begin(self._give_up)
+            self._threads[0].begin(self._give_up)
         return run
+
+    def _checked(self, bound: Bound) -> Bound:
+        """What it says of CPUs, in full. Invalid for one that there is not."""
+        if bound.cpu is not None and bound.cpu >= len(self.cpus):
+            raise Invalid(f"cpu={bound.cpu}: there are {len(self.cpus)}, from 0 on")
+        if bound.steps is not None and bound.cpu is None:  # the one that was looked at last
+            return replace(bound, cpu=0 if self._last_exit is None else self._last_exit.cpu)
+        if bound.instructions and bound.cpu is None and len(self._runners) > 1:
+            raise Unsupported(f"insns: {self.engine.name} does not count the instructions of several CPUs; step one")
+        return bound
 
     def _give_up(self) -> None:
         """The run that was begun has no thread."""
         with self._lock:
-            self._thread.forget()
+            self._threads[0].forget()
             self._run = None
             self._do_tasks()
             self._state = "paused"
             self._set_still(object())
         self.tell()
 
-    def _adopted(self) -> Run:
-        """The run that the lane has begun, and Python ends."""
+    def _adopted(self) -> Job:
+        """To end the run that the lane has begun."""
         with self._lock:
             assert self._run is not None
-            return self._run
+            return partial(self._serve, self._run, by_lane=True)
 
     def stop(self, run: Run | None = None) -> None:
         """End the current run (or `run`, if it is still the current one) with Interrupted; or do nothing."""
@@ -347,8 +428,8 @@ class Control:
             self.stop(run)
         return stopped
 
-    def _serve(self, run: Run, by_lane: bool) -> None:
-        """In the CPU's thread."""
+    def _serve(self, run: Run, *, by_lane: bool = False) -> None:
+        """In the first CPU's thread."""
         result: exits.Exit | None = None
         failure: BaseException | None = None
         try:
@@ -374,6 +455,8 @@ class Control:
             self._state = "paused"
             if isinstance(result, exits.Shutdown) and result.cause == "reset" and not self._closed:
                 self._set_back()
+            if self._closed or failure is not None:
+                self._held.clear()
             if result is not None:
                 result = self._note(result)
         self.tell()
@@ -398,28 +481,84 @@ class Control:
             timer.daemon = True
             timer.start()
         try:
-            asked = Asked(self._prepare, self._stop_for, self._do_tasks_now, lambda: self._points.stepping)
-            loop = RunLoop(run, self.cpu.vcpu, self.capabilities, self.board, self.trace, asked)
-            return self._explained(loop.to_exit(first))
+            return self._explained(self._run_all(run, first))
         finally:
             if timer:
                 timer.cancel()
             self._after_run()
 
-    def _prepare(self, bound: Bound, by_steps: bool) -> bool:
+    def _run_all(self, run: Run, first: exits.Exit | None) -> exits.Exit:
+        """The exit that the run's caller sees."""
+        if run.bound.cpu is not None:
+            cpu = self.cpus[run.bound.cpu]
+            return self._loop(run, cpu.vcpu, (cpu,)).to_exit(first)
+        runners = self._runners
+        if len(runners) == 1:
+            return self._loop(run, runners[0], self.cpus).to_exit(first)
+        self._parts = parts = _Parts(len(runners), self._do_tasks_now)
+        jobs = [partial(self._join_in, run, parts, runner, cpu) for runner, cpu in zip(runners, self.cpus, strict=True)]
+        for thread, job in zip(self._threads[1:], jobs[1:], strict=False):
+            with self._lock:
+                begins = thread.put(job)
+            if begins:
+                self._begin_part(run, parts, thread)
+        jobs[0]()
+        parts.wait_for_all()
+        self._parts = None
+        ended, *others = parts.came
+        if isinstance(ended, BaseException):
+            raise ended
         with self._lock:
-            return self._ask(bound, step=by_steps or self.trace.steps(self.capabilities))
+            self._held.extend(exit_ for exit_ in others if isinstance(exit_, exits.Exit) and _is_seen(exit_))
+        return ended
 
-    def _ask(self, bound: Bound, step: bool) -> bool:
-        """Tell the engine what to stop for, if that changed. True when the debug file asks for steps."""
-        request = self._points.request()
-        stepping = request.step
+    def _begin_part(self, run: Run, parts: _Parts, thread: CpuThread) -> None:
+        def forget() -> None:
+            with self._lock:
+                thread.forget()
+
+        try:
+            thread.begin(forget)
+        except VmfsError as error:
+            self._end_part(run, parts, error)
+
+    def _join_in(self, run: Run, parts: _Parts, runner: Runner, cpu: Cpu) -> None:
+        """Run one of several, in its thread."""
+        try:
+            came_to: exits.Exit | BaseException = self._loop(run, runner, (cpu,)).to_exit()
+        except BaseException as error:
+            came_to = error
+        self._end_part(run, parts, came_to)
+
+    def _end_part(self, run: Run, parts: _Parts, came_to: exits.Exit | BaseException) -> None:
+        parts.end(came_to)
+        with self._lock:
+            if not run.has_ended:
+                run.has_ended = True
+                self._kick()
+
+    def _loop(self, run: Run, runner: Runner, cpus: Sequence[Cpu]) -> RunLoop:
+        """Of a runner, which runs these."""
+        do_tasks = self._do_tasks_now if self._parts is None else self._meet
+        asked = Asked(partial(self._prepare, cpus), self._stop_for, do_tasks, lambda: self._points.stepping)
+        vcpus = [cpu.vcpu for cpu in self.cpus]
+        return RunLoop(run, runner, vcpus, self.capabilities, self.board, self.trace, asked)
+
+    def _prepare(self, cpus: Sequence[Cpu], bound: Bound, by_steps: bool) -> bool:
+        with self._lock:
+            step = by_steps or self.trace.steps(self.capabilities)
+            for cpu in cpus:
+                self._ask(cpu, bound, step)
+            return self._points.stepping
+
+    def _ask(self, cpu: Cpu, bound: Bound, step: bool) -> None:
+        """Tell the engine what to stop for, if that changed."""
+        request = self._points.request(cpu.index)
         if bound.until is not None:
             request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(UNTIL, bound.until)))
         if step:
             request = replace(request, step=True)
-        self.cpu.set_debug(request)
-        return stepping
+        cpu.set_debug(request)
 
     def _stop_for(self, reached: exits.Debug) -> exits.Debug | None:
         """The stop that the caller is to see of those that the CPU came to at once, or None when the run goes
@@ -427,7 +566,7 @@ class Control:
         stops = {stop.id: stop for stop in (*reversed(reached.also), reached) if stop.id is not None}
         ids = sorted(stops)
         with self._lock:
-            wanted = self._points.reached(ids, CpuLooker(self.cpu.vcpu, self.memory.read))
+            wanted = self._points.reached(ids, CpuLooker(self.cpus[reached.cpu].vcpu, self.memory.read))
             if not wanted:
                 return replace(stops[UNTIL], id=None, also=()) if UNTIL in stops else None
             if spent := [id_ for id_ in wanted if self._points.is_once(id_)]:
@@ -446,14 +585,23 @@ class Control:
         with self._lock:
             self._do_tasks()
 
+    def _meet(self) -> None:
+        """In the thread of one of several CPUs: do the tasks once all are there."""
+        with self._lock:
+            waits = bool(self._tasks)
+        if waits and self._parts is not None:
+            self._parts.meet()
+
     def _do_tasks(self) -> None:
-        """What waited for a boundary; with the lock held, in the CPU's thread."""
+        """What waited for a boundary; with the lock held, in a CPU's thread."""
         while self._tasks:
-            task, future = self._tasks.popleft()
-            _do(task, self.cpu.vcpu, future)
+            task, cpu, future = self._tasks.popleft()
+            _do(task, self.cpus[cpu].vcpu, future)
 
     def _note(self, exit_: exits.Exit) -> exits.Exit:
         """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
+        exit_.of_several = len(self.cpus) > 1
+        self.cpus[exit_.cpu].last_exit = exit_
         self._state = _state_after(exit_)
         self._counts[exit_.REASON] += 1
         self._last_exit = exit_
@@ -462,22 +610,27 @@ class Control:
 
     # ---- the CPU between instructions
 
-    def at_boundary(self, task: Callable[[Vcpu], T]) -> Future[T]:
-        """Do `task` with the CPU between two instructions: at once when nothing runs, else as soon as the
+    def at_boundary(self, task: Callable[[Vcpu], T], cpu: int = 0) -> Future[T]:
+        """Do `task` with a CPU, while all are between two instructions: at once when nothing runs, else as soon as the
         guest stops for it; it then goes on. The task must be short and change nothing a run relies on."""
         future: Future[T] = Future()
         with self._lock:
             self._check_open()
             if self._run is None:
-                _do(task, self.cpu.vcpu, future)
+                _do(task, self.cpus[cpu].vcpu, future)
             else:
-                self._tasks.append((task, future))
+                self._tasks.append((task, cpu, future))
                 self._kick()
         return future
 
     def _kick(self) -> None:
         """End the present slice of a run, also where it waits for readers of the trace; with the lock held."""
-        self.cpu.vcpu.kick()
+        run = self._run
+        if run is not None and run.bound.cpu is not None:
+            self.cpus[run.bound.cpu].vcpu.kick()
+        else:
+            for runner in self._runners:
+                runner.kick()
         self.trace.interrupt()
 
     def _notice(self) -> None:
@@ -501,7 +654,10 @@ class Control:
         """The `debug` file."""
         with self._lock:
             self._check_open()
-            return self._points.text(self.cpu.vcpu.way_of, self.symbols.label)
+            return self._points.text(self._way_of, self.symbols.label)
+
+    def _way_of(self, id_: int, cpu: int | None) -> str:
+        return self.cpus[cpu or 0].vcpu.way_of(id_)
 
     def set_points(self, change: Callable[[Points], object]) -> Future[None]:
         """Change what runs stop for, from the next boundary on. `change` gets a copy of the points to change.
@@ -512,6 +668,7 @@ class Control:
         def make_it(cpu: Vcpu) -> None:
             points = self._points.copy()
             change(points)
+            points.check_cpus(len(self.cpus))
             self._use_points(points)
 
         return self.at_boundary(make_it)
@@ -521,7 +678,16 @@ class Control:
         return self.at_boundary(lambda cpu: self._use_points(points.skip_ids(self._points.last_id)))
 
     def _use_points(self, points: Points) -> None:
-        self.cpu.set_debug(points.request())
+        done: list[tuple[Cpu, DebugRequest]] = []
+        try:
+            for cpu in self.cpus:
+                before = cpu.asked
+                cpu.set_debug(points.request(cpu.index))
+                done.append((cpu, before))
+        except VmfsError:
+            for cpu, before in done:
+                cpu.set_debug(before)
+            raise
         self._moved()
         self._points = points
 
@@ -531,7 +697,8 @@ class Control:
 
         def make_it(cpu: Vcpu) -> None:
             settings = change(self.trace.settings)
-            self._ask_trace(self.engine, self._machine, cpu, settings)
+            for one in self.cpus:
+                self._ask_trace(self.engine, self._machine, one.vcpu, settings)
             self.trace.apply(settings)
 
         return self.at_boundary(make_it)
@@ -544,9 +711,9 @@ class Control:
 
     # ---- helpers
 
-    def _is_reading(self) -> bool:
+    def _is_reading(self, cpu: Cpu) -> bool:
         """Whether an `in` or a load waits for its data; with the lock held."""
-        return getattr(self._last_exit, "direction", "") in ("in", "read") and bool(self.cpu.vcpu.access_data)
+        return getattr(cpu.last_exit, "direction", "") in ("in", "read") and bool(cpu.vcpu.access_data)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -560,6 +727,11 @@ class Control:
     def tell(self) -> None:
         for callback in self._subscribers:
             callback()
+
+
+def _is_seen(exit_: exits.Exit) -> bool:
+    """Of a CPU that was stopped because another one had ended the run: whether it came to something by itself."""
+    return not isinstance(exit_, exits.Interrupted | exits.Limit)
 
 
 def _state_after(exit_: exits.Exit) -> str:

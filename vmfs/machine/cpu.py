@@ -5,13 +5,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Literal
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
 
 from vmfs.engine.base import NO_DEBUG, DebugRequest, Vcpu
 from vmfs.machine._lane import Lane
-from vmfs.machine.runloop import Run
 from vmfs.machine.state import Owner, reset_cpu, reset_values
+from vmfs.words import exits
 from vmfs.words.errors import LimitReached
+
+T = TypeVar("T")
 
 
 class Cpu:
@@ -19,6 +22,8 @@ class Cpu:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
+        self.index = vcpu.index
+        self.last_exit: exits.Exit | None = None  # that callers saw
         self.reset_states = reset_values(vcpu, Owner.CPU)
         self._made_cpuid = vcpu.get_state("cpuid")
         self.asked = NO_DEBUG  # what the engine was last asked to stop for
@@ -39,19 +44,53 @@ class Cpu:
         reset_cpu(self.vcpu, self.reset_states)
 
 
-class CpuThread:
-    """A thread for runs: begun with the first of them.
+class CpuView:
+    """A machine (`vmfs.machine.machine.Vm`) with one of its CPUs in the place of the first."""
 
-    `serve(run, by_lane)` does a run to its end; `adopted()` is the one that the lane has begun and Python ends.
+    def __init__(self, vm: Any, index: int) -> None:
+        self._vm = vm
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vm, name)
+
+    @property
+    def cpu(self) -> Cpu:
+        return self._vm.cpus[self.index]
+
+    def at_boundary(self, task: Callable[[Vcpu], T]) -> Future[T]:
+        return self._vm.at_boundary(task, self.index)
+
+    def change(self, task: Callable[[Vcpu], T], then: str = "paused") -> T:
+        return self._vm.change(task, then, self.index)
+
+    def publish(self, name: str, data: bytes, still: object | None) -> None:
+        """The lane has the first CPU's."""
+        if not self.index:
+            self._vm.publish(name, data, still)
+
+    def cpu_state(self) -> Future[str]:
+        return self._vm.cpu_state(self.index)
+
+    def cpu_counters(self) -> dict[str, int]:
+        return self._vm.cpu_counters(self.index)
+
+
+Job = Callable[[], None]
+
+
+class CpuThread:
+    """A thread for parts of runs: begun with the first of them.
+
+    A job does its part to the end; `adopted()` is that of the run that the lane has begun and Python ends.
     """
 
-    def __init__(self, name: str, serve: Callable[[Run, bool], None], adopted: Callable[[], Run]) -> None:
+    def __init__(self, name: str, adopted: Callable[[], Job]) -> None:
         self._name = name
-        self._serve = serve
         self._adopted = adopted
         self._lane: Lane | None = None
         # None: the end. "look": there is a lane now.
-        self._work: queue.SimpleQueue[Run | Literal["look"] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Job | Literal["look"] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._has_begun = threading.Event()
 
@@ -61,9 +100,9 @@ class CpuThread:
         if self._thread is not None:
             self._work.put("look")
 
-    def put(self, run: Run) -> bool:
-        """Have it serve `run`; with the machine's lock held. True: `begin` comes next, without the lock."""
-        self._give(run)
+    def put(self, job: Job) -> bool:
+        """Have it do `job`; with the machine's lock held. True: `begin` comes next, without the lock."""
+        self._give(job)
         if self._thread is not None:
             return False
         self._has_begun.clear()
@@ -96,20 +135,17 @@ class CpuThread:
                 self._give(None)
                 thread.join()
 
-    def _give(self, run: Run | None) -> None:
-        self._work.put(run)
+    def _give(self, job: Job | None) -> None:
+        self._work.put(job)
         if self._lane is not None:
             self._lane.call()
 
     def _main(self) -> None:
-        while True:
-            run, by_lane = self._next()
-            if run is None:
-                return
-            self._serve(run, by_lane)
+        while (job := self._next()) is not None:
+            job()
 
-    def _next(self) -> tuple[Run | None, bool]:
-        """The next run, and whether the lane has begun it, which is served while there is no other."""
+    def _next(self) -> Job | None:
+        """The next job. The lane is served while there is none."""
         while True:
             if self._lane is None:
                 work = self._work.get()
@@ -119,6 +155,6 @@ class CpuThread:
                 except queue.Empty:
                     if not self._lane.serve():
                         continue
-                    return self._adopted(), True
+                    return self._adopted()
             if work != "look":
-                return work, False
+                return work

@@ -1,4 +1,4 @@
-"""Vm: a machine, put together and taken apart: its memory, its CPU, interrupt controllers, board and configuration.
+"""Vm: a machine, put together and taken apart: its memory, CPUs, interrupt controllers, board and configuration.
 
 How it runs is `vmfs.machine.control.Control`, of which it is one; the lock that guards all that is mutable is there.
 """
@@ -43,6 +43,7 @@ from vmfs.machine.state import (
     take_engine,
     tried,
 )
+from vmfs.machine.topology import with_topology
 from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
@@ -59,6 +60,7 @@ from vmfs.words.unclaimed import Use
 T = TypeVar("T")
 
 RAM_SLOTS, ROM_SLOT = (0, 2), 1  # of RAM: below and above 4 GiB
+_MP_WAITING, _MP_HALTED = (1, 2), 3  # of struct kvm_mp_state: UNINITIALIZED and INIT_RECEIVED; HALTED
 RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
 NOTHING_TO_RUN = (
     "there is nothing to run at the reset vector: write a kernel to `kernel` (or a BIOS to `bios`), "
@@ -80,7 +82,7 @@ class Vm(Control):
             undo.callback(self._machine.close)
             self._map_ram(self._machine)
             self.memory.written = lambda address, size: self.memory_written(((address, size),))
-            self.cpu = Cpu(self._machine.create_vcpu(0))
+            self._set_cpus(_make_cpus(self._machine, 1))
             self.time_source = default_time(self._machine)
             undo.pop_all()
         self._reset_values: dict[str, bytes] = {}  # of the engine's machine
@@ -109,26 +111,28 @@ class Vm(Control):
     def _explained(self, result: exits.Exit) -> exits.Exit:
         """What a run came to; that of an empty machine says what to do."""
         if isinstance(result, exits.Error) and self._rom is None:
-            code = CodeMode.of(self.cpu.vcpu.get_state("regs"), self.cpu.vcpu.get_state("sregs"))
+            cpu = self.cpus[result.cpu].vcpu
+            code = CodeMode.of(cpu.get_state("regs"), cpu.get_state("sregs"))
             if code.address == RESET_VECTOR:
                 return replace(result, reason=NOTHING_TO_RUN)
         return result
 
     # ---- the CPU between instructions
 
-    def change(self, task: Callable[[Vcpu], T], then: str = "paused") -> T:
-        """Do `task`, which gets and sets registers, at once. Busy while the machine runs.
+    def change(self, task: Callable[[Vcpu], T], then: str = "paused", cpu: int = 0) -> T:
+        """Do `task`, which gets and sets registers of a CPU, at once. Busy while the machine runs.
 
         It is whole or not at all: where it fails, what it has set is set back. While a read waits for its data it is
         tried first, since what is refused shall not have completed the access.
 
-        A CPU that was shut down or halted is `paused` afterwards: it goes on with what was set. `then` is for who
+        A machine that was shut down or halted is `paused` afterwards: it goes on with what was set. `then` is for who
         takes a change back.
         """
         with self._lock:
             self._check_idle()
-            vcpu = self.cpu.vcpu
-            if self._is_reading():
+            one = self.cpus[cpu]
+            vcpu = one.vcpu
+            if self._is_reading(one):
                 with tried(vcpu):
                     task(vcpu)
             self._set_still(object())
@@ -145,6 +149,24 @@ class Vm(Control):
             self.tell()
         return result
 
+    def cpu_state(self, cpu: int) -> Future[str]:
+        """`running` (also where the machine stands still), `halted` or `wait-for-sipi`: what KVM calls it, in words."""
+
+        def look(vcpu: Vcpu) -> str:
+            (state,) = struct.unpack("<I", vcpu.get_state("mp_state"))
+            last = self.cpus[cpu].last_exit
+            is_halted = state == _MP_HALTED or (self._run is None and isinstance(last, exits.Hlt))
+            return ("halted" if is_halted else "wait-for-sipi" if state in _MP_WAITING else "running") + "\n"
+
+        return self.at_boundary(look, cpu)
+
+    def cpu_counters(self, cpu: int) -> dict[str, int]:
+        """What `cpuN/stat` shows."""
+        with self._lock:
+            self._check_open()
+            vcpu = self.cpus[cpu].vcpu
+            return {"interrupts_queued": vcpu.interrupts_queued, **vcpu.counters()}
+
     # ---- state of the machine
 
     def get_machine_state(self, name: str) -> Future[bytes]:
@@ -157,7 +179,7 @@ class Vm(Control):
             self._machine.set_state(name, change(lambda: self._machine.get_state(name)))
 
     def reset(self) -> None:
-        """The CPU's reset state (Intel SDM 3A 9.1.1), devices as at power-on; the next run boots what there is.
+        """The CPUs' reset state (Intel SDM 3A 9.1.1), devices as at power-on; the next run boots what there is.
 
         RAM keeps its contents, as on a real machine.
         """
@@ -171,8 +193,10 @@ class Vm(Control):
             self.tell()
 
     def _set_back(self) -> None:
+        self._held.clear()
         put_engine(self._machine, self._reset_values)
-        self.cpu.set_back()
+        for cpu in self.cpus:
+            cpu.set_back()
         if self.board is not None:
             self.board.reset()
         self._boot_due = True
@@ -203,7 +227,7 @@ class Vm(Control):
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        return (self.cpu.vcpu,)
+        return tuple(cpu.vcpu for cpu in self.cpus)
 
     def save_setup(self) -> Setup:
         return Setup(
@@ -281,6 +305,20 @@ class Vm(Control):
 
     # ---- what it is made of
 
+    def set_cpu_count(self, count: int) -> None:
+        """Have so many CPUs. Before the first run only, else Busy. What was set of those that stay, stays."""
+        check_cpu_count(count)
+        with self._lock:
+            self._check_idle()
+            if count == len(self.cpus):
+                return
+            if self._has_run:
+                raise Busy("cpus: it has run; their number is fixed")
+            self._replace_machine(self.engine, cpu_count=count)
+            if Capability.DETERMINISTIC in self.capabilities:
+                self._machine.set_time(self.time_source)
+        self.tell()
+
     def set_machine(self, name: str) -> None:
         """Be a machine with other devices. Before the first run only, else Busy. What was set of the CPU stays."""
         board_type = machine_type(name)
@@ -351,7 +389,8 @@ class Vm(Control):
             if source == "instructions" and not self._has_run:  # what has passed on the host is in no run
                 passed = 0 if self.board is None else self.board.now()
                 self._machine.set_state("clock", bytes(len(self._machine.get_state("clock"))))
-                write_registers(self.cpu.vcpu, {"msr.0x10": 0})  # the TSC
+                for cpu in self.cpus:
+                    write_registers(cpu.vcpu, {"msr.0x10": 0})  # the TSC
                 if self.board is not None:
                     self.board.time_shifted(-passed)
 
@@ -361,7 +400,8 @@ class Vm(Control):
         if images.bootable:
             from vmfs.machine.booting import boot  # it loads what reads images, which many machines never need
 
-            booted = boot(images, self.memory, self._machine, self.cpu.vcpu, has_devices=self.board is not None)
+            vcpus = [cpu.vcpu for cpu in self.cpus]
+            booted = boot(images, self.memory, self._machine, vcpus, has_devices=self.board is not None)
             if self.board is not None:
                 self.board.set_firmware_files(booted.files)
             if booted.rom is not None:
@@ -441,11 +481,14 @@ class Vm(Control):
                 self.time_source = "host"
         self.tell()
 
-    def _replace_machine(self, engine: Engine, board_type: type[Pc] | Literal["same"] | None = "same") -> None:
+    def _replace_machine(
+        self, engine: Engine, board_type: type[Pc] | Literal["same"] | None = "same", cpu_count: int | None = None
+    ) -> None:
         """Go on with a new machine of an engine, which gets all state; with the lock held.
 
         Unless it is "same", with another board: None is no board. When it raises nothing has changed.
         """
+        count = len(self.cpus) if cpu_count is None else cpu_count
         has_board = self.board is not None if board_type == "same" else board_type is not None
         machine = engine.create_machine()
         try:
@@ -455,16 +498,20 @@ class Vm(Control):
                 machine.map_memory(ROM_SLOT, address, rom, 0, size, read_only=True)
             if has_board:
                 machine.create_irqchip()
-            cpu = Cpu(machine.create_vcpu(0))
+            cpus = _make_cpus(machine, count)
             new_values = reset_values(machine, Owner.ENGINE)
-            values = take_cpu(self.cpu.vcpu)
-            if not self._has_run and self.cpu.has_its_cpuid:  # nobody has seen it
-                del values["cpuid"]
             if board_type == "same":
                 put_engine(machine, take_engine(self._machine))
-            put_cpu(cpu.vcpu, values, self.cpu.reset_states["msrs"])
-            cpu.set_debug(self._points.request())
-            self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings)
+            for old_cpu, cpu in zip(self.cpus, cpus, strict=False):  # of CPUs that are added, nothing was set
+                values = take_cpu(old_cpu.vcpu)
+                if not self._has_run and old_cpu.has_its_cpuid:  # nobody has seen it
+                    del values["cpuid"]
+                put_cpu(cpu.vcpu, values, old_cpu.reset_states["msrs"])
+                cpu.last_exit = old_cpu.last_exit
+            self._points.check_cpus(count)
+            for cpu in cpus:
+                cpu.set_debug(self._points.request(cpu.index))
+                self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings)
             written = self._engine_dirty()
             board = self.board
             if board_type != "same":
@@ -474,7 +521,8 @@ class Vm(Control):
         except BaseException:
             machine.close()
             raise
-        old, self._machine, self.cpu, self.engine = self._machine, machine, cpu, engine
+        old, self._machine, self.engine = self._machine, machine, engine
+        self._set_cpus(cpus)
         self._reset_values = new_values
         self.board = board
         self._set_still(object())
@@ -490,13 +538,18 @@ class Vm(Control):
             if self._run is not None:
                 return b""
             # What a CPU that came from elsewhere has not: the bytes of a write that is done.
-            return self.cpu.vcpu.access_data or getattr(self._last_exit, "data", b"")
+            return self._exit_cpu.vcpu.access_data or getattr(self._last_exit, "data", b"")
 
     def set_access_data(self, data: bytes) -> None:
         with self._lock:
             self._check_idle()
-            self.cpu.vcpu.access_data = data
+            self._exit_cpu.vcpu.access_data = data
             self._moved()
+
+    @property
+    def _exit_cpu(self) -> Cpu:
+        """The one with the last exit."""
+        return self.cpus[0 if self._last_exit is None else self._last_exit.cpu]
 
     def unclaimed(self) -> Future[str]:
         """What the guest has used and nothing has claimed, a line each: ports and addresses (of a machine with
@@ -504,8 +557,10 @@ class Vm(Control):
 
         def lines(cpu: Vcpu) -> str:
             found = [] if self.board is None else self.board.unclaimed()
-            for index, reads, writes, rip in cpu.unclaimed_msrs():
-                found.append(f"msr={index:#x} {Use(reads, writes, rip)}")
+            for one in self.cpus:
+                which = f" cpu={one.index}" if len(self.cpus) > 1 else ""
+                for index, reads, writes, rip in one.vcpu.unclaimed_msrs():
+                    found.append(f"msr={index:#x} {Use(reads, writes, rip)}{which}")
             return "".join(f"{line}\n" for line in found)
 
         return self.at_boundary(lines)
@@ -601,7 +656,7 @@ class Vm(Control):
                 **counts,
                 "run_time_us": int(seconds * 1e6),
                 "interrupts_queued": self.cpu.vcpu.interrupts_queued,
-                **self.cpu.vcpu.counters(),
+                **_sums([cpu.vcpu.counters() for cpu in self.cpus]),
                 **({f"board.{name}": count for name, count in self.board.counters.items()} if self.board else {}),
             }
 
@@ -617,10 +672,11 @@ class Vm(Control):
                 self._run.stop_asked = True
                 self._kick()
         self.tell()
-        self._thread.end()
+        for thread in self._threads:
+            thread.end()
         with self._lock:
             while self._tasks:
-                self._tasks.popleft()[1].set_exception(Gone("the machine was removed"))
+                self._tasks.popleft()[2].set_exception(Gone("the machine was removed"))
             if self.board is not None:
                 self.board.close()
             self._machine.close()
@@ -631,6 +687,29 @@ class Vm(Control):
         self.tell()
 
     # ---- helpers
+
+
+CPUS_MOST = 64
+
+
+def check_cpu_count(count: int) -> None:
+    if not 1 <= count <= CPUS_MOST:
+        raise Invalid(f"cpus: a machine has 1 to {CPUS_MOST}, not {count}")
+
+
+def _make_cpus(machine: Machine, count: int) -> list[Cpu]:
+    """New CPUs, which know of each other by CPUID."""
+    cpus = []
+    for index in range(count):
+        vcpu = machine.create_vcpu(index)
+        if count > 1:
+            vcpu.set_state("cpuid", with_topology(vcpu.get_state("cpuid"), index, count))
+        cpus.append(Cpu(vcpu))
+    return cpus
+
+
+def _sums(counted: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(one[name] for one in counted) for name in counted[0]}
 
 
 def check_time(source: str) -> None:

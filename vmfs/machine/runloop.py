@@ -1,4 +1,4 @@
-"""A run: its bound, and the way from its begin to the exit that its caller sees.
+"""A run: its bound, and the way from its begin to the exit that its caller sees, of a CPU or of several in one thread.
 
 An engine runs a guest in slices, each of which ends with an exit. Many of these are nobody's to see: an access that
 the board answers, a stop whose condition is false, a kick for a task at a boundary, the step that a trace wants.
@@ -8,13 +8,13 @@ is the machine's to decide (`vmfs.machine.control.Control`, which has the lock) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vmfs.debug.trace import Trace
 from vmfs.devices.board import Board
-from vmfs.engine.base import Capability, Vcpu
+from vmfs.engine.base import Capability, Runner, Vcpu
 from vmfs.words import exits
 from vmfs.words.layouts import RIP, quad
 
@@ -28,6 +28,7 @@ class Bound:
     until: int | None = None  # a linear address; ends with Debug(cause="breakpoint")
     seconds: float | None = None  # ends with Limit
     within: tuple[int, int] | None = None  # with `steps`: steps again while rip is from the first on, below the second
+    cpu: int | None = None  # the one that runs while the others stand still
 
 
 UNBOUND = Bound()
@@ -41,6 +42,7 @@ class Run(Future):  # type: ignore[type-arg]
         self.bound = bound
         self.stop_asked = False
         self.expired = False
+        self.has_ended = False  # one of its CPUs came to the exit that ends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +60,21 @@ class Asked:
 
 
 class RunLoop:
-    """One run of a CPU, in its thread."""
+    """One run of a CPU, or of all in turn, in its thread. `cpus` are all of the machine."""
 
     def __init__(
         self,
         run: Run,
-        cpu: Vcpu,
+        runner: Runner,
+        cpus: Sequence[Vcpu],
         capabilities: frozenset[Capability],
         board: Board | None,
         trace: Trace,
         asked: Asked,
     ) -> None:
         self._run = run
-        self._cpu = cpu
+        self._runner = runner
+        self._cpus = cpus
         self._capabilities = capabilities
         self._board = board
         self._trace = trace
@@ -80,7 +84,7 @@ class RunLoop:
         """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that."""
         bound = self._run.bound
         if bound.instructions == 0:  # `Vm.load`
-            return exits.Limit(rip=quad(self._cpu.get_state("regs"), RIP))
+            return exits.Limit(rip=quad(self._cpus[0].get_state("regs"), RIP))
         if self._board is None:
             return self._to_exit(first)
         self._board.begin()
@@ -100,8 +104,8 @@ class RunLoop:
 
     def _slices(self, goes_on: bool, first: exits.Exit | None = None) -> exits.Exit:
         """Slice by slice until an exit that is not only the engine's, or until the bound is reached."""
-        run, cpu, board = self._run, self._cpu, self._board
-        left = _Countdown(run.bound, cpu, exact=Capability.BUDGET in self._capabilities)
+        run, runner, board = self._run, self._runner, self._board
+        left = _Countdown(run.bound, runner, exact=Capability.BUDGET in self._capabilities)
         if board is not None:
             board.call_due()  # what became due while nothing ran
         while True:
@@ -117,21 +121,21 @@ class RunLoop:
                 if board is not None:
                     board.call_due()
                 self._asked.do_tasks()
-                if run.stop_asked:
+                if run.stop_asked or run.has_ended:
                     return exits.Interrupted(rip=exit_.rip, cpu=exit_.cpu)
                 if run.expired:
                     return exits.Limit(rip=exit_.rip, cpu=exit_.cpu)
                 if left.is_used_up():
                     return self._bound_reached(exit_)
             elif board is not None and isinstance(exit_, exits.Io | exits.Mmio):
-                ended = board.access(exit_, cpu)
+                ended = board.access(exit_, self._cpus[exit_.cpu])
                 if ended is not None:
-                    self._trace.exit(ended, cpu)
+                    self._trace.exit(ended, self._cpus[exit_.cpu])
                     return ended
                 is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
                 if left.count(is_done, is_done):
                     return self._bound_reached(exit_)
-                if stepping and is_done and not cpu.exits_waiting:
+                if stepping and is_done and not runner.exits_waiting:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
             elif isinstance(exit_, exits.Debug) and exit_.cause != "step":
                 stop = self._asked.stop_for(exit_)
@@ -153,8 +157,8 @@ class RunLoop:
 
     def _slice(self, budget: int | None, goes_on: bool) -> exits.Exit:
         if self._trace.on:
-            return self._trace.run(self._cpu, self._capabilities, budget, goes_on)
-        return self._cpu.run(budget=budget, goes_on=goes_on)
+            return self._trace.run(self._runner, self._cpus, self._capabilities, budget, goes_on)
+        return self._runner.run(budget=budget, goes_on=goes_on)
 
     def _bound_reached(self, at: exits.Exit) -> exits.Exit:
         if self._run.bound.steps is not None:
@@ -169,7 +173,7 @@ class _Countdown:
     or a stop after it has no step of its own: that exit counts for it, however many it has.
     """
 
-    def __init__(self, bound: Bound, cpu: Vcpu, *, exact: bool) -> None:
+    def __init__(self, bound: Bound, cpu: Runner, *, exact: bool) -> None:
         left = bound.steps if bound.steps is not None else bound.instructions
         self.is_bounded = left is not None
         self.by_steps = self.is_bounded and not exact

@@ -68,6 +68,7 @@ ROWS: tuple[Row, ...] = (
     Row("time", Owner.ENGINE, ("setup",), is_reset=False),
     Row("irqchip", Owner.ENGINE, ("time",), with_chips=True),
     Row("pit", Owner.ENGINE, ("time", "irqchip"), with_chips=True),
+    Row("turns", Owner.ENGINE),
     # It completes them. The lines are driven by devices, which reset them.
     Row("chips", Owner.ENGINE, ("irqchip", "pit"), is_reset=False),
     Row("board", Owner.BOARD, ("time", "chips"), version=BoardState.VERSION, is_reset=False),

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from vmfs.machine.files import monitor, request
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, Devices
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
-from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
+from vmfs.machine.files.table import CONTENTS, CPU_CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
 from vmfs.words import commands
@@ -261,10 +262,13 @@ class Worker:
 
     async def _file(self, path: str) -> File:
         """Gone for what is not there any more: the server knows the names that were."""
-        folder, _, name = path.rpartition("/")
-        contents = self.contents
-        if folder == "reg":
-            kind = REGISTER_KINDS.get(name) or (register_file(name) if await self._has_msr(name) else None)
+        cpu, path_there = _cpu_of(path)
+        folder, _, name = path_there.rpartition("/")
+        contents = self.contents.of_cpu(cpu)
+        if cpu is not None and not folder:
+            kind = CPU_CONTENTS.get(name)
+        elif folder == "reg":
+            kind = REGISTER_KINDS.get(name) or (register_file(name) if await self._has_msr(contents, name) else None)
         elif folder == "dev":
             kind = DEV_KINDS.get(name)
         elif folder.startswith("dev/"):
@@ -278,29 +282,33 @@ class Worker:
             raise Gone(f"there is no {path} any more")
         return File(name, kind, contents)
 
-    async def _has_msr(self, name: str) -> bool:
-        found = self.contents.vm.at_boundary(lambda cpu: has_msr(cpu, name))
-        await finished(found, self.contents)
+    async def _has_msr(self, contents: Contents, name: str) -> bool:
+        found = contents.vm.at_boundary(lambda cpu: has_msr(cpu, name))
+        await finished(found, contents)
         return bool(found.result())
 
     async def _find(self, message: commands.Find) -> Done:
-        folder, _, name = message.path.rpartition("/")
+        cpu, path = _cpu_of(message.path)
+        folder, _, name = path.rpartition("/")
         found = FOUND_NOTHING
         if folder == "reg":
             if name in REGISTER_KINDS:
                 found = FOUND_FILE if REGISTER_KINDS[name].writable else FOUND_READ_ONLY
-            elif await self._has_msr(name):
+            elif await self._has_msr(self.contents.of_cpu(cpu), name):
                 found = FOUND_FILE
         elif folder == "dev" and self._devices.scope(name) is not None:
             found = FOUND_DIRECTORY
         return Done(message.call, b"", found)
 
     async def _list(self, message: commands.List) -> Listed:
-        if message.directory == "reg":
-            listed = self.contents.vm.at_boundary(listed_registers)
+        cpu, directory = _cpu_of(message.directory)
+        if directory == "reg":
+            listed = self.contents.of_cpu(cpu).vm.at_boundary(listed_registers)
             await finished(listed, self.contents)
             names = [(name, _found(name)) for name in listed.result()]
-        elif message.directory == "dev":
+        elif directory == "cpus":
+            names = [(f"cpu{cpu.index}", FOUND_DIRECTORY) for cpu in self.contents.vm.cpus]
+        elif directory == "dev":
             names = [(name, FOUND_DIRECTORY) for name in self._devices.names()]
         else:
             names = []
@@ -367,6 +375,15 @@ class _Waker:
 
     def notify(self) -> None:
         self._worker.say(commands.Woken(self._handle))
+
+
+_CPU = re.compile(r"cpu([0-9]{1,2})/(.+)")
+
+
+def _cpu_of(path: str) -> tuple[int | None, str]:
+    """Of which cpuN/ it is a path in, if of any, and what it is there."""
+    match = _CPU.fullmatch(path)
+    return (int(match[1]), match[2]) if match else (None, path)
 
 
 def _found(register: str) -> int:

@@ -42,12 +42,13 @@ class Exit:
 
     rip: int
     cpu: int = 0
+    of_several: bool = field(default=False, compare=False, repr=False)  # the machine has more CPUs: the line says which
 
     def line(self) -> str:
         """The exit as one line of text, without a newline."""
         words = [self.REASON, *(f"{key}={value}" for key, value in self._details())]
         words.append(f"rip={self.rip:#x}")
-        if self.cpu:
+        if self.cpu or self.of_several:
             words.append(f"cpu={self.cpu}")
         return " ".join(words)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 from vmfs.engine.base import (
     MACHINE_REST,
@@ -22,6 +23,7 @@ from vmfs.engine.base import (
     DebugRequest,
     Engine,
     Machine,
+    Runner,
     TraceRequest,
     TraceSink,
     Vcpu,
@@ -68,6 +70,7 @@ _REFUSED: Mapping[str, str] = {
     "progress": "its version, a length, a flag or an exit that waits cannot be; or it has vectors, and the machine"
     " interrupt controllers, which make them",
     "time": "its version, its length or a time cannot be",
+    "turns": "its length, the CPU or the number of instructions cannot be",
     "chips": "its version, its length, a line or a counter cannot be; or there are no interrupt controllers",
 }
 
@@ -154,6 +157,9 @@ class EmulatorMachine(Machine):
             self._vm.create_irqchip()
         self._has_irqchip = True
 
+    def runners(self, cpus: Sequence[Vcpu]) -> Sequence[Runner]:
+        return cpus if len(cpus) == 1 else (EmulatorTurns(self._vm, cast("Sequence[EmulatorVcpu]", cpus)),)
+
     def set_a20(self, enabled: bool) -> None:
         self._vm.set_a20(enabled)
 
@@ -208,6 +214,35 @@ class EmulatorMachine(Machine):
             self._vm.close()
 
 
+class EmulatorTurns:
+    """All CPUs of a machine, which execute in turn in one thread."""
+
+    def __init__(self, vm: _core.Vm, cpus: Sequence[EmulatorVcpu]) -> None:
+        self._vm = vm
+        self._cpus = cpus
+
+    def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
+        with _failures("run"):
+            which, exit_ = self._vm.run(-1 if budget is None else budget, goes_on)
+        return self._cpus[which].exit_of(exit_)
+
+    def kick(self) -> None:
+        for cpu in self._cpus:
+            cpu.kick()
+
+    def clear_kick(self) -> None:
+        for cpu in self._cpus:
+            cpu.clear_kick()
+
+    @property
+    def exits_waiting(self) -> bool:
+        return any(cpu.exits_waiting for cpu in self._cpus)
+
+    def counters(self) -> dict[str, int]:
+        counted = [cpu.counters() for cpu in self._cpus]
+        return {name: sum(one[name] for one in counted) for name in counted[0]}
+
+
 class EmulatorVcpu(Vcpu):
     """A `struct vcpu` of the core."""
 
@@ -224,6 +259,10 @@ class EmulatorVcpu(Vcpu):
         except Exception:
             with _failures("run"):
                 raise
+        return _MAKERS[exit_[0]](self, exit_, self._cpu.access_data if exit_[2] else b"")
+
+    def exit_of(self, exit_: tuple) -> Exit:
+        """The exit that is the core's tuple, after a run of several CPUs."""
         return _MAKERS[exit_[0]](self, exit_, self._cpu.access_data if exit_[2] else b"")
 
     def left_exit(self) -> Exit:

@@ -28,7 +28,7 @@ from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.deadline import Deadline
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
-from vmfs.engine.rest import NEVER, Chips, Time
+from vmfs.engine.rest import NEVER, TURN, TURNS, Chips, Time
 from vmfs.words import layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, known
 
@@ -167,6 +167,7 @@ class KvmMachine(Machine):
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
+        self._turns = TURNS.pack(0, TURN)
         self._lines = bytearray(24)  # their levels, which KVM tells nobody
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
@@ -343,6 +344,8 @@ class KvmMachine(Machine):
         if name == "time":
             now = self._clock()
             return Time(now, now, deadline=NEVER if self._deadline.when is None else self._deadline.when).pack()
+        if name == "turns":
+            return self._turns
         if name == "chips":
             return progress.chips(bytes(self._lines), self.get_state("pit") if self._has_irqchip else None).pack()
         if name == "clock":
@@ -358,6 +361,11 @@ class KvmMachine(Machine):
             now = Time.unpack(data)
             self._set_clock(now.clock)
             self._deadline.set(None if now.deadline == NEVER else now.deadline)
+            return
+        if name == "turns":  # of another engine, to which it may go back
+            if len(data) != TURNS.size:
+                raise Invalid(f"turns has {TURNS.size} bytes, not {len(data)}")
+            self._turns = data
             return
         if name == "chips":  # what devices drive, KVM hears of when it changes; its counters begin afresh
             self._lines = bytearray(level & 1 for level in Chips.unpack(data).lines)

@@ -91,6 +91,7 @@ def _id(text: str) -> int | None:
 
 
 _vector = _natural("vector", 255)
+_cpu = _natural("cpu", (1 << 32) - 1)
 _line = Argument("N", _natural("line", (1 << 32) - 1))
 _ignored = Argument("N", _natural("N", (1 << 63) - 1))
 
@@ -251,8 +252,12 @@ def parse_command(file: str, text: str, resolve: Resolve = no_symbols) -> Callab
 def parse_bound(text: str, resolve: Resolve = no_symbols) -> Bound:
     """The line of `vm_run`: commands that together say when a run ends, as `until ADDR for TIME`."""
     words = text.split()
+    cpus = [word.removeprefix("cpu=") for word in words if word.startswith("cpu=")]
+    words = [word for word in words if not word.startswith("cpu=")]
     if len(text.splitlines()) > 1 or not words:
-        raise Invalid(f"it takes one line of {_usages('vm_run')}")
+        raise Invalid(f"it takes one line of {_usages('vm_run')}, and cpu=K")
+    if len(cpus) > 1:
+        raise Invalid("cpu=K stands once in the line")
     needs_argument = {row.name: any(not one.optional for one in row.arguments) for row in COMMANDS["vm_run"]}
     commands: list[list[str]] = []
     for word in words:
@@ -267,7 +272,7 @@ def parse_bound(text: str, resolve: Resolve = no_symbols) -> Bound:
         raise Invalid("each bound stands once in the line")
     if {"step", "insns"} <= set(verbs):
         raise Invalid("a run counts `step` or `insns`, not both")
-    bound = UNBOUND
+    bound = replace(UNBOUND, cpu=_cpu(cpus[0])) if cpus else UNBOUND
     for command in commands:
         bound = _bound("vm_run", command, resolve)(bound)
     return bound

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import trio
 
@@ -17,6 +18,7 @@ from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import by_name
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Engine
 from vmfs.machine.control import MemoryHooks
+from vmfs.machine.cpu import CpuView
 from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.console import ConsolePort
 from vmfs.machine.files.gdb import GdbPort
@@ -25,7 +27,7 @@ from vmfs.machine.files.waiting import settled
 from vmfs.machine.machine import Vm
 from vmfs.memory.ram import PAGE
 from vmfs.words.door import Door
-from vmfs.words.errors import Busy, Unsupported
+from vmfs.words.errors import Busy, Gone, Unsupported
 
 MOST_RANGES = 64  # more messages than that cost more than dropping the whole cache
 
@@ -116,6 +118,7 @@ class Contents(Scope):
         self._changes = 1
         self._consoles: dict[str, ConsolePort] = {}
         self._count = itertools.count(2)
+        self._of_cpus: dict[int, CpuContents] = {}
         self._sizes = {name: len(blob) for name, blob in vm.cpu.reset_states.items()}
         for name in (*VCPU_STATES, *MACHINE_STATES):
             self.state_size(name)  # now, because a CPU that runs has to be stopped for it
@@ -189,6 +192,17 @@ class Contents(Scope):
             port = self._consoles[device] = ConsolePort(serial, super().changed, self.budget)
         return port
 
+    def of_cpu(self, cpu: int | None) -> Contents:
+        """The same, where what is a CPU's is of that one; None is the first, as at the top."""
+        if cpu is None:
+            return self
+        if cpu >= len(self.vm.cpus):
+            raise Gone(f"there is no cpu{cpu} any more")
+        view = self._of_cpus.get(cpu)
+        if view is None:
+            view = self._of_cpus[cpu] = CpuContents(self, cpu)
+        return cast(Contents, view)
+
     def sample(self, name: str) -> Future[bytes]:
         """A state of the CPU or the machine, between two instructions."""
         if name in MACHINE_STATES:
@@ -218,3 +232,19 @@ class Contents(Scope):
     def forget_size(self, name: str) -> None:
         """The state was set to one of another length."""
         self._sizes.pop(name, None)
+
+
+class CpuContents:
+    """The contents as the files in cpuN/ see them: `vm` is the machine with that CPU in the place of the first."""
+
+    def __init__(self, contents: Contents, cpu: int) -> None:
+        self._contents = contents
+        self.vm = CpuView(contents.vm, cpu)
+        self._kept_sizes: dict[Kind, tuple[object, int]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._contents, name)
+
+    _same_as = Contents._same_as
+    kept_size = Contents.kept_size
+    sample = Contents.sample

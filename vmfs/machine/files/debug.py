@@ -307,10 +307,10 @@ class _CoreHandle(Handle):
 
     async def _make_header(self) -> bytes:
         vm = self.scope.vm
-        cpu = await _sampled(self.scope, CpuState.of)
+        cpus = await _sampled(self.scope, lambda _: [CpuState.of(cpu.vcpu) for cpu in vm.cpus])
 
         def work(ram: MemoryView) -> bytes:
             with ram:
-                return core_header(ram, [cpu])
+                return core_header(ram, cpus)
 
         return await _in_thread(work, _ram(vm))

@@ -23,7 +23,7 @@ from vmfs.machine.files.memory import Mem, resize_memory
 from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, screen_text
 from vmfs.machine.files.trace import TraceFile
 from vmfs.machine.files.waiting import finished, settled
-from vmfs.machine.machine import Vm, check_time
+from vmfs.machine.machine import Vm, check_cpu_count, check_time
 from vmfs.memory.ram import PAGE, check_size
 from vmfs.words.errors import Busy, Invalid, Unsupported
 from vmfs.words.exits import Exit
@@ -133,6 +133,21 @@ def _put_mem_size(scope: Contents, text: str) -> Do:
     return lambda: resize_memory(scope, size)
 
 
+def _put_cpus(scope: Contents, text: str) -> Do:
+    count = parse_number(text.strip(), what="cpus")
+    check_cpu_count(count)
+
+    def do() -> None:
+        scope.vm.set_cpu_count(count)
+        scope.forget_sizes()
+
+    return do
+
+
+def _cpu_stat(scope: Contents) -> str:
+    return "".join(f"{key} {value}\n" for key, value in scope.vm.cpu_counters().items())
+
+
 def _put_engine(scope: Contents, text: str) -> Do:
     name = text.strip()
     engine = scope.engine_named(name)
@@ -228,6 +243,7 @@ CONTENTS: Mapping[str, Kind] = {
         ),
     # configuration
     "mem_size": Text(lambda scope: f"{scope.vm.memory.size}\n", _put_mem_size),
+    "cpus": Text(lambda scope: f"{len(scope.vm.cpus)}\n", _put_cpus),
     "engine": Text(lambda scope: f"{scope.vm.engine.name}\n", _put_engine),
     "mode": Text(_mode, _put_mode, of_cpu=True),
     "machine": Text(lambda scope: f"{scope.vm.machine_name}\n", _put_machine),
@@ -260,6 +276,14 @@ CONTENTS: Mapping[str, Kind] = {
     "gdb": GdbFile(),
     "gdb.stream": GdbStream(),
     "error": Text(_complaint),
+}
+
+
+# Of cpuN/, where they are a CPU's. What of them stands at the top, too, is of the first.
+CPU_CONTENTS: Mapping[str, Kind] = {
+    **{name: CONTENTS[name] for name in (*VCPU_STATES, "registers", "virt", "pagetable", "disasm", "stack")},
+    "state": Text(lambda scope: scope.vm.cpu_state(), of_cpu=True),
+    "stat": Text(_cpu_stat),
 }
 
 

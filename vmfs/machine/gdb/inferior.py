@@ -51,7 +51,8 @@ class Inferior:
         self.vm = surroundings.vm
         self.surroundings = surroundings
         self.physical = False  # addresses are guest-physical
-        self._states: tuple[object, States] | None = None
+        self.cpu = 0  # the one that is looked at
+        self._states: tuple[object, int, States] | None = None
         self._paging: tuple[tuple[bytes, bytes], Paging] | None = None
         # The last page that was looked up: how, its address, the entries of tables on the way, where it is.
         self._way: tuple[Paging, int, list[tuple[int, bytes]], int] | None = None
@@ -60,17 +61,22 @@ class Inferior:
         self._ids: dict[Stop, int] = {}  # what the machine has: at least all that is wanted
 
     def at_boundary(self, task: Callable[[Vcpu], T]) -> T:
-        return self.vm.at_boundary(task).result()
+        return self.vm.at_boundary(task, self.cpu).result()
+
+    @property
+    def cpu_count(self) -> int:
+        return len(self.vm.cpus)
 
     # ---- registers
 
     def avx(self) -> bool:
         return self.at_boundary(has_avx)
 
-    def mode(self) -> str:
-        def look(cpu: Vcpu) -> str:
-            states = self._states_of(cpu)
-            return mode_of(states.blob("regs"), states.blob("sregs"))
+    def modes(self) -> list[str]:
+        """Of each CPU."""
+
+        def look(_: Vcpu) -> list[str]:
+            return [mode_of(cpu.vcpu.get_state("regs"), cpu.vcpu.get_state("sregs")) for cpu in self.vm.cpus]
 
         return self.at_boundary(look)
 
@@ -85,12 +91,12 @@ class Inferior:
 
     def _states_of(self, cpu: Vcpu) -> States:
         """Each got once while the CPU is not used: gdb asks for one register after the other."""
-        at = self.vm.still
+        at = self.vm.still_in_task
         if at is None:
             return States(cpu)
-        if self._states is None or at is not self._states[0]:
-            self._states = at, States(cpu)
-        return self._states[1]
+        if self._states is None or (at, self.cpu) != self._states[:2]:
+            self._states = at, self.cpu, States(cpu)
+        return self._states[2]
 
     def write_registers(self, values: dict[Register, int]) -> None:
         """Those that differ from what they are, as one change. Busy while the machine runs."""
@@ -103,7 +109,7 @@ class Inferior:
                     changes |= row.put(states, value)
             _set(cpu, changes)
 
-        self.vm.change(write)
+        self.vm.change(write, cpu=self.cpu)
 
     # ---- memory
 
@@ -171,7 +177,7 @@ class Inferior:
                 self.vm.memory.write(physical, data[done : done + part])
                 done += part
 
-        self.surroundings.change_memory(lambda: self.vm.at_boundary(write))
+        self.surroundings.change_memory(lambda: self.vm.at_boundary(write, self.cpu))
 
     def region(self, address: int) -> tuple[int, int, str]:
         """Where the range of memory around an address, or of what is not mapped, begins and ends, and `rwx` for what

@@ -11,19 +11,19 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmfs.machine.gdb.inferior import Inferior, Stop
 from vmfs.machine.gdb.packets import MOST, escape
 from vmfs.machine.gdb.target import DEFAULT, Layout, layout
-from vmfs.machine.runloop import UNBOUND, Bound
+from vmfs.machine.runloop import Bound
 from vmfs.words import exits
 from vmfs.words.errors import BadAddress, Gone, Invalid, VmfsError
 from vmfs.words.exits import Exit
 
 PACKET_SIZE = MOST // 2
 _READ_MOST = PACKET_SIZE // 2 - 8  # bytes whose hexadecimal form a packet has room for
-_THREAD = 1  # the CPU; thread 0 means any
+_FIRST = 1  # the thread that is CPU 0; thread 0 means any
 
 # What gdb numbers signals by (include/gdb/signals.def); `handle SIGUSR1 nostop noprint` is about these.
 SIGNALS: Mapping[str, int] = {
@@ -52,11 +52,13 @@ _PASSABLE = (exits.Io, exits.Mmio, exits.Hlt)  # a program goes on after them
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """What is to run: until something stops it; `step`: one instruction, or those from `start` to `end`."""
+    """What is to run: until something stops it; `step`: one instruction, or those from `start` to `end`. `cpu`: the one
+    that does while the others stand still; None is all, or, of a step, the one that is looked at."""
 
     step: bool = False
     start: int = 0
     end: int = 0
+    cpu: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,8 @@ class Stub:
             self.inferior.write_registers({rows.registers[rows.pc]: _number(address)})
 
     def _resume(self, arguments: bytes) -> Answer:
-        return _resumption(arguments)
+        resume = _resumption(arguments, self.inferior.cpu_count)
+        return resume if resume.cpu is None or self.inferior.cpu_count > 1 else replace(resume, cpu=None)
 
     def resume(self, what: Resume, run: Run, tell: Tell) -> bytes:
         """Run, and the reply when it has stopped. `tell` gets what no stop reply can say."""
@@ -292,10 +295,11 @@ class Stub:
         return self._stopped(exit_, tell)
 
     def _run(self, what: Resume, run: Run) -> Exit:
-        bound = UNBOUND
+        bound = Bound(cpu=what.cpu)
         if what.step:
+            cpu = self.inferior.cpu if what.cpu is None else what.cpu
             # A stub may stop inside of a range; one whose addresses are linear does, after every instruction.
-            bound = Bound(steps=1, within=(what.start, what.end) if what.end and not self.linear else None)
+            bound = Bound(steps=1, within=(what.start, what.end) if what.end and not self.linear else None, cpu=cpu)
         while True:
             exit_ = run(bound)
             if not isinstance(exit_, _PASSABLE) or SIGNALS[_EXIT_SIGNALS[type(exit_)]] not in self._pass:
@@ -304,6 +308,7 @@ class Stub:
                 return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
 
     def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
+        self.inferior.cpu = exit_.cpu
         signal = SIGNALS[_signal_of(exit_)]
         reason = b""
         if isinstance(exit_, exits.Debug) and exit_.cause != "step":
@@ -322,7 +327,7 @@ class Stub:
         numbers = rows.expedited
         values = self.inferior.read_registers([rows.registers[number] for number in numbers])
         words = b"".join(b"%02x:%b;" % (number, _hex(value)) for number, value in zip(numbers, values, strict=True))
-        return b"T%02x%b%bthread:%x;" % (signal, words, reason, _THREAD)
+        return b"T%02x%b%bthread:%x;" % (signal, words, reason, _FIRST + self.inferior.cpu)
 
     def _why(self, _arguments: bytes) -> bytes:
         """`?`: the machine stands still for gdb, whoever ran it."""
@@ -332,6 +337,7 @@ class Stub:
             self._check(error)
         if self._last_stop is None:
             last = self.inferior.last_exit
+            self.inferior.cpu = last.cpu if last else 0
             is_over = last is not None and self.inferior.vm.state in ("shutdown", "halted")
             self._last_stop = self.stop_reply(SIGNALS[_signal_of(last) if last and is_over else "TRAP"])
         return self._last_stop
@@ -349,20 +355,48 @@ class Stub:
 
     # ---- threads: the CPUs
 
-    def _select(self, arguments: bytes) -> bytes:
-        if arguments[:1] not in (b"g", b"c") or _thread(arguments[1:]) not in (_THREAD, 0, -1):
+    def _cpu(self, text: bytes) -> int | None:
+        """The CPU that is a thread; None for any or all. Malformed for one that there is not."""
+        number = _thread(text)
+        if number in (0, -1):
+            return None
+        if not _FIRST <= number < _FIRST + self.inferior.cpu_count:
             raise Malformed
+        return number - _FIRST
+
+    def _select(self, arguments: bytes) -> bytes:
+        """Hg: whose registers and addresses the next packets mean. Hc is of packets before vCont, and means little."""
+        if arguments[:1] not in (b"g", b"c"):
+            raise Malformed
+        cpu = self._cpu(arguments[1:])
+        if arguments[:1] == b"g" and cpu is not None:
+            self.inferior.cpu = cpu
         return b"OK"
 
     def _is_alive(self, arguments: bytes) -> bytes:
-        if _thread(arguments) != _THREAD:
+        if self._cpu(arguments) is None:
             raise Malformed
         return b"OK"
 
     def _thread_words(self, arguments: bytes) -> bytes:
-        if _thread(arguments) != _THREAD:
+        cpu = self._cpu(arguments)
+        if cpu is None:
             raise Malformed
-        return _hex(f"cpu{_THREAD - 1} [{self.inferior.mode()}]".encode())
+        return _hex(f"cpu{cpu} [{self.inferior.modes()[cpu]}]".encode())
+
+    def _current_thread(self, _arguments: bytes) -> bytes:
+        return b"QC%x" % (_FIRST + self.inferior.cpu)
+
+    def _threads(self, _arguments: bytes) -> bytes:
+        return b"m" + b",".join(b"%x" % (_FIRST + cpu) for cpu in range(self.inferior.cpu_count))
+
+    def _threads_document(self) -> str:
+        """In one packet where qfThreadInfo takes two; gdb asks at every stop."""
+        rows = (
+            f'<thread id="{_FIRST + cpu:x}" core="{cpu}" name="cpu{cpu}">{mode}</thread>'
+            for cpu, mode in enumerate(self.inferior.modes())
+        )
+        return f'<?xml version="1.0"?>\n<threads>{"".join(rows)}</threads>\n'
 
     # ---- queries
 
@@ -385,7 +419,7 @@ class Stub:
         elif parts[0] == b"memory-map" and not parts[2]:
             document = MEMORY_MAP.encode()
         elif parts[0] == b"threads" and not parts[2]:
-            document = THREADS.format(thread=_THREAD, mode=self.inferior.mode()).encode()
+            document = self._threads_document().encode()
         elif parts[0] in (b"features", b"memory-map", b"threads"):
             return b"E00"  # there is no such annex
         else:
@@ -446,25 +480,43 @@ class Stub:
 
 
 @functools.lru_cache(maxsize=64)
-def _resumption(arguments: bytes) -> Resume:
-    """vCont;ACTION[:THREAD]...: the first that is for the CPU counts."""
+def _resumption(arguments: bytes, cpu_count: int) -> Resume:
+    """vCont;ACTION[:THREAD]...: of each thread the first that is for it counts, and those without one stand still.
+
+    A step is of one CPU, whatever the others may do: they stand still in the meantime.
+    """
     if not arguments.startswith(b";"):
         raise Malformed
+    actions: dict[int, Resume] = {}
     for part in arguments[1:].split(b";"):
-        action, colon, thread = part.partition(b":")
-        if colon and _thread(thread) not in (_THREAD, 0, -1):
-            continue
-        letter, rest = action[:1], action[1:]
-        if letter in b"CS" and letter:
-            _after_signal(rest)
-            rest = b""
-        if letter == b"r":
-            start, end = _numbers(rest, 2)
-            return Resume(step=True, start=start, end=end)
-        if rest or letter not in (b"c", b"C", b"s", b"S"):
-            raise Malformed
-        return Resume(step=letter in b"sS")
-    raise Malformed
+        action, colon, text = part.partition(b":")
+        thread = _thread(text) if colon else -1
+        resume = _action(action)
+        those = range(cpu_count) if thread in (0, -1) else (thread - _FIRST,)
+        for cpu in those:
+            if 0 <= cpu < cpu_count:
+                actions.setdefault(cpu, resume)
+    steps = [(cpu, resume) for cpu, resume in actions.items() if resume.step]
+    if steps and len(steps) < max(cpu_count, 2):
+        return replace(steps[0][1], cpu=steps[0][0])
+    if not actions:
+        raise Malformed
+    if len(actions) == 1 and cpu_count > 1:
+        return replace(next(iter(actions.values())), cpu=next(iter(actions)))
+    return next(iter(actions.values()))
+
+
+def _action(action: bytes) -> Resume:
+    letter, rest = action[:1], action[1:]
+    if letter in b"CS" and letter:
+        _after_signal(rest)
+        rest = b""
+    if letter == b"r":
+        start, end = _numbers(rest, 2)
+        return Resume(step=True, start=start, end=end)
+    if rest or letter not in (b"c", b"C", b"s", b"S"):
+        raise Malformed
+    return Resume(step=letter in b"sS")
 
 
 def parse_layout(words: list[str]) -> tuple[str, bool]:
@@ -549,9 +601,6 @@ MEMORY_MAP = """<?xml version="1.0"?>
 </memory-map>
 """
 
-# The CPUs, in one packet where qfThreadInfo takes two, and gdb asks at every stop.
-THREADS = '<?xml version="1.0"?>\n<threads><thread id="{thread:x}" core="0" name="cpu0">{mode}</thread></threads>\n'
-
 Handler = Callable[[Stub, bytes], Answer]
 
 # By how a payload begins; the first that fits.
@@ -597,8 +646,8 @@ QUERIES: Mapping[bytes, Handler] = {
     b"StartNoAckMode": Stub._start_no_ack,
     b"PassSignals": Stub._pass_signals,
     b"Attached": _constant(b"1"),
-    b"C": _constant(b"QC%x" % _THREAD),
-    b"fThreadInfo": _constant(b"m%x" % _THREAD),
+    b"C": Stub._current_thread,
+    b"fThreadInfo": Stub._threads,
     b"sThreadInfo": _constant(b"l"),
     b"Symbol": _constant(b"OK"),
     b"MemoryRegionInfo": Stub._region,

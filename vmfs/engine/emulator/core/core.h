@@ -76,6 +76,9 @@ struct core_time_state {
     uint64_t deadline;           /* vm_set_deadline's */
 };
 
+/* "turns", of vm_run: whose it is, and how many instructions are left of it. Set back, it is {0, CORE_TURN}. */
+struct core_turns { uint32_t cpu, left; };
+
 /* "chips": what KVM's structs lack of the interrupt controllers and the 8254: levels of lines, edges that the I/O APIC has
  * delivered, where counters stand. Set it after irqchip and pit. */
 enum { CORE_CHIPS_VERSION = 1, CORE_CHIPS_A20_OFF = 1 /* flag: address bit 20 is zero */ };
@@ -176,6 +179,13 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* The same as a part of the run before: where that did not stop at a breakpoint (or begin there and execute nothing), one
  * at its start stops. Decoded code stays as it is, but for what vm_memory_written names. */
 void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
+/* Run all CPUs, in turn, in the calling thread: each CORE_TURN instructions, in the order of their indices, without those that
+ * halt or wait. A PAUSE ends a turn, and so does HLT. The machine's time goes on with every instruction of any CPU, so what one has
+ * seen of it none sees go back. The budget counts the instructions of all. *which: whose exit it is; it has the rest
+ * of its turn when it executes next, whatever ends the run, so that the turns do not depend on it. `goes_on`: as of vcpu_go_on,
+ * which else it is of all CPUs but the one with the last exit. */
+enum { CORE_TURN = 1 << 14 };
+void vm_run(struct vm *vm, int64_t budget, bool goes_on, struct vcpu_exit *exit, unsigned *which);
 /* End the run at an instruction boundary with EXIT_INTERRUPTED, or the next one at its start. Any thread, or a
  * signal handler. An exit that was on its way comes first; the kick then ends the run after it. */
 void vcpu_kick(struct vcpu *c);

@@ -25,9 +25,11 @@ typedef struct {
     struct { void *host; size_t size; } maps[CORE_SLOTS];
     unsigned running;         /* CPUs in a run */
     PyObject *bus;            /* the capsule of vm_set_bus, or NULL */
+    bool all_run;             /* in a run of all */
+    struct VcpuObject *vcpus[CORE_VCPUS]; /* not owned */
 } VmObject;
 
-typedef struct {
+typedef struct VcpuObject {
     PyObject_HEAD
     VmObject *owner;
     struct vcpu *vcpu;
@@ -312,6 +314,7 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
     }
     Py_INCREF(self);
     vcpu->owner = self;
+    self->vcpus[index] = vcpu;
     return (PyObject *)vcpu;
 }
 
@@ -324,7 +327,44 @@ static PyObject *py_vm_close(VmObject *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+static bool poll_signals(void *argument);
+static PyObject *exit_tuple(const struct vcpu_exit *e);
+
+static PyObject *py_vm_run(VmObject *self, PyObject *args)
+{
+    long long budget = BUDGET_UNLIMITED;
+    struct vcpu_exit exit;
+    int goes_on = 0, signalled = 0, any = 0;
+    unsigned which = 0;
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "|Lp", &budget, &goes_on))
+        return NULL;
+    for (unsigned i = 0; i < CORE_VCPUS; i++) {
+        VcpuObject *cpu = self->vcpus[i];
+        if (!cpu)
+            continue;
+        any = 1;
+        cpu->signalled = 0;
+        vcpu_set_poll(cpu->vcpu, gettid() == getpid() ? poll_signals : NULL, cpu);
+    }
+    if (!any)
+        return fail(-EINVAL);
+    Py_INCREF(self);
+    self->running++;
+    self->all_run = true;
+    Py_BEGIN_ALLOW_THREADS
+    vm_run(self->vm, budget, goes_on, &exit, &which);
+    Py_END_ALLOW_THREADS
+    self->running--;
+    self->all_run = false;
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        signalled |= self->vcpus[i] && self->vcpus[i]->signalled;
+    Py_DECREF(self);
+    return signalled ? NULL : Py_BuildValue("(IN)", which, exit_tuple(&exit));
+}
+
 static PyMethodDef vm_methods[] = {
+    {"run", (PyCFunction)py_vm_run, METH_VARARGS,
+     "run(budget=-1, goes_on=False) -> (index of the CPU, exit tuple): all CPUs in turn, without the GIL"},
     {"map", (PyCFunction)(void (*)(void))py_vm_map, METH_VARARGS | METH_KEYWORDS,
      "map(slot, address, fd, offset, size, read_only=False): back guest-physical memory, shared; size 0 removes the slot"},
     {"dirty_log", (PyCFunction)py_vm_dirty_log, METH_VARARGS,
@@ -359,6 +399,8 @@ static void vcpu_dealloc(VcpuObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     if (self->owner) {
+        if (self->owner->vcpus[self->index] == self)
+            self->owner->vcpus[self->index] = NULL;
         if (self->owner->vm && self->vcpu)
             vcpu_destroy(self->vcpu);
         Py_DECREF(self->owner);
@@ -380,7 +422,7 @@ static int vcpu_idle(VcpuObject *self)
 {
     if (!vcpu_alive(self))
         return 0;
-    if (!self->running)
+    if (!self->running && !self->owner->all_run)
         return 1;
     fail(-EBUSY);
     return 0;
@@ -837,6 +879,7 @@ static PyObject *py_vcpu_close(VcpuObject *self, PyObject *ignored)
         return NULL;
     vcpu_destroy(self->vcpu);
     self->vcpu = NULL;
+    self->owner->vcpus[self->index] = NULL;
     Py_RETURN_NONE;
 }
 

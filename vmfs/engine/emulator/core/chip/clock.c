@@ -31,6 +31,12 @@ void clock_enter(struct vcpu *c)
         c->skew += c->vm->now - core_now(c, NULL);
 }
 void clock_leave(struct vcpu *c) { c->vm->now = core_now(c, NULL); }
+void clock_share(struct vm *vm)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            clock_enter(vm->vcpus[i]);
+}
 
 void set_tsc_offset(struct vcpu *c, u64 offset)
 {
@@ -98,6 +104,9 @@ void vm_set_bus(struct vm *vm, struct fast_bus *bus)
 void request_attention(struct vcpu *c, u32 bits)
 {
     atomic_fetch_or(&c->attention, bits);
+    struct vcpu *sleeper = atomic_load(&c->vm->sleeper);
+    if (sleeper && sleeper != c)
+        request_attention(sleeper, ATTENTION_INTERRUPT);
     if (atomic_load(&c->sleeping))
         syscall(SYS_futex, &c->attention, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
@@ -250,12 +259,12 @@ enum { LAG_MOST = 1000000000 }; /* nanoseconds */
 
 /* The host wakes a thread late, and a guest that sleeps from tick to tick would lose ticks that a PC never loses. So a CPU that
  * sleeps until a timer is due wakes up at that time, whatever the host's clock says by then: the machine's time is behind, and
- * makes up for it while the CPU sleeps the next times. Only with one CPU: no other has seen the time that is taken back. */
+ * makes up for it while the CPU sleeps the next times. Only where no other CPU has seen the time that is taken back: with one, or when all sleep in one thread. */
 static void fall_behind(struct vcpu *c, u64 due)
 {
     struct vm *vm = c->vm;
     u64 now = core_now(c, NULL), late = now > due ? now - due : 0, room = LAG_MOST - vm->lag;
-    if (vm->time != TIME_HOST || !is_alone(c))
+    if (vm->time != TIME_HOST || !(vm->in_turn || is_alone(c)))
         return;
     if (late > room)
         late = room;
@@ -288,7 +297,7 @@ bool chip_wait(struct vcpu *c)
         c->asleep_since = now;
         c->asleep_since_host = host_clock();
     }
-    if (c->run_limited || c->step) {
+    if (c->bounded || c->step) {
         u64 slept = host_clock() - c->asleep_since_host;
         if (slept >= SLEEP_MOST || now - c->asleep_since >= SLEEP_MOST)
             return false;
@@ -314,11 +323,16 @@ bool chip_wait(struct vcpu *c)
         c->vm->lag = 0;
     }
     atomic_store(&c->sleeping, true);
-    clock_leave(c);
-    vm_unlock(c->vm);
-    sleep_until_attention(c, most);
-    vm_lock(c->vm);
-    clock_enter(c);
+    if (c->vm->in_turn)
+        atomic_store(&c->vm->sleeper, c);
+    if (!(c->vm->in_turn && others_execute(c))) { /* what came for another one before it could see the sleeper */
+        clock_leave(c);
+        vm_unlock(c->vm);
+        sleep_until_attention(c, most);
+        vm_lock(c->vm);
+        clock_enter(c);
+    }
+    atomic_store(&c->vm->sleeper, NULL);
     atomic_store(&c->sleeping, false);
     fall_behind(c, due);
     return true;

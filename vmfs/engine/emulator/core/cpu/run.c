@@ -212,7 +212,7 @@ static bool look_around(struct vcpu *c)
 }
 
 /* Whether an event ends HLT (the shadows are over by then). */
-static bool can_wake(struct vcpu *c)
+bool can_wake(struct vcpu *c)
 {
     return c->debug_pending || c->injected.exception || c->injected.interrupt || c->injected.nmi ||
            (c->nmi_pending && !c->nmi_masked) || (c->rflags & FLAG_IF && pending_vector(c) >= 0);
@@ -467,6 +467,10 @@ static void turn(struct vcpu *c)
         c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
         return;
     }
+    if (unlikely(c->turn_over)) { /* a PAUSE of vm_run */
+        c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
+        return;
+    }
     if (c->retired - c->yielded_at >= SLICE) {
         c->yielded_at = c->retired;
         clock_leave(c);
@@ -500,7 +504,8 @@ static void turn(struct vcpu *c)
         }
         if (c->halted || c->mp_state != KVM_MP_STATE_RUNNABLE) { /* HLT, or waiting for INIT or SIPI */
             deliver_trace(c);
-            if (chip_wait(c))
+            c->turn_over = c->vm->in_turn && others_execute(c);
+            if (!c->turn_over && chip_wait(c))
                 host_polls(c);
             else
                 c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
@@ -554,27 +559,17 @@ static void turn(struct vcpu *c)
     }
 }
 
-static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *exit)
+void run_enter(struct vcpu *c)
 {
-    if (take_waiting(c, exit))
-        return;
-    if (c->held.reason) {
-        *exit = c->held;
-        c->held.reason = EXIT_NONE;
-        return;
-    }
-    if (!budget && c->reading && c->restart) { /* the read still waits for its data */
-        *exit = (struct vcpu_exit){.reason = EXIT_LIMIT, .rip = c->gpr[GPR_IP]};
-        return;
-    }
-    atomic_store(&c->in_run, true);
-    vm_lock(c->vm);
-    clock_enter(c);
     stops_know_mode(c);
     stops_forget(c);
+}
+
+/* Execute in the machine's time, which this CPU moves. */
+void run_slices(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+{
+    clock_enter(c);
     c->exit = (struct vcpu_exit){.reason = EXIT_NONE};
-    if (!goes_on)
-        cache_check_again(c);
     c->run_limited = budget >= 0;
     c->run_budget = budget;
     c->completing = c->reading && c->restart;
@@ -607,9 +602,34 @@ static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *
     *exit = c->exit;
     mxcsr_leave(c, host_mxcsr);
     x87_release(c);
+    clock_leave(c);
+}
+
+static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *exit)
+{
+    if (take_waiting(c, exit))
+        return;
+    if (c->held.reason) {
+        *exit = c->held;
+        c->held.reason = EXIT_NONE;
+        return;
+    }
+    if (!budget && c->reading && c->restart) { /* the read still waits for its data */
+        *exit = (struct vcpu_exit){.reason = EXIT_LIMIT, .rip = c->gpr[GPR_IP]};
+        return;
+    }
+    c->bounded = budget >= 0;
+    atomic_store(&c->in_run, true);
+    vm_lock(c->vm);
+    if (!goes_on)
+        cache_check_again(c);
+    run_enter(c);
+    run_slices(c, budget, exit);
+    c->vm->stopped = c->index;
+    if (c->vm->vcpu_count > 1)
+        clock_share(c->vm);
     if (tracer_has(c))
         tracer_deliver(c, true);
-    clock_leave(c);
     atomic_store(&c->in_run, false);
     if (c->vm->irqchip)
         chip_notify(c);

@@ -581,6 +581,8 @@ long vm_get_state(struct vm *vm, const char *name, void *data, size_t size)
     }
     if (!strcmp(name, "time"))
         return get_time(vm, data, size);
+    if (!strcmp(name, "turns"))
+        return get_turns(vm, data, size);
     if (!strcmp(name, "chips"))
         return get_chips(vm, data, size);
     if (strcmp(name, "irqchip") && strcmp(name, "pit"))
@@ -611,6 +613,8 @@ int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size)
     }
     if (!strcmp(name, "time"))
         return set_time(vm, data, size);
+    if (!strcmp(name, "turns"))
+        return set_turns(vm, data, size);
     if (!strcmp(name, "chips"))
         return set_chips_rest(vm, data, size);
     if (strcmp(name, "irqchip") && strcmp(name, "pit"))

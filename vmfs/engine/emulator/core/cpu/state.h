@@ -371,6 +371,9 @@ struct vcpu {
     u64 skew;                 /* deterministic time of the machine - instructions retired */
     unsigned known_mode;      /* at the last look: real, protected, long */
     _Atomic bool in_run, sleeping; /* in vcpu_run; waiting there for `attention` */
+    bool bounded;             /* the run is, by instructions */
+    bool entered;             /* vm_run: it has executed in this run */
+    bool turn_over;           /* vm_run: it gives the rest of its turn away */
 
     struct tracer *tracer;    /* NULL: nothing is traced */
 
@@ -416,6 +419,7 @@ struct vm {
     unsigned slot_count;
     bool aliased;             /* two slots have bytes in common */
     struct vcpu *vcpus[CORE_VCPUS];
+    unsigned vcpu_count;
     u64 a20_mask;
     enum core_time time;
     u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
@@ -427,6 +431,11 @@ struct vm {
     pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
     u64 ticket, serving;
     _Atomic u32 waiting;
+    bool in_turn;             /* in vm_run, of which this is the CPU whose turn it is: */
+    unsigned turn_of;
+    i64 turn_left;            /* instructions */
+    unsigned stopped;         /* the CPU of the last exit */
+    _Atomic(struct vcpu *) sleeper; /* in vm_run: it sleeps for all */
     struct irqchip *irqchip;  /* NULL: none */
     struct fast_bus *bus;     /* NULL: none */
     pthread_mutex_t lines_lock;
@@ -532,6 +541,14 @@ u64 core_now(struct vcpu *c, const struct record *r); /* the time in TSC cycles,
 /* ---- Between the files ----------------------------------------------------------------------------------------------- */
 
 /* run.c */
+bool take_waiting(struct vcpu *c, struct vcpu_exit *exit); /* an exit of what is done */
+void run_enter(struct vcpu *c);                      /* a run begins */
+void run_slices(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
+bool can_wake(struct vcpu *c);                       /* an event ends HLT */
+/* turns.c */
+long get_turns(struct vm *vm, void *data, size_t size);
+int set_turns(struct vm *vm, const void *data, size_t size);
+bool others_execute(const struct vcpu *c);           /* in vm_run: one has something to do */
 ALWAYS_INLINE u64 instructions_done(const struct vcpu *c) { return c->retired + (u64)(c->slice - c->budget); }
 /* Host code is left, with so many instructions retired. */
 ALWAYS_INLINE void end_translated(struct vcpu *c, u64 done)
@@ -654,6 +671,7 @@ int acknowledge(struct vcpu *c);                     /* take it */
 /* clock.c: time, and the machine's interrupt controllers in it */
 void clock_enter(struct vcpu *c);                    /* the CPU got its turn */
 void clock_leave(struct vcpu *c);                    /* and gives it up */
+void clock_share(struct vm *vm);                     /* no CPU runs: all are at the machine's time */
 u64 host_clock(void);
 u64 vm_time(struct vm *vm);                          /* while no CPU runs */
 void set_tsc_offset(struct vcpu *c, u64 offset);

@@ -46,6 +46,7 @@ struct vm *vm_create(void)
     pthread_cond_init(&vm->turn, NULL);
     vm->a20_mask = ~0ull;
     atomic_store(&vm->deadline, CORE_NEVER);
+    vm->turn_left = CORE_TURN;
     return vm;
 }
 
@@ -316,6 +317,7 @@ struct vcpu *vcpu_create(struct vm *vm, unsigned index)
     tlb_clear(c);
     cpuid_defaults(c);
     vm->vcpus[index] = c;
+    vm->vcpu_count++;
     vcpu_reset(c);
     return c;
 }
@@ -325,6 +327,7 @@ void vcpu_destroy(struct vcpu *c)
     if (!c)
         return;
     c->vm->vcpus[c->index] = NULL;
+    c->vm->vcpu_count--;
     cache_destroy(c);
     stops_free(c);
     free(c->tracer);

@@ -237,6 +237,18 @@ const struct handlers H_lea = {.fast = {NULL, lea_fast_16, lea_fast_32, lea_fast
 OP(op_nop) { NEXT(); }
 HANDLER(nop);
 
+/* It says that the guest spins and waits for another CPU, which cannot execute before this one gives its turn away. */
+OP(op_pause)
+{
+    if (c->vm->in_turn) {
+        c->turn_over = true;
+        leave(c, r);
+        return;
+    }
+    NEXT();
+}
+HANDLER(pause);
+
 /* ---- Exchanges -------------------------------------------------------------------------------------------------------------------- */
 
 #define XCHG_SIZE(name, bits) \
