@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, files, gdb, house, lane, points, programs, runs
+from bench import boot, cpu, debug, files, gdb, house, lane, points, ports, programs, runs
 from bench.harness import table
 
 GROUPS = {
@@ -12,6 +12,7 @@ GROUPS = {
     "runs": runs.results,
     "lane": lane.results,
     "house": house.results,
+    "ports": ports.results,
     "cpu": cpu.results,
     "boot": boot.results,
     "programs": programs.results,
