@@ -100,10 +100,10 @@ PLANTS = (
         "XCHG of two registers writes one", "emitters.c", "COPY(XCHG, CHANGES | WRITES_SECOND);", "COPY(XCHG, CHANGES);"
     ),
     Plant(
-        "MUL writes RAX alone",
+        "MOVZX is not thought to write",
         "emitters.c",
-        "COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);",
-        "COPY(MUL, READS_FIRST | WRITES_RAX);",
+        "COPY(MOVZX, WRITES_FIRST);",
+        "COPY(MOVZX, READS_FIRST);",
     ),
     Plant("BSF of zero writes", "emitters.c", "COPY(BSF, CHANGES);", "COPY(BSF, WRITES_FIRST);"),
     Plant("an address loads over a part of itself", "emitters.c", "pinned(r->base) != host));", "true));"),
