@@ -111,6 +111,34 @@ class Body:
         code = bytes([0xC4, first, second, opcode]) + modrm
         return code + (bytes([rng.randrange(256)]) if space == 3 else b"")
 
+    def run(self) -> bytes:
+        """Accesses off one register in a row, over the border of a page often: stack elements, or moves at EBP."""
+        rng = self._rng
+        count = rng.randrange(2, 7)
+        if rng.randrange(2):
+            pops = [0x58 | rng.choice((0, 1, 2, 3, 6, 7)) for _ in range(count)]
+            code = bytes(0x50 | rng.randrange(8) for _ in range(count))
+            if rng.randrange(2):  # the stack lies over the border of a page meanwhile
+                by = rng.randrange(0x1000 - 64, 0x1000 + 64)
+                rex = b"\x48" if self._wide else b""
+                aside = rex + b"\x8d\xa4\x24" + struct.pack("<i", -by)  # LEA rSP, [rSP - by]: keeps the flags
+                code = aside + code + bytes(pops) + rex + b"\x8d\xa4\x24" + struct.pack("<i", by)
+                return code
+            return code + bytes(pops)
+        rex = b"\x48" if self._wide else b""
+        if rng.randrange(4) == 0:  # the register is loaded in the middle
+            # LEA rCX, [rBP+64]; MOV [rBP+8], rCX; MOV rSI, rBP; MOV rAX, [rSI]; MOV rSI, [rSI+8]; MOV rDX, [rSI+4]
+            parts = (b"\x8d\x4d\x40", b"\x89\x4d\x08", b"\x89\xee", b"\x8b\x06", b"\x8b\x76\x08", b"\x8b\x56\x04")
+            return b"".join(rex + part for part in parts)
+        code = b""
+        for _ in range(count):
+            reg, rex = self.register(), 0
+            if self._wide:
+                rex = 0x40 | rng.randrange(2) << 3 | reg >> 3 << 2
+            modrm = bytes([0x45 | (reg & 7) << 3, rng.randrange(-40, 40) & 0xFF])
+            code += (bytes([rex]) if rex else b"") + rng.choice((b"\x89", b"\x8b")) + modrm
+        return code
+
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
@@ -154,6 +182,8 @@ class Body:
             return b"\x9c" + bytes([0x58 | rng.choice((0, 1, 2, 3, 6, 7))])  # PUSHF, POP: all flags, undefined ones too
         if kind == 19:
             return bytes([0x50 | rng.randrange(8), 0x58 | rng.choice((0, 1, 2, 3, 6, 7))])
+        if kind == 20 and rng.randrange(2):
+            return self.run()
         if kind == 20:
             return bytes([0x70 | rng.randrange(16), 0x00]) + rng.choice((b"", b"\xf5", b"\xf8", b"\xf9"))
         if kind == 21:  # over an instruction

@@ -64,16 +64,18 @@ _Noreturn COLD void segment_fault(struct vcpu *c, const struct record *r, unsign
 
 /* ---- Linear --------------------------------------------------------------------------------------------------------------- */
 
-/* The page of the last byte decides: an access that crosses a page misses. */
+/* How far it is into the page of the entry decides: an access that crosses a page misses. */
 ALWAYS_INLINE const u8 *fast_linear_read(const struct vcpu *c, u64 linear, unsigned bytes)
 {
     const struct tlb_entry *e = &c->tlb->read[linear >> 12 & (TLB_SIZE - 1)];
-    return likely(e->page == ((linear + bytes - 1) & PAGE_MASK)) ? (const u8 *)(linear + e->addend) : NULL;
+    u64 inside = linear - e->page;
+    return likely(inside <= 0x1000 - bytes) ? (const u8 *)(e->host + inside) : NULL;
 }
 ALWAYS_INLINE u8 *fast_linear_write(const struct vcpu *c, u64 linear, unsigned bytes)
 {
     const struct tlb_entry *e = &c->tlb->write[linear >> 12 & (TLB_SIZE - 1)];
-    return likely(e->page == ((linear + bytes - 1) & PAGE_MASK)) ? (u8 *)(linear + e->addend) : NULL;
+    u64 inside = linear - e->page;
+    return likely(inside <= 0x1000 - bytes) ? (u8 *)(e->host + inside) : NULL;
 }
 ALWAYS_INLINE u64 linear_load(struct vcpu *c, u64 linear, unsigned bytes)
 {

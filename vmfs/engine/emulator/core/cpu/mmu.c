@@ -176,17 +176,21 @@ static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
 
 static struct tlb_entry *entries(struct tlb *t, unsigned kind) { return kind == TLB_READ ? t->read : kind == TLB_WRITE ? t->write : t->execute; }
 
+static void invalidate(struct tlb *t, unsigned kind, unsigned at) { entries(t, kind)[at].page = TLB_INVALID(at); }
+
 static void forget_watched(struct vcpu *c)
 {
     for (unsigned kind = 0; kind < TLB_KINDS; kind++)
-        c->watched[kind].page = TLB_INVALID;
+        c->watched[kind].page = ~0ull;
 }
 
 void tlb_clear(struct vcpu *c)
 {
     forget_watched(c);
     for (unsigned table = 0; table < TLB_TABLES; table++)
-        memset(&c->tlbs[table], 0xff, offsetof(struct tlb, physical)); /* what only valid entries have stays untouched */
+        for (unsigned kind = 0; kind < TLB_KINDS; kind++)
+            for (unsigned i = 0; i < TLB_SIZE; i++)
+                invalidate(&c->tlbs[table], kind, i);
     code_map_clear(c);
     c->filled[0].count = c->filled[1].count = 0;
     c->large_low = ~0ull;
@@ -197,7 +201,7 @@ static void drop_filled(struct vcpu *c, struct filled *f)
 {
     for (unsigned i = 0; i < f->count; i++) {
         unsigned which = f->at[i] >> 10;
-        entries(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS)[f->at[i] & (TLB_SIZE - 1)].page = TLB_INVALID;
+        invalidate(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, f->at[i] & (TLB_SIZE - 1));
     }
     f->count = 0;
 }
@@ -229,7 +233,7 @@ void tlb_flush_local(struct vcpu *c)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
             for (unsigned i = 0; i < TLB_SIZE; i++)
                 if (!(c->tlbs[table].physical[kind][i] & TLB_GLOBAL))
-                    entries(&c->tlbs[table], kind)[i].page = TLB_INVALID;
+                    invalidate(&c->tlbs[table], kind, i);
 }
 
 void tlb_flush_page(struct vcpu *c, u64 linear)
@@ -241,7 +245,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
     forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
-            entries(&c->tlbs[table], kind)[linear >> 12 & (TLB_SIZE - 1)].page = TLB_INVALID;
+            invalidate(&c->tlbs[table], kind, linear >> 12 & (TLB_SIZE - 1));
     code_map_drop(c, linear);
 }
 
@@ -251,9 +255,9 @@ void tlb_flush_writes(struct vcpu *c, bool mark)
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++) {
             struct tlb_entry *e = &c->tlbs[table].write[i];
-            if (e->page == TLB_INVALID)
+            if (e->page == TLB_INVALID(i))
                 continue;
-            e->page = TLB_INVALID;
+            e->page = TLB_INVALID(i);
             u64 physical = c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK;
             struct slot *slot = mark ? vm_slot(c->vm, physical) : NULL;
             if (slot)
@@ -266,7 +270,7 @@ void tlb_drop_writes_of(struct vcpu *c, u64 page)
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned i = 0; i < TLB_SIZE; i++)
             if ((c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK) == page)
-                c->tlbs[table].write[i].page = TLB_INVALID;
+                invalidate(&c->tlbs[table], TLB_WRITE, i);
 }
 
 /* After CPL, AC, CR0, CR4 changed. */
@@ -292,7 +296,7 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 addend, const struct walk *w)
+static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 host, const struct walk *w)
 {
     unsigned at = linear >> 12 & (TLB_SIZE - 1);
     struct filled *f = &c->filled[w->global];
@@ -305,7 +309,9 @@ static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear
         c->large_high = last > c->large_high ? last : c->large_high;
     }
     c->tlbs[table].physical[kind][at] = (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0);
-    entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, addend};
+    entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, host};
+    if (kind != TLB_EXECUTE)
+        c->tlbs[table].distances[kind == TLB_WRITE][at].distance = host - (linear & PAGE_MASK);
 }
 
 /* After a walk for `access`, which is allowed. */
@@ -316,9 +322,9 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
         return;
     u64 physical = w->physical & c->vm->a20_mask;
     struct slot *slot = vm_slot(c->vm, physical);
-    u64 addend = slot ? (u64)(uintptr_t)slot->host + (physical - slot->address) - linear : 0;
+    u64 host = slot ? (u64)(uintptr_t)slot->host + ((physical & PAGE_MASK) - slot->address) : 0;
     if (access & ACCESS_EXECUTE) {
-        enter(c, table, TLB_EXECUTE, linear, physical, addend, w);
+        enter(c, table, TLB_EXECUTE, linear, physical, host, w);
         return;
     }
     if (!slot)
@@ -333,9 +339,9 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
         if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
-            enter(c, table, TLB_WRITE, linear, physical, addend, w);
+            enter(c, table, TLB_WRITE, linear, physical, host, w);
     } else {
-        enter(c, table, TLB_READ, linear, physical, addend, w);
+        enter(c, table, TLB_READ, linear, physical, host, w);
     }
 }
 

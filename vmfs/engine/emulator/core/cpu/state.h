@@ -170,15 +170,19 @@ enum {
 
 enum { TLB_SIZE = 1024, TLB_FILLED = 1024 };
 #define PAGE_MASK (~(u64)0xfff)
-#define TLB_INVALID (~(u64)0)
+/* The address of a page that is never at that place of a table, and neither is the page before it. */
+#define TLB_INVALID(at) ((u64)((at) ^ TLB_SIZE / 2) << 12)
 struct tlb_entry {
     u64 page;                 /* the linear page address where the fast path may, TLB_INVALID where not */
-    u64 addend;               /* host address - linear address */
+    u64 host;                 /* where the page is */
 };
 /* Reads, writes and fetches have entries of their own, so that a copy between pages of one index does not thrash. */
 enum tlb_kind { TLB_READ, TLB_WRITE, TLB_EXECUTE, TLB_KINDS };
+/* Host address - linear address: a longer way for host code, but a shorter one to wait for. */
+struct tlb_distance { u64 distance, unused; };
 struct tlb {
     struct tlb_entry read[TLB_SIZE], write[TLB_SIZE], execute[TLB_SIZE];
+    struct tlb_distance distances[2][TLB_SIZE]; /* of reads, of writes */
     u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages, and TLB_GLOBAL */
 };
 enum { TLB_GLOBAL = 1 };      /* MOV to CR3 leaves it (Intel SDM 3A 4.10.2.4) */

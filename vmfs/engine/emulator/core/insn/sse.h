@@ -47,19 +47,20 @@ xmm mem_load16_aligned(struct vcpu *c, const struct record *r);
 void mem_store16(struct vcpu *c, const struct record *r, xmm value);
 void mem_store16_aligned(struct vcpu *c, const struct record *r, xmm value);
 
-/* The fast form; NULL: the general one. The TLB's tags have zero low bits, so that one comparison sees to
- * alignment. */
+/* The fast form; NULL: the general one. One test sees to the page and to alignment. */
 ALWAYS_INLINE const u8 *fast_read16_aligned(const struct vcpu *c, const struct record *r)
 {
     u64 at = fast_address(c, r);
     const struct tlb_entry *e = &c->tlb->read[at >> 12 & (TLB_SIZE - 1)];
-    return likely(e->page == (at & (PAGE_MASK | 15))) ? (const u8 *)(at + e->addend) : NULL;
+    u64 inside = at - e->page;
+    return likely(!(inside & ~(u64)0xff0)) ? (const u8 *)(e->host + inside) : NULL;
 }
 ALWAYS_INLINE u8 *fast_write16_aligned(const struct vcpu *c, const struct record *r)
 {
     u64 at = fast_address(c, r);
     const struct tlb_entry *e = &c->tlb->write[at >> 12 & (TLB_SIZE - 1)];
-    return likely(e->page == (at & (PAGE_MASK | 15))) ? (u8 *)(at + e->addend) : NULL;
+    u64 inside = at - e->page;
+    return likely(!(inside & ~(u64)0xff0)) ? (u8 *)(e->host + inside) : NULL;
 }
 
 /* ---- MXCSR (Intel SDM 1 10.2.3) ------------------------------------------------------------------------ */

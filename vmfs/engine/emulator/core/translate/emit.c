@@ -426,7 +426,7 @@ void flush_vectors(struct translation *t)
 struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 {
     struct stub *s = &t->stubs[t->stub_count++];
-    *s = (struct stub){.kind = kind, .record = r, .block = t->in->block, .where = t->where, .split = t->split, .recipe = t->recipe,
+    *s = (struct stub){.kind = kind, .record = r, .count = 1, .block = t->in->block, .where = t->where, .split = t->split, .recipe = t->recipe,
                        .dirty = t->dirty};
     return s;
 }
@@ -463,7 +463,7 @@ void emit_stubs(struct translation *t)
         case STUB_CALL:
             move_vectors(t, s.dirty, true);
             flags_to_image(t);
-            load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, s.record));
+            load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, s.record, s.count));
             call_shared(t, shared_code(t->translator)->call);
             move_vectors(t, s.reload, false);
             if (s.restore)
@@ -542,10 +542,10 @@ void emit_address(struct translation *t, const struct record *r, unsigned to, un
 }
 
 /* Flags before host code that changes them and is no instruction of the guest. Who faults shows them. */
-void flags_aside(struct translation *t, const struct record *r)
+static void flags_before(struct translation *t, u32 registers)
 {
     u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);
-    bool lost = recipe_uses(&t->recipe, registers_written(r, t->traits)) && t->precise & ~t->writes;
+    bool lost = recipe_uses(&t->recipe, registers) && t->precise & ~t->writes;
     if (t->where == IN_HOST && (after || lost || t->recipe.kind == RECIPE_NONE))
         flags_to_image(t);
     else if (t->where == IN_HOST)
@@ -553,6 +553,8 @@ void flags_aside(struct translation *t, const struct record *r)
     else if (t->where == IN_RECIPE && (after || lost))
         flags_to_image(t);
 }
+
+void flags_aside(struct translation *t, const struct record *r) { flags_before(t, registers_written(r, t->traits)); }
 
 static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
 {
@@ -581,32 +583,65 @@ _Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entrie
 
 static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
 
+/* The linear address is in T1: there comes how far it is into its page, and the place in the TLB to T0. `bytes` from there on
+ * are of one page, and begin at a multiple of `alignment`. */
+static void check_page(struct translation *t, const struct record *r, unsigned bytes, unsigned alignment, i32 side, bool leaves)
+{
+    struct code *code = &t->code;
+    load32(code, T0, in_register(T1));
+    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+    put8(code, INDEX_SHIFT);
+    alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
+    put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
+    put_modrm(code, I_W, M1, 0x2b, T1, in_memory(T0, side));
+    if (alignment > 1) { /* then they end where the page does, at the latest */
+        put_modrm(code, I_W, M1, 0xf7, 0, in_register(T1));
+        put32(code, ~(u64)(0x1000 - alignment));
+        slow_path(t, r, jump_if(code, CC_NE), leaves);
+    } else {
+        alu_constant(code, I_W, GROUP_CMP, in_register(T1), 0x1000 - (i32)bytes);
+        slow_path(t, r, jump_if(code, CC_A), leaves);
+    }
+}
+static void add_page(struct translation *t, i32 side)
+{
+    put_modrm(&t->code, I_W, M1, 0x03, T1, in_memory(T0, side + (i32)offsetof(struct tlb_entry, host)));
+}
+/* The same of an element of a table, say: its address is made once more, and the load waits for the page's entry alone. */
+static void add_distance(struct translation *t, const struct record *r, bool write)
+{
+    emit_address(t, r, T1, NO_REGISTER, 0);
+    put_modrm(&t->code, I_W, M1, 0x03, T1, in_memory(T0, (i32)(offsetof(struct tlb, distances) + write * sizeof(struct tlb_distance) * TLB_SIZE)));
+}
+_Static_assert(sizeof(struct tlb_distance) == sizeof(struct tlb_entry), "one index");
+
 void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves)
 {
     struct code *code = &t->code;
     i32 side = tlb_side(write);
     flags_aside(t, r);
-    if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3) { /* a constant */
-        u64 address = t->in->block->ip + (u64)r->disp;
-        i32 entry = side + (i32)(address >> INDEX_SHIFT & INDEX_MASK);
+    u64 constant = t->in->block->ip + (u64)r->disp, inside = constant & 0xfff;
+    if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3 && inside + bytes <= 0x1000 &&
+        !(aligned && inside & (bytes - 1))) {
+        i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK);
         load64(code, T0, FIELD(tlb));
-        load_constant(code, T1, aligned ? address & (PAGE_MASK | (bytes - 1)) : (address + bytes - 1) & PAGE_MASK);
-        put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, entry));
+        if ((u64)(i64)(i32)constant == constant) {
+            alu_constant(code, I_W, GROUP_CMP, in_memory(T0, entry), (i32)(constant & PAGE_MASK));
+        } else {
+            load_constant(code, T1, constant & PAGE_MASK);
+            put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, entry));
+        }
         slow_path(t, r, jump_if(code, CC_NE), leaves);
-        load_constant(code, T1, address);
-        put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, entry + 8));
+        load64(code, T1, in_memory(T0, entry + (i32)offsetof(struct tlb_entry, host)));
+        if (inside)
+            alu_constant(code, I_W, GROUP_ADD, in_register(T1), (i32)inside);
     } else {
-        emit_address(t, r, T0, T1, 0);
-        put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-        put8(code, INDEX_SHIFT);
-        alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
-        put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-        emit_address(t, r, T1, NO_REGISTER, aligned ? 0 : (i32)bytes - 1);
-        alu_constant(code, I_W, GROUP_AND, in_register(T1), aligned ? -4096 | (i32)(bytes - 1) : -4096); /* tags have none of these */
-        put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
-        slow_path(t, r, jump_if(code, CC_NE), leaves);
-        emit_address(t, r, T1, NO_REGISTER, 0);
-        put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, side + 8));
+        emit_address(t, r, T1, T0, 0);
+        check_page(t, r, bytes, aligned ? bytes : 1, side, leaves);
+        if (r->index != GPR_ZERO * 8)
+            add_distance(t, r, write);
+        else
+            add_page(t, side);
     }
     flags_behind_check(t);
 }
@@ -614,21 +649,10 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
 /* An element of the stack at a pinned register + disp. */
 void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves)
 {
-    struct code *code = &t->code;
-    unsigned host = pinned(guest_register * 8), width = t->wide ? I_W : 0;
-    i32 side = tlb_side(write);
     flags_aside(t, r);
-    put_modrm(code, width, M1, 0x8d, T0, in_memory(host, disp));
-    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-    put8(code, INDEX_SHIFT);
-    alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
-    put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-    put_modrm(code, width, M1, 0x8d, T1, in_memory(host, disp + (i32)stack_width(t) - 1));
-    alu_constant(code, I_W, GROUP_AND, in_register(T1), -4096);
-    put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, side));
-    slow_path(t, r, jump_if(code, CC_NE), leaves);
-    put_modrm(code, width, M1, 0x8d, T1, in_memory(host, disp));
-    put_modrm(code, I_W, M1, 0x03, T1, in_memory(T0, side + 8));
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8d, T1, in_memory(pinned(guest_register * 8), disp));
+    check_page(t, r, stack_width(t), 1, tlb_side(write), leaves);
+    add_page(t, tlb_side(write));
     flags_behind_check(t);
 }
 
@@ -764,7 +788,7 @@ static bool emit_record(struct translation *t, const struct member *m, const str
             return false;
         }
         flags_to_image(t);
-        load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, r));
+        load_constant(&t->code, T0, (u64)(uintptr_t)add_site(t, r, 1));
         call_shared(t, shared_code(t->translator)->call);
         return true;
     }
@@ -790,6 +814,111 @@ static bool emit_record(struct translation *t, const struct member *m, const str
     return !(t->traits & FLOW_LEAVES);
 }
 
+/* ---- Runs of accesses off one register ------------------------------------------------------------------------------------------- */
+
+/* PUSH and POP of registers, and moves between them and memory at one register, in a row: one check for all. The slow path is
+ * their handlers, one after the other. */
+enum { RUN_MOST = 16, RUN_BYTES = 128 };
+struct run {
+    const struct record *records[RUN_MOST];
+    i32 at[RUN_MOST];         /* from the value that the base had at first */
+    unsigned count, base;     /* `base`: as an offset into gpr */
+    i32 low, high, moved;     /* what is accessed; how far rSP goes */
+    bool writes;
+    u32 written;              /* registers */
+};
+enum { RUN_NONE, RUN_LOAD, RUN_STORE, RUN_PUSH, RUN_POP };
+
+static unsigned kind_in_run(struct translation *t, const struct record *r)
+{
+    const struct opcode *o = &opcodes[r->id];
+    bool stack = o->operation == &operation_PUSH || o->operation == &operation_POP;
+    if (!(stack || o->operation == &operation_MOV) || r->run == op_raise || !is_emitted(t, r))
+        return RUN_NONE;
+    if (stack)
+        return (o->operands[0] == oZv || (o->operands[0] == oEv && r->prefix & PREFIX_REGISTER)) && r->rm != RSP * 8
+                   ? o->operation == &operation_PUSH ? RUN_PUSH : RUN_POP : RUN_NONE;
+    bool load = o->operands[0] == oGv && o->operands[1] == oEv, store = o->operands[0] == oEv && o->operands[1] == oGv;
+    if (!(load || store) || r->prefix & PREFIX_REGISTER || r->size < 2 || r->reg == RSP * 8 || r->index != GPR_ZERO * 8 ||
+        r->seg >= SEG_FS || (r->prefix & PREFIX_ADDRESS) != (t->wide ? 3 : 2) || pinned(r->base) == NO_REGISTER ||
+        r->disp != (i32)r->disp)
+        return RUN_NONE;
+    return load ? RUN_LOAD : RUN_STORE;
+}
+
+/* Take r along; false: it is not of the run. */
+static bool extend_run(struct translation *t, struct run *run, const struct record *r)
+{
+    unsigned kind = kind_in_run(t, r), base = kind >= RUN_PUSH ? RSP * 8 : r->base;
+    i32 width = (i32)stack_width(t);
+    if (kind == RUN_NONE || run->count == RUN_MOST || (run->count && base != run->base) || run->written >> (base >> 3) & 1)
+        return false;
+    i64 at = kind == RUN_PUSH ? run->moved - width : kind == RUN_POP ? run->moved : run->moved + r->disp;
+    i64 end = at + (kind >= RUN_PUSH ? width : 1 << r->size);
+    i64 low = run->count && run->low < at ? run->low : at, high = run->count && run->high > end ? run->high : end;
+    if (high - low > RUN_BYTES || at != (i32)at || end != (i32)end)
+        return false;
+    run->base = base;
+    run->low = (i32)low, run->high = (i32)high;
+    run->moved += (kind == RUN_PUSH ? -width : kind == RUN_POP ? width : 0);
+    run->writes |= kind == RUN_PUSH || kind == RUN_STORE;
+    if (kind == RUN_POP || kind == RUN_LOAD)
+        run->written |= 1u << ((kind == RUN_POP ? r->rm : r->reg) >> 3);
+    run->records[run->count] = r;
+    run->at[run->count++] = (i32)at;
+    return true;
+}
+
+static void emit_run(struct translation *t, const struct member *m, const struct run *run, unsigned last)
+{
+    struct code *code = &t->code;
+    unsigned stubs = t->stub_count, host = pinned(run->base);
+    t->reads = t->writes = 0;
+    t->live = m->after[last].live;
+    t->precise = m->after[last].precise;
+    t->merge = false;
+    flags_before(t, run->written | (run->moved ? 1u << RSP : 0));
+    put_modrm(code, t->wide ? I_W : 0, M1, 0x8d, T1, in_memory(host, run->low));
+    check_page(t, run->records[0], (unsigned)(run->high - run->low), 1, tlb_side(run->writes), false);
+    add_page(t, tlb_side(run->writes));
+    if (run->moved < 0)
+        move_stack(t, GUEST_RSP, run->moved);
+    for (unsigned i = 0; i < run->count; i++) {
+        const struct record *r = run->records[i];
+        unsigned kind = kind_in_run(t, r), offset = kind >= RUN_PUSH ? r->rm : r->reg, reg = pinned(offset);
+        unsigned flags = (kind >= RUN_PUSH ? t->wide : r->size == 3) ? I_W : 0;
+        bool store = kind == RUN_PUSH || kind == RUN_STORE;
+        struct place p = in_memory(T1, run->at[i] - run->low);
+        if (store && reg == NO_REGISTER)
+            load64(code, T0, guest_place(offset));
+        put_modrm(code, flags, M1, store ? 0x89 : 0x8b, reg == NO_REGISTER ? T0 : reg, p);
+        if (!store && reg == NO_REGISTER)
+            store64(code, guest_place(offset), T0);
+    }
+    if (run->moved > 0)
+        move_stack(t, GUEST_RSP, run->moved);
+    for (unsigned i = stubs; i < t->stub_count; i++) {
+        t->stubs[i].count = run->count;
+        t->stubs[i].back = code->at;
+        t->stubs[i].reload = t->vectors;
+        t->stubs[i].split_behind = t->split;
+    }
+    if (t->where == IN_HOST && recipe_uses(&t->recipe, run->written | (run->moved ? 1u << RSP : 0)))
+        t->recipe.kind = RECIPE_NONE;
+}
+
+/* Those that begin with the instruction `index`; how many. */
+static unsigned try_run(struct translation *t, const struct member *m, const struct record *r, unsigned index)
+{
+    struct run run = {0};
+    while (index + run.count < m->block->count && extend_run(t, &run, r))
+        r = record_after(r);
+    if (run.count < 2)
+        return 0;
+    emit_run(t, m, &run, index + run.count - 1);
+    return run.count;
+}
+
 void emit_member(struct translation *t, struct member *m)
 {
     const struct block *b = m->block;
@@ -800,9 +929,11 @@ void emit_member(struct translation *t, struct member *m)
     t->recipe.kind = RECIPE_NONE;
     t->vectors = t->dirty = 0;
     const struct record *r = b->records;
-    for (unsigned i = 0; i < b->count; i++, r = record_after(r))
-        if (!emit_record(t, m, r, i))
+    for (unsigned i = 0, taken; i < b->count; i += taken ? taken : 1, r += taken ? taken : 1u + r->has_link) {
+        taken = try_run(t, m, r, i);
+        if (!taken && !emit_record(t, m, r, i))
             return;
+    }
     flush_vectors(t);
     if (r->run == op_end)
         emit_jump(t, r);

@@ -69,6 +69,7 @@ struct stub {
     bool give_back;           /* STUB_LEAVE: T1 to the budget */
     i32 budget, stack;        /* STUB_LEAVE, STUB_WAY: to add to the budget, and to rSP */
     struct way *way;          /* STUB_WAY */
+    unsigned count;           /* STUB_CALL: of records */
     unsigned jump_count;
     u16 dirty, reload;        /* vector registers to store before, to load behind */
 };
@@ -145,7 +146,7 @@ void emit_enter(struct translation *t, const struct record *r);  /* the block in
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
 
-extern struct operation operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
+extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
     operation_SUB, operation_TEST, operation_XOR;
 
 /* region.c */
@@ -158,7 +159,7 @@ ALWAYS_INLINE i32 code_ids(u64 key)
 }
 bool host_has(const struct translator *t, enum feature f);
 const struct shared *shared_code(const struct translator *t);
-struct site *add_site(struct translation *t, const struct record *r);
+struct site *add_site(struct translation *t, const struct record *r, unsigned count);
 
 /* A direct jump out of a region. It leaves, until its link was followed; from then on it is a jump to host code. */
 enum { WAY_ROOM = 40 };
@@ -174,11 +175,12 @@ struct way {
 };
 struct way *add_way(struct translation *t, const struct record *r);
 
-/* A call of a handler from host code: a copy of the record, then one that returns. */
+/* A call of handlers from host code: copies of records, then one that returns. */
 struct site {
-    struct record record, end;
     u64 ip;                   /* of the block */
     struct region *region;
+    unsigned count;           /* of records; then comes one that returns */
+    struct record records[];
 };
 
 #endif

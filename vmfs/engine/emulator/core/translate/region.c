@@ -95,14 +95,14 @@ static bool translated_call(struct vcpu *c, const struct site *s)
     c->gpr[GPR_IP] = s->ip;
     c->continues = false;
     if (unlikely(c->translator->profile != NULL))
-        c->translator->profile[s->record.id].calls++;
-    run_records(c, s->record.run, &s->record);
+        c->translator->profile[s->records[0].id].calls++;
+    run_records(c, s->records[0].run, s->records);
     if (!c->continues) {
         end_translated(c, instructions_done(c));
         return false;
     }
     if (unlikely(s->region->dead || s->region->key != c->key)) { /* it changed code of the region, or a mode */
-        leave(c, &s->record);
+        leave(c, &s->records[s->count - 1]);
         end_translated(c, instructions_done(c));
         return false;
     }
@@ -373,11 +373,13 @@ static void *take_top(struct translation *t, size_t size)
     return p->top;
 }
 
-struct site *add_site(struct translation *t, const struct record *r)
+struct site *add_site(struct translation *t, const struct record *r, unsigned count)
 {
-    struct site *s = take_top(t, sizeof *s);
-    *s = (struct site){.record = *r, .end = {.run = op_continue, .at = (u8)(r->at + r->length)}, .ip = t->in->block->ip,
-                       .region = t->region};
+    struct site *s = take_top(t, sizeof *s + (count + 1) * sizeof *r);
+    *s = (struct site){.ip = t->in->block->ip, .region = t->region, .count = count};
+    memcpy(s->records, r, count * sizeof *r); /* none of them has a link */
+    const struct record *last = &s->records[count - 1];
+    s->records[count] = (struct record){.run = op_continue, .at = (u8)(last->at + last->length)};
     return s;
 }
 
