@@ -190,7 +190,7 @@ class Body:
             skipped = self.instruction()
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
         if kind == 24:  # LEA of all that an address may have
-            base, index = rng.choice([*self._registers, 4]), rng.choice([*self._registers, 4])
+            base, index = (rng.choice([*self._registers, 4, reg, reg, reg]) for _ in range(2))  # often itself
             rex = 0x40 | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 | base >> 3
             narrow = b"\x67" if self._wide and rng.randrange(4) == 0 else b""
             code = narrow + (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
