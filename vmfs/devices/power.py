@@ -51,7 +51,7 @@ class Power(QuietDevice[PowerState]):
     def press_button(self) -> None:
         """The power button, by which a guest is asked to shut down."""
         with self.board.lock:
-            self.chip.press(self.board.now())
+            self.chip.press()
 
     def time_shifted(self, by: int) -> None:
         self.chip.seen(self.board.now())

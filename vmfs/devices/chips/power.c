@@ -14,6 +14,11 @@ struct power {
 
 static u64 ticks(u64 now) { return (u64)((unsigned __int128)now * FREQUENCY / SECOND); }
 
+static void drive(struct power *p)
+{
+    bus_set_line(p->chip.bus, p->chip.number, p->gsi, p->status & p->enable & (POWER_BUTTON | TIMER));
+}
+
 /* TMR_STS is set when bit 23 of the timer changes (4.8.3.3); be called for that where it is an interrupt. */
 static void update(struct power *p, u64 now)
 {
@@ -22,7 +27,7 @@ static void update(struct power *p, u64 now)
         p->halves = halves;
         p->status |= TIMER;
     }
-    bus_set_line(p->chip.bus, p->chip.number, p->gsi, p->status & p->enable & (POWER_BUTTON | TIMER));
+    drive(p);
     u64 due = BUS_NEVER;
     if (p->enable & TIMER && !(p->status & TIMER))
         due = (u64)((((unsigned __int128)(halves + 1) << HALF) * SECOND + FREQUENCY - 1) / FREQUENCY);
@@ -85,14 +90,12 @@ static PyObject *leave(struct power *self)
     Py_RETURN_NONE;
 }
 
-static PyObject *power_press(struct power *self, PyObject *argument)
+/* From any thread, which may not know the guest's time. */
+static PyObject *power_press(struct power *self, PyObject *ignored)
 {
-    unsigned long long now = PyLong_AsUnsignedLongLong(argument);
-    if (now == (unsigned long long)-1 && PyErr_Occurred())
-        return NULL;
     bus_enter(self->chip.bus);
     self->status |= POWER_BUTTON;
-    update(self, now);
+    drive(self);
     return leave(self);
 }
 
@@ -136,7 +139,7 @@ static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs
 
 static PyMethodDef power_methods[] = {
     CHIP_METHODS,
-    {"press", (PyCFunction)power_press, METH_O, "press(now): the power button"},
+    {"press", (PyCFunction)power_press, METH_NOARGS, "press(): the power button"},
     {"seen", (PyCFunction)power_seen, METH_O, "seen(now): the timer's bit 23 did not change until now"},
     {"state", (PyCFunction)power_state, METH_O, "state(now) -> dict"},
     {"load", (PyCFunction)(void (*)(void))power_load, METH_VARARGS | METH_KEYWORDS, "load(now=, **state)"},
