@@ -392,3 +392,26 @@ def test_the_time_of_a_run_counts_while_it_goes_on(vm):
     assert ended >= second
     time.sleep(0.01)
     assert run_time() == ended
+
+
+def test_several_cpus_stop_together_and_step_alone(vm):
+    vm.write("cpus", "3\n")
+    with open(vm / "mem", "r+b") as mem:
+        for cpu in range(3):
+            mem.seek(0x1000 * (cpu + 1))
+            mem.write(bytes.fromhex("40 eb fd"))  # again: inc ax; jmp again
+            (vm / f"cpu{cpu}" / "registers").write_text(f"cs 0\ncs.base 0\nrip {0x1000 * (cpu + 1):#x}\n")
+    assert sorted(name for name in os.listdir(vm.path) if name.startswith("cpu") and name[3:].isdigit()) == [
+        "cpu0", "cpu1", "cpu2",
+    ]  # fmt: skip
+    vm.write("debug", "break 0x2001 cpu=1\n")
+    assert vm.run().endswith(" rip=0x2001 cpu=1") or "rip=0x2001 cpu=1" in vm.read("exit")
+    assert failing(lambda: vm.write("debug", "break 0x2002 cpu=3\n")) == errno.EINVAL
+    before = (vm / "cpu0" / "reg" / "rip").read_text()
+    vm.write("vm_run", "step 2 cpu=2\n")
+    assert "cause=step" in vm.read("exit") and "cpu=2" in vm.read("exit")
+    assert (vm / "cpu0" / "reg" / "rip").read_text() == before
+    assert failing(lambda: vm.write("vm_run", "step cpu=3\n")) == errno.EINVAL
+    assert failing(lambda: vm.write("cpus", "2\n")) == errno.EBUSY
+    assert failing(lambda: (vm / "cpu3" / "regs").read_bytes()) == errno.ENOENT
+    assert (vm / "cpu2" / "state").read_text() == "running\n"
