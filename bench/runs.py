@@ -17,8 +17,9 @@ from vmfs.engine import by_name
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
 from vmfs.memory.ram import DEFAULT_SIZE, Memory
+from vmfs.words import layouts
 from vmfs.words.exits import Hlt
-from vmfs.words.modes import set_mode
+from vmfs.words.modes import RIP, set_mode
 from vmfs.words.registers import write_registers
 
 # again: out 0x80, al; jmp again
@@ -61,17 +62,17 @@ def raw_first_exit() -> float:
     region = abi.MEMORY_REGION.pack(0, abi.KVM_MEM_LOG_DIRTY_PAGES, 0, DEFAULT_SIZE, address)
     fcntl.ioctl(vm, int(Ioctl.KVM_SET_USER_MEMORY_REGION), region)
     cpu = fcntl.ioctl(vm, int(Ioctl.KVM_CREATE_VCPU), 0)
-    cpuid = bytearray(abi.CPUID_HEAD.size + abi.CPUID_MAX_ENTRIES * abi.CPUID_ENTRY.size)
-    abi.CPUID_HEAD.pack_into(cpuid, 0, abi.CPUID_MAX_ENTRIES, 0)
+    cpuid = bytearray(layouts.LIST_HEAD.size + abi.CPUID_MAX_ENTRIES * layouts.CPUID_ENTRY.size)
+    layouts.LIST_HEAD.pack_into(cpuid, 0, abi.CPUID_MAX_ENTRIES, 0)
     fcntl.ioctl(device, int(Ioctl.KVM_GET_SUPPORTED_CPUID), cpuid)
     fcntl.ioctl(cpu, int(Ioctl.KVM_SET_CPUID2), cpuid)
     page = mmap.mmap(cpu, fcntl.ioctl(device, int(Ioctl.KVM_GET_VCPU_MMAP_SIZE), 0))
-    sregs, regs = bytearray(abi.SIZES["sregs"]), bytearray(abi.SIZES["regs"])
+    sregs, regs = bytearray(layouts.SIZES["sregs"]), bytearray(layouts.SIZES["regs"])
     fcntl.ioctl(cpu, int(Ioctl.KVM_GET_SREGS), sregs)
     sregs[0:8] = bytes(8)  # cs: base and selector
     sregs[12:14] = bytes(2)
     fcntl.ioctl(cpu, int(Ioctl.KVM_SET_SREGS), sregs)
-    struct.pack_into("<QQ", regs, abi.REGS_RIP, AT, 2)
+    struct.pack_into("<QQ", regs, RIP, AT, 2)
     fcntl.ioctl(cpu, int(Ioctl.KVM_SET_REGS), regs)
     fcntl.ioctl(cpu, int(Ioctl.KVM_RUN), 0)
     took = (time.perf_counter() - began) * 1e3
