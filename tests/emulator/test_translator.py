@@ -100,6 +100,8 @@ class Body:
         long = vector and (opcode in (0x06, 0x39) or (opcode != 0x6E and rng.randrange(2)))
         if opcode in (0x6F, 0x7F, 0x6E, 0x30, 0x39, 0x17) or (not vector and opcode == 0xF0):
             third = 0
+        if (pp, opcode) == (3, 0xF6) and rng.randrange(2):  # MULX, both halves to one
+            third = reg
         if not vector and opcode == 0xF3:
             reg = rng.randrange(1, 4)
         wide = not vector and self._wide and rng.randrange(2)
@@ -138,6 +140,20 @@ class Body:
             modrm = bytes([0x45 | (reg & 7) << 3, rng.randrange(-40, 40) & 0xFF])
             code += (bytes([rex]) if rex else b"") + rng.choice((b"\x89", b"\x8b")) + modrm
         return code
+
+    def lea(self) -> bytes:
+        """Of all that an address may have; the destination is often a part of it."""
+        rng, reg = self._rng, self.register()
+        base, index = (rng.choice([*self._registers, 4, reg, reg, reg]) for _ in range(2))
+        rex = 0x40 | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 | base >> 3
+        narrow = b"\x67" if self._wide and rng.randrange(4) == 0 else b""
+        code = narrow + (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
+        return code + bytes([rng.randrange(4) << 6 | (index & 7) << 3 | base & 7, rng.randrange(256)])
+
+    def mulx(self) -> bytes:
+        """Of RDX and RAX, both halves to one register."""
+        reg = self.register()
+        return bytes([0xC4, (reg >> 3 ^ 1) << 7 | 0x62, 0x83 | (~reg & 15) << 3, 0xF6, 0xC0 | (reg & 7) << 3])
 
     def instruction(self) -> bytes:
         rng = self._rng
@@ -189,12 +205,8 @@ class Body:
         if kind == 21:  # over an instruction
             skipped = self.instruction()
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
-        if kind == 24:  # LEA of all that an address may have
-            base, index = (rng.choice([*self._registers, 4, reg, reg, reg]) for _ in range(2))  # often itself
-            rex = 0x40 | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 | base >> 3
-            narrow = b"\x67" if self._wide and rng.randrange(4) == 0 else b""
-            code = narrow + (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
-            return code + bytes([rng.randrange(4) << 6 | (index & 7) << 3 | base & 7, rng.randrange(256)])
+        if kind == 24:
+            return b"".join(self.lea() for _ in range(4)) + (self.mulx() if HAS_AVX2 else b"")
         if kind == 25:  # DIV, IDIV, after CDQ or XOR EDX,EDX, by something that is not zero; JCXZ
             if rng.randrange(4) == 0:
                 skipped = self.instruction()
