@@ -54,7 +54,8 @@ clock: push ax; inc word ptr [0x522]; mov al, 0x0c; out 0x70, al; in al, 0x71; m
 """
 CPU_ONLY = """
     mov rax, cr4; or eax, 1 << 18; mov cr4, rax; xor ecx, ecx; xor edx, edx; mov eax, 7; xsetbv
-l:  mov dr1, rbx; mov rax, dr1; add rdx, rax; vmovdqu ymm3, [0x8000]; vpaddb ymm4, ymm4, ymm3; inc rbx; mov rcx, rbx; and ecx, 0xfff; mov esi, 0x8000; mov edi, 0x9801; rep movsb; inc byte ptr [0x8000]
+l:  mov dr1, rbx; mov rax, dr1; add rdx, rax; vmovdqu ymm3, [0x8000]; vpaddb ymm4, ymm4, ymm3
+    inc rbx; mov rcx, rbx; and ecx, 0xfff; mov esi, 0x8000; mov edi, 0x9801; rep movsb; inc byte ptr [0x8000]
     mov byte ptr [rip + change + 1], bl; change: mov eax, 0; add rdx, rax; cvtsi2sd xmm0, rbx; sqrtsd xmm1, xmm0
     fild qword ptr [0x8000]; fstp qword ptr [0x8008]; test rbx, 63; jne l
     out 0x80, al; in al, 0x81; mov [0x7000], al; mov edi, 0x10000000 - 4; mov [rdi], rbx; jmp l
