@@ -197,7 +197,8 @@ class Control:
     def _set_cpus(self, cpus: Sequence[Cpu]) -> None:
         """Have these; with the lock held, or before anybody has this object."""
         self.cpus = cpus
-        self._runners = self._machine.runners([cpu.vcpu for cpu in cpus])
+        self._vcpus = [cpu.vcpu for cpu in cpus]
+        self._runners = self._machine.runners(self._vcpus)
         while len(self._threads) < len(self._runners):
             self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
 
@@ -362,7 +363,8 @@ class Control:
         """Begin a run. Busy when there is one. A machine that is shut down gives its last exit again."""
         with self._lock:
             self._check_idle()
-            bound = self._checked(bound)
+            if bound is not UNBOUND:
+                bound = self._checked(bound)
             run, begins = Run(bound), False
             if self._state == "shutdown" and self._last_exit is not None:
                 run.set_result(self._note(self._last_exit))
@@ -541,12 +543,11 @@ class Control:
         """Of a runner, which runs these."""
         do_tasks = self._do_tasks_now if self._parts is None else self._meet
         asked = Asked(partial(self._prepare, cpus), self._stop_for, do_tasks, lambda: self._points.stepping)
-        vcpus = [cpu.vcpu for cpu in self.cpus]
-        return RunLoop(run, runner, vcpus, self.capabilities, self.board, self.trace, asked)
+        return RunLoop(run, runner, self._vcpus, self.capabilities, self.board, self.trace, asked)
 
     def _prepare(self, cpus: Sequence[Cpu], bound: Bound, by_steps: bool) -> bool:
         with self._lock:
-            step = by_steps or self.trace.steps(self.capabilities)
+            step = by_steps or (self.trace.on and self.trace.steps(self.capabilities))
             for cpu in cpus:
                 self._ask(cpu, bound, step)
             return self._points.stepping
@@ -600,7 +601,8 @@ class Control:
 
     def _note(self, exit_: exits.Exit) -> exits.Exit:
         """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""
-        exit_.of_several = len(self.cpus) > 1
+        if len(self.cpus) > 1:
+            exit_.of_several = True
         self.cpus[exit_.cpu].last_exit = exit_
         self._state = _state_after(exit_)
         self._counts[exit_.REASON] += 1
