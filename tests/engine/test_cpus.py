@@ -4,6 +4,7 @@ import struct
 import threading
 import time
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -292,6 +293,23 @@ def test_a_closed_machine_of_several_ends_its_run(make):
     done.start()
     done.join(SECONDS)
     assert not done.is_alive() and run.exception(SECONDS) is not None
+
+
+def test_a_machine_of_several_as_a_value(make):
+    """It goes on in another one; a last exit of a CPU that there is not is refused."""
+    one, other = make(2, ENDLESS), make(2, ENDLESS)
+    result(one.start(Bound(seconds=0.1)))
+    assert one.last_exit.cpu < 2
+    other.memory.write(0, one.memory.read(0, SIZE))
+    state = one.take().result(SECONDS)
+    other.put(state)
+    assert [rip(cpu.vcpu) for cpu in other.cpus] == [rip(cpu.vcpu) for cpu in one.cpus]
+    before = words(other, COUNTERS, 2)
+    assert isinstance(result(other.start(Bound(seconds=0.2))), exits.Limit)
+    assert all(now != then for now, then in zip(words(other, COUNTERS, 2), before, strict=True))
+    seen = msgspec.structs.replace(one.save_seen(), last_exit="hlt rip=0x0 cpu=2")
+    with pytest.raises(Invalid):
+        other.check_seen(seen)
 
 
 # ---- in turn: the same to the instruction

@@ -284,11 +284,17 @@ class Vm(Control):
         return Seen(last_exit=line, exit_number=self._exit_number, counts=dict(self._counts))
 
     def check_seen(self, seen: Seen) -> None:
-        if seen.last_exit is not None:
-            exits.parse_exit(seen.last_exit)
+        if seen.last_exit is not None and exits.parse_exit(seen.last_exit).cpu >= len(self.cpus):
+            raise Invalid(f"seen: the last exit is of a CPU that this machine has not: {seen.last_exit[:80]}")
 
     def load_seen(self, seen: Seen) -> None:
         self._last_exit = None if seen.last_exit is None else exits.parse_exit(seen.last_exit)
+        for cpu in self.cpus:
+            is_its = self._last_exit is not None and self._last_exit.cpu == cpu.index
+            cpu.last_exit = self._last_exit if is_its else None
+        if self._last_exit is not None:
+            self._last_exit.of_several = len(self.cpus) > 1
+        self._held.clear()
         self._exit_number = seen.exit_number
         self._counts = Counter(seen.counts)
 
