@@ -137,7 +137,6 @@ def test_what_no_exit_writes_is_refused(text):
         "hlt rip=1",
         "hlt  rip=0x1",
         "hlt rip=0x1 extra=1",
-        "hlt rip=0x1 cpu=0",
         "io direction=up port=0x1 size=1 count=1 rip=0x1",
         "io direction=in port=0x10000 size=1 count=1 rip=0x1",
         "mmio direction=out addr=0x1 size=1 data=0x1 rip=0x1",
@@ -150,3 +149,9 @@ def test_what_no_exit_writes_is_refused(text):
 def test_a_line_that_is_nearly_right_is_refused(line):
     with pytest.raises(Invalid):
         exits.parse_exit(line)
+
+
+@pytest.mark.parametrize("cpu", [0, 3])
+def test_a_line_of_a_machine_with_several_cpus_is_read_back(cpu):
+    line = exits.Limit(rip=5, cpu=cpu, of_several=True).line()
+    assert line.endswith(f" cpu={cpu}") and exits.parse_exit(line).line() == line

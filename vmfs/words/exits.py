@@ -251,7 +251,7 @@ def parse_exit(line: str) -> Exit:
         kind = next(kind for kind in EXITS if reason == kind.REASON)
         for key, text in _WORD.findall(line):
             fields[key] = _parse_value(key, text, fields)
-        exit_ = kind(**fields)
+        exit_ = kind(**fields, of_several="cpu" in fields)
         exit_.pack()  # a cause that is none, a number too wide for its field
     except (StopIteration, TypeError, ValueError, OverflowError, KeyError, struct.error):
         raise Invalid(f"exit: {line[:80]!r} is not a line of an exit") from None
