@@ -156,3 +156,18 @@ def test_a_machine_has_little_that_no_other_has(quiet):
     assert B.does(vm.run).startswith("hlt")
     assert memory_of(pid_of(vm)) < 10 << 10
     B.does(vm.path.rmdir)
+
+
+def test_the_first_machine_has_its_sizes_however_long_it_takes_to_be_born(quiet):
+    """tar would copy a file of size 0 as empty."""
+    vm = quiet.path / "one"
+    spare = the_spare(quiet)
+    os.kill(spare, signal.SIGSTOP)
+    continued = threading.Timer(2, os.kill, (spare, signal.SIGCONT))
+    continued.start()
+    try:
+        vm.mkdir()
+        assert (vm / "sregs").stat().st_size == len((vm / "sregs").read_bytes()) > 0
+    finally:
+        continued.join()
+        vm.rmdir()

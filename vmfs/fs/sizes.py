@@ -11,6 +11,7 @@ from vmfs.words.errors import LimitReached, VmfsError
 
 # A machine that does not answer in that time shows the sizes that it had: `ls -l` of others does not wait for it.
 ANSWER_SECONDS = 1.0
+FIRST_SECONDS = 20.0  # a busy host may take seconds to make the first one
 
 
 async def measure(nodes: Iterable[Node]) -> None:
@@ -26,7 +27,9 @@ async def measure(nodes: Iterable[Node]) -> None:
                 asked.setdefault(node.scope, []).append(node)
     for scope, files in asked.items():
         stood = {file: file.kind.stands_since(file) for file in files}  # before: it may change meanwhile
-        with trio.move_on_after(ANSWER_SECONDS):
+        # The first machine of a mount has no sizes that it had: it is not there yet, and 0 would be wrong.
+        first = scope.machine.host.fresh_sizes is None  # type: ignore[attr-defined]
+        with trio.move_on_after(FIRST_SECONDS if first else ANSWER_SECONDS):
             try:
                 sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]
             except LimitReached:
