@@ -93,11 +93,12 @@ def status(pid: int) -> dict[str, str]:
 
 def children(pid: int) -> Iterator[int]:
     """Of a process, and theirs."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            with contextlib.suppress(FileNotFoundError):
-                yield from children(int(child))
+    with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread has
+                for child in (task / "children").read_text().split():
+                    yield int(child)
+                    yield from children(int(child))
 
 
 def may_signal(pids: list[int]) -> list[int]:
