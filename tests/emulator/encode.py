@@ -119,7 +119,7 @@ def make_case(row: dict, rng: random.Random) -> Case:
         legacy += b"\x66"
     if rng.randrange(2):
         rex = 0x40 | rng.getrandbits(4)
-        if row["handler"] in ("nop",):
+        if row["handler"] in ("nop", "pause"):  # 41 90 is XCHG; with F3, which of them it is is not said
             rex &= ~1
     vex = bool(row["length"])
     if vex:

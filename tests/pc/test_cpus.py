@@ -1,5 +1,6 @@
 """Debian's kernel on several CPUs, which the emulator executes in turn."""
 
+from mounting import wait_until
 from pc.conftest import boot_linux
 from pc.kernels import needs_kernels
 
@@ -32,6 +33,7 @@ def test_it_is_paused_and_removed_at_any_moment(make_pc):
     pc.write("cpus", "8")
     boot_linux(pc)
     for _ in range(20):
+        wait_until(lambda: pc.read("state") == "running\n", "it runs")
         pc.write("state", "pause")
         assert pc.ended().startswith("interrupted ")
         assert {(pc.path / f"cpu{cpu}" / "state").read_text() for cpu in range(8)} <= {

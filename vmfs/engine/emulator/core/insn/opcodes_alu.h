@@ -116,7 +116,7 @@ INSN(MOVZX, M0F, 0xb7, ANY, NO, RM, Gv, Ew, __, V, movzx16, BASE, A_NONE, NONE, 
 INSN(MOVSX, M0F, 0xbe, ANY, NO, RM, Gv, Eb, __, V, movsx8, BASE, A_NONE, NONE, NONE, NONE)
 INSN(MOVSX, M0F, 0xbf, ANY, NO, RM, Gv, Ew, __, V, movsx16, BASE, A_NONE, NONE, NONE, NONE)
 INSN(MOVSXD, M1, 0x63, ANY, NO, RM, Gv, Ed, __, V, movsxd, BASE, A_ONLY64, NONE, NONE, NONE)
-INSN(PAUSE, M1, 0x90, PF3, NO, RM, __, __, __, V, pause, BASE, A_NOREXB, NONE, NONE, NONE)
+INSN(PAUSE, M1, 0x90, PF3, NO, RM, __, __, __, V, pause, BASE, A_NONE, NONE, NONE, NONE)
 INSN(NOP, M1, 0x90, ANY, NO, RM, __, __, __, V, nop, BASE, A_NOREXB, NONE, NONE, NONE)
 INSN(XCHG, M1, 0x90, ANY, NO, RM, Zv, rAX, __, V, xchg, BASE, A_OPREG, NONE, NONE, NONE)
 INSN(XCHG, M1, 0x86, ANY, NO, RM, Eb, Gb, __, B, xchg, BASE, A_LOCK, NONE, NONE, NONE)
