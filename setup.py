@@ -84,24 +84,19 @@ def extensions():
             extra_compile_args=COMPILE,
             extra_link_args=LINK + ["-lm"],
         ))
-    if os.path.exists("vmfs/machine/_lane.c"):
-        found.append(Extension(
-            "vmfs.machine._lane",
-            sources=["vmfs/machine/_lane.c"],
-            depends=[LANE, EXIT],
-            include_dirs=["vmfs/words"],
-            extra_compile_args=COMPILE,
-            extra_link_args=LINK,
-        ))
-    if os.path.exists("vmfs/engine/kvm/_run.c"):
-        found.append(Extension(
-            "vmfs.engine.kvm._run",
-            sources=["vmfs/engine/kvm/_run.c"],
-            depends=[LANE, EXIT],
-            include_dirs=["vmfs/words"],
-            extra_compile_args=COMPILE,
-            extra_link_args=LINK,
-        ))
+    for name, source in (
+        ("vmfs.machine._lane", "vmfs/machine/_lane.c"),
+        ("vmfs.engine.kvm._run", "vmfs/engine/kvm/_run.c"),
+    ):
+        if os.path.exists(source):
+            found.append(Extension(
+                name,
+                sources=[source],
+                depends=[LANE, EXIT],
+                include_dirs=["vmfs/words"],
+                extra_compile_args=COMPILE,
+                extra_link_args=LINK,
+            ))
     if os.path.exists(f"{CHIPS}/module.c"):
         found.append(Extension(
             "vmfs.devices._chips",

@@ -32,7 +32,10 @@ class Plant:
 
 PLANTS = (
     Plant(
-        "a memory access loses the flags behind it", "emit.c", "(t->writes ? t->precise & ~t->writes : t->live)", "0"
+        "a memory access loses the flags that are read after it",
+        "emit.c",
+        "(t->writes ? t->precise & ~t->writes : t->live)",
+        "0",
     ),
     Plant("CF alone, where other flags are needed, too", "emit.c", "    if (needed == fC) {", "    if (needed & fC) {"),
     Plant(
@@ -49,7 +52,7 @@ PLANTS = (
     ),
     Plant("flags that a fault may show, at a jump", "emit.c", "if (m->precise || (change", "if ((change"),
     Plant(
-        "flags of a handler that the host code behind it wants",
+        "flags of a handler that host code reads after it",
         "emit.c",
         "s->restore = t->writes & t->precise && !merges(t);",
         "s->restore = false;",

@@ -1,4 +1,4 @@
-"""Openers: what a line names on the host is got with the rights of who has written it, and with no others."""
+"""An opener gets a host path with the rights of the user who wrote its line, and with no others."""
 
 from __future__ import annotations
 

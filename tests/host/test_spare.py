@@ -81,7 +81,7 @@ def sockets(pid: int) -> set[str]:
 
 
 def test_nobody_else_has_the_zygotes_sockets(quiet, folder):
-    """Who has its end to the spare says whose that is, and who has its end to the server can have anything opened."""
+    """One of them says whose a spare becomes; the other gets any host path opened."""
     the_spare(quiet)
     machines = [B.makes(quiet.path / f"of{at}") for at in range(3)]
     B.does(machines[0].write, "machine", "pc")

@@ -66,7 +66,7 @@ class Child:
 
 
 class User:
-    """Who has that uid, and a gid of the same number."""
+    """The user of that uid, with a gid of the same number."""
 
     def __init__(self, uid: int) -> None:
         self.uid = uid

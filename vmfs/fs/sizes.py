@@ -28,7 +28,7 @@ async def measure(nodes: Iterable[Node]) -> None:
     for scope, files in asked.items():
         stood = {file: file.kind.stands_since(file) for file in files}  # before: it may change meanwhile
         # The first machine of a mount has no sizes that it had: it is not there yet, and 0 would be wrong.
-        first = scope.machine.host.fresh_sizes is None  # type: ignore[attr-defined]
+        first = not scope.machine.knows_sizes  # type: ignore[attr-defined]
         with trio.move_on_after(FIRST_SECONDS if first else ANSWER_SECONDS):
             try:
                 sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]

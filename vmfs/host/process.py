@@ -168,6 +168,11 @@ class MachineProcess:
         return self._channel is not None
 
     @property
+    def knows_sizes(self) -> bool:
+        """Whether there are sizes of a machine that was only made: they are known once the first one was born."""
+        return self.host.fresh_sizes is not None
+
+    @property
     def pid(self) -> int:
         """Of its process; 0 while there is none."""
         return self._job.pid if self._job is not None and self._job.code is None else 0

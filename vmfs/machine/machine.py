@@ -32,7 +32,6 @@ from vmfs.machine.state import (
     Seen,
     Setup,
     State,
-    entries,
     put,
     put_cpu,
     put_engine,
@@ -53,6 +52,7 @@ from vmfs.words.errors import (
     NotPermitted,
     Unsupported,
 )
+from vmfs.words.layouts import unpack_msrs
 from vmfs.words.modes import CodeMode, mode_of, set_mode
 from vmfs.words.registers import write_registers
 from vmfs.words.unclaimed import Use
@@ -255,8 +255,8 @@ class Vm(Control):
             if is_ != wanted:
                 raise Invalid(f"the state is of a machine of another {what}: {str(wanted)[:80]}, and not {is_}")
         try:
-            entries(setup.new_msrs)
-        except struct.error:
+            unpack_msrs(setup.new_msrs)
+        except Invalid:
             raise Invalid("setup: the MSRs of a new CPU are none") from None
 
     @property

@@ -17,7 +17,6 @@ from __future__ import annotations
 import enum
 import hashlib
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from vmfs.devices.device import DeviceState, unpack
 from vmfs.engine.base import Machine, Vcpu, has_state
 from vmfs.engine.rest import as_new, given_up
 from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.layouts import unpack_msrs
 
 FORMAT = 1  # of a State
 
@@ -141,7 +141,7 @@ def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
         if row.name == "cpuid" and cpu.get_state("cpuid") == data:
             continue  # an engine may refuse even that, once the CPU has run
         if row.name == "msrs" and reset_msrs is not None:
-            _put_common_msrs(cpu, entries(data), entries(reset_msrs))
+            _put_common_msrs(cpu, dict(unpack_msrs(data)), dict(unpack_msrs(reset_msrs)))
             continue
         if row.name == "xsave":
             data = _resized(data, len(cpu.get_state("xsave")))
@@ -163,7 +163,7 @@ def _resized(xsave: bytes, size: int) -> bytes:
 
 
 def _put_common_msrs(cpu: Vcpu, wanted: Mapping[int, int], reset: Mapping[int, int]) -> None:
-    there = entries(cpu.get_state("msrs"))
+    there = dict(unpack_msrs(cpu.get_state("msrs")))
     for index, value in wanted.items():
         if index not in there or there[index] == value:
             continue
@@ -172,11 +172,6 @@ def _put_common_msrs(cpu: Vcpu, wanted: Mapping[int, int], reset: Mapping[int, i
         except Invalid as error:
             if value != reset.get(index):
                 raise Unsupported(f"MSR {index:#x} is {value:#x}, which the other engine refuses") from error
-
-
-def entries(msrs: bytes) -> dict[int, int]:
-    """`struct kvm_msrs` as values by index."""
-    return {index: value for index, _, value in struct.iter_unpack("<IIQ", msrs[8:])}
 
 
 # ---- reset

@@ -173,8 +173,7 @@ static bool ask_now(struct chip *chip, u64 *now)
     return !(*now == (u64)-1 && PyErr_Occurred());
 }
 
-/* As many numbers as `count`. */
-static bool numbers(PyObject *const *args, Py_ssize_t given, u64 *into, Py_ssize_t count)
+bool chip_numbers(PyObject *const *args, Py_ssize_t given, u64 *into, Py_ssize_t count)
 {
     if (given != count) {
         PyErr_Format(PyExc_TypeError, "%zd numbers", count);
@@ -188,6 +187,11 @@ static bool numbers(PyObject *const *args, Py_ssize_t given, u64 *into, Py_ssize
     return true;
 }
 
+PyObject *bus_done(struct bus *bus)
+{
+    return bus_leave(bus) ? Py_NewRef(Py_None) : NULL;
+}
+
 static bool good_size(u64 size)
 {
     if (size >= 1 && size <= 8)
@@ -199,7 +203,7 @@ static bool good_size(u64 size)
 PyObject *chip_read(struct chip *chip, PyObject *const *args, Py_ssize_t count)
 {
     u64 n[3], now;
-    if (!numbers(args, count, n, 3) || !good_size(n[2]) || !ask_now(chip, &now))
+    if (!chip_numbers(args, count, n, 3) || !good_size(n[2]) || !ask_now(chip, &now))
         return NULL;
     struct bus_access a = {.size = (u8)n[2], .now = given_now, .context = &now};
     bus_enter(chip->bus);
@@ -214,7 +218,7 @@ PyObject *chip_read(struct chip *chip, PyObject *const *args, Py_ssize_t count)
 PyObject *chip_write(struct chip *chip, PyObject *const *args, Py_ssize_t count)
 {
     u64 n[4], now;
-    if (!numbers(args, count, n, 4) || !good_size(n[2]) || !ask_now(chip, &now))
+    if (!chip_numbers(args, count, n, 4) || !good_size(n[2]) || !ask_now(chip, &now))
         return NULL;
     struct bus_access a = {.write = true, .size = (u8)n[2], .value = n[3], .now = given_now, .context = &now};
     bus_enter(chip->bus);
@@ -236,9 +240,7 @@ static PyObject *bus_line(struct bus *self, PyObject *args)
     }
     bus_enter(self);
     bus_set_line(self, device, gsi, level);
-    if (!bus_leave(self))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self);
 }
 
 static PyObject *bus_drop_lines(struct bus *self, PyObject *args)
@@ -251,9 +253,7 @@ static PyObject *bus_drop_lines(struct bus *self, PyObject *args)
     bus_enter(self);
     for (unsigned gsi = 0; gsi < LINES; gsi++)
         bus_set_line(self, device, gsi, false);
-    if (!bus_leave(self))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self);
 }
 
 static void forget_map(struct bus *bus)
@@ -311,9 +311,7 @@ static PyObject *bus_set_map(struct bus *self, PyObject *windows)
             memset(self->ports + places[i].start, (int)number, places[i].length);
     }
     Py_DECREF(rows);
-    if (!bus_leave(self))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self);
 failed:
     Py_DECREF(rows);
     return NULL;
@@ -322,13 +320,11 @@ failed:
 static PyObject *bus_advance_to(struct bus *self, PyObject *argument)
 {
     u64 now;
-    if (!numbers(&argument, 1, &now, 1))
+    if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
     advance(&self->face, now);
     bus_enter(self);
-    if (!bus_leave(self))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self);
 }
 
 static PyObject *bus_due(struct bus *self, void *ignored)
@@ -433,7 +429,7 @@ static PyObject *bus_holders(struct bus *self, PyObject *ignored)
 static PyObject *bus_hold(struct bus *self, PyObject *list)
 {
     u64 holders[LINES];
-    if (!PyList_Check(list) || !numbers(((PyListObject *)list)->ob_item, PyList_GET_SIZE(list), holders, LINES))
+    if (!PyList_Check(list) || !chip_numbers(((PyListObject *)list)->ob_item, PyList_GET_SIZE(list), holders, LINES))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a list of %d numbers", LINES);
     bus_enter(self);
     memcpy(self->holders, holders, sizeof holders);

@@ -82,9 +82,15 @@ static inline u64 now_of(const struct bus_access *a) { return a->now(a->context)
 /* For what is called from Python: `bus_leave` tells Python of lines, and is false where that raised. */
 void bus_enter(struct bus *bus);
 bool bus_leave(struct bus *bus);
+/* `bus_leave`, and None or NULL. */
+PyObject *bus_done(struct bus *bus);
+/* As many unsigned numbers as `count`; false with an exception where there are not. */
+bool chip_numbers(PyObject *const *args, Py_ssize_t given, u64 *into, Py_ssize_t count);
 
 /* The base of a chip's type: `new` of it fills in what is common. */
 PyObject *chip_new(PyTypeObject *type, const struct chip_kind *kind, PyObject *bus, unsigned number);
+/* The same of a chip whose arguments are (bus, device, gsi). */
+PyObject *chip_new_on_line(PyTypeObject *type, const struct chip_kind *kind, PyObject *args, unsigned *gsi);
 void chip_dealloc(struct chip *chip);
 /* read(region, offset, size) -> value or None; write(region, offset, size, value) -> whether it was answered. */
 PyObject *chip_read(struct chip *chip, PyObject *const *args, Py_ssize_t count);

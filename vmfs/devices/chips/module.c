@@ -32,6 +32,17 @@ PyObject *chip_new(PyTypeObject *type, const struct chip_kind *kind, PyObject *b
     return (PyObject *)chip;
 }
 
+PyObject *chip_new_on_line(PyTypeObject *type, const struct chip_kind *kind, PyObject *args, unsigned *gsi)
+{
+    PyObject *bus;
+    unsigned number;
+    if (!PyArg_ParseTuple(args, "OII", &bus, &number, gsi))
+        return NULL;
+    if (*gsi >= LINES)
+        return PyErr_Format(PyExc_ValueError, "there is no line %u", *gsi);
+    return chip_new(type, kind, bus, number);
+}
+
 void chip_dealloc(struct chip *chip)
 {
     PyTypeObject *type = Py_TYPE(chip);

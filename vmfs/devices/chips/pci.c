@@ -88,18 +88,14 @@ static PyObject *function_set_irq(struct function *self, PyObject *level)
     bus_enter(self->chip.bus);
     self->pending = pending;
     drive(self);
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *function_drive(struct function *self, PyObject *ignored)
 {
     bus_enter(self->chip.bus);
     drive(self);
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self->chip.bus);
 }
 
 static int function_buffer(struct function *self, Py_buffer *view, int flags)
@@ -291,9 +287,7 @@ static PyObject *virtio_interrupt(struct virtio *self, PyObject *argument)
     self->isr |= (u8)cause;
     self->function->pending = true;
     drive(self->function);
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *virtio_take(struct virtio *self, PyObject *ignored)

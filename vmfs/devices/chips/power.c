@@ -71,23 +71,11 @@ static const struct chip_kind power_kind = {power_access, power_advance, true};
 
 static PyObject *power_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *bus;
-    unsigned number, gsi;
-    if (!PyArg_ParseTuple(args, "OII", &bus, &number, &gsi))
-        return NULL;
-    if (gsi >= LINES)
-        return PyErr_Format(PyExc_ValueError, "there is no line %u", gsi);
-    struct power *self = (struct power *)chip_new(type, &power_kind, bus, number);
+    unsigned gsi;
+    struct power *self = (struct power *)chip_new_on_line(type, &power_kind, args, &gsi);
     if (self)
         self->gsi = gsi;
     return (PyObject *)self;
-}
-
-static PyObject *leave(struct power *self)
-{
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
 }
 
 /* From any thread, which may not know the guest's time. */
@@ -96,24 +84,24 @@ static PyObject *power_press(struct power *self, PyObject *ignored)
     bus_enter(self->chip.bus);
     self->status |= POWER_BUTTON;
     drive(self);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *power_seen(struct power *self, PyObject *argument)
 {
-    unsigned long long now = PyLong_AsUnsignedLongLong(argument);
-    if (now == (unsigned long long)-1 && PyErr_Occurred())
+    u64 now;
+    if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
     bus_enter(self->chip.bus);
     self->halves = ticks(now) >> HALF;
     update(self, now);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *power_state(struct power *self, PyObject *argument)
 {
-    unsigned long long now = PyLong_AsUnsignedLongLong(argument);
-    if (now == (unsigned long long)-1 && PyErr_Occurred())
+    u64 now;
+    if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
     bus_enter(self->chip.bus);
     update(self, now);
@@ -134,7 +122,7 @@ static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs
     self->status = (u16)status, self->enable = (u16)enable, self->control = (u16)control;
     self->halves = ticks(now) >> HALF;
     update(self, now);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyMethodDef power_methods[] = {

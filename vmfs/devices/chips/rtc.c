@@ -313,25 +313,13 @@ static const struct chip_kind rtc_kind = {rtc_access, rtc_advance, true};
 
 static PyObject *rtc_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *bus;
-    unsigned number, gsi;
-    if (!PyArg_ParseTuple(args, "OII", &bus, &number, &gsi))
-        return NULL;
-    if (gsi >= LINES)
-        return PyErr_Format(PyExc_ValueError, "there is no line %u", gsi);
-    struct rtc *self = (struct rtc *)chip_new(type, &rtc_kind, bus, number);
+    unsigned gsi;
+    struct rtc *self = (struct rtc *)chip_new_on_line(type, &rtc_kind, args, &gsi);
     if (!self)
         return NULL;
     self->gsi = gsi;
     self->cmos[A] = 0x26, self->cmos[B] = H24, self->cmos[D] = 0x80;
     return (PyObject *)self;
-}
-
-static PyObject *leave(struct rtc *self)
-{
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
 }
 
 static PyObject *rtc_set_clock(struct rtc *self, PyObject *args)
@@ -345,14 +333,14 @@ static PyObject *rtc_set_clock(struct rtc *self, PyObject *args)
     self->began = now - nanoseconds % SECOND;
     show(self, true, &(struct time_of_day){hour % 24, minute % 60, second % 60},
          (const int[5]){weekday % 7 + 1, day, month, year % 100, year / 100});
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 /* The battery keeps the clock and the CMOS going; a reset clears the interrupts' enables and flags. */
 static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
 {
-    unsigned long long now = PyLong_AsUnsignedLongLong(argument);
-    if (now == (unsigned long long)-1 && PyErr_Occurred())
+    u64 now;
+    if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
     bus_enter(self->chip.bus);
     self->index = 0;
@@ -360,7 +348,7 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     self->cmos[B] &= (u8)~(PIE | AIE | UIE | SQWE);
     self->cmos[C] = 0;
     update(self, now);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *rtc_shift(struct rtc *self, PyObject *argument)
@@ -373,13 +361,13 @@ static PyObject *rtc_shift(struct rtc *self, PyObject *argument)
     self->seen = by < 0 && self->seen < (u64)-by ? 0 : self->seen + (u64)by;
     if (self->chip.due != BUS_NEVER)
         bus_set_due(&self->chip, self->chip.due + (u64)by);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *rtc_state(struct rtc *self, PyObject *argument)
 {
-    unsigned long long now = PyLong_AsUnsignedLongLong(argument);
-    if (now == (unsigned long long)-1 && PyErr_Occurred())
+    u64 now;
+    if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
     bus_enter(self->chip.bus);
     catch_up(self, now);
@@ -411,7 +399,7 @@ static PyObject *rtc_load(struct rtc *self, PyObject *args, PyObject *kwargs)
     self->seen = now;
     self->began = now - (u64)divider;
     update(self, now);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *rtc_get(struct rtc *self, PyObject *argument)
@@ -433,7 +421,7 @@ static PyObject *rtc_put(struct rtc *self, PyObject *args)
         return PyErr_Format(PyExc_ValueError, "byte %u is none of the RAM's", index);
     bus_enter(self->chip.bus);
     self->cmos[index] = value;
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyMethodDef rtc_methods[] = {

@@ -345,13 +345,8 @@ static void uart_clear(struct uart *u)
 
 static PyObject *uart_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *bus;
-    unsigned number, gsi;
-    if (!PyArg_ParseTuple(args, "OII", &bus, &number, &gsi))
-        return NULL;
-    if (gsi >= LINES)
-        return PyErr_Format(PyExc_ValueError, "there is no line %u", gsi);
-    struct uart *self = (struct uart *)chip_new(type, &uart_kind, bus, number);
+    unsigned gsi;
+    struct uart *self = (struct uart *)chip_new_on_line(type, &uart_kind, args, &gsi);
     if (!self)
         return NULL;
     self->gsi = gsi;
@@ -368,13 +363,6 @@ static void uart_dealloc(struct uart *self)
     chip_dealloc(&self->chip);
 }
 
-static PyObject *leave(struct uart *self)
-{
-    if (!bus_leave(self->chip.bus))
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 static PyObject *uart_reset(struct uart *self, PyObject *ignored)
 {
     bus_enter(self->chip.bus);
@@ -382,7 +370,7 @@ static PyObject *uart_reset(struct uart *self, PyObject *ignored)
     uart_clear(self);
     update(self);
     refill(self);
-    return leave(self);
+    return bus_done(self->chip.bus);
 }
 
 static PyObject *uart_receive(struct uart *self, PyObject *argument)
@@ -398,7 +386,7 @@ static PyObject *uart_receive(struct uart *self, PyObject *argument)
         self->received += (u64)data.len;
         refill(self);
     }
-    PyObject *done = leave(self);
+    PyObject *done = bus_done(self->chip.bus);
     PyBuffer_Release(&data);
     if (!has_room) {
         Py_XDECREF(done);
