@@ -10,7 +10,7 @@ if [ $# -gt 1 ]; then
     echo pc > "$vm/machine"
     cp "$2" "$vm/kernel"
     until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
-        echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+        echo 'for 20ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
     done
     echo 'break kernel_init' > "$vm/debug"      # by then every CPU has its own table
     cat "$vm/vm_run" > /dev/null

@@ -12,7 +12,7 @@ cp "$kernel" "$vm/kernel"
 [ -z "${3:-}" ] || cp "$3" "$vm/initrd"
 echo 'console=ttyS0 quiet' > "$vm/cmdline"
 until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
-    echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+    echo 'for 20ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
 done
 
 echo run > "$vm/state"

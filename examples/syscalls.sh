@@ -14,7 +14,7 @@ echo 'console=ttyS0 quiet' > "$vm/cmdline"
 
 # Where to break is not known before the kernel is in its RAM: run for a moment, and ask for its names.
 until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
-    echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+    echo 'for 20ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
 done
 echo "--- $(grep -c . "$vm/symbols") symbols; do_sys_openat2 is at $(awk '$3 == "do_sys_openat2" { print $1 }' "$vm/symbols")"
 echo 'break do_sys_openat2' > "$vm/debug"

@@ -11,7 +11,7 @@ echo pc > "$vm/machine"
 cp "$kernel" "$vm/kernel"
 echo 'console=ttyS0 quiet' > "$vm/cmdline"
 until { echo kallsyms > "$vm/symbols"; } 2> /dev/null; do
-    echo 'for 200ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
+    echo 'for 20ms' > "$vm/vm_run" && grep -q '^limit' "$vm/exit" || { cat "$vm/error" "$vm/exit" >&2; exit 1; }
 done
 
 echo "watch $symbol $length w" > "$vm/debug"
