@@ -7,7 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
-from bench.harness import Result, bare_c_file, mounted, pairs
+from bench.harness import Result, bare_c_file, mounted, one_core, pairs
 from bench.runs import AT, OUT_LOOP, write
 
 FOREVER = b"\xeb\xfe"
@@ -34,7 +34,7 @@ def port_bound(mount: Path, name: str) -> Path:
 
 def exits(engine: str) -> Result:
     """An exit of a loop of `out`, each a read of `vm_run.bin`."""
-    with mounted("--engine", engine) as mount, bare_c_file() as least:
+    with one_core(), mounted("--engine", engine) as mount, bare_c_file() as least:
         vm = port_bound(mount, "one")
         ours, bare = pairs("pread", 64, 2000, vm / "vm_run.bin", least)
         vm.rmdir()
@@ -44,7 +44,7 @@ def exits(engine: str) -> Result:
 
 def interrupts() -> Result:
     """A packet to `irq`, of a guest that waits for it."""
-    with mounted("--engine", "emulator") as mount, bare_c_file() as least:
+    with one_core(), mounted("--engine", "emulator") as mount, bare_c_file() as least:
         vm = machine(mount, "one", WAIT_LOOP)
         write(f"{vm}/mem", HANDLER_AT.to_bytes(4, "little"), 0x20 * 4)
         write(f"{vm}/mem", HANDLER, HANDLER_AT)
@@ -55,7 +55,7 @@ def interrupts() -> Result:
 
 
 def two_guests(engine: str) -> Result:
-    """Exits a second of two port-bound guests at once, against one alone."""
+    """Exits a second of two port-bound guests at once, each one's caller on a core of its own, against one alone."""
     with mounted("--engine", engine) as mount:
         vms = [port_bound(mount, name) for name in ("one", "two")]
         alone, both = pairs("both", 64, 5000, *(vm / "vm_run.bin" for vm in vms))

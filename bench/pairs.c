@@ -6,13 +6,14 @@
  *     pairs irq    SIZE  OPS ROUNDS A B     A is a machine's directory: write a packet to its irq, and then, untimed, read SIZE bytes
  *                                           of its vm_run.bin; pread(2) of SIZE bytes of B
  *     pairs both   SIZE  OPS ROUNDS A B     pread(2) of SIZE bytes: of A alone, then of A and B at once by two processes, all of whose
- *                                           operations count
+ *                                           operations count; A's caller on one core, B's on another
  *
  * Prints a line a round: nanoseconds an operation for A, then for B.
  */
 #define _GNU_SOURCE
 #include <err.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,12 +70,32 @@ static double time_irq(struct side *side, size_t size, long ops)
     return took / ops;
 }
 
+/* On the core number `wanted` of those that this process had, or on the last of them. */
+static void use_core(cpu_set_t *all, int wanted)
+{
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE; core++)
+        if (CPU_ISSET(core, all)) {
+            CPU_ZERO(&one);
+            CPU_SET(core, &one);
+            if (!wanted--)
+                break;
+        }
+    if (sched_setaffinity(0, sizeof one, &one))
+        err(1, "sched_setaffinity");
+}
+
+static cpu_set_t cores;
+
 static double time_both(struct side *sides, size_t size, long ops)
 {
     double start = now();
     pid_t other = fork();
     if (other < 0)
         err(1, "fork");
+    if (!other)
+        use_core(&cores, 1);
     time_pread(&sides[!other], size, ops);
     if (!other)
         _exit(0);
@@ -115,6 +136,11 @@ int main(int argc, char **argv)
     double (*run[])(struct side *, size_t, long) = {mapped ? time_mapped : time_pread, mapped ? time_mapped : time_pread};
     if (irq)
         run[0] = time_irq;
+    if (both) {
+        if (sched_getaffinity(0, sizeof cores, &cores))
+            err(1, "sched_getaffinity");
+        use_core(&cores, 0);
+    }
     for (int i = 0; i < 2; i++)
         run[i](&sides[i], size, ops / 10 + 1); /* warm up */
     for (int round = 0; round < rounds; round++) {
