@@ -1,11 +1,12 @@
 /* Run a few instructions natively, with given registers, and give everything back: the oracle for the emulator core.
  *
  * native_run enters the code at `rip` with the state in `s` and comes back through an INT3 after it (SIGTRAP), or through
- * the signal that a fault raises. All signals are taken on an alternate stack, because RSP is the test's too. The code runs
+ * the signal that a fault raises. All signals are taken on an alternate stack, because RSP is the test's too. The handler
+ * does not jump out of itself: it has the kernel return to `landing`, with the stack that `enter` saved. So an alarm that
+ * comes outside the code, where a lock of libc or of a sanitizer may be held, changes nothing. The code runs
  * in this process: it must not touch memory that is not the test's, so memory operands point into the arena that the caller
  * mapped, whose address is the same in the guest. */
 #define _GNU_SOURCE
-#include <setjmp.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -13,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 enum { NATIVE_TIMEOUT = 255 }; /* vector of a test that did not end in a second: it jumps to itself */
 enum { SIGNALS = 6 };
@@ -30,8 +32,12 @@ struct native_state {
 };
 _Static_assert(offsetof(struct native_state, fx) == 192, "the assembly knows");
 
-static sigjmp_buf back;
 static struct native_state *current;
+static uint64_t host_stack; /* RSP that `landing` needs; 0 outside enter */
+void landing(void);
+
+enum { USER_CS = 0x33, USER_SS = 0x2b }; /* of Linux in 64-bit mode */
+enum { PLAIN_FLAGS = 0x202 };
 
 static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                               REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -40,6 +46,11 @@ static void stopped(int signal, siginfo_t *info, void *context)
 {
     ucontext_t *u = context;
     (void)info;
+    if (!host_stack) { /* the alarm, too late or too early: it comes again */
+        if (signal != SIGALRM)
+            _exit(128 + signal); /* a fault of this process, and not of the test: to return would repeat it for good */
+        return;
+    }
     for (int i = 0; i < 16; i++)
         current->gpr[i] = (uint64_t)u->uc_mcontext.gregs[order[i]];
     current->rip = (uint64_t)u->uc_mcontext.gregs[REG_RIP];
@@ -57,13 +68,21 @@ static void stopped(int signal, siginfo_t *info, void *context)
         else
             memset(current->ymm, 0, sizeof current->ymm);
     }
-    siglongjmp(back, 1);
+    u->uc_mcontext.gregs[REG_RIP] = (greg_t)landing;
+    u->uc_mcontext.gregs[REG_RSP] = (greg_t)host_stack;
+    u->uc_mcontext.gregs[REG_EFL] = PLAIN_FLAGS;
+    uint16_t *segments = (uint16_t *)&u->uc_mcontext.gregs[REG_CSGSFS]; /* cs gs fs ss */
+    segments[0] = USER_CS;
+    segments[3] = USER_SS;
+    host_stack = 0;
 }
 
 /* The flags, the x87, SSE and AVX state, the registers, and go; r15 last, from the stack's own copy. */
 __attribute__((naked, noinline)) static void enter(struct native_state *s __attribute__((unused)))
 {
     __asm__ volatile(
+        "push %rbx\n push %rbp\n push %r12\n push %r13\n push %r14\n push %r15\n"
+        "mov %rsp, host_stack(%rip)\n"
         "cmpl $0, 160(%rdi)\n jne 1f\n fxrstor64 192(%rdi)\n jmp 2f\n"
         "1: mov $7, %eax\n xor %edx, %edx\n xrstor64 192(%rdi)\n 2:\n"
         "mov 128(%rdi), %rax\n"
@@ -80,10 +99,18 @@ __attribute__((naked, noinline)) static void enter(struct native_state *s __attr
         ".pushsection .data\n target: .quad 0\n .popsection\n");
 }
 
+/* What enter and enter_compat return by, once a signal has ended the code. */
+__attribute__((naked, noinline, used)) void landing(void)
+{
+    __asm__ volatile("pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbp\n pop %rbx\n ret\n");
+}
+
 /* The same in compatibility mode: eight registers, 32-bit code, flat segments. 0x23 and 0x2b are Linux's selectors. */
 __attribute__((naked, noinline)) static void enter_compat(struct native_state *s __attribute__((unused)))
 {
     __asm__ volatile(
+        "push %rbx\n push %rbp\n push %r12\n push %r13\n push %r14\n push %r15\n"
+        "mov %rsp, host_stack(%rip)\n"
         "cmpl $0, 160(%rdi)\n jne 1f\n fxrstor64 192(%rdi)\n jmp 2f\n"
         "1: mov $7, %eax\n xor %edx, %edx\n xrstor64 192(%rdi)\n 2:\n"
         "mov 128(%rdi), %rax\n"
@@ -120,9 +147,8 @@ static int run(struct native_state *s, void (*enter_code)(struct native_state *)
     __asm__ volatile("fxsave64 %0" : "=m"(saved));
     __asm__ volatile("mov %%ds, %0\n mov %%es, %1" : "=r"(ds), "=r"(es));
     current = s;
-    setitimer(ITIMER_REAL, &(struct itimerval){.it_value = {.tv_sec = 1}}, &old_timer);
-    if (!sigsetjmp(back, 1))
-        enter_code(s);
+    setitimer(ITIMER_REAL, &(struct itimerval){.it_value = {.tv_sec = 1}, .it_interval = {.tv_sec = 1}}, &old_timer);
+    enter_code(s);
     if (s->avx)
         __asm__ volatile("vzeroupper");
     __asm__ volatile("fxrstor64 %0\n cld" : : "m"(saved));
