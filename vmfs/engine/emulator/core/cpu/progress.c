@@ -129,7 +129,8 @@ static void put(struct writer *w, const void *data, size_t bytes, size_t room)
 {
     if (w->at) {
         memset(w->at + w->size, 0, room);
-        memcpy(w->at + w->size, data, bytes);
+        if (bytes) /* where there are none, there may be no address either: C wants one */
+            memcpy(w->at + w->size, data, bytes);
     }
     w->size += room;
 }
