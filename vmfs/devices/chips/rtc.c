@@ -16,6 +16,7 @@ struct rtc {
     u8 index, cmos[BYTES];
     u64 began;                  /* the guest's time when the divider began the second that it is in; may be before 0: modulo 2**64 */
     u64 seen;                   /* up to which events were worked out */
+    bool missed;                /* a period has ended since the one whose interrupt waits to be read */
 };
 
 /* ---- Numbers and the bytes that show them; -1: none ---------------------------------------------------------------------------- */
@@ -177,8 +178,10 @@ static void catch_up(struct rtc *r, u64 now)
     r->seen = now;
     if (!runs(r))
         return;
-    if (p && cycles(elapsed) / p != cycles(was) / p)
+    if (p && cycles(elapsed) / p != cycles(was) / p) {
+        r->missed |= r->cmos[C] & PF;
         r->cmos[C] |= PF;
+    }
     u64 updates = elapsed / SECOND;
     if (!updates)
         return;
@@ -190,19 +193,21 @@ static void catch_up(struct rtc *r, u64 now)
     update_time(r, updates);
 }
 
-/* Be called for the next interrupt that is enabled. */
+/* Be called for the next interrupt that is enabled. And for the end of the period after a periodic one that waits: a machine whose
+ * host lets it wait does not let time pass this (core/chip/clock.c), so that no tick is lost. */
 static void arm(struct rtc *r, u64 now)
 {
     u8 enabled = r->cmos[B];
     u64 first = BUS_NEVER, p = period(r), alarm;
-    if (runs(r) && enabled & (PIE | AIE | UIE) && !(r->cmos[C] & IRQF)) {
+    bool waits = r->cmos[C] & IRQF;
+    if (runs(r) && enabled & (PIE | AIE | UIE) && !(waits && r->missed)) {
         if (enabled & PIE && p) {
             u64 next = (cycles(now - r->began) / p + 1) * p;
             first = (u64)(((unsigned __int128)next * SECOND + CRYSTAL - 1) / CRYSTAL);
         }
-        if (enabled & UIE && !(enabled & SET) && SECOND < first)
+        if (enabled & UIE && !waits && !(enabled & SET) && SECOND < first)
             first = SECOND;
-        if (enabled & AIE && !(enabled & SET) && (alarm = updates_to_alarm(r)) && alarm * SECOND < first)
+        if (enabled & AIE && !waits && !(enabled & SET) && (alarm = updates_to_alarm(r)) && alarm * SECOND < first)
             first = alarm * SECOND;
     }
     bus_set_due(&r->chip, first == BUS_NEVER ? BUS_NEVER : r->began + first);
@@ -276,6 +281,7 @@ static u8 read_data(struct rtc *r, u64 now)
         update(r, now);
         u8 value = r->cmos[C];
         r->cmos[C] = 0;
+        r->missed = false;
         update(r, now); /* low, and the next one is an edge */
         return value;
     }

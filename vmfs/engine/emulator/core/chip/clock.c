@@ -23,13 +23,23 @@ u64 host_clock(void)
     return (u64)t.tv_sec * 1000000000 + (u64)t.tv_nsec;
 }
 
-u64 vm_time(struct vm *vm) { return vm->time == TIME_HOST ? host_clock() - vm->host_origin : vm->now; }
+/* The host's time as the machine has it. */
+static u64 host_time(const struct vm *vm) { return host_clock() - vm->host_origin; }
+
+u64 vm_time(struct vm *vm) { return vm->time == TIME_HOST ? host_time(vm) : vm->now; }
 
 void clock_enter(struct vcpu *c)
 {
     if (c->vm->time == TIME_DETERMINISTIC)
         c->skew += c->vm->now - core_now(c, NULL);
 }
+
+void clock_begin(struct vm *vm)
+{
+    if (vm->time == TIME_HOST)
+        vm->run_began = vm->last_seen = host_time(vm);
+}
+
 void clock_leave(struct vcpu *c) { c->vm->now = core_now(c, NULL); }
 void clock_share(struct vm *vm)
 {
@@ -77,10 +87,68 @@ static u64 next_due(const struct vm *vm)
     return bus < first ? bus : first;
 }
 
+/* ---- Time that is held back -------------------------------------------------------------------------------------------------- */
+
+enum { LAG_MOST = 1000000000 }; /* nanoseconds */
+enum { LATE = 2000 };           /* nanoseconds: later than this a timer is because of the host, and not of what was executed meanwhile */
+
+static bool is_alone(const struct vcpu *c)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (c->vm->vcpus[i] && c->vm->vcpus[i] != c)
+            return false;
+    return true;
+}
+
+/* How much later than `due` it is by the host's clock, as far as that can be taken back: only where no other CPU has seen the
+ * time since, with one CPU or when all execute in one thread, and up to a second in all. */
+static u64 lateness(const struct vcpu *c, u64 due, u64 now)
+{
+    const struct vm *vm = c->vm;
+    u64 late = now > due ? now - due : 0, room = LAG_MOST - vm->lag;
+    if (vm->time != TIME_HOST || !(vm->in_turn || is_alone(c)))
+        return 0;
+    return late < room ? late : room;
+}
+
+/* The host wakes a thread late, or lets another one execute, and a guest would lose ticks that a PC never loses. So the machine's
+ * time stands still at a timer that is due until it is seen to, whatever the host's clock says by then: the machine's time is
+ * late, and makes up for it while the CPU sleeps. */
+static void hold_time(struct vcpu *c, u64 due)
+{
+    u64 late = lateness(c, due, host_time(c->vm));
+    c->vm->lag += late;
+    c->vm->host_origin += late;
+}
+
+/* The time for a CPU that is about to see to timers. One that came due since the run began is not late. */
+static u64 time_at_timer(struct vcpu *c)
+{
+    struct vm *vm = c->vm;
+    if (vm->time != TIME_HOST)
+        return core_now(c, NULL);
+    u64 now = host_time(vm), due = next_due(vm);
+    if (unlikely(now > due + LATE) && due >= vm->run_began) {
+        hold_time(c, due > vm->last_seen ? due : vm->last_seen);
+        now = host_time(vm);
+    }
+    return vm->last_seen = now;
+}
+
+/* The time of a CPU that executes: it comes to no timer that nobody has seen to, and is never less than it was. */
+u64 time_of_host(struct vcpu *c)
+{
+    struct vm *vm = c->vm;
+    u64 now = host_time(vm), due = next_due(vm);
+    if (unlikely(now > due + LATE) && due >= vm->run_began && atomic_load(&c->in_run) && lateness(c, due, now) == now - due)
+        now = due > vm->last_seen ? due - 1 : vm->last_seen;
+    return vm->last_seen = now;
+}
+
 bool deadline_came(struct vcpu *c)
 {
     u64 when = atomic_load_explicit(&c->vm->deadline, memory_order_relaxed);
-    if (likely(when == CORE_NEVER) || core_now(c, NULL) < in_vm_time(c->vm, when))
+    if (likely(when == CORE_NEVER) || time_at_timer(c) < in_vm_time(c->vm, when))
         return false;
     return atomic_compare_exchange_strong(&c->vm->deadline, &when, CORE_NEVER); /* else it is another one by now */
 }
@@ -192,7 +260,7 @@ void chip_notify(struct vcpu *c)
 void chip_look(struct vcpu *c)
 {
     struct irqchip *chip = c->vm->irqchip;
-    u64 now = core_now(c, NULL);
+    u64 now = time_at_timer(c);
     if (unlikely(now >= irqchip_next_deadline(chip))) {
         irqchip_advance(chip, now);
         chip_notify(c);
@@ -236,14 +304,6 @@ i64 chip_room(struct vcpu *c, i64 most)
     return room < least ? (least < most ? least : most) : room;
 }
 
-static bool is_alone(const struct vcpu *c)
-{
-    for (unsigned i = 0; i < CORE_VCPUS; i++)
-        if (c->vm->vcpus[i] && c->vm->vcpus[i] != c)
-            return false;
-    return true;
-}
-
 static bool others_wait(const struct vcpu *c)
 {
     for (unsigned i = 0; i < CORE_VCPUS; i++) {
@@ -253,23 +313,6 @@ static bool others_wait(const struct vcpu *c)
             return false;
     }
     return true;
-}
-
-enum { LAG_MOST = 1000000000 }; /* nanoseconds */
-
-/* The host wakes a thread late, and a guest that sleeps from tick to tick would lose ticks that a PC never loses. So a CPU that
- * sleeps until a timer is due wakes up at that time, whatever the host's clock says by then: the machine's time is behind, and
- * makes up for it while the CPU sleeps the next times. Only where no other CPU has seen the time that is taken back: with one, or when all sleep in one thread. */
-static void fall_behind(struct vcpu *c, u64 due)
-{
-    struct vm *vm = c->vm;
-    u64 now = core_now(c, NULL), late = now > due ? now - due : 0, room = LAG_MOST - vm->lag;
-    if (vm->time != TIME_HOST || !(vm->in_turn || is_alone(c)))
-        return;
-    if (late > room)
-        late = room;
-    vm->lag += late;
-    vm->host_origin += late;
 }
 
 enum { SLEEP_MOST = 1000000000 }; /* nanoseconds: how long a run that is bounded by instructions waits for the next one */
@@ -291,7 +334,7 @@ bool chip_leaves_it_asleep(const struct vcpu *c)
 
 bool chip_wait(struct vcpu *c)
 {
-    u64 due = next_due(c->vm), now = core_now(c, NULL), most = IRQCHIP_NEVER;
+    u64 now = time_at_timer(c), due = next_due(c->vm), most = IRQCHIP_NEVER;
     if (!c->asleep) {
         c->asleep = true;
         c->asleep_since = now;
@@ -334,6 +377,6 @@ bool chip_wait(struct vcpu *c)
     }
     atomic_store(&c->vm->sleeper, NULL);
     atomic_store(&c->sleeping, false);
-    fall_behind(c, due);
+    hold_time(c, due);
     return true;
 }

@@ -66,7 +66,7 @@ void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters)
 u64 core_now(struct vcpu *c, const struct record *r)
 {
     if (c->vm->time == TIME_HOST)
-        return host_clock() - c->vm->host_origin;
+        return time_of_host(c);
     return (r ? retired_at(c, r) : c->retired + (u64)(c->slice - c->budget)) + c->skew;
 }
 
@@ -623,6 +623,7 @@ static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *
     vm_lock(c->vm);
     if (!goes_on)
         cache_check_again(c);
+    clock_begin(c->vm);
     run_enter(c);
     run_slices(c, budget, exit);
     c->vm->stopped = c->index;

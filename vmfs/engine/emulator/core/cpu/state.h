@@ -429,6 +429,7 @@ struct vm {
     u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
     u64 host_origin;          /* TIME_HOST: CLOCK_MONOTONIC when `now` was 0 */
     u64 lag;                  /* TIME_HOST: by how much host_origin is too late; clock.c */
+    u64 run_began, last_seen; /* TIME_HOST: when the run began; what a CPU last saw of the time */
     i64 clock_offset;         /* of the `clock` state to `now` */
     _Atomic u64 deadline;     /* vm_set_deadline, of the `clock` state */
     pthread_mutex_t lock;
@@ -673,6 +674,8 @@ int queued_vector(struct vcpu *c);                   /* the first that vcpu_inte
 int pending_vector(struct vcpu *c);                  /* the interrupt to take next, or -1; does not acknowledge */
 int acknowledge(struct vcpu *c);                     /* take it */
 /* clock.c: time, and the machine's interrupt controllers in it */
+void clock_begin(struct vm *vm);                     /* a run begins */
+u64 time_of_host(struct vcpu *c);                    /* core_now by the host's clock */
 void clock_enter(struct vcpu *c);                    /* the CPU got its turn */
 void clock_leave(struct vcpu *c);                    /* and gives it up */
 void clock_share(struct vm *vm);                     /* no CPU runs: all are at the machine's time */

@@ -117,6 +117,7 @@ void vm_run(struct vm *vm, int64_t budget, bool goes_on, struct vcpu_exit *exit,
                 cache_check_again(vm->vcpus[i]);
             }
     }
+    clock_begin(vm);
     for (;;) {
         if (asked_to_stop(vm)) {
             *which = whose(vm)->index;
