@@ -99,8 +99,9 @@ def bare_file(module: str, name: str) -> Iterator[Path]:
 def one_core() -> Iterator[None]:
     """What starts within runs on one core, ours and the peer's alike.
 
-    Left to the scheduler, a caller and its server come to share a core or to wake each other across two by chance, and waking an
-    idle core costs more than the call: where this was written 35 us each way, so that a read of a bare C file took 3.2 or 70 us.
+    Left to the scheduler, a caller and its server come to share a core or to wake each other across two by chance, and
+    waking an idle core costs more than the call: where this was written 35 us each way, so that a read of a bare C file
+    took 3.2 or 70 us.
     """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})

@@ -43,7 +43,7 @@ export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1${UBSAN_OPTIONS:+:$UBSAN_
 
 sanitized() { PYTHONUNBUFFERED=1 LD_PRELOAD="$libasan $libubsan" .venv/bin/"$@"; }
 
-clear_reports() { rm -rf "$reports"; mkdir -p "$reports"; }
+clear_reports() { rm -rf "$reports"; mkdir -p -m 1777 "$reports"; } # of other users' processes, too
 
 # Does a fault of either kind end its process, with a report in a file?
 cat >build/asan/faults.c <<'END'

@@ -27,6 +27,10 @@ from vmfs.words.errors import VmfsError
 SOON = 60.0
 """Seconds after which something has not happened: far more than it takes on a busy machine."""
 
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+for_plain_processes = pytest.mark.skipif(SANITIZED, reason="`make asan`: what a process takes is the sanitizers'")
+"""Tests of limits of a machine's process, and of what it costs: shadow memory alone is 15 TiB."""
+
 SERVER = """
 import ctypes, json, logging, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a test run that dies leaves no mount

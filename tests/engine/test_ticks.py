@@ -108,9 +108,9 @@ def ticked(pc, assembler, source, hertz):
 
 @pytest.mark.parametrize("source, hertz", [(RTC, 8192), (PIT, 1193182 / 146)], ids=["rtc", "pit"])
 def test_no_tick_is_lost(pc, assembler, source, hertz):
-    """Two seconds of the fastest ticks that PCs are used with. The guest gets each, however late the host wakes its CPU or
-    lets it go on: the machine's time waits for it. The RTC lost 590 as calls of Python, and 66 when only a CPU that slept was waited
-    for, on an idle host. The first tick may be a part of one."""
+    """Two seconds of the fastest ticks that PCs are used with. The guest gets each, however late the host wakes its CPU
+    or lets it go on: the machine's time waits for it. On an idle host the RTC lost 590 as calls of Python, and 66 when
+    only a CPU that slept was waited for. The first tick may be a part of one."""
     if pc.engine.name == "kvm":
         pytest.skip("the host's KVM may be slower than the ticks: test_a_tick_wakes_a_cpu_that_halts")
     lost = ticked(pc, assembler, source, hertz) * 2 * hertz

@@ -22,7 +22,7 @@ import pytest
 from host.conftest import shared
 from host.guests import SEABIOS, boot_disk, writes_sector
 from host.users import A, B, Child, children, may_signal, pid_of, status, threads
-from mounting import SOON, Machine, failing, serving, wait_until
+from mounting import SOON, Machine, failing, for_plain_processes, serving, wait_until
 
 from vmfs.host.credentials import limit_capabilities
 
@@ -426,6 +426,7 @@ def limited(tmp_path_factory, for_everybody) -> Iterator[Path]:
         yield shared(one).path
 
 
+@for_plain_processes
 @pytest.mark.parametrize("name", KEPT)
 def test_what_a_machine_keeps_counts(limited, name):
     vm = B.makes(limited / "one")
@@ -446,6 +447,7 @@ def shared_memory() -> int:
     return int(fields["Shmem"].split()[0]) << 10
 
 
+@for_plain_processes
 def test_what_is_given_back_counts_no_more(own_server):
     server = own_server(max_memory=150 * MIB)
     vm = B.makes(server.path / "one")
@@ -458,6 +460,7 @@ def test_what_is_given_back_counts_no_more(own_server):
         B.does(os.truncate, vm / "initrd", 0)
 
 
+@for_plain_processes
 def test_a_users_limits_are_a_users(own_server):
     server = own_server(max_vms_user=2, max_memory_user=300 * MIB)
     for number in range(2):
@@ -498,6 +501,7 @@ def read_all(vm: Machine) -> None:
     os.read(fd, 1 << 20)
 
 
+@for_plain_processes
 def test_work_ends_with_who_wanted_it(server, machines):
     """The machine's process does not go on for a reader that was killed."""
     _, theirs = machines

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 from host.users import A, B, children, is_there, pid_of, status
-from mounting import LIBC, SOON, Machine, blocked_read, failing, reason_against_mounts, running, wait_until
+from mounting import (
+    LIBC,
+    SOON,
+    Machine,
+    blocked_read,
+    failing,
+    for_plain_processes,
+    reason_against_mounts,
+    running,
+    wait_until,
+)
 
 SPIN = "40 ebfd"  # inc ax; jmp
 
@@ -63,7 +73,8 @@ def crash(pid: int) -> None:
 ENDS: dict[str, Callable[[int], None]] = {"SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL), "SIGSEGV": crash}
 
 
-@pytest.mark.parametrize("name", ENDS)
+# ASan has a handler for SIGSEGV.
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSEGV", marks=for_plain_processes)])
 def test_a_process_that_ends_fails_its_machine_only(server, vm, name):
     other = server.make()
     other.load(SPIN).write("state", "run")

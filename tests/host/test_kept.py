@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from host.guests import SEABIOS, boot_disk, writes_sector
 from host.users import A, B, Child, pid_of
-from mounting import Machine, Server, failing, wait_until
+from mounting import Machine, Server, failing, for_plain_processes, wait_until
 
 from vmfs.devices.virtio.disk import CLUSTER, ROOM_STEP, open_disk
 from vmfs.host.sandbox import DESCRIPTORS_MOST, OWN_MEMORY
@@ -164,6 +164,7 @@ def limited(own_server) -> Iterator[Server]:
     yield own_server(max_memory=160 * MIB)
 
 
+@for_plain_processes
 def test_what_a_guest_prints_counts(limited):
     vm = B.makes(limited.path / "one")
 
@@ -186,6 +187,7 @@ def test_what_a_guest_prints_counts(limited):
     vm.path.rmdir()
 
 
+@for_plain_processes
 @pytest.mark.skipif(not SEABIOS.exists(), reason=f"{SEABIOS} is not there: Debian's package seabios")
 @pytest.mark.parametrize("room", [True, False])
 def test_an_overlay_counts(limited, folder, room):
@@ -215,6 +217,7 @@ def limits_of(pid: int) -> dict[str, str]:
     return {line[:26].strip(): line[26:].split()[0] for line in lines}
 
 
+@for_plain_processes
 def test_the_kernel_bounds_what_a_machine_keeps(limited):
     vm = B.makes(limited.path / "one")
     limits = limits_of(pid_of(vm))
@@ -224,6 +227,7 @@ def test_the_kernel_bounds_what_a_machine_keeps(limited):
     vm.path.rmdir()
 
 
+@for_plain_processes
 def test_files_become_no_longer_than_the_makers(limited):
     """RLIMIT_FSIZE, as setrlimit(2) has it: a write past it fails with EFBIG, for a disk's file as for any."""
     path = limited.path / "one"

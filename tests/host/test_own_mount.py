@@ -121,7 +121,8 @@ def test_a_user_mounts_and_uses_machines(tmp_path, options):
     open_up(tmp_path)
     needed = [sys.base_prefix, str(TREE), sys.prefix]
     command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", ROOTS_PART, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(TREE)}
+    paths = [os.environ.get("PYTHONPATH", ""), str(TREE)]  # `make asan` sets it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [*command, ":".join(needed), USERS_PART, *options], capture_output=True, text=True, timeout=120, env=environment
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from host.users import A, B, children, is_there, pid_of, status
-from mounting import Server, wait_until
+from mounting import Server, for_plain_processes, wait_until
 
 from vmfs.engine import by_name
 from vmfs.machine import warmup
@@ -148,6 +148,7 @@ def memory_of(pid: int) -> int:
     return facts["Private_Clean"] + facts["Private_Dirty"]
 
 
+@for_plain_processes
 def test_a_machine_has_little_that_no_other_has(quiet):
     """The mark is 6 MiB; bench/house.py measures it."""
     the_spare(quiet)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mounting import reason_against_mounts
+from mounting import for_plain_processes, reason_against_mounts
 
 from vmfs import cli
 from vmfs.commands import terminal
@@ -224,6 +224,7 @@ def test_the_installed_command(directory):
 # --- options ---------------------------------------------------------------------------------------------
 
 
+@for_plain_processes
 def test_limits_are_kept(directory):
     assert vmfs("mount", directory, "--max-vms", 2, "-o", "max_mem=192M").returncode == 0
     (directory / "a").mkdir()

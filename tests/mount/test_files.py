@@ -9,7 +9,7 @@ import struct
 import subprocess
 
 import pytest
-from mounting import failing
+from mounting import failing, for_plain_processes
 
 from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES
 from vmfs.words.exits import EXIT_STRUCT_SIZE
@@ -363,6 +363,7 @@ def test_the_interrupt_queue_is_bounded(vm):
     assert vm.read("error").startswith("irq: ")
 
 
+@for_plain_processes
 def test_limits(own_server):
     server = own_server(max_vms=2, max_memory=256 << 20)
     one, two = server.make(), server.make()
