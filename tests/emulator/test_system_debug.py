@@ -1,4 +1,4 @@
-"""#DB: DR6, and the traps that wait behind a load of SS (Intel SDM 3A 6.8.3, 3B 17.2.3).
+"""#DB: DR6, and the traps that wait after a load of SS (Intel SDM 3A 6.8.3, 3B 17.2.3).
 
 What drops such a trap and what keeps it is in no manual; processors do what these tests say.
 """
@@ -47,14 +47,14 @@ def set_debug(guest: Guest, *, address: int = 0, dr7: int = 0x400, dr6: int = 0x
     guest.cpu.set_state("debugregs", bytes(state))
 
 
-def watched(load: str, behind: str) -> Guest:
-    """A load of SS from a word that DR0 watches, and what is behind it, at the label `next`."""
+def watched(load: str, after: str) -> Guest:
+    """A load of SS from a word that DR0 watches, and what comes after it, at the label `next`."""
     instruction, mode = load.split("-")
     guest = Guest(mode)
     guest.put(DATA, DATA32, 4)
     place = DATA - ORIGIN - 6 if mode == "long" else DATA  # relative to RIP, or absolute
     code = b"\x8e\x15" + struct.pack("<i", place) if instruction == "mov" else b"\x17"
-    guest.load(f".byte {', '.join(map(hex, code))}; next: {behind}")
+    guest.load(f".byte {', '.join(map(hex, code))}; next: {after}")
     if instruction == "pop":
         guest.set(rsp=DATA)
     set_debug(guest, address=DATA, dr7=WATCH)
@@ -62,15 +62,15 @@ def watched(load: str, behind: str) -> Guest:
 
 
 def test_db_comes_behind_the_next_instruction():
-    with watched("mov-protected", "inc eax; behind: inc ecx") as guest:
+    with watched("mov-protected", "inc eax; after: inc ecx") as guest:
         assert guest.run() == DB
-        assert guest.frame(False)[0] == guest.labels["behind"]
+        assert guest.frame(False)[0] == guest.labels["after"]
         assert dr6(guest) & 0xE00F == 1
 
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
-    "behind, vector, length",
+    "after, vector, length",
     [
         (".byte 0xf1", DB, 1),  # INT1
         ("int3", BP, 1),
@@ -81,8 +81,8 @@ def test_db_comes_behind_the_next_instruction():
         ("mov ds, [0x30010]", GP, 0),  # a selector beyond the table
     ],
 )
-def test_what_drops_the_trap(load, behind, vector, length):
-    with watched(load, behind) as guest:
+def test_what_drops_the_trap(load, after, vector, length):
+    with watched(load, after) as guest:
         guest.put(0x30010, 0xFFF8, 2)
         guest.set_gate(1, gate(CODE64 if guest.long else CODE32, guest.stub(1), 14, dpl=3))
         assert guest.run() == vector
@@ -100,9 +100,9 @@ def test_into_drops_it_if_it_is_taken():
         guest.set(rflags=2 | 1 << 11)
         assert guest.run() == OF
         assert not dr6(guest) & 15
-    with watched("mov-protected", "into; behind: nop") as guest:
+    with watched("mov-protected", "into; after: nop") as guest:
         assert guest.run() == DB
-        assert guest.frame(False)[0] == guest.labels["behind"]
+        assert guest.frame(False)[0] == guest.labels["after"]
 
 
 def test_a_virtual_8086_interrupt_that_is_redirected_drops_it():
@@ -142,16 +142,16 @@ def test_the_trap_of_a_task_is_not_dropped_by_the_int_that_switches_to_it():
 
 def test_a_second_load_of_ss_is_the_next_instruction():
     """Of loads in a row only the first holds back."""
-    with watched("mov-protected", f"mov ss, [{DATA}]; behind: inc eax") as guest:
+    with watched("mov-protected", f"mov ss, [{DATA}]; after: inc eax") as guest:
         assert guest.run() == DB
-        assert guest.frame(False)[0] == guest.labels["behind"]
+        assert guest.frame(False)[0] == guest.labels["after"]
     with Guest("protected") as guest:
-        guest.load(f"mov eax, {DATA32}; mov ss, eax; mov ss, eax; behind: inc ecx")
+        guest.load(f"mov eax, {DATA32}; mov ss, eax; mov ss, eax; after: inc ecx")
         guest.set(rflags=2 | IF)
         guest.cpu.run(2)
         guest.cpu.nmi()
         assert guest.run() == NMI
-        assert guest.frame(False)[0] == guest.labels["behind"]
+        assert guest.frame(False)[0] == guest.labels["after"]
 
 
 def test_a_catch_does_not_lose_the_place_behind_a_load_of_ss():
@@ -174,8 +174,8 @@ def test_a_catch_does_not_lose_the_place_behind_a_load_of_ss():
 
 def test_a_trap_that_waits_goes_along_in_the_state():
     names = ("sregs", "debugregs", "regs", "events")
-    for behind, vector in (("nop", DB), ("int3", BP)):
-        with watched("mov-protected", behind) as one, Guest("protected") as other:
+    for after, vector in (("nop", DB), ("int3", BP)):
+        with watched("mov-protected", after) as one, Guest("protected") as other:
             one.cpu.run(1)
             assert not dr6(one) & 15, "it is not delivered yet"
             other.write(0x1000, one.memory[0x1000:0x1100])

@@ -131,7 +131,7 @@ def test_a_line_from_another_thread_wakes_hlt():
 @pytest.mark.parametrize(
     "way",
     [
-        "mov dword ptr [rdx + 0x350], 0x400",  # LINT0, behind the 8259: NMI
+        "mov dword ptr [rdx + 0x350], 0x400",  # LINT0, which the 8259 drives: NMI
         "mov esi, 0xfec00000; mov dword ptr [rsi], 0x10; mov dword ptr [rsi + 0x10], 0x400",  # the IOAPIC's pin 0: NMI
     ],
     ids=["lint0", "ioapic"],

@@ -1,4 +1,4 @@
-"""What kernels find at their entry, beside what they find on QEMU 7.2 behind SeaBIOS 1.16 (docs/boot.md has the table).
+"""What kernels find at their entry, beside what they find on QEMU 7.2 after SeaBIOS 1.16 (docs/boot.md has the table).
 
 QEMU's values were read by kernels of a few instructions: `jmp .`, with the monitor's `info registers`, `info lapic`
 and `info pic`; and one that sends every MSR and port."""

@@ -18,7 +18,7 @@ SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 
 @pytest.fixture
 def script(pc_mount, tmp_path):
-    """Runs one with its arguments behind the mount; what it prints, or complains of. It leaves no machine behind."""
+    """Runs one with its arguments after the mount; what it prints, or complains of. It leaves no machine behind."""
 
     def run(name: str, *arguments: object, code: int = 0) -> str:
         before = set(os.listdir(pc_mount))

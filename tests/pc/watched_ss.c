@@ -1,5 +1,5 @@
-/* A user of ptrace who watches the operand of a load of SS: what the kernel tells of the instruction behind it.
- * A line each: its name, the signal, DR6's low half, the instruction pointer behind the load. */
+/* A user of ptrace who watches the operand of a load of SS: what the kernel tells of the instruction after it.
+ * A line each: its name, the signal, DR6's low half, the instruction pointer after the load. */
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -24,7 +24,7 @@ static unsigned short selector;
     extern char behind_##name[];
 CASES(CODE)
 
-static const struct { const char *name; void (*run)(void); char *behind; } cases[] = {
+static const struct { const char *name; void (*run)(void); char *after; } cases[] = {
 #define ROW(name, instruction) {#name, run_##name, behind_##name},
     CASES(ROW)
 };
@@ -52,7 +52,7 @@ int main(void)
             long dr6 = ptrace(PTRACE_PEEKUSER, child, offsetof(struct user, u_debugreg[6]), 0);
             ptrace(PTRACE_GETREGS, child, 0, &regs);
             printf("%s %d %lx %lld\n", cases[i].name, WSTOPSIG(status), dr6 & 0xffff,
-                   (long long)regs.rip - (long long)cases[i].behind);
+                   (long long)regs.rip - (long long)cases[i].after);
             ptrace(PTRACE_KILL, child, 0, 0);
             waitpid(child, &status, 0);
         } else {

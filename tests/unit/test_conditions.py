@@ -23,7 +23,7 @@ NUMBERS = st.one_of(st.integers(0, 70), st.integers(0, MASK), st.sampled_from([1
 
 
 class Model:
-    """Registers, and memory where the byte at an address is its low byte; 0x8000 and behind is not mapped."""
+    """Registers, and memory where the byte at an address is its low byte; 0x8000 and after it is not mapped."""
 
     def register(self, name: str) -> int:
         if name.startswith("msr."):
@@ -120,8 +120,8 @@ def test_its_text_is_an_equal_condition_without_symbols(tree):
     again, rest = parse_condition(condition.text, no_symbols)
     assert (again, rest, again.text) == (condition, "", condition.text)
     assert again.evaluate(MODEL) == condition.evaluate(MODEL)
-    behind, rest = parse_condition(f"{tree[0]} once", SYMBOLS.get)
-    assert (behind, rest) == (condition, "once")
+    parsed, rest = parse_condition(f"{tree[0]} once", SYMBOLS.get)
+    assert (parsed, rest) == (condition, "once")
 
 
 @given(
@@ -166,7 +166,7 @@ def test_hostile_text_is_refused_or_is_a_condition(text):
     ],
 )
 def test_what_is_wrong_is_said(text, words):
-    if words is None:  # the condition ends before it, and what is behind is no option
+    if words is None:  # the condition ends before it, and what follows is no option
         assert parse_condition(text)[1]
         return
     with pytest.raises(Invalid) as caught:

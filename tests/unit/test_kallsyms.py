@@ -52,8 +52,8 @@ def compress(name: bytes, words: list[bytes]) -> bytes:
     """The longer words stand for themselves where they occur, and characters for the rest."""
     for word in LONG:
         if word in name:
-            before, _, behind = name.partition(word)
-            return compress(before, words) + bytes([words.index(word)]) + compress(behind, words)
+            before, _, after = name.partition(word)
+            return compress(before, words) + bytes([words.index(word)]) + compress(after, words)
     return name
 
 
@@ -178,7 +178,7 @@ def test_a_kernel_that_is_not_relocated_yet_has_no_addresses(memory):
         memory.write(at, struct.pack("<Q", entry))  # the first GiB to itself
     with pytest.raises(Invalid, match="does not run at its addresses yet"):
         found_in(memory, Paging(tables, "4-level", long=True))
-    # Nor where what is mapped there lies behind the tables.
+    # Nor where what is mapped there lies after the tables.
     memory.write(PAGE_TABLES + 0x2000 + 8 * (TEXT >> 21 & 511), struct.pack("<Q", 0x100_0083) + bytes(8 * 7))
     with pytest.raises(Invalid, match="does not run at its addresses yet"):
         found_in(memory, Paging(PAGE_TABLES, "4-level", long=True))

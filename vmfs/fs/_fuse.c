@@ -455,7 +455,7 @@ without:
 
 /* Hides from libfuse that the kernel offers to hand O_TRUNC to open, which libfuse would take. The kernel then
    takes the file to be empty at once: it drops what its cache holds of the file, and who has it mapped gets a
-   SIGBUS. As it is, the open comes without O_TRUNC, and a setattr of the size behind it. */
+   SIGBUS. As it is, the open comes without O_TRUNC, and a setattr of the size after it. */
 static void drop_o_trunc(const struct fuse_buf *buf)
 {
     if (!(buf->flags & FUSE_BUF_IS_FD)
@@ -910,7 +910,7 @@ static PyObject *no_passthrough(void)
 
 PyDoc_STRVAR(backing_open_doc,
     "backing_open(fd)\n\n"
-    "Gives the kernel the open file behind fd (a regular file) to pass through to, and returns its id, an\n"
+    "Gives the kernel the open file of fd (a regular file) to pass through to, and returns its id, an\n"
     "int from 1. The kernel holds the file until backing_close(id) and until every file opened with the\n"
     "id is closed; fd itself may be closed. OSError: EOPNOTSUPP without passthrough, else what\n"
     "FUSE_DEV_IOC_BACKING_OPEN answers.");

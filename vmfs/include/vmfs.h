@@ -177,7 +177,7 @@ struct vmfs_exit {
 /* ---- Traces ----------------------------------------------------------------------------------------- */
 
 enum vmfs_trace_kind {
-    VMFS_TRACE_INSN = 1,      /* insn: instructions, one behind the other */
+    VMFS_TRACE_INSN = 1,      /* insn: instructions, one after the other */
     VMFS_TRACE_MEM = 2,       /* mem: an access to memory */
     VMFS_TRACE_EXCEPTION = 3, /* event: is delivered, or becomes a double fault or a shutdown */
     VMFS_TRACE_INTERRUPT = 4, /* event: an external interrupt, an NMI, INT n is delivered */

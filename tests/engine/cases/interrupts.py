@@ -11,7 +11,7 @@ _REAL_SETUP = """
     mov word ptr [2 * 4], offset handler2
     mov word ptr [2 * 4 + 2], 0
     ready: hlt
-    behind:
+    after:
 """
 _REAL_HANDLERS = """
     handler20: mov byte ptr [si], 0x20; inc si; iret
@@ -35,7 +35,7 @@ CASES = (
         "real",
         _REAL_SETUP + "nop; nop; out 0x80, al; l1: sti; " + _await(3) + "hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Interrupt(0x20),
             Interrupt(0x21),
             Interrupt(0x20),
@@ -53,10 +53,10 @@ CASES = (
     Case(
         "interrupt-wakes-hlt",
         "real",
-        # The vector waits when the guest halts with IF set: no exit, and the handler returns behind it.
+        # The vector waits when the guest halts with IF set: no exit, and the handler returns after it.
         _REAL_SETUP + "sti; hlt; l1: mov al, [si - 1]; cli; hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Interrupt(0x21),
             Run("hlt rip={l2}"),
             Regs({"rax": 0x21, "rsi": _AT + 1}),
@@ -68,7 +68,7 @@ CASES = (
         "real",
         _REAL_SETUP + "sti; l0: hlt; l1: mov al, [si - 1]; cli; hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Debug(breakpoints={1: "l0", 2: "l1"}),
             Run("debug cause=breakpoint id=1 rip={l0}"),
             Interrupt(0x21),
@@ -85,7 +85,7 @@ CASES = (
         "real",
         _REAL_SETUP + "cli; hlt; l1: sti; " + _await(1) + "hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Interrupt(0x21),
             Run("hlt rip={l1}"),
             Queued(1),
@@ -99,7 +99,7 @@ CASES = (
         "real",
         _REAL_SETUP + "sti; hlt; l1: cli; hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Run("hlt rip={l1}"),
             Interrupt(0x20),
             Run("hlt rip={l2}"),
@@ -118,14 +118,14 @@ CASES = (
             handler2: iret
         """,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Interrupt(0x20),
             Run("hlt rip={l2}"),
             Memory(_AT, b"\x01"),
         ),
         regs=_REGS,
         instead={"pvm-interrupts-late": (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Interrupt(0x20),
             Run("hlt rip={l2}"),
             Memory(_AT, b"\x02"),
@@ -138,7 +138,7 @@ CASES = (
         # An NMI does not ask for IF. One instruction may run before it.
         _REAL_SETUP + "nop; nop; hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Nmi(),
             Run("hlt rip={l2}"),
             Memory(_AT, b"\x02\0"),
@@ -150,7 +150,7 @@ CASES = (
         "real",
         _REAL_SETUP + "hlt; l1: hlt; l2:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Run("hlt rip={l1}"),
             Nmi(),
             Run("hlt rip={l2}"),
@@ -163,7 +163,7 @@ CASES = (
         "real",
         _REAL_SETUP + "sti; nop; l1: nop; l2: nop; l3: cli; hlt; l4:" + _REAL_HANDLERS,
         (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Debug(breakpoints={1: "l1"}),
             Run("debug cause=breakpoint id=1 rip={l1}"),
             Interrupt(0x20),
@@ -173,7 +173,7 @@ CASES = (
         ),
         regs=_REGS,
         instead={"kvm-steps-hold-interrupts-back": (
-            Run("hlt rip={behind}"),
+            Run("hlt rip={after}"),
             Debug(breakpoints={1: "l1"}),
             Run("debug cause=breakpoint id=1 rip={l1}"),
             Interrupt(0x20),

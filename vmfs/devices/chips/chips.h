@@ -1,4 +1,4 @@
-/* Devices in C: registers behind ports and memory that a guest uses often. A chip is the registers; the class around it in
+/* Devices in C: registers at ports and in memory that a guest uses often. A chip is the registers; the class around it in
  * vmfs/devices has the name, the state that goes along, and all that is rare.
  *
  * A chip's `access` is called with the bus's lock held, by the CPU's thread (without the GIL) or from Python (with it). So

@@ -33,7 +33,7 @@ typedef struct {
     Py_buffer page;
     int fd;
     unsigned index;
-    int finishes;               /* rip is behind an OUT only once KVM has finished it */
+    int finishes;               /* rip is after an OUT only once KVM has finished it */
     pthread_t thread;           /* that is in KVM_RUN, */
     int runs;                   /* if it is one */
     struct left left[2];

@@ -256,7 +256,7 @@ struct core_trace {
 typedef void core_trace_deliver(void *argument, const struct core_trace_record *records, size_t count, uint64_t events,
                                 bool ended);
 /* What the CPU does from now on; NULL or no kinds: nothing. Not while it runs. Records not yet delivered are lost when it is
- * switched off (there are none behind a run). -ENOMEM. */
+ * switched off (there are none after a run). -ENOMEM. */
 int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_deliver *deliver, void *argument);
 
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
@@ -289,8 +289,8 @@ struct core_instruction {
     uint32_t attributes;     /* enum attribute of opcodes.h */
     uint16_t flags_read, flags_written, flags_undefined;
 };
-/* Row `index`; false behind the last. */
+/* Row `index`; false after the last. */
 bool core_instruction(unsigned index, struct core_instruction *row);
-const char *core_attribute_name(unsigned bit);        /* NULL behind the last */
+const char *core_attribute_name(unsigned bit);        /* NULL after the last */
 
 #endif

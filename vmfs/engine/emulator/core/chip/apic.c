@@ -374,7 +374,7 @@ static void load_timer(struct irqchip *chip, struct lapic *a, uint32_t count)
     start_timer(chip, a, due);
 }
 
-/* The first ns at which the TSC has reached the deadline; a deadline behind it is due now. */
+/* The first ns at which the TSC has reached the deadline; a deadline that is past is due now. */
 static void arm_deadline(struct irqchip *chip, struct lapic *a)
 {
     uint64_t ticks = a->tsc_deadline - a->tsc_offset, due = IRQCHIP_NEVER;

@@ -200,7 +200,7 @@ static inline int irqchip_pending(const struct irqchip *chip, unsigned cpu)
 }
 
 /* The INTA cycle: moves the vector into service and returns it; -1 if nothing is pending.
- * An 8259 behind LINT0 (mode ExtINT, or an APIC disabled globally) goes first. */
+ * An 8259 at LINT0 (mode ExtINT, or an APIC disabled globally) goes first. */
 int irqchip_acknowledge(struct irqchip *chip, unsigned cpu);
 
 static inline uint8_t irqchip_events(const struct irqchip *chip, unsigned cpu)

@@ -222,7 +222,7 @@ void debug_status(struct vcpu *c, u64 bits) { c->dr6 = (c->dr6 & ~15ull) | bits;
 
 static void deliver_from(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u32 error, u64 return_ip)
 {
-    u64 waiting = c->debug_pending; /* behind a load of SS: INT n drops it, and not the trap of a task that it switches to */
+    u64 waiting = c->debug_pending; /* after a load of SS: INT n drops it, and not the trap of a task that it switches to */
     c->delivering = (int)vector;
     c->delivering_kind = kind;
     c->delivering_has_error = has_error;
@@ -268,7 +268,7 @@ void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, e
     if (c->now) /* else a task switch has been there */
         c->budget += r->left;
     c->now = NULL;
-    c->trap_taken = true; /* TF is clear: no single-step trap behind it */
+    c->trap_taken = true; /* TF is clear: no single-step trap after it */
 }
 
 void deliver_redirected(struct vcpu *c, const struct record *r, unsigned vector)

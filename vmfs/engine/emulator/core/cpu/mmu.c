@@ -442,7 +442,7 @@ static bool ranges_meet(u64 a, u64 length_a, u64 b, u64 length_b)
     return a - b < length_b || b - a < length_a;
 }
 
-/* Break- and watchpoints on data. The instruction runs alone, so that it stops right behind it. What the CPU accesses by
+/* Break- and watchpoints on data. The instruction runs alone, so that it stops right after it. What the CPU accesses by
  * itself (`implicit`: descriptors, task states, the stack of an event) only the host watches; an event is not begun anew. */
 static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write, bool implicit)
 {

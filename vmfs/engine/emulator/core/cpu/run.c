@@ -142,7 +142,7 @@ static void debug_exit(struct vcpu *c, enum debug_cause cause)
     c->exit = (struct vcpu_exit){.reason = EXIT_DEBUG, .cause = cause};
 }
 
-/* Stores that are done and not yet reported, with rip as it was behind their instruction. */
+/* Stores that are done and not yet reported, with rip as it was after their instruction. */
 static bool report_store(struct vcpu *c)
 {
     if (c->stores_reported >= c->store_count)
@@ -155,7 +155,7 @@ static bool report_store(struct vcpu *c)
     return true;
 }
 
-/* The handlers of OUT and IN: the exit for an access that no device of the core claims. An OUT is done: leave behind it.
+/* The handlers of OUT and IN: the exit for an access that no device of the core claims. An OUT is done: leave after it.
  * An IN escapes and restarts, when c->input_ready says that c->data has its bytes. */
 void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port, unsigned size, u32 count)
 {
@@ -315,7 +315,7 @@ static bool catches_fault(struct vcpu *c)
     return true;
 }
 
-/* The instruction is not done, and stands where it stood: behind STI or a load of SS. */
+/* The instruction is not done, and stands where it stood: after STI or a load of SS. */
 static void begin_again(struct vcpu *c)
 {
     c->shadow_sti |= c->began_sti;
@@ -375,7 +375,7 @@ static void after_escape(struct vcpu *c, enum escape how)
             return;
         }
         c->shadow_sti = c->shadow_ss = c->began_sti = c->began_ss = false;
-        c->debug_pending = 0; /* a trap that waited behind a load of SS: any fault drops it */
+        c->debug_pending = 0; /* a trap that waited after a load of SS: any fault drops it */
         if (!deliver_fault(c)) {
             shutdown(c);
             return;

@@ -38,7 +38,7 @@ static int set_regs(struct vcpu *c, const void *data, size_t size)
     for (unsigned i = 0; i < 16; i++)
         c->gpr[regs_order[i]] = in[i];
     if (c->gpr[GPR_IP] != in[16])
-        c->debug_pending = 0; /* a trap of an instruction that this state is no longer behind */
+        c->debug_pending = 0; /* a trap of an instruction after which this state no longer is */
     c->gpr[GPR_IP] = in[16];
     set_rflags(c, in[17] & 0x3f7fd7);
     drop_impossible_vm(c);

@@ -97,12 +97,12 @@ struct record {
     union { u8 rm, base; };   /* ModRM.rm as a register; base of the address */
     u8 index, scale;
     u8 seg : 3;               /* of the memory operand */
-    u8 has_link : 1;          /* a direct jump: behind it lies a struct link */
+    u8 has_link : 1;          /* a direct jump: a struct link follows */
     u8 vector : 4;            /* log2 of the vector length in bytes: 4, or 5 with VEX.L */
     u8 length : 4;            /* bytes */
     u8 vvvv : 4;              /* VEX: the register in vvvv, as a number */
     u8 at;                    /* offset in the block */
-    u8 left;                  /* instructions behind it in the block */
+    u8 left;                  /* instructions after it in the block */
     u8 size;                  /* operand size: log2 of bytes */
     u8 prefix;                /* PREFIX_* */
     u16 id;                   /* row in the instruction table */
@@ -143,7 +143,7 @@ struct block {
     const u8 *host[2];        /* where its bytes are */
     u32 bytes, first_bytes;   /* all; those on the first page */
     u32 count;                /* instructions */
-    u32 ending;               /* the record that leaves, behind all others; then comes its link */
+    u32 ending;               /* the record that leaves, after all others; then comes its link */
     handler *enter;           /* what it begins with: that of its first record, or the translator's */
     u8 *code;                 /* host code for it, or NULL */
     struct region *region;    /* the code is of */
@@ -152,7 +152,7 @@ struct block {
     u32 entries;              /* that were counted */
     bool dead;
     struct block *page_next[2];
-    struct record records[];  /* up to the one that leaves and its link; behind it a copy of the bytes */
+    struct record records[];  /* up to the one that leaves and its link; then a copy of the bytes */
 };
 
 /* Bits of the fetch key: everything that decides how bytes decode, so that handlers need not check it. */
@@ -226,7 +226,7 @@ enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
     ESCAPE_ALONE,     /* execute this instruction again, alone (a store with consequences) */
     ESCAPE_EXIT,      /* c->exit is ready; the instruction is not done and restarts at the next run */
-    ESCAPE_FREEZE,    /* wait for an interrupt before the instruction, as HLT does behind it */
+    ESCAPE_FREEZE,    /* wait for an interrupt before the instruction, as HLT does after it */
 };
 
 struct mmio_access { u64 address; u32 size; bool write; u64 data; };
@@ -321,7 +321,7 @@ struct vcpu {
     struct mmio_access done_reads[MMIO_PIECES]; /* of the running instruction: what its reads got so far */
     struct mmio_access stores[MMIO_PIECES];   /* done, to be reported as exits when it has ended */
     unsigned reads, reads_used, store_count, stores_reported;
-    u64 stores_rip;           /* behind the instruction that made them */
+    u64 stores_rip;           /* after the instruction that made them */
     bool completing;          /* a run began with the bytes of a read; its instruction is not done yet */
     struct vcpu_exit held;    /* a stop that came with another exit; the next run returns it */
     /* Exits of an instruction that is done, struct core_waiting with their data: from another machine, or those that came
@@ -341,7 +341,7 @@ struct vcpu {
     bool at_breakpoint;       /* op_breakpoint ran */
     bool fetching;            /* the instruction at rip is being fetched */
     bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
-    bool repeating;           /* the repeated string instruction at rip has iterations behind it */
+    bool repeating;           /* the repeated string instruction at rip has done some of its iterations */
     u64 caught_at;            /* instructions retired when events were caught, plus 1 */
     u64 caught[4];            /* ... a bit a vector */
     u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered; it waits while shadow_ss is set */
@@ -483,7 +483,7 @@ ALWAYS_INLINE i64 sign_extend(u64 value, unsigned bits) { return (i64)(value << 
 
 #define OP(name) static void name(struct vcpu *c, const struct record *r)
 /* The end of a handler: on to the record `to`. This is a jump, because the call is the last thing that the handler does. With
- * sanitizers it would be a call, and a long run would fill the stack: they put code of their own behind it. Then a handler
+ * sanitizers it would be a call, and a long run would fill the stack: they put code of their own after it. Then a handler
  * hands the record back to `run_records`, which has a loop (setup.py defines VMFS_TRAMPOLINE). */
 #ifdef VMFS_TRAMPOLINE
 #define CONTINUE_BY(c, handler, to) do { (c)->next_run = (handler); (c)->next = (to); return; } while (0)
@@ -530,7 +530,7 @@ ALWAYS_INLINE u64 code_linear(const struct vcpu *c, u64 ip)
 }
 u64 next_ip(const struct vcpu *c, const struct record *r);
 
-/* End the block behind r, which is done, and go back to the main loop, which looks at everything again (interrupts,
+/* End the block after r, which is done, and go back to the main loop, which looks at everything again (interrupts,
  * mode, exits). Use as the end of a handler: `leave(c, r); return;` */
 void leave(struct vcpu *c, const struct record *r);
 /* The same with another instruction pointer. */
@@ -578,7 +578,7 @@ void stops_reach_cr3(struct vcpu *c);
 void stops_reach_mode(struct vcpu *c);                     /* if it is not the known one */
 void stops_know_mode(struct vcpu *c);
 bool catches(struct vcpu *c, unsigned vector, bool external, u64 done); /* c->exit is ready */
-void stops_finish(struct vcpu *c);                         /* behind an instruction or event */
+void stops_finish(struct vcpu *c);                         /* after an instruction or event */
 void stops_forget(struct vcpu *c);                         /* nothing is reached */
 void stops_free(struct vcpu *c);
 void stops_hold(struct vcpu *c, const struct vcpu_exit *stops, size_t count); /* the last exit is the first of them */
@@ -611,7 +611,7 @@ void tlb_drop_writes_of(struct vcpu *c, u64 page);   /* mmu.c: the guest-physica
 /* decode.c */
 void decode_init(void);
 /* One instruction at `ip`, of which `available` bytes are at `bytes`. Returns its length; 0: needs more bytes
- * than there are. r->at, r->left are the caller's. *ends: the block must end behind it. */
+ * than there are. r->at, r->left are the caller's. *ends: the block must end after it. */
 unsigned decode(struct vcpu *c, const u8 *bytes, unsigned available, u64 ip, unsigned at, struct record *r, bool *ends);
 /* segment.c */
 void segment_changed(struct vcpu *c, unsigned seg);  /* derive the checks and KEY_FLAT after seg[] was set */

@@ -1,7 +1,7 @@
 /* What a run stops for: breakpoints, watchpoints, ports, vectors, CR3, the mode. Nothing of it is in the guest.
  *
  * The stops are sorted by kind, then by address, so that what looks for one among thousands finds it by halving. All that
- * one instruction or event comes to are collected in `reached`; behind it they are the exit. */
+ * one instruction or event comes to are collected in `reached`; after it they are the exit. */
 #include "memory.h"
 
 #include <errno.h>
@@ -61,7 +61,7 @@ int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, siz
     return 0;
 }
 
-/* The first stop of a kind at `address` or behind it; `end` if there is none. */
+/* The first stop of a kind at `address` or after it; `end` if there is none. */
 static const struct vcpu_stop *from(const struct vcpu *c, enum stop_kind kind, u64 address, const struct vcpu_stop **end)
 {
     size_t low = c->stops.first[kind], high = c->stops.first[kind + 1];

@@ -21,7 +21,7 @@ struct tracer {
     void *argument;
     struct core_trace_record *at;      /* the next one */
     struct core_trace_record *current; /* holds the instruction that runs, as its last one; or NULL */
-    u64 next;                 /* the linear address behind that */
+    u64 next;                 /* the linear address after that */
     u64 place_number, place;  /* of the last AT record; place_number ~0: none */
     u64 undo_number;          /* the instruction that wrote what begins at undo_at; ~0: none */
     struct core_trace_record *undo_at;

@@ -249,7 +249,7 @@ void vcpu_reset(struct vcpu *c)
     memset(c->xmm, 0, sizeof c->xmm);
     c->mxcsr = 0x1f80;
     memset(c->fpr, 0, sizeof c->fpr);
-    c->fcw = 0x37f; /* as behind FNINIT, as KVM has it; at power-up (SDM 3A table 9-1) all would be unmasked */
+    c->fcw = 0x37f; /* as after FNINIT, as KVM has it; at power-up (SDM 3A table 9-1) all would be unmasked */
     c->fsw = c->ftw = 0;
     c->fop = c->fcs = c->fds = 0;
     c->fip = c->fdp = 0;

@@ -53,7 +53,7 @@ enum size { B, W, D, Q, V, Y, S, N };
 #define ATTRIBUTES(X) \
     X(A_LOCK)      /* LOCK is allowed with a memory destination (else #UD) */ \
     X(A_OPREG)     /* the register is in the opcode's low three bits */ \
-    X(A_END)       /* the block ends behind it */ \
+    X(A_END)       /* the block ends after it */ \
     X(A_NO64)      /* #UD in 64-bit mode */ \
     X(A_ONLY64)    /* #UD elsewhere */ \
     X(A_PROTECTED) /* #UD in real and virtual-8086 mode */ \

@@ -52,7 +52,7 @@ struct member {               /* a block of the region */
     struct block *block;
     u8 *code;                 /* where it begins, once emitted */
     u16 live, precise;        /* at its entry: flags that may be read; that may be seen, by faults, too */
-    struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* behind each instruction */
+    struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* each instruction */
 };
 
 /* Code out of line. */
@@ -65,13 +65,13 @@ struct stub {
     enum where where;
     u16 split, split_behind;
     struct recipe recipe;
-    bool restore;             /* STUB_CALL: flags are in the host's behind it */
+    bool restore;             /* STUB_CALL: flags are in the host's after it */
     bool give_back;           /* STUB_LEAVE: T1 to the budget */
     i32 budget, stack;        /* STUB_LEAVE, STUB_WAY: to add to the budget, and to rSP */
     struct way *way;          /* STUB_WAY */
     unsigned count;           /* STUB_CALL: of records */
     unsigned jump_count;
-    u16 dirty, reload;        /* vector registers to store before, to load behind */
+    u16 dirty, reload;        /* vector registers to store before, to load after */
 };
 
 struct translation {
@@ -95,7 +95,7 @@ struct translation {
     const struct record *after_record; /* the next one */
     const struct opcode *row;
     unsigned traits;
-    u16 reads, writes, live, precise; /* flags; the last two behind it */
+    u16 reads, writes, live, precise; /* flags; the last two after it */
     enum where where;
     u16 split;                /* IN_IMAGE: fC, fO, where they are in carry_image and overflow_image */
     struct recipe recipe;
@@ -123,7 +123,7 @@ void emit_member(struct translation *t, struct member *m);
 void emit_stubs(struct translation *t);
 int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
 
-/* For emitters. to_memory, to_stack: behind them T1 is the host address of the memory operand, or of the stack, and the
+/* For emitters. to_memory, to_stack: after them T1 is the host address of the memory operand, or of the stack, and the
  * host's flags are what the instruction reads and keeps. `leaves`: the slow path is to leave at r. */
 void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves);
 void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves);
