@@ -245,7 +245,7 @@ def test_pit_mode_0_stops_at_the_first_byte(chip):
 
 
 def test_pit_pulse_leaves_another_driver_of_the_line(chip):
-    """GSI 0 is the OR of the 8254 and of whoever else holds it."""
+    """GSI 0 is the OR of the 8254 and of whatever else holds it."""
     chip.run(INIT_PICS)
     chip.line(0, 1)
     assert chip.window() == [0x20]

@@ -154,7 +154,7 @@ def test_every_row_is_opened_for_what_it_can_and_for_nothing_else(on_fs):
         await kernel.mkdir("a")
         rows = [(f"a/{row.name}", row) for row in FILES] + [(row.name, row) for row in ROOT_FILES]
         for path, row in rows:
-            denied = 0o066 if row.kind.reading_acts else 0o022  # who may not write may not run
+            denied = 0o066 if row.kind.reading_acts else 0o022  # without the right to write there is none to run
             assert stat.S_IMODE((await kernel.walk(path)).st_mode) == row.mode & ~denied
             for flags, can in (
                 (os.O_RDONLY, row.kind.readable),

@@ -158,7 +158,7 @@ def hanging(folder) -> Iterator[tuple[Path, Callable[[], str]]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         yield where / "disk", process.stdout.readline
-        subprocess.run(["umount", "-f", where], stderr=subprocess.DEVNULL, check=False)  # wakes who hangs
+        subprocess.run(["umount", "-f", where], stderr=subprocess.DEVNULL, check=False)  # wakes what hangs
         process.kill()
     subprocess.run(["fusermount3", "-uz", where], stderr=subprocess.DEVNULL, check=False)
 
@@ -210,7 +210,7 @@ def test_a_close_that_hangs_does_not_keep_the_server(own_server, hanging):
 
 @pytest.fixture
 def fifo(folder) -> Path:
-    """Nobody reads it, so who opens it to write waits."""
+    """Nobody reads it, so an opener that wants to write waits."""
     path = folder / "fifo"
     os.mkfifo(path)
     os.chown(path, B.uid, B.uid)

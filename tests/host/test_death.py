@@ -91,7 +91,7 @@ def test_a_process_that_ends_fails_its_machine_only(server, vm, name):
     pid = pid_of(vm)
     ENDS[name](pid)
     assert reader.end()[:2] == (-1, errno.EIO)
-    assert poll.poll(SOON * 1000), "who polls is woken"
+    assert poll.poll(SOON * 1000), "a poller is woken"
     assert vm.read("state") == "failed\n"
     error = vm.read("error")
     assert f"was killed by {name}" in error and "the last command was " in error

@@ -49,7 +49,7 @@ def resting(request, server):
     yield vm
     assert _inside(vm) == before
     if request.param == "bare":
-        assert (vm / "dirty").read_bytes()[0] == 1 << 3, "who only looks has taken the dirty log"
+        assert (vm / "dirty").read_bytes()[0] == 1 << 3, "a mere look has taken the dirty log"
     vm.path.rmdir()
 
 

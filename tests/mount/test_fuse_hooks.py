@@ -543,7 +543,7 @@ def test_a_poller_is_not_blocked_in_the_file_system(mount):
 
 
 def test_an_inherited_descriptor_is_interrupted_by_its_reader(hooked):
-    """The reader is not who opened the file: the request tells (the watch could only look at the opener)."""
+    """The reader is not the opener of the file: the request tells (the watch could only look at the opener)."""
     descriptor = os.open(hooked / "block", os.O_RDONLY)
     try:
         cat = subprocess.Popen(["cat"], stdin=descriptor, stdout=subprocess.DEVNULL)

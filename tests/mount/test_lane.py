@@ -426,7 +426,7 @@ def test_a_long_run_is_interrupted(server, vm):
 
 
 def test_a_long_run_is_seen(server, vm):
-    """Who looks at a machine that the lane runs sees it run, and stops it as any other."""
+    """A machine that the lane runs is seen to run, and is stopped, as any other."""
     looping(vm)
     with opened(vm, "vm_run.bin") as fd, opened(vm, "regs") as regs:
         run(fd)

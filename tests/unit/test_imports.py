@@ -28,7 +28,7 @@ FLOORS = (
     ("cli",),
 )
 
-# Who does not import whom, though a floor would let it. The first part names modules, `/` what is not meant of them.
+# Imports that there are not, though a floor would let them be. The first part names modules, `/` what is not meant.
 WALLS = (
     ("vmfs.fs", ("vmfs.machine", "vmfs.boot", "vmfs.debug", "vmfs.devices")),  # names, and no contents
     ("vmfs.devices / board machine", ("vmfs.engine", "vmfs.devices.board")),  # a device has a Port

@@ -50,7 +50,7 @@ def drain(buffer: TraceBuffer, reader) -> tuple[int, int]:
     st.integers(100, 3000),
 )
 def test_every_event_is_read_or_counted_as_lost(actions, limit):
-    """By each reader, from when it opened; whoever comes and goes, and whatever the limit."""
+    """By each reader, from when it opened; whichever reader comes and goes, and whatever the limit."""
     buffer = TraceBuffer(limit)
     buffer.configure(limit=limit, waits=False, flowing=True)
     readers: list[list] = []

@@ -214,7 +214,7 @@ def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A stop with its options. `owner`: who made it; nobody (the `debug` file), or a gdb connection."""
+    """A stop with its options. `owner`: what made it, a gdb connection; empty: the `debug` file."""
 
     stop: Stop
     options: Options

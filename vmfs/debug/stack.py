@@ -1,4 +1,4 @@
-"""Who called whom: the chain of frame pointers, and every other return address that stands on the stack.
+"""The callers: the chain of frame pointers, and every other return address that stands on the stack.
 
 Most kernels keep no frame pointers. So, as an oops of Linux does, all words on the stack that may be return
 addresses are shown, in their order, marked `?` where no frame pointer vouches for them: they may be left over

@@ -1,4 +1,4 @@
-"""What a port has sent: the end of it, kept for those who come later."""
+"""What a port has sent: the end of it, kept for readers that come later."""
 
 from __future__ import annotations
 

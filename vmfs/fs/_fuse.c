@@ -224,7 +224,7 @@ static void request_begin(const struct fuse_in_header *header, int32_t file_flag
     PyErr_Fetch(&type, &value, &traceback);
 
     Request *previous = request_current();
-    if (previous) {                 /* answered, whoever still holds it: its task serves the next one */
+    if (previous) {                 /* answered, even if something still holds it: its task serves the next one */
         request_unlink(previous);
         previous->unique = 0;
         Py_CLEAR(previous->on_interrupt);
@@ -454,7 +454,7 @@ without:
 }
 
 /* Hides from libfuse that the kernel offers to hand O_TRUNC to open, which libfuse would take. The kernel then
-   takes the file to be empty at once: it drops what its cache holds of the file, and who has it mapped gets a
+   takes the file to be empty at once: it drops what its cache holds of the file, and a process that has it mapped gets a
    SIGBUS. As it is, the open comes without O_TRUNC, and a setattr of the size after it. */
 static void drop_o_trunc(const struct fuse_buf *buf)
 {

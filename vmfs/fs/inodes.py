@@ -1,4 +1,4 @@
-"""Nodes, their numbers, and what lives and dies together. Knows no VM; pyfuse3 only as who polls.
+"""Nodes, their numbers, and what lives and dies together. Knows no VM; pyfuse3 only for what polls.
 
 A `Scope` is a machine's files, or the root's. A `Node` is an inode: a `Directory` or a `File`. A `Handle` is
 an open file. What a file does is its `Kind`'s to say, which is bound to nothing: it is given the scope.
@@ -87,7 +87,7 @@ class Scope:
         self._pollers.pop(handle, None)
 
     def wake(self, handle: int) -> None:
-        """Have who polls that open file ask again."""
+        """Have the pollers of that open file ask again."""
         waker = self._pollers.pop(handle, None)
         if waker is not None:
             try:
@@ -108,7 +108,7 @@ def _walks(opened: tuple[str, ...], names: tuple[str, ...], most: int) -> bool:
 
 
 class Handle:
-    """An open file. `pid` (0: unknown) is who opened it."""
+    """An open file. `pid` (0: unknown) is its opener's."""
 
     direct_io = True  # the server answers every read; a size of 0 does not cut them
     keep_cache = False
@@ -152,7 +152,7 @@ class Kind:
     readable = True
     writable = False
     sized = False  # its size may change: the kernel asks for the attributes each time
-    reading_acts = False  # a read changes the machine: only who may write the file may read it
+    reading_acts = False  # a read changes the machine: it takes the right to write, too
     dated = True  # its mtime is when its machine last changed
     walked = True  # a program that copies or compares whole directories reads it, as any file
 

@@ -30,7 +30,7 @@ INTERVAL = 0.03
 
 
 class Caller:
-    """Who waits, as `interruptible` gives it: `interrupted` says whether a signal came for it."""
+    """A caller that waits, as `interruptible` gives it: `interrupted` says whether a signal came for it."""
 
     def __init__(self, end):
         self.interrupted = False

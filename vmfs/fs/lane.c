@@ -7,7 +7,7 @@
  * may take as long as it likes, until its caller is signalled, or its machine wants to end it in Python.
  *
  * What an exit costs are four wake-ups, so each is a futex, and has no timeout, which would have a timer programmed. Nobody
- * spins: on two busy CPUs all waiting was cheaper asleep, since who is woken takes the CPU of the one who wakes it and
+ * spins: on two busy CPUs all waiting was cheaper asleep, since a thread that is woken takes the CPU of the one that wakes it and
  * then sleeps.
  *
  * Source: linux/fuse.h; Linux fs/fuse/dev.c; futex(2). */
@@ -494,7 +494,7 @@ static enum served serve_write(const struct fuse_in_header *header, const struct
     return done;
 }
 
-/* Only that there are news: who waits for them is Python's. */
+/* Only that there are news: readers that wait for them are Python's. */
 static enum served serve_poll(const struct fuse_in_header *header, const struct fuse_poll_in *poll)
 {
     uint8_t data[LANE_LINE_MOST];
@@ -515,7 +515,7 @@ static enum served serve_poll(const struct fuse_in_header *header, const struct 
     return SERVED;
 }
 
-/* What a machine shall have heard before the message: who is interrupted waits in Python, and a file of runs that is written
+/* What a machine shall have heard before the message: an interrupted caller waits in Python, and a file of runs that is written
  * or polled is not the lane's. */
 static void before_passing(const struct fuse_in_header *header, const uint8_t *argument, size_t size)
 {
@@ -606,7 +606,7 @@ static void *read_messages(void *argument)
     free(buffer);
     pthread_mutex_lock(&lane.queue_lock);
     lane.ended = 1;
-    eventfd_write(lane.readable, 1);    /* stays readable: who receives is to see the end */
+    eventfd_write(lane.readable, 1);    /* stays readable: the receiver is to see the end */
     pthread_mutex_unlock(&lane.queue_lock);
     return NULL;
 }

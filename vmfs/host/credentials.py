@@ -1,6 +1,6 @@
-"""Who calls: what a process may do, as the kernel checks it, and how a process of ours becomes it.
+"""The caller: what a process may do, as the kernel checks it, and how a process of ours becomes it.
 
-Who the writer of a command file is, is looked up in /proc when the file is opened: its opener waits for the answer
+The writer of a command file is looked up in /proc when the file is opened: its opener waits for the answer
 then, so the process is there and is the right one.
 
 Source: proc_pid_status(5), proc_pid_limits(5), capabilities(7), credentials(7), setrlimit(2).

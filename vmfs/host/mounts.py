@@ -19,7 +19,7 @@ class Mount:
     device: int
     """As st_dev of its root; its minor number names /sys/fs/fuse/connections/N."""
     user: int | None = None
-    """Who has mounted it, where the file system says so: FUSE does (fuse(4), user_id)."""
+    """The user that has mounted it, where the file system says so: FUSE does (fuse(4), user_id)."""
 
     @property
     def is_vmfs(self) -> bool:

@@ -71,7 +71,7 @@ class CallFailed(VmfsError):
 
 
 class Asker:
-    """A user who has opened a file by whose lines a machine gets something of the host, and those lines."""
+    """A user that opened a file whose lines give a machine something of the host, and those lines."""
 
     def __init__(self, who: Credentials) -> None:
         self.who = who
@@ -105,7 +105,7 @@ class _Call:
 
 
 class Watcher:
-    """Who hears of what a machine says by itself; on the loop."""
+    """Hears what a machine says by itself; on the loop."""
 
     def woken(self, handle: int) -> None:
         """A poll of that handle may have another answer."""
@@ -124,7 +124,7 @@ class Watcher:
 
 
 class Keeper(Protocol):
-    """What a machine needs of who keeps it. `vmfs.host.machines.Host` says how each works."""
+    """What a machine needs of its keeper. `vmfs.host.machines.Host` says how each works."""
 
     own_device: int
     fresh_sizes: dict[str, tuple[int, int]] | None
@@ -245,7 +245,7 @@ class MachineProcess:
                 if not channel.post(message):
                     trio.lowlevel.spawn_system_task(self._tell, channel, message)
             except ChannelBroken:
-                pass  # who listens to it says so
+                pass  # its listener says so
 
     @staticmethod
     async def _tell(channel: Channel[ToServer], message: Message) -> None:
@@ -366,12 +366,12 @@ class MachineProcess:
             self.memory_fd = -1
 
     async def _lost(self) -> None:
-        """The channel is broken: who listens to it says why."""
+        """The channel is broken: its listener says why."""
         await self._finished.wait()
         raise self._gone()
 
     async def remove(self) -> None:
-        """End it. Who waits for it is woken at once; returns when its process is gone and its memory free."""
+        """End it. Its waiters are woken at once; returns when its process is gone and its memory free."""
         if self.removed:
             return
         self.removed = True

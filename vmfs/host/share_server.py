@@ -1,5 +1,4 @@
-"""The process of a shared folder: answers a machine's 9P messages with the rights of who attached the folder, and no
-others."""
+"""The process of a shared folder: answers a machine's 9P messages with the rights of the user that attached it, and no others."""
 
 from __future__ import annotations
 

@@ -401,7 +401,7 @@ class _Children:
                 for one in self._wakeup:
                     os.close(one)
                 if self._spare is not None:
-                    self._spare.close()  # who has that end says whose it is
+                    self._spare.close()  # the holder of that end says whose it is
                 be()
             except BaseException:
                 log.exception("a process of a machine did not begin")

@@ -47,7 +47,7 @@ static int swap(uint32_t *word, uint32_t from, uint32_t to)
     return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-/* ---- what stands still: written by whom the gate says has the CPU ---- */
+/* ---- what stands still: written by the side that has the CPU, as the gate says ---- */
 
 static void begin_writing(struct lane_page *page)
 {
@@ -158,7 +158,7 @@ static enum taken take_run(Lane *self, uint32_t number)
 
     self->began = began;
     self->handle = page->handle;
-    cpu->clear_kick(cpu->cpu);          /* of runs that are over: who kicks this one has adopted it */
+    cpu->clear_kick(cpu->cpu);          /* of runs that are over: a thread that kicks this one has adopted it */
     uint32_t had = page->valid & LANE_SNAPSHOTS;
     invalidate(page);
     store(&self->gate, RUNNING);

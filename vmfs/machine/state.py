@@ -1,6 +1,6 @@
 """STATE: the one table of what a machine is.
 
-All that decides what a machine does next is a row of ROWS, whoever owns it: a CPU, the engine's machine, the board and
+All that decides what a machine does next is a row of ROWS, whatever owns it: a CPU, the engine's machine, the board and
 its devices, memory, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a
 value says. Reset, the move to another engine and the trial of a change read the same table.
 

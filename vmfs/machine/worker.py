@@ -325,7 +325,7 @@ class Worker:
         sizes = []
         for path in message.files:
             if (now := request.current()) is not None and now.interrupted:
-                raise Interrupted("who wanted to know does not wait any more")
+                raise Interrupted("the caller does not wait any more")
             try:
                 file = await self._file(path)
                 size = file.kind.size(file.scope)

@@ -65,7 +65,7 @@ class Memory:
     """`size` bytes of guest-physical RAM in `regions`; pages cost nothing until they are touched.
 
     `fd` is the memfd. Clients hold mappings of it that this object knows nothing of; it stays valid
-    until `close`, which gives the pages back at once, whoever still maps them (they read zeros then).
+    until `close`, which gives the pages back at once, even if something still maps them (they read zeros then).
     """
 
     def __init__(self, size: int = DEFAULT_SIZE) -> None:

@@ -50,7 +50,7 @@ class Open(Message, frozen=True):
     writing: bool  # not O_RDONLY
     nonblocking: bool
     appending: bool
-    walking: bool  # for reading, by who reads all files of a directory
+    walking: bool  # for reading, by a reader of all files of a directory
     uid: int  # whose it is
 
 
@@ -239,7 +239,7 @@ class Complaint(Message, frozen=True):
 
 
 class OpenPath(Message, frozen=True):
-    """open(2) of an absolute host path, with the rights of who opened the file that call `call` is on.
+    """open(2) of an absolute host path, with the rights of the opener of the file that call `call` is on.
 
     What is granted is a socket, on which the opener itself answers by a `Result`: what comes of a user's path never is
     a descriptor of the server's, for to close one may take as long as its file system likes.
@@ -286,7 +286,7 @@ class StartPasst(Message, frozen=True):
 
 
 class StartShare(Message, frozen=True):
-    """A process that serves a folder by 9P with the rights of who asked, and the socket to it."""
+    """A process that serves a folder by 9P with the rights of the asker, and the socket to it."""
 
     ask: int
     call: int
@@ -360,7 +360,7 @@ class Channel(Generic[M]):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._socket = sock
         if not self._fd_room:
-            with contextlib.suppress(OSError):  # since Linux 6.16: then it is the sender who is refused (EPERM)
+            with contextlib.suppress(OSError):  # since Linux 6.16: then the sender is refused (EPERM)
                 sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
     async def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:

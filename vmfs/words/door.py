@@ -51,7 +51,7 @@ class Door(Protocol):
         ...
 
     def release(self, what: str, size: int) -> None:
-        """Count `size` bytes fewer, soon. Does not block: for whoever holds a lock."""
+        """Count `size` bytes fewer, soon. Does not block: for a holder of a lock."""
         ...
 
     def invalidate(self, ranges: list[tuple[int, int]]) -> None:

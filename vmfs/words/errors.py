@@ -111,7 +111,7 @@ _OUT_OF = {
     errno.EMFILE: "file descriptor left (ulimit -n)",
     errno.ENFILE: "file descriptor left: the host's limit is reached",
     errno.ENOMEM: "memory left",
-    errno.EFBIG: "room for so long a file (RLIMIT_FSIZE of who has made the machine)",
+    errno.EFBIG: "room for so long a file (RLIMIT_FSIZE of the machine's maker)",
 }
 
 

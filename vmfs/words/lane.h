@@ -48,7 +48,7 @@ struct lane_page {
     /* the machine's */
     uint32_t sequence, valid;
     uint32_t is_open;       /* an order would be taken: a hint */
-    uint32_t sleeps;        /* who would take it sleeps on `bell` */
+    uint32_t sleeps;        /* the thread that would take it sleeps on `bell` */
     uint32_t sizes[LANE_FILES_STILL];
     uint32_t spare;
     uint64_t news[2];       /* of LANE_EXIT and LANE_STATE: another, greater number when a poll should return */
@@ -66,7 +66,7 @@ struct lane_page {
     uint8_t input[LANE_SREGS_SIZE];
     /* the machine's */
     uint32_t ended __attribute__((aligned(64)));    /* a futex: another number whenever an order has ended */
-    uint32_t server_sleeps; /* who would answer it sleeps on `ended`; the server's */
+    uint32_t server_sleeps; /* the thread that waits for its end sleeps on `ended`; the server's */
     uint32_t output_size;
     uint8_t output[LANE_LINE_MOST];
 };
@@ -116,7 +116,7 @@ static inline int lane_step_on(uint32_t *order, uint32_t number, enum lane_step 
                                        __ATOMIC_SEQ_CST);
 }
 
-/* Change the futex `word`, and wake who says by `sleeps` that it sleeps on it. */
+/* Change the futex `word`, and wake the thread that says by `sleeps` that it sleeps on it. */
 static inline void lane_signal(uint32_t *word, const uint32_t *sleeps)
 {
     __atomic_add_fetch(word, 1, __ATOMIC_SEQ_CST);

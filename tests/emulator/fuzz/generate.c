@@ -461,7 +461,7 @@ static bool acceptable(const struct row *row, bool indirect)
     if (row->flow == FLOW_INDIRECT || is_name(row, "CALL"))
         return indirect;
     if (indirect && row->i.flags_undefined)
-        return false; /* who knows who reads them */
+        return false; /* nothing is known of what reads them */
     return true;
 }
 

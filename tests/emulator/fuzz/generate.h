@@ -18,7 +18,7 @@ struct sequence {
     struct instruction list[INSTRUCTIONS + 1]; /* the last: that jump */
     u32 ip;                    /* where it begins */
     struct mode mode;
-    bool indirect;             /* has jumps to who knows where */
+    bool indirect;             /* has jumps to places that are not known */
 };
 
 struct random { u64 state; };

@@ -1,4 +1,4 @@
-/* The bus: who answers for a port or an address, the lines that devices share, and what is next due. */
+/* The bus: what answers for a port or an address, the lines that devices share, and what is next due. */
 #include "chips.h"
 
 #include <errno.h>
@@ -553,7 +553,7 @@ static PyMethodDef bus_methods[] = {
     {"set_line", (PyCFunction)bus_line, METH_VARARGS, "set_line(device, gsi, level): a line is high while any device holds it high"},
     {"drop_lines", (PyCFunction)bus_drop_lines, METH_VARARGS, "drop_lines(device): it holds none"},
     {"set_map", (PyCFunction)bus_set_map, METH_O,
-     "set_map([(is_memory, start, length, chip or None, region)]): who answers where; None: Python. Nobody, elsewhere"},
+     "set_map([(is_memory, start, length, chip or None, region)]): what answers where; None: Python. Nothing, elsewhere"},
     {"advance", (PyCFunction)bus_advance_to, METH_O, "advance(now): do what is due"},
     {"note_unclaimed", (PyCFunction)bus_note_unclaimed, METH_VARARGS, "note_unclaimed(is_memory, address, rip, is_write)"},
     {"unclaimed", (PyCFunction)bus_list_unclaimed, METH_NOARGS,

@@ -2,7 +2,7 @@
  * vmfs/devices has the name, the state that goes along, and all that is rare.
  *
  * A chip's `access` is called with the bus's lock held, by the CPU's thread (without the GIL) or from Python (with it). So
- * nobody who has the lock waits for the GIL: lines that change are told to Python by who has it, after the lock is given back.
+ * no holder of the lock waits for the GIL: it tells Python of lines that changed after it has given the lock back.
  * No chip knows an engine, or a file. */
 #ifndef VMFS_CHIPS_H
 #define VMFS_CHIPS_H
@@ -38,7 +38,7 @@ struct chip {
     PyObject_HEAD
     struct bus *bus;            /* a reference */
     const struct chip_kind *kind;
-    unsigned number;            /* of its device: who holds a line */
+    unsigned number;            /* of its device, as a holder of lines */
     u64 due;                    /* BUS_NEVER */
     struct chip *next;          /* of all that are timed */
 };
@@ -68,7 +68,7 @@ struct bus {
     unsigned unclaimed_count, unclaimed_last;
     u64 unclaimed_uses, uses_told, forgotten;
     _Atomic u32 rung;           /* there is something that Python is to fetch */
-    _Atomic u32 sleeps;         /* who fetches it sleeps */
+    _Atomic u32 sleeps;         /* the thread that fetches it sleeps */
     bool closed;
 };
 

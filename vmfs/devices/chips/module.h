@@ -1,4 +1,4 @@
-/* The types of the module, for those who take one as an argument. */
+/* The types of the module, for functions that take one as an argument. */
 #ifndef VMFS_CHIPS_MODULE_H
 #define VMFS_CHIPS_MODULE_H
 

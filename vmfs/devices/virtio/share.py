@@ -3,7 +3,7 @@
 Source: VIRTIO 1.2, section 5, reserves the device type (9); its queue carries whole 9P messages, and its configuration
 is the tag, as in Linux (net/9p/trans_virtio.c, include/uapi/linux/virtio_9p.h).
 
-The folder is served by a process of its own, which has the rights of whoever attached it and no others
+The folder is served by a process of its own, which has the rights of the user that attached it and no others
 (`vmfs.host.share_server`); the CPU's thread waits for its answers. So a request is done when its notification is, and
 none is under way between two instructions.
 """

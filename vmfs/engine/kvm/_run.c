@@ -80,7 +80,7 @@ static int take_io(Runner *self, struct left *left)
         run->immediate_exit = 1;                /* the rest of the instruction, and nothing of the guest */
         int done = ioctl(self->fd, KVM_RUN, 0);
         left->error = done < 0 && errno != EINTR ? errno : 0;
-        run->immediate_exit = 0;                /* who has kicked meanwhile has adopted this run, which ends */
+        run->immediate_exit = 0;                /* a thread that kicked meanwhile has adopted this run, which ends */
         left->more = done == 0;
         if (left->more || left->error)
             return -1;

@@ -31,7 +31,7 @@ class ConsolePort:
         serial.took = self._took
 
     def _took(self) -> None:
-        """The guest has read: writers who wait look again. In the CPU's thread."""
+        """The guest has read: writers that wait look again. In the CPU's thread."""
         if len(self.serial.waiting) < ROOM:
             self.stream.wake()
             self.stream.changed()

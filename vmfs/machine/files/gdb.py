@@ -274,7 +274,7 @@ class _GdbHandle(LineHandle):
 
 @dataclass(frozen=True)
 class GdbStream(Kind):
-    """`gdb.stream`: who opens it for reading and writing is a gdb's connection."""
+    """`gdb.stream`: opened for reading and writing, it is a connection of gdb's."""
 
     writable = True
     reading_acts = True
@@ -291,7 +291,7 @@ class _StreamHandle(Handle):
     def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
         super().__init__(node, nonblocking)
         request = current()
-        self._uid = None if request is None else request.uid  # who opened it
+        self._uid = None if request is None else request.uid  # of the process that opened it
         self._writing = writing
         self._line: socket.socket | None = None  # to the session
         self._answer = b""  # to what was asked instead

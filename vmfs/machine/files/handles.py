@@ -58,7 +58,7 @@ class Scope:
         return handle in self._pollers
 
     def wake(self) -> None:
-        """Have everyone who polls ask again."""
+        """Have all that poll it ask again."""
         pollers, self._pollers = self._pollers, {}
         for waker in pollers.values():
             waker.notify()
@@ -135,7 +135,7 @@ class Handle:
 
 
 class EmptyHandle(Handle):
-    """What who walks a directory gets of a file that is no plain one: its end."""
+    """What a reader of a whole directory gets of a file that is no plain one: its end."""
 
     async def read(self, offset: int, size: int) -> bytes:
         return b""

@@ -43,7 +43,7 @@ class Text(Kind):
 
     The size is that of what `get` gives, unless `room(scope)` knows it, or it is always `width`. `of_cpu`: `get` asks
     a CPU, which would have to stop for it. `slow`: the size is kept while nothing happens to the machine. `peek` is
-    `get` for who walks whole directories, where `get` takes something away.
+    `get` for a reader of whole directories, where `get` takes something away.
     """
 
     get: Callable[[Any], Any] | None = None

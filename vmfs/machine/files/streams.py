@@ -111,7 +111,7 @@ class Stream:
             del self._kept[:seen]
 
     def wake(self) -> None:
-        """Have everyone who waits look again. From any thread."""
+        """Have all waiters look again. From any thread."""
         if not self._waiting:
             return
         with self._lock:
@@ -123,7 +123,7 @@ class Stream:
                 pass
 
     def wait(self, event: trio.Event) -> None:
-        """Set `event` at the next append or `wake`: who waits looks after this call whether there is need to."""
+        """Set `event` at the next append or `wake`: the waiter looks after this call whether there is need to."""
         with self._lock:
             self._waiting.add((trio.lowlevel.current_trio_token(), event))
 
@@ -178,7 +178,7 @@ class StreamHandle(Handle):
         return self.stream.ready(self._reader) or self._ended(self.scope)
 
     async def wait_until(self, ready: Callable[[], object]) -> None:
-        """Returns when `ready()`, or at the next append or `wake` of the stream: who waits looks again."""
+        """Returns when `ready()`, or at the next append or `wake` of the stream: the caller looks again."""
         async with interruptible():
             with self.scope.waiting() as event:
                 try:

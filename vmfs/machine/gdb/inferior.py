@@ -1,6 +1,6 @@
 """What a stub does to a machine: registers and memory, points, runs. The one part of the stub that knows `Vm`.
 
-It blocks, and so do all who use it: a session has a thread.
+It blocks, and so do its users: a session has a thread.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ void code_map_select(struct vcpu *c)
     }
 }
 
-/* The number of a mapping of a page. Who lost its place gets another one: its links do not hold any more. */
+/* The number of a mapping of a page. A page that lost its place gets another one: its links do not hold any more. */
 static u32 mapping_id(struct vcpu *c, u64 linear, u64 physical)
 {
     struct cache *cache = c->cache;

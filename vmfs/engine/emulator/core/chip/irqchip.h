@@ -41,7 +41,7 @@ enum irqchip_event {
     IRQCHIP_EVENT_SIPI = 1 << 2, /* the vector is in lapic.sipi_vector; it is later than a pending INIT */
 };
 
-/* Who drives a GSI line; the line is the OR of its drivers. */
+/* What drives a GSI line; the line is the OR of its drivers. */
 enum irqchip_source { IRQCHIP_SOURCE_USER, IRQCHIP_SOURCE_PIT };
 
 /* The inputs of a local APIC's vector table that something outside it can raise. */

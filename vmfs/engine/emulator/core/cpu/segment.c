@@ -34,7 +34,8 @@ static void derive_check(struct vcpu *c, unsigned seg)
     }
 }
 
-/* In the key, so that host code looks at no limits. Who loads a data segment leaves its block when that changes the key. */
+/* In the key, so that host code looks at no limits. An instruction that loads a data segment leaves its
+ * block when that changes the key. */
 static void note_flat(struct vcpu *c)
 {
     enum { WANTED = KEY_CODE32 | KEY_STACK32 | KEY_PROTECTED };

@@ -244,7 +244,7 @@ static bool recipe_uses(const struct recipe *p, u32 registers)
     return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind < RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
 }
 
-/* What an instruction that writes flags needs in the host's: what it reads, and what it leaves to who comes after. */
+/* What an instruction that writes flags needs in the host's: what it reads, and what it leaves to the next ones. */
 static u16 needed(const struct translation *t)
 {
     return t->writes && t->precise & t->writes ? t->reads | (t->precise & ~t->writes) : t->reads;
@@ -541,7 +541,7 @@ void emit_address(struct translation *t, const struct record *r, unsigned to, un
         put_modrm(code, I_W, M1, 0x03, to, FIELD(check[r->seg].base));
 }
 
-/* Flags before host code that changes them and is no instruction of the guest. Who faults shows them. */
+/* Flags before host code that changes them and is no instruction of the guest. A fault shows them. */
 static void flags_before(struct translation *t, u32 registers)
 {
     u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);

@@ -1,7 +1,7 @@
 /* The translator: hot decoded blocks become host code (docs/emulator.md, "How an instruction becomes host code").
  *
  * A region is a set of blocks of one page, entered at any of them, with the jumps between them. Its code keeps what the
- * interpreter keeps: a block's length is subtracted from the budget at its entry, who leaves early gives `left` back, and
+ * interpreter keeps: a block's length is subtracted from the budget at its entry, code that leaves early gives `left` back, and
  * what it cannot do it leaves to the interpreter at a record. So counts are exact, and every fault, exit and event is made by
  * the handlers alone. */
 #ifndef VMFS_TRANSLATE_H
