@@ -208,7 +208,7 @@ def _is_dead(path: str) -> bool:
 
 
 def unlink_dead(path: str, who: Credentials) -> None:
-    """In a process of its own: remove what a killed server has left, with the rights of the user that listened there."""
+    """In a process of its own: remove what a killed server has left, with the rights of the user who listened."""
     become(who)
     if _is_dead(path):
         os.unlink(path)

@@ -1,7 +1,8 @@
 """Disks: what a block device reads and writes. A raw file, or a copy-on-write overlay over one.
 
 Offsets and lengths are bytes, multiples of SECTOR, inside the disk: the caller has checked that. The memory that is
-read into and written from is given as memoryviews (of the guest's RAM: nothing is copied). A host's failure is an OSError.
+read into and written from is given as memoryviews (of the guest's RAM: nothing is copied). A host's failure is an
+OSError.
 """
 
 from __future__ import annotations
