@@ -1,5 +1,5 @@
-"""The process of a shared folder: answers a machine's 9P messages with the rights of the user that attached it, and with
-no others."""
+"""The process of a shared folder: answers a machine's 9P messages with the rights of the user that attached it, and
+with no others."""
 
 from __future__ import annotations
 
