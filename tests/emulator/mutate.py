@@ -149,6 +149,8 @@ def make_tree() -> None:
     copy = ["rsync", "-a", "--delete", "--exclude=__pycache__"]
     for name in ("vmfs", "tests"):
         subprocess.run([*copy, f"{ROOT / name}/", f"{TREE / name}/"], check=True)
+    for planted in (TREE / "build").glob("lib.*"):  # of the last run; newer than the source that it gets back
+        shutil.rmtree(planted)
     for each in ROOT.glob("build/temp.*"):
         subprocess.run([*copy, f"{each}/", f"{TREE / 'build' / each.name}/"], check=True)
 

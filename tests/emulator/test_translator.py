@@ -155,6 +155,16 @@ class Body:
         reg = self.register()
         return bytes([0xC4, (reg >> 3 ^ 1) << 7 | 0x62, 0x83 | (~reg & 15) << 3, 0xF6, 0xC0 | (reg & 7) << 3])
 
+    def of_zero(self) -> bytes:
+        """XOR of a register with itself, and BSF or BSR of it, which keep what they would write."""
+        source, reg = self.register(), self.register()
+        wide = self._rng.choice((0x40, 0x48))
+        code = b""
+        for opcode, by in ((b"\x31", source), (self._rng.choice((b"\x0f\xbc", b"\x0f\xbd")), reg)):
+            rex = bytes([wide | by >> 3 << 2 | source >> 3]) if self._wide else b""
+            code += rex + opcode + bytes([0xC0 | (by & 7) << 3 | source & 7])
+        return code
+
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
@@ -189,6 +199,8 @@ class Body:
         if kind == 14:
             return self.encode(b"\x0f" + rng.choice((b"\xb6", b"\xb7", b"\xbe", b"\xbf", b"\xaf")), reg)
         if kind == 15:
+            if rng.randrange(3) == 0:
+                return self.of_zero()
             return self.encode(b"\x0f" + rng.choice((b"\xbc", b"\xbd", b"\xc1", b"\xb1")), reg)
         if kind == 16:
             return self.encode(b"\x0f\xba", rng.choice((4, 5, 6, 7))) + bytes([rng.randrange(256)])
