@@ -81,8 +81,8 @@ FILES: tuple[Row, ...] = (
     # interrupts and debugging
     Row("irq", 0o200, Served(readable=False, writable=True, sized=False, hot=True)),
     Row("debug", 0o600, BOTH),
-    Row("trace", 0o600, Served(writable=True, sized=False, walked=False)),
-    Row("trace.bin", 0o400, Served(sized=False, walked=False)),
+    Row("trace", 0o600, Served(writable=True, sized=False, walked=False, ahead=True)),
+    Row("trace.bin", 0o400, Served(sized=False, walked=False, ahead=True)),
     Row("symbols", 0o600, BOTH),
     Row("symbols.elf", 0o400, READ),
     Row("virt", 0o600, Served(writable=True, sized=False, walked=False), per_cpu=True),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from vmfs.fs.lane import STILL
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
-from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
-from vmfs.words.errors import Gone, Interrupted, ProcessFailed
+from vmfs.words.commands import AHEAD_MOST, ANY_FLAGS, DATA_MOST, Message
+from vmfs.words.errors import Gone, Interrupted, LimitReached, ProcessFailed
+
+log = logging.getLogger(__name__)
 
 # How long a machine may take to answer a call whose caller was signalled: its guest has to stop first.
 INTERRUPT_SECONDS = 2.0
+_LARGE = 64 << 10  # bytes: what programs read that want all of a stream
 
 
 async def call(
@@ -69,6 +73,7 @@ class Served(Kind):
     asks_host: bool = False
     when_failed: str = ""
     hot: bool = False  # programs read it in loops: the lane answers it where it can
+    ahead: bool = False  # a stream that is read by offsets, and much of it: the machine reads ahead of large reads
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
@@ -92,6 +97,43 @@ class Served(Kind):
         await call(machine, lambda at: commands.Truncate(at, node.path, size, opened), 0)
 
 
+class _Ahead:
+    """What a machine reads ahead for an open file: up to AHEAD_MOST bytes of it, from `start` on, in memory that the
+    machine may change or take away at any time. Offsets in it are this side's alone, and sizes are checked once."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._start = self._end = self._read_to = 0
+
+    def placed(self, offset: int, size: int) -> None:
+        if not 0 <= size <= AHEAD_MOST:
+            raise ProcessFailed("the machine's process says that it has read ahead what cannot be")
+        self._start, self._end, self._read_to = offset, offset + size, offset
+
+    def read(self, offset: int, size: int) -> bytes | None:
+        """None: the machine is to be asked."""
+        if not self._start <= offset < self._end:
+            return None
+        size = min(size, self._end - offset)
+        data = os.pread(self._memory, size, offset - self._start)
+        if len(data) < size:
+            raise ProcessFailed("the machine's process has taken away what it had read ahead")
+        self._read_to = max(self._read_to, offset + size)
+        return data
+
+    def was_passed(self, offset: int) -> None:
+        """What comes after all of it was read: nobody wants the rest of it."""
+        if offset >= self._end:
+            self._read_to = self._end
+
+    @property
+    def unread(self) -> int:
+        return self._end - self._read_to
+
+    def close(self) -> None:
+        os.close(self._memory)
+
+
 class ServedHandle(Handle):
     """An open file of the machine's process, by its number there."""
 
@@ -106,6 +148,9 @@ class ServedHandle(Handle):
         self._opening = trio.Lock()
         self._flushes = False  # a close has something to do there
         self._end = 0  # where what was read ends; 0: not known
+        self._ahead: _Ahead | None = None
+        self._may_read_ahead = node.kind.ahead
+        self._reads = 0  # that the machine is asked for
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
@@ -157,12 +202,16 @@ class ServedHandle(Handle):
             return self.node.kind.when_failed.encode()[offset : offset + size]
         if offset >= self._end > 0:
             return b""
+        if self._ahead is not None and (data := self._ahead.read(offset, size)) is not None:
+            return data
         flags = _file_flags()
+        self._reads += 1
         try:
             await self._be_open()
+            ahead = self._reads == 1 and size >= _LARGE and await self._has_ahead()
             answer = await call(
                 self._machine,
-                lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
+                lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags, ahead),
                 self.pid,
                 self._asker,
             )
@@ -170,9 +219,29 @@ class ServedHandle(Handle):
             if self._failed():  # meanwhile
                 return self.node.kind.when_failed.encode()[offset : offset + size]
             raise
+        finally:
+            self._reads -= 1
+        if isinstance(answer, commands.Placed):
+            if not ahead or self._ahead is None:
+                raise ProcessFailed("the machine's process has read ahead what it was not asked for")
+            self._ahead.placed(offset, answer.size)
+            return self._ahead.read(offset, size) or b""
+        if self._ahead is not None:
+            self._ahead.was_passed(offset)
         data = answer.data[:size]
         self._end = offset + len(data) if answer.number else 0
         return data
+
+    async def _has_ahead(self) -> bool:
+        """Whether a read may be answered by what is read ahead."""
+        if self._ahead is None and self._may_read_ahead:
+            self._may_read_ahead = False
+            try:
+                answer = await call(self._machine, lambda at: commands.Share(at, self._number), self.pid)
+                self._ahead = _Ahead(self._machine.open_memory(answer.number))
+            except (CallFailed, ProcessFailed, LimitReached) as error:  # then it is read as ever
+                log.debug("%s is not read ahead: %s", self.node.name, error)
+        return self._ahead is not None
 
     async def write(self, offset: int, data: bytes) -> int:
         """In pieces, as a message has room for: one write of a text is never so long."""
@@ -224,14 +293,17 @@ class ServedHandle(Handle):
             )
         except Gone:
             return POLL_ERR | POLL_HUP | POLL_IN
-        return answer.number & 0xFFFF
+        return answer.number & 0xFFFF | (POLL_IN if self._ahead is not None and self._ahead.unread else 0)
 
     def close(self) -> None:
+        unread = self._ahead.unread if self._ahead is not None else 0
+        if self._ahead is not None:
+            self._ahead.close()
         if self._hot:
             self.scope.lane.forget(self._hot)
         if self._number:
             self.scope.unwatch(self._number)
-            self._machine.tell(commands.Close(self._number))
+            self._machine.tell(commands.Close(self._number, unread))
 
     def _failed(self) -> bool:
         return bool(self._machine.failure and self.node.kind.when_failed)

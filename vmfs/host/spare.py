@@ -7,6 +7,7 @@ user, goes into the rest of its sandbox, and is the machine, before it has read 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -22,6 +23,9 @@ from vmfs.host.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
+_LIBC = ctypes.CDLL(None)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_KEPT = 4 << 20  # bytes
 _PACKET = 1 << 16
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -80,6 +84,13 @@ def main(
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
 
 
+def keep_what_is_freed() -> None:
+    """Use again the room of bytes that were on their way to a reader. The zygote gives whatever is large pages of its own,
+    for its tables; each read of a stream would be paid for with page faults then."""
+    _LIBC.mallopt(_M_MMAP_THRESHOLD, _KEPT)
+    _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT)
+
+
 async def _live(
     line: socket.socket,
     sandbox: Sandbox,
@@ -98,4 +109,5 @@ async def _live(
         sandbox.confine(order.who, memory_most=order.memory_most)
         if unborn.failure is not None:  # it is long ago
             unborn = worker.Unborn(engine, engine_named, kind.memory_size)
+        keep_what_is_freed()
         await unborn.serve(socket.socket(fileno=fds[0]))

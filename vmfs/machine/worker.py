@@ -145,7 +145,7 @@ class Worker:
                 if asked := self._requests.get(message.call):
                     asked.interrupt()
             case commands.Close():
-                self._close(message.handle)
+                self._close(message.handle, message.unread)
             case commands.Lane():
                 if fds is not None and len(fds) == 1:
                     self._attach_lane(message, *fds)
@@ -227,10 +227,15 @@ class Worker:
             raise Gone("the device was removed")
         return handle
 
-    async def _read(self, message: commands.Read) -> Done:
+    async def _read(self, message: commands.Read) -> Done | commands.Placed:
         handle = self._handle(message.handle)
+        if message.ahead and (placed := await handle.read_ahead(message.offset)) is not None:
+            return commands.Placed(message.call, placed)
         data = bytes(await handle.read(message.offset, min(message.size, DATA_MOST)))
         return Done(message.call, data, int(handle.ends(message.offset + len(data))))
+
+    async def _share(self, message: commands.Share) -> Done:
+        return Done(message.call, b"", await self._handle(message.handle).share())
 
     async def _write(self, message: commands.Write) -> Done:
         handle = self._handle(message.handle)
@@ -252,10 +257,11 @@ class Worker:
         handle.sees(message.seen)
         return Done(message.call, b"", handle.poll())
 
-    def _close(self, number: int) -> None:
+    def _close(self, number: int, unread: int) -> None:
         handle = self._handles.pop(number, None)
         if handle is not None:
             handle.scope.unwatch(handle)
+            handle.unread = unread
             handle.close()
 
     # ---- names, sizes
@@ -394,6 +400,7 @@ def _found(register: str) -> int:
 _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Open: Worker._open,
     commands.Read: Worker._read,
+    commands.Share: Worker._share,
     commands.Write: Worker._write,
     commands.Flush: Worker._flush,
     commands.Poll: Worker._poll,

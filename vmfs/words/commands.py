@@ -30,6 +30,7 @@ VERSION = 1
 PACKET_MOST = 192 << 10  # bytes of a packet: what Linux lets through with its default net.core.wmem_max
 DATA_MOST = 128 << 10  # bytes of a file's contents in one message
 FDS_MOST = 4
+AHEAD_MOST = 1 << 20  # bytes that a machine reads ahead of the reads of a stream
 ASKED_MOST = 16  # questions of a machine at a time
 
 _SO_PASSRIGHTS = 83  # Linux include/uapi/asm-generic/socket.h
@@ -60,6 +61,15 @@ class Read(Message, frozen=True):
     offset: int
     size: int
     flags: int  # the file's, as they are now (O_NONBLOCK), or ANY_FLAGS
+    ahead: bool = False  # the answer may be `Placed`
+
+
+class Share(Message, frozen=True):
+    """Have a memory with the server, in which reads ahead of a stream are answered: `Done`, whose `number` is that of
+    its descriptor in the machine's process."""
+
+    call: int
+    handle: int
 
 
 class Write(Message, frozen=True):
@@ -78,9 +88,10 @@ class Flush(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """The last descriptor and the last mapping are gone."""
+    """The last descriptor and the last mapping are gone. `unread`: bytes of the last `Placed` that nobody has read."""
 
     handle: int
+    unread: int = 0
 
 
 class Poll(Message, frozen=True):
@@ -161,7 +172,7 @@ class Refused(Message, frozen=True):
     sentence: str
 
 
-Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
+Call = Open | Read | Share | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
 ToMachine = Call | Close | Interrupt | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
@@ -179,6 +190,14 @@ class Done(Message, frozen=True):
     number: int = 0
     unsaved: bool = False
     waits: bool = False
+
+
+class Placed(Message, frozen=True):
+    """Of a read: so many bytes from its offset on, perhaps more than it asked for, are at the beginning of the handle's
+    shared memory, and stay there until the next read that may be answered so."""
+
+    call: int
+    size: int
 
 
 class Opened(Message, frozen=True):
@@ -310,10 +329,10 @@ class Invalidate(Message, frozen=True):
 
 
 # What answers a call, if not `Failed`; Done, if it is not here.
-ANSWERS = {Open: Opened, List: Listed, Measure: Measured}
+ANSWERS = {Open: Opened, Read: Done | Placed, List: Listed, Measure: Measured}
 
 Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | Reserve | Invalidate
-Answer = Done | Opened | Listed | Measured | Failed
+Answer = Done | Placed | Opened | Listed | Measured | Failed
 ToServer = Answer | Question | Born | Woken | Complaint
 
 

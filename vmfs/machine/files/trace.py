@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from dataclasses import dataclass
 
 import trio
@@ -12,9 +14,11 @@ from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
-from vmfs.words.errors import Invalid, WouldBlock
+from vmfs.words.commands import AHEAD_MOST
+from vmfs.words.errors import EngineFailed, Invalid, WouldBlock
 
 SENT_MOST = 128 << 10  # of what was read, for programs that read ahead and seek back: bash's `read`, head(1)
+_PARTS_MOST = 1000  # of a read: what one pwritev(2) takes (IOV_MAX is 1024)
 TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds
 
 
@@ -33,6 +37,15 @@ class TraceFile(Kind):
         return _TraceHandle(node, nonblocking, self.binary, reads=not writing)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What was made of a piece for its reader."""
+
+    records: bytes  # with one that says what was lost before it
+    before: int  # events of the stream
+    made: bytes
+
+
 class _TraceHandle(LineHandle):
     """A reader from when it was opened, or, when it was opened for writing, too, from its first read. While tracing is
     off, a reader that has read all gets the end of the file."""
@@ -43,10 +56,12 @@ class _TraceHandle(LineHandle):
         super().__init__(node, nonblocking, writing=not reads)
         self._buffer = self.scope.vm.trace.buffer
         self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
-        self._rest = b""  # of `_last`, what did not fit into the read
-        self._last: Chunk | None = None
+        self._rest = b""  # of the last piece, what did not fit into the read
+        self._last: deque[_Made] = deque()  # what the last read is made of, and `_rest`
         self._position = 0  # how much was read
-        self._sent = b""  # the end of that
+        self._sent: deque[bytes] = deque()  # the end of that
+        self._sent_size = 0
+        self._shared = -1  # memory, for reads ahead
         self._reader: TraceReader | None = None
         self._unsubscribe = lambda: None
         if reads:
@@ -61,22 +76,57 @@ class _TraceHandle(LineHandle):
     async def read(self, offset: int, size: int) -> bytes:
         if offset != self._position:
             return self._again(offset, size)
-        data = await self._next(size)
-        self._position += len(data)
-        self._sent = (self._sent + data)[-SENT_MOST:] if len(data) < SENT_MOST else data[-SENT_MOST:]
-        return data
+        parts = await self._next(size)
+        self._was_read(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def share(self) -> int:
+        if self._shared < 0:
+            await self.scope.budget.hold(self, 2 * AHEAD_MOST)  # and what may be read again
+            self._shared = os.memfd_create("vmfs-ahead", os.MFD_CLOEXEC)
+            os.ftruncate(self._shared, AHEAD_MOST)
+        return self._shared
+
+    async def read_ahead(self, offset: int) -> int | None:
+        if offset != self._position or self._shared < 0:
+            return None
+        parts = await self._next(AHEAD_MOST)
+        done = sum(map(len, parts))
+        if os.pwritev(self._shared, parts, 0) != done:
+            raise EngineFailed("the memory for what is read ahead is gone")
+        self._was_read(parts)
+        return done
+
+    def _was_read(self, parts: list[bytes]) -> None:
+        for part in parts:
+            self._position += len(part)
+            self._sent_size += len(part)
+            self._sent.append(part)
+        most = SENT_MOST if self._shared < 0 else SENT_MOST + AHEAD_MOST
+        while self._sent and self._sent_size - len(self._sent[0]) >= most:
+            self._sent_size -= len(self._sent.popleft())
 
     def _again(self, offset: int, size: int) -> bytes:
-        first = self._position - len(self._sent)
+        first = self._position - self._sent_size
         if not first <= offset < self._position:
             raise Invalid(f"byte {offset}: {self._position} were read, and one can go back to {first}")
-        return self._sent[offset - first : offset - first + size]
+        parts = []
+        for part in self._sent:
+            if first + len(part) > offset and size:
+                parts.append(part[max(offset - first, 0) :][:size])
+                size -= len(parts[-1])
+            first += len(part)
+        return b"".join(parts)
 
-    async def _next(self, size: int) -> bytes:
+    async def _next(self, size: int) -> list[bytes]:
+        """What comes next, in parts: as much as there is, up to `size` bytes; none at the end."""
         nonblocking = is_nonblocking(self.nonblocking)
         reader = self._begin()
-        parts, room = [], size
-        while room:
+        while len(self._last) > bool(self._rest):
+            self._last.popleft()
+        parts: list[bytes] = []
+        room = size
+        while room and len(parts) < _PARTS_MOST:
             if not self._rest and not self._fetch(reader, room):
                 if parts or not self._buffer.flowing:
                     break
@@ -87,21 +137,21 @@ class _TraceHandle(LineHandle):
             parts.append(self._rest[:room])
             self._rest = self._rest[room:]
             room -= len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
     def _fetch(self, reader: TraceReader, size: int) -> bool:
         before = reader.seen
         piece: Piece | None = self._buffer.take(reader, size if self._text is None else TEXT_AT_ONCE)
         if piece is None:
             return False
+        records = dropped_record(piece.lost) + piece.data if piece.lost else piece.data
         if self._text is None:
-            lost = dropped_record(piece.lost) if piece.lost else b""
-            self._rest = lost + piece.data
+            self._rest = records
         else:
             lost = b"dropped %d\n" % piece.lost if piece.lost else b""
-            made = self._text.lines(piece.data)
-            self._rest = lost + (made if piece.text is None else piece.text)
-        self._last = Chunk(piece.data, before + piece.lost, None)
+            made = self._text.lines(piece.data) if piece.text is None else piece.text
+            self._rest = lost + made
+        self._last.append(_Made(records, before + piece.lost, self._rest))
         return True
 
     async def _wait(self, reader: TraceReader) -> None:
@@ -142,17 +192,28 @@ class _TraceHandle(LineHandle):
         return (POLL_IN if there else 0) | (POLL_OUT if self.node.kind.writable else 0)
 
     def close(self) -> None:
-        """What did not fit into the last read is for the next reader."""
+        """What was not read is for the next reader: what did not fit into the last read, or was read ahead."""
         self._unsubscribe()
         if self._reader is not None:
-            self._buffer.close(self._reader, self._unread())
+            self._buffer.close(self._reader, self._left(self.unread + len(self._rest)))
+        if self._shared >= 0:
+            os.close(self._shared)
+            self.scope.budget.drop(self)
 
-    def _unread(self) -> Chunk | None:
-        last = self._last
-        if not self._rest or last is None:
+    def _left(self, size: int) -> Chunk | None:
+        """The last `size` bytes of what was made, as a chunk again."""
+        there = 0
+        pieces: deque[_Made] = deque()
+        for piece in reversed(self._last):
+            if there >= size:
+                break
+            pieces.appendleft(piece)
+            there += len(piece.made)
+        if not pieces or not size:
             return None
+        made = b"".join(piece.made for piece in pieces)[-size:]
+        records = b"".join(piece.records for piece in pieces)
         if self._text is not None:
-            return Chunk(last.data, last.before, self._rest)
-        size = min(len(self._rest) // RECORD * RECORD, len(last.data))  # whole records only
-        done = len(last.data) - size
-        return Chunk(last.data[done:], last.before + count(last.data[:done])) if size else None
+            return Chunk(records, pieces[0].before, made)
+        kept = made[len(made) % RECORD :]  # whole records only
+        return Chunk(kept, pieces[0].before + count(records) - count(kept)) if kept else None
