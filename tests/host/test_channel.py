@@ -22,6 +22,7 @@ from fs.fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from vmfs.fs.ahead import ReadAhead
 from vmfs.host.credentials import Credentials
 from vmfs.host.machines import Host
 from vmfs.host.process import Asker, MachineProcess
@@ -29,7 +30,7 @@ from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Job
 from vmfs.machine import worker
 from vmfs.words import commands
-from vmfs.words.errors import VmfsError
+from vmfs.words.errors import ProcessFailed, VmfsError
 
 B = Credentials(54322, 54322)
 ENCODE = msgspec.msgpack.Encoder().encode
@@ -216,6 +217,25 @@ def descriptors_there() -> int:
 QUICK = settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 
 
+def test_what_a_hostile_machine_says_is_read_ahead():
+    """Sizes are checked once; what is not in the memory any more fails that read."""
+    memory = os.memfd_create("ahead")
+    os.write(memory, b"0123456789" * 1000)
+    ahead = ReadAhead(os.dup(memory))
+    for size in (-1, commands.AHEAD_MOST + 1, 1 << 62):
+        with pytest.raises(ProcessFailed):
+            ahead.placed(0, size)
+        assert ahead.read(0, 10) is None and not ahead.unread
+    ahead.placed(500, 10000)
+    assert ahead.read(499, 10) is None and ahead.read(10500, 10) is None
+    assert ahead.read(505, 5) == b"56789" and ahead.unread == 9990
+    os.ftruncate(memory, 10)  # it has no seals: what is mapped of it would be a SIGBUS
+    with pytest.raises(ProcessFailed, match="taken away"):
+        ahead.read(505, 10)
+    ahead.close()
+    os.close(memory)
+
+
 @QUICK
 @given(st.lists(st.tuples(packets(commands.ToServer), st.sampled_from(FDS)), max_size=12))
 def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
@@ -229,6 +249,8 @@ def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
             for make in (
                 lambda at: commands.Open(at, "regs", False, False, False, False, 0),
                 lambda at: commands.Read(at, 1, 0, 100, 0),
+                lambda at: commands.Read(at, 1, 0, 1 << 17, 0, True),
+                lambda at: commands.Share(at, 1),
                 lambda at: commands.Write(at, 1, 0, b"blk /x", 0),
                 lambda at: commands.List(at, "dev"),
                 lambda at: commands.Poll(at, 1, True),

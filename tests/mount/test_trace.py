@@ -251,3 +251,41 @@ def test_a_machine_moves_with_its_trace(emulated):
     emulated.write("vm_run", "step")
     emulated.write("trace", "off")
     assert emulated.read("trace") == "insn 0x1000\n"
+
+
+def test_what_was_read_ahead_for_a_reader_is_for_the_next(emulated):
+    """Large reads are answered out of shared memory, in which the machine reads ahead: nothing of that is lost, nor
+    given twice, whatever the reader does."""
+    emulated.load(SPIN)
+    emulated.write("trace", "insn on")
+    emulated.write("vm_run", "insns 600000")
+    emulated.write("trace", "off")
+    large = 128 << 10
+    with open(emulated.path / "trace.bin", "rb", buffering=0) as first:
+        records = first.read(large)
+        assert os.pread(first.fileno(), 64, 32) == records[32:96]  # as programs do that seek back
+        records += first.read(large)
+        assert os.pread(first.fileno(), 64, large - 32) == records[large - 32 : large + 32]
+        records += first.read(4096)
+    with open(emulated.path / "trace.bin", "rb", buffering=0) as second:
+        records += second.read(100)
+        while part := second.read(large):
+            records += part
+        assert os.pread(second.fileno(), 64, second.tell() - large) == records[-large:][:64]
+        assert failing(os.pread, second.fileno(), large, 0) == errno.EINVAL  # too far back
+    assert count(records) == 600000
+
+    assert stat(emulated)["trace_dropped"] == "0"
+
+
+def test_the_lines_that_were_read_ahead_are_for_the_next(emulated):
+    emulated.load(SPIN)
+    emulated.write("trace", "insn on")
+    emulated.write("vm_run", "insns 300000")
+    emulated.write("trace", "off")
+    with open(emulated.path / "trace", "rb", buffering=0) as first:
+        lines = first.read(128 << 10)
+    with open(emulated.path / "trace", "rb", buffering=0) as second:
+        while part := second.read(128 << 10):
+            lines += part
+    assert lines.splitlines() == [b"insn 0x1000", b"insn 0x1001"] * 150000

@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from vmfs.fs.ahead import ReadAhead
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
@@ -20,7 +21,7 @@ from vmfs.fs.lane import STILL
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
-from vmfs.words.commands import AHEAD_MOST, ANY_FLAGS, DATA_MOST, Message
+from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
 from vmfs.words.errors import Gone, Interrupted, LimitReached, ProcessFailed
 
 log = logging.getLogger(__name__)
@@ -97,43 +98,6 @@ class Served(Kind):
         await call(machine, lambda at: commands.Truncate(at, node.path, size, opened), 0)
 
 
-class _Ahead:
-    """What a machine reads ahead for an open file: up to AHEAD_MOST bytes of it, from `start` on, in memory that the
-    machine may change or take away at any time. Offsets in it are this side's alone, and sizes are checked once."""
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self._start = self._end = self._read_to = 0
-
-    def placed(self, offset: int, size: int) -> None:
-        if not 0 <= size <= AHEAD_MOST:
-            raise ProcessFailed("the machine's process says that it has read ahead what cannot be")
-        self._start, self._end, self._read_to = offset, offset + size, offset
-
-    def read(self, offset: int, size: int) -> bytes | None:
-        """None: the machine is to be asked."""
-        if not self._start <= offset < self._end:
-            return None
-        size = min(size, self._end - offset)
-        data = os.pread(self._memory, size, offset - self._start)
-        if len(data) < size:
-            raise ProcessFailed("the machine's process has taken away what it had read ahead")
-        self._read_to = max(self._read_to, offset + size)
-        return data
-
-    def was_passed(self, offset: int) -> None:
-        """What comes after all of it was read: nobody wants the rest of it."""
-        if offset >= self._end:
-            self._read_to = self._end
-
-    @property
-    def unread(self) -> int:
-        return self._end - self._read_to
-
-    def close(self) -> None:
-        os.close(self._memory)
-
-
 class ServedHandle(Handle):
     """An open file of the machine's process, by its number there."""
 
@@ -148,7 +112,7 @@ class ServedHandle(Handle):
         self._opening = trio.Lock()
         self._flushes = False  # a close has something to do there
         self._end = 0  # where what was read ends; 0: not known
-        self._ahead: _Ahead | None = None
+        self._ahead: ReadAhead | None = None
         self._may_read_ahead = node.kind.ahead
         self._reads = 0  # that the machine is asked for
 
@@ -208,7 +172,7 @@ class ServedHandle(Handle):
         self._reads += 1
         try:
             await self._be_open()
-            ahead = self._reads == 1 and size >= _LARGE and await self._has_ahead()
+            ahead = self._reads == 1 and size >= _LARGE and await self._begin_ahead()
             answer = await call(
                 self._machine,
                 lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags, ahead),
@@ -232,16 +196,19 @@ class ServedHandle(Handle):
         self._end = offset + len(data) if answer.number else 0
         return data
 
-    async def _has_ahead(self) -> bool:
-        """Whether a read may be answered by what is read ahead."""
+    async def _begin_ahead(self) -> bool:
+        """Whether a read may be answered by what is read ahead from now on."""
         if self._ahead is None and self._may_read_ahead:
             self._may_read_ahead = False
             try:
                 answer = await call(self._machine, lambda at: commands.Share(at, self._number), self.pid)
-                self._ahead = _Ahead(self._machine.open_memory(answer.number))
+                self._ahead = ReadAhead(self._machine.open_memory(answer.number))
             except (CallFailed, ProcessFailed, LimitReached) as error:  # then it is read as ever
                 log.debug("%s is not read ahead: %s", self.node.name, error)
-        return self._ahead is not None
+        if self._ahead is None:
+            return False
+        self._ahead.begin()
+        return True
 
     async def write(self, offset: int, data: bytes) -> int:
         """In pieces, as a message has room for: one write of a text is never so long."""

@@ -85,8 +85,8 @@ def main(
 
 
 def keep_what_is_freed() -> None:
-    """Use again the room of bytes that were on their way to a reader. The zygote gives whatever is large pages of its own,
-    for its tables; each read of a stream would be paid for with page faults then."""
+    """Use again the room of bytes that were on their way to a reader. The zygote gives whatever is large pages of its
+    own, for its tables; each read of a stream would be paid for with page faults then."""
     _LIBC.mallopt(_M_MMAP_THRESHOLD, _KEPT)
     _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT)
 
