@@ -230,6 +230,21 @@ def test_time_is_moved_and_timers_keep_what_they_have_left():
         assert vm.regs() == moved.regs()
 
 
+@pytest.mark.parametrize("text", [b"\x80", b"a\0b", b"a\n", "\u00e9".encode()])
+def test_an_error_that_waits_is_a_sentence(text):
+    with machine_on(ENGINE) as vm:
+        now = Progress.unpack(vm.vcpu.get_state("progress"))
+        waits = replace(now, exits=(Waiting(8, 0x1000, data=b"it went wrong"),)).pack()
+        vm.vcpu.set_state("progress", waits)
+        refused = replace(now, exits=(Waiting(8, 0x1000, data=text),)).pack()
+        with pytest.raises(Invalid):
+            vm.vcpu.set_state("progress", refused)
+        with pytest.raises(Invalid):
+            Progress.unpack(refused)
+        assert vm.vcpu.get_state("progress") == waits
+        assert vm.vcpu.run().line().startswith("error ")
+
+
 # ---- any bytes
 
 

@@ -240,6 +240,8 @@ def _take_waiting(cursor: _Cursor) -> Waiting:
     is_write = reason in (Reason.IO, Reason.MMIO)
     if reason not in iter(Reason) or write > 1 or also > 1 or (is_write and not (write and length == size * count)):
         raise Invalid("progress: an exit that waits cannot be")
+    if reason == Reason.ERROR and not (data.isascii() and data.decode().isprintable()):
+        raise Invalid("progress: an error that waits is no text")
     if (reason == Reason.DEBUG and cause >= len(CAUSES)) or (length and not is_write and reason != Reason.ERROR):
         raise Invalid("progress: an exit that waits cannot be")
     return Waiting(reason, rip, address, size, count, data, cause, id_, vector, bool(write), bool(also))

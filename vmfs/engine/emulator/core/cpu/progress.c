@@ -49,6 +49,9 @@ static size_t check_waiting(const u8 *at, size_t size, bool after_stop)
     case EXIT_ERROR:
         if (w.data >= sizeof ((struct vcpu *)0)->waiting_message)
             return 0;
+        for (const u8 *byte = at + sizeof w; byte < at + sizeof w + w.data; byte++)
+            if (*byte < ' ' || *byte > '~') /* of a sentence there are no others */
+                return 0;
         want = w.data;
         break;
     case EXIT_HLT: case EXIT_SHUTDOWN: case EXIT_INTERRUPTED: case EXIT_LIMIT:
