@@ -20,6 +20,7 @@ import trio
 
 from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
+from vmfs.fs.interrupts import interruptible
 from vmfs.fs.sizes import measure
 from vmfs.host.process import CallFailed
 from vmfs.memory.ram import PAGE
@@ -210,7 +211,8 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         parent = _directory(self._inodes.get(parent_inode))
-        node = await parent.lookup(os.fsdecode(name))
+        async with interruptible(ctx.pid):
+            node = await parent.lookup(os.fsdecode(name))
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         node.lookups += 1
@@ -221,9 +223,10 @@ class Operations(pyfuse3.Operations):
             self._inodes.forget(number, lookups)
 
     @_answers
-    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         node = self._inodes.get(inode)
-        await measure([node])
+        async with interruptible(ctx.pid):
+            await measure([node])
         return _attributes(node)
 
     @_answers
