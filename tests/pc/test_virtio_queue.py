@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pc.virtio_driver import ALL_RING_FEATURES, SIZE, Bench, Driver
 
+from vmfs.devices import _chips
 from vmfs.devices.board import Board
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.pci import EVENT_IDX, INDIRECT_DESC, VERSION_1, VirtioDevice, VirtioState
-from vmfs.devices.virtio.queue import INDIRECT, NEXT, WRITE, Chain, Virtqueue, part
+from vmfs.devices.virtio.queue import INDIRECT, NEXT, WRITE, Chain, DriverError, Virtqueue, part
 from vmfs.devices.virtio.rng import Rng
 from vmfs.memory.ram import PAGE
 
@@ -464,3 +465,69 @@ def test_chains_know_their_board(bench: Bench) -> None:
     assert chain.write(b"abcdef") == 4
     assert bench.memory.read(16, 2) + bench.memory.read(32, 2) == b"abcd"
     assert chain.write(b"Z", 3) == 1 and bench.memory.read(33, 1) == b"Z"
+
+
+_ADDRESS = st.one_of(
+    st.sampled_from((0x2000, SIZE - 16, SIZE - 1, SIZE, 1 << 63, 2**64 - 1)),
+    st.integers(0, SIZE // 16).map(lambda at: at * 16),
+)
+_ROW = st.tuples(
+    _ADDRESS,
+    st.one_of(st.sampled_from((0, 1, 16, 48, 17, 16 * 1024, 16 * 1025, 2**32 - 1)), st.integers(0, 4096)),
+    st.sampled_from(
+        (0, NEXT, NEXT, NEXT, WRITE, NEXT | WRITE, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, 0xFFF8 | WRITE)
+    ),
+    st.integers(0, 9),
+)
+
+
+@given(
+    table=st.lists(_ROW, min_size=8, max_size=8),
+    inner=st.lists(_ROW, min_size=3, max_size=3),
+    head=st.integers(0, 9),
+    indirect=st.booleans(),
+    alike=st.booleans(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=600)
+def test_c_and_python_read_the_same_chains(
+    bench: Bench, table: list, inner: list, head: int, indirect: bool, alike: bool
+) -> None:
+    """Python says what a chain is, or that it is none; C takes the same ones, and gives the same."""
+    queue = Virtqueue(bench.board, 0, 8)
+    queue.descriptors, queue.indirect = 0x1000, indirect
+    if alike:  # readable ones first, each to the next: mostly a chain
+        table = [(at % (SIZE - 4096), length % 4096, NEXT | (flags & INDIRECT if n == 7 else 0), n + 1)
+                 for n, (at, length, flags, _) in enumerate(table)]  # fmt: skip
+        table[7] = (0x2000, 48, INDIRECT, 0) if indirect else (*table[7][:2], WRITE, 0)
+        inner = [
+            (at % SIZE, length % 64, WRITE | (NEXT if n < 2 else 0), n + 1) for n, (at, length, *_) in enumerate(inner)
+        ]
+    bench.memory.write(0x1000, b"".join(struct.pack("<QIHH", *row) for row in table))
+    bench.memory.write(0x2000, b"".join(struct.pack("<QIHH", *row) for row in inner))
+    ram = bench.board.ram
+    spans = _chips.chain(ram, bench.board.ram_ranges, queue.descriptors, queue.size, head, indirect)
+    try:
+        said = queue._read_chain(ram, head)
+    except DriverError:
+        assert spans is None
+    else:
+        assert spans == (said.readable, said.writable)
+
+
+def test_c_takes_a_chain_that_is_right(bench: Bench) -> None:
+    """Else each would be read twice, and nobody would see it."""
+    queue = Virtqueue(bench.board, 0, 8)
+    queue.descriptors = 0x1000
+    rows = ((0x3000, 16, NEXT, 2), (0, 0, 0, 0), (0x4000, 4096, NEXT | WRITE, 3), (SIZE - 1, 1, WRITE, 0))
+    bench.memory.write(0x1000, b"".join(struct.pack("<QIHH", *row) for row in rows))
+    spans = _chips.chain(bench.board.ram, bench.board.ram_ranges, 0x1000, 8, 0, False)
+    assert spans == ([(0x3000, 16)], [(0x4000, 4096), (SIZE - 1, 1)])
+
+
+def test_what_devices_write_is_told_once_where_it_is_one_piece(bench: Bench) -> None:
+    told: list[tuple[int, int]] = []
+    bench.machine.memory_written = lambda address, size: told.append((address, size))
+    bench.board.take_dirty()
+    bench.board.wrote_all([(0x1000, 0x1000), (0x2000, 0x800), (0, 0), (0x2800, 1), (0x5FFF, 2), (0x2000, 16)])
+    assert told == [(0x1000, 0x1801), (0x5FFF, 2), (0x2000, 16)]
+    assert bench.board.take_dirty() == 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6

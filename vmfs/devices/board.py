@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -376,6 +376,11 @@ class Board:
         return self.memory.is_ram(address, length)
 
     @property
+    def ram_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where RAM lies: (start, end) of each region."""
+        return tuple((one.address, one.end) for one in self.memory.regions)
+
+    @property
     def ram(self) -> mmap.mmap:
         """RAM by its addresses, to read. What is written must be told to `wrote`; `dma_write` does both."""
         if self._map is None or len(self._map) != self.memory.end:
@@ -398,20 +403,26 @@ class Board:
 
     def wrote(self, address: int, length: int) -> None:
         """A device has written RAM: for the dirty log, as if the guest had."""
-        if not length:
-            return
-        first, last = address // PAGE, (address + length - 1) // PAGE
+        self.wrote_all(((address, length),))
+
+    def wrote_all(self, spans: Iterable[tuple[int, int]]) -> None:
+        """`wrote`, of each (address, length)."""
+        spans = _joined(spans)
         with self._dirty_lock:
-            while first <= last:
-                part, at = divmod(first, _DIRTY_PART)
-                count = min(last - first + 1, _DIRTY_PART - at)
-                pages = self._dirty.get(part)
-                if pages is None:
-                    pages = self._dirty[part] = bytearray(_DIRTY_PART)
-                pages[at : at + count] = b"\1" * count
-                first += count
-            self.writes += 1
-        self.machine.memory_written(address, length)
+            for address, length in spans:
+                first, last = address // PAGE, (address + length - 1) // PAGE
+                while first <= last:
+                    part, at = divmod(first, _DIRTY_PART)
+                    count = min(last - first + 1, _DIRTY_PART - at)
+                    pages = self._dirty.get(part)
+                    if pages is None:
+                        pages = self._dirty[part] = bytearray(_DIRTY_PART)
+                    pages[at : at + count] = b"\1" * count
+                    first += count
+            self.writes += len(spans)
+        written = self.machine.memory_written
+        for address, length in spans:
+            written(address, length)
 
     def wrote_slot(self, slot: int) -> None:
         """A device has written memory of its own that `map_memory` has put there."""
@@ -562,6 +573,21 @@ class Board:
                 with contextlib.suppress(BufferError):  # a thread still copies; the last reference unmaps
                     self._map.close()
                 self._map = None
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without empty ones, and one for those that follow each other in memory."""
+    joined: list[tuple[int, int]] = []
+    end = -1
+    for address, length in spans:
+        if not length:
+            continue
+        if address == end:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((address, length))
+        end = address + length
+    return joined
 
 
 def _sorted(device: Device) -> dict[str, int]:

@@ -1,5 +1,6 @@
 /* vmfs.devices._chips: the bus and the chips, and what their types have in common. */
 #include "module.h"
+#include "ring.h"
 
 bool is_chip(const struct module_state *state, PyObject *object)
 {
@@ -147,9 +148,15 @@ static int module_clear(PyObject *module)
     return 0;
 }
 
+static PyMethodDef module_methods[] = {
+    {"chain", ring_chain, METH_VARARGS,
+     "chain(ram, ((start, end), ...), table, count, head, indirect) -> the (address, length) of what may be read, and of what may\n"
+     "be written; None where it is no chain that a driver may make"},
+    {NULL, NULL, 0, NULL},
+};
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
 static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT, "vmfs.devices._chips", "Devices that a guest uses often, in C.", sizeof(struct module_state), NULL,
+    PyModuleDef_HEAD_INIT, "vmfs.devices._chips", "Devices that a guest uses often, in C.", sizeof(struct module_state), module_methods,
     module_slots, module_traverse, module_clear, NULL,
 };
 PyMODINIT_FUNC PyInit__chips(void) { return PyModuleDef_Init(&module_def); }

@@ -160,8 +160,7 @@ class Block(VirtioDevice[BlockState]):
             try:
                 self.disk.read(sector * SECTOR, self._views(spans))
             finally:  # a read that fails may have written some of it
-                for address, length in spans:
-                    self.board.wrote(address, length)
+                self.board.wrote_all(spans)
             self._count("read", room)
             return OK, room
         if kind == OUT:

@@ -15,6 +15,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U16, U64, DeviceState, Port
 from vmfs.words.errors import Invalid
 
@@ -70,6 +71,8 @@ class Chain:
 
 def part(spans: list[Span], offset: int, length: int | None = None) -> list[Span]:
     """The spans of `length` bytes (or all) from `offset` on, as far as there are so many."""
+    if offset == 0 and length is not None and spans and sum(size for _, size in spans) - spans[-1][1] == length:
+        return spans[:-1]  # all but the last, as of most requests
     taken: list[Span] = []
     left = MAX_BYTES if length is None else length
     for at, size in spans:
@@ -169,6 +172,11 @@ class Virtqueue:
         self.taken = (self.taken - 1) & 0xFFFF
 
     def _chain(self, ram: mmap.mmap, head: int) -> Chain:
+        """C reads what a driver may make. What it does not take is read again here, which says what is wrong."""
+        spans = _chips.chain(ram, self.board.ram_ranges, self.descriptors, self.size, head, self.indirect)
+        return Chain(self.board, head, *spans) if spans is not None else self._read_chain(ram, head)
+
+    def _read_chain(self, ram: mmap.mmap, head: int) -> Chain:
         chain = Chain(self.board, head, [], [])
         is_ram = self.board.is_ram
         table, count, index = self.descriptors, self.size, head
