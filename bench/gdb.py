@@ -26,7 +26,7 @@ CONDITIONS = 300
 CODE_AT = 0x1000
 # xor eax, eax; inc rax; cmp rax, r8; jne -8; nop; jmp to the begin
 CODE = bytes.fromhex("31c0" "48ffc0" "4c39c0" "75f8" "90" "ebf3")
-LOOP, BEHIND = CODE_AT + 2, CODE_AT + 10
+LOOP, AFTER = CODE_AT + 2, CODE_AT + 10
 
 SCRIPT = """
 set pagination off
@@ -47,7 +47,7 @@ detach
 MORE = """
 gdb.execute("set var $rip = {code}")
 gdb.execute("set var $r8 = {conditions}")
-gdb.execute("break *{behind_loop} if $rax == {conditions} - 1", to_string=True)
+gdb.execute("break *{after_loop} if $rax == {conditions} - 1", to_string=True)
 timed("condition", {conditions} - 1, "continue")
 """
 
@@ -100,18 +100,18 @@ def _range(vm: Path, engine: str) -> float:
         _exchange(stream, b"?")
         (vm / "registers").write_text(f"rip {CODE_AT}\nrax 0\nr8 {RANGE[engine]}\n")
         began = time.perf_counter()
-        _exchange(stream, b"vCont;r%x,%x:1" % (CODE_AT, BEHIND))
+        _exchange(stream, b"vCont;r%x,%x:1" % (CODE_AT, AFTER))
         took = time.perf_counter() - began
     finally:
         os.close(stream)
-    assert int((vm / "reg/rip").read_text(), 0) == BEHIND
+    assert int((vm / "reg/rip").read_text(), 0) == AFTER
     return 3 * RANGE[engine] / took
 
 
 def _own_condition(vm: Path, rounds: int) -> float:
     """How often a second the machine's own condition is looked at."""
     (vm / "registers").write_text(f"rip {CODE_AT}\nrax 0\nr8 {rounds}\n")
-    (vm / "debug").write_text(f"delete all\nbreak {BEHIND - 2:#x} if rax=={rounds - 1}\n")
+    (vm / "debug").write_text(f"delete all\nbreak {AFTER - 2:#x} if rax=={rounds - 1}\n")
     began = time.perf_counter()
     line = (vm / "vm_run").read_text()
     took = time.perf_counter() - began
@@ -154,7 +154,7 @@ def results() -> list[Result]:
 def _results(mount: Path, engine: str, folder: str, qemu: str | None) -> Iterator[Result]:
     vm = _machine(mount, engine, 1 << 40)
     (vm / "gdb").write_text(f"{folder}/{engine}.sock")
-    more = MORE.format(code=CODE_AT, behind_loop=BEHIND - 2, conditions=CONDITIONS)
+    more = MORE.format(code=CODE_AT, after_loop=AFTER - 2, conditions=CONDITIONS)
     targets = {"socket": (f"{folder}/{engine}.sock", more), "pipe": (f"| {sys.executable} -m vmfs.cli gdb {vm}", "")}
     if qemu:
         targets["qemu"] = qemu, ""

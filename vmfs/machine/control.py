@@ -11,7 +11,7 @@ mutable in a machine (the state, the current run, the tasks that wait for a boun
 calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
 of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
 
-While the machine does not run, whoever holds the lock may use the CPUs. While it runs, only their threads may:
+While the machine does not run, the lock's holder may use the CPUs. While it runs, only their threads may:
 others hand them a task (`at_boundary`) and kick them; once all stand between two instructions, one does the tasks, and
 they go on. When one comes to an exit that the caller sees, the others are kicked, and end, too. What they came to on
 their way is kept for the next runs (`_held`).

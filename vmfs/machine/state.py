@@ -4,7 +4,7 @@ All that decides what a machine does next is a row of ROWS, whatever owns it: a 
 its devices, memory, the machine as its user has set it up. `take` makes a value of it, `put` makes a machine what a
 value says. Reset, the move to another engine and the trial of a change read the same table.
 
-Rows of MEMORY are in the table and not in a value: they are large, and whoever keeps them shares their pages.
+Rows of MEMORY are in the table and not in a value: they are large, and a keeper of them shares their pages.
 `state_hash` has them. Not in the table are points, traces and symbols, which stay with the user who looks at the
 machine, and what is a cache, which an engine may drop at any time: decoded code, the TLB (Intel SDM 3A 4.10.2.2 lets a
 processor do that).

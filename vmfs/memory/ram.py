@@ -147,7 +147,7 @@ class Memory:
 
     def view(self, check: Callable[[], None] = lambda: None) -> MemoryView:
         """For a thread that reads RAM for a while: it may outlive this object. `check` is called before each read, and
-        raises what ends the work; whoever computes for long calls it, too."""
+        raises what ends the work; what computes for long calls it, too."""
         self._check_open()
         return MemoryView(os.dup(self.fd), self.regions, check)
 

@@ -110,7 +110,7 @@ CASES = (
     Case(
         "sti-shadow",
         "real",
-        # Behind sti one more instruction runs before an interrupt (SDM 2B, STI): bl is 1 by then.
+        # After sti one more instruction runs before an interrupt (SDM 2B, STI): bl is 1 by then.
         _REAL_SETUP + """
             xor bx, bx; sti; inc bx; inc bx; """ + _await(1) + """hlt; l2:
             handler20: mov [si], bl; inc si; iret

@@ -73,7 +73,7 @@ def send(reply: bytes, fd: int) -> socket.socket | None:
 
 
 def peer_of(connection: socket.socket) -> int:
-    """The effective user id of who has connected."""
+    """The effective user id of the process that has connected."""
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return uid
 

@@ -330,7 +330,7 @@ class Stub:
         return b"T%02x%b%bthread:%x;" % (signal, words, reason, _FIRST + self.inferior.cpu)
 
     def _why(self, _arguments: bytes) -> bytes:
-        """`?`: the machine stands still for gdb, whoever ran it."""
+        """`?`: the machine stands still for gdb, whatever ran it."""
         try:
             self.inferior.pause()
         except VmfsError as error:  # what cannot be booted: the first run will say so, too

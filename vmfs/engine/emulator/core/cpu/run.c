@@ -410,7 +410,7 @@ static void after_escape(struct vcpu *c, enum escape how)
     }
 }
 
-/* Behind an instruction that ran alone. `tf`: EFLAGS.TF was set before it. */
+/* After an instruction that ran alone. `tf`: EFLAGS.TF was set before it. */
 static void after_alone(struct vcpu *c, bool tf)
 {
     c->stores_rip = c->gpr[GPR_IP];

@@ -25,7 +25,7 @@ typedef int32_t i32;
 /* ---- Registers by number --------------------------------------------------------------------------------- */
 
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
-/* Behind the sixteen: a slot that is always zero, for addresses without base or index, and the instruction
+/* After the sixteen: a slot that is always zero, for addresses without base or index, and the instruction
  * pointer at the start of the running block, for RIP-relative addresses. */
 enum { GPR_ZERO = 16, GPR_IP = 17, GPR_COUNT = 18 };
 

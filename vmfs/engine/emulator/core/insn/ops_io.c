@@ -110,7 +110,7 @@ HANDLER(out_DX);
 
 /* ---- Strings -------------------------------------------------------------------------------------------------------------------- */
 
-/* Behind an iteration: the next one is a new instruction. */
+/* After an iteration: the next one is a new instruction. */
 static void end_string(struct vcpu *c, const struct record *r)
 {
     if (repeats(r)) {
