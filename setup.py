@@ -92,7 +92,7 @@ def extensions():
             found.append(Extension(
                 name,
                 sources=[source],
-                depends=[LANE, EXIT],
+                depends=[LANE, BUS, EXIT],
                 include_dirs=["vmfs/words"],
                 extra_compile_args=COMPILE,
                 extra_link_args=LINK,

@@ -96,7 +96,13 @@ class Board:
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
         self.time_source = "host"  # or instructions, as the machine's
         self._seed, self._drawn = os.urandom(_SEED), 0
-        self._is_fast = machine.set_fast_bus(self.bus.capsule)  # the engine asks the bus by itself
+        self._is_fast = False  # the engine asks the bus by itself,
+        self._sees_due = False  # and looks at what is due there
+        self._give_bus()
+
+    def _give_bus(self) -> None:
+        self._is_fast = self.machine.set_fast_bus(self.bus.capsule)
+        self._sees_due = self._is_fast and self.machine.sees_due
 
     # ---- devices
 
@@ -174,6 +180,7 @@ class Board:
                 self._port(exit_, cpu)
             else:
                 self._memory(exit_, cpu)
+            self.chip_used()  # by the bus, just before, perhaps
             if self.shutdown is None:
                 return None
             (cause, code), self.shutdown = self.shutdown, None
@@ -317,7 +324,7 @@ class Board:
             if self._first_due() is None:
                 return
             now = self.now()
-            if not self._is_fast:
+            if not self._sees_due:
                 self.bus.advance(now)
             while (timer := self._timers.take_due(now)) is not None:
                 timer.callback()
@@ -325,7 +332,7 @@ class Board:
 
     def _first_due(self) -> int | None:
         """Of the timers that are not the engine's to look at."""
-        first, due = self._timers.first(), None if self._is_fast else self.bus.due
+        first, due = self._timers.first(), None if self._sees_due else self.bus.due
         return first if due is None else due if first is None else min(first, due)
 
     def _set_deadline(self) -> None:
@@ -335,7 +342,7 @@ class Board:
 
     def chip_used(self) -> None:
         """A chip with a timer was used from Python."""
-        if not self._is_fast and self.bus.due != self._told_due:
+        if not self._sees_due and self.bus.due != self._told_due:
             self._set_deadline()
 
     # ---- what chips have sent
@@ -481,7 +488,7 @@ class Board:
             self.machine.set_deadline(None)
             self.machine.set_fast_bus(None)
             self.machine = machine
-            self._is_fast = machine.set_fast_bus(self.bus.capsule)
+            self._give_bus()
             self._set_deadline()
             for device in self.devices.values():
                 device.machine_changed()

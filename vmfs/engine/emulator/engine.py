@@ -109,6 +109,8 @@ class EmulatorEngine(Engine):
 class EmulatorMachine(Machine):
     """A `struct vm` of the core."""
 
+    sees_due = True
+
     def __init__(self) -> None:
         self._vm = _core.Vm()
         self._has_irqchip = False

@@ -4,14 +4,19 @@
  * Runner(fd, page, index, finishes) is of one vCPU: its descriptor and its kvm_run mapping. It runs from a plain state to an
  * access or a halt. Whatever else ends KVM_RUN is vcpu.py's, which finds it in the mapping as after its own KVM_RUN.
  *
+ * Wires(vm, lines, bus) are between a VM and the devices in C of its board (vmfs/words/bus.h): their lines, and the guest's time.
+ * Runner.go(wires) is KVM_RUN, again and again while that bus answers what ends it.
+ *
  * Source: Linux Documentation/virt/kvm/api.rst, "The kvm_run structure". */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/ioctl.h>
 
+#include "bus.h"
 #include "lane.h"
 #include "../../include/vmfs.h"
 
@@ -161,6 +166,138 @@ static size_t data(void *cpu, uint8_t to[LANE_DATA_MOST])
     return left->size;
 }
 
+/* ---- devices in C ---- */
+
+typedef struct {
+    PyObject_HEAD
+    int vm;
+    Py_buffer lines;            /* a byte a line: its level, as it was last driven */
+    PyObject *capsule;
+    struct fast_bus *bus;
+} Wires;
+
+static void drive_line(void *machine, unsigned gsi, bool level)
+{
+    Wires *self = machine;
+    struct kvm_irq_level line = {.irq = gsi, .level = level};
+    if (gsi < (size_t)self->lines.len && ioctl(self->vm, KVM_IRQ_LINE, &line) >= 0)
+        ((uint8_t *)self->lines.buf)[gsi] = level;
+}
+
+static uint64_t guest_time(void *context)
+{
+    const Wires *self = context;
+    struct kvm_clock_data clock = {0};
+    ioctl(self->vm, KVM_GET_CLOCK, &clock);
+    return clock.clock;
+}
+
+/* Whether the bus has answered what KVM_RUN ended with. */
+static bool is_answered(Runner *self, Wires *wires)
+{
+    struct kvm_run *run = run_of(self);
+    struct bus_access access = {.rip = rip_of(self), .now = guest_time, .context = wires};
+    uint8_t *data;
+
+    if (run->exit_reason == KVM_EXIT_IO) {
+        if (run->io.count != 1 || run->io.size > 4 || !is_inside(self, run->io.data_offset, run->io.size))
+            return false;
+        access.write = run->io.direction == KVM_EXIT_IO_OUT;
+        access.size = run->io.size;
+        access.address = run->io.port;
+        data = (uint8_t *)run + run->io.data_offset;
+    } else if (run->exit_reason == KVM_EXIT_MMIO) {
+        if (run->mmio.len != 1 && run->mmio.len != 2 && run->mmio.len != 4 && run->mmio.len != 8)
+            return false;
+        access.memory = true;
+        access.write = run->mmio.is_write;
+        access.size = (uint8_t)run->mmio.len;
+        access.address = run->mmio.phys_addr;
+        data = run->mmio.data;
+    } else
+        return false;
+    if (access.write)
+        memcpy(&access.value, data, access.size);
+    if (!wires->bus->access(wires->bus, &access))
+        return false;
+    if (!access.write)
+        memcpy(data, &access.value, access.size);
+    return true;
+}
+
+/* 0: an exit that the bus does not answer; -1: something is due on the bus at another time; else the errno of KVM_RUN. An access that
+ * was answered is complete then. */
+static int go(Runner *self, Wires *wires)
+{
+    uint64_t due = atomic_load(&wires->bus->due);
+    while (ioctl(self->fd, KVM_RUN, 0) >= 0) {
+        if (!is_answered(self, wires))
+            return 0;
+        if (atomic_load(&wires->bus->due) != due) {
+            run_of(self)->immediate_exit = 1;   /* the rest of the access, and nothing of the guest; who clears it looks for kicks */
+            if (ioctl(self->fd, KVM_RUN, 0) >= 0)
+                return 0;                       /* another access of the same instruction: what is due, Python sees before the next */
+            return errno == EINTR ? -1 : errno;
+        }
+    }
+    return errno;
+}
+
+static PyObject *wires_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    int vm;
+    PyObject *lines, *capsule;
+    if (!PyArg_ParseTuple(args, "iOO", &vm, &lines, &capsule))
+        return NULL;
+    struct fast_bus *bus = PyCapsule_GetPointer(capsule, FAST_BUS);
+    Wires *self = bus ? (Wires *)type->tp_alloc(type, 0) : NULL;
+    if (!self)
+        return NULL;
+    self->vm = vm;
+    if (PyObject_GetBuffer(lines, &self->lines, PyBUF_WRITABLE)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->capsule = Py_NewRef(capsule);
+    self->bus = bus;
+    bus->attach(bus, &(struct bus_machine){self, drive_line});
+    return (PyObject *)self;
+}
+
+static void detach(Wires *self)
+{
+    if (self->bus)
+        self->bus->detach(self->bus, self);
+    self->bus = NULL;
+    Py_CLEAR(self->capsule);
+    if (self->lines.obj)
+        PyBuffer_Release(&self->lines);
+}
+
+static void wires_dealloc(Wires *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    detach(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *wires_close(Wires *self, PyObject *ignored)
+{
+    detach(self);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef wires_methods[] = {
+    {"close", (PyCFunction)wires_close, METH_NOARGS, "close()\n\nLines are not this VM's any more. Nothing runs."},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot wires_slots[] = {
+    {Py_tp_doc, "Wires(vm, lines, bus): between a VM and the devices of its board that are in C."},
+    {Py_tp_new, wires_new}, {Py_tp_dealloc, wires_dealloc}, {Py_tp_methods, wires_methods}, {0, NULL},
+};
+static PyType_Spec wires_spec = {"vmfs.engine.kvm._run.Wires", sizeof(Wires), 0, Py_TPFLAGS_DEFAULT, wires_slots};
+
 /* ---- for Python ---- */
 
 static PyObject *runner_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -224,6 +361,23 @@ static PyObject *runner_left(Runner *self, PyObject *args)
                          left->more ? Py_True : Py_False);
 }
 
+PyDoc_STRVAR(go_doc,
+    "go(wires) -> int\n\n"
+    "KVM_RUN, while the bus of the wires answers. 0: an exit. -1: something is due on the bus at another time than before. Else\n"
+    "the errno of KVM_RUN.");
+static PyObject *runner_go(Runner *self, PyObject *wires)
+{
+    int ended;
+    if (strcmp(Py_TYPE(wires)->tp_name, wires_spec.name) || !((Wires *)wires)->bus) {
+        PyErr_SetString(PyExc_TypeError, "wires to a bus");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    ended = go(self, (Wires *)wires);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(ended);
+}
+
 static PyObject *get_lane(Runner *self, void *closure)
 {
     (void)closure;
@@ -240,6 +394,7 @@ static PyObject *get_thread(Runner *self, void *closure)
 
 static PyMethodDef runner_methods[] = {
     {"close", (PyCFunction)runner_close, METH_NOARGS, close_doc},
+    {"go", (PyCFunction)runner_go, METH_O, go_doc},
     {"left", (PyCFunction)runner_left, METH_VARARGS, left_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -259,8 +414,11 @@ static int module_exec(PyObject *module)
 {
     _Static_assert(sizeof(struct kvm_regs) == LANE_REGS_SIZE && sizeof(struct vmfs_exit) == LANE_EXIT_SIZE, "KVM's UAPI");
     PyObject *type = PyType_FromModuleAndSpec(module, &runner_spec, NULL);
-    int failed = !type || PyModule_AddType(module, (PyTypeObject *)type);
+    PyObject *wires = PyType_FromModuleAndSpec(module, &wires_spec, NULL);
+    int failed = !type || !wires || PyModule_AddType(module, (PyTypeObject *)type)
+                 || PyModule_AddType(module, (PyTypeObject *)wires);
     Py_XDECREF(type);
+    Py_XDECREF(wires);
     return failed ? -1 : 0;
 }
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

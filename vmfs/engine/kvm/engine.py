@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability, Engine, Machine, check_slot
 from vmfs.engine.kvm import abi, progress
+from vmfs.engine.kvm._run import Wires
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.deadline import Deadline
@@ -171,6 +172,7 @@ class KvmMachine(Machine):
         self._lines = bytearray(24)  # their levels, which KVM tells nobody
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
+        self._wires: Wires | None = None
         self._deadline = Deadline(self._clock, self._kick)
         self._fd = self._create()
         try:
@@ -302,6 +304,7 @@ class KvmMachine(Machine):
         except BaseException:
             os.close(fd)
             raise
+        vcpu.wires = self._wires
         self._vcpus[index] = vcpu
         return vcpu
 
@@ -323,6 +326,14 @@ class KvmMachine(Machine):
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
         self._lines[gsi] = level
+
+    def set_fast_bus(self, bus: object | None) -> bool:
+        if self._wires is not None:
+            self._wires.close()
+        self._wires = Wires(self._fd, self._lines, bus) if bus is not None else None
+        for vcpu in self._vcpus.values():
+            vcpu.wires = self._wires
+        return bus is not None
 
     def set_deadline(self, when: int | None) -> None:
         self._deadline.set(when)
@@ -368,7 +379,7 @@ class KvmMachine(Machine):
             self._turns = data
             return
         if name == "chips":  # what devices drive, KVM hears of when it changes; its counters begin afresh
-            self._lines = bytearray(level & 1 for level in Chips.unpack(data).lines)
+            self._lines[:] = bytes(level & 1 for level in Chips.unpack(data).lines)
             return
         if name != "clock":
             self._need_state(name)
@@ -407,6 +418,8 @@ class KvmMachine(Machine):
 
     def close(self) -> None:
         self._deadline.close()
+        if self._wires is not None:
+            self._wires.close()
         for vcpu in self._vcpus.values():
             vcpu.close()
         for fd in (self._fd, self._device):

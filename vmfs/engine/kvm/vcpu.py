@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, progress, stepping
-from vmfs.engine.kvm._run import Runner
+from vmfs.engine.kvm._run import Runner, Wires
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
 from vmfs.engine.kvm.host import HostFacts
@@ -106,6 +106,8 @@ class KvmVcpu(Vcpu):
         self._words = memoryview(self._run_page).cast("I")
         self._quads = memoryview(self._run_page).cast("Q")
         self._run_page[abi.RUN_VALID_REGS] = abi.SYNC_X86_REGS  # rip at each exit without another ioctl
+        self.wires: Wires | None = None  # to the devices in C of a board
+        self._due_has_changed = False
         self._by_lane = Runner(fd, self._run_page, index, not pvm)
 
     # Running
@@ -272,8 +274,9 @@ class KvmVcpu(Vcpu):
                 exit_ = self._offer_interrupts(points)
                 if exit_ is not None:
                     return exit_
-            if not self._kvm_run():
-                if self._take_kick():
+            # In steps each access is one.
+            if not self._kvm_run(self.wires if self._plan is debugregs.NO_PLAN else None):
+                if self._take_kick() | self._take_due():
                     self._access, self._written = _NO_ACCESS, b""
                     return exits.Interrupted(rip=self._rip(), cpu=self.index)
                 if self._has_irqchip and self._sleeps_for_good():
@@ -303,10 +306,16 @@ class KvmVcpu(Vcpu):
         ioctl(self._fd, Ioctl.KVM_SET_SIGNAL_MASK, bytearray(abi.SIGNAL_MASK.pack(8, sigset)))
         self._mask_thread = thread
 
-    def _kvm_run(self) -> bool:
-        """KVM_RUN; false when a signal or `immediate_exit` ended it."""
+    def _kvm_run(self, wires: Wires | None = None) -> bool:
+        """KVM_RUN; false when a signal or `immediate_exit` ended it. What the bus of the wires answers ends none."""
         try:
-            fcntl.ioctl(self._fd, _RUN, 0)
+            if wires is None:
+                fcntl.ioctl(self._fd, _RUN, 0)
+            elif (error_number := self._by_lane.go(wires)) < 0:
+                self._due_has_changed = True
+                return False
+            elif error_number:
+                raise OSError(error_number, os.strerror(error_number))
         except OSError as error:
             if error.errno == errno.EINTR:
                 return False
@@ -352,6 +361,11 @@ class KvmVcpu(Vcpu):
             self._kicked = False
             if self._fd >= 0:
                 self._run_page[abi.RUN_IMMEDIATE_EXIT] = 0
+
+    def _take_due(self) -> bool:
+        """Whether something is due on the bus at another time, which the board is to hear."""
+        changed, self._due_has_changed = self._due_has_changed, False
+        return changed
 
     def _take_kick(self) -> bool:
         """Consume the pending signal, then the kick: in this order, no kick is lost."""
