@@ -305,8 +305,8 @@ class Machine(abc.ABC):
     def set_fast_bus(self, bus: object | None) -> bool:
         """Have C code of the board's devices answer accesses before they are exits: a capsule of vmfs/words/bus.h,
         which drives this machine's lines until it closes or gets another one. While the machine does not run. False
-        where the engine does not: then all accesses are exits. Where it is not `sees_due`, `set_deadline` has what is due
-        on the bus, too."""
+        where the engine does not: then all accesses are exits. Where it is not `sees_due`, `set_deadline` has what is
+        due on the bus, too."""
         return False
 
     def set_a20(self, enabled: bool) -> None:
