@@ -1,0 +1,80 @@
+"""What a machine gets of the host's time and chance comes in by known places, which stand here with their reasons."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vmfs
+
+ROOT = Path(vmfs.__file__).parent
+FOLDERS = "machine", "devices", "memory", "boot"
+NAMES = {
+    *(f"time.{name}" for name in ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns")),
+    *("os.urandom", "os.getrandom", "threading.Timer", "random", "secrets", "uuid"),
+}
+# Where, and what for. What a guest can see of them is in the board's state, or of the host by its nature.
+DOORS = {
+    ("devices/board.py", "time.time_ns"): "the date of birth",
+    ("devices/board.py", "os.urandom"): "the seed at birth; random numbers, where time is the host's",
+    ("devices/board.py", "time.monotonic_ns"): "the guest's time for other threads, where the engine does not tell it",
+    ("devices/virtio/ninep.py", "time.time_ns"): "a folder of the host: its files' times are the host's",
+    ("machine/attach.py", "os.urandom"): "the address of a network card that was given none",
+    ("machine/control.py", "time.perf_counter"): "how long runs took, in `stat`",
+    ("machine/machine.py", "time.perf_counter"): "how long runs took, in `stat`",
+    ("machine/files/kinds.py", "time.perf_counter"): "whether a text takes long to make",
+    ("machine/gdb/handover.py", "secrets"): "the name of a gdb's socket, and what its caller has to say",
+    ("machine/control.py", "threading.Timer"): "a run that was bounded by seconds of the host",
+    ("machine/files/contents.py", "time.time_ns"): "when a file of the mount was changed",
+    ("machine/files/lines.py", "time.monotonic"): "how long a text that failed is not made again",
+}
+
+
+def used(source: str) -> Iterator[str]:
+    """The names of NAMES that a module uses, by whatever name it has imported them."""
+    tree = ast.parse(source)
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        name = ""
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{known.get(node.value.id, '')}.{node.attr}"
+        elif isinstance(node, ast.Name):
+            name = known.get(node.id, "")
+        if name in NAMES:
+            yield name
+        elif name.partition(".")[0] in NAMES:
+            yield name.partition(".")[0]
+
+
+def test_time_and_chance_come_in_by_known_doors() -> None:
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in used(path.read_text())
+    }
+    assert found == DOORS.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import time\ntime.time()", "time.time"),
+        ("import time as t\nt.monotonic_ns()", "time.monotonic_ns"),
+        ("from os import urandom\nurandom(3)", "os.urandom"),
+        ("from threading import Timer as Later\nLater(1, print)", "threading.Timer"),
+        ("import random\nrandom.random()", "random"),
+        ("from secrets import token_bytes\ntoken_bytes(3)", "secrets"),
+    ],
+)
+def test_a_planted_one_is_found(source: str, name: str) -> None:
+    assert name in used(source)
+    assert not set(used("def random(time):\n    return time.time()\n"))
