@@ -165,6 +165,12 @@ class Body:
             code += rex + opcode + bytes([0xC0 | (by & 7) << 3 | source & 7])
         return code
 
+    def chain(self) -> bytes:
+        """Of the registers that have none of the host's, one instruction after the other."""
+        few = Body(self._rng, self._wide)
+        few._registers = [12, 13, 14, 15]
+        return b"".join(few.instruction() for _ in range(self._rng.randrange(2, 8)))
+
     def instruction(self) -> bytes:
         rng = self._rng
         reg = self.register()
@@ -217,6 +223,8 @@ class Body:
         if kind == 21:  # over an instruction
             skipped = self.instruction()
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
+        if kind == 23 and self._wide:
+            return self.chain()
         if kind == 24:
             return b"".join(self.lea() for _ in range(4)) + (self.mulx() if HAS_AVX2 else b"")
         if kind == 25:  # DIV, IDIV, after CDQ or XOR EDX,EDX, by something that is not zero; JCXZ

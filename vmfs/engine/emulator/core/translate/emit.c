@@ -117,8 +117,8 @@ static void fold(struct translation *t)
             put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
             put8(code, 11);
         }
-        alu_constant(code, 0, GROUP_AND, FIELD(flags_image), ~flag);
-        put_modrm(code, 0, M1, 0x09, T0, FIELD(flags_image));
+        alu_constant(code, I_W, GROUP_AND, FIELD(flags_image), ~flag); /* whole, as it is loaded */
+        put_modrm(code, I_W, M1, 0x09, T0, FIELD(flags_image));
     }
     t->split = 0;
 }
@@ -137,8 +137,10 @@ static void load_flags(struct translation *t, u16 needed)
 {
     if (!needed)
         return;
-    if (needed == fC) { /* BT, which is much faster than POPF */
-        put_modrm(&t->code, 0, M0F, 0xba, 4, t->split & fC ? FIELD(carry_image) : FIELD(flags_image));
+    if (needed == fC) { /* BT, which is much faster than POPF; of memory it loads 4 bytes, which would wait for a store of one */
+        if (t->split & fC)
+            put_modrm(&t->code, 0, M0F, 0xb6, T0, FIELD(carry_image));
+        put_modrm(&t->code, 0, M0F, 0xba, 4, t->split & fC ? in_register(T0) : FIELD(flags_image));
         put8(&t->code, 0);
         return;
     }
@@ -469,6 +471,8 @@ void emit_stubs(struct translation *t)
             if (s.restore)
                 load_flags(t, ALL);
             unfold(t, s.split_behind);
+            if (s.held.at)
+                load64(&t->code, s.held.host, guest_place(s.held.offset));
             land(jump(&t->code), s.back);
             break;
         case STUB_STOP: /* the block of `scratch` does not fit into the budget, whose part is in T1 */
@@ -806,6 +810,8 @@ static bool emit_record(struct translation *t, const struct member *m, const str
         t->stubs[i].back = t->code.at;
         t->stubs[i].reload = t->vectors;
         t->stubs[i].split_behind = t->split;
+        if (t->held.at == t->code.at)
+            t->stubs[i].held = t->held;
     }
     if (t->writes && t->where == IN_HOST)
         t->recipe = t->precise & t->writes ? recipe_of(r) : (struct recipe){0};
@@ -928,6 +934,7 @@ void emit_member(struct translation *t, struct member *m)
     t->split = 0;
     t->recipe.kind = RECIPE_NONE;
     t->vectors = t->dirty = 0;
+    t->held.at = NULL;
     const struct record *r = b->records;
     for (unsigned i = 0, taken; i < b->count; i += taken ? taken : 1, r += taken ? taken : 1u + r->has_link) {
         taken = try_run(t, m, r, i);

@@ -55,6 +55,9 @@ struct member {               /* a block of the region */
     struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* each instruction */
 };
 
+/* A scratch register has the value of a guest register that is in struct vcpu, for host code at `at`. */
+struct held { const u8 *at; unsigned host, offset; };
+
 /* Code out of line. */
 struct stub {
     enum { STUB_CALL, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
@@ -71,6 +74,7 @@ struct stub {
     struct way *way;          /* STUB_WAY */
     unsigned count;           /* STUB_CALL: of records */
     unsigned jump_count;
+    struct held held;         /* STUB_CALL: to load before it goes on */
     u16 dirty, reload;        /* vector registers to store before, to load after */
 };
 
@@ -99,6 +103,7 @@ struct translation {
     enum where where;
     u16 split;                /* IN_IMAGE: fC, fO, where they are in carry_image and overflow_image */
     struct recipe recipe;
+    struct held held;
     u16 vectors, dirty;       /* in host registers of their own number; and not yet in struct vcpu */
 };
 

@@ -103,6 +103,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         use_vector(t, vector, !vector_first || traits & READS_FIRST || t->ymm, vector_first && traits & WRITES_FIRST);
     if (by_condition)
         opcode = (opcode & 0xf0) | emit_condition(t, opcode & 15);
+    in_vcpu &= !take_held(t, &reg, &rm);
     load_use(t, &reg);
     if (!in_vcpu)
         load_use(t, &rm);

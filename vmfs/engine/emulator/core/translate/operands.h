@@ -35,8 +35,25 @@ static inline void load_use(struct translation *t, const struct use *u)
 }
 static inline void store_use(struct translation *t, const struct use *u)
 {
-    if (u->is && u->scratch != NO_REGISTER && u->writes)
-        store64(&t->code, guest_place(u->offset), u->scratch);
+    if (!u->is || u->scratch == NO_REGISTER || !u->writes)
+        return;
+    store64(&t->code, guest_place(u->offset), u->scratch);
+    t->held = (struct held){t->code.at, u->scratch, u->offset};
+}
+/* What the instruction before left in a scratch register need not be loaded: that one is the operand's. True: it is b's. */
+static inline bool take_held(struct translation *t, struct use *a, struct use *b)
+{
+    if (t->held.at != t->code.at)
+        return false;
+    bool second = !(a->reads && a->scratch != NO_REGISTER && a->offset == t->held.offset);
+    struct use *u = second ? b : a, *other = second ? a : b;
+    if (!(u->is && u->reads && u->scratch != NO_REGISTER && u->offset == t->held.offset))
+        return false;
+    if (other->is && other->scratch == t->held.host)
+        other->host = other->scratch = u->scratch;
+    u->host = u->scratch = t->held.host;
+    u->reads = false;
+    return second;
 }
 
 enum { CHANGES = READS_FIRST | WRITES_FIRST };
