@@ -28,7 +28,10 @@ def spares(server: Server) -> list[int]:
     """Processes that nobody has yet."""
     found = []
     for pid in children(server.server.pid):
-        facts = status(pid)
+        try:
+            facts = status(pid)
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
         if facts["Name"].strip() == "vmfs-machine" and facts["Seccomp"] == "0" and facts["NoNewPrivs"] == "1":
             found.append(pid)
     return found
