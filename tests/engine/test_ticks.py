@@ -110,8 +110,8 @@ def ticked(pc, assembler, source, hertz):
 def test_no_tick_is_lost(pc, assembler, source, hertz):
     """Two seconds of the fastest ticks that PCs are used with. The guest gets each, however late the host wakes its CPU
     or lets it go on: the machine's time waits for it. On an idle host the RTC lost 590 as calls of Python, and 66 when
-    only a CPU that slept was waited for; now it is -1 to 5. The host may take the CPU away within a handler, before it
-    has read register C: the time then goes on from the next tick. The first tick may be a part of one."""
+    only a CPU that slept was waited for. The bound is for hosts that are slower than the ticks, as with sanitizers; the
+    first tick may be a part of one."""
     if pc.engine.name == "kvm":
         pytest.skip("the host's KVM may be slower than the ticks: test_a_tick_wakes_a_cpu_that_halts")
     tries, most = (1, 1) if pc.time_source == "instructions" else (6, 16)  # of 16384

@@ -112,8 +112,8 @@ static u64 lateness(const struct vcpu *c, u64 due, u64 now)
 }
 
 /* The host wakes a thread late, or lets another one execute, and a guest would lose ticks that a PC never loses. So the machine's
- * time stands still at a timer that is due until it is seen to, whatever the host's clock says by then: the machine's time is
- * late, and makes up for it while the CPU sleeps. */
+ * time stands still, at the timer that a CPU slept for, or where a CPU that executes last saw it, whatever the host's clock says by
+ * then: the machine's time is late, and makes up for it while the CPU sleeps. */
 static void hold_time(struct vcpu *c, u64 due)
 {
     u64 late = lateness(c, due, host_time(c->vm));
@@ -129,7 +129,7 @@ static u64 time_at_timer(struct vcpu *c)
         return core_now(c, NULL);
     u64 now = host_time(vm), due = next_due(vm);
     if (unlikely(now > due + LATE) && due >= vm->run_began) {
-        hold_time(c, due > vm->last_seen ? due : vm->last_seen);
+        hold_time(c, vm->last_seen);
         now = host_time(vm);
     }
     return vm->last_seen = now;
@@ -140,8 +140,11 @@ u64 time_of_host(struct vcpu *c)
 {
     struct vm *vm = c->vm;
     u64 now = host_time(vm), due = next_due(vm);
-    if (unlikely(now > due + LATE) && due >= vm->run_began && atomic_load(&c->in_run) && lateness(c, due, now) == now - due)
-        now = due > vm->last_seen ? due - 1 : vm->last_seen;
+    if (unlikely(now >= due) && due >= vm->run_began && atomic_load(&c->in_run)) {
+        u64 held = now > due + LATE || due <= vm->last_seen ? vm->last_seen : due - 1;
+        if (lateness(c, held, now) == now - held)
+            now = held;
+    }
     return vm->last_seen = now;
 }
 
@@ -378,5 +381,7 @@ bool chip_wait(struct vcpu *c)
     atomic_store(&c->vm->sleeper, NULL);
     atomic_store(&c->sleeping, false);
     hold_time(c, due);
+    if (c->vm->time == TIME_HOST)
+        c->vm->last_seen = host_time(c->vm);
     return true;
 }
