@@ -23,7 +23,7 @@ class ReadAhead:
         self._start, self._end, self._read_to = offset, offset + size, offset
 
     def read(self, offset: int, size: int) -> bytes | None:
-        """None: the machine is to be asked."""
+        """The bytes there. None: none of them were read ahead, and the caller asks the machine."""
         if not self._start <= offset < self._end:
             return None
         size = min(size, self._end - offset)

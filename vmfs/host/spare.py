@@ -84,10 +84,15 @@ def main(
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
 
 
+def give_own_pages(size: int) -> None:
+    """What is as large as that, in bytes, has pages of its own, until keep_what_is_freed (mallopt(3))."""
+    _LIBC.mallopt(_M_MMAP_THRESHOLD, size)
+
+
 def keep_what_is_freed() -> None:
     """Use again the room of bytes that were on their way to a reader. The zygote gives whatever is large pages of its
     own, for its tables; each read of a stream would be paid for with page faults then."""
-    _LIBC.mallopt(_M_MMAP_THRESHOLD, _KEPT)
+    give_own_pages(_KEPT)
     _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT)
 
 

@@ -39,7 +39,7 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 # mallopt(3). A table that is as big as that has pages of its own, which are zeros and cost nothing until they are
 # touched. Without this glibc, once one was freed, has them among what is used again, and clears them.
-_M_MMAP_THRESHOLD, _BIG = -3, 128 << 10
+_BIG = 128 << 10
 _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
@@ -269,7 +269,7 @@ class _Children:
 
     def serve(self) -> NoReturn:
         _set_name("vmfs-zygote")
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _BIG)
+        spare.give_own_pages(_BIG)
         os.setsid()  # a ^C at the server's terminal is the server's to hear
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

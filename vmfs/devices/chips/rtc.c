@@ -274,14 +274,20 @@ static void write_data(struct rtc *r, u8 value, u64 now)
     update(r, now);
 }
 
+/* No interrupt waits. */
+static void clear_flags(struct rtc *r)
+{
+    r->cmos[C] = 0;
+    r->missed = false;
+}
+
 static u8 read_data(struct rtc *r, u64 now)
 {
     unsigned index = r->index & (BYTES - 1);
     if (index == C) {
         update(r, now);
         u8 value = r->cmos[C];
-        r->cmos[C] = 0;
-        r->missed = false;
+        clear_flags(r);
         update(r, now); /* low, and the next one is an edge */
         return value;
     }
@@ -352,7 +358,7 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     self->index = 0;
     catch_up(self, now);
     self->cmos[B] &= (u8)~(PIE | AIE | UIE | SQWE);
-    self->cmos[C] = 0;
+    clear_flags(self);
     update(self, now);
     return bus_done(self->chip.bus);
 }

@@ -119,8 +119,8 @@ class Handle:
         raise Invalid(f"{self.node.name} is not read ahead")
 
     async def read_ahead(self, offset: int) -> int | None:
-        """`read`, of as much as there is and the shared memory has room for; how much that was. None: nothing was done,
-        and `read` is to be called."""
+        """`read`, of as much as there is and the shared memory has room for; how much that was. None: it did nothing,
+        and the caller calls `read`."""
         return None
 
     def ends(self, offset: int) -> bool:

@@ -100,13 +100,13 @@ static bool is_alone(const struct vcpu *c)
     return true;
 }
 
-/* How much later than `due` it is by the host's clock, as far as that can be taken back: only where no other CPU has seen the
- * time since, with one CPU or when all execute in one thread, and up to a second in all. */
-static u64 lateness(const struct vcpu *c, u64 due, u64 now)
+/* TIME_HOST: how much of the time from `at` until `now` can be taken back. Some only where no other CPU has seen the time since, with
+ * one CPU or when all execute in one thread, and up to a second in all. */
+static u64 can_hold(const struct vcpu *c, u64 at, u64 now)
 {
     const struct vm *vm = c->vm;
-    u64 late = now > due ? now - due : 0, room = LAG_MOST - vm->lag;
-    if (vm->time != TIME_HOST || !(vm->in_turn || is_alone(c)))
+    u64 late = now > at ? now - at : 0, room = LAG_MOST - vm->lag;
+    if (!(vm->in_turn || is_alone(c)))
         return 0;
     return late < room ? late : room;
 }
@@ -114,11 +114,13 @@ static u64 lateness(const struct vcpu *c, u64 due, u64 now)
 /* The host wakes a thread late, or lets another one execute, and a guest would lose ticks that a PC never loses. So the machine's
  * time stands still, at the timer that a CPU slept for, or where a CPU that executes last saw it, whatever the host's clock says by
  * then: the machine's time is late, and makes up for it while the CPU sleeps. */
-static void hold_time(struct vcpu *c, u64 due)
+static void hold_time(struct vcpu *c, u64 at)
 {
-    u64 late = lateness(c, due, host_time(c->vm));
-    c->vm->lag += late;
-    c->vm->host_origin += late;
+    struct vm *vm = c->vm;
+    u64 late = can_hold(c, at, host_time(vm));
+    vm->lag += late;
+    vm->host_origin += late;
+    vm->last_seen = host_time(vm);
 }
 
 /* The time for a CPU that is about to see to timers. One that came due since the run began is not late. */
@@ -127,12 +129,12 @@ static u64 time_at_timer(struct vcpu *c)
     struct vm *vm = c->vm;
     if (vm->time != TIME_HOST)
         return core_now(c, NULL);
-    u64 now = host_time(vm), due = next_due(vm);
-    if (unlikely(now > due + LATE) && due >= vm->run_began) {
+    u64 due = next_due(vm), now = host_time(vm);
+    if (unlikely(now > due + LATE) && due >= vm->run_began)
         hold_time(c, vm->last_seen);
-        now = host_time(vm);
-    }
-    return vm->last_seen = now;
+    else
+        vm->last_seen = now;
+    return vm->last_seen;
 }
 
 /* The time of a CPU that executes: it comes to no timer that nobody has seen to, and is never less than it was. */
@@ -142,7 +144,7 @@ u64 time_of_host(struct vcpu *c)
     u64 now = host_time(vm), due = next_due(vm);
     if (unlikely(now >= due) && due >= vm->run_began && atomic_load(&c->in_run)) {
         u64 held = now > due + LATE || due <= vm->last_seen ? vm->last_seen : due - 1;
-        if (lateness(c, held, now) == now - held)
+        if (can_hold(c, held, now) == now - held)
             now = held;
     }
     return vm->last_seen = now;
@@ -380,8 +382,7 @@ bool chip_wait(struct vcpu *c)
     }
     atomic_store(&c->vm->sleeper, NULL);
     atomic_store(&c->sleeping, false);
-    hold_time(c, due);
     if (c->vm->time == TIME_HOST)
-        c->vm->last_seen = host_time(c->vm);
+        hold_time(c, due);
     return true;
 }
