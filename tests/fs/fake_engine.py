@@ -64,7 +64,7 @@ class FakeMachine(Machine):
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
-        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN)}
+        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN, 0, 0)}
         self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
     def map_memory(self, slot, guest_address, fd, offset, size, *, read_only=False):

@@ -24,6 +24,7 @@ SECONDS = 300
 MEMORY = 128 << 20
 SLICE = 60_000_000  # instructions, at most
 SCRIPT = """\
+echo CPUs $(grep -c ^processor /proc/cpuinfo)
 read answer
 echo "$answer" | dd of=/dev/vda bs=512 seek=9 2>/dev/null
 dd if=/dev/vda bs=4096 count=500 2>/dev/null | md5sum
@@ -39,10 +40,11 @@ def make(tmp_path):
     initrd = build(SCRIPT, modules=VIRTIO)
     made = []
 
-    def one():
+    def one(cpus):
         vm = Vm(EmulatorEngine(), memory_size=MEMORY)
         made.append(vm)
         vm.set_machine("pc")
+        vm.set_cpu_count(cpus)
         vm.set_time_source("instructions")
         vm.images["kernel"].write(0, CLOUD.image.read_bytes())
         vm.images["initrd"].write(0, initrd)
@@ -79,8 +81,10 @@ def extents(fd, size):
         yield start, end
 
 
-def test_a_boot_that_moves_from_machine_to_machine(make):
-    alone, first, second = make(), make(), make()
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_a_boot_that_moves_from_machine_to_machine(make, cpus):
+    """And, with several CPUs, from engine to engine."""
+    alone, first, second = make(cpus), make(cpus), make(cpus)
     go_into(alone, first)  # with the date of its birth
     dice, slices, typed = random.Random(3), 0, False
     while alone.state != "shutdown":
@@ -98,7 +102,10 @@ def test_a_boot_that_moves_from_machine_to_machine(make):
         if dice.random() < 0.4 and alone.state != "shutdown":
             go_into(first, second)
             first, second = second, first
+        elif cpus > 1 and dice.random() < 0.3:
+            first.move_to(EmulatorEngine())
         assert slices < 400, said[-2000:]
     disk = bytearray(random.Random(1).randbytes(4 << 20))
     disk[9 * 512 : 9 * 512 + 10] = b"an answer\n"
     assert hashlib.md5(disk[: 500 * 4096]).hexdigest().encode() in said and b"20" in said
+    assert f"CPUs {cpus}\r\n".encode() in said

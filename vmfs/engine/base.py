@@ -79,7 +79,7 @@ VCPU_REST = {
 }
 MACHINE_REST = {
     "time": "struct core_time_state: where the clocks stand; set before all others. Timers keep what they have left",
-    "turns": "struct core_turns: where CPUs execute in turn, whose turn it is, and how much is left of it",
+    "turns": "struct core_turns: where CPUs execute in turn, whose turn it is, what is left of it, who stopped last",
     "chips": "levels of lines, delivered edges, counters of the 8254; set after irqchip and pit",
 }
 

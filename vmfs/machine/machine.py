@@ -9,7 +9,7 @@ import contextlib
 import os
 import struct
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -243,6 +243,7 @@ class Vm(Control):
             cmdline=os.fsencode(self.images.cmdline),
             images=self.images.sizes(),
             new_msrs=self.cpu.reset_states["msrs"],
+            held=tuple(exit_.line() for exit_ in self._held),
         )
 
     def check_setup(self, setup: Setup) -> None:
@@ -258,6 +259,8 @@ class Vm(Control):
             unpack_msrs(setup.new_msrs)
         except Invalid:
             raise Invalid("setup: the MSRs of a new CPU are none") from None
+        for line in setup.held:
+            self._check_exit(line)
 
     @property
     def time_source(self) -> str:
@@ -275,26 +278,43 @@ class Vm(Control):
             self.memory.seal()
         self._has_run, self._boot_due = setup.has_run, setup.boot_due
         self._state = "shutdown" if setup.is_shut_down else "halted" if setup.is_halted else "paused"
+        self._held = deque(exits.parse_exit(line) for line in setup.held)
         self.images.cmdline = os.fsdecode(setup.cmdline)
         # Of a state that another engine has made: time goes on by the host's clock where it cannot by instructions.
         self.time_source = setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host"
 
     def save_seen(self) -> Seen:
-        line = None if self._last_exit is None else self._last_exit.line()
-        return Seen(last_exit=line, exit_number=self._exit_number, counts=dict(self._counts))
+        last, *of_cpus = [exit_ and exit_.line() for exit_ in (self._last_exit, *(cpu.last_exit for cpu in self.cpus))]
+        return Seen(
+            last_exit=last, cpu_exits=tuple(of_cpus), exit_number=self._exit_number, counts=dict(self._counts)
+        )
 
     def check_seen(self, seen: Seen) -> None:
-        if seen.last_exit is not None and exits.parse_exit(seen.last_exit).cpu >= len(self.cpus):
-            raise Invalid(f"seen: the last exit is of a CPU that this machine has not: {seen.last_exit[:80]}")
+        if len(seen.cpu_exits) != len(self.cpus):
+            raise Invalid(f"seen: it has {len(seen.cpu_exits)} last exits of {len(self.cpus)} CPUs")
+        for cpu, line in enumerate(seen.cpu_exits):
+            if line is not None and self._check_exit(line).cpu != cpu:
+                raise Invalid(f"seen: an exit of another CPU stands with cpu {cpu}: {line[:80]}")
+        if seen.last_exit is not None:
+            self._check_exit(seen.last_exit)
+
+    def _check_exit(self, line: str) -> exits.Exit:
+        """The exit that the line of a state is. Invalid for what this machine has none of."""
+        exit_ = exits.parse_exit(line)
+        if exit_.cpu >= len(self.cpus):
+            raise Invalid(f"it has an exit of a CPU that this machine has not: {line[:80]}")
+        return exit_
+
+    def _exit_of(self, line: str | None) -> exits.Exit | None:
+        exit_ = None if line is None else exits.parse_exit(line)
+        if exit_ is not None:
+            exit_.of_several = len(self.cpus) > 1
+        return exit_
 
     def load_seen(self, seen: Seen) -> None:
-        self._last_exit = None if seen.last_exit is None else exits.parse_exit(seen.last_exit)
-        for cpu in self.cpus:
-            is_its = self._last_exit is not None and self._last_exit.cpu == cpu.index
-            cpu.last_exit = self._last_exit if is_its else None
-        if self._last_exit is not None:
-            self._last_exit.of_several = len(self.cpus) > 1
-        self._held.clear()
+        self._last_exit = self._exit_of(seen.last_exit)
+        for cpu, line in zip(self.cpus, seen.cpu_exits, strict=True):
+            cpu.last_exit = self._exit_of(line)
         self._exit_number = seen.exit_number
         self._counts = Counter(seen.counts)
 

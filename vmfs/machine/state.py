@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import msgspec
 
@@ -32,6 +32,46 @@ from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.layouts import unpack_msrs
 
 FORMAT = 1  # of a State
+
+
+# ---- the machine as its user has set it up
+
+
+class Setup(DeviceState):
+    """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot. `new_msrs`:
+    the MSRs that its CPUs had when they were new, by which another engine knows which of them describe the engine.
+    `held`: the exits, as lines, that CPUs came to when another one had ended the run; the next runs return them."""
+
+    VERSION: ClassVar[int] = 2
+
+    machine: str
+    engine: str
+    time_source: Literal["host", "instructions"]
+    memory: int
+    cpus: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    has_run: bool
+    boot_due: bool
+    is_shut_down: bool
+    is_halted: bool
+    cmdline: bytes
+    images: dict[str, int]
+    new_msrs: bytes
+    held: tuple[str, ...]
+
+
+class Seen(DeviceState):
+    """What a user has seen of the machine: the last exit as a line, and that of each CPU; how many there were, and of
+    each reason."""
+
+    VERSION: ClassVar[int] = 2
+
+    last_exit: str | None
+    cpu_exits: tuple[str | None, ...]
+    exit_number: Annotated[int, msgspec.Meta(ge=0)]
+    counts: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+
+
+# ---- the table
 
 
 class Owner(enum.StrEnum):
@@ -64,11 +104,11 @@ ROWS: tuple[Row, ...] = (
     Row("rom", Owner.MEMORY, is_reset=False),
     Row("images", Owner.MEMORY, is_reset=False),  # kernel, initrd, bios
     Row("overlays", Owner.MEMORY, is_reset=False),  # of disks that are cow; their maps are of the devices
-    Row("setup", Owner.MACHINE, is_reset=False),
+    Row("setup", Owner.MACHINE, version=Setup.VERSION, is_reset=False),
     Row("time", Owner.ENGINE, ("setup",), is_reset=False),
     Row("irqchip", Owner.ENGINE, ("time",), with_chips=True),
     Row("pit", Owner.ENGINE, ("time", "irqchip"), with_chips=True),
-    Row("turns", Owner.ENGINE),
+    Row("turns", Owner.ENGINE, version=2),
     # It completes them. The lines are driven by devices, which reset them.
     Row("chips", Owner.ENGINE, ("irqchip", "pit"), is_reset=False),
     Row("board", Owner.BOARD, ("time", "chips"), version=BoardState.VERSION, is_reset=False),
@@ -85,7 +125,7 @@ ROWS: tuple[Row, ...] = (
     Row("events", Owner.CPU, ("regs", "debugregs")),
     Row("mp_state", Owner.CPU, ("events", "lapic")),
     Row("progress", Owner.CPU, ("regs", "sregs", "xsave", "lapic", "msrs", "debugregs", "events", "mp_state")),
-    Row("seen", Owner.MACHINE, ("progress",), is_reset=False, of_run=True),
+    Row("seen", Owner.MACHINE, ("progress",), version=Seen.VERSION, is_reset=False, of_run=True),
 )
 
 Values = Mapping[str, bytes]  # by the name of the row
@@ -237,35 +277,6 @@ class Attempt:
 
     def undo(self) -> None:
         put_cpu(self._cpu, self._before)
-
-
-# ---- the machine as its user has set it up
-
-
-class Setup(DeviceState):
-    """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot. `new_msrs`:
-    the MSRs that its CPUs had when they were new, by which another engine knows which of them describe the engine."""
-
-    machine: str
-    engine: str
-    time_source: Literal["host", "instructions"]
-    memory: int
-    cpus: Annotated[int, msgspec.Meta(ge=1, le=64)]
-    has_run: bool
-    boot_due: bool
-    is_shut_down: bool
-    is_halted: bool
-    cmdline: bytes
-    images: dict[str, int]
-    new_msrs: bytes
-
-
-class Seen(DeviceState):
-    """What a user has seen of the machine: the last exit as a line, how many there were, and of each reason."""
-
-    last_exit: str | None
-    exit_number: Annotated[int, msgspec.Meta(ge=0)]
-    counts: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
 
 
 class Body(Protocol):

@@ -168,7 +168,7 @@ class KvmMachine(Machine):
         self._vcpus: dict[int, KvmVcpu] = {}
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
-        self._turns = TURNS.pack(0, TURN)
+        self._turns = TURNS.pack(0, TURN, 0, 0)
         self._lines = bytearray(24)  # their levels, which KVM tells nobody
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)

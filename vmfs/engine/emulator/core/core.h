@@ -76,8 +76,9 @@ struct core_time_state {
     uint64_t deadline;           /* vm_set_deadline's */
 };
 
-/* "turns", of vm_run: whose it is, and how many instructions are left of it. Set back, it is {0, CORE_TURN}. */
-struct core_turns { uint32_t cpu, left; };
+/* "turns", of vm_run: whose it is, and how many instructions are left of it; and the CPU of the last exit, which passes a
+ * breakpoint where it stands. Set back, it is {0, CORE_TURN, 0, 0}. */
+struct core_turns { uint32_t cpu, left, stopped, reserved; };
 
 /* "chips": what KVM's structs lack of the interrupt controllers and the 8254: levels of lines, edges that the I/O APIC has
  * delivered, where counters stand. Set it after irqchip and pit. */

@@ -62,17 +62,19 @@ static struct vcpu *whose_turn(struct vm *vm)
 long get_turns(struct vm *vm, void *data, size_t size)
 {
     if (size >= sizeof(struct core_turns))
-        *(struct core_turns *)data = (struct core_turns){vm->turn_of, (uint32_t)vm->turn_left};
+        *(struct core_turns *)data = (struct core_turns){vm->turn_of, (uint32_t)vm->turn_left, vm->stopped, 0};
     return sizeof(struct core_turns);
 }
 
 int set_turns(struct vm *vm, const void *data, size_t size)
 {
     const struct core_turns *turns = data;
-    if (size != sizeof *turns || turns->cpu >= CORE_VCPUS || turns->left > CORE_TURN)
+    if (size != sizeof *turns || turns->cpu >= CORE_VCPUS || turns->left > CORE_TURN || turns->stopped >= CORE_VCPUS ||
+        turns->reserved)
         return -EINVAL;
     vm->turn_of = turns->cpu;
     vm->turn_left = turns->left;
+    vm->stopped = turns->stopped;
     return 0;
 }
 

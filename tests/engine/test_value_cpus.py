@@ -1,0 +1,204 @@
+"""A machine of several CPUs is a value: at any moment, on each engine, from one to the other."""
+
+from __future__ import annotations
+
+import random
+import struct
+from contextlib import ExitStack
+
+import msgspec
+import pytest
+from engine.asm import ORIGIN
+from engine.conftest import engine_or_skip
+
+from vmfs.debug.points import Options
+from vmfs.engine.base import Capability
+from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
+from vmfs.machine.state import State
+from vmfs.words import exits
+from vmfs.words.errors import Invalid
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import write_registers
+
+SECONDS = 60
+SIZE = 2 << 20
+SUMS = 0x9000
+
+# Each of the CPUs reads a port and a device's memory and adds what it gets to sums of its own; RBX is its number.
+READER = """
+    lea r8, [rbx * 8 + 0x9000]; xor esi, esi
+l:  mov ecx, 3000; 1: dec ecx; jnz 1b
+    in al, 0x80; movzx eax, al; add [r8], rax
+    mov ecx, [0x10000000]; add [r8 + 0x80], rcx
+    lock inc dword ptr [0x9400]
+    jmp l
+"""
+# No exit: locks, a counter of its own, code that changes itself, PAUSE, which ends a turn.
+BUSY = """
+    lea r8, [rbx * 8 + 0x9000]
+l:  inc qword ptr [r8]; mov eax, 1; lock xadd dword ptr [0x9400], eax; add [r8 + 0x80], rax
+    mov ecx, 50; lea esi, [r8 + 0x200]; lea edi, [r8 + 0x1000]; rep movsb
+    test dword ptr [r8], 15; jne l; pause
+    rdtsc; add [r8 + 0x100], rax; jmp l
+"""
+
+
+def load(vm: Vm, code: bytes) -> None:
+    vm.memory.write(ORIGIN, code)
+    for cpu in vm.cpus:
+        vm.change(lambda vcpu: set_mode(vcpu, vm.memory, SIZE, "long"), cpu=cpu.index)
+        vm.change(
+            lambda vcpu, number=cpu.index: write_registers(vcpu, {"rip": ORIGIN, "rbx": number}), cpu=cpu.index
+        )
+
+
+@pytest.fixture
+def make():
+    with ExitStack() as made:
+
+        def one(engine, count, code=b""):
+            vm = Vm(engine, memory_size=SIZE)
+            made.callback(vm.close)
+            vm.set_cpu_count(count)
+            if code:
+                load(vm, code)
+            return vm
+
+        yield one
+
+
+def go_into(vm, other):
+    """`other` becomes what `vm` is, by way of bytes."""
+    other.memory.write(0, vm.memory.read(0, SIZE))
+    other.put(State.decode(vm.take().result(SECONDS).encode()))
+
+
+def sums(vm, at, count):
+    return struct.unpack(f"<{count}Q", vm.memory.read(SUMS + at, 8 * count))
+
+
+def test_no_read_of_any_cpu_is_lost_or_done_twice(engine, other, make, assembler):
+    """Every CPU comes to its reads as it does; at each exit all of it goes into another machine. On KVM several have
+    come to one at a time, and the later ones are held."""
+    count, code = 4, assembler(READER, "long").code
+    vm, there = make(engine, count, code), make(other, count)
+    given = {"in": [0] * count, "read": [0] * count}
+    held = 0
+    for number in range(1, 150):
+        exit_ = vm.start().result(SECONDS)
+        assert exit_.direction in given, exit_.line()
+        held += bool(vm.save_setup().held)
+        if vm.save_setup().held or number % 3 == 0:
+            before = vm.save_seen(), vm.save_setup().held
+            go_into(vm, there)
+            vm, there = there, vm
+            assert (vm.save_seen(), vm.save_setup().held) == before
+            assert vm.last_exit.line() == exit_.line()
+        data = random.Random(number).randbytes(1 if exit_.direction == "in" else 4)
+        vm.set_access_data(data)
+        given[exit_.direction][exit_.cpu] += int.from_bytes(data, "little")
+    for cpu in vm.cpus:
+        cpu.vcpu.complete()
+    # What a CPU had been given is in its sum, or in the register on its way there.
+    for at, direction in ((0, "in"), (0x80, "read")):
+        there_now = sums(vm, at, count)
+        for number, wanted in enumerate(given[direction]):
+            data = vm.cpus[number].vcpu.get_state("regs")
+            rax, _, rcx = struct.unpack_from("<3Q", data)
+            on_its_way = rax & 0xFF if direction == "in" else rcx & 0xFFFF_FFFF
+            assert wanted - there_now[number] in (0, on_its_way), (direction, number)
+    assert all(given["in"]) and (held or Capability.DETERMINISTIC in engine.create_machine().capabilities)
+
+
+def test_at_any_moment_in_turn(make, assembler):
+    """To the bit as one that is left alone, whoever's turn it is."""
+    emulator = engine_or_skip("emulator")
+    code, dice = assembler(BUSY, "long").code, random.Random(5)
+    alone, first, second = make(emulator, 4, code), make(emulator, 4), make(emulator, 4)
+    go_into(alone, first)
+    turns = set()
+    for number in range(60):
+        bound = Bound(instructions=dice.choice((1, 7, 300, 5000, 20_000, 50_000)))
+        lines = [vm.start(bound).result(SECONDS).line() for vm in (alone, first)]
+        assert lines[0] == lines[1], number
+        turns.add(first.engine_machine.get_state("turns")[0])
+        if dice.random() < 0.5:
+            go_into(first, second)
+            first, second = second, first
+        if number % 5 == 4:
+            assert alone.state_hash() == first.state_hash(), number
+    assert turns == {0, 1, 2, 3}
+
+
+def test_while_they_run(engine, make, assembler):
+    """What is taken of a run goes on elsewhere: no CPU has lost an update or done one twice."""
+    count, code = 4, assembler(BUSY, "long").code
+    vm, there = make(engine, count, code), make(engine, count)
+    for _ in range(5):
+        run = vm.start()
+
+        def take(_, vm=vm):
+            return vm.memory.read(0, SIZE)
+
+        while sums(vm, 0, count)[-1] < 3:
+            pass
+        ram = vm.at_boundary(take)
+        state = vm.take()
+        vm.stop(run)
+        run.result(SECONDS)
+        ram.result(SECONDS), state.result(SECONDS)
+        go_into(vm, there)
+        vm, there = there, vm
+        vm.start(Bound(seconds=0.05)).result(SECONDS)
+        vm.start(Bound(steps=200, cpu=0)).result(SECONDS)
+        done, (ticket,) = sums(vm, 0, count), struct.unpack("<I", vm.memory.read(SUMS + 0x400, 4))
+        assert 0 <= sum(done) - ticket <= count  # each is at most between its two additions
+
+
+def test_who_stopped_at_a_breakpoint_passes_it_elsewhere(engine, other, make, assembler):
+    code = assembler("l: inc qword ptr [rbx * 8 + 0x9000]; stop: pause; jmp l", "long")
+    vm = make(engine, 3, code.code)
+    stop = ORIGIN + code.code.index(b"\xf3\x90")
+    vm.set_points(lambda points: points.add_break(stop, Options(cpu=2))).result(SECONDS)
+    before = 0
+    for number in range(6):
+        exit_ = vm.start().result(SECONDS)
+        assert (exit_.REASON, exit_.cpu, exit_.rip) == ("debug", 2, stop)
+        done = sums(vm, 0, 3)[2]
+        assert done == before + 1, number
+        before = done
+        vm.move_to(other if vm.engine is engine else engine)
+
+
+def test_moving_on_and_back_with_reads_that_wait(engine, other, make, assembler):
+    vm = make(engine, 3, assembler(READER, "long").code)
+    seen = set()
+    for number in range(60):
+        exit_ = vm.start().result(SECONDS)
+        seen.add(exit_.cpu)
+        vm.move_to(other if vm.engine is engine else engine)
+        vm.set_access_data(bytes([number] * len(vm.access_data)))
+    assert seen == {0, 1, 2}
+
+
+def test_what_no_machine_of_several_has_seen_is_refused(make, assembler):
+    emulator = engine_or_skip("emulator")
+    vm = make(emulator, 2, assembler(BUSY, "long").code)
+    vm.start(Bound(instructions=40_000)).result(SECONDS)
+    state, before = vm.take().result(SECONDS), vm.state_hash()
+    for part, change in (
+        ("seen", {"cpu_exits": (None,)}),
+        ("seen", {"cpu_exits": (exits.Hlt(rip=0, cpu=1).line(), None)}),
+        ("seen", {"last_exit": "hlt rip=0x0 cpu=2"}),
+        ("setup", {"held": ("hlt rip=0x0 cpu=2",)}),
+        ("setup", {"held": ("no exit",)}),
+        ("setup", {"cpus": 3}),
+    ):
+        own = getattr(vm, f"save_{part}")()
+        data = msgspec.msgpack.encode(msgspec.structs.replace(own, **change))
+        name = f"machine/{part}"
+        parts = {**state.parts, name: msgspec.structs.replace(state.parts[name], data=data)}
+        with pytest.raises(Invalid):
+            vm.put(State(state.format, parts))
+        assert vm.state_hash() == before
