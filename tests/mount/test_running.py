@@ -394,6 +394,24 @@ def test_the_time_of_a_run_counts_while_it_goes_on(vm):
     assert run_time() == ended
 
 
+def test_a_machine_that_stands_still_for_long_gives_its_host_code_back(own_server):
+    """It runs again as before, and what it then translates is given back, too."""
+    vm = own_server(engine="emulator", environment={"VMFS_JIT_IDLE": "300"}).make()
+
+    def count(name: str) -> int:
+        return int(dict(line.split(" ", 1) for line in vm.read("stat").splitlines())[name])
+
+    vm.write("mode", "protected")
+    with open(vm / "mem", "r+b", buffering=0) as mem:
+        os.pwrite(mem.fileno(), bytes.fromhex("b940420f00 ffc9 75fc f4"), 0x1000)  # mov ecx, 1000000; dec ecx; jnz; hlt
+    for times in (1, 2):
+        vm.write("reg/rip", "0x1000")
+        assert vm.run().startswith("hlt ")
+        assert count("regions") == times
+        wait_until(lambda: count("code_bytes") == 0, "the code is given back")
+        assert int(vm.read("reg/rcx"), 0) == 0
+
+
 def test_several_cpus_stop_together_and_step_alone(vm):
     vm.write("cpus", "3\n")
     with open(vm / "mem", "r+b") as mem:

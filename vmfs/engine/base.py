@@ -331,6 +331,9 @@ class Machine(abc.ABC):
     def set_state(self, name: str, data: bytes) -> None:
         """Set a state of MACHINE_STATES or MACHINE_REST, whole. `Invalid` for what cannot be; nothing has changed."""
 
+    def rest(self) -> None:  # noqa: B027 - an engine may have nothing to give back
+        """Give back memory that only makes runs faster: there was none for long. None of the CPUs runs."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Free everything, CPUs too. None of them runs. May be called twice."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import os
 import re
 import socket
 from collections.abc import Awaitable, Callable
@@ -62,6 +63,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+REST_MS = 30000  # as the emulator's core has it for a CPU that sleeps
+REST_SECONDS_MOST = 600.0
 NO_DESCRIPTOR = "the machine's process has no file descriptor left (ulimit -n)"
 _decode_result = msgspec.msgpack.Decoder(commands.Result).decode
 
@@ -126,6 +129,7 @@ class Worker:
         failure: ChannelBroken | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_news)
+            nursery.start_soon(self._rest)
             try:
                 while True:
                     message, fds = await self._channel.receive()
@@ -135,6 +139,16 @@ class Worker:
                 self._door.end()
             nursery.cancel_scope.cancel()
         raise failure or ChannelBroken("it has ended")
+
+    async def _rest(self) -> None:
+        """Have a machine that stands still for long give back what it has for runs alone; one that sleeps within a run
+        does so itself. The longer it stands still, the more seldom it is looked at."""
+        pause = shortest = int(os.environ.get("VMFS_JIT_IDLE", REST_MS)) / 1000
+        seen: int | None = None
+        while True:
+            await trio.sleep(pause)
+            before, seen = seen, self.contents.vm.rest(seen)
+            pause = shortest if seen != before else min(pause * 2, REST_SECONDS_MOST)
 
     def _take(self, nursery: trio.Nursery, message: Any, fds: list[int] | None) -> None:
         match message:

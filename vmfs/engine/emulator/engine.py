@@ -211,6 +211,10 @@ class EmulatorMachine(Machine):
         if name != "clock" and not self._has_irqchip:
             raise Unsupported(f"{name}: the machine has no interrupt controller")
 
+    def rest(self) -> None:
+        with _failures("rest"):
+            self._vm.rest()
+
     def close(self) -> None:
         with _failures("close"):
             self._vm.close()

@@ -260,12 +260,19 @@ typedef void core_trace_deliver(void *argument, const struct core_trace_record *
  * switched off (there are none after a run). -ENOMEM. */
 int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_deliver *deliver, void *argument);
 
+/* ---- Rest ------------------------------------------------------------------------------------------------------- */
+
+/* The machine has not run for long: give back what only makes runs faster, decoded and translated code. Not while it runs.
+ * A CPU that sleeps within a run does so by itself. */
+void vm_rest(struct vm *vm);
+
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 
 struct vcpu_counters {
     uint64_t instructions, blocks_decoded, blocks_killed, tlb_misses, interrupts, exceptions;
     uint64_t instructions_translated, regions, regions_killed, code_bytes, translating_ns; /* of the translator */
 };
+/* `code_bytes` is what there is of host code just now, the others count. */
 void vcpu_get_counters(struct vcpu *c, struct vcpu_counters *counters);
 
 /* MSRs that the guest has used and that there are not, the one last used at the end. Not while the CPU runs. */

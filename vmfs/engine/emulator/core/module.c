@@ -253,6 +253,15 @@ static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_rest(VmObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vm_idle(self))
+        return NULL;
+    vm_rest(self->vm);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_get_state(VmObject *self, PyObject *args)
 {
     const char *name;
@@ -378,6 +387,7 @@ static PyMethodDef vm_methods[] = {
      "set_bus(capsule or None): devices that are asked before an access is an exit (vmfs/words/bus.h)"},
     {"set_deadline", (PyCFunction)py_vm_set_deadline, METH_VARARGS,
      "set_deadline(clock): a run ends when the state clock has come to it; NEVER"},
+    {"rest", (PyCFunction)py_vm_rest, METH_NOARGS, "rest(): give back decoded and translated code"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
      "set_host_time(yes): time follows the host's clock, not the instructions retired"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},

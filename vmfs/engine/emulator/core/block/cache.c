@@ -20,6 +20,9 @@
 #include "translate.h"
 
 enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12, MAPPINGS = 1 << 13 };
+/* A CPU that executes less than REST_INSTRUCTIONS in REST_MILLISECONDS (a kernel with nothing to do needs a tenth) gives back
+ * what it has, if that is as much as REST_BYTES. */
+enum { REST_MILLISECONDS = 30000, REST_INSTRUCTIONS = 100000000, REST_BYTES = 1 << 20 };
 
 struct code_page {
     u64 page;                 /* guest-physical */
@@ -36,6 +39,8 @@ struct cache {
     u32 flushes;
     u8 *arena;
     size_t used;
+    u64 rest_nanoseconds;     /* VMFS_JIT_IDLE: after how long */
+    u64 rest_began, rest_done; /* since when it has done next to nothing, by the host's clock; the instructions until then */
 };
 
 static unsigned bucket_of(u64 physical, u64 key) { return (physical ^ physical >> 15 ^ key * 7 ^ key >> 32) & (BUCKETS - 1); }
@@ -169,7 +174,9 @@ int cache_create(struct vcpu *c)
     c->cache->last_id = 1;
     c->code_map = &c->code_maps[0];
     code_map_clear(c);
-    c->translator = translator_create();
+    const char *milliseconds = getenv("VMFS_JIT_IDLE");
+    c->cache->rest_nanoseconds = (milliseconds ? strtoull(milliseconds, NULL, 0) : REST_MILLISECONDS) * 1000000;
+    c->translator = translator_create(c->vm);
     return 0;
 }
 
@@ -177,7 +184,7 @@ void cache_destroy(struct vcpu *c)
 {
     if (!c->cache)
         return;
-    translator_destroy(c->translator);
+    translator_destroy(c);
     munmap(c->cache->arena, ARENA_SIZE);
     free(c->cache);
     c->cache = NULL;
@@ -266,6 +273,40 @@ void cache_flush(struct vcpu *c)
         memset(cache->mappings, 0, sizeof cache->mappings);
     cache->last_id = 1;
     code_map_clear(c);
+}
+
+static void give_back(struct vcpu *c)
+{
+    size_t used = c->cache->used;
+    cache_flush(c);
+    madvise(c->cache->arena, used, MADV_DONTNEED);
+}
+
+u64 cache_rest(struct vcpu *c)
+{
+    struct cache *cache = c->cache;
+    u64 now = host_clock(), done = instructions_done(c);
+    if (cache->used + c->counters.code_bytes < REST_BYTES)
+        return CORE_NEVER;
+    if (!cache->rest_began || done - cache->rest_done > REST_INSTRUCTIONS) {
+        cache->rest_began = now;
+        cache->rest_done = done;
+    }
+    u64 rested = now - cache->rest_began;
+    if (rested < cache->rest_nanoseconds)
+        return cache->rest_nanoseconds - rested;
+    cache->rest_began = 0;
+    give_back(c);
+    return CORE_NEVER;
+}
+
+void vm_rest(struct vm *vm)
+{
+    vm_lock(vm);
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            give_back(vm->vcpus[i]);
+    vm_unlock(vm);
 }
 
 static void unlink_block(struct vcpu *c, struct block *b)

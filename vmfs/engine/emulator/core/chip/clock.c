@@ -337,6 +337,20 @@ bool chip_leaves_it_asleep(const struct vcpu *c)
     return !irqchip_can_send_unmaskable(c->vm->irqchip);
 }
 
+/* What it, or all CPUs that execute in turn, need for runs alone; in how many nanoseconds to look again. */
+static u64 rest(struct vcpu *c)
+{
+    if (!c->vm->in_turn)
+        return cache_rest(c);
+    u64 least = CORE_NEVER;
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (c->vm->vcpus[i]) {
+            u64 next = cache_rest(c->vm->vcpus[i]);
+            least = next < least ? next : least;
+        }
+    return least;
+}
+
 bool chip_wait(struct vcpu *c)
 {
     u64 now = time_at_timer(c), due = next_due(c->vm), most = IRQCHIP_NEVER;
@@ -374,6 +388,8 @@ bool chip_wait(struct vcpu *c)
     if (c->vm->in_turn)
         atomic_store(&c->vm->sleeper, c);
     if (!(c->vm->in_turn && others_execute(c))) { /* what came for another one before it could see the sleeper */
+        u64 again = rest(c);
+        most = again < most ? again : most;
         clock_leave(c);
         vm_unlock(c->vm);
         sleep_until_attention(c, most);

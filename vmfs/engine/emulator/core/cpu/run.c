@@ -4,6 +4,7 @@
 #include "memory.h"
 #include "sse.h"
 #include "tracer.h"
+#include "translate.h"
 #include "x87.h"
 
 #include <time.h>
@@ -201,6 +202,10 @@ static bool look_around(struct vcpu *c)
     if (bits & ATTENTION_WRITTEN) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_WRITTEN);
         cache_forget_written(c);
+    }
+    if (bits & ATTENTION_SHARE) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_SHARE);
+        translator_share(c);
     }
     if (bits & ATTENTION_TRACE) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_TRACE);

@@ -220,7 +220,7 @@ struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
 
 enum attention { /* reasons to leave the blocks; bits of vcpu.attention, set by any thread */
     ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
-    ATTENTION_TRACE = 32, ATTENTION_WRITTEN = 64,
+    ATTENTION_TRACE = 32, ATTENTION_WRITTEN = 64, ATTENTION_SHARE = 128 /* of the memory of host code */,
 };
 enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
@@ -443,6 +443,7 @@ struct vm {
     _Atomic(struct vcpu *) sleeper; /* in vm_run: it sleeps for all */
     struct irqchip *irqchip;  /* NULL: none */
     struct fast_bus *bus;     /* NULL: none */
+    struct code_memory *code; /* of the translators; NULL: none */
     pthread_mutex_t lines_lock;
     struct line_change { u32 gsi; bool level; } *line_queue; /* by vm_irq_line, for the CPU that runs to apply */
     size_t line_count, line_room;
@@ -595,6 +596,9 @@ int add_waiting(struct vcpu *c, const struct vcpu_exit *exit);
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);
 void cache_flush(struct vcpu *c);                /* forget all blocks */
+/* The CPU executes nothing just now. Where it has done next to nothing for long, all that is decoded and translated is given back.
+ * In how many nanoseconds to ask again; CORE_NEVER: there is nothing to give back. */
+u64 cache_rest(struct vcpu *c);
 void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* those that overlap, on all CPUs */
 struct block *cache_lookup(struct vcpu *c);      /* the block at gpr[GPR_IP]; may escape with a fault */
 /* Instruction fetches: their translations were dropped, all or of a page; the key, CPL or base of CS changed. */

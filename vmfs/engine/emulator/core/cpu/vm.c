@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "code.h"
 #include "flags.h"
 #include "irqchip.h"
 #include "memory.h"
@@ -66,6 +67,7 @@ void vm_destroy(struct vm *vm)
             vcpu_destroy(vm->vcpus[i]);
     for (unsigned i = 0; i < CORE_SLOTS; i++)
         free_slot(&vm->slots[i]);
+    code_memory_destroy(vm->code);
     free(vm->line_queue);
     irqchip_destroy(vm->irqchip);
     pthread_mutex_destroy(&vm->lock);

@@ -3,6 +3,7 @@
 #define VMFS_EMIT_H
 
 #include "assemble.h"
+#include "code.h"
 #include "translate.h"
 
 /* Host registers. Guest registers have their own numbers but for RSP, which is R12, and R12 to R15, which stay in struct
@@ -156,7 +157,6 @@ extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_
 
 /* region.c */
 bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
-struct shared { u8 *leave, *call, *stop, *way; }; /* in code memory, as the writer sees it */
 /* Where the code map of a key has its numbers, from struct vcpu on. */
 ALWAYS_INLINE i32 code_ids(u64 key)
 {

@@ -12,10 +12,11 @@
 #include "cache.h"
 #include "flags.h"
 
-/* Code memory is two mappings of one file, one to write and one to execute. It is used in parts, in turn: what lies in a part
- * is dropped before it is used again. */
-enum { PARTS = 8, PART_SIZE = 4 << 20, SHARED_SIZE = 4096, PART_ROOM = 1 << 19 /* the most that a region takes */ };
 enum { THRESHOLD = 40 };
+/* The most that a block takes for itself, and each of its instructions: two calls out of line that store and load all vector
+ * registers, their sites, and its own code. */
+enum { MEMBER_ROOM = 1024, INSTRUCTION_ROOM = 1536 };
+_Static_assert(REGION_BLOCKS * MEMBER_ROOM + REGION_INSTRUCTIONS * INSTRUCTION_ROOM < PART_SIZE, "a region fits into a part");
 
 struct region {
     struct region *next;      /* in its part */
@@ -25,14 +26,11 @@ struct region {
     unsigned count;
     struct block *blocks[];
 };
-struct part { u8 *at, *top; struct region *regions; }; /* code from below, sites from above */
 struct translator {
-    u8 *writable;
-    i64 to_executable;        /* from an address there to that of the same byte to execute */
-    struct shared shared;
-    void (*enter)(struct vcpu *, const u8 *);
-    struct part parts[PARTS];
-    unsigned part;
+    struct code_memory *memory;
+    struct part parts[CODE_PARTS]; /* of the memory; `queue` names those of this CPU */
+    u8 queue[CODE_PARTS];     /* a ring from `oldest` on; the last is the one in use */
+    unsigned oldest, has;
     u32 threshold;
     u64 seed;
     u64 host_features[4];
@@ -40,7 +38,7 @@ struct translator {
     struct translation work;
 };
 
-const struct shared *shared_code(const struct translator *t) { return &t->shared; }
+const struct shared *shared_code(const struct translator *t) { return &t->memory->shared; }
 bool host_has(const struct translator *t, enum feature f) { return t->host_features[f >> 6] >> (f & 63) & 1; }
 
 bool is_cut(const struct translator *t, const void *where)
@@ -126,7 +124,7 @@ void block_translated(struct vcpu *c, const struct record *r)
     c->flags_image = get_arithmetic_flags(c) | 2;
     c->translated = true;
     c->translated_from = instructions_done(c) - b->count;
-    c->translator->enter(c, b->code);
+    c->translator->memory->shared.enter(c, b->code);
 }
 
 /* From a region: the block of `scratch` is next, but the budget ends before. */
@@ -140,13 +138,14 @@ static void translated_stop(struct vcpu *c)
 
 static void translated_way(struct vcpu *c, struct way *w);
 
-static u8 *executable(const struct translator *t, u8 *written) { return written + t->to_executable; }
+static u8 *executable(const struct translator *t, u8 *written) { return written + t->memory->to_executable; }
 
 /* Host code's stack is the room below struct vcpu (HOST_STACK), so that RSP is also the register for that. There its calls leave
  * a return address, and signals their frames; C code runs on the thread's stack. */
-static void write_shared(struct translator *t)
+static void write_shared(struct code_memory *m)
 {
-    struct code code = {t->writable};
+    struct code code = {m->writable};
+    struct shared *shared = &m->shared;
     u8 *enter = code.at; /* (c, code) */
     for (unsigned i = 0; i < sizeof saved; i++)
         put_push(&code, saved[i]);
@@ -156,7 +155,7 @@ static void write_shared(struct translator *t)
     reload(&code);
     put_modrm(&code, 0, M1, 0xff, 4, in_register(T0));
 
-    t->shared.leave = code.at; /* T0: the record, T1: the instruction pointer of its block */
+    shared->leave = code.at; /* T0: the record, T1: the instruction pointer of its block */
     store64(&code, FIELD(gpr[GPR_IP]), T1);
     spill(&code);
     load64(&code, RDI, in_register(C));
@@ -165,14 +164,14 @@ static void write_shared(struct translator *t)
     restore_host(&code);
     jump_to(&code, (void (*)(void))translated_leave);
 
-    t->shared.stop = code.at;
+    shared->stop = code.at;
     spill(&code);
     load64(&code, RDI, in_register(C));
     load64(&code, RSP, FIELD(host_stack));
     restore_host(&code);
     jump_to(&code, (void (*)(void))translated_stop);
 
-    t->shared.way = code.at; /* T0: the way */
+    shared->way = code.at; /* T0: the way */
     spill(&code);
     load64(&code, RDI, in_register(C));
     load64(&code, RSI, in_register(T0));
@@ -180,7 +179,7 @@ static void write_shared(struct translator *t)
     restore_host(&code);
     jump_to(&code, (void (*)(void))translated_way);
 
-    t->shared.call = code.at; /* T0: the site */
+    shared->call = code.at; /* T0: the site */
     put_pop(&code, T1);
     spill(&code);
     load64(&code, RBX, in_register(C));
@@ -202,8 +201,8 @@ static void write_shared(struct translator *t)
     lea64(&code, RSP, in_memory(RSP, 8));
     restore_host(&code);
     put8(&code, 0xc3);
-    u8 *run = executable(t, enter);
-    memcpy(&t->enter, &run, sizeof run);
+    enter += m->to_executable;
+    memcpy(&shared->enter, &enter, sizeof enter);
 }
 
 /* ---- Memory ---------------------------------------------------------------------------------------------------------------- */
@@ -229,40 +228,26 @@ static void look_at_host(struct translator *t)
     }
 }
 
-struct translator *translator_create(void)
+struct translator *translator_create(struct vm *vm)
 {
     if (number_of("VMFS_NO_JIT", 0))
         return NULL;
+    if (!vm->code) {
+        vm->code = code_memory_create();
+        if (!vm->code)
+            return NULL;
+        write_shared(vm->code);
+    }
     struct translator *t = calloc(1, sizeof *t);
     if (!t)
         return NULL;
-    size_t size = SHARED_SIZE + (size_t)PARTS * PART_SIZE;
-    int fd = memfd_create("vmfs-code", MFD_CLOEXEC);
-    void *writable = MAP_FAILED, *code = MAP_FAILED;
-    if (fd >= 0 && !ftruncate(fd, (off_t)size)) {
-        writable = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-        code = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    }
-    if (fd >= 0)
-        close(fd);
-    if (writable == MAP_FAILED || code == MAP_FAILED) {
-        if (writable != MAP_FAILED)
-            munmap(writable, size);
-        free(t);
-        return NULL;
-    }
-    t->writable = writable;
-    t->to_executable = (u8 *)code - (u8 *)writable;
+    t->memory = vm->code;
+    code_memory_join(t->memory);
     t->threshold = (u32)number_of("VMFS_JIT_THRESHOLD", THRESHOLD);
     t->seed = number_of("VMFS_JIT_SEED", 0);
     if (getenv("VMFS_JIT_PROFILE"))
         t->profile = calloc(opcode_count, sizeof *t->profile);
     look_at_host(t);
-    write_shared(t);
-    for (unsigned i = 0; i < PARTS; i++) {
-        t->parts[i].at = t->writable + SHARED_SIZE + (size_t)i * PART_SIZE;
-        t->parts[i].top = t->parts[i].at + PART_SIZE;
-    }
     return t;
 }
 
@@ -296,11 +281,16 @@ static void free_regions(struct part *p)
     p->regions = NULL;
 }
 
-static void empty_part(struct translator *t, unsigned i)
+/* Nothing of the oldest part is used any more: to the host with it. */
+static void give_oldest(struct vcpu *c)
 {
-    free_regions(&t->parts[i]);
-    t->parts[i].at = t->writable + SHARED_SIZE + (size_t)i * PART_SIZE;
-    t->parts[i].top = t->parts[i].at + PART_SIZE;
+    struct translator *t = c->translator;
+    unsigned number = t->queue[t->oldest];
+    struct part *p = &t->parts[number];
+    free_regions(p);
+    c->counters.code_bytes -= PART_SIZE - (u64)(p->top - p->at);
+    part_give(t->memory, number, t->has--);
+    t->oldest = (t->oldest + 1) % CODE_PARTS;
 }
 
 /* VMFS_JIT_PROFILE=FILE: by row, how often host code called the handler, or left for it. */
@@ -315,25 +305,24 @@ static void write_profile(const struct translator *t)
         fclose(file);
 }
 
-void translator_destroy(struct translator *t)
+void translator_destroy(struct vcpu *c)
 {
+    struct translator *t = c->translator;
     if (!t)
         return;
     if (t->profile)
         write_profile(t);
     free(t->profile);
-    for (unsigned i = 0; i < PARTS; i++)
-        free_regions(&t->parts[i]);
-    size_t size = SHARED_SIZE + (size_t)PARTS * PART_SIZE;
-    munmap(t->writable + t->to_executable, size);
-    munmap(t->writable, size);
+    translator_flush(c);
+    code_memory_leave(t->memory);
     free(t);
+    c->translator = NULL;
 }
 
 void translator_flush(struct vcpu *c)
 {
-    for (unsigned i = 0; c->translator && i < PARTS; i++)
-        empty_part(c->translator, i);
+    while (c->translator && c->translator->has)
+        give_oldest(c);
 }
 
 void region_kill(struct vcpu *c, struct region *region)
@@ -352,25 +341,70 @@ void region_kill(struct vcpu *c, struct region *region)
     }
 }
 
-static struct part *room(struct vcpu *c)
+static void drop_oldest(struct vcpu *c)
 {
     struct translator *t = c->translator;
-    struct part *p = &t->parts[t->part];
-    if (p->top - p->at > PART_ROOM)
-        return p;
-    t->part = (t->part + 1) % PARTS;
-    p = &t->parts[t->part];
-    for (struct region *r = p->regions; r; r = r->next)
+    for (struct region *r = t->parts[t->queue[t->oldest]].regions; r; r = r->next)
         region_kill(c, r);
-    empty_part(t, t->part);
+    give_oldest(c);
+}
+
+void translator_share(struct vcpu *c)
+{
+    if (c->translator && c->translator->has > part_share(c->translator->memory))
+        drop_oldest(c);
+}
+
+/* There is no part left. One that has more than its share drops one, in the end: at once where the CPUs execute in turn. */
+static void ask_for_part(struct vcpu *c)
+{
+    struct vcpu *most = NULL;
+    for (unsigned i = 0; i < CORE_VCPUS; i++) {
+        struct vcpu *other = c->vm->vcpus[i];
+        if (other && other != c && other->translator && (!most || other->translator->has > most->translator->has))
+            most = other;
+    }
+    if (!most || c->translator->has >= part_share(c->translator->memory))
+        return;
+    if (c->vm->in_turn)
+        translator_share(most);
+    else
+        request_attention(most, ATTENTION_SHARE);
+}
+
+static struct part *part_in_use(struct translator *t) { return &t->parts[t->queue[(t->oldest + t->has - 1) % CODE_PARTS]]; }
+
+/* A part with so much room, or NULL: the others have them all just now. */
+static struct part *room(struct vcpu *c, size_t bytes)
+{
+    struct translator *t = c->translator;
+    struct part *p = t->has ? part_in_use(t) : NULL;
+    if (p && (size_t)(p->top - p->at) >= bytes)
+        return p;
+    int number = part_take(t->memory, t->has);
+    if (number < 0) {
+        ask_for_part(c);
+        number = part_take(t->memory, t->has);
+    }
+    if (number < 0 && t->has) {
+        drop_oldest(c);
+        number = part_take(t->memory, t->has);
+    }
+    if (number < 0)
+        return NULL;
+    p = &t->parts[number];
+    p->at = t->memory->writable + SHARED_SIZE + (size_t)number * PART_SIZE;
+    p->top = p->at + PART_SIZE;
+    t->queue[(t->oldest + t->has++) % CODE_PARTS] = (u8)number;
     return p;
 }
 
 static void *take_top(struct translation *t, size_t size)
 {
-    struct part *p = &t->translator->parts[t->translator->part];
-    p->top = (u8 *)((uintptr_t)(p->top - size) & ~(uintptr_t)31);
-    return p->top;
+    struct part *p = part_in_use(t->translator);
+    u8 *top = (u8 *)((uintptr_t)(p->top - size) & ~(uintptr_t)31);
+    t->c->counters.code_bytes += (u64)(p->top - top);
+    return p->top = top;
 }
 
 struct site *add_site(struct translation *t, const struct record *r, unsigned count)
@@ -406,7 +440,7 @@ static void open_way(const struct translator *t, const struct vcpu *c, struct wa
         alu_constant(&code, I_W, w->taken < 0 ? GROUP_ADD : GROUP_SUB, in_register(BUDGET), (i32)(w->taken < 0 ? -w->taken : w->taken));
     if (w->taken > 0)
         land(jump_if(&code, CC_L), w->stop);
-    land(jump(&code), to->code - t->to_executable);
+    land(jump(&code), to->code - t->memory->to_executable);
     w->to = to;
     w->id = l->id;
     w->before = &to->ways;
@@ -543,7 +577,7 @@ static void name_for_perf(const struct translator *t, const struct region *regio
             return;
         setvbuf(map, NULL, _IOLBF, 0);
     }
-    fprintf(map, "%llx %zx guest_%llx\n", (unsigned long long)(uintptr_t)(code + t->to_executable), size,
+    fprintf(map, "%llx %zx guest_%llx\n", (unsigned long long)(uintptr_t)(code + t->memory->to_executable), size,
             (unsigned long long)region->blocks[0]->ip);
 }
 
@@ -553,18 +587,20 @@ static void translate(struct vcpu *c, struct block *first)
     struct translation *w = &t->work;
     struct timespec began, ended;
     clock_gettime(CLOCK_MONOTONIC, &began);
-    struct part *p = room(c);
     w->c = c;
     w->translator = t;
     w->wide = c->key & KEY_CODE64;
     w->member_count = w->instructions = w->stub_count = w->edge_count = 0;
-    w->code.at = p->at;
     add_member(w, first);
     for (unsigned i = 0; i < w->member_count; i++)
         add_followers(w, w->members[i].block);
-    struct region *region = malloc(sizeof *region + w->member_count * sizeof *region->blocks);
-    if (!region)
+    struct part *p = room(c, MEMBER_ROOM * w->member_count + INSTRUCTION_ROOM * w->instructions);
+    struct region *region = p ? malloc(sizeof *region + w->member_count * sizeof *region->blocks) : NULL;
+    if (!region) { /* no room just now */
+        first->entries = 0;
         return;
+    }
+    w->code.at = p->at;
     *region = (struct region){.count = w->member_count, .next = p->regions, .key = c->key};
     p->regions = region;
     w->region = region;
@@ -597,6 +633,8 @@ static void translate(struct vcpu *c, struct block *first)
     c->counters.regions++;
     c->counters.code_bytes += (u64)(w->code.at - p->at);
     p->at = w->code.at;
+    if (p->at > p->top)
+        abort(); /* code and sites overlap: more than INSTRUCTION_ROOM */
     clock_gettime(CLOCK_MONOTONIC, &ended);
     c->counters.translating_ns += (u64)(ended.tv_sec - began.tv_sec) * 1000000000 + (u64)(ended.tv_nsec - began.tv_nsec);
 }

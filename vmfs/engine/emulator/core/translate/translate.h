@@ -13,15 +13,14 @@ struct translator;
 struct region;
 
 /* NULL: no translator (VMFS_NO_JIT, or the host gives no executable memory). */
-struct translator *translator_create(void);
-void translator_destroy(struct translator *t);
+struct translator *translator_create(struct vm *vm);
+void translator_destroy(struct vcpu *c);
 void translator_flush(struct vcpu *c);                        /* forget all regions: their blocks are gone */
+void translator_share(struct vcpu *c);                        /* drop a part of what is more than its share, for another CPU */
 void region_kill(struct vcpu *c, struct region *region);      /* a block of it dies: its other blocks are interpreted again */
 void ways_drop(struct vcpu *c, struct block *b);              /* jumps of host code to it leave, from now on */
 
 /* What a block's `enter` is: it counts, and in the end translates; or it runs host code. */
 handler block_count, block_translated;
-
-struct translator_counters { u64 regions, bytes, nanoseconds; };
 
 #endif
