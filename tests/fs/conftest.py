@@ -77,8 +77,9 @@ class Threads:
         self._engine = engine
         self._numbers = itertools.count(1)
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
-        job, end = Job(next(self._numbers)), channel.dup()
+    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+        job = Job(next(self._numbers))
+        ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         token = trio.lowlevel.current_trio_token()
         job.pid = os.getpid()
         job.forked.set()
@@ -95,7 +96,7 @@ class Threads:
                     token.run_sync_soon(ended)
 
         threading.Thread(target=live, daemon=True).start()
-        return job
+        return job, ours
 
     def _named(self, name: str) -> FakeEngine:
         if name != self._engine.name:

@@ -34,6 +34,7 @@ from vmfs.words.errors import ProcessFailed, VmfsError
 
 B = Credentials(54322, 54322)
 ENCODE = msgspec.msgpack.Encoder().encode
+BECOME = commands.Become(B.uid, B.gid, [], B.file_size, 0)
 
 
 # ---- messages
@@ -135,15 +136,15 @@ class Enemies:
         self.jobs: list[Job] = []
         self.opened: list[Any] = []
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
+    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
         job = Job(len(self.jobs) + 1)
         job.pid = os.getpid()
         job.forked.set()
-        line = channel.dup()
+        ours, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line.setblocking(False)
         self.lines.append(line)
         self.jobs.append(job)
-        return job
+        return job, ours
 
     def opener(self, who: Credentials, work: Any, answer: socket.socket) -> Job:
         job = Job(1000 + len(self.opened))
@@ -195,6 +196,7 @@ def against_a_machine(act: Act) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(machine.start)
             await trio.testing.wait_all_tasks_blocked()
+            assert enemies.lines[0].recv(4096) == ENCODE(BECOME)
             send(enemies.lines[0], ENCODE(commands.Born(commands.VERSION, "fake", memory)), [])
         try:
             await act(machine, enemies.lines[0], enemies)
@@ -491,6 +493,7 @@ def test_a_machine_against_a_hostile_server(tmp_path_factory, packed):
     thread.start()
     with ours:
         ours.settimeout(30)
+        ours.send(ENCODE(BECOME))
         assert ours.recv(1 << 16)  # it is born
         ours.setblocking(False)
         for packet, what in packed:
@@ -505,6 +508,65 @@ def test_a_machine_against_a_hostile_server(tmp_path_factory, packed):
     assert descriptors_there() == before
 
 
+@pytest.mark.parametrize("makes", [True, False], ids=["made", "failed"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        commands.Open(1, "regs", False, False, False, False, 0),
+        commands.Interrupt(1),
+        commands.Clients(False, True),
+        commands.Lane(1),
+        None,
+    ],
+    ids=lambda first: type(first).__name__,
+)
+def test_a_process_does_nothing_before_it_is_somebodys(first, makes):
+    """Its sandbox is not whole until then. What comes first must say whose it is; the channel ends else."""
+
+    class Engine(FakeEngine):
+        def create_machine(self) -> Any:
+            if not makes:
+                raise OSError(errno.EMFILE, "no more")
+            return super().create_machine()
+
+    before = descriptors_there()
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    became: list[commands.Become] = []
+
+    async def live() -> None:
+        await worker.Unborn(its, Engine(), lambda name: FakeEngine(), 1 << 20).serve(became.append)
+
+    thread = threading.Thread(target=lambda: trio.run(live))
+    thread.start()
+    with ours:
+        ours.settimeout(30)
+        if first is not None:
+            send(ours, ENCODE(first), [os.memfd_create("page")])
+            assert ours.recv(1 << 16) == b""
+    thread.join(30)
+    assert not thread.is_alive() and not became
+    assert descriptors_there() == before
+
+
+def test_a_machine_is_somebodys_once():
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    became: list[commands.Become] = []
+
+    async def live() -> None:
+        await worker.Unborn(its, FakeEngine(), lambda name: FakeEngine(), 1 << 20).serve(became.append)
+
+    thread = threading.Thread(target=lambda: trio.run(live))
+    thread.start()
+    with ours:
+        ours.settimeout(30)
+        for _ in range(2):
+            ours.send(ENCODE(BECOME))
+        assert ours.recv(1 << 16)  # it is born
+        assert ours.recv(1 << 16) == b""
+    thread.join(30)
+    assert not thread.is_alive() and became == [BECOME]
+
+
 def test_every_call_has_one_answer():
     """However they are numbered."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -515,6 +577,7 @@ def test_every_call_has_one_answer():
     decode = msgspec.msgpack.Decoder(commands.ToServer).decode
     with ours:
         ours.settimeout(30)
+        ours.send(ENCODE(BECOME))
         ours.recv(1 << 16)
         for number in (5, 5, 7, -1):
             ours.send(ENCODE(commands.Open(number, "regs", False, False, False, False, 0)))
@@ -540,12 +603,12 @@ class Between:
         self.jobs: list[Job] = []
         self._threads: list[threading.Thread] = []
 
-    def machine(self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, most: int) -> Job:
+    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
         job = Job(len(self.jobs) + 1)
         job.pid = os.getpid()
         job.forked.set()
         self.jobs.append(job)
-        near = channel.dup()
+        ours, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         far, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         token = trio.lowlevel.current_trio_token()
 
@@ -554,7 +617,6 @@ class Between:
 
         def carry() -> None:
             with near, far:
-                near.setblocking(True)
                 while self.left:
                     ready, _, _ = select.select([near, far], [], [])
                     source, to = (near, far) if near in ready else (far, near)
@@ -571,7 +633,7 @@ class Between:
             thread = threading.Thread(target=act)
             thread.start()
             self._threads.append(thread)
-        return job
+        return job, ours
 
     def kill(self, job: Job) -> None:
         if job.code is None:
@@ -637,7 +699,7 @@ def test_a_process_that_dies_at_any_message_fails_its_calls_and_nothing_else(log
         assert set(outcome) <= {None, errno.EIO}, (messages, outcome)
         first = outcome.index(errno.EIO) if errno.EIO in outcome else len(outcome)
         assert None not in outcome[first : first + 8 - min(first, 8)], (messages, outcome)
-        born = messages > 1  # else it stays as it was made, and each call tries again
+        born = messages > 2  # else it stays as it was made, and each call tries again
         assert "the last command was" in failure or not born or first == len(outcome), (messages, failure)
         assert descriptors_there() == before, messages
     assert not log.found, log.found

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from host.users import A, B, children, is_there, pid_of, status
+from host.users import A, B, Child, children, is_there, pid_of, status
 from mounting import Server, for_plain_processes, wait_until
 
 from vmfs.engine import by_name
+from vmfs.host.sandbox import Sandbox
 from vmfs.machine import warmup
 
 
@@ -84,7 +88,7 @@ def sockets(pid: int) -> set[str]:
 
 
 def test_nobody_else_has_the_zygotes_sockets(quiet, folder):
-    """One of them says whose a spare becomes; the other gets any host path opened."""
+    """By one of them any host path is opened. Nor has anybody the server's, which say whose a spare becomes."""
     the_spare(quiet)
     machines = [B.makes(quiet.path / f"of{at}") for at in range(3)]
     B.does(machines[0].write, "machine", "pc")
@@ -96,9 +100,9 @@ def test_nobody_else_has_the_zygotes_sockets(quiet, folder):
     zygote = zygote_of(quiet)
     others = [pid for pid in children(quiet.server.pid) if pid != zygote]
     assert len(others) == 5
-    wait_until(lambda: len(sockets(zygote)) == 2, "it has closed what its children got")
+    wait_until(lambda: len(sockets(zygote)) == 1, "it has closed what its children got")
     for pid in others:
-        assert not sockets(pid) & sockets(zygote), status(pid)["Name"]
+        assert not sockets(pid) & (sockets(zygote) | sockets(quiet.server.pid)), status(pid)["Name"]
     for vm in machines:
         vm.path.rmdir()
 
@@ -109,6 +113,62 @@ def test_it_ends_with_the_server_and_with_the_zygote(own_server):
         spare = the_spare(server)
         end(server)
         wait_until(lambda one=spare: not is_there(one), "the spare is gone")
+
+
+def test_spares_that_always_end_keep_nobody_busy(quiet):
+    """Each comes later than the one before. Machines are made all the same."""
+    killed: list[int] = []
+    began = time.monotonic()
+    for _ in range(6):
+        killed.append(the_spare(quiet))
+        os.kill(killed[-1], signal.SIGKILL)
+        wait_until(lambda: killed[-1] not in spares(quiet), "it has ended")
+    assert len(set(killed)) == 6
+    assert time.monotonic() - began > 0.04 + 0.08 + 0.16 + 0.32 + 0.64
+    vm = B.makes(quiet.path / "one")
+    assert pid_of(vm) not in killed and status(pid_of(vm))["Uid"].split() == [str(B.uid)] * 4
+    B.does(vm.path.rmdir)
+
+
+def descriptors(pid: int) -> list[str]:
+    """What they are of."""
+    links = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+    return sorted(re.sub(r"\[[0-9]+\]", "", link) for link in links)
+
+
+def test_the_life_that_a_spare_leads_leaves_nothing(quiet):
+    spare = the_spare(quiet)
+    assert os.listdir(f"/proc/{spare}/task") == [str(spare)]  # each thread would have to go into the sandbox by itself
+    machines = [B.makes(quiet.path / "one")]
+    assert pid_of(machines[0]) == spare
+    other = the_spare(quiet)
+    os.kill(other, signal.SIGKILL)
+    wait_until(lambda: not is_there(other), "it has ended")
+    machines.append(B.makes(quiet.path / "two"))  # for which there was no time
+    assert pid_of(machines[1]) not in (spare, other)
+    for vm in machines:
+        B.does(vm.load, "f4")
+        B.does(vm.run)
+    assert descriptors(pid_of(machines[0])) == descriptors(pid_of(machines[1]))
+    for vm in machines:
+        B.does(vm.path.rmdir)
+
+
+def test_a_thread_that_a_life_leaves_is_no_spares(monkeypatch):
+    from vmfs.host import spare
+
+    monkeypatch.setattr(spare, "THREADS_SECONDS", 0.1)
+    monkeypatch.setattr(warmup, "live", lambda *_: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
+
+    def act() -> str:
+        box, channel = Sandbox(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0]
+        try:
+            spare.main(channel, box, spare.Kind("emulator", 1 << 20), by_name("emulator"), by_name, ahead=True)
+        except RuntimeError as error:
+            return str(error)
+        return "it lives"
+
+    assert Child(0, act).result() == "a thread is left of a life"
 
 
 # ---- lives that are led before
@@ -130,8 +190,6 @@ def test_a_life_leaves_nothing():
 
 def test_code_that_is_gathered_does_what_it_did():
     """In a process of its own: it is done to all functions that there are."""
-    from host.users import Child
-
     def outer(number: int) -> list[int]:
         return [inner(each) for each in range(number)]
 

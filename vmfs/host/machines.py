@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from socket import socket
+from socket import MSG_NOSIGNAL, socket
+
+import msgspec
 
 from vmfs.engine.base import Engine
 from vmfs.host import opener
@@ -14,12 +16,15 @@ from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.zygote import Job, Zygote
 from vmfs.memory.ram import DEFAULT_SIZE
+from vmfs.words.commands import Become
 from vmfs.words.errors import LimitReached, WouldBlock
 
 # Calls that wait at a time, of all users. The mount has room for more (vmfs.fs.MAX_TASKS), so that interrupts are heard
 # and an unmount is.
 WAITING_MOST = 8000
 LIMITS = ("max_vms", "max_memory", "max_vms_user", "max_memory_user", "max_waiting_user")  # 0: there is none
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Host:
@@ -113,10 +118,21 @@ class Host:
 
     # ---- for machines
 
-    def spawn(self, machine: MachineProcess, channel: socket) -> Job:
+    def spawn(self, machine: MachineProcess) -> tuple[Job, socket]:
+        """A process that is that machine's user from now on, and our end of its channel. OSError where there is no
+        descriptor for it."""
         most = min(self._settings.max_memory, self._settings.max_memory_user)
-        most = most if most < NO_LIMIT else 0
-        return self._zygote.machine(machine.owner, machine.engine, machine.memory_size, channel, most)
+        who = machine.owner
+        order = Become(who.uid, who.gid, list(who.groups), who.file_size, most if most < NO_LIMIT else 0)
+        while True:
+            job, channel = self._zygote.machine(machine.engine, machine.memory_size)
+            try:
+                channel.send(_encode(order), MSG_NOSIGNAL)
+            except OSError:
+                if job.was_spare:  # it has ended, and there is no other one: a process is made now
+                    channel.close()
+                    continue
+            return job, channel
 
     def open(self, who: Credentials, work: opener.Work, answer: socket) -> Job:
         return self._zygote.opener(who, work, answer)

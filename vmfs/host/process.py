@@ -131,7 +131,7 @@ class Keeper(Protocol):
 
     @property
     def layers(self) -> dict[str, str]: ...
-    def spawn(self, machine: MachineProcess, channel: socket.socket) -> Job: ...
+    def spawn(self, machine: MachineProcess) -> tuple[Job, socket.socket]: ...
     async def is_born(self, machine: MachineProcess) -> None: ...
     def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
     def kill(self, job: Job) -> None: ...
@@ -273,16 +273,10 @@ class MachineProcess:
 
     async def _start(self) -> None:
         try:
-            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            job, ours = self.host.spawn(self)
         except OSError as error:
             raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
         channel: Channel[ToServer] = Channel(ours, ToServer, takes_fds=False)
-        with its:
-            try:
-                job = self.host.spawn(self, its)
-            except BaseException:
-                channel.close()
-                raise
         try:
             with trio.move_on_after(BIRTH_SECONDS):
                 born, _ = await channel.receive()

@@ -1,8 +1,9 @@
 """A spare: a process that is to be a machine's as soon as there is one that needs it.
 
 To fork it, and to have what it will use in pages of its own, is most of what a machine's birth takes. So the zygote
-has one that has done so, and has RAM and a CPU, but has no user yet. Its order says whose it is; it becomes that
-user, goes into the rest of its sandbox, and is the machine, before it has read anything of anybody's.
+has one that has done so, and has RAM and a CPU, but has no user yet, and waits for the first word of its channel. That
+says whose it is (`commands.Become`); it becomes that user, goes into the rest of its sandbox, and is the machine,
+before it has read anything of anybody's.
 """
 
 from __future__ import annotations
@@ -11,33 +12,23 @@ import ctypes
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import trio
 
 from vmfs.engine.base import Engine
 from vmfs.host.credentials import Credentials
 from vmfs.host.sandbox import Sandbox
+from vmfs.words import commands
 
 log = logging.getLogger(__name__)
 
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 4 << 20  # bytes
-_PACKET = 1 << 16
-_encode = msgspec.msgpack.Encoder().encode
-
-
-class Order(msgspec.Struct, frozen=True, array_like=True):
-    """Whose machine it is, and how much memory that user may have, as far as there is a limit (0: none)."""
-
-    who: Credentials
-    memory_most: int
-
-
-_decode = msgspec.msgpack.Decoder(Order).decode
+THREADS_SECONDS = 1.0  # that threads of a life may take to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,38 +39,20 @@ class Kind:
     memory_size: int
 
 
-class Spare:
-    """The zygote's end."""
-
-    def __init__(self, kind: Kind, pid: int, line: socket.socket) -> None:
-        self.kind = kind
-        self.pid = pid
-        self._line = line
-
-    def give(self, order: Order, channel: int) -> bool:
-        """Have it be that machine, at the other end of that channel. False where it has gone."""
-        with self._line:
-            try:
-                socket.send_fds(self._line, [_encode(order)], [channel], socket.MSG_NOSIGNAL)
-            except OSError:
-                return False
-        return True
-
-    def close(self) -> None:
-        """It ends."""
-        self._line.close()
-
-
 def main(
-    line: socket.socket,
+    channel: socket.socket,
     sandbox: Sandbox,
     kind: Kind,
     engine: Engine,
     engine_named: Callable[[str], Engine],
+    *,
+    ahead: bool,
 ) -> None:
-    """The spare's life, and the machine's."""
+    """The spare's life, and the machine's. `ahead`: nobody waits yet."""
+    if ahead:
+        _live_before(engine, engine_named)
     sandbox.seclude()
-    trio.run(_live, line, sandbox, kind, engine, engine_named)
+    trio.run(_live, channel, sandbox, kind, engine, engine_named)
     logging.shutdown()
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
 
@@ -96,23 +69,37 @@ def keep_what_is_freed() -> None:
     _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT)
 
 
+def _live_before(engine: Engine, engine_named: Callable[[str], Engine]) -> None:
+    """Lead a life of another machine, of nobody's: the pages that lives write to are this process's own then.
+
+    What comes next, a sandbox, is a thread's: no other one is there any more when this returns.
+    """
+    from vmfs.machine import warmup  # here: the server loads this module, too, and needs none of that
+
+    try:
+        warmup.live(engine, engine_named)
+    except Exception:
+        log.debug("a life came to nothing", exc_info=True)
+    end = time.monotonic() + THREADS_SECONDS
+    while len(os.listdir("/proc/self/task")) > 1:  # a thread that was joined is there for a moment
+        if time.monotonic() > end:
+            raise RuntimeError("a thread is left of a life")
+        time.sleep(0.0005)
+
+
 async def _live(
-    line: socket.socket,
+    channel: socket.socket,
     sandbox: Sandbox,
     kind: Kind,
     engine: Engine,
     engine_named: Callable[[str], Engine],
 ) -> None:
-    from vmfs.machine import worker  # here: the server loads this module, too, and needs none of that
+    from vmfs.machine import worker  # as above
 
-    unborn = worker.Unborn(engine, engine_named, kind.memory_size)
-    await trio.lowlevel.wait_readable(line)
-    with line:
-        packet, fds, _, _ = socket.recv_fds(line, _PACKET, 1)
-    if packet:
-        order = _decode(packet)
-        sandbox.confine(order.who, memory_most=order.memory_most)
-        if unborn.failure is not None:  # it is long ago
-            unborn = worker.Unborn(engine, engine_named, kind.memory_size)
-        keep_what_is_freed()
-        await unborn.serve(socket.socket(fileno=fds[0]))
+    def become(order: commands.Become) -> None:
+        who = Credentials(order.uid, order.gid, tuple(order.groups), 0, file_size=order.file_size)
+        sandbox.confine(who, memory_most=order.memory_most)
+
+    unborn = worker.Unborn(channel, engine, engine_named, kind.memory_size)
+    keep_what_is_freed()
+    await unborn.serve(become)

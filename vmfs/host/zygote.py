@@ -30,7 +30,7 @@ from vmfs import engine as engines
 from vmfs.host import opener, spare
 from vmfs.host.credentials import Credentials
 from vmfs.host.sandbox import Sandbox
-from vmfs.host.spare import Kind, Spare
+from vmfs.host.spare import Kind
 from vmfs.words.errors import EngineFailed, ProcessFailed
 
 log = logging.getLogger(__name__)
@@ -43,17 +43,24 @@ _BIG = 128 << 10
 _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
-IDLE_SECONDS = 0.005  # without an order, until it prepares for the next one
+# Without an order, until it prepares for the next machine: the one that was just given its process is to have the CPU.
+IDLE_SECONDS = 0.02
+SPARE_SECONDS_MOST = 30.0  # until there is another spare, where they end before anybody has one
 
 
 class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A machine's process; its end of the channel goes along."""
+    """A machine's process, for which there was no spare; its end of the channel goes along."""
 
     job: int
-    who: Credentials
     engine: str
     memory_size: int
-    memory_most: int
+
+
+class Taken(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The spare `pid` is a machine's now."""
+
+    job: int
+    pid: int
 
 
 class Expect(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -96,8 +103,16 @@ class Layers(msgspec.Struct, frozen=True, array_like=True, tag=True):
     layers: dict[str, str]
 
 
-ToZygote = SpawnMachine | Expect | SpawnOpener | Kill
-ToServer = Forked | Ended | Layers
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """There is a spare; the server's end of its channel goes along."""
+
+    pid: int
+    engine: str
+    memory_size: int
+
+
+ToZygote = SpawnMachine | Taken | Expect | SpawnOpener | Kill
+ToServer = Forked | Ended | Layers | Ready
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_orders = msgspec.msgpack.Decoder(ToZygote).decode
@@ -115,6 +130,7 @@ class Job:
         self.pid = 0
         self.errno = 0
         self.code: int | None = None
+        self.was_spare = False
         self.forked = trio.Event()
         self.ended = trio.Event()
 
@@ -129,6 +145,7 @@ class Zygote:
         self._jobs: dict[int, Job] = {}
         self._next = 1
         self._gone = False
+        self._spare: tuple[Ready, socket.socket] | None = None
 
     @classmethod
     def start(cls, rows: tuple[engines.Row, ...]) -> Zygote:
@@ -154,7 +171,7 @@ class Zygote:
             while True:
                 await trio.lowlevel.wait_readable(self._socket)
                 try:
-                    packet = self._socket.recv(_PACKET)
+                    packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
                 except BlockingIOError:
                     continue
                 except OSError:
@@ -162,15 +179,21 @@ class Zygote:
                 if not packet:
                     log.error("the process that makes machines is gone")
                     return
-                self._hear(_decode_news(packet))
+                self._hear(_decode_news(packet), fds)
         finally:
             self._gone = True
+            self._close_spare()
             for job in list(self._jobs.values()):
                 self._end(job, -signal.SIGKILL)
 
-    def _hear(self, news: ToServer) -> None:
+    def _hear(self, news: ToServer, fds: list[int]) -> None:
         if isinstance(news, Layers):
             self.layers = news.layers
+            return
+        if isinstance(news, Ready):
+            self._close_spare()
+            if fds:  # else this process has no room for it; the spare ends
+                self._spare = news, socket.socket(fileno=fds[0])
             return
         job = self._jobs.get(news.job)
         if job is None:
@@ -189,7 +212,7 @@ class Zygote:
         job.forked.set()
         job.ended.set()
 
-    def _begin(self, make: Callable[[int], ToZygote], fd: int) -> Job:
+    def _begin(self, make: Callable[[int], ToZygote], fd: int | None = None) -> Job:
         if self._gone:
             raise ProcessFailed("the process that makes machines is gone: unmount, and mount anew")
         job = Job(self._next)
@@ -219,12 +242,36 @@ class Zygote:
             except OSError as error:
                 raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
 
-    def machine(
-        self, who: Credentials, engine: str, memory_size: int, channel: socket.socket, memory_most: int = 0
-    ) -> Job:
-        """A machine's process at the other end of `channel`, which remains the caller's to close. `memory_most`: what
-        its user may have (0: there is no limit)."""
-        return self._begin(lambda job: SpawnMachine(job, who, engine, memory_size, memory_most), channel.fileno())
+    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+        """A process for a machine, and our end of its channel. OSError where there is no descriptor for it."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            ready, channel = spare
+            if (ready.engine, ready.memory_size) == (engine, memory_size):
+                return self._take(ready, channel), channel
+            channel.close()  # it ends
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            try:
+                return self._begin(lambda job: SpawnMachine(job, engine, memory_size), its.fileno()), ours
+            except BaseException:
+                ours.close()
+                raise
+
+    def _take(self, ready: Ready, channel: socket.socket) -> Job:
+        try:
+            job = self._begin(lambda job: Taken(job, ready.pid))
+        except BaseException:
+            channel.close()
+            raise
+        job.pid, job.was_spare = ready.pid, True
+        job.forked.set()
+        return job
+
+    def _close_spare(self) -> None:
+        if self._spare is not None:
+            self._spare[1].close()
+            self._spare = None
 
     def expect(self, engine: str, memory_size: int) -> None:
         """Be ready for such a machine."""
@@ -242,6 +289,7 @@ class Zygote:
     def close(self) -> None:
         """End it and all of its children; blocks for that moment."""
         self._gone = True
+        self._close_spare()
         self._socket.close()
         end = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(ChildProcessError):
@@ -264,7 +312,9 @@ class _Children:
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._listening: dict[str, Credentials] = {}  # paths at which somebody's gdb may listen
         self._expected: Kind | None = None
-        self._spare: Spare | None = None
+        self._spare = 0  # its process
+        self._spares_failed = 0  # since one was taken
+        self._not_before = 0.0  # there is another one
         self._chores = self._warm_up()
 
     def serve(self) -> NoReturn:
@@ -286,8 +336,7 @@ class _Children:
         gc.freeze()  # so that a collection in a child copies no page
         self._tell(Layers(self._sandbox.layers))
         while True:
-            idle = IDLE_SECONDS if self._expected is not None and self._spare is None else None
-            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [], idle)
+            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [], self._idle_seconds())
             if not ready:
                 self._prepare()
             if self._wakeup[0] in ready:
@@ -295,21 +344,46 @@ class _Children:
                     os.read(self._wakeup[0], 4096)
                 self._reap()
             if self._socket in ready:
-                packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST)
-                if not packet:
-                    self._end_all()
-                try:
-                    self._obey(_decode_orders(packet), fds)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
+                self._hear()
+
+    def _hear(self) -> None:
+        packet, fds = b"", []
+        with contextlib.suppress(ConnectionResetError):  # the server has gone, with news unheard
+            packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST)
+        if not packet:
+            self._end_all()
+        try:
+            self._obey(_decode_orders(packet), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _idle_seconds(self) -> float | None:
+        """Until it prepares for the next machine, if nothing is to be done; None: it is prepared."""
+        if self._expected is None or self._spare:
+            return None
+        return max(IDLE_SECONDS, self._not_before - time.monotonic())
 
     def _prepare(self) -> None:
         """Nothing is to be done now: make the next machine quicker."""
         assert self._expected is not None
         if next(self._chores, None) is None:
-            with contextlib.suppress(OSError):
-                self._spare = self._new_spare(self._expected)
+            try:
+                self._make_spare(self._expected)
+            except OSError:
+                self._spare_failed()
+
+    def _make_spare(self, kind: Kind) -> None:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, its:
+            self._spare = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind, ahead=True))
+            self._tell(Ready(self._spare, kind.engine, kind.memory_size), ours.fileno())
+
+    def _spare_failed(self) -> None:
+        """Wait longer each time: one that always fails is not to keep a CPU busy."""
+        self._spares_failed += 1
+        wait = min(IDLE_SECONDS * 2 ** min(self._spares_failed, 20), SPARE_SECONDS_MOST)
+        self._not_before = time.monotonic() + wait
 
     def _warm_up(self) -> Iterator[str]:
         """In steps that delay no order for long."""
@@ -336,9 +410,9 @@ class _Children:
         gc.collect()
         gc.freeze()
 
-    def _tell(self, news: ToServer) -> None:
+    def _tell(self, news: ToServer, *fds: int) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next receive sees it
-            self._socket.send(_encode(news), socket.MSG_NOSIGNAL)
+            socket.send_fds(self._socket, [_encode(news)], fds, socket.MSG_NOSIGNAL)
 
     def _obey(self, order: ToZygote, fds: list[int]) -> None:
         if isinstance(order, Kill):
@@ -346,12 +420,16 @@ class _Children:
                 os.kill(pid, signal.SIGKILL)
             return
         if isinstance(order, Expect):
-            self._expect(Kind(order.engine, order.memory_size))
+            self._expected = Kind(order.engine, order.memory_size)
+            return
+        if isinstance(order, Taken):
+            self._taken(order)
             return
         try:
             if isinstance(order, SpawnMachine):
-                kind = Kind(order.engine, order.memory_size)
-                pid = self._give(kind, spare.Order(order.who, order.memory_most), fds[0])
+                self._expected = kind = Kind(order.engine, order.memory_size)
+                with socket.socket(fileno=fds.pop()) as channel:
+                    pid = self._child(self._sandbox.fork, lambda: self._be_machine(channel, None, kind, ahead=False))
             else:
                 pid = self._child(os.fork, lambda: self._be_opener(order, fds[0]))
         except OSError as error:
@@ -365,30 +443,13 @@ class _Children:
         elif isinstance(work, opener.Unlink):
             self._listening.pop(work.path, None)
 
-    def _expect(self, kind: Kind) -> None:
-        self._expected = kind
-        if self._spare is not None and self._spare.kind != kind:
-            self._spare.close()
-            self._spare = None
-
-    def _give(self, kind: Kind, order: spare.Order, channel: int) -> int:
-        """The process of a new machine."""
-        self._expect(kind)
-        process, self._spare = self._spare, None
-        if process is None or not process.give(order, channel):
-            process = self._new_spare(kind)
-            process.give(order, channel)
-        return process.pid
-
-    def _new_spare(self, kind: Kind) -> Spare:
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its:
-            try:
-                pid = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind))
-            except OSError:
-                ours.close()
-                raise
-        return Spare(kind, pid, ours)
+    def _taken(self, order: Taken) -> None:
+        if order.pid != self._spare:  # it has ended meanwhile
+            self._tell(Ended(order.job, -signal.SIGKILL))
+            return
+        self._jobs[order.pid], self._pids[order.job] = order.job, order.pid
+        self._spare = self._spares_failed = 0
+        self._not_before = 0.0
 
     def _child(self, fork: Callable[[], int], be: Callable[[], None]) -> int:
         """One that has nothing of the zygote's own."""
@@ -400,8 +461,6 @@ class _Children:
                 self._socket.close()
                 for one in self._wakeup:
                     os.close(one)
-                if self._spare is not None:
-                    self._spare.close()  # the holder of that end says whose it is
                 be()
             except BaseException:
                 log.exception("a process of a machine did not begin")
@@ -409,10 +468,11 @@ class _Children:
                 os._exit(1)
         return pid
 
-    def _be_machine(self, line: socket.socket, zygotes: socket.socket, kind: Kind) -> None:
+    def _be_machine(self, channel: socket.socket, servers: socket.socket | None, kind: Kind, *, ahead: bool) -> None:
         _set_name("vmfs-machine")
-        zygotes.close()
-        spare.main(line, self._sandbox, kind, self._engine(kind.engine), self._engine)
+        if servers is not None:
+            servers.close()  # the holder of that end says whose it is
+        spare.main(channel, self._sandbox, kind, self._engine(kind.engine), self._engine, ahead=ahead)
 
     def _be_opener(self, order: SpawnOpener, fd: int) -> None:
         _set_name("vmfs-opener")
@@ -433,15 +493,15 @@ class _Children:
                 return
             if not pid:
                 break
-            if self._spare is not None and pid == self._spare.pid:
-                self._spare.close()
-                self._spare = None
+            if pid == self._spare:
+                self._spare = 0
+                if status:  # else its server did not want it
+                    self._spare_failed()
             job = self._jobs.pop(pid, None)
             if job is not None:
                 del self._pids[job]
                 self._tell(Ended(job, os.waitstatus_to_exitcode(status)))
-        known = {self._spare.pid} if self._spare is not None else set()
-        for pid in _children() - self._jobs.keys() - known:  # an opener has ended before its passt
+        for pid in _children() - self._jobs.keys() - {self._spare}:  # an opener has ended before its passt
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

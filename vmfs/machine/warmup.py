@@ -42,6 +42,7 @@ async def _live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
         with trio.move_on_after(SECONDS) as limit:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_serve, worker)
+                await client.send(commands.Become(0, 0, [], 0, 0))
                 vm.memory.write(_CODE_AT, _HLT)
                 for file, text in (("mode", b"real\n"), ("reg/rip", b"%#x\n" % _CODE_AT)):
                     await client.put(file, text)
@@ -59,7 +60,7 @@ async def _live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
 
 async def _serve(worker: Worker) -> None:
     try:
-        await worker.serve()
+        await worker.serve(lambda order: None)
     except ChannelBroken:
         pass
 
@@ -70,6 +71,9 @@ class _Client:
     def __init__(self, sock: socket.socket) -> None:
         self._channel = Channel[ToServer](sock, ToServer)
         self._call = 0
+
+    async def send(self, message: commands.Message) -> None:
+        await self._channel.send(message)
 
     async def ask(self, make: Callable[[int], commands.Message]) -> Any:
         self._call += 1

@@ -66,6 +66,7 @@ T = TypeVar("T")
 REST_MS = 30000  # as the emulator's core has it for a CPU that sleeps
 REST_SECONDS_MOST = 600.0
 NO_DESCRIPTOR = "the machine's process has no file descriptor left (ulimit -n)"
+Become = Callable[[commands.Become], None]
 _decode_result = msgspec.msgpack.Decoder(commands.Result).decode
 
 
@@ -73,42 +74,57 @@ async def serve(
     sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
 ) -> None:
     """Be a machine until the other end of `sock` is closed. `engine_named`: those that it may be moved to."""
-    await Unborn(engine, engine_named, memory_size).serve(sock)
+    await Unborn(sock, engine, engine_named, memory_size).serve(lambda order: None)
 
 
 class Unborn:
-    """A machine in a process that nobody has yet. `failure`: why it could not be made, which `serve` tells."""
+    """A machine in a process that nobody has yet."""
 
-    def __init__(self, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int) -> None:
-        self._channel: Channel[ToMachine] = Channel(None, ToMachine)
-        self.failure: Exception | None = None
-        try:
-            self._worker = Worker(self._channel, Vm(engine, memory_size=memory_size), engine_named)
-        except Exception as raised:
-            self.failure = known(raised)
+    def __init__(
+        self, sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
+    ) -> None:
+        self._channel: Channel[ToMachine] = Channel(sock, ToMachine)
+        self._make = lambda: Worker(self._channel, Vm(engine, memory_size=memory_size), engine_named)
+        self._worker: Worker | None = None
+        with contextlib.suppress(Exception):  # it is told to the machine's maker, if it is still so then
+            self._worker = self._make()
 
-    async def serve(self, sock: socket.socket) -> None:
-        """Be a machine until the other end of `sock` is closed."""
-        channel, failure = self._channel, self.failure
-        channel.attach(sock)
-        if failure is not None:
-            if not isinstance(failure, VmfsError):
-                log.error("a machine cannot be made", exc_info=failure)
-            await channel.send(Failed(0, getattr(failure, "errno", None) or errno.EIO, str(failure)))
-            channel.close()
-            return
-        worker = self._worker
-        vm = worker.contents.vm
+    async def serve(self, become: Become) -> None:
+        """Be a machine until the other end of the channel is closed. `become` makes this process its user's."""
+        order: Become | None = become
         try:
-            await channel.send(commands.Born(commands.VERSION, vm.engine.name, vm.memory.fd))
-            await worker.serve()
+            if self._worker is None:
+                await _be_somebodys(self._channel, become)
+                order = None
+                try:
+                    self._worker = self._make()
+                except Exception as raised:
+                    await self._channel.send(_not_made(known(raised)))
+                    return
+            await self._worker.serve(order)
         except ChannelBroken as error:
             log.debug("the channel: %s", error)
         finally:
-            with trio.CancelScope(shield=True):
-                worker.contents.remove()
-                await trio.to_thread.run_sync(vm.close)
-            channel.close()
+            if self._worker is not None:
+                with trio.CancelScope(shield=True):
+                    self._worker.contents.remove()
+                    await trio.to_thread.run_sync(self._worker.contents.vm.close)
+            self._channel.close()
+
+
+def _not_made(error: BaseException) -> Failed:
+    if not isinstance(error, VmfsError):
+        log.error("a machine cannot be made", exc_info=error)
+    return Failed(0, getattr(error, "errno", None) or errno.EIO, str(error))
+
+
+async def _be_somebodys(channel: Channel[ToMachine], become: Become) -> None:
+    """Hear whose machine this process is. Nothing else is done before."""
+    order, fds = await channel.receive()
+    commands.close_all(fds)
+    if not isinstance(order, commands.Become):
+        raise ChannelBroken(f"{type(order).__name__} before it is somebody's")
+    become(order)
 
 
 class Worker:
@@ -124,13 +140,17 @@ class Worker:
         self._requests: dict[int, request.Request] = {}
         self._outbox_in, self._outbox = trio.open_memory_channel[Message](1000)
 
-    async def serve(self) -> None:
-        """Until the channel ends: ChannelBroken."""
+    async def serve(self, become: Become | None) -> None:
+        """Until the channel ends: ChannelBroken. `become`: see `Unborn.serve`; None: the process is somebody's."""
         failure: ChannelBroken | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_news)
             nursery.start_soon(self._rest)
             try:
+                if become is not None:
+                    await _be_somebodys(self._channel, become)
+                vm = self.contents.vm
+                await self._channel.send(commands.Born(commands.VERSION, vm.engine.name, vm.memory.fd))
                 while True:
                     message, fds = await self._channel.receive()
                     self._take(nursery, message, fds)
@@ -155,6 +175,9 @@ class Worker:
             case Granted() | Refused():
                 self._door.answered(message, fds)
                 return
+            case commands.Become():
+                commands.close_all(fds)
+                raise ChannelBroken("it is somebody's already")
             case commands.Interrupt():
                 if asked := self._requests.get(message.call):
                     asked.interrupt()

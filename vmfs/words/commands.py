@@ -9,6 +9,9 @@ The server calls, and each call has a number and one answer (`Done`, `Opened`, `
 machine asks the server for what only the server may do, and each question has a number and one answer (`Granted` or
 `Refused`). `Interrupt`, `Close`, `Clients`, `Woken` and `Complaint` have none.
 
+First of all the server says whose machine it is (`Become`), and the machine answers that it is there (`Born`), or that
+it cannot be (`Failed`).
+
 Both sides decode strictly: what is no message of the set ends the channel (`ChannelBroken`). Neither side trusts the
 other: the server because a machine process is its user's, the machine because everything that it gets is bounded.
 """
@@ -40,6 +43,17 @@ ANY_FLAGS = -1  # of a read or a write: its file's flags are not known
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """One packet."""
+
+
+class Become(Message, frozen=True):
+    """First, and once: the process is a machine of that user's from now on, whose files may become `file_size` bytes
+    long, and which may have `memory_most` bytes of memory (0: there is no limit)."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+    file_size: int
+    memory_most: int
 
 
 # ---- the server's calls. `file` is a path in the machine's directory, "regs" or "reg/rax"
@@ -173,7 +187,7 @@ class Refused(Message, frozen=True):
 
 
 Call = Open | Read | Share | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
-ToMachine = Call | Close | Interrupt | Clients | Granted | Refused
+ToMachine = Become | Call | Close | Interrupt | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 
@@ -240,7 +254,7 @@ class Failed(Message, frozen=True):
 
 
 class Born(Message, frozen=True):
-    """First: the machine is there. `memory`: the number of its RAM's descriptor in its process."""
+    """First, after `Become`: the machine is there. `memory`: the number of its RAM's descriptor in its process."""
 
     version: int
     engine: str
