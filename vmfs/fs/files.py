@@ -65,7 +65,6 @@ FILES: tuple[Row, ...] = (
     Row("mode", 0o600, BOTH),
     Row("machine", 0o600, BOTH),
     Row("time", 0o600, BOTH),
-    Row("born", 0o600, BOTH),
     Row("console", 0o600, STREAM),
     Row("console.log", 0o400, READ),
     Row("hvc", 0o600, STREAM),

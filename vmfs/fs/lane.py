@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from typing import Any
 import trio
 
 from vmfs.fs.hooks import _fuse
-from vmfs.fs.ring import Ring, sealed_memory
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
 from vmfs.words.errors import VmfsError
@@ -18,11 +18,10 @@ from vmfs.words.errors import VmfsError
 log = logging.getLogger(__name__)
 
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
-# enum lane_file there
-_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
+_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq")  # enum lane_file there
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
-ANSWER_SECONDS = 2.0
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class MachineLane:
@@ -41,15 +40,15 @@ class MachineLane:
                 return
             self._tried = True
             try:
-                fd = sealed_memory("vmfs-lane", SIZE)
+                fd = os.memfd_create("vmfs-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 try:
+                    os.ftruncate(fd, SIZE)
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # else an access of ours could be a SIGBUS
                     page = _fuse.lane_map(fd)
-                    # Whoever opens the file waits for this, and has to be let go by a machine that does not answer.
-                    with trio.fail_after(ANSWER_SECONDS):
-                        await self._machine.call(commands.Lane, send=(fd,))
+                    await self._machine.call(commands.Lane, send=(fd,))
                 finally:
                     os.close(fd)
-            except (OSError, VmfsError, trio.TooSlowError) as error:
+            except (OSError, VmfsError) as error:
                 log.warning("a machine has no lane: %s", error)
                 return
             self._page = page
@@ -59,10 +58,6 @@ class MachineLane:
         if self._page is None or name not in FILES:
             return False
         return _fuse.lane_add(number, self._page, FILES[name], handle, written)
-
-    def add_stream(self, number: int, name: str, ring: Ring) -> bool:
-        """The open file `number` is read by that ring. Whether the lane has it."""
-        return self._page is not None and _fuse.lane_add_stream(number, self._page, FILES[name], ring.opaque)
 
     def forget(self, number: int) -> None:
         _fuse.lane_forget(number)

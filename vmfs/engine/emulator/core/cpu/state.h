@@ -258,7 +258,7 @@ struct vcpu {
     struct code_map *code_map; /* one of code_maps */
     u64 key;                  /* fetch mode */
     u64 rflags;               /* all but the arithmetic flags */
-    u64 flags_image;          /* host code: the arithmetic flags, as RFLAGS has them */
+    u32 flags_image;          /* host code: the arithmetic flags but OF in the second byte, as RFLAGS has them; OF in bit 0 */
     u8 carry_image, overflow_image; /* host code: CF and OF where they are newer than those there: 0, 1 */
     u64 scratch;
     u64 host_stack;           /* the thread's stack pointer, while host code runs */

@@ -50,7 +50,7 @@ void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes
                 *reads = r->size < 2 ? fO | fC : fC; /* by the whole width, they keep OF */
             else
                 *reads = 0;
-            if (traits & ROTATES && !amd_flags && r->prefix & PREFIX_REGISTER && (r->imm & (r->size == 3 ? 63 : 31)) != 1)
+            if (traits & ROTATES && r->prefix & PREFIX_REGISTER && (r->imm & (r->size == 3 ? 63 : 31)) != 1)
                 *writes &= (u16)~fO; /* kept */
         }
 }
@@ -100,11 +100,30 @@ static u32 registers_written(const struct record *r, unsigned traits)
 
 /* ---- Flags ---------------------------------------------------------------------------------------------------------------- */
 
-static void save_flags(struct translation *t) /* PUSHF, POP */
+/* By LAHF and SETO, and back by ADD and SAHF: PUSHF and POPF take three times and ten times as long. RAX is aside in T0. */
+static void save_flags(struct translation *t)
 {
-    put8(&t->code, 0x9c);
-    put_modrm(&t->code, 0, M1, 0x8f, 0, FIELD(flags_image));
+    struct code *code = &t->code;
+    put_modrm(code, I_W, M1, 0x8b, T0, in_register(RAX));
+    put8(code, 0x9f);
+    put_modrm(code, 0, M0F, 0x90 | CC_O, 0, in_register(RAX));
+    put_modrm(code, 0, M1, 0x89, RAX, FIELD(flags_image));
+    put_modrm(code, I_W, M1, 0x8b, RAX, in_register(T0));
 }
+static void restore_flags(struct translation *t, bool overflow)
+{
+    struct code *code = &t->code;
+    put_modrm(code, I_W, M1, 0x8b, T0, in_register(RAX));
+    load32(code, RAX, FIELD(flags_image));
+    if (overflow) {
+        put8(code, 0x04); /* ADD AL, 7F */
+        put8(code, 0x7f);
+    }
+    put8(code, 0x9e);
+    put_modrm(code, I_W, M1, 0x8b, RAX, in_register(T0));
+}
+/* Where a flag is in the image. */
+static unsigned image_bit(u16 flag) { return flag == fO ? 0 : 8 + (unsigned)__builtin_ctz(flag); }
 /* CF and OF that are in bytes of their own, to the image. */
 static void fold(struct translation *t)
 {
@@ -113,12 +132,12 @@ static void fold(struct translation *t)
         if (!(t->split & flag))
             continue;
         put_modrm(code, 0, M0F, 0xb6, T0, flag == fC ? FIELD(carry_image) : FIELD(overflow_image)); /* MOVZX */
-        if (flag == fO) {
+        if (image_bit(flag)) {
             put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
-            put8(code, 11);
+            put8(code, image_bit(flag));
         }
-        alu_constant(code, I_W, GROUP_AND, FIELD(flags_image), ~flag); /* whole, as it is loaded */
-        put_modrm(code, I_W, M1, 0x09, T0, FIELD(flags_image));
+        alu_constant(code, 0, GROUP_AND, FIELD(flags_image), ~(1 << image_bit(flag))); /* whole, as it is loaded */
+        put_modrm(code, 0, M1, 0x09, T0, FIELD(flags_image));
     }
     t->split = 0;
 }
@@ -129,7 +148,7 @@ static void unfold(struct translation *t, u16 flags)
         if (!(flags & flag))
             continue;
         put_modrm(&t->code, 0, M0F, 0xba, 4, FIELD(flags_image)); /* BT */
-        put8(&t->code, flag == fC ? 0 : 11);
+        put8(&t->code, image_bit(flag));
         put_modrm(&t->code, 0, M0F, 0x90 | CC_B, 0, flag == fC ? FIELD(carry_image) : FIELD(overflow_image));
     }
 }
@@ -141,16 +160,13 @@ static void load_flags(struct translation *t, u16 needed)
         if (t->split & fC)
             put_modrm(&t->code, 0, M0F, 0xb6, T0, FIELD(carry_image));
         put_modrm(&t->code, 0, M0F, 0xba, 4, t->split & fC ? in_register(T0) : FIELD(flags_image));
-        put8(&t->code, 0);
+        put8(&t->code, t->split & fC ? 0 : image_bit(fC));
         return;
     }
     if (needed == fO) { /* of ADD to a byte */
-        bool split = t->split & fO;
-        put_modrm(&t->code, 0, M0F, 0xb6, T0, split ? FIELD(overflow_image) : in_memory(C, (i32)offsetof(struct vcpu, flags_image) + 1));
-        if (!split)
-            alu_constant(&t->code, 0, GROUP_AND, in_register(T0), fO >> 8);
+        put_modrm(&t->code, 0, M0F, 0xb6, T0, t->split & fO ? FIELD(overflow_image) : FIELD(flags_image));
         put_modrm(&t->code, I_BYTE, M1, 0x80, GROUP_ADD, in_register(T0));
-        put8(&t->code, 0x80 - (split ? 1 : fO >> 8));
+        put8(&t->code, 0x7f);
         return;
     }
     fold(t);
@@ -158,10 +174,9 @@ static void load_flags(struct translation *t, u16 needed)
         load32(&t->code, T0, FIELD(flags_image));
         put_modrm(&t->code, 0, M1, 0xf7, 2, in_register(T0));
         put_modrm(&t->code, 0, M1, 0xf7, 0, in_register(T0));
-        put32(&t->code, fZ);
+        put32(&t->code, 1 << image_bit(fZ));
     } else {
-        put_modrm(&t->code, 0, M1, 0xff, 6, FIELD(flags_image));
-        put8(&t->code, 0x9d);
+        restore_flags(t, needed & fO);
     }
 }
 
@@ -199,7 +214,7 @@ static void alu(struct translation *t, unsigned size, unsigned digit, unsigned a
 static void make_recipe(struct translation *t, const struct recipe *p)
 {
     bool one = p->constant || p->kind >= RECIPE_LOGIC;
-    unsigned a = use(t, p->a, T0), b = one ? 0 : use(t, p->b, T1);
+    unsigned a = use(t, p->a, p->kind >= RECIPE_LEFT ? T1 : T0), b = one ? 0 : use(t, p->b, T1); /* T0 is load_flags' */
     unsigned flags = size_flags(p->size);
     switch (p->kind) {
     case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, a, p, b); break;
@@ -218,12 +233,12 @@ static void make_recipe(struct translation *t, const struct recipe *p)
         alu(t, p->size, p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);
         break;
     case RECIPE_LEFT: case RECIPE_RIGHT: /* undone, and done again with the other flags */
-        if (a != T0)
-            put_modrm(&t->code, I_W, M1, 0x8b, T0, in_register(a));
-        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_LEFT, in_register(T0));
+        if (a != T1)
+            put_modrm(&t->code, I_W, M1, 0x8b, T1, in_register(a));
+        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_LEFT, in_register(T1));
         put8(&t->code, (u64)p->value);
         load_flags(t, ALL);
-        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_RIGHT, in_register(T0));
+        put_modrm(&t->code, flags, M1, 0xc1, p->kind == RECIPE_RIGHT, in_register(T1));
         put8(&t->code, (u64)p->value);
         break;
     default: put_modrm(&t->code, flags, M1, p->size ? 0x85 : 0x84, a, in_register(a)); break;
@@ -321,7 +336,7 @@ void begin_flags(struct translation *t, const struct record *r)
 /* The condition in the host's flags, where it is what this returns. Flags in the image stay there. */
 unsigned emit_condition(struct translation *t, unsigned condition)
 {
-    static const u8 masks[8] = {0, fC, fZ, fZ | fC, fS, fP, 0, 0};
+    static const u8 masks[6] = {0, fC, fZ, fZ | fC, fS, fP};
     if (t->where == IN_RECIPE) {
         make_recipe(t, &t->recipe);
         t->where = IN_HOST;
@@ -335,29 +350,14 @@ unsigned emit_condition(struct translation *t, unsigned condition)
         return CC_NE ^ (condition & 1);
     }
     fold(t);
-    if (kind == 0) {
-        put_modrm(&t->code, 0, M1, 0xf7, 0, FIELD(flags_image));
-        put32(&t->code, fO);
-    } else if (kind < 6) {
-        put_modrm(&t->code, 0, M1, 0xf6, 0, FIELD(flags_image));
-        put8(&t->code, masks[kind]);
-    } else { /* SF xor OF in bit 7; for LE also ZF, moved there */
-        struct code *code = &t->code;
-        load32(code, T0, FIELD(flags_image));
-        put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-        put8(code, 4);
-        put_modrm(code, 0, M1, 0x33, T0, FIELD(flags_image));
-        if (kind == 7) {
-            alu_constant(code, 0, GROUP_AND, in_register(T0), fS);
-            put_modrm(code, 0, M1, 0x89, T0, FIELD(scratch)); /* T1 may hold an address */
-            load32(code, T0, FIELD(flags_image));
-            alu_constant(code, 0, GROUP_AND, in_register(T0), fZ);
-            put_modrm(code, 0, M1, 0x0b, T0, FIELD(scratch));
-        } else {
-            put_modrm(code, 0, M1, 0xf7, 0, in_register(T0));
-            put32(code, fS);
-        }
+    if (kind >= 6) { /* of SF and OF */
+        restore_flags(t, true);
+        return condition;
     }
+    struct place p = FIELD(flags_image);
+    p.disp += kind != 0;
+    put_modrm(&t->code, 0, M1, 0xf6, 0, p); /* TEST of a byte */
+    put8(&t->code, kind ? masks[kind] : 1);
     return CC_NE ^ (condition & 1); /* not zero: true */
 }
 

@@ -1,6 +1,5 @@
 /* The emitters: E_NAME for the rows of a name. Most instructions are their own host code, with other registers and with the
  * host's address of the memory operand: `copy` makes that from the row's encoding and operands. */
-#include "flags.h"
 #include "operands.h"
 
 /* ---- Copies ------------------------------------------------------------------------------------------------------------- */
@@ -28,13 +27,6 @@ static bool exchange(const struct record *r, struct use *reg, struct use *rm, un
         rm->host = rm->scratch = T1;
     *opcode ^= 2;
     return true;
-}
-
-/* What the host's instruction keeps of undefined flags: PF is set, the others are clear, as the handlers have it. RSP's low byte is 0. */
-static void clear_kept(struct translation *t)
-{
-    if (t->traits & CLEARS_UNDEFINED && amd_flags && t->precise & t->row->flags_undefined)
-        put_modrm(&t->code, I_W, M1, 0x85, RSP, in_register(RSP)); /* TEST */
 }
 
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
@@ -122,7 +114,6 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         flags |= I_66;
     /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
     bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
-    clear_kept(t);
     flags |= high ? I_HIGH : byte ? I_BYTE : 0;
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
@@ -158,9 +149,9 @@ COPY(MOVZX, WRITES_FIRST); COPY(MOVSX, WRITES_FIRST); COPY(MOVSXD, WRITES_FIRST)
 COPY(XCHG, CHANGES | WRITES_SECOND); COPY(XADD, CHANGES | WRITES_SECOND); COPY(CMPXCHG, CHANGES | WRITES_RAX);
 COPY(ROL, CHANGES | SHIFT | ROTATES); COPY(ROR, CHANGES | SHIFT | ROTATES); COPY(RCL, CHANGES | SHIFT | READS_CARRY);
 COPY(RCR, CHANGES | SHIFT | READS_CARRY); COPY(SHL, CHANGES | SHIFT); COPY(SHR, CHANGES | SHIFT); COPY(SAR, CHANGES | SHIFT);
-COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX | CLEARS_UNDEFINED);
+COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);
 COPY(CBW, WRITES_RAX); COPY(CWD, WRITES_RDX);
-COPY(POPCNT, WRITES_FIRST); COPY(TZCNT, WRITES_FIRST | CLEARS_UNDEFINED); COPY(LZCNT, WRITES_FIRST | CLEARS_UNDEFINED);
+COPY(POPCNT, WRITES_FIRST); COPY(TZCNT, WRITES_FIRST); COPY(LZCNT, WRITES_FIRST);
 COPY(BSF, CHANGES); COPY(BSR, CHANGES); /* of zero, they keep the register */
 COPY(CLC, 0); COPY(STC, 0); COPY(CMC, 0);
 COPY(ADCX, CHANGES); COPY(ADOX, CHANGES);
@@ -270,7 +261,7 @@ static bool multiply(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     return copy_as(t, r, o->operands[1] == o__ ? READS_FIRST : o->operands[2] == o__ ? CHANGES : WRITES_FIRST, o->opcode, false);
 }
-const struct emitter E_IMUL = {multiply, CHANGES | WRITES_RAX | WRITES_RDX | CLEARS_UNDEFINED};
+const struct emitter E_IMUL = {multiply, CHANGES | WRITES_RAX | WRITES_RDX};
 
 /* A bit of memory by a register may lie anywhere. */
 static bool bit(struct translation *t, const struct record *r)

@@ -80,6 +80,16 @@ static void jump_to(struct code *code, void (*function)(void))
     put_modrm(code, 0, M1, 0xff, 4, in_register(RAX));
 }
 
+static void image_of_flags(struct vcpu *c)
+{
+    u64 flags = get_arithmetic_flags(c);
+    c->flags_image = (u32)((flags & 0xff) << 8 | !!(flags & FLAG_OF));
+}
+static void flags_of_image(struct vcpu *c)
+{
+    set_arithmetic_flags(c, (c->flags_image >> 8 & 0xff) | (c->flags_image & 1 ? FLAG_OF : 0));
+}
+
 OP(op_continue)
 {
     (void)r;
@@ -89,7 +99,7 @@ OP(op_continue)
 /* From a region: the instruction of a site, by its handler. False: the handler left. */
 static bool translated_call(struct vcpu *c, const struct site *s)
 {
-    set_arithmetic_flags(c, c->flags_image);
+    flags_of_image(c);
     c->gpr[GPR_IP] = s->ip;
     c->continues = false;
     if (unlikely(c->translator->profile != NULL))
@@ -104,14 +114,14 @@ static bool translated_call(struct vcpu *c, const struct site *s)
         end_translated(c, instructions_done(c));
         return false;
     }
-    c->flags_image = get_arithmetic_flags(c) | 2;
+    image_of_flags(c);
     return true;
 }
 
 /* From a region: on with r, in the interpreter. */
 static void translated_leave(struct vcpu *c, const struct record *r)
 {
-    set_arithmetic_flags(c, c->flags_image);
+    flags_of_image(c);
     if (unlikely(c->translator->profile != NULL) && r->run != op_end)
         c->translator->profile[r->id].leaves++;
     end_translated(c, instructions_done(c) - r->left - (r->run != op_end));
@@ -121,7 +131,7 @@ static void translated_leave(struct vcpu *c, const struct record *r)
 void block_translated(struct vcpu *c, const struct record *r)
 {
     const struct block *b = (const struct block *)((const u8 *)r - offsetof(struct block, records));
-    c->flags_image = get_arithmetic_flags(c) | 2;
+    image_of_flags(c);
     c->translated = true;
     c->translated_from = instructions_done(c) - b->count;
     c->translator->memory->shared.enter(c, b->code);
@@ -130,7 +140,7 @@ void block_translated(struct vcpu *c, const struct record *r)
 /* From a region: the block of `scratch` is next, but the budget ends before. */
 static void translated_stop(struct vcpu *c)
 {
-    set_arithmetic_flags(c, c->flags_image);
+    flags_of_image(c);
     c->gpr[GPR_IP] = ((const struct block *)(uintptr_t)c->scratch)->ip;
     c->now = NULL;
     end_translated(c, instructions_done(c));
@@ -213,6 +223,13 @@ static u64 number_of(const char *name, u64 otherwise)
     return text && *text ? strtoull(text, NULL, 0) : otherwise;
 }
 
+/* LAHF and SAHF in 64-bit mode: the first processors of AMD64 and Intel 64 did not have them. */
+static bool has_lahf(void)
+{
+    u32 out[4] = {0};
+    return __get_cpuid(0x80000001, &out[0], &out[1], &out[2], &out[3]) && out[2] & 1;
+}
+
 static void look_at_host(struct translator *t)
 {
     static const struct { u32 leaf; u8 reg, bit; } places[] = {
@@ -230,7 +247,7 @@ static void look_at_host(struct translator *t)
 
 struct translator *translator_create(struct vm *vm)
 {
-    if (number_of("VMFS_NO_JIT", 0))
+    if (number_of("VMFS_NO_JIT", 0) || !has_lahf())
         return NULL;
     if (!vm->code) {
         vm->code = code_memory_create();
