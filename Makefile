@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: help setup demo test bench fuzz mutate asan lint clean
+.PHONY: help setup demo test bench fuzz mutate repeat asan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -9,6 +9,7 @@ help:
 	@echo "make bench   benchmarks, each against a named peer"
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
 	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
+	@echo "make repeat  two Debian boots, all state compared every 10 million instructions"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
@@ -31,6 +32,9 @@ fuzz: setup
 
 mutate: setup
 	@PYTHONPATH=tests .venv/bin/python -m emulator.mutate $(ARGS)
+
+repeat: setup
+	@VMFS_REPEAT_STEP=10000000 .venv/bin/pytest tests/pc/test_repeats.py $(ARGS)
 
 asan: setup
 	@scripts/asan.sh $(ARGS)

@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 CORE = "vmfs/engine/emulator/core"
 CHIPS = "vmfs/devices/chips"
 LANE = "vmfs/words/lane.h"      # what the server, a machine's process and its engine share
+RING = "vmfs/words/ring.h"      # what the server and a machine's process share of a stream
 EXIT = "vmfs/include/vmfs.h"
 BUS = "vmfs/words/bus.h"        # what an engine and a board's devices share
 
@@ -68,8 +69,8 @@ def extensions():
     if os.path.exists("vmfs/fs/_fuse.c"):
         found.append(Extension(
             "vmfs.fs._fuse",
-            sources=["vmfs/fs/_fuse.c", "vmfs/fs/lane.c"],
-            depends=[*glob("vmfs/fs/*.h"), LANE],
+            sources=sorted(glob("vmfs/fs/*.c")),
+            depends=[*glob("vmfs/fs/*.h"), LANE, RING],
             # libfuse's headers only. pyfuse3 brings the library; this extension finds it with dlopen, since
             # it stands in front of some of its functions.
             extra_compile_args=COMPILE + pkg_config("--cflags", "fuse3"),
@@ -86,13 +87,14 @@ def extensions():
         ))
     for name, source in (
         ("vmfs.machine._lane", "vmfs/machine/_lane.c"),
+        ("vmfs.machine._ring", "vmfs/machine/_ring.c"),
         ("vmfs.engine.kvm._run", "vmfs/engine/kvm/_run.c"),
     ):
         if os.path.exists(source):
             found.append(Extension(
                 name,
                 sources=[source],
-                depends=[LANE, BUS, EXIT],
+                depends=[LANE, RING, BUS, EXIT],
                 include_dirs=["vmfs/words"],
                 extra_compile_args=COMPILE,
                 extra_link_args=LINK,

@@ -12,13 +12,14 @@ import time
 from bench.cpu import ENTER64, IMAGE_AT, KERNELS, RAM, STACK, build
 from bench.harness import Result
 from vmfs.engine import by_name
-from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
+from vmfs.engine.base import NO_DEBUG, DebugRequest
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.machine import Vm
 from vmfs.memory.ram import Memory
 from vmfs.words.exits import Debug, Hlt
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import write_registers
+from vmfs.words.stops import Breakpoint, PortStop, VectorStop, Watchpoint
 
 ROUNDS = 5
 SHARE = 3  # of the repetitions of bench.cpu

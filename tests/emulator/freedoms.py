@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 PAGE = 4096
 DATA = 0x2002_0000  # where the data of a case is
 ARITHMETIC, DF = 0x8D5, 0x400
-COMPLETED, BR, SS, GP, PF, AC = -1, 5, 12, 13, 14, 17
+COMPLETED, BR, UD, SS, GP, PF, AC, XM = -1, 5, 6, 12, 13, 14, 17, 19
 MEMORY_FAULTS = (SS, GP, PF, AC)
 PREFIXES = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3"
 ES, EXCEPTIONS = 1 << 7, 0x1F  # of the status word; the precision exception does not keep a store back
@@ -38,6 +38,28 @@ def instruction_at(case, ip: int) -> Instruction:
     size = 2 if code[at : at + 1] == b"\x0f" else 1
     modrm = code[at + size] if len(code) > at + size else 0
     return Instruction(code[:at], code[at : at + size], modrm >> 3 & 7, modrm < 0xC0)
+
+
+@dataclass(frozen=True)
+class Vex:
+    """One of three bytes at which an outcome stopped, or completed."""
+
+    space: int
+    opcode: int
+    prefix: int
+    wide: bool
+    long: bool
+    vvvv: int
+    reg: int
+
+
+def vex_at(case, ip: int) -> Vex | None:
+    code = case.code[max(ip - case.ip, 0) :].lstrip(PREFIXES)
+    if len(code) < 5 or code[0] != 0xC4:
+        return None
+    _, first, second, opcode, modrm = code[:5]
+    reg = (first >> 4 & 8 ^ 8) | modrm >> 3 & 7
+    return Vex(first & 31, opcode, second & 3, second > 127, bool(second & 4), ~second >> 3 & 15, reg)
 
 
 def changed(before: bytes, after: bytes) -> tuple[int, int]:
@@ -186,6 +208,86 @@ def _movsxd_reads_more(case, host, core):
     return replace(host, vector=COMPLETED, ip=core.ip, gprs=dict(core.gprs))
 
 
+MXCSR = slice(24, 28)
+MXCSR_FLAGS = 0x3F
+
+
+def _half_floats_refused(case, host, core):
+    """VCVTPS2PH whose store faults, or whose floats do: MXCSR has no flags of it."""
+    at = vex_at(case, core.ip)
+    if host.vector not in MEMORY_FAULTS or core.vector not in (host.vector, XM) or at is None:
+        return None
+    if (at.space, at.opcode) != (3, 0x1D) or host.fx[MXCSR] != case.fx[MXCSR]:
+        return None
+    flags = int.from_bytes(case.fx[MXCSR], "little") ^ int.from_bytes(core.fx[MXCSR], "little")
+    if flags & ~MXCSR_FLAGS:
+        return None
+    return replace(host, vector=core.vector, address=core.address, fx=host.fx[:24] + core.fx[MXCSR] + host.fx[28:])
+
+
+def _precision_of_denormals(case, host, core):
+    """VCVTPS2PH of denormals with underflow unmasked: no precision flag, and no exception of it."""
+    at = vex_at(case, case.ip)
+    precision, underflow = 0x20, 0x800
+    if at is None or (at.space, at.opcode) != (3, 0x1D) or host.vector not in (COMPLETED, XM):
+        return None
+    theirs, ours = (int.from_bytes(each.fx[MXCSR], "little") for each in (host, core))
+    if ours != theirs | precision or ours & underflow:
+        return None
+    if core.vector != host.vector:  # precision is unmasked, too
+        if ours & 0x1000 or core.fx[:24] + core.fx[28:] != case.fx[:24] + case.fx[28:]:
+            return None
+        return core
+    return replace(host, fx=host.fx[:24] + core.fx[MXCSR] + host.fx[28:])
+
+
+def _faulted_gather(case, host, core):
+    """Mask bits of what is not done are as they were, and so are upper halves."""
+    at = vex_at(case, core.ip)
+    if host.vector != core.vector or core.vector not in MEMORY_FAULTS or at is None:
+        return None
+    if at.space != 2 or not 0x90 <= at.opcode <= 0x93:
+        return None
+    size = 8 if at.wide else 4
+    fx, ymm = bytearray(host.fx), bytearray(host.ymm)
+    for half, image, before, mine, first in (
+        (0, fx, case.fx, core.fx, 160 + 16 * at.vvvv),
+        (1, ymm, case.ymm, core.ymm, 16 * at.vvvv),
+    ):
+        for place in range(first, first + 16, size):
+            here = slice(place, place + size)
+            extended = (b"\xff" if before[here][-1] & 0x80 else b"\0") * size
+            beyond = bytes(size) if half and not at.long else extended
+            if image[here] == before[here] and mine[here] in (extended, beyond):
+                image[here] = mine[here]
+    upper = slice(16 * at.reg, 16 * at.reg + 16)
+    if not at.long and ymm[upper] == case.ymm[upper] and core.ymm[upper] == bytes(16):
+        ymm[upper] = core.ymm[upper]
+    return replace(host, fx=bytes(fx), ymm=bytes(ymm))
+
+
+def _w_is_ignored(case, host, core):
+    """VPERMQ and VPERMPD with W clear."""
+    at = vex_at(case, core.ip)
+    if at is None or (at.space, at.opcode | 1, at.prefix, at.long, at.wide) != (3, 1, 1, True, False):
+        return None
+    if (host.vector, core.vector) != (COMPLETED, UD):
+        return None
+    return replace(host, vector=UD, ip=case.ip, fx=core.fx, ymm=case.ymm)  # its vector register aside
+
+
+def _w_is_refused(case, host, core):
+    """VPEXTRD and VPINSRD with W set outside of 64-bit mode."""
+    at = vex_at(case, host.ip)
+    if at is None or (at.space, at.prefix, at.long, at.wide) != (3, 1, False, True) or at.opcode not in (0x16, 0x22):
+        return None
+    if (host.vector, core.vector) != (UD, COMPLETED):
+        return None
+    if sum(host.gprs[name] != core.gprs[name] for name in host.gprs) > 1 or host.data != core.data:
+        return None
+    return core
+
+
 @dataclass(frozen=True)
 class Freedom:
     """`use(case, host, core)`: the host's outcome in the core's way, or None where the freedom is not what differs."""
@@ -242,6 +344,33 @@ FREEDOMS = (
         "SDM 2B REP: EFLAGS is restored to the state prior to the execution of the instruction. AMD's processors have "
         "the flags of the last iteration, as the core has, where iterations are instructions of their own",
         _repeat_flags,
+    ),
+    Freedom(
+        "VCVTPS2PH that faults",
+        "SDM 3A table 6-2 has an exception of floats and the fault of a store in one class, and no manual says whether "
+        "MXCSR has its flags then. AMD's processors take the fault first, without flags",
+        _half_floats_refused,
+    ),
+    Freedom(
+        "VCVTPS2PH of denormals",
+        "SDM 2C has no word on the precision exception of a tiny result while underflow is unmasked. AMD's raise none",
+        _precision_of_denormals,
+    ),
+    Freedom(
+        "a gather that faults",
+        "SDM 2C VGATHERDPS: each element of the mask becomes its top bit first, and the rest is cleared. AMD's "
+        "processors do so with what is done, and with upper halves when all is",
+        _faulted_gather,
+    ),
+    Freedom(
+        "VEX.W of VPERMQ and VPERMPD",
+        "SDM 2C VPERMQ has W1 only, and 2A 2.7.9 has #UD for another one. AMD's processors do not look at W",
+        _w_is_ignored,
+    ),
+    Freedom(
+        "VEX.W of VPEXTRD and VPINSRD outside of 64-bit mode",
+        "SDM 2B PEXTRD: it is ignored. AMD's processors raise #UD",
+        _w_is_refused,
     ),
 )
 

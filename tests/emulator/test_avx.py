@@ -156,9 +156,9 @@ def test_which_encodings_exist(map_, compat, host):
             case = plain(code, rdi=DATA)
             case.ymm, case.undefined = bytes(range(256)), ARITHMETIC if map_ == 2 and opcode >= 0xF0 else 0  # BMI
             expected, found = run_host(host, case, compat), core.run(case)
-            assert (expected.vector == UD) == (found.vector == UD), f"{code.hex()}: {expected.vector}, {found.vector}"
-            if expected.vector == COMPLETED:
-                assert not native.differences(case, expected, found), native.describe(case)
+            if UD in (expected.vector, found.vector) or expected.vector == COMPLETED:
+                wrong = native.differences(case, expected, found)
+                assert not wrong, f"{native.describe(case)}: {'; '.join(wrong)}"
             here += expected.vector == COMPLETED
     assert here > 100
 

@@ -11,9 +11,10 @@ from engine import asm
 from engine.asm import ORIGIN, assemble
 from engine.machine import RAM, REGS, machine_on
 
-from vmfs.engine.base import Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import DebugRequest
 from vmfs.words.errors import EngineFailed
 from vmfs.words.exits import Exit
+from vmfs.words.stops import Breakpoint, Watchpoint
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
@@ -209,7 +210,7 @@ def test_a_watchpoint_on_code_and_a_breakpoint_in_it(vm):
     vm.load(program, "long")
     labels = program.labels
     watch = Watchpoint(1, labels["l2"], 2, on_read=False, on_write=True)
-    vm.vcpu.set_debug(DebugRequest(breakpoints=(Breakpoint(2, labels["l2"]),), watchpoints=(watch,)))
+    vm.vcpu.set_debug(DebugRequest(stops=(Breakpoint(2, labels["l2"]), watch)))
     line = vm.vcpu.run().line()
     assert line.startswith("debug cause=watchpoint id=1 ") and line.endswith(f"rip={labels['l1']:#x}")
     assert vm.vcpu.run().line() == f"debug cause=breakpoint id=2 rip={labels['l2']:#x}"
@@ -378,7 +379,7 @@ def test_a_watchpoint_that_setting_state_hits_is_an_exit_of_the_next_run(vm):
     program = assemble("mov al, [rdi]; l1: nop; l2: hlt", "long")
     vm.load(program, "long")
     vm.set_regs(rdi=0xA0000)
-    vm.vcpu.set_debug(DebugRequest(watchpoints=(Watchpoint(3, 0xA0000, 1, on_read=True, on_write=False),)))
+    vm.vcpu.set_debug(DebugRequest(stops=(Watchpoint(3, 0xA0000, 1, on_read=True, on_write=False),)))
     assert vm.vcpu.run().REASON == "mmio"
     assert not vm.vcpu.exits_waiting
     vm.set_regs(rip=program.labels["l2"])

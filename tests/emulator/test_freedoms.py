@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
 from emulator import encode, native  # noqa: E402
-from emulator.freedoms import FREEDOMS, GP, PF, SS  # noqa: E402
+from emulator.freedoms import FREEDOMS, GP, PF, SS, UD  # noqa: E402
 from emulator.native import ARITHMETIC, COMPLETED, DATA, DATA_SIZE, GPRS, PAGE, START, Case, Outcome  # noqa: E402
 
 BR, MF = 5, 16
@@ -31,7 +31,7 @@ def faulted(given, vector, **changes):
     """The outcome of a processor that leaves everything as it was."""
     address = END if vector == PF else 0
     flags = given.flags & ARITHMETIC
-    outcome = Outcome(vector, dict(given.gprs), given.ip, flags, given.data, given.fx, address=address)
+    outcome = Outcome(vector, dict(given.gprs), given.ip, flags, given.data, given.fx, given.ymm, address=address)
     return replace(outcome, **changes)
 
 
@@ -75,6 +75,19 @@ REP64 = replace(REP, code=bytes.fromhex("f3a4"))
 MOVSXD = case("666303", rbx=END - 2)
 LOADED = faulted(MOVSXD, COMPLETED, ip=START + 3, gprs=MOVSXD.gprs | {"rax": 0x8181})
 MOVSXD32 = replace(MOVSXD, code=b"\x66\x48\x63\x03")
+HALF = case("c4e3791d0000", rax=END - 4)  # vcvtps2ph [rax], xmm0, 0
+INEXACT = status(HALF.fx, 0x1FA0, 24)
+DENORMAL = replace(case("c4e3791dc000"), fx=status(HALF.fx, 0x1780, 24))  # vcvtps2ph xmm0, xmm0, 0
+PRECISE = {"vector": COMPLETED, "ip": START + 6, "fx": status(DENORMAL.fx, 0x1782, 24)}
+GATHER = replace(case("c4e269900c83", rbx=END), ymm=bytes(range(256)))  # vpgatherdd xmm1, [rbx + xmm0 * 4], xmm2
+GATHER = replace(GATHER, fx=GATHER.fx[:192] + struct.pack("<4I", 1, 1 << 31, 2**32 - 1, 2**31 - 1) + GATHER.fx[208:])
+EXTENDED = {
+    "fx": GATHER.fx[:192] + struct.pack("<4I", 0, 2**32 - 1, 2**32 - 1, 0) + GATHER.fx[208:],
+    "ymm": GATHER.ymm[:32] + bytes(16) + GATHER.ymm[48:],
+}
+PERMUTE = case("c4e37d00c021")
+INSERT = case("c4e3f922c003", rax=5)
+INSERTED = {"vector": COMPLETED, "ip": START + 6, "fx": INSERT.fx[:172] + b"\5\0\0\0" + INSERT.fx[176:]}
 SCAS = case("f3ae", rcx=9, rdi=END - 2)
 
 ALLOWED = {
@@ -95,6 +108,15 @@ ALLOWED = {
         faulted(SCAS, PF, gprs=SCAS.gprs | {"rcx": 7, "rdi": END}),
         faulted(SCAS, PF, gprs=SCAS.gprs | {"rcx": 7, "rdi": END}, flags=0x85),
     ),
+    "VCVTPS2PH that faults": (HALF, faulted(HALF, PF), faulted(HALF, PF, fx=INEXACT)),
+    "VCVTPS2PH of denormals": (
+        DENORMAL, faulted(DENORMAL, **PRECISE), faulted(DENORMAL, **PRECISE | {"fx": status(DENORMAL.fx, 0x17A2, 24)})
+    ),
+    "a gather that faults": (GATHER, faulted(GATHER, PF), faulted(GATHER, PF, **EXTENDED)),
+    "VEX.W of VPERMQ and VPERMPD": (
+        PERMUTE, faulted(PERMUTE, COMPLETED, ip=START + 6, fx=patched(PERMUTE.fx, 160, 0x77)), faulted(PERMUTE, UD)
+    ),
+    "VEX.W of VPEXTRD and VPINSRD outside of 64-bit mode": (INSERT, faulted(INSERT, UD), faulted(INSERT, **INSERTED)),
 }  # fmt: skip
 TOP_0 = with_top_0(MOVNTQ.fx)
 # What a wrong core, or a wrong freedom, would make.
@@ -134,6 +156,28 @@ REFUSALS = {
     "32 bits loaded": (MOVSXD, faulted(MOVSXD, PF), replace(LOADED, gprs=MOVSXD.gprs | {"rax": 0x81818181})),
     "MOVSXD of 32 bits": (MOVSXD32, faulted(MOVSXD32, PF), replace(LOADED, ip=START + 4)),
     "other flags than before": (SCAS, faulted(SCAS, PF, flags=0x81), faulted(SCAS, PF, flags=0x85)),
+    "other flags of MXCSR": (HALF, faulted(HALF, PF), faulted(HALF, PF, fx=status(HALF.fx, 0x9F80, 24))),
+    "the host set flags": (HALF, faulted(HALF, PF, fx=INEXACT), faulted(HALF, PF)),
+    "underflow is masked": (
+        replace(DENORMAL, fx=HALF.fx),
+        faulted(DENORMAL, **PRECISE | {"fx": status(DENORMAL.fx, 0x1F82, 24)}),
+        faulted(DENORMAL, **PRECISE | {"fx": status(DENORMAL.fx, 0x1FA2, 24)}),
+    ),
+    "another mask": (
+        GATHER, faulted(GATHER, PF), faulted(GATHER, PF, **EXTENDED | {"fx": patched(EXTENDED["fx"], 195, 0xFF)})
+    ),
+    "the mask is as it was": (GATHER, faulted(GATHER, PF, **EXTENDED), faulted(GATHER, PF)),
+    "the upper half of another register": (
+        GATHER, faulted(GATHER, PF), faulted(GATHER, PF, **EXTENDED | {"ymm": bytes(48) + GATHER.ymm[48:]})
+    ),
+    "VPERMQ that changed a register": (
+        PERMUTE,
+        faulted(PERMUTE, COMPLETED, ip=START + 6, gprs=PERMUTE.gprs | {"rax": 1}),
+        faulted(PERMUTE, UD),
+    ),
+    "VPEXTRD that stored": (
+        INSERT, faulted(INSERT, UD), faulted(INSERT, **INSERTED, data=stored(INSERT, DATA, b"1"))
+    ),
     "flags of what is done": (SCAS, faulted(SCAS, COMPLETED), faulted(SCAS, COMPLETED, flags=0x85)),
 }  # fmt: skip
 

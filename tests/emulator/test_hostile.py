@@ -18,10 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, DebugRequest
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
 from vmfs.words.modes import set_mode
+from vmfs.words.stops import Breakpoint, Watchpoint
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
@@ -240,7 +241,7 @@ def stops(box: Box, dice: random.Random) -> None:
         Breakpoint(9 + number, CODE + dice.randrange(PAGE)) for number in range(dice.randrange(20))
     )
     with contextlib.suppress(VmfsError):
-        box.vcpu.set_debug(DebugRequest(not dice.randrange(4), points, tuple(watch)))
+        box.vcpu.set_debug(DebugRequest(not dice.randrange(4), (*points, *watch)))
 
 
 def between(box: Box, dice: random.Random, names: list[str]) -> None:

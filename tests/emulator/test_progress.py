@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs.engine import rest
-from vmfs.engine.base import DebugRequest, PortStop, Watchpoint
+from vmfs.engine.base import DebugRequest
 from vmfs.engine.emulator.engine import EmulatorEngine
 from vmfs.engine.rest import Chips, Flag, Progress, Time, Waiting
 from vmfs.machine.state import put_cpu, put_engine, take_cpu, take_engine
 from vmfs.words.errors import Invalid
+from vmfs.words.stops import PortStop, Watchpoint
 
 pytestmark = needs_assembler
 ENGINE = EmulatorEngine()
@@ -166,8 +167,7 @@ def test_stops_that_wait_go_along():
         vm.load(program, "long")
         vm.vcpu.set_debug(
             DebugRequest(
-                ports=(PortStop(1, 0x80, 0x80), PortStop(2, 0x70, 0x90)),
-                watchpoints=(Watchpoint(3, 0xA0FFC, 8, False, True),),
+                stops=(PortStop(1, 0x80, 0x80), PortStop(2, 0x70, 0x90), Watchpoint(3, 0xA0FFC, 8, False, True))
             )
         )
         assert vm.vcpu.run().line().startswith("mmio direction=write addr=0xa0ffc size=4 ")

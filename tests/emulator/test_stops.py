@@ -10,8 +10,9 @@ from engine import asm
 from engine.asm import assemble
 from engine.machine import RAM, machine_on
 
-from vmfs.engine.base import Breakpoint, DebugRequest, PortStop, VectorStop, Watchpoint
+from vmfs.engine.base import DebugRequest
 from vmfs.words import exits
+from vmfs.words.stops import Breakpoint, PortStop, VectorStop, Watchpoint
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
@@ -134,10 +135,14 @@ def test_a_stop_leaves_what_an_undisturbed_run_has_there(seed):
         elsewhere = tuple(Breakpoint(100 + n, 0x70000 + n) for n in range(200))
         machine.cpu.set_debug(
             DebugRequest(
-                breakpoints=(*elsewhere, *(Breakpoint(1 + n, place) for n, place in enumerate(chosen))),
-                watchpoints=(Watchpoint(50, _DATA + 4000, 8, True, True), Watchpoint(51, 0x70000, 9, True, True)),
-                ports=(PortStop(60, 0x70, 0x7F),),
-                vectors=(VectorStop(70, (0, 13, 14)),),
+                stops=(
+                    *elsewhere,
+                    *(Breakpoint(1 + n, place) for n, place in enumerate(chosen)),
+                    Watchpoint(50, _DATA + 4000, 8, True, True),
+                    Watchpoint(51, 0x70000, 9, True, True),
+                    PortStop(60, 0x70, 0x7F),
+                    VectorStop(70, (0, 13, 14)),
+                )
             )
         )
         for number in expected:
@@ -161,12 +166,12 @@ def test_what_is_watched_runs_as_what_is_not(seed):
         machine = Machine(vm, code)
         machine.cpu.set_debug(
             DebugRequest(
-                watchpoints=(
+                stops=(
                     Watchpoint(1, _DATA, 4096, on_read=False, on_write=True),
                     Watchpoint(2, _STACK - 4096, 4096, on_read=True, on_write=True, physical=True),
-                ),
-                ports=(PortStop(3, 0, 0xFFFF),),
-                vectors=(VectorStop(4, tuple(range(256))),),
+                    PortStop(3, 0, 0xFFFF),
+                    VectorStop(4, tuple(range(256))),
+                )
             )
         )
         while (left := MOST - machine.done()) > 0:
@@ -182,7 +187,7 @@ def test_thousands_of_breakpoints_are_each_found():
         vm.load(assemble(".fill 3000, 1, 0x90; hlt", "long"), "long")
         points = tuple(Breakpoint(n, 0x1000 + n) for n in range(1, 3000, 2))
         far = tuple(Breakpoint(10000 + n, (n * 0x9E3779B97F4A7C15) % (1 << 64) | 1 << 40) for n in range(60000))
-        vm.vcpu.set_debug(DebugRequest(breakpoints=(*far, *reversed(points))))
+        vm.vcpu.set_debug(DebugRequest(stops=(*far, *reversed(points))))
         for point in points:
             exit_ = vm.vcpu.run()
             assert (exit_.REASON, exit_.rip, exit_.id) == ("debug", point.address, point.id)
@@ -194,7 +199,7 @@ def test_a_kick_at_a_breakpoint_does_not_pass_it():
     with machine_on(EmulatorEngine()) as vm:
         code = assemble("l0: inc rax; l1: inc rax; l2: inc rax; jmp l0", "long")
         vm.load(code, "long")
-        vm.vcpu.set_debug(DebugRequest(breakpoints=(Breakpoint(7, code.labels["l1"]),)))
+        vm.vcpu.set_debug(DebugRequest(stops=(Breakpoint(7, code.labels["l1"]),)))
         assert vm.vcpu.run(budget=1).REASON == "limit"
         for _ in range(5):
             vm.vcpu.kick()
@@ -215,7 +220,7 @@ def test_hundreds_of_stops_of_one_place_all_come():
         vm.load(assemble("mov ecx, 4; mov edi, 0x2000; l0: rep movsq; l1: nop; l2: hlt", "long"), "long")
         watches = tuple(Watchpoint(n, 0x2000 + n % 8, 1 + n % 5, n % 2 == 0, True) for n in range(1, 301))
         points = tuple(Breakpoint(n, 0x100A) for n in range(1000, 1400))
-        vm.vcpu.set_debug(DebugRequest(breakpoints=points, watchpoints=watches))
+        vm.vcpu.set_debug(DebugRequest(stops=(*points, *watches)))
         exit_ = vm.vcpu.run()
         assert (exit_.cause, exit_.rip) == ("breakpoint", 0x100A)
         assert [exit_.id, *(stop.id for stop in exit_.also)] == [point.id for point in points]
@@ -231,9 +236,9 @@ def test_what_is_held_survives_other_points():
     """An `out` at a watched port is first the exit of the access; points are changed; then comes the stop."""
     with machine_on(EmulatorEngine()) as vm:
         vm.load(assemble("out 0x80, al; l1: hlt", "long"), "long")
-        vm.vcpu.set_debug(DebugRequest(ports=tuple(PortStop(n, 0x80, 0x80) for n in range(1, 9))))
+        vm.vcpu.set_debug(DebugRequest(stops=(*(PortStop(n, 0x80, 0x80) for n in range(1, 9)),)))
         assert vm.vcpu.run().REASON == "io"
-        vm.vcpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x5000),)))
+        vm.vcpu.set_debug(DebugRequest(stops=(Breakpoint(1, 0x5000),)))
         exit_ = vm.vcpu.run()
         assert [exit_.id, *(stop.id for stop in exit_.also)] == list(range(1, 9)) and exit_.cause == "io"
         vm.vcpu.set_debug(DebugRequest())

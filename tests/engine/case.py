@@ -8,17 +8,9 @@ from dataclasses import dataclass, field
 from engine.asm import assemble
 from engine.machine import TestMachine
 
-from vmfs.engine.base import (
-    NO_DEBUG,
-    Breakpoint,
-    Cr3Stop,
-    DebugRequest,
-    ModeStop,
-    PortStop,
-    VectorStop,
-    Watchpoint,
-)
+from vmfs.engine.base import NO_DEBUG, DebugRequest
 from vmfs.words.errors import Unsupported
+from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, VectorStop, Watchpoint
 
 _LABEL = re.compile(r"\{(\w+)\}")
 
@@ -249,12 +241,9 @@ class Debug(Step):
     cr3s: tuple[int, ...] = ()
 
     def apply(self, machine: TestMachine, labels: dict[str, int]) -> None:
-        request = DebugRequest(
-            step=self.step,
-            breakpoints=tuple(
-                Breakpoint(number, address) for number, address in _resolve(self.breakpoints, labels).items()
-            ),
-            watchpoints=tuple(
+        stops = (
+            *(Breakpoint(number, address) for number, address in _resolve(self.breakpoints, labels).items()),
+            *(
                 Watchpoint(
                     watch.id,
                     _address(watch.address, labels),
@@ -265,11 +254,12 @@ class Debug(Step):
                 )
                 for watch in self.watchpoints
             ),
-            ports=tuple(PortStop(*ports) for ports in self.ports),
-            vectors=tuple(VectorStop(number, vectors) for number, vectors in self.vectors.items()),
-            modes=tuple(map(ModeStop, self.modes)),
-            cr3s=tuple(map(Cr3Stop, self.cr3s)),
+            *(PortStop(*ports) for ports in self.ports),
+            *(VectorStop(number, vectors) for number, vectors in self.vectors.items()),
+            *map(ModeStop, self.modes),
+            *map(Cr3Stop, self.cr3s),
         )
+        request = DebugRequest(self.step, stops)
         machine.vcpu.set_debug(request)
 
 

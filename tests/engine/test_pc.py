@@ -10,6 +10,7 @@ import pytest
 from engine.asm import ORIGIN
 
 from vmfs.engine.base import Capability
+from vmfs.machine.born import Birth, parse_birth
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Busy, Invalid, NotPermitted, Unsupported
@@ -315,6 +316,36 @@ def test_time_has_its_source(pc, assembler):
     run(pc)
     after = struct.unpack_from("<Q", pc.get_machine_state("clock").result(SECONDS))[0]
     assert after - before == pc.counters()["instructions"]
+
+
+# Seconds, minutes, hours, day, month, year and century of the clock, sent to COM1.
+DATE = "".join(
+    f"mov al, {at}; out 0x70, al; in al, 0x71; mov dx, 0x3f8; out dx, al;" for at in (0, 2, 4, 7, 8, 9, 0x32)
+)
+
+
+def test_a_machine_is_born_when_its_user_says(pc, assembler):
+    born = parse_birth("date 2031-12-24T18:30:00Z\nseed 000102030405060708090a0b0c0d0e0f\n").over(pc.birth())
+    pc.set_birth(born)
+    if Capability.DETERMINISTIC in pc.capabilities:
+        pc.set_time_source("instructions")  # the date stays that of its time 0
+    assert pc.birth() == born and parse_birth(born.text()).over(Birth(0, b"")) == born
+    load(pc, assembler(DATE + "mov dx, 0xf4; mov al, 1; out dx, al", "real"))
+    assert run(pc).line().startswith("shutdown cause=debug-exit code=3")
+    assert pc.sent[1:] == bytes.fromhex("30 18 24 12 31 20") and pc.sent[0] < 0x10
+    with pytest.raises(Busy, match="it has run"):
+        pc.set_birth(born)
+
+
+def test_cards_have_their_addresses_from_the_seed(pc):
+    one, other = ([board_bytes(pc, seed, name) for name in ("net0", "net1")] for seed in (bytes(16), bytes([1] * 16)))
+    assert len({*one, *other}) == 4
+    assert [board_bytes(pc, bytes(16), name) for name in ("net0", "net1")] == one
+
+
+def board_bytes(vm, seed, name):
+    vm.set_birth(Birth(0, seed))
+    return vm.board.own_bytes(f"mac of {name}", 3)
 
 
 def test_code_that_a_debugger_writes_while_the_guest_runs(pc, assembler):

@@ -12,19 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from vmfs.engine.base import (
-    INTERRUPT_QUEUE,
-    NO_DEBUG,
-    Availability,
-    Capability,
-    DebugRequest,
-    Engine,
-    Machine,
-    Vcpu,
-)
+from vmfs.engine.base import INTERRUPT_QUEUE, NO_DEBUG, Availability, Capability, DebugRequest, Engine, Machine, Vcpu
 from vmfs.engine.rest import TURN, TURNS, Chips, Flag, Progress, Reading, Time
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
+from vmfs.words.stops import Breakpoint
 
 RIP = 128  # in struct kvm_regs
 MSRS = {0x10: 0, 0x174: 0, 0xC0000080: 0}
@@ -252,7 +244,7 @@ class FakeVcpu(Vcpu):
         self.nmis += 1
 
     def set_debug(self, request: DebugRequest) -> None:
-        if len(request.breakpoints) > 4:
+        if len(request.of(Breakpoint)) > 4:
             raise Unsupported("there are 4 hardware breakpoints")
         self.debug = request
 

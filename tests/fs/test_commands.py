@@ -13,6 +13,7 @@ from vmfs.machine.files.contents import dirty_ranges
 from vmfs.machine.files.lines import decoded
 from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words.errors import Invalid, VmfsError
+from vmfs.words.stops import Breakpoint
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 WORDS = sorted({command.name for row in COMMANDS.values() for command in row if command.name})
@@ -40,9 +41,9 @@ def test_breakpoints_round_trip(addresses, stepping):
     text = "".join(f"break {address:#x}\n" for address in addresses) + f"{int(stepping)}\n"
     points = parse_commands("debug", text)(Points())
     asked = points.request()
-    assert [point.address for point in asked.breakpoints] == addresses and points.stepping == stepping
+    assert [point.address for point in asked.of(Breakpoint)] == addresses and points.stepping == stepping
     assert len(parse_commands("debug", "delete all")(points.copy())) == 0
-    for point in asked.breakpoints:
+    for point in asked.of(Breakpoint):
         points = parse_commands("debug", f"delete {point.id}")(points)
     assert len(points) == 0
 

@@ -17,7 +17,7 @@ from vmfs.words.exits import Io
 
 CONTROLLERS = ("lapic", "irqchip", "pit")
 # A bare machine has none of them.
-OF_A_PC = ("console", "console.log", "hvc", "hvc.log", "screen.txt", "screen.png", "framebuffer")
+OF_A_PC = ("born", "console", "console.log", "hvc", "hvc.log", "screen.txt", "screen.png", "framebuffer")
 
 # What no file of the row takes, and its errno. A row that can be written and is not here fails a test below.
 BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
@@ -43,6 +43,16 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
     "mode": ((b"long short", errno.EINVAL), (b"LONG", errno.EINVAL)),
     "machine": ((b"\n", errno.EINVAL), (b"atari", errno.EINVAL), (b"pc", errno.EOPNOTSUPP)),  # it has no controllers
     "time": ((b"noon", errno.EINVAL), (b"instructions", errno.EOPNOTSUPP)),
+    "born": (
+        (b"date yesterday", errno.EINVAL),
+        (b"date 2026-13-01T00:00:00Z", errno.EINVAL),
+        (b"date 1969-12-31T23:59:59Z", errno.EINVAL),
+        (b"date 2117-01-01T00:00:00Z", errno.EINVAL),
+        (b"seed 12", errno.EINVAL),
+        (b"seed " + b"g" * 32, errno.EINVAL),
+        (b"2026-01-31T12:00:00Z", errno.EINVAL),
+        (b"date 2026-01-31T12:00:00Z", errno.EOPNOTSUPP),
+    ),
     **{name: () for name in ("kernel", "initrd", "bios")},  # what they are is looked at by the run that boots them
     "console": ((b"a", errno.EOPNOTSUPP),),
     "hvc": ((b"a", errno.EOPNOTSUPP),),

@@ -6,6 +6,7 @@ import array
 import errno
 import itertools
 import logging
+import mmap
 import os
 import select
 import socket
@@ -22,7 +23,7 @@ from fs.fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from vmfs.fs.ahead import ReadAhead
+from vmfs.fs.ring import COUNTED, Ring
 from vmfs.host.credentials import Credentials
 from vmfs.host.machines import Host
 from vmfs.host.process import Asker, MachineProcess
@@ -30,7 +31,7 @@ from vmfs.host.settings import MountSettings
 from vmfs.host.zygote import Job
 from vmfs.machine import worker
 from vmfs.words import commands
-from vmfs.words.errors import ProcessFailed, VmfsError
+from vmfs.words.errors import LimitReached, ProcessFailed, VmfsError
 
 B = Credentials(54322, 54322)
 ENCODE = msgspec.msgpack.Encoder().encode
@@ -219,23 +220,84 @@ def descriptors_there() -> int:
 QUICK = settings(max_examples=60, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 
 
-def test_what_a_hostile_machine_says_is_read_ahead():
-    """Sizes are checked once; what is not in the memory any more fails that read."""
-    memory = os.memfd_create("ahead")
-    os.write(memory, b"0123456789" * 1000)
-    ahead = ReadAhead(os.dup(memory))
-    for size in (-1, commands.AHEAD_MOST + 1, 1 << 62):
+class Shared:
+    """In the place of a machine's process: it gets the memory, and says there what it likes."""
+
+    FIRST, PUT, TAKEN, BYTES = 0, 8, 64, 4096  # struct ring_page
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.host = Host(None, "fake", MountSettings(max_memory=limit))  # type: ignore[arg-type]
+        self.owner, self.shared = B, 0
+        self.page: Any = None
+
+    def hand(self, message: commands.Message, fds: tuple[int, ...]) -> bool:
+        assert message == commands.Share(7)
+        with pytest.raises(PermissionError):  # what a server maps of it stays there
+            os.ftruncate(fds[0], 4096)
+        self.page = mmap.mmap(fds[0], 0)
+        return True
+
+    def say(self, first: int, put: int, taken: int) -> None:
+        for at, number in ((self.FIRST, first), (self.PUT, put), (self.TAKEN, taken)):
+            self.page[at : at + 8] = (number % (1 << 64)).to_bytes(8, "little")
+
+    def taken(self) -> int:
+        return int.from_bytes(self.page[self.TAKEN : self.TAKEN + 8], "little")
+
+
+def test_what_a_machine_hands_on_is_read_once_and_again():
+    machine = Shared()
+    ring = Ring(machine)  # type: ignore[arg-type]
+    assert machine.shared == COUNTED and ring.share(7)
+    assert ring.read(0, 10) == b""  # it has not begun
+    room, again = 2 << 20, 256 << 10
+    ahead = room - again
+    whole = bytes(range(256)) * (room // 256)
+    machine.page[machine.BYTES :] = whole
+    at = 5 * room + 100
+    machine.say(at - 64, at + ahead, at)
+    ring.begin()
+    assert ring.read(at - 65, 8) == b"" == ring.read(at + 1, 8)
+    assert ring.read(at - 64, 8) == bytes(range(36, 44)) and machine.taken() == at
+    assert ring.read(at, 8) == bytes(range(100, 108)) and machine.taken() == at + 8
+    assert ring.read(at, 1 << 30) == (whole + whole)[100 : 100 + ahead]  # over the end of the room
+    end = at + ahead
+    assert machine.taken() == end and ring.read(end, 8) == b""
+    assert len(ring.read(end - again, 1 << 30)) == again and ring.read(end - again - 1, 8) == b""
+    ring.close()
+    assert machine.shared == 0
+
+
+def test_a_machine_that_lies_about_what_it_hands_on():
+    machine = Shared()
+    ring = Ring(machine)  # type: ignore[arg-type]
+    assert ring.share(7)
+    room, again = 2 << 20, 256 << 10
+    for first, taken in ((1, 0), (0, again + 1), (1 << 63, 1 << 63), (-1, 0), (-1, -1)):
+        machine.say(first, taken, taken)
         with pytest.raises(ProcessFailed):
-            ahead.placed(0, size)
-        assert ahead.read(0, 10) is None and not ahead.unread
-    ahead.placed(500, 10000)
-    assert ahead.read(499, 10) is None and ahead.read(10500, 10) is None
-    assert ahead.read(505, 5) == b"56789" and ahead.unread == 9990
-    os.ftruncate(memory, 10)  # it has no seals: what is mapped of it would be a SIGBUS
-    with pytest.raises(ProcessFailed, match="taken away"):
-        ahead.read(505, 10)
-    ahead.close()
-    os.close(memory)
+            ring.begin()
+        assert ring.read(taken, 10) == b""
+    machine.say(0, 0, 0)
+    ring.begin()
+    for put in (room - again + 1, room, 1 << 62, -1):
+        machine.say(0, put, 0)
+        assert ring.read(0, 10) == b""
+    machine.say(0, 100, 0)
+    assert len(ring.read(0, 10)) == 10
+    for put in (9, 0):  # it takes back what was read
+        machine.say(0, put, 0)
+        assert ring.read(10, 10) == b"" == ring.read(5, 10)
+    machine.say(50, 100, 50)  # the server's numbers are its own
+    assert len(ring.read(5, 10)) == 10 and ring.read(16, 10) == b"" and machine.taken() == 15
+    ring.close()
+
+
+def test_a_ring_counts_against_the_limits():
+    machine = Shared(limit=COUNTED - 1)
+    with pytest.raises(LimitReached):
+        Ring(machine)  # type: ignore[arg-type]
+    assert machine.shared == 0
 
 
 @QUICK
@@ -251,8 +313,7 @@ def test_a_server_against_a_hostile_machine(tmp_path_factory, packed):
             for make in (
                 lambda at: commands.Open(at, "regs", False, False, False, False, 0),
                 lambda at: commands.Read(at, 1, 0, 100, 0),
-                lambda at: commands.Read(at, 1, 0, 1 << 17, 0, True),
-                lambda at: commands.Share(at, 1),
+                lambda at: commands.Read(at, 1, 0, 1 << 17, 0),
                 lambda at: commands.Write(at, 1, 0, b"blk /x", 0),
                 lambda at: commands.List(at, "dev"),
                 lambda at: commands.Poll(at, 1, True),

@@ -11,10 +11,11 @@ from pc.kernels import CLOUD, GENERIC, IPXE, MEMTEST, needs_kernels
 from vmfs import boot
 from vmfs.boot import elf, linux, payload
 from vmfs.boot.source import Source
-from vmfs.engine.base import Breakpoint, DebugRequest
+from vmfs.engine.base import DebugRequest
 from vmfs.engine.emulator.engine import EmulatorEngine
 from vmfs.memory.ram import Memory
 from vmfs.words import exits
+from vmfs.words.stops import Breakpoint
 
 pytestmark = needs_kernels
 SIZE = 128 * MIB
@@ -56,7 +57,7 @@ def test_host_and_guest_decompress_to_the_same_kernel(opened):
         machine.map_memory(0, 0, there.fd, 0, SIZE)
         cpu = machine.create_vcpu(0)
         own.apply(cpu)
-        cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, entry),)))
+        cpu.set_debug(DebugRequest(stops=(Breakpoint(1, entry),)))
         exit_ = cpu.run(400_000_000)  # it takes 100 million
         while isinstance(exit_, exits.Io):  # it writes its progress to a screen and looks for a serial port
             exit_ = cpu.run(400_000_000)

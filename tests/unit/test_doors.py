@@ -22,7 +22,6 @@ DOORS = {
     ("devices/board.py", "os.urandom"): "the seed at birth; random numbers, where time is the host's",
     ("devices/board.py", "time.monotonic_ns"): "the guest's time for other threads, where the engine does not tell it",
     ("devices/virtio/ninep.py", "time.time_ns"): "a folder of the host: its files' times are the host's",
-    ("machine/attach.py", "os.urandom"): "the address of a network card that was given none",
     ("machine/control.py", "time.perf_counter"): "how long runs took, in `stat`",
     ("machine/machine.py", "time.perf_counter"): "how long runs took, in `stat`",
     ("machine/files/kinds.py", "time.perf_counter"): "whether a text takes long to make",

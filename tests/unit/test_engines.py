@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from vmfs import engine as engines
 from vmfs.engine import ENGINES, EngineInfo, Row, by_name, choose, describe
-from vmfs.engine.base import Availability, Breakpoint, DebugRequest, Watchpoint
+from vmfs.engine.base import Availability, DebugRequest
 from vmfs.engine.kvm.debugregs import NO_PLAN, NOTHING, Plan, plan
 from vmfs.engine.kvm.engine import KvmEngine
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.stops import Breakpoint, Watchpoint
 
 
 class Works:
@@ -134,7 +135,7 @@ def test_nothing_to_stop_for():
 
 def test_debug_registers():
     """Intel SDM 3B 18.2.4."""
-    request = DebugRequest(breakpoints=(Breakpoint(1, 0x1000),), watchpoints=(Watchpoint(2, 0x2000, 8, False, True),))
+    request = DebugRequest(stops=(Breakpoint(1, 0x1000), Watchpoint(2, 0x2000, 8, False, True)))
     control, addresses, dr7 = registers(hardware(request))
     assert control == 1 | 0x20000
     assert addresses == (0x1000, 0x2000, 0, 0)
@@ -152,7 +153,7 @@ def test_debug_registers():
 def test_watchpoints_cover_their_bytes_and_no_others(address, length, read):
     watch = Watchpoint(1, address, length, on_read=read, on_write=True)
     try:
-        found = planned(DebugRequest(watchpoints=(watch,)))
+        found = planned(DebugRequest(stops=(watch,)))
     except (Invalid, Unsupported) as error:
         assert length < 1 or address + length > 1 << 64 or (read and length > 8 and isinstance(error, Unsupported))
         return
@@ -185,15 +186,22 @@ def test_watchpoints_cover_their_bytes_and_no_others(address, length, read):
 )
 def test_what_debug_registers_cannot_watch(watchpoint, words):
     with pytest.raises(Unsupported, match=words):
-        planned(DebugRequest(watchpoints=(watchpoint,)))
+        planned(DebugRequest(stops=(watchpoint,)))
 
 
 def test_the_first_four_are_in_hardware():
     """In the order of their ids, of whatever kind; two of one place share a register."""
     found = planned(
         DebugRequest(
-            breakpoints=(Breakpoint(1, 5), Breakpoint(3, 6), Breakpoint(4, 5), Breakpoint(6, 7), Breakpoint(7, 8)),
-            watchpoints=(Watchpoint(2, 0x1000, 8, False, True), Watchpoint(5, 0x2000, 16, False, True)),
+            stops=(
+                Breakpoint(1, 5),
+                Breakpoint(3, 6),
+                Breakpoint(4, 5),
+                Breakpoint(6, 7),
+                Breakpoint(7, 8),
+                Watchpoint(2, 0x1000, 8, False, True),
+                Watchpoint(5, 0x2000, 16, False, True),
+            )
         )
     )
     assert {id_ for id_, way in found.ways.items() if way == "hardware"} == {1, 2, 3, 4, 6}
@@ -203,8 +211,8 @@ def test_the_first_four_are_in_hardware():
 
 
 def test_without_data_breakpoints_writes_are_stepped_for():
-    found = plan(DebugRequest(watchpoints=(Watchpoint(1, 0x1000, 8, False, True),)), has_watchpoints=False)
+    found = plan(DebugRequest(stops=(Watchpoint(1, 0x1000, 8, False, True),)), has_watchpoints=False)
     assert found.ways == {1: "stepping"} and found.hardware == NOTHING
     with pytest.raises(Unsupported, match="PVM"):
-        plan(DebugRequest(watchpoints=(Watchpoint(1, 0x1000, 8, True, True),)), has_watchpoints=False)
+        plan(DebugRequest(stops=(Watchpoint(1, 0x1000, 8, True, True),)), has_watchpoints=False)
     assert planned(DebugRequest()) == NO_PLAN

@@ -12,12 +12,13 @@ import types
 
 import pytest
 
-from vmfs.engine.base import Breakpoint, DebugRequest, VectorStop, Watchpoint
+from vmfs.engine.base import DebugRequest
 from vmfs.engine.kvm import abi, call, vcpu
 from vmfs.engine.kvm.abi import ExitReason, Ioctl
 from vmfs.engine.kvm.state import HostFacts
 from vmfs.words import layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported
+from vmfs.words.stops import Breakpoint, VectorStop, Watchpoint
 
 PAGE = 3 * mmap.PAGESIZE
 DATA = mmap.PAGESIZE  # where port data lies in the mapping
@@ -249,7 +250,7 @@ def test_failures_of_kvm_run(kvm, cpu):
 
 def test_breakpoints_are_stepped_over(kvm, cpu):
     """The run begins at a breakpoint: one step without it and with the other, then with both."""
-    cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x1000), Breakpoint(2, 0x1008))))
+    cpu.set_debug(DebugRequest(stops=(Breakpoint(1, 0x1000), Breakpoint(2, 0x1008))))
 
     def step(kvm):
         control, _, dr0, *_, dr7 = abi.GUEST_DEBUG.unpack(kvm.last(Ioctl.KVM_SET_GUEST_DEBUG))
@@ -269,21 +270,21 @@ def test_breakpoints_are_stepped_over(kvm, cpu):
 
 def test_watchpoints(kvm, cpu):
     """DR6 may have bits of registers that are not in use (Intel SDM 3B 18.2.3)."""
-    cpu.set_debug(DebugRequest(watchpoints=(Watchpoint(7, 0x2000, 12, on_read=True, on_write=True),)))
+    cpu.set_debug(DebugRequest(stops=(Watchpoint(7, 0x2000, 12, on_read=True, on_write=True),)))
     kvm.script = [debug(1 << 1 | 1 << 3, 0x1003)]
     assert cpu.run().line() == "debug cause=watchpoint id=7 addr=0x2008 rip=0x1003"
 
 
 def test_a_watchpoint_hit_by_a_step_is_the_watchpoint(kvm, cpu):
     cpu.set_debug(
-        DebugRequest(step=True, watchpoints=(Watchpoint(7, 0x2000, 4, on_read=True, on_write=True),))
+        DebugRequest(step=True, stops=(Watchpoint(7, 0x2000, 4, on_read=True, on_write=True),))
     )
     kvm.script = [debug(1 << 14 | 1, 0x1003)]
     assert cpu.run().line() == "debug cause=watchpoint id=7 addr=0x2000 rip=0x1003"
 
 
 def test_the_guests_own_debug_exception_is_handed_back(kvm, cpu):
-    cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x5000),)))
+    cpu.set_debug(DebugRequest(stops=(Breakpoint(1, 0x5000),)))
 
     def handed_back(kvm):
         control, *_ = abi.GUEST_DEBUG.unpack(kvm.last(Ioctl.KVM_SET_GUEST_DEBUG))
@@ -297,12 +298,12 @@ def test_the_guests_own_debug_exception_is_handed_back(kvm, cpu):
 
 
 def test_refused_debug_changes_nothing(kvm, cpu):
-    cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 0x5000),)))
+    cpu.set_debug(DebugRequest(stops=(Breakpoint(1, 0x5000),)))
     before = kvm.last(Ioctl.KVM_SET_GUEST_DEBUG)
     with pytest.raises(Unsupported):
-        cpu.set_debug(DebugRequest(vectors=(VectorStop(1, (14,)),)))
+        cpu.set_debug(DebugRequest(stops=(VectorStop(1, (14,)),)))
     with pytest.raises(Invalid):
-        cpu.set_debug(DebugRequest(breakpoints=(Breakpoint(1, 1 << 64),)))
+        cpu.set_debug(DebugRequest(stops=(Breakpoint(1, 1 << 64),)))
     assert kvm.last(Ioctl.KVM_SET_GUEST_DEBUG) == before
     kvm.script = [debug(1, 0x5000)]
     assert cpu.run().line() == "debug cause=breakpoint id=1 rip=0x5000"

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from vmfs.debug import points as module
 from vmfs.debug.points import Points
-from vmfs.engine.base import Breakpoint
 from vmfs.machine.files.commands import parse_commands
 from vmfs.words.errors import Invalid, LimitReached
+from vmfs.words.stops import Breakpoint
 
 
 class Nothing:
@@ -38,7 +38,7 @@ def test_text_and_request_say_the_same():
     assert points.text() == "1\n1 break 0x1000 hits=0\n2 break 0x2000 hits=2\n"
     request = points.request()
     assert request.step
-    assert request.breakpoints == (Breakpoint(1, 0x1000), Breakpoint(2, 0x2000))
+    assert request.of(Breakpoint) == (Breakpoint(1, 0x1000), Breakpoint(2, 0x2000))
 
 
 def test_a_request_is_made_anew_after_each_change():
@@ -113,16 +113,7 @@ PLACES = st.one_of(
 
 def in_engine_terms(points: Points) -> set[tuple[object, ...]]:
     """What the engine is asked for, but for the ids."""
-    request = points.request()
-    stops = (
-        *request.breakpoints,
-        *request.watchpoints,
-        *request.ports,
-        *request.vectors,
-        *request.modes,
-        *request.cr3s,
-    )
-    return {(type(stop), *astuple(stop)[1:]) for stop in stops}
+    return {(type(stop), *astuple(stop)[1:]) for stop in points.request().stops}
 
 
 @given(st.lists(st.tuples(PLACES, OPTIONS).map(" ".join), max_size=12, unique=True), st.booleans())

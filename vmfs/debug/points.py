@@ -1,7 +1,7 @@
 """The points of a machine, which stop it: ids, conditions, counts, and what the engine is asked for.
 
-A point is a stop of `vmfs.engine.base` (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop) with
-options. The engine stops for each that is enabled; whether the stop is anybody's to see, `reached` says.
+A point is a stop (`vmfs.words.stops`) with options. The engine stops for each that is enabled; whether the stop is
+anybody's to see, `reached` says.
 """
 
 from __future__ import annotations
@@ -19,47 +19,14 @@ from vmfs.debug.conditions import (
     parse_address,
     parse_condition,
 )
-from vmfs.engine.base import (
-    Breakpoint,
-    Cr3Stop,
-    DebugRequest,
-    ModeStop,
-    PortStop,
-    Stop,
-    VectorStop,
-    Watchpoint,
-)
+from vmfs.engine.base import DebugRequest
 from vmfs.words.errors import Invalid, LimitReached
 from vmfs.words.numbers import parse_number
+from vmfs.words.stops import EXCEPTIONS, Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, VectorStop, Watchpoint
 
 MOST = 1 << 16  # of a machine: they live in the server's memory, and every change is told to the engine whole
 LONGEST_WATCH = 4096
 UNTIL = 0  # the id of the temporary breakpoint of a run; points have others
-
-# Intel SDM 3A table 6-1.
-EXCEPTIONS: Mapping[str, int] = {
-    "#DE": 0,
-    "#DB": 1,
-    "NMI": 2,
-    "#BP": 3,
-    "#OF": 4,
-    "#BR": 5,
-    "#UD": 6,
-    "#NM": 7,
-    "#DF": 8,
-    "#TS": 10,
-    "#NP": 11,
-    "#SS": 12,
-    "#GP": 13,
-    "#PF": 14,
-    "#MF": 16,
-    "#AC": 17,
-    "#MC": 18,
-    "#XM": 19,
-    "#VE": 20,
-    "#CP": 21,
-}
-_VECTOR_NAMES = {vector: name for name, vector in EXCEPTIONS.items()}
 
 
 # ---- options
@@ -177,39 +144,7 @@ def _vector(text: str) -> int:
 
 # ---- points
 
-ON: Mapping[str, type[ModeStop | Cr3Stop]] = {"mode": ModeStop, "cr3": Cr3Stop}  # `on WHAT`
-_WHATS = {kind: what for what, kind in ON.items()}
-
-
-def _stop_text(stop: Stop) -> str:
-    """A stop as it is written: the verb and its arguments."""
-    match stop:
-        case Breakpoint():
-            return f"break {stop.address:#x}"
-        case Watchpoint():
-            access = "r" * stop.on_read + "w" * stop.on_write
-            return f"watch {'phys:' * stop.physical}{stop.address:#x} {stop.length} {access}"
-        case PortStop():
-            last = f"-{stop.last:#x}" if stop.last != stop.first else ""
-            return f"iobreak {stop.first:#x}{last}"
-        case VectorStop():
-            return "catch " + ",".join(_vector_texts(stop.vectors))
-        case ModeStop() | Cr3Stop():
-            return f"on {_WHATS[type(stop)]}"
-
-
-def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:
-    begin = previous = vectors[0]
-    for vector in (*vectors[1:], None):
-        if vector == previous + 1:
-            previous = vector
-            continue
-        if previous - begin > 1:
-            yield f"{begin:#x}-{previous:#x}"
-        else:
-            yield from (_VECTOR_NAMES.get(one, f"{one:#x}") for one in range(begin, previous + 1))
-        if vector is not None:
-            begin = previous = vector
+ON: Mapping[str, type[ModeStop | Cr3Stop]] = {kind.WHAT: kind for kind in (ModeStop, Cr3Stop)}  # `on WHAT`
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +253,7 @@ class Points:
         point = Point(make(self._next_id), options, owner)
         key = self._key(point)
         if key in self._known:
-            raise Invalid(f"there is such a point already, {self._known[key]}: {_stop_text(point.stop)}")
+            raise Invalid(f"there is such a point already, {self._known[key]}: {point.stop.text()}")
         if len(self) >= MOST:
             raise LimitReached(f"a machine has at most {MOST} points")
         self._by_id[point.id] = point
@@ -331,7 +266,7 @@ class Points:
     @staticmethod
     def _key(point: Point) -> tuple[str, str, str, int | None]:
         condition = point.options.condition
-        return point.owner, _stop_text(point.stop), condition.text if condition else "", point.options.cpu
+        return point.owner, point.stop.text(), condition.text if condition else "", point.options.cpu
 
     def delete(self, id_: int) -> Points:
         point = self._find(id_, "delete")
@@ -386,12 +321,12 @@ class Points:
     def request(self, cpu: int = 0) -> DebugRequest:
         """What the engine shall stop that CPU for: the same object until something changes."""
         if cpu not in self._requests:
-            stops: dict[type, list[Stop]] = {kind: [] for kind in _FIELDS}
-            for point in self._by_id.values():
-                if point.options.enabled and point.options.cpu in (None, cpu):
-                    stops[type(point.stop)].append(point.stop)
-            fields = {_FIELDS[kind]: tuple(found) for kind, found in stops.items()}
-            self._requests[cpu] = DebugRequest(step=self.stepping, **fields)  # type: ignore[arg-type]
+            stops = (
+                point.stop
+                for point in self._by_id.values()
+                if point.options.enabled and point.options.cpu in (None, cpu)
+            )
+            self._requests[cpu] = DebugRequest(self.stepping, tuple(stops))
         return self._requests[cpu]
 
     def check_cpus(self, count: int) -> None:
@@ -439,7 +374,7 @@ class Points:
 
     def _line(self, point: Point, way_of: WayOf | None, label: Callable[[int], str] | None) -> str:
         options, counts = point.options, self._counts[point.id]
-        words = [str(point.id), _stop_text(point.stop)]
+        words = [str(point.id), point.stop.text()]
         if options.condition:
             words += ["if", options.condition.text]
         if options.ignore > counts.ignored:
@@ -465,11 +400,3 @@ class Points:
 
 
 # The field of DebugRequest that each kind of stop stands in.
-_FIELDS: Mapping[type, str] = {
-    Breakpoint: "breakpoints",
-    Watchpoint: "watchpoints",
-    PortStop: "ports",
-    VectorStop: "vectors",
-    ModeStop: "modes",
-    Cr3Stop: "cr3s",
-}

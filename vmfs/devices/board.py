@@ -47,7 +47,7 @@ _DIGITS = bytes.maketrans(b"\0\1", b"01")
 _DIRTY_PART = 1 << 15  # pages: 128 MiB
 
 
-_SEED = 16  # bytes
+SEED_SIZE = 16  # bytes
 
 
 class BoardState(DeviceState):
@@ -57,7 +57,7 @@ class BoardState(DeviceState):
     VERSION: ClassVar[int] = 2
 
     date_of_birth: int
-    seed: Annotated[bytes, msgspec.Meta(min_length=_SEED, max_length=_SEED)]
+    seed: Annotated[bytes, msgspec.Meta(min_length=SEED_SIZE, max_length=SEED_SIZE)]
     drawn: U64
     shutdown: tuple[str, int | None] | None
     lines: dict[Annotated[int, msgspec.Meta(ge=0, lt=24)], tuple[str, ...]]
@@ -95,7 +95,8 @@ class Board:
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
         self.time_source = "host"  # or instructions, as the machine's
-        self._seed, self._drawn = os.urandom(_SEED), 0
+        self._seed, self._drawn = os.urandom(SEED_SIZE), 0
+        self.birth_is_set = False  # by `set_birth`
         self._is_fast = False  # the engine asks the bus by itself,
         self._sees_due = False  # and looks at what is due there
         self._give_bus()
@@ -300,6 +301,23 @@ class Board:
         """The date that the machine is at, in nanoseconds since 1970, UTC: that of its birth, and the guest's time
         since. Clocks that show a date have it from here."""
         return self._date_of_birth + self.now()
+
+    @property
+    def birth(self) -> tuple[int, bytes]:
+        """The date when the guest's time was 0, in nanoseconds since 1970, UTC, and the seed of what is random."""
+        return self._date_of_birth, self._seed
+
+    def set_birth(self, date: int, seed: bytes) -> None:
+        """As `birth`. Before the first run."""
+        with self.lock:
+            self._date_of_birth, self._seed, self._drawn = date, seed, 0
+            self.birth_is_set = True
+            for device in self.devices.values():
+                device.date_set()
+
+    def own_bytes(self, what: str, length: int) -> bytes:
+        """Random bytes that are always the same of one machine, for the thing `what` of it: the address of a card."""
+        return hashlib.shake_128(self._seed + what.encode()).digest(length)
 
     def random(self, length: int) -> bytes:
         """Random bytes: the host's; where time follows the instructions, a series that the machine was born with, so

@@ -172,6 +172,9 @@ class Device(abc.ABC, Generic[S]):
     def time_shifted(self, by: int) -> None:
         """The guest's time was set, to what it was and `by`: times that the device keeps are to move along."""
 
+    def date_set(self) -> None:  # noqa: B027
+        """The board's date was set, before the first run: a clock that shows it is to show the new one."""
+
     @abc.abstractmethod
     def save(self) -> S:
         """What it is. With the board's lock held, between `sleep` and `wake`."""

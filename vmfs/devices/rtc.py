@@ -45,7 +45,7 @@ class Rtc(QuietDevice[RtcState]):
         super().__init__(board, name)
         self.chip = _chips.Rtc(board.bus, self.number, IRQ)
         self.describe_memory(memory_size)
-        self.set_clock(board.date())
+        self.date_set()
 
     def describe_memory(self, size: int) -> None:
         """The bytes by which firmware learns how much RAM there is: 15-18 (KiB above 1 MiB), 30, 31, 34, 35 (64 KiB
@@ -64,6 +64,9 @@ class Rtc(QuietDevice[RtcState]):
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", INDEX, 2),)
+
+    def date_set(self) -> None:
+        self.set_clock(self.board.date())
 
     def set_clock(self, date: int) -> None:
         """Show `date`, nanoseconds since 1970, UTC."""

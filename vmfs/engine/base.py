@@ -23,10 +23,11 @@ import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.exits import Exit
+from vmfs.words.stops import Stop
 
 
 class Capability(enum.StrEnum):
@@ -89,70 +90,15 @@ UNCLAIMED_MSRS = 64  # that a Vcpu remembers
 INTERRUPT_QUEUE = 64  # vectors that wait in a Vcpu; one more is errors.WouldBlock
 
 
+S = TypeVar("S", bound=Stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Availability:
     """Whether an engine can be used here, and a sentence that says why (not)."""
 
     available: bool
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Breakpoint:
-    """Stop before the instruction at linear address `address` runs. `id` comes back in the exit."""
-
-    id: int
-    address: int
-
-
-@dataclass(frozen=True, slots=True)
-class Watchpoint:
-    """Stop after an access to `length` bytes at linear `address` (guest-physical if `physical`)."""
-
-    id: int
-    address: int
-    length: int
-    on_read: bool
-    on_write: bool
-    physical: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PortStop:
-    """Stop after an access that touches a port from `first` to `last`, whether a device answers it or not.
-
-    An access that is an exit by itself is that exit first; the stop is what the next run returns.
-    """
-
-    id: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class VectorStop:
-    """Stop before an exception, an INT n or an interrupt of one of `vectors` is delivered, which the next run
-    does. rip is where it came: for INT n, INT3 and INTO, the instruction itself."""
-
-    id: int
-    vectors: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ModeStop:
-    """Stop after an instruction that switched between real, protected and long mode."""
-
-    id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cr3Stop:
-    """Stop after an instruction that changed CR3."""
-
-    id: int
-
-
-Stop = Breakpoint | Watchpoint | PortStop | VectorStop | ModeStop | Cr3Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +109,11 @@ class DebugRequest:
     """
 
     step: bool = False  # stop after one instruction
-    breakpoints: tuple[Breakpoint, ...] = ()
-    watchpoints: tuple[Watchpoint, ...] = ()
-    ports: tuple[PortStop, ...] = ()
-    vectors: tuple[VectorStop, ...] = ()
-    modes: tuple[ModeStop, ...] = ()
-    cr3s: tuple[Cr3Stop, ...] = ()
+    stops: tuple[Stop, ...] = ()
+
+    def of(self, kind: type[S]) -> tuple[S, ...]:
+        """The stops of one kind, in their order."""
+        return tuple(stop for stop in self.stops if isinstance(stop, kind))
 
 
 NO_DEBUG = DebugRequest()

@@ -9,7 +9,7 @@ import enum
 import struct
 from dataclasses import dataclass, field, replace
 
-from vmfs.engine.base import INTERRUPT_QUEUE, UNCLAIMED_MSRS
+from vmfs.engine.base import INTERRUPT_QUEUE, UNCLAIMED_MSRS, Machine
 from vmfs.words import exits
 from vmfs.words.errors import Invalid
 
@@ -224,6 +224,15 @@ class Chips:
         if flags > 1 or reserved or zero or max(lines) > 3 or delivered >> 24:
             raise Invalid("chips: a flag or a line is unknown")
         return Chips(lines, delivered, channels, bool(flags))
+
+
+def begin_time(machine: Machine) -> None:
+    """Have a machine's time begin at 0, and the counters of its 8254 with it."""
+    time = Time.unpack(machine.get_state("time"))
+    chips = Chips.unpack(machine.get_state("chips"))
+    machine.set_state("time", replace(time, now=0, clock=0, lag=0).pack())
+    channels = tuple(replace(channel, since=min(channel.since, 0)) for channel in chips.channels)
+    machine.set_state("chips", replace(chips, channels=channels).pack())
 
 
 def _pack_waiting(w: Waiting) -> bytes:

@@ -52,6 +52,7 @@
 #include <fuse_lowlevel.h>
 
 #include "lane.h"
+#include "lane_methods.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -611,13 +612,6 @@ EXPORT int fuse_session_receive_buf(struct fuse_session *session, struct fuse_bu
 
 /* ---- the lane ---- */
 
-#define MACHINE "vmfs.fs._fuse.lane_machine"
-
-static void machine_release(PyObject *capsule)
-{
-    lane_release(PyCapsule_GetPointer(capsule, MACHINE));
-}
-
 PyDoc_STRVAR(want_lane_doc,
     "want_lane(wanted)\n\n"
     "Whether the next mount has the lane.");
@@ -627,148 +621,6 @@ static PyObject *fuse_want_lane(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "p", &hooks.lane_wanted))
         return NULL;
     Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(lane_serves_doc,
-    "lane_serves()\n\n"
-    "Whether the mount has the lane.");
-
-static PyObject *fuse_lane_serves(PyObject *module, PyObject *args)
-{
-    return PyBool_FromLong(lane_serves());
-}
-
-PyDoc_STRVAR(lane_stop_doc,
-    "lane_stop()\n\n"
-    "Ends the lane's threads. Before the mount is given up: they hold its device open.");
-
-static PyObject *fuse_lane_stop(PyObject *module, PyObject *args)
-{
-    Py_BEGIN_ALLOW_THREADS
-    lane_stop();
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(lane_map_doc,
-    "lane_map(fd)\n\n"
-    "The page of a machine (vmfs/words/lane.h), a memfd of LANE_SIZE that cannot shrink: an opaque object.");
-
-static PyObject *fuse_lane_map(PyObject *module, PyObject *args)
-{
-    int fd;
-    if (!PyArg_ParseTuple(args, "i", &fd))
-        return NULL;
-    struct lane_machine *machine = lane_map(fd);
-    if (!machine)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *capsule = PyCapsule_New(machine, MACHINE, machine_release);
-    if (!capsule)
-        lane_release(machine);
-    return capsule;
-}
-
-PyDoc_STRVAR(lane_close_doc,
-    "lane_close(machine)\n\n"
-    "Nothing is answered from its page any more.");
-
-static PyObject *fuse_lane_close(PyObject *module, PyObject *capsule)
-{
-    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
-    if (!machine)
-        return NULL;
-    lane_close(machine);
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(lane_add_doc,
-    "lane_add(fh, machine, file, handle, written) -> whether it is the lane's now\n\n"
-    "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle; it is open to be written.");
-
-static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
-{
-    unsigned long long fh, handle;
-    unsigned file;
-    int written;
-    PyObject *capsule;
-    if (!PyArg_ParseTuple(args, "KOIKp", &fh, &capsule, &file, &handle, &written))
-        return NULL;
-    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
-    if (!machine)
-        return NULL;
-    return PyBool_FromLong(!lane_add(fh, machine, file, handle, written));
-}
-
-PyDoc_STRVAR(lane_forget_doc,
-    "lane_forget(fh)\n\n"
-    "The open file fh is hot no more.");
-
-static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
-{
-    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
-    if (fh == (unsigned long long)-1 && PyErr_Occurred())
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    lane_forget(fh);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(lane_seen_doc,
-    "lane_seen(fh)\n\n"
-    "The news that a read of the open file by the lane has seen; 0 where there was none.");
-
-static PyObject *fuse_lane_seen(PyObject *module, PyObject *arg)
-{
-    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
-    if (fh == (unsigned long long)-1 && PyErr_Occurred())
-        return NULL;
-    return PyLong_FromUnsignedLongLong(lane_seen(fh));
-}
-
-PyDoc_STRVAR(lane_still_doc,
-    "lane_still(machine)\n\n"
-    "A number that is the same while the CPU stands still, or None.");
-
-static PyObject *fuse_lane_still(PyObject *module, PyObject *capsule)
-{
-    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
-    if (!machine)
-        return NULL;
-    int64_t still = lane_still(machine);
-    return still < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(still);
-}
-
-PyDoc_STRVAR(lane_leave_doc,
-    "lane_leave(machine, reads, writes)\n\n"
-    "Leave reads and writes of these files, a bit each, to Python until the next call.");
-
-static PyObject *fuse_lane_leave(PyObject *module, PyObject *args)
-{
-    PyObject *capsule;
-    unsigned reads, writes;
-    if (!PyArg_ParseTuple(args, "OII", &capsule, &reads, &writes))
-        return NULL;
-    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
-    if (!machine)
-        return NULL;
-    lane_leave(machine, reads, writes);
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(lane_counts_doc,
-    "lane_counts(machine) -> (reads, runs, writes, left, written_ns)\n\n"
-    "Reads that were answered from its page, runs, writes, and runs and writes that were left to Python; when the last write was.");
-
-static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
-{
-    struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
-    if (!machine)
-        return NULL;
-    struct lane_counts counts = lane_counts(machine);
-    return Py_BuildValue("KKKKK", (unsigned long long)counts.reads, (unsigned long long)counts.runs,
-                         (unsigned long long)counts.writes, (unsigned long long)counts.left,
-                         (unsigned long long)counts.written_ns);
 }
 
 /* ---- the module ---- */
@@ -1005,16 +857,6 @@ static PyMethodDef methods[] = {
     {"passthrough_next_open", fuse_passthrough_next_open, METH_VARARGS, passthrough_next_open_doc},
     {"passthrough_open", fuse_passthrough_open, METH_VARARGS, passthrough_open_doc},
     {"want_lane", fuse_want_lane, METH_VARARGS, want_lane_doc},
-    {"lane_serves", fuse_lane_serves, METH_NOARGS, lane_serves_doc},
-    {"lane_stop", fuse_lane_stop, METH_NOARGS, lane_stop_doc},
-    {"lane_map", fuse_lane_map, METH_VARARGS, lane_map_doc},
-    {"lane_close", fuse_lane_close, METH_O, lane_close_doc},
-    {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
-    {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
-    {"lane_seen", fuse_lane_seen, METH_O, lane_seen_doc},
-    {"lane_still", fuse_lane_still, METH_O, lane_still_doc},
-    {"lane_leave", fuse_lane_leave, METH_VARARGS, lane_leave_doc},
-    {"lane_counts", fuse_lane_counts, METH_O, lane_counts_doc},
     {NULL},
 };
 
@@ -1043,6 +885,8 @@ static int module_exec(PyObject *module)
     explain("nothing is mounted yet", 0);
     hooks.current = current;
     hooks.request_type = (PyTypeObject *)type;
+    if (PyModule_AddFunctions(module, lane_methods) < 0)
+        return -1;
     ((State *)PyModule_GetState(module))->owner = 1;
     return 0;
 }

@@ -65,6 +65,7 @@ FILES: tuple[Row, ...] = (
     Row("mode", 0o600, BOTH),
     Row("machine", 0o600, BOTH),
     Row("time", 0o600, BOTH),
+    Row("born", 0o600, BOTH),
     Row("console", 0o600, STREAM),
     Row("console.log", 0o400, READ),
     Row("hvc", 0o600, STREAM),

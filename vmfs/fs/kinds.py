@@ -13,16 +13,16 @@ from typing import Any
 
 import trio
 
-from vmfs.fs.ahead import ReadAhead
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
 from vmfs.fs.lane import STILL
+from vmfs.fs.ring import Ring
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
-from vmfs.words.errors import Gone, Interrupted, LimitReached, ProcessFailed
+from vmfs.words.errors import Gone, Interrupted, Invalid, LimitReached, ProcessFailed
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Served(Kind):
     asks_host: bool = False
     when_failed: str = ""
     hot: bool = False  # programs read it in loops: the lane answers it where it can
-    ahead: bool = False  # a stream that is read by offsets, and much of it: the machine reads ahead of large reads
+    ahead: bool = False  # a stream that is read by offsets, and much of it: its machine hands it on by a ring
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
@@ -105,16 +105,16 @@ class ServedHandle(Handle):
         super().__init__(node, pid)
         self._machine: MachineProcess = node.scope.machine
         self._asker = Asker(who) if who is not None else None
-        self._hot = 0  # its number in the lane; 0: it is not there
+        self._hot = 0  # the same, where the lane answers it; 0: it does not
         self._is_written = False
         self._number = 0  # of the file in the machine's process; 0: there is none (yet), or `when_failed` is shown
         self._open: Callable[[int], Message] | None = None  # what is asked for that there is one; None: no more
         self._opening = trio.Lock()
         self._flushes = False  # a close has something to do there
         self._end = 0  # where what was read ends; 0: not known
-        self._ahead: ReadAhead | None = None
-        self._may_read_ahead = node.kind.ahead
-        self._reads = 0  # that the machine is asked for
+        self._ring: Ring | None = None
+        self._may_have_ring = node.kind.ahead
+        self._file = 0  # its number in the mount
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
@@ -127,7 +127,7 @@ class ServedHandle(Handle):
         # What the lane reads the machine need not hear of, until something is to be read that the lane does not have.
         if not (is_hot and not writing and self.node.path in STILL and self.scope.lane.is_ready):
             await self._be_open()
-        if is_hot:
+        if is_hot or self._may_have_ring and not walking:
             await self.scope.lane.prepare()
 
     async def _be_open(self) -> None:
@@ -157,6 +157,7 @@ class ServedHandle(Handle):
         os.close(memory)
 
     def numbered(self, number: int) -> None:
+        self._file = number
         is_hot = self.node.kind.hot and not self.walking and (self._number or self._open is not None)
         if is_hot and self.scope.lane.add(number, self.node.path, self._number, self._is_written):
             self._hot = number
@@ -166,16 +167,16 @@ class ServedHandle(Handle):
             return self.node.kind.when_failed.encode()[offset : offset + size]
         if offset >= self._end > 0:
             return b""
-        if self._ahead is not None and (data := self._ahead.read(offset, size)) is not None:
+        if self._ring is not None and (data := self._ring.read(offset, size)):
             return data
         flags = _file_flags()
-        self._reads += 1
         try:
             await self._be_open()
-            ahead = self._reads == 1 and size >= _LARGE and await self._begin_ahead()
+            if size >= _LARGE and self._may_have_ring:
+                self._share()
             answer = await call(
                 self._machine,
-                lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags, ahead),
+                lambda at: commands.Read(at, self._number, offset, min(size, DATA_MOST), flags),
                 self.pid,
                 self._asker,
             )
@@ -183,32 +184,37 @@ class ServedHandle(Handle):
             if self._failed():  # meanwhile
                 return self.node.kind.when_failed.encode()[offset : offset + size]
             raise
-        finally:
-            self._reads -= 1
         if isinstance(answer, commands.Placed):
-            if not ahead or self._ahead is None:
-                raise ProcessFailed("the machine's process has read ahead what it was not asked for")
-            self._ahead.placed(offset, answer.size)
-            return self._ahead.read(offset, size) or b""
-        if self._ahead is not None:
-            self._ahead.was_passed(offset)
+            return self._placed(offset, size)
         data = answer.data[:size]
         self._end = offset + len(data) if answer.number else 0
         return data
 
-    async def _begin_ahead(self) -> bool:
-        """Whether a read may be answered by what is read ahead from now on."""
-        if self._ahead is None and self._may_read_ahead:
-            self._may_read_ahead = False
-            try:
-                answer = await call(self._machine, lambda at: commands.Share(at, self._number), self.pid)
-                self._ahead = ReadAhead(self._machine.open_memory(answer.number))
-            except (CallFailed, ProcessFailed, LimitReached) as error:  # then it is read as ever
-                log.debug("%s is not read ahead: %s", self.node.name, error)
-        if self._ahead is None:
-            return False
-        self._ahead.begin()
-        return True
+    def _share(self) -> None:
+        """Have what comes next in a ring, where there can be one."""
+        self._may_have_ring = False
+        try:
+            ring = Ring(self._machine)
+        except LimitReached as error:  # then it is read as ever
+            log.debug("%s is not read ahead: %s", self.node.name, error)
+            return
+        if ring.share(self._number):
+            self._ring = ring
+        else:
+            ring.close()
+            self._may_have_ring = True
+
+    def _placed(self, offset: int, size: int) -> bytes:
+        """What is asked for is in the ring."""
+        if self._ring is None:
+            raise ProcessFailed("the machine's process hands on what it was not asked for")
+        if not self._ring.has_begun:
+            self._ring.begin()
+            if self.scope.lane.add_stream(self._file, self.node.path, self._ring):
+                self._hot = self._file
+        if not (data := self._ring.read(offset, size)):
+            raise Invalid(f"byte {offset}: another read has taken what was there")
+        return data
 
     async def write(self, offset: int, data: bytes) -> int:
         """In pieces, as a message has room for: one write of a text is never so long."""
@@ -260,17 +266,16 @@ class ServedHandle(Handle):
             )
         except Gone:
             return POLL_ERR | POLL_HUP | POLL_IN
-        return answer.number & 0xFFFF | (POLL_IN if self._ahead is not None and self._ahead.unread else 0)
+        return answer.number & 0xFFFF
 
     def close(self) -> None:
-        unread = self._ahead.unread if self._ahead is not None else 0
-        if self._ahead is not None:
-            self._ahead.close()
         if self._hot:
             self.scope.lane.forget(self._hot)
+        if self._ring is not None:
+            self._ring.close()
         if self._number:
             self.scope.unwatch(self._number)
-            self._machine.tell(commands.Close(self._number, unread))
+            self._machine.tell(commands.Close(self._number))
 
     def _failed(self) -> bool:
         return bool(self._machine.failure and self.node.kind.when_failed)

@@ -75,6 +75,7 @@ struct hot {
     uint64_t fh, handle;
     struct lane_machine *machine;
     unsigned file;
+    struct ring *ring;          /* of a stream */
     int gives_orders;
     int cold;                   /* never again: it was used in ways that only Python serves */
     int has_line;               /* `line` is what the last read from offset 0 got, */
@@ -151,6 +152,17 @@ static struct hot **find(uint64_t fh)
 static int begin_thread(struct lane_machine *machine);
 static void end_thread(struct lane_machine *machine);
 
+static void add(struct hot *one)
+{
+    struct lane_machine *machine = one->machine;
+    pthread_mutex_lock(&lane.lock);
+    machine->users += (unsigned)one->gives_orders;
+    machine->references++;
+    one->next = lane.hot[one->fh % BUCKETS];
+    lane.hot[one->fh % BUCKETS] = one;
+    pthread_mutex_unlock(&lane.lock);
+}
+
 int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle, int written)
 {
     int gives_orders = is_run(file) || written;
@@ -162,12 +174,18 @@ int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t 
         return -EAGAIN;
     }
     *one = (struct hot){.fh = fh, .machine = machine, .file = file, .handle = handle, .gives_orders = gives_orders};
-    pthread_mutex_lock(&lane.lock);
-    machine->users += (unsigned)gives_orders;
-    machine->references++;
-    one->next = lane.hot[fh % BUCKETS];
-    lane.hot[fh % BUCKETS] = one;
-    pthread_mutex_unlock(&lane.lock);
+    add(one);
+    return 0;
+}
+
+int lane_add_stream(uint64_t fh, struct lane_machine *machine, unsigned file, struct ring *ring)
+{
+    struct hot *one = calloc(1, sizeof *one);
+    if (!one)
+        return -ENOMEM;
+    ring_hold(ring);
+    *one = (struct hot){.fh = fh, .machine = machine, .file = file, .ring = ring};
+    add(one);
     return 0;
 }
 
@@ -186,6 +204,8 @@ void lane_forget(uint64_t fh)
     pthread_mutex_lock(&lane.lock);
     release(one->machine);
     pthread_mutex_unlock(&lane.lock);
+    if (one->ring)
+        ring_drop(one->ring);
     free(one);
 }
 
@@ -439,7 +459,20 @@ static enum served serve_read(const struct fuse_in_header *header, const struct 
     struct hot *file = *find(read->fh);
     if (!file || file->machine->closed || file->cold || file->machine->pythons_reads & LANE_VALID(file->file))
         ;
-    else if (file->file < LANE_EXIT)
+    else if (file->ring) {              /* many bytes, so without the lock */
+        struct lane_machine *machine = file->machine;
+        struct ring *ring = file->ring;
+        machine->references++;
+        ring_hold(ring);
+        pthread_mutex_unlock(&lane.lock);
+        done = ring_answer(ring, lane.device, header->unique, read->offset, read->size) ? SERVED : NOT_SERVED;
+        ring_drop(ring);
+        pthread_mutex_lock(&lane.lock);
+        machine->counts.reads += done == SERVED;
+        release(machine);
+        pthread_mutex_unlock(&lane.lock);
+        return done;
+    } else if (file->file < LANE_EXIT)
         size = copy_still(file->machine->page, file->file, data, &news);
     else if (is_run(file->file) && read->flags & O_NONBLOCK)
         file->cold = 1;                 /* its handle has a run of its own to tell of, from now on */

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ring.h"
+
 struct lane_machine;                    /* a machine's shared page, mapped */
 
 /* Begin to read `device`, the mount's /dev/fuse. Returns a descriptor that is readable while messages wait for
@@ -27,6 +29,8 @@ void lane_release(struct lane_machine *machine);
  * be `written`. -ENOMEM, or -EAGAIN
  * where no thread can be had. This and lane_forget: by one thread. */
 int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t handle, int written);
+/* The open file `fh` is a stream, file `file` of a machine, whose bytes come by `ring`. 0, or -ENOMEM. As lane_add. */
+int lane_add_stream(uint64_t fh, struct lane_machine *machine, unsigned file, struct ring *ring);
 void lane_forget(uint64_t fh);
 
 /* What a read of that open file by the lane has seen of its news; 0: nothing. */

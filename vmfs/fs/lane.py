@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import trio
 
 from vmfs.fs.hooks import _fuse
+from vmfs.fs.ring import Ring, sealed_memory
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
 from vmfs.words.errors import VmfsError
@@ -18,10 +18,11 @@ from vmfs.words.errors import VmfsError
 log = logging.getLogger(__name__)
 
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
-_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq")  # enum lane_file there
+# enum lane_file there
+_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+ANSWER_SECONDS = 2.0
 
 
 class MachineLane:
@@ -40,15 +41,15 @@ class MachineLane:
                 return
             self._tried = True
             try:
-                fd = os.memfd_create("vmfs-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                fd = sealed_memory("vmfs-lane", SIZE)
                 try:
-                    os.ftruncate(fd, SIZE)
-                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # else an access of ours could be a SIGBUS
                     page = _fuse.lane_map(fd)
-                    await self._machine.call(commands.Lane, send=(fd,))
+                    # Whoever opens the file waits for this, and has to be let go by a machine that does not answer.
+                    with trio.fail_after(ANSWER_SECONDS):
+                        await self._machine.call(commands.Lane, send=(fd,))
                 finally:
                     os.close(fd)
-            except (OSError, VmfsError) as error:
+            except (OSError, VmfsError, trio.TooSlowError) as error:
                 log.warning("a machine has no lane: %s", error)
                 return
             self._page = page
@@ -58,6 +59,10 @@ class MachineLane:
         if self._page is None or name not in FILES:
             return False
         return _fuse.lane_add(number, self._page, FILES[name], handle, written)
+
+    def add_stream(self, number: int, name: str, ring: Ring) -> bool:
+        """The open file `number` is read by that ring. Whether the lane has it."""
+        return self._page is not None and _fuse.lane_add_stream(number, self._page, FILES[name], ring.opaque)
 
     def forget(self, number: int) -> None:
         _fuse.lane_forget(number)

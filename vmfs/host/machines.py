@@ -73,6 +73,11 @@ class Host:
         else:
             machine.reserved = max(machine.reserved + size, 0)
 
+    def share(self, machine: MachineProcess, size: int) -> None:
+        """Count more (or, below zero, less) memory that the server itself makes for a machine."""
+        self._check_memory(machine.owner.uid, size)
+        machine.shared += size
+
     def capacity(self) -> tuple[int, int, int, int]:
         """RAM and how much of it is unpromised, in bytes; machines and how many more (0, 0: any number)."""
         memory = min(self._settings.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -85,7 +90,7 @@ class Host:
 
     def _used(self, uid: int | None = None) -> int:
         return sum(
-            machine.memory_size + machine.reserved
+            machine.memory_size + machine.reserved + machine.shared
             for machine in self._machines
             if uid is None or machine.owner.uid == uid
         )

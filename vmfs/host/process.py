@@ -136,6 +136,7 @@ class Keeper(Protocol):
     def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
     def kill(self, job: Job) -> None: ...
     def reserve(self, machine: MachineProcess, what: str, size: int) -> None: ...
+    def share(self, machine: MachineProcess, size: int) -> None: ...
 
 
 class MachineProcess:
@@ -147,6 +148,7 @@ class MachineProcess:
         self.engine = engine
         self.memory_size = memory_size  # of RAM, as it counts against the limits
         self.reserved = 0  # bytes of everything else that does
+        self.shared = 0  # ... and that this server has made for it
         self.watcher = Watcher()
         self.memory_fd = -1
         self.failure = ""  # why the process has failed
@@ -246,6 +248,15 @@ class MachineProcess:
                     trio.lowlevel.spawn_system_task(self._tell, channel, message)
             except ChannelBroken:
                 pass  # its listener says so
+
+    def hand(self, message: Message, fds: tuple[int, ...]) -> bool:
+        """Say what has no answer, and give descriptors along. False where that would have to wait, or there is none to
+        hear it."""
+        channel = self._channel
+        try:
+            return channel is not None and not self.removed and not self.failure and channel.post(message, fds)
+        except ChannelBroken:
+            return False
 
     @staticmethod
     async def _tell(channel: Channel[ToServer], message: Message) -> None:

@@ -83,9 +83,10 @@ def _open_net(door: Door, words: list[str]) -> Any:
     raise Invalid(f"dev/add: it is `{ATTACHABLE['net'].usage}`")
 
 
-def _mac() -> bytes:
-    """Locally administered; no two cards on a host's bridge shall have the same."""
-    return b"\x52\x54\x00" + os.urandom(3)
+def _mac(request: Request) -> bytes:
+    """Locally administered; no two cards on a host's bridge shall have the same. A machine that is born as another one
+    has the same cards."""
+    return b"\x52\x54\x00" + request.board.own_bytes(f"mac of {request.name}", 3)
 
 
 def _open_share(door: Door, words: list[str]) -> Any:
@@ -113,7 +114,7 @@ ATTACHABLE: Mapping[str, Row] = {
         1,
         32,
         _open_net,
-        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac()),
+        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac(request)),
     ),
     "rng": Row("rng", 0, 0, lambda door, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
     "hvc": Row("hvc", 0, 0, lambda door, words: None, lambda r, _: Console(r.board, r.name, r.slot)),

@@ -40,7 +40,7 @@ from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import Trace, TraceSettings
 from vmfs.devices.board import Board
-from vmfs.engine.base import NO_DEBUG, Breakpoint, Capability, DebugRequest, Engine, Machine, Runner, Vcpu
+from vmfs.engine.base import NO_DEBUG, Capability, DebugRequest, Engine, Machine, Runner, Vcpu
 from vmfs.machine._lane import Lane
 from vmfs.machine.cpu import Cpu, CpuThread, Job
 from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
@@ -48,6 +48,7 @@ from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError, known
 from vmfs.words.registers import REGISTERS
+from vmfs.words.stops import Breakpoint
 
 T = TypeVar("T")
 
@@ -564,7 +565,7 @@ class Control:
         """Tell the engine what to stop for, if that changed."""
         request = self._points.request(cpu.index)
         if bound.until is not None:
-            request = replace(request, breakpoints=(*request.breakpoints, Breakpoint(UNTIL, bound.until)))
+            request = replace(request, stops=(*request.stops, Breakpoint(UNTIL, bound.until)))
         if step:
             request = replace(request, step=True)
         cpu.set_debug(request)

@@ -22,6 +22,8 @@ from vmfs.devices.pci import PciDevice
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.disk import Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
+from vmfs.engine.rest import begin_time
+from vmfs.machine.born import Birth
 from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images
@@ -414,11 +416,32 @@ class Vm(Control):
             self._set_time(source)
             if source == "instructions" and not self._has_run:  # what has passed on the host is in no run
                 passed = 0 if self.board is None else self.board.now()
-                self._machine.set_state("clock", bytes(len(self._machine.get_state("clock"))))
+                begin_time(self._machine)
                 for cpu in self.cpus:
                     write_registers(cpu.vcpu, {"msr.0x10": 0})  # the TSC
                 if self.board is not None:
+                    birth = self.board.birth
                     self.board.time_shifted(-passed)
+                    if self.board.birth_is_set:
+                        self.board.set_birth(*birth)
+
+    def birth(self) -> Birth:
+        """Of a PC; Unsupported for a bare machine."""
+        return Birth(*self._dated_board().birth)
+
+    def set_birth(self, birth: Birth) -> None:
+        """Before the first run, else Busy."""
+        with self._lock:
+            board = self._dated_board()
+            self._check_idle()
+            if self._has_run:
+                raise Busy("it has run; when it was born is fixed")
+            board.set_birth(*birth)
+
+    def _dated_board(self) -> Pc:
+        if self.board is None:
+            raise Unsupported("a bare machine has no date: write pc to `machine` first")
+        return self.board
 
     def _boot(self) -> None:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""

@@ -182,12 +182,14 @@ class Worker:
                 if asked := self._requests.get(message.call):
                     asked.interrupt()
             case commands.Close():
-                self._close(message.handle, message.unread)
+                self._close(message.handle)
             case commands.Lane():
                 if fds is not None and len(fds) == 1:
                     self._attach_lane(message, *fds)
                 else:  # this process had no room for it
                     self.say(Failed(message.call, errno.ENOSPC, "no lane: there is no descriptor left", quiet=True))
+            case commands.Share():
+                self._share(message.handle, fds)
             case commands.Clients():
                 self.contents.memory.set_clients(message.cached, message.writing)
             case _:
@@ -266,13 +268,19 @@ class Worker:
 
     async def _read(self, message: commands.Read) -> Done | commands.Placed:
         handle = self._handle(message.handle)
-        if message.ahead and (placed := await handle.read_ahead(message.offset)) is not None:
-            return commands.Placed(message.call, placed)
-        data = bytes(await handle.read(message.offset, min(message.size, DATA_MOST)))
-        return Done(message.call, data, int(handle.ends(message.offset + len(data))))
+        data = await handle.read(message.offset, min(message.size, DATA_MOST))
+        if data is None:
+            return commands.Placed(message.call)
+        return Done(message.call, bytes(data), int(handle.ends(message.offset + len(data))))
 
-    async def _share(self, message: commands.Share) -> Done:
-        return Done(message.call, b"", await self._handle(message.handle).share())
+    def _share(self, number: int, fds: list[int] | None) -> None:
+        """Where that is not possible, the file is read as before."""
+        handle = self._handles.get(number)
+        if handle is not None and fds is not None and len(fds) == 1:
+            try:
+                handle.share(*fds)
+            except OSError as error:
+                log.warning("%s is not read ahead: %s", handle.node.name, error)
 
     async def _write(self, message: commands.Write) -> Done:
         handle = self._handle(message.handle)
@@ -294,11 +302,10 @@ class Worker:
         handle.sees(message.seen)
         return Done(message.call, b"", handle.poll())
 
-    def _close(self, number: int, unread: int) -> None:
+    def _close(self, number: int) -> None:
         handle = self._handles.pop(number, None)
         if handle is not None:
             handle.scope.unwatch(handle)
-            handle.unread = unread
             handle.close()
 
     # ---- names, sizes
@@ -437,7 +444,6 @@ def _found(register: str) -> int:
 _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Open: Worker._open,
     commands.Read: Worker._read,
-    commands.Share: Worker._share,
     commands.Write: Worker._write,
     commands.Flush: Worker._flush,
     commands.Poll: Worker._poll,

@@ -7,7 +7,7 @@ file system of its user's; memory it opens by the number that the descriptor has
 
 The server calls, and each call has a number and one answer (`Done`, `Opened`, `Listed`, `Measured`, or `Failed`); the
 machine asks the server for what only the server may do, and each question has a number and one answer (`Granted` or
-`Refused`). `Interrupt`, `Close`, `Clients`, `Woken` and `Complaint` have none.
+`Refused`). `Interrupt`, `Close`, `Share`, `Clients`, `Woken` and `Complaint` have none.
 
 First of all the server says whose machine it is (`Become`), and the machine answers that it is there (`Born`), or that
 it cannot be (`Failed`).
@@ -33,7 +33,6 @@ VERSION = 1
 PACKET_MOST = 192 << 10  # bytes of a packet: what Linux lets through with its default net.core.wmem_max
 DATA_MOST = 128 << 10  # bytes of a file's contents in one message
 FDS_MOST = 4
-AHEAD_MOST = 1 << 20  # bytes that a machine reads ahead of the reads of a stream
 ASKED_MOST = 16  # questions of a machine at a time
 
 _SO_PASSRIGHTS = 83  # Linux include/uapi/asm-generic/socket.h
@@ -75,15 +74,6 @@ class Read(Message, frozen=True):
     offset: int
     size: int
     flags: int  # the file's, as they are now (O_NONBLOCK), or ANY_FLAGS
-    ahead: bool = False  # the answer may be `Placed`
-
-
-class Share(Message, frozen=True):
-    """Have a memory with the server, in which reads ahead of a stream are answered: `Done`, whose `number` is that of
-    its descriptor in the machine's process."""
-
-    call: int
-    handle: int
 
 
 class Write(Message, frozen=True):
@@ -102,10 +92,9 @@ class Flush(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """The last descriptor and the last mapping are gone. `unread`: bytes of the last `Placed` that nobody has read."""
+    """The last descriptor and the last mapping are gone."""
 
     handle: int
-    unread: int = 0
 
 
 class Poll(Message, frozen=True):
@@ -165,6 +154,13 @@ class Lane(Message, frozen=True):
     call: int
 
 
+class Share(Message, frozen=True):
+    """Hand on what the file gives by a ring (vmfs/words/ring.h): the descriptor of its memory goes along. Reads of it
+    may be answered by `Placed` from then on."""
+
+    handle: int
+
+
 class Clients(Message, frozen=True):
     """What clients have open: RAM in the kernel's page cache, so that it must be dropped around runs; any memory of the
     guest for writing, so that it may change unseen."""
@@ -186,8 +182,8 @@ class Refused(Message, frozen=True):
     sentence: str
 
 
-Call = Open | Read | Share | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
-ToMachine = Become | Call | Close | Interrupt | Clients | Granted | Refused
+Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
+ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 
@@ -207,11 +203,9 @@ class Done(Message, frozen=True):
 
 
 class Placed(Message, frozen=True):
-    """Of a read: so many bytes from its offset on, perhaps more than it asked for, are at the beginning of the handle's
-    shared memory, and stay there until the next read that may be answered so."""
+    """Of a read: what it asks for, some of it at least, is in the ring of its file."""
 
     call: int
-    size: int
 
 
 class Opened(Message, frozen=True):
@@ -407,9 +401,9 @@ class Channel(Generic[M]):
             while not self._try(packet, fds):
                 await trio.lowlevel.wait_writable(self._socket)
 
-    def post(self, message: Message) -> bool:
+    def post(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
         """`send` it now, before whatever is sent later. False where that would have to wait. ChannelBroken as there."""
-        return not self._sending.locked() and self._try(self._encode(message), ())
+        return not self._sending.locked() and self._try(self._encode(message), fds)
 
     def _try(self, packet: bytes, fds: tuple[int, ...]) -> bool:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

@@ -37,6 +37,7 @@ enum lane_file {
     LANE_REGS, LANE_SREGS, LANE_DATA,           /* each read samples them anew */
     LANE_EXIT, LANE_STATE, LANE_FILES_STILL,    /* a read from offset 0 takes what others go on in, and what polls have seen */
     LANE_RUN = LANE_FILES_STILL, LANE_RUN_LINE, LANE_IRQ,
+    LANE_TRACE, LANE_TRACE_BIN,                 /* by ring.h */
 };
 #define LANE_VALID(file) (1u << (file))
 #define LANE_SNAPSHOTS (LANE_VALID(LANE_EXIT) | LANE_VALID(LANE_STATE))

@@ -41,7 +41,10 @@ static bool row_at(const struct test *t, u64 ip, struct core_instruction *row)
 
 static bool has_operand_of(const struct core_instruction *row, const char *operand)
 {
-    return !strcmp(row->operands[0], operand) || !strcmp(row->operands[1], operand);
+    for (unsigned i = 0; i < 4; i++)
+        if (row->operands[i] && !strcmp(row->operands[i], operand))
+            return true;
+    return false;
 }
 
 /* Its bytes, which count where prefixes made it of another row and where a find is replayed. */
@@ -98,6 +101,19 @@ static bool is_environment_store(const struct encoding *e) /* FNSTENV, FNSAVE */
 {
     return e->mod != 3 && e->reg == 6 && (e->opcode[0] == 0xd9 || e->opcode[0] == 0xdd);
 }
+/* VEX at an address: its three bytes, the opcode, ModRM; false: another instruction. */
+static bool vex_at(const struct test *t, u64 ip, u8 vex[5])
+{
+    if (ip < t->code.ip || ip >= t->code.ip + t->code.length)
+        return false;
+    unsigned at = (unsigned)(ip - t->code.ip);
+    while (at + 5 < t->code.length && memchr("\x26\x2e\x36\x3e\x64\x65\x67", t->code.code[at], 7))
+        at++;
+    if (at + 5 > t->code.length || t->code.code[at] != 0xc4)
+        return false;
+    memcpy(vex, t->code.code + at, 5);
+    return true;
+}
 static bool is_memory_fault(int vector) { return vector == SS || vector == GP || vector == PF || vector == AC; }
 static bool in_data(u64 address, unsigned bytes) { return address >= DATA && address + bytes <= DATA + DATA_SIZE; }
 /* Where the data differ, in [*first, *last); false: nowhere. */
@@ -129,6 +145,9 @@ static bool unaligned_vector(const struct test *t, struct state *host, struct st
 {
     struct core_instruction row;
     (void)core;
+    u8 vex[5];
+    if (vex_at(t, host->rip, vex)) /* of more than what scalar ones take */
+        return host->vector == AC;
     row_at(t, host->rip, &row);
     return host->vector == AC && (has_operand_of(&row, "Wx") || has_operand_of(&row, "Mdq") || is_unaligned(t, host->rip));
 }
@@ -514,6 +533,86 @@ static bool undefined_flags_inside(const struct test *t, struct state *host, str
     return false;
 }
 
+static bool faulted_gather(const struct test *t, struct state *host, struct state *core)
+{
+    static const u8 clear[16];
+    u8 vex[5];
+    bool amid = is_memory_fault(core->vector) || core->vector == DB; /* a trap of TF in place of the fault */
+    if (host->rip != core->rip || host->vector != core->vector || !amid || !vex_at(t, core->rip, vex))
+        return false;
+    if ((vex[1] & 31) != 2 || vex[3] >> 2 != 0x90 >> 2)
+        return false;
+    unsigned numbers = t->code.mode.compat ? 7 : 15, bytes = vex[2] & 0x80 ? 8 : 4;
+    unsigned mask = (~vex[2] >> 3) & numbers, to = ((vex[1] & 0x80 ? 0 : 8) | (vex[4] >> 3 & 7)) & numbers;
+    for (unsigned at = 0; at < 32; at += bytes) {
+        u8 *theirs = at < 16 ? host->fx + 160 + 16 * mask + at : host->ymm + 16 * mask + at - 16;
+        const u8 *ours = at < 16 ? core->fx + 160 + 16 * mask + at : core->ymm + 16 * mask + at - 16;
+        u64 extended = theirs[bytes - 1] & 0x80 ? ~0ull : 0;
+        if (!memcmp(ours, &extended, bytes))
+            memcpy(theirs, ours, bytes);
+    }
+    for (unsigned i = 0; !(vex[2] & 4) && i < 2; i++) {
+        unsigned at = 16 * (i ? to : mask);
+        if (!memcmp(core->ymm + at, clear, 16))
+            memcpy(host->ymm + at, clear, 16);
+    }
+    return false;
+}
+
+static bool half_floats_refused(const struct test *t, struct state *host, struct state *core)
+{
+    enum { XM = 19, FLAGS = 0x3f };
+    u8 vex[5];
+    if (host->rip != core->rip || !is_memory_fault(host->vector) || !vex_at(t, core->rip, vex))
+        return false;
+    if ((vex[1] & 31) != 3 || vex[3] != 0x1d || (core->vector != host->vector && core->vector != XM))
+        return false;
+    u32 theirs, ours;
+    memcpy(&theirs, host->fx + 24, 4), memcpy(&ours, core->fx + 24, 4);
+    if (!((theirs ^ ours) & ~FLAGS) && !(theirs & ~ours))
+        memcpy(host->fx + 24, core->fx + 24, 4);
+    host->vector = core->vector, host->address = core->address;
+    return false;
+}
+
+static bool precision_of_denormals(const struct test *t, struct state *host, struct state *core)
+{
+    enum { PE = 0x20, UM = 0x800 };
+    u8 vex[5];
+    u32 theirs, ours;
+    bool converts = false;
+    memcpy(&theirs, host->fx + 24, 4), memcpy(&ours, core->fx + 24, 4);
+    for (unsigned i = 0; i < t->code.length; i++)
+        converts |= vex_at(t, t->code.ip + i, vex) && (vex[1] & 31) == 3 && vex[3] == 0x1d;
+    if (converts && ours == (theirs | PE) && !(ours & UM))
+        memcpy(host->fx + 24, core->fx + 24, 4);
+    return false;
+}
+
+static bool masked_elements(const struct test *t, struct state *host, struct state *core)
+{
+    u8 vex[5];
+    if ((core->vector != GP && core->vector != SS) || !vex_at(t, core->rip, vex) || (vex[1] & 31) != 2)
+        return false;
+    if (vex[3] >> 2 != 0x2c >> 2 && (vex[3] | 2) != 0x8e)
+        return false;
+    return (host->rip == core->rip && host->vector == PF) || encoding_at(t, core->rip).short_address;
+}
+
+static bool compares_two(const struct test *t, struct state *host, struct state *core)
+{
+    struct encoding e = encoding_at(t, core->rip);
+    return host->rip == core->rip && is_memory_fault(host->vector) && is_memory_fault(core->vector) && e.opcode[0] >> 1 == 0xa6 >> 1;
+}
+
+static bool misaligned_mask(const struct test *t, struct state *host, struct state *core)
+{
+    u8 vex[5];
+    u32 mxcsr;
+    memcpy(&mxcsr, host->fx + 24, 4);
+    return core->vector == GP && mxcsr & 1u << 17 && vex_at(t, core->rip, vex) && vex[3] == 0xae;
+}
+
 static const struct freedom {
     const char *name, *why;
     bool (*use)(const struct test *t, struct state *host, struct state *core);
@@ -545,6 +644,16 @@ static const struct freedom {
     {"flags of a repeated comparison that faults", "SDM 2B REP: as before the instruction; AMD: of the last iteration",
      repeat_flags},
     {"flags where a jump went into an instruction", "nobody knows which are undefined there", undefined_flags_inside},
+    {"a gather that faults", "SDM 2C VGATHERDPS: each element of the mask becomes its top bit first; AMD's processors do that only to "
+     "those that are done, and clear upper halves when all are", faulted_gather},
+    {"VCVTPS2PH that faults", "SDM 3A table 6-2 has its exception of floats and the fault of its store in one class, and no manual says "
+     "whether MXCSR has its flags then; AMD's fault first, without flags", half_floats_refused},
+    {"VCVTPS2PH of denormals", "SDM 2C has no word on the precision exception of a tiny result while underflow is unmasked; AMD's raise none",
+     precision_of_denormals},
+    {"elements of a masked move", "SDM 2C VMASKMOV: which of two faults comes is not said, Intel's look at the segment first for all "
+     "elements. Over FFFF with 16-bit addresses: as for operands of several parts, AMD's cut each element's offset", masked_elements},
+    {"CMPS with two faults", "no manual says which operand is read first", compares_two},
+    {"MXCSR.MM", "APM 1 4.2.2: bit 17 of MXCSR, where MXCSR_MASK has it; not Intel's", misaligned_mask},
     {"ENTER on a 16-bit stack that wraps", "SDM 2A ENTER has EBP from ESP after the push; Intel's take ESP - 4", enter_wraps},
 };
 

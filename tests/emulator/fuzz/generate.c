@@ -375,8 +375,8 @@ static unsigned emit(struct random *r, const struct row *row, const struct mode 
         if (wild && one_in(r, 16))
             v = below(r, 16);
         u8 pp = row->prefix == '6' ? 1 : row->prefix == '3' ? 2 : row->prefix == '2' ? 3 : 0;
-        if (compat)
-            rex &= 0x48;
+        if (compat) /* W is ignored there, but by AMD's processors in VPEXTRD and VPINSRD */
+            rex = one_in(r, 4) && !is_name(row, "VPEXTRD") && !is_name(row, "VPINSRD") ? 8 : 0;
         if (row->i.w[1] != 'X')
             rex = (u8)((rex & ~8) | (row->i.w[1] == '1' ? 8 : 0));
         bool both = !strcmp(row->i.length, "LX") || !strcmp(row->i.length, "LIG");

@@ -33,6 +33,7 @@ from vmfs.engine.emulator import _core
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
 from vmfs.words.exits import Exit
+from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, VectorStop, Watchpoint
 
 _PAGE_FAULT = 14  # #PF
 _NEVER = (1 << 64) - 1  # CORE_NEVER
@@ -403,22 +404,7 @@ class EmulatorVcpu(Vcpu):
             self._cpu.nmi()
 
     def set_debug(self, request: DebugRequest) -> None:
-        for one in (*request.breakpoints, *request.watchpoints):
-            if not 0 <= one.address < 1 << 64:
-                raise Invalid(f"{one.address:#x} is not a 64-bit address")
-        for one in request.watchpoints:
-            if not 1 <= one.length < 1 << 32:
-                raise Invalid(f"a watchpoint watches 1 to {(1 << 32) - 1} bytes, not {one.length}")
-        stops = [(_core.STOP_BREAKPOINT, one.id, one.address, 0, False, False) for one in request.breakpoints]
-        for one in request.watchpoints:
-            kind = _core.STOP_WATCH_PHYSICAL if one.physical else _core.STOP_WATCH
-            stops.append((kind, one.id, one.address, one.length, one.on_read, one.on_write))
-        for one in request.ports:
-            stops.append((_core.STOP_IO, one.id, one.first, one.last - one.first + 1, False, False))
-        for one in request.vectors:
-            stops += [(_core.STOP_VECTOR, one.id, vector, 0, False, False) for vector in one.vectors]
-        stops += [(_core.STOP_MODE, one.id, 0, 0, False, False) for one in request.modes]
-        stops += [(_core.STOP_CR3, one.id, 0, 0, False, False) for one in request.cr3s]
+        stops = [(kind, stop.id, *rest) for stop in request.stops for kind, *rest in _core_stops(stop)]
         with _failures("debug"):
             self._cpu.set_debug(request.step, stops)
 
@@ -453,6 +439,34 @@ class EmulatorVcpu(Vcpu):
         with _failures("close"):
             self._cpu.close()
         self._closed = True
+
+
+def _core_stops(stop: Stop) -> list[tuple[int, int, int, bool, bool]]:
+    """`struct vcpu_stop` of a stop, without its id: kind, address, length, on_read, on_write."""
+    match stop:
+        case Breakpoint(address=address):
+            _check_address(address)
+            return [(_core.STOP_BREAKPOINT, address, 0, False, False)]
+        case Watchpoint(address=address, length=length):
+            _check_address(address)
+            if not 1 <= length < 1 << 32:
+                raise Invalid(f"a watchpoint watches 1 to {(1 << 32) - 1} bytes, not {length}")
+            kind = _core.STOP_WATCH_PHYSICAL if stop.physical else _core.STOP_WATCH
+            return [(kind, address, length, stop.on_read, stop.on_write)]
+        case PortStop(first=first, last=last):
+            return [(_core.STOP_IO, first, last - first + 1, False, False)]
+        case VectorStop(vectors=vectors):
+            return [(_core.STOP_VECTOR, vector, 0, False, False) for vector in vectors]
+        case ModeStop():
+            return [(_core.STOP_MODE, 0, 0, False, False)]
+        case Cr3Stop():
+            return [(_core.STOP_CR3, 0, 0, False, False)]
+    raise Unsupported(f"{stop.text()}: the emulator does not watch for it")
+
+
+def _check_address(address: int) -> None:
+    if not 0 <= address < 1 << 64:
+        raise Invalid(f"{address:#x} is not a 64-bit address")
 
 
 _MAKERS: dict[int, Callable[[EmulatorVcpu, tuple, bytes], Exit]] = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vmfs.engine.base import NO_DEBUG, Breakpoint, DebugRequest, PortStop, Watchpoint
+from vmfs.engine.base import NO_DEBUG, DebugRequest
 from vmfs.engine.kvm import abi
 from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, VectorStop, Watchpoint
 
 REGISTERS = 4
 DR6_SINGLE_STEP = 1 << 14
@@ -81,7 +82,7 @@ class Plan:
 
 def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
     """`Unsupported` says what no way is found for. `has_watchpoints`: whether the registers can watch data."""
-    if request.vectors:
+    if request.of(VectorStop):
         raise Unsupported(
             "catch: KVM delivers exceptions and interrupts by itself; break at the handler's address instead"
         )
@@ -89,7 +90,7 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
     ways: dict[int, str] = {}
     breakpoints: dict[int, tuple[int, ...]] = {}
     in_hardware: set[int] = set()
-    for stop in sorted((*request.breakpoints, *request.watchpoints), key=lambda stop: stop.id):
+    for stop in sorted((*request.of(Breakpoint), *request.of(Watchpoint)), key=lambda stop: stop.id):
         _check_address(stop.address)
         if isinstance(stop, Watchpoint):
             if stop.length < 1:
@@ -108,14 +109,16 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
                 ways[stop.id] = "hardware"
             else:
                 ways[stop.id] = "stepping"
-    watches = tuple(watch for watch in request.watchpoints if ways[watch.id] == "stepping")
+    watches = tuple(watch for watch in request.of(Watchpoint) if ways[watch.id] == "stepping")
     for watch in watches:
         if watch.on_read:
             raise Unsupported(
                 f"watch: single steps show writes only, and {_why_not(watch, has_watchpoints=has_watchpoints)}"
             )
-    modes, cr3s = tuple(stop.id for stop in request.modes), tuple(stop.id for stop in request.cr3s)
-    ways |= dict.fromkeys(modes + cr3s, "stepping") | {stop.id: "exits" for stop in request.ports}
+    modes, cr3s = (tuple(stop.id for stop in request.of(kind)) for kind in (ModeStop, Cr3Stop))
+    ways |= dict.fromkeys(modes + cr3s, "stepping") | {stop.id: "exits" for stop in request.of(PortStop)}
+    if others := [stop.text() for stop in request.stops if stop.id not in ways]:
+        raise Unsupported(f"{others[0]}: KVM has no way to watch for it")
     return Plan(
         hardware=HardwarePoints(request.step, tuple(slots), alone=request.step),
         steps="stepping" in ways.values(),
@@ -123,7 +126,7 @@ def plan(request: DebugRequest, *, has_watchpoints: bool) -> Plan:
         watches=watches,
         modes=modes,
         cr3s=cr3s,
-        ports=request.ports,
+        ports=request.of(PortStop),
         ways=ways,
     )
 

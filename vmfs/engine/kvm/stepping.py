@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vmfs.engine.base import Watchpoint
 from vmfs.engine.kvm.debugregs import Plan
 from vmfs.words import exits, layouts
 from vmfs.words.layouts import quad
 from vmfs.words.modes import CR0_PE, EFER_LMA, CodeMode
+from vmfs.words.stops import Watchpoint
 
 _PAGE = 4096
 

@@ -101,7 +101,6 @@ class Handle:
     unsaved = False  # `flush` has something to do
     waits = False  # what was written has not been understood yet
     number = 0  # by which the server calls it
-    unread = 0  # when it is closed: bytes that were read ahead for nobody
     memory: int | None = None  # a descriptor of what the server and the kernel serve by themselves
 
     def __init__(self, node: File, nonblocking: bool) -> None:
@@ -111,17 +110,13 @@ class Handle:
         self.appending = False  # opened with O_APPEND
         self.walking = False  # opened for reading by a program that reads all files of a directory
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> bytes | None:
+        """None: it is in the memory that is shared."""
         raise Invalid(f"{self.node.name} cannot be read")
 
-    async def share(self) -> int:
-        """A descriptor of memory in which `read_ahead` answers."""
-        raise Invalid(f"{self.node.name} is not read ahead")
-
-    async def read_ahead(self, offset: int) -> int | None:
-        """`read`, of as much as there is and the shared memory has room for; how much that was. None: it did nothing,
-        and the caller calls `read`."""
-        return None
+    def share(self, memory: int) -> None:
+        """Hand on what is read by that memory from now on, a descriptor of vmfs/words/ring.h, which stays its caller's;
+        a file that is not a stream for many bytes does not."""
 
     def ends(self, offset: int) -> bool:
         """Whether reads from there on get nothing, until one is from the beginning."""

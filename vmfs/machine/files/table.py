@@ -11,6 +11,7 @@ import trio
 from vmfs.debug.disasm import Listing, parse_listing
 from vmfs.devices.machine import machine_type
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Vcpu, has_state
+from vmfs.machine.born import parse_birth
 from vmfs.machine.files.commands import parse_command, parse_commands
 from vmfs.machine.files.console import Console, Log
 from vmfs.machine.files.contents import Contents
@@ -202,6 +203,11 @@ def _put_time(scope: Contents, text: str) -> Do:
     return lambda: scope.vm.set_time_source(source)
 
 
+def _put_born(scope: Contents, text: str) -> Do:
+    lines = parse_birth(text)
+    return lambda: scope.vm.set_birth(lines.over(scope.vm.birth()))
+
+
 def _put_cmdline(scope: Contents, text: str) -> Do:
     def do() -> None:
         if scope.vm.state == "running":
@@ -248,6 +254,7 @@ CONTENTS: Mapping[str, Kind] = {
     "mode": Text(_mode, _put_mode, of_cpu=True),
     "machine": Text(lambda scope: f"{scope.vm.machine_name}\n", _put_machine),
     "time": Text(lambda scope: f"{scope.vm.time_source}\n", _put_time),
+    "born": Text(lambda scope: scope.vm.birth().text(), _put_born, whole=True),
     "console": Console("com1"),
     "console.log": Log("com1"),
     "hvc": Console("hvc0"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -10,15 +11,19 @@ import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
 from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
+from vmfs.machine._ring import AGAIN, Ring
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
-from vmfs.words.commands import AHEAD_MOST
-from vmfs.words.errors import EngineFailed, Invalid, WouldBlock
+from vmfs.words.errors import Invalid, WouldBlock
 
-SENT_MOST = 128 << 10  # of what was read, for programs that read ahead and seek back: bash's `read`, head(1)
-_PARTS_MOST = 1000  # of a read: what one pwritev(2) takes (IOV_MAX is 1024)
+log = logging.getLogger(__name__)
+
+SENT_MOST = AGAIN  # of what was read, for programs that read ahead and seek back: bash's `read`, head(1)
+_CHUNK = 1 << 20  # bytes: more than a chunk has
+_PARTS_MOST = 1000  # that are held of what was made and not read
+_PIECES_MOST = 16  # that are made at once for a ring, before others have their turn
 TEXT_AT_ONCE = 16 << 10  # bytes of records that are made lines at once: a few milliseconds
 
 
@@ -56,12 +61,15 @@ class _TraceHandle(LineHandle):
         super().__init__(node, nonblocking, writing=not reads)
         self._buffer = self.scope.vm.trace.buffer
         self._text = None if binary else TraceText(lambda: self.scope.vm.symbols)
-        self._rest = b""  # of the last piece, what did not fit into the read
-        self._last: deque[_Made] = deque()  # what the last read is made of, and `_rest`
+        self._rest = memoryview(b"")  # of the last piece, what was not read or handed on
+        self._last: deque[_Made] = deque()  # what was made and not read, all of it, and perhaps more before that
+        self._last_size = 0
         self._position = 0  # how much was read
         self._sent: deque[bytes] = deque()  # the end of that
         self._sent_size = 0
-        self._shared = -1  # memory, for reads ahead
+        self._ring: Ring | None = None  # then it has what was read, and what comes next
+        self._token = trio.lowlevel.current_trio_token()
+        self._failure: Exception | None = None  # of what was to be read ahead
         self._reader: TraceReader | None = None
         self._unsubscribe = lambda: None
         if reads:
@@ -70,41 +78,69 @@ class _TraceHandle(LineHandle):
     def _begin(self) -> TraceReader:
         if self._reader is None:
             self._reader = self._buffer.open()
-            self._unsubscribe = self._buffer.subscribe(self.scope.changed)
+            self._unsubscribe = self._buffer.subscribe(self._has_come)
         return self._reader
 
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset != self._position:
-            return self._again(offset, size)
-        parts = await self._next(size)
-        self._was_read(parts)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _has_come(self) -> None:
+        """There is more to read, or the end. From any thread."""
+        self.scope.changed()
+        if self._ring is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._read_ahead, idempotent=True)
 
-    async def share(self) -> int:
-        if self._shared < 0:
-            await self.scope.budget.hold(self, 2 * AHEAD_MOST)  # and what may be read again
-            self._shared = os.memfd_create("vmfs-ahead", os.MFD_CLOEXEC)
-            os.ftruncate(self._shared, AHEAD_MOST)
-        return self._shared
+    async def read(self, offset: int, size: int) -> bytes | None:
+        nonblocking = is_nonblocking(self.nonblocking)
+        reader = self._begin()
+        while True:
+            if self._ring is not None:
+                if self._is_handed_on(self._ring, offset):
+                    return None
+            elif offset != self._position:
+                return self._again(offset, size)
+            elif data := self._next(reader, size):
+                return data
+            if not self._buffer.flowing:
+                return b""
+            if nonblocking:
+                raise WouldBlock("nothing was traced yet")
+            await self._wait(reader)
 
-    async def read_ahead(self, offset: int) -> int | None:
-        if offset != self._position or self._shared < 0:
-            return None
-        parts = await self._next(AHEAD_MOST)
-        done = sum(map(len, parts))
-        if os.pwritev(self._shared, parts, 0) != done:
-            raise EngineFailed("the memory for what is read ahead is gone")
-        self._was_read(parts)
-        return done
+    # ---- with a ring
 
-    def _was_read(self, parts: list[bytes]) -> None:
-        for part in parts:
-            self._position += len(part)
-            self._sent_size += len(part)
-            self._sent.append(part)
-        most = SENT_MOST if self._shared < 0 else SENT_MOST + AHEAD_MOST
-        while self._sent and self._sent_size - len(self._sent[0]) >= most:
-            self._sent_size -= len(self._sent.popleft())
+    def share(self, memory: int) -> None:
+        if self._ring is None:
+            self._ring = Ring(memory, self._position, b"".join(self._sent))
+            self._sent.clear()
+
+    def _is_handed_on(self, ring: Ring, offset: int) -> bool:
+        if not ring.first <= offset <= ring.taken:
+            raise Invalid(f"byte {offset}: {ring.taken} were read, and one can go back to {ring.first}")
+        if self._failure is not None:
+            raise self._failure
+        self._hand_on(ring)
+        return offset < ring.end
+
+    def _hand_on(self, ring: Ring) -> None:
+        """Some of what comes next, as far as there is room."""
+        self._forget(ring.end - ring.taken)
+        for _ in range(_PIECES_MOST):
+            if not self._rest and (len(self._last) >= _PARTS_MOST or not self._fetch(self._begin(), _CHUNK)):
+                return
+            self._rest = self._rest[ring.put(self._rest) :]
+            if self._rest:
+                return
+        self._token.run_sync_soon(self._read_ahead, idempotent=True)
+
+    def _read_ahead(self) -> None:
+        if self._ring is None or self._failure is not None:
+            return
+        try:
+            self._hand_on(self._ring)
+        except Exception as error:  # the next read fails with it
+            log.debug("a trace is not read ahead", exc_info=error)
+            self._failure = error
+
+    # ---- without
 
     def _again(self, offset: int, size: int) -> bytes:
         first = self._position - self._sent_size
@@ -118,26 +154,29 @@ class _TraceHandle(LineHandle):
             first += len(part)
         return b"".join(parts)
 
-    async def _next(self, size: int) -> list[bytes]:
-        """What comes next, in parts: as much as there is, up to `size` bytes; none at the end."""
-        nonblocking = is_nonblocking(self.nonblocking)
-        reader = self._begin()
-        while len(self._last) > bool(self._rest):
-            self._last.popleft()
-        parts: list[bytes] = []
-        room = size
-        while room and len(parts) < _PARTS_MOST:
-            if not self._rest and not self._fetch(reader, room):
-                if parts or not self._buffer.flowing:
-                    break
-                if nonblocking:
-                    raise WouldBlock("nothing was traced yet")
-                await self._wait(reader)
-                continue
-            parts.append(self._rest[:room])
-            self._rest = self._rest[room:]
-            room -= len(parts[-1])
-        return parts
+    def _next(self, reader: TraceReader, size: int) -> bytes:
+        """What comes next: as much as there is, up to `size` bytes."""
+        self._forget(0)
+        parts: list[memoryview] = []
+        while size and len(parts) < _PARTS_MOST and (self._rest or self._fetch(reader, size)):
+            parts.append(self._rest[:size])
+            self._rest = self._rest[size:]
+            size -= len(parts[-1])
+        data = b"".join(parts)
+        self._position += len(data)
+        self._sent_size += len(data)
+        self._sent.append(data)
+        while self._sent and self._sent_size - len(self._sent[0]) >= SENT_MOST:
+            self._sent_size -= len(self._sent.popleft())
+        return data
+
+    # ---- both
+
+    def _forget(self, unread: int) -> None:
+        """What was made and read: all but the last `unread` bytes, and the rest."""
+        kept = unread + len(self._rest)
+        while self._last and self._last_size - len(self._last[0].made) >= kept:
+            self._last_size -= len(self._last.popleft().made)
 
     def _fetch(self, reader: TraceReader, size: int) -> bool:
         before = reader.seen
@@ -145,13 +184,13 @@ class _TraceHandle(LineHandle):
         if piece is None:
             return False
         records = dropped_record(piece.lost) + piece.data if piece.lost else piece.data
-        if self._text is None:
-            self._rest = records
-        else:
+        made = records
+        if self._text is not None:
             lost = b"dropped %d\n" % piece.lost if piece.lost else b""
-            made = self._text.lines(piece.data) if piece.text is None else piece.text
-            self._rest = lost + made
-        self._last.append(_Made(records, before + piece.lost, self._rest))
+            made = lost + (self._text.lines(piece.data) if piece.text is None else piece.text)
+        self._rest = memoryview(made)
+        self._last.append(_Made(records, before + piece.lost, made))
+        self._last_size += len(made)
         return True
 
     async def _wait(self, reader: TraceReader) -> None:
@@ -188,17 +227,20 @@ class _TraceHandle(LineHandle):
 
     def poll(self) -> int:
         reader = self._begin()
-        there = self._rest or self._buffer.ready(reader) or not self._buffer.flowing
+        there = self._unread or self._buffer.ready(reader) or not self._buffer.flowing
         return (POLL_IN if there else 0) | (POLL_OUT if self.node.kind.writable else 0)
 
+    @property
+    def _unread(self) -> int:
+        """Bytes that were made, and that nobody has read."""
+        return len(self._rest) + (self._ring.end - self._ring.taken if self._ring is not None else 0)
+
     def close(self) -> None:
-        """What was not read is for the next reader: what did not fit into the last read, or was read ahead."""
+        """What was not read is for the next reader: what did not fit into the last read, or was handed on."""
         self._unsubscribe()
         if self._reader is not None:
-            self._buffer.close(self._reader, self._left(self.unread + len(self._rest)))
-        if self._shared >= 0:
-            os.close(self._shared)
-            self.scope.budget.drop(self)
+            self._buffer.close(self._reader, self._left(self._unread))
+        self._ring = None
 
     def _left(self, size: int) -> Chunk | None:
         """The last `size` bytes of what was made, as a chunk again."""
@@ -216,4 +258,5 @@ class _TraceHandle(LineHandle):
         if self._text is not None:
             return Chunk(records, pieces[0].before, made)
         kept = made[len(made) % RECORD :]  # whole records only
-        return Chunk(kept, pieces[0].before + count(records) - count(kept)) if kept else None
+        assert self._reader is not None
+        return Chunk(kept, self._reader.seen - count(kept)) if kept else None

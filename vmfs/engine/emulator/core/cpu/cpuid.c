@@ -61,6 +61,15 @@ static bool host_has(enum feature f)
     }
 }
 
+bool amd_flags;
+/* Of what a shift leaves in AF: processors of AMD, and those made after them, set it. */
+__attribute__((constructor)) static void look_at_flags(void)
+{
+    u32 eax, shifted = 1;
+    __asm__("shll $2, %1\n\tlahf" : "=a"(eax), "+r"(shifted) : : "cc");
+    amd_flags = eax >> 8 & FLAG_AF;
+}
+
 static struct kvm_cpuid_entry2 *find(struct vcpu *c, u32 leaf, u32 subleaf)
 {
     for (unsigned i = 0; i < c->cpuid.count; i++) {

@@ -11,6 +11,9 @@
 
 #include "state.h"
 
+/* Undefined flags are the host's, since host code leaves them as its instructions do (translate/): AMD's, else Intel's. */
+extern bool amd_flags;
+
 /* The carry out of each bit of x + y (+ carry in) = z. For a difference x - y = z: carry_out(z, y, x). */
 ALWAYS_INLINE u64 carry_out(u64 x, u64 y, u64 z) { return (x & y) | ((x | y) & ~z); }
 

@@ -376,7 +376,7 @@ opcode:;
     r->size = (u8)operand_size(o, &p, key);
     r->vector = p.vex_l && o->length != LIG ? 5 : 4;
     r->prefix = (u8)(address_size | (p.rep == 0xf3 ? PREFIX_REP : p.rep == 0xf2 ? PREFIX_REPNE : 0) |
-                     (p.lock ? PREFIX_LOCK : 0) | (p.operand_size ? PREFIX_66 : 0) | (p.rex & 8 ? PREFIX_REX_W : 0) |
+                     (p.lock ? PREFIX_LOCK : 0) | (p.operand_size ? PREFIX_66 : 0) | (code64 && p.rex & 8 ? PREFIX_REX_W : 0) |
                      (is_register && has_modrm ? PREFIX_REGISTER : 0));
     if (o->attributes & A_X87)
         r->imm = (byte & 7) << 8 | modrm; /* as FOP has it (Intel SDM 1 8.1.9) */

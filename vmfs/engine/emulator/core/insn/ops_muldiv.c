@@ -5,11 +5,11 @@ typedef unsigned __int128 u128;
 typedef __int128 i128;
 
 /* CF and OF tell that the high half matters. The others are undefined. On Intel's processors SF and PF follow the low half, and
- * ZF and AF are 0. */
+ * ZF and AF are 0. AMD's keep all four: host code sets PF before and clears the others (`clear_kept`). */
 ALWAYS_INLINE void product_flags(struct vcpu *c, u64 low, bool wide, unsigned bits)
 {
     c->carries = (u64)wide << 63;
-    set_result(c, low, bits);
+    set_result(c, likely(!amd_flags) ? low : 0, bits);
     c->zf = 1;
 }
 /* AX for bytes, rDX:rAX else. */

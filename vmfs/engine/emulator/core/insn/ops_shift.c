@@ -1,8 +1,9 @@
 /* Shifts and rotates (Intel SDM 2B "RCL/RCR/ROL/ROR", "SAL/SAR/SHL/SHR", "SHLD", "SHRD"; SARX, SHLX, SHRX, RORX).
  *
  * The count is masked to 5 bits, 6 for 64-bit operands. A count of zero writes the operand back and keeps all flags.
- * Where OF is undefined (counts other than 1) it is what Intel's processors make it: that of a shift by one, of the operand as
- * it was before; ROL and ROR of a register by a constant, and RCL and RCR by the whole width, keep it. So it is the same where the host's own instruction runs (translate/). */
+ * Where OF is undefined (counts other than 1) it is what the host's processor makes it, whose own instruction host code is
+ * (translate/). Intel's: that of a shift by one, of the operand as it was before; ROL and ROR of a register by a constant, and
+ * RCL and RCR by the whole width, keep it. AMD's: that of the last of so many shifts by one. AF after a shift is 0 on Intel's, 1 on AMD's. */
 #include "forms.h"
 
 /* The new `carries` (flags.h): bit 63 is CF, bit 62 is CF xor OF. */
@@ -13,26 +14,32 @@ ALWAYS_INLINE u64 top_bit(u64 value, unsigned bits) { return value >> (bits - 1)
 /* OF of a shift or rotation to the left by one: the top bit changes. */
 ALWAYS_INLINE u64 first_overflow(u64 a, unsigned bits) { return (a >> (bits - 1) ^ a >> (bits - 2)) & 1; }
 
+/* OF after it, where `value` is the result: that of a shift or rotation to the left; to the right. */
+ALWAYS_INLINE u64 last_overflow(u64 value, u64 cf, unsigned bits) { return (value >> (bits - 1) ^ cf) & 1; }
+ALWAYS_INLINE u64 last_right_overflow(u64 value, unsigned bits) { return first_overflow(value, bits); }
+#define UNDEFINED_OVERFLOW(n, first, last) ((__builtin_constant_p(n) && (n) == 1) || likely(!amd_flags) ? (first) : (last))
+ALWAYS_INLINE u64 shift_carries(u64 cf, u64 of) { return cf << 63 | (cf ^ of) << 62 | (u64)amd_flags << 3; }
+
 /* Each: a is zero-extended, n from 1 to 31 (63). For SHL, the two bits over the result are CF and its top bit. */
 ALWAYS_INLINE u64 shl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     (void)c;
-    u64 cf = (a << (64 - bits)) << (n - 1) >> 63;
-    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62;
-    return truncate_to(a << n, bits);
+    u64 cf = (a << (64 - bits)) << (n - 1) >> 63, value = truncate_to(a << n, bits);
+    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits)));
+    return value;
 }
 ALWAYS_INLINE u64 shr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 before = a >> (n - 1), cf = before & 1;
     (void)c;
-    s->carries = cf << 63 | (cf ^ top_bit(a, bits)) << 62;
+    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, top_bit(a, bits), top_bit(before, bits)));
     return a >> n;
 }
 ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     i64 before = sign_extend(a, bits) >> (n - 1);
     (void)c;
-    s->carries = (u64)before << 63 | ((u64)before & 1) << 62;
+    s->carries = shift_carries((u64)before & 1, 0);
     return truncate_to((u64)(before >> 1), bits);
 }
 /* n modulo bits. The wide ones are written so that gcc knows them as one instruction. */
@@ -48,14 +55,15 @@ ALWAYS_INLINE u64 rotate_right(u64 a, unsigned n, unsigned bits)
 ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 value = rotate_right(a, bits - n % bits, bits);
-    u64 of = s->keeps ? flag_of(c) : first_overflow(a, bits);
+    u64 of = UNDEFINED_OVERFLOW(n, s->keeps ? flag_of(c) : first_overflow(a, bits), last_overflow(value, value, bits));
     s->carries = value << 63 | ((value ^ of) & 1) << 62 | (c->carries & 8);
     return value;
 }
 ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
 {
     u64 value = rotate_right(a, n, bits);
-    u64 cf = top_bit(value, bits), of = s->keeps ? flag_of(c) : top_bit(a, bits) ^ (a & 1);
+    u64 cf = top_bit(value, bits);
+    u64 of = UNDEFINED_OVERFLOW(n, s->keeps ? flag_of(c) : top_bit(a, bits) ^ (a & 1), last_right_overflow(value, bits));
     s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     return value;
 }
@@ -65,12 +73,14 @@ ALWAYS_INLINE u64 rcl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
     if (bits < 32)
         n %= bits + 1;
     if (!n) {
-        s->carries = c->carries;
+        u64 cf = flag_cf(c);
+        s->carries = likely(!amd_flags) ? c->carries : cf << 63 | (cf ^ last_overflow(a, cf, bits)) << 62 | (c->carries & 8);
         return a;
     }
     u64 value = truncate_to(a << n | flag_cf(c) << (n - 1) | (n > 1 ? a >> (bits + 1 - n) : 0), bits);
     u64 cf = a >> (bits - n) & 1;
-    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62 | (c->carries & 8);
+    u64 of = UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits));
+    s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     return value;
 }
 ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
@@ -79,10 +89,10 @@ ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
         n %= bits + 1;
     u64 value = a, cf = flag_cf(c);
     if (!n) {
-        s->carries = c->carries;
+        s->carries = likely(!amd_flags) ? c->carries : cf << 63 | (cf ^ last_right_overflow(a, bits)) << 62 | (c->carries & 8);
     } else {
         value = truncate_to(a >> n | cf << (bits - n) | (n > 1 ? a << (bits + 1 - n) : 0), bits);
-        u64 of = top_bit(a, bits) ^ cf;
+        u64 of = UNDEFINED_OVERFLOW(n, top_bit(a, bits) ^ cf, last_right_overflow(value, bits));
         cf = a >> (n - 1) & 1;
         s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     }
@@ -141,7 +151,7 @@ ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a << n | b >> (bits - n), bits);
         cf = a >> (bits - n) & 1;
     }
-    s->carries = cf << 63 | (cf ^ first_overflow(a, bits)) << 62;
+    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits)));
     return value;
 }
 ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
@@ -155,7 +165,7 @@ ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a >> n | b << (bits - n), bits);
         cf = a >> (n - 1) & 1;
     }
-    s->carries = cf << 63 | (cf ^ top_bit(a, bits) ^ (b & 1)) << 62;
+    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, top_bit(a, bits) ^ (b & 1), last_right_overflow(value, bits)));
     return value;
 }
 #define DOUBLE_SHIFT(op, count) \

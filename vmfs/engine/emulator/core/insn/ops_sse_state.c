@@ -95,7 +95,7 @@ static struct x87_register *stack_register(struct vcpu *c, unsigned i)
 /* With REX.W, 64-bit pointers; without, a selector and 32 bits. */
 static bool wide_pointers(const struct vcpu *c, const struct record *r)
 {
-    return c->key & KEY_CODE64 && r->prefix & PREFIX_REX_W;
+    return r->prefix & PREFIX_REX_W;
 }
 
 static void put_x87(struct vcpu *c, const struct record *r, struct area *a)

@@ -50,7 +50,7 @@ void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes
                 *reads = r->size < 2 ? fO | fC : fC; /* by the whole width, they keep OF */
             else
                 *reads = 0;
-            if (traits & ROTATES && r->prefix & PREFIX_REGISTER && (r->imm & (r->size == 3 ? 63 : 31)) != 1)
+            if (traits & ROTATES && !amd_flags && r->prefix & PREFIX_REGISTER && (r->imm & (r->size == 3 ? 63 : 31)) != 1)
                 *writes &= (u16)~fO; /* kept */
         }
 }

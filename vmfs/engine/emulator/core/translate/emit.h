@@ -17,6 +17,7 @@ enum {
     STACK_READ = 16, STACK_WRITE = 32,
     SHIFT = 64,               /* the second or third operand is a count: zero keeps all flags */
     WRITES_RAX = 128, WRITES_RDX = 256,
+    CLEARS_UNDEFINED = 512,   /* flags that the table calls undefined: Intel's processors write them, AMD's keep them, so they are cleared before */
     BY_CONDITION = 1024,      /* of the opcode's low four bits */
     FLOW_BRANCH = 2048, FLOW_JUMP = 4096, /* a direct jump, conditional or not */
     FLOW_LEAVES = 8192,       /* nothing follows it in the block */

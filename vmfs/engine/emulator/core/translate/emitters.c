@@ -1,5 +1,6 @@
 /* The emitters: E_NAME for the rows of a name. Most instructions are their own host code, with other registers and with the
  * host's address of the memory operand: `copy` makes that from the row's encoding and operands. */
+#include "flags.h"
 #include "operands.h"
 
 /* ---- Copies ------------------------------------------------------------------------------------------------------------- */
@@ -27,6 +28,13 @@ static bool exchange(const struct record *r, struct use *reg, struct use *rm, un
         rm->host = rm->scratch = T1;
     *opcode ^= 2;
     return true;
+}
+
+/* What the host's instruction keeps of undefined flags: PF is set, the others are clear, as the handlers have it. RSP's low byte is 0. */
+static void clear_kept(struct translation *t)
+{
+    if (t->traits & CLEARS_UNDEFINED && amd_flags && t->precise & t->row->flags_undefined)
+        put_modrm(&t->code, I_W, M1, 0x85, RSP, in_register(RSP)); /* TEST */
 }
 
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
@@ -114,6 +122,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         flags |= I_66;
     /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
     bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
+    clear_kept(t);
     flags |= high ? I_HIGH : byte ? I_BYTE : 0;
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
@@ -149,9 +158,9 @@ COPY(MOVZX, WRITES_FIRST); COPY(MOVSX, WRITES_FIRST); COPY(MOVSXD, WRITES_FIRST)
 COPY(XCHG, CHANGES | WRITES_SECOND); COPY(XADD, CHANGES | WRITES_SECOND); COPY(CMPXCHG, CHANGES | WRITES_RAX);
 COPY(ROL, CHANGES | SHIFT | ROTATES); COPY(ROR, CHANGES | SHIFT | ROTATES); COPY(RCL, CHANGES | SHIFT | READS_CARRY);
 COPY(RCR, CHANGES | SHIFT | READS_CARRY); COPY(SHL, CHANGES | SHIFT); COPY(SHR, CHANGES | SHIFT); COPY(SAR, CHANGES | SHIFT);
-COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX);
+COPY(MUL, READS_FIRST | WRITES_RAX | WRITES_RDX | CLEARS_UNDEFINED);
 COPY(CBW, WRITES_RAX); COPY(CWD, WRITES_RDX);
-COPY(POPCNT, WRITES_FIRST); COPY(TZCNT, WRITES_FIRST); COPY(LZCNT, WRITES_FIRST);
+COPY(POPCNT, WRITES_FIRST); COPY(TZCNT, WRITES_FIRST | CLEARS_UNDEFINED); COPY(LZCNT, WRITES_FIRST | CLEARS_UNDEFINED);
 COPY(BSF, CHANGES); COPY(BSR, CHANGES); /* of zero, they keep the register */
 COPY(CLC, 0); COPY(STC, 0); COPY(CMC, 0);
 COPY(ADCX, CHANGES); COPY(ADOX, CHANGES);
@@ -261,7 +270,7 @@ static bool multiply(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     return copy_as(t, r, o->operands[1] == o__ ? READS_FIRST : o->operands[2] == o__ ? CHANGES : WRITES_FIRST, o->opcode, false);
 }
-const struct emitter E_IMUL = {multiply, CHANGES | WRITES_RAX | WRITES_RDX};
+const struct emitter E_IMUL = {multiply, CHANGES | WRITES_RAX | WRITES_RDX | CLEARS_UNDEFINED};
 
 /* A bit of memory by a register may lie anywhere. */
 static bool bit(struct translation *t, const struct record *r)
