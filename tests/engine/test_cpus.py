@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmfs.debug.points import Options
+from vmfs.debug.trace import TraceText
 from vmfs.engine.base import Capability
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
@@ -378,3 +379,30 @@ def test_what_counts_on_an_engine_that_cannot_count(make):
     else:
         with pytest.raises(Unsupported):
             vm.start(Bound(instructions=5000))
+
+
+def test_a_trace_says_whose_its_records_are(engine, assembler):
+    """Read in pieces of a few records, with the exits in between."""
+    code = assembler("one: inc eax; jmp one; .org 0x100; other: inc ebx; nop; out 0x80, al; jmp other", "real")
+    vm = Vm(engine, memory_size=SIZE)
+    try:
+        vm.set_cpu_count(2)
+        vm.memory.write(0, code.code)
+        for cpu, at in zip(vm.cpus, (0, 0x100), strict=True):
+            values = {"cs.base": 0, "cs": 0, "rip": at}
+            vm.change(lambda vcpu, values=values: write_registers(vcpu, values), cpu=cpu.index)
+        vm.set_trace(lambda settings: settings.switch("insn", True).switch("exits", True)).result(SECONDS)
+        reader, text = vm.trace.buffer.open(), TraceText(lambda: vm.symbols)
+        lines = []
+        for _ in range(10):
+            assert result(vm.start()).line().startswith("io direction=out port=0x80 ")
+            while piece := vm.trace.buffer.take(reader, 96):
+                made = text.lines(piece.data)
+                lines += (made if piece.text is None else piece.text).decode().splitlines()
+    finally:
+        vm.close()
+    assert all(line.endswith(("cpu=0", "cpu=1")) for line in lines)
+    exits_of = [line for line in lines if line.startswith("exit ")]
+    assert len(exits_of) == 10 and all(line.endswith("cpu=1") for line in exits_of)
+    found = {(int(line.split()[1], 16) >= 0x100, line[-1]) for line in lines if line.startswith("insn")}
+    assert found == {(False, "0"), (True, "1")}

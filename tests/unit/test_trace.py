@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import _RECORD, AT, EXIT, INSN, MEM, TraceSettings, TraceText, parse_modes, parse_span
-from vmfs.debug.trace_buffer import Chunk, TraceBuffer, count
+from vmfs.debug.trace_buffer import CPU, Chunk, TraceBuffer, count, cpu_after
 from vmfs.machine.files.commands import parse_commands
 from vmfs.words.errors import Invalid, Unsupported
 
@@ -202,3 +202,27 @@ def test_what_steps_cannot_show():
     for line in ("mem on", "exceptions on", "interrupts on", "mode kernel"):
         with pytest.raises(Unsupported, match="kvm"):
             settings_of(f"insn on\n{line}").check_steps("kvm")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), min_size=1, max_size=20),
+    st.lists(st.tuples(st.integers(1, 200), st.booleans()), max_size=30),
+    st.integers(200, 3000),
+)
+def test_every_record_has_its_cpu(chunks, reads, limit):
+    """However the stream is cut into reads, dropped, left and taken up by the next reader."""
+    buffer = TraceBuffer(limit)
+    buffer.configure(limit=limit, waits=False, flowing=True)
+    for cpu, records in chunks:  # an instruction of CPU N is at N
+        buffer.append(b"".join(_RECORD.pack(INSN, 0, 1, 1, 0, cpu, 1) for _ in range(records)), records, cpu=cpu)
+    reader, whose = buffer.open(), None
+    for most, leaves in [*reads, *[(1 << 20, False)] * len(chunks)]:
+        if leaves:
+            buffer.close(reader)
+            reader, whose = buffer.open(), None
+        if (piece := buffer.take(reader, most)) is None:
+            break
+        for kind, _, _, code, _, address, _ in _RECORD.iter_unpack(piece.data):
+            whose = code if kind == CPU else whose
+            assert kind == CPU or address == whose == piece.cpu
+        assert cpu_after(piece.data, piece.cpu) == whose == reader.cpu

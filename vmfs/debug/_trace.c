@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { INSN = 1, MEM, EXCEPTION, INTERRUPT, EXIT, AT, DROPPED };
+enum { INSN = 1, MEM, EXCEPTION, INTERRUPT, EXIT, AT, DROPPED, CPU };
 enum { WRITE = 1, IMPLICIT = 2, ERROR_CODE = 8, NMI = 16, SOFTWARE = 32 };
 struct entry { /* of 32 bytes, unaligned */
     uint8_t kind, flags;
@@ -23,6 +23,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *label, *labels; /* of addresses: bytes, " name+0x10" or "" */
     uint64_t at;
+    int64_t cpu; /* whose they are, or -1: of the only one */
     char *out;
     size_t used, room;
 } TextObject;
@@ -101,6 +102,10 @@ static int put_label(TextObject *t, uint64_t address)
 }
 static int end_line(TextObject *t, uint64_t address)
 {
+    if (t->cpu >= 0) {
+        put(t, " cpu=");
+        put_decimal(t, (uint64_t)t->cpu);
+    }
     if (put_label(t, address))
         return -1;
     t->out[t->used++] = '\n';
@@ -178,6 +183,7 @@ static int put_record(TextObject *t, const struct entry *e)
     case MEM: return put_access(t, e);
     case EXCEPTION: case INTERRUPT: return put_event(t, e);
     case AT: t->at = e->word[1]; return 0;
+    case CPU: t->cpu = e->code; return 0;
     case DROPPED:
         put(t, "dropped ");
         put_decimal(t, e->word[0]);
@@ -218,10 +224,29 @@ static PyObject *py_count(PyObject *module, PyObject *argument)
     Py_ssize_t left = records.len;
     for (struct entry e; left >= (Py_ssize_t)sizeof e; left -= sizeof e, at += sizeof e) {
         memcpy(&e, at, sizeof e);
-        events += e.kind == INSN ? (uint64_t)e.size + e.code - 1 : e.kind != AT && e.kind != DROPPED;
+        events += e.kind == INSN ? (uint64_t)e.size + e.code - 1 : e.kind != AT && e.kind != DROPPED && e.kind != CPU;
     }
     PyBuffer_Release(&records);
     return PyLong_FromUnsignedLongLong(events);
+}
+
+static PyObject *py_cpu_after(PyObject *module, PyObject *args)
+{
+    Py_buffer records;
+    PyObject *cpu;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O:cpu_after", &records, &cpu))
+        return NULL;
+    int64_t found = -1;
+    const char *at = records.buf;
+    Py_ssize_t left = records.len;
+    for (struct entry e; left >= (Py_ssize_t)sizeof e; left -= sizeof e, at += sizeof e) {
+        memcpy(&e, at, sizeof e);
+        if (e.kind == CPU)
+            found = e.code;
+    }
+    PyBuffer_Release(&records);
+    return found < 0 ? Py_NewRef(cpu) : PyLong_FromLongLong(found);
 }
 
 /* ---- The type and the module ------------------------------------------------------------------------------------------------- */
@@ -237,6 +262,7 @@ static int text_init(TextObject *t, PyObject *args, PyObject *kwargs)
         return -1;
     Py_XSETREF(t->label, Py_NewRef(label));
     Py_XSETREF(t->labels, labels);
+    t->cpu = -1;
     return 0;
 }
 static int text_traverse(TextObject *t, visitproc visit, void *arg)
@@ -276,6 +302,7 @@ static PyMethodDef text_methods[] = {
 };
 static PyMemberDef text_members[] = {
     {"at", T_ULONGLONG, offsetof(TextObject, at), 0, "the linear address of the instruction that the last record was about",},
+    {"cpu", T_LONGLONG, offsetof(TextObject, cpu), 0, "whose the records are; -1: of the only CPU",},
     {NULL, 0, 0, 0, NULL},
 };
 static PyType_Slot text_slots[] = {
@@ -298,6 +325,7 @@ static int module_exec(PyObject *module)
 }
 static PyMethodDef module_methods[] = {
     {"count", py_count, METH_O, "count(records) -> how many instructions, accesses and so on they are"},
+    {"cpu_after", py_cpu_after, METH_VARARGS, "cpu_after(records, cpu): whose the record after these is, which begin with `cpu`'s"},
     {NULL, NULL, 0, NULL},
 };
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

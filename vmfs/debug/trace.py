@@ -3,7 +3,8 @@
 `TraceSettings` is what is traced, as the lines written to the file `trace` say it; it is never changed. `Trace` is a
 machine's: its settings, and the buffer between the CPU's thread and its readers.
 
-Binary records are `struct vmfs_trace` of vmfs.h; the emulator's core writes the same. Numbers of instructions count
+Binary records are `struct vmfs_trace` of vmfs.h; the emulator's core writes the same. Whose they are, where there are
+several CPUs, the buffer says. Numbers of instructions count
 from the machine's start on the emulator, and those that were traced on an engine that steps.
 """
 
@@ -18,13 +19,13 @@ from vmfs.debug._trace import Text
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace_buffer import TraceBuffer
-from vmfs.engine.base import TRACE_ALL, Capability, Runner, TraceRequest, Vcpu
+from vmfs.engine.base import TRACE_ALL, Capability, Runner, TraceRequest, TraceSink, Vcpu
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.modes import CodeMode
 
 # As VMFS_TRACE_ in vmfs.h, where the record is documented.
-RECORD_KINDS = ("insn", "mem", "exception", "interrupt", "exit", "at", "dropped")
+RECORD_KINDS = ("insn", "mem", "exception", "interrupt", "exit", "at", "dropped", "cpu")
 RECORD_FLAGS = ("write", "implicit", "more", "error-code", "nmi", "software")
 INSN, MEM, EXCEPTION, INTERRUPT, EXIT, AT, DROPPED = range(1, 8)
 WRITE, IMPLICIT, MORE, ERROR_CODE, NMI, SOFTWARE = (1 << bit for bit in range(6))
@@ -156,7 +157,7 @@ class TraceSettings:
 
 
 class Trace:
-    """A machine's trace. The sink of its engine: called in the CPU's thread."""
+    """A machine's trace."""
 
     def __init__(self) -> None:
         self.settings = TraceSettings()
@@ -171,10 +172,15 @@ class Trace:
         self.settings = settings
         self.buffer.configure(limit=settings.size, waits=settings.waits, flowing=self.on)
 
-    def __call__(self, records: bytes, events: int, ended: bool) -> None:
-        self.buffer.append(records, events)
-        if not ended:
-            self.buffer.wait_for_room()
+    def sink(self, cpu: int | None) -> TraceSink:
+        """Where a CPU's records go; None: it is the only one."""
+
+        def deliver(records: bytes, events: int, ended: bool) -> None:
+            self.buffer.append(records, events, cpu=cpu)
+            if not ended:
+                self.buffer.wait_for_room()
+
+        return deliver
 
     def interrupt(self) -> None:
         self.buffer.interrupt()
@@ -199,21 +205,24 @@ class Trace:
         if steps and _is_executed(exit_):
             first, last = self.settings.place
             if first <= before <= last:
-                self.buffer.append(_RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0), 1)
+                cpu = exit_.cpu if len(cpus) > 1 else None
+                self.buffer.append(_RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0), 1, cpu=cpu)
             self.stepped += 1
         if not isinstance(exit_, exits.Interrupted | exits.Limit | exits.Debug):  # those are the client's doing
-            self.exit(exit_, cpus[exit_.cpu])
+            self.exit(exit_, cpus)
         return exit_
 
-    def exit(self, exit_: exits.Exit, cpu: Vcpu) -> None:
+    def exit(self, exit_: exits.Exit, cpus: Sequence[Vcpu]) -> None:
         """An exit that is the guest's doing. The trace has its line as it is, the record its most important words."""
         if "exits" not in self.settings.kinds:
             return
         size, flags, what, value = _exit_words(exit_)
+        cpu = cpus[exit_.cpu]
         number = cpu.counters().get("instructions", self.stepped)
         at = _RECORD.pack(AT, 0, 0, 0, number, linear_rip(cpu), 0)
         record = _RECORD.pack(EXIT, flags, size, exit_.CODE, what, value, exit_.rip)
-        self.buffer.append(at + record, 1, f"exit {exit_.line()}\n".encode())
+        whose = exit_.cpu if len(cpus) > 1 else None
+        self.buffer.append(at + record, 1, f"exit {exit_.line()}\n".encode(), cpu=whose)
 
 
 def linear_rip(cpu: Vcpu) -> int:
@@ -261,8 +270,8 @@ class TraceText:
 
     def lines(self, records: bytes) -> bytes:
         if self._symbols() is not self._known:
-            at = self._text.at
+            at, cpu = self._text.at, self._text.cpu
             self._known = self._symbols()
             self._text = self._renderer()
-            self._text.at = at
+            self._text.at, self._text.cpu = at, cpu
         return self._text.text(records)

@@ -10,25 +10,31 @@ records are dropped, and readers that had not read them are told how many.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmfs.debug._trace import count
+from vmfs.debug._trace import count, cpu_after
 
 RECORD = 32
+CPU = 8  # VMFS_TRACE_CPU
+_CPU_RECORD = struct.Struct("<BBHI24x")
 _CHUNK_COST = 200  # bytes that a chunk takes besides its records
 _SLACK = 2  # so many times `limit` may be kept when the guest waits, but was told to stop waiting
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`before`: events of the stream that came before it. `text`: its lines, where they are not made of the records."""
+    """`before`: events of the stream that came before it. `text`: its lines, where they are not made of the records.
+    `cpu`: whose its first record is, `then`: its last; None where there is one CPU."""
 
     data: bytes
     before: int
     text: bytes | None = None
+    cpu: int | None = None
+    then: int | None = None
 
     @property
     def cost(self) -> int:
@@ -37,20 +43,24 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class TraceReader:
-    """A place in the stream: `seen` events come before it, `offset` bytes of the chunk `index`."""
+    """A place in the stream: `seen` events come before it, `offset` bytes of the chunk `index`. `cpu`: whose the
+    record before it is, as the reader was told."""
 
     index: int
     seen: int
     offset: int = 0
+    cpu: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some records, after `lost` events that were dropped. `text` as in Chunk, or None."""
+    """Some records, after `lost` events that were dropped. `text` as in Chunk, or None. `cpu`: whose the first one is.
+    Where that is news for the reader, a record before it says so."""
 
     lost: int
     data: bytes
     text: bytes | None
+    cpu: int | None = None
 
 
 class TraceBuffer:
@@ -80,9 +90,9 @@ class TraceBuffer:
             self._condition.notify_all()
         self._tell()
 
-    def append(self, data: bytes, events: int, text: bytes | None = None) -> None:
+    def append(self, data: bytes, events: int, text: bytes | None = None, *, cpu: int | None = None) -> None:
         with self._condition:
-            chunk = Chunk(data, self._events, text)
+            chunk = Chunk(data, self._events, text, cpu, cpu)
             self._events += events
             self._chunks.append(chunk)
             self._bytes += chunk.cost
@@ -180,7 +190,7 @@ class TraceBuffer:
     def _begin_at(self, reader: TraceReader) -> None:
         """Forget of the first chunk what the reader has read."""
         chunk = self._chunks[0]
-        rest = Chunk(chunk.data[reader.offset :], reader.seen, chunk.text)
+        rest = Chunk(chunk.data[reader.offset :], reader.seen, chunk.text, reader.cpu, chunk.then)
         self._chunks[0] = rest
         self._bytes += rest.cost - chunk.cost
         self._read = reader.seen
@@ -196,20 +206,23 @@ class TraceBuffer:
             if not self.ready(reader):
                 return None
             chunk = self._chunks[reader.index - self._first]
-            lost = 0
+            lost, cpu, whose = 0, reader.cpu, b""
             if not reader.offset:
                 lost = max(chunk.before - reader.seen, 0)
-                reader.seen = chunk.before
+                reader.seen, cpu = chunk.before, chunk.cpu
+                if cpu is not None and cpu != reader.cpu:
+                    whose = _CPU_RECORD.pack(CPU, 0, 0, cpu)
             if chunk.text is None:
                 data = chunk.data[reader.offset : reader.offset + max(most // RECORD, 1) * RECORD]
             else:
                 data = chunk.data
             reader.offset += len(data)
             reader.seen += count(data)
+            reader.cpu = cpu_after(data, cpu)
             if reader.offset >= len(chunk.data):
                 reader.index, reader.offset = reader.index + 1, 0
                 self._trim()
-        return Piece(lost, data, chunk.text)
+        return Piece(lost, whose + data, chunk.text, cpu)
 
     def _trim(self) -> None:
         """With the lock held: forget what all readers have read."""

@@ -183,7 +183,8 @@ enum vmfs_trace_kind {
     VMFS_TRACE_INTERRUPT = 4, /* event: an external interrupt, an NMI, INT n is delivered */
     VMFS_TRACE_EXIT = 5,      /* exit: the engine came out of the guest */
     VMFS_TRACE_AT = 6,        /* insn: where what follows happens */
-    VMFS_TRACE_DROPPED = 7    /* dropped: a gap */
+    VMFS_TRACE_DROPPED = 7,   /* dropped: a gap */
+    VMFS_TRACE_CPU = 8        /* code: whose the records that follow are; where there are several CPUs */
 };
 
 enum vmfs_trace_flag {
@@ -198,13 +199,13 @@ enum vmfs_trace_flag {
 /*
  * What the file trace.bin is made of: 32 bytes, little-endian. Addresses are linear. An instruction's number is how many
  * the CPU had executed before it. A MEM record is an access of the last instruction of the INSN record before it, or of
- * the AT record's, whichever is nearer; so is an EXIT record.
+ * the AT record's, whichever is nearer; so is an EXIT record. Both are the same CPU's.
  */
 struct vmfs_trace {
     uint8_t kind;  /* VMFS_TRACE_ */
     uint8_t flags;
     uint16_t size; /* insn: how many, 1 to 16; mem, exit: bytes (mem: 1 to 16); event: the vector */
-    uint32_t code; /* insn: how many times, for a repeated string instruction; event: error; exit: VMFS_EXIT_ */
+    uint32_t code; /* insn: how many times, for a repeated string instruction; event: error; exit: VMFS_EXIT_; cpu: which */
     __extension__ union {
         struct {
             uint64_t number, address; /* of the first */

@@ -709,14 +709,17 @@ class Control:
         def make_it(cpu: Vcpu) -> None:
             settings = change(self.trace.settings)
             for one in self.cpus:
-                self._ask_trace(self.engine, self._machine, one.vcpu, settings)
+                self._ask_trace(self.engine, self._machine, one.vcpu, settings, len(self.cpus))
             self.trace.apply(settings)
 
         return self.at_boundary(make_it)
 
-    def _ask_trace(self, engine: Engine, machine: Machine, cpu: Vcpu, settings: TraceSettings) -> None:
+    def _ask_trace(
+        self, engine: Engine, machine: Machine, cpu: Vcpu, settings: TraceSettings, count: int
+    ) -> None:
+        """Of one of `count` CPUs."""
         if Capability.TRACE in machine.capabilities:
-            cpu.set_trace(settings.request(), self.trace)
+            cpu.set_trace(settings.request(), self.trace.sink(cpu.index if count > 1 else None))
         else:
             settings.check_steps(engine.name)
 

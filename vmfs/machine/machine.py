@@ -560,7 +560,7 @@ class Vm(Control):
             self._points.check_cpus(count)
             for cpu in cpus:
                 cpu.set_debug(self._points.request(cpu.index))
-                self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings)
+                self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings, count)
             written = self._engine_dirty()
             board = self.board
             if board_type != "same":

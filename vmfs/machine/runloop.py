@@ -130,7 +130,7 @@ class RunLoop:
             elif board is not None and isinstance(exit_, exits.Io | exits.Mmio):
                 ended = board.access(exit_, self._cpus[exit_.cpu])
                 if ended is not None:
-                    self._trace.exit(ended, self._cpus[exit_.cpu])
+                    self._trace.exit(ended, self._cpus)
                     return ended
                 is_done = exit_.direction in ("out", "write")  # a read is, when the next run has completed it
                 if left.count(is_done, is_done):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
-from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count
+from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count, cpu_after
 from vmfs.machine._ring import AGAIN, Ring
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
@@ -49,6 +49,7 @@ class _Made:
     records: bytes  # with one that says what was lost before it
     before: int  # events of the stream
     made: bytes
+    cpu: int | None  # whose the first one is
 
 
 class _TraceHandle(LineHandle):
@@ -187,9 +188,10 @@ class _TraceHandle(LineHandle):
         made = records
         if self._text is not None:
             lost = b"dropped %d\n" % piece.lost if piece.lost else b""
-            made = lost + (self._text.lines(piece.data) if piece.text is None else piece.text)
+            lines = self._text.lines(piece.data)  # in any case: it says whose the next ones are
+            made = lost + (lines if piece.text is None else piece.text)
         self._rest = memoryview(made)
-        self._last.append(_Made(records, before + piece.lost, made))
+        self._last.append(_Made(records, before + piece.lost, made, piece.cpu))
         self._last_size += len(made)
         return True
 
@@ -255,8 +257,11 @@ class _TraceHandle(LineHandle):
             return None
         made = b"".join(piece.made for piece in pieces)[-size:]
         records = b"".join(piece.records for piece in pieces)
-        if self._text is not None:
-            return Chunk(records, pieces[0].before, made)
-        kept = made[len(made) % RECORD :]  # whole records only
         assert self._reader is not None
-        return Chunk(kept, self._reader.seen - count(kept)) if kept else None
+        if self._text is not None:
+            return Chunk(records, pieces[0].before, made, pieces[0].cpu, self._reader.cpu)
+        kept = made[len(made) % RECORD :]  # whole records only
+        if not kept:
+            return None
+        cpu = cpu_after(records[: -len(kept)], pieces[0].cpu)
+        return Chunk(kept, self._reader.seen - count(kept), None, cpu, self._reader.cpu)
