@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 import struct
 import threading
@@ -85,7 +84,6 @@ class Board:
         self._attendant: threading.Thread | None = None
         self._told_due: int | None = None
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
-        self._map: mmap.mmap | None = None
         # A byte a page, by parts of RAM: devices write often, and the log is read seldom.
         self._dirty: dict[int, bytearray] = {}
         self.writes = 0  # how often devices have written RAM
@@ -406,16 +404,14 @@ class Board:
         return tuple((one.address, one.end) for one in self.memory.regions)
 
     @property
-    def ram(self) -> mmap.mmap:
+    def ram(self) -> memoryview:
         """RAM by its addresses, to read. What is written must be told to `wrote`; `dma_write` does both."""
-        if self._map is None or len(self._map) != self.memory.end:
-            self._map = mmap.mmap(self.memory.fd, self.memory.end)
-        return self._map
+        return self.memory.mapping.view
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Invalid where that is not all RAM."""
         self._check_ram(address, length)
-        return self.ram[address : address + length]
+        return bytes(self.ram[address : address + length])
 
     def dma_write(self, address: int, data: bytes | memoryview) -> None:
         self._check_ram(address, len(data))
@@ -594,10 +590,6 @@ class Board:
                 device.close()
             self.devices.clear()
             self.bus.set_map(())
-            if self._map is not None:
-                with contextlib.suppress(BufferError):  # a thread still copies; the last reference unmaps
-                    self._map.close()
-                self._map = None
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

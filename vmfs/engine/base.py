@@ -144,10 +144,19 @@ NO_TRACE = TraceRequest()
 TraceSink = Callable[[bytes, int, bool], None]
 
 
+class HostMemory(Protocol):
+    """Memory of this process (`vmfs.memory.mapping.Mapping`), as an engine is given it by its address."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
 def check_slot(
     slot: int,
     guest_address: int,
-    fd: int,
+    memory: int | HostMemory,
     offset: int,
     size: int,
     *,
@@ -165,8 +174,8 @@ def check_slot(
     end = guest_address + size
     if end > 1 << 52:  # the most that a page table entry can address, Intel SDM 3A 4.1.4
         raise Invalid(f"memory slot {slot}: {end:#x} is beyond the physical address space")
-    if offset + size > os.fstat(fd).st_size:
-        raise Invalid(f"memory slot {slot}: the file ends before offset {offset + size:#x}")
+    if offset + size > (os.fstat(memory).st_size if isinstance(memory, int) else memory.size):
+        raise Invalid(f"memory slot {slot}: the memory ends before offset {offset + size:#x}")
     for number, address, length in others:
         if number != slot and guest_address < address + length and address < end:
             raise Invalid(f"memory slot {slot}: {guest_address:#x} overlaps slot {number}")
@@ -210,9 +219,18 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def map_memory(
-        self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+        self,
+        slot: int,
+        guest_address: int,
+        memory: int | HostMemory,
+        offset: int,
+        size: int,
+        *,
+        read_only: bool = False,
     ) -> None:
-        """Back `size` bytes of guest-physical memory at `guest_address` with `fd` from `offset` on, shared.
+        """Back `size` bytes of guest-physical memory at `guest_address` with `memory` from `offset` on: with the file
+        of a descriptor, shared; or with memory of this process, whatever that is now or later. The engine has it until
+        the slot goes.
 
         All are multiples of 4096. A slot that exists is replaced; size 0 removes it. Writes by the guest are
         logged in the slot's dirty log from now on.

@@ -685,7 +685,7 @@ class Vm(Control):
         for slot in RAM_SLOTS:
             machine.map_memory(slot, 0, 0, 0, 0)
         for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
-            machine.map_memory(slot, region.address, self.memory.fd, region.address, region.size)
+            machine.map_memory(slot, region.address, self.memory.mapping, region.address, region.size)
 
     def _note_written(self, pages: int) -> None:
         """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmfs.memory.hostfile import punch
+from vmfs.memory.mapping import PAGE, Mapping
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
-PAGE = 4096
 DEFAULT_SIZE = 128 << 20
 # Below PCI's memory, the flash, the APICs and the pages that KVM takes on Intel hosts, all of which are under 4 GiB.
 LOW_MOST = 0xE000_0000
@@ -74,11 +74,16 @@ class Memory:
         self._sealed = False
         self._closed = False
         self.written: Callable[[int, int], None] = lambda address, size: None  # called after this object wrote RAM
-        self._set_size(size)
+        try:
+            self._set_size(size)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def _set_size(self, size: int) -> None:
         regions = regions_of(size)
         os.ftruncate(self.fd, regions[-1].end)
+        self.mapping = Mapping(self.fd, regions[-1].end)  # where engine and devices have it
         self.size, self.regions = size, regions
 
     @property

@@ -215,7 +215,7 @@ class Block(VirtioDevice[BlockState]):
         return not self.has(F_FLUSH) or not self.writeback
 
     def _views(self, spans: list[Span]) -> list[memoryview]:
-        ram = memoryview(self.board.ram)
+        ram = self.board.ram
         return [ram[address : address + length] for address, length in spans]
 
     def _count(self, what: str, length: int) -> None:

@@ -10,7 +10,6 @@ DEVICE_NEEDS_RESET; no other exception comes out of here, and no address outside
 
 from __future__ import annotations
 
-import mmap
 import struct
 import threading
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class Chain:
         ram = self.board.ram
         if offset == 0 and length is not None and self.readable and self.readable[0][1] >= length:  # as mostly
             at = self.readable[0][0]
-            return ram[at : at + length]
+            return bytes(ram[at : at + length])
         return b"".join(ram[at : at + size] for at, size in part(self.readable, offset, length))
 
     def write(self, data: bytes | memoryview, offset: int = 0) -> int:
@@ -150,7 +149,7 @@ class Virtqueue:
         """How many requests wait."""
         return self._pending(self.board.ram)
 
-    def _pending(self, ram: mmap.mmap) -> int:
+    def _pending(self, ram: memoryview) -> int:
         (available,) = _U16.unpack_from(ram, self.driver + 2)
         count = (available - self.taken) & 0xFFFF
         if count > self.size:
@@ -171,12 +170,12 @@ class Virtqueue:
         """The request taken last was not done: it is the next one again."""
         self.taken = (self.taken - 1) & 0xFFFF
 
-    def _chain(self, ram: mmap.mmap, head: int) -> Chain:
+    def _chain(self, ram: memoryview, head: int) -> Chain:
         """C reads what a driver may make. What it does not take is read again here, which says what is wrong."""
         spans = _chips.chain(ram, self.board.ram_ranges, self.descriptors, self.size, head, self.indirect)
         return Chain(self.board, head, *spans) if spans is not None else self._read_chain(ram, head)
 
-    def _read_chain(self, ram: mmap.mmap, head: int) -> Chain:
+    def _read_chain(self, ram: memoryview, head: int) -> Chain:
         chain = Chain(self.board, head, [], [])
         is_ram = self.board.is_ram
         table, count, index = self.descriptors, self.size, head

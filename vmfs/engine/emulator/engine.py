@@ -22,6 +22,7 @@ from vmfs.engine.base import (
     Capability,
     DebugRequest,
     Engine,
+    HostMemory,
     Machine,
     Runner,
     TraceRequest,
@@ -115,7 +116,8 @@ class EmulatorMachine(Machine):
     def __init__(self) -> None:
         self._vm = _core.Vm()
         self._has_irqchip = False
-        self._slots: dict[int, tuple[int, int]] = {}  # guest address, size
+        # guest address, size, and the memory, which is there for as long as the core has it
+        self._slots: dict[int, tuple[int, int, int | HostMemory]] = {}
         self._vcpus: set[int] = set()
         self.capabilities = frozenset(
             {
@@ -131,15 +133,23 @@ class EmulatorMachine(Machine):
         )
 
     def map_memory(
-        self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+        self,
+        slot: int,
+        guest_address: int,
+        memory: int | HostMemory,
+        offset: int,
+        size: int,
+        *,
+        read_only: bool = False,
     ) -> None:
-        others = ((number, *place) for number, place in self._slots.items())
-        check_slot(slot, guest_address, fd, offset, size, limit=_core.SLOTS, others=others)
+        others = ((number, *place) for number, (*place, _) in self._slots.items())
+        check_slot(slot, guest_address, memory, offset, size, limit=_core.SLOTS, others=others)
+        fd, host = (memory, 0) if isinstance(memory, int) else (-1, memory.address + offset)
         with _failures(f"memory slot {slot} at {guest_address:#x}"):
-            self._vm.map(slot, guest_address if size else 0, fd, offset if size else 0, size, read_only)
+            self._vm.map(slot, guest_address if size else 0, fd, offset if size else 0, size, read_only, host)
         self._slots.pop(slot, None)
         if size:
-            self._slots[slot] = guest_address, size
+            self._slots[slot] = guest_address, size, memory
 
     def create_vcpu(self, index: int) -> EmulatorVcpu:
         if index in self._vcpus:
@@ -219,6 +229,7 @@ class EmulatorMachine(Machine):
     def close(self) -> None:
         with _failures("close"):
             self._vm.close()
+        self._slots.clear()
 
 
 class EmulatorTurns:

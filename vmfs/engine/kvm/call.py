@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 
+from vmfs.engine.base import HostMemory
 from vmfs.engine.kvm.abi import Ioctl
 from vmfs.words.errors import EngineFailed, Invalid
 
@@ -78,3 +79,14 @@ class Mapping:
         if self.size:
             _LIBC.munmap(self.address, self.size)
             self.size = 0
+
+
+class Borrowed:
+    """The caller's memory, from an offset on; it is there for as long as this object is."""
+
+    def __init__(self, memory: HostMemory, offset: int) -> None:
+        self._memory = memory
+        self.address = memory.address + offset
+
+    def close(self) -> None:
+        pass

@@ -21,11 +21,20 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from vmfs.engine.base import MACHINE_STATES, PAGE_SIZE, Availability, Capability, Engine, Machine, check_slot
+from vmfs.engine.base import (
+    MACHINE_STATES,
+    PAGE_SIZE,
+    Availability,
+    Capability,
+    Engine,
+    HostMemory,
+    Machine,
+    check_slot,
+)
 from vmfs.engine.kvm import abi, progress
 from vmfs.engine.kvm._run import Wires
 from vmfs.engine.kvm.abi import Cap, Ioctl
-from vmfs.engine.kvm.call import Mapping, ioctl, ioctl_long, ioctl_set
+from vmfs.engine.kvm.call import Borrowed, Mapping, ioctl, ioctl_long, ioctl_set
 from vmfs.engine.kvm.deadline import Deadline
 from vmfs.engine.kvm.host import HostFacts
 from vmfs.engine.kvm.vcpu import KvmVcpu
@@ -151,7 +160,7 @@ class _MemorySlot:
     guest_address: int
     size: int
     flags: int
-    mapping: Mapping
+    mapping: Mapping | Borrowed
 
     def region(self, slot: int) -> bytes:
         """`struct kvm_userspace_memory_region`."""
@@ -221,15 +230,26 @@ class KvmMachine(Machine):
     # Memory
 
     def map_memory(
-        self, slot: int, guest_address: int, fd: int, offset: int, size: int, *, read_only: bool = False
+        self,
+        slot: int,
+        guest_address: int,
+        memory: int | HostMemory,
+        offset: int,
+        size: int,
+        *,
+        read_only: bool = False,
     ) -> None:
         others = ((number, one.guest_address, one.size) for number, one in self._slots.items())
-        check_slot(slot, guest_address, fd, offset, size, limit=self._slot_limit, others=others)
+        check_slot(slot, guest_address, memory, offset, size, limit=self._slot_limit, others=others)
         old = self._slots.get(slot)
         new = None
         if size:
             flags = abi.KVM_MEM_LOG_DIRTY_PAGES | (abi.KVM_MEM_READONLY if read_only else 0)
-            mapping = Mapping(fd, offset, size, writable=not read_only)
+            mapping: Mapping | Borrowed
+            if isinstance(memory, int):
+                mapping = Mapping(memory, offset, size, writable=not read_only)
+            else:
+                mapping = Borrowed(memory, offset)
             new = _MemorySlot(guest_address, size, flags, mapping)
         try:
             # KVM moves or re-backs no slot: the old one goes first, and comes back if the new one is refused.

@@ -131,35 +131,38 @@ static int vm_idle(VmObject *self)
 
 static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"slot", "address", "fd", "offset", "size", "read_only", NULL};
+    static char *names[] = {"slot", "address", "fd", "offset", "size", "read_only", "host", NULL};
     unsigned slot;
-    unsigned long long address, size;
+    unsigned long long address, size, given = 0; /* memory of the caller's, in the place of a file */
     long long offset;
     int fd, read_only = 0;
-    if (!vm_idle(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|p", names, &slot, &address, &fd, &offset,
-                                                        &size, &read_only))
+    if (!vm_idle(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|pK", names, &slot, &address, &fd, &offset,
+                                                        &size, &read_only, &given))
         return NULL;
     if (slot >= CORE_SLOTS || (address | size | (unsigned long long)offset) & 4095)
         return fail(-EINVAL);
     void *host = NULL;
-    if (size) {
+    if (size && !given) {
         host = map_guarded(size, PROT_READ | (read_only ? 0 : PROT_WRITE), fd, offset);
         if (!host)
             return PyErr_SetFromErrno(PyExc_OSError);
     }
+    struct core_backing backing = {UINT64_MAX, 0, given};
     struct stat file = {0};
-    if (size && fstat(fd, &file)) {
+    if (host && fstat(fd, &file)) {
         PyErr_SetFromErrno(PyExc_OSError);
         unmap_guarded(host, size);
         return NULL;
     }
-    int error = vm_map(self->vm, slot, address, host, size, read_only ? SLOT_READ_ONLY : 0);
+    if (host)
+        backing = (struct core_backing){file.st_dev, file.st_ino, (uint64_t)offset};
+    int error = vm_map(self->vm, slot, address, given ? (void *)(uintptr_t)given : host, size, read_only ? SLOT_READ_ONLY : 0);
     if (error) {
         unmap_guarded(host, size);
         return fail(error);
     }
     if (size)
-        vm_set_backing(self->vm, slot, &(struct core_backing){file.st_dev, file.st_ino, (uint64_t)offset});
+        vm_set_backing(self->vm, slot, &backing);
     unmap_guarded(self->maps[slot].host, self->maps[slot].size);
     self->maps[slot].host = host;
     self->maps[slot].size = size;
