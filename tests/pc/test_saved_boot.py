@@ -61,24 +61,14 @@ def make(tmp_path):
 def go_into(vm, other):
     """`other` becomes what `vm` is, with its memory, by way of bytes."""
     state = State.decode(vm.take().result(SECONDS).encode())
-    for (name, source, size), (same, target, _) in zip(list(vm.memories()), list(other.memories()), strict=True):
-        assert name == same
-        if name == "ram" or name.startswith("overlay"):
-            punch(target, 0, size)
-            for start, end in extents(source, size):
-                os.pwrite(target, os.pread(source, end - start, start), start)
+    other.memory.clear(0, MEMORY)
+    for start, end in vm.memory.extents():
+        other.memory.write(start, vm.memory.read(start, end - start))
+    for (_, source), (_, target) in zip(vm.disks(), other.disks(), strict=True):
+        punch(target.fd, 0, target.size)
+        for start, end in source.extents():
+            os.pwrite(target.fd, source.read_at(start, end - start), start)
     other.put(state)
-
-
-def extents(fd, size):
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # a hole up to the end
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 @pytest.mark.parametrize("cpus", [1, 4])

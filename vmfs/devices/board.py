@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -568,17 +568,20 @@ class Board:
         """Version and bytes of each device's state. In `asleep`."""
         return {name: (device.STATE.VERSION, device.pack()) for name, device in self.devices.items()}
 
+    def check_names(self, names: Set[str]) -> None:
+        """Invalid where these are not its devices."""
+        if names != self.devices.keys():
+            different = ", ".join(sorted(names ^ self.devices.keys()))
+            raise Invalid(f"it is a machine of other devices: {different}")
+
     def unpack_devices(self, states: Mapping[str, tuple[int, bytes]]) -> dict[str, DeviceState]:
         """Checked by each device; Invalid, and nothing has changed, where one cannot be so."""
-        if states.keys() != self.devices.keys():
-            different = ", ".join(sorted(states.keys() ^ self.devices.keys()))
-            raise Invalid(f"it is a machine of other devices: {different}")
         return {name: self.devices[name].unpack(*state) for name, state in states.items()}
 
     def load_devices(self, states: Mapping[str, DeviceState]) -> None:
         """What `unpack_devices` gave. In `asleep`."""
-        for name, device in self.devices.items():
-            device.load(states[name])
+        for name, state in states.items():
+            self.devices[name].load(state)
 
     def close(self) -> None:
         with self.lock:

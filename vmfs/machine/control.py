@@ -168,7 +168,7 @@ class Control:
         self._closed = False
         self._still: object | None = object()
         self._last_exit: exits.Exit | None = None
-        self._exit_number = 0  # how many exits there were
+        self._exit_number = self._exit_news = 0  # how many exits there were
 
     # ---- what a machine says
 
@@ -216,9 +216,9 @@ class Control:
 
     @property
     def exit_number(self) -> int:
-        """How many exits there were."""
+        """How many exits there were; and another number whenever the machine was put where it had others."""
         self.settle()
-        return self._exit_number
+        return self._exit_news + self._exit_number
 
     @property
     def still(self) -> object | None:

@@ -20,19 +20,21 @@ from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.pci import PciDevice
 from vmfs.devices.virtio.block import Block
-from vmfs.devices.virtio.disk import Overlay
+from vmfs.devices.virtio.disk import Disk, Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
 from vmfs.machine.born import Birth
 from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
-from vmfs.machine.images import Images
+from vmfs.machine.images import Images, Kept
+from vmfs.machine.past import Past, Rom, Snapshot
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attempt,
     Owner,
     Seen,
     Setup,
+    Source,
     State,
     put,
     put_cpu,
@@ -45,6 +47,7 @@ from vmfs.machine.state import (
     tried,
 )
 from vmfs.machine.topology import with_topology
+from vmfs.memory.layers import pages_of, runs
 from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
@@ -83,7 +86,7 @@ class Vm(Control):
             self._machine = engine.create_machine()
             undo.callback(self._machine.close)
             self._map_ram(self._machine)
-            self.memory.written = lambda address, size: self.memory_written(((address, size),))
+            self.memory.written = self._wrote
             self._set_cpus(_make_cpus(self._machine, 1))
             self.time_source = default_time(self._machine)
             undo.pop_all()
@@ -92,9 +95,11 @@ class Vm(Control):
         self.images = Images()
         self._boot_due = True
         self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
-        self._rom: tuple[int, int, int] | None = None  # descriptor, address, size
+        self._rom: Rom | None = None
+        self.past = Past(self)
         self.listing = Listing()  # what `disasm` shows
-        self._dirty = {"file": 0, "cache": 0}
+        self._dirty = {"file": 0, "cache": 0, "past": 0}
+        self._own_writes: deque[tuple[int, int]] = deque()  # of RAM, by this process and no device, for `past`
 
     # ---- around a run
 
@@ -318,18 +323,83 @@ class Vm(Control):
         for cpu, line in zip(self.cpus, seen.cpu_exits, strict=True):
             cpu.last_exit = self._exit_of(line)
         self._exit_number = seen.exit_number
+        self._exit_news += 1 << 32  # those who wait for news have some
         self._counts = Counter(seen.counts)
 
-    def memories(self) -> Iterator[tuple[str, int, int]]:
-        yield "ram", self.memory.fd, self.memory.end
+    def memories(self) -> Iterator[tuple[str, int, Source]]:
+        yield "ram", self.memory.end, self.memory
         if self._rom is not None:
-            fd, address, size = self._rom
-            yield f"rom {address:#x}", fd, size
-        for name, size in self.images.sizes().items():
-            yield f"image {name}", self.images[name].fd, size
+            yield f"rom {self._rom.address:#x}", self._rom.kept.size, self._rom.kept
+        for name, kept in self.images.keep().items():
+            yield f"image {name}", kept.size, kept
+        for name, disk in self.disks():
+            if isinstance(disk, Overlay):
+                yield f"overlay {name}", disk.size, disk
+
+    def disks(self) -> Iterator[tuple[str, Disk]]:
+        """Of its block devices, by their names."""
         for name, device in self.board.devices.items() if self.board is not None else ():
-            if isinstance(device, Block) and isinstance(device.disk, Overlay):
-                yield f"overlay {name}", device.disk.fd, device.disk.size
+            if isinstance(device, Block):
+                yield name, device.disk
+
+    # ---- snapshots: what `vmfs.machine.past` needs
+
+    def take_pages(self) -> int:
+        """A bit a page of RAM that anybody of this process has written since the last time."""
+        with self._lock:
+            pages = self.look_at_pages()
+            self.forget_pages()
+        return pages
+
+    def look_at_pages(self) -> int:
+        """What `take_pages` would give; with the lock held."""
+        self._gather_dirty()
+        return self._dirty["past"]
+
+    def forget_pages(self) -> None:
+        """With the lock held."""
+        self._dirty["past"] = 0
+
+    def have_written(self, pages: int) -> None:
+        """RAM is another there: for the engine and all that ask for it but snapshots; with the lock held."""
+        self.memory_written((first * PAGE, count * PAGE) for first, count in runs(pages))
+        self._note_written(pages)
+        self.forget_pages()
+
+    def count_instructions(self) -> int | None:
+        """Of all CPUs; None where the engine does not count. With the lock held."""
+        if Capability.COUNTERS not in self.capabilities:
+            return None
+        return sum(cpu.vcpu.counters()["instructions"] for cpu in self.cpus)
+
+    def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None:
+        """Be what `snapshot` says, whole or not at all. Busy during a run."""
+        with self._lock:
+            self._check_idle()
+            if self.engine.name != snapshot.engine.name:
+                self._replace_machine(snapshot.engine)
+            before = self.images.keep(), self._rom, {name: disk for name, disk in self.disks()}
+
+            def put_memory() -> None:
+                put_ram()
+                for name, disk in before[2].items():
+                    if isinstance(disk, Overlay):
+                        disk.go_back(snapshot.overlays[name])
+
+            self.images.put(snapshot.images)
+            try:
+                self._use_rom(snapshot.rom)
+                put(self, snapshot.state, put_memory)
+            except BaseException:
+                self.images.put(before[0])
+                self._use_rom(before[1])
+                raise
+            self._set_still(object())
+        self.tell()
+
+    @property
+    def rom(self) -> Rom | None:
+        return self._rom
 
     # ---- what it is made of
 
@@ -340,6 +410,7 @@ class Vm(Control):
             self._check_idle()
             if count == len(self.cpus):
                 return
+            self._check_no_past("cpus")
             if self._has_run:
                 raise Busy("cpus: it has run; their number is fixed")
             self._replace_machine(self.engine, cpu_count=count)
@@ -356,6 +427,7 @@ class Vm(Control):
                 return
             if board_type is not None and Capability.IRQCHIP not in self.capabilities:
                 raise Unsupported(f"machine: {name} needs interrupt controllers, which {self.engine.name} has not")
+            self._check_no_past("machine")
             if self._has_run:
                 raise Busy("machine: it has run; its devices are fixed")
             old_board = self.board
@@ -397,9 +469,15 @@ class Vm(Control):
         self._check_idle()
         if not isinstance(self.board, Pc):
             raise Unsupported("a bare machine has no devices: write pc to `machine` first")
+        self._check_no_past("dev")
         if self._has_run:
             raise Busy("it has run; its devices are fixed")
         return self.board
+
+    def _check_no_past(self, what: str) -> None:
+        """What its snapshots could not go back to is not changed; with the lock held."""
+        if self.past:
+            raise Busy(f"{what}: the machine has snapshots, which are of it as it is")
 
     def _set_time(self, source: str) -> None:
         if Capability.DETERMINISTIC in self.capabilities:
@@ -476,24 +554,28 @@ class Vm(Control):
         if self.memory.room(address):
             return self.memory.read(address, length)
         if self._rom is not None:
-            fd, start, size = self._rom
-            if start <= address < start + size:
-                return os.pread(fd, min(length, start + size - address), address - start)
+            kept, start = self._rom.kept, self._rom.address
+            if start <= address < start + kept.size:
+                return kept.read_at(address - start, min(length, start + kept.size - address))
         return self.board.read_memory(address, length) if self.board is not None else b""
 
     def _set_rom(self, address: int, data: bytes) -> None:
         """Have `data` in the guest's address space, read-only, in the place of the ROM before."""
-        fd = os.memfd_create("vmfs-rom", os.MFD_CLOEXEC)
-        try:
-            os.write(fd, data)
-            self._machine.map_memory(ROM_SLOT, 0, 0, 0, 0)
-            self._machine.map_memory(ROM_SLOT, address, fd, 0, len(data), read_only=True)
-        except BaseException:
-            os.close(fd)
-            raise
-        if self._rom is not None:
-            os.close(self._rom[0])
-        self._rom = fd, address, len(data)
+        kept = Kept(os.memfd_create("vmfs-rom", os.MFD_CLOEXEC), len(data))
+        os.write(kept.fd, data)
+        self._use_rom(Rom(kept, address))
+
+    def _use_rom(self, rom: Rom | None) -> None:
+        if rom is self._rom:
+            return
+        self._machine.map_memory(ROM_SLOT, 0, 0, 0, 0)
+        if rom is not None:
+            self._map_rom(self._machine, rom)
+        self._rom = rom
+
+    @staticmethod
+    def _map_rom(machine: Machine, rom: Rom) -> None:
+        machine.map_memory(ROM_SLOT, rom.address, rom.kept.fd, 0, rom.kept.size, read_only=True)
 
     def mode(self) -> Future[str]:
         return self.at_boundary(lambda cpu: mode_of(cpu.get_state("regs"), cpu.get_state("sregs")))
@@ -508,6 +590,7 @@ class Vm(Control):
         with self._lock:
             self._check_idle()
             if size != self.memory.size:
+                self._check_no_past("mem_size")
                 self.memory.resize(size)
                 self._map_ram(self._machine)
                 if self.board is not None:
@@ -543,8 +626,7 @@ class Vm(Control):
         try:
             self._map_ram(machine)
             if self._rom is not None:
-                rom, address, size = self._rom
-                machine.map_memory(ROM_SLOT, address, rom, 0, size, read_only=True)
+                self._map_rom(machine, self._rom)
             if has_board:
                 machine.create_irqchip()
             cpus = _make_cpus(machine, count)
@@ -664,6 +746,8 @@ class Vm(Control):
         if self.board is not None:
             news |= self.board.take_dirty()
         self._note_written(news)
+        while self._own_writes:
+            self._dirty["past"] |= pages_of(*self._own_writes.popleft())
         return (self.memory.end // PAGE + 7) // 8
 
     def _engine_dirty(self) -> int:
@@ -680,6 +764,12 @@ class Vm(Control):
         """
         for address, size in ranges:
             self._machine.memory_written(address, size)
+
+    def _wrote(self, address: int, size: int) -> None:
+        """`Memory` has. From any thread."""
+        self.memory_written(((address, size),))
+        if self.past.is_tracked:
+            self._own_writes.append((address, size))
 
     def _map_ram(self, machine: Machine) -> None:
         for slot in RAM_SLOTS:
@@ -729,8 +819,8 @@ class Vm(Control):
             if self.board is not None:
                 self.board.close()
             self._machine.close()
-            if self._rom is not None:
-                os.close(self._rom[0])
+            self._rom = None
+            self.past.close()
             self.images.close()
             self.memory.close()
         self.tell()

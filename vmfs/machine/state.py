@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Protocol
 
@@ -304,8 +303,8 @@ class Body(Protocol):
 
     def load_seen(self, seen: Seen) -> None: ...
 
-    def memories(self) -> Iterator[tuple[str, int, int]]:
-        """The rows of MEMORY: a name, a descriptor and how many bytes of it there are."""
+    def memories(self) -> Iterator[tuple[str, int, Source]]:
+        """The rows of MEMORY: a name, how many bytes there are, and what they are."""
         ...
 
 
@@ -341,6 +340,13 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def take(body: Body) -> State:
     """What the machine is, between two instructions. What it is in the middle of stays so."""
+    state = take_with(body, lambda: True)
+    assert state is not None
+    return state
+
+
+def take_with(body: Body, rest: Callable[[], bool]) -> State | None:
+    """`take`, and `rest()` while no device does anything, which keeps the memory. None where that gives False."""
     parts: dict[str, Part] = {}
 
     def add(owner: str, values: Mapping[str, bytes], rows: tuple[Row, ...]) -> None:
@@ -351,30 +357,38 @@ def take(body: Body) -> State:
     add(Owner.ENGINE, take_engine(body.engine_machine), rows_of(Owner.ENGINE))
     for number, vcpu in enumerate(body.vcpus):
         add(f"{Owner.CPU}{number}", take_cpu(vcpu), rows_of(Owner.CPU))
-    if body.board is not None:
-        with body.board.asleep():
+    with _asleep(body):
+        if body.board is not None:
             add(Owner.BOARD, {"board": msgspec.msgpack.encode(body.board.save())}, rows_of(Owner.BOARD))
             for name, state in body.board.pack_devices().items():
                 parts[f"{Owner.DEVICE}/{name}"] = Part(*state)
+        if not rest():
+            return None
     return State(FORMAT, parts)
 
 
-def put(body: Body, state: State) -> None:
-    """Make the machine what `state` says; its memory is that of the state already. It is whole or not at all: Invalid,
-    Unsupported, and nothing has changed, where the machine cannot be so."""
-    wanted = _Wanted(body, state)
+def _asleep(body: Body) -> AbstractContextManager[None]:
+    return nullcontext() if body.board is None else body.board.asleep()
+
+
+def put(body: Body, state: State, put_memory: Callable[[], None] = lambda: None) -> None:
+    """Make the machine what `state` says; its memory is that of the state already, or is once `put_memory` was called.
+    It is whole or not at all: Invalid, Unsupported, and nothing has changed, where the machine cannot be so. Of that,
+    memory is no part: where the engine refuses a state when it is set, memory is as it was put."""
     before = take(body)
+    wanted = _Wanted(body, state, before)
     try:
-        wanted.put()
+        wanted.put(put_memory)
     except BaseException:
-        _Wanted(body, before).put()
+        _Wanted(body, before, take(body)).put(lambda: None)
         raise
 
 
 class _Wanted:
-    """A state that is to be put, checked as far as it can be without setting anything."""
+    """A state that is to be put, checked as far as it can be without setting anything. Devices that are so at `present`
+    are left alone."""
 
-    def __init__(self, body: Body, state: State) -> None:
+    def __init__(self, body: Body, state: State, present: State) -> None:
         self._body = body
         self._parts = dict(state.parts)
         self._setup = unpack(Setup, *self._own("setup"), "setup")
@@ -388,7 +402,12 @@ class _Wanted:
             body.board.check(self._board)
             prefix = f"{Owner.DEVICE}/"
             names = [name for name in self._parts if name.startswith(prefix)]
-            self._devices = body.board.unpack_devices({name.removeprefix(prefix): self._part(name) for name in names})
+            states = {name.removeprefix(prefix): self._parts.pop(name) for name in names}
+            body.board.check_names(states.keys())
+            others = {name: one for name, one in states.items() if present.parts.get(f"{prefix}{name}") != one}
+            self._devices = body.board.unpack_devices(
+                {name: (one.version, one.data) for name, one in others.items()}
+            )
         if self._parts:
             raise Invalid(f"the state has a part that this machine has not: {min(self._parts)[:60]!r}")
 
@@ -411,13 +430,14 @@ class _Wanted:
                 raise Invalid(f"{name}/{row.name}: of version {version}, where {row.version} is known")
         return values
 
-    def put(self) -> None:
+    def put(self, put_memory: Callable[[], None]) -> None:
         body, setup = self._body, self._setup
         is_same = setup.engine == body.save_setup().engine
         body.load_setup(setup)
         put_engine(body.engine_machine, self._engine)
-        if body.board is not None:
-            with body.board.asleep():
+        with _asleep(body):
+            put_memory()
+            if body.board is not None:
                 body.board.load(self._board)
                 body.board.load_devices(self._devices)
         for vcpu, values in zip(body.vcpus, self._cpus, strict=True):
@@ -432,28 +452,32 @@ def state_hash(body: Body) -> bytes:
     for name, part in sorted(take(body).parts.items()):
         if name not in of_run:
             digest.update(b"%s %d %d " % (name.encode(), part.version, len(part.data)) + part.data)
-    for name, fd, size in body.memories():
+    for name, size, memory in body.memories():
         digest.update(b"%s %d " % (name.encode(), size))
-        for at, page in _pages(fd, size):
+        for at, page in _pages(memory):
             digest.update(at.to_bytes(8, "little") + page)
     return digest.digest()
+
+
+class Source(Protocol):
+    """Memory, as something can be read of."""
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what may be other than zeros."""
+        ...
+
+    def read_at(self, offset: int, length: int) -> bytes: ...
 
 
 _PAGE = 4096
 _NO_PAGE = bytes(_PAGE)
 
 
-def _pages(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
+def _pages(memory: Source) -> Iterator[tuple[int, bytes]]:
     """The pages that are not zeros, whether they were ever touched or not."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: a hole up to the end
-            return
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+    for start, end in memory.extents():
         for at in range(start, end, 1 << 20):
-            data = os.pread(fd, min(1 << 20, end - at), at)
+            data = memory.read_at(at, min(1 << 20, end - at))
             if any(data):
                 for offset in range(0, len(data), _PAGE):
                     if (page := data[offset : offset + _PAGE]) != _NO_PAGE[: len(page)]:

@@ -1,4 +1,8 @@
-"""A machine's RAM: one memfd that the engine maps and the `mem` file is. An offset in it is a guest-physical address.
+"""A machine's RAM: one memfd, in which an offset is a guest-physical address, and one mapping of it, which the engine
+and the devices use.
+
+The memfd is mapped shared, and `mem` is that memfd. Or it is a base that nobody writes any more, mapped private: what
+is written then is the mapping's alone, and snapshots and forks share the rest (docs/decisions/0010).
 
 RAM lies in regions: up to LOW_MOST from address 0 on, and the rest from 4 GiB on, as on a PC. Between them are the BARs
 of PCI, the APICs and the flash; the memfd has a hole there, which takes no memory and is nobody's.
@@ -6,13 +10,14 @@ of PCI, the APICs and the flash; the memfd has a hole there, which takes no memo
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmfs.memory.hostfile import punch
+from vmfs.memory.layers import Image, Layer, extents, joined, runs
 from vmfs.memory.mapping import PAGE, Mapping
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
@@ -20,6 +25,9 @@ DEFAULT_SIZE = 128 << 20
 # Below PCI's memory, the flash, the APICs and the pages that KVM takes on Intel hosts, all of which are under 4 GiB.
 LOW_MOST = 0xE000_0000
 HIGH_START = 1 << 32
+_STEP = 16 << 20  # bytes that are mapped anew, or copied, at a time
+_ZEROS = 1 << 20
+F_SEAL_FUTURE_WRITE = 0x10  # Linux include/uapi/linux/fcntl.h; the fcntl module lacks it
 MAXIMUM_SIZE = 1 << 39  # so that all of it has an address of 40 bits, as the emulator's CPUID says
 
 
@@ -66,12 +74,16 @@ class Memory:
 
     `fd` is the memfd. Clients hold mappings of it that this object knows nothing of; it stays valid
     until `close`, which gives the pages back at once, even if something still maps them (they read zeros then).
+    `base`: it is private, over that image.
     """
+
+    base: Image | None = None
 
     def __init__(self, size: int = DEFAULT_SIZE) -> None:
         check_size(size)
         self.fd = os.memfd_create("vmfs-mem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._sealed = False
+        self._writing = threading.Lock()  # which way to write is found and gone while it is held
         self._closed = False
         self.written: Callable[[int, int], None] = lambda address, size: None  # called after this object wrote RAM
         try:
@@ -115,13 +127,14 @@ class Memory:
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""
-        self._check_open()
-        return os.pread(self.fd, min(length, self.room(offset)), offset)
+        return self.read_at(offset, min(length, self.room(offset)))
 
-    def read_file(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int) -> bytes:
         """As the file `mem` has it: between the regions are zeros."""
         self._check_open()
-        return os.pread(self.fd, length, offset)
+        if self.base is None:
+            return os.pread(self.fd, length, offset)
+        return _read_private(self.mapping, self.base, offset, length)
 
     def write(self, offset: int, data: bytes) -> int:
         """How many bytes were written: all that fit into a region. PastEnd when none does."""
@@ -132,8 +145,12 @@ class Memory:
             raise PastEnd(f"mem: {offset:#x} is {where}, {self.end:#x}")
         done = 0
         view = memoryview(data)[:room]
-        while done < len(view):
-            done += os.pwrite(self.fd, view[done:], offset + done)
+        with self._writing:
+            if self.base is not None:
+                self.mapping.view[offset : offset + len(view)] = view
+                done = len(view)
+            while done < len(view):
+                done += os.pwrite(self.fd, view[done:], offset + done)
         self.written(offset, done)
         return done
 
@@ -143,7 +160,11 @@ class Memory:
         first, last = -(-offset // PAGE) * PAGE, (offset + length) // PAGE * PAGE
         if first < last:
             self.write(offset, bytes(first - offset))
-            if punch(self.fd, first, last - first):
+            if self.base is not None:
+                for start, end in list(_touched(self.base, first, last)):
+                    for at in range(start, end, _ZEROS):
+                        self.mapping.view[at : min(at + _ZEROS, end)] = bytes(min(_ZEROS, end - at))
+            elif punch(self.fd, first, last - first):
                 raise EngineFailed(f"mem: fallocate does not clear {last - first} bytes at {first:#x}")
             self.written(first, last - first)
             self.write(last, bytes(offset + length - last))
@@ -154,12 +175,73 @@ class Memory:
         """For a thread that reads RAM for a while: it may outlive this object. `check` is called before each read, and
         raises what ends the work; what computes for long calls it, too."""
         self._check_open()
-        return MemoryView(os.dup(self.fd), self.regions, check)
+        return MemoryView(os.dup(self.fd), self.mapping, self.base, self.regions, check)
+
+    @property
+    def blocks(self) -> int:
+        """Of 512 bytes, that what was ever touched takes."""
+        return os.fstat(self.fd).st_blocks
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what was ever touched; between them are zeros that take no memory."""
+        self._check_open()
+        return extents(self.fd, 0, self.end) if self.base is None else _touched(self.base, 0, self.end)
+
+    # ---- a base, and back to it
+
+    def become_private(self) -> None:
+        """Make the memfd a base that nobody writes any more, and have it private. The guest may run meanwhile. Nobody
+        else may have it mapped for writing: EngineFailed then, at the end, and it is private all the same."""
+        if self.base is not None:
+            return
+        self.seal()
+        layer = Layer(os.dup(self.fd), None)
+        with self._writing:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+            self.base = Image((layer,), self.end)
+        for at in range(0, self.end, _STEP):
+            self.mapping.own(self.fd, at, min(_STEP, self.end - at))
+        layer.seal()
+
+    def put(self, pages: int, image: Image) -> None:
+        """Have these pages be as they are in `image`. Nobody may look meanwhile."""
+        view = self.mapping.view
+        for layer, here in image.parts(pages):
+            back = 0
+            if self.base is not None:  # what was not written since is so already
+                for under, its in self.base.parts(here):
+                    if under is layer:
+                        back |= its
+                for first, count in runs(back):
+                    self.mapping.drop(first * PAGE, count * PAGE)
+            for first, count in runs(here & ~back):
+                at, end = first * PAGE, (first + count) * PAGE
+                for start, stop in extents(layer.fd, at, end):
+                    self._zero(at, start)
+                    at = stop
+                    while start < stop:
+                        start += os.preadv(layer.fd, [view[start : min(start + _STEP, stop)]], start)
+                self._zero(at, end)
+
+    def _zero(self, start: int, end: int) -> None:
+        """Whole pages, of which nobody is told."""
+        if start >= end:
+            return
+        if self.base is None:
+            punch(self.fd, start, end - start)
+            return
+        for at, stop in list(_touched(self.base, start, end)):
+            for one in range(at, stop, _ZEROS):
+                self.mapping.view[one : min(one + _ZEROS, stop)] = bytes(min(_ZEROS, stop - one))
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            punch(self.fd, 0, self.end)  # where it fails the last unmap frees them
+            if self.base is None:
+                punch(self.fd, 0, self.end)  # where it fails the last unmap frees them
+            else:
+                self.mapping.drop(0, self.end)
+                self.base = None
             os.close(self.fd)
 
     def _check_open(self) -> None:
@@ -170,8 +252,17 @@ class Memory:
 class MemoryView:
     """RAM, to be read through a descriptor of its own: `with memory.view() as ram`. Zeros once it is closed."""
 
-    def __init__(self, fd: int, regions: tuple[Region, ...], check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        fd: int,
+        mapping: Mapping,
+        base: Image | None,
+        regions: tuple[Region, ...],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.fd = fd
+        self._mapping = mapping
+        self._base = base
         self.regions = regions
         self.check = check
 
@@ -193,17 +284,26 @@ class MemoryView:
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""
         self.check()
-        return os.pread(self.fd, min(length, self.room(offset)), offset)
+        length = min(length, self.room(offset))
+        if self._base is None:
+            return os.pread(self.fd, length, offset)
+        return _read_private(self._mapping, self._base, offset, length)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of what was ever touched; between them are zeros that take no memory."""
-        end = 0
-        while end < self.end:
-            try:
-                start = os.lseek(self.fd, end, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end
-                    return
-                raise
-            end = os.lseek(self.fd, start, os.SEEK_HOLE)
-            yield start, end
+        return extents(self.fd, 0, self.end) if self._base is None else _touched(self._base, 0, self.end)
+
+
+def _touched(base: Image, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of a private mapping is not zeros that were never touched: to write a page, the kernel has read it, and the
+    file has it from then on."""
+    return joined(extents(layer.fd, start, end) for layer in base.layers)
+
+
+def _read_private(mapping: Mapping, base: Image, offset: int, length: int) -> bytes:
+    """Without touching what was never touched."""
+    length = max(min(length, base.end - offset), 0)
+    data = bytearray(length)
+    for start, end in _touched(base, offset, offset + length):
+        data[start - offset : end - offset] = mapping.view[start:end]
+    return bytes(data)

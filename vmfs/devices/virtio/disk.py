@@ -108,7 +108,7 @@ def open_disk(
         except BlockingIOError:
             raise Busy("another machine, or somebody else, has the disk open (flock)") from None
         if mode == "cow":
-            return Overlay(RawDisk(fd, "ro", size), (unnamed_file or _unnamed_file)(), room or _NoLimit())
+            return Overlay(RawDisk(fd, "ro", size), unnamed_file or _unnamed_file, room or _NoLimit())
         if mode not in ("ro", "rw"):
             raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
         return RawDisk(fd, mode, size)
@@ -245,28 +245,80 @@ def _transfer(call: Callable[[int, Buffers, int], int], fd: int, buffers: Buffer
             left[0] = left[0][done:]
 
 
+class Written:
+    """A file of an overlay that nobody writes any more, and its map. Snapshots and overlays share it; with the last of
+    them it is closed, and its `held` bytes are free."""
+
+    def __init__(self, fd: int, clusters: dict[int, int], room: Room, held: int) -> None:
+        self.fd = fd
+        self.map = clusters
+        self._room, self._held = room, held
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the host's disk."""
+        return os.fstat(self.fd).st_blocks * SECTOR
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
+        self._room.release(self._held)
+
+
 class Overlay:
     """What is written goes into a file without a name, which is gone with the machine; the base stays as it is.
 
     In the folder for temporary files (TMPDIR): it takes disk space as it grows, and where that ends, or `room` does,
-    writes fail. To flush it has no meaning: nothing of it outlives the machine.
+    writes fail. To flush it has no meaning: nothing of it outlives the machine. Below that file are those that are
+    frozen (`lower`, the newest last), which snapshots share.
     """
 
     mode = "cow"
     writable = True
 
-    def __init__(self, base: RawDisk, fd: int, room: Room) -> None:
+    def __init__(self, base: RawDisk, new_file: Callable[[], int], room: Room) -> None:
+        self.new_file = new_file
         self._room = room
         self._held = 0  # bytes that are reserved there
         self._taken = 0  # that the file took when it was last looked at
         self._since = 0  # that it may have taken since
         self.base = base
         self.size = base.size
-        self.fd = fd
-        os.ftruncate(self.fd, self.size)
+        self.lower: tuple[Written, ...] = ()
         self.can_discard = True
-        self._punches = can_punch(self.fd)
-        self._map: dict[int, int] = {}  # chunk -> a bit a cluster that the overlay has
+        self._write_to(new_file())
+
+    def _write_to(self, fd: int) -> None:
+        """Have that new file be the one that is written."""
+        self.fd = fd
+        os.ftruncate(fd, self.size)
+        self._punches = can_punch(fd)
+        self._map: dict[int, int] = {}  # chunk -> a bit a cluster that the file has
+
+    # ---- snapshots
+
+    @property
+    def is_written(self) -> bool:
+        """Whether anything was since it was frozen last."""
+        return bool(self._map)
+
+    def freeze(self, new_file: Callable[[], int]) -> tuple[Written, ...]:
+        """What it has, for somebody to keep. It is not written to meanwhile. `new_file` gives the next to be written,
+        where one is needed (`is_written`)."""
+        if self._map:
+            fresh = new_file()
+            self.lower = (*self.lower, Written(self.fd, self._map, self._room, self._held))
+            self._held = self._taken = self._since = 0
+            self._write_to(fresh)
+        return self.lower
+
+    def go_back(self, lower: tuple[Written, ...]) -> None:
+        """Have what was frozen then, and no more."""
+        self.lower = lower
+        if self._map:
+            os.ftruncate(self.fd, 0)
+            self._write_to(self.fd)
+            self._room.release(self._held)
+            self._held = self._taken = self._since = 0
 
     def _hold(self, length: int) -> None:
         """Before so many bytes are written. OSError where there is no room for them."""
@@ -284,13 +336,14 @@ class Overlay:
                 raise OSError(error.errno, str(error)) from None
             self._held += more
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
-        """(whether the overlay has it, offset, length) of the parts of a range, in order."""
+    @staticmethod
+    def _runs(clusters: Mapping[int, int], offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+        """(whether it is in that map, offset, length) of the parts of a range, in order."""
         end = offset + length
         start, has = offset, None
         cluster = offset // CLUSTER
         while cluster * CLUSTER < end:
-            bits = self._map.get(cluster // _CHUNK, 0) >> cluster % _CHUNK
+            bits = clusters.get(cluster // _CHUNK, 0) >> cluster % _CHUNK
             here = bool(bits & 1)
             # How many clusters of the chunk from here on are alike.
             other = ~bits if here else bits
@@ -315,15 +368,39 @@ class Overlay:
     def _has(self, cluster: int) -> bool:
         return bool(self._map.get(cluster // _CHUNK, 0) >> cluster % _CHUNK & 1)
 
-    def read(self, offset: int, buffers: Buffers) -> None:
-        length = sum(map(len, buffers))
-        at = 0
-        for has, start, size in self._runs(offset, length):
-            part = _cut(buffers, at, size)
+    def _parts(self, offset: int, length: int, below: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """(descriptor, offset, length) of the parts of a range, in order; -1 is the base. `below`: only what so many of
+        the lower files have."""
+        if below is None:
+            fd, clusters, below = self.fd, self._map, len(self.lower)
+        elif below:
+            below -= 1
+            fd, clusters = self.lower[below].fd, self.lower[below].map
+        else:
+            yield -1, offset, length
+            return
+        for has, start, size in self._runs(clusters, offset, length):
             if has:
-                _transfer(os.preadv, self.fd, part, start)
+                yield fd, start, size
             else:
+                yield from self._parts(start, size, below)
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        self._read(self._parts(offset, sum(map(len, buffers))), buffers)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        self.read(offset, [memoryview(data)])
+        return bytes(data)
+
+    def _read(self, parts: Iterator[tuple[int, int, int]], buffers: Buffers) -> None:
+        at = 0
+        for fd, start, size in parts:
+            part = _cut(buffers, at, size)
+            if fd < 0:
                 self.base.read(start, part)
+            else:
+                _transfer(os.preadv, fd, part, start)
             at += size
 
     def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
@@ -338,8 +415,10 @@ class Overlay:
         end = offset + length
         for cluster, is_cut in ((offset // CLUSTER, offset % CLUSTER), (end // CLUSTER, end % CLUSTER)):
             if is_cut and not self._has(cluster):
-                data = os.pread(self.base.fd, CLUSTER, cluster * CLUSTER)
-                _transfer(os.pwritev, self.fd, [memoryview(data)], cluster * CLUSTER)
+                at = cluster * CLUSTER
+                data = memoryview(bytearray(min(CLUSTER, self.size - at)))
+                self._read(self._parts(at, len(data), len(self.lower)), [data])
+                _transfer(os.pwritev, self.fd, [data], at)
                 self._mark(cluster, cluster + 1)
 
     def flush(self) -> None:
@@ -362,7 +441,24 @@ class Overlay:
         self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
 
     def save_map(self) -> dict[int, bytes]:
-        return {chunk: bits.to_bytes(_CHUNK // 8, "little") for chunk, bits in sorted(self._map.items()) if bits}
+        return {
+            chunk: bits.to_bytes(_CHUNK // 8, "little") for chunk, bits in sorted(self._whole_map().items()) if bits
+        }
+
+    def _whole_map(self) -> dict[int, int]:
+        whole = dict(self._map)
+        for one in self.lower:
+            for chunk, bits in one.map.items():
+                whole[chunk] = whole.get(chunk, 0) | bits
+        return whole
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of the clusters that are not the base's."""
+        for chunk in sorted(whole := self._whole_map()):
+            start, end = chunk * _CHUNK * CLUSTER, (chunk + 1) * _CHUNK * CLUSTER
+            for has, at, size in self._runs(whole, start, min(end, self.size) - start):
+                if has:
+                    yield at, at + size
 
     def check_map(self, chunks: Mapping[int, bytes]) -> None:
         clusters = -(-self.size // CLUSTER)
@@ -372,13 +468,16 @@ class Overlay:
                 raise Invalid(f"the overlay of a disk of {self.size} bytes has no such clusters as chunk {chunk} says")
 
     def load_map(self, chunks: Mapping[int, bytes]) -> None:
-        self._map = {chunk: int.from_bytes(bits, "little") for chunk, bits in chunks.items()}
+        if chunks != self.save_map():
+            self.lower = ()
+            self._map = {chunk: int.from_bytes(bits, "little") for chunk, bits in chunks.items()}
 
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
             self._room.release(self._held)
+            self.lower = ()
         self.base.close()
 
 

@@ -287,7 +287,7 @@ class Core(Kind):
         return core_size(scope.vm.memory.end)
 
     def blocks(self, scope: Any, size: int) -> int:
-        return os.fstat(scope.vm.memory.fd).st_blocks + PAGE // 512  # RAM, and headers that are never all zeros
+        return scope.vm.memory.blocks + PAGE // 512  # RAM, and headers that are never all zeros
 
     def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
         return _CoreHandle(node, nonblocking)
@@ -298,12 +298,12 @@ class _CoreHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         if offset >= RAM_OFFSET:
-            return self.scope.vm.memory.read_file(offset - RAM_OFFSET, size)
+            return self.scope.vm.memory.read_at(offset - RAM_OFFSET, size)
         if self._header is None:
             self._header = await value_of(self._make_header(), self)
         head = self._header[offset : offset + size].ljust(min(size, RAM_OFFSET - offset), b"\0")
         # A short read is the end of the file for tar and others.
-        return head + self.scope.vm.memory.read_file(0, size - len(head)) if len(head) < size else head
+        return head + self.scope.vm.memory.read_at(0, size - len(head)) if len(head) < size else head
 
     async def _make_header(self) -> bytes:
         vm = self.scope.vm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,7 @@ class Mem(Kind):
         return scope.vm.memory.end
 
     def blocks(self, scope: Any, size: int) -> int:
-        return os.fstat(scope.vm.memory.fd).st_blocks
+        return scope.vm.memory.blocks
 
     def truncate(self, scope: Any, size: int, opened: bool) -> Any:
         if size or opened:  # else it may be O_TRUNC, as in `cp image mem`

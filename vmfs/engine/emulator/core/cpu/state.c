@@ -412,7 +412,11 @@ static int set_msrs(struct vcpu *c, const void *data, size_t size)
         return -EINVAL;
     for (u32 i = 0; i < m->nmsrs; i++) { /* all or nothing */
         u64 old;
-        if (vcpu_get_msr(c, m->entries[i].index, &old) || vcpu_set_msr(c, m->entries[i].index, m->entries[i].data))
+        if (vcpu_get_msr(c, m->entries[i].index, &old))
+            return -EINVAL;
+        if (msr_takes_anything(m->entries[i].index))
+            continue;
+        if (vcpu_set_msr(c, m->entries[i].index, m->entries[i].data))
             return -EINVAL;
         vcpu_set_msr(c, m->entries[i].index, old);
     }

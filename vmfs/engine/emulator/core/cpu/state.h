@@ -648,6 +648,8 @@ void cpuid(struct vcpu *c, u32 leaf, u32 subleaf, u32 out[4]);
 bool xcr0_is_valid(struct vcpu *c, u64 value); /* XCR0, with what CPUID has and the core knows */
 bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host);
 bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
+/* To try it would not be without effect: a deadline that has passed is an interrupt at once. */
+bool msr_takes_anything(u32 index);
 void msr_note_unclaimed(struct vcpu *c, const struct record *r, u32 index, bool write);
 size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
 bool has_nx(const struct vcpu *c);

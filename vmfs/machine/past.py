@@ -1,0 +1,355 @@
+"""Past: the snapshots of a machine. What one holds, and how it is taken and gone back to (docs/decisions/0013).
+
+A snapshot is a value of the machine (`vmfs.machine.state`) and its memory: RAM as an image of layers that snapshots
+share, and what else of memory there is, each as a file that nobody changes any more. RAM is copied while the guest
+runs; while it stands still, only what it wrote since, and the state. Every method blocks, and is for a thread of its
+own; one at a time is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmfs.devices.virtio.disk import Overlay, Written
+from vmfs.machine.images import Kept
+from vmfs.machine.state import State, take_with
+from vmfs.memory.layers import Image, Layer, bits, runs
+from vmfs.memory.ram import PAGE
+from vmfs.words.errors import Gone, Invalid, LimitReached, VmfsError
+
+if TYPE_CHECKING:
+    from vmfs.engine.base import Engine
+    from vmfs.machine.machine import Vm
+
+SNAPSHOTS_MOST = 256  # of a machine: each holds a descriptor or two
+STILL_MOST = 256  # pages that are copied while the machine stands still, where fewer can be had
+ROUNDS_MOST = 8  # in which a guest that runs may write less than that
+_ROOM_STEP = 1 << 20
+_COMPARED = 1 << 20  # bytes at a time
+
+Reserve = Callable[[int], None]  # asks for more bytes, or gives some back: below zero
+
+
+@dataclass(frozen=True, slots=True)
+class Rom:
+    kept: Kept
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`overlays`: by the name of the device, what its disk's overlay has; `instructions`: None where nobody counts."""
+
+    name: str
+    state: State
+    engine: Engine
+    ram: Image
+    rom: Rom | None
+    images: dict[str, Kept]
+    overlays: dict[str, tuple[Written, ...]]
+    taken_ns: int
+    instructions: int | None
+    rw_disks: tuple[str, ...]  # that are rw: what their files hold is not in it
+
+    def files(self) -> Iterator[Kept]:
+        """What holds memory beside RAM."""
+        yield from self.images.values()
+        if self.rom is not None:
+            yield self.rom.kept
+
+
+class Past:
+    """Of one machine, which has to note each page of RAM that is written once there is a snapshot (`is_tracked`)."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._busy = threading.Lock()
+        self._snapshots: dict[str, Snapshot] = {}
+        self._reserve: Reserve = lambda more: None
+        self._held = 0  # bytes
+        self._parent: Image | None = None  # what RAM is but for the pages that are noted; None: it is not known
+        self._news = 0  # of `unseen` when RAM was the parent
+        self.is_tracked = False
+        self.last: str | None = None  # the one that was gone back to, or taken, last
+
+    # ---- what there is
+
+    def names(self) -> list[str]:
+        return list(self._snapshots)
+
+    def __getitem__(self, name: str) -> Snapshot:
+        """Gone where there is none of that name."""
+        snapshot = self._snapshots.get(name)
+        if snapshot is None:
+            raise Gone(f"there is no snapshot {name[:64]!r}")
+        return snapshot
+
+    def __bool__(self) -> bool:
+        return bool(self._snapshots)
+
+    def sizes(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Bytes of memory and of overlays that it shares with other snapshots or with the machine, and that are its
+        own."""
+        others = [one for one in list(self._snapshots.values()) if one is not snapshot]
+        base = self._vm.memory.base
+        own = snapshot.ram.taken_beside([one.ram for one in others] + ([base] if base is not None else []))
+        written = {part for parts in snapshot.overlays.values() for part in parts}
+        theirs = {part for other in others for parts in other.overlays.values() for part in parts}
+        theirs.update(part for disk in self._disks().values() for part in disk.lower)
+        own += sum(part.taken for part in written - theirs)
+        every = sum(layer.taken for layer in snapshot.ram.layers) + sum(part.taken for part in written)
+        return max(every - own, 0), own
+
+    # ---- taking one
+
+    def take(
+        self, name: str, *, is_live: bool = False, unseen: Callable[[], int] = lambda: 0, reserve: Reserve | None = None
+    ) -> Snapshot:
+        """Keep what the machine is now, running or not. LimitReached where there is no room, and then nothing is kept.
+
+        `is_live`: clients have RAM's memfd itself open, so that it has to stay what RAM is, and RAM is copied. `unseen`
+        is below zero while they may write it unseen, and else another number after they may have.
+        """
+        with self._busy:
+            if name in self._snapshots:
+                raise Invalid(f"there is a snapshot {name} already")
+            if len(self._snapshots) >= SNAPSHOTS_MOST:
+                raise LimitReached(f"a machine has up to {SNAPSHOTS_MOST} snapshots")
+            if reserve is not None:
+                self._reserve = reserve
+            taking = _Taking(self._vm, name, unseen)
+            try:
+                self._begin(is_live)
+                snapshot = self._take(taking)
+            except BaseException:
+                self._settle()
+                raise
+            finally:
+                taking.close()
+            self._snapshots[name] = snapshot
+            self.last = name
+            self._settle()
+        return snapshot
+
+    def _begin(self, is_live: bool) -> None:
+        """Have all be noted that is written from now on; and have RAM over a base, unless it has to stay what it is."""
+        memory = self._vm.memory
+        if not self.is_tracked:
+            self.is_tracked = True
+            self._parent = None
+            self._vm.take_pages()
+        if not is_live and memory.base is None:
+            self._hold(self._held + memory.size)
+            memory.become_private()
+            self._parent = memory.base  # what was noted before is more than what is not so
+
+    def _take(self, taking: _Taking) -> Snapshot:
+        vm, memory, parent = self._vm, self._vm.memory, self._parent
+        may_be_unseen = memory.base is None and (taking.unseen() < 0 or taking.unseen() != self._news)
+        taking.begin(parent, all_of_it=may_be_unseen)
+        room = self._held
+        for left in range(ROUNDS_MOST, -1, -1):
+            taking.open_overlays(self._disks())
+            if left and not may_be_unseen:
+                pages = taking.pending | vm.take_pages()
+                taking.pending = pages
+                if pages.bit_count() > STILL_MOST:
+                    self._hold(room + (taking.copied | pages).bit_count() * PAGE)
+                    taking.copy()
+                    continue
+            # What the guest writes until it stands still, too.
+            whole = memory.size // PAGE
+            most = min(taking.copied.bit_count() + 16 * STILL_MOST, whole) if left and not may_be_unseen else whole
+            self._hold(room + most * PAGE)
+            if vm.at_boundary(lambda _, most=most: taking.finish(most, self._disks())).result():
+                break
+        else:
+            raise LimitReached("the machine writes more than can be copied meanwhile")
+        assert taking.snapshot is not None
+        self._parent, self._news = taking.snapshot.ram, taking.news
+        taking.layer.seal()
+        return taking.snapshot
+
+    # ---- back to one
+
+    def restore(self, name: str, *, unseen: Callable[[], int] = lambda: 0) -> list[tuple[int, int]]:
+        """Be what the machine was then, and paused. Busy while it runs. Returns what of RAM may be another, as
+        (address, length)."""
+        with self._busy:
+            snapshot = self[name]
+            pages = 0
+
+            def put_ram() -> None:
+                nonlocal pages
+                pages = self._put_ram(snapshot.ram, unseen)
+
+            self._vm.go_back(snapshot, put_ram)
+            self.last = name
+        return [(first * PAGE, count * PAGE) for first, count in runs(pages)]
+
+    def _put_ram(self, image: Image, unseen: Callable[[], int]) -> int:
+        """With the machine's lock. The pages that may be others now."""
+        vm, memory, parent = self._vm, self._vm.memory, self._parent
+        assert parent is not None
+        pages = vm.look_at_pages() | image.differs(parent)
+        if memory.base is None and (unseen() < 0 or unseen() != self._news):
+            for start, end in (*memory.extents(), *image.extents()):
+                pages |= bits(start // PAGE, (end - start) // PAGE)
+        memory.put(pages, image)
+        vm.have_written(pages)
+        self._parent, self._news = image, unseen()
+        return pages
+
+    # ---- forgetting
+
+    def drop(self, name: str) -> None:
+        with self._busy:
+            self[name]
+            del self._snapshots[name]
+            if self.last == name:
+                self.last = None
+            self._settle()
+
+    def close(self) -> None:
+        self._snapshots = {}
+        self._parent = None
+
+    # ---- room
+
+    def _settle(self) -> None:
+        """Hold what is there, after something has come or gone. A base counts as much as RAM: what is over it is RAM.
+        """
+        memory, snapshots = self._vm.memory, list(self._snapshots.values())
+        under = set() if memory.base is None else set(memory.base.layers)
+        layers = {layer for one in snapshots for layer in one.ram.layers}
+        if self._parent is not None:
+            layers.update(self._parent.layers)
+        total = (memory.size if under else 0) + sum(layer.taken for layer in layers - under)
+        total += sum({kept: kept.size for one in snapshots for kept in one.files()}.values())
+        total += sum(len(part.data) for one in snapshots for part in one.state.parts.values())
+        with contextlib.suppress(VmfsError):  # it is there all the same; whoever asks next is told
+            self._hold(total)
+
+    def _hold(self, size: int) -> None:
+        wanted = -(-size // _ROOM_STEP) * _ROOM_STEP
+        if wanted != self._held:
+            self._reserve(wanted - self._held)
+            self._held = wanted
+
+    def _disks(self) -> dict[str, Overlay]:
+        """Those that are cow."""
+        return {name: disk for name, disk in self._vm.disks() if isinstance(disk, Overlay)}
+
+
+class _Taking:
+    """A snapshot on its way: a layer of what differs from `parent`, and new files for what is written to disks."""
+
+    def __init__(self, vm: Vm, name: str, unseen: Callable[[], int]) -> None:
+        self._vm = vm
+        self._name = name
+        self.unseen = unseen
+        self.news = 0
+        self.pending = self.copied = 0  # pages
+        self.snapshot: Snapshot | None = None
+        self._overlays: dict[str, int] = {}
+        self._all_of_it = False
+
+    def begin(self, parent: Image | None, *, all_of_it: bool) -> None:
+        """`all_of_it`: nobody has noted all that was written; it has to be looked for."""
+        end = self._vm.memory.end
+        self._parent, self._all_of_it = parent, all_of_it
+        fd = os.memfd_create("vmfs-snapshot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.layer = Layer(fd, None if parent is None else 0)
+        os.ftruncate(fd, end)
+        if parent is None:
+            self.pending = self._touched()
+
+    def _touched(self) -> int:
+        found = 0
+        for start, end in self._vm.memory.extents():
+            found |= bits(start // PAGE, (end - start) // PAGE)
+        return found
+
+    def open_overlays(self, disks: dict[str, Overlay]) -> None:
+        for name, disk in disks.items():
+            if disk.is_written and name not in self._overlays:
+                self._overlays[name] = disk.new_file()
+
+    def copy(self) -> None:
+        """What is pending."""
+        view = self._vm.memory.mapping.view
+        for first, count in runs(self.pending):
+            at, end = first * PAGE, (first + count) * PAGE
+            while at < end:
+                at += os.pwrite(self.layer.fd, view[at:end], at)
+        self.copied |= self.pending
+        self.pending = 0
+
+    def finish(self, most: int, disks: dict[str, Overlay]) -> bool:
+        """Between two instructions, with the machine's lock: what there is left to copy, and all else. False where it
+        is more than there is room for."""
+        vm = self._vm
+        if any(disk.is_written and name not in self._overlays for name, disk in disks.items()):
+            return False
+
+        def rest() -> bool:
+            self.pending |= vm.look_at_pages()
+            if self._all_of_it:
+                self.pending |= self._touched() if self._parent is None else self._different(self._parent)
+            if (self.copied | self.pending).bit_count() > most:
+                return False
+            self.copy()
+            for name, disk in disks.items():
+                frozen[name] = disk.freeze(lambda name=name: self._overlays.pop(name))  # type: ignore[misc]
+            return True
+
+        frozen: dict[str, tuple[Written, ...]] = {}
+
+        taken = take_with(vm, rest)
+        if taken is None:
+            return False
+        if self.layer.pages is not None:
+            self.layer.pages = self.copied
+        if self._parent is None:
+            ram = Image((self.layer,), vm.memory.end)
+        else:
+            ram = self._parent.over(self.layer) if self.copied else self._parent
+        self.snapshot = Snapshot(
+            name=self._name,
+            state=taken,
+            engine=vm.engine,
+            ram=ram,
+            rom=vm.rom,
+            images=vm.images.keep(),
+            overlays=frozen,
+            taken_ns=time.time_ns(),
+            instructions=vm.count_instructions(),
+            rw_disks=tuple(name for name, disk in vm.disks() if disk.mode == "rw"),
+        )
+        vm.forget_pages()
+        self.news = self.unseen()
+        return True
+
+    def _different(self, parent: Image) -> int:
+        """The pages that are not as they were, found by looking at all of them."""
+        found, view = 0, self._vm.memory.mapping.view
+        for start, end in self._vm.memory.extents():
+            for at in range(start, end, _COMPARED):
+                stop = min(at + _COMPARED, end)
+                then = parent.read(at, stop - at)
+                if view[at:stop] == then:
+                    continue
+                for page in range(at, stop, PAGE):
+                    if view[page : page + PAGE] != then[page - at : page - at + PAGE]:
+                        found |= 1 << page // PAGE
+        return found
+
+    def close(self) -> None:
+        for fd in self._overlays.values():
+            os.close(fd)
