@@ -387,3 +387,38 @@ def test_a_tsc_deadline_goes_along(engine, other, assembler):
         assert run(vm).line().startswith("shutdown cause=debug-exit code=5 ")
     finally:
         vm.close()
+
+
+def test_a_machine_that_has_moved_is_reset(engine, other, assembler):
+    """Its CPUID is that of the engine where it has run, and some MSRs of the other one are not there, or constant."""
+    vm = Vm(engine, memory_size=SIZE)
+    try:
+        load(vm, assembler("out 0x80, al", "long"))
+        run(vm)
+        vm.move_to(other)
+        vm.reset()
+        regs = state(vm, "regs")
+        assert struct.unpack_from("<Q", regs, 128)[0] == 0xFFF0 and vm.state == "paused"
+    finally:
+        vm.close()
+
+
+def test_msrs_are_tried_without_effect(engine, assembler):
+    """A deadline that is past by the present TSC is none by that which is set with it."""
+    vm = Vm(engine, memory_size=SIZE)
+    try:
+        if Capability.DETERMINISTIC not in vm.capabilities:
+            pytest.skip("time goes on by itself")
+        vm.set_machine("pc")
+        vm.set_time_source("instructions")
+        program = assembler(DEADLINE, "long")
+        load(vm, program)
+        vm.set_points(lambda points: points.add_iobreak(0x80, 0x80)).result(SECONDS)
+        assert run(vm).line().startswith("debug cause=io ")
+        msrs, lapic = state(vm, "msrs"), state(vm, "lapic")
+        vm.change(lambda cpu: cpu.set_msr(0x10, 1 << 50))
+        vm.change(lambda cpu: cpu.set_state("lapic", lapic))
+        vm.change(lambda cpu: cpu.set_state("msrs", msrs))
+        assert state(vm, "lapic")[0x200:0x280] == lapic[0x200:0x280]
+    finally:
+        vm.close()

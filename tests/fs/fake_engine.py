@@ -6,7 +6,6 @@ An item of the script is an Exit, or a function that gets the Vcpu, may `store` 
 
 from __future__ import annotations
 
-import mmap
 import struct
 import threading
 from collections import deque
@@ -52,17 +51,15 @@ class FakeMachine(Machine):
 
     def __init__(self) -> None:
         self.cpus: dict[int, FakeVcpu] = {}
-        self.memory: mmap.mmap | None = None
+        self.memory: memoryview | None = None
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
         self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN, 0, 0)}
         self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
-    def map_memory(self, slot, guest_address, fd, offset, size, *, read_only=False):
-        if self.memory is not None:
-            self.memory.close()
-        self.memory = mmap.mmap(fd, size) if size else None
+    def map_memory(self, slot, guest_address, memory, offset, size, *, read_only=False):
+        self.memory = memory.view[offset : offset + size] if size else None
 
     def create_vcpu(self, index: int) -> FakeVcpu:
         self.cpus[index] = FakeVcpu(self, index)
@@ -108,7 +105,7 @@ class FakeMachine(Machine):
     def close(self) -> None:
         self.closed += 1
         if self.memory is not None:
-            self.memory.close()
+            self.memory.release()
             self.memory = None
 
 

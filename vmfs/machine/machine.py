@@ -376,7 +376,9 @@ class Vm(Control):
         """Be what `snapshot` says, whole or not at all. Busy during a run."""
         with self._lock:
             self._check_idle()
-            if self.engine.name != snapshot.engine.name:
+            cpuids = [snapshot.state.parts[f"cpu{cpu.index}/cpuid"].data for cpu in self.cpus]
+            # An engine may refuse another CPUID once the CPU has run.
+            if self.engine.name != snapshot.engine.name or cpuids != [c.vcpu.get_state("cpuid") for c in self.cpus]:
                 self._replace_machine(snapshot.engine)
             before = self.images.keep(), self._rom, {name: disk for name, disk in self.disks()}
 

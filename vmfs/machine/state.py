@@ -223,9 +223,10 @@ def reset_values(source: Machine | Vcpu, owner: Owner) -> dict[str, bytes]:
 
 
 def reset_cpu(cpu: Vcpu, values: Values) -> None:
-    """Set back a CPU that had `values` when it was new. What it has counted stays."""
+    """Set back a CPU that had `values` when it was new. What it has counted stays. Its CPUID may be another engine's by
+    now, and with it the MSRs that there are, and what they take."""
     before = cpu.get_state("progress")
-    put_cpu(cpu, {**values, "progress": as_new(before, values["progress"])})
+    put_cpu(cpu, {**values, "progress": as_new(before, values["progress"])}, values["msrs"])
 
 
 # ---- trying

@@ -83,7 +83,7 @@ class Memory:
         check_size(size)
         self.fd = os.memfd_create("vmfs-mem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._sealed = False
-        self._writing = threading.Lock()  # which way to write is found and gone while it is held
+        self._writing = threading.Lock()  # held while the way to write, and seals, are looked at and used
         self._closed = False
         self.written: Callable[[int, int], None] = lambda address, size: None  # called after this object wrote RAM
         try:
@@ -121,9 +121,10 @@ class Memory:
 
     def seal(self) -> None:
         """Fix the size: from now on no holder of the descriptor can shrink RAM under the guest."""
-        if not self._sealed:
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self._sealed = True
+        with self._writing:
+            if not self._sealed:
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+                self._sealed = True
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer at the end of a region, none where there is no RAM."""

@@ -655,10 +655,15 @@ class KvmVcpu(Vcpu):
         self._state.set_msr(index, value)
 
     def complete(self) -> None:
-        if self._again is not None:
+        kicked = self._kicked
+        while self._again is not None:
             exit_ = self._take_up(self._again)
+            if isinstance(exit_, exits.Interrupted):  # by a kick, which is for the next run
+                continue
             if exit_ is not None and not self._access[2]:
                 self._stash.append(exit_)
+        if kicked and not self._kicked:
+            self.kick()
         if self._completes:
             _offset, _size, is_read = self._access
             written = b"" if is_read else self.access_data
