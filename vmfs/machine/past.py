@@ -13,19 +13,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from vmfs.devices.virtio.disk import Overlay, Written
-from vmfs.machine.images import Kept
-from vmfs.machine.state import State, take_with
+from vmfs.devices.virtio.disk import Disk, Overlay, Written
+from vmfs.engine.base import Engine, Vcpu
+from vmfs.machine.images import Images, Kept
+from vmfs.machine.state import Body, State, take_with
 from vmfs.memory.layers import Image, Layer, bits, runs
-from vmfs.memory.ram import PAGE
+from vmfs.memory.ram import PAGE, Memory
 from vmfs.words.errors import Gone, Invalid, LimitReached, VmfsError
-
-if TYPE_CHECKING:
-    from vmfs.engine.base import Engine
-    from vmfs.machine.machine import Vm
 
 SNAPSHOTS_MOST = 256  # of a machine: each holds a descriptor or two
 STILL_MOST = 256  # pages that are copied while the machine stands still, where fewer can be had
@@ -64,10 +62,30 @@ class Snapshot:
             yield self.rom.kept
 
 
+class Whole(Body, Protocol):
+    """What this needs of a machine (`vmfs.machine.machine.Vm`). The second group is for the holder of its lock."""
+
+    memory: Memory
+    images: Images
+    engine: Engine
+
+    def at_boundary(self, task: Callable[[Vcpu], Any], cpu: int = 0) -> Future[Any]: ...
+    def take_pages(self) -> int: ...
+    def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None: ...
+
+    @property
+    def rom(self) -> Rom | None: ...
+    def disks(self) -> Iterator[tuple[str, Disk]]: ...
+    def look_at_pages(self) -> int: ...
+    def forget_pages(self) -> None: ...
+    def have_written(self, pages: int) -> None: ...
+    def count_instructions(self) -> int | None: ...
+
+
 class Past:
     """Of one machine, which has to note each page of RAM that is written once there is a snapshot (`is_tracked`)."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Whole) -> None:
         self._vm = vm
         self._busy = threading.Lock()
         self._snapshots: dict[str, Snapshot] = {}
@@ -250,7 +268,7 @@ class Past:
 class _Taking:
     """A snapshot on its way: a layer of what differs from `parent`, and new files for what is written to disks."""
 
-    def __init__(self, vm: Vm, name: str, unseen: Callable[[], int]) -> None:
+    def __init__(self, vm: Whole, name: str, unseen: Callable[[], int]) -> None:
         self._vm = vm
         self._name = name
         self.unseen = unseen
