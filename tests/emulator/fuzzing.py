@@ -6,7 +6,7 @@ Random instruction sequences from the core's table (one in four with other prefi
 state, in 64-bit mode, in compatibility mode, and in segments of an LDT (16-bit and 32-bit code and stacks, limits,
 expand-down, read-only and execute-only ones, code that runs over the end of its segment and over 10000h), run on the
 host CPU and on the core. A difference is shrunk and printed as a line that begins with "case"; put into finds.txt,
-it is a test.
+it is a test. With --ways, the interpreter and host code on the core (fuzz/ways.c).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = HERE.parent.parent
 FUZZ = HERE / "fuzz"
 HEADERS = ROOT / "vmfs/engine/emulator/core"
 FINDS = HERE / "finds.txt"
-SOURCES = ("main.c", "freedoms.c", "generate.c", "host.c")
+SOURCES = ("main.c", "freedoms.c", "generate.c", "host.c", "ways.c")
 
 
 def objects() -> list[str]:

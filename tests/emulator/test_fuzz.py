@@ -10,6 +10,7 @@ from emulator import fuzzing  # noqa: E402
 
 pytestmark = pytest.mark.skipif(fuzzing.missing() is not None, reason=str(fuzzing.missing()))
 CASES = 200_000
+WAYS_CASES = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,17 @@ def test_sample(way, program, monkeypatch):
     rows = re.findall(r"^row \d+ (\S+) (\S+) (\d+)$", done.stdout, re.M)
     assert len(rows) > 500
     assert not [name for _, name, count in rows if count == "0"]
+
+
+def test_ways(program):
+    """What the host cannot show: interrupts, changing page tables and code, points to stop at; host code three ways against
+    the interpreter after each run."""
+    done = fuzzing.run(program, "--ways", "--cases", WAYS_CASES, "--seed", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) ([a-z ]+)", done.stdout)}
+    assert counts["cases"] >= WAYS_CASES
+    kinds = ("interrupts", "runs with points", "in steps", "traced", "limit", "debug", "mmio", "killed", "exceptions")
+    assert min(counts[kind] for kind in kinds) > WAYS_CASES // 1000
 
 
 def test_every_find_stays_fixed(program, native):

@@ -11,6 +11,7 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
+typedef int64_t i64;
 
 /* The same addresses on the host and in the guest. Nothing is mapped beside them. */
 enum { PAGE = 4096, CODE_SIZE = 2 * PAGE, DATA_SIZE = 2 * PAGE };

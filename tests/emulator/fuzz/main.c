@@ -1,10 +1,11 @@
-/* fuzz [--seconds N] [--cases N] [--seed N] [--finds N] [--plant NAME] [--no-host] [--replay FILE]
+/* fuzz [--seconds N] [--cases N] [--seed N] [--round N] [--finds N] [--plant NAME] [--no-host] [--ways] [--replay FILE]
  *
  * Each code runs from several states (so that decoded code is used again), in one piece or instruction by instruction on the
  * core, and natively; registers, defined flags, x87 and vector state and memory are compared. A difference is shrunk and
  * printed as a line `case ...`, which --replay takes again. Exit code 1: there were differences. */
 #include "core.h"
 #include "freedoms.h"
+#include "ways.h"
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -504,23 +505,35 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
+static double time_is_over;
+static u64 limit = ~0ull;
+static bool is_time(u64 done) { return done >= limit || now() >= time_is_over; }
+
 int main(int argc, char **argv)
 {
     double seconds = 10;
-    u64 limit = ~0ull, seed = 0;
+    u64 seed = 0, round = 0;
+    bool ways = false;
     unsigned finds = 0, most = 10;
     const char *file = NULL;
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--no-host")) { use_host = false; continue; }
+        if (!strcmp(argv[i], "--ways")) { ways = true; continue; }
         if (!strcmp(argv[i], "--seconds")) seconds = atof(value);
         else if (!strcmp(argv[i], "--cases")) limit = strtoul(value, NULL, 10), seconds = 1e9;
         else if (!strcmp(argv[i], "--seed")) seed = strtoul(value, NULL, 10);
         else if (!strcmp(argv[i], "--finds")) most = (unsigned)atoi(value);
+        else if (!strcmp(argv[i], "--round")) round = strtoul(value, NULL, 10);
         else if (!strcmp(argv[i], "--plant")) planted = value;
         else if (!strcmp(argv[i], "--replay")) file = value;
         else { fprintf(stderr, "fuzz: unknown option %s\n", argv[i]); return 2; }
         i++;
+    }
+    time_is_over = now() + seconds;
+    if (ways) {
+        generate_open();
+        return run_ways(seed, round, is_time, most) ? 1 : 0;
     }
     core_data = mmap(NULL, DATA_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (use_host) {
@@ -540,9 +553,8 @@ int main(int argc, char **argv)
     freedoms_open();
     if (file)
         return replay(file) ? 1 : 0;
-    double end = now() + seconds;
     u64 done = 0;
-    for (u64 round = 0; done < limit && finds < most && now() < end; round++) {
+    for (; finds < most && !is_time(done); round++) {
         struct random r = {(seed << 32) + round}; /* no multiple of what random64 adds: seeds would share numbers */
         for (unsigned at = 0; at < DATA_SIZE; at += 8) {
             u64 x = random_floats(&r);
