@@ -42,8 +42,8 @@ def test_sample(way, program, monkeypatch):
 
 
 def test_ways(program):
-    """What the host cannot show: interrupts, changing page tables and code, points to stop at; host code three ways against
-    the interpreter after each run."""
+    """What the host cannot show: interrupts, page tables and code that change, points to stop at. Host code three ways
+    against the interpreter, after each run."""
     done = fuzzing.run(program, "--ways", "--cases", WAYS_CASES, "--seed", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {name: int(count) for count, name in re.findall(r"(\d+) ([a-z ]+)", done.stdout)}
