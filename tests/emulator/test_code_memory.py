@@ -176,7 +176,7 @@ def test_a_cpu_that_sleeps_gives_its_code_back(jit, cpus):
         guest.machine.set_time("host")
         guest.memory.write(CODE + 60 * 4096, SLEEP)
         guest.aim(cpu, 0)
-        (runner,) = guest.machine.runners(guest.cpus)
+        runner = guest.machine.in_turn(guest.cpus)
         came_to = []
         run = threading.Thread(target=lambda: came_to.append(runner.run()))
         run.start()

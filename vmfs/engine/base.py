@@ -241,8 +241,13 @@ class Machine(abc.ABC):
         """CPU `index` in the x86 reset state (Intel SDM 3A 9.1.1), with the CPUID of the engine."""
 
     def runners(self, cpus: Sequence[Vcpu]) -> Sequence[Runner]:
-        """What runs these, which are all of its CPUs in order: each in a thread of its own, all at the same time."""
+        """What runs these, which are all of its CPUs in order: each in a thread of its own, all at the same time. Asked
+        at the begin of each run."""
         return cpus
+
+    def in_turn(self, cpus: Sequence[Vcpu]) -> Runner | None:
+        """What runs them in turn, and counts the instructions of all, where the engine can do that."""
+        return None
 
     @abc.abstractmethod
     def create_irqchip(self) -> None:

@@ -200,8 +200,6 @@ class Control:
         self.cpus = cpus
         self._vcpus = [cpu.vcpu for cpu in cpus]
         self._runners = self._machine.runners(self._vcpus)
-        while len(self._threads) < len(self._runners):
-            self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
 
     @property
     def state(self) -> str:
@@ -366,6 +364,7 @@ class Control:
             self._check_idle()
             if bound is not UNBOUND:
                 bound = self._checked(bound)
+            self._choose_runners(bound)
             run, begins = Run(bound), False
             if self._state == "shutdown" and self._last_exit is not None:
                 run.set_result(self._note(self._last_exit))
@@ -390,9 +389,21 @@ class Control:
             raise Invalid(f"cpu={bound.cpu}: there are {len(self.cpus)}, from 0 on")
         if bound.steps is not None and bound.cpu is None:  # the one that was looked at last
             return replace(bound, cpu=0 if self._last_exit is None else self._last_exit.cpu)
-        if bound.instructions and bound.cpu is None and len(self._runners) > 1:
+        is_counted = bound.instructions and bound.cpu is None and len(self.cpus) > 1
+        if is_counted and self._machine.in_turn(self._vcpus) is None:
             raise Unsupported(f"insns: {self.engine.name} does not count the instructions of several CPUs; step one")
         return bound
+
+    def _choose_runners(self, bound: Bound) -> None:
+        """For the run that begins: at the same time, unless instructions are counted, or told in their order."""
+        if len(self.cpus) == 1:
+            return
+        self._runners = self._machine.runners(self._vcpus)
+        in_turn = self._machine.in_turn(self._vcpus) if bound.instructions or self.trace.on else None
+        if in_turn is not None:
+            self._runners = (in_turn,)
+        while len(self._threads) < len(self._runners):
+            self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
 
     def _give_up(self) -> None:
         """The run that was begun has no thread."""

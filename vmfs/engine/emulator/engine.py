@@ -171,7 +171,11 @@ class EmulatorMachine(Machine):
         self._has_irqchip = True
 
     def runners(self, cpus: Sequence[Vcpu]) -> Sequence[Runner]:
-        return cpus if len(cpus) == 1 else (EmulatorTurns(self._vm, cast("Sequence[EmulatorVcpu]", cpus)),)
+        is_parallel = self._vm.set_parallel(len(cpus) > 1)
+        return cpus if is_parallel or len(cpus) == 1 else (self.in_turn(cpus),)
+
+    def in_turn(self, cpus: Sequence[Vcpu]) -> Runner:
+        return EmulatorTurns(self._vm, cast("Sequence[EmulatorVcpu]", cpus))
 
     def set_a20(self, enabled: bool) -> None:
         self._vm.set_a20(enabled)

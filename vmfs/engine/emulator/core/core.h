@@ -4,8 +4,8 @@
  * the structs of the Linux KVM UAPI, byte for byte (linux/kvm.h, asm/kvm.h).
  *
  * Threads: vcpu_run of the CPUs of one VM may be called from different threads; one CPU of a VM executes at a
- * time (they take turns). vcpu_kick may be called from a signal handler. vcpu_interrupt, vcpu_nmi, vm_irq_line
- * and vm_dirty_log may be called from any thread at any time. All else: while no CPU of the VM runs.
+ * time (they take turns), or all do (vm_set_parallel). vcpu_kick may be called from a signal handler. vcpu_interrupt, vcpu_nmi,
+ * vm_irq_line and vm_dirty_log may be called from any thread at any time. All else: while no CPU of the VM runs, or all stand (vm_stop).
  *
  * Functions that can fail return 0 or a negative errno.
  */
@@ -49,6 +49,14 @@ void vm_irq_line(struct vm *vm, unsigned gsi, bool level);
 /* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
 void vm_set_bus(struct vm *vm, struct fast_bus *bus);
 void vm_set_a20(struct vm *vm, bool enabled);
+
+/* CPUs whose runs overlap execute at the same time, and not in turn: with TIME_HOST, which is the same for all of them. Whether
+ * they do now. */
+bool vm_set_parallel(struct vm *vm, bool parallel);
+/* From any thread: all CPUs stand between two instructions, and those whose run begins wait, until vm_go. A thread that has
+ * what a CPU may wait for in a run (the lock of a bus, Python's) must not call it. */
+void vm_stop(struct vm *vm);
+void vm_go(struct vm *vm);
 
 /* Time: deterministic (default): the TSC and the timers follow the instructions retired, `tsc_khz` thousands
  * an instruction-millisecond: one instruction is one TSC cycle. Host: they follow CLOCK_MONOTONIC. */

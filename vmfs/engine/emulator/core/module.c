@@ -26,6 +26,7 @@ typedef struct {
     unsigned running;         /* CPUs in a run */
     PyObject *bus;            /* the capsule of vm_set_bus, or NULL */
     bool all_run;             /* in a run of all */
+    bool parallel;            /* CPUs may run at the same time */
     struct VcpuObject *vcpus[CORE_VCPUS]; /* not owned */
 } VmObject;
 
@@ -129,15 +130,33 @@ static int vm_idle(VmObject *self)
     return 0;
 }
 
-static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
+/* Before what a board changes in the middle of a run: where CPUs run at the same time, all of them stand, until `let_go`. */
+enum { REFUSED, IDLE, STANDING };
+static int hold_still(VmObject *self)
+{
+    if (!self->parallel || self->all_run)
+        return vm_idle(self) ? IDLE : REFUSED;
+    if (!vm_alive(self))
+        return REFUSED;
+    Py_BEGIN_ALLOW_THREADS /* a CPU may wait for it, in a poll or with what it has traced */
+    vm_stop(self->vm);
+    Py_END_ALLOW_THREADS
+    return STANDING;
+}
+static void let_go(VmObject *self, int how)
+{
+    if (how == STANDING)
+        vm_go(self->vm);
+}
+
+static PyObject *map_slot(VmObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"slot", "address", "fd", "offset", "size", "read_only", "host", NULL};
     unsigned slot;
     unsigned long long address, size, given = 0; /* memory of the caller's, in the place of a file */
     long long offset;
     int fd, read_only = 0;
-    if (!vm_idle(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|pK", names, &slot, &address, &fd, &offset,
-                                                        &size, &read_only, &given))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IKiLK|pK", names, &slot, &address, &fd, &offset, &size, &read_only, &given))
         return NULL;
     if (slot >= CORE_SLOTS || (address | size | (unsigned long long)offset) & 4095)
         return fail(-EINVAL);
@@ -167,6 +186,14 @@ static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
     self->maps[slot].host = host;
     self->maps[slot].size = size;
     Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_map(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    int how = hold_still(self);
+    PyObject *result = how ? map_slot(self, args, kwargs) : NULL;
+    let_go(self, how);
+    return result;
 }
 
 static PyObject *py_vm_dirty_log(VmObject *self, PyObject *args)
@@ -209,10 +236,11 @@ static PyObject *py_vm_irq_line(VmObject *self, PyObject *args)
 
 static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
 {
-    int enabled;
-    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &enabled))
+    int enabled, how;
+    if (!PyArg_ParseTuple(args, "p", &enabled) || !(how = hold_still(self)))
         return NULL;
     vm_set_a20(self->vm, enabled);
+    let_go(self, how);
     Py_RETURN_NONE;
 }
 
@@ -265,10 +293,22 @@ static PyObject *py_vm_rest(VmObject *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_parallel(VmObject *self, PyObject *args)
+{
+    int parallel;
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &parallel))
+        return NULL;
+    self->parallel = vm_set_parallel(self->vm, parallel);
+    return PyBool_FromLong(self->parallel);
+}
+
 static PyObject *py_vm_get_state(VmObject *self, PyObject *args)
 {
     const char *name;
-    if (!vm_idle(self) || !PyArg_ParseTuple(args, "s", &name))
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "s", &name))
+        return NULL;
+    bool any_time = self->parallel && !self->all_run && !strcmp(name, "clock"); /* the host's */
+    if (!any_time && !vm_idle(self))
         return NULL;
     long size = vm_get_state(self->vm, name, NULL, 0);
     if (size < 0)
@@ -393,6 +433,8 @@ static PyMethodDef vm_methods[] = {
     {"rest", (PyCFunction)py_vm_rest, METH_NOARGS, "rest(): give back decoded and translated code"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
      "set_host_time(yes): time follows the host's clock, not the instructions retired"},
+    {"set_parallel", (PyCFunction)py_vm_set_parallel, METH_VARARGS,
+     "set_parallel(yes) -> whether CPUs that run in threads of their own execute at the same time: with the host's time alone"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},
     {"set_state", (PyCFunction)py_vm_set_state, METH_VARARGS, "set_state(name, bytes)"},
     {"create_vcpu", (PyCFunction)(void (*)(void))py_vm_create_vcpu, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,

@@ -7,6 +7,10 @@
  * A link or an entry of the jump cache holds while the code map has its number: so it may stay where it is over changes of the
  * address space. A block that dies takes those that go to it along.
  *
+ * Of CPUs that execute at the same time each has blocks of its own, and `slot.lines` is all that they share. Who decodes notes the
+ * lines, and then looks whether the bytes are still the same; who writes looks at the lines after the bytes are written
+ * (cache_lines_written): so one of the two finds out. What kills blocks of others does so while they stand (world.c).
+ *
  * Clients write guest memory unseen between runs: in each run, the blocks of a page are compared with it before the page is
  * first entered (the code maps start a run empty). */
 #include "cache.h"
@@ -239,17 +243,18 @@ static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
         u64 there = alias_page(slot, page, vm->sorted[i]);
         lines |= there == NO_PAGE ? 0 : decoded_lines(vm, there);
     }
-    *lines_at(slot, page) = lines;
+    __atomic_store_n(lines_at(slot, page), lines, __ATOMIC_RELAXED);
     for (unsigned i = 0; i < alias_slots(vm); i++) {
         u64 there = alias_page(slot, page, vm->sorted[i]);
         if (there != NO_PAGE)
-            *lines_at(vm->sorted[i], there) = lines;
+            __atomic_store_n(lines_at(vm->sorted[i], there), lines, __ATOMIC_RELAXED);
     }
 }
 
 void cache_flush(struct vcpu *c)
 {
     struct cache *cache = c->cache;
+    bool stops = world_stop(c); /* what is left of a page's lines is what others have there */
     translator_flush(c);
     /* Tables in which there is nothing are not touched: they cost no memory then. */
     if (cache->used) {
@@ -273,6 +278,8 @@ void cache_flush(struct vcpu *c)
         memset(cache->mappings, 0, sizeof cache->mappings);
     cache->last_id = 1;
     code_map_clear(c);
+    if (stops)
+        world_go(c);
 }
 
 static void give_back(struct vcpu *c)
@@ -361,6 +368,20 @@ void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size)
     recompute_lines(vm, slot, page);
 }
 
+void cache_lines_written(struct vcpu *c, struct slot *slot, u64 physical, unsigned bytes)
+{
+    if (atomic_load_explicit(&c->world, memory_order_relaxed) == WORLD_OUT)
+        return;
+    atomic_thread_fence(memory_order_seq_cst);
+    u32 lines = __atomic_load_n(lines_at(slot, physical & PAGE_MASK), __ATOMIC_RELAXED);
+    if (likely(!(lines & lines_of(physical & 0xfff, (physical & 0xfff) + bytes - 1))))
+        return;
+    bool stops = world_stop(c);
+    cache_kill(c->vm, slot, physical, bytes);
+    if (stops)
+        world_go(c);
+}
+
 /* ---- What others write ---------------------------------------------------------------------------------------------------- */
 
 static bool has_code(struct vm *vm, u64 address, u64 size)
@@ -375,6 +396,7 @@ static bool has_code(struct vm *vm, u64 address, u64 size)
 
 void vm_memory_written(struct vm *vm, uint64_t address, uint64_t size)
 {
+    atomic_thread_fence(memory_order_seq_cst);
     if (!has_code(vm, address, size))
         return;
     pthread_mutex_lock(&vm->lines_lock);
@@ -391,18 +413,16 @@ void cache_forget_written(struct vcpu *c)
 {
     struct vm *vm = c->vm;
     struct range written[WRITTEN];
+    bool stops = world_stop(c); /* first: another one that finds nothing is not to go on before it is forgotten */
     pthread_mutex_lock(&vm->lines_lock);
     unsigned count = vm->written_count;
     memcpy(written, vm->written, sizeof written);
     vm->written_count = 0;
     pthread_mutex_unlock(&vm->lines_lock);
-    if (count > WRITTEN) {
-        for (unsigned i = 0; i < CORE_VCPUS; i++)
-            if (vm->vcpus[i])
-                cache_check_again(vm->vcpus[i]);
-        return;
-    }
-    for (unsigned i = 0; i < count; i++) {
+    for (unsigned i = 0; count > WRITTEN && i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            cache_check_again(vm->vcpus[i]);
+    for (unsigned i = 0; count <= WRITTEN && i < count; i++) {
         u64 end = written[i].address + written[i].size;
         for (u64 at = written[i].address, next; at < end; at = next) {
             next = (at | 0xfff) + 1;
@@ -411,6 +431,8 @@ void cache_forget_written(struct vcpu *c)
                 cache_kill(vm, slot, at, (next < end ? next : end) - at);
         }
     }
+    if (stops)
+        world_go(c);
 }
 
 static void *arena_take(struct vcpu *c, size_t size)
@@ -421,14 +443,26 @@ static void *arena_take(struct vcpu *c, size_t size)
     return p;
 }
 
-static void note_lines(struct vm *vm, struct slot *slot, u64 page, u32 lines)
+/* Stores into the page are to be seen from now on. */
+static void drop_writes(struct vcpu *c, u64 page)
 {
-    u32 *noted = lines_at(slot, page);
-    if (!*noted) /* stores into the page must be seen from now on */
-        for (unsigned i = 0; i < CORE_VCPUS; i++)
-            if (vm->vcpus[i])
-                tlb_drop_writes_of(vm->vcpus[i], page);
-    *noted |= lines;
+    struct vm *vm = c->vm;
+    bool writes = !vm->parallel, stops = false;
+    for (unsigned i = 0; !writes && i < CORE_VCPUS; i++)
+        writes = vm->vcpus[i] && vm->vcpus[i] != c && tlb_may_write(vm->vcpus[i], page);
+    if (writes)
+        stops = world_stop(c);
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i] && (writes || vm->vcpus[i] == c))
+            tlb_drop_writes_of(vm->vcpus[i], page);
+    if (stops)
+        world_go(c);
+}
+
+static void note_lines(struct vcpu *c, struct slot *slot, u64 page, u32 lines)
+{
+    if (!__atomic_fetch_or(lines_at(slot, page), lines, __ATOMIC_SEQ_CST))
+        drop_writes(c, page);
 }
 
 static void note_page(struct vcpu *c, struct block *b, u64 page, unsigned side)
@@ -443,11 +477,11 @@ static void note_page(struct vcpu *c, struct block *b, u64 page, unsigned side)
     b->page_next[side] = p->blocks;
     p->blocks = b;
     struct slot *slot = vm_slot(c->vm, page);
-    note_lines(c->vm, slot, page, block_lines(b, page));
+    note_lines(c, slot, page, block_lines(b, page));
     for (unsigned i = 0; i < alias_slots(c->vm); i++) {
         u64 there = alias_page(slot, page, c->vm->sorted[i]);
         if (there != NO_PAGE)
-            note_lines(c->vm, c->vm->sorted[i], there, block_lines(b, page));
+            note_lines(c, c->vm->sorted[i], there, block_lines(b, page));
     }
 }
 
@@ -655,6 +689,9 @@ struct block *cache_lookup(struct vcpu *c)
 {
     u64 ip = c->gpr[GPR_IP], linear = code_linear(c, ip);
     struct fetch f;
+    u32 epoch;
+again:
+    epoch = c->epoch;
     fetch_first(c, ip, &f);
     check_page(c, f.physical[0] & PAGE_MASK);
     struct block *b = c->cache->buckets[bucket_of(f.physical[0], c->key)];
@@ -665,8 +702,13 @@ struct block *cache_lookup(struct vcpu *c)
         unlink_block(c, b);
         b = NULL;
     }
-    if (!b)
+    if (!b) {
         b = build(c, ip, &f);
+        if (c->vm->parallel && !bytes_unchanged(b) && !b->dead) /* written while it was decoded */
+            unlink_block(c, b);
+        if (b->dead || epoch != c->epoch)
+            goto again;
+    }
     if (c->cache->last_id > 0xfffffff0) /* they come to an end: all links are of old ones */
         cache_flush(c), b = build(c, ip, &f);
     note_mapping(c, linear, b->physical[0]);

@@ -128,7 +128,7 @@ void apic_refresh(struct irqchip *chip, unsigned cpu)
         if (requested >= 0 && (uint32_t)requested >> 4 > a->reg[PPR] >> 4)
             vector = requested;
     }
-    a->deliverable = (int16_t)vector;
+    __atomic_store_n(&a->deliverable, (int16_t)vector, __ATOMIC_RELAXED);
 }
 
 int irqchip_acknowledge(struct irqchip *chip, unsigned cpu)

@@ -40,7 +40,11 @@ void clock_begin(struct vm *vm)
         vm->run_began = vm->last_seen = host_time(vm);
 }
 
-void clock_leave(struct vcpu *c) { c->vm->now = core_now(c, NULL); }
+void clock_leave(struct vcpu *c)
+{
+    if (!runs_parallel(c->vm))
+        c->vm->now = core_now(c, NULL);
+}
 void clock_share(struct vm *vm)
 {
     for (unsigned i = 0; i < CORE_VCPUS; i++)
@@ -51,8 +55,11 @@ void clock_share(struct vm *vm)
 void set_tsc_offset(struct vcpu *c, u64 offset)
 {
     c->tsc_offset = offset;
-    if (c->vm->irqchip)
-        irqchip_set_tsc(c->vm->irqchip, c->index, 1000000000, offset);
+    if (!c->vm->irqchip)
+        return;
+    chips_lock(c->vm);
+    irqchip_set_tsc(c->vm->irqchip, c->index, 1000000000, offset);
+    chips_unlock(c->vm);
 }
 
 /* ---- The host's deadline --------------------------------------------------------------------------------------------------- */
@@ -60,9 +67,28 @@ void set_tsc_offset(struct vcpu *c, u64 offset)
 void vm_set_deadline(struct vm *vm, uint64_t when)
 {
     u64 before = atomic_exchange(&vm->deadline, when);
-    for (unsigned i = 0; when < before && i < CORE_VCPUS; i++)
+    if (when >= before)
+        return;
+    wake_keeper(vm, NULL);
+    for (unsigned i = 0; !runs_parallel(vm) && i < CORE_VCPUS; i++)
         if (vm->vcpus[i]) /* one that sleeps would sleep past it */
             request_attention(vm->vcpus[i], ATTENTION_INTERRUPT);
+}
+
+/* The CPU that wakes up for timers that are no CPU's own, where they execute at the same time: the first one that runs. */
+static struct vcpu *keeper(const struct vm *vm)
+{
+    for (unsigned i = 0; i < CORE_VCPUS; i++)
+        if (vm->vcpus[i] && atomic_load(&vm->vcpus[i]->in_run))
+            return vm->vcpus[i];
+    return NULL;
+}
+
+void wake_keeper(struct vm *vm, const struct vcpu *but)
+{
+    struct vcpu *c = runs_parallel(vm) ? keeper(vm) : NULL;
+    if (c && c != but)
+        request_attention(c, ATTENTION_INTERRUPT);
 }
 
 /* A time of the `clock` state as one of vm_time; CORE_NEVER stays. */
@@ -78,13 +104,15 @@ static u64 bus_due(const struct vm *vm)
     return vm->bus ? in_vm_time(vm, atomic_load_explicit(&vm->bus->due, memory_order_relaxed)) : CORE_NEVER;
 }
 
+static u64 host_due(const struct vm *vm) { return in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed)); }
+
+static u64 first_of(u64 a, u64 b) { return a < b ? a : b; }
+
 /* When a timer is next due, of the interrupt chip, the bus or the host. */
 static u64 next_due(const struct vm *vm)
 {
-    u64 host = in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed));
     u64 chip = vm->irqchip ? irqchip_next_deadline(vm->irqchip) : CORE_NEVER;
-    u64 bus = bus_due(vm), first = chip < host ? chip : host;
-    return bus < first ? bus : first;
+    return first_of(chip, first_of(host_due(vm), bus_due(vm)));
 }
 
 /* ---- Time that is held back -------------------------------------------------------------------------------------------------- */
@@ -129,6 +157,8 @@ static u64 time_at_timer(struct vcpu *c)
     struct vm *vm = c->vm;
     if (vm->time != TIME_HOST)
         return core_now(c, NULL);
+    if (runs_parallel(vm))
+        return host_time(vm);
     u64 due = next_due(vm), now = host_time(vm);
     if (unlikely(now > due + LATE) && due >= vm->run_began)
         hold_time(c, vm->last_seen);
@@ -141,6 +171,8 @@ static u64 time_at_timer(struct vcpu *c)
 u64 time_of_host(struct vcpu *c)
 {
     struct vm *vm = c->vm;
+    if (runs_parallel(vm)) /* it is the same for all, and whoever has seen one sees no earlier one in another's memory */
+        return host_time(vm);
     u64 now = host_time(vm), due = next_due(vm);
     if (unlikely(now >= due) && due >= vm->run_began && atomic_load(&c->in_run)) {
         u64 held = now > due + LATE || due <= vm->last_seen ? vm->last_seen : due - 1;
@@ -220,8 +252,25 @@ void chip_features(struct vcpu *c)
 
 /* ---- Lines ------------------------------------------------------------------------------------------------------------------------ */
 
+/* Those for whom there is something. */
+static void notify(struct vm *vm, const struct vcpu *but)
+{
+    for (unsigned i = 0; i < vm->irqchip->cpus; i++)
+        if (vm->vcpus[i] && vm->vcpus[i] != but && (irqchip_pending(vm->irqchip, i) >= 0 || irqchip_events(vm->irqchip, i)))
+            request_attention(vm->vcpus[i], ATTENTION_INTERRUPT);
+}
+
 void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
 {
+    if (vm->parallel) { /* there is a lock */
+        chips_lock(vm);
+        if (vm->irqchip)
+            irqchip_set_gsi(vm->irqchip, gsi, level);
+        chips_unlock(vm);
+        if (vm->irqchip)
+            notify(vm, NULL);
+        return;
+    }
     pthread_mutex_lock(&vm->lines_lock);
     if (vm->line_count == vm->line_room) {
         size_t room = vm->line_room ? vm->line_room * 2 : 64;
@@ -251,13 +300,11 @@ void chip_apply_lines(struct vm *vm)
 
 void chip_notify(struct vcpu *c)
 {
-    struct irqchip *chip = c->vm->irqchip;
-    for (unsigned i = 0; i < chip->cpus; i++) {
+    notify(c->vm, c);
+    for (unsigned i = 0; !atomic_load(&c->in_run) && i < c->vm->irqchip->cpus; i++) {
         struct vcpu *other = c->vm->vcpus[i];
-        if (!other || other == c)
-            continue;
         /* One that sleeps looks anew when a CPU stops running: it may be the last now, and time is its to move. */
-        if (irqchip_pending(chip, i) >= 0 || irqchip_events(chip, i) || (atomic_load(&other->sleeping) && !atomic_load(&c->in_run)))
+        if (other && other != c && atomic_load(&other->sleeping))
             request_attention(other, ATTENTION_INTERRUPT);
     }
 }
@@ -267,7 +314,9 @@ void chip_look(struct vcpu *c)
     struct irqchip *chip = c->vm->irqchip;
     u64 now = time_at_timer(c);
     if (unlikely(now >= irqchip_next_deadline(chip))) {
+        chips_lock(c->vm);
         irqchip_advance(chip, now);
+        chips_unlock(c->vm);
         chip_notify(c);
     }
     if (unlikely(now >= bus_due(c->vm))) {
@@ -277,16 +326,21 @@ void chip_look(struct vcpu *c)
     }
     if (likely(!irqchip_events(chip, c->index)) || c->restart)
         return;
+    atomic_store(&c->deaf, false); /* before nobody sees the events any more */
+    chips_lock(c->vm);
     u8 events = irqchip_take_events(chip, c->index, IRQCHIP_EVENT_NMI | IRQCHIP_EVENT_INIT | IRQCHIP_EVENT_SIPI);
+    u8 sipi_vector = chip->cpu[c->index].sipi_vector;
+    if (events & IRQCHIP_EVENT_INIT)
+        irqchip_init_cpu(chip, c->index);
+    chips_unlock(c->vm);
     if (events & IRQCHIP_EVENT_NMI)
         c->nmi_pending = true;
     if (events & IRQCHIP_EVENT_INIT) { /* 3A 8.4.2: the bootstrap processor starts over, others wait for a SIPI */
-        irqchip_init_cpu(chip, c->index);
         vcpu_init(c);
         c->mp_state = c->index ? KVM_MP_STATE_INIT_RECEIVED : KVM_MP_STATE_RUNNABLE;
     }
     if (events & IRQCHIP_EVENT_SIPI && c->mp_state == KVM_MP_STATE_INIT_RECEIVED) {
-        c->sipi_vector = chip->cpu[c->index].sipi_vector;
+        c->sipi_vector = sipi_vector;
         c->seg[SEG_CS].selector = (u16)(c->sipi_vector << 8);
         c->seg[SEG_CS].base = (u64)c->sipi_vector << 12;
         c->gpr[GPR_IP] = 0;
@@ -329,8 +383,23 @@ static bool is_deaf(const struct vcpu *c)
     return sleeps && !(c->nmi_pending && !c->nmi_masked) && !irqchip_events(c->vm->irqchip, c->index);
 }
 
-bool chip_leaves_it_asleep(const struct vcpu *c)
+/* At the same time: another one says of itself whether it is deaf. A line or an event for it is seen here before it is there. */
+static bool all_are_deaf(struct vcpu *c)
 {
+    bool deaf = is_deaf(c);
+    atomic_store(&c->deaf, deaf);
+    for (unsigned i = 0; deaf && i < CORE_VCPUS; i++) {
+        const struct vcpu *other = c->vm->vcpus[i];
+        deaf = !other || other == c ||
+               (atomic_load(&other->deaf) && !irqchip_events(c->vm->irqchip, i) && !(atomic_load(&other->attention) & ATTENTION_NMI));
+    }
+    return deaf;
+}
+
+bool chip_leaves_it_asleep(struct vcpu *c)
+{
+    if (runs_parallel(c->vm))
+        return all_are_deaf(c) && !irqchip_can_send_unmaskable(c->vm->irqchip);
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (c->vm->vcpus[i] && !is_deaf(c->vm->vcpus[i])) /* another one could wake it */
             return false;
@@ -351,6 +420,24 @@ static u64 rest(struct vcpu *c)
     return least;
 }
 
+/* The same of CPUs that execute at the same time: each sleeps for itself, until its own timer; the keeper for the others. */
+static void sleep_alone(struct vcpu *c, u64 now, u64 most)
+{
+    const struct irqchip *chip = c->vm->irqchip;
+    u64 due = __atomic_load_n(&chip->cpu[c->index].timer_due, __ATOMIC_RELAXED);
+    if (keeper(c->vm) == c)
+        due = first_of(due, first_of(__atomic_load_n(&chip->pit.due, __ATOMIC_RELAXED), first_of(host_due(c->vm), bus_due(c->vm))));
+    if (due <= now)
+        return;
+    u64 left = due == IRQCHIP_NEVER ? IRQCHIP_NEVER : due - now, again = rest(c);
+    most = again < most ? again : most;
+    atomic_store(&c->sleeping, true);
+    world_leave(c);
+    sleep_until_attention(c, left < most ? left : most);
+    atomic_store(&c->sleeping, false);
+    world_enter(c);
+}
+
 bool chip_wait(struct vcpu *c)
 {
     u64 now = time_at_timer(c), due = next_due(c->vm), most = IRQCHIP_NEVER;
@@ -364,6 +451,10 @@ bool chip_wait(struct vcpu *c)
         if (slept >= SLEEP_MOST || now - c->asleep_since >= SLEEP_MOST)
             return false;
         most = SLEEP_MOST - slept;
+    }
+    if (runs_parallel(c->vm)) {
+        sleep_alone(c, now, most);
+        return true;
     }
     if (due != IRQCHIP_NEVER) {
         if (due <= now)

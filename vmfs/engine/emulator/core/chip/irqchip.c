@@ -87,7 +87,7 @@ void irqchip_reschedule(struct irqchip *chip)
     for (cpu = 0; cpu < chip->cpus; cpu++)
         if (chip->cpu[cpu].timer_due < due)
             due = chip->cpu[cpu].timer_due;
-    chip->next_due = due;
+    __atomic_store_n(&chip->next_due, due, __ATOMIC_RELAXED);
 }
 
 void irqchip_advance_slow(struct irqchip *chip, uint64_t now)

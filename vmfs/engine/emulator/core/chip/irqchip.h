@@ -9,7 +9,8 @@
  *
  * Calls.  There are no callbacks.  The core asks irqchip_pending (a load and a compare) between instructions,
  * bounds its instruction budget by irqchip_next_deadline, and calls irqchip_advance when that time has come.
- * Nothing here locks: the caller serialises all calls on one chip.
+ * Nothing here locks: the caller serialises all calls on one chip, but for irqchip_pending, irqchip_events and
+ * irqchip_next_deadline.
  *
  * Departures from hardware, all as KVM has them:
  * - I/O APIC pin polarity is stored and ignored (a level of 1 is always "asserted"); its messages of mode
@@ -163,7 +164,7 @@ int irqchip_set_route(struct irqchip *chip, unsigned gsi, unsigned pic, unsigned
 
 static inline uint64_t irqchip_next_deadline(const struct irqchip *chip)
 {
-    return chip->next_due;
+    return __atomic_load_n(&chip->next_due, __ATOMIC_RELAXED);
 }
 
 void irqchip_advance_slow(struct irqchip *chip, uint64_t now);
@@ -196,7 +197,7 @@ bool irqchip_local(struct irqchip *chip, unsigned cpu, enum irqchip_lvt input);
 /* The vector that irqchip_acknowledge would return, or -1: nothing to deliver. */
 static inline int irqchip_pending(const struct irqchip *chip, unsigned cpu)
 {
-    return chip->cpu[cpu].deliverable;
+    return __atomic_load_n(&chip->cpu[cpu].deliverable, __ATOMIC_RELAXED); /* without a lock, too */
 }
 
 /* The INTA cycle: moves the vector into service and returns it; -1 if nothing is pending.
@@ -205,7 +206,7 @@ int irqchip_acknowledge(struct irqchip *chip, unsigned cpu);
 
 static inline uint8_t irqchip_events(const struct irqchip *chip, unsigned cpu)
 {
-    return chip->cpu[cpu].events;
+    return __atomic_load_n(&chip->cpu[cpu].events, __ATOMIC_RELAXED);
 }
 
 /* Whether a pin or a local interrupt is set up to send an NMI or an INIT, which no EFLAGS.IF keeps back. */

@@ -32,7 +32,10 @@ static enum answer ask_bus_port(struct vcpu *c, struct bus_access *a)
     u64 due = bus ? atomic_load_explicit(&bus->due, memory_order_relaxed) : 0;
     if (!ask_bus(c, a))
         return ANSWER_NONE;
-    return atomic_load_explicit(&bus->due, memory_order_relaxed) == due ? ANSWER_PLAIN : ANSWER_LOOK;
+    if (atomic_load_explicit(&bus->due, memory_order_relaxed) == due)
+        return ANSWER_PLAIN;
+    wake_keeper(c->vm, c);
+    return ANSWER_LOOK;
 }
 
 static bool ask_bus_memory(struct vcpu *c, u64 physical, unsigned size, bool write, u64 *value)
@@ -66,11 +69,13 @@ enum answer io_read(struct vcpu *c, u16 port, unsigned size, u32 *value)
     }
     u64 now = core_now(c, c->now);
     *value = 0;
+    chips_lock(c->vm);
     for (unsigned i = 0; i < size; i++) {
         u8 byte = 0;
         irqchip_read_port(chip, (u16)(port + i), &byte, now);
         *value |= (u32)byte << 8 * i;
     }
+    chips_unlock(c->vm);
     return ANSWER_LOOK;
 }
 
@@ -80,9 +85,15 @@ enum answer io_write(struct vcpu *c, u16 port, unsigned size, u32 value)
     if (!chip || !owns_ports(chip, port, size))
         return ask_bus_port(c, &(struct bus_access){.write = true, .size = (u8)size, .address = port, .value = value});
     u64 now = core_now(c, c->now);
+    chips_lock(c->vm);
+    u64 due = chip->pit.due;
     for (unsigned i = 0; i < size; i++)
         irqchip_write_port(chip, (u16)(port + i), (u8)(value >> 8 * i), now);
+    bool sooner = chip->pit.due < due;
+    chips_unlock(c->vm);
     chip_notify(c);
+    if (sooner)
+        wake_keeper(c->vm, c);
     return ANSWER_LOOK;
 }
 
@@ -120,8 +131,11 @@ bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value)
     unsigned device = find_device(c, physical, &offset);
     if (device == DEVICE_NONE)
         return ask_bus_memory(c, physical, size, false, value);
-    *value = device == DEVICE_LAPIC ? irqchip_lapic_read(c->vm->irqchip, c->index, offset, size, core_now(c, c->now))
+    u64 now = core_now(c, c->now);
+    chips_lock(c->vm);
+    *value = device == DEVICE_LAPIC ? irqchip_lapic_read(c->vm->irqchip, c->index, offset, size, now)
                                     : irqchip_ioapic_read(c->vm->irqchip, offset, size);
+    chips_unlock(c->vm);
     return true;
 }
 
@@ -132,10 +146,12 @@ bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value)
     if (device == DEVICE_NONE)
         return ask_bus_memory(c, physical, size, true, &value);
     u64 now = core_now(c, c->now);
+    chips_lock(c->vm);
     if (device == DEVICE_LAPIC)
         irqchip_lapic_write(c->vm->irqchip, c->index, offset, size, (u32)value, now);
     else
         irqchip_ioapic_write(c->vm->irqchip, offset, size, value, now);
+    chips_unlock(c->vm);
     chip_notify(c);
     return true;
 }
@@ -157,8 +173,12 @@ int pending_vector(struct vcpu *c)
 int acknowledge(struct vcpu *c)
 {
     int vector = queued_vector(c);
-    if (vector < 0)
-        return irqchip_acknowledge(c->vm->irqchip, c->index);
+    if (vector < 0) {
+        chips_lock(c->vm);
+        vector = irqchip_acknowledge(c->vm->irqchip, c->index);
+        chips_unlock(c->vm);
+        return vector;
+    }
     atomic_fetch_add(&c->queue_head, 1);
     return vector;
 }

@@ -37,6 +37,8 @@ void mmu_read(struct vcpu *c, u64 linear, void *data, unsigned bytes, unsigned a
 void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, unsigned access);
 u64 mmu_load(struct vcpu *c, u64 linear, unsigned bytes);
 void mmu_store(struct vcpu *c, u64 linear, unsigned bytes, u64 value);
+/* Clear and set bits of a byte, which the CPU accesses by itself, as one locked access. Returns what it was. */
+u8 mmu_change_byte(struct vcpu *c, u64 linear, u8 clear, u8 set);
 /* Fault now if a write of those bytes would fault later. */
 void mmu_check_write(struct vcpu *c, u64 linear, unsigned bytes, unsigned access);
 /* Guest-physical address for an access of one byte; raises #PF at c->now. */
@@ -57,9 +59,8 @@ ALWAYS_INLINE bool tlb_is_global(const struct vcpu *c, u64 linear)
 }
 void tlb_select(struct vcpu *c);
 bool load_pdptrs(struct vcpu *c, u64 cr3); /* false: reserved bits set in a present one */
-/* Guest-physical memory, by slots; what is not RAM reads as ones, writes vanish. For page tables and the like. */
+/* Guest-physical memory, by slots; what is not RAM reads as ones. For page tables and the like. */
 u64 physical_read(struct vcpu *c, u64 physical, unsigned bytes);
-void physical_write(struct vcpu *c, u64 physical, unsigned bytes, u64 value);
 _Noreturn COLD void segment_fault(struct vcpu *c, const struct record *r, unsigned seg);
 
 /* ---- Linear --------------------------------------------------------------------------------------------------------------- */

@@ -1,5 +1,5 @@
 /* Paging, the TLB, and the slow path of every access (Intel SDM 3A chapter 4). */
-#include "memory.h"
+#include "atomic.h"
 #include "opcodes.h"
 #include "tracer.h"
 
@@ -20,21 +20,38 @@ u64 physical_read(struct vcpu *c, u64 physical, unsigned bytes)
 {
     u64 value = ~0ull;
     struct slot *slot = vm_slot(c->vm, physical & c->vm->a20_mask);
-    if (slot)
-        memcpy(&value, slot->host + ((physical & c->vm->a20_mask) - slot->address), bytes);
+    if (slot) /* a table's entry, at a multiple of its size */
+        value = peek(slot->host + ((physical & c->vm->a20_mask) - slot->address), bytes);
     return value;
 }
 
-void physical_write(struct vcpu *c, u64 physical, unsigned bytes, u64 value)
+static u32 *lines_of_page(const struct slot *slot, u64 physical) { return &slot->lines[(physical - slot->address) >> 12]; }
+/* Whether there is code in the lines of those bytes, which are on one page. */
+static bool hits_code(const struct slot *slot, u64 physical, unsigned bytes)
+{
+    u64 at = physical & 0xfff;
+    u32 lines = __atomic_load_n(lines_of_page(slot, physical), __ATOMIC_RELAXED);
+    return unlikely(lines) && lines & (u32)((2ull << ((at + bytes - 1) >> 7)) - (1ull << (at >> 7)));
+}
+
+/* An entry of a table becomes `value`, unless it is not what it was any more. */
+static bool swap_entry(struct vcpu *c, u64 physical, unsigned bytes, u64 was, u64 value)
 {
     physical &= c->vm->a20_mask;
     struct slot *slot = vm_slot(c->vm, physical);
     if (!slot || slot->flags & SLOT_READ_ONLY)
-        return;
-    if (slot->lines[(physical - slot->address) >> 12])
+        return true;
+    bool kills = hits_code(slot, physical, bytes), stops = kills && world_stop(c);
+    if (kills)
         cache_kill(c->vm, slot, physical, bytes);
-    memcpy(slot->host + (physical - slot->address), &value, bytes);
-    mark_dirty(slot, physical);
+    bool swapped = compare_and_swap(slot->host + (physical - slot->address), bytes, was, value);
+    if (swapped)
+        mark_dirty(slot, physical);
+    if (stops)
+        world_go(c);
+    else if (unlikely(*lines_of_page(slot, physical)))
+        cache_lines_written(c, slot, physical, bytes);
+    return swapped;
 }
 
 /* ---- Walking the tables -------------------------------------------------------------------------------------------------- */
@@ -160,16 +177,19 @@ static u32 check_rights(const struct vcpu *c, const struct walk *w, unsigned acc
     return by_key ? error : 0;
 }
 
-static void set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
+/* False: an entry has changed since it was walked. */
+static bool set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
 {
     for (unsigned i = 0; i < w->levels; i++) {
         u64 want = w->entry[i] | PTE_A | (write && i == w->levels - 1 ? PTE_D : 0);
-        if (want != w->entry[i]) {
-            physical_write(c, w->entry_address[i], w->entry_bytes, want);
-            w->entry[i] = want;
-        }
+        if (want == w->entry[i])
+            continue;
+        if (!swap_entry(c, w->entry_address[i], w->entry_bytes, w->entry[i], want))
+            return false;
+        w->entry[i] = want;
     }
     w->dirty |= write;
+    return true;
 }
 
 /* ---- TLB ---------------------------------------------------------------------------------------------------------------------- */
@@ -265,6 +285,16 @@ void tlb_flush_writes(struct vcpu *c, bool mark)
         }
 }
 
+bool tlb_may_write(const struct vcpu *c, u64 page)
+{
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        for (unsigned i = 0; i < TLB_SIZE; i++)
+            if ((__atomic_load_n(&c->tlbs[table].physical[TLB_WRITE][i], __ATOMIC_RELAXED) & PAGE_MASK) == page &&
+                __atomic_load_n(&c->tlbs[table].write[i].page, __ATOMIC_RELAXED) != TLB_INVALID(i))
+                return true;
+    return false;
+}
+
 void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
@@ -338,8 +368,14 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
     }
     u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
-        if (!slot->lines[number] && !(slot->flags & SLOT_READ_ONLY))
-            enter(c, table, TLB_WRITE, linear, physical, host, w);
+        if (slot->lines[number] || slot->flags & SLOT_READ_ONLY)
+            return;
+        enter(c, table, TLB_WRITE, linear, physical, host, w);
+        if (c->vm->parallel) { /* one that decodes there notes it, and then looks for such entries (note_lines) */
+            atomic_thread_fence(memory_order_seq_cst);
+            if (__atomic_load_n(&slot->lines[number], __ATOMIC_RELAXED))
+                invalidate(&c->tlbs[table], TLB_WRITE, linear >> 12 & (TLB_SIZE - 1));
+        }
     } else {
         enter(c, table, TLB_READ, linear, physical, host, w);
     }
@@ -351,7 +387,9 @@ static u64 translate(struct vcpu *c, u64 linear, unsigned access)
     struct walk w;
     bool supervisor = access & ACCESS_SUPERVISOR, user = c->cpl == 3 && !supervisor;
     c->counters.tlb_misses++;
-    u32 error = walk_tables(c, linear, &w);
+    u32 error;
+again:
+    error = walk_tables(c, linear, &w);
     if (error)
         error &= 0x7fffffff;
     else if (!(error = check_rights(c, &w, access, user, c->rflags & FLAG_AC && !supervisor)))
@@ -364,8 +402,8 @@ static u64 translate(struct vcpu *c, u64 linear, unsigned access)
         error |= PF_FETCH;
     raise_page_fault(c, c->now, linear, error);
 allowed:
-    if (w.paged)
-        set_accessed_dirty(c, &w, access & ACCESS_WRITE);
+    if (w.paged && !set_accessed_dirty(c, &w, access & ACCESS_WRITE))
+        goto again;
     if (access & ACCESS_WRITE) {
         u64 physical = w.physical & c->vm->a20_mask;
         struct slot *slot = vm_slot(c->vm, physical);
@@ -560,13 +598,27 @@ void mmu_read(struct vcpu *c, u64 linear, void *data, unsigned bytes, unsigned a
         check_watch(c, p[i].linear, p[i].physical, p[i].bytes, false, access & ACCESS_SUPERVISOR);
         struct slot *slot = vm_slot(c->vm, p[i].physical);
         if (slot)
-            memcpy(out, slot->host + (p[i].physical - slot->address), p[i].bytes);
+            copy_in(out, slot->host + (p[i].physical - slot->address), p[i].bytes);
         else
             read_device(c, p[i].physical, out, p[i].bytes);
         out += p[i].bytes;
     }
     if (unlikely(c->tracer && c->tracer->memory))
         tracer_memory(c, linear, data, bytes, false, access & ACCESS_SUPERVISOR || c->delivering >= 0);
+}
+
+/* On one page. Nobody executes what was there after the instruction is done. */
+static void write_ram(struct vcpu *c, struct slot *slot, u64 physical, const u8 *data, unsigned bytes)
+{
+    bool kills = hits_code(slot, physical, bytes), stops = kills && world_stop(c);
+    if (kills)
+        cache_kill(c->vm, slot, physical, bytes);
+    copy_in(slot->host + (physical - slot->address), data, bytes);
+    mark_dirty(slot, physical);
+    if (stops)
+        world_go(c);
+    else if (unlikely(*lines_of_page(slot, physical)))
+        cache_lines_written(c, slot, physical, bytes);
 }
 
 void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, unsigned access)
@@ -578,13 +630,8 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
         check_watch(c, p[i].linear, p[i].physical, p[i].bytes, true, access & ACCESS_SUPERVISOR);
         slots[i] = vm_slot(c->vm, p[i].physical);
         if (slots[i] && !(slots[i]->flags & SLOT_READ_ONLY)) {
-            u32 lines = slots[i]->lines[(p[i].physical - slots[i]->address) >> 12];
-            u64 at = p[i].physical & 0xfff;
-            if (lines & (u32)((2ull << ((at + p[i].bytes - 1) >> 7)) - (1ull << (at >> 7)))) {
-                if (!c->alone && !(access & ACCESS_SUPERVISOR))
-                    escape(c, ESCAPE_ALONE); /* it may be the running block that changes */
-                cache_kill(c->vm, slots[i], p[i].physical, p[i].bytes);
-            }
+            if (hits_code(slots[i], p[i].physical, p[i].bytes) && !c->alone && !(access & ACCESS_SUPERVISOR))
+                escape(c, ESCAPE_ALONE); /* it may be the running block that changes */
         } else if (!c->alone && !(access & ACCESS_SUPERVISOR)) {
             u64 value = 0;
             if (!slots[i] && is_move(c, p[i].bytes) && count == 1) {
@@ -598,8 +645,7 @@ void mmu_write(struct vcpu *c, u64 linear, const void *data, unsigned bytes, uns
     const u8 *in = data;
     for (unsigned i = 0; i < count; i++) {
         if (slots[i] && !(slots[i]->flags & SLOT_READ_ONLY)) {
-            memcpy(slots[i]->host + (p[i].physical - slots[i]->address), in, p[i].bytes);
-            mark_dirty(slots[i], p[i].physical);
+            write_ram(c, slots[i], p[i].physical, in, p[i].bytes);
         } else if (!(access & ACCESS_SUPERVISOR)) { /* an event's stack frame or an accessed bit outside of RAM is lost */
             write_device(c, p[i].physical, in, p[i].bytes);
         }
@@ -626,4 +672,75 @@ COLD void mmu_check_write(struct vcpu *c, u64 linear, unsigned bytes, unsigned a
 {
     struct piece p[2];
     split(c, linear, bytes, access | ACCESS_WRITE, p);
+}
+
+/* ---- Locked accesses --------------------------------------------------------------------------------------------------------- */
+
+static bool is_writable(const struct slot *slot) { return slot && !(slot->flags & SLOT_READ_ONLY); }
+
+COLD void mmu_lock(struct vcpu *c, struct locked *l, unsigned bytes)
+{
+    struct piece p[2];
+    unsigned count = split(c, l->at, bytes, ACCESS_READ | ACCESS_WRITE, p);
+    l->p = fast_linear_write(c, l->at, bytes); /* it was the TLB alone */
+    if (l->p || atomic_load_explicit(&c->world, memory_order_relaxed) == WORLD_OUT)
+        return;
+    struct slot *slot = vm_slot(c->vm, p[0].physical), *second = vm_slot(c->vm, p[count - 1].physical);
+    if (!is_writable(slot) && !is_writable(second))
+        return; /* a device */
+    if (count == 2 || !is_writable(slot)) {
+        world_stop(c);
+        l->stood = true;
+        return;
+    }
+    check_watch(c, l->at, p[0].physical, bytes, false, false);
+    check_watch(c, l->at, p[0].physical, bytes, true, false);
+    if (c->tracer && c->tracer->memory) { /* which sees it on the general path */
+        world_stop(c);
+        l->stood = true;
+        return;
+    }
+    if (hits_code(slot, p[0].physical, bytes)) {
+        if (!c->alone)
+            escape(c, ESCAPE_ALONE);
+        world_stop(c);
+        cache_kill(c->vm, slot, p[0].physical, bytes);
+    }
+    mark_dirty(slot, p[0].physical);
+    *l = (struct locked){l->at, slot->host + (p[0].physical - slot->address), true, slot, p[0].physical, bytes};
+}
+
+COLD void mmu_unlock(struct vcpu *c, struct locked *l)
+{
+    if (c->has_world)
+        world_go(c);
+    else if (l->slot)
+        cache_lines_written(c, l->slot, l->physical, l->bytes);
+}
+
+u8 mmu_change_byte(struct vcpu *c, u64 linear, u8 clear, u8 set)
+{
+    u64 physical = mmu_translate(c, linear, ACCESS_WRITE | ACCESS_SUPERVISOR);
+    struct slot *slot = vm_slot(c->vm, physical);
+    u8 was = 0, value;
+    if (!is_writable(slot) || (c->tracer && c->tracer->memory) || page_watched(c, linear, physical)) {
+        mmu_read(c, linear, &was, 1, ACCESS_SUPERVISOR);
+        value = (was & ~clear) | set;
+        mmu_write(c, linear, &value, 1, ACCESS_SUPERVISOR);
+        return was;
+    }
+    u8 *p = slot->host + (physical - slot->address);
+    bool kills = hits_code(slot, physical, 1), stops = kills && world_stop(c);
+    if (kills)
+        cache_kill(c->vm, slot, physical, 1);
+    do {
+        was = *(volatile u8 *)p;
+        value = (was & ~clear) | set;
+    } while (!compare_and_swap(p, 1, was, value));
+    mark_dirty(slot, physical);
+    if (stops)
+        world_go(c);
+    else if (unlikely(*lines_of_page(slot, physical)))
+        cache_lines_written(c, slot, physical, 1);
+    return was;
 }

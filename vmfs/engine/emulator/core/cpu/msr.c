@@ -176,8 +176,13 @@ bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host)
 {
     (void)host;
     enum writes writes;
-    if (chip_owns(c, index))
-        return !irqchip_read_msr(c->vm->irqchip, c->index, index, value, core_now(c, c->now));
+    if (chip_owns(c, index)) {
+        u64 now = core_now(c, c->now);
+        chips_lock(c->vm);
+        bool done = !irqchip_read_msr(c->vm->irqchip, c->index, index, value, now);
+        chips_unlock(c->vm);
+        return done;
+    }
     if (is_special(c, index)) {
         *value = index == MSR_TSC          ? read_tsc(c, c->now)
                  : index == MSR_TSC_ADJUST ? c->msr.tsc_adjust
@@ -240,8 +245,10 @@ bool msr_write(struct vcpu *c, u32 index, u64 value, bool host)
 {
     if (chip_owns(c, index)) {
         u64 now = core_now(c, c->now);
+        chips_lock(c->vm);
         bool done = host && index == MSR_APIC_BASE ? !irqchip_set_apic_base(c->vm->irqchip, c->index, value, now)
                                                    : !irqchip_write_msr(c->vm->irqchip, c->index, index, value, now);
+        chips_unlock(c->vm);
         if (done && !host)
             chip_notify(c);
         return done;

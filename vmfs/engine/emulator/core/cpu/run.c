@@ -9,7 +9,9 @@
 
 #include <time.h>
 
-enum { SLICE = 1 << 16, POLL = 1 << 20 }; /* instructions between two looks at timers and waiting CPUs; at the host */
+/* Instructions between two looks at timers and waiting CPUs; the same where other CPUs execute at the same time, who may want
+ * that this one stands; at the host. */
+enum { SLICE = 1 << 16, SLICE_SHARED = 1 << 13, POLL = 1 << 20 };
 
 
 void vcpu_kick(struct vcpu *c) { request_attention(c, ATTENTION_KICK); }
@@ -84,7 +86,7 @@ static void end_slice(struct vcpu *c)
 
 static void begin_slice(struct vcpu *c)
 {
-    i64 slice = SLICE;
+    i64 slice = c->vm->parallel ? SLICE_SHARED : SLICE;
     if (c->run_limited && c->run_budget < slice)
         slice = c->run_budget;
     slice = chip_room(c, slice);
@@ -171,21 +173,39 @@ void leave_io_exit(struct vcpu *c, const struct record *r, bool write, u16 port,
 
 /* ---- Events ------------------------------------------------------------------------------------------------------------------------- */
 
-/* Hand over the trace, between two instructions: it may run any code of the host, as host_polls. */
+/* Between two instructions: any code of the host may run, which finds its own x87 and MXCSR, and may have to wait. */
+static void leave_to_host(struct vcpu *c)
+{
+    x87_release(c);
+    mxcsr_leave(c, MXCSR_RESET);
+    if (atomic_load_explicit(&c->world, memory_order_relaxed) == WORLD_IN)
+        world_leave(c);
+}
+static void come_from_host(struct vcpu *c)
+{
+    if (runs_parallel(c->vm))
+        world_enter(c);
+    mxcsr_enter(c);
+}
+
+/* Hand over the trace. */
 static void deliver_trace(struct vcpu *c)
 {
     if (!tracer_has(c))
         return;
-    x87_release(c);
-    mxcsr_leave(c, MXCSR_RESET);
+    leave_to_host(c);
     tracer_deliver(c, false);
-    mxcsr_enter(c);
+    come_from_host(c);
 }
 
 /* True if the run is to end. */
 static bool look_around(struct vcpu *c)
 {
     u32 bits = atomic_load(&c->attention);
+    if (bits & ATTENTION_STAND) {
+        atomic_fetch_and(&c->attention, ~(u32)ATTENTION_STAND);
+        world_stand(c);
+    }
     if (bits & ATTENTION_FLUSH) {
         atomic_fetch_and(&c->attention, ~(u32)ATTENTION_FLUSH);
         tlb_flush_writes(c, true); /* it may have written between the fetch of the log and now */
@@ -226,10 +246,10 @@ bool can_wake(struct vcpu *c)
 /* Whether it executes nothing and never will, whatever happens in the machine. */
 static bool sleeps_for_good(struct vcpu *c)
 {
-    if (likely(!c->halted && c->mp_state == KVM_MP_STATE_RUNNABLE))
+    if (likely(!c->halted && c->mp_state == KVM_MP_STATE_RUNNABLE) || c->restart || (c->halted && can_wake(c))) {
+        atomic_store_explicit(&c->deaf, false, memory_order_relaxed);
         return false;
-    if (c->restart || (c->halted && can_wake(c)))
-        return false;
+    }
     return !c->vm->irqchip || chip_leaves_it_asleep(c);
 }
 
@@ -282,8 +302,10 @@ static bool take_event(struct vcpu *c, bool held)
         if (vector >= 0) {
             if (catches(c, (unsigned)vector, true, instructions_done(c)))
                 return true;
-            c->counters.interrupts++;
             vector = acknowledge(c);
+            if (vector < 0) /* another CPU has taken the 8259's */
+                return false;
+            c->counters.interrupts++;
             deliver(c, (unsigned)vector, EVENT_EXTERNAL, false, 0);
             return true;
         }
@@ -358,6 +380,8 @@ static void at_breakpoint(struct vcpu *c)
 
 static void after_escape(struct vcpu *c, enum escape how)
 {
+    if (c->has_world)
+        world_go(c);
     if (c->tracer)
         tracer_undo(c, how == ESCAPE_FAULT);
     undo(c);
@@ -438,10 +462,9 @@ static bool host_polls(struct vcpu *c)
     c->polled_at = c->retired;
     if (!c->poll || c->completing)
         return false;
-    x87_release(c); /* it may run any code of the host, which finds its own x87 and MXCSR */
-    mxcsr_leave(c, MXCSR_RESET);
+    leave_to_host(c);
     bool ends = c->poll(c->poll_argument);
-    mxcsr_enter(c);
+    come_from_host(c);
     if (!ends)
         return false;
     c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
@@ -460,6 +483,8 @@ static void turn(struct vcpu *c)
     if (report_store(c))
         return;
     bool kicked = false;
+    if (c->vm->parallel) /* what serialises an instruction stream ends its block: its stores are seen before (3A 9.3) */
+        atomic_thread_fence(memory_order_seq_cst);
     if (unlikely(atomic_load_explicit(&c->attention, memory_order_relaxed)))
         kicked = look_around(c);
     end_slice(c);
@@ -478,10 +503,12 @@ static void turn(struct vcpu *c)
     }
     if (c->retired - c->yielded_at >= SLICE) {
         c->yielded_at = c->retired;
-        clock_leave(c);
-        vm_yield(c->vm);
+        if (!runs_parallel(c->vm)) {
+            clock_leave(c);
+            vm_yield(c->vm);
+            clock_enter(c);
+        }
         deliver_trace(c);
-        clock_enter(c);
         if (c->retired - c->polled_at >= POLL && host_polls(c))
             return;
     }
@@ -623,23 +650,32 @@ static void run(struct vcpu *c, int64_t budget, bool goes_on, struct vcpu_exit *
         *exit = (struct vcpu_exit){.reason = EXIT_LIMIT, .rip = c->gpr[GPR_IP]};
         return;
     }
+    struct vm *vm = c->vm;
+    bool parallel = vm->parallel;
     c->bounded = budget >= 0;
     atomic_store(&c->in_run, true);
-    vm_lock(c->vm);
+    if (parallel)
+        world_enter(c);
+    else
+        vm_lock(vm);
     if (!goes_on)
         cache_check_again(c);
-    clock_begin(c->vm);
+    if (!parallel)
+        clock_begin(vm);
     run_enter(c);
     run_slices(c, budget, exit);
-    c->vm->stopped = c->index;
-    if (c->vm->vcpu_count > 1)
-        clock_share(c->vm);
+    __atomic_store_n(&vm->stopped, c->index, __ATOMIC_RELAXED);
+    if (vm->vcpu_count > 1 && !parallel)
+        clock_share(vm);
+    if (parallel)
+        world_leave(c);
     if (tracer_has(c))
         tracer_deliver(c, true);
     atomic_store(&c->in_run, false);
-    if (c->vm->irqchip)
+    if (vm->irqchip && !parallel)
         chip_notify(c);
-    vm_unlock(c->vm);
+    if (!parallel)
+        vm_unlock(vm);
 }
 
 void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)

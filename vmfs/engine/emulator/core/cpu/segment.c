@@ -88,6 +88,8 @@ void mode_changed(struct vcpu *c)
     if (!is64)
         key |= (u64)cs->limit << KEY_LIMIT_SHIFT;
     key |= c->key & KEY_UNMASKED;
+    if (c->vm->parallel)
+        key |= KEY_SHARED;
     if (c->tracer && tracer_mode(c))
         key |= KEY_TRACED;
     c->key = key;
@@ -164,8 +166,7 @@ void set_accessed(struct vcpu *c, struct descriptor *d)
     if (d->low >> 40 & ATTR_ACCESSED)
         return;
     d->low |= (u64)ATTR_ACCESSED << 40;
-    u8 byte = (u8)(d->low >> 40);
-    mmu_write(c, d->address + 5, &byte, 1, ACCESS_SUPERVISOR);
+    mmu_change_byte(c, d->address + 5, 0, ATTR_ACCESSED);
 }
 
 /* MOV, POP, LDS.. to ES SS DS FS GS (Intel SDM 2B MOV). The register changes last. */

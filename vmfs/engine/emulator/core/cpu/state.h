@@ -163,6 +163,7 @@ enum {
     KEY_TRACED = 4096 /* instructions have a record of op_trace before them (tracer.h) */,
     KEY_UNMASKED = 8192       /* an exception of MXCSR is (mxcsr.c): host code looks at none */,
     KEY_FLAT = 16384          /* 32-bit protected mode, and CS SS DS ES are all of the address space, and writable data */,
+    KEY_SHARED = 32768,       /* other CPUs execute at the same time: what LOCK and fences say is the host's to do */
     KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
 };
 
@@ -220,7 +221,7 @@ struct x87_register { u64 mantissa; u16 exponent; u16 pad[3]; };
 
 enum attention { /* reasons to leave the blocks; bits of vcpu.attention, set by any thread */
     ATTENTION_KICK = 1, ATTENTION_INTERRUPT = 2, ATTENTION_NMI = 4, ATTENTION_FLUSH = 8, ATTENTION_LINES = 16,
-    ATTENTION_TRACE = 32, ATTENTION_WRITTEN = 64, ATTENTION_SHARE = 128 /* of the memory of host code */,
+    ATTENTION_TRACE = 32, ATTENTION_WRITTEN = 64, ATTENTION_SHARE = 128 /* of the memory of host code */, ATTENTION_STAND = 256,
 };
 enum escape { /* how a handler is left without finishing; argument of longjmp */
     ESCAPE_FAULT = 1, /* c->fault is to be delivered */
@@ -231,6 +232,10 @@ enum escape { /* how a handler is left without finishing; argument of longjmp */
 
 struct mmio_access { u64 address; u32 size; bool write; u64 data; };
 enum { MMIO_PIECES = 128 };
+
+/* Where a CPU is, of several that execute at the same time: somewhere else, or between two instructions; executing; in an
+ * instruction, waiting for the others to stand. In turn all are OUT. */
+enum world_place { WORLD_OUT, WORLD_IN, WORLD_WAITS };
 
 enum event { EVENT_EXTERNAL, EVENT_EXCEPTION, EVENT_SOFTWARE /* INT n, INT3, INTO */, EVENT_INT1 };
 struct fault { u8 vector; bool has_error; u32 error; u64 address; };
@@ -378,6 +383,10 @@ struct vcpu {
     bool bounded;             /* the run is, by instructions */
     bool entered;             /* vm_run: it has executed in this run */
     bool turn_over;           /* vm_run: it gives the rest of its turn away */
+    _Atomic u8 world;         /* enum world_place */
+    bool has_world;           /* all others stand for it */
+    _Atomic bool deaf;        /* it sleeps, and only an NMI, an INIT or a SIPI wakes it: for others to see */
+    u32 pauses;
 
     struct tracer *tracer;    /* NULL: nothing is traced */
 
@@ -436,6 +445,10 @@ struct vm {
     pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
     u64 ticket, serving;
     _Atomic u32 waiting;
+    bool parallel;            /* vm_set_parallel: vcpu_run of several CPUs at the same time; else one waits for the other's turn */
+    _Atomic u32 stops;        /* how many want that CPUs stand: world.c */
+    bool stopped_for_one;     /* one of them has it */
+    pthread_mutex_t chips;    /* of `irqchip`, while CPUs execute at the same time */
     bool in_turn;             /* in vm_run, of which this is the CPU whose turn it is: */
     unsigned turn_of;
     i64 turn_left;            /* instructions */
@@ -608,10 +621,12 @@ void code_map_drop(struct vcpu *c, u64 linear);
 void code_map_select(struct vcpu *c);
 void cache_check_again(struct vcpu *c);          /* others may have written code */
 void cache_forget_written(struct vcpu *c);       /* what vm_memory_written was told */
+void cache_lines_written(struct vcpu *c, struct slot *slot, u64 physical, unsigned bytes); /* where code may have come meanwhile */
 handler op_end, op_end_alone, op_raise, op_breakpoint, jump_slow, jump_indirect_slow;
 void decode_alone(struct vcpu *c, struct record *r); /* the instruction at gpr[GPR_IP], uncached, and its end */
 bool is_breakpoint(const struct vcpu *c, u64 linear);
 void tlb_drop_writes_of(struct vcpu *c, u64 page);   /* mmu.c: the guest-physical page got code */
+bool tlb_may_write(const struct vcpu *c, u64 page);  /* from any thread: perhaps it has an entry for writes there */
 /* decode.c */
 void decode_init(void);
 /* One instruction at `ip`, of which `available` bytes are at `bytes`. Returns its length; 0: needs more bytes
@@ -664,6 +679,12 @@ void vcpu_init(struct vcpu *c);                      /* an INIT message */
 void vm_lock(struct vm *vm);
 void vm_unlock(struct vm *vm);
 void vm_yield(struct vm *vm);
+/* world.c: CPUs that execute at the same time, and stand still together */
+void world_enter(struct vcpu *c);                    /* it executes from now on; waits while they stand */
+void world_leave(struct vcpu *c);                    /* between two instructions: it executes no more */
+void world_stand(struct vcpu *c);                    /* between two instructions: as long as somebody wants it */
+bool world_stop(struct vcpu *c);                     /* in an instruction: all others stand; false: they do already, or take turns */
+void world_go(struct vcpu *c);
 /* io.c: ports and memory of the devices in the core, and of those on the bus; c->now is set */
 enum answer {
     ANSWER_NONE,              /* nobody's: an exit */
@@ -679,6 +700,19 @@ bool bus_memory(struct vcpu *c, u64 physical, unsigned size, bool write, u64 *va
 int queued_vector(struct vcpu *c);                   /* the first that vcpu_interrupt queued, or -1 */
 int pending_vector(struct vcpu *c);                  /* the interrupt to take next, or -1; does not acknowledge */
 int acknowledge(struct vcpu *c);                     /* take it */
+/* The chips have a lock where CPUs execute at the same time. Nothing is called with it held that waits for anybody. */
+ALWAYS_INLINE void chips_lock(struct vm *vm)
+{
+    if (vm->parallel)
+        pthread_mutex_lock(&vm->chips);
+}
+ALWAYS_INLINE void chips_unlock(struct vm *vm)
+{
+    if (vm->parallel)
+        pthread_mutex_unlock(&vm->chips);
+}
+/* Whether CPUs execute at the same time just now. */
+ALWAYS_INLINE bool runs_parallel(const struct vm *vm) { return vm->parallel && !vm->in_turn; }
 /* clock.c: time, and the machine's interrupt controllers in it */
 void clock_begin(struct vm *vm);                     /* a run begins */
 u64 time_of_host(struct vcpu *c);                    /* core_now by the host's clock */
@@ -691,9 +725,10 @@ void set_tsc_offset(struct vcpu *c, u64 offset);
 void chip_apply_lines(struct vm *vm);
 void chip_look(struct vcpu *c);                      /* timers and INIT, SIPI, NMI messages, before the next instruction */
 void chip_notify(struct vcpu *c);                    /* tell the other CPUs that something is for them */
+void wake_keeper(struct vm *vm, const struct vcpu *but); /* a timer that is no CPU's own is due sooner than it was */
 bool deadline_came(struct vcpu *c);                  /* vm_set_deadline's, which is over then */
 i64 chip_room(struct vcpu *c, i64 most);             /* how many instructions until the next timer */
-bool chip_leaves_it_asleep(const struct vcpu *c);    /* nothing in the machine can wake it, for all time */
+bool chip_leaves_it_asleep(struct vcpu *c);    /* nothing in the machine can wake it, for all time */
 /* A CPU that executes nothing: until something happens. False where the run is bounded by instructions, which do not come,
  * and it has slept for a second: of the machine's time, or of the host's. */
 bool chip_wait(struct vcpu *c);

@@ -25,10 +25,7 @@ static void tss_transfer(struct vcpu *c, u64 base, void *data, unsigned from, un
 
 static void set_busy(struct vcpu *c, u64 descriptor_address, bool busy)
 {
-    u8 type = 0;
-    mmu_read(c, (u32)(descriptor_address + 5), &type, 1, ACCESS_SUPERVISOR);
-    type = busy ? type | TSS_BUSY : type & ~TSS_BUSY;
-    mmu_write(c, (u32)(descriptor_address + 5), &type, 1, ACCESS_SUPERVISOR);
+    mmu_change_byte(c, (u32)(descriptor_address + 5), busy ? 0 : TSS_BUSY, busy ? TSS_BUSY : 0);
 }
 
 /* A segment register of the new task; errors are #TS, #NP, #SS (table 7-1). */

@@ -44,6 +44,7 @@ struct vm *vm_create(void)
     decode_init();
     pthread_mutex_init(&vm->lock, NULL);
     pthread_mutex_init(&vm->lines_lock, NULL);
+    pthread_mutex_init(&vm->chips, NULL);
     pthread_cond_init(&vm->turn, NULL);
     vm->a20_mask = ~0ull;
     atomic_store(&vm->deadline, CORE_NEVER);
@@ -72,6 +73,7 @@ void vm_destroy(struct vm *vm)
     irqchip_destroy(vm->irqchip);
     pthread_mutex_destroy(&vm->lock);
     pthread_mutex_destroy(&vm->lines_lock);
+    pthread_mutex_destroy(&vm->chips);
     pthread_cond_destroy(&vm->turn);
     free(vm);
 }
@@ -186,17 +188,21 @@ int vm_dirty_log(struct vm *vm, unsigned number, uint8_t *bitmap, size_t bytes)
         return -EINVAL;
     struct slot *slot = &vm->slots[number];
     pthread_mutex_lock(&vm->lock);
-    bool running = vm->serving != vm->ticket; /* no: nobody gets a turn before the lock is free */
+    bool in_turn = vm->serving != vm->ticket; /* no: nobody gets a turn before the lock is free, */
+    atomic_fetch_add(&vm->stops, 1);          /* and nobody begins to execute */
     for (size_t i = 0; i * 8 < bytes; i++) {
         u64 word = atomic_exchange(&slot->dirty[i], 0);
         memcpy(bitmap + i * 8, &word, bytes - i * 8 < 8 ? bytes - i * 8 : 8);
     }
     for (unsigned i = 0; i < CORE_VCPUS; i++) { /* writable TLB entries would not be logged */
-        if (vm->vcpus[i] && running)
-            request_attention(vm->vcpus[i], ATTENTION_FLUSH);
-        else if (vm->vcpus[i])
-            tlb_flush_writes(vm->vcpus[i], false);
+        struct vcpu *c = vm->vcpus[i];
+        if (c && (in_turn || atomic_load(&c->world) != WORLD_OUT))
+            request_attention(c, ATTENTION_FLUSH);
+        else if (c)
+            tlb_flush_writes(c, false);
     }
+    atomic_fetch_sub(&vm->stops, 1);
+    pthread_cond_broadcast(&vm->turn);
     pthread_mutex_unlock(&vm->lock);
     return 0;
 }
@@ -210,6 +216,16 @@ void vm_set_a20(struct vm *vm, bool enabled)
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i])
             tlb_flush(vm->vcpus[i]);
+}
+
+bool vm_set_parallel(struct vm *vm, bool parallel)
+{
+    bool was = vm->parallel;
+    vm->parallel = parallel && vm->time == TIME_HOST;
+    for (unsigned i = 0; was != vm->parallel && i < CORE_VCPUS; i++)
+        if (vm->vcpus[i])
+            mode_changed(vm->vcpus[i]); /* other code: KEY_SHARED */
+    return vm->parallel;
 }
 
 void vm_set_time(struct vm *vm, enum core_time mode)

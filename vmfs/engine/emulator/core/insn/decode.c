@@ -277,6 +277,8 @@ static bool decode_operand(const struct opcode *o, unsigned operand, const struc
 }
 
 /* VEX (Intel SDM 2A 2.3.5) after C4 or C5; the opcode byte. *map: MAPS for one that does not exist. */
+extern struct operation operation_XCHG;
+
 static u8 decode_vex(struct prefixes *p, struct bytes *b, bool three, bool code64, unsigned *map)
 {
     u8 first = (u8)take(b, 1), last = three ? (u8)take(b, 1) : first;
@@ -407,7 +409,8 @@ opcode:;
     bool memory = !is_register || is_offset;
     bool fast = code64 && address_size == 3 && r->seg < SEG_FS;
     const struct handlers *h = o->handlers;
-    r->run = !memory ? h->reg[r->size] : fast ? h->fast[r->size] : h->mem[r->size];
+    bool locks = key & KEY_SHARED && memory && (p.lock || o->operation == &operation_XCHG);
+    r->run = !memory ? h->reg[r->size] : locks ? h->lock[r->size] : fast ? h->fast[r->size] : h->mem[r->size];
     if (!r->run)
         return finish_raise(r, VECTOR_UD, b.used, ends);
     r->length = b.used & 15;

@@ -12,6 +12,13 @@
         {name##_reg_8, name##_reg_16, name##_reg_32, name##_reg_64}, \
         {name##_fast_8, name##_fast_16, name##_fast_32, name##_fast_64}, \
         {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}}
+#define LOCK_TABLE(name) {name##_lock_8, name##_lock_16, name##_lock_32, name##_lock_64}
+/* Of a row that allows LOCK. */
+#define FORM_TABLE_LOCK(name) \
+    const struct handlers H_##name = { \
+        {name##_reg_8, name##_reg_16, name##_reg_32, name##_reg_64}, \
+        {name##_fast_8, name##_fast_16, name##_fast_32, name##_fast_64}, \
+        {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}, LOCK_TABLE(name)}
 #define FORM_TABLE_V(name) \
     const struct handlers H_##name = { \
         {NULL, name##_reg_16, name##_reg_32, name##_reg_64}, {NULL, name##_fast_16, name##_fast_32, name##_fast_64}, \

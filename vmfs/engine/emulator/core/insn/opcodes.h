@@ -33,6 +33,7 @@ struct handlers {
     handler *reg[4];   /* the r/m operand is a register, or there is none */
     handler *fast[4];  /* memory, and the fast form of the address applies (memory.h) */
     handler *mem[4];   /* memory, any */
+    handler *lock[4];  /* memory, any, by a locked access: LOCK, and XCHG, where other CPUs execute at the same time */
 };
 
 #define SAME4(f) {f, f, f, f}

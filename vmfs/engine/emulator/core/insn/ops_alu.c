@@ -1,5 +1,8 @@
 /* Arithmetic, logic, moves (Intel SDM 2). Each operation is two functions: the result, and the flags from operands and
  * result, so that a store that faults comes between them and changes nothing. */
+#include <sched.h>
+
+#include "atomic.h"
 #include "forms.h"
 
 /* ---- The operations: operands zero-extended, results truncated by the caller --------------------------------------------- */
@@ -54,6 +57,18 @@ OPERATION(dec, a - 1, (flags_keep_cf(c, spread_carries(carry_out(r, 1, a), bits)
         u64 a = peek(p, bits / 8), b = source; \
         u64 result = truncate_to(op##_result(c, a, b), bits); \
         poke(p, bits / 8, result); \
+        op##_flags(c, a, b, result, bits); \
+        NEXT(); \
+    } \
+    OP(op##_##form##_lock_##bits) \
+    { \
+        struct locked l = lock_operand(c, r, bits / 8); \
+        u64 a, b = source, result; \
+        do { \
+            a = locked_load(c, &l, bits / 8); \
+            result = truncate_to(op##_result(c, a, b), bits); \
+        } while (!locked_store(c, &l, bits / 8, a, result)); \
+        unlock_operand(c, &l); \
         op##_flags(c, a, b, result, bits); \
         NEXT(); \
     }
@@ -129,7 +144,7 @@ OPERATION(dec, a - 1, (flags_keep_cf(c, spread_carries(carry_out(r, 1, a), bits)
     MODIFY(op, E_G, get_reg(c, r->reg, bits), bits) \
     MODIFY(op, E_I, truncate_to((u64)(i64)r->imm, bits), bits) \
     MODIFY_G(op, bits)
-#define ALU(op) SIZES(ALU_SIZE, op) FORM_TABLE(op##_E_G); FORM_TABLE(op##_E_I); FORM_TABLE(op##_G_E);
+#define ALU(op) SIZES(ALU_SIZE, op) FORM_TABLE_LOCK(op##_E_G); FORM_TABLE_LOCK(op##_E_I); FORM_TABLE(op##_G_E);
 
 ALU(add)
 ALU(or)
@@ -149,7 +164,7 @@ SIZES(CMP_SIZE, cmp)
 FORM_TABLE(cmp_E_G); FORM_TABLE(cmp_G_E); FORM_TABLE(cmp_E_I); FORM_TABLE(test_E_G); FORM_TABLE(test_E_I);
 
 #define UNARY_SIZE(op, bits) MODIFY(op, E, 0, bits)
-#define UNARY(op) SIZES(UNARY_SIZE, op) FORM_TABLE(op##_E);
+#define UNARY(op) SIZES(UNARY_SIZE, op) FORM_TABLE_LOCK(op##_E);
 UNARY(not)
 UNARY(neg)
 UNARY(inc)
@@ -237,11 +252,18 @@ const struct handlers H_lea = {.fast = {NULL, lea_fast_16, lea_fast_32, lea_fast
 OP(op_nop) { NEXT(); }
 HANDLER(nop);
 
-/* It says that the guest spins and waits for another CPU, which cannot execute before this one gives its turn away. */
+/* It says that the guest spins and waits for another CPU, which in turn cannot execute before this one gives its turn away. At the
+ * same time it may be one for which the host has no processor just now. */
+enum { PAUSES = 64 };
 OP(op_pause)
 {
     if (c->vm->in_turn) {
         c->turn_over = true;
+        leave(c, r);
+        return;
+    }
+    if (c->key & KEY_SHARED && ++c->pauses % PAUSES == 0) {
+        sched_yield();
         leave(c, r);
         return;
     }
@@ -266,6 +288,17 @@ HANDLER(pause);
         set_reg(c, r->reg, bits, a); \
         NEXT(); \
     } \
+    OP(xchg_lock_##bits) \
+    { \
+        struct locked l = lock_operand(c, r, bits / 8); \
+        u64 a; \
+        do \
+            a = locked_load(c, &l, bits / 8); \
+        while (!locked_store(c, &l, bits / 8, a, get_reg(c, r->reg, bits))); \
+        unlock_operand(c, &l); \
+        set_reg(c, r->reg, bits, a); \
+        NEXT(); \
+    } \
     OP(xadd_reg_##bits) \
     { \
         u64 a = get_reg(c, r->rm, bits), b = get_reg(c, r->reg, bits), sum = truncate_to(a + b, bits); \
@@ -278,6 +311,19 @@ HANDLER(pause);
     { \
         u64 at, a = rmw_load(c, r, bits / 8, &at), b = get_reg(c, r->reg, bits), sum = truncate_to(a + b, bits); \
         linear_store(c, at, bits / 8, sum); \
+        set_reg(c, r->reg, bits, a); \
+        flags_add(c, a, b, sum, bits); \
+        NEXT(); \
+    } \
+    OP(xadd_lock_##bits) \
+    { \
+        struct locked l = lock_operand(c, r, bits / 8); \
+        u64 a, b = get_reg(c, r->reg, bits), sum; \
+        do { \
+            a = locked_load(c, &l, bits / 8); \
+            sum = truncate_to(a + b, bits); \
+        } while (!locked_store(c, &l, bits / 8, a, sum)); \
+        unlock_operand(c, &l); \
         set_reg(c, r->reg, bits, a); \
         flags_add(c, a, b, sum, bits); \
         NEXT(); \
@@ -301,13 +347,26 @@ HANDLER(pause);
             set_reg(c, RAX * 8, bits, e); \
         flags_sub(c, a, e, truncate_to(a - e, bits), bits); \
         NEXT(); \
+    } \
+    OP(cmpxchg_lock_##bits) \
+    { \
+        struct locked l = lock_operand(c, r, bits / 8); \
+        u64 a = get_reg(c, RAX * 8, bits), e; \
+        do \
+            e = locked_load(c, &l, bits / 8); \
+        while (!locked_store(c, &l, bits / 8, e, a == e ? get_reg(c, r->reg, bits) : e)); \
+        unlock_operand(c, &l); \
+        if (a != e) \
+            set_reg(c, RAX * 8, bits, e); \
+        flags_sub(c, a, e, truncate_to(a - e, bits), bits); \
+        NEXT(); \
     }
 SIZES(XCHG_SIZE, xchg)
 #define SLOW_TABLE(name) \
     const struct handlers H_##name = { \
         {name##_reg_8, name##_reg_16, name##_reg_32, name##_reg_64}, \
         {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}, \
-        {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}}
+        {name##_mem_8, name##_mem_16, name##_mem_32, name##_mem_64}, LOCK_TABLE(name)}
 SLOW_TABLE(xchg);
 SLOW_TABLE(xadd);
 SLOW_TABLE(cmpxchg);

@@ -1,4 +1,5 @@
 /* Bit tests, scans, counts; byte order; BMI1 and BMI2; carries apart (ADX). */
+#include "atomic.h"
 #include "forms.h"
 
 /* ---- BT, BTS, BTR, BTC: CF is the bit; processors leave the undefined flags as they were ------------------------------------------ */
@@ -38,6 +39,18 @@
         linear_store(c, at, bits / 8, OPERATION##_CHANGE(a, 1ull << n)); \
         set_cf(c, a >> n & 1); \
         NEXT(); \
+    } \
+    OP(op##_##form##_lock_##bits) \
+    { \
+        u64 n = (index) & (bits - 1), a; \
+        c->now = r; \
+        struct locked l = lock_at(c, linear_of(c, r, r->seg, offset, bits / 8, ACCESS_READ | ACCESS_WRITE), bits / 8); \
+        do \
+            a = locked_load(c, &l, bits / 8); \
+        while (!locked_store(c, &l, bits / 8, a, OPERATION##_CHANGE(a, 1ull << n))); \
+        unlock_operand(c, &l); \
+        set_cf(c, a >> n & 1); \
+        NEXT(); \
     }
 /* A register indexes a bit string: signed, beyond the operand, wrapping with the address size (Intel SDM 1 3.1.1.9). */
 ALWAYS_INLINE u64 string_offset(const struct vcpu *c, const struct record *r, unsigned bits)
@@ -58,8 +71,13 @@ ALWAYS_INLINE u64 string_offset(const struct vcpu *c, const struct record *r, un
     const struct handlers H_##name = {{NULL, name##_reg_16, name##_reg_32, name##_reg_64}, \
         {NULL, name##_mem_16, name##_mem_32, name##_mem_64}, {NULL, name##_mem_16, name##_mem_32, name##_mem_64}}
 #define BT_TABLES(op) SLOW_TABLE(op##_E_G); SLOW_TABLE(op##_E_I);
+#define BIT_TABLE(name) \
+    const struct handlers H_##name = {{NULL, name##_reg_16, name##_reg_32, name##_reg_64}, \
+        {NULL, name##_mem_16, name##_mem_32, name##_mem_64}, {NULL, name##_mem_16, name##_mem_32, name##_mem_64}, \
+        {NULL, name##_lock_16, name##_lock_32, name##_lock_64}}
 #define BT_OTHER(op, OPERATION) \
-    BT_OTHER_SIZE(op, OPERATION, 16) BT_OTHER_SIZE(op, OPERATION, 32) BT_OTHER_SIZE(op, OPERATION, 64) BT_TABLES(op)
+    BT_OTHER_SIZE(op, OPERATION, 16) BT_OTHER_SIZE(op, OPERATION, 32) BT_OTHER_SIZE(op, OPERATION, 64) \
+    BIT_TABLE(op##_E_G); BIT_TABLE(op##_E_I);
 BT_SIZE(16)
 BT_SIZE(32)
 BT_SIZE(64)

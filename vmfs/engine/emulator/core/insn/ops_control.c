@@ -125,8 +125,11 @@ static void set_cr8(struct vcpu *c, const struct record *r, u64 value)
     if (value > 15)
         raise_error(c, r, VECTOR_GP, 0);
     c->cr8 = value;
-    if (c->vm->irqchip)
-        irqchip_set_cr8(c->vm->irqchip, c->index, value);
+    if (!c->vm->irqchip)
+        return;
+    chips_lock(c->vm);
+    irqchip_set_cr8(c->vm->irqchip, c->index, value);
+    chips_unlock(c->vm);
 }
 static u64 get_cr8(const struct vcpu *c)
 {

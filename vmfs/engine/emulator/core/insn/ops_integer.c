@@ -1,6 +1,7 @@
 /* The integer instructions that belong to no larger family: decimal arithmetic, flags, CMPXCHG8B, BOUND, random numbers. */
 #include <sys/random.h>
 
+#include "atomic.h"
 #include "forms.h"
 
 /* ---- Decimal (Intel SDM 2A AAA, AAD, AAM, AAS, DAA, DAS) ----------------------------------------------------------------------- */
@@ -99,6 +100,21 @@ OP(cmpxchg8b)
     c->zf = !equal;
     NEXT();
 }
+OP(cmpxchg8b_lock)
+{
+    struct locked l = lock_operand(c, r, 8);
+    u64 a = (u64)R32(c, RDX * 8) << 32 | R32(c, RAX * 8), b = (u64)R32(c, RCX * 8) << 32 | R32(c, RBX * 8), e;
+    do
+        e = locked_load(c, &l, 8);
+    while (!locked_store(c, &l, 8, e, a == e ? b : e));
+    unlock_operand(c, &l);
+    if (a != e) {
+        set_reg(c, RAX * 8, 32, e);
+        set_reg(c, RDX * 8, 32, e >> 32);
+    }
+    c->zf = a != e;
+    NEXT();
+}
 static void __attribute__((noinline)) compare_exchange_16(struct vcpu *c, const struct record *r)
 {
     if (!has_feature(c, FEATURE_CX16))
@@ -106,12 +122,22 @@ static void __attribute__((noinline)) compare_exchange_16(struct vcpu *c, const 
     u64 at = mem_linear(c, r, 16, ACCESS_READ | ACCESS_WRITE), e[2];
     if (at & 15)
         raise_error(c, r, VECTOR_GP, 0);
-    if (!fast_linear_write(c, at, 16))
+    struct locked l = {.at = at};
+    if (r->prefix & PREFIX_LOCK && c->key & KEY_SHARED)
+        l = lock_at(c, at, 16);
+    else if (!fast_linear_write(c, at, 16))
         mmu_check_write(c, at, 16, ACCESS_WRITE);
-    mmu_read(c, at, e, 16, ACCESS_READ);
-    bool equal = e[0] == c->gpr[RAX] && e[1] == c->gpr[RDX];
-    u64 value[2] = {equal ? c->gpr[RBX] : e[0], equal ? c->gpr[RCX] : e[1]};
-    mmu_write(c, at, value, 16, ACCESS_WRITE);
+    bool equal;
+    if (l.p) {
+        e[0] = c->gpr[RAX], e[1] = c->gpr[RDX];
+        equal = compare_and_swap_16(l.p, e, (u64[2]){c->gpr[RBX], c->gpr[RCX]});
+    } else {
+        mmu_read(c, at, e, 16, ACCESS_READ);
+        equal = e[0] == c->gpr[RAX] && e[1] == c->gpr[RDX];
+        u64 value[2] = {equal ? c->gpr[RBX] : e[0], equal ? c->gpr[RCX] : e[1]};
+        mmu_write(c, at, value, 16, ACCESS_WRITE);
+    }
+    unlock_operand(c, &l);
     if (!equal) {
         c->gpr[RAX] = e[0];
         c->gpr[RDX] = e[1];
@@ -119,7 +145,8 @@ static void __attribute__((noinline)) compare_exchange_16(struct vcpu *c, const 
     c->zf = !equal;
 }
 OP(cmpxchg16b) { compare_exchange_16(c, r); NEXT(); }
-const struct handlers H_cmpxchg8b = {.fast = {NULL, NULL, cmpxchg8b, cmpxchg16b}, .mem = {NULL, NULL, cmpxchg8b, cmpxchg16b}};
+const struct handlers H_cmpxchg8b = {.fast = {NULL, NULL, cmpxchg8b, cmpxchg16b}, .mem = {NULL, NULL, cmpxchg8b, cmpxchg16b},
+                                     .lock = {NULL, NULL, cmpxchg8b_lock, cmpxchg16b}};
 
 /* ---- BOUND: #BR unless the signed index is within the two bounds, inclusive ------------------------------------------------------------- */
 

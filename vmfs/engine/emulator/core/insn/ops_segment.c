@@ -253,8 +253,8 @@ OP(op_ltr)
         raise_gp(c, 0);
     struct descriptor d;
     read_system(c, selector, c->efer & EFER_LMA ? 1 << 9 : 1 << 9 | 1 << 1, &d);
-    u8 type = (u8)(d.low >> 40) | BUSY;
-    mmu_write(c, d.address + 5, &type, 1, ACCESS_SUPERVISOR);
+    if (mmu_change_byte(c, d.address + 5, 0, BUSY) & BUSY) /* another CPU was first */
+        raise_gp(c, selector & 0xfffc);
     descriptor_segment(&d, &c->seg[SEG_TR]);
     c->seg[SEG_TR].attributes |= BUSY;
     leave(c, r);

@@ -341,8 +341,13 @@ OP(op_stmxcsr)
 }
 HANDLER(stmxcsr);
 
-/* LFENCE, MFENCE, SFENCE: CPUs of a machine take turns, each sees all stores in order. */
-OP(op_fence) { NEXT(); }
+/* LFENCE, MFENCE, SFENCE. Where CPUs take turns, each sees all stores in order. */
+OP(op_fence)
+{
+    if (c->key & KEY_SHARED)
+        __asm__ volatile("mfence" : : : "memory");
+    NEXT();
+}
 HANDLER(fence);
 /* CLFLUSH, CLFLUSHOPT, CLWB: access checks of a byte load, but that the segment may be execute-only (Intel SDM 2A CLFLUSH);
  * no data. */

@@ -1,5 +1,6 @@
 /* MOVS, CMPS, SCAS, LODS, STOS with and without REP (Intel SDM 2). Elements that lie in RAM, up to the next page, go at once.
  * What counts as an instruction, and where a repetition may pause: repeat.h. */
+#include "atomic.h"
 #include "repeat.h"
 
 /* A handler for each size: one element (`name_one`, by the general path, whose first try is inline), or as many as rCX says
@@ -40,21 +41,27 @@ ALWAYS_INLINE void move_target(struct vcpu *c, const struct record *r, u64 bytes
 /* ---- MOVS -------------------------------------------------------------------------------------------------------------------- */
 
 /* Element after element, upwards or downwards: where the target overlaps what is still to be read, that is not memmove. */
-static void copy_elements(u8 *to, const u8 *from, u64 count, unsigned bytes, bool down)
+static void copy_elements(struct vcpu *c, u8 *to, const u8 *from, u64 count, unsigned bytes)
 {
     u64 size = count * bytes;
+    bool down = c->rflags & FLAG_DF;
+    if (c->key & KEY_SHARED && !down) {
+        copy_elements_in(to, from, count, bytes);
+        return;
+    }
     if (down) {
         to -= size - bytes;
         from -= size - bytes;
     }
     u64 ahead = down ? (u64)(from - to) : (u64)(to - from);
-    if (ahead == 0 || ahead >= size) {
+    if (!(c->key & KEY_SHARED) && (ahead == 0 || ahead >= size)) {
         memmove(to, from, size);
         return;
     }
     for (u64 i = 0; i < count; i++) {
         u64 at = (down ? count - 1 - i : i) * bytes;
         poke(to + at, bytes, peek(from + at, bytes));
+        __asm__ volatile("" : : : "memory"); /* they stay single accesses */
     }
 }
 
@@ -76,7 +83,7 @@ ALWAYS_INLINE u64 movs_some(struct vcpu *c, const struct record *r, unsigned byt
         movs_one(c, r, bytes);
         return 1;
     }
-    copy_elements(to, from, n, bytes, c->rflags & FLAG_DF);
+    copy_elements(c, to, from, n, bytes);
     move_source(c, r, n * step);
     move_target(c, r, n * step);
     return n;
@@ -85,9 +92,11 @@ STRING(movs, true)
 
 /* ---- STOS, LODS ---------------------------------------------------------------------------------------------------------------- */
 
-static void fill(u8 *to, u64 count, unsigned bytes, u64 value)
+static void fill(struct vcpu *c, u8 *to, u64 count, unsigned bytes, u64 value)
 {
-    if (bytes == 1 || truncate_to(value, bytes * 8) == 0)
+    if (c->key & KEY_SHARED)
+        fill_elements_in(to, count, bytes, value);
+    else if (bytes == 1 || truncate_to(value, bytes * 8) == 0)
         memset(to, (u8)value, count * bytes);
     else if (bytes == 2)
         for (u64 i = 0; i < count; i++)
@@ -114,7 +123,7 @@ ALWAYS_INLINE u64 stos_some(struct vcpu *c, const struct record *r, unsigned byt
         stos_one(c, r, bytes);
         return 1;
     }
-    fill(c->rflags & FLAG_DF ? to - (n - 1) * bytes : to, n, bytes, c->gpr[RAX]);
+    fill(c, c->rflags & FLAG_DF ? to - (n - 1) * bytes : to, n, bytes, c->gpr[RAX]);
     move_target(c, r, n * step);
     return n;
 }

@@ -89,8 +89,10 @@ static _Noreturn void raise_pending(struct vcpu *c, const struct record *r)
     struct irqchip *chip = c->vm->irqchip;
     if (c->cr0 & CR0_NE || !chip)
         raise_fault(c, r, VECTOR_MF);
+    chips_lock(c->vm);
     irqchip_set_gsi(chip, FERR_IRQ, true); /* an edge for the 8259 */
     irqchip_set_gsi(chip, FERR_IRQ, false);
+    chips_unlock(c->vm);
     chip_notify(c);
     c->now = r;
     escape(c, ESCAPE_FREEZE);

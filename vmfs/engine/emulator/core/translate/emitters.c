@@ -37,6 +37,13 @@ static void clear_kept(struct translation *t)
         put_modrm(&t->code, I_W, M1, 0x85, RSP, in_register(RSP)); /* TEST */
 }
 
+/* The prefix of an instruction whose memory operand other CPUs may access at the same time. */
+static void put_lock(struct translation *t, const struct record *r)
+{
+    if (r->prefix & PREFIX_LOCK && t->c->key & KEY_SHARED)
+        put8(&t->code, 0xf0);
+}
+
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
 {
     const struct opcode *o = &opcodes[r->id];
@@ -123,6 +130,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
     bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
     clear_kept(t);
+    if (memory)
+        put_lock(t, r);
     flags |= high ? I_HIGH : byte ? I_BYTE : 0;
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
@@ -244,6 +253,7 @@ static bool compare_two(struct translation *t, const struct record *r)
     if (t->asking)
         return true;
     to_memory(t, r, 2u << r->size, true, r->size == 3, false);
+    put_lock(t, r);
     put_modrm(&t->code, r->size == 3 ? I_W : 0, M0F, 0xc7, 1, in_memory(T1, 0));
     return true;
 }
@@ -409,8 +419,15 @@ TO_INTEGER(CVTTSS2SI); TO_INTEGER(CVTTSD2SI); TO_INTEGER(CVTSS2SI); TO_INTEGER(C
 #define COMPARE(name) COPY(name, READS_FIRST | FLOAT)
 COMPARE(UCOMISS); COMPARE(UCOMISD); COMPARE(COMISS); COMPARE(COMISD);
 
-/* One CPU executes at a time. */
-const struct emitter E_LFENCE = {nop, NO_ACCESS}, E_MFENCE = {nop, NO_ACCESS}, E_SFENCE = {nop, NO_ACCESS};
+/* Where CPUs take turns, there is nothing to be done. */
+static bool fence(struct translation *t, const struct record *r)
+{
+    if (t->asking || !(t->c->key & KEY_SHARED))
+        return true;
+    put_modrm(&t->code, 0, M0F, 0xae, (unsigned)opcodes[r->id].digit, in_register(0));
+    return true;
+}
+const struct emitter E_LFENCE = {fence, NO_ACCESS}, E_MFENCE = {fence, NO_ACCESS}, E_SFENCE = {fence, NO_ACCESS};
 
 /* ---- The stack ----------------------------------------------------------------------------------------------------------------- */
 
