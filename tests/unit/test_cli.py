@@ -252,7 +252,7 @@ def test_boot_takes_a_mount_of_its_own_user_only(tmp_path, monkeypatch, capsys):
     looked_at = []
     monkeypatch.setattr(mounts, "table", lambda: table)
     monkeypatch.setattr(mounts, "is_dead", lambda path: looked_at.append(path))
-    with boot.mount(None, keep=True) as chosen:
+    with boot.mount(None, keep=True) as (chosen, _):
         assert chosen == tmp_path / "mine"
     assert looked_at == [str(chosen)]
     assert capsys.readouterr().err == f"vmfs boot: on {chosen}, a mount of yours\n"

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -10,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vmfs.boot import Source, probe
@@ -20,10 +23,12 @@ from vmfs.commands.options import argument, engine, size
 from vmfs.host import mounts
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
+from vmfs.words.numbers import parse_duration
 
 _CHUNK = 1 << 20
 _PATIENCE = 0.5  # seconds of loading before it is told about
 DEFAULT_CMDLINE = "console=ttyS0"
+GDB_PORT = 1234  # QEMU's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the machine (default: boot-PID)")
     parser.add_argument("--keep", action="store_true", help="leave the machine there")
     parser.add_argument("--no-reboot", action="store_true", help="a reset ends it")
+    parser.add_argument("--gdb", type=argument(port), nargs="?", const=GDB_PORT, metavar="PORT",
+                        help=f"let a gdb connect there, on 127.0.0.1 (default: {GDB_PORT}; 0: a free one)")
+    parser.add_argument("--paused", action="store_true", help="do not start it: a gdb does, or `run` to its `state`")
+    parser.add_argument("--symbols", metavar="FILE", help="an ELF file or a System.map with its symbols")
+    parser.add_argument("--break", action="append", default=[], metavar="WHERE", dest="breaks",
+                        help="stop before the instruction at a symbol or an address; may be given several times")
+    parser.add_argument("--timeout", type=argument(parse_duration), metavar="TIME", help="end it after that, as 30s")
     parser.add_argument("--escape", type=argument(terminal.parse_escape), default=terminal.ESCAPE, metavar="KEY",
                         help="the key that ends it, as ^] (the default)")
 
@@ -48,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if not arguments.kernel and not arguments.bios:
         raise Invalid("it takes a KERNEL, or --bios")
-    for path in filter(None, (arguments.kernel, arguments.initrd, arguments.bios)):
+    for path in filter(None, (arguments.kernel, arguments.initrd, arguments.bios, arguments.symbols)):
         with open_image(path):
             pass
-    with ended_by_signals(), mount(arguments.on, keep=arguments.keep) as directory:
+    with ended_by_signals(), mount(arguments.on, keep=arguments.keep) as (directory, mount_stays):
         machine = directory / (arguments.name or f"boot-{os.getpid()}")
         try:
             machine.mkdir()
@@ -63,19 +75,27 @@ def run(arguments: argparse.Namespace) -> int:
                 return drive(machine, arguments)
             finally:
                 print(f"vmfs boot: the machine is {machine}", file=sys.stderr)
-        with removed_in_any_case(f"rmdir -- {shlex.quote(os.path.abspath(machine))}"):
+        with removed_in_any_case(f"rmdir -- {shlex.quote(os.path.abspath(machine))}") as machine_stays:
             prepare(machine, arguments)
-            return drive(machine, arguments)
+            code = drive(machine, arguments)
+            if code == EXIT_CODES["triple-fault"]:
+                tell_of_a_fault(machine)
+                if sys.stderr.isatty():  # somebody is there to look at it, and to remove it
+                    machine_stays()
+                    mount_stays()
+                    print(f"vmfs boot: the machine is {machine}, to look at; rmdir removes it", file=sys.stderr)
+            return code
 
 
 @contextlib.contextmanager
-def removed_in_any_case(command: str) -> Iterator[None]:
-    """Have a shell run `command` afterwards, in the case that this process is killed, too.
+def removed_in_any_case(command: str) -> Iterator[Callable[[], None]]:
+    """Have a shell run `command` afterwards, in the case that this process is killed, too. Not after a call of what
+    this yields.
 
     The shell sees the end of the pipe. It is in a session of its own, so that no key and no hangup of the terminal
     ends it.
     """
-    script = f"trap '' TERM; read -r _; exec 2>/dev/null; {command}"
+    script = f"trap '' TERM; read -r word; [ \"$word\" = stay ] && exit; exec 2>/dev/null; {command}"
     shell = subprocess.Popen(
         ["/bin/sh", "-c", script],
         stdin=subprocess.PIPE,
@@ -84,11 +104,16 @@ def removed_in_any_case(command: str) -> Iterator[None]:
         cwd="/",
         start_new_session=True,
     )
+    assert shell.stdin is not None
+    stdin = shell.stdin
+
+    def stay() -> None:
+        stdin.write(b"stay\n")
+
     try:
-        yield
+        yield stay
     finally:
-        assert shell.stdin is not None
-        shell.stdin.close()
+        stdin.close()
         shell.wait()
 
 
@@ -112,8 +137,8 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
-    """The mount to use: the one given, one that is there, or a new one for this time.
+def mount(given: str | None, *, keep: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The mount to use: the one given, one that is there, or a new one for this time; and what makes that one stay.
 
     Without being told, only one of this user's own: another user's server would get the kernel, the names of the
     disks and the keys.
@@ -122,26 +147,30 @@ def mount(given: str | None, *, keep: bool) -> Iterator[Path]:
         mounted = mounts.at(given)
         if mounted is None or not mounted.is_vmfs:
             raise Invalid(f"{given} is not a vmfs mount")
-        yield Path(given)
+        yield Path(given), _nothing
         return
     for each in mounts.table():
         is_own = each.is_vmfs and each.user == os.geteuid()  # before anything of it is looked at
         if is_own and not mounts.is_dead(each.path) and os.access(each.path, os.W_OK):
             print(f"vmfs boot: on {each.path}, a mount of yours", file=sys.stderr)
-            yield Path(each.path)
+            yield Path(each.path), _nothing
             return
     if keep:
         raise Invalid("--keep needs a mount that stays: vmfs mount DIR")
     directory = tempfile.mkdtemp(prefix="vmfs-")
     quoted = shlex.quote(os.path.abspath(directory))
-    with removed_in_any_case(f"fusermount3 -u -z -- {quoted}; rmdir -- {quoted}"):
+    with removed_in_any_case(f"fusermount3 -u -z -- {quoted}; rmdir -- {quoted}") as stay:
         made = subprocess.run(
             [sys.executable, "-m", "vmfs.cli", "mount", directory], stderr=subprocess.PIPE, text=True, check=False
         )
         if made.returncode:
             raise EngineFailed(made.stderr.strip().removeprefix("vmfs mount: ") or "the mount failed")
         print(f"vmfs boot: on {directory}, a mount for this time", file=sys.stderr)
-        yield Path(directory)
+        yield Path(directory), stay
+
+
+def _nothing() -> None:
+    pass
 
 
 # ---- loading
@@ -168,6 +197,12 @@ def prepare(machine: Path, arguments: argparse.Namespace) -> None:
         cmdline = default_cmdline(machine / "kernel") if arguments.cmdline is None else arguments.cmdline
         if cmdline:
             put(machine, "cmdline", cmdline)
+    if arguments.symbols:
+        copy(Path(arguments.symbols), machine / "symbols")
+    for where in arguments.breaks:
+        put(machine, "debug", f"break {where}", what=f"--break {where[:40]}")
+    if arguments.gdb is not None:
+        put(machine, "gdb", f"127.0.0.1:{arguments.gdb}", what=f"--gdb {arguments.gdb}")
 
 
 def default_cmdline(kernel: Path) -> str:
@@ -229,43 +264,123 @@ def copy(source: Path, target: Path) -> None:
 
 
 class Runs(threading.Thread):
-    """Reads `vm_run` until the machine is shut down. `done` is readable at the end, and `line` the last exit or
-    `failure` what went wrong."""
+    """Runs a machine until its end, and waits through all stops that are none. `done` is readable at the end; `line` is
+    the last exit or `failure` what went wrong."""
 
-    def __init__(self, machine: Path, *, reboot: bool) -> None:
+    def __init__(self, machine: Path, *, reboot: bool, paused: bool, say: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
         self._machine = machine
         self._reboot = reboot
+        self._paused = paused
+        self._say = say
+        self._said = ""
         self.done, self._tell = os.pipe()
         self.line = ""
         self.failure: VmfsError | None = None
+        self.timed_out = False
 
     def run(self) -> None:
         try:
-            while True:
-                self.line = (self._machine / "vm_run").read_text().strip()
-                if not (self._reboot and self.line.startswith("shutdown cause=reset ")):
-                    return
+            with open(self._machine / "exit", "rb", buffering=0) as exits_file:
+                self._go(exits_file)
         except OSError as failure:
             self.failure = EngineFailed(reason(self._machine, failure))
         finally:
             os.write(self._tell, b"\n")
 
+    def _go(self, exits_file: io.FileIO) -> None:
+        starts = not self._paused
+        _last_exit(exits_file)  # what was before is not news
+        while True:
+            if starts and self._start():
+                self.line = _last_exit(exits_file)
+            else:  # another one runs it, or will
+                self.line = _next_exit(exits_file)
+            if self.timed_out or (is_end(self.line) and not self._restarts()):
+                return
+            starts = is_end(self.line)
+            if not starts:
+                self._tell_of_a_stop()
+
+    def _restarts(self) -> bool:
+        return self._reboot and self.line.startswith("shutdown cause=reset ")
+
+    def _start(self) -> bool:
+        """Run it here; False where another one has begun to."""
+        try:
+            (self._machine / "vm_run").read_bytes()
+        except OSError as failure:
+            if failure.errno == errno.EBUSY:
+                return False
+            raise
+        return True
+
+    def _tell_of_a_stop(self) -> None:
+        """Once for a stop, not for each step of a debugger."""
+        if self.line != self._said and not self.line.startswith("debug cause=step "):
+            self._said = self.line
+            self._say(f"it stands: {self.line}; `echo run > {self._machine}/state` or a gdb goes on")
+
+    def time_out(self) -> None:
+        """End it. From any thread."""
+        self.timed_out = True
+        with contextlib.suppress(OSError):
+            (self._machine / "state").write_text("pause\n")
+        os.write(self._tell, b"\n")
+
+
+def _last_exit(file: io.FileIO) -> str:
+    file.seek(0)
+    return file.read().decode().strip()
+
+
+def _next_exit(file: io.FileIO) -> str:
+    """The exit that comes after the one that `file` was last read with."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    poll.poll()
+    return _last_exit(file)
+
+
+def is_end(line: str) -> bool:
+    """Whether nothing but a reset leads on from there: off, or asleep for good, or what the engine could not do."""
+    return line.partition(" ")[0] in ("shutdown", "hlt", "error")
+
 
 def drive(machine: Path, arguments: argparse.Namespace) -> int:
     """Run it with its console on this terminal; the exit code."""
     console = open_console(str(machine))
-    runs = Runs(machine, reboot=not arguments.no_reboot)
-    if sys.stdin is not None and sys.stdin.isatty():
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+
+    def say(text: str) -> None:
+        # The terminal may be raw, and in the middle of a line of the guest's.
+        print(f"\r\nvmfs boot: {text}\r" if is_terminal else f"vmfs boot: {text}", file=sys.stderr, flush=True)
+
+    if is_terminal:
         print(f"vmfs boot: {terminal.escape_name(arguments.escape)} ends it", file=sys.stderr)
+    if arguments.gdb is not None:
+        symbols = f"{shlex.quote(arguments.symbols)} " if arguments.symbols else ""
+        print(f"vmfs boot: gdb {symbols}-ex 'target remote {gdb_address(machine)}'", file=sys.stderr)
+    if arguments.paused:
+        how = "`continue` in gdb, or " if arguments.gdb is not None else ""
+        print(f"vmfs boot: it waits for {how}`echo run > {machine}/state`", file=sys.stderr)
+    runs = Runs(machine, reboot=not arguments.no_reboot, paused=arguments.paused, say=say)
     runs.start()
+    timer = threading.Timer(arguments.timeout or 0, runs.time_out)
+    timer.daemon = True
+    if arguments.timeout is not None:
+        timer.start()
     try:
         escaped = terminal.attach(console, done=runs.done, escape=arguments.escape)
     finally:
+        timer.cancel()
         os.close(console)
     if escaped:
         print(file=sys.stderr)
-        return terminal.ESCAPED
+        return EXIT_CODES["escape"]
+    if runs.timed_out:
+        print(f"vmfs boot: the time is over: {runs.line or 'it ran'}", file=sys.stderr)
+        return EXIT_CODES["timeout"]
     runs.join()
     if runs.failure is not None:
         raise runs.failure
@@ -273,9 +388,33 @@ def drive(machine: Path, arguments: argparse.Namespace) -> int:
     return exit_code(runs.line)
 
 
+def gdb_address(machine: Path) -> str:
+    return (machine / "gdb").read_text().split()[0]
+
+
+def tell_of_a_fault(machine: Path) -> None:
+    """Where it was, for one that nobody can look at any more soon."""
+    with contextlib.suppress(OSError):
+        values = dict(line.split(" ", 1) for line in (machine / "registers").read_text().splitlines())
+        shown = (f"{name} {int(values[name], 16):#x}" for name in FAULT_REGISTERS if name in values)
+        print("vmfs boot:", ", ".join(shown), file=sys.stderr)
+
+
+# As far as they are not the guest's own: those of a debug exit are odd.
+EXIT_CODES = {"poweroff": 0, "reset": 0, "escape": terminal.ESCAPED, "triple-fault": 6, "timeout": 8, "hlt": 10}
+FAULT_REGISTERS = ("rip", "rsp", "rflags", "cs", "cr0", "cr2", "cr3", "cr4", "efer")
+
+
 def exit_code(line: str) -> int:
-    """0 where the guest powered off or was reset, its own code from the debug exit, else 1."""
+    """As EXIT_CODES has it, the guest's own from the debug exit, else 1."""
     last = exits.parse_exit(line)
-    if not isinstance(last, exits.Shutdown) or last.cause == "triple-fault":
-        return 1
-    return (last.code or 0) & 0xFF
+    if isinstance(last, exits.Shutdown):
+        return EXIT_CODES.get(last.cause, (last.code or 0) & 0xFF)
+    return EXIT_CODES.get(line.partition(" ")[0], 1)
+
+
+def port(text: str) -> int:
+    """A TCP port. A word after --gdb that is none is perhaps the kernel."""
+    if not text.isascii() or not text.isdigit() or int(text) > 0xFFFF:
+        raise Invalid(f"{text[:40]!r} is no port: write KERNEL before --gdb")
+    return int(text)

@@ -1,0 +1,151 @@
+"""`vmfs boot` and debugging together: it stays while the machine stands, and tells how it ended."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pc.conftest import BOOT_SECONDS
+
+TRIPLE_FAULT = bytes.fromhex("0F011E007E CD00")  # lidt [0x7e00], which is empty; int 0
+SLEEP = bytes.fromhex("FAF4")  # cli; hlt
+
+
+def sector(code: bytes) -> bytes:
+    return code.ljust(510, b"\0") + b"\x55\xaa"
+
+
+def boot_command(mount, *arguments):
+    return [sys.executable, "-m", "vmfs.cli", "boot", *map(str, arguments), "--on", str(mount)]
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "status", "words"),
+    [
+        (TRIPLE_FAULT, (), 6, ("shutdown cause=triple-fault", "rip 0x7c05, ", "cr2 ")),
+        (SLEEP, (), 10, ("hlt rip=0x7c02",)),
+        (b"\xeb\xfe", ("--timeout", "300ms"), 8, ("the time is over: ",)),
+        (b"\xb0\x02\xe6\xf4", (), 5, ("shutdown cause=debug-exit code=5",)),
+    ],
+)
+def test_each_end_of_vmfs_boot_has_its_code(pc_mount, tmp_path, code, options, status, words):
+    before = set(os.listdir(pc_mount))
+    (tmp_path / "sector").write_bytes(sector(code))
+    command = boot_command(pc_mount, tmp_path / "sector", *options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL)
+    assert done.returncode == status, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert set(os.listdir(pc_mount)) == before  # nobody is at a terminal, to look at it
+
+
+def test_a_machine_that_has_faulted_is_left_to_its_user(pc_mount, tmp_path):
+    (tmp_path / "sector").write_bytes(sector(TRIPLE_FAULT))
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        boot_command(pc_mount, tmp_path / "sector", "--name", "faulted"),
+        stdin=terminal, stdout=terminal, stderr=terminal,
+    )
+    os.close(terminal)
+    try:
+        assert process.wait(BOOT_SECONDS) == 6
+        assert f"the machine is {pc_mount}/faulted, to look at" in os.read(controller, 65536).decode()
+        assert "rip 0x0000000000007c05\n" in (Path(pc_mount) / "faulted/registers").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+        (Path(pc_mount) / "faulted").rmdir()
+
+
+def test_vmfs_boot_stays_while_the_machine_stands(pc_mount, tmp_path):
+    """Paused from elsewhere, it says so once, and goes on with the machine, to its end."""
+    # Counts at 0x7e00 until a byte there is set.
+    (tmp_path / "sector").write_bytes(sector(bytes.fromhex("FF06007E 803E027E00 74F5 B001E6F4")))
+    process = subprocess.Popen(
+        boot_command(pc_mount, tmp_path / "sector", "--name", "stood"), stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    machine = Path(pc_mount) / "stood"
+    try:
+        wait_for(lambda: machine.exists() and (machine / "state").read_text() == "running\n")
+        (machine / "state").write_text("pause\n")
+        assert process.stderr is not None
+        assert "it stands: interrupted rip=0x7c0" in process.stderr.readline()
+        (machine / "debug").write_text("1\n")
+        for _ in range(3):
+            assert (machine / "vm_run").read_text().startswith("debug cause=step ")
+        (machine / "debug").write_text("0\n")
+        (machine / "state").write_text("run\n")
+        wait_for(lambda: (machine / "state").read_text() == "running\n")
+        with open(machine / "mem", "r+b", buffering=0) as memory:
+            if "memory_served_by passthrough\n" not in (machine / "stat").read_text():
+                (machine / "state").write_text("pause\n")
+            os.pwrite(memory.fileno(), b"\x01", 0x7E02)
+        if (machine / "state").read_text() == "paused\n":
+            (machine / "state").write_text("run\n")
+        assert process.wait(BOOT_SECONDS) == 3
+        rest = process.stderr.read()
+        assert "vmfs boot: shutdown cause=debug-exit code=3 " in rest and "cause=step" not in rest
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + BOOT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_gdb_and_vmfs_boot_with_two_commands(pc_mount, tmp_path):
+    """`vmfs boot --gdb --paused --symbols ELF --break SYMBOL`, and the gdb that it names."""
+    source = ".intel_syntax noprefix; .code16; _start: mov ax, 1; nop; here: mov bx, 2; mov al, 1; out 0xf4, al\n"
+    elf, unlinked, flat = (tmp_path / name for name in ("system.elf", "system.o", "system.bin"))
+    subprocess.run(["as", "--64", "-o", unlinked], input=source, text=True, check=True)
+    subprocess.run(["ld", "-Ttext=0x7c00", "-e", "0x7c00", "-o", elf, unlinked], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", elf, flat], check=True)
+    (tmp_path / "sector").write_bytes(sector(flat.read_bytes()))
+    command = boot_command(
+        pc_mount, tmp_path / "sector", "--symbols", tmp_path / "system.elf", "--break", "here", "--paused", "--gdb", "0"
+    )
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith(f"vmfs boot: gdb {tmp_path}/system.elf -ex 'target remote 127.0.0.1:"), said
+        assert "it waits for `continue` in gdb" in process.stderr.readline()
+        target = re.search(r"target remote \S+(?=')", said)[0]
+        script = [target, "continue", "p/x $pc", "continue"]
+        done = subprocess.run(
+            ["gdb", "-nx", "-batch", tmp_path / "system.elf", *(f"-ex={line}" for line in script)],
+            capture_output=True, text=True, timeout=BOOT_SECONDS, check=False,
+        )  # fmt: skip
+        assert "= 0x7c04\n" in done.stdout, done.stdout + done.stderr
+        assert process.wait(BOOT_SECONDS) == 3
+        rest = process.stderr.read()
+        assert "it stands: debug cause=breakpoint id=1 " in rest and "shutdown cause=debug-exit code=3" in rest
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
+    (tmp_path / "sector").write_bytes(sector(SLEEP))
+    for arguments, sentence in (
+        (("--gdb", tmp_path / "sector"), "is no port: write KERNEL before --gdb"),
+        ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: debug: "),
+        ((tmp_path / "sector", "--symbols", tmp_path / "sector"), "symbols: "),
+        ((tmp_path / "sector", "--symbols", tmp_path / "none"), "none: No such file"),
+        ((tmp_path / "sector", "--timeout", "soon"), "'soon' is not a number with ns, us, ms or s"),
+    ):
+        done = subprocess.run(boot_command(pc_mount, *arguments), capture_output=True, text=True, timeout=BOOT_SECONDS)
+        assert done.returncode in (1, 2) and sentence in done.stderr, done.stderr
