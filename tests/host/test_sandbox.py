@@ -144,7 +144,7 @@ def enter(box: Sandbox) -> None:
     box.confine(WHO)
 
 
-def inside(act: Callable[[], object]) -> object:
+def inside(act: Callable[[], object], enter: Callable[[Sandbox], None] = enter) -> object:
     """What `act` returns in the sandbox of a machine's process."""
     box = sandbox()
     if box.layers["seccomp"]:
@@ -163,15 +163,41 @@ def call(number: int, arguments: tuple[object, ...]) -> int:
     return ctypes.get_errno() if returned < 0 else 0
 
 
+def all_calls() -> dict[str, int]:
+    """What all come to in one process."""
+    return {name: call(number, arguments) for name, number, arguments in FORBIDDEN}
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, int]:
-    """Of all, from one process inside."""
-    return inside(lambda: {name: call(number, arguments) for name, number, arguments in FORBIDDEN})  # type: ignore
+    return inside(all_calls)  # type: ignore
+
+
+@pytest.fixture(scope="module")
+def nobodys() -> dict[str, int]:
+    """In a process that waits for its user."""
+    return inside(all_calls, Sandbox.seclude)  # type: ignore
 
 
 @pytest.mark.parametrize("name", [row[0] for row in FORBIDDEN])
 def test_it_is_refused(answers, name):
     assert errno.errorcode.get(answers[name], "done") == "EPERM"
+
+
+# The errnos of what a process does to become its user's.
+OF_A_BIRTH = {**dict.fromkeys(("setgroups", "setresuid", "setresgid", "prctl-pdeathsig", "prlimit64"), 0), "capset": 22}
+
+
+@pytest.mark.parametrize("name", [row[0] for row in FORBIDDEN])
+def test_it_is_refused_to_a_process_that_is_nobodys(nobodys, name):
+    assert nobodys[name] == OF_A_BIRTH.get(name, errno.EPERM)
+
+
+def test_an_option_of_prctl_that_is_another_in_64_bits_is_refused():
+    """The kernel looks at 32 of them, a filter at all."""
+    asked = [(high << 32 | option) for high in (1, 1 << 31) for option in (1, 4, 15, 22, 38, 47)]
+    found = inside(lambda: [call(157, (option, 1, 0, 0, 0)) for option in asked])
+    assert found == [errno.EPERM] * len(asked)
 
 
 def test_clone3_is_said_not_to_exist():

@@ -17,7 +17,7 @@ from mounting import Server, for_plain_processes, wait_until
 
 from vmfs.engine import by_name
 from vmfs.host.sandbox import Sandbox
-from vmfs.machine import warmup
+from vmfs.machine import gather, warmup
 
 
 def named(pid: int, name: str) -> bool:
@@ -36,7 +36,7 @@ def spares(server: Server) -> list[int]:
             facts = status(pid)
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
-        if facts["Name"].strip() == "vmfs-machine" and facts["Seccomp"] == "0" and facts["NoNewPrivs"] == "1":
+        if facts["Name"].strip() == "vmfs-machine" and facts["Seccomp_filters"] == "1":
             found.append(pid)
     return found
 
@@ -157,7 +157,7 @@ def test_the_life_that_a_spare_leads_leaves_nothing(quiet):
 def test_a_thread_that_a_life_leaves_is_no_spares(monkeypatch):
     from vmfs.host import spare
 
-    monkeypatch.setattr(spare, "THREADS_SECONDS", 0.1)
+    monkeypatch.setattr(warmup, "THREADS_SECONDS", 0.1)
     monkeypatch.setattr(warmup, "live", lambda *_: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
 
     def act() -> str:
@@ -188,24 +188,73 @@ def test_a_life_leaves_nothing():
     assert what_there_is() == before
 
 
-def test_code_that_is_gathered_does_what_it_did():
-    """In a process of its own: it is done to all functions that there are."""
-    def outer(number: int) -> list[int]:
-        return [inner(each) for each in range(number)]
+class Gathered:
+    """What a life may have: functions that only a class has, wrapped ones, one that others know."""
 
-    def inner(number: int, *, more: int = 3) -> int:
-        return sum(one + more for one in range(number))
+    def adds(self, number: int, *, more: int = 3) -> list[int]:
+        """Its text."""
+        return [self.shown + each + more for each in range(number)] + [len(__class__.__name__)]  # type: ignore[name-defined]
 
-    def act() -> tuple[bool, bool, list[int]]:
-        for _ in range(20):
-            outer(5)
-        before = outer.__code__
-        warmup.gather_code()
-        once = outer.__code__ is not before
-        warm = warmup.live(by_name("emulator"), by_name)
-        return once, warm, outer(5)
+    @property
+    def shown(self) -> int:
+        return self.of_class() + self.of_nobody(2)
 
-    assert Child(0, act).result() == (True, True, outer(5))
+    @classmethod
+    def of_class(cls) -> int:
+        return len(cls.__mro__)
+
+    @staticmethod
+    def of_nobody(number: int) -> int:
+        return sum(one for one in range(number))
+
+    def known(self) -> str:
+        return "known"
+
+    def never(self) -> None:
+        raise AssertionError
+
+
+KNOWN = {"by": Gathered.known}
+
+
+def run_gathered() -> tuple[object, ...]:
+    one = Gathered()
+    return one.adds(3), one.adds(2, more=1), one.known(), KNOWN["by"](one), Gathered.known is KNOWN["by"]
+
+
+def test_what_is_laid_together_does_what_it_did():
+    """In a process of its own: it is done to all that there is."""
+
+    def parts() -> dict[str, object]:
+        members = vars(Gathered).items()
+        found = {name: getattr(value, "__func__", getattr(value, "fget", value)) for name, value in members}
+        return {name: value for name, value in found.items() if callable(value)}
+
+    def facts() -> dict[str, object]:
+        shown = "__name__", "__qualname__", "__module__", "__doc__", "__kwdefaults__", "__annotations__"
+        return {name: [getattr(value, one) for one in shown] for name, value in parts().items()}
+
+    def act() -> tuple[object, ...]:
+        before = run_gathered()
+        codes = gather.executed(run_gathered)
+        old = parts()
+        originals = {name: (id(value), id(value.__code__)) for name, value in old.items()}
+        told = facts()
+        del old
+        gather.lay_together(codes)
+        now = parts()
+        return (
+            before == run_gathered(),
+            {name for name, value in now.items() if id(value) != originals[name][0]},
+            {name for name, value in now.items() if id(value.__code__) != originals[name][1]},
+            told == facts(),
+            warmup.live(by_name("emulator"), by_name),
+        )
+
+    same, moved, copied, alike, lives = Child(0, act).result()
+    assert same and alike and lives
+    assert moved == {"adds", "shown", "of_class", "of_nobody"}  # and not what a table has, too
+    assert copied == moved | {"known"}
 
 
 def memory_of(pid: int) -> int:

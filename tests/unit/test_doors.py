@@ -30,6 +30,7 @@ DOORS = {
     ("machine/control.py", "threading.Timer"): "a run that was bounded by seconds of the host",
     ("machine/files/contents.py", "time.time_ns"): "when a file of the mount was changed",
     ("machine/files/lines.py", "time.monotonic"): "how long a text that failed is not made again",
+    ("machine/warmup.py", "time.monotonic"): "how long threads of a life that nobody has asked for may be there",
 }
 
 

@@ -15,6 +15,7 @@ import resource
 import socket
 import struct
 import tempfile
+from typing import Any
 
 from vmfs.host.credentials import Credentials, drop_bounding_set, limit_capabilities, no_new_privileges
 
@@ -25,7 +26,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = (
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
 _MS_REMOUNT, _MNT_DETACH = 32, 2
 _SYS_PIVOT_ROOT = 155
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAP_AMBIENT = 1, 22, 47
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
 OWN_MEMORY = 1 << 30  # bytes of a machine's process that no limit of a mount counts: heap, stacks, host code
@@ -48,6 +49,11 @@ MACHINE_CALLS = """
     getrandom getcwd arch_prctl exit exit_group
 """.split()
 _THREAD = 0x0001_0000  # CLONE_THREAD
+_PRCTLS = (15, 16, 38, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA
+
+# What a process that is nobody's yet may do besides, to become somebody's (`confine`).
+BIRTH_CALLS = "prlimit64 setgroups setresgid setresuid capget capset".split()
+_BIRTH_PRCTLS = (_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAP_AMBIENT)
 
 # Of a process that serves a folder: files, and nothing else.
 SHARE_CALLS = [
@@ -60,9 +66,12 @@ SHARE_CALLS = [
 ]
 
 
-def _filter(calls: list[str], *, set_id: bool) -> bytes:
-    """The BPF program that allows `calls`, and threads. Without `set_id` no file may be made set-user-ID by name of its
-    mode, nor set-group-ID unless it is done by the folder's own inheritance. OSError where libseccomp is missing."""
+def _filter(calls: list[str], *, set_id: bool, prctls: tuple[int, ...] = _PRCTLS) -> bytes:
+    """The BPF program that allows `calls`, threads, and those options of prctl.
+
+    Without `set_id` no file may be made set-user-ID by name of its mode, nor set-group-ID unless it is done by the
+    folder's own inheritance. OSError where libseccomp is missing.
+    """
     import pyseccomp as seccomp
 
     rules = seccomp.SyscallFilter(seccomp.ERRNO(1))
@@ -80,8 +89,24 @@ def _filter(calls: list[str], *, set_id: bool) -> bytes:
     rules.add_rule(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
     # Not SO_LINGER: with it, closing the socket may wait.
     rules.add_rule(seccomp.ALLOW, "setsockopt", seccomp.Arg(2, seccomp.NE, socket.SO_LINGER))
-    for option in (15, 16, 38, 0x53564D41):  # PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA
+    for option in prctls:
         rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, option))
+    return _program(rules)
+
+
+def _last_filter() -> bytes:
+    """Over that of a process that was nobody's: what a birth takes is over. It is short, since a user waits for it."""
+    import pyseccomp as seccomp
+
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    for call in BIRTH_CALLS:
+        rules.add_rule(seccomp.ERRNO(1), call)
+    for option in _BIRTH_PRCTLS:
+        rules.add_rule(seccomp.ERRNO(1), "prctl", seccomp.Arg(0, seccomp.EQ, option))
+    return _program(rules)
+
+
+def _program(rules: Any) -> bytes:
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -98,7 +123,8 @@ class Sandbox:
         self._inside: dict[str, int] = {}  # namespaces that all machines share: empty ones
         try:
             self._filters = {
-                "machine": _filter(MACHINE_CALLS, set_id=True),
+                "nobody": _filter([*MACHINE_CALLS, *BIRTH_CALLS], set_id=True, prctls=_PRCTLS + _BIRTH_PRCTLS),
+                "machine": _last_filter(),
                 "share": _filter(SHARE_CALLS, set_id=False),
             }
             self.layers["seccomp"] = ""
@@ -130,7 +156,8 @@ class Sandbox:
     # ---- in the child
 
     def seclude(self) -> None:
-        """See nothing of the host but the open descriptors. OSError where the host does not let that be."""
+        """See nothing of the host but the open descriptors, and do nothing that a machine or its birth does not need.
+        OSError where the host does not let that be."""
         for name, kind in _INSIDE:
             if name in self._inside and _LIBC.setns(self._inside[name], kind):
                 raise OSError(ctypes.get_errno(), f"setns {name}")
@@ -140,9 +167,16 @@ class Sandbox:
         bound(resource.RLIMIT_CORE, 0)  # it would have the guest's memory, and the server's before it
         bound(resource.RLIMIT_NOFILE, DESCRIPTORS_MOST)
         die_with_parent()
+        self.filter("nobody")
 
-    def confine(self, who: Credentials, filter_name: str = "machine", memory_most: int = 0) -> None:
-        """Be `who`, and do nothing that the filter does not allow. OSError where the host does not let that be.
+    def rehearse(self) -> None:
+        """Be who it is, so that `confine` finds what it touches touched."""
+        own = Credentials(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+        self.become(own, own.capabilities)
+        die_with_parent()
+
+    def confine(self, who: Credentials, memory_most: int = 0) -> None:
+        """After `seclude`: be `who`, for good. OSError where the host does not let that be.
 
         `memory_most` (0: any): what it keeps beside RAM may not be more than that and `OWN_MEMORY`.
         """
@@ -150,17 +184,17 @@ class Sandbox:
             bound(resource.RLIMIT_DATA, memory_most + OWN_MEMORY)
         self.become(who)
         die_with_parent()  # between the two: the filter forbids it
-        self.filter(filter_name)
+        self.filter("machine")
 
-    def become(self, who: Credentials) -> None:
-        """The user and no capability. A server that is no root has machines of its own user."""
+    def become(self, who: Credentials, capabilities: int = 0) -> None:
+        """The user, and none but those capabilities. A server that is no root has machines of its own user."""
         who.limit_file_size()
         if os.geteuid() == 0:
             os.setgroups(who.groups)
             os.setresgid(who.gid, who.gid, who.gid)
             if who.uid:
                 os.setresuid(who.uid, who.uid, who.uid)
-        limit_capabilities(0)
+        limit_capabilities(capabilities)
 
     def filter(self, name: str) -> None:
         if name in self._filters:

@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 4 << 20  # bytes
-THREADS_SECONDS = 1.0  # that threads of a life may take to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,8 @@ def main(
     if ahead:
         _live_before(engine, engine_named)
     sandbox.seclude()
+    if ahead:
+        sandbox.rehearse()
     trio.run(_live, channel, sandbox, kind, engine, engine_named)
     logging.shutdown()
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
@@ -80,11 +80,7 @@ def _live_before(engine: Engine, engine_named: Callable[[str], Engine]) -> None:
         warmup.live(engine, engine_named)
     except Exception:
         log.debug("a life came to nothing", exc_info=True)
-    end = time.monotonic() + THREADS_SECONDS
-    while len(os.listdir("/proc/self/task")) > 1:  # a thread that was joined is there for a moment
-        if time.monotonic() > end:
-            raise RuntimeError("a thread is left of a life")
-        time.sleep(0.0005)
+    warmup.wait_for_threads(1)
 
 
 async def _live(

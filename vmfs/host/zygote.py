@@ -39,12 +39,12 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 # mallopt(3). A table that is as big as that has pages of its own, which are zeros and cost nothing until they are
 # touched. Without this glibc, once one was freed, has them among what is used again, and clears them.
-_BIG = 128 << 10
+_BIG = 32 << 10
 _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
-# Without an order, until it prepares for the next machine: the one that was just given its process is to have the CPU.
-IDLE_SECONDS = 0.02
+IDLE_SECONDS = 0.005  # without an order, until it prepares for those to come
+SPARE_SECONDS = 0.02  # and for the next one: a machine that was just given its process is to have the CPU
 SPARE_SECONDS_MOST = 30.0  # until there is another spare, where they end before anybody has one
 
 
@@ -316,6 +316,7 @@ class _Children:
         self._spares_failed = 0  # since one was taken
         self._not_before = 0.0  # there is another one
         self._chores = self._warm_up()
+        self._is_warm = False
 
     def serve(self) -> NoReturn:
         _set_name("vmfs-zygote")
@@ -362,16 +363,18 @@ class _Children:
         """Until it prepares for the next machine, if nothing is to be done; None: it is prepared."""
         if self._expected is None or self._spare:
             return None
-        return max(IDLE_SECONDS, self._not_before - time.monotonic())
+        return max(SPARE_SECONDS, self._not_before - time.monotonic()) if self._is_warm else IDLE_SECONDS
 
     def _prepare(self) -> None:
         """Nothing is to be done now: make the next machine quicker."""
         assert self._expected is not None
-        if next(self._chores, None) is None:
-            try:
-                self._make_spare(self._expected)
-            except OSError:
-                self._spare_failed()
+        if not self._is_warm:
+            self._is_warm = next(self._chores, None) is None
+            return
+        try:
+            self._make_spare(self._expected)
+        except OSError:
+            self._spare_failed()
 
     def _make_spare(self, kind: Kind) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -382,33 +385,36 @@ class _Children:
     def _spare_failed(self) -> None:
         """Wait longer each time: one that always fails is not to keep a CPU busy."""
         self._spares_failed += 1
-        wait = min(IDLE_SECONDS * 2 ** min(self._spares_failed, 20), SPARE_SECONDS_MOST)
+        wait = min(SPARE_SECONDS * 2 ** min(self._spares_failed, 20), SPARE_SECONDS_MOST)
         self._not_before = time.monotonic() + wait
 
     def _warm_up(self) -> Iterator[str]:
         """In steps that delay no order for long."""
-        from vmfs.machine import warmup  # here: the server loads this module, too, and needs none of that
+        from vmfs.machine import gather, warmup  # here: the server loads this module, too, and needs none of that
 
-        for chore in ("lives", "gather", "lives again"):
-            if chore == "gather":
-                warmup.gather_code()
-                continue
-            for _ in range(warmup.LIVES):
-                signal.set_wakeup_fd(-1)  # trio has its own meanwhile
-                try:
-                    assert self._expected is not None
-                    lived = warmup.live(self._engine(self._expected.engine), self._engine)
-                except Exception:
-                    log.debug("a life came to nothing", exc_info=True)
-                    return
-                finally:
-                    signal.set_wakeup_fd(self._wakeup[1])
-                    self._reap()
-                if not lived:
-                    return
-                yield chore
+        def live() -> None:
+            assert self._expected is not None
+            warmup.live(self._engine(self._expected.engine), self._engine)
+
+        for chore in ("live", "lay together", *["live"] * warmup.LIVES):
+            signal.set_wakeup_fd(-1)  # trio has its own meanwhile
+            try:
+                if chore == "live":
+                    live()
+                else:
+                    gather.lay_together(gather.executed(live))
+                    warmup.wait_for_threads(1)
+            except Exception:
+                log.debug("%s: it came to nothing", chore, exc_info=True)
+                return
+            finally:
+                signal.set_wakeup_fd(self._wakeup[1])
+                self._reap()
+            yield chore
         gc.collect()
+        gather.fill_holes()
         gc.freeze()
+        _LIBC.malloc_trim(0)
 
     def _tell(self, news: ToServer, *fds: int) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next receive sees it

@@ -2,14 +2,15 @@
 
 CPython rewrites a function's code while it is called for the first times (PEP 659), and makes caches as it goes. What
 the zygote has done of that, its children share; what it has not, each does in pages of its own. So the zygote leads a
-few short lives, and then lays together the code that they used: what they did not use fills no page that is touched.
+few short lives, before and after what they use is laid together (gather.py). And a spare leads one, so that the pages
+that a life writes to are its own before a user waits.
 """
 
 from __future__ import annotations
 
-import gc
+import os
 import socket
-import types
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +23,33 @@ from vmfs.words import commands
 from vmfs.words.commands import Channel, ChannelBroken, ToMachine, ToServer
 
 LIVES = 12  # calls until CPython has rewritten a function
+THREADS_SECONDS = 1.0  # that threads which were joined may take to be gone
 SECONDS = 0.5  # that a life may take: an engine that does not come to its hlt has shown what it can
 _CODE_AT, _HLT = 0x1000, b"\xf4"
 _SIZES = ["mode", "registers", "state", "exit", "regs", "mem"]
 
 
 def live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
-    """A life from birth to end, with a run. Whether it came to its end in time. In a process of one thread, which it
-    has again afterwards."""
-    return trio.run(_live, engine, engine_named)
+    """A life from birth to end, with a run. Whether it came to its end in time. The process has as many threads
+    afterwards as before."""
+    threads = _threads()
+    try:
+        return trio.run(_live, engine, engine_named)
+    finally:
+        wait_for_threads(threads)
+
+
+def wait_for_threads(most: int) -> None:
+    """Until there are so many: one that was joined is there for a moment. RuntimeError where they do not end."""
+    end = time.monotonic() + THREADS_SECONDS
+    while _threads() > most:
+        if time.monotonic() > end:
+            raise RuntimeError("a thread is left of a life")
+        time.sleep(0.0005)
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 async def _live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
@@ -101,25 +120,3 @@ class _Client:
     def close(self) -> None:
         self._channel.close()
 
-
-def gather_code() -> None:
-    """Lay together the code of all functions that have become warm: CPython then writes into few pages. A copy is cold
-    again, so some lives have to follow."""
-    copies: dict[int, tuple[types.CodeType, types.CodeType]] = {}  # each beside its original, which keeps its number
-
-    def copy(code: types.CodeType) -> types.CodeType:
-        if id(code) not in copies:
-            inner = (copy(one) if isinstance(one, types.CodeType) and _is_warm(one) else one for one in code.co_consts)
-            copies[id(code)] = code, code.replace(co_consts=tuple(inner))
-        return copies[id(code)][1]
-
-    gc.unfreeze()  # what is frozen is in no list
-    for one in gc.get_objects():
-        if type(one) is types.FunctionType and _is_warm(one.__code__):
-            one.__code__ = copy(one.__code__)
-    gc.freeze()
-
-
-def _is_warm(code: types.CodeType) -> bool:
-    """Whether CPython has rewritten it."""
-    return code._co_code_adaptive != code.co_code  # type: ignore[attr-defined]

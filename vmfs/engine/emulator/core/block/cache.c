@@ -22,6 +22,7 @@
 #include "opcodes.h"
 #include "tracer.h"
 #include "translate.h"
+#include "zeros.h"
 
 enum { ARENA_SIZE = 32 << 20, BUCKETS = 1 << 15, PAGES = 1 << 12, MAPPINGS = 1 << 13 };
 /* A CPU that executes less than REST_INSTRUCTIONS in REST_MILLISECONDS (a kernel with nothing to do needs a tenth) gives back
@@ -164,12 +165,12 @@ static void link_record(struct vcpu *c, const struct record *r, u64 ip, struct b
 
 int cache_create(struct vcpu *c)
 {
-    c->cache = calloc(1, sizeof *c->cache);
+    c->cache = zeros_create(sizeof *c->cache);
     if (!c->cache)
         return -1;
     c->cache->arena = mmap(NULL, ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (c->cache->arena == MAP_FAILED) {
-        free(c->cache);
+        zeros_destroy(c->cache, sizeof *c->cache);
         c->cache = NULL;
         return -1;
     }
@@ -190,7 +191,7 @@ void cache_destroy(struct vcpu *c)
         return;
     translator_destroy(c);
     munmap(c->cache->arena, ARENA_SIZE);
-    free(c->cache);
+    zeros_destroy(c->cache, sizeof *c->cache);
     c->cache = NULL;
 }
 

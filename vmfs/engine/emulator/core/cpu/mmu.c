@@ -273,7 +273,7 @@ void tlb_flush_writes(struct vcpu *c, bool mark)
 {
     forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
-        for (unsigned i = 0; i < TLB_SIZE; i++) {
+        for (unsigned i = 0; c->tables >> table & 1 && i < TLB_SIZE; i++) {
             struct tlb_entry *e = &c->tlbs[table].write[i];
             if (e->page == TLB_INVALID(i))
                 continue;
@@ -303,6 +303,19 @@ void tlb_drop_writes_of(struct vcpu *c, u64 page)
                 invalidate(&c->tlbs[table], TLB_WRITE, i);
 }
 
+/* A table that is used for the first time is of zeros. */
+static struct tlb *table_of(struct vcpu *c, unsigned table)
+{
+    if (unlikely(!(c->tables >> table & 1))) {
+        c->tables |= 1u << table;
+        for (unsigned kind = 0; kind < TLB_KINDS; kind++) {
+            invalidate(&c->tlbs[table], kind, 0);
+            invalidate(&c->tlbs[table], kind, TLB_SIZE - 1);
+        }
+    }
+    return &c->tlbs[table];
+}
+
 /* After CPL, AC, CR0, CR4 changed. */
 void tlb_select(struct vcpu *c)
 {
@@ -310,8 +323,8 @@ void tlb_select(struct vcpu *c)
     unsigned table = c->cpl == 3 ? TLB_USER : c->cr4 & CR4_SMAP && ac ? TLB_SUPERVISOR_AC : TLB_SUPERVISOR;
     if (c->cpl == 3 && ac && c->cr0 & CR0_AM)
         table = TLB_NONE;
-    c->map = &c->tlbs[table];
-    c->tlb = c->tracer && c->tracer->memory ? &c->tlbs[TLB_NONE] : c->map;
+    c->map = table_of(c, table);
+    c->tlb = c->tracer && c->tracer->memory ? table_of(c, TLB_NONE) : c->map;
 }
 
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)

@@ -171,8 +171,9 @@ enum {
 
 enum { TLB_SIZE = 1024, TLB_FILLED = 1024 };
 #define PAGE_MASK (~(u64)0xfff)
-/* The address of a page that is never at that place of a table, and neither is the page before it. */
-#define TLB_INVALID(at) ((u64)((at) ^ TLB_SIZE / 2) << 12)
+/* The address of a page that is never at that place of a table, and neither is the page before it: page 0, but at the first place
+ * and at the last one. So a table that is all zeros is empty but for those, and is given memory as it is filled. */
+#define TLB_INVALID(at) ((u64)((((at) + 1) & (TLB_SIZE - 2)) ? 0 : TLB_SIZE / 2) << 12)
 struct tlb_entry {
     u64 page;                 /* the linear page address where the fast path may, TLB_INVALID where not */
     u64 host;                 /* where the page is */
@@ -393,6 +394,7 @@ struct vcpu {
     /* Caches */
     u64 large_low, large_high; /* the linear addresses of large pages that the TLB has parts of lie between them */
     struct tlb tlbs[TLB_TABLES];
+    unsigned tables;          /* those of them that were used (tlb_select) */
     struct { u64 page, physical; const struct tlb *map; } watched[TLB_KINDS]; /* the last page with a watched byte */
     struct filled filled[2];  /* by whether they are global */
     struct jump_entry jumps[JUMP_CACHE];

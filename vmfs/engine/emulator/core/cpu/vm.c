@@ -1,12 +1,12 @@
 /* Machines: memory slots, CPUs, the turn to execute. */
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #include "code.h"
 #include "flags.h"
 #include "irqchip.h"
 #include "memory.h"
+#include "zeros.h"
 
 
 /* ---- The turn: one CPU of a VM executes at a time, in the order they asked ----------------------------------------- */
@@ -38,7 +38,7 @@ void vm_yield(struct vm *vm)
 
 struct vm *vm_create(void)
 {
-    struct vm *vm = calloc(1, sizeof *vm);
+    struct vm *vm = zeros_create(sizeof *vm);
     if (!vm)
         return NULL;
     decode_init();
@@ -52,10 +52,13 @@ struct vm *vm_create(void)
     return vm;
 }
 
+static size_t dirty_size(u64 size) { return ((size >> 12) + 63) / 64 * sizeof(u64); }
+static size_t lines_size(u64 size) { return (size >> 12) * sizeof(u32); }
+
 static void free_slot(struct slot *slot)
 {
-    free((void *)slot->dirty);
-    free(slot->lines);
+    zeros_destroy(slot->dirty, dirty_size(slot->size));
+    zeros_destroy(slot->lines, lines_size(slot->size));
     *slot = (struct slot){0};
 }
 
@@ -75,7 +78,7 @@ void vm_destroy(struct vm *vm)
     pthread_mutex_destroy(&vm->lines_lock);
     pthread_mutex_destroy(&vm->chips);
     pthread_cond_destroy(&vm->turn);
-    free(vm);
+    zeros_destroy(vm, sizeof *vm);
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------------------------------- */
@@ -149,12 +152,10 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
             return -EEXIST;
     struct slot fresh = {.address = address, .size = size, .host = host, .flags = flags};
     if (size) {
-        u64 pages = size >> 12;
-        fresh.dirty = calloc((pages + 63) / 64, sizeof *fresh.dirty);
-        fresh.lines = calloc(pages, sizeof *fresh.lines);
+        fresh.dirty = zeros_create(dirty_size(size));
+        fresh.lines = zeros_create(lines_size(size));
         if (!fresh.dirty || !fresh.lines) {
-            free((void *)fresh.dirty);
-            free(fresh.lines);
+            free_slot(&fresh);
             return -ENOMEM;
         }
     }
@@ -321,18 +322,16 @@ struct vcpu *vcpu_create(struct vm *vm, unsigned index)
 {
     if (index >= CORE_VCPUS || vm->vcpus[index])
         return NULL;
-    /* Pages of its own: most of its tables are never touched by a short run. */
-    u8 *room = mmap(NULL, VCPU_ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room == MAP_FAILED)
+    u8 *room = zeros_create(VCPU_ROOM);
+    if (!room)
         return NULL;
     struct vcpu *c = (struct vcpu *)(room + HOST_STACK);
     c->vm = vm;
     c->index = index;
     if (cache_create(c)) {
-        munmap(room, VCPU_ROOM);
+        zeros_destroy(room, VCPU_ROOM);
         return NULL;
     }
-    tlb_clear(c);
     cpuid_defaults(c);
     vm->vcpus[index] = c;
     vm->vcpu_count++;
@@ -350,7 +349,7 @@ void vcpu_destroy(struct vcpu *c)
     stops_free(c);
     free(c->tracer);
     free(c->waiting);
-    munmap((u8 *)c - HOST_STACK, VCPU_ROOM);
+    zeros_destroy((u8 *)c - HOST_STACK, VCPU_ROOM);
 }
 
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)

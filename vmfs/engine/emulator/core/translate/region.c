@@ -11,6 +11,7 @@
 
 #include "cache.h"
 #include "flags.h"
+#include "zeros.h"
 
 enum { THRESHOLD = 40 };
 /* The most that a block takes for itself, and each of its instructions: two calls out of line that store and load all vector
@@ -255,7 +256,7 @@ struct translator *translator_create(struct vm *vm)
             return NULL;
         write_shared(vm->code);
     }
-    struct translator *t = calloc(1, sizeof *t);
+    struct translator *t = zeros_create(sizeof *t);
     if (!t)
         return NULL;
     t->memory = vm->code;
@@ -332,7 +333,7 @@ void translator_destroy(struct vcpu *c)
     free(t->profile);
     translator_flush(c);
     code_memory_leave(t->memory);
-    free(t);
+    zeros_destroy(t, sizeof *t);
     c->translator = NULL;
 }
 
