@@ -1,7 +1,7 @@
 """python -m bench.profile PROGRAM ...: which instructions translated code still leaves to handlers.
 
 Boots the Debian of bench.programs in this process, outside of a machine's sandbox, so that `perf record` sees it, too
-(with VMFS_JIT_PERF=1 it names the regions). A line for each row: calls of its handler from host code, leaves.
+(with VMFS_JIT_DUMP=FOLDER it names the regions). A line for each row: calls of its handler from host code, leaves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`make mutate`: do the tests of the translator find faults that are planted in it, one by one?
 
 In a copy of the tree, under build/mutate, each row of PLANTS is put into the source, and what compares host code with
-the host's CPU and with the interpreter has to fail: the fuzzer, and the loops of test_translator.py. A plant that is
-found by neither fails this. `make mutate ARGS=words`: only those whose text has the words.
+the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, and the loops of test_translator.py. A
+plant that none of them finds fails this. `make mutate ARGS=words`: only those whose text has the words.
 """
 
 from __future__ import annotations
@@ -168,6 +168,86 @@ PLANTS = (
         "precise = may_fault(r, traits) ? FLAGS_ARITHMETIC : reads",
         "precise = reads",
     ),
+    Plant(
+        "a way to other regions is open, whatever lies at the address now",
+        "region.c",
+        "    if (l->at != SAME_PAGE) {",
+        "    if (false) {",
+    ),
+    Plant("a way to a block that is gone stays open", "../block/cache.c", "    ways_drop(c, b);", ""),
+    Plant(
+        "a region outlives the code of one of its blocks",
+        "../block/cache.c",
+        "        region_kill(c, b->region);",
+        "        ;",
+    ),
+    Plant(
+        "a region goes on that has changed its own code",
+        "region.c",
+        "s->region->dead || s->region->key != c->key",
+        "s->region->key != c->key",
+    ),
+    Plant(
+        "an indirect jump to where other code lies now",
+        "emit.c",
+        "offsetof(struct jump_entry, id)));\n    stub_jump(s, jump_if(code, CC_NE));",
+        "offsetof(struct jump_entry, id)));",
+    ),
+    Plant(
+        "a way for which the budget is too small takes of it",
+        "emit.c",
+        "put_modrm(&t->code, I_W, M1, 0x03, BUDGET, in_memory(T0, offsetof(struct way, taken)));",
+        "",
+    ),
+    Plant(
+        "a call that the interpreter does again has pushed twice",
+        "emit.c",
+        "emit_jump_after(t, r, (i32)stack_width(t));",
+        "emit_jump_after(t, r, 0);",
+    ),
+    Plant(
+        "a row of accesses runs over the end of its page",
+        "emit.c",
+        "(unsigned)(run->high - run->low), 1, tlb_side",
+        "1, 1, tlb_side",
+    ),
+    Plant(
+        "a row of accesses writes where it may only read",
+        "emit.c",
+        "1, tlb_side(run->writes), false);",
+        "1, tlb_side(false), false);",
+    ),
+    Plant(
+        "a row of accesses loses the flags that are read after it",
+        "emit.c",
+        "    flags_before(t, run->written |",
+        "    (void)(run->written |",
+    ),
+    Plant(
+        "a row's later base is one that it has loaded",
+        "emit.c",
+        "|| run->written >> (base >> 3) & 1)",
+        ")",
+    ),
+    Plant(
+        "vector registers after a handler are older than struct vcpu",
+        "emit.c",
+        "        t->stubs[i].reload = t->vectors;",
+        "        t->stubs[i].reload = 0;",
+    ),
+    Plant(
+        "vector registers before a handler are newer than struct vcpu",
+        "emit.c",
+        "            move_vectors(t, s.dirty, true);\n            flags_to_image(t);\n            load_constant",
+        "            flags_to_image(t);\n            load_constant",
+    ),
+    Plant("an access that has to be aligned is not checked", "emit.c", "if (alignment > 1) {", "if (alignment > 64) {"),
+    Plant(
+        "an address that is RIP's, of another instruction",
+        "emit.c",
+        "t->in->block->ip + (u64)r->disp",
+        "t->in->block->ip + r->at + (u64)r->disp",
+    ),
 )
 
 
@@ -205,17 +285,17 @@ def build() -> None:
 def who_finds() -> str:
     """What fails; empty: nothing does."""
     try:
+        fuzz = ["-m", "emulator.fuzzing", "--seed", "11", "--finds", "1"]
+        if run(*fuzz, "--cases", "400000", VMFS_JIT_THRESHOLD="0").returncode:
+            return "fuzzer"
+        if run(*fuzz, "--ways", "--cases", "400000").returncode:
+            return "ways"
         loops = run(
             *"-m pytest -q -x -p no:cacheprovider tests/emulator/test_translator.py -k loops".split(),
             f"--basetemp={TREE / 'pt'}",
             VMFS_LOOPS="200",
         )
-        if loops.returncode:
-            return "loops"
-        fuzz = run(
-            "-m", "emulator.fuzzing", "--cases", "400000", "--seed", "11", "--finds", "1", VMFS_JIT_THRESHOLD="0"
-        )
-        return "fuzzer" if fuzz.returncode else ""
+        return "loops" if loops.returncode else ""
     except subprocess.TimeoutExpired:
         return "it hangs"
 

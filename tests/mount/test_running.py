@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from emulator.test_jitdump import loads
 from mounting import SOON, Blocked, blocked_read, blocked_write, failing, running, wait_until
 
 from vmfs.words.registers import REGISTERS
@@ -410,6 +411,21 @@ def test_a_machine_that_stands_still_for_long_gives_its_host_code_back(own_serve
         assert count("regions") == times
         wait_until(lambda: count("code_bytes") == 0, "the code is given back")
         assert int(vm.read("reg/rcx"), 0) == 0
+
+
+def test_host_code_of_a_confined_machine_is_named_for_perf(own_server, tmp_path):
+    """The machine may open no file: its process has had one since before it was confined."""
+    tmp_path.chmod(0o777)
+    vm = own_server(engine="emulator", environment={"VMFS_JIT_DUMP": str(tmp_path)}).make()
+    vm.write("mode", "protected")
+    with open(vm / "mem", "r+b", buffering=0) as mem:
+        os.pwrite(mem.fileno(), bytes.fromhex("b9a0860100 ffc9 75fc f4"), 0x1000)  # mov ecx, 100000; dec ecx; jnz; hlt
+    vm.write("reg/rip", "0x1000")
+    assert vm.run().startswith("hlt ")
+    names = []
+    for file in tmp_path.glob("vmfs-*/jit-*.dump"):  # of spares, too
+        names += [name for _, name, code in loads(file.read_bytes(), int(file.stem[4:])) if b"\xff\xc9" in code]
+    assert b"guest_1005" in names
 
 
 def test_several_cpus_stop_together_and_step_alone(vm):

@@ -205,6 +205,9 @@ class Engine(abc.ABC):
         What is missing is said by `create_machine`.
         """
 
+    def prepare_process(self) -> None:  # noqa: B027
+        """The same in the child, before it may open no more files."""
+
     @abc.abstractmethod
     def create_machine(self) -> Machine:
         """A machine without memory and CPUs."""

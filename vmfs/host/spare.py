@@ -47,6 +47,7 @@ def main(
     ahead: bool,
 ) -> None:
     """The spare's life, and the machine's. `ahead`: nobody waits yet."""
+    engine.prepare_process()
     if ahead:
         _live_before(engine, engine_named)
     sandbox.seclude()

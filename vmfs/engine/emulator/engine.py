@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
@@ -35,6 +36,8 @@ from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
 from vmfs.words.exits import Exit
 from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, VectorStop, Watchpoint
+
+log = logging.getLogger(__name__)
 
 _PAGE_FAULT = 14  # #PF
 _NEVER = (1 << 64) - 1  # CORE_NEVER
@@ -103,6 +106,12 @@ class EmulatorEngine(Engine):
 
     def probe(self) -> Availability:
         return Availability(True, "an interpreter in C, on any host")
+
+    def prepare_process(self) -> None:
+        try:
+            _core.open_jitdump()
+        except OSError as error:
+            log.warning("VMFS_JIT_DUMP=%s: %s", os.environ.get("VMFS_JIT_DUMP"), error.strerror)
 
     def create_machine(self) -> EmulatorMachine:
         return EmulatorMachine()

@@ -274,6 +274,11 @@ int vcpu_set_trace(struct vcpu *c, const struct core_trace *want, core_trace_del
  * A CPU that sleeps within a run does so by itself. */
 void vm_rest(struct vm *vm);
 
+/* With VMFS_JIT_DUMP=FOLDER in the environment, host code that is made from now on in this process is named for perf, in a new folder
+ * there. A machine's first CPU does so, too; a process that may open no files later has to do it before. A negative errno: it
+ * could not be made. */
+int core_open_jitdump(void);
+
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 
 struct vcpu_counters {

@@ -1046,7 +1046,14 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->vcpu_type);
     return 0;
 }
+static PyObject *py_open_jitdump(PyObject *module, PyObject *args)
+{
+    (void)module, (void)args;
+    errno = -core_open_jitdump();
+    return errno ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+}
 static PyMethodDef module_methods[] = {
+    {"open_jitdump", py_open_jitdump, METH_NOARGS, "open_jitdump() -> None: the file that VMFS_JIT_DUMP asks for"},
     {"instructions", py_instructions, METH_NOARGS, "instructions() -> list of dicts: the instruction table"},
     {NULL, NULL, 0, NULL},
 };

@@ -11,6 +11,7 @@
 
 #include "cache.h"
 #include "flags.h"
+#include "jitdump.h"
 #include "zeros.h"
 
 enum { THRESHOLD = 40 };
@@ -266,6 +267,7 @@ struct translator *translator_create(struct vm *vm)
     if (getenv("VMFS_JIT_PROFILE"))
         t->profile = calloc(opcode_count, sizeof *t->profile);
     look_at_host(t);
+    core_open_jitdump();
     return t;
 }
 
@@ -584,21 +586,6 @@ static bool worth_it(struct translation *t, const struct block *b)
     return calls * 4 <= b->count;
 }
 
-static void name_for_perf(const struct translator *t, const struct region *region, const u8 *code, size_t size)
-{
-    static FILE *map;
-    if (!map) {
-        char path[64];
-        snprintf(path, sizeof path, "/tmp/perf-%d.map", (int)getpid());
-        map = fopen(path, "a");
-        if (!map)
-            return;
-        setvbuf(map, NULL, _IOLBF, 0);
-    }
-    fprintf(map, "%llx %zx guest_%llx\n", (unsigned long long)(uintptr_t)(code + t->memory->to_executable), size,
-            (unsigned long long)region->blocks[0]->ip);
-}
-
 static void translate(struct vcpu *c, struct block *first)
 {
     struct translator *t = c->translator;
@@ -643,11 +630,8 @@ static void translate(struct vcpu *c, struct block *first)
         b->code = executable(t, w->members[i].code);
         b->enter = block_translated;
     }
-    static int perf = -1;
-    if (perf < 0)
-        perf = (int)number_of("VMFS_JIT_PERF", 0);
-    if (perf)
-        name_for_perf(t, region, p->at, (size_t)(w->code.at - p->at));
+    if (unlikely(jitdump_is_open()))
+        jitdump_load(p->at, (u64)(uintptr_t)executable(t, p->at), (size_t)(w->code.at - p->at), first->ip);
     c->counters.regions++;
     c->counters.code_bytes += (u64)(w->code.at - p->at);
     p->at = w->code.at;
