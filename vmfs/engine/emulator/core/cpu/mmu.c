@@ -325,6 +325,8 @@ void tlb_select(struct vcpu *c)
         table = TLB_NONE;
     c->map = table_of(c, table);
     c->tlb = c->tracer && c->tracer->memory ? table_of(c, TLB_NONE) : c->map;
+    bool fixed = c->tlb == &c->tlbs[TLB_USER] || (c->tlb == &c->tlbs[TLB_SUPERVISOR] && !c->cpl && !(c->cr4 & CR4_SMAP));
+    c->key = (c->key & ~(u64)KEY_FIXED_TLB) | (fixed ? KEY_FIXED_TLB : 0);
 }
 
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)

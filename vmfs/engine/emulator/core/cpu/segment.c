@@ -55,7 +55,11 @@ void segment_changed(struct vcpu *c, unsigned seg)
     code_map_select(c);
 }
 
-void flags_changed(struct vcpu *c) { tlb_select(c); }
+void flags_changed(struct vcpu *c)
+{
+    tlb_select(c);
+    code_map_select(c);
+}
 
 /* WRMSR, LGDT, LIDT, LLDT, LTR and INVPCID take every address that a mode of the CPU has: what counts is whether CPUID has 5-level
  * paging, not whether CR4.LA57 is set. KVM does so, too. */

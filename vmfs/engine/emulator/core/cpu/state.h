@@ -164,6 +164,7 @@ enum {
     KEY_UNMASKED = 8192       /* an exception of MXCSR is (mxcsr.c): host code looks at none */,
     KEY_FLAT = 16384          /* 32-bit protected mode, and CS SS DS ES are all of the address space, and writable data */,
     KEY_SHARED = 32768,       /* other CPUs execute at the same time: what LOCK and fences say is the host's to do */
+    KEY_FIXED_TLB = 65536,    /* the TLB's table follows from CPL, and EFLAGS.AC has no part in it */
     KEY_LIMIT_SHIFT = 32,     /* the limit of CS above, 0 in 64-bit mode */
 };
 

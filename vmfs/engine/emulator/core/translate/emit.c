@@ -587,6 +587,15 @@ _Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entrie
 
 static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
 
+/* A word of the TLB at the index in T0, or at the entry, `at` bytes from the begin of its table. */
+static struct place in_tlb(const struct translation *t, i32 at)
+{
+    if (!(t->c->key & KEY_FIXED_TLB))
+        return in_memory(T0, at);
+    unsigned table = t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
+    return (struct place){.memory = true, .base = C, .index = T0, .disp = (i32)(offsetof(struct vcpu, tlbs) + table * sizeof(struct tlb)) + at};
+}
+
 /* The linear address is in T1: there comes how far it is into its page, and the place in the TLB to T0. `bytes` from there on
  * are of one page, and begin at a multiple of `alignment`. */
 static void check_page(struct translation *t, const struct record *r, unsigned bytes, unsigned alignment, i32 side, bool leaves)
@@ -596,8 +605,9 @@ static void check_page(struct translation *t, const struct record *r, unsigned b
     put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
     put8(code, INDEX_SHIFT);
     alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
-    put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-    put_modrm(code, I_W, M1, 0x2b, T1, in_memory(T0, side));
+    if (!(t->c->key & KEY_FIXED_TLB))
+        put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
+    put_modrm(code, I_W, M1, 0x2b, T1, in_tlb(t, side));
     if (alignment > 1) { /* then they end where the page does, at the latest */
         put_modrm(code, I_W, M1, 0xf7, 0, in_register(T1));
         put32(code, ~(u64)(0x1000 - alignment));
@@ -609,13 +619,13 @@ static void check_page(struct translation *t, const struct record *r, unsigned b
 }
 static void add_page(struct translation *t, i32 side)
 {
-    put_modrm(&t->code, I_W, M1, 0x03, T1, in_memory(T0, side + (i32)offsetof(struct tlb_entry, host)));
+    put_modrm(&t->code, I_W, M1, 0x03, T1, in_tlb(t, side + (i32)offsetof(struct tlb_entry, host)));
 }
 /* The same of an element of a table, say: its address is made once more, and the load waits for the page's entry alone. */
 static void add_distance(struct translation *t, const struct record *r, bool write)
 {
     emit_address(t, r, T1, NO_REGISTER, 0);
-    put_modrm(&t->code, I_W, M1, 0x03, T1, in_memory(T0, (i32)(offsetof(struct tlb, distances) + write * sizeof(struct tlb_distance) * TLB_SIZE)));
+    put_modrm(&t->code, I_W, M1, 0x03, T1, in_tlb(t, (i32)(offsetof(struct tlb, distances) + write * sizeof(struct tlb_distance) * TLB_SIZE)));
 }
 _Static_assert(sizeof(struct tlb_distance) == sizeof(struct tlb_entry), "one index");
 
@@ -628,15 +638,19 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
     if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3 && inside + bytes <= 0x1000 &&
         !(aligned && inside & (bytes - 1))) {
         i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK);
-        load64(code, T0, FIELD(tlb));
+        struct place p = in_tlb(t, entry);
+        p.index = NO_REGISTER;
+        if (!(t->c->key & KEY_FIXED_TLB))
+            load64(code, T0, FIELD(tlb));
         if ((u64)(i64)(i32)constant == constant) {
-            alu_constant(code, I_W, GROUP_CMP, in_memory(T0, entry), (i32)(constant & PAGE_MASK));
+            alu_constant(code, I_W, GROUP_CMP, p, (i32)(constant & PAGE_MASK));
         } else {
             load_constant(code, T1, constant & PAGE_MASK);
-            put_modrm(code, I_W, M1, 0x3b, T1, in_memory(T0, entry));
+            put_modrm(code, I_W, M1, 0x3b, T1, p);
         }
         slow_path(t, r, jump_if(code, CC_NE), leaves);
-        load64(code, T1, in_memory(T0, entry + (i32)offsetof(struct tlb_entry, host)));
+        p.disp += (i32)offsetof(struct tlb_entry, host);
+        load64(code, T1, p);
         if (inside)
             alu_constant(code, I_W, GROUP_ADD, in_register(T1), (i32)inside);
     } else {
