@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, files, gdb, house, lane, points, ports, programs, runs
+from bench import boot, cpu, debug, disk, files, gdb, house, lane, points, ports, programs, runs
 from bench.harness import table
 
 GROUPS = {
@@ -15,6 +15,7 @@ GROUPS = {
     "ports": ports.results,
     "cpu": cpu.results,
     "boot": boot.results,
+    "disk": disk.results,
     "programs": programs.results,
     "points": points.results,
     "debug": debug.results,

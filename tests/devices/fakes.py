@@ -16,6 +16,7 @@ class FakeMachine:
 
     def __init__(self):
         self.lines = {}
+        self.messages = []
         self.slots = {}
         self.time = 0
         self.a20 = True
@@ -32,6 +33,9 @@ class FakeMachine:
 
     def irq_line(self, gsi, level):
         self.lines[gsi] = level
+
+    def signal_msi(self, address, data):
+        self.messages.append((address, data))
 
     def set_a20(self, enabled):
         self.a20 = enabled

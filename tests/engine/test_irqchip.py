@@ -138,6 +138,32 @@ def test_lines(pc):
             pc.machine.irq_line(gsi, True)
 
 
+def test_a_message_wakes_hlt(pc, assembler):
+    """MSI of a vector to APIC 0, from another thread; those that name no APIC, or no vector, go nowhere."""
+    handler = "handler: inc word ptr [0x3000]; iret"
+    vector = "mov word ptr [0x41 * 4], offset handler; mov word ptr [0x41 * 4 + 2], 0; mov sp, 0x8000;"
+    program = f"{vector} out 0x98, al; sti; hlt; cli; mov ax, [0x3000]; out 0x99, al; {handler}"
+    pc.load(assembler(program, "real"), "real")
+    lapic = bytearray(pc.vcpu.get_state("lapic"))
+    struct.pack_into("<I", lapic, 0xF0, 0x1FF)  # software enable
+    pc.vcpu.set_state("lapic", bytes(lapic))
+    assert isinstance(pc.vcpu.run(), exits.Io)
+    result = []
+    thread = threading.Thread(target=lambda: result.append(pc.vcpu.run()), daemon=True)
+    thread.start()
+    for address, data in ((0xFEE0_7000, 0x41), (0x1000, 0x41), (1 << 63, 0), (0xFEE0_0000, 0)):
+        pc.machine.signal_msi(address, data)
+    pc.machine.signal_msi(0xFEE0_0000, 0x41)
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+    assert result[0].line().startswith("io direction=out port=0x99 size=1 count=1 data=0x1 ")
+
+
+def test_a_message_needs_controllers(engine):
+    with machine_on(engine) as bare, pytest.raises(Unsupported):
+        bare.machine.signal_msi(0xFEE0_0000, 0x41)
+
+
 def test_controllers_come_first_and_once(pc, engine):
     with pytest.raises(Invalid):
         pc.machine.create_irqchip()

@@ -135,6 +135,9 @@ class Hanging(pyfuse3.Operations):
     async def open(self, inode, flags, ctx):
         return pyfuse3.FileInfo(fh=inode)
     async def read(self, fh, offset, size):
+        if "reads" in sys.argv:
+            print("hangs", flush=True)
+            await trio.sleep_forever()
         return bytes(size)
     async def flush(self, fh):
         print("hangs", flush=True)
@@ -150,11 +153,11 @@ trio.run(pyfuse3.main)
 
 
 @pytest.fixture
-def hanging(folder) -> Iterator[tuple[Path, Callable[[], str]]]:
-    """A file whose last close never returns, and what waits until one hangs."""
+def hanging(folder, request) -> Iterator[tuple[Path, Callable[[], str]]]:
+    """A file whose last close never returns, nor, with parameter `reads`, a read; and what waits until one hangs."""
     where = folder / "hanging"
     where.mkdir()
-    command = [sys.executable, "-c", HANGING, where]
+    command = [sys.executable, "-c", HANGING, where, getattr(request, "param", "closes")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         yield where / "disk", process.stdout.readline
@@ -188,6 +191,26 @@ def test_a_close_that_hangs_delays_its_machine_only(server, machines, hanging, w
     if theirs.path.exists():
         B.does(theirs.path.rmdir, seconds=PROMPT)
     works(mine)
+
+
+@pytest.mark.skipif(not SEABIOS.exists(), reason=f"{SEABIOS} is not there: Debian's package seabios")
+@pytest.mark.parametrize("hanging", ["reads"], indirect=True)
+def test_a_read_that_hangs_delays_its_machine_only(server, machines, hanging):
+    """SeaBIOS asks for the first sector of a disk that never gives it. The machine's maker waits no longer than for any
+    other that does not end, and nobody else waits."""
+    mine, theirs = machines
+    disk, hangs = hanging
+    B.does(theirs.write, "machine", "pc")
+    B.does(theirs.write, "mem_size", "16M")
+    B.does((theirs / "bios").write_bytes, SEABIOS.read_bytes())
+    B.does(theirs.write, "dev/add", f"blk {disk} ro")
+    run = B.begins(theirs.read, "vm_run")
+    assert hangs() == "hangs\n"
+    works(mine)
+    assert B.does(theirs.read, "state") == "running\n"  # only the disk waits
+    B.does(theirs.path.rmdir, seconds=2 * PROMPT)
+    works(mine)
+    run.kill()
 
 
 def test_a_close_that_hangs_does_not_keep_the_server(own_server, hanging):

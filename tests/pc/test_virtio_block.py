@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc.virtio_driver import Bench, Driver
 
+from vmfs.devices import _chips
 from vmfs.devices.virtio import disk as disks
 from vmfs.devices.virtio.block import (
     DISCARD,
@@ -187,6 +188,7 @@ class Watched(RawDisk):
 
     def __init__(self, path: Path) -> None:
         super().__init__(os.open(path, os.O_RDWR), "rw", path.stat().st_size)
+        self.writes_plainly = False  # else C writes, which no call says
         self.calls: list[str] = []
         self.fails: dict[str, int] = {}
 
@@ -251,8 +253,9 @@ def test_after_a_flush_that_failed_every_flush_fails(image: Path, monkeypatch: p
 def test_a_full_device_is_an_error_and_a_real_one(bench: Bench) -> None:
     """/dev/full gives ENOSPC as a full file system does."""
     disk = RawDisk.__new__(RawDisk)
-    disk.__dict__.update(fd=os.open("/dev/full", os.O_RDWR), mode="rw", size=1 << 20, can_discard=False,
-                         _can_zero=False, _failure=0)  # fmt: skip
+    fd = os.open("/dev/full", os.O_RDWR)
+    disk.__dict__.update(fd=fd, mode="rw", size=1 << 20, can_discard=False, _can_zero=False, _failure=0,
+                         files=_chips.Files(fd, 1 << 20), writes_plainly=True)  # fmt: skip
     driver = attach(bench, disk)
     assert ask(driver, OUT, 0, data=b"x" * 512)[0] == IOERR
     assert driver.device.counters["host_errors.ENOSPC"] == 1

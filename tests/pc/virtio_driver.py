@@ -31,6 +31,7 @@ class FakeMachine:
 
     def __init__(self) -> None:
         self.lines: dict[int, bool] = {}
+        self.messages: list[tuple[int, int]] = []
 
     def get_state(self, name: str) -> bytes:
         assert name == "clock"
@@ -48,12 +49,15 @@ class FakeMachine:
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines[gsi] = level
 
+    def signal_msi(self, address: int, data: int) -> None:
+        self.messages.append((address, data))
+
 
 class Bench:
     """A board with a PCI bus on RAM of `SIZE` bytes. Devices are plugged in by `plug`."""
 
-    def __init__(self) -> None:
-        self.machine = FakeMachine()
+    def __init__(self, machine: FakeMachine | None = None) -> None:
+        self.machine = machine or FakeMachine()
         self.memory = Memory(SIZE)
         self.board = Board(self.machine, self.memory)  # type: ignore[arg-type]
         self.pci = HostBridge(self.board)

@@ -49,6 +49,7 @@ EXPRESSIONS = {
     "DIRTY_LOG.size": "sizeof(struct kvm_dirty_log)",
     "ENABLE_CAP.size": "sizeof(struct kvm_enable_cap)",
     "IRQ_LEVEL.size": "sizeof(struct kvm_irq_level)",
+    "MSI.size": "sizeof(struct kvm_msi)",
     "TRANSLATION.size": "sizeof(struct kvm_translation)",
     "INTERRUPT.size": "sizeof(struct kvm_interrupt)",
     "GUEST_DEBUG.size": "sizeof(struct kvm_guest_debug)",

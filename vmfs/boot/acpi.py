@@ -116,12 +116,11 @@ def _port(address: int, bits: int, size: int) -> bytes:
 
 def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
     """The fixed hardware (5.2.9). There is no SMI_CMD: the machine is always in ACPI mode."""
-    legacy, has_8042, no_vga, no_msi, no_rtc = (1 << bit for bit in (0, 1, 2, 3, 5))
+    legacy, has_8042, no_vga, no_rtc = (1 << bit for bit in (0, 1, 2, 5))
     boot_architecture = (
         (legacy if platform.serial or platform.ps2 else 0)
         | (has_8042 if platform.ps2 else 0)
         | (0 if platform.vga else no_vga)
-        | no_msi
         | (0 if platform.rtc else no_rtc)
     )
     wbinvd, c1, power_button, sleep_button, reset = (1 << bit for bit in (0, 2, 4, 5, 10))

@@ -8,9 +8,10 @@ What a guest uses often is in C (vmfs/devices/chips; docs/decisions/0009): such 
 engine asks by the board's `bus` without Python, where it can (`Machine.set_fast_bus`). Everything else comes here,
 and where the engine cannot, so do accesses to chips.
 
-`lock` guards all devices of Python. The CPU's thread holds it for an access; other threads (a console, a network) take
-it before they touch a device. It is taken before the engine's own locks and never while the `Vm`'s lock is
-held or wanted. The bus has a lock of its own, for chips and lines: the last that anybody takes before the engine's.
+`lock` guards all devices of Python. The CPU's thread holds it for an access; other threads (a console, a network, a
+worker of a disk that has found a wrong request) take it before they touch a device. It is taken before the engine's
+own locks and never while the `Vm`'s lock is held or wanted. The bus has a lock of its own, for chips and lines: the
+last that anybody takes before the engine's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from vmfs.devices.bus import Bus
 from vmfs.devices.device import U64, Device, DeviceState
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
-from vmfs.memory.ram import PAGE, Memory
+from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, LimitReached
 from vmfs.words.unclaimed import Use
@@ -43,7 +44,6 @@ DEVICES_MOST = 64  # a bit of a line's holders each
 _NAP = 0.001  # seconds, in which what a port sends is gathered
 _SPACES = "port", "memory"
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
-_DIRTY_PART = 1 << 15  # pages: 128 MiB
 
 
 SEED_SIZE = 16  # bytes
@@ -71,7 +71,6 @@ class Board:
 
     def __init__(self, machine: Machine, memory: Memory) -> None:
         self.lock = threading.RLock()
-        self._dirty_lock = threading.Lock()  # of the dirty log, which is asked for where nobody may wait for a device
         self.machine = machine
         self.memory = memory
         self.devices: dict[str, Device] = {}
@@ -79,20 +78,21 @@ class Board:
         self.shutdown: tuple[str, int | None] | None = None  # cause and code, asked for by a device
         self._buses = {"port": Bus("port"), "memory": Bus("memory")}
         self._ports: dict[int, tuple[Callable, Callable, int, int]] = {}  # what a port was found to be
-        self.bus = _chips.Bus(self._set_line, self.now)
+        self.bus = _chips.Bus(self._set_line, self._signal_msi, self.now)
+        self.ram_chip = _chips.Ram(self.bus)
         self._numbers: weakref.WeakValueDictionary[int, Device] = weakref.WeakValueDictionary()
         self._attendant: threading.Thread | None = None
         self._told_due: int | None = None
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
-        # A byte a page, by parts of RAM: devices write often, and the log is read seldom.
-        self._dirty: dict[int, bytearray] = {}
-        self.writes = 0  # how often devices have written RAM
+        self._mapping: object | None = None  # of RAM, that `ram_chip` has
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
         self._timers = TimerQueue()
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
-        self.time_source = "host"  # or instructions, as the machine's
+        self._time_source = "host"
+        self._workers: list[Device] = []
+        self._runs = 0  # under way, of which a CPU in a thread of its own has one
         self._seed, self._drawn = os.urandom(SEED_SIZE), 0
         self.birth_is_set = False  # by `set_birth`
         self._is_fast = False  # the engine asks the bus by itself,
@@ -104,6 +104,24 @@ class Board:
         self._sees_due = self._is_fast and self.machine.sees_due
 
     # ---- devices
+
+    @property
+    def time_source(self) -> str:
+        """`host` or `instructions`, as the machine's."""
+        return self._time_source
+
+    @time_source.setter
+    def time_source(self, source: str) -> None:
+        with self.lock:
+            self._time_source = source
+            for device in self.devices.values():
+                device.machine_changed()
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether threads of devices may do beside the CPU what it asks for. Where time follows the instructions, a
+        device does all of it at once: it takes no time, and a run is the same however fast the host is."""
+        return self._is_fast and self._time_source == "host"
 
     def take_number(self, device: Device) -> int:
         """By which the bus knows it; its for as long as there is one of the device."""
@@ -120,14 +138,19 @@ class Board:
                 raise Invalid(f"there is a device {device.name} already")
             self._wire(device)
             self.devices[device.name] = device
+            self._find_workers()
         return device
 
     def remove(self, device: Device) -> None:
         with self.lock:
             del self.devices[device.name]
+            self._find_workers()
             self._unwire(device)
             self.bus.drop_lines(device.number)
             device.close()
+
+    def _find_workers(self) -> None:
+        self._workers = [device for device in self.devices.values() if device.works]
 
     def remove_windows(self, device: Device) -> None:
         """Nothing reaches the device until it is wired again."""
@@ -271,6 +294,10 @@ class Board:
         if not self._closed:
             self.machine.irq_line(gsi, level)
 
+    def _signal_msi(self, address: int, data: int) -> None:
+        if not self._closed:
+            self.machine.signal_msi(address, data)
+
     def set_a20(self, enabled: bool) -> None:
         """The PC's A20 gate."""
         self.machine.set_a20(enabled)
@@ -364,10 +391,26 @@ class Board:
     # ---- what chips have sent
 
     def begin(self) -> None:
-        """A run begins. Where the engine asks the bus by itself, a thread fetches what ports send meanwhile."""
-        if self._is_fast and self._attendant is None:
-            self._attendant = threading.Thread(target=self._attend, name="vmfs-attendant", daemon=True)
-            self._attendant.start()
+        """A run begins, of one CPU or several. Where the engine asks the bus by itself, a thread fetches what ports
+        send meanwhile."""
+        with self.lock:
+            if self._is_fast and self._attendant is None:
+                self._attendant = threading.Thread(target=self._attend, name="vmfs-attendant", daemon=True)
+                self._attendant.start()
+            self._runs += 1
+            if self._runs == 1:
+                for device in self._workers:
+                    device.run_begins()
+
+    def end(self) -> None:
+        """A run that has begun ends: what ports have sent is with their users, and after the last one no device has
+        anything under way."""
+        with self.lock:
+            self._runs -= 1
+            if not self._runs:
+                for device in self._workers:
+                    device.run_ends()
+        self.drain()
 
     def _attend(self) -> None:
         nap = 0.0
@@ -399,14 +442,13 @@ class Board:
         return self.memory.is_ram(address, length)
 
     @property
-    def ram_ranges(self) -> tuple[tuple[int, int], ...]:
-        """Where RAM lies: (start, end) of each region."""
-        return tuple((one.address, one.end) for one in self.memory.regions)
-
-    @property
     def ram(self) -> memoryview:
         """RAM by its addresses, to read. What is written must be told to `wrote`; `dma_write` does both."""
-        return self.memory.mapping.view
+        mapping = self.memory.mapping
+        if mapping is not self._mapping:
+            self._mapping = mapping
+            self.ram_chip.map(mapping.view, tuple((one.address, one.end) for one in self.memory.regions))
+        return mapping.view
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Invalid where that is not all RAM."""
@@ -428,22 +470,13 @@ class Board:
 
     def wrote_all(self, spans: Iterable[tuple[int, int]]) -> None:
         """`wrote`, of each (address, length)."""
-        spans = _joined(spans)
-        with self._dirty_lock:
-            for address, length in spans:
-                first, last = address // PAGE, (address + length - 1) // PAGE
-                while first <= last:
-                    part, at = divmod(first, _DIRTY_PART)
-                    count = min(last - first + 1, _DIRTY_PART - at)
-                    pages = self._dirty.get(part)
-                    if pages is None:
-                        pages = self._dirty[part] = bytearray(_DIRTY_PART)
-                    pages[at : at + count] = b"\1" * count
-                    first += count
-            self.writes += len(spans)
-        written = self.machine.memory_written
-        for address, length in spans:
-            written(address, length)
+        assert self.ram is not None  # it is mapped
+        self.ram_chip.wrote(spans)
+
+    @property
+    def writes(self) -> int:
+        """How often devices have written RAM."""
+        return self.ram_chip.writes
 
     def wrote_slot(self, slot: int) -> None:
         """A device has written memory of its own that `map_memory` has put there."""
@@ -453,9 +486,8 @@ class Board:
 
     def take_dirty(self) -> int:
         """The pages that devices have written since the last call, bit 0 for page 0."""
-        with self._dirty_lock:
-            parts, self._dirty = self._dirty, {}
-        return sum(int(pages[::-1].translate(_DIGITS), 2) << part * _DIRTY_PART for part, pages in parts.items())
+        parts = self.ram_chip.take_dirty()
+        return sum(int(pages[::-1].translate(_DIGITS), 2) << first for first, pages in parts)
 
     def map_memory(
         self, slot: int, address: int, fd: int, offset: int, size: int, *, read_only: bool = False
@@ -484,6 +516,8 @@ class Board:
 
     def memory_resized(self) -> None:
         """RAM has another size, which `memory` knows."""
+        if self._mapping is not None:
+            assert self.ram is not None  # it is mapped anew
 
     def reset(self) -> None:
         with self.lock:
@@ -589,25 +623,12 @@ class Board:
             self._timers.clear()
             self.bus.close()
             self.drain()
-            for device in self.devices.values():
-                device.close()
+            is_idle = all([device.close() is not False for device in self.devices.values()])
             self.devices.clear()
             self.bus.set_map(())
-
-
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Without empty ones, and one for those that follow each other in memory."""
-    joined: list[tuple[int, int]] = []
-    end = -1
-    for address, length in spans:
-        if not length:
-            continue
-        if address == end:
-            joined[-1] = joined[-1][0], joined[-1][1] + length
-        else:
-            joined.append((address, length))
-        end = address + length
-    return joined
+            if is_idle:  # else a worker has it for as long as it waits for the host
+                self.ram_chip.map(None, ())
+            self._mapping = None
 
 
 def _sorted(device: Device) -> dict[str, int]:

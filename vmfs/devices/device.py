@@ -83,13 +83,15 @@ class Port(Protocol):
 
     @property
     def counters(self) -> Counter[str]: ...
+    @property
+    def has_workers(self) -> bool: ...
 
     # RAM
     @property
     def ram_size(self) -> int: ...
     def is_ram(self, address: int, length: int) -> bool: ...
     @property
-    def ram_ranges(self) -> tuple[tuple[int, int], ...]: ...
+    def ram_chip(self) -> Any: ...
     @property
     def ram(self) -> memoryview: ...
     def dma_read(self, address: int, length: int) -> bytes: ...
@@ -135,6 +137,7 @@ class Device(abc.ABC, Generic[S]):
     TYPE: str
     STATE: type[S]
     irq: int | None = None
+    works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
     chip: Any = None  # of vmfs.devices._chips: what of its registers is in C
 
     def __init__(self, board: Port, name: str) -> None:
@@ -166,7 +169,14 @@ class Device(abc.ABC, Generic[S]):
         """As at power-on; lines are low. What the host attached stays."""
 
     def machine_changed(self) -> None:
-        """The board goes on with another engine's machine: what an engine keeps and no state has is to be set."""
+        """The board goes on with another engine's machine: what an engine keeps and no state has is to be set. And
+        `board.has_workers` may be another."""
+
+    def run_begins(self) -> None:  # noqa: B027
+        """The machine runs from now on: what works beside its CPUs may begin."""
+
+    def run_ends(self) -> None:  # noqa: B027
+        """It does not any more: nothing is under way when this returns."""
 
     def time_shifted(self, by: int) -> None:
         """The guest's time was set, to what it was and `by`: times that the device keeps are to move along."""

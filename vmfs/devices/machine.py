@@ -80,6 +80,7 @@ class Pc(Board):
         fw_cfg.set_files({**roms, **files})
 
     def memory_resized(self) -> None:
+        super().memory_resized()
         rtc = self.devices["rtc"]
         assert isinstance(rtc, Rtc)
         rtc.describe_memory(self.memory.size)

@@ -1,9 +1,11 @@
 """PCI: the host bridge with configuration mechanism 1, and what every PCI device is.
 
-One bus, 32 slots, one function each, INTx interrupts. A device's BARs have addresses from the beginning, as firmware
-would have given them, so that a kernel that is booted without firmware finds them; firmware may move them.
+One bus, 32 slots, one function each; interrupts are INTx or, for a device that has it, MSI-X. A device's BARs have
+addresses from the beginning, as firmware would have given them, so that a kernel that is booted without firmware finds
+them; firmware may move them.
 
-Source: PCI Local Bus Specification 3.0, chapters 3.2.2.3 (configuration mechanism 1) and 6 (configuration space).
+Source: PCI Local Bus Specification 3.0, chapters 3.2.2.3 (configuration mechanism 1), 6 (configuration space) and 6.8.2
+(MSI-X).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from vmfs.devices import _chips
-from vmfs.devices.device import U8, U32, Device, DeviceState, Port, QuietDevice, Window
+from vmfs.devices.device import U8, U32, U64, Device, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -29,6 +31,8 @@ _IO, _MEMORY, _MASTER, _INTX_OFF = 1, 2, 4, 0x400
 _STATUS_INTERRUPT, _STATUS_CAPABILITIES = 0x08, 0x10
 _BAR0, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x34, 0x3C
 _HEADER = 0x40
+MSIX_BAR, _MSIX_CAPABILITY, _MSIX_SIZE = 1, 0x11, 0x1000
+_ENABLE_AND_MASK = 0xC0  # of message control's upper byte
 _WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
 
 
@@ -41,11 +45,16 @@ class Bar:
     prefetchable: bool = False
 
 
+MSIX = Bar("memory", _MSIX_SIZE)
+
+
 class PciState(DeviceState):
-    """The configuration space, and INTA as the device drives it."""
+    """The configuration space, and INTA as the device drives it; of MSI-X the table and the pending bits."""
 
     config: Annotated[bytes, msgspec.Meta(min_length=256, max_length=256)]
     pending: bool
+    table: bytes = b""
+    waiting: U64 = 0
 
 
 P = TypeVar("P", bound=DeviceState)
@@ -76,6 +85,7 @@ class PciDevice(Device[P]):
         self._by_python[_COMMAND:_STATUS] = bytes((_WRITES_BY_PYTHON,)) * 2
         self._by_python[_BAR0:_CAPABILITIES] = bytes((_WRITES_BY_PYTHON,)) * (_CAPABILITIES - _BAR0)
         self._fixed = self._identity()
+        self._new_table = b""
         self._next = _HEADER
         self._last_link = _CAPABILITIES
         self._was: tuple[Window, ...] = ()
@@ -96,6 +106,17 @@ class PciDevice(Device[P]):
             if bar.space == "port" and bar.size < 16:
                 self._mask[_BAR0 + 4 * index] = -bar.size & 0xFC
         return config
+
+    def add_msix(self, vectors: int) -> None:
+        """MSI-X, with its table and its pending bits in BAR MSIX_BAR, which the device gives to the chip. In the
+        constructor only."""
+        assert self.BARS[MSIX_BAR] == MSIX
+        table, pending = MSIX_BAR, _chips.MSIX_PENDING | MSIX_BAR
+        data = struct.pack("<BBHII", _MSIX_CAPABILITY, 0, vectors - 1, table, pending)
+        at = self.add_capability(data, bytes((0, 0, 0, _ENABLE_AND_MASK)))
+        self._by_python[at + 2 : at + 4] = bytes((_WRITES_BY_PYTHON,)) * 2
+        self.function.set_msix(at, vectors)
+        self._new_table = struct.pack("<QII", 0, 0, 1) * vectors  # masked
 
     def add_capability(self, data: bytes, writable: bytes = b"") -> int:
         """Append a capability: its ID, a byte for the link, its contents; `writable` masks bits that a guest changes.
@@ -129,6 +150,8 @@ class PciDevice(Device[P]):
             self.config[at] = self.config[at] & ~mask | byte & mask
         if offset < _INTERRUPT_LINE:
             self._config_changed()
+        else:
+            self.function.drive()
 
     def _config_changed(self) -> None:
         windows = self.windows()
@@ -185,20 +208,31 @@ class PciDevice(Device[P]):
         self.config[_COMMAND] = _IO | _MEMORY
         if self.INTERRUPT:
             self.config[_INTERRUPT_LINE] = pic_irq(self.slot)
+        self.function.table, self.function.waiting = self._new_table, 0
         self.function.set_irq(False)
         self._config_changed()
 
     def save_pci(self) -> PciState:
-        return PciState(config=bytes(self.config), pending=self.pending)
+        function = self.function
+        return PciState(
+            config=bytes(self.config), pending=self.pending, table=function.table, waiting=function.waiting
+        )
 
     def check_pci(self, state: PciState) -> None:
         """Invalid where a value that no guest can change is not as it is here."""
         for at, (value, is_, mask) in enumerate(zip(state.config, self.config, self._mask, strict=True)):
             if (value ^ is_) & ~(mask | (_STATUS_INTERRUPT if at == _STATUS else 0)):
                 raise Invalid(f"{self.name}: byte {at:#x} of its configuration space cannot be {value:#x}")
+        vectors = len(self._new_table) // 16
+        if len(state.table) != len(self._new_table) or state.waiting >> vectors:
+            raise Invalid(f"{self.name}: it has {vectors} vectors of MSI-X")
+        for address, _, control in struct.iter_unpack("<QII", state.table):
+            if address & 3 or control & ~1:
+                raise Invalid(f"{self.name}: a reserved bit of its MSI-X table is set")
 
     def load_pci(self, state: PciState) -> None:
         self.config[:] = state.config
+        self.function.table, self.function.waiting = state.table, state.waiting
         self.function.set_irq(state.pending)
         self._config_changed()
 

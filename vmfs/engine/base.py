@@ -12,8 +12,8 @@ Failures are `vmfs.words.errors`: `Invalid` for bytes that the engine refuses, `
 the ioctl and its errno. A failed call has changed nothing.
 
 Threads: `Vcpu.run` is called by one thread at a time and drops the GIL while the guest runs. `Vcpu.kick`,
-`Vcpu.interrupt`, `Vcpu.nmi`, `Machine.irq_line` and `Machine.dirty_log` may be called from any thread at
-any time. Everything else is for a machine that does not run, from any one thread.
+`Vcpu.interrupt`, `Vcpu.nmi`, `Machine.irq_line`, `Machine.signal_msi` and `Machine.dirty_log` may be called from any
+thread at any time. Everything else is for a machine that does not run, from any one thread.
 """
 
 from __future__ import annotations
@@ -260,6 +260,11 @@ class Machine(abc.ABC):
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set an input line of the interrupt controllers (KVM's default routing)."""
 
+    @abc.abstractmethod
+    def signal_msi(self, address: int, data: int) -> None:
+        """A message-signalled interrupt, as a device writes it (Intel SDM 3A 11.11, KVM_SIGNAL_MSI): an edge. One that
+        names no local APIC goes nowhere."""
+
     def set_deadline(self, when: int | None) -> None:
         """End a run with `exits.Interrupted`, between two instructions, once the state `clock` has come to `when` (in
         nanoseconds), whether the CPU executes or halts then; and forget it. None: never. It takes the place of the one
@@ -269,15 +274,15 @@ class Machine(abc.ABC):
 
     def memory_written(self, address: int, size: int) -> None:  # noqa: B027
         """Others than CPUs have written guest-physical memory: code there is not what it was. From any thread, before
-        the guest can know that it is written. What others write (clients, a loader) is seen by the next run that does
-        not go on.
+        the guest can know that it is written. What devices write comes by the fast bus. What others write (clients, a
+        loader) is seen by the next run that does not go on.
         """
 
     def set_fast_bus(self, bus: object | None) -> bool:
         """Have C code of the board's devices answer accesses before they are exits: a capsule of vmfs/words/bus.h,
-        which drives this machine's lines until it closes or gets another one. While the machine does not run. False
-        where the engine does not: then all accesses are exits. Where it is not `sees_due`, `set_deadline` has what is
-        due on the bus, too."""
+        which drives this machine's lines until it closes or gets another one. While the machine does not run.
+        False where the engine does not: then all accesses are exits, and it need not know what devices write.
+        Where it is not `sees_due`, `set_deadline` has what is due on the bus, too."""
         return False
 
     def set_a20(self, enabled: bool) -> None:

@@ -313,10 +313,10 @@ class _Taking:
         """Between two instructions, with the machine's lock: what there is left to copy, and all else. False where it
         is more than there is room for."""
         vm = self._vm
-        if any(disk.is_written and name not in self._overlays for name, disk in disks.items()):
-            return False
 
         def rest() -> bool:
+            if any(disk.is_written and name not in self._overlays for name, disk in disks.items()):
+                return False
             self.pending |= vm.look_at_pages()
             if self._all_of_it:
                 self.pending |= self._touched() if self._parent is None else self._different(self._parent)

@@ -91,7 +91,7 @@ class RunLoop:
         try:
             return self._to_exit(first)
         finally:
-            self._board.drain()
+            self._board.end()
 
     def _to_exit(self, first: exits.Exit | None) -> exits.Exit:
         bound = self._run.bound

@@ -2,7 +2,7 @@
  * FAST_BUS (`Machine.set_fast_bus`). The engine asks the bus first, in the CPU's thread and without the GIL; what the bus does
  * not answer is an exit, and Python's. Neither side knows more of the other than this.
  *
- * Threads: all functions may be called from any thread; a bus has its own lock, and calls `irq_line` with it held. */
+ * Threads: all functions may be called from any thread; a bus has its own lock, and calls the machine's with it held. */
 #ifndef VMFS_BUS_H
 #define VMFS_BUS_H
 
@@ -26,11 +26,15 @@ struct bus_access {
 struct bus_machine {
     void *machine;
     void (*irq_line)(void *machine, unsigned gsi, bool level);
+    void (*signal_msi)(void *machine, uint64_t address, uint32_t data);
+    /* Devices have written RAM; NULL: an engine that need not know. */
+    void (*memory_written)(void *machine, uint64_t address, uint64_t size);
 };
 
 struct fast_bus {
-    /* False: nothing has happened, and Python is to answer. One of memory that is answered raises no line, and makes nothing
-     * due sooner; one of a port may, and the engine looks before the next instruction. */
+    /* False: nothing has happened, and Python is to answer. One of a port may raise a line or make something due sooner, and the
+     * engine looks before the next instruction. One of memory makes nothing due sooner; an interrupt that it raises comes as if
+     * another thread had raised it at that time, and where time follows the instructions none does. */
     bool (*access)(struct fast_bus *bus, struct bus_access *access);
     /* When `advance` is to be called, in the guest's time; BUS_NEVER. It changes by accesses, by `advance`, and while the
      * machine does not run. */

@@ -22,10 +22,16 @@ void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level)
         return;
     if (bus->machine.irq_line)
         bus->machine.irq_line(bus->machine.machine, gsi, level);
-    else if (bus->change_count < CHANGES) { /* as many as no access makes */
-        bus->changes[bus->change_count].gsi = (u8)gsi;
-        bus->changes[bus->change_count++].level = level;
-    }
+    else if (bus->change_count < CHANGES) /* as many as no access makes */
+        bus->changes[bus->change_count++] = (struct change){.level = level, .gsi_or_data = gsi};
+}
+
+void bus_signal_msi(struct bus *bus, u64 address, u32 data)
+{
+    if (bus->machine.signal_msi)
+        bus->machine.signal_msi(bus->machine.machine, address, data);
+    else if (bus->change_count < CHANGES)
+        bus->changes[bus->change_count++] = (struct change){.is_msi = true, .gsi_or_data = data, .address = address};
 }
 
 static void attach(struct fast_bus *face, const struct bus_machine *machine)
@@ -110,7 +116,8 @@ static const struct place *find_memory(const struct bus *bus, u64 address)
     return NULL;
 }
 
-static bool access_place(struct bus *bus, struct bus_access *a)
+/* `after`: what answered, where it is not done with it. */
+static bool access_place(struct bus *bus, struct bus_access *a, struct place *after)
 {
     const struct place *place = a->memory ? find_memory(bus, a->address) : &bus->places[bus->ports[a->address & (PORTS - 1)]];
     if (!place || place == &bus->places[PLACE_NOBODY]) {
@@ -123,15 +130,20 @@ static bool access_place(struct bus *bus, struct bus_access *a)
     if (!place->chip->kind->access(place->chip, a, place->region, a->address - place->start))
         return false;
     a->value &= ones(a->size);
+    if (place->chip->kind->after)
+        *after = *place;
     return true;
 }
 
 static bool access_bus(struct fast_bus *face, struct bus_access *a)
 {
     struct bus *bus = bus_of(face);
+    struct place after = {0};
     pthread_mutex_lock(&bus->lock);
-    bool done = !bus->closed && access_place(bus, a);
+    bool done = !bus->closed && access_place(bus, a, &after);
     pthread_mutex_unlock(&bus->lock);
+    if (after.chip)
+        after.chip->kind->after(after.chip, a, after.region, a->address - after.start);
     return done;
 }
 
@@ -142,14 +154,14 @@ void bus_enter(struct bus *bus) { pthread_mutex_lock(&bus->lock); }
 bool bus_leave(struct bus *bus)
 {
     unsigned count = bus->change_count;
-    struct { u8 gsi; bool level; } changes[CHANGES];
-    _Static_assert(sizeof changes == sizeof bus->changes, "alike");
-    if (count)
-        memcpy(changes, bus->changes, sizeof changes);
+    struct change changes[CHANGES];
+    memcpy(changes, bus->changes, count * sizeof *changes);
     bus->change_count = 0;
     pthread_mutex_unlock(&bus->lock);
     for (unsigned i = 0; i < count; i++) {
-        PyObject *done = PyObject_CallFunction(bus->irq_line, "IO", changes[i].gsi, changes[i].level ? Py_True : Py_False);
+        const struct change *c = &changes[i];
+        PyObject *done = c->is_msi ? PyObject_CallFunction(bus->signal_msi, "KI", (unsigned long long)c->address, c->gsi_or_data)
+                                   : PyObject_CallFunction(bus->irq_line, "IO", c->gsi_or_data, c->level ? Py_True : Py_False);
         if (!done)
             return false;
         Py_DECREF(done);
@@ -493,8 +505,8 @@ static PyObject *bus_capsule(struct bus *self, void *ignored)
 
 static PyObject *bus_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *irq_line, *now;
-    if (!PyArg_ParseTuple(args, "OO", &irq_line, &now))
+    PyObject *irq_line, *signal_msi, *now;
+    if (!PyArg_ParseTuple(args, "OOO", &irq_line, &signal_msi, &now))
         return NULL;
     struct bus *self = (struct bus *)type->tp_alloc(type, 0);
     if (!self)
@@ -506,6 +518,7 @@ static PyObject *bus_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->face.detach = detach;
     pthread_mutex_init(&self->lock, NULL);
     self->irq_line = Py_NewRef(irq_line);
+    self->signal_msi = Py_NewRef(signal_msi);
     self->now = Py_NewRef(now);
     self->places = calloc(PLACES, sizeof *self->places);
     self->ports = calloc(PORTS, 1);
@@ -521,6 +534,7 @@ static int bus_traverse(struct bus *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->irq_line);
+    Py_VISIT(self->signal_msi);
     Py_VISIT(self->now);
     for (unsigned i = 0; self->places && i < PLACES; i++)
         Py_VISIT((PyObject *)self->places[i].chip);
@@ -530,6 +544,7 @@ static int bus_traverse(struct bus *self, visitproc visit, void *arg)
 static int bus_clear(struct bus *self)
 {
     Py_CLEAR(self->irq_line);
+    Py_CLEAR(self->signal_msi);
     Py_CLEAR(self->now);
     if (self->places)
         forget_map(self);
@@ -574,8 +589,8 @@ static PyGetSetDef bus_attributes[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot bus_slots[] = {
-    {Py_tp_doc, "Bus(irq_line, now): a board's, for its chips and its engine. `irq_line(gsi, level)` is called while no engine is\n"
-                "attached; `now()` is the guest's time."},
+    {Py_tp_doc, "Bus(irq_line, signal_msi, now): a board's, for its chips and its engine. `irq_line(gsi, level)` and\n"
+                "`signal_msi(address, data)` are called while no engine is attached; `now()` is the guest's time."},
     {Py_tp_new, bus_new}, {Py_tp_dealloc, bus_dealloc}, {Py_tp_traverse, bus_traverse}, {Py_tp_clear, bus_clear},
     {Py_tp_methods, bus_methods}, {Py_tp_getset, bus_attributes}, {0, NULL},
 };

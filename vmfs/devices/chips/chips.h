@@ -32,6 +32,8 @@ struct chip_kind {
     chip_access *access;
     void (*advance)(struct chip *chip, u64 now); /* `due` has come; NULL: it never is */
     bool timed;                                  /* `access` asks for the time */
+    /* After an access of the engine's that was answered, without the lock: what takes longer than a register. NULL: nothing */
+    void (*after)(struct chip *chip, const struct bus_access *a, unsigned region, u64 offset);
 };
 
 struct chip {
@@ -55,9 +57,9 @@ struct bus {
     struct fast_bus face;       /* what an engine has */
     pthread_mutex_t lock;
     struct bus_machine machine; /* irq_line is NULL while lines are told to Python */
-    PyObject *irq_line, *now;   /* Python's: irq_line(gsi, level), now() */
+    PyObject *irq_line, *signal_msi, *now; /* Python's: irq_line(gsi, level), signal_msi(address, data), now() */
     u64 holders[LINES];         /* of each line, a bit a device that holds it high */
-    struct { u8 gsi; bool level; } changes[CHANGES]; /* to be told to Python */
+    struct change { bool is_msi, level; u32 gsi_or_data; u64 address; } changes[CHANGES]; /* to be told to Python */
     unsigned change_count;
     struct chip *timed;
     struct place *places;       /* by their numbers */
@@ -74,6 +76,7 @@ struct bus {
 
 /* With the lock held. */
 void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level);
+void bus_signal_msi(struct bus *bus, u64 address, u32 data);
 void bus_set_due(struct chip *chip, u64 due);
 void bus_ring(struct bus *bus);
 
@@ -110,6 +113,7 @@ u8 bytes_at(const struct bytes *b, size_t at);
 void bytes_copy(const struct bytes *b, u8 *to);
 void bytes_free(struct bytes *b);
 
-extern PyType_Spec bus_spec, uart_spec, sender_spec, rtc_spec, power_spec, latch_spec, bridge_spec, function_spec, virtio_spec;
+extern PyType_Spec bus_spec, uart_spec, sender_spec, rtc_spec, power_spec, latch_spec, bridge_spec, function_spec, virtio_spec, ram_spec,
+    queue_spec, clusters_spec, files_spec, disk_spec;
 
 #endif

@@ -1,10 +1,11 @@
 /* vmfs.devices._chips: the bus and the chips, and what their types have in common. */
 #include "module.h"
 #include "ring.h"
+#include "virtio.h"
 
 bool is_chip(const struct module_state *state, PyObject *object)
 {
-    for (unsigned i = TYPE_BUS + 1; i < TYPES; i++)
+    for (unsigned i = TYPE_BUS + 1; i < TYPE_RAM; i++)
         if (Py_TYPE(object) == state->types[i])
             return true;
     return false;
@@ -118,7 +119,8 @@ void bytes_free(struct bytes *b)
 static PyType_Spec *const specs[TYPES] = {
     [TYPE_BUS] = &bus_spec, [TYPE_UART] = &uart_spec, [TYPE_SENDER] = &sender_spec, [TYPE_RTC] = &rtc_spec,
     [TYPE_POWER] = &power_spec, [TYPE_LATCH] = &latch_spec, [TYPE_BRIDGE] = &bridge_spec, [TYPE_FUNCTION] = &function_spec,
-    [TYPE_VIRTIO] = &virtio_spec,
+    [TYPE_VIRTIO] = &virtio_spec, [TYPE_RAM] = &ram_spec, [TYPE_QUEUE] = &queue_spec,
+    [TYPE_CLUSTERS] = &clusters_spec, [TYPE_FILES] = &files_spec, [TYPE_DISK] = &disk_spec,
 };
 
 static int module_exec(PyObject *module)
@@ -129,7 +131,9 @@ static int module_exec(PyObject *module)
         if (!state->types[i] || PyModule_AddType(module, state->types[i]))
             return -1;
     }
-    return PyModule_AddIntConstant(module, "LINES", LINES) || PyModule_AddIntConstant(module, "UNCLAIMED_MOST", UNCLAIMED_MOST);
+    return PyModule_AddIntConstant(module, "LINES", LINES) || PyModule_AddIntConstant(module, "UNCLAIMED_MOST", UNCLAIMED_MOST) ||
+           PyModule_AddIntConstant(module, "VECTORS", VECTORS) || PyModule_AddIntConstant(module, "MSIX_PENDING", MSIX_PENDING) ||
+           PyModule_AddIntConstant(module, "CONFIG", VECTOR_OF_CONFIG);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
@@ -150,8 +154,8 @@ static int module_clear(PyObject *module)
 
 static PyMethodDef module_methods[] = {
     {"chain", ring_chain, METH_VARARGS,
-     "chain(ram, ((start, end), ...), table, count, head, indirect) -> the (address, length) of what may be read, and of what may\n"
-     "be written; None where it is no chain that a driver may make"},
+     "chain(ram, table, count, head, indirect) -> the (address, length) of what may be read, and of what may be written; None\n"
+     "where it is no chain that a driver may make"},
     {NULL, NULL, 0, NULL},
 };
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

@@ -4,7 +4,8 @@
 
 #include "chips.h"
 
-enum type { TYPE_BUS, TYPE_UART, TYPE_SENDER, TYPE_RTC, TYPE_POWER, TYPE_LATCH, TYPE_BRIDGE, TYPE_FUNCTION, TYPE_VIRTIO, TYPES };
+enum type { TYPE_BUS, TYPE_UART, TYPE_SENDER, TYPE_RTC, TYPE_POWER, TYPE_LATCH, TYPE_BRIDGE, TYPE_FUNCTION, TYPE_VIRTIO,
+    /* no chips */ TYPE_RAM, TYPE_QUEUE, TYPE_CLUSTERS, TYPE_FILES, TYPE_DISK, TYPES };
 struct module_state { PyTypeObject *types[TYPES]; };
 
 bool is_chip(const struct module_state *state, PyObject *object);

@@ -1,33 +1,80 @@
-/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3), the functions' configuration spaces and INTx; the interrupt status of virtio
- * devices (VIRTIO 1.2, 4.1.4.5). And latches: registers whose reads do nothing.
+/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3), the functions' configuration spaces, INTx and MSI-X. And latches: registers whose
+ * reads do nothing.
  *
  * What moves a BAR or switches decoding is Python's, and so are bytes that it has marked: a write of either is not answered. */
+#include "pci.h"
+
+#include <string.h>
+
 #include "module.h"
 
-enum { FUNCTIONS = 256, CONFIG_BYTES = 256 };
-enum { COMMAND = 4, STATUS = 6, INTX_OFF_HIGH = 4, STATUS_INTERRUPT = 8 };
+enum { FUNCTIONS = 256 };
+enum { COMMAND = 4, STATUS = 6, MASTER = 4, INTX_OFF_HIGH = 4, STATUS_INTERRUPT = 8 };
+enum { MSIX_CONTROL_HIGH = 3, MSIX_ENABLED = 0x80, MSIX_MASKED = 0x40, VECTOR_MASKED = 1, ENTRY = 16 };
 enum { ADDRESS, DATA /* regions */ };
 
 /* ---- A function ------------------------------------------------------------------------------------------------------------------- */
 
-struct function {
-    struct chip chip;
-    struct {
-        u8 config[CONFIG_BYTES];
-        u8 mask[CONFIG_BYTES];  /* bits that a guest can change */
-        u8 by_python[CONFIG_BYTES]; /* 1: writes with an effect, 3: reads, too */
-    } bytes;                    /* Python has them as a buffer */
-    bool pending;               /* INTx as the device drives it; the command register can hold it back */
-    unsigned line_count, lines[2];
-};
+static u8 msix_control(const struct function *f) { return f->msix_at ? f->bytes.config[f->msix_at + MSIX_CONTROL_HIGH] : 0; }
 
-static void drive(struct function *f)
+bool function_has_msix(const struct function *f) { return msix_control(f) & MSIX_ENABLED; }
+
+/* Send what waits and may be sent. */
+static void send_waiting(struct function *f)
+{
+    if ((msix_control(f) & (MSIX_ENABLED | MSIX_MASKED)) != MSIX_ENABLED || !(f->bytes.config[COMMAND] & MASTER))
+        return;
+    for (u64 left = f->waiting; left; left &= left - 1) {
+        unsigned vector = (unsigned)__builtin_ctzll(left);
+        if (f->table[vector].control & VECTOR_MASKED)
+            continue;
+        f->waiting &= ~(1ull << vector);
+        bus_signal_msi(f->chip.bus, f->table[vector].address, f->table[vector].data);
+    }
+}
+
+void function_signal(struct function *f, unsigned vector)
+{
+    if (vector >= f->vectors)
+        return;
+    f->waiting |= 1ull << vector;
+    send_waiting(f);
+}
+
+void function_drive(struct function *f)
 {
     u8 *status = &f->bytes.config[STATUS];
     *status = (u8)(f->pending ? *status | STATUS_INTERRUPT : *status & ~STATUS_INTERRUPT);
-    bool level = f->pending && !(f->bytes.config[COMMAND + 1] & INTX_OFF_HIGH);
+    bool level = f->pending && !(f->bytes.config[COMMAND + 1] & INTX_OFF_HIGH) && !function_has_msix(f);
     for (unsigned i = 0; i < f->line_count; i++)
         bus_set_line(f->chip.bus, f->chip.number, f->lines[i], level);
+    if (f->waiting)
+        send_waiting(f);
+}
+
+u64 function_read_msix(const struct function *f, u64 offset, unsigned size)
+{
+    u64 value = 0;
+    const u8 *bytes = (const u8 *)f->table;
+    if (offset >= MSIX_PENDING)
+        offset -= MSIX_PENDING, bytes = (const u8 *)&f->waiting;
+    u64 length = bytes == (const u8 *)f->table ? (u64)f->vectors * ENTRY : sizeof f->waiting;
+    for (unsigned i = 0; i < size; i++)
+        if (offset + i < length)
+            value |= (u64)bytes[offset + i] << 8 * i;
+    return value;
+}
+
+/* By 4 or 8 bytes (6.8.2); others do nothing. */
+static void write_msix(struct function *f, u64 offset, unsigned size, u64 value)
+{
+    if ((size != 4 && size != 8) || offset % size || offset + size > (u64)f->vectors * ENTRY)
+        return;
+    memcpy((u8 *)f->table + offset, &value, size);
+    unsigned vector = (unsigned)(offset / ENTRY);
+    f->table[vector].address &= ~3ull;
+    f->table[vector].control &= VECTOR_MASKED;
+    send_waiting(f);
 }
 
 static bool function_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)
@@ -87,15 +134,81 @@ static PyObject *function_set_irq(struct function *self, PyObject *level)
         return NULL;
     bus_enter(self->chip.bus);
     self->pending = pending;
-    drive(self);
+    function_drive(self);
     return bus_done(self->chip.bus);
 }
 
-static PyObject *function_drive(struct function *self, PyObject *ignored)
+static PyObject *function_driven(struct function *self, PyObject *ignored)
 {
     bus_enter(self->chip.bus);
-    drive(self);
+    function_drive(self);
     return bus_done(self->chip.bus);
+}
+
+static PyObject *function_set_msix(struct function *self, PyObject *args)
+{
+    unsigned at, vectors;
+    if (!PyArg_ParseTuple(args, "II", &at, &vectors))
+        return NULL;
+    if (!at || at > CONFIG_BYTES - 12 || !vectors || vectors > VECTORS)
+        return PyErr_Format(PyExc_ValueError, "a capability of up to %d vectors", VECTORS);
+    self->msix_at = at, self->vectors = vectors;
+    Py_RETURN_NONE;
+}
+
+static PyObject *function_msix_read(struct function *self, PyObject *const *args, Py_ssize_t count)
+{
+    u64 n[2];
+    if (!chip_numbers(args, count, n, 2))
+        return NULL;
+    bus_enter(self->chip.bus);
+    u64 value = function_read_msix(self, n[0], n[1] > 8 ? 8 : (unsigned)n[1]);
+    pthread_mutex_unlock(&self->chip.bus->lock);
+    return PyLong_FromUnsignedLongLong(value);
+}
+
+static PyObject *function_msix_write(struct function *self, PyObject *const *args, Py_ssize_t count)
+{
+    u64 n[3];
+    if (!chip_numbers(args, count, n, 3))
+        return NULL;
+    bus_enter(self->chip.bus);
+    write_msix(self, n[0], (unsigned)n[1], n[2]);
+    return bus_done(self->chip.bus);
+}
+
+static PyObject *function_get_table(struct function *self, void *ignored)
+{
+    return PyBytes_FromStringAndSize((const char *)self->table, (Py_ssize_t)self->vectors * ENTRY);
+}
+
+static int function_set_table(struct function *self, PyObject *value, void *ignored)
+{
+    char *data;
+    Py_ssize_t size;
+    if (!value || PyBytes_AsStringAndSize(value, &data, &size))
+        return -1;
+    if (size != (Py_ssize_t)self->vectors * ENTRY) {
+        PyErr_SetString(PyExc_ValueError, "16 bytes a vector");
+        return -1;
+    }
+    bus_enter(self->chip.bus);
+    memcpy(self->table, data, (size_t)size);
+    pthread_mutex_unlock(&self->chip.bus->lock);
+    return 0;
+}
+
+static PyObject *function_get_waiting(struct function *self, void *ignored) { return PyLong_FromUnsignedLongLong(self->waiting); }
+
+static int function_set_waiting(struct function *self, PyObject *value, void *ignored)
+{
+    u64 waiting;
+    if (!value || !chip_numbers(&value, 1, &waiting, 1))
+        return -1;
+    bus_enter(self->chip.bus);
+    self->waiting = waiting;
+    pthread_mutex_unlock(&self->chip.bus->lock);
+    return 0;
 }
 
 static int function_buffer(struct function *self, Py_buffer *view, int flags)
@@ -107,11 +220,18 @@ static PyObject *function_pending(struct function *self, void *ignored) { return
 
 static PyMethodDef function_methods[] = {
     {"set_irq", (PyCFunction)function_set_irq, METH_O, "set_irq(level): drive INTA"},
-    {"drive", (PyCFunction)function_drive, METH_NOARGS, "drive(): after the command register has changed"},
+    {"drive", (PyCFunction)function_driven, METH_NOARGS, "drive(): after the command register, or MSI-X's, has changed"},
+    {"set_msix", (PyCFunction)function_set_msix, METH_VARARGS, "set_msix(offset of the capability, vectors)"},
+    {"read_msix", (PyCFunction)(void (*)(void))function_msix_read, METH_FASTCALL,
+     "read_msix(offset, size): of the table at 0 and the pending bits at MSIX_PENDING"},
+    {"write_msix", (PyCFunction)(void (*)(void))function_msix_write, METH_FASTCALL, "write_msix(offset, size, value)"},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef function_attributes[] = {
-    {"pending", (getter)function_pending, NULL, "INTA as the device drives it", NULL}, {NULL, NULL, NULL, NULL, NULL},
+    {"pending", (getter)function_pending, NULL, "INTA as the device drives it", NULL},
+    {"table", (getter)function_get_table, (setter)function_set_table, "of MSI-X: 16 bytes a vector", NULL},
+    {"waiting", (getter)function_get_waiting, (setter)function_set_waiting, "of MSI-X: the pending bits", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot function_slots[] = {
     {Py_tp_doc, "Function(bus, device, lines): a buffer of the configuration space, the masks of its writable bits, and what is\n"
@@ -212,137 +332,6 @@ static PyType_Slot bridge_slots[] = {
     {Py_tp_methods, bridge_methods}, {Py_tp_getset, bridge_attributes}, {0, NULL},
 };
 PyType_Spec bridge_spec = {"vmfs.devices._chips.Bridge", sizeof(struct bridge), 0, Py_TPFLAGS_DEFAULT, bridge_slots};
-
-/* ---- Virtio ------------------------------------------------------------------------------------------------------------------------ */
-
-struct virtio {
-    struct chip chip;
-    struct function *function;  /* a reference */
-    u64 isr_at, notify_at;      /* in the BAR */
-    unsigned queues;
-    u8 isr;
-    u64 kicks, awaited;         /* a bit a queue: was notified; a worker waits for it (else a notification is Python's) */
-    u64 notifications;          /* that were answered */
-};
-
-static bool virtio_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)
-{
-    struct virtio *v = (struct virtio *)chip;
-    if (region)
-        return false;
-    if (!a->write && offset == v->isr_at) {
-        a->value = v->isr;
-        v->isr = 0;             /* reading it takes the interrupt back */
-        v->function->pending = false;
-        drive(v->function);
-        return true;
-    }
-    if (a->write && offset >= v->notify_at) {
-        u64 queue = (offset - v->notify_at) / 4;
-        if (queue >= v->queues)
-            return true;
-        if (!(v->awaited >> queue & 1))
-            return false;
-        v->kicks |= 1ull << queue;
-        v->notifications++;
-        bus_ring(chip->bus);
-        return true;
-    }
-    return false;
-}
-static const struct chip_kind virtio_kind = {virtio_access};
-
-static PyObject *virtio_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
-{
-    PyObject *bus, *function;
-    unsigned number, queues;
-    unsigned long long isr_at, notify_at;
-    const struct module_state *state = PyType_GetModuleState(type);
-    if (!PyArg_ParseTuple(args, "OIOKKI", &bus, &number, &function, &isr_at, &notify_at, &queues))
-        return NULL;
-    if (Py_TYPE(function) != state->types[TYPE_FUNCTION] || queues > 64) {
-        PyErr_SetString(PyExc_TypeError, "a Function, and up to 64 queues");
-        return NULL;
-    }
-    struct virtio *self = (struct virtio *)chip_new(type, &virtio_kind, bus, number);
-    if (self) {
-        self->function = (struct function *)Py_NewRef(function);
-        self->isr_at = isr_at, self->notify_at = notify_at, self->queues = queues;
-    }
-    return (PyObject *)self;
-}
-
-static void virtio_dealloc(struct virtio *self)
-{
-    Py_XDECREF((PyObject *)self->function);
-    chip_dealloc(&self->chip);
-}
-
-static PyObject *virtio_interrupt(struct virtio *self, PyObject *argument)
-{
-    unsigned long cause = PyLong_AsUnsignedLong(argument);
-    if (cause == (unsigned long)-1 && PyErr_Occurred())
-        return NULL;
-    bus_enter(self->chip.bus);
-    self->isr |= (u8)cause;
-    self->function->pending = true;
-    drive(self->function);
-    return bus_done(self->chip.bus);
-}
-
-static PyObject *virtio_take(struct virtio *self, PyObject *ignored)
-{
-    bus_enter(self->chip.bus);
-    u64 kicks = self->kicks, count = self->notifications;
-    self->kicks = self->notifications = 0;
-    pthread_mutex_unlock(&self->chip.bus->lock);
-    return Py_BuildValue("(KK)", (unsigned long long)kicks, (unsigned long long)count);
-}
-
-static PyObject *virtio_get(struct virtio *self, void *ignored) { return PyLong_FromLong(self->isr); }
-
-static int virtio_set(struct virtio *self, PyObject *value, void *ignored)
-{
-    unsigned long isr = value ? PyLong_AsUnsignedLong(value) : 0;
-    if (PyErr_Occurred())
-        return -1;
-    bus_enter(self->chip.bus);
-    self->isr = (u8)isr;
-    pthread_mutex_unlock(&self->chip.bus->lock);
-    return 0;
-}
-
-static PyObject *virtio_get_awaited(struct virtio *self, void *ignored) { return PyLong_FromUnsignedLongLong(self->awaited); }
-
-static int virtio_set_awaited(struct virtio *self, PyObject *value, void *ignored)
-{
-    unsigned long long awaited = value ? PyLong_AsUnsignedLongLong(value) : 0;
-    if (PyErr_Occurred())
-        return -1;
-    bus_enter(self->chip.bus);
-    self->awaited = awaited;
-    pthread_mutex_unlock(&self->chip.bus->lock);
-    return 0;
-}
-
-static PyMethodDef virtio_methods[] = {
-    CHIP_METHODS,
-    {"interrupt", (PyCFunction)virtio_interrupt, METH_O, "interrupt(cause): into the ISR, and INTA"},
-    {"take", (PyCFunction)virtio_take, METH_NOARGS,
-     "take() -> (queues, count): those that were notified since the last time, a bit each, and how often"},
-    {NULL, NULL, 0, NULL},
-};
-static PyGetSetDef virtio_attributes[] = {
-    {"isr", (getter)virtio_get, (setter)virtio_set, "the interrupt status, as it stands", NULL},
-    {"awaited", (getter)virtio_get_awaited, (setter)virtio_set_awaited, "queues whose notifications are answered here", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-static PyType_Slot virtio_slots[] = {
-    {Py_tp_doc, "Virtio(bus, device, function, isr_at, notify_at, queues): parts of the BAR of a virtio device."},
-    {Py_tp_new, virtio_new}, {Py_tp_dealloc, virtio_dealloc}, {Py_tp_methods, virtio_methods},
-    {Py_tp_getset, virtio_attributes}, {0, NULL},
-};
-PyType_Spec virtio_spec = {"vmfs.devices._chips.Virtio", sizeof(struct virtio), 0, Py_TPFLAGS_DEFAULT, virtio_slots};
 
 /* ---- Latch ------------------------------------------------------------------------------------------------------------------------- */
 

@@ -2,7 +2,7 @@
 
 Offsets and lengths are bytes, multiples of SECTOR, inside the disk: the caller has checked that. The memory that is
 read into and written from is given as memoryviews (of the guest's RAM: nothing is copied). A host's failure is an
-OSError.
+OSError. Several threads may call at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import logging
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from errno import EIO
-from typing import Protocol
+from typing import Any, Protocol
 
+from vmfs.devices import _chips
 from vmfs.memory.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
 from vmfs.words.errors import Busy, Invalid, VmfsError
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 SECTOR = 512
 CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied
 ROOM_STEP = 4 << 20  # bytes that an overlay asks for at a time
-_CHUNK = 512  # clusters in an integer of the overlay's map: 2 MiB
+_CHUNK = 512  # clusters in a part of an overlay's saved map: 2 MiB
 _MAX_VECTORS = 1024  # IOV_MAX
 _ZEROS = bytes(1 << 20)
 
@@ -32,10 +34,14 @@ Buffers = Sequence[memoryview]
 
 
 class Disk(Protocol):
-    """What a block device needs of a disk."""
+    """What a block device needs of a disk. `files`: what C reads of it. `writes_plainly`: to write is pwritev(2) into
+    the file of its `files`, which is the only one."""
 
     mode: str  # "ro", "rw" or "cow"
     size: int
+    writes_plainly: bool
+    files: Any
+
 
     @property
     def writable(self) -> bool: ...
@@ -143,11 +149,13 @@ class RawDisk:
         self.fd = fd
         self.mode = mode
         self.size = -(-length // SECTOR) * SECTOR
-        self._length = length
+        self.length = length
         is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         self.can_discard = mode == "rw" and is_file and can_punch(fd)
         self._can_zero = is_file
         self._failure = 0  # the errno of a flush that failed
+        self.writes_plainly = mode == "rw"
+        self.files = _chips.Files(fd, length)
 
     @property
     def writable(self) -> bool:
@@ -155,7 +163,7 @@ class RawDisk:
 
     def read(self, offset: int, buffers: Buffers) -> None:
         length = sum(map(len, buffers))
-        there = min(length, max(self._length - offset, 0))
+        there = min(length, max(self.length - offset, 0))
         if there < length:
             for view in _cut(buffers, there, length - there):
                 view[:] = bytes(len(view))
@@ -249,9 +257,9 @@ class Written:
     """A file of an overlay that nobody writes any more, and its map. Snapshots and overlays share it; with the last of
     them it is closed, and its `held` bytes are free."""
 
-    def __init__(self, fd: int, clusters: dict[int, int], room: Room, held: int) -> None:
+    def __init__(self, fd: int, clusters: Any, room: Room, held: int) -> None:
         self.fd = fd
-        self.map = clusters
+        self.clusters = clusters
         self._room, self._held = room, held
 
     @property
@@ -274,6 +282,7 @@ class Overlay:
 
     mode = "cow"
     writable = True
+    writes_plainly = False
 
     def __init__(self, base: RawDisk, new_file: Callable[[], int], room: Room) -> None:
         self.new_file = new_file
@@ -285,6 +294,8 @@ class Overlay:
         self.size = base.size
         self.lower: tuple[Written, ...] = ()
         self.can_discard = True
+        self.files = _chips.Files(base.fd, base.length)
+        self._writing = threading.Lock()
         self._write_to(new_file())
 
     def _write_to(self, fd: int) -> None:
@@ -292,33 +303,39 @@ class Overlay:
         self.fd = fd
         os.ftruncate(fd, self.size)
         self._punches = can_punch(fd)
-        self._map: dict[int, int] = {}  # chunk -> a bit a cluster that the file has
+        self._clusters = _chips.Clusters(-(-self.size // CLUSTER))  # that the file has
+        self._tell_files()
+
+    def _tell_files(self) -> None:
+        lower = ((one.fd, one.clusters) for one in reversed(self.lower))
+        self.files.set(((self.fd, self._clusters), *lower))
 
     # ---- snapshots
 
     @property
     def is_written(self) -> bool:
         """Whether anything was since it was frozen last."""
-        return bool(self._map)
+        return self._clusters.any
 
     def freeze(self, new_file: Callable[[], int]) -> tuple[Written, ...]:
         """What it has, for somebody to keep. It is not written to meanwhile. `new_file` gives the next to be written,
         where one is needed (`is_written`)."""
-        if self._map:
+        if self.is_written:
             fresh = new_file()
-            self.lower = (*self.lower, Written(self.fd, self._map, self._room, self._held))
+            self.lower = (*self.lower, Written(self.fd, self._clusters, self._room, self._held))
             self._held = self._taken = self._since = 0
             self._write_to(fresh)
         return self.lower
 
     def go_back(self, lower: tuple[Written, ...]) -> None:
-        """Have what was frozen then, and no more."""
+        """Have what was frozen then, and no more. Nobody reads it meanwhile."""
         self.lower = lower
-        if self._map:
+        if self.is_written:
             os.ftruncate(self.fd, 0)
             self._write_to(self.fd)
             self._room.release(self._held)
             self._held = self._taken = self._since = 0
+        self._tell_files()
 
     def _hold(self, length: int) -> None:
         """Before so many bytes are written. OSError where there is no room for them."""
@@ -337,45 +354,28 @@ class Overlay:
             self._held += more
 
     @staticmethod
-    def _runs(clusters: Mapping[int, int], offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+    def _runs(clusters: Any, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """(whether it is in that map, offset, length) of the parts of a range, in order."""
         end = offset + length
-        start, has = offset, None
-        cluster = offset // CLUSTER
-        while cluster * CLUSTER < end:
-            bits = clusters.get(cluster // _CHUNK, 0) >> cluster % _CHUNK
-            here = bool(bits & 1)
-            # How many clusters of the chunk from here on are alike.
-            other = ~bits if here else bits
-            count = (other & -other).bit_length() - 1 if other else _CHUNK
-            count = min(count, _CHUNK - cluster % _CHUNK)
-            if has is not None and here != has:
-                yield has, start, cluster * CLUSTER - start
-                start = cluster * CLUSTER
-            has = here
-            cluster += count
-        if has is not None:
-            yield has, start, end - start
-
-    def _mark(self, first: int, last: int) -> None:
-        """The overlay has clusters `first` to `last`, without it."""
-        while first < last:
-            chunk, at = divmod(first, _CHUNK)
-            count = min(last - first, _CHUNK - at)
-            self._map[chunk] = self._map.get(chunk, 0) | ((1 << count) - 1) << at
-            first += count
+        while offset < end:
+            cluster = offset // CLUSTER
+            has, count = clusters.run(cluster, -(-end // CLUSTER))
+            upto = min((cluster + count) * CLUSTER, end)
+            yield has, offset, upto - offset
+            offset = upto
 
     def _has(self, cluster: int) -> bool:
-        return bool(self._map.get(cluster // _CHUNK, 0) >> cluster % _CHUNK & 1)
+        has: bool = self._clusters.run(cluster, cluster + 1)[0]
+        return has
 
     def _parts(self, offset: int, length: int, below: int | None = None) -> Iterator[tuple[int, int, int]]:
         """(descriptor, offset, length) of the parts of a range, in order; -1 is the base. `below`: only what so many of
         the lower files have."""
         if below is None:
-            fd, clusters, below = self.fd, self._map, len(self.lower)
+            fd, clusters, below = self.fd, self._clusters, len(self.lower)
         elif below:
             below -= 1
-            fd, clusters = self.lower[below].fd, self.lower[below].map
+            fd, clusters = self.lower[below].fd, self.lower[below].clusters
         else:
             yield -1, offset, length
             return
@@ -405,10 +405,11 @@ class Overlay:
 
     def write(self, offset: int, buffers: Buffers, *, through: bool = False) -> None:
         length = sum(map(len, buffers))
-        self._hold(length)
-        self._fill(offset, length)
-        _transfer(os.pwritev, self.fd, buffers, offset)
-        self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+        with self._writing:
+            self._hold(length)
+            self._fill(offset, length)
+            _transfer(os.pwritev, self.fd, buffers, offset)
+            self._clusters.mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
 
     def _fill(self, offset: int, length: int) -> None:
         """Copy what a write leaves of its first and its last cluster."""
@@ -419,7 +420,7 @@ class Overlay:
                 data = memoryview(bytearray(min(CLUSTER, self.size - at)))
                 self._read(self._parts(at, len(data), len(self.lower)), [data])
                 _transfer(os.pwritev, self.fd, [data], at)
-                self._mark(cluster, cluster + 1)
+                self._clusters.mark(cluster, cluster + 1)
 
     def flush(self) -> None:
         pass
@@ -428,37 +429,35 @@ class Overlay:
         self.write_zeroes(offset, length, unmap=True)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        self._hold(0 if self._punches else length)
-        self._fill(offset, length)
-        if self._punches:
-            fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
-        else:
-            at = offset
-            while at < offset + length:
-                size = min(offset + length - at, len(_ZEROS))
-                _transfer(os.pwritev, self.fd, [memoryview(_ZEROS)[:size]], at)
-                at += size
-        self._mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+        with self._writing:
+            self._hold(0 if self._punches else length)
+            self._fill(offset, length)
+            if self._punches:
+                fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+            else:
+                self._write_zeros(offset, length)
+            self._clusters.mark(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            size = min(end - offset, len(_ZEROS))
+            _transfer(os.pwritev, self.fd, [memoryview(_ZEROS)[:size]], offset)
+            offset += size
 
     def save_map(self) -> dict[int, bytes]:
-        return {
-            chunk: bits.to_bytes(_CHUNK // 8, "little") for chunk, bits in sorted(self._whole_map().items()) if bits
-        }
+        chunks: dict[int, bytes] = self._whole_map().save()
+        return chunks
 
-    def _whole_map(self) -> dict[int, int]:
-        whole = dict(self._map)
-        for one in self.lower:
-            for chunk, bits in one.map.items():
-                whole[chunk] = whole.get(chunk, 0) | bits
+    def _whole_map(self) -> Any:
+        whole = _chips.Clusters(-(-self.size // CLUSTER))
+        for clusters in (self._clusters, *(one.clusters for one in self.lower)):
+            whole.add(clusters)
         return whole
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of the clusters that are not the base's."""
-        for chunk in sorted(whole := self._whole_map()):
-            start, end = chunk * _CHUNK * CLUSTER, (chunk + 1) * _CHUNK * CLUSTER
-            for has, at, size in self._runs(whole, start, min(end, self.size) - start):
-                if has:
-                    yield at, at + size
+        yield from ((start, start + size) for has, start, size in self._runs(self._whole_map(), 0, self.size) if has)
 
     def check_map(self, chunks: Mapping[int, bytes]) -> None:
         clusters = -(-self.size // CLUSTER)
@@ -470,7 +469,8 @@ class Overlay:
     def load_map(self, chunks: Mapping[int, bytes]) -> None:
         if chunks != self.save_map():
             self.lower = ()
-            self._map = {chunk: int.from_bytes(bits, "little") for chunk, bits in chunks.items()}
+            self._clusters.load(dict(chunks))
+            self._tell_files()
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -1,7 +1,8 @@
 """VirtioDevice: the PCI transport of virtio 1.x, and what every virtio device is.
 
 Source: VIRTIO 1.2, section 2.1 to 2.4 (status, features, notifications), 4.1 (PCI). Devices are non-transitional: a
-driver must accept VERSION_1. Interrupts are INTx; there is no MSI-X.
+driver must accept VERSION_1. Interrupts are by MSI-X, with a vector a queue and one for the configuration where the
+driver wants so, or INTx.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, U16, U32, U64, DeviceState, Port
-from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.pci import MSIX, MSIX_BAR, Bar, PciDevice, PciState
 from vmfs.devices.virtio.queue import Chain, DriverError, QueueState, Virtqueue
 from vmfs.words.errors import Invalid
 
@@ -29,6 +30,7 @@ _TRANSPORT_FEATURES = INDIRECT_DESC | EVENT_IDX | VERSION_1
 
 _ISR_QUEUE, _ISR_CONFIG = 1, 2
 _NO_VECTOR = 0xFFFF  # VIRTIO_MSI_NO_VECTOR
+_OF_CONFIG = _chips.CONFIG
 
 # BAR 0: a page a structure (4.1.4).
 _COMMON, _ISR, _CONFIG, _NOTIFY, _BAR_SIZE = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000
@@ -63,7 +65,10 @@ _ADDRESSES = {"queue_desc": "descriptors", "queue_driver": "driver", "queue_devi
 
 
 class VirtioState(DeviceState):
-    """What the transport has of every device: attributes of VirtioDevice by their names, but for `pci` and `queues`."""
+    """What the transport has of every device: attributes of VirtioDevice by their names, but for `pci` and `queues`.
+    `vectors`: of the configuration, and of each queue."""
+
+    VERSION: ClassVar[int] = 2
 
     pci: PciState
     status: U8
@@ -75,9 +80,10 @@ class VirtioState(DeviceState):
     queue_select: U16
     failure: str
     queues: tuple[QueueState, ...]
+    vectors: tuple[U16, ...]
 
 
-_SAVED = tuple(name for name in VirtioState.__struct_fields__ if name not in ("pci", "queues"))
+_SAVED = tuple(name for name in VirtioState.__struct_fields__ if name not in ("pci", "queues", "vectors"))
 V = TypeVar("V", bound=VirtioState)
 
 
@@ -88,7 +94,7 @@ class VirtioDevice(PciDevice[V]):
 
     VENDOR = VENDOR
     REVISION = 1  # 4.1.2.1: of a non-transitional device
-    BARS = {0: Bar("memory", _BAR_SIZE)}
+    BARS = {0: Bar("memory", _BAR_SIZE), MSIX_BAR: MSIX}
     QUEUES: tuple[int, ...] = ()
 
     def __init__(self, board: Port, name: str, slot: int) -> None:
@@ -105,6 +111,7 @@ class VirtioDevice(PciDevice[V]):
         writable = bytes(4) + b"\xff" + bytes(3) + b"\xff" * 12
         self._window = self._add_capability(_CAP_PCI, 0, 0, bytes(4), writable)
         self.answers_itself(self._window + 16, 4)
+        self.add_msix(len(self.queues) + 1)
         self.chip = _chips.Virtio(board.bus, self.number, self.function, _ISR, _NOTIFY, len(self.queues))
         self.generation = 0
         self._forget_driver()
@@ -131,6 +138,10 @@ class VirtioDevice(PciDevice[V]):
 
     def started(self) -> None:
         """The driver is ready (DRIVER_OK), or was when the state was saved that was loaded now."""
+
+    def live_changed(self) -> None:
+        """`is_live` may be another now; where it is not, the queues are about to be reset. One with workers: when this
+        returns, they use no queue unless it is."""
 
     def stopped(self) -> None:
         """The device was reset: forget what was under way."""
@@ -161,13 +172,13 @@ class VirtioDevice(PciDevice[V]):
         """Interrupt the driver, if it wants to hear of what was pushed."""
         if queue.wants_interrupt():
             self.counters["interrupts"] += 1
-            self._interrupt(_ISR_QUEUE)
+            self.chip.interrupt(queue.index)
 
     def config_changed(self) -> None:
         """Tell the driver that `device_config` is another now."""
         self.generation = (self.generation + 1) & 0xFF
         if self.status & DRIVER_OK:
-            self._interrupt(_ISR_CONFIG)
+            self.chip.interrupt(_OF_CONFIG)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -181,11 +192,9 @@ class VirtioDevice(PciDevice[V]):
         self.counters["errors"] += 1
         self.failure = str(error)
         self.status |= NEEDS_RESET
+        self.live_changed()
         if self.status & DRIVER_OK:
-            self._interrupt(_ISR_CONFIG)
-
-    def _interrupt(self, cause: int) -> None:
-        self.chip.interrupt(cause)
+            self.chip.interrupt(_OF_CONFIG)
 
     @property
     def isr(self) -> int:
@@ -194,6 +203,8 @@ class VirtioDevice(PciDevice[V]):
     # ---- the BAR
 
     def read(self, region: int, offset: int, size: int) -> int:
+        if region == MSIX_BAR:
+            return self.function.read_msix(offset, size)
         if offset < _ISR:
             return self._read_common(offset, size)
         if offset < _CONFIG:
@@ -204,7 +215,9 @@ class VirtioDevice(PciDevice[V]):
         return 0
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
-        if offset >= _NOTIFY:
+        if region == MSIX_BAR:
+            self.function.write_msix(offset, size, value)
+        elif offset >= _NOTIFY:
             index = (offset - _NOTIFY) // _NOTIFY_MULTIPLIER
             if index < len(self.queues):
                 self._notify(self.queues[index])
@@ -241,8 +254,10 @@ class VirtioDevice(PciDevice[V]):
             return self.device_select
         if name == "driver_feature_select":
             return self.driver_select
-        if name in ("config_msix_vector", "queue_msix_vector"):
-            return _NO_VECTOR
+        if name == "config_msix_vector":
+            return self.chip.vector(_OF_CONFIG)
+        if name == "queue_msix_vector":
+            return _NO_VECTOR if queue is None else self.chip.vector(queue.index)
         if name == "num_queues":
             return len(self.queues)
         if name == "device_status":
@@ -282,6 +297,10 @@ class VirtioDevice(PciDevice[V]):
             self._set_status(value)
         elif name == "queue_select":
             self.queue_select = value
+        elif name == "config_msix_vector":
+            self.chip.set_vector(_OF_CONFIG, value)
+        elif name == "queue_msix_vector" and queue is not None:
+            self.chip.set_vector(queue.index, value)
         elif queue is None or queue.enabled:
             pass  # 4.1.4.3.2: nothing of a queue that is in use can be changed
         elif name == "queue_size":
@@ -323,10 +342,13 @@ class VirtioDevice(PciDevice[V]):
             if self.accepted & ~self._offered() or not self.accepted & VERSION_1:
                 value &= ~FEATURES_OK
         self.status = value & 0xFF | self.status & NEEDS_RESET
+        self.live_changed()
         if self.is_live and not was_live:
             self.started()
 
     def _reset_driver(self) -> None:
+        self.status = 0
+        self.live_changed()
         self._forget_driver()
         self.stopped()
 
@@ -337,8 +359,14 @@ class VirtioDevice(PciDevice[V]):
         self.chip.isr = 0
         self.device_select = self.driver_select = self.queue_select = 0
         self.failure = ""
+        self.chip.set_vector(_OF_CONFIG, _NO_VECTOR)
         for queue in self.queues:
             queue.reset()
+            self.chip.set_vector(queue.index, _NO_VECTOR)
+
+    def _config_changed(self) -> None:
+        super()._config_changed()
+        self.live_changed()  # by the bus master bit
 
     # ---- the BAR through configuration space
 
@@ -377,12 +405,17 @@ class VirtioDevice(PciDevice[V]):
     def save(self) -> V:
         common = {name: getattr(self, name) for name in _SAVED}
         queues = tuple(queue.save() for queue in self.queues)
-        return self.STATE(pci=self.save_pci(), queues=queues, **common, **self.save_own())
+        vectors = tuple(self.chip.vector(of) for of in self._of_vectors())
+        return self.STATE(pci=self.save_pci(), queues=queues, vectors=vectors, **common, **self.save_own())
 
     def check(self, state: V) -> None:
         self.check_pci(state.pci)
         if len(state.queues) != len(self.queues):
             raise Invalid(f"{self.name}: it has {len(self.queues)} queues")
+        if len(state.vectors) != len(self.queues) + 1:
+            raise Invalid(f"{self.name}: it has {len(self.queues)} vectors, and one for its configuration")
+        if any(len(self.queues) < vector != _NO_VECTOR for vector in state.vectors):
+            raise Invalid(f"{self.name}: there is no vector {max(state.vectors)}")
         if state.accepted & ~self._offered() and state.status & FEATURES_OK:
             raise Invalid(f"{self.name}: the driver was offered what is not there now")
         for queue, one in zip(self.queues, state.queues, strict=True):
@@ -397,8 +430,14 @@ class VirtioDevice(PciDevice[V]):
             setattr(self.chip if name == "isr" else self, name, getattr(state, name))
         for queue, one in zip(self.queues, state.queues, strict=True):
             queue.load(one)
+        for of, vector in zip(self._of_vectors(), state.vectors, strict=True):
+            self.chip.set_vector(of, vector)
+        self.live_changed()
         if self.is_live:
             self.started()
+
+    def _of_vectors(self) -> tuple[int, ...]:
+        return (_OF_CONFIG, *range(len(self.queues)))
 
     def save_own(self) -> dict[str, Any]:
         """What STATE has beyond VirtioState."""

@@ -102,10 +102,11 @@ class QueueState(DeviceState):
     told: U16
 
 
-class Virtqueue:
-    """Queue `index` of a device, of up to `maximum` descriptors (a power of two)."""
+class Virtqueue(_chips.Queue):  # type: ignore[misc, name-defined]
+    """Queue `index` of a device, of up to `maximum` descriptors (a power of two). What it is, C has."""
 
     def __init__(self, board: Port, index: int, maximum: int) -> None:
+        super().__init__()
         self.board = board
         self.index = index
         self.maximum = maximum
@@ -120,14 +121,13 @@ class Virtqueue:
         self.enabled = False
         self.event_index = False
         self.indirect = False
-        self.taken = 0  # index of the next available entry, modulo 2**16 as all indices
-        self.used = 0
-        self.told = 0  # `used` when the driver was last asked whether it wants an interrupt
+        self.taken = self.used = self.told = 0
 
     def enable(self, *, event_index: bool, indirect: bool) -> None:
         """The driver has set addresses and size. DriverError where they cannot be."""
         self._check_areas(self.size, self.descriptors, self.driver, self.device)
-        self.enabled, self.event_index, self.indirect = True, event_index, indirect
+        self.event_index, self.indirect = event_index, indirect
+        self.enabled = True  # last: C may look at it
 
     def _check_areas(self, size: int, descriptors: int, driver: int, device: int) -> None:
         if not 0 < size <= self.maximum or size & (size - 1):
@@ -158,13 +158,18 @@ class Virtqueue:
 
     def pop(self) -> Chain | None:
         """Take the next request, if there is one."""
+        chain = self.peek()
+        if chain is not None:
+            self.taken = (self.taken + 1) & 0xFFFF
+        return chain
+
+    def peek(self) -> Chain | None:
+        """The next request, which stays that. DriverError where it is none that a driver may make."""
         ram = self.board.ram
         if not self._pending(ram):
             return None
         (head,) = _U16.unpack_from(ram, self.driver + 4 + 2 * (self.taken % self.size))
-        chain = self._chain(ram, head)
-        self.taken = (self.taken + 1) & 0xFFFF
-        return chain
+        return self._chain(ram, head)
 
     def unpop(self) -> None:
         """The request taken last was not done: it is the next one again."""
@@ -172,7 +177,7 @@ class Virtqueue:
 
     def _chain(self, ram: memoryview, head: int) -> Chain:
         """C reads what a driver may make. What it does not take is read again here, which says what is wrong."""
-        spans = _chips.chain(ram, self.board.ram_ranges, self.descriptors, self.size, head, self.indirect)
+        spans = _chips.chain(self.board.ram_chip, self.descriptors, self.size, head, self.indirect)
         return Chain(self.board, head, *spans) if spans is not None else self._read_chain(ram, head)
 
     def _read_chain(self, ram: memoryview, head: int) -> Chain:

@@ -197,6 +197,11 @@ class EmulatorMachine(Machine):
         with _failures(f"interrupt line {gsi}"):
             self._vm.irq_line(gsi, level)
 
+    def signal_msi(self, address: int, data: int) -> None:
+        if not self._has_irqchip:
+            raise Unsupported("a message-signalled interrupt: the machine has no interrupt controller")
+        self._vm.signal_msi(address, data)
+
     def set_deadline(self, when: int | None) -> None:
         self._vm.set_deadline(_NEVER if when is None else max(when, 0))
 

@@ -184,6 +184,13 @@ static void drive_line(void *machine, unsigned gsi, bool level)
         ((uint8_t *)self->lines.buf)[gsi] = level;
 }
 
+static void signal_msi(void *machine, uint64_t address, uint32_t data)
+{
+    const Wires *self = machine;
+    struct kvm_msi message = {.address_lo = (uint32_t)address, .address_hi = (uint32_t)(address >> 32), .data = data};
+    ioctl(self->vm, KVM_SIGNAL_MSI, &message); /* an error is an address that names no local APIC */
+}
+
 static uint64_t guest_time(void *context)
 {
     const Wires *self = context;
@@ -260,7 +267,7 @@ static PyObject *wires_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     self->capsule = Py_NewRef(capsule);
     self->bus = bus;
-    bus->attach(bus, &(struct bus_machine){self, drive_line});
+    bus->attach(bus, &(struct bus_machine){self, drive_line, signal_msi, NULL});
     return (PyObject *)self;
 }
 

@@ -29,6 +29,7 @@ class Ioctl(enum.IntEnum):
     KVM_SET_IDENTITY_MAP_ADDR = 0x4008AE48
     KVM_CREATE_IRQCHIP = 0xAE60
     KVM_IRQ_LINE = 0x4008AE61
+    KVM_SIGNAL_MSI = 0x4020AEA5
     KVM_GET_IRQCHIP = 0xC208AE62
     KVM_SET_IRQCHIP = 0x8208AE63
     KVM_CREATE_PIT2 = 0x4040AE77
@@ -167,6 +168,7 @@ KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY = 1, 2
 DIRTY_LOG = struct.Struct("<IIQ")  # slot, padding, address of the bitmap
 ENABLE_CAP = struct.Struct("<II4Q64x")  # cap, flags, args
 IRQ_LEVEL = struct.Struct("<II")  # irq, level
+MSI = struct.Struct("<IIII16x")  # address, its upper half, data, flags
 PIT_CONFIG = struct.Struct("<I60x")  # flags
 KVM_PIT_SPEAKER_DUMMY = 1  # KVM answers port 0x61, too
 

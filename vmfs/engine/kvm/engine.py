@@ -347,6 +347,12 @@ class KvmMachine(Machine):
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
         self._lines[gsi] = level
 
+    def signal_msi(self, address: int, data: int) -> None:
+        self._need_irqchip("a message-signalled interrupt")
+        message = abi.MSI.pack(address & 0xFFFF_FFFF, address >> 32, data, 0)
+        with contextlib.suppress(Invalid):  # an address that names no local APIC
+            ioctl_set(self._fd, Ioctl.KVM_SIGNAL_MSI, message)
+
     def set_fast_bus(self, bus: object | None) -> bool:
         if self._wires is not None:
             self._wires.close()

@@ -46,6 +46,8 @@ void vm_memory_written(struct vm *vm, uint64_t address, uint64_t size);
 
 int vm_create_irqchip(struct vm *vm);  /* before the first CPU */
 void vm_irq_line(struct vm *vm, unsigned gsi, bool level);
+/* A message as a device writes it (Intel SDM 3A 11.11). */
+void vm_signal_msi(struct vm *vm, uint64_t address, uint32_t data);
 /* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
 void vm_set_bus(struct vm *vm, struct fast_bus *bus);
 void vm_set_a20(struct vm *vm, bool enabled);

@@ -234,6 +234,16 @@ static PyObject *py_vm_irq_line(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_signal_msi(VmObject *self, PyObject *args)
+{
+    unsigned long long address;
+    unsigned data;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "KI", &address, &data))
+        return NULL;
+    vm_signal_msi(self->vm, address, data);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
 {
     int enabled, how;
@@ -423,6 +433,7 @@ static PyMethodDef vm_methods[] = {
      "dirty_log(slot) -> bytes: a bit a page written since the last call"},
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
+    {"signal_msi", (PyCFunction)py_vm_signal_msi, METH_VARARGS, "signal_msi(address, data)"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
     {"memory_written", (PyCFunction)py_vm_memory_written, METH_VARARGS,
      "memory_written(address, size): by somebody else than the guest, in the middle of a run"},

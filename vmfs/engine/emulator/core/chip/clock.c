@@ -193,6 +193,8 @@ bool deadline_came(struct vcpu *c)
 /* ---- The bus -------------------------------------------------------------------------------------------------------------------- */
 
 static void bus_line(void *vm, unsigned gsi, bool level) { vm_irq_line(vm, gsi, level); }
+static void bus_msi(void *vm, uint64_t address, uint32_t data) { vm_signal_msi(vm, address, data); }
+static void bus_written(void *vm, uint64_t address, uint64_t size) { vm_memory_written(vm, address, size); }
 
 void vm_set_bus(struct vm *vm, struct fast_bus *bus)
 {
@@ -200,7 +202,7 @@ void vm_set_bus(struct vm *vm, struct fast_bus *bus)
         vm->bus->detach(vm->bus, vm);
     vm->bus = bus;
     if (bus)
-        bus->attach(bus, &(struct bus_machine){vm, bus_line});
+        bus->attach(bus, &(struct bus_machine){vm, bus_line, bus_msi, bus_written});
 }
 
 /* ---- Attention -------------------------------------------------------------------------------------------------------------- */
@@ -260,12 +262,20 @@ static void notify(struct vm *vm, const struct vcpu *but)
             request_attention(vm->vcpus[i], ATTENTION_INTERRUPT);
 }
 
-void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
+static void apply_line(struct vm *vm, const struct line_change *change)
+{
+    if (change->is_msi)
+        irqchip_msi(vm->irqchip, change->address, change->gsi_or_data);
+    else
+        irqchip_set_gsi(vm->irqchip, change->gsi_or_data, change->level);
+}
+
+static void queue_line(struct vm *vm, struct line_change change)
 {
     if (vm->parallel) { /* there is a lock */
         chips_lock(vm);
         if (vm->irqchip)
-            irqchip_set_gsi(vm->irqchip, gsi, level);
+            apply_line(vm, &change);
         chips_unlock(vm);
         if (vm->irqchip)
             notify(vm, NULL);
@@ -280,18 +290,28 @@ void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
         vm->line_queue = more;
         vm->line_room = room;
     }
-    vm->line_queue[vm->line_count++] = (struct line_change){gsi, level};
+    vm->line_queue[vm->line_count++] = change;
     pthread_mutex_unlock(&vm->lines_lock);
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i])
             request_attention(vm->vcpus[i], ATTENTION_LINES);
 }
 
+void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
+{
+    queue_line(vm, (struct line_change){.level = level, .gsi_or_data = gsi});
+}
+
+void vm_signal_msi(struct vm *vm, uint64_t address, uint32_t data)
+{
+    queue_line(vm, (struct line_change){.is_msi = true, .gsi_or_data = data, .address = address});
+}
+
 void chip_apply_lines(struct vm *vm)
 {
     pthread_mutex_lock(&vm->lines_lock);
     for (size_t i = 0; vm->irqchip && i < vm->line_count; i++)
-        irqchip_set_gsi(vm->irqchip, vm->line_queue[i].gsi, vm->line_queue[i].level);
+        apply_line(vm, &vm->line_queue[i]);
     vm->line_count = 0;
     pthread_mutex_unlock(&vm->lines_lock);
 }

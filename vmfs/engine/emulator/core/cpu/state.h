@@ -461,7 +461,7 @@ struct vm {
     struct fast_bus *bus;     /* NULL: none */
     struct code_memory *code; /* of the translators; NULL: none */
     pthread_mutex_t lines_lock;
-    struct line_change { u32 gsi; bool level; } *line_queue; /* by vm_irq_line, for the CPU that runs to apply */
+    struct line_change { bool is_msi, level; u32 gsi_or_data; u64 address; } *line_queue; /* for the CPU that runs to apply */
     size_t line_count, line_room;
     struct range { u64 address, size; } written[WRITTEN]; /* by others, where code may be; under lines_lock, too */
     unsigned written_count;   /* more than WRITTEN: anywhere */

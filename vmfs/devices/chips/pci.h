@@ -1,0 +1,33 @@
+/* A function of PCI, as its device and the bridge have it. */
+#ifndef VMFS_CHIPS_PCI_H
+#define VMFS_CHIPS_PCI_H
+
+#include "chips.h"
+
+enum { CONFIG_BYTES = 256, VECTORS = 64, NO_VECTOR = 0xffff };
+
+struct function {
+    struct chip chip;
+    struct {
+        u8 config[CONFIG_BYTES];
+        u8 mask[CONFIG_BYTES];  /* bits that a guest can change */
+        u8 by_python[CONFIG_BYTES]; /* 1: writes with an effect, 3: reads, too */
+    } bytes;                    /* Python has them as a buffer */
+    bool pending;               /* INTx as the device drives it; the command register can hold it back */
+    unsigned line_count, lines[2];
+    /* MSI-X (PCI 3.0, 6.8.2) */
+    unsigned msix_at, vectors;  /* its capability; 0: none */
+    struct { u64 address; u32 data, control; } table[VECTORS];
+    u64 waiting;                /* a bit a vector: its pending bit */
+};
+
+/* All with the bus's lock held. */
+void function_drive(struct function *f);
+bool function_has_msix(const struct function *f); /* the driver has enabled it: there is no INTx then */
+void function_signal(struct function *f, unsigned vector);
+/* Of the table at 0, and the pending bits at MSIX_PENDING. */
+u64 function_read_msix(const struct function *f, u64 offset, unsigned size);
+
+enum { MSIX_PENDING = 0x800 };
+
+#endif
