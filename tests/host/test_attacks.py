@@ -333,6 +333,53 @@ def test_b_cannot_use_up_the_calls_that_may_wait(own_server):
     os.close(tell)
 
 
+def test_stats_that_wait_count_and_hold_up_nobody_else(own_server):
+    """Each looks at a machine that its user has stopped: it is told the size that there was, in a second."""
+    server = own_server(max_waiting_user=MOST)
+    mine = A.makes(server.path / "mine")
+    stopped, other = (B.makes(server.path / name) for name in ("stopped", "other"))
+
+    def error(vm: Machine) -> int:
+        """errno of what B reads of it."""
+        try:
+            fd = os.open(vm / "registers", os.O_RDONLY)
+            os.read(fd, 10)
+        except OSError as error:
+            return error.errno
+        return 0
+
+    assert B.does(error, stopped) == B.does(error, other) == 0
+    size = B.does(os.stat, stopped / "registers").st_size
+    pid = B.does(pid_of, stopped)
+    B.does(os.kill, pid, signal.SIGSTOP)
+
+    def attack(tell: int) -> None:
+        def look() -> None:
+            while os.stat(stopped / "registers").st_size == size:
+                pass
+            os.write(tell, b"another size")
+
+        for _ in range(MOST + 20):
+            threading.Thread(target=look, daemon=True).start()
+        time.sleep(SOON)
+
+    told, tell = os.pipe()
+    attacker = B.begins(attack, tell)
+
+    wait_until(lambda: B.does(error, other) == errno.EAGAIN, "as many wait as may")
+    works(mine)
+    assert A.does(os.stat, mine / "registers").st_size > 0
+    began = time.monotonic()
+    attacker.kill()
+    assert time.monotonic() - began < PROMPT
+    wait_until(lambda: B.does(error, other) == 0, "none waits")
+    os.kill(pid, signal.SIGCONT)
+    assert B.does(error, stopped) == 0
+    os.close(tell)
+    assert os.read(told, 100) == b""
+    os.close(told)
+
+
 # ---- rights
 
 

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +36,33 @@ async def call(
     machine: MachineProcess, make: Callable[[int], Message], pid: int, asker: Asker | None = None
 ) -> Any:
     """`MachineProcess.call`, for a caller of the mount: a signal to it ends the call, and no user may have too many."""
+    with counted(machine), trio.CancelScope() as limit:
+        number = 0
+
+        def stop() -> None:
+            limit.deadline = trio.current_time() + INTERRUPT_SECONDS
+            if number:
+                machine.interrupt(number)
+
+        def began(at: int) -> None:
+            nonlocal number
+            number = at
+            if caller.interrupted:
+                machine.interrupt(number)
+
+        async with interruptible(pid, stop=stop) as caller:
+            return await machine.call(make, asker=asker, began=began)
+    raise Interrupted("a signal came for the caller, and the machine does not answer")
+
+
+@contextlib.contextmanager
+def counted(machine: MachineProcess) -> Iterator[None]:
+    """While a caller of the mount waits for the machine: WouldBlock where its user has as many that wait as may."""
     request = _fuse.current_request()
     uid = request.uid if request is not None else machine.owner.uid
     machine.host.begin_call(uid)
     try:
-        with trio.CancelScope() as limit:
-            number = 0
-
-            def stop() -> None:
-                limit.deadline = trio.current_time() + INTERRUPT_SECONDS
-                if number:
-                    machine.interrupt(number)
-
-            def began(at: int) -> None:
-                nonlocal number
-                number = at
-                if caller.interrupted:
-                    machine.interrupt(number)
-
-            async with interruptible(pid, stop=stop) as caller:
-                return await machine.call(make, asker=asker, began=began)
-        raise Interrupted("a signal came for the caller, and the machine does not answer")
+        yield
     finally:
         machine.host.end_call(uid)
 

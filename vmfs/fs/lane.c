@@ -132,7 +132,6 @@ static void release(struct lane_machine *machine)       /* with the lock */
     free(machine);
 }
 
-
 void lane_release(struct lane_machine *machine)
 {
     pthread_mutex_lock(&lane.lock);
@@ -716,14 +715,17 @@ static void end_thread(struct lane_machine *machine)
         end(machine->thread);
 }
 
+static void close_one(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
 static void close_all(void)
 {
-    int *each[] = {&lane.device, &lane.readable};
-    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
-        if (*each[i] >= 0)
-            close(*each[i]);
-        *each[i] = -1;
-    }
+    close_one(&lane.device);
+    close_one(&lane.readable);
 }
 
 static int start_reader(void)
@@ -782,7 +784,10 @@ int64_t lane_still(struct lane_machine *machine)
     const struct lane_page *page = machine->page;
     uint32_t sequence = __atomic_load_n(&page->sequence, __ATOMIC_SEQ_CST);
     int is_still = !(sequence & 1) && __atomic_load_n(&page->valid, __ATOMIC_SEQ_CST) & LANE_VALID(LANE_REGS);
-    return is_still && !machine->waits && !machine->closed ? (int64_t)sequence : -1;
+    pthread_mutex_lock(&lane.lock);
+    is_still = is_still && !machine->waits && !machine->closed;
+    pthread_mutex_unlock(&lane.lock);
+    return is_still ? (int64_t)sequence : -1;
 }
 
 void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes)
@@ -793,5 +798,12 @@ void lane_leave(struct lane_machine *machine, uint32_t reads, uint32_t writes)
     pthread_mutex_unlock(&lane.lock);
 }
 
+struct lane_counts lane_counts(struct lane_machine *machine)
+{
+    pthread_mutex_lock(&lane.lock);
+    struct lane_counts counts = machine->counts;
+    pthread_mutex_unlock(&lane.lock);
+    return counts;
+}
+
 int lane_serves(void) { return lane.started; }
-struct lane_counts lane_counts(struct lane_machine *machine) { return machine->counts; }

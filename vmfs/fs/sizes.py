@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import trio
 
 from vmfs.fs.inodes import File, Node
+from vmfs.fs.kinds import counted
 from vmfs.words.errors import LimitReached, VmfsError
 
 # A machine that does not answer in that time shows the sizes that it had: `ls -l` of others does not wait for it.
@@ -31,10 +32,11 @@ async def measure(nodes: Iterable[Node]) -> None:
         first = not scope.machine.knows_sizes  # type: ignore[attr-defined]
         with trio.move_on_after(FIRST_SECONDS if first else ANSWER_SECONDS):
             try:
-                sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]
+                with counted(scope.machine):  # type: ignore[attr-defined]
+                    sizes, modified_ns = await scope.machine.measure([file.path for file in files])  # type: ignore[attr-defined]
             except LimitReached:
                 raise
-            except VmfsError:  # it has failed, or is gone
+            except VmfsError:  # it has failed, or is gone, or too many of that user wait
                 continue
             scope.modified_ns = max(scope.modified_ns, modified_ns)  # type: ignore[attr-defined]
             for file in files:
