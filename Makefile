@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: help setup demo test bench fuzz mutate repeat asan lint clean
+.PHONY: help setup demo test bench fuzz mutate repeat asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
 	@echo "make repeat  two Debian boots, all state compared every 10 million instructions"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
+	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
 	@echo "make clean   removes what was built"
@@ -18,7 +19,8 @@ help:
 setup:
 	@scripts/setup.sh
 
-demo: setup
+demo:
+	@scripts/setup.sh demo
 	@scripts/demo.sh
 
 test: setup
@@ -38,6 +40,9 @@ repeat: setup
 
 asan: setup
 	@scripts/asan.sh $(ARGS)
+
+tsan: setup
+	@scripts/tsan.sh $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

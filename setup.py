@@ -1,7 +1,8 @@
 """The C extensions. Everything else about the package is in pyproject.toml; these are here because they need
 code: what pkg-config says about libfuse, a glob over the emulator's core, and a switch for the sanitizers.
 
-VMFS_SANITIZE=address,undefined builds both with those sanitizers (`make asan` does, in a folder of its own).
+VMFS_SANITIZE=address,undefined builds all with those sanitizers (`make asan` does, in a folder of its own, and
+`make tsan` says thread).
 """
 
 import os

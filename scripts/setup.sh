@@ -1,8 +1,10 @@
 #!/bin/bash
-# Gets everything that `make demo` and `make test` need: system packages (Debian), .venv, the C extensions.
+# Gets everything that `make demo` and `make test` need: system packages (Debian), .venv, the C extensions, and, unless it is
+# called with the word demo, the kernels that tests boot.
 # Each step looks first, so that a second run takes a fraction of a second and prints nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin              # where mount.fuse3 and ldconfig are; an ordinary user's PATH has neither
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -118,5 +120,6 @@ fi
 
 # --- what tests boot --------------------------------------------------------------------------------------
 
+if [ "${1-}" = demo ]; then exit; fi
 scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"
 scripts/fetch_root.sh || say "without Debian's packages, the test of a root on a disk skips"

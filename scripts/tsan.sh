@@ -27,14 +27,24 @@ libtsan=$(gcc -print-file-name=libtsan.so)
 # PYTHONPATH and PYTHONSAFEPATH: the copy, also in the processes that tests start in the tree.
 export PYTHONPATH=$PWD/build/tsan/lib PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
 .venv/bin/python -c 'import vmfs, sys; sys.exit("build/tsan" not in vmfs.__file__)'
-# Other programs run without: a runtime that was built for nothing of theirs only makes them slow.
+# Other programs run without: with the runtime, shells fall over before they begin.
+rm -rf build/tsan/bin
 mkdir -p build/tsan/bin
-for each in bash dd gdb gcc; do
-    if [ -n "$(command -v $each)" ]; then
-        printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$@"\n' "$(command -v $each)" >build/tsan/bin/$each
-        chmod +x build/tsan/bin/$each
-    fi
-done
+cat >build/tsan/without.c <<'END'
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+    unsetenv("LD_PRELOAD");
+    setenv("PATH", strchr(getenv("PATH"), ':') + 1, 1);     /* without this folder */
+    execvp(basename(argv[0]), argv);
+    return 127;
+}
+END
+gcc -static -o build/tsan/without build/tsan/without.c
+for each in sh bash dd gdb gcc; do ln -s ../without build/tsan/bin/$each; done
 export PATH=$PWD/build/tsan/bin:$PATH
 # die_after_fork: the zygote forks, before it has threads. exitcode: reports are told by their files, at the end.
 export TSAN_OPTIONS=die_after_fork=0:exitcode=0:history_size=4:suppressions=$PWD/scripts/tsan.supp:log_path=$reports/tsan${TSAN_OPTIONS:+:$TSAN_OPTIONS}

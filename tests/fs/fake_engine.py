@@ -55,7 +55,7 @@ class FakeMachine(Machine):
         self.dirty: set[int] = set()
         self.clock = bytes(range(48))
         self.closed = 0
-        self.rest = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN, 0, 0)}
+        self.kept = {"time": Time(0, 0).pack(), "chips": Chips().pack(), "turns": TURNS.pack(0, TURN, 0, 0)}
         self.lines: list[tuple[int, bool]] | None = None  # set by interrupts, where there is a controller
 
     def map_memory(self, slot, guest_address, memory, offset, size, *, read_only=False):
@@ -88,8 +88,8 @@ class FakeMachine(Machine):
         return bytes(log)
 
     def get_state(self, name: str) -> bytes:
-        if name in self.rest:
-            return self.rest[name]
+        if name in self.kept:
+            return self.kept[name]
         if name != "clock":
             raise Unsupported(f"{name}: {NO_CONTROLLER}")
         return self.clock
@@ -97,8 +97,8 @@ class FakeMachine(Machine):
     def set_state(self, name: str, data: bytes) -> None:
         if len(data) != len(self.get_state(name)):
             raise Invalid(f"{name} has {len(self.clock)} bytes")
-        if name in self.rest:
-            self.rest[name] = data
+        if name in self.kept:
+            self.kept[name] = data
         else:
             self.clock = data
 

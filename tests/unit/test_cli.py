@@ -371,6 +371,32 @@ def test_doctor_says_how_a_user_may_open_dev_kvm(mode, gid, remedy):
     assert doctor.may_open(device).startswith(remedy)
 
 
+@pytest.mark.parametrize("controllers, kind, options, name", [
+    ("", "cgroup2", "rw", "memory.max"),
+    ("memory", "cgroup", "rw,memory", "memory.limit_in_bytes"),
+])
+def test_doctor_says_what_a_memory_cgroup_bounds(tmp_path, controllers, kind, options, name):
+    """The smallest of those that a process is in; one that is none says so in its own way."""
+    (tmp_path / "cgroup").write_text(f"3:cpu:/other\n9:{controllers}:/slice/unit\n")
+    (tmp_path / "mountinfo").write_text(f"30 24 0:26 / /cg rw shared:9 - {kind} cgroup {options}\n"
+                                        "31 24 0:27 / /cpu rw - cgroup cgroup rw,cpu\n")
+    groups = tmp_path / "cg"
+    (groups / "slice" / "unit").mkdir(parents=True)
+    (tmp_path / "cpu" / "other").mkdir(parents=True)
+    (tmp_path / "cpu" / "other" / name).write_text("1\n")
+
+    def found() -> int | None:
+        return doctor.cgroup_memory(str(tmp_path), str(tmp_path))
+
+    assert found() is None
+    for file, limit, most in (("slice/unit", "max", None), (".", f"{1 << 62}", None), ("slice", "300000000", 300000000),
+                              ("slice/unit", "200000000", 200000000), ("slice/unit", "400000000", 300000000)):
+        (groups / file / name).write_text(f"{limit}\n")
+        assert found() == most
+    (tmp_path / "mountinfo").unlink()
+    assert found() is None
+
+
 def test_doctor_where_no_process_can_be_started(monkeypatch):
     monkeypatch.setattr(doctor.sys, "executable", "/nonexistent/python3")
     (found,) = doctor.trial_mount()

@@ -4,6 +4,7 @@ CHECKS is the list, a function each, from what no mount works without to what on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import grp
@@ -233,6 +234,43 @@ def sandbox() -> Iterator[Finding]:
             yield Finding(f"sandbox {name}", OK, meaning)
 
 
+def cgroup() -> Iterator[Finding]:
+    """What bounds the memory of all processes of a mount together, memory files too."""
+    most = cgroup_memory()
+    if most is None:
+        yield Finding("memory cgroup", OK, "none bounds a mount's processes together; MemoryMax= of systemd would, also"
+                      " those that were taken over")
+    else:
+        yield Finding("memory cgroup", OK, f"all processes of a mount have at most {most >> 20} MiB together")
+
+
+def cgroup_memory(proc: str = "/proc/self", root: str = "") -> int | None:
+    """The smallest limit on memory of the cgroups that a process is in; None where there is none. cgroups(7)."""
+    def limits(mount: str, at: str, name: str) -> Iterator[int]:
+        while True:
+            with contextlib.suppress(OSError, ValueError):      # "max", and what a container does not see
+                yield int(Path(f"{root}{mount}{at}/{name}").read_text())
+            if at in ("", "/"):
+                return
+            at = at.rpartition("/")[0]
+
+    try:
+        mounts_there = [line.split() for line in Path(f"{proc}/mountinfo").read_text().splitlines()]
+        memberships = [line.split(":", 2) for line in Path(f"{proc}/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    found: list[int] = []
+    for _, controllers, path in memberships:
+        for words in mounts_there:
+            where, kind, options = words[4], words[words.index("-") + 1], words[-1].split(",")
+            if not controllers and kind == "cgroup2":
+                found += limits(where, path, "memory.max")
+            elif "memory" in controllers.split(",") and kind == "cgroup" and "memory" in options:
+                found += limits(where, path, "memory.limit_in_bytes")
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((most for most in found if most < there), default=None)
+
+
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 2, 4        # <linux/fcntl.h>
 
 
@@ -303,7 +341,7 @@ def trial_mount() -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     packages, dev_fuse, fusermount, memory, sys_admin, allow_other, hooks, passthrough, dev_kvm, engines,
-    sandbox,
+    sandbox, cgroup,
 )
 
 
