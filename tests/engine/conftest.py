@@ -1,4 +1,6 @@
-"""Every test here runs on every engine of vmfs.engine.ENGINES; one that does not work on this host skips."""
+"""Every test here runs on every engine of vmfs.engine.ENGINES; one that does not work on this host skips. On the
+emulator they run a second time, with all code translated before it first runs: at its usual threshold the code of most
+of them is interpreted."""
 
 from __future__ import annotations
 
@@ -25,9 +27,14 @@ def engine_or_skip(name):
     return engine
 
 
-@pytest.fixture(scope="session", params=[row.name for row in ENGINES])
+@pytest.fixture(scope="session", params=[*(row.name for row in ENGINES), "translated"])
 def engine(request):
-    return engine_or_skip(request.param)
+    if request.param != "translated":
+        yield engine_or_skip(request.param)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMFS_JIT_THRESHOLD", "0")
+        yield engine_or_skip("emulator")
 
 
 @pytest.fixture(params=[row.name for row in ENGINES])
