@@ -32,6 +32,7 @@ import msgspec
 from vmfs.devices import _chips
 from vmfs.devices.bus import Bus
 from vmfs.devices.device import U64, Device, DeviceState
+from vmfs.devices.inputs import Inputs
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.memory.ram import Memory
@@ -95,6 +96,7 @@ class Board:
         self._runs = 0  # under way, of which a CPU in a thread of its own has one
         self._seed, self._drawn = os.urandom(SEED_SIZE), 0
         self.birth_is_set = False  # by `set_birth`
+        self.inputs = Inputs(self)
         self._is_fast = False  # the engine asks the bus by itself,
         self._sees_due = False  # and looks at what is due there
         self._give_bus()
@@ -361,11 +363,22 @@ class Board:
             self._set_deadline()
         return timer
 
+    def schedule_input(self, when: int, callback: Callable[[], None]) -> None:
+        """As `schedule`, before all that is not an input."""
+        self._timers.add(when, callback, first=True)
+        self._set_deadline()
+
+    def look_soon(self) -> None:
+        """Have `call_due` called between two instructions, for new inputs. From any thread, with the lock."""
+        self._set_deadline()
+
     def call_due(self) -> None:
         """Call what is due. In the CPU's thread, between two instructions."""
         with self.lock:
             if self._first_due() is None:
                 return
+            if self.inputs.are_new:
+                self.inputs.settle()
             now = self.now()
             if not self._sees_due:
                 self.bus.advance(now)
@@ -374,7 +387,9 @@ class Board:
             self._set_deadline()
 
     def _first_due(self) -> int | None:
-        """Of the timers that are not the engine's to look at."""
+        """Of the timers that are not the engine's to look at, and of inputs that are to get their time."""
+        if self.inputs.are_new:
+            return 0
         first, due = self._timers.first(), None if self._sees_due else self.bus.due
         return first if due is None else due if first is None else min(first, due)
 

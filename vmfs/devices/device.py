@@ -106,6 +106,10 @@ class Port(Protocol):
     def random(self, length: int) -> bytes: ...
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer: ...
 
+    # What comes from outside (vmfs.devices.inputs)
+    @property
+    def inputs(self) -> Any: ...
+
     # Chips (vmfs.devices._chips)
     @property
     def bus(self) -> Any: ...
@@ -136,6 +140,8 @@ class Device(abc.ABC, Generic[S]):
 
     TYPE: str
     STATE: type[S]
+    INPUTS: tuple[str, ...] = ()  # the kinds that `input` takes
+    REPEATS: bool = True  # where time follows the instructions, all that it does comes of the guest and of its inputs
     irq: int | None = None
     works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
     chip: Any = None  # of vmfs.devices._chips: what of its registers is in C
@@ -164,6 +170,15 @@ class Device(abc.ABC, Generic[S]):
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         """The guest writes `size` bytes."""
+
+    def input(self, kind: str, data: bytes) -> None:
+        """Something comes from outside, of a kind of INPUTS: by `board.inputs.enter`, with the board's lock held."""
+        raise NotImplementedError
+
+    def check_input(self, kind: str, data: bytes) -> None:
+        """Invalid for what `input` cannot take."""
+        if kind not in self.INPUTS:
+            raise Invalid(f"{self.name} takes no {kind[:40]!r}")
 
     def reset(self) -> None:
         """As at power-on; lines are low. What the host attached stays."""

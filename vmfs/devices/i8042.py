@@ -22,7 +22,7 @@ from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.keys import Chord, chord_codes, translated
 from vmfs.devices.ps2 import Keyboard, KeyboardState, Mouse, MouseState
 from vmfs.devices.timers import Timer
-from vmfs.words.errors import Unsupported, WouldBlock
+from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
 DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
 KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
@@ -59,10 +59,16 @@ class I8042State(DeviceState):
     next_key: int | None
 
 
+# Of an input "strokes".
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(tuple[bytes, ...]).decode
+
+
 class I8042(QuietDevice[I8042State]):
     """Regions 0, 1, 2: ports 60, 64, 92."""
 
     TYPE = "i8042"
+    INPUTS = ("strokes",)
     STATE = I8042State
     irq = KEYBOARD_IRQ
 
@@ -255,9 +261,20 @@ class I8042(QuietDevice[I8042State]):
         with self.board.lock:
             if len(self.typed) + len(codes) > TYPED_MOST:
                 raise WouldBlock(f"keyboard: {len(self.typed)} strokes wait; the guest does not take them")
-            self.typed += codes
-            self.counters["typed"] += len(codes)
-            self._type_next()
+            self.board.inputs.enter(self, "strokes", _pack(codes))
+
+    def input(self, kind: str, data: bytes) -> None:
+        codes = _unpack(data)[: TYPED_MOST - len(self.typed)]
+        self.typed += codes
+        self.counters["typed"] += len(codes)
+        self._type_next()
+
+    def check_input(self, kind: str, data: bytes) -> None:
+        super().check_input(kind, data)
+        try:
+            _unpack(data)
+        except msgspec.DecodeError:
+            raise Invalid(f"{self.name}: these are no strokes") from None
 
     def _type_next(self) -> None:
         """With the lock held: a key goes into the keyboard when the one before has left it."""

@@ -30,6 +30,7 @@ class Power(QuietDevice[PowerState]):
     """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits. The registers are in C (chips/power.c)."""
 
     TYPE = "acpi-pm"
+    INPUTS = ("press",)
     STATE = PowerState
     irq = SCI
 
@@ -50,8 +51,10 @@ class Power(QuietDevice[PowerState]):
 
     def press_button(self) -> None:
         """The power button, by which a guest is asked to shut down."""
-        with self.board.lock:
-            self.chip.press()
+        self.board.inputs.enter(self, "press", b"")
+
+    def input(self, kind: str, data: bytes) -> None:
+        self.chip.press()
 
     def time_shifted(self, by: int) -> None:
         self.chip.seen(self.board.now())

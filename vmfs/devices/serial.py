@@ -70,6 +70,7 @@ class Serial(QuietDevice[SerialState]):
 
     TYPE = "16550"
     STATE = SerialState
+    INPUTS = ("bytes",)
 
     def __init__(
         self, board: Port, name: str, port: int, irq: int, output: Callable[[bytes], None] | None = None
@@ -112,9 +113,11 @@ class Serial(QuietDevice[SerialState]):
 
     def receive(self, data: bytes) -> None:
         """Bytes come in. From any thread."""
-        with self.board.lock:
-            self.chip.receive(data)
-            self._tell()
+        self.board.inputs.enter(self, "bytes", data)
+
+    def input(self, kind: str, data: bytes) -> None:
+        self.chip.receive(data)
+        self._tell()
 
     def drain(self) -> None:
         self._output.drain()

@@ -13,11 +13,12 @@ from collections.abc import Callable
 class Timer:
     """A call that is due at `when`, in nanoseconds of the guest's time, unless it is cancelled."""
 
-    __slots__ = ("callback", "is_pending", "when")
+    __slots__ = ("callback", "is_first", "is_pending", "when")
 
-    def __init__(self, when: int, callback: Callable[[], None]) -> None:
+    def __init__(self, when: int, callback: Callable[[], None], is_first: bool = False) -> None:
         self.when = when
         self.callback = callback
+        self.is_first = is_first
         self.is_pending = True
 
     def cancel(self) -> None:
@@ -29,21 +30,22 @@ class TimerQueue:
     """Timers by their time; those of the same time in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Timer]] = []
+        self._heap: list[tuple[int, bool, int, Timer]] = []
         self._added = 0
 
-    def add(self, when: int, callback: Callable[[], None]) -> Timer:
-        timer = Timer(when, callback)
+    def add(self, when: int, callback: Callable[[], None], *, first: bool = False) -> Timer:
+        """`first`: before all others of that time that are not."""
+        timer = Timer(when, callback, first)
         self._push(timer)
         return timer
 
     def _push(self, timer: Timer) -> None:
-        heapq.heappush(self._heap, (timer.when, self._added, timer))
+        heapq.heappush(self._heap, (timer.when, not timer.is_first, self._added, timer))
         self._added += 1
 
     def first(self) -> int | None:
         """When the next one is due."""
-        while self._heap and not self._heap[0][2].is_pending:
+        while self._heap and not self._heap[0][-1].is_pending:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
@@ -52,19 +54,19 @@ class TimerQueue:
         first = self.first()
         if first is None or first > now:
             return None
-        timer = heapq.heappop(self._heap)[2]
+        timer = heapq.heappop(self._heap)[-1]
         timer.is_pending = False
         return timer
 
     def shift(self, by: int) -> None:
         """The guest's time was set to what it was and `by`."""
-        timers = [timer for _, _, timer in sorted(self._heap)]
+        timers = [entry[-1] for entry in sorted(self._heap)]
         self._heap.clear()
         for timer in timers:
             timer.when += by
             self._push(timer)
 
     def clear(self) -> None:
-        for _, _, timer in self._heap:
-            timer.is_pending = False
+        for entry in self._heap:
+            entry[-1].is_pending = False
         self._heap.clear()

@@ -28,6 +28,7 @@ from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.past import Past, Rom, Snapshot
+from vmfs.machine.pins import LINES, Pins
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attempt,
@@ -81,6 +82,7 @@ class Vm(Control):
         self.memory = Memory(memory_size)
         self.engine = engine
         self.board = None
+        self._pins = Pins(lambda gsi, level: self._machine.irq_line(gsi, level), lambda: self.cpu.vcpu.nmi())
         with contextlib.ExitStack() as undo:
             undo.callback(self.memory.close)
             self._machine = engine.create_machine()
@@ -658,6 +660,8 @@ class Vm(Control):
         self._set_cpus(cpus)
         self._reset_values = new_values
         self.board = board
+        if board is not None:
+            board.inputs.add(self._pins)
         self._set_still(object())
         self._note_written(written)
         old.close()
@@ -710,13 +714,19 @@ class Vm(Control):
     def nmi(self) -> None:
         with self._lock:
             self._check_open()
-            self.cpu.vcpu.nmi()
-            self._notice()
+            if self.board is not None and self.board.inputs.have_times:
+                self.board.inputs.enter(self._pins, "nmi", b"")
+            else:
+                self.cpu.vcpu.nmi()
+                self._notice()
 
     def irq_line(self, gsi: int, level: bool) -> None:
         with self._lock:
             self._check_open()
-            self._machine.irq_line(gsi, level)
+            if self.board is not None and self.board.inputs.have_times and 0 <= gsi < LINES:
+                self.board.inputs.enter(self._pins, "line", bytes((gsi, level)))
+            else:
+                self._machine.irq_line(gsi, level)
 
     @property
     def interrupts_queued(self) -> int:

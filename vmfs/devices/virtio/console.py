@@ -33,6 +33,7 @@ class Console(VirtioDevice[ConsoleState]):
     serial port's."""
 
     TYPE = "virtio-console"
+    INPUTS = ("bytes",)
     STATE = ConsoleState
     DEVICE = FIRST_DEVICE + 3
     CLASS = 0x078000
@@ -72,12 +73,14 @@ class Console(VirtioDevice[ConsoleState]):
 
     def receive(self, data: bytes) -> None:
         """Bytes come in. From any thread."""
-        with self.board.lock:
-            self.counters["received"] += len(data)
-            self.waiting += data
-            if self.queues[_RECEIVE].enabled and self.is_live:
-                with self.guarded():
-                    self._deliver()
+        self.board.inputs.enter(self, "bytes", data)
+
+    def input(self, kind: str, data: bytes) -> None:
+        self.counters["received"] += len(data)
+        self.waiting += data
+        if self.queues[_RECEIVE].enabled and self.is_live:
+            with self.guarded():
+                self._deliver()
 
     def _deliver(self) -> None:
         queue = self.queues[_RECEIVE]

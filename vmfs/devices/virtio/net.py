@@ -45,6 +45,7 @@ class Net(VirtioDevice[NetState]):
     """A card with the address `mac` (six bytes), and `backend`, which is closed with it."""
 
     TYPE = "virtio-net"
+    REPEATS = False  # its thread and the other end work in the host's time
     STATE = NetState
     DEVICE = FIRST_DEVICE + 1
     CLASS = 0x020000

@@ -125,6 +125,7 @@ class Share(VirtioDevice[ShareState]):
     """The folder of `server`, which is closed with the device."""
 
     TYPE = "virtio-9p"
+    REPEATS = False  # the folder and its server are the host's
     STATE = ShareState
     DEVICE = FIRST_DEVICE + 9
     CLASS = 0x018000

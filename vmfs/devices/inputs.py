@@ -1,0 +1,175 @@
+"""INPUTS: the one way in for what a machine gets from outside: keys, bytes on a port, packets, a button.
+
+A device, or another Taker, takes it; whoever has it calls `board.inputs.enter`, from any thread. Mostly that is at
+once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of the
+guest's, between two instructions, as a timer does, before all timers of that time: so the same input at the same time
+finds the same machine. It takes a machine that computes its time itself (`time` = `instructions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Annotated, Any, Protocol
+
+import msgspec
+
+from vmfs.words.errors import Busy, Invalid, Unsupported
+
+_LONGEST = 1 << 20  # bytes of one input
+
+
+class Taker(Protocol):
+    """What inputs come to, by its name: a device; pins of the machine."""
+
+    name: str
+
+    def check_input(self, kind: str, data: bytes) -> None:
+        """Invalid for what `input` cannot take."""
+
+    def input(self, kind: str, data: bytes) -> None:
+        """With the board's lock held."""
+
+
+class Keeper(Protocol):
+    """What this needs of a board."""
+
+    time_source: str
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+    @property
+    def devices(self) -> Mapping[str, Any]: ...
+    def now(self) -> int: ...
+    def schedule_input(self, when: int, callback: Callable[[], None]) -> None: ...
+    def look_soon(self) -> None: ...
+
+
+class Input(msgspec.Struct, frozen=True, array_like=True):
+    """What came, to whom, and when: `at` is the guest's time in nanoseconds."""
+
+    at: Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+    taker: str
+    kind: str
+    data: Annotated[bytes, msgspec.Meta(max_length=_LONGEST)]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[Input, ...])
+
+
+def pack_inputs(inputs: Iterable[Input]) -> bytes:
+    return _encoder.encode(tuple(inputs))
+
+
+def unpack_inputs(data: bytes) -> tuple[Input, ...]:
+    """Invalid for what is none."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Invalid(f"inputs: {error}") from None
+
+
+class Inputs:
+    """A board's. Its lock is the board's."""
+
+    def __init__(self, board: Keeper) -> None:
+        self._board = board
+        self._log: list[Input] | None = None  # what has come, while it is recorded
+        self._fed = 0  # that are still to come
+        self._new: list[tuple[str, str, bytes]] = []  # that came from outside, and have no time yet
+        self._others: dict[str, Taker] = {}  # that are no devices
+
+    @property
+    def have_times(self) -> bool:
+        """They are recorded, or recorded ones are still to come."""
+        return self._log is not None or self._fed > 0
+
+    @property
+    def are_new(self) -> bool:
+        """Some wait for a time: the board is to call `settle` as soon as it can."""
+        return bool(self._new)
+
+    def add(self, taker: Taker) -> None:
+        """One that is no device."""
+        self._others[taker.name] = taker
+
+    def _taker(self, name: str) -> Taker | None:
+        return self._board.devices.get(name) or self._others.get(name)
+
+    def enter(self, taker: Taker, kind: str, data: bytes) -> None:
+        """`data` comes for `taker`. From any thread. Invalid for what it cannot take."""
+        with self._board.lock:
+            if not self.have_times:
+                taker.input(kind, data)
+                return
+            taker.check_input(kind, data)
+            for at in range(0, len(data) or 1, _LONGEST):
+                self._new.append((taker.name, kind, data[at : at + _LONGEST]))
+            self._board.look_soon()
+
+    def settle(self) -> None:
+        """Give those that wait their time, which is the next nanosecond. In the CPU's thread, with the lock."""
+        new, self._new = self._new, []
+        at = self._board.now() + 1
+        for taker, kind, data in new:
+            one = Input(at, taker, kind, data)
+            if self._log is not None:
+                self._log.append(one)
+            self._schedule(one)
+
+    def record(self) -> None:
+        """Keep what comes from now on. Unsupported where the guest's time is the host's, Busy where it is done already.
+        While the machine stands."""
+        self._check()
+        with self._board.lock:
+            if self._log is not None:
+                raise Busy("inputs are recorded already")
+            self._log = []
+
+    def recorded(self) -> tuple[Input, ...]:
+        """What has come since `record`. What has not been given its time yet is not in it."""
+        with self._board.lock:
+            return tuple(self._log or ())
+
+    def stop(self) -> tuple[Input, ...]:
+        """Record no more; as `recorded`."""
+        with self._board.lock:
+            log, self._log = tuple(self._log or ()), None
+            return log
+
+    def feed(self, inputs: Iterable[Input]) -> None:
+        """Have these come when they came. While the machine stands, at a time before the first one, else Invalid, and
+        nothing has changed."""
+        self._check()
+        with self._board.lock:
+            now, inputs = self._board.now(), tuple(inputs)
+            for one in inputs:
+                taker = self._taker(one.taker)
+                if taker is None:
+                    raise Invalid(f"inputs: there is no {one.taker[:40]!r}")
+                taker.check_input(one.kind, one.data)
+                if one.at <= now:
+                    raise Invalid(f"inputs: one is of {one.at} ns, and it is {now} ns already")
+            for one in sorted(inputs, key=lambda one: one.at):  # those of one time in their order
+                self._fed += 1
+                self._schedule(one, self._was_fed)
+
+    def _was_fed(self) -> None:
+        self._fed -= 1
+
+    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> None:
+        def come() -> None:
+            then()
+            taker = self._taker(one.taker)
+            if taker is not None:  # else it was taken out since
+                taker.input(one.kind, one.data)
+
+        self._board.schedule_input(one.at, come)
+
+    def _check(self) -> None:
+        if self._board.time_source != "instructions":
+            raise Unsupported("inputs: they have a time only where `time` is instructions")
+        for name, device in self._board.devices.items():
+            if not device.REPEATS:
+                raise Unsupported(f"inputs: {name} works in the host's time")
