@@ -81,7 +81,7 @@ def test_a_planted_one_is_found(source: str, name: str) -> None:
     assert not set(used("def random(time):\n    return time.time()\n"))
 
 
-# Code that takes the board's lock outside of a guest's access comes from outside, and so by `board.inputs`, but for these.
+# Code that takes the board's lock outside of a guest's access comes from outside, and so by `board.inputs`. Not these:
 LOCKERS = {
     "board.py": "it is its own",
     "inputs.py": "the door",
