@@ -73,6 +73,9 @@ class FakeMachine(Machine):
             raise Unsupported(f"an interrupt line: {NO_CONTROLLER}")
         self.lines.append((gsi, level))
 
+    def signal_msi(self, address, data):
+        raise Unsupported(f"a message: {NO_CONTROLLER}")
+
     def store(self, address: int, data: bytes) -> None:
         """As the guest does it."""
         assert self.memory is not None
