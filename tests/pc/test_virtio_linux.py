@@ -103,6 +103,38 @@ def test_disks(make_pc, ext4: Path, tmp_path: Path) -> None:
     assert _e2("e2fsck", "-fn", ext4) == 0
 
 
+def test_two_cpus_have_a_queue_each(make_pc, ext4: Path) -> None:
+    """Of disk and card, with a vector of MSI-X each; both CPUs write and read back at the same time."""
+    pc = make_pc()
+    pc.write("cpus", "2")
+    pc.write("dev/add", f"blk {ext4} rw\n")
+    with_card = shutil.which("passt") is not None
+    if with_card:
+        pc.write("dev/add", "net user\n")
+    booted(
+        pc,
+        {
+            "fill": "head -c 6000000 /dev/urandom >/tmp/$1\nmkdir -p /mnt/$1\n"
+            "for i in 1 2 3; do taskset -c $1 dd if=/tmp/$1 of=/mnt/$1/$i bs=100k 2>/dev/null; done\nsync",
+            "both": "mount /dev/vda /mnt\nfill 0 & fill 1 & wait\necho 3 >/proc/sys/vm/drop_caches\n"
+            "for c in 0 1; do for i in 1 2 3; do taskset -c $c cmp /tmp/$c /mnt/$c/$i; done; done\n"
+            "umount /mnt\necho right",
+        },
+    )
+    assert pc.shell("both").splitlines()[-1] == "right"
+    assert pc.shell("ls /sys/block/vda/mq").split() == ["0", "1"]
+    vectors = pc.shell("grep virtio /proc/interrupts")
+    assert "PCI-MSI" in vectors
+    taken = {line.split()[-1]: [int(n) for n in line.split()[1:3]] for line in vectors.splitlines()}
+    assert all(sum(taken[f"virtio0-req.{queue}"]) > 0 for queue in (0, 1))
+    assert counters(pc, "blk0").keys() >= {"read_requests", "write_requests"} and "errors" not in counters(pc, "blk0")
+    assert info(pc, "blk0")["driver"] == "ready"
+    if with_card:
+        assert {"virtio1-input.0", "virtio1-output.0", "virtio1-input.1", "virtio1-output.1"} <= taken.keys()
+        assert pc.shell("ls /sys/class/net/eth0/queues").split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
+    assert _e2("e2fsck", "-fn", ext4) == 0
+
+
 WRITER = """\
 mount /dev/vda /mnt
 i=0

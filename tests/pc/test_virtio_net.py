@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pc.virtio_driver import SIZE, Bench, Driver
 
 from vmfs.devices.virtio.backends import MAX_FRAME, Stream
-from vmfs.devices.virtio.net import F_MRG_RXBUF, Net
+from vmfs.devices.virtio.net import F_CTRL_VQ, F_MQ, F_MRG_RXBUF, Net, _flow
 from vmfs.devices.virtio.pci import EVENT_IDX, NEEDS_RESET
 from vmfs.devices.virtio.queue import Virtqueue
 from vmfs.words.errors import Invalid
@@ -51,8 +51,9 @@ class Wire:
 class Card:
     """A card with its driver; `interrupted` waits for one."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int = 1) -> None:
         self.bench = Bench()
+        self.bench.board.cpu_count = cpus
         self.wire = Wire()
         self.event = threading.Event()
         lower = self.bench.machine.irq_line
@@ -410,3 +411,119 @@ def test_a_stream_in_any_pieces(frames: list[bytes], nonsense: int | None, cuts:
         wire.backend.close()
     assert got == frames
     assert failed == (nonsense is not None)
+
+
+# ---- several pairs of queues
+
+
+def udp(source: int, target: int, *, six: bool = False, note: bytes = b"") -> bytes:
+    """From address and port `source` to `target`."""
+    ports = struct.pack(">HHHH", source, target, 8 + len(note), 0) + note
+    if six:
+        head = struct.pack(">IHBB", 6 << 28, len(ports), 17, 64)
+        return bytes(12) + b"\x86\xdd" + head + source.to_bytes(16, "big") + target.to_bytes(16, "big") + ports
+    head = struct.pack(">BBHHHBBHII", 0x45, 0, 20 + len(ports), 0, 0x4000, 64, 17, 0, source, target)
+    return bytes(12) + b"\x08\0" + head + ports
+
+
+@pytest.fixture
+def wide() -> Iterator[Card]:
+    card = Card(cpus=3)
+    yield card
+    card.close()
+
+
+def command(card: Card, what: bytes, queue: int = 6) -> bytes:
+    return card.driver.request([what], [1], queue=queue)[0][0]
+
+
+def send_by(card: Card, pair: int, frame: bytes) -> None:
+    card.driver.request([HEADER + frame], [], queue=2 * pair + 1)
+    assert card.wire.receive() == frame
+
+
+def offer_room(card: Card, pair: int) -> int:
+    """A buffer: where."""
+    ring, where = card.driver.queues[2 * pair], card.driver.take(2048)
+    ring.add([(where, 2048, True)])
+    ring.notify()
+    return where
+
+
+def test_one_cpu_has_one_pair(card: Card) -> None:
+    assert not card.driver.offered() & (F_MQ | F_CTRL_VQ)
+    assert card.driver.read(4, 8, 2) == 1
+
+
+def test_what_comes_of_a_flow_comes_where_it_was_sent_from(wide: Card) -> None:
+    assert wide.driver.read(4, 8, 2) == 3
+    wide.driver.start()
+    assert command(wide, bytes((4, 0)) + struct.pack("<H", 3)) == b"\0"
+    flows = {(port, six): port % 3 for port in range(1000, 1009) for six in (False, True)}
+    for (port, six), pair in flows.items():
+        send_by(wide, pair, udp(port, 53, six=six))
+    where = {pair: offer_room(wide, pair) for pair in range(3)}
+    for (port, six), pair in flows.items():
+        answer = udp(53, port, six=six, note=b"answer")
+        wide.wire.send(answer)
+        done: list[tuple[int, int]] = []
+        wide.wait(lambda pair=pair, done=done: bool(done.extend(wide.driver.queues[2 * pair].used()) or done))
+        assert done[0][1] == len(HEADER + answer)
+        assert wide.driver.get(where[pair] + 12, len(answer)) == answer
+        for other in {0, 1, 2} - {pair}:
+            assert wide.driver.queues[2 * other].used() == []
+        where[pair] = offer_room(wide, pair)
+    wide.wire.send(bytes(60))  # of no flow
+    wide.wait(lambda: bool(wide.driver.queues[0].used()))
+
+
+@pytest.mark.parametrize(
+    "what", [b"\4\0\4\0", b"\4\0\0\0", b"\4\0\1", b"\4\0\1\0\0", b"\4\1\1\0", b"\0\0\1", b"\4\0\xff\xff", b"\1\0"]
+)
+def test_a_command_that_cannot_be_is_an_error(wide: Card, what: bytes) -> None:
+    wide.driver.start()
+    assert command(wide, b"\4\0\2\0") == b"\0"
+    assert command(wide, what) == b"\1" and wide.device.pairs == 2
+    assert not wide.driver.needs_reset
+
+
+def test_a_command_without_its_class_or_room_needs_a_reset(wide: Card) -> None:
+    wide.driver.start()
+    ring = wide.driver.queues[6]
+    ring.add([(wide.driver.put(b"\4"), 1, False), (wide.driver.take(1), 1, True)])
+    ring.notify()
+    assert wide.driver.needs_reset
+
+
+def test_without_the_feature_queues_are_two(wide: Card) -> None:
+    """Nobody looks at the others, and the control queue follows the first pair."""
+    wide.driver.start(wide.driver.offered() & ~F_MQ)
+    assert command(wide, b"\4\0\2\0", queue=2) == b"\1" and wide.device.pairs == 1
+    ring = wide.driver.queues[3]
+    ring.add([(wide.driver.put(HEADER + bytes(60)), 72, False)])
+    ring.notify()
+    assert ring.used() == []
+    send_by(wide, 0, bytes(60))
+
+
+def test_pairs_are_of_the_state_and_end_with_the_driver(wide: Card) -> None:
+    wide.driver.start()
+    assert command(wide, b"\4\0\3\0") == b"\0"
+    state = wide.device.save()
+    assert state.pairs == 3
+    wide.driver.write(1, 20, 1, 0)
+    assert wide.device.pairs == 1
+    wide.device.check(state)
+    wide.device.load(state)
+    assert wide.device.pairs == 3
+    wide.bench.board.cpu_count = 2
+    with pytest.raises(Invalid):
+        wide.device.check(state)
+
+
+@given(frame=st.binary(max_size=80), kind=st.sampled_from([b"", b"\x08\0\x45", b"\x86\xdd\x60"]))
+def test_no_frame_has_a_flow_that_fails(frame: bytes, kind: bytes) -> None:
+    whole = bytes(12) + kind + frame
+    sent, received = _flow(whole, sent=True), _flow(whole, sent=False)
+    assert (sent is None) == (received is None)
+    assert sent is None or len(sent) == len(received) in (13, 37)

@@ -13,7 +13,7 @@ import pytest
 from pc.virtio_driver import SIZE, Bench, Driver, FakeMachine
 
 from vmfs.devices import _chips
-from vmfs.devices.virtio.block import FLUSH, IN, IOERR, OK, OUT, Block
+from vmfs.devices.virtio.block import F_MQ, FLUSH, IN, IOERR, OK, OUT, Block
 from vmfs.devices.virtio.disk import RawDisk, open_disk
 from vmfs.devices.virtio.queue import NEXT, WRITE
 
@@ -72,13 +72,15 @@ def until(what: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def begin(driver: Driver, kind: int, sector: int, length: int, data: bytes = b"") -> tuple[int, int, int]:
+def begin(
+    driver: Driver, kind: int, sector: int, length: int, data: bytes = b"", queue: int = 0
+) -> tuple[int, int, int]:
     """A request that is made available: its head, and where its data and its status are."""
     header = driver.put(struct.pack("<IIQ", kind, 0, sector))
     at = driver.put(data) if data else driver.take(length or 16)
     status = driver.put(b"\xff")
     middle = [(at, len(data) or length, not data)] if data or length else []
-    return driver.queues[0].add([(header, 16, False), *middle, (status, 1, True)]), at, status
+    return driver.queues[queue].add([(header, 16, False), *middle, (status, 1, True)]), at, status
 
 
 def ask(driver: Driver, kind: int, sector: int = 0, length: int = 0, data: bytes = b"") -> tuple[int, bytes]:
@@ -275,6 +277,28 @@ def test_many_at_a_time(bench: Bench, image: Path) -> None:
             sector, length, at, status = asked[head]
             assert (written, driver.get(status, 1)[0]) == (length + 1, OK)
             assert driver.get(at, length) == content(sector, length)
+
+
+@pytest.mark.parametrize("machine", [FastMachine, FakeMachine])
+def test_every_queue_is_served(machine: type[FakeMachine], image: Path) -> None:
+    """F_MQ, with as many queues as CPUs; requests of one queue are given back in it."""
+    bench = Bench(machine())
+    bench.board.cpu_count = 5
+    driver = attach(bench, open_disk(os.open(image, os.O_RDONLY), "ro"))
+    assert driver.device.has(F_MQ) and driver.read(4, 34, 2) == 5
+    for turn in range(3):
+        asked = {}
+        for queue in range(5):
+            head, at, status = begin(driver, IN, 100 * queue + turn, BIG // 4, queue=queue)
+            asked[queue] = head, at, status
+        for queue in reversed(range(5)):
+            driver.queues[queue].notify()
+        for queue, (head, at, status) in asked.items():
+            done: list[tuple[int, int]] = []
+            until(lambda done=done, queue=queue: done.extend(driver.queues[queue].used()) or done)
+            assert done == [(head, BIG // 4 + 1)] and driver.get(status, 1)[0] == OK
+            assert driver.get(at, BIG // 4) == content(100 * queue + turn, BIG // 4)
+    bench.close()
 
 
 def test_clusters_are_those_of_a_set() -> None:

@@ -92,6 +92,7 @@ class Board:
         self._rip = 0  # of the access under way
         self._date_of_birth = time.time_ns() - self.now()  # the date when the guest's time was 0
         self._time_source = "host"
+        self.cpu_count = 1
         self._workers: list[Device] = []
         self._runs = 0  # under way, of which a CPU in a thread of its own has one
         self._seed, self._drawn = os.urandom(SEED_SIZE), 0

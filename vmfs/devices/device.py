@@ -85,6 +85,7 @@ class Port(Protocol):
     def counters(self) -> Counter[str]: ...
     @property
     def has_workers(self) -> bool: ...
+    cpu_count: int  # which is fixed before the first run
 
     # RAM
     @property

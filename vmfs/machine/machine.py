@@ -662,6 +662,7 @@ class Vm(Control):
         self.board = board
         if board is not None:
             board.inputs.add(self._pins)
+            board.cpu_count = count
         self._set_still(object())
         self._note_written(written)
         old.close()

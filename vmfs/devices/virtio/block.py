@@ -31,13 +31,14 @@ from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
 from vmfs.words.errors import Invalid
 
 QUEUE_SIZE = 256
+MOST_QUEUES = 8  # of F_MQ: one a CPU
 WORKERS = 4  # threads of a disk, that is requests which wait for the host at the same time
 SEG_MAX = QUEUE_SIZE - 2  # a descriptor for the header, one for the status
 SIZE_MAX = 1 << 20
 MAX_DATA = SEG_MAX * SIZE_MAX  # so the most bytes that a request can ask for
 
 F_SIZE_MAX, F_SEG_MAX, F_GEOMETRY, F_RO, F_BLK_SIZE = 1 << 1, 1 << 2, 1 << 4, 1 << 5, 1 << 6
-F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 10, 1 << 11, 1 << 13, 1 << 14
+F_FLUSH, F_TOPOLOGY, F_CONFIG_WCE, F_MQ, F_DISCARD, F_WRITE_ZEROES = (1 << bit for bit in (9, 10, 11, 12, 13, 14))
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -75,7 +76,7 @@ class Block(VirtioDevice[BlockState]):
     STATE = BlockState
     DEVICE = FIRST_DEVICE + 2
     CLASS = 0x010000
-    QUEUES = (QUEUE_SIZE,)
+    QUEUES = (QUEUE_SIZE,) * MOST_QUEUES
     works = True
 
     def __init__(
@@ -118,6 +119,8 @@ class Block(VirtioDevice[BlockState]):
         features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY
         if any(self.geometry):
             features |= F_GEOMETRY
+        if self.board.cpu_count > 1:
+            features |= F_MQ
         if not self.disk.writable:
             return features | F_RO
         features |= F_FLUSH | F_CONFIG_WCE | F_WRITE_ZEROES
@@ -134,7 +137,7 @@ class Block(VirtioDevice[BlockState]):
             (4096 // self.block_size).bit_length() - 1, 0, 4096 // self.block_size, 0,  # topology: blocks of 4 KiB
             int(self.writeback),
             0,
-            1,
+            min(self.board.cpu_count, MOST_QUEUES),
             _MAX_RANGE, _MAX_SEGMENTS, 4096 // SECTOR,
             _MAX_ZEROES, _MAX_SEGMENTS, 1,
         )  # fmt: skip

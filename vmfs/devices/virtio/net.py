@@ -2,6 +2,9 @@
 
 Source: VIRTIO 1.2, section 5.1. No offloads: each frame is whole, with its checksums, as on a wire.
 
+With several CPUs a driver may use several pairs of queues (5.1.6.5.5). What is received of a flow comes by the pair by
+which the guest last sent of it; the rest by the first.
+
 What the guest sends goes to the backend in the CPU's thread, at once; when the backend has no room, a thread goes on as
 soon as it has. That thread also brings what arrives, with the board's lock held. What the guest has no buffers for
 waits in the backend, or is lost.
@@ -13,7 +16,7 @@ import os
 import select
 import struct
 import threading
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -23,20 +26,28 @@ from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
 from vmfs.words.errors import Invalid
 
-F_MAC, F_MRG_RXBUF, F_STATUS = 1 << 5, 1 << 15, 1 << 16
+F_MAC, F_MRG_RXBUF, F_STATUS, F_CTRL_VQ, F_MQ = 1 << 5, 1 << 15, 1 << 16, 1 << 17, 1 << 22
 _STATUS_LINK_UP = 1
 
 # struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
 _HEADER = struct.Struct("<BBHHHHH")
-_RECEIVE, _TRANSMIT = 0, 1
+MOST_PAIRS = 4
+_PAIR = 2  # queues: of it the first one receives
+_CONTROL = _PAIR * MOST_PAIRS  # the last of QUEUES; where it is for a driver, `_control` says
+_CTRL_MQ, _PAIRS_SET = 4, 0
+_OK, _ERR = b"\0", b"\1"
+_FLOWS = 1024  # that are remembered
 _BATCH = 64  # frames a turn with the lock held, so that the CPU is not kept from its devices
 
 
 class NetState(VirtioState):
     """`frame` has arrived, and the guest has no buffer for it yet. What the backend has not given, or not taken, is on
-    the wire, where frames may be lost."""
+    the wire, where frames may be lost. `pairs`: of queues, that the driver uses; by which a flow comes is forgotten."""
+
+    VERSION: ClassVar[int] = 3
 
     mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+    pairs: Annotated[int, msgspec.Meta(ge=1, le=MOST_PAIRS)]
     frame: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME)] | None
     link_up: bool
 
@@ -49,7 +60,7 @@ class Net(VirtioDevice[NetState]):
     STATE = NetState
     DEVICE = FIRST_DEVICE + 1
     CLASS = 0x020000
-    QUEUES = (256, 256)
+    QUEUES = (256,) * _CONTROL + (64,)
 
     def __init__(self, board: Port, name: str, slot: int, backend: Backend, mac: bytes) -> None:
         if len(mac) != 6 or mac[0] & 1:
@@ -58,6 +69,8 @@ class Net(VirtioDevice[NetState]):
         self.mac = mac
         self.link_up = True
         self._frame: bytes | None = None  # arrived, and no buffer for it yet
+        self.pairs = 1  # that the driver uses
+        self._flows: dict[bytes, int] = {}  # as the guest receives them -> their pair
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
         self._closing = False
@@ -71,10 +84,22 @@ class Net(VirtioDevice[NetState]):
             raise
 
     def features(self) -> int:
-        return F_MAC | F_STATUS | F_MRG_RXBUF
+        features = F_MAC | F_STATUS | F_MRG_RXBUF
+        return features | F_CTRL_VQ | F_MQ if self._most_pairs > 1 else features
+
+    @property
+    def _most_pairs(self) -> int:
+        return min(self.board.cpu_count, MOST_PAIRS)
+
+    @property
+    def _control(self) -> int:
+        """The control queue's number (5.1.2); _CONTROL + 1: the driver has none."""
+        if not self.has(F_CTRL_VQ):
+            return _CONTROL + 1
+        return _PAIR * self._most_pairs if self.has(F_MQ) else _PAIR
 
     def device_config(self) -> bytes:
-        return struct.pack("<6sHH", self.mac, _STATUS_LINK_UP if self.link_up else 0, 1)
+        return struct.pack("<6sHH", self.mac, _STATUS_LINK_UP if self.link_up else 0, self._most_pairs)
 
     def started(self) -> None:
         self._starved = self._blocked = False
@@ -86,30 +111,52 @@ class Net(VirtioDevice[NetState]):
     def stopped(self) -> None:
         self._frame = None
         self._starved = self._blocked = False
+        self.pairs = 1
+        self._flows.clear()
         self._wake_up()
 
     def notified(self, queue: Virtqueue) -> None:
-        if queue.index == _TRANSMIT:
+        if queue.index == self._control:
+            self.serve(queue, self._command)
+        elif queue.index >= _PAIR * self.pairs:
+            pass
+        elif queue.index % _PAIR:
             if self._blocked:
                 self._wake_up()  # it may have been held back meanwhile by more than the backend
             else:
-                self._transmit()
+                self._transmit(queue)
         elif self._starved:
             self._starved = False
             self._wake_up()
 
+    def _command(self, chain: Chain) -> int:
+        """Of the control queue (5.1.6.5): there is one."""
+        command = chain.read(0, 5)
+        if len(command) < 2 or not chain.writable_length:
+            raise DriverError("a command without its class, or without room for an answer")
+        answer = _ERR
+        if command[:2] == bytes((_CTRL_MQ, _PAIRS_SET)) and len(command) == 4 and self.has(F_MQ):
+            pairs = int.from_bytes(command[2:], "little")
+            if 1 <= pairs <= self._most_pairs:
+                self.pairs, answer = pairs, _OK
+                self._starved = False
+                self._wake_up()
+        return chain.write(answer)
+
     # ---- to the backend
 
-    def _transmit(self) -> None:
+    def _transmit(self, queue: Virtqueue) -> None:
         """Send what waits, as far as the backend takes it."""
-        queue = self.queues[_TRANSMIT]
         self._blocked = False
         while True:
             while not self._blocked and (chain := queue.pop()) is not None:
                 length = chain.readable_length - _HEADER.size
                 if length < 0:
                     raise DriverError("a frame without its header")
-                if not self._send_one(chain.read(0, _HEADER.size), chain.read(_HEADER.size, MAX_FRAME + 1)):
+                frame = chain.read(_HEADER.size, MAX_FRAME + 1)
+                if self.pairs > 1:
+                    self._note_flow(frame, queue.index // _PAIR)
+                if not self._send_one(chain.read(0, _HEADER.size), frame):
                     self._blocked = True
                     queue.unpop()
                 else:
@@ -122,6 +169,22 @@ class Net(VirtioDevice[NetState]):
         if self._blocked or self.backend.unsent:
             self._wake_up()
         self.tell(queue)
+
+    def _note_flow(self, frame: bytes, pair: int) -> None:
+        flow = _flow(frame, sent=True)
+        if flow is None:
+            return
+        if len(self._flows) >= _FLOWS and flow not in self._flows:
+            del self._flows[next(iter(self._flows))]
+        self._flows[flow] = pair
+
+    def _queue_for(self, frame: bytes) -> Virtqueue:
+        if self.pairs > 1 and (flow := _flow(frame, sent=False)) is not None:
+            pair = self._flows.get(flow, 0)
+            queue = self.queues[_PAIR * pair]
+            if pair < self.pairs and queue.enabled:
+                return queue
+        return self.queues[0]
 
     def _send_one(self, header: bytes, frame: bytes) -> bool:
         """False when it is to be tried again later."""
@@ -150,7 +213,11 @@ class Net(VirtioDevice[NetState]):
         except OSError:
             self._link_down()
         if self._blocked and self.is_live:
-            self._transmit()
+            for index in range(1, _PAIR * self.pairs, _PAIR):
+                if self.queues[index].enabled:
+                    self._transmit(self.queues[index])
+                if self._blocked:
+                    break
 
     # ---- from the backend
 
@@ -193,8 +260,8 @@ class Net(VirtioDevice[NetState]):
 
     def _receive(self) -> bool:
         """Bring what has arrived to the guest, or nowhere while it has no driver. True when there is more."""
-        queue = self.queues[_RECEIVE]
-        is_live = self.is_live and queue.enabled
+        is_live = self.is_live and self.queues[0].enabled
+        used: dict[Virtqueue, None] = {}  # in order
         count = 0
         while count < _BATCH and not self._starved and self.link_up:
             self._count_lost(self.backend.collect())  # at each frame: passt sends faster than a guest receives
@@ -208,12 +275,15 @@ class Net(VirtioDevice[NetState]):
                 break
             if not is_live:
                 self.counters["rx_dropped"] += 1
-            elif not self._deliver(queue, self._frame):
-                self._starved = True
-                break
+            else:
+                queue = self._queue_for(self._frame)
+                used[queue] = None
+                if not self._deliver(queue, self._frame):
+                    self._starved = True
+                    break
             self._frame = None
             count += 1
-        if is_live:
+        for queue in used:
             self.tell(queue)
         return count == _BATCH
 
@@ -273,15 +343,17 @@ class Net(VirtioDevice[NetState]):
     # ---- life
 
     def save_own(self) -> dict[str, Any]:
-        return {"mac": self.mac, "frame": self._frame, "link_up": self.link_up}
+        return {"mac": self.mac, "pairs": self.pairs, "frame": self._frame, "link_up": self.link_up}
 
     def check_own(self, state: NetState) -> None:
         if state.mac[0] & 1:
             raise Invalid(f"{self.name}: {state.mac.hex(':')} is the address of a group")
+        if state.pairs > self._most_pairs:
+            raise Invalid(f"{self.name}: it has {self._most_pairs} pairs of queues")
 
     def load_own(self, state: NetState) -> None:
         """The link is as its backend is: a driver that knew another is told."""
-        self.mac, self._frame = state.mac, state.frame
+        self.mac, self.pairs, self._frame = state.mac, state.pairs, state.frame
 
     def load(self, state: NetState) -> None:
         super().load(state)
@@ -317,6 +389,25 @@ class Net(VirtioDevice[NetState]):
     def _free(self) -> None:
         self.backend.close()
         os.close(self._wake)
+
+
+def _flow(frame: bytes, *, sent: bool) -> bytes | None:
+    """What all frames of a flow of TCP or UDP have, as they are received; one that is sent has it the other way round.
+    None for another frame, a fragment, or one with IP options."""
+    kind = frame[12:14]
+    if kind == b"\x08\0" and frame[14:15] == b"\x45" and not int.from_bytes(frame[20:22], "big") & 0x3FFF:
+        protocol, addresses, length, ports = frame[23:24], 26, 4, 34
+    elif kind == b"\x86\xdd":
+        protocol, addresses, length, ports = frame[20:21], 22, 16, 54
+    else:
+        return None
+    if protocol not in (b"\x06", b"\x11") or len(frame) < ports + 4:
+        return None
+    source, target = frame[addresses : addresses + length], frame[addresses + length : addresses + 2 * length]
+    from_, to = frame[ports : ports + 2], frame[ports + 2 : ports + 4]
+    if sent:
+        source, target, from_, to = target, source, to, from_
+    return protocol + source + target + from_ + to
 
 
 def _drain(fd: int) -> None:
