@@ -210,9 +210,9 @@ def test_intx_is_held_back_and_told_in_the_status(pc, guest, machine):
 
 
 def test_the_bus_is_full_at_some_time(pc):
-    for _ in range(32 - len(pc.pci.slots)):
+    for _ in range(32 - len(pc.pci.functions)):
         pc.pci.plug(Card(pc, f"card{pc.pci.free_slot()}", pc.pci.free_slot()))
-    places = [(w.space, w.start, w.end) for d in pc.pci.slots.values() for w in d.windows()]
+    places = [(w.space, w.start, w.end) for d in pc.pci.functions.values() for w in d.windows()]
     for space in ("port", "memory"):
         ranges = sorted((start, end) for kind, start, end in places if kind == space)
         assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
@@ -243,7 +243,7 @@ def test_the_state_of_every_device_goes_to_another_board(pc, guest, memory):
         for _ in range(4000):
             guest.out(dice.choice(ports), dice.getrandbits(8))
         guest.out(0x510, 0x19, 2)  # fw_cfg: its directory
-        for slot in pc.pci.slots:
+        for slot in {place >> 3 for place in pc.pci.functions}:
             guest.config(slot, 0x3C, dice.getrandbits(8), size=1)  # the interrupt line, which is a scratch register
         state = saved(pc)
         assert {name for name in state if state[name] == fresh[name]} == STATELESS

@@ -1,6 +1,6 @@
 """PCI: the host bridge with configuration mechanism 1, and what every PCI device is.
 
-One bus, 32 slots, one function each; interrupts are INTx or, for a device that has it, MSI-X. A device's BARs have
+One bus, 32 slots of up to 8 functions; interrupts are INTx or, for a device that has it, MSI-X. A device's BARs have
 addresses from the beginning, as firmware would have given them, so that a kernel that is booted without firmware finds
 them; firmware may move them.
 
@@ -18,19 +18,23 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, U32, U64, Device, DeviceState, Port, QuietDevice, Window
-from vmfs.words.errors import Invalid, LimitReached
+from vmfs.words.errors import Busy, Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
-SLOTS = 32
+SLOTS, FUNCTIONS = 32, 8
 MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
 PORTS_START, PORTS_END = 0xC000, 0x1_0000
 FIRST_GSI = 16
+ADDRESSES_END = 1 << 52  # Intel SDM 3A 4.1.4
 
 _COMMAND, _STATUS = 0x04, 0x06
 _IO, _MEMORY, _MASTER, _INTX_OFF = 1, 2, 4, 0x400
 _STATUS_INTERRUPT, _STATUS_CAPABILITIES = 0x08, 0x10
-_BAR0, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x34, 0x3C
+_HEADER_TYPE, _SEVERAL_FUNCTIONS = 0x0E, 0x80
+_BAR0, _ROM, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x30, 0x34, 0x3C
 _HEADER = 0x40
+_ROM_LEAST, _ROM_ENABLED = 0x800, 1
+ROM_REGION = 6
 MSIX_BAR, _MSIX_CAPABILITY, _MSIX_SIZE = 1, 0x11, 0x1000
 _ENABLE_AND_MASK = 0xC0  # of message control's upper byte
 _WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
@@ -38,11 +42,36 @@ _WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A base address register: `size` bytes (a power of two) of `space` "port" or "memory", 32-bit."""
+    """A base address register: `size` bytes (a power of two) of `space` "port" or "memory". `wide`: of 64 bits, which
+    takes the next register, too; it is below 4 GiB until the guest moves it."""
 
     space: str
     size: int
     prefetchable: bool = False
+    wide: bool = False
+
+    @property
+    def kind(self) -> int:
+        """The read-only bits."""
+        return 1 if self.space == "port" else (8 if self.prefetchable else 0) | (4 if self.wide else 0)
+
+    @property
+    def mask(self) -> int:
+        """The bits of an address."""
+        lowest = 4 if self.space == "port" else 16
+        return -max(self.size, lowest) & ((1 << 64 if self.wide else 1 << 32) - 1)
+
+    @property
+    def length(self) -> int:
+        """In bytes, of the register."""
+        return 8 if self.wide else 4
+
+    def may_be_at(self, start: int) -> bool:
+        """Whether it can answer there. While a guest asks for the size, a BAR is at the end of a space."""
+        end = start + self.size
+        if self.space == "port":
+            return 0 < start and end <= 0x1_0000
+        return 0 < start and (end <= MEMORY_END or 1 << 32 <= start and end <= ADDRESSES_END)
 
 
 MSIX = Bar("memory", _MSIX_SIZE)
@@ -61,8 +90,9 @@ P = TypeVar("P", bound=DeviceState)
 
 
 class PciDevice(Device[P]):
-    """A device of the PCI bus. A subclass sets its identity, BARS by their index, and reads and writes with the
-    BAR's index as the region."""
+    """A function of the PCI bus, `function` of its slot. A subclass sets its identity, BARS by their index, and reads
+    and writes with the BAR's index as the region. `rom`: what is in its expansion ROM (6.2.5.2), of which it gives
+    `read_rom` for ROM_REGION."""
 
     VENDOR: int
     DEVICE: int
@@ -71,10 +101,14 @@ class PciDevice(Device[P]):
     SUBSYSTEM = (0, 0)  # vendor, device
     INTERRUPT = True
     BARS: dict[int, Bar] = {}
+    function_number = 0
+    rom = b""
 
     def __init__(self, board: Port, name: str, slot: int) -> None:
         super().__init__(board, name)
         self.slot = slot
+        size = max(_ROM_LEAST, 1 << (len(self.rom) - 1).bit_length()) if self.rom else 0
+        self.rom_bar = Bar("memory", size) if self.rom else None
         self.irq = gsi(slot) if self.INTERRUPT else None
         self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
         # The configuration space is the bridge's chip's to read and write, but for what is marked as Python's.
@@ -100,12 +134,18 @@ class PciDevice(Device[P]):
         self._mask[0x0C] = 0xFF  # cache line size
         self._mask[_INTERRUPT_LINE] = 0xFF
         for index, bar in self.BARS.items():
-            kind = 1 if bar.space == "port" else 8 if bar.prefetchable else 0
-            config[_BAR0 + 4 * index] = kind
-            struct.pack_into("<I", self._mask, _BAR0 + 4 * index, -bar.size & 0xFFFF_FFFF & ~15)
-            if bar.space == "port" and bar.size < 16:
-                self._mask[_BAR0 + 4 * index] = -bar.size & 0xFC
+            config[_BAR0 + 4 * index] = bar.kind
+            self._put(self._mask, _BAR0 + 4 * index, bar, bar.mask)
+        if self.rom_bar is not None:
+            self._put(self._mask, _ROM, self.rom_bar, self.rom_bar.mask | _ROM_ENABLED)
         return config
+
+    @staticmethod
+    def _put(config: bytearray | memoryview, at: int, bar: Bar, value: int) -> None:
+        config[at : at + bar.length] = value.to_bytes(bar.length, "little")
+
+    def _address(self, at: int, bar: Bar) -> int:
+        return int.from_bytes(self.config[at : at + bar.length], "little") & bar.mask
 
     def add_msix(self, vectors: int) -> None:
         """MSI-X, with its table and its pending bits in BAR MSIX_BAR, which the device gives to the chip. In the
@@ -165,15 +205,20 @@ class PciDevice(Device[P]):
         command = self.config[_COMMAND]
         windows = []
         for index, bar in self.BARS.items():
-            (value,) = struct.unpack_from("<I", self.config, _BAR0 + 4 * index)
-            start = value & (~3 if bar.space == "port" else ~15) & 0xFFFF_FFFF
-            end = start + bar.size
-            enabled = command & (_IO if bar.space == "port" else _MEMORY)
-            # While a guest asks for the size, a BAR is at the end of the space, and nowhere where it could answer.
-            limit = 0x1_0000 if bar.space == "port" else MEMORY_END
-            if enabled and start and end <= limit:
+            start = self._address(_BAR0 + 4 * index, bar)
+            if command & (_IO if bar.space == "port" else _MEMORY) and bar.may_be_at(start):
                 windows.append(Window(bar.space, start, bar.size, index))
+        if self.rom_bar is not None and command & _MEMORY and self.config[_ROM] & _ROM_ENABLED:
+            start = self._address(_ROM, self.rom_bar)
+            if self.rom_bar.may_be_at(start):
+                windows.append(Window("memory", start, self.rom_bar.size, ROM_REGION))
         return tuple(windows)
+
+    def read_rom(self, offset: int, size: int) -> int:
+        return int.from_bytes(self.rom[offset : offset + size].ljust(size, b"\xff"), "little")
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        return self.read_rom(offset, size) if region == ROM_REGION else super().read(region, offset, size)
 
     def bar(self, index: int) -> int | None:
         """Where a BAR is, or None while it is not decoded."""
@@ -203,8 +248,11 @@ class PciDevice(Device[P]):
     def reset(self) -> None:
         self.config[:] = self._fixed
         for index, address in self.given.items():
-            (kind,) = struct.unpack_from("<I", self.config, _BAR0 + 4 * index)
-            struct.pack_into("<I", self.config, _BAR0 + 4 * index, address | kind)
+            if index == ROM_REGION:
+                assert self.rom_bar is not None
+                self._put(self.config, _ROM, self.rom_bar, address)  # disabled
+            else:
+                self._put(self.config, _BAR0 + 4 * index, self.BARS[index], address | self.BARS[index].kind)
         self.config[_COMMAND] = _IO | _MEMORY
         if self.INTERRUPT:
             self.config[_INTERRUPT_LINE] = pic_irq(self.slot)
@@ -243,7 +291,21 @@ class PciDevice(Device[P]):
         pass
 
     def describe(self) -> dict[str, str]:
-        return {"pci": f"00:{self.slot:02x}.0 {self.VENDOR:04x}:{self.DEVICE:04x}"}
+        return {"pci": f"00:{self.slot:02x}.{self.function_number} {self.VENDOR:04x}:{self.DEVICE:04x}"}
+
+    @property
+    def place(self) -> int:
+        """Of the bus: slot and function."""
+        return self.slot << 3 | self.function_number
+
+    def all_bars(self) -> dict[int, Bar]:
+        """By their index, and the ROM's as ROM_REGION."""
+        return self.BARS if self.rom_bar is None else {**self.BARS, ROM_REGION: self.rom_bar}
+
+    def has_others(self, several: bool) -> None:
+        """Whether its slot has other functions than this, number 0: a search looks for them then (6.2.1)."""
+        for config in self._fixed, self.config:
+            config[_HEADER_TYPE] = config[_HEADER_TYPE] & ~_SEVERAL_FUNCTIONS | (_SEVERAL_FUNCTIONS if several else 0)
 
 
 def gsi(slot: int) -> int:
@@ -286,54 +348,70 @@ class HostBridge(QuietDevice[HostBridgeState]):
         super().__init__(board, name)
         self.chip = _chips.Bridge(board.bus, self.number)
         self.reset_control = 0
-        self.slots: dict[int, PciDevice] = {}
+        self.functions: dict[int, PciDevice] = {}  # by their place
         self._hidden: dict[int, PciDevice] = {}
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1))
 
     def free_slot(self) -> int:
+        taken = {place >> 3 for place in self.functions}
         for slot in range(1, SLOTS):
-            if slot not in self.slots:
+            if slot not in taken:
                 return slot
         raise LimitReached(f"the PCI bus has {SLOTS} slots, and all are taken")
 
     def plug(self, device: PciDevice) -> PciDevice:
-        """Put a device into its slot, give its BARs addresses, and add it to the board."""
-        if device.slot in self.slots:
+        """Put a device into its place, give its BARs addresses, and add it to the board. Function 0 of a slot comes
+        first, and goes last: no search finds the others without it (3.2.2.3.4)."""
+        place = device.place
+        if place in self.functions:
             raise Invalid(f"{device.name}: PCI slot {device.slot} is taken")
-        for index, bar in device.BARS.items():
+        if not 0 <= device.function_number < FUNCTIONS or (place & 7 and place & ~7 not in self.functions):
+            raise Invalid(f"{device.name}: PCI slot {device.slot} cannot have a function {device.function_number} now")
+        for index, bar in device.all_bars().items():
             device.given[index] = self._place(device, bar)
-        self.slots[device.slot] = device
-        self.chip.set_function(device.slot << 3, device.function)
+        self.functions[place] = device
+        self.chip.set_function(place, device.function)
         try:
             device.reset()
             self.board.remove_windows(device)
             self.board.add(device)
         except BaseException:
-            del self.slots[device.slot]
-            self.chip.set_function(device.slot << 3, None)
+            self._take_out(device)
             raise
+        self._tell_first(place)
         return device
 
+    def _take_out(self, device: PciDevice) -> None:
+        del self.functions[device.place]
+        self.chip.set_function(device.place, None)
+        self._tell_first(device.place)
+
+    def _tell_first(self, place: int) -> None:
+        first = self.functions.get(place & ~7)
+        if first is not None:
+            first.has_others(any(other & ~7 == place & ~7 and other & 7 for other in self.functions))
+
     def answer_at(self, slot: int, function: int, device: PciDevice) -> None:
-        """Let a device answer at a second place, too, for software that goes there without a search. No search finds a
-        function other than 0, since no slot says that it has several."""
+        """Let a device answer at a second place, too, for software that goes there without a search, which finds no
+        function of a slot that does not say that it has several."""
         self._hidden[slot << 3 | function] = device
         self.chip.set_function(slot << 3 | function, device.function)
 
     def unplug(self, device: PciDevice) -> None:
-        del self.slots[device.slot]
-        self.chip.set_function(device.slot << 3, None)
+        if not device.function_number and any(place & ~7 == device.place and place & 7 for place in self.functions):
+            raise Busy(f"{device.name}: its slot has other functions, which go first")
+        self._take_out(device)
         self.board.remove(device)
 
     def _place(self, device: PciDevice, bar: Bar) -> int:
         start, end = (PORTS_START, PORTS_END) if bar.space == "port" else (MEMORY_START, MEMORY_END)
         taken = sorted(
-            (address, other.BARS[index].size)
-            for other in (*self.slots.values(), device)
+            (address, other.all_bars()[index].size)
+            for other in (*self.functions.values(), device)
             for index, address in other.given.items()
-            if other.BARS[index].space == bar.space
+            if other.all_bars()[index].space == bar.space
         )
         size = max(bar.size, 0x20)
         at = start
@@ -350,7 +428,7 @@ class HostBridge(QuietDevice[HostBridgeState]):
         if not address & 0x8000_0000:  # off
             return None
         place = address >> 8 & 0xFFFF  # bus, slot, function
-        device = self._hidden.get(place) if place & 0xFF07 else self.slots.get(place >> 3)
+        device = self.functions.get(place) or self._hidden.get(place)
         return None if device is None else (device, (address & 0xFC) + offset)
 
     @property
