@@ -150,6 +150,32 @@ class Body:
         code = narrow + (bytes([rex]) if self._wide else b"") + bytes([0x8D, 0x44 | (reg & 7) << 3])
         return code + bytes([rng.randrange(4) << 6 | (index & 7) << 3 | base & 7, rng.randrange(256)])
 
+    def table(self) -> bytes:
+        """An element by an index that is bounded, in one page or over a border; or by one that is not any more."""
+        rng, reg = self._rng, self.register()
+        index = rng.choice([one for one in self._registers if one != reg and one & 7 != 4])
+        rex = 0x40 if self._wide else 0
+        two = bytes([rex | index >> 3]) if rex else b""
+        reach = bytes([rex | index >> 3 << 2]) if rex else b""
+        of = bytes([0xC0 | index & 7])
+        bound = rng.choice(
+            (
+                reach + bytes([0x0F, 0xB6, 0xC3 | (index & 7) << 3]),  # MOVZX, BL
+                two + b"\x83" + bytes([of[0] | 0x20, rng.randrange(128)]),  # AND
+                two + b"\x81" + bytes([of[0] | 0x20]) + struct.pack("<I", rng.randrange(256)),
+                two + b"\xc1" + bytes([of[0] | 0x28, rng.randrange(24, 32)]),  # SHR
+            )
+        )
+        if rng.randrange(3) == 0:  # LEA index, [index + 1000]
+            both = bytes([rex | index >> 3 << 2 | index >> 3]) if rex else b""
+            bound += both + b"\x8d" + bytes([0x80 | (index & 7) << 3 | index & 7]) + struct.pack("<I", 1000)
+        scale = rng.randrange(4)
+        at = rng.choice((DATA - 256, DATA, DATA - 256 * (1 << scale) - rng.randrange(8), DATA - 255 * (1 << scale)))
+        wide = rex | rng.choice((0, 8)) | reg >> 3 << 2 | index >> 3 << 1 if rex else 0
+        code = (bytes([wide]) if rex else b"") + bytes([rng.choice((0x89, 0x8B, 0x01, 0x33, 0x3B)), (reg & 7) << 3 | 4])
+        plain = bytes([scale << 6 | (index & 7) << 3 | 5]) if rng.randrange(4) else b"\x25"  # no index
+        return bound + code + plain + struct.pack("<I", at)
+
     def mulx(self) -> bytes:
         """Of RDX and RAX, both halves to one register."""
         reg = self.register()
@@ -225,6 +251,8 @@ class Body:
             return bytes([0x70 | rng.randrange(16), len(skipped)]) + skipped
         if kind == 23 and self._wide:
             return self.chain()
+        if kind == 22 and rng.randrange(2):
+            return self.table()
         if kind == 24:
             return b"".join(self.lea() for _ in range(4)) + (self.mulx() if HAS_AVX2 else b"")
         if kind == 25:  # DIV, IDIV, after CDQ or XOR EDX,EDX, by something that is not zero; JCXZ
@@ -408,3 +436,32 @@ def test_it_translates(monkeypatch):
     assert (counters["regions"], counters["instructions_translated"]) == (0, 0)
     counters = result(code, True, 1, {"VMFS_JIT_THRESHOLD": "0"}, None, monkeypatch)[-1]
     assert 0 < counters["instructions"] - counters["instructions_translated"] < 5  # the last round, and HLT
+
+
+def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
+    """A table lies in one page while its index is a byte; with more added to that, in the next, which is elsewhere."""
+    # MOVZX ECX, BL; LEA ECX, [RCX+1000]; ADD EAX, [RCX*4+DATA]
+    body = "0fb6cb 8d89e8030000 03048d" + struct.pack("<I", DATA).hex()
+    code = bytes.fromhex(body + "ffc3 ffca 75ea f4")  # INC EBX; DEC EDX; JNZ; HLT
+    elsewhere = 0x50000
+    values = [number * 7 + 3 for number in range(2048)]
+    for way in (INTERPRETED, *WAYS[:2]):
+        for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in way.items():
+            monkeypatch.setenv(name, value)
+        memory = Memory(RAM)
+        machine = EmulatorEngine().create_machine()
+        machine.map_memory(0, 0, memory.fd, 0, RAM)
+        cpu = machine.create_vcpu(0)
+        set_mode(cpu, memory, RAM, "long")
+        set_up_events(cpu, memory)
+        memory.write(TABLES + 0x3000 + (DATA // 4096 + 1) * 8, struct.pack("<Q", elsewhere | 3))
+        memory.write(DATA, struct.pack("<1024I", *values[:1024]) + bytes(4096))
+        memory.write(elsewhere, struct.pack("<1024I", *values[1024:]))
+        memory.write(CODE, code)
+        write_registers(cpu, {"rip": CODE, "rax": 0, "rbx": 0, "rdx": 256, "rsp": STACK})
+        assert cpu.run().REASON == "hlt"
+        assert int(read_register(cpu, "rax"), 0) == sum(values[1000:1256]), way
+        machine.close()
+        memory.close()

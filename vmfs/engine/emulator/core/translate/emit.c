@@ -629,15 +629,60 @@ static void add_distance(struct translation *t, const struct record *r, bool wri
 }
 _Static_assert(sizeof(struct tlb_distance) == sizeof(struct tlb_entry), "one index");
 
+/* What the register is at the most at r, by what its block did to it last: an index into a table of bytes, say. */
+static u64 most_of(struct translation *t, const struct record *r, unsigned offset)
+{
+    const struct opcode *row = t->row;
+    unsigned traits = t->traits;
+    u64 most = ~0ull;
+    for (const struct record *q = t->in->block->records; q != r; q = record_after(q)) {
+        const struct opcode *o = &opcodes[q->id];
+        bool emitted = is_emitted(t, q);
+        if (emitted && !(registers_written(q, traits_of(q)) >> (offset >> 3) & 1))
+            continue;
+        unsigned first = operand_types[o->operands[0]].kind == REGISTER ? q->reg : q->rm;
+        most = ~0ull;
+        if (!emitted || q->size < 2 || first != offset)
+            continue;
+        if (o->operation == &operation_MOVZX && o->operands[1] == oEb)
+            most = 0xff;
+        else if (o->operation == &operation_AND && operand_types[o->operands[1]].kind == IMMEDIATE && q->imm >= 0)
+            most = (u64)q->imm;
+        else if (o->operation == &operation_SHR && o->operands[1] == oIb)
+            most = ~0ull >> (64 - (8 << q->size)) >> (q->imm & (q->size == 3 ? 63 : 31));
+    }
+    t->row = row;
+    t->traits = traits;
+    return most;
+}
+
+/* Where r accesses one page whatever the registers are: the first address that it may be, and with an index how many more; else false. */
+static bool constant_page(struct translation *t, const struct record *r, unsigned bytes, bool aligned, u64 *address)
+{
+    unsigned size = r->prefix & PREFIX_ADDRESS;
+    u64 more = 0;
+    if (r->seg >= SEG_FS || size != (t->wide ? 3 : 2) || !(r->base == GPR_ZERO * 8 || (r->base == GPR_IP * 8 && r->index == GPR_ZERO * 8)))
+        return false;
+    *address = (r->base == GPR_IP * 8 ? t->in->block->ip : 0) + (u64)r->disp;
+    if (!t->wide)
+        *address = (u32)*address;
+    if (r->index != GPR_ZERO * 8) {
+        u64 most = aligned || pinned(r->index) == NO_REGISTER ? ~0ull : most_of(t, r, r->index);
+        if (most > 0xfff)
+            return false;
+        more = most << r->scale;
+    }
+    return (*address & 0xfff) + more + bytes <= 0x1000 && !(aligned && *address & (bytes - 1));
+}
+
 void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves)
 {
     struct code *code = &t->code;
     i32 side = tlb_side(write);
     flags_aside(t, r);
-    u64 constant = t->in->block->ip + (u64)r->disp, inside = constant & 0xfff;
-    if (r->base == GPR_IP * 8 && r->seg < SEG_FS && (r->prefix & PREFIX_ADDRESS) == 3 && inside + bytes <= 0x1000 &&
-        !(aligned && inside & (bytes - 1))) {
-        i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK);
+    u64 constant;
+    if (constant_page(t, r, bytes, aligned, &constant)) {
+        i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK), inside = constant & 0xfff;
         struct place p = in_tlb(t, entry);
         p.index = NO_REGISTER;
         if (!(t->c->key & KEY_FIXED_TLB))
@@ -651,8 +696,10 @@ void to_memory(struct translation *t, const struct record *r, unsigned bytes, bo
         slow_path(t, r, jump_if(code, CC_NE), leaves);
         p.disp += (i32)offsetof(struct tlb_entry, host);
         load64(code, T1, p);
-        if (inside)
-            alu_constant(code, I_W, GROUP_ADD, in_register(T1), (i32)inside);
+        if (r->index != GPR_ZERO * 8)
+            lea64(code, T1, (struct place){.memory = true, .base = T1, .index = (u8)pinned(r->index), .scale = r->scale, .disp = inside});
+        else if (inside)
+            alu_constant(code, I_W, GROUP_ADD, in_register(T1), inside);
     } else {
         emit_address(t, r, T1, T0, 0);
         check_page(t, r, bytes, aligned ? bytes : 1, side, leaves);
@@ -939,9 +986,12 @@ static unsigned try_run(struct translation *t, const struct member *m, const str
     return run.count;
 }
 
+enum { ALIGN = 32 };
 void emit_member(struct translation *t, struct member *m)
 {
     const struct block *b = m->block;
+    while ((uintptr_t)t->code.at & (ALIGN - 1))
+        put8(&t->code, 0x90); /* never executed: what is before ends in a jump */
     m->code = t->code.at;
     t->in = m;
     t->where = m->precise ? IN_IMAGE : IN_HOST;

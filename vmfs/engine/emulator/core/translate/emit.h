@@ -153,8 +153,8 @@ void emit_enter(struct translation *t, const struct record *r);  /* the block in
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
 
-extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_OR, operation_ROL, operation_ROR,
-    operation_SUB, operation_TEST, operation_XOR;
+extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_MOVZX, operation_OR, operation_ROL, operation_ROR,
+    operation_SHR,    operation_SUB, operation_TEST, operation_XOR;
 
 /* region.c */
 bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
