@@ -88,7 +88,6 @@ class Progress:
     instructions: int = 0
     interrupts: int = 0
     exceptions: int = 0
-    turn: int = 0
     reading: Reading = Reading.NONE
     address: int = 0
     element: int = 0  # bytes of the read that waits
@@ -107,7 +106,7 @@ class Progress:
         body += b"".join(_MSR.pack(*row) for row in self.msrs)
         body += bytes(self.vectors) + self.data
         return _PROGRESS.pack(
-            VERSION, _PROGRESS.size + len(body), self.instructions, self.interrupts, self.exceptions, self.turn,
+            VERSION, _PROGRESS.size + len(body), self.instructions, self.interrupts, self.exceptions, 0,
             self.flags, self.reading, self.address, self.element, len(self.data) // (self.element or 1),
             len(self.reads), len(self.exits), len(self.msrs), len(self.vectors), len(self.data), 0,
             *self.caught, self.slept, *self.exact, 0,
@@ -116,10 +115,10 @@ class Progress:
     @staticmethod
     def unpack(data: bytes) -> Progress:
         head = _head("progress", data, _PROGRESS)
-        (instructions, interrupts, exceptions, turn, flags, kind, address, element, count, reads, exits, msrs, vectors,
+        (instructions, interrupts, exceptions, zero, flags, kind, address, element, count, reads, exits, msrs, vectors,
          size, reserved, *rest) = head[2:]  # fmt: skip
         caught, slept, exact, last = rest[:4], rest[4], rest[5:-1], rest[-1]
-        if reserved or last or flags >= 2 * Flag.INJECTED or kind > Reading.MEMORY or element > 8:
+        if zero or reserved or last or flags >= 2 * Flag.INJECTED or kind > Reading.MEMORY or element > 8:
             raise Invalid("progress: a flag or a kind is unknown")
         if msrs > UNCLAIMED_MSRS or vectors > INTERRUPT_QUEUE or size != element * count or bool(kind) != bool(size):
             raise Invalid("progress: there are too many of something")
@@ -136,7 +135,7 @@ class Progress:
         access = cursor.bytes(size)
         cursor.end()
         return Progress(
-            flags=Flag(flags), instructions=instructions, interrupts=interrupts, exceptions=exceptions, turn=turn,
+            flags=Flag(flags), instructions=instructions, interrupts=interrupts, exceptions=exceptions,
             reading=Reading(kind), address=address, element=element, data=access, reads=tuple(done), exits=waiting,
             vectors=queue, msrs=unclaimed, caught=tuple(caught), slept=slept, exact=tuple(exact),
         )  # fmt: skip
@@ -160,7 +159,7 @@ def as_new(progress: bytes, new: bytes) -> bytes:
     now = Progress.unpack(progress)
     return replace(
         Progress.unpack(new), instructions=now.instructions, interrupts=now.interrupts, exceptions=now.exceptions,
-        turn=now.turn, msrs=now.msrs,
+        msrs=now.msrs,
     ).pack()  # fmt: skip
 
 

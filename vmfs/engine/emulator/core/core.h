@@ -128,7 +128,7 @@ enum core_read_kind { CORE_READ_NONE, CORE_READ_PORT, CORE_READ_MEMORY };
 struct core_progress {
     uint32_t version, size;
     uint64_t instructions, interrupts, exceptions; /* so far */
-    uint64_t turn;               /* instructions since other CPUs had theirs */
+    uint64_t reserved64;
     uint32_t flags, kind;        /* enum core_progress_flag; of the read that waits, enum core_read_kind */
     uint64_t address;            /* of the read: a port, or guest-physical */
     uint32_t element, count;     /* bytes, how many: `data` bytes in all, as they are to be read */

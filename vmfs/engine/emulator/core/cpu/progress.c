@@ -177,7 +177,6 @@ static void describe(struct vcpu *c, struct core_progress *p)
     *p = (struct core_progress){
         .version = CORE_PROGRESS_VERSION,
         .instructions = done, .interrupts = c->counters.interrupts, .exceptions = c->counters.exceptions,
-        .turn = done - c->yielded_at,
         .flags = CORE_EXACT | (c->restart ? CORE_RESTART : 0) | (c->pass_breakpoint ? CORE_PASS : 0) |
                  (c->resume_breakpoint ? CORE_RESUME : 0) | (c->repeating ? CORE_REPEATING : 0) |
                  (c->asleep ? CORE_ASLEEP : 0) | (c->injected.exception ? CORE_INJECTED : 0),
@@ -251,7 +250,7 @@ static bool header_is_valid(const struct vcpu *c, const struct core_progress *p)
     const u32 known = CORE_EXACT | CORE_RESTART | CORE_FED | CORE_PASS | CORE_RESUME | CORE_REPEATING | CORE_CAUGHT | CORE_ASLEEP |
                       CORE_INJECTED;
     const struct irqchip_lapic_rest rest = {p->timer_left, p->apic_errors, p->apic_events, p->apic_sipi, 0};
-    if (p->flags & ~known || p->reserved || p->reserved8 || p->reserved32 || p->kind > CORE_READ_MEMORY ||
+    if (p->flags & ~known || p->reserved || p->reserved64 || p->reserved8 || p->reserved32 || p->kind > CORE_READ_MEMORY ||
         p->reads > MMIO_PIECES || p->exits > CORE_WAITING_MOST || p->msrs > UNCLAIMED_MSRS || p->vectors > INTERRUPT_QUEUE ||
         p->data > EXIT_DATA || p->slept > LONG_TIME || (p->vectors && c->vm->irqchip))
         return false;
@@ -369,7 +368,7 @@ int set_progress(struct vcpu *c, const void *data, size_t size)
     c->retired = p.instructions;
     c->slice = c->budget = c->saved_budget = 0;
     c->skew = vm_time(c->vm) - c->retired;
-    c->yielded_at = c->polled_at = c->retired - p.turn;
+    c->yielded_at = c->polled_at = c->retired;
     c->counters.interrupts = p.interrupts;
     c->counters.exceptions = p.exceptions;
     c->caught_at = p.flags & CORE_CAUGHT ? c->retired + 1 : 0;
