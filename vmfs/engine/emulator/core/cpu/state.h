@@ -450,7 +450,7 @@ struct vm {
     _Atomic u32 waiting;
     bool parallel;            /* vm_set_parallel: vcpu_run of several CPUs at the same time; else one waits for the other's turn */
     _Atomic u32 stops;        /* how many want that CPUs stand: world.c */
-    bool stopped_for_one;     /* one of them has it */
+    _Atomic bool stopped_for_one; /* one of them has it */
     pthread_mutex_t chips;    /* of `irqchip`, while CPUs execute at the same time */
     bool in_turn;             /* in vm_run, of which this is the CPU whose turn it is: */
     unsigned turn_of;

@@ -18,12 +18,16 @@ static bool all_stand(const struct vm *vm, const struct vcpu *but, bool between)
         if (place == WORLD_IN || (between && place == WORLD_WAITS))
             return false;
     }
-    return !vm->stopped_for_one;
+    return !atomic_load(&vm->stopped_for_one);
 }
 
-/* With the lock: have all others stand, and keep them so. */
+/* Some ten microseconds, which a wait takes where every CPU has a processor of the host. */
+enum { SPINS = 500 };
+
+/* Have all others stand, and keep them so. */
 static void stop(struct vm *vm, struct vcpu *c)
 {
+    pthread_mutex_lock(&vm->lock);
     atomic_fetch_add(&vm->stops, 1);
     if (c) {
         atomic_store(&c->world, WORLD_WAITS);
@@ -32,23 +36,27 @@ static void stop(struct vm *vm, struct vcpu *c)
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i] && vm->vcpus[i] != c && atomic_load(&vm->vcpus[i]->world) == WORLD_IN)
             request_attention(vm->vcpus[i], ATTENTION_STAND);
+    pthread_mutex_unlock(&vm->lock);
+    for (unsigned i = 0; i < SPINS && !all_stand(vm, c, !c); i++)
+        __builtin_ia32_pause();
+    pthread_mutex_lock(&vm->lock);
     while (!all_stand(vm, c, !c))
         pthread_cond_wait(&vm->turn, &vm->lock);
-    vm->stopped_for_one = true;
+    atomic_store(&vm->stopped_for_one, true);
+    pthread_mutex_unlock(&vm->lock);
 }
 
+/* With the lock. */
 static void go(struct vm *vm)
 {
-    vm->stopped_for_one = false;
+    atomic_store(&vm->stopped_for_one, false);
     atomic_fetch_sub(&vm->stops, 1);
     pthread_cond_broadcast(&vm->turn);
 }
 
 void vm_stop(struct vm *vm)
 {
-    pthread_mutex_lock(&vm->lock);
     stop(vm, NULL);
-    pthread_mutex_unlock(&vm->lock);
 }
 
 void vm_go(struct vm *vm)
@@ -62,11 +70,8 @@ bool world_stop(struct vcpu *c)
 {
     if (c->has_world || atomic_load_explicit(&c->world, memory_order_relaxed) == WORLD_OUT)
         return false;
-    pthread_mutex_lock(&c->vm->lock);
     stop(c->vm, c);
-    c->has_world = true;
-    pthread_mutex_unlock(&c->vm->lock);
-    return true;
+    return c->has_world = true;
 }
 
 void world_go(struct vcpu *c)
@@ -86,9 +91,10 @@ void world_enter(struct vcpu *c)
         atomic_store(&c->world, WORLD_IN); /* whoever wants that it stands sees this, or is seen below */
         if (likely(!atomic_load(&c->vm->stops)))
             return;
+        world_leave(c);
+        for (unsigned i = 0; i < SPINS && atomic_load(&c->vm->stops); i++)
+            __builtin_ia32_pause();
         pthread_mutex_lock(&c->vm->lock);
-        atomic_store(&c->world, WORLD_OUT);
-        pthread_cond_broadcast(&c->vm->turn);
         while (atomic_load(&c->vm->stops))
             pthread_cond_wait(&c->vm->turn, &c->vm->lock);
         pthread_mutex_unlock(&c->vm->lock);
