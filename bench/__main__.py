@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, disk, files, gdb, house, lane, points, ports, programs, runs
+from bench import boot, cpu, debug, disk, files, gdb, house, lane, points, ports, programs, runs, smp
 from bench.harness import table
 
 GROUPS = {
@@ -14,6 +14,7 @@ GROUPS = {
     "house": house.results,
     "ports": ports.results,
     "cpu": cpu.results,
+    "smp": smp.results,
     "boot": boot.results,
     "disk": disk.results,
     "programs": programs.results,

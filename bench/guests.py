@@ -30,6 +30,7 @@ class Guest:
     disk: Path | None = None
     memory: int = 512  # MiB
     cpu: str = ""  # QEMU's word for another than its own default
+    cpus: int = 1
 
 
 @dataclass(slots=True)
@@ -60,6 +61,7 @@ def on_vmfs(mount: Path, guest: Guest) -> Told:
     try:
         (vm / "mem_size").write_text(f"{guest.memory}M")
         (vm / "machine").write_text("pc")
+        (vm / "cpus").write_text(str(guest.cpus))
         if guest.disk:
             (vm / "dev/add").write_text(f"blk {guest.disk} rw")
         (vm / "kernel").write_bytes(guest.kernel.read_bytes())
@@ -88,8 +90,8 @@ def on_tcg(guest: Guest) -> Told:
         file.write(guest.initrd)
         file.flush()
         command = [
-            *("qemu-system-x86_64 -accel tcg -nodefaults -display none -no-reboot -serial stdio -m").split(),
-            str(guest.memory),
+            *("qemu-system-x86_64 -accel tcg,thread=multi -nodefaults -display none -no-reboot -serial stdio").split(),
+            *("-m", str(guest.memory), "-smp", str(guest.cpus)),
             *(("-cpu", guest.cpu) if guest.cpu else ()),
             *(("-drive", f"file={guest.disk},format=raw,if=virtio,cache=writeback") if guest.disk else ()),
             *("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE),
