@@ -1,11 +1,52 @@
-"""Debian's kernel on several CPUs, which the emulator executes in turn."""
+"""Debian's kernel on several CPUs, which the emulator executes at the same time, and in turn where time follows the
+instructions."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
 from mounting import wait_until
 from pc.conftest import boot_linux
 from pc.kernels import needs_kernels
 
 pytestmark = needs_kernels
 ONLINE = "/sys/devices/system/cpu"
+
+
+# By hand: more of each, 16 CPUs, the generic kernel.
+THREADS = {
+    "locks": (20_000, "added 80000 swapped 240000 mutex 5000 lock 5000\n"),
+    "shootdowns": (60, "wrong 0\n"),
+    "ball": (200, "passed 800\n"),
+    "code": (10, "wrong 0 called 30\n"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is missing: the guest's program is compiled")
+@pytest.mark.parametrize("time", ["host", "instructions"])
+def test_threads_that_get_in_each_others_way(make_pc, tmp_path, time):
+    """Locks, mprotect and munmap, futexes, code that another thread writes (threads.c)."""
+    program = tmp_path / "threads"
+    source = Path(__file__).with_name("threads.c")
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", program, source], check=True)
+    pc = make_pc()
+    pc.write("cpus", "4")
+    pc.write("time", time)
+    boot_linux(pc, files={"bin/threads": program.read_bytes()})
+    pc.expect("guest# ")
+    for name, (rounds, said) in THREADS.items():
+        assert pc.shell(f"threads {name} 4 {rounds} 2>/dev/null") == said
+
+
+def test_sixteen(make_pc):
+    pc = make_pc()
+    pc.write("cpus", "16")
+    boot_linux(pc)
+    pc.expect("guest# ")
+    assert pc.shell("nproc") == "16\n"
+    assert pc.shell("dmesg | grep -ciE 'unstable|lockup|BUG:' || true") == "0\n"
 
 
 def test_every_cpu_works_and_goes_off_and_on(make_pc):
