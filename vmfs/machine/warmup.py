@@ -8,6 +8,7 @@ that a life writes to are its own before a user waits.
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import time
@@ -63,9 +64,12 @@ async def _live(engine: Engine, engine_named: Callable[[str], Engine]) -> bool:
                 nursery.start_soon(_serve, worker)
                 await client.send(commands.Become(0, 0, [], 0, 0))
                 vm.memory.write(_CODE_AT, _HLT)
-                for file, text in (("mode", b"real\n"), ("reg/rip", b"%#x\n" % _CODE_AT)):
-                    await client.put(file, text)
-                for file in ("vm_run", "state", "exit", "regs"):
+                await client.put("mode", b"real\n")
+                for is_open in (True, False):  # `mem`
+                    await client.send(commands.Clients(False, is_open))
+                await client.put("reg/rip", b"%#x\n" % _CODE_AT)
+                await client.share_page()
+                for file in ("vm_run", "state", "exit", "regs", "stat"):
                     await client.get(file)
                 await client.ask(lambda at: commands.Measure(at, _SIZES))
                 client.close()
@@ -94,13 +98,22 @@ class _Client:
     async def send(self, message: commands.Message) -> None:
         await self._channel.send(message)
 
-    async def ask(self, make: Callable[[int], commands.Message]) -> Any:
+    async def ask(self, make: Callable[[int], commands.Message], *fds: int) -> Any:
         self._call += 1
-        await self._channel.send(make(self._call))
+        await self._channel.send(make(self._call), fds)
         while True:
             answer, _ = await self._channel.receive()
             if getattr(answer, "call", 0) == self._call:
                 return answer
+
+    async def share_page(self) -> None:
+        """That of the lane (vmfs/words/lane.h)."""
+        page = os.memfd_create("vmfs-lane", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(page, mmap.PAGESIZE)
+            await self.ask(commands.Lane, page)
+        finally:
+            os.close(page)
 
     async def _open(self, file: str, *, writing: bool) -> int:
         opened = await self.ask(lambda at: commands.Open(at, file, writing, False, False, False, 0))
