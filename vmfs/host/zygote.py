@@ -44,7 +44,7 @@ _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
 IDLE_SECONDS = 0.005  # without an order, until it prepares for those to come
-SPARE_SECONDS = 0.02  # and for the next one: a machine that was just given its process is to have the CPU
+TAKEN_SECONDS = 0.02  # until it hears that a spare is a machine's now: until then that machine is to have the CPU
 SPARE_SECONDS_MOST = 30.0  # until there is another spare, where they end before anybody has one
 
 
@@ -146,6 +146,7 @@ class Zygote:
         self._next = 1
         self._gone = False
         self._spare: tuple[Ready, socket.socket] | None = None
+        self._taken: Taken | None = None  # not told yet
 
     @classmethod
     def start(cls, rows: tuple[engines.Row, ...]) -> Zygote:
@@ -212,12 +213,15 @@ class Zygote:
         job.forked.set()
         job.ended.set()
 
-    def _begin(self, make: Callable[[int], ToZygote], fd: int | None = None) -> Job:
+    def _new_job(self) -> Job:
         if self._gone:
             raise ProcessFailed("the process that makes machines is gone: unmount, and mount anew")
-        job = Job(self._next)
+        job = self._jobs[self._next] = Job(self._next)
         self._next += 1
-        self._jobs[job.number] = job
+        return job
+
+    def _begin(self, make: Callable[[int], ToZygote], fd: int) -> Job:
+        job = self._new_job()
         try:
             self._send(make(job.number), fd)
         except BaseException:
@@ -226,6 +230,7 @@ class Zygote:
         return job
 
     def _send(self, order: ToZygote, fd: int | None = None) -> None:
+        self._tell_taken()
         packet = _encode(order)
         if len(packet) > _PACKET:
             raise EngineFailed(f"an order of {len(packet)} bytes")
@@ -248,7 +253,7 @@ class Zygote:
         if spare is not None:
             ready, channel = spare
             if (ready.engine, ready.memory_size) == (engine, memory_size):
-                return self._take(ready, channel), channel
+                return self._take(ready), channel
             channel.close()  # it ends
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
@@ -258,15 +263,24 @@ class Zygote:
                 ours.close()
                 raise
 
-    def _take(self, ready: Ready, channel: socket.socket) -> Job:
-        try:
-            job = self._begin(lambda job: Taken(job, ready.pid))
-        except BaseException:
-            channel.close()
-            raise
+    def _take(self, ready: Ready) -> Job:
+        job = self._new_job()
         job.pid, job.was_spare = ready.pid, True
         job.forked.set()
+        self._taken = Taken(job.number, ready.pid)
+        trio.lowlevel.spawn_system_task(self._tell_taken_later)
         return job
+
+    async def _tell_taken_later(self) -> None:
+        await trio.sleep(TAKEN_SECONDS)
+        with contextlib.suppress(ProcessFailed):  # its listener says so
+            self._tell_taken()
+
+    def _tell_taken(self) -> None:
+        """At the latest before anything else is said."""
+        taken, self._taken = self._taken, None
+        if taken is not None and not self._gone:
+            self._send(taken)
 
     def _close_spare(self) -> None:
         if self._spare is not None:
@@ -363,7 +377,7 @@ class _Children:
         """Until it prepares for the next machine, if nothing is to be done; None: it is prepared."""
         if self._expected is None or self._spare:
             return None
-        return max(SPARE_SECONDS, self._not_before - time.monotonic()) if self._is_warm else IDLE_SECONDS
+        return max(IDLE_SECONDS, self._not_before - time.monotonic())
 
     def _prepare(self) -> None:
         """Nothing is to be done now: make the next machine quicker."""
@@ -385,7 +399,7 @@ class _Children:
     def _spare_failed(self) -> None:
         """Wait longer each time: one that always fails is not to keep a CPU busy."""
         self._spares_failed += 1
-        wait = min(SPARE_SECONDS * 2 ** min(self._spares_failed, 20), SPARE_SECONDS_MOST)
+        wait = min(TAKEN_SECONDS * 2 ** min(self._spares_failed, 20), SPARE_SECONDS_MOST)
         self._not_before = time.monotonic() + wait
 
     def _warm_up(self) -> Iterator[str]:
@@ -434,6 +448,7 @@ class _Children:
         try:
             if isinstance(order, SpawnMachine):
                 self._expected = kind = Kind(order.engine, order.memory_size)
+                self._not_before = max(self._not_before, time.monotonic() + TAKEN_SECONDS)
                 with socket.socket(fileno=fds.pop()) as channel:
                     pid = self._child(self._sandbox.fork, lambda: self._be_machine(channel, None, kind, ahead=False))
             else:
