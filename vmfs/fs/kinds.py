@@ -282,7 +282,7 @@ class ServedHandle(Handle):
             self._ring.close()
         if self._number:
             self.scope.unwatch(self._number)
-            self._machine.tell(commands.Close(self._number))
+            self._machine.tell(commands.Close(self._number), at_once=False)
 
     def _failed(self) -> bool:
         return bool(self._machine.failure and self.node.kind.when_failed)

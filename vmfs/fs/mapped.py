@@ -80,10 +80,10 @@ class MemoryServer:
     def writer_goes(self) -> None:
         self._writers -= 1
         if not self._writers:
-            self._tell()
+            self._tell(at_once=False)
 
-    def _tell(self) -> None:
-        self._machine.tell(commands.Clients(self._opens > 0, self._writers > 0))
+    def _tell(self, at_once: bool = True) -> None:
+        self._machine.tell(commands.Clients(self._opens > 0, self._writers > 0), at_once=at_once)
 
     async def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         """Write back and drop pages; returns when the kernel has. Not on the loop, which answers those writes first."""
@@ -113,8 +113,11 @@ class Mem(Kind):
     dated = False  # it may be written unseen, at any time
 
     def local_size(self, node: File) -> tuple[int, int] | None:
-        """Of a machine that was only made it is known, before the first process of a mount is there to be asked."""
+        """That of the memfd, which the server has; of a machine that was only made it is known, too."""
         machine = node.scope.machine
+        if machine.memory_fd >= 0:
+            there = os.fstat(machine.memory_fd)
+            return there.st_size, there.st_blocks
         return None if machine.born else (machine.memory_size, 0)
 
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:

@@ -49,6 +49,7 @@ OPENER_SECONDS = 20.0  # that an opener has, and a passt to start
 NO_DESCRIPTOR = "the server has no file descriptor left (ulimit -n)"
 OPENERS_MOST = 16  # of a machine at a time
 HELPERS_MOST = 64  # processes that live for a machine's devices, and sockets that it listens at
+TELL_SECONDS = 0.005  # until what a machine need not hear at once is said by itself: each wakes it
 MESSAGES_MOST = 4  # of one machine that are heard before others have their turn
 SENTENCE_MOST = 2000
 SAID_MOST = 1 << 16  # bytes of lines
@@ -163,6 +164,7 @@ class MachineProcess:
         self._openers: set[Job] = set()  # of host paths
         self._sockets: dict[str, tuple[Credentials, tuple[int, int]]] = {}  # those that gdb listens at, by path
         self._last = ""  # the last command
+        self._waiting: list[Message] = []  # that need not be said at once
         self._finished = trio.Event()
 
     @property
@@ -205,6 +207,7 @@ class MachineProcess:
         try:
             if began is not None:
                 began(number)
+            self._tell_waiting()
             try:
                 await channel.send(message, send)
             except ChannelBroken:
@@ -239,8 +242,27 @@ class MachineProcess:
         """A signal came for the caller of that call: it is answered soon."""
         self.tell(commands.Interrupt(number))
 
-    def tell(self, message: Message) -> None:
-        """Say what has no answer. Nothing is said to a machine that has no process."""
+    def tell(self, message: Message, *, at_once: bool = True) -> None:
+        """Say what has no answer: now, or at the latest before anything else is said. Nothing is said to a machine that
+        has no process."""
+        if not at_once:
+            if not self._waiting:
+                trio.lowlevel.spawn_system_task(self._tell_later)
+            self._waiting.append(message)
+            return
+        self._tell_waiting()
+        self._post(message)
+
+    async def _tell_later(self) -> None:
+        await trio.sleep(TELL_SECONDS)
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for message in waiting:
+            self._post(message)
+
+    def _post(self, message: Message) -> None:
         channel = self._channel
         if channel is not None and not self.removed and not self.failure:
             try:
