@@ -103,6 +103,7 @@ class _Call:
         self.answered_by = commands.ANSWERS.get(type(message), commands.Done)
         self.event = trio.Event()
         self.answer: Any = None
+        self.failure: VmfsError | None = None  # why there is no machine to answer
 
 
 class Watcher:
@@ -155,8 +156,9 @@ class MachineProcess:
         self.failure = ""  # why the process has failed
         self.removed = False
         self._job: Job | None = None
-        self._channel: Channel[ToServer] | None = None
-        self._starting = trio.Lock()
+        self._channel: Channel[ToServer] | None = None  # of a machine that was born, or is about to be
+        self._birth = trio.Event()  # it was, or could not be
+        self._unborn: VmfsError | None = None  # why the last birth came to nothing
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
         self._asked = 0
@@ -169,7 +171,7 @@ class MachineProcess:
 
     @property
     def born(self) -> bool:
-        return self._channel is not None
+        return self._channel is not None and self._birth.is_set()
 
     @property
     def knows_sizes(self) -> bool:
@@ -196,10 +198,7 @@ class MachineProcess:
         As `asker` the machine may ask for things meanwhile. `began` gets the number of the call, for `interrupt`.
         `send`: descriptors that go along.
         """
-        if self._channel is None or self.removed or self.failure:
-            await self.start()
-        channel = self._channel
-        assert channel is not None
+        channel = self._begin()
         number = next(self._numbers)
         message = make(number)
         waiting = self._calls[number] = _Call(message, asker)
@@ -208,10 +207,8 @@ class MachineProcess:
             if began is not None:
                 began(number)
             self._tell_waiting()
-            try:
+            with contextlib.suppress(ChannelBroken):  # its listener says so
                 await channel.send(message, send)
-            except ChannelBroken:
-                await self._lost()
             await waiting.event.wait()
         finally:
             self._calls.pop(number, None)
@@ -219,7 +216,7 @@ class MachineProcess:
                 self.interrupt(number)
         answer = waiting.answer
         if answer is None:
-            raise self._gone()
+            raise waiting.failure or self._gone()
         if isinstance(answer, Failed):
             raise CallFailed(answer)
         return answer
@@ -232,7 +229,7 @@ class MachineProcess:
     async def measure(self, files: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
         """(st_size, st_blocks) of files, by their paths, and when what they show last changed (in nanoseconds; 0: it
         has not)."""
-        if self._channel is None and self.host.fresh_sizes is not None:
+        if not self.born and self.host.fresh_sizes is not None:
             return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
         answer = await self.call(lambda at: commands.Measure(at, list(files)))
         sizes = [(min(max(size, 0), SIZE_MOST), min(max(blocks, 0), SIZE_MOST)) for size, blocks in answer.sizes]
@@ -297,49 +294,67 @@ class MachineProcess:
     async def start(self) -> None:
         """Have a process. VmfsError where there can be none: the machine stays as it was made, and may be asked
         again."""
-        async with self._starting:
-            if self.removed or self.failure:
-                raise self._gone()
-            if self._channel is not None:
-                return
-            await self._start()
+        self._begin()
+        await self._birth.wait()
+        if self._channel is None or self.removed or self.failure:
+            raise self._unborn or self._gone()
 
-    async def _start(self) -> None:
-        try:
-            job, ours = self.host.spawn(self)
-        except OSError as error:
-            raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
-        channel: Channel[ToServer] = Channel(ours, ToServer, takes_fds=False)
+    def _begin(self) -> Channel[ToServer]:
+        """The channel of its process, which from now on becomes a machine: what is asked is answered after that."""
+        if self.removed or self.failure:
+            raise self._gone()
+        if self._channel is None:
+            try:
+                job, ours = self.host.spawn(self)
+            except OSError as error:
+                raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
+            self._job, self._channel = job, Channel(ours, ToServer, takes_fds=False)
+            self._birth, self._unborn = trio.Event(), None
+            trio.lowlevel.spawn_system_task(self._listen, self._channel, job)
+        return self._channel
+
+    async def _be_born(self, channel: Channel[ToServer], job: Job) -> None:
+        """VmfsError where it is not."""
         try:
             with trio.move_on_after(BIRTH_SECONDS):
                 born, _ = await channel.receive()
                 await job.forked.wait()
                 if isinstance(born, commands.Born) and born.version == commands.VERSION:
                     self.memory_fd = open_memory(job.pid, born.memory)
-                    self._job, self._channel = job, channel
-                    trio.lowlevel.spawn_system_task(self._listen, channel, job)
-                    await self.host.is_born(self)
+                    self._birth.set()
                     return
                 if isinstance(born, Failed):
                     raise CallFailed(born)
             raise ProcessFailed("the machine's process did not begin")
         except ChannelBroken as error:
-            channel.close()
             with trio.move_on_after(1):
                 await job.ended.wait()
             if job.errno:
                 raise LimitReached(f"the machine has no process: {os.strerror(job.errno)}") from None
             raise ProcessFailed(f"the machine's process did not begin: {_how(job) or error}") from None
-        except BaseException:
-            if self._channel is None:
-                channel.close()
-                self.host.kill(job)
-            raise
+
+    def _stay_unborn(self, channel: Channel[ToServer], job: Job, why: VmfsError) -> None:
+        """Be as it was made."""
+        channel.close()
+        self.host.kill(job)
+        self._job, self._channel, self._unborn = None, None, why
+        for call in self._calls.values():
+            call.failure = why
+            call.event.set()
+        self._birth.set()
 
     async def _listen(self, channel: Channel[ToServer], job: Job) -> None:
-        """Hear the machine, to its end."""
+        """Hear the machine, from its birth to its end."""
         why = ""  # it is ended by this server
         try:
+            try:
+                await self._be_born(channel, job)
+            except VmfsError as error:
+                if not self.removed:
+                    self._stay_unborn(channel, job, error)
+                    return
+                raise ChannelEnded from error
+            trio.lowlevel.spawn_system_task(self._tell_born)
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
@@ -353,6 +368,10 @@ class MachineProcess:
         with trio.CancelScope(shield=True):
             await self._end(channel, job, why)
 
+    async def _tell_born(self) -> None:
+        with contextlib.suppress(VmfsError):  # it has ended
+            await self.host.is_born(self)
+
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
         self.watcher.ending()
         await self._kill(job)
@@ -361,6 +380,7 @@ class MachineProcess:
             self.failure = f"the machine's process {how}; the last command was {self._last or 'none'}"
             log.error("%s", self.failure)
             self.watcher.complained(self.failure)
+        self._birth.set()
         for call in self._calls.values():
             call.event.set()
         for helper in list(self._helpers):
@@ -391,11 +411,6 @@ class MachineProcess:
             punch(self.memory_fd, 0, os.fstat(self.memory_fd).st_size)  # at once, even if others still map it
             os.close(self.memory_fd)
             self.memory_fd = -1
-
-    async def _lost(self) -> None:
-        """The channel is broken: its listener says why."""
-        await self._finished.wait()
-        raise self._gone()
 
     async def remove(self) -> None:
         """End it. Its waiters are woken at once; returns when its process is gone and its memory free."""
