@@ -135,7 +135,7 @@ class ServedHandle(Handle):
         if not (is_hot and not writing and self.node.path in STILL and self.scope.lane.is_ready):
             await self._be_open()
         if is_hot or self._may_have_ring and not walking:
-            await self.scope.lane.prepare()
+            self.scope.lane.prepare()
 
     async def _be_open(self) -> None:
         """Be an open file of the machine's process."""

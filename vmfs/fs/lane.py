@@ -22,7 +22,6 @@ SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
 _NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
-ANSWER_SECONDS = 2.0
 
 
 class MachineLane:
@@ -32,27 +31,33 @@ class MachineLane:
         self._machine = machine
         self._page: Any = None
         self._tried = False
-        self._trying = trio.Lock()
 
-    async def prepare(self) -> None:
-        """Have the page, where there can be one."""
-        async with self._trying:
-            if self._tried or not _fuse.lane_serves():
-                return
-            self._tried = True
-            try:
-                fd = sealed_memory("vmfs-lane", SIZE)
-                try:
-                    page = _fuse.lane_map(fd)
-                    # Whoever opens the file waits for this, and has to be let go by a machine that does not answer.
-                    with trio.fail_after(ANSWER_SECONDS):
-                        await self._machine.call(commands.Lane, send=(fd,))
-                finally:
-                    os.close(fd)
-            except (OSError, VmfsError, trio.TooSlowError) as error:
-                log.warning("a machine has no lane: %s", error)
-                return
-            self._page = page
+    def prepare(self) -> None:
+        """Have the page, where there can be one. Until the machine has it, too, Python answers what is asked."""
+        if self._tried or not _fuse.lane_serves():
+            return
+        self._tried = True
+        try:
+            fd = sealed_memory("vmfs-lane", SIZE)
+        except OSError as error:
+            log.warning("a machine has no lane: %s", error)
+            return
+        try:
+            self._page = _fuse.lane_map(fd)
+        except OSError as error:
+            os.close(fd)
+            log.warning("a machine has no lane: %s", error)
+            return
+        trio.lowlevel.spawn_system_task(self._share, fd)
+
+    async def _share(self, fd: int) -> None:
+        try:
+            await self._machine.call(commands.Lane, send=(fd,))
+        except VmfsError as error:
+            log.warning("a machine has no lane: %s", error)
+            self.close()
+        finally:
+            os.close(fd)
 
     def add(self, number: int, name: str, handle: int, written: bool) -> bool:
         """The open file `number` of the mount is `handle` of the machine. Whether the lane has it."""

@@ -209,8 +209,12 @@ def _follows() -> dict[str, tuple[tuple[str, ...], ...]]:
 _FOLLOWS = _follows()
 
 
+_ROWS = {row.name: row for row in FILES}
+_OF_CPU = tuple(row.name for row in FILES if row.per_cpu)
+
+
 class MachineDirectory(Directory):
-    """A machine."""
+    """A machine. Its files have nodes once somebody looks for them: most of most machines are never looked at."""
 
     scope: MachineScope
     prefix = ""
@@ -219,29 +223,39 @@ class MachineDirectory(Directory):
         self, inodes: Inodes, scope: MachineScope, name: str, mode: int, uid: int, gid: int, umask: int
     ) -> None:
         super().__init__(inodes, scope, name, mode, uid, gid)
-        cpu = Directory(inodes, scope, "cpu0", mode, uid, gid)
-        for row in FILES:
-            node = _make_file(self, row, umask, row.name)
-            node.follows = _FOLLOWS.get(row.name, ())
-            self.add(node)
-            if row.per_cpu:
-                cpu.add(node)
-                node.links = 2
+        self._made = uid, gid, self.ctime_ns  # what its files are made with, whatever becomes of it
+        self._umask = umask
         registers: dict[str, Node] = {}
         self.add(RegisterDirectory(self, registers, umask))
         self.add(DevicesDirectory(self, umask))
-        cpu.add(RegisterDirectory(self, registers, umask))
+        self._cpu = _FirstCpuDirectory(self)
+        self._cpu.add(RegisterDirectory(self, registers, umask))
         for row in CPU_FILES:
-            cpu.add(_make_file(self, row, umask, f"cpu0/{row.name}"))
-        self.add(cpu)
-        self._umask = umask
+            self._cpu.add(_make_file(self, row, umask, f"cpu0/{row.name}"))
+        self.add(self._cpu)
+
+    def file(self, name: str) -> Node | None:
+        """A child, made if it was not yet."""
+        node, row = self.children.get(name), _ROWS.get(name)
+        if node is None and row is not None:
+            node = _make_file(self, row, self._umask, name)
+            node.follows = _FOLLOWS.get(name, ())
+            node.uid, node.gid, made_ns = self._made
+            node.atime_ns = node.mtime_ns = node.ctime_ns = made_ns
+            self.add(node)
+            if row.per_cpu:
+                self._cpu.add(node)
+                node.links = 2
+        return node
 
     async def lookup(self, name: str) -> Node | None:
         if _CPU.fullmatch(name):
             await self._find_cpus()
-        return await super().lookup(name)
+        return self.file(name)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
+        for name in _ROWS:
+            self.file(name)
         await self._find_cpus()
         return await super().entries()
 
@@ -263,6 +277,22 @@ class MachineDirectory(Directory):
                 self.inodes.remove(node)
         for name in sorted(there - self.children.keys(), key=lambda name: int(name[3:])):
             self.add(_CpuDirectory(self, PartScope(self.scope), name, self._umask))
+
+
+class _FirstCpuDirectory(Directory):
+    """cpu0/: what is the machine's at the top, too, is the same inode."""
+
+    def __init__(self, machine: MachineDirectory) -> None:
+        super().__init__(machine.inodes, machine.scope, "cpu0", machine.mode, machine.uid, machine.gid)
+        self._machine = machine
+
+    async def lookup(self, name: str) -> Node | None:
+        return self._machine.file(name) if name in _OF_CPU else self.children.get(name)
+
+    async def entries(self) -> Iterable[tuple[str, Node]]:
+        for name in _OF_CPU:
+            self._machine.file(name)
+        return await super().entries()
 
 
 def _make_file(directory: Directory, row: Row, umask: int, path: str) -> File:

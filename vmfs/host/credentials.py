@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import resource
 import struct
 
@@ -25,6 +26,8 @@ _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 4, 
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 ALL_CAPABILITIES = (1 << 64) - 1
 ANY_SIZE = (1 << 63) - 1
+_FIELD = re.compile(rb"^(Uid|Gid|Groups|CapEff):\t(.*)$", re.MULTILINE)
+_FILE_SIZE = re.compile(rb"^Max file size +([0-9]+|unlimited) ", re.MULTILINE)
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -50,11 +53,11 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
 def credentials_of(pid: int) -> Credentials | None:
     """Of a running process or thread, or None where it is not visible from here. LimitReached without a descriptor."""
     try:
-        with open(f"/proc/{pid}/status") as status:
-            fields = dict(line.split(":", 1) for line in status if ":" in line)
-        uid, gid = int(fields["Uid"].split()[3]), int(fields["Gid"].split()[3])
-        groups = tuple(map(int, fields["Groups"].split()))
-        return Credentials(uid, gid, groups, int(fields["CapEff"], 16), _elsewhere(pid), _file_size(pid))
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
+            fields = dict(_FIELD.findall(status.read()))
+        uid, gid = int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3])
+        groups = tuple(map(int, fields[b"Groups"].split()))
+        return Credentials(uid, gid, groups, int(fields[b"CapEff"], 16), _elsewhere(pid), _file_size(pid))
     except (OSError, KeyError, ValueError, IndexError) as error:
         if (failure := known(error)) is not error:
             raise failure from None
@@ -63,10 +66,9 @@ def credentials_of(pid: int) -> Credentials | None:
 
 def _file_size(pid: int) -> int:
     """The soft limit: what the process may raise it to counts no more than it does for its own writes."""
-    with open(f"/proc/{pid}/limits") as limits:
-        line = next(line for line in limits if line.startswith("Max file size"))
-    soft = line.removeprefix("Max file size").split()[0]
-    return ANY_SIZE if soft == "unlimited" else min(int(soft), ANY_SIZE)
+    with open(f"/proc/{pid}/limits", "rb", buffering=0) as limits:
+        soft = _FILE_SIZE.findall(limits.read())[0]
+    return ANY_SIZE if soft == b"unlimited" else min(int(soft), ANY_SIZE)
 
 
 def _elsewhere(pid: int) -> str:

@@ -31,13 +31,13 @@ def open_memory(pid: int, number: int) -> int:
     raise ProcessFailed("what the machine's process calls its memory is none")
 
 
-def _mount_of(fd: int) -> str:
-    with open(f"/proc/self/fdinfo/{fd}") as lines:
-        return dict(line.split(":", 1) for line in lines)["mnt_id"].strip()
+def _mount_of(fd: int) -> bytes:
+    with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as lines:
+        return dict(line.split(b":", 1) for line in lines.read(4096).splitlines())[b"mnt_id"].strip()
 
 
 @functools.cache
-def _mount_of_memory() -> str:
+def _mount_of_memory() -> bytes:
     """The kernel's own mount, which nobody else can make files in but by memfd_create(2) and shmget(2)."""
     fd = os.memfd_create("vmfs-probe", os.MFD_CLOEXEC)
     try:
