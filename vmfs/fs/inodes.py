@@ -249,8 +249,12 @@ class Directory(Node):
             self.links -= 1
         return node
 
-    async def lookup(self, name: str) -> Node | None:
+    def known(self, name: str) -> Node | None:
+        """A child that is there for sure; None: `lookup` has to say."""
         return self.children.get(name)
+
+    async def lookup(self, name: str) -> Node | None:
+        return self.known(name)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         """The children, in the order of their numbers, which never changes."""

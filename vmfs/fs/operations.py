@@ -21,7 +21,7 @@ import trio
 from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.sizes import measure
+from vmfs.fs.sizes import is_measured, measure
 from vmfs.host.process import CallFailed
 from vmfs.memory.ram import PAGE
 from vmfs.words.errors import Interrupted, NotPermitted, ProcessFailed, VmfsError, WouldBlock, known
@@ -211,8 +211,10 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         parent = _directory(self._inodes.get(parent_inode))
-        async with interruptible(ctx.pid):
-            node = await parent.lookup(os.fsdecode(name))
+        node = parent.known(os.fsdecode(name))
+        if node is None:
+            async with interruptible(ctx.pid):
+                node = await parent.lookup(os.fsdecode(name))
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         node.lookups += 1
@@ -225,8 +227,9 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         node = self._inodes.get(inode)
-        async with interruptible(ctx.pid):
-            await measure([node])
+        if not is_measured(node):
+            async with interruptible(ctx.pid):
+                await measure([node])
         return _attributes(node)
 
     @_answers

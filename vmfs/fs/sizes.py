@@ -15,17 +15,25 @@ ANSWER_SECONDS = 1.0
 FIRST_SECONDS = 20.0  # a busy host may take seconds to make the first one
 
 
+def is_measured(node: Node) -> bool:
+    """Whether `size` is as it is now, of what needs no machine for that."""
+    if not isinstance(node, File) or not node.kind.sized:
+        return True
+    known = node.kind.local_size(node)
+    if known is not None:
+        node.size = known
+        return True
+    since = node.kind.stands_since(node)
+    return since is not None and node.measured_at == since
+
+
 async def measure(nodes: Iterable[Node]) -> None:
     """Have `size` of those nodes that have one as it is now."""
     asked: dict[object, list[File]] = {}
     for node in nodes:
-        if isinstance(node, File) and node.kind.sized:
-            known = node.kind.local_size(node)
-            since = node.kind.stands_since(node)
-            if known is not None:
-                node.size = known
-            elif since is None or node.measured_at != since:
-                asked.setdefault(node.scope, []).append(node)
+        if not is_measured(node):
+            assert isinstance(node, File)
+            asked.setdefault(node.scope, []).append(node)
     for scope, files in asked.items():
         stood = {file: file.kind.stands_since(file) for file in files}  # before: it may change meanwhile
         # The first machine of a mount has no sizes that it had: it is not there yet, and 0 would be wrong.

@@ -54,18 +54,18 @@ class RegisterDirectory(Directory):
         self._path = path
         self._complete = False
 
+    def known(self, name: str) -> Node | None:
+        node, row = self.children.get(name), REGISTER_ROWS.get(name)
+        return self._make(row) if node is None and row is not None else node
+
     async def lookup(self, name: str) -> Node | None:
-        node = self.children.get(name)
-        if node is not None:
-            return node
-        row = REGISTER_ROWS.get(name)
-        if row is None:
-            if parse_msr(name) is None:
-                return None
-            answer = await call(self.scope.machine, lambda at: commands.Find(at, f"{self._path}/{name}"), 0)
-            if answer.number == FOUND_NOTHING:
-                return None
-            row = register_row(name, writable=answer.number != FOUND_READ_ONLY)
+        """Of an MSR."""
+        if parse_msr(name) is None:
+            return None
+        answer = await call(self.scope.machine, lambda at: commands.Find(at, f"{self._path}/{name}"), 0)
+        if answer.number == FOUND_NOTHING:
+            return None
+        row = register_row(name, writable=answer.number != FOUND_READ_ONLY)
         return self.children.get(name) or self._make(row)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
@@ -101,9 +101,12 @@ class DevicesDirectory(Directory):
         for row in DEV_FILES:
             self.add(_make_file(self, row, umask, f"dev/{row.name}"))
 
+    def known(self, name: str) -> Node | None:
+        return None
+
     async def lookup(self, name: str) -> Node | None:
         await self._refresh()
-        return await super().lookup(name)
+        return self.children.get(name)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         await self._refresh()
@@ -248,10 +251,13 @@ class MachineDirectory(Directory):
                 node.links = 2
         return node
 
+    def known(self, name: str) -> Node | None:
+        return None if _CPU.fullmatch(name) else self.file(name)
+
     async def lookup(self, name: str) -> Node | None:
         if _CPU.fullmatch(name):
             await self._find_cpus()
-        return self.file(name)
+        return self.children.get(name)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         for name in _ROWS:
@@ -286,7 +292,7 @@ class _FirstCpuDirectory(Directory):
         super().__init__(machine.inodes, machine.scope, "cpu0", machine.mode, machine.uid, machine.gid)
         self._machine = machine
 
-    async def lookup(self, name: str) -> Node | None:
+    def known(self, name: str) -> Node | None:
         return self._machine.file(name) if name in _OF_CPU else self.children.get(name)
 
     async def entries(self) -> Iterable[tuple[str, Node]]:

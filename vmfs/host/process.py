@@ -159,6 +159,7 @@ class MachineProcess:
         self._channel: Channel[ToServer] | None = None  # of a machine that was born, or is about to be
         self._birth = trio.Event()  # it was, or could not be
         self._unborn: VmfsError | None = None  # why the last birth came to nothing
+        self._told = trio.Event()  # its host knows of the birth
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
         self._asked = 0
@@ -298,6 +299,7 @@ class MachineProcess:
         await self._birth.wait()
         if self._channel is None or self.removed or self.failure:
             raise self._unborn or self._gone()
+        await self._told.wait()
 
     def _begin(self) -> Channel[ToServer]:
         """The channel of its process, which from now on becomes a machine: what is asked is answered after that."""
@@ -369,8 +371,11 @@ class MachineProcess:
             await self._end(channel, job, why)
 
     async def _tell_born(self) -> None:
-        with contextlib.suppress(VmfsError):  # it has ended
-            await self.host.is_born(self)
+        try:
+            with contextlib.suppress(VmfsError):  # it has ended
+                await self.host.is_born(self)
+        finally:
+            self._told.set()
 
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
         self.watcher.ending()

@@ -9,6 +9,7 @@ before it has read anything of anybody's.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import socket
@@ -81,6 +82,7 @@ def _live_before(engine: Engine, engine_named: Callable[[str], Engine]) -> None:
         warmup.live(engine, engine_named)
     except Exception:
         log.debug("a life came to nothing", exc_info=True)
+    gc.collect()  # what it mapped is let go
     warmup.wait_for_threads(1)
 
 
