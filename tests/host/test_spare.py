@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from host.users import A, B, Child, children, is_there, pid_of, status
-from mounting import Server, for_plain_processes, wait_until
+from mounting import Server, for_plain_processes, spares, wait_until
 
 from vmfs.engine import by_name
 from vmfs.host.sandbox import Sandbox
@@ -28,22 +28,9 @@ def zygote_of(server: Server) -> int:
     return next(pid for pid in children(server.server.pid) if named(pid, "vmfs-zygote"))
 
 
-def spares(server: Server) -> list[int]:
-    """Processes that nobody has yet."""
-    found = []
-    for pid in children(server.server.pid):
-        try:
-            facts = status(pid)
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            continue
-        if facts["Name"].strip() == "vmfs-machine" and facts["Seccomp_filters"] == "1":
-            found.append(pid)
-    return found
-
-
 def the_spare(server: Server) -> int:
-    wait_until(lambda: len(spares(server)) == 1, "there is a spare")
-    return spares(server)[0]
+    wait_until(lambda: len(spares(server.server.pid)) == 1, "there is a spare")
+    return spares(server.server.pid)[0]
 
 
 @pytest.fixture
@@ -56,7 +43,7 @@ def test_the_next_machine_has_it_and_then_there_is_another(quiet):
     facts = status(spare)
     assert int(facts["CapBnd"], 16) == 0 and os.listdir(f"/proc/{spare}/root/") == []
     vm = B.makes(quiet.path / "one")
-    assert is_there(spare) and spares(quiet) == [spare]  # a machine that was only made has no process
+    assert is_there(spare) and spares(quiet.server.pid) == [spare]  # a machine that was only made has no process
     assert pid_of(vm) == spare
     assert status(spare)["Uid"].split() == [str(B.uid)] * 4 and status(spare)["Seccomp"] == "2"
     assert the_spare(quiet) != spare
@@ -122,7 +109,7 @@ def test_spares_that_always_end_keep_nobody_busy(quiet):
     for _ in range(6):
         killed.append(the_spare(quiet))
         os.kill(killed[-1], signal.SIGKILL)
-        wait_until(lambda: killed[-1] not in spares(quiet), "it has ended")
+        wait_until(lambda: killed[-1] not in spares(quiet.server.pid), "it has ended")
     assert len(set(killed)) == 6
     assert time.monotonic() - began > 0.04 + 0.08 + 0.16 + 0.32 + 0.64
     vm = B.makes(quiet.path / "one")

@@ -516,8 +516,7 @@ class _Children:
                 break
             if pid == self._spare:
                 self._spare = 0
-                if status:  # else its server did not want it
-                    self._spare_failed()
+                self._spare_failed()
             job = self._jobs.pop(pid, None)
             if job is not None:
                 del self._pids[job]
