@@ -380,6 +380,35 @@ def test_stats_that_wait_count_and_hold_up_nobody_else(own_server):
     os.close(told)
 
 
+# ---- guests that never stop
+
+
+def test_busy_machines_hold_up_no_idle_one(server, machines):
+    """What is read of an idle machine wakes nothing but the server, and that has little to do."""
+    mine, _ = machines
+    crowd = [Machine(server.path / f"busy{number}") for number in range(8)]
+
+    def make() -> None:
+        for vm in crowd:
+            vm.path.mkdir()
+            vm.load("ebfe")
+            vm.write("state", "run")
+
+    def look() -> list[float]:
+        seconds = []
+        for _ in range(50):
+            began = time.monotonic()
+            assert regs(mine) == 144
+            seconds.append(time.monotonic() - began)
+        return sorted(seconds)
+
+    B.does(make, seconds=2 * SOON)
+    seconds = A.does(look)
+    assert seconds[25] < 0.1 and seconds[-1] < 1, seconds
+    assert B.does(crowd[-1].read, "state") == "running\n"
+    B.does(lambda: [vm.path.rmdir() for vm in crowd])
+
+
 # ---- rights
 
 
