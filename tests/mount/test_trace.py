@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -9,9 +11,10 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from mounting import SOON, Machine, Server, failing, reason_against, serving, wait_until
+from mounting import LIBC, SOON, Blocked, Machine, Server, failing, reason_against, serving, wait_until
 
 from vmfs.debug.trace import _RECORD, DROPPED, INSN
 from vmfs.debug.trace_buffer import count
@@ -32,12 +35,15 @@ def engine_of(vm) -> str:
     return vm.read("engine").strip()
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["lane", "no-lane"])
+def emulator(request, tmp_path_factory) -> Iterator[Server]:
+    """With the lane and without: what a test says holds of both."""
     reason = reason_against(next(row for row in ENGINES if row.name == "emulator"))
     if reason:
         pytest.skip(reason)
-    with serving(tmp_path_factory, engine="emulator") as one:
+    environment = {} if request.param == "lane" else {"VMFS_NO_LANE": "1"}
+    with serving(tmp_path_factory, engine="emulator", environment=environment) as one:
+        one.has_lane = request.param == "lane"
         yield one
 
 
@@ -289,3 +295,83 @@ def test_the_lines_that_were_read_ahead_are_for_the_next(emulated):
         while part := second.read(128 << 10):
             lines += part
     assert lines.splitlines() == [b"insn 0x1000", b"insn 0x1001"] * 150000
+
+
+def numbers_of(records: bytes) -> list[tuple[int, int]]:
+    """Of each record of instructions the first one's number, and how many there are."""
+    return [(number, size) for kind, _, size, _, number, _, _ in _RECORD.iter_unpack(records) if kind == INSN]
+
+
+def test_a_stream_through_the_ring(emulator, emulated):
+    """A reader that is killed: what it did not get is for the next. That one goes on while the guest does, reads some
+    again, reads without waiting, polls, and comes to an end."""
+    emulated.load(SPIN)
+    emulated.write("trace", "insn on")
+    large = 1 << 17
+    with subprocess.Popen(["cat", emulated / "trace.bin"], stdout=subprocess.PIPE) as killed:
+        emulated.write("vm_run", "insns 400000")
+        got = numbers_of(killed.stdout.read(8 * large))
+        killed.kill()
+    fd = os.open(emulated / "trace.bin", os.O_RDONLY)
+    emulated.write("state", "run")
+    records = bytearray()
+    while len(records) < 80 * large:
+        part = os.read(fd, large)
+        assert part
+        records += part
+        back = min(len(records), large)
+        assert os.pread(fd, 64, len(records) - back) == records[len(records) - back :][:64]
+    os.set_blocking(fd, False)
+    for _ in range(20):
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        assert poll.poll(10_000) == [(fd, select.POLLIN)]
+        with contextlib.suppress(BlockingIOError):
+            records += os.read(fd, large)
+    emulated.write("state", "pause")
+    emulated.write("trace", "off")
+    os.set_blocking(fd, True)
+    while part := os.read(fd, large):
+        records += part
+    os.close(fd)
+    numbers = numbers_of(records)
+    assert all(at + size == then for (at, size), (then, _) in zip(numbers, numbers[1:], strict=False))
+    lost = numbers[0][0] - sum(got[-1])  # what cat had in its hands, and in the pipe
+    assert 0 <= lost <= 3 * large // _RECORD.size * got[0][1]
+    assert stat(emulated)["trace_dropped"] == "0"
+    assert (int(stat(emulated)["lane_reads"]) > 10) == emulator.has_lane
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another's memory is written")
+def test_a_hostile_ring(emulator, emulated):
+    """What a machine writes into it hurts nobody but its own readers: they get bytes, an errno, or are let go."""
+    emulated.load(SPIN)
+    emulated.write("trace", "insn on")
+    emulated.write("vm_run", "insns 3000000")
+    other = emulator.make()
+    fd = os.open(emulated / "trace.bin", os.O_RDONLY)
+    assert len(os.read(fd, 1 << 17)) == 1 << 17
+    process = Path("/proc") / stat(emulated)["pid"]
+    (line,) = [line for line in (process / "maps").read_text().splitlines() if "memfd:vmfs-ring" in line]
+    place = "-".join(part.lstrip("0") for part in line.split()[0].split("-"))
+    memory = os.open(process / "map_files" / place, os.O_RDWR)
+    assert failing(os.ftruncate, memory, 0) == errno.EPERM
+    os.kill(int(process.name), signal.SIGSTOP)  # it is this test from now on
+    position = ctypes.c_long(1 << 17)
+    readers = []
+    for number in (0, 1, (1 << 17) - 1, (1 << 17) + 1, 9 << 18, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
+        for at in (0, 8, 64):  # struct ring_page
+            os.pwrite(memory, number.to_bytes(8, "little"), at)
+        readers.append(Blocked(lambda: (LIBC.pread(fd, ctypes.create_string_buffer(1 << 17), 1 << 17, position), b"")))
+        assert len((other / "regs").read_bytes()) == 144
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    for reader in readers:
+        if reader.result is None:
+            reader.signal()
+    for reader in readers:
+        size, error, _ = reader.end()
+        assert 0 < size <= 1 << 17 or error == errno.EINTR
+    os.close(memory)
+    os.kill(int(process.name), signal.SIGKILL)
+    wait_until(lambda: emulated.read("state") == "failed\n")
+    os.close(fd)

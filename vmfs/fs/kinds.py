@@ -179,7 +179,7 @@ class ServedHandle(Handle):
         flags = _file_flags()
         try:
             await self._be_open()
-            if size >= _LARGE and self._may_have_ring:
+            if size >= _LARGE and self._may_have_ring and not self.walking:
                 self._share()
             answer = await call(
                 self._machine,
