@@ -30,17 +30,15 @@ _NEAR_STACK = STACK - 0x1000  # a page that `calls` uses, and a byte of it that 
 
 REQUESTS = {
     "1,000 breakpoints elsewhere": DebugRequest(
-        breakpoints=tuple(Breakpoint(n + 1, _ELSEWHERE + 37 * n) for n in range(1000))
+        stops=tuple(Breakpoint(n + 1, _ELSEWHERE + 37 * n) for n in range(1000))
     ),
     "65,536 breakpoints elsewhere": DebugRequest(
-        breakpoints=tuple(Breakpoint(n + 1, _ELSEWHERE + 37 * n) for n in range(1 << 16))
+        stops=tuple(Breakpoint(n + 1, _ELSEWHERE + 37 * n) for n in range(1 << 16))
     ),
     "1,000 watchpoints elsewhere": DebugRequest(
-        watchpoints=tuple(Watchpoint(n + 1, _ELSEWHERE + 64 * n, 8, True, True) for n in range(1000))
+        stops=tuple(Watchpoint(n + 1, _ELSEWHERE + 64 * n, 8, True, True) for n in range(1000))
     ),
-    "ports and vectors watched": DebugRequest(
-        ports=(PortStop(1, 0x60, 0x64),), vectors=(VectorStop(2, tuple(range(32))),)
-    ),
+    "ports and vectors watched": DebugRequest(stops=(PortStop(1, 0x60, 0x64), VectorStop(2, tuple(range(32))))),
 }
 
 
@@ -102,7 +100,7 @@ def results() -> list[Result]:
         Result(f"debug: run with {name}", "of none", _speed(image, KERNEL_NAMES, request), "", mark=">= 0.95")
         for name, request in REQUESTS.items()
     ]
-    near = DebugRequest(watchpoints=(Watchpoint(1, _NEAR_STACK, 1, True, True),))
+    near = DebugRequest(stops=(Watchpoint(1, _NEAR_STACK, 1, True, True),))
     speed = _speed(image, ("calls",), near)
     found.append(Result("debug: run with a watched byte in the page of its stack", "of none", speed, ""))
     for engine, times in (("emulator", 100_000), ("kvm", 10_000)):
