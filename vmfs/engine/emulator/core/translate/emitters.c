@@ -44,6 +44,14 @@ static void put_lock(struct translation *t, const struct record *r)
         put8(&t->code, 0xf0);
 }
 
+/* XCHG of AL and AH, or of another one's, which is the operand then. */
+static void swap_halves(struct code *code, struct use *u)
+{
+    u->host ^= 4;
+    u->high = !u->high;
+    put_modrm(code, I_HIGH, M1, 0x86, u->host & 3, in_register((u->host & 3) + 4));
+}
+
 static bool copy_as(struct translation *t, const struct record *r, unsigned traits, unsigned opcode, bool by_condition)
 {
     const struct opcode *o = &opcodes[r->id];
@@ -90,7 +98,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         }
     }
     bool high = reg.high || rm.high;
-    if (high && (memory || (reg.is && reg.host > 7) || (rm.is && rm.host > 7) || r->size == 3))
+    bool swaps = high && memory && !(traits & WRITES_RAX); /* T1 needs a REX, with which there is no AH */
+    if (high && !swaps && (memory || (reg.is && reg.host > 7) || (rm.is && rm.host > 7) || r->size == 3))
         return false;
     if (t->asking)
         return true;
@@ -127,6 +136,10 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         flags |= r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
     if (o->prefix == P66)
         flags |= I_66;
+    if (swaps) {
+        swap_halves(code, &reg);
+        high = false;
+    }
     /* registers of a byte need a REX, but for AH to BH; the other operand of MOVZX is not one */
     bool byte = (reg.byte && !reg.high) || (rm.byte && !rm.high);
     clear_kept(t);
@@ -143,6 +156,8 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
         put_opcode(code, flags, 0, false, o->map, opcode);
     if (immediate)
         put_bytes(code, (u64)(i64)r->imm, immediate);
+    if (swaps)
+        swap_halves(code, &reg);
     store_use(t, &reg);
     if (!in_vcpu)
         store_use(t, &rm);
