@@ -74,6 +74,13 @@ PLANTS = (
         "        if (!emitted",
     ),
     Plant(
+        "less without OF",
+        "emit.c",
+        "restore_flags(t, true);\n        return condition;",
+        "restore_flags(t, false);\n        return condition;",
+    ),
+    Plant("RAX is lost when flags are saved", "emit.c", "put_modrm(code, I_W, M1, 0x8b, RAX, in_register(T0));", ""),
+    Plant(
         "a vector register that is not stored",
         "emit.c",
         "t->dirty |= (u16)(writes << n);",
@@ -105,6 +112,7 @@ PLANTS = (
         "!(u->writes && bytes != 8)",
         "!(u->writes && bytes < 4)",
     ),
+    Plant("AH to memory is AL", "emitters.c", "    u->host ^= 4;\n", "    u->host ^= 4;\n    return;\n"),
     Plant("operands exchanged, the direction not", "emitters.c", "    *opcode ^= 2;\n", "    *opcode ^= 0;\n"),
     Plant(
         "XCHG of two registers writes one", "emitters.c", "COPY(XCHG, CHANGES | WRITES_SECOND);", "COPY(XCHG, CHANGES);"
@@ -151,8 +159,8 @@ PLANTS = (
     Plant(
         "CF from its own byte by another bit",
         "emit.c",
-        "t->split & fC ? in_register(T0) : FIELD(flags_image));\n        put8(&t->code, 0);",
-        "t->split & fC ? in_register(T0) : FIELD(flags_image));\n        put8(&t->code, 1);",
+        "put8(&t->code, t->split & fC ? 0 : image_bit(fC));",
+        "put8(&t->code, t->split & fC ? 1 : image_bit(fC));",
     ),
     Plant("VEX without its length", "emitters_vex.c", "vectors && r->vector == 5, w", "false, w"),
     Plant("VEX without W", "emitters_vex.c", "(o->size == Y && r->size == 3)", "false"),
@@ -252,8 +260,8 @@ PLANTS = (
     Plant(
         "an address that is RIP's, of another instruction",
         "emit.c",
-        "t->in->block->ip + (u64)r->disp",
-        "t->in->block->ip + r->at + (u64)r->disp",
+        "(r->base == GPR_IP * 8 ? t->in->block->ip : 0)",
+        "(r->base == GPR_IP * 8 ? t->in->block->ip + r->at : 0)",
     ),
 )
 
