@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmfs.devices.virtio.block import Block
-from vmfs.devices.virtio.disk import CLUSTER, SECTOR, Overlay, open_disk
+from vmfs.devices.virtio.disk import CLUSTER, SECTOR, Frozen, Overlay, open_disk
 from vmfs.engine.base import Capability
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 from vmfs.memory.layers import bits, pages_of, runs
 from vmfs.memory.ram import HIGH_START, PAGE, Memory
-from vmfs.words.errors import Busy, Gone, Invalid, LimitReached
+from vmfs.words.errors import AlreadyThere, Busy, LimitReached, NotThere
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import write_registers
 
@@ -355,13 +355,15 @@ def test_room_for_an_overlay_is_given_back(tmp_path):
     disk = open_disk(os.open(image, os.O_RDONLY), "cow", room=Room())
     assert isinstance(disk, Overlay)
     disk.write(0, [memoryview(bytes(CLUSTER))])
-    kept = disk.freeze(disk.new_file)
+    empty = disk.freeze(disk.new_file)
+    kept, before_any = empty, Frozen((), disk.size)
+    assert list(kept.extents()) == [(0, CLUSTER)] and kept.read_at(0, 99999999) == bytes(1 << 20)
     disk.write(0, [memoryview(bytes(CLUSTER))])
     before = held
     disk.go_back(kept)
     assert 0 < held < before
-    disk.go_back(())
-    del kept
+    disk.go_back(before_any)
+    del kept, empty
     assert held == 0
     disk.close()
 
@@ -389,10 +391,10 @@ def test_what_is_booted(engine, make):
 def test_names_and_numbers(engine, make):
     vm = make(engine)
     vm.past.take("one")
-    with pytest.raises(Invalid, match="already"):
+    with pytest.raises(AlreadyThere):
         vm.past.take("one")
     for act in (vm.past.restore, vm.past.drop):
-        with pytest.raises(Gone):
+        with pytest.raises(NotThere):
             act("two")
     vm.past.drop("one")
     assert vm.past.names() == []
@@ -440,6 +442,8 @@ def test_without_room_nothing_is_kept(engine, make, room):
     assert vm.past.names() == names and look(vm) == before and held <= room
     for name in names:
         vm.past.drop(name)
+    assert held <= SIZE + (1 << 20)  # a base is what RAM is over
+    assert look(vm) == before
     vm.past.take("again", reserve=lambda more: None)
     run(vm, 1000)
     vm.past.restore("again")

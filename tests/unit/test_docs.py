@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES
+from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES, SNAPSHOT_FILES, snapshot_disk
 from vmfs.machine.files.commands import COMMANDS
 from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
@@ -11,18 +11,22 @@ TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
-DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed"}
+DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed", "snap/NAME/"}
+SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_FILES} | {"snap/NAME/disks/NAME": snapshot_disk("")}
 
 
 def test_every_file_has_its_section_and_every_section_its_file():
     assert set(ROOT_SECTIONS) - DIRECTORIES == {row.name for row in ROOT_FILES}
-    assert set(SECTIONS) - DIRECTORIES == {row.name for row in FILES} | {f"cpuN/{row.name}" for row in CPU_FILES}
+    names = {row.name for row in FILES} | {f"cpuN/{row.name}" for row in CPU_FILES} | SNAPSHOT_SECTIONS.keys()
+    assert set(SECTIONS) - DIRECTORIES == names
 
 
 def test_sections_say_the_permissions():
     for rows, sections in ((FILES, SECTIONS), (ROOT_FILES, ROOT_SECTIONS)):
         for row in rows:
             assert sections[row.name].startswith(f"{row.mode:04o}, "), row.name
+    for name, row in SNAPSHOT_SECTIONS.items():
+        assert SECTIONS[name].startswith(f"{row.mode:04o}, "), name
     for row in CPU_FILES:
         assert SECTIONS[f"cpuN/{row.name}"].startswith(f"{row.mode:04o}, "), row.name
 

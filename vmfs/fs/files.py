@@ -10,7 +10,7 @@ from vmfs import __version__
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.inodes import Kind, Scope
-from vmfs.fs.kinds import LocalText, Served, Stat
+from vmfs.fs.kinds import Kept, LocalText, Served, Stat
 from vmfs.fs.mapped import Framebuffer, Mem
 from vmfs.fs.scopes import RootScope
 from vmfs.words.registers import REGISTERS
@@ -58,6 +58,7 @@ FILES: tuple[Row, ...] = (
     Row("registers", 0o600, BOTH, per_cpu=True),
     Row("mem", 0o600, Mem()),
     Row("dirty", 0o400, Served(acts=True)),
+    Row("restore", 0o600, BOTH),
     # configuration
     Row("mem_size", 0o600, BOTH),
     Row("cpus", 0o600, BOTH),
@@ -105,6 +106,13 @@ DEV_FILES: tuple[Row, ...] = (
     Row("unclaimed", 0o400, READ),
 )
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
+
+# Of a snapshot, and of each disk in its disks/.
+SNAPSHOT_FILES: tuple[Row, ...] = (Row("mem", 0o400, Kept()), Row("state", 0o400, Kept()), Row("info", 0o400, READ))
+
+
+def snapshot_disk(name: str) -> Row:
+    return Row(name, 0o400, Kept())
 
 
 def _engine_line(info: EngineInfo) -> str:

@@ -154,6 +154,7 @@ class Kind:
     sized = False  # its size may change: the kernel asks for the attributes each time
     reading_acts = False  # a read changes the machine: it takes the right to write, too
     dated = True  # its mtime is when its machine last changed
+    lasting = False  # its size never changes: once it was measured, the kernel may keep the attributes
     walked = True  # a program that copies or compares whole directories reads it, as any file
 
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:

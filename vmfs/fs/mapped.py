@@ -6,7 +6,7 @@ the end of the memory, answers read(2) and write(2) (docs/decisions/0003).
 
 Page cache, else, for `mem`: before a run what clients changed is written back and dropped; after it the pages that the
 guest changed are dropped. The same around a change that the machine makes. Only while `mem` is open: a first
-open finds an empty cache.
+open finds an empty cache. So it is, too, once RAM is over a base (docs/decisions/0013): then the machine answers.
 
 Source: Linux Documentation/filesystems/fuse/fuse-passthrough.rst, fuse-io.rst.
 """
@@ -16,7 +16,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -28,6 +30,7 @@ from vmfs.fs.passthrough import Backing
 from vmfs.host.credentials import Credentials
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
+from vmfs.words.commands import ANY_FLAGS, DATA_MOST
 from vmfs.words.errors import PastEnd, ProcessFailed
 
 log = logging.getLogger(__name__)
@@ -43,14 +46,35 @@ class MemoryServer:
         self._way: bool | None = None
         self._opens = 0  # of those that go through the page cache
         self._writers = 0  # clients that have it, or other memory of the guest, open for writing
+        self._passing = 0  # opens that the kernel serves
         self._inode = 0
+        self.by_machine = False  # reads and writes are the machine's to answer, for RAM is no file any more
 
     def passes_through(self) -> bool:
         """In an open handler: whether its answer makes the kernel serve the file."""
+        if self.by_machine:
+            return False
         if self._backing is None:
             self._backing = Backing(self._machine.memory_fd)
         self._way = self._backing.answer_open()
         return self._way
+
+    def leave_to_machine(self) -> bool:
+        """Have the machine answer what is read and written from now on, for its RAM is to be over a base. False where
+        clients have the memfd itself, which has to stay what RAM is."""
+        if self._passing:
+            return False
+        if not self.by_machine:
+            self.by_machine, self._way = True, False
+            self.close()
+        return True
+
+    def opened(self) -> None:
+        """The kernel serves one more open file."""
+        self._passing += 1
+
+    def closed(self) -> None:
+        self._passing -= 1
 
     @property
     def way(self) -> str:
@@ -133,7 +157,8 @@ class _MemHandle(Handle):
     def __init__(self, node: File, pid: int, writing: bool) -> None:
         super().__init__(node, pid)
         self._machine: MachineProcess = self.scope.machine
-        self._cached = False
+        self._cached = self._passes = False
+        self._opened: int | None = None  # its number in the machine's process, once that answers
         self._writing = self.direct_io = writing
         if writing:
             self.scope.memory.writer_comes()
@@ -144,12 +169,53 @@ class _MemHandle(Handle):
             self._cached = True
             self.direct_io = False
             self.keep_cache = server.open_cached(self.node.number)
+        else:
+            self._passes = True
+            server.opened()
 
     async def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._memory(), size, offset)
+        if not self.scope.memory.by_machine:
+            return os.pread(self._memory(), size, offset)
+        number, parts = await self._number(), []
+        while size > 0:
+            want = min(size, DATA_MOST)
+            answer = await self._call(lambda at, to=offset, want=want: commands.Read(at, number, to, want, ANY_FLAGS))
+            parts.append(answer.data[:want])
+            offset, size = offset + len(parts[-1]), size - len(parts[-1])
+            if len(parts[-1]) < want:
+                break
+        return b"".join(parts)
 
     async def write(self, offset: int, data: bytes) -> int:
-        return write_bounded(self._memory(), "mem", "RAM", offset, data)
+        if not self.scope.memory.by_machine:
+            return write_bounded(self._memory(), "mem", "RAM", offset, data)
+        number, done = await self._number(), 0
+        while done < len(data):
+            piece = bytes(data[done : done + DATA_MOST])
+            answer = await self._call(
+                lambda at, to=offset + done, piece=piece: commands.Write(at, number, to, piece, ANY_FLAGS)
+            )
+            done += max(min(answer.number, len(piece)), 0)
+            if answer.number < len(piece):
+                break
+        return done
+
+    async def _number(self) -> int:
+        """Of it in the machine's process."""
+        if self._opened is None:
+            path, writing = self.node.path, self._writing
+            answer = await self._call(
+                lambda at: commands.Open(at, path, writing, False, False, False, self._machine.owner.uid)
+            )
+            if self._opened is None:
+                self._opened = answer.handle
+            else:  # meanwhile
+                self._machine.tell(commands.Close(answer.handle))
+        return self._opened
+
+    async def _call(self, make: Callable[[int], commands.Message]) -> Any:
+        """What the kernel reads for its cache, and writes of it, has no caller."""
+        return await call(self._machine, make, self.pid if self.direct_io else 0)
 
     def _memory(self) -> int:
         if self._machine.memory_fd < 0:
@@ -159,6 +225,10 @@ class _MemHandle(Handle):
     def close(self) -> None:
         if self._cached:
             self.scope.memory.close_cached()
+        if self._passes:
+            self.scope.memory.closed()
+        if self._opened is not None:
+            self._machine.tell(commands.Close(self._opened))
         if self._writing:
             self.scope.memory.writer_goes()
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 from vmfs.engine import EngineInfo
 from vmfs.fs.connection import Connection
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Scope
+from vmfs.fs.kinds import call
 from vmfs.fs.lane import MachineLane
 from vmfs.fs.mapped import MemoryServer
 from vmfs.fs.passthrough import Backing
 from vmfs.host.machines import Host
 from vmfs.host.process import MachineProcess, Watcher
+from vmfs.words import commands
+from vmfs.words.errors import Invalid
+
+# What a machine and a snapshot may be called, and what a machine may call a register or a device.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+NAMES_MOST = 4096  # in a directory that a machine fills
 
 
 class RootScope(Scope):
@@ -110,3 +118,50 @@ class MachineScope(Scope, Watcher):
 
     async def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         await self.memory.invalidate(ranges)
+
+
+class PartScope(Scope):
+    """A device or a CPU of a machine, with which it goes."""
+
+    def __init__(self, machine: MachineScope) -> None:
+        self._of = machine
+        self.machine = machine.machine
+        super().__init__()
+
+    @property
+    def removed(self) -> bool:  # type: ignore[override]
+        return self._removed or self._of.removed
+
+    @removed.setter
+    def removed(self, value: bool) -> None:
+        self._removed = value
+
+    @property
+    def modified_ns(self) -> int:  # type: ignore[override]
+        return self._of.modified_ns
+
+    @modified_ns.setter
+    def modified_ns(self, value: int) -> None:
+        if value:
+            self._of.modified_ns = value
+
+    def touch(self) -> None:
+        self._of.touch()
+
+    def complain(self, sentence: str, about: object) -> None:
+        self._of.complain(sentence, about)
+
+    def succeeded(self, about: object) -> None:
+        self._of.succeeded(about)
+
+
+def check_name(name: str, what: str = "a machine") -> None:
+    """Invalid for what is no name for a machine or a snapshot."""
+    if not _NAME.fullmatch(name):
+        raise Invalid(f"{name[:80]!r} is no name for {what}: 1 to 64 of A-Z a-z 0-9 . _ -, no leading dot")
+
+
+async def listed(machine: MachineProcess, directory: str) -> list[tuple[str, int]]:
+    """What the machine says that there is, as far as it can be."""
+    answer = await call(machine, lambda at: commands.List(at, directory), 0)
+    return [(name, found) for name, found in answer.names[:NAMES_MOST] if _NAME.fullmatch(name)]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import trio
 
-from vmfs.fs.inodes import File, Node
+from vmfs.fs.inodes import ATTR_SECONDS, File, Node
 from vmfs.fs.kinds import counted
 from vmfs.words.errors import LimitReached, VmfsError
 
@@ -51,3 +51,5 @@ async def measure(nodes: Iterable[Node]) -> None:
                 size, blocks = sizes.get(file.path, (0, 0))
                 file.size = size + file.kind.added_size(file), blocks
                 file.measured_at = stood[file]
+                if file.kind.lasting:
+                    file.attr_seconds = ATTR_SECONDS

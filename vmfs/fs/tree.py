@@ -13,10 +13,11 @@ import trio
 
 from vmfs.fs.files import BOTH, CPU_FILES, DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES, Row, register_row
 from vmfs.fs.hooks import pyfuse3
-from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node, Scope
+from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
 from vmfs.fs.kinds import call
-from vmfs.fs.scopes import MachineScope, RootScope
+from vmfs.fs.scopes import MachineScope, PartScope, RootScope, check_name, listed
 from vmfs.fs.sizes import ANSWER_SECONDS
+from vmfs.fs.snapshots import SnapshotsDirectory
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
@@ -26,17 +27,8 @@ from vmfs.words.registers import parse_msr
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CPU = re.compile(r"cpu[1-9][0-9]?", re.ASCII)
-_FROM_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)  # what a machine may call a register or device
-NAMES_MOST = 4096  # in a directory that a machine fills
 CLOSE_SECONDS = 2.0  # how long rmdir waits for the machine's process to be gone
-
-
-def check_name(name: str) -> None:
-    """Invalid for what is no name for a machine."""
-    if not _NAME.fullmatch(name):
-        raise Invalid(f"{name[:80]!r} is no name for a machine: 1 to 64 of A-Z a-z 0-9 . _ -, no leading dot")
 
 
 class RegisterDirectory(Directory):
@@ -70,7 +62,7 @@ class RegisterDirectory(Directory):
 
     async def entries(self) -> Iterable[tuple[str, Node]]:
         if not self._complete:
-            for name, found in await _listed(self.scope.machine, self._path):
+            for name, found in await listed(self.scope.machine, self._path):
                 if name not in self.children:
                     self._make(REGISTER_ROWS.get(name) or register_row(name, writable=found != FOUND_READ_ONLY))
             self._complete = True
@@ -122,8 +114,8 @@ class DevicesDirectory(Directory):
     async def _refresh(self) -> None:
         """Have the directories of the devices that there are. A machine without a process has none."""
         machine = self.scope.machine
-        listed = await _listed(machine, "dev") if machine.born else []
-        there = {name for name, found in listed if found == FOUND_DIRECTORY}
+        names = await listed(machine, "dev") if machine.born else []
+        there = {name for name, found in names if found == FOUND_DIRECTORY}
         for name, node in list(self.children.items()):
             if isinstance(node, _DeviceDirectory) and name not in there:
                 self.take(name)
@@ -131,41 +123,6 @@ class DevicesDirectory(Directory):
                 self.inodes.remove(node)
         for name in sorted(there - self.children.keys()):
             self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask))
-
-
-class PartScope(Scope):
-    """A device or a CPU of a machine, with which it goes."""
-
-    def __init__(self, machine: MachineScope) -> None:
-        self._of = machine
-        self.machine = machine.machine
-        super().__init__()
-
-    @property
-    def removed(self) -> bool:  # type: ignore[override]
-        return self._removed or self._of.removed
-
-    @removed.setter
-    def removed(self, value: bool) -> None:
-        self._removed = value
-
-    @property
-    def modified_ns(self) -> int:  # type: ignore[override]
-        return self._of.modified_ns
-
-    @modified_ns.setter
-    def modified_ns(self, value: int) -> None:
-        if value:
-            self._of.modified_ns = value
-
-    def touch(self) -> None:
-        self._of.touch()
-
-    def complain(self, sentence: str, about: object) -> None:
-        self._of.complain(sentence, about)
-
-    def succeeded(self, about: object) -> None:
-        self._of.succeeded(about)
 
 
 class _CpuDirectory(Directory):
@@ -191,12 +148,6 @@ class _DeviceDirectory(Directory):
         super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
         for row in DEVICE_FILES:
             self.add(_make_file(self, row, umask, f"dev/{name}/{row.name}"))
-
-
-async def _listed(machine: MachineProcess, directory: str) -> list[tuple[str, int]]:
-    """What the machine says that there is, as far as it can be."""
-    answer = await call(machine, lambda at: commands.List(at, directory), 0)
-    return [(name, found) for name, found in answer.names[:NAMES_MOST] if _FROM_MACHINE.fullmatch(name)]
 
 
 def _follows() -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -231,6 +182,7 @@ class MachineDirectory(Directory):
         registers: dict[str, Node] = {}
         self.add(RegisterDirectory(self, registers, umask))
         self.add(DevicesDirectory(self, umask))
+        self.add(SnapshotsDirectory(self, umask, _make_file))
         self._cpu = _FirstCpuDirectory(self)
         self._cpu.add(RegisterDirectory(self, registers, umask))
         for row in CPU_FILES:
@@ -268,14 +220,14 @@ class MachineDirectory(Directory):
     async def _find_cpus(self) -> None:
         """Have the directories of the CPUs that there are. A machine without a process has one."""
         machine = self.scope.machine
-        listed: list[tuple[str, int]] = []
+        found: list[tuple[str, int]] = []
         if machine.born:
             try:
                 with trio.fail_after(ANSWER_SECONDS):
-                    listed = await _listed(machine, "cpus")
+                    found = await listed(machine, "cpus")
             except (VmfsError, trio.TooSlowError):  # as many as there were
                 return
-        there = {name for name, _ in listed if _CPU.fullmatch(name)}
+        there = {name for name, _ in found if _CPU.fullmatch(name)}
         for name, node in list(self.children.items()):
             if isinstance(node, _CpuDirectory) and name not in there:
                 self.take(name)

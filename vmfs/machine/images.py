@@ -110,6 +110,8 @@ class Image:
 class Images:
     """`cmdline` is the text as it was written, without the newline at its end."""
 
+    names = NAMES
+
     def __init__(self, limit: int = 1 << 31) -> None:
         self._images = {name: Image(name, limit) for name in NAMES}
         self.cmdline = ""

@@ -353,14 +353,24 @@ class Vm(Control):
             self.forget_pages()
         return pages
 
+    def peek_pages(self) -> int:
+        """What `take_pages` would give."""
+        with self._lock:
+            return self.look_at_pages()
+
     def look_at_pages(self) -> int:
-        """What `take_pages` would give; with the lock held."""
+        """`peek_pages`, with the lock held."""
         self._gather_dirty()
         return self._dirty["past"]
 
     def forget_pages(self) -> None:
         """With the lock held."""
         self._dirty["past"] = 0
+
+    def note_pages(self, pages: int) -> None:
+        """For `take_pages`; without the lock."""
+        with self._lock:
+            self._dirty["past"] |= pages
 
     def have_written(self, pages: int) -> None:
         """RAM is another there: for the engine and all that ask for it but snapshots; with the lock held."""
@@ -393,7 +403,11 @@ class Vm(Control):
             self.images.put(snapshot.images)
             try:
                 self._use_rom(snapshot.rom)
-                put(self, snapshot.state, put_memory)
+                try:
+                    put(self, snapshot.state, put_memory)
+                except (Invalid, Unsupported):  # KVM takes some MSRs of a CPU that has not run only
+                    self._replace_machine(snapshot.engine)
+                    put(self, snapshot.state, put_memory)
             except BaseException:
                 self.images.put(before[0])
                 self._use_rom(before[1])

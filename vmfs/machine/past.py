@@ -17,19 +17,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vmfs.devices.virtio.disk import Disk, Overlay, Written
+from vmfs.devices.virtio.disk import Disk, Frozen, Overlay
 from vmfs.engine.base import Engine, Vcpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.state import Body, State, take_with
 from vmfs.memory.layers import Image, Layer, bits, runs
 from vmfs.memory.ram import PAGE, Memory
-from vmfs.words.errors import Gone, Invalid, LimitReached, VmfsError
+from vmfs.words.errors import AlreadyThere, LimitReached, NotThere, VmfsError
 
 SNAPSHOTS_MOST = 256  # of a machine: each holds a descriptor or two
 STILL_MOST = 256  # pages that are copied while the machine stands still, where fewer can be had
 ROUNDS_MOST = 8  # in which a guest that runs may write less than that
 _ROOM_STEP = 1 << 20
-_COMPARED = 1 << 20  # bytes at a time
+_COMPARED, _COPIED = 1 << 20, 16 << 20  # bytes at a time
 
 Reserve = Callable[[int], None]  # asks for more bytes, or gives some back: below zero
 
@@ -50,10 +50,12 @@ class Snapshot:
     ram: Image
     rom: Rom | None
     images: dict[str, Kept]
-    overlays: dict[str, tuple[Written, ...]]
+    overlays: dict[str, Frozen]
     taken_ns: int
     instructions: int | None
     rw_disks: tuple[str, ...]  # that are rw: what their files hold is not in it
+    memory_size: int
+    encoded: bytes  # the state
 
     def files(self) -> Iterator[Kept]:
         """What holds memory beside RAM."""
@@ -71,6 +73,8 @@ class Whole(Body, Protocol):
 
     def at_boundary(self, task: Callable[[Vcpu], Any], cpu: int = 0) -> Future[Any]: ...
     def take_pages(self) -> int: ...
+    def peek_pages(self) -> int: ...
+    def note_pages(self, pages: int) -> None: ...
     def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None: ...
 
     @property
@@ -101,11 +105,14 @@ class Past:
     def names(self) -> list[str]:
         return list(self._snapshots)
 
+    def get(self, name: str) -> Snapshot | None:
+        return self._snapshots.get(name)
+
     def __getitem__(self, name: str) -> Snapshot:
-        """Gone where there is none of that name."""
+        """NotThere where there is none of that name."""
         snapshot = self._snapshots.get(name)
         if snapshot is None:
-            raise Gone(f"there is no snapshot {name[:64]!r}")
+            raise NotThere(f"there is no snapshot {name[:64]!r}")
         return snapshot
 
     def __bool__(self) -> bool:
@@ -117,8 +124,8 @@ class Past:
         others = [one for one in list(self._snapshots.values()) if one is not snapshot]
         base = self._vm.memory.base
         own = snapshot.ram.taken_beside([one.ram for one in others] + ([base] if base is not None else []))
-        written = {part for parts in snapshot.overlays.values() for part in parts}
-        theirs = {part for other in others for parts in other.overlays.values() for part in parts}
+        written = {part for disk in snapshot.overlays.values() for part in disk.files}
+        theirs = {part for other in others for disk in other.overlays.values() for part in disk.files}
         theirs.update(part for disk in self._disks().values() for part in disk.lower)
         own += sum(part.taken for part in written - theirs)
         every = sum(layer.taken for layer in snapshot.ram.layers) + sum(part.taken for part in written)
@@ -127,21 +134,28 @@ class Past:
     # ---- taking one
 
     def take(
-        self, name: str, *, is_live: bool = False, unseen: Callable[[], int] = lambda: 0, reserve: Reserve | None = None
+        self,
+        name: str,
+        *,
+        is_live: bool = False,
+        unseen: Callable[[], int] = lambda: 0,
+        reserve: Reserve | None = None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> Snapshot:
         """Keep what the machine is now, running or not. LimitReached where there is no room, and then nothing is kept.
 
         `is_live`: clients have RAM's memfd itself open, so that it has to stay what RAM is, and RAM is copied. `unseen`
-        is below zero while they may write it unseen, and else another number after they may have.
+        is below zero while they may write it unseen, and else another number after they may have. `go_on` is called now
+        and then, and raises what gives it up.
         """
         with self._busy:
             if name in self._snapshots:
-                raise Invalid(f"there is a snapshot {name} already")
+                raise AlreadyThere(f"there is a snapshot {name} already")
             if len(self._snapshots) >= SNAPSHOTS_MOST:
                 raise LimitReached(f"a machine has up to {SNAPSHOTS_MOST} snapshots")
             if reserve is not None:
                 self._reserve = reserve
-            taking = _Taking(self._vm, name, unseen)
+            taking = _Taking(self._vm, name, unseen, go_on)
             try:
                 self._begin(is_live)
                 snapshot = self._take(taking)
@@ -169,10 +183,11 @@ class Past:
 
     def _take(self, taking: _Taking) -> Snapshot:
         vm, memory, parent = self._vm, self._vm.memory, self._parent
-        may_be_unseen = memory.base is None and (taking.unseen() < 0 or taking.unseen() != self._news)
+        may_be_unseen = self._is_open_to_others(taking.unseen)
         taking.begin(parent, all_of_it=may_be_unseen)
         room = self._held
         for left in range(ROUNDS_MOST, -1, -1):
+            taking.go_on()
             taking.open_overlays(self._disks())
             if left and not may_be_unseen:
                 pages = taking.pending | vm.take_pages()
@@ -183,7 +198,7 @@ class Past:
                     continue
             # What the guest writes until it stands still, too.
             whole = memory.size // PAGE
-            most = min(taking.copied.bit_count() + 16 * STILL_MOST, whole) if left and not may_be_unseen else whole
+            most = min(taking.copied.bit_count() + 2 * STILL_MOST, whole) if left and not may_be_unseen else whole
             self._hold(room + most * PAGE)
             if vm.at_boundary(lambda _, most=most: taking.finish(most, self._disks())).result():
                 break
@@ -200,23 +215,49 @@ class Past:
         """Be what the machine was then, and paused. Busy while it runs. Returns what of RAM may be another, as
         (address, length)."""
         with self._busy:
-            snapshot = self[name]
-            pages = 0
+            return self._restore(self[name], unseen)
 
-            def put_ram() -> None:
-                nonlocal pages
-                pages = self._put_ram(snapshot.ram, unseen)
+    def _restore(self, snapshot: Snapshot, unseen: Callable[[], int]) -> list[tuple[int, int]]:
+        pages = 0
 
-            self._vm.go_back(snapshot, put_ram)
-            self.last = name
+        def put_ram() -> None:
+            nonlocal pages
+            pages = self._put_ram(snapshot.ram, unseen)
+
+        before = self._parent
+        self._vm.go_back(snapshot, put_ram)
+        self.last = snapshot.name
+        if before is not None and before.layers != snapshot.ram.layers:
+            self._settle(may_ask=False)
         return [(first * PAGE, count * PAGE) for first, count in runs(pages)]
+
+    def restore_now(self, name: str, most: int, *, unseen: Callable[[], int] = lambda: 0) -> bool:
+        """`restore`, where nothing has to be waited for, and at most so many pages are to be put. False, and nothing
+        done, where it may take longer."""
+        if not self._busy.acquire(blocking=False):
+            return False
+        try:
+            snapshot, parent = self[name], self._parent
+            assert parent is not None
+            if self._is_open_to_others(unseen):
+                return False
+            if (self._vm.peek_pages() | snapshot.ram.differs(parent)).bit_count() > most:
+                return False
+            self._restore(snapshot, unseen)
+            return True
+        finally:
+            self._busy.release()
+
+    def _is_open_to_others(self, unseen: Callable[[], int]) -> bool:
+        """Whether RAM may have been written by somebody who did not tell."""
+        return self._vm.memory.base is None and (unseen() < 0 or unseen() != self._news)
 
     def _put_ram(self, image: Image, unseen: Callable[[], int]) -> int:
         """With the machine's lock. The pages that may be others now."""
         vm, memory, parent = self._vm, self._vm.memory, self._parent
         assert parent is not None
         pages = vm.look_at_pages() | image.differs(parent)
-        if memory.base is None and (unseen() < 0 or unseen() != self._news):
+        if self._is_open_to_others(unseen):
             for start, end in (*memory.extents(), *image.extents()):
                 pages |= bits(start // PAGE, (end - start) // PAGE)
         memory.put(pages, image)
@@ -232,7 +273,18 @@ class Past:
             del self._snapshots[name]
             if self.last == name:
                 self.last = None
+            self._find_parent()
             self._settle()
+
+    def _find_parent(self) -> None:
+        """Have RAM differ from an image that is there for another reason, too: the one that is nearest."""
+        images, base = [one.ram for one in self._snapshots.values()], self._vm.memory.base
+        if base is not None:
+            images.append(base)
+        if images and (parent := self._parent) is not None and all(parent is not one for one in images):
+            nearest = min(images, key=lambda one: one.differs(parent).bit_count())
+            self._vm.note_pages(nearest.differs(parent))
+            self._parent = nearest
 
     def close(self) -> None:
         self._snapshots = {}
@@ -240,7 +292,7 @@ class Past:
 
     # ---- room
 
-    def _settle(self) -> None:
+    def _settle(self, *, may_ask: bool = True) -> None:
         """Hold what is there, after something has come or gone. A base counts as much as RAM: what is over it is RAM.
         """
         memory, snapshots = self._vm.memory, list(self._snapshots.values())
@@ -250,9 +302,10 @@ class Past:
             layers.update(self._parent.layers)
         total = (memory.size if under else 0) + sum(layer.taken for layer in layers - under)
         total += sum({kept: kept.size for one in snapshots for kept in one.files()}.values())
-        total += sum(len(part.data) for one in snapshots for part in one.state.parts.values())
-        with contextlib.suppress(VmfsError):  # it is there all the same; whoever asks next is told
-            self._hold(total)
+        total += sum(2 * len(one.encoded) for one in snapshots)
+        if may_ask or total < self._held:
+            with contextlib.suppress(VmfsError):  # it is there all the same; whoever asks next is told
+                self._hold(total)
 
     def _hold(self, size: int) -> None:
         wanted = -(-size // _ROOM_STEP) * _ROOM_STEP
@@ -268,7 +321,8 @@ class Past:
 class _Taking:
     """A snapshot on its way: a layer of what differs from `parent`, and new files for what is written to disks."""
 
-    def __init__(self, vm: Whole, name: str, unseen: Callable[[], int]) -> None:
+    def __init__(self, vm: Whole, name: str, unseen: Callable[[], int], go_on: Callable[[], None]) -> None:
+        self.go_on = go_on
         self._vm = vm
         self._name = name
         self.unseen = unseen
@@ -299,13 +353,15 @@ class _Taking:
             if disk.is_written and name not in self._overlays:
                 self._overlays[name] = disk.new_file()
 
-    def copy(self) -> None:
-        """What is pending."""
+    def copy(self, still: bool = False) -> None:
+        """What is pending. `still`: the machine stands still for it."""
         view = self._vm.memory.mapping.view
         for first, count in runs(self.pending):
             at, end = first * PAGE, (first + count) * PAGE
             while at < end:
-                at += os.pwrite(self.layer.fd, view[at:end], at)
+                if not still:
+                    self.go_on()
+                at += os.pwrite(self.layer.fd, view[at : min(at + _COPIED, end)], at)
         self.copied |= self.pending
         self.pending = 0
 
@@ -322,12 +378,12 @@ class _Taking:
                 self.pending |= self._touched() if self._parent is None else self._different(self._parent)
             if (self.copied | self.pending).bit_count() > most:
                 return False
-            self.copy()
+            self.copy(still=True)
             for name, disk in disks.items():
                 frozen[name] = disk.freeze(lambda name=name: self._overlays.pop(name))  # type: ignore[misc]
             return True
 
-        frozen: dict[str, tuple[Written, ...]] = {}
+        frozen: dict[str, Frozen] = {}
 
         taken = take_with(vm, rest)
         if taken is None:
@@ -348,6 +404,8 @@ class _Taking:
             overlays=frozen,
             taken_ns=time.time_ns(),
             instructions=vm.count_instructions(),
+            memory_size=vm.memory.size,
+            encoded=taken.encode(),
             rw_disks=tuple(name for name, disk in vm.disks() if disk.mode == "rw"),
         )
         vm.forget_pages()

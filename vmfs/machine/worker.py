@@ -24,6 +24,7 @@ from vmfs.machine.files import monitor, request
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, Devices
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
+from vmfs.machine.files.snapshots import Snapshots
 from vmfs.machine.files.table import CONTENTS, CPU_CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
@@ -135,6 +136,7 @@ class Worker:
         self._door = ServerDoor(channel)
         self.contents = Contents(vm, self._door, self._complain, monitor.command, engine_named)
         self._devices = Devices(self.contents)
+        self._snapshots = Snapshots(self.contents)
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
         self._requests: dict[int, request.Request] = {}
@@ -321,6 +323,11 @@ class Worker:
             kind = REGISTER_KINDS.get(name) or (register_file(name) if await self._has_msr(contents, name) else None)
         elif folder == "dev":
             kind = DEV_KINDS.get(name)
+        elif folder.startswith("snap/"):
+            found = self._snapshots.find(path_there.removeprefix("snap/"))
+            if found is not None:
+                return File(name, *found)
+            kind = None
         elif folder.startswith("dev/"):
             scope = self._devices.scope(folder.removeprefix("dev/"))
             if scope is not None and name in DEVICE_KINDS:
@@ -360,15 +367,27 @@ class Worker:
             names = [(f"cpu{cpu.index}", FOUND_DIRECTORY) for cpu in self.contents.vm.cpus]
         elif directory == "dev":
             names = [(name, FOUND_DIRECTORY) for name in self._devices.names()]
+        elif directory == "snap":
+            names = [(name, FOUND_DIRECTORY) for name in self._snapshots.names()]
+        elif directory.startswith("snap/") and directory.endswith("/disks"):
+            snapshot = directory.removeprefix("snap/").removesuffix("/disks")
+            names = [(name, FOUND_READ_ONLY) for name in self._snapshots.disks(snapshot)]
         else:
             names = []
         return Listed(message.call, names)
 
     async def _remove(self, message: commands.Remove) -> Done:
         folder, _, name = message.path.rpartition("/")
-        if folder != "dev":
-            raise NotPermitted("only a device's directory can be removed")
-        self._devices.remove(name)
+        if folder == "dev":
+            self._devices.remove(name)
+        elif folder == "snap":
+            await self._snapshots.remove(name)
+        else:
+            raise NotPermitted("only a device's directory and a snapshot can be removed")
+        return Done(message.call)
+
+    async def _take_snapshot(self, message: commands.Take) -> Done:
+        await self._snapshots.take(message.name, message.live)
         return Done(message.call)
 
     async def _measure(self, message: commands.Measure) -> Measured:
@@ -451,6 +470,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Truncate: Worker._truncate,
     commands.List: Worker._list,
     commands.Find: Worker._find,
+    commands.Take: Worker._take_snapshot,
     commands.Remove: Worker._remove,
 }
 

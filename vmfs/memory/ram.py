@@ -144,8 +144,17 @@ class Memory:
         if room <= 0 and data:
             where = "past the end of RAM" if offset >= self.end else "between the parts of RAM, which ends at"
             raise PastEnd(f"mem: {offset:#x} is {where}, {self.end:#x}")
+        return self._write(offset, memoryview(data)[:room])
+
+    def write_at(self, offset: int, data: bytes) -> int:
+        """As the file `mem` takes it: between the regions, too."""
+        self._check_open()
+        if data and offset >= self.end:
+            raise PastEnd(f"mem: {offset:#x} is past the end of RAM, {self.end:#x}")
+        return self._write(offset, memoryview(data)[: max(self.end - offset, 0)])
+
+    def _write(self, offset: int, view: memoryview) -> int:
         done = 0
-        view = memoryview(data)[:room]
         with self._writing:
             if self.base is not None:
                 self.mapping.view[offset : offset + len(view)] = view

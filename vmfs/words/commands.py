@@ -122,7 +122,7 @@ class Truncate(Message, frozen=True):
 
 
 class List(Message, frozen=True):
-    """The names in a directory that the machine makes: `reg`, `dev`, `dev/blk0`."""
+    """The names in a directory that the machine makes: `reg`, `dev`, `cpus`, `snap`, `snap/NAME/disks`."""
 
     call: int
     directory: str
@@ -133,6 +133,14 @@ class Find(Message, frozen=True):
 
     call: int
     path: str
+
+
+class Take(Message, frozen=True):
+    """mkdir(2) of `snap/NAME`: a snapshot. `live`: clients have RAM itself, which has to stay what it is."""
+
+    call: int
+    name: str
+    live: bool
 
 
 class Remove(Message, frozen=True):
@@ -182,7 +190,7 @@ class Refused(Message, frozen=True):
     sentence: str
 
 
-Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Remove | Lane
+Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove | Lane
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)

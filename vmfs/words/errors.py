@@ -59,6 +59,12 @@ class NotThere(VmfsError):
     errno = errno.ENOENT
 
 
+class AlreadyThere(VmfsError):
+    """EEXIST: a name that something has."""
+
+    errno = errno.EEXIST
+
+
 class NotPermitted(VmfsError):
     """EPERM: not the caller's to make, change or remove."""
 

@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from errno import EIO
 from typing import Any, Protocol
 
@@ -272,6 +272,67 @@ class Written:
         self._room.release(self._held)
 
 
+class Frozen:
+    """What an overlay of a disk of `size` bytes had: files, the newest last. Read, it has zeros for what is the base's.
+    """
+
+    def __init__(self, files: tuple[Written, ...], size: int) -> None:
+        self.files = files
+        self.size = size
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of the clusters that were written."""
+        return _extents((one.clusters for one in self.files), self.size)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        length = max(min(length, self.size - offset), 0)
+        data = bytearray(length)
+        view = memoryview(data)
+        for fd, start, size in _parts(tuple((one.fd, one.clusters) for one in self.files), offset, length):
+            if fd >= 0:
+                _transfer(os.preadv, fd, [view[start - offset : start - offset + size]], start)
+        return bytes(data)
+
+
+Files = tuple[tuple[int, Any], ...]  # of an overlay, the newest last: descriptor and map (vmfs.devices._chips.Clusters)
+
+
+def _runs(clusters: Any, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+    """(whether it is in that map, offset, length) of the parts of a range, in order."""
+    end = offset + length
+    while offset < end:
+        cluster = offset // CLUSTER
+        has, count = clusters.run(cluster, -(-end // CLUSTER))
+        upto = min((cluster + count) * CLUSTER, end)
+        yield has, offset, upto - offset
+        offset = upto
+
+
+def _parts(files: Files, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """(descriptor, offset, length) of the parts of a range, in order: of the last of these files that has it; -1 where
+    none has."""
+    if not files:
+        yield -1, offset, length
+        return
+    (fd, clusters), below = files[-1], files[:-1]
+    for has, start, size in _runs(clusters, offset, length):
+        if has:
+            yield fd, start, size
+        else:
+            yield from _parts(below, start, size)
+
+
+def _whole(maps: Iterable[Any], size: int) -> Any:
+    whole = _chips.Clusters(-(-size // CLUSTER))
+    for clusters in maps:
+        whole.add(clusters)
+    return whole
+
+
+def _extents(maps: Iterable[Any], size: int) -> Iterator[tuple[int, int]]:
+    return ((start, start + length) for has, start, length in _runs(_whole(maps, size), 0, size) if has)
+
+
 class Overlay:
     """What is written goes into a file without a name, which is gone with the machine; the base stays as it is.
 
@@ -317,7 +378,7 @@ class Overlay:
         """Whether anything was since it was frozen last."""
         return self._clusters.any
 
-    def freeze(self, new_file: Callable[[], int]) -> tuple[Written, ...]:
+    def freeze(self, new_file: Callable[[], int]) -> Frozen:
         """What it has, for somebody to keep. It is not written to meanwhile. `new_file` gives the next to be written,
         where one is needed (`is_written`)."""
         if self.is_written:
@@ -325,11 +386,11 @@ class Overlay:
             self.lower = (*self.lower, Written(self.fd, self._clusters, self._room, self._held))
             self._held = self._taken = self._since = 0
             self._write_to(fresh)
-        return self.lower
+        return Frozen(self.lower, self.size)
 
-    def go_back(self, lower: tuple[Written, ...]) -> None:
+    def go_back(self, frozen: Frozen) -> None:
         """Have what was frozen then, and no more. Nobody reads it meanwhile."""
-        self.lower = lower
+        self.lower = frozen.files
         if self.is_written:
             os.ftruncate(self.fd, 0)
             self._write_to(self.fd)
@@ -353,40 +414,16 @@ class Overlay:
                 raise OSError(error.errno, str(error)) from None
             self._held += more
 
-    @staticmethod
-    def _runs(clusters: Any, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
-        """(whether it is in that map, offset, length) of the parts of a range, in order."""
-        end = offset + length
-        while offset < end:
-            cluster = offset // CLUSTER
-            has, count = clusters.run(cluster, -(-end // CLUSTER))
-            upto = min((cluster + count) * CLUSTER, end)
-            yield has, offset, upto - offset
-            offset = upto
-
     def _has(self, cluster: int) -> bool:
         has: bool = self._clusters.run(cluster, cluster + 1)[0]
         return has
 
-    def _parts(self, offset: int, length: int, below: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """(descriptor, offset, length) of the parts of a range, in order; -1 is the base. `below`: only what so many of
-        the lower files have."""
-        if below is None:
-            fd, clusters, below = self.fd, self._clusters, len(self.lower)
-        elif below:
-            below -= 1
-            fd, clusters = self.lower[below].fd, self.lower[below].clusters
-        else:
-            yield -1, offset, length
-            return
-        for has, start, size in self._runs(clusters, offset, length):
-            if has:
-                yield fd, start, size
-            else:
-                yield from self._parts(start, size, below)
+    @property
+    def _files(self) -> Files:
+        return (*((one.fd, one.clusters) for one in self.lower), (self.fd, self._clusters))
 
     def read(self, offset: int, buffers: Buffers) -> None:
-        self._read(self._parts(offset, sum(map(len, buffers))), buffers)
+        self._read(_parts(self._files, offset, sum(map(len, buffers))), buffers)
 
     def read_at(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
@@ -418,7 +455,7 @@ class Overlay:
             if is_cut and not self._has(cluster):
                 at = cluster * CLUSTER
                 data = memoryview(bytearray(min(CLUSTER, self.size - at)))
-                self._read(self._parts(at, len(data), len(self.lower)), [data])
+                self._read(_parts(self._files[:-1], at, len(data)), [data])
                 _transfer(os.pwritev, self.fd, [data], at)
                 self._clusters.mark(cluster, cluster + 1)
 
@@ -446,18 +483,12 @@ class Overlay:
             offset += size
 
     def save_map(self) -> dict[int, bytes]:
-        chunks: dict[int, bytes] = self._whole_map().save()
+        chunks: dict[int, bytes] = _whole((clusters for _, clusters in self._files), self.size).save()
         return chunks
-
-    def _whole_map(self) -> Any:
-        whole = _chips.Clusters(-(-self.size // CLUSTER))
-        for clusters in (self._clusters, *(one.clusters for one in self.lower)):
-            whole.add(clusters)
-        return whole
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of the clusters that are not the base's."""
-        yield from ((start, start + size) for has, start, size in self._runs(self._whole_map(), 0, self.size) if has)
+        return _extents((clusters for _, clusters in self._files), self.size)
 
     def check_map(self, chunks: Mapping[int, bytes]) -> None:
         clusters = -(-self.size // CLUSTER)

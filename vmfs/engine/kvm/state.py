@@ -177,19 +177,28 @@ class VcpuState:
         return bytes(buffer)
 
     def _set_msrs(self, data: bytes) -> None:
-        """All or none: KVM stops at the first that it refuses; those before get their old values back."""
+        """All or none. What one takes may depend on another (MSR_PLATFORM_INFO on MISC_FEATURES_ENABLES): one that is
+        refused is tried again after the others, and where that is no use, those that were set get their old values
+        back."""
         entries = layouts.unpack_msrs(data)
-        before = []
-        for index, _value in entries:
-            before.append((index, self.get_msr(index)))
-        count = ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, data)
-        if count == len(entries):
+        before = {index: self.get_msr(index) for index, _value in entries}
+        if (refused := self._set_each(entries)) and len(refused) < len(entries):
+            refused = self._set_each(refused)
+        if not refused:
             return
-        undo = before[:count]
-        if undo and ioctl(self._fd, Ioctl.KVM_SET_MSRS, bytearray(layouts.pack_msrs(undo))) != len(undo):
-            raise EngineFailed("KVM_SET_MSRS: the MSRs before a bad one did not take their old values back")
-        index, value = entries[count]
+        if len(self._set_each(self._set_each(list(before.items())))):
+            raise EngineFailed("KVM_SET_MSRS: the MSRs beside a bad one did not take their old values back")
+        index, value = refused[0]
         raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
+
+    def _set_each(self, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Which of them KVM refuses. It stops at each."""
+        refused = []
+        while entries:
+            count = ioctl_set(self._fd, Ioctl.KVM_SET_MSRS, layouts.pack_msrs(entries))
+            refused += entries[count : count + 1]
+            entries = entries[count + 1 :]
+        return refused
 
     def _msrs_to_save(self) -> tuple[int, ...]:
         """KVM_GET_MSR_INDEX_LIST and _UNLISTED_MSRS, less what this host, with this CPUID, does not take back."""

@@ -48,6 +48,15 @@ class Mem(Kind):
         return None
 
     def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
-        handle = Handle(node, nonblocking)
-        handle.memory = node.scope.vm.memory.fd
-        return handle
+        return _MemHandle(node, nonblocking)
+
+
+class _MemHandle(Handle):
+    """Of RAM that has no descriptor of its own any more: it is over a base."""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self.scope.vm.memory.read_at(offset, size)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        self.scope.memory.changes += 1
+        return self.scope.vm.memory.write_at(offset, data)

@@ -22,6 +22,7 @@ from vmfs.machine.files.kinds import AccessData, ImageFile, Irq, State, Text, Vm
 from vmfs.machine.files.lines import Do, Undo, same
 from vmfs.machine.files.memory import Mem, resize_memory
 from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, screen_text
+from vmfs.machine.files.snapshots import RESTORE
 from vmfs.machine.files.trace import TraceFile
 from vmfs.machine.files.waiting import finished, settled
 from vmfs.machine.machine import Vm, check_cpu_count, check_time
@@ -247,6 +248,7 @@ CONTENTS: Mapping[str, Kind] = {
     "dirty": Text(
             lambda scope: scope.vm.take_dirty("file"), peek=lambda scope: scope.vm.peek_dirty("file"), room=_dirty_size
         ),
+    "restore": RESTORE,
     # configuration
     "mem_size": Text(lambda scope: f"{scope.vm.memory.size}\n", _put_mem_size),
     "cpus": Text(lambda scope: f"{len(scope.vm.cpus)}\n", _put_cpus),

@@ -1,0 +1,222 @@
+"""What stands in snap/: a directory a snapshot, which is only read; and `restore`, which goes back to one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.handles import File, Handle, Kind, Scope
+from vmfs.machine.files.kinds import Text
+from vmfs.machine.files.lines import Do
+from vmfs.machine.files.request import current
+from vmfs.machine.files.waiting import settled
+from vmfs.machine.past import Snapshot
+from vmfs.memory.layers import Image
+from vmfs.words.errors import Busy, Interrupted, Invalid, NotThere
+
+RESTORES_MOST = 20  # times that a machine is stopped for one, while others start it again
+_SOON = 1024  # pages that are put back on the spot; a thread is for more
+
+
+class SnapshotScope(Scope):
+    """One snapshot of a machine, with which it goes."""
+
+    def __init__(self, machine: Contents, snapshot: Snapshot) -> None:
+        self.machine = machine
+        self.snapshot = snapshot
+        super().__init__()
+
+
+def _info(scope: SnapshotScope) -> str:
+    snapshot, past = scope.snapshot, scope.machine.vm.past
+    shared, own = past.sizes(snapshot)
+    taken = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(snapshot.taken_ns // 1_000_000_000))
+    lines = [
+        f"taken {taken}.{snapshot.taken_ns // 1000 % 1_000_000:06}Z",
+        f"instructions {'-' if snapshot.instructions is None else snapshot.instructions}",
+        f"engine {snapshot.engine.name}",
+        f"memory {snapshot.memory_size}",
+        f"shared {shared}",
+        f"own {own}",
+        *(f"disk {name} cow" for name in sorted(snapshot.overlays)),
+        *(f"disk {name} rw: what its file holds is not in the snapshot" for name in sorted(snapshot.rw_disks)),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Bytes(Kind):
+    """What is read by offsets: `read(scope, offset, size)`; `measure` gives its size, and the blocks that it takes."""
+
+    get: Callable[[Any, int, int], bytes]
+    length: Callable[[Any], int]
+    extents: Callable[[Any], Any] | None = None
+
+    def size(self, scope: Any) -> int:
+        return self.length(scope)
+
+    def blocks(self, scope: Any, size: int) -> int:
+        if self.extents is None:
+            return super().blocks(scope, size)
+        return sum(end - start for start, end in self.extents(scope)) // 512
+
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _BytesHandle(node, nonblocking, self)
+
+
+class _BytesHandle(Handle):
+    def __init__(self, node: File, nonblocking: bool, kind: Bytes) -> None:
+        super().__init__(node, nonblocking)
+        self._kind = kind
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self._kind.get(self.scope, offset, size)
+
+
+def _ram(scope: SnapshotScope) -> Image:
+    return scope.snapshot.ram
+
+
+SNAPSHOT_KINDS: Mapping[str, Kind] = {
+    "mem": Bytes(
+        lambda scope, offset, size: _ram(scope).read(offset, size),
+        lambda scope: _ram(scope).end,
+        lambda scope: _ram(scope).extents(),
+    ),
+    "state": Bytes(
+        lambda scope, offset, size: scope.snapshot.encoded[offset : offset + size],
+        lambda scope: len(scope.snapshot.encoded),
+    ),
+    "info": Text(_info),
+}
+
+
+def disk_kind(name: str) -> Kind:
+    """What has been written to a `cow` disk, at its place."""
+    return Bytes(
+        lambda scope, offset, size: scope.snapshot.overlays[name].read_at(offset, size),
+        lambda scope: scope.snapshot.overlays[name].size,
+        lambda scope: scope.snapshot.overlays[name].extents(),
+    )
+
+
+class Snapshots:
+    """The snapshots of a machine, each with the scope of its files."""
+
+    def __init__(self, machine: Contents) -> None:
+        self._machine = machine
+        self._scopes: dict[str, SnapshotScope] = {}
+
+    def names(self) -> list[str]:
+        self._refresh()
+        return list(self._scopes)
+
+    def disks(self, name: str) -> list[str]:
+        scope = self.scope(name)
+        return sorted(scope.snapshot.overlays) if scope is not None else []
+
+    def scope(self, name: str) -> SnapshotScope | None:
+        self._refresh()
+        return self._scopes.get(name)
+
+    def find(self, path: str) -> tuple[Kind, SnapshotScope] | None:
+        """What is at NAME/..."""
+        name, _, rest = path.partition("/")
+        scope = self.scope(name)
+        if scope is None:
+            return None
+        if rest.startswith("disks/"):
+            disk = rest.removeprefix("disks/")
+            return (disk_kind(disk), scope) if disk in scope.snapshot.overlays else None
+        return (SNAPSHOT_KINDS[rest], scope) if rest in SNAPSHOT_KINDS else None
+
+    async def take(self, name: str, is_live: bool) -> None:
+        """Keep what the machine is now. `is_live`: clients have its memfd."""
+        contents, asked = self._machine, current()
+
+        def go_on() -> None:
+            if asked is not None and asked.interrupted:
+                raise Interrupted("a signal came for the caller")
+
+        def reserve(more: int) -> None:
+            if more > 0:
+                contents.door.reserve("beside", more)
+            else:
+                contents.door.release("beside", -more)
+
+        await contents.memory.settle()
+        await trio.to_thread.run_sync(
+            lambda: contents.vm.past.take(
+                name, is_live=is_live, unseen=lambda: _unseen(contents), reserve=reserve, go_on=go_on
+            )
+        )
+        contents.touch()
+
+    async def remove(self, name: str) -> None:
+        await trio.to_thread.run_sync(self._machine.vm.past.drop, name)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        past = self._machine.vm.past
+        there = {name: past.get(name) for name in past.names()}
+        for name, scope in list(self._scopes.items()):
+            if there.get(name) is not scope.snapshot:
+                del self._scopes[name]
+                scope.remove()
+        for name, snapshot in there.items():
+            if snapshot is not None and name not in self._scopes:
+                self._scopes[name] = SnapshotScope(self._machine, snapshot)
+
+
+def _unseen(contents: Contents) -> int:
+    """As `Past` has it: below zero while clients may write RAM unseen."""
+    return -1 if contents.memory.is_writable else contents.memory.changes
+
+
+# ---- restore
+
+
+def _put_restore(scope: Contents, text: str) -> Do:
+    name = text.strip()
+    if not name or len(name.split()) != 1 or "/" in name:
+        raise Invalid(f"restore: {text[:80]!r} is no name of a snapshot")
+    return lambda: restore(scope, name)
+
+
+async def restore(scope: Contents, name: str) -> None:
+    """Go back to a snapshot. A run under way ends; the machine is paused then."""
+    vm = scope.vm
+    if (snapshot := vm.past.get(name)) is None:
+        raise NotThere(f"restore: there is no snapshot {name[:64]!r}")
+    engine = vm.engine
+    # What is to boot counts where it comes back, before it does.
+    images = {vm.images[image]: kept.size for image, kept in snapshot.images.items()}
+    for image, size in images.items():
+        await scope.budget.hold(image, max(size, image.size))
+    async with scope.memory.change():
+        for _ in range(RESTORES_MOST):
+            if vm.state == "running":
+                await settled(vm.pause(), scope)
+            try:
+                if not vm.past.restore_now(name, _SOON, unseen=lambda: _unseen(scope)):
+                    await trio.to_thread.run_sync(lambda: vm.past.restore(name, unseen=lambda: _unseen(scope)))
+                break
+            except Busy:  # somebody has started it again
+                continue
+        else:
+            raise Busy("restore: others start the machine whenever it is stopped for it")
+    for image in map(vm.images.__getitem__, vm.images.names):
+        await scope.budget.hold(image, image.size)
+    if vm.engine is not engine:
+        scope.forget_sizes()
+    if snapshot.rw_disks:
+        disks = " ".join(snapshot.rw_disks)
+        scope.complain(f"restore: what the files of disks that are rw hold stays as it is now: {disks}")
+
+
+RESTORE = Text(lambda scope: f"{scope.vm.past.last or ''}\n", _put_restore, acts=True)
