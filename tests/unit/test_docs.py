@@ -12,7 +12,7 @@ ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
 DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed", "snap/NAME/"}
-SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_FILES} | {"snap/NAME/disks/NAME": snapshot_disk("")}
+SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in (*SNAPSHOT_FILES, snapshot_disk("disks/NAME"))}
 
 
 def test_every_file_has_its_section_and_every_section_its_file():
