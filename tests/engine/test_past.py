@@ -480,3 +480,18 @@ def test_an_image_of_layers():
         assert memory.read(0x3000, 4) == bytes(4)
     finally:
         memory.close()
+
+
+def test_time_that_passed_before_a_machine_counts_by_instructions(make):
+    """What its clock had not looked at yet is in its state as any other time, and the state can be gone back to."""
+    vm = Vm(engine_or_skip("emulator"), memory_size=SIZE)
+    try:
+        vm.set_machine("pc")
+        vm.engine_machine.set_state("clock", (5_400_000_000).to_bytes(8, "little").ljust(48, b"\0"))
+        vm.set_time_source("instructions")
+        vm.past.take("one")
+        before = vm.state_hash()
+        vm.past.restore("one")
+        assert vm.state_hash() == before
+    finally:
+        vm.close()

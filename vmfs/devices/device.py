@@ -200,6 +200,11 @@ class Device(abc.ABC, Generic[S]):
     def date_set(self) -> None:  # noqa: B027
         """The board's date was set, before the first run: a clock that shows it is to show the new one."""
 
+    @property
+    def keeps_time(self) -> bool:
+        """Whether its state is of a moment: what it is by it depends on what time it is."""
+        return type(self).time_shifted is not Device.time_shifted
+
     @abc.abstractmethod
     def save(self) -> S:
         """What it is. With the board's lock held, between `sleep` and `wake`."""

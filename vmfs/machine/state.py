@@ -405,7 +405,12 @@ class _Wanted:
             names = [name for name in self._parts if name.startswith(prefix)]
             states = {name.removeprefix(prefix): self._parts.pop(name) for name in names}
             body.board.check_names(states.keys())
-            others = {name: one for name, one in states.items() if present.parts.get(f"{prefix}{name}") != one}
+            devices = body.board.devices
+            others = {
+                name: one
+                for name, one in states.items()
+                if devices[name].keeps_time or present.parts.get(f"{prefix}{name}") != one
+            }
             self._devices = body.board.unpack_devices(
                 {name: (one.version, one.data) for name, one in others.items()}
             )

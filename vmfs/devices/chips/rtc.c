@@ -172,7 +172,8 @@ static u64 cycles(u64 ns) { return (u64)((unsigned __int128)ns * CRYSTAL / SECON
 /* Work out what has happened since the last look. */
 static void catch_up(struct rtc *r, u64 now)
 {
-    if (now <= r->seen)
+    /* Where `seen` was to be before 0 (rtc_shift), there may be seconds to be worked out at 0 already. */
+    if (now < r->seen || (now == r->seen && now - r->began < SECOND))
         return;
     u64 was = r->seen - r->began, elapsed = now - r->began, p = period(r);
     r->seen = now;
