@@ -252,10 +252,9 @@ static void recompute_lines(struct vm *vm, struct slot *slot, u64 page)
     }
 }
 
-void cache_flush(struct vcpu *c)
+void cache_forget(struct vcpu *c)
 {
     struct cache *cache = c->cache;
-    bool stops = world_stop(c); /* what is left of a page's lines is what others have there */
     translator_flush(c);
     /* Tables in which there is nothing are not touched: they cost no memory then. */
     if (cache->used) {
@@ -279,8 +278,19 @@ void cache_flush(struct vcpu *c)
         memset(cache->mappings, 0, sizeof cache->mappings);
     cache->last_id = 1;
     code_map_clear(c);
-    if (stops)
+}
+
+/* What is left of a page's lines is what others have there, who may execute, also where this one does not. */
+void cache_flush(struct vcpu *c)
+{
+    bool executes = atomic_load(&c->world) != WORLD_OUT, stops = executes ? world_stop(c) : runs_parallel(c->vm);
+    if (stops && !executes)
+        vm_stop(c->vm);
+    cache_forget(c);
+    if (stops && executes)
         world_go(c);
+    else if (stops)
+        vm_go(c->vm);
 }
 
 static void give_back(struct vcpu *c)
@@ -414,9 +424,14 @@ void cache_forget_written(struct vcpu *c)
 {
     struct vm *vm = c->vm;
     struct range written[WRITTEN];
-    bool stops = world_stop(c); /* first: another one that finds nothing is not to go on before it is forgotten */
     pthread_mutex_lock(&vm->lines_lock);
     unsigned count = vm->written_count;
+    pthread_mutex_unlock(&vm->lines_lock);
+    if (!count)
+        return;
+    bool stops = world_stop(c); /* first: another one that finds nothing is not to go on before it is forgotten */
+    pthread_mutex_lock(&vm->lines_lock);
+    count = vm->written_count;
     memcpy(written, vm->written, sizeof written);
     vm->written_count = 0;
     pthread_mutex_unlock(&vm->lines_lock);

@@ -309,11 +309,13 @@ void vm_signal_msi(struct vm *vm, uint64_t address, uint32_t data)
 
 void chip_apply_lines(struct vm *vm)
 {
+    chips_lock(vm);
     pthread_mutex_lock(&vm->lines_lock);
     for (size_t i = 0; vm->irqchip && i < vm->line_count; i++)
         apply_line(vm, &vm->line_queue[i]);
     vm->line_count = 0;
     pthread_mutex_unlock(&vm->lines_lock);
+    chips_unlock(vm);
 }
 
 /* ---- In a run ---------------------------------------------------------------------------------------------------------------------- */

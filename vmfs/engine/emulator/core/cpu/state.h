@@ -612,6 +612,7 @@ int add_waiting(struct vcpu *c, const struct vcpu_exit *exit);
 int cache_create(struct vcpu *c);
 void cache_destroy(struct vcpu *c);
 void cache_flush(struct vcpu *c);                /* forget all blocks */
+void cache_forget(struct vcpu *c);               /* the same while nobody executes */
 /* The CPU executes nothing just now. Where it has done next to nothing for long, all that is decoded and translated is given back.
  * In how many nanoseconds to ask again; CORE_NEVER: there is nothing to give back. */
 u64 cache_rest(struct vcpu *c);

@@ -104,7 +104,7 @@ static void flush_everything(struct vm *vm)
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i]) {
             tlb_clear(vm->vcpus[i]);
-            cache_flush(vm->vcpus[i]);
+            cache_forget(vm->vcpus[i]);
         }
 }
 
@@ -222,6 +222,7 @@ void vm_set_a20(struct vm *vm, bool enabled)
 bool vm_set_parallel(struct vm *vm, bool parallel)
 {
     bool was = vm->parallel;
+    chip_apply_lines(vm);
     vm->parallel = parallel && vm->time == TIME_HOST;
     for (unsigned i = 0; was != vm->parallel && i < CORE_VCPUS; i++)
         if (vm->vcpus[i])
