@@ -281,6 +281,22 @@ def test_the_order_that_is_allowed_is_seen(make):
         pytest.skip("the host has executed no two CPUs at the same time")
 
 
+@pytest.mark.parametrize("kind", ["add dword", "dec qword", "xadd qword", "cmpxchg", "cmpxchg8b", "exchange", "bts"])
+def test_no_update_is_lost_in_step(make, kind):
+    """Two do it at the same moment, as near as that can be had."""
+    body, size, by = LOCKED[kind]
+    source = "\n".join(
+        f"cpu{index}: xor r15d, r15d; {TOGETHER.format(count=2)};"
+        f"1: {STEP.format(index=index, other=1 - index)}; {body};"
+        f"inc r15; cmp r15, {CELLS}; jb 1b; mov qword ptr [rbp + {index} * 64 + 64], {CELLS}; hlt"
+        for index in range(2)
+    )
+    with make(2) as several:
+        several.load(source, ["cpu0", "cpu1"], rbx=[DATA + 0x1000] * 2, rbp=[DATA] * 2)
+        several.halts()
+        assert several.words(DATA + 0x1000, 1, size) == [2 * CELLS * by % (1 << 8 * size)]
+
+
 # ---- code that another CPU writes
 
 # One writes the number of the round into an instruction, and says so; the other serialises (3A 9.1.3), and calls it.
