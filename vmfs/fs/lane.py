@@ -22,6 +22,7 @@ SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
 _NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
+ANSWER_SECONDS = 2.0  # that a machine has to take the page
 
 
 class MachineLane:
@@ -52,8 +53,9 @@ class MachineLane:
 
     async def _share(self, fd: int) -> None:
         try:
-            await self._machine.call(commands.Lane, send=(fd,))
-        except VmfsError as error:
+            with trio.fail_after(ANSWER_SECONDS):
+                await self._machine.call(commands.Lane, send=(fd,))
+        except (VmfsError, trio.TooSlowError) as error:
             log.warning("a machine has no lane: %s", error)
             self.close()
         finally:
