@@ -53,7 +53,7 @@ def test_a_machine_has_the_files_of_the_table_and_its_maker_owns_them(server):
 
 
 def test_every_file_can_be_read_or_says_why_not(vm):
-    of_a_pc = set("lapic irqchip pit console console.log hvc hvc.log screen.txt screen.png framebuffer".split())
+    of_a_pc = set("lapic irqchip pit born console console.log hvc hvc.log screen.txt screen.png framebuffer".split())
     streams = {"gdb.stream", "trace", "trace.bin"}
     for row in FILES:
         if not row.kind.readable or row.name.startswith("vm_run") or row.name in streams:
