@@ -158,6 +158,10 @@ static void report_error(struct irqchip *chip, unsigned cpu, uint32_t error)
         deliver_lvt(chip, cpu, LVT_ERROR);
 }
 
+/* Under the chip's lock; irqchip_events reads them without it. */
+static void set_events(struct lapic *a, unsigned events) { __atomic_store_n(&a->events, (uint8_t)events, __ATOMIC_RELAXED); }
+static void add_events(struct lapic *a, unsigned events) { set_events(a, a->events | events); }
+
 /* Put a message into one local APIC; true if it was taken (SDM 11.8.4). */
 static bool accept(struct irqchip *chip, unsigned cpu, enum delivery_mode mode, uint8_t vector, bool level,
                    bool asserted)
@@ -178,15 +182,15 @@ static bool accept(struct irqchip *chip, unsigned cpu, enum delivery_mode mode, 
         apic_refresh(chip, cpu);
         return true;
     case DELIVER_NMI:
-        a->events |= IRQCHIP_EVENT_NMI;
+        add_events(a, IRQCHIP_EVENT_NMI);
         return true;
     case DELIVER_INIT:
         if (level && !asserted) /* INIT level de-assert: not on any processor since the Pentium 4 */
             return false;
-        a->events = (a->events & ~IRQCHIP_EVENT_SIPI) | IRQCHIP_EVENT_INIT;
+        set_events(a, (a->events & ~IRQCHIP_EVENT_SIPI) | IRQCHIP_EVENT_INIT);
         return true;
     case DELIVER_STARTUP:
-        a->events |= IRQCHIP_EVENT_SIPI;
+        add_events(a, IRQCHIP_EVENT_SIPI);
         a->sipi_vector = vector;
         return true;
     case DELIVER_SMI:
@@ -299,7 +303,7 @@ bool irqchip_local(struct irqchip *chip, unsigned cpu, enum irqchip_lvt input)
     bool delivered;
 
     if (input == IRQCHIP_LVT_LINT1 && !is_enabled(a)) { /* the pin is NMI then (SDM 11.4.3) */
-        a->events |= IRQCHIP_EVENT_NMI;
+        add_events(a, IRQCHIP_EVENT_NMI);
         return true;
     }
     delivered = deliver_lvt(chip, cpu, entries[input]);
@@ -329,9 +333,10 @@ bool apic_can_send_unmaskable(const struct lapic *a)
 
 uint8_t irqchip_take_events(struct irqchip *chip, unsigned cpu, uint8_t which)
 {
-    uint8_t taken = chip->cpu[cpu].events & which;
+    struct lapic *a = &chip->cpu[cpu];
+    uint8_t taken = a->events & which;
 
-    chip->cpu[cpu].events &= ~which;
+    set_events(a, a->events & ~which);
     return taken;
 }
 
@@ -791,7 +796,7 @@ void apic_reset(struct irqchip *chip, unsigned cpu)
 
     a->id = cpu;
     a->base = BASE_ADDRESS | BASE_ENABLE | (cpu == 0 ? BASE_BSP : 0);
-    a->events = 0;
+    set_events(a, 0);
     a->sipi_vector = 0;
     reset_registers(chip, a);
     apic_refresh(chip, cpu);
@@ -880,7 +885,7 @@ void irqchip_set_lapic_rest(struct irqchip *chip, unsigned cpu, const struct irq
 
     irqchip_advance(chip, now);
     a->errors = rest->errors;
-    a->events = rest->events;
+    set_events(a, rest->events);
     a->sipi_vector = rest->sipi_vector;
     start_timer(chip, a, rest->timer_left == IRQCHIP_NEVER ? IRQCHIP_NEVER : add_saturating(chip->now, rest->timer_left));
 }

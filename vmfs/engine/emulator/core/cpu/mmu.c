@@ -25,12 +25,15 @@ u64 physical_read(struct vcpu *c, u64 physical, unsigned bytes)
     return value;
 }
 
-static u32 *lines_of_page(const struct slot *slot, u64 physical) { return &slot->lines[(physical - slot->address) >> 12]; }
+static u32 lines_of_page(const struct slot *slot, u64 physical)
+{
+    return __atomic_load_n(&slot->lines[(physical - slot->address) >> 12], __ATOMIC_RELAXED);
+}
 /* Whether there is code in the lines of those bytes, which are on one page. */
 static bool hits_code(const struct slot *slot, u64 physical, unsigned bytes)
 {
     u64 at = physical & 0xfff;
-    u32 lines = __atomic_load_n(lines_of_page(slot, physical), __ATOMIC_RELAXED);
+    u32 lines = lines_of_page(slot, physical);
     return unlikely(lines) && lines & (u32)((2ull << ((at + bytes - 1) >> 7)) - (1ull << (at >> 7)));
 }
 
@@ -49,7 +52,7 @@ static bool swap_entry(struct vcpu *c, u64 physical, unsigned bytes, u64 was, u6
         mark_dirty(slot, physical);
     if (stops)
         world_go(c);
-    else if (unlikely(*lines_of_page(slot, physical)))
+    else if (unlikely(lines_of_page(slot, physical)))
         cache_lines_written(c, slot, physical, bytes);
     return swapped;
 }
@@ -196,7 +199,10 @@ static bool set_accessed_dirty(struct vcpu *c, struct walk *w, bool write)
 
 static struct tlb_entry *entries(struct tlb *t, unsigned kind) { return kind == TLB_READ ? t->read : kind == TLB_WRITE ? t->write : t->execute; }
 
-static void invalidate(struct tlb *t, unsigned kind, unsigned at) { entries(t, kind)[at].page = TLB_INVALID(at); }
+static void invalidate(struct tlb *t, unsigned kind, unsigned at)
+{
+    __atomic_store_n(&entries(t, kind)[at].page, TLB_INVALID(at), __ATOMIC_RELAXED);
+}
 
 static void forget_watched(struct vcpu *c)
 {
@@ -353,8 +359,11 @@ static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear
         c->large_low = first < c->large_low ? first : c->large_low;
         c->large_high = last > c->large_high ? last : c->large_high;
     }
-    c->tlbs[table].physical[kind][at] = (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0);
-    entries(&c->tlbs[table], kind)[at] = (struct tlb_entry){linear & PAGE_MASK, host};
+    struct tlb_entry *e = &entries(&c->tlbs[table], kind)[at];
+    u64 of_page = (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0);
+    __atomic_store_n(&c->tlbs[table].physical[kind][at], of_page, __ATOMIC_RELAXED); /* tlb_may_write reads both in other threads */
+    e->host = host;
+    __atomic_store_n(&e->page, linear & PAGE_MASK, __ATOMIC_RELAXED);
     if (kind != TLB_EXECUTE)
         c->tlbs[table].distances[kind == TLB_WRITE][at].distance = host - (linear & PAGE_MASK);
 }
@@ -381,14 +390,13 @@ static void tlb_fill(struct vcpu *c, u64 linear, const struct walk *w, unsigned 
         c->watched[kind].map = &c->tlbs[table];
         return;
     }
-    u64 number = (physical - slot->address) >> 12;
     if (access & ACCESS_WRITE) { /* D is set and the log has it */
-        if (slot->lines[number] || slot->flags & SLOT_READ_ONLY)
+        if (lines_of_page(slot, physical) || slot->flags & SLOT_READ_ONLY)
             return;
         enter(c, table, TLB_WRITE, linear, physical, host, w);
         if (c->vm->parallel) { /* one that decodes there notes it, and then looks for such entries (note_lines) */
             atomic_thread_fence(memory_order_seq_cst);
-            if (__atomic_load_n(&slot->lines[number], __ATOMIC_RELAXED))
+            if (lines_of_page(slot, physical))
                 invalidate(&c->tlbs[table], TLB_WRITE, linear >> 12 & (TLB_SIZE - 1));
         }
     } else {
@@ -632,7 +640,7 @@ static void write_ram(struct vcpu *c, struct slot *slot, u64 physical, const u8 
     mark_dirty(slot, physical);
     if (stops)
         world_go(c);
-    else if (unlikely(*lines_of_page(slot, physical)))
+    else if (unlikely(lines_of_page(slot, physical)))
         cache_lines_written(c, slot, physical, bytes);
 }
 
@@ -755,7 +763,7 @@ u8 mmu_change_byte(struct vcpu *c, u64 linear, u8 clear, u8 set)
     mark_dirty(slot, physical);
     if (stops)
         world_go(c);
-    else if (unlikely(*lines_of_page(slot, physical)))
+    else if (unlikely(lines_of_page(slot, physical)))
         cache_lines_written(c, slot, physical, 1);
     return was;
 }
