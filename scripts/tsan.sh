@@ -82,7 +82,8 @@ sanitized python -c 'import vmfs.engine.emulator._core, vmfs.engine.kvm._run, vm
 
 status=0
 clear_reports
-[ $# -gt 0 ] || set -- -q tests/mount/test_lane.py tests/mount/test_trace.py tests/mount/test_running.py
+[ $# -gt 0 ] || set -- -q tests/mount/test_lane.py tests/mount/test_trace.py tests/mount/test_running.py tests/engine/test_running.py \
+    tests/engine/test_cpus.py tests/emulator/test_parallel.py
 sanitized pytest -p no:cacheprovider "$@" || { echo "tsan.sh: exit code $? of pytest $*" >&2; status=1; }
 for each in "$reports"/*; do
     if [ -s "$each" ]; then cat "$each" >&2; status=1; fi
