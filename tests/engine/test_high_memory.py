@@ -66,7 +66,7 @@ def test_between_the_regions_is_no_ram(vm):
     assert vm.memory.read(LOW_MOST - 4, 8) == bytes(4) and vm.memory.write(LOW_MOST - 4, bytes(8)) == 4
     assert vm.memory.is_ram(LOW_MOST - 4, 4) and not vm.memory.is_ram(LOW_MOST - 4, 5)
     assert vm.memory.is_ram(HIGH_START, vm.memory.end - HIGH_START)
-    assert vm.memory.read_file(LOW_MOST, 4) == bytes(4)
+    assert vm.memory.read_at(LOW_MOST, 4) == bytes(4)
     assert vm.read_physical(LOW_MOST, 4) == b"" and vm.read_physical(HIGH_START, 4) == bytes(4)
 
 

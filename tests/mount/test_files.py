@@ -38,7 +38,7 @@ def test_a_machine_has_the_files_of_the_table_and_its_maker_owns_them(server):
         os.umask(old)
     info = vm.path.stat()
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o750, os.getuid(), os.getgid())
-    assert set(os.listdir(vm.path)) == {row.name for row in FILES} | {"cpu0", "dev", "reg"}
+    assert set(os.listdir(vm.path)) == {row.name for row in FILES} | {"cpu0", "dev", "reg", "snap"}
     for row in FILES:
         info = (vm / row.name).stat()
         assert stat.S_ISREG(info.st_mode)

@@ -417,3 +417,10 @@ def test_drgn_reads_a_core(long_vm):
     )
     done = subprocess.run([sys.executable, "-c", script, long_vm / "core"], capture_output=True, text=True)
     assert done.stdout.startswith("paged paged ") and "IS_LINUX_KERNEL" in done.stdout, done.stderr
+
+
+def test_a_machine_that_was_only_made_has_sizes_of_its_own(own_server):
+    """Not those that the first one of the mount got by what was written to it first."""
+    server = own_server()
+    server.make().write("mem_size", "16M\n")
+    assert (server.make() / "core").stat().st_size == (8 << 20) + (128 << 20)

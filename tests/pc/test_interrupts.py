@@ -14,7 +14,7 @@ from vmfs.devices.pci import pic_irq
 pytestmark = needs_kernels
 
 
-@pytest.mark.parametrize("cmdline", ["noapic", "acpi=off"])
+@pytest.mark.parametrize("cmdline", ["noapic pci=nomsi", "acpi=off pci=nomsi"])
 def test_a_disks_interrupt(make_pc, tmp_path, cmdline):
     disk = tmp_path / "disk"
     disk.write_bytes(b"the first sector".ljust(1 << 20, b"\0"))

@@ -8,6 +8,7 @@ from collections import Counter
 from socket import MSG_NOSIGNAL, socket
 
 import msgspec
+import trio
 
 from vmfs.engine.base import Engine
 from vmfs.host import opener
@@ -39,6 +40,7 @@ class Host:
         # born.
         self.fresh_sizes: dict[str, tuple[int, int]] | None = None
         self.measured: tuple[str, ...] = ()  # the files that have sizes
+        self._learning = trio.Lock()
         self._zygote = zygote
         self._machines: set[MachineProcess] = set()
         self._blocked: Counter[int] = Counter()
@@ -145,7 +147,8 @@ class Host:
     def kill(self, job: Job) -> None:
         self._zygote.kill(job)
 
-    async def is_born(self, machine: MachineProcess) -> None:
-        """Its process is there, and it is as it was made."""
-        if self.fresh_sizes is None and self.measured:
-            self.fresh_sizes, _ = await machine.measure(self.measured)
+    async def learn_sizes(self, machine: MachineProcess) -> None:
+        """Have `fresh_sizes` of the first machine of the mount, of which nothing else has been asked yet."""
+        async with self._learning:
+            if self.fresh_sizes is None:
+                self.fresh_sizes = await machine.first_sizes(self.measured)

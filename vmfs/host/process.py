@@ -134,7 +134,7 @@ class Keeper(Protocol):
     @property
     def layers(self) -> dict[str, str]: ...
     def spawn(self, machine: MachineProcess) -> tuple[Job, socket.socket]: ...
-    async def is_born(self, machine: MachineProcess) -> None: ...
+    async def learn_sizes(self, machine: MachineProcess) -> None: ...
     def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
     def kill(self, job: Job) -> None: ...
     def reserve(self, machine: MachineProcess, what: str, size: int) -> None: ...
@@ -159,7 +159,6 @@ class MachineProcess:
         self._channel: Channel[ToServer] | None = None  # of a machine that was born, or is about to be
         self._birth = trio.Event()  # it was, or could not be
         self._unborn: VmfsError | None = None  # why the last birth came to nothing
-        self._told = trio.Event()  # its host knows of the birth
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
         self._asked = 0
@@ -199,6 +198,17 @@ class MachineProcess:
         As `asker` the machine may ask for things meanwhile. `began` gets the number of the call, for `interrupt`.
         `send`: descriptors that go along.
         """
+        if self.host.fresh_sizes is None:
+            await self.host.learn_sizes(self)
+        return await self._call(make, asker, began, send)
+
+    async def _call(
+        self,
+        make: Callable[[int], Message],
+        asker: Asker | None = None,
+        began: Callable[[int], None] | None = None,
+        send: tuple[int, ...] = (),
+    ) -> Any:
         channel = self._begin()
         number = next(self._numbers)
         message = make(number)
@@ -232,7 +242,16 @@ class MachineProcess:
         has not)."""
         if not self.born and self.host.fresh_sizes is not None:
             return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
-        answer = await self.call(lambda at: commands.Measure(at, list(files)))
+        return self._sizes(files, await self.call(lambda at: commands.Measure(at, list(files))))
+
+    async def first_sizes(self, files: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Those of a machine of which nothing was asked yet."""
+        if not files:
+            return {}
+        return self._sizes(files, await self._call(lambda at: commands.Measure(at, list(files))))[0]
+
+    @staticmethod
+    def _sizes(files: Sequence[str], answer: Any) -> tuple[dict[str, tuple[int, int]], int]:
         sizes = [(min(max(size, 0), SIZE_MOST), min(max(blocks, 0), SIZE_MOST)) for size, blocks in answer.sizes]
         return dict(zip(files, sizes, strict=False)), max(min(answer.modified_ns, time.time_ns()), 0)
 
@@ -295,11 +314,12 @@ class MachineProcess:
     async def start(self) -> None:
         """Have a process. VmfsError where there can be none: the machine stays as it was made, and may be asked
         again."""
+        if self.host.fresh_sizes is None:
+            await self.host.learn_sizes(self)
         self._begin()
         await self._birth.wait()
         if self._channel is None or self.removed or self.failure:
             raise self._unborn or self._gone()
-        await self._told.wait()
 
     def _begin(self) -> Channel[ToServer]:
         """The channel of its process, which from now on becomes a machine: what is asked is answered after that."""
@@ -356,7 +376,6 @@ class MachineProcess:
                     self._stay_unborn(channel, job, error)
                     return
                 raise ChannelEnded from error
-            trio.lowlevel.spawn_system_task(self._tell_born)
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
@@ -369,13 +388,6 @@ class MachineProcess:
             self.host.kill(job)
         with trio.CancelScope(shield=True):
             await self._end(channel, job, why)
-
-    async def _tell_born(self) -> None:
-        try:
-            with contextlib.suppress(VmfsError):  # it has ended
-                await self.host.is_born(self)
-        finally:
-            self._told.set()
 
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
         self.watcher.ending()
