@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import gc
 import itertools
 import logging
 import mmap
@@ -225,7 +226,9 @@ def descriptors_there() -> dict[str, str]:
 
 
 def left_since(before: dict[str, str]) -> dict[str, str]:
-    """Descriptors that have come. Some of an earlier test may have gone: the garbage collector comes when it likes."""
+    """Descriptors that have come. Some of an earlier test may have gone: the garbage collector comes when it likes. A
+    layer of a snapshot is closed with its object, which the traceback of a snapshot that failed may have."""
+    gc.collect()
     return {fd: what for fd, what in descriptors_there().items() if before.get(fd) != what}
 
 
