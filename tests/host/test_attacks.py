@@ -607,15 +607,18 @@ def test_work_ends_with_who_wanted_it(server, machines, what):
     _, theirs = machines
     B.does(endless_tables, theirs)
     pid = pid_of(theirs)
-    if what == "read":
-        B.does(os.stat, theirs.path / "pagetable")  # a read's open measures, and goes on for a second at most
+    before = cpu_time(pid)
+    B.does(os.stat, theirs.path / "pagetable")  # a read's open measures, and goes on for a second at most
+    whole = cpu_time(pid) - before
+    if whole < 20:
+        pytest.skip(f"the host is too fast: {whole} ticks of work cannot be ended in the middle")
     before = cpu_time(pid)
     killed = B.begins(read_all if what == "read" else stat_again, theirs)
     wait_until(lambda: cpu_time(pid) - before >= 3, "it is at work")
     before = cpu_time(pid)
     killed.kill()
     wait_until(lambda: rests(pid), "it has ended")
-    assert cpu_time(pid) - before < 15, "half a second is what it takes to its end"
+    assert cpu_time(pid) - before < whole // 2, f"{whole} ticks are what it takes to its end"
 
 
 def stat_again(machine: Machine) -> None:
