@@ -14,7 +14,7 @@ import select
 import socket
 import threading
 import typing
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -601,6 +601,25 @@ def test_a_machine_against_a_hostile_server(tmp_path_factory, packed):
     assert not left_since(before)
 
 
+@contextlib.contextmanager
+def unborn(engine: FakeEngine) -> Iterator[tuple[socket.socket, list[commands.Become]]]:
+    """The server's end of a machine's process that is nobody's yet, in a thread, which has to end by itself; and what
+    it became."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    became: list[commands.Become] = []
+
+    async def live() -> None:
+        await worker.Unborn(its, engine, lambda name: FakeEngine(), 1 << 20).serve(became.append)
+
+    thread = threading.Thread(target=lambda: trio.run(live))
+    thread.start()
+    with ours:
+        ours.settimeout(30)
+        yield ours, became
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("makes", [True, False], ids=["made", "failed"])
 @pytest.mark.parametrize(
     "first",
@@ -623,41 +642,21 @@ def test_a_process_does_nothing_before_it_is_somebodys(first, makes):
             return super().create_machine()
 
     before = descriptors_there()
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    became: list[commands.Become] = []
-
-    async def live() -> None:
-        await worker.Unborn(its, Engine(), lambda name: FakeEngine(), 1 << 20).serve(became.append)
-
-    thread = threading.Thread(target=lambda: trio.run(live))
-    thread.start()
-    with ours:
-        ours.settimeout(30)
+    with unborn(Engine()) as (ours, became):
         if first is not None:
             send(ours, ENCODE(first), [os.memfd_create("page")])
             assert ours.recv(1 << 16) == b""
-    thread.join(30)
-    assert not thread.is_alive() and not became
+    assert not became
     assert not left_since(before)
 
 
 def test_a_machine_is_somebodys_once():
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    became: list[commands.Become] = []
-
-    async def live() -> None:
-        await worker.Unborn(its, FakeEngine(), lambda name: FakeEngine(), 1 << 20).serve(became.append)
-
-    thread = threading.Thread(target=lambda: trio.run(live))
-    thread.start()
-    with ours:
-        ours.settimeout(30)
+    with unborn(FakeEngine()) as (ours, became):
         for _ in range(2):
             ours.send(ENCODE(BECOME))
         assert ours.recv(1 << 16)  # it is born
         assert ours.recv(1 << 16) == b""
-    thread.join(30)
-    assert not thread.is_alive() and became == [BECOME]
+    assert became == [BECOME]
 
 
 def test_every_call_has_one_answer():

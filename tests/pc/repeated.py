@@ -1,4 +1,4 @@
-"""A Debian's life as a function of how it is born: for test_repeats, in a process of its own."""
+"""A Debian in this process, and its life as a function of how it is born: for test_repeats, in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 
 SECONDS = 600
+MEMORY = 128 << 20
 SLICE = 10_000_000  # instructions; a guest that waits takes minutes of its time for so many
 MOST = 4_000_000_000
 BIRTH = Birth(1_767_225_599_500_000_000, bytes(range(16)))  # half a second before 2026
@@ -34,19 +35,31 @@ date; nproc; sync; poweroff -f
 """
 
 
-def life(image: Path, cpus: int, step: int) -> tuple[list[tuple[int, str]], bytes]:
-    """A whole life: the hash after each `step` instructions, a multiple of SLICE, and what the guest has sent."""
-    vm = Vm(EmulatorEngine(), memory_size=128 << 20)
+def debian(image: Path, initrd: bytes, cpus: int, cmdline: str, birth: Birth | None = None) -> Vm:
+    """A PC with a cloud kernel and a disk, whose time follows the instructions."""
+    vm = Vm(EmulatorEngine(), memory_size=MEMORY)
     try:
         vm.set_machine("pc")
-        vm.set_birth(BIRTH)
+        if birth is not None:
+            vm.set_birth(birth)
         vm.set_time_source("instructions")
         vm.set_cpu_count(cpus)
         vm.images["kernel"].write(0, CLOUD.image.read_bytes())
-        vm.images["initrd"].write(0, build(SCRIPT, modules=VIRTIO))
-        vm.images.cmdline = "console=tty0 console=ttyS0 quiet"
+        vm.images["initrd"].write(0, initrd)
+        vm.images.cmdline = cmdline
         disk = open_disk(os.open(image, os.O_RDONLY), "cow")
         vm.attach(lambda board: Block(board, "blk0", board.pci.free_slot(), disk))
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def life(image: Path, cpus: int, step: int) -> tuple[list[tuple[int, str]], bytes]:
+    """A whole life: the hash after each `step` instructions, a multiple of SLICE, and what the guest has sent."""
+    initrd = build(SCRIPT, modules=VIRTIO)
+    vm = debian(image, initrd, cpus, "console=tty0 console=ttyS0 quiet", BIRTH)
+    try:
         hashes, said, slices = [], b"", 0
         typed = False
         while vm.state != "shutdown":

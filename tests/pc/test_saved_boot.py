@@ -8,12 +8,10 @@ import random
 
 import pytest
 from pc.initramfs import VIRTIO, build
-from pc.kernels import CLOUD, needs_kernels
+from pc.kernels import needs_kernels
+from pc.repeated import MEMORY, debian
 
-from vmfs.devices.virtio.block import Block
-from vmfs.devices.virtio.disk import open_disk
 from vmfs.engine.emulator.engine import EmulatorEngine
-from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 from vmfs.machine.state import State
 from vmfs.memory.hostfile import punch
@@ -21,7 +19,6 @@ from vmfs.memory.hostfile import punch
 pytestmark = needs_kernels
 
 SECONDS = 300
-MEMORY = 128 << 20
 SLICE = 60_000_000  # instructions, at most
 SCRIPT = """\
 echo CPUs $(grep -c ^processor /proc/cpuinfo)
@@ -41,16 +38,8 @@ def make(tmp_path):
     made = []
 
     def one(cpus):
-        vm = Vm(EmulatorEngine(), memory_size=MEMORY)
+        vm = debian(image, initrd, cpus, "console=ttyS0 quiet")
         made.append(vm)
-        vm.set_machine("pc")
-        vm.set_cpu_count(cpus)
-        vm.set_time_source("instructions")
-        vm.images["kernel"].write(0, CLOUD.image.read_bytes())
-        vm.images["initrd"].write(0, initrd)
-        vm.images.cmdline = "console=ttyS0 quiet"
-        disk = open_disk(os.open(image, os.O_RDONLY), "cow")
-        vm.attach(lambda board: Block(board, "blk0", board.pci.free_slot(), disk))
         return vm
 
     yield one

@@ -22,7 +22,17 @@ from vmfs.debug.conditions import (
 from vmfs.engine.base import DebugRequest
 from vmfs.words.errors import Invalid, LimitReached
 from vmfs.words.numbers import parse_number
-from vmfs.words.stops import EXCEPTIONS, Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, VectorStop, Watchpoint
+from vmfs.words.stops import (
+    EXCEPTIONS,
+    Breakpoint,
+    ChangeStop,
+    Cr3Stop,
+    ModeStop,
+    PortStop,
+    Stop,
+    VectorStop,
+    Watchpoint,
+)
 
 MOST = 1 << 16  # of a machine: they live in the server's memory, and every change is told to the engine whole
 LONGEST_WATCH = 4096
@@ -144,7 +154,7 @@ def _vector(text: str) -> int:
 
 # ---- points
 
-ON: Mapping[str, type[ModeStop | Cr3Stop]] = {kind.WHAT: kind for kind in (ModeStop, Cr3Stop)}  # `on WHAT`
+ON: Mapping[str, type[ChangeStop]] = {kind.CAUSE: kind for kind in (ModeStop, Cr3Stop)}  # `on WHAT`
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,8 +205,8 @@ class Trace:
         if steps and _is_executed(exit_):
             first, last = self.settings.place
             if first <= before <= last:
-                cpu = exit_.cpu if len(cpus) > 1 else None
-                self.buffer.append(_RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0), 1, cpu=cpu)
+                record = _RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0)
+                self.buffer.append(record, 1, cpu=_whose(exit_, cpus))
             self.stepped += 1
         if not isinstance(exit_, exits.Interrupted | exits.Limit | exits.Debug):  # those are the client's doing
             self.exit(exit_, cpus)
@@ -221,8 +221,12 @@ class Trace:
         number = cpu.counters().get("instructions", self.stepped)
         at = _RECORD.pack(AT, 0, 0, 0, number, linear_rip(cpu), 0)
         record = _RECORD.pack(EXIT, flags, size, exit_.CODE, what, value, exit_.rip)
-        whose = exit_.cpu if len(cpus) > 1 else None
-        self.buffer.append(at + record, 1, f"exit {exit_.line()}\n".encode(), cpu=whose)
+        self.buffer.append(at + record, 1, f"exit {exit_.line()}\n".encode(), cpu=_whose(exit_, cpus))
+
+
+def _whose(exit_: exits.Exit, cpus: Sequence[Vcpu]) -> int | None:
+    """As `TraceBuffer.append` wants it: None where there is one CPU."""
+    return exit_.cpu if len(cpus) > 1 else None
 
 
 def linear_rip(cpu: Vcpu) -> int:

@@ -28,13 +28,12 @@ _SLACK = 2  # so many times `limit` may be kept when the guest waits, but was to
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """`before`: events of the stream that came before it. `text`: its lines, where they are not made of the records.
-    `cpu`: whose its first record is, `then`: its last; None where there is one CPU."""
+    `cpu`: whose its first record is; None where there is one CPU."""
 
     data: bytes
     before: int
     text: bytes | None = None
     cpu: int | None = None
-    then: int | None = None
 
     @property
     def cost(self) -> int:
@@ -92,7 +91,7 @@ class TraceBuffer:
 
     def append(self, data: bytes, events: int, text: bytes | None = None, *, cpu: int | None = None) -> None:
         with self._condition:
-            chunk = Chunk(data, self._events, text, cpu, cpu)
+            chunk = Chunk(data, self._events, text, cpu)
             self._events += events
             self._chunks.append(chunk)
             self._bytes += chunk.cost
@@ -190,7 +189,7 @@ class TraceBuffer:
     def _begin_at(self, reader: TraceReader) -> None:
         """Forget of the first chunk what the reader has read."""
         chunk = self._chunks[0]
-        rest = Chunk(chunk.data[reader.offset :], reader.seen, chunk.text, reader.cpu, chunk.then)
+        rest = Chunk(chunk.data[reader.offset :], reader.seen, chunk.text, reader.cpu)
         self._chunks[0] = rest
         self._bytes += rest.cost - chunk.cost
         self._read = reader.seen

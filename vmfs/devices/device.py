@@ -185,8 +185,8 @@ class Device(abc.ABC, Generic[S]):
         """As at power-on; lines are low. What the host attached stays."""
 
     def machine_changed(self) -> None:
-        """The board goes on with another engine's machine: what an engine keeps and no state has is to be set. And
-        `board.has_workers` may be another."""
+        """The board goes on with another engine's machine. The device sets what an engine keeps and no state has.
+        `board.has_workers` may have changed, too."""
 
     def run_begins(self) -> None:  # noqa: B027
         """The machine runs from now on: what works beside its CPUs may begin."""

@@ -1,7 +1,7 @@
 """INPUTS: the one way in for what a machine gets from outside: keys, bytes on a port, packets, a button.
 
-A device, or another Taker, takes it; whoever has it calls `board.inputs.enter`, from any thread. Mostly that is at
-once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of the
+A device, or another Taker, takes it; the code that has it calls `board.inputs.enter`, from any thread. Mostly that is
+at once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of the
 guest's, between two instructions, as a timer does, before all timers of that time: so the same input at the same time
 finds the same machine. It takes a machine that computes its time itself (`time` = `instructions`).
 """
@@ -46,7 +46,7 @@ class Keeper(Protocol):
 
 
 class Input(msgspec.Struct, frozen=True, array_like=True):
-    """What came, to whom, and when: `at` is the guest's time in nanoseconds."""
+    """`data` of a `kind` came to the taker of that name, `at` that time of the guest's, in nanoseconds."""
 
     at: Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
     taker: str

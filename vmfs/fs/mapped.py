@@ -60,7 +60,7 @@ class MemoryServer:
         return self._way
 
     def leave_to_machine(self) -> bool:
-        """Have the machine answer what is read and written from now on, for its RAM is to be over a base. False where
+        """Have the machine answer reads and writes from now on, because its RAM will be over a base. False where
         clients have the memfd itself, which has to stay what RAM is."""
         if self._passing:
             return False

@@ -374,7 +374,7 @@ class _Children:
                 os.close(fd)
 
     def _idle_seconds(self) -> float | None:
-        """Until it prepares for the next machine, if nothing is to be done; None: it is prepared."""
+        """How long an idle zygote waits before it prepares for the next machine; None: it is prepared."""
         if self._expected is None or self._spare:
             return None
         return max(IDLE_SECONDS, self._not_before - time.monotonic())

@@ -212,7 +212,7 @@ class Past:
     # ---- back to one
 
     def restore(self, name: str, *, unseen: Callable[[], int] = lambda: 0) -> list[tuple[int, int]]:
-        """Be what the machine was then, and paused. Busy while it runs. Returns what of RAM may be another, as
+        """Be what the machine was then, and paused. Busy while it runs. Returns what of RAM may have changed, as
         (address, length)."""
         with self._busy:
             return self._restore(self[name], unseen)

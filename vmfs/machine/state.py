@@ -386,8 +386,8 @@ def put(body: Body, state: State, put_memory: Callable[[], None] = lambda: None)
 
 
 class _Wanted:
-    """A state that is to be put, checked as far as it can be without setting anything. Devices that are so at `present`
-    are left alone."""
+    """A state to put, checked as far as that works without setting anything. A device whose state is the same in
+    `present` is left alone."""
 
     def __init__(self, body: Body, state: State, present: State) -> None:
         self._body = body

@@ -1,7 +1,7 @@
 """A machine's memory in this process: one range of addresses, for as long as anybody has a view of it.
 
-The engine, the devices and this program use the same range. So what of a file it shows, shared or private, is changed
-in it piece by piece, while the guest runs, too: mmap(2) with MAP_FIXED puts one piece in another's place at once.
+The engine, the devices and this program use the same range. So it comes over another file, or becomes private, piece by
+piece, also while the guest runs: mmap(2) with MAP_FIXED puts one piece in another's place at once.
 """
 
 from __future__ import annotations

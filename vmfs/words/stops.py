@@ -109,27 +109,27 @@ class VectorStop(Stop):
 
 
 @dataclass(frozen=True, slots=True)
-class ModeStop(Stop):
-    """Stop after an instruction that switched between real, protected and long mode."""
+class ChangeStop(Stop):
+    """Stop after an instruction that changed what CAUSE names."""
 
-    CAUSE: ClassVar[str] = "mode"
     COMES_AFTER: ClassVar[bool] = True
-    WHAT: ClassVar[str] = "mode"
 
     def text(self) -> str:
-        return f"on {self.WHAT}"
+        return f"on {self.CAUSE}"
 
 
 @dataclass(frozen=True, slots=True)
-class Cr3Stop(Stop):
+class ModeStop(ChangeStop):
+    """Stop after an instruction that switched between real, protected and long mode."""
+
+    CAUSE: ClassVar[str] = "mode"
+
+
+@dataclass(frozen=True, slots=True)
+class Cr3Stop(ChangeStop):
     """Stop after an instruction that changed CR3."""
 
     CAUSE: ClassVar[str] = "cr3"
-    COMES_AFTER: ClassVar[bool] = True
-    WHAT: ClassVar[str] = "cr3"
-
-    def text(self) -> str:
-        return f"on {self.WHAT}"
 
 
 STOPS: tuple[type[Stop], ...] = (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop)

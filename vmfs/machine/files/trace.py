@@ -257,11 +257,11 @@ class _TraceHandle(LineHandle):
             return None
         made = b"".join(piece.made for piece in pieces)[-size:]
         records = b"".join(piece.records for piece in pieces)
-        assert self._reader is not None
         if self._text is not None:
-            return Chunk(records, pieces[0].before, made, pieces[0].cpu, self._reader.cpu)
+            return Chunk(records, pieces[0].before, made, pieces[0].cpu)
         kept = made[len(made) % RECORD :]  # whole records only
         if not kept:
             return None
         cpu = cpu_after(records[: -len(kept)], pieces[0].cpu)
-        return Chunk(kept, self._reader.seen - count(kept), None, cpu, self._reader.cpu)
+        assert self._reader is not None
+        return Chunk(kept, self._reader.seen - count(kept), None, cpu)

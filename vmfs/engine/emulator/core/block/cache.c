@@ -7,8 +7,8 @@
  * A link or an entry of the jump cache holds while the code map has its number: so it may stay where it is over changes of the
  * address space. A block that dies takes those that go to it along.
  *
- * Of CPUs that execute at the same time each has blocks of its own, and `slot.lines` is all that they share. Who decodes notes the
- * lines, and then looks whether the bytes are still the same; who writes looks at the lines after the bytes are written
+ * CPUs that execute at the same time have blocks of their own, and share `slot.lines` alone. A CPU that decodes notes the
+ * lines, and then looks whether the bytes are still the same; a CPU that writes looks at the lines after its bytes are written
  * (cache_lines_written): so one of the two finds out. What kills blocks of others does so while they stand (world.c).
  *
  * Clients write guest memory unseen between runs: in each run, the blocks of a page are compared with it before the page is

@@ -254,7 +254,7 @@ void chip_features(struct vcpu *c)
 
 /* ---- Lines ------------------------------------------------------------------------------------------------------------------------ */
 
-/* Those for whom there is something. */
+/* Have each CPU look around that has an interrupt or an event to take. */
 static void notify(struct vm *vm, const struct vcpu *but)
 {
     for (unsigned i = 0; i < vm->irqchip->cpus; i++)
