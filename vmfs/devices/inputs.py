@@ -1,9 +1,9 @@
 """INPUTS: the one way in for what a machine gets from outside: keys, bytes on a port, packets, a button.
 
 A device, or another Taker, takes it; the code that has it calls `board.inputs.enter`, from any thread. Mostly that is
-at once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of the
-guest's, between two instructions, as a timer does, before all timers of that time: so the same input at the same time
-finds the same machine. It takes a machine that computes its time itself (`time` = `instructions`).
+at once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of
+the guest's, between two instructions, as a timer does, before all timers of that time: so the same input at the same
+time finds the same machine. It takes a machine that computes its time itself (`time` = `instructions`).
 """
 
 from __future__ import annotations
