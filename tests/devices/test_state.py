@@ -76,8 +76,8 @@ def a_pc(folder):
 
 
 NAMES = (
-    "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit power-pci display "
-    "blk0 blk1 net0 rng0 hvc0 share0"
+    "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
+    "display blk0 blk1 net0 rng0 hvc0 share0"
 ).split()
 
 
@@ -134,11 +134,11 @@ def drive(pc, name, seed, count=120):
                 begin_virtio(guest, device)
             make_request(dice, pc, guest, device)
         elif hasattr(device, "slot") and what < 0.5:
-            offset = dice.choice((4, 5, 6, 0x3C, 0x10, 0x2C))
+            offset = dice.choice((4, 5, 6, 0x3C, 0x10, 0x2C, 0x60, 0x61, 0x62, 0x63))
             if offset == 0x10 or dice.random() < 0.5:
-                seen.append(guest.config(device.slot, offset, size=1))
+                seen.append(guest.config(device.slot, offset, size=1, function=device.function_number))
             else:
-                guest.config(device.slot, offset, dice.getrandbits(8), size=1)
+                guest.config(device.slot, offset, dice.getrandbits(8), size=1, function=device.function_number)
         elif name == "pci" and what < 0.5:
             seen.append(guest.config(dice.randrange(32), dice.randrange(64) * 4))
         elif windows and what < 0.9:

@@ -15,6 +15,7 @@ from vmfs.devices.device import Device
 from vmfs.devices.display import Display
 from vmfs.devices.fw_cfg import FwCfg
 from vmfs.devices.i8042 import I8042
+from vmfs.devices.isa import ISA_SLOT, IsaBridge
 from vmfs.devices.pci import Bridge, HostBridge
 from vmfs.devices.power import Power, PowerFunction
 from vmfs.devices.rtc import Rtc
@@ -47,9 +48,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("debug-exit", lambda board, name: DebugExit(board, name, 0xF4)),
 )
 
-
-POWER_SLOT, DISPLAY_SLOT = 30, 31  # of the PCI bus, out of the way of what is attached
-POWER_PLACE = 1, 3  # slot and function where an i440FX has it; OVMF reads its timer's port there
+DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
 
 
 class Pc(Board):
@@ -62,8 +61,8 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
-        power = self.pci.plug(PowerFunction(self, "power-pci", POWER_SLOT))
-        self.pci.answer_at(*POWER_PLACE, power)
+        self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
+        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT))
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
