@@ -18,8 +18,6 @@ from typing import Literal, TypeVar, cast
 from vmfs.debug.disasm import Listing
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
-from vmfs.devices.pci import PciDevice
-from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.disk import Disk, Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
@@ -341,8 +339,9 @@ class Vm(Control):
     def disks(self) -> Iterator[tuple[str, Disk]]:
         """Of its block devices, by their names."""
         for name, device in self.board.devices.items() if self.board is not None else ():
-            if isinstance(device, Block):
-                yield name, device.disk
+            disk = getattr(device, "disk", None)
+            if disk is not None:
+                yield name, disk
 
     # ---- snapshots: what `vmfs.machine.past` needs
 
@@ -462,12 +461,12 @@ class Vm(Control):
         """Then the size of RAM and the devices are fixed."""
         return self._has_run
 
-    def attach(self, make: Callable[[Pc], PciDevice]) -> PciDevice:
-        """Plug the device that `make` makes into the PCI bus. Before the first run, else Busy."""
+    def attach(self, make: Callable[[Pc], Device]) -> Device:
+        """Plug in the device that `make` makes. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
             device = make(board)
-            board.pci.plug(device)
+            board.plug(device)
         return device
 
     def check_attachable(self) -> None:
@@ -479,9 +478,9 @@ class Vm(Control):
         """Take a device out that `attach` has put in. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
-            if not isinstance(device, PciDevice) or device.name in board.built_in:
+            if device.name in board.built_in:
                 raise NotPermitted(f"{device.name} belongs to the machine")
-            board.pci.unplug(device)
+            board.unplug(device)
 
     def _changeable_board(self) -> Pc:
         self._check_idle()
