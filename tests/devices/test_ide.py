@@ -113,7 +113,7 @@ def plug(pc, image, mode="rw", name="hda"):
     drive = AtaDisk(pc, name, open_disk(os.open(image, flags), mode), path=str(image))
     pc.plug(drive)
     ide = pc.ide
-    Guest(pc).config(ide.slot, 4, 7, size=2)
+    Guest(pc).config(ide.slot, 4, 7, size=2, function=1)
     return drive
 
 
@@ -140,8 +140,8 @@ def test_identity(pc, disk):
     assert words[83] & 0x0400 and words[49] & 0x0300 == 0x0300
     assert sum(struct.pack("<256H", *words)) & 0xFF == 0
     assert struct.pack(">20H", *words[27:47]).decode().rstrip() == "vmfs disk"
-    assert Guest(pc).config(pc.ide.slot, 0) == 0x7010_8086
-    assert Guest(pc).config(pc.ide.slot, 8) >> 8 == 0x010180
+    assert Guest(pc).config(pc.ide.slot, 0, function=1) == 0x7010_8086
+    assert Guest(pc).config(pc.ide.slot, 8, function=1) >> 8 == 0x010180
 
 
 def test_signature_of_each_reset(disk):
@@ -310,7 +310,7 @@ def test_what_no_bus_master_can_do(pc, disk, image):
     disk.start(to_ram=False)
     assert disk.bus_status() & 3 == 2 and disk.status() & ERR
     disk.stop()
-    Guest(pc).config(pc.ide.slot, 4, 1, size=2)
+    Guest(pc).config(pc.ide.slot, 4, 1, size=2, function=1)
     disk.table((BUFFER, 512))
     disk.command(0xC8, count=1)
     disk.start(to_ram=True)
@@ -411,9 +411,9 @@ def test_reset_in_the_middle(disk, image):
 
 def test_decode_enable(pc, disk):
     guest = Guest(pc)
-    guest.config(pc.ide.slot, 0x40, 0, size=2)
+    guest.config(pc.ide.slot, 0x40, 0, size=2, function=1)
     assert disk.inp(0x1F7) == 0xFF
-    guest.config(pc.ide.slot, 0x40, 0x8000, size=2)
+    guest.config(pc.ide.slot, 0x40, 0x8000, size=2, function=1)
     assert disk.inp(0x1F7) == DRDY | DSC
 
 

@@ -130,8 +130,8 @@ ATA_COMMANDS = 0x20, 0x24, 0x25, 0x30, 0x34, 0x35, 0x39, 0x91, 0x90, 0xC4, 0xC5,
 def make_ide_request(dice, pc, guest, unit):
     """A command to a drive of the first channel, and some of what it needs; all that was read."""
     seen, bus = [], pc.ide.given[4]
-    guest.config(pc.ide.slot, 4, 7, size=2)
-    guest.config(pc.ide.slot, 0x40, 0x8000, size=2)
+    guest.config(pc.ide.slot, 4, 7, size=2, function=1)
+    guest.config(pc.ide.slot, 0x40, 0x8000, size=2, function=1)
     if dice.random() < 0.1:
         guest.out(0x3F6, dice.choice((0, 2, 4, 0x80)))
     else:

@@ -109,6 +109,9 @@ class Channel:
         is_quiet = not self.pending[self.unit]
         self.controller.chip.show(self.number, self.status if is_quiet else None)
 
+    def settle(self) -> None:
+        self.worker.hold()
+
     def at_end(self, call: Callable[[], None]) -> None:
         self.worker.at_end(call)
 
@@ -370,7 +373,7 @@ class Ide(PciDevice[IdeState]):
         super().__init__(board, name, slot)
         self.chip = _chips.Pio(board.bus, self.number)
         self.channels = Channel(self, 0), Channel(self, 1)
-        self._by_python[_IDETIM : _IDETIM + 4] = b"\1" * 4  # to write it changes windows
+        self.writes_have_effects(_IDETIM, 4)
         self._mask[_IDETIM : _IDETIM + 5] = b"\xff" * 5  # and SIDETIM
         self._fixed[_IDETIM : _IDETIM + 4] = struct.pack("<HH", _DECODE, _DECODE)
 

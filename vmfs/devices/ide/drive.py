@@ -63,6 +63,9 @@ class Cable(Protocol):
     def changed(self) -> None:
         """A status has."""
 
+    def settle(self) -> None:
+        """Have nothing under way beside the CPU."""
+
     def at_end(self, call: Callable[[], None]) -> None:
         """Call that once nothing is under way any more, nor will be."""
 
@@ -83,6 +86,9 @@ class _NoCable:
         pass
 
     def changed(self) -> None:
+        pass
+
+    def settle(self) -> None:
         pass
 
     def at_end(self, call: Callable[[], None]) -> None:
