@@ -31,6 +31,7 @@ from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attempt,
     Owner,
+    Parts,
     Seen,
     Setup,
     Source,
@@ -253,7 +254,7 @@ class Vm(Control):
             held=tuple(exit_.line() for exit_ in self._held),
         )
 
-    def check_setup(self, setup: Setup) -> None:
+    def check_kind(self, setup: Setup) -> None:
         for what, is_, wanted in (
             ("kind", self.machine_name, setup.machine),
             ("RAM", self.memory.size, setup.memory),
@@ -262,6 +263,9 @@ class Vm(Control):
         ):
             if is_ != wanted:
                 raise Invalid(f"the state is of a machine of another {what}: {str(wanted)[:80]}, and not {is_}")
+
+    def check_setup(self, setup: Setup) -> None:
+        self.check_kind(setup)
         try:
             unpack_msrs(setup.new_msrs)
         except Invalid:
@@ -313,7 +317,7 @@ class Vm(Control):
         return exit_
 
     def _exit_of(self, line: str | None) -> exits.Exit | None:
-        exit_ = None if line is None else exits.parse_exit(line)
+        exit_ = None if line is None else exits.parsed_exit(line)
         if exit_ is not None:
             exit_.of_several = len(self.cpus) > 1
         return exit_
@@ -352,13 +356,8 @@ class Vm(Control):
             self.forget_pages()
         return pages
 
-    def peek_pages(self) -> int:
-        """What `take_pages` would give."""
-        with self._lock:
-            return self.look_at_pages()
-
     def look_at_pages(self) -> int:
-        """`peek_pages`, with the lock held."""
+        """What `take_pages` would give, with the lock held."""
         self._gather_dirty()
         return self._dirty["past"]
 
@@ -383,14 +382,12 @@ class Vm(Control):
             return None
         return sum(cpu.vcpu.counters()["instructions"] for cpu in self.cpus)
 
-    def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None:
-        """Be what `snapshot` says, whole or not at all. Busy during a run."""
+    def go_back(self, snapshot: Snapshot, look: Callable[[], Callable[[], None]]) -> None:
+        """Be what `snapshot` says, whole or not at all. Busy during a run. `look()` finds what of RAM is to be put,
+        and gives what puts it."""
         with self._lock:
             self._check_idle()
-            cpuids = [snapshot.state.parts[f"cpu{cpu.index}/cpuid"].data for cpu in self.cpus]
-            # An engine may refuse another CPUID once the CPU has run.
-            if self.engine.name != snapshot.engine.name or cpuids != [c.vcpu.get_state("cpuid") for c in self.cpus]:
-                self._replace_machine(snapshot.engine)
+            put_ram = look()
             before = self.images.keep(), self._rom, {name: disk for name, disk in self.disks()}
 
             def put_memory() -> None:
@@ -401,12 +398,18 @@ class Vm(Control):
 
             self.images.put(snapshot.images)
             try:
+                wanted, present = snapshot.opened(self), Parts.of(self)
+                cpuids = [[cpu["cpuid"] for cpu in parts.cpus] for parts in (wanted.parts, present)]
+                # An engine may refuse another CPUID once the CPU has run.
+                if self.engine.name != snapshot.engine.name or cpuids[0] != cpuids[1]:
+                    self._replace_machine(snapshot.engine)
+                    present = Parts.of(self)
                 self._use_rom(snapshot.rom)
                 try:
-                    put(self, snapshot.state, put_memory)
+                    put(self, wanted, put_memory, present)
                 except (Invalid, Unsupported):  # KVM takes some MSRs of a CPU that has not run only
                     self._replace_machine(snapshot.engine)
-                    put(self, snapshot.state, put_memory)
+                    put(self, wanted, put_memory)
             except BaseException:
                 self.images.put(before[0])
                 self._use_rom(before[1])
