@@ -77,7 +77,10 @@ class Threads:
         self._engine = engine
         self._numbers = itertools.count(1)
 
-    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+    def tell_taken(self) -> None:
+        pass
+
+    def machine(self, engine: str, memory_size: int, *, fresh: bool = False) -> tuple[Job, socket.socket]:
         job = Job(next(self._numbers))
         ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         token = trio.lowlevel.current_trio_token()

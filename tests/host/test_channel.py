@@ -140,7 +140,7 @@ class Enemies:
         self.jobs: list[Job] = []
         self.opened: list[Any] = []
 
-    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+    def machine(self, engine: str, memory_size: int, *, fresh: bool = False) -> tuple[Job, socket.socket]:
         job = Job(len(self.jobs) + 1)
         job.pid = os.getpid()
         job.forked.set()
@@ -692,10 +692,11 @@ class Between:
     def __init__(self, messages: int) -> None:
         self.left = messages
         self.said = 0
+        self.born = False  # it has said so
         self.jobs: list[Job] = []
         self._threads: list[threading.Thread] = []
 
-    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+    def machine(self, engine: str, memory_size: int, *, fresh: bool = False) -> tuple[Job, socket.socket]:
         job = Job(len(self.jobs) + 1)
         job.pid = os.getpid()
         job.forked.set()
@@ -717,6 +718,7 @@ class Between:
                         break
                     self.left -= 1
                     self.said += 1
+                    self.born |= source is far
                     socket.send_fds(to, [packet], fds)
                     commands.close_all(fds)
             token.run_sync_soon(self.kill, job)
@@ -738,8 +740,8 @@ class Between:
             assert not thread.is_alive()
 
 
-def conversation(messages: int) -> tuple[int, list[int | None], str]:
-    """What the calls of a small life failed with, where the process is killed after so many messages."""
+def conversation(messages: int) -> tuple[Between, list[int | None], str]:
+    """What the calls of a small life failed with, where the process is killed after so many messages, and how."""
     between = Between(messages)
     outcome: list[int | None] = []
     state = ""
@@ -779,19 +781,21 @@ def conversation(messages: int) -> tuple[int, list[int | None], str]:
         await trio.to_thread.run_sync(between.join)
 
     trio.run(main)
-    return between.said, outcome, state
+    return between, outcome, state
 
 
 def test_a_process_that_dies_at_any_message_fails_its_calls_and_nothing_else(log):
-    said, outcome, failure = conversation(10_000)
-    assert outcome == [None] * 11 and not failure and said > 20
+    whole, outcome, failure = conversation(10_000)
+    assert outcome == [None] * 11 and not failure and whole.said > 20
     before = descriptors_there()
-    for messages in range(said):
-        _, outcome, failure = conversation(messages)
+    for messages in range(whole.said):
+        between, outcome, failure = conversation(messages)
         assert set(outcome) <= {None, errno.EIO}, (messages, outcome)
         first = outcome.index(errno.EIO) if errno.EIO in outcome else len(outcome)
         assert None not in outcome[first : first + 8 - min(first, 8)], (messages, outcome)
-        born = messages > 3  # else it stays as it was made, and each call tries again
-        assert "the last command was" in failure or not born or first == len(outcome), (messages, failure)
+        assert between.born == (messages >= 3) or messages == 2  # its first word and our first call cross
+        # Else it stays as it was made, and each call tries again.
+        has_failed = between.born and first < len(outcome)
+        assert ("the last command was" in failure) == has_failed, (messages, failure)
         assert not left_since(before), messages
     assert not log.found, log.found

@@ -16,6 +16,7 @@ from mounting import SOON, Machine, reason_against, spares, wait_until
 
 from vmfs.engine import ENGINES
 from vmfs.fs.files import FILES
+from vmfs.host.zygote import SPARES
 
 MOST_NEEDED = 24  # descriptors of any call here
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC)
@@ -28,8 +29,8 @@ def descriptors(pid: int) -> list[int]:
 
 
 def settled(server: int) -> int:
-    """How many it has, with one for the next machine's process, which comes a moment after one was taken."""
-    wait_until(lambda: spares(server), "there is a spare")
+    """How many it has, with those for the next machines' processes, which come a moment after one was taken."""
+    wait_until(lambda: len(spares(server)) == SPARES, "all spares are there")
     return len(descriptors(server))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
-from socket import MSG_NOSIGNAL, socket
+from socket import socket
 
-import msgspec
 import trio
 
 from vmfs.engine.base import Engine
@@ -17,15 +17,13 @@ from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.zygote import Job, Zygote
 from vmfs.memory.ram import DEFAULT_SIZE
-from vmfs.words.commands import Become
+from vmfs.words.commands import Become, Channel, ChannelBroken, ToServer
 from vmfs.words.errors import LimitReached, WouldBlock
 
 # Calls that wait at a time, of all users. The mount has room for more (vmfs.fs.MAX_TASKS), so that interrupts are heard
 # and an unmount is.
 WAITING_MOST = 8000
 LIMITS = ("max_vms", "max_memory", "max_vms_user", "max_memory_user", "max_waiting_user")  # 0: there is none
-
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class Host:
@@ -89,6 +87,7 @@ class Host:
     def forget(self, machine: MachineProcess) -> None:
         """The machine no longer counts; `MachineProcess.remove` is the caller's to call."""
         self._machines.discard(machine)
+        self._zygote.tell_taken()  # that its process is its, whose end is waited for
 
     def _used(self, uid: int | None = None) -> int:
         return sum(
@@ -125,21 +124,16 @@ class Host:
 
     # ---- for machines
 
-    def spawn(self, machine: MachineProcess) -> tuple[Job, socket]:
-        """A process that is that machine's user from now on, and our end of its channel. OSError where there is no
-        descriptor for it."""
+    def spawn(self, machine: MachineProcess, *, fresh: bool = False) -> tuple[Job, Channel[ToServer]]:
+        """A process that is that machine's user from now on, and our end of its channel. `fresh`: not a spare.
+        OSError where there is no descriptor for it."""
         most = min(self._settings.max_memory, self._settings.max_memory_user)
         who = machine.owner
-        order = Become(who.uid, who.gid, list(who.groups), who.file_size, most if most < NO_LIMIT else 0)
-        while True:
-            job, channel = self._zygote.machine(machine.engine, machine.memory_size)
-            try:
-                channel.send(_encode(order), MSG_NOSIGNAL)
-            except OSError:
-                if job.was_spare:  # it has ended, and there is no other one: a process is made now
-                    channel.close()
-                    continue
-            return job, channel
+        job, sock = self._zygote.machine(machine.engine, machine.memory_size, fresh=fresh)
+        channel = Channel[ToServer](sock, ToServer, takes_fds=False)
+        with contextlib.suppress(ChannelBroken):  # the machine, which listens, hears so
+            channel.post(Become(who.uid, who.gid, list(who.groups), who.file_size, most if most < NO_LIMIT else 0))
+        return job, channel
 
     def open(self, who: Credentials, work: opener.Work, answer: socket) -> Job:
         return self._zygote.opener(who, work, answer)

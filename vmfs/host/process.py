@@ -71,6 +71,10 @@ class CallFailed(VmfsError):
         self.unsaved = failed.unsaved
 
 
+class _SpareEnded(ProcessFailed):
+    """Before it was a machine."""
+
+
 class Asker:
     """A user that opened a file whose lines give a machine something of the host, and those lines."""
 
@@ -133,7 +137,7 @@ class Keeper(Protocol):
 
     @property
     def layers(self) -> dict[str, str]: ...
-    def spawn(self, machine: MachineProcess) -> tuple[Job, socket.socket]: ...
+    def spawn(self, machine: MachineProcess, *, fresh: bool) -> tuple[Job, Channel[ToServer]]: ...
     async def learn_sizes(self, machine: MachineProcess) -> None: ...
     def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
     def kill(self, job: Job) -> None: ...
@@ -167,11 +171,17 @@ class MachineProcess:
         self._sockets: dict[str, tuple[Credentials, tuple[int, int]]] = {}  # those that gdb listens at, by path
         self._last = ""  # the last command
         self._waiting: list[Message] = []  # that need not be said at once
+        # What was said to a process of which nobody knows yet that it is a machine, with descriptors.
+        self._said: list[tuple[Message, tuple[int, ...]]] | None = None
         self._finished = trio.Event()
 
     @property
     def born(self) -> bool:
         return self._channel is not None and self._birth.is_set()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.removed or bool(self.failure)
 
     @property
     def knows_sizes(self) -> bool:
@@ -218,6 +228,8 @@ class MachineProcess:
             if began is not None:
                 began(number)
             self._tell_waiting()
+            if self._said is not None:
+                self._said.append((message, send))
             with contextlib.suppress(ChannelBroken):  # its listener says so
                 await channel.send(message, send)
             await waiting.event.wait()
@@ -281,7 +293,9 @@ class MachineProcess:
 
     def _post(self, message: Message) -> None:
         channel = self._channel
-        if channel is not None and not self.removed and not self.failure:
+        if channel is not None and not self._is_over:
+            if self._said is not None:
+                self._said.append((message, ()))
             try:
                 if not channel.post(message):
                     trio.lowlevel.spawn_system_task(self._tell, channel, message)
@@ -293,7 +307,7 @@ class MachineProcess:
         hear it."""
         channel = self._channel
         try:
-            return channel is not None and not self.removed and not self.failure and channel.post(message, fds)
+            return channel is not None and self._said is None and not self._is_over and channel.post(message, fds)
         except ChannelBroken:
             return False
 
@@ -318,48 +332,82 @@ class MachineProcess:
             await self.host.learn_sizes(self)
         self._begin()
         await self._birth.wait()
-        if self._channel is None or self.removed or self.failure:
+        if self._channel is None or self._is_over:
             raise self._unborn or self._gone()
 
     def _begin(self) -> Channel[ToServer]:
         """The channel of its process, which from now on becomes a machine: what is asked is answered after that."""
-        if self.removed or self.failure:
+        if self._is_over:
             raise self._gone()
         if self._channel is None:
-            try:
-                job, ours = self.host.spawn(self)
-            except OSError as error:
-                raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
-            self._job, self._channel = job, Channel(ours, ToServer, takes_fds=False)
             self._birth, self._unborn = trio.Event(), None
-            trio.lowlevel.spawn_system_task(self._listen, self._channel, job)
+            self._said = []
+            return self._spawn()
         return self._channel
 
-    async def _be_born(self, channel: Channel[ToServer], job: Job) -> None:
-        """VmfsError where it is not."""
+    def _spawn(self, *, fresh: bool = False) -> Channel[ToServer]:
+        """`fresh`: not of a spare."""
         try:
-            with trio.move_on_after(BIRTH_SECONDS):
+            job, channel = self.host.spawn(self, fresh=fresh)
+        except OSError as error:
+            raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
+        self._job, self._channel = job, channel
+        trio.lowlevel.spawn_system_task(self._listen, channel, job)
+        return channel
+
+    async def _be_born(self, channel: Channel[ToServer], job: Job) -> None:
+        """VmfsError where it is not: then it has done nothing of what it was asked. From the moment when it has said
+        that it is born, its end is a machine's: ChannelBroken."""
+        born: Any = None
+        with trio.move_on_after(BIRTH_SECONDS):
+            try:
                 born, _ = await channel.receive()
-                await job.forked.wait()
-                if isinstance(born, commands.Born) and born.version == commands.VERSION:
-                    self.memory_fd = open_memory(job.pid, born.memory)
-                    self._birth.set()
-                    return
-                if isinstance(born, Failed):
-                    raise CallFailed(born)
+            except ChannelBroken as error:
+                raise await self._not_begun(job, error) from None
+            await job.forked.wait()
+        if isinstance(born, Failed):
+            raise CallFailed(born)
+        if not isinstance(born, commands.Born) or born.version != commands.VERSION:
             raise ProcessFailed("the machine's process did not begin")
-        except ChannelBroken as error:
-            with trio.move_on_after(1):
+        try:
+            self.memory_fd = open_memory(job.pid, born.memory)
+        except ProcessFailed as error:
+            with trio.move_on_after(CLOSE_SECONDS):
                 await job.ended.wait()
-            if job.errno:
-                raise LimitReached(f"the machine has no process: {os.strerror(job.errno)}") from None
-            raise ProcessFailed(f"the machine's process did not begin: {_how(job) or error}") from None
+                raise ChannelEnded from None  # how it has ended says more
+            raise ChannelBroken(str(error)) from None
+        self._said = None
+        self._birth.set()
+
+    async def _not_begun(self, job: Job, error: ChannelBroken) -> VmfsError:
+        if job.was_spare:
+            return _SpareEnded("the process that was ready for it has ended")
+        with trio.move_on_after(1):
+            await job.ended.wait()
+        if job.errno:
+            return LimitReached(f"the machine has no process: {os.strerror(job.errno)}")
+        return ProcessFailed(f"the machine's process did not begin: {_how(job) or error}")
+
+    async def _be_born_of_another(self, channel: Channel[ToServer], job: Job) -> None:
+        """The spare has ended with nothing done: a process that is made for the machine is told the same."""
+        channel.close()
+        self.host.kill(job)
+        said, self._said = self._said or [], []
+        try:
+            again = self._spawn(fresh=True)
+        except VmfsError as error:
+            self._stay_unborn(channel, job, error)
+            return
+        waiting = [one for one in said if getattr(one[0], "call", None) in (None, *self._calls)]
+        self._said = waiting
+        with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):  # its listener says so
+            await again.send_all(waiting)
 
     def _stay_unborn(self, channel: Channel[ToServer], job: Job, why: VmfsError) -> None:
         """Be as it was made."""
         channel.close()
         self.host.kill(job)
-        self._job, self._channel, self._unborn = None, None, why
+        self._job, self._channel, self._said, self._unborn = None, None, None, why
         for call in self._calls.values():
             call.failure = why
             call.event.set()
@@ -372,10 +420,13 @@ class MachineProcess:
             try:
                 await self._be_born(channel, job)
             except VmfsError as error:
-                if not self.removed:
+                if self.removed:
+                    raise ChannelEnded from error
+                if isinstance(error, _SpareEnded):
+                    await self._be_born_of_another(channel, job)
+                else:
                     self._stay_unborn(channel, job, error)
-                    return
-                raise ChannelEnded from error
+                return
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
@@ -397,6 +448,7 @@ class MachineProcess:
             self.failure = f"the machine's process {how}; the last command was {self._last or 'none'}"
             log.error("%s", self.failure)
             self.watcher.complained(self.failure)
+        self._said = None
         self._birth.set()
         for call in self._calls.values():
             call.event.set()
@@ -531,7 +583,7 @@ class MachineProcess:
             with trio.move_on_after(CLOSE_SECONDS):
                 await job.ended.wait()
             self._helpers.discard(job)
-        elif self.removed or self.failure:
+        elif self._is_over:
             self.host.kill(job)
         return text, fds
 

@@ -20,6 +20,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -44,7 +45,8 @@ _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
 IDLE_SECONDS = 0.005  # without an order, until it prepares for those to come
-TAKEN_SECONDS = 0.02  # until it hears that a spare is a machine's now: until then that machine is to have the CPU
+TAKEN_SECONDS = 0.02  # until it hears that spares are machines' now: until then those machines are to have the CPU
+SPARES = 3  # kept ready: a machine that is made right after another one is born as quickly
 SPARE_SECONDS_MOST = 30.0  # until there is another spare, where they end before anybody has one
 
 
@@ -104,7 +106,7 @@ class Layers(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """There is a spare; the server's end of its channel goes along."""
+    """There is another spare; the server's end of its channel goes along."""
 
     pid: int
     engine: str
@@ -145,8 +147,9 @@ class Zygote:
         self._jobs: dict[int, Job] = {}
         self._next = 1
         self._gone = False
-        self._spare: tuple[Ready, socket.socket] | None = None
-        self._taken: Taken | None = None  # not told yet
+        self._spares: deque[tuple[Ready, socket.socket]] = deque()
+        self._taken: list[Taken] = []  # not told yet
+        self._tell_at = 0.0
 
     @classmethod
     def start(cls, rows: tuple[engines.Row, ...]) -> Zygote:
@@ -183,7 +186,7 @@ class Zygote:
                 self._hear(_decode_news(packet), fds)
         finally:
             self._gone = True
-            self._close_spare()
+            self._close_spares()
             for job in list(self._jobs.values()):
                 self._end(job, -signal.SIGKILL)
 
@@ -192,9 +195,8 @@ class Zygote:
             self.layers = news.layers
             return
         if isinstance(news, Ready):
-            self._close_spare()
             if fds:  # else this process has no room for it; the spare ends
-                self._spare = news, socket.socket(fileno=fds[0])
+                self._spares.append((news, socket.socket(fileno=fds[0])))
             return
         job = self._jobs.get(news.job)
         if job is None:
@@ -230,7 +232,7 @@ class Zygote:
         return job
 
     def _send(self, order: ToZygote, fd: int | None = None) -> None:
-        self._tell_taken()
+        self.tell_taken()
         packet = _encode(order)
         if len(packet) > _PACKET:
             raise EngineFailed(f"an order of {len(packet)} bytes")
@@ -247,11 +249,11 @@ class Zygote:
             except OSError as error:
                 raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
 
-    def machine(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
-        """A process for a machine, and our end of its channel. OSError where there is no descriptor for it."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            ready, channel = spare
+    def machine(self, engine: str, memory_size: int, *, fresh: bool = False) -> tuple[Job, socket.socket]:
+        """A process for a machine, and our end of its channel. `fresh`: not a spare. OSError where there is no
+        descriptor for it."""
+        while self._spares and not fresh:
+            ready, channel = self._spares.popleft()
             if (ready.engine, ready.memory_size) == (engine, memory_size):
                 return self._take(ready), channel
             channel.close()  # it ends
@@ -267,25 +269,27 @@ class Zygote:
         job = self._new_job()
         job.pid, job.was_spare = ready.pid, True
         job.forked.set()
-        self._taken = Taken(job.number, ready.pid)
-        trio.lowlevel.spawn_system_task(self._tell_taken_later)
+        self._tell_at = trio.current_time() + TAKEN_SECONDS
+        if not self._taken:
+            trio.lowlevel.spawn_system_task(self._tell_taken_later)
+        self._taken.append(Taken(job.number, ready.pid))
         return job
 
     async def _tell_taken_later(self) -> None:
-        await trio.sleep(TAKEN_SECONDS)
-        with contextlib.suppress(ProcessFailed):  # its listener says so
-            self._tell_taken()
+        while self._taken and trio.current_time() < self._tell_at:
+            await trio.sleep_until(self._tell_at)
+        self.tell_taken()
 
-    def _tell_taken(self) -> None:
+    def tell_taken(self) -> None:
         """At the latest before anything else is said."""
-        taken, self._taken = self._taken, None
-        if taken is not None and not self._gone:
-            self._send(taken)
+        taken, self._taken = self._taken, []
+        with contextlib.suppress(ProcessFailed):  # its listener says so
+            for one in taken:
+                self._send(one)
 
-    def _close_spare(self) -> None:
-        if self._spare is not None:
-            self._spare[1].close()
-            self._spare = None
+    def _close_spares(self) -> None:
+        while self._spares:
+            self._spares.pop()[1].close()
 
     def expect(self, engine: str, memory_size: int) -> None:
         """Be ready for such a machine."""
@@ -303,7 +307,7 @@ class Zygote:
     def close(self) -> None:
         """End it and all of its children; blocks for that moment."""
         self._gone = True
-        self._close_spare()
+        self._close_spares()
         self._socket.close()
         end = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(ChildProcessError):
@@ -326,7 +330,8 @@ class _Children:
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._listening: dict[str, Credentials] = {}  # paths at which somebody's gdb may listen
         self._expected: Kind | None = None
-        self._spare = 0  # its process
+        self._spares: set[int] = set()  # their processes
+        self._spares_ended: dict[int, int] = {}  # how the last ones have
         self._spares_failed = 0  # since one was taken
         self._not_before = 0.0  # there is another one
         self._chores = self._warm_up()
@@ -375,7 +380,7 @@ class _Children:
 
     def _idle_seconds(self) -> float | None:
         """How long an idle zygote waits before it prepares for the next machine; None: it is prepared."""
-        if self._expected is None or self._spare:
+        if self._expected is None or len(self._spares) >= SPARES:
             return None
         return max(IDLE_SECONDS, self._not_before - time.monotonic())
 
@@ -393,8 +398,17 @@ class _Children:
     def _make_spare(self, kind: Kind) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, its:
-            self._spare = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind, ahead=True))
-            self._tell(Ready(self._spare, kind.engine, kind.memory_size), ours.fileno())
+            pid = self._child(self._sandbox.fork, lambda: self._be_machine(its, ours, kind, ahead=True))
+            self._spares.add(pid)
+            self._tell(Ready(pid, kind.engine, kind.memory_size), ours.fileno())
+
+    def _spare_ended(self, pid: int, code: int) -> None:
+        """It had failed, or was a machine already: then the server says so soon."""
+        self._spares.discard(pid)
+        self._spares_ended[pid] = code
+        if len(self._spares_ended) > SPARES:
+            del self._spares_ended[next(iter(self._spares_ended))]
+        self._spare_failed()
 
     def _spare_failed(self) -> None:
         """Wait longer each time: one that always fails is not to keep a CPU busy."""
@@ -447,7 +461,10 @@ class _Children:
             return
         try:
             if isinstance(order, SpawnMachine):
-                self._expected = kind = Kind(order.engine, order.memory_size)
+                kind = Kind(order.engine, order.memory_size)
+                if kind != self._expected:
+                    self._spares.clear()  # the server has let them go
+                    self._expected = kind
                 self._not_before = max(self._not_before, time.monotonic() + TAKEN_SECONDS)
                 with socket.socket(fileno=fds.pop()) as channel:
                     pid = self._child(self._sandbox.fork, lambda: self._be_machine(channel, None, kind, ahead=False))
@@ -465,12 +482,12 @@ class _Children:
             self._listening.pop(work.path, None)
 
     def _taken(self, order: Taken) -> None:
-        if order.pid != self._spare:  # it has ended meanwhile
-            self._tell(Ended(order.job, -signal.SIGKILL))
-            return
-        self._jobs[order.pid], self._pids[order.job] = order.job, order.pid
-        self._spare = self._spares_failed = 0
-        self._not_before = 0.0
+        self._spares_failed, self._not_before = 0, 0.0
+        if order.pid in self._spares:
+            self._spares.discard(order.pid)
+            self._jobs[order.pid], self._pids[order.job] = order.job, order.pid
+        else:  # it has ended meanwhile
+            self._tell(Ended(order.job, self._spares_ended.pop(order.pid, -signal.SIGKILL)))
 
     def _child(self, fork: Callable[[], int], be: Callable[[], None]) -> int:
         """One that has nothing of the zygote's own."""
@@ -514,14 +531,14 @@ class _Children:
                 return
             if not pid:
                 break
-            if pid == self._spare:
-                self._spare = 0
-                self._spare_failed()
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self._spares:
+                self._spare_ended(pid, code)
             job = self._jobs.pop(pid, None)
             if job is not None:
                 del self._pids[job]
-                self._tell(Ended(job, os.waitstatus_to_exitcode(status)))
-        for pid in _children() - self._jobs.keys() - {self._spare}:  # an opener has ended before its passt
+                self._tell(Ended(job, code))
+        for pid in _children() - self._jobs.keys() - self._spares:  # an opener has ended before its passt
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -23,6 +23,7 @@ import contextlib
 import mmap
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -406,8 +407,17 @@ class Channel(Generic[M]):
         if not self._sending.locked() and self._try(packet, fds):
             return
         async with self._sending:
-            while not self._try(packet, fds):
-                await trio.lowlevel.wait_writable(self._socket)
+            await self._send(packet, fds)
+
+    async def send_all(self, messages: Sequence[tuple[Message, tuple[int, ...]]]) -> None:
+        """`send` each, before whatever is sent later."""
+        async with self._sending:
+            for message, fds in messages:
+                await self._send(self._encode(message), fds)
+
+    async def _send(self, packet: bytes, fds: tuple[int, ...]) -> None:
+        while not self._try(packet, fds):
+            await trio.lowlevel.wait_writable(self._socket)
 
     def post(self, message: Message, fds: tuple[int, ...] = ()) -> bool:
         """`send` it now, before whatever is sent later. False where that would have to wait. ChannelBroken as there."""
@@ -436,6 +446,8 @@ class Channel(Generic[M]):
                 break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._socket)
+            except ConnectionResetError:
+                pass  # it has ended, and not heard all; what it had said comes next
             except OSError as error:
                 raise ChannelEnded(f"receiving failed: {os.strerror(error.errno or 0)}") from None
         fds = array.array("i")
