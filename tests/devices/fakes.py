@@ -114,8 +114,8 @@ class Guest:
         self.board.access(exits.Mmio(direction="read", addr=address, size=size, rip=1), cpu)
         return int.from_bytes(cpu.access_data, "little")
 
-    def config(self, slot, offset, value=None, size=4):
-        self.out(0xCF8, 0x8000_0000 | slot << 11 | offset & 0xFC, 4)
+    def config(self, slot, offset, value=None, size=4, function=0):
+        self.out(0xCF8, 0x8000_0000 | slot << 11 | function << 8 | offset & 0xFC, 4)
         if value is None:
             return self.inp(0xCFC + (offset & 3), size)
         self.out(0xCFC + (offset & 3), value, size)

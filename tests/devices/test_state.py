@@ -18,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs.devices.device import DeviceState, NoState
+from vmfs.devices.ide.ata import AtaDisk
+from vmfs.devices.ide.controller import Ide
+from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
 from vmfs.devices.virtio.backends import Stream
 from vmfs.devices.virtio.block import Block
@@ -65,8 +68,10 @@ def a_pc(folder):
         lambda slot: Rng(pc, "rng0", slot),
         lambda slot: Console(pc, "hvc0", slot),
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
+        lambda slot: AtaDisk(pc, "hda", open_disk(os.open(image, os.O_RDONLY), "cow")),
+        lambda slot: AtaDisk(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
-        pc.pci.plug(make(pc.pci.free_slot()))
+        pc.plug(make(pc.pci.free_slot()))
     try:
         yield pc
     finally:
@@ -76,8 +81,8 @@ def a_pc(folder):
 
 
 NAMES = (
-    "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit power-pci display "
-    "blk0 blk1 net0 rng0 hvc0 share0"
+    "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb"
 ).split()
 
 
@@ -119,14 +124,44 @@ def make_request(dice, pc, guest, device):
     guest.store(device.bar(0) + 0x3000 + 4 * queue.index, queue.index, 2)
 
 
+ATA_COMMANDS = 0x20, 0x24, 0x25, 0x30, 0x34, 0x35, 0x39, 0x91, 0x90, 0xC4, 0xC5, 0xC6, 0xC8, 0xCA, 0xEC, 0xEF, 0xE7
+
+
+def make_ide_request(dice, pc, guest, unit):
+    """A command to a drive of the first channel, and some of what it needs; all that was read."""
+    seen, bus = [], pc.ide.given[4]
+    guest.config(pc.ide.slot, 4, 7, size=2, function=1)
+    guest.config(pc.ide.slot, 0x40, 0x8000, size=2, function=1)
+    if dice.random() < 0.1:
+        guest.out(0x3F6, dice.choice((0, 2, 4, 0x80)))
+    else:
+        guest.out(0x3F6, 0)
+    values = dice.choice((3, 0x82)), dice.choice((1, 3, 4, 0x22)), dice.randrange(256), dice.randrange(9), 0
+    guest.out(0x1F6, 0xE0 | unit << 4)
+    for port, value in enumerate(values, 0x1F1):
+        guest.out(port, value)
+    pc.ram[0x1000:0x1010] = struct.pack("<IHHIHH", QUEUES, 512, 0, QUEUES + 0x800, 1024, 0x8000)
+    guest.out(bus + 4, 0x1000, 4)
+    guest.out(0x1F7, dice.choice(ATA_COMMANDS))
+    guest.out(bus, dice.choice((0, 1, 8, 9)))
+    for _ in range(dice.choice((0, 3, 256, 512))):
+        if dice.random() < 0.5:
+            guest.out(0x1F0, dice.getrandbits(16), 2)
+        else:
+            seen.append(guest.inp(0x1F0, 2))
+    return seen
+
+
 def drive(pc, name, seed, count=120):
     """So many accesses, and what comes from outside; all that the guest could see of it."""
     dice = random.Random(seed)
     guest, device, seen = Guest(pc), pc.devices[name], []
     for _ in range(count):
         what = dice.random()
-        windows = device.windows()
-        if isinstance(device, VirtioDevice) and what < 0.4:
+        windows = pc.ide.windows() if isinstance(device, Drive) else device.windows()
+        if isinstance(device, (Drive, Ide)) and what < 0.4:
+            seen += make_ide_request(dice, pc, guest, dice.randrange(2))
+        elif isinstance(device, VirtioDevice) and what < 0.4:
             if not device.is_live or device.bar(0) is None:
                 guest.config(device.slot, 4, 0x107, size=2)
                 if device.bar(0) is None:  # it was moved out of reach
@@ -134,11 +169,11 @@ def drive(pc, name, seed, count=120):
                 begin_virtio(guest, device)
             make_request(dice, pc, guest, device)
         elif hasattr(device, "slot") and what < 0.5:
-            offset = dice.choice((4, 5, 6, 0x3C, 0x10, 0x2C))
+            offset = dice.choice((4, 5, 6, 0x3C, 0x10, 0x2C, 0x60, 0x61, 0x62, 0x63))
             if offset == 0x10 or dice.random() < 0.5:
-                seen.append(guest.config(device.slot, offset, size=1))
+                seen.append(guest.config(device.slot, offset, size=1, function=device.function_number))
             else:
-                guest.config(device.slot, offset, dice.getrandbits(8), size=1)
+                guest.config(device.slot, offset, dice.getrandbits(8), size=1, function=device.function_number)
         elif name == "pci" and what < 0.5:
             seen.append(guest.config(dice.randrange(32), dice.randrange(64) * 4))
         elif windows and what < 0.9:
@@ -178,8 +213,9 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    disk, copy = pc.devices["blk1"].disk, other.devices["blk1"].disk
-    os.pwrite(copy.fd, os.pread(disk.fd, DISK, 0), 0)
+    for name in ("blk1", "hda"):
+        disk, copy = pc.devices[name].disk, other.devices[name].disk
+        os.pwrite(copy.fd, os.pread(disk.fd, DISK, 0), 0)
     with other.asleep():
         other.load(msgspec.msgpack.decode(board, type=type(pc.save())))
     load(other, saved(pc))

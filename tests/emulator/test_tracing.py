@@ -18,13 +18,13 @@ from engine.machine import RAM, machine_on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.debug import trace
-from vmfs.debug.trace import _RECORD, linear_rip
+from vmfs.debug.trace import linear_rip
 from vmfs.debug.trace_buffer import count
 from vmfs.engine.base import VCPU_STATES, DebugRequest, TraceRequest
-from vmfs.words import exits
+from vmfs.words import exits, tracing
 from vmfs.words.errors import Unsupported
 from vmfs.words.modes import set_mode
+from vmfs.words.tracing import RECORD
 
 _core = pytest.importorskip("vmfs.engine.emulator._core")
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
@@ -46,7 +46,7 @@ class Sink:
         self.events = 0
 
     def __call__(self, records: bytes, events: int, ended: bool) -> None:
-        new = list(_RECORD.iter_unpack(records))
+        new = list(RECORD.iter_unpack(records))
         assert events == count(records)
         self.records += new
         self.events += events
@@ -58,7 +58,7 @@ class Sink:
         """(number, address, length) of each instruction, repetitions one by one."""
         found = []
         for kind, _, size, times, number, address, lengths in self.records:
-            if kind != trace.INSN:
+            if kind != tracing.INSN:
                 continue
             assert 1 <= size <= 16 and (times == 1 or size == 1)
             for n in range(size):
@@ -72,24 +72,24 @@ class Sink:
         """(place, write, address, bytes, implicit), pieces joined."""
         found, place, goes_on = [], None, False
         for kind, flags, size, _, *words in self.records:
-            if kind in (trace.INSN, trace.AT):
+            if kind in (tracing.INSN, tracing.AT):
                 place = words[1]
                 for n in range(size - 1):
                     place += words[2] >> 4 * n & 15
-            if kind == trace.MEM:
+            if kind == tracing.MEM:
                 data = struct.pack("<2Q", *words[1:])[:size]
                 if goes_on:
                     data = found.pop()[3] + data
                     address = words[0] + size - len(data)
                 else:
                     address = words[0]
-                found.append((place, bool(flags & trace.WRITE), address, data, bool(flags & trace.IMPLICIT)))
-                goes_on = bool(flags & trace.MORE)
+                found.append((place, bool(flags & tracing.WRITE), address, data, bool(flags & tracing.IMPLICIT)))
+                goes_on = bool(flags & tracing.MORE)
         return found
 
     def happened(self) -> list[tuple]:
         """(kind, flags, vector, error, place, cr2) of events."""
-        kinds = (trace.EXCEPTION, trace.INTERRUPT)
+        kinds = (tracing.EXCEPTION, tracing.INTERRUPT)
         return [(r[0], r[1], r[2], r[3], r[5], r[6]) for r in self.records if r[0] in kinds]
 
 
@@ -234,7 +234,7 @@ def test_a_large_access_is_in_pieces(vm):
     stores = [(address, len(data)) for _, write, address, data, _ in sink.accesses() if write]
     assert sum(size for _, size in stores) >= 160 + 256  # the reserved end need not be written
     assert stores[0][0] == 0x20000
-    assert all(kind != trace.MEM or size <= 16 for kind, _, size, *_ in sink.records)
+    assert all(kind != tracing.MEM or size <= 16 for kind, _, size, *_ in sink.records)
 
 
 def test_an_access_is_traced_when_it_is_done(vm):
@@ -267,7 +267,7 @@ def test_what_the_cpu_accesses_itself_is_implicit(vm):
     ]
     assert len({place for place, *_ in implicit}) == 1
     ((kind, flags, vector, _, place, _),) = sink.happened()
-    assert (kind, flags, vector, place) == (trace.INTERRUPT, trace.SOFTWARE, 0x21, implicit[0][0])
+    assert (kind, flags, vector, place) == (tracing.INTERRUPT, tracing.SOFTWARE, 0x21, implicit[0][0])
 
 
 # ---- events
@@ -295,8 +295,8 @@ def test_external_interrupts_and_nmis(vm):
     vm.vcpu.nmi()
     vm.vcpu.run(budget=100)
     assert [(kind, flags, vector) for kind, flags, vector, *_ in sink.happened()] == [
-        (trace.INTERRUPT, trace.NMI, 2),
-        (trace.INTERRUPT, 0, 0x20),
+        (tracing.INTERRUPT, tracing.NMI, 2),
+        (tracing.INTERRUPT, 0, 0x20),
     ]
 
 
@@ -317,8 +317,8 @@ def test_page_faults_have_their_address(vm):
     vm.vcpu.set_trace(EVENTS, sink := Sink())
     vm.vcpu.run(budget=100)
     kind, flags, vector, error, place, address = sink.happened()[0]
-    assert (kind, vector, error, address) == (trace.EXCEPTION, 14, 2, 0x123456789000)
-    assert flags & trace.ERROR_CODE and place == ORIGIN + 10
+    assert (kind, vector, error, address) == (tracing.EXCEPTION, 14, 2, 0x123456789000)
+    assert flags & tracing.ERROR_CODE and place == ORIGIN + 10
 
 
 # ---- filters

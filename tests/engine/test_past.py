@@ -495,3 +495,23 @@ def test_time_that_passed_before_a_machine_counts_by_instructions(make):
         assert vm.state_hash() == before
     finally:
         vm.close()
+
+
+# Maps another page at 2 MiB, after the snapshot, and reads before and after it.
+MAPPER = """
+    mov rax, cr3; mov rax, [rax]; shr rax, 12; shl rax, 12; mov rax, [rax]; shr rax, 12; shl rax, 12; out 0x80, al
+l:  mov rbx, [0x200000]; mov qword ptr [rax + 8], 0x83; invlpg [0x200000]; mov rcx, [0x200000]; out 0x81, al; jmp l
+"""
+
+
+def test_what_a_guest_has_mapped_since_is_mapped_no_more(engine, make):
+    vm = make(engine, source=MAPPER)
+    vm.memory.write(0x200000, b"old page")
+    vm.memory.write(0, b"new page")
+    vm.start().result(SECONDS)
+    vm.past.take("before")
+    for _ in range(3):
+        vm.start().result(SECONDS)
+        regs = vm.at_boundary(lambda cpu: cpu.get_state("regs")).result(SECONDS)
+        assert regs[8:24] == b"old pagenew page"
+        vm.past.restore("before")

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from mounting import LIBC, SOON, Blocked, Machine, Server, failing, reason_against, serving, wait_until
 
-from vmfs.debug.trace import _RECORD, DROPPED, INSN
 from vmfs.debug.trace_buffer import count
 from vmfs.engine import ENGINES
+from vmfs.words.tracing import DROPPED, INSN, RECORD
 
 # mov cx, 3; l: push cx; pop ax; loop l; out 0x80, al; hlt
 PROGRAM = "b90300 51 58 e2fc e680 f4"
@@ -192,7 +192,7 @@ def test_what_is_dropped_is_counted_to_the_last(emulated):
     vm.write("vm_run", "insns 1000000")
     vm.write("trace", "off")
     dropped = int(stat(vm)["trace_dropped"])
-    records = list(_RECORD.iter_unpack((vm / "trace.bin").read_bytes()))
+    records = list(RECORD.iter_unpack((vm / "trace.bin").read_bytes()))
     assert records[0][0] == DROPPED and records[0][4] == dropped > 0
     insns = [record for record in records if record[0] == INSN]
     assert sum(record[2] for record in insns) == 1_000_000 - dropped
@@ -215,7 +215,7 @@ def test_the_guest_waits_for_a_slow_reader_and_can_be_paused(emulated):
     os.close(fd)
     assert stat(vm)["trace_dropped"] == "0"
     assert count(records) == int(stat(vm)["instructions"])
-    numbers = [(number, size) for kind, _, size, _, number, _, _ in _RECORD.iter_unpack(records) if kind == INSN]
+    numbers = [(number, size) for kind, _, size, _, number, _, _ in RECORD.iter_unpack(records) if kind == INSN]
     assert all(a + size == b for (a, size), (b, _) in zip(numbers, numbers[1:], strict=False))
 
 
@@ -299,7 +299,7 @@ def test_the_lines_that_were_read_ahead_are_for_the_next(emulated):
 
 def numbers_of(records: bytes) -> list[tuple[int, int]]:
     """Of each record of instructions the first one's number, and how many there are."""
-    return [(number, size) for kind, _, size, _, number, _, _ in _RECORD.iter_unpack(records) if kind == INSN]
+    return [(number, size) for kind, _, size, _, number, _, _ in RECORD.iter_unpack(records) if kind == INSN]
 
 
 def test_a_stream_through_the_ring(emulator, emulated):
@@ -337,7 +337,7 @@ def test_a_stream_through_the_ring(emulator, emulated):
     numbers = numbers_of(records)
     assert all(at + size == then for (at, size), (then, _) in zip(numbers, numbers[1:], strict=False))
     lost = numbers[0][0] - sum(got[-1])  # what cat had in its hands, and in the pipe
-    assert 0 <= lost <= 3 * large // _RECORD.size * got[0][1]
+    assert 0 <= lost <= 3 * large // RECORD.size * got[0][1]
     assert stat(emulated)["trace_dropped"] == "0"
     assert (int(stat(emulated)["lane_reads"]) > 10) == emulator.has_lane
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmfs.boot import Platform, acpi, aml, firmware_files, mptable
-from vmfs.devices import pci, power
+from vmfs.boot import Platform, acpi, aml, firmware_files, mptable, pirtable
+from vmfs.devices import isa, pci, power
 
 BASE = 0xF0040
 PLATFORM = Platform(256 << 20)
@@ -132,6 +132,21 @@ def test_mp_table(cpus):
     assert [(entry[1], entry[7]) for entry in entries if entry[0] == 4] == [(3, 0), (1, 1)]
 
 
+# ---- $PIR
+
+
+def test_the_routing_table_names_the_routers_registers():
+    table = pirtable.table()
+    signature, version, size, bus, place, _, vendor, device = struct.unpack_from("<4sHHBBHHH", table)
+    assert (signature, version, size, bus, place) == (b"$PIR", 0x100, len(table), 0, isa.ISA_SLOT << 3)
+    assert (vendor, device) == (0x8086, 0x7000) and sum(table) % 256 == 0
+    rows = [struct.unpack_from("<BBBHBHBHBHB", table, at) for at in range(32, len(table), 16)]
+    assert [row[1] >> 3 for row in rows] == list(range(1, 32))
+    for bus, place, *pins, number in rows:
+        assert (bus, number) == (0, 0) and set(pins[1::2]) == {0xDEF8}
+        assert pins[::2] == [0x60 + ((place >> 3) - 1 + pin) % 4 for pin in range(4)]
+
+
 # ---- for firmware
 
 
@@ -219,11 +234,35 @@ def test_dsdt_powers_off(dsdt_source):
 
 def test_dsdt_routes_every_slot(dsdt_source):
     text = re.sub(" +", "", dsdt_source)
-    rows = re.findall(r"Package\(0x04\)\{0x(\w{4})FFFF,Zero,Zero,0x(\w+)\}", text)
-    routes = [(int(slot, 16), int(line, 16)) for slot, line in rows]
+    rows = re.findall(r"Package\(0x04\)\{0x(\w{4})FFFF,Zero,(?:Zero,0x(\w+)|LNK(.),Zero)\}", text)
     slots = range(1, pci.SLOTS)
-    assert routes == [(slot, pci.pic_irq(slot)) for slot in slots] + [(slot, 16 + slot % 8) for slot in slots]
-    assert "If(PICF){Return(APIR)}Return(PICR)" in text
+    assert [(int(slot, 16), link) for slot, _, link in rows if link] == [(slot, "DABC"[slot % 4]) for slot in slots]
+    assert [(int(slot, 16), int(to, 16)) for slot, to, _ in rows if to] == [(slot, 16 + slot % 8) for slot in slots]
+    assert len(rows) == 2 * len(slots) and "If(PICF){Return(APIR)}Return(PICR)" in text
+
+
+def interpret(tmp_path, *commands):
+    """What ACPICA's interpreter says of the DSDT; regions of configuration space are bytes that it keeps."""
+    if not shutil.which("acpiexec"):
+        pytest.skip("acpiexec is missing: Debian's package acpica-tools")
+    (tmp_path / "dsdt.dat").write_bytes(by_signature()["DSDT"])
+    lines = "".join(f"execute {command}\n" for command in commands) + "quit\n"
+    done = subprocess.run(["acpiexec", "dsdt.dat"], cwd=tmp_path, input=lines, capture_output=True, text=True)
+    assert done.returncode == 0 and "AE_" not in done.stdout + done.stderr, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("link", "ABCD")
+def test_links_route(tmp_path, link):
+    """What is set is what is; off, and on again."""
+    name = f"\\_SB.LNK{link}"
+    said = interpret(
+        tmp_path,
+        *(f"{name}.{method}" for method in ("_DIS", "_STA", "_CRS", "_SRS (23 00 08 18 79 00)", "_STA", "_CRS")),
+    )
+    values = re.findall(r"\[Integer\] = 0*(\w+)|0000: ((?:\w\w ){6})", said)
+    off, on = "23 00 00 18 79 00", "23 00 08 18 79 00"  # none; IRQ 11: level-triggered, active low, shared
+    assert [number or text.strip() for number, text in values] == ["9", off, "B", on], said
 
 
 def test_dsdt_lists_the_devices(dsdt_source):

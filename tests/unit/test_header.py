@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import vmfs
-from vmfs.debug import trace
-from vmfs.words import exits
+from vmfs.words import exits, tracing
 from vmfs.words.registers import REGISTERS
 
 INCLUDE = Path(vmfs.__file__).parent / "include"
@@ -65,9 +64,9 @@ def constants():
         yield f"VMFS_DEBUG_{capitals(cause)}", index
     for index, cause in enumerate(exits.SHUTDOWN_CAUSES, 1):
         yield f"VMFS_SHUTDOWN_{capitals(cause)}", index
-    for index, kind in enumerate(trace.RECORD_KINDS, 1):
+    for index, kind in enumerate(tracing.RECORD_KINDS, 1):
         yield f"VMFS_TRACE_{capitals(kind)}", index
-    for bit, flag in enumerate(trace.RECORD_FLAGS):
+    for bit, flag in enumerate(tracing.RECORD_FLAGS):
         yield f"VMFS_TRACE_{capitals(flag)}", 1 << bit
 
 

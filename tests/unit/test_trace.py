@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs.debug.symbols import SymbolTable
-from vmfs.debug.trace import _RECORD, AT, EXIT, INSN, MEM, TraceSettings, TraceText, parse_modes, parse_span
-from vmfs.debug.trace_buffer import CPU, Chunk, TraceBuffer, count, cpu_after
+from vmfs.debug.trace import TraceSettings, TraceText, parse_modes, parse_span
+from vmfs.debug.trace_buffer import Chunk, TraceBuffer, count, cpu_after
 from vmfs.machine.files.commands import parse_commands
 from vmfs.words.errors import Invalid, Unsupported
+from vmfs.words.tracing import AT, CPU, EXIT, INSN, MEM, RECORD
 
 NOBODY = SymbolTable()
 
 
 def insns(number: int, size: int) -> bytes:
-    return _RECORD.pack(INSN, 0, size, 1, number, 0x1000 + number, int("1" * size, 16))
+    return RECORD.pack(INSN, 0, size, 1, number, 0x1000 + number, int("1" * size, 16))
 
 
 def filled(chunks: int, limit: int = 1 << 30, size: int = 4) -> TraceBuffer:
@@ -136,16 +137,16 @@ def test_an_interrupt_ends_the_wait_even_before_it_begins():
 def test_lines():
     records = [
         insns(0, 2),
-        _RECORD.pack(MEM, 1, 2, 0, 0x20, 0xBEEF, 0),
-        _RECORD.pack(AT, 0, 0, 0, 5, 0x2000, 0),
-        _RECORD.pack(MEM, 2, 16, 0, 0x30, 0x10, 0xFF),
-        _RECORD.pack(INSN, 0, 1, 70000, 9, 0xFFFFFFFFFFFFFFFF, 2),
-        _RECORD.pack(3, 8, 14, 2, 9, 0x1000, 0xDEAD),
-        _RECORD.pack(3, 0, 6, 0, 9, 0x1000, 0xDEAD),
-        _RECORD.pack(4, 0, 0x20, 0, 9, 0x1001, 0),
-        _RECORD.pack(4, 16, 2, 0, 9, 0, 0),
-        _RECORD.pack(EXIT, 0, 0, 5, 0, 0, 0),
-        _RECORD.pack(7, 0, 0, 0, 123456789012, 0, 0),
+        RECORD.pack(MEM, 1, 2, 0, 0x20, 0xBEEF, 0),
+        RECORD.pack(AT, 0, 0, 0, 5, 0x2000, 0),
+        RECORD.pack(MEM, 2, 16, 0, 0x30, 0x10, 0xFF),
+        RECORD.pack(INSN, 0, 1, 70000, 9, 0xFFFFFFFFFFFFFFFF, 2),
+        RECORD.pack(3, 8, 14, 2, 9, 0x1000, 0xDEAD),
+        RECORD.pack(3, 0, 6, 0, 9, 0x1000, 0xDEAD),
+        RECORD.pack(4, 0, 0x20, 0, 9, 0x1001, 0),
+        RECORD.pack(4, 16, 2, 0, 9, 0, 0),
+        RECORD.pack(EXIT, 0, 0, 5, 0, 0, 0),
+        RECORD.pack(7, 0, 0, 0, 123456789012, 0, 0),
     ]
     table = SymbolTable([(0x1000, "T", "start")])
     text = TraceText(lambda: table)
@@ -214,7 +215,7 @@ def test_every_record_has_its_cpu(chunks, reads, limit):
     buffer = TraceBuffer(limit)
     buffer.configure(limit=limit, waits=False, flowing=True)
     for cpu, records in chunks:  # an instruction of CPU N is at N
-        buffer.append(b"".join(_RECORD.pack(INSN, 0, 1, 1, 0, cpu, 1) for _ in range(records)), records, cpu=cpu)
+        buffer.append(b"".join(RECORD.pack(INSN, 0, 1, 1, 0, cpu, 1) for _ in range(records)), records, cpu=cpu)
     reader, whose = buffer.open(), None
     for most, leaves in [*reads, *[(1 << 20, False)] * len(chunks)]:
         if leaves:
@@ -222,7 +223,7 @@ def test_every_record_has_its_cpu(chunks, reads, limit):
             reader, whose = buffer.open(), None
         if (piece := buffer.take(reader, most)) is None:
             break
-        for kind, _, _, code, _, address, _ in _RECORD.iter_unpack(piece.data):
+        for kind, _, _, code, _, address, _ in RECORD.iter_unpack(piece.data):
             whose = code if kind == CPU else whose
             assert kind == CPU or address == whose == piece.cpu
         assert cpu_after(piece.data, piece.cpu) == whose == reader.cpu

@@ -10,7 +10,21 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmfs.boot import acpi, bios, elf, linux, mptable, multiboot, multiboot2, optionrom, plain, pvh, sector, start
+from vmfs.boot import (
+    acpi,
+    bios,
+    elf,
+    linux,
+    mptable,
+    multiboot,
+    multiboot2,
+    optionrom,
+    pirtable,
+    plain,
+    pvh,
+    sector,
+    start,
+)
 from vmfs.boot.bios import load_bios
 from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
@@ -102,11 +116,12 @@ def load(
 
 
 def _write_tables(plan: Plan, platform: Platform) -> None:
-    """ACPI's tables, and after them the multiprocessor tables."""
-    data = acpi.tables(platform).at(_TABLES)
-    plan.write(_TABLES, data)
-    at = -(-(_TABLES + len(data)) // 16) * 16
-    plan.write(at, mptable.table(platform, at))
+    """ACPI's tables, and after them the PCI interrupt routing table and the multiprocessor tables."""
+    at = _TABLES
+    for make in (acpi.tables(platform).at, lambda at: pirtable.table(), lambda at: mptable.table(platform, at)):
+        data = make(at)
+        plan.write(at, data)
+        at = -(-(at + len(data)) // 16) * 16
 
 
 def firmware_files(platform: Platform) -> dict[str, bytes]:

@@ -10,11 +10,12 @@ commands: QEMU's docs of the fw_cfg interface "etc/table-loader", as SeaBIOS's s
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vmfs.boot import aml
 from vmfs.boot.platform import Platform
-from vmfs.devices import pci, power
+from vmfs.devices import isa, pci, power
 
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
@@ -164,7 +165,7 @@ def _madt(platform: Platform) -> bytes:
 
 def _dsdt(platform: Platform) -> bytes:
     a = aml
-    devices = [_host_bridge(), _board_resources()]
+    devices = [_host_bridge(), *_links(), _board_resources()]
     if platform.rtc:
         devices.append(_isa("RTC", "PNP0B00", a.io(0x70, 8), a.irq(8)))
     if platform.ps2:
@@ -205,20 +206,74 @@ def _host_bridge() -> bytes:
         a.name("_HID", a.eisa_id("PNP0A03")),
         a.name("_UID", a.integer(0)),
         a.name("_CRS", windows),
-        a.name("PICR", _routes(pci.pic_irq)),
-        a.name("APIR", _routes(pci.gsi)),
+        _isa_bridge(),
+        a.name("PICR", _routes(lambda slot: (a.name_string(_LINKS[pci.pirq(slot)]), a.integer(0)))),
+        a.name("APIR", _routes(lambda slot: (a.integer(0), a.integer(pci.gsi(slot))))),
         a.method("_PRT", 0, a.if_(a.name_string("PICF"), a.return_(a.name_string("APIR"))),
                  a.return_(a.name_string("PICR"))),
     )  # fmt: skip
 
 
-def _routes(line) -> bytes:  # type: ignore[no-untyped-def]
-    """INTA of every slot, directly to a GSI (6.2.13)."""
+_LINKS = "LNKA", "LNKB", "LNKC", "LNKD"
+_ROUTES = "PRQA", "PRQB", "PRQC", "PRQD"
+_LINK_IRQS = 5, 10, 11  # of those that the router has, the ones that no ISA device of a PC is at
+_ROUTES_TO_NONE = 0x80
+
+
+def _isa_bridge() -> bytes:
+    a = aml
+    return a.device(
+        "ISA", a.name("_ADR", a.integer(isa.ISA_SLOT << 16)), a.config_registers("PIRR", isa.PIRQ_ROUTES, *_ROUTES)
+    )
+
+
+def _links() -> list[bytes]:
+    """The inputs of the PCI router, of which a system says by `_SRS` to which IRQ they go (6.2)."""
+    a = aml
+    routes = (a.name_string(f"\\_SB.PCI0.ISA.{name}") for name in _ROUTES)
+    return [_link(number, name, route) for number, (name, route) in enumerate(zip(_LINKS, routes, strict=True))]
+
+
+def _link(number: int, name: str, route: bytes) -> bytes:
+    a = aml
+    off = a.integer(_ROUTES_TO_NONE)
+    here, used = a.integer(0x9), a.integer(0xB)  # 6.3.7: there, working; and it decodes
+    irq = a.name_string("IRQ0")
+    return a.device(
+        name,
+        a.name("_HID", a.eisa_id("PNP0C0F")),
+        a.name("_UID", a.integer(number)),
+        a.name("_PRS", a.resources(a.irqs(*_LINK_IRQS))),
+        a.name("CURR", a.resources(a.irqs())),
+        a.method("_STA", 0, a.if_(a.and_(route, off), a.return_(here)), a.return_(used)),
+        a.method("_DIS", 0, a.or_(route, off, route)),
+        a.method(
+            "_CRS", 0,
+            a.word_field(a.name_string("CURR"), a.IRQS_AT, "IRQ0"),
+            a.store(route, a.LOCAL0),
+            a.if_(a.and_(a.LOCAL0, off), a.store(a.integer(0), irq)),
+            a.else_(a.shift_left(a.integer(1), a.and_(a.LOCAL0, a.integer(15)), irq)),
+            a.return_(a.name_string("CURR")),
+            serialized=True,
+        ),
+        a.method(
+            "_SRS", 1,
+            a.word_field(a.ARG0, a.IRQS_AT, "IRQ0"),
+            a.find_set_right_bit(irq, a.LOCAL0),
+            a.decrement(a.LOCAL0),  # of none: all ones, which is off
+            a.store(a.LOCAL0, route),
+            serialized=True,
+        ),
+    )  # fmt: skip
+
+
+def _routes(source: Callable[[int], tuple[bytes, bytes]]) -> bytes:
+    """INTA of every slot, to a link or directly to a GSI (6.2.13)."""
     a = aml
     rows = []
     for slot in range(1, pci.SLOTS):
         address = a.integer(slot << 16 | 0xFFFF)  # any function
-        rows.append(a.package(address, a.integer(0), a.integer(0), a.integer(line(slot))))
+        rows.append(a.package(address, a.integer(0), *source(slot)))
     return a.package(*rows)
 
 

@@ -65,9 +65,9 @@ def device(path: str, *terms: bytes) -> bytes:
     return _scoped(b"\x5b\x82", name_string(path), terms)
 
 
-def method(path: str, arguments: int, *terms: bytes) -> bytes:
-    """A method that is not serialized."""
-    return _scoped(b"\x14", name_string(path) + bytes([arguments]), terms)
+def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -> bytes:
+    """`serialized`: one that makes names, of which there can be only one at a time."""
+    return _scoped(b"\x14", name_string(path) + bytes([arguments | (8 if serialized else 0)]), terms)
 
 
 def package(*elements: bytes) -> bytes:
@@ -82,6 +82,48 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
     return _scoped(b"\xa0", condition, terms)
 
 
+def else_(*terms: bytes) -> bytes:
+    """Right after an `if_`."""
+    return _scoped(b"\xa1", b"", terms)
+
+
+def and_(left: bytes, right: bytes, target: bytes = b"\0") -> bytes:
+    return b"\x7b" + left + right + target
+
+
+def or_(left: bytes, right: bytes, target: bytes = b"\0") -> bytes:
+    return b"\x7d" + left + right + target
+
+
+def shift_left(value: bytes, count: bytes, target: bytes = b"\0") -> bytes:
+    return b"\x79" + value + count + target
+
+
+def find_set_right_bit(value: bytes, target: bytes) -> bytes:
+    """Its number, from 1 on; 0 where there is none."""
+    return b"\x82" + value + target
+
+
+def decrement(target: bytes) -> bytes:
+    return b"\x76" + target
+
+
+def word_field(source: bytes, offset: int, path: str) -> bytes:
+    """CreateWordField: a name for two bytes of a buffer."""
+    return b"\x8b" + source + integer(offset) + name_string(path)
+
+
+_PCI_CONFIG = 2  # of regions: the configuration space of the device in whose scope it is
+_BYTE_ACCESS = 1
+
+
+def config_registers(path: str, offset: int, *names: str) -> bytes:
+    """Bytes of a PCI function's configuration space from `offset` on, and a name for each."""
+    region = b"\x5b\x80" + name_string(path) + bytes([_PCI_CONFIG]) + integer(offset) + integer(len(names))
+    bits = (name_string(one) + bytes([8]) for one in names)
+    return region + _scoped(b"\x5b\x81", name_string(path) + bytes([_BYTE_ACCESS]), tuple(bits))
+
+
 def return_(value: bytes) -> bytes:
     return b"\xa4" + value
 
@@ -90,7 +132,7 @@ def store(value: bytes, target: bytes) -> bytes:
     return b"\x70" + value + target
 
 
-ARG0 = b"\x68"
+ARG0, LOCAL0, LOCAL1 = b"\x68", b"\x60", b"\x61"
 
 
 # ---- resource descriptors (6.4)
@@ -109,6 +151,14 @@ def io(port: int, length: int) -> bytes:
 def irq(number: int) -> bytes:
     """An ISA interrupt: edge-triggered, active high, not shared."""
     return struct.pack("<BH", 0x22, 1 << number)
+
+
+IRQS_AT = 1  # in a resource template of one such descriptor: a bit an IRQ
+
+
+def irqs(*numbers: int) -> bytes:
+    """Interrupts of PCI, one of them: level-triggered, active low, shared (6.4.2.1)."""
+    return struct.pack("<BHB", 0x23, sum(1 << number for number in numbers), 0x18)
 
 
 def memory_fixed(address: int, length: int) -> bytes:

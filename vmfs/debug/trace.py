@@ -10,7 +10,6 @@ from the machine's start on the emulator, and those that were traced on an engin
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -23,13 +22,7 @@ from vmfs.engine.base import TRACE_ALL, Capability, Runner, TraceRequest, TraceS
 from vmfs.words import exits
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.modes import CodeMode
-
-# As VMFS_TRACE_ in vmfs.h, where the record is documented.
-RECORD_KINDS = ("insn", "mem", "exception", "interrupt", "exit", "at", "dropped", "cpu")
-RECORD_FLAGS = ("write", "implicit", "more", "error-code", "nmi", "software")
-INSN, MEM, EXCEPTION, INTERRUPT, EXIT, AT, DROPPED = range(1, 8)
-WRITE, IMPLICIT, MORE, ERROR_CODE, NMI, SOFTWARE = (1 << bit for bit in range(6))
-_RECORD = struct.Struct("<BBHIQQQ")  # kind, flags, size, code, three words
+from vmfs.words.tracing import AT, DROPPED, EXIT, INSN, RECORD, WRITE
 
 KINDS = ("insn", "mem", "exceptions", "interrupts", "exits")
 PRIVILEGES = ("user", "kernel")
@@ -205,7 +198,7 @@ class Trace:
         if steps and _is_executed(exit_):
             first, last = self.settings.place
             if first <= before <= last:
-                record = _RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0)
+                record = RECORD.pack(INSN, 0, 1, 1, self.stepped, before, 0)
                 self.buffer.append(record, 1, cpu=_whose(exit_, cpus))
             self.stepped += 1
         if not isinstance(exit_, exits.Interrupted | exits.Limit | exits.Debug):  # those are the client's doing
@@ -219,8 +212,8 @@ class Trace:
         size, flags, what, value = _exit_words(exit_)
         cpu = cpus[exit_.cpu]
         number = cpu.counters().get("instructions", self.stepped)
-        at = _RECORD.pack(AT, 0, 0, 0, number, linear_rip(cpu), 0)
-        record = _RECORD.pack(EXIT, flags, size, exit_.CODE, what, value, exit_.rip)
+        at = RECORD.pack(AT, 0, 0, 0, number, linear_rip(cpu), 0)
+        record = RECORD.pack(EXIT, flags, size, exit_.CODE, what, value, exit_.rip)
         self.buffer.append(at + record, 1, f"exit {exit_.line()}\n".encode(), cpu=_whose(exit_, cpus))
 
 
@@ -257,7 +250,7 @@ def _exit_words(exit_: exits.Exit) -> tuple[int, int, int, int]:
 
 
 def dropped_record(events: int) -> bytes:
-    return _RECORD.pack(DROPPED, 0, 0, 0, events, 0, 0)
+    return RECORD.pack(DROPPED, 0, 0, 0, events, 0, 0)
 
 
 class TraceText:

@@ -10,17 +10,14 @@ records are dropped, and readers that had not read them are told how many.
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmfs.debug._trace import count, cpu_after
+from vmfs.words.tracing import CPU, RECORD
 
-RECORD = 32
-CPU = 8  # VMFS_TRACE_CPU
-_CPU_RECORD = struct.Struct("<BBHI24x")
 _CHUNK_COST = 200  # bytes that a chunk takes besides its records
 _SLACK = 2  # so many times `limit` may be kept when the guest waits, but was told to stop waiting
 
@@ -210,9 +207,9 @@ class TraceBuffer:
                 lost = max(chunk.before - reader.seen, 0)
                 reader.seen, cpu = chunk.before, chunk.cpu
                 if cpu is not None and cpu != reader.cpu:
-                    whose = _CPU_RECORD.pack(CPU, 0, 0, cpu)
+                    whose = RECORD.pack(CPU, 0, 0, cpu, 0, 0, 0)
             if chunk.text is None:
-                data = chunk.data[reader.offset : reader.offset + max(most // RECORD, 1) * RECORD]
+                data = chunk.data[reader.offset : reader.offset + max(most // RECORD.size, 1) * RECORD.size]
             else:
                 data = chunk.data
             reader.offset += len(data)

@@ -608,8 +608,10 @@ class Board:
         self.counters.clear()
         self.counters.update(state.counters)
         for name, device in self.devices.items():
-            device.counters.clear()
-            device.counters.update(state.device_counters.get(name, {}))
+            counters, wanted = device.counters, state.device_counters.get(name, {})
+            if counters or wanted:
+                counters.clear()
+                counters.update(wanted)
         self.bus.load_unclaimed(tuple((space == "memory", *row) for space, *row in state.unclaimed), state.forgotten)
         self._last_now = None
         self._set_deadline()

@@ -15,14 +15,17 @@ from vmfs.devices.device import Device
 from vmfs.devices.display import Display
 from vmfs.devices.fw_cfg import FwCfg
 from vmfs.devices.i8042 import I8042
-from vmfs.devices.pci import Bridge, HostBridge
+from vmfs.devices.ide.controller import Ide
+from vmfs.devices.ide.drive import NAMES, Drive
+from vmfs.devices.isa import ISA_SLOT, IsaBridge
+from vmfs.devices.pci import Bridge, HostBridge, PciDevice
 from vmfs.devices.power import Power, PowerFunction
 from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import Memory
-from vmfs.words.errors import Invalid
+from vmfs.words.errors import Busy, Invalid
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,8 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("debug-exit", lambda board, name: DebugExit(board, name, 0xF4)),
 )
 
-
-POWER_SLOT, DISPLAY_SLOT = 30, 31  # of the PCI bus, out of the way of what is attached
-POWER_PLACE = 1, 3  # slot and function where an i440FX has it; OVMF reads its timer's port there
+DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
+IDE_FUNCTION = 1  # of the PIIX3, whose function 0 is the ISA bridge
 
 
 class Pc(Board):
@@ -62,14 +64,55 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
-        power = self.pci.plug(PowerFunction(self, "power-pci", POWER_SLOT))
-        self.pci.answer_at(*POWER_PLACE, power)
+        self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
+        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT))
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
         assert isinstance(keyboard, I8042)
         self.keyboard = keyboard
         self.built_in = frozenset(self.devices)
+
+    # ---- what is attached
+
+    def plug(self, device: Device) -> None:
+        """Put a device where it belongs; a drive into its controller, which comes with the first one."""
+        if isinstance(device, PciDevice):
+            self.pci.plug(device)
+        elif isinstance(device, Drive):
+            self._connect(device)
+        else:
+            raise Invalid(f"{device.name} goes nowhere")
+
+    def unplug(self, device: Device) -> None:
+        """The other way round."""
+        if device is self.ide and self.ide.drives:
+            raise Busy(f"{device.name}: it goes with the last of its drives")
+        if isinstance(device, PciDevice):
+            self.pci.unplug(device)
+        elif isinstance(device, Drive):
+            self.remove(device)
+            assert self.ide is not None
+            self.ide.disconnect(device)
+            if not self.ide.drives:
+                self.pci.unplug(self.ide)
+
+    @property
+    def ide(self) -> Ide | None:
+        ide = self.devices.get("ide")
+        return ide if isinstance(ide, Ide) else None
+
+    def free_drives(self) -> list[str]:
+        """The names of IDE drives that there are not."""
+        return [name for name in NAMES if name not in self.devices]
+
+    def _connect(self, drive: Drive) -> None:
+        ide = self.ide
+        if ide is None:
+            ide = Ide(self, "ide", ISA_SLOT, IDE_FUNCTION)
+            self.pci.plug(ide)
+        ide.connect(drive)
+        self.add(drive)
 
     def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
         """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display."""

@@ -25,6 +25,8 @@ SLOTS, FUNCTIONS = 32, 8
 MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
 PORTS_START, PORTS_END = 0xC000, 0x1_0000
 FIRST_GSI = 16
+PIRQS = 4
+PIRQ_LINES = 10, 10, 11, 11  # of the 8259s, from the beginning, as SeaBIOS and OVMF route them
 ADDRESSES_END = 1 << 52  # Intel SDM 3A 4.1.4
 
 _COMMAND, _STATUS = 0x04, 0x06
@@ -112,12 +114,12 @@ class PciDevice(Device[P]):
         self.irq = gsi(slot) if self.INTERRUPT else None
         self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
         # The configuration space is the bridge's chip's to read and write, but for what is marked as Python's.
-        self.function = _chips.Function(board.bus, self.number, (gsi(slot), pic_irq(slot)) if self.INTERRUPT else ())
+        self.function = _chips.Function(board.bus, self.number, (gsi(slot), pirq(slot)) if self.INTERRUPT else None)
         parts = memoryview(self.function)
         self.config, self._by_python = parts[:256], parts[512:]
         self._mask = parts[256:512]  # bits that a guest can change
-        self._by_python[_COMMAND:_STATUS] = bytes((_WRITES_BY_PYTHON,)) * 2
-        self._by_python[_BAR0:_CAPABILITIES] = bytes((_WRITES_BY_PYTHON,)) * (_CAPABILITIES - _BAR0)
+        self.writes_have_effects(_COMMAND, 2)
+        self.writes_have_effects(_BAR0, _CAPABILITIES - _BAR0)
         self._fixed = self._identity()
         self._new_table = b""
         self._next = _HEADER
@@ -154,7 +156,7 @@ class PciDevice(Device[P]):
         table, pending = MSIX_BAR, _chips.MSIX_PENDING | MSIX_BAR
         data = struct.pack("<BBHII", _MSIX_CAPABILITY, 0, vectors - 1, table, pending)
         at = self.add_capability(data, bytes((0, 0, 0, _ENABLE_AND_MASK)))
-        self._by_python[at + 2 : at + 4] = bytes((_WRITES_BY_PYTHON,)) * 2
+        self.writes_have_effects(at + 2, 2)
         self.function.set_msix(at, vectors)
         self._new_table = struct.pack("<QII", 0, 0, 1) * vectors  # masked
 
@@ -176,6 +178,10 @@ class PciDevice(Device[P]):
         return at
 
     # ---- configuration space
+
+    def writes_have_effects(self, at: int, length: int) -> None:
+        """Writes of these bytes of the configuration space come to `write_config`."""
+        self._by_python[at : at + length] = bytes((_WRITES_BY_PYTHON,)) * length
 
     def answers_itself(self, at: int, length: int) -> None:
         """Reads of these bytes of the configuration space, and writes, come to `read_config` and `write_config`."""
@@ -313,9 +319,15 @@ def gsi(slot: int) -> int:
     return FIRST_GSI + slot % 8
 
 
+def pirq(slot: int) -> int:
+    """The input of the router (`vmfs.devices.isa`) that INTA of a slot is wired to, besides its GSI: as on the PCs
+    that firmware knows an i440FX of."""
+    return (slot - 1) % PIRQS
+
+
 def pic_irq(slot: int) -> int:
-    """The IRQ of the 8259s that INTA of a slot is, besides its GSI."""
-    return 10 + slot % 2
+    """The IRQ of the 8259s where INTA of a slot is routed to from the beginning."""
+    return PIRQ_LINES[pirq(slot)]
 
 
 class PlainPciDevice(PciDevice[PciState]):
@@ -349,7 +361,6 @@ class HostBridge(QuietDevice[HostBridgeState]):
         self.chip = _chips.Bridge(board.bus, self.number)
         self.reset_control = 0
         self.functions: dict[int, PciDevice] = {}  # by their place
-        self._hidden: dict[int, PciDevice] = {}
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1))
@@ -393,12 +404,6 @@ class HostBridge(QuietDevice[HostBridgeState]):
         if first is not None:
             first.has_others(any(other & ~7 == place & ~7 and other & 7 for other in self.functions))
 
-    def answer_at(self, slot: int, function: int, device: PciDevice) -> None:
-        """Let a device answer at a second place, too, for software that goes there without a search, which finds no
-        function of a slot that does not say that it has several."""
-        self._hidden[slot << 3 | function] = device
-        self.chip.set_function(slot << 3 | function, device.function)
-
     def unplug(self, device: PciDevice) -> None:
         if not device.function_number and any(place & ~7 == device.place and place & 7 for place in self.functions):
             raise Busy(f"{device.name}: its slot has other functions, which go first")
@@ -428,7 +433,7 @@ class HostBridge(QuietDevice[HostBridgeState]):
         if not address & 0x8000_0000:  # off
             return None
         place = address >> 8 & 0xFFFF  # bus, slot, function
-        device = self.functions.get(place) or self._hidden.get(place)
+        device = self.functions.get(place)
         return None if device is None else (device, (address & 0xFC) + offset)
 
     @property

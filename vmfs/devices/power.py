@@ -98,6 +98,7 @@ class PowerFunction(PlainPciDevice):
     TYPE = "pci-acpi-pm"
     VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x7113, 0x068000, 3
     INTERRUPT = False
+    function_number = 3  # where OVMF reads the timer's port
 
     def _identity(self) -> bytearray:
         config = super()._identity()

@@ -19,6 +19,7 @@ thread at any time. Everything else is for a machine that does not run, from any
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -190,6 +191,23 @@ def has_state(cpu: Vcpu, name: str) -> bool:
     return True
 
 
+_DO_MORE = frozenset({"lapic", "msrs", "progress"})  # than they say: a timer begins anew, the last exit ends
+
+
+def _get_states(source: Machine | Vcpu, names: tuple[str, ...]) -> dict[str, bytes]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(Unsupported):
+            found[name] = source.get_state(name)
+    return found
+
+
+def _put_states(target: Machine | Vcpu, values: dict[str, bytes]) -> None:
+    for name, data in values.items():
+        if name in _DO_MORE or target.get_state(name) != data:
+            target.set_state(name, data)
+
+
 class Engine(abc.ABC):
     """A way to run machines: a row of `vmfs.engine.ENGINES`."""
 
@@ -307,6 +325,15 @@ class Machine(abc.ABC):
     def set_state(self, name: str, data: bytes) -> None:
         """Set a state of MACHINE_STATES or MACHINE_REST, whole. `Invalid` for what cannot be; nothing has changed."""
 
+    def get_states(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        """Those of these states that there are."""
+        return _get_states(self, names)
+
+    def put_states(self, values: dict[str, bytes]) -> None:
+        """Set them in turn, but for those that are so already when their turn comes. The exception of the first one
+        that is refused; those before it are set."""
+        _put_states(self, values)
+
     def rest(self) -> None:  # noqa: B027 - an engine may have nothing to give back
         """Give back memory that only makes runs faster: there was none for long. None of the CPUs runs."""
 
@@ -412,6 +439,16 @@ class Vcpu(abc.ABC):
         "progress" takes the place of what the CPU is in the middle of, which is given up. Every other state ends that:
         a read that waits completes, with the bytes as they stand.
         """
+
+    def get_states(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        """Those of these states that there are."""
+        return _get_states(self, names)
+
+    def put_states(self, values: dict[str, bytes]) -> None:
+        """Set them in turn, but for those that are so already when their turn comes. The exception of the first one
+        that is refused; those before it are set. Memory may have changed with them, page tables as well: what the CPU
+        has kept of those it forgets."""
+        _put_states(self, values)
 
     def complete(self) -> None:
         """Complete the pending `in` or load now, with the bytes as they stand.

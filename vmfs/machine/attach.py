@@ -1,7 +1,7 @@
 """ATTACHABLE: what a user attaches to a PC, a row a kind, by a line such as `blk /srv/disk.img rw`.
 
-The words after the kind are the row's arguments; a path with spaces is quoted as in a shell. Every device goes into
-a free slot of the PCI bus, before the first run.
+The words after the kind are the row's arguments; a path with spaces is quoted as in a shell. A device goes into a free
+slot of the PCI bus, a drive into its controller, before the first run.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vmfs.devices.device import Device
+from vmfs.devices.ide.ata import AtaDisk
+from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
-from vmfs.devices.pci import PciDevice
 from vmfs.devices.virtio.backends import Passt, Tap
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
@@ -24,34 +26,73 @@ from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
 from vmfs.machine.machine import Vm
 from vmfs.words.door import Door
-from vmfs.words.errors import Invalid
+from vmfs.words.errors import Invalid, LimitReached
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Where the device goes, and the words of the line after its kind."""
+    """The board, the device's name, and the words of the line after its kind."""
 
     board: Pc
     name: str
-    slot: int
     words: list[str]
+
+    @property
+    def slot(self) -> int:
+        """For what goes into a slot of the PCI bus."""
+        return self.board.pci.free_slot()
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """`usage` is the line; `least` and `most` are how many words may follow the kind.
 
-    `acquire` gets what the host has to give, through the door and with no lock held; `make` makes the device of it.
+    `acquire` gets what the host has to give, through the door and with no lock held; `make` makes the device of it, by
+    the name that `name` gives.
     """
 
     usage: str
     least: int
     most: int
     acquire: Callable[[Door, list[str]], Any]
-    make: Callable[[Request, Any], PciDevice]
+    make: Callable[[Request, Any], Device]
+    name: Callable[[Pc, str, list[str]], str] = lambda board, kind, words: _numbered(board, kind)
+
+
+def _numbered(board: Pc, kind: str) -> str:
+    """`kind` and the first number that no device has."""
+    number = 0
+    while f"{kind}{number}" in board.devices:
+        number += 1
+    return f"{kind}{number}"
+
+
+_AS = "as="
+
+
+def _drive_name(board: Pc, words: list[str], order: Sequence[str]) -> str:
+    """What `as=` says; else the first of `order` that is free."""
+    for word in words:
+        if word.startswith(_AS):
+            name = word.removeprefix(_AS)
+            if name not in NAMES:
+                raise Invalid(f"dev/add: a drive is {', '.join(NAMES)}, not {name[:20]!r}")
+            return name
+    free = board.free_drives()
+    name = next((name for name in order if name in free), "")
+    if not name:
+        raise LimitReached(f"dev/add: an IDE controller has {len(NAMES)} drives, and all are there")
+    return name
+
+
+def _without_as(words: list[str]) -> list[str]:
+    return [word for word in words if not word.startswith(_AS)]
 
 
 def _open_disk(door: Door, words: list[str]) -> Any:
+    words = _without_as(words)
+    if not 1 <= len(words) <= 2:
+        raise Invalid("dev/add: a disk is a PATH, and ro, rw or cow")
     path, mode = words[0], words[1] if len(words) > 1 else "rw"
     if mode not in ("ro", "rw", "cow"):
         raise Invalid(f"dev/add: a disk is ro, rw or cow, not {mode[:20]!r}")
@@ -96,7 +137,7 @@ def _open_share(door: Door, words: list[str]) -> Any:
     return RemoteServer(door.share(words[0], mode == "ro"), read_only=mode == "ro")
 
 
-def _make_share(request: Request, server: Any) -> PciDevice:
+def _make_share(request: Request, server: Any) -> Device:
     path, tag = request.words[:2]
     return Share(request.board, request.name, request.slot, server, tag, path=path)
 
@@ -108,6 +149,14 @@ ATTACHABLE: Mapping[str, Row] = {
         2,
         _open_disk,
         lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
+    ),
+    "ide": Row(
+        "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd]",
+        1,
+        3,
+        _open_disk,
+        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
+        lambda board, kind, words: _drive_name(board, words, NAMES),
     ),
     "net": Row(
         "net user [OPTION...]|tap NAME",
@@ -145,17 +194,14 @@ def parse_attachment(text: str) -> Attachment:
     return Attachment(words[0], words[1:])
 
 
-def attach(vm: Vm, asked: Attachment, door: Door) -> PciDevice:
+def attach(vm: Vm, asked: Attachment, door: Door) -> Device:
     """Do what a line says. Busy after the first run."""
     kind, arguments, row = asked.kind, asked.arguments, ATTACHABLE[asked.kind]
     vm.check_attachable()
     resource = row.acquire(door, arguments)
 
-    def make(board: Pc) -> PciDevice:
-        number = 0
-        while f"{kind}{number}" in board.devices:
-            number += 1
-        return row.make(Request(board, f"{kind}{number}", board.pci.free_slot(), arguments), resource)
+    def make(board: Pc) -> Device:
+        return row.make(Request(board, row.name(board, kind, arguments), arguments), resource)
 
     try:
         return vm.attach(make)

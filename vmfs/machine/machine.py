@@ -18,8 +18,6 @@ from typing import Literal, TypeVar, cast
 from vmfs.debug.disasm import Listing
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
-from vmfs.devices.pci import PciDevice
-from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.disk import Disk, Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
@@ -33,6 +31,7 @@ from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attempt,
     Owner,
+    Parts,
     Seen,
     Setup,
     Source,
@@ -255,7 +254,7 @@ class Vm(Control):
             held=tuple(exit_.line() for exit_ in self._held),
         )
 
-    def check_setup(self, setup: Setup) -> None:
+    def check_kind(self, setup: Setup) -> None:
         for what, is_, wanted in (
             ("kind", self.machine_name, setup.machine),
             ("RAM", self.memory.size, setup.memory),
@@ -264,6 +263,9 @@ class Vm(Control):
         ):
             if is_ != wanted:
                 raise Invalid(f"the state is of a machine of another {what}: {str(wanted)[:80]}, and not {is_}")
+
+    def check_setup(self, setup: Setup) -> None:
+        self.check_kind(setup)
         try:
             unpack_msrs(setup.new_msrs)
         except Invalid:
@@ -315,7 +317,7 @@ class Vm(Control):
         return exit_
 
     def _exit_of(self, line: str | None) -> exits.Exit | None:
-        exit_ = None if line is None else exits.parse_exit(line)
+        exit_ = None if line is None else exits.parsed_exit(line)
         if exit_ is not None:
             exit_.of_several = len(self.cpus) > 1
         return exit_
@@ -341,8 +343,9 @@ class Vm(Control):
     def disks(self) -> Iterator[tuple[str, Disk]]:
         """Of its block devices, by their names."""
         for name, device in self.board.devices.items() if self.board is not None else ():
-            if isinstance(device, Block):
-                yield name, device.disk
+            disk = getattr(device, "disk", None)
+            if disk is not None:
+                yield name, disk
 
     # ---- snapshots: what `vmfs.machine.past` needs
 
@@ -353,13 +356,8 @@ class Vm(Control):
             self.forget_pages()
         return pages
 
-    def peek_pages(self) -> int:
-        """What `take_pages` would give."""
-        with self._lock:
-            return self.look_at_pages()
-
     def look_at_pages(self) -> int:
-        """`peek_pages`, with the lock held."""
+        """What `take_pages` would give, with the lock held."""
         self._gather_dirty()
         return self._dirty["past"]
 
@@ -384,14 +382,12 @@ class Vm(Control):
             return None
         return sum(cpu.vcpu.counters()["instructions"] for cpu in self.cpus)
 
-    def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None:
-        """Be what `snapshot` says, whole or not at all. Busy during a run."""
+    def go_back(self, snapshot: Snapshot, look: Callable[[], Callable[[], None]]) -> None:
+        """Be what `snapshot` says, whole or not at all. Busy during a run. `look()` finds what of RAM is to be put,
+        and gives what puts it."""
         with self._lock:
             self._check_idle()
-            cpuids = [snapshot.state.parts[f"cpu{cpu.index}/cpuid"].data for cpu in self.cpus]
-            # An engine may refuse another CPUID once the CPU has run.
-            if self.engine.name != snapshot.engine.name or cpuids != [c.vcpu.get_state("cpuid") for c in self.cpus]:
-                self._replace_machine(snapshot.engine)
+            put_ram = look()
             before = self.images.keep(), self._rom, {name: disk for name, disk in self.disks()}
 
             def put_memory() -> None:
@@ -402,12 +398,18 @@ class Vm(Control):
 
             self.images.put(snapshot.images)
             try:
+                wanted, present = snapshot.opened(self), Parts.of(self)
+                cpuids = [[cpu["cpuid"] for cpu in parts.cpus] for parts in (wanted.parts, present)]
+                # An engine may refuse another CPUID once the CPU has run.
+                if self.engine.name != snapshot.engine.name or cpuids[0] != cpuids[1]:
+                    self._replace_machine(snapshot.engine)
+                    present = Parts.of(self)
                 self._use_rom(snapshot.rom)
                 try:
-                    put(self, snapshot.state, put_memory)
+                    put(self, wanted, put_memory, present)
                 except (Invalid, Unsupported):  # KVM takes some MSRs of a CPU that has not run only
                     self._replace_machine(snapshot.engine)
-                    put(self, snapshot.state, put_memory)
+                    put(self, wanted, put_memory)
             except BaseException:
                 self.images.put(before[0])
                 self._use_rom(before[1])
@@ -462,12 +464,12 @@ class Vm(Control):
         """Then the size of RAM and the devices are fixed."""
         return self._has_run
 
-    def attach(self, make: Callable[[Pc], PciDevice]) -> PciDevice:
-        """Plug the device that `make` makes into the PCI bus. Before the first run, else Busy."""
+    def attach(self, make: Callable[[Pc], Device]) -> Device:
+        """Plug in the device that `make` makes. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
             device = make(board)
-            board.pci.plug(device)
+            board.plug(device)
         return device
 
     def check_attachable(self) -> None:
@@ -479,9 +481,9 @@ class Vm(Control):
         """Take a device out that `attach` has put in. Before the first run, else Busy."""
         with self._lock:
             board = self._changeable_board()
-            if not isinstance(device, PciDevice) or device.name in board.built_in:
+            if device.name in board.built_in:
                 raise NotPermitted(f"{device.name} belongs to the machine")
-            board.pci.unplug(device)
+            board.unplug(device)
 
     def _changeable_board(self) -> Pc:
         self._check_idle()

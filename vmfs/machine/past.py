@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vmfs.devices.virtio.disk import Disk, Frozen, Overlay
 from vmfs.engine.base import Engine, Vcpu
 from vmfs.machine.images import Images, Kept
-from vmfs.machine.state import Body, State, take_with
+from vmfs.machine.state import Body, Opened, State, take_with
 from vmfs.memory.layers import Image, Layer, bits, runs
 from vmfs.memory.ram import PAGE, Memory
 from vmfs.words.errors import AlreadyThere, LimitReached, NotThere, VmfsError
@@ -56,6 +56,13 @@ class Snapshot:
     rw_disks: tuple[str, ...]  # that are rw: what their files hold is not in it
     memory_size: int
     encoded: bytes  # the state
+    _opened: list[Opened] = field(default_factory=list)
+
+    def opened(self, vm: Body) -> Opened:
+        """The state, for the machine that it is of, whose parts are fixed while there is a snapshot."""
+        if not self._opened:
+            self._opened.append(Opened(vm, self.state))
+        return self._opened[0]
 
     def files(self) -> Iterator[Kept]:
         """What holds memory beside RAM."""
@@ -73,9 +80,8 @@ class Whole(Body, Protocol):
 
     def at_boundary(self, task: Callable[[Vcpu], Any], cpu: int = 0) -> Future[Any]: ...
     def take_pages(self) -> int: ...
-    def peek_pages(self) -> int: ...
     def note_pages(self, pages: int) -> None: ...
-    def go_back(self, snapshot: Snapshot, put_ram: Callable[[], None]) -> None: ...
+    def go_back(self, snapshot: Snapshot, look: Callable[[], Callable[[], None]]) -> None: ...
 
     @property
     def rom(self) -> Rom | None: ...
@@ -84,6 +90,10 @@ class Whole(Body, Protocol):
     def forget_pages(self) -> None: ...
     def have_written(self, pages: int) -> None: ...
     def count_instructions(self) -> int | None: ...
+
+
+class _Longer(Exception):
+    """To go back takes longer than the caller has time for."""
 
 
 class Past:
@@ -215,21 +225,24 @@ class Past:
         """Be what the machine was then, and paused. Busy while it runs. Returns what of RAM may have changed, as
         (address, length)."""
         with self._busy:
-            return self._restore(self[name], unseen)
+            return [(first * PAGE, count * PAGE) for first, count in runs(self._restore(self[name], unseen))]
 
-    def _restore(self, snapshot: Snapshot, unseen: Callable[[], int]) -> list[tuple[int, int]]:
+    def _restore(self, snapshot: Snapshot, unseen: Callable[[], int], most: int | None = None) -> int:
+        """The pages that may be others now. _Longer, and nothing is done, where they are more than `most`, or nobody
+        knows which they are."""
         pages = 0
 
-        def put_ram() -> None:
+        def look() -> Callable[[], None]:
             nonlocal pages
-            pages = self._put_ram(snapshot.ram, unseen)
+            pages = self._find_pages(snapshot.ram, unseen, most)
+            return lambda: self._put_ram(snapshot.ram, pages, unseen)
 
         before = self._parent
-        self._vm.go_back(snapshot, put_ram)
+        self._vm.go_back(snapshot, look)
         self.last = snapshot.name
         if before is not None and before.layers != snapshot.ram.layers:
             self._settle(may_ask=False)
-        return [(first * PAGE, count * PAGE) for first, count in runs(pages)]
+        return pages
 
     def restore_now(self, name: str, most: int, *, unseen: Callable[[], int] = lambda: 0) -> bool:
         """`restore`, where nothing has to be waited for, and at most so many pages are to be put. False, and nothing
@@ -237,33 +250,36 @@ class Past:
         if not self._busy.acquire(blocking=False):
             return False
         try:
-            snapshot, parent = self[name], self._parent
-            assert parent is not None
-            if self._is_open_to_others(unseen):
-                return False
-            if (self._vm.peek_pages() | snapshot.ram.differs(parent)).bit_count() > most:
-                return False
-            self._restore(snapshot, unseen)
-            return True
+            self._restore(self[name], unseen, most)
+        except _Longer:
+            return False
         finally:
             self._busy.release()
+        return True
 
     def _is_open_to_others(self, unseen: Callable[[], int]) -> bool:
         """Whether RAM may have been written by somebody who did not tell."""
         return self._vm.memory.base is None and (unseen() < 0 or unseen() != self._news)
 
-    def _put_ram(self, image: Image, unseen: Callable[[], int]) -> int:
-        """With the machine's lock. The pages that may be others now."""
+    def _find_pages(self, image: Image, unseen: Callable[[], int], most: int | None) -> int:
+        """The pages that may be others in `image`; with the machine's lock."""
         vm, memory, parent = self._vm, self._vm.memory, self._parent
         assert parent is not None
         pages = vm.look_at_pages() | image.differs(parent)
         if self._is_open_to_others(unseen):
+            if most is not None:
+                raise _Longer
             for start, end in (*memory.extents(), *image.extents()):
                 pages |= bits(start // PAGE, (end - start) // PAGE)
-        memory.put(pages, image)
-        vm.have_written(pages)
-        self._parent, self._news = image, unseen()
+        if most is not None and pages.bit_count() > most:
+            raise _Longer
         return pages
+
+    def _put_ram(self, image: Image, pages: int, unseen: Callable[[], int]) -> None:
+        """With the machine's lock."""
+        self._vm.memory.put(pages, image)
+        self._vm.have_written(pages)
+        self._parent, self._news = image, unseen()
 
     # ---- forgetting
 

@@ -128,11 +128,13 @@ ROWS: tuple[Row, ...] = (
 )
 
 Values = Mapping[str, bytes]  # by the name of the row
+_OF: dict[Owner, tuple[Row, ...]] = {owner: tuple(row for row in ROWS if row.owner is owner) for owner in Owner}
+_NAMES = {owner: tuple(row.name for row in rows) for owner, rows in _OF.items()}
 
 
 def rows_of(owner: Owner) -> tuple[Row, ...]:
     """In the order in which they are set."""
-    return tuple(row for row in ROWS if row.owner is owner)
+    return _OF[owner]
 
 
 # ---- the engine's part
@@ -149,21 +151,12 @@ def take_cpu(cpu: Vcpu) -> dict[str, bytes]:
 
 
 def _take(source: Machine | Vcpu, owner: Owner) -> dict[str, bytes]:
-    values = {}
-    for row in rows_of(owner):
-        try:
-            values[row.name] = source.get_state(row.name)
-        except Unsupported:
-            if not row.with_chips:
-                raise
-    return values
+    return source.get_states(_NAMES[owner])
 
 
 def put_engine(machine: Machine, values: Values) -> None:
     """Set the rows that are in `values`. Before its CPUs' rows."""
-    for row in rows_of(Owner.ENGINE):
-        if row.name in values:
-            machine.set_state(row.name, values[row.name])
+    machine.put_states({name: values[name] for name in _NAMES[Owner.ENGINE] if name in values})
 
 
 def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
@@ -172,14 +165,17 @@ def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
     `reset_msrs`: the CPU that they are of had these when it was new, and is perhaps another engine's. Then only MSRs
     that both have are set, and one that is refused may be as it was at the reset, for it describes the engine.
     """
-    cpu.set_state("progress", given_up(cpu.get_state("progress")))
+    _give_up(cpu)
+    if reset_msrs is None:
+        cpu.put_states({name: values[name] for name in _NAMES[Owner.CPU] if name in values})
+        return
     for row in rows_of(Owner.CPU):
         if row.name not in values:
             continue
         data = values[row.name]
         if row.name == "cpuid" and cpu.get_state("cpuid") == data:
             continue  # an engine may refuse even that, once the CPU has run
-        if row.name == "msrs" and reset_msrs is not None:
+        if row.name == "msrs":
             _put_common_msrs(cpu, dict(unpack_msrs(data)), dict(unpack_msrs(reset_msrs)))
             continue
         if row.name == "xsave":
@@ -189,8 +185,6 @@ def put_cpu(cpu: Vcpu, values: Values, reset_msrs: bytes | None = None) -> None:
         try:
             cpu.set_state(row.name, data)
         except Invalid as error:
-            if reset_msrs is None:
-                raise
             raise Unsupported(f"{row.name} is in a state that the other engine cannot have: {error}") from error
 
 
@@ -211,6 +205,13 @@ def _put_common_msrs(cpu: Vcpu, wanted: Mapping[int, int], reset: Mapping[int, i
         except Invalid as error:
             if value != reset.get(index):
                 raise Unsupported(f"MSR {index:#x} is {value:#x}, which the other engine refuses") from error
+
+
+def _give_up(cpu: Vcpu) -> None:
+    """What the CPU is in the middle of."""
+    progress = cpu.get_state("progress")
+    if (kept := given_up(progress)) is not progress:
+        cpu.set_state("progress", kept)
 
 
 # ---- reset
@@ -292,6 +293,10 @@ class Body(Protocol):
 
     def save_setup(self) -> Setup: ...
 
+    def check_kind(self, setup: Setup) -> None:
+        """Invalid where it is a machine of another kind, size or number of CPUs, or boots something else."""
+        ...
+
     def check_setup(self, setup: Setup) -> None:
         """Invalid where it is another machine than this one can become."""
         ...
@@ -341,87 +346,100 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def take(body: Body) -> State:
     """What the machine is, between two instructions. What it is in the middle of stays so."""
-    state = take_with(body, lambda: True)
-    assert state is not None
-    return state
+    return Parts.of(body).state()
 
 
 def take_with(body: Body, rest: Callable[[], bool]) -> State | None:
     """`take`, and `rest()` while no device does anything, which keeps the memory. None where that gives False."""
-    parts: dict[str, Part] = {}
+    done = False
 
-    def add(owner: str, values: Mapping[str, bytes], rows: tuple[Row, ...]) -> None:
-        parts.update({f"{owner}/{row.name}": Part(row.version, values[row.name]) for row in rows if row.name in values})
+    def tell() -> None:
+        nonlocal done
+        done = rest()
 
-    own = {"setup": msgspec.msgpack.encode(body.save_setup()), "seen": msgspec.msgpack.encode(body.save_seen())}
-    add(Owner.MACHINE, own, rows_of(Owner.MACHINE))
-    add(Owner.ENGINE, take_engine(body.engine_machine), rows_of(Owner.ENGINE))
-    for number, vcpu in enumerate(body.vcpus):
-        add(f"{Owner.CPU}{number}", take_cpu(vcpu), rows_of(Owner.CPU))
-    with _asleep(body):
-        if body.board is not None:
-            add(Owner.BOARD, {"board": msgspec.msgpack.encode(body.board.save())}, rows_of(Owner.BOARD))
-            for name, state in body.board.pack_devices().items():
-                parts[f"{Owner.DEVICE}/{name}"] = Part(*state)
-        if not rest():
-            return None
-    return State(FORMAT, parts)
+    parts = Parts.of(body, tell)
+    return parts.state() if done else None
 
 
 def _asleep(body: Body) -> AbstractContextManager[None]:
     return nullcontext() if body.board is None else body.board.asleep()
 
 
-def put(body: Body, state: State, put_memory: Callable[[], None] = lambda: None) -> None:
-    """Make the machine what `state` says; its memory is that of the state already, or is once `put_memory` was called.
-    It is whole or not at all: Invalid, Unsupported, and nothing has changed, where the machine cannot be so. Of that,
-    memory is no part: where the engine refuses a state when it is set, memory is as it was put."""
-    before = take(body)
-    wanted = _Wanted(body, state, before)
-    try:
-        wanted.put(put_memory)
-    except BaseException:
-        _Wanted(body, before, take(body)).put(lambda: None)
-        raise
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A State taken apart. `devices`: version and bytes of each one's; the board and they are None where the machine
+    has none."""
+
+    setup: Setup
+    seen: Seen
+    engine: dict[str, bytes]
+    cpus: tuple[dict[str, bytes], ...]
+    board: BoardState | None
+    devices: Mapping[str, tuple[int, bytes]]
+
+    @staticmethod
+    def of(body: Body, rest: Callable[[], None] = lambda: None) -> Parts:
+        """Those of a machine as it is; `rest()` is done while no device does anything."""
+        setup, seen = body.save_setup(), body.save_seen()
+        engine, cpus = take_engine(body.engine_machine), tuple(map(take_cpu, body.vcpus))
+        board, devices = None, {}
+        with _asleep(body):
+            if body.board is not None:
+                board, devices = body.board.save(), body.board.pack_devices()
+            rest()
+        return Parts(setup, seen, engine, cpus, board, devices)
+
+    def state(self) -> State:
+        parts: dict[str, Part] = {}
+
+        def add(owner: str, values: Mapping[str, bytes], rows: tuple[Row, ...]) -> None:
+            for row in rows:
+                if row.name in values:
+                    parts[f"{owner}/{row.name}"] = Part(row.version, values[row.name])
+
+        own = {"setup": msgspec.msgpack.encode(self.setup), "seen": msgspec.msgpack.encode(self.seen)}
+        add(Owner.MACHINE, own, rows_of(Owner.MACHINE))
+        add(Owner.ENGINE, self.engine, rows_of(Owner.ENGINE))
+        for number, values in enumerate(self.cpus):
+            add(f"{Owner.CPU}{number}", values, rows_of(Owner.CPU))
+        if self.board is not None:
+            add(Owner.BOARD, {"board": msgspec.msgpack.encode(self.board)}, rows_of(Owner.BOARD))
+            parts.update({f"{Owner.DEVICE}/{name}": Part(*state) for name, state in self.devices.items()})
+        return State(FORMAT, parts)
 
 
-class _Wanted:
-    """A state to put, checked as far as that works without setting anything. A device whose state is the same in
-    `present` is left alone."""
+class Opened:
+    """A state that a machine can be, checked as far as that works without setting anything: Invalid for what it cannot
+    be. It may be put any number of times, as long as the machine has the same parts."""
 
-    def __init__(self, body: Body, state: State, present: State) -> None:
+    def __init__(self, body: Body, state: State) -> None:
         self._body = body
-        self._parts = dict(state.parts)
-        self._setup = unpack(Setup, *self._own("setup"), "setup")
-        self._seen = unpack(Seen, *self._own("seen"), "seen")
-        body.check_setup(self._setup)
-        body.check_seen(self._seen)
-        self._engine = self._values(Owner.ENGINE, Owner.ENGINE)
-        self._cpus = [self._values(Owner.CPU, f"{Owner.CPU}{number}") for number in range(len(body.vcpus))]
+        self._left = dict(state.parts)
+        setup = unpack(Setup, *self._own("setup"), "setup")
+        seen = unpack(Seen, *self._own("seen"), "seen")
+        body.check_setup(setup)
+        body.check_seen(seen)
+        engine = self._values(Owner.ENGINE, Owner.ENGINE)
+        cpus = tuple(self._values(Owner.CPU, f"{Owner.CPU}{number}") for number in range(len(body.vcpus)))
+        board, devices = None, {}
         if body.board is not None:
-            self._board = unpack(BoardState, *self._part(f"{Owner.BOARD}/board"), "board")
-            body.board.check(self._board)
+            board = unpack(BoardState, *self._part(f"{Owner.BOARD}/board"), "board")
+            body.board.check(board)
             prefix = f"{Owner.DEVICE}/"
-            names = [name for name in self._parts if name.startswith(prefix)]
-            states = {name.removeprefix(prefix): self._parts.pop(name) for name in names}
+            names = [name for name in self._left if name.startswith(prefix)]
+            states = {name.removeprefix(prefix): self._left.pop(name) for name in names}
             body.board.check_names(states.keys())
-            devices = body.board.devices
-            others = {
-                name: one
-                for name, one in states.items()
-                if devices[name].keeps_time or present.parts.get(f"{prefix}{name}") != one
-            }
-            self._devices = body.board.unpack_devices(
-                {name: (one.version, one.data) for name, one in others.items()}
-            )
-        if self._parts:
-            raise Invalid(f"the state has a part that this machine has not: {min(self._parts)[:60]!r}")
+            devices = {name: (one.version, one.data) for name, one in states.items()}
+            body.board.unpack_devices(devices)
+        if self._left:
+            raise Invalid(f"the state has a part that this machine has not: {min(self._left)[:60]!r}")
+        self.parts = Parts(setup, seen, engine, cpus, board, devices)
 
     def _own(self, name: str) -> tuple[int, bytes]:
         return self._part(f"{Owner.MACHINE}/{name}")
 
     def _part(self, name: str) -> tuple[int, bytes]:
-        part = self._parts.pop(name, None)
+        part = self._left.pop(name, None)
         if part is None:
             raise Invalid(f"the state has no {name}")
         return part.version, part.data
@@ -436,19 +454,43 @@ class _Wanted:
                 raise Invalid(f"{name}/{row.name}: of version {version}, where {row.version} is known")
         return values
 
-    def put(self, put_memory: Callable[[], None]) -> None:
-        body, setup = self._body, self._setup
-        is_same = setup.engine == body.save_setup().engine
-        body.load_setup(setup)
-        put_engine(body.engine_machine, self._engine)
-        with _asleep(body):
-            put_memory()
-            if body.board is not None:
-                body.board.load(self._board)
-                body.board.load_devices(self._devices)
-        for vcpu, values in zip(body.vcpus, self._cpus, strict=True):
-            put_cpu(vcpu, values, None if is_same else setup.new_msrs)
-        body.load_seen(self._seen)
+
+def put(
+    body: Body, state: State | Opened, put_memory: Callable[[], None] = lambda: None, before: Parts | None = None
+) -> None:
+    """Make the machine what `state` says; its memory is that of the state already, or is once `put_memory` was called.
+    It is whole or not at all: Invalid, Unsupported, and nothing has changed, where the machine cannot be so. Of that,
+    memory is no part: where the engine refuses a state when it is set, memory is as it was put. What is so already is
+    left alone. `before`: what the machine is, where the caller has looked."""
+    wanted = state if isinstance(state, Opened) else Opened(body, state)
+    body.check_kind(wanted.parts.setup)
+    before = before or Parts.of(body)
+    try:
+        _put(body, wanted.parts, before, put_memory)
+    except BaseException:
+        _put(body, before, Parts.of(body), lambda: None)
+        raise
+
+
+def _put(body: Body, wanted: Parts, present: Parts, put_memory: Callable[[], None]) -> None:
+    setup, board = wanted.setup, body.board
+    is_same = setup.engine == present.setup.engine
+    body.load_setup(setup)
+    put_engine(body.engine_machine, wanted.engine)
+    with _asleep(body):
+        put_memory()
+        if board is not None and wanted.board is not None:
+            if wanted.board != present.board:
+                board.load(wanted.board)
+            others = {
+                name: state
+                for name, state in wanted.devices.items()
+                if state != present.devices[name] or board.devices[name].keeps_time
+            }
+            board.load_devices(board.unpack_devices(others))
+    for vcpu, values in zip(body.vcpus, wanted.cpus, strict=True):
+        put_cpu(vcpu, values, None if is_same else setup.new_msrs)
+    body.load_seen(wanted.seen)
 
 
 def state_hash(body: Body) -> bytes:

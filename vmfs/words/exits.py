@@ -14,6 +14,7 @@ KVM lacks starts at 0x100.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterator
@@ -259,6 +260,12 @@ def parse_exit(line: str) -> Exit:
     if exit_.line() != line or fields.get("direction") not in _DIRECTIONS.get(reason, (None,)):
         raise Invalid(f"exit: {line[:80]!r} is not a line of an exit")
     return exit_
+
+
+@functools.lru_cache(maxsize=64)
+def parsed_exit(line: str) -> Exit:
+    """The same, of a line that was made by an exit of as many CPUs: one object for all who ask, not to be changed."""
+    return parse_exit(line)
 
 
 def _parse_value(key: str, text: str, before: dict[str, Any]) -> Any:

@@ -26,6 +26,30 @@ void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level)
         bus->changes[bus->change_count++] = (struct change){.level = level, .gsi_or_data = gsi};
 }
 
+void bus_set_pirq(struct bus *bus, unsigned device, unsigned pirq, bool level)
+{
+    u64 bit = 1ull << device;
+    bus->pirq_holders[pirq] = level ? bus->pirq_holders[pirq] | bit : bus->pirq_holders[pirq] & ~bit;
+    if (bus->pirq_line[pirq] != NO_LINE)
+        bus_set_line(bus, device, bus->pirq_line[pirq], level);
+}
+
+/* Who holds the input goes over to the other line; high there before it is low here, so that a line of both never falls. */
+static void route_pirq(struct bus *bus, unsigned pirq, unsigned line)
+{
+    unsigned was = bus->pirq_line[pirq];
+    bus->pirq_line[pirq] = (u8)line;
+    if (was == line)
+        return;
+    for (u64 left = bus->pirq_holders[pirq]; left; left &= left - 1) {
+        unsigned device = (unsigned)__builtin_ctzll(left);
+        if (line != NO_LINE)
+            bus_set_line(bus, device, line, true);
+        if (was != NO_LINE)
+            bus_set_line(bus, device, was, false);
+    }
+}
+
 void bus_signal_msi(struct bus *bus, u64 address, u32 data)
 {
     if (bus->machine.signal_msi)
@@ -265,6 +289,20 @@ static PyObject *bus_drop_lines(struct bus *self, PyObject *args)
     bus_enter(self);
     for (unsigned gsi = 0; gsi < LINES; gsi++)
         bus_set_line(self, device, gsi, false);
+    for (unsigned pirq = 0; pirq < PIRQS; pirq++)
+        self->pirq_holders[pirq] &= ~(1ull << device);
+    return bus_done(self);
+}
+
+static PyObject *bus_route(struct bus *self, PyObject *args)
+{
+    unsigned pirq, line;
+    if (!PyArg_ParseTuple(args, "II", &pirq, &line))
+        return NULL;
+    if (pirq >= PIRQS || line >= LINES)
+        return PyErr_Format(PyExc_ValueError, "PIRQ %u or line %u is none", pirq, line);
+    bus_enter(self);
+    route_pirq(self, pirq, line);
     return bus_done(self);
 }
 
@@ -445,6 +483,8 @@ static PyObject *bus_hold(struct bus *self, PyObject *list)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a list of %d numbers", LINES);
     bus_enter(self);
     memcpy(self->holders, holders, sizeof holders);
+    memset(self->pirq_holders, 0, sizeof self->pirq_holders); /* whose devices say, and the router, as they are loaded */
+    memset(self->pirq_line, NO_LINE, sizeof self->pirq_line);
     pthread_mutex_unlock(&self->lock);
     Py_RETURN_NONE;
 }
@@ -567,6 +607,7 @@ static void bus_dealloc(struct bus *self)
 static PyMethodDef bus_methods[] = {
     {"set_line", (PyCFunction)bus_line, METH_VARARGS, "set_line(device, gsi, level): a line is high while any device holds it high"},
     {"drop_lines", (PyCFunction)bus_drop_lines, METH_VARARGS, "drop_lines(device): it holds none"},
+    {"route_pirq", (PyCFunction)bus_route, METH_VARARGS, "route_pirq(input, line): where that of the PCI router goes; 0: nowhere"},
     {"set_map", (PyCFunction)bus_set_map, METH_O,
      "set_map([(is_memory, start, length, chip or None, region)]): what answers where; None: Python. Nothing, elsewhere"},
     {"advance", (PyCFunction)bus_advance_to, METH_O, "advance(now): do what is due"},
@@ -577,7 +618,7 @@ static PyMethodDef bus_methods[] = {
     {"take_uses", (PyCFunction)bus_take_uses, METH_NOARGS,
      "take_uses() -> how many accesses nobody has claimed since this was last asked"},
     {"holders", (PyCFunction)bus_holders, METH_NOARGS, "holders() -> of each line the devices that hold it high, a bit each"},
-    {"hold", (PyCFunction)bus_hold, METH_O, "hold(list): they hold the lines, as the engine knows already"},
+    {"hold", (PyCFunction)bus_hold, METH_O, "hold(list): they hold the lines, as the engine knows already; the PCI router routes nothing"},
     {"wait", (PyCFunction)bus_wait, METH_VARARGS,
      "wait(nap) -> bool: after `nap` seconds, until there is something to fetch; False: closed. One thread at a time"},
     {"close", (PyCFunction)bus_close, METH_NOARGS, "close(): nothing is answered, and nobody waits, from now on"},

@@ -45,7 +45,7 @@ struct chip {
     struct chip *next;          /* of all that are timed */
 };
 
-enum { LINES = 24, DEVICES = 64, CHANGES = 64 };
+enum { LINES = 24, DEVICES = 64, CHANGES = 64, PIRQS = 4, NO_LINE = 0 };
 enum { PORTS = 1 << 16, PLACES = 256, PLACE_NOBODY = 0, PLACE_PYTHON = 1, PLACE_FIRST = 2 };
 enum { UNCLAIMED_MOST = 256 };
 
@@ -59,6 +59,8 @@ struct bus {
     struct bus_machine machine; /* irq_line is NULL while lines are told to Python */
     PyObject *irq_line, *signal_msi, *now; /* Python's: irq_line(gsi, level), signal_msi(address, data), now() */
     u64 holders[LINES];         /* of each line, a bit a device that holds it high */
+    u64 pirq_holders[PIRQS];    /* the same of each input of the PCI router, */
+    u8 pirq_line[PIRQS];        /* and the line that it drives; NO_LINE: none */
     struct change { bool is_msi, level; u32 gsi_or_data; u64 address; } changes[CHANGES]; /* to be told to Python */
     unsigned change_count;
     struct chip *timed;
@@ -76,6 +78,7 @@ struct bus {
 
 /* With the lock held. */
 void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level);
+void bus_set_pirq(struct bus *bus, unsigned device, unsigned pirq, bool level);
 void bus_signal_msi(struct bus *bus, u64 address, u32 data);
 void bus_set_due(struct chip *chip, u64 due);
 void bus_ring(struct bus *bus);
@@ -114,6 +117,6 @@ void bytes_copy(const struct bytes *b, u8 *to);
 void bytes_free(struct bytes *b);
 
 extern PyType_Spec bus_spec, uart_spec, sender_spec, rtc_spec, power_spec, latch_spec, bridge_spec, function_spec, virtio_spec, ram_spec,
-    queue_spec, clusters_spec, files_spec, disk_spec;
+    queue_spec, clusters_spec, files_spec, disk_spec, pio_spec;
 
 #endif

@@ -46,8 +46,10 @@ void function_drive(struct function *f)
     u8 *status = &f->bytes.config[STATUS];
     *status = (u8)(f->pending ? *status | STATUS_INTERRUPT : *status & ~STATUS_INTERRUPT);
     bool level = f->pending && !(f->bytes.config[COMMAND + 1] & INTX_OFF_HIGH) && !function_has_msix(f);
-    for (unsigned i = 0; i < f->line_count; i++)
-        bus_set_line(f->chip.bus, f->chip.number, f->lines[i], level);
+    if (f->has_pin) {
+        bus_set_line(f->chip.bus, f->chip.number, f->gsi, level);
+        bus_set_pirq(f->chip.bus, f->chip.number, f->pirq, level);
+    }
     if (f->waiting)
         send_waiting(f);
 }
@@ -108,22 +110,15 @@ static bool config_write(struct function *f, unsigned offset, unsigned size, u64
 
 static PyObject *function_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *bus, *lines;
-    unsigned number;
-    if (!PyArg_ParseTuple(args, "OIO!", &bus, &number, &PyTuple_Type, &lines))
+    PyObject *bus, *pin;
+    unsigned number, gsi = 0, pirq = 0;
+    if (!PyArg_ParseTuple(args, "OIO", &bus, &number, &pin) || (pin != Py_None && !PyArg_ParseTuple(pin, "II", &gsi, &pirq)))
         return NULL;
-    unsigned of[2] = {0}, count = (unsigned)PyTuple_GET_SIZE(lines);
-    for (unsigned i = 0; i < count; i++) {
-        unsigned long gsi = count > 2 ? LINES : PyLong_AsUnsignedLong(PyTuple_GET_ITEM(lines, i));
-        if (gsi >= LINES)
-            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "up to two lines, of %d", LINES);
-        of[i] = (unsigned)gsi;
-    }
+    if (gsi >= LINES || pirq >= PIRQS)
+        return PyErr_Format(PyExc_ValueError, "a line of %d, and an input of %d", LINES, PIRQS);
     struct function *self = (struct function *)chip_new(type, &function_kind, bus, number);
-    if (self) {
-        self->line_count = count;
-        memcpy(self->lines, of, sizeof of);
-    }
+    if (self)
+        self->has_pin = pin != Py_None, self->gsi = gsi, self->pirq = pirq;
     return (PyObject *)self;
 }
 
@@ -234,7 +229,7 @@ static PyGetSetDef function_attributes[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot function_slots[] = {
-    {Py_tp_doc, "Function(bus, device, lines): a buffer of the configuration space, the masks of its writable bits, and what is\n"
+    {Py_tp_doc, "Function(bus, device, (gsi, pirq) of INTA or None): a buffer of the configuration space, the masks of its writable bits, and what is\n"
                 "Python's of it (1: writes that change something; 3: reads, too)."},
     {Py_tp_new, function_new}, {Py_tp_dealloc, chip_dealloc}, {Py_tp_methods, function_methods},
     {Py_tp_getset, function_attributes}, {Py_bf_getbuffer, function_buffer}, {0, NULL},

@@ -14,7 +14,8 @@ struct function {
         u8 by_python[CONFIG_BYTES]; /* 1: writes with an effect, 3: reads, too */
     } bytes;                    /* Python has them as a buffer */
     bool pending;               /* INTx as the device drives it; the command register can hold it back */
-    unsigned line_count, lines[2];
+    bool has_pin;
+    unsigned gsi, pirq;         /* of INTA, where it has one: the line of an I/O APIC, and the router's input */
     /* MSI-X (PCI 3.0, 6.8.2) */
     unsigned msix_at, vectors;  /* its capability; 0: none */
     struct { u64 address; u32 data, control; } table[VECTORS];

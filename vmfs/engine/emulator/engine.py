@@ -89,14 +89,25 @@ def _failures(what: str) -> Iterator[None]:
         raise _ERRORS.get(error.errno, EngineFailed)(f"{what}: {os.strerror(error.errno)}") from error
 
 
+def _put_states(put: Callable[[dict[str, bytes]], None], values: dict[str, bytes]) -> None:
+    try:
+        put(values)
+    except OSError as error:
+        raise _refusal(error.filename or "states", error) from error
+
+
 def _set_state(setter: Callable[[str, bytes], None], name: str, data: bytes) -> None:
-    with _failures(name):
-        try:
-            setter(name, data)
-        except OSError as error:
-            if error.errno != errno.EINVAL or name not in _REFUSED:
-                raise
-            raise Invalid(f"{name}: {_REFUSED[name]}") from error
+    try:
+        setter(name, data)
+    except OSError as error:
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: OSError) -> VmfsError:
+    """What the core says of a state that was to be set."""
+    if error.errno == errno.EINVAL and name in _REFUSED:
+        return Invalid(f"{name}: {_REFUSED[name]}")
+    return _ERRORS.get(error.errno or 0, EngineFailed)(f"{name}: {os.strerror(error.errno or 0)}")
 
 
 class EmulatorEngine(Engine):
@@ -231,6 +242,13 @@ class EmulatorMachine(Machine):
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)
         _set_state(self._vm.set_state, name, data)
+
+    def get_states(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        with _failures("states"):
+            return self._vm.get_states(names)
+
+    def put_states(self, values: dict[str, bytes]) -> None:
+        _put_states(self._vm.put_states, values)
 
     def _check_state(self, name: str) -> None:
         if name in MACHINE_REST:
@@ -387,6 +405,13 @@ class EmulatorVcpu(Vcpu):
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)
         _set_state(self._cpu.set_state, name, data)
+
+    def get_states(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        with _failures("states"):
+            return self._cpu.get_states(names)
+
+    def put_states(self, values: dict[str, bytes]) -> None:
+        _put_states(self._cpu.put_states, values)
 
     def _check_state(self, name: str) -> None:
         if name not in VCPU_STATES and name not in VCPU_REST:

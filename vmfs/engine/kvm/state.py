@@ -16,7 +16,7 @@ from vmfs.words.layouts import put_quad, quad
 from vmfs.words.modes import CR0_PG
 
 _MXCSR_RESERVED = 0xFFFF0000  # Intel SDM 1 10.2.3
-_IA32_TSC = 0x10
+_IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0  # the timer begins when that is set
 # KVM keeps them, and leaves them out of KVM_GET_MSR_INDEX_LIST: the MTRRs, and the machine check banks.
 _UNLISTED_MSRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF, *range(0x400, 0x480))
 
@@ -181,7 +181,14 @@ class VcpuState:
         refused is tried again after the others, and where that is no use, those that were set get their old values
         back."""
         entries = layouts.unpack_msrs(data)
-        before = {index: self.get_msr(index) for index, _value in entries}
+        indices = tuple(index for index, _value in entries)
+        if indices != self._saved_msrs:  # one that the CPU has not is refused when it is set
+            there = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in indices])
+            indices = tuple(index for index, _value in there)
+        before = dict(layouts.unpack_msrs(self._get_msrs(indices)))
+        entries = [
+            (index, value) for index, value in entries if before.get(index) != value or index == _IA32_TSC_DEADLINE
+        ]
         if (refused := self._set_each(entries)) and len(refused) < len(entries):
             refused = self._set_each(refused)
         if not refused:

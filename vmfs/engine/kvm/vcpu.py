@@ -25,7 +25,7 @@ from vmfs.words import exits, layouts
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, WouldBlock
 from vmfs.words.exits import Exit, unpack_access
 from vmfs.words.layouts import put_quad, quad, with_quad
-from vmfs.words.modes import RFLAGS_IF, CodeMode, is_linear
+from vmfs.words.modes import CR0_PG, RFLAGS_IF, CodeMode, is_linear
 from vmfs.words.unclaimed import Unclaimed, Use
 
 # Blocked in every thread that runs a CPU, and unblocked by KVM while the guest runs: a kick makes KVM_RUN
@@ -38,6 +38,7 @@ _EXIT_REASON = abi.RUN_EXIT_REASON // 4  # in words of 4 bytes
 _RIP = (abi.RUN_SYNC_REGS + layouts.RIP) // 8  # in words of 8 bytes
 
 _HLT = 0xF4
+_CR4_PGE = 1 << 7
 # PICs, PIT, port B, ELCRs: with interrupt controllers they are KVM's.
 _PORTS_OF_KVM = (0x20, 0x21, *range(0x40, 0x44), 0x61, 0xA0, 0xA1, 0x4D0, 0x4D1)
 
@@ -646,6 +647,16 @@ class KvmVcpu(Vcpu):
             # KVM_RUN loads CR8 from kvm_run when there is no LAPIC to hold it.
             at = layouts.CR8
             self._run_page[abi.RUN_CR8 : abi.RUN_CR8 + 8] = data[at : at + 8]
+
+    def put_states(self, values: dict[str, bytes]) -> None:
+        # KVM forgets what it has kept of page tables where KVM_SET_SREGS changes what they depend on.
+        sregs = self.get_state("sregs")
+        if quad(sregs, layouts.CR0) & CR0_PG:
+            other = bytearray(sregs)
+            put_quad(other, layouts.CR4, quad(sregs, layouts.CR4) ^ _CR4_PGE)
+            self._state.set("sregs", bytes(other))
+            self._state.set("sregs", sregs)
+        super().put_states(values)
 
     def get_msr(self, index: int) -> int:
         return self._state.get_msr(index)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import trio
 
 from vmfs.devices.device import Device
-from vmfs.devices.pci import PciDevice
 from vmfs.machine.attach import attach, parse_attachment
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
@@ -104,7 +103,7 @@ class _AddHandle(LineHandle):
         return do
 
 
-async def _detach(vm: Vm, devices: tuple[PciDevice, ...]) -> None:
+async def _detach(vm: Vm, devices: tuple[Device, ...]) -> None:
     def work() -> None:
         for device in reversed(devices):
             if vm.board is not None and vm.board.devices.get(device.name) is device:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import trio
 
 from vmfs.debug.trace import TraceText, dropped_record
-from vmfs.debug.trace_buffer import RECORD, Chunk, Piece, TraceReader, count, cpu_after
+from vmfs.debug.trace_buffer import Chunk, Piece, TraceReader, count, cpu_after
 from vmfs.machine._ring import AGAIN, Ring
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.words.errors import Invalid, WouldBlock
+from vmfs.words.tracing import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class _TraceHandle(LineHandle):
         records = b"".join(piece.records for piece in pieces)
         if self._text is not None:
             return Chunk(records, pieces[0].before, made, pieces[0].cpu)
-        kept = made[len(made) % RECORD :]  # whole records only
+        kept = made[len(made) % RECORD.size :]  # whole records only
         if not kept:
             return None
         cpu = cpu_after(records[: -len(kept)], pieces[0].cpu)

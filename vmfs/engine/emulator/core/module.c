@@ -342,6 +342,82 @@ static PyObject *py_vm_set_state(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* ---- several states at once ---- */
+
+typedef long get_state(void *owner, const char *name, void *data, size_t size);
+typedef int set_state(void *owner, const char *name, const void *data, size_t size);
+static long get_vm(void *owner, const char *name, void *data, size_t size) { return vm_get_state(owner, name, data, size); }
+static int set_vm(void *owner, const char *name, const void *data, size_t size) { return vm_set_state(owner, name, data, size); }
+static long get_vcpu(void *owner, const char *name, void *data, size_t size) { return vcpu_get_state(owner, name, data, size); }
+static int set_vcpu(void *owner, const char *name, const void *data, size_t size) { return vcpu_set_state(owner, name, data, size); }
+
+/* A dict of those of a tuple of names that there are. */
+static PyObject *get_states(void *owner, get_state *get, PyObject *names)
+{
+    if (!PyTuple_Check(names)) {
+        PyErr_SetString(PyExc_TypeError, "a tuple of names");
+        return NULL;
+    }
+    uint8_t room[4096];
+    PyObject *found = PyDict_New();
+    for (Py_ssize_t i = 0; found && i < PyTuple_GET_SIZE(names); i++) {
+        PyObject *key = PyTuple_GET_ITEM(names, i);
+        const char *name = PyUnicode_AsUTF8(key);
+        if (!name) {
+            Py_CLEAR(found);
+            break;
+        }
+        long size = get(owner, name, room, sizeof room);
+        if (size < 0)
+            continue;
+        PyObject *bytes = PyBytes_FromStringAndSize((size_t)size <= sizeof room ? (const char *)room : NULL, size);
+        if (bytes && (size_t)size > sizeof room)
+            get(owner, name, PyBytes_AS_STRING(bytes), (size_t)size);
+        if (!bytes || PyDict_SetItem(found, key, bytes))
+            Py_CLEAR(found);
+        Py_XDECREF(bytes);
+    }
+    return found;
+}
+
+/* Set those of a dict, in turn, that are not so already. An OSError has the name as its filename. */
+static PyObject *put_states(void *owner, get_state *get, set_state *set, PyObject *values)
+{
+    if (!PyDict_Check(values)) {
+        PyErr_SetString(PyExc_TypeError, "a dict of names and bytes");
+        return NULL;
+    }
+    PyObject *key, *value;
+    uint8_t room[8192];
+    for (Py_ssize_t at = 0; PyDict_Next(values, &at, &key, &value);) {
+        const char *name = PyUnicode_AsUTF8(key);
+        char *data;
+        Py_ssize_t size;
+        if (!name || PyBytes_AsStringAndSize(value, &data, &size))
+            return NULL;
+        /* They do more than they say: a timer begins anew, the last exit ends, the TLB is empty. */
+        bool always = !strcmp(name, "lapic") || !strcmp(name, "msrs") || !strcmp(name, "progress");
+        if (!always && get(owner, name, room, sizeof room) == size && (size_t)size <= sizeof room &&
+            !memcmp(room, data, (size_t)size))
+            continue;
+        int error = set(owner, name, data, (size_t)size);
+        if (error) {
+            errno = -error;
+            return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, key);
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_get_states(VmObject *self, PyObject *names)
+{
+    return vm_idle(self) ? get_states(self->vm, get_vm, names) : NULL;
+}
+static PyObject *py_vm_put_states(VmObject *self, PyObject *values)
+{
+    return vm_idle(self) ? put_states(self->vm, get_vm, set_vm, values) : NULL;
+}
+
 static struct lane_cpu lane_of(VcpuObject *cpu);
 
 static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObject *const *args, Py_ssize_t count,
@@ -448,6 +524,8 @@ static PyMethodDef vm_methods[] = {
      "set_parallel(yes) -> whether CPUs that run in threads of their own execute at the same time: with the host's time alone"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},
     {"set_state", (PyCFunction)py_vm_set_state, METH_VARARGS, "set_state(name, bytes)"},
+    {"get_states", (PyCFunction)py_vm_get_states, METH_O, "get_states(names) -> dict of those that there are"},
+    {"put_states", (PyCFunction)py_vm_put_states, METH_O, "put_states(dict): set those that are not so, in turn"},
     {"create_vcpu", (PyCFunction)(void (*)(void))py_vm_create_vcpu, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
      "create_vcpu(index) -> Vcpu in reset state"},
     {"close", (PyCFunction)py_vm_close, METH_NOARGS, "close(): free all; no CPU runs"},
@@ -573,6 +651,15 @@ static PyObject *py_vcpu_set_state(VcpuObject *self, PyObject *args)
     if (error)
         return fail(error);
     Py_RETURN_NONE;
+}
+
+static PyObject *py_vcpu_get_states(VcpuObject *self, PyObject *names)
+{
+    return vcpu_idle(self) ? get_states(self->vcpu, get_vcpu, names) : NULL;
+}
+static PyObject *py_vcpu_put_states(VcpuObject *self, PyObject *values)
+{
+    return vcpu_idle(self) ? put_states(self->vcpu, get_vcpu, set_vcpu, values) : NULL;
 }
 
 static PyObject *py_vcpu_get_msr(VcpuObject *self, PyObject *args)
@@ -958,6 +1045,8 @@ static PyMethodDef vcpu_methods[] = {
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
     {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
     {"set_state", (PyCFunction)py_vcpu_set_state, METH_VARARGS, "set_state(name, bytes)"},
+    {"get_states", (PyCFunction)py_vcpu_get_states, METH_O, "get_states(names) -> dict of those that there are"},
+    {"put_states", (PyCFunction)py_vcpu_put_states, METH_O, "put_states(dict): set those that are not so, in turn; memory may have changed"},
     {"get_msr", (PyCFunction)py_vcpu_get_msr, METH_VARARGS, "get_msr(index) -> int"},
     {"set_msr", (PyCFunction)py_vcpu_set_msr, METH_VARARGS, "set_msr(index, value)"},
     {"translate", (PyCFunction)py_vcpu_translate, METH_VARARGS, "translate(linear) -> guest-physical, or None"},

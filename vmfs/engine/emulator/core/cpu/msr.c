@@ -43,7 +43,7 @@ struct msr_row {
     FIELD(0x200 + 2 * n, mtrr_base[n], 0xfffffffffffff0ff, is_mtrr_base, MTRR), \
     FIELD(0x201 + 2 * n, mtrr_mask[n], 0xfffffffffffff800, is_mtrr_mask, MTRR)
 #define FIXED_MTRR(index, n) FIELD(index, mtrr_fixed[n], ~0ull, is_mtrr, MTRR)
-static const struct msr_row rows[] = {
+static const struct msr_row rows[] = { /* in the order of their indices */
     FIELD(0x17, platform_id, 0, read_only, BASE),
     FIELD(0x1b, apic_base, 0, NULL, APIC),
     FIELD(0x8b, microcode, 0, NULL, BASE),
@@ -132,10 +132,15 @@ static u64 *field(struct vcpu *c, const struct msr_row *row) { return (u64 *)((u
 
 static const struct msr_row *find(const struct vcpu *c, u32 index)
 {
-    for (unsigned i = 0; i < ROWS; i++)
-        if (rows[i].index == index)
-            return has_feature(c, rows[i].feature) ? &rows[i] : NULL;
-    return NULL;
+    unsigned first = 0, end = ROWS;
+    while (first < end) {
+        unsigned middle = (first + end) / 2;
+        if (rows[middle].index < index)
+            first = middle + 1;
+        else
+            end = middle;
+    }
+    return first < ROWS && rows[first].index == index && has_feature(c, rows[first].feature) ? &rows[first] : NULL;
 }
 
 static bool is_special(const struct vcpu *c, u32 index)
@@ -191,8 +196,10 @@ bool msr_read(struct vcpu *c, u32 index, u64 *value, bool host)
                                            : c->seg[SEG_GS].base;
         return true;
     }
-    const struct msr_row *row = find(c, index);
-    const u64 *at = row ? field(c, row) : mc_bank(c, index);
+    const u64 *at = mc_bank(c, index);
+    const struct msr_row *row = at ? NULL : find(c, index);
+    if (row)
+        at = field(c, row);
     if (at)
         *value = *at;
     return at || is_constant(c, index, value, &writes);
@@ -278,17 +285,32 @@ bool msr_write(struct vcpu *c, u32 index, u64 value, bool host)
     return true;
 }
 
-size_t msr_list(struct vcpu *c, u32 *indices, size_t room)
+static size_t add(struct vcpu *c, struct kvm_msr_entry *entries, size_t n, size_t room, u32 index, const u64 *at)
+{
+    u64 value = at ? *at : 0;
+    if (n < room) {
+        if (!at)
+            msr_read(c, index, &value, true);
+        entries[n] = (struct kvm_msr_entry){.index = index, .data = value};
+    }
+    return n + 1;
+}
+
+/* All that there are, with their values; at most `room` of them. Returns how many there are. */
+size_t msr_values(struct vcpu *c, struct kvm_msr_entry *entries, size_t room)
 {
     size_t n = 0;
-    for (unsigned i = 0; i < SPECIAL && n < room; i++)
+    c->now = NULL;
+    if (room)
+        clock_enter(c);
+    for (unsigned i = 0; i < SPECIAL; i++)
         if (is_special(c, special[i].index))
-            indices[n++] = special[i].index;
-    for (unsigned i = 0; i < ROWS && n < room; i++)
-        if (find(c, rows[i].index))
-            indices[n++] = rows[i].index;
-    for (unsigned i = 0; i < 4 * MC_BANKS && n < room && has_feature(c, FEATURE_MCA); i++)
-        indices[n++] = MSR_MC0_CTL + i;
+            n = add(c, entries, n, room, special[i].index, NULL);
+    for (unsigned i = 0; i < ROWS; i++)
+        if (has_feature(c, rows[i].feature))
+            n = add(c, entries, n, room, rows[i].index, chip_owns(c, rows[i].index) ? NULL : field(c, &rows[i]));
+    for (unsigned i = 0; i < 4 * MC_BANKS && has_feature(c, FEATURE_MCA); i++)
+        n = add(c, entries, n, room, MSR_MC0_CTL + i, mc_bank(c, MSR_MC0_CTL + i));
     return n;
 }
 

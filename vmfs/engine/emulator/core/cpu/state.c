@@ -391,27 +391,28 @@ static int set_mp_state(struct vcpu *c, const void *data, size_t size)
 
 static long get_msrs(struct vcpu *c, void *data, size_t size)
 {
-    u32 indices[512];
-    size_t count = msr_list(c, indices, sizeof indices / sizeof *indices), need = sizeof(struct kvm_msrs) + count * sizeof(struct kvm_msr_entry);
-    if (size >= need) {
-        struct kvm_msrs *m = data;
+    struct kvm_msrs *m = data;
+    size_t room = size > sizeof *m ? (size - sizeof *m) / sizeof *m->entries : 0, count = msr_values(c, room ? m->entries : NULL, room);
+    if (count <= room) {
         m->nmsrs = (u32)count;
         m->pad = 0;
-        for (size_t i = 0; i < count; i++) {
-            u64 value = 0;
-            vcpu_get_msr(c, indices[i], &value);
-            m->entries[i] = (struct kvm_msr_entry){indices[i], 0, value};
-        }
     }
-    return (long)need;
+    return (long)(sizeof *m + count * sizeof *m->entries);
 }
 static int set_msrs(struct vcpu *c, const void *data, size_t size)
 {
     const struct kvm_msrs *m = data;
     if (size < sizeof *m || size != sizeof *m + (size_t)m->nmsrs * sizeof(struct kvm_msr_entry))
         return -EINVAL;
+    struct kvm_msr_entry now[256];
+    size_t count = msr_values(c, now, sizeof now / sizeof *now);
+    /* What is so already stays so: to set some costs all translations and decoded code. */
+#define STAYS(i) ((i) < count && (i) < sizeof now / sizeof *now && now[i].index == m->entries[i].index && \
+                  now[i].data == m->entries[i].data && !msr_takes_anything(now[i].index))
     for (u32 i = 0; i < m->nmsrs; i++) { /* all or nothing */
         u64 old;
+        if (STAYS(i))
+            continue;
         if (vcpu_get_msr(c, m->entries[i].index, &old))
             return -EINVAL;
         if (msr_takes_anything(m->entries[i].index))
@@ -421,7 +422,9 @@ static int set_msrs(struct vcpu *c, const void *data, size_t size)
         vcpu_set_msr(c, m->entries[i].index, old);
     }
     for (u32 i = 0; i < m->nmsrs; i++)
-        vcpu_set_msr(c, m->entries[i].index, m->entries[i].data);
+        if (!STAYS(i))
+            vcpu_set_msr(c, m->entries[i].index, m->entries[i].data);
+#undef STAYS
     return 0;
 }
 

@@ -670,7 +670,7 @@ bool msr_write(struct vcpu *c, u32 index, u64 value, bool host);
 /* To try it would not be without effect: a deadline that has passed is an interrupt at once. */
 bool msr_takes_anything(u32 index);
 void msr_note_unclaimed(struct vcpu *c, const struct record *r, u32 index, bool write);
-size_t msr_list(struct vcpu *c, u32 *indices, size_t room);
+size_t msr_values(struct vcpu *c, struct kvm_msr_entry *entries, size_t room);
 bool has_nx(const struct vcpu *c);
 bool cpuid_is_limited(const struct vcpu *c);
 u64 read_tsc(struct vcpu *c, const struct record *r);

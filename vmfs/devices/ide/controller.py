@@ -1,0 +1,481 @@
+"""The IDE function of a PIIX3: two channels at the ports of old, and a bus master that moves their data.
+
+Source: Intel 82371SB (PIIX3) data sheet, chapters 2.3 (configuration), 2.7 (bus master registers); Programming
+Interface for Bus Master IDE Controller 1.0; ATA/ATAPI-6, chapters 7 and 9.
+
+Where the machine's time is the host's, a worker moves the data of DMA while the guest goes on, and the interrupt comes
+when it is done. Where time follows the instructions all is done when the guest starts it. A channel without a drive
+reads as zeros, as on QEMU and Bochs.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+from vmfs.devices import _chips
+from vmfs.devices.device import U8, U32, DeviceState, Port, Window
+from vmfs.devices.ide.drive import BSY, COMMAND, DATA, DEV, DEVICE, NAMES, STATUS, Drive
+from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.worker import Worker
+from vmfs.words.errors import Invalid
+
+
+class Place(NamedTuple):
+    """Of a channel: its ports and its line."""
+
+    command: int
+    control: int
+    irq: int
+
+
+PLACES = Place(0x1F0, 0x3F6, 14), Place(0x170, 0x376, 15)
+COMMAND_0, CONTROL_0, COMMAND_1, CONTROL_1, BUS_MASTER = range(5)  # regions; the last is BAR 4
+_IDETIM, _DECODE = 0x40, 0x8000
+_NIEN, _SRST, _HOB = 2, 4, 0x80  # device control
+_BM_COMMAND, _BM_STATUS, _BM_TABLE = 0, 2, 4
+_START, _TO_RAM = 1, 8
+_ACTIVE, _BM_ERROR, _BM_INTERRUPT, _CAPABLE = 1, 2, 4, 0x60
+_DEVICE_RESET, _DIAGNOSTIC = 0x08, 0x90
+_PRD = struct.Struct("<IHH")
+_TABLE_MOST = 0x1_0000 // _PRD.size  # it does not cross 64 KiB
+_END_OF_TABLE = 0x8000
+_BLOCK_MOST = 1 << 16
+
+
+class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """At the data port: its bytes, and how many of them have gone."""
+
+    to_host: bool
+    data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=_BLOCK_MOST)]
+    at: Annotated[int, msgspec.Meta(ge=0, lt=_BLOCK_MOST)]
+
+
+class ChannelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`unit`: the drive that is selected; `pending`: INTRQ of each drive; `bus_*`: the bus master's registers."""
+
+    unit: Annotated[int, msgspec.Meta(ge=0, le=1)]
+    control: U8
+    pending: tuple[bool, bool]
+    bus_command: U8
+    bus_status: U8
+    bus_table: U32
+    block: Block | None
+
+
+class IdeState(DeviceState):
+    pci: PciState
+    channels: tuple[ChannelState, ChannelState]
+
+
+class Channel:
+    """Two drives, of which one is selected."""
+
+    def __init__(self, controller: Ide, number: int) -> None:
+        self.controller = controller
+        self.number = number
+        self.place = PLACES[number]
+        self.drives: list[Drive[Any] | None] = [None, None]
+        self.worker = Worker(controller.board, f"ide-{number}")
+        self.clear()
+
+    def clear(self) -> None:
+        self.unit = self.control = 0
+        self.pending = [False, False]
+        self.bus_command = self.bus_status = self.bus_table = 0
+
+    @property
+    def selected(self) -> Drive[Any] | None:
+        return self.drives[self.unit]
+
+    # ---- of its drives
+
+    def open_block(self, to_host: bool, data: bytes | bytearray) -> None:
+        self.controller.chip.open(self.number, to_host, data, 0)
+
+    def close_block(self) -> None:
+        self.controller.chip.close(self.number)
+
+    def interrupt(self, drive: Drive[Any]) -> None:
+        self.pending[self.drives.index(drive)] = True
+        self.controller.counters[f"interrupts.{self.number}"] += 1
+        self._drive_line()
+
+    def changed(self) -> None:
+        """What the status reads as, and that to read it does nothing: it would clear INTRQ."""
+        is_quiet = not self.pending[self.unit]
+        self.controller.chip.show(self.number, self.status if is_quiet else None)
+
+    def settle(self) -> None:
+        self.worker.hold()
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        self.worker.at_end(call)
+
+    def _drive_line(self) -> None:
+        level = self.pending[self.unit] and not self.control & _NIEN and self.selected is not None
+        if level:
+            self.bus_status |= _BM_INTERRUPT
+        self.controller.board.set_irq(self.controller, self.place.irq, level)
+        self.changed()
+
+    @property
+    def status(self) -> int:
+        drive = self.selected
+        if drive is None:
+            return 0
+        return BSY if self.control & _SRST else drive.status
+
+    # ---- the command block
+
+    def read(self, offset: int, size: int) -> int:
+        drive = self.selected
+        if offset == DATA:
+            return self._data(size, None)
+        if offset == STATUS:
+            status = self.status
+            self.pending[self.unit] = False
+            self._drive_line()
+            return status
+        if drive is None:
+            other = self.drives[0]  # drive 0 answers for a drive 1 that is not there (9.16.1)
+            return 0 if other is None else other.read_register(offset, bool(self.control & _HOB))
+        return drive.read_register(offset, bool(self.control & _HOB))
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset == DATA:
+            self._data(size, value)
+            return
+        value &= 0xFF
+        self.control &= ~_HOB
+        if offset == COMMAND:
+            self._command(value)
+            return
+        selected = self.selected
+        if self.control & _SRST or (selected is not None and selected.is_waiting):
+            return
+        for drive in self.drives:
+            if drive is not None and not drive.is_waiting:
+                drive.write_register(offset, value)
+        if offset == DEVICE:
+            self.unit = 1 if value & DEV else 0
+            self._drive_line()
+
+    def _data(self, size: int, value: int | None) -> int:
+        """An access to the data port that the chip does not answer: it ends a block, or there is none."""
+        drive, chip = self.selected, self.controller.chip
+        block = chip.state(self.number)
+        if drive is None or block is None or block[0] == (value is not None):
+            return 0
+        read, is_done = chip.last(self.number, value is not None, size, value or 0)
+        if is_done:
+            data = b"" if block[0] else chip.state(self.number)[1]
+            chip.close(self.number)
+            drive.block_done(data)
+        return read
+
+    def _command(self, value: int) -> None:
+        if self.control & _SRST:
+            return
+        if value == _DIAGNOSTIC:
+            self._stop()
+            self._reset_drives()
+            for drive in self.drives:
+                if drive is not None:
+                    self.interrupt(drive)
+            return
+        drive = self.selected
+        if drive is None:
+            return
+        if value == _DEVICE_RESET and drive.is_packet:
+            self._stop()
+            drive.sign(DEV if self.unit else 0)
+            self.pending[self.unit] = False
+            self._drive_line()
+            return
+        if drive.is_waiting:
+            return
+        self.pending[self.unit] = False
+        self._drive_line()
+        drive.begin(value)
+
+    def write_control(self, value: int) -> None:
+        was, self.control = self.control, value
+        if value & _SRST and not was & _SRST:
+            self._stop()
+            self.pending = [False, False]
+            for drive in self.drives:
+                if drive is not None:
+                    drive.phase = "idle"
+        elif was & _SRST and not value & _SRST:
+            self._reset_drives()
+        self._drive_line()
+
+    def _stop(self) -> None:
+        """Nothing is under way any more."""
+        self.worker.hold()
+        self.close_block()
+
+    def _reset_drives(self) -> None:
+        self.unit = 0
+        for drive in self.drives:
+            if drive is not None:
+                drive.sign(0)
+        self._drive_line()
+
+    # ---- the bus master
+
+    def read_bus(self, offset: int, size: int) -> int:
+        registers = struct.pack("<BBBBI", self.bus_command, 0, self.bus_status, 0, self.bus_table)
+        return int.from_bytes(registers[offset : offset + size].ljust(size, b"\0"), "little")
+
+    def write_bus(self, offset: int, size: int, value: int) -> None:
+        if offset >= _BM_TABLE:
+            shift, mask = 8 * (offset - _BM_TABLE), (1 << 8 * size) - 1
+            self.bus_table = (self.bus_table & ~(mask << shift) | (value & mask) << shift) & 0xFFFF_FFFC
+            return
+        for at, byte in enumerate(value.to_bytes(size, "little"), offset):
+            if at == _BM_COMMAND:
+                self._write_bus_command(byte)
+            elif at == _BM_STATUS:
+                kept = self.bus_status & ~(byte & (_BM_ERROR | _BM_INTERRUPT))
+                self.bus_status = kept & ~_CAPABLE | byte & _CAPABLE
+
+    def _write_bus_command(self, value: int) -> None:
+        was, self.bus_command = self.bus_command, value & (_START | _TO_RAM)
+        if not value & _START:
+            if was & _START:
+                self.worker.hold()
+            self.bus_status &= ~_ACTIVE
+        elif not was & _START:
+            self.bus_status |= _ACTIVE
+            drive = self.selected
+            if drive is not None and drive.phase in ("dma_in", "dma_out"):
+                self._move(drive)
+
+    def dma_ready(self, drive: Drive[Any]) -> None:
+        if self.bus_command & _START and self.bus_status & _ACTIVE:
+            self._move(drive)
+
+    def _spans(self, length: int) -> tuple[list[tuple[int, int]], bool]:
+        """Where the next `length` bytes of RAM are, or fewer; and whether that is all of the table. Invalid where it
+        is not RAM."""
+        board, spans, left = self.controller.board, [], length
+        for number in range(_TABLE_MOST):
+            address = self.bus_table & ~0xFFFF | (self.bus_table + number * _PRD.size) & 0xFFFF
+            start, size, flags = _PRD.unpack(board.dma_read(address, _PRD.size))
+            start, size = start & ~1, (size & ~1) or 0x1_0000
+            is_last = bool(flags & _END_OF_TABLE)
+            taken = min(size, left)
+            if not board.is_ram(start, taken):
+                raise Invalid(f"{taken} bytes at {start:#x} are not RAM")
+            spans.append((start, taken))
+            left -= taken
+            if is_last or not left:
+                return spans, is_last and taken == size
+        raise Invalid("a table without an end")
+
+    def _move(self, drive: Drive[Any]) -> None:
+        """Have the bus master do what its table says."""
+        controller, board = self.controller, self.controller.board
+        to_ram = drive.phase == "dma_in"
+        try:
+            if not controller.is_master:
+                raise Invalid("the function is no bus master")
+            if to_ram != bool(self.bus_command & _TO_RAM):
+                raise Invalid("the bus master goes the other way")
+            spans, is_all = self._spans(drive.dma_length())
+        except Invalid:
+            controller.counters["bad_dma"] += 1
+            self.bus_status = self.bus_status & ~_ACTIVE | _BM_ERROR
+            drive.end_dma()
+            return
+        length = sum(size for _, size in spans)
+        length -= length % drive.dma_unit()
+        is_short = length < drive.dma_length()
+        ram = board.ram
+        views = _cut([ram[start : start + size] for start, size in spans], length)
+
+        def work() -> OSError | None:
+            try:
+                if length:
+                    drive.dma_move(length, views)
+            except OSError as error:
+                return error
+            return None
+
+        def then(failure: Exception | None) -> None:
+            if to_ram:
+                board.wrote_all(spans)
+            if failure is not None and not isinstance(failure, OSError):
+                raise failure
+            drive.set_busy(False)
+            if is_short or is_all:
+                self.bus_status &= ~_ACTIVE
+            drive.dma_moved(length, failure)
+
+        drive.set_busy(True)
+        if board.has_workers:
+            self.worker.submit(work, then)
+        else:
+            then(work())
+
+    # ---- life
+
+    def save(self) -> ChannelState:
+        block = self.controller.chip.state(self.number)
+        return ChannelState(
+            unit=self.unit,
+            control=self.control,
+            pending=(self.pending[0], self.pending[1]),
+            bus_command=self.bus_command,
+            bus_status=self.bus_status,
+            bus_table=self.bus_table,
+            block=None if block is None else Block(*block),
+        )
+
+    def load(self, state: ChannelState) -> None:
+        for name in ("unit", "control", "bus_command", "bus_status"):
+            setattr(self, name, getattr(state, name))
+        self.bus_table = state.bus_table & 0xFFFF_FFFC
+        self.pending = list(state.pending)
+        if state.block is None:
+            self.close_block()
+        else:
+            self.controller.chip.open(self.number, state.block.to_host, state.block.data, state.block.at)
+        self._drive_line()
+
+
+def _cut(views: list[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes."""
+    taken = []
+    for view in views:
+        if length <= 0:
+            break
+        taken.append(view[:length])
+        length -= len(view)
+    return taken
+
+
+class Ide(PciDevice[IdeState]):
+    TYPE = "ide"
+    STATE = IdeState
+    VENDOR, DEVICE, CLASS = 0x8086, 0x7010, 0x010180
+    INTERRUPT = False  # INTA is not used: each channel has its line
+    BARS: Mapping[int, Bar] = {4: Bar("port", 16)}  # type: ignore[assignment]
+    works = True
+
+    def __init__(self, board: Port, name: str, slot: int, function: int = 0) -> None:
+        self.function_number = function
+        super().__init__(board, name, slot)
+        self.chip = _chips.Pio(board.bus, self.number)
+        self.channels = Channel(self, 0), Channel(self, 1)
+        self.writes_have_effects(_IDETIM, 4)
+        self._mask[_IDETIM : _IDETIM + 5] = b"\xff" * 5  # and SIDETIM
+        self._fixed[_IDETIM : _IDETIM + 4] = struct.pack("<HH", _DECODE, _DECODE)
+
+    # ---- drives
+
+    def place_of(self, name: str) -> tuple[Channel, int]:
+        number = NAMES.index(name)
+        return self.channels[number >> 1], number & 1
+
+    def free_names(self) -> list[str]:
+        return [name for name in NAMES if self._drive(name) is None]
+
+    def _drive(self, name: str) -> Drive[Any] | None:
+        channel, unit = self.place_of(name)
+        return channel.drives[unit]
+
+    def connect(self, drive: Drive[Any]) -> None:
+        """Put it where its name says. Invalid where another drive is."""
+        channel, unit = self.place_of(drive.name)
+        if channel.drives[unit] is not None:
+            raise Invalid(f"there is a drive {drive.name} already")
+        channel.drives[unit] = drive
+        drive.cable = channel
+        channel.changed()
+
+    def disconnect(self, drive: Drive[Any]) -> None:
+        channel, unit = self.place_of(drive.name)
+        channel.drives[unit] = None
+        channel.changed()
+
+    @property
+    def drives(self) -> list[Drive[Any]]:
+        return [drive for channel in self.channels for drive in channel.drives if drive is not None]
+
+    # ---- accesses
+
+    def windows(self) -> tuple[Window, ...]:
+        windows = list(super().windows())
+        if self.config[4] & 1:
+            for number, place in enumerate(PLACES):
+                if self.config[_IDETIM + 2 * number + 1] & _DECODE >> 8:
+                    windows.append(Window("port", place.command, 8, 2 * number))
+                    windows.append(Window("port", place.control, 1, 2 * number + 1))
+        return tuple(windows)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        super().write_config(offset, size, value)
+        if offset >= _IDETIM:
+            self._config_changed()
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if region == BUS_MASTER:
+            return self.channels[offset >> 3].read_bus(offset & 7, size)
+        value = self.chip.read(region, offset, size)
+        if value is not None:
+            return int(value)
+        channel = self.channels[region >> 1]
+        return channel.status if region & 1 else channel.read(offset, size)
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if region == BUS_MASTER:
+            self.channels[offset >> 3].write_bus(offset & 7, size, value)
+        elif not self.chip.write(region, offset, size, value):
+            channel = self.channels[region >> 1]
+            if region & 1:
+                channel.write_control(value & 0xFF)
+            else:
+                channel.write(offset, size, value)
+
+    # ---- life
+
+    def run_ends(self) -> None:
+        self.sleep()
+
+    def sleep(self) -> None:
+        for channel in self.channels:
+            channel.worker.hold()
+
+    def reset(self) -> None:
+        super().reset()
+        for channel in self.channels:
+            channel.clear()
+            channel.close_block()
+            channel._drive_line()
+
+    def save(self) -> IdeState:
+        channels = self.channels[0].save(), self.channels[1].save()
+        return IdeState(pci=self.save_pci(), channels=channels)
+
+    def check(self, state: IdeState) -> None:
+        self.check_pci(state.pci)
+        for channel in state.channels:
+            if channel.block is not None and channel.block.at >= len(channel.block.data):
+                raise Invalid(f"{self.name}: a block that is at its end")
+
+    def load(self, state: IdeState) -> None:
+        self.load_pci(state.pci)
+        for channel, its in zip(self.channels, state.channels, strict=True):
+            channel.load(its)
+
+    def describe(self) -> dict[str, str]:
+        return {**super().describe(), "drives": " ".join(drive.name for drive in self.drives) or "none"}
+
+    def close(self) -> bool:
+        return all([channel.worker.close() for channel in self.channels])

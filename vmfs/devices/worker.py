@@ -1,0 +1,95 @@
+"""Worker: a thread that does for a device what waits for the host, while the guest goes on.
+
+A job has two halves: `work`, which touches the host and the guest's RAM and nothing else, and `then`, which is called
+with the board's lock held and what `work` has returned. Whoever holds the board's lock may `hold` the worker: then
+nothing is under way, and all that was done has had its `then`.
+
+A device whose `board.has_workers` is false calls both at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vmfs.devices.device import Port
+
+Work = Callable[[], Any]
+Then = Callable[[Any], None]
+
+
+class Worker:
+    def __init__(self, board: Port, name: str) -> None:
+        self._board = board
+        self._name = name
+        self._changed = threading.Condition()
+        self._jobs: deque[tuple[Work, Then]] = deque()
+        self._done: deque[tuple[Then, Any]] = deque()
+        self._is_working = False
+        self._is_closed = False
+        self._at_end: list[Callable[[], None]] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Work, then: Then) -> None:
+        """With the board's lock held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name=f"vmfs-{self._name}", daemon=True)
+            self._thread.start()
+        with self._changed:
+            self._jobs.append((work, then))
+            self._changed.notify_all()
+
+    def hold(self) -> None:
+        """Have nothing under way. With the board's lock held, for as long as nothing shall begin."""
+        with self._changed:
+            while self._jobs or self._is_working:
+                self._changed.wait()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while self._done:
+            then, result = self._done.popleft()
+            then(result)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._is_closed:
+                    self._changed.wait()
+                if self._is_closed:
+                    break
+                work, then = self._jobs.popleft()
+                self._is_working = True
+            try:
+                result = work()
+            except Exception as error:  # of a machine that is closed meanwhile; `then` says what is wrong of others
+                result = error
+            with self._changed:
+                self._is_working = False
+                self._done.append((then, result))
+                self._changed.notify_all()
+                if self._is_closed:
+                    break
+            with self._board.lock:
+                self._deliver()
+        for call in self._at_end:
+            call()
+
+    def close(self) -> bool:
+        """End the thread, which begins nothing any more. Returns whether it is not working either."""
+        with self._changed:
+            self._jobs.clear()
+            self._is_closed = True
+            self._changed.notify_all()
+            return not self._is_working
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """`close`, and call that once it is not working: at once, or by the thread, later."""
+        with self._changed:
+            is_idle = self.close()
+            if not is_idle:
+                self._at_end.append(call)
+        if is_idle:
+            call()
