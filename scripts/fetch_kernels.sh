@@ -1,7 +1,7 @@
 #!/bin/bash
 # Unpacks what tests boot into .cache/kernels: Debian's kernels with their modules, busybox, iPXE and memtest86+.
 #
-#   .cache/kernels/{cloud,generic}/{vmlinuz,config,release,modules/}     busybox  ipxe.lkrn  memtest.bin
+#   .cache/kernels/{cloud,generic}/{vmlinuz,config,release,modules/}     busybox  ipxe.lkrn  memtest.bin  memtest.iso
 #
 # The packages are downloaded, not installed. A second run finds all there, takes no time and prints nothing.
 # Ends with 1, and a line that says why, where they cannot be had: tests that need them skip then.
@@ -67,6 +67,7 @@ unpack generic "$generic"
 file_of busybox-static bin/busybox busybox
 file_of ipxe boot/ipxe.lkrn ipxe.lkrn
 file_of memtest86+ boot/memtest86+x64.bin memtest.bin
+file_of memtest86+ usr/lib/memtest86+/memtest86+x64.iso memtest.iso
 chmod 755 "$work/out/busybox"
 echo "$stamp" >"$work/out/stamp"
 rm -rf "$target"

@@ -41,6 +41,14 @@ need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
 need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
 need ovmf        test -e /usr/share/ovmf/OVMF.fd       # and it
+need grub-common has grub-mkrescue       # tests make media that a BIOS boots: GRUB's,
+need grub-pc-bin test -e /usr/lib/grub/i386-pc/boot.img
+need xorriso     has xorriso
+need mtools      has mformat
+need isolinux    test -e /usr/lib/ISOLINUX/isolinux.bin            # ISOLINUX's
+need syslinux    has syslinux                                      # and SYSLINUX's
+need syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
+need qemu-utils  has qemu-img           # and disk images of other programs
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
 need libseccomp2 sh -c "ldconfig -p | grep -q libseccomp.so.2"   # machines are processes in a filter of system calls

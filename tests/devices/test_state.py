@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from vmfs.devices.device import DeviceState, NoState
 from vmfs.devices.ide.ata import AtaDisk
+from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
@@ -69,7 +70,7 @@ def a_pc(folder):
         lambda slot: Console(pc, "hvc0", slot),
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
         lambda slot: AtaDisk(pc, "hda", open_disk(os.open(image, os.O_RDONLY), "cow")),
-        lambda slot: AtaDisk(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
+        lambda slot: CdDrive(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
         pc.plug(make(pc.pci.free_slot()))
     try:
@@ -142,7 +143,11 @@ def make_ide_request(dice, pc, guest, unit):
         guest.out(port, value)
     pc.ram[0x1000:0x1010] = struct.pack("<IHHIHH", QUEUES, 512, 0, QUEUES + 0x800, 1024, 0x8000)
     guest.out(bus + 4, 0x1000, 4)
-    guest.out(0x1F7, dice.choice(ATA_COMMANDS))
+    guest.out(0x1F7, dice.choice(ATA_COMMANDS) if not unit or dice.random() < 0.3 else 0xA0)
+    if unit and dice.random() < 0.9:
+        packet = dice.choice(tuple(PACKETS)), *(dice.choice((0, 1, 2, 0x10)) for _ in range(11))
+        for at in range(0, 12, 2):
+            guest.out(0x1F0, packet[at] | packet[at + 1] << 8, 2)
     guest.out(bus, dice.choice((0, 1, 8, 9)))
     for _ in range(dice.choice((0, 3, 256, 512))):
         if dice.random() < 0.5:

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "kernels"
 BUSYBOX = FOLDER / "busybox"
 IPXE = FOLDER / "ipxe.lkrn"  # has the header of a bzImage
 MEMTEST = FOLDER / "memtest.bin"  # as a bzImage, too
+MEMTEST_ISO = FOLDER / "memtest.iso"
 DEBIAN = FOLDER.parent / "debian"  # the unpacked packages of a root
 
 

@@ -11,7 +11,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
-DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/add", "dev/unclaimed", "snap/NAME/"}
+DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/NAME/media", "dev/add", "dev/unclaimed", "snap/NAME/"}
 SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in (*SNAPSHOT_FILES, snapshot_disk("disks/NAME"))}
 
 

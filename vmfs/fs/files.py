@@ -105,6 +105,7 @@ DEV_FILES: tuple[Row, ...] = (
     Row("add", 0o200, Served(readable=False, writable=True, sized=False, asks_host=True)),
     Row("unclaimed", 0o400, READ),
 )
+MEDIA_FILE = Row("media", 0o600, HOST)  # of a drive whose medium can be changed
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 
 # Of a snapshot, and of each disk in its disks/.

@@ -11,7 +11,18 @@ from typing import Any
 
 import trio
 
-from vmfs.fs.files import BOTH, CPU_FILES, DEV_FILES, DEVICE_FILES, FILES, REGISTER_ROWS, ROOT_FILES, Row, register_row
+from vmfs.fs.files import (
+    BOTH,
+    CPU_FILES,
+    DEV_FILES,
+    DEVICE_FILES,
+    FILES,
+    MEDIA_FILE,
+    REGISTER_ROWS,
+    ROOT_FILES,
+    Row,
+    register_row,
+)
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
 from vmfs.fs.kinds import call
@@ -21,7 +32,7 @@ from vmfs.fs.snapshots import SnapshotsDirectory
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
-from vmfs.words.commands import FOUND_DIRECTORY, FOUND_NOTHING, FOUND_READ_ONLY
+from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DRIVE, FOUND_NOTHING, FOUND_READ_ONLY
 from vmfs.words.errors import Invalid, NotPermitted, NotThere, VmfsError
 from vmfs.words.registers import parse_msr
 
@@ -115,14 +126,15 @@ class DevicesDirectory(Directory):
         """Have the directories of the devices that there are. A machine without a process has none."""
         machine = self.scope.machine
         names = await listed(machine, "dev") if machine.born else []
-        there = {name for name, found in names if found == FOUND_DIRECTORY}
+        there = {name: found for name, found in names if found in (FOUND_DIRECTORY, FOUND_DRIVE)}
         for name, node in list(self.children.items()):
             if isinstance(node, _DeviceDirectory) and name not in there:
                 self.take(name)
                 node.scope.remove()
                 self.inodes.remove(node)
-        for name in sorted(there - self.children.keys()):
-            self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask))
+        for name in sorted(there.keys() - self.children.keys()):
+            rows = (*DEVICE_FILES, MEDIA_FILE) if there[name] == FOUND_DRIVE else DEVICE_FILES
+            self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask, rows))
 
 
 class _CpuDirectory(Directory):
@@ -144,9 +156,9 @@ class _DeviceDirectory(Directory):
     scope: PartScope
     attr_seconds = 0
 
-    def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int) -> None:
+    def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int, rows: tuple[Row, ...]) -> None:
         super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
-        for row in DEVICE_FILES:
+        for row in rows:
             self.add(_make_file(self, row, umask, f"dev/{name}/{row.name}"))
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from vmfs.devices.device import Device
 from vmfs.devices.ide.ata import AtaDisk
+from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
 from vmfs.devices.virtio.backends import Passt, Tap
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
-from vmfs.devices.virtio.disk import open_disk
+from vmfs.devices.virtio.disk import Disk, open_disk
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
@@ -94,12 +95,57 @@ def _open_disk(door: Door, words: list[str]) -> Any:
     if not 1 <= len(words) <= 2:
         raise Invalid("dev/add: a disk is a PATH, and ro, rw or cow")
     path, mode = words[0], words[1] if len(words) > 1 else "rw"
+    return _open_image(door, path, mode), path
+
+
+def _open_image(door: Door, path: str, mode: str) -> Disk:
     if mode not in ("ro", "rw", "cow"):
-        raise Invalid(f"dev/add: a disk is ro, rw or cow, not {mode[:20]!r}")
+        raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
     flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
     unnamed = os.O_TMPFILE | os.O_RDWR
     fd = door.open(path, flags)
-    return open_disk(fd, mode, lambda: door.open(tempfile.gettempdir(), unnamed), _Room(door)), path
+    return open_disk(fd, mode, lambda: door.open(tempfile.gettempdir(), unnamed), _Room(door))
+
+
+def _open_cdrom(door: Door, words: list[str]) -> Any:
+    words = _without_as(words)
+    if len(words) > 1:
+        raise Invalid(f"dev/add: it is `{ATTACHABLE['cdrom'].usage}`")
+    return (_open_image(door, words[0], "ro"), words[0]) if words else None
+
+
+def _make_cdrom(request: Request, disc: Any) -> Device:
+    disk, path = disc or (None, "")
+    return CdDrive(request.board, request.name, disk, path=path)
+
+
+def parse_medium(drive: Any, text: str) -> Callable[[Door], None]:
+    """What a text written to the `media` of a drive asks for: a path, quoted as in a shell, perhaps with a mode; or
+    `eject`, `eject force`."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Invalid(f"media: {error}") from None
+    if len(text.splitlines()) != 1 or not 1 <= len(words) <= 2:
+        raise Invalid(f"media: it takes a PATH ({'|'.join(drive.MODES)}), or eject [force]")
+    if words[0] == "eject":
+        if words[1:] not in ([], ["force"]):
+            raise Invalid("media: it is `eject`, or `eject force`")
+        return lambda door: drive.eject(force=len(words) > 1)
+    mode = words[1] if len(words) > 1 else drive.MODES[0]
+    if mode not in drive.MODES:
+        raise Invalid(f"media: {drive.name} takes {' or '.join(drive.MODES)}, not {mode[:20]!r}")
+
+    def insert(door: Door) -> None:
+        drive.check_changeable()
+        disk = _open_image(door, words[0], mode)
+        try:
+            drive.insert(disk, words[0])
+        except BaseException:
+            disk.close()
+            raise
+
+    return insert
 
 
 class _Room:
@@ -157,6 +203,14 @@ ATTACHABLE: Mapping[str, Row] = {
         _open_disk,
         lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
         lambda board, kind, words: _drive_name(board, words, NAMES),
+    ),
+    "cdrom": Row(
+        "cdrom [PATH] [as=hda|hdb|hdc|hdd]",
+        0,
+        2,
+        _open_cdrom,
+        _make_cdrom,
+        lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
     ),
     "net": Row(
         "net user [OPTION...]|tap NAME",

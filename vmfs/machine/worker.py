@@ -22,7 +22,7 @@ import trio
 from vmfs.engine.base import Engine
 from vmfs.machine.files import monitor, request
 from vmfs.machine.files.contents import Contents
-from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, Devices
+from vmfs.machine.files.devices import DEV_KINDS, Devices, kind_of
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
 from vmfs.machine.files.snapshots import Snapshots
 from vmfs.machine.files.table import CONTENTS, CPU_CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
@@ -330,8 +330,9 @@ class Worker:
             kind = None
         elif folder.startswith("dev/"):
             scope = self._devices.scope(folder.removeprefix("dev/"))
-            if scope is not None and name in DEVICE_KINDS:
-                return File(name, DEVICE_KINDS[name], scope)
+            found = None if scope is None else kind_of(scope.device, name)
+            if found is not None:
+                return File(name, found, scope)
             kind = None
         else:
             kind = None if folder else CONTENTS.get(name)
@@ -366,7 +367,7 @@ class Worker:
         elif directory == "cpus":
             names = [(f"cpu{cpu.index}", FOUND_DIRECTORY) for cpu in self.contents.vm.cpus]
         elif directory == "dev":
-            names = [(name, FOUND_DIRECTORY) for name in self._devices.names()]
+            names = [(name, self._devices.found(name)) for name in self._devices.names()]
         elif directory == "snap":
             names = [(name, FOUND_DIRECTORY) for name in self._snapshots.names()]
         elif directory.startswith("snap/") and directory.endswith("/disks"):

@@ -195,6 +195,7 @@ Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | T
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
+FOUND_DRIVE = 4  # a device's directory, with `media`
 
 
 # ---- the machine's answers

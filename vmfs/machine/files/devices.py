@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from vmfs.devices.device import Device
-from vmfs.machine.attach import attach, parse_attachment
+from vmfs.devices.medium import Removable
+from vmfs.machine.attach import attach, parse_attachment, parse_medium
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text
 from vmfs.machine.files.lines import Do, LineHandle, Undo
 from vmfs.machine.machine import Vm
+from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DRIVE
 from vmfs.words.errors import NotPermitted
 
 
@@ -69,7 +72,26 @@ def _text_of(row: DeviceRow) -> Text:
     return Text(lambda scope: row.get(scope.device))
 
 
+def _put_media(scope: Any, text: str) -> Do:
+    """A path, or `eject`."""
+    device, door = scope.device, scope.machine.door
+    change = parse_medium(device, text)
+
+    async def do() -> None:
+        # In a thread: a path may be on a slow file system, and a read of the old medium under way.
+        await trio.to_thread.run_sync(change, door)
+
+    return do
+
+
+MEDIA = Text(lambda scope: f"{scope.device.medium}\n", _put_media, acts=True)
 DEVICE_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
+MEDIA_KINDS = {"media": MEDIA}
+
+
+def kind_of(device: Device, name: str) -> Kind | None:
+    """Of a file of a device; None where it has none of that name."""
+    return DEVICE_KINDS.get(name) or (MEDIA_KINDS.get(name) if isinstance(device, Removable) else None)
 
 
 UNCLAIMED = Text(lambda scope: scope.vm.unclaimed())
@@ -130,6 +152,10 @@ class Devices:
     def scope(self, name: str) -> DeviceScope | None:
         self._refresh()
         return self._scopes.get(name)
+
+    def found(self, name: str) -> int:
+        """What a listing says of one that is there."""
+        return FOUND_DRIVE if isinstance(self._scopes[name].device, Removable) else FOUND_DIRECTORY
 
     def remove(self, name: str) -> None:
         """Detach it."""
