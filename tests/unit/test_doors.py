@@ -88,6 +88,7 @@ LOCKERS = {
     "display.py": "what is shown is looked at",
     "i8042.py": "whether there is room for keys, before they come in",
     "virtio/block.py": "what a worker counts or has found wrong; where time follows the instructions there is none",
+    "medium.py": "another medium, which is refused while inputs are recorded",
     "worker.py": "what a worker has done; where time follows the instructions there is none",
     "virtio/net.py": "a thread that carries frames; such a machine is not recorded (REPEATS)",
 }
