@@ -1,11 +1,11 @@
 """PCI: the host bridge with configuration mechanism 1, and what every PCI device is.
 
-One bus, 32 slots of up to 8 functions; interrupts are INTx or, for a device that has it, MSI-X. A device's BARs have
-addresses from the beginning, as firmware would have given them, so that a kernel that is booted without firmware finds
-them; firmware may move them.
+One bus, 32 slots of up to 8 functions; interrupts are INTx or, for a device that has them, MSI and MSI-X. A device's
+BARs have addresses from the beginning, as firmware would have given them, so that a kernel that is booted without
+firmware finds them; firmware may move them.
 
-Source: PCI Local Bus Specification 3.0, chapters 3.2.2.3 (configuration mechanism 1), 6 (configuration space) and 6.8.2
-(MSI-X).
+Source: PCI Local Bus Specification 3.0, chapters 3.2.2.3 (configuration mechanism 1), 6 (configuration space) and 6.8
+(MSI, MSI-X).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _BAR0, _ROM, _CAPABILITIES, _INTERRUPT_LINE = 0x10, 0x30, 0x34, 0x3C
 _HEADER = 0x40
 _ROM_LEAST, _ROM_ENABLED = 0x800, 1
 ROM_REGION = 6
+MSI_MOST, _MSI_CAPABILITY, _MSI_ENABLE, _MSI_ALLOWED, _MSI_WIDE, _MSI_MASKS = 32, 0x05, 1, 0x70, 0x80, 0x100
+_MSI_PENDING = 0x14
 MSIX_BAR, _MSIX_CAPABILITY, _MSIX_SIZE = 1, 0x11, 0x1000
 _ENABLE_AND_MASK = 0xC0  # of message control's upper byte
 _WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
@@ -121,6 +123,8 @@ class PciDevice(Device[P]):
         self.writes_have_effects(_COMMAND, 2)
         self.writes_have_effects(_BAR0, _CAPABILITIES - _BAR0)
         self._fixed = self._identity()
+        self._own_bits = bytearray(256)  # that the chip changes
+        self._own_bits[_STATUS] = _STATUS_INTERRUPT
         self._new_table = b""
         self._next = _HEADER
         self._last_link = _CAPABILITIES
@@ -148,6 +152,25 @@ class PciDevice(Device[P]):
 
     def _address(self, at: int, bar: Bar) -> int:
         return int.from_bytes(self.config[at : at + bar.length], "little") & bar.mask
+
+    def add_msi(self, messages: int) -> None:
+        """MSI of up to so many messages, a power of two, with an address of 64 bits and a mask of each. In the
+        constructor only."""
+        assert messages in (1, 2, 4, 8, 16, MSI_MOST)
+        control = messages.bit_length() - 1 << 1 | _MSI_WIDE | _MSI_MASKS
+        masks = (1 << messages) - 1
+        data = struct.pack("<BBHQIII", _MSI_CAPABILITY, 0, control, 0, 0, 0, 0)
+        writable = struct.pack("<2xHQII4x", _MSI_ENABLE | _MSI_ALLOWED, -4 & (1 << 64) - 1, 0xFFFF, masks)
+        at = self.add_capability(data, writable)
+        self.writes_have_effects(at + 2, 2)
+        self.writes_have_effects(at + 0x10, 4)
+        self._own_bits[at + _MSI_PENDING : at + _MSI_PENDING + 4] = masks.to_bytes(4, "little")
+        self.function.set_msi(at)
+
+    def signal(self, vector: int) -> bool:
+        """Send a message, of MSI-X or MSI. False: the driver has enabled neither, and INTA is its interrupt."""
+        sent: bool = self.function.signal(vector)
+        return sent
 
     def add_msix(self, vectors: int) -> None:
         """MSI-X, with its table and its pending bits in BAR MSIX_BAR, which the device gives to the chip. In the
@@ -274,8 +297,9 @@ class PciDevice(Device[P]):
 
     def check_pci(self, state: PciState) -> None:
         """Invalid where a value that no guest can change is not as it is here."""
-        for at, (value, is_, mask) in enumerate(zip(state.config, self.config, self._mask, strict=True)):
-            if (value ^ is_) & ~(mask | (_STATUS_INTERRUPT if at == _STATUS else 0)):
+        bits = zip(state.config, self.config, self._mask, self._own_bits, strict=True)
+        for at, (value, is_, mask, own) in enumerate(bits):
+            if (value ^ is_) & ~(mask | own):
                 raise Invalid(f"{self.name}: byte {at:#x} of its configuration space cannot be {value:#x}")
         vectors = len(self._new_table) // 16
         if len(state.table) != len(self._new_table) or state.waiting >> vectors:

@@ -40,6 +40,8 @@ struct fast_bus {
      * machine does not run. */
     _Atomic uint64_t due;
     void (*advance)(struct fast_bus *bus, uint64_t now);
+    /* Whether a device may send a message that is an NMI or an INIT, which wakes a CPU whatever it has masked. */
+    bool (*can_send_unmaskable)(struct fast_bus *bus);
     /* Lines are this machine's from now on; until it is detached, where it is still the one. */
     void (*attach)(struct fast_bus *bus, const struct bus_machine *machine);
     void (*detach)(struct fast_bus *bus, const void *machine);

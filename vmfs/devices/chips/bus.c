@@ -97,6 +97,17 @@ static void advance(struct fast_bus *face, u64 now)
     pthread_mutex_unlock(&bus->lock);
 }
 
+static bool can_send_unmaskable(struct fast_bus *face)
+{
+    struct bus *bus = bus_of(face);
+    bool can = false;
+    pthread_mutex_lock(&bus->lock);
+    for (const struct chip *each = bus->senders; each && !can; each = each->next_sender)
+        can = each->kind->can_send_unmaskable(each);
+    pthread_mutex_unlock(&bus->lock);
+    return can;
+}
+
 /* ---- What nobody claims -------------------------------------------------------------------------------------------------------- */
 
 static void note_unclaimed(struct bus *bus, bool memory, u64 address, u64 rip, bool write)
@@ -554,6 +565,7 @@ static PyObject *bus_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->face.access = access_bus;
     self->face.due = BUS_NEVER;
     self->face.advance = advance;
+    self->face.can_send_unmaskable = can_send_unmaskable;
     self->face.attach = attach;
     self->face.detach = detach;
     pthread_mutex_init(&self->lock, NULL);

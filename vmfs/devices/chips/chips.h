@@ -32,6 +32,7 @@ struct chip_kind {
     chip_access *access;
     void (*advance)(struct chip *chip, u64 now); /* `due` has come; NULL: it never is */
     bool timed;                                  /* `access` asks for the time */
+    bool (*can_send_unmaskable)(const struct chip *chip); /* as the bus's; NULL: it sends no messages */
     /* After an access of the engine's that was answered, without the lock: what takes longer than a register. NULL: nothing */
     void (*after)(struct chip *chip, const struct bus_access *a, unsigned region, u64 offset);
 };
@@ -42,7 +43,8 @@ struct chip {
     const struct chip_kind *kind;
     unsigned number;            /* of its device, as a holder of lines */
     u64 due;                    /* BUS_NEVER */
-    struct chip *next;          /* of all that are timed */
+    struct chip *next;          /* of all that are timed, */
+    struct chip *next_sender;   /* and of all that send messages */
 };
 
 enum { LINES = 24, DEVICES = 64, CHANGES = 64, PIRQS = 4, NO_LINE = 0 };
@@ -63,7 +65,7 @@ struct bus {
     u8 pirq_line[PIRQS];        /* and the line that it drives; NO_LINE: none */
     struct change { bool is_msi, level; u32 gsi_or_data; u64 address; } changes[CHANGES]; /* to be told to Python */
     unsigned change_count;
-    struct chip *timed;
+    struct chip *timed, *senders;
     struct place *places;       /* by their numbers */
     unsigned memory_count;
     u8 memory_places[PLACES];   /* of memory, in no order */

@@ -31,6 +31,12 @@ PyObject *chip_new(PyTypeObject *type, const struct chip_kind *kind, PyObject *b
         chip->bus->timed = chip;
         bus_leave(chip->bus);
     }
+    if (kind->can_send_unmaskable) {
+        bus_enter(chip->bus);
+        chip->next_sender = chip->bus->senders;
+        chip->bus->senders = chip;
+        bus_leave(chip->bus);
+    }
     return (PyObject *)chip;
 }
 
@@ -55,6 +61,14 @@ void chip_dealloc(struct chip *chip)
         while (*at != chip)
             at = &(*at)->next;
         *at = chip->next;
+        pthread_mutex_unlock(&chip->bus->lock);
+    }
+    if (chip->kind && chip->kind->can_send_unmaskable) {
+        bus_enter(chip->bus);
+        struct chip **at = &chip->bus->senders;
+        while (*at != chip)
+            at = &(*at)->next_sender;
+        *at = chip->next_sender;
         pthread_mutex_unlock(&chip->bus->lock);
     }
     Py_XDECREF((PyObject *)chip->bus);

@@ -1,4 +1,4 @@
-/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3), the functions' configuration spaces, INTx and MSI-X. And latches: registers whose
+/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3), the functions' configuration spaces, INTx, MSI and MSI-X. And latches: registers whose
  * reads do nothing.
  *
  * What moves a BAR or switches decoding is Python's, and so are bytes that it has marked: a write of either is not answered. */
@@ -11,16 +11,52 @@
 enum { FUNCTIONS = 256 };
 enum { COMMAND = 4, STATUS = 6, MASTER = 4, INTX_OFF_HIGH = 4, STATUS_INTERRUPT = 8 };
 enum { MSIX_CONTROL_HIGH = 3, MSIX_ENABLED = 0x80, MSIX_MASKED = 0x40, VECTOR_MASKED = 1, ENTRY = 16 };
+enum { MSI_CONTROL = 2, MSI_ADDRESS = 4, MSI_DATA = 0xc, MSI_MASK = 0x10, MSI_PENDING = 0x14, MSI_BYTES = 0x18, MSI_ENABLED = 1 };
 enum { ADDRESS, DATA /* regions */ };
 
 /* ---- A function ------------------------------------------------------------------------------------------------------------------- */
 
+static u32 config_long(const struct function *f, unsigned at)
+{
+    u32 value;
+    memcpy(&value, f->bytes.config + at, sizeof value);
+    return value;
+}
+
+static bool msi_enabled(const struct function *f) { return f->msi_at && f->bytes.config[f->msi_at + MSI_CONTROL] & MSI_ENABLED; }
+
+/* How many messages the driver has allowed; a reserved number, or one that is too large, is all that there are. */
+static unsigned msi_messages(const struct function *f)
+{
+    u8 control = f->bytes.config[f->msi_at + MSI_CONTROL];
+    unsigned allowed = control >> 4 & 7, capable = control >> 1 & 7;
+    return 1u << (allowed < capable ? allowed : capable);
+}
+
+static void add_msi_pending(struct function *f, u32 bits)
+{
+    u32 pending = config_long(f, f->msi_at + MSI_PENDING) | bits;
+    memcpy(f->bytes.config + f->msi_at + MSI_PENDING, &pending, sizeof pending);
+}
+
+static void send_waiting_msi(struct function *f)
+{
+    u32 pending = config_long(f, f->msi_at + MSI_PENDING), sent = pending & ~config_long(f, f->msi_at + MSI_MASK);
+    u32 data = config_long(f, f->msi_at + MSI_DATA) & 0xffff;
+    u64 address = (config_long(f, f->msi_at + MSI_ADDRESS) & ~3u) | (u64)config_long(f, f->msi_at + MSI_ADDRESS + 4) << 32;
+    if (!(f->bytes.config[COMMAND] & MASTER))
+        return;
+    pending &= ~sent;
+    memcpy(f->bytes.config + f->msi_at + MSI_PENDING, &pending, sizeof pending);
+    for (; sent; sent &= sent - 1) /* the low bits of the data are the message's number (6.8.1.6) */
+        bus_signal_msi(f->chip.bus, address, (data & ~(msi_messages(f) - 1)) | (u32)__builtin_ctz(sent));
+}
+
 static u8 msix_control(const struct function *f) { return f->msix_at ? f->bytes.config[f->msix_at + MSIX_CONTROL_HIGH] : 0; }
 
-bool function_has_msix(const struct function *f) { return msix_control(f) & MSIX_ENABLED; }
+bool function_has_messages(const struct function *f) { return msix_control(f) & MSIX_ENABLED || msi_enabled(f); }
 
-/* Send what waits and may be sent. */
-static void send_waiting(struct function *f)
+static void send_waiting_msix(struct function *f)
 {
     if ((msix_control(f) & (MSIX_ENABLED | MSIX_MASKED)) != MSIX_ENABLED || !(f->bytes.config[COMMAND] & MASTER))
         return;
@@ -33,11 +69,21 @@ static void send_waiting(struct function *f)
     }
 }
 
+/* Send what waits and may be sent. */
+static void send_waiting(struct function *f)
+{
+    if (msi_enabled(f))
+        send_waiting_msi(f);
+    else
+        send_waiting_msix(f);
+}
+
 void function_signal(struct function *f, unsigned vector)
 {
-    if (vector >= f->vectors)
-        return;
-    f->waiting |= 1ull << vector;
+    if (msi_enabled(f))
+        add_msi_pending(f, 1u << (vector & (msi_messages(f) - 1)));
+    else if (vector < f->vectors)
+        f->waiting |= 1ull << vector;
     send_waiting(f);
 }
 
@@ -45,13 +91,12 @@ void function_drive(struct function *f)
 {
     u8 *status = &f->bytes.config[STATUS];
     *status = (u8)(f->pending ? *status | STATUS_INTERRUPT : *status & ~STATUS_INTERRUPT);
-    bool level = f->pending && !(f->bytes.config[COMMAND + 1] & INTX_OFF_HIGH) && !function_has_msix(f);
+    bool level = f->pending && !(f->bytes.config[COMMAND + 1] & INTX_OFF_HIGH) && !function_has_messages(f);
     if (f->has_pin) {
         bus_set_line(f->chip.bus, f->chip.number, f->gsi, level);
         bus_set_pirq(f->chip.bus, f->chip.number, f->pirq, level);
     }
-    if (f->waiting)
-        send_waiting(f);
+    send_waiting(f);
 }
 
 u64 function_read_msix(const struct function *f, u64 offset, unsigned size)
@@ -79,11 +124,33 @@ static void write_msix(struct function *f, u64 offset, unsigned size, u64 value)
     send_waiting(f);
 }
 
+enum { DELIVERY_MODE = 8, NMI = 4, INIT = 5 };
+
+static bool is_unmaskable(u32 data) { return (data >> DELIVERY_MODE & 7) == NMI || (data >> DELIVERY_MODE & 7) == INIT; }
+
+/* What is masked stays so: only a CPU takes a mask away. */
+static bool function_can_send_unmaskable(const struct chip *chip)
+{
+    const struct function *f = (const struct function *)chip;
+    if (!(f->bytes.config[COMMAND] & MASTER))
+        return false;
+    if (msi_enabled(f)) {
+        u64 messages = (1ull << msi_messages(f)) - 1;
+        return messages & ~(u64)config_long(f, f->msi_at + MSI_MASK) && is_unmaskable(config_long(f, f->msi_at + MSI_DATA));
+    }
+    if ((msix_control(f) & (MSIX_ENABLED | MSIX_MASKED)) != MSIX_ENABLED)
+        return false;
+    for (unsigned i = 0; i < f->vectors; i++)
+        if (!(f->table[i].control & VECTOR_MASKED) && is_unmaskable(f->table[i].data))
+            return true;
+    return false;
+}
+
 static bool function_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)
 {
     return false; /* only by the bridge */
 }
-static const struct chip_kind function_kind = {function_access};
+static const struct chip_kind function_kind = {.access = function_access, .can_send_unmaskable = function_can_send_unmaskable};
 
 static bool config_read(const struct function *f, unsigned offset, unsigned size, u64 *value)
 {
@@ -138,6 +205,29 @@ static PyObject *function_driven(struct function *self, PyObject *ignored)
     bus_enter(self->chip.bus);
     function_drive(self);
     return bus_done(self->chip.bus);
+}
+
+static PyObject *function_send(struct function *self, PyObject *argument)
+{
+    u64 vector;
+    if (!chip_numbers(&argument, 1, &vector, 1))
+        return NULL;
+    bus_enter(self->chip.bus);
+    bool messages = function_has_messages(self);
+    if (messages)
+        function_signal(self, vector > VECTORS ? VECTORS : (unsigned)vector);
+    return bus_leave(self->chip.bus) ? PyBool_FromLong(messages) : NULL;
+}
+
+static PyObject *function_set_msi(struct function *self, PyObject *argument)
+{
+    u64 at;
+    if (!chip_numbers(&argument, 1, &at, 1))
+        return NULL;
+    if (!at || at > CONFIG_BYTES - MSI_BYTES)
+        return PyErr_Format(PyExc_ValueError, "a capability of %d bytes", MSI_BYTES);
+    self->msi_at = (unsigned)at;
+    Py_RETURN_NONE;
 }
 
 static PyObject *function_set_msix(struct function *self, PyObject *args)
@@ -216,6 +306,8 @@ static PyObject *function_pending(struct function *self, void *ignored) { return
 static PyMethodDef function_methods[] = {
     {"set_irq", (PyCFunction)function_set_irq, METH_O, "set_irq(level): drive INTA"},
     {"drive", (PyCFunction)function_driven, METH_NOARGS, "drive(): after the command register, or MSI-X's, has changed"},
+    {"signal", (PyCFunction)function_send, METH_O, "signal(vector) -> bool: send a message; False: the driver has enabled none"},
+    {"set_msi", (PyCFunction)function_set_msi, METH_O, "set_msi(offset of the capability)"},
     {"set_msix", (PyCFunction)function_set_msix, METH_VARARGS, "set_msix(offset of the capability, vectors)"},
     {"read_msix", (PyCFunction)(void (*)(void))function_msix_read, METH_FASTCALL,
      "read_msix(offset, size): of the table at 0 and the pending bits at MSIX_PENDING"},

@@ -16,7 +16,8 @@ struct function {
     bool pending;               /* INTx as the device drives it; the command register can hold it back */
     bool has_pin;
     unsigned gsi, pirq;         /* of INTA, where it has one: the line of an I/O APIC, and the router's input */
-    /* MSI-X (PCI 3.0, 6.8.2) */
+    unsigned msi_at;            /* the capability of MSI (PCI 3.0, 6.8.1), of 64 bits with masks; 0: none */
+    /* MSI-X (6.8.2) */
     unsigned msix_at, vectors;  /* its capability; 0: none */
     struct { u64 address; u32 data, control; } table[VECTORS];
     u64 waiting;                /* a bit a vector: its pending bit */
@@ -24,7 +25,7 @@ struct function {
 
 /* All with the bus's lock held. */
 void function_drive(struct function *f);
-bool function_has_msix(const struct function *f); /* the driver has enabled it: there is no INTx then */
+bool function_has_messages(const struct function *f); /* the driver has enabled MSI-X or MSI: there is no INTx then */
 void function_signal(struct function *f, unsigned vector);
 /* Of the table at 0, and the pending bits at MSIX_PENDING. */
 u64 function_read_msix(const struct function *f, u64 offset, unsigned size);

@@ -42,7 +42,7 @@ static const struct chip_kind virtio_kind = {.access = virtio_access, .after = v
 void virtio_interrupt(struct virtio *v, unsigned of)
 {
     bus_enter(v->chip.bus);
-    if (function_has_msix(v->function))
+    if (function_has_messages(v->function))
         function_signal(v->function, v->vectors[of]);
     else {
         v->isr |= of == VECTOR_OF_CONFIG ? ISR_CONFIG : ISR_QUEUE;

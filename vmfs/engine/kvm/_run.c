@@ -295,7 +295,14 @@ static PyObject *wires_close(Wires *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+static PyObject *wires_can_send_unmaskable(Wires *self, PyObject *ignored)
+{
+    return PyBool_FromLong(self->bus && self->bus->can_send_unmaskable(self->bus));
+}
+
 static PyMethodDef wires_methods[] = {
+    {"can_send_unmaskable", (PyCFunction)wires_can_send_unmaskable, METH_NOARGS,
+     "can_send_unmaskable() -> bool: whether a device may send a message that is an NMI or an INIT"},
     {"close", (PyCFunction)wires_close, METH_NOARGS, "close()\n\nLines are not this VM's any more. Nothing runs."},
     {NULL, NULL, 0, NULL},
 };

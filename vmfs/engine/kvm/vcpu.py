@@ -231,7 +231,7 @@ class KvmVcpu(Vcpu):
 
     def _sleeps_for_good(self) -> bool:
         """Whether nothing can wake it. There is no other CPU, and it waits for an INIT or a SIPI; or it is in HLT with
-        interrupts off, no event is pending, and no pin can send an NMI."""
+        interrupts off, no event is pending, and neither a pin nor a device's message can be an NMI."""
         mp_state = self._state.get("mp_state")
         if mp_state == layouts.RUNNABLE or not self._is_alone():
             return False
@@ -244,7 +244,9 @@ class KvmVcpu(Vcpu):
         return not any(events[at] for at in layouts.UNDER_WAY) and not self._can_get_nmis()
 
     def _can_get_nmis(self) -> bool:
-        """Whether LINT0, or a pin of the IOAPIC, is set up to send an NMI or an INIT."""
+        """Whether LINT0, a pin of the IOAPIC, or a device is set up to send an NMI or an INIT."""
+        if self.wires is not None and self.wires.can_send_unmaskable():
+            return True
         entries = [struct.unpack_from("<I", self._state.get("lapic"), layouts.LAPIC_LINT0)[0], *self._read_pins()]
         return any(not entry & abi.ENTRY_MASKED and entry >> 8 & 7 in abi.UNMASKABLE_MODES for entry in entries)
 

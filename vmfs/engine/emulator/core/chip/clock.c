@@ -418,14 +418,19 @@ static bool all_are_deaf(struct vcpu *c)
     return deaf;
 }
 
+static bool can_be_sent_unmaskable(struct vm *vm)
+{
+    return irqchip_can_send_unmaskable(vm->irqchip) || (vm->bus && vm->bus->can_send_unmaskable(vm->bus));
+}
+
 bool chip_leaves_it_asleep(struct vcpu *c)
 {
     if (runs_parallel(c->vm))
-        return all_are_deaf(c) && !irqchip_can_send_unmaskable(c->vm->irqchip);
+        return all_are_deaf(c) && !can_be_sent_unmaskable(c->vm);
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (c->vm->vcpus[i] && !is_deaf(c->vm->vcpus[i])) /* another one could wake it */
             return false;
-    return !irqchip_can_send_unmaskable(c->vm->irqchip);
+    return !can_be_sent_unmaskable(c->vm);
 }
 
 /* What it, or all CPUs that execute in turn, need for runs alone; in how many nanoseconds to look again. */
