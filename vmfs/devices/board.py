@@ -40,6 +40,7 @@ from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, LimitReached
 from vmfs.words.unclaimed import Use
 
+PIRQS = _chips.PIRQS
 UNCLAIMED_MOST = _chips.UNCLAIMED_MOST  # ports and addresses that are remembered
 DEVICES_MOST = 64  # a bit of a line's holders each
 _NAP = 0.001  # seconds, in which what a port sends is gathered
@@ -48,19 +49,22 @@ _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
 SEED_SIZE = 16  # bytes
+_Line = Annotated[int, msgspec.Meta(ge=0, lt=_chips.LINES)]
 
 
 class BoardState(DeviceState):
     """What is of a board and of no device. `lines`: the devices that hold each GSI high; `unclaimed`: space, address,
-    reads, writes and rip; `drawn`: how often there were random bytes of `seed`. Timers are their devices'."""
+    reads, writes and rip; `drawn`: how often there were random bytes of `seed`. `pirqs`: of each input of the PCI
+    router, who holds it high, and the line that it drives, or 0. Timers are their devices'."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     date_of_birth: int
     seed: Annotated[bytes, msgspec.Meta(min_length=SEED_SIZE, max_length=SEED_SIZE)]
     drawn: U64
     shutdown: tuple[str, int | None] | None
-    lines: dict[Annotated[int, msgspec.Meta(ge=0, lt=24)], tuple[str, ...]]
+    lines: dict[_Line, tuple[str, ...]]
+    pirqs: Annotated[tuple[tuple[tuple[str, ...], _Line], ...], msgspec.Meta(min_length=PIRQS, max_length=PIRQS)]
     counters: dict[str, int]
     device_counters: dict[str, dict[str, int]]
     unclaimed: Annotated[tuple[tuple[str, U64, int, int, U64], ...], msgspec.Meta(max_length=UNCLAIMED_MOST)]
@@ -580,6 +584,7 @@ class Board:
             drawn=self._drawn,
             shutdown=self.shutdown,
             lines={gsi: self._holders(bits) for gsi, bits in enumerate(self.bus.holders()) if bits},
+            pirqs=tuple((self._holders(bits), line) for bits, line in self.bus.pirqs()),
             counters=dict(sorted(self.counters.items())),
             device_counters={name: counts for name, device in self.devices.items() if (counts := _sorted(device))},
             unclaimed=tuple((_SPACES[is_memory], *row) for is_memory, *row in rows),
@@ -589,9 +594,13 @@ class Board:
     def _holders(self, bits: int) -> tuple[str, ...]:
         return tuple(sorted(device.name for device in self.devices.values() if bits >> device.number & 1))
 
+    def _bits(self, holders: Iterable[str]) -> int:
+        return sum(1 << self.devices[name].number for name in set(holders))
+
     def check(self, state: BoardState) -> None:
         """Invalid for what this board cannot be, and nothing has changed."""
-        names = {*state.device_counters, *(name for names in state.lines.values() for name in names)}
+        holders = (*state.lines.values(), *(names for names, _ in state.pirqs))
+        names = {*state.device_counters, *(name for names in holders for name in names)}
         if unknown := names - self.devices.keys():
             raise Invalid(f"the board has no device {min(unknown)[:40]!r}")
 
@@ -603,8 +612,8 @@ class Board:
         self.shutdown = state.shutdown
         held = [0] * _chips.LINES
         for gsi, names in state.lines.items():
-            held[gsi] = sum(1 << self.devices[name].number for name in set(names))
-        self.bus.hold(held)
+            held[gsi] = self._bits(names)
+        self.bus.hold(held, [(self._bits(names), line) for names, line in state.pirqs])
         self.counters.clear()
         self.counters.update(state.counters)
         for name, device in self.devices.items():

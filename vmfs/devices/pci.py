@@ -25,7 +25,7 @@ SLOTS, FUNCTIONS = 32, 8
 MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
 PORTS_START, PORTS_END = 0xC000, 0x1_0000
 FIRST_GSI = 16
-PIRQS = 4
+PIRQS = _chips.PIRQS
 PIRQ_LINES = 10, 10, 11, 11  # of the 8259s, from the beginning, as SeaBIOS and OVMF route them
 ADDRESSES_END = 1 << 52  # Intel SDM 3A 4.1.4
 

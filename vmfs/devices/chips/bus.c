@@ -487,15 +487,36 @@ static PyObject *bus_holders(struct bus *self, PyObject *ignored)
     return list;
 }
 
-static PyObject *bus_hold(struct bus *self, PyObject *list)
+static PyObject *bus_pirqs(struct bus *self, PyObject *ignored)
+{
+    PyObject *list = PyList_New(0);
+    for (unsigned i = 0; list && i < PIRQS; i++) {
+        PyObject *row = Py_BuildValue("(KI)", (unsigned long long)self->pirq_holders[i], self->pirq_line[i]);
+        if (!row || PyList_Append(list, row))
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
+static PyObject *bus_hold(struct bus *self, PyObject *args)
 {
     u64 holders[LINES];
-    if (!PyList_Check(list) || !chip_numbers(((PyListObject *)list)->ob_item, PyList_GET_SIZE(list), holders, LINES))
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a list of %d numbers", LINES);
+    unsigned long long pirq_holders[PIRQS];
+    unsigned line[PIRQS];
+    PyObject *list, *pirqs;
+    if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &list, &PyList_Type, &pirqs) ||
+        !chip_numbers(((PyListObject *)list)->ob_item, PyList_GET_SIZE(list), holders, LINES))
+        return NULL;
+    for (Py_ssize_t i = 0; i < PIRQS; i++) {
+        PyObject *row = i < PyList_GET_SIZE(pirqs) ? PyList_GET_ITEM(pirqs, i) : Py_None;
+        if (!PyTuple_Check(row) || !PyArg_ParseTuple(row, "KI", &pirq_holders[i], &line[i]) || line[i] >= LINES)
+            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "who holds each of %d inputs, and a line", PIRQS);
+    }
     bus_enter(self);
+    for (unsigned i = 0; i < PIRQS; i++)
+        self->pirq_holders[i] = pirq_holders[i], self->pirq_line[i] = (u8)line[i];
     memcpy(self->holders, holders, sizeof holders);
-    memset(self->pirq_holders, 0, sizeof self->pirq_holders); /* whose devices say, and the router, as they are loaded */
-    memset(self->pirq_line, NO_LINE, sizeof self->pirq_line);
     pthread_mutex_unlock(&self->lock);
     Py_RETURN_NONE;
 }
@@ -630,7 +651,8 @@ static PyMethodDef bus_methods[] = {
     {"take_uses", (PyCFunction)bus_take_uses, METH_NOARGS,
      "take_uses() -> how many accesses nobody has claimed since this was last asked"},
     {"holders", (PyCFunction)bus_holders, METH_NOARGS, "holders() -> of each line the devices that hold it high, a bit each"},
-    {"hold", (PyCFunction)bus_hold, METH_O, "hold(list): they hold the lines, as the engine knows already; the PCI router routes nothing"},
+    {"pirqs", (PyCFunction)bus_pirqs, METH_NOARGS, "pirqs() -> [(holders, line)]: the inputs of the PCI router"},
+    {"hold", (PyCFunction)bus_hold, METH_VARARGS, "hold(holders, pirqs): they hold the lines, as the engine knows already"},
     {"wait", (PyCFunction)bus_wait, METH_VARARGS,
      "wait(nap) -> bool: after `nap` seconds, until there is something to fetch; False: closed. One thread at a time"},
     {"close", (PyCFunction)bus_close, METH_NOARGS, "close(): nothing is answered, and nobody waits, from now on"},

@@ -145,7 +145,7 @@ static int module_exec(PyObject *module)
         if (!state->types[i] || PyModule_AddType(module, state->types[i]))
             return -1;
     }
-    return PyModule_AddIntConstant(module, "LINES", LINES) || PyModule_AddIntConstant(module, "UNCLAIMED_MOST", UNCLAIMED_MOST) ||
+    return PyModule_AddIntConstant(module, "LINES", LINES) || PyModule_AddIntConstant(module, "PIRQS", PIRQS) || PyModule_AddIntConstant(module, "UNCLAIMED_MOST", UNCLAIMED_MOST) ||
            PyModule_AddIntConstant(module, "VECTORS", VECTORS) || PyModule_AddIntConstant(module, "MSIX_PENDING", MSIX_PENDING) ||
            PyModule_AddIntConstant(module, "CONFIG", VECTOR_OF_CONFIG);
 }
