@@ -9,6 +9,7 @@ import stat
 import pytest
 
 from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, MEDIA_FILE, REGISTER_ROWS, ROOT_FILES, SNAPSHOT_FILES
+from vmfs.fs.forks import ForkFile
 from vmfs.fs.kinds import LocalText
 from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, MEDIA_KINDS
 from vmfs.machine.files.snapshots import SNAPSHOT_KINDS
@@ -97,6 +98,13 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"one", errno.ENOENT),
         (b"x" * 1000, errno.ENOENT),
     ),
+    "fork": (
+        (b"\n", errno.EINVAL),
+        (b"one from", errno.EINVAL),
+        (b"one from two three", errno.EINVAL),
+        (b"x" * 2000, errno.EINVAL),
+        (b"one", errno.EPERM),  # this caller has no process
+    ),
     "cpus": (
         (b"\n", errno.EINVAL),
         (b"0", errno.EINVAL),
@@ -154,7 +162,7 @@ def test_a_mode_says_what_the_kind_can(row):
 
 def test_the_machine_has_contents_for_each_name():
     tables = (
-        (FILES, CONTENTS),
+        ([row for row in FILES if not isinstance(row.kind, ForkFile)], CONTENTS),  # that is the server's own
         (DEV_FILES, DEV_KINDS),
         (DEVICE_FILES, DEVICE_KINDS),
         ((MEDIA_FILE,), MEDIA_KINDS),
@@ -253,7 +261,7 @@ def test_sizes_are_those_of_what_is_read(on_fs):
         for path in (*(f"a/{row.name}" for row in FILES), "a/reg/rax", "a/reg/cs", "a/reg/st0", "a/reg/msr.0x10"):
             row = next((one for one in FILES if path == f"a/{one.name}"), None)
             size = await kernel.size(path)
-            if row is not None and not CONTENTS[row.name].walked:
+            if row is not None and not row.kind.walked:
                 assert not size, path
             elif row is not None and row.name in ("mem", "core"):  # longer than one read
                 assert size >= DEFAULT_SIZE

@@ -48,7 +48,7 @@ def serve(
     try:
         infos = engine.describe(engines)
         chosen = engine.choose(settings.engine, infos, engines)
-        host = Host(zygote, chosen, settings)
+        host = Host(zygote, chosen, settings, tuple(row.name for row in engines))
         zygote.expect(host.engine, DEFAULT_SIZE)
         trio.run(_serve, mountpoint, settings, ready, host, zygote, infos)
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vmfs import __version__
 from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
+from vmfs.fs.forks import ForkFile
 from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.kinds import Kept, LocalText, Served, Stat
 from vmfs.fs.mapped import Framebuffer, Mem
@@ -59,6 +60,7 @@ FILES: tuple[Row, ...] = (
     Row("mem", 0o600, Mem()),
     Row("dirty", 0o400, Served(acts=True)),
     Row("restore", 0o600, BOTH),
+    Row("fork", 0o200, ForkFile()),
     # configuration
     Row("mem_size", 0o600, BOTH),
     Row("cpus", 0o600, BOTH),

@@ -142,7 +142,7 @@ class Mem(Kind):
         if machine.memory_fd >= 0:
             there = os.fstat(machine.memory_fd)
             return there.st_size, there.st_blocks
-        return None if machine.born else (machine.memory_size, 0)
+        return (machine.memory_size, 0) if machine.is_blank else None
 
     async def open(self, node: File, pid: int, flags: int, uid: int, walking: bool) -> Handle:
         await node.scope.machine.start()

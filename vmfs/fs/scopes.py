@@ -8,6 +8,7 @@ import time
 
 from vmfs.engine import EngineInfo
 from vmfs.fs.connection import Connection
+from vmfs.fs.forks import Fork, Writer
 from vmfs.fs.hooks import status
 from vmfs.fs.inodes import Scope
 from vmfs.fs.kinds import call
@@ -17,7 +18,7 @@ from vmfs.fs.passthrough import Backing
 from vmfs.host.machines import Host
 from vmfs.host.process import MachineProcess, Watcher
 from vmfs.words import commands
-from vmfs.words.errors import Invalid
+from vmfs.words.errors import Invalid, NotPermitted
 
 # What a machine and a snapshot may be called, and what a machine may call a register or a device.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
@@ -46,6 +47,7 @@ class MachineScope(Scope, Watcher):
         self.modified_ns = time.time_ns()
         self.memory = MemoryServer(machine, connection)
         self._framebuffer: tuple[tuple[int, int], Backing, int] | None = None
+        self.fork: Fork = _no_fork
         machine.watcher = self
 
     def framebuffer(self, fd: int) -> Backing:
@@ -118,6 +120,10 @@ class MachineScope(Scope, Watcher):
 
     async def invalidate(self, ranges: list[tuple[int, int]]) -> None:
         await self.memory.invalidate(ranges)
+
+
+async def _no_fork(new: str, snapshot: str, writer: Writer) -> None:
+    raise NotPermitted("fork: this machine is in no mount")
 
 
 class PartScope(Scope):

@@ -62,7 +62,7 @@ class SnapshotsDirectory(Directory):
     async def _refresh(self, mode: int = MODE) -> None:
         """Have the directories of the snapshots that there are. A machine without a process has none."""
         machine = self.scope.machine
-        found = await listed(machine, "snap") if machine.born else []
+        found = [] if machine.is_blank else await listed(machine, "snap")
         there = {name for name, what in found if what == FOUND_DIRECTORY}
         for name, node in list(self.children.items()):
             if isinstance(node, _SnapshotDirectory) and name not in there:

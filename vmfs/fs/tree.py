@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
@@ -23,6 +24,7 @@ from vmfs.fs.files import (
     Row,
     register_row,
 )
+from vmfs.fs.forks import Writer, fork
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
 from vmfs.fs.kinds import call
@@ -33,7 +35,7 @@ from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DRIVE, FOUND_NOTHING, FOUND_READ_ONLY
-from vmfs.words.errors import Invalid, NotPermitted, NotThere, VmfsError
+from vmfs.words.errors import AlreadyThere, Invalid, NotPermitted, NotThere, VmfsError
 from vmfs.words.registers import parse_msr
 
 log = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ class DevicesDirectory(Directory):
     async def _refresh(self) -> None:
         """Have the directories of the devices that there are. A machine without a process has none."""
         machine = self.scope.machine
-        names = await listed(machine, "dev") if machine.born else []
+        names = [] if machine.is_blank else await listed(machine, "dev")
         there = {name: found for name, found in names if found in (FOUND_DIRECTORY, FOUND_DRIVE)}
         for name, node in list(self.children.items()):
             if isinstance(node, _DeviceDirectory) and name not in there:
@@ -233,7 +235,7 @@ class MachineDirectory(Directory):
         """Have the directories of the CPUs that there are. A machine without a process has one."""
         machine = self.scope.machine
         found: list[tuple[str, int]] = []
-        if machine.born:
+        if not machine.is_blank:
             try:
                 with trio.fail_after(ANSWER_SECONDS):
                     found = await listed(machine, "cpus")
@@ -284,6 +286,7 @@ class RootDirectory(Directory):
 
     def __init__(self, inodes: Inodes, scope: RootScope, mode: int, uid: int, gid: int) -> None:
         super().__init__(inodes, scope, "", mode, uid, gid)
+        self._coming: set[str] = set()  # names of forks on their way
         for row in ROOT_FILES:
             self.add(_make_file(self, row, 0o022, row.name))
         scope.host.measured = MEASURED
@@ -295,10 +298,29 @@ class RootDirectory(Directory):
         check_name(name)
         self._check_free(name)
         machine = self.scope.host.create(_owner(caller))
+        return self._add(name, machine, mode, caller.uid, caller.gid, caller.umask)
+
+    def _add(self, name: str, machine: MachineProcess, mode: int, uid: int, gid: int, umask: int) -> MachineDirectory:
         scope = MachineScope(machine, self.scope.connection)
-        directory = MachineDirectory(self.inodes, scope, name, mode, caller.uid, caller.gid, caller.umask)
+        scope.fork = partial(self._fork, scope)
+        directory = MachineDirectory(self.inodes, scope, name, mode, uid, gid, umask)
         self.add(directory)
         return directory
+
+    async def _fork(self, parent: MachineScope, name: str, snapshot: str, writer: Writer) -> None:
+        """Have a sibling of that machine, which is the writer's."""
+        check_name(name)
+        if snapshot:
+            check_name(snapshot, "a snapshot")
+        self._check_free(name)
+        self._coming.add(name)
+        try:
+            machine = await fork(self.scope.host, parent, snapshot, writer)
+            who = writer.who
+            made = self._add(name, machine, 0o777 & ~writer.umask, who.uid, who.gid, writer.umask)
+            made.scope.memory.leave_to_machine()
+        finally:
+            self._coming.discard(name)
 
     async def rmdir(self, name: str) -> None:
         directory = self._machine(name)
@@ -318,7 +340,7 @@ class RootDirectory(Directory):
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise Invalid("machines cannot be exchanged")
         check_name(new_name)
-        if new_name in self.children:
+        if new_name in self.children or new_name in self._coming:
             # As rename(2) has it: a directory that is not empty is not replaced.
             number = errno.EEXIST if flags & pyfuse3.RENAME_NOREPLACE else errno.ENOTEMPTY
             raise pyfuse3.FUSEError(number)
@@ -336,8 +358,8 @@ class RootDirectory(Directory):
                     nursery.start_soon(_remove, child.scope.machine, trio.Event())
 
     def _check_free(self, name: str) -> None:
-        if name in self.children:
-            raise pyfuse3.FUSEError(errno.EEXIST)
+        if name in self.children or name in self._coming:
+            raise AlreadyThere(f"there is a {name} already")
 
     def _machine(self, name: str) -> MachineDirectory:
         child = self.children.get(name)

@@ -27,6 +27,7 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 ALL_CAPABILITIES = (1 << 64) - 1
 ANY_SIZE = (1 << 63) - 1
 _FIELD = re.compile(rb"^(Uid|Gid|Groups|CapEff):\t(.*)$", re.MULTILINE)
+_UMASK = re.compile(rb"^Umask:\t([0-7]+)$", re.MULTILINE)
 _FILE_SIZE = re.compile(rb"^Max file size +([0-9]+|unlimited) ", re.MULTILINE)
 
 
@@ -62,6 +63,18 @@ def credentials_of(pid: int) -> Credentials | None:
         if (failure := known(error)) is not error:
             raise failure from None
         return None
+
+
+def umask_of(pid: int) -> int | None:
+    """Of a running process or thread, or None where it is not visible from here."""
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
+            found = _UMASK.search(status.read())
+    except OSError as error:
+        if (failure := known(error)) is not error:
+            raise failure from None
+        return None
+    return int(found[1], 8) if found else None
 
 
 def _file_size(pid: int) -> int:

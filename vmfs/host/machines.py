@@ -13,12 +13,13 @@ import trio
 from vmfs.engine.base import Engine
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials
+from vmfs.host.inheritance import Inheritance
 from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.zygote import Job, Zygote
 from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.commands import Become, Channel, ChannelBroken, ToServer
-from vmfs.words.errors import LimitReached, WouldBlock
+from vmfs.words.errors import Busy, LimitReached, ProcessFailed, WouldBlock
 
 # Calls that wait at a time, of all users. The mount has room for more (vmfs.fs.MAX_TASKS), so that interrupts are heard
 # and an unmount is.
@@ -30,7 +31,10 @@ class Host:
     """Makes and ends machines, within the limits of `settings`. Of memory, RAM counts, touched or not, and what else is
     kept for a machine. `own_device` is the mount's st_dev, once it is there."""
 
-    def __init__(self, zygote: Zygote, engine: Engine | str, settings: MountSettings) -> None:
+    def __init__(
+        self, zygote: Zygote, engine: Engine | str, settings: MountSettings, engines: tuple[str, ...] = ()
+    ) -> None:
+        self.engines = engines  # their names
         self.engine = engine if isinstance(engine, str) else engine.name  # of new machines
         self._settings = dataclasses.replace(settings, **{name: getattr(settings, name) or NO_LIMIT for name in LIMITS})
         self.own_device = 0
@@ -52,20 +56,34 @@ class Host:
         """What of the sandbox holds here: each layer, and why it does not."""
         return self._zygote.layers
 
-    def create(self, owner: Credentials, memory_size: int = DEFAULT_SIZE) -> MachineProcess:
-        """A new machine of that user; LimitReached when the mount has no room for it."""
+    def create(
+        self,
+        owner: Credentials,
+        memory_size: int = DEFAULT_SIZE,
+        engine: str = "",
+        inheritance: Inheritance | None = None,
+    ) -> MachineProcess:
+        """A new machine of that user, perhaps a fork; LimitReached when the mount has no room for it."""
         limits = self._settings
         if len(self._machines) >= limits.max_vms:
             raise LimitReached(f"the mount's limit of {limits.max_vms} machines is reached (--max-vms)")
         if sum(machine.owner.uid == owner.uid for machine in self._machines) >= limits.max_vms_user:
             raise LimitReached(f"the limit of {limits.max_vms_user} machines a user is reached (--max-vms-user)")
-        self._check_memory(owner.uid, memory_size)
-        machine = MachineProcess(self, owner, self.engine, memory_size)
+        self._check_memory(owner.uid, memory_size, inheritance)
+        machine = MachineProcess(self, owner, engine or self.engine, memory_size, inheritance)
         self._machines.add(machine)
         return machine
 
+    def known_engine(self, name: str) -> str:
+        """ProcessFailed for what is none: a machine has said so."""
+        if name not in self.engines:
+            raise ProcessFailed("the machine's process names an engine that there is not")
+        return name
+
     def reserve(self, machine: MachineProcess, what: str, size: int) -> None:
         """Count more (or, below zero, less) memory of a machine: `mem` is RAM, all else what is kept beside it."""
+        if what == "mem" and machine.inheritance is not None:
+            raise Busy("the size of a fork's RAM is fixed")
         self._check_memory(machine.owner.uid, size)
         if what == "mem":  # never less than there is
             there = os.fstat(machine.memory_fd).st_size if machine.memory_fd >= 0 else 0
@@ -89,20 +107,23 @@ class Host:
         self._machines.discard(machine)
         self._zygote.tell_taken()  # that its process is its, whose end is waited for
 
-    def _used(self, uid: int | None = None) -> int:
-        return sum(
-            machine.memory_size + machine.reserved + machine.shared
-            for machine in self._machines
-            if uid is None or machine.owner.uid == uid
-        )
+    def _used(self, uid: int | None = None, inheritance: Inheritance | None = None) -> int:
+        """What is inherited counts once for each user who has forks of it, however many. `inheritance`: with that."""
+        size, inherited = 0, {} if inheritance is None else dict(inheritance.takes)
+        for machine in self._machines:
+            if uid is None or machine.owner.uid == uid:
+                size += machine.memory_size + machine.reserved + machine.shared
+                if machine.inheritance is not None:
+                    inherited.update(machine.inheritance.takes)
+        return size + sum(inherited.values())
 
-    def _check_memory(self, uid: int, more: int) -> None:
+    def _check_memory(self, uid: int, more: int, inheritance: Inheritance | None = None) -> None:
         if more <= 0:
             return
         limits = self._settings
         for used, most, whose in (
-            (self._used(), limits.max_memory, "the mount's {} (--max-mem)"),
-            (self._used(uid), limits.max_memory_user, "a user's {} (--max-mem-user)"),
+            (self._used(None, inheritance), limits.max_memory, "the mount's {} (--max-mem)"),
+            (self._used(uid, inheritance), limits.max_memory_user, "a user's {} (--max-mem-user)"),
         ):
             if used + more > most:
                 raise LimitReached(f"{more} bytes more than the {used} in use pass {whose.format(most)}")
@@ -129,7 +150,8 @@ class Host:
         OSError where there is no descriptor for it."""
         most = min(self._settings.max_memory, self._settings.max_memory_user)
         who = machine.owner
-        job, sock = self._zygote.machine(machine.engine, machine.memory_size, fresh=fresh)
+        size = machine.memory_size if machine.inheritance is None else DEFAULT_SIZE  # it gets other RAM
+        job, sock = self._zygote.machine(machine.engine, size, fresh=fresh)
         channel = Channel[ToServer](sock, ToServer, takes_fds=False)
         with contextlib.suppress(ChannelBroken):  # the machine, which listens, hears so
             channel.post(Become(who.uid, who.gid, list(who.groups), who.file_size, most if most < NO_LIMIT else 0))

@@ -16,6 +16,7 @@ import signal
 import socket
 import tempfile
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,9 +25,11 @@ import trio
 
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials, HostError
+from vmfs.host.inheritance import Inheritance
 from vmfs.host.theirs import open_memory
 from vmfs.host.zygote import Job
 from vmfs.memory.hostfile import punch
+from vmfs.memory.ram import check_size
 from vmfs.words import commands
 from vmfs.words.commands import (
     Channel,
@@ -148,13 +151,23 @@ class Keeper(Protocol):
 class MachineProcess:
     """One machine. On the loop only."""
 
-    def __init__(self, host: Keeper, owner: Credentials, engine: str, memory_size: int) -> None:
+    def __init__(
+        self,
+        host: Keeper,
+        owner: Credentials,
+        engine: str,
+        memory_size: int,
+        inheritance: Inheritance | None = None,
+    ) -> None:
         self.host = host
         self.owner = owner
         self.engine = engine
         self.memory_size = memory_size  # of RAM, as it counts against the limits
         self.reserved = 0  # bytes of everything else that does
         self.shared = 0  # ... and that this server has made for it
+        self.inheritance = inheritance  # of a fork: what it is made of
+        self._copies: weakref.WeakValueDictionary[int, Inheritance] = weakref.WeakValueDictionary()  # of it
+        self._files: tuple[socket.socket, Asker, trio.Event] | None = None  # the fork's, which it hears of once
         self.watcher = Watcher()
         self.memory_fd = -1
         self.failure = ""  # why the process has failed
@@ -182,6 +195,11 @@ class MachineProcess:
     @property
     def _is_over(self) -> bool:
         return self.removed or bool(self.failure)
+
+    @property
+    def is_blank(self) -> bool:
+        """It was only made, and is as every machine is then."""
+        return not self.born and self.inheritance is None
 
     @property
     def knows_sizes(self) -> bool:
@@ -220,6 +238,20 @@ class MachineProcess:
         send: tuple[int, ...] = (),
     ) -> Any:
         channel = self._begin()
+        if self.inheritance is not None:
+            await self._be_there()
+        return await self._ask(channel, make, asker, began, send)
+
+    async def _ask(
+        self,
+        channel: Channel[ToServer],
+        make: Callable[[int], Message],
+        asker: Asker | None = None,
+        began: Callable[[int], None] | None = None,
+        send: tuple[int, ...] = (),
+        sent: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """`sent` is called when it has been said."""
         number = next(self._numbers)
         message = make(number)
         waiting = self._calls[number] = _Call(message, asker)
@@ -232,6 +264,7 @@ class MachineProcess:
                 self._said.append((message, send))
             with contextlib.suppress(ChannelBroken):  # its listener says so
                 await channel.send(message, send)
+            sent()
             await waiting.event.wait()
         finally:
             self._calls.pop(number, None)
@@ -252,7 +285,7 @@ class MachineProcess:
     async def measure(self, files: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
         """(st_size, st_blocks) of files, by their paths, and when what they show last changed (in nanoseconds; 0: it
         has not)."""
-        if not self.born and self.host.fresh_sizes is not None:
+        if self.is_blank and self.host.fresh_sizes is not None:
             return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
         return self._sizes(files, await self.call(lambda at: commands.Measure(at, list(files))))
 
@@ -331,6 +364,9 @@ class MachineProcess:
         if self.host.fresh_sizes is None:
             await self.host.learn_sizes(self)
         self._begin()
+        await self._be_there()
+
+    async def _be_there(self) -> None:
         await self._birth.wait()
         if self._channel is None or self._is_over:
             raise self._unborn or self._gone()
@@ -370,14 +406,16 @@ class MachineProcess:
         if not isinstance(born, commands.Born) or born.version != commands.VERSION:
             raise ProcessFailed("the machine's process did not begin")
         try:
-            self.memory_fd = open_memory(job.pid, born.memory)
+            if self.inheritance is None:  # else it gets other RAM
+                self.memory_fd = open_memory(job.pid, born.memory)
         except ProcessFailed as error:
             with trio.move_on_after(CLOSE_SECONDS):
                 await job.ended.wait()
                 raise ChannelEnded from None  # how it has ended says more
             raise ChannelBroken(str(error)) from None
         self._said = None
-        self._birth.set()
+        if self.inheritance is None:
+            self._birth.set()
 
     async def _not_begun(self, job: Job, error: ChannelBroken) -> VmfsError:
         if job.was_spare:
@@ -403,6 +441,59 @@ class MachineProcess:
         with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):  # its listener says so
             await again.send_all(waiting)
 
+    async def _come_into(self, channel: Channel[ToServer], job: Job, inheritance: Inheritance) -> None:
+        """Of a fork: have its process be the copied machine, before anything else is asked of it."""
+        fds, files, self._files = tuple(inheritance.fds), self._files, None
+        line, asker, sent = files if files is not None else (None, None, trio.Event())
+
+        def said() -> None:
+            if line is not None:
+                line.close()  # nobody has it now but the fork, and the other end has nobody yet
+            sent.set()
+
+        try:
+            await self._ask(
+                channel,
+                lambda at: commands.Inherit(at, line is not None),
+                asker,
+                send=fds if line is None else (*fds, line.fileno()),
+                sent=said,
+            )
+        except VmfsError as error:
+            if not self.removed and not self.failure:
+                self._stay_unborn(channel, job, error)
+        else:
+            self._birth.set()
+        finally:
+            said()
+
+    async def begin_with_files(self, line: socket.socket, asker: Asker, sent: trio.Event) -> None:
+        """`start`, of a fork that gets files by that socket, which is closed, and `sent` set, as soon as it has it. It
+        opens what it needs besides as `asker`."""
+        self._files = line, asker, sent
+        try:
+            await self.start()
+        finally:
+            line.close()
+            sent.set()
+
+    async def copy(
+        self, snapshot: str, live: bool, asker: Asker | None, ask: Callable[..., Awaitable[Any]]
+    ) -> tuple[commands.Copied, Inheritance]:
+        """What a fork of it is made of: of now, or of that snapshot. `ask` is `call`, as the caller of the mount has
+        it. `Close` of the copy is to be told."""
+        answer = await ask(self, lambda at: commands.Fork(at, snapshot, live), asker)
+        try:
+            inheritance = self._copies.get(answer.same)
+            if inheritance is None:
+                assert self._job is not None
+                inheritance = self._copies[answer.same] = Inheritance(self._job.pid, answer.memory)
+            check_size(answer.size)
+        except BaseException:
+            self.tell(commands.Close(answer.copy))
+            raise
+        return answer, inheritance
+
     def _stay_unborn(self, channel: Channel[ToServer], job: Job, why: VmfsError) -> None:
         """Be as it was made."""
         channel.close()
@@ -427,6 +518,8 @@ class MachineProcess:
                 else:
                     self._stay_unborn(channel, job, error)
                 return
+            if self.inheritance is not None:
+                trio.lowlevel.spawn_system_task(self._come_into, channel, job, self.inheritance)
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
@@ -437,6 +530,8 @@ class MachineProcess:
         except ChannelBroken as error:
             why = f"was ended: {error}"
             self.host.kill(job)
+        if self._channel is not channel:  # it stays as it was made
+            return
         with trio.CancelScope(shield=True):
             await self._end(channel, job, why)
 
@@ -457,6 +552,7 @@ class MachineProcess:
         if not self.removed:
             channel.close()
         self._release_memory()
+        self.inheritance = None
         self.watcher.ended()
         with trio.move_on_after(CLOSE_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -486,6 +582,7 @@ class MachineProcess:
         if self.removed:
             return
         self.removed = True
+        self.inheritance = None
         for call in self._calls.values():
             call.event.set()
         channel, job = self._channel, self._job

@@ -18,7 +18,7 @@ from vmfs.devices.ide.ata import AtaDisk
 from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
-from vmfs.devices.virtio.backends import Passt, Tap
+from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import Disk, open_disk
@@ -26,8 +26,9 @@ from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
 from vmfs.machine.machine import Vm
+from vmfs.machine.state import Attached
 from vmfs.words.door import Door
-from vmfs.words.errors import Invalid, LimitReached
+from vmfs.words.errors import Busy, Invalid, LimitReached, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,12 @@ class Request:
     board: Pc
     name: str
     words: list[str]
+    place: int | None = None  # of what was there before: its slot
 
     @property
     def slot(self) -> int:
         """For what goes into a slot of the PCI bus."""
-        return self.board.pci.free_slot()
+        return self.board.pci.free_slot() if self.place is None else self.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class Row:
     """`usage` is the line; `least` and `most` are how many words may follow the kind.
 
     `acquire` gets what the host has to give, through the door and with no lock held; `make` makes the device of it, by
-    the name that `name` gives.
+    the name that `name` gives. For a fork, `hand` says which descriptors of such a device another process needs, and
+    raises where it cannot have one; `take` makes of them what `acquire` gave.
     """
 
     usage: str
@@ -58,6 +61,13 @@ class Row:
     acquire: Callable[[Door, list[str]], Any]
     make: Callable[[Request, Any], Device]
     name: Callable[[Pc, str, list[str]], str] = lambda board, kind, words: _numbered(board, kind)
+    hand: Callable[[Any], tuple[int, ...]] = lambda device: _alone(device)
+    take: Callable[[Door, list[str], tuple[int, ...]], Any] = lambda door, words, fds: None
+    files: int = 0  # how many descriptors these are
+
+
+def _alone(device: Device) -> tuple[int, ...]:
+    raise Unsupported(f"{device.name} can be no other machine's, too")
 
 
 def _numbered(board: Pc, kind: str) -> str:
@@ -90,11 +100,16 @@ def _without_as(words: list[str]) -> list[str]:
     return [word for word in words if not word.startswith(_AS)]
 
 
+def _disk_mode(words: list[str]) -> str:
+    words = _without_as(words)
+    return words[1] if len(words) > 1 else "rw"
+
+
 def _open_disk(door: Door, words: list[str]) -> Any:
     words = _without_as(words)
     if not 1 <= len(words) <= 2:
         raise Invalid("dev/add: a disk is a PATH, and ro, rw or cow")
-    path, mode = words[0], words[1] if len(words) > 1 else "rw"
+    path, mode = words[0], _disk_mode(words)
     return _open_image(door, path, mode), path
 
 
@@ -102,9 +117,11 @@ def _open_image(door: Door, path: str, mode: str) -> Disk:
     if mode not in ("ro", "rw", "cow"):
         raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
     flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
-    unnamed = os.O_TMPFILE | os.O_RDWR
-    fd = door.open(path, flags)
-    return open_disk(fd, mode, lambda: door.open(tempfile.gettempdir(), unnamed), _Room(door))
+    return _image_of(door, door.open(path, flags), mode)
+
+
+def _image_of(door: Door, fd: int, mode: str) -> Disk:
+    return open_disk(fd, mode, lambda: unnamed_file(door), Room(door))
 
 
 def _open_cdrom(door: Door, words: list[str]) -> Any:
@@ -148,7 +165,31 @@ def parse_medium(drive: Any, text: str) -> Callable[[Door], None]:
     return insert
 
 
-class _Room:
+def unnamed_file(door: Door) -> int:
+    """For what is written to a disk, on the host's disk."""
+    return door.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
+
+
+def _hand_disk(device: Block | AtaDisk) -> tuple[int, ...]:
+    disk: Any = device.disk
+    if disk.mode == "rw":
+        raise Busy(f"{device.name} is a disk that is rw, which two machines cannot write: attach it with cow")
+    return ((disk.base if disk.mode == "cow" else disk).fd,)
+
+
+def _take_disk(door: Door, words: list[str], fds: tuple[int, ...]) -> Any:
+    (fd,) = fds
+    if _disk_mode(words) not in ("ro", "cow"):
+        os.close(fd)
+        raise Invalid("a fork has no disk that is rw")
+    return _image_of(door, fd, _disk_mode(words)), _without_as(words)[0]
+
+
+def _nothing(door: Door, words: list[str]) -> None:
+    return None
+
+
+class Room:
     """Room for an overlay counts as memory of the machine does."""
 
     def __init__(self, door: Door) -> None:
@@ -183,6 +224,10 @@ def _open_share(door: Door, words: list[str]) -> Any:
     return RemoteServer(door.share(words[0], mode == "ro"), read_only=mode == "ro")
 
 
+def _hand_share(device: Share) -> tuple[int, ...]:
+    raise Busy(f"{device.name} is a share, whose open files are those of one machine")
+
+
 def _make_share(request: Request, server: Any) -> Device:
     path, tag = request.words[:2]
     return Share(request.board, request.name, request.slot, server, tag, path=path)
@@ -195,6 +240,9 @@ ATTACHABLE: Mapping[str, Row] = {
         2,
         _open_disk,
         lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
+        hand=_hand_disk,
+        take=_take_disk,
+        files=1,
     ),
     "ide": Row(
         "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd]",
@@ -203,6 +251,9 @@ ATTACHABLE: Mapping[str, Row] = {
         _open_disk,
         lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
         lambda board, kind, words: _drive_name(board, words, NAMES),
+        hand=_hand_disk,
+        take=_take_disk,
+        files=1,
     ),
     "cdrom": Row(
         "cdrom [PATH] [as=hda|hdb|hdc|hdd]",
@@ -218,10 +269,19 @@ ATTACHABLE: Mapping[str, Row] = {
         32,
         _open_net,
         lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac(request)),
+        hand=lambda device: (),
+        take=lambda door, words, fds: Unplugged(),
     ),
-    "rng": Row("rng", 0, 0, lambda door, words: None, lambda r, _: Rng(r.board, r.name, r.slot)),
-    "hvc": Row("hvc", 0, 0, lambda door, words: None, lambda r, _: Console(r.board, r.name, r.slot)),
-    "share": Row("share FOLDER TAG [ro|rw]", 2, 3, _open_share, _make_share),
+    "rng": Row("rng", 0, 0, _nothing, lambda r, _: Rng(r.board, r.name, r.slot), hand=lambda device: ()),
+    "hvc": Row("hvc", 0, 0, _nothing, lambda r, _: Console(r.board, r.name, r.slot), hand=lambda device: ()),
+    "share": Row(
+        "share FOLDER TAG [ro|rw]",
+        2,
+        3,
+        _open_share,
+        _make_share,
+        hand=_hand_share,
+    ),
 }
 
 
@@ -258,13 +318,27 @@ def attach(vm: Vm, asked: Attachment, door: Door) -> Device:
         return row.make(Request(board, row.name(board, kind, arguments), arguments), resource)
 
     try:
-        return vm.attach(make)
+        return vm.attach(make, kind, arguments)
     except BaseException:
-        _close(resource)
+        close_resource(resource)
         raise
 
 
-def _close(resource: Any) -> None:
+def remake(board: Pc, one: Attached, resource: Any) -> None:
+    """Have a device as it was attached, with what the host has given for it."""
+    request = Request(board, one.name, list(one.words), one.slot)
+    board.plug(ATTACHABLE[one.kind].make(request, resource))
+
+
+def row_of(one: Attached) -> Row:
+    """Invalid where there is none."""
+    row = ATTACHABLE.get(one.kind)
+    if row is None or not row.least <= len(one.words) <= row.most:
+        raise Invalid(f"{one.name}: {one.kind[:40]!r} is no device that can be attached so")
+    return row
+
+
+def close_resource(resource: Any) -> None:
     one = resource[0] if isinstance(resource, tuple) else resource
     if one is not None:
         one.close()

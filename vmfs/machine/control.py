@@ -344,6 +344,7 @@ class Control:
             self._run is None
             and self._state in ("paused", "halted")
             and self._has_run
+            and self._threads[0].is_there
             and not self._boot_due
             and self.board is None
             and len(self.cpus) == 1

@@ -94,6 +94,11 @@ class CpuThread:
         self._thread: threading.Thread | None = None
         self._has_begun = threading.Event()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the thread was begun: a machine that came as a value has run, perhaps, and has none yet."""
+        return self._thread is not None
+
     def attach_lane(self, lane: Lane) -> None:
         """Serve that lane, too; with the machine's lock held."""
         self._lane = lane

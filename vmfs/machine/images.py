@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 
-from vmfs.memory.layers import extents
+from vmfs.memory.layers import SEALS, extents
 from vmfs.words.errors import Gone, LimitReached
 
 _STEP = 1 << 20  # bytes that are copied at a time
@@ -13,16 +14,17 @@ NAMES = ("kernel", "initrd", "bios")
 
 
 class Kept:
-    """A file in memory that nobody changes any more, shared by those that keep it."""
+    """A file in memory that nobody can change any more, shared by those that keep it."""
 
     def __init__(self, fd: int, size: int) -> None:
-        """`fd` is this object's now."""
+        """`fd` is this object's now, a memfd, which is sealed."""
         self.fd = fd
         self.size = size
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.fd)
-
 
     def extents(self) -> Iterator[tuple[int, int]]:
         return extents(self.fd, 0, self.size)
@@ -48,7 +50,7 @@ class Image:
         if self._closed:
             raise Gone("the machine was removed")
         if self._fd < 0:
-            self._fd = os.memfd_create(f"vmfs-{self.name}", os.MFD_CLOEXEC)
+            self._fd = os.memfd_create(f"vmfs-{self.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         return self._fd
 
     def read(self, offset: int, length: int) -> bytes:

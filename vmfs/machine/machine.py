@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar, cast
@@ -29,6 +29,7 @@ from vmfs.machine.past import Past, Rom, Snapshot
 from vmfs.machine.pins import LINES, Pins
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
+    Attached,
     Attempt,
     Owner,
     Parts,
@@ -47,7 +48,7 @@ from vmfs.machine.state import (
     tried,
 )
 from vmfs.machine.topology import with_topology
-from vmfs.memory.layers import pages_of, runs
+from vmfs.memory.layers import Image, pages_of, runs
 from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size
 from vmfs.words import exits
 from vmfs.words.errors import (
@@ -97,6 +98,7 @@ class Vm(Control):
         self._boot_due = True
         self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
         self._rom: Rom | None = None
+        self._attached: dict[str, Attached] = {}  # by name, what `attach` has put in
         self.past = Past(self)
         self.listing = Listing()  # what `disasm` shows
         self._dirty = {"file": 0, "cache": 0, "past": 0}
@@ -250,6 +252,8 @@ class Vm(Control):
             is_halted=self._state == "halted",
             cmdline=os.fsencode(self.images.cmdline),
             images=self.images.sizes(),
+            rom=None if self._rom is None else (self._rom.address, self._rom.kept.size),
+            attached=tuple(self._attached.values()),
             new_msrs=self.cpu.reset_states["msrs"],
             held=tuple(exit_.line() for exit_ in self._held),
         )
@@ -401,7 +405,7 @@ class Vm(Control):
                 wanted, present = snapshot.opened(self), Parts.of(self)
                 cpuids = [[cpu["cpuid"] for cpu in parts.cpus] for parts in (wanted.parts, present)]
                 # An engine may refuse another CPUID once the CPU has run.
-                if self.engine.name != snapshot.engine.name or cpuids[0] != cpuids[1]:
+                if self.engine.name != snapshot.engine.name or self._has_run and cpuids[0] != cpuids[1]:
                     self._replace_machine(snapshot.engine)
                     present = Parts.of(self)
                 self._use_rom(snapshot.rom)
@@ -420,6 +424,36 @@ class Vm(Control):
     @property
     def rom(self) -> Rom | None:
         return self._rom
+
+    def rebuild(self, setup: Setup, engine: Engine, ram: Image, fill: Callable[[Pc], None]) -> None:
+        """Be a machine as `setup` says, as it is when it is new, with RAM over an image. `fill` plugs its devices in.
+        Where it fails nothing has changed. Busy during a run."""
+        board_type = machine_type(setup.machine)
+        check_cpu_count(setup.cpus)
+        memory, copied = Memory.over(setup.memory, ram)
+        assert memory.base is not None
+        with self._lock:
+            try:
+                self._check_idle()
+                old = self.memory, self.board, self._rom
+                self.memory, self._rom = memory, None
+                try:
+                    self._replace_machine(engine, board_type, setup.cpus, fill)
+                except BaseException:
+                    self.memory, self._rom = old[0], old[2]
+                    raise
+            except BaseException:
+                memory.close()
+                raise
+            self.machine_name = setup.machine
+            self._attached = {one.name: one for one in setup.attached}
+            self._has_run, self._boot_due = False, True
+            self._set_time(setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host")
+            memory.written = self._wrote
+            if old[1] is not None:
+                old[1].close()
+            old[0].close()
+        self.past.begin_over(memory.base, copied)
 
     # ---- what it is made of
 
@@ -453,6 +487,7 @@ class Vm(Control):
             old_board = self.board
             self._replace_machine(self.engine, board_type)
             self.machine_name = name
+            self._attached.clear()
             # A PC lives by the clock on the wall: its network and its users do.
             self._set_time("host" if board_type else default_time(self._machine))
             if old_board is not None:
@@ -464,12 +499,14 @@ class Vm(Control):
         """Then the size of RAM and the devices are fixed."""
         return self._has_run
 
-    def attach(self, make: Callable[[Pc], Device]) -> Device:
-        """Plug in the device that `make` makes. Before the first run, else Busy."""
+    def attach(self, make: Callable[[Pc], Device], kind: str = "", words: Sequence[str] = ()) -> Device:
+        """Plug in the device that `make` makes. Before the first run, else Busy. `kind` and `words`: as its line has
+        them."""
         with self._lock:
             board = self._changeable_board()
             device = make(board)
             board.plug(device)
+            self._attached[device.name] = Attached(device.name, getattr(device, "slot", None), kind, tuple(words))
         return device
 
     def check_attachable(self) -> None:
@@ -484,6 +521,7 @@ class Vm(Control):
             if device.name in board.built_in:
                 raise NotPermitted(f"{device.name} belongs to the machine")
             board.unplug(device)
+            self._attached.pop(device.name, None)
 
     def _changeable_board(self) -> Pc:
         self._check_idle()
@@ -581,9 +619,9 @@ class Vm(Control):
 
     def _set_rom(self, address: int, data: bytes) -> None:
         """Have `data` in the guest's address space, read-only, in the place of the ROM before."""
-        kept = Kept(os.memfd_create("vmfs-rom", os.MFD_CLOEXEC), len(data))
-        os.write(kept.fd, data)
-        self._use_rom(Rom(kept, address))
+        fd = os.memfd_create("vmfs-rom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(fd, data)
+        self._use_rom(Rom(Kept(fd, len(data)), address))
 
     def _use_rom(self, rom: Rom | None) -> None:
         if rom is self._rom:
@@ -634,13 +672,19 @@ class Vm(Control):
         self.tell()
 
     def _replace_machine(
-        self, engine: Engine, board_type: type[Pc] | Literal["same"] | None = "same", cpu_count: int | None = None
+        self,
+        engine: Engine,
+        board_type: type[Pc] | Literal["same"] | None = "same",
+        cpu_count: int | None = None,
+        fill: Callable[[Pc], None] = lambda board: None,
     ) -> None:
         """Go on with a new machine of an engine, which gets all state; with the lock held.
 
-        Unless it is "same", with another board: None is no board. When it raises nothing has changed.
+        Unless it is "same", with another board, which `fill` fills: None is no board. When it raises nothing has
+        changed.
         """
         count = len(self.cpus) if cpu_count is None else cpu_count
+        new_board: Pc | None = None
         has_board = self.board is not None if board_type == "same" else board_type is not None
         machine = engine.create_machine()
         try:
@@ -663,13 +707,18 @@ class Vm(Control):
             for cpu in cpus:
                 cpu.set_debug(self._points.request(cpu.index))
                 self._ask_trace(engine, machine, cpu.vcpu, self.trace.settings, count)
-            written = self._engine_dirty()
+            written = self._engine_dirty() if board_type == "same" else 0  # else nothing has run, or RAM is another
             board = self.board
             if board_type != "same":
-                board = board_type and board_type(machine, self.memory)
+                board = new_board = board_type and board_type(machine, self.memory)
+                if board is not None:
+                    board.cpu_count = count
+                    fill(board)
             elif board is not None:
                 board.move_to(machine)
         except BaseException:
+            if new_board is not None:
+                new_board.close()
             machine.close()
             raise
         old, self._machine, self.engine = self._machine, machine, engine

@@ -108,6 +108,7 @@ class Past:
         self._parent: Image | None = None  # what RAM is but for the pages that are noted; None: it is not known
         self._news = 0  # of `unseen` when RAM was the parent
         self.is_tracked = False
+        self._is_of_others = False  # the base is
         self.last: str | None = None  # the one that was gone back to, or taken, last
 
     # ---- what there is
@@ -151,17 +152,19 @@ class Past:
         unseen: Callable[[], int] = lambda: 0,
         reserve: Reserve | None = None,
         go_on: Callable[[], None] = lambda: None,
+        is_kept: bool = True,
     ) -> Snapshot:
         """Keep what the machine is now, running or not. LimitReached where there is no room, and then nothing is kept.
+        Not `is_kept`: it is the caller's alone.
 
         `is_live`: clients have RAM's memfd itself open, so that it has to stay what RAM is, and RAM is copied. `unseen`
         is below zero while they may write it unseen, and else another number after they may have. `go_on` is called now
         and then, and raises what gives it up.
         """
         with self._busy:
-            if name in self._snapshots:
+            if is_kept and name in self._snapshots:
                 raise AlreadyThere(f"there is a snapshot {name} already")
-            if len(self._snapshots) >= SNAPSHOTS_MOST:
+            if is_kept and len(self._snapshots) >= SNAPSHOTS_MOST:
                 raise LimitReached(f"a machine has up to {SNAPSHOTS_MOST} snapshots")
             if reserve is not None:
                 self._reserve = reserve
@@ -174,10 +177,17 @@ class Past:
                 raise
             finally:
                 taking.close()
-            self._snapshots[name] = snapshot
-            self.last = name
+            if is_kept:
+                self._snapshots[name] = snapshot
+                self.last = name
             self._settle()
         return snapshot
+
+    def begin_over(self, base: Image, copied: int) -> None:
+        """RAM is over an image that others have made, and that counts as theirs; `copied` are pages of its own."""
+        self.is_tracked, self._parent, self._is_of_others = True, base, True
+        self._vm.take_pages()
+        self._vm.note_pages(copied)
 
     def _begin(self, is_live: bool) -> None:
         """Have all be noted that is written from now on; and have RAM over a base, unless it has to stay what it is."""
@@ -316,7 +326,7 @@ class Past:
         layers = {layer for one in snapshots for layer in one.ram.layers}
         if self._parent is not None:
             layers.update(self._parent.layers)
-        total = (memory.size if under else 0) + sum(layer.taken for layer in layers - under)
+        total = (memory.size if under and not self._is_of_others else 0) + sum(layer.taken for layer in layers - under)
         total += sum({kept: kept.size for one in snapshots for kept in one.files()}.values())
         total += sum(2 * len(one.encoded) for one in snapshots)
         if may_ask or total < self._held:

@@ -24,7 +24,7 @@ from typing import Annotated, ClassVar, Literal, Protocol
 import msgspec
 
 from vmfs.devices.board import Board, BoardState
-from vmfs.devices.device import DeviceState, unpack
+from vmfs.devices.device import U64, DeviceState, unpack
 from vmfs.engine.base import Machine, Vcpu, has_state
 from vmfs.engine.rest import as_new, given_up
 from vmfs.words.errors import Invalid, Unsupported
@@ -36,12 +36,23 @@ FORMAT = 1  # of a State
 # ---- the machine as its user has set it up
 
 
-class Setup(DeviceState):
-    """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot. `new_msrs`:
-    the MSRs that its CPUs had when they were new, by which another engine knows which of them describe the engine.
-    `held`: the exits, as lines, that CPUs came to when another one had ended the run; the next runs return them."""
+class Attached(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A device that a user has attached: what it is called, its place on the PCI bus, if it has one, and the words of
+    its line."""
 
-    VERSION: ClassVar[int] = 2
+    name: Annotated[str, msgspec.Meta(max_length=64)]
+    slot: Annotated[int, msgspec.Meta(ge=0, le=31)] | None
+    kind: Annotated[str, msgspec.Meta(max_length=64)]
+    words: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=4096)], ...], msgspec.Meta(max_length=64)]
+
+
+class Setup(DeviceState):
+    """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot; `rom`: address
+    and size. `new_msrs`: the MSRs that its CPUs had when they were new, by which another engine knows which of them
+    describe the engine. `held`: the exits, as lines, that CPUs came to when another one had ended the run; the next
+    runs return them."""
+
+    VERSION: ClassVar[int] = 3
 
     machine: str
     engine: str
@@ -53,7 +64,9 @@ class Setup(DeviceState):
     is_shut_down: bool
     is_halted: bool
     cmdline: bytes
-    images: dict[str, int]
+    images: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+    rom: tuple[U64, U64] | None
+    attached: Annotated[tuple[Attached, ...], msgspec.Meta(max_length=64)]
     new_msrs: bytes
     held: tuple[str, ...]
 
@@ -342,6 +355,14 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if state.format != FORMAT:
             raise Invalid(f"a machine's state of format {state.format}, where {FORMAT} is known")
         return state
+
+
+def setup_of(state: State) -> Setup:
+    """What a machine of that state is made of. Invalid where it does not say so."""
+    part = state.parts.get(f"{Owner.MACHINE}/setup")
+    if part is None:
+        raise Invalid("the state has no setup")
+    return unpack(Setup, part.version, part.data, "setup")
 
 
 def take(body: Body) -> State:

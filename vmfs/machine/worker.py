@@ -23,6 +23,7 @@ from vmfs.engine.base import Engine
 from vmfs.machine.files import monitor, request
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.devices import DEV_KINDS, Devices, kind_of
+from vmfs.machine.files.forks import CopyHandle, Forks
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
 from vmfs.machine.files.snapshots import Snapshots
 from vmfs.machine.files.table import CONTENTS, CPU_CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
@@ -137,6 +138,7 @@ class Worker:
         self.contents = Contents(vm, self._door, self._complain, monitor.command, engine_named)
         self._devices = Devices(self.contents)
         self._snapshots = Snapshots(self.contents)
+        self._forks = Forks(self.contents)
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
         self._requests: dict[int, request.Request] = {}
@@ -198,6 +200,9 @@ class Worker:
                 # Here, so that an Interrupt that comes next finds it.
                 asked = request.Request(message.call, getattr(message, "flags", commands.ANY_FLAGS))
                 self._requests[message.call] = asked
+                if isinstance(message, commands.Hand | commands.Inherit):
+                    nursery.start_soon(self._answer, message, asked, fds)
+                    return
                 nursery.start_soon(self._answer, message, asked)
         commands.close_all(fds)
 
@@ -209,10 +214,16 @@ class Worker:
             answer = Failed(message.call, error.errno or errno.EIO, f"no lane: {error.strerror}", quiet=True)
         self.say(answer)
 
-    async def _answer(self, message: Any, asked: request.Request) -> None:
+    async def _answer(self, message: Any, asked: request.Request, fds: list[int] | None = None) -> None:
         request.begin(asked)
         try:
-            answer = await _CALLS[type(message)](self, message)
+            if isinstance(message, commands.Hand):
+                answer = await self._hand(message, fds)
+            elif isinstance(message, commands.Inherit):
+                await self._forks.inherit(message.files, fds)
+                answer = Done(message.call)
+            else:
+                answer = await _CALLS[type(message)](self, message)
         except Exception as error:
             answer = self._failure(error, message)
         finally:
@@ -383,12 +394,30 @@ class Worker:
             self._devices.remove(name)
         elif folder == "snap":
             await self._snapshots.remove(name)
+            self._forks.forget(name)
         else:
             raise NotPermitted("only a device's directory and a snapshot can be removed")
         return Done(message.call)
 
     async def _take_snapshot(self, message: commands.Take) -> Done:
         await self._snapshots.take(message.name, message.live)
+        return Done(message.call)
+
+    async def _fork(self, message: commands.Fork) -> commands.Copied:
+        handle, copy = await self._forks.copy(message.snapshot, message.live)
+        handle.number = number = next(self._numbers)
+        self._handles[number] = handle
+        return commands.Copied(
+            message.call, number, copy.number, copy.engine, copy.size, list(copy.memory), bool(copy.files)
+        )
+
+    async def _hand(self, message: commands.Hand, fds: list[int] | None) -> Done:
+        handle = self._handles.get(message.copy)
+        copy = handle.copy if isinstance(handle, CopyHandle) else None
+        if copy is None:
+            commands.close_all(fds)
+            raise Gone("there is no such copy")
+        await self._forks.hand(copy, fds)
         return Done(message.call)
 
     async def _measure(self, message: commands.Measure) -> Measured:
@@ -473,6 +502,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Find: Worker._find,
     commands.Take: Worker._take_snapshot,
     commands.Remove: Worker._remove,
+    commands.Fork: Worker._fork,
 }
 
 

@@ -49,13 +49,14 @@ class _Range:
 
 
 class Mapping:
-    """`size` bytes of the file of a descriptor, shared. Unmapped with the last of this object and its views."""
+    """`size` bytes of the file of a descriptor, shared, or private. Unmapped with the last of this object and its
+    views."""
 
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, fd: int, size: int, *, private: bool = False) -> None:
         self.size = size
         self._range = _Range(size)
         self.address = self._range.address
-        self.share(fd, 0, size)
+        (self.own if private else self.share)(fd, 0, size)
         room = (ctypes.c_ubyte * size).from_address(self.address)
         room.range = self._range  # type: ignore[attr-defined]  # a view outlives this object
         self.view = memoryview(room).cast("B")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmfs.memory.hostfile import punch
-from vmfs.memory.layers import Image, Layer, extents, joined, runs
+from vmfs.memory.layers import Image, Layer, bits, extents, joined, runs
 from vmfs.memory.mapping import PAGE, Mapping
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, PastEnd
 
@@ -27,6 +27,7 @@ LOW_MOST = 0xE000_0000
 HIGH_START = 1 << 32
 _STEP = 16 << 20  # bytes that are mapped anew, or copied, at a time
 _ZEROS = 1 << 20
+_MAPPINGS_MOST = 2048  # of parts of layers
 F_SEAL_FUTURE_WRITE = 0x10  # Linux include/uapi/linux/fcntl.h; the fcntl module lacks it
 MAXIMUM_SIZE = 1 << 39  # so that all of it has an address of 40 bits, as the emulator's CPUID says
 
@@ -78,6 +79,35 @@ class Memory:
     """
 
     base: Image | None = None
+
+    @classmethod
+    def over(cls, size: int, image: Image) -> tuple[Memory, int]:
+        """`size` bytes, private over an image of RAM, and which pages of it are copies: each run of pages of a layer
+        over another takes a mapping, of which a process has 65,530."""
+        check_size(size)
+        memory = cls.__new__(cls)
+        memory._sealed, memory._closed, memory._writing = True, False, threading.Lock()
+        memory.written = lambda address, size: None
+        memory.size, memory.regions = size, regions_of(size)
+        ground = image.layers[0]
+        if image.end != memory.end or ground.pages is not None:
+            raise Invalid(f"an image of RAM up to {image.end:#x} is none of {size} bytes")
+        memory.mapping = Mapping(ground.fd, memory.end, private=True)
+        visible = [(layer, here) for layer, here in image.parts(bits(0, memory.end // PAGE)) if layer is not ground]
+        pieces = [(count, first, number) for number, (_, here) in enumerate(visible) for first, count in runs(here)]
+        mapped, copied = [0] * len(visible), 0
+        for at, (count, first, number) in enumerate(sorted(pieces, reverse=True)):
+            fd, start, length = visible[number][0].fd, first * PAGE, count * PAGE
+            if at < _MAPPINGS_MOST:
+                memory.mapping.own(fd, start, length)
+                mapped[number] |= bits(first, count)
+            else:
+                _read_all(fd, memory.mapping.view[start : start + length], start)
+                copied |= bits(first, count)
+        upper = [Layer(os.dup(layer.fd), its) for (layer, _), its in zip(visible, mapped, strict=True) if its]
+        memory.base = Image((ground, *reversed(upper)), memory.end)
+        memory.fd = os.dup(ground.fd)
+        return memory, copied
 
     def __init__(self, size: int = DEFAULT_SIZE) -> None:
         check_size(size)
@@ -302,6 +332,15 @@ class MemoryView:
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of what was ever touched; between them are zeros that take no memory."""
         return extents(self.fd, 0, self.end) if self._base is None else _touched(self._base, 0, self.end)
+
+
+def _read_all(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + _STEP]], offset + done)
+        if not got:
+            raise EngineFailed(f"an image of RAM ends at {offset + done:#x}")
+        done += got
 
 
 def _touched(base: Image, start: int, end: int) -> Iterator[tuple[int, int]]:

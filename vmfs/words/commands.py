@@ -33,7 +33,7 @@ VERSION = 1
 
 PACKET_MOST = 192 << 10  # bytes of a packet: what Linux lets through with its default net.core.wmem_max
 DATA_MOST = 128 << 10  # bytes of a file's contents in one message
-FDS_MOST = 4
+FDS_MOST = 32
 ASKED_MOST = 16  # questions of a machine at a time
 
 _SO_PASSRIGHTS = 83  # Linux include/uapi/asm-generic/socket.h
@@ -151,6 +151,29 @@ class Remove(Message, frozen=True):
     path: str
 
 
+class Fork(Message, frozen=True):
+    """A copy of what the machine is now, or of that snapshot. `live`: as in `Take`."""
+
+    call: int
+    snapshot: str
+    live: bool
+
+
+class Hand(Message, frozen=True):
+    """Send the files of that copy to the socket that goes along, one after another."""
+
+    call: int
+    copy: int
+
+
+class Inherit(Message, frozen=True):
+    """First, of a machine that is a fork: be that copy, whose memory goes along, and last the socket that has its files
+    (`files`: there are some)."""
+
+    call: int
+    files: bool
+
+
 class Interrupt(Message, frozen=True):
     """A signal came for the caller: end the call soon. It is answered all the same."""
 
@@ -191,7 +214,9 @@ class Refused(Message, frozen=True):
     sentence: str
 
 
-Call = Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove | Lane
+Call = (
+    Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove | Fork | Hand | Inherit | Lane
+)
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
@@ -240,6 +265,19 @@ class Measured(Message, frozen=True):
     call: int
     sizes: list[tuple[int, int]]
     modified_ns: int
+
+
+class Copied(Message, frozen=True):
+    """Of `Fork`: by `copy`, which `Close` lets go, it is kept. `memory`: the numbers of its memory's descriptors in the
+    machine's process; the same memory again has the same `same`. `files`: it has files, too, which `Hand` sends."""
+
+    call: int
+    copy: int
+    same: int
+    engine: str
+    size: int
+    memory: list[int]
+    files: bool
 
 
 class Failed(Message, frozen=True):
@@ -347,10 +385,10 @@ class Invalidate(Message, frozen=True):
 
 
 # What answers a call, if not `Failed`; Done, if it is not here.
-ANSWERS = {Open: Opened, Read: Done | Placed, List: Listed, Measure: Measured}
+ANSWERS = {Open: Opened, Fork: Copied, Read: Done | Placed, List: Listed, Measure: Measured}
 
 Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | Reserve | Invalidate
-Answer = Done | Placed | Opened | Listed | Measured | Failed
+Answer = Done | Placed | Opened | Listed | Measured | Copied | Failed
 ToServer = Answer | Question | Born | Woken | Complaint
 
 

@@ -24,9 +24,10 @@ _ROOM = 8 << 20
 
 
 class Backend(Protocol):
-    """`fd` is readable when a frame has come, and writable when one can be sent."""
+    """`fd` is readable when a frame has come, and writable when one can be sent. Not `is_plugged`: there is no link."""
 
     fd: int
+    is_plugged: bool
 
     @property
     def collects(self) -> bool:
@@ -58,6 +59,33 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+class Unplugged:
+    """No cable: what is sent is lost, and nothing comes."""
+
+    is_plugged = collects = unsent = False
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def collect(self) -> int:
+        return 0
+
+    def flush(self) -> None:
+        pass
+
+    def send(self, frame: bytes) -> bool:
+        return True
+
+    def receive(self) -> bytes | None:
+        return None
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": "unplugged"}
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Stream:
     """Frames, each after its length in 32 bits, over a connected stream socket, which is closed with it.
 
@@ -65,6 +93,8 @@ class Stream:
     the frames that do not fit (tap.c, tap_send_frames_passt), and of an ARP reply, in Debian 12's, only the second half
     (tap_send), which garbles all that follows.
     """
+
+    is_plugged = True
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -167,6 +197,8 @@ class Passt(Stream):
 
 class Tap:
     """An interface of the host, by a descriptor of /dev/net/tun that is it, which is closed with it."""
+
+    is_plugged = True
 
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd

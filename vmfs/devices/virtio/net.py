@@ -67,7 +67,7 @@ class Net(VirtioDevice[NetState]):
             raise Invalid("a network card's address is six bytes, and none of a group (the first one is even)")
         self.backend = backend
         self.mac = mac
-        self.link_up = True
+        self.link_up = backend.is_plugged
         self._frame: bytes | None = None  # arrived, and no buffer for it yet
         self.pairs = 1  # that the driver uses
         self._flows: dict[bytes, int] = {}  # as the guest receives them -> their pair

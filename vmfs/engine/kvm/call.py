@@ -61,14 +61,15 @@ def ioctl_long(fd: int, request: Ioctl, argument: int) -> None:
 
 
 class Mapping:
-    """Pages of a file in this process, shared, by their address alone.
+    """Pages of a file in this process, by their address alone; shared where they may be written (a file that is sealed
+    has no other mapping before Linux 6.7).
 
     The mmap module would do, but wants a writable mapping to tell its address, and a second descriptor.
     """
 
     def __init__(self, fd: int, offset: int, size: int, *, writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        flags = mmap.MAP_SHARED | _MAP_NORESERVE
+        flags = (mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE) | _MAP_NORESERVE
         address = _LIBC.mmap(None, size, protection, flags, fd, offset)
         if address == _MAP_FAILED:
             raise EngineFailed(f"mmap of {size:#x} bytes of guest memory: {os.strerror(ctypes.get_errno())}")

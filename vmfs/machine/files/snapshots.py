@@ -137,24 +137,10 @@ class Snapshots:
 
     async def take(self, name: str, is_live: bool) -> None:
         """Keep what the machine is now. `is_live`: clients have its memfd."""
-        contents, asked = self._machine, current()
-
-        def go_on() -> None:
-            if asked is not None and asked.interrupted:
-                raise Interrupted("a signal came for the caller")
-
-        def reserve(more: int) -> None:
-            if more > 0:
-                contents.door.reserve("beside", more)
-            else:
-                contents.door.release("beside", -more)
-
+        contents = self._machine
         await contents.memory.settle()
-        await trio.to_thread.run_sync(
-            lambda: contents.vm.past.take(
-                name, is_live=is_live, unseen=lambda: _unseen(contents), reserve=reserve, go_on=go_on
-            )
-        )
+        taking = Taking(contents)
+        await trio.to_thread.run_sync(lambda: taking.take(name, is_live=is_live))
         contents.touch()
 
     async def remove(self, name: str) -> None:
@@ -171,6 +157,37 @@ class Snapshots:
         for name, snapshot in there.items():
             if snapshot is not None and name not in self._scopes:
                 self._scopes[name] = SnapshotScope(self._machine, snapshot)
+
+
+class Taking:
+    """How a snapshot is taken for the call under way, which a signal ends."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._asked = current()
+
+    def take(self, name: str, *, is_live: bool, is_kept: bool = True) -> Snapshot:
+        """For a thread."""
+        contents = self._contents
+        return contents.vm.past.take(
+            name,
+            is_live=is_live,
+            unseen=lambda: _unseen(contents),
+            reserve=self._reserve,
+            go_on=self._go_on,
+            is_kept=is_kept,
+        )
+
+    def _go_on(self) -> None:
+        if self._asked is not None and self._asked.interrupted:
+            raise Interrupted("a signal came for the caller")
+
+    def _reserve(self, more: int) -> None:
+        door = self._contents.door
+        if more > 0:
+            door.reserve("beside", more)
+        else:
+            door.release("beside", -more)
 
 
 def _unseen(contents: Contents) -> int:

@@ -78,7 +78,9 @@ static void *map_guarded(size_t size, int protection, int fd, off_t offset)
     uint8_t *guard = mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (guard == MAP_FAILED)
         return NULL;
-    if (mmap(guard + PAGE, size, protection, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, offset) == MAP_FAILED) {
+    /* A file that is sealed has no shared mapping before Linux 6.7. */
+    int kind = protection & PROT_WRITE ? MAP_SHARED : MAP_PRIVATE;
+    if (mmap(guard + PAGE, size, protection, kind | MAP_NORESERVE | MAP_FIXED, fd, offset) == MAP_FAILED) {
         int error = errno;
         munmap(guard, size + 2 * PAGE);
         errno = error;
