@@ -385,6 +385,73 @@ def test_a_signal_handler_that_raises_ends_a_run_with_a_bound(vm):
     assert vm.regs.rax == count + 1
 
 
+# ---- Python: points, traces, CPUs, snapshots
+
+
+def test_points_and_their_options(vm):
+    load(vm, LOOP)
+    vm.regs.rax = 0
+    third = vm.breakpoint(CODE, condition="rax==3", once=True)
+    assert vm.run() == exits.Debug(cause="breakpoint", id=third, rip=CODE)
+    assert (vm.regs.rax, vm.points()) == (3, [])
+    store = vm.iobreak("0x60-0x64", ignore=1)
+    (point,) = vm.points()
+    assert (point.id, point.hits) == (store, 0) and point.what.startswith("iobreak 0x60-0x64 ignore 1 ")
+    vm.delete(store)
+    assert vm.points() == []
+
+
+def test_what_is_traced_can_be_read_while_and_after(vm):
+    if vm.engine != "emulator":
+        pytest.skip("KVM traces instructions and exits only")
+    load(vm, bytes.fromhex("ff0425 00200000 ebf7"))  # inc dword [0x2000]; jmp
+    with vm.trace("insn", "mem") as records:
+        vm.run(insns=4)
+        first = next(records)
+    rest = list(records)
+    assert (first.kind, first.address, first.cpu) == ("insn", CODE, 0)
+    accesses = [(each.is_write, each.address, each.size, each.value, each.at) for each in rest if each.kind == "mem"]
+    assert accesses == [(way, 0x2000, 4, number + way, CODE) for number in (0, 1) for way in (False, True)]
+    assert sum(each.size for each in (first, *rest) if each.kind == "insn") == 4
+    assert vm.stat["trace"].startswith("off")
+
+
+def test_cpus_have_registers_of_their_own(mount):
+    with Vm.temporary(mount, mem_size="16M", cpus=2) as vm:
+        vm.cpu(1).regs.rax = 7
+        assert (vm.cpus, vm.cpu(1).regs.rax, vm.regs.rax, vm.cpu(1).state) == (2, 7, 0, "running")
+        assert vm.read_text("cpu1/reg/rax") == "0x0000000000000007"
+        with fails(errno.ENOENT):
+            vm.cpu(2)
+
+
+def test_a_snapshot_is_gone_back_to(vm):
+    load(vm, LOOP)
+    vm.run(insns=4)
+    vm.snapshot("there")
+    before = vm.regs.read()
+    vm.run(insns=100)
+    vm.mem[0x3000] = 1
+    vm.restore("there")
+    assert (vm.regs.read(), vm.read_mem(0x3000, 1)) == (before, b"\0")
+    with pytest.raises(FileExistsError):
+        vm.snapshot("there")
+    assert vm.snapshots == ["there"]
+    vm.drop("there")
+    assert vm.snapshots == []
+    with fails(errno.ENOENT):
+        vm.restore("there")
+
+
+def test_the_next_instructions_and_symbols(vm):
+    load(vm, LOOP)
+    vm.load_symbols(f"{CODE:016x} T begin\n".encode())
+    assert vm.symbol("begin") == CODE
+    assert [line.rpartition("  ")[2] for line in vm.disasm(count=2)] == ["inc rax", "jmp 0x1000 <begin>"]
+    with pytest.raises(KeyError):
+        vm.symbol("end")
+
+
 def real_mode_interrupts(vm):
     """A guest that halts with interrupts on; the handlers of vector 0x21 and of the NMI set bx."""
     vm.mode = "real"  # where the table of vectors is as simple as this

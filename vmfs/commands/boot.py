@@ -8,15 +8,14 @@ import os
 import select
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vmfs.boot import Source, probe
+from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
 from vmfs.commands import terminal
 from vmfs.commands.console import open_console
 from vmfs.commands.options import argument, engine, size
@@ -88,36 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def removed_in_any_case(command: str) -> Iterator[Callable[[], None]]:
-    """Have a shell run `command` afterwards, in the case that this process is killed, too. Not after a call of what
-    this yields.
-
-    The shell sees the end of the pipe. It is in a session of its own, so that no key and no hangup of the terminal
-    ends it.
-    """
-    script = f"trap '' TERM; read -r word; [ \"$word\" = stay ] && exit; exec 2>/dev/null; {command}"
-    shell = subprocess.Popen(
-        ["/bin/sh", "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        start_new_session=True,
-    )
-    assert shell.stdin is not None
-    stdin = shell.stdin
-
-    def stay() -> None:
-        stdin.write(b"stay\n")
-
-    try:
-        yield stay
-    finally:
-        stdin.close()
-        shell.wait()
-
-
-@contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the program as ^C does: what was made is taken away."""
 
@@ -157,16 +126,13 @@ def mount(given: str | None, *, keep: bool) -> Iterator[tuple[Path, Callable[[],
             return
     if keep:
         raise Invalid("--keep needs a mount that stays: vmfs mount DIR")
-    directory = tempfile.mkdtemp(prefix="vmfs-")
-    quoted = shlex.quote(os.path.abspath(directory))
-    with removed_in_any_case(f"fusermount3 -u -z -- {quoted}; rmdir -- {quoted}") as stay:
-        made = subprocess.run(
-            [sys.executable, "-m", "vmfs.cli", "mount", directory], stderr=subprocess.PIPE, text=True, check=False
-        )
-        if made.returncode:
-            raise EngineFailed(made.stderr.strip().removeprefix("vmfs mount: ") or "the mount failed")
-        print(f"vmfs boot: on {directory}, a mount for this time", file=sys.stderr)
-        yield Path(directory), stay
+    stays: list[Callable[[], None]] = []
+    try:
+        with private_mount(staying=stays.append) as directory:
+            print(f"vmfs boot: on {directory}, a mount for this time", file=sys.stderr)
+            yield directory, stays[0]
+    except MountFailed as failure:
+        raise EngineFailed(str(failure)) from None
 
 
 def _nothing() -> None:
