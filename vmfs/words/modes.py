@@ -7,6 +7,7 @@ checks that hardware makes when it enters a guest (Intel SDM 3C 27.3.1).
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -42,6 +43,7 @@ PAGE_SIZE = 4096
 _LARGE_PAGE = 2 << 20
 _TABLE_REACH = 1 << 30  # what one page directory of 2 MiB pages maps
 _PRESENT, _WRITABLE, _USER, _LARGE = 1 << 0, 1 << 1, 1 << 2, 1 << 7  # of a page table entry, SDM 3A 4.5
+_ACCESSED, _DIRTY = 1 << 5, 1 << 6
 
 # The GDT of `protected` and `long`, at the start of the last page of RAM. The order is the one that SYSCALL
 # and SYSRET want: kernel code, kernel data, then user 32-bit code, data, 64-bit code (SDM 2B, SYSRET).
@@ -191,6 +193,35 @@ def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 
         put_quad(regs, offset, value)
     cpu.set_state("sregs", bytes(sregs))
     cpu.set_state("regs", bytes(regs))
+
+
+@functools.lru_cache(maxsize=16)
+def flat(sregs: bytes, mode: str, at: int, gigabytes: int, *, large: bool) -> tuple[bytes, bytes]:
+    """The sregs of a CPU in a mode, with flat segments of base 0 and no IDT, and what is to be at guest-physical `at`:
+    of `protected` the GDT; of `long` a PML4, a PDPT, page directories, which map so many GiB to themselves, for user
+    mode, too, and in the page after them the GDT. A CPU has nothing to write there. `large`: in pages of 1 GiB, without
+    page directories."""
+    found = bytearray(sregs)
+    tables = b""
+    if mode == "real":
+        _set_real(found)
+        TABLE.pack_into(found, IDTR, 0, 0)
+    elif mode == "protected":
+        tables = _set_flat(found, long=False, gdt=at)
+        _set_control(found, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE, cr3=0, cr4_more=0)
+    else:
+        flags = _PRESENT | _WRITABLE | _USER | _ACCESSED
+        pdpt = at + PAGE_SIZE
+        tables = struct.pack("<Q", pdpt | flags).ljust(PAGE_SIZE, b"\0")
+        if large:
+            tables += _table(0, 1 << 30, gigabytes, flags | _LARGE | _DIRTY).ljust(PAGE_SIZE, b"\0")
+        else:
+            tables += _table(pdpt + PAGE_SIZE, PAGE_SIZE, gigabytes, flags).ljust(PAGE_SIZE, b"\0")
+            tables += _table(0, _LARGE_PAGE, 512 * gigabytes, flags | _LARGE | _DIRTY)
+        tables += _set_flat(found, long=True, gdt=at + len(tables))
+        _set_control(found, cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG, cr3=at, cr4_more=CR4_PAE)
+    put_quad(found, EFER, EFER_LME | EFER_LMA if mode == "long" else 0)
+    return bytes(found), tables
 
 
 def _set_real(sregs: bytearray) -> None:

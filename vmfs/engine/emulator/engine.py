@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 from vmfs.engine.base import (
     MACHINE_REST,
@@ -298,11 +298,14 @@ class EmulatorTurns:
 
 
 class EmulatorVcpu(Vcpu):
-    """A `struct vcpu` of the core."""
+    """A `struct vcpu` of the core. `makers`: of exits of the core's tuples, by their reason."""
+
+    makers: ClassVar[Mapping[int, Callable[[EmulatorVcpu, tuple, bytes], Exit]]]
 
     def __init__(self, index: int, cpu: _core.Vcpu, *, has_irqchip: bool) -> None:
         self.index = index
         self._cpu = cpu
+        self.core = cpu  # for vmfs.library: hooks, and registers one at a time
         self.lane = cpu.lane
         self._has_irqchip = has_irqchip
         self._closed = False
@@ -533,3 +536,4 @@ _MAKERS: dict[int, Callable[[EmulatorVcpu, tuple, bytes], Exit]] = {
     _core.EXIT_LIMIT: EmulatorVcpu._limit,
     _core.EXIT_ERROR: EmulatorVcpu._error,
 }
+EmulatorVcpu.makers = _MAKERS

@@ -106,6 +106,14 @@ long vcpu_get_state(struct vcpu *c, const char *name, void *data, size_t size);
 int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t size);
 int vcpu_get_msr(struct vcpu *c, uint32_t index, uint64_t *value);   /* -EINVAL: no such MSR */
 int vcpu_set_msr(struct vcpu *c, uint32_t index, uint64_t value);    /* -EINVAL: would be #GP */
+/* A general register by its number in instructions, or CORE_IP. To set one ends what a CPU is in the middle of, as `regs` does. */
+enum { CORE_IP = 17 };
+uint64_t vcpu_get_register(const struct vcpu *c, unsigned number);
+void vcpu_set_register(struct vcpu *c, unsigned number, uint64_t value);
+uint64_t vcpu_code_address(const struct vcpu *c);    /* the linear address of the next instruction */
+unsigned vcpu_alone_length(const struct vcpu *c);    /* bytes of the last instruction that ran alone, as one at a breakpoint does */
+/* Memory at a linear address, by the page tables, without side effects. Returns how many bytes there were. */
+size_t vcpu_peek(struct vcpu *c, uint64_t linear, void *data, size_t size);
 /* The guest-physical address of a linear one by the page tables, without side effects; -EFAULT. */
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical);
 
@@ -179,6 +187,7 @@ struct vcpu_exit {
     enum debug_cause cause;  /* debug */
     uint32_t id;             /* debug: of the stop that matched */
     uint32_t vector;         /* debug: exception, interrupt */
+    uint64_t access;         /* debug, watchpoint: where the access begins, of `size` bytes; `write` */
     const char *message;     /* error: a sentence */
 };
 
@@ -190,6 +199,8 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* The same as a part of the run before: where that did not stop at a breakpoint (or begin there and execute nothing), one
  * at its start stops. Decoded code stays as it is, but for what vm_memory_written names. */
 void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
+/* As vcpu_run, and of memory it knows what vcpu_go_on knows. */
+void vcpu_run_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit);
 /* Run all CPUs, in turn, in the calling thread: each CORE_TURN instructions, in the order of their indices, without those that
  * halt or wait. A PAUSE ends a turn, and so does HLT. The machine's time goes on with every instruction of any CPU, so what one has
  * seen of it none sees go back. The budget counts the instructions of all. *which: whose exit it is; it has the rest
@@ -223,7 +234,7 @@ struct vcpu_stop {
     enum stop_kind kind;
     uint32_t id;
     uint64_t address;        /* linear, physical, port or vector; 0 for the others */
-    uint32_t length;         /* watch: bytes; port: how many; else 0 */
+    uint32_t length;         /* watch: bytes; port: how many; breakpoint: bytes where an instruction may begin, 0 as 1; else 0 */
     bool on_read, on_write;  /* watch */
 };
 /* Replaces all stops. The array is copied. */

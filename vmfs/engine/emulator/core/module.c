@@ -1,9 +1,9 @@
-/* vmfs.engine.emulator._core: the core for Python, and the only file that includes Python.h.
+/* vmfs.engine.emulator._core: the core for Python. This and module_hooks.c are the only files that include Python.h.
  *
  * Vm() and Vm.create_vcpu(index) -> Vcpu. Errors of the core are OSError with its errno. Exits are tuples:
  * (reason, rip, write, size, count, address, cause, id, vector, message), reason and cause as the constants. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "module.h"
+
 #include <structmember.h>
 
 #include <errno.h>
@@ -12,41 +12,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "core.h"
 #include "bus.h"
-#include "lane.h"
 #include "../../../include/vmfs.h"
 
 enum { PAGE = 4096 };
-
-typedef struct {
-    PyObject_HEAD
-    struct vm *vm;
-    struct { void *host; size_t size; } maps[CORE_SLOTS];
-    unsigned running;         /* CPUs in a run */
-    PyObject *bus;            /* the capsule of vm_set_bus, or NULL */
-    bool all_run;             /* in a run of all */
-    bool parallel;            /* CPUs may run at the same time */
-    struct VcpuObject *vcpus[CORE_VCPUS]; /* not owned */
-} VmObject;
-
-typedef struct VcpuObject {
-    PyObject_HEAD
-    VmObject *owner;
-    struct vcpu *vcpu;
-    int running;
-    int signalled;            /* a Python signal handler raised, in poll_signals; or the sink of the trace did */
-    PyObject *sink;           /* of the trace, or NULL */
-    unsigned index;
-    struct lane_cpu lane;     /* how others run it, without Python */
-    /* The last exits of such runs, in turn: while the next one runs, that of the one before can be looked at. */
-    struct left { struct vcpu_exit exit; size_t size; uint8_t data[EXIT_DATA]; } *left;
-    unsigned left_at;
-} VcpuObject;
-
-typedef struct {
-    PyTypeObject *vm_type, *vcpu_type;
-} ModuleState;
 
 static PyObject *fail(long error)
 {
@@ -445,6 +414,7 @@ static PyObject *py_vm_create_vcpu(VmObject *self, PyTypeObject *defining, PyObj
     vcpu->sink = NULL;
     vcpu->left = NULL;
     vcpu->left_at = 0;
+    vcpu->watching = NULL;
     vcpu->index = (unsigned)index;
     vcpu->lane = lane_of(vcpu);
     vcpu->vcpu = vcpu_create(self->vm, (unsigned)index);
@@ -466,9 +436,6 @@ static PyObject *py_vm_close(VmObject *self, PyObject *ignored)
     vm_release(self); /* the CPUs notice: vcpu_alive asks the owner */
     Py_RETURN_NONE;
 }
-
-static bool poll_signals(void *argument);
-static PyObject *exit_tuple(const struct vcpu_exit *e);
 
 static PyObject *py_vm_run(VmObject *self, PyObject *args)
 {
@@ -552,6 +519,7 @@ static void vcpu_dealloc(VcpuObject *self)
         Py_DECREF(self->owner);
     }
     Py_XDECREF(self->sink);
+    watching_free(self->watching);
     free(self->left);
     PyObject_Free(self);
     Py_DECREF(type);
@@ -564,7 +532,7 @@ static int vcpu_alive(VcpuObject *self)
     fail(-ENODEV);
     return 0;
 }
-static int vcpu_idle(VcpuObject *self)
+int vcpu_idle(VcpuObject *self)
 {
     if (!vcpu_alive(self))
         return 0;
@@ -574,14 +542,14 @@ static int vcpu_idle(VcpuObject *self)
     return 0;
 }
 
-static PyObject *exit_tuple(const struct vcpu_exit *e)
+PyObject *exit_tuple(const struct vcpu_exit *e)
 {
     return Py_BuildValue("(iKOIIKiIIz)", (int)e->reason, (unsigned long long)e->rip, e->write ? Py_True : Py_False, e->size,
                          e->count, (unsigned long long)e->address, (int)e->cause, e->id, e->vector, e->message);
 }
 
 /* Python calls signal handlers in its main thread only, between bytecodes: a run there has to let it. */
-static bool poll_signals(void *argument)
+bool poll_signals(void *argument)
 {
     VcpuObject *self = argument;
     PyGILState_STATE state = PyGILState_Ensure();
@@ -865,6 +833,16 @@ static PyObject *get_interrupts_queued(VcpuObject *self, void *closure)
     return vcpu_alive(self) ? PyLong_FromUnsignedLong(vcpu_interrupts_queued(self->vcpu)) : NULL;
 }
 
+static PyObject *get_instructions(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    if (!vcpu_alive(self))
+        return NULL;
+    struct vcpu_counters k;
+    vcpu_get_counters(self->vcpu, &k);
+    return PyLong_FromUnsignedLongLong(k.instructions);
+}
+
 static PyObject *get_queued_vectors(VcpuObject *self, void *closure)
 {
     uint8_t vectors[INTERRUPT_QUEUE];
@@ -1061,6 +1039,19 @@ static PyMethodDef vcpu_methods[] = {
     {"set_trace", (PyCFunction)py_vcpu_set_trace, METH_VARARGS,
      "set_trace(kinds, modes, first, last, data_first, data_last, sink): kinds and modes are bits, ranges inclusive;\n"
      "sink(records, events, ended) is called in the run's thread; kinds 0: off"},
+    {"get_register", (PyCFunction)py_vcpu_get_register, METH_O, "get_register(number) -> int: by its number in instructions; IP"},
+    {"set_register", (PyCFunction)(void (*)(void))py_vcpu_set_register, METH_FASTCALL, "set_register(number, value)"},
+    {"peek", (PyCFunction)py_vcpu_peek, METH_VARARGS, "peek(linear, size) -> bytes: fewer where nothing is mapped"},
+    {"set_hooks", (PyCFunction)py_vcpu_set_hooks, METH_O,
+     "set_hooks(list of (id, kind, call or None, stops, begin, end)): what run_hooked does at the stops of these ids"},
+    {"hook_hits", (PyCFunction)py_vcpu_hook_hits, METH_NOARGS, "hook_hits() -> dict of id and how often it was reached"},
+    {"leave_hooks", (PyCFunction)py_vcpu_leave_hooks, METH_NOARGS,
+     "leave_hooks(): after the hook that calls this, run_hooked returns None: its hooks are to be set anew"},
+    {"run_hooked", (PyCFunction)(void (*)(void))py_vcpu_run_hooked, METH_FASTCALL,
+     "run_hooked(owner, budget, seconds, passes) -> exit tuple: calls hooks with the owner; memory is as it was but for what\n"
+     "memory_written named. seconds below 0: any time. passes: a breakpoint at rip does not stop"},
+    {"set_coverage", (PyCFunction)py_vcpu_set_coverage, METH_VARARGS,
+     "set_coverage(map or None, first, last): count edges in a buffer whose size is a power of 2"},
     {"counters", (PyCFunction)py_vcpu_counters, METH_NOARGS, "counters() -> dict"},
     {NULL, NULL, 0, NULL},
 };
@@ -1068,6 +1059,7 @@ static PyGetSetDef vcpu_getset[] = {
     {"lane", (getter)get_lane, NULL, "a capsule by which C code runs it (vmfs/words/lane.h); the CPU is to live longer", NULL},
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
     {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
+    {"instructions", (getter)get_instructions, NULL, "how many it has executed", NULL},
     {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},
     {"unclaimed_msrs", (getter)get_unclaimed_msrs, NULL, "(index, reads, writes, rip) of MSRs that there are not", NULL},
     {"exits_waiting", (getter)get_exits_waiting, NULL, "whether exits of a done instruction are still to be returned", NULL},
@@ -1121,6 +1113,7 @@ static int module_exec(PyObject *module)
         {"TRACE_INSN", CORE_TRACE_INSN}, {"TRACE_MEM", CORE_TRACE_MEM}, {"TRACE_EXCEPTION", CORE_TRACE_EXCEPTION},
         {"TRACE_INTERRUPT", CORE_TRACE_INTERRUPT}, {"TRACE_USER", CORE_TRACE_USER}, {"TRACE_KERNEL", CORE_TRACE_KERNEL},
         {"TRACE_REAL", CORE_TRACE_REAL}, {"TRACE_PROTECTED", CORE_TRACE_PROTECTED}, {"TRACE_LONG", CORE_TRACE_LONG},
+        {"HOOK_CODE", HOOK_CODE}, {"HOOK_BLOCK", HOOK_BLOCK}, {"HOOK_MEMORY", HOOK_MEMORY}, {"IP", CORE_IP},
         {"INTERRUPT_QUEUE", INTERRUPT_QUEUE}, {"SLOTS", CORE_SLOTS}, {"VCPUS", CORE_VCPUS},
     };
     ModuleState *state = PyModule_GetState(module);

@@ -14,9 +14,10 @@ static size_t padded(size_t bytes) { return (bytes + 7) & ~(size_t)7; }
 
 static void pack_exit(const struct vcpu_exit *e, bool also, size_t data, struct core_waiting *w)
 {
+    bool debug = e->reason == EXIT_DEBUG; /* its count is the core's own, and its access is told at once or never */
     *w = (struct core_waiting){
-        .reason = (u8)e->reason, .write = e->write, .cause = (u8)e->cause, .also = also, .size = e->size,
-        .count = e->reason == EXIT_DEBUG ? 0 : e->count, .id = e->id, .vector = e->vector, .data = (u32)data, .rip = e->rip,
+        .reason = (u8)e->reason, .write = !debug && e->write, .cause = (u8)e->cause, .also = also, .size = debug ? 0 : e->size,
+        .count = debug ? 0 : e->count, .id = e->id, .vector = e->vector, .data = (u32)data, .rip = e->rip,
         .address = e->address,
     };
 }

@@ -685,4 +685,11 @@ void vcpu_run(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
     run(c, budget, false, exit);
 }
 
+void vcpu_run_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit)
+{
+    c->resume_breakpoint = true;
+    c->asleep = false;
+    run(c, budget, true, exit);
+}
+
 void vcpu_go_on(struct vcpu *c, int64_t budget, struct vcpu_exit *exit) { run(c, budget, true, exit); }

@@ -556,6 +556,26 @@ int vcpu_set_state(struct vcpu *c, const char *name, const void *data, size_t si
     return s->set(c, data, size);
 }
 
+/* ---- One at a time ------------------------------------------------------------------------------------------------------------ */
+
+uint64_t vcpu_get_register(const struct vcpu *c, unsigned number) { return c->gpr[number]; }
+
+uint64_t vcpu_code_address(const struct vcpu *c) { return code_linear(c, c->gpr[GPR_IP]); }
+unsigned vcpu_alone_length(const struct vcpu *c) { return c->single[0].length; }
+
+void vcpu_set_register(struct vcpu *c, unsigned number, uint64_t value)
+{
+    if (is_half_done(c))
+        complete_read(c);
+    c->restart = c->reading = c->input_ready = false;
+    c->reads = 0;
+    c->caught_at = 0;
+    c->repeating = false;
+    if (number == GPR_IP && c->gpr[GPR_IP] != value)
+        c->debug_pending = 0;
+    c->gpr[number] = value;
+}
+
 /* ---- Of a machine ------------------------------------------------------------------------------------------------------------------ */
 
 enum { CHIPS = 3 }; /* of `irqchip`: 8259 master, slave, I/O APIC */

@@ -143,21 +143,30 @@ size_t vcpu_also(const struct vcpu *c, const struct vcpu_exit **others)
 
 /* ---- Each kind --------------------------------------------------------------------------------------------------------------- */
 
+/* The first breakpoint from `s` on that an instruction at `linear` begins in; `end` if there is none. */
+static const struct vcpu_stop *breaks(const struct vcpu_stop *s, const struct vcpu_stop *end, u64 linear)
+{
+    for (; s < end && s->address <= linear; s++)
+        if (linear - s->address < (s->length ? s->length : 1))
+            return s;
+    return end;
+}
+
 bool stops_break(const struct vcpu *c, u64 linear)
 {
-    const struct vcpu_stop *end, *s = from(c, STOP_BREAKPOINT, linear, &end);
-    return s < end && s->address == linear;
+    const struct vcpu_stop *end, *s = near(c, STOP_BREAKPOINT, linear, &end);
+    return breaks(s, end, linear) < end;
 }
 
 bool stops_reach_break(struct vcpu *c, u64 linear)
 {
-    const struct vcpu_stop *end, *s = from(c, STOP_BREAKPOINT, linear, &end);
-    if (s == end || s->address != linear)
-        return false;
-    for (; s < end && s->address == linear; s++)
+    const struct vcpu_stop *end, *s = near(c, STOP_BREAKPOINT, linear, &end);
+    bool any = false;
+    for (; (s = breaks(s, end, linear)) < end; s++, any = true)
         reach(c, DEBUG_BREAKPOINT, s, 0, 0);
-    stops_finish(c);
-    return true;
+    if (any)
+        stops_finish(c);
+    return any;
 }
 
 static bool meets(const struct vcpu_stop *s, u64 address, u64 bytes)
@@ -217,8 +226,14 @@ void stops_reach_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes,
         u64 at = kind == STOP_WATCH ? linear : physical;
         const struct vcpu_stop *end;
         for (const struct vcpu_stop *s = near(c, kind, at, &end); s < end && s->address <= at + (bytes - 1); s++)
-            if (watches(s, at, bytes, write))
+            if (watches(s, at, bytes, write)) {
+                size_t before = c->reached_count;
                 reach(c, DEBUG_WATCHPOINT, s, watched_piece(s, at), 0);
+                if (c->reached_count > before) {
+                    struct vcpu_exit *e = &c->reached[before];
+                    e->access = linear, e->size = bytes, e->write = write;
+                }
+            }
     }
 }
 

@@ -103,7 +103,7 @@ static void flush_everything(struct vm *vm)
 {
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i]) {
-            tlb_clear(vm->vcpus[i]);
+            tlb_flush(vm->vcpus[i]);
             cache_forget(vm->vcpus[i]);
         }
 }
@@ -351,6 +351,23 @@ void vcpu_destroy(struct vcpu *c)
     free(c->tracer);
     free(c->waiting);
     zeros_destroy((u8 *)c - HOST_STACK, VCPU_ROOM);
+}
+
+size_t vcpu_peek(struct vcpu *c, uint64_t linear, void *data, size_t size)
+{
+    size_t done = 0;
+    while (done < size) {
+        u64 physical;
+        size_t here = 0x1000 - (linear & 0xfff);
+        struct slot *slot = vcpu_translate(c, linear, &physical) ? NULL : vm_slot(c->vm, physical);
+        if (!slot)
+            break;
+        here = here < size - done ? here : size - done;
+        memcpy((u8 *)data + done, slot->host + (physical - slot->address), here);
+        done += here;
+        linear += here;
+    }
+    return done;
 }
 
 int vcpu_translate(struct vcpu *c, uint64_t linear, uint64_t *physical)

@@ -3,6 +3,7 @@
 #include "emit.h"
 
 #include <cpuid.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -232,24 +233,34 @@ static bool has_lahf(void)
     return __get_cpuid(0x80000001, &out[0], &out[1], &out[2], &out[3]) && out[2] & 1;
 }
 
-static void look_at_host(struct translator *t)
+/* What the host's processor has. To ask it takes 25 us a leaf in a virtual machine, whose host has to answer. */
+static struct { bool lahf; u64 features[4]; } host;
+
+static void look_at_host(void)
 {
     static const struct { u32 leaf; u8 reg, bit; } places[] = {
 #define X(name, leaf, reg, bit) {leaf, reg, bit},
         FEATURES(X)
 #undef X
     };
+    u32 out[4] = {0}, leaf = ~0u;
     for (unsigned f = 0; f < FEATURE_COUNT; f++) {
-        u32 out[4] = {0};
-        __get_cpuid_count(places[f].leaf, 0, &out[0], &out[1], &out[2], &out[3]);
+        if (places[f].leaf != leaf) {
+            memset(out, 0, sizeof out);
+            leaf = places[f].leaf;
+            __get_cpuid_count(leaf, 0, &out[0], &out[1], &out[2], &out[3]);
+        }
         if (f == FEATURE_BASE || out[places[f].reg] >> places[f].bit & 1)
-            t->host_features[f >> 6] |= 1ull << (f & 63);
+            host.features[f >> 6] |= 1ull << (f & 63);
     }
+    host.lahf = has_lahf();
 }
 
 struct translator *translator_create(struct vm *vm)
 {
-    if (number_of("VMFS_NO_JIT", 0) || !has_lahf())
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, look_at_host);
+    if (number_of("VMFS_NO_JIT", 0) || !host.lahf)
         return NULL;
     if (!vm->code) {
         vm->code = code_memory_create();
@@ -266,7 +277,7 @@ struct translator *translator_create(struct vm *vm)
     t->seed = number_of("VMFS_JIT_SEED", 0);
     if (getenv("VMFS_JIT_PROFILE"))
         t->profile = calloc(opcode_count, sizeof *t->profile);
-    look_at_host(t);
+    memcpy(t->host_features, host.features, sizeof t->host_features);
     core_open_jitdump();
     return t;
 }
