@@ -26,7 +26,7 @@ FLOORS = (
     ("host",),
     ("fs",),
     ("commands",),
-    ("cli",),
+    ("cli", "pytest_plugin"),
 )
 
 # Imports that there are not, though a floor would let them be. The first part names modules, `/` what is not meant.
