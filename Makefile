@@ -9,7 +9,7 @@ help:
 	@echo "make bench   benchmarks, each against a named peer"
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
 	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
-	@echo "make repeat  two Debian boots, all state compared every 10 million instructions"
+	@echo "make repeat  boots that are the same: twice, and by host code and the interpreter; state compared every 10 M instructions"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
 	@echo "make lint    ruff"
@@ -36,7 +36,9 @@ mutate: setup
 	@PYTHONPATH=tests .venv/bin/python -m emulator.mutate $(ARGS)
 
 repeat: setup
-	@VMFS_REPEAT_STEP=10000000 .venv/bin/pytest tests/pc/test_repeats.py $(ARGS)
+	@scripts/fetch_bench.sh || true
+	@VMFS_REPEAT_STEP=10000000 .venv/bin/pytest tests/pc/test_repeats.py tests/pc/test_both_ways.py $(ARGS)
+	@VMFS_JIT_THRESHOLD=0 .venv/bin/pytest tests/pc/test_firmware.py $(ARGS)
 
 asan: setup
 	@scripts/asan.sh $(ARGS)

@@ -83,7 +83,8 @@ def extensions():
             sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),
             depends=[*sorted(glob(f"{CORE}/**/*.h", recursive=True)), LANE, BUS, EXIT],
             include_dirs=["vmfs/words", CORE, *sorted(glob(f"{CORE}/*/"))],
-            extra_compile_args=COMPILE,
+            # A handler begins at a cache line of its own: a loop is up to 15 % slower where some do not by chance.
+            extra_compile_args=[*COMPILE, "-falign-functions=64"],
             extra_link_args=LINK + ["-lm"],
         ))
     for name, source in (

@@ -438,6 +438,26 @@ def test_it_translates(monkeypatch):
     assert 0 < counters["instructions"] - counters["instructions_translated"] < 5  # the last round, and HLT
 
 
+def test_what_a_handler_has_loaded_is_the_next_operand(monkeypatch):
+    """R12 to R15 are in memory. A load of one leaves it in a scratch register, too, which the next instruction takes;
+    where a handler has done the load, here because it runs over the end of a page, it has to be there as well."""
+    loads = (b"\x4c\x8b", b"\x44\x8b", b"\x4c\x03", b"\x4c\x0f\xb7", b"\x4c\x33")  # MOV, ADD, MOVZX, XOR
+    code = b""
+    for number in range(12, 16):
+        for load in loads:
+            code += load + bytes([0x45 | (number & 7) << 3, 0xFF])  # ..., [RBP-1]
+            code += b"\x4c\x01" + bytes([0xC0 | (number & 7) << 3])  # ADD RAX
+            code += load + bytes([0x45 | (number & 7) << 3, 0xFF])
+            code += b"\x4d\x01" + bytes([0xC0 | (number & 7) << 3 | (number + 1) & 3 | 4])  # ADD another one of the four
+    code += b"\xff\x0c\x25" + struct.pack("<I", COUNTER)
+    code += b"\x0f\x85" + struct.pack("<i", -(len(code) + 6)) + b"\xf4"
+    expected = result(code, True, 1, INTERPRETED, None, monkeypatch)
+    for way in WAYS:
+        found = result(code, True, 1, way, None, monkeypatch)
+        assert found[:-1] == expected[:-1], way
+        assert found[-1]["instructions_translated"]
+
+
 def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
     """A table lies in one page while its index is a byte; with more added to that, in the next, which is elsewhere."""
     # MOVZX ECX, BL; LEA ECX, [RCX+1000]; ADD EAX, [RCX*4+DATA]

@@ -5,14 +5,17 @@
 #include "state.h"
 
 /* Run a block if the budget covers it and nobody wants attention; else back to the main loop. */
-#define ENTER(c, b) do { \
+#define ENTER(c, b) ENTER_WITH((c), (b), (c)->budget)
+/* ... where `before` is the budget, which is written once. */
+#define ENTER_WITH(c, b, before) do { \
         const struct block *b_ = (b); \
+        i64 rest_ = (before) - (i64)b_->count; \
         (c)->gpr[GPR_IP] = b_->ip; \
-        (c)->budget -= b_->count; \
-        if (unlikely((c)->budget < 0 || atomic_load_explicit(&(c)->attention, memory_order_relaxed))) { \
-            (c)->budget += b_->count; \
+        if (unlikely(rest_ < 0 || atomic_load_explicit(&(c)->attention, memory_order_relaxed))) { \
+            (c)->budget = rest_ + b_->count; \
             return; \
         } \
+        (c)->budget = rest_; \
         CONTINUE_BY((c), b_->enter, b_->records); \
     } while (0)
 
@@ -24,9 +27,9 @@ ALWAYS_INLINE bool link_holds(const struct vcpu *c, const struct link *l) { retu
             jump_slow((c), (r)); \
             return; \
         } \
-        (c)->budget += (r)->left; \
-        ENTER(c, LINK_OF(r)->to); \
+        ENTER_LINK((c), (r)); \
     } while (0)
+#define ENTER_LINK(c, r) ENTER_WITH((c), LINK_OF(r)->to, (c)->budget + (r)->left)
 
 ALWAYS_INLINE struct jump_entry *jump_entry(struct vcpu *c, u64 ip) { return &c->jumps[(ip ^ ip >> 12) & (JUMP_CACHE - 1)]; }
 ALWAYS_INLINE bool jump_holds(const struct vcpu *c, const struct jump_entry *e, u64 target)

@@ -65,18 +65,26 @@ _Noreturn COLD void segment_fault(struct vcpu *c, const struct record *r, unsign
 
 /* ---- Linear --------------------------------------------------------------------------------------------------------------- */
 
-/* How far it is into the page of the entry decides: an access that crosses a page misses. */
+/* How far it is into the page of the entry decides: an access that crosses a page misses. The host's address waits for the
+ * distance alone, not for what decides, and is never NULL, which saves callers the second comparison. */
+ALWAYS_INLINE u8 *fast_linear(const struct tlb_entry *e, const struct tlb_distance *d, u64 linear, unsigned bytes)
+{
+    if (unlikely(linear - e->page > 0x1000 - bytes))
+        return NULL;
+    u8 *host = (u8 *)(linear + d->distance);
+    if (!host)
+        __builtin_unreachable();
+    return host;
+}
 ALWAYS_INLINE const u8 *fast_linear_read(const struct vcpu *c, u64 linear, unsigned bytes)
 {
-    const struct tlb_entry *e = &c->tlb->read[linear >> 12 & (TLB_SIZE - 1)];
-    u64 inside = linear - e->page;
-    return likely(inside <= 0x1000 - bytes) ? (const u8 *)(e->host + inside) : NULL;
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    return fast_linear(&c->tlb->read[at], &c->tlb->distances[0][at], linear, bytes);
 }
 ALWAYS_INLINE u8 *fast_linear_write(const struct vcpu *c, u64 linear, unsigned bytes)
 {
-    const struct tlb_entry *e = &c->tlb->write[linear >> 12 & (TLB_SIZE - 1)];
-    u64 inside = linear - e->page;
-    return likely(inside <= 0x1000 - bytes) ? (u8 *)(e->host + inside) : NULL;
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    return fast_linear(&c->tlb->write[at], &c->tlb->distances[1][at], linear, bytes);
 }
 ALWAYS_INLINE u64 linear_load(struct vcpu *c, u64 linear, unsigned bytes)
 {

@@ -136,16 +136,18 @@ struct way;
 
 /* A straight run of instructions; conditional jumps that are not taken stay in it. */
 struct block {
+    /* What a jump to it looks at, in one cache line. */
     u64 ip;                   /* of its first instruction */
+    handler *enter;           /* what it begins with: that of its first record, or the translator's */
+    u8 *code;                 /* host code for it, or NULL */
+    u32 count;                /* instructions */
+    u16 ending;               /* the record that leaves, after all others; then comes its link */
+    u8 bytes, first_bytes;    /* all; those on the first page */
+
     u64 key;                  /* fetch mode (see fetch_key) */
     u64 physical[2];          /* of its first byte; of its second page, if it crosses (else ~0) */
     struct block *bucket_next;
     const u8 *host[2];        /* where its bytes are */
-    u32 bytes, first_bytes;   /* all; those on the first page */
-    u32 count;                /* instructions */
-    u32 ending;               /* the record that leaves, after all others; then comes its link */
-    handler *enter;           /* what it begins with: that of its first record, or the translator's */
-    u8 *code;                 /* host code for it, or NULL */
     struct region *region;    /* the code is of */
     struct link *links;       /* that go to it */
     struct way *ways;         /* jumps of host code that go to its */
@@ -154,6 +156,7 @@ struct block {
     struct block *page_next[2];
     struct record records[];  /* up to the one that leaves and its link; then a copy of the bytes */
 };
+_Static_assert(sizeof(struct block) % 32 == 0, "records do not cross cache lines");
 
 /* Bits of the fetch key: everything that decides how bytes decode, so that handlers need not check it. */
 enum {

@@ -1,6 +1,7 @@
 /* The only reader of instruction encodings (Intel SDM 2A chapter 2): bytes to records. */
 #include <stdlib.h>
 
+#include "flags.h"
 #include "opcodes.h"
 
 /* Rows by map and opcode byte: rows[start[map][opcode]] up to the next, in table order. */
@@ -408,7 +409,7 @@ opcode:;
         return finish_raise(r, (unsigned)vector, b.used, ends);
     bool memory = !is_register || is_offset;
     bool fast = code64 && address_size == 3 && r->seg < SEG_FS;
-    const struct handlers *h = o->handlers;
+    const struct handlers *h = amd_flags && o->handlers->amd ? o->handlers->amd : o->handlers;
     bool locks = key & KEY_SHARED && memory && (p.lock || o->operation == &operation_XCHG);
     r->run = !memory ? h->reg[r->size] : locks ? h->lock[r->size] : fast ? h->fast[r->size] : h->mem[r->size];
     if (!r->run)

@@ -34,6 +34,7 @@ struct handlers {
     handler *fast[4];  /* memory, and the fast form of the address applies (memory.h) */
     handler *mem[4];   /* memory, any */
     handler *lock[4];  /* memory, any, by a locked access: LOCK, and XCHG, where other CPUs execute at the same time */
+    const struct handlers *amd; /* the same for hosts of AMD (`amd_flags`), where undefined flags differ */
 };
 
 #define SAME4(f) {f, f, f, f}

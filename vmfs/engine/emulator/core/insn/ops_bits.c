@@ -165,16 +165,16 @@ ADD_CARRY(adox, of)
 
 /* AF and PF are undefined: 0, as on Intel's processors; so is SF of BEXTR. On AMD's, PF is that of the result, and AF of BEXTR is 1. */
 #define BMI(name, destination, value, carry, sign) \
-    ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
+    ALWAYS_INLINE void name##_for(struct vcpu *c, const struct record *r, u64 e, unsigned bits, bool amd) \
     { \
         u64 v = get_reg(c, r->vvvv * 8u, bits), result = truncate_to(value, bits); \
         (void)v; \
         set_reg(c, destination, bits, result); \
-        set_carries(c, carry, 0, (sign) ? 0 : amd_flags); \
+        set_carries(c, carry, 0, !(sign) && amd); \
         set_result(c, result, bits); \
-        c->sf = (c->sf & (sign)) | (likely(!amd_flags) ? 1 : (u8)result); \
+        c->sf = (c->sf & (sign)) | (amd ? (u8)result : 1); \
     } \
-    READ_FORMS_Y(name)
+    READ_BY_MAKER(READ_FORMS_Y, name)
 BMI(andn, r->reg, ~v & e, 0, CARRY_TOP)
 BMI(blsr, r->vvvv * 8u, e & (e - 1), !e, CARRY_TOP)
 BMI(blsmsk, r->vvvv * 8u, e ^ (e - 1), !e, CARRY_TOP)

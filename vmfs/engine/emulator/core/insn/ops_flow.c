@@ -113,7 +113,7 @@ OP(call_fast)
     }
     poke(p, 8, c->gpr[GPR_IP] + r->at + r->length);
     c->gpr[RSP] = sp;
-    JUMP_LINK(c, r);
+    ENTER_LINK(c, r);
 }
 OP(ret_fast)
 {

@@ -6,10 +6,10 @@ typedef __int128 i128;
 
 /* CF and OF tell that the high half matters. The others are undefined. On Intel's processors SF and PF follow the low half, and
  * ZF and AF are 0. AMD's keep all four: host code sets PF before and clears the others (`clear_kept`). */
-ALWAYS_INLINE void product_flags(struct vcpu *c, u64 low, bool wide, unsigned bits)
+ALWAYS_INLINE void product_flags(struct vcpu *c, u64 low, bool wide, unsigned bits, bool amd)
 {
     c->carries = (u64)wide << 63;
-    set_result(c, likely(!amd_flags) ? low : 0, bits);
+    set_result(c, amd ? 0 : low, bits);
     c->zf = 1;
 }
 /* AX for bytes, rDX:rAX else. */
@@ -23,7 +23,7 @@ ALWAYS_INLINE void set_product(struct vcpu *c, u64 low, u64 high, unsigned bits)
     }
 }
 
-ALWAYS_INLINE void mul(struct vcpu *c, const struct record *r, u64 e, unsigned bits)
+ALWAYS_INLINE void mul_for(struct vcpu *c, const struct record *r, u64 e, unsigned bits, bool amd)
 {
     u64 a = get_reg(c, RAX * 8, bits), low, high;
     (void)r;
@@ -35,9 +35,9 @@ ALWAYS_INLINE void mul(struct vcpu *c, const struct record *r, u64 e, unsigned b
         high = truncate_to(low >> (bits & 63), bits);
     }
     set_product(c, low, high, bits);
-    product_flags(c, low, high != 0, bits);
+    product_flags(c, low, high != 0, bits, amd);
 }
-READ_FORMS(mul)
+READ_BY_MAKER(READ_FORMS, mul)
 
 /* The signed product; *wide: it does not fit in the low half. */
 ALWAYS_INLINE u64 signed_product(u64 a, u64 b, unsigned bits, u64 *high, bool *wide)
@@ -53,27 +53,27 @@ ALWAYS_INLINE u64 signed_product(u64 a, u64 b, unsigned bits, u64 *high, bool *w
     *wide = product != sign_extend((u64)product, bits);
     return truncate_to((u64)product, bits);
 }
-ALWAYS_INLINE void imul(struct vcpu *c, const struct record *r, u64 e, unsigned bits)
+ALWAYS_INLINE void imul_for(struct vcpu *c, const struct record *r, u64 e, unsigned bits, bool amd)
 {
     u64 high, low;
     bool wide;
     (void)r;
     low = signed_product(get_reg(c, RAX * 8, bits), e, bits, &high, &wide);
     set_product(c, low, high, bits);
-    product_flags(c, low, wide, bits);
+    product_flags(c, low, wide, bits, amd);
 }
-READ_FORMS(imul)
+READ_BY_MAKER(READ_FORMS, imul)
 
 #define IMUL_G(name, other) \
-    ALWAYS_INLINE void name(struct vcpu *c, const struct record *r, u64 e, unsigned bits) \
+    ALWAYS_INLINE void name##_for(struct vcpu *c, const struct record *r, u64 e, unsigned bits, bool amd) \
     { \
         u64 high, low; \
         bool wide; \
         low = signed_product(e, other, bits, &high, &wide); \
         set_reg(c, r->reg, bits, low); \
-        product_flags(c, low, wide, bits); \
+        product_flags(c, low, wide, bits, amd); \
     } \
-    READ_FORMS_V(name)
+    READ_BY_MAKER(READ_FORMS_V, name)
 IMUL_G(imul_G_E, get_reg(c, r->reg, bits))
 IMUL_G(imul_G_E_I, (u64)(i64)r->imm)
 

@@ -2,7 +2,8 @@
  *
  * The count is masked to 5 bits, 6 for 64-bit operands. A count of zero writes the operand back and keeps all flags.
  * Where OF is undefined (counts other than 1) it is what the host's processor makes it, whose own instruction host code is
- * (translate/). Intel's: that of a shift by one, of the operand as it was before; ROL and ROR of a register by a constant, and
+ * (translate/). Each operation has a form for either maker, of which the decoder takes one; `amd` is a constant in it.
+ * Intel's: that of a shift by one, of the operand as it was before; ROL and ROR of a register by a constant, and
  * RCL and RCR by the whole width, keep it. AMD's: that of the last of so many shifts by one. AF after a shift is 0 on Intel's, 1 on AMD's. */
 #include "forms.h"
 
@@ -17,31 +18,10 @@ ALWAYS_INLINE u64 first_overflow(u64 a, unsigned bits) { return (a >> (bits - 1)
 /* OF after it, where `value` is the result: that of a shift or rotation to the left; to the right. */
 ALWAYS_INLINE u64 last_overflow(u64 value, u64 cf, unsigned bits) { return (value >> (bits - 1) ^ cf) & 1; }
 ALWAYS_INLINE u64 last_right_overflow(u64 value, unsigned bits) { return first_overflow(value, bits); }
-#define UNDEFINED_OVERFLOW(n, first, last) ((__builtin_constant_p(n) && (n) == 1) || likely(!amd_flags) ? (first) : (last))
-ALWAYS_INLINE u64 shift_carries(u64 cf, u64 of) { return cf << 63 | (cf ^ of) << 62 | (u64)amd_flags << 3; }
+/* By one they are the same, and the latter is less to do. */
+#define OVERFLOW(n, first, last) (amd || (__builtin_constant_p(n) && (n) == 1) ? (last) : (first))
+ALWAYS_INLINE u64 shift_carries(u64 cf, u64 of, bool amd) { return cf << 63 | (cf ^ of) << 62 | (u64)amd << 3; }
 
-/* Each: a is zero-extended, n from 1 to 31 (63). For SHL, the two bits over the result are CF and its top bit. */
-ALWAYS_INLINE u64 shl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
-{
-    (void)c;
-    u64 cf = (a << (64 - bits)) << (n - 1) >> 63, value = truncate_to(a << n, bits);
-    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits)));
-    return value;
-}
-ALWAYS_INLINE u64 shr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
-{
-    u64 before = a >> (n - 1), cf = before & 1;
-    (void)c;
-    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, top_bit(a, bits), top_bit(before, bits)));
-    return a >> n;
-}
-ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
-{
-    i64 before = sign_extend(a, bits) >> (n - 1);
-    (void)c;
-    s->carries = shift_carries((u64)before & 1, 0);
-    return truncate_to((u64)(before >> 1), bits);
-}
 /* n modulo bits. The wide ones are written so that gcc knows them as one instruction. */
 ALWAYS_INLINE u64 rotate_right(u64 a, unsigned n, unsigned bits)
 {
@@ -52,47 +32,78 @@ ALWAYS_INLINE u64 rotate_right(u64 a, unsigned n, unsigned bits)
         return (u32)a >> n | (u32)a << (-n & 31);
     return truncate_to(a >> n | a << (bits - n), bits);
 }
-ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+
+/* Each: a is zero-extended, n from 1 to 31 (63). For SHL, the two bits over the result's rest are CF and, of AMD's form, CF xor OF. */
+ALWAYS_INLINE u64 shl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
+{
+    u64 value = truncate_to(a << n, bits), top = (a << (64 - bits)) << (n - 1);
+    (void)c;
+    if (amd)
+        s->carries = (top & 3ull << 62) | 8;
+    else
+        s->carries = shift_carries(top >> 63, first_overflow(a, bits), false);
+    return value;
+}
+ALWAYS_INLINE u64 shr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
+{
+    u64 before = a >> (n - 1);
+    (void)c;
+    if (amd) { /* CF and OF in bits 63 and 62 */
+        u64 both = bits == 64 ? rotate_right(before, 1, 64) : before << 63 | before >> (bits - 1) << 62;
+        s->carries = ((both ^ both >> 1) & 3ull << 62) | 8;
+    } else {
+        s->carries = shift_carries(before & 1, top_bit(a, bits), false);
+    }
+    return a >> n;
+}
+ALWAYS_INLINE u64 sar(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
+{
+    i64 before = sign_extend(a, bits) >> (n - 1);
+    (void)c;
+    s->carries = shift_carries((u64)before & 1, 0, amd);
+    return truncate_to((u64)(before >> 1), bits);
+}
+ALWAYS_INLINE u64 rol(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     u64 value = rotate_right(a, bits - n % bits, bits);
-    u64 of = UNDEFINED_OVERFLOW(n, s->keeps ? flag_of(c) : first_overflow(a, bits), last_overflow(value, value, bits));
+    u64 of = OVERFLOW(n, s->keeps ? flag_of(c) : first_overflow(a, bits), last_overflow(value, value, bits));
     s->carries = value << 63 | ((value ^ of) & 1) << 62 | (c->carries & 8);
     return value;
 }
-ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+ALWAYS_INLINE u64 ror(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     u64 value = rotate_right(a, n, bits);
     u64 cf = top_bit(value, bits);
-    u64 of = UNDEFINED_OVERFLOW(n, s->keeps ? flag_of(c) : top_bit(a, bits) ^ (a & 1), last_right_overflow(value, bits));
+    u64 of = OVERFLOW(n, s->keeps ? flag_of(c) : top_bit(a, bits) ^ (a & 1), last_right_overflow(value, bits));
     s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     return value;
 }
 /* Through CF: of bits + 1 bits; for 8 and 16 bits the count is taken modulo 9 and 17. */
-ALWAYS_INLINE u64 rcl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+ALWAYS_INLINE u64 rcl(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     if (bits < 32)
         n %= bits + 1;
     if (!n) {
         u64 cf = flag_cf(c);
-        s->carries = likely(!amd_flags) ? c->carries : cf << 63 | (cf ^ last_overflow(a, cf, bits)) << 62 | (c->carries & 8);
+        s->carries = !amd ? c->carries : cf << 63 | (cf ^ last_overflow(a, cf, bits)) << 62 | (c->carries & 8);
         return a;
     }
     u64 value = truncate_to(a << n | flag_cf(c) << (n - 1) | (n > 1 ? a >> (bits + 1 - n) : 0), bits);
     u64 cf = a >> (bits - n) & 1;
-    u64 of = UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits));
+    u64 of = OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits));
     s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     return value;
 }
-ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, struct shift *s)
+ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     if (bits < 32)
         n %= bits + 1;
     u64 value = a, cf = flag_cf(c);
     if (!n) {
-        s->carries = likely(!amd_flags) ? c->carries : cf << 63 | (cf ^ last_right_overflow(a, bits)) << 62 | (c->carries & 8);
+        s->carries = !amd ? c->carries : cf << 63 | (cf ^ last_right_overflow(a, bits)) << 62 | (c->carries & 8);
     } else {
         value = truncate_to(a >> n | cf << (bits - n) | (n > 1 ? a << (bits + 1 - n) : 0), bits);
-        u64 of = UNDEFINED_OVERFLOW(n, top_bit(a, bits) ^ cf, last_right_overflow(value, bits));
+        u64 of = OVERFLOW(n, top_bit(a, bits) ^ cf, last_right_overflow(value, bits));
         cf = a >> (n - 1) & 1;
         s->carries = cf << 63 | (cf ^ of) << 62 | (c->carries & 8);
     }
@@ -106,26 +117,28 @@ ALWAYS_INLINE u64 rcr(const struct vcpu *c, u64 a, unsigned n, unsigned bits, st
 #define COUNT_I(bits) ((unsigned)r->imm & ((bits) == 64 ? 63 : 31))
 #define COUNT_CL(bits) (R8(c, RCX * 8) & ((bits) == 64 ? 63u : 31u))
 
-#define SHIFT(op, count, finish) \
-    struct op##_##count##_state { struct shift shift; }; \
-    ALWAYS_INLINE u64 op##_##count(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, \
-                                   struct op##_##count##_state *state) \
+#define SHIFT_FORM(name, op, count, amd, finish) \
+    struct name##_state { struct shift shift; }; \
+    ALWAYS_INLINE u64 name(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, struct name##_state *state) \
     { \
         unsigned n = COUNT_##count(bits); \
         (void)r; \
         state->shift = (struct shift){.none = !n, .keeps = KEEPS_##count && n != 1}; \
-        return n ? op(c, a, n, bits, &state->shift) : a; \
+        return n ? op(c, a, n, bits, amd, &state->shift) : a; \
     } \
-    ALWAYS_INLINE void op##_##count##_done(struct vcpu *c, const struct op##_##count##_state *state, u64 value, \
-                                           unsigned bits) \
+    ALWAYS_INLINE void name##_done(struct vcpu *c, const struct name##_state *state, u64 value, unsigned bits) \
     { \
         (void)value, (void)bits; \
         if (unlikely(state->shift.none)) \
             return; \
         c->carries = state->shift.carries; \
         finish; \
-    } \
-    CHANGE_FORMS(op##_##count)
+    }
+#define SHIFT(op, count, finish) \
+    SHIFT_FORM(op##_##count##_amd, op, count, true, finish) \
+    CHANGE_FORMS(op##_##count##_amd) \
+    SHIFT_FORM(op##_##count, op, count, false, finish) \
+    CHANGE_FORMS(op##_##count, .amd = &H_##op##_##count##_amd)
 #define SHIFT_COUNTS(op, finish) SHIFT(op, 1, finish) SHIFT(op, I, finish) SHIFT(op, CL, finish)
 
 SHIFT_COUNTS(rol, )
@@ -140,7 +153,7 @@ SHIFT_COUNTS(sar, set_result(c, value, bits))
 
 /* With 16 bits and a count over 16 the result is undefined; here as processors do it: the bits that follow those of the
  * second operand are the first operand again. */
-ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
+ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     u64 b = get_reg(c, r->reg, bits), value, cf;
     if (bits == 16) {
@@ -151,10 +164,10 @@ ALWAYS_INLINE u64 shld(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a << n | b >> (bits - n), bits);
         cf = a >> (bits - n) & 1;
     }
-    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits)));
+    s->carries = shift_carries(cf, OVERFLOW(n, first_overflow(a, bits), last_overflow(value, cf, bits)), amd);
     return value;
 }
-ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, struct shift *s)
+ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsigned n, unsigned bits, bool amd, struct shift *s)
 {
     u64 b = get_reg(c, r->reg, bits), value, cf;
     if (bits == 16) {
@@ -165,27 +178,29 @@ ALWAYS_INLINE u64 shrd(const struct vcpu *c, const struct record *r, u64 a, unsi
         value = truncate_to(a >> n | b << (bits - n), bits);
         cf = a >> (n - 1) & 1;
     }
-    s->carries = shift_carries(cf, UNDEFINED_OVERFLOW(n, top_bit(a, bits) ^ (b & 1), last_right_overflow(value, bits)));
+    s->carries = shift_carries(cf, OVERFLOW(n, top_bit(a, bits) ^ (b & 1), last_right_overflow(value, bits)), amd);
     return value;
 }
-#define DOUBLE_SHIFT(op, count) \
-    struct op##_##count##_state { struct shift shift; }; \
-    ALWAYS_INLINE u64 op##_##count(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, \
-                                   struct op##_##count##_state *state) \
+#define DOUBLE_SHIFT_FORM(name, op, count, amd) \
+    struct name##_state { struct shift shift; }; \
+    ALWAYS_INLINE u64 name(const struct vcpu *c, const struct record *r, u64 a, unsigned bits, struct name##_state *state) \
     { \
         unsigned n = COUNT_##count(bits); \
         state->shift.none = !n; \
-        return n ? op(c, r, a, n, bits, &state->shift) : a; \
+        return n ? op(c, r, a, n, bits, amd, &state->shift) : a; \
     } \
-    ALWAYS_INLINE void op##_##count##_done(struct vcpu *c, const struct op##_##count##_state *state, u64 value, \
-                                           unsigned bits) \
+    ALWAYS_INLINE void name##_done(struct vcpu *c, const struct name##_state *state, u64 value, unsigned bits) \
     { \
         if (unlikely(state->shift.none)) \
             return; \
         c->carries = state->shift.carries; \
         set_result(c, value, bits); \
-    } \
-    CHANGE_FORMS_V(op##_##count)
+    }
+#define DOUBLE_SHIFT(op, count) \
+    DOUBLE_SHIFT_FORM(op##_##count##_amd, op, count, true) \
+    CHANGE_FORMS_V(op##_##count##_amd) \
+    DOUBLE_SHIFT_FORM(op##_##count, op, count, false) \
+    CHANGE_FORMS_V(op##_##count, .amd = &H_##op##_##count##_amd)
 DOUBLE_SHIFT(shld, I)
 DOUBLE_SHIFT(shld, CL)
 DOUBLE_SHIFT(shrd, I)
