@@ -1,8 +1,8 @@
 """`make mutate`: do the tests of the translator find faults that are planted in it, one by one?
 
 In a copy of the tree, under build/mutate, each row of PLANTS is put into the source, and what compares host code with
-the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, and the loops of test_translator.py. A
-plant that none of them finds fails this. `make mutate ARGS=words`: only those whose text has the words.
+the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, test_translator.py, and test_code.py, which
+changes code. A plant that none of them finds fails this. `make mutate ARGS=words`: only those whose text has the words.
 """
 
 from __future__ import annotations
@@ -305,14 +305,12 @@ def who_finds() -> str:
             return "fuzzer"
         if run(*fuzz, "--ways", "--cases", "400000").returncode:
             return "ways"
-        loops = run(
-            *"-m pytest -q -x -p no:cacheprovider tests/emulator/test_translator.py".split(),
-            "-k",
-            "loops or beyond or next_operand",
-            f"--basetemp={TREE / 'pt'}",
-            VMFS_LOOPS="200",
-        )
-        return "loops" if loops.returncode else ""
+        tests = "-m pytest -q -x -p no:cacheprovider".split()
+        folder = f"--basetemp={TREE / 'pt'}"
+        if run(*tests, "tests/emulator/test_translator.py", folder, VMFS_LOOPS="200").returncode:
+            return "loops"
+        code = run(*tests, "tests/emulator/test_code.py", folder, VMFS_JIT_THRESHOLD="0")
+        return "code" if code.returncode else ""
     except subprocess.TimeoutExpired:
         return "it hangs"
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
+from vmfs.engine.base import Vcpu  # noqa: E402
 from vmfs.engine.emulator.engine import EmulatorEngine  # noqa: E402
 from vmfs.memory.ram import Memory  # noqa: E402
 from vmfs.words.modes import set_mode  # noqa: E402
@@ -458,30 +461,64 @@ def test_what_a_handler_has_loaded_is_the_next_operand(monkeypatch):
         assert found[-1]["instructions_translated"]
 
 
-def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
-    """A table lies in one page while its index is a byte; with more added to that, in the next, which is elsewhere."""
-    # MOVZX ECX, BL; LEA ECX, [RCX+1000]; ADD EAX, [RCX*4+DATA]
-    body = "0fb6cb 8d89e8030000 03048d" + struct.pack("<I", DATA).hex()
-    code = bytes.fromhex(body + "ffc3 ffca 75ea f4")  # INC EBX; DEC EDX; JNZ; HLT
-    elsewhere = 0x50000
-    values = [number * 7 + 3 for number in range(2048)]
-    for way in (INTERPRETED, *WAYS[:2]):
-        for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in way.items():
-            monkeypatch.setenv(name, value)
-        memory = Memory(RAM)
-        machine = EmulatorEngine().create_machine()
+ELSEWHERE = 0x50000  # where the page after that of DATA lies
+
+
+@contextmanager
+def two_pages(way: dict[str, str], code: str, registers: dict[str, int], monkeypatch) -> Iterator[tuple[Vcpu, Memory]]:
+    """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros in what
+    lies behind DATA's page in the host; when the code has run to its HLT."""
+    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in way.items():
+        monkeypatch.setenv(name, value)
+    memory = Memory(RAM)
+    machine = EmulatorEngine().create_machine()
+    try:
         machine.map_memory(0, 0, memory.fd, 0, RAM)
         cpu = machine.create_vcpu(0)
         set_mode(cpu, memory, RAM, "long")
         set_up_events(cpu, memory)
-        memory.write(TABLES + 0x3000 + (DATA // 4096 + 1) * 8, struct.pack("<Q", elsewhere | 3))
-        memory.write(DATA, struct.pack("<1024I", *values[:1024]) + bytes(4096))
-        memory.write(elsewhere, struct.pack("<1024I", *values[1024:]))
-        memory.write(CODE, code)
-        write_registers(cpu, {"rip": CODE, "rax": 0, "rbx": 0, "rdx": 256, "rsp": STACK})
+        memory.write(TABLES + 0x3000 + (DATA // 4096 + 1) * 8, struct.pack("<Q", ELSEWHERE | 3))
+        memory.write(DATA, bytes(range(256)) * 16)
+        memory.write(ELSEWHERE, bytes(range(255, -1, -1)) * 16)
+        memory.write(CODE, bytes.fromhex(code))
+        write_registers(cpu, {"rip": CODE, "rax": 0, "rbx": 0, "rsp": STACK, **registers})
         assert cpu.run().REASON == "hlt"
-        assert int(read_register(cpu, "rax"), 0) == sum(values[1000:1256]), way
+        yield cpu, memory
+    finally:
         machine.close()
         memory.close()
+
+
+def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
+    """A table lies in one page while its index is a byte; with more added to that, in the next, which is elsewhere."""
+    # MOVZX ECX, BL; LEA ECX, [RCX+1000]; ADD EAX, [RCX*4+DATA]; INC EBX; DEC EDX; JNZ; HLT
+    code = "0fb6cb 8d89e8030000 03048d" + struct.pack("<I", DATA).hex() + "ffc3 ffca 75ea f4"
+    values = struct.unpack("<2048I", bytes(range(256)) * 16 + bytes(range(255, -1, -1)) * 16)
+    for way in (INTERPRETED, *WAYS[:2]):
+        with two_pages(way, code, {"rdx": 256}, monkeypatch) as (cpu, _):
+            assert int(read_register(cpu, "rax"), 0) == sum(values[1000:1256]) & 0xFFFFFFFF, way
+
+
+ROWS = {  # some accesses off one register, of which the second is in the next page
+    "loads": "488b33 488b7b08",  # MOV RSI, [RBX]; MOV RDI, [RBX+8]
+    "stores": "488903 48895308",  # MOV [RBX], RAX; MOV [RBX+8], RDX
+    "both": "488b33 48895308",  # MOV RSI, [RBX]; MOV [RBX+8], RDX
+    "pops": "4889dc 5e 5f",  # MOV RSP, RBX; POP RSI; POP RDI
+    "pushes": "488d6310 50 52",  # LEA RSP, [RBX+16]; PUSH RAX; PUSH RDX
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_of_accesses_goes_on_in_another_page(row, monkeypatch):
+    code = ROWS[row] + "ffc9"  # DEC ECX; JNZ; HLT
+    code += "75" + bytes([256 - len(bytes.fromhex(code)) - 2]).hex() + "f4"
+    found = []
+    for way in (INTERPRETED, *WAYS[:2]):
+        values = {"rax": 0x1122334455667788, "rdx": 0x99AABBCCDDEEFF00, "rcx": 10, "rbx": DATA + 0xFF8}
+        with two_pages(way, code, values, monkeypatch) as (cpu, memory):
+            seen = [cpu.get_state("regs"), *(memory.read(at, 4096) for at in (DATA, DATA + 4096, ELSEWHERE))]
+            assert not any(seen[2]), "what lies behind the page in the host is not the guest's"
+            found.append(seen)
+    assert found[0] == found[1] == found[2]

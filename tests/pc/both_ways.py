@@ -1,4 +1,4 @@
-"""What a stock kernel or a firmware does on the emulator, one way or another: for test_both_ways, in a process of its own."""
+"""What a stock kernel or a firmware does on the emulator, one way or another: for test_both_ways, in processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Host code does what the interpreter does, from the first instruction of stock kernels and firmware to a mark of theirs:
-translated at once, in regions that are cut at random, and as it is by default. Compared are the hash of all state after
-each STEP instructions, what was sent, and the screen.
+"""Host code does what the interpreter does, from the first instruction of stock kernels and firmware to a mark of
+theirs: translated at once, in regions that are cut at random, and as it is by default. Compared are the hash of all
+state after each STEP instructions, what was sent, and the screen.
 
 iPXE in `make test`; `make repeat` has all of them, compared every 10 million instructions.
 """
