@@ -451,7 +451,7 @@ def test_what_a_handler_has_loaded_is_the_next_operand(monkeypatch):
             code += load + bytes([0x45 | (number & 7) << 3, 0xFF])  # ..., [RBP-1]
             code += b"\x4c\x01" + bytes([0xC0 | (number & 7) << 3])  # ADD RAX
             code += load + bytes([0x45 | (number & 7) << 3, 0xFF])
-            code += b"\x4d\x01" + bytes([0xC0 | (number & 7) << 3 | (number + 1) & 3 | 4])  # ADD another one of the four
+            code += b"\x4d\x01" + bytes([0xC0 | (number & 7) << 3 | (number + 1) & 3 | 4])  # ADD another of the four
     code += b"\xff\x0c\x25" + struct.pack("<I", COUNTER)
     code += b"\x0f\x85" + struct.pack("<i", -(len(code) + 6)) + b"\xf4"
     expected = result(code, True, 1, INTERPRETED, None, monkeypatch)
@@ -466,8 +466,8 @@ ELSEWHERE = 0x50000  # where the page after that of DATA lies
 
 @contextmanager
 def two_pages(way: dict[str, str], code: str, registers: dict[str, int], monkeypatch) -> Iterator[tuple[Vcpu, Memory]]:
-    """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros in what
-    lies behind DATA's page in the host; when the code has run to its HLT."""
+    """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros in
+    what lies behind DATA's page in the host; when the code has run to its HLT."""
     for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in way.items():
