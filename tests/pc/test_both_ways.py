@@ -37,7 +37,7 @@ def test_kernels_and_firmware(name):
     for way, other in zip(WAYS, others, strict=True):
         assert first_difference(interpreted, other) is None, way
         assert (other.sent, other.screen) == (interpreted.sent, interpreted.screen), way
-        assert other.translated > 0 and other.regions > 100, way
+        assert other.translated > 0 and other.regions > 50, way
     print(f"{name}: {interpreted.hashes[-1][0] / 1e6:.0f} million instructions,", *(each.translated for each in others))
 
 
