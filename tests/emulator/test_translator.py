@@ -468,8 +468,8 @@ ELSEWHERE = 0x50000  # where the page after that of DATA lies
 def two_pages(
     way: dict[str, str], code: str, registers: dict[str, int], monkeypatch
 ) -> Iterator[tuple[Vcpu, Memory]]:
-    """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros in
-    what lies behind DATA's page in the host; when the code has run to its HLT."""
+    """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros
+    in what lies behind DATA's page in the host; when the code has run to its HLT."""
     for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in way.items():
