@@ -91,6 +91,14 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"\0\0\0\1", errno.EINVAL),
         (b"line 1 1", errno.EOPNOTSUPP),
     ),
+    "history": (
+        (b"perhaps\n", errno.EINVAL),
+        (b"on memory\n", errno.EINVAL),
+        (b"on memory=1K\n", errno.EINVAL),
+        (b"on every=1us\n", errno.EINVAL),
+        (b"on every=1s every=2s\n", errno.EINVAL),
+        (b"on\n", errno.EOPNOTSUPP),
+    ),
     "restore": (
         (b"\n", errno.EINVAL),
         (b"one two", errno.EINVAL),

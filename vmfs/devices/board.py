@@ -102,6 +102,7 @@ class Board:
         self._seed, self._drawn = os.urandom(SEED_SIZE), 0
         self.birth_is_set = False  # by `set_birth`
         self.inputs = Inputs(self)
+        self.is_silent = False  # what ports send has been given to the host before
         self._is_fast = False  # the engine asks the bus by itself,
         self._sees_due = False  # and looks at what is due there
         self._give_bus()
@@ -368,10 +369,11 @@ class Board:
             self._set_deadline()
         return timer
 
-    def schedule_input(self, when: int, callback: Callable[[], None]) -> None:
+    def schedule_input(self, when: int, callback: Callable[[], None]) -> Timer:
         """As `schedule`, before all that is not an input."""
-        self._timers.add(when, callback, first=True)
+        timer = self._timers.add(when, callback, first=True)
         self._set_deadline()
+        return timer
 
     def look_soon(self) -> None:
         """Have `call_due` called between two instructions, for new inputs. From any thread, with the lock."""

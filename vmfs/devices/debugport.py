@@ -23,7 +23,7 @@ class DebugConsole(StatelessDevice):
         super().__init__(board, name)
         self.port = port
         self.chip = _chips.Sender(board.bus, self.number, ANSWER)
-        self._output = Output(self.chip)
+        self._output = Output(board, self.chip)
         if output is not None:
             self._output.to = output
 

@@ -107,9 +107,10 @@ class Port(Protocol):
     def random(self, length: int) -> bytes: ...
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer: ...
 
-    # What comes from outside (vmfs.devices.inputs)
+    # What comes from outside (vmfs.devices.inputs), and whether what goes there has been there before
     @property
     def inputs(self) -> Any: ...
+    is_silent: bool
 
     # Chips (vmfs.devices._chips)
     @property

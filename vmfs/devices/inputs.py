@@ -8,15 +8,18 @@ time finds the same machine. It takes a machine that computes its time itself (`
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from vmfs.devices.timers import Timer
 from vmfs.words.errors import Busy, Invalid, Unsupported
 
 _LONGEST = 1 << 20  # bytes of one input
+PASSING = "time"  # the name of the Taker of time that passes
 
 
 class Taker(Protocol):
@@ -41,7 +44,7 @@ class Keeper(Protocol):
     @property
     def devices(self) -> Mapping[str, Any]: ...
     def now(self) -> int: ...
-    def schedule_input(self, when: int, callback: Callable[[], None]) -> None: ...
+    def schedule_input(self, when: int, callback: Callable[[], None]) -> Timer: ...
     def look_soon(self) -> None: ...
 
 
@@ -78,7 +81,11 @@ class Inputs:
         self._log: list[Input] | None = None  # what has come, while it is recorded
         self._fed = 0  # that are still to come
         self._new: list[tuple[str, str, bytes]] = []  # that came from outside, and have no time yet
+        self._holds_new = False
         self._others: dict[str, Taker] = {}  # that are no devices
+        self._done = 0  # of what is recorded, that have come
+        self._coming: Timer | None = None  # the first of the others
+        self.before_new: Callable[[], None] = lambda: None  # called in `settle`, before anything new gets a time
 
     @property
     def have_times(self) -> bool:
@@ -88,7 +95,15 @@ class Inputs:
     @property
     def are_new(self) -> bool:
         """Some wait for a time: the board is to call `settle` as soon as it can."""
-        return bool(self._new)
+        return bool(self._new) and not self._holds_new
+
+    def hold_new(self, holds: bool) -> None:
+        """Have those that come from outside wait. With the board's lock."""
+        if holds and self.are_new:
+            self.settle()
+        self._holds_new = holds
+        if self.are_new:
+            self._board.look_soon()
 
     def add(self, taker: Taker) -> None:
         """One that is no device."""
@@ -110,13 +125,35 @@ class Inputs:
 
     def settle(self) -> None:
         """Give those that wait their time, which is the next nanosecond. In the CPU's thread, with the lock."""
+        self.before_new()
         new, self._new = self._new, []
         at = self._board.now() + 1
         for taker, kind, data in new:
             one = Input(at, taker, kind, data)
-            if self._log is not None:
-                self._log.append(one)
-            self._schedule(one)
+            if self._log is None:
+                self._schedule(one)
+            else:
+                self._note(one)
+
+    def _note(self, one: Input) -> None:
+        """Have it come, and keep it: those of the record that are still to come are in their order of time."""
+        assert self._log is not None
+        bisect.insort(self._log, one, lo=self._done, key=lambda other: other.at)
+        self._expect()
+
+    def _expect(self) -> None:
+        """Have the first that is still to come of the record come when it came, and the others after it."""
+        assert self._log is not None
+        if self._coming is not None:
+            self._coming.cancel()
+            self._coming = None
+        if self._done < len(self._log):
+            self._coming = self._schedule(self._log[self._done], self._was_recorded)
+
+    def _was_recorded(self) -> None:
+        self._done += 1
+        self._coming = None
+        self._expect()
 
     def record(self) -> None:
         """Keep what comes from now on. Unsupported where the guest's time is the host's, Busy where it is done already.
@@ -125,7 +162,34 @@ class Inputs:
         with self._board.lock:
             if self._log is not None:
                 raise Busy("inputs are recorded already")
-            self._log = []
+            self._log, self._done, self._coming = [], 0, None
+
+    @property
+    def done(self) -> int:
+        """How many of those that are recorded have come. With the board's lock, or in the CPU's thread."""
+        return self._done
+
+    def rewind(self, done: int) -> None:
+        """The machine is as it was when so many had come: the others come again. With the board's lock."""
+        self._done = done
+        self._expect()
+
+    def forget_coming(self) -> None:
+        """Those of the record that are still to come do not. With the board's lock."""
+        assert self._log is not None
+        del self._log[self._done :]
+        self._expect()
+
+    def forget_first(self, count: int) -> None:
+        """The first ones of the record, that have come, are not in it any more. With the board's lock."""
+        assert self._log is not None
+        del self._log[:count]
+        self._done -= count
+
+    def note_passing(self, nanoseconds: int) -> None:
+        """So much of the guest's time passes at its next nanosecond, in which nothing is executed. In the CPU's thread,
+        with the lock, while inputs are recorded."""
+        self._note(Input(self._board.now() + 1, PASSING, "time", nanoseconds.to_bytes(8, "little")))
 
     def recorded(self) -> tuple[Input, ...]:
         """What has come since `record`. What has not been given its time yet is not in it."""
@@ -136,6 +200,9 @@ class Inputs:
         """Record no more; as `recorded`."""
         with self._board.lock:
             log, self._log = tuple(self._log or ()), None
+            if self._coming is not None:
+                self._coming.cancel()
+                self._coming = None
             return log
 
     def feed(self, inputs: Iterable[Input]) -> None:
@@ -158,14 +225,14 @@ class Inputs:
     def _was_fed(self) -> None:
         self._fed -= 1
 
-    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> None:
+    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> Timer:
         def come() -> None:
             then()
             taker = self._taker(one.taker)
             if taker is not None:  # else it was taken out since
                 taker.input(one.kind, one.data)
 
-        self._board.schedule_input(one.at, come)
+        return self._board.schedule_input(one.at, come)
 
     def _check(self) -> None:
         if self._board.time_source != "instructions":

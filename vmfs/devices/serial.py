@@ -21,7 +21,8 @@ FIFO = 16
 class Output:
     """What a chip has sent, on its way to `output`."""
 
-    def __init__(self, chip: Any) -> None:
+    def __init__(self, board: Port, chip: Any) -> None:
+        self._board = board
         self._chip = chip
         self._lock = threading.Lock()  # what is sent stays in order
         self.sent = Sent()
@@ -32,7 +33,8 @@ class Output:
             data = self._chip.take()
             if data:
                 self.sent.append(data)
-                self.to(data)
+                if not self._board.is_silent:
+                    self.to(data)
 
 
 class SerialState(DeviceState):
@@ -79,7 +81,7 @@ class Serial(QuietDevice[SerialState]):
         self.port = port
         self.irq = irq
         self.chip = _chips.Uart(board.bus, self.number, irq)
-        self._output = Output(self.chip)
+        self._output = Output(board, self.chip)
         if output is not None:
             self._output.to = output
         self.took: Callable[[], None] = lambda: None  # called when `waiting` got shorter

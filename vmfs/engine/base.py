@@ -313,6 +313,21 @@ class Machine(abc.ABC):
         which is what a new machine has; or `host`, the host's monotonic clock. Time goes on from where it is."""
         raise Unsupported("time follows the host's clock on this engine")
 
+    def set_paced(self, paced: bool) -> None:
+        """With `instructions` as the source of time: CPUs that sleep do so for as long as that takes on the host's
+        clock, or until something comes for them; else their time jumps to the next timer."""
+        raise Unsupported("time follows the host's clock on this engine")
+
+    def set_repeatable(self, repeatable: bool) -> None:
+        """Stops change nothing of what the guest does: a run that begins at a breakpoint delivers interrupts before the
+        instruction there, and stops again after them; else it executes that instruction first."""
+        raise Unsupported("a run does not repeat on this engine")
+
+    def pass_time(self, nanoseconds: int) -> None:
+        """With `instructions` as the source of time: so much passes now, in which nothing is executed. Between two
+        slices of a run."""
+        raise Unsupported("time follows the host's clock on this engine")
+
     @abc.abstractmethod
     def dirty_log(self, slot: int) -> bytes:
         """A bit a 4 KiB page of the slot, bit 0 of byte 0 first: what the guest wrote since the last call."""
@@ -500,6 +515,12 @@ class Vcpu(abc.ABC):
         """How a stop of the last request is watched for: `engine` (it costs nothing), `hardware` (the CPU's
         debug registers), `stepping` (an instruction at a time), `protection` (of its page)."""
         return "engine"
+
+    @property
+    def took_event(self) -> bool:
+        """Whether an interrupt or an exception was delivered since the last instruction that is done: it is counted as
+        none. Of an engine that counts (COUNTERS); one that was set does not know of those before."""
+        return False
 
     def unclaimed_msrs(self) -> tuple[tuple[int, int, int, int], ...]:
         """MSRs that the guest has used and the CPU has not (so it got #GP): number, reads, writes, and the rip of the

@@ -160,6 +160,12 @@ def given_up(progress: bytes) -> bytes:
     return kept.pack()
 
 
+def passed_no_stop(progress: bytes) -> bytes:
+    """The same, of a CPU that stops at a breakpoint where it stands."""
+    now = Progress.unpack(progress)
+    return replace(now, flags=now.flags & ~(Flag.PASS | Flag.RESUME)).pack()
+
+
 def as_new(progress: bytes, new: bytes) -> bytes:
     """That of a CPU that was reset: in the middle of nothing, as the new one, and has done as much."""
     now = Progress.unpack(progress)

@@ -11,7 +11,7 @@ from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.forks import ForkFile
 from vmfs.fs.inodes import Kind, Scope
-from vmfs.fs.kinds import Kept, LocalText, Served, Stat
+from vmfs.fs.kinds import History, Kept, LocalText, Served, Stat
 from vmfs.fs.mapped import Framebuffer, Mem
 from vmfs.fs.scopes import RootScope
 from vmfs.words.registers import REGISTERS
@@ -61,6 +61,7 @@ FILES: tuple[Row, ...] = (
     Row("dirty", 0o400, Served(acts=True)),
     Row("restore", 0o600, BOTH),
     Row("fork", 0o200, ForkFile()),
+    Row("history", 0o600, History()),
     # configuration
     Row("mem_size", 0o600, BOTH),
     Row("cpus", 0o600, BOTH),

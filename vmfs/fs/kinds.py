@@ -23,7 +23,7 @@ from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import ANY_FLAGS, DATA_MOST, Message
-from vmfs.words.errors import Gone, Interrupted, Invalid, LimitReached, ProcessFailed
+from vmfs.words.errors import Busy, Gone, Interrupted, Invalid, LimitReached, ProcessFailed
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +313,23 @@ class _KeptHandle(ServedHandle):
         while len(data) < size and (more := await super().read(offset + len(data), size - len(data))):
             data += more
         return data
+
+
+@dataclass(frozen=True)
+class History(Served):
+    """`history`: what is switched on by it needs RAM to be the machine's alone."""
+
+    writable: bool = True  # type: ignore[assignment]
+
+    def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
+        return _HistoryHandle(node, pid, who)
+
+
+class _HistoryHandle(ServedHandle):
+    async def write(self, offset: int, data: bytes) -> int:
+        if data.split()[:1] != [b"off"] and not self.scope.memory.leave_to_machine():
+            raise Busy("history: a program has `mem` open or mapped, and would write it unseen: close it first")
+        return await super().write(offset, data)
 
 
 # ---- what the server knows

@@ -43,7 +43,9 @@ from vmfs.devices.board import Board
 from vmfs.engine.base import NO_DEBUG, Capability, DebugRequest, Engine, Machine, Runner, Vcpu
 from vmfs.machine._lane import Lane
 from vmfs.machine.cpu import Cpu, CpuThread, Job
+from vmfs.machine.history import History
 from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
+from vmfs.machine.travel import Travel
 from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError, known
@@ -138,6 +140,7 @@ class Control:
     memory: Memory
     board: Board | None
     cpus: Sequence[Cpu]
+    history: History | None = None
     _machine: Machine
     _boot_due: bool  # the next run begins by loading what there is to boot
     _has_run: bool
@@ -354,6 +357,7 @@ class Control:
             and self._hooks.before is None
             and self._hooks.after is None
             and not self._closed
+            and self.history is None
             and not self.is_watched()
         )
 
@@ -367,7 +371,7 @@ class Control:
                 bound = self._checked(bound)
             self._choose_runners(bound)
             run, begins = Run(bound), False
-            if self._state == "shutdown" and self._last_exit is not None:
+            if self._state == "shutdown" and self._last_exit is not None and bound.journey is None:
                 run.set_result(self._note(self._last_exit))
             elif self._held:
                 run.set_result(self._note(self._held.popleft()))
@@ -386,8 +390,11 @@ class Control:
 
     def _checked(self, bound: Bound) -> Bound:
         """What it says of CPUs, in full. Invalid for one that there is not."""
-        if bound.cpu is not None and bound.cpu >= len(self.cpus):
-            raise Invalid(f"cpu={bound.cpu}: there are {len(self.cpus)}, from 0 on")
+        cpu = bound.cpu if bound.journey is None else bound.journey.cpu
+        if cpu is not None and cpu >= len(self.cpus):
+            raise Invalid(f"cpu={cpu}: there are {len(self.cpus)}, from 0 on")
+        if bound.journey is not None and self.history is None:
+            raise Unsupported("the machine has no history to go through: `echo on > history` begins one")
         if bound.steps is not None and bound.cpu is None:  # the one that was looked at last
             return replace(bound, cpu=0 if self._last_exit is None else self._last_exit.cpu)
         is_counted = bound.instructions and bound.cpu is None and len(self.cpus) > 1
@@ -400,7 +407,8 @@ class Control:
         if len(self.cpus) == 1:
             return
         self._runners = self._machine.runners(self._vcpus)
-        in_turn = self._machine.in_turn(self._vcpus) if bound.instructions or self.trace.on else None
+        is_in_turn = bound.instructions or self.trace.on or self.history is not None
+        in_turn = self._machine.in_turn(self._vcpus) if is_in_turn else None
         if in_turn is not None:
             self._runners = (in_turn,)
         while len(self._threads) < len(self._runners):
@@ -508,10 +516,17 @@ class Control:
         finally:
             if timer:
                 timer.cancel()
+            if self.history is not None:
+                self.history.end_run()
             self._after_run()
 
     def _run_all(self, run: Run, first: exits.Exit | None) -> exits.Exit:
         """The exit that the run's caller sees."""
+        history = self.history
+        if run.bound.journey is not None:
+            return self._travel(run)
+        if history is not None and run.bound.instructions != 0:
+            history.begin_run(run.bound.cpu)
         if run.bound.cpu is not None:
             cpu = self.cpus[run.bound.cpu]
             return self._loop(run, cpu.vcpu, (cpu,)).to_exit(first)
@@ -534,6 +549,19 @@ class Control:
         with self._lock:
             self._held.extend(exit_ for exit_ in others if isinstance(exit_, exits.Exit) and _is_seen(exit_))
         return ended
+
+    def _travel(self, run: Run) -> exits.Exit:
+        """Go through the past; past the end of the record, live."""
+        history, journey = self.history, run.bound.journey
+        if history is None:
+            raise Unsupported("the machine has no history any more")
+        run.travel = Travel(self, history, run)
+        exit_ = run.travel.to_exit(journey)
+        left = 0 if journey.place is None or history.in_past else journey.place - history.count()
+        if left <= 0 or not isinstance(exit_, exits.Limit):
+            return exit_
+        history.begin_run(None)
+        return self._loop(run, self._runners[0], self.cpus, Bound(instructions=left)).to_exit()
 
     def _begin_part(self, run: Run, parts: _Parts, thread: CpuThread) -> None:
         def forget() -> None:
@@ -560,11 +588,13 @@ class Control:
                 run.has_ended = True
                 self._kick()
 
-    def _loop(self, run: Run, runner: Runner, cpus: Sequence[Cpu]) -> RunLoop:
+    def _loop(self, run: Run, runner: Runner, cpus: Sequence[Cpu], bound: Bound | None = None) -> RunLoop:
         """Of a runner, which runs these."""
         do_tasks = self._do_tasks_now if self._parts is None else self._meet
         asked = Asked(partial(self._prepare, cpus), self._stop_for, do_tasks, lambda: self._points.stepping)
-        return RunLoop(run, runner, self._vcpus, self.capabilities, self.board, self.trace, asked)
+        if (history := self.history) is not None:
+            asked = replace(asked, left=history.left, pass_end=partial(history.pass_end, run.bound.cpu))
+        return RunLoop(run, runner, self._vcpus, self.capabilities, self.board, self.trace, asked, bound)
 
     def _prepare(self, cpus: Sequence[Cpu], bound: Bound, by_steps: bool) -> bool:
         with self._lock:
@@ -619,6 +649,8 @@ class Control:
         while self._tasks:
             task, cpu, future = self._tasks.popleft()
             _do(task, self.cpus[cpu].vcpu, future)
+        if self.history is not None and self._run is not None:
+            self.history.after_tasks(self._run.bound.cpu)
 
     def _note(self, exit_: exits.Exit) -> exits.Exit:
         """Count and keep an exit that callers see, in the form in which they see it; with the lock held."""

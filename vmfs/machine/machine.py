@@ -26,7 +26,7 @@ from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.past import Past, Rom, Snapshot
-from vmfs.machine.pins import LINES, Pins
+from vmfs.machine.pins import LINES, Passing, Pins
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attached,
@@ -83,6 +83,7 @@ class Vm(Control):
         self.engine = engine
         self.board = None
         self._pins = Pins(lambda gsi, level: self._machine.irq_line(gsi, level), lambda: self.cpu.vcpu.nmi())
+        self._passing = Passing(lambda nanoseconds: self._machine.pass_time(nanoseconds))
         with contextlib.ExitStack() as undo:
             undo.callback(self.memory.close)
             self._machine = engine.create_machine()
@@ -101,7 +102,9 @@ class Vm(Control):
         self._attached: dict[str, Attached] = {}  # by name, what `attach` has put in
         self.past = Past(self)
         self.listing = Listing()  # what `disasm` shows
-        self._dirty = {"file": 0, "cache": 0, "past": 0}
+        # By the reader that takes it; "base": since RAM is over one, and never taken.
+        self._dirty = {"file": 0, "cache": 0, "past": 0, "history": 0, "base": 0}
+        self.memory.noted = lambda: self._dirty["base"]
         self._own_writes: deque[tuple[int, int]] = deque()  # of RAM, by this process and no device, for `past`
 
     # ---- around a run
@@ -146,6 +149,7 @@ class Vm(Control):
                 with tried(vcpu):
                     task(vcpu)
             self._set_still(object())
+            self._changed()
             vcpu.complete()  # else a part of the state, read and set again, would undo the access
             attempt = Attempt(vcpu)
             try:
@@ -186,6 +190,7 @@ class Vm(Control):
         """Set a state to what `change` makes of it; it gets a function that reads it. Busy during a run."""
         with self._lock:
             self._check_idle()
+            self._changed()
             self._machine.set_state(name, change(lambda: self._machine.get_state(name)))
 
     def reset(self) -> None:
@@ -204,12 +209,30 @@ class Vm(Control):
 
     def _set_back(self) -> None:
         self._held.clear()
+        self._changed()
         put_engine(self._machine, self._reset_values)
         for cpu in self.cpus:
             cpu.set_back()
         if self.board is not None:
             self.board.reset()
         self._boot_due = True
+
+    def write_memory(self, offset: int, data: bytes) -> Future[int]:
+        """As the file `mem` takes it, at once; with a history, between two instructions. Busy while it goes through
+        that."""
+        history = self.history
+        if history is not None and history.is_travelling:
+            raise Busy("mem: the machine goes through its past")
+        if history is not None and history.is_executing:
+            return self.at_boundary(lambda _: self.memory.write_at(offset, data))
+        done: Future[int] = Future()
+        done.set_result(self.memory.write_at(offset, data))
+        return done
+
+    def _changed(self) -> None:
+        """Somebody outside has changed the machine, and not by an input."""
+        if self.history is not None:
+            self.history.changed = True
 
     # ---- as a value
 
@@ -222,6 +245,7 @@ class Vm(Control):
         with self._lock:
             self._check_idle()
             put(self, state)
+            self._changed()
             self._set_still(object())
         self.tell()
 
@@ -282,6 +306,11 @@ class Vm(Control):
         """Where time comes from: `host`, or `instructions`."""
         return self._time_source
 
+    @property
+    def shown_time_source(self) -> str:
+        """As who made it so sees it: with a history, the host's time is followed by recorded steps."""
+        return "host" if self.history is not None and self.history.follows_host else self._time_source
+
     @time_source.setter
     def time_source(self, source: str) -> None:
         self._time_source = source
@@ -335,6 +364,7 @@ class Vm(Control):
         self._counts = Counter(seen.counts)
 
     def memories(self) -> Iterator[tuple[str, int, Source]]:
+        self._gather_dirty()
         yield "ram", self.memory.end, self.memory
         if self._rom is not None:
             yield f"rom {self._rom.address:#x}", self._rom.kept.size, self._rom.kept
@@ -373,6 +403,26 @@ class Vm(Control):
         """For `take_pages`; without the lock."""
         with self._lock:
             self._dirty["past"] |= pages
+
+    def copy_pages(self) -> None:
+        """Have them in the log of the reader "history", too; without the lock."""
+        with self._lock:
+            self._dirty["history"] = self.look_at_pages()
+
+    def written_since(self, reader: str) -> int:
+        """A bit a page of RAM that was written since `reader` forgot; with the lock held."""
+        self._gather_dirty()
+        return self._dirty[reader]
+
+    def forget_written(self, reader: str) -> None:
+        """With the lock held."""
+        self._dirty[reader] = 0
+
+    def put_back(self, pages: int) -> None:
+        """RAM is another there, which `history` has put: for all others; with the lock held."""
+        self.memory_written((first * PAGE, count * PAGE) for first, count in runs(pages))
+        self._note_written(pages)
+        self._dirty["history"] = 0
 
     def have_written(self, pages: int) -> None:
         """RAM is another there: for the engine and all that ask for it but snapshots; with the lock held."""
@@ -418,6 +468,8 @@ class Vm(Control):
                 self.images.put(before[0])
                 self._use_rom(before[1])
                 raise
+            if self.history is not None:
+                self.history.restart(snapshot.ram)
             self._set_still(object())
         self.tell()
 
@@ -533,9 +585,14 @@ class Vm(Control):
         return self.board
 
     def _check_no_past(self, what: str) -> None:
-        """What its snapshots could not go back to is not changed; with the lock held."""
+        """What its snapshots, or its history, could not go back to is not changed; with the lock held."""
+        self._check_no_history(what)
         if self.past:
             raise Busy(f"{what}: the machine has snapshots, which are of it as it is")
+
+    def _check_no_history(self, what: str) -> None:
+        if self.history is not None:
+            raise Busy(f"{what}: the machine has a history, which is of it as it is: `echo off > history` ends it")
 
     def _set_time(self, source: str) -> None:
         if Capability.DETERMINISTIC in self.capabilities:
@@ -547,6 +604,7 @@ class Vm(Control):
         check_time(source)
         with self._lock:
             self._check_idle()
+            self._check_no_history("time")
             if source == "instructions" and Capability.DETERMINISTIC not in self.capabilities:
                 raise Unsupported(f"time: on {self.engine.name} it follows the host's clock")
             self._set_time(source)
@@ -664,6 +722,7 @@ class Vm(Control):
         """
         with self._lock:
             self._check_idle()
+            self._check_no_history("engine")
             self._replace_machine(engine)
             if Capability.DETERMINISTIC in self.capabilities:
                 self._machine.set_time(self.time_source)
@@ -727,6 +786,7 @@ class Vm(Control):
         self.board = board
         if board is not None:
             board.inputs.add(self._pins)
+            board.inputs.add(self._passing)
             board.cpu_count = count
         self._set_still(object())
         self._note_written(written)
@@ -747,6 +807,7 @@ class Vm(Control):
         with self._lock:
             self._check_idle()
             self._exit_cpu.vcpu.access_data = data
+            self._changed()
             self._moved()
 
     @property
@@ -775,6 +836,7 @@ class Vm(Control):
         with self._lock:
             self._check_open()
             self.cpu.vcpu.interrupt(vector)
+            self._changed()
             self._notice()
 
     def nmi(self) -> None:
@@ -784,6 +846,7 @@ class Vm(Control):
                 self.board.inputs.enter(self._pins, "nmi", b"")
             else:
                 self.cpu.vcpu.nmi()
+                self._changed()
                 self._notice()
 
     def irq_line(self, gsi: int, level: bool) -> None:
@@ -825,7 +888,10 @@ class Vm(Control):
             news |= self.board.take_dirty()
         self._note_written(news)
         while self._own_writes:
-            self._dirty["past"] |= pages_of(*self._own_writes.popleft())
+            pages = pages_of(*self._own_writes.popleft())
+            self._dirty["past"] |= pages
+            self._dirty["history"] |= pages
+            self._dirty["base"] |= pages
         return (self.memory.end // PAGE + 7) // 8
 
     def _engine_dirty(self) -> int:
@@ -846,6 +912,7 @@ class Vm(Control):
     def _wrote(self, address: int, size: int) -> None:
         """`Memory` has. From any thread."""
         self.memory_written(((address, size),))
+        self._changed()
         if self.past.is_tracked:
             self._own_writes.append((address, size))
 
@@ -889,6 +956,8 @@ class Vm(Control):
                 self._run.stop_asked = True
                 self._kick()
         self.tell()
+        if self.history is not None:
+            self.history.close()
         for thread in self._threads:
             thread.end()
         with self._lock:

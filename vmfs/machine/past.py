@@ -81,6 +81,7 @@ class Whole(Body, Protocol):
     def at_boundary(self, task: Callable[[Vcpu], Any], cpu: int = 0) -> Future[Any]: ...
     def take_pages(self) -> int: ...
     def note_pages(self, pages: int) -> None: ...
+    def copy_pages(self) -> None: ...
     def go_back(self, snapshot: Snapshot, look: Callable[[], Callable[[], None]]) -> None: ...
 
     @property
@@ -188,6 +189,15 @@ class Past:
         self.is_tracked, self._parent, self._is_of_others = True, base, True
         self._vm.take_pages()
         self._vm.note_pages(copied)
+
+    def track(self) -> Image:
+        """Have all be noted that is written to RAM from now on, which is private then, also for the reader "history" of
+        the machine. An image that RAM is but for what was noted for it. Nobody may have RAM's memfd."""
+        with self._busy:
+            self._begin(is_live=False)
+            assert self._parent is not None
+            self._vm.copy_pages()
+            return self._parent
 
     def _begin(self, is_live: bool) -> None:
         """Have all be noted that is written from now on; and have RAM over a base, unless it has to stay what it is."""

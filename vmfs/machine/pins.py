@@ -1,9 +1,11 @@
-"""The pins of a PC that a user drives by the file `irq`: interrupt lines and NMI, as inputs (`vmfs.devices.inputs`)."""
+"""Inputs (`vmfs.devices.inputs`) of a PC that come to no device: interrupt lines and NMI, which a user drives by the
+file `irq`; and time that passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmfs.devices.inputs import PASSING
 from vmfs.words.errors import Invalid
 
 LINES = 24  # of the I/O APIC
@@ -30,3 +32,19 @@ class Pins:
             self._line(data[0], bool(data[1]))
         else:
             self._nmi()
+
+
+class Passing:
+    """Time that passes on the host while the guest executes: `by(nanoseconds)` makes it pass for the guest."""
+
+    name = PASSING
+
+    def __init__(self, by: Callable[[int], None]) -> None:
+        self._by = by
+
+    def check_input(self, kind: str, data: bytes) -> None:
+        if kind != "time" or len(data) != 8 or data[7] >> 6:
+            raise Invalid(f"time: it passes by nanoseconds, and not by {kind[:40]!r} {data[:8].hex()}")
+
+    def input(self, kind: str, data: bytes) -> None:
+        self._by(int.from_bytes(data, "little"))

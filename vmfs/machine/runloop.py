@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from vmfs.debug.trace import Trace
 from vmfs.devices.board import Board
 from vmfs.engine.base import Capability, Runner, Vcpu
+from vmfs.machine.journey import Journey
 from vmfs.words import exits
 from vmfs.words.layouts import RIP, quad
 
@@ -29,6 +31,7 @@ class Bound:
     seconds: float | None = None  # ends with Limit
     within: tuple[int, int] | None = None  # with `steps`: steps again while rip is from the first on, below the second
     cpu: int | None = None  # the one that runs while the others stand still
+    journey: Journey | None = None  # through the machine's past, in place of all of that
 
 
 UNBOUND = Bound()
@@ -43,6 +46,7 @@ class Run(Future):  # type: ignore[type-arg]
         self.stop_asked = False
         self.expired = False
         self.has_ended = False  # one of its CPUs came to the exit that ends it
+        self.travel: Any = None  # of a journey (`vmfs.machine.travel.Travel`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class Asked:
     do_tasks: Callable[[], None]
     # Whether the user wants each step now.
     wants_steps: Callable[[], bool]
+    # How many instructions are left of what the machine does again; None: what it does is new. And what comes after
+    # them.
+    left: Callable[[], int | None] = lambda: None
+    pass_end: Callable[[], None] = lambda: None
 
 
 class RunLoop:
@@ -71,8 +79,11 @@ class RunLoop:
         board: Board | None,
         trace: Trace,
         asked: Asked,
+        bound: Bound | None = None,
     ) -> None:
+        """`bound`: in place of the run's."""
         self._run = run
+        self._bound = run.bound if bound is None else bound
         self._runner = runner
         self._cpus = cpus
         self._capabilities = capabilities
@@ -80,22 +91,23 @@ class RunLoop:
         self._trace = trace
         self._asked = asked
 
-    def to_exit(self, first: exits.Exit | None = None) -> exits.Exit:
-        """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that."""
-        bound = self._run.bound
+    def to_exit(self, first: exits.Exit | None = None, *, goes_on: bool = False) -> exits.Exit:
+        """Run until an exit that is the caller's to see. `first`: it was begun already, and came to that. `goes_on`: as
+        a part of the run before."""
+        bound = self._bound
         if bound.instructions == 0:  # `Vm.load`
             return exits.Limit(rip=quad(self._cpus[0].get_state("regs"), RIP))
         if self._board is None:
-            return self._to_exit(first)
+            return self._to_exit(first, goes_on)
         self._board.begin()
         try:
-            return self._to_exit(first)
+            return self._to_exit(first, goes_on)
         finally:
             self._board.end()
 
-    def _to_exit(self, first: exits.Exit | None) -> exits.Exit:
-        bound = self._run.bound
-        exit_ = self._slices(goes_on=False, first=first)
+    def _to_exit(self, first: exits.Exit | None, goes_on: bool) -> exits.Exit:
+        bound = self._bound
+        exit_ = self._slices(goes_on=goes_on, first=first)
         if bound.within is not None:
             first, end = bound.within
             while _is_step(exit_) and first <= exit_.rip < end and not self._asked.wants_steps():
@@ -105,17 +117,23 @@ class RunLoop:
     def _slices(self, goes_on: bool, first: exits.Exit | None = None) -> exits.Exit:
         """Slice by slice until an exit that is not only the engine's, or until the bound is reached."""
         run, runner, board = self._run, self._runner, self._board
-        left = _Countdown(run.bound, runner, exact=Capability.BUDGET in self._capabilities)
+        left = _Countdown(self._bound, runner, exact=Capability.BUDGET in self._capabilities)
         if board is not None:
             board.call_due()  # what became due while nothing ran
         while True:
-            stepping = self._asked.prepare(run.bound, left.by_steps)
-            exit_, first = first or self._slice(left.budget, goes_on), None
+            stepping = self._asked.prepare(self._bound, left.by_steps)
+            budget, again = left.budget, self._asked.left()
+            if again is not None:
+                if not again:
+                    self._asked.pass_end()
+                    continue
+                budget = again if budget is None else min(budget, again)
+            exit_, first = first or self._slice(budget, goes_on), None
             goes_on = True
             if isinstance(exit_, exits.Limit):  # the budget is used up, or the CPU sleeps
-                if left.is_bounded:
+                if left.is_bounded and (again is None or left.is_used_up()):
                     return self._bound_reached(exit_)
-                if stepping:
+                if stepping and again is None:
                     return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
             if isinstance(exit_, exits.Interrupted | exits.Limit):
                 if board is not None:
@@ -161,7 +179,7 @@ class RunLoop:
         return self._runner.run(budget=budget, goes_on=goes_on)
 
     def _bound_reached(self, at: exits.Exit) -> exits.Exit:
-        if self._run.bound.steps is not None:
+        if self._bound.steps is not None:
             return exits.Debug(cause="step", rip=at.rip, cpu=at.cpu)
         return exits.Limit(rip=at.rip, cpu=at.cpu)
 

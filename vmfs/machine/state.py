@@ -18,7 +18,7 @@ import enum
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Protocol
 
 import msgspec
@@ -26,7 +26,7 @@ import msgspec
 from vmfs.devices.board import Board, BoardState
 from vmfs.devices.device import U64, DeviceState, unpack
 from vmfs.engine.base import Machine, Vcpu, has_state
-from vmfs.engine.rest import as_new, given_up
+from vmfs.engine.rest import NEVER, Time, as_new, given_up
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.layouts import unpack_msrs
 
@@ -410,6 +410,12 @@ class Parts:
             rest()
         return Parts(setup, seen, engine, cpus, board, devices)
 
+    @property
+    def size(self) -> int:
+        """Bytes, of what may be large."""
+        states = [*self.engine.values(), *(data for cpu in self.cpus for data in cpu.values())]
+        return sum(map(len, states)) + sum(len(data) for _, data in self.devices.values())
+
     def state(self) -> State:
         parts: dict[str, Part] = {}
 
@@ -477,17 +483,22 @@ class Opened:
 
 
 def put(
-    body: Body, state: State | Opened, put_memory: Callable[[], None] = lambda: None, before: Parts | None = None
+    body: Body,
+    state: State | Opened | Parts,
+    put_memory: Callable[[], None] = lambda: None,
+    before: Parts | None = None,
 ) -> None:
     """Make the machine what `state` says; its memory is that of the state already, or is once `put_memory` was called.
     It is whole or not at all: Invalid, Unsupported, and nothing has changed, where the machine cannot be so. Of that,
     memory is no part: where the engine refuses a state when it is set, memory is as it was put. What is so already is
-    left alone. `before`: what the machine is, where the caller has looked."""
-    wanted = state if isinstance(state, Opened) else Opened(body, state)
-    body.check_kind(wanted.parts.setup)
+    left alone. `before`: what the machine is, where the caller has looked; Parts are of this machine."""
+    if isinstance(state, State):
+        state = Opened(body, state)
+    wanted = state.parts if isinstance(state, Opened) else state
+    body.check_kind(wanted.setup)
     before = before or Parts.of(body)
     try:
-        _put(body, wanted.parts, before, put_memory)
+        _put(body, wanted, before, put_memory)
     except BaseException:
         _put(body, before, Parts.of(body), lambda: None)
         raise
@@ -519,6 +530,8 @@ def state_hash(body: Body) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
     of_run = {f"{row.owner}/{row.name}" for row in ROWS if row.of_run}
     for name, part in sorted(take(body).parts.items()):
+        if name == "engine/time":  # when devices, or inputs, are due is theirs to say
+            part = Part(part.version, replace(Time.unpack(part.data), deadline=NEVER).pack())
         if name not in of_run:
             digest.update(b"%s %d %d " % (name.encode(), part.version, len(part.data)) + part.data)
     for name, size, memory in body.memories():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from vmfs.memory.mapping import PAGE
 from vmfs.words.errors import EngineFailed
 
+_COPIED = 1 << 20  # bytes at a time
 _PART = 512  # bytes of a bitmap that are looked at together
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -72,6 +73,8 @@ class Layer:
     """A memfd that is this object's, and the pages it has; `pages` None: all, holes as well. Its memory is free when
     nobody has it any more."""
 
+    is_sealed = False
+
     def __init__(self, fd: int, pages: int | None) -> None:
         self.fd = fd
         self.pages = pages
@@ -82,6 +85,17 @@ class Layer:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
         except OSError as error:
             raise EngineFailed(f"the memory of a snapshot is not sealed: {os.strerror(error.errno or 0)}") from error
+        self.is_sealed = True
+
+    def absorb(self, below: Layer) -> None:
+        """Have what it has not of `below`, too: an image in which that is the next one below stays the same. Neither is
+        sealed."""
+        assert self.pages is not None and below.pages is not None
+        for first, count in runs(below.pages & ~self.pages):
+            at, end = first * PAGE, (first + count) * PAGE
+            while at < end:
+                at += os.pwrite(self.fd, os.pread(below.fd, min(end - at, _COPIED), at), at)
+        self.pages |= below.pages
 
     @property
     def taken(self) -> int:

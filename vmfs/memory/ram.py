@@ -116,6 +116,7 @@ class Memory:
         self._writing = threading.Lock()  # held while the way to write, and seals, are looked at and used
         self._closed = False
         self.written: Callable[[int, int], None] = lambda address, size: None  # called after this object wrote RAM
+        self.noted: Callable[[], int] = lambda: 0  # the pages that are known to be written since there is a base
         try:
             self._set_size(size)
         except BaseException:
@@ -201,7 +202,7 @@ class Memory:
         if first < last:
             self.write(offset, bytes(first - offset))
             if self.base is not None:
-                for start, end in list(_touched(self.base, first, last)):
+                for start, end in list(self._touched(first, last)):
                     for at in range(start, end, _ZEROS):
                         self.mapping.view[at : min(at + _ZEROS, end)] = bytes(min(_ZEROS, end - at))
             elif punch(self.fd, first, last - first):
@@ -215,7 +216,7 @@ class Memory:
         """For a thread that reads RAM for a while: it may outlive this object. `check` is called before each read, and
         raises what ends the work; what computes for long calls it, too."""
         self._check_open()
-        return MemoryView(os.dup(self.fd), self.mapping, self.base, self.regions, check)
+        return MemoryView(os.dup(self.fd), self.mapping, self.base, self.noted(), self.regions, check)
 
     @property
     def blocks(self) -> int:
@@ -225,7 +226,12 @@ class Memory:
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of what was ever touched; between them are zeros that take no memory."""
         self._check_open()
-        return extents(self.fd, 0, self.end) if self.base is None else _touched(self.base, 0, self.end)
+        return extents(self.fd, 0, self.end) if self.base is None else self._touched(0, self.end)
+
+    def _touched(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """What of a private mapping may be other than zeros: what the base has, and what was written over it."""
+        assert self.base is not None
+        return _touched(self.base, self.noted(), start, end)
 
     # ---- a base, and back to it
 
@@ -270,7 +276,7 @@ class Memory:
         if self.base is None:
             punch(self.fd, start, end - start)
             return
-        for at, stop in list(_touched(self.base, start, end)):
+        for at, stop in list(self._touched(start, end)):
             for one in range(at, stop, _ZEROS):
                 self.mapping.view[one : min(one + _ZEROS, stop)] = bytes(min(_ZEROS, stop - one))
 
@@ -297,12 +303,14 @@ class MemoryView:
         fd: int,
         mapping: Mapping,
         base: Image | None,
+        noted: int,
         regions: tuple[Region, ...],
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.fd = fd
         self._mapping = mapping
         self._base = base
+        self._noted = noted
         self.regions = regions
         self.check = check
 
@@ -331,7 +339,9 @@ class MemoryView:
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of what was ever touched; between them are zeros that take no memory."""
-        return extents(self.fd, 0, self.end) if self._base is None else _touched(self._base, 0, self.end)
+        if self._base is None:
+            return extents(self.fd, 0, self.end)
+        return _touched(self._base, self._noted, 0, self.end)
 
 
 def _read_all(fd: int, view: memoryview, offset: int) -> None:
@@ -343,16 +353,13 @@ def _read_all(fd: int, view: memoryview, offset: int) -> None:
         done += got
 
 
-def _touched(base: Image, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """What of a private mapping is not zeros that were never touched: to write a page, the kernel has read it, and the
-    file has it from then on."""
-    return joined(extents(layer.fd, start, end) for layer in base.layers)
+def _touched(base: Image, noted: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """When a page of a hole is written, the kernel reads it first, and the file has it; but that is clean, and may be
+    dropped again."""
+    written = ((first * PAGE, (first + count) * PAGE) for first, count in runs(noted))
+    within = ((max(at, start), min(stop, end)) for at, stop in written if at < end and stop > start)
+    return joined((within, *(extents(layer.fd, start, end) for layer in base.layers)))
 
 
 def _read_private(mapping: Mapping, base: Image, offset: int, length: int) -> bytes:
-    """Without touching what was never touched."""
-    length = max(min(length, base.end - offset), 0)
-    data = bytearray(length)
-    for start, end in _touched(base, offset, offset + length):
-        data[start - offset : end - offset] = mapping.view[start:end]
-    return bytes(data)
+    return bytes(mapping.view[offset : offset + max(min(length, base.end - offset), 0)])

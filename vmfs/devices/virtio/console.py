@@ -69,7 +69,8 @@ class Console(VirtioDevice[ConsoleState]):
     def _send(self, data: bytes) -> None:
         self.counters["sent"] += len(data)
         self.sent.append(data)
-        self.output(data)
+        if not self.board.is_silent:
+            self.output(data)
 
     def receive(self, data: bytes) -> None:
         """Bytes come in. From any thread."""

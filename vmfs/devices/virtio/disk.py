@@ -254,7 +254,7 @@ def _transfer(call: Callable[[int, Buffers, int], int], fd: int, buffers: Buffer
 
 
 class Written:
-    """A file of an overlay that nobody writes any more, and its map. Snapshots and overlays share it; with the last of
+    """A file of an overlay that no disk writes any more, and its map. Snapshots and overlays share it; with the last of
     them it is closed, and its `held` bytes are free."""
 
     def __init__(self, fd: int, clusters: Any, room: Room, held: int) -> None:
@@ -266,6 +266,22 @@ class Written:
     def taken(self) -> int:
         """Bytes of the host's disk."""
         return os.fstat(self.fd).st_blocks * SECTOR
+
+    @property
+    def is_memory(self) -> bool:
+        """It is a memfd, of a history, and no file of a user's folder."""
+        return os.readlink(f"/proc/self/fd/{self.fd}").startswith("/memfd:")
+
+    def absorb(self, below: Written, size: int) -> None:
+        """Have what it has not of `below`, the next one below it, too."""
+        for has, start, length in _runs(below.clusters, 0, size):
+            for is_here, at, count in _runs(self.clusters, start, length) if has else ():
+                end = at + count
+                while not is_here and at < end:
+                    at += os.pwrite(self.fd, os.pread(below.fd, min(end - at, len(_ZEROS)), at), at)
+        self.clusters.add(below.clusters)
+        self._held += below._held
+        below._held = 0
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.fd)
@@ -292,6 +308,27 @@ class Frozen:
             if fd >= 0:
                 _transfer(os.preadv, fd, [view[start - offset : start - offset + size]], start)
         return bytes(data)
+
+
+def merge(stacks: Sequence[Frozen], disk: Overlay) -> None:
+    """Have a frozen file that is in no stack without the next one over it be one with that, in all of these and in
+    `disk`. The machine stands still."""
+    lists = [*(one.files for one in stacks), disk.lower]
+    above: dict[Written, set[Written | None]] = {}
+    for files in lists:
+        for one, over in zip(files, (*files[1:], None), strict=True):
+            above.setdefault(one, set()).add(over)
+    gone = set()
+    for one in dict.fromkeys(one for files in lists for one in files):
+        over = next(iter(above[one])) if len(above[one]) == 1 else None
+        if over is not None and one.is_memory and over.is_memory:
+            over.absorb(one, disk.size)
+            gone.add(one)
+    if gone:
+        for stack in stacks:
+            stack.files = tuple(one for one in stack.files if one not in gone)
+        disk.lower = tuple(one for one in disk.lower if one not in gone)
+        disk.tell_files()
 
 
 Files = tuple[tuple[int, Any], ...]  # of an overlay, the newest last: descriptor and map (vmfs.devices._chips.Clusters)
@@ -365,9 +402,9 @@ class Overlay:
         os.ftruncate(fd, self.size)
         self._punches = can_punch(fd)
         self._clusters = _chips.Clusters(-(-self.size // CLUSTER))  # that the file has
-        self._tell_files()
+        self.tell_files()
 
-    def _tell_files(self) -> None:
+    def tell_files(self) -> None:
         lower = ((one.fd, one.clusters) for one in reversed(self.lower))
         self.files.set(((self.fd, self._clusters), *lower))
 
@@ -396,7 +433,7 @@ class Overlay:
             self._write_to(self.fd)
             self._room.release(self._held)
             self._held = self._taken = self._since = 0
-        self._tell_files()
+        self.tell_files()
 
     def _hold(self, length: int) -> None:
         """Before so many bytes are written. OSError where there is no room for them."""
@@ -501,7 +538,7 @@ class Overlay:
         if chunks != self.save_map():
             self.lower = ()
             self._clusters.load(dict(chunks))
-            self._tell_files()
+            self.tell_files()
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -234,6 +234,15 @@ class EmulatorMachine(Machine):
         with _failures(f"dirty log of slot {slot}"):
             return self._vm.dirty_log(slot)
 
+    def set_paced(self, paced: bool) -> None:
+        self._vm.set_paced(paced)
+
+    def set_repeatable(self, repeatable: bool) -> None:
+        self._vm.set_repeatable(repeatable)
+
+    def pass_time(self, nanoseconds: int) -> None:
+        self._vm.pass_time(nanoseconds)
+
     def get_state(self, name: str) -> bytes:
         self._check_state(name)
         with _failures(name):
@@ -455,6 +464,10 @@ class EmulatorVcpu(Vcpu):
     @property
     def exits_waiting(self) -> bool:
         return not self._closed and self._cpu.exits_waiting
+
+    @property
+    def took_event(self) -> bool:
+        return not self._closed and self._cpu.took_event
 
     def nmi(self) -> None:
         with _failures("nmi"):

@@ -32,6 +32,7 @@ from vmfs.debug.trace import (
     parse_span,
     parse_switch,
 )
+from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import UNBOUND, Bound
 from vmfs.words.errors import Invalid
@@ -133,6 +134,28 @@ class Command:
         return lambda target: self.handler(target, *values)
 
 
+def _journey(bound: Bound, **where: int | None) -> Bound:
+    if bound.journey is not None:
+        raise Invalid("a run goes `back` or `goto` a place, not both")
+    return replace(bound, journey=Journey(**where))
+
+
+def _travelling(bound: Bound) -> Bound:
+    """A line with `back` or `goto`, whose other words are about that."""
+    journey = bound.journey
+    if bound.steps or bound.instructions or bound.seconds:
+        raise Invalid("`step`, `insns` and `for` are bounds of a run that goes on, and not of `back` and `goto`")
+    if bound.until is not None:
+        if journey.back is not None or journey.place is not None:
+            raise Invalid("it is `back until ADDR`, without a number")
+        journey = replace(journey, until=bound.until)
+    if bound.cpu is not None:
+        if journey.back is None:
+            raise Invalid("cpu=K says whose instructions `back N` counts")
+        journey = replace(journey, cpu=bound.cpu)
+    return Bound(journey=journey)
+
+
 def _run_in_background(vm: Vm) -> None:
     vm.start()
 
@@ -186,6 +209,8 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         Command("until", (_address,), lambda bound, address: replace(bound, until=address)),
         Command("insns", (Argument("N", _count),), lambda bound, n: replace(bound, instructions=n)),
         Command("for", (Argument("TIME", _seconds),), lambda bound, seconds: replace(bound, seconds=seconds)),
+        Command("back", (Argument("N", _count, optional=True),), lambda bound, n=None: _journey(bound, back=n)),
+        Command("goto", (Argument("N", _natural("N", (1 << 63) - 1)),), lambda bound, n: _journey(bound, place=n)),
     ),
     "state": (
         Command("run", (), _run_in_background),
@@ -275,7 +300,7 @@ def parse_bound(text: str, resolve: Resolve = no_symbols) -> Bound:
     bound = replace(UNBOUND, cpu=_cpu(cpus[0])) if cpus else UNBOUND
     for command in commands:
         bound = _bound("vm_run", command, resolve)(bound)
-    return bound
+    return bound if bound.journey is None else _travelling(bound)
 
 
 def parse_commands(file: str, text: str, resolve: Resolve = no_symbols) -> Callable[[Any], Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import trio
 
 from vmfs.machine.files.handles import File, Handle, Kind
+from vmfs.machine.files.waiting import value_of
 from vmfs.memory.ram import check_size, size_to
 from vmfs.words.errors import Busy
 
@@ -59,4 +60,4 @@ class _MemHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> int:
         self.scope.memory.changes += 1
-        return self.scope.vm.memory.write_at(offset, data)
+        return await value_of(self.scope.vm.write_memory(offset, data), self)

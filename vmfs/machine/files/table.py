@@ -18,6 +18,7 @@ from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size
 from vmfs.machine.files.gdb import GdbFile, GdbStream
 from vmfs.machine.files.handles import Kind
+from vmfs.machine.files.history import HISTORY
 from vmfs.machine.files.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.machine.files.lines import Do, Undo, same
 from vmfs.machine.files.memory import Mem, resize_memory
@@ -249,13 +250,14 @@ CONTENTS: Mapping[str, Kind] = {
             lambda scope: scope.vm.take_dirty("file"), peek=lambda scope: scope.vm.peek_dirty("file"), room=_dirty_size
         ),
     "restore": RESTORE,
+    "history": HISTORY,
     # configuration
     "mem_size": Text(lambda scope: f"{scope.vm.memory.size}\n", _put_mem_size),
     "cpus": Text(lambda scope: f"{len(scope.vm.cpus)}\n", _put_cpus),
     "engine": Text(lambda scope: f"{scope.vm.engine.name}\n", _put_engine),
     "mode": Text(_mode, _put_mode, of_cpu=True),
     "machine": Text(lambda scope: f"{scope.vm.machine_name}\n", _put_machine),
-    "time": Text(lambda scope: f"{scope.vm.time_source}\n", _put_time),
+    "time": Text(lambda scope: f"{scope.vm.shown_time_source}\n", _put_time),
     "born": Text(lambda scope: scope.vm.birth().text(), _put_born, whole=True),
     "console": Console("com1"),
     "console.log": Log("com1"),

@@ -277,6 +277,11 @@ class Inferior:
             loading.result()
 
     @property
+    def is_at_begin(self) -> bool:
+        """The last journey through the machine's past came to where that begins, and not where it was to go."""
+        return self.vm.history is not None and self.vm.history.at_begin
+
+    @property
     def last_exit(self) -> Exit | None:
         return self.vm.last_exit
 

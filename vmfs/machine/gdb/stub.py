@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from vmfs.machine.gdb.inferior import Inferior, Stop
 from vmfs.machine.gdb.packets import MOST, escape
 from vmfs.machine.gdb.target import DEFAULT, Layout, layout
+from vmfs.machine.journey import Journey
 from vmfs.machine.runloop import Bound
 from vmfs.words import exits
 from vmfs.words.errors import BadAddress, Gone, Invalid, VmfsError
@@ -53,12 +54,14 @@ _PASSABLE = (exits.Io, exits.Mmio, exits.Hlt)  # a program goes on after them
 @dataclass(frozen=True, slots=True)
 class Resume:
     """What is to run: until something stops it; `step`: one instruction, or those from `start` to `end`. `cpu`: the one
-    that does while the others stand still; None is all, or, of a step, the one that is looked at."""
+    that does while the others stand still; None is all, or, of a step, the one that is looked at. `reverse`: backwards,
+    through the machine's past."""
 
     step: bool = False
     start: int = 0
     end: int = 0
     cpu: int | None = None
+    reverse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ class Stub:
         self._layout: Layout | None = None
         self._pass: frozenset[int] = frozenset()
         self._last_stop: bytes | None = None
+        self._resumed: int | None = None  # the CPU that Hc has named
 
     def layout(self) -> Layout:
         """Settled when it is first needed, for the rest of the session."""
@@ -274,6 +278,12 @@ class Stub:
     def _step_with_signal(self, arguments: bytes) -> Answer:
         return self._step(_after_signal(arguments))
 
+    def _reverse_continue(self, _arguments: bytes) -> Answer:
+        return Resume(reverse=True)
+
+    def _reverse_step(self, _arguments: bytes) -> Answer:
+        return Resume(step=True, reverse=True, cpu=self._resumed)
+
     def _jump(self, address: bytes) -> None:
         if address:
             rows = self.layout()
@@ -292,10 +302,13 @@ class Stub:
             self._check(error)
             tell(f"vmfs: {error}\n")
             return self.stop_reply(0)
-        return self._stopped(exit_, tell)
+        return self._stopped(exit_, tell, reverse=what.reverse)
 
     def _run(self, what: Resume, run: Run) -> Exit:
         bound = Bound(cpu=what.cpu)
+        if what.reverse:
+            cpu = self.inferior.cpu if what.cpu is None else what.cpu
+            return run(Bound(journey=Journey(back=1, cpu=cpu) if what.step else Journey(before=True)))
         if what.step:
             cpu = self.inferior.cpu if what.cpu is None else what.cpu
             # A stub may stop inside of a range; one whose addresses are linear does, after every instruction.
@@ -307,7 +320,7 @@ class Stub:
             if what.step and getattr(exit_, "direction", "") not in ("in", "read"):  # those are not executed yet
                 return exits.Debug(cause="step", rip=exit_.rip, cpu=exit_.cpu)
 
-    def _stopped(self, exit_: Exit, tell: Tell) -> bytes:
+    def _stopped(self, exit_: Exit, tell: Tell, *, reverse: bool = False) -> bytes:
         self.inferior.cpu = exit_.cpu
         signal = SIGNALS[_signal_of(exit_)]
         reason = b""
@@ -317,6 +330,8 @@ class Stub:
                 tell(f"vmfs: {exit_.line()}\n")
             else:
                 reason = _reason(*found, exit_)
+        elif reverse and self.inferior.is_at_begin:
+            reason = b"replaylog:begin;"
         elif not isinstance(exit_, exits.Debug | exits.Interrupted):
             tell(f"vmfs: {exit_.line()}\n")
         self._last_stop = self.stop_reply(signal, reason)
@@ -365,12 +380,14 @@ class Stub:
         return number - _FIRST
 
     def _select(self, arguments: bytes) -> bytes:
-        """Hg: whose registers and addresses the next packets mean. Hc is of packets before vCont, and means little."""
+        """Hg: whose registers and addresses the next packets mean. Hc: which CPU `bs` means."""
         if arguments[:1] not in (b"g", b"c"):
             raise Malformed
         cpu = self._cpu(arguments[1:])
         if arguments[:1] == b"g" and cpu is not None:
             self.inferior.cpu = cpu
+        elif arguments[:1] == b"c":
+            self._resumed = cpu
         return b"OK"
 
     def _is_alive(self, arguments: bytes) -> bytes:
@@ -406,7 +423,7 @@ class Stub:
         return b"" if handler is None else handler(self, rest if separator else b"")
 
     def _supported(self, _features: bytes) -> bytes:
-        return SUPPORTED
+        return SUPPORTED + (b";ReverseStep+;ReverseContinue+" if self.inferior.vm.history is not None else b"")
 
     def _transfer(self, arguments: bytes) -> bytes:
         """qXfer:OBJECT:read:ANNEX:OFFSET,LENGTH"""
@@ -625,6 +642,8 @@ COMMANDS: Mapping[bytes, Handler] = {
     b"X": Stub._write_binary,
     b"Z": Stub._insert,
     b"z": Stub._remove,
+    b"bc": Stub._reverse_continue,
+    b"bs": Stub._reverse_step,
     b"c": Stub._continue,
     b"C": Stub._continue_with_signal,
     b"s": Stub._step,

@@ -55,6 +55,14 @@ void vm_set_a20(struct vm *vm, bool enabled);
 /* CPUs whose runs overlap execute at the same time, and not in turn: with TIME_HOST, which is the same for all of them. Whether
  * they do now. */
 bool vm_set_parallel(struct vm *vm, bool parallel);
+/* With time by instructions: a CPU that sleeps does so for as long as the time takes on the host's clock, or until something comes for it;
+ * else its time jumps to the next timer. What the guest can tell of it is only when things come. */
+void vm_set_paced(struct vm *vm, bool paced);
+/* Stops change nothing of what a run does: one that begins at a breakpoint does not hold interrupts back until the instruction there is
+ * done, as else. */
+void vm_set_repeatable(struct vm *vm, bool repeatable);
+/* With time by instructions: so much time passes now, in which nothing is executed. Not while it runs. */
+void vm_pass_time(struct vm *vm, uint64_t nanoseconds);
 /* From any thread: all CPUs stand between two instructions, and those whose run begins wait, until vm_go. A thread that has
  * what a CPU may wait for in a run (the lock of a bus, Python's) must not call it. */
 void vm_stop(struct vm *vm);
@@ -219,6 +227,8 @@ void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument);
 uint8_t *vcpu_exit_data(struct vcpu *c, size_t *size);
 bool vcpu_exits_waiting(struct vcpu *c); /* of an instruction that is done: the next run returns the first */
 bool vcpu_reading(struct vcpu *c);     /* the last exit was a read, which the next run completes */
+/* An interrupt, exception or trap was delivered since the last instruction that is done. What set its progress has forgotten. */
+bool vcpu_took_event(const struct vcpu *c);
 
 enum { INTERRUPT_QUEUE = 64 };
 int vcpu_interrupt(struct vcpu *c, uint8_t vector);   /* queue an external interrupt; -EAGAIN: queue full */

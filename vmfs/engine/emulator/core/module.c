@@ -265,6 +265,33 @@ static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_paced(VmObject *self, PyObject *args)
+{
+    int paced;
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &paced))
+        return NULL;
+    vm_set_paced(self->vm, paced);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_set_repeatable(VmObject *self, PyObject *args)
+{
+    int repeatable;
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "p", &repeatable))
+        return NULL;
+    vm_set_repeatable(self->vm, repeatable);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_pass_time(VmObject *self, PyObject *args)
+{
+    unsigned long long nanoseconds;
+    if (!vm_idle(self) || !PyArg_ParseTuple(args, "K", &nanoseconds))
+        return NULL;
+    vm_pass_time(self->vm, nanoseconds);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_rest(VmObject *self, PyObject *ignored)
 {
     (void)ignored;
@@ -489,6 +516,12 @@ static PyMethodDef vm_methods[] = {
     {"rest", (PyCFunction)py_vm_rest, METH_NOARGS, "rest(): give back decoded and translated code"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
      "set_host_time(yes): time follows the host's clock, not the instructions retired"},
+    {"set_paced", (PyCFunction)py_vm_set_paced, METH_VARARGS,
+     "set_paced(yes): with time by instructions, CPUs sleep for as long as that takes on the host's clock"},
+    {"set_repeatable", (PyCFunction)py_vm_set_repeatable, METH_VARARGS,
+     "set_repeatable(yes): breakpoints change nothing of what runs do"},
+    {"pass_time", (PyCFunction)py_vm_pass_time, METH_VARARGS,
+     "pass_time(nanoseconds): with time by instructions, so much passes now"},
     {"set_parallel", (PyCFunction)py_vm_set_parallel, METH_VARARGS,
      "set_parallel(yes) -> whether CPUs that run in threads of their own execute at the same time: with the host's time alone"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},
@@ -883,6 +916,11 @@ static PyObject *get_exits_waiting(VcpuObject *self, void *closure)
     (void)closure;
     return vcpu_idle(self) ? PyBool_FromLong(vcpu_exits_waiting(self->vcpu)) : NULL;
 }
+static PyObject *get_took_event(VcpuObject *self, void *closure)
+{
+    (void)closure;
+    return vcpu_idle(self) ? PyBool_FromLong(vcpu_took_event(self->vcpu)) : NULL;
+}
 static PyObject *get_reading(VcpuObject *self, void *closure)
 {
     (void)closure;
@@ -1058,6 +1096,7 @@ static PyMethodDef vcpu_methods[] = {
 static PyGetSetDef vcpu_getset[] = {
     {"lane", (getter)get_lane, NULL, "a capsule by which C code runs it (vmfs/words/lane.h); the CPU is to live longer", NULL},
     {"access_data", (getter)get_access_data, (setter)set_access_data, "the bytes of the access that made the last exit", NULL},
+    {"took_event", (getter)get_took_event, NULL, "whether an event was delivered since the last instruction that is done", NULL},
     {"reading", (getter)get_reading, NULL, "whether the last exit was a read, which the next run completes", NULL},
     {"instructions", (getter)get_instructions, NULL, "how many it has executed", NULL},
     {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},

@@ -465,6 +465,28 @@ static void sleep_alone(struct vcpu *c, u64 now, u64 most)
     world_enter(c);
 }
 
+/* Until a timer, for as long as that takes on the host, or until something comes: the machine's time is as much later. */
+static void sleep_paced(struct vcpu *c, u64 left, u64 most)
+{
+    u64 began = host_clock();
+    atomic_store(&c->sleeping, true);
+    if (c->vm->in_turn)
+        atomic_store(&c->vm->sleeper, c);
+    if (!(c->vm->in_turn && others_execute(c))) {
+        u64 again = rest(c);
+        most = again < most ? again : most;
+        clock_leave(c);
+        vm_unlock(c->vm);
+        sleep_until_attention(c, left < most ? left : most);
+        vm_lock(c->vm);
+        clock_enter(c);
+    }
+    atomic_store(&c->vm->sleeper, NULL);
+    atomic_store(&c->sleeping, false);
+    u64 slept = host_clock() - began;
+    c->skew += slept < left ? slept : left;
+}
+
 bool chip_wait(struct vcpu *c)
 {
     u64 now = time_at_timer(c), due = next_due(c->vm), most = IRQCHIP_NEVER;
@@ -495,7 +517,10 @@ bool chip_wait(struct vcpu *c)
             if (left - gained < most)
                 most = left - gained;
         } else if (others_wait(c)) {
-            c->skew += due - now;
+            if (c->vm->paced)
+                sleep_paced(c, due - now, most);
+            else
+                c->skew += due - now;
             return true;
         }
     } else {

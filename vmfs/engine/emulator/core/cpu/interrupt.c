@@ -255,6 +255,7 @@ void deliver(struct vcpu *c, unsigned vector, enum event kind, bool has_error, u
                      vector, has_error, error, exception && vector == VECTOR_PF ? c->cr2 : 0);
     }
     deliver_from(c, vector, kind, has_error, error, c->gpr[GPR_IP]);
+    c->event_at = instructions_done(c) + 1;
 }
 
 void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, enum event kind)

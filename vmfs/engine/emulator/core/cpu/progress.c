@@ -372,6 +372,7 @@ int set_progress(struct vcpu *c, const void *data, size_t size)
     c->yielded_at = c->polled_at = c->retired;
     c->counters.interrupts = p.interrupts;
     c->counters.exceptions = p.exceptions;
+    c->event_at = 0;
     c->caught_at = p.flags & CORE_CAUGHT ? c->retired + 1 : 0;
     memcpy(c->caught, p.caught, sizeof c->caught);
     c->asleep = p.flags & CORE_ASLEEP;

@@ -49,6 +49,7 @@ bool vcpu_exits_waiting(struct vcpu *c)
 {
     return c->waiting_at < c->waiting_size || c->held.reason || c->stores_reported < c->store_count;
 }
+bool vcpu_took_event(const struct vcpu *c) { return c->event_at == instructions_done(c) + 1; }
 bool vcpu_reading(struct vcpu *c) { return c->reading && c->restart; }
 
 void vcpu_set_poll(struct vcpu *c, bool (*poll)(void *), void *argument)
@@ -523,8 +524,9 @@ static void turn(struct vcpu *c)
     if (c->vm->irqchip)
         chip_look(c);
     if (!c->restart) { /* an instruction that is half done comes before any event */
-        /* A run that begins at a breakpoint executes the instruction there, and an interrupt would come back to it. */
-        bool held = c->resume_breakpoint && !c->halted && has_stops(c, STOP_BREAKPOINT) &&
+        /* A run that begins at a breakpoint executes the instruction there, and an interrupt would come back to it. Where all is to be
+         * done again without breakpoints, it comes all the same. */
+        bool held = c->resume_breakpoint && !c->vm->repeatable && !c->halted && has_stops(c, STOP_BREAKPOINT) &&
                     stops_break(c, code_linear(c, c->gpr[GPR_IP]));
         if (c->mp_state == KVM_MP_STATE_RUNNABLE && take_event(c, held)) {
             c->resume_breakpoint = c->pass_breakpoint = false;

@@ -353,6 +353,7 @@ struct vcpu {
     bool pass_breakpoint;     /* the instruction at rip runs, breakpoint or not */
     bool repeating;           /* the repeated string instruction at rip has done some of its iterations */
     u64 caught_at;            /* instructions retired when events were caught, plus 1 */
+    u64 event_at;             /* the same of when an event was delivered last */
     u64 caught[4];            /* ... a bit a vector */
     u64 debug_pending;        /* DR6 bits of a #DB trap to be delivered; it waits while shadow_ss is set */
     bool trap_taken;          /* the running instruction cleared TF and takes no single-step trap (INT n, SYSCALL) */
@@ -442,6 +443,8 @@ struct vm {
     u64 a20_mask;
     enum core_time time;
     u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
+    bool repeatable;          /* breakpoints change nothing of what is done (vm_set_repeatable) */
+    bool paced;               /* TIME_DETERMINISTIC: CPUs sleep for as long as the host's clock takes (vm_set_paced) */
     u64 host_origin;          /* TIME_HOST: CLOCK_MONOTONIC when `now` was 0 */
     u64 lag;                  /* TIME_HOST: by how much host_origin is too late; clock.c */
     u64 run_began, last_seen; /* TIME_HOST: when the run began; what a CPU last saw of the time */

@@ -1,0 +1,255 @@
+"""A machine's past: it goes to any place of it and is what it was there, to the bit; and on from there as it did."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from engine.asm import ORIGIN, assemble
+from engine.conftest import engine_or_skip
+from engine.test_inputs import BIRTH, GUEST
+
+from vmfs.devices import keys
+from vmfs.machine.history import History
+from vmfs.machine.journey import Journey
+from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
+from vmfs.words import exits
+from vmfs.words.errors import Busy, Unsupported
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import read_register, write_registers
+
+SECONDS = 60
+
+
+def started(vm: Vm, **settings) -> History:
+    history = History(vm, **settings)
+    history.start()
+    return history
+
+
+def run(vm: Vm, **bound) -> exits.Exit:
+    return vm.start(Bound(**bound)).result(SECONDS)
+
+
+def go(vm: Vm, **journey) -> exits.Exit:
+    return run(vm, journey=Journey(**journey))
+
+
+def count(vm: Vm) -> int:
+    return vm.counters()["instructions"]
+
+
+@pytest.fixture
+def emulator():
+    return engine_or_skip("emulator")
+
+
+@pytest.fixture
+def machines():
+    made: list[Vm] = []
+    yield made
+    for vm in made:
+        vm.close()
+
+
+@pytest.fixture
+def typed_into(emulator, assembler, machines):
+    """A PC whose guest notes when bytes and keys come, sleeps, and is interrupted 1000 times a second."""
+
+    def make(cpus: int = 1) -> Vm:
+        vm = Vm(emulator, memory_size=2 << 20)
+        machines.append(vm)
+        vm.set_machine("pc")
+        vm.set_cpu_count(cpus)
+        vm.set_birth(BIRTH)
+        vm.set_time_source("instructions")
+        vm.memory.write(0x1000, assembler(GUEST, "real").code)
+        vm.change(lambda cpu: write_registers(cpu, {"cs": 0, "cs.base": 0, "rip": 0x1000}))
+        return vm
+
+    return make
+
+
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_it_is_at_every_place_what_it_was(typed_into, cpus):
+    """Typed into by another thread; then to places at random, in any order, and on from there to its end."""
+    vm = typed_into(cpus)
+    vm.set_time_source("instructions")
+    sent = bytearray()
+    vm.board.devices["com1"].output = sent.extend
+    started(vm, every=0.002)
+    dice = random.Random(cpus)
+    is_over = threading.Event()
+
+    def type_on():
+        while not is_over.is_set():
+            vm.board.devices["com1"].receive(bytes([dice.randrange(97, 110)]))
+            if not dice.randrange(4):
+                vm.board.keyboard.type(keys.parse('"xy"'))
+            time.sleep(dice.random() / 500)
+
+    typist = threading.Thread(target=type_on)
+    typist.start()
+    seen = {}
+    for _ in range(25):
+        run(vm, instructions=dice.randrange(1, 400_000))
+        seen[count(vm)] = vm.state_hash()
+    is_over.set()
+    typist.join()
+    assert vm.board.inputs.recorded()
+    end = count(vm)
+    for place in dice.sample(sorted(seen), 15):
+        exit_ = go(vm, place=place)
+        assert isinstance(exit_, exits.Limit) and count(vm) == place
+        assert vm.state_hash() == seen[place]
+        following = min((one for one in seen if one > place), default=None)
+        if following is not None:
+            run(vm, instructions=following - place)
+            assert count(vm) == following and vm.state_hash() == seen[following]
+    go(vm, place=end)
+    assert vm.state_hash() == seen[end] and not vm.history.in_past
+
+
+# Writes all over a MiB, changes its own code, and counts in rbx.
+WALKER = """
+l:  inc rbx; imul eax, ebx, 0x9e3779b1; and eax, 0xff; shl eax, 12; mov [rax + 0x100000], rbx; mov [rax + 0x100ff8], rcx
+    mov byte ptr [rip + change + 1], bl; change: mov eax, 0; add rcx, rax
+    rdtsc; lea rdi, [0x9000]; mov ecx, ebx; and ecx, 0x3f; mov esi, 0x8000; rep movsb
+    test ebx, 31; jne l; mov [0x7000], ebx
+round: out 0x80, al; in al, 0x81; add [0x7008], al; jmp l
+"""
+
+
+@pytest.fixture
+def walker(emulator, machines):
+    def make(kind: str = "bare", cpus: int = 1, source: str = WALKER) -> Vm:
+        vm = Vm(emulator, memory_size=4 << 20)
+        machines.append(vm)
+        if kind != "bare":
+            vm.set_machine(kind)
+            vm.set_time_source("instructions")
+        vm.set_cpu_count(cpus)
+        code = assemble(source, "long")
+        vm.memory.write(ORIGIN, code.code)
+        for cpu in vm.cpus:
+            vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"), cpu=cpu.index)
+            vm.change(
+                lambda vcpu, at=cpu.index: write_registers(vcpu, {"rip": ORIGIN, "rbx": at << 20}), cpu=cpu.index
+            )
+        return vm
+
+    return make
+
+
+def test_a_bare_machine_whose_caller_answers_it(walker):
+    """Each answer is a change from outside, and begins a stretch; it goes to places in all of them."""
+    vm = walker()
+    started(vm)
+    dice = random.Random(1)
+    seen = {}
+    for _ in range(60):
+        exit_ = run(vm, instructions=dice.randrange(1, 300))
+        seen[count(vm)] = vm.state_hash()
+        if isinstance(exit_, exits.Io) and exit_.direction == "in":
+            vm.set_access_data(bytes([dice.randrange(256)]))
+    assert len({one.stretch for one in vm.history.checkpoints}) > 3
+    end = vm.state_hash()
+    for place in dice.sample(sorted(seen)[:-1], 30):
+        go(vm, place=place)
+        assert count(vm) == place and vm.history.in_past
+    go(vm, place=max(seen))
+    assert vm.state_hash() == end
+
+
+def state(vm: Vm) -> dict[str, int]:
+    names = ("rip", "rbx", "rcx", "rax")
+    return vm.at_boundary(lambda cpu: {name: read_register(cpu, name) for name in names}).result()
+
+
+def test_back_n_is_step_backwards(walker):
+    vm = walker("pc")
+    started(vm)
+    run(vm, instructions=100_000)
+    seen = []
+    for _ in range(200):
+        seen.append((count(vm), state(vm)))
+        run(vm, steps=1)
+    for before in reversed(seen):
+        exit_ = go(vm, back=1)
+        assert isinstance(exit_, exits.Debug) and exit_.cause == "step"
+        assert (count(vm), state(vm)) == before
+    go(vm, back=50_000)
+    assert count(vm) == 50_000
+    assert isinstance(go(vm, back=60_000), exits.Limit) and count(vm) == 0
+
+
+def test_back_until_and_back_to_the_last_stop(walker):
+    vm = walker("pc")
+    started(vm, every=0.002)
+    code = assemble(WALKER, "long")
+    at = code.labels["round"]
+    stops = []
+    vm.set_points(lambda points: points.add_watch(0x7000, 4, False, True)).result()
+    for _ in range(20):
+        exit_ = run(vm)
+        stops.append((count(vm), exit_.rip, state(vm)))
+    for place, rip, registers in reversed(stops[:-1]):
+        exit_ = go(vm)
+        assert exit_.cause == "watchpoint" and (count(vm), exit_.rip, state(vm)) == (place, rip, registers)
+    assert isinstance(go(vm), exits.Limit) and count(vm) == 0
+    go(vm, place=stops[-1][0])
+    assert not vm.history.in_past
+    for place, _, _ in reversed(stops[:-1]):
+        exit_ = go(vm, until=at)
+        assert exit_.cause == "breakpoint" and exit_.rip == at and count(vm) == place
+    with pytest.raises(Busy):
+        vm.set_time_source("host")
+
+
+def test_what_comes_anew_forgets_the_future(walker):
+    vm = walker("pc")
+    started(vm)
+    run(vm, instructions=200_000)
+    go(vm, place=100_000)
+    assert vm.history.in_past and vm.history.end == 200_000
+    vm.change(lambda cpu: write_registers(cpu, {"rbx": 7}))
+    run(vm, instructions=1000)
+    assert not vm.history.in_past and vm.history.end == 101_000 and "forgotten" in vm.history.text()
+    go(vm, back=500)
+    assert count(vm) == 100_500
+    go(vm, place=50_000)
+    go(vm, place=150_000)  # past the end it goes on live
+    assert count(vm) == 150_000 and not vm.history.in_past
+
+
+def test_thinned_out_it_is_still_what_it_was(walker):
+    """Many checkpoints, of which most go, and their layers become one."""
+    vm = walker("pc")
+    started(vm)
+    dice = random.Random(3)
+    seen = {}
+    for _ in range(120):
+        run(vm, instructions=dice.randrange(1, 20_000))
+        seen[count(vm)] = vm.state_hash()
+        with vm._lock:
+            vm.history.take()
+    kept = vm.history.checkpoints
+    assert len(kept) < 80 and len({layer for one in kept for layer in one.ram.layers}) <= len(kept) + 2
+    for place in dice.sample(sorted(seen), 30):
+        go(vm, place=place)
+        assert vm.state_hash() == seen[place]
+
+
+def test_switched_off_it_goes_on(walker):
+    vm = walker("pc")
+    started(vm)
+    run(vm, instructions=10_000)
+    go(vm, back=100)
+    vm.history.stop()
+    with pytest.raises(Unsupported):
+        go(vm, back=1)
+    run(vm, instructions=100)
+    assert count(vm) == 10_000

@@ -1,0 +1,568 @@
+"""History: the past of a machine, kept while it runs: checkpoints, and the inputs between them (docs/decisions/0015).
+
+A *checkpoint* is the machine between two instructions: its state as a value, RAM as an image of layers, the overlays of
+its disks. A *stretch* is a part of the past in which all that came from outside is a recorded input
+(`vmfs.devices.inputs`): from a checkpoint on, the machine does again what it did. Whatever else is changed from outside
+(registers, memory, an answer to an access) ends a stretch; the next run begins another one, with a checkpoint.
+
+Places are counts of instructions, the sum of those of all CPUs. The place N is the first moment at which N are done,
+before any interrupt that is delivered then.
+
+The machine is *in the past* once it was put back to an earlier place (`vmfs.machine.travel`). A run there does again
+what was done, and gives nothing to the host that it has had; where the record ends it goes on live. When something
+new comes from outside, the machine's future is forgotten.
+
+Locks: what is here is done with the machine's lock, between two instructions, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vmfs.devices.virtio.disk import Frozen, Overlay, merge
+from vmfs.engine.base import Capability, Runner
+from vmfs.engine.rest import passed_no_stop
+from vmfs.machine.cpu import Cpu
+from vmfs.machine.state import Parts, put
+from vmfs.memory.layers import Image, Layer, runs
+from vmfs.memory.ram import PAGE
+from vmfs.words.errors import Busy, Invalid, Unsupported, VmfsError
+
+MEMORY = 512 << 20  # bytes of checkpoints, where nobody says how many
+MEMORY_LEAST = 16 << 20
+EVERY = 0.05  # seconds of running between two checkpoints, where nobody says how many
+EVERY_LEAST, EVERY_MOST = 0.002, 60.0
+CHECKPOINTS_MOST = 192
+_SHARE = 0.1  # of the time of a run, that checkpoints may take
+_NEW = 8  # checkpoints that are kept however near they are
+_DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
+_PACE = 0.002  # seconds after which a machine whose time is the host's is told how much has passed
+_AHEAD = 50_000_000  # nanoseconds by which it may be early
+
+
+@dataclass(eq=False)
+class Stretch:
+    """`cpu`: the only one that executes in it, of several. `end`: the place where it ends; None while it goes on."""
+
+    cpu: int | None
+    end: int | None = None
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """`done`: how many of the recorded inputs had come. `after_event`: it is not the first moment of its place: an
+    interrupt or an exception was delivered there. `is_first`: of its stretch, which cannot be repeated without it."""
+
+    place: int
+    of_cpus: tuple[int, ...]  # the instructions of each
+    after_event: bool
+    stretch: Stretch
+    is_first: bool
+    parts: Parts
+    ram: Image
+    overlays: dict[str, Frozen]
+    done: int
+    size: int  # bytes of the state
+
+
+class History:
+    """Of one machine, from `start` to `stop`."""
+
+    def __init__(self, vm: Any, memory: int = MEMORY, every: float = EVERY) -> None:
+        self.check(memory, every)
+        self._vm = vm
+        self.memory, self.every = memory, every
+        self.checkpoints: list[Checkpoint] = []
+        self.in_past = False
+        self.changed = True  # by somebody outside, since the present stretch: the next run begins another
+        self.said = ""  # what became of the record last, in a sentence
+        self.at_begin = False  # the last journey came to the begin, and not where it was to go
+        self.is_travelling = False
+        self.is_executing = False  # tasks are done between two instructions of a run
+        self._stretch = Stretch(None, end=0)
+        self._parent: Image | None = None  # what RAM is but for the pages that are noted
+        self._follows_host = False
+        self._host_origin = 0  # the host's clock less the guest's time, while it runs
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._cost, self._taken_at = 0.0, 0.0
+        self.released: Callable[[], None] = lambda: None  # called at the end
+
+    @staticmethod
+    def check(memory: int, every: float) -> None:
+        """Invalid for what none can have."""
+        if memory < MEMORY_LEAST:
+            raise Invalid(f"history: {MEMORY_LEAST >> 20}M of memory are the least")
+        if not EVERY_LEAST <= every <= EVERY_MOST:
+            raise Invalid(f"history: checkpoints are {EVERY_LEAST * 1000:g} ms to {EVERY_MOST:g} s apart")
+
+    def text(self) -> str:
+        """The file `history`."""
+        now = self.count()
+        lines = [
+            f"on memory={self.memory} every={self.every * 1000:g}ms",
+            f"from {self.begin}",
+            f"to {self.end}",
+            f"now {now}",
+            f"checkpoints {len(self.checkpoints)}",
+            f"bytes {self.bytes()}",
+            f"past {'yes' if self.in_past else 'no'}",
+            *([f"note {self.said}"] if self.said else []),
+        ]
+        return "".join(f"{line}\n" for line in lines)
+
+    # ---- on and off
+
+    def start(self) -> None:
+        """Unsupported with a sentence where the machine cannot be recorded, and nothing has changed. Without the lock,
+        while it stands."""
+        vm = self._vm
+        with vm._lock:
+            vm._check_idle()
+            self._check()
+        self._parent = vm.past.track()
+        with vm._lock:
+            vm._check_idle()
+            if vm.history is not None:
+                raise Busy("history: it is on already")
+            self._follows_host = vm.time_source == "host"
+            if self._follows_host:
+                vm._set_time("instructions")
+            vm._machine.set_repeatable(True)
+            if vm.board is not None:
+                with vm.board.lock:
+                    vm.board.inputs.record()
+                    vm.board.inputs.before_new = self._before_new
+            vm.history = self
+            vm._set_still(object())
+        self._thread = threading.Thread(target=self._keep, name="vmfs-history", daemon=True)
+        self._thread.start()
+
+    def _check(self) -> None:
+        vm = self._vm
+        if Capability.DETERMINISTIC not in vm.capabilities:
+            raise Unsupported(
+                f"history: {vm.engine.name} does not repeat what it has done: `echo emulator > engine` carries the"
+                " machine over to one that does"
+            )
+        for name, disk in vm.disks():
+            if disk.mode == "rw":
+                raise Unsupported(f"history: what the file of disk {name} holds cannot be taken back: attach it cow")
+        for name, device in vm.board.devices.items() if vm.board is not None else ():
+            if not device.REPEATS:
+                raise Unsupported(f"history: {name} works in the host's time, and what it does is not recorded")
+
+    def stop(self) -> None:
+        """The machine goes on from where it is. Without the lock, while it stands."""
+        vm = self._vm
+        with vm._lock:
+            vm._check_idle()
+            if vm.history is not self:
+                return
+            self._end()
+        self._join()
+
+    def close(self) -> None:
+        """The machine is gone. Without its lock."""
+        self._ended.set()
+        self._join()
+        self.checkpoints = []
+
+    def _end(self) -> None:
+        vm = self._vm
+        self._become_live()
+        vm._machine.set_paced(False)
+        vm._machine.set_repeatable(False)
+        if vm.board is not None:
+            with vm.board.lock:
+                vm.board.inputs.stop()
+                vm.board.inputs.before_new = lambda: None
+        if self._follows_host:
+            vm._set_time("host")
+        vm.history = None
+        vm._set_still(object())
+        self.checkpoints, self._parent = [], None
+        self._ended.set()
+        self.released()
+
+    def _join(self) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def follows_host(self) -> bool:
+        """The machine's time is the host's for who looks at it."""
+        return self._follows_host
+
+    # ---- where it is
+
+    def count(self) -> int:
+        """The place where the machine is."""
+        return sum(self.counts())
+
+    def counts(self) -> tuple[int, ...]:
+        return tuple(vcpu.counters()["instructions"] for vcpu in self._vm._vcpus)
+
+    def took_event(self) -> bool:
+        """Whether it is not at the first moment of its place."""
+        return any(vcpu.took_event for vcpu in self._vm._vcpus)
+
+    @property
+    def begin(self) -> int:
+        return self.checkpoints[0].place if self.checkpoints else self.count()
+
+    @property
+    def end(self) -> int:
+        """Where the record ends: the present, or where it was before the machine went back."""
+        stretch = self.checkpoints[-1].stretch if self.checkpoints else self._stretch
+        return stretch.end if self.in_past and stretch.end is not None else self.count()
+
+    def index(self) -> int:
+        """Of the last checkpoint before where it is."""
+        place, found, is_there = self.count(), 0, False
+        for number, one in enumerate(self.checkpoints):
+            is_its = one.stretch is self._stretch
+            if (is_there and not is_its) or (is_its and one.place > place):
+                break
+            found, is_there = number, is_its
+        return found
+
+    def bytes(self) -> int:
+        layers = {layer for one in self.checkpoints for layer in one.ram.layers}
+        if self._vm.memory.base is not None:
+            layers -= set(self._vm.memory.base.layers)
+        return sum(layer.taken for layer in layers) + sum(one.size for one in self.checkpoints)
+
+    # ---- runs
+
+    def begin_run(self, cpu: int | None) -> None:
+        """In the CPU's thread, before the guest first runs in a run of that CPU alone, or of all. Without the lock."""
+        vm = self._vm
+        cpu = cpu if len(vm.cpus) > 1 else None
+        with vm._lock:
+            if self.changed or self._stretch.cpu != cpu or not self.checkpoints:
+                self.forget_future()
+                self.begin_stretch(cpu)
+            self._set_pace()
+            self.is_executing = True
+
+    def end_run(self) -> None:
+        """The guest last ran in a run."""
+        self.is_executing = False
+
+    def _set_pace(self) -> None:
+        """The host's clock and the guest's time begin to go together here."""
+        vm = self._vm
+        vm._machine.set_paced(self._follows_host and not self.in_past)
+        self._host_origin = time.monotonic_ns() - self._guest_time()
+
+    def _guest_time(self) -> int:
+        return 0 if self._vm.board is None else self._vm.board.now()
+
+    def begin_stretch(self, cpu: int | None) -> None:
+        """The machine is as somebody has made it: what comes is recorded from here on."""
+        if self.checkpoints:
+            self._stretch.end = self.count()
+        self._stretch = Stretch(cpu)
+        self.take(is_first=True)
+        self.changed = False
+
+    def note_change(self) -> None:
+        """Something came from outside that is no input. With the machine's lock, between two instructions."""
+        self.changed = True
+
+    def after_tasks(self, cpu: int | None) -> None:
+        """Tasks were done in the middle of a run."""
+        if self.changed and self.checkpoints and not self.is_travelling:
+            self.forget_future()
+            self.begin_stretch(cpu if len(self._vm.cpus) > 1 else None)
+
+    def left(self) -> int | None:
+        """How many instructions there are to the end of the stretch, which the machine does again; None: it does new
+        ones. In the CPU's thread."""
+        if not self.in_past:
+            return None
+        assert self._stretch.end is not None
+        return max(self._stretch.end - self.count(), 0)
+
+    def pass_end(self, cpu: int | None) -> None:
+        """The machine has done again all of a stretch: the next one, or live. In the CPU's thread, without the lock."""
+        with self._vm._lock:
+            following = self._after(self._stretch)
+            if following is None:
+                self._become_live()
+                self._set_pace()
+            elif following.stretch.cpu != (cpu if len(self._vm.cpus) > 1 else None):
+                self.forget_future()
+                self._set_pace()
+            else:
+                self.go_to(following)
+
+    def pass_end_live(self) -> None:
+        """It stands where the record ends."""
+        self._become_live()
+        self._set_pace()
+
+    def _after(self, stretch: Stretch) -> Checkpoint | None:
+        is_there = False
+        for one in self.checkpoints:
+            if is_there and one.stretch is not stretch:
+                return one
+            is_there = is_there or one.stretch is stretch
+        return None
+
+    def _become_live(self) -> None:
+        if not self.in_past:
+            return
+        board = self._vm.board
+        if board is not None:
+            board.drain()
+            board.is_silent = False
+        self.in_past = False
+        self._stretch.end = None
+
+    def forget_future(self) -> None:
+        """What was recorded after this is no more; the machine goes on live."""
+        if not self.in_past:
+            return
+        end, last = self.end, self.index()
+        del self.checkpoints[last + 1 :]
+        self._become_live()
+        if self._vm.board is not None:
+            with self._vm.board.lock:
+                self._vm.board.inputs.forget_coming()
+        self.said = f"the future from {self.count()} to {end} was forgotten: something new came from outside"
+        self._compact()
+
+    def _before_new(self) -> None:
+        """An input is about to get its time. In the CPU's thread, with the board's lock and without the machine's."""
+        if self.in_past and not self.is_travelling:
+            self.forget_future()
+            self._set_pace()
+
+    def enter_past(self) -> None:
+        """The machine is about to be put elsewhere."""
+        if self.in_past:
+            return
+        self._stretch.end = self.count()
+        self.in_past = True
+        board = self._vm.board
+        if board is not None:
+            board.drain()
+            board.is_silent = True
+        self._vm._machine.set_paced(False)
+
+    # ---- checkpoints
+
+    def take(self, *, is_first: bool = False) -> Checkpoint:
+        """Keep what the machine is."""
+        vm = self._vm
+        began = time.perf_counter()
+        pages = vm.written_since("history")
+        layer = Layer(os.memfd_create("vmfs-history", os.MFD_CLOEXEC), pages)
+        overlays: dict[str, Frozen] = {}
+
+        def rest() -> None:
+            os.ftruncate(layer.fd, vm.memory.end)
+            view = vm.memory.mapping.view
+            for first, count in runs(pages):
+                at, end = first * PAGE, (first + count) * PAGE
+                while at < end:
+                    at += os.pwrite(layer.fd, view[at:end], at)
+            for name, disk in self._disks():
+                overlays[name] = disk.freeze(lambda: os.memfd_create("vmfs-history", os.MFD_CLOEXEC))
+
+        parts = Parts.of(vm, rest)
+        assert self._parent is not None
+        ram = self._parent.over(layer) if pages else self._parent
+        vm.forget_written("history")
+        self._parent = ram
+        for values in parts.cpus:  # a stop that a run was to pass is no matter of the past
+            values["progress"] = passed_no_stop(values["progress"])
+        counts = self.counts()
+        one = Checkpoint(
+            place=sum(counts),
+            of_cpus=counts,
+            after_event=self.took_event(),
+            stretch=self._stretch,
+            is_first=is_first,
+            parts=parts,
+            ram=ram,
+            overlays=overlays,
+            done=0 if vm.board is None else vm.board.inputs.done,
+            size=parts.size,
+        )
+        at = self.index() + 1 if self.in_past and not is_first else len(self.checkpoints)
+        self.checkpoints.insert(at, one)
+        self._taken_at = time.perf_counter()
+        self._thin()
+        self._cost = time.perf_counter() - began
+        return one
+
+    def go_to(self, checkpoint: Checkpoint) -> None:
+        """Be what the machine was then. In the past: `enter_past` was called."""
+        vm = self._vm
+        assert self._parent is not None
+        pages = vm.written_since("history") | checkpoint.ram.differs(self._parent)
+
+        def put_memory() -> None:
+            vm.memory.put(pages, checkpoint.ram)
+            for name, disk in self._disks():
+                disk.go_back(checkpoint.overlays[name])
+
+        was = vm._state
+        put(vm, replace(checkpoint.parts, seen=vm.save_seen()), put_memory)  # the user does not go back
+        vm._state = was
+        vm.put_back(pages)
+        self._parent = checkpoint.ram
+        self._stretch = checkpoint.stretch
+        self.changed = False
+        if vm.board is not None:
+            with vm.board.lock:
+                vm.board.inputs.rewind(checkpoint.done)
+                vm.board.look_soon()
+
+    def restart(self, ram: Image) -> None:
+        """The machine is another one than what was recorded led to, and RAM is that: begin anew with the next run."""
+        if self.in_past:
+            self._become_live()
+            if self._vm.board is not None:
+                with self._vm.board.lock:
+                    self._vm.board.inputs.forget_coming()
+        self._vm.forget_written("history")
+        self.checkpoints, self._parent, self.changed = [], ram, True
+
+    def _disks(self) -> Iterable[tuple[str, Overlay]]:
+        return ((name, disk) for name, disk in self._vm.disks() if isinstance(disk, Overlay))
+
+    # ---- which are kept
+
+    def _thin(self) -> None:
+        """Those long ago are further apart; where memory or number are too much, the oldest go."""
+        kept = self.checkpoints
+        now = self.count()
+        number = len(kept) - _NEW - 1
+        dropped = False
+        while number > 0:
+            before, one, after = kept[number - 1 : number + 2]
+            if not one.is_first and (after.place - before.place) * _DENSITY < now - one.place:
+                del kept[number]
+                dropped = True
+            number -= 1
+        if dropped:
+            self._compact()
+        while len(kept) > 2 and (len(kept) > CHECKPOINTS_MOST or self.bytes() > self.memory):
+            if not self._drop_one():
+                break
+            self._compact()
+
+    def _drop_one(self) -> bool:
+        """The one that is missed least; the oldest one where none can be left out between others."""
+        kept = self.checkpoints
+        here = self.index()
+        free = [at for at in range(1, len(kept) - 1) if not kept[at].is_first and at != here]
+        if len(free) > _NEW:
+            now = self.count()
+
+            def loss(at: int) -> float:
+                return (kept[at + 1].place - kept[at - 1].place) / (abs(now - kept[at].place) + 1)
+
+            del kept[min(free, key=loss)]
+            return True
+        if here == 0:
+            return False
+        first = kept.pop(0)
+        if self._vm.board is not None:
+            with self._vm.board.lock:
+                done = kept[0].done
+                self._vm.board.inputs.forget_first(done)
+        else:
+            done = first.done
+        for one in kept:
+            one.done -= done
+        return True
+
+    def _compact(self) -> None:
+        """Have a layer that nobody needs apart be one with the layer over it."""
+        images = [one.ram for one in self.checkpoints]
+        if self._parent is not None:
+            images.append(self._parent)
+        above: dict[Layer, set[Layer | None]] = {}
+        for image in images:
+            for layer, over in zip(image.layers, (*image.layers[1:], None), strict=True):
+                above.setdefault(layer, set()).add(over)
+        mine = {layer for layer in above if layer.pages is not None and not layer.is_sealed}
+        gone: set[Layer] = set()
+        for layer in [layer for image in images for layer in image.layers]:
+            if layer in gone or layer not in mine or len(above[layer]) != 1:
+                continue
+            (over,) = above[layer]
+            if over is not None and over in mine and over not in gone:
+                over.absorb(layer)
+                gone.add(layer)
+        self._compact_disks()
+        if gone:
+            changed: dict[Image, Image] = {}
+            for image in images:
+                changed[image] = Image((layer for layer in image.layers if layer not in gone), image.end)
+            for one in self.checkpoints:
+                one.ram = changed[one.ram]
+            if self._parent is not None:
+                self._parent = changed[self._parent]
+
+    def _compact_disks(self) -> None:
+        for name, disk in self._disks():
+            merge([one.overlays[name] for one in self.checkpoints], disk)
+
+    # ---- the thread that keeps it
+
+    def _keep(self) -> None:
+        vm = self._vm
+        while not self._ended.wait(_PACE if self._follows_host else min(self._spacing(), self.every)):
+            if vm._run is None or self.in_past or self.is_travelling:
+                continue
+            due = time.perf_counter() - self._taken_at >= self._spacing()
+            if not (due or self._follows_host):
+                continue
+            try:
+                vm.at_boundary(lambda _, due=due: self._tick(due)).result()
+            except VmfsError:
+                continue  # the next run says what is wrong
+
+    def _spacing(self) -> float:
+        return max(self.every, self._cost / _SHARE)
+
+    def _tick(self, due: bool) -> None:
+        """In the CPU's thread."""
+        vm = self._vm
+        if vm.history is not self or self.in_past or self.changed or self.is_travelling or vm._run is None:
+            return
+        if self._follows_host and vm.board is not None:
+            with vm.board.lock:
+                late = time.monotonic_ns() - self._host_origin - vm.board.now()
+                if late > 0:
+                    vm.board.inputs.note_passing(late)
+                elif late < -_AHEAD:
+                    self._host_origin += late + _AHEAD
+        if due:
+            self.take()
+
+    # ---- who runs it
+
+    def runner(self, stretch: Stretch) -> tuple[Runner, tuple[Cpu, ...]]:
+        vm = self._vm
+        if stretch.cpu is not None:
+            cpu = vm.cpus[stretch.cpu]
+            return cpu.vcpu, (cpu,)
+        if len(vm.cpus) == 1:
+            return vm.cpu.vcpu, tuple(vm.cpus)
+        return vm._machine.in_turn(vm._vcpus), tuple(vm.cpus)
+
+    @property
+    def stretch(self) -> Stretch:
+        return self._stretch
