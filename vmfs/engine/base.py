@@ -24,7 +24,7 @@ import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.exits import Exit
@@ -382,6 +382,36 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An exception that was raised, and what the CPU was when it was."""
+
+    vector: int
+    error: int | None  # the error code; None: there is none
+    address: int | None  # of a page fault
+    becomes: int | None  # the vector that was delivered for it: #DF, perhaps. None: the CPU shut down
+    within: str | None  # raised by the delivery of an `exception`, an `interrupt` or a `software` interrupt
+    delivering: int | None  # ... of that vector
+    cpl: int
+    cs: int
+    ss: int
+    linear: int  # of the instruction
+    rip: int
+    rsp: int
+    cr2: int  # before it
+    cr3: int
+    instructions: int  # done before it
+
+
+class Step(NamedTuple):
+    """An instruction that was executed."""
+
+    linear: int
+    ip: int
+    bits: int  # 16, 32 or 64
+    code: bytes  # empty: it is what is in memory there
+
+
 class Vcpu(abc.ABC):
     """A virtual CPU: KVM_CREATE_VCPU."""
 
@@ -530,6 +560,15 @@ class Vcpu(abc.ABC):
     def set_trace(self, request: TraceRequest, sink: TraceSink) -> None:
         """What runs tell `sink` from now on (capability TRACE), until the next request."""
         raise Unsupported("this engine does not trace")
+
+    def last_faults(self) -> list[Fault] | None:
+        """The last exceptions that it raised, the newest at the end; None where the engine does not tell."""
+        return None
+
+    def last_steps(self, most: int) -> list[Step] | None:
+        """The last instructions up to where it stands, the newest at the end: as many as are certain, and `most` at
+        most. None where the engine does not tell."""
+        return None
 
     @abc.abstractmethod
     def translate(self, linear: int) -> int | None:

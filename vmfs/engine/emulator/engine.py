@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, cast
 
@@ -23,9 +24,11 @@ from vmfs.engine.base import (
     Capability,
     DebugRequest,
     Engine,
+    Fault,
     HostMemory,
     Machine,
     Runner,
+    Step,
     TraceRequest,
     TraceSink,
     Vcpu,
@@ -501,6 +504,14 @@ class EmulatorVcpu(Vcpu):
         with _failures("MSRs"):
             return self._cpu.unclaimed_msrs
 
+    def last_faults(self) -> list[Fault]:
+        with _failures("faults"):
+            return [_fault(*one) for one in _FAULT.iter_unpack(self._cpu.faults)]
+
+    def last_steps(self, most: int) -> list[Step]:
+        with _failures("steps"):
+            return [Step(*one) for one in self._cpu.steps(most)]
+
     def counters(self) -> dict[str, int]:
         with _failures("counters"):
             return self._cpu.counters()
@@ -509,6 +520,34 @@ class EmulatorVcpu(Vcpu):
         with _failures("close"):
             self._cpu.close()
         self._closed = True
+
+
+# struct core_fault: vector, has_error, becomes, within, delivering, cpl, cs, ss, error, address, linear, rip, rsp, cr2, cr3,
+# instructions
+_FAULT = struct.Struct("<6B2HI4x8Q")
+_SHUTDOWN = 255  # CORE_SHUTDOWN
+_WITHIN = (None, "exception", "interrupt", "software")  # enum core_within
+
+
+def _fault(vector: int, has_error: int, becomes: int, within: int, delivering: int, cpl: int, *more: int) -> Fault:
+    cs, ss, error, address, linear, rip, rsp, cr2, cr3, instructions = more
+    return Fault(
+        vector=vector,
+        error=error if has_error else None,
+        address=address if vector == _PAGE_FAULT else None,
+        becomes=None if becomes == _SHUTDOWN else becomes,
+        within=_WITHIN[within],
+        delivering=delivering if within else None,
+        cpl=cpl,
+        cs=cs,
+        ss=ss,
+        linear=linear,
+        rip=rip,
+        rsp=rsp,
+        cr2=cr2,
+        cr3=cr3,
+        instructions=instructions,
+    )
 
 
 def _core_stops(stop: Stop) -> list[tuple[int, int, int, bool, bool]]:

@@ -252,6 +252,28 @@ int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, siz
 /* With EXIT_DEBUG: the other stops that were reached at the same time. Valid until the next run. */
 size_t vcpu_also(const struct vcpu *c, const struct vcpu_exit **others);
 
+/* ---- What the CPU did last: kept always ------------------------------------------------------------------------ */
+
+enum { CORE_FAULTS = 16, CORE_SHUTDOWN = 255 };
+enum core_within { CORE_NOT_WITHIN, CORE_WITHIN_EXCEPTION, CORE_WITHIN_INTERRUPT, CORE_WITHIN_SOFTWARE };
+/* A fault that was raised. `becomes`: the vector that is delivered for it, #DF perhaps; CORE_SHUTDOWN: none. `within`: raised
+ * by the delivery of `delivering`. Registers as it found them; cr2 is that of before it. */
+struct core_fault {
+    uint8_t vector, has_error, becomes, within, delivering, cpl;
+    uint16_t cs, ss;
+    uint32_t error;
+    uint64_t address;        /* of a page fault */
+    uint64_t linear, rip;    /* of the instruction */
+    uint64_t rsp, cr2, cr3;
+    uint64_t instructions;   /* done before it */
+};
+size_t vcpu_faults(const struct vcpu *c, struct core_fault faults[CORE_FAULTS]); /* the last ones, the newest at the end */
+/* An instruction that was executed. Without `length` its bytes are where it says. */
+struct core_step { uint64_t linear, ip; uint8_t bits, length, code[15]; };
+/* The last instructions up to where the CPU stands, the newest first: at most `room`, and fewer where it is not certain which
+ * came before. Not while it runs. */
+size_t vcpu_steps(struct vcpu *c, struct core_step *steps, size_t room);
+
 /* ---- Tracing ------------------------------------------------------------------------------------------------------ */
 
 /* Kinds of records. INSN: a straight run of up to 16 instructions, or a repeated string instruction; AT: where what follows

@@ -911,6 +911,37 @@ static PyObject *get_unclaimed_msrs(VcpuObject *self, void *closure)
     }
     return tuple;
 }
+static PyObject *get_faults(VcpuObject *self, void *closure)
+{
+    struct core_fault faults[CORE_FAULTS];
+    (void)closure;
+    if (!vcpu_idle(self))
+        return NULL;
+    size_t count = vcpu_faults(self->vcpu, faults);
+    return PyBytes_FromStringAndSize((const char *)faults, (Py_ssize_t)(count * sizeof *faults));
+}
+static PyObject *py_vcpu_steps(VcpuObject *self, PyObject *room)
+{
+    size_t most = PyLong_AsSize_t(room);
+    if (PyErr_Occurred() || !vcpu_idle(self))
+        return NULL;
+    struct core_step *steps = PyMem_Malloc(most * sizeof *steps + 1);
+    if (!steps)
+        return PyErr_NoMemory();
+    size_t count = vcpu_steps(self->vcpu, steps, most);
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t i = 0; list && i < count; i++) {
+        const struct core_step *s = &steps[count - 1 - i];
+        PyObject *one = Py_BuildValue("KKBy#", (unsigned long long)s->linear, (unsigned long long)s->ip, s->bits,
+                                      (const char *)s->code, (Py_ssize_t)s->length);
+        if (!one)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, (Py_ssize_t)i, one);
+    }
+    PyMem_Free(steps);
+    return list;
+}
 static PyObject *get_exits_waiting(VcpuObject *self, void *closure)
 {
     (void)closure;
@@ -1059,6 +1090,8 @@ static PyMethodDef vcpu_methods[] = {
     {"run", (PyCFunction)py_vcpu_run, METH_VARARGS, "run(budget=-1, goes_on=False) -> exit tuple; without the GIL"},
     {"left", (PyCFunction)py_vcpu_left, METH_VARARGS,
      "left(counts) -> (exit tuple, bytes of the access) of the last run by the capsule `lane`: of those that count, or of all"},
+    {"steps", (PyCFunction)py_vcpu_steps, METH_O,
+     "steps(most): (linear, ip, bits, bytes) of the last instructions that are certain, the last one at the end"},
     {"kick", (PyCFunction)py_vcpu_kick, METH_NOARGS, "kick(): end the run, from any thread"},
     {"clear_kick", (PyCFunction)py_vcpu_clear_kick, METH_NOARGS, "clear_kick()"},
     {"get_state", (PyCFunction)py_vcpu_get_state, METH_VARARGS, "get_state(name) -> bytes, a KVM UAPI struct"},
@@ -1101,6 +1134,7 @@ static PyGetSetDef vcpu_getset[] = {
     {"instructions", (getter)get_instructions, NULL, "how many it has executed", NULL},
     {"queued_vectors", (getter)get_queued_vectors, NULL, "the vectors that wait, in order", NULL},
     {"unclaimed_msrs", (getter)get_unclaimed_msrs, NULL, "(index, reads, writes, rip) of MSRs that there are not", NULL},
+    {"faults", (getter)get_faults, NULL, "the last faults, struct core_fault, the newest at the end", NULL},
     {"exits_waiting", (getter)get_exits_waiting, NULL, "whether exits of a done instruction are still to be returned", NULL},
     {"interrupts_queued", (getter)get_interrupts_queued, NULL, "vectors that wait", NULL},
     {NULL, NULL, NULL, NULL, NULL},

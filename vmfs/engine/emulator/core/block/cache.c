@@ -20,6 +20,7 @@
 
 #include "memory.h"
 #include "opcodes.h"
+#include "recent.h"
 #include "tracer.h"
 #include "translate.h"
 #include "zeros.h"
@@ -274,6 +275,7 @@ void cache_forget(struct vcpu *c)
         cache->used = 0;
     }
     cache->flushes++;
+    recent_forget_places(c);
     if (cache->last_id != 1)
         memset(cache->mappings, 0, sizeof cache->mappings);
     cache->last_id = 1;
@@ -676,6 +678,16 @@ static struct block *build(struct vcpu *c, u64 ip, struct fetch *f)
     return b;
 }
 
+size_t cache_blocks(const struct vcpu *c, const struct block **blocks, size_t room)
+{
+    size_t count = 0;
+    for (unsigned i = 0; i < BUCKETS; i++)
+        for (const struct block *b = c->cache->buckets[i]; b; b = b->bucket_next, count++)
+            if (count < room)
+                blocks[count] = b;
+    return count;
+}
+
 static bool bytes_unchanged(const struct block *b)
 {
     const u8 *copy = (const u8 *)&b->records[b->ending + 2];
@@ -748,6 +760,7 @@ void jump_slow(struct vcpu *c, const struct record *r)
         check_target(c, r, target);
     c->budget += r->left;
     u64 ip = c->gpr[GPR_IP];
+    note_last(c, r, r->length); /* for a fetch that faults */
     c->gpr[GPR_IP] = target;
     if (c->budget <= 0 || atomic_load_explicit(&c->attention, memory_order_relaxed)) { /* and before what the fetch raises */
         c->now = NULL;
@@ -757,16 +770,19 @@ void jump_slow(struct vcpu *c, const struct record *r)
     struct block *b = cache_lookup(c);
     if (flushes == c->cache->flushes)
         link_record(c, r, ip, b);
+    note_jump(c, b);
     ENTER(c, b);
 }
 
 void jump_indirect_slow(struct vcpu *c, const struct record *r)
 {
-    (void)r;
+    note_last(c, r, true);
+    c->gpr[GPR_IP] = c->scratch;
     c->now = NULL;
     if (c->budget <= 0)
         return;
     struct block *b = cache_lookup(c);
+    note_jump(c, b);
     ENTER(c, b);
 }
 
@@ -797,6 +813,7 @@ void leave(struct vcpu *c, const struct record *r) { leave_to(c, r, next_ip(c, r
 
 void leave_to(struct vcpu *c, const struct record *r, u64 ip)
 {
+    note_last(c, r, true);
     c->gpr[GPR_IP] = ip;
     c->budget += r->left;
     c->now = NULL;

@@ -42,8 +42,8 @@ ALWAYS_INLINE bool jump_holds(const struct vcpu *c, const struct jump_entry *e, 
 #define JUMP_TO(c, r, target) do { \
         u64 target_ = (target); \
         struct jump_entry *e_ = jump_entry((c), target_); \
-        (c)->gpr[GPR_IP] = target_; \
         if (unlikely(!jump_holds((c), e_, target_))) { \
+            (c)->scratch = target_; \
             jump_indirect_slow((c), (r)); \
             return; \
         } \

@@ -1,4 +1,5 @@
 /* Delivery of exceptions and interrupts (Intel SDM 3A chapter 6, 20.1.4 real mode, 20.3 virtual-8086). */
+#include "recent.h"
 #include "tracer.h"
 #include "transfer.h"
 
@@ -265,6 +266,7 @@ void deliver_software(struct vcpu *c, const struct record *r, unsigned vector, e
         escape(c, ESCAPE_EXIT);
     if (c->tracer)
         tracer_event(c, TRACER_SOFTWARE, vector, false, 0, 0);
+    note_last(c, r, true);
     deliver_from(c, vector, kind, false, 0, next_ip(c, r));
     if (c->now) /* else a task switch has been there */
         c->budget += r->left;
@@ -329,6 +331,7 @@ bool deliver_fault(struct vcpu *c)
     struct fault f;
     c->counters.exceptions++;
     bool delivered = fault_to_deliver(c, &f);
+    note_fault(c, delivered, f.vector);
     if (!delivered || f.vector != c->fault.vector)
         trace_folded(c);
     if (!delivered)

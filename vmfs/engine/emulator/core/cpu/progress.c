@@ -5,6 +5,7 @@
 
 #include "irqchip.h"
 #include "memory.h"
+#include "recent.h"
 
 #define LONG_TIME (1ull << 62) /* ns: 146 years */
 
@@ -366,6 +367,7 @@ int set_progress(struct vcpu *c, const void *data, size_t size)
     c->resume_breakpoint = p.flags & CORE_RESUME;
     c->repeating = p.flags & CORE_REPEATING;
     c->completing = false;
+    recent_forget_places(c);
     c->retired = p.instructions;
     c->slice = c->budget = c->saved_budget = 0;
     c->skew = vm_time(c->vm) - c->retired;

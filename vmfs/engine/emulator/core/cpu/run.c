@@ -2,6 +2,7 @@
 #include "cache.h"
 #include "flags.h"
 #include "memory.h"
+#include "recent.h"
 #include "sse.h"
 #include "tracer.h"
 #include "translate.h"
@@ -79,6 +80,7 @@ u64 core_now(struct vcpu *c, const struct record *r)
 static void end_slice(struct vcpu *c)
 {
     i64 done = c->slice - c->budget;
+    note_stand(c);
     c->retired += (u64)done;
     if (c->run_limited)
         c->run_budget -= done;
@@ -385,7 +387,10 @@ static void after_escape(struct vcpu *c, enum escape how)
         world_go(c);
     if (c->tracer)
         tracer_undo(c, how == ESCAPE_FAULT);
+    if (c->now)
+        note_last(c, c->now, false);
     undo(c);
+    note_stand(c);
     if (c->translated)
         end_translated(c, instructions_done(c));
     bool fetching = c->fetching;
@@ -571,6 +576,7 @@ static void turn(struct vcpu *c)
         c->shadow_sti = c->shadow_ss = false;
         c->rflags &= ~(u64)FLAG_RF; /* holds for one instruction (17.3.1.1); the instruction may set it anew */
         u64 start = c->gpr[GPR_IP];
+        note_place(c, PLACE_ALONE, start, records_done(c));
         run_alone(c);
         if (c->began_ss) /* of loads in a row only the first holds events back for sure (3A 6.8.3), and on processors no other */
             c->shadow_ss = false;
@@ -579,6 +585,8 @@ static void turn(struct vcpu *c)
         if (c->step && c->exit.reason == EXIT_NONE && !(c->halted && !c->vm->irqchip)) /* HLT is an exit, or an event */
             debug_exit(c, DEBUG_STEP);
     } else {
+        if (t->enter != block_count) /* which does it */
+            note_block(c, t, records_done(c));
         c->budget -= t->count;
         run_records(c, t->enter, t->records);
         c->now = NULL;

@@ -256,6 +256,27 @@ struct msr_state {
 /* The room before struct vcpu: the stack of host code, for the frames of signals (with AVX-512 and AMX, 11 KB). */
 enum { HOST_STACK = 1 << 16 };
 
+/* What a CPU did last: see recent.c. */
+enum { RECENT_PLACES = 64 };
+enum place_kind { PLACE_BLOCK, PLACE_ALONE, PLACE_STAND };
+enum last_how { LAST_UNKNOWN, LAST_DONE, LAST_NOT_DONE }; /* what a record has to do with it */
+struct place_note {
+    u64 ip, base, key;        /* where it is; linear: base + ip */
+    u64 done;                 /* records_done */
+    u64 killed;               /* blocks, until then */
+    const struct block *block; /* PLACE_BLOCK: that is entered */
+    u64 last_ip;              /* PLACE_STAND: the block of the last record, and where that is in it */
+    u8 kind, how, last_at;
+};
+struct recent {
+    u64 iterations;           /* of repeated instructions, but the first of each */
+    u64 count, fault_count;   /* so far */
+    u64 last_ip;              /* for the next PLACE_STAND */
+    u8 last_how, last_at;
+    struct place_note places[RECENT_PLACES];
+    struct core_fault faults[CORE_FAULTS];
+};
+
 struct vcpu {
     /* What every handler touches. */
     u64 gpr[GPR_COUNT];       /* gpr[GPR_IP]: instruction pointer (not linear) at the start of the running block;
@@ -416,6 +437,8 @@ struct vcpu {
     } cpuid;
     u64 features[4];          /* bits by enum feature, from cpuid */
     struct lapic *lapic;
+
+    struct recent recent;
 
     struct vm *vm;
     unsigned index;
@@ -623,6 +646,7 @@ void cache_forget(struct vcpu *c);               /* the same while nobody execut
  * In how many nanoseconds to ask again; CORE_NEVER: there is nothing to give back. */
 u64 cache_rest(struct vcpu *c);
 void cache_kill(struct vm *vm, struct slot *slot, u64 physical, u64 size); /* those that overlap, on all CPUs */
+size_t cache_blocks(const struct vcpu *c, const struct block **blocks, size_t room); /* all; how many there are */
 struct block *cache_lookup(struct vcpu *c);      /* the block at gpr[GPR_IP]; may escape with a fault */
 /* Instruction fetches: their translations were dropped, all or of a page; the key, CPL or base of CS changed. */
 void code_map_clear(struct vcpu *c);

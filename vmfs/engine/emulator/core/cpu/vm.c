@@ -6,6 +6,7 @@
 #include "flags.h"
 #include "irqchip.h"
 #include "memory.h"
+#include "recent.h"
 #include "zeros.h"
 
 
@@ -260,6 +261,7 @@ void vm_set_time(struct vm *vm, enum core_time mode)
 /* Intel SDM 3A table 9-1. */
 void vcpu_reset(struct vcpu *c)
 {
+    recent_forget_places(c);
     memset(c->gpr, 0, sizeof c->gpr);
     c->gpr[RDX] = 0x600;
     c->gpr[GPR_IP] = 0xfff0;

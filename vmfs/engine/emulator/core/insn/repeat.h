@@ -40,6 +40,7 @@ static inline void pause_repetition(struct vcpu *c, const struct record *r)
         for (;;) { \
             u64 paid_ = (u64)c->budget + 1, n_ = work(c, r, count_ < paid_ ? count_ : paid_); \
             c->budget -= (i64)n_ - 1; \
+            c->recent.iterations += n_ - 1; \
             if (unlikely(c->key & KEY_TRACED) && n_ > 1) \
                 tracer_more(c, n_ - 1); \
             count_ -= n_; \
@@ -51,6 +52,7 @@ static inline void pause_repetition(struct vcpu *c, const struct record *r)
                 return; \
             } \
             c->budget--; \
+            c->recent.iterations++; \
             if (unlikely(c->key & KEY_TRACED)) \
                 tracer_iteration(c, r); \
         } \

@@ -13,6 +13,7 @@
 #include "cache.h"
 #include "flags.h"
 #include "jitdump.h"
+#include "recent.h"
 #include "zeros.h"
 
 enum { THRESHOLD = 40 };
@@ -656,6 +657,7 @@ void block_count(struct vcpu *c, const struct record *r)
 {
     struct block *b = (struct block *)((u8 *)r - offsetof(struct block, records));
     struct translator *t = c->translator;
+    note_block(c, b, records_done(c) - b->count);
     if (++b->entries > t->threshold) {
         t->work.translator = t;
         t->work.c = c;
