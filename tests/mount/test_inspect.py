@@ -424,3 +424,22 @@ def test_a_machine_that_was_only_made_has_sizes_of_its_own(own_server):
     server = own_server()
     server.make().write("mem_size", "16M\n")
     assert (server.make() / "core").stat().st_size == (8 << 20) + (128 << 20)
+
+
+# ---- why
+
+
+def test_why_is_empty_before_a_shutdown_and_tells_of_it_afterwards(long_vm):
+    vm = long_vm
+    assert vm.read("why") == ""
+    vm.load("0f011c25 10100000 b805000000 0f0b")  # lidt [0x1010]; mov eax, 5; ud2
+    vm.write("symbols", "0000000000001000 T start\n")
+    assert vm.read("vm_run").startswith("shutdown cause=triple-fault")
+    head, *sections = vm.read("why").split("\n\n")
+    assert head.startswith("shutdown cause=triple-fault rip=")
+    assert [section.split("\n")[0] for section in sections[-2:]] == ["registers:", "instructions:"]
+    if vm.read("engine") == "emulator\n":
+        assert "exception vector=0x6 at=0x100d" in sections[0] and "start+0xd  # #UD" in sections[0]
+        assert "mov eax, 5" in sections[-1]
+    vm.write("state", "reset")
+    assert vm.read("why").startswith(head)

@@ -95,6 +95,7 @@ FILES: tuple[Row, ...] = (
     Row("disasm", 0o600, BOTH, per_cpu=True),
     Row("stack", 0o400, READ, per_cpu=True),
     Row("core", 0o400, READ),
+    Row("why", 0o400, READ),
     Row("gdb", 0o600, HOST),
     Row("gdb.stream", 0o600, Served(writable=True, acts=True, sized=False, walked=False, asks_host=True)),
     Row("error", 0o400, LocalText(_complaint)),

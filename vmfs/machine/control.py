@@ -39,6 +39,7 @@ from vmfs.debug.conditions import CpuLooker
 from vmfs.debug.points import UNTIL, Points
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import Trace, TraceSettings
+from vmfs.debug.why import Account
 from vmfs.devices.board import Board
 from vmfs.engine.base import NO_DEBUG, Capability, DebugRequest, Engine, Machine, Runner, Vcpu
 from vmfs.machine._lane import Lane
@@ -171,6 +172,7 @@ class Control:
         self._closed = False
         self._still: object | None = object()
         self._last_exit: exits.Exit | None = None
+        self.account: Account | None = None  # of the last shutdown or reset; it stays with the user, as points do
         self._exit_number = self._exit_news = 0  # how many exits there were
 
     # ---- what a machine says
@@ -185,6 +187,10 @@ class Control:
 
     def _explained(self, result: exits.Exit) -> exits.Exit:
         """What a run came to, in words that help."""
+        raise NotImplementedError
+
+    def _account_of(self, exit_: exits.Shutdown) -> Account | None:
+        """What the CPUs did last; with the lock held."""
         raise NotImplementedError
 
     def _set_back(self) -> None:
@@ -484,8 +490,10 @@ class Control:
             elif failure is not None:  # for those who did not wait for the run
                 result = self._error_exit(failure)
             self._state = "paused"
-            if isinstance(result, exits.Shutdown) and result.cause == "reset" and not self._closed:
-                self._set_back()
+            if isinstance(result, exits.Shutdown) and not self._closed:
+                self.account = self._account_of(result)
+                if result.cause == "reset":
+                    self._set_back()
             if self._closed or failure is not None:
                 self._held.clear()
             if result is not None:

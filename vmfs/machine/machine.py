@@ -6,6 +6,7 @@ How it runs is `vmfs.machine.control.Control`, of which it is one; the lock that
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 import time
@@ -16,6 +17,8 @@ from dataclasses import replace
 from typing import Literal, TypeVar, cast
 
 from vmfs.debug.disasm import Listing
+from vmfs.debug.paging import Paging
+from vmfs.debug.why import Account
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.virtio.disk import Disk, Overlay
@@ -62,6 +65,8 @@ from vmfs.words.layouts import unpack_msrs
 from vmfs.words.modes import CodeMode, mode_of, set_mode
 from vmfs.words.registers import write_registers
 from vmfs.words.unclaimed import Use
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -129,6 +134,26 @@ class Vm(Control):
             if code.address == RESET_VECTOR:
                 return replace(result, reason=NOTHING_TO_RUN)
         return result
+
+    def _account_of(self, exit_: exits.Shutdown) -> Account | None:
+        def read(cpu: Vcpu, linear: int, length: int) -> bytes:
+            found = b""
+            while len(found) < length:
+                page = Paging.of(cpu).translate(self.memory, linear)
+                if page is None:
+                    break
+                part = self.read_physical(page.physical, min(length - len(found), PAGE - linear % PAGE))
+                if not part:
+                    break
+                found += part
+                linear += len(part)
+            return found
+
+        try:
+            return Account.of(exit_, self.vcpus, read)
+        except Exception:  # the run has ended, whatever can be said of it
+            log.exception("no account of %s", exit_.line())
+            return None
 
     # ---- the CPU between instructions
 

@@ -522,9 +522,8 @@ class EmulatorVcpu(Vcpu):
         self._closed = True
 
 
-# struct core_fault: vector, has_error, becomes, within, delivering, cpl, cs, ss, error, address, linear, rip, rsp, cr2, cr3,
-# instructions
-_FAULT = struct.Struct("<6B2HI4x8Q")
+# struct core_fault
+_FAULT = struct.Struct("<6B2H2xI7Q")
 _SHUTDOWN = 255  # CORE_SHUTDOWN
 _WITHIN = (None, "exception", "interrupt", "software")  # enum core_within
 

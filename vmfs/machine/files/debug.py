@@ -276,6 +276,12 @@ async def stack(scope: Contents) -> str:
     return await _in_thread(work, _ram(vm))
 
 
+async def why(scope: Contents) -> str:
+    """`why`."""
+    account = scope.vm.account
+    return "" if account is None else await _in_thread(account.text, scope.vm.symbols)
+
+
 # ---- the machine as a file
 
 

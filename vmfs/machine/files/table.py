@@ -15,7 +15,7 @@ from vmfs.machine.born import parse_birth
 from vmfs.machine.files.commands import parse_command, parse_commands
 from vmfs.machine.files.console import Console, Log
 from vmfs.machine.files.contents import Contents
-from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size
+from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size, why
 from vmfs.machine.files.gdb import GdbFile, GdbStream
 from vmfs.machine.files.handles import Kind
 from vmfs.machine.files.history import HISTORY
@@ -284,6 +284,7 @@ CONTENTS: Mapping[str, Kind] = {
     "disasm": Text(disasm, _put_disasm, slow=True),
     "stack": Text(stack, slow=True),
     "core": Core(),
+    "why": Text(why, slow=True),
     "gdb": GdbFile(),
     "gdb.stream": GdbStream(),
     "error": Text(_complaint),

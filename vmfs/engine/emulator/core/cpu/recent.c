@@ -17,7 +17,8 @@
 enum {
     STATES = 64,              /* ways that are followed at once */
     BLOCKS_MOST = 1 << 16,    /* of a CPU; with more, settled code is not looked at */
-    LOOKS_MOST = 4096,        /* steps of one look ahead */
+    LOOKS_MOST = 1 << 14,     /* steps of all looks ahead: a guest may have made its blocks so that they take long */
+    EDGES_MOST = 4096,        /* that are looked at for one step */
     AHEAD = 40,               /* instructions that it looks ahead */
 };
 
@@ -155,6 +156,9 @@ struct graph {
     size_t edge_count;
     u64 *sites;               /* return addresses of calls, in order */
     size_t site_count;
+    const struct block **ends; /* those reached that end with a return, or a jump to anywhere */
+    size_t end_count;
+    unsigned looks;
 };
 
 static int by_ip(const void *a, const void *b)
@@ -208,7 +212,31 @@ static void graph_free(struct graph *g)
     free(g->reached);
     free(g->edges);
     free(g->sites);
+    free(g->ends);
     *g = (struct graph){0};
+}
+
+/* Where a block goes by itself: its direct jumps, and its end. `edges` NULL: only how many. */
+static unsigned edges_of(const struct block *b, struct edge *edges, bool *calls)
+{
+    const struct record *records[BLOCK_INSTRUCTIONS];
+    unsigned count = instructions_of(b, records), found = 0;
+    enum flow flow = FLOW_ENDS;
+    for (unsigned j = 0; j < count; j++) {
+        flow = flow_of(records[j]);
+        if (flow != FLOW_TO && flow != FLOW_ONLY_TO && flow != FLOW_CALLS)
+            continue;
+        if (edges)
+            edges[found] = (struct edge){target_of(b, records[j]), b, j + 1};
+        found++;
+    }
+    if (flow == FLOW_ON || flow == FLOW_TO) {
+        if (edges)
+            edges[found] = (struct edge){end_of(b), b, count};
+        found++;
+    }
+    *calls = flow == FLOW_CALLS || flow == FLOW_ANYWHERE;
+    return found;
 }
 
 /* All blocks, and how they go to each other. False: there is no memory, or there are too many. */
@@ -219,27 +247,24 @@ static bool graph_make(struct graph *g, const struct vcpu *c)
     if (!g->block_count || g->block_count > BLOCKS_MOST)
         return false;
     g->blocks = malloc(g->block_count * sizeof *g->blocks);
+    g->ends = malloc(g->block_count * sizeof *g->ends);
     g->reached = calloc(g->block_count, 1);
-    g->edges = malloc(g->block_count * (BLOCK_INSTRUCTIONS + 1) * sizeof *g->edges);
     g->sites = malloc(g->block_count * sizeof *g->sites);
-    if (!g->blocks || !g->reached || !g->edges || !g->sites)
+    if (!g->blocks || !g->ends || !g->reached || !g->sites)
         return false;
     cache_blocks(c, g->blocks, g->block_count);
     qsort(g->blocks, g->block_count, sizeof *g->blocks, by_ip);
+    size_t room = 0;
+    bool calls;
+    for (size_t i = 0; i < g->block_count; i++)
+        room += edges_of(g->blocks[i], NULL, &calls);
+    g->edges = malloc((room + 1) * sizeof *g->edges);
+    if (!g->edges)
+        return false;
     for (size_t i = 0; i < g->block_count; i++) {
-        const struct block *b = g->blocks[i];
-        const struct record *records[BLOCK_INSTRUCTIONS];
-        unsigned count = instructions_of(b, records);
-        enum flow flow = FLOW_ON;
-        for (unsigned j = 0; j < count; j++) {
-            flow = flow_of(records[j]);
-            if (flow == FLOW_TO || flow == FLOW_ONLY_TO || flow == FLOW_CALLS)
-                g->edges[g->edge_count++] = (struct edge){target_of(b, records[j]), b, j + 1};
-        }
-        if (flow == FLOW_ON || flow == FLOW_TO)
-            g->edges[g->edge_count++] = (struct edge){end_of(b), b, count};
-        if (flow == FLOW_CALLS || flow == FLOW_ANYWHERE)
-            g->sites[g->site_count++] = end_of(b);
+        g->edge_count += edges_of(g->blocks[i], &g->edges[g->edge_count], &calls);
+        if (calls)
+            g->sites[g->site_count++] = end_of(g->blocks[i]);
     }
     qsort(g->edges, g->edge_count, sizeof *g->edges, by_target);
     qsort(g->sites, g->site_count, sizeof *g->sites, by_value);
@@ -255,48 +280,43 @@ static enum flow end_flow(const struct block *b, unsigned *count)
     return flow == FLOW_RETURNS && returns_anywhere(records, *count) ? FLOW_ANYWHERE : flow;
 }
 
+static void reach(struct graph *g, u64 ip, size_t *queue, size_t *tail)
+{
+    for (size_t i = first_block(g, ip); i < g->block_count && g->blocks[i]->ip == ip; i++)
+        if (!g->reached[i]) {
+            g->reached[i] = true;
+            queue[(*tail)++] = i;
+        }
+}
+
 /* Mark what can be reached from block `from` without the main loop. */
 static void graph_reach(struct graph *g, const struct block *from)
 {
     size_t *queue = malloc(g->block_count * sizeof *queue), head = 0, tail = 0;
-    memset(g->reached, queue ? 0 : 1, g->block_count);
-    if (!queue)
-        return;
-    bool returned = false;
-    for (size_t i = first_block(g, from->ip); i < g->block_count && g->blocks[i]->ip == from->ip; i++) {
-        g->reached[i] = true;
-        queue[tail++] = i;
-    }
-#define REACH(ip_) do { \
-        u64 there_ = (ip_); \
-        for (size_t k_ = first_block(g, there_); k_ < g->block_count && g->blocks[k_]->ip == there_; k_++) \
-            if (!g->reached[k_]) { \
-                g->reached[k_] = true; \
-                queue[tail++] = k_; \
-            } \
-    } while (0)
-    while (head < tail) {
+    struct edge edges[BLOCK_INSTRUCTIONS + 1];
+    bool returned = false, all = !queue, calls;
+    unsigned count;
+    memset(g->reached, 0, g->block_count);
+    if (queue)
+        reach(g, from->ip, queue, &tail);
+    while (!all && head < tail) {
         const struct block *b = g->blocks[queue[head++]];
-        const struct record *records[BLOCK_INSTRUCTIONS];
-        unsigned count = instructions_of(b, records);
-        for (unsigned j = 0; j < count; j++)
-            if (records[j]->has_link)
-                REACH(target_of(b, records[j]));
+        for (unsigned i = edges_of(b, edges, &calls); i--;)
+            reach(g, edges[i].to, queue, &tail);
         enum flow flow = end_flow(b, &count);
-        if (flow == FLOW_ON || flow == FLOW_TO)
-            REACH(end_of(b));
-        if (flow == FLOW_RETURNS && !returned) {
-            returned = true;
-            for (size_t k = 0; k < g->site_count; k++)
-                REACH(g->sites[k]);
-        }
-        if (flow == FLOW_ANYWHERE) {
-            memset(g->reached, 1, g->block_count);
-            break;
-        }
+        for (size_t i = 0; flow == FLOW_RETURNS && !returned && i < g->site_count; i++)
+            reach(g, g->sites[i], queue, &tail);
+        returned |= flow == FLOW_RETURNS;
+        all = flow == FLOW_ANYWHERE;
     }
-#undef REACH
     free(queue);
+    g->end_count = 0;
+    for (size_t i = 0; i < g->block_count; i++) {
+        g->reached[i] |= all;
+        enum flow flow = g->reached[i] && g->blocks[i]->key == from->key ? end_flow(g->blocks[i], &count) : FLOW_ON;
+        if (flow == FLOW_RETURNS || flow == FLOW_ANYWHERE)
+            g->ends[g->end_count++] = g->blocks[i];
+    }
 }
 
 /* ---- The way back ------------------------------------------------------------------------------------------------------------ */
@@ -327,20 +347,20 @@ static bool is_reached(const struct graph *g, const struct block *b)
 /* The blocks that may have gone to `ip`. */
 static void add_before(const struct graph *g, struct states *s, u64 ip, u64 key, u64 left)
 {
-    for (size_t i = first_edge(g, ip); i < g->edge_count && g->edges[i].to == ip; i++) {
+    size_t first = first_edge(g, ip);
+    for (size_t i = first; i < g->edge_count && g->edges[i].to == ip && !s->too_many; i++) {
         const struct edge *e = &g->edges[i];
         if (e->from->key == key && e->taken <= left && is_reached(g, e->from))
             add_state(s, e->from, e->taken, left);
+        s->too_many |= i - first > EDGES_MOST;
     }
     bool site = is_site(g, ip);
-    for (size_t i = 0; i < g->block_count && !s->too_many; i++) {
+    for (size_t i = 0; i < g->end_count && !s->too_many; i++) {
         unsigned count;
-        const struct block *b = g->blocks[i];
-        if (!g->reached[i] || b->key != key)
-            continue;
-        enum flow flow = end_flow(b, &count);
-        if (count <= left && (flow == FLOW_ANYWHERE || (flow == FLOW_RETURNS && site)))
-            add_state(s, b, count, left);
+        enum flow flow = end_flow(g->ends[i], &count);
+        if (count <= left && (site || flow == FLOW_ANYWHERE))
+            add_state(s, g->ends[i], count, left);
+        s->too_many |= i > EDGES_MOST;
     }
 }
 
@@ -359,9 +379,9 @@ static void expand(const struct graph *g, struct states *s, const struct state *
 }
 
 /* Whether a way from `from` leads to the state, as far as can be seen with some effort. */
-static bool leads_there(const struct graph *g, const struct state *one, const struct block *from, unsigned depth, unsigned *looks)
+static bool leads_there(struct graph *g, const struct state *one, const struct block *from, unsigned depth)
 {
-    if (depth > AHEAD || ++*looks > LOOKS_MOST)
+    if (depth > AHEAD || !g || ++g->looks > LOOKS_MOST)
         return true;
     if (one->at > one->left)
         return false;
@@ -371,7 +391,7 @@ static bool leads_there(const struct graph *g, const struct state *one, const st
     struct states before = {.count = 0};
     expand(g, &before, &begin, from);
     for (unsigned i = 0; i < before.count; i++)
-        if (leads_there(g, &before.all[i], from, depth + before.all[i].at, looks))
+        if (leads_there(g, &before.all[i], from, depth + before.all[i].at))
             return true;
     return before.too_many;
 }
@@ -399,7 +419,7 @@ static void tell(struct told *told, const struct block *b, unsigned index)
 static u64 ip_at(const struct block *b, unsigned index) { return b->ip + instruction_of(b, index)->at; }
 
 /* Tell the instructions between a note and the one before, the last one first. False: not all of them are known. */
-static bool tell_way(struct told *told, const struct graph *g, struct states *now, const struct block *from)
+static bool tell_way(struct told *told, struct graph *g, struct states *now, const struct block *from)
 {
     while (told->count < told->room) {
         struct states before = {.count = 0};
@@ -413,8 +433,7 @@ static bool tell_way(struct told *told, const struct graph *g, struct states *no
         for (unsigned i = 0; i < before.count; i++) {
             struct state *one = &before.all[i];
             bool ends = !one->at && !one->left;
-            unsigned looks = 0;
-            if (!ends && (one->at > one->left || (before.count > 1 && !leads_there(g, one, from, 0, &looks))))
+            if (!ends && (one->at > one->left || (before.count > 1 && !leads_there(g, one, from, 0))))
                 continue;
             ended |= ends;
             goes_on |= !ends;
@@ -438,19 +457,22 @@ static bool tell_way(struct told *told, const struct graph *g, struct states *no
     return true;
 }
 
-/* The block that begins at `ip` and has a record at `at`: how many come before that. */
+/* How many of its instructions come before the record at `at`, which may be the one that leaves. */
+static bool index_at(const struct block *b, unsigned at, unsigned *index)
+{
+    const struct record *records[BLOCK_INSTRUCTIONS];
+    unsigned count = instructions_of(b, records);
+    for (*index = 0; *index < count && records[*index]->at != at;)
+        ++*index;
+    return *index < count || b->records[b->ending].at == at;
+}
+
+/* The block that begins at `ip` and has a record at `at`. */
 static const struct block *block_with(const struct graph *g, u64 ip, u64 key, unsigned at, unsigned *index)
 {
-    for (size_t i = first_block(g, ip); i < g->block_count && g->blocks[i]->ip == ip; i++) {
-        const struct record *records[BLOCK_INSTRUCTIONS];
-        unsigned count = instructions_of(g->blocks[i], records);
-        if (g->blocks[i]->key != key)
-            continue;
-        for (*index = 0; *index < count && records[*index]->at != at;)
-            ++*index;
-        if (*index < count || g->blocks[i]->records[g->blocks[i]->ending].at == at)
+    for (size_t i = first_block(g, ip); i < g->block_count && g->blocks[i]->ip == ip; i++)
+        if (g->blocks[i]->key == key && index_at(g->blocks[i], at, index))
             return g->blocks[i];
-    }
     return NULL;
 }
 
@@ -486,8 +508,8 @@ size_t vcpu_steps(struct vcpu *c, struct core_step *steps, size_t room)
         unsigned index;
         const struct block *last = NULL;
         if (n->how != LAST_UNKNOWN) {
-            if (n->last_ip == from->ip && left <= from->count)
-                last = from, index = (unsigned)left - (n->how == LAST_DONE);
+            if (n->last_ip == from->ip && index_at(from, n->last_at, &index))
+                last = from;
             else if (has_graph)
                 last = block_with(&g, n->last_ip, before->key, n->last_at, &index);
             if (last)
