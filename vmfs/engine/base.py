@@ -23,6 +23,7 @@ import contextlib
 import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -327,6 +328,11 @@ class Machine(abc.ABC):
         """With `instructions` as the source of time: so much passes now, in which nothing is executed. Between two
         slices of a run."""
         raise Unsupported("time follows the host's clock on this engine")
+
+    def at_one_moment(self) -> AbstractContextManager[None]:
+        """In this block, in which no CPU executes, the machine's time stands still: what is got or set of the CPUs'
+        clocks is of one moment. Blocks may be in each other."""
+        return nullcontext()
 
     @abc.abstractmethod
     def dirty_log(self, slot: int) -> bytes:
