@@ -197,7 +197,7 @@ def test_every_row_after_a_run_at_the_same_time(make, assembler, kind, moved):
     emulator, kvm = engine_or_skip("emulator"), engine_or_skip("kvm") if moved else None
     code = assembler(BUSY.replace("rdtsc;", "mov eax, ebx;"), "long").code
     vm, there = make(emulator, 4, code, kind=kind), make(emulator, 4, kind=kind)
-    # On KVM the clock goes on, and the TSC and the RTC with it; it has fewer MSRs, and its own CPUID before a first run.
+    # On KVM the clock goes on, and the TSC and the RTC with it; MSRs are fewer, and CPUID is its own until a first run.
     but = ("time", "msrs", "rtc", "cpuid") if moved else ()
     for number in range(4):
         for machine in (vm, there):
