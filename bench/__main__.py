@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, disk, files, gdb, house, lane, points, ports, programs, runs, smp
+from bench import boot, cpu, debug, disk, files, gdb, house, lane, library, points, ports, programs, runs, smp
 from bench.harness import table
 
 GROUPS = {
@@ -21,6 +21,7 @@ GROUPS = {
     "points": points.results,
     "debug": debug.results,
     "gdb": gdb.results,
+    "library": library.results,
 }
 
 
