@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bench.harness import Result, mounted
 from vmfs.engine import by_name
+from vmfs.engine.base import SIZES
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Ioctl
 from vmfs.memory.ram import DEFAULT_SIZE, Memory
@@ -67,7 +68,7 @@ def raw_first_exit() -> float:
     fcntl.ioctl(device, int(Ioctl.KVM_GET_SUPPORTED_CPUID), cpuid)
     fcntl.ioctl(cpu, int(Ioctl.KVM_SET_CPUID2), cpuid)
     page = mmap.mmap(cpu, fcntl.ioctl(device, int(Ioctl.KVM_GET_VCPU_MMAP_SIZE), 0))
-    sregs, regs = bytearray(layouts.SIZES["sregs"]), bytearray(layouts.SIZES["regs"])
+    sregs, regs = bytearray(SIZES["sregs"]), bytearray(SIZES["regs"])
     fcntl.ioctl(cpu, int(Ioctl.KVM_GET_SREGS), sregs)
     sregs[0:8] = bytes(8)  # cs: base and selector
     sregs[12:14] = bytes(2)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmfs.devices.device import DeviceState, NoState
+from vmfs.devices.floppy import COMMANDS, Fdc, FloppyDrive
 from vmfs.devices.ide.ata import AtaDisk
 from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.ide.controller import Ide
@@ -37,6 +38,7 @@ from vmfs.words.errors import Invalid
 
 RAM = 1 << 20
 DISK = 1 << 20
+FLOPPY = 360 << 10
 QUEUES = 0x1_0000  # what the pretended driver has there, 64 KiB a queue
 
 
@@ -59,6 +61,7 @@ def a_pc(folder):
     image = folder / "image"
     if not image.exists():
         image.write_bytes(random.Random(4).randbytes(DISK))
+        (folder / "floppy").write_bytes(random.Random(6).randbytes(FLOPPY))
         (folder / "shared").mkdir()
         (folder / "shared" / "file").write_text("shared")
     disks = {name: open_disk(os.open(image, os.O_RDONLY), name) for name in ("ro", "cow")}
@@ -70,6 +73,7 @@ def a_pc(folder):
         lambda slot: Console(pc, "hvc0", slot),
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
         lambda slot: AtaDisk(pc, "hda", open_disk(os.open(image, os.O_RDONLY), "cow")),
+        lambda slot: FloppyDrive(pc, "fd0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow")),
         lambda slot: CdDrive(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
         pc.plug(make(pc.pci.free_slot()))
@@ -83,7 +87,7 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0"
 ).split()
 
 
@@ -157,6 +161,23 @@ def make_ide_request(dice, pc, guest, unit):
     return seen
 
 
+def make_floppy_request(dice, guest):
+    """A command with what it needs, most of them right; all that was read."""
+    row, seen = dice.choice(COMMANDS), []
+    guest.out(0x3F2, dice.choice((0x1C, 0x1C, 0x1C, 0x18, 0x0C)))
+    guest.out(0x3F7, 2)
+    for port, value in ((0x0C, 0), (4, 0), (4, 0x10), (5, 0xFF), (5, 3), (0x81, 2), (0xD4, 0)):
+        guest.out(port, value)
+    guest.out(0x0B, dice.choice((0x46, 0x4A)))
+    guest.out(0x0A, 2)
+    guest.out(0x3F5, (row.code | 0x40) & 0xFF if row.length > 5 else row.code)
+    for value in (0, 0, 0, dice.choice((1, 9)), 2, 9, 0x1B, 0xFF)[: row.length - 1 - dice.choice((0, 0, 0, 1))]:
+        guest.out(0x3F5, value)
+    for _ in range(dice.choice((0, 3, 7, 10))):
+        seen.append(guest.inp(0x3F5))
+    return seen
+
+
 def drive(pc, name, seed, count=120):
     """So many accesses, and what comes from outside; all that the guest could see of it."""
     dice = random.Random(seed)
@@ -164,8 +185,11 @@ def drive(pc, name, seed, count=120):
     for _ in range(count):
         what = dice.random()
         windows = pc.ide.windows() if isinstance(device, Drive) else device.windows()
+        windows = pc.fdc.windows() if isinstance(device, FloppyDrive) else windows
         if isinstance(device, (Drive, Ide)) and what < 0.4:
             seen += make_ide_request(dice, pc, guest, dice.randrange(2))
+        elif isinstance(device, (Fdc, FloppyDrive)) and what < 0.6:
+            seen += make_floppy_request(dice, guest)
         elif isinstance(device, VirtioDevice) and what < 0.4:
             if not device.is_live or device.bar(0) is None:
                 guest.config(device.slot, 4, 0x107, size=2)
@@ -218,9 +242,9 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    for name in ("blk1", "hda"):
+    for name in ("blk1", "hda", "fd0"):
         disk, copy = pc.devices[name].disk, other.devices[name].disk
-        os.pwrite(copy.fd, os.pread(disk.fd, DISK, 0), 0)
+        os.pwrite(copy.fd, os.pread(disk.fd, disk.size, 0), 0)
     with other.asleep():
         other.load(msgspec.msgpack.decode(board, type=type(pc.save())))
     load(other, saved(pc))

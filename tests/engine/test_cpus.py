@@ -166,6 +166,48 @@ def test_interrupts_between_cpus_wake_them(make):
     assert words(vm, COUNTERS, 1) == (20 * (count - 1) + 1,)
 
 
+# As Linux looks for a TSC that warps: who has the lock finds none later than its own.
+TSC = """
+    mov ecx, {rounds}
+    1: mov al, 1
+    2: xchg al, [0x8010]; test al, al; jz 3f; pause; jmp 2b
+    3: rdtsc
+    cmp edx, [0x8004]; jb 4f; ja 5f; cmp eax, [0x8000]; jae 5f
+    4: inc dword ptr [0x8008]
+    5: mov [0x8000], eax; mov [0x8004], edx
+    mov byte ptr [0x8010], 0
+    loopd 1b
+    lock inc dword ptr [0x8014]
+"""
+
+
+@pytest.mark.parametrize("source", ["host", "instructions"])
+def test_the_tsc_of_all_is_in_step(make, source):
+    """When CPUs are added, after a reset, and after a value was put."""
+    tsc = TSC.format(rounds=1500)
+    vm = make(1, program(tsc + WAIT_FOR_ALL.format(count=3), f"xor ax, ax; mov ds, ax; {tsc} cli; 9: hlt; jmp 9b"))
+    if source == "instructions":
+        if Capability.DETERMINISTIC not in vm.capabilities:
+            pytest.skip("its time is the host's")
+        vm.set_time_source(source)
+    time.sleep(0.02)  # the first one is older
+    vm.set_cpu_count(3)
+
+    def reset():
+        vm.reset()
+        vm.change(lambda cpu: write_registers(cpu, {"cs": 0, "cs.base": 0, "rip": ENTRY}))
+
+    def put():
+        reset()
+        vm.put(vm.take().result(SECONDS))
+
+    for prepare in (lambda: None, reset, put):
+        vm.memory.write(COUNTERS, bytes(32))
+        prepare()
+        assert result(vm.start()).line().startswith("shutdown cause=debug-exit ")
+        assert words(vm, COUNTERS + 8, 1) == (0,)
+
+
 ENDLESS = program(
     "1: lock inc dword ptr [0x8000]; jmp 1b",
     """xor ax, ax; mov ds, ax; mov eax, 1; lock xadd dword ptr [0x8020], eax

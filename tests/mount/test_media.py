@@ -72,3 +72,27 @@ def test_a_disc_is_changed(vm, images):
         assert vm.read(media) == "none\n" and vm.read("error")
     vm.write(media, f"{images}/one.iso ro")
     assert vm.read(media) == f"{images}/one.iso\n"
+
+
+def test_floppies(vm, images):
+    (images / "floppy").write_bytes(bytes(1440 << 10))
+    (images / "old").write_bytes(bytes(360 << 10))
+    vm.write("machine", "pc")
+    for line, error in (
+        (f"floppy {images}/disk ro", errno.EINVAL),
+        (f"floppy {images}/none", errno.ENOENT),
+        (f"floppy {images}/floppy never", errno.EINVAL),
+    ):
+        assert failing(vm.write, "dev/add", line) == error, line
+    assert "fdc" not in os.listdir(vm / "dev")
+    vm.write("dev/add", f"floppy {images}/floppy\nfloppy")
+    assert {"fdc", "fd0", "fd1"} <= set(os.listdir(vm / "dev"))
+    assert failing(vm.write, "dev/add", "floppy") == errno.ENOSPC
+    assert failing(vm.write, "dev/fd1/media", f"{images}/floppy") == errno.EBUSY  # it is in the other drive
+    vm.write("dev/fd1/media", f"{images}/old ro")
+    assert "format 40 cylinders, 2 heads, 9 sectors" in vm.read("dev/fd1/info")
+    assert failing(vm.write, "dev/fd1/media", f"{images}/disk ro") == errno.EINVAL
+    assert "are no floppy" in vm.read("error") and vm.read("dev/fd1/media") == f"{images}/old\n"
+    for name in ("fd0", "fd1"):
+        (vm / "dev" / name).rmdir()
+    assert "fdc" not in os.listdir(vm / "dev")

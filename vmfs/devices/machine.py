@@ -13,6 +13,8 @@ from vmfs.devices.board import Board
 from vmfs.devices.debugport import DebugConsole, DebugExit
 from vmfs.devices.device import Device
 from vmfs.devices.display import Display
+from vmfs.devices.dma import Dma
+from vmfs.devices.floppy import DRIVES, Fdc, FloppyDrive
 from vmfs.devices.fw_cfg import FwCfg
 from vmfs.devices.i8042 import I8042
 from vmfs.devices.ide.controller import Ide
@@ -42,6 +44,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("com3", lambda board, name: Serial(board, name, 0x3E8, 4)),
     Row("com4", lambda board, name: Serial(board, name, 0x2E8, 3)),
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
+    Row("dma", Dma),
     Row("power", Power),
     Row("keyboard", I8042),
     Row("fw-cfg", FwCfg),
@@ -81,12 +84,14 @@ class Pc(Board):
             self.pci.plug(device)
         elif isinstance(device, Drive):
             self._connect(device)
+        elif isinstance(device, FloppyDrive):
+            self._connect_floppy(device)
         else:
             raise Invalid(f"{device.name} goes nowhere")
 
     def unplug(self, device: Device) -> None:
         """The other way round."""
-        if device is self.ide and self.ide.drives:
+        if device is self.fdc or device is self.ide and self.ide.drives:
             raise Busy(f"{device.name}: it goes with the last of its drives")
         if isinstance(device, PciDevice):
             self.pci.unplug(device)
@@ -96,11 +101,42 @@ class Pc(Board):
             self.ide.disconnect(device)
             if not self.ide.drives:
                 self.pci.unplug(self.ide)
+        elif isinstance(device, FloppyDrive):
+            self.remove(device)
+            assert self.fdc is not None
+            self.fdc.disconnect(device)
+            self._describe_floppies()
+            if not any(self.fdc.drives):
+                self.remove(self.fdc)
 
     @property
     def ide(self) -> Ide | None:
         ide = self.devices.get("ide")
         return ide if isinstance(ide, Ide) else None
+
+    @property
+    def fdc(self) -> Fdc | None:
+        fdc = self.devices.get("fdc")
+        return fdc if isinstance(fdc, Fdc) else None
+
+    def _connect_floppy(self, drive: FloppyDrive) -> None:
+        fdc = self.fdc
+        if fdc is None:
+            dma = self.devices["dma"]
+            assert isinstance(dma, Dma)
+            fdc = Fdc(self, "fdc", dma)
+            self.add(fdc)
+        fdc.connect(drive)
+        self.add(drive)
+        self._describe_floppies()
+
+    def _describe_floppies(self) -> None:
+        rtc = self.devices["rtc"]
+        assert isinstance(rtc, Rtc) and self.fdc is not None
+        rtc.describe_floppies(*self.fdc.types)
+
+    def free_floppies(self) -> list[str]:
+        return [name for name in DRIVES if name not in self.devices]
 
     def free_drives(self) -> list[str]:
         """The names of IDE drives that there are not."""

@@ -45,6 +45,7 @@ class Rtc(QuietDevice[RtcState]):
         super().__init__(board, name)
         self.chip = _chips.Rtc(board.bus, self.number, IRQ)
         self.describe_memory(memory_size)
+        self.describe_floppies(0, 0)
         self.date_set()
 
     def describe_memory(self, size: int) -> None:
@@ -58,9 +59,14 @@ class Rtc(QuietDevice[RtcState]):
             self.chip.put(at, number & 0xFF)
             self.chip.put(at + 1, number >> 8)
         self.chip.put(0x5D, beyond >> 16)
-        self.chip.put(0x14, 0x06)  # equipment: FPU, mouse
         self.chip.put(0x3D, 0x32)  # boot order: disk, CD, floppy
         self.chip.put(0x38, 0x10)
+
+    def describe_floppies(self, first: int, second: int) -> None:
+        """Byte 10: the types of two drives, 0 where there is none; 14: what there is: drives, FPU, mouse."""
+        self.chip.put(0x10, first << 4 | second)
+        count = bool(first) + bool(second)
+        self.chip.put(0x14, 0x06 | (1 | count - 1 << 6 if count else 0))
 
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", INDEX, 2),)

@@ -23,9 +23,11 @@ import contextlib
 import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+from vmfs.words import layouts
 from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.exits import Exit
 from vmfs.words.stops import Stop
@@ -46,33 +48,36 @@ class Capability(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StateRow:
-    """A state: the KVM struct whose bytes it is. `still`: it changes only when the CPU runs or is set, not with time.
-    `hot`: programs read and set it in loops, so the lane has it (vmfs/words/lane.h)."""
+    """A state: the KVM struct whose bytes it is, and how many, or None for a list of entries. `still`: it changes only
+    when the CPU runs or is set, not with time. `hot`: programs read and set it in loops, so the lane has it
+    (vmfs/words/lane.h)."""
 
     struct: str
+    size: int | None
     still: bool = False
     hot: bool = False
 
 
 # The states by name. The same names are files.
 VCPU_STATES: Mapping[str, StateRow] = {
-    "regs": StateRow("struct kvm_regs", still=True, hot=True),
-    "sregs": StateRow("struct kvm_sregs", still=True, hot=True),
-    "fpu": StateRow("struct kvm_fpu", still=True),
-    "xsave": StateRow("struct kvm_xsave", still=True),
-    "xcrs": StateRow("struct kvm_xcrs", still=True),
-    "msrs": StateRow("struct kvm_msrs with its entries, of the MSRs that the engine saves"),
-    "debugregs": StateRow("struct kvm_debugregs", still=True),
-    "events": StateRow("struct kvm_vcpu_events"),
-    "mp_state": StateRow("struct kvm_mp_state"),
-    "cpuid": StateRow("struct kvm_cpuid2 with its entries", still=True),
-    "lapic": StateRow("struct kvm_lapic_state (with an interrupt controller)"),
+    "regs": StateRow("struct kvm_regs", layouts.REGS_SIZE, still=True, hot=True),
+    "sregs": StateRow("struct kvm_sregs", layouts.SREGS_SIZE, still=True, hot=True),
+    "fpu": StateRow("struct kvm_fpu", layouts.FPU.size, still=True),
+    "xsave": StateRow("struct kvm_xsave", 4096, still=True),
+    "xcrs": StateRow("struct kvm_xcrs", 392, still=True),
+    "msrs": StateRow("struct kvm_msrs with its entries, of the MSRs that the engine saves", None),
+    "debugregs": StateRow("struct kvm_debugregs", 128, still=True),
+    "events": StateRow("struct kvm_vcpu_events", 64),
+    "mp_state": StateRow("struct kvm_mp_state", 4),
+    "cpuid": StateRow("struct kvm_cpuid2 with its entries", None, still=True),
+    "lapic": StateRow("struct kvm_lapic_state (with an interrupt controller)", 1024),
 }
 MACHINE_STATES: Mapping[str, StateRow] = {
-    "irqchip": StateRow("three struct kvm_irqchip: PIC master, PIC slave, IOAPIC"),
-    "pit": StateRow("struct kvm_pit_state2"),
-    "clock": StateRow("struct kvm_clock_data"),
+    "irqchip": StateRow("three struct kvm_irqchip: PIC master, PIC slave, IOAPIC", 3 * layouts.IRQCHIP.size),
+    "pit": StateRow("struct kvm_pit_state2", 112),
+    "clock": StateRow("struct kvm_clock_data", 48),
 }
+SIZES = {name: row.size for table in (VCPU_STATES, MACHINE_STATES) for name, row in table.items() if row.size}
 # States that decide what comes next, and that no struct of KVM's has; they are no files. The layouts are in core.h of
 # the emulator, and `vmfs.engine.rest` has them for Python. An engine that cannot keep a part of one drops it, and says
 # so in its module.
@@ -327,6 +332,11 @@ class Machine(abc.ABC):
         """With `instructions` as the source of time: so much passes now, in which nothing is executed. Between two
         slices of a run."""
         raise Unsupported("time follows the host's clock on this engine")
+
+    def at_one_moment(self) -> AbstractContextManager[None]:
+        """In this block, in which no CPU executes, the machine's time stands still: what is got or set of the CPUs'
+        clocks is of one moment. Blocks may be in each other."""
+        return nullcontext()
 
     @abc.abstractmethod
     def dirty_log(self, slot: int) -> bytes:

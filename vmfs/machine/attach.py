@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmfs.devices.device import Device
+from vmfs.devices.floppy import FloppyDrive
 from vmfs.devices.ide.ata import AtaDisk
 from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
@@ -134,6 +135,22 @@ def _open_cdrom(door: Door, words: list[str]) -> Any:
 def _make_cdrom(request: Request, disc: Any) -> Device:
     disk, path = disc or (None, "")
     return CdDrive(request.board, request.name, disk, path=path)
+
+
+def _open_floppy(door: Door, words: list[str]) -> Any:
+    return _open_disk(door, words) if words else None
+
+
+def _make_floppy(request: Request, floppy: Any) -> Device:
+    disk, path = floppy or (None, "")
+    return FloppyDrive(request.board, request.name, disk, path=path)
+
+
+def _floppy_name(board: Pc, kind: str, words: list[str]) -> str:
+    free = board.free_floppies()
+    if not free:
+        raise LimitReached("dev/add: a floppy controller has two drives, and both are there")
+    return free[0]
 
 
 def parse_medium(drive: Any, text: str) -> Callable[[Door], None]:
@@ -263,6 +280,7 @@ ATTACHABLE: Mapping[str, Row] = {
         _make_cdrom,
         lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
     ),
+    "floppy": Row("floppy [PATH [ro|rw|cow]]", 0, 2, _open_floppy, _make_floppy, _floppy_name),
     "net": Row(
         "net user [OPTION...]|tap NAME",
         1,

@@ -73,6 +73,7 @@ T = TypeVar("T")
 RAM_SLOTS, ROM_SLOT = (0, 2), 1  # of RAM: below and above 4 GiB
 _MP_WAITING, _MP_HALTED = (1, 2), 3  # of struct kvm_mp_state: UNINITIALIZED and INIT_RECEIVED; HALTED
 RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
+_TSC = 0x10  # the MSR
 NOTHING_TO_RUN = (
     "there is nothing to run at the reset vector: write a kernel to `kernel` (or a BIOS to `bios`), "
     "or choose a `mode`, write code to `mem` and its address to `reg/rip`"
@@ -235,9 +236,10 @@ class Vm(Control):
     def _set_back(self) -> None:
         self._held.clear()
         self._changed()
-        put_engine(self._machine, self._reset_values)
-        for cpu in self.cpus:
-            cpu.set_back()
+        with self._machine.at_one_moment():
+            put_engine(self._machine, self._reset_values)
+            for cpu in self.cpus:
+                cpu.set_back()
         if self.board is not None:
             self.board.reset()
         self._boot_due = True
@@ -779,14 +781,17 @@ class Vm(Control):
                 machine.create_irqchip()
             cpus = _make_cpus(machine, count)
             new_values = reset_values(machine, Owner.ENGINE)
-            if board_type == "same":
-                put_engine(machine, take_engine(self._machine))
-            for old_cpu, cpu in zip(self.cpus, cpus, strict=False):  # of CPUs that are added, nothing was set
-                values = take_cpu(old_cpu.vcpu)
-                if not self._has_run and old_cpu.has_its_cpuid:  # nobody has seen it
-                    del values["cpuid"]
-                put_cpu(cpu.vcpu, values, old_cpu.reset_states["msrs"])
-                cpu.last_exit = old_cpu.last_exit
+            with self._machine.at_one_moment(), machine.at_one_moment():
+                if board_type == "same":
+                    put_engine(machine, take_engine(self._machine))
+                for old_cpu, cpu in zip(self.cpus, cpus, strict=False):  # of CPUs that are added, nothing was set
+                    values = take_cpu(old_cpu.vcpu)
+                    if not self._has_run and old_cpu.has_its_cpuid:  # nobody has seen it
+                        del values["cpuid"]
+                    put_cpu(cpu.vcpu, values, old_cpu.reset_states["msrs"])
+                    cpu.last_exit = old_cpu.last_exit
+                for cpu in cpus[len(self.cpus) :]:
+                    cpu.vcpu.set_msr(_TSC, cpus[0].vcpu.get_msr(_TSC))
             self._points.check_cpus(count)
             for cpu in cpus:
                 cpu.set_debug(self._points.request(cpu.index))

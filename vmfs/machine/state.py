@@ -402,12 +402,13 @@ class Parts:
     def of(body: Body, rest: Callable[[], None] = lambda: None) -> Parts:
         """Those of a machine as it is; `rest()` is done while no device does anything."""
         setup, seen = body.save_setup(), body.save_seen()
-        engine, cpus = take_engine(body.engine_machine), tuple(map(take_cpu, body.vcpus))
         board, devices = None, {}
-        with _asleep(body):
-            if body.board is not None:
-                board, devices = body.board.save(), body.board.pack_devices()
-            rest()
+        with body.engine_machine.at_one_moment():
+            engine, cpus = take_engine(body.engine_machine), tuple(map(take_cpu, body.vcpus))
+            with _asleep(body):
+                if body.board is not None:
+                    board, devices = body.board.save(), body.board.pack_devices()
+                rest()
         return Parts(setup, seen, engine, cpus, board, devices)
 
     @property
@@ -497,11 +498,12 @@ def put(
     wanted = state.parts if isinstance(state, Opened) else state
     body.check_kind(wanted.setup)
     before = before or Parts.of(body)
-    try:
-        _put(body, wanted, before, put_memory)
-    except BaseException:
-        _put(body, before, Parts.of(body), lambda: None)
-        raise
+    with body.engine_machine.at_one_moment():
+        try:
+            _put(body, wanted, before, put_memory)
+        except BaseException:
+            _put(body, before, Parts.of(body), lambda: None)
+            raise
 
 
 def _put(body: Body, wanted: Parts, present: Parts, put_memory: Callable[[], None]) -> None:

@@ -84,21 +84,8 @@ MSR_ENTRY = struct.Struct("<IIQ")  # index, reserved, data
 CPUID_ENTRY = struct.Struct("<7I12x")  # function, index, flags, eax, ebx, ecx, edx
 ENTRIES = {"msrs": MSR_ENTRY, "cpuid": CPUID_ENTRY}  # the states that are such lists
 
-# Sizes of the states of a fixed size.
-SIZES = {
-    "regs": 8 * len(GENERAL),
-    "sregs": CONTROL_AT + 8 * len(CONTROL) + 32,
-    "fpu": FPU.size,
-    "xsave": 4096,
-    "xcrs": 392,
-    "debugregs": 128,
-    "events": 64,
-    "mp_state": 4,
-    "lapic": 1024,
-    "irqchip": IRQCHIPS * IRQCHIP.size,
-    "pit": 112,
-    "clock": 48,
-}
+REGS_SIZE = 8 * len(GENERAL)
+SREGS_SIZE = CONTROL_AT + 8 * len(CONTROL) + 32
 
 
 def quad(blob: bytes | bytearray, at: int) -> int:

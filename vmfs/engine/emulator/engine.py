@@ -139,6 +139,7 @@ class EmulatorMachine(Machine):
     def __init__(self) -> None:
         self._vm = _core.Vm()
         self._has_irqchip = False
+        self._standing = 0  # blocks of `at_one_moment`
         # guest address, size, and the memory, which is there for as long as the core has it
         self._slots: dict[int, tuple[int, int, int | HostMemory]] = {}
         self._vcpus: set[int] = set()
@@ -230,6 +231,18 @@ class EmulatorMachine(Machine):
         if source not in ("host", "instructions"):
             raise Invalid(f"there is no time source {source}")
         self._vm.set_host_time(source == "host")
+
+    @contextlib.contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        if not self._standing:
+            self._vm.stand(True)
+        self._standing += 1
+        try:
+            yield
+        finally:
+            self._standing -= 1
+            if not self._standing:
+                self._vm.stand(False)
 
     def dirty_log(self, slot: int) -> bytes:
         if slot not in self._slots:

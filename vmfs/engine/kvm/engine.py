@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from vmfs.engine.base import (
     MACHINE_STATES,
     PAGE_SIZE,
+    SIZES,
     Availability,
     Capability,
     Engine,
@@ -365,7 +366,7 @@ class KvmMachine(Machine):
         self._deadline.set(when)
 
     def _clock(self) -> int:
-        return layouts.quad(self._get(Ioctl.KVM_GET_CLOCK, bytearray(layouts.SIZES["clock"])), layouts.CLOCK)
+        return layouts.quad(self._get(Ioctl.KVM_GET_CLOCK, bytearray(SIZES["clock"])), layouts.CLOCK)
 
     def _kick(self) -> None:
         for vcpu in list(self._vcpus.values()):
@@ -386,10 +387,10 @@ class KvmMachine(Machine):
         if name == "chips":
             return progress.chips(bytes(self._lines), self.get_state("pit") if self._has_irqchip else None).pack()
         if name == "clock":
-            return self._get(Ioctl.KVM_GET_CLOCK, bytearray(layouts.SIZES["clock"]))
+            return self._get(Ioctl.KVM_GET_CLOCK, bytearray(SIZES["clock"]))
         self._need_state(name)
         if name == "pit":
-            return self._get(Ioctl.KVM_GET_PIT2, bytearray(layouts.SIZES["pit"]))
+            return self._get(Ioctl.KVM_GET_PIT2, bytearray(SIZES["pit"]))
         chips = (bytearray(layouts.IRQCHIP.pack(chip, 0, b"")) for chip in range(layouts.IRQCHIPS))
         return b"".join(self._get(Ioctl.KVM_GET_IRQCHIP, chip) for chip in chips)
 
@@ -409,8 +410,8 @@ class KvmMachine(Machine):
             return
         if name != "clock":
             self._need_state(name)
-        if len(data) != layouts.SIZES[name]:
-            raise Invalid(f"{name} has {layouts.SIZES[name]} bytes, not {len(data)}")
+        if len(data) != SIZES[name]:
+            raise Invalid(f"{name} has {SIZES[name]} bytes, not {len(data)}")
         if name == "clock":
             self._set_clock(int.from_bytes(data[:8], "little"))
         elif name == "pit":
@@ -420,7 +421,7 @@ class KvmMachine(Machine):
 
     def _set_clock(self, now: int) -> None:
         """Without the flags, which say what KVM_GET_CLOCK knew: KVM_CLOCK_REALTIME would add the time since then."""
-        ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, now.to_bytes(8, "little").ljust(layouts.SIZES["clock"], b"\0"))
+        ioctl_set(self._fd, Ioctl.KVM_SET_CLOCK, now.to_bytes(8, "little").ljust(SIZES["clock"], b"\0"))
 
     def _set_irqchip(self, data: bytes) -> None:
         size = layouts.IRQCHIP.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from vmfs.engine.base import VCPU_STATES
+from vmfs.engine.base import SIZES, VCPU_STATES
 from vmfs.engine.kvm import abi
 from vmfs.engine.kvm.abi import Cap, Ioctl
 from vmfs.engine.kvm.call import ioctl, ioctl_set
@@ -53,7 +53,7 @@ class VcpuState:
         self._facts = facts
         self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
         # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
-        self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), layouts.SIZES["xsave"])
+        self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), SIZES["xsave"])
         self.set("cpuid", facts.made_cpuid(device, index, has_irqchip=has_irqchip))
         self._has_made_cpuid = True
         # Without interrupt controllers nothing but the CPU's own runs and sets changes it: until then it has what
@@ -81,7 +81,7 @@ class VcpuState:
         if name == "fpu":
             return self._get_fpu()
         get = _PLAIN[name].get
-        if name == "xsave" and self._xsave_size > layouts.SIZES["xsave"]:
+        if name == "xsave" and self._xsave_size > SIZES["xsave"]:
             get = Ioctl.KVM_GET_XSAVE2
         buffer = bytearray(self._size(name))
         ioctl(self._fd, get, buffer)
@@ -110,7 +110,7 @@ class VcpuState:
         self._fd, self._made = -1, None
 
     def _size(self, name: str) -> int:
-        return self._xsave_size if name == "xsave" else layouts.SIZES[name]
+        return self._xsave_size if name == "xsave" else SIZES[name]
 
     def _check_name(self, name: str) -> None:
         if name not in VCPU_STATES:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmfs.engine.base import INTERRUPT_QUEUE, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
+from vmfs.engine.base import INTERRUPT_QUEUE, SIZES, SLEEP_MOST, UNCLAIMED_MSRS, DebugRequest, Vcpu
 from vmfs.engine.kvm import abi, debugregs, progress, stepping
 from vmfs.engine.kvm._run import Runner, Wires
 from vmfs.engine.kvm.abi import Cap, ExitReason, InternalError, Ioctl
@@ -484,7 +484,7 @@ class KvmVcpu(Vcpu):
         """Which reads are of one instruction, KVM does not tell. With the same registers, a second execution of an
         instruction would read from the same addresses: another address is the same execution's. `before` are the bytes
         that the read before this one has got."""
-        registers = self._run_page[abi.RUN_SYNC_REGS : abi.RUN_SYNC_REGS + layouts.SIZES["regs"]]
+        registers = self._run_page[abi.RUN_SYNC_REGS : abi.RUN_SYNC_REGS + SIZES["regs"]]
         _, last, length = self._asked
         if registers != self._read_at or address in (last, *(read.address for read in self._reads)):
             self._reads = ()

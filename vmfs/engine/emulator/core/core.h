@@ -72,6 +72,8 @@ void vm_go(struct vm *vm);
  * an instruction-millisecond: one instruction is one TSC cycle. Host: they follow CLOCK_MONOTONIC. */
 enum core_time { TIME_DETERMINISTIC, TIME_HOST };
 void vm_set_time(struct vm *vm, enum core_time mode);
+/* Its time stands still while its state is got or set, and then is the host's again. */
+void vm_stand(struct vm *vm, bool stands);
 
 /* The host is to be asked when the clock of the state `clock` has come to `when`: the run of a CPU ends between two
  * instructions with EXIT_INTERRUPTED, once; a CPU that halts wakes up for it. It takes the place of the one before. Any thread. */

@@ -292,6 +292,15 @@ static PyObject *py_vm_pass_time(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_stand(VmObject *self, PyObject *args)
+{
+    int stands;
+    if (!vm_alive(self) || !PyArg_ParseTuple(args, "p", &stands))
+        return NULL;
+    vm_stand(self->vm, stands);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_rest(VmObject *self, PyObject *ignored)
 {
     (void)ignored;
@@ -522,6 +531,7 @@ static PyMethodDef vm_methods[] = {
      "set_repeatable(yes): breakpoints change nothing of what runs do"},
     {"pass_time", (PyCFunction)py_vm_pass_time, METH_VARARGS,
      "pass_time(nanoseconds): with time by instructions, so much passes now"},
+    {"stand", (PyCFunction)py_vm_stand, METH_VARARGS, "stand(bool): its time stands still, or is the host's again"},
     {"set_parallel", (PyCFunction)py_vm_set_parallel, METH_VARARGS,
      "set_parallel(yes) -> whether CPUs that run in threads of their own execute at the same time: with the host's time alone"},
     {"get_state", (PyCFunction)py_vm_get_state, METH_VARARGS, "get_state(name) -> bytes: irqchip, pit, clock"},

@@ -23,8 +23,16 @@ u64 host_clock(void)
     return (u64)t.tv_sec * 1000000000 + (u64)t.tv_nsec;
 }
 
+u64 vm_clock(const struct vm *vm)
+{
+    u64 still = atomic_load_explicit(&vm->still, memory_order_relaxed);
+    return still ? still : host_clock();
+}
+
+void vm_stand(struct vm *vm, bool stands) { atomic_store(&vm->still, stands ? host_clock() : 0); }
+
 /* The host's time as the machine has it. */
-static u64 host_time(const struct vm *vm) { return host_clock() - vm->host_origin; }
+static u64 host_time(const struct vm *vm) { return vm_clock(vm) - vm->host_origin; }
 
 u64 vm_time(struct vm *vm) { return vm->time == TIME_HOST ? host_time(vm) : vm->now; }
 

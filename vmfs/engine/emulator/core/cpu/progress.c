@@ -409,7 +409,7 @@ int set_time(struct vm *vm, const void *data, size_t size)
     u64 before = vm_time(vm);
     vm->time = t.flags & CORE_TIME_HOST ? TIME_HOST : TIME_DETERMINISTIC;
     vm->now = t.now;
-    vm->host_origin = host_clock() - t.now;
+    vm->host_origin = vm_clock(vm) - t.now;
     vm->lag = t.lag;
     vm->clock_offset = (i64)(t.clock - t.now);
     atomic_store(&vm->deadline, t.deadline);

@@ -469,6 +469,7 @@ struct vm {
     bool repeatable;          /* breakpoints change nothing of what is done (vm_set_repeatable) */
     bool paced;               /* TIME_DETERMINISTIC: CPUs sleep for as long as the host's clock takes (vm_set_paced) */
     u64 host_origin;          /* TIME_HOST: CLOCK_MONOTONIC when `now` was 0 */
+    _Atomic u64 still;        /* CLOCK_MONOTONIC as it was when the machine's time was made to stand; 0: it goes on */
     u64 lag;                  /* TIME_HOST: by how much host_origin is too late; clock.c */
     u64 run_began, last_seen; /* TIME_HOST: when the run began; what a CPU last saw of the time */
     i64 clock_offset;         /* of the `clock` state to `now` */
@@ -754,6 +755,7 @@ void clock_enter(struct vcpu *c);                    /* the CPU got its turn */
 void clock_leave(struct vcpu *c);                    /* and gives it up */
 void clock_share(struct vm *vm);                     /* no CPU runs: all are at the machine's time */
 u64 host_clock(void);
+u64 vm_clock(const struct vm *vm);                   /* host_clock, or where it stands */
 u64 vm_time(struct vm *vm);                          /* while no CPU runs */
 void set_tsc_offset(struct vcpu *c, u64 offset);
 void chip_apply_lines(struct vm *vm);

@@ -247,7 +247,7 @@ void vm_set_time(struct vm *vm, enum core_time mode)
     u64 now = vm_time(vm); /* it goes on from here */
     vm->time = mode;
     vm->now = now;
-    vm->host_origin = host_clock() - now;
+    vm->host_origin = vm_clock(vm) - now;
     vm->lag = 0;
 }
 
