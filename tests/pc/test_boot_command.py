@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from pc.conftest import BOOT_SECONDS
+from pc.media import GRUB, ON_SERIAL, SEABIOS, grub_iso, needs
 
 TRIPLE_FAULT = bytes.fromhex("0F011E007E CD00")  # lidt [0x7e00], which is empty; int 0
 SLEEP = bytes.fromhex("FAF4")  # cli; hlt
@@ -74,6 +75,7 @@ def test_vmfs_boot_stays_while_the_machine_stands(pc_mount, tmp_path):
     machine = Path(pc_mount) / "stood"
     try:
         wait_for(lambda: machine.exists() and (machine / "state").read_text() == "running\n")
+        wait_for(lambda: counted(machine))  # the BIOS has read it
         (machine / "state").write_text("pause\n")
         assert process.stderr is not None
         assert "it stands: interrupted rip=0x7c0" in process.stderr.readline()
@@ -95,6 +97,11 @@ def test_vmfs_boot_stays_while_the_machine_stands(pc_mount, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def counted(machine: Path) -> bool:
+    with open(machine / "mem", "rb", buffering=0) as memory:
+        return any(os.pread(memory.fileno(), 2, 0x7E00))
 
 
 def wait_for(condition) -> None:
@@ -141,7 +148,7 @@ def test_gdb_and_vmfs_boot_with_two_commands(pc_mount, tmp_path):
 def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
     (tmp_path / "sector").write_bytes(sector(SLEEP))
     for arguments, sentence in (
-        (("--gdb", tmp_path / "sector"), "is no port: write KERNEL before --gdb"),
+        (("--gdb", tmp_path / "sector"), "is no port: write FILE before --gdb"),
         ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: debug: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "sector"), "symbols: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "none"), "none: No such file"),
@@ -149,3 +156,51 @@ def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
     ):
         done = subprocess.run(boot_command(pc_mount, *arguments), capture_output=True, text=True, timeout=BOOT_SECONDS)
         assert done.returncode in (1, 2) and sentence in done.stderr, done.stderr
+
+
+@needs("grub-mkrescue", "xorriso", "mformat", GRUB, SEABIOS)
+@pytest.mark.parametrize("as_disk", [False, True])
+def test_vmfs_boot_of_an_iso(pc_mount, tmp_path, as_disk):
+    """A CD by itself with the host's SeaBIOS, and as a disk: the first in the order in which the BIOS tries them."""
+    image = grub_iso(tmp_path / "grub.iso", ON_SERIAL + "cat /word\nhalt\n", {"word": b"from the CD"})
+    (tmp_path / "other").write_bytes(sector(b"\xb0\x07\xe6\xf4"))
+    arguments = (f"{image}:ro",) if as_disk else (image, "--disk", f"{tmp_path}/other:ro")
+    if as_disk:
+        with open(image, "r+b") as file:  # a disk by its MBR: no boot record any more
+            file.seek(17 * 2048 + 7)
+            file.write(b"NO TORITO")
+    done = subprocess.run(
+        boot_command(pc_mount, *arguments, "--timeout", "60s"),
+        capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "from the CD" in done.stdout, done.stdout + done.stderr
+    assert "shutdown cause=poweroff" in done.stderr and done.returncode == 0
+
+
+@needs(SEABIOS)
+def test_vmfs_boot_of_a_disk_alone_has_a_bios(pc_mount, tmp_path):
+    (tmp_path / "disk").write_bytes(sector(b"\xb0\x07\xe6\xf4") + bytes(512))
+    done = subprocess.run(
+        boot_command(pc_mount, "--disk", f"{tmp_path}/disk:ro"), capture_output=True, text=True, timeout=BOOT_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 15, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        (b"nothing " * 100, (), "nothing in it says what it is"),
+        (b"", (), "it is empty"),
+        (sector(SLEEP), ("--initrd", "FILE"), "--initrd is for a kernel"),
+    ],
+)
+def test_vmfs_boot_says_what_it_cannot_tell(pc_mount, tmp_path, content, options, words):
+    (tmp_path / "file").write_bytes(content)
+    options = [str(tmp_path / "file") if word == "FILE" else word for word in options]
+    before = set(os.listdir(pc_mount))
+    done = subprocess.run(
+        boot_command(pc_mount, tmp_path / "file", *options), capture_output=True, text=True, timeout=BOOT_SECONDS
+    )
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert set(os.listdir(pc_mount)) == before

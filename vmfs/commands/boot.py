@@ -1,4 +1,4 @@
-"""`vmfs boot KERNEL`: make a machine, load it, join it to this terminal, and clean up after it."""
+"""`vmfs boot FILE`: make a machine, load it, join it to this terminal, and clean up after it."""
 
 import argparse
 import contextlib
@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmfs.boot import Source, probe
+from vmfs.boot import Source, media, probe
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
 from vmfs.commands import terminal
 from vmfs.commands.console import open_console
@@ -28,16 +29,25 @@ _CHUNK = 1 << 20
 _PATIENCE = 0.5  # seconds of loading before it is told about
 DEFAULT_CMDLINE = "console=ttyS0"
 GDB_PORT = 1234  # QEMU's
+SEABIOSES = (
+    "/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/bios.bin",
+    "/usr/share/qemu/bios-256k.bin", "/usr/share/qemu/bios.bin",
+)  # fmt: skip
+_SMALL = 64 << 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kernel", metavar="KERNEL", nargs="?", help="a Linux, ELF or multiboot kernel, a boot sector")
+    parser.add_argument("file", metavar="FILE", nargs="?",
+                        help="a kernel (Linux, ELF, multiboot), or what a BIOS boots: a CD, floppy, disk, boot sector")
     parser.add_argument("--initrd", metavar="FILE", help="its initial RAM disk, or module")
     parser.add_argument("--cmdline", metavar="TEXT", help=f"its command line (default: {DEFAULT_CMDLINE})")
-    parser.add_argument("--bios", metavar="FILE", help="a BIOS image: to boot from a disk, or a kernel that needs it")
+    parser.add_argument("--bios", metavar="FILE", help="a BIOS image (default, where one is needed: SeaBIOS)")
     parser.add_argument("--mem", type=argument(size), default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument("--disk", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a raw disk image (default: rw); may be given several times")
+    parser.add_argument("--cdrom", action="append", default=[], metavar="FILE", help="a CD, in an IDE drive")
+    parser.add_argument("--floppy", action="append", default=[], metavar="FILE[:ro|rw|cow]",
+                        help="a floppy (default: rw)")
     parser.add_argument("--dev", action="append", default=[], metavar="LINE", help="a line for dev/add, as 'net user'")
     parser.add_argument("--engine", type=argument(engine), metavar="kvm|emulator", help="what it runs on")
     parser.add_argument("--on", metavar="DIR",
@@ -57,9 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not arguments.kernel and not arguments.bios:
-        raise Invalid("it takes a KERNEL, or --bios")
-    for path in filter(None, (arguments.kernel, arguments.initrd, arguments.bios, arguments.symbols)):
+    plan = plan_of(arguments)
+    for path in filter(None, (arguments.initrd, plan.bios, arguments.symbols)):
         with open_image(path):
             pass
     with ended_by_signals(), mount(arguments.on, keep=arguments.keep) as (directory, mount_stays):
@@ -70,12 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise EngineFailed(f"{machine}: {failure.strerror}") from None
         if arguments.keep:
             try:
-                prepare(machine, arguments)
+                prepare(machine, arguments, plan)
                 return drive(machine, arguments)
             finally:
                 print(f"vmfs boot: the machine is {machine}", file=sys.stderr)
         with removed_in_any_case(f"rmdir -- {shlex.quote(os.path.abspath(machine))}") as machine_stays:
-            prepare(machine, arguments)
+            prepare(machine, arguments, plan)
             code = drive(machine, arguments)
             if code == EXIT_CODES["triple-fault"]:
                 tell_of_a_fault(machine)
@@ -142,24 +151,93 @@ def _nothing() -> None:
 # ---- loading
 
 
-def prepare(machine: Path, arguments: argparse.Namespace) -> None:
+@dataclass
+class Plan:
+    """What a machine gets: a kernel, a BIOS, and lines for dev/add in the order in which a BIOS tries them, each with
+    what it is called in an error."""
+
+    kernel: str | None = None
+    bios: str | None = None
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """What the arguments say, and what is in FILE. Invalid, before anything is made, for what cannot be booted."""
+    plan = Plan(bios=arguments.bios)
+    needs_bios = False
+    if arguments.file:
+        path, mode = split_mode(arguments.file)
+        with open_image(path) as image:
+            source = Source.of(image.fileno(), path)
+            kind = media.tell(source)
+            if kind == media.BIOS:
+                plan.kernel = path
+            elif kind == media.KERNEL:
+                plan.kernel = path
+                needs_bios = probe(source) == "bzImage-16"
+            else:
+                needs_bios = True
+                plan.lines.append((_line_of(kind, path, mode, source.size), path))
+    for number, disk in enumerate(arguments.disk):
+        path, mode = split_mode(disk)
+        plan.lines.append((f"blk {quoted(path)} {mode or 'rw'}", f"--disk {number}"))
+    plan.lines += ((f"cdrom {quoted(path)}", f"--cdrom {path}") for path in arguments.cdrom)
+    for floppy in arguments.floppy:
+        path, mode = split_mode(floppy)
+        plan.lines.append((f"floppy {quoted(path)} {mode or 'rw'}", f"--floppy {path}"))
+    if not arguments.file and not plan.lines and not plan.bios:
+        raise Invalid("it takes a FILE to boot, or --cdrom, --floppy, --disk or --bios")
+    if (needs_bios or not arguments.file) and plan.bios is None:
+        plan.bios = seabios()
+    for name in ("initrd", "cmdline"):
+        if getattr(arguments, name) is not None and plan.kernel is None:
+            raise Invalid(f"--{name} is for a kernel, and there is none: a BIOS boots what it finds")
+    return plan
+
+
+def split_mode(text: str) -> tuple[str, str]:
+    """FILE[:ro|rw|cow]; the mode is empty where there is none."""
+    path, _, mode = text.rpartition(":")
+    return (path, mode) if path and mode in ("ro", "rw", "cow") else (text, "")
+
+
+def _line_of(kind: str, path: str, mode: str, size: int) -> str:
+    if kind == media.CD:
+        return f"cdrom {quoted(path)}"
+    if kind == media.FLOPPY:
+        return f"floppy {quoted(path)} {mode or 'rw'}"
+    # A boot sector, perhaps with a little after it, is no disk that somebody keeps anything on.
+    return f"ide {quoted(path)} {mode or ('cow' if size <= _SMALL or size % media.SECTOR else 'rw')}"
+
+
+def quoted(path: str) -> str:
+    return shlex.quote(os.path.abspath(path))
+
+
+def seabios() -> str:
+    """The host's SeaBIOS. Invalid where there is none."""
+    for path in SEABIOSES:
+        if os.access(path, os.R_OK):
+            return path
+    raise Invalid(f"a BIOS has to boot that, and there is none at {SEABIOSES[0]}: install Debian's package seabios, or "
+                  "name one by --bios")  # fmt: skip
+
+
+def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
     """Write all files of a machine that is to be booted."""
     if arguments.engine and arguments.engine != "auto":
         put(machine, "engine", arguments.engine)
     put(machine, "mem_size", str(arguments.mem))
     put(machine, "machine", "pc")
-    for number, disk in enumerate(arguments.disk):
-        path, _, way = disk.rpartition(":")
-        if not path or way not in ("ro", "rw", "cow"):
-            path, way = disk, "rw"
-        put(machine, "dev/add", f"blk {shlex.quote(os.path.abspath(path))} {way}", what=f"--disk {number}")
+    for line, what in plan.lines:
+        put(machine, "dev/add", line, what=what)
     for line in arguments.dev:
         put(machine, "dev/add", line)
-    images = {"kernel": arguments.kernel, "initrd": arguments.initrd, "bios": arguments.bios}
+    images = {"kernel": plan.kernel, "initrd": arguments.initrd, "bios": plan.bios}
     for name, path in images.items():
         if path:
             copy(Path(path), machine / name)
-    if arguments.kernel:
+    if plan.kernel:
         cmdline = default_cmdline(machine / "kernel") if arguments.cmdline is None else arguments.cmdline
         if cmdline:
             put(machine, "cmdline", cmdline)
@@ -382,5 +460,5 @@ def exit_code(line: str) -> int:
 def port(text: str) -> int:
     """A TCP port. A word after --gdb that is none is perhaps the kernel."""
     if not text.isascii() or not text.isdigit() or int(text) > 0xFFFF:
-        raise Invalid(f"{text[:40]!r} is no port: write KERNEL before --gdb")
+        raise Invalid(f"{text[:40]!r} is no port: write FILE before --gdb")
     return int(text)

@@ -145,6 +145,7 @@ class Device(abc.ABC, Generic[S]):
     INPUTS: tuple[str, ...] = ()  # the kinds that `input` takes
     REPEATS: bool = True  # where time follows the instructions, all that it does comes of the guest and of its inputs
     irq: int | None = None
+    boot_path = ""  # where a BIOS looks for it, as OpenFirmware names places (SeaBIOS src/boot.c); empty: nowhere
     works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
     chip: Any = None  # of vmfs.devices._chips: what of its registers is in C
 

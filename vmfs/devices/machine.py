@@ -151,12 +151,15 @@ class Pc(Board):
         self.add(drive)
 
     def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
-        """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display."""
+        """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display, and
+        the order in which it tries disks: that in which they were attached."""
         fw_cfg = self.devices["fw-cfg"]
         assert isinstance(fw_cfg, FwCfg)
         rom = vga_bios()
         roms = {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": rom} if rom else {}
-        fw_cfg.set_files({**roms, **files})
+        paths = [device.boot_path for device in self.devices.values() if device.boot_path]
+        order = {"bootorder": "\n".join(paths).encode() + b"\0"} if paths else {}
+        fw_cfg.set_files({**roms, **order, **files})
 
     def memory_resized(self) -> None:
         super().memory_resized()

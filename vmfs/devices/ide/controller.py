@@ -397,6 +397,8 @@ class Ide(PciDevice[IdeState]):
             raise Invalid(f"there is a drive {drive.name} already")
         channel.drives[unit] = drive
         drive.cable = channel
+        place = f"{self.slot:x},{self.function_number:x}"
+        drive.boot_path = f"/pci@i0cf8/ide@{place}/drive@{channel.number}/disk@{unit}"
         channel.changed()
 
     def disconnect(self, drive: Drive[Any]) -> None:

@@ -106,6 +106,10 @@ class Block(VirtioDevice[BlockState]):
         self.requests = _chips.Disk(self.chip, board.ram_chip, tuple(self.queues), disk.files, disk.size, MAX_DATA)
 
     @property
+    def boot_path(self) -> str:  # type: ignore[override]
+        return f"/pci@i0cf8/scsi@{self.slot:x}/disk@0,0"
+
+    @property
     def geometry(self) -> tuple[int, int, int]:
         """Cylinders, heads, sectors a track, for a disk that is smaller than a BIOS expects; else zeros. The last
         sectors, fewer than a track, may have no such address."""

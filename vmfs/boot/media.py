@@ -1,0 +1,103 @@
+"""What a file is that somebody wants to boot: a kernel, or a medium that a BIOS boots: a CD, a floppy, a disk.
+
+It goes by what is in the file, never by its name. A medium is told before what is found by a magic number somewhere in
+its first KiB: GRUB in front of a disk's first partition has a multiboot header.
+
+Source: ECMA-119 8.1 (ISO 9660), El Torito 1.0 (section 2), UEFI 2.10 5.2 (MBR) and 5.3 (GPT).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from vmfs.boot import IMAGES
+from vmfs.boot.source import Source
+from vmfs.words.errors import Invalid
+
+SECTOR = 512
+_ISO_SECTOR = 2048
+_DESCRIPTORS = 16  # the sector where they begin; a set has an end, and this many are looked at
+_DESCRIPTORS_MOST = 64
+_BOOT_RECORD, _SET_END = 0, 255
+_EL_TORITO = b"EL TORITO SPECIFICATION"
+_SIGNATURE = b"\x55\xaa"
+_TABLE, _ENTRY = 446, struct.Struct("<B3sB3sII")
+_GPT = b"EFI PART"
+FLOPPY_SIZES = tuple(size << 10 for size in (160, 180, 320, 360, 720, 1200, 1440, 1680, 1722, 2880))
+_BEFORE_MEDIA = ("bzImage-16", "bzImage", "elf-pvh", "elf")  # whose magic numbers are where no medium has them
+_AFTER_MEDIA = ("multiboot1", "multiboot2")
+
+KERNEL, CD, FLOPPY, DISK, BIOS = "kernel", "cd", "floppy", "disk", "bios"
+
+
+def tell(image: Source) -> str:
+    """KERNEL, CD, FLOPPY, DISK or BIOS. Invalid, with the choices, for what is none."""
+    if not image.size:
+        raise Invalid(f"{image.name}: it is empty")
+    if _is_one_of(image, _BEFORE_MEDIA):
+        return KERNEL
+    if is_iso(image):
+        if has_el_torito(image):
+            return CD
+        if not _has_signature(image):
+            raise Invalid(
+                f"{image.name}: a CD (ISO 9660) without a boot record (El Torito), so nothing boots from it; "
+                "--cdrom attaches it to a machine that boots from something else"
+            )
+        return DISK
+    if image.size in FLOPPY_SIZES and _has_signature(image):
+        return FLOPPY
+    if has_partitions(image):
+        return DISK
+    if _is_one_of(image, _AFTER_MEDIA):
+        return KERNEL
+    if _has_signature(image):
+        return DISK
+    if _is_one_of(image, ("bios",)):
+        return BIOS
+    raise Invalid(
+        f"{image.name}: nothing in it says what it is: neither a kernel (Linux bzImage, ELF, multiboot), nor a CD (ISO "
+        "9660 with El Torito), a floppy or a disk (a boot sector with 55 AA, MBR or GPT), nor a BIOS. `--cdrom`, "
+        "`--floppy` and `--disk FILE` attach it whatever it is; a flat binary goes into `mem` (docs/boot.md)"
+    )
+
+
+def _is_one_of(image: Source, names: tuple[str, ...]) -> bool:
+    return any(row.is_one(image) for row in IMAGES if row.name in names)
+
+
+def _head(image: Source, offset: int, length: int) -> bytes:
+    """What there is of it."""
+    return image.read(offset, max(min(length, image.size - offset), 0)) if offset < image.size else b""
+
+
+def is_iso(image: Source) -> bool:
+    return _head(image, _DESCRIPTORS * _ISO_SECTOR + 1, 5) == b"CD001"
+
+
+def has_el_torito(image: Source) -> bool:
+    for number in range(_DESCRIPTORS, _DESCRIPTORS + _DESCRIPTORS_MOST):
+        descriptor = _head(image, number * _ISO_SECTOR, 64)
+        if descriptor[1:6] != b"CD001" or descriptor[0] == _SET_END:
+            break
+        if descriptor[0] == _BOOT_RECORD and descriptor[7:].startswith(_EL_TORITO):
+            return True
+    return False
+
+
+def _has_signature(image: Source) -> bool:
+    return _head(image, SECTOR - 2, 2) == _SIGNATURE
+
+
+def has_partitions(image: Source) -> bool:
+    """A GPT, or an MBR with a table that could be one."""
+    if _head(image, SECTOR, len(_GPT)) == _GPT or _head(image, 4096, len(_GPT)) == _GPT:
+        return True
+    if not _has_signature(image):
+        return False
+    entries = list(_ENTRY.iter_unpack(image.read(_TABLE, 4 * _ENTRY.size)))
+    used = [entry for entry in entries if entry[2]]
+    return bool(used) and all(
+        status in (0, 0x80) and bool(kind) == bool(start and sectors)
+        for status, _, kind, _, start, sectors in entries
+    )
