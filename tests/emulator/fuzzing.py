@@ -37,7 +37,8 @@ def objects() -> list[str]:
         found = glob.glob(str(ROOT / "build/asan/temp/vmfs/engine/emulator/core/**/*.o"), recursive=True)
     else:
         found = glob.glob(str(ROOT / "build/temp.*/vmfs/engine/emulator/core/**/*.o"), recursive=True)
-    return sorted(each for each in found if os.path.basename(each) != "module.o" and _has_source(each))
+    python = ("module.o", "module_hooks.o")
+    return sorted(each for each in found if os.path.basename(each) not in python and _has_source(each))
 
 
 def _has_source(compiled: str) -> bool:

@@ -189,7 +189,7 @@ PLANTS = (
         "    if (l->at != SAME_PAGE) {",
         "    if (false) {",
     ),
-    Plant("a way to a block that is gone stays open", "../block/cache.c", "    ways_drop(c, b);", ""),
+    Plant("a way to a block that is gone stays open", "region.c", "        close_ways(b);\n", ""),
     Plant(
         "a region outlives the code of one of its blocks",
         "../block/cache.c",

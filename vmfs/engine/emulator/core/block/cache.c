@@ -339,7 +339,6 @@ static void unlink_block(struct vcpu *c, struct block *b)
     b->dead = true;
     if (b->region)
         region_kill(c, b->region);
-    ways_drop(c, b);
     while (b->links)
         unlink_jump(b->links);
     if (jump_entry(c, b->ip)->block == b)

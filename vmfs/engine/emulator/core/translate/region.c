@@ -295,9 +295,9 @@ static void close_way(struct way *w)
     land(jump(&code), w->leave);
 }
 
-void ways_drop(struct vcpu *c, struct block *b)
+/* Jumps of host code to the block leave, from now on. */
+static void close_ways(struct block *b)
 {
-    (void)c;
     while (b->ways)
         close_way(b->ways);
 }
@@ -365,7 +365,7 @@ void region_kill(struct vcpu *c, struct region *region)
     c->counters.regions_killed++;
     for (unsigned i = 0; i < region->count; i++) {
         struct block *b = region->blocks[i];
-        ways_drop(c, b);
+        close_ways(b);
         b->code = NULL;
         b->region = NULL;
         b->entries = 0;

@@ -18,7 +18,6 @@ void translator_destroy(struct vcpu *c);
 void translator_flush(struct vcpu *c);                        /* forget all regions: their blocks are gone */
 void translator_share(struct vcpu *c);                        /* drop a part of what is more than its share, for another CPU */
 void region_kill(struct vcpu *c, struct region *region);      /* a block of it dies: its other blocks are interpreted again */
-void ways_drop(struct vcpu *c, struct block *b);              /* jumps of host code to it leave, from now on */
 
 /* What a block's `enter` is: it counts, and in the end translates; or it runs host code. */
 handler block_count, block_translated;
