@@ -250,8 +250,10 @@ class Directory(Node):
             self.links -= 1
         return node
 
+    asks = False  # there may be children that are not known
+
     def known(self, name: str) -> Node | None:
-        """A child that is there for sure; None: `lookup` has to say."""
+        """A child that is there for sure. None: there is none, or, in one that `asks`, `lookup` has to say."""
         return self.children.get(name)
 
     async def lookup(self, name: str) -> Node | None:

@@ -17,7 +17,7 @@ import trio
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, POLL_PRI, File, Handle, Kind
 from vmfs.fs.interrupts import interruptible
-from vmfs.fs.lane import STILL
+from vmfs.fs.lane import STILL, keep_closing
 from vmfs.fs.ring import Ring
 from vmfs.host.credentials import Credentials, credentials_of
 from vmfs.host.process import Asker, CallFailed, MachineProcess
@@ -113,6 +113,7 @@ class ServedHandle(Handle):
         self._machine: MachineProcess = node.scope.machine
         self._asker = Asker(who) if who is not None else None
         self._hot = 0  # the same, where the lane answers it; 0: it does not
+        self._may_be_hot = False
         self._is_written = False
         self._number = 0  # of the file in the machine's process; 0: there is none (yet), or `when_failed` is shown
         self._open: Callable[[int], Message] | None = None  # what is asked for that there is one; None: no more
@@ -134,7 +135,9 @@ class ServedHandle(Handle):
         # What the lane reads the machine need not hear of, until something is to be read that the lane does not have.
         if not (is_hot and not writing and self.node.path in STILL and self.scope.lane.is_ready):
             await self._be_open()
-        if is_hot or self._may_have_ring and not walking:
+        if is_hot:
+            self.scope.lane.used()
+        elif self._may_have_ring and not walking:
             self.scope.lane.prepare()
 
     async def _be_open(self) -> None:
@@ -165,8 +168,20 @@ class ServedHandle(Handle):
 
     def numbered(self, number: int) -> None:
         self._file = number
-        is_hot = self.node.kind.hot and not self.walking and (self._number or self._open is not None)
-        if is_hot and self.scope.lane.add(number, self.node.path, self._number, self._is_written):
+        self._tell_closing(not self._flushes)
+        self._may_be_hot = self.node.kind.hot and not self.walking and (self._number or self._open is not None)
+        self._be_hot()
+
+    def _tell_closing(self, nothing: bool) -> None:
+        """Say whether a close has nothing to do."""
+        if self.tells_closing and self._file:
+            keep_closing(self._file, nothing)
+
+    def _be_hot(self) -> None:
+        """Have the lane answer it, where it can."""
+        number = self._file
+        may = self._may_be_hot and not self._hot
+        if may and self.scope.lane.add(number, self.node.path, self._number, self._is_written):
             self._hot = number
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -193,9 +208,15 @@ class ServedHandle(Handle):
             raise
         if isinstance(answer, commands.Placed):
             return self._placed(offset, size)
+        self._used()
         data = answer.data[:size]
         self._end = offset + len(data) if answer.number else 0
         return data
+
+    def _used(self) -> None:
+        if self._may_be_hot and not self._hot:
+            self.scope.lane.used()
+            self._be_hot()
 
     def _share(self) -> None:
         """Have what comes next in a ring, where there can be one."""
@@ -227,6 +248,7 @@ class ServedHandle(Handle):
         """In pieces, as a message has room for: one write of a text is never so long."""
         flags = _file_flags()
         done = 0
+        self._tell_closing(False)
         while True:
             piece = bytes(data[done : done + DATA_MOST])
             if self._asker is not None:
@@ -246,6 +268,8 @@ class ServedHandle(Handle):
             self._flushes = answer.unsaved or answer.waits
             done += max(min(answer.number, len(piece)), 0)
             if done >= len(data) or answer.number < len(piece):
+                self._used()
+                self._tell_closing(not self._flushes)
                 return done
 
     async def flush(self) -> None:
@@ -276,6 +300,7 @@ class ServedHandle(Handle):
         return answer.number & 0xFFFF
 
     def close(self) -> None:
+        self._tell_closing(False)
         if self._hot:
             self.scope.lane.forget(self._hot)
         if self._ring is not None:

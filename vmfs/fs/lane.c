@@ -92,9 +92,19 @@ struct message {
     void *bytes;
 };
 
+/* An answer that stays the same (lane_keep). */
+struct kept {
+    struct kept *next;
+    uint32_t opcode;
+    uint64_t of;
+    size_t size;
+    uint8_t bytes[LANE_KEPT_MOST];
+};
+
 static struct {
-    pthread_mutex_t lock;       /* of the hot files and the machines */
+    pthread_mutex_t lock;       /* of the hot files, the machines and what is kept */
     struct hot *hot[BUCKETS];
+    struct kept *kept[BUCKETS];
 
     pthread_mutex_t queue_lock;
     struct message *first, **last;
@@ -105,6 +115,8 @@ static struct {
     pthread_t reader;
     struct lane_machine *machines;  /* with `lock`: those that have a thread */
 } lane = {.lock = PTHREAD_MUTEX_INITIALIZER, .queue_lock = PTHREAD_MUTEX_INITIALIZER, .device = -1, .readable = -1};
+
+enum served { NOT_SERVED, SERVED };
 
 /* ---- machines and hot files ---- */
 
@@ -244,6 +256,55 @@ static long copy_still(const struct lane_page *page, unsigned file, uint8_t *to,
             return (long)size;
     }
     return -1;
+}
+
+/* ---- answers that are kept ---- */
+
+static struct kept **find_kept(uint32_t opcode, uint64_t of)
+{
+    struct kept **each = &lane.kept[of % BUCKETS];
+    while (*each && ((*each)->of != of || (*each)->opcode != opcode))
+        each = &(*each)->next;
+    return each;
+}
+
+void lane_drop(uint32_t opcode, uint64_t of)
+{
+    pthread_mutex_lock(&lane.lock);
+    struct kept **place = find_kept(opcode, of), *one = *place;
+    if (one)
+        *place = one->next;
+    pthread_mutex_unlock(&lane.lock);
+    free(one);
+}
+
+void lane_keep(uint32_t opcode, uint64_t of, const void *answer, size_t size)
+{
+    struct kept *one = size <= LANE_KEPT_MOST && lane.started ? malloc(sizeof *one) : NULL;
+    lane_drop(opcode, of);
+    if (!one)
+        return;
+    *one = (struct kept){.opcode = opcode, .of = of, .size = size};
+    memcpy(one->bytes, answer, size);
+    pthread_mutex_lock(&lane.lock);
+    one->next = lane.kept[of % BUCKETS];
+    lane.kept[of % BUCKETS] = one;
+    pthread_mutex_unlock(&lane.lock);
+}
+
+static enum served serve_kept(const struct fuse_in_header *header, uint64_t of)
+{
+    uint8_t bytes[LANE_KEPT_MOST];
+    pthread_mutex_lock(&lane.lock);
+    const struct kept *one = *find_kept(header->opcode, of);
+    size_t size = one ? one->size : 0;
+    if (one)
+        memcpy(bytes, one->bytes, size);
+    pthread_mutex_unlock(&lane.lock);
+    if (!one)
+        return NOT_SERVED;
+    answer(header->unique, bytes, size);
+    return SERVED;
 }
 
 /* ---- what Python is to serve ---- */
@@ -445,8 +506,6 @@ static void *answer_orders(void *argument)
 
 /* ---- messages ---- */
 
-enum served { NOT_SERVED, SERVED };
-
 static enum served serve_read(const struct fuse_in_header *header, const struct fuse_read_in *read)
 {
     uint8_t data[LANE_LINE_MOST];
@@ -582,6 +641,7 @@ static enum served serve_request(const struct fuse_in_header *header, const uint
         struct fuse_read_in read;
         struct fuse_write_in write;
         struct fuse_poll_in poll;
+        struct fuse_flush_in flush;
     } in;
 
     memcpy(&in, argument, size < sizeof in ? size : sizeof in);
@@ -591,6 +651,10 @@ static enum served serve_request(const struct fuse_in_header *header, const uint
         && serve_write(header, &in.write, argument + sizeof in.write) == SERVED)
         return SERVED;
     if (header->opcode == FUSE_POLL && size >= sizeof in.poll && serve_poll(header, &in.poll) == SERVED)
+        return SERVED;
+    if (header->opcode == FUSE_GETATTR && serve_kept(header, header->nodeid) == SERVED)
+        return SERVED;
+    if (header->opcode == FUSE_FLUSH && size >= sizeof in.flush && serve_kept(header, in.flush.fh) == SERVED)
         return SERVED;
     before_passing(header, argument, size);
     return NOT_SERVED;
@@ -766,6 +830,9 @@ void lane_stop(void)
     end(lane.reader);
     while (lane.machines)
         end_thread(lane.machines);
+    for (struct kept **each = lane.kept; each < lane.kept + BUCKETS; each++)
+        while (*each)
+            lane_drop((*each)->opcode, (*each)->of);
     lane.started = 0;
     close_all();
 }

@@ -33,6 +33,12 @@ int lane_add(uint64_t fh, struct lane_machine *machine, unsigned file, uint64_t 
 int lane_add_stream(uint64_t fh, struct lane_machine *machine, unsigned file, struct ring *ring);
 void lane_forget(uint64_t fh);
 
+/* What is asked again and again, and has the same answer until it is kept anew or dropped: `opcode` (FUSE_GETATTR, FUSE_FLUSH) of
+ * an inode or an open file. One that is longer than LANE_KEPT_MOST, or that there is no memory for, is not kept. */
+enum { LANE_KEPT_MOST = 128 };
+void lane_keep(uint32_t opcode, uint64_t of, const void *answer, size_t size);
+void lane_drop(uint32_t opcode, uint64_t of);
+
 /* What a read of that open file by the lane has seen of its news; 0: nothing. */
 uint64_t lane_seen(uint64_t fh);
 /* A number that is the same while the CPU stands still; -1 where the page does not say that it does. */

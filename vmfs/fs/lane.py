@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import trio
 
-from vmfs.fs.hooks import _fuse
+from vmfs.fs.hooks import _fuse, pyfuse3
 from vmfs.fs.ring import Ring, sealed_memory
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
@@ -17,12 +18,37 @@ from vmfs.words.errors import VmfsError
 
 log = logging.getLogger(__name__)
 
+SECOND = 1_000_000_000  # nanoseconds
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
 # enum lane_file there
 _NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
+USES = 3  # an open is one, and so is a read: from then on a machine has a page
 ANSWER_SECONDS = 2.0  # that a machine has to take the page
+
+
+_FLUSH, _GETATTR = 25, 3  # enum fuse_opcode
+_ATTR_OUT = struct.Struct("<Q8x6Q10I")  # struct fuse_attr_out
+
+
+def keep_closing(number: int, nothing: bool) -> None:
+    """Whether a close of that open file has nothing to do: then Python does not hear of it, until that changes."""
+    _fuse.lane_keep(_FLUSH, number, b"" if nothing else None)
+
+
+def keep_attributes(number: int, entry: pyfuse3.EntryAttributes | None) -> None:
+    """The attributes of an inode, while they are as now. None: Python is asked for them."""
+    if entry is None:
+        _fuse.lane_keep(_GETATTR, number, None)
+        return
+    times = entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns
+    answer = _ATTR_OUT.pack(
+        int(entry.attr_timeout), entry.st_ino, entry.st_size, entry.st_blocks,
+        *(time // SECOND for time in times), *(time % SECOND for time in times),
+        entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, 0, entry.st_blksize, 0,
+    )  # fmt: skip
+    _fuse.lane_keep(_GETATTR, number, answer)
 
 
 class MachineLane:
@@ -32,6 +58,13 @@ class MachineLane:
         self._machine = machine
         self._page: Any = None
         self._tried = False
+        self._uses = 0
+
+    def used(self) -> None:
+        """A file that a page could answer was used once more. Most machines are run once, and need none."""
+        self._uses += 1
+        if self._uses >= USES:
+            self.prepare()
 
     def prepare(self) -> None:
         """Have the page, where there can be one. Until the machine has it, too, Python answers what is asked."""

@@ -8,11 +8,48 @@
 #include "lane_methods.h"
 
 #define MACHINE "vmfs.fs._fuse.lane_machine"
+#define RING "vmfs.fs._fuse.ring"
 
-static void machine_release(PyObject *capsule)
+/* ---- opaque objects: memory that is shared with a machine ---- */
+
+struct shared {
+    const char *name;
+    void *(*map)(int fd);       /* NULL: errno */
+    void (*drop)(void *mapped);
+};
+
+static void *map_machine(int fd) { return lane_map(fd); }
+static void drop_machine(void *mapped) { lane_release(mapped); }
+static const struct shared MACHINES = {MACHINE, map_machine, drop_machine};
+
+static void *map_ring(int fd) { return ring_map(fd); }
+static void drop_ring(void *mapped) { ring_drop(mapped); }
+static const struct shared RINGS = {RING, map_ring, drop_ring};
+
+static void drop_opaque(PyObject *capsule)
 {
-    lane_release(PyCapsule_GetPointer(capsule, MACHINE));
+    const struct shared *kind = PyCapsule_GetContext(capsule);
+    kind->drop(PyCapsule_GetPointer(capsule, kind->name));
 }
+
+static PyObject *opaque(const struct shared *kind, PyObject *args)
+{
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd))
+        return NULL;
+    void *mapped = kind->map(fd);
+    if (!mapped)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *capsule = PyCapsule_New(mapped, kind->name, NULL);
+    if (!capsule || PyCapsule_SetContext(capsule, (void *)kind) || PyCapsule_SetDestructor(capsule, drop_opaque)) {
+        Py_XDECREF(capsule);
+        kind->drop(mapped);
+        return NULL;
+    }
+    return capsule;
+}
+
+/* ---- the lane ---- */
 
 PyDoc_STRVAR(lane_serves_doc,
     "lane_serves()\n\n"
@@ -41,16 +78,7 @@ PyDoc_STRVAR(lane_map_doc,
 
 static PyObject *fuse_lane_map(PyObject *module, PyObject *args)
 {
-    int fd;
-    if (!PyArg_ParseTuple(args, "i", &fd))
-        return NULL;
-    struct lane_machine *machine = lane_map(fd);
-    if (!machine)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *capsule = PyCapsule_New(machine, MACHINE, machine_release);
-    if (!capsule)
-        lane_release(machine);
-    return capsule;
+    return opaque(&MACHINES, args);
 }
 
 PyDoc_STRVAR(lane_close_doc,
@@ -96,6 +124,25 @@ static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
     Py_BEGIN_ALLOW_THREADS
     lane_forget(fh);
     Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(lane_keep_doc,
+    "lane_keep(opcode, of, answer)\n\n"
+    "What FUSE_GETATTR of an inode, or FUSE_FLUSH of an open file, is answered from now on, without Python. None: Python answers.");
+
+static PyObject *fuse_lane_keep(PyObject *module, PyObject *args)
+{
+    unsigned opcode;
+    unsigned long long of;
+    Py_buffer answer;
+    if (!PyArg_ParseTuple(args, "IKz*", &opcode, &of, &answer))
+        return NULL;
+    if (answer.buf)
+        lane_keep(opcode, of, answer.buf, (size_t)answer.len);
+    else
+        lane_drop(opcode, of);
+    PyBuffer_Release(&answer);
     Py_RETURN_NONE;
 }
 
@@ -158,13 +205,6 @@ static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
 
 /* ---- streams ---- */
 
-#define RING "vmfs.fs._fuse.ring"
-
-static void ring_release(PyObject *capsule)
-{
-    ring_drop(PyCapsule_GetPointer(capsule, RING));
-}
-
 PyDoc_STRVAR(ring_map_doc,
     "ring_map(fd)\n\n"
     "The memory by which a machine hands on a stream (vmfs/words/ring.h), a memfd of RING_SIZE that cannot shrink: an opaque\n"
@@ -172,16 +212,7 @@ PyDoc_STRVAR(ring_map_doc,
 
 static PyObject *fuse_ring_map(PyObject *module, PyObject *args)
 {
-    int fd;
-    if (!PyArg_ParseTuple(args, "i", &fd))
-        return NULL;
-    struct ring *ring = ring_map(fd);
-    if (!ring)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *capsule = PyCapsule_New(ring, RING, ring_release);
-    if (!capsule)
-        ring_drop(ring);
-    return capsule;
+    return opaque(&RINGS, args);
 }
 
 PyDoc_STRVAR(ring_begin_doc,
@@ -251,6 +282,7 @@ PyMethodDef lane_methods[] = {
     {"lane_close", fuse_lane_close, METH_O, lane_close_doc},
     {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
     {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
+    {"lane_keep", fuse_lane_keep, METH_VARARGS, lane_keep_doc},
     {"lane_seen", fuse_lane_seen, METH_O, lane_seen_doc},
     {"lane_still", fuse_lane_still, METH_O, lane_still_doc},
     {"lane_leave", fuse_lane_leave, METH_VARARGS, lane_leave_doc},

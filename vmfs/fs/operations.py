@@ -19,8 +19,9 @@ from typing import Any, ParamSpec, TypeVar
 import trio
 
 from vmfs.fs.hooks import _fuse, pyfuse3
-from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, Directory, File, Handle, Inodes, Node, Waker
+from vmfs.fs.inodes import POLL_ERR, POLL_HUP, POLL_IN, ROOT, Directory, File, Handle, Inodes, Node, Waker
 from vmfs.fs.interrupts import interruptible
+from vmfs.fs.lane import keep_attributes
 from vmfs.fs.sizes import is_measured, measure
 from vmfs.host.process import CallFailed
 from vmfs.memory.ram import PAGE
@@ -77,6 +78,14 @@ def _attributes(node: Node) -> pyfuse3.EntryAttributes:
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.modified_ns(), node.ctime_ns
     entry.attr_timeout = node.attr_seconds
     entry.entry_timeout = ENTRY_SECONDS
+    return entry
+
+
+def _kept(node: Node) -> pyfuse3.EntryAttributes:
+    """_attributes. The root's the kernel asks for after each name that comes or goes: the lane has them."""
+    entry = _attributes(node)
+    if node.number == ROOT:
+        keep_attributes(ROOT, entry)
     return entry
 
 
@@ -212,7 +221,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         parent = _directory(self._inodes.get(parent_inode))
         node = parent.known(os.fsdecode(name))
-        if node is None:
+        if node is None and parent.asks:
             async with interruptible(ctx.pid):
                 node = await parent.lookup(os.fsdecode(name))
         if node is None:
@@ -230,7 +239,7 @@ class Operations(pyfuse3.Operations):
         if not is_measured(node):
             async with interruptible(ctx.pid):
                 await measure([node])
-        return _attributes(node)
+        return _kept(node)
 
     @_answers
     async def setattr(
@@ -260,7 +269,7 @@ class Operations(pyfuse3.Operations):
             node.atime_ns = attr.st_atime_ns
         if fields.update_mtime:
             node.mtime_ns = attr.st_mtime_ns
-        return _attributes(node)
+        return _kept(node)
 
     @_answers
     async def opendir(self, inode: int, ctx: Any) -> int:
@@ -307,6 +316,7 @@ class Operations(pyfuse3.Operations):
         with _naming(parent, name):
             node = await parent.mkdir(os.fsdecode(name), permissions, ctx)
         node.lookups += 1
+        _kept(parent)
         return _attributes(node)
 
     @_answers
@@ -314,6 +324,7 @@ class Operations(pyfuse3.Operations):
         parent = _directory(self._inodes.get(parent_inode))
         with _naming(parent, name):
             await parent.rmdir(os.fsdecode(name))
+        _kept(parent)
 
     @_answers
     async def rename(

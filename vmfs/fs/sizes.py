@@ -23,6 +23,10 @@ def is_measured(node: Node) -> bool:
     if known is not None:
         node.size = known
         return True
+    machine = node.scope.machine  # type: ignore[attr-defined]
+    if (fresh := machine.fresh_size(node.path)) is not None:
+        node.size = fresh
+        return True
     since = node.kind.stands_since(node)
     return since is not None and node.measured_at == since
 

@@ -24,6 +24,7 @@ class SnapshotsDirectory(Directory):
     """snap/."""
 
     scope: MachineScope
+    asks = True
 
     def __init__(self, machine: Directory, umask: int, make_file: MakeFile) -> None:
         super().__init__(machine.inodes, machine.scope, "snap", MODE & ~umask, machine.uid, machine.gid)

@@ -28,10 +28,11 @@ from vmfs.fs.forks import Writer, fork
 from vmfs.fs.hooks import pyfuse3
 from vmfs.fs.inodes import WALK_OF, Directory, File, Inodes, Node
 from vmfs.fs.kinds import call
+from vmfs.fs.lane import keep_attributes
 from vmfs.fs.scopes import MachineScope, PartScope, RootScope, check_name, listed
 from vmfs.fs.sizes import ANSWER_SECONDS
 from vmfs.fs.snapshots import SnapshotsDirectory
-from vmfs.host.credentials import Credentials, credentials_of
+from vmfs.host.credentials import Credentials, limits_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
 from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DRIVE, FOUND_NOTHING, FOUND_READ_ONLY
@@ -51,6 +52,7 @@ class RegisterDirectory(Directory):
     """
 
     scope: MachineScope
+    asks = True
 
     def __init__(self, machine: Directory, files: dict[str, Node], umask: int, path: str = "reg") -> None:
         super().__init__(machine.inodes, machine.scope, "reg", machine.mode, machine.uid, machine.gid)
@@ -99,6 +101,7 @@ class DevicesDirectory(Directory):
     """
 
     scope: MachineScope
+    asks = True
 
     def __init__(self, machine: Directory, umask: int) -> None:
         super().__init__(machine.inodes, machine.scope, "dev", machine.mode, machine.uid, machine.gid)
@@ -186,6 +189,7 @@ class MachineDirectory(Directory):
 
     scope: MachineScope
     prefix = ""
+    asks = True
 
     def __init__(
         self, inodes: Inodes, scope: MachineScope, name: str, mode: int, uid: int, gid: int, umask: int
@@ -291,6 +295,14 @@ class RootDirectory(Directory):
             self.add(_make_file(self, row, 0o022, row.name))
         scope.host.measured = MEASURED
 
+    def add(self, node: Node) -> None:
+        super().add(node)
+        keep_attributes(self.number, None)
+
+    def take(self, name: str) -> Node:
+        keep_attributes(self.number, None)
+        return super().take(name)
+
     def no_such(self, name: str) -> VmfsError:
         return NotPermitted("at the root of the mount only machines are made, by mkdir")
 
@@ -372,7 +384,7 @@ class RootDirectory(Directory):
 
 def _owner(caller: Any) -> Credentials:
     """Whose a new machine is: the caller, as it is known while it waits."""
-    found = credentials_of(caller.pid) if caller.pid else None
+    found = limits_of(caller.pid) if caller.pid else None
     if found is None or found.uid != caller.uid:
         return Credentials(caller.uid, caller.gid, (), 0)
     return Credentials(caller.uid, caller.gid, found.groups, 0, file_size=found.file_size)

@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import struct
+from collections.abc import Callable
 
 import msgspec
 
@@ -53,12 +54,21 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
 
 def credentials_of(pid: int) -> Credentials | None:
     """Of a running process or thread, or None where it is not visible from here. LimitReached without a descriptor."""
+    return _of(pid, _elsewhere)
+
+
+def limits_of(pid: int) -> Credentials | None:
+    """`credentials_of`, without a look at where it is."""
+    return _of(pid, lambda pid: "")
+
+
+def _of(pid: int, elsewhere: Callable[[int], str]) -> Credentials | None:
     try:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
             fields = dict(_FIELD.findall(status.read()))
         uid, gid = int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3])
         groups = tuple(map(int, fields[b"Groups"].split()))
-        return Credentials(uid, gid, groups, int(fields[b"CapEff"], 16), _elsewhere(pid), _file_size(pid))
+        return Credentials(uid, gid, groups, int(fields[b"CapEff"], 16), elsewhere(pid), _file_size(pid))
     except (OSError, KeyError, ValueError, IndexError) as error:
         if (failure := known(error)) is not error:
             raise failure from None

@@ -282,11 +282,14 @@ class MachineProcess:
         assert self._job is not None
         return open_memory(self._job.pid, number)
 
+    def fresh_size(self, file: str) -> tuple[int, int] | None:
+        """st_size and st_blocks of a file, while the machine is only made and that is known."""
+        sizes = self.host.fresh_sizes if self.is_blank else None
+        return None if sizes is None else sizes.get(file, (0, 0))
+
     async def measure(self, files: Sequence[str]) -> tuple[dict[str, tuple[int, int]], int]:
         """(st_size, st_blocks) of files, by their paths, and when what they show last changed (in nanoseconds; 0: it
         has not)."""
-        if self.is_blank and self.host.fresh_sizes is not None:
-            return {path: self.host.fresh_sizes.get(path, (0, 0)) for path in files}, 0
         return self._sizes(files, await self.call(lambda at: commands.Measure(at, list(files))))
 
     async def first_sizes(self, files: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import mmap
 import os
 import socket
@@ -414,6 +415,15 @@ class ChannelEnded(ChannelBroken):
 M = TypeVar("M")
 
 
+_encode = msgspec.msgpack.Encoder().encode
+
+
+@functools.cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """To make one takes longer than a message."""
+    return msgspec.msgpack.Decoder(kind)
+
+
 class Channel(Generic[M]):
     """One end of the pair. `kind` is the union of what may come. Used on one trio loop; it owns the socket. Where not
     `takes_fds`, the kernel drops what comes along. Without a socket it is one as soon as it gets one (`attach`)."""
@@ -421,8 +431,8 @@ class Channel(Generic[M]):
     _socket: socket.socket
 
     def __init__(self, sock: socket.socket | None, kind: Any, *, takes_fds: bool = True) -> None:
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._encode = _encode
+        self._decode = _decoder(kind).decode
         self._room = mmap.mmap(-1, PACKET_MOST + 1)  # whose pages cost nothing until there is a long packet
         self._sending = trio.Lock()
         self._fd_room = socket.CMSG_SPACE(4 * FDS_MOST) if takes_fds else 0
