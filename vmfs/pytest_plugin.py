@@ -5,22 +5,26 @@ make_vm     makes more of them, which end with the test
 booted      a PC that was booted once a session: each test gets a fork of it, which runs on from there
 vmfs_boot   what `booted` boots; a project's conftest.py overrides it
 vmfs_mount  the directory of the mount
+machine     a `vmfs.Machine`, in the process of the tests: no mount; the mark `machine` has its arguments
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vmfs.client import MountFailed, Vm, private_mount
 from vmfs.words.registers import REGISTERS
+
+if TYPE_CHECKING:
+    from vmfs import Machine
 
 Make = Callable[..., Vm]
 SHOWN = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)),
@@ -38,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", 'vmfs(**settings): files of the machine that the fixture `vm` makes, as mem_size="16M", mode="long"'
+    )
+    config.addinivalue_line(
+        "markers", "machine(**arguments): those of the vmfs.Machine that the fixture `machine` makes, as mode='real'"
     )
 
 
@@ -84,6 +91,7 @@ class _Machines:
     """Those of one test. `failed`: the test has."""
 
     made: list[Vm] = field(default_factory=list)
+    own: list[Machine] = field(default_factory=list)  # in this process
     failed: bool = False
 
 
@@ -109,12 +117,27 @@ def make_vm(vmfs_mount: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
 @pytest.fixture
 def vm(make_vm: Make, request: pytest.FixtureRequest) -> Vm:
     """A bare machine; with the settings that marks `vmfs` of the test, its class and its module have."""
+    return make_vm(**_marked(request.node, "vmfs"))
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A `vmfs.Machine`, with the arguments that marks `machine` of the test, its class and its module have."""
+    from vmfs import Machine  # for those who use it
+
+    with Machine(**_marked(request.node, "machine")) as made:
+        _machines_of(request.node).own.append(made)
+        yield made
+
+
+def _marked(item: pytest.Item, name: str) -> dict[str, Any]:
+    """What the marks of that name have; the nearest one wins."""
     settings: dict[str, Any] = {}
-    for mark in reversed(list(request.node.iter_markers("vmfs"))):
+    for mark in reversed(list(item.iter_markers(name))):
         if mark.args:
-            raise pytest.UsageError('the mark vmfs takes settings by name, as vmfs(mem_size="16M")')
+            raise pytest.UsageError(f"the mark {name} takes what it has by name, as {name}(mode='long')")
         settings.update(mark.kwargs)
-    return make_vm(**settings)
+    return settings
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +217,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     machines = item.stash.get(_MACHINES, None)
     if machines and report.failed and report.when != "teardown":
         machines.failed = True
+        for number, own in enumerate(machines.own):
+            report.sections.append((f"vmfs machine {number}", describe_own(own)))
         for vm in machines.made:
             report.sections.append((f"vmfs machine {os.path.basename(vm.path)}", describe(vm)))
             session = item.config.stash.get(_SESSION, None)
@@ -218,8 +243,17 @@ def describe(vm: Vm) -> str:
     return "\n".join(parts) or "the machine is gone"
 
 
+def describe_own(machine: Machine) -> str:
+    """What a machine of this process is now, as text."""
+    exit_ = machine.exit.line() if machine.exit else "none"
+    return f"{machine!r}; last exit: {exit_}\nregisters:\n{_cells({name: getattr(machine, name) for name in SHOWN})}"
+
+
 def _registers(vm: Vm) -> str:
-    values = vm.regs.read()
+    return _cells(vm.regs.read())
+
+
+def _cells(values: Mapping[str, int]) -> str:
     cells = [f"{name:>6} {values[name]:0{-(-REGISTERS[name].bits // 4)}x}" for name in SHOWN if name in values]
     return "\n".join("  ".join(cells[at : at + 4]) for at in range(0, len(cells), 4))
 

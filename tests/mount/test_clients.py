@@ -443,6 +443,52 @@ def test_a_snapshot_is_gone_back_to(vm):
         vm.restore("there")
 
 
+def test_a_fork_goes_its_own_way(vm):
+    load(vm, LOOP)
+    vm.run(insns=4)
+    vm.snapshot("there")
+    rax = vm.regs.rax
+    vm.run(insns=4)
+    with vm.fork(os.path.basename(vm.path) + "-a", "there") as then, vm.fork(os.path.basename(vm.path) + "-b") as now:
+        try:
+            assert (then.regs.rax, now.regs.rax, then.state) == (rax, rax + 2, "paused")
+            then.run(insns=2)
+            assert (then.regs.rax, vm.regs.rax) == (rax + 1, rax + 2)
+            with pytest.raises(FileExistsError):
+                vm.fork(os.path.basename(then.path))
+        finally:
+            then.remove()
+            now.remove()
+
+
+def test_going_back_in_time_and_who_wrote_it(vm):
+    if vm.engine != "emulator":
+        with fails(errno.EOPNOTSUPP):
+            vm.record()
+        return
+    load(vm, bytes.fromhex("ff0425 00200000 ebf7"))  # inc dword [0x2000]; jmp
+    vm.record(memory="64M")
+    vm.run(insns=1000)
+    done = vm.stat["instructions"]
+    assert vm.read_mem(0x2000, 4) == (500).to_bytes(4, "little")
+    assert vm.back(10).rip == CODE
+    assert vm.read_mem(0x2000, 4) == (495).to_bytes(4, "little")
+    vm.goto(done - 500)
+    assert vm.read_mem(0x2000, 4) == (250).to_bytes(4, "little")
+    assert vm.back(until=CODE + 7) == exits.Debug(cause="breakpoint", rip=CODE + 7)
+    vm.goto(done)
+    vm.watch(0x2000, 4, "w")
+    assert isinstance(vm.back(), exits.Debug)
+    vm.record(False)
+
+
+def test_why_it_shut_down(vm):
+    load(vm, bytes.fromhex("0f0b"))  # UD2, and there is no IDT
+    assert vm.run() == exits.Shutdown(cause="triple-fault", rip=vm.regs.rip)
+    assert "#UD" in vm.why or vm.engine == "kvm"
+    assert f"{CODE:#x}" in vm.why
+
+
 def test_the_next_instructions_and_symbols(vm):
     load(vm, LOOP)
     vm.load_symbols(f"{CODE:016x} T begin\n".encode())

@@ -1,4 +1,4 @@
-"""The pytest plugin in projects of its users: fixtures, and what a failing test's report shows. examples/course is one."""
+"""The pytest plugin in projects of its users: fixtures, and what the report of a failing test shows."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ class TestIt:
         vm.mem[0x1000:0x1002] = bytes.fromhex("0f0b")  # ud2, and there is no IDT
         vm.regs.update(rip=0x1000, rax=0x1122334455667788)
         assert isinstance(vm.run(), exits.Hlt)
+"""
+
+LIBRARY = """
+import pytest
+
+@pytest.mark.machine(memory={0x1000: bytes.fromhex("48ffc0f4")})  # inc rax; hlt
+def test_good(machine):
+    machine.rip, machine.rax = 0x1000, 41
+    assert machine.run().REASON == "hlt" and machine.rax == 42
+
+@pytest.mark.machine(mode="real", memory={0x1000: bytes.fromhex("0f0b")})
+def test_bad(machine):
+    machine.rip, machine.rbx = 0x1000, 0x77
+    assert machine.run().REASON == "hlt"
 """
 
 
@@ -101,6 +115,14 @@ def test_booted_says_what_it_needs(project):
     (project / "test_project.py").write_text("def test(booted): pass\n")
     ran = run_pytest(project, TMPDIR=str(project))
     assert "needs a fixture vmfs_boot in conftest.py" in ran.stdout and ran.returncode == 1
+
+
+def test_machines_of_the_library_need_no_mount(project):
+    (project / "test_project.py").write_text(LIBRARY)
+    ran = run_pytest(project, PATH="/nowhere", TMPDIR=str(project))
+    assert "1 failed, 1 passed" in ran.stdout, ran.stdout
+    assert "last exit: debug cause=exception id=1 vector=0x6 rip=0x1000\nregisters:\n" in ran.stdout
+    assert "rbx 0000000000000077" in ran.stdout
 
 
 def test_what_does_not_boot_is_told_with_its_machine(project):

@@ -108,6 +108,13 @@ class Directory:
                     return kept
             return fd
 
+    def _forget(self, name: str) -> None:
+        """Close what is kept open of a file."""
+        with self._lock:
+            kept = [key for key in self._files if key[0] == name]
+            for key in kept:
+                os.close(self._files.pop(key))
+
     @contextmanager
     def _errors(self, name: str, *, writing: bool = False) -> Iterator[None]:
         try:

@@ -340,7 +340,15 @@ class Vm(Directory):
         return Vm(os.path.join(os.path.dirname(os.path.abspath(self.path)), name))
 
     def record(self, on: bool = True, *, memory: str | int | None = None, every: str | None = None) -> None:
-        """Record what is needed to go back in time, from now on, or stop that and forget it: the file `history`."""
+        """Record what is needed to go back in time, from now on, or stop that and forget it: the file `history`.
+
+        A machine whose `mem` is mapped cannot be recorded (EBUSY). This object's own mapping goes, and `vm.mem` is
+        another one afterwards.
+        """
+        if on:
+            with suppress(BufferError):  # somebody has a slice of it
+                self._unmap()
+            self._forget("mem")
         words = [f"memory={memory}"] if memory is not None else []
         words += [f"every={every}"] if every is not None else []
         self.write("history", " ".join(["on", *words] if on else ["off"]) + "\n")
