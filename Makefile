@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: help setup demo test bench fuzz mutate repeat asan tsan lint clean
+.PHONY: install help setup demo test bench fuzz mutate repeat asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
+	@echo "make install the command, man pages and completions, under PREFIX (/usr/local)"
 	@echo "make clean   removes what was built"
 
 setup:
@@ -48,6 +49,19 @@ tsan: setup
 
 lint: setup
 	@.venv/bin/ruff check .
+
+# Man pages and completions, and the command as it is here. DESTDIR and PREFIX as everywhere.
+PREFIX ?= /usr/local
+SHARE = $(DESTDIR)$(PREFIX)/share
+install: setup
+	@.venv/bin/python scripts/pages.py build/pages
+	install -d $(DESTDIR)$(PREFIX)/bin $(SHARE)/man/man1 $(SHARE)/bash-completion/completions
+	install -d $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	ln -sfn $(CURDIR)/.venv/bin/vmfs $(DESTDIR)$(PREFIX)/bin/vmfs
+	install -m 644 build/pages/*.1 $(SHARE)/man/man1
+	install -m 644 build/pages/vmfs.bash $(SHARE)/bash-completion/completions/vmfs
+	install -m 644 build/pages/vmfs.zsh $(SHARE)/zsh/site-functions/_vmfs
+	install -m 644 build/pages/vmfs.fish $(SHARE)/fish/vendor_completions.d/vmfs.fish
 
 clean:
 	rm -rf build dist .cache .venv .pytest_cache .hypothesis *.egg-info

@@ -6,10 +6,11 @@ call the command as `vmfs SOURCE DIR -o OPTIONS`, which is `vmfs mount DIR -o OP
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from typing import NoReturn
 
 from vmfs import __version__
@@ -34,7 +35,18 @@ COMMANDS = (
     Command("doctor", "what this host offers, what is missing and how to get it", "vmfs.commands.doctor"),
     Command("boot", "boot a kernel in a machine of its own, on this terminal", "vmfs.commands.boot"),
     Command("console", "join a machine's serial port to this terminal", "vmfs.commands.console"),
+    Command("ls", "list the machines of a mount", "vmfs.commands.list"),
+    Command("top", "show what the machines of a mount do, live", "vmfs.commands.top"),
+    Command("rm", "remove machines", "vmfs.commands.remove"),
+    Command("set", "set registers of a machine", "vmfs.commands.set"),
+    Command("run", "run a machine until its next exit, and print that", "vmfs.commands.run"),
+    Command("step", "execute single instructions of a machine", "vmfs.commands.step"),
+    Command("disasm", "print a machine's next instructions", "vmfs.commands.disasm"),
+    Command("why", "tell why a machine has shut down", "vmfs.commands.why"),
+    Command("screen", "print what a machine's display shows", "vmfs.commands.screen"),
+    Command("trace", "trace what a machine executes", "vmfs.commands.trace"),
     Command("gdb", "join a gdb to a machine: `target remote | vmfs gdb MACHINE`", "vmfs.commands.gdb"),
+    Command("help", "tell of a command, or of a file of a machine", "vmfs.commands.help"),
     Command("version", "print the version", "vmfs.commands.version"),
 )
 
@@ -53,22 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (without the program's name) asks for; the exit code."""
     open_standard_streams()
     argv = from_mount_helper(list(sys.argv[1:] if argv is None else argv))
-    parser = Parser("vmfs", description="Every virtual machine is a directory.")
-    parser.add_argument("--version", action="version", version=f"vmfs {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=Parser)
-    named = argv[0] if argv else None
-    run: Callable[[argparse.Namespace], int] | None = None
-    for command in COMMANDS:
-        description = f"{command.summary}.".capitalize()
-        sub = commands.add_parser(command.name, help=command.summary, description=description)
-        if command.name == named:
-            module = importlib.import_module(command.module)
-            module.add_arguments(sub)
-            run = module.run
+    named = argv[0] if argv else ""
+    known = [command.name for command in COMMANDS]
+    parser = make_parser(known if named == "help" else [named])
+    if named and named not in known and not named.startswith("-"):
+        near = difflib.get_close_matches(named, known, n=1)
+        parser.error(f"there is no command {named[:40]!r}" + (f": did you mean {near[0]}?" if near else ""))
     arguments = parser.parse_args(argv)
-    assert run is not None  # argparse has ended the program for everything else
     try:
-        return run(arguments)
+        return arguments.run(arguments)
     except VmfsError as failure:
         print(f"vmfs {arguments.command}: {failure}", file=sys.stderr)
         return FAILURE
@@ -77,6 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return 130      # 128 + SIGINT, as the shell has it
+
+
+def make_parser(whole: Container[str]) -> Parser:
+    """The parser, with the arguments of the commands in `whole`: their modules are imported."""
+    parser = Parser("vmfs", description="Every virtual machine is a directory.")
+    parser.add_argument("--version", action="version", version=f"vmfs {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command", parser_class=Parser)
+    for command in COMMANDS:
+        description = f"{command.summary}.".capitalize()
+        sub = commands.add_parser(command.name, help=command.summary, description=description)
+        if command.name in whole:
+            module = importlib.import_module(command.module)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run, parser=parser)
+    return parser
+
+
+def whole_parser() -> Parser:
+    """With the arguments of all commands: man pages and completions are made of it (scripts/pages.py)."""
+    return make_parser([command.name for command in COMMANDS])
 
 
 def open_standard_streams() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -435,3 +436,42 @@ def test_each_option_is_documented():
         if option.field or (option.fuse and "context" not in option.name):
             assert f"`{option.name}" in text, option.name
     assert [each.name for each in cli.COMMANDS if f"vmfs {each.name}" not in text] == []
+
+
+# --- the table of commands ----------------------------------------------------------------------------------
+
+
+def test_every_command_is_in_the_reference_and_has_a_section():
+    text = (ROOT / "docs" / "vmfs.md").read_text()
+    synopsis = text.split("\n\n")[1]
+    for command in cli.COMMANDS:
+        assert re.search(rf"^    vmfs {command.name}\b", synopsis, re.MULTILINE), command.name
+        if command.name not in ("version",):
+            assert f"## vmfs {command.name}\n" in text, command.name
+
+
+def test_every_option_is_in_the_reference():
+    text = (ROOT / "docs" / "vmfs.md").read_text()
+    (commands,) = (one for one in cli.whole_parser()._actions if one.dest == "command")
+    for name, parser in commands.choices.items():
+        for action in parser._actions:
+            for option in action.option_strings:
+                if option.startswith("--") and option != "--help":
+                    assert option in text, f"{name} {option}"
+
+
+def test_pages_and_completions_are_made_of_the_table(tmp_path):
+    pytest.importorskip("shtab")
+    pytest.importorskip("argparse_manpage")
+    subprocess.run([sys.executable, ROOT / "scripts" / "pages.py", tmp_path], check=True, cwd=ROOT)
+    for command in cli.COMMANDS:
+        page = (tmp_path / f"vmfs-{command.name}.1").read_text()
+        assert f"vmfs {command.name}" in page and ".SH SYNOPSIS" in page
+        for shell in ("bash", "zsh", "fish"):
+            assert command.name in (tmp_path / f"vmfs.{shell}").read_text()
+    said = subprocess.run(
+        ["bash", "-c", 'source vmfs.bash; COMP_WORDS=(vmfs st); COMP_CWORD=1; COMP_LINE="vmfs st"; '
+         'COMP_POINT=7; $(complete -p vmfs | sed "s/.*-F \\([^ ]*\\).*/\\1/") vmfs st vmfs; echo "${COMPREPLY[*]}"'],
+        cwd=tmp_path, capture_output=True, text=True,
+    )
+    assert said.stdout.split() == ["step"], said

@@ -19,6 +19,7 @@ from vmfs.boot import Source, media, probe
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
 from vmfs.commands import terminal
 from vmfs.commands.console import open_console
+from vmfs.commands.machines import own_mounts
 from vmfs.commands.options import argument, engine, size
 from vmfs.host import mounts
 from vmfs.words import exits
@@ -127,11 +128,10 @@ def mount(given: str | None, *, keep: bool) -> Iterator[tuple[Path, Callable[[],
             raise Invalid(f"{given} is not a vmfs mount")
         yield Path(given), _nothing
         return
-    for each in mounts.table():
-        is_own = each.is_vmfs and each.user == os.geteuid()  # before anything of it is looked at
-        if is_own and not mounts.is_dead(each.path) and os.access(each.path, os.W_OK):
-            print(f"vmfs boot: on {each.path}, a mount of yours", file=sys.stderr)
-            yield Path(each.path), _nothing
+    for path in own_mounts():
+        if os.access(path, os.W_OK):
+            print(f"vmfs boot: on {path}, a mount of yours", file=sys.stderr)
+            yield path, _nothing
             return
     if keep:
         raise Invalid("--keep needs a mount that stays: vmfs mount DIR")

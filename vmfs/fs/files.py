@@ -136,6 +136,7 @@ def _engines(scope: RootScope) -> str:
 
 ROOT_FILES: tuple[Row, ...] = (
     Row("engines", 0o444, LocalText(_engines)),
+    Row("machines", 0o444, LocalText(lambda scope: scope.listing())),
     Row("version", 0o444, LocalText(lambda scope: f"{__version__}\n")),
     Row("error", 0o444, LocalText(_complaint)),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 
 from vmfs.engine import EngineInfo
 from vmfs.fs.connection import Connection
@@ -35,6 +36,7 @@ class RootScope(Scope):
         self.host = host
         self.engines = engines
         self.connection = connection
+        self.listing: Callable[[], str] = str  # of all machines, a line each
 
 
 class MachineScope(Scope, Watcher):

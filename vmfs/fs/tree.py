@@ -294,6 +294,16 @@ class RootDirectory(Directory):
         for row in ROOT_FILES:
             self.add(_make_file(self, row, 0o022, row.name))
         scope.host.measured = MEASURED
+        scope.listing = self._listing
+
+    def _listing(self) -> str:
+        """What the server knows of its machines without asking one."""
+        machines = sorted(
+            (name, node.uid, node.scope.machine.pid)
+            for name, node in self.children.items()
+            if isinstance(node, MachineDirectory)
+        )
+        return "".join(f"{name} uid={uid} pid={pid}\n" for name, uid, pid in machines)
 
     def add(self, node: Node) -> None:
         super().add(node)

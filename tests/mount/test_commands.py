@@ -1,0 +1,182 @@
+"""The commands about machines, as processes, on a real mount: each prints what it says, and fails with a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmfs import cli
+from vmfs.commands import set as _set  # noqa: F401 - before another user asks for it
+
+ROOT = Path(__file__).resolve().parents[2]
+# lidt [0x1020]; mov eax, 5; nop; nop; ud2
+CRASH = "0f011c25 20100000 b805000000 90 90 0f0b"
+
+
+def vmfs(*argv, **options):
+    command = [sys.executable, "-m", "vmfs.cli", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, **options)
+
+
+def ok(*argv, **options) -> str:
+    done = vmfs(*argv, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def refused(*argv) -> str:
+    done = vmfs(*argv)
+    assert done.returncode == 1 and not done.stdout, done
+    return done.stderr
+
+
+@pytest.fixture
+def crashing(vm):
+    vm.write("mode", "long")
+    vm.load(CRASH)
+    vm.write("registers", "rip=0x1000 rsp=0x9000")
+    return vm
+
+
+def test_set_step_run_disasm_why(crashing):
+    path = crashing.path
+    assert ok("set", path, "rbx=7", "rcx=0x8") == ""
+    assert (crashing.read("reg/rbx"), crashing.read("reg/rcx")) == ("0x0000000000000007\n", "0x0000000000000008\n")
+    assert ok("step", path).splitlines() == [
+        "debug cause=step rip=0x1008",
+        "0x0000000000001008: b8 05 00 00 00           mov eax, 5",
+    ]
+    assert ok("step", path, 2).startswith("debug cause=step rip=0x100e\n")
+    assert ok("disasm", path, "0x100f", 1) == "0x000000000000100f: 0f 0b                    ud2\n"
+    assert refused("why", path).endswith("has not shut down, and was not reset\n")
+    assert ok("run", path, "until", "0x100f") == "debug cause=breakpoint rip=0x100f\n"
+    assert ok("run", path) == "shutdown cause=triple-fault rip=0x100f\n"
+    assert ok("why", path) == crashing.read("why")
+
+
+def test_mistakes_are_answered_with_what_was_meant(crashing):
+    path = crashing.path
+    assert refused("set", path, "rpx=1").endswith("there is no register 'rpx': did you mean rsp?\n")
+    assert "'zz' is not a number" in refused("set", path, "rax=zz")
+    assert "'rax' is not NAME=VALUE" in refused("set", path, "rax")
+    assert refused("step", f"{path}x").endswith(f"vm_run: did you mean {path.name}?\n")
+    assert vmfs("stpe", path).stderr == "vmfs: there is no command 'stpe': did you mean step? (see vmfs --help)\n"
+    assert refused("trace", path, "start", "inns").endswith("did you mean insn?\n")
+    assert refused("screen", path).endswith("a bare machine has no screen: write pc to `machine`\n")
+
+
+def test_why_with_the_lines_of_a_file(crashing, tmp_path):
+    """A program whose line 3 is where the machine stands."""
+    source, elf = tmp_path / "boot.S", tmp_path / "boot.elf"
+    source.write_text(".globl _start\n_start: lidt 0x1020\nmov $5, %eax\nnop\nnop\nud2\n")
+    subprocess.run(["gcc", "-g", "-nostdlib", "-static", "-Wl,-Ttext=0x1000", source, "-o", elf], check=True)
+    ok("run", crashing.path)
+    lines = ok("why", crashing.path, "--symbols", elf).splitlines()
+    assert lines[-1].endswith("  [boot.S:6]")
+    if crashing.read("engine") == "emulator\n":
+        assert [line.rpartition("[")[2] for line in lines[-5:]] == [f"boot.S:{n}]" for n in (2, 3, 4, 5, 6)]
+        assert any(line.startswith("exception vector=0x6") and line.endswith("[boot.S:6]") for line in lines)
+    subprocess.run(["strip", elf], check=True)
+    assert "no DWARF" in refused("why", crashing.path, "--symbols", elf)
+    assert "is no ELF file" in refused("why", crashing.path, "--symbols", source)
+
+
+def test_trace(crashing):
+    path = crashing.path
+    ok("trace", path, "start", "insn", "exits", "--range", "0x1008-0x100e")
+    ok("run", path)
+    ok("trace", path, "stop")
+    lines = ok("trace", path, "print").splitlines()
+    assert [line for line in lines if line.startswith("insn")] == ["insn 0x1008", "insn 0x100d", "insn 0x100e"]
+
+
+def test_ls_and_rm(vm):
+    mount = vm.path.parent
+    names = [f"{vm.path.name}-{letter}" for letter in "ab"]
+    for name in names:
+        (mount / name).mkdir()
+    vm.load("f4")
+    vm.write("mode", "long")
+    vm.write("reg/rip", "0x1000")
+    vm.read("vm_run")
+    rows = {line.split()[0]: line.split() for line in ok("ls", mount).splitlines()}
+    assert rows["NAME"][:4] == ["NAME", "STATE", "ENGINE", "MACHINE"]
+    assert rows[vm.path.name][1:6] == ["halted", vm.read("engine").strip(), "bare", "1", "128M"]
+    assert rows[names[0]][1:7] == ["new", "-", "-", "-", "-", "-"]
+    pids = dict(re.findall(r"^(\S+) uid=\d+ pid=(\d+)$", (mount / "machines").read_text(), re.MULTILINE))
+    assert pids[names[0]] == "0" and pids[vm.path.name] != "0", "nothing was asked of a new one"
+    assert refused("rm", mount / names[0], mount / "nobody").startswith("vmfs rm: ")
+    assert (mount / names[0]).exists()
+    ok("rm", *(mount / name for name in names))
+    assert not any((mount / name).exists() for name in names)
+    assert "is not a vmfs mount" in refused("ls", vm.path)
+
+
+def test_a_name_is_looked_for_in_mounts_of_ones_own(vm):
+    assert ok("disasm", vm.path.name) == vm.read("disasm")
+
+
+def test_top_shows_who_works(vm):
+    vm.write("mode", "long")
+    vm.load("48ffc0 ebfb")  # 1: inc rax; jmp 1b
+    vm.write("reg/rip", "0x1000")
+    vm.write("state", "run")
+    try:
+        (first, *rest) = ok("top", "--count", 1, "--delay", "300ms", vm.path.parent).splitlines()
+        assert re.fullmatch(r".*: \d+ machines, \d+ running", first)
+        row = next(line.split() for line in rest if line.split()[0] == vm.path.name)
+        assert row[1] == "running" and float(row[3]) > 0
+        if row[2] == "emulator":
+            assert float(row[4]) > 1, "MIPS"
+    finally:
+        vm.write("state", "pause")
+
+
+def test_run_is_stopped_by_a_signal(vm):
+    vm.write("mode", "long")
+    vm.load("ebfe")
+    vm.write("reg/rip", "0x1000")
+    process = subprocess.Popen([sys.executable, "-m", "vmfs.cli", "run", vm.path], cwd=ROOT, stderr=subprocess.PIPE)
+    end = time.monotonic() + 20
+    while vm.read("state") != "running\n":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(2)
+    assert process.wait(20) == 130
+    assert vm.read("state") == "paused\n"
+
+
+def test_help_of_a_file():
+    assert ok("help", "vm_run").startswith("### `vm_run` (0600, command)\n")
+    assert ok("help", "step").startswith("usage: vmfs step")
+    assert "did you mean vm_run?" in refused("help", "vmrun")
+    assert "vmfs help COMMAND" in ok("help")
+
+
+def test_another_user_needs_the_rights(vm):
+    if os.geteuid():
+        pytest.skip("needs root: another user")
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:  # the modules of this interpreter are loaded: another user may not read them
+        code = 99
+        try:
+            os.dup2(theirs, 2)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            sys.stderr = open(2, "w", closefd=False)
+            code = cli.main(["set", str(vm.path), "rax=1"])
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(theirs)
+    said = open(ours).read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert said == f"vmfs set: {vm.path} is not yours to look at\n"
