@@ -461,12 +461,26 @@ def test_what_a_handler_has_loaded_is_the_next_operand(monkeypatch):
         assert found[-1]["instructions_translated"]
 
 
+def test_a_block_of_a_region_changes(monkeypatch):
+    """Three blocks, jumps between them, in lines of their own. The third changes the second, and goes on as another
+    block: the region is entered again by the first, from which it is one jump to the second."""
+    first = b"\x83\xc0\x01\xe9" + struct.pack("<i", 128 - 8)  # ADD EAX, 1; JMP
+    second = b"\x83\xc3\x11\xe9" + struct.pack("<i", 128 - 8)  # ADD EBX, 11h; JMP
+    third = b"\xfe\x04\x25" + struct.pack("<I", CODE + 128 + 2)  # INC byte of that 11h
+    third += b"\xff\x0c\x25" + struct.pack("<I", COUNTER)
+    third += b"\x0f\x85" + struct.pack("<i", -(256 + len(third) + 6)) + b"\xf4"
+    code = first.ljust(128, b"\x90") + second.ljust(128, b"\x90") + third
+    expected = result(code, True, 1, INTERPRETED, None, monkeypatch)
+    for way in WAYS:
+        assert result(code, True, 1, way, None, monkeypatch)[:-1] == expected[:-1], way
+
+
 ELSEWHERE = 0x50000  # where the page after that of DATA lies
 
 
 @contextmanager
 def two_pages(
-    way: dict[str, str], code: str, registers: dict[str, int], monkeypatch
+    way: dict[str, str], code: str, registers: dict[str, int], monkeypatch, more: dict[int, bytes] | None = None
 ) -> Iterator[tuple[Vcpu, Memory]]:
     """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros
     in what lies behind DATA's page in the host; when the code has run to its HLT."""
@@ -485,6 +499,8 @@ def two_pages(
         memory.write(DATA, bytes(range(256)) * 16)
         memory.write(ELSEWHERE, bytes(range(255, -1, -1)) * 16)
         memory.write(CODE, bytes.fromhex(code))
+        for address, data in (more or {}).items():
+            memory.write(address, data)
         write_registers(cpu, {"rip": CODE, "rax": 0, "rbx": 0, "rsp": STACK, **registers})
         assert cpu.run().REASON == "hlt"
         yield cpu, memory
@@ -524,3 +540,21 @@ def test_a_row_of_accesses_goes_on_in_another_page(row, monkeypatch):
             assert not any(seen[2]), "what lies behind the page in the host is not the guest's"
             found.append(seen)
     assert found[0] == found[1] == found[2]
+
+
+def test_a_region_ends_when_a_handler_has_changed_its_code(monkeypatch):
+    """Code lies in the page table, and a constant of it is the entry of DATA's page, in which a store sets the dirty
+    bit: that is no store of the guest's, so the instruction does not run alone."""
+    table = TABLES + 0x3000
+    entry, start = table + DATA // 4096 * 8, table + 128
+    user = b"\x48\x01\xc3\xff\xca\x0f\x85" + struct.pack("<i", start - (entry + 8 + 11)) + b"\xf4"
+    # ADD RBX, RAX; DEC EDX; JNZ start; HLT, after MOV RAX, entry
+    begin = b"\x8b\x0c\x25" + struct.pack("<I", DATA) + b"\x83\xfa\x05"  # MOV ECX, [DATA]; CMP EDX, 5
+    begin += b"\x0f\x85" + struct.pack("<i", entry - 2 - (start + 16))  # JNZ user
+    begin += b"\x89\x14\x25" + struct.pack("<I", DATA) + b"\xe9" + struct.pack("<i", entry - 2 - (start + 28))
+    more = {entry - 2: b"\x48\xb8", entry + 8: user, start: begin}
+    jump = "e9" + struct.pack("<i", start - (CODE + 5)).hex()
+    clean, dirty = DATA | 0x23, DATA | 0x63
+    for way in (INTERPRETED, *WAYS):
+        with two_pages(way, jump, {"rdx": 20}, monkeypatch, more) as (cpu, _):
+            assert int(read_register(cpu, "rbx"), 0) == 15 * clean + 5 * dirty, way
