@@ -2,7 +2,7 @@
 theirs: translated at once, in regions that are cut at random, and as it is by default. Compared are the hash of all
 state after each STEP instructions, what was sent, and the screen.
 
-iPXE in `make test`; `make repeat` has all of them, compared every 10 million instructions.
+memtest86+ in `make test`; `make repeat` has all of them, compared every 10 million instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pc.kernels import needs_kernels
 pytestmark = needs_kernels
 
 STEP = int(os.environ.get("VMFS_REPEAT_STEP", "20_000_000"))
-NAMES = list(GUESTS) if "VMFS_REPEAT_STEP" in os.environ else ["ipxe"]
+NAMES = list(GUESTS) if "VMFS_REPEAT_STEP" in os.environ else ["memtest86+"]
 INTERPRETED = {"VMFS_NO_JIT": "1"}
 AT_ONCE = {"VMFS_JIT_THRESHOLD": "0"}
 WAYS = (AT_ONCE, {**AT_ONCE, "VMFS_JIT_SEED": "3"}, {})
