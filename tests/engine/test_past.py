@@ -143,6 +143,22 @@ ACTS = st.lists(
 )
 
 
+def test_what_kvm_takes_of_a_cpu_that_has_not_run(make):
+    """MSR_PLATFORM_INFO, which came from the other engine since the snapshot (Linux 6.14 and later: before a first run
+    only)."""
+    emulator, kvm = engine_or_skip("emulator"), engine_or_skip("kvm")
+    vm = make(kvm)
+    run(vm, 5)
+    vm.past.take("before")
+    before = look(vm)
+    vm.move_to(emulator)
+    vm.move_to(kvm)
+    run(vm, 5)
+    vm.past.restore("before")
+    assert look(vm) == before
+    run(vm, 5)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(acts=ACTS)
 @pytest.mark.parametrize("kind", ["bare", "pc"])
