@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -218,7 +219,7 @@ class CoreDriver(Driver):
     def set(self, hooks: tuple[Hook, ...], until: int | None, vectors: tuple[int, ...]) -> None:
         names = self._names
         kinds = {CODE: names.HOOK_CODE, BLOCK: names.HOOK_BLOCK, MEMORY: names.HOOK_MEMORY}
-        stops = [(names.STOP_VECTOR, VECTORS, vector, 0, False, False) for vector in vectors]
+        stops = list(_vector_stops(names.STOP_VECTOR, vectors))
         if until is not None:
             stops.append((names.STOP_BREAKPOINT, UNTIL, until, 0, False, False))
         for hook in hooks:
@@ -246,6 +247,11 @@ class CoreDriver(Driver):
         if found is None:
             return None
         return self._makers[found[0]](self._vcpu, found, self._core.access_data if found[2] else b"")
+
+
+@functools.lru_cache(maxsize=8)
+def _vector_stops(kind: int, vectors: tuple[int, ...]) -> tuple[tuple[int, int, int, int, bool, bool], ...]:
+    return tuple((kind, VECTORS, vector, 0, False, False) for vector in vectors)
 
 
 def check_range(begin: int, end: int | None) -> tuple[int, int]:
