@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from library.conftest import CODE, DATA
 
@@ -55,6 +57,30 @@ def test_a_hook_ends_the_run_and_the_next_one_goes_on(make, engine):
     for rcx in (4, 3):
         assert isinstance(m.run(), exits.Debug) and m.rcx == rcx
     assert stop.hits == 2
+
+
+def test_until_where_a_hook_is(make, engine):
+    """The hook is called once, when the run goes on from there."""
+    m = make(LOOP, engine=engine)
+    m.rcx, seen = 1, []
+    m.hook_address(CODE + 3, lambda machine, address: seen.append(address))
+    assert isinstance(m.run(until=CODE + 3), exits.Debug)
+    before = len(seen)
+    assert isinstance(m.run(until=CODE + 9), exits.Debug)
+    assert before <= len(seen) == 1
+
+
+def test_a_closed_machine_holds_its_hooks_no_more(make):
+    class Call:
+        def __call__(self, machine, address):
+            pass
+
+    m, call = make(LOOP), Call()
+    gone = weakref.ref(call)
+    m.hook_code(call)
+    del call
+    m.close()
+    assert gone() is None
 
 
 def test_a_hook_changes_the_machine(make, engine):

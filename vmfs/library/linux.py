@@ -16,6 +16,7 @@ from typing import Any
 
 from vmfs.boot import elf as elf_file
 from vmfs.boot.source import Source
+from vmfs.library.hooks import check_engine
 from vmfs.memory.mapping import PAGE
 from vmfs.words.errors import BadAddress, Invalid, VmfsError
 from vmfs.words.exits import Exit, Shutdown
@@ -199,6 +200,7 @@ def load(kind: Callable[..., Any], path: str, arguments: tuple[str, ...], option
     row_size, rows = struct.unpack_from("<HH", header, 54)
     machine = kind("long", **options)
     try:
+        check_engine(machine.capabilities, "elf")  # which maps as much as a program's memory reaches to
         for start, data in _joined(pages):
             machine.map(start, data, name=os.path.basename(path))
         linux = Linux(machine, max(pages) + 0x10_0000, **ours)

@@ -83,6 +83,7 @@ class _Parts:
         self._engine = _engine(engine)
         self._machine = self._engine.create_machine()
         self._closed = False
+        self._hooks: list[Hook] = []
         try:
             self._cpu: Vcpu = self._machine.create_vcpu(0)
             self.mem = Memory(self._machine)
@@ -91,7 +92,6 @@ class _Parts:
             self._driver = (CoreDriver if is_core else Driver)(self._cpu, self.capabilities)
             self._get_register, self._set_register = self._driver.get_register, self._driver.set_register
             self._until: int | None = None
-            self._hooks: list[Hook] = []
             self._next_hook = FIRST
             self._stale = True
             self._after: dict[str, Callable[..., Any]] = {}
@@ -130,6 +130,9 @@ class _Parts:
             return
         if hasattr(self, "_driver") and self._driver.inside:
             raise Busy("a hook cannot close the machine that it is of")
+        if hasattr(self, "_driver"):
+            self._hooks.clear()
+            self._driver.set((), None, ())  # a function may hold the machine, which holds the function
         self._machine.close()
         self._closed = True
 

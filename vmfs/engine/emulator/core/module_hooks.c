@@ -345,7 +345,10 @@ PyObject *py_vcpu_run_hooked(VcpuObject *self, PyObject *const *args, Py_ssize_t
         }
     }
 done:
-    w->stopped = result && exit.reason == EXIT_DEBUG && exit.cause == DEBUG_BREAKPOINT ? instructions(self) + 1 : 0;
+    w->stopped = 0;
+    for (size_t i = 0; i < w->count && result && exit.reason == EXIT_DEBUG && exit.cause == DEBUG_BREAKPOINT; i++)
+        if (w->hooks[i].id == exit.id)
+            w->stopped = instructions(self) + 1;
     w->inside = false;
     self->owner->running--;
     Py_DECREF(self->owner);
