@@ -59,7 +59,7 @@ FILES: tuple[Row, ...] = (
     Row("registers", 0o600, BOTH, per_cpu=True),
     Row("mem", 0o600, Mem()),
     Row("dirty", 0o400, Served(acts=True)),
-    Row("restore", 0o600, BOTH),
+    Row("restore", 0o600, HOST),
     Row("fork", 0o200, ForkFile()),
     Row("history", 0o600, History()),
     # configuration
@@ -113,11 +113,18 @@ MEDIA_FILE = Row("media", 0o600, HOST)  # of a drive whose medium can be changed
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 
 # Of a snapshot, and of each disk in its disks/.
-SNAPSHOT_FILES: tuple[Row, ...] = (Row("mem", 0o400, Kept()), Row("state", 0o400, Kept()), Row("info", 0o400, READ))
+# The owner may write them by their modes, and only where a saved machine comes in (vmfs.fs.snapshots).
+SNAPSHOT_FILES: tuple[Row, ...] = (Row("mem", 0o600, Kept()), Row("state", 0o600, Kept()), Row("info", 0o600, READ))
+SNAPSHOT_FOLDERS = ("disks", "images")
 
 
-def snapshot_disk(name: str) -> Row:
-    return Row(name, 0o400, Kept())
+def snapshot_file(name: str) -> Row:
+    """In one of its folders."""
+    return Row(name, 0o600, Kept())
+
+
+def arriving_file(name: str) -> Row:
+    return Row(name, 0o600, BOTH)
 
 
 def _engine_line(info: EngineInfo) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from vmfs.words.errors import Gone, Invalid, NotPermitted, NotThere, VmfsError
@@ -221,6 +221,8 @@ class File(Node):
         self.group = self.name  # what failures are told by: `error` is about the last write of such a file
         self.follows: tuple[tuple[str, ...], ...] = ()  # the names that come before it in a walk
         self.attr_seconds = 0 if kind.sized else ATTR_SECONDS
+        # Of a file that can be written once that was called with the writer's process, or raised.
+        self.becomes_writable: Callable[[int], Awaitable[None]] | None = None
 
     def modified_ns(self) -> int:
         return max(self.mtime_ns, self.scope.modified_ns) if self.kind.dated else self.mtime_ns
@@ -274,6 +276,13 @@ class Directory(Node):
 
     async def mkdir(self, name: str, mode: int, caller: Any) -> Node:
         raise NotPermitted("directories are made at the root of the mount only")
+
+    async def create(self, name: str, mode: int, caller: Any) -> Node:
+        """A new file: O_CREAT."""
+        raise self.no_such(name)
+
+    async def unlink(self, name: str, pid: int) -> None:
+        raise NotPermitted("a machine's files go with its directory: rmdir")
 
     async def rmdir(self, name: str) -> None:
         raise NotPermitted("only a machine's directory can be removed")

@@ -139,6 +139,8 @@ class Mem(Kind):
     def local_size(self, node: File) -> tuple[int, int] | None:
         """That of the memfd, which the server has; of a machine that was only made it is known, too."""
         machine = node.scope.machine
+        if node.scope.memory.by_machine:  # it may be another one, of another size
+            return None
         if machine.memory_fd >= 0:
             there = os.fstat(machine.memory_fd)
             return there.st_size, there.st_blocks

@@ -159,6 +159,18 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EISDIR)
         access = flags & _ACCESS
         reading, writing = access != os.O_WRONLY, access != os.O_RDONLY
+        if writing and node.becomes_writable is not None:
+            try:
+                await node.becomes_writable(ctx.pid)
+            except Exception as raised:
+                error = known(raised)
+                _complain(node, error, _writing(node))
+                raise error from None
+        return await self._open(node, flags, ctx, reading, writing)
+
+    async def _open(
+        self, node: File, flags: int, ctx: pyfuse3.RequestContext, reading: bool, writing: bool
+    ) -> pyfuse3.FileInfo:
         # The kernel has checked the mode, but root passes that check.
         if writing and not node.kind.writable or reading and not node.kind.readable:
             raise pyfuse3.FUSEError(errno.EACCES)
@@ -339,7 +351,11 @@ class Operations(pyfuse3.Operations):
         """An open with O_CREAT of a name that was not found."""
         parent = _directory(self._inodes.get(parent_inode))
         with _naming(parent, name):
-            raise parent.no_such(os.fsdecode(name))
+            node = await parent.create(os.fsdecode(name), mode & 0o7777 & ~ctx.umask, ctx)
+        access = flags & _ACCESS
+        info = await self._open(node, flags, ctx, access != os.O_WRONLY, access != os.O_RDONLY)
+        node.lookups += 1
+        return info, _attributes(node)
 
     @_answers
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
@@ -359,8 +375,9 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
-        with _naming(_directory(self._inodes.get(parent_inode)), name):
-            raise NotPermitted("a machine's files go with its directory: rmdir")
+        parent = _directory(self._inodes.get(parent_inode))
+        with _naming(parent, name):
+            await parent.unlink(os.fsdecode(name), ctx.pid)
 
 
 # ---- the sentences in `error`

@@ -504,7 +504,9 @@ class Vm(Control):
     def rom(self) -> Rom | None:
         return self._rom
 
-    def rebuild(self, setup: Setup, engine: Engine, ram: Image, fill: Callable[[Pc], None]) -> None:
+    def rebuild(
+        self, setup: Setup, engine: Engine, ram: Image, fill: Callable[[Pc], None], *, is_of_others: bool = True
+    ) -> None:
         """Be a machine as `setup` says, as it is when it is new, with RAM over an image. `fill` plugs its devices in.
         Where it fails nothing has changed. Busy during a run."""
         board_type = machine_type(setup.machine)
@@ -532,7 +534,7 @@ class Vm(Control):
             if old[1] is not None:
                 old[1].close()
             old[0].close()
-        self.past.begin_over(memory.base, copied)
+        self.past.begin_over(memory.base, copied, is_of_others)
 
     # ---- what it is made of
 

@@ -64,6 +64,10 @@ class Snapshot:
             self._opened.append(Opened(vm, self.state))
         return self._opened[0]
 
+    def forget_opened(self) -> None:
+        """It is another machine now."""
+        self._opened.clear()
+
     def files(self) -> Iterator[Kept]:
         """What holds memory beside RAM."""
         yield from self.images.values()
@@ -184,9 +188,9 @@ class Past:
             self._settle()
         return snapshot
 
-    def begin_over(self, base: Image, copied: int) -> None:
-        """RAM is over an image that others have made, and that counts as theirs; `copied` are pages of its own."""
-        self.is_tracked, self._parent, self._is_of_others = True, base, True
+    def begin_over(self, base: Image, copied: int, is_of_others: bool) -> None:
+        """RAM is over that image, which counts as somebody else's or not; `copied` are pages of its own."""
+        self.is_tracked, self._parent, self._is_of_others = True, base, is_of_others
         self._vm.take_pages()
         self._vm.note_pages(copied)
 
@@ -238,6 +242,25 @@ class Past:
         self._parent, self._news = taking.snapshot.ram, taking.news
         taking.layer.seal()
         return taking.snapshot
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Have one that was made elsewhere."""
+        with self._busy:
+            if snapshot.name in self._snapshots:
+                raise AlreadyThere(f"there is a snapshot {snapshot.name} already")
+            self._snapshots[snapshot.name] = snapshot
+            self._settle()
+
+    def rebuild(self, snapshot: Snapshot, build: Callable[[], None]) -> None:
+        """Be what the machine was then, of other parts than it has: `build` has it be a new one of those, with RAM over
+        that of the snapshot. Where it fails before that, nothing has changed. Busy while it runs."""
+        with self._busy:
+            build()
+            for one in self._snapshots.values():
+                one.forget_opened()
+            self._vm.go_back(snapshot, lambda: lambda: None)
+            self.last = snapshot.name
+            self._settle(may_ask=False)
 
     # ---- back to one
 

@@ -32,6 +32,7 @@ from vmfs.machine.machine import Vm
 from vmfs.words import commands
 from vmfs.words.commands import (
     DATA_MOST,
+    FOUND_ARRIVING,
     FOUND_DIRECTORY,
     FOUND_FILE,
     FOUND_NOTHING,
@@ -381,9 +382,12 @@ class Worker:
             names = [(name, self._devices.found(name)) for name in self._devices.names()]
         elif directory == "snap":
             names = [(name, FOUND_DIRECTORY) for name in self._snapshots.names()]
-        elif directory.startswith("snap/") and directory.endswith("/disks"):
-            snapshot = directory.removeprefix("snap/").removesuffix("/disks")
-            names = [(name, FOUND_READ_ONLY) for name in self._snapshots.disks(snapshot)]
+            names += [(name, FOUND_ARRIVING) for name in self._snapshots.arrivals.names()]
+        elif directory.startswith("snap/"):
+            snapshot = directory.removeprefix("snap/")
+            is_arriving = snapshot.partition("/")[0] in self._snapshots.arrivals.names()
+            found = FOUND_FILE if is_arriving else FOUND_READ_ONLY
+            names = [(name, found) for name in self._snapshots.listed(snapshot)]
         else:
             names = []
         return Listed(message.call, names)
@@ -395,12 +399,27 @@ class Worker:
         elif folder == "snap":
             await self._snapshots.remove(name)
             self._forks.forget(name)
+        elif folder.startswith("snap/"):
+            if not self._snapshots.arrivals.remove(message.path.removeprefix("snap/")):
+                raise NotPermitted("a snapshot is only read")
         else:
             raise NotPermitted("only a device's directory and a snapshot can be removed")
         return Done(message.call)
 
     async def _take_snapshot(self, message: commands.Take) -> Done:
         await self._snapshots.take(message.name, message.live)
+        return Done(message.call)
+
+    async def _arrive(self, message: commands.Arrive) -> Done:
+        await self._snapshots.arrivals.begin(message.name, message.is_new, message.live)
+        return Done(message.call)
+
+    async def _make_file(self, message: commands.Make) -> Done:
+        await self._snapshots.arrivals.make(message.path.removeprefix("snap/"))
+        return Done(message.call)
+
+    async def _rename(self, message: commands.Rename) -> Done:
+        await self._snapshots.arrivals.rename(message.path.removeprefix("snap/"), message.new.removeprefix("snap/"))
         return Done(message.call)
 
     async def _fork(self, message: commands.Fork) -> commands.Copied:
@@ -502,6 +521,9 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Find: Worker._find,
     commands.Take: Worker._take_snapshot,
     commands.Remove: Worker._remove,
+    commands.Arrive: Worker._arrive,
+    commands.Make: Worker._make_file,
+    commands.Rename: Worker._rename,
     commands.Fork: Worker._fork,
 }
 

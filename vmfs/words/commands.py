@@ -124,7 +124,7 @@ class Truncate(Message, frozen=True):
 
 
 class List(Message, frozen=True):
-    """The names in a directory that the machine makes: `reg`, `dev`, `cpus`, `snap`, `snap/NAME/disks`."""
+    """The names in a directory that the machine makes: `reg`, `dev`, `cpus`, `snap`, `snap/NAME` and what is in it."""
 
     call: int
     directory: str
@@ -150,6 +150,31 @@ class Remove(Message, frozen=True):
 
     call: int
     path: str
+
+
+class Arrive(Message, frozen=True):
+    """In `snap/NAME` a saved machine comes in: into a new directory, or in the place of the snapshot that was taken.
+    `live`: as in `Take`."""
+
+    call: int
+    name: str
+    is_new: bool
+    live: bool
+
+
+class Make(Message, frozen=True):
+    """A new, empty file of one that comes in."""
+
+    call: int
+    path: str
+
+
+class Rename(Message, frozen=True):
+    """... by another name, in the place of the one that has it."""
+
+    call: int
+    path: str
+    new: str
 
 
 class Fork(Message, frozen=True):
@@ -216,12 +241,14 @@ class Refused(Message, frozen=True):
 
 
 Call = (
-    Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove | Fork | Hand | Inherit | Lane
+    Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove
+    | Arrive | Make | Rename | Fork | Hand | Inherit | Lane
 )
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 FOUND_DRIVE = 4  # a device's directory, with `media`
+FOUND_ARRIVING = 5  # a directory in snap/ into which a saved machine comes
 
 
 # ---- the machine's answers

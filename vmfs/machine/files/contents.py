@@ -108,6 +108,7 @@ class Contents(Scope):
         self._tell = complain
         self.engine_named = engine_named  # of those that it may be moved to
         self.budget = Budget(door)
+        self.arrivals: Any = None  # vmfs.machine.files.arrivals.Arrivals, of who has them
         self.memory = CachedMemory(vm, door)
         self.gdb = GdbPort(self, monitor)
         self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of

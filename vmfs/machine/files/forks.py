@@ -42,6 +42,7 @@ class Forks:
         """Of now, where `name` is empty."""
         vm = self._machine.vm
         if name:
+            await self._machine.arrivals.come_in(name)
             snapshot = vm.past[name]
             if self._last is not None and self._last[0] is not snapshot:
                 self._last = None

@@ -9,6 +9,8 @@ from typing import Any
 
 import trio
 
+from vmfs.machine.arrivals import images_of
+from vmfs.machine.files.arrivals import Arrivals, check_overlay, fits, rebuild
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text
@@ -17,7 +19,7 @@ from vmfs.machine.files.request import current
 from vmfs.machine.files.waiting import settled
 from vmfs.machine.past import Snapshot
 from vmfs.memory.layers import Image
-from vmfs.words.errors import Busy, Interrupted, Invalid, NotThere
+from vmfs.words.errors import AlreadyThere, Busy, Interrupted, Invalid, NotThere
 
 RESTORES_MOST = 20  # times that a machine is stopped for one, while others start it again
 _SOON = 1024  # pages that are put back on the spot; a thread is for more
@@ -105,31 +107,49 @@ def disk_kind(name: str) -> Kind:
     )
 
 
+def image_kind(name: str) -> Kind:
+    """What is to boot, and the ROM."""
+    return Bytes(
+        lambda scope, offset, size: images_of(scope.snapshot)[name].read_at(offset, size),
+        lambda scope: images_of(scope.snapshot)[name].size,
+        lambda scope: images_of(scope.snapshot)[name].extents(),
+    )
+
+
 class Snapshots:
     """The snapshots of a machine, each with the scope of its files."""
 
     def __init__(self, machine: Contents) -> None:
         self._machine = machine
         self._scopes: dict[str, SnapshotScope] = {}
+        self.arrivals = machine.arrivals = Arrivals(machine)
 
     def names(self) -> list[str]:
         self._refresh()
         return list(self._scopes)
 
-    def disks(self, name: str) -> list[str]:
+    def listed(self, path: str) -> list[str]:
+        """The names in NAME, NAME/disks, NAME/images."""
+        name, _, folder = path.partition("/")
         scope = self.scope(name)
-        return sorted(scope.snapshot.overlays) if scope is not None else []
+        if scope is None:
+            return self.arrivals.listed(name, folder)
+        of = {"disks": scope.snapshot.overlays, "images": images_of(scope.snapshot)}
+        return sorted(of.get(folder, ()))
 
     def scope(self, name: str) -> SnapshotScope | None:
         self._refresh()
         return self._scopes.get(name)
 
-    def find(self, path: str) -> tuple[Kind, SnapshotScope] | None:
+    def find(self, path: str) -> tuple[Kind, Scope] | None:
         """What is at NAME/..."""
         name, _, rest = path.partition("/")
         scope = self.scope(name)
         if scope is None:
-            return None
+            return self.arrivals.find(name, rest)
+        if rest.startswith("images/"):
+            image = rest.removeprefix("images/")
+            return (image_kind(image), scope) if image in images_of(scope.snapshot) else None
         if rest.startswith("disks/"):
             disk = rest.removeprefix("disks/")
             return (disk_kind(disk), scope) if disk in scope.snapshot.overlays else None
@@ -138,13 +158,16 @@ class Snapshots:
     async def take(self, name: str, is_live: bool) -> None:
         """Keep what the machine is now. `is_live`: clients have its memfd."""
         contents = self._machine
+        if name in self.arrivals.names():
+            raise AlreadyThere(f"there is a snapshot {name} already")
         await contents.memory.settle()
         taking = Taking(contents)
         await trio.to_thread.run_sync(lambda: taking.take(name, is_live=is_live))
         contents.touch()
 
     async def remove(self, name: str) -> None:
-        await trio.to_thread.run_sync(self._machine.vm.past.drop, name)
+        if not self.arrivals.remove(name):
+            await trio.to_thread.run_sync(self._machine.vm.past.drop, name)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -208,9 +231,15 @@ def _put_restore(scope: Contents, text: str) -> Do:
 async def restore(scope: Contents, name: str) -> None:
     """Go back to a snapshot. A run under way ends; the machine is paused then."""
     vm = scope.vm
+    await scope.arrivals.come_in(name)
     if (snapshot := vm.past.get(name)) is None:
         raise NotThere(f"restore: there is no snapshot {name[:64]!r}")
     engine = vm.engine
+    is_same = fits(scope, snapshot)
+    if is_same:
+        disks_now = dict(vm.disks())
+        for disk, frozen in snapshot.overlays.items():
+            check_overlay(disk, disks_now.get(disk), frozen)
     # What is to boot counts where it comes back, before it does.
     images = {vm.images[image]: kept.size for image, kept in snapshot.images.items()}
     for image, size in images.items():
@@ -220,7 +249,9 @@ async def restore(scope: Contents, name: str) -> None:
             if vm.state == "running":
                 await settled(vm.pause(), scope)
             try:
-                if not vm.past.restore_now(name, _SOON, unseen=lambda: _unseen(scope)):
+                if not is_same:
+                    await trio.to_thread.run_sync(rebuild, scope, snapshot)
+                elif not vm.past.restore_now(name, _SOON, unseen=lambda: _unseen(scope)):
                     await trio.to_thread.run_sync(lambda: vm.past.restore(name, unseen=lambda: _unseen(scope)))
                 break
             except Busy:  # somebody has started it again
@@ -229,7 +260,7 @@ async def restore(scope: Contents, name: str) -> None:
             raise Busy("restore: others start the machine whenever it is stopped for it")
     for image in map(vm.images.__getitem__, vm.images.names):
         await scope.budget.hold(image, image.size)
-    if vm.engine is not engine:
+    if vm.engine is not engine or not is_same:
         scope.forget_sizes()
     if snapshot.rw_disks:
         disks = " ".join(snapshot.rw_disks)
