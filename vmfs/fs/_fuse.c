@@ -37,6 +37,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -160,6 +161,7 @@ static struct {
     int passthrough;
     char passthrough_reason[160];
     int lane_wanted;
+    PyObject *extents;          /* of open files that are sparse: a dict of bytes by their fh */
 } hooks;
 
 static void explain(const char *sentence, int error)
@@ -515,6 +517,44 @@ static int32_t file_flags(const struct fuse_buf *buf, uint32_t opcode)
     return flags;
 }
 
+/* FUSE_LSEEK, which pyfuse3 does not hand on (SEEK_DATA and SEEK_HOLE alone come here): by the extents that a handler
+   has told of the open file. libfuse's ENOSYS would have the kernel ask for no file any more; EINVAL has a program read
+   the file as it is. */
+static void answer_lseek(const struct fuse_in_header *header, const struct fuse_lseek_in *asked)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    struct fuse_lseek_out found = {.offset = asked->offset};
+    int error = EINVAL;
+    PyObject *key = PyLong_FromUnsignedLongLong(asked->fh);
+    PyObject *bytes = key && hooks.extents ? PyDict_GetItemWithError(hooks.extents, key) : NULL;
+
+    if (bytes) {                        /* the size, then start and end of each extent, in order */
+        const uint64_t *numbers = (const uint64_t *)(const void *)PyBytes_AS_STRING(bytes);
+        size_t count = (size_t)PyBytes_GET_SIZE(bytes) / sizeof *numbers, at = 1;
+        while (at + 1 < count && numbers[at + 1] <= asked->offset)
+            at += 2;
+        bool in_data = at + 1 < count && numbers[at] <= asked->offset;
+        error = ENXIO;
+        if (count && asked->offset < numbers[0]) {
+            if (asked->whence == SEEK_DATA && at + 1 < count) {
+                found.offset = in_data ? asked->offset : numbers[at];
+                error = 0;
+            } else if (asked->whence == SEEK_HOLE) {
+                found.offset = in_data ? numbers[at + 1] : asked->offset;
+                error = 0;
+            }
+        }
+    }
+    Py_XDECREF(key);
+    PyErr_Restore(type, value, traceback);
+    struct fuse_out_header answer = {
+        .len = sizeof answer + (error ? 0 : sizeof found), .error = -error, .unique = header->unique,
+    };
+    struct iovec parts[] = {{&answer, sizeof answer}, {&found, sizeof found}};
+    (void)!writev(hooks.device, parts, error ? 1 : 2);     /* ENOENT: the caller is gone */
+}
+
 EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *buf)
 {
     struct fuse_in_header header;
@@ -544,6 +584,10 @@ EXPORT void fuse_session_process_buf(struct fuse_session *session, const struct 
             memcpy(&asked, given, argument(buf, sizeof asked) ? sizeof asked : shortest);
         drop_o_trunc(buf);
         process_init(session, buf, &asked);
+    } else if (header.opcode == FUSE_LSEEK && argument(buf, sizeof(struct fuse_lseek_in))) {
+        struct fuse_lseek_in asked;
+        memcpy(&asked, argument(buf, sizeof asked), sizeof asked);
+        answer_lseek(&header, &asked);
     } else {
         request_begin(&header, file_flags(buf, header.opcode));
         hooks.process_buf(session, buf);
@@ -842,6 +886,30 @@ static PyObject *fuse_passthrough_open(PyObject *module, PyObject *args)
     return answer_open_with(request_find(unique), backing_id);
 }
 
+PyDoc_STRVAR(set_extents_doc,
+    "set_extents(fh, extents)\n\n"
+    "What lseek(2) finds in the open file with that number: its size, then where each piece of data starts and\n"
+    "ends, in order, as native 64-bit numbers. None: it is closed.");
+
+static PyObject *fuse_set_extents(PyObject *module, PyObject *args)
+{
+    PyObject *fh, *extents;
+    if (!PyArg_ParseTuple(args, "O!O", &PyLong_Type, &fh, &extents))
+        return NULL;
+    if (extents != Py_None && !PyBytes_Check(extents)) {
+        PyErr_SetString(PyExc_TypeError, "extents are bytes");
+        return NULL;
+    }
+    if (!hooks.extents && !(hooks.extents = PyDict_New()))
+        return NULL;
+    if (extents != Py_None) {
+        if (PyDict_SetItem(hooks.extents, fh, extents) < 0)
+            return NULL;
+    } else if (PyDict_DelItem(hooks.extents, fh) < 0)
+        PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"bind", fuse_bind, METH_VARARGS, bind_doc},
     {"interposed", fuse_interposed, METH_NOARGS, interposed_doc},
@@ -856,6 +924,7 @@ static PyMethodDef methods[] = {
     {"backing_close", fuse_backing_close, METH_VARARGS, backing_close_doc},
     {"passthrough_next_open", fuse_passthrough_next_open, METH_VARARGS, passthrough_next_open_doc},
     {"passthrough_open", fuse_passthrough_open, METH_VARARGS, passthrough_open_doc},
+    {"set_extents", fuse_set_extents, METH_VARARGS, set_extents_doc},
     {"want_lane", fuse_want_lane, METH_VARARGS, want_lane_doc},
     {NULL},
 };

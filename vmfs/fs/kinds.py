@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # How long a machine may take to answer a call whose caller was signalled: its guest has to stop first.
 INTERRUPT_SECONDS = 2.0
+_SPARSE = 1 << 20  # bytes of a file of which programs may ask where it has data
 _LARGE = 64 << 10  # bytes: what programs read that want all of a stream
 
 
@@ -331,6 +333,24 @@ class Kept(Served):
 
 class _KeptHandle(ServedHandle):
     direct_io, keep_cache = False, True
+    _extents = b""  # its size, and where it has data
+
+    async def begin(self, flags: int, uid: int, walking: bool) -> None:
+        await super().begin(flags, uid, walking)
+        size, _ = self.node.size
+        if size >= _SPARSE and self._number:
+            found = await call(self._machine, lambda at: commands.Extents(at, self._number), self.pid)
+            self._extents = size.to_bytes(8, sys.byteorder) + found.data
+
+    def numbered(self, number: int) -> None:
+        super().numbered(number)
+        if self._extents:
+            _fuse.set_extents(number, self._extents)
+
+    def close(self) -> None:
+        if self._extents:
+            _fuse.set_extents(self._file, None)
+        super().close()
 
     async def read(self, offset: int, size: int) -> bytes:
         """All of it: the kernel's cache takes less for the end of the file."""

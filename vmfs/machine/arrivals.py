@@ -33,6 +33,7 @@ from vmfs.words.errors import AlreadyThere, Busy, Invalid, LimitReached, NotTher
 FILES_MOST = 200
 STATE_MOST = 64 << 20  # bytes
 _ROOM_STEP = 4 << 20
+_ZEROS = bytes(1 << 20)  # more than comes at a time
 _PART = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
 _FOLDERS = ("disks", "images")
 _TAKEN = re.compile(rb"^taken (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", re.MULTILINE)
@@ -135,7 +136,7 @@ class Arrival:
         end = offset + len(data)
         if end > MAXIMUM_SIZE:
             raise LimitReached(f"a saved machine has no file of {end} bytes")
-        if not any(data):
+        if data == _ZEROS[: len(data)]:
             there = file.size
             if end > there:
                 os.ftruncate(file.fd, end)

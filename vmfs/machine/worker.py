@@ -6,6 +6,7 @@ a file gets and puts is in `vmfs.machine.files`.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import itertools
@@ -410,6 +411,10 @@ class Worker:
         await self._snapshots.take(message.name, message.live)
         return Done(message.call)
 
+    async def _extents(self, message: commands.Extents) -> Done:
+        found = await trio.to_thread.run_sync(self._handle(message.handle).extents)
+        return Done(message.call, array.array("Q", itertools.chain.from_iterable(found)).tobytes())
+
     async def _arrive(self, message: commands.Arrive) -> Done:
         await self._snapshots.arrivals.begin(message.name, message.is_new, message.live)
         return Done(message.call)
@@ -521,6 +526,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Find: Worker._find,
     commands.Take: Worker._take_snapshot,
     commands.Remove: Worker._remove,
+    commands.Extents: Worker._extents,
     commands.Arrive: Worker._arrive,
     commands.Make: Worker._make_file,
     commands.Rename: Worker._rename,

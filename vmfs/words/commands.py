@@ -206,6 +206,14 @@ class Interrupt(Message, frozen=True):
     call: int
 
 
+class Extents(Message, frozen=True):
+    """Where an open file has data: `Done` with native 64-bit numbers, the start and the end of each piece, in order.
+    Between them are zeros."""
+
+    call: int
+    handle: int
+
+
 class Lane(Message, frozen=True):
     """The page that C threads of both sides answer hot files by (vmfs/words/lane.h): its descriptor goes along."""
 
@@ -242,7 +250,7 @@ class Refused(Message, frozen=True):
 
 Call = (
     Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove
-    | Arrive | Make | Rename | Fork | Hand | Inherit | Lane
+    | Arrive | Make | Rename | Extents | Fork | Hand | Inherit | Lane
 )
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
 

@@ -122,6 +122,10 @@ class Handle:
         """Whether reads from there on get nothing, until one is from the beginning."""
         return False
 
+    def extents(self) -> list[tuple[int, int]]:
+        """The (start, end) of what may be other than zeros, as few as a message has room for. In a thread."""
+        return []
+
     async def write(self, offset: int, data: bytes) -> int:
         raise Invalid(f"{self.node.name} cannot be written")
 

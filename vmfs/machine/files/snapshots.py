@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from vmfs.memory.layers import Image
 from vmfs.words.errors import AlreadyThere, Busy, Interrupted, Invalid, NotThere
 
 RESTORES_MOST = 20  # times that a machine is stopped for one, while others start it again
+EXTENTS_MOST = 8000  # of a file, that are told of
+_GAP = 8192
 _SOON = 1024  # pages that are put back on the spot; a thread is for more
 
 
@@ -71,6 +73,17 @@ class Bytes(Kind):
         return _BytesHandle(node, nonblocking, self)
 
 
+def _closed(extents: list[tuple[int, int]], gap: int) -> Iterator[tuple[int, int]]:
+    """With no hole that is smaller than `gap`."""
+    start, end = extents[0]
+    for one, its_end in extents[1:]:
+        if one - end >= gap:
+            yield start, end
+            start = one
+        end = its_end
+    yield start, end
+
+
 class _BytesHandle(Handle):
     def __init__(self, node: File, nonblocking: bool, kind: Bytes) -> None:
         super().__init__(node, nonblocking)
@@ -78,6 +91,14 @@ class _BytesHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         return self._kind.get(self.scope, offset, size)
+
+    def extents(self) -> list[tuple[int, int]]:
+        if self._kind.extents is None:
+            return [(0, self._kind.length(self.scope))]
+        found, gap = list(self._kind.extents(self.scope)), _GAP
+        while len(found) > EXTENTS_MOST:  # small holes are data then
+            found, gap = list(_closed(found, gap)), 2 * gap
+        return found
 
 
 def _ram(scope: SnapshotScope) -> Image:
