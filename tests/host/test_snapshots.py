@@ -13,7 +13,7 @@ def test_another_user_gets_nothing_of_them(server):
     vm = A.makes(server.path / "snapshots-of-a")
     A.does((vm / "snap" / "one").mkdir)
     folder = vm / "snap" / "one"
-    assert A.does(lambda: sorted(os.listdir(folder))) == ["disks", "info", "mem", "state"]
+    assert A.does(lambda: sorted(os.listdir(folder))) == ["disks", "images", "info", "mem", "state"]
     for act in (
         lambda: os.listdir(vm / "snap"),
         lambda: os.mkdir(vm / "snap" / "two"),

@@ -91,8 +91,9 @@ def test_what_stands_in_it(vm):
     before = time.time()
     make(vm, "one")
     folder = vm / "snap" / "one"
-    assert sorted(os.listdir(folder)) == ["disks", "info", "mem", "state"] and os.listdir(folder / "disks") == []
-    for path, mode in ((vm / "snap", 0o700), (folder, 0o700), (folder / "mem", 0o400), (folder / "state", 0o400)):
+    assert sorted(os.listdir(folder)) == ["disks", "images", "info", "mem", "state"]
+    assert os.listdir(folder / "disks") == os.listdir(folder / "images") == []
+    for path, mode in ((vm / "snap", 0o700), (folder, 0o700), (folder / "mem", 0o600), (folder / "state", 0o600)):
         assert path.stat().st_mode & 0o777 == mode, path
     told = info(vm, "one")
     assert told["engine"] == vm.read("engine").strip() and told["memory"] == str(SIZE)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES, SNAPSHOT_FILES, snapshot_disk
+from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES, SNAPSHOT_FILES, snapshot_file
 from vmfs.machine.files.commands import COMMANDS
 from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
@@ -12,7 +12,8 @@ ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
 DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/NAME/media", "dev/add", "dev/unclaimed", "snap/NAME/"}
-SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in (*SNAPSHOT_FILES, snapshot_disk("disks/NAME"))}
+SNAPSHOT_ROWS = *SNAPSHOT_FILES, snapshot_file("disks/NAME"), snapshot_file("images/NAME")
+SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_ROWS}
 
 
 def test_every_file_has_its_section_and_every_section_its_file():
