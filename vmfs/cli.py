@@ -46,6 +46,8 @@ COMMANDS = (
     Command("screen", "print what a machine's display shows", "vmfs.commands.screen"),
     Command("trace", "trace what a machine executes", "vmfs.commands.trace"),
     Command("gdb", "join a gdb to a machine: `target remote | vmfs gdb MACHINE`", "vmfs.commands.gdb"),
+    Command("save", "write a machine, or a snapshot of it, to one file", "vmfs.commands.save"),
+    Command("load", "make a machine of such a file", "vmfs.commands.load"),
     Command("help", "tell of a command, or of a file of a machine", "vmfs.commands.help"),
     Command("version", "print the version", "vmfs.commands.version"),
 )

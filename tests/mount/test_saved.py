@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,8 @@ COPIERS = {
     "cp -a": ["cp", "-a", "{source}", "{target}"],
     "rsync": ["rsync", "-a", "{source}/", "{target}"],
     "rsync -S": ["rsync", "-rS", "{source}/", "{target}"],
-    "tar": ["sh", "-c", 'mkdir "{target}" && tar -cSf - -C "{source}" . | tar -xSf - -C "{target}"'],
-    "tar -x": ["sh", "-c", 'tar -cf - -C "{source}" . | (mkdir "{target}" && tar -xf - -C "{target}")'],
+    "tar -S": ["sh", "-c", 'tar -cSf - -C "{source}/.." saved | tar -xSf - -C "{folder}" --transform s/^saved/in/'],
+    "tar": ["sh", "-c", 'tar -cf - -C "{source}/.." saved | tar -xf - -C "{folder}" --transform s/^saved/in/'],
     "python": ["python3", "-c", "import shutil; shutil.copytree('{source}', '{target}', dirs_exist_ok=True)"],
 }
 
@@ -44,8 +46,8 @@ def test_in_by_plain_programs(vm, saved, server, copier):
     if not shutil.which(words[0]):
         pytest.skip(f"there is no {words[0]}")
     other = server.make()
-    target = other / "snap" / "in"
-    subprocess.run([word.format(source=saved, target=target) for word in words], check=True)
+    target = f"{other / 'snap'}/in"
+    subprocess.run([word.format(source=saved, target=target, folder=other / "snap") for word in words], check=True)
     assert other.read("snap/in/info").splitlines()[-1].startswith("whole"), other.read("snap/in/info")
     other.write("restore", "in\n")
     assert other.read("mem_size") == f"{SMALL}\n" and other.read("state") == "halted\n" and number(other) == 1
@@ -164,3 +166,68 @@ def test_with_a_disk_and_an_image(server, tmp_path):
     image.write_bytes(bytes(2 << 20))
     assert failing(lambda: third.write("restore", "in\n")) == errno.EINVAL and third.read("machine") == "bare\n"
     third.path.rmdir()
+
+
+# ---- one file
+
+
+def vmfs(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vmfs.cli", *map(str, words)], capture_output=True, text=True)
+
+
+def test_one_file_there_and_back(vm, saved, server, tmp_path):
+    put(vm, 0x300000, b"later")
+    for which, later in ((vm.path, b"later"), (f"{vm.path}:one", bytes(5))):
+        file = tmp_path / "file"
+        assert vmfs("save", which, file).stderr == ""
+        assert os.listdir(vm / "snap") == ["one"] and file.stat().st_mode & 0o077 == 0
+        new = Machine(server.path / "loaded")
+        assert vmfs("load", file, new.path).stderr == ""
+        assert os.listdir(new / "snap") == [] and new.read("mem_size") == f"{SMALL}\n"
+        assert number(new) == 1 and number(new, 0x300000) == int.from_bytes(later[:4], "little")
+        assert new.run() == "hlt rip=0x1006\n" and number(new) == 2
+        new.path.rmdir()
+    subprocess.run(["tar", "--zstd", "-xf", file, "-C", tmp_path], check=True)
+    assert (tmp_path / "machine" / "mem").read_bytes() == (saved / "mem").read_bytes()
+
+
+def test_a_file_that_is_cut_or_damaged_makes_no_machine(vm, server, tmp_path):
+    vm.write("mem_size", f"{SMALL}\n")
+    put(vm, 0, os.urandom(1 << 16))
+    file, mutant = tmp_path / "file", tmp_path / "mutant"
+    assert not vmfs("save", vm.path, file).returncode
+    data = file.read_bytes()
+    damaged = data[:5000] + bytes((data[5000] ^ 1,)) + data[5001:]
+    for what in (b"", b"text\n" * 1000, data[:100], data[:-1], data[:300] + data[-300:], damaged):
+        mutant.write_bytes(what)
+        told = vmfs("load", mutant, server.path / "none")
+        assert told.returncode == 1 and told.stderr.startswith("vmfs load: ") and told.stderr.count("\n") == 1, told
+        assert not (server.path / "none").exists()
+
+
+def test_what_cannot_be_saved_or_loaded(vm, saved, server, tmp_path):
+    file = tmp_path / "file"
+    for words, sentence in (
+        (("save", tmp_path / "no", file), "is no machine"),
+        (("save", f"{vm.path}:two", file), "has no snapshot two"),
+        (("save", vm.path, tmp_path / "no" / "file"), "No such file"),
+        (("load", file, server.path / "new"), "No such file"),
+        (("load", saved / "mem", tmp_path / "new"), "is in no mount"),
+        (("load", saved / "mem", vm.path), "File exists"),
+    ):
+        told = vmfs(*words)
+        assert told.returncode == 1 and sentence in told.stderr and told.stderr.count("\n") == 1, told
+    assert sorted(os.listdir(tmp_path)) == ["saved"]
+
+
+@pytest.mark.parametrize("moment", [0.05, 0.3, 0.6])
+def test_a_saver_that_is_killed_leaves_no_half_file(vm, tmp_path, moment):
+    put(vm, 0, os.urandom(1 << 20) * 64)
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+    saver = subprocess.Popen([sys.executable, "-m", "vmfs.cli", "save", str(vm.path), str(file)])
+    time.sleep(moment)
+    saver.kill()
+    saver.wait()
+    assert file.read_bytes() == b"before" or len(file.read_bytes()) > 1 << 20
+    assert os.listdir(tmp_path) == ["file"]

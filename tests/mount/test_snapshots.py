@@ -109,6 +109,8 @@ def test_what_stands_in_it(vm):
         assert ram[0x5000] == 1 and ram[SIZE - 1] == 0
     for name in ("mem", "state", "info"):
         assert failing(lambda name=name: os.open(folder / name, os.O_RDWR)) == errno.EACCES
+        others = f"exec 2>&- setsid dd if=/dev/null of={folder / name}"
+        assert subprocess.run(["sh", "-c", others], check=False).returncode
         assert failing(lambda name=name: os.unlink(folder / name)) == errno.EPERM
     assert failing(lambda: os.mkdir(folder / "more")) == errno.EPERM
     assert failing(lambda: os.rename(folder, vm / "snap" / "two")) == errno.EPERM

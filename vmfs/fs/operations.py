@@ -159,7 +159,7 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EISDIR)
         access = flags & _ACCESS
         reading, writing = access != os.O_WRONLY, access != os.O_RDONLY
-        if writing and node.becomes_writable is not None:
+        if access == os.O_WRONLY and node.becomes_writable is not None:
             try:
                 await node.becomes_writable(ctx.pid)
             except Exception as raised:

@@ -3,8 +3,8 @@
 A program that copies a saved machine to snap/NAME makes the directory, and writes files into it. Some say at once that
 it shall be the owner's alone, as cp and tar do, since the saved one is: that takes no snapshot. Of others a snapshot is
 taken, as by mkdir(1), and with the first file that they write it is none any more, and the directory is what was
-written. Only the process that has made the directory may do that, and its group: a slip of anybody else's shall not
-cost a snapshot.
+written. Only the process that has made the directory may do that, and its group, by a new file or one that is opened
+for writing alone: a slip shall not cost a snapshot.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ class SnapshotDirectory(Directory):
         return node
 
     async def drop(self, directory: Directory, name: str, pid: int) -> None:
-        await self.arrive(pid)
+        if not self.is_arriving:
+            raise NotPermitted("a snapshot is only read, and goes with its directory: rmdir")
         path = self.path_of(directory, name)
         await call(self.scope.machine, lambda at: commands.Remove(at, path), pid)
         directory.take(name)

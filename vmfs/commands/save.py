@@ -1,0 +1,53 @@
+"""`vmfs save`: a machine, or a snapshot of it, as one file."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vmfs.commands import archive
+from vmfs.words.errors import Invalid
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("machine", metavar="MACHINE[:SNAPSHOT]", help="its directory, as /vmfs/demo; as it is now, or "
+                        "as a snapshot has it")
+    parser.add_argument("file", metavar="FILE", type=Path, help="what is there already is replaced once it is whole")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    machine, name = _parts(arguments.machine)
+    taken = None if name else f"save-{os.getpid()}"
+    folder = machine / "snap" / (name or taken)
+    if taken:
+        _make(machine, folder)
+    try:
+        try:
+            with archive.new_file(arguments.file.absolute()) as file:
+                archive.write(folder, file, str(arguments.file))
+        except OSError as failure:
+            raise archive.failed(failure.filename or arguments.file, failure) from None
+    finally:
+        if taken:
+            folder.rmdir()
+    return 0
+
+
+def _parts(text: str) -> tuple[Path, str]:
+    """The machine, and the snapshot. A machine's name has no colon; a path may have one."""
+    path, colon, name = text.rpartition(":")
+    machine, name = (Path(path), name) if colon and "/" not in name else (Path(text), "")
+    if not (machine / "vm_run").exists():
+        raise Invalid(f"{machine} is no machine: there is no {machine}/vm_run")
+    if name and not (machine / "snap" / name).is_dir():
+        raise Invalid(f"{machine} has no snapshot {name}")
+    return machine, name
+
+
+def _make(machine: Path, folder: Path) -> None:
+    before = os.umask(0o022)  # with others in its mode a directory in snap/ is a snapshot that is taken
+    try:
+        folder.mkdir()
+    except OSError as failure:
+        raise archive.refused(machine, failure) from None
+    finally:
+        os.umask(before)
