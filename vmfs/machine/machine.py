@@ -530,7 +530,9 @@ class Vm(Control):
             self._attached = {one.name: one for one in setup.attached}
             self._has_run, self._boot_due = False, True
             self._set_time(setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host")
-            memory.written = self._wrote
+            memory.written, memory.noted = self._wrote, lambda: self._dirty["base"]
+            self._dirty = {name: copied if name == "base" else 0 for name in self._dirty}
+            self._own_writes.clear()
             if old[1] is not None:
                 old[1].close()
             old[0].close()

@@ -87,7 +87,7 @@ class Memory:
         check_size(size)
         memory = cls.__new__(cls)
         memory._sealed, memory._closed, memory._writing = True, False, threading.Lock()
-        memory.written = lambda address, size: None
+        memory.written, memory.noted = lambda address, size: None, lambda: 0
         memory.size, memory.regions = size, regions_of(size)
         ground = image.layers[0]
         if image.end != memory.end or ground.pages is not None:
