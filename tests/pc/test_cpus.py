@@ -61,7 +61,8 @@ def test_every_cpu_works_and_goes_off_and_on(make_pc):
     assert pc.shell("echo 0 > cpu2/online; nproc; cat online") == "3\n0-1,3\n"
     assert (pc.path / "cpu2" / "state").read_text() in ("wait-for-sipi\n", "halted\n")
     assert pc.shell("echo 1 > cpu2/online; nproc; cat online") == "4\n0-3\n"
-    said = pc.shell("dmesg | grep -ciE 'unstable|lockup|stall|BUG:|warp' || true")
+    # Within the 80 columns that the shell echoes on a line.
+    said = pc.shell("dmesg | grep -ciE 'unst|lockup|stall|BUG:|warp' || true")
     assert said == "0\n"
     counts = [(pc.path / f"cpu{cpu}" / "stat").read_text() for cpu in range(4)]
     assert all(int(text.split("instructions ")[1].split()[0]) > 1_000_000 for text in counts)
