@@ -231,3 +231,16 @@ def test_a_saver_that_is_killed_leaves_no_half_file(vm, tmp_path, moment):
     saver.wait()
     assert file.read_bytes() == b"before" or len(file.read_bytes()) > 1 << 20
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_of_an_earlier_release(server):
+    """tests/mount/saved/bare-1.vmfs: a guest in real mode that has counted to 3, of 1 MiB, on the emulator. It is never
+    written anew; a later format has a file of its own beside it."""
+    new = Machine(server.path / "of-a-file")
+    assert vmfs("load", Path(__file__).parent / "saved" / "bare-1.vmfs", new.path).stderr == ""
+    assert new.read("engine") == "emulator\n" and new.read("state") == "halted\n" and number(new) == 3
+    with open(new / "mem", "rb") as ram:
+        ram.seek(0x8000)
+        assert ram.read(50) == b"a saved machine of the first release that has them"
+    assert new.run() == "hlt rip=0x1006\n" and number(new) == 4
+    new.path.rmdir()
