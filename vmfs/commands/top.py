@@ -20,6 +20,7 @@ from vmfs.words.numbers import parse_duration
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+NEW_ONES = 50  # machines that are asked for the first time in one look
 _HEAD = ("NAME", "STATE", "ENGINE", "CPU%", "MIPS", "EXITS/S", "RESIDENT", "MAKER")
 _HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -72,13 +73,14 @@ class Looks:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._seen: dict[tuple[str, int], _Seen] = {}
+        self._room = NEW_ONES
 
     def look(self) -> list[str]:
         """The table, after what has happened since the last time."""
         rows, before, self._seen = [], self._seen, {}
-        running = 0
+        running, self._room = 0, NEW_ONES
         for entry in table.listing(self._directory):
-            seen = before.get((entry.name, entry.pid)) or _Seen()
+            seen = before.get((entry.name, entry.pid)) or _Seen(state="-" if entry.pid else "new")
             self._seen[entry.name, entry.pid] = seen
             resident = self._update(entry, seen) if entry.pid else 0
             running += seen.state == "running"
@@ -92,15 +94,15 @@ class Looks:
 
     def _update(self, entry: table.Entry, seen: _Seen) -> int:
         """Ask a machine that has done something; its resident memory."""
-        try:
-            used = Path(f"/proc/{entry.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return 0
-        ticks, resident = int(used[11]) + int(used[12]), int(used[21]) * _PAGE  # utime, stime, rss: proc_pid_stat(5)
+        ticks, resident = _used(entry.pid)
         now = time.monotonic()
         if ticks == seen.ticks:
             seen.rates, seen.at = (0.0, 0.0, 0.0), now
             return resident
+        if seen.ticks < 0:
+            self._room -= 1
+            if self._room < 0:  # at a later look
+                return resident
         path = self._directory / entry.name
         facts = table.facts(path) if os.access(path / "stat", os.R_OK) else {}
         if seen.ticks >= 0:
@@ -109,8 +111,18 @@ class Looks:
             exits = _exits(facts) - _exits(seen.facts)
             seen.rates = (ticks - seen.ticks) / _TICK / past * 100, max(done, 0) / past / 1e6, max(exits, 0) / past
         seen.state, seen.engine = table.word(path, "state"), table.word(path, "engine")
-        seen.ticks, seen.facts, seen.at = ticks, facts, now
+        # What it has used to answer is no reason to ask it again.
+        seen.ticks, seen.facts, seen.at = _used(entry.pid)[0], facts, now
         return resident
+
+
+def _used(pid: int) -> tuple[int, int]:
+    """Ticks of processor time, and bytes of resident memory, of a process; none of one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0, 0
+    return int(fields[11]) + int(fields[12]), int(fields[21]) * _PAGE  # utime, stime, rss: proc_pid_stat(5)
 
 
 def _exits(facts: dict[str, int]) -> int:
