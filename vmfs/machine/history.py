@@ -38,10 +38,10 @@ MEMORY_LEAST = 16 << 20
 EVERY = 0.05  # seconds of running between two checkpoints, where nobody says how many
 EVERY_LEAST, EVERY_MOST = 0.002, 60.0
 CHECKPOINTS_MOST = 192
-_SHARE = 0.1  # of the time of a run, that checkpoints may take
+_SHARE = 0.05  # of the time of a run, that checkpoints may take
 _NEW = 8  # checkpoints that are kept however near they are
 _DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
-_PACE = 0.002  # seconds after which a machine whose time is the host's is told how much has passed
+_PACE = 0.01  # seconds after which a machine whose time is the host's is told how much has passed
 _AHEAD = 50_000_000  # nanoseconds by which it may be early
 
 
@@ -362,7 +362,7 @@ class History:
     def take(self, *, is_first: bool = False) -> Checkpoint:
         """Keep what the machine is."""
         vm = self._vm
-        began = time.perf_counter()
+        began = time.thread_time()
         pages = vm.written_since("history")
         layer = Layer(os.memfd_create("vmfs-history", os.MFD_CLOEXEC), pages)
         overlays: dict[str, Frozen] = {}
@@ -399,9 +399,9 @@ class History:
         )
         at = self.index() + 1 if self.in_past and not is_first else len(self.checkpoints)
         self.checkpoints.insert(at, one)
-        self._taken_at = time.perf_counter()
+        self._taken_at = time.thread_time()
         self._thin()
-        self._cost = time.perf_counter() - began
+        self._cost = time.thread_time() - began
         return one
 
     def go_to(self, checkpoint: Checkpoint) -> None:
@@ -523,21 +523,18 @@ class History:
 
     def _keep(self) -> None:
         vm = self._vm
-        while not self._ended.wait(_PACE if self._follows_host else min(self._spacing(), self.every)):
+        while not self._ended.wait(min(_PACE, self.every) if self._follows_host else self.every):
             if vm._run is None or self.in_past or self.is_travelling:
                 continue
-            due = time.perf_counter() - self._taken_at >= self._spacing()
-            if not (due or self._follows_host):
-                continue
             try:
-                vm.at_boundary(lambda _, due=due: self._tick(due)).result()
+                vm.at_boundary(lambda _: self._tick()).result()
             except VmfsError:
                 continue  # the next run says what is wrong
 
     def _spacing(self) -> float:
         return max(self.every, self._cost / _SHARE)
 
-    def _tick(self, due: bool) -> None:
+    def _tick(self) -> None:
         """In the CPU's thread."""
         vm = self._vm
         if vm.history is not self or self.in_past or self.changed or self.is_travelling or vm._run is None:
@@ -549,7 +546,7 @@ class History:
                     vm.board.inputs.note_passing(late)
                 elif late < -_AHEAD:
                     self._host_origin += late + _AHEAD
-        if due:
+        if not 0 <= time.thread_time() - self._taken_at < self._spacing():  # another thread has taken it, or long ago
             self.take()
 
     # ---- who runs it

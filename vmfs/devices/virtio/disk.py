@@ -316,7 +316,8 @@ def merge(stacks: Sequence[Frozen], disk: Overlay) -> None:
     lists = [*(one.files for one in stacks), disk.lower]
     above: dict[Written, set[Written | None]] = {}
     for files in lists:
-        for one, over in zip(files, (*files[1:], None), strict=True):
+        for at, one in enumerate(files):
+            over = files[at + 1] if at + 1 < len(files) else None
             above.setdefault(one, set()).add(over)
     gone = set()
     for one in dict.fromkeys(one for files in lists for one in files):
