@@ -12,6 +12,7 @@ from engine.conftest import engine_or_skip
 from engine.test_inputs import BIRTH, GUEST
 
 from vmfs.devices import keys
+from vmfs.devices.device import NoState, StatelessDevice, Window
 from vmfs.machine.history import History
 from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
@@ -253,3 +254,69 @@ def test_switched_off_it_goes_on(walker):
         go(vm, back=1)
     run(vm, instructions=100)
     assert count(vm) == 10_000
+
+
+def writer(vm: Vm, address: int, length: int):
+    return vm.start(Bound(journey=Journey(written=((address, length),))))
+
+
+def test_who_wrote_last(walker):
+    """An instruction, also several checkpoints ago; a client; nobody. The machine stands where it was."""
+    vm = walker("pc")
+    vm.memory.write(0x7000, bytes(16))
+    started(vm)
+    vm.set_points(lambda points: points.add_watch(0x7000, 4, False, True)).result()
+    run(vm)
+    place, new = count(vm) - 1, int(state(vm)["rbx"], 16).to_bytes(4, "little")
+    vm.set_points(lambda points: points.delete_all()).result()
+    for _ in range(10):
+        run(vm, instructions=50)
+        with vm._lock:
+            vm.history.take()
+    there, seen = vm.state_hash(), vm.last_exit
+    asked = writer(vm, 0x7000, 4)
+    asked.result(SECONDS)
+    found = asked.travel.written
+    assert (found.how, found.place, found.old, found.new) == ("instruction", place, bytes(4), new)
+    assert vm.state_hash() == there and vm.last_exit == seen and not vm.history.in_past
+    vm.memory.write(0x7004, b"abcd")
+    at = count(vm)
+    run(vm, instructions=50)
+    asked = writer(vm, 0x7004, 4)
+    asked.result(SECONDS)
+    found = asked.travel.written
+    assert (found.how, found.place, found.old, found.new) == ("client", at, bytes(4), b"abcd")
+    asked = writer(vm, 0x7100, 8)
+    asked.result(SECONDS)
+    assert asked.travel.written is None
+
+
+def test_what_a_device_wrote_is_said_to_be_a_devices(emulator, machines, tmp_path):
+    """The virtio-rng of a Debian would do; here a device writes by hand, when a port is written."""
+
+    class Writer(StatelessDevice):
+        TYPE = "writer"
+        STATE = NoState
+
+        def windows(self):
+            return (Window("port", 0x300, 1),)
+
+        def write(self, region, offset, size, value):
+            self.board.dma_write(0x7000, bytes([value]) * 8)
+
+    vm = Vm(emulator, memory_size=4 << 20)
+    machines.append(vm)
+    vm.set_machine("pc")
+    vm.set_time_source("instructions")
+    vm.board.add(Writer(vm.board, "writer"))
+    program = assemble("mov dx, 0x300; mov al, 7; mov ecx, 5000; a: loop a; out dx, al; b: loop b; jmp b", "long")
+    vm.memory.write(ORIGIN, program.code)
+    vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"))
+    vm.change(lambda vcpu: write_registers(vcpu, {"rip": ORIGIN}))
+    started(vm)
+    run(vm, instructions=20_000)
+    asked = writer(vm, 0x7000, 8)
+    asked.result(SECONDS)
+    found = asked.travel.written
+    assert (found.how, found.place, found.old, found.new) == ("dma", 5003, bytes(8), b"\7" * 8)
+    assert count(vm) == 20_000

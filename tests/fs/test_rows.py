@@ -99,6 +99,12 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"on every=1s every=2s\n", errno.EINVAL),
         (b"on\n", errno.EOPNOTSUPP),
     ),
+    "writer": (
+        (b"0x1000\n", errno.EINVAL),
+        (b"0x1000 0\n", errno.EINVAL),
+        (b"0x1000 5000\n", errno.EINVAL),
+        (b"nowhere 8\n", errno.EINVAL),
+    ),
     "restore": (
         (b"\n", errno.EINVAL),
         (b"one two", errno.EINVAL),

@@ -62,6 +62,7 @@ FILES: tuple[Row, ...] = (
     Row("restore", 0o600, HOST),
     Row("fork", 0o200, ForkFile()),
     Row("history", 0o600, History()),
+    Row("writer", 0o600, Served(writable=True, acts=True, sized=False)),
     # configuration
     Row("mem_size", 0o600, BOTH),
     Row("cpus", 0o600, BOTH),

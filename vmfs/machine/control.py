@@ -377,6 +377,7 @@ class Control:
                 bound = self._checked(bound)
             self._choose_runners(bound)
             run, begins = Run(bound), False
+            run.state_before = self._state
             if self._state == "shutdown" and self._last_exit is not None and bound.journey is None:
                 run.set_result(self._note(self._last_exit))
             elif self._held:
@@ -496,7 +497,9 @@ class Control:
                     self._set_back()
             if self._closed or failure is not None:
                 self._held.clear()
-            if result is not None:
+            if run.bound.looks_only and not self._closed:
+                self._state = run.state_before
+            elif result is not None:
                 result = self._note(result)
         self.tell()
         if failure is not None:

@@ -38,7 +38,7 @@ MEMORY_LEAST = 16 << 20
 EVERY = 0.05  # seconds of running between two checkpoints, where nobody says how many
 EVERY_LEAST, EVERY_MOST = 0.002, 60.0
 CHECKPOINTS_MOST = 192
-_SHARE = 0.05  # of the time of a run, that checkpoints may take
+_SHARE = 0.1  # of the time of a run, that checkpoints may take
 _NEW = 8  # checkpoints that are kept however near they are
 _DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
 _PACE = 0.01  # seconds after which a machine whose time is the host's is told how much has passed
@@ -415,9 +415,9 @@ class History:
             for name, disk in self._disks():
                 disk.go_back(checkpoint.overlays[name])
 
-        was = vm._state
+        was, news = vm._state, vm._exit_news
         put(vm, replace(checkpoint.parts, seen=vm.save_seen()), put_memory)  # the user does not go back
-        vm._state = was
+        vm._state, vm._exit_news = was, news
         vm.put_back(pages)
         self._parent = checkpoint.ram
         self._stretch = checkpoint.stretch

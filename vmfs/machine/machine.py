@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from vmfs.debug.disasm import Listing
 from vmfs.debug.paging import Paging
@@ -108,6 +108,7 @@ class Vm(Control):
         self._attached: dict[str, Attached] = {}  # by name, what `attach` has put in
         self.past = Past(self)
         self.listing = Listing()  # what `disasm` shows
+        self.writer_of: Any = None  # what `writer` is asked about
         # By the reader that takes it; "base": since RAM is over one, and never taken.
         self._dirty = {"file": 0, "cache": 0, "past": 0, "history": 0, "base": 0}
         self.memory.noted = lambda: self._dirty["base"]

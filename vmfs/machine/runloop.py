@@ -34,6 +34,12 @@ class Bound:
     journey: Journey | None = None  # through the machine's past, in place of all of that
 
 
+    @property
+    def looks_only(self) -> bool:
+        """The machine is where it was afterwards, and nobody is to see an exit."""
+        return self.journey is not None and bool(self.journey.written)
+
+
 UNBOUND = Bound()
 
 
@@ -46,6 +52,7 @@ class Run(Future):  # type: ignore[type-arg]
         self.stop_asked = False
         self.expired = False
         self.has_ended = False  # one of its CPUs came to the exit that ends it
+        self.state_before = ""  # of the machine
         self.travel: Any = None  # of a journey (`vmfs.machine.travel.Travel`)
 
 

@@ -20,9 +20,9 @@ from vmfs.machine.history import Checkpoint, History
 from vmfs.machine.journey import Journey
 from vmfs.machine.runloop import Asked, Bound, Run, RunLoop
 from vmfs.words import exits
-from vmfs.words.errors import EngineFailed, Invalid
+from vmfs.words.errors import Busy, EngineFailed
 from vmfs.words.layouts import RIP, quad
-from vmfs.words.stops import Breakpoint
+from vmfs.words.stops import Breakpoint, Watchpoint
 
 NEAR = 2_000_000  # instructions: a checkpoint is left that many before a place that was far from the last one
 _WRITER = 1  # the id of its watchpoints
@@ -30,7 +30,8 @@ _WRITER = 1  # the id of its watchpoints
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Who wrote some bytes last. `how`: by an instruction, by `dma` of a device, by a `client`."""
+    """Who wrote some bytes last. `how`: an `instruction`, the delivery of an `event`, a device by `dma`, or a `client`
+    of the machine. `place`: how many instructions were done before that; `rip`: where the CPU stood then."""
 
     how: str
     place: int
@@ -74,6 +75,8 @@ class Travel:
         history.at_begin = False
         traced, points = vm.trace.on, vm._points
         with vm._lock:
+            if journey.written and history.changed and history.in_past:
+                raise Busy("writer: the machine was changed in its past: run it, which makes another future, or `goto`")
             if not history.checkpoints or (history.changed and not history.in_past):
                 history.forget_future()
                 history.begin_stretch(history.stretch.cpu)
@@ -340,7 +343,68 @@ class Travel:
     # ---- who wrote
 
     def _find_writer(self, ranges: tuple[tuple[int, int], ...]) -> exits.Exit:
-        raise Invalid("not yet")
+        """Sets `written`. The machine is where it was."""
+        history = self._history
+        now = history.count(), history.took_event()
+        self.written = self._last_writer(ranges, *now)
+        self._go_to(now[0])
+        while now[1] and history.count() == now[0] and not history.took_event():
+            self._replay(now[0], step=True)
+        return self._limit()
+
+    def _last_writer(self, ranges: tuple[tuple[int, int], ...], place: int, after_event: bool) -> Written | None:
+        history = self._history
+        stops = tuple(Watchpoint(_WRITER, at, length, False, True, physical=True) for at, length in ranges)
+        request = DebugRequest(stops=stops)
+        wanted, end = self._value(ranges), place
+        at = history.index()
+        while at >= 0:
+            checkpoint = history.checkpoints[at]
+            self._restore(checkpoint)
+            first, last = self._value(ranges), None
+
+            def note(reached: exits.Debug) -> None:
+                nonlocal last
+                last = history.count(), history.took_event(), reached.cpu, self._value(ranges)
+
+            self._replay(end, lambda cpu: request, note)
+            while after_event and history.count() == end and not history.took_event():
+                if self._replay(end, lambda cpu: request, note, step=True) is not None:
+                    break
+            there = self._value(ranges)
+            if there != wanted:
+                return Written("client", end, self._rip(0), 0, there, wanted)
+            if last is not None and last[3] == there:
+                return self._by_instruction(ranges, *last)
+            if there != (first if last is None else last[3]):
+                return self._by_device(ranges, checkpoint.place if last is None else last[0], end, there)
+            at = history.checkpoints.index(checkpoint) - 1
+            wanted, end, after_event = first, checkpoint.place, checkpoint.after_event
+        return None
+
+    def _value(self, ranges: tuple[tuple[int, int], ...]) -> bytes:
+        return b"".join(self._vm.memory.read(at, length) for at, length in ranges)
+
+    def _by_instruction(
+        self, ranges: tuple[tuple[int, int], ...], place: int, by_event: bool, cpu: int, new: bytes
+    ) -> Written:
+        before = place if by_event else place - 1
+        self._go_to(before)
+        how = "event" if by_event else "instruction"
+        return Written(how, before, self._rip(cpu), cpu, self._value(ranges), new)
+
+    def _by_device(self, ranges: tuple[tuple[int, int], ...], low: int, high: int, new: bytes) -> Written:
+        """No instruction wrote what is there at `high`: when it came."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            self._go_to(middle)
+            if self._value(ranges) == new:
+                high = middle
+            else:
+                low = middle
+        self._go_to(low)
+        at = self._limit()
+        return Written("dma", low, at.rip, at.cpu, self._value(ranges), new)
 
 
 _NO_TRACE = Trace()

@@ -18,7 +18,7 @@ from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size, why
 from vmfs.machine.files.gdb import GdbFile, GdbStream
 from vmfs.machine.files.handles import Kind
-from vmfs.machine.files.history import HISTORY
+from vmfs.machine.files.history import HISTORY, WRITER
 from vmfs.machine.files.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.machine.files.lines import Do, Undo, same
 from vmfs.machine.files.memory import Mem, resize_memory
@@ -251,6 +251,7 @@ CONTENTS: Mapping[str, Kind] = {
         ),
     "restore": RESTORE,
     "history": HISTORY,
+    "writer": WRITER,
     # configuration
     "mem_size": Text(lambda scope: f"{scope.vm.memory.size}\n", _put_mem_size),
     "cpus": Text(lambda scope: f"{len(scope.vm.cpus)}\n", _put_cpus),
