@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, disk, files, gdb, house, lane, library, points, ports, programs, runs, smp
+from bench import boot, cpu, debug, disk, files, gdb, history, house, lane, library, points, ports, programs, runs, smp
 from bench.harness import table
 
 GROUPS = {
@@ -22,6 +22,7 @@ GROUPS = {
     "debug": debug.results,
     "gdb": gdb.results,
     "library": library.results,
+    "history": history.results,
 }
 
 

@@ -55,7 +55,8 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def on_vmfs(mount: Path, guest: Guest) -> Told:
+def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda vm: None) -> Told:
+    """`prepare(vm)` is done before the run."""
     vm = mount / "bench"
     vm.mkdir()
     try:
@@ -67,6 +68,7 @@ def on_vmfs(mount: Path, guest: Guest) -> Told:
         (vm / "kernel").write_bytes(guest.kernel.read_bytes())
         (vm / "initrd").write_bytes(guest.initrd)
         (vm / "cmdline").write_text(CMDLINE)
+        prepare(vm)
         machine = int(dict(line.split() for line in (vm / "stat").read_text().splitlines())["pid"])
         processes = (machine, parent(machine), parent(parent(machine)))  # the zygote, the server
         with open(vm / "console", "rb", buffering=0) as console:

@@ -320,3 +320,28 @@ def test_what_a_device_wrote_is_said_to_be_a_devices(emulator, machines, tmp_pat
     found = asked.travel.written
     assert (found.how, found.place, found.old, found.new) == ("dma", 5003, bytes(8), b"\7" * 8)
     assert count(vm) == 20_000
+
+
+def test_several_cpus_are_stepped_apart_and_gone_back_with(walker):
+    """Steps of one CPU alone are parts of the past; `back N` of one CPU is to where that one had done N fewer."""
+    vm = walker(cpus=2, source=WALKER.replace("out 0x80, al; in al, 0x81;", ""))
+    started(vm)
+    dice = random.Random(5)
+    seen = {}
+    for _ in range(12):
+        run(vm, instructions=dice.randrange(1, 30_000))
+        for _ in range(3):
+            run(vm, steps=dice.randrange(1, 5), cpu=dice.randrange(2))
+            seen[count(vm)] = vm.state_hash()
+    places = sorted(seen)
+    for place in dice.sample(places[:-1], 12):
+        go(vm, place=place)
+        assert count(vm) == place
+    go(vm, place=places[-1])
+    assert vm.state_hash() == seen[places[-1]] and not vm.history.in_past
+    for cpu in (1, 0, 1):
+        before = vm.cpu_counters(cpu)["instructions"]
+        exit_ = go(vm, back=7, cpu=cpu)
+        assert vm.cpu_counters(cpu)["instructions"] == before - 7 and exit_.cpu == cpu
+        run(vm, steps=7, cpu=cpu)
+        assert vm.cpu_counters(cpu)["instructions"] == before

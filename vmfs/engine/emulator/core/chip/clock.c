@@ -339,6 +339,24 @@ void chip_notify(struct vcpu *c)
     }
 }
 
+void vm_pass_time(struct vm *vm, uint64_t nanoseconds)
+{
+    if (vm->time != TIME_DETERMINISTIC)
+        return;
+    vm->now += nanoseconds;
+    clock_share(vm);
+    if (!vm->irqchip)
+        return;
+    chips_lock(vm); /* no timer is late when somebody looks at the machine */
+    irqchip_advance(vm->irqchip, vm->now);
+    chips_unlock(vm);
+    if (vm->now >= bus_due(vm)) {
+        vm->bus->advance(vm->bus, vm->now + (u64)vm->clock_offset);
+        chip_apply_lines(vm);
+    }
+    notify(vm, NULL);
+}
+
 void chip_look(struct vcpu *c)
 {
     struct irqchip *chip = c->vm->irqchip;

@@ -419,6 +419,7 @@ int set_time(struct vm *vm, const void *data, size_t size)
         if (vm->vcpus[i]) {
             struct vcpu *c = vm->vcpus[i];
             c->skew = t.now - instructions_done(c);
+            c->asleep_since += t.now - before;
             set_tsc_offset(c, c->tsc_offset - (t.now - before));
         }
     return 0;

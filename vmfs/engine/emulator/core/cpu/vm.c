@@ -234,14 +234,6 @@ bool vm_set_parallel(struct vm *vm, bool parallel)
 void vm_set_paced(struct vm *vm, bool paced) { vm->paced = paced; }
 void vm_set_repeatable(struct vm *vm, bool repeatable) { vm->repeatable = repeatable; }
 
-void vm_pass_time(struct vm *vm, uint64_t nanoseconds)
-{
-    if (vm->time != TIME_DETERMINISTIC)
-        return;
-    vm->now += nanoseconds;
-    clock_share(vm);
-}
-
 void vm_set_time(struct vm *vm, enum core_time mode)
 {
     u64 now = vm_time(vm); /* it goes on from here */
