@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cpu, debug, disk, files, gdb, history, house, lane, library, points, ports, programs, runs, smp
+from bench import (
+    boot,
+    cpu,
+    debug,
+    disk,
+    files,
+    gdb,
+    history,
+    house,
+    lane,
+    library,
+    past,
+    points,
+    ports,
+    programs,
+    runs,
+    smp,
+)
 from bench.harness import table
 
 GROUPS = {
@@ -23,6 +40,7 @@ GROUPS = {
     "gdb": gdb.results,
     "library": library.results,
     "history": history.results,
+    "past": past.results,
 }
 
 
