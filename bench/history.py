@@ -79,7 +79,8 @@ def _back(mount: Path, kernel: Path) -> tuple[float, float, float]:
         steps = [_timed(vm, "back 1") for _ in range(STEPS)]
         past = dict(line.split(" ", 1) for line in (vm / "history").read_text().splitlines())
         search = _timed(vm, f"back until {NOWHERE:#x}")
-        return statistics.median(steps), search, _timed(vm, f"goto {past['to']}")
+        forward = _timed(vm, f"insns {int(past['to']) - int(past['from'])}")  # it is at the begin
+        return statistics.median(steps), search, forward
     finally:
         vm.rmdir()
 
