@@ -618,11 +618,12 @@ class Vm(Control):
 
     def _check_no_past(self, what: str) -> None:
         """What its snapshots, or its history, could not go back to is not changed; with the lock held."""
-        self._check_no_history(what)
+        self.check_no_history(what)
         if self.past:
             raise Busy(f"{what}: the machine has snapshots, which are of it as it is")
 
-    def _check_no_history(self, what: str) -> None:
+    def check_no_history(self, what: str) -> None:
+        """What a history is of is not changed: Busy."""
         if self.history is not None:
             raise Busy(f"{what}: the machine has a history, which is of it as it is: `echo off > history` ends it")
 
@@ -636,7 +637,7 @@ class Vm(Control):
         check_time(source)
         with self._lock:
             self._check_idle()
-            self._check_no_history("time")
+            self.check_no_history("time")
             if source == "instructions" and Capability.DETERMINISTIC not in self.capabilities:
                 raise Unsupported(f"time: on {self.engine.name} it follows the host's clock")
             self._set_time(source)
@@ -754,7 +755,7 @@ class Vm(Control):
         """
         with self._lock:
             self._check_idle()
-            self._check_no_history("engine")
+            self.check_no_history("engine")
             self._replace_machine(engine)
             if Capability.DETERMINISTIC in self.capabilities:
                 self._machine.set_time(self.time_source)

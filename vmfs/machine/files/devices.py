@@ -78,6 +78,7 @@ def _put_media(scope: Any, text: str) -> Do:
     change = parse_medium(device, text)
 
     async def do() -> None:
+        scope.machine.vm.check_no_history("media")
         # In a thread: a path may be on a slow file system, and a read of the old medium under way.
         await trio.to_thread.run_sync(change, door)
 
