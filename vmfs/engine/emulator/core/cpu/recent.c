@@ -154,7 +154,7 @@ struct graph {
     bool *reached;            /* each of `blocks`, from the note before */
     struct edge *edges;       /* direct ones, by `to` */
     size_t edge_count;
-    u64 *sites;               /* return addresses of calls, in order */
+    u64 *sites;               /* of blocks that follow a call, in order */
     size_t site_count;
     const struct block **ends; /* those reached that end with a return, or a jump to anywhere */
     size_t end_count;
@@ -217,7 +217,7 @@ static void graph_free(struct graph *g)
 }
 
 /* Where a block goes by itself: its direct jumps, and its end. `edges` NULL: only how many. */
-static unsigned edges_of(const struct block *b, struct edge *edges, bool *calls)
+static unsigned edges_of(const struct block *b, struct edge *edges)
 {
     const struct record *records[BLOCK_INSTRUCTIONS];
     unsigned count = instructions_of(b, records), found = 0;
@@ -235,8 +235,20 @@ static unsigned edges_of(const struct block *b, struct edge *edges, bool *calls)
             edges[found] = (struct edge){end_of(b), b, count};
         found++;
     }
-    *calls = flow == FLOW_CALLS || flow == FLOW_ANYWHERE;
     return found;
+}
+
+/* Whether a return may go there: its bytes stand after a CALL, which need not be in a block any more (E8, FF /2). */
+static bool follows_call(const struct block *b)
+{
+    unsigned room = b->physical[0] & 0xfff;
+    const u8 *at = b->host[0];
+    if (room < 7 || at[-5] == 0xe8 || at[-3] == 0xe8)
+        return true;
+    for (unsigned length = 2; length <= 7; length++)
+        if (at[-(int)length] == 0xff && (at[1 - (int)length] >> 3 & 7) == 2)
+            return true;
+    return false;
 }
 
 /* All blocks, and how they go to each other. False: there is no memory, or there are too many. */
@@ -255,16 +267,15 @@ static bool graph_make(struct graph *g, const struct vcpu *c)
     cache_blocks(c, g->blocks, g->block_count);
     qsort(g->blocks, g->block_count, sizeof *g->blocks, by_ip);
     size_t room = 0;
-    bool calls;
     for (size_t i = 0; i < g->block_count; i++)
-        room += edges_of(g->blocks[i], NULL, &calls);
+        room += edges_of(g->blocks[i], NULL);
     g->edges = malloc((room + 1) * sizeof *g->edges);
     if (!g->edges)
         return false;
     for (size_t i = 0; i < g->block_count; i++) {
-        g->edge_count += edges_of(g->blocks[i], &g->edges[g->edge_count], &calls);
-        if (calls)
-            g->sites[g->site_count++] = end_of(g->blocks[i]);
+        g->edge_count += edges_of(g->blocks[i], &g->edges[g->edge_count]);
+        if (follows_call(g->blocks[i]))
+            g->sites[g->site_count++] = g->blocks[i]->ip;
     }
     qsort(g->edges, g->edge_count, sizeof *g->edges, by_target);
     qsort(g->sites, g->site_count, sizeof *g->sites, by_value);
@@ -294,14 +305,14 @@ static void graph_reach(struct graph *g, const struct block *from)
 {
     size_t *queue = malloc(g->block_count * sizeof *queue), head = 0, tail = 0;
     struct edge edges[BLOCK_INSTRUCTIONS + 1];
-    bool returned = false, all = !queue, calls;
+    bool returned = false, all = !queue;
     unsigned count;
     memset(g->reached, 0, g->block_count);
     if (queue)
         reach(g, from->ip, queue, &tail);
     while (!all && head < tail) {
         const struct block *b = g->blocks[queue[head++]];
-        for (unsigned i = edges_of(b, edges, &calls); i--;)
+        for (unsigned i = edges_of(b, edges); i--;)
             reach(g, edges[i].to, queue, &tail);
         enum flow flow = end_flow(b, &count);
         for (size_t i = 0; flow == FLOW_RETURNS && !returned && i < g->site_count; i++)
@@ -433,7 +444,7 @@ static bool tell_way(struct told *told, struct graph *g, struct states *now, con
         for (unsigned i = 0; i < before.count; i++) {
             struct state *one = &before.all[i];
             bool ends = !one->at && !one->left;
-            if (!ends && (one->at > one->left || (before.count > 1 && !leads_there(g, one, from, 0))))
+            if (!ends && (one->at > one->left || !leads_there(g, one, from, 0)))
                 continue;
             ended |= ends;
             goes_on |= !ends;
