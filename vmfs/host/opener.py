@@ -16,11 +16,13 @@ import socket
 import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
 
+from vmfs.host import unpack
 from vmfs.host.credentials import Credentials, HostError, become, limit_capabilities
 from vmfs.host.sandbox import Sandbox, die_with_parent
 from vmfs.words.commands import Result
@@ -74,7 +76,15 @@ class StartShare(msgspec.Struct, frozen=True, array_like=True, tag=True):
     mount: int
 
 
-Work = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare
+class StartUnpack(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """`format`: of the image, or empty."""
+
+    path: str
+    format: str
+    mount: int
+
+
+Work = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | StartUnpack
 
 
 def run(work: Work, who: Credentials, line: socket.socket, sandbox: Sandbox) -> NoReturn:
@@ -83,6 +93,8 @@ def run(work: Work, who: Credentials, line: socket.socket, sandbox: Sandbox) -> 
     try:
         if isinstance(work, Listen) and work.path.startswith("\0"):  # no path: it means the same everywhere
             who = msgspec.structs.replace(who, elsewhere="")
+        if isinstance(work, StartUnpack):
+            unpack.load()  # which the user need not be able to read
         become(who)
         die_with_parent()
         _WORKS[type(work)](work, who, _Answer(line), sandbox)
@@ -234,6 +246,18 @@ def _start_share(work: StartShare, who: Credentials, answer: _Answer, sandbox: S
     share_server.serve(root, ours, read_only=work.read_only, barred=work.mount or None)
 
 
+def _start_unpack(work: StartUnpack, who: Credentials, answer: _Answer, sandbox: Sandbox) -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    answer(0, "", its.fileno())
+    its.close()
+    unpack.serve(
+        work.path, work.format, ours,
+        lambda path: open_path(path, os.O_RDONLY, work.mount),
+        lambda: open_path(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR),
+        lambda: sandbox.filter("unpack"),
+    )  # fmt: skip
+
+
 def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: Sandbox) -> None:
     """It stays until passt ends, so that passt is always somebody's child."""
     program = shutil.which("passt")
@@ -284,6 +308,7 @@ _WORKS: dict[type, Callable[[Any, Credentials, _Answer, Sandbox], None]] = {
     Unlink: _unlink,
     StartPasst: _start_passt,
     StartShare: _start_share,
+    StartUnpack: _start_unpack,
 }
 
 

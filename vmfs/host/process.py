@@ -685,7 +685,13 @@ class MachineProcess:
             self._helpers.discard(job)
         elif self._is_over:
             self.host.kill(job)
+        else:
+            trio.lowlevel.spawn_system_task(self._forget, job)
         return text, fds
+
+    async def _forget(self, helper: Job) -> None:
+        await helper.ended.wait()
+        self._helpers.discard(helper)
 
     @staticmethod
     def _result_of(packet: bytes, fds: list[int], *, late: bool) -> tuple[str, list[int]]:
@@ -780,6 +786,11 @@ class MachineProcess:
         who = self._who(ask.call, ask.path, changes=not ask.read_only)
         return await self._opened(who, work, lives=True)
 
+    async def _start_unpack(self, ask: commands.StartUnpack) -> tuple[str, list[int]]:
+        words = (ask.path, f"format={ask.format}") if ask.format else (ask.path,)
+        work = opener.StartUnpack(ask.path, ask.format, self.host.own_device)
+        return await self._opened(self._who(ask.call, *words), work, lives=True)
+
     async def _reserve(self, ask: commands.Reserve) -> tuple[str, list[int]]:
         self.host.reserve(self, ask.what, ask.size)
         return "", []
@@ -796,6 +807,7 @@ _ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[i
     commands.Unlink: MachineProcess._unlink_at,
     commands.StartPasst: MachineProcess._start_passt,
     commands.StartShare: MachineProcess._start_share,
+    commands.StartUnpack: MachineProcess._start_unpack,
     commands.Reserve: MachineProcess._reserve,
     commands.Invalidate: MachineProcess._invalidate,
 }

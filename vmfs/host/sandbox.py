@@ -126,6 +126,7 @@ class Sandbox:
                 "nobody": _filter([*MACHINE_CALLS, *BIRTH_CALLS], set_id=True, prctls=_PRCTLS + _BIRTH_PRCTLS),
                 "machine": _last_filter(),
                 "share": _filter(SHARE_CALLS, set_id=False),
+                "unpack": _filter([*MACHINE_CALLS, "prlimit64", "alarm", "setitimer"], set_id=False),
             }
             self.layers["seccomp"] = ""
         except (ImportError, OSError, RuntimeError) as error:

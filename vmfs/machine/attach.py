@@ -22,7 +22,7 @@ from vmfs.devices.machine import Pc
 from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
-from vmfs.devices.virtio.disk import Disk, open_disk
+from vmfs.devices.virtio.disk import Disk, Overlay, RawDisk, open_disk
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
@@ -30,6 +30,7 @@ from vmfs.machine.machine import Vm
 from vmfs.machine.state import Attached
 from vmfs.words.door import Door
 from vmfs.words.errors import Busy, Invalid, LimitReached, Unsupported
+from vmfs.words.images import FORMATS, HEAD, format_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +98,64 @@ def _drive_name(board: Pc, words: list[str], order: Sequence[str]) -> str:
     return name
 
 
-def _without_as(words: list[str]) -> list[str]:
-    return [word for word in words if not word.startswith(_AS)]
+_FORMAT = "format="
+
+
+def _plain(words: list[str]) -> list[str]:
+    """Without the options, which are `as=` and `format=`."""
+    return [word for word in words if not word.startswith((_AS, _FORMAT))]
+
+
+def _format_in(words: list[str]) -> str:
+    """What `format=` says; empty where it says nothing."""
+    for word in words:
+        if word.startswith(_FORMAT):
+            name = word.removeprefix(_FORMAT)
+            if name not in FORMATS:
+                raise Invalid(f"dev/add: a disk's format is {', '.join(FORMATS)}, not {name[:20]!r}")
+            return name
+    return ""
 
 
 def _disk_mode(words: list[str]) -> str:
-    words = _without_as(words)
+    words = _plain(words)
     return words[1] if len(words) > 1 else "rw"
 
 
 def _open_disk(door: Door, words: list[str]) -> Any:
-    words = _without_as(words)
+    kind, words = _format_in(words), _plain(words)
     if not 1 <= len(words) <= 2:
         raise Invalid("dev/add: a disk is a PATH, and ro, rw or cow")
     path, mode = words[0], _disk_mode(words)
-    return _open_image(door, path, mode), path
+    return _open_image(door, path, mode, kind), path
 
 
-def _open_image(door: Door, path: str, mode: str) -> Disk:
+def _open_image(door: Door, path: str, mode: str, kind: str = "") -> Disk:
+    """`kind`: its format; empty: what its first bytes say."""
     if mode not in ("ro", "rw", "cow"):
         raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
     flags = os.O_RDWR if mode == "rw" else os.O_RDONLY
-    return _image_of(door, door.open(path, flags), mode)
+    fd = door.open(path, flags)
+    try:
+        found = kind or format_of(os.pread(fd, HEAD, 0))
+    except OSError:  # a folder: `open_disk` says what is wrong
+        found = "raw"
+    if found == "raw":
+        return _image_of(door, fd, mode)
+    os.close(fd)
+    if mode == "rw":
+        raise Invalid(f"{path}: it is {found}, which is read and not written: ro or cow; format=raw takes it as it is")
+    taken = _Taken(Room(door))
+    try:
+        fd, _ = door.unpack(path, kind, taken.take)
+        disk = _image_of(door, fd, mode)
+    except BaseException:
+        taken.release()
+        raise
+    base = disk.base if isinstance(disk, Overlay) else disk
+    assert isinstance(base, RawDisk)
+    base.at_close = taken.release
+    return disk
 
 
 def _image_of(door: Door, fd: int, mode: str) -> Disk:
@@ -126,10 +163,10 @@ def _image_of(door: Door, fd: int, mode: str) -> Disk:
 
 
 def _open_cdrom(door: Door, words: list[str]) -> Any:
-    words = _without_as(words)
+    kind, words = _format_in(words), _plain(words)
     if len(words) > 1:
         raise Invalid(f"dev/add: it is `{ATTACHABLE['cdrom'].usage}`")
-    return (_open_image(door, words[0], "ro"), words[0]) if words else None
+    return (_open_image(door, words[0], "ro", kind), words[0]) if words else None
 
 
 def _make_cdrom(request: Request, disc: Any) -> Device:
@@ -199,7 +236,7 @@ def _take_disk(door: Door, words: list[str], fds: tuple[int, ...]) -> Any:
     if _disk_mode(words) not in ("ro", "cow"):
         os.close(fd)
         raise Invalid("a fork has no disk that is rw")
-    return _image_of(door, fd, _disk_mode(words)), _without_as(words)[0]
+    return _image_of(door, fd, _disk_mode(words)), _plain(words)[0]
 
 
 def _nothing(door: Door, words: list[str]) -> None:
@@ -217,6 +254,23 @@ class Room:
 
     def release(self, size: int) -> None:
         self._door.release("beside", size)
+
+
+class _Taken:
+    """What a file of an unpacked image has of the room."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._size = 0
+
+    def take(self, size: int) -> None:
+        self._room.reserve(size)
+        self._size += size
+
+    def release(self) -> None:
+        size, self._size = self._size, 0
+        if size:
+            self._room.release(size)
 
 
 def _open_net(door: Door, words: list[str]) -> Any:
@@ -252,9 +306,9 @@ def _make_share(request: Request, server: Any) -> Device:
 
 ATTACHABLE: Mapping[str, Row] = {
     "blk": Row(
-        "blk PATH [ro|rw|cow]",
+        "blk PATH [ro|rw|cow] [format=FORMAT]",
         1,
-        2,
+        3,
         _open_disk,
         lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
         hand=_hand_disk,
@@ -262,9 +316,9 @@ ATTACHABLE: Mapping[str, Row] = {
         files=1,
     ),
     "ide": Row(
-        "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd]",
+        "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
         1,
-        3,
+        4,
         _open_disk,
         lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
         lambda board, kind, words: _drive_name(board, words, NAMES),
@@ -273,14 +327,14 @@ ATTACHABLE: Mapping[str, Row] = {
         files=1,
     ),
     "cdrom": Row(
-        "cdrom [PATH] [as=hda|hdb|hdc|hdd]",
+        "cdrom [PATH] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
         0,
-        2,
+        3,
         _open_cdrom,
         _make_cdrom,
         lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
     ),
-    "floppy": Row("floppy [PATH [ro|rw|cow]]", 0, 2, _open_floppy, _make_floppy, _floppy_name),
+    "floppy": Row("floppy [PATH [ro|rw|cow] [format=FORMAT]]", 0, 3, _open_floppy, _make_floppy, _floppy_name),
     "net": Row(
         "net user [OPTION...]|tap NAME",
         1,

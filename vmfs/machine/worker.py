@@ -581,6 +581,30 @@ class ServerDoor:
     def share(self, path: str, read_only: bool) -> int:
         return self._one_fd(self._ask(lambda ask: commands.StartShare(ask, _call(), path, read_only)))
 
+    def unpack(self, path: str, format: str, take: Callable[[int], None]) -> tuple[int, int]:
+        line = self._one_fd(self._ask(lambda ask: commands.StartUnpack(ask, _call(), path, format)))
+        with socket.socket(fileno=line) as unpacker:
+            while True:
+                packet, fds, cut, _ = socket.recv_fds(unpacker, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+                if cut & socket.MSG_CTRUNC:
+                    raise LimitReached(NO_DESCRIPTOR)
+                if not packet:
+                    raise HostError(errno.ETIMEDOUT, f"{path[:200]}: the process that unpacks it was ended")
+                if packet[:1] != b"T":
+                    break
+                take(int.from_bytes(packet[1:9], "little"))
+                unpacker.send(b"\x01")
+        try:
+            result = _decode_result(packet[1:])
+            size = int(result.text) if not result.errno else 0
+        except (msgspec.MsgspecError, ValueError) as error:
+            commands.close_all(fds)
+            raise EngineFailed("the process that was to unpack it said what cannot be") from error
+        if result.errno:
+            commands.close_all(fds)
+            raise HostError(result.errno, result.text)
+        return self._one_fd(("", fds)), size
+
     def reserve(self, what: str, size: int) -> None:
         self._ask(lambda ask: commands.Reserve(ask, what, size))
 

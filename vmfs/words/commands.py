@@ -405,6 +405,15 @@ class StartShare(Message, frozen=True):
     read_only: bool
 
 
+class StartUnpack(Message, frozen=True):
+    """A process that unpacks a disk image (vmfs.host.unpack) with the rights of the asker, and the socket to it."""
+
+    ask: int
+    call: int
+    path: str
+    format: str
+
+
 class Reserve(Message, frozen=True):
     """More (or, below zero, less) of what counts against the limits: Refused with ENOSPC over them."""
 
@@ -423,7 +432,7 @@ class Invalidate(Message, frozen=True):
 # What answers a call, if not `Failed`; Done, if it is not here.
 ANSWERS = {Open: Opened, Fork: Copied, Read: Done | Placed, List: Listed, Measure: Measured}
 
-Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | Reserve | Invalidate
+Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | StartUnpack | Reserve | Invalidate
 Answer = Done | Placed | Opened | Listed | Measured | Copied | Failed
 ToServer = Answer | Question | Born | Woken | Complaint
 

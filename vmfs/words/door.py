@@ -6,6 +6,7 @@ the door, which has it done with that user's rights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +45,11 @@ class Door(Protocol):
 
     def share(self, path: str, read_only: bool) -> int:
         """A process that serves a folder by 9P (vmfs.devices.virtio.share): a stream socket to it."""
+        ...
+
+    def unpack(self, path: str, format: str, take: Callable[[int], None]) -> tuple[int, int]:
+        """The contents of a disk image of that format ("": as its first bytes say), in a file without a name, and its
+        size. `take` is called before so many more bytes of the host's disk are taken."""
         ...
 
     def reserve(self, what: str, size: int) -> None:

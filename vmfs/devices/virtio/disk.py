@@ -156,6 +156,7 @@ class RawDisk:
         self._failure = 0  # the errno of a flush that failed
         self.writes_plainly = mode == "rw"
         self.files = _chips.Files(fd, length)
+        self.at_close: Callable[[], None] = lambda: None
 
     @property
     def writable(self) -> bool:
@@ -226,6 +227,7 @@ class RawDisk:
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            self.at_close()
             try:
                 os.close(fd)
             except OSError as error:  # what was written and not flushed is lost, as the guest has to expect
