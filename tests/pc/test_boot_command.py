@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pty
 import re
@@ -204,3 +205,18 @@ def test_vmfs_boot_says_what_it_cannot_tell(pc_mount, tmp_path, content, options
     )
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert set(os.listdir(pc_mount)) == before
+
+
+@needs("qemu-img", SEABIOS)
+@pytest.mark.parametrize("kind", ["qcow2", "gz"])
+def test_vmfs_boot_of_an_image_that_is_not_raw(pc_mount, tmp_path, kind):
+    (tmp_path / "raw").write_bytes(sector(b"\xb0\x07\xe6\xf4").ljust(1 << 20, b"\0"))
+    image = tmp_path / "image"
+    if kind == "gz":
+        image.write_bytes(gzip.compress((tmp_path / "raw").read_bytes()))
+    else:
+        subprocess.run(["qemu-img", "convert", "-O", kind, tmp_path / "raw", image], check=True)
+    done = subprocess.run(
+        boot_command(pc_mount, image), capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 15, done.stderr

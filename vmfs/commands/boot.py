@@ -3,17 +3,24 @@
 import argparse
 import contextlib
 import errno
+import gzip
 import io
+import lzma
 import os
 import select
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import zstandard
 
 from vmfs.boot import Source, media, probe
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
@@ -24,6 +31,7 @@ from vmfs.commands.options import argument, engine, size
 from vmfs.host import mounts
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
+from vmfs.words.images import COMPRESSED, HEAD, format_of
 from vmfs.words.numbers import parse_duration
 
 _CHUNK = 1 << 20
@@ -35,6 +43,7 @@ SEABIOSES = (
     "/usr/share/qemu/bios-256k.bin", "/usr/share/qemu/bios.bin",
 )  # fmt: skip
 _SMALL = 64 << 10
+_INSIDE = 256 << 10  # of a compressed file, in which is what tells
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,8 +177,10 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     if arguments.file:
         path, mode = split_mode(arguments.file)
         with open_image(path) as image:
-            source = Source.of(image.fileno(), path)
-            kind = media.tell(source)
+            source, found = Source.of(image.fileno(), path), format_of(image.read(HEAD))
+            kind = media.tell(source) if found == "raw" else told_inside(path, found)
+            if found != "raw":
+                mode = mode or "cow"
             if kind == media.BIOS:
                 plan.kernel = path
             elif kind == media.KERNEL:
@@ -193,6 +204,29 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         if getattr(arguments, name) is not None and plan.kernel is None:
             raise Invalid(f"--{name} is for a kernel, and there is none: a BIOS boots what it finds")
     return plan
+
+
+_OPENERS: dict[str, Callable[[str], Any]] = {"gz": gzip.open, "xz": lzma.open, "zstd": zstandard.open}
+
+
+def told_inside(path: str, found: str) -> str:
+    """What an image of another format than raw is of: a disk, or, of a compressed one, what its beginning says."""
+    if found not in COMPRESSED:
+        return media.DISK
+    try:
+        with _OPENERS[found](path) as file:
+            head = file.read(_INSIDE)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise Invalid(f"{path}: it begins as {found}, and does not decompress: {error}") from None
+    if format_of(head) != "raw":
+        return media.DISK
+    with tempfile.TemporaryFile() as file:
+        file.write(head)
+        file.flush()
+        kind = media.tell(Source.of(file.fileno(), f"{path}, decompressed"))
+    if kind in (media.KERNEL, media.BIOS):
+        raise Invalid(f"{path}: a compressed {kind}, which is not loaded as it is: decompress it first")
+    return kind
 
 
 def split_mode(text: str) -> tuple[str, str]:
