@@ -54,7 +54,7 @@ def disk_of(vm, path: Path, words: str = "cow") -> bytes:
         memory.seek(1 << 20)
         memory.write(code)
         vm.write("reg/rip", "0x100000")
-        assert vm.read("vm_run").startswith("shutdown cause=debug-exit")
+        assert vm.read("vm_run").startswith("shutdown cause=debug-exit"), vm.read("why")
         memory.seek(0x20000000)
         return memory.read(size)
 
