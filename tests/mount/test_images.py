@@ -170,6 +170,6 @@ def test_format_raw_takes_any_bytes(vm, tmp_path):
 
 def test_room_for_what_is_unpacked_counts(own_server, tmp_path):
     (tmp_path / "image").write_bytes(gzip.compress(os.urandom(MIB) * 200, 1))
-    vm = own_server(max_mem=256 * MIB).make()
+    vm = own_server(max_memory=256 * MIB).make()
     vm.write("machine", "pc")
     assert failing(vm.write, "dev/add", f"blk {tmp_path}/image ro") == errno.ENOSPC
