@@ -70,7 +70,7 @@ def _walk(path: Path) -> list[Path]:
     return sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
 
 
-_NO_FILES = {name for name, kind in CONTENTS.items() if not kind.walked or not kind.readable} | {"add", "dirty"}
+_NO_FILES = {name for name, kind in CONTENTS.items() if not kind.walked or not kind.readable} | {"add", "dirty", "fork"}
 
 
 def _contents(vm: Machine) -> dict[str, bytes]:
