@@ -25,6 +25,8 @@ DOORS = {
     ("machine/control.py", "time.perf_counter"): "how long runs took, in `stat`",
     ("machine/machine.py", "time.perf_counter"): "how long runs took, in `stat`",
     ("machine/files/kinds.py", "time.perf_counter"): "whether a text takes long to make",
+    ("machine/arrivals.py", "time.time_ns"): "when files of a saved machine were brought in",
+    ("machine/history.py", "time.monotonic_ns"): "how far the host's time has gone on: an input, and so recorded",
     ("machine/past.py", "time.time_ns"): "when a snapshot was taken, in `info`",
     ("machine/gdb/handover.py", "secrets"): "the name of a gdb's socket, and what its caller has to say",
     ("machine/control.py", "threading.Timer"): "a run that was bounded by seconds of the host",
