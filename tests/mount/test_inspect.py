@@ -9,9 +9,12 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mounting import failing
+
+from vmfs.debug.sources import Sources
 
 LAST = 1 << 63  # no offset is that high
 TABLES = 0x100000
@@ -110,6 +113,40 @@ def test_an_elf_file_of_many_mebibytes_with_a_cp(vm, tmp_path):
     listed = subprocess.run(["nm", tmp_path / "a"], capture_output=True, text=True, check=True).stdout
     for address, letter, name in map(str.split, listed.splitlines()):
         assert found[name] == (address, letter), name
+
+
+def test_lines_of_a_kernel_stop_it(vm, tmp_path):
+    """Lines of C and of assembly, by break and by until, and what is said of those that there are not."""
+    course, elf = Path(__file__).parents[2] / "examples" / "course", tmp_path / "kernel.elf"
+    flags = "-m32 -O1 -g -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none -nostdlib -static"
+    sources = ("-Wl,--build-id=none,-z,noexecstack,-T,kernel.ld", "boot.S", "kernel.c")
+    subprocess.run(["gcc", *flags.split(), *sources, "-o", elf], cwd=course, check=True)
+    lines = Sources(elf)  # by pyelftools
+    text = (course / "kernel.c").read_text().splitlines()
+    print_hello = next(number for number, line in enumerate(text, 1) if 'print("hello from' in line)
+    vm.write("machine", "pc")
+    vm.write("kernel", elf.read_bytes())
+    assert failing(vm.write, "debug", "break kernel.c:5\n") == errno.EINVAL
+    assert "'kernel.c:5' is not known: no ELF file with DWARF" in vm.read("error")
+    subprocess.run(["cp", elf, vm / "symbols"], check=True)
+    vm.write("debug", f"break boot.S:9\nbreak kernel.c:{print_hello} once\n")
+    assert [line.split()[1] for line in vm.read("debug").splitlines()[1:]] == ["break", "break"]
+    assert failing(vm.write, "debug", f"break 0x1000\nbreak kernel.c:{len(text) + 1}\n") == errno.EINVAL
+    assert vm.read("error").startswith("debug: line 2: kernel.c has no code at line ")
+    assert "0x1000 " not in vm.read("debug")
+
+    def where() -> str:
+        return lines.line_of(int(vm.read("reg/rip"), 16))
+
+    assert vm.read("vm_run").startswith("debug cause=breakpoint id=1 ")
+    assert where() == "boot.S:9"
+    assert vm.read("vm_run").startswith("debug cause=breakpoint id=2 ")
+    assert where() == f"kernel.c:{print_hello}"
+    vm.write("vm_run", f"until kernel.c:{print_hello + 1}\n")
+    assert vm.read("exit").startswith("debug cause=breakpoint rip=") and where() == f"kernel.c:{print_hello + 1}"
+    vm.write("disasm", f"kernel.c:{print_hello} 1\n")
+    address = vm.read("disasm").split()[0]
+    assert lines.line_of(int(address, 16)) == f"kernel.c:{print_hello}"
 
 
 def test_there_are_no_kallsyms_without_a_linux(vm):

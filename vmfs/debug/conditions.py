@@ -109,8 +109,8 @@ def _memory(address: Evaluate, size: int) -> Evaluate:
 
 
 def parse_address(text: str, resolve: Resolve = no_symbols, *, what: str = "ADDR") -> int:
-    """A number, a symbol, or a symbol with an offset: `start_kernel+0x10`."""
-    if text[:1].isdigit() or text[:1] == "-":
+    """A number, a symbol or FILE:LINE, or one of these with an offset: `start_kernel+0x10`."""
+    if (text[:1].isdigit() or text[:1] == "-") and ":" not in text:
         return parse_number(text, what=what)
     name, sign, offset = text, "+", "0"
     address = resolve(text)

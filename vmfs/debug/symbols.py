@@ -1,4 +1,4 @@
-"""Symbols: names of addresses, from an ELF file, a System.map, or the text of /proc/kallsyms.
+"""Symbols: names of addresses, from an ELF file, a System.map, or the text of /proc/kallsyms; and an ELF file's lines.
 
 A table is never changed: a file that is written makes another, and `Vm.symbols` is the one in force.
 
@@ -22,6 +22,8 @@ from elftools.common.exceptions import ELFError
 from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
 
+from vmfs.debug.linetable import SECTIONS_MOST as LINES_MOST
+from vmfs.debug.linetable import Lines, LineTable, Section
 from vmfs.words.errors import Invalid, LimitReached
 from vmfs.words.numbers import parse_number
 
@@ -34,6 +36,8 @@ REACH = 256 << 10  # how far after the start of its symbol an address still is s
 
 _MAGIC = b"\x7fELF"
 
+NO_LINES = Lines()
+
 Symbol = tuple[int, str, str]  # address, the type's letter, name
 
 
@@ -44,7 +48,8 @@ class SymbolTable:
     (`A`, `a`: sizes, offsets into the per-CPU area of Linux) have an address but name none.
     """
 
-    def __init__(self, symbols: Iterable[Symbol] = ()) -> None:
+    def __init__(self, symbols: Iterable[Symbol] = (), lines: Lines = NO_LINES) -> None:
+        self.lines = lines
         ordered = sorted(symbols, key=lambda symbol: symbol[0])
         self._symbols = ordered
         places = [symbol for symbol in ordered if symbol[1] not in "Aa"]
@@ -64,8 +69,9 @@ class SymbolTable:
         return iter(self._symbols)
 
     def address_of(self, name: str) -> int | None:
-        """The linear address of `name`, or None."""
-        return self._by_name.get(name)
+        """The linear address of `name`, a symbol or FILE:LINE, or None. Invalid for a line that is not known."""
+        address = self._by_name.get(name)
+        return self.lines.address_of(name) if address is None and ":" in name else address
 
     def name_of(self, address: int) -> tuple[str, int] | None:
         """The symbol that `address` belongs to, and how many bytes after its start: the last one that does
@@ -90,11 +96,11 @@ class SymbolTable:
         return f"{name}+{offset:#x}" if offset else name
 
     def resolve(self, text: str, *, what: str = "ADDR") -> int:
-        """The address that `text` is: a number, a symbol, or a symbol and a number (`name+0x10`, `name-4`).
+        """The address that `text` is: a number, a symbol, FILE:LINE, or one of these and a number (`name+0x10`).
 
         Invalid, naming `what`, where it is none of these.
         """
-        if text[:1].isdigit() or text[:1] == "-":
+        if (text[:1].isdigit() or text[:1] == "-") and ":" not in text:
             return parse_number(text, what=what)
         address = self.address_of(text)
         if address is not None:
@@ -117,7 +123,8 @@ class SymbolTable:
         if len(self) + len(other) > MOST:
             raise LimitReached(f"together there were more than {MOST} symbols")
         mine = set(self._symbols)
-        return SymbolTable((*self._symbols, *(one for one in other._symbols if one not in mine)))
+        symbols = (*self._symbols, *(one for one in other._symbols if one not in mine))
+        return SymbolTable(symbols, self.lines.merged(other.lines))
 
     def text(self) -> str:
         """A line a symbol, by address: `ffffffff81000000 T _stext`."""
@@ -186,7 +193,8 @@ _MACHINES = ("EM_386", "EM_X86_64")
 _SHN_UNDEF, _SHN_ABS, _SHN_XINDEX = 0, 0xFFF1, 0xFFFF
 _NO_SYMBOLS = (3, 4, 6)  # STT_SECTION, STT_FILE, STT_TLS: they name no address
 _STB_LOCAL, _STB_WEAK = 0, 2
-_SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
+_SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR, _SHF_COMPRESSED = 1, 2, 4, 0x800
+_LINES, _STRINGS = b".debug_line\0", b".debug_line_str\0"
 
 
 def parse_elf(file: BinaryIO) -> SymbolTable:
@@ -228,10 +236,15 @@ def _parse_elf(file: BinaryIO) -> SymbolTable:
                 letters = [_letter(one) for one in headers]
                 # Of Linux up to 6.14, linked at 0: offsets into each CPU's copy.
                 titles = _contents(file, size, headers[elf.get_shstrndx()])
+                sections: dict[bytes, dict[str, int]] = {}
                 for number, one in enumerate(headers):
                     if titles.startswith(b".data..percpu\0", one["sh_name"]) and not one["sh_addr"]:
                         letters[number] = "A"
-                return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass))
+                    for name in (_LINES, _STRINGS):
+                        if titles.startswith(name, one["sh_name"]):
+                            sections[name] = one
+                lines = _elf_lines(file, size, headers, sections, elf.elfclass) if _LINES in sections else NO_LINES
+                return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass), lines)
     raise Invalid("the ELF file has no symbols: it was stripped")
 
 
@@ -240,6 +253,35 @@ def _contents(file: BinaryIO, size: int, section: dict[str, int]) -> bytes:
         raise Invalid("the ELF file is cut off: a section is past its end")
     file.seek(section["sh_offset"])
     return file.read(section["sh_size"])
+
+
+def _elf_lines(
+    file: BinaryIO, size: int, headers: list[dict[str, Any]], sections: dict[bytes, dict[str, int]], bits: int
+) -> Lines:
+    """The line table, not decoded. Symbols are taken also where it is of no use."""
+    try:
+        if sum(section["sh_size"] for section in sections.values()) > LINES_MOST:
+            raise Invalid(f"it has more than {LINES_MOST} bytes")
+        kept = {name: _section(one, _contents(file, size, one), bits) for name, one in sections.items()}
+        wanted = _SHF_ALLOC | _SHF_EXECINSTR
+        code = sorted(
+            (one["sh_addr"], one["sh_addr"] + one["sh_size"]) for one in headers if one["sh_flags"] & wanted == wanted
+        )
+        return Lines((LineTable(kept[_LINES], kept.get(_STRINGS, Section()), tuple(code)),))
+    except (Invalid, LimitReached) as error:
+        return Lines(missing=f"the line table (.debug_line) was not taken: {error}")
+
+
+def _section(section: dict[str, int], data: bytes, bits: int) -> Section:
+    if not section["sh_flags"] & _SHF_COMPRESSED:
+        return Section(data, len(data))
+    header = struct.Struct("<IxxxxQ8x" if bits == 64 else "<II4x")  # ch_type, ch_size
+    if len(data) < header.size:
+        raise Invalid("it is cut off")
+    kind, whole = header.unpack_from(data)
+    if kind != 1:  # ELFCOMPRESS_ZLIB
+        raise Invalid(f"it is compressed in way {kind} and not by zlib")
+    return Section(data[header.size :], whole, True)
 
 
 def _elf_symbols(entries: bytes, names: bytes, section_letters: list[str], bits: int) -> list[Symbol]:

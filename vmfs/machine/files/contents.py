@@ -136,6 +136,12 @@ class Contents(Scope):
         if self.budget.has("trace", 1):
             await self.budget.hold("trace", self.vm.trace.settings.size)
 
+    async def learn_lines(self, text: str) -> None:
+        """What FILE:LINE in `text` need is decoded, in a thread, before the text is parsed on the loop."""
+        lines = self.vm.symbols.lines
+        if lines.unknown(text):
+            await trio.to_thread.run_sync(lines.learn, text, trio.from_thread.check_cancelled, abandon_on_cancel=True)
+
     def complain(self, sentence: str) -> None:
         """It went wrong, and no call fails with it."""
         self.complaint = sentence

@@ -129,7 +129,7 @@ class _SymbolsHandle(Handle):
 
     async def _take(self, table: SymbolTable) -> None:
         table = self._before.merged(table) if self.appending else table
-        await self.scope.budget.hold("symbols", SYMBOL_COST * len(table))
+        await self.scope.budget.hold("symbols", SYMBOL_COST * len(table) + table.lines.size)
         self.scope.vm.symbols = table
 
     async def flush(self) -> None:

@@ -173,4 +173,4 @@ def _number(data: bytes) -> str:
     return f"{int.from_bytes(data, 'little'):#x}" if len(data) in (1, 2, 4, 8) else data.hex()
 
 
-WRITER = Text(_get_writer, _put_writer, peek=lambda scope: "", of_cpu=True)
+WRITER = Text(_get_writer, _put_writer, peek=lambda scope: "", of_cpu=True, symbolic=True)

@@ -57,6 +57,7 @@ class Text(Kind):
     whole: bool = False  # as of LineHandle, and so the next two
     acts: bool = False
     continues: bool = False
+    symbolic: bool = False  # addresses may stand in it, as FILE:LINE
 
     @property
     def reading_acts(self) -> bool:  # type: ignore[override]
@@ -125,6 +126,10 @@ class _TextHandle(LineHandle):
 
     def ends(self, offset: int) -> bool:
         return self._snapshot is not None and offset >= len(self._snapshot)
+
+    async def prepare(self, text: str) -> None:
+        if self._kind.symbolic:
+            await value_of(self.scope.learn_lines(text), self)
 
     def parse(self, text: str) -> Do:
         assert self._kind.put
@@ -341,6 +346,9 @@ class _VmRunHandle(LineHandle):
 
     def ends(self, offset: int) -> bool:
         return offset >= len(self._line)
+
+    async def prepare(self, text: str) -> None:
+        await value_of(self.scope.learn_lines(text), self)
 
     def parse(self, text: str) -> Do:
         bound = parse_bound(text, self.scope.vm.symbols.address_of)

@@ -121,6 +121,9 @@ class LineHandle(Handle):
         """Invalid for what does not parse (yet); changes nothing."""
         raise NotImplementedError
 
+    async def prepare(self, text: str) -> None:
+        """What would take `parse` long. Not to be relied on: a text may be parsed in pieces, too."""
+
     @property
     def unsaved(self) -> bool:  # type: ignore[override]
         return bool(self._waiting.strip())
@@ -178,6 +181,7 @@ class LineHandle(Handle):
             self._before += lines
             self._waiting = self._waiting.rpartition("\n")[2]
             return
+        await self.prepare(self._said(len(self._in_force)) + self._waiting)
         failure = None
         for again, text in self._readings():
             self._first = self._before + self._lines_in_force(len(self._in_force) - again)

@@ -21,6 +21,7 @@ async def command(scope: Contents, text: str) -> str:
     """Do it; what there is to say about it. Invalid for what is none."""
     word, _, rest = text.strip().partition(" ")
     rest = rest.strip()
+    await scope.learn_lines(text)
     if word in WORDS:
         return await WORDS[word][1](scope, rest)
     if word in _VERBS or word.isdigit():

@@ -16,6 +16,7 @@ from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind
 from vmfs.machine.files.lines import Do, LineHandle, Undo, same
 from vmfs.machine.files.request import interruptible, is_nonblocking
+from vmfs.machine.files.waiting import value_of
 from vmfs.words.errors import Invalid, WouldBlock
 from vmfs.words.tracing import RECORD
 
@@ -216,6 +217,9 @@ class _TraceHandle(LineHandle):
                     self.scope.check()
                 finally:
                     unsubscribe()
+
+    async def prepare(self, text: str) -> None:
+        await value_of(self.scope.learn_lines(text), self)
 
     def parse(self, text: str) -> Do:
         vm = self.scope.vm
