@@ -96,6 +96,21 @@ def test_trace(crashing):
     assert [line for line in lines if line.startswith("insn")] == ["insn 0x1008", "insn 0x100d", "insn 0x100e"]
 
 
+def test_screen(vm, tmp_path):
+    """Text that stands in the VGA's memory, as text and as a picture of it."""
+    vm.write("machine", "pc")
+    with open(vm.path / "mem", "r+b", buffering=0) as file:
+        file.seek(0xB8000)
+        file.write(b"".join(bytes((letter, 7)) for letter in b"hello"))
+    assert ok("screen", vm.path).splitlines()[0].rstrip() == "hello"
+    picture = tmp_path / "screen.png"
+    assert ok("screen", vm.path, "--png", picture) == ""
+    assert picture.read_bytes() == (vm.path / "screen.png").read_bytes() and picture.read_bytes()[:4] == b"\x89PNG"
+    command = [sys.executable, "-m", "vmfs.cli", "screen", vm.path, "--png", "-"]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT, check=True).stdout == picture.read_bytes()
+    assert refused("screen", vm.path, "--png", tmp_path / "none" / "x").endswith("x: No such file or directory\n")
+
+
 def test_ls_and_rm(vm):
     mount = vm.path.parent
     names = [f"{vm.path.name}-{letter}" for letter in "ab"]

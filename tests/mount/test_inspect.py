@@ -6,13 +6,15 @@ import errno
 import mmap
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from mounting import failing
+from mounting import blocked_write, failing
 
 from vmfs.debug.sources import Sources
 
@@ -147,6 +149,30 @@ def test_lines_of_a_kernel_stop_it(vm, tmp_path):
     vm.write("disasm", f"kernel.c:{print_hello} 1\n")
     address = vm.read("disasm").split()[0]
     assert lines.line_of(int(address, 16)) == f"kernel.c:{print_hello}"
+
+
+def test_the_machine_answers_while_lines_are_searched_and_a_signal_ends_it(vm, tmp_path):
+    """A line table of 24 MiB, a row each byte, takes many seconds."""
+    head = bytes((1, 1, 1, 0xFB, 14, 13, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1))  # DWARF 5, 6.2.4
+    head += b"\1\1\x08\1d\0" + b"\2\1\x08\2\x0b\1f.c\0\0"  # a folder and a file, 0
+    rows = (b"\x21" * 100 + b"\3\x9c\x7f") * (1 << 13)  # an address and a line further; 100 lines back
+    unit = struct.pack("<HBBI", 5, 8, 0, len(head)) + head + b"\4\0" + rows
+    (tmp_path / "lines").write_bytes((struct.pack("<I", len(unit)) + unit) * 28)
+    source, elf = tmp_path / "a.s", tmp_path / "a"
+    source.write_text(f'.globl _start\n_start: ret\n.section .debug_line\n.incbin "{tmp_path}/lines"\n')
+    subprocess.run(["gcc", "-nostdlib", "-static", "-Wl,-Ttext=0x1000", source, "-o", elf], check=True)
+    subprocess.run(["cp", elf, vm / "symbols"], check=True)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    fd = os.open(vm / "debug", os.O_WRONLY)
+    writer = blocked_write(fd, b"break f.c:5\n")
+    time.sleep(0.3)
+    for _ in range(5):
+        assert vm.read("reg/rip")
+        assert writer.result is None  # so the search was not in the way
+    writer.signal()
+    assert writer.end()[:2] == (-1, errno.EINTR)
+    os.close(fd)
+    assert vm.read("debug") == "0\n"
 
 
 def test_there_are_no_kallsyms_without_a_linux(vm):
@@ -480,3 +506,26 @@ def test_why_is_empty_before_a_shutdown_and_tells_of_it_afterwards(long_vm):
         assert "mov eax, 5" in sections[-1]
     vm.write("state", "reset")
     assert vm.read("why").startswith(head)
+
+
+def test_why_stays_when_the_machine_moves_to_another_engine(server, long_vm):
+    vm = long_vm
+    home = vm.read("engine").strip()
+    lines = (server.path / "engines").read_text().splitlines()
+    others = [line.split()[0] for line in lines if " available=yes " in line and line.split()[0] != home]
+    if not others:
+        pytest.skip("there is no other engine")
+    vm.load("0f011c25 10100000 0f0b")  # lidt [0x1010]; ud2
+    assert vm.read("vm_run").startswith("shutdown cause=triple-fault")
+    told = vm.read("why")
+    for name in (*others, home):
+        vm.write("engine", name)
+        assert vm.read("engine") == f"{name}\n" and vm.read("why") == told
+    vm.write("engine", others[0])
+    vm.write("state", "reset")
+    vm.write("mode", "long")
+    vm.write("registers", "rip 0x1000\nrsp 0x9000\nrbx 0x1234\n")
+    assert vm.read("vm_run").startswith("shutdown cause=triple-fault")
+    assert vm.read("why") != told  # of the engine that it is on
+    if others[0] == "emulator":
+        assert "rbx 0x0000000000001234" in vm.read("why") and "exception vector=0x6 at=0x1008" in vm.read("why")
