@@ -203,7 +203,7 @@ def test_a_read_that_hangs_delays_its_machine_only(server, machines, hanging):
     B.does(theirs.write, "machine", "pc")
     B.does(theirs.write, "mem_size", "16M")
     B.does((theirs / "bios").write_bytes, SEABIOS.read_bytes())
-    B.does(theirs.write, "dev/add", f"blk {disk} ro")
+    B.does(theirs.write, "dev/add", f"blk {disk} ro format=raw")
     run = B.begins(theirs.read, "vm_run")
     assert hangs() == "hangs\n"
     works(mine)
@@ -211,6 +211,21 @@ def test_a_read_that_hangs_delays_its_machine_only(server, machines, hanging):
     B.does(theirs.path.rmdir, seconds=2 * PROMPT)
     works(mine)
     run.kill()
+
+
+@pytest.mark.parametrize("hanging", ["reads"], indirect=True)
+def test_a_file_that_does_not_say_what_it_is_delays_its_machine_only(server, machines, hanging):
+    """`dev/add` reads the first bytes of an image, to tell its format, and they never come."""
+    mine, theirs = machines
+    disk, hangs = hanging
+    B.does(theirs.write, "machine", "pc")
+    attacker = B.begins(theirs.write, "dev/add", f"blk {disk} ro")
+    assert hangs() == "hangs\n"
+    for _ in range(3):
+        works(mine)
+    attacker.kill()
+    B.does(theirs.path.rmdir, seconds=2 * PROMPT)
+    works(mine)
 
 
 def test_a_close_that_hangs_does_not_keep_the_server(own_server, hanging):

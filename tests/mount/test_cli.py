@@ -115,12 +115,12 @@ def mounted(directory):
 
 
 def test_a_mount_is_ready_when_the_command_returns(mounted):
-    assert sorted(os.listdir(mounted)) == ["engines", "error", "version"]
+    assert sorted(os.listdir(mounted)) == ["engines", "error", "machines", "version"]
     machine = mounted / "first"
     machine.mkdir()
     assert (machine / "mem").stat().st_size == 128 << 20
     machine.rmdir()
-    assert sorted(os.listdir(mounted)) == ["engines", "error", "version"]
+    assert sorted(os.listdir(mounted)) == ["engines", "error", "machines", "version"]
 
 
 def test_the_mount_table_shows_it(mounted):
@@ -150,7 +150,7 @@ def test_other_ways_to_unmount(command, mounted):
 def test_a_caller_without_standard_streams(closed, directory):
     done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, "mount", directory], cwd=ROOT)
     assert done.returncode == 0
-    assert sorted(os.listdir(directory)) == ["engines", "error", "version"]
+    assert sorted(os.listdir(directory)) == ["engines", "error", "machines", "version"]
     (directory / "a").mkdir()
     server = server_of(directory)
     links = {os.readlink(f"/proc/{server}/fd/{number}") for number in range(3)}

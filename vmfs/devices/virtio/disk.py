@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from vmfs.devices import _chips
 from vmfs.memory.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
-from vmfs.words.errors import Busy, Invalid, VmfsError
+from vmfs.words.errors import Busy, HostError, Invalid, VmfsError
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,9 @@ def open_disk(
         if mode not in ("ro", "rw"):
             raise Invalid(f"a disk is ro, rw or cow, not {mode[:20]!r}")
         return RawDisk(fd, mode, size)
+    except OSError as failure:  # of the file system that it is on
+        os.close(fd)
+        raise HostError(failure.errno or EIO, f"the disk's file: {failure.strerror}") from None
     except BaseException:
         os.close(fd)
         raise

@@ -89,7 +89,7 @@ class Forks:
             raise LimitReached("the machine's process has no file descriptor left (ulimit -n)")
         contents = self._machine
         memory, files = fds, []
-        line = socket.socket(fileno=memory.pop()) if has_files else None
+        line: socket.socket | None = None
 
         def work() -> None:
             description = copies.read_description(memory)
@@ -98,6 +98,8 @@ class Forks:
             copies.become(contents.vm, description, memory, files, contents.engine_named, contents.door)
 
         try:
+            if has_files:
+                line = _socket_of(memory)
             await trio.to_thread.run_sync(work)
         finally:
             if line is not None:
@@ -106,6 +108,16 @@ class Forks:
             commands.close_all(files)
         contents.forget_sizes()
         contents.touch()
+
+
+def _socket_of(fds: list[int]) -> socket.socket:
+    """The last one, which is taken from them."""
+    try:
+        line = socket.socket(fileno=fds[-1])
+    except OSError as error:
+        raise EngineFailed(f"what the files of a fork come by is no socket: {error.strerror}") from error
+    fds.pop()
+    return line
 
 
 def _receive(line: socket.socket, count: int) -> list[int]:
