@@ -123,6 +123,18 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
             assert table.resolve(f"{tmp_path}/b/8250.c:1") == table.address_of("two")
 
 
+def test_a_build_that_leaves_out_where_it_was_done(tmp_path):
+    header = '#include "inline.h"\nvoid _start(void) { inlined(); }\n'
+    sources = {"main.c": SOURCE.replace("_start", "start"), "other.c": header}
+    (tmp_path / "inline.h").write_text("static int inlined(void)\n{\n    return 1;\n}\n")
+    table = parse(compiled(tmp_path, f"-fdebug-prefix-map={tmp_path}=./top", sources=sources).read_bytes())
+    for name in ("main.c:9", "top/main.c:9"):
+        assert table.resolve(name) == table.address_of("two")
+    assert table.resolve("top/inline.h:1") == table.address_of("inlined")
+    with pytest.raises(Invalid, match="no code of a file 'top/top/main.c'"):
+        table.resolve("top/top/main.c:9")
+
+
 def test_without_dwarf_a_line_is_refused_with_the_reason(tmp_path):
     elf = compiled(tmp_path)
     subprocess.run(["strip", "--strip-debug", elf], check=True)

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paused", action="store_true", help="do not start it: a gdb does, or `run` to its `state`")
     parser.add_argument("--symbols", metavar="FILE", help="an ELF file or a System.map with its symbols")
     parser.add_argument("--break", action="append", default=[], metavar="WHERE", dest="breaks",
-                        help="stop before the instruction at a symbol or an address; may be given several times")
+                        help="stop before the instruction at a symbol, FILE:LINE or an address; several times, too")
     parser.add_argument("--timeout", type=argument(parse_duration), metavar="TIME", help="end it after that, as 30s")
     parser.add_argument("--escape", type=argument(terminal.parse_escape), default=terminal.ESCAPE, metavar="KEY",
                         help="the key that ends it, as ^] (the default)")

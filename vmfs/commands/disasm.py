@@ -7,7 +7,7 @@ from vmfs.commands import machines
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     machines.add_machine(parser)
-    parser.add_argument("where", metavar="ADDR", nargs="?", help="an address or a symbol, or rip")
+    parser.add_argument("where", metavar="ADDR", nargs="?", help="an address, a symbol or FILE:LINE, or rip")
     parser.add_argument("count", metavar="N", nargs="?", default="", help="how many instructions (default: 16)")
 
 

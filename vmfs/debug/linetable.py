@@ -310,7 +310,9 @@ class _Search:
         if name.rpartition(b"/")[2] not in self._names:
             return
         if directory < len(directories):
-            name = posixpath.join(directories[0], directories[directory], name)
+            compiled_in, folder = directories[0], directories[directory]
+            # A build that leaves out where it was done has a relative name for that, too.
+            name = posixpath.join(b"" if folder == compiled_in else compiled_in, folder, name)
         files[number] = posixpath.normpath(name.decode(errors="replace"))
 
     # ---- rows
