@@ -255,7 +255,7 @@ def test_a_full_device_is_an_error_and_a_real_one(bench: Bench) -> None:
     disk = RawDisk.__new__(RawDisk)
     fd = os.open("/dev/full", os.O_RDWR)
     disk.__dict__.update(fd=fd, mode="rw", size=1 << 20, can_discard=False, _can_zero=False, _failure=0,
-                         files=_chips.Files(fd, 1 << 20), writes_plainly=True)  # fmt: skip
+                         files=_chips.Files(fd, 1 << 20), writes_plainly=True, at_close=lambda: None)  # fmt: skip
     driver = attach(bench, disk)
     assert ask(driver, OUT, 0, data=b"x" * 512)[0] == IOERR
     assert driver.device.counters["host_errors.ENOSPC"] == 1
