@@ -9,6 +9,8 @@ from devices.fakes import pass_time, plain, refuses
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmfs.words.errors import Invalid
+
 SECOND = 1_000_000_000
 
 
@@ -407,6 +409,70 @@ def test_the_power_button_is_an_sci(pc, guest, machine):
     power.reset()
     power.load(state)
     assert guest.inp(0x602, 2) == 0x100
+
+
+def test_a_general_purpose_event_is_an_sci(pc, guest, machine):
+    """Its registers are written by bytes; PM1 has nothing of it."""
+    power = pc.devices["power"]
+    power.raise_event(0)
+    assert not machine.lines.get(9) and guest.inp(0x60C, 4) == 1 and guest.inp(0x600, 4) == 0
+    guest.out(0x60E, 1, 1)
+    assert machine.lines[9] and guest.inp(0x60C, 4) == 0x1_0001
+    state = power.save()
+    guest.out(0x600, 0xFFFF, 2)
+    guest.out(0x60D, 0xFF, 1)
+    assert machine.lines[9] and guest.inp(0x60C, 1) == 1
+    guest.out(0x60C, 1, 1)
+    assert not machine.lines[9] and guest.inp(0x60C, 4) == 0x1_0000
+    power.raise_event(9)
+    assert guest.inp(0x60D, 1) == 2 and not machine.lines[9]
+    power.reset()
+    assert guest.inp(0x60C, 4) == 0
+    power.load(state)
+    assert guest.inp(0x60C, 4) == 0x1_0001 and machine.lines[9]
+
+
+# ---- the generation ID
+
+
+def generation(guest):
+    return b"".join(guest.load(0xFEF0_0000 + at, 8).to_bytes(8, "little") for at in (0, 8))
+
+
+def test_a_copy_has_another_generation_id(pc, guest, machine):
+    first = generation(guest)
+    assert any(first) and guest.load(0xFEF0_0010, 8) == 0 and guest.load(0xFEF0_0FF8, 8) == 0
+    guest.store(0xFEF0_0000, 0, 8)
+    pc.reset()
+    assert generation(guest) == first and guest.inp(0x60C, 2) == 0
+    assert guest.load(0xFEF0_0003, 2).to_bytes(2, "little") == first[3:5]
+    guest.out(0x60E, 1, 1)
+    pc.renew()
+    second = generation(guest)
+    assert second != first and machine.lines[9]
+    pc.renew()
+    assert generation(guest) not in (first, second)
+
+
+def test_where_time_follows_the_instructions_a_copy_is_no_other(pc, guest, machine):
+    """It comes of the seed, and stays."""
+    pc.set_birth(1, bytes(16))
+    first = generation(guest)
+    pc.set_birth(1, bytes(15) + b"\1")
+    assert generation(guest) != first
+    pc.set_birth(2, bytes(16))
+    assert generation(guest) == first
+    pc.time_source = "instructions"
+    pc.renew()
+    assert generation(guest) == first and guest.inp(0x60C, 2) == 0
+
+
+def test_a_machine_saved_before_there_was_one(pc):
+    names = set(pc.devices)
+    pc.check_names(names - {"vmgenid"})
+    for wrong in (names - {"rtc"}, names | {"disk"}, names - {"vmgenid"} | {"disk"}):
+        with pytest.raises(Invalid, match="rtc$|disk$"):
+            pc.check_names(wrong)
 
 
 # ---- debug ports

@@ -87,7 +87,7 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid"
 ).split()
 
 
@@ -223,7 +223,9 @@ def drive(pc, name, seed, count=120):
         elif name == "keyboard":
             device.type([("a",), ("shift", "b")])
         elif name == "power":
-            device.press_button()
+            dice.choice((device.press_button, lambda: device.raise_event(0)))()
+        elif name == "vmgenid":
+            pc.renew()
         pass_time(pc, pc.machine.time + dice.choice((1, 1000, 5_000_000, 700_000_000)))
         pc.shutdown = None
     return seen

@@ -67,8 +67,7 @@ def make(engine):
         vm.set_machine("pc")
         if Capability.DETERMINISTIC in vm.capabilities:
             vm.set_time_source("instructions")
-            vm.board._date_of_birth = 1_780_000_000_000_000_000
-            vm.board.devices["rtc"].set_clock(vm.board.date())
+            vm.board.set_birth(1_780_000_000_000_000_000, bytes(16))
         if not fast:
             vm.board.machine.set_fast_bus(None)
             vm.board._is_fast = vm.board._sees_due = False

@@ -29,6 +29,21 @@ def saved(vm, tmp_path) -> Path:
     return tmp_path / "saved"
 
 
+def test_into_a_machine_of_the_same_parts(vm, server, tmp_path):
+    """Which has had no snapshot, so that nobody knows what its RAM is."""
+    vm.load(ONCE)
+    vm.run()
+    (vm / "snap" / "one").mkdir()
+    subprocess.run(["cp", "-r", vm / "snap" / "one", tmp_path / "saved"], check=True)
+    other = server.make()
+    put(other, 0x5000, b"others")
+    subprocess.run(["cp", "-r", tmp_path / "saved", other / "snap" / "in"], check=True)
+    for _ in range(2):
+        other.write("restore", "in\n")
+        assert number(other) == 1 and other.run() == "hlt rip=0x1006\n" and number(other) == 2
+    other.path.rmdir()
+
+
 COPIERS = {
     "cp": ["cp", "-r", "{source}", "{target}"],
     "cp -a": ["cp", "-a", "{source}", "{target}"],

@@ -25,8 +25,9 @@ class Pc:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir()
-        self.write("machine", "pc")
+        if not path.exists():  # else it is a copy of another one
+            path.mkdir()
+            self.write("machine", "pc")
         self.console = os.open(path / "console", os.O_RDWR | os.O_NONBLOCK)
         self.said = ""
         self.seen = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vmfs.boot import aml
 from vmfs.boot.platform import Platform
-from vmfs.devices import isa, pci, power
+from vmfs.devices import isa, pci, power, vmgenid
 
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
@@ -131,8 +131,8 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
         (
             struct.pack("<IIBBH", facs, dsdt, 0, 0, power.SCI),
             struct.pack("<IBBBB", 0, 0, 0, 0, 0),  # SMI_CMD, ACPI_ENABLE, ACPI_DISABLE, S4BIOS_REQ, PSTATE_CNT
-            struct.pack("<8I", power.PM1_EVENT, 0, power.PM1_CONTROL, 0, 0, power.PM_TIMER, 0, 0),
-            struct.pack("<8B", 4, 2, 0, 4, 0, 0, 0, 0),  # lengths of those, GPE1_BASE, CST_CNT
+            struct.pack("<8I", power.PM1_EVENT, 0, power.PM1_CONTROL, 0, 0, power.PM_TIMER, power.GPE0, 0),
+            struct.pack("<8B", 4, 2, 0, 4, power.GPE0_LENGTH, 0, 0, 0),  # lengths of those, GPE1_BASE, CST_CNT
             struct.pack("<HHHH", 0xFFFF, 0xFFFF, 0, 0),  # no C2, no C3; no flushing by reading
             struct.pack("<BBBBB", 0, 0, 0, 0, _CENTURY if platform.rtc else 0),  # duty cycle, RTC alarms
             struct.pack("<HBI", boot_architecture, 0, flags),
@@ -145,7 +145,7 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
             _port(0, 0, 0),
             _port(0, 0, 0),
             _port(power.PM_TIMER, 32, 3),
-            _port(0, 0, 0),
+            _port(power.GPE0, 8 * power.GPE0_LENGTH, 1),
             _port(0, 0, 0),
         )
     )
@@ -165,7 +165,7 @@ def _madt(platform: Platform) -> bytes:
 
 def _dsdt(platform: Platform) -> bytes:
     a = aml
-    devices = [_host_bridge(), *_links(), _board_resources()]
+    devices = [_host_bridge(), *_links(), _board_resources(), _generation_id()]
     if platform.rtc:
         devices.append(_isa("RTC", "PNP0B00", a.io(0x70, 8), a.irq(8)))
     if platform.ps2:
@@ -180,7 +180,23 @@ def _dsdt(platform: Platform) -> bytes:
             a.name("\\PICF", a.integer(0)),
             a.method("\\_PIC", 1, a.store(a.ARG0, a.name_string("\\PICF"))),  # 5.8.1: 1 is the IOAPIC
             a.scope("\\_SB", *devices),
+            a.scope("\\_GPE", a.method(f"_E{vmgenid.EVENT:02X}", 0, a.notify("\\_SB.VGEN", _CHANGED))),
         )
+    )
+
+
+_CHANGED = 0x80  # of notifications: what a device says of itself
+
+
+def _generation_id() -> bytes:
+    """Guests look for the identity that the specification names; Linux compares capital letters, as ACPI has them."""
+    a = aml
+    return a.device(
+        "VGEN",
+        a.name("_HID", a.string("VMFS0001")),
+        a.name("_CID", a.package(a.string("VM_Gen_Counter"), a.string("VMGENCTR"))),
+        a.name("_DDN", a.string("VM_Gen_Counter")),
+        a.name("ADDR", a.package(a.integer(vmgenid.ADDRESS & 0xFFFF_FFFF), a.integer(vmgenid.ADDRESS >> 32))),
     )
 
 
@@ -290,6 +306,7 @@ def _board_resources() -> bytes:
                 a.io(power.PM1_EVENT, 16),
                 a.memory_fixed(IOAPIC, 0x1000),
                 a.memory_fixed(LAPIC, 0x1000),
+                a.memory_fixed(vmgenid.ADDRESS, vmgenid.LENGTH),
             ),
         ),
     )

@@ -48,6 +48,10 @@ def eisa_id(text: str) -> bytes:
     return b"\x0c" + struct.pack(">HH", letters, int(text[3:], 16))
 
 
+def string(text: str) -> bytes:
+    return b"\x0d" + text.encode("ascii") + b"\0"
+
+
 def name(path: str, value: bytes) -> bytes:
     return b"\x08" + name_string(path) + value
 
@@ -130,6 +134,10 @@ def return_(value: bytes) -> bytes:
 
 def store(value: bytes, target: bytes) -> bytes:
     return b"\x70" + value + target
+
+
+def notify(device: str, value: int) -> bytes:
+    return b"\x86" + name_string(device) + integer(value)
 
 
 ARG0, LOCAL0, LOCAL1 = b"\x68", b"\x60", b"\x61"

@@ -360,6 +360,14 @@ class Board:
         self._drawn += 1
         return hashlib.shake_128(self._seed + self._drawn.to_bytes(8, "little")).digest(length)
 
+    def renew(self) -> None:
+        """The machine is a copy, or back at a snapshot. Where time follows the instructions, it is to do what it did
+        then, and nothing is new."""
+        with self.lock:
+            if self.time_source == "host":
+                for device in self.devices.values():
+                    device.renew()
+
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer:
         """Have `callback` called when the guest's time is `when` or later: between two instructions, in the CPU's
         thread, with the lock held. To be asked for in that thread, or while the machine does not run; with the lock."""
@@ -633,9 +641,9 @@ class Board:
 
     def check_names(self, names: Set[str]) -> None:
         """Invalid where these are not its devices."""
-        if names != self.devices.keys():
-            different = ", ".join(sorted(names ^ self.devices.keys()))
-            raise Invalid(f"it is a machine of other devices: {different}")
+        missing = {name for name, device in self.devices.items() if name not in names and not device.IS_LATE}
+        if different := missing | names - self.devices.keys():
+            raise Invalid(f"it is a machine of other devices: {', '.join(sorted(different))}")
 
     def unpack_devices(self, states: Mapping[str, tuple[int, bytes]]) -> dict[str, DeviceState]:
         """Checked by each device; Invalid, and nothing has changed, where one cannot be so."""

@@ -105,6 +105,7 @@ class Port(Protocol):
     def now(self) -> int: ...
     def date(self) -> int: ...
     def random(self, length: int) -> bytes: ...
+    def own_bytes(self, what: str, length: int) -> bytes: ...
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer: ...
 
     # What comes from outside (vmfs.devices.inputs), and whether what goes there has been there before
@@ -142,6 +143,7 @@ class Device(abc.ABC, Generic[S]):
 
     TYPE: str
     STATE: type[S]
+    IS_LATE: bool = False  # machines were saved before there was one: a state without it is as good
     INPUTS: tuple[str, ...] = ()  # the kinds that `input` takes
     REPEATS: bool = True  # where time follows the instructions, all that it does comes of the guest and of its inputs
     irq: int | None = None
@@ -201,6 +203,9 @@ class Device(abc.ABC, Generic[S]):
 
     def date_set(self) -> None:  # noqa: B027
         """The board's date was set, before the first run: a clock that shows it is to show the new one."""
+
+    def renew(self) -> None:  # noqa: B027
+        """The machine was made of another one, or of what it was: what no two machines may have is to be new."""
 
     @property
     def keeps_time(self) -> bool:

@@ -25,6 +25,7 @@ from vmfs.devices.power import Power, PowerFunction
 from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
+from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import Memory
 from vmfs.words.errors import Busy, Invalid
@@ -38,6 +39,12 @@ class Row:
     make: Callable[[Board, str], Device]
 
 
+def _vmgenid(board: Board, name: str) -> Device:
+    power = board.devices["power"]
+    assert isinstance(power, Power)
+    return VmGenId(board, name, power)
+
+
 PC_DEVICES: tuple[Row, ...] = (
     Row("com1", lambda board, name: Serial(board, name, 0x3F8, 4)),
     Row("com2", lambda board, name: Serial(board, name, 0x2F8, 3)),
@@ -46,6 +53,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
     Row("dma", Dma),
     Row("power", Power),
+    Row("vmgenid", _vmgenid),
     Row("keyboard", I8042),
     Row("fw-cfg", FwCfg),
     Row("debugcon", lambda board, name: DebugConsole(board, name, 0xE9)),

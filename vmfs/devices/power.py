@@ -1,20 +1,25 @@
-"""ACPI's fixed hardware: the PM timer, PM1 event and control blocks. A guest that sleeps in S5 has powered off.
+"""ACPI's hardware: the PM timer, PM1 event and control blocks, general-purpose events.
+
+A guest that sleeps in S5 has powered off.
 
 S5 is sleep type 0, as on a PIIX4 (and QEMU's and Bochs' PCs): SeaBIOS and small kernels write 2000h to port 604h
 without a look at the tables.
 
-Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control) and 4.8.3.3 (timer).
+Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control), 4.8.3.3 (timer) and 4.8.4.1 (GPE0).
 """
 
 from __future__ import annotations
 
 import struct
 
+import msgspec
+
 from vmfs.devices import _chips
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.pci import PlainPciDevice
 
-PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
+PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0, SCI = 0x600, 0x604, 0x608, 0x60C, 9
+GPE0_LENGTH = 4  # two bytes of status, two of enable: 16 events, where a PIIX4 has them
 S5 = 0  # SLP_TYP in the tables' \_S5
 
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
@@ -24,10 +29,13 @@ class PowerState(DeviceState):
     status: U16
     enable: U16
     control: U16
+    gpe_status: U16 = 0
+    gpe_enable: U16 = 0
 
 
 class Power(QuietDevice[PowerState]):
-    """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits. The registers are in C (chips/power.c)."""
+    """Region 0: PM1a event; 1: PM1a control; 2: the timer, of 24 bits; 3: GPE0. The registers are in C
+    (chips/power.c)."""
 
     TYPE = "acpi-pm"
     INPUTS = ("press",)
@@ -44,10 +52,11 @@ class Power(QuietDevice[PowerState]):
             Window("port", PM1_EVENT, 4, 0),
             Window("port", PM1_CONTROL, 2, 1),
             Window("port", PM_TIMER, 4, 2),
+            Window("port", GPE0, GPE0_LENGTH, 3),
         )
 
     def reset(self) -> None:
-        self._set(0, 0, _SCI_EN)
+        self.load(PowerState(status=0, enable=0, control=_SCI_EN))
 
     def press_button(self) -> None:
         """The power button, by which a guest is asked to shut down."""
@@ -55,6 +64,10 @@ class Power(QuietDevice[PowerState]):
 
     def input(self, kind: str, data: bytes) -> None:
         self.chip.press()
+
+    def raise_event(self, number: int) -> None:
+        """A general-purpose event, of which the guest is told by the tables' \\_GPE._E00 and so on."""
+        self.chip.raise_event(number)
 
     def time_shifted(self, by: int) -> None:
         self.chip.seen(self.board.now())
@@ -74,7 +87,7 @@ class Power(QuietDevice[PowerState]):
         state = self.save()
         mask = ((1 << 8 * size) - 1) << 8 * offset
         control = (state.control & ~mask | value << 8 * offset & mask) & 0xFFFF & ~_SLP_EN
-        self._set(state.status, state.enable, control)
+        self.load(msgspec.structs.replace(state, control=control))
         if control >> _SLP_TYP & 7 == S5:
             self.board.stop("poweroff")
 
@@ -82,10 +95,7 @@ class Power(QuietDevice[PowerState]):
         return PowerState(**self.chip.state(self.board.now()))
 
     def load(self, state: PowerState) -> None:
-        self._set(state.status, state.enable, state.control)
-
-    def _set(self, status: int, enable: int, control: int) -> None:
-        self.chip.load(now=self.board.now(), status=status, enable=enable, control=control)
+        self.chip.load(now=self.board.now(), **msgspec.structs.asdict(state))
         self.board.chip_used()
 
 

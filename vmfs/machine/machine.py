@@ -496,6 +496,8 @@ class Vm(Control):
                 self.images.put(before[0])
                 self._use_rom(before[1])
                 raise
+            if self.board is not None:
+                self.board.renew()
             if self.history is not None:
                 self.history.restart(snapshot.ram)
             self._set_still(object())

@@ -134,6 +134,11 @@ class Past:
     def __bool__(self) -> bool:
         return bool(self._snapshots)
 
+    @property
+    def knows_ram(self) -> bool:
+        """Whether it is known what RAM is: an image, but for the pages that are noted. Only then can it be put back."""
+        return self._parent is not None
+
     def sizes(self, snapshot: Snapshot) -> tuple[int, int]:
         """Bytes of memory and of overlays that it shares with other snapshots or with the machine, and that are its
         own."""

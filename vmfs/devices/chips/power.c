@@ -1,14 +1,19 @@
-/* ACPI's fixed hardware: PM1 event and control, and the timer (ACPI 6.4, 4.8.3). Sleeping is Python's. */
+/* ACPI's fixed hardware: PM1 event and control, the timer, and general-purpose events (ACPI 6.4, 4.8.3, 4.8.4). Sleeping is Python's. */
 #include "module.h"
 
 enum { FREQUENCY = 3579545 /* Hz */, HALF = 23 /* the bit of which a change is an event */ };
 enum { TIMER = 1, POWER_BUTTON = 0x100, SLP_EN = 0x2000 };
-enum { EVENT, CONTROL, PM_TIMER /* regions */ };
+enum { EVENT, CONTROL, PM_TIMER, GPE /* regions */ };
+
+struct events {
+    u16 status, enable;
+};
 
 struct power {
     struct chip chip;
     unsigned gsi;
-    u16 status, enable, control;
+    struct events pm1, gpe;
+    u16 control;
     u64 halves;                 /* of the timer's rounds, that TMR_STS was set for */
 };
 
@@ -16,7 +21,8 @@ static u64 ticks(u64 now) { return (u64)((unsigned __int128)now * FREQUENCY / SE
 
 static void drive(struct power *p)
 {
-    bus_set_line(p->chip.bus, p->chip.number, p->gsi, p->status & p->enable & (POWER_BUTTON | TIMER));
+    bool fixed = p->pm1.status & p->pm1.enable & (POWER_BUTTON | TIMER), general = p->gpe.status & p->gpe.enable;
+    bus_set_line(p->chip.bus, p->chip.number, p->gsi, fixed || general);
 }
 
 /* TMR_STS is set when bit 23 of the timer changes (4.8.3.3); be called for that where it is an interrupt. */
@@ -25,13 +31,22 @@ static void update(struct power *p, u64 now)
     u64 halves = ticks(now) >> HALF;
     if (halves != p->halves) {
         p->halves = halves;
-        p->status |= TIMER;
+        p->pm1.status |= TIMER;
     }
     drive(p);
     u64 due = BUS_NEVER;
-    if (p->enable & TIMER && !(p->status & TIMER))
+    if (p->pm1.enable & TIMER && !(p->pm1.status & TIMER))
         due = (u64)((((unsigned __int128)(halves + 1) << HALF) * SECOND + FREQUENCY - 1) / FREQUENCY);
     bus_set_due(&p->chip, due);
+}
+
+/* Status, of which a bit that is written as 1 is cleared, and enable above it. */
+static u32 read_events(const struct events *e) { return e->status | (u32)e->enable << 16; }
+
+static void write_events(struct events *e, u64 mask, u64 value)
+{
+    e->status &= (u16)~value;
+    e->enable = (u16)((e->enable & ~(mask >> 16)) | (value >> 16 & 0xffff));
 }
 
 static bool power_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)
@@ -40,7 +55,9 @@ static bool power_access(struct chip *chip, struct bus_access *a, unsigned regio
     if (!a->write) {
         if (region == EVENT) {
             update(p, now_of(a));
-            a->value = p->status | (u32)p->enable << 16;
+            a->value = read_events(&p->pm1);
+        } else if (region == GPE) {
+            a->value = read_events(&p->gpe);
         } else {
             a->value = region == CONTROL ? p->control : ticks(now_of(a)) & 0xffffff;
         }
@@ -52,9 +69,11 @@ static bool power_access(struct chip *chip, struct bus_access *a, unsigned regio
     u64 mask = (~0ull >> (64 - 8 * a->size)) << 8 * offset, value = a->value << 8 * offset & mask;
     if (region == EVENT) {
         update(p, now_of(a));
-        p->status &= (u16)~value;
-        p->enable = (u16)((p->enable & ~(mask >> 16)) | (value >> 16 & 0xffff));
+        write_events(&p->pm1, mask, value);
         update(p, now_of(a));
+    } else if (region == GPE) {
+        write_events(&p->gpe, mask, value);
+        drive(p);
     } else if (region == CONTROL) {
         u16 control = (u16)((p->control & ~mask) | value);
         if (control & SLP_EN)
@@ -82,7 +101,18 @@ static PyObject *power_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static PyObject *power_press(struct power *self, PyObject *ignored)
 {
     bus_enter(self->chip.bus);
-    self->status |= POWER_BUTTON;
+    self->pm1.status |= POWER_BUTTON;
+    drive(self);
+    return bus_done(self->chip.bus);
+}
+
+static PyObject *power_raise(struct power *self, PyObject *argument)
+{
+    u64 number;
+    if (!chip_numbers(&argument, 1, &number, 1))
+        return NULL;
+    bus_enter(self->chip.bus);
+    self->gpe.status |= (u16)(1u << (number & 15));
     drive(self);
     return bus_done(self->chip.bus);
 }
@@ -108,18 +138,21 @@ static PyObject *power_state(struct power *self, PyObject *argument)
     struct power p = *self;
     if (!bus_leave(self->chip.bus))
         return NULL;
-    return Py_BuildValue("{sHsHsH}", "status", p.status, "enable", p.enable, "control", p.control);
+    return Py_BuildValue("{sHsHsHsHsH}", "status", p.pm1.status, "enable", p.pm1.enable, "control", p.control, "gpe_status", p.gpe.status,
+                         "gpe_enable", p.gpe.enable);
 }
 
 static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"now", "status", "enable", "control", NULL};
+    static char *names[] = {"now", "status", "enable", "control", "gpe_status", "gpe_enable", NULL};
     unsigned long long now;
-    unsigned status, enable, control;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KIII", names, &now, &status, &enable, &control))
+    unsigned status, enable, control, gpe_status, gpe_enable;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KIIIII", names, &now, &status, &enable, &control, &gpe_status, &gpe_enable))
         return NULL;
     bus_enter(self->chip.bus);
-    self->status = (u16)status, self->enable = (u16)enable, self->control = (u16)control;
+    self->pm1 = (struct events){(u16)status, (u16)enable};
+    self->gpe = (struct events){(u16)gpe_status, (u16)gpe_enable};
+    self->control = (u16)control;
     self->halves = ticks(now) >> HALF;
     update(self, now);
     return bus_done(self->chip.bus);
@@ -128,6 +161,7 @@ static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs
 static PyMethodDef power_methods[] = {
     CHIP_METHODS,
     {"press", (PyCFunction)power_press, METH_NOARGS, "press(): the power button"},
+    {"raise_event", (PyCFunction)power_raise, METH_O, "raise_event(number): a general-purpose event, 0 to 15"},
     {"seen", (PyCFunction)power_seen, METH_O, "seen(now): the timer's bit 23 did not change until now"},
     {"state", (PyCFunction)power_state, METH_O, "state(now) -> dict"},
     {"load", (PyCFunction)(void (*)(void))power_load, METH_VARARGS | METH_KEYWORDS, "load(now=, **state)"},

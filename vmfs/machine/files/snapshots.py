@@ -256,7 +256,7 @@ async def restore(scope: Contents, name: str) -> None:
     if (snapshot := vm.past.get(name)) is None:
         raise NotThere(f"restore: there is no snapshot {name[:64]!r}")
     engine = vm.engine
-    is_same = fits(scope, snapshot)
+    is_same = vm.past.knows_ram and fits(scope, snapshot)
     if is_same:
         disks_now = dict(vm.disks())
         for disk, frozen in snapshot.overlays.items():
