@@ -241,3 +241,22 @@ def blocked_write(fd: int, data: bytes) -> Blocked:
 
 def running(vm: Machine) -> None:
     wait_until(vm.is_running, "it runs")
+
+
+def number(vm: Machine, at: int = 0x5000) -> int:
+    """4 bytes of RAM."""
+    with open(vm / "mem", "rb") as ram:
+        ram.seek(at)
+        return int.from_bytes(ram.read(4), "little")
+
+
+def put(vm: Machine, at: int, data: bytes) -> None:
+    """Store in RAM."""
+    fd = os.open(vm / "mem", os.O_WRONLY)
+    assert os.pwrite(fd, data, at) == len(data)
+    os.close(fd)
+
+
+def stat(vm: Machine) -> dict[str, str]:
+    """The file `stat`, by name."""
+    return dict(line.split(maxsplit=1) for line in vm.read("stat").splitlines())

@@ -166,7 +166,7 @@ def test_interrupts_between_cpus_wake_them(make):
     assert words(vm, COUNTERS, 1) == (20 * (count - 1) + 1,)
 
 
-# As Linux looks for a TSC that warps: who has the lock finds none later than its own.
+# As Linux looks for a TSC that warps: a CPU that has the lock finds no TSC later than its own.
 TSC = """
     mov ecx, {rounds}
     1: mov al, 1

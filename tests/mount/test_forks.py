@@ -6,27 +6,11 @@ import errno
 import os
 
 import pytest
-from mounting import Machine, failing, wait_until
+from mounting import Machine, failing, number, put, stat, wait_until
 
 SIZE = 128 << 20
 # inc dword [0x5000]; hlt; jmp to the beginning. The same without hlt.
 ONCE, COUNTING = "66ff060050 f4 ebf8", "66ff060050 ebf9"
-
-
-def number(vm: Machine, at: int = 0x5000) -> int:
-    with open(vm / "mem", "rb") as ram:
-        ram.seek(at)
-        return int.from_bytes(ram.read(4), "little")
-
-
-def put(vm: Machine, at: int, data: bytes) -> None:
-    fd = os.open(vm / "mem", os.O_WRONLY)
-    assert os.pwrite(fd, data, at) == len(data)
-    os.close(fd)
-
-
-def stat(vm: Machine) -> dict[str, str]:
-    return dict(line.split(maxsplit=1) for line in vm.read("stat").splitlines())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mounting import Machine, blocked_read, failing, running, wait_until
+from mounting import Machine, blocked_read, failing, number, put, running, stat, wait_until
 
 from vmfs.words.modes import MODES
 
@@ -23,22 +23,6 @@ COUNTING, ONCE = "66ff060050 ebf9", "66ff060050 f4"
 
 def make(vm: Machine, name: str) -> None:
     (vm / "snap" / name).mkdir()
-
-
-def number(vm: Machine, at: int = 0x5000) -> int:
-    with open(vm / "mem", "rb") as ram:
-        ram.seek(at)
-        return int.from_bytes(ram.read(4), "little")
-
-
-def put(vm: Machine, at: int, data: bytes) -> None:
-    fd = os.open(vm / "mem", os.O_WRONLY)
-    assert os.pwrite(fd, data, at) == len(data)
-    os.close(fd)
-
-
-def stat(vm: Machine) -> dict[str, str]:
-    return dict(line.split(maxsplit=1) for line in vm.read("stat").splitlines())
 
 
 def info(vm: Machine, name: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Console:
     """
 
     def __init__(self, open_file: Callable[[int], int]) -> None:
-        """`open_file(flags)` opens the stream; the descriptor is closed by who has opened it."""
+        """`open_file(flags)` opens the stream; its owner closes the descriptor."""
         self._fd = open_file(os.O_RDWR | os.O_NONBLOCK)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.said = ""

@@ -1,4 +1,4 @@
-"""A mount of one's own for a time, and what is to be done even when this process is killed."""
+"""A mount of one's own for a time, which goes even when this process is killed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from vmfs.client.console import Console
-from vmfs.client.files import Directory, read_whole
+from vmfs.client.files import Directory, read_whole, write_whole
 from vmfs.client.registers import Msrs, Registers
 from vmfs.words.exits import Exit, Io, Mmio, parse_exit
 from vmfs.words.tracing import TraceRecord, TraceRecords
@@ -260,8 +260,10 @@ class Vm(Directory):
             target = self._open(name, os.O_WRONLY | os.O_TRUNC, keep=False)
             with self._errors(name, writing=True):
                 try:
+                    at = 0
                     while data := file.read(1 << 20):
-                        _write(target, data)
+                        write_whole(target, data, at)
+                        at += len(data)
                 except BaseException:
                     with suppress(OSError):
                         os.close(target)
@@ -603,10 +605,3 @@ def _point_of(line: str) -> Point:
     number, what = line.split(" ", 1)
     words = dict(word.split("=", 1) for word in what.split() if word.startswith(("hits=", "by=")))
     return Point(int(number), what, int(words.get("hits", "0")), words.get("by", ""))
-
-
-def _write(fd: int, data: bytes) -> None:
-    """All of it, after what was written before."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

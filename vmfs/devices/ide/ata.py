@@ -66,7 +66,6 @@ class AtaDisk(Drive[AtaState]):
         self.translation = self._own_translation
         self.multiple = 0
         self.write_cache = True
-        self.standby = False
         self.address = self.left = self.block = 0
 
     def reset(self) -> None:
@@ -218,18 +217,6 @@ class AtaDisk(Drive[AtaState]):
         else:
             self.counters["flushes"] += 1
             self.finish()
-
-    def _check_power(self) -> None:
-        self.sector_count = 0 if self.standby else 0xFF
-        self.finish()
-
-    def _stand_by(self) -> None:
-        self.standby = True
-        self.finish()
-
-    def _idle(self) -> None:
-        self.standby = False
-        self.finish()
 
     # ---- PIO
 

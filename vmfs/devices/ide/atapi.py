@@ -87,7 +87,7 @@ class CdDrive(Removable, Drive[CdState]):
         self.sense: Sense = NO_SENSE
         self.has_attention = False
         self.event = EVENT_NONE
-        self.is_locked = self.is_open = self.standby = False
+        self.is_locked = self.is_open = False
 
     def reset(self) -> None:
         super().reset()
@@ -175,18 +175,6 @@ class CdDrive(Removable, Drive[CdState]):
             self.finish()
         else:
             self.fail(ABRT)
-
-    def _check_power(self) -> None:
-        self.sector_count = 0 if self.standby else 0xFF
-        self.finish()
-
-    def _stand_by(self) -> None:
-        self.standby = True
-        self.finish()
-
-    def _idle(self) -> None:
-        self.standby = False
-        self.finish()
 
     def _packet(self) -> None:
         self.reply, self.left = b"", 0

@@ -106,6 +106,7 @@ class Drive(QuietDevice[D], abc.ABC):
         super().__init__(board, name)
         self.cable: Cable = _NoCable()
         self.mode = 0
+        self.standby = False
         self.clear()
 
     def clear(self) -> None:
@@ -222,6 +223,20 @@ class Drive(QuietDevice[D], abc.ABC):
         if value >= 0x20:
             self.mode = value
         return True
+
+    # ---- commands that all drives have
+
+    def _check_power(self) -> None:
+        self.sector_count = 0 if self.standby else 0xFF
+        self.finish()
+
+    def _stand_by(self) -> None:
+        self.standby = True
+        self.finish()
+
+    def _idle(self) -> None:
+        self.standby = False
+        self.finish()
 
     # ---- life
 
