@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import signal
 import struct
 import threading
 import time
@@ -85,11 +87,15 @@ class Guest:
         assert self.sum(cpu) == (before + count * ADDS) % (1 << 32)
 
 
-def held() -> int:
-    """Bytes of this process's files of host code, which may be mapped twice."""
+def mappings() -> list[int]:
+    """Of each mapping of this process by which host code is written, its resident bytes. No other one is as large."""
     text = Path("/proc/self/smaps").read_text()
-    found = re.findall(r"^\S+ rw\S+ .*memfd:vmfs-code.*\n(?:\w+:.*\n)*?Rss:\s+(\d+) kB", text, re.MULTILINE)
-    return sum(map(int, found)) * 1024
+    found = re.findall(r"^(\w+)-(\w+) rw-s .*\n(?:\w+:.*\n)*?Rss:\s+(\d+) kB", text, re.MULTILINE)
+    return [int(rss) * 1024 for start, end, rss in found if int(end, 16) - int(start, 16) == BOUND + 4096]
+
+
+def held() -> int:
+    return sum(mappings())
 
 
 def wait_until(condition, what: str) -> None:
@@ -152,6 +158,34 @@ def test_cpus_in_turn_share_it(jit):
         assert guest.sum(second) == 320 * ADDS
         assert BOUND * 0.4 < code_bytes(second) <= BOUND / 2
         assert code_bytes(first) + code_bytes(second) <= BOUND
+
+
+def test_it_is_mapped_when_code_is_first_kept(jit):
+    with Guest() as guest:
+        (cpu,) = guest.cpus
+        jit.setenv("VMFS_JIT_THRESHOLD", "1000")
+        with Guest(pages=2) as brief:
+            before = len(mappings())
+            brief.passes(brief.cpus[0], 0, 1)
+            assert len(mappings()) == before
+        before = len(mappings())
+        guest.passes(cpu, 0, 10)
+        assert len(mappings()) == before + 1
+
+
+def test_a_limit_of_the_length_of_files_is_none_of_code(jit):
+    """A machine's process has its maker's (RLIMIT_FSIZE) by the time that it translates."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Guest() as guest:
+        (cpu,) = guest.cpus
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (RAM, hard))
+            guest.passes(cpu, 0, 10)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        assert cpu.counters()["instructions_translated"] > 0
 
 
 def test_a_machine_at_rest_gives_all_back(jit):

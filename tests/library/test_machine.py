@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -190,6 +191,22 @@ def test_an_interrupt_is_an_exit_and_the_next_run_is_after_it(make):
     first, second = m.run(), m.run()
     assert (first.vector, second.vector) == (0x80, 3) and second.rip == CODE + 2
     assert "vector=0x80" in first.line() and isinstance(m.run(), exits.Hlt) and m.eax == 5
+
+
+def test_a_brief_life_touches_little_memory():
+    """Tables that a run of a few instructions hardly uses are neither filled nor cleared."""
+    def live() -> None:
+        with Machine(memory={0x1000: b"\x48\xff\xc0\x90"}) as machine:
+            machine.run(start=0x1000, until=0x1004)
+            machine.run(start=0x1000, until=0x1003)  # other stops: what was decoded is forgotten
+            assert machine.rax == 2
+
+    for _ in range(20):
+        live()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        live()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50 < 100  # 45; each a page
 
 
 def test_closed_and_bad_arguments(make):

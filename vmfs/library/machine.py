@@ -130,7 +130,7 @@ class _Parts:
             return
         if hasattr(self, "_driver") and self._driver.inside:
             raise Busy("a hook cannot close the machine that it is of")
-        if hasattr(self, "_driver"):
+        if self._hooks:
             self._hooks.clear()
             self._driver.set((), None, ())  # a function may hold the machine, which holds the function
         self._machine.close()

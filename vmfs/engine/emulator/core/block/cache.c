@@ -261,7 +261,8 @@ void cache_forget(struct vcpu *c)
     if (cache->used) {
         for (unsigned i = 0; i < PAGES; i++) {
             struct code_page *p = cache->pages[i];
-            cache->pages[i] = NULL;
+            if (p)
+                cache->pages[i] = NULL;
             while (p) {
                 struct code_page *next = p->next;
                 struct slot *slot = vm_slot(c->vm, p->page);
@@ -270,14 +271,14 @@ void cache_forget(struct vcpu *c)
                 p = next;
             }
         }
-        memset(cache->buckets, 0, sizeof cache->buckets);
-        memset(c->jumps, 0, sizeof c->jumps);
+        zeros_clear(cache->buckets, sizeof cache->buckets);
+        zeros_clear(c->jumps, sizeof c->jumps);
         cache->used = 0;
     }
     cache->flushes++;
     recent_forget_places(c);
     if (cache->last_id != 1)
-        memset(cache->mappings, 0, sizeof cache->mappings);
+        zeros_clear(cache->mappings, sizeof cache->mappings);
     cache->last_id = 1;
     code_map_clear(c);
 }

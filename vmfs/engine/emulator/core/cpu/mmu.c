@@ -304,7 +304,7 @@ bool tlb_may_write(const struct vcpu *c, u64 page)
 void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
     for (unsigned table = 0; table < TLB_NONE; table++)
-        for (unsigned i = 0; i < TLB_SIZE; i++)
+        for (unsigned i = 0; c->tables >> table & 1 && i < TLB_SIZE; i++)
             if ((c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK) == page)
                 invalidate(&c->tlbs[table], TLB_WRITE, i);
 }

@@ -460,6 +460,7 @@ struct vm {
     struct slot slots[CORE_SLOTS];
     struct slot *sorted[CORE_SLOTS];
     unsigned slot_count;
+    unsigned slot_end;        /* no slot from here on was ever used: they are not touched, so that they cost no memory */
     bool aliased;             /* two slots have bytes in common */
     struct vcpu *vcpus[CORE_VCPUS];
     unsigned vcpu_count;

@@ -70,7 +70,7 @@ void vm_destroy(struct vm *vm)
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i])
             vcpu_destroy(vm->vcpus[i]);
-    for (unsigned i = 0; i < CORE_SLOTS; i++)
+    for (unsigned i = 0; i < vm->slot_end; i++)
         free_slot(&vm->slots[i]);
     code_memory_destroy(vm->code);
     free(vm->line_queue);
@@ -147,7 +147,7 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
         flags & ~(unsigned)SLOT_READ_ONLY)
         return -EINVAL;
     struct slot *slot = &vm->slots[number];
-    for (unsigned i = 0; i < CORE_SLOTS; i++)
+    for (unsigned i = 0; i < vm->slot_end; i++)
         if (size && &vm->slots[i] != slot && vm->slots[i].size && address < vm->slots[i].address + vm->slots[i].size &&
             vm->slots[i].address < address + size)
             return -EEXIST;
@@ -164,7 +164,8 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
     free_slot(slot);
     *slot = fresh;
     vm->slot_count = 0;
-    for (unsigned i = 0; i < CORE_SLOTS; i++)
+    vm->slot_end = vm->slot_end > number ? vm->slot_end : number + 1;
+    for (unsigned i = 0; i < vm->slot_end; i++)
         if (vm->slots[i].size)
             vm->sorted[vm->slot_count++] = &vm->slots[i];
     for (unsigned i = 1; i < vm->slot_count; i++)

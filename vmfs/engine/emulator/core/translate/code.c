@@ -3,44 +3,52 @@
 
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 _Static_assert((int)CODE_PARTS >= (int)CORE_VCPUS && CODE_PARTS == 64, "a part for each CPU, a bit for each part");
 
 enum { CODE_SIZE = SHARED_SIZE + CODE_PARTS * PART_SIZE };
 
-struct code_memory *code_memory_create(void)
+struct code_memory *code_memory_create(void (*prepare)(struct code_memory *))
 {
     struct code_memory *m = calloc(1, sizeof *m);
     if (!m)
         return NULL;
-    int fd = memfd_create("vmfs-code", MFD_CLOEXEC);
-    void *writable = MAP_FAILED, *code = MAP_FAILED;
-    if (fd >= 0 && !ftruncate(fd, CODE_SIZE)) {
-        writable = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-        code = mmap(NULL, CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    }
-    if (fd >= 0)
-        close(fd);
-    if (writable == MAP_FAILED || code == MAP_FAILED) {
-        if (writable != MAP_FAILED)
-            munmap(writable, CODE_SIZE);
-        free(m);
-        return NULL;
-    }
-    m->writable = writable;
-    m->to_executable = (u8 *)code - (u8 *)writable;
+    m->prepare = prepare;
     m->free = ~0ull;
     pthread_mutex_init(&m->lock, NULL);
     return m;
+}
+
+/* Both mappings, once: what nobody keeps no code in costs none. It is not the mapping of a file with a name, whose length a
+ * user's limit (RLIMIT_FSIZE) bounds. Where the host gives none that may be executed, there are no parts. */
+static bool map_parts(struct code_memory *m)
+{
+    if (m->writable || m->refused)
+        return !m->refused;
+    void *writable = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *code = writable == MAP_FAILED ? MAP_FAILED : mremap(writable, 0, CODE_SIZE, MREMAP_MAYMOVE); /* 0: the same, twice */
+    if (code == MAP_FAILED || mprotect(code, CODE_SIZE, PROT_READ | PROT_EXEC)) {
+        if (writable != MAP_FAILED)
+            munmap(writable, CODE_SIZE);
+        if (code != MAP_FAILED)
+            munmap(code, CODE_SIZE);
+        m->refused = true;
+        return false;
+    }
+    m->writable = writable;
+    m->to_executable = (u8 *)code - (u8 *)writable;
+    m->prepare(m);
+    return true;
 }
 
 void code_memory_destroy(struct code_memory *m)
 {
     if (!m)
         return;
-    munmap(m->writable + m->to_executable, CODE_SIZE);
-    munmap(m->writable, CODE_SIZE);
+    if (m->writable) {
+        munmap(m->writable + m->to_executable, CODE_SIZE);
+        munmap(m->writable, CODE_SIZE);
+    }
     pthread_mutex_destroy(&m->lock);
     free(m);
 }
@@ -66,7 +74,7 @@ int part_take(struct code_memory *m, unsigned has)
     int part = -1;
     pthread_mutex_lock(&m->lock);
     unsigned kept = has ? m->without : m->without - 1;
-    if ((unsigned)__builtin_popcountll(m->free) > kept) {
+    if ((unsigned)__builtin_popcountll(m->free) > kept && map_parts(m)) {
         part = __builtin_ctzll(m->free);
         m->free &= m->free - 1;
         m->without -= !has;

@@ -264,10 +264,9 @@ struct translator *translator_create(struct vm *vm)
     if (number_of("VMFS_NO_JIT", 0) || !host.lahf)
         return NULL;
     if (!vm->code) {
-        vm->code = code_memory_create();
+        vm->code = code_memory_create(write_shared);
         if (!vm->code)
             return NULL;
-        write_shared(vm->code);
     }
     struct translator *t = zeros_create(sizeof *t);
     if (!t)
