@@ -110,13 +110,12 @@ def extensions():
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
         ))
-    if os.path.exists("vmfs/debug/_trace.c"):
-        found.append(Extension(
-            "vmfs.debug._trace",
-            sources=["vmfs/debug/_trace.c"],
-            extra_compile_args=COMPILE,
-            extra_link_args=LINK,
-        ))
+    for name, source in (
+        ("vmfs.debug._trace", "vmfs/debug/_trace.c"),
+        ("vmfs.devices._pixels", "vmfs/devices/_pixels.c"),
+    ):
+        if os.path.exists(source):
+            found.append(Extension(name, sources=[source], extra_compile_args=COMPILE, extra_link_args=LINK))
     return found
 
 

@@ -77,6 +77,18 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"off off", errno.EINVAL),
         (b"'", errno.EINVAL),
     ),
+    "vnc": (
+        (b"nowhere", errno.EINVAL),
+        (b"127.0.0.1:65536", errno.EINVAL),
+        (b"127.0.0.1:0 password=", errno.EINVAL),
+        (b"127.0.0.1:0 password=ninechars", errno.EINVAL),
+        (b"127.0.0.1:0 nopassword password=a", errno.EINVAL),
+        (b"127.0.0.1:0 shared", errno.EINVAL),
+        (b"0.0.0.0:0 nopassword", errno.EINVAL),
+        (b"/" + b"x" * 108, errno.EINVAL),
+        (b"'", errno.EINVAL),
+        (b"127.0.0.1:0", errno.EOPNOTSUPP),
+    ),
     "gdb.stream": (),  # whatever is written is a stub's to answer
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
     "disasm": ((b"\n", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),

@@ -11,6 +11,7 @@ of Linux include/linux/i8042.h.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Iterable
 from typing import Annotated
@@ -19,8 +20,8 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
-from vmfs.devices.keys import Chord, chord_codes, translated
-from vmfs.devices.ps2 import Keyboard, KeyboardState, Mouse, MouseState
+from vmfs.devices.keys import Chord, chord_codes, codes, translated
+from vmfs.devices.ps2 import MOVED_MOST, Keyboard, KeyboardState, Mouse, MouseState
 from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
 
@@ -59,16 +60,17 @@ class I8042State(DeviceState):
     next_key: int | None
 
 
-# Of an input "strokes".
+# Of an input "strokes", and of one "mouse".
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(tuple[bytes, ...]).decode
+_MOVE = struct.Struct("<hhbB")
 
 
 class I8042(QuietDevice[I8042State]):
     """Regions 0, 1, 2: ports 60, 64, 92."""
 
     TYPE = "i8042"
-    INPUTS = ("strokes",)
+    INPUTS = ("strokes", "mouse")
     STATE = I8042State
     irq = KEYBOARD_IRQ
 
@@ -231,6 +233,7 @@ class I8042(QuietDevice[I8042State]):
                 self._take_code(self.keyboard.take())
             elif self.mouse.queue and not self.control & _MOUSE_OFF:
                 self.buffer, self.from_mouse = self.mouse.take(), True
+                self.mouse.report()
             else:
                 break
         self._lines()
@@ -257,20 +260,42 @@ class I8042(QuietDevice[I8042State]):
 
         WouldBlock, and nothing was typed, when more wait already than anyone will read.
         """
-        codes = [code for chord in chords for code in chord_codes(chord) if code]
+        self._enter([code for chord in chords for code in chord_codes(chord) if code])
+
+    def press(self, keys: Iterable[tuple[str, bool]]) -> None:
+        """Keys by their names go down (True) or up; as `type`."""
+        self._enter([code for name, down in keys if (code := codes(name, down))])
+
+    def move_mouse(self, x: int, y: int, wheel: int, buttons: int) -> None:
+        """So far to the right, down and towards the user; these buttons are down now: bit 0 left, 1 right, 2 middle,
+        3 and 4 those at the side. From any thread."""
+        x, y = (max(-MOVED_MOST, min(MOVED_MOST, way)) for way in (x, y))
+        wheel = max(-127, min(127, wheel))
+        self.board.inputs.enter(self, "mouse", _MOVE.pack(x, -y, wheel, buttons & 31))
+
+    def _enter(self, strokes: list[bytes]) -> None:
         with self.board.lock:
-            if len(self.typed) + len(codes) > TYPED_MOST:
+            if len(self.typed) + len(strokes) > TYPED_MOST:
                 raise WouldBlock(f"keyboard: {len(self.typed)} strokes wait; the guest does not take them")
-            self.board.inputs.enter(self, "strokes", _pack(codes))
+            self.board.inputs.enter(self, "strokes", _pack(strokes))
 
     def input(self, kind: str, data: bytes) -> None:
-        codes = _unpack(data)[: TYPED_MOST - len(self.typed)]
-        self.typed += codes
-        self.counters["typed"] += len(codes)
+        if kind == "mouse":
+            self.mouse.move(*_MOVE.unpack(data))
+            self.mouse.report()
+            self._fill()
+            return
+        strokes = _unpack(data)[: TYPED_MOST - len(self.typed)]
+        self.typed += strokes
+        self.counters["typed"] += len(strokes)
         self._type_next()
 
     def check_input(self, kind: str, data: bytes) -> None:
         super().check_input(kind, data)
+        if kind == "mouse":
+            if len(data) != _MOVE.size:
+                raise Invalid(f"{self.name}: that is no move of a mouse")
+            return
         try:
             _unpack(data)
         except msgspec.DecodeError:

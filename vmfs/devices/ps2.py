@@ -1,6 +1,7 @@
 """PS/2 keyboard and mouse: what they answer to the bytes that a controller sends them. Each has a queue of its own.
 
-Typematic repetition is not there: a key goes down and up. Nothing moves the mouse yet.
+Typematic repetition is not there: a key goes down and up. How far the mouse has moved adds up until the one packet
+that waits for the guest is taken, so that it never lags; the sample rate says nothing about that.
 
 Source: IBM PS/2 Hardware Interface Technical Reference, "Keyboard" and "Auxiliary device"; Microsoft's IntelliMouse
 protocol for the wheel.
@@ -9,7 +10,7 @@ protocol for the wheel.
 from __future__ import annotations
 
 from collections import deque
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -20,7 +21,10 @@ ACK, RESEND, ERROR, SELF_TEST_PASSED = 0xFA, 0xFE, 0xFC, 0xAA
 QUEUE = 16  # bytes that a keyboard keeps
 REPLIES = 64  # bytes of answers that a hostile driver can make wait
 
+MOVED_MOST = 1 << 14  # how far a mouse goes that nobody asks
+
 Flag = Annotated[int, msgspec.Meta(ge=0, le=1)]
+Moved = Annotated[int, msgspec.Meta(ge=-MOVED_MOST, le=MOVED_MOST)]
 
 
 class Ps2State(DeviceState):
@@ -39,12 +43,17 @@ class KeyboardState(Ps2State):
 
 
 class MouseState(Ps2State):
-    id: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    id: Literal[0, 3, 4]
     resolution: Annotated[int, msgspec.Meta(ge=0, le=3)]
     scaling: Flag
     remote: Flag
     wrap: Flag
     knock: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+    x: Moved = 0
+    y: Moved = 0
+    z: Moved = 0
+    buttons: Annotated[int, msgspec.Meta(ge=0, lt=32)] = 0
+    told: Annotated[int, msgspec.Meta(ge=0, lt=32)] = 0
 
 
 S = TypeVar("S", bound=Ps2State)
@@ -161,12 +170,17 @@ class Keyboard(Ps2Device[KeyboardState]):
 
 
 class Mouse(Ps2Device[MouseState]):
-    """Three buttons; a wheel and five buttons for drivers that know how to ask."""
+    """Three buttons; a wheel and five buttons for drivers that know how to ask.
+
+    `x` (to the right), `y` (up), `z` (the wheel, towards the user) are what it has moved and nobody was told;
+    `buttons` are down (left, right, middle, fourth, fifth, from bit 0 on), and `told` those that the guest knows of."""
 
     STATE = MouseState
 
     def reset(self) -> None:
         super().reset()
+        self.x = self.y = self.z = 0
+        self.buttons = self.told = 0
         self.id = 0
         self.wrap = 0
         self.knock = 0  # the last three sample rates
@@ -174,6 +188,36 @@ class Mouse(Ps2Device[MouseState]):
     def defaults(self) -> None:
         self.rate, self.resolution, self.scaling, self.remote = 100, 2, 0, 0
         self.enabled = 0
+
+    def move(self, x: int, y: int, z: int, buttons: int) -> None:
+        """So far, and these buttons are down now."""
+        self.x, self.y, self.z = (
+            max(-MOVED_MOST, min(MOVED_MOST, was + by))
+            for was, by in zip((self.x, self.y, self.z), (x, y, z), strict=True)
+        )
+        if self.buttons != self.told and buttons != self.buttons:
+            self.report()  # a click is told, however short it was
+        self.buttons = buttons & 31
+
+    def report(self) -> None:
+        """In stream mode: put what is to be told into the queue, when that is empty; a button also when it is not."""
+        if not self.enabled or self.remote or self.wrap:
+            self.x = self.y = self.z = 0
+            self.told = self.buttons
+        elif not self.queue and (self.buttons != self.told or self.x or self.y or self.z and self.id):
+            self.send(*self._packet(scaled=bool(self.scaling)))
+        elif self.buttons != self.told and len(self.queue) <= REPLIES - 4:
+            self.send(*self._packet(scaled=bool(self.scaling)))
+
+    def _packet(self, *, scaled: bool = False) -> tuple[int, ...]:
+        x, y = (max(-255, min(255, way)) for way in (self.x, self.y))
+        z = max(-8, min(7, self.z))
+        self.x, self.y, self.z, self.told = self.x - x, self.y - y, self.z - z if self.id else 0, self.buttons
+        if scaled:
+            x, y = (max(-255, min(255, _scaled(way))) for way in (x, y))
+        head = 0x08 | self.buttons & 7 | (x < 0) << 4 | (y < 0) << 5
+        last = {0: (), 3: (z & 0xFF,), 4: (z & 0xF | (self.buttons & 0x18) << 1,)}[self.id]
+        return head, x & 0xFF, y & 0xFF, *last
 
     def write(self, byte: int) -> None:
         command, self.command = self.command, 0
@@ -195,13 +239,14 @@ class Mouse(Ps2Device[MouseState]):
                 self.command = byte
                 self.send(ACK)
             case 0xE9:
-                status = self.remote << 6 | self.enabled << 5 | self.scaling << 4
+                left, right, middle = (self.buttons >> bit & 1 for bit in range(3))
+                status = self.remote << 6 | self.enabled << 5 | self.scaling << 4 | left << 2 | middle << 1 | right
                 self.send(ACK, status, self.resolution, self.rate)
             case 0xEA | 0xF0:
                 self.remote = int(byte == 0xF0)
                 self.send(ACK)
-            case 0xEB:  # Read Data: nothing moved
-                self.send(ACK, 0x08, 0, 0, *((0,) if self.id else ()))
+            case 0xEB:  # Read Data
+                self.send(ACK, *self._packet())
             case 0xEC | 0xEE:
                 self.wrap = int(byte == 0xEE)
                 self.send(ACK)
@@ -229,3 +274,9 @@ class Mouse(Ps2Device[MouseState]):
         elif self.knock == 200 << 16 | 200 << 8 | 80 and self.id == 3:
             self.id = 4
         self.send(ACK)
+
+
+def _scaled(way: int) -> int:
+    """2:1, for those who move it fast."""
+    small = (0, 1, 1, 3, 6, 9)
+    return 2 * way if abs(way) > 5 else small[abs(way)] * (-1 if way < 0 else 1)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
+import mmap
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from vmfs.devices import _pixels
 from vmfs.devices.display import Display
 from vmfs.devices.vga import FONT_GLYPH, GraphicsMode, TextMode
 from vmfs.memory.ram import MemoryView
@@ -24,6 +28,7 @@ VGA_BIOSES = tuple(
 )
 _FONT_BEGINS = bytes(16) + bytes.fromhex("00007e81a58181bd9981817e00000000")  # a blank and a face
 _FONT_HEIGHT = 16
+TILE = 32  # pixels, both ways: what a picture knows the changes of
 _LINES_DRAWN = range(0xC0, 0xE0)  # characters whose ninth column repeats the eighth
 
 
@@ -62,46 +67,94 @@ def text(display: Display, memory: MemoryView) -> str:
     )
 
 
-def picture(display: Display, memory: MemoryView) -> bytes:
-    """The screen as a PNG file. Unsupported for planar modes, whose planes are not kept, and where there is no font.
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What is on the screen: `height` lines of `width` pixels of `bits`, the first at `start` of `data`, `pitch` bytes
+    from one line to the next. `colours`: those of pixels of 8 bits, red, green, blue. What is beyond the end of `data`
+    is black. `close` gives back what holds `data`."""
+
+    width: int
+    height: int
+    bits: int
+    data: Any
+    start: int
+    pitch: int
+    colours: bytes = b""
+    close: Callable[[], None] = lambda: None
+
+    def copy(self) -> bytes:
+        """All lines from the first pixel on."""
+        size = self.pitch * self.height
+        return bytes(self.data[self.start : self.start + size]).ljust(size, b"\0")
+
+
+def look(display: Display, memory: MemoryView) -> Shown:
+    """What is shown now. Unsupported for planar modes, whose planes are not kept, and where there is no font.
 
     Characters have the guest's font where it has loaded one, else that of a VGA BIOS of the host. Nothing blinks: a
     character that does is shown, and so is the cursor.
     """
-    from PIL import Image  # loaded only by a process that makes pictures
-
     mode = display.mode()
     if isinstance(mode, TextMode):
         width, height, pixels = _draw(display, mode, memory)
-        image = Image.frombytes("P", (width, height), pixels)
-        image.putpalette([part for colour in display.vga.text_colours() for part in colour])
-    elif mode.memory == "planes":
+        return Shown(width, height, 8, pixels, 0, width, _bytes_of(display.vga.text_colours()))
+    if mode.memory == "planes":
         raise Unsupported(f"screen.png: {mode} is a planar mode; what the guest draws there is not kept")
+    colours = _bytes_of(display.vga.pixel_colours()) if mode.bits == 8 else b""
+    if mode.memory == "ram":
+        data = memory.read(mode.start, mode.pitch * mode.height)
+        return Shown(mode.width, mode.height, mode.bits, data, 0, mode.pitch, colours)
+    fd = display.open_framebuffer()
+    try:
+        mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    return Shown(mode.width, mode.height, mode.bits, mapped, mode.start, mode.pitch, colours, mapped.close)
+
+
+def _bytes_of(colours: list[tuple[int, int, int]]) -> bytes:
+    return b"".join(map(bytes, colours))
+
+
+_LAYOUTS = {15: "BGR;15", 16: "BGR;16", 24: "BGR", 32: "BGRX"}
+
+
+def picture(display: Display, memory: MemoryView) -> bytes:
+    """The screen as a PNG file; as `look`."""
+    from PIL import Image  # loaded only by a process that makes pictures
+
+    shown = look(display, memory)
+    try:
+        data, size = shown.copy(), (shown.width, shown.height)
+    finally:
+        shown.close()
+    if shown.bits == 8:
+        image = Image.frombuffer("P", size, data, "raw", "P", shown.pitch, 1)
+        image.putpalette(shown.colours)
     else:
-        data = _pixels(display, mode, memory)
-        size = mode.width, mode.height
-        if mode.bits == 8:
-            image = Image.frombuffer("P", size, data, "raw", "P", mode.pitch, 1)
-            image.putpalette([part for colour in display.vga.pixel_colours() for part in colour])
-        else:
-            layout = {15: "BGR;15", 16: "BGR;16", 24: "BGR", 32: "BGRX"}[mode.bits]
-            image = Image.frombuffer("RGB", size, data, "raw", layout, mode.pitch, 1)
+        image = Image.frombuffer("RGB", size, data, "raw", _LAYOUTS[shown.bits], shown.pitch, 1)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
-def _pixels(display: Display, mode: GraphicsMode, memory: MemoryView) -> bytes:
-    size = mode.pitch * mode.height
-    if mode.memory == "framebuffer":
-        fd = display.open_framebuffer()
-        try:
-            data = os.pread(fd, size, mode.start)
-        finally:
-            os.close(fd)
-    else:
-        data = memory.read(mode.start, size)
-    return data.ljust(size, b"\0")
+class Picture:
+    """What a screen has shown, 32 bits a pixel (blue, green, red, 0) in `pixels`."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.pixels = bytearray(4 * width * height)
+        self.across, self.down = -(-width // TILE), -(-height // TILE)  # tiles
+
+    def update(self, shown: Shown) -> bytearray | None:
+        """Be what is shown, of the same size. A byte a tile, 1 where a pixel has changed; None: none has."""
+        colours = bytearray(1024)
+        for channel in range(3):
+            colours[channel : 4 * len(shown.colours) // 3 : 4] = shown.colours[2 - channel :: 3]
+        changed = bytearray(self.across * self.down)
+        of = shown.data, shown.start, shown.pitch, shown.bits, colours
+        count = _pixels.update(self.pixels, self.width, self.height, *of, TILE, changed)
+        return changed if count else None
 
 
 def _font(display: Display, mode: TextMode, memory: MemoryView) -> Callable[[int, int], int]:

@@ -168,7 +168,7 @@ def _listen(work: Listen, who: Credentials, answer: _Answer, sandbox: Sandbox) -
         made = _bind_path(work.path, work.mount) if work.path else _bind_tcp(work.host, work.port)
     except OSError as error:
         number = error.errno or errno.EIO
-        raise HostError(number, f"gdb: {where}: {os.strerror(number)}") from None
+        raise HostError(number, f"{where}: {os.strerror(number)}") from None
     if work.path.startswith("\0"):
         text = "0"
     elif work.path:

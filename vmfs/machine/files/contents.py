@@ -23,6 +23,7 @@ from vmfs.machine.files.budget import Budget
 from vmfs.machine.files.console import ConsolePort
 from vmfs.machine.files.gdb import GdbPort
 from vmfs.machine.files.handles import Kind, Scope
+from vmfs.machine.files.vnc import VncPort
 from vmfs.machine.files.waiting import settled
 from vmfs.machine.machine import Vm
 from vmfs.memory.ram import PAGE
@@ -111,6 +112,7 @@ class Contents(Scope):
         self.arrivals: Any = None  # vmfs.machine.files.arrivals.Arrivals, of who has them
         self.memory = CachedMemory(vm, door)
         self.gdb = GdbPort(self, monitor)
+        self.vnc = VncPort(self)
         self.symbol_file: tuple[SymbolTable, bytes] | None = None  # with the table that it is made of
         self.symbol_file_size: tuple[SymbolTable, int] | None = None
         self.symbols_text: tuple[SymbolTable | None, int] = None, 0  # the size of the text of a table

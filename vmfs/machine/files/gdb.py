@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import select
 import shlex
 import socket
@@ -18,6 +17,7 @@ import trio
 
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
 from vmfs.machine.files.lines import Do, LineHandle
+from vmfs.machine.files.listening import Place, Where, parse_address
 from vmfs.machine.files.request import current, interruptible, is_nonblocking
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.gdb import handover
@@ -26,19 +26,14 @@ from vmfs.machine.gdb.server import Gdb, Words
 from vmfs.machine.gdb.stub import parse_layout
 from vmfs.machine.gdb.target import DEFAULT
 from vmfs.machine.machine import Vm
-from vmfs.words.door import Door
-from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock, known
+from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[0-9.]+|localhost)?:)?(?P<port>[0-9]{1,5})")
-_LOOPBACK = "127.0.0.1"
 _USAGE = "`off`, or HOST:PORT or a socket's path, and then a layout (x86-64, i386, i8086) or `linear`"
-_PATH_MOST = 107  # bytes of struct sockaddr_un's path, without its NUL
 _OFFER_SECONDS = 10.0  # that a program has to hand its socket over
-_ACCEPT_AGAIN_SECONDS = 0.1
 _SECRET_SECONDS = 1.0  # and a connection to say that it is the one
 
 
@@ -50,7 +45,7 @@ class GdbPort:
         self.gdb = Gdb(self)
         self._scope = scope
         self._monitor = monitor
-        self._listener: _Listener | None = None
+        self._place = Place(scope, "gdb", self.gdb.serve)
         self._changing = trio.Lock()
 
     # What a session asks for, in its thread; a machine that is removed ends it with a cancellation.
@@ -78,81 +73,20 @@ class GdbPort:
 
     def text(self) -> str:
         """The `gdb` file."""
-        if self._listener is None:
+        if self._place.address is None:
             return "off\n"
         name, linear = self.gdb.words
-        words = [self._listener.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
+        words = [self._place.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
         return " ".join(words) + "\n"
 
     async def set(self, asked: Asked) -> None:
         """What was written to it. When it fails, what was before stays."""
         async with self._changing:
             if asked.where is None:
-                await self._end_listener()
+                await self._place.leave()
             else:
-                await self._listen(asked.where)
+                await self._place.listen(asked.where)
                 self.gdb.words = asked.words
-
-    async def _listen(self, where: Where) -> None:
-        if self._listener is not None and self._listener.where == where:
-            await self._end_listener()  # the same place again
-        listener = await trio.to_thread.run_sync(_Listener, self._scope.door, where)
-        await self._end_listener()
-        if self._scope.removed:
-            await trio.to_thread.run_sync(listener.close)
-        self._scope.check()
-        self._listener = listener
-        trio.lowlevel.spawn_system_task(self._serve, listener)
-
-    async def _end_listener(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.ended.set()
-            await listener.gone.wait()
-
-    async def _serve(self, listener: _Listener) -> None:
-        try:
-            with self._scope.waiting() as event:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_when, listener.ended, event)
-                    nursery.start_soon(self._accept, listener, nursery)
-                    if not self._scope.removed:
-                        await event.wait()
-                    nursery.cancel_scope.cancel()
-        except Exception:
-            log.exception("gdb: the listener failed")
-        finally:
-            if self._listener is listener:
-                self._listener = None
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(listener.close)
-            listener.gone.set()
-
-    async def _accept(self, listener: _Listener, nursery: trio.Nursery) -> None:
-        """Connections, until this is cancelled. One for which there is no descriptor waits."""
-        while True:
-            await listener.wait()
-            try:
-                nursery.start_soon(self._connected, listener.accept())
-            except (BlockingIOError, ConnectionAbortedError):  # it has gone again
-                continue
-            except OSError as error:
-                if (failure := known(error)) is error:
-                    raise
-                log.warning("gdb: a connection has to wait: %s", failure)
-                await trio.sleep(_ACCEPT_AGAIN_SECONDS)
-
-    async def _connected(self, line: socket.socket) -> None:
-        with line:
-            await self.gdb.serve(line)
-
-
-async def _when(one: trio.Event, other: trio.Event) -> None:
-    await one.wait()
-    other.set()
-
-
-Where = str | tuple[str, int]  # a socket's path, or a numerical host and a port
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,61 +109,7 @@ def parse_gdb(text: str) -> Asked:
         if rest:
             raise Invalid("gdb: nothing follows `off`")
         return Asked(None)
-    return Asked(parse_address(address), parse_layout(rest))
-
-
-def parse_address(text: str) -> Where:
-    """`/a/path`, `127.0.0.1:1234`, `[::1]:1234`, `:1234` and `1234`, which are on this host only."""
-    if text.startswith("/"):
-        if len(os.fsencode(text)) > _PATH_MOST:
-            raise Invalid(f"gdb: the path of a socket has at most {_PATH_MOST} bytes")
-        return text
-    found = _TCP.fullmatch(text)
-    if not found or int(found["port"]) > 0xFFFF:
-        raise Invalid(f"gdb: {text[:60]!r} is no address: {_USAGE}")
-    host = found["host"] or _LOOPBACK
-    host = _LOOPBACK if host == "localhost" else host.strip("[]")
-    try:
-        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    except OSError:
-        raise Invalid(f"gdb: {host!r} is no numerical address") from None
-    return host, int(found["port"])
-
-
-class _Listener:
-    """A socket that listens, got through the door. Blocks when it is made and closed."""
-
-    def __init__(self, door: Door, where: Where) -> None:
-        self.ended = trio.Event()
-        self.gone = trio.Event()
-        self._door = door
-        there = door.listen(where)
-        self._socket = socket.socket(fileno=there.fd)
-        self._socket.setblocking(False)
-        self.where = where if isinstance(where, str) else (where[0], there.port)  # with the port that it has
-
-    @property
-    def address(self) -> str:
-        """Where gdb's `target remote` finds it."""
-        if isinstance(self.where, str):
-            return shlex.quote(self.where)
-        host, port = self.where
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    async def wait(self) -> None:
-        """Until a connection may wait to be accepted."""
-        await trio.lowlevel.wait_readable(self._socket)
-
-    def accept(self) -> socket.socket:
-        """BlockingIOError where there is none."""
-        return self._socket.accept()[0]
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.close()
-        if isinstance(self.where, str):
-            with contextlib.suppress(VmfsError):
-                self._door.unlink(self.where)
+    return Asked(parse_address(address, "gdb", _USAGE), parse_layout(rest))
 
 
 def _no_socket(what: str, error: OSError) -> VmfsError:

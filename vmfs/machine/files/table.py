@@ -25,6 +25,7 @@ from vmfs.machine.files.memory import Mem, resize_memory
 from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, screen_text
 from vmfs.machine.files.snapshots import RESTORE
 from vmfs.machine.files.trace import TraceFile
+from vmfs.machine.files.vnc import VncFile
 from vmfs.machine.files.waiting import finished, settled
 from vmfs.machine.machine import Vm, check_cpu_count, check_time
 from vmfs.memory.ram import PAGE, check_size
@@ -268,6 +269,7 @@ CONTENTS: Mapping[str, Kind] = {
     "screen.png": Text(screen_picture, slow=True),
     "framebuffer": Framebuffer(),
     "keyboard": Text(put=put_keys, whole=True, acts=True),
+    "vnc": VncFile(),
     # what is booted
     "kernel": ImageFile("kernel"),
     "initrd": ImageFile("initrd"),
