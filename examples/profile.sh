@@ -1,7 +1,9 @@
 #!/bin/bash
 # profile.sh MOUNT KERNEL [INITRD [SAMPLES]]: where a booting kernel spends its time. Its rip is read while it runs, which
-# stops it between two instructions for some microseconds, and looked up in the symbols that it has itself.
+# stops it between two instructions for some microseconds, and looked up in the symbols that it has itself. Then its next
+# two million instructions are traced, and drawn as a flame graph: profile.svg, for a browser.
 set -euo pipefail
+PATH=$PATH:$(dirname "$0")/../.venv/bin
 vm=${1:?usage: profile.sh MOUNT KERNEL [INITRD [SAMPLES]]}/profile.$$ kernel=${2:?which kernel?} samples=${4:-400}
 
 mkdir "$vm"
@@ -25,3 +27,10 @@ echo pause > "$vm/state"
 { sed 's/^/0x/' "$vm/symbols"; sed 's/$/ ~/' "$samplings"; } | sort |
     awk '$2 != "~" { name = $3; next } { hits[name]++ } END { for (one in hits) print hits[one], one }' |
     sort -rn | head -n 15 | awk -v all="$samples" '{ printf "%5.1f %%  %s\n", 100 * $1 / all, $2 }'
+
+vmfs trace "$vm" start insn
+vmfs trace --format flame -o profile.svg "$vm" & # reads until `stop`; the guest waits for it where it is slower
+echo 'insns 2000000 for 5s' > "$vm/vm_run"
+vmfs trace "$vm" stop
+wait $!
+echo "the flame graph is profile.svg" >&2

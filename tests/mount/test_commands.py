@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,54 @@ def test_trace(crashing):
     ok("trace", path, "stop")
     lines = ok("trace", path, "print").splitlines()
     assert [line for line in lines if line.startswith("insn")] == ["insn 0x1008", "insn 0x100d", "insn 0x100e"]
+
+
+def test_trace_in_other_forms(crashing, tmp_path):
+    """What a machine's `trace.bin` gave, kept in a file, is written as the machine's own; and what is wrong is said."""
+    path = crashing.path
+    assert refused("trace", path, "--format", "flames").endswith("did you mean flame?\n")
+    crashing.write("symbols", "1000 T _start\n100d T end\n")
+    ok("trace", path, "start")
+    ok("run", path)
+    ok("trace", path, "stop")
+    saved = tmp_path / "saved"
+    saved.write_bytes((path / "trace.bin").read_bytes())
+    lines = ok("trace", "--symbols", path / "symbols", saved).splitlines()
+    assert lines == ["insn 0x1000 _start", "insn 0x1008 _start+0x8", "insn 0x100d end", "insn 0x100e end+0x1"]
+    out = tmp_path / "out"
+    assert ok("trace", "--format", "folded", "--symbols", path / "symbols", "-o", out, saved) == ""
+    assert out.read_text() == "_start 4\n", "nothing has called `end`"
+    ok("trace", path, "start")
+    ok("set", path, "rip=0x1000")
+    ok("run", path)
+    ok("trace", path, "stop")
+    assert "_start: 4 instructions, 100.00 %" in ok("trace", "--format", "flame", path)
+    nowhere = tmp_path / "none" / "x"
+    assert refused("trace", "--format", "csv", "-o", nowhere, saved).endswith("x: No such file or directory\n")
+    assert "is no machine" in refused("trace", tmp_path / "nothing")
+    assert "is not NAME=FIRST-LAST" in refused("trace", "--module", "x=9-1", "--format", "drcov", saved)
+
+
+def test_trace_until_a_key(crashing, tmp_path):
+    """^C ends it, and the picture is whole."""
+    out = tmp_path / "flame.svg"
+    crashing.load("ebfe")
+    ok("trace", crashing.path, "start")
+    crashing.write("state", "run")
+    command = [sys.executable, "-m", "vmfs.cli", "trace", crashing.path, "--format", "flame", "-o", out]
+    reader = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 30
+        while not out.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        reader.send_signal(signal.SIGINT)
+        assert (reader.wait(30), reader.stderr.read()) == (130, b"")
+    finally:
+        reader.kill()
+        crashing.write("trace", "off")
+        crashing.write("state", "pause")
+    assert re.search(r"<title>all: \d+ instructions", out.read_text()) and out.read_text().endswith("</svg>\n")
 
 
 def test_screen(vm, tmp_path):

@@ -22,7 +22,7 @@ FLOORS = (
     ("engine", "client"),
     ("devices", "debug"),
     ("boot",),
-    ("machine", "library"),
+    ("machine", "library", "traces"),
     ("host",),
     ("fs",),
     ("commands",),

@@ -84,4 +84,4 @@ def instructions_of(record: TraceRecord) -> Iterator[tuple[int, int]]:
     for number in range(record.size):
         length = record.words[2] >> 4 * number & 15
         yield address, length
-        address += length
+        address = address + length & 0xFFFF_FFFF_FFFF_FFFF
