@@ -193,3 +193,24 @@ def test_several_cpus():
         assert "\n\ncpu 1:\n" in vm.account.text(vm.symbols)
     finally:
         vm.close()
+
+
+@pytest.mark.parametrize("machine", ["bare", "pc"])
+def test_the_last_exits_where_no_instructions_are_told(vm, machine):
+    """Also those that devices in C, or nobody, answered, and of runs before. The emulator tells instructions."""
+    if vm.engine.name == "emulator":
+        assert vm.cpu.vcpu.last_exits() is None
+        return
+    if machine == "pc":
+        vm.set_machine("pc")
+    source = "lidt [none]; mov edx, 0x300; mov ecx, 40; l: mov eax, ecx; out dx, al; loop l; ud2; none: .quad 0, 0"
+    program = assemble(source, "long")
+    vm.set_mode("long")
+    vm.memory.write(ORIGIN, program.code)
+    vm.change(lambda cpu: write_registers(cpu, {"rip": ORIGIN}))
+    vm.symbols = SymbolTable((address, "t", name) for name, address in program.labels.items())
+    while not vm.start().result(SECONDS).line().startswith("shutdown"):
+        pass
+    outs = told(vm)["exits"]
+    assert [re.search(r" port=0x300 .* data=(0x\w+) ", line)[1] for line in outs] == [hex(n) for n in range(32, 0, -1)]
+    assert all(line.endswith(f" rip={program.labels['l'] + 3:#x} l+0x3") for line in outs), outs

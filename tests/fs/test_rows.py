@@ -90,6 +90,7 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         (b"127.0.0.1:0", errno.EOPNOTSUPP),
     ),
     "gdb.stream": (),  # whatever is written is a stub's to answer
+    "coverage": (),  # whatever is written clears it
     "symbols": ((b"kallsyms", errno.EINVAL),),  # a file that is none is found out when it is closed
     "disasm": ((b"\n", errno.EINVAL), (b"rip 0", errno.EINVAL), (b"nowhere", errno.EINVAL), (b"1 2 3", errno.EINVAL)),
     "virt": (),  # its one failure, where nothing is mapped, needs an offset

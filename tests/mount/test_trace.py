@@ -1,10 +1,11 @@
-"""`trace` and `trace.bin` on real mounts: lines, ends, readers that come and go, and a guest that waits for them."""
+"""`trace`, `trace.bin` and `coverage` on real mounts: lines, ends, readers that come and go, a guest that waits."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import select
 import signal
@@ -375,3 +376,65 @@ def test_a_hostile_ring(emulator, emulated):
     os.kill(int(process.name), signal.SIGKILL)
     wait_until(lambda: emulated.read("state") == "failed\n")
     os.close(fd)
+
+
+# ---- coverage
+
+# cmp byte [0x8000], 65; jne 1; inc bx; 1: mov cx, 5; 2: dec cx; jne 2; hlt
+BRANCHES = "803e008041 7501 43 b90500 49 75fd f4"
+
+
+def covered(vm: Machine, data: bytes) -> bytes:
+    """The map of one case, and it is cleared."""
+    vm.write("restore", "begin\n")
+    with open(vm / "mem", "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), data, 0x8000)
+    assert vm.run().startswith("hlt")
+    found = (vm / "coverage").read_bytes()
+    (vm / "coverage").write_bytes(b"")
+    return found
+
+
+def test_coverage_of_cases(emulated):
+    """The same path is the same map, another branch is another one; each jump counts."""
+    emulated.load(BRANCHES)
+    (emulated / "snap/begin").mkdir()
+    emulated.write("trace", "coverage on\n")
+    maps = [covered(emulated, data) for data in (b"A", b"B", b"A")]
+    assert maps[0] == maps[2] != maps[1] and len(maps[0]) == 1 << 16
+    assert max(maps[0]) == 4  # the jumps of the loop
+    assert sum(map(bool, maps[1])) == sum(map(bool, maps[0])) + 1
+    assert not any((emulated / "coverage").read_bytes())
+    emulated.write("trace", f"range {0x1000 + 0x800:#x}-0x2000\n")
+    assert not any(covered(emulated, b"A"))
+    emulated.write("trace", "range all\n")
+    assert covered(emulated, b"A") == maps[0]
+
+
+def test_coverage_in_a_mapping(emulated):
+    """What a fuzzer maps is the map itself, in both directions."""
+    emulated.load(BRANCHES)
+    emulated.write("trace", "coverage on\n")
+    with open(emulated / "coverage", "r+b", buffering=0) as file:
+        if stat(emulated)["memory_served_by"] != "passthrough":
+            with pytest.raises(OSError, match="No such device"):
+                mmap.mmap(file.fileno(), 1 << 16)
+            return
+        with mmap.mmap(file.fileno(), 1 << 16) as seen:
+            assert emulated.run().startswith("hlt")
+            assert max(seen[:]) == 4 and seen[:] == (emulated / "coverage").read_bytes()
+            seen[:] = bytes(1 << 16)
+            assert not any((emulated / "coverage").read_bytes())
+            assert failing(os.ftruncate, file.fileno(), 100) == errno.EINVAL
+
+
+def test_what_coverage_is_not_counted_with(vm, emulated):
+    emulated.write("trace", "insn on\n")
+    assert failing(emulated.write, "trace", "coverage on\n") == errno.EINVAL
+    assert "insn: `off` ends it" in emulated.read("error")
+    emulated.write("trace", "insn off\ncoverage on\n")
+    with open(emulated / "trace", "rb", buffering=0) as stream:
+        assert stream.read(100) == b""  # it is no stream
+    if engine_of(vm) != "emulator":
+        assert failing(vm.write, "trace", "coverage on\n") == errno.EOPNOTSUPP
+        assert failing(emulated.write, "engine", f"{engine_of(vm)}\n") == errno.EOPNOTSUPP

@@ -14,7 +14,7 @@ from vmfs.commands import machines
 from vmfs.debug import symbols
 from vmfs.words.errors import EngineFailed, Invalid, VmfsError
 
-KINDS = ("insn", "mem", "exceptions", "interrupts", "exits")
+KINDS = ("insn", "mem", "exceptions", "interrupts", "exits", "coverage")
 _CHUNK = 1 << 16
 
 

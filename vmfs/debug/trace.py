@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 from vmfs.debug._trace import Text
 from vmfs.debug.conditions import Resolve, no_symbols, parse_address
+from vmfs.debug.coverage import CoverageMap
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace_buffer import TraceBuffer
 from vmfs.engine.base import TRACE_ALL, Capability, Runner, TraceRequest, TraceSink, Vcpu
@@ -24,7 +26,7 @@ from vmfs.words.errors import Invalid, Unsupported
 from vmfs.words.modes import CodeMode
 from vmfs.words.tracing import AT, DROPPED, EXIT, INSN, RECORD, WRITE
 
-KINDS = ("insn", "mem", "exceptions", "interrupts", "exits")
+KINDS = ("insn", "mem", "exceptions", "interrupts", "exits", "coverage")
 PRIVILEGES = ("user", "kernel")
 MODES = ("real", "protected", "long")
 Span = tuple[int, int]
@@ -110,6 +112,22 @@ class TraceSettings:
     def off(self) -> TraceSettings:
         return replace(self, kinds=frozenset())
 
+    @property
+    def counts(self) -> bool:
+        """It is coverage."""
+        return "coverage" in self.kinds
+
+    @property
+    def flows(self) -> bool:
+        """There is something for readers."""
+        return bool(self.kinds) and not self.counts
+
+    def check(self) -> None:
+        """Invalid for what no engine does."""
+        if self.counts and len(self.kinds) > 1:
+            others = ", ".join(kind for kind in KINDS if kind in self.kinds and kind != "coverage")
+            raise Invalid(f"coverage is counted while nothing else is traced, and there is {others}: `off` ends it")
+
     def line(self) -> str:
         """All of it in one word, for `stat`."""
         words = [kind for kind in KINDS if kind in self.kinds] or ["off"]
@@ -123,7 +141,7 @@ class TraceSettings:
         words.append(f"buffer={self.size}")
         return ",".join(words)
 
-    def request(self) -> TraceRequest:
+    def request(self, coverage: CoverageMap) -> TraceRequest:
         """What an engine is asked for."""
         return TraceRequest(
             instructions="insn" in self.kinds,
@@ -134,6 +152,7 @@ class TraceSettings:
             data=self.data,
             privileges=self.privileges,
             modes=self.modes,
+            coverage=coverage.view if self.counts else None,
         )
 
     def check_steps(self, engine: str) -> None:
@@ -142,6 +161,7 @@ class TraceSettings:
             ("mem", "memory accesses"),
             ("exceptions", "exceptions"),
             ("interrupts", "interrupts"),
+            ("coverage", "jumps"),
         ):
             if kind in self.kinds:
                 raise Unsupported(f"{engine} steps, and does not show {what}: write emulator to `engine`")
@@ -157,13 +177,17 @@ class Trace:
         self.buffer = TraceBuffer(DEFAULT_SIZE)
         self.stepped = 0  # instructions that were traced by steps
 
+    @cached_property
+    def coverage(self) -> CoverageMap:
+        return CoverageMap()
+
     @property
     def on(self) -> bool:
         return bool(self.settings.kinds)
 
     def apply(self, settings: TraceSettings) -> None:
         self.settings = settings
-        self.buffer.configure(limit=settings.size, waits=settings.waits, flowing=self.on)
+        self.buffer.configure(limit=settings.size, waits=settings.waits, flowing=settings.flows)
 
     def sink(self, cpu: int | None) -> TraceSink:
         """Where a CPU's records go; None: it is the only one."""

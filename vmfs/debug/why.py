@@ -47,6 +47,7 @@ class CpuAccount:
     instructions: int | None
     faults: Sequence[Fault] | None
     steps: Sequence[Step] | None
+    exits: Sequence[Exit] | None
     registers: dict[str, int]
     stands: Step  # before this instruction
     injected: tuple[int, int | None] | None  # an exception that KVM was delivering: vector, error code
@@ -78,7 +79,7 @@ class CpuAccount:
         )
         stands = Step(code.address, code.ip, code.bits, at_rip)
         done = cpu.counters().get("instructions")
-        return CpuAccount(cpu.index, done, cpu.last_faults(), steps, registers, stands, injected)
+        return CpuAccount(cpu.index, done, cpu.last_faults(), steps, cpu.last_exits(), registers, stands, injected)
 
 
 def _state(cpu: Vcpu, name: str) -> bytes | None:
@@ -114,6 +115,10 @@ class Account:
             yield from _cpu_sections(cpu, False, symbols)
 
 
+def _exit_line(exit_: Exit, symbols: SymbolTable) -> str:
+    return f"{exit_.line()} {symbols.label(exit_.rip)}".rstrip() + "\n"
+
+
 def _cpu_sections(cpu: CpuAccount, is_fault: bool, symbols: SymbolTable) -> Iterator[str]:
     chain: Sequence[Fault] = []
     before = list(cpu.faults or ())
@@ -128,6 +133,8 @@ def _cpu_sections(cpu: CpuAccount, is_fault: bool, symbols: SymbolTable) -> Iter
         yield "exceptions before:\n" + _lines(cpu, before, symbols)
     registers = cpu.registers | ({"cr2": chain[0].cr2} if chain else {})
     yield "registers:\n" + "".join(f"{name} {REGISTERS[name].text(value)}\n" for name, value in registers.items())
+    if cpu.exits:
+        yield "exits:\n" + "".join(_exit_line(exit_, symbols) for exit_ in cpu.exits)
     yield "instructions:\n" + _steps_text(cpu, symbols)
 
 

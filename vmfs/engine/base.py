@@ -25,7 +25,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vmfs.words import layouts
 from vmfs.words.errors import Invalid, Unsupported
@@ -130,7 +130,10 @@ TRACE_ALL = 0, (1 << 64) - 1
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
     """What a CPU tells of itself while it runs. Ranges are linear addresses, the last one included: `place` of the
-    instructions, `data` of what they access. Where CPL or mode is not among those named, nothing is traced."""
+    instructions, `data` of what they access. Where CPL or mode is not among those named, nothing is traced.
+
+    `coverage`: the jumps that it takes are counted in that buffer, and nothing else is traced. Its size is a power of
+    2, from 256 on; a jump adds 1 to a byte, by where it is and where it leads to."""
 
     instructions: bool = False
     memory: bool = False
@@ -140,6 +143,7 @@ class TraceRequest:
     data: tuple[int, int] = TRACE_ALL
     privileges: frozenset[str] = frozenset({"user", "kernel"})
     modes: frozenset[str] = frozenset({"real", "protected", "long"})
+    coverage: Any = None
 
 
 NO_TRACE = TraceRequest()
@@ -578,6 +582,11 @@ class Vcpu(abc.ABC):
     def last_steps(self, most: int) -> list[Step] | None:
         """The last instructions up to where it stands, the newest at the end: as many as are certain, and `most` at
         most. None where the engine does not tell."""
+        return None
+
+    def last_exits(self) -> list[Exit] | None:
+        """The last accesses and halts that its runs ended with, the newest at the end, also those that the bus in C
+        has answered: of an engine that does not tell the last instructions. Else None."""
         return None
 
     @abc.abstractmethod

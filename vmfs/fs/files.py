@@ -12,7 +12,7 @@ from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.forks import ForkFile
 from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.kinds import History, Kept, LocalText, Served, Stat
-from vmfs.fs.mapped import Framebuffer, Mem
+from vmfs.fs.mapped import Coverage, Framebuffer, Mem
 from vmfs.fs.scopes import RootScope
 from vmfs.words.registers import REGISTERS
 
@@ -90,6 +90,7 @@ FILES: tuple[Row, ...] = (
     Row("debug", 0o600, BOTH),
     Row("trace", 0o600, Served(writable=True, sized=False, walked=False, ahead=True)),
     Row("trace.bin", 0o400, Served(sized=False, walked=False, ahead=True)),
+    Row("coverage", 0o600, Coverage()),
     Row("symbols", 0o600, BOTH),
     Row("symbols.elf", 0o400, READ),
     Row("virt", 0o600, Served(writable=True, sized=False, walked=False), per_cpu=True),

@@ -1,4 +1,4 @@
-"""`mem` and `framebuffer`: memory as a file, in the best way that the kernel allows.
+"""`mem`, `framebuffer` and `coverage`: memory as a file, in the best way that the kernel allows.
 
 Passthrough: the kernel maps and reads the memfd itself, and both sides see each other's bytes at once. A
 descriptor that may write is direct I/O as well: then only mmap passes through, and the server, which knows
@@ -248,7 +248,7 @@ def write_bounded(fd: int, name: str, what: str, offset: int, data: bytes) -> in
     return done
 
 
-# ---- the framebuffer
+# ---- the framebuffer, the map of coverage
 
 
 @dataclass(frozen=True)
@@ -262,27 +262,53 @@ class Framebuffer(Served):
         return _FramebufferHandle(node, pid, who)
 
 
-class _FramebufferHandle(ServedHandle):
+@dataclass(frozen=True)
+class Coverage(Served):
+    """`coverage`: mappings and reads are of the memory, what is written is the machine's to answer."""
+
+    writable: bool = True  # type: ignore[assignment]
+    dated = False
+
+    def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
+        return _SharedHandle(node, pid, who)
+
+
+class _SharedHandle(ServedHandle):
+    """Of memory that the machine hands over at the open, if it does."""
+
     _fd = -1
     _writing = False
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
         await super().begin(flags, uid, walking)
         self._writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if self._writing:
-            self.scope.memory.writer_comes()
 
     def opened(self, memory: int) -> None:
         self._fd = memory
 
     def prepare_answer(self) -> None:
-        if self._fd >= 0 and self.scope.framebuffer(self._fd).answer_open():
+        if self._fd >= 0 and self.scope.backing(self.node.name, self._fd).answer_open():
             self.direct_io = self._writing  # then only mappings pass through, and the end is the server's to answer
 
     async def read(self, offset: int, size: int) -> bytes:
         if self._fd < 0:
             return await super().read(offset, size)
         return os.pread(self._fd, size, offset)
+
+    def close(self) -> None:
+        super().close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _FramebufferHandle(_SharedHandle):
+    """It is memory of the guest's."""
+
+    async def begin(self, flags: int, uid: int, walking: bool) -> None:
+        await super().begin(flags, uid, walking)
+        if self._writing:
+            self.scope.memory.writer_comes()
 
     async def write(self, offset: int, data: bytes) -> int:
         if self._fd < 0:
@@ -293,6 +319,3 @@ class _FramebufferHandle(ServedHandle):
         super().close()
         if self._writing:
             self.scope.memory.writer_goes()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

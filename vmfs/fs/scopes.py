@@ -48,26 +48,25 @@ class MachineScope(Scope, Watcher):
         self.machine = machine
         self.modified_ns = time.time_ns()
         self.memory = MemoryServer(machine, connection)
-        self._framebuffer: tuple[tuple[int, int], Backing, int] | None = None
+        self._backings: dict[str, tuple[tuple[int, int], Backing, int]] = {}  # by the file's name
         self.fork: Fork = _no_fork
         machine.watcher = self
 
-    def framebuffer(self, fd: int) -> Backing:
-        """How the memory of the display is served. `fd` is it."""
+    def backing(self, name: str, fd: int) -> Backing:
+        """How the file of that name is served. `fd` is its memory."""
         there = os.fstat(fd)
         identity = there.st_dev, there.st_ino
-        if self._framebuffer is None or self._framebuffer[0] != identity:
-            self._close_framebuffer()  # of a machine that it was before
+        if name not in self._backings or self._backings[name][0] != identity:
+            self._close_backing(name)  # of a machine that it was before
             kept = os.dup(fd)
-            self._framebuffer = identity, Backing(kept), kept
-        return self._framebuffer[1]
+            self._backings[name] = identity, Backing(kept), kept
+        return self._backings[name][1]
 
-    def _close_framebuffer(self) -> None:
-        if self._framebuffer is not None:
-            _, backing, fd = self._framebuffer
+    def _close_backing(self, name: str) -> None:
+        if name in self._backings:
+            _, backing, fd = self._backings.pop(name)
             backing.close()
             os.close(fd)
-            self._framebuffer = None
 
     def facts(self) -> dict[str, object]:
         """What `stat` shows of the server's."""
@@ -101,7 +100,8 @@ class MachineScope(Scope, Watcher):
         super().remove()
         self.lane.close()
         self.memory.close()
-        self._close_framebuffer()
+        for name in list(self._backings):
+            self._close_backing(name)
 
     # ---- what the machine says
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from vmfs.engine.base import Vcpu
+from vmfs.engine.base import TraceRequest, Vcpu
 from vmfs.library.exits import Interrupt, Syscall
 from vmfs.library.hooks import BLOCK, CODE, FIRST, MEMORY, CoreDriver, Driver, Hook, check_engine, check_range
 from vmfs.library.memory import Memory, Region
@@ -503,8 +503,8 @@ class _Parts:
         begin, end = check_range(begin, end)
         found = bytearray(size)
         try:
-            self._cpu.core.set_coverage(found if size else None, begin, end - 1)  # type: ignore[attr-defined]
-        except OSError as error:
+            self._cpu.set_trace(TraceRequest(place=(begin, end - 1), coverage=found if size else None), lambda *_: None)
+        except (Busy, Invalid) as error:
             raise Invalid(f"coverage: {size} bytes are no power of 2 from 256 on, or the machine runs") from error
         self._coverage = found if size else None
         return found

@@ -763,6 +763,7 @@ class Control:
 
         def make_it(cpu: Vcpu) -> None:
             settings = change(self.trace.settings)
+            settings.check()
             for one in self.cpus:
                 self._ask_trace(self.engine, self._machine, one.vcpu, settings, len(self.cpus))
             self.trace.apply(settings)
@@ -774,7 +775,7 @@ class Control:
     ) -> None:
         """Of one of `count` CPUs."""
         if Capability.TRACE in machine.capabilities:
-            cpu.set_trace(settings.request(), self.trace.sink(cpu.index if count > 1 else None))
+            cpu.set_trace(settings.request(self.trace.coverage), self.trace.sink(cpu.index if count > 1 else None))
         else:
             settings.check_steps(engine.name)
 

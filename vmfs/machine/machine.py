@@ -500,6 +500,9 @@ class Vm(Control):
                 self.board.renew()
             if self.history is not None:
                 self.history.restart(snapshot.ram)
+            if self.trace.settings.counts:  # the next jump has no begin
+                for cpu in self.cpus:
+                    self._ask_trace(self.engine, self._machine, cpu.vcpu, self.trace.settings, len(self.cpus))
             self._set_still(object())
         self.tell()
 

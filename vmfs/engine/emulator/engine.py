@@ -336,7 +336,7 @@ class EmulatorVcpu(Vcpu):
         self.core = cpu  # for vmfs.library: hooks, and registers one at a time
         self.lane = cpu.lane
         self._has_irqchip = has_irqchip
-        self._closed = False
+        self._closed = self._counts_coverage = False
 
     def run(self, budget: int | None = None, *, goes_on: bool = False) -> Exit:
         try:  # and no _failures, which takes as long as the rest of an exit
@@ -510,7 +510,11 @@ class EmulatorVcpu(Vcpu):
         )
         modes = sum(_TRACE_MODES[name] for name in request.privileges | request.modes)
         with _failures("trace"):
-            self._cpu.set_trace(kinds, modes, *request.place, *request.data, sink)
+            if request.coverage is not None or self._counts_coverage:
+                self._cpu.set_coverage(request.coverage, modes, *request.place)
+                self._counts_coverage = request.coverage is not None
+            if not self._counts_coverage:
+                self._cpu.set_trace(kinds, modes, *request.place, *request.data, sink)
 
     def translate(self, linear: int) -> int | None:
         with _failures("translate"):

@@ -33,10 +33,14 @@ struct left {
     uint8_t data[ACCESS_MOST];  /* what was written */
 };
 
+enum { EXITS_KEPT = 32 };
+
 typedef struct {
     PyObject_HEAD
     Py_buffer page;
     int fd;
+    struct vmfs_exit last[EXITS_KEPT];  /* the last accesses and halts; the next goes to `noted` % EXITS_KEPT */
+    uint64_t noted;
     unsigned index;
     int finishes;               /* rip is after an OUT only once KVM has finished it */
     pthread_t thread;           /* that is in KVM_RUN, */
@@ -57,6 +61,35 @@ static int is_inside(Runner *self, uint64_t offset, uint64_t size)
 }
 
 static void clear_kick(void *cpu) { run_of(cpu)->immediate_exit = 0; }
+
+/* Keep what KVM_RUN ended with. In the thread of the run; read while nothing runs. */
+static void note(Runner *self)
+{
+    const struct kvm_run *run = run_of(self);
+    struct vmfs_exit exit = {.cpu = self->index, .rip = rip_of(self)};
+    if (run->exit_reason == KVM_EXIT_IO) {
+        size_t size = (size_t)run->io.size * run->io.count;
+        exit.reason = VMFS_EXIT_IO;
+        exit.io.direction = run->io.direction == KVM_EXIT_IO_OUT ? VMFS_IO_OUT : VMFS_IO_IN;
+        exit.io.size = run->io.size;
+        exit.io.port = run->io.port;
+        exit.io.count = run->io.count;
+        if (is_inside(self, run->io.data_offset, size) && exit.io.direction == VMFS_IO_OUT)
+            memcpy(exit.io.data, (const uint8_t *)run + run->io.data_offset, size < sizeof exit.io.data ? size : sizeof exit.io.data);
+    } else if (run->exit_reason == KVM_EXIT_MMIO) {
+        exit.reason = VMFS_EXIT_MMIO;
+        exit.mmio.addr = run->mmio.phys_addr;
+        exit.mmio.len = run->mmio.len;
+        exit.mmio.is_write = run->mmio.is_write;
+        if (run->mmio.is_write)
+            memcpy(exit.mmio.data, run->mmio.data, sizeof run->mmio.data);
+    } else if (run->exit_reason == KVM_EXIT_HLT) {
+        exit.reason = VMFS_EXIT_HLT;
+    } else {
+        return;
+    }
+    self->last[self->noted++ % EXITS_KEPT] = exit;
+}
 
 /* An access to a port. */
 static int take_io(Runner *self, struct left *left)
@@ -128,6 +161,7 @@ static int run(void *cpu, uint8_t exit[LANE_EXIT_SIZE])
     int done = ioctl(self->fd, KVM_RUN, 0);
     left->error = done < 0 ? errno : 0;
     if (!done) {
+        note(self);
         uint32_t reason = run_of(self)->exit_reason;
         if (reason == KVM_EXIT_IO)
             left->kind = take_io(self, left);
@@ -238,12 +272,13 @@ static int go(Runner *self, Wires *wires)
 {
     uint64_t due = atomic_load(&wires->bus->due);
     while (ioctl(self->fd, KVM_RUN, 0) >= 0) {
+        note(self);
         if (!is_answered(self, wires))
             return 0;
         if (atomic_load(&wires->bus->due) != due) {
             run_of(self)->immediate_exit = 1;   /* the rest of the access, and nothing of the guest; who clears it looks for kicks */
             if (ioctl(self->fd, KVM_RUN, 0) >= 0)
-                return 0;                       /* another access of the same instruction: what is due, Python sees before the next */
+                return note(self), 0;           /* another access of the same instruction: what is due, Python sees before the next */
             return errno == EINTR ? -1 : errno;
         }
     }
@@ -375,6 +410,45 @@ static PyObject *runner_left(Runner *self, PyObject *args)
                          left->more ? Py_True : Py_False);
 }
 
+PyDoc_STRVAR(note_doc,
+    "note()\n\n"
+    "The run was not this object's: keep what KVM_RUN ended with.");
+static PyObject *runner_note(Runner *self, PyObject *ignored)
+{
+    (void)ignored;
+    note(self);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(last_doc,
+    "last() -> [(exit, data)]\n\n"
+    "The last accesses and halts, each as struct vmfs_exit with the first bytes that were written, the newest at the end. While\n"
+    "nothing runs.");
+static PyObject *runner_last(Runner *self, PyObject *ignored)
+{
+    (void)ignored;
+    uint64_t count = self->noted < EXITS_KEPT ? self->noted : EXITS_KEPT;
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (uint64_t i = 0; list && i < count; i++) {
+        const struct vmfs_exit *exit = &self->last[(self->noted - count + i) % EXITS_KEPT];
+        size_t written = 0;
+        const uint8_t *data = exit->io.data;
+        if (exit->reason == VMFS_EXIT_IO && exit->io.direction == VMFS_IO_OUT)
+            written = (size_t)exit->io.size * exit->io.count;
+        else if (exit->reason == VMFS_EXIT_MMIO && exit->mmio.is_write)
+            written = exit->mmio.len, data = exit->mmio.data;
+        if (written > sizeof exit->io.data)
+            written = sizeof exit->io.data;
+        PyObject *one = Py_BuildValue("(y#y#)", (const char *)exit, (Py_ssize_t)sizeof *exit, (const char *)data,
+                                      (Py_ssize_t)written);
+        if (one)
+            PyList_SET_ITEM(list, (Py_ssize_t)i, one);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
 PyDoc_STRVAR(go_doc,
     "go(wires) -> int\n\n"
     "KVM_RUN, while the bus of the wires answers. 0: an exit. -1: something is due on the bus at another time than before. Else\n"
@@ -409,6 +483,8 @@ static PyObject *get_thread(Runner *self, void *closure)
 static PyMethodDef runner_methods[] = {
     {"close", (PyCFunction)runner_close, METH_NOARGS, close_doc},
     {"go", (PyCFunction)runner_go, METH_O, go_doc},
+    {"last", (PyCFunction)runner_last, METH_NOARGS, last_doc},
+    {"note", (PyCFunction)runner_note, METH_NOARGS, note_doc},
     {"left", (PyCFunction)runner_left, METH_VARARGS, left_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -309,11 +309,15 @@ class KvmVcpu(Vcpu):
         ioctl(self._fd, Ioctl.KVM_SET_SIGNAL_MASK, bytearray(abi.SIGNAL_MASK.pack(8, sigset)))
         self._mask_thread = thread
 
+    def last_exits(self) -> list[Exit]:
+        return [unpack_access(packed, data) for packed, data in self._by_lane.last()]
+
     def _kvm_run(self, wires: Wires | None = None) -> bool:
         """KVM_RUN; false when a signal or `immediate_exit` ended it. What the bus of the wires answers ends none."""
         try:
             if wires is None:
                 fcntl.ioctl(self._fd, _RUN, 0)
+                self._by_lane.note()
             elif (error_number := self._by_lane.go(wires)) < 0:
                 self._due_has_changed = True
                 return False

@@ -25,6 +25,7 @@ from vmfs.debug.points import (
     parse_watched,
 )
 from vmfs.debug.trace import (
+    KINDS,
     TraceSettings,
     check_size,
     parse_full,
@@ -251,11 +252,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
     ),
     "trace": (
-        _traced("insn"),
-        _traced("mem"),
-        _traced("exceptions"),
-        _traced("interrupts"),
-        _traced("exits"),
+        *(_traced(kind) for kind in KINDS),
         Command("range", (_span,), TraceSettings.only_at),
         Command("data", (_span,), TraceSettings.only_data),
         Command("mode", (Argument("user|kernel|real|protected|long[,...]|all", parse_modes),), TraceSettings.only_in),

@@ -131,12 +131,14 @@ class Contents(Scope):
     async def set_trace(self, change: Callable[[TraceSettings], TraceSettings]) -> None:
         """`Vm.set_trace`, with room for what is kept."""
         settings = change(self.vm.trace.settings)
-        if settings.kinds or self.budget.has("trace", 1):
+        if settings.flows or self.budget.has("trace", 1):
             if not self.budget.has("trace", settings.size):
                 await self.budget.hold("trace", settings.size)
-        await settled(self.vm.set_trace(change), self)
-        if self.budget.has("trace", 1):
-            await self.budget.hold("trace", self.vm.trace.settings.size)
+        try:
+            await settled(self.vm.set_trace(change), self)
+        finally:
+            if self.budget.has("trace", 1):
+                await self.budget.hold("trace", self.vm.trace.settings.size)
 
     async def learn_lines(self, text: str) -> None:
         """What FILE:LINE in `text` need is decoded, in a thread, before the text is parsed on the loop."""

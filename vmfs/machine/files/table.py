@@ -15,6 +15,7 @@ from vmfs.machine.born import parse_birth
 from vmfs.machine.files.commands import parse_command, parse_commands
 from vmfs.machine.files.console import Console, Log
 from vmfs.machine.files.contents import Contents
+from vmfs.machine.files.coverage import CoverageFile
 from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size, why
 from vmfs.machine.files.gdb import GdbFile, GdbStream
 from vmfs.machine.files.handles import Kind
@@ -280,6 +281,7 @@ CONTENTS: Mapping[str, Kind] = {
     "debug": Text(lambda scope: scope.vm.points_text(), _put_debug, whole=True, symbolic=True),
     "trace": TraceFile(),
     "trace.bin": TraceFile(binary=True),
+    "coverage": CoverageFile(),
     "symbols": Symbols(),
     "symbols.elf": Text(symbols_elf, room=symbols_elf_size),
     "virt": Virt(),

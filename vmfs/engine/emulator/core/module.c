@@ -1132,7 +1132,7 @@ static PyMethodDef vcpu_methods[] = {
      "run_hooked(owner, budget, seconds, passes) -> exit tuple: calls hooks with the owner; memory is as it was but for what\n"
      "memory_written named. seconds below 0: any time. passes: a breakpoint at rip does not stop"},
     {"set_coverage", (PyCFunction)py_vcpu_set_coverage, METH_VARARGS,
-     "set_coverage(map or None, first, last): count edges in a buffer whose size is a power of 2"},
+     "set_coverage(map or None, modes, first, last): count edges in a buffer whose size is a power of 2; the next has no begin"},
     {"counters", (PyCFunction)py_vcpu_counters, METH_NOARGS, "counters() -> dict"},
     {NULL, NULL, 0, NULL},
 };

@@ -387,9 +387,10 @@ static void count_edges(void *argument, const struct core_trace_record *records,
 PyObject *py_vcpu_set_coverage(VcpuObject *self, PyObject *args)
 {
     PyObject *buffer;
+    unsigned modes;
     unsigned long long first, last;
     struct watching *w = vcpu_idle(self) ? watching_of(self) : NULL;
-    if (!w || !PyArg_ParseTuple(args, "OKK", &buffer, &first, &last))
+    if (!w || !PyArg_ParseTuple(args, "OIKK", &buffer, &modes, &first, &last))
         return NULL;
     if (w->inside)
         return fail(EBUSY);
@@ -400,7 +401,6 @@ PyObject *py_vcpu_set_coverage(VcpuObject *self, PyObject *args)
         PyBuffer_Release(&map);
         return fail(EINVAL);
     }
-    const uint32_t modes = CORE_TRACE_USER | CORE_TRACE_KERNEL | CORE_TRACE_REAL | CORE_TRACE_PROTECTED | CORE_TRACE_LONG;
     struct core_trace want = {map.obj ? 1 << CORE_TRACE_INSN : 0, modes, first, last, 0, UINT64_MAX};
     int error = vcpu_set_trace(self->vcpu, &want, count_edges, self);
     if (error) {
