@@ -9,7 +9,7 @@ import time
 import pytest
 from engine.asm import ORIGIN, assemble
 from engine.conftest import engine_or_skip
-from engine.test_inputs import BIRTH, GUEST
+from engine.typed import typed_into
 
 from vmfs.devices import keys
 from vmfs.devices.device import NoState, StatelessDevice, Window
@@ -56,29 +56,11 @@ def machines():
         vm.close()
 
 
-@pytest.fixture
-def typed_into(emulator, assembler, machines):
-    """A PC whose guest notes when bytes and keys come, sleeps, and is interrupted 1000 times a second."""
-
-    def make(cpus: int = 1) -> Vm:
-        vm = Vm(emulator, memory_size=2 << 20)
-        machines.append(vm)
-        vm.set_machine("pc")
-        vm.set_cpu_count(cpus)
-        vm.set_birth(BIRTH)
-        vm.set_time_source("instructions")
-        vm.memory.write(0x1000, assembler(GUEST, "real").code)
-        vm.change(lambda cpu: write_registers(cpu, {"cs": 0, "cs.base": 0, "rip": 0x1000}))
-        return vm
-
-    return make
-
-
 @pytest.mark.parametrize("cpus", [1, 3])
-def test_it_is_at_every_place_what_it_was(typed_into, cpus):
+def test_it_is_at_every_place_what_it_was(emulator, assembler, machines, cpus):
     """Typed into by another thread; then to places at random, in any order, and on from there to its end."""
-    vm = typed_into(cpus)
-    vm.set_time_source("instructions")
+    vm = typed_into(Vm(emulator, memory_size=2 << 20), assembler, cpus)
+    machines.append(vm)
     sent = bytearray()
     vm.board.devices["com1"].output = sent.extend
     started(vm, every=0.002)

@@ -5,83 +5,21 @@ from __future__ import annotations
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
+from engine.typed import typed_into
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs.devices import keys
 from vmfs.devices.inputs import Input, pack_inputs, unpack_inputs
 from vmfs.engine.base import Capability
-from vmfs.machine.born import Birth
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 from vmfs.words.errors import Busy, Invalid, Unsupported, VmfsError
-from vmfs.words.registers import write_registers
 
 SECONDS = 60
-BIRTH = Birth(1_700_000_000_000_000_000, bytes(16))
-
-# Notes at 0x8000 how often it had gone round when each byte came, on COM1 (polled) and from the keyboard (IRQ 1), while
-# the timer ticks 1000 times a second. It sleeps every few thousand rounds. `q` ends it.
-GUEST = """
-    xor ax, ax
-    mov ds, ax
-    mov es, ax
-    mov ss, ax
-    mov sp, 0x7000
-    mov word ptr [0x80], offset tick
-    mov word ptr [0x82], 0
-    mov word ptr [0x84], offset key
-    mov word ptr [0x86], 0
-    mov al, 0x11; out 0x20, al; mov al, 0x20; out 0x21, al; mov al, 4; out 0x21, al; mov al, 1; out 0x21, al
-    mov al, 0xfc; out 0x21, al
-    mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 4; out 0x40, al
-    mov al, 0x60; out 0x64, al; mov al, 0x01; out 0x60, al
-    mov edi, 0x8000
-    xor ebx, ebx
-    sti
-l:  inc ebx
-    test bx, 0x3fff
-    jnz 2f
-    hlt
-2:  mov dx, 0x3fd
-    in al, dx
-    test al, 1
-    jz l
-    mov dx, 0x3f8
-    in al, dx
-    call note
-    cmp al, 0x71
-    jne l
-    mov al, 1
-    out 0xf4, al
-note:
-    pushf
-    cli
-    mov [edi], ebx
-    mov [edi + 4], al
-    mov ecx, [0x7f00]
-    mov [edi + 8], ecx
-    add edi, 12
-    popf
-    ret
-tick:
-    push ax
-    inc dword ptr [0x7f00]
-    mov al, 0x20
-    out 0x20, al
-    pop ax
-    iret
-key:
-    push ax
-    in al, 0x60
-    call note
-    mov al, 0x20
-    out 0x20, al
-    pop ax
-    iret
-"""
 
 
 @pytest.fixture
@@ -93,13 +31,7 @@ def make(engine, assembler):
         made.append(vm)
         if Capability.DETERMINISTIC not in vm.capabilities:
             pytest.skip("its time is the host's")
-        vm.set_machine("pc")
-        vm.set_cpu_count(cpus)
-        vm.set_birth(BIRTH)
-        vm.set_time_source("instructions")
-        vm.memory.write(0x1000, assembler(GUEST, "real").code)
-        vm.change(lambda cpu: write_registers(cpu, {"cs": 0, "cs.base": 0, "rip": 0x1000}))
-        return vm
+        return typed_into(vm, assembler, cpus)
 
     yield one
     for vm in made:
@@ -117,16 +49,18 @@ def test_what_was_recorded_comes_again_at_the_same_instruction(make, cpus, pause
     one, other = make(cpus), make(cpus)
     one.board.inputs.record()
     dice = random.Random(cpus)
+    acts = [
+        *(partial(one.irq_line, 5, bool(number % 2)) for number in range(4)),  # nobody listens, and it is state
+        *(partial(one.board.devices["com1"].receive, bytes(dice.choices(b"abc", k=count))) for count in (1, 2, 3, 1)),
+        *[partial(one.board.keyboard.type, keys.parse('"xy"'))] * 8,
+    ]
+    dice.shuffle(acts)
+    waits = [dice.random() / 50 for _ in acts]
 
     def user():
-        for _ in range(20):
-            time.sleep(dice.random() / 50)
-            if dice.random() < 0.2:
-                one.irq_line(5, bool(dice.randrange(2)))  # nobody listens, and it is state
-            elif dice.random() < 0.5:
-                one.board.devices["com1"].receive(bytes(dice.choices(b"abc", k=dice.randrange(1, 4))))
-            else:
-                one.board.keyboard.type(keys.parse('"xy"'))
+        for wait, act in zip(waits, acts, strict=True):
+            time.sleep(wait)
+            act()
         one.board.devices["com1"].receive(b"q")
 
     thread = threading.Thread(target=user)
