@@ -14,6 +14,8 @@ import pytest
 
 from vmfs import cli
 from vmfs.commands import set as _set  # noqa: F401 - before another user asks for it
+from vmfs.commands import table
+from vmfs.commands.top import Looks
 
 ROOT = Path(__file__).resolve().parents[2]
 # lidt [0x1020]; mov eax, 5; nop; nop; ud2
@@ -193,13 +195,39 @@ def test_top_shows_who_works(vm):
     vm.write("state", "run")
     try:
         (first, *rest) = ok("top", "--count", 1, "--delay", "300ms", vm.path.parent).splitlines()
-        assert re.fullmatch(r".*: \d+ machines, \d+ running", first)
+        (busy,) = re.fullmatch(r".*: \d+ machines, (\d+) busy", first).groups()
+        assert int(busy) >= 1
         row = next(line.split() for line in rest if line.split()[0] == vm.path.name)
         assert row[1] == "running" and float(row[3]) > 0
         if row[2] == "emulator":
             assert float(row[4]) > 1, "MIPS"
     finally:
         vm.write("state", "pause")
+
+
+def test_top_asks_those_that_are_shown_and_were_busy(vm, monkeypatch):
+    directory = vm.path.parent
+    names = [f"{vm.path.name}-{letter}" for letter in "abc"]
+    asked = []
+    facts = table.facts
+    monkeypatch.setattr(table, "facts", lambda path: asked.append(path.name) or facts(path))
+    for name in names:
+        (directory / name).mkdir()
+        (directory / name / "regs").read_bytes()  # from now on it has a process
+    try:
+        looks = Looks(directory)
+        assert len(looks.look(1)) == 3 and len(asked) == 1
+        lines = looks.look()
+        assert set(names) <= set(asked)
+        assert {line.split()[1] for line in lines[2:] if line.split()[0] in names} == {"paused"}
+        asked.clear()
+        for _ in range(8):
+            looks.look()
+            time.sleep(0.05)
+        assert len(asked) < 8 * len(names) // 2, "those at rest are not asked again"
+    finally:
+        for name in names:
+            (directory / name).rmdir()
 
 
 def test_run_is_stopped_by_a_signal(vm):

@@ -1,7 +1,6 @@
 """`vmfs ls`: the machines of a mount, a row each. What nobody has used yet stays so: nothing of it is read."""
 
 import argparse
-import os
 from pathlib import Path
 
 from vmfs.commands import machines, table
@@ -31,11 +30,9 @@ def row(directory: Path, entry: table.Entry) -> tuple[str, ...]:
     maker = table.user_name(entry.uid)
     if not entry.pid:
         return entry.name, "new", "-", "-", "-", "-", "-", maker
-    if not os.access(path / "stat", os.R_OK):
-        return entry.name, "-", "-", "-", "-", "-", "-", maker
-    engine, machine, cpus = (table.word(path, name) for name in ("engine", "machine", "cpus"))
     facts = table.facts(path)
-    seconds = facts.get("run_time_us", 0) / 1e6
-    mips = f"{facts['instructions'] / seconds / 1e6:.0f}" if seconds and "instructions" in facts else "-"
-    ram = table.size(facts.get("memory_bytes", 0))
-    return entry.name, table.word(path, "state"), engine, machine, cpus, ram, mips, maker
+    seconds = table.number(facts, "run_time_us") / 1e6
+    mips = f"{table.number(facts, 'instructions') / seconds / 1e6:.0f}" if seconds and "instructions" in facts else "-"
+    words = (facts.get(key, "-") for key in ("state", "engine", "machine", "cpus"))
+    ram = table.size(table.number(facts, "memory_bytes")) if facts else "-"
+    return entry.name, *words, ram, mips, maker

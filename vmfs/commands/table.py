@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pwd
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,24 +28,30 @@ def listing(directory: Path) -> list[Entry]:
     return sorted(found)
 
 
-def word(path: Path, name: str) -> str:
-    """A file of one word; `-` where it cannot be read, or the machine is gone."""
-    try:
-        return (path / name).read_text().strip() or "-"
-    except OSError:
-        return "-"
-
-
-def facts(path: Path) -> dict[str, int]:
-    """The numbers of `stat`; none where the machine is gone."""
+def facts(path: Path) -> dict[str, str]:
+    """The lines of `stat`, which has `state`, `engine`, `machine` and `cpus` as well: one file is read of a machine. Of
+    one that has failed there is its state; nothing where it may not be read, or is gone."""
     try:
         lines = (path / "stat").read_text().splitlines()
+    except PermissionError:
+        return {}
+    except OSError:
+        return _failed(path)
+    return dict(line.split(" ", 1) for line in lines)
+
+
+def _failed(path: Path) -> dict[str, str]:
+    try:
+        return {"state": (path / "state").read_text().strip()}
     except OSError:
         return {}
-    pairs = (line.split() for line in lines)
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
+def number(facts: Mapping[str, str], key: str) -> int:
+    return int(facts.get(key, 0))
+
+
+@functools.cache
 def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

@@ -1,7 +1,7 @@
 """`vmfs top`: the machines of a mount, live, those that do most first.
 
-A machine is asked only when its process has used processor time since the last look: /proc tells that for all of them,
-so a thousand machines at rest cost next to nothing.
+/proc tells of all their processes which have used processor time since the last look. Of the machines, those are asked
+that are shown and have used some, by one file each: a thousand machines cost little more than to read /proc.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vmfs.words.numbers import parse_duration
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-NEW_ONES = 50  # machines that are asked for the first time in one look
+NEW_ONES = 10  # machines that are asked for the first time in one look
 _HEAD = ("NAME", "STATE", "ENGINE", "CPU%", "MIPS", "EXITS/S", "RESIDENT", "MAKER")
 _HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -36,18 +36,17 @@ def run(arguments: argparse.Namespace) -> int:
     directory = machines.mount(arguments.directory)
     live = sys.stdout.isatty()
     looks = Looks(directory)
-    looks.look()
+    looks.look(_rows_of_terminal() if live else None)
     done = 0
     try:
         if live:
             print("\x1b[2J", end="")
         while True:
             time.sleep(arguments.delay)
-            lines = looks.look()
+            lines = looks.look(_rows_of_terminal() if live else None)
             if live:
-                room = shutil.get_terminal_size()
-                shown = (line[: room.columns] + _REST for line in lines[: room.lines - 1])
-                print(_HOME + "\n".join(shown) + "\n" + _BELOW, end="", flush=True)
+                columns = shutil.get_terminal_size().columns
+                print(_HOME + "\n".join(line[:columns] + _REST for line in lines) + "\n" + _BELOW, end="", flush=True)
             else:
                 print("\n".join(lines), flush=True)
             done += 1
@@ -57,73 +56,99 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
 
-@dataclass
-class _Seen:
-    """Of a machine, at the last look."""
+def _rows_of_terminal() -> int:
+    return max(shutil.get_terminal_size().lines - 3, 1)  # the title, the head, and where the cursor stands
 
-    ticks: int = -1
-    state: str = "new"
-    engine: str = "-"
-    facts: dict[str, int] = field(default_factory=dict)
-    at: float = 0.0
-    rates: tuple[float, float, float] = (0.0, 0.0, 0.0)  # CPU, MIPS, exits a second
+
+@dataclass
+class _Machine:
+    """One that has a process, as it was at the last look."""
+
+    name: str
+    uid: int
+    pid: int
+    ticks: int  # of processor time
+    at: float
+    cpu: float = 0.0  # per cent
+    resident: int = 0
+    asked: dict[str, str] = field(default_factory=dict)
+    asked_ticks: int = -1  # when it was asked
+    asked_at: float = 0.0
+    mips: float = 0.0
+    exits: float = 0.0
 
 
 class Looks:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._seen: dict[tuple[str, int], _Seen] = {}
-        self._room = NEW_ONES
+        self._machines: dict[tuple[str, int], _Machine] = {}
 
-    def look(self) -> list[str]:
-        """The table, after what has happened since the last time."""
-        rows, before, self._seen = [], self._seen, {}
-        running, self._room = 0, NEW_ONES
+    def look(self, most: int | None = None) -> list[str]:
+        """The table, after what has happened since the last time; no more than `most` machines of it."""
+        before, self._machines = self._machines, {}
+        new = []
         for entry in table.listing(self._directory):
-            seen = before.get((entry.name, entry.pid)) or _Seen(state="-" if entry.pid else "new")
-            self._seen[entry.name, entry.pid] = seen
-            resident = self._update(entry, seen) if entry.pid else 0
-            running += seen.state == "running"
-            cpu, mips, exits = seen.rates
-            rates = (f"{cpu:.0f}", f"{mips:.0f}" if mips else "-", f"{exits:.0f}")
-            name = table.user_name(entry.uid)
-            rows.append((seen.rates, (entry.name, seen.state, seen.engine, *rates, table.size(resident), name)))
-        rows.sort(key=lambda row: (tuple(-rate for rate in row[0]), row[1]))
-        return [f"{self._directory}: {len(rows)} machines, {running} running",
-                *table.lines_of(_HEAD, [row for _, row in rows])]
+            if not entry.pid:
+                new.append(entry)
+                continue
+            key, (ticks, resident), now = (entry.name, entry.pid), _used(entry.pid), time.monotonic()
+            machine = before.get(key) or _Machine(*entry, ticks, now)
+            self._machines[key] = machine
+            machine.cpu = (ticks - machine.ticks) / _TICK / max(now - machine.at, 1e-9) * 100
+            machine.ticks, machine.at, machine.resident = ticks, now, resident
+        found = sorted(self._machines.values(), key=lambda one: (-one.cpu, one.name))
+        busy = sum(machine.cpu > 0 for machine in found)
+        shown = found[:most]
+        self._ask(shown)
+        rows = [_row(machine) for machine in shown]
+        room = None if most is None else most - len(rows)
+        rows += [(one.name, "new", *"-----", table.user_name(one.uid)) for one in new[:room]]
+        title = f"{self._directory}: {len(found) + len(new)} machines, {busy} busy"
+        return [title, *table.lines_of(_HEAD, rows)]
 
-    def _update(self, entry: table.Entry, seen: _Seen) -> int:
-        """Ask a machine that has done something; its resident memory."""
-        ticks, resident = _used(entry.pid)
-        now = time.monotonic()
-        if ticks == seen.ticks:
-            seen.rates, seen.at = (0.0, 0.0, 0.0), now
-            return resident
-        if seen.ticks < 0:
-            self._room -= 1
-            if self._room < 0:  # at a later look
-                return resident
-        path = self._directory / entry.name
-        facts = table.facts(path) if os.access(path / "stat", os.R_OK) else {}
-        if seen.ticks >= 0:
-            past = max(now - seen.at, 1e-9)
-            done = facts.get("instructions", 0) - seen.facts.get("instructions", 0)
-            exits = _exits(facts) - _exits(seen.facts)
-            seen.rates = (ticks - seen.ticks) / _TICK / past * 100, max(done, 0) / past / 1e6, max(exits, 0) / past
-        seen.state, seen.engine = table.word(path, "state"), table.word(path, "engine")
-        # What it has used to answer is no reason to ask it again.
-        seen.ticks, seen.facts, seen.at = _used(entry.pid)[0], facts, now
-        return resident
+    def _ask(self, shown: list[_Machine]) -> None:
+        """Those that have done something."""
+        room = NEW_ONES
+        for machine in shown:
+            if machine.ticks == machine.asked_ticks:
+                machine.mips = machine.exits = 0.0
+                continue
+            is_first = machine.asked_ticks < 0
+            room -= is_first
+            if is_first and room < 0:  # at a later look
+                continue
+            facts, now = table.facts(self._directory / machine.name), time.monotonic()
+            if not is_first:
+                past = max(now - machine.asked_at, 1e-9)
+                done = table.number(facts, "instructions") - table.number(machine.asked, "instructions")
+                machine.mips = max(done, 0) / past / 1e6
+                machine.exits = max(_exits(facts) - _exits(machine.asked), 0) / past
+            machine.asked, machine.asked_at = facts, now
+            # What it has used to answer is no reason to ask it again, and is not what its guest uses.
+            machine.ticks = machine.asked_ticks = _used(machine.pid)[0]
+
+
+def _row(machine: _Machine) -> tuple[str, ...]:
+    state, engine = (machine.asked.get(key, "-") for key in ("state", "engine"))
+    mips = f"{machine.mips:.0f}" if machine.mips else "-"
+    numbers = f"{machine.cpu:.0f}", mips, f"{machine.exits:.0f}", table.size(machine.resident)
+    return machine.name, state, engine, *numbers, table.user_name(machine.uid)
 
 
 def _used(pid: int) -> tuple[int, int]:
     """Ticks of processor time, and bytes of resident memory, of a process; none of one that is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
         return 0, 0
+    try:
+        fields = os.read(descriptor, 4096).rpartition(b")")[2].split()
+    except OSError:
+        return 0, 0
+    finally:
+        os.close(descriptor)
     return int(fields[11]) + int(fields[12]), int(fields[21]) * _PAGE  # utime, stime, rss: proc_pid_stat(5)
 
 
-def _exits(facts: dict[str, int]) -> int:
-    return sum(value for key, value in facts.items() if key.startswith("exits."))
+def _exits(facts: dict[str, str]) -> int:
+    return sum(int(value) for key, value in facts.items() if key.startswith("exits."))

@@ -120,6 +120,10 @@ def _exit_struct(scope: Contents) -> bytes:
 def _stat(scope: Contents) -> str:
     counted: dict[str, object] = {
         **scope.vm.counters(),
+        "state": scope.vm.state,
+        "engine": scope.vm.engine.name,
+        "machine": scope.vm.machine_name,
+        "cpus": len(scope.vm.cpus),
         "memory_bytes": scope.vm.memory.size,
         "trace": scope.vm.trace.settings.line(),
         "trace_events": scope.vm.trace.buffer.events,
