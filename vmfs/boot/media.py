@@ -21,6 +21,7 @@ _DESCRIPTORS_MOST = 64
 _BOOT_RECORD, _SET_END = 0, 255
 _EL_TORITO = b"EL TORITO SPECIFICATION"
 _SIGNATURE = b"\x55\xaa"
+_PE = struct.Struct("<4sH18xH66xH")  # signature, machine, magic number of the optional header, subsystem
 _TABLE, _ENTRY = 446, struct.Struct("<B3sB3sII")
 _GPT = b"EFI PART"
 FLOPPY_SIZES = tuple(size << 10 for size in (160, 180, 320, 360, 720, 1200, 1440, 1680, 1722, 2880))
@@ -60,6 +61,18 @@ def tell(image: Source) -> str:
         "9660 with El Torito), a floppy or a disk (a boot sector with 55 AA, MBR or GPT), nor a BIOS. `--cdrom`, "
         "`--floppy` and `--disk FILE` attach it whatever it is; a flat binary goes into `mem` (docs/boot.md)"
     )
+
+
+def is_efi(image: Source) -> bool:
+    """A program for UEFI on x86-64, such as a Linux kernel with its stub: PE32+, of subsystem 10 (UEFI 2.10 2.1.1)."""
+    if _head(image, 0, 2) != b"MZ":
+        return False
+    at = int.from_bytes(_head(image, 0x3C, 4), "little")
+    head = _head(image, at, _PE.size)
+    if len(head) < _PE.size:
+        return False
+    signature, machine, magic, subsystem = _PE.unpack(head)
+    return (signature, machine, magic, subsystem) == (b"PE\0\0", 0x8664, 0x20B, 10)
 
 
 def _is_one_of(image: Source, names: tuple[str, ...]) -> bool:

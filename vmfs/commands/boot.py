@@ -42,6 +42,13 @@ SEABIOSES = (
     "/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/bios.bin",
     "/usr/share/qemu/bios-256k.bin", "/usr/share/qemu/bios.bin",
 )  # fmt: skip
+# OVMF's code, and the variable store that it begins with: Debian's, Fedora's, Arch's.
+OVMFS = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+)
 _SMALL = 64 << 10
 _INSIDE = 256 << 10  # of a compressed file, in which is what tells
 
@@ -52,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initrd", metavar="FILE", help="its initial RAM disk, or module")
     parser.add_argument("--cmdline", metavar="TEXT", help=f"its command line (default: {DEFAULT_CMDLINE})")
     parser.add_argument("--bios", metavar="FILE", help="a BIOS image (default, where one is needed: SeaBIOS)")
+    parser.add_argument("--uefi", action="store_true", help="by UEFI firmware, OVMF; without a FILE to its shell")
+    parser.add_argument("--uefi-vars", metavar="FILE",
+                        help="where that keeps its variables; made where it is not there (default: for this time only)")
     parser.add_argument("--mem", type=argument(size), default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument("--disk", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a raw disk image (default: rw); may be given several times")
@@ -173,19 +183,32 @@ class Plan:
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the arguments say, and what is in FILE. Invalid, before anything is made, for what cannot be booted."""
     plan = Plan(bios=arguments.bios)
+    is_uefi = arguments.uefi or arguments.uefi_vars is not None
+    if is_uefi:
+        if plan.bios:
+            raise Invalid("--uefi and --bios: a machine begins with one of both")
+        plan.lines += flash_lines(arguments.uefi_vars)
     needs_bios = False
     if arguments.file:
         path, mode = split_mode(arguments.file)
         with open_image(path) as image:
             source, found = Source.of(image.fileno(), path), format_of(image.read(HEAD))
-            kind = media.tell(source) if found == "raw" else told_inside(path, found)
+            if is_uefi and found == "raw" and media.is_efi(source):
+                kind = media.KERNEL
+            else:
+                kind = media.tell(source) if found == "raw" else told_inside(path, found)
             if found != "raw":
                 mode = mode or "cow"
             if kind == media.BIOS:
+                if is_uefi:
+                    raise Invalid(f"{path}: a BIOS, and --uefi is another: --bios takes it")
                 plan.kernel = path
             elif kind == media.KERNEL:
                 plan.kernel = path
-                needs_bios = probe(source) == "bzImage-16"
+                if is_uefi and not media.is_efi(source):
+                    raise Invalid(f"{path}: a kernel without an EFI stub, which UEFI cannot start; without --uefi it "
+                                  "is started directly")  # fmt: skip
+                needs_bios = not is_uefi and probe(source) == "bzImage-16"
             else:
                 needs_bios = True
                 plan.lines.append((_line_of(kind, path, mode, source.size), path))
@@ -198,6 +221,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         plan.lines.append((f"floppy {quoted(path)} {mode or 'rw'}", f"--floppy {path}"))
     if not arguments.file and not plan.lines and not plan.bios:
         raise Invalid("it takes a FILE to boot, or --cdrom, --floppy, --disk or --bios")
+    if is_uefi:
+        return plan
     if (needs_bios or not arguments.file) and plan.bios is None:
         plan.bios = seabios()
     for name in ("initrd", "cmdline"):
@@ -246,6 +271,29 @@ def _line_of(kind: str, path: str, mode: str, size: int) -> str:
 
 def quoted(path: str) -> str:
     return shlex.quote(os.path.abspath(path))
+
+
+def flash_lines(variables: str | None) -> list[tuple[str, str]]:
+    """Lines for OVMF's code and its variables. Those of a file of the user's are kept there."""
+    code, template = ovmf()
+    if variables is None:
+        return [(f"pflash {quoted(code)} ro", code), (f"pflash {quoted(template)} cow", template)]
+    if not os.path.exists(variables):
+        try:
+            with open_image(template) as image, open(variables, "xb") as file:
+                file.write(image.read())
+        except OSError as failure:
+            raise Invalid(f"{variables}: {failure.strerror}") from None
+    return [(f"pflash {quoted(code)} ro", code), (f"pflash {quoted(variables)} rw", f"--uefi-vars {variables}")]
+
+
+def ovmf() -> tuple[str, str]:
+    """The host's OVMF. Invalid where there is none."""
+    for pair in OVMFS:
+        if all(os.access(path, os.R_OK) for path in pair):
+            return pair
+    raise Invalid(f"UEFI firmware is not there, at {OVMFS[0][0]}: install Debian's package ovmf, or attach another one "
+                  "by --dev 'pflash PATH ro'")  # fmt: skip
 
 
 def seabios() -> str:

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 
@@ -71,6 +71,14 @@ class BoardState(DeviceState):
     forgotten: int
 
 
+class Images(Protocol):
+    cmdline: str
+
+    def keep(self) -> Mapping[str, Any]:
+        """Those that there are, as they are now, by name: each with `size` and `read_at(offset, length)`."""
+        ...
+
+
 class Board:
     """The devices of one machine. `now` is the guest's time in nanoseconds, as its timers have it."""
 
@@ -101,6 +109,7 @@ class Board:
         self._runs = 0  # under way, of which a CPU in a thread of its own has one
         self._seed, self._drawn = os.urandom(SEED_SIZE), 0
         self.birth_is_set = False  # by `set_birth`
+        self.images: Images | None = None  # what its user wants to boot
         self.inputs = Inputs(self)
         self.is_silent = False  # what ports send has been given to the host before
         self._is_fast = False  # the engine asks the bus by itself,
@@ -541,8 +550,9 @@ class Board:
 
     # ---- life
 
-    def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
-        """What firmware that boots now asks for by name; for boards with a device that answers."""
+    def set_firmware_files(self, files: Mapping[str, bytes], *, loads: bool = False) -> None:
+        """What firmware that boots now asks for by name, and whether it is to load the kernel of `images`; for boards
+        with a device that answers."""
 
     def memory_resized(self) -> None:
         """RAM has another size, which `memory` knows."""

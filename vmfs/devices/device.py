@@ -86,6 +86,7 @@ class Port(Protocol):
     @property
     def has_workers(self) -> bool: ...
     cpu_count: int  # which is fixed before the first run
+    images: Any  # vmfs.devices.board.Images: what its user wants to boot, or None
 
     # RAM
     @property

@@ -21,7 +21,9 @@ from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import NAMES, Drive
 from vmfs.devices.isa import ISA_SLOT, IsaBridge
 from vmfs.devices.pci import Bridge, HostBridge, PciDevice
-from vmfs.devices.power import Power, PowerFunction
+from vmfs.devices.pflash import NAMES as FLASH_NAMES
+from vmfs.devices.pflash import TOP, Pflash
+from vmfs.devices.power import Power, PowerFunction, rebased
 from vmfs.devices.rtc import Rtc
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
@@ -61,6 +63,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("debug-exit", lambda board, name: DebugExit(board, name, 0xF4)),
 )
 
+_TABLES = "etc/acpi/tables"  # of fw_cfg
 DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
 IDE_FUNCTION = 1  # of the PIIX3, whose function 0 is the ISA bridge
 
@@ -76,7 +79,7 @@ class Pc(Board):
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
         self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
-        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT))
+        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT, self._power_moved))
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
@@ -94,6 +97,8 @@ class Pc(Board):
             self._connect(device)
         elif isinstance(device, FloppyDrive):
             self._connect_floppy(device)
+        elif isinstance(device, Pflash):
+            self.add(device)
         else:
             raise Invalid(f"{device.name} goes nowhere")
 
@@ -116,6 +121,20 @@ class Pc(Board):
             self._describe_floppies()
             if not any(self.fdc.drives):
                 self.remove(self.fdc)
+        elif isinstance(device, Pflash):
+            if device is not self.flash[-1]:
+                raise Busy(f"{device.name}: {self.flash[-1].name} is below it, and goes first")
+            self.remove(device)
+
+    @property
+    def flash(self) -> list[Pflash]:
+        """From 4 GiB downwards."""
+        return [one for name in FLASH_NAMES if isinstance(one := self.devices.get(name), Pflash)]
+
+    @property
+    def flash_end(self) -> int:
+        """Where the next flash ends."""
+        return self.flash[-1].start if self.flash else TOP
 
     @property
     def ide(self) -> Ide | None:
@@ -158,7 +177,15 @@ class Pc(Board):
         ide.connect(drive)
         self.add(drive)
 
-    def set_firmware_files(self, files: Mapping[str, bytes]) -> None:
+    def _power_moved(self, base: int | None) -> None:
+        """ACPI's hardware, which the tables that firmware asks for then name."""
+        power, fw_cfg = self.devices["power"], self.devices["fw-cfg"]
+        assert isinstance(power, Power) and isinstance(fw_cfg, FwCfg)
+        power.move(base)
+        if base is not None and _TABLES in fw_cfg.files:
+            fw_cfg.set_file(_TABLES, rebased(fw_cfg.files[_TABLES], base))
+
+    def set_firmware_files(self, files: Mapping[str, bytes], *, loads: bool = False) -> None:
         """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display, and
         the order in which it tries disks: that in which they were attached."""
         fw_cfg = self.devices["fw-cfg"]
@@ -167,7 +194,11 @@ class Pc(Board):
         roms = {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": rom} if rom else {}
         paths = [device.boot_path for device in self.devices.values() if device.boot_path]
         order = {"bootorder": "\n".join(paths).encode() + b"\0"} if paths else {}
-        fw_cfg.set_files({**roms, **order, **files})
+        fw_cfg.set_files({**roms, **order, **files}, offers_kernel=loads)
+        if files:
+            function = self.devices["power-pci"]
+            assert isinstance(function, PowerFunction)
+            function.leave_to_firmware()
 
     def memory_resized(self) -> None:
         super().memory_resized()

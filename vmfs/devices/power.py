@@ -11,18 +11,27 @@ Source: ACPI Specification 6.4, chapters 4.8.3 (PM1 event, control), 4.8.3.3 (ti
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
-from vmfs.devices.pci import PlainPciDevice
+from vmfs.devices.pci import PciState, PlainPciDevice
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0, SCI = 0x600, 0x604, 0x608, 0x60C, 9
 GPE0_LENGTH = 4  # two bytes of status, two of enable: 16 events, where a PIIX4 has them
+BASE, LENGTH = PM1_EVENT, 64  # where they are unless firmware moves them
 S5 = 0  # SLP_TYP in the tables' \_S5
 
+# Of the FADT: where a port is, in how many bytes, and which one (ACPI 6.4, 5.2.9).
+_FADT_PORTS = (
+    (56, 4, PM1_EVENT), (64, 4, PM1_CONTROL), (76, 4, PM_TIMER), (80, 4, GPE0),
+    (152, 8, PM1_EVENT), (176, 8, PM1_CONTROL), (212, 8, PM_TIMER), (224, 8, GPE0),
+)  # fmt: skip
+
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
+_PMBA, _PMREGMISC, _DECODED = 0x40, 0x80, 1  # of the PCI function
 
 
 class PowerState(DeviceState):
@@ -45,15 +54,22 @@ class Power(QuietDevice[PowerState]):
     def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
         self.chip = _chips.Power(board.bus, self.number, SCI)
+        self.base: int | None = BASE
         self.reset()
 
     def windows(self) -> tuple[Window, ...]:
-        return (
-            Window("port", PM1_EVENT, 4, 0),
-            Window("port", PM1_CONTROL, 2, 1),
-            Window("port", PM_TIMER, 4, 2),
-            Window("port", GPE0, GPE0_LENGTH, 3),
+        if self.base is None:
+            return ()
+        registers = (PM1_EVENT, 4), (PM1_CONTROL, 2), (PM_TIMER, 4), (GPE0, GPE0_LENGTH)
+        return tuple(
+            Window("port", self.base + port - BASE, length, region) for region, (port, length) in enumerate(registers)
         )
+
+    def move(self, base: int | None) -> None:
+        """Have its ports there; None: nowhere."""
+        if base != self.base:
+            self.base = base
+            self.board.rewire(self)
 
     def reset(self) -> None:
         self.load(PowerState(status=0, enable=0, control=_SCI_EN))
@@ -102,7 +118,9 @@ class Power(QuietDevice[PowerState]):
 class PowerFunction(PlainPciDevice):
     """The PCI function of a PIIX4 that says where these ports are: SeaBIOS looks there for where its APM powers off.
 
-    Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. The base is fixed, and there is neither an SMBus nor SMM.
+    A kernel that is started without firmware finds them at BASE; firmware puts them where it likes.
+
+    Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. There is neither an SMBus nor SMM.
     """
 
     TYPE = "pci-acpi-pm"
@@ -110,9 +128,47 @@ class PowerFunction(PlainPciDevice):
     INTERRUPT = False
     function_number = 3  # where OVMF reads the timer's port
 
+    def __init__(self, board: Port, name: str, slot: int, moved: Callable[[int | None], None]) -> None:
+        self._power_moved = moved
+        super().__init__(board, name, slot)
+
     def _identity(self) -> bytearray:
         config = super()._identity()
-        struct.pack_into("<I", config, 0x40, PM1_EVENT | 1)  # PMBA: I/O space
-        config[0x80] = 1  # PMREGMISC: decoded
+        struct.pack_into("<I", config, _PMBA, BASE | 1)
+        config[_PMREGMISC] = _DECODED
+        self._mask[_PMBA : _PMBA + 2] = struct.pack("<H", -LENGTH & 0xFFFF)
+        self._mask[_PMREGMISC] = _DECODED
+        self.writes_have_effects(_PMBA, 2)
+        self.writes_have_effects(_PMREGMISC, 1)
         config[0x5B] = 2  # DEVACTB, APMC_EN: SMM was set up already, so that firmware does not wait for it
         return config
+
+    def leave_to_firmware(self) -> None:
+        """As the chip is after a reset: the ports are nowhere."""
+        struct.pack_into("<I", self.config, _PMBA, 1)
+        self.config[_PMREGMISC] = 0
+        self._place()
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        super().write_config(offset, size, value)
+        self._place()
+
+    def reset(self) -> None:
+        super().reset()
+        self._place()
+
+    def load(self, state: PciState) -> None:
+        super().load(state)
+        self._place()
+
+    def _place(self) -> None:
+        (base,) = struct.unpack_from("<H", self.config, _PMBA)
+        self._power_moved(base & -LENGTH if self.config[_PMREGMISC] & _DECODED else None)
+
+
+def rebased(tables: bytes, base: int) -> bytes:
+    """ACPI's tables, where the FADT has the ports from `base` on. Whoever puts them into RAM makes the checksum."""
+    data, at = bytearray(tables), tables.find(b"FACP")
+    for offset, size, port in _FADT_PORTS if at >= 0 else ():
+        data[at + offset : at + offset + size] = (base + port - BASE).to_bytes(size, "little")
+    return bytes(data)

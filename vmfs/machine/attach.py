@@ -19,6 +19,8 @@ from vmfs.devices.ide.ata import AtaDisk
 from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
+from vmfs.devices.pflash import NAMES as FLASH_NAMES
+from vmfs.devices.pflash import Pflash
 from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
@@ -183,6 +185,16 @@ def _make_floppy(request: Request, floppy: Any) -> Device:
     return FloppyDrive(request.board, request.name, disk, path=path)
 
 
+def _flash_name(board: Pc, kind: str, words: list[str]) -> str:
+    if len(board.flash) == len(FLASH_NAMES):
+        raise LimitReached(f"dev/add: a machine has up to {len(FLASH_NAMES)} flash chips")
+    return FLASH_NAMES[len(board.flash)]
+
+
+def _make_flash(request: Request, disk: Any) -> Device:
+    return Pflash(request.board, request.name, disk[0], request.board.flash_end, path=disk[1])
+
+
 def _floppy_name(board: Pc, kind: str, words: list[str]) -> str:
     free = board.free_floppies()
     if not free:
@@ -335,6 +347,17 @@ ATTACHABLE: Mapping[str, Row] = {
         lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
     ),
     "floppy": Row("floppy [PATH [ro|rw|cow] [format=FORMAT]]", 0, 3, _open_floppy, _make_floppy, _floppy_name),
+    "pflash": Row(
+        "pflash PATH [ro|rw|cow]",
+        1,
+        2,
+        _open_disk,
+        _make_flash,
+        _flash_name,
+        hand=_hand_disk,
+        take=_take_disk,
+        files=1,
+    ),
     "net": Row(
         "net user [OPTION...]|tap NAME",
         1,

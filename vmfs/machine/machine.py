@@ -678,13 +678,20 @@ class Vm(Control):
     def _boot(self) -> None:
         """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
         images = self.images
-        if images.bootable:
+        if self._has_firmware:
             from vmfs.machine.booting import boot  # it loads what reads images, which many machines never need
 
             vcpus = [cpu.vcpu for cpu in self.cpus]
-            booted = boot(images, self.memory, self._machine, vcpus, has_devices=self.board is not None)
+            booted = boot(
+                images,
+                self.memory,
+                self._machine,
+                vcpus,
+                has_devices=self.board is not None,
+                flash=None if self.board is None or not self.board.flash else self.board.flash[0],
+            )
             if self.board is not None:
-                self.board.set_firmware_files(booted.files)
+                self.board.set_firmware_files(booted.files, loads=booted.firmware_loads)
             if booted.rom is not None:
                 self._set_rom(booted.rom.address, booted.rom.data)
             with self._lock:
@@ -695,10 +702,15 @@ class Vm(Control):
                 self._note_written(written)
         self._boot_due = False
 
+    @property
+    def _has_firmware(self) -> bool:
+        """Whether there is anything to begin with."""
+        return self.images.bootable or (self.board is not None and bool(self.board.flash))
+
     def load(self) -> Run | None:
         """Do now what the next run would begin with, for a debugger that comes before it: load what there is to
         boot, and execute nothing. None where there is nothing to do."""
-        if not self._boot_due or not self.images.bootable:
+        if not self._boot_due or not self._has_firmware:
             return None
         return self.start(Bound(instructions=0))
 
@@ -813,6 +825,7 @@ class Vm(Control):
                 board = new_board = board_type and board_type(machine, self.memory)
                 if board is not None:
                     board.cpu_count = count
+                    board.images = self.images
                     fill(board)
             elif board is not None:
                 board.move_to(machine)
