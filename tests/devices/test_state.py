@@ -24,6 +24,7 @@ from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
+from vmfs.devices.pflash import Pflash
 from vmfs.devices.virtio.backends import Stream
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
@@ -74,6 +75,7 @@ def a_pc(folder):
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
         lambda slot: AtaDisk(pc, "hda", open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: FloppyDrive(pc, "fd0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow")),
+        lambda slot: Pflash(pc, "pflash0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow"), pc.flash_end),
         lambda slot: CdDrive(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
         pc.plug(make(pc.pci.free_slot()))
@@ -87,7 +89,7 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0"
 ).split()
 
 
@@ -244,7 +246,7 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    for name in ("blk1", "hda", "fd0"):
+    for name in ("blk1", "hda", "fd0", "pflash0"):
         disk, copy = pc.devices[name].disk, other.devices[name].disk
         os.pwrite(copy.fd, os.pread(disk.fd, disk.size, 0), 0)
     with other.asleep():

@@ -124,6 +124,7 @@ class Pc(Board):
         elif isinstance(device, Pflash):
             if device is not self.flash[-1]:
                 raise Busy(f"{device.name}: {self.flash[-1].name} is below it, and goes first")
+            device.withdraw()
             self.remove(device)
 
     @property

@@ -135,6 +135,10 @@ class Pflash(Device[PflashState]):
         else:
             self.board.map_memory(self._slot, 0, 0, 0, 0)
 
+    def withdraw(self) -> None:
+        """Have no memory of the guest's any more."""
+        self._become("status")
+
     def read(self, region: int, offset: int, size: int) -> int:
         size = min(size, self.size - offset)
         if self.mode == "array":
