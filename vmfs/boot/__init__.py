@@ -23,6 +23,7 @@ from vmfs.boot import (
     plain,
     pvh,
     sector,
+    smbios,
     start,
 )
 from vmfs.boot.bios import load_bios
@@ -116,9 +117,14 @@ def load(
 
 
 def _write_tables(plan: Plan, platform: Platform) -> None:
-    """ACPI's tables, and after them the PCI interrupt routing table and the multiprocessor tables."""
+    """ACPI's tables, and after them the PCI interrupt routing table, the multiprocessor tables and SMBIOS's."""
     at = _TABLES
-    for make in (acpi.tables(platform).at, lambda at: pirtable.table(), lambda at: mptable.table(platform, at)):
+    for make in (
+        acpi.tables(platform).at,
+        lambda at: pirtable.table(),
+        lambda at: mptable.table(platform, at),
+        lambda at: smbios.for_memory(platform, at),
+    ):
         data = make(at)
         plan.write(at, data)
         at = -(-(at + len(data)) // 16) * 16
@@ -127,4 +133,5 @@ def _write_tables(plan: Plan, platform: Platform) -> None:
 def firmware_files(platform: Platform) -> dict[str, bytes]:
     """What a BIOS asks fw_cfg for to know the machine, by the names of its files."""
     ram = b"".join(struct.pack("<QQI", one.address, one.size, USABLE) for one in regions_of(platform.memory_size))
-    return {"etc/e820": ram, **(acpi.tables(platform).for_firmware() if platform.acpi else {})}
+    tables = {**acpi.tables(platform).for_firmware(), **smbios.for_firmware(platform)} if platform.acpi else {}
+    return {"etc/e820": ram, **tables}

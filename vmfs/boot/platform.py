@@ -43,6 +43,9 @@ class Platform:
     vga: bool = True  # a text screen at B8000
     power_button: bool = True  # the fixed one, of PM1
     acpi: bool = True  # the interrupt controllers, PCI and PM registers that the tables describe
+    uuid: bytes = bytes(16)  # RFC 9562, in network order
+    processor_id: bytes = bytes(8)  # EAX and EDX of CPUID's leaf 1
+    processor: str = ""  # its brand
 
     @property
     def e820(self) -> tuple[Range, ...]:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,11 @@ SEABIOSES = (
 # OVMF's code, and the variable store that it begins with: Debian's, Fedora's, Arch's.
 OVMFS = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
-    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
     ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
     ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
 )
+# With Microsoft's keys enrolled, for Secure Boot. Debian's code does it without SMM.
+SECURE_OVMFS = (("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),)
 _SMALL = 64 << 10
 _INSIDE = 256 << 10  # of a compressed file, in which is what tells
 
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uefi", action="store_true", help="by UEFI firmware, OVMF; without a FILE to its shell")
     parser.add_argument("--uefi-vars", metavar="FILE",
                         help="where that keeps its variables; made where it is not there (default: for this time only)")
+    parser.add_argument("--secure-boot", action="store_true",
+                        help="as --uefi, which starts only what is signed: its variables begin with Microsoft's keys")
     parser.add_argument("--mem", type=argument(size), default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument("--disk", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a raw disk image (default: rw); may be given several times")
@@ -183,11 +186,11 @@ class Plan:
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the arguments say, and what is in FILE. Invalid, before anything is made, for what cannot be booted."""
     plan = Plan(bios=arguments.bios)
-    is_uefi = arguments.uefi or arguments.uefi_vars is not None
+    is_uefi = arguments.uefi or arguments.secure_boot or arguments.uefi_vars is not None
     if is_uefi:
         if plan.bios:
             raise Invalid("--uefi and --bios: a machine begins with one of both")
-        plan.lines += flash_lines(arguments.uefi_vars)
+        plan.lines += flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)
     needs_bios = False
     if arguments.file:
         path, mode = split_mode(arguments.file)
@@ -273,9 +276,9 @@ def quoted(path: str) -> str:
     return shlex.quote(os.path.abspath(path))
 
 
-def flash_lines(variables: str | None) -> list[tuple[str, str]]:
+def flash_lines(variables: str | None, choices: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Lines for OVMF's code and its variables. Those of a file of the user's are kept there."""
-    code, template = ovmf()
+    code, template = ovmf(choices)
     if variables is None:
         return [(f"pflash {quoted(code)} ro", code), (f"pflash {quoted(template)} cow", template)]
     if not os.path.exists(variables):
@@ -287,13 +290,15 @@ def flash_lines(variables: str | None) -> list[tuple[str, str]]:
     return [(f"pflash {quoted(code)} ro", code), (f"pflash {quoted(variables)} rw", f"--uefi-vars {variables}")]
 
 
-def ovmf() -> tuple[str, str]:
+def ovmf(choices: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """The host's OVMF. Invalid where there is none."""
-    for pair in OVMFS:
+    for pair in choices:
         if all(os.access(path, os.R_OK) for path in pair):
             return pair
-    raise Invalid(f"UEFI firmware is not there, at {OVMFS[0][0]}: install Debian's package ovmf, or attach another one "
-                  "by --dev 'pflash PATH ro'")  # fmt: skip
+    raise Invalid(
+        f"UEFI firmware is not there, at {' and '.join(choices[0])}: install Debian's package ovmf, or attach another "
+        "one by --dev 'pflash PATH ro'"
+    )
 
 
 def seabios() -> str:

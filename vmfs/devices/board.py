@@ -361,6 +361,13 @@ class Board:
         """Random bytes that are always the same of one machine, for the thing `what` of it: the address of a card."""
         return hashlib.shake_128(self._seed + what.encode()).digest(length)
 
+    @property
+    def uuid(self) -> bytes:
+        """The machine's (RFC 9562, version 4)."""
+        value = bytearray(self.own_bytes("uuid", 16))
+        value[6], value[8] = value[6] & 0x0F | 0x40, value[8] & 0x3F | 0x80
+        return bytes(value)
+
     def random(self, length: int) -> bytes:
         """Random bytes: the host's; where time follows the instructions, a series that the machine was born with, so
         that a copy of the machine gets the same."""

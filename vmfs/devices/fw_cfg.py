@@ -94,7 +94,7 @@ class FwCfg(QuietDevice[FwCfgState]):
         self._items = {
             SIGNATURE: b"QEMU",
             ID: struct.pack("<I", 1 | _HAS_DMA),
-            UUID: self.board.own_bytes("uuid", 16),
+            UUID: self.board.uuid,
             RAM_SIZE: struct.pack("<Q", self.board.ram_size),
             NO_GRAPHIC: bytes(2),
             CPUS: struct.pack("<H", self.board.cpu_count),

@@ -3,7 +3,8 @@
 The chip is one of Intel's 28F...J3 with a bus of 8 bits, in blocks of 4 KiB: commands are bytes that are written
 anywhere in it. While it is read as an array the guest has its contents as memory; after a command that makes it answer
 otherwise (a status, its identity) reads come here. To program clears bits, to erase a block sets them. Nothing takes
-time: the status is always ready.
+time: after a command the status is ready. Clear Status clears that bit, too, as QEMU's chip does: OVMF knows by it
+that there is flash.
 
 What is programmed goes to the disk that it is on once the chip is an array again, or nothing may be under way.
 
@@ -180,14 +181,18 @@ class Pflash(Device[PflashState]):
             buffer, self.buffer = self.buffer, []
             self._program(buffer) if byte == _CONFIRM and one_block else self._fail(_WRONG_SEQUENCE)
         elif byte == _CLEAR:
-            self.status = _READY
+            self.status = 0
         elif byte in _AFTER:
             self._become(_AFTER[byte])
 
     def _fail(self, bits: int) -> None:
         self.left, self.buffer = 0, []
         self.status |= bits
-        self.counters["failed"] += 1
+        self._done("failed")
+
+    def _done(self, what: str, count: int = 1) -> None:
+        self.status |= _READY
+        self.counters[what] += count
         self._become("status")
 
     def _is_protected(self, block: int) -> bool:
@@ -199,16 +204,14 @@ class Pflash(Device[PflashState]):
             return
         for at, byte in cells:
             self._put(at, bytes((self.read_at(at, 1)[0] & byte,)))
-        self.counters["programmed"] += len(cells)
-        self._become("status")
+        self._done("programmed", len(cells))
 
     def _erase(self, block: int) -> None:
         if self._is_protected(block):
             self._fail(_ERASE_FAILED | _IS_LOCKED)
             return
         self._put(block * BLOCK, b"\xff" * BLOCK)
-        self.counters["erased"] += 1
-        self._become("status")
+        self._done("erased")
 
     def _lock(self, block: int, byte: int) -> None:
         """A bit is set for a block, and cleared for all."""
@@ -219,7 +222,7 @@ class Pflash(Device[PflashState]):
         else:
             self._fail(_WRONG_SEQUENCE)
             return
-        self._become("status")
+        self._done("locks")
 
     # ---- life
 

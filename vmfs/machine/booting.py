@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.images import Images
 from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid
+from vmfs.words.layouts import cpuid_entries
 
 # What a kernel is told of a machine without devices: its RAM.
 _BARE = {"serial": (), "ps2": False, "rtc": False, "vga": False, "power_button": False, "acpi": False}
@@ -40,11 +42,15 @@ def boot(
     *,
     has_devices: bool,
     flash: Pflash | None = None,
+    uuid: bytes = bytes(16),
 ) -> Booted:
     """Load the images, and set the first CPU to where they begin. Invalid for what cannot be: nothing has changed.
     `flash` is what the CPU begins in, where there is one: its firmware loads the kernel."""
     is_bare = {} if has_devices else _BARE
-    platform = Platform(memory.size, len(cpus), **is_bare)  # type: ignore[arg-type]
+    processor_id, processor = _processor(cpus[0].get_state("cpuid"))
+    platform = Platform(
+        memory.size, len(cpus), uuid=uuid, processor_id=processor_id, processor=processor, **is_bare  # type: ignore[arg-type]
+    )
     bios = _source(images, "bios")
     if flash is not None:
         if bios is not None:
@@ -86,6 +92,14 @@ def _boot_flash(flash: Pflash, images: Images, memory: Memory, platform: Platfor
         firmware_files(platform),
         firmware_loads=images.there("kernel"),
     )
+
+
+def _processor(cpuid: bytes) -> tuple[bytes, str]:
+    """Its identity, and its name (Intel SDM 2A, CPUID, leaves 1 and 8000_0002 to 8000_0004)."""
+    leaves = {function: registers for function, index, _, *registers in cpuid_entries(cpuid) if not index}
+    eax, _, _, edx = leaves.get(1, (0, 0, 0, 0))
+    brand = b"".join(struct.pack("<4I", *leaves.get(0x8000_0002 + part, (0, 0, 0, 0))) for part in range(3))
+    return struct.pack("<II", eax, edx), brand.split(b"\0")[0].decode("ascii", "replace").strip()
 
 
 def _source(images: Images, name: str) -> Source | None:

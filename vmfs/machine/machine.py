@@ -689,6 +689,7 @@ class Vm(Control):
                 vcpus,
                 has_devices=self.board is not None,
                 flash=None if self.board is None or not self.board.flash else self.board.flash[0],
+                uuid=bytes(16) if self.board is None else self.board.uuid,
             )
             if self.board is not None:
                 self.board.set_firmware_files(booted.files, loads=booted.firmware_loads)
