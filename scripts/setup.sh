@@ -40,7 +40,8 @@ need xxd         has xxd
 need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
 need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
-need ovmf        test -e /usr/share/ovmf/OVMF.fd       # and it
+need ovmf        test -e /usr/share/OVMF/OVMF_VARS_4M.ms.fd    # and UEFI firmware
+need dmidecode   has dmidecode          # reads the SMBIOS tables
 need grub-common has grub-mkrescue       # tests make media that a BIOS boots: GRUB's,
 need grub-pc-bin test -e /usr/lib/grub/i386-pc/boot.img
 need xorriso     has xorriso
@@ -130,4 +131,5 @@ fi
 
 if [ "${1-}" = demo ]; then exit; fi
 scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"
+scripts/fetch_efi.sh || say "without Debian's boot loaders, the tests of UEFI skip"
 scripts/fetch_root.sh || say "without Debian's packages, the test of a root on a disk skips"

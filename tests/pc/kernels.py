@@ -17,6 +17,7 @@ BUSYBOX = FOLDER / "busybox"
 IPXE = FOLDER / "ipxe.lkrn"  # has the header of a bzImage
 MEMTEST = FOLDER / "memtest.bin"  # as a bzImage, too
 MEMTEST_ISO = FOLDER / "memtest.iso"
+EFI = FOLDER.parent / "efi"  # shimx64.efi, grubx64.efi, systemd-bootx64.efi: scripts/fetch_efi.sh
 DEBIAN = FOLDER.parent / "debian"  # the unpacked packages of a root
 
 

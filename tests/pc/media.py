@@ -88,3 +88,14 @@ def grub_floppy(path: Path, config: str = ON_SERIAL) -> Path:
     boot = (GRUB / "boot.img").read_bytes()
     path.write_bytes((boot + core.read_bytes()).ljust(1440 << 10, b"\0"))
     return path
+
+
+def esp(path: Path, files: Mapping[str, bytes | Path], size: int = 4 << 20) -> Path:
+    """A disk that is an EFI system partition, without a partition table."""
+    with open(path, "wb") as image:
+        image.truncate(size)
+    _run("mformat", "-i", path, "-v", "ESP", "::")
+    tree = path.with_suffix(".d")
+    _tree(tree, files)
+    _run("mcopy", "-s", "-i", path, *sorted(tree.iterdir()), "::")
+    return path

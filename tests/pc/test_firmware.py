@@ -12,8 +12,6 @@ from pc.kernels import IPXE, MEMTEST, needs_kernels
 
 pytestmark = needs_kernels
 SEABIOS = Path("/usr/share/seabios/bios.bin")
-OVMF = Path("/usr/share/ovmf/OVMF.fd")
-YELLOW = bytes.fromhex("00ffff00") * 2  # pixels side by side: blue, green, red, unused
 
 
 def wait_for(pc, text: str) -> list[str]:
@@ -75,16 +73,3 @@ def test_apm_powers_off(make_pc, tmp_path):
     pc.write("dev/add", f"blk {image} ro\n")
     pc.start()
     assert pc.ended().startswith("shutdown cause=poweroff rip=0x")
-
-
-@pytest.mark.skipif(not OVMF.exists(), reason=f"{OVMF} is not there: Debian's package ovmf")
-def test_ovmf(make_pc):
-    """To its shell, whose prompt is yellow."""
-    pc = make_pc()
-    pc.write("mem_size", "256M")
-    pc.load("bios", OVMF)
-    pc.start()
-    deadline = time.monotonic() + BOOT_SECONDS
-    while YELLOW not in (pc.path / "framebuffer").read_bytes():
-        assert time.monotonic() < deadline, pc.read("registers")
-        time.sleep(0.5)

@@ -190,7 +190,6 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     if is_uefi:
         if plan.bios:
             raise Invalid("--uefi and --bios: a machine begins with one of both")
-        plan.lines += flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)
     needs_bios = False
     if arguments.file:
         path, mode = split_mode(arguments.file)
@@ -225,6 +224,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     if not arguments.file and not plan.lines and not plan.bios:
         raise Invalid("it takes a FILE to boot, or --cdrom, --floppy, --disk or --bios")
     if is_uefi:
+        plan.lines[:0] = flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)
         return plan
     if (needs_bios or not arguments.file) and plan.bios is None:
         plan.bios = seabios()
