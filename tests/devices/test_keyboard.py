@@ -332,3 +332,86 @@ def test_any_text_is_parsed_or_refused(text):
         assert keys.parse(text)
     except Invalid:
         pass
+
+
+# ---- the mouse moves
+
+
+def moved(pc, guest, x, y, wheel=0, buttons=0):
+    """What the guest reads of a move."""
+    pc.keyboard.move_mouse(x, y, wheel, buttons)
+    data = drain(guest)
+    assert all(from_mouse for _, from_mouse in data)
+    return bytes(byte for byte, _ in data)
+
+
+def test_a_move_is_a_packet(pc, guest):
+    assert moved(pc, guest, 5, 5) == b""  # nobody has switched it on
+    assert mouse(guest, 0xF4) == b"\xfa"
+    assert moved(pc, guest, 3, 4) == bytes((0x28, 3, 0xFC))  # up is positive
+    assert moved(pc, guest, -3, -4) == bytes((0x18, 0xFD, 4))
+    assert moved(pc, guest, 0, 0, buttons=1) == bytes((0x09, 0, 0))
+    assert moved(pc, guest, 0, 0, buttons=7) == bytes((0x0F, 0, 0))
+    assert moved(pc, guest, 0, 0, buttons=0, wheel=1) == bytes((0x08, 0, 0))  # it has no wheel yet
+    assert moved(pc, guest, 600, 0) == bytes((8, 255, 0, 8, 255, 0, 8, 90, 0))
+    assert mouse(guest, 0xE9) == b"\xfa\x20\x02\x64"
+    assert mouse(guest, 0xF5) == b"\xfa"
+    assert moved(pc, guest, 1, 1) == b""
+
+
+def test_the_interrupt_comes_for_each_byte(pc, guest):
+    mouse(guest, 0xF4)
+    controller(guest, 0x60, 0x47)
+    pc.keyboard.move_mouse(1, 0, 0, 0)
+    for _ in range(3):
+        assert pc.machine.lines[12]
+        guest.inp(0x60)
+    assert not pc.machine.lines[12]
+
+
+def test_what_it_moves_adds_up_while_nobody_reads(pc, guest):
+    mouse(guest, 0xF4)
+    for _ in range(1000):
+        pc.keyboard.move_mouse(1, -1, 0, 0)
+    data = bytes(byte for byte, _ in drain(guest))
+    packets = [data[at : at + 3] for at in range(0, len(data), 3)]
+    assert sum(one[1] for one in packets) == sum(one[2] for one in packets) == 1000
+    assert len(packets) < 10
+    pc.keyboard.move_mouse(0, 0, 0, 1)
+    pc.keyboard.move_mouse(0, 0, 0, 0)
+    pc.keyboard.move_mouse(0, 0, 0, 1)
+    pc.keyboard.move_mouse(0, 0, 0, 0)
+    heads = [byte for byte, _ in drain(guest)][::3]
+    assert heads == [9, 8, 9, 8]  # no click is lost
+
+
+def test_wheel_and_side_buttons(pc, guest):
+    mouse(guest, 0xF3, 200, 0xF3, 100, 0xF3, 80, 0xF4)
+    assert mouse(guest, 0xF2) == b"\xfa\x03"
+    assert moved(pc, guest, 0, 0, wheel=1) == bytes((8, 0, 0, 1))
+    assert moved(pc, guest, 0, 0, wheel=-2) == bytes((8, 0, 0, 0xFE))
+    mouse(guest, 0xF3, 200, 0xF3, 200, 0xF3, 80)
+    assert mouse(guest, 0xF2) == b"\xfa\x04"
+    assert moved(pc, guest, 1, 0, wheel=-1, buttons=8) == bytes((8, 1, 0, 0x1F))
+    assert moved(pc, guest, 0, 0, buttons=0) == bytes((8, 0, 0, 0))
+
+
+def test_remote_mode_and_scaling(pc, guest):
+    mouse(guest, 0xF4, 0xE7)
+    assert [moved(pc, guest, way, 0)[1] for way in (1, 2, 3, 4, 5, 6)] == [1, 1, 3, 6, 9, 12]
+    mouse(guest, 0xE6, 0xF0)
+    assert moved(pc, guest, 7, 0) == b""
+    pc.keyboard.move_mouse(0, 0, 0, 2)
+    assert mouse(guest, 0xEB) == b"\xfa\x0a\0\0"
+    assert mouse(guest, 0xE9)[1] == 0x61  # remote, enabled, the right button
+
+
+def test_moves_are_inputs_with_bounds(pc, guest):
+    mouse(guest, 0xF4)
+    assert moved(pc, guest, 1 << 40, -(1 << 40), wheel=999, buttons=0xFF)[:1] != b""
+    state = plain(pc.keyboard)
+    assert abs(state["mouse"]["x"]) <= 1 << 14
+    state["mouse"]["x"] = (1 << 14) + 1
+    assert refuses(pc.keyboard, state)
+    with pytest.raises(Invalid, match="no move of a mouse"):
+        pc.keyboard.check_input("mouse", b"123")

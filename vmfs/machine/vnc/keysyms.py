@@ -80,7 +80,10 @@ class Keys:
         self._down[what] = key
         self._note(key, True)
         if shifted is not None and len(key) == 1 and key.isalpha():
-            shifted ^= capitals
+            if self._shifts and not capitals:
+                shifted = True  # a client that says shift and `b` means B
+            else:
+                shifted ^= capitals
         if shifted is None or shifted == bool(self._shifts):
             return [(key, True)]
         if shifted:

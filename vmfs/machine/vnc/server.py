@@ -39,6 +39,7 @@ from vmfs.words.errors import VmfsError, WouldBlock
 log = logging.getLogger(__name__)
 
 CLIENTS_MOST = 16
+GREETED_MOST = 32  # connections in their handshake; one more is closed
 HANDSHAKE_SECONDS = 10.0
 STUCK_SECONDS = 30.0
 _WRONG_SECONDS = 1.0  # from a wrong password to the next try of anybody
@@ -62,6 +63,7 @@ class Vnc:
             lambda: any(client.waits for client in self._clients),
         )
         self._clients: set[Client] = set()
+        self._greeted = 0  # connections that are no clients yet
         self._keeping: trio.CancelScope | None = None
         self._trying = trio.Lock()
 
@@ -75,16 +77,20 @@ class Vnc:
         line.setblocking(False)
         if line.family != socket.AF_UNIX:
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._greeted >= GREETED_MOST:
+            return
         client = Client(self, line)
         try:
             with client:
-                await client.greet(is_full=len(self._clients) >= CLIENTS_MOST)
+                self._greeted += 1
+                try:
+                    await client.greet(is_full=len(self._clients) >= CLIENTS_MOST)
+                finally:
+                    self._greeted -= 1
                 self._clients.add(client)
                 self._keep()
                 await client.serve()
-        except (_Ended, OSError, trio.TooSlowError) as error:
-            log.debug("vnc: %s", error)
-        except VmfsError as error:
+        except (_Ended, OSError, VmfsError, trio.TooSlowError) as error:
             log.debug("vnc: %s", error)
         except Exception:
             log.exception("a viewer's connection failed")
@@ -241,7 +247,7 @@ class Client:
             await one()
         except Exception as error:
             self._failure = self._failure or error
-        scope.cancel()
+            scope.cancel()
 
     async def _listen(self) -> None:
         decoder = Decoder()
@@ -367,14 +373,17 @@ class Client:
         self._awake.set()
 
     async def _tell(self) -> None:
-        while True:
-            await self._awake.wait()
-            self._awake = trio.Event()
-            answers, self._answers = self._answers, []
-            for answer in answers:
-                await self._send(answer)
-            if self.waits:
-                await self._update()
+        """Until the client has gone: what it has said before that is still to be heard, and `_listen` finds its end."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                await self._awake.wait()
+                self._awake = trio.Event()
+                answers, self._answers = self._answers, []
+                for answer in answers:
+                    await self._send(answer)
+                if self.waits:
+                    await self._update()
+        self.waits = False
 
     async def _update(self) -> None:
         """One, if there is something to say."""
