@@ -28,6 +28,16 @@ class Removable:
         """What `media` shows."""
         return self.path if self.disk is not None else NOTHING
 
+    def present_words(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """The words of the line that would attach the drive with what is in it now; `words` are of the one that did."""
+        plain = [word for word in words if not word.startswith(("as=", "format="))]
+        if (self.path if self.disk is not None else "") == (plain[0] if plain else ""):
+            return words
+        place = tuple(word for word in words if word.startswith("as="))
+        if self.disk is None:
+            return place
+        return (self.path, *([self.disk.mode] if len(self.MODES) > 1 else []), *place)
+
     def accepts(self, disk: Disk) -> None:
         """Invalid for what is no medium of it."""
 

@@ -20,7 +20,7 @@ import msgspec
 from vmfs.devices import _chips
 from vmfs.devices.virtio.disk import CLUSTER, SECTOR, Frozen, Written
 from vmfs.engine.base import Engine
-from vmfs.machine.attach import ATTACHABLE, Room, row_of, unnamed_file
+from vmfs.machine.attach import Room, row_of, unnamed_file
 from vmfs.machine.images import NAMES, Kept
 from vmfs.machine.past import Rom, Snapshot
 from vmfs.machine.state import Setup, State, setup_of
@@ -213,11 +213,11 @@ class Arrival:
                 yield f"{path} has {self.files[path].size} bytes of {size}"
         for one in setup.attached:
             try:
-                row_of(one)
+                row = row_of(one)
             except Invalid as error:
                 yield f"state: {error}"
                 continue
-            if "cow" in one.words[1:] and ATTACHABLE[one.kind].files and f"disks/{one.name}" not in self.files:
+            if row.mode(list(one.words)) == "cow" and f"disks/{one.name}" not in self.files:
                 yield f"disks/{one.name} is missing"
 
     def snapshot(self, engine: Engine, others: Callable[[str], Engine]) -> Made:
@@ -255,7 +255,7 @@ class Arrival:
             overlays=overlays,
             taken_ns=_date(taken[1].decode()) if taken else time.time_ns(),
             instructions=int(count[1]) if count else None,
-            rw_disks=tuple(one.name for one in setup.attached if _is_rw(one.kind, one.words)),
+            rw_disks=tuple(one.name for one in setup.attached if row_of(one).mode(list(one.words)) == "rw"),
             memory_size=setup.memory,
             encoded=state.encode(),
         )
@@ -277,10 +277,6 @@ class Arrival:
         taken = file.taken
         self._room.reserve(taken)
         return Written(os.dup(file.fd), clusters, self._room, taken)
-
-
-def _is_rw(kind: str, words: tuple[str, ...]) -> bool:
-    return bool(ATTACHABLE[kind].files) and "cow" not in words[1:] and "ro" not in words[1:]
 
 
 def _overlay_of(state: State, device: str) -> dict[int, bytes]:

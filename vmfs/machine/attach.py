@@ -19,6 +19,7 @@ from vmfs.devices.ide.ata import AtaDisk
 from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
+from vmfs.devices.medium import Removable
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
@@ -56,7 +57,8 @@ class Row:
 
     `acquire` gets what the host has to give, through the door and with no lock held; `make` makes the device of it, by
     the name that `name` gives. For a fork, `hand` says which descriptors of such a device another process needs, and
-    raises where it cannot have one; `take` makes of them what `acquire` gave.
+    raises where it cannot have one; `take` makes of them what `acquire` gave. `mode`: of the disk or medium that a line
+    gives it, ro, rw or cow, and empty where it gives none; it is one descriptor then.
     """
 
     usage: str
@@ -67,7 +69,7 @@ class Row:
     name: Callable[[Pc, str, list[str]], str] = lambda board, kind, words: _numbered(board, kind)
     hand: Callable[[Any], tuple[int, ...]] = lambda device: _alone(device)
     take: Callable[[Door, list[str], tuple[int, ...]], Any] = lambda door, words, fds: None
-    files: int = 0  # how many descriptors these are
+    mode: Callable[[list[str]], str] = lambda words: ""
 
 
 def _alone(device: Device) -> tuple[int, ...]:
@@ -236,19 +238,30 @@ def unnamed_file(door: Door) -> int:
     return door.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
 
 
-def _hand_disk(device: Block | AtaDisk) -> tuple[int, ...]:
+def _hand_disk(device: Block | AtaDisk | Removable) -> tuple[int, ...]:
     disk: Any = device.disk
+    if disk is None:  # of a drive that is empty
+        return ()
     if disk.mode == "rw":
         raise Busy(f"{device.name} is a disk that is rw, which two machines cannot write: attach it with cow")
     return ((disk.base if disk.mode == "cow" else disk).fd,)
 
 
-def _take_disk(door: Door, words: list[str], fds: tuple[int, ...]) -> Any:
+def _take_disk(door: Door, words: list[str], fds: tuple[int, ...], mode: str = "") -> Any:
     (fd,) = fds
-    if _disk_mode(words) not in ("ro", "cow"):
+    mode = mode or _disk_mode(words)
+    if mode not in ("ro", "cow"):
         os.close(fd)
         raise Invalid("a fork has no disk that is rw")
-    return _image_of(door, fd, _disk_mode(words)), _plain(words)[0]
+    return _image_of(door, fd, mode), _plain(words)[0]
+
+
+def _take_floppy(door: Door, words: list[str], fds: tuple[int, ...]) -> Any:
+    return _take_disk(door, words, fds) if fds else None
+
+
+def _take_cdrom(door: Door, words: list[str], fds: tuple[int, ...]) -> Any:
+    return _take_disk(door, words, fds, "ro") if fds else None
 
 
 def _nothing(door: Door, words: list[str]) -> None:
@@ -325,7 +338,7 @@ ATTACHABLE: Mapping[str, Row] = {
         lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
         hand=_hand_disk,
         take=_take_disk,
-        files=1,
+        mode=_disk_mode,
     ),
     "ide": Row(
         "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
@@ -336,7 +349,7 @@ ATTACHABLE: Mapping[str, Row] = {
         lambda board, kind, words: _drive_name(board, words, NAMES),
         hand=_hand_disk,
         take=_take_disk,
-        files=1,
+        mode=_disk_mode,
     ),
     "cdrom": Row(
         "cdrom [PATH] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
@@ -345,8 +358,21 @@ ATTACHABLE: Mapping[str, Row] = {
         _open_cdrom,
         _make_cdrom,
         lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
+        hand=_hand_disk,
+        take=_take_cdrom,
+        mode=lambda words: "ro" if _plain(words) else "",
     ),
-    "floppy": Row("floppy [PATH [ro|rw|cow] [format=FORMAT]]", 0, 3, _open_floppy, _make_floppy, _floppy_name),
+    "floppy": Row(
+        "floppy [PATH [ro|rw|cow] [format=FORMAT]]",
+        0,
+        3,
+        _open_floppy,
+        _make_floppy,
+        _floppy_name,
+        hand=_hand_disk,
+        take=_take_floppy,
+        mode=lambda words: _disk_mode(words) if _plain(words) else "",
+    ),
     "pflash": Row(
         "pflash PATH [ro|rw|cow]",
         1,
@@ -356,7 +382,7 @@ ATTACHABLE: Mapping[str, Row] = {
         _flash_name,
         hand=_hand_disk,
         take=_take_disk,
-        files=1,
+        mode=_disk_mode,
     ),
     "net": Row(
         "net user [OPTION...]|tap NAME",

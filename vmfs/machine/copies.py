@@ -82,6 +82,7 @@ class _Memfd:
 def copy_of(vm: Vm, snapshot: Snapshot, number: int) -> Copy:
     """Busy, Unsupported where a device can be no other machine's, too."""
     setup = setup_of(snapshot.state)
+    vm.check_media(snapshot.state)
     handed: dict[str, tuple[int, ...]] = {}
     devices = vm.board.devices if vm.board is not None else {}
     for one in setup.attached:
@@ -264,7 +265,7 @@ def _resources(setup: Setup, description: Description, files: list[int], door: D
             own = tuple(files.pop(0) for _ in range(description.handed[one.name]))
             try:
                 row = attach.row_of(one)
-                if len(own) != row.files:
+                if len(own) != bool(row.mode(list(one.words))):
                     raise Invalid(f"{one.name} has {len(own)} files")
             except BaseException:
                 for fd in own:

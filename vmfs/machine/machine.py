@@ -16,11 +16,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
+import msgspec
+
 from vmfs.debug.disasm import Listing
 from vmfs.debug.paging import Paging
 from vmfs.debug.why import Account
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
+from vmfs.devices.medium import Removable
 from vmfs.devices.virtio.disk import Disk, Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
@@ -44,6 +47,7 @@ from vmfs.machine.state import (
     put_cpu,
     put_engine,
     reset_values,
+    setup_of,
     state_hash,
     take,
     take_cpu,
@@ -305,10 +309,31 @@ class Vm(Control):
             cmdline=os.fsencode(self.images.cmdline),
             images=self.images.sizes(),
             rom=None if self._rom is None else (self._rom.address, self._rom.kept.size),
-            attached=tuple(self._attached.values()),
+            attached=self._present(),
             new_msrs=self.cpu.reset_states["msrs"],
             held=tuple(exit_.line() for exit_ in self._held),
         )
+
+    def _present(self) -> tuple[Attached, ...]:
+        """What is attached, each by the line that would attach it as it is now: media of drives are changed."""
+        assert self.board is not None or not self._attached
+        found = []
+        for one in self._attached.values():
+            device = self.board and self.board.devices[one.name]
+            if isinstance(device, Removable):
+                one = msgspec.structs.replace(one, words=device.present_words(one.words))
+            found.append(one)
+        return tuple(found)
+
+    def check_media(self, state: State) -> None:
+        """Busy where a drive has another medium in it than it had."""
+        if self.board is None or not any(isinstance(one, Removable) for one in self.board.devices.values()):
+            return
+        then = {one.name: one.words for one in setup_of(state).attached}
+        for one in self._present():
+            if isinstance(self.board.devices[one.name], Removable) and then.get(one.name) != one.words:
+                had = " ".join(then.get(one.name, ())) or "none"
+                raise Busy(f"{one.name} had another medium in it, which is to be in it again: {had}")
 
     def check_kind(self, setup: Setup) -> None:
         for what, is_, wanted in (
@@ -469,6 +494,7 @@ class Vm(Control):
         and gives what puts it."""
         with self._lock:
             self._check_idle()
+            self.check_media(snapshot.state)
             put_ram = look()
             before = self.images.keep(), self._rom, {name: disk for name, disk in self.disks()}
 
