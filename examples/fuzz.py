@@ -25,7 +25,7 @@ ROOM = 0x1000  # bytes of memory for an input
 INSTRUCTIONS_MOST = 100_000
 SEEDS = (
     b'a = 1 + 2 * 3\nb = "text\\n"\n',
-    b'list = [1, "x", [2]]\nc = @list[0]\nd = #0 + #-4\nif c > 0 { e = 0x10k } else { e = 2 }\n',
+    b'list = [1, "x", [2]]\nc = @list[0]\nd = #0 + #-4\nif @c > 0 { e = 0x10k } else { e = 2 }\n',
     b'rule twice(x) = @x * 2\nport : number 1..99 = twice(4)\nfor one in [1, 2] { last = @one }\n',
     b'when = 2026-11-30T14:05 + 1h30m\nfrom = 10.0.0.0/8\nok = not @from or match("a.c", "*.[a-c]") and @when\n',
     b'all = join(sort(split("b a", " ")), ",")\nf = format("%d %s", [7, cut(upper(@all), 1, 2)])\n',
