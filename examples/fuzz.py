@@ -30,7 +30,9 @@ SEEDS = (
     b'when = 2026-11-30T14:05 + 1h30m\nfrom = 10.0.0.0/8\nok = not @from or match("a.c", "*.[a-c]") and @when\n',
     b'all = join(sort(split("b a", " ")), ",")\nf = format("%d %s", [7, cut(upper(@all), 1, 2)])\n',
 )
-WORDS = tuple(b'= [ ] # #- @ { } ( ) , : if else for in rule not and or number text .. " \\u 0x 4294967295 9999 k'.split())
+WORDS = tuple(
+    b'= [ ] # #- @ { } ( ) , : if else for in rule not and or number text .. " \\u 0x 4294967295 9999 k'.split()
+)
 
 
 def build() -> bytes:

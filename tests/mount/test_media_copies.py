@@ -1,4 +1,4 @@
-"""PCs with disks, a CD and a floppy are kept, forked and saved, with what the guest wrote, and with the medium that is in the drive."""
+"""PCs with disks, a CD and a floppy are kept, forked and saved: with what was written, and the medium that is there."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def pc(vm, tmp_path):
         (tmp_path / name).write_bytes(name.encode().ljust(size, b"\0"))
     vm.write("mem_size", "4M\n")
     vm.write("machine", "pc\n")
-    vm.write("dev/add", f"ide {tmp_path}/disk cow\ncdrom {tmp_path}/one.iso\nfloppy {tmp_path}/floppy cow\ncdrom as=hdd\n")
+    vm.write("dev/add", f"ide {tmp_path}/disk cow\ncdrom {tmp_path}/one.iso\n")
+    vm.write("dev/add", f"floppy {tmp_path}/floppy cow\ncdrom as=hdd\n")
     vm.load(asm.assemble(GUEST, "real").code.hex())
     vm.write("registers", "rsp 0x5000\nss 0\nds 0\nes 0\nds.base 0\nes.base 0\nss.base 0\n")
     with open(vm / "mem", "r+b", buffering=0) as file:
