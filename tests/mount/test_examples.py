@@ -21,6 +21,7 @@ RUN = {
     "ports.pl": (["perl"], "the guest wrote: EVERY VM IS A DIRECTORY."),
     "trace.lua": (["lua5.4"], "60 instructions, 8 steps from 6 to 1"),
     "profile.py": ([sys.executable], "rounds while it was running"),
+    "corrupted.sh": (["bash"], """rename(&tasks[6], "the seventieth task's")\n--- called before list.c:52\n"""),
     "vcpu.c": (["gcc", "-std=gnu99", "-x", "c"], "stored 42, and ended with rax 0x6b"),
     "vcpu.c as C++": (["g++", "-std=c++11", "-x", "c++"], "stored 42, and ended with rax 0x6b"),
 }
@@ -29,7 +30,7 @@ ELSEWHERE = {
     "course": ("mount/test_plugin.py", '"examples/course"'),
     "fuzz.py": ("library/test_examples.py", '"fuzz.py"'),
 }
-PARTS = {"README.md", "guest"}  # `guest` is what fuzz.py fuzzes
+PARTS = {"README.md", "guest"}  # `guest` is what fuzz.py fuzzes, and corrupted.sh looks into
 
 
 def test_every_example_is_run_here():

@@ -105,6 +105,16 @@ def test_bisect(script):
     assert code.endswith("out 0xe9, al")
 
 
+@needs_kernels
+def test_hang(script):
+    """A kernel without a root file system panics, and stays there."""
+    lines = script("hang.sh", CLOUD.image).splitlines()
+    assert lines[0] == "it hangs in panic, which was called by" and "mount_block_root+0x" in lines[1]
+    assert re.fullmatch(r"\d\d looks: it began with instruction 1\d{9}, which is", lines[-3])
+    assert re.match(r"0xffffffff\w{8} <panic\+0x\w+>: .* call ", lines[-2])
+    assert lines[-1].endswith('"VFS: Unable to mount root fs on %s"')
+
+
 @pytest.mark.skipif(not SEABIOS.exists(), reason="SeaBIOS is not installed (package seabios)")
 def test_ports(script):
     lines = script("ports.sh", "0x70-0x71", SEABIOS, 6).splitlines()
