@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: install help setup demo test bench fuzz mutate repeat asan tsan lint clean
+.PHONY: install help setup demo test bench fuzz mutate repeat past asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
 	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
 	@echo "make repeat  boots that are the same: twice, and by host code and the interpreter; state compared every 10 M instructions"
+	@echo "make past    lives that are disturbed and lives that are not: snapshots, forks, saved machines, history; state compared every million instructions"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
 	@echo "make lint    ruff"
@@ -40,6 +41,12 @@ repeat: setup
 	@scripts/fetch_bench.sh || true
 	@VMFS_REPEAT_STEP=10000000 .venv/bin/pytest tests/pc/test_repeats.py tests/pc/test_both_ways.py $(ARGS)
 	@VMFS_JIT_THRESHOLD=0 .venv/bin/pytest tests/pc/test_firmware.py $(ARGS)
+
+past: setup
+	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --guest walker --cpus 1 --most 300000000 $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --guest walker --cpus 3 --most 300000000 $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --cpus 1 $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --cpus 4 $(ARGS)
 
 asan: setup
 	@scripts/asan.sh $(ARGS)

@@ -6,55 +6,16 @@ import os
 
 import pytest
 from engine.conftest import engine_or_skip
+from engine.saving import Contents, arrival_of, come_in
 from engine.test_past import SECONDS, SIZE, run
 from engine.test_past import make as make  # noqa: PLC0414  # the fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmfs.engine import by_name
-from vmfs.machine.arrivals import Arrival
 from vmfs.machine.files.arrivals import rebuild
 from vmfs.machine.machine import Vm
 from vmfs.words.errors import Busy, VmfsError
-
-
-class Door:
-    """Which has room, and opens nothing."""
-
-    def reserve(self, what: str, size: int) -> None:
-        pass
-
-    release = reserve
-
-
-class Contents:
-    """What `rebuild` needs of a machine's."""
-
-    door = Door()
-    arrivals = type("", (), {"is_live": False})
-
-    def __init__(self, vm: Vm) -> None:
-        self.vm = vm
-
-
-def arrival_of(vm: Vm, name: str) -> Arrival:
-    """A snapshot of it, on its way in elsewhere."""
-    snapshot, arrival = vm.past[name], Arrival(name, Door())
-    arrival.write(arrival.make("state"), 0, snapshot.encoded)
-    ram = arrival.make("mem")
-    for start, end in snapshot.ram.extents():
-        arrival.write(ram, start, snapshot.ram.read(start, end - start))
-    arrival.truncate(ram, snapshot.ram.end)
-    for name_, kept in (*snapshot.images.items(), *(() if snapshot.rom is None else (("rom", snapshot.rom.kept),))):
-        arrival.write(arrival.make(f"images/{name_}"), 0, kept.read_at(0, kept.size))
-    return arrival
-
-
-def come_in(vm: Vm, arrival: Arrival) -> None:
-    made = arrival.snapshot(vm.engine, by_name)
-    vm.past.adopt(made.snapshot)
-    arrival.close()
-    rebuild(Contents(vm), made.snapshot)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["bare", "pc"])

@@ -10,12 +10,12 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 from engine.conftest import engine_or_skip
+from engine.saving import be, fork_of
 from engine.test_past import ORIGIN, SECONDS, SIZE, WALKER, look, run
 from engine.test_past import make as make  # noqa: PLC0414  # the fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmfs.engine import by_name
 from vmfs.machine import copies
 from vmfs.machine.machine import Vm
 from vmfs.memory.layers import SEALS
@@ -27,24 +27,13 @@ from vmfs.words.errors import VmfsError
 def again():
     with ExitStack() as made:
 
-        def one(vm: Vm, name: str = "", engine=None) -> Vm:
+        def one(vm: Vm, name: str = "") -> Vm:
             """A machine of a copy of it."""
-            snapshot = vm.past[name] if name else vm.past.take("", is_kept=False)
-            copy = copies.copy_of(vm, snapshot, 1)
-            child = Vm(engine or vm.engine)
+            child = fork_of(vm, name)
             made.callback(child.close)
-            be(child, [os.dup(fd) for fd in copy.memory])
             return child
 
         yield one
-
-
-def be(child: Vm, memory: list[int]) -> None:
-    try:
-        copies.become(child, copies.read_description(memory), memory, [], by_name, None)
-    finally:
-        for fd in memory:
-            os.close(fd)
 
 
 @pytest.mark.parametrize("kind", ["bare", "pc"])

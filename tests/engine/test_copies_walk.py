@@ -1,26 +1,39 @@
-"""A machine is taken, run, gone back with, forked, saved and loaded, in any order: it is always what it was."""
+"""A machine is taken, run, put back, forked, saved, loaded, moved, sent through its past: it is always what it was."""
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
 from engine.conftest import engine_or_skip
-from engine.test_arrivals import arrival_of, come_in
-from engine.test_copies import be
+from engine.saving import arrival_of, come_in, fork_of
+from engine.test_past import SECONDS, run
 from engine.test_past import make as make  # noqa: PLC0414  # the fixture
-from engine.test_past import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmfs.machine import copies
+from vmfs.engine.emulator.engine import EmulatorEngine
+from vmfs.machine.history import History
+from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
+from vmfs.machine.runloop import Bound
 
-ACTS = st.lists(
-    st.tuples(st.sampled_from(["run", "take", "restore", "fork", "load", "write"]), st.integers(1, 20_000)),
-    min_size=1,
-    max_size=14,
-)
+DOES = ("run", "take", "restore", "fork", "load", "write", "move", "back")
+ACTS = st.lists(st.tuples(st.sampled_from(DOES), st.integers(1, 20_000)), min_size=1, max_size=14)
+
+
+def go_through_the_past(vm: Vm, count: int) -> None:
+    """Its past is kept for a while: it goes to where it was, and to a place before that, and stays at one of them."""
+    history = History(vm)
+    history.start()
+    run(vm, count)
+    there, place = vm.state_hash(), vm.counters()["instructions"]
+    run(vm, count // 2 + 1)
+    end = vm.counters()["instructions"]
+    for journey in (Journey(back=1), Journey(place=place), Journey(place=end), Journey(place=place)):
+        vm.start(Bound(journey=journey)).result(SECONDS)
+    assert vm.state_hash() == there and vm.counters()["instructions"] == place
+    history.stop()
+    assert vm.state_hash() == there
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,18 +55,22 @@ def test_any_walk(make, acts):
                 name = sorted(kept)[count % len(kept)]
                 vm.past.restore(name)
                 assert vm.state_hash() == kept[name]
+            elif act == "move":
+                before = vm.state_hash()
+                vm.move_to(EmulatorEngine())
+                assert vm.state_hash() == before
+            elif act == "back":
+                go_through_the_past(vm, count)
             elif act in ("fork", "load"):
                 before = vm.state_hash()
-                other = Vm(vm.engine)
-                made.callback(other.close)
                 if act == "fork":
-                    copy = copies.copy_of(vm, vm.past.take("", is_kept=False), 1)
-                    be(other, [os.dup(fd) for fd in copy.memory])
-                    kept = {}
+                    other, kept = fork_of(vm), {}
                 else:
+                    other = Vm(vm.engine)
                     vm.past.take(name)
                     come_in(other, arrival_of(vm, name))
                     kept = {name: before}
+                made.callback(other.close)
                 assert other.state_hash() == before and vm.state_hash() == before
                 assert run(vm, count) == run(other, count)
                 assert other.state_hash() == vm.state_hash()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from pathlib import Path
 
+from engine.saving import Door
 from pc.initramfs import VIRTIO, build
 from pc.kernels import CLOUD
 
 from vmfs.devices import keys
-from vmfs.devices.virtio.block import Block
-from vmfs.devices.virtio.disk import open_disk
 from vmfs.engine.emulator.engine import EmulatorEngine
+from vmfs.machine.attach import attach, parse_attachment
 from vmfs.machine.born import Birth
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
@@ -47,8 +47,7 @@ def debian(image: Path, initrd: bytes, cpus: int, cmdline: str, birth: Birth | N
         vm.images["kernel"].write(0, CLOUD.image.read_bytes())
         vm.images["initrd"].write(0, initrd)
         vm.images.cmdline = cmdline
-        disk = open_disk(os.open(image, os.O_RDONLY), "cow")
-        vm.attach(lambda board: Block(board, "blk0", board.pci.free_slot(), disk))
+        attach(vm, parse_attachment(f"blk {shlex.quote(str(image))} cow"), Door())
     except BaseException:
         vm.close()
         raise
