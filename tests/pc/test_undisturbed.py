@@ -13,4 +13,4 @@ from pc.undisturbed import live
 def test_a_loop_that_changes_its_own_code(cpus):
     engine_or_skip("emulator")
     sides = live("walker", cpus, seed=cpus, share=0.7, most=4_000_000, slice_=100_000)
-    assert len(sides.hashes) == 40 and set(sides.done) == {"restore", "fork", "load", "move", "goto"}
+    assert len(sides.compared) == 40 and set(sides.done) == {"restore", "fork", "load", "move", "goto"}

@@ -148,7 +148,7 @@ class Device(abc.ABC, Generic[S]):
     STATE: type[S]
     IS_LATE: bool = False  # machines were saved before there was one: a state without it is as good
     INPUTS: tuple[str, ...] = ()  # the kinds that `input` takes
-    REPEATS: bool = True  # where time follows the instructions, all that it does comes of the guest and of its inputs
+    ASKS: bool = False  # it calls `board.inputs.ask`
     irq: int | None = None
     boot_path = ""  # where a BIOS looks for it, as OpenFirmware names places (SeaBIOS src/boot.c); empty: nowhere
     works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
@@ -187,6 +187,10 @@ class Device(abc.ABC, Generic[S]):
         """Invalid for what `input` cannot take."""
         if kind not in self.INPUTS:
             raise Invalid(f"{self.name} takes no {kind[:40]!r}")
+
+    def inputs_have_times(self, they_have: bool) -> None:  # noqa: B027
+        """From now on, or not any more: then all that it does has to come of the guest, of its inputs, and of what
+        `board.inputs.ask` answers. With the board's lock held, while the machine stands."""
 
     def reset(self) -> None:
         """As at power-on; lines are low. What the host attached stays."""

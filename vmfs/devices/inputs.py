@@ -1,9 +1,11 @@
-"""INPUTS: the one way in for what a machine gets from outside: keys, bytes on a port, packets, a button.
+"""INPUTS: the one way in for what a machine gets from outside: keys, bytes on a port, frames, a button, answers.
 
 A device, or another Taker, takes it; the code that has it calls `board.inputs.enter`, from any thread. Mostly that is
 at once, with the board's lock. While inputs are recorded, or recorded ones are fed again, an input comes at a time of
 the guest's, between two instructions, as a timer does, before all timers of that time: so the same input at the same
 time finds the same machine. It takes a machine that computes its time itself (`time` = `instructions`).
+
+What a device asks the host for, and waits for, is an answer: it comes in the order of the questions.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -57,6 +59,16 @@ class Input(msgspec.Struct, frozen=True, array_like=True):
     data: Annotated[bytes, msgspec.Meta(max_length=_LONGEST)]
 
 
+class Mark(NamedTuple):
+    """A place in what is recorded: how many inputs, and how many answers, had come."""
+
+    inputs: int = 0
+    answers: int = 0
+
+
+_COST = 120  # bytes that an input or an answer takes beside its data, about
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[Input, ...])
 
@@ -84,6 +96,9 @@ class Inputs:
         self._holds_new = False
         self._others: dict[str, Taker] = {}  # that are no devices
         self._done = 0  # of what is recorded, that have come
+        self._answers: list[bytes] = []  # that were recorded
+        self._answered = 0  # of them, that have come
+        self.size = 0  # bytes of what is recorded, about
         self._coming: Timer | None = None  # the first of the others
         self.before_new: Callable[[], None] = lambda: None  # called in `settle`, before anything new gets a time
 
@@ -123,6 +138,21 @@ class Inputs:
                 self._new.append((taker.name, kind, data[at : at + _LONGEST]))
             self._board.look_soon()
 
+    @property
+    def new(self) -> int:
+        """How many wait for a time. With the board's lock."""
+        return len(self._new)
+
+    def ask(self, work: Callable[[], bytes]) -> bytes:
+        """What `work` gives; of what is recorded, what it gave then. In the CPU's thread, with the board's lock."""
+        if self._log is None:
+            return work()
+        if self._answered == len(self._answers):
+            self._answers.append(answer := work())
+            self.size += len(answer) + _COST
+        self._answered += 1
+        return self._answers[self._answered - 1]
+
     def settle(self) -> None:
         """Give those that wait their time, which is the next nanosecond. In the CPU's thread, with the lock."""
         self.before_new()
@@ -138,6 +168,7 @@ class Inputs:
     def _note(self, one: Input) -> None:
         """Have it come, and keep it: those of the record that are still to come are in their order of time."""
         assert self._log is not None
+        self.size += len(one.data) + _COST
         bisect.insort(self._log, one, lo=self._done, key=lambda other: other.at)
         self._expect()
 
@@ -163,28 +194,42 @@ class Inputs:
             if self._log is not None:
                 raise Busy("inputs are recorded already")
             self._log, self._done, self._coming = [], 0, None
+            self._answers, self._answered, self.size = [], 0, 0
+            self._tell(True)
+
+    def _tell(self, they_have: bool) -> None:
+        for device in list(self._board.devices.values()):
+            device.inputs_have_times(they_have)
 
     @property
-    def done(self) -> int:
-        """How many of those that are recorded have come. With the board's lock, or in the CPU's thread."""
-        return self._done
+    def mark(self) -> Mark:
+        """How much of what is recorded has come. With the board's lock, or in the CPU's thread."""
+        return Mark(self._done, self._answered)
 
-    def rewind(self, done: int) -> None:
-        """The machine is as it was when so many had come: the others come again. With the board's lock."""
-        self._done = done
+    def rewind(self, mark: Mark) -> None:
+        """The machine is as it was when so much had come: the rest comes again. With the board's lock."""
+        self._done, self._answered = mark
         self._expect()
 
     def forget_coming(self) -> None:
-        """Those of the record that are still to come do not. With the board's lock."""
+        """What is still to come of the record does not. With the board's lock."""
         assert self._log is not None
+        self._forget(self._log[self._done :], self._answers[self._answered :])
         del self._log[self._done :]
+        del self._answers[self._answered :]
         self._expect()
 
-    def forget_first(self, count: int) -> None:
-        """The first ones of the record, that have come, are not in it any more. With the board's lock."""
+    def forget_first(self, mark: Mark) -> None:
+        """The first of the record, which has come, is not in it any more. With the board's lock."""
         assert self._log is not None
-        del self._log[:count]
-        self._done -= count
+        self._forget(self._log[: mark.inputs], self._answers[: mark.answers])
+        del self._log[: mark.inputs]
+        del self._answers[: mark.answers]
+        self._done -= mark.inputs
+        self._answered -= mark.answers
+
+    def _forget(self, inputs: list[Input], answers: list[bytes]) -> None:
+        self.size -= sum(len(one.data) + _COST for one in inputs) + sum(len(one) + _COST for one in answers)
 
     def note_passing(self, nanoseconds: int) -> None:
         """So much of the guest's time passes at its next nanosecond, in which nothing is executed. In the CPU's thread,
@@ -200,6 +245,9 @@ class Inputs:
         """Record no more; as `recorded`."""
         with self._board.lock:
             log, self._log = tuple(self._log or ()), None
+            self._answers, self._answered = [], 0
+            if not self._fed:
+                self._tell(False)
             if self._coming is not None:
                 self._coming.cancel()
                 self._coming = None
@@ -209,6 +257,9 @@ class Inputs:
         """Have these come when they came. While the machine stands, at a time before the first one, else Invalid, and
         nothing has changed."""
         self._check()
+        for name, device in self._board.devices.items():
+            if device.ASKS:
+                raise Unsupported(f"inputs: what {name} was answered is not among them")
         with self._board.lock:
             now, inputs = self._board.now(), tuple(inputs)
             for one in inputs:
@@ -218,12 +269,15 @@ class Inputs:
                 taker.check_input(one.kind, one.data)
                 if one.at <= now:
                     raise Invalid(f"inputs: one is of {one.at} ns, and it is {now} ns already")
+            self._tell(True)
             for one in sorted(inputs, key=lambda one: one.at):  # those of one time in their order
                 self._fed += 1
                 self._schedule(one, self._was_fed)
 
     def _was_fed(self) -> None:
         self._fed -= 1
+        if not self.have_times:
+            self._tell(False)
 
     def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> Timer:
         def come() -> None:
@@ -237,6 +291,3 @@ class Inputs:
     def _check(self) -> None:
         if self._board.time_source != "instructions":
             raise Unsupported("inputs: they have a time only where `time` is instructions")
-        for name, device in self._board.devices.items():
-            if not device.REPEATS:
-                raise Unsupported(f"inputs: {name} works in the host's time")

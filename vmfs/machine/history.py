@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vmfs.devices.inputs import Mark
 from vmfs.devices.virtio.disk import Frozen, Overlay, merge
 from vmfs.engine.base import Capability, Runner
 from vmfs.engine.rest import passed_no_stop
@@ -55,7 +56,7 @@ class Stretch:
 
 @dataclass(eq=False)
 class Checkpoint:
-    """`done`: how many of the recorded inputs had come. `after_event`: it is not the first moment of its place: an
+    """`mark`: how much of what is recorded had come. `after_event`: it is not the first moment of its place: an
     interrupt or an exception was delivered there. `is_first`: of its stretch, which cannot be repeated without it."""
 
     place: int
@@ -66,7 +67,7 @@ class Checkpoint:
     parts: Parts
     ram: Image
     overlays: dict[str, Frozen]
-    done: int
+    mark: Mark
     size: int  # bytes of the state
 
 
@@ -153,9 +154,6 @@ class History:
         for name, disk in vm.disks():
             if disk.mode == "rw":
                 raise Unsupported(f"history: what the file of disk {name} holds cannot be taken back: attach it cow")
-        for name, device in vm.board.devices.items() if vm.board is not None else ():
-            if not device.REPEATS:
-                raise Unsupported(f"history: {name} works in the host's time, and what it does is not recorded")
 
     def stop(self) -> None:
         """The machine goes on from where it is. Without the lock, while it stands."""
@@ -236,7 +234,10 @@ class History:
         layers = {layer for one in self.checkpoints for layer in one.ram.layers}
         if self._vm.memory.base is not None:
             layers -= set(self._vm.memory.base.layers)
-        return sum(layer.taken for layer in layers) + sum(one.size for one in self.checkpoints)
+        return sum(layer.taken for layer in layers) + sum(one.size for one in self.checkpoints) + self._inputs_size()
+
+    def _inputs_size(self) -> int:
+        return 0 if self._vm.board is None else self._vm.board.inputs.size
 
     # ---- runs
 
@@ -394,7 +395,7 @@ class History:
             parts=parts,
             ram=ram,
             overlays=overlays,
-            done=0 if vm.board is None else vm.board.inputs.done,
+            mark=Mark() if vm.board is None else vm.board.inputs.mark,
             size=parts.size,
         )
         at = self.index() + 1 if self.in_past and not is_first else len(self.checkpoints)
@@ -424,7 +425,7 @@ class History:
         self.changed = False
         if vm.board is not None:
             with vm.board.lock:
-                vm.board.inputs.rewind(checkpoint.done)
+                vm.board.inputs.rewind(checkpoint.mark)
                 vm.board.look_soon()
 
     def restart(self, ram: Image) -> None:
@@ -456,6 +457,8 @@ class History:
             number -= 1
         if dropped:
             self._compact()
+        while self._inputs_size() > self.memory // 2 and len(kept) > 2 and self._drop_first():
+            self._compact()
         while len(kept) > 2 and (len(kept) > CHECKPOINTS_MOST or self.bytes() > self.memory):
             if not self._drop_one():
                 break
@@ -474,17 +477,20 @@ class History:
 
             del kept[min(free, key=loss)]
             return True
-        if here == 0:
+        return self._drop_first()
+
+    def _drop_first(self) -> bool:
+        """The oldest one, with what was recorded before the next."""
+        kept = self.checkpoints
+        if self.index() == 0:
             return False
-        first = kept.pop(0)
+        del kept[0]
         if self._vm.board is not None:
+            first = kept[0].mark
             with self._vm.board.lock:
-                done = kept[0].done
-                self._vm.board.inputs.forget_first(done)
-        else:
-            done = first.done
-        for one in kept:
-            one.done -= done
+                self._vm.board.inputs.forget_first(first)
+            for one in kept:
+                one.mark = Mark(one.mark.inputs - first.inputs, one.mark.answers - first.answers)
         return True
 
     def _compact(self) -> None:

@@ -8,6 +8,11 @@ which the guest last sent of it; the rest by the first.
 What the guest sends goes to the backend in the CPU's thread, at once; when the backend has no room, a thread goes on as
 soon as it has. That thread also brings what arrives, with the board's lock held. What the guest has no buffers for
 waits in the backend, or is lost.
+
+While inputs have times (`vmfs.devices.inputs`), what the guest sees comes of it and of inputs alone: a frame that
+arrives and the end of the link are inputs; a frame that is sent is taken at once, and waits here for the backend. The
+card has room for one frame that the guest has no buffer for; others that come meanwhile are lost. In a machine's past
+nothing is sent, and what arrives waits in the backend.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import os
 import select
 import struct
 import threading
+from collections import deque
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -37,6 +43,8 @@ _CONTROL = _PAIR * MOST_PAIRS  # the last of QUEUES; where it is for a driver, `
 _CTRL_MQ, _PAIRS_SET = 4, 0
 _OK, _ERR = b"\0", b"\1"
 _FLOWS = 1024  # that are remembered
+_POSTED_MOST = 8 << 20  # bytes that wait for the backend
+_PAST = 100  # milliseconds after which a thread looks whether a machine is in its past any more
 _BATCH = 64  # frames a turn with the lock held, so that the CPU is not kept from its devices
 
 
@@ -56,7 +64,7 @@ class Net(VirtioDevice[NetState]):
     """A card with the address `mac` (six bytes), and `backend`, which is closed with it."""
 
     TYPE = "virtio-net"
-    REPEATS = False  # its thread and the other end work in the host's time
+    INPUTS = "frame", "link"  # that has arrived; the end of the link
     STATE = NetState
     DEVICE = FIRST_DEVICE + 1
     CLASS = 0x020000
@@ -73,6 +81,9 @@ class Net(VirtioDevice[NetState]):
         self._flows: dict[bytes, int] = {}  # as the guest receives them -> their pair
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
+        self._is_timed = self._ends = False  # inputs have times; the end of the link is one that has not come yet
+        self._posted: deque[bytes] = deque()  # frames that were sent, and that the backend has not taken
+        self._posted_size = 0
         self._closing = False
         self._asleep = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -125,6 +136,8 @@ class Net(VirtioDevice[NetState]):
                 self._wake_up()  # it may have been held back meanwhile by more than the backend
             else:
                 self._transmit(queue)
+        elif self._is_timed:
+            self._bring()
         elif self._starved:
             self._starved = False
             self._wake_up()
@@ -166,7 +179,7 @@ class Net(VirtioDevice[NetState]):
             queue.want_notifications()
             if not queue.pending():
                 break
-        if self._blocked or self.backend.unsent:
+        if self._blocked or self.backend.unsent or self._posted:
             self._wake_up()
         self.tell(queue)
 
@@ -179,7 +192,7 @@ class Net(VirtioDevice[NetState]):
         self._flows[flow] = pair
 
     def _queue_for(self, frame: bytes) -> Virtqueue:
-        if self.pairs > 1 and (flow := _flow(frame, sent=False)) is not None:
+        if self.pairs > 1 and not self._is_timed and (flow := _flow(frame, sent=False)) is not None:
             pair = self._flows.get(flow, 0)
             queue = self.queues[_PAIR * pair]
             if pair < self.pairs and queue.enabled:
@@ -195,6 +208,9 @@ class Net(VirtioDevice[NetState]):
         if not self.link_up:
             self.counters["tx_dropped"] += 1
             return True
+        if self._is_timed or self._posted:
+            self._post(frame)
+            return True
         try:
             if not self.backend.send(frame):
                 return False
@@ -206,12 +222,26 @@ class Net(VirtioDevice[NetState]):
         self.counters["tx_bytes"] += len(frame)
         return True
 
+    def _post(self, frame: bytes) -> None:
+        """Have it sent by the thread, unless that was done before, or there is no room."""
+        self.counters["tx_frames"] += 1
+        self.counters["tx_bytes"] += len(frame)
+        if self.board.is_silent:
+            return
+        if self._posted_size + len(frame) > _POSTED_MOST:
+            self.counters["tx_lost"] += 1
+            return
+        self._posted.append(frame)
+        self._posted_size += len(frame)
+
     def _go_on_sending(self) -> None:
         try:
             if self.backend.unsent and self.link_up:
                 self.backend.flush()
+            while self._posted and self.link_up and self.backend.send(self._posted[0]):
+                self._posted_size -= len(self._posted.popleft())
         except OSError:
-            self._link_down()
+            self._end_link()
         if self._blocked and self.is_live:
             for index in range(1, _PAIR * self.pairs, _PAIR):
                 if self.queues[index].enabled:
@@ -233,14 +263,17 @@ class Net(VirtioDevice[NetState]):
             poller = select.poll()
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
-                is_sending = self._blocked and self.is_live or self.backend.unsent
-                is_receiving = not self._starved or self.backend.collects
+                is_sending = self._blocked and self.is_live or self.backend.unsent or bool(self._posted)
+                is_receiving = not self._holds_back() or self.backend.collects
+                in_past = self._is_timed and self.board.is_silent
                 if self._asleep:
                     is_sending = is_receiving = False
+                elif in_past or self._ends:
+                    is_receiving = False
                 events = (select.POLLIN if is_receiving else 0) | (select.POLLOUT if is_sending else 0)
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
-            poller.poll(0 if more else None)
+            poller.poll(0 if more else _PAST if in_past else None)
             lost = self.backend.collect()  # before it waits for the lock
             with self.board.lock:
                 if self._closing:
@@ -252,7 +285,67 @@ class Net(VirtioDevice[NetState]):
                     continue
                 with self.guarded():
                     self._go_on_sending()
-                    more = self._receive()
+                    more = self._enter() if self._is_timed else self._receive()
+
+    def _holds_back(self) -> bool:
+        """Frames that arrive are to wait."""
+        if self._is_timed:
+            return self._frame is not None or self.board.inputs.new >= _BATCH
+        return self._starved
+
+    def _enter(self) -> bool:
+        """What has arrived comes in, as inputs. True when there is more."""
+        count = 0
+        while not self._holds_back() and self.link_up and not self._ends and not self.board.is_silent:
+            self._count_lost(self.backend.collect())
+            try:
+                frame = self.backend.receive()
+            except OSError:
+                self._end_link()
+                break
+            if frame is None:
+                break
+            self.board.inputs.enter(self, "frame", frame)
+            count += 1
+        return count == _BATCH
+
+    def check_input(self, kind: str, data: bytes) -> None:
+        super().check_input(kind, data)
+        if len(data) > MAX_FRAME:
+            raise Invalid(f"{self.name}: a frame has up to {MAX_FRAME} bytes, and not {len(data)}")
+
+    def input(self, kind: str, data: bytes) -> None:
+        if kind == "link":
+            self._ends = False
+            with self.guarded():
+                self._link_down()
+        elif not (self.is_live and self.queues[0].enabled) or self._frame is not None:
+            self.counters["rx_dropped"] += 1
+        else:
+            self._frame = data
+            self._bring()
+        self._wake_up()
+
+    def _bring(self) -> None:
+        """The frame that has come, to the guest, if it has a buffer."""
+        if self._frame is None:
+            return
+        with self.guarded():
+            if self._deliver(self.queues[0], self._frame):
+                self._frame = None
+                self._wake_up()
+            self.tell(self.queues[0])
+
+    def inputs_have_times(self, they_have: bool) -> None:
+        self._is_timed, self._starved = they_have, False
+        if they_have and self.is_live:
+            with self.guarded():
+                if self._blocked:
+                    for index in range(1, _PAIR * self.pairs, _PAIR):
+                        if self.queues[index].enabled:
+                            self._transmit(self.queues[index])
+                self._bring()
+        self._wake_up()
 
     def _count_lost(self, frames: int) -> None:
         if frames:
@@ -329,6 +422,14 @@ class Net(VirtioDevice[NetState]):
             room += chain.writable_length
         return chains
 
+    def _end_link(self) -> None:
+        """The backend has ended."""
+        if not self._is_timed:
+            self._link_down()
+        elif not self._ends:
+            self._ends = True
+            self.board.inputs.enter(self, "link", b"")
+
     def _link_down(self) -> None:
         """The backend has ended: so has the link, which the guest sees."""
         if self.link_up:
@@ -352,8 +453,10 @@ class Net(VirtioDevice[NetState]):
             raise Invalid(f"{self.name}: it has {self._most_pairs} pairs of queues")
 
     def load_own(self, state: NetState) -> None:
-        """The link is as its backend is: a driver that knew another is told."""
+        """The link is as its backend is: a driver that knew another is told; by an input, while these have times."""
         self.mac, self.pairs, self._frame = state.mac, state.pairs, state.frame
+        if self._is_timed:
+            self.link_up, self._ends = state.link_up, False
 
     def load(self, state: NetState) -> None:
         super().load(state)

@@ -6,6 +6,10 @@ is the tag, as in Linux (net/9p/trans_virtio.c, include/uapi/linux/virtio_9p.h).
 The folder is served by a process of its own, which has the rights of the user that attached it and no others
 (`vmfs.host.share_server`); the CPU's thread waits for its answers. So a request is done when its notification is, and
 none is under way between two instructions.
+
+While inputs have times (`vmfs.devices.inputs`), each answer is recorded with what the server knows of its client after
+it, and the server is asked only for what is new: in a machine's past nothing is done to the folder. Where a machine
+goes on from its past, the server is first told what it was to know there.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ _SMALLEST_ANSWER = 11  # an error
 # Between a RemoteServer and its process: a frame is its header and that many bytes more.
 FRAME = struct.Struct("<BII")  # what it is; bytes that follow; of HANDLE, the room for the answer
 HANDLE, FORGET, SAVE, LOAD = range(4)
+_SIZE = struct.Struct("<I")  # of a recorded answer, which comes after it; then what the server knows, if that is new
+# Requests after which the server knows the same: statfs, readlink, getattr, setattr, readdir, fsync, lock, getlock,
+# read, write.
+_KEEP_FIDS = frozenset((8, 22, 24, 26, 40, 50, 52, 54, 116, 118))
 FRAME_MOST = 4 << 20  # a saved server has 4,096 paths at most; a 9P message is shorter
 
 
@@ -125,7 +133,7 @@ class Share(VirtioDevice[ShareState]):
     """The folder of `server`, which is closed with the device."""
 
     TYPE = "virtio-9p"
-    REPEATS = False  # the folder and its server are the host's
+    ASKS = True
     STATE = ShareState
     DEVICE = FIRST_DEVICE + 9
     CLASS = 0x018000
@@ -139,6 +147,9 @@ class Share(VirtioDevice[ShareState]):
         self.tag = tag
         self.path = path  # what `info` shows
         self.server = server
+        self._is_timed = False  # inputs have times: then
+        self._known = b""  # what the server is to know of its client, encoded
+        self._servers = b""  # what it does know
         super().__init__(board, name, slot)
 
     def features(self) -> int:
@@ -148,8 +159,29 @@ class Share(VirtioDevice[ShareState]):
         tag = self.tag.encode()
         return struct.pack("<H", len(tag)) + tag
 
+    def inputs_have_times(self, they_have: bool) -> None:
+        if they_have and not self._is_timed:
+            self._known = self._servers = self._ask_known()
+        elif self._is_timed and not they_have:
+            self._make_known()
+        self._is_timed = they_have
+
+    def _ask_known(self) -> bytes:
+        return msgspec.msgpack.encode(msgspec.convert(self.server.save(), ServerState))
+
+    def _make_known(self) -> None:
+        """Have the server know what it is to."""
+        if self._servers != self._known:
+            state = msgspec.msgpack.decode(self._known, type=ServerState)
+            self.server.load(msgspec.to_builtins(state, builtin_types=(bytes,)))
+            self._servers = self._known
+
     def stopped(self) -> None:
-        self.server.forget()
+        if self._is_timed:
+            state = msgspec.msgpack.decode(self._known, type=ServerState)
+            self._known = msgspec.msgpack.encode(msgspec.structs.replace(state, fids=()))
+        else:
+            self.server.forget()
 
     def notified(self, queue: Virtqueue) -> None:
         self.serve(queue, self._answer)
@@ -159,18 +191,39 @@ class Share(VirtioDevice[ShareState]):
         room = chain.writable_length
         if len(request) < HEADER.size or room < _SMALLEST_ANSWER:
             raise DriverError("a 9P request that is shorter than its header, or without room for an answer")
-        answer = self.server.handle(request, room)
+        answer = self._handle(request, room)
         self.counters["requests"] += 1
         if answer[4] == ERROR:
             self.counters["errors.9p"] += 1
         return chain.write(answer)
 
+    def _handle(self, request: bytes, room: int) -> bytes:
+        if not self._is_timed:
+            return self.server.handle(request, room)
+
+        def work() -> bytes:
+            self._make_known()
+            answer = self.server.handle(request, room)
+            if request[4] not in _KEEP_FIDS:
+                self._servers = self._ask_known()
+            return _SIZE.pack(len(answer)) + answer + (self._servers if self._servers != self._known else b"")
+
+        recorded = self.board.inputs.ask(work)
+        end = _SIZE.size + _SIZE.unpack_from(recorded)[0]
+        self._known = recorded[end:] or self._known
+        return recorded[_SIZE.size : end]
+
     # ---- life
 
     def save_own(self) -> dict[str, Any]:
+        if self._is_timed:
+            return {"server": msgspec.msgpack.decode(self._known, type=ServerState)}
         return {"server": msgspec.convert(self.server.save(), ServerState)}
 
     def load_own(self, state: ShareState) -> None:
+        if self._is_timed:
+            self._known = msgspec.msgpack.encode(state.server)
+            return
         self.server.load(msgspec.to_builtins(state.server, builtin_types=(bytes,)))
 
     def describe(self) -> dict[str, str]:
