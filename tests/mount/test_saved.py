@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +14,16 @@ from pathlib import Path
 
 import pytest
 from mount.test_forks import ONCE, number, put
-from mounting import Machine, failing
+from mounting import Machine, failing, stat, wait_until
 
 SMALL = 4 << 20
+
+
+def has_history(vm: Machine) -> bool:
+    """Once no program has `mem` open any more: closes come a moment later."""
+    with contextlib.suppress(OSError):
+        vm.write("history", "on\n")
+    return vm.read("history").startswith("on")
 
 
 @pytest.fixture
@@ -246,6 +255,33 @@ def test_a_saver_that_is_killed_leaves_no_half_file(vm, tmp_path, moment):
     saver.wait()
     assert file.read_bytes() == b"before" or len(file.read_bytes()) > 1 << 20
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("who", ["server", "machine"])
+@pytest.mark.parametrize("moment", [0.0, 0.05, 0.2])
+def test_what_is_saved_and_is_killed_leaves_no_half_file(own_server, tmp_path, who, moment):
+    """With a past, while it runs: kill -9 of the machine's process, or of the server, which all die with."""
+    server = own_server(engine="emulator", max_memory=2 << 30)
+    vm = server.make().load(ONCE)
+    put(vm, 0x100000, os.urandom(1 << 20) * 64)
+    wait_until(lambda: has_history(vm))
+    vm.run()
+    pid = int(stat(vm)["pid"]) if who == "machine" else server.server.pid
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+    command = [sys.executable, "-m", "vmfs.cli", "save", str(vm.path), str(file)]
+    saver = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_until(lambda: os.listdir(vm / "snap") or saver.poll() is not None)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGKILL)
+    said = saver.communicate(timeout=60)[1].decode()
+    assert os.listdir(tmp_path) == ["file"]
+    if saver.returncode:
+        assert file.read_bytes() == b"before" and said.startswith("vmfs save: ") and "Traceback" not in said, said
+    else:
+        assert len(file.read_bytes()) > 1 << 20
+    if who == "machine":
+        vm.path.rmdir()
 
 
 def test_a_file_of_an_earlier_release(server):

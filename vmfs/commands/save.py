@@ -1,6 +1,7 @@
 """`vmfs save`: a machine, or a snapshot of it, as one file."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,9 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
                 archive.write(folder, file, str(arguments.file))
         except OSError as failure:
             raise archive.failed(failure.filename or arguments.file, failure) from None
-    finally:
+    except BaseException:
         if taken:
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # of a machine that is gone
+                folder.rmdir()
+        raise
+    if taken:
+        folder.rmdir()
     return 0
 
 
