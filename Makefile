@@ -1,10 +1,10 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: install help setup demo test bench fuzz mutate repeat past asan tsan lint clean
+.PHONY: install wheels deb help setup demo test bench fuzz mutate repeat past asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    a session on a real mount, each command with its output"
+	@echo "make demo    a minute on a real mount, each command with its output: Linux boots, forks, goes back"
 	@echo "make test    all tests (make test ARGS='-k name' for some)"
 	@echo "make bench   benchmarks, each against a named peer"
 	@echo "make fuzz    random instructions, the emulator against the host CPU (ARGS='--seconds 60 --seed 7')"
@@ -15,6 +15,8 @@ help:
 	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
 	@echo "make lint    ruff"
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
+	@echo "make wheels  wheels for pip into dist/, one for each Python that is here"
+	@echo "make deb     a Debian package into dist/"
 	@echo "make install the command, man pages and completions, under PREFIX (/usr/local)"
 	@echo "make clean   removes what was built"
 
@@ -69,6 +71,12 @@ install: setup
 	install -m 644 build/pages/vmfs.bash $(SHARE)/bash-completion/completions/vmfs
 	install -m 644 build/pages/vmfs.zsh $(SHARE)/zsh/site-functions/_vmfs
 	install -m 644 build/pages/vmfs.fish $(SHARE)/fish/vendor_completions.d/vmfs.fish
+
+wheels:
+	@scripts/wheels.sh $(ARGS)
+
+deb: setup
+	@scripts/deb.sh
 
 clean:
 	rm -rf build dist .cache .venv .pytest_cache .hypothesis *.egg-info

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Gets everything that `make demo` and `make test` need: system packages (Debian), .venv, the C extensions, and, unless it is
-# called with the word demo, the kernels that tests boot.
+# Gets everything that `make test` needs: system packages (Debian), .venv, the C extensions, and the kernels that tests boot. Called with
+# the word demo: only what `make demo` shows.
 # Each step looks first, so that a second run takes a fraction of a second and prints nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin              # where mount.fuse3 and ldconfig are; an ordinary user's PATH has neither
 
+for=${1-}
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 
@@ -27,16 +28,20 @@ missing=()
 need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package"); }      # PACKAGE TEST...
 has() { command -v "$1"; }
 
+# What a mount and its parts in C take, and what the demo shows.
 need fuse3       has fusermount3
 need fuse3       has mount.fuse3
 need gcc         has gcc
-need g++         has g++                # vmfs.h is for C++, too, and a test compiles it
 need libc6-dev   test -e /usr/include/stdio.h
 need pkg-config  has pkg-config
 need libfuse3-dev pkg-config --exists fuse3
-need binutils    has objdump            # tests and the demo assemble guest programs with as and ld
+need libseccomp2 sh -c "ldconfig -p | grep -q libseccomp.so.2"   # machines are processes in a filter of system calls
 need gdb         has gdb                # tests attach it to a guest
 need xxd         has xxd
+
+if [ "$for" != demo ]; then
+need g++         has g++                # vmfs.h is for C++, too, and a test compiles it
+need binutils    has objdump            # tests assemble guest programs with as and ld
 need perl        has perl
 need lua5.4      has lua5.4             # an example is in Lua
 need seabios     test -e /usr/share/seabios/bios.bin   # a test boots it on the emulator
@@ -52,12 +57,12 @@ need syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
 need qemu-utils  has qemu-img           # and disk images of other programs
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
-need libseccomp2 sh -c "ldconfig -p | grep -q libseccomp.so.2"   # machines are processes in a filter of system calls
 need acpica-tools has iasl              # tests read the ACPI tables with it
 need git         has git                # programs that copy files, of which tests see what they get
 need rsync       has rsync
 need openssh-client has sftp
 need openssh-sftp-server test -e /usr/lib/openssh/sftp-server
+fi
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
@@ -99,8 +104,27 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
 fi
 
 wanted=$(digest pyproject.toml setup.py)
-if [ "$(cat .venv/packages.stamp 2>/dev/null)" != "$wanted" ]; then
+sources() {
+    find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
+    find vmfs -name '*.so' -printf '%p\n' | sort
+}
+stamped() { [ "$(cat ".venv/$1.stamp" 2>/dev/null)" = "$2" ]; }
+if [ "$for" = demo ] && ! stamped packages "$wanted"; then
+    scripts/fetch_demo.sh 9>&- &
+    fetching=$!
+    if ! stamped demo "$wanted $(sources)"; then
+        # In seconds: optimized less, and without debug information. A later `make setup` builds all again.
+        say "building vmfs, and installing Python packages into .venv"
+        VMFS_CFLAGS="-O1 -foptimize-sibling-calls -g0" .venv/bin/pip install --disable-pip-version-check -e '.[mount]' >.cache/pip.log 2>&1 </dev/null ||
+            { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
+        echo "$wanted $(sources)" >.venv/demo.stamp
+    fi
+    wait $fetching
+    exit
+fi
+if ! stamped packages "$wanted"; then
     say "installing Python packages into .venv"
+    [ ! -e .venv/demo.stamp ] || rm -rf build .venv/demo.stamp      # all is built again, with all options
     # pip before 25.1 (Debian 12 has 23.0) cannot read [dependency-groups].
     mapfile -t development < <(.venv/bin/python - <<'PYTHON'
 import tomllib
@@ -108,7 +132,7 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], s
 PYTHON
     )
     { .venv/bin/pip install --disable-pip-version-check "${development[@]}" &&
-      .venv/bin/pip install --disable-pip-version-check -e .; } >.cache/pip.log 2>&1 </dev/null ||
+      .venv/bin/pip install --disable-pip-version-check -e '.[mount]'; } >.cache/pip.log 2>&1 </dev/null ||
         { tail -n 30 .cache/pip.log >&2; die "pip could not install the packages above"; }
     rm -f .venv/extensions.stamp
     echo "$wanted" >.venv/packages.stamp
@@ -116,20 +140,17 @@ fi
 
 # --- the C extensions: built in place when a source came, went or changed --------------------------------
 
-sources=$(find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
-          find vmfs -name '*.so' -printf '%p\n' | sort)
-if [ "$(cat .venv/extensions.stamp 2>/dev/null)" != "$sources" ]; then
+if ! stamped extensions "$(sources)"; then
     say "building the C extensions"
     .venv/bin/python setup.py -q build_ext --inplace >.cache/build.log 2>&1 </dev/null ||
         { cat .cache/build.log >&2; die "the C extensions do not build"; }
     grep -A 12 -E 'warning:' .cache/build.log >&2 || true
-    { find vmfs setup.py \( -name '*.[ch]' -o -name '*.def' -o -name setup.py \) -printf '%p %s %T@\n' | sort
-      find vmfs -name '*.so' -printf '%p\n' | sort; } >.venv/extensions.stamp
+    sources >.venv/extensions.stamp
 fi
 
 # --- what tests boot --------------------------------------------------------------------------------------
 
-if [ "${1-}" = demo ]; then exit; fi
+if [ "$for" = demo ]; then exit; fi
 scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"
 scripts/fetch_efi.sh || say "without Debian's boot loaders, the tests of UEFI skip"
 scripts/fetch_root.sh || say "without Debian's packages, the test of a root on a disk skips"

@@ -13,6 +13,7 @@ from mounting import reason_against
 from vmfs.engine import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNEL = ROOT / ".cache" / "kernels" / "cloud" / "vmlinuz"
 BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.skipif(not (BIN / "vmfs").exists(), reason=f"{BIN}/vmfs is not installed: make setup")
@@ -28,9 +29,13 @@ def engine(request):
 
 def test_the_demo(engine):
     environment = {**os.environ, "VMFS_ENGINE": engine, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(["scripts/demo.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    # Linux is on the emulator, whatever the first machine is on: once will do.
+    whole = engine == "emulator" and KERNEL.exists()
+    command = ["scripts/demo.sh", *([] if whole else ["short"])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+    assert ("I am the second" in done.stdout) == whole
 
 
 def commands(text):

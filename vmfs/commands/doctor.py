@@ -52,7 +52,7 @@ def packages() -> Iterator[Finding]:
         try:
             yield Finding(name, OK, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, MISSING, f"is not installed for {sys.executable}", f"pip install {name}")
+            yield Finding(name, MISSING, f"is not installed for {sys.executable}", "pip install 'vmfs[mount]'")
 
 
 def dev_fuse() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from vmfs.commands import daemon
 from vmfs.commands.options import argument, count, engine, parse_options, size
 from vmfs.host import mounts
 from vmfs.host.settings import MountSettings
-from vmfs.words.errors import EngineFailed, Invalid, NotPermitted
+from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, Unsupported
+
+NEEDED = ("pyfuse3", "trio", "pyseccomp")  # of the extra `mount` in pyproject.toml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +97,8 @@ def mountpoint(text: str) -> Path:
 
 def check_fuse(settings: MountSettings) -> None:
     """Raise, with the way out, for what would keep any FUSE file system from being mounted."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise Unsupported(f"a mount needs {' and '.join(missing)}, which a client does not: pip install 'vmfs[mount]'")
     if not os.path.exists("/dev/fuse"):
         raise EngineFailed("/dev/fuse does not exist: load the fuse module (modprobe fuse), or give the"
                            " container the device (--device /dev/fuse)")
