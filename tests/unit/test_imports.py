@@ -26,6 +26,7 @@ FLOORS = (
     ("host",),
     ("fs",),
     ("commands",),
+    ("web",),
     ("cli", "pytest_plugin"),
 )
 

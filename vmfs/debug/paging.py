@@ -123,26 +123,38 @@ class Paging:
             return None
         if self.kind == "off":
             return Page(linear, 1 << 32, WRITABLE | USER)
-        levels = _levels(self)
-        table, rights = levels[0].base(self.cr3), WRITABLE | USER
-        for level in levels:
-            index = linear >> level.shift & (level.entries - 1)
-            raw = memory.read(table + index * level.width, level.width)
+        rights = WRITABLE | USER
+        for step in self.walk(memory, linear):
+            rights = step.level.rights(rights, step.entry)
+            if step.leads == "page":
+                size = 1 << step.level.shift
+                flags = step.entry & ~(WRITABLE | USER | NO_EXECUTE | ADDRESS) | rights
+                return Page(step.level.leaf_base(step.entry) | linear & (size - 1), size, flags)
+        return None
+
+    def walk(self, memory: Ram, linear: int) -> Iterator[Step]:
+        """The entries that the CPU reads for a canonical linear address, with paging on, from the top down to one that
+        ends the walk."""
+        table = 0
+        for number, level in enumerate(_levels(self)):
+            table = table if number else level.base(self.cr3)
+            at = table + (linear >> level.shift & (level.entries - 1)) * level.width
+            raw = memory.read(at, level.width)
             if len(raw) < level.width:
-                return None
+                yield Step(level, at, 0, "no RAM")
+                return
             entry = int.from_bytes(raw, "little")
-            if not entry & PRESENT:
-                return None
             leaf = level.is_leaf(entry)
-            if entry & (level.reserved_leaf if leaf else level.reserved):
-                return None
-            rights = level.rights(rights, entry)
-            if leaf:
-                size = 1 << level.shift
-                flags = entry & ~(WRITABLE | USER | NO_EXECUTE | ADDRESS) | rights
-                return Page(level.leaf_base(entry) | linear & (size - 1), size, flags)
+            if not entry & PRESENT:
+                leads = "not present"
+            elif entry & (level.reserved_leaf if leaf else level.reserved):
+                leads = "reserved bits"
+            else:
+                leads = "page" if leaf else "table"
+            yield Step(level, at, entry, leads)
+            if leads != "table":
+                return
             table = entry & level.next_table
-        raise AssertionError("the last level has leaves only")
 
 
 @functools.lru_cache(maxsize=8)
@@ -240,6 +252,16 @@ def _levels(paging: Paging) -> tuple[_Level, ...]:
     if paging.kind == "5-level":
         upper.insert(0, _Level(48, 512, 8, False, False, upper_high | LARGE, 0, ADDRESS))
     return (*upper, pointers, directory, table)
+
+
+class Step(NamedTuple):
+    """An entry on the way to a page. `leads`: to a `table` or a `page`, or why it ends there: `not present`, `reserved
+    bits`, `no RAM`."""
+
+    level: _Level
+    address: int  # of the entry, physical
+    entry: int
+    leads: str
 
 
 # ---- all that is mapped

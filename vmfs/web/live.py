@@ -1,0 +1,196 @@
+"""What a page sees, as it changes: a WebSocket a page.
+
+The page says what it looks at: all machines, or one, a CPU of it, and its panes, each with what it asks:
+
+    {"watch": {"machine": "demo", "cpu": 0, "panes": {"head": {}, "memory": {"at": "rsp", "size": 256}}}}
+
+It is told what is another thing than before: `{"pane": "head", "data": ...}`, or `"error"` with a sentence,
+`{"list": ...}`, and `{"gone": "demo"}`. Nothing else is read, and nothing when nobody looks: a page that is hidden
+watches nothing.
+
+A look is a call in a thread, and the next one comes when the page has taken what it found. So a page that is slow gets
+fewer looks, there is no queue to grow, and no other page waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import time
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from vmfs.client import Vm
+from vmfs.web.gate import PROTOCOL
+from vmfs.web.panes import CHANGES_BY_ITSELF, COSTLY, PANES
+from vmfs.web.place import Overview, Place, checked
+from vmfs.web.threads import Refused, Threads
+from vmfs.words.errors import VmfsError
+
+EVERY = 0.25  # seconds between two looks at a machine,
+EVERY_LIST = 1.0  # at all machines,
+EVERY_COSTLY = 3.0  # and at what takes long to read, while the machine runs
+PANES_MOST = 32
+CLOSED_MOST = 1.0  # seconds that the descriptors of a page that has gone are waited for
+
+
+def sentence(failure: BaseException) -> str:
+    """Why something failed."""
+    if isinstance(failure, OSError):
+        if failure.errno == errno.EINTR:
+            return "it was interrupted"
+        return failure.strerror or str(failure)
+    return str(failure) or type(failure).__name__
+
+
+EXPECTED = (OSError, VmfsError, ValueError, KeyError, Refused)
+
+
+class Watch:
+    """One machine as a page looks at it. Not for several threads at the same time."""
+
+    def __init__(self, place: Place, asked: dict[str, Any]) -> None:
+        self.name = checked(asked.get("machine"))
+        self._place = place
+        self._vm: Vm | None = None
+        self._sent: dict[str, tuple[dict[str, Any], Any]] = {}
+        self._looked: dict[str, float] = {}
+        self._moment: Any = None
+        self.set(asked)
+
+    def set(self, asked: dict[str, Any]) -> None:
+        """What the page looks at from now on."""
+        cpu, panes = asked.get("cpu", 0), asked.get("panes", {})
+        if not isinstance(cpu, int) or not 0 <= cpu < 64 or not isinstance(panes, dict) or len(panes) > PANES_MOST:
+            raise ValueError("a CPU is a number, panes are an object")
+        if not panes.keys() <= PANES.keys() or not all(isinstance(each, dict) for each in panes.values()):
+            raise ValueError("there is no such pane")
+        if self._sent and cpu != self.cpu:
+            self._sent.clear()
+        self.cpu, self.panes = cpu, dict(panes)
+        self._sent = {name: sent for name, sent in self._sent.items() if panes.get(name) == sent[0]}
+
+    def close(self) -> None:
+        if self._vm is not None:
+            self._vm.close()
+            self._vm = None
+
+    def look(self) -> list[dict[str, Any]]:
+        """The messages. OSError where the machine is gone."""
+        if self._vm is None:
+            self._vm = self._place.open(self.name)
+        state = self._vm.state
+        moment = state, os.stat(os.path.join(self._vm.path, "registers")).st_mtime_ns, self._vm.read("exit")
+        moved, self._moment = moment != self._moment, moment
+        now, messages = time.monotonic(), []
+        for name, asked in self.panes.items():
+            known = name in self._sent
+            if known and state == "running" and name in COSTLY and now - self._looked.get(name, 0) < EVERY_COSTLY:
+                continue
+            if known and not moved and state != "running" and name not in CHANGES_BY_ITSELF:
+                continue
+            self._looked[name] = now
+            if (message := self._pane(name, asked)) is not None:
+                messages.append(message)
+        return messages
+
+    def _pane(self, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+        assert self._vm is not None
+        try:
+            found: tuple[str, Any] = "data", PANES[name](self._vm, self.cpu, asked)
+        except EXPECTED as failure:
+            if isinstance(failure, OSError) and failure.errno == errno.ENODEV:
+                raise
+            found = "error", sentence(failure)
+        kept = asked, found
+        if self._sent.get(name) == kept and not (name == "trace" and found[0] == "data" and found[1].get("lines")):
+            return None
+        self._sent[name] = kept
+        return {"pane": name, "cpu": self.cpu, found[0]: found[1]}
+
+
+class Live:
+    """One page's WebSocket."""
+
+    def __init__(self, socket: WebSocket, place: Place, threads: Threads) -> None:
+        self._socket, self._place, self._threads = socket, place, threads
+        self._asked: dict[str, Any] = {}
+        self._news = asyncio.Event()
+
+    async def serve(self) -> None:
+        await self._socket.accept(PROTOCOL)
+        looking = asyncio.create_task(self._look())
+        try:
+            while True:
+                message = json.loads(await self._socket.receive_text())
+                self._asked = message["watch"] if isinstance(message["watch"], dict) else {}
+                self._news.set()
+        except WebSocketDisconnect:
+            pass
+        except (ValueError, KeyError, TypeError):
+            await self._close(1008, "a message is JSON, an object with `watch`")
+        finally:
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await looking
+
+    async def _close(self, code: int, reason: str) -> None:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+            await self._socket.close(code, reason)
+
+    async def _look(self) -> None:
+        watch: Watch | None = None
+        overview: Overview | None = None
+        rows: Any = None
+        busy: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                self._news.clear()
+                asked, messages, pause = self._asked, [], None
+                try:
+                    if asked.get("list"):
+                        overview = overview or Overview(self._place)
+                        busy = asyncio.ensure_future(self._threads.call("", overview.look))
+                        found = await asyncio.shield(busy)
+                        if found != rows:
+                            rows = found
+                            messages.append({"list": rows, "mount": str(self._place.path)})
+                        pause = EVERY_LIST
+                    else:
+                        rows = None
+                    if asked.get("machine"):
+                        if watch is None or watch.name != asked["machine"]:
+                            if watch is not None:
+                                watch.close()
+                            watch = Watch(self._place, asked)
+                        watch.set(asked)
+                        busy = asyncio.ensure_future(self._threads.call(watch.name, watch.look))
+                        messages += await asyncio.shield(busy)
+                        pause = EVERY
+                    elif watch is not None:
+                        watch.close()
+                        watch = None
+                except EXPECTED as failure:
+                    if isinstance(failure, Refused):
+                        messages.append({"busy": sentence(failure)})
+                    elif isinstance(failure, OSError) and failure.errno in (errno.ENOENT, errno.ENODEV):
+                        messages.append({"gone": str(asked.get("machine")), "reason": sentence(failure)})
+                        self._asked = {key: value for key, value in asked.items() if key != "machine"}
+                    else:
+                        messages.append({"failed": sentence(failure)})
+                    pause = EVERY_LIST
+                for message in messages:
+                    await self._socket.send_text(json.dumps(message))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), pause)
+        except (WebSocketDisconnect, RuntimeError):  # it is gone
+            pass
+        finally:
+            if busy is not None and not busy.done():  # a thread uses the descriptors still
+                busy.add_done_callback(lambda _: watch and watch.close())
+            elif watch is not None:
+                watch.close()
