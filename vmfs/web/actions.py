@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,12 @@ def keys(vm: Vm, cpu: int, said: Asked) -> None:
         vm.write("keyboard", line_of(said.get("line"), "names of keys") + "\n")
 
 
+def screen_password(vm: Vm, cpu: int, said: Asked) -> str:
+    """That of `vnc`, empty where there is none."""
+    words = shlex.split(vm.read_text("vnc"))
+    return next((word.partition("=")[2] for word in words if word.startswith("password=")), "")
+
+
 def writer(vm: Vm, cpu: int, said: Asked) -> str:
     """Who wrote `length` bytes at `at` last."""
     length = number_of(said.get("length", 1), 1, 4096, "the count of bytes")
@@ -164,5 +171,6 @@ ACTIONS: dict[str, Callable[[Vm, int, Asked], Any]] = {
     "symbols": symbols,
     "trace": trace,
     "keys": keys,
+    "screen-password": screen_password,
     "writer": writer,
 }

@@ -41,10 +41,11 @@ _POLICY = (
 class Web:
     """The server of one mount."""
 
-    def __init__(self, place: Place, uploads: Uploads) -> None:
+    def __init__(self, place: Place, uploads: Uploads, sockets: Path) -> None:
+        """`sockets`: a directory of this user's alone."""
         self.place, self.uploads = place, uploads
         self.threads = Threads()
-        self.streams = Streams(place, self.threads)
+        self.streams = Streams(place, self.threads, sockets)
         self._pages = 0
 
     def app(self, token: str, names: Collection[str] = ()) -> ASGIApp:
@@ -59,6 +60,7 @@ class Web:
             Route("/api/machines/{name}/do/{action}", self.act, methods=["POST"]),
             WebSocketRoute("/live", self.live),
             WebSocketRoute("/api/machines/{name}/streams/{port}", self.stream),
+            WebSocketRoute("/api/machines/{name}/vnc", self.viewer),
         ]
         return Gate(Starlette(routes=routes), token, names, public=("/", "/static/"))
 
@@ -140,6 +142,9 @@ class Web:
 
     async def stream(self, socket: WebSocket) -> None:
         await self.streams.console(socket, socket.path_params["name"], socket.path_params["port"])
+
+    async def viewer(self, socket: WebSocket) -> None:
+        await self.streams.screen(socket, socket.path_params["name"])
 
     # ---- what they share
 

@@ -14,11 +14,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmfs.commands import machines
 from vmfs.commands.boot import ended_by_signals
 from vmfs.commands.options import argument, size
 from vmfs.words.errors import EngineFailed, Invalid
+
+if TYPE_CHECKING:
+    from vmfs.web.app import Web
 
 PACKAGES = ("starlette", "uvicorn", "websockets")
 LISTEN = "127.0.0.1:8000"
@@ -53,31 +57,28 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise Invalid(f"the page needs {', '.join(missing)}, which are not installed here: pip install 'vmfs[web]'")
-    from vmfs.web.app import VENDOR
+    from vmfs.web.app import VENDOR, Web
+    from vmfs.web.place import Place
+    from vmfs.web.uploads import Uploads
 
     if not (VENDOR / "xterm" / "xterm.mjs").exists():
         raise Invalid("the page's own packages (xterm.js, noVNC) are not here: scripts/vendor.sh gets them")
     mount = Path(os.path.abspath(machines.mount(arguments.mount)))
     host, port = arguments.listen
     token = secrets.token_urlsafe(32)
-    with ended_by_signals(), bound(host, port) as listening, uploads(arguments.uploads) as directory:
+    with ended_by_signals(), bound(host, port) as listening, directories(arguments.uploads) as (sockets, files):
         shown = socket_name(listening)
         if not is_loopback(listening):
             print(f"vmfs web: warning: {shown} {WARNING}", file=sys.stderr)
         print(f"http://{shown}/#token={token}", flush=True)
-        serve(mount, directory, arguments, token, listening)
+        serve(Web(Place(mount), Uploads(files, arguments.max_upload), sockets), arguments, token, listening)
     return 0
 
 
-def serve(mount: Path, directory: Path, arguments: argparse.Namespace, token: str, listening: socket.socket) -> None:
+def serve(web: Web, arguments: argparse.Namespace, token: str, listening: socket.socket) -> None:
     """Until SIGINT or SIGTERM."""
     import uvicorn
 
-    from vmfs.web.app import Web
-    from vmfs.web.place import Place
-    from vmfs.web.uploads import Uploads
-
-    web = Web(Place(mount), Uploads(directory, arguments.max_upload))
     config = uvicorn.Config(
         web.app(token, [arguments.listen[0], *arguments.host]),
         log_level="warning", access_log=False, server_header=False, lifespan="off", ws="websockets-sansio",
@@ -115,16 +116,15 @@ def is_loopback(listening: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def uploads(given: str | None) -> Iterator[Path]:
-    """The directory of `--uploads`, or one of this user's for this time."""
-    if given is not None:
-        directory = Path(given)
-        if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
-            raise Invalid(f"{given} is no directory that this user may write")
-        yield directory.absolute()
-        return
-    directory = Path(tempfile.mkdtemp(prefix="vmfs-web-"))
+def directories(given: str | None) -> Iterator[tuple[Path, Path]]:
+    """One for sockets, of this user's alone and for this time; and that of `--uploads`, or another such one."""
+    if given is not None and not (os.path.isdir(given) and os.access(given, os.W_OK | os.X_OK)):
+        raise Invalid(f"{given} is no directory that this user may write")
+    own = Path(tempfile.mkdtemp(prefix="vmfs-web-"))
     try:
-        yield directory
+        sockets, files = own / "s", Path(os.path.abspath(given)) if given is not None else own / "files"
+        sockets.mkdir(0o700)
+        files.mkdir(0o700, exist_ok=True)
+        yield sockets, files
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)

@@ -42,7 +42,8 @@ RANGES_MOST = 1500
 TRACE_MOST = 2 << 20  # bytes of text that one look takes
 TRACE_LINES = 400
 _SYMBOL_NEAR = 2048  # bytes from a symbol to rip that are disassembled again to have what stands before rip
-_BACK = 64
+_BACK = 48
+_TRIES = 6
 _LINE = re.compile(r"0x([0-9a-f]+) ?(?:<([^>]*)>)?:")
 _OFFSET = re.compile(r"\+0x([0-9a-f]+)$")
 NOT_THERE = (errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL, errno.EBUSY, errno.EACCES)
@@ -136,19 +137,36 @@ def _disasm(one: Vm | Cpu, where: str, count: int) -> list[str]:
 def _before(one: Vm | Cpu, rip: int, symbol: str) -> list[str]:
     """The instructions before rip: from the symbol's beginning on, or from where decoding happens to meet rip."""
     offset = _OFFSET.search(symbol)
-    starts = [int(offset[1], 16)] if offset and int(offset[1], 16) <= _SYMBOL_NEAR else []
-    if not offset and symbol:
+    if symbol and not offset:
         return []  # rip is where a function begins
-    for back in (*starts, _BACK, _BACK - 5, _BACK // 2):
-        if back > rip:
-            continue
-        with contextlib.suppress(OSError):
-            lines = _disasm(one, f"{rip - back:#x}", back + 1)
-            places = [int(match[1], 16) if (match := _LINE.match(line)) else -1 for line in lines]
-            if rip in places:
-                found = lines[: places.index(rip)]
-                return found[-LINES_BEFORE:] if starts else found[2:][-LINES_BEFORE:]
+    if offset and (back := int(offset[1], 16)) <= _SYMBOL_NEAR:
+        found = _lines_to(one, rip - back, rip)
+        return [line for _, line in found][-LINES_BEFORE:]
+    # x86 has no way back: of several places to begin the one is taken whose instructions look most like code.
+    best: list[tuple[int, str]] = []
+    for back in range(min(rip, _BACK), min(rip, _BACK) - _TRIES, -1):
+        if back > 0:
+            found = _lines_to(one, rip - back, rip)[-LINES_BEFORE:]
+            best = max(best, found, key=_likeness)
+    return [line for _, line in best]
+
+
+def _lines_to(one: Vm | Cpu, start: int, rip: int) -> list[tuple[int, str]]:
+    """The instructions from `start` to before rip; none where decoding does not meet rip."""
+    with contextlib.suppress(OSError):
+        found = []
+        for line in _disasm(one, f"{start:#x}", rip - start + 1):
+            match = _LINE.match(line)
+            if match is None or int(match[1], 16) == rip:
+                return found if match else []
+            found.append((int(match[1], 16), line))
     return []
+
+
+def _likeness(found: list[tuple[int, str]]) -> tuple[int, int]:
+    """How much that looks like code: instructions that are no zeros, and begins of code, which compilers align."""
+    code = [(at, line) for at, line in found if ": 00 00" not in line and ".byte" not in line]
+    return len(code), sum(at % 16 == 0 for at, _ in code)
 
 
 def memory(vm: Vm, cpu: int, asked: Asked) -> Any:

@@ -8,66 +8,129 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import select
+import shlex
+import socket
 import threading
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from vmfs.commands.machines import write
 from vmfs.web.gate import PROTOCOL
 from vmfs.web.live import sentence
 from vmfs.web.place import Place
 from vmfs.web.threads import Refused, Threads
+from vmfs.words.errors import VmfsError
 
 PORTS = ("console", "hvc")
 CHUNK = 1 << 16
 LOG_MOST = 256 << 10  # of what the console has said before
 STREAMS_MOST = 64
+RFB_CHUNK = 1 << 18
+CONNECT_SECONDS = 5.0
 _AGAIN = 0.03  # seconds until what a guest did not take is tried again
 
 
 class Streams:
     """All of a server's."""
 
-    def __init__(self, place: Place, threads: Threads) -> None:
-        self._place, self._threads = place, threads
+    def __init__(self, place: Place, threads: Threads, sockets: Path) -> None:
+        """`sockets`: a directory of this user's alone, for the sockets of screens."""
+        self._place, self._threads, self._sockets = place, threads, sockets
         self._open = 0
+        self._viewers: Counter[str] = Counter()
 
-    async def console(self, socket: WebSocket, machine: str, port: str) -> None:
+    async def console(self, page: WebSocket, machine: str, port: str) -> None:
         """The bytes of a console both ways: first what it has said, then what it says."""
         if port not in PORTS or self._open >= STREAMS_MOST:
-            await socket.close(1008, f"there are {STREAMS_MOST} streams already" if port in PORTS else "no such port")
+            await page.close(1008, f"there are {STREAMS_MOST} streams already" if port in PORTS else "no such port")
             return
-        await socket.accept(PROTOCOL)
+        await page.accept(PROTOCOL)
         self._open += 1
         try:
             path = self._place.machine(machine)
             fd, said = await self._threads.call(machine, _open_console, path, port)
         except (OSError, Refused) as failure:
             self._open -= 1
-            await _close(socket, sentence(failure))
+            await _close(page, sentence(failure))
             return
-        stream = _Stream(fd, socket)
+        stream = _Stream(fd, page)
         try:
             try:
                 if said:
-                    await socket.send_bytes(said)
+                    await page.send_bytes(said)
             finally:
                 stream.start()
-            await self._type(socket, machine, stream)
+            await self._type(page, machine, stream)
         except (WebSocketDisconnect, RuntimeError):
             pass
         except (OSError, Refused) as failure:
-            await _close(socket, sentence(failure))
+            await _close(page, sentence(failure))
         finally:
             stream.end()
             self._open -= 1
 
-    async def _type(self, socket: WebSocket, machine: str, stream: _Stream) -> None:
+    async def screen(self, page: WebSocket, machine: str) -> None:
+        """RFB both ways, with the socket that the machine listens at."""
+        if self._open >= STREAMS_MOST:
+            await page.close(1008, f"there are {STREAMS_MOST} streams already")
+            return
+        await page.accept(PROTOCOL)
+        self._open += 1
+        self._viewers[machine] += 1
+        try:
+            try:
+                line = await self._threads.call(machine, self._connect, machine)
+            except (OSError, VmfsError, Refused) as failure:
+                await _close(page, sentence(failure))
+                return
+            reader, writer = await asyncio.open_connection(sock=line, limit=RFB_CHUNK)
+            try:
+                await _carry(page, reader, writer)
+            finally:
+                writer.close()
+        finally:
+            self._open -= 1
+            self._viewers[machine] -= 1
+            if not self._viewers[machine]:
+                del self._viewers[machine]
+                with contextlib.suppress(OSError, Refused):
+                    await self._threads.call(machine, self._stop_listening, machine)
+
+    def _connect(self, machine: str) -> socket.socket:
+        """To where it listens; where it does not, or nobody is there, at a socket of this server's."""
+        path = self._place.machine(machine)
+        where = (path / "vnc").read_text().split()[0]
+        if where != "off":
+            try:
+                return _connected(where)
+            except OSError:
+                if not where.startswith("/"):
+                    raise
+        ours = self._socket_of(machine)
+        write(path, "vnc", f"{shlex.quote(str(ours))} nopassword")
+        return _connected(str(ours))
+
+    def _socket_of(self, machine: str) -> Path:
+        """A path that a socket can have."""
+        return self._sockets / hashlib.blake2b(machine.encode(), digest_size=8).hexdigest()
+
+    def _stop_listening(self, machine: str) -> None:
+        """Where this server had it listen, and nobody else looks."""
+        path = self._place.machine(machine)
+        words = shlex.split((path / "vnc").read_text())
+        if machine not in self._viewers and words[0] == str(self._socket_of(machine)) and "clients=0" in words:
+            write(path, "vnc", "off")
+
+    async def _type(self, page: WebSocket, machine: str, stream: _Stream) -> None:
         """What the page sends is typed, as fast as the guest takes it."""
         while True:
-            message = await socket.receive()
+            message = await page.receive()
             if message["type"] == "websocket.disconnect":
                 return
             data = message.get("bytes") or (message.get("text") or "").encode()
@@ -80,9 +143,9 @@ class Streams:
 class _Stream(threading.Thread):
     """An open stream, which this thread reads for a page and closes at the end."""
 
-    def __init__(self, fd: int, socket: WebSocket) -> None:
+    def __init__(self, fd: int, page: WebSocket) -> None:
         super().__init__(name="vmfs-web-stream", daemon=True)
-        self._fd, self._socket = fd, socket
+        self._fd, self._page = fd, page
         self._loop = asyncio.get_running_loop()
         self._wake, self._tell = os.pipe()
         self._using = threading.Lock()
@@ -117,7 +180,7 @@ class _Stream(threading.Thread):
                     continue
                 if not data:
                     break
-                asyncio.run_coroutine_threadsafe(self._socket.send_bytes(data), self._loop).result()
+                asyncio.run_coroutine_threadsafe(self._page.send_bytes(data), self._loop).result()
         except OSError as failure:
             reason = sentence(failure)
         except Exception:  # the page is gone, or the loop is
@@ -130,12 +193,53 @@ class _Stream(threading.Thread):
                     os.close(each)
             if not self._ended:
                 with contextlib.suppress(RuntimeError):
-                    asyncio.run_coroutine_threadsafe(_close(self._socket, reason), self._loop)
+                    asyncio.run_coroutine_threadsafe(_close(self._page, reason), self._loop)
 
 
-async def _close(socket: WebSocket, reason: str) -> None:
+async def _carry(page: WebSocket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Bytes both ways, until one of the two ends. What one does not take, the other is not asked for."""
+
+    async def up() -> None:
+        while data := await reader.read(RFB_CHUNK):
+            await page.send_bytes(data)
+        await _close(page, "the machine has closed its screen")
+
+    async def down() -> None:
+        while (message := await page.receive())["type"] != "websocket.disconnect":
+            writer.write(message.get("bytes") or b"")
+            await writer.drain()
+
+    tasks = [asyncio.create_task(up()), asyncio.create_task(down())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _connected(where: str) -> socket.socket:
+    """A socket that does not block, connected to a path or HOST:PORT."""
+    if where.startswith("/"):
+        line = socket.socket(socket.AF_UNIX)
+        to: Any = where
+    else:
+        host, _, port = where.rpartition(":")
+        line = socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET)
+        to = host.strip("[]"), int(port)
+    try:
+        line.settimeout(CONNECT_SECONDS)
+        line.connect(to)
+        line.setblocking(False)
+    except BaseException:
+        line.close()
+        raise
+    return line
+
+
+async def _close(page: WebSocket, reason: str) -> None:
     with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-        await socket.close(1000, reason.encode()[:120].decode(errors="ignore"))
+        await page.close(1000, reason.encode()[:120].decode(errors="ignore"))
 
 
 def _open_console(machine: Path, port: str) -> tuple[int, bytes]:

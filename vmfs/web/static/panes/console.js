@@ -22,7 +22,7 @@ export class Consoles extends Pane {
     super(view, "consoles", "Console", { kind: "pc-only" });
     this.tabs = h("span", { role: "tablist", "aria-label": "Ports" });
     this.tools.append(this.tabs);
-    this.stage = h("div", { class: "guest terminal" });
+    this.stage = h("div", { class: "guest stage" });
     this.body.append(this.stage);
     this.tabs.append(...view.facts.ports.map((port) => button(port, `Port ${port}`, () => this.choose(port), { role: "tab", "data-port": port })));
     this.resizes = new ResizeObserver(() => this.fit());
