@@ -58,6 +58,8 @@ need qemu-utils  has qemu-img           # and disk images of other programs
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
 need acpica-tools has iasl              # tests read the ACPI tables with it
+need npm         has npm                # gets the packages of the web page, once,
+need chromium    has chromium           # in which tests press its buttons
 need git         has git                # programs that copy files, of which tests see what they get
 need rsync       has rsync
 need openssh-client has sftp
@@ -132,7 +134,7 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], s
 PYTHON
     )
     { .venv/bin/pip install --disable-pip-version-check "${development[@]}" &&
-      .venv/bin/pip install --disable-pip-version-check -e '.[mount]'; } >.cache/pip.log 2>&1 </dev/null ||
+      .venv/bin/pip install --disable-pip-version-check -e '.[mount,web]'; } >.cache/pip.log 2>&1 </dev/null ||
         { tail -n 30 .cache/pip.log >&2; die "pip could not install the packages above"; }
     rm -f .venv/extensions.stamp
     echo "$wanted" >.venv/packages.stamp
@@ -151,6 +153,7 @@ fi
 # --- what tests boot --------------------------------------------------------------------------------------
 
 if [ "$for" = demo ]; then exit; fi
+scripts/vendor.sh || say "without its packages there is no web page, and its tests skip"
 scripts/fetch_kernels.sh || say "without Debian's kernels, the tests that boot them skip"
 scripts/fetch_efi.sh || say "without Debian's boot loaders, the tests of UEFI skip"
 scripts/fetch_root.sh || say "without Debian's packages, the test of a root on a disk skips"

@@ -382,8 +382,9 @@ class Vm(Directory):
         insns: int | None = None,
         until: int | str | None = None,
         timeout: float | None = None,
+        cpu: int | None = None,
     ) -> Exit:
-        """Run until the next exit and return it. It ends at the latest after
+        """Run until the next exit and return it; only CPU `cpu`, if one is given. It ends at the latest after
 
         steps    so many instructions, with Debug(cause="step")
         insns    so many instructions, with Limit
@@ -404,6 +405,7 @@ class Vm(Directory):
             "for": None if timeout is None else f"{round(timeout * 1e9)}ns",
         }
         words = [f"{verb} {value}" for verb, value in bounds.items() if value is not None]
+        words += [f"cpu={cpu}"] if cpu is not None else []
         self._last = parse_exit(self._bounded(" ".join(words) + "\n") if words else self._unbounded())
         return self._last
 

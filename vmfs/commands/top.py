@@ -61,7 +61,7 @@ def _rows_of_terminal() -> int:
 
 
 @dataclass
-class _Machine:
+class Machine:
     """One that has a process, as it was at the last look."""
 
     name: str
@@ -81,10 +81,20 @@ class _Machine:
 class Looks:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._machines: dict[tuple[str, int], _Machine] = {}
+        self._machines: dict[tuple[str, int], Machine] = {}
 
     def look(self, most: int | None = None) -> list[str]:
         """The table, after what has happened since the last time; no more than `most` machines of it."""
+        shown, new = self.machines(most)
+        busy = sum(machine.cpu > 0 for machine in self._machines.values())
+        rows = [_row(machine) for machine in shown]
+        room = None if most is None else most - len(rows)
+        rows += [(one.name, "new", *"-----", table.user_name(one.uid)) for one in new[:room]]
+        title = f"{self._directory}: {len(self._machines) + len(new)} machines, {busy} busy"
+        return [title, *table.lines_of(_HEAD, rows)]
+
+    def machines(self, most: int | None = None) -> tuple[list[Machine], list[table.Entry]]:
+        """`most` of those that have a process, the busiest first, and all that have none."""
         before, self._machines = self._machines, {}
         new = []
         for entry in table.listing(self._directory):
@@ -92,21 +102,15 @@ class Looks:
                 new.append(entry)
                 continue
             key, (ticks, resident), now = (entry.name, entry.pid), _used(entry.pid), time.monotonic()
-            machine = before.get(key) or _Machine(*entry, ticks, now)
+            machine = before.get(key) or Machine(*entry, ticks, now)
             self._machines[key] = machine
             machine.cpu = (ticks - machine.ticks) / _TICK / max(now - machine.at, 1e-9) * 100
             machine.ticks, machine.at, machine.resident = ticks, now, resident
         found = sorted(self._machines.values(), key=lambda one: (-one.cpu, one.name))
-        busy = sum(machine.cpu > 0 for machine in found)
-        shown = found[:most]
-        self._ask(shown)
-        rows = [_row(machine) for machine in shown]
-        room = None if most is None else most - len(rows)
-        rows += [(one.name, "new", *"-----", table.user_name(one.uid)) for one in new[:room]]
-        title = f"{self._directory}: {len(found) + len(new)} machines, {busy} busy"
-        return [title, *table.lines_of(_HEAD, rows)]
+        self._ask(found[:most])
+        return found[:most], new
 
-    def _ask(self, shown: list[_Machine]) -> None:
+    def _ask(self, shown: list[Machine]) -> None:
         """Those that have done something."""
         room = NEW_ONES
         for machine in shown:
@@ -128,7 +132,7 @@ class Looks:
             machine.ticks = machine.asked_ticks = _used(machine.pid)[0]
 
 
-def _row(machine: _Machine) -> tuple[str, ...]:
+def _row(machine: Machine) -> tuple[str, ...]:
     state, engine = (machine.asked.get(key, "-") for key in ("state", "engine"))
     mips = f"{machine.mips:.0f}" if machine.mips else "-"
     numbers = f"{machine.cpu:.0f}", mips, f"{machine.exits:.0f}", table.size(machine.resident)

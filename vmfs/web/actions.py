@@ -32,11 +32,11 @@ def reset(vm: Vm, cpu: int, said: Asked) -> None:
 def step(vm: Vm, cpu: int, said: Asked) -> str:
     """`count` instructions of this CPU."""
     count = number_of(said.get("count", 1), 1, _COUNT_MOST, "a count of instructions")
-    return _bounded(vm, f"step {count}" + (f" cpu={cpu}" if vm.cpus > 1 else ""))
+    return vm.run(steps=count, cpu=cpu).line()
 
 
 def until(vm: Vm, cpu: int, said: Asked) -> str:
-    return _bounded(vm, f"until {address_of(vm, cpu, said.get('at')):#x}")
+    return vm.run(until=address_of(vm, cpu, said.get("at"))).line()
 
 
 def back(vm: Vm, cpu: int, said: Asked) -> str:
@@ -50,11 +50,6 @@ def back(vm: Vm, cpu: int, said: Asked) -> str:
 
 def goto(vm: Vm, cpu: int, said: Asked) -> str:
     return vm.goto(number_of(said.get("instructions"), 0, _COUNT_MOST, "a place")).line()
-
-
-def _bounded(vm: Vm, command: str) -> str:
-    vm.write("vm_run", f"{command}\n")
-    return vm.read_text("exit")
 
 
 def record(vm: Vm, cpu: int, said: Asked) -> None:

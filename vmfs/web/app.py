@@ -22,7 +22,7 @@ from vmfs.commands.machines import read
 from vmfs.web.actions import ACTIONS
 from vmfs.web.gate import Gate
 from vmfs.web.live import EXPECTED, Live, sentence
-from vmfs.web.place import Place
+from vmfs.web.place import Place, told
 from vmfs.web.streams import PORTS, Streams
 from vmfs.web.threads import Refused, Threads
 from vmfs.web.uploads import Uploads
@@ -121,8 +121,16 @@ class Web:
 
     async def screen(self, request: Request) -> Response:
         name = request.path_params["name"]
+
+        def look() -> bytes:
+            path = self.place.machine(name)
+            try:
+                return (path / "screen.png").read_bytes()
+            except OSError as failure:
+                raise told(path, failure) from None
+
         try:
-            picture = await self.threads.call(name, lambda: (self.place.machine(name) / "screen.png").read_bytes())
+            picture = await self.threads.call(name, look)
         except EXPECTED as failure:
             return _failed(failure)
         tag = f'"{hashlib.blake2b(picture, digest_size=16).hexdigest()}"'

@@ -178,7 +178,8 @@ class Live:
                     if isinstance(failure, Refused):
                         messages.append({"busy": sentence(failure)})
                     elif isinstance(failure, OSError) and failure.errno in (errno.ENOENT, errno.ENODEV):
-                        messages.append({"gone": str(asked.get("machine")), "reason": sentence(failure)})
+                        reason = "it was removed" if failure.errno == errno.ENODEV else sentence(failure)
+                        messages.append({"gone": str(asked.get("machine")), "reason": reason})
                         self._asked = {key: value for key, value in asked.items() if key != "machine"}
                     else:
                         messages.append({"failed": sentence(failure)})

@@ -44,7 +44,7 @@ TRACE_LINES = 400
 _SYMBOL_NEAR = 2048  # bytes from a symbol to rip that are disassembled again to have what stands before rip
 _BACK = 48
 _TRIES = 6
-_LINE = re.compile(r"0x([0-9a-f]+) ?(?:<([^>]*)>)?:")
+_LINE = re.compile(r"0x([0-9a-f]+)(?: <(.*?)>)?: ")
 _OFFSET = re.compile(r"\+0x([0-9a-f]+)$")
 NOT_THERE = (errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL, errno.EBUSY, errno.EACCES)
 
@@ -96,17 +96,13 @@ def address_of(vm: Vm, cpu: int, value: Any) -> int:
 def head(vm: Vm, cpu: int, asked: Asked) -> Any:
     """What stands above all panes."""
     facts = table.facts(Path(vm.path))
-    found = {
-        "state": vm.state,
+    return {
         "exit": vm.read_text("exit"),
-        "instructions": facts.get("instructions"),
-        "run_time_us": facts.get("run_time_us", 0),
-        "exits": sum(value for key, value in facts.items() if key.startswith("exits.")),
-        "memory": facts.get("memory_bytes", 0),
+        "instructions": table.number(facts, "instructions") if "instructions" in facts else None,
+        "exits": sum(int(value) for key, value in facts.items() if key.startswith("exits.")),
+        "memory": table.number(facts, "memory_bytes"),
+        **{name: facts.get(name, "") for name in ("state", "machine", "engine", "cpus")},
     }
-    for name in ("machine", "engine", "cpus", "time"):
-        found[name] = vm.read_text(name)
-    return found
 
 
 def registers(vm: Vm, cpu: int, asked: Asked) -> Any:
@@ -256,8 +252,8 @@ def why(vm: Vm, cpu: int, asked: Asked) -> Any:
 
 def trace(vm: Vm, cpu: int, asked: Asked) -> Any:
     """What is traced, and with `follow` what has come: the end of it, where that is much."""
-    settings = dict(line.split(maxsplit=1) for line in vm.read_text("stat").splitlines() if line.startswith("trace"))
-    found: dict[str, Any] = {"on": settings.get("trace", "off"), "events": settings.get("trace_events", "0")}
+    facts = table.facts(Path(vm.path))
+    found: dict[str, Any] = {"on": facts.get("trace", "off"), "events": facts.get("trace_events", "0")}
     if not asked.get("follow"):
         return found
     text = bytearray()

@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from vmfs.commands.machines import write
 from vmfs.web.gate import PROTOCOL
 from vmfs.web.live import sentence
-from vmfs.web.place import Place
+from vmfs.web.place import Place, told
 from vmfs.web.threads import Refused, Threads
 from vmfs.words.errors import VmfsError
 
@@ -62,8 +62,7 @@ class Streams:
         stream = _Stream(fd, page)
         try:
             try:
-                if said:
-                    await page.send_bytes(said)
+                await page.send_bytes(said)  # always: what follows it is new
             finally:
                 stream.start()
             await self._type(page, machine, stream)
@@ -246,18 +245,19 @@ def _open_console(machine: Path, port: str) -> tuple[int, bytes]:
     """The open stream, and what was said before it was opened."""
     log = machine / f"{port}.log"
     before = log.stat().st_size
-    fd = os.open(machine / port, os.O_RDWR | os.O_NONBLOCK)
+    opened = -1
     try:
+        opened = os.open(machine / port, os.O_RDWR | os.O_NONBLOCK)
         said = log.read_bytes()
-        # What came between the two is in both.
+        first = b""
         with contextlib.suppress(BlockingIOError):
-            first = os.read(fd, CHUNK)
-            between = said[before:] if len(said) >= before else b""
-            twice = next((size for size in range(min(len(first), len(between)), 0, -1)
-                          if between.endswith(first[:size])), 0)  # fmt: skip
-            return fd, said[-LOG_MOST:] + first[twice:]
-        return fd, said[-LOG_MOST:]
-    except BaseException:
-        os.close(fd)
-        raise
-
+            first = os.read(opened, CHUNK)
+    except OSError as failure:
+        if opened >= 0:
+            os.close(opened)
+        raise told(machine, failure) from None
+    # What came between the opening and the reading of the log is in both.
+    between = said[before:] if len(said) >= before else b""
+    most = min(len(first), len(between))
+    twice = next((size for size in range(most, 0, -1) if between.endswith(first[:size])), 0)
+    return opened, said[-LOG_MOST:] + first[twice:]

@@ -23,7 +23,7 @@ from typing import Any
 from vmfs.client import Vm
 from vmfs.commands import boot
 from vmfs.web.panes import number_of
-from vmfs.web.place import Place, checked, poke
+from vmfs.web.place import Place, checked, poke, told
 from vmfs.web.threads import Threads
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_number, parse_size
@@ -125,11 +125,7 @@ class Uploads:
         try:
             os.mkdir(path)
         except OSError as failure:
-            try:
-                reason = (place.path / "error").read_text().strip()
-            except OSError:
-                reason = ""
-            raise OSError(failure.errno, reason or f"{path.name}: {failure.strerror}") from None
+            raise told(place.path, failure) from None
         try:
             with Vm(path) as vm:
                 if cpus > 1:

@@ -75,6 +75,7 @@ export class Machine {
     const panes = { head: {}, history: {} };
     for (const pane of this.panes) if (pane.isLookedAt) Object.assign(panes, pane.sources());
     this.tell({ machine: this.name, cpu: this.cpu, panes });
+    if (this.facing.state) for (const pane of this.panes) if (pane.isLookedAt) pane.take("head", this.facing);
   }
 
   take(message) {

@@ -63,17 +63,23 @@ function key(event) {
 async function begin() {
   document.getElementById("help-button").addEventListener("click", help);
   document.addEventListener("keydown", key);
+  addEventListener("hashchange", () => { if (/^#token=/.test(location.hash)) location.reload(); });
   for (const name of ["dragover", "drop"]) addEventListener(name, (event) => event.preventDefault());
-  if (!takeToken()) return token();
+  if (takeToken()) await connect();
+  else token();
+}
+
+async function connect() {
   try {
     facts = await get("api/server");
   } catch (error) {
     if (error instanceof Refused) {
       forgetToken();
-      return token();
+      token();
+      return;
     }
     say(error.message);
-    setTimeout(begin, 3000);
+    setTimeout(connect, 3000);
     return;
   }
   document.getElementById("mount").textContent = facts.mount;
@@ -83,7 +89,7 @@ async function begin() {
     document.body.classList.toggle("off", state !== "on");
     if (state === "on") view?.reconnected?.();
   } });
-  addEventListener("hashchange", () => (/^#token=/.test(location.hash) ? location.reload() : route()));
+  addEventListener("hashchange", route);
   route();
 }
 

@@ -4,7 +4,7 @@ import { Pane } from "./pane.js";
 import { button, field, h, onEnter } from "../dom.js";
 
 // ADDRESS <SYMBOL>: BYTES  TEXT, as docs/files.md has it.
-const LINE = /^0x([0-9a-f]{16})(?: <(.*?)>)?: ((?:[0-9a-f]{2} ?)+?) {2,}(.*)$/;
+const LINE = /^0x([0-9a-f]+)(?: <(.*?)>)?: ((?:[0-9a-f]{2} )+) *(.*)$/;
 
 export class Code extends Pane {
   constructor(view) {

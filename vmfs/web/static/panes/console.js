@@ -70,7 +70,13 @@ export class Consoles extends Pane {
     } else this.terminal.reset();
     const one = socket(`api/machines/${encodeURIComponent(this.view.name)}/streams/${this.port}`);
     one.binaryType = "arraybuffer";
-    one.onmessage = (event) => this.terminal?.write(new Uint8Array(event.data));
+    let isOld = true;  // what was said before: a question in it was answered then, or was to nobody
+    one.onmessage = (event) => {
+      if (!isOld) return this.terminal?.write(new Uint8Array(event.data));
+      isOld = false;
+      this.isSilent = true;
+      return this.terminal?.write(new Uint8Array(event.data), () => { this.isSilent = false; });
+    };
     one.onclose = (event) => {
       if (this.socket !== one) return;
       this.socket = null;
@@ -80,7 +86,9 @@ export class Consoles extends Pane {
     this.socket = one;
   }
 
+  // Keys, and the terminal's answers to what the guest asks it, of which the page that is typed in gives the only one.
   send(text) {
+    if (this.isSilent || !this.stage.contains(document.activeElement)) return;
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(new TextEncoder().encode(text));
   }
 

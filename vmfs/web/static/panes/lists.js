@@ -59,9 +59,9 @@ export class Trace extends Pane {
   }
 
   render(_, { on, events, lines, left_out: leftOut }) {
-    this.isOn = on !== "off" && on !== "0";
+    this.isOn = !on.startsWith("off");
     this.toggle.textContent = this.isOn ? "Stop" : "Start";
-    this.about.textContent = this.isOn ? `${on}, ${events} events` : "";
+    this.about.textContent = this.isOn ? `${on.split(",full=")[0]}, ${events} events` : "";
     if (lines?.length) {
       if (leftOut) this.lines.push(`… ${leftOut} more`);
       this.lines = [...this.lines, ...lines].slice(-500);

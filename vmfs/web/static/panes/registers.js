@@ -85,8 +85,10 @@ export class Registers extends Pane {
 
   edit(name) {
     const cell = this.cells.get(name);
+    let isDone = false;
     const done = async (value) => {
-      if (!input.isConnected) return;
+      if (isDone) return;  // an input that is taken away has a blur, too
+      isDone = true;
       input.replaceWith(cell.value);
       cell.value.focus();
       this.lay();
@@ -94,8 +96,9 @@ export class Registers extends Pane {
     };
     const input = field(`New value of ${name}`, { value: this.values.get(name), onblur: () => done(null) });
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") done(input.value.trim());
-      else if (event.key === "Escape") done(null);
+      if (event.key !== "Enter" && event.key !== "Escape") return;
+      event.preventDefault();  // else the button that has the focus then is pressed by it
+      done(event.key === "Enter" ? input.value.trim() : null);
     });
     cell.value.replaceWith(input);
     input.focus();
