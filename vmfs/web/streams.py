@@ -98,7 +98,7 @@ class Streams:
             self._viewers[machine] -= 1
             if not self._viewers[machine]:
                 del self._viewers[machine]
-                with contextlib.suppress(OSError, Refused):
+                with contextlib.suppress(OSError, VmfsError, Refused):  # it is gone
                     await self._threads.call(machine, self._stop_listening, machine)
 
     def _connect(self, machine: str) -> socket.socket:
