@@ -21,6 +21,7 @@ from bench import (
     programs,
     runs,
     smp,
+    web,
 )
 from bench.harness import table
 
@@ -41,6 +42,7 @@ GROUPS = {
     "library": library.results,
     "history": history.results,
     "past": past.results,
+    "web": web.results,
 }
 
 

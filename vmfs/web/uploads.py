@@ -151,10 +151,13 @@ class Uploads:
         mode = said.get("mode") or ""
         if files["file"] and mode in ("ro", "rw", "cow"):
             files["file"] += f":{mode}"
-        return argparse.Namespace(
-            **files, cmdline=cmdline, bios=None, mem=_memory(said, "512M"), disk=[], cdrom=[], floppy=[], dev=[],
-            engine=_engine(said), symbols=None, breaks=[], gdb=None,
-        )  # fmt: skip
+        parser = argparse.ArgumentParser()
+        boot.add_arguments(parser)
+        arguments = parser.parse_args([])
+        arguments.__dict__.update(files, cmdline=cmdline, mem=_memory(said, "512M"), engine=_engine(said))
+        if "uefi" in arguments:
+            arguments.uefi = bool(said.get("uefi"))
+        return arguments
 
     def _make_bare(self, vm: Vm, said: dict[str, Any]) -> None:
         """A CPU in a mode, with a flat binary at an address, if there is a file."""

@@ -85,7 +85,7 @@ class Maker {
     this.facts = facts;
     const option = (value, text) => h("option", { value }, text ?? value);
     const pick = (label) => h("input", { type: "file", "aria-label": label });
-    this.name = field("Name", { value: `vm${++made}-${Math.random().toString(36).slice(2, 6)}`, required: true, pattern: "[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}" });
+    this.name = field("Name", { value: `vm${++made}-${Math.random().toString(36).slice(2, 6)}`, required: true, pattern: "[A-Za-z0-9_\\-][A-Za-z0-9._\\-]{0,63}" });
     this.kind = h("select", { "aria-label": "Kind", onchange: () => this.show() },
       option("pc", "a PC that boots a file"), option("bare", "a bare CPU"));
     this.file = pick("What it boots");
@@ -99,6 +99,7 @@ class Maker {
     this.cpus = field("CPUs", { value: "1", inputmode: "numeric" });
     this.engine = h("select", { "aria-label": "Engine" }, option("auto", "the mount's"), facts.engines.map((name) => option(name)));
     this.start = h("input", { type: "checkbox", checked: true });
+    this.uefi = h("input", { type: "checkbox" });
     this.progress = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Upload" });
     this.failure = h("p", { class: "bad", role: "alert" });
     this.submit = h("button", { class: "main" }, "Make");
@@ -109,6 +110,7 @@ class Maker {
       line("Boots", this.file, "pc"), line("Initrd", this.initrd, "pc"), line("Command line", this.cmdline, "pc"), line("Disk", this.access, "pc"),
       line("Flat binary", (this.flat = pick("Flat binary")), "bare"), line("at", this.at, "bare"), line("Mode", this.mode, "bare"),
       line("RAM", this.mem), line("CPUs", this.cpus), line("Engine", this.engine),
+      h("label", { class: "line pc" }, h("span", {}, "By UEFI"), this.uefi),
       h("label", { class: "line pc" }, h("span", {}, "Start it"), this.start),
       h("p", { class: "dim" }, `Files go to this server, which keeps up to ${bytes(facts.upload_most)} of them until it ends.`),
       this.progress, this.failure,
@@ -150,7 +152,7 @@ class Maker {
       } else {
         const both = this.initrd.files.length ? 2 : 1;
         Object.assign(said, { file: await this.send(this.file, 0, both), initrd: await this.send(this.initrd, 1, both),
-          cmdline: this.cmdline.value.trim() || null, mode: this.access.value, start: this.start.checked });
+          cmdline: this.cmdline.value.trim() || null, mode: this.access.value, uefi: this.uefi.checked, start: this.start.checked });
       }
       await post("api/machines", said);
       this.dialog.close();

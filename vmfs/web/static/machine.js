@@ -11,7 +11,7 @@ import { act } from "./server.js";
 import { ask, button, bytes, grouped, h, say } from "./dom.js";
 
 const COLUMNS = [[Screen, Consoles], [Code, Stack, Points], [Registers, Memory]];
-const BELOW = [Past, Snapshots, Trace, Pages, Why, Devices];
+const BELOW = [Snapshots, Trace, Pages, Why, Devices];
 
 export class Machine {
   constructor(name, facts, watch) {
@@ -41,13 +41,14 @@ export class Machine {
       this.cpus);
     this.panes = [];
     const make = (Kind) => { const pane = new Kind(this); this.panes.push(pane); return pane.root; };
+    this.past = h("div", { class: "time" }, make(Past));
     this.columns = h("div", { class: "columns" }, COLUMNS.map((kinds) => h("div", { class: "column" }, kinds.map(make))));
     this.below = h("div", { class: "below" }, BELOW.map(make));
     this.root = h("div", { class: "machine" },
       h("div", { class: "head" },
         h("div", { class: "bar" }, h("h1", {}, name), this.state, this.exit, h("span", { class: "grow" }), this.counts),
         this.buttons),
-      this.columns, this.below);
+      this.past, this.columns, this.below);
     this.observer = new IntersectionObserver((entries) => {
       for (const entry of entries) this.panes.find((pane) => pane.root === entry.target).isInSight = entry.isIntersecting;
       this.refresh();
