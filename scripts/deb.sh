@@ -20,8 +20,9 @@ site=$tree/opt/vmfs/lib/python3.$minor/site-packages
 umask 022
 
 say "building the wheel, and installing it with what it needs"
+scripts/vendor.sh || die "the packages of the web page are not here"
 { $python setup.py -q build --build-lib "$work/lib" bdist_wheel --bdist-dir "$work/wheel" -d "$work" &&
-  .venv/bin/pip install -q --disable-pip-version-check --no-compile --target "$site" "$(echo "$work"/*.whl)[mount]"; } >"$work/log" 2>&1 </dev/null ||
+  .venv/bin/pip install -q --disable-pip-version-check --no-compile --target "$site" "$(echo "$work"/*.whl)[mount,web]"; } >"$work/log" 2>&1 </dev/null ||
     { tail -n 20 "$work/log" >&2; die "it was not built"; }
 rm -rf "$site/bin"
 find "$site" -name '*.so' -exec strip --strip-debug {} +

