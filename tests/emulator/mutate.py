@@ -53,7 +53,7 @@ PLANTS = (
     Plant("flags that a fault may show, at a jump", "emit.c", "if (m->precise || (change", "if ((change"),
     Plant(
         "flags of a handler that host code reads after it",
-        "emit.c",
+        "accesses.c",
         "s->restore = t->writes & t->precise && !merges(t);",
         "s->restore = false;",
     ),
@@ -69,7 +69,7 @@ PLANTS = (
     Plant("OF is looked for in a wrong bit", "emit.c", "kind ? masks[kind] : 1", "kind ? masks[kind] : 2"),
     Plant(
         "an index that is bounded no more is thought to be",
-        "emit.c",
+        "accesses.c",
         "        most = ~0ull;\n        if (!emitted",
         "        if (!emitted",
     ),
@@ -89,13 +89,13 @@ PLANTS = (
     Plant("half of a vector is loaded", "emit.c", "        else if (t->ymm)", "        else if (t->ymm && store)"),
     Plant(
         "an address of 32 bits that is not cut",
-        "emit.c",
+        "accesses.c",
         "unsigned width = narrow ? 0 : I_W;",
         "unsigned width = I_W | narrow;",
     ),
     Plant(
         "a segment's base is forgotten",
-        "emit.c",
+        "accesses.c",
         "    if (r->seg >= SEG_FS)\n        put_modrm(code, I_W",
         "    if (r->seg > SEG_GS)\n        put_modrm(code, I_W",
     ),
@@ -129,8 +129,8 @@ PLANTS = (
     Plant(
         "PUSH of half",
         "emitters.c",
-        "t->wide ? I_W : 0, M1, 0x89, host, in_memory(T1, 0)",
-        "0, M1, 0x89, host, in_memory(T1, 0)",
+        "t->wide ? I_W : 0, M1, 0x89, host, accessed(t)",
+        "0, M1, 0x89, host, accessed(t)",
     ),
     Plant(
         "a scratch register is thought to hold what it did some instructions ago",
@@ -180,7 +180,7 @@ PLANTS = (
     Plant(
         "a load is not thought to fault",
         "region.c",
-        "precise = may_fault(r, traits) ? FLAGS_ARITHMETIC : reads",
+        "precise = faults ? FLAGS_ARITHMETIC : reads",
         "precise = reads",
     ),
     Plant(
@@ -222,25 +222,25 @@ PLANTS = (
     ),
     Plant(
         "a row of accesses runs over the end of its page",
-        "emit.c",
-        "(unsigned)(run->high - run->low), 1, tlb_side",
-        "1, 1, tlb_side",
+        "accesses.c",
+        ".bytes = (u16)(run->high - run->low)",
+        ".bytes = 1",
     ),
     Plant(
         "a row of accesses writes where it may only read",
-        "emit.c",
-        "1, tlb_side(run->writes), false);",
-        "1, tlb_side(false), false);",
+        "accesses.c",
+        ".write = run->writes",
+        ".write = false",
     ),
     Plant(
         "a row of accesses loses the flags that are read after it",
-        "emit.c",
-        "    flags_before(t, run->written |",
-        "    (void)(run->written |",
+        "accesses.c",
+        "        flags_before(t, written);",
+        "",
     ),
     Plant(
         "a row's later base is one that it has loaded",
-        "emit.c",
+        "accesses.c",
         "|| run->written >> (base >> 3) & 1)",
         ")",
     ),
@@ -256,13 +256,81 @@ PLANTS = (
         "            move_vectors(t, s.dirty, true);\n            flags_to_image(t);\n            load_constant",
         "            flags_to_image(t);\n            load_constant",
     ),
-    Plant("an access that has to be aligned is not checked", "emit.c", "if (alignment > 1) {", "if (alignment > 64) {"),
+    Plant(
+        "an access that has to be aligned is not checked", "accesses.c", "if (alignment > 1) {", "if (alignment > 64) {"
+    ),
     Plant(
         "an address that is RIP's, of another instruction",
-        "emit.c",
+        "accesses.c",
         "(r->base == GPR_IP * 8 ? t->in->block->ip : 0)",
         "(r->base == GPR_IP * 8 ? t->in->block->ip + r->at : 0)",
     ),
+    Plant(
+        "a stretch runs over the end of its page",
+        "accesses.c",
+        ".write = s->write, .bytes = (u16)(s->high - s->low)",
+        ".write = s->write, .bytes = 1",
+    ),
+    Plant(
+        "a stretch writes where it may only read",
+        "accesses.c",
+        "    s->write |= a->write;\n",
+        "    s->write &= a->write;\n",
+    ),
+    Plant(
+        "a later access of a stretch is of its first byte",
+        "accesses.c",
+        "    t->at = (i32)(at - s->low);\n}\n\n/*",
+        "}\n\n/*",
+    ),
+    Plant("two stretches have one slot", "accesses.c", "free_from[s->slot] > s->first", "false"),
+    Plant(
+        "a register that is written is what it was",
+        "accesses.c",
+        "        if (written >> reg & 1)",
+        "        if (false)",
+    ),
+    Plant("a register goes on by the other way", "accesses.c", "-(i64)r->imm;", "(i64)r->imm;"),
+    Plant("an address is a constant more than thought", "accesses.c", "        value.plus += r->disp;\n", ""),
+    Plant("POP RSP is thought to pop", "accesses.c", "operation_POP && r->rm != RSP * 8)", "operation_POP)"),
+    Plant("LEAVE leaves the stack where it is", "accesses.c", "(struct value){frame.of, frame.plus + width}", "top"),
+    Plant("accesses by two indices are one", "accesses.c", "c->index == of_index.of && ", ""),
+    Plant("accesses by two segments are one", "accesses.c", " && c->seg == seg", ""),
+    Plant(
+        "an aligned access relies on one that is not",
+        "accesses.c",
+        "    if (a->alignment > 1) {\n        u8",
+        "    if (false) {\n        u8",
+    ),
+    Plant(
+        "flags that only a copy's fault shows",
+        "region.c",
+        "(t->apart || !(m->checked >> i & 1))",
+        "!(m->checked >> i & 1)",
+    ),
+    Plant(
+        "flags behind a copy are older than its own",
+        "emit.c",
+        "        load_flags(t, ALL);\n    unfold",
+        "        ;\n    unfold",
+    ),
+    Plant("vector registers behind a copy", "emit.c", "    move_vectors(t, copy->vectors, false);\n", ""),
+    Plant(
+        "vector registers before a copy",
+        "emit.c",
+        "            move_vectors(t, s.dirty, true);\n            flags_to_image(t);\n            t->stubs",
+        "            flags_to_image(t);\n            t->stubs",
+    ),
+    Plant("a copy that goes on where nothing follows", "emit.c", "goes_on ? t->code.at : NULL", "t->code.at"),
+    Plant("a scratch register behind a copy", "emit.c", "    if (copy->held.at)\n", "    if (false)\n"),
+    Plant("CF in its own byte behind a copy", "emit.c", "    unfold(t, copy->split);\n", ""),
+    Plant(
+        "a condition's flags take the address",
+        "accesses.c",
+        "    if (t->reads && !t->writes)\n        flags_to_host(t);",
+        "    ;",
+    ),
+    Plant("a rotation of memory is one of a register", "emit.c", "!(r->prefix & PREFIX_REGISTER) || !(left", "!(left"),
 )
 
 

@@ -519,12 +519,25 @@ def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
             assert int(read_register(cpu, "rax"), 0) == sum(values[1000:1256]) & 0xFFFFFFFF, way
 
 
-ROWS = {  # some accesses off one register, of which the second is in the next page
+ROWS = {  # some accesses off one register, of which a later one is in the next page
     "loads": "488b33 488b7b08",  # MOV RSI, [RBX]; MOV RDI, [RBX+8]
     "stores": "488903 48895308",  # MOV [RBX], RAX; MOV [RBX+8], RDX
     "both": "488b33 48895308",  # MOV RSI, [RBX]; MOV [RBX+8], RDX
     "pops": "4889dc 5e 5f",  # MOV RSP, RBX; POP RSI; POP RDI
     "pushes": "488d6310 50 52",  # LEA RSP, [RBX+16]; PUSH RAX; PUSH RDX
+    # The same with others in between, whose flags are read after it, and with a register that goes on:
+    # ADD RDX, [RBX]; ADC RAX, [RBX+8]
+    "carried on": "480313 48134308",
+    # MOV RSI, [RBX]; ADD RDX, RSI; MOV [RBX+8], RDX; ADC [RBX+16], RSI
+    "loads and stores": "488b33 4801f2 48895308 48117310",
+    # ADD RBX, 8; MOV RSI, [RBX-8]; LEA RDI, [RBX+4]; ADD RSI, [RDI-8]; SUB [RDI-4], RSI; LEA RBX, [RDI-12]
+    "a register that goes on": "4883c308 488b73f8 488d7b04 480377f8 482977fc 488d5ff4",
+    # MOVUPS XMM0, [RBX-8]; PADDD XMM0, [RBX+8]; MOVUPS [RBX+1], XMM0
+    "vectors": "0f1043f8 660ffe4308 0f114301",
+    # MOV RSI, [RBX+RAX*2]; SUB [RBX+RAX*2+8], RSI, where RAX is zero; XOR EAX, EAX
+    "an index": "31c0 488b3443 4829744308",
+    # PUSH RAX; MOV RSI, [RSP+8]; ADD RAX, RSI; POP RDX; ADC [RSP], RDX, off the top of the page
+    "the stack": "488d6308 50 488b742408 4801f0 5a 48111424",
 }
 
 

@@ -191,6 +191,7 @@ struct tlb {
     struct tlb_distance distances[2][TLB_SIZE]; /* of reads, of writes */
     u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages, and TLB_GLOBAL */
 };
+enum { STRETCH_SLOTS = 8 };
 enum { TLB_GLOBAL = 1 };      /* MOV to CR3 leaves it (Intel SDM 3A 4.10.2.4) */
 /* Entries that were filled since they were last dropped: (table * TLB_KINDS + kind) << 10 | index. */
 struct filled { u16 at[TLB_FILLED]; unsigned count; /* more than TLB_FILLED: look at all */ };
@@ -442,6 +443,7 @@ struct vcpu {
 
     struct vm *vm;
     unsigned index;
+    u64 stretches[STRETCH_SLOTS]; /* host code: where accesses with one check go (translate/emit.h) */
 };
 
 struct slot {

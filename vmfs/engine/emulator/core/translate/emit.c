@@ -68,6 +68,7 @@ bool is_emitted(struct translation *t, const struct record *r)
             return false;
     }
     t->asking = true;
+    t->memory.is = t->stack.is = false;
     t->row = o;
     t->traits = o->emitter->traits;
     if (t->traits & FLOAT && t->c->key & KEY_UNMASKED)
@@ -78,7 +79,7 @@ bool is_emitted(struct translation *t, const struct record *r)
 }
 
 /* Guest registers that an emitted instruction writes, a bit each. */
-static u32 registers_written(const struct record *r, unsigned traits)
+u32 registers_written(const struct record *r, unsigned traits)
 {
     const struct opcode *o = &opcodes[r->id];
     u32 written = (traits & WRITES_RAX ? 1u << RAX : 0) | (traits & WRITES_RDX ? 1u << RDX : 0) |
@@ -184,16 +185,6 @@ static unsigned size_flags(unsigned size)
 {
     return size == 0 ? I_BYTE : size == 1 ? I_66 : size == 3 ? I_W : 0;
 }
-/* The host register of a guest's whole register: its own, or `scratch`, loaded. */
-static unsigned use(struct translation *t, unsigned offset, unsigned scratch)
-{
-    unsigned host = pinned(offset);
-    if (host != NO_REGISTER)
-        return host;
-    load64(&t->code, scratch, guest_place(offset));
-    return scratch;
-}
-
 static void alu(struct translation *t, unsigned size, unsigned digit, unsigned a, const struct recipe *p, unsigned b)
 {
     unsigned flags = size_flags(size);
@@ -256,7 +247,15 @@ void flags_to_image(struct translation *t)
     t->recipe.kind = RECIPE_NONE;
 }
 
-static bool recipe_uses(const struct recipe *p, u32 registers)
+void flags_to_host(struct translation *t)
+{
+    if (t->where != IN_RECIPE)
+        return;
+    make_recipe(t, &t->recipe);
+    t->where = IN_HOST;
+}
+
+bool recipe_uses(const struct recipe *p, u32 registers)
 {
     return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind < RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
 }
@@ -273,7 +272,7 @@ static bool begin_rotation(struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
     bool left = o->operation == &operation_ROL;
-    if (!(left || o->operation == &operation_ROR) || t->reads || t->live || r->rm & 7 || !r->size)
+    if (!(r->prefix & PREFIX_REGISTER) || !(left || o->operation == &operation_ROR) || t->reads || t->live || r->rm & 7 || !r->size)
         return false;
     if (!(t->where == IN_RECIPE && t->recipe.kind >= RECIPE_LEFT))
         flags_to_image(t);
@@ -285,7 +284,7 @@ static bool begin_rotation(struct translation *t, const struct record *r)
 
 /* CF alone is written, or OF alone, and the others are in the image: it gets a byte of its own, which is faster than to load
  * them. */
-static bool merges(const struct translation *t)
+bool merges(const struct translation *t)
 {
     return (t->writes == fC || t->writes == fO) && t->where == IN_IMAGE && needed(t) & ~t->writes;
 }
@@ -333,14 +332,42 @@ void begin_flags(struct translation *t, const struct record *r)
     t->recipe.kind = RECIPE_NONE;
 }
 
+/* Flags before host code that changes them and is no instruction of the guest. A fault shows them. */
+void flags_before(struct translation *t, u32 registers)
+{
+    u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);
+    bool lost = recipe_uses(&t->recipe, registers) && t->precise & ~t->writes;
+    if (t->where == IN_HOST && (after || lost || t->recipe.kind == RECIPE_NONE))
+        flags_to_image(t);
+    else if (t->where == IN_HOST)
+        t->where = IN_RECIPE;
+    else if (t->where == IN_RECIPE && (after || lost))
+        flags_to_image(t);
+}
+
+void flags_aside(struct translation *t, const struct record *r) { flags_before(t, registers_written(r, t->traits)); }
+
+void flags_behind_check(struct translation *t)
+{
+    t->merge = t->writes & t->precise && merges(t);
+    if (t->merge) {
+        load_flags(t, t->reads);
+        return;
+    }
+    if (t->where == IN_IMAGE && t->writes)
+        load_flags(t, needed(t));
+    if (t->writes & t->precise) {
+        t->where = IN_HOST;
+        t->split = 0;
+        t->recipe.kind = RECIPE_NONE;
+    }
+}
+
 /* The condition in the host's flags, where it is what this returns. Flags in the image stay there. */
 unsigned emit_condition(struct translation *t, unsigned condition)
 {
     static const u8 masks[6] = {0, fC, fZ, fZ | fC, fS, fP};
-    if (t->where == IN_RECIPE) {
-        make_recipe(t, &t->recipe);
-        t->where = IN_HOST;
-    }
+    flags_to_host(t);
     if (t->where == IN_HOST)
         return condition;
     unsigned kind = condition >> 1;
@@ -430,6 +457,12 @@ struct stub *add_stub(struct translation *t, int kind, const struct record *r)
     struct stub *s = &t->stubs[t->stub_count++];
     *s = (struct stub){.kind = kind, .record = r, .count = 1, .block = t->in->block, .where = t->where, .split = t->split, .recipe = t->recipe,
                        .dirty = t->dirty};
+    if (kind == STUB_CALL && !t->apart && t->in->covered >> t->index & 1) {
+        s->kind = STUB_APART;
+        s->copy = &t->copies[t->copy_count - 1];
+        s->index = (u8)t->index;
+        s->copy->entries |= 1u << t->index;
+    }
     return s;
 }
 void stub_jump(struct stub *s, u8 *jump) { s->jumps[s->jump_count++] = jump; }
@@ -448,9 +481,9 @@ static void emit_leave(struct translation *t, const struct record *r, const stru
     land(jump(&t->code), shared_code(t->translator)->leave);
 }
 
-void emit_stubs(struct translation *t)
+static void emit_stubs_from(struct translation *t, unsigned first)
 {
-    for (unsigned i = 0; i < t->stub_count; i++) { /* they may add more */
+    for (unsigned i = first; i < t->stub_count; i++) { /* they may add more */
         struct stub s = t->stubs[i];
         for (unsigned j = 0; j < s.jump_count; j++)
             land(s.jumps[j], t->code.at);
@@ -474,6 +507,11 @@ void emit_stubs(struct translation *t)
             if (s.held.at)
                 load64(&t->code, s.held.host, guest_place(s.held.offset));
             land(jump(&t->code), s.back);
+            break;
+        case STUB_APART:
+            move_vectors(t, s.dirty, true);
+            flags_to_image(t);
+            t->stubs[i].back = jump(&t->code);
             break;
         case STUB_STOP: /* the block of `scratch` does not fit into the budget, whose part is in T1 */
             if (s.record->left)
@@ -508,222 +546,93 @@ void emit_stubs(struct translation *t)
     }
 }
 
-/* ---- Memory -------------------------------------------------------------------------------------------------------------------- */
+static const struct record *emit_next(struct translation *t, const struct member *m, const struct record *r);
 
-/* The linear address of the memory operand, plus `more`, to a register. With `other`, no flags are changed where there is no
- * FS or GS (LEA). Addresses of 32 bits wrap with `more`: then it is of another page than without, as if it did not. */
-void emit_address(struct translation *t, const struct record *r, unsigned to, unsigned other, i32 more)
+static void begin_code(struct translation *t, enum where flags)
 {
-    struct code *code = &t->code;
-    bool narrow = (r->prefix & PREFIX_ADDRESS) == 2;
-    unsigned width = narrow ? 0 : I_W;
-    if (r->base == GPR_IP * 8 || (r->base == GPR_ZERO * 8 && r->index == GPR_ZERO * 8)) {
-        u64 address = (r->base == GPR_IP * 8 ? t->in->block->ip : 0) + (u64)r->disp + (u64)(i64)more;
-        load_constant(code, to, narrow ? (u32)address : address);
-    } else {
-        i32 disp = (i32)((u32)r->disp + (u32)more);
-        if (r->index == GPR_ZERO * 8) {
-            put_modrm(code, width, M1, 0x8d, to, in_memory(use(t, r->base, to), disp));
-        } else {
-            struct place p = {.memory = true, .base = NO_REGISTER, .index = (u8)use(t, r->index, to), .scale = r->scale,
-                              .disp = disp};
-            bool add = false;
-            if (r->base != GPR_ZERO * 8) {
-                if (pinned(r->base) != NO_REGISTER || p.index != to)
-                    p.base = (u8)use(t, r->base, to);
-                else if (other != NO_REGISTER)
-                    p.base = (u8)use(t, r->base, other);
-                else
-                    add = true;
+    t->where = flags;
+    t->split = 0;
+    t->recipe.kind = RECIPE_NONE;
+    t->vectors = t->dirty = 0;
+    t->held.at = NULL;
+}
+
+/* Here the code of its stretches ends. */
+static void end_copy(const struct translation *t, struct copy *copy, bool goes_on)
+{
+    copy->end = (u8)t->index;
+    copy->back = goes_on ? t->code.at : NULL;
+    copy->where = t->where;
+    copy->split = t->split;
+    copy->vectors = t->vectors;
+    if (t->held.at == t->code.at)
+        copy->held = t->held;
+}
+
+static void emit_copy(struct translation *t, const struct copy *copy)
+{
+    struct member *m = copy->member;
+    const struct record *r = m->block->records;
+    const u8 *entries[BLOCK_INSTRUCTIONS];
+    bool begun = false;
+    for (unsigned i = 0; i < copy->first; i++)
+        r = record_after(r);
+    t->in = m;
+    for (t->index = copy->first; t->index < copy->end && r;) {
+        unsigned at = t->index;
+        if (copy->entries >> at & 1) {
+            if (begun) {
+                flush_vectors(t);
+                flags_to_image(t);
             }
-            put_modrm(code, width, M1, 0x8d, to, p);
-            if (add)
-                put_modrm(code, width, M1, 0x03, to, guest_place(r->base));
+            begin_code(t, IN_IMAGE);
+            entries[at] = t->code.at;
+            begun = true;
         }
-    }
-    if (r->seg >= SEG_FS)
-        put_modrm(code, I_W, M1, 0x03, to, FIELD(check[r->seg].base));
-}
-
-/* Flags before host code that changes them and is no instruction of the guest. A fault shows them. */
-static void flags_before(struct translation *t, u32 registers)
-{
-    u16 after = t->reads | (t->writes ? t->precise & ~t->writes : t->live);
-    bool lost = recipe_uses(&t->recipe, registers) && t->precise & ~t->writes;
-    if (t->where == IN_HOST && (after || lost || t->recipe.kind == RECIPE_NONE))
-        flags_to_image(t);
-    else if (t->where == IN_HOST)
-        t->where = IN_RECIPE;
-    else if (t->where == IN_RECIPE && (after || lost))
-        flags_to_image(t);
-}
-
-void flags_aside(struct translation *t, const struct record *r) { flags_before(t, registers_written(r, t->traits)); }
-
-static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
-{
-    struct stub *s = add_stub(t, leaves ? STUB_LEAVE : STUB_CALL, r);
-    s->restore = t->writes & t->precise && !merges(t);
-    stub_jump(s, from);
-}
-static void flags_behind_check(struct translation *t)
-{
-    t->merge = t->writes & t->precise && merges(t);
-    if (t->merge) {
-        load_flags(t, t->reads);
-        return;
-    }
-    if (t->where == IN_IMAGE && t->writes)
-        load_flags(t, needed(t));
-    if (t->writes & t->precise) {
-        t->where = IN_HOST;
-        t->split = 0;
-        t->recipe.kind = RECIPE_NONE;
-    }
-}
-
-enum { INDEX_SHIFT = 12 - 4, INDEX_MASK = (TLB_SIZE - 1) << 4 };
-_Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entries");
-
-static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
-
-/* A word of the TLB at the index in T0, or at the entry, `at` bytes from the begin of its table. */
-static struct place in_tlb(const struct translation *t, i32 at)
-{
-    if (!(t->c->key & KEY_FIXED_TLB))
-        return in_memory(T0, at);
-    unsigned table = t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
-    return (struct place){.memory = true, .base = C, .index = T0, .disp = (i32)(offsetof(struct vcpu, tlbs) + table * sizeof(struct tlb)) + at};
-}
-
-/* The linear address is in T1: there comes how far it is into its page, and the place in the TLB to T0. `bytes` from there on
- * are of one page, and begin at a multiple of `alignment`. */
-static void check_page(struct translation *t, const struct record *r, unsigned bytes, unsigned alignment, i32 side, bool leaves)
-{
-    struct code *code = &t->code;
-    load32(code, T0, in_register(T1));
-    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-    put8(code, INDEX_SHIFT);
-    alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
-    if (!(t->c->key & KEY_FIXED_TLB))
-        put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-    put_modrm(code, I_W, M1, 0x2b, T1, in_tlb(t, side));
-    if (alignment > 1) { /* then they end where the page does, at the latest */
-        put_modrm(code, I_W, M1, 0xf7, 0, in_register(T1));
-        put32(code, ~(u64)(0x1000 - alignment));
-        slow_path(t, r, jump_if(code, CC_NE), leaves);
-    } else {
-        alu_constant(code, I_W, GROUP_CMP, in_register(T1), 0x1000 - (i32)bytes);
-        slow_path(t, r, jump_if(code, CC_A), leaves);
-    }
-}
-static void add_page(struct translation *t, i32 side)
-{
-    put_modrm(&t->code, I_W, M1, 0x03, T1, in_tlb(t, side + (i32)offsetof(struct tlb_entry, host)));
-}
-/* The same of an element of a table, say: its address is made once more, and the load waits for the page's entry alone. */
-static void add_distance(struct translation *t, const struct record *r, bool write)
-{
-    emit_address(t, r, T1, NO_REGISTER, 0);
-    put_modrm(&t->code, I_W, M1, 0x03, T1, in_tlb(t, (i32)(offsetof(struct tlb, distances) + write * sizeof(struct tlb_distance) * TLB_SIZE)));
-}
-_Static_assert(sizeof(struct tlb_distance) == sizeof(struct tlb_entry), "one index");
-
-/* What the register is at the most at r, by what its block did to it last: an index into a table of bytes, say. */
-static u64 most_of(struct translation *t, const struct record *r, unsigned offset)
-{
-    const struct opcode *row = t->row;
-    unsigned traits = t->traits;
-    u64 most = ~0ull;
-    for (const struct record *q = t->in->block->records; q != r; q = record_after(q)) {
-        const struct opcode *o = &opcodes[q->id];
-        bool emitted = is_emitted(t, q);
-        if (emitted && !(registers_written(q, traits_of(q)) >> (offset >> 3) & 1))
-            continue;
-        unsigned first = operand_types[o->operands[0]].kind == REGISTER ? q->reg : q->rm;
-        most = ~0ull;
-        if (!emitted || q->size < 2 || first != offset)
-            continue;
-        if (o->operation == &operation_MOVZX && o->operands[1] == oEb)
-            most = 0xff;
-        else if (o->operation == &operation_AND && operand_types[o->operands[1]].kind == IMMEDIATE && q->imm >= 0)
-            most = (u64)q->imm;
-        else if (o->operation == &operation_SHR && o->operands[1] == oIb)
-            most = ~0ull >> (64 - (8 << q->size)) >> (q->imm & (q->size == 3 ? 63 : 31));
-    }
-    t->row = row;
-    t->traits = traits;
-    return most;
-}
-
-/* Where r accesses one page whatever the registers are: the first address that it may be, and with an index how many more; else false. */
-static bool constant_page(struct translation *t, const struct record *r, unsigned bytes, bool aligned, u64 *address)
-{
-    unsigned size = r->prefix & PREFIX_ADDRESS;
-    u64 more = 0;
-    if (r->seg >= SEG_FS || size != (t->wide ? 3 : 2) || !(r->base == GPR_ZERO * 8 || (r->base == GPR_IP * 8 && r->index == GPR_ZERO * 8)))
-        return false;
-    *address = (r->base == GPR_IP * 8 ? t->in->block->ip : 0) + (u64)r->disp;
-    if (!t->wide)
-        *address = (u32)*address;
-    if (r->index != GPR_ZERO * 8) {
-        u64 most = aligned || pinned(r->index) == NO_REGISTER ? ~0ull : most_of(t, r, r->index);
-        if (most > 0xfff)
-            return false;
-        more = most << r->scale;
-    }
-    return (*address & 0xfff) + more + bytes <= 0x1000 && !(aligned && *address & (bytes - 1));
-}
-
-void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves)
-{
-    struct code *code = &t->code;
-    i32 side = tlb_side(write);
-    flags_aside(t, r);
-    u64 constant;
-    if (constant_page(t, r, bytes, aligned, &constant)) {
-        i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK), inside = constant & 0xfff;
-        struct place p = in_tlb(t, entry);
-        p.index = NO_REGISTER;
-        if (!(t->c->key & KEY_FIXED_TLB))
-            load64(code, T0, FIELD(tlb));
-        if ((u64)(i64)(i32)constant == constant) {
-            alu_constant(code, I_W, GROUP_CMP, p, (i32)(constant & PAGE_MASK));
+        if (begun) {
+            r = emit_next(t, m, r);
         } else {
-            load_constant(code, T1, constant & PAGE_MASK);
-            put_modrm(code, I_W, M1, 0x3b, T1, p);
+            r = record_after(r);
+            t->index++;
         }
-        slow_path(t, r, jump_if(code, CC_NE), leaves);
-        p.disp += (i32)offsetof(struct tlb_entry, host);
-        load64(code, T1, p);
-        if (r->index != GPR_ZERO * 8)
-            lea64(code, T1, (struct place){.memory = true, .base = T1, .index = (u8)pinned(r->index), .scale = r->scale, .disp = inside});
-        else if (inside)
-            alu_constant(code, I_W, GROUP_ADD, in_register(T1), inside);
-    } else {
-        emit_address(t, r, T1, T0, 0);
-        check_page(t, r, bytes, aligned ? bytes : 1, side, leaves);
-        if (r->index != GPR_ZERO * 8)
-            add_distance(t, r, write);
-        else
-            add_page(t, side);
     }
-    flags_behind_check(t);
+    for (unsigned i = 0; i < t->stub_count; i++)
+        if (t->stubs[i].kind == STUB_APART && t->stubs[i].copy == copy)
+            land(t->stubs[i].back, entries[t->stubs[i].index]);
+    if (!r || !copy->back)
+        return;
+    flush_vectors(t);
+    flags_to_image(t);
+    move_vectors(t, copy->vectors, false);
+    if (copy->where == IN_HOST)
+        load_flags(t, ALL);
+    unfold(t, copy->split);
+    if (copy->held.at)
+        load64(&t->code, copy->held.host, guest_place(copy->held.offset));
+    land(jump(&t->code), copy->back);
 }
 
-/* An element of the stack at a pinned register + disp. */
-void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves)
+void emit_stubs(struct translation *t)
 {
-    flags_aside(t, r);
-    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8d, T1, in_memory(pinned(guest_register * 8), disp));
-    check_page(t, r, stack_width(t), 1, tlb_side(write), leaves);
-    add_page(t, tlb_side(write));
-    flags_behind_check(t);
-}
-
-void move_stack(struct translation *t, unsigned from, i32 by)
-{
-    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8d, GUEST_RSP, in_memory(from, by));
+    const struct member *found = NULL;
+    emit_stubs_from(t, 0);
+    unsigned first = t->stub_count;
+    t->apart = true;
+    for (unsigned i = 0; i < t->copy_count; i++) {
+        const struct copy *copy = &t->copies[i];
+        if (!copy->entries)
+            continue;
+        struct member *m = copy->member;
+        if (m != found) {
+            u16 live = m->live, precise = m->precise;
+            find_flags(t, m);
+            m->live = live;
+            m->precise = precise;
+            found = m;
+        }
+        emit_copy(t, copy);
+    }
+    emit_stubs_from(t, first);
 }
 
 /* ---- Jumps ----------------------------------------------------------------------------------------------------------------------- */
@@ -881,109 +790,17 @@ static bool emit_record(struct translation *t, const struct member *m, const str
     return !(t->traits & FLOW_LEAVES);
 }
 
-/* ---- Runs of accesses off one register ------------------------------------------------------------------------------------------- */
-
-/* PUSH and POP of registers, and moves between them and memory at one register, in a row: one check for all. The slow path is
- * their handlers, one after the other. */
-enum { RUN_MOST = 16, RUN_BYTES = 128 };
-struct run {
-    const struct record *records[RUN_MOST];
-    i32 at[RUN_MOST];         /* from the value that the base had at first */
-    unsigned count, base;     /* `base`: as an offset into gpr */
-    i32 low, high, moved;     /* what is accessed; how far rSP goes */
-    bool writes;
-    u32 written;              /* registers */
-};
-enum { RUN_NONE, RUN_LOAD, RUN_STORE, RUN_PUSH, RUN_POP };
-
-static unsigned kind_in_run(struct translation *t, const struct record *r)
+/* The next instructions; NULL: nothing follows in the block. */
+static const struct record *emit_next(struct translation *t, const struct member *m, const struct record *r)
 {
-    const struct opcode *o = &opcodes[r->id];
-    bool stack = o->operation == &operation_PUSH || o->operation == &operation_POP;
-    if (!(stack || o->operation == &operation_MOV) || r->run == op_raise || !is_emitted(t, r))
-        return RUN_NONE;
-    if (stack)
-        return (o->operands[0] == oZv || (o->operands[0] == oEv && r->prefix & PREFIX_REGISTER)) && r->rm != RSP * 8
-                   ? o->operation == &operation_PUSH ? RUN_PUSH : RUN_POP : RUN_NONE;
-    bool load = o->operands[0] == oGv && o->operands[1] == oEv, store = o->operands[0] == oEv && o->operands[1] == oGv;
-    if (!(load || store) || r->prefix & PREFIX_REGISTER || r->size < 2 || r->reg == RSP * 8 || r->index != GPR_ZERO * 8 ||
-        r->seg >= SEG_FS || (r->prefix & PREFIX_ADDRESS) != (t->wide ? 3 : 2) || pinned(r->base) == NO_REGISTER ||
-        r->disp != (i32)r->disp)
-        return RUN_NONE;
-    return load ? RUN_LOAD : RUN_STORE;
-}
-
-/* Take r along; false: it is not of the run. */
-static bool extend_run(struct translation *t, struct run *run, const struct record *r)
-{
-    unsigned kind = kind_in_run(t, r), base = kind >= RUN_PUSH ? RSP * 8 : r->base;
-    i32 width = (i32)stack_width(t);
-    if (kind == RUN_NONE || run->count == RUN_MOST || (run->count && base != run->base) || run->written >> (base >> 3) & 1)
-        return false;
-    i64 at = kind == RUN_PUSH ? run->moved - width : kind == RUN_POP ? run->moved : run->moved + r->disp;
-    i64 end = at + (kind >= RUN_PUSH ? width : 1 << r->size);
-    i64 low = run->count && run->low < at ? run->low : at, high = run->count && run->high > end ? run->high : end;
-    if (high - low > RUN_BYTES || at != (i32)at || end != (i32)end)
-        return false;
-    run->base = base;
-    run->low = (i32)low, run->high = (i32)high;
-    run->moved += (kind == RUN_PUSH ? -width : kind == RUN_POP ? width : 0);
-    run->writes |= kind == RUN_PUSH || kind == RUN_STORE;
-    if (kind == RUN_POP || kind == RUN_LOAD)
-        run->written |= 1u << ((kind == RUN_POP ? r->rm : r->reg) >> 3);
-    run->records[run->count] = r;
-    run->at[run->count++] = (i32)at;
-    return true;
-}
-
-static void emit_run(struct translation *t, const struct member *m, const struct run *run, unsigned last)
-{
-    struct code *code = &t->code;
-    unsigned stubs = t->stub_count, host = pinned(run->base);
-    t->reads = t->writes = 0;
-    t->live = m->after[last].live;
-    t->precise = m->after[last].precise;
-    t->merge = false;
-    flags_before(t, run->written | (run->moved ? 1u << RSP : 0));
-    put_modrm(code, t->wide ? I_W : 0, M1, 0x8d, T1, in_memory(host, run->low));
-    check_page(t, run->records[0], (unsigned)(run->high - run->low), 1, tlb_side(run->writes), false);
-    add_page(t, tlb_side(run->writes));
-    if (run->moved < 0)
-        move_stack(t, GUEST_RSP, run->moved);
-    for (unsigned i = 0; i < run->count; i++) {
-        const struct record *r = run->records[i];
-        unsigned kind = kind_in_run(t, r), offset = kind >= RUN_PUSH ? r->rm : r->reg, reg = pinned(offset);
-        unsigned flags = (kind >= RUN_PUSH ? t->wide : r->size == 3) ? I_W : 0;
-        bool store = kind == RUN_PUSH || kind == RUN_STORE;
-        struct place p = in_memory(T1, run->at[i] - run->low);
-        if (store && reg == NO_REGISTER)
-            load64(code, T0, guest_place(offset));
-        put_modrm(code, flags, M1, store ? 0x89 : 0x8b, reg == NO_REGISTER ? T0 : reg, p);
-        if (!store && reg == NO_REGISTER)
-            store64(code, guest_place(offset), T0);
-    }
-    if (run->moved > 0)
-        move_stack(t, GUEST_RSP, run->moved);
-    for (unsigned i = stubs; i < t->stub_count; i++) {
-        t->stubs[i].count = run->count;
-        t->stubs[i].back = code->at;
-        t->stubs[i].reload = t->vectors;
-        t->stubs[i].split_behind = t->split;
-    }
-    if (t->where == IN_HOST && recipe_uses(&t->recipe, run->written | (run->moved ? 1u << RSP : 0)))
-        t->recipe.kind = RECIPE_NONE;
-}
-
-/* Those that begin with the instruction `index`; how many. */
-static unsigned try_run(struct translation *t, const struct member *m, const struct record *r, unsigned index)
-{
-    struct run run = {0};
-    while (index + run.count < m->block->count && extend_run(t, &run, r))
+    unsigned count = try_run(t, m, r);
+    if (!count && !emit_record(t, m, r, t->index))
+        r = NULL;
+    count += !count;
+    t->index += count;
+    while (r && count--)
         r = record_after(r);
-    if (run.count < 2)
-        return 0;
-    emit_run(t, m, &run, index + run.count - 1);
-    return run.count;
+    return r;
 }
 
 enum { ALIGN = 32 };
@@ -994,17 +811,24 @@ void emit_member(struct translation *t, struct member *m)
         put8(&t->code, 0x90); /* never executed: what is before ends in a jump */
     m->code = t->code.at;
     t->in = m;
-    t->where = m->precise ? IN_IMAGE : IN_HOST;
-    t->split = 0;
-    t->recipe.kind = RECIPE_NONE;
-    t->vectors = t->dirty = 0;
-    t->held.at = NULL;
+    begin_code(t, m->precise ? IN_IMAGE : IN_HOST);
+    struct copy *copy = NULL;
     const struct record *r = b->records;
-    for (unsigned i = 0, taken; i < b->count; i += taken ? taken : 1, r += taken ? taken : 1u + r->has_link) {
-        taken = try_run(t, m, r, i);
-        if (!taken && !emit_record(t, m, r, i))
-            return;
+    for (t->index = 0; r && t->index < b->count;) {
+        bool covered = m->covered >> t->index & 1;
+        if (covered && !copy) {
+            copy = &t->copies[t->copy_count++];
+            *copy = (struct copy){.member = m, .first = (u8)t->index};
+        } else if (!covered && copy) {
+            end_copy(t, copy, true);
+            copy = NULL;
+        }
+        r = emit_next(t, m, r);
     }
+    if (copy)
+        end_copy(t, copy, r);
+    if (!r)
+        return;
     flush_vectors(t);
     if (r->run == op_end)
         emit_jump(t, r);

@@ -37,7 +37,8 @@ struct emitter {
     unsigned traits;
 };
 
-enum { REGION_BLOCKS = 32, REGION_INSTRUCTIONS = 400, STUBS = 3 * REGION_INSTRUCTIONS, EDGES = 2 * REGION_INSTRUCTIONS };
+enum { REGION_BLOCKS = 32, REGION_INSTRUCTIONS = 400, STUBS = 5 * REGION_INSTRUCTIONS, EDGES = 4 * REGION_INSTRUCTIONS,
+       COPIES = (REGION_INSTRUCTIONS + REGION_BLOCKS) / 2 };
 
 /* Where the guest's arithmetic flags are. */
 enum where { IN_HOST, IN_IMAGE /* c->flags_image */, IN_RECIPE /* nowhere, but can be made again */ };
@@ -50,11 +51,33 @@ struct recipe {
     i32 value;
 };
 
+/* What an instruction accesses, as its emitter says: its memory operand; an element of the stack, off `base` + disp. */
+struct access { bool is, write; u16 bytes; u8 alignment, base; i32 disp; };
+
+/* A stretch: accesses of a block that lie near each other, and whose addresses differ by constants. The first checks that the TLB has
+ * the page of all of them, and leaves its host address in c->stretches[slot]. Where it has not, or where another instruction in
+ * between has to call its handler, a copy of the code goes on that has a check for each (struct copy): so host code that
+ * goes by the first check calls nothing before the last, and nothing that was checked can change. */
+enum { NO_STRETCH = 0xff };
+struct stretch {
+    u8 slot, first, end;      /* indices in the block; `end` is behind the last */
+    u8 alignment;
+    bool write;
+    i64 low, high;            /* what is accessed, from some value on */
+};
+struct planned { u8 stretch; i64 at; }; /* an access: of m->stretches, and where */
+
 struct member {               /* a block of the region */
     struct block *block;
     u8 *code;                 /* where it begins, once emitted */
     u16 live, precise;        /* at its entry: flags that may be read; that may be seen, by faults, too */
     struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* each instruction */
+    u32 covered;              /* instructions of stretches, and between them */
+    u32 checked;              /* those that another one's check is for */
+    unsigned stretch_count;
+    struct stretch stretches[BLOCK_INSTRUCTIONS];
+    struct planned memory[BLOCK_INSTRUCTIONS], stack[BLOCK_INSTRUCTIONS]; /* of each instruction; a run's is the first's `stack` */
+    u8 runs[BLOCK_INSTRUCTIONS]; /* how many are a run that begins here */
 };
 
 /* A scratch register has the value of a guest register that is in struct vcpu, for host code at `at`. */
@@ -62,7 +85,7 @@ struct held { const u8 *at; unsigned host, offset; };
 
 /* Code out of line. */
 struct stub {
-    enum { STUB_CALL, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
+    enum { STUB_CALL, STUB_APART, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
     const struct record *record;
     const struct block *block;
     u8 *jumps[4];             /* that come here */
@@ -75,9 +98,23 @@ struct stub {
     i32 budget, stack;        /* STUB_LEAVE, STUB_WAY: to add to the budget, and to rSP */
     struct way *way;          /* STUB_WAY */
     unsigned count;           /* STUB_CALL: of records */
+    struct copy *copy;        /* STUB_APART: where it goes on, at the instruction `index` */
+    u8 index;
     unsigned jump_count;
     struct held held;         /* STUB_CALL: to load before it goes on */
     u16 dirty, reload;        /* vector registers to store before, to load after */
+};
+
+/* Instructions that are covered by stretches, with a check for each access, for where those of the stretches fail. It is entered with all
+ * flags in the image, and no vectors in host registers; at its end it makes that of the stretches' code, and goes on there. */
+struct copy {
+    struct member *member;
+    u8 first, end;
+    u32 entries;              /* instructions */
+    u8 *back;                 /* NULL: nothing follows */
+    enum where where;
+    u16 split, vectors;
+    struct held held;
 };
 
 struct translation {
@@ -91,9 +128,15 @@ struct translation {
     unsigned stub_count;
     struct { u8 *jump; int member; } edges[EDGES]; /* jumps to blocks that are not emitted yet */
     unsigned edge_count;
+    struct copy copies[COPIES];
+    unsigned copy_count;
+    bool apart;               /* copies are emitted */
 
     /* Of the instruction that is emitted */
     bool asking;
+    unsigned index;           /* in its block */
+    struct access memory, stack;
+    i32 at;                   /* of what it accesses, from T1 on */
     bool merge;               /* the flag that it writes goes to a byte of its own */
     bool wide;                /* 64-bit mode; else flat 32-bit */
     bool ymm;                 /* the region has VEX-encoded vectors: 32 bytes of each register are loaded and stored */
@@ -121,6 +164,16 @@ ALWAYS_INLINE struct place guest_place(unsigned offset)
     return in_memory(C, (i32)(offsetof(struct vcpu, gpr) + (offset & ~7u)));
 }
 
+/* The host register of a guest's whole register: its own, or `scratch`, loaded. */
+static inline unsigned use(struct translation *t, unsigned offset, unsigned scratch)
+{
+    unsigned host = pinned(offset);
+    if (host != NO_REGISTER)
+        return host;
+    load64(&t->code, scratch, guest_place(offset));
+    return scratch;
+}
+
 /* emit.c */
 bool is_emitted(struct translation *t, const struct record *r);
 unsigned traits_of(const struct record *r);
@@ -128,12 +181,22 @@ bool may_fault(const struct record *r, unsigned traits);
 void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes);
 void emit_member(struct translation *t, struct member *m);
 void emit_stubs(struct translation *t);
+u32 registers_written(const struct record *r, unsigned traits); /* a bit each */
+bool recipe_uses(const struct recipe *p, u32 registers);
+bool merges(const struct translation *t);
+void flags_before(struct translation *t, u32 registers); /* flags_aside of what writes those registers, and no flags */
+void flags_behind_check(struct translation *t);
+void flags_to_host(struct translation *t);              /* where there is a recipe for them */
 int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
 
-/* For emitters. to_memory, to_stack: after them T1 is the host address of the memory operand, or of the stack, and the
- * host's flags are what the instruction reads and keeps. `leaves`: the slow path is to leave at r. */
-void to_memory(struct translation *t, const struct record *r, unsigned bytes, bool write, bool aligned, bool leaves);
-void to_stack(struct translation *t, const struct record *r, unsigned guest_register, i32 disp, bool write, bool leaves);
+/* For emitters. They say what is accessed before they return where they are asked. Later, after to_memory and to_stack `accessed` is
+ * the memory operand in the host, off T1, or the element of the stack, and the host's flags are what the instruction reads and keeps.
+ * `leaves`: the slow path is to leave at r. */
+void will_access(struct translation *t, unsigned bytes, bool write, unsigned alignment);
+void will_access_stack(struct translation *t, unsigned base, i32 disp, bool write);
+void to_memory(struct translation *t, const struct record *r, bool leaves);
+void to_stack(struct translation *t, const struct record *r, bool leaves);
+ALWAYS_INLINE struct place accessed(const struct translation *t) { return in_memory(T1, t->at); }
 void move_stack(struct translation *t, unsigned from, i32 by); /* rSP = a pinned register + by */
 ALWAYS_INLINE unsigned stack_width(const struct translation *t) { return t->wide ? 8 : 4; }
 ALWAYS_INLINE bool stack_sized(const struct translation *t, const struct record *r) { return r->size == (t->wide ? 3 : 2); }
@@ -153,10 +216,16 @@ void emit_enter(struct translation *t, const struct record *r);  /* the block in
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
 
-extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC, operation_IMUL, operation_MOVZX, operation_OR, operation_ROL, operation_ROR,
-    operation_SHR,    operation_SUB, operation_TEST, operation_XOR;
+extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC,
+    operation_IMUL, operation_INC, operation_LEA, operation_LEAVE, operation_MOVZX, operation_OR, operation_ROL, operation_ROR,
+    operation_SHR, operation_SUB, operation_TEST, operation_XOR;
+
+/* accesses.c: which accesses share a check. PUSH, POP and moves in a row: how many of them were emitted, from r on. */
+void plan_accesses(struct translation *t, struct member *m);
+unsigned try_run(struct translation *t, const struct member *m, const struct record *r);
 
 /* region.c */
+bool find_flags(struct translation *t, struct member *m); /* of each instruction; true: those of its entry are others now */
 bool is_cut(const struct translator *t, const void *where); /* by VMFS_JIT_SEED: the region goes no further here */
 /* Where the code map of a key has its numbers, from struct vcpu on. */
 ALWAYS_INLINE i32 code_ids(u64 key)

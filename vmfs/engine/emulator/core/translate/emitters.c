@@ -101,6 +101,9 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     bool swaps = high && memory && !(traits & WRITES_RAX); /* T1 needs a REX, with which there is no AH */
     if (high && !swaps && (memory || (reg.is && reg.host > 7) || (rm.is && rm.host > 7) || r->size == 3))
         return false;
+    if (memory)
+        will_access(t, bytes, traits & WRITES_FIRST && operand_types[o->operands[0]].kind != REGISTER && operand_types[o->operands[0]].kind != VECTOR,
+                    bytes == 16 && !(traits & UNALIGNED) ? 16 : 1);
     if (t->asking)
         return true;
 
@@ -114,8 +117,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     }
     unsigned first_kind = operand_types[o->operands[0]].kind;
     if (memory)
-        to_memory(t, r, bytes, traits & WRITES_FIRST && first_kind != REGISTER && first_kind != VECTOR,
-                  bytes == 16 && !(traits & UNALIGNED), false);
+        to_memory(t, r, false);
     else
         begin_flags(t, r);
     struct code *code = &t->code;
@@ -149,7 +151,7 @@ static bool copy_as(struct translation *t, const struct record *r, unsigned trai
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     if (modrm)
         put_modrm(code, flags, o->map, opcode, in_reg,
-                  memory ? in_memory(T1, 0) : in_vcpu ? guest_place(rm.offset) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host));
+                  memory ? accessed(t) : in_vcpu ? guest_place(rm.offset) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host));
     else if (rm.is)
         put_opcode(code, flags, rm.host >> 3, rm.byte && !rm.high && rm.host > 3, o->map, (opcode & 0xf8) | (rm.host & 7));
     else
@@ -229,17 +231,19 @@ static bool divide(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     if (r->size < 2)
         return false;
+    if (!(r->prefix & PREFIX_REGISTER))
+        will_access(t, 1u << r->size, false, 1);
     if (t->asking)
         return true;
     struct code *code = &t->code;
     unsigned width = r->size == 3 ? I_W : 0;
     struct place divisor;
+    flags_aside(t, r);
     if (r->prefix & PREFIX_REGISTER) {
-        flags_aside(t, r);
         divisor = pinned(r->rm) == NO_REGISTER ? guest_place(r->rm) : in_register(pinned(r->rm));
     } else {
-        to_memory(t, r, 1u << r->size, false, false, false);
-        divisor = in_memory(T1, 0);
+        to_memory(t, r, false);
+        divisor = accessed(t);
     }
     struct stub *s = add_stub(t, STUB_CALL, r);
     if (o->digit == 6) {
@@ -265,11 +269,12 @@ DIVIDE(DIV); DIVIDE(IDIV);
 /* CMPXCHG8B, CMPXCHG16B, which wants its operand aligned. */
 static bool compare_two(struct translation *t, const struct record *r)
 {
+    will_access(t, 2u << r->size, true, r->size == 3 ? 16 : 1);
     if (t->asking)
         return true;
-    to_memory(t, r, 2u << r->size, true, r->size == 3, false);
+    to_memory(t, r, false);
     put_lock(t, r);
-    put_modrm(&t->code, r->size == 3 ? I_W : 0, M0F, 0xc7, 1, in_memory(T1, 0));
+    put_modrm(&t->code, r->size == 3 ? I_W : 0, M0F, 0xc7, 1, accessed(t));
     return true;
 }
 const struct emitter E_CMPXCHG8B = {compare_two, CHANGES | WRITES_RAX | WRITES_RDX};
@@ -313,11 +318,12 @@ static bool mov(struct translation *t, const struct record *r)
     const struct opcode *o = &opcodes[r->id];
     bool load = operand_types[o->operands[1]].kind == OFFSET, store = operand_types[o->operands[0]].kind == OFFSET;
     if (load || store) { /* rAX and an address */
+        will_access(t, 1u << r->size, store, 1);
         if (t->asking)
             return true;
         unsigned flags = o->size == B ? 0 : r->size == 1 ? I_66 : r->size == 3 ? I_W : 0;
-        to_memory(t, r, 1u << r->size, store, false, false);
-        put_modrm(&t->code, flags, M1, (load ? 0x8a : 0x88) + (o->size != B), RAX, in_memory(T1, 0));
+        to_memory(t, r, false);
+        put_modrm(&t->code, flags, M1, (load ? 0x8a : 0x88) + (o->size != B), RAX, accessed(t));
         return true;
     }
     if (o->operands[1] != oIv)
@@ -448,11 +454,11 @@ const struct emitter E_LFENCE = {fence, NO_ACCESS}, E_MFENCE = {fence, NO_ACCESS
 
 static void store_stack(struct translation *t, unsigned host)
 {
-    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x89, host, in_memory(T1, 0));
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x89, host, accessed(t));
 }
 static void load_stack(struct translation *t, unsigned host)
 {
-    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8b, host, in_memory(T1, 0));
+    put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8b, host, accessed(t));
 }
 
 static bool push(struct translation *t, const struct record *r)
@@ -463,17 +469,20 @@ static bool push(struct translation *t, const struct record *r)
     i32 width = (i32)stack_width(t);
     if (!stack_sized(t, r))
         return false;
+    if (memory)
+        will_access(t, stack_width(t), false, 1);
+    will_access_stack(t, RSP, -width, true);
     if (t->asking)
         return true;
     struct code *code = &t->code;
     if (memory) {
-        to_memory(t, r, stack_width(t), false, false, false);
+        to_memory(t, r, false);
         load_stack(t, T1);
         store64(code, FIELD(scratch), T1);
     }
-    to_stack(t, r, RSP, -width, true, false);
+    to_stack(t, r, false);
     if (constant) {
-        put_modrm(code, t->wide ? I_W : 0, M1, 0xc7, 0, in_memory(T1, 0));
+        put_modrm(code, t->wide ? I_W : 0, M1, 0xc7, 0, accessed(t));
         put32(code, (u64)(i64)r->imm);
     } else if (memory) {
         load64(code, T0, FIELD(scratch));
@@ -493,10 +502,11 @@ static bool pop(struct translation *t, const struct record *r)
 {
     if (!stack_sized(t, r) || !(opcodes[r->id].operands[0] == oZv || r->prefix & PREFIX_REGISTER))
         return false;
+    will_access_stack(t, RSP, 0, false);
     if (t->asking)
         return true;
     unsigned host = pinned(r->rm);
-    to_stack(t, r, RSP, 0, false, false);
+    to_stack(t, r, false);
     move_stack(t, GUEST_RSP, (i32)stack_width(t)); /* POP rSP writes it after that */
     load_stack(t, host == NO_REGISTER ? T0 : host);
     if (host == NO_REGISTER)
@@ -509,9 +519,10 @@ static bool leave_frame(struct translation *t, const struct record *r)
 {
     if (!stack_sized(t, r))
         return false;
+    will_access_stack(t, RBP, 0, false);
     if (t->asking)
         return true;
-    to_stack(t, r, RBP, 0, false, false);
+    to_stack(t, r, false);
     move_stack(t, RBP, (i32)stack_width(t));
     load_stack(t, RBP);
     return true;
@@ -569,10 +580,15 @@ static bool jump_if_zero(struct translation *t, const struct record *r)
 const struct emitter E_JCXZ = {jump_if_zero, FLOW_BRANCH};
 
 /* The target of an indirect jump or call to T1. */
+static void will_load_target(struct translation *t, const struct record *r)
+{
+    if (!is_direct(r) && !(r->prefix & PREFIX_REGISTER))
+        will_access(t, stack_width(t), false, 1);
+}
 static void load_target(struct translation *t, const struct record *r)
 {
     if (!(r->prefix & PREFIX_REGISTER)) {
-        to_memory(t, r, stack_width(t), false, false, true);
+        to_memory(t, r, true);
         load_stack(t, T1);
     } else {
         unsigned host = pinned(r->rm);
@@ -584,6 +600,7 @@ static bool jmp(struct translation *t, const struct record *r)
 {
     if (!stack_sized(t, r))
         return false;
+    will_load_target(t, r);
     if (t->asking)
         return true;
     if (is_direct(r)) {
@@ -600,8 +617,11 @@ const struct emitter E_JMP = {jmp, FLOW_JUMP | FLOW_LEAVES};
 
 static bool call(struct translation *t, const struct record *r)
 {
+    i32 width = (i32)stack_width(t);
     if (!stack_sized(t, r))
         return false;
+    will_load_target(t, r);
+    will_access_stack(t, RSP, -width, true);
     if (t->asking)
         return true;
     struct code *code = &t->code;
@@ -611,8 +631,7 @@ static bool call(struct translation *t, const struct record *r)
         find_block(t, r);
         store64(code, FIELD(scratch), T1);
     }
-    i32 width = (i32)stack_width(t);
-    to_stack(t, r, RSP, -width, true, true);
+    to_stack(t, r, true);
     load_constant(code, T0, t->in->block->ip + r->at + r->length);
     store_stack(t, T0);
     move_stack(t, GUEST_RSP, -width);
@@ -632,10 +651,11 @@ static bool ret(struct translation *t, const struct record *r)
     i32 more = opcodes[r->id].operands[0] == oIw ? (u16)r->imm : 0;
     if (!stack_sized(t, r))
         return false;
+    will_access_stack(t, RSP, 0, false);
     if (t->asking)
         return true;
     flags_to_image(t);
-    to_stack(t, r, RSP, 0, false, true);
+    to_stack(t, r, true);
     load_stack(t, T1);
     find_block(t, r);
     move_stack(t, GUEST_RSP, (i32)stack_width(t) + more);

@@ -42,12 +42,14 @@ static bool copy_vex(struct translation *t, const struct record *r)
         default: return false;
         }
     }
+    unsigned first = operand_types[o->operands[0]].kind;
+    if (memory)
+        will_access(t, bytes, traits & WRITES_FIRST && first != REGISTER && first != VECTOR && first != VEX_V, traits & ALIGNED ? bytes : 1);
     if (t->asking)
         return true;
 
-    unsigned first = operand_types[o->operands[0]].kind;
     if (memory)
-        to_memory(t, r, bytes, traits & WRITES_FIRST && first != REGISTER && first != VECTOR && first != VEX_V, traits & ALIGNED, false);
+        to_memory(t, r, false);
     else
         begin_flags(t, r);
     if (vectors) { /* sources before the destination, which may be one of them */
@@ -71,7 +73,7 @@ static bool copy_vex(struct translation *t, const struct record *r)
     bool w = o->w == W1 || (o->size == Y && r->size == 3);
     unsigned in_reg = o->digit != NO ? (unsigned)o->digit : vector != NO_REGISTER ? vector : reg.host;
     unsigned in_third = vector_v != NO_REGISTER ? vector_v : third.is ? third.host : 0;
-    struct place place = memory ? in_memory(T1, 0) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host);
+    struct place place = memory ? accessed(t) : in_register(vector_rm != NO_REGISTER ? vector_rm : rm.host);
     put_vex(&t->code, o->map, prefixes[o->prefix], vectors && r->vector == 5, w, o->opcode, in_reg, in_third, place);
     if (immediate)
         put8(&t->code, (u8)r->imm);

@@ -19,8 +19,8 @@
 enum { THRESHOLD = 40 };
 /* The most that a block takes for itself, and each of its instructions: two calls out of line that store and load all vector
  * registers, their sites, and its own code. */
-enum { MEMBER_ROOM = 1024, INSTRUCTION_ROOM = 1536 };
-_Static_assert(REGION_BLOCKS * MEMBER_ROOM + REGION_INSTRUCTIONS * INSTRUCTION_ROOM < PART_SIZE, "a region fits into a part");
+enum { MEMBER_ROOM = 1024, INSTRUCTION_ROOM = 1536, COPY_ROOM = 960 /* ... that is copied (struct copy) */ };
+_Static_assert(REGION_BLOCKS * MEMBER_ROOM + REGION_INSTRUCTIONS * (INSTRUCTION_ROOM + COPY_ROOM) < PART_SIZE, "a region fits into a part");
 
 struct region {
     struct region *next;      /* in its part */
@@ -511,8 +511,9 @@ static void add_member(struct translation *t, struct block *b)
         return;
     t->instructions += b->count;
     struct member *m = &t->members[t->member_count++];
-    memset(m, 0, sizeof *m);
     m->block = b;
+    m->code = NULL;
+    m->live = m->precise = 0;
 }
 
 /* What the block was seen to jump to. */
@@ -532,7 +533,7 @@ static void add_followers(struct translation *t, const struct block *b)
 
 /* ---- Which flags matter ---------------------------------------------------------------------------------------------------------- */
 
-static bool find_flags(struct translation *t, struct member *m)
+bool find_flags(struct translation *t, struct member *m)
 {
     const struct block *b = m->block;
     const struct record *records[BLOCK_INSTRUCTIONS + 1];
@@ -563,7 +564,8 @@ static bool find_flags(struct translation *t, struct member *m)
             live = precise = FLAGS_ARITHMETIC;
         } else {
             live = reads | (live & ~writes);
-            precise = may_fault(r, traits) ? FLAGS_ARITHMETIC : reads | (precise & ~writes);
+            bool faults = may_fault(r, traits) && (t->apart || !(m->checked >> i & 1));
+            precise = faults ? FLAGS_ARITHMETIC : reads | (precise & ~writes);
         }
     }
     bool changed = m->live != live || m->precise != precise;
@@ -606,11 +608,17 @@ static void translate(struct vcpu *c, struct block *first)
     w->c = c;
     w->translator = t;
     w->wide = c->key & KEY_CODE64;
-    w->member_count = w->instructions = w->stub_count = w->edge_count = 0;
+    w->member_count = w->instructions = w->stub_count = w->edge_count = w->copy_count = 0;
+    w->apart = false;
     add_member(w, first);
     for (unsigned i = 0; i < w->member_count; i++)
         add_followers(w, w->members[i].block);
-    struct part *p = room(c, MEMBER_ROOM * w->member_count + INSTRUCTION_ROOM * w->instructions);
+    unsigned copied = 0;
+    for (unsigned i = 0; i < w->member_count; i++) {
+        plan_accesses(w, &w->members[i]);
+        copied += (unsigned)__builtin_popcount(w->members[i].covered);
+    }
+    struct part *p = room(c, MEMBER_ROOM * w->member_count + INSTRUCTION_ROOM * w->instructions + COPY_ROOM * copied);
     struct region *region = p ? malloc(sizeof *region + w->member_count * sizeof *region->blocks) : NULL;
     if (!region) { /* no room just now */
         first->entries = 0;
