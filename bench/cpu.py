@@ -185,9 +185,7 @@ def results() -> list[Result]:
         mips = {name: instructions / statistics.median(seconds) for name, seconds in times.items()}
         speeds.append(mips["ours"])
         for name in peers or [""]:
-            found.append(
-                Result(f"emulator: {kernel.name}", "MIPS", mips["ours"], name, mips.get(name), ">= 150 MIPS")
-            )
+            found.append(Result(f"emulator: {kernel.name}", "MIPS", mips["ours"], name, mips.get(name), ">= 150 MIPS"))
     mean = math.exp(statistics.mean(map(math.log, speeds)))
     found.append(Result("emulator: geometric mean", "MIPS", mean, "", mark=">= 300 MIPS"))
     return found

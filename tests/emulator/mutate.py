@@ -323,13 +323,6 @@ PLANTS = (
     ),
     Plant("a copy that goes on where nothing follows", "emit.c", "goes_on ? t->code.at : NULL", "t->code.at"),
     Plant("a scratch register behind a copy", "emit.c", "    if (copy->held.at)\n", "    if (false)\n"),
-    Plant("CF in its own byte behind a copy", "emit.c", "    unfold(t, copy->split);\n", ""),
-    Plant(
-        "a condition's flags take the address",
-        "accesses.c",
-        "    if (t->reads && !t->writes)\n        flags_to_host(t);",
-        "    ;",
-    ),
     Plant("a rotation of memory is one of a register", "emit.c", "!(r->prefix & PREFIX_REGISTER) || !(left", "!(left"),
 )
 

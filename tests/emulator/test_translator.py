@@ -555,6 +555,20 @@ def test_a_row_of_accesses_goes_on_in_another_page(row, monkeypatch):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("rdx", [0, 0x7FFFFFFFFFFFFFFF, 0xFEF8F7F6F5F4F3F2])
+def test_a_fault_shows_the_flags_of_a_rotation_of_memory(rdx, monkeypatch):
+    """CF and OF are its own, the others those of an addition before it, which only the fault's frame shows."""
+    # MOV RSI, [RBX]; ADD RDX, RSI; MOV RDI, [RSP]; ROL dword [RBX+8], 3; ADD RDI, [RCX]; BSWAP RCX, to what is no address; JMP
+    code = "488b33 4801f2 488b3c24 c1430803 480339 480fc9 ebea"
+    found = []
+    for way in (INTERPRETED, *WAYS[:2]):
+        values = {"rdx": rdx, "rbx": DATA + 8, "rcx": DATA, "rax": 0x55}
+        with two_pages(way, code, values, monkeypatch) as (cpu, memory):
+            found.append((cpu.get_state("regs"), memory.read(STACK - 64, 64), memory.read(DATA, 64)))
+            assert int(read_register(cpu, "rip"), 0) == HANDLERS + 0x201
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_region_ends_when_a_handler_has_changed_its_code(monkeypatch):
     """Code lies in the page table, and a constant of it is the entry of DATA's page, in which a store sets the dirty
     bit: that is no store of the guest's, so the instruction does not run alone."""

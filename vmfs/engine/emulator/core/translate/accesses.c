@@ -171,8 +171,6 @@ static struct access all_of(const struct stretch *s, u8 base, i32 disp)
 static void go_on(struct translation *t, const struct record *r, const struct stretch *s, i64 at)
 {
     begin_flags(t, r);
-    if (t->reads && !t->writes)
-        flags_to_host(t); /* what makes them would need T1 */
     load64(&t->code, T1, stretch_place(s));
     t->at = (i32)(at - s->low);
 }

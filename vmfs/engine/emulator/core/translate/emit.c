@@ -247,14 +247,6 @@ void flags_to_image(struct translation *t)
     t->recipe.kind = RECIPE_NONE;
 }
 
-void flags_to_host(struct translation *t)
-{
-    if (t->where != IN_RECIPE)
-        return;
-    make_recipe(t, &t->recipe);
-    t->where = IN_HOST;
-}
-
 bool recipe_uses(const struct recipe *p, u32 registers)
 {
     return p->kind != RECIPE_NONE && ((registers >> (p->a >> 3) & 1) || (!p->constant && p->kind < RECIPE_LOGIC && registers >> (p->b >> 3) & 1));
@@ -367,7 +359,10 @@ void flags_behind_check(struct translation *t)
 unsigned emit_condition(struct translation *t, unsigned condition)
 {
     static const u8 masks[6] = {0, fC, fZ, fZ | fC, fS, fP};
-    flags_to_host(t);
+    if (t->where == IN_RECIPE) {
+        make_recipe(t, &t->recipe);
+        t->where = IN_HOST;
+    }
     if (t->where == IN_HOST)
         return condition;
     unsigned kind = condition >> 1;

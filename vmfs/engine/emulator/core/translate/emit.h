@@ -186,7 +186,6 @@ bool recipe_uses(const struct recipe *p, u32 registers);
 bool merges(const struct translation *t);
 void flags_before(struct translation *t, u32 registers); /* flags_aside of what writes those registers, and no flags */
 void flags_behind_check(struct translation *t);
-void flags_to_host(struct translation *t);              /* where there is a recipe for them */
 int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
 
 /* For emitters. They say what is accessed before they return where they are asked. Later, after to_memory and to_stack `accessed` is
