@@ -538,16 +538,19 @@ ROWS = {  # some accesses off one register, of which a later one is in the next 
     "an index": "31c0 488b3443 4829744308",
     # PUSH RAX; MOV RSI, [RSP+8]; ADD RAX, RSI; POP RDX; ADC [RSP], RDX, off the top of the page
     "the stack": "488d6308 50 488b742408 4801f0 5a 48111424",
+    # LEA RSP, [RBX-64]; MOV RSI, [RSP]; MOV RBP, RBX; LEAVE; POP RDI
+    "a frame": "488d63c0 488b3424 4889dd c9 5f",
 }
 
 
+@pytest.mark.parametrize("inside", [0xFF8, 0x180], ids=["two pages", "one page"])
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_of_accesses_goes_on_in_another_page(row, monkeypatch):
+def test_a_row_of_accesses_goes_on_in_another_page(row, inside, monkeypatch):
     code = ROWS[row] + "ffc9"  # DEC ECX; JNZ; HLT
     code += "75" + bytes([256 - len(bytes.fromhex(code)) - 2]).hex() + "f4"
     found = []
     for way in (INTERPRETED, *WAYS[:2]):
-        values = {"rax": 0x1122334455667788, "rdx": 0x99AABBCCDDEEFF00, "rcx": 10, "rbx": DATA + 0xFF8}
+        values = {"rax": 0x1122334455667788, "rdx": 0x99AABBCCDDEEFF00, "rcx": 10, "rbx": DATA + inside}
         with two_pages(way, code, values, monkeypatch) as (cpu, memory):
             seen = [cpu.get_state("regs"), *(memory.read(at, 4096) for at in (DATA, DATA + 4096, ELSEWHERE))]
             assert not any(seen[2]), "what lies behind the page in the host is not the guest's"
@@ -558,7 +561,8 @@ def test_a_row_of_accesses_goes_on_in_another_page(row, monkeypatch):
 @pytest.mark.parametrize("rdx", [0, 0x7FFFFFFFFFFFFFFF, 0xFEF8F7F6F5F4F3F2])
 def test_a_fault_shows_the_flags_of_a_rotation_of_memory(rdx, monkeypatch):
     """CF and OF are its own, the others those of an addition before it, which only the fault's frame shows."""
-    # MOV RSI, [RBX]; ADD RDX, RSI; MOV RDI, [RSP]; ROL dword [RBX+8], 3; ADD RDI, [RCX]; BSWAP RCX, to what is no address; JMP
+    # MOV RSI, [RBX]; ADD RDX, RSI; MOV RDI, [RSP]; ROL dword [RBX+8], 3; ADD RDI, [RCX];
+    # BSWAP RCX, to what is no address; JMP
     code = "488b33 4801f2 488b3c24 c1430803 480339 480fc9 ebea"
     found = []
     for way in (INTERPRETED, *WAYS[:2]):
