@@ -85,6 +85,12 @@ def test_why_with_the_lines_of_a_file(crashing, tmp_path):
     if crashing.read("engine") == "emulator\n":
         assert [line.rpartition("[")[2] for line in lines[-5:]] == [f"boot.S:{n}]" for n in (2, 3, 4, 5, 6)]
         assert any(line.startswith("exception vector=0x6") and line.endswith("[boot.S:6]") for line in lines)
+    assert "[boot.S:" not in crashing.read("why")
+    crashing.path.joinpath("symbols").write_bytes(elf.read_bytes())
+    assert [line.rpartition("  [")[2] for line in crashing.read("why").splitlines()] == [
+        line.rpartition("  [")[2] for line in ok("why", crashing.path, "--symbols", elf).splitlines()
+    ]
+    assert ok("why", crashing.path).splitlines()[-1].endswith("  [boot.S:6]")
     subprocess.run(["strip", elf], check=True)
     assert "no DWARF" in refused("why", crashing.path, "--symbols", elf)
     assert "is no ELF file" in refused("why", crashing.path, "--symbols", source)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pc.virtio_driver import Bench, Driver
 
 from vmfs.devices.virtio.ninep import MAX_FIDS, MAX_OPEN, MESSAGES, Server
-from vmfs.devices.virtio.share import Share
-from vmfs.words.errors import Invalid
+from vmfs.devices.virtio.share import SAVE, RemoteServer, Share, receive_frame, send_frame
+from vmfs.words.errors import EngineFailed, Invalid
 
 ROOM = 1 << 16
 
@@ -439,3 +443,29 @@ def test_tags_that_linux_refuses(folder: Path, tag: str) -> None:
         Share(bench.board, "share0", 6, server, tag)
     server.close()
     bench.close()
+
+
+def test_a_server_that_is_gone_cannot_be_recorded() -> None:
+    """`history on` fails with a sentence, and nothing is recorded; one that goes meanwhile does not hold the end up."""
+    ours, its = socket.socketpair()
+
+    def serve() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                what, _, _ = receive_frame(ours)
+                send_frame(ours, what, msgspec.msgpack.encode({"size": 4096, "fids": []}) if what == SAVE else b"")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    bench = Bench()
+    bench.board.time_source = "instructions"
+    bench.plug(Share(bench.board, "share0", 4, RemoteServer(its.detach(), read_only=True), "tag"))
+    bench.board.inputs.record()
+    ours.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    bench.board.inputs.stop()
+    with pytest.raises(EngineFailed, match="is gone"):
+        bench.board.inputs.record()
+    assert not bench.board.inputs.have_times
+    bench.close()
+    ours.close()

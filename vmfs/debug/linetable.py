@@ -9,6 +9,7 @@ Source: DWARF 5, 6.2 (versions 2 to 5); System V ABI, "Compressed Sections".
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import re
 import zlib
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from vmfs.words.errors import Invalid, LimitReached
 
 SECTIONS_MOST = 64 << 20  # bytes of line tables, of all files together; Linux has some 40 MiB
+SOON_MOST = 4 << 20  # bytes of a table that is decoded, a second or two, for who did not ask for a line
 LINES_MOST = 1 << 18  # that are known at a time, of the files that were asked for
 NAMES_MOST = 256 << 20  # bytes of names that are looked at in one search
 NAME_MOST = 4096  # of a file's name, PATH_MAX of Linux
@@ -120,6 +122,16 @@ class Lines:
         self._known = known = {**known, **found} if is_room else found
         return known
 
+    def places_of(self, addresses: set[int], check: Callable[[], None] = nothing) -> dict[int, str]:
+        """`FILE:LINE` of those addresses that have one, the file without its folders; of tables that are soon decoded,
+        and of none that is damaged. In any thread."""
+        found: dict[int, str] = {}
+        for table in self._tables:
+            if addresses and table.lines.size <= SOON_MOST:
+                with contextlib.suppress(Invalid):
+                    _Places(table, addresses, found, check).run()
+        return found
+
     def address_of(self, text: str) -> int | None:
         """The lowest address of the code of `FILE:LINE`, or of the next line of the file that has code. None where it
         is no FILE:LINE, Invalid where there is none such."""
@@ -176,7 +188,8 @@ class _Unit:
 class _Search:
     """The rows of files with one of these names, in one file's table, into `rows`."""
 
-    def __init__(self, table: LineTable, names: set[bytes], rows: _Rows, check: Callable[[], None]) -> None:
+    def __init__(self, table: LineTable, names: set[bytes] | None, rows: _Rows, check: Callable[[], None]) -> None:
+        """`names`: None: of all files."""
         self._data = table.lines.contents()
         self._strings = table.strings.contents()
         self._starts = [start for start, _ in table.code]
@@ -307,7 +320,7 @@ class _Search:
         return self._number(at, _SIZES[form]), at + _SIZES[form]
 
     def _file(self, files: dict[int, str], number: int, name: bytes, directories: list[bytes], directory: int) -> None:
-        if name.rpartition(b"/")[2] not in self._names:
+        if self._names is not None and name.rpartition(b"/")[2] not in self._names:
             return
         if directory < len(directories):
             compiled_in, folder = directories[0], directories[directory]
@@ -341,6 +354,7 @@ class _Search:
                 if not length or at + length > end:
                     raise _Damaged("an instruction goes beyond its unit")
                 if data[at] == 1:  # DW_LNE_end_sequence
+                    self._sequence_ends(address)
                     address, file, line, is_stmt = 0, 1, 1, unit.is_stmt
                 elif data[at] == 2:  # DW_LNE_set_address
                     address = int.from_bytes(data[at + 1 : at + min(length, 9)], "little")
@@ -380,6 +394,9 @@ class _Search:
         elif address < lines[line]:
             lines[line] = address
 
+    def _sequence_ends(self, address: int) -> None:
+        """Code ends there, that the last rows are of."""
+
     # ---- values
 
     def _number(self, at: int, size: int) -> int:
@@ -410,3 +427,30 @@ class _Search:
         value, after = self._uleb(at, end)
         bits = min(7 * (after - at), 64)
         return (value - (1 << bits) if value >> (bits - 1) & 1 else value), after
+
+
+class _Places(_Search):
+    """The lines of some addresses: a row is of the code up to the next one of its sequence."""
+
+    def __init__(
+        self, table: LineTable, addresses: set[int], found: dict[int, str], check: Callable[[], None]
+    ) -> None:
+        super().__init__(table, None, {}, check)
+        self._wanted = sorted(addresses)
+        self._found = found
+        self._last: tuple[int, str, int] | None = None
+
+    def _row(self, path: str, line: int, address: int) -> None:
+        self._sequence_ends(address)
+        self._last = address, path, line
+
+    def _sequence_ends(self, address: int) -> None:
+        if self._last is None:
+            return
+        start, path, line = self._last
+        self._last = None
+        code = bisect_right(self._starts, start) - 1
+        if code < 0 or start >= self._ends[code] or not 0 < line <= LINE_MOST:
+            return
+        for at in range(bisect_left(self._wanted, start), bisect_left(self._wanted, address)):
+            self._found[self._wanted[at]] = f"{posixpath.basename(path)}:{line}"

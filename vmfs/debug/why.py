@@ -7,6 +7,7 @@ then. Sources: Intel SDM 3A 6.13 (error codes), 4.7 (those of page faults), 6.15
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,31 @@ class Account:
         for cpu in others:
             yield f"cpu {cpu.index}:\n"
             yield from _cpu_sections(cpu, False, symbols)
+
+
+_PLACES = re.compile(r"\bat=0x([0-9a-f]+)|^0x([0-9a-f]+)\b")
+
+_SOURCE = re.compile(r"  \[[^] ]+:\d+\]$")
+
+
+def _place(line: str) -> int | None:
+    """The address of an instruction that a line is about."""
+    match = _PLACES.search(line)
+    return None if match is None else int(match[1] or match[2], 16)
+
+
+def places_in(text: str) -> set[int]:
+    return {place for line in text.splitlines() if (place := _place(line)) is not None}
+
+
+def with_sources(text: str, source_of: Callable[[int], str | None]) -> str:
+    """Lines about an instruction end with where in a source it is, in brackets, if that is known and not there yet."""
+    lines = []
+    for line in text.splitlines():
+        place = None if _SOURCE.search(line) else _place(line)
+        source = None if place is None else source_of(place)
+        lines.append(f"{line}  [{source}]" if source else line)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _exit_line(exit_: Exit, symbols: SymbolTable) -> str:

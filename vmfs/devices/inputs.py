@@ -195,7 +195,11 @@ class Inputs:
                 raise Busy("inputs are recorded already")
             self._log, self._done, self._coming = [], 0, None
             self._answers, self._answered, self.size = [], 0, 0
-            self._tell(True)
+            try:
+                self._tell(True)
+            except BaseException:
+                self.stop()
+                raise
 
     def _tell(self, they_have: bool) -> None:
         for device in list(self._board.devices.values()):

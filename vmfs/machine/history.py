@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vmfs.devices.inputs import Mark
@@ -29,7 +29,7 @@ from vmfs.devices.virtio.disk import Frozen, Overlay, merge
 from vmfs.engine.base import Capability, Runner
 from vmfs.engine.rest import passed_no_stop
 from vmfs.machine.cpu import Cpu
-from vmfs.machine.state import Parts, put
+from vmfs.machine.state import Parts
 from vmfs.memory.layers import Image, Layer, runs
 from vmfs.memory.ram import PAGE
 from vmfs.words.errors import Busy, Invalid, Unsupported, VmfsError
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 class History:
-    """Of one machine, from `start` to `stop`."""
+    """Of one machine, a `vmfs.machine.recorded.Recorded`, from `start` to `stop`."""
 
     def __init__(self, vm: Any, memory: int = MEMORY, every: float = EVERY) -> None:
         self.check(memory, every)
@@ -123,24 +123,23 @@ class History:
         """Unsupported with a sentence where the machine cannot be recorded, and nothing has changed. Without the lock,
         while it stands."""
         vm = self._vm
-        with vm._lock:
-            vm._check_idle()
+        with vm.idle():
             self._check()
         self._parent = vm.past.track()
-        with vm._lock:
-            vm._check_idle()
+        with vm.idle():
             if vm.history is not None:
                 raise Busy("history: it is on already")
             self._follows_host = vm.time_source == "host"
-            if self._follows_host:
-                vm._set_time("instructions")
-            vm._machine.set_repeatable(True)
+            vm.begin_repeating(from_host=self._follows_host)
             if vm.board is not None:
-                with vm.board.lock:
-                    vm.board.inputs.record()
-                    vm.board.inputs.before_new = self._before_new
+                try:
+                    with vm.board.lock:
+                        vm.board.inputs.record()
+                        vm.board.inputs.before_new = self._before_new
+                except BaseException:
+                    vm.end_repeating(to_host=self._follows_host)
+                    raise
             vm.history = self
-            vm._set_still(object())
         self._thread = threading.Thread(target=self._keep, name="vmfs-history", daemon=True)
         self._thread.start()
 
@@ -158,8 +157,7 @@ class History:
     def stop(self) -> None:
         """The machine goes on from where it is. Without the lock, while it stands."""
         vm = self._vm
-        with vm._lock:
-            vm._check_idle()
+        with vm.idle():
             if vm.history is not self:
                 return
             self._end()
@@ -174,16 +172,12 @@ class History:
     def _end(self) -> None:
         vm = self._vm
         self._become_live()
-        vm._machine.set_paced(False)
-        vm._machine.set_repeatable(False)
         if vm.board is not None:
             with vm.board.lock:
                 vm.board.inputs.stop()
                 vm.board.inputs.before_new = lambda: None
-        if self._follows_host:
-            vm._set_time("host")
+        vm.end_repeating(to_host=self._follows_host)
         vm.history = None
-        vm._set_still(object())
         self.checkpoints, self._parent = [], None
         self._ended.set()
         self.released()
@@ -204,11 +198,11 @@ class History:
         return sum(self.counts())
 
     def counts(self) -> tuple[int, ...]:
-        return tuple(vcpu.counters()["instructions"] for vcpu in self._vm._vcpus)
+        return tuple(vcpu.counters()["instructions"] for vcpu in self._vm.vcpus)
 
     def took_event(self) -> bool:
         """Whether it is not at the first moment of its place."""
-        return any(vcpu.took_event for vcpu in self._vm._vcpus)
+        return any(vcpu.took_event for vcpu in self._vm.vcpus)
 
     @property
     def begin(self) -> int:
@@ -245,7 +239,7 @@ class History:
         """In the CPU's thread, before the guest first runs in a run of that CPU alone, or of all. Without the lock."""
         vm = self._vm
         cpu = cpu if len(vm.cpus) > 1 else None
-        with vm._lock:
+        with vm.lock:
             if self.changed or self._stretch.cpu != cpu or not self.checkpoints:
                 self.forget_future()
                 self.begin_stretch(cpu)
@@ -259,7 +253,7 @@ class History:
     def _set_pace(self) -> None:
         """The host's clock and the guest's time begin to go together here."""
         vm = self._vm
-        vm._machine.set_paced(self._follows_host and not self.in_past)
+        vm.set_paced(self._follows_host and not self.in_past)
         self._host_origin = time.monotonic_ns() - self._guest_time()
 
     def _guest_time(self) -> int:
@@ -293,7 +287,7 @@ class History:
 
     def pass_end(self, cpu: int | None) -> None:
         """The machine has done again all of a stretch: the next one, or live. In the CPU's thread, without the lock."""
-        with self._vm._lock:
+        with self._vm.lock:
             following = self._after(self._stretch)
             if following is None:
                 self._become_live()
@@ -356,7 +350,7 @@ class History:
         if board is not None:
             board.drain()
             board.is_silent = True
-        self._vm._machine.set_paced(False)
+        self._vm.set_paced(False)
 
     # ---- checkpoints
 
@@ -416,9 +410,7 @@ class History:
             for name, disk in self._disks():
                 disk.go_back(checkpoint.overlays[name])
 
-        was, news = vm._state, vm._exit_news
-        put(vm, replace(checkpoint.parts, seen=vm.save_seen()), put_memory)  # the user does not go back
-        vm._state, vm._exit_news = was, news
+        vm.put_in_past(checkpoint.parts, put_memory)
         vm.put_back(pages)
         self._parent = checkpoint.ram
         self._stretch = checkpoint.stretch
@@ -530,7 +522,7 @@ class History:
     def _keep(self) -> None:
         vm = self._vm
         while not self._ended.wait(min(_PACE, self.every) if self._follows_host else self.every):
-            if vm._run is None or self.in_past or self.is_travelling:
+            if not vm.is_in_run or self.in_past or self.is_travelling:
                 continue
             try:
                 vm.at_boundary(lambda _: self._tick()).result()
@@ -543,7 +535,7 @@ class History:
     def _tick(self) -> None:
         """In the CPU's thread."""
         vm = self._vm
-        if vm.history is not self or self.in_past or self.changed or self.is_travelling or vm._run is None:
+        if vm.history is not self or self.in_past or self.changed or self.is_travelling or not vm.is_in_run:
             return
         if self._follows_host and vm.board is not None:
             with vm.board.lock:
@@ -562,9 +554,7 @@ class History:
         if stretch.cpu is not None:
             cpu = vm.cpus[stretch.cpu]
             return cpu.vcpu, (cpu,)
-        if len(vm.cpus) == 1:
-            return vm.cpu.vcpu, tuple(vm.cpus)
-        return vm._machine.in_turn(vm._vcpus), tuple(vm.cpus)
+        return vm.in_turn(), tuple(vm.cpus)
 
     @property
     def stretch(self) -> Stretch:

@@ -28,11 +28,11 @@ from vmfs.devices.virtio.disk import Disk, Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
 from vmfs.machine.born import Birth
-from vmfs.machine.control import Control
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.past import Past, Rom, Snapshot
 from vmfs.machine.pins import LINES, Passing, Pins
+from vmfs.machine.recorded import Recorded
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attached,
@@ -84,7 +84,7 @@ NOTHING_TO_RUN = (
 )
 
 
-class Vm(Control):
+class Vm(Recorded):
     """One virtual machine. Every method may be called from any thread; all raise Gone after `close`."""
 
     def __init__(self, engine: Engine, *, memory_size: int = DEFAULT_SIZE) -> None:

@@ -11,14 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vmfs.debug.conditions import CpuLooker
-from vmfs.debug.points import UNTIL, Points
-from vmfs.debug.trace import Trace
-from vmfs.engine.base import NO_DEBUG, NO_TRACE, DebugRequest
-from vmfs.engine.rest import TURNS, Time
+from vmfs.debug.points import UNTIL
+from vmfs.engine.base import NO_DEBUG, DebugRequest
 from vmfs.machine.history import Checkpoint, History
 from vmfs.machine.journey import Journey
-from vmfs.machine.runloop import Asked, Bound, Run, RunLoop
+from vmfs.machine.runloop import Bound, Run
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed
 from vmfs.words.layouts import RIP, quad
@@ -73,8 +70,7 @@ class Travel:
         """Go, and the exit that says where it is."""
         vm, history = self._vm, self._history
         history.at_begin = False
-        traced, points = vm.trace.on, vm._points
-        with vm._lock:
+        with vm.lock:
             if journey.written and history.changed and history.in_past:
                 raise Busy("writer: the machine was changed in its past: run it, which makes another future, or `goto`")
             if not history.checkpoints or (history.changed and not history.in_past):
@@ -82,23 +78,17 @@ class Travel:
                 history.begin_stretch(history.stretch.cpu)
             self._hold_inputs(True)
             history.is_travelling = True
-            if traced:
-                for vcpu in vm._vcpus:
-                    vcpu.set_trace(NO_TRACE, lambda *_: None)
+            put_back = vm.set_aside()
             history.enter_past()
         try:
             return self._go(journey)
         except _Ended as ended:
             return ended.exit
         finally:
-            with vm._lock:
+            with vm.lock:
                 history.is_travelling = False
-                vm._points = points
-                for cpu in vm.cpus:
-                    cpu.set_debug(NO_DEBUG)
-                    if traced:
-                        vm._ask_trace(vm.engine, vm._machine, cpu.vcpu, vm.trace.settings, len(vm.cpus))
-                vm._state = "running"
+                put_back()
+                vm.stay_in_run()
                 self._arrive()
                 self._hold_inputs(False)
 
@@ -196,7 +186,7 @@ class Travel:
             here = checkpoint.place
         if wanted - here > 2 * NEAR:
             self._replay(wanted - NEAR)
-            with self._vm._lock:
+            with self._vm.lock:
                 history.take()
         self._replay(wanted)
 
@@ -208,9 +198,9 @@ class Travel:
     def _restore(self, checkpoint: Checkpoint) -> None:
         if self._run.stop_asked:
             raise _Ended(exits.Interrupted(rip=self._rip(0)))
-        with self._vm._lock:
+        with self._vm.lock:
             self._history.go_to(checkpoint)
-            self._vm._state = "running"
+            self._vm.stay_in_run()
 
     def _rip(self, cpu: int) -> int:
         return quad(self._vm.cpus[cpu].vcpu.get_state("regs"), RIP)
@@ -218,7 +208,7 @@ class Travel:
     def _limit(self) -> exits.Exit:
         cpu = self._history.stretch.cpu
         if cpu is None:
-            cpu = TURNS.unpack(self._vm._machine.get_state("turns"))[0] if len(self._vm.cpus) > 1 else 0
+            cpu = self._vm.cpu_in_turn()
         return exits.Limit(rip=self._rip(cpu), cpu=cpu)
 
     # ---- doing again
@@ -237,25 +227,23 @@ class Travel:
         asks = request or (lambda cpu: NO_DEBUG)
 
         def prepare(bound: Bound, by_steps: bool) -> bool:
-            with vm._lock:
+            with vm.lock:
                 for cpu in cpus:
                     one = asks(cpu.index)
                     cpu.set_debug(replace(one, step=True) if step else one)
             return step
 
-        asked = Asked(prepare, stop_for, vm._do_tasks_now, lambda: False)
         stuck, before = 0, (-1, -1)
         while (left := place - history.count()) > 0 or step:
             bound = Bound(steps=1) if step else Bound(instructions=left)
-            loop = RunLoop(self._run, runner, vm._vcpus, vm.capabilities, vm.board, _NO_TRACE, asked, bound)
-            exit_ = loop.to_exit(goes_on=True)
+            exit_ = vm.run_again(self._run, runner, bound, prepare, stop_for)
             if isinstance(exit_, exits.Debug) and exit_.cause != "step":
                 return exit_
             if self._run.stop_asked or isinstance(exit_, exits.Error):
                 raise _Ended(exit_)
             if step:
                 return None
-            now = history.count(), Time.unpack(vm._machine.get_state("time")).now
+            now = history.count(), vm.engine_time()
             stuck, before = stuck + 1 if now == before else 0, now
             if stuck > _STUCK_MOST:
                 raise EngineFailed(f"history: what was done does not come again: it stays at {now[0]} of {place}")
@@ -267,19 +255,12 @@ class Travel:
         if journey.until is not None:
             only = DebugRequest(stops=(Breakpoint(UNTIL, journey.until),))
             return lambda cpu: only
-        points: Points = self._vm._points.copy()
-        points.set_stepping(False)
-        self._vm._points = points
-        return points.request
+        return self._vm.journey_points().request
 
     def _wanted(self, journey: Journey, reached: exits.Debug) -> exits.Debug | None:
         if journey.until is not None:
             return replace(reached, id=None, also=())
-        stops = {stop.id: stop for stop in (*reversed(reached.also), reached) if stop.id is not None}
-        vm = self._vm
-        with vm._lock:
-            ids = vm._points.reached(sorted(stops), CpuLooker(vm.cpus[reached.cpu].vcpu, vm.memory.read))
-        return replace(stops[ids[0]], also=()) if ids else None
+        return self._vm.wanted_of(reached)
 
     def _last_hit(self, journey: Journey, place: int, after_event: bool) -> _Hit | None:
         """The last stop before the place, or before what is after an event there."""
@@ -407,5 +388,4 @@ class Travel:
         return Written("dma", low, at.rip, at.cpu, self._value(ranges), new)
 
 
-_NO_TRACE = Trace()
 _STUCK_MOST = 3  # times that nothing is executed and no time passes

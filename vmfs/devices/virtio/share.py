@@ -14,6 +14,7 @@ goes on from its past, the server is first told what it was to know there.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from vmfs.devices.device import U32, Port
 from vmfs.devices.virtio.ninep import ERROR, HEADER, MAX_MESSAGE
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
-from vmfs.words.errors import EngineFailed, Invalid
+from vmfs.words.errors import EngineFailed, Invalid, VmfsError
 
 F_MOUNT_TAG = 1
 _MAX_TAG = 36  # Linux refuses longer ones
@@ -163,7 +164,8 @@ class Share(VirtioDevice[ShareState]):
         if they_have and not self._is_timed:
             self._known = self._servers = self._ask_known()
         elif self._is_timed and not they_have:
-            self._make_known()
+            with contextlib.suppress(VmfsError):  # of a server that is gone, which the guest will see
+                self._make_known()
         self._is_timed = they_have
 
     def _ask_known(self) -> bytes:

@@ -27,6 +27,7 @@ from vmfs.debug.paging import (
 from vmfs.debug.stack import StackState, stack_text
 from vmfs.debug.symbolfile import size_of, symbol_file
 from vmfs.debug.symbols import FILE_MOST, SymbolTable, parse_file
+from vmfs.debug.why import places_in, with_sources
 from vmfs.engine.base import Vcpu
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
@@ -278,8 +279,15 @@ async def stack(scope: Contents) -> str:
 
 async def why(scope: Contents) -> str:
     """`why`."""
-    account = scope.vm.account
-    return "" if account is None else await _in_thread(account.text, scope.vm.symbols)
+    account, symbols = scope.vm.account, scope.vm.symbols
+    if account is None:
+        return ""
+
+    def work() -> str:
+        text = account.text(symbols)
+        return with_sources(text, symbols.lines.places_of(places_in(text), trio.from_thread.check_cancelled).get)
+
+    return await _in_thread(work)
 
 
 # ---- the machine as a file
