@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from pathlib import Path
 
 from host.users import A, B, pid_of, status
 from mounting import Machine, failing, wait_until
@@ -75,6 +76,7 @@ def test_a_stopped_parent_holds_up_nobody_but_its_forker(server):
         finally:
             os._exit(0)
     try:
+        wait_until(lambda: Path(f"/proc/{child}/syscall").read_text().startswith("1 "), "it is in write(2)")
         other.write("fork", "of-other\n")
         assert Machine(server.path / "of-other").read("state") == "paused\n"
         assert failing(lambda: os.mkdir(server.path / "of-stopped")) == errno.EEXIST
