@@ -27,8 +27,9 @@ demo:
 	@scripts/setup.sh demo
 	@scripts/demo.sh
 
+# Two workers: tests of a mount wait for each other's processes half of the time. A file's tests stay together.
 test: setup
-	@.venv/bin/pytest $(ARGS)
+	@.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)

@@ -202,9 +202,21 @@ def test_a_thread_that_a_life_leaves_is_no_spares(monkeypatch):
 # ---- lives that are led before
 
 
+def tasks() -> set[int]:
+    return set(map(int, os.listdir("/proc/self/task")))
+
+
+# Those that `threading` does not know: xdist's.
+STRANGERS = tasks() - {thread.native_id for thread in threading.enumerate()}
+
+
 def what_there_is() -> tuple[int, int]:
     """Descriptors and threads. A thread that was joined may still be a task for a moment."""
-    wait_until(lambda: len(os.listdir("/proc/self/task")) == threading.active_count(), "threads that ended are gone")
+
+    def unknown() -> set[int]:
+        return tasks() - {thread.native_id for thread in threading.enumerate()} - STRANGERS
+
+    wait_until(lambda: not unknown(), "threads that ended are gone")
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 

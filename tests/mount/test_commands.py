@@ -240,12 +240,17 @@ def test_run_is_stopped_by_a_signal(vm):
     vm.write("mode", "long")
     vm.load("ebfe")
     vm.write("reg/rip", "0x1000")
-    process = subprocess.Popen([sys.executable, "-m", "vmfs.cli", "run", vm.path], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vmfs.cli", "run", vm.path],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+    )
     end = time.monotonic() + 20
     while vm.read("state") != "running\n":
         assert time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     assert vm.read("state") == "paused\n"
 

@@ -145,7 +145,7 @@ def header(*, backing=b"", size=1 << 20, l1_size=1, l1_at=0x10000, bits=16) -> b
         (b"KDMV" + b"\xff" * 1000, "ro", errno.EINVAL, ""),
         (b"vhdxfile" + bytes(1 << 20), "ro", errno.EINVAL, "damaged"),
         (bytes(64) + b"\x7f\x10\xda\xbe" + b"\xff" * 1000, "ro", errno.EINVAL, ""),
-        (gzip.compress(b"x" * 10_000)[:-20], "ro", errno.EINVAL, "ends too early"),
+        (gzip.compress(b"x" * 10_000, mtime=0)[:-20], "ro", errno.EINVAL, "ends too early"),
         (b"\x1f\x8b\xff", "ro", errno.EINVAL, "ends too early"),
         (b"\x28\xb5\x2f\xfd" + b"\xff" * 50, "ro", errno.EINVAL, "damaged"),
         (b"raw", "ro format=qcow2", errno.EINVAL, "damaged"),
