@@ -58,6 +58,7 @@ def test_buttons_run_step_and_go_back(page, bare):
     page.get_by_role("button", name="Go back one instruction (b)").click()
     shows(page, ".exit", "rip=0x1003")
     shows(page, ".past", "in the past")
+    assert page.locator(".mark.checkpoint").count() == 1 and page.locator(".mark.stop").count() >= 1
     page.get_by_label("Go to instruction").fill(str(bare.stat["instructions"] + 1))
     page.get_by_label("Go to instruction").press("Enter")
     shows(page, ".lines .here", "call")

@@ -40,6 +40,7 @@ EVERY = 0.05  # seconds of running between two checkpoints, where nobody says ho
 EVERY_LEAST, EVERY_MOST = 0.002, 60.0
 CHECKPOINTS_MOST = 192
 _SHARE = 0.07  # of the time of a run, that checkpoints may take
+_PLACES_MOST = 64  # that are told of
 _NEW = 8  # checkpoints that are kept however near they are
 _DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
 _PACE = 0.01  # seconds after which a machine whose time is the host's is told how much has passed
@@ -113,9 +114,15 @@ class History:
             f"checkpoints {len(self.checkpoints)}",
             f"bytes {self.bytes()}",
             f"past {'yes' if self.in_past else 'no'}",
+            " ".join(["places", *map(str, self._places())]),
             *([f"note {self.said}"] if self.said else []),
         ]
         return "".join(f"{line}\n" for line in lines)
+
+    def _places(self) -> list[int]:
+        """Where checkpoints are: all, or so many of them that a line has."""
+        places = [one.place for one in self.checkpoints]
+        return places[:: -(-len(places) // _PLACES_MOST) or 1]
 
     # ---- on and off
 

@@ -26,16 +26,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vmfs.client import Vm
 from vmfs.web.gate import PROTOCOL
-from vmfs.web.panes import CHANGES_BY_ITSELF, COSTLY, PANES
+from vmfs.web.panes import CHANGES_BY_ITSELF, PANES, WHILE_IT_RUNS
 from vmfs.web.place import Overview, Place, checked
 from vmfs.web.threads import Refused, Threads
 from vmfs.words.errors import VmfsError
 
 EVERY = 0.25  # seconds between two looks at a machine,
-EVERY_LIST = 1.0  # at all machines,
-EVERY_COSTLY = 3.0  # and at what takes long to read, while the machine runs
+EVERY_LIST = 1.0  # and at all machines
 PANES_MOST = 32
-CLOSED_MOST = 1.0  # seconds that the descriptors of a page that has gone are waited for
 
 
 def sentence(failure: BaseException) -> str:
@@ -89,7 +87,7 @@ class Watch:
         now, messages = time.monotonic(), []
         for name, asked in self.panes.items():
             known = name in self._sent
-            if known and state == "running" and name in COSTLY and now - self._looked.get(name, 0) < EVERY_COSTLY:
+            if known and state == "running" and now - self._looked.get(name, 0) < WHILE_IT_RUNS.get(name, 0):
                 continue
             if known and not moved and state != "running" and name not in CHANGES_BY_ITSELF:
                 continue

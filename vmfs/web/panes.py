@@ -120,7 +120,7 @@ def disasm(vm: Vm, cpu: int, asked: Asked) -> Any:
     if first is None:
         return {"rip": None, "lines": lines}
     rip = int(first[1], 16)
-    before = _before(one, rip, first[2] or "")
+    before = [] if vm.state == "running" else _before(one, rip, first[2] or "")
     one.write("disasm", f"rip {count}\n")  # as it was for all who read it
     return {"rip": f"{rip:#x}", "lines": [*before, *lines]}
 
@@ -324,6 +324,7 @@ CHANGES_BY_ITSELF = frozenset({"memory", "trace", "head", "history", "points", "
 """What may be another thing although no register is: read at each look. The others are read when the machine has run,
 or something was written to it."""
 
-COSTLY = frozenset({"pagetable", "devices", "snapshots", "why"})
-"""Of a machine that runs, every few seconds only."""
+WHILE_IT_RUNS = {"registers": 1.0, "disasm": 1.0, "stack": 1.0, "pagetable": 3.0, "devices": 3.0, "snapshots": 3.0,
+                 "why": 3.0}  # fmt: skip
+"""Seconds between two reads of what stops the guest, or takes long."""
 

@@ -1,4 +1,4 @@
-// The past as a time line: where it begins and ends, where the machine is, its checkpoints, the inputs, and the stops seen here.
+// The past as a time line: where it begins and ends, where the machine is, its checkpoints, and the stops seen here.
 
 import { Pane } from "./pane.js";
 import { button, bytes, grouped, h, field, onEnter } from "../dom.js";
@@ -63,10 +63,9 @@ export class Past extends Pane {
       one.style.left = `${to > from ? (place - from) / (to - from) * 100 : 0}%`;
       return one;
     };
-    const listed = (name) => (history[name] ?? "").split(" ").filter(Boolean).map(Number);
+    const places = (history.places ?? "").split(" ").filter(Boolean).map(Number);
     this.marks.replaceChildren(
-      ...listed("checkpoints_at").map((place) => mark(place, "checkpoint", `Checkpoint at ${grouped(place)}`)),
-      ...listed("inputs_at").map((place) => mark(place, "input", `Input at ${grouped(place)}`)),
+      ...places.map((place) => mark(place, "checkpoint", `Checkpoint at ${grouped(place)}`)),
       ...[...this.stops].filter(([place]) => place >= from && place <= to).map(([place, exit]) => mark(place, "stop", `${grouped(place)}: ${exit}`)));
   }
 }
