@@ -10,7 +10,7 @@ from argparse_manpage.manpage import Manpage
 from vmfs import __version__, cli
 
 SHELLS = ("bash", "zsh", "fish")
-MACHINES = {"machine", "machines", "directory"}
+MACHINES = {"machine", "machines", "directory", "mount", "uploads"}
 
 
 def main() -> None:

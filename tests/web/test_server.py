@@ -183,6 +183,24 @@ def test_a_page_is_told_what_changes_and_nothing_else(site, bare):
         assert looked_at(page, until=lambda message: "gone" in message)["gone"] == name
 
 
+def test_of_several_cpus_one_is_shown_and_stepped(site, web_server):
+    with Vm.temporary(web_server.path, mem_size="4M", cpus=2, mode="long") as vm:
+        vm.write_virt(0x1000, bytes.fromhex("48ffc0 ebfb"))
+        sregs = vm.read("sregs")
+        vm.write("cpu1/sregs", sregs)
+        vm.cpu(1).regs.update(rip=0x1000)
+        name = Path(vm.path).name
+        assert site.do(name, "step", cpu=1) == "debug cause=step rip=0x1003 cpu=1"
+        site.do(name, "set-register", cpu=1, name="rbx", value="7")
+        assert (vm.cpu(1).regs.rbx, vm.regs.rbx) == (7, 0)
+        with site.socket("/live") as page:
+            panes = {"registers": {}, "memory": {"at": "rip"}}
+            page.send(json.dumps({"watch": {"machine": name, "cpu": 1, "panes": panes}}))
+            registers = looked_at(page, until=lambda message: message.get("pane") == "registers")
+            assert registers["cpu"] == 1 and dict(registers["data"]["rows"])["rax"] == "0x0000000000000001"
+            assert looked_at(page, until=lambda message: message.get("pane") == "memory")["data"]["at"] == "0x1003"
+
+
 @pytest.mark.parametrize("said", ["[]", "nothing", '{"watch": 5}', '{"look": {}}'])
 def test_a_page_that_says_nonsense_is_let_go_or_not_heard(site, said):
     from websockets.exceptions import ConnectionClosed

@@ -163,14 +163,14 @@ class Live:
                     if asked.get("machine"):
                         if watch is None or watch.name != asked["machine"]:
                             if watch is not None:
-                                watch.close()
+                                self._threads.later(watch.close)
                             watch = Watch(self._place, asked)
                         watch.set(asked)
                         busy = asyncio.ensure_future(self._threads.call(watch.name, watch.look))
                         messages += await asyncio.shield(busy)
                         pause = EVERY
                     elif watch is not None:
-                        watch.close()
+                        self._threads.later(watch.close)
                         watch = None
                 except EXPECTED as failure:
                     if isinstance(failure, Refused):
@@ -189,7 +189,7 @@ class Live:
         except (WebSocketDisconnect, RuntimeError):  # it is gone
             pass
         finally:
-            if busy is not None and not busy.done():  # a thread uses the descriptors still
-                busy.add_done_callback(lambda _: watch and watch.close())
+            if watch is not None and busy is not None and not busy.done():  # a thread uses the descriptors still
+                busy.add_done_callback(lambda _, close=watch.close: self._threads.later(close))
             elif watch is not None:
-                watch.close()
+                self._threads.later(watch.close)

@@ -325,6 +325,6 @@ CHANGES_BY_ITSELF = frozenset({"memory", "trace", "head", "history", "points", "
 or something was written to it."""
 
 WHILE_IT_RUNS = {"registers": 1.0, "disasm": 1.0, "stack": 1.0, "pagetable": 3.0, "devices": 3.0, "snapshots": 3.0,
-                 "why": 3.0}  # fmt: skip
+                 "why": 3.0, "screen": 1.0}  # fmt: skip
 """Seconds between two reads of what stops the guest, or takes long."""
 

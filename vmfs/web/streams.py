@@ -53,8 +53,7 @@ class Streams:
         await page.accept(PROTOCOL)
         self._open += 1
         try:
-            path = self._place.machine(machine)
-            fd, said = await self._threads.call(machine, _open_console, path, port)
+            fd, said = await self._threads.call(machine, lambda: _open_console(self._place.machine(machine), port))
         except (OSError, Refused) as failure:
             self._open -= 1
             await _close(page, sentence(failure))

@@ -64,6 +64,11 @@ class Threads:
         self._jobs.put(job)
         return await future
 
+    @staticmethod
+    def later(function: Callable[[], object]) -> None:
+        """Call it in a thread of its own, and wait for nothing: closing a file of a mount asks its server."""
+        threading.Thread(target=function, name="vmfs-web-later", daemon=True).start()
+
     def _work(self) -> None:
         while True:
             self._jobs.get()()
