@@ -57,7 +57,7 @@ export class Past extends Pane {
     if (document.activeElement !== this.slider || this.now !== now) this.slider.value = now;
     this.now = now;
     this.label.textContent = grouped(now);
-    this.about.textContent = `of ${grouped(from)} to ${grouped(to)}; ${history.checkpoints} checkpoints, ${bytes(Number(history.bytes))}${history.past === "yes" ? "; in the past" : ""}${history.note ? `; ${history.note}` : ""}`;
+    this.about.textContent = `of ${grouped(from)} to ${grouped(to)}; ${history.checkpoints} checkpoint${history.checkpoints === "1" ? "" : "s"}, ${bytes(Number(history.bytes))}${history.past === "yes" ? "; in the past" : ""}${history.note ? `; ${history.note}` : ""}`;
     const mark = (place, kind, title) => {
       const one = button("", title, () => this.go(place), { class: `mark ${kind}`, tabindex: kind === "stop" ? "0" : "-1" });
       one.style.left = `${to > from ? (place - from) / (to - from) * 100 : 0}%`;
