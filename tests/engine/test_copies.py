@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from engine.conftest import engine_or_skip
 from engine.saving import be, fork_of
-from engine.test_past import ORIGIN, SECONDS, SIZE, WALKER, look, run
+from engine.test_past import ORIGIN, SIZE, WALKER, beside_one_left_alone, look, run
 from engine.test_past import make as make  # noqa: PLC0414  # the fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -51,24 +51,18 @@ def test_it_is_the_same(engine, make, again, kind):
 
 def test_it_runs_on_as_one_that_was_left_alone(make, again):
     """Forks of forks, and their snapshots, at any instruction."""
-    engine = engine_or_skip("emulator")
-    for kind, cpus in (("bare", 1), ("pc", 1), ("bare", 4)):
-        dice = random.Random(cpus)
-        alone, vm = make(engine, kind, cpus=cpus), make(engine, kind, cpus=cpus)
-        vm.put(alone.take().result(SECONDS))
-        for number in range(12):
-            count = dice.choice((1, 3, 100, 9000))
-            assert run(alone, count) == run(vm, count)
-            parent = vm
-            if number % 3:
-                vm.past.take("own")
-                run(vm, dice.randrange(1, 20_000))
-                vm = again(parent, "own")
-                run(parent, dice.randrange(1, 20_000))
-                parent.past.drop("own")
-            else:
-                vm = again(parent)
-            assert vm.state_hash() == alone.state_hash(), (kind, number)
+
+    def disturb(vm, number, dice):
+        if not number % 3:
+            return again(vm)
+        vm.past.take("own")
+        run(vm, dice.randrange(1, 20_000))
+        child = again(vm, "own")
+        run(vm, dice.randrange(1, 20_000))
+        vm.past.drop("own")
+        return child
+
+    beside_one_left_alone(make, disturb)
 
 
 def test_pages_that_are_all_over_ram_are_mapped_and_copied(make, again, monkeypatch):
