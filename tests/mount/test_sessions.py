@@ -59,9 +59,13 @@ def test_the_session_in_the_readme(engine, tmp_path):
     script = "".join(f"{command}\necho '{mark}'\n" for command, _ in session)
     for said, meant in ("/tmp/vmfs", '"$HOME"/vmfs'), ("vmfs mount ", f"vmfs mount --engine {engine} "):
         script = script.replace(said, meant)
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    # As a fresh shell has it: the command is found by the session's own first line, where the clone has its .venv.
+    fresh = [each for each in os.environ["PATH"].split(":") if not (Path(each) / "vmfs").exists()]
+    if BIN != ROOT / ".venv" / "bin":
+        fresh.append(str(BIN))
+    environment = {**os.environ, "PATH": ":".join(fresh), "HOME": str(tmp_path)}
     done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          cwd=tmp_path, env=environment)
+                          cwd=ROOT, env=environment)
     printed = done.stdout.split(f"{mark}\n")[:-1]
     shown = ["".join(f"{line}\n" for line in output) for _, output in session]
     assert list(zip(printed, [command for command, _ in session], strict=True)) == \
