@@ -660,7 +660,7 @@ PyDoc_STRVAR(want_lane_doc,
     "want_lane(wanted)\n\n"
     "Whether the next mount has the lane.");
 
-static PyObject *fuse_want_lane(PyObject *module, PyObject *args)
+static PyObject *py_want_lane(PyObject *module, PyObject *args)
 {
     if (!PyArg_ParseTuple(args, "p", &hooks.lane_wanted))
         return NULL;
@@ -674,7 +674,7 @@ PyDoc_STRVAR(bind_doc,
     "Takes libfuse's functions from the library that pyfuse3's extension, loaded from path, uses. OSError\n"
     "where there is none.");
 
-static PyObject *fuse_bind(PyObject *module, PyObject *args)
+static PyObject *py_bind(PyObject *module, PyObject *args)
 {
     PyObject *path;
     if (!PyArg_ParseTuple(args, "O&", PyUnicode_FSConverter, &path))
@@ -710,7 +710,7 @@ PyDoc_STRVAR(interposed_doc,
     "interposed()\n\n"
     "Whether a library loaded from now on calls these functions for libfuse's.");
 
-static PyObject *fuse_interposed(PyObject *module, PyObject *args)
+static PyObject *py_interposed(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(dlsym(RTLD_DEFAULT, "fuse_session_process_buf") == (void *)fuse_session_process_buf
                            && dlsym(RTLD_DEFAULT, "fuse_reply_open") == (void *)fuse_reply_open
@@ -722,7 +722,7 @@ PyDoc_STRVAR(seen_doc,
     "seen()\n\n"
     "Whether a request has come through these functions.");
 
-static PyObject *fuse_seen(PyObject *module, PyObject *args)
+static PyObject *py_seen(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(hooks.seen);
 }
@@ -732,7 +732,7 @@ PyDoc_STRVAR(current_request_doc,
     "The Request that this task serves, or None: before the first, in a task that serves none, or where\n"
     "the hooks did not take.");
 
-static PyObject *fuse_current_request(PyObject *module, PyObject *args)
+static PyObject *py_current_request(PyObject *module, PyObject *args)
 {
     Request *request = request_current();
     return Py_NewRef(request ? (PyObject *)request : Py_None);
@@ -742,7 +742,7 @@ PyDoc_STRVAR(request_doc,
     "request(unique)\n\n"
     "The Request of that number, or None where it is none that is served.");
 
-static PyObject *fuse_request(PyObject *module, PyObject *arg)
+static PyObject *py_request(PyObject *module, PyObject *arg)
 {
     unsigned long long unique = PyLong_AsUnsignedLongLong(arg);
     if (unique == (unsigned long long)-1 && PyErr_Occurred())
@@ -755,7 +755,7 @@ PyDoc_STRVAR(current_unique_doc,
     "current_unique()\n\n"
     "The number of the request that this task serves, or 0.");
 
-static PyObject *fuse_current_unique(PyObject *module, PyObject *args)
+static PyObject *py_current_unique(PyObject *module, PyObject *args)
 {
     Request *request = request_current();
     return PyLong_FromUnsignedLongLong(request ? request->unique : 0);
@@ -766,7 +766,7 @@ PyDoc_STRVAR(want_passthrough_doc,
     "Whether to ask the kernel for passthrough at the next FUSE_INIT (it does by default), and the reason\n"
     "that passthrough_reason() gives until then.");
 
-static PyObject *fuse_want_passthrough(PyObject *module, PyObject *args)
+static PyObject *py_want_passthrough(PyObject *module, PyObject *args)
 {
     int wanted;
     const char *reason;
@@ -781,7 +781,7 @@ PyDoc_STRVAR(passthrough_available_doc,
     "passthrough_available()\n\n"
     "Whether the mount has passthrough; False before it is initialized.");
 
-static PyObject *fuse_passthrough_available(PyObject *module, PyObject *args)
+static PyObject *py_passthrough_available(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(hooks.passthrough);
 }
@@ -790,7 +790,7 @@ PyDoc_STRVAR(passthrough_reason_doc,
     "passthrough_reason()\n\n"
     "Why the mount has passthrough, or has not: a sentence.");
 
-static PyObject *fuse_passthrough_reason(PyObject *module, PyObject *args)
+static PyObject *py_passthrough_reason(PyObject *module, PyObject *args)
 {
     return PyUnicode_DecodeLocale(hooks.passthrough_reason, "surrogateescape");
 }
@@ -811,7 +811,7 @@ PyDoc_STRVAR(backing_open_doc,
     "id is closed; fd itself may be closed. OSError: EOPNOTSUPP without passthrough, else what\n"
     "FUSE_DEV_IOC_BACKING_OPEN answers.");
 
-static PyObject *fuse_backing_open(PyObject *module, PyObject *args)
+static PyObject *py_backing_open(PyObject *module, PyObject *args)
 {
     struct backing_map map = {0};
     int id;
@@ -830,7 +830,7 @@ PyDoc_STRVAR(backing_close_doc,
     "Drops an id. Files that are open with it stay open. OSError: ENOENT for an id that is none,\n"
     "EOPNOTSUPP without passthrough.");
 
-static PyObject *fuse_backing_close(PyObject *module, PyObject *args)
+static PyObject *py_backing_close(PyObject *module, PyObject *args)
 {
     unsigned int id;
     int done;
@@ -865,7 +865,7 @@ PyDoc_STRVAR(passthrough_next_open_doc,
     "apply). 0 takes it back. If the handler fails, the id goes unused. ValueError outside of an open,\n"
     "OSError EOPNOTSUPP without passthrough.");
 
-static PyObject *fuse_passthrough_next_open(PyObject *module, PyObject *args)
+static PyObject *py_passthrough_next_open(PyObject *module, PyObject *args)
 {
     int backing_id;
     if (!PyArg_ParseTuple(args, "i", &backing_id))
@@ -877,7 +877,7 @@ PyDoc_STRVAR(passthrough_open_doc,
     "passthrough_open(unique, backing_id)\n\n"
     "The same for the open request of that number, from any task or thread.");
 
-static PyObject *fuse_passthrough_open(PyObject *module, PyObject *args)
+static PyObject *py_passthrough_open(PyObject *module, PyObject *args)
 {
     unsigned long long unique;
     int backing_id;
@@ -891,7 +891,7 @@ PyDoc_STRVAR(set_extents_doc,
     "What lseek(2) finds in the open file with that number: its size, then where each piece of data starts and\n"
     "ends, in order, as native 64-bit numbers. None: it is closed.");
 
-static PyObject *fuse_set_extents(PyObject *module, PyObject *args)
+static PyObject *py_set_extents(PyObject *module, PyObject *args)
 {
     PyObject *fh, *extents;
     if (!PyArg_ParseTuple(args, "O!O", &PyLong_Type, &fh, &extents))
@@ -911,21 +911,21 @@ static PyObject *fuse_set_extents(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"bind", fuse_bind, METH_VARARGS, bind_doc},
-    {"interposed", fuse_interposed, METH_NOARGS, interposed_doc},
-    {"seen", fuse_seen, METH_NOARGS, seen_doc},
-    {"current_request", fuse_current_request, METH_NOARGS, current_request_doc},
-    {"current_unique", fuse_current_unique, METH_NOARGS, current_unique_doc},
-    {"request", fuse_request, METH_O, request_doc},
-    {"want_passthrough", fuse_want_passthrough, METH_VARARGS, want_passthrough_doc},
-    {"passthrough_available", fuse_passthrough_available, METH_NOARGS, passthrough_available_doc},
-    {"passthrough_reason", fuse_passthrough_reason, METH_NOARGS, passthrough_reason_doc},
-    {"backing_open", fuse_backing_open, METH_VARARGS, backing_open_doc},
-    {"backing_close", fuse_backing_close, METH_VARARGS, backing_close_doc},
-    {"passthrough_next_open", fuse_passthrough_next_open, METH_VARARGS, passthrough_next_open_doc},
-    {"passthrough_open", fuse_passthrough_open, METH_VARARGS, passthrough_open_doc},
-    {"set_extents", fuse_set_extents, METH_VARARGS, set_extents_doc},
-    {"want_lane", fuse_want_lane, METH_VARARGS, want_lane_doc},
+    {"bind", py_bind, METH_VARARGS, bind_doc},
+    {"interposed", py_interposed, METH_NOARGS, interposed_doc},
+    {"seen", py_seen, METH_NOARGS, seen_doc},
+    {"current_request", py_current_request, METH_NOARGS, current_request_doc},
+    {"current_unique", py_current_unique, METH_NOARGS, current_unique_doc},
+    {"request", py_request, METH_O, request_doc},
+    {"want_passthrough", py_want_passthrough, METH_VARARGS, want_passthrough_doc},
+    {"passthrough_available", py_passthrough_available, METH_NOARGS, passthrough_available_doc},
+    {"passthrough_reason", py_passthrough_reason, METH_NOARGS, passthrough_reason_doc},
+    {"backing_open", py_backing_open, METH_VARARGS, backing_open_doc},
+    {"backing_close", py_backing_close, METH_VARARGS, backing_close_doc},
+    {"passthrough_next_open", py_passthrough_next_open, METH_VARARGS, passthrough_next_open_doc},
+    {"passthrough_open", py_passthrough_open, METH_VARARGS, passthrough_open_doc},
+    {"set_extents", py_set_extents, METH_VARARGS, set_extents_doc},
+    {"want_lane", py_want_lane, METH_VARARGS, want_lane_doc},
     {NULL},
 };
 

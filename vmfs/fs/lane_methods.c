@@ -55,7 +55,7 @@ PyDoc_STRVAR(lane_serves_doc,
     "lane_serves()\n\n"
     "Whether the mount has the lane.");
 
-static PyObject *fuse_lane_serves(PyObject *module, PyObject *args)
+static PyObject *py_lane_serves(PyObject *module, PyObject *args)
 {
     return PyBool_FromLong(lane_serves());
 }
@@ -64,7 +64,7 @@ PyDoc_STRVAR(lane_stop_doc,
     "lane_stop()\n\n"
     "Ends the lane's threads. Before the mount is given up: they hold its device open.");
 
-static PyObject *fuse_lane_stop(PyObject *module, PyObject *args)
+static PyObject *py_lane_stop(PyObject *module, PyObject *args)
 {
     Py_BEGIN_ALLOW_THREADS
     lane_stop();
@@ -76,7 +76,7 @@ PyDoc_STRVAR(lane_map_doc,
     "lane_map(fd)\n\n"
     "The page of a machine (vmfs/words/lane.h), a memfd of LANE_SIZE that cannot shrink: an opaque object.");
 
-static PyObject *fuse_lane_map(PyObject *module, PyObject *args)
+static PyObject *py_lane_map(PyObject *module, PyObject *args)
 {
     return opaque(&MACHINES, args);
 }
@@ -85,7 +85,7 @@ PyDoc_STRVAR(lane_close_doc,
     "lane_close(machine)\n\n"
     "Nothing is answered from its page any more.");
 
-static PyObject *fuse_lane_close(PyObject *module, PyObject *capsule)
+static PyObject *py_lane_close(PyObject *module, PyObject *capsule)
 {
     struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
     if (!machine)
@@ -98,7 +98,7 @@ PyDoc_STRVAR(lane_add_doc,
     "lane_add(fh, machine, file, handle, written) -> whether it is the lane's now\n\n"
     "The open file fh is hot: file, one of LANE_FILES, of the machine, where it has the number handle; it is open to be written.");
 
-static PyObject *fuse_lane_add(PyObject *module, PyObject *args)
+static PyObject *py_lane_add(PyObject *module, PyObject *args)
 {
     unsigned long long fh, handle;
     unsigned file;
@@ -116,7 +116,7 @@ PyDoc_STRVAR(lane_forget_doc,
     "lane_forget(fh)\n\n"
     "The open file fh is hot no more.");
 
-static PyObject *fuse_lane_forget(PyObject *module, PyObject *arg)
+static PyObject *py_lane_forget(PyObject *module, PyObject *arg)
 {
     unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
     if (fh == (unsigned long long)-1 && PyErr_Occurred())
@@ -131,7 +131,7 @@ PyDoc_STRVAR(lane_keep_doc,
     "lane_keep(opcode, of, answer)\n\n"
     "What FUSE_GETATTR of an inode, or FUSE_FLUSH of an open file, is answered from now on, without Python. None: Python answers.");
 
-static PyObject *fuse_lane_keep(PyObject *module, PyObject *args)
+static PyObject *py_lane_keep(PyObject *module, PyObject *args)
 {
     unsigned opcode;
     unsigned long long of;
@@ -150,7 +150,7 @@ PyDoc_STRVAR(lane_seen_doc,
     "lane_seen(fh)\n\n"
     "The news that a read of the open file by the lane has seen; 0 where there was none.");
 
-static PyObject *fuse_lane_seen(PyObject *module, PyObject *arg)
+static PyObject *py_lane_seen(PyObject *module, PyObject *arg)
 {
     unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
     if (fh == (unsigned long long)-1 && PyErr_Occurred())
@@ -162,7 +162,7 @@ PyDoc_STRVAR(lane_still_doc,
     "lane_still(machine)\n\n"
     "A number that is the same while the CPU stands still, or None.");
 
-static PyObject *fuse_lane_still(PyObject *module, PyObject *capsule)
+static PyObject *py_lane_still(PyObject *module, PyObject *capsule)
 {
     struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
     if (!machine)
@@ -175,7 +175,7 @@ PyDoc_STRVAR(lane_leave_doc,
     "lane_leave(machine, reads, writes)\n\n"
     "Leave reads and writes of these files, a bit each, to Python until the next call.");
 
-static PyObject *fuse_lane_leave(PyObject *module, PyObject *args)
+static PyObject *py_lane_leave(PyObject *module, PyObject *args)
 {
     PyObject *capsule;
     unsigned reads, writes;
@@ -192,7 +192,7 @@ PyDoc_STRVAR(lane_counts_doc,
     "lane_counts(machine) -> (reads, runs, writes, left, written_ns)\n\n"
     "Reads that were answered from its page, runs, writes, and runs and writes that were left to Python; when the last write was.");
 
-static PyObject *fuse_lane_counts(PyObject *module, PyObject *capsule)
+static PyObject *py_lane_counts(PyObject *module, PyObject *capsule)
 {
     struct lane_machine *machine = PyCapsule_GetPointer(capsule, MACHINE);
     if (!machine)
@@ -210,7 +210,7 @@ PyDoc_STRVAR(ring_map_doc,
     "The memory by which a machine hands on a stream (vmfs/words/ring.h), a memfd of RING_SIZE that cannot shrink: an opaque\n"
     "object.");
 
-static PyObject *fuse_ring_map(PyObject *module, PyObject *args)
+static PyObject *py_ring_map(PyObject *module, PyObject *args)
 {
     return opaque(&RINGS, args);
 }
@@ -219,7 +219,7 @@ PyDoc_STRVAR(ring_begin_doc,
     "ring_begin(ring)\n\n"
     "Its machine has it now. OSError where what that says there cannot be.");
 
-static PyObject *fuse_ring_begin(PyObject *module, PyObject *capsule)
+static PyObject *py_ring_begin(PyObject *module, PyObject *capsule)
 {
     struct ring *ring = PyCapsule_GetPointer(capsule, RING);
     if (!ring)
@@ -236,7 +236,7 @@ PyDoc_STRVAR(ring_read_doc,
     "ring_read(ring, offset, size) -> bytes\n\n"
     "The bytes from offset on, as many as there are, up to size; they were read then.");
 
-static PyObject *fuse_ring_read(PyObject *module, PyObject *args)
+static PyObject *py_ring_read(PyObject *module, PyObject *args)
 {
     PyObject *capsule;
     unsigned long long offset;
@@ -261,7 +261,7 @@ PyDoc_STRVAR(lane_add_stream_doc,
     "lane_add_stream(fh, machine, file, ring) -> whether it is the lane's now\n\n"
     "The open file fh is a stream, file of enum lane_file, of the machine.");
 
-static PyObject *fuse_lane_add_stream(PyObject *module, PyObject *args)
+static PyObject *py_lane_add_stream(PyObject *module, PyObject *args)
 {
     unsigned long long fh;
     unsigned file;
@@ -276,20 +276,20 @@ static PyObject *fuse_lane_add_stream(PyObject *module, PyObject *args)
 }
 
 PyMethodDef lane_methods[] = {
-    {"lane_serves", fuse_lane_serves, METH_NOARGS, lane_serves_doc},
-    {"lane_stop", fuse_lane_stop, METH_NOARGS, lane_stop_doc},
-    {"lane_map", fuse_lane_map, METH_VARARGS, lane_map_doc},
-    {"lane_close", fuse_lane_close, METH_O, lane_close_doc},
-    {"lane_add", fuse_lane_add, METH_VARARGS, lane_add_doc},
-    {"lane_forget", fuse_lane_forget, METH_O, lane_forget_doc},
-    {"lane_keep", fuse_lane_keep, METH_VARARGS, lane_keep_doc},
-    {"lane_seen", fuse_lane_seen, METH_O, lane_seen_doc},
-    {"lane_still", fuse_lane_still, METH_O, lane_still_doc},
-    {"lane_leave", fuse_lane_leave, METH_VARARGS, lane_leave_doc},
-    {"lane_counts", fuse_lane_counts, METH_O, lane_counts_doc},
-    {"lane_add_stream", fuse_lane_add_stream, METH_VARARGS, lane_add_stream_doc},
-    {"ring_map", fuse_ring_map, METH_VARARGS, ring_map_doc},
-    {"ring_begin", fuse_ring_begin, METH_O, ring_begin_doc},
-    {"ring_read", fuse_ring_read, METH_VARARGS, ring_read_doc},
+    {"lane_serves", py_lane_serves, METH_NOARGS, lane_serves_doc},
+    {"lane_stop", py_lane_stop, METH_NOARGS, lane_stop_doc},
+    {"lane_map", py_lane_map, METH_VARARGS, lane_map_doc},
+    {"lane_close", py_lane_close, METH_O, lane_close_doc},
+    {"lane_add", py_lane_add, METH_VARARGS, lane_add_doc},
+    {"lane_forget", py_lane_forget, METH_O, lane_forget_doc},
+    {"lane_keep", py_lane_keep, METH_VARARGS, lane_keep_doc},
+    {"lane_seen", py_lane_seen, METH_O, lane_seen_doc},
+    {"lane_still", py_lane_still, METH_O, lane_still_doc},
+    {"lane_leave", py_lane_leave, METH_VARARGS, lane_leave_doc},
+    {"lane_counts", py_lane_counts, METH_O, lane_counts_doc},
+    {"lane_add_stream", py_lane_add_stream, METH_VARARGS, lane_add_stream_doc},
+    {"ring_map", py_ring_map, METH_VARARGS, ring_map_doc},
+    {"ring_begin", py_ring_begin, METH_O, ring_begin_doc},
+    {"ring_read", py_ring_read, METH_VARARGS, ring_read_doc},
     {NULL},
 };
