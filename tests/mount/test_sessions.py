@@ -27,6 +27,7 @@ def engine(request):
     return request.param.name
 
 
+@pytest.mark.timeout(600)  # ten seconds, on a host that has nothing else to do
 def test_the_demo(engine):
     environment = {**os.environ, "VMFS_ENGINE": engine, "PATH": f"{BIN}:{os.environ['PATH']}"}
     # Linux is on the emulator, whatever the first machine is on: once will do.
