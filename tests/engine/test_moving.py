@@ -359,7 +359,7 @@ def test_a_reset_leaves_nothing_of_a_cpu(vm, assembler):
 DEADLINE = """
     mov dword ptr [0x8000], 0x00086000; lea rax, [rip + tick]; mov [gate], ax
     lidt [table]; mov esp, 0x7000; mov edx, 0xfee00000; mov dword ptr [rdx + 0xf0], 0x1ff
-    mov dword ptr [rdx + 0x320], 0x40040; mov ecx, 0x6e0; rdtsc; add eax, 100000000; adc edx, 0; wrmsr
+    mov dword ptr [rdx + 0x320], 0x40040; mov ecx, 0x6e0; rdtsc; add eax, 1000000000; adc edx, 0; wrmsr
     out 0x80, al; sti; hlt; mov dx, 0xf4; mov al, 1; out dx, al
 tick: mov dx, 0xf4; mov al, 2; out dx, al
     .balign 8
