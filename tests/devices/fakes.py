@@ -50,6 +50,9 @@ class FakeMachine:
         else:
             self.slots.pop(slot, None)
 
+    def dirty_log(self, slot):
+        return bytes(2)
+
 
 def saved(board):
     """The state of every device, as bytes."""

@@ -97,7 +97,7 @@ def test_seabios_and_a_sector_of_a_virtio_disk(make_pc, tmp_path):
     assert pc.read("screen.txt") == "graphics 640x480x32\n"
     assert "framebuffer start=0 pitch=2560 bits=32\n" in (pc.path / "dev/display/info").read_text()
     with open(pc.path / "framebuffer", "r+b") as file:
-        assert os.fstat(file.fileno()).st_size == 16 << 20
+        assert os.fstat(file.fileno()).st_size == 64 << 20
         os.pwrite(file.fileno(), b"\x03\x02\x01\xff", 2560 * 3 + 4 * 5)
         if pc.stat()["memory_served_by"] == "passthrough":
             with mmap.mmap(file.fileno(), 1 << 20) as memory:
@@ -106,7 +106,7 @@ def test_seabios_and_a_sector_of_a_virtio_disk(make_pc, tmp_path):
         else:
             os.pwrite(file.fileno(), b"\xff\xff\xff\xff", 0)
         with pytest.raises(OSError, match="File too large"):
-            os.pwrite(file.fileno(), b"x", 16 << 20)
+            os.pwrite(file.fileno(), b"x", 64 << 20)
     image = picture(pc)
     assert image.size == (640, 480)
     assert [image.getpixel(at) for at in ((5, 3), (0, 0), (6, 3))] == [(1, 2, 3), (255, 255, 255), (0, 0, 0)]

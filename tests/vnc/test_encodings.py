@@ -1,4 +1,4 @@
-"""Pictures: what has changed of one is found, and what a client decodes is what was there. The decoders are written from
+"""Pictures: what has changed of one is found, and what a client decodes is what was there. The decoders are written by
 the protocol's description, and share nothing with the encoders."""
 
 from __future__ import annotations

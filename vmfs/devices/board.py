@@ -31,7 +31,7 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.bus import Bus
-from vmfs.devices.device import U64, Device, DeviceState
+from vmfs.devices.device import U64, WINDOW, WINDOW_HALF, WINDOW_SLOTS, Device, DeviceState
 from vmfs.devices.inputs import Inputs
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
@@ -97,6 +97,7 @@ class Board:
         self._attendant: threading.Thread | None = None
         self._told_due: int | None = None
         self._slots: dict[int, tuple[int, int, int, int, bool]] = {}  # slot -> arguments of map_memory
+        self._window: list[str | tuple[int, int]] = ["ram" if self.has_window else "nothing"] * 2
         self._mapping: object | None = None  # of RAM, that `ram_chip` has
         self._last_now: tuple[int, int] | None = None  # the guest's time, and the host's clock then
         self._closed = False
@@ -547,6 +548,34 @@ class Board:
         if size:
             self._slots[slot] = address, fd, offset, size, read_only
 
+    @property
+    def has_window(self) -> bool:
+        """Whether there is RAM at all of WINDOW; else what a display has there is its alone."""
+        return self.memory.regions[0].size >= WINDOW + 2 * WINDOW_HALF
+
+    def show_window(self, half: int, what: str | tuple[int, int]) -> None:
+        """Have the CPU see in a half of WINDOW its RAM ("ram"), "nothing", so that each access is the display's, or the
+        memory of a descriptor from an offset on. As `map_memory`."""
+        if what == "ram" and not self.has_window:
+            what = "nothing"
+        if self._window[half] == what:
+            return
+        if self._window[half] == "ram":  # what the guest has written there is not forgotten with the slot
+            address = WINDOW + half * WINDOW_HALF
+            pages = int.from_bytes(self.machine.dirty_log(WINDOW_SLOTS[half]), "little")
+            self.wrote_all((address + (page << 12), 1 << 12) for page in range(WINDOW_HALF >> 12) if pages >> page & 1)
+        self._window[half] = what
+        self._set_window(self.machine, half)
+
+    def _set_window(self, machine: Machine, half: int) -> None:
+        what, slot, address = self._window[half], WINDOW_SLOTS[half], WINDOW + half * WINDOW_HALF
+        if what == "ram":
+            machine.map_memory(slot, address, self.memory.mapping, address, WINDOW_HALF)
+        elif isinstance(what, tuple):
+            machine.map_memory(slot, address, *what, WINDOW_HALF)
+        else:
+            machine.map_memory(slot, 0, 0, 0, 0)
+
     def read_memory(self, address: int, length: int) -> bytes:
         """What `map_memory` has put there, for a debugger: up to `length` bytes of one slot; empty where there is
         none."""
@@ -565,6 +594,7 @@ class Board:
         """RAM has another size, which `memory` knows."""
         if self._mapping is not None:
             assert self.ram is not None  # it is mapped anew
+        self._window = ["ram" if self.has_window else "nothing"] * 2  # as a machine's RAM is mapped
 
     def reset(self) -> None:
         with self.lock:
@@ -580,6 +610,9 @@ class Board:
         with self.lock:
             for slot, (address, fd, offset, size, read_only) in self._slots.items():
                 machine.map_memory(slot, address, fd, offset, size, read_only=read_only)
+            for half, what in enumerate(self._window):
+                if what != "ram":
+                    self._set_window(machine, half)
             self.machine.set_deadline(None)
             self.machine.set_fast_bus(None)
             self.machine = machine

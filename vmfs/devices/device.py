@@ -30,6 +30,8 @@ from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid
 
 FIRST_SLOT = 3  # of memory, for `map_memory`: 0 and 2 are RAM, 1 the BIOS
+WINDOW, WINDOW_HALF = 0xA_0000, 0x1_0000  # where a display has its memory, in two halves: a slot each
+WINDOW_SLOTS = (16, 17)
 
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -101,6 +103,10 @@ class Port(Protocol):
     def wrote(self, address: int, length: int) -> None: ...
     def wrote_all(self, spans: Iterable[tuple[int, int]]) -> None: ...
     def wrote_slot(self, slot: int) -> None: ...
+
+    # What a PC has at WINDOW
+    has_window: bool  # RAM reaches beyond it
+    def show_window(self, half: int, what: str | tuple[int, int]) -> None: ...
 
     # Time
     def now(self) -> int: ...

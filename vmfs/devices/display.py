@@ -1,7 +1,8 @@
 """Display: a VGA with Bochs' VBE on the PCI bus, 1234:1111, as QEMU's "std" VGA is, and what it shows.
 
-BAR 0 is the framebuffer, memory of its own; BAR 2 registers: the VGA's ports from 400 on, the VBE's from 500 on. Both
-are at their legacy ports, too. There is no banked window at A0000 into the framebuffer, and no EDID.
+BAR 0 is the framebuffer, memory of its own, whose first 256 KiB are the VGA's planes; BAR 2 registers: the VGA's ports
+from 400 on, the VBE's from 500 on. Both are at their legacy ports, too. What the CPU has at A0000-BFFFF is RAM, the
+VGA's planes, or a bank of the framebuffer. There is no EDID.
 
 Source: QEMU's docs/specs/standard-vga.rst; Linux drivers/gpu/drm/tiny/bochs.c for what a driver expects.
 """
@@ -9,25 +10,30 @@ Source: QEMU's docs/specs/standard-vga.rst; Linux drivers/gpu/drm/tiny/bochs.c f
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import threading
+from typing import ClassVar
 
-from vmfs.devices.device import FIRST_SLOT, U32, DeviceState, Port, Window
+from vmfs.devices.device import FIRST_SLOT, U32, WINDOW, WINDOW_HALF, DeviceState, Port, Window
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.vbe import PORT, REGISTERS, Vbe, VbeState
-from vmfs.devices.vga import PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga, VgaState
+from vmfs.devices.vga import PLANES, PORTS_END, PORTS_START, GraphicsMode, TextMode, Vga, VgaState, in_ram, of_chip
 from vmfs.memory.hostfile import punch
 from vmfs.words.errors import Gone, Invalid, VmfsError
 
-FRAMEBUFFER_SIZE = 16 << 20
+FRAMEBUFFER_SIZE = 64 << 20  # 4K at 32 bits, once; a power of two
 SLOT = FIRST_SLOT  # of the engine's memory
 
-_FRAMEBUFFER, _REGISTERS, _VGA_PORTS, _VBE_PORTS = 0, 2, 6, 7  # regions: BARs by their index, legacy ports
+# Regions: BARs by their index, legacy ports, A0000-BFFFF (chips/vga.c has the numbers, too).
+_FRAMEBUFFER, _REGISTERS, _VGA_PORTS, _VBE_PORTS, _WINDOW = 0, 2, 6, 7, 8
 _VGA_AT, _VGA_END, _VBE_AT = 0x400, 0x420, 0x500
 
 
 class DisplayState(DeviceState):
     """`framebuffer`: what was ever written of it, offsets and bytes."""
+
+    VERSION: ClassVar[int] = 2
 
     pci: PciState
     vga: VgaState
@@ -47,7 +53,6 @@ class Display(PciDevice[DisplayState]):
 
     def __init__(self, board: Port, name: str, slot: int) -> None:
         super().__init__(board, name, slot)
-        self.vga = Vga(board.now)
         self.vbe = Vbe(FRAMEBUFFER_SIZE, self._mode_set)
         self.framebuffer = os.memfd_create("vmfs-framebuffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.framebuffer, FRAMEBUFFER_SIZE)
@@ -55,12 +60,15 @@ class Display(PciDevice[DisplayState]):
         fcntl.fcntl(self.framebuffer, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._closing = threading.Lock()
         self._mapped: int | None = None
+        self.vga = Vga(board.bus, self.number, mmap.mmap(self.framebuffer, PLANES))
+        self.chip = self.vga.chip
 
     def windows(self) -> tuple[Window, ...]:
         return (
             *super().windows(),
             Window("port", PORTS_START, PORTS_END - PORTS_START, _VGA_PORTS),
             Window("port", PORT, 2, _VBE_PORTS),
+            Window("memory", WINDOW, 2 * WINDOW_HALF, _WINDOW),
         )
 
     def moved(self) -> None:
@@ -80,48 +88,67 @@ class Display(PciDevice[DisplayState]):
     # ---- accesses
 
     def read(self, region: int, offset: int, size: int) -> int:
-        if region == _VGA_PORTS:
-            return self.vga.read(PORTS_START + offset, size)
-        if region == _VBE_PORTS:
-            if size != 2:
-                return (1 << 8 * size) - 1
+        value = self.chip.read(region, offset, size)
+        if value is not None:
+            return value
+        if region == _VBE_PORTS and size == 2:
             return self.vbe.index if offset == 0 else self.vbe.read(self.vbe.index)
         if region == _REGISTERS:
-            return self._read_register(offset, size)
-        return self._read_framebuffer(offset, size)
+            is_vbe = _VBE_AT <= offset < _VBE_AT + 2 * REGISTERS and offset % 2 == 0 and size == 2
+            return self.vbe.read((offset - _VBE_AT) // 2) if is_vbe else 0
+        if region == _FRAMEBUFFER:
+            return self._read_framebuffer(offset, size)
+        return (1 << 8 * size) - 1
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if self.chip.write(region, offset, size, value):
+            return
         if region == _VGA_PORTS:
-            self.vga.write(PORTS_START + offset, size, value)
+            self._write_vga(PORTS_START + offset, size, value)
         elif region == _VBE_PORTS:
             if size == 2 and offset == 0:
                 self.vbe.index = value
             elif size == 2:
                 self.vbe.write(self.vbe.index, value)
         elif region == _REGISTERS:
-            self._write_register(offset, size, value)
-        else:
+            if _VGA_AT <= offset and offset + size <= _VGA_END:
+                self._write_vga(0x3C0 + offset - _VGA_AT, size, value)
+            elif _VBE_AT <= offset < _VBE_AT + 2 * REGISTERS and offset % 2 == 0 and size == 2:
+                self.vbe.write((offset - _VBE_AT) // 2, value)
+        elif region == _FRAMEBUFFER:
             os.pwrite(self.framebuffer, value.to_bytes(size, "little")[: FRAMEBUFFER_SIZE - offset], offset)
 
-    def _read_register(self, offset: int, size: int) -> int:
-        if _VGA_AT <= offset and offset + size <= _VGA_END:
-            return self.vga.read(0x3C0 + offset - _VGA_AT, size)
-        if _VBE_AT <= offset < _VBE_AT + 2 * REGISTERS and offset % 2 == 0 and size == 2:
-            return self.vbe.read((offset - _VBE_AT) // 2)
-        return 0
+    def _write_vga(self, port: int, size: int, value: int) -> None:
+        """A write to the VGA that changes how the CPU sees its memory: what was in RAM goes into the planes, and what
+        is to be there comes."""
+        before = self.chip.layout
+        self.chip.put(port, size, value)
+        if self.vbe.is_enabled:
+            return
+        for layout, to_ram in ((before, False), (self.chip.layout, True)):
+            seen = in_ram(layout)
+            if seen is not None and self.board.has_window:
+                self.chip.copy(self.board.ram[seen.address : seen.address + seen.size], seen.chained, to_ram)
+                if to_ram:
+                    self.board.wrote(seen.address, seen.size)
+        self.show_memory()
 
-    def _write_register(self, offset: int, size: int, value: int) -> None:
-        if _VGA_AT <= offset and offset + size <= _VGA_END:
-            self.vga.write(0x3C0 + offset - _VGA_AT, size, value)
-        elif _VBE_AT <= offset < _VBE_AT + 2 * REGISTERS and offset % 2 == 0 and size == 2:
-            self.vbe.write((offset - _VBE_AT) // 2, value)
+    def show_memory(self) -> None:
+        """Have the CPU see at A0000-BFFFF what it is to see there."""
+        if self.vbe.is_enabled:
+            self.board.show_window(0, (self.framebuffer, self.vbe.bank << 16))
+            self.board.show_window(1, "ram")
+            return
+        for half, is_chips in enumerate(of_chip(self.chip.layout)):
+            self.board.show_window(half, "nothing" if is_chips else "ram")
 
     def _read_framebuffer(self, offset: int, size: int) -> int:
         """While it lies where the engine cannot have it."""
         return int.from_bytes(os.pread(self.framebuffer, size, offset).ljust(size, b"\xff"), "little")
 
     def _mode_set(self, clear: int) -> None:
-        self.vga.dac_8bit = self.vbe.dac_8bit
+        self.chip.see(self.vbe.dac_8bit, self.vbe.is_enabled)
+        self.show_memory()
         self.counters["modes"] += 1
         if clear:
             punch(self.framebuffer, 0, clear)
@@ -144,10 +171,17 @@ class Display(PciDevice[DisplayState]):
         with self.board.lock:
             return self.vbe.mode() if self.vbe.is_enabled else self.vga.mode()
 
+    def planes(self) -> bytes:
+        """The VGA's memory, a byte of each plane after another."""
+        with self.board.lock:
+            seen = None if self.vbe.is_enabled or not self.board.has_window else in_ram(self.chip.layout)
+            ram = None if seen is None else self.board.ram[seen.address : seen.address + seen.size]
+            return self.chip.seen(ram, bool(seen and seen.chained))
+
     def describe(self) -> dict[str, str]:
         lines = {**super().describe(), "mode": str(self.mode())}
         mode = self.mode()
-        if isinstance(mode, GraphicsMode) and mode.memory == "framebuffer":
+        if isinstance(mode, GraphicsMode) and not mode.factor:
             lines["framebuffer"] = f"start={mode.start} pitch={mode.pitch} bits={mode.bits}"
         return lines
 
@@ -155,9 +189,9 @@ class Display(PciDevice[DisplayState]):
 
     def reset(self) -> None:
         super().reset()
-        self.vga.reset()
+        self.chip.reset()
         self.vbe.reset()
-        self.vga.dac_8bit = False
+        self.show_memory()
 
     def save(self) -> DisplayState:
         return DisplayState(
@@ -176,6 +210,8 @@ class Display(PciDevice[DisplayState]):
     def load(self, state: DisplayState) -> None:
         self.vbe.load(state.vbe)
         self.vga.load(state.vga)
+        self.chip.see(state.vga.dac_8bit, self.vbe.is_enabled)
+        self.show_memory()
         self.load_pci(state.pci)
         punch(self.framebuffer, 0, FRAMEBUFFER_SIZE)
         for offset, data in state.framebuffer:

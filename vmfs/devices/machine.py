@@ -203,6 +203,7 @@ class Pc(Board):
 
     def memory_resized(self) -> None:
         super().memory_resized()
+        self.display.show_memory()
         rtc = self.devices["rtc"]
         assert isinstance(rtc, Rtc)
         rtc.describe_memory(self.memory.size)

@@ -53,6 +53,10 @@ class Vbe:
     def dac_8bit(self) -> bool:
         return bool(self.registers[ENABLE] & DAC_8BIT)
 
+    @property
+    def bank(self) -> int:
+        return self.registers[BANK]
+
     def _pitch(self, width: int) -> int:
         return width * ((self.registers[BPP] + 7) // 8)
 
@@ -61,7 +65,7 @@ class Vbe:
         get = self.registers
         pitch = self._pitch(get[VIRT_WIDTH])
         start = get[Y_OFFSET] * pitch + self._pitch(get[X_OFFSET])
-        return GraphicsMode(get[XRES], get[YRES], get[BPP], "framebuffer", start, pitch)
+        return GraphicsMode(get[XRES], get[YRES], get[BPP], start, pitch)
 
     def read(self, index: int) -> int:
         if index >= REGISTERS:
@@ -84,6 +88,7 @@ class Vbe:
                 get[index] = 8 if index == BPP and value == 4 else value
         elif index == BANK:
             get[BANK] = value & (self.size >> 16) - 1  # so many bits as there are banks
+            self._changed(0)
         elif index == VIRT_WIDTH and self.is_enabled:
             if value >= get[XRES] and get[YRES] <= self._lines(value):
                 get[VIRT_WIDTH], get[VIRT_HEIGHT] = value, self._lines(value)

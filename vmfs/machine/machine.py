@@ -21,7 +21,7 @@ import msgspec
 from vmfs.debug.disasm import Listing
 from vmfs.debug.paging import Paging
 from vmfs.debug.why import Account
-from vmfs.devices.device import Device
+from vmfs.devices.device import WINDOW, WINDOW_HALF, WINDOW_SLOTS, Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.medium import Removable
 from vmfs.devices.virtio.disk import Disk, Overlay
@@ -74,7 +74,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RAM_SLOTS, ROM_SLOT = (0, 2), 1  # of RAM: below and above 4 GiB
+# Of RAM: below and above 4 GiB; of a PC that below is in four parts, for the display's window has slots of its own.
+RAM_SLOTS, ROM_SLOT = (0, 2, *WINDOW_SLOTS, 18), 1
 _MP_WAITING, _MP_HALTED = (1, 2), 3  # of struct kvm_mp_state: UNINITIALIZED and INIT_RECEIVED; HALTED
 RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
 _TSC = 0x10  # the MSR
@@ -98,7 +99,7 @@ class Vm(Recorded):
             undo.callback(self.memory.close)
             self._machine = engine.create_machine()
             undo.callback(self._machine.close)
-            self._map_ram(self._machine)
+            self._map_ram(self._machine, has_window=False)
             self.memory.written = self._wrote
             self._set_cpus(_make_cpus(self._machine, 1))
             self.time_source = default_time(self._machine)
@@ -785,7 +786,7 @@ class Vm(Recorded):
             if size != self.memory.size:
                 self._check_no_past("mem_size")
                 self.memory.resize(size)
-                self._map_ram(self._machine)
+                self._map_ram(self._machine, has_window=self.board is not None)
                 if self.board is not None:
                     self.board.memory_resized()
 
@@ -824,7 +825,7 @@ class Vm(Recorded):
         has_board = self.board is not None if board_type == "same" else board_type is not None
         machine = engine.create_machine()
         try:
-            self._map_ram(machine)
+            self._map_ram(machine, has_window=has_board)
             if self._rom is not None:
                 self._map_rom(machine, self._rom)
             if has_board:
@@ -978,8 +979,9 @@ class Vm(Recorded):
     def _engine_dirty(self) -> int:
         """What the guest wrote since this was last asked: a bit a page, by its address."""
         found = 0
-        for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
-            found |= int.from_bytes(self._machine.dirty_log(slot), "little") << region.address // PAGE
+        for slot, address, _ in _ram_parts(self.memory, has_window=self.board is not None):
+            with contextlib.suppress(Invalid):  # a display has taken the slot: what was written there is noted
+                found |= int.from_bytes(self._machine.dirty_log(slot), "little") << address // PAGE
         return found
 
     def memory_written(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -997,11 +999,11 @@ class Vm(Recorded):
         if self.past.is_tracked:
             self._own_writes.append((address, size))
 
-    def _map_ram(self, machine: Machine) -> None:
+    def _map_ram(self, machine: Machine, *, has_window: bool) -> None:
         for slot in RAM_SLOTS:
             machine.map_memory(slot, 0, 0, 0, 0)
-        for slot, region in zip(RAM_SLOTS, self.memory.regions, strict=False):
-            machine.map_memory(slot, region.address, self.memory.mapping, region.address, region.size)
+        for slot, address, size in _ram_parts(self.memory, has_window=has_window):
+            machine.map_memory(slot, address, self.memory.mapping, address, size)
 
     def _note_written(self, pages: int) -> None:
         """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""
@@ -1087,3 +1089,18 @@ def check_time(source: str) -> None:
 def default_time(machine: Machine) -> str:
     """Where a machine that has no devices has its time from."""
     return "instructions" if Capability.DETERMINISTIC in machine.capabilities else "host"
+
+
+def _ram_parts(memory: Memory, *, has_window: bool) -> list[tuple[int, int, int]]:
+    """Slot, address and size of what is mapped of RAM, with the window of a display or in one piece."""
+    low, *high = memory.regions
+    parts = [(RAM_SLOTS[1], one.address, one.size) for one in high]
+    if not has_window:
+        return [(RAM_SLOTS[0], 0, low.size), *parts]
+    end = WINDOW + 2 * WINDOW_HALF
+    parts.append((RAM_SLOTS[0], 0, min(low.size, WINDOW)))
+    if low.size >= end:
+        parts += [(slot, WINDOW + half * WINDOW_HALF, WINDOW_HALF) for half, slot in enumerate(WINDOW_SLOTS)]
+    if low.size > end:
+        parts.append((RAM_SLOTS[-1], end, low.size - end))
+    return parts

@@ -19,7 +19,6 @@ from vmfs.devices.machine import Pc
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
 from vmfs.machine.files.lines import Do
-from vmfs.memory.ram import MemoryView
 from vmfs.words.errors import Invalid, Unsupported
 
 T = TypeVar("T")
@@ -40,15 +39,8 @@ async def screen_picture(scope: Contents) -> bytes:
     return await _shown(scope, screen.picture)
 
 
-async def _shown(scope: Contents, show: Callable[[Display, MemoryView], T]) -> T:
-    display = _pc(scope, "screen").display
-    memory = scope.vm.memory
-
-    def work() -> T:
-        with memory.view(trio.from_thread.check_cancelled) as ram:
-            return show(display, ram)
-
-    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+async def _shown(scope: Contents, show: Callable[[Display], T]) -> T:
+    return await trio.to_thread.run_sync(show, _pc(scope, "screen").display, abandon_on_cancel=True)
 
 
 def put_keys(scope: Contents, text: str) -> Do:

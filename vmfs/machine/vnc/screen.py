@@ -80,17 +80,16 @@ class Screen:
 
     def _update(self, picture: Picture) -> bytearray | tuple[int, int] | None:
         """In a thread: what has changed of a picture, or the size that it is to have."""
-        with self._scope.vm.memory.view(trio.from_thread.check_cancelled) as ram:
-            try:
-                shown = screen.look(self.board.display, ram)
-            except Unsupported:
-                shown = Shown(*_EMPTY, 8, b"", 0, 0, bytes(768))
-            try:
-                if (shown.width, shown.height) != (picture.width, picture.height):
-                    return shown.width, shown.height
-                return picture.update(shown)
-            finally:
-                shown.close()
+        try:
+            shown = screen.look(self.board.display)
+        except Unsupported:
+            shown = Shown(*_EMPTY, 8, b"", 0, 0, bytes(768))
+        try:
+            if (shown.width, shown.height) != (picture.width, picture.height):
+                return shown.width, shown.height
+            return picture.update(shown)
+        finally:
+            shown.close()
 
     async def keep(self) -> None:
         """Look while somebody waits, until this is cancelled."""
