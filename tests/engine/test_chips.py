@@ -39,6 +39,9 @@ def accesses(dice):
             [(0xCF8, dice.choice((1, 2, 4)), None), (dice.choice((0x64, 0x92)), 1, None)],
             [(dice.choice((0x80, 0x1234, 0xFFFF)), dice.choice((1, 2, 4)), dice.choice((None, byte)))],
             [(dice.choice((0xE9, 0x402)), 1, dice.choice((None, byte)))],
+            [(0x3D4, 2, dice.getrandbits(16)), (0x3D5, 1, None)],
+            [(0x3C8, 1, byte), (0x3C9, dice.choice((1, 2, 4)), dice.getrandbits(32)), (0x3C9, 2, None)],
+            [(0x3C0, 1, byte), (0x3C1, 1, None), (0x3CE, 1, byte), (0x3CF, 1, None)],
         ]
     )
 
