@@ -548,7 +548,7 @@ bool find_flags(struct translation *t, struct member *m)
         r = records[i];
         m->after[i].live = live;
         m->after[i].precise = precise;
-        if (!is_emitted(t, r)) {
+        if (!(m->emitted >> i & 1)) {
             live = precise = FLAGS_ARITHMETIC;
             continue;
         }
