@@ -540,6 +540,10 @@ ROWS = {  # some accesses off one register, of which a later one is in the next 
     "the stack": "488d6308 50 488b742408 4801f0 5a 48111424",
     # LEA RSP, [RBX-64]; MOV RSI, [RSP]; MOV RBP, RBX; LEAVE; POP RDI
     "a frame": "488d63c0 488b3424 4889dd c9 5f",
+    # MOV RSI, [RBX]; SUB RBX, -8; ADD RSI, [RBX]; DEC RBX; ADD RSI, [RBX]; INC RBX; SUB RBX, 8; MOV [RBX+4], RSI
+    "to and fro": "488b33 4883ebf8 480333 48ffcb 480333 48ffc3 4883eb08 48897304",
+    # LEA RSP, [RBX-64]; PUSH RBX; POP RSP; MOV RSI, [RSP]
+    "a stack that is popped": "488d63c0 53 5c 488b3424",
 }
 
 
