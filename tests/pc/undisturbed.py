@@ -86,6 +86,7 @@ class Sides:
         if disturbs:
             before = self._dice.randrange(self._slice)  # in the middle of whatever it is
             self._run(self.other, before)
+        if disturbs and self.other.state != "shutdown":
             name = self._dice.choice(("restore", "fork", "load", "move", "goto"))
             getattr(self, f"_{name}")()
             self.done[name] = self.done.get(name, 0) + 1
@@ -148,6 +149,8 @@ class Sides:
         here = {begin: vm.state_hash()}
         for _ in range(3):
             self._run(vm, self._more())
+            if vm.state == "shutdown":  # at that place it is not shut down when it is gone to
+                break
             here[place_of(vm)] = vm.state_hash()
         for place in self._dice.sample(sorted(here), len(here)):
             vm.start(Bound(journey=Journey(place=place))).result(SECONDS)
