@@ -62,6 +62,8 @@ need npm         has npm                # gets the packages of the web page, onc
 need chromium    has chromium           # in which tests press its buttons
 need git         has git                # programs that copy files, of which tests see what they get
 need rsync       has rsync
+need vim         has vim                # the guide of Unix tools, whose commands a test runs
+need procps      has watch
 need openssh-client has sftp
 need openssh-sftp-server test -e /usr/lib/openssh/sftp-server
 fi
@@ -134,7 +136,7 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], s
 PYTHON
     )
     { .venv/bin/pip install --disable-pip-version-check "${development[@]}" &&
-      .venv/bin/pip install --disable-pip-version-check -e '.[mount,web]'; } >.cache/pip.log 2>&1 </dev/null ||
+      .venv/bin/pip install --disable-pip-version-check --config-settings editable_mode=compat -e '.[mount,web]'; } >.cache/pip.log 2>&1 </dev/null ||
         { tail -n 30 .cache/pip.log >&2; die "pip could not install the packages above"; }
     rm -f .venv/extensions.stamp
     echo "$wanted" >.venv/packages.stamp

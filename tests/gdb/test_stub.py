@@ -11,6 +11,7 @@ from gdb.stub_client import Surroundings, connected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmfs.debug.symbols import SymbolTable
 from vmfs.machine.gdb.packets import escape, frame
 from vmfs.machine.gdb.server import Gdb
 from vmfs.machine.gdb.stub import COMMANDS, PACKET_SIZE, QUERIES
@@ -408,6 +409,18 @@ def test_a_machine_that_runs_is_stopped_for_gdb(loaded, on_stub):
     async def test(client, _):
         assert (await client.ask(b"?")).startswith(b"T05")
         assert isinstance(run.result(0), exits.Interrupted)
+
+    on_stub(test)
+
+
+@pytest.mark.parametrize("bits, architecture", [(32, b"i386<"), (64, b"i386:x86-64<")])
+def test_the_layout_is_that_of_the_symbols(loaded, on_stub, bits, architecture):
+    """gdb with a 32-bit ELF file takes no description of a 64-bit CPU."""
+    loaded.symbols = SymbolTable([(0x100, "T", "here")], bits=bits)
+
+    async def test(client, surroundings):
+        document = await client.ask(b"qXfer:features:read:target.xml:0,1000")
+        assert b"<architecture>" + architecture in document
 
     on_stub(test)
 

@@ -59,15 +59,29 @@ def test_a_hook_ends_the_run_and_the_next_one_goes_on(make, engine):
     assert stop.hits == 2
 
 
-def test_until_where_a_hook_is(make, engine):
-    """The hook is called once, when the run goes on from there."""
+@pytest.mark.parametrize("width", [1, 20])
+def test_until_where_a_hook_is(make, engine, width):
+    """The run ends before that instruction; its hook is called when the run goes on from there."""
     m = make(LOOP, engine=engine)
     m.rcx, seen = 1, []
-    m.hook_address(CODE + 3, lambda machine, address: seen.append(address))
+    m.hook_code(lambda machine, address: seen.append(address), CODE + 3, CODE + 3 + width)
     assert isinstance(m.run(until=CODE + 3), exits.Debug)
-    before = len(seen)
+    assert seen == []
+    assert isinstance(m.run(until=CODE + 6), exits.Debug)
+    assert seen == [CODE + 3]
     assert isinstance(m.run(until=CODE + 9), exits.Debug)
-    assert before <= len(seen) == 1
+    assert seen == ([CODE + 3] if width == 1 else [CODE + 3, CODE + 6, CODE + 8])
+
+
+def test_a_store_before_the_end_is_seen(make, engine):
+    """Its hook is called where the run ends after it, as well."""
+    m = make("mov [0x8000], rax; nop; hlt", engine=engine)
+    seen = []
+    m.hook_memory(lambda machine, is_write, address, size, value: seen.append(value), DATA, DATA + 8, read=False)
+    m.hook_code(lambda machine, address: seen.append(hex(address)), CODE + 8, CODE + 9)
+    m.rax = 7
+    assert isinstance(m.run(until=CODE + 8), exits.Debug)
+    assert seen == [7]
 
 
 def test_a_closed_machine_holds_its_hooks_no_more(make):

@@ -283,3 +283,10 @@ def test_another_user_needs_the_rights(vm):
     said = open(ours).read()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert said == f"vmfs set: {vm.path} is not yours to look at\n"
+
+
+def test_the_mount_that_the_environment_names(vm, tmp_path):
+    elsewhere = {**os.environ, "VMFS_MOUNT": str(vm.path.parent)}
+    assert f"\n{vm.path.name} " in ok("ls", env=elsewhere)
+    done = vmfs("ls", env={**os.environ, "VMFS_MOUNT": str(tmp_path)})
+    assert done.returncode == 1 and f"{tmp_path} is not a vmfs mount" in done.stderr

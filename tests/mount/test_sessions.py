@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import guides
 import pytest
 from mounting import reason_against
 
@@ -39,39 +40,16 @@ def test_the_demo(engine):
     assert ("I am the second" in done.stdout) == whole
 
 
-def commands(text):
-    """[(command, output it shows)] of the session in a README: indented, `$ ` before a command."""
-    session = re.search(r"## A session to copy\n\n((?:    .*\n)+)", text)[1]
-    shown = [line.removeprefix("    ") for line in session.splitlines()]
-    found = []
-    for line in shown:
-        if line.startswith("$ "):
-            found.append((line.removeprefix("$ "), []))
-        else:
-            found[-1][1].append(line)
-    return found
-
-
 def test_the_session_in_the_readme(engine, tmp_path):
-    session = commands((ROOT / "README.md").read_text())
-    assert len(session) > 10
-    mark = "=====next command====="
-    # /tmp/vmfs is what the README says; several of these may run at a time.
-    script = "".join(f"{command}\necho '{mark}'\n" for command, _ in session)
-    for said, meant in ("/tmp/vmfs", '"$HOME"/vmfs'), ("vmfs mount ", f"vmfs mount --engine {engine} "):
-        script = script.replace(said, meant)
+    home = tmp_path / "home"
+    home.mkdir()
     # As a fresh shell has it: the command is found by the session's own first line, where the clone has its .venv.
     fresh = [each for each in os.environ["PATH"].split(":") if not (Path(each) / "vmfs").exists()]
     if BIN != ROOT / ".venv" / "bin":
         fresh.append(str(BIN))
-    environment = {**os.environ, "PATH": ":".join(fresh), "HOME": str(tmp_path)}
-    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          cwd=ROOT, env=environment)
-    printed = done.stdout.split(f"{mark}\n")[:-1]
-    shown = ["".join(f"{line}\n" for line in output) for _, output in session]
-    assert list(zip(printed, [command for command, _ in session], strict=True)) == \
-        list(zip(shown, [command for command, _ in session], strict=True))
-    assert os.listdir(tmp_path / "vmfs") == []
+    meant = {"/tmp/vmfs": str(home / "vms"), "vmfs mount ": f"vmfs mount --engine {engine} "}
+    guides.run(ROOT / "README.md", home, meant, start=ROOT, path=":".join(fresh))
+    assert os.listdir(home / "vms") == []
 
 
 def test_the_c_in_the_readme_compiles(tmp_path):

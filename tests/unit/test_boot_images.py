@@ -335,6 +335,20 @@ def test_elf_refused(image, message):
         pass
 
 
+def test_a_segment_of_the_files_headers_alone_may_be_where_a_bios_has_its_rom():
+    """So `ld -Ttext=0x100000` makes it, and a boot loader's writes there are lost."""
+    image = bytearray(elf([(MIB - 4096, b"", 0), (MIB, CODE, 4096)], entry=MIB))
+    headers = 64 + 2 * 56
+    struct.pack_into("<QQQQQ", image, 64 + 8, 0, MIB - 4096, MIB - 4096, headers, headers)
+    with loaded(bytes(image)) as (start, memory):
+        assert start.registers["rip"] == MIB
+        assert memory.read(MIB, len(CODE)) == CODE
+        assert memory.read(MIB - 4096, 4) != b"\x7fELF"
+    struct.pack_into("<QQ", image, 64 + 8 + 24, headers + 1, headers + 1)
+    with pytest.raises(Invalid, match="not all RAM"), loaded(bytes(image)):
+        pass
+
+
 # ---- multiboot
 
 

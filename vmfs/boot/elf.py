@@ -22,6 +22,9 @@ _LOAD, _NOTE = 1, 4
 _HEADERS = 128  # program headers that a kernel may have
 _NOTES = 64 << 10  # bytes of notes that are looked at
 
+# ld puts the file's headers into the page before the first section. Where that begins at 1 MiB they are then in the
+# ROM of a BIOS, where a boot loader's writes are lost.
+_ROM = range(0xC0000, 0x100000)
 _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
@@ -83,7 +86,9 @@ def read(image: Source) -> Elf:
             if filled > size:
                 raise Invalid(f"{name}: an ELF segment has {filled} bytes in the file and {size} in memory")
             image.part(offset, filled)
-            segments.append(Segment(offset, virtual, physical, filled, size))
+            has_headers_alone = not offset and filled == size <= table + entry_size * count
+            if not (has_headers_alone and physical < _ROM.stop and physical + size > _ROM.start):
+                segments.append(Segment(offset, virtual, physical, filled, size))
         elif type_ == _NOTE and pvh is None:
             pvh = _find_pvh(image.read(offset, min(filled, _NOTES)), 8 if align == 8 else 4)
     if not segments:

@@ -29,7 +29,7 @@ def private_mount(
     quoted = shlex.quote(directory)
     with removed_in_any_case(f"fusermount3 -u -z -- {quoted}; rmdir -- {quoted}") as stay:
         made = subprocess.run(
-            [sys.executable, "-m", "vmfs.cli", "mount", *options, directory],
+            [sys.executable, "-P", "-m", "vmfs.cli", "mount", *options, directory],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

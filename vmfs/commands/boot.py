@@ -330,10 +330,19 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
             put(machine, "cmdline", cmdline)
     if arguments.symbols:
         copy(Path(arguments.symbols), machine / "symbols")
+    elif plan.kernel and is_elf(plan.kernel):
+        with contextlib.suppress(Invalid):  # it may have none
+            copy(Path(plan.kernel), machine / "symbols")
+            arguments.symbols = plan.kernel
     for where in arguments.breaks:
         put(machine, "debug", f"break {where}", what=f"--break {where[:40]}")
     if arguments.gdb is not None:
         put(machine, "gdb", f"127.0.0.1:{arguments.gdb}", what=f"--gdb {arguments.gdb}")
+
+
+def is_elf(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def default_cmdline(kernel: Path) -> str:

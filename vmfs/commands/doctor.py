@@ -311,7 +311,7 @@ def available() -> int:
 def trial_mount() -> Iterator[Finding]:
     """The proof: mount, make a machine, remove it, unmount, as a user would."""
     name = "trial mount"
-    command = [sys.executable, "-m", "vmfs.cli"]
+    command = [sys.executable, "-P", "-m", "vmfs.cli"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vmfs-doctor-", ignore_cleanup_errors=True) as directory:
         try:

@@ -27,7 +27,12 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 def own_mounts() -> Iterator[Path]:
-    """The mounts that this user has made, the first one first. Another user's is used only if it is named."""
+    """The mounts that this user has made, the first one first; or the one that VMFS_MOUNT names. Another user's is used
+    only if it is named."""
+    named = os.environ.get("VMFS_MOUNT")
+    if named:
+        yield mount(named)
+        return
     for each in mounts.table():
         if each.is_vmfs and each.user == os.geteuid() and not mounts.is_dead(each.path):
             yield Path(each.path)

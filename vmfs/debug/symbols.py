@@ -48,8 +48,9 @@ class SymbolTable:
     (`A`, `a`: sizes, offsets into the per-CPU area of Linux) have an address but name none.
     """
 
-    def __init__(self, symbols: Iterable[Symbol] = (), lines: Lines = NO_LINES) -> None:
+    def __init__(self, symbols: Iterable[Symbol] = (), lines: Lines = NO_LINES, bits: int = 64) -> None:
         self.lines = lines
+        self.bits = bits  # of the ELF file that they are of
         ordered = sorted(symbols, key=lambda symbol: symbol[0])
         self._symbols = ordered
         places = [symbol for symbol in ordered if symbol[1] not in "Aa"]
@@ -124,7 +125,7 @@ class SymbolTable:
             raise LimitReached(f"together there were more than {MOST} symbols")
         mine = set(self._symbols)
         symbols = (*self._symbols, *(one for one in other._symbols if one not in mine))
-        return SymbolTable(symbols, self.lines.merged(other.lines))
+        return SymbolTable(symbols, self.lines.merged(other.lines), self.bits)
 
     def text(self) -> str:
         """A line a symbol, by address: `ffffffff81000000 T _stext`."""
@@ -244,7 +245,7 @@ def _parse_elf(file: BinaryIO) -> SymbolTable:
                         if titles.startswith(name, one["sh_name"]):
                             sections[name] = one
                 lines = _elf_lines(file, size, headers, sections, elf.elfclass) if _LINES in sections else NO_LINES
-                return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass), lines)
+                return SymbolTable(_elf_symbols(entries, names, letters, elf.elfclass), lines, elf.elfclass)
     raise Invalid("the ELF file has no symbols: it was stripped")
 
 

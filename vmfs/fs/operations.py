@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Of what is as long: programs that read as much at a time as st_blksize says (cmp, diff) make a request for each.
+LARGE_BLOCK = 128 << 10
 ENTRY_SECONDS = 3600  # names change only by calls that come through the kernel, which then knows
 _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
@@ -74,7 +76,8 @@ def _attributes(node: Node) -> pyfuse3.EntryAttributes:
     entry.st_mode = node.st_mode
     entry.st_nlink = node.links
     entry.st_uid, entry.st_gid = node.uid, node.gid
-    (entry.st_size, entry.st_blocks), entry.st_blksize = node.size, PAGE
+    entry.st_size, entry.st_blocks = node.size
+    entry.st_blksize = PAGE if entry.st_size < LARGE_BLOCK else LARGE_BLOCK
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.modified_ns(), node.ctime_ns
     entry.attr_timeout = node.attr_seconds
     entry.entry_timeout = ENTRY_SECONDS

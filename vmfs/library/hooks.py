@@ -153,7 +153,10 @@ class Driver:
                 return exit_
             if single:
                 place = self._code_address()
-            if self._steps:
+            is_end = single and machine.rip == machine._until or any(
+                one.cause == "breakpoint" and one.id == UNTIL for one in (exit_, *exit_.also)
+            )  # before this instruction: its hooks are not called
+            if self._steps and not is_end:
                 for hook in self._hooks:
                     if hook.kind == MEMORY or not hook.begin <= place < hook.end or hook.end - hook.begin == 1:
                         continue
@@ -168,7 +171,9 @@ class Driver:
                     continue
                 hook = self._watched.get(-1 if one.id is None else one.id)
                 if hook is None:
-                    return exit_
+                    return one
+                if is_end and hook.kind != MEMORY:
+                    continue
                 if self._reach(machine, hook, one.addr or 0):
                     return self._at_hook(hook) if hook.kind != MEMORY else exit_
             if self._leave:

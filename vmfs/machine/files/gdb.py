@@ -24,7 +24,6 @@ from vmfs.machine.gdb import handover
 from vmfs.machine.gdb.packets import Decoder, Packet, frame
 from vmfs.machine.gdb.server import Gdb, Words
 from vmfs.machine.gdb.stub import parse_layout
-from vmfs.machine.gdb.target import DEFAULT
 from vmfs.machine.machine import Vm
 from vmfs.words.errors import Busy, Gone, Invalid, VmfsError, WouldBlock
 
@@ -76,7 +75,7 @@ class GdbPort:
         if self._place.address is None:
             return "off\n"
         name, linear = self.gdb.words
-        words = [self._place.address, *([name] if name != DEFAULT else []), *(["linear"] if linear else [])]
+        words = [self._place.address, *([name] if name else []), *(["linear"] if linear else [])]
         return " ".join(words) + "\n"
 
     async def set(self, asked: Asked) -> None:
@@ -94,7 +93,7 @@ class Asked:
     """What the `gdb` file is told: where to listen (None: nowhere), and for which layout."""
 
     where: Where | None
-    words: Words = (DEFAULT, False)
+    words: Words = ("", False)
 
 
 def parse_gdb(text: str) -> Asked:

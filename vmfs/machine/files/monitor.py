@@ -91,7 +91,7 @@ async def _layout(scope: Contents, rest: str) -> str:
     if rest:
         scope.gdb.gdb.words = parse_layout(rest.split())
     name, linear = scope.gdb.gdb.words
-    return f"layout {name}{' linear' * linear}, from the next connection on\n"
+    return f"layout {name or 'of the symbols'}{' linear' * linear}, from the next connection on\n"
 
 
 async def _irq(scope: Contents, rest: str) -> str:

@@ -33,7 +33,7 @@ _SHORT_SECONDS = 20e-3  # that a ^C may go unheard, for a step is most often don
 _REFUSAL_SECONDS = 5.0  # that a gdb which is one too many has for its first packet
 _LAST_SECONDS = 1.0  # to acknowledge the last packet
 
-Words = tuple[str, bool]  # a layout's name, and whether its pc is linear
+Words = tuple[str, bool]  # a layout's name ("": the one that goes with the symbols), and whether its pc is linear
 
 
 class Gdb:
@@ -41,7 +41,7 @@ class Gdb:
 
     def __init__(self, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
-        self.words: Words = ("x86-64", False)
+        self.words: Words = ("", False)
         self._scope = trio.CancelScope()
         self._session: Session | None = None
         self._gone = trio.Event()  # of that session

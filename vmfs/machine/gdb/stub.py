@@ -140,7 +140,7 @@ def error_reply(error: Exception) -> bytes:
 class Stub:
     """The stub of one session."""
 
-    def __init__(self, inferior: Inferior, layout_name: str = DEFAULT, *, linear: bool = False) -> None:
+    def __init__(self, inferior: Inferior, layout_name: str = "", *, linear: bool = False) -> None:
         self.inferior = inferior
         self.layout_name = layout_name
         self.linear = linear
@@ -154,7 +154,7 @@ class Stub:
         """Settled when it is first needed, for the rest of the session."""
         if self._layout is None:
             avx = self.inferior.avx()
-            self._layout = layout(self.layout_name, avx=avx, linear=self.linear)
+            self._layout = layout(self.layout_name or self._usual_layout(), avx=avx, linear=self.linear)
         return self._layout
 
     # ---- a packet
@@ -487,6 +487,10 @@ class Stub:
         self.inferior.physical = argument == b"1"
         return b"OK"
 
+    def _usual_layout(self) -> str:
+        """Where none was asked for: what a gdb expects that has the ELF file which `symbols` is of."""
+        return DEFAULT if self.inferior.vm.symbols.bits == 64 else "i386"
+
     def _set_layout(self, arguments: bytes) -> bytes:
         """vmfs's own, before gdb says anything: the words that may follow an address in the file `gdb`."""
         name, linear = parse_layout(arguments.decode("ascii", "replace").split(","))
@@ -537,8 +541,8 @@ def _action(action: bytes) -> Resume:
 
 
 def parse_layout(words: list[str]) -> tuple[str, bool]:
-    """A layout's name and `linear`, in any order, neither necessary."""
-    name, linear = DEFAULT, False
+    """A layout's name and `linear`, in any order, neither necessary. "": the one that goes with the symbols."""
+    name, linear = "", False
     for word in words:
         if word == "linear":
             linear = True

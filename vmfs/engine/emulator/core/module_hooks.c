@@ -234,6 +234,15 @@ static int at_stop(VcpuObject *self, PyObject *owner, const struct vcpu_exit *e,
     return 1; /* no hook's: a point of the caller's */
 }
 
+/* A breakpoint that is no hook's: the end of the run. */
+static bool is_of_callers(const struct watching *w, const struct vcpu_exit *e)
+{
+    for (size_t i = 0; i < w->count; i++)
+        if (w->hooks[i].id == e->id)
+            return false;
+    return e->cause == DEBUG_BREAKPOINT;
+}
+
 static uint64_t instructions(VcpuObject *self)
 {
     struct vcpu_counters counters;
@@ -323,9 +332,21 @@ PyObject *py_vcpu_run_hooked(VcpuObject *self, PyObject *const *args, Py_ssize_t
         struct vcpu_exit also[16];
         more = more < 16 ? more : 16;
         memcpy(also, others, more * sizeof *also); /* which a function that is called may change */
-        int how = at_stop(self, args[0], &exit, is_new);
+        if (!is_of_callers(w, &exit))
+            for (size_t i = 0; i < more; i++)
+                if (is_of_callers(w, &also[i])) {
+                    struct vcpu_exit first = exit;
+                    exit = also[i];
+                    also[i] = first;
+                    break;
+                }
+        bool ends = is_of_callers(w, &exit); /* before this instruction, which is not executed: its hooks are not called */
+        int how = 0;
         for (size_t i = 0; !how && i < more; i++)
-            how = at_stop(self, args[0], &also[i], is_new);
+            if (!ends || also[i].cause != DEBUG_BREAKPOINT)
+                how = at_stop(self, args[0], &also[i], is_new);
+        if (!how)
+            how = at_stop(self, args[0], &exit, is_new);
         if (how < 0)
             break;
         if (how) {
