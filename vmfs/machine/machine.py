@@ -38,12 +38,12 @@ from vmfs.machine.state import (
     Attached,
     Attempt,
     Owner,
-    Parts,
     Seen,
     Setup,
     Source,
     State,
     put,
+    put_again,
     put_cpu,
     put_engine,
     reset_values,
@@ -507,18 +507,23 @@ class Vm(Recorded):
 
             self.images.put(snapshot.images)
             try:
-                wanted, present = snapshot.opened(self), Parts.of(self)
-                cpuids = [[cpu["cpuid"] for cpu in parts.cpus] for parts in (wanted.parts, present)]
-                # An engine may refuse another CPUID once the CPU has run.
-                if self.engine.name != snapshot.engine.name or self._has_run and cpuids[0] != cpuids[1]:
-                    self._replace_machine(snapshot.engine)
-                    present = Parts.of(self)
-                self._use_rom(snapshot.rom)
-                try:
-                    put(self, wanted, put_memory, present)
-                except (Invalid, Unsupported):  # KVM takes some MSRs of a CPU that has not run only
-                    self._replace_machine(snapshot.engine)
-                    put(self, wanted, put_memory)
+                wanted = snapshot.opened(self)
+                cpuids = [cpu["cpuid"] for cpu in wanted.parts.cpus]
+                has_cpuids = not self._has_run or cpuids == [cpu.vcpu.get_state("cpuid") for cpu in self.cpus]
+                if wanted.put_on is self._machine and has_cpuids:
+                    self._use_rom(snapshot.rom)
+                    put_again(self, wanted, put_memory)
+                else:
+                    # An engine may refuse another CPUID once the CPU has run.
+                    if self.engine.name != snapshot.engine.name or not has_cpuids:
+                        self._replace_machine(snapshot.engine)
+                    self._use_rom(snapshot.rom)
+                    try:
+                        put(self, wanted, put_memory)
+                    except (Invalid, Unsupported):  # KVM takes some MSRs of a CPU that has not run only
+                        self._replace_machine(snapshot.engine)
+                        put(self, wanted, put_memory)
+                    wanted.put_on = self._machine
             except BaseException:
                 self.images.put(before[0])
                 self._use_rom(before[1])

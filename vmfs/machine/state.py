@@ -438,7 +438,10 @@ class Parts:
 
 class Opened:
     """A state that a machine can be, checked as far as that works without setting anything: Invalid for what it cannot
-    be. It may be put any number of times, as long as the machine has the same parts."""
+    be. It may be put any number of times, as long as the machine has the same parts. `put_on`: that of the engine which
+    was made this last, and so can be it."""
+
+    put_on: Machine | None = None
 
     def __init__(self, body: Body, state: State) -> None:
         self._body = body
@@ -500,26 +503,45 @@ def put(
     before = before or Parts.of(body)
     with body.engine_machine.at_one_moment():
         try:
-            _put(body, wanted, before, put_memory)
+            _put(body, wanted, before.setup.engine, put_memory, before)
         except BaseException:
-            _put(body, before, Parts.of(body), lambda: None)
+            _put(body, before, before.setup.engine, lambda: None)
             raise
 
 
-def _put(body: Body, wanted: Parts, present: Parts, put_memory: Callable[[], None]) -> None:
+def put_again(body: Body, opened: Opened, put_memory: Callable[[], None]) -> None:
+    """`put`, of what this same machine was made once: nothing of it is refused, so that nobody looks what there is
+    before."""
+    parts = opened.parts
+    with body.engine_machine.at_one_moment():
+        try:
+            _put(body, parts, parts.setup.engine, put_memory)
+        except BaseException:  # memory could not be put
+            _put(body, parts, parts.setup.engine, lambda: None)
+            raise
+
+
+def _put(
+    body: Body, wanted: Parts, engine: str, put_memory: Callable[[], None], present: Parts | None = None
+) -> None:
+    """`engine`: the one that the machine is of, or was before this was tried. `present`: what it is, where that is
+    known."""
     setup, board = wanted.setup, body.board
-    is_same = setup.engine == present.setup.engine
+    is_same = setup.engine == engine
     body.load_setup(setup)
     put_engine(body.engine_machine, wanted.engine)
     with _asleep(body):
         put_memory()
         if board is not None and wanted.board is not None:
-            if wanted.board != present.board:
+            present_board, devices = (
+                (board.save(), board.pack_devices()) if present is None else (present.board, present.devices)
+            )
+            if wanted.board != present_board:
                 board.load(wanted.board)
             others = {
                 name: state
                 for name, state in wanted.devices.items()
-                if state != present.devices[name] or board.devices[name].keeps_time
+                if state != devices[name] or board.devices[name].keeps_time
             }
             board.load_devices(board.unpack_devices(others))
     for vcpu, values in zip(body.vcpus, wanted.cpus, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import NamedTuple
 
@@ -170,7 +171,7 @@ class VcpuState:
             raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
 
     def _get_msrs(self, indices: tuple[int, ...]) -> bytes:
-        buffer = bytearray(layouts.pack_msrs([(index, 0) for index in indices]))
+        buffer = bytearray(_asking_for(indices))
         count = ioctl(self._fd, Ioctl.KVM_GET_MSRS, buffer)
         if count != len(indices):
             raise EngineFailed(f"KVM_GET_MSRS: MSR {indices[count]:#x} could be read, and now cannot")
@@ -180,20 +181,24 @@ class VcpuState:
         """All or none. What one takes may depend on another (MSR_PLATFORM_INFO on MISC_FEATURES_ENABLES): one that is
         refused is tried again after the others, and where that is no use, those that were set get their old values
         back."""
-        entries = layouts.unpack_msrs(data)
-        indices = tuple(index for index, _value in entries)
+        entries, indices = _msrs_of(bytes(data))
         if indices != self._saved_msrs:  # one that the CPU has not is refused when it is set
-            there = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in indices])
-            indices = tuple(index for index, _value in there)
-        before = dict(layouts.unpack_msrs(self._get_msrs(indices)))
-        entries = [
-            (index, value) for index, value in entries if before.get(index) != value or index == _IA32_TSC_DEADLINE
-        ]
+            accepted = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in indices])
+            indices = tuple(index for index, _value in accepted)
+        there = self._get_msrs(indices)
+        if len(indices) == len(entries):  # as they are where a state is set back: most are what they were
+            values = memoryview(there)[layouts.LIST_HEAD.size :].cast("Q").tolist()[1::2]
+            pairs = zip(entries, values, strict=True)
+            wanted = [one for one, value in pairs if one[1] != value or one[0] == _IA32_TSC_DEADLINE]
+        else:
+            have = dict(layouts.unpack_msrs(there))
+            wanted = [one for one in entries if have.get(one[0]) != one[1] or one[0] == _IA32_TSC_DEADLINE]
+        entries = wanted
         if (refused := self._set_each(entries)) and len(refused) < len(entries):
             refused = self._set_each(refused)
         if not refused:
             return
-        if len(self._set_each(self._set_each(list(before.items())))):
+        if len(self._set_each(self._set_each(layouts.unpack_msrs(there)))):
             raise EngineFailed("KVM_SET_MSRS: the MSRs beside a bad one did not take their old values back")
         index, value = refused[0]
         raise Invalid(f"KVM_SET_MSRS: MSR {index:#x} does not take {value:#x}")
@@ -246,6 +251,18 @@ def _msr_list(device: int) -> tuple[int, ...]:
     count = abi.MSR_LIST_HEAD.unpack_from(buffer)[0]
     listed = struct.unpack_from(f"<{count}I", buffer, abi.MSR_LIST_HEAD.size)
     return (*listed, *(index for index in _UNLISTED_MSRS if index not in listed))
+
+
+@functools.lru_cache(16)
+def _asking_for(indices: tuple[int, ...]) -> bytes:
+    return layouts.pack_msrs([(index, 0) for index in indices])
+
+
+@functools.lru_cache(16)
+def _msrs_of(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """The entries, and the MSRs that they are of; a state that is set again and again is taken apart once."""
+    entries = layouts.unpack_msrs(data)
+    return entries, tuple(index for index, _value in entries)
 
 
 def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
