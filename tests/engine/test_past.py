@@ -19,7 +19,8 @@ from vmfs.devices.virtio.disk import CLUSTER, SECTOR, Frozen, Overlay, open_disk
 from vmfs.engine.base import Capability
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
-from vmfs.memory.layers import bits, pages_of, runs
+from vmfs.memory import ram
+from vmfs.memory.layers import bits, extents, pages_of, runs
 from vmfs.memory.ram import HIGH_START, PAGE, Memory
 from vmfs.words.errors import AlreadyThere, Busy, LimitReached, NotThere
 from vmfs.words.modes import set_mode
@@ -107,6 +108,28 @@ def test_there_and_back(engine, make, kind):
         assert look(vm) == before and vm.state == "paused"
         run(vm, 9021)
         assert look(vm) == then
+
+
+def test_what_was_written_over_holes_is_there_when_the_kernel_has_dropped_clean_pages(engine, make, monkeypatch):
+    """Before a page of a hole is written over it, the kernel reads it, and the file has it then. That is clean, and is
+    dropped where memory is short: the files say no more what RAM is."""
+    vm = make(engine)
+    vm.past.take("one")
+    there = [list(extents(layer.fd, 0, vm.memory.end)) for layer in vm.past["one"].ram.layers]
+    run(vm, 9021)
+    then, (first, count) = ram_hash(vm), max(runs(vm.written_since("base")), key=lambda run: run[1])
+    assert (first * PAGE, (first + count) * PAGE) not in there[0]
+
+    def dropped(fd, start, end):
+        return ((max(at, start), min(to, end)) for at, to in there[0] if at < end and to > start)
+
+    assert len(there) == 1
+    monkeypatch.setattr(ram, "extents", dropped)
+    assert ram_hash(vm) == then
+    with vm.memory.view() as view:
+        assert any(at <= first * PAGE and (first + count) * PAGE <= to for at, to in view.extents())
+    vm.memory.clear(first * PAGE, count * PAGE)
+    assert vm.memory.read(first * PAGE, count * PAGE) == bytes(count * PAGE)
 
 
 def beside_one_left_alone(make, disturb):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
-from host.users import A, B
-from mounting import failing
+from host.users import A, B, pid_of
+from mounting import Machine, failing, number, wait_until
+
+ONCE = "66ff060050 f4 ebf8"  # again: inc dword [0x5000]; hlt; jmp again
 
 
 def test_another_user_gets_nothing_of_them(server):
@@ -41,3 +46,46 @@ def test_a_disk_of_another_users_line_is_frozen_with_files_of_the_one_who_asks(s
         A.does((vm / "snap" / name).mkdir)
     assert A.does(lambda: os.listdir(vm / "snap" / "one" / "disks")) == ["blk0"]
     A.does(vm.path.rmdir)
+
+
+def test_a_saved_machine_is_loaded_by_another_user_who_may_read_it(server, folder):
+    """As a directory, and as one file. It is that user's then, in all that it has."""
+    folder.chmod(0o777)
+    vm = A.makes(server.path / "saved-by-a")
+    A.does(vm.load, ONCE)
+    A.does(vm.run)
+    A.does((vm / "snap" / "one").mkdir)
+    saved, file = folder / "saved", folder / "saved.vmfs"
+    A.does(subprocess.check_call, ["cp", "-r", vm / "snap" / "one", saved])
+    A.does(subprocess.check_call, [sys.executable, "-m", "vmfs.cli", "save", f"{vm.path}:one", file])
+    other, loaded = B.makes(server.path / "loaded-by-b"), Machine(server.path / "loaded-from-a-file")
+    load = [sys.executable, "-m", "vmfs.cli", "load", file, loaded.path]
+    copy = ["cp", "-r", saved, other / "snap" / "in"]
+    assert B.does(subprocess.call, copy) and B.does(subprocess.call, load)  # they are A's alone
+    assert not loaded.path.exists()
+    B.does(lambda: [os.rmdir(other / "snap" / name) for name in os.listdir(other / "snap")])
+    subprocess.check_call(["chmod", "-R", "a+rX", saved, file])
+    B.does(subprocess.check_call, copy)
+    B.does(other.write, "restore", "in\n")
+    B.does(subprocess.check_call, load)
+    for one in (other, loaded):
+        assert B.does(number, one) == 1 and B.does(one.run) == "hlt rip=0x1006\n" and B.does(number, one) == 2
+        assert os.stat(one.path).st_uid == B.uid and A.does(failing, lambda one=one: one.read("regs")) == errno.EACCES
+        B.does(one.path.rmdir)
+    A.does(vm.path.rmdir)
+
+
+def test_a_process_that_is_killed_with_a_history_leaves_nothing(server):
+    vm, other = server.make(), server.make()
+    for one in (vm, other):
+        one.load("66ff060050 ebf9")
+    vm.write("history", "on\n")
+    vm.write("state", "run\n")
+    wait_until(lambda: int(dict(line.split(" ", 1) for line in vm.read("history").splitlines())["checkpoints"]) > 2)
+    os.kill(pid_of(vm), signal.SIGKILL)
+    wait_until(lambda: vm.read("state") == "failed\n")
+    assert "SIGKILL" in vm.read("error") and failing(lambda: vm.write("vm_run", "back 1\n")) == errno.EIO
+    other.write("vm_run", "insns 100\n")
+    assert other.read("exit").startswith("limit ")
+    for one in (vm, other):
+        one.path.rmdir()

@@ -98,6 +98,28 @@ def test_what_is_in_it_is_the_same_again(vm, saved, server, tmp_path):
     other.path.rmdir()
 
 
+def test_who_has_the_console_open_hears_the_machine_that_came_in(vm, server, tmp_path):
+    """Of other parts, so that the machine is made anew."""
+    vm.write("mem_size", f"{SMALL}\n")
+    vm.write("machine", "pc\n")
+    vm.load("baf803 b041 ee f4")  # mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt
+    (vm / "snap" / "one").mkdir()
+    subprocess.run(["cp", "-r", vm / "snap" / "one", tmp_path / "saved"], check=True)
+    other = server.make()
+    other.write("machine", "pc\n")
+    console = os.open(other / "console", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        subprocess.run(["cp", "-r", tmp_path / "saved", other / "snap" / "in"], check=True)
+        other.write("restore", "in\n")
+        assert "memory 4194304" in other.read("snap/in/info") and other.read("mem_size") == f"{SMALL}\n"
+        other.write("vm_run", "insns 3\n")
+        assert os.read(console, 100) == b"A"
+        assert os.write(console, b"typed") == 5
+    finally:
+        os.close(console)
+    other.path.rmdir()
+
+
 def test_a_machine_of_the_same_parts_goes_on_with_what_it_has(vm, saved):
     pid = vm.read("stat").split("pid ")[1].split()[0]
     subprocess.run(["cp", "-r", saved, vm / "snap" / "in"], check=True)

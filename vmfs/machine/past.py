@@ -56,6 +56,7 @@ class Snapshot:
     rw_disks: tuple[str, ...]  # that are rw: what their files hold is not in it
     memory_size: int
     encoded: bytes  # the state
+    still_ns: int = 0  # that the machine stood still for it
     _opened: list[Opened] = field(default_factory=list)
 
     def opened(self, vm: Body) -> Opened:
@@ -432,7 +433,7 @@ class _Taking:
     def finish(self, most: int, disks: dict[str, Overlay]) -> bool:
         """Between two instructions, with the machine's lock: what there is left to copy, and all else. False where it
         is more than there is room for."""
-        vm = self._vm
+        vm, began = self._vm, time.perf_counter_ns()
 
         def rest() -> bool:
             if any(disk.is_written and name not in self._overlays for name, disk in disks.items()):
@@ -470,6 +471,7 @@ class _Taking:
             instructions=vm.count_instructions(),
             memory_size=vm.memory.size,
             encoded=taken.encode(),
+            still_ns=time.perf_counter_ns() - began,
             rw_disks=tuple(name for name, disk in vm.disks() if disk.mode == "rw"),
         )
         vm.forget_pages()

@@ -208,6 +208,7 @@ def rebuild(scope: Contents, snapshot: Snapshot) -> None:
                 check_overlay(name, getattr(board.devices[name], "disk", None), frozen)
 
         vm.past.rebuild(snapshot, lambda: vm.rebuild(setup, snapshot.engine, snapshot.ram, fill, is_of_others=False))
+        scope.plug_consoles()
     except BaseException:
         if more > 0:
             door.reserve("mem", -more)

@@ -24,9 +24,13 @@ class ConsolePort:
     """A serial port or virtio console of the board, and the stream of what it has sent."""
 
     def __init__(self, serial: Serial | VirtioConsole, changed: Any, budget: Budget) -> None:
-        self.serial = serial
         self._typist = trio.CapacityLimiter(1)  # what is typed stays in order
         self.stream = Stream(LIMIT, changed, budget.follower(self, self._room_wanted, self._has_room))
+        self.plug(serial)
+
+    def plug(self, serial: Serial | VirtioConsole) -> None:
+        """Be that of this one: the machine was made anew, and readers go on."""
+        self.serial = serial
         serial.output = self.stream.append
         serial.took = self._took
 

@@ -199,9 +199,16 @@ class Contents(Scope):
         if serial is None:
             return None
         port = self._consoles.get(device)
-        if port is None or port.serial is not serial:
+        if port is None:
             port = self._consoles[device] = ConsolePort(serial, super().changed, self.budget)
+        elif port.serial is not serial:
+            port.plug(serial)
         return port
+
+    def plug_consoles(self) -> None:
+        """The machine has a new board: who has a console open hears its."""
+        for device in list(self._consoles):
+            self.console_port(device)
 
     def of_cpu(self, cpu: int | None) -> Contents:
         """The same, where what is a CPU's is of that one; None is the first, as at the top."""

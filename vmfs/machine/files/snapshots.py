@@ -47,6 +47,7 @@ def _info(scope: SnapshotScope) -> str:
         f"memory {snapshot.memory_size}",
         f"shared {shared}",
         f"own {own}",
+        *([f"standstill_us {snapshot.still_ns // 1000}"] if snapshot.still_ns else []),
         *(f"disk {name} cow" for name in sorted(snapshot.overlays)),
         *(f"disk {name} rw: what its file holds is not in the snapshot" for name in sorted(snapshot.rw_disks)),
     ]
