@@ -90,6 +90,7 @@ def extensions():
     for name, source in (
         ("vmfs.machine._lane", "vmfs/machine/_lane.c"),
         ("vmfs.machine._ring", "vmfs/machine/_ring.c"),
+        ("vmfs.host._multiply", "vmfs/host/_multiply.c"),
         ("vmfs.engine.kvm._run", "vmfs/engine/kvm/_run.c"),
     ):
         if os.path.exists(source):

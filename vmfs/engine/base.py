@@ -283,6 +283,11 @@ class Machine(abc.ABC):
     def create_irqchip(self) -> None:
         """LAPICs, IOAPIC, two 8259 and an 8254 in the engine; before the first CPU."""
 
+    def own(self) -> None:
+        """In a process that was forked, of a machine that has not run: have for itself what it would share with the
+        other process. Unsupported where a machine is of the process that made it."""
+        raise Unsupported("a machine of this engine is of the process that made it")
+
     @abc.abstractmethod
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set an input line of the interrupt controllers (KVM's default routing)."""

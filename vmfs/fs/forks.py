@@ -119,7 +119,7 @@ async def fork(host: Host, parent: Any, snapshot: str, writer: Writer) -> Machin
                 raise
         return child
     finally:
-        machine.tell(commands.Close(copy.copy))
+        machine.close_copy(copy)
 
 
 async def _hand_over(machine: MachineProcess, child: MachineProcess, copy: int, asker: Asker, ask: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Iterable
 from socket import socket
 
 import trio
@@ -16,6 +17,7 @@ from vmfs.host.credentials import Credentials
 from vmfs.host.inheritance import Inheritance
 from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
+from vmfs.host.template import Template
 from vmfs.host.zygote import Job, Zygote
 from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.commands import Become, Channel, ChannelBroken, ToServer
@@ -46,6 +48,7 @@ class Host:
         self._zygote = zygote
         self._machines: set[MachineProcess] = set()
         self._blocked: Counter[int] = Counter()
+        self._templates: dict[tuple[Inheritance, Credentials], Template] = {}
 
     @property
     def machines(self) -> frozenset[MachineProcess]:
@@ -148,14 +151,48 @@ class Host:
     def spawn(self, machine: MachineProcess, *, fresh: bool = False) -> tuple[Job, Channel[ToServer]]:
         """A process that is that machine's user from now on, and our end of its channel. `fresh`: not a spare.
         OSError where there is no descriptor for it."""
-        most = min(self._settings.max_memory, self._settings.max_memory_user)
-        who = machine.owner
         size = machine.memory_size if machine.inheritance is None else DEFAULT_SIZE  # it gets other RAM
         job, sock = self._zygote.machine(machine.engine, size, fresh=fresh)
+        return job, self._channel_of(machine.owner, sock)
+
+    def _channel_of(self, who: Credentials, sock: socket, *, multiplies: bool = False) -> Channel[ToServer]:
+        """To a process that is told whose it is."""
+        most = min(self._settings.max_memory, self._settings.max_memory_user)
+        most = most if most < NO_LIMIT else 0
         channel = Channel[ToServer](sock, ToServer, takes_fds=False)
-        with contextlib.suppress(ChannelBroken):  # the machine, which listens, hears so
-            channel.post(Become(who.uid, who.gid, list(who.groups), who.file_size, most if most < NO_LIMIT else 0))
-        return job, channel
+        with contextlib.suppress(ChannelBroken):  # who listens hears so
+            channel.post(Become(who.uid, who.gid, list(who.groups), who.file_size, most, multiplies))
+        return channel
+
+    # ---- templates
+
+    def spawn_ready(self, machine: MachineProcess) -> tuple[Job, Channel[ToServer]] | None:
+        """A process that is that fork already, where there is one."""
+        inheritance = machine.inheritance
+        if inheritance is None:
+            return None
+        key = inheritance, machine.owner
+        if key not in self._templates:
+            self._templates[key] = Template(self, machine.owner, machine.engine, inheritance)
+        found = self._templates[key].take()
+        return found and (found[0], Channel[ToServer](found[1], ToServer, takes_fds=False))
+
+    def spawn_template(self, owner: Credentials, engine: str) -> tuple[Job, Channel[ToServer]]:
+        job, sock = self._zygote.template(engine, DEFAULT_SIZE)
+        return job, self._channel_of(owner, sock, multiplies=True)
+
+    def adopt(self, pid: int) -> Job:
+        return self._zygote.adopt(pid)
+
+    def end_templates(self, inheritances: Iterable[Inheritance]) -> None:
+        """What they are of is gone."""
+        gone = set(inheritances)
+        for (inheritance, _), template in list(self._templates.items()):
+            if inheritance in gone:
+                template.end()
+
+    def forget_template(self, template: Template) -> None:
+        self._templates = {key: one for key, one in self._templates.items() if one is not template}
 
     def open(self, who: Credentials, work: opener.Work, answer: socket) -> Job:
         return self._zygote.opener(who, work, answer)

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -61,6 +61,7 @@ _LOOPBACK = ("127.0.0.1", "::1")
 HANDOVER = "\0vmfs-gdb-"  # how the names of sockets begin at which a gdb.stream is handed over
 _OPENINGS = (os.O_RDONLY, os.O_RDWR, os.O_TMPFILE | os.O_RDWR)  # the flags that a machine opens what a line names with
 
+_CHANGE_SNAPSHOTS = commands.Take | commands.Remove | commands.Arrive | commands.Make | commands.Rename
 _decode_result = msgspec.msgpack.Decoder(Result).decode
 
 
@@ -141,6 +142,8 @@ class Keeper(Protocol):
     @property
     def layers(self) -> dict[str, str]: ...
     def spawn(self, machine: MachineProcess, *, fresh: bool) -> tuple[Job, Channel[ToServer]]: ...
+    def spawn_ready(self, machine: MachineProcess) -> tuple[Job, Channel[ToServer]] | None: ...
+    def end_templates(self, inheritances: Iterable[Inheritance]) -> None: ...
     async def learn_sizes(self, machine: MachineProcess) -> None: ...
     def open(self, who: Credentials, work: opener.Work, answer: socket.socket) -> Job: ...
     def kill(self, job: Job) -> None: ...
@@ -167,6 +170,8 @@ class MachineProcess:
         self.shared = 0  # ... and that this server has made for it
         self.inheritance = inheritance  # of a fork: what it is made of
         self._copies: weakref.WeakValueDictionary[int, Inheritance] = weakref.WeakValueDictionary()  # of it
+        self._copied: dict[str, tuple[commands.Copied, Inheritance]] = {}  # of snapshots that are what they were
+        self._changes = 0  # of its snapshots
         self._files: tuple[socket.socket, Asker, trio.Event] | None = None  # the fork's, which it hears of once
         self.watcher = Watcher()
         self.memory_fd = -1
@@ -254,6 +259,9 @@ class MachineProcess:
         """`sent` is called when it has been said."""
         number = next(self._numbers)
         message = make(number)
+        changes = isinstance(message, _CHANGE_SNAPSHOTS)
+        if changes:
+            self._forget_copied()
         waiting = self._calls[number] = _Call(message, asker)
         self._last = f"{waiting.what} {getattr(message, 'file', '') or getattr(message, 'path', '')}".strip()
         try:
@@ -268,6 +276,8 @@ class MachineProcess:
             await waiting.event.wait()
         finally:
             self._calls.pop(number, None)
+            if changes:
+                self._forget_copied()
             if waiting.answer is None:  # nobody waits any more: it need not go on
                 self.interrupt(number)
         answer = waiting.answer
@@ -380,9 +390,18 @@ class MachineProcess:
             raise self._gone()
         if self._channel is None:
             self._birth, self._unborn = trio.Event(), None
+            ready = self.host.spawn_ready(self) if self._files is None else None
+            if ready is not None:
+                self._birth.set()
+                return self._hear_from(*ready)
             self._said = []
             return self._spawn()
         return self._channel
+
+    def _hear_from(self, job: Job, channel: Channel[ToServer], *, is_born: bool = True) -> Channel[ToServer]:
+        self._job, self._channel = job, channel
+        trio.lowlevel.spawn_system_task(self._listen, channel, job, is_born)
+        return channel
 
     def _spawn(self, *, fresh: bool = False) -> Channel[ToServer]:
         """`fresh`: not of a spare."""
@@ -390,9 +409,7 @@ class MachineProcess:
             job, channel = self.host.spawn(self, fresh=fresh)
         except OSError as error:
             raise LimitReached(f"the server has no descriptor left for it: {error.strerror}") from error
-        self._job, self._channel = job, channel
-        trio.lowlevel.spawn_system_task(self._listen, channel, job)
-        return channel
+        return self._hear_from(job, channel, is_born=False)
 
     async def _be_born(self, channel: Channel[ToServer], job: Job) -> None:
         """VmfsError where it is not: then it has done nothing of what it was asked. From the moment when it has said
@@ -484,7 +501,10 @@ class MachineProcess:
         self, snapshot: str, live: bool, asker: Asker | None, ask: Callable[..., Awaitable[Any]]
     ) -> tuple[commands.Copied, Inheritance]:
         """What a fork of it is made of: of now, or of that snapshot. `ask` is `call`, as the caller of the mount has
-        it. `Close` of the copy is to be told."""
+        it. `close_copy` is to be called."""
+        if snapshot in self._copied:
+            return self._copied[snapshot]
+        changes = self._changes
         answer = await ask(self, lambda at: commands.Fork(at, snapshot, live), asker)
         try:
             inheritance = self._copies.get(answer.same)
@@ -495,7 +515,21 @@ class MachineProcess:
         except BaseException:
             self.tell(commands.Close(answer.copy))
             raise
+        if snapshot and not answer.files and changes == self._changes and not self._is_over:
+            self._copied[snapshot] = answer, inheritance
         return answer, inheritance
+
+    def close_copy(self, copy: commands.Copied) -> None:
+        """It is made a machine of. That of a snapshot the server may use again."""
+        if not any(copy is kept for kept, _ in self._copied.values()):
+            self.tell(commands.Close(copy.copy), at_once=False)
+
+    def _forget_copied(self) -> None:
+        self._changes += 1
+        copied, self._copied = self._copied, {}
+        if not self._is_over:
+            for copy, _ in copied.values():
+                self.tell(commands.Close(copy.copy), at_once=False)
 
     def _stay_unborn(self, channel: Channel[ToServer], job: Job, why: VmfsError) -> None:
         """Be as it was made."""
@@ -507,22 +541,12 @@ class MachineProcess:
             call.event.set()
         self._birth.set()
 
-    async def _listen(self, channel: Channel[ToServer], job: Job) -> None:
-        """Hear the machine, from its birth to its end."""
+    async def _listen(self, channel: Channel[ToServer], job: Job, is_born: bool) -> None:
+        """Hear the machine, from its birth, unless it is born already, to its end."""
         why = ""  # it is ended by this server
         try:
-            try:
-                await self._be_born(channel, job)
-            except VmfsError as error:
-                if self.removed:
-                    raise ChannelEnded from error
-                if isinstance(error, _SpareEnded):
-                    await self._be_born_of_another(channel, job)
-                else:
-                    self._stay_unborn(channel, job, error)
+            if not is_born and not await self._begin_life(channel, job):
                 return
-            if self.inheritance is not None:
-                trio.lowlevel.spawn_system_task(self._come_into, channel, job, self.inheritance)
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
@@ -537,6 +561,22 @@ class MachineProcess:
             return
         with trio.CancelScope(shield=True):
             await self._end(channel, job, why)
+
+    async def _begin_life(self, channel: Channel[ToServer], job: Job) -> bool:
+        """Whether this process is the machine's: else it stays as it was made, or is another one's."""
+        try:
+            await self._be_born(channel, job)
+        except VmfsError as error:
+            if self.removed:
+                raise ChannelEnded from error
+            if isinstance(error, _SpareEnded):
+                await self._be_born_of_another(channel, job)
+            else:
+                self._stay_unborn(channel, job, error)
+            return False
+        if self.inheritance is not None:
+            trio.lowlevel.spawn_system_task(self._come_into, channel, job, self.inheritance)
+        return True
 
     async def _end(self, channel: Channel[ToServer], job: Job, why: str) -> None:
         self.watcher.ending()
@@ -556,6 +596,8 @@ class MachineProcess:
             channel.close()
         self._release_memory()
         self.inheritance = None
+        self._forget_copied()
+        self.host.end_templates(self._copies.values())
         self.watcher.ended()
         with trio.move_on_after(CLOSE_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -586,6 +628,7 @@ class MachineProcess:
             return
         self.removed = True
         self.inheritance = None
+        self._forget_copied()
         for call in self._calls.values():
             call.event.set()
         channel, job = self._channel, self._job

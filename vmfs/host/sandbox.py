@@ -10,8 +10,11 @@ Source: seccomp(2), namespaces(7), pivot_root(2), libseccomp's documentation.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
+import select
+import signal
 import socket
 import struct
 import tempfile
@@ -29,6 +32,8 @@ _SYS_PIVOT_ROOT = 155
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAP_AMBIENT = 1, 22, 47
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
+_F_SETOWN_EX = 15  # Linux include/uapi/asm-generic/fcntl.h
+_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902  # include/uapi/asm-generic/sockios.h
 OWN_MEMORY = 1 << 30  # bytes of a machine's process that no limit of a mount counts: heap, stacks, host code
 DESCRIPTORS_MOST = 4096
 _INSIDE = (("net", CLONE_NEWNET), ("ipc", CLONE_NEWIPC), ("uts", CLONE_NEWUTS), ("mnt", CLONE_NEWNS))
@@ -49,11 +54,16 @@ MACHINE_CALLS = """
     getrandom getcwd arch_prctl exit exit_group
 """.split()
 _THREAD = 0x0001_0000  # CLONE_THREAD
+_MULTIPLY = 0x0120_8000 | signal.SIGCHLD  # CLONE_PARENT, CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID: _multiply.c
+_OWN_PID = 0x7FED_CBA9  # in a filter, in the place of the number of the process that loads it
 _PRCTLS = (15, 16, 38, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_VMA
 
 # What a process that is nobody's yet may do besides, to become somebody's (`confine`).
 BIRTH_CALLS = "prlimit64 setgroups setresgid setresuid capget capset".split()
 _BIRTH_PRCTLS = (_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAP_AMBIENT)
+
+# What one that multiplies (vmfs.host.template) may do besides, and its forks not.
+_TEMPLATE_PRCTLS = (_PR_SET_PDEATHSIG, _PR_SET_SECCOMP)
 
 # Of a process that serves a folder: files, and nothing else.
 SHARE_CALLS = [
@@ -66,7 +76,9 @@ SHARE_CALLS = [
 ]
 
 
-def _filter(calls: list[str], *, set_id: bool, prctls: tuple[int, ...] = _PRCTLS) -> bytes:
+def _filter(
+    calls: list[str], *, set_id: bool, prctls: tuple[int, ...] = _PRCTLS, multiplies: bool = False
+) -> bytes:
     """The BPF program that allows `calls`, threads, and those options of prctl.
 
     Without `set_id` no file may be made set-user-ID by name of its mode, nor set-group-ID unless it is done by the
@@ -85,6 +97,8 @@ def _filter(calls: list[str], *, set_id: bool, prctls: tuple[int, ...] = _PRCTLS
         except (OSError, RuntimeError, ValueError):  # a call that this libseccomp does not know
             continue
     rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _THREAD, _THREAD))
+    if multiplies:
+        rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.EQ, _MULTIPLY))
     rules.add_rule(seccomp.ERRNO(38), "clone3")  # ENOSYS: glibc makes threads by clone then
     rules.add_rule(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
     # Not SO_LINGER: with it, closing the socket may wait.
@@ -94,16 +108,37 @@ def _filter(calls: list[str], *, set_id: bool, prctls: tuple[int, ...] = _PRCTLS
     return _program(rules)
 
 
-def _last_filter() -> bytes:
-    """Over that of a process that was nobody's: what a birth takes is over. It is short, since a user waits for it."""
+def _last_filter(but: tuple[int, ...] = ()) -> bytes:
+    """Over that of a process that was nobody's: what a birth takes is over. It is short, since a user waits for it.
+    `but`: options of prctl that are still needed."""
     import pyseccomp as seccomp
 
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     for call in BIRTH_CALLS:
         rules.add_rule(seccomp.ERRNO(1), call)
-    for option in _BIRTH_PRCTLS:
+    for option in set(_BIRTH_PRCTLS) - set(but):
         rules.add_rule(seccomp.ERRNO(1), "prctl", seccomp.Arg(0, seccomp.EQ, option))
     return _program(rules)
+
+
+def _fork_filter() -> bytes:
+    """Over that of a template, of a fork that it has made: it makes none, and sends no signal to others, with which it
+    shares a namespace."""
+    import pyseccomp as seccomp
+
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    rules.add_rule(seccomp.ERRNO(1), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _THREAD, 0))
+    rules.add_rule(seccomp.ERRNO(1), "tgkill", seccomp.Arg(0, seccomp.NE, _OWN_PID))
+    for option in _TEMPLATE_PRCTLS:
+        rules.add_rule(seccomp.ERRNO(1), "prctl", seccomp.Arg(0, seccomp.EQ, option))
+    for command in (fcntl.F_SETOWN, _F_SETOWN_EX):
+        rules.add_rule(seccomp.ERRNO(1), "fcntl", seccomp.Arg(1, seccomp.EQ, command))
+    for request in (_FIOSETOWN, _SIOCSPGRP):
+        rules.add_rule(seccomp.ERRNO(1), "ioctl", seccomp.Arg(1, seccomp.EQ, request))
+    program = _program(rules)
+    if program.count(_OWN_PID.to_bytes(4, "little")) != 1:
+        raise RuntimeError("the filter of a fork has no place for its own number")
+    return program
 
 
 def _program(rules: Any) -> bytes:
@@ -125,6 +160,11 @@ class Sandbox:
             self._filters = {
                 "nobody": _filter([*MACHINE_CALLS, *BIRTH_CALLS], set_id=True, prctls=_PRCTLS + _BIRTH_PRCTLS),
                 "machine": _last_filter(),
+                "multiplies": _filter(
+                    [*MACHINE_CALLS, *BIRTH_CALLS], set_id=True, prctls=_PRCTLS + _BIRTH_PRCTLS, multiplies=True
+                ),
+                "template": _last_filter(but=_TEMPLATE_PRCTLS),
+                "fork": _fork_filter(),
                 "share": _filter(SHARE_CALLS, set_id=False),
                 "unpack": _filter([*MACHINE_CALLS, "prlimit64", "alarm", "setitimer"], set_id=False),
             }
@@ -140,6 +180,9 @@ class Sandbox:
             self.layers["namespaces"] = ""
         except OSError as error:
             self.layers["namespaces"] = os.strerror(error.errno or 1)
+        self.keeper = 0  # the process that keeps the namespace in which templates, and the forks that they make, are
+        if self._inside:
+            self._template_pids = self._keep_pids()
 
     # ---- in the zygote, around a fork
 
@@ -154,11 +197,38 @@ class Sandbox:
         finally:
             _LIBC.setns(self._own_pids, CLONE_NEWPID)
 
+    def fork_template(self) -> int:
+        """os.fork, with the child where templates and their forks are. It is not the first of that namespace, which
+        could not make children of its parent's (clone(2))."""
+        if not self._inside:
+            return os.fork()
+        if _LIBC.setns(self._template_pids, CLONE_NEWPID):
+            raise OSError(ctypes.get_errno(), "setns pid")
+        try:
+            return os.fork()
+        finally:
+            _LIBC.setns(self._own_pids, CLONE_NEWPID)
+
+    def _keep_pids(self) -> int:
+        """A process namespace, which is there as long as its first process, and that does nothing."""
+        self.keeper = self.fork()
+        if self.keeper == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                os.closerange(0, min(self._inside.values()))
+                self.seclude()
+                os.closerange(0, DESCRIPTORS_MOST)
+                while True:
+                    select.select([], [], [])
+            finally:
+                os._exit(1)
+        return os.open(f"/proc/{self.keeper}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+
     # ---- in the child
 
-    def seclude(self) -> None:
+    def seclude(self, *, multiplies: bool = False) -> None:
         """See nothing of the host but the open descriptors, and do nothing that a machine or its birth does not need.
-        OSError where the host does not let that be."""
+        OSError where the host does not let that be. `multiplies`: it may fork."""
         for name, kind in _INSIDE:
             if name in self._inside and _LIBC.setns(self._inside[name], kind):
                 raise OSError(ctypes.get_errno(), f"setns {name}")
@@ -168,7 +238,7 @@ class Sandbox:
         bound(resource.RLIMIT_CORE, 0)  # it would have the guest's memory, and the server's before it
         bound(resource.RLIMIT_NOFILE, DESCRIPTORS_MOST)
         die_with_parent()
-        self.filter("nobody")
+        self.filter("multiplies" if multiplies else "nobody")
 
     def rehearse(self) -> None:
         """Be who it is, so that `confine` finds what it touches touched."""
@@ -176,16 +246,24 @@ class Sandbox:
         self.become(own, own.capabilities)
         die_with_parent()
 
-    def confine(self, who: Credentials, memory_most: int = 0) -> None:
+    def confine(self, who: Credentials, memory_most: int = 0, *, multiplies: bool = False) -> None:
         """After `seclude`: be `who`, for good. OSError where the host does not let that be.
 
-        `memory_most` (0: any): what it keeps beside RAM may not be more than that and `OWN_MEMORY`.
+        `memory_most` (0: any): what it keeps beside RAM may not be more than that and `OWN_MEMORY`. `multiplies`: each
+        of its forks goes on with `confine_fork`.
         """
         if memory_most:
             bound(resource.RLIMIT_DATA, memory_most + OWN_MEMORY)
         self.become(who)
         die_with_parent()  # between the two: the filter forbids it
-        self.filter("machine")
+        self.filter("template" if multiplies else "machine")
+
+    def confine_fork(self) -> None:
+        """In a fork that a template has made: it is its user already."""
+        die_with_parent()
+        if "fork" in self._filters:
+            own = os.getpid().to_bytes(4, "little")
+            set_filter(self._filters["fork"].replace(_OWN_PID.to_bytes(4, "little"), own))
 
     def become(self, who: Credentials, capabilities: int = 0) -> None:
         """The user, and none but those capabilities. A server that is no root has machines of its own user."""

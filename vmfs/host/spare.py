@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import trio
 
 from vmfs.engine.base import Engine
+from vmfs.host import _multiply
 from vmfs.host.credentials import Credentials
 from vmfs.host.sandbox import Sandbox
 from vmfs.words import commands
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 4 << 20  # bytes
+_ONE_TASK = 3  # links of /proc/PID/task (proc(5)): one, ., and that in /proc/PID
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,46 @@ def main(
     engine_named: Callable[[str], Engine],
     *,
     ahead: bool,
+    multiplies: bool = False,
 ) -> None:
-    """The spare's life, and the machine's. `ahead`: nobody waits yet."""
+    """The spare's life, and the machine's. `ahead`: nobody waits yet. `multiplies`: it is a template."""
     engine.prepare_process()
     if ahead:
         _live_before(engine, engine_named)
-    sandbox.seclude()
+    multiplier = Multiplier(sandbox) if multiplies else None
+    sandbox.seclude(multiplies=multiplies)
     if ahead:
         sandbox.rehearse()
-    trio.run(_live, channel, sandbox, kind, engine, engine_named)
+    trio.run(_live, channel, sandbox, kind, engine, engine_named, multiplier)
     logging.shutdown()
     os._exit(0)  # threads of a CPU that did not stop, or of a device, are not waited for
+
+
+class Multiplier:
+    """By which a template forks (_multiply.c)."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        """Before it is secluded."""
+        self._sandbox = sandbox
+        self._tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __call__(self, channel: int, first: int) -> None:
+        """In the main task of trio, while all other tasks wait for other tasks. Returns in each child, whose `channel`
+        is that of the server; RuntimeError in this process, or AttributeError where trio is another one than this is
+        for."""
+        runner = trio._core._run.GLOBAL_RUN_CONTEXT.runner
+        waiting = runner.io_manager
+        pairs = [
+            (one.wakeup_sock.fileno(), one.write_sock.fileno())
+            for one in (runner.entry_queue.wakeup, waiting._force_wakeup)
+        ]
+        gc.collect()
+        gc.freeze()
+        if os.fstat(self._tasks).st_nlink != _ONE_TASK:
+            raise RuntimeError("a process with more than one thread does not multiply")
+        _multiply.multiply(first, channel, waiting._epoll.fileno(), *pairs)
+        os.close(self._tasks)
+        self._sandbox.confine_fork()
 
 
 def give_own_pages(size: int) -> None:
@@ -92,13 +123,14 @@ async def _live(
     kind: Kind,
     engine: Engine,
     engine_named: Callable[[str], Engine],
+    multiplier: Multiplier | None,
 ) -> None:
     from vmfs.machine import worker  # as above
 
     def become(order: commands.Become) -> None:
         who = Credentials(order.uid, order.gid, tuple(order.groups), 0, file_size=order.file_size)
-        sandbox.confine(who, memory_most=order.memory_most)
+        sandbox.confine(who, memory_most=order.memory_most, multiplies=order.multiplies)
 
-    unborn = worker.Unborn(channel, engine, engine_named, kind.memory_size)
+    unborn = worker.Unborn(channel, engine, engine_named, kind.memory_size, multiplier)
     keep_what_is_freed()
     await unborn.serve(become)

@@ -41,25 +41,29 @@ _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 # mallopt(3). A table that is as big as that has pages of its own, which are zeros and cost nothing until they are
 # touched. Without this glibc, once one was freed, has them among what is used again, and clears them.
 _BIG = 32 << 10
+_MACHINE = "vmfs-machine"  # the name of a machine's process
 _PACKET = 1 << 16
 _FDS_MOST = 1
 CLOSE_SECONDS = 2.0  # that the end of all may take
 IDLE_SECONDS = 0.005  # without an order, until it prepares for those to come
 TAKEN_SECONDS = 0.02  # until it hears that spares are machines' now: until then those machines are to have the CPU
 SPARES = 3  # kept ready: a machine that is made right after another one is born as quickly
+ENDED_MOST = 16
 SPARE_SECONDS_MOST = 30.0  # until there is another spare, where they end before anybody has one
 
 
 class SpawnMachine(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A machine's process, for which there was no spare; its end of the channel goes along."""
+    """A machine's process, for which there was no spare; its end of the channel goes along. `multiplies`: a
+    template."""
 
     job: int
     engine: str
     memory_size: int
+    multiplies: bool = False
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The spare `pid` is a machine's now."""
+    """The spare `pid`, or the fork of a template, is a machine's now."""
 
     job: int
     pid: int
@@ -265,14 +269,31 @@ class Zygote:
                 ours.close()
                 raise
 
+    def template(self, engine: str, memory_size: int) -> tuple[Job, socket.socket]:
+        """A process for a template, as `machine`."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its:
+            try:
+                order = lambda job: SpawnMachine(job, engine, memory_size, True)  # noqa: E731
+                return self._begin(order, its.fileno()), ours
+            except BaseException:
+                ours.close()
+                raise
+
     def _take(self, ready: Ready) -> Job:
+        job = self.adopt(ready.pid)
+        job.was_spare = True
+        return job
+
+    def adopt(self, pid: int) -> Job:
+        """That process is a machine's now."""
         job = self._new_job()
-        job.pid, job.was_spare = ready.pid, True
+        job.pid = pid
         job.forked.set()
         self._tell_at = trio.current_time() + TAKEN_SECONDS
         if not self._taken:
             trio.lowlevel.spawn_system_task(self._tell_taken_later)
-        self._taken.append(Taken(job.number, ready.pid))
+        self._taken.append(Taken(job.number, pid))
         return job
 
     async def _tell_taken_later(self) -> None:
@@ -331,7 +352,7 @@ class _Children:
         self._listening: dict[str, Credentials] = {}  # paths at which somebody's gdb may listen
         self._expected: Kind | None = None
         self._spares: set[int] = set()  # their processes
-        self._spares_ended: dict[int, int] = {}  # how the last ones have
+        self._ended: dict[int, int] = {}  # how the last ones have of which nobody knew whose they are
         self._spares_failed = 0  # since one was taken
         self._not_before = 0.0  # there is another one
         self._chores = self._warm_up()
@@ -403,12 +424,16 @@ class _Children:
             self._tell(Ready(pid, kind.engine, kind.memory_size), ours.fileno())
 
     def _spare_ended(self, pid: int, code: int) -> None:
-        """It had failed, or was a machine already: then the server says so soon."""
+        """It had failed, or was a machine already."""
         self._spares.discard(pid)
-        self._spares_ended[pid] = code
-        if len(self._spares_ended) > SPARES:
-            del self._spares_ended[next(iter(self._spares_ended))]
+        self._note_end(pid, code)
         self._spare_failed()
+
+    def _note_end(self, pid: int, code: int) -> None:
+        """Of what is a machine already, perhaps: then the server says so soon."""
+        self._ended[pid] = code
+        if len(self._ended) > ENDED_MOST:
+            del self._ended[next(iter(self._ended))]
 
     def _spare_failed(self) -> None:
         """Wait longer each time: one that always fails is not to keep a CPU busy."""
@@ -460,7 +485,14 @@ class _Children:
             self._taken(order)
             return
         try:
-            if isinstance(order, SpawnMachine):
+            if isinstance(order, SpawnMachine) and order.multiplies:
+                kind = Kind(order.engine, order.memory_size)
+                with socket.socket(fileno=fds.pop()) as channel:
+                    pid = self._child(
+                        self._sandbox.fork_template,
+                        lambda: self._be_machine(channel, None, kind, ahead=True, multiplies=True),
+                    )
+            elif isinstance(order, SpawnMachine):
                 kind = Kind(order.engine, order.memory_size)
                 if kind != self._expected:
                     self._spares.clear()  # the server has let them go
@@ -483,11 +515,11 @@ class _Children:
 
     def _taken(self, order: Taken) -> None:
         self._spares_failed, self._not_before = 0, 0.0
-        if order.pid in self._spares:
+        if order.pid in self._spares or order.pid in _children():
             self._spares.discard(order.pid)
             self._jobs[order.pid], self._pids[order.job] = order.job, order.pid
         else:  # it has ended meanwhile
-            self._tell(Ended(order.job, self._spares_ended.pop(order.pid, -signal.SIGKILL)))
+            self._tell(Ended(order.job, self._ended.pop(order.pid, -signal.SIGKILL)))
 
     def _child(self, fork: Callable[[], int], be: Callable[[], None]) -> int:
         """One that has nothing of the zygote's own."""
@@ -506,11 +538,20 @@ class _Children:
                 os._exit(1)
         return pid
 
-    def _be_machine(self, channel: socket.socket, servers: socket.socket | None, kind: Kind, *, ahead: bool) -> None:
-        _set_name("vmfs-machine")
+    def _be_machine(
+        self,
+        channel: socket.socket,
+        servers: socket.socket | None,
+        kind: Kind,
+        *,
+        ahead: bool,
+        multiplies: bool = False,
+    ) -> None:
+        _set_name(_MACHINE)
         if servers is not None:
             servers.close()  # the holder of that end says whose it is
-        spare.main(channel, self._sandbox, kind, self._engine(kind.engine), self._engine, ahead=ahead)
+        engine = self._engine(kind.engine)
+        spare.main(channel, self._sandbox, kind, engine, self._engine, ahead=ahead, multiplies=multiplies)
 
     def _be_opener(self, order: SpawnOpener, fd: int) -> None:
         _set_name("vmfs-opener")
@@ -534,11 +575,15 @@ class _Children:
             code = os.waitstatus_to_exitcode(status)
             if pid in self._spares:
                 self._spare_ended(pid, code)
+            elif pid not in self._jobs:
+                self._note_end(pid, code)  # of a template's fork, perhaps
             job = self._jobs.pop(pid, None)
             if job is not None:
                 del self._pids[job]
                 self._tell(Ended(job, code))
-        for pid in _children() - self._jobs.keys() - self._spares:  # an opener has ended before its passt
+        for pid in _children() - self._jobs.keys() - self._spares - {self._sandbox.keeper}:
+            if _name_of(pid) == _MACHINE:
+                continue  # a template's fork
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -566,6 +611,12 @@ class _Children:
 def _set_name(name: str) -> None:
     """As ps and top show it."""
     _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def _name_of(pid: int) -> str:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+        return file.read().strip()
+    return ""
 
 
 def _children() -> set[int]:

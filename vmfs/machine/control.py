@@ -421,6 +421,13 @@ class Control:
         while len(self._threads) < len(self._runners):
             self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
 
+    def begin_thread(self) -> None:
+        """Have the first CPU's thread, which else the first run begins."""
+        with self._lock:
+            begins = not self._threads[0].is_there and self._threads[0].put(lambda: None)
+        if begins:
+            self._threads[0].begin(self._threads[0].forget)
+
     def _give_up(self) -> None:
         """The run that was begun has no thread."""
         with self._lock:

@@ -183,7 +183,7 @@ def become(
     files: list[int],
     engine_named: Callable[[str], Engine],
     door: Door,
-) -> None:
+) -> Snapshot:
     """Have a machine that has done nothing yet be the copied one. What is in the two lists is taken over, item by item:
     what is left there stays the caller's to close."""
     state = State.decode(description.state)
@@ -225,23 +225,22 @@ def become(
     finally:
         for resource in resources.values():
             attach.close_resource(resource)
-    vm.go_back(
-        Snapshot(
-            name=description.name,
-            state=state,
-            engine=engine,
-            ram=Image(layers, end),
-            rom=rom,
-            images=images,
-            overlays=overlays,
-            taken_ns=description.taken_ns,
-            instructions=description.instructions,
-            rw_disks=(),
-            memory_size=setup.memory,
-            encoded=b"",
-        ),
-        lambda: lambda: None,
+    origin = Snapshot(
+        name=description.name,
+        state=state,
+        engine=engine,
+        ram=Image(layers, end),
+        rom=rom,
+        images=images,
+        overlays=overlays,
+        taken_ns=description.taken_ns,
+        instructions=description.instructions,
+        rw_disks=(),
+        memory_size=setup.memory,
+        encoded=b"",
     )
+    vm.go_back(origin, lambda: lambda: None)
+    return origin
 
 
 def _layer(fd: int, pages: bytes | None, end: int) -> Layer:

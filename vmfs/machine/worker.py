@@ -71,6 +71,8 @@ REST_MS = 30000  # as the emulator's core has it for a CPU that sleeps
 REST_SECONDS_MOST = 600.0
 NO_DESCRIPTOR = "the machine's process has no file descriptor left (ulimit -n)"
 Become = Callable[[commands.Become], None]
+# With the numbers of the channel and of an end of another one: returns in another process, whose channel that is.
+Multiply = Callable[[int, int], None]
 _decode_result = msgspec.msgpack.Decoder(commands.Result).decode
 
 
@@ -85,10 +87,15 @@ class Unborn:
     """A machine in a process that nobody has yet."""
 
     def __init__(
-        self, sock: socket.socket, engine: Engine, engine_named: Callable[[str], Engine], memory_size: int
+        self,
+        sock: socket.socket,
+        engine: Engine,
+        engine_named: Callable[[str], Engine],
+        memory_size: int,
+        multiply: Multiply | None = None,
     ) -> None:
         self._channel: Channel[ToMachine] = Channel(sock, ToMachine)
-        self._make = lambda: Worker(self._channel, Vm(engine, memory_size=memory_size), engine_named)
+        self._make = lambda: Worker(self._channel, Vm(engine, memory_size=memory_size), engine_named, multiply)
         self._worker: Worker | None = None
         with contextlib.suppress(Exception):  # it is told to the machine's maker, if it is still so then
             self._worker = self._make()
@@ -134,8 +141,15 @@ async def _be_somebodys(channel: Channel[ToMachine], become: Become) -> None:
 class Worker:
     """Answers the server's calls. Each is a task of its own."""
 
-    def __init__(self, channel: Channel[ToMachine], vm: Vm, engine_named: Callable[[str], Engine]) -> None:
+    def __init__(
+        self,
+        channel: Channel[ToMachine],
+        vm: Vm,
+        engine_named: Callable[[str], Engine],
+        multiply: Multiply | None = None,
+    ) -> None:
         self._channel = channel
+        self._multiply = multiply
         self._door = ServerDoor(channel)
         self.contents = Contents(vm, self._door, self._complain, monitor.command, engine_named)
         self._devices = Devices(self.contents)
@@ -155,8 +169,7 @@ class Worker:
             try:
                 if become is not None:
                     await _be_somebodys(self._channel, become)
-                vm = self.contents.vm
-                await self._channel.send(commands.Born(commands.VERSION, vm.engine.name, vm.memory.fd))
+                await self._channel.send(self._born())
                 while True:
                     message, fds = await self._channel.receive()
                     self._take(nursery, message, fds)
@@ -165,6 +178,17 @@ class Worker:
                 self._door.end()
             nursery.cancel_scope.cancel()
         raise failure or ChannelBroken("it has ended")
+
+    def _born(self) -> commands.Born:
+        vm = self.contents.vm
+        return commands.Born(commands.VERSION, vm.engine.name, vm.memory.fd)
+
+    def _be_many(self, multiply: Multiply, line: int) -> None:
+        """Go on in another process, as the same machine, which nobody has yet, with that channel; again and again."""
+        multiply(self._channel.fileno(), line)
+        self._multiply = None
+        self._forks.begin_apart()
+        self._channel.post(self._born())
 
     async def _rest(self) -> None:
         """Have a machine that stands still for long give back what it has for runs alone; one that sleeps within a run
@@ -194,6 +218,12 @@ class Worker:
                     self._attach_lane(message, *fds)
                 else:  # this process had no room for it
                     self.say(Failed(message.call, errno.ENOSPC, "no lane: there is no descriptor left", quiet=True))
+            case commands.Multiply():
+                if self._multiply is None or fds is None or len(fds) != 1:
+                    commands.close_all(fds)
+                    raise ChannelBroken("it does not multiply")
+                self._be_many(self._multiply, *fds)
+                return
             case commands.Share():
                 self._share(message.handle, fds)
             case commands.Clients():
@@ -222,7 +252,7 @@ class Worker:
             if isinstance(message, commands.Hand):
                 answer = await self._hand(message, fds)
             elif isinstance(message, commands.Inherit):
-                await self._forks.inherit(message.files, fds)
+                await self._forks.inherit(message.files, fds, multiplies=self._multiply is not None)
                 answer = Done(message.call)
             else:
                 answer = await _CALLS[type(message)](self, message)

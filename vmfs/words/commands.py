@@ -48,13 +48,15 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 class Become(Message, frozen=True):
     """First, and once: the process is a machine of that user's from now on, whose files may become `file_size` bytes
-    long, and which may have `memory_most` bytes of memory (0: there is no limit)."""
+    long, and which may have `memory_most` bytes of memory (0: there is no limit).
+    `multiplies`: it is never run, and makes more of itself (`Multiply`)."""
 
     uid: int
     gid: int
     groups: list[int]
     file_size: int
     memory_most: int
+    multiplies: bool = False
 
 
 # ---- the server's calls. `file` is a path in the machine's directory, "regs" or "reg/rax"
@@ -200,6 +202,11 @@ class Inherit(Message, frozen=True):
     files: bool
 
 
+class Multiply(Message, frozen=True):
+    """Of a machine that multiplies: have one more process that is the same machine. Its end of its own channel goes
+    along, on which it says `Born`. After the first of them nothing else is said to this process."""
+
+
 class Interrupt(Message, frozen=True):
     """A signal came for the caller: end the call soon. It is answered all the same."""
 
@@ -252,7 +259,7 @@ Call = (
     Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove
     | Arrive | Make | Rename | Extents | Fork | Hand | Inherit | Lane
 )
-ToMachine = Become | Call | Close | Interrupt | Share | Clients | Granted | Refused
+ToMachine = Become | Call | Close | Interrupt | Share | Clients | Multiply | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 FOUND_DRIVE = 4  # a device's directory, with `media`
@@ -477,7 +484,8 @@ class Channel(Generic[M]):
     def __init__(self, sock: socket.socket | None, kind: Any, *, takes_fds: bool = True) -> None:
         self._encode = _encode
         self._decode = _decoder(kind).decode
-        self._room = mmap.mmap(-1, PACKET_MOST + 1)  # whose pages cost nothing until there is a long packet
+        # Its pages cost nothing until there is a long packet. Private: a process that is forked has its own.
+        self._room = mmap.mmap(-1, PACKET_MOST + 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._sending = trio.Lock()
         self._fd_room = socket.CMSG_SPACE(4 * FDS_MOST) if takes_fds else 0
         if sock is not None:
@@ -564,6 +572,9 @@ class Channel(Generic[M]):
         except ChannelBroken:
             close_all(fds)
             raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self._socket)

@@ -227,6 +227,10 @@ class EmulatorMachine(Machine):
         self._vm.set_bus(bus)
         return True
 
+    def own(self) -> None:
+        with _failures("the translator's memory"):
+            self._vm.own()
+
     def set_time(self, source: str) -> None:
         if source not in ("host", "instructions"):
             raise Invalid(f"there is no time source {source}")

@@ -37,6 +37,7 @@ class Forks:
         self._machine = machine
         self._numbers = itertools.count(1)
         self._last: tuple[Snapshot, Copy] | None = None  # of a snapshot that is there
+        self._origin: Snapshot | None = None  # of this machine, if it is a template
 
     async def copy(self, name: str, is_live: bool) -> tuple[CopyHandle, Copy]:
         """Of now, where `name` is empty."""
@@ -83,8 +84,8 @@ class Forks:
 
         await trio.to_thread.run_sync(send)
 
-    async def inherit(self, has_files: bool, fds: list[int] | None) -> None:
-        """Be a copy."""
+    async def inherit(self, has_files: bool, fds: list[int] | None, *, multiplies: bool = False) -> None:
+        """Be a copy. `multiplies`: this process goes on in others, and has no other thread."""
         if not fds:
             raise LimitReached("the machine's process has no file descriptor left (ulimit -n)")
         contents = self._machine
@@ -95,17 +96,34 @@ class Forks:
             description = copies.read_description(memory)
             if line is not None:
                 files.extend(_receive(line, copies.files_of(description)))
-            copies.become(contents.vm, description, memory, files, contents.engine_named, contents.door)
+            origin = copies.become(contents.vm, description, memory, files, contents.engine_named, contents.door)
+            if multiplies:
+                contents.vm.engine_machine.own()  # Unsupported where its forks could not
+                self._origin = origin
 
         try:
             if has_files:
                 line = _socket_of(memory)
-            await trio.to_thread.run_sync(work)
+            if multiplies:
+                work()
+            else:
+                await trio.to_thread.run_sync(work)
         finally:
             if line is not None:
                 line.close()
             commands.close_all(memory)
             commands.close_all(files)
+        contents.forget_sizes()
+        contents.touch()
+
+    def begin_apart(self) -> None:
+        """This process is a fork of the one that has become that copy, and has not run: be the copy in its place."""
+        contents = self._machine
+        contents.vm.engine_machine.own()
+        origin, self._origin = self._origin, None
+        assert origin is not None
+        contents.vm.go_back(origin, lambda: lambda: None)
+        contents.vm.begin_thread()
         contents.forget_sizes()
         contents.touch()
 

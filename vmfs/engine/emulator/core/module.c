@@ -3,6 +3,7 @@
  * Vm() and Vm.create_vcpu(index) -> Vcpu. Errors of the core are OSError with its errno. Exits are tuples:
  * (reason, rip, write, size, count, address, cause, id, vector, message), reason and cause as the constants. */
 #include "module.h"
+#include "translate.h"
 
 #include <structmember.h>
 
@@ -190,6 +191,17 @@ static PyObject *py_vm_create_irqchip(VmObject *self, PyObject *ignored)
     if (!vm_idle(self))
         return NULL;
     int error = vm_create_irqchip(self->vm);
+    if (error)
+        return fail(error);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_own(VmObject *self, PyObject *ignored)
+{
+    (void)ignored;
+    if (!vm_idle(self))
+        return NULL;
+    int error = translators_own(self->vm);
     if (error)
         return fail(error);
     Py_RETURN_NONE;
@@ -512,6 +524,8 @@ static PyMethodDef vm_methods[] = {
      "map(slot, address, fd, offset, size, read_only=False): back guest-physical memory, shared; size 0 removes the slot"},
     {"dirty_log", (PyCFunction)py_vm_dirty_log, METH_VARARGS,
      "dirty_log(slot) -> bytes: a bit a page written since the last call"},
+    {"own", (PyCFunction)py_vm_own, METH_NOARGS,
+     "own(): in a process that was forked: OSError (EBUSY) for a VM that has run, whose host code both processes would share"},
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"signal_msi", (PyCFunction)py_vm_signal_msi, METH_VARARGS, "signal_msi(address, data)"},

@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -255,6 +256,11 @@ static void look_at_host(void)
             host.features[f >> 6] |= 1ull << (f & 63);
     }
     host.lahf = has_lahf();
+}
+
+int translators_own(const struct vm *vm)
+{
+    return vm->code && vm->code->writable ? -EBUSY : 0; /* it is mapped once code is kept in it */
 }
 
 struct translator *translator_create(struct vm *vm)

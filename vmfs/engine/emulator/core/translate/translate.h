@@ -14,6 +14,7 @@ struct region;
 
 /* NULL: no translator (VMFS_NO_JIT, or the host gives no executable memory). */
 struct translator *translator_create(struct vm *vm);
+int translators_own(const struct vm *vm); /* after a fork: 0 where the processes share no host code, or -EBUSY */
 void translator_destroy(struct vcpu *c);
 void translator_flush(struct vcpu *c);                        /* forget all regions: their blocks are gone */
 void translator_share(struct vcpu *c);                        /* drop a part of what is more than its share, for another CPU */
