@@ -28,6 +28,7 @@ DOORS = {
     ("machine/arrivals.py", "time.time_ns"): "when files of a saved machine were brought in",
     ("machine/history.py", "time.monotonic_ns"): "how far the host's time has gone on: an input, and so recorded",
     ("machine/past.py", "time.time_ns"): "when a snapshot was taken, in `info`",
+    ("machine/past.py", "time.perf_counter_ns"): "for how long a machine stood still for a snapshot, in `info`",
     ("machine/gdb/handover.py", "secrets"): "the name of a gdb's socket, and what its caller has to say",
     ("machine/vnc/screen.py", "time.monotonic"): "how often a viewer's screen is looked at",
     ("machine/vnc/server.py", "secrets"): "what a viewer has to encrypt with the password",

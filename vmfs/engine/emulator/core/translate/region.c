@@ -3,9 +3,9 @@
 #include "emit.h"
 
 #include <cpuid.h>
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
