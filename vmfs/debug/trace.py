@@ -141,8 +141,8 @@ class TraceSettings:
         words.append(f"buffer={self.size}")
         return ",".join(words)
 
-    def request(self, coverage: CoverageMap) -> TraceRequest:
-        """What an engine is asked for."""
+    def request(self, coverage: CoverageMap | None) -> TraceRequest:
+        """What an engine is asked for; with the map, where jumps are counted."""
         return TraceRequest(
             instructions="insn" in self.kinds,
             memory="mem" in self.kinds,
@@ -152,7 +152,7 @@ class TraceSettings:
             data=self.data,
             privileges=self.privileges,
             modes=self.modes,
-            coverage=coverage.view if self.counts else None,
+            coverage=None if coverage is None else coverage.view,
         )
 
     def check_steps(self, engine: str) -> None:

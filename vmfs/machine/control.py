@@ -782,7 +782,8 @@ class Control:
     ) -> None:
         """Of one of `count` CPUs."""
         if Capability.TRACE in machine.capabilities:
-            cpu.set_trace(settings.request(self.trace.coverage), self.trace.sink(cpu.index if count > 1 else None))
+            coverage = self.trace.coverage if settings.counts else None  # a machine has none before
+            cpu.set_trace(settings.request(coverage), self.trace.sink(cpu.index if count > 1 else None))
         else:
             settings.check_steps(engine.name)
 
