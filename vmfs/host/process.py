@@ -391,10 +391,10 @@ class MachineProcess:
         if self._channel is None:
             self._birth, self._unborn = trio.Event(), None
             ready = self.host.spawn_ready(self) if self._files is None else None
+            self._said = []
             if ready is not None:
                 self._birth.set()
                 return self._hear_from(*ready)
-            self._said = []
             return self._spawn()
         return self._channel
 
@@ -460,6 +460,24 @@ class MachineProcess:
         self._said = waiting
         with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):  # its listener says so
             await again.send_all(waiting)
+
+    async def _be_made_anew(self, channel: Channel[ToServer], job: Job) -> None:
+        """A template's fork has ended with nothing answered, and whatever it has done is gone with it: be that fork in
+        another process."""
+        channel.close()
+        self.host.kill(job)
+        said, self._said, self._birth = self._said or [], [], trio.Event()
+        try:
+            self._spawn(fresh=True)
+        except VmfsError as error:
+            self._stay_unborn(channel, job, error)
+            return
+        await self._birth.wait()
+        if self._channel is not None and not self._is_over:
+            with contextlib.suppress(ChannelBroken, trio.ClosedResourceError):  # its listener says so
+                await self._channel.send_all(
+                    [one for one in said if getattr(one[0], "call", None) in (None, *self._calls)]
+                )
 
     async def _come_into(self, channel: Channel[ToServer], job: Job, inheritance: Inheritance) -> None:
         """Of a fork: have its process be the copied machine, before anything else is asked of it."""
@@ -550,10 +568,13 @@ class MachineProcess:
             while True:
                 for _ in range(MESSAGES_MOST):
                     message, _ = await channel.receive()
+                    self._said = None
                     self._hear(message)
                 await trio.lowlevel.checkpoint()
         except (ChannelEnded, trio.ClosedResourceError):
-            pass
+            if is_born and self._said is not None and not self.removed:
+                await self._be_made_anew(channel, job)
+                return
         except ChannelBroken as error:
             why = f"was ended: {error}"
             self.host.kill(job)
