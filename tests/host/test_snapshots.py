@@ -47,7 +47,7 @@ def test_a_disk_of_another_users_line_is_frozen_with_files_of_the_one_who_asks(s
     A.does(vm.path.rmdir)
 
 
-def test_a_saved_machine_is_loaded_by_another_user_who_may_read_it(server, folder):
+def test_a_saved_machine_is_loaded_by_another_user_who_gets_it(server, folder):
     """It is that user's then, in all that it has."""
     folder.chmod(0o777)
     vm = A.makes(server.path / "saved-by-a")
@@ -60,7 +60,7 @@ def test_a_saved_machine_is_loaded_by_another_user_who_may_read_it(server, folde
     copy = ["cp", "-r", saved, other / "snap" / "in"]
     assert B.does(subprocess.call, copy)  # it is A's alone
     B.does(lambda: [os.rmdir(other / "snap" / name) for name in os.listdir(other / "snap")])
-    subprocess.check_call(["chmod", "-R", "a+rX", saved])
+    subprocess.check_call(["chown", "-R", f"{B.uid}:{B.uid}", saved])
     B.does(subprocess.check_call, copy)
     B.does(other.write, "restore", "in\n")
     assert B.does(number, other) == 1 and B.does(other.run) == "hlt rip=0x1006\n" and B.does(number, other) == 2
