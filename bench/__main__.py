@@ -10,6 +10,7 @@ from bench import (
     debug,
     disk,
     files,
+    fleet,
     gdb,
     history,
     house,
@@ -43,6 +44,7 @@ GROUPS = {
     "history": history.results,
     "past": past.results,
     "web": web.results,
+    "fleet": fleet.results,
 }
 
 

@@ -164,6 +164,37 @@ def new_file(path: Path) -> Iterator[Any]:
 # ---- in
 
 
+def load(machine: Path, source: Any, what: str, total: int, *, keep: str = "") -> None:
+    """Make a machine of a file that is open for reading, or none. `keep`: the name of the snapshot that then stays."""
+    try:
+        machine.mkdir()
+    except OSError as failure:
+        raise failed(machine, failure) from None
+    try:
+        if not (machine / "vm_run").exists():
+            raise Invalid(f"{machine} is in no mount of vmfs")
+        _load(machine, machine / "snap" / (keep or "loaded"), source, what, total)
+        if not keep:
+            (machine / "snap/loaded").rmdir()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            machine.rmdir()
+        raise
+
+
+def _load(machine: Path, folder: Path, source: Any, what: str, total: int) -> None:
+    try:
+        before = os.umask(0)  # which says that 0700 is meant
+        try:
+            folder.mkdir(0o700)
+        finally:
+            os.umask(before)
+        read(source, folder, what, total)
+        (machine / "restore").write_text(f"{folder.name}\n")
+    except OSError as failure:
+        raise refused(machine, failure) from None
+
+
 def read(source: Any, folder: Path, what: str, total: int) -> None:
     """A file that is open for reading into the directory of a machine that comes in. Invalid for what is no saved
     machine, or is cut."""

@@ -79,7 +79,7 @@ class _Parts:
             raise Invalid(f"there is no mode {mode}: {', '.join(MODES)}")
         if exceptions not in ("exit", "guest"):
             raise Invalid(f"exceptions: {exceptions!r} is neither exit nor guest")
-        self.mode = mode
+        self.mode, self.exceptions = mode, exceptions
         self._engine = _engine(engine)
         self._machine = self._engine.create_machine()
         self._closed = False
@@ -95,7 +95,7 @@ class _Parts:
             self._next_hook = FIRST
             self._stale = True
             self._after: dict[str, Callable[..., Any]] = {}
-            self._vectors = EXCEPTIONS if exceptions == "exit" else ()
+            self._vectors = self._vectors_of_mode()
             self._base: Snapshot | None = None
             self._again: int | None = None
             self._coverage: Any = None
@@ -417,6 +417,18 @@ class _Parts:
             self._hooks.remove(hook)
             self._set_stale()
 
+    def unhook(self) -> None:
+        """Remove all hooks."""
+        for hook in list(self._hooks):
+            self._remove_hook(hook)
+        self._after.clear()
+        if self._vectors != self._vectors_of_mode():
+            self._vectors = self._vectors_of_mode()
+            self._set_stale()
+
+    def _vectors_of_mode(self) -> tuple[int, ...]:
+        return EXCEPTIONS if self.exceptions == "exit" else ()
+
     def _set_stale(self) -> None:
         """The hooks are others now; those of a run under way are when the hook that changes them is done."""
         self._stale = True
@@ -462,8 +474,7 @@ class _Parts:
             }
         if pages:
             self.mem.put(pages, snapshot.pages)
-        self._machine.put_states(snapshot.machine)
-        self._cpu.put_states(snapshot.cpu)
+        self._put_states(snapshot.machine, snapshot.cpu)
         self._base, self._again = snapshot, None
 
     def _restore_regions(self, regions: tuple[Region, ...]) -> set[int]:
@@ -477,6 +488,23 @@ class _Parts:
                 self.mem.map(region)
                 pages.update(range(region.address, region.end, PAGE))
         return pages
+
+    def save(self) -> bytes:
+        """What the machine is now, for `Machine.load`, here or elsewhere; without hooks."""
+        from vmfs.library.saved import save
+
+        return save(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, data: bytes, *, engine: str | None = None) -> Any:
+        """The machine that `save` has put into bytes. Invalid where they are damaged, or of something else."""
+        from vmfs.library.saved import load
+
+        return load(data, engine=engine)
+
+    def _put_states(self, machine: dict[str, bytes], cpu: dict[str, bytes]) -> None:
+        self._machine.put_states(machine)
+        self._cpu.put_states(cpu)
 
     def save_context(self) -> dict[str, bytes]:
         """The registers alone: of the program, SSE and AVX, segments and control registers."""

@@ -1,0 +1,260 @@
+"""Cases on a cluster: each has one result, and one that goes wrong costs itself only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from fleet.conftest import COUNT, alive, count
+from mounting import failing, wait_until
+
+from vmfs import Machine
+from vmfs.words.errors import Invalid
+
+
+def test_each_input_has_one_result(fleet, counting):
+    results = list(fleet.map(count, range(1, 301), template=counting, coverage=1 << 10))
+    assert sorted(result.number for result in results) == list(range(300))
+    for result in results:
+        assert (result.kind, result.input, result.value) == ("", result.number + 1, result.number + 1)
+        assert result.exit.startswith("hlt rip=0x") and result.seconds > 0 and result.worker
+        assert len(result.coverage) == 1 << 10 and any(result.coverage)
+
+
+def test_what_a_case_leaves_the_next_does_not_see(fleet, counting):
+    def dirty(machine, number):
+        seen = (machine.rax, bytes(machine.mem[0x1000:0x1010]), os.listdir("."), len(machine._hooks))
+        machine.hook_code(lambda machine, address: True)
+        machine.mem[0x1000:] = os.urandom(16)
+        machine.rax = number
+        with open("left", "w") as file:
+            file.write("x")
+        print("said", number)
+        if number % 3 == 0:
+            machine.close()
+        if number % 3 == 1:
+            raise KeyError(number)
+        return seen
+
+    results = list(fleet.map(dirty, range(12), template=counting, batch=12))
+    assert [result.kind for result in results] == ["", "raised", ""] * 4
+    assert all(result.output == f"said {result.number}\n" for result in results)
+    seen = {result.value for result in map(frozen, results) if not result.kind}
+    assert seen == {(0, COUNT + bytes(16 - len(COUNT)), (), 0)}
+
+
+def frozen(result):
+    if result.value is not None:
+        rax, code, names, hooks = result.value
+        object.__setattr__(result, "value", (rax, code, tuple(names), hooks))
+    return result
+
+
+def misbehave(machine, what):
+    if what == "raise":
+        raise ValueError("no such thing")
+    if what == "hang":
+        while True:
+            time.sleep(1)
+    if what == "guest hangs":
+        machine.mem[0x1000:] = b"\xeb\xfe"
+        machine.run()
+    if what == "exit":
+        os._exit(7)
+    if what == "crash":
+        ctypes.string_at(0)
+    if what == "memory":
+        kept = [b"x" * (1 << 20) for _ in range(400)]
+        time.sleep(50)
+        return len(kept)
+    if what == "disk":
+        for number in range(20):
+            with open(f"f{number}", "wb") as file:
+                file.write(bytes(8 << 20))
+        time.sleep(50)
+    if what == "a large file":
+        with open("f", "wb") as file:
+            file.write(bytes(120 << 20))
+    if what == "fork":
+        os.fork()
+        return what
+    if what == "bomb":
+        while True:
+            os.fork()
+    if what == "leave":
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(1000)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        return what
+    if what == "lambda":
+        return lambda: what
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "sys.exit":
+        sys.exit(3)
+    return what
+
+
+EXPECTED = {
+    "raise": ("raised", "ValueError: no such thing"),
+    "hang": ("timeout", "not done after 2 s"),
+    "guest hangs": ("timeout", "not done after 2 s"),
+    "exit": ("died", "exit code 7"),
+    "crash": ("died", "ended"),
+    "memory": ("memory", "bytes in memory"),
+    "disk": ("disk", "its files have"),
+    "a large file": ("raised", "File too large"),
+    "fork": ("", ""),
+    "bomb": ("processes memory timeout", ""),
+    "leave": ("", ""),
+    "lambda": ("value", "cannot be pickled"),
+    "interrupt": ("raised", "KeyboardInterrupt"),
+    "sys.exit": ("raised", "SystemExit"),
+}
+
+
+def test_a_case_costs_itself_only(fleet, counting):
+    inputs = [word for what in EXPECTED for word in (what, "fine")]
+    options = {"template": counting, "timeout": 2, "memory": 300 << 20, "disk": 100 << 20, "batch": 7}
+    results = sorted(fleet.map(misbehave, inputs, **options), key=lambda result: result.number)
+    assert [result.input for result in results] == inputs
+    for result in results:
+        kinds, sentence = EXPECTED.get(result.input, ("", ""))
+        if result.input in ("disk", "memory") and result.kind == "timeout":
+            continue  # of a host that is so slow that it did not come so far
+        assert result.kind in kinds.split(" ") and sentence in result.error, result
+        assert result.value == (None if result.kind else result.input)
+    token = b"VMFS_FLEET_RUNNER="
+    ours = [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if has(pid, token) and "sleep" in state(pid)]
+    assert not ours
+
+
+def has(pid: str, token: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return token in file.read()
+    except OSError:
+        return False
+
+
+def state(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/wchan") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def test_a_worker_that_is_killed_costs_no_case(fleet, client, counting, root):
+    def slow(machine, number):
+        time.sleep(0.03)
+        return count(machine, number)
+
+    killed, done = [], threading.Event()
+
+    def kill() -> None:
+        while not done.wait(1.5) and len(killed) < 3:
+            for pid in list(client.run(os.getpid).values())[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        results = list(fleet.map(slow, range(1, 201), template=counting))
+    finally:
+        done.set()
+        killer.join()
+    assert killed
+    assert sorted(result.number for result in results) == list(range(200))
+    assert all(result.value == result.input for result in results), [r for r in results if r.kind]
+    wait_until(lambda: not any(map(alive, killed)))
+    client.wait_for_workers(2)
+    workers = set(client.run(os.getpid).values())
+
+    def of_others() -> list[str]:
+        return [
+            name for name in os.listdir(root) if name.startswith("work-") and int(name.split("-")[1]) not in workers
+        ]
+
+    wait_until(lambda: not of_others(), "what they had is gone")
+
+
+def test_a_template_is_fetched_once_a_host(fleet, client, root):
+    with Machine(memory={0x1000: COUNT, 0x10_0000: os.urandom(9 << 20)}) as machine:
+        template = fleet.template(machine)
+    assert len(template.manifest.chunks) == 3
+    before = {path: os.stat(path).st_ino for path in root.glob("*/data")}
+    results = list(fleet.map(lambda machine, number: machine.mem[0x10_0000 + number], range(8), template=template))
+    assert all(not result.kind for result in results) and len({result.worker for result in results}) == 2
+    new = [path for path in root.glob("*/data") if path not in before]
+    assert [path.parent.name for path in new] == [template.id]
+    inode = os.stat(new[0]).st_ino
+    list(fleet.map(lambda machine, number: number, range(8), template=template))
+    assert os.stat(new[0]).st_ino == inode
+
+
+def test_a_machine_of_a_mount(fleet, tmp_path):
+    from vmfs.client import MountFailed, Vm, private_mount
+    from vmfs.commands import archive
+
+    try:
+        mounted = private_mount(["--engine", "emulator"])
+        with mounted as mount, Vm.create(mount / "one", mem_size="8M", mode="long") as vm:
+            vm.write_mem(0x1000, COUNT)
+            vm.regs.rip = 0x1000
+            template = fleet.template(vm)
+            assert vm.snapshots == []
+    except MountFailed as failure:
+        pytest.skip(str(failure))
+
+    def work(vm, number):
+        if number == 3:
+            vm.regs.rcx = 1 << 60  # it does not end
+        else:
+            vm.regs.rcx = number
+        if number == 4:
+            raise ValueError
+        vm.run()
+        return vm.regs.rax
+
+    options = {"template": template, "timeout": 3, "keep": tmp_path / "kept"}
+    results = sorted(fleet.map(work, range(1, 7), **options), key=lambda result: result.input)
+    assert [result.kind for result in results] == ["", "", "timeout", "raised", "", ""]
+    assert [result.value for result in results] == [1, 2, None, None, 5, 6]
+    assert results[0].exit == "hlt rip=0x1009" and results[2].exit == "interrupted rip=0x1000"
+    assert [result.saved is not None for result in results] == [False, False, True, True, False, False]
+    with private_mount(["--engine", "emulator"]) as mount, open(results[3].saved, "rb") as source:
+        archive.load(mount / "home", source, "kept", results[3].saved.stat().st_size)
+        with Vm(mount / "home") as vm:
+            assert vm.regs.rcx == 4 and str(vm.run()) == "hlt rip=0x1009" or vm.regs.rax == 4
+
+
+def test_what_is_no_template_has_a_sentence(fleet, tmp_path):
+    (tmp_path / "file").write_bytes(b"nothing")
+    (tmp_path / "folder").mkdir()
+    for what in ("file", "folder"):
+        with pytest.raises(Invalid, match="is no "):
+            fleet.template(tmp_path / what)
+    assert failing(fleet.template, tmp_path / "missing")
+
+
+def test_a_damaged_machine_of_the_library(tmp_path):
+    with Machine(memory={0x1000: COUNT}) as machine:
+        machine.rip, machine.rcx = 0x1000, 5
+        data = machine.save()
+    with Machine.load(data) as again:
+        again.run()
+        assert again.rax == 5
+    for wrong in (b"", data[:-1], data[:20], data[:50] + b"x" + data[51:], data[:15] + bytes(100)):
+        with pytest.raises(Invalid, match="saved machine"):
+            Machine.load(wrong)

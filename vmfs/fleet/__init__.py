@@ -1,0 +1,34 @@
+"""Many machines on many hosts: `Fleet`, on a cluster of Dask. docs/fleet.md.
+
+It is also a plugin of pytest: `pytest -p vmfs.fleet --scheduler ADDRESS` runs the tests that are marked `fleet` there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmfs.fleet.testing import pytest_addoption, pytest_configure, pytest_runtestloop
+
+_FROM = {
+    "Fleet": "vmfs.fleet.fleet",
+    "Template": "vmfs.fleet.fleet",
+    "Result": "vmfs.fleet.results",
+    "Campaign": "vmfs.fleet.fuzz",
+    "Bug": "vmfs.fleet.fuzz",
+    "FleetPlugin": "vmfs.fleet.worker",
+}
+__all__ = [*_FROM, "pytest_addoption", "pytest_configure", "pytest_runtestloop"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Dask is imported when it is used."""
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_FROM[name]), name)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] in ("distributed", "dask", "cloudpickle", "psutil"):
+            raise ModuleNotFoundError("a fleet needs Dask: pip install 'vmfs[fleet]'", name=missing.name) from None
+        raise

@@ -1,0 +1,440 @@
+"""Fleet: cases on the workers of a Dask cluster, each with a machine of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import msgspec
+import zstandard
+from distributed import Client, Future, as_completed
+from distributed.scheduler import KilledWorker
+
+from vmfs.commands import archive
+from vmfs.fleet.fuzz import Campaign, Fuzzing
+from vmfs.fleet.results import Raw, Result, result_of
+from vmfs.fleet.store import CHUNK, Manifest, manifest_of
+from vmfs.fleet.supervisor import Limits
+from vmfs.fleet.worker import MEMORY, FleetPlugin, Work, has_template, run_cases, seed_chunk
+from vmfs.words.errors import Invalid
+
+_BATCH_SECONDS = 0.25  # of work in a task of Dask: its own part of a case, 1 ms a task and more, is little then
+_BATCH_MOST = 500
+_BATCH_BYTES = 4 << 20
+_AHEAD = 3  # tasks of each of a worker's threads that are on their way
+_SEEDS_MOST = 20
+_DEATHS = 4  # of workers, after which Dask has a KilledWorker (its `allowed-failures`, and one)
+
+
+@dataclass
+class Template:
+    """What cases start from; the file stays here as long as this does."""
+
+    manifest: Manifest
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+
+@dataclass
+class _Batch:
+    cases: list[tuple[int, bytes]]
+    deaths: int = 0
+
+
+@dataclass
+class _Pace:
+    """How many cases a task gets, by how long they take."""
+
+    threads: int
+    given: int | None
+    seconds: float = 0
+    done: int = 0
+
+    def learn(self, raws: Sequence[Raw]) -> None:
+        self.seconds += sum(raw.seconds for raw in raws)
+        self.done += len(raws)
+
+    def size(self) -> int:
+        if self.given:
+            return self.given
+        if self.done < self.threads:
+            return 1
+        return max(1, min(_BATCH_MOST, int(_BATCH_SECONDS / max(self.seconds / self.done, 1e-5))))
+
+
+@dataclass
+class Fleet:
+    """`Fleet(client)`, of a `distributed.Client`; vmfs has to be installed where its workers are.
+
+    `engine`: of machines of the library, instead of that of the template. `linger`, `root`, `mount_options`: as
+    `FleetPlugin` has them.
+    """
+
+    client: Client
+    engine: str = ""
+    linger: float = 30.0
+    root: str = ""
+    mount_options: Sequence[str] = ()
+    name: str = field(default_factory=lambda: f"vmfs-fleet-{secrets.token_hex(4)}", init=False)
+    _folder: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="vmfs-fleet-"), repr=False
+    )
+
+    def __post_init__(self) -> None:
+        self._register()
+
+    def _register(self) -> None:
+        self.client.register_plugin(FleetPlugin(self.name, self.linger, self.root, self.mount_options))
+
+    def close(self) -> None:
+        """Take away what the workers have for it."""
+        with contextlib.suppress(Exception):  # those that are gone have nothing any more
+            self.client.unregister_worker_plugin(self.name)
+        self._folder.cleanup()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- templates
+
+    def template(self, what: Any) -> Template:
+        """What cases start from, by its content: a `vmfs.Machine`; a machine of a mount (`vmfs.client.Vm`), as it is
+        now; the path of a file of `vmfs save`, or of a saved directory. Invalid, with a sentence, for other things."""
+        fd, name = tempfile.mkstemp(dir=self._folder.name)
+        with os.fdopen(fd, "wb") as file:
+            kind = _write_template(what, file)
+        path = Path(name)
+        return Template(manifest_of(path, kind), path)
+
+    def files(self, folder: str | os.PathLike[str], names: Iterable[str]) -> Template:
+        """Files of a folder as a template: the function gets the path of a tar in zstd in the place of a machine."""
+        fd, name = tempfile.mkstemp(dir=self._folder.name)
+        with os.fdopen(fd, "wb") as file, zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
+            with tarfile.open(fileobj=packed, mode="w|") as tar:
+                for each in sorted(names):
+                    tar.add(os.path.join(folder, each), each, recursive=False, filter=_plain)
+        path = Path(name)
+        return Template(manifest_of(path, "files"), path)
+
+    def _seed(self, template: Template, address: str) -> None:
+        """Send a template to a worker, whose host may have it by now. The others take it from there."""
+        manifest = msgspec.msgpack.encode(template.manifest)
+        here = {"workers": [address], "pure": False, "allow_other_workers": False}
+        if self.client.submit(has_template, self.name, manifest, **here).result():
+            return
+        with open(template.path, "rb") as file:
+            for number in range(len(template.manifest.chunks)):
+                [data] = self.client.scatter([file.read(CHUNK)], workers=[address], hash=False)
+                self.client.submit(seed_chunk, self.name, manifest, number, data, **here).result()
+
+    # ---- cases
+
+    def map(
+        self,
+        function: Callable[[Any, Any], Any],
+        inputs: Iterable[Any],
+        *,
+        template: Template | None = None,
+        timeout: float = 60.0,
+        memory: int = 0,
+        disk: int = 1 << 30,
+        coverage: int = 0,
+        keep: str | os.PathLike[str] | None = None,
+        retries: int = 3,
+        batch: int | None = None,
+        progress: bool = False,
+    ) -> Iterator[Result]:
+        """`function(machine, input)` for each input, on a machine of its own: a Result each, as they are ready.
+
+        The machine is as the template is: a `vmfs.Machine`, or a `vmfs.client.Vm` where the template is a saved one of
+        a mount. A case may take `timeout` seconds, `memory` bytes (0: the worker's, over its threads) and `disk` bytes;
+        one that takes more, raises, or ends its process has a `kind` that says so, and no other case suffers.
+
+        `coverage`: the size of a map, as `Machine.coverage` has it. `keep`: a folder for the machines of cases that
+        fail. `retries`: so many workers may die with a case before it is given up. `batch`: so many cases in a task.
+        `progress`: a bar on stderr or in a notebook (tqdm, where it is installed). Inputs are taken as they are needed.
+        """
+        return _Map(self, function, template, Limits(timeout, memory, disk), coverage, keep, retries, batch).run(
+            inputs, progress
+        )
+
+    def fuzz(self, function: Callable[[Any, bytes], Any], seeds: Iterable[bytes], **options: Any) -> Campaign:
+        """Look for inputs that end otherwise than they should: see `vmfs.fleet.fuzz.Fuzzing`."""
+        return Fuzzing(**options).run(self, function, seeds)
+
+    def bisect(
+        self,
+        predicate: Callable[[Any, Any], bool],
+        good: int | Sequence[Any],
+        bad: int | None = None,
+        *,
+        template: Template | None = None,
+        **options: Any,
+    ) -> Any:
+        """The first that is bad, where what is good comes before what is bad: `predicate(machine, point)` says whether
+        a point is bad. Points are numbers, from `good` (which is good) to `bad` (which is bad), as counts of
+        instructions; or what a list has, as kernels, of which the last is bad. All workers look at the same time.
+
+        Invalid where a predicate fails, or the points are not in such an order. `options` are those of `map`.
+        """
+        from vmfs.fleet.bisect import bisect
+
+        def ask(points: list[Any]) -> dict[int, Result]:
+            return {result.number: result for result in self.map(predicate, points, template=template, **options)}
+
+        return bisect(ask, good, bad, self.threads())
+
+    def threads(self) -> int:
+        """How many cases the cluster runs at the same time."""
+        return max(1, sum(self.client.nthreads().values()))
+
+
+def _packed(function: Callable[..., Any]) -> bytes:
+    """With what it uses of modules that are only here, by value: those that are not installed."""
+    installed = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+    here = [module for module in list(sys.modules.values()) if _is_only_here(module, installed)]
+    for module in here:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(function)
+    finally:
+        for module in here:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_only_here(module: Any, installed: set[str]) -> bool:
+    name, path = getattr(module, "__name__", ""), getattr(module, "__file__", None)
+    if not path or name.partition(".")[0] in ("vmfs", "__main__") or name in cloudpickle.list_registry_pickle_by_value():
+        return False
+    real = os.path.realpath(path)
+    return real.endswith(".py") and not any(real.startswith(folder + os.sep) for folder in installed)
+
+
+def _write_template(what: Any, file: Any) -> str:
+    from vmfs import Machine
+    from vmfs.client import Vm
+
+    if isinstance(what, Machine):
+        file.write(what.save())
+        return "library"
+    if isinstance(what, Vm):
+        name = f"fleet-{secrets.token_hex(6)}"
+        what.snapshot(name)
+        try:
+            archive.write(Path(what.path) / "snap" / name, file, "template")
+        finally:
+            what.drop(name)
+        return "saved"
+    path = Path(what)
+    if path.is_dir():
+        if not all((path / name).exists() for name in ("state", "info", "mem")):
+            raise Invalid(f"{path} is no saved machine: that is a directory with state, info and mem")
+        for inner in ("images", "disks"):
+            (path / inner).is_dir() or _fail(f"{path} is no saved machine: it has no {inner}/")
+        archive.write(path, file, str(path))
+        return "saved"
+    data = path.read_bytes()
+    from vmfs.library.saved import MAGIC
+
+    if data.startswith(MAGIC):
+        file.write(data)
+        return "library"
+    if data.endswith(archive.END):
+        file.write(data)
+        return "saved"
+    raise Invalid(f"{path} is no file of `vmfs save` or of `Machine.save`")
+
+
+def _fail(sentence: str) -> None:
+    raise Invalid(sentence)
+
+
+def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""  # the hash is of what they say
+    return info
+
+
+class _Map:
+    """A call of `map`. Each input has one Result: tasks that a worker took with it are given out again, and a result
+    that comes a second time is not looked at."""
+
+    def __init__(self, fleet: Fleet, function: Callable[..., Any], template: Template | None, limits: Limits,
+                 coverage: int, keep: Any, retries: int, batch: int | None) -> None:  # fmt: skip
+        self._fleet, self._template, self._retries = fleet, template, retries
+        self._keep = Path(keep) if keep is not None else None
+        if self._keep is not None:
+            self._keep.mkdir(parents=True, exist_ok=True)
+        work = Work(
+            function=_packed(function),
+            limits=limits,
+            manifest=template.manifest if template else None,
+            engine=fleet.engine,
+            coverage=coverage,
+            keeps=keep is not None,
+        )
+        self._work = msgspec.msgpack.encode(work)
+        self._resources = {MEMORY: limits.memory} if limits.memory else None
+        self._given: dict[int, Any] = {}  # inputs that have no result yet
+        self._sent: dict[Future, _Batch] = {}
+        self._again: list[_Batch] = []
+        self._pace = _Pace(fleet.threads(), batch)
+        self._seeds = 0
+        self._decoder = msgspec.msgpack.Decoder(list[Raw])
+
+    def run(self, inputs: Iterable[Any], progress: bool) -> Iterator[Result]:
+        numbered = enumerate(inputs)
+        ready = as_completed([], raise_errors=False)
+        bar = _bar(progress, inputs)
+        is_seeded = self._template is None
+        try:
+            while True:
+                if not is_seeded:
+                    is_seeded = self._seed_somewhere()
+                self._fill(numbered, ready)
+                if not self._sent:
+                    return
+                future = next(ready)
+                batch = self._sent.pop(future)
+                for result in self._take(future, batch):
+                    bar.update(1)
+                    yield result
+        finally:
+            bar.close()
+            for future in self._sent:
+                future.cancel()
+
+    # ---- giving out
+
+    def _seed_somewhere(self) -> bool:
+        addresses = list(self._fleet.client.nthreads())
+        if not addresses:
+            return False  # a worker that comes will say that it is missing
+        self._seed(addresses[secrets.randbelow(len(addresses))])
+        return True
+
+    def _seed(self, address: str) -> None:
+        self._seeds += 1
+        assert self._template is not None
+        with contextlib.suppress(Exception):  # the worker may go at any moment; who misses it says so again
+            self._fleet._seed(self._template, address)
+
+    def _fill(self, numbered: Iterator[tuple[int, Any]], ready: Any) -> None:
+        most = max(2, _AHEAD * self._pace.threads)
+        while len(self._sent) < most:
+            batch = self._again.pop() if self._again else self._next_batch(numbered)
+            if batch is None:
+                return
+            future = self._fleet.client.submit(
+                run_cases, self._fleet.name, self._work, batch.cases, pure=False, resources=self._resources, retries=0
+            )
+            self._sent[future] = batch
+            ready.add(future)
+
+    def _next_batch(self, numbered: Iterator[tuple[int, Any]]) -> _Batch | None:
+        cases: list[tuple[int, bytes]] = []
+        size = 0
+        while len(cases) < self._pace.size() and size < _BATCH_BYTES:
+            number, given = next(numbered, (-1, None))
+            if number < 0:
+                break
+            data = cloudpickle.dumps(given)
+            self._given[number] = given
+            cases.append((number, data))
+            size += len(data)
+        return _Batch(cases) if cases else None
+
+    # ---- taking in
+
+    def _take(self, future: Future, batch: _Batch) -> Iterator[Result]:
+        try:
+            found = future.result(timeout=60) if future.status == "finished" else None
+        except Exception:  # the worker that had it died before it was fetched
+            found = None
+        if found is None:
+            yield from self._lost(future, batch)
+        elif "missing" in found:
+            if self._seeds > _SEEDS_MOST + 10 * self._pace.threads:
+                yield from self._give_up(batch, "template", "the template does not come to the workers")
+                return
+            self._seed(found["missing"])
+            self._again.append(batch)
+        else:
+            raws = self._decoder.decode(found["results"])
+            self._pace.learn(raws)
+            for raw in raws:
+                if raw.number in self._given:
+                    yield self._result(raw)
+
+    def _lost(self, future: Future, batch: _Batch) -> Iterator[Result]:
+        """The workers that had the task died, or it failed in a way that no case makes it fail."""
+        failure = None
+        with contextlib.suppress(Exception):
+            failure = future.exception(timeout=60) if future.status == "error" else None
+        if failure is not None and not isinstance(failure, KilledWorker):
+            yield from self._give_up(batch, "worker", f"{type(failure).__name__}: {failure}")
+            return
+        if future.status in ("cancelled", "lost"):
+            self._wait_for_scheduler()
+        batch.deaths += _DEATHS if failure is not None else 1
+        if batch.deaths > self._retries and len(batch.cases) == 1:
+            yield from self._give_up(batch, "worker", f"{batch.deaths} times the workers that had it died")
+        elif len(batch.cases) > 1:  # one of them may be the reason
+            self._again.extend(_Batch([case]) for case in batch.cases)
+        else:
+            self._again.append(batch)
+
+    def _wait_for_scheduler(self) -> None:
+        end = time.monotonic() + 60
+        while self._fleet.client.status != "running" and time.monotonic() < end:
+            time.sleep(0.1)
+        with contextlib.suppress(Exception):
+            self._fleet._register()
+
+    def _give_up(self, batch: _Batch, kind: str, sentence: str) -> Iterator[Result]:
+        for number, _ in batch.cases:
+            if number in self._given:
+                yield self._result(Raw(number, kind=kind, error=sentence))
+
+    def _result(self, raw: Raw) -> Result:
+        saved = None
+        if raw.saved and self._keep is not None:
+            saved = self._keep / f"case-{raw.number}.vmfs"
+            with archive.new_file(saved) as file:
+                file.write(raw.saved)
+        return result_of(raw, self._given.pop(raw.number), saved)
+
+
+class _NoBar:
+    def update(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _bar(wanted: bool, inputs: Iterable[Any]) -> Any:
+    if not wanted:
+        return _NoBar()
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        print("vmfs.fleet: there is no bar without tqdm", file=sys.stderr)
+        return _NoBar()
+    return tqdm(total=len(inputs) if isinstance(inputs, Sequence) else None, unit="case", smoothing=0)
