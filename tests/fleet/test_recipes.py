@@ -78,8 +78,19 @@ def test_the_command_goes_on_where_it_stopped(client, tmp_path, counting):
     """)
     )
     (tmp_path / "template").write_bytes(counting.path.read_bytes())
-    words = ["run", tmp_path / "script.py", "--scheduler", client.scheduler.address, "--template", tmp_path / "template",
-             "--inputs", f"{tmp_path}/inputs/*", "--out", tmp_path / "out", "--keep"]  # fmt: skip
+    words = [
+        "run",
+        tmp_path / "script.py",
+        "--scheduler",
+        client.scheduler.address,
+        "--template",
+        tmp_path / "template",
+        "--inputs",
+        f"{tmp_path}/inputs/*",
+        "--out",
+        tmp_path / "out",
+        "--keep",
+    ]
     done = vmfs(*words)
     assert (done.returncode, done.stdout.split(":")[0]) == (1, "8 cases, 1 failed"), done.stderr
     with open(tmp_path / "out/results.csv", newline="") as file:
@@ -148,8 +159,20 @@ def test_tests_run_there(client, tmp_path):
     (tmp_path / "tests/test_one.py").write_text(TESTS)
     (tmp_path / "tests/data").write_text("beside")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    words = [sys.executable, "-m", "pytest", "-p", "vmfs.fleet", "--scheduler", client.scheduler.address, "-v", "-rA",
-             "-p", "no:cacheprovider", "tests"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "vmfs.fleet",
+        "--scheduler",
+        client.scheduler.address,
+        "-v",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "tests",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         words, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False, env=environment

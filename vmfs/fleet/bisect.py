@@ -23,8 +23,9 @@ def bisect(
     return points[_narrow(ask, points.__getitem__, -1, len(points) - 1, width)]
 
 
-def _narrow(ask: Callable[[list[Any]], dict[int, Result]], point: Callable[[int], Any], low: int, high: int,
-            width: int) -> int:  # fmt: skip
+def _narrow(
+    ask: Callable[[list[Any]], dict[int, Result]], point: Callable[[int], Any], low: int, high: int, width: int
+) -> int:
     """The first bad place; `low` is good and `high` is bad."""
     while high - low > 1:
         count = min(width, high - low - 1)

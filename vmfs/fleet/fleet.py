@@ -134,15 +134,26 @@ class Fleet:
         return Template(manifest_of(path, "files"), path)
 
     def _seed(self, template: Template, address: str) -> None:
-        """Send a template to a worker, whose host may have it by now. The others take it from there."""
+        """Send a template to a worker, whose host may have it by now. The others take it from there. OSError where the
+        worker goes meanwhile."""
         manifest = msgspec.msgpack.encode(template.manifest)
-        here = {"workers": [address], "pure": False, "allow_other_workers": False}
-        if self.client.submit(has_template, self.name, manifest, **here).result():
+        if self._ask(address, has_template, manifest):
             return
         with open(template.path, "rb") as file:
             for number in range(len(template.manifest.chunks)):
                 [data] = self.client.scatter([file.read(CHUNK)], workers=[address], hash=False)
-                self.client.submit(seed_chunk, self.name, manifest, number, data, **here).result()
+                self._ask(address, seed_chunk, manifest, number, data)
+
+    def _ask(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A task for one worker. Dask waits for ever for a worker that has gone."""
+        future = self.client.submit(function, self.name, *arguments, workers=[address], pure=False)
+        while True:
+            try:
+                return future.result(timeout=1)
+            except TimeoutError:
+                if address not in self.client.nthreads():
+                    future.cancel()
+                    raise ConnectionError(f"{address} is no worker any more") from None
 
     # ---- cases
 
@@ -221,7 +232,11 @@ def _packed(function: Callable[..., Any]) -> bytes:
 
 def _is_only_here(module: Any, installed: set[str]) -> bool:
     name, path = getattr(module, "__name__", ""), getattr(module, "__file__", None)
-    if not path or name.partition(".")[0] in ("vmfs", "__main__") or name in cloudpickle.list_registry_pickle_by_value():
+    if (
+        not path
+        or name.partition(".")[0] in ("vmfs", "__main__")
+        or name in cloudpickle.list_registry_pickle_by_value()
+    ):
         return False
     real = os.path.realpath(path)
     return real.endswith(".py") and not any(real.startswith(folder + os.sep) for folder in installed)
@@ -275,8 +290,17 @@ class _Map:
     """A call of `map`. Each input has one Result: tasks that a worker took with it are given out again, and a result
     that comes a second time is not looked at."""
 
-    def __init__(self, fleet: Fleet, function: Callable[..., Any], template: Template | None, limits: Limits,
-                 coverage: int, keep: Any, retries: int, batch: int | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        fleet: Fleet,
+        function: Callable[..., Any],
+        template: Template | None,
+        limits: Limits,
+        coverage: int,
+        keep: Any,
+        retries: int,
+        batch: int | None,
+    ) -> None:
         self._fleet, self._template, self._retries = fleet, template, retries
         self._keep = Path(keep) if keep is not None else None
         if self._keep is not None:

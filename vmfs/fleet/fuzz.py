@@ -19,9 +19,25 @@ if TYPE_CHECKING:
 
 MAP = 1 << 14
 _CLASSES = bytes(
-    0 if n == 0 else 1 if n == 1 else 2 if n == 2 else 4 if n == 3 else 8 if n < 8 else 16 if n < 16 else 32 if n < 32
-    else 64 if n < 128 else 128 for n in range(256)
-)  # fmt: skip
+    0
+    if n == 0
+    else 1
+    if n == 1
+    else 2
+    if n == 2
+    else 4
+    if n == 3
+    else 8
+    if n < 8
+    else 16
+    if n < 16
+    else 32
+    if n < 32
+    else 64
+    if n < 128
+    else 128
+    for n in range(256)
+)
 _SAMPLE = 64  # inputs of the corpus that a slice gets
 _GOOD_EXITS = ("hlt", "limit", "debug cause=breakpoint")
 
@@ -176,9 +192,13 @@ class Fuzzing:
             return fuzz_slice(function, bug, machine, work)
 
         results = fleet.map(
-            one, self._slices(campaign, began), template=self.template, timeout=self.slice_seconds + 60,
-            memory=self.memory, batch=1,
-        )  # fmt: skip
+            one,
+            self._slices(campaign, began),
+            template=self.template,
+            timeout=self.slice_seconds + 60,
+            memory=self.memory,
+            batch=1,
+        )
         for result in results:
             if result.kind:
                 campaign.failures.append(f"{result.kind}: {result.error}")

@@ -124,5 +124,18 @@ def result_of(raw: Raw, given: Any, saved: Path | None) -> Result:
             value = unpack_value(raw.value)
         except Refused as failure:
             kind, error = "value", str(failure)
-    return Result(raw.number, given, value, kind, error, raw.exit, raw.console, raw.output, raw.why, raw.coverage, saved,
-                  raw.seconds, raw.worker)  # fmt: skip
+    return Result(
+        raw.number,
+        given,
+        value,
+        kind,
+        error,
+        raw.exit,
+        raw.console,
+        raw.output,
+        raw.why,
+        raw.coverage,
+        saved,
+        raw.seconds,
+        raw.worker,
+    )

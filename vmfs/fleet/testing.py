@@ -26,8 +26,13 @@ TEST_SECONDS = 600.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vmfs-fleet", "tests on the workers of a Dask cluster")
     group.addoption("--scheduler", metavar="ADDRESS", help="of Dask: tests marked `fleet` run on its workers")
-    group.addoption("--fleet-files", metavar="GLOB", action="append", default=[],
-                    help="more files of the root directory that they need, as 'build/*.elf'")  # fmt: skip
+    group.addoption(
+        "--fleet-files",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="more files of the root directory that they need, as 'build/*.elf'",
+    )
     group.addoption("--fleet-timeout", metavar="SECONDS", type=float, default=TEST_SECONDS, help="for a test")
     group.addoption("--fleet-reports", metavar="FILE", help="(for the workers) where to write the reports")
 
@@ -113,11 +118,30 @@ def run_test(files: str, test: tuple[str, float]) -> dict[str, Any]:
     with open(files, "rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             tar.extractall(".", filter="data")
-    command = [sys.executable, "-m", "pytest", "-p", "vmfs.fleet", "-p", "no:cacheprovider", f"--fleet-reports={REPORTS}",
-               "--rootdir=.", "-q", nodeid]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "vmfs.fleet",
+        "-p",
+        "no:cacheprovider",
+        f"--fleet-reports={REPORTS}",
+        "--rootdir=.",
+        "-q",
+        nodeid,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, env=environment,
-                          stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     try:
         reports = Path(REPORTS).read_text()
     except FileNotFoundError:

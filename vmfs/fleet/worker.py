@@ -48,8 +48,9 @@ class Missing(Exception):
 
 class FleetPlugin(WorkerPlugin):
     def __init__(self, name: str, linger: float = 30.0, root: str = "", mount_options: Sequence[str] = ()) -> None:
-        """`name`: of the fleet, a word that no other one has. `linger`: for so many seconds a template stays on a host whose last worker was killed; one that is started
-        in its place finds it. `root`: the folder for templates. `mount_options`: of `vmfs mount`."""
+        """`name`: of the fleet, a word that no other one has. `linger`: for so many seconds a template stays on a host
+        whose last worker was killed; one that is started in its place finds it. `root`: the folder for templates.
+        `mount_options`: of `vmfs mount`."""
         self.name, self.linger, self.root, self.mount_options = name, linger, root, tuple(mount_options)
         self._chunk_op = f"{name}-chunk".replace("-", "_")
 
@@ -251,8 +252,14 @@ class FleetPlugin(WorkerPlugin):
 
     def _new_runner(self, work: Work) -> Supervisor:
         prefix = f"case-{secrets.token_hex(4)}"
-        job = Job(work.function, engine=work.engine, coverage=work.coverage, keeps=work.keeps, prefix=prefix,
-                  file_most=work.limits.disk)  # fmt: skip
+        job = Job(
+            work.function,
+            engine=work.engine,
+            coverage=work.coverage,
+            keeps=work.keeps,
+            prefix=prefix,
+            file_most=work.limits.disk,
+        )
         limits = work.limits
         if work.manifest is not None:
             job.kind = work.manifest.kind
@@ -266,8 +273,8 @@ class FleetPlugin(WorkerPlugin):
 
 
 def run_cases(fleet: str, data: bytes, inputs: Sequence[tuple[int, bytes]]) -> dict[str, Any]:
-    """A task of Dask: cases of a map, for a Work that is packed. The results, or {"missing": address}, where the client has to send the template
-    to this worker first."""
+    """A task of Dask: cases of a map, for a Work that is packed. The results, or {"missing": address}, where the client
+    has to send the template to this worker first."""
     from distributed import get_worker
 
     worker = get_worker()
