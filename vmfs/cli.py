@@ -49,7 +49,7 @@ COMMANDS = (
     Command("save", "write a machine, or a snapshot of it, to one file", "vmfs.commands.save"),
     Command("load", "make a machine of such a file", "vmfs.commands.load"),
     Command("web", "show the machines of a mount as a web page", "vmfs.web.command"),
-    Command("fleet", "run cases on the workers of a Dask cluster", "vmfs.commands.fleet"),
+    Command("fleet", "run cases on the workers of a Dask cluster", "vmfs.fleet.command"),
     Command("help", "tell of a command, or of a file of a machine", "vmfs.commands.help"),
     Command("version", "print the version", "vmfs.commands.version"),
 )

@@ -26,7 +26,7 @@ FLOORS = (
     ("host",),
     ("fs",),
     ("commands",),
-    ("web",),
+    ("web", "fleet"),
     ("cli", "pytest_plugin"),
 )
 

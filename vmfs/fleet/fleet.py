@@ -393,6 +393,9 @@ class _Map:
             found = None
         if found is None:
             yield from self._lost(future, batch)
+        elif "again" in found:
+            time.sleep(0.05)
+            self._again.append(batch)
         elif "missing" in found:
             if self._seeds > _SEEDS_MOST + 10 * self._pace.threads:
                 yield from self._give_up(batch, "template", "the template does not come to the workers")

@@ -12,10 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vmfs.fleet.fleet import Fleet, Template
+from typing import Any
 
 MAP = 1 << 14
 _CLASSES = bytes(
@@ -170,7 +167,7 @@ class Fuzzing:
     so long a worker goes on without the others. `report(campaign)` is called after each slice.
     """
 
-    template: Template
+    template: Any
     seconds: float = 60.0
     cases: int | None = None
     stop: bool = False
@@ -182,7 +179,7 @@ class Fuzzing:
     memory: int = 0
     report: Callable[[Campaign], None] = lambda campaign: None
 
-    def run(self, fleet: Fleet, function: Callable[[Any, bytes], Any], seeds: Iterable[bytes]) -> Campaign:
+    def run(self, fleet: Any, function: Callable[[Any, bytes], Any], seeds: Iterable[bytes]) -> Campaign:
         campaign, self._seen, self._rng = Campaign(), 0, random.Random(self.seed)
         self._first = [bytes(seed) for seed in seeds]
         self._ends = False

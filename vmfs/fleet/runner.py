@@ -274,7 +274,7 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         else:
-            from vmfs.fleet.supervisor import descendants
+            from vmfs.fleet.processes import descendants
 
             for child in descendants(self._pid):
                 with contextlib.suppress(ProcessLookupError):

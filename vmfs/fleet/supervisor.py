@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-import psutil
 
+from vmfs.fleet.processes import descendants
 from vmfs.fleet.results import Raw
 from vmfs.fleet.runner import Case, Frames, Job, frame
 
@@ -52,13 +52,6 @@ def isolation() -> tuple[str, ...]:
             subprocess.run([*words, "true"], check=True, capture_output=True, timeout=10)
             return tuple(words)
     return ()
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return []
 
 
 class Supervisor:

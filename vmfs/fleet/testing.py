@@ -75,7 +75,7 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
 def _run_there(session: pytest.Session, items: list[pytest.Item], address: str) -> None:
     from distributed import Client
 
-    from vmfs.fleet import Fleet
+    from vmfs.fleet.fleet import Fleet
 
     config = session.config
     timeout = config.getoption("--fleet-timeout")

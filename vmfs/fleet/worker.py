@@ -75,7 +75,7 @@ class FleetPlugin(WorkerPlugin):
         self._lock = threading.RLock()
         self._idle: list[tuple[bytes, Supervisor]] = []
         self._busy: set[Supervisor] = set()
-        self._is_closed = False
+        self.is_closed = False
 
     def _last_command(self) -> str:
         root = shlex.quote(str(self._store.root))
@@ -94,9 +94,9 @@ class FleetPlugin(WorkerPlugin):
 
     def _tear_down(self) -> None:
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 return
-            self._is_closed = True
+            self.is_closed = True
             runners = [runner for _, runner in self._idle] + list(self._busy)
             self._idle.clear()
         for runner in runners:
@@ -227,7 +227,7 @@ class FleetPlugin(WorkerPlugin):
             with self._lock:
                 self._busy.discard(runner)
         with self._lock:
-            if not self._is_closed:
+            if not self.is_closed:
                 self._idle.append((data, runner))
                 return results
         runner.close()
@@ -273,25 +273,29 @@ class FleetPlugin(WorkerPlugin):
 
 
 def run_cases(fleet: str, data: bytes, inputs: Sequence[tuple[int, bytes]]) -> dict[str, Any]:
-    """A task of Dask: cases of a map, for a Work that is packed. The results, or {"missing": address}, where the client
-    has to send the template to this worker first."""
+    """A task of Dask: cases of a map, for a Work that is packed. The results; or {"missing": address}, where the client
+    has to send the template to this worker first; or {"again": True}, of a worker that goes."""
     from distributed import get_worker
 
     worker = get_worker()
+    plugin = worker.plugins.get(fleet)
+    if plugin is None:  # the worker begins, or ends
+        return {"again": True}
     try:
-        results = worker.plugins[fleet].run(data, [Case(number, each) for number, each in inputs])
+        results = plugin.run(data, [Case(number, each) for number, each in inputs])
     except Missing:
         return {"missing": worker.address}
     except MountFailed as failure:
-        return _all_failed(inputs, f"this worker has no mount, which a saved machine needs: {failure}", worker)
+        results = _all_failed(inputs, f"this worker has no mount, which a saved machine needs: {failure}", worker)
     except (VmfsError, OSError) as failure:
-        return _all_failed(inputs, f"the template cannot be used here: {failure}", worker)
+        results = _all_failed(inputs, f"the template cannot be used here: {failure}", worker)
+    if plugin.is_closed:  # it took its runners away under the cases
+        return {"again": True}
     return {"results": msgspec.msgpack.encode(results)}
 
 
-def _all_failed(inputs: Sequence[tuple[int, bytes]], sentence: str, worker: Any) -> dict[str, Any]:
-    raws = [Raw(number, kind="template", error=sentence, worker=worker.address) for number, _ in inputs]
-    return {"results": msgspec.msgpack.encode(raws)}
+def _all_failed(inputs: Sequence[tuple[int, bytes]], sentence: str, worker: Any) -> list[Raw]:
+    return [Raw(number, kind="template", error=sentence, worker=worker.address) for number, _ in inputs]
 
 
 def seed_chunk(fleet: str, manifest: bytes, number: int, data: bytes) -> None:

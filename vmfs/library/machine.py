@@ -493,14 +493,14 @@ class _Parts:
         """What the machine is now, for `Machine.load`, here or elsewhere; without hooks."""
         from vmfs.library.saved import save
 
-        return save(self)  # type: ignore[arg-type]
+        return save(self)
 
     @classmethod
     def load(cls, data: bytes, *, engine: str | None = None) -> Any:
         """The machine that `save` has put into bytes. Invalid where they are damaged, or of something else."""
         from vmfs.library.saved import load
 
-        return load(data, engine=engine)
+        return load(cls, data, engine)
 
     def _put_states(self, machine: dict[str, bytes], cpu: dict[str, bytes]) -> None:
         self._machine.put_states(machine)

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import zstandard
 
-from vmfs.library.machine import Machine
 from vmfs.memory.mapping import PAGE
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
 
@@ -33,7 +32,7 @@ class _Saved(msgspec.Struct):
     """Their bytes, one page after the other."""
 
 
-def save(machine: Machine) -> bytes:
+def save(machine: Any) -> bytes:
     """What the machine is now: registers, memory, the access that waits. Hooks are not in it. Unsupported for one that
     runs a Linux program."""
     if getattr(machine, "linux", None) is not None:
@@ -53,8 +52,8 @@ def save(machine: Machine) -> bytes:
     return MAGIC + zstandard.ZstdCompressor(level=3, write_checksum=True).compress(msgspec.msgpack.encode(saved))
 
 
-def load(data: bytes, *, engine: str | None = None) -> Machine:
-    """The machine that was saved. Invalid, with a sentence, for anything else."""
+def load(cls: Any, data: bytes, engine: str | None) -> Any:
+    """The machine, of a class, that was saved. Invalid, with a sentence, for anything else."""
     if not data.startswith(MAGIC):
         raise Invalid("that is no saved machine of the library")
     try:
@@ -69,7 +68,7 @@ def load(data: bytes, *, engine: str | None = None) -> Machine:
         raise Invalid("the pages of the saved machine are not those that it lists")
     if sum(size for _, size, _, _ in saved.regions) > _MOST * 16:
         raise Invalid("the saved machine has more memory than a machine may have")
-    machine = Machine(saved.mode, engine=engine or saved.engine, exceptions=saved.exceptions)
+    machine = cls(saved.mode, engine=engine or saved.engine, exceptions=saved.exceptions)
     try:
         for address, size, read_only, name in saved.regions:
             machine.map(address, size, read_only=read_only, name=name)
