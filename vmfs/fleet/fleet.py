@@ -410,22 +410,21 @@ class _Map:
                     yield self._result(raw)
 
     def _lost(self, future: Future, batch: _Batch) -> Iterator[Result]:
-        """The workers that had the task died, or it failed in a way that no case makes it fail."""
+        """The workers that had the task died, or Dask failed in it, as where a network is cut: no case does that."""
         failure = None
         with contextlib.suppress(Exception):
             failure = future.exception(timeout=60) if future.status == "error" else None
-        if failure is not None and not isinstance(failure, KilledWorker):
-            yield from self._give_up(batch, "worker", f"{type(failure).__name__}: {failure}")
-            return
         if future.status in ("cancelled", "lost"):
             self._wait_for_scheduler()
-        batch.deaths += _DEATHS if failure is not None else 1
-        if batch.deaths > self._retries and len(batch.cases) == 1:
-            yield from self._give_up(batch, "worker", f"{batch.deaths} times the workers that had it died")
-        elif len(batch.cases) > 1:  # one of them may be the reason
+        batch.deaths += _DEATHS if isinstance(failure, KilledWorker) else 1
+        if len(batch.cases) > 1:  # one of them may be the reason
             self._again.extend(_Batch([case]) for case in batch.cases)
-        else:
+        elif batch.deaths <= self._retries:
             self._again.append(batch)
+        elif failure is None or isinstance(failure, KilledWorker):
+            yield from self._give_up(batch, "worker", f"{batch.deaths} times the workers that had it died")
+        else:
+            yield from self._give_up(batch, "worker", f"{type(failure).__name__}: {failure}")
 
     def _wait_for_scheduler(self) -> None:
         end = time.monotonic() + 60
