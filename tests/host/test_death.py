@@ -9,8 +9,10 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,8 @@ from mounting import (
     running,
     wait_until,
 )
+
+from vmfs.host import zygote
 
 SPIN = "40 ebfd"  # inc ax; jmp
 
@@ -284,3 +288,34 @@ def server_of(mount: Path) -> int:
                 if status(int(entry.name))["Name"].strip() != "vmfs-zygote":
                     return int(entry.name)
     raise AssertionError("there is no server")
+
+
+def test_server_and_zygote_that_both_have_much_to_say():
+    """As where a thousand machines end at once: neither reads while it writes, if it did no more."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    server = zygote.Zygote(ours, 0)
+    jobs = [server._new_job() for _ in range(3000)]
+    heard = []
+
+    def be_the_zygote() -> None:
+        for job in jobs[::-1]:
+            its.send(zygote._encode(zygote.Ended(job.number, 0)))
+        while packet := its.recv(1 << 16):
+            heard.append(zygote._decode_orders(packet).job)
+
+    thread = threading.Thread(target=be_the_zygote, daemon=True)
+    thread.start()
+    asked = []
+    for job in jobs:
+        if job.code is None:
+            asked.append(job.number)
+        server.kill(job)
+    while server._jobs:
+        assert server._take_news()
+    ours.shutdown(socket.SHUT_WR)
+    thread.join(SOON)
+    assert not thread.is_alive() and heard == asked and len(asked) > 100
+    assert all(job.ended.is_set() for job in jobs)
+    ours.close()
+    its.close()

@@ -178,21 +178,26 @@ class Zygote:
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._socket)
-                try:
-                    packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    packet = b""
-                if not packet:
+                if not self._take_news():
                     log.error("the process that makes machines is gone")
                     return
-                self._hear(_decode_news(packet), fds)
         finally:
             self._gone = True
             self._close_spares()
             for job in list(self._jobs.values()):
                 self._end(job, -signal.SIGKILL)
+
+    def _take_news(self) -> bool:
+        """Hear what it has said, if it has; whether it is there."""
+        try:
+            packet, fds, _, _ = socket.recv_fds(self._socket, _PACKET, _FDS_MOST, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if packet:
+            self._hear(_decode_news(packet), fds)
+        return bool(packet)
 
     def _hear(self, news: ToServer, fds: list[int]) -> None:
         if isinstance(news, Layers):
@@ -240,7 +245,8 @@ class Zygote:
         packet = _encode(order)
         if len(packet) > _PACKET:
             raise EngineFailed(f"an order of {len(packet)} bytes")
-        # It reads at once, so that its queue is never full for long; the wait here is a fork's.
+        # It reads at once, so that its queue is full for a fork's time only; or it has much to say itself, as where many
+        # machines end: then it waits until that is heard.
         while True:
             try:
                 if fd is None:
@@ -249,7 +255,8 @@ class Zygote:
                     socket.send_fds(self._socket, [packet], [fd], socket.MSG_NOSIGNAL)
                 return
             except BlockingIOError:
-                select.select([], [self._socket], [], 1)
+                select.select([self._socket], [self._socket], [], 1)
+                self._take_news()
             except OSError as error:
                 raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
 
