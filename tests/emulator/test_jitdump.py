@@ -74,7 +74,7 @@ def test_format(tmp_path):
     assert file.stat().st_mode & 0o777 == 0o600
     found = loads(file.read_bytes(), pid)
     assert len(found) == regions > 0
-    _, name, code = found[0]
+    name, code = found[0][1], b"".join(code for _, _, code in found)
     assert name in (b"guest_1000", b"guest_1003", b"guest_1006")  # a stop in the loop makes a region that begins there
     assert b"\x48\xff\xc9" in code and b"\x48\x01\xc8" in code  # the loop's own instructions
 

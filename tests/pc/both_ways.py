@@ -93,7 +93,7 @@ def live(name: str, way: dict[str, str], step: int) -> Life:
             done = vm.counters()["instructions"]
             sent += vm.board.devices["com1"].sent.read(len(sent), 1 << 20)
             with vm.memory.view() as ram:
-                shown = screen.text(vm.board.display, ram)
+                shown = screen.text(vm.board.display)
             hashes.append((done, vm.state_hash().hex()))
         counters = vm.counters()
         return Life(hashes, sent, shown, counters["instructions_translated"], counters["regions"])

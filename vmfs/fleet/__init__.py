@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmfs.fleet.testing import pytest_addoption, pytest_configure, pytest_runtestloop
-
 _FROM = {
     "Fleet": "vmfs.fleet.fleet",
     "Template": "vmfs.fleet.fleet",
@@ -17,11 +15,18 @@ _FROM = {
     "Bug": "vmfs.fleet.fuzz",
     "FleetPlugin": "vmfs.fleet.worker",
 }
-__all__ = [*_FROM, "pytest_addoption", "pytest_configure", "pytest_runtestloop"]
+_HOOKS = ("pytest_addoption", "pytest_configure", "pytest_runtestloop")
+__all__ = [*_FROM, *_HOOKS]  # noqa: PLE0604
+_FROM |= dict.fromkeys(_HOOKS, "vmfs.fleet.testing")
+
+
+def __dir__() -> list[str]:
+    """In which pytest looks for hooks."""
+    return [*globals(), *_FROM]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Dask is imported when it is used."""
+    """What needs Dask or pytest is imported when it is used."""
     if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
