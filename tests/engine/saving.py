@@ -32,6 +32,9 @@ class Contents:
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
 
+    def plug_consoles(self) -> None:
+        """Nobody has one open."""
+
 
 def be(child: Vm, memory: list[int], files: list[int] | None = None) -> None:
     """Be the copy that these are. They are closed."""

@@ -92,8 +92,7 @@ def live(name: str, way: dict[str, str], step: int) -> Life:
             vm.start(Bound(instructions=step)).result(SECONDS)
             done = vm.counters()["instructions"]
             sent += vm.board.devices["com1"].sent.read(len(sent), 1 << 20)
-            with vm.memory.view() as ram:
-                shown = screen.text(vm.board.display)
+            shown = screen.text(vm.board.display)
             hashes.append((done, vm.state_hash().hex()))
         counters = vm.counters()
         return Life(hashes, sent, shown, counters["instructions_translated"], counters["regions"])
