@@ -288,15 +288,15 @@ static unsigned kind_in_run(struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
     bool stack = o->operation == &operation_PUSH || o->operation == &operation_POP;
-    if (!(stack || o->operation == &operation_MOV) || r->run == op_raise)
+    if (!(stack || o->operation == &operation_MOV) || r->run == op_raise || !is_emitted(t, r))
         return RUN_NONE;
     if (stack)
-        return (o->operands[0] == oZv || (o->operands[0] == oEv && r->prefix & PREFIX_REGISTER)) && r->rm != RSP * 8 && is_emitted(t, r)
+        return (o->operands[0] == oZv || (o->operands[0] == oEv && r->prefix & PREFIX_REGISTER)) && r->rm != RSP * 8
                    ? o->operation == &operation_PUSH ? RUN_PUSH : RUN_POP : RUN_NONE;
     bool load = o->operands[0] == oGv && o->operands[1] == oEv, store = o->operands[0] == oEv && o->operands[1] == oGv;
     if (!(load || store) || r->prefix & PREFIX_REGISTER || r->size < 2 || r->reg == RSP * 8 || r->index != GPR_ZERO * 8 ||
         r->seg >= SEG_FS || (r->prefix & PREFIX_ADDRESS) != (t->wide ? 3 : 2) || pinned(r->base) == NO_REGISTER ||
-        r->disp != (i32)r->disp || !is_emitted(t, r))
+        r->disp != (i32)r->disp)
         return RUN_NONE;
     return load ? RUN_LOAD : RUN_STORE;
 }
@@ -575,7 +575,7 @@ void plan_accesses(struct translation *t, struct member *m)
     struct plan plan, *p = &plan;
     p->count = p->last_value = p->branches = 0;
     forget_all(p);
-    m->emitted = m->covered = m->checked = 0;
+    m->covered = m->checked = 0;
     t->in = m;
     const struct record *r = m->block->records;
     struct { bool memory, stack, faults; } has[BLOCK_INSTRUCTIONS];
@@ -588,7 +588,6 @@ void plan_accesses(struct translation *t, struct member *m)
         if (m->runs[i]) {
             struct access a = access_of(&run);
             has[i].stack = true;
-            m->emitted |= (u32)((1ull << (i + count)) - (1ull << i));
             plan_access(p, &m->stack[i], i, i + count, &a, p->values[a.base], nothing, 0, 0, a.disp);
             p->values[RSP].plus += run.moved;
             for (unsigned reg = 0; reg < REGISTERS; reg++)
@@ -602,7 +601,6 @@ void plan_accesses(struct translation *t, struct member *m)
         if (r->run == op_raise || !is_emitted(t, r)) {
             forget_all(p);
         } else {
-            m->emitted |= 1u << i;
             has[i].memory = t->memory.is;
             has[i].stack = t->stack.is;
             has[i].faults = t->traits & FAULTS;

@@ -556,7 +556,6 @@ static void begin_code(struct translation *t, enum where flags)
 static void end_copy(const struct translation *t, struct copy *copy, bool goes_on)
 {
     copy->end = (u8)t->index;
-    copy->end_stub = t->stub_count;
     copy->back = goes_on ? t->code.at : NULL;
     copy->where = t->where;
     copy->split = t->split;
@@ -592,8 +591,8 @@ static void emit_copy(struct translation *t, const struct copy *copy)
             t->index++;
         }
     }
-    for (unsigned i = copy->first_stub; i < copy->end_stub; i++)
-        if (t->stubs[i].kind == STUB_APART)
+    for (unsigned i = 0; i < t->stub_count; i++)
+        if (t->stubs[i].kind == STUB_APART && t->stubs[i].copy == copy)
             land(t->stubs[i].back, entries[t->stubs[i].index]);
     if (!r || !copy->back)
         return;
@@ -750,7 +749,7 @@ static void leave_at(struct translation *t, const struct record *r)
 static bool emit_record(struct translation *t, const struct member *m, const struct record *r, unsigned index)
 {
     const struct opcode *o = &opcodes[r->id];
-    if (!(m->emitted >> index & 1)) {
+    if (r->run == op_raise || !is_emitted(t, r)) {
         flush_vectors(t);
         t->vectors = 0;
         if (r->run == op_raise || r->has_link || o->attributes & A_END) {
@@ -762,8 +761,6 @@ static bool emit_record(struct translation *t, const struct member *m, const str
         call_shared(t, shared_code(t->translator)->call);
         return true;
     }
-    t->row = o;
-    t->traits = o->emitter->traits;
     flags_used(r, t->traits, &t->reads, &t->writes);
     t->live = m->after[index].live;
     t->precise = m->after[index].precise;
@@ -816,7 +813,7 @@ void emit_member(struct translation *t, struct member *m)
         bool covered = m->covered >> t->index & 1;
         if (covered && !copy) {
             copy = &t->copies[t->copy_count++];
-            *copy = (struct copy){.member = m, .first = (u8)t->index, .first_stub = t->stub_count};
+            *copy = (struct copy){.member = m, .first = (u8)t->index};
         } else if (!covered && copy) {
             end_copy(t, copy, true);
             copy = NULL;

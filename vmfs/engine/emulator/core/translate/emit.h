@@ -72,7 +72,6 @@ struct member {               /* a block of the region */
     u8 *code;                 /* where it begins, once emitted */
     u16 live, precise;        /* at its entry: flags that may be read; that may be seen, by faults, too */
     struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* each instruction */
-    u32 emitted;              /* instructions that is_emitted says yes to */
     u32 covered;              /* instructions of stretches, and between them */
     u32 checked;              /* those that another one's check is for */
     unsigned stretch_count;
@@ -112,7 +111,6 @@ struct copy {
     struct member *member;
     u8 first, end;
     u32 entries;              /* instructions */
-    unsigned first_stub, end_stub; /* of its stretches' code */
     u8 *back;                 /* NULL: nothing follows */
     enum where where;
     u16 split, vectors;

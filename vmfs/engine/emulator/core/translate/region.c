@@ -554,7 +554,7 @@ bool find_flags(struct translation *t, struct member *m)
         r = records[i];
         m->after[i].live = live;
         m->after[i].precise = precise;
-        if (!(m->emitted >> i & 1)) {
+        if (!is_emitted(t, r)) {
             live = precise = FLAGS_ARITHMETIC;
             continue;
         }
