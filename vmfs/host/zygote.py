@@ -245,8 +245,8 @@ class Zygote:
         packet = _encode(order)
         if len(packet) > _PACKET:
             raise EngineFailed(f"an order of {len(packet)} bytes")
-        # It reads at once, so that its queue is full for a fork's time only; or it has much to say itself, as where many
-        # machines end: then it waits until that is heard.
+        # It reads at once, so that its queue is full for a fork's time only; or it has much to say itself, as where
+        # many machines end: then it waits until that is heard.
         while True:
             try:
                 if fd is None:
