@@ -5,6 +5,7 @@ It is also a plugin of pytest: `pytest -p vmfs.fleet --scheduler ADDRESS` runs t
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 _FROM = {
@@ -15,18 +16,15 @@ _FROM = {
     "Bug": "vmfs.fleet.fuzz",
     "FleetPlugin": "vmfs.fleet.worker",
 }
-_HOOKS = ("pytest_addoption", "pytest_configure", "pytest_runtestloop")
-__all__ = [*_FROM, *_HOOKS]  # noqa: PLE0604
-_FROM |= dict.fromkeys(_HOOKS, "vmfs.fleet.testing")
+__all__ = [*_FROM]  # noqa: PLE0604
+if "pytest" in sys.modules:  # it looks for hooks in what a module has when it is imported
+    from vmfs.fleet.testing import pytest_addoption, pytest_configure, pytest_runtestloop
 
-
-def __dir__() -> list[str]:
-    """In which pytest looks for hooks."""
-    return [*globals(), *_FROM]
+    __all__ += ["pytest_addoption", "pytest_configure", "pytest_runtestloop"]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Dask or pytest is imported when it is used."""
+    """What needs Dask is imported when it is used."""
     if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
