@@ -344,6 +344,19 @@ def test_it_opens_while_a_device_holds_the_board(pc):
     os.close(opened[0])
 
 
+def test_a_closed_one_has_no_memory_any_more(pc):
+    display, planes_at = pc.display, (8, 0, 1)  # a byte of the window at A0000
+    assert display.chip.read(*planes_at) is not None
+    pc.close()
+    with pytest.raises(Gone):
+        display.planes()
+    for access in (lambda: display.chip.seen(None, False), lambda: display.chip.copy(bytearray(16), False, True)):
+        with pytest.raises(ValueError, match="closed"):
+            access()
+    assert display.chip.read(*planes_at) is None  # it is not the chip's any more
+    display.close()
+
+
 # ---- state
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import time
+import weakref
 
 import pytest
 from engine.asm import ORIGIN
+from engine.saving import arrival_of, come_in
+from engine.test_memory import open_files
 
 from vmfs.engine.base import Capability
 from vmfs.machine.born import Birth, parse_birth
@@ -80,6 +84,31 @@ def run(vm, **bound):
 
 def register(vm, name):
     return int(vm.at_boundary(lambda cpu: read_register(cpu, name)).result(SECONDS), 0)
+
+
+def test_nothing_is_left_of_one_that_is_closed_or_replaced(engine):
+    """Its descriptors are closed at once; no chip keeps the board."""
+
+    def born() -> list[weakref.ref]:
+        vm = Vm(engine, memory_size=SIZE)
+        vm.set_machine("pc")
+        boards = [weakref.ref(vm.board)]
+        vm.past.take("one")
+        arrival = arrival_of(vm, "one")
+        vm.past.drop("one")
+        come_in(vm, arrival)
+        boards.append(weakref.ref(vm.board))
+        assert boards[0]() is not boards[1]()
+        assert sum("framebuffer" in path for path in open_files()) == 2  # itself, and a mapping's
+        vm.close()
+        return boards
+
+    born()  # what the engine opens once
+    before = open_files()
+    boards = born()
+    assert open_files() == before
+    gc.collect()
+    assert [board() for board in boards] == [None, None]
 
 
 def test_accesses_are_answered_and_no_exits(pc, assembler):

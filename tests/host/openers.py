@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import select
 import signal
 import socket
 
 import msgspec
+from mounting import has_news
 
 from vmfs.host import opener
 from vmfs.host.credentials import Credentials, HostError
@@ -35,8 +35,7 @@ class Opened:
             opener.run(work, who, its, box)
         its.close()
         with ours:
-            ready, _, _ = select.select([ours], [], [], SECONDS)
-            assert ready, "the opener does not answer"
+            assert has_news(ours.fileno(), seconds=SECONDS), "the opener does not answer"
             packet, self.fds, _, _ = socket.recv_fds(ours, 4096, 4)
         result = msgspec.msgpack.decode(packet, type=Result)
         self.text = result.text

@@ -10,7 +10,6 @@ import itertools
 import logging
 import mmap
 import os
-import select
 import socket
 import threading
 import typing
@@ -24,6 +23,7 @@ import trio.testing
 from fs.fake_engine import FakeEngine
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mounting import has_news
 
 from vmfs.fs import lane
 from vmfs.fs.ring import COUNTED, Ring
@@ -711,8 +711,8 @@ class Between:
         def carry() -> None:
             with near, far:
                 while self.left:
-                    ready, _, _ = select.select([near, far], [], [])
-                    source, to = (near, far) if near in ready else (far, near)
+                    ready = has_news(near.fileno(), far.fileno(), seconds=3600)
+                    source, to = (near, far) if near.fileno() in ready else (far, near)
                     packet, fds, _, _ = socket.recv_fds(source, 1 << 20, 4)
                     if not packet:
                         break

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import select
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mounting import SOON, Machine
+from mounting import SOON, Machine, has_news
 
 
 class Child:
@@ -43,8 +42,7 @@ class Child:
 
     def result(self, seconds: float = SOON) -> Any:
         try:
-            ready, _, _ = select.select([self._read], [], [], seconds)
-            assert ready, "it did not come to an end"
+            assert has_news(self._read, seconds=seconds), "it did not come to an end"
             packed = b""
             while more := os.read(self._read, 1 << 16):
                 packed += more

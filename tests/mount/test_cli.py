@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mounting import for_plain_processes, reason_against_mounts
+from mounting import for_plain_processes, has_news, reason_against_mounts
 
 from vmfs import cli
 from vmfs.commands import terminal
@@ -86,7 +86,7 @@ def ends(pid, seconds=30):
     pidfd = os.pidfd_open(pid)
     try:
         yield
-        assert select.select([pidfd], [], [], seconds)[0], f"process {pid} runs on after {seconds} s"
+        assert has_news(pidfd, seconds=seconds), f"process {pid} runs on after {seconds} s"
     finally:
         os.close(pidfd)
 

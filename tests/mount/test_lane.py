@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounting import LIBC, Machine, Server, blocked_read, failing, reason_against, running, serving, wait_until
+from mounting import (
+    LIBC,
+    Machine,
+    Server,
+    blocked_read,
+    failing,
+    has_news,
+    reason_against,
+    running,
+    serving,
+    wait_until,
+)
 from vmfs.machine._lane import ENDED, ORDER
 
 from vmfs.engine import ENGINES
@@ -540,7 +551,7 @@ def test_a_server_that_dies(tmp_path_factory, any_engine):
         server.server.kill()
         size, error, _ = call.end()
         assert size == -1 and error in (errno.ECONNABORTED, errno.ENOTCONN)
-        assert select.select([machine], [], [], 20)[0], "the machine's process has not ended"
+        assert has_news(machine, seconds=20), "the machine's process has not ended"
 
 
 def test_nothing_is_lost_among_others(server, vm):

@@ -6,14 +6,13 @@ import contextlib
 import errno
 import os
 import re
-import select
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Server, reason_against_mounts
+from mounting import Server, has_news, reason_against_mounts
 from pc.initramfs import SHELL, build
 from pc.kernels import CLOUD
 
@@ -58,7 +57,7 @@ class Pc:
         """Wait until the guest sends what matches, after what was expected before."""
         deadline = time.monotonic() + BOOT_SECONDS
         while (match := re.compile(pattern).search(self.said, self.seen)) is None:
-            ready, _, _ = select.select([self.console], [], [], max(deadline - time.monotonic(), 0))
+            ready = has_news(self.console, seconds=max(deadline - time.monotonic(), 0))
             assert ready, f"{pattern!r} did not come:\n{self.said[-2000:]}"
             data = os.read(self.console, 65536)
             assert data, f"it was shut down before {pattern!r}:\n{self.said[-2000:]}"
@@ -91,7 +90,7 @@ class Pc:
         """Read to the end of the file, which has to come: `said` has all then."""
         deadline = time.monotonic() + BOOT_SECONDS
         while True:
-            ready, _, _ = select.select([self.console], [], [], max(deadline - time.monotonic(), 0))
+            ready = has_news(self.console, seconds=max(deadline - time.monotonic(), 0))
             assert ready, f"the console has no end:\n{self.said[-2000:]}"
             data = os.read(self.console, 65536)
             if not data:

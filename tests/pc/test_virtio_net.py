@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mounting import has_news
 from pc.virtio_driver import SIZE, Bench, Driver
 
 from vmfs.devices.virtio.backends import MAX_FRAME, Stream
@@ -259,7 +259,7 @@ def test_the_backend_is_read_while_the_guest_is_served(card: Card) -> None:
     deliver = card.device._deliver
 
     def deliver_and_send(queue: Virtqueue, frame: bytes) -> bool:
-        waiting.append(len(select.select([card.wire.backend.fd], [], [], 0)[0]))
+        waiting.append(len(has_news(card.wire.backend.fd, seconds=0)))
         if len(waiting) < 10:
             card.wire.send(frame_of(61))
         return deliver(queue, frame)
@@ -278,7 +278,7 @@ def test_a_backend_without_end_loses_whole_frames(card: Card) -> None:
     count = (64 << 20) // size
     for number in range(count):
         card.wire.send(struct.pack(">I", number) + bytes(size - 4))
-    until(lambda: not select.select([card.wire.backend.fd], [], [], 0)[0])
+    until(lambda: not has_news(card.wire.backend.fd, seconds=0))
     ring = card.driver.queues[0]
     at = card.driver.take(size + 12)
     seen: list[int] = []

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mounting import SOON
+from mounting import SOON, has_news
 
 
 class Site:
@@ -25,7 +24,7 @@ class Site:
         self.mount = mount
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert self.process.stdout
-        assert select.select([self.process.stdout], [], [], SOON)[0], "vmfs web says nothing"
+        assert has_news(self.process.stdout.fileno(), seconds=SOON), "vmfs web says nothing"
         self.url = self.process.stdout.readline().decode().strip()
         assert self.url, self.process.stderr and self.process.stderr.read().decode()
         self.host = urlsplit(self.url).netloc

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mounting import SOON, wait_until
+from mounting import SOON, has_news, wait_until
 from web.site import Site
 
 from vmfs.client import Vm
@@ -274,7 +273,8 @@ def test_a_call_that_waits_keeps_no_other_machine_from_answering(site, web_serve
             line.request("POST", f"/api/machines/{Path(busy.path).name}/do/until", b'{"at": "0x2000"}',
                          {"Authorization": f"Bearer {site.token}"})  # fmt: skip
             lines.append(line)
-        wait_until(lambda: len(select.select([line.sock for line in lines], [], [], 1)[0]) == 11, "but one are refused")
+        fds = [line.sock.fileno() for line in lines]
+        wait_until(lambda: len(has_news(*fds, seconds=1)) == 11, "but one are refused")
         assert busy.state == "running"
         assert site.do(name, "step").startswith("debug cause=step")
         busy.pause()

@@ -60,7 +60,8 @@ class Display(PciDevice[DisplayState]):
         fcntl.fcntl(self.framebuffer, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._closing = threading.Lock()
         self._mapped: int | None = None
-        self.vga = Vga(board.bus, self.number, mmap.mmap(self.framebuffer, PLANES))
+        self._planes = mmap.mmap(self.framebuffer, PLANES)  # which has a descriptor of its own
+        self.vga = Vga(board.bus, self.number, self._planes)
         self.chip = self.vga.chip
 
     def windows(self) -> tuple[Window, ...]:
@@ -172,8 +173,10 @@ class Display(PciDevice[DisplayState]):
             return self.vbe.mode() if self.vbe.is_enabled else self.vga.mode()
 
     def planes(self) -> bytes:
-        """The VGA's memory, a byte of each plane after another."""
+        """The VGA's memory, a byte of each plane after another. Gone after the machine has ended."""
         with self.board.lock:
+            if self.framebuffer < 0:
+                raise Gone("the machine was removed")
             seen = None if self.vbe.is_enabled or not self.board.has_window else in_ram(self.chip.layout)
             ram = None if seen is None else self.board.ram[seen.address : seen.address + seen.size]
             return self.chip.seen(ram, bool(seen and seen.chained))
@@ -222,6 +225,8 @@ class Display(PciDevice[DisplayState]):
             fd, self.framebuffer = self.framebuffer, -1
         if fd >= 0:
             os.close(fd)
+            self.chip.close()
+            self._planes.close()
 
 
 def _parts(fd: int) -> list[tuple[int, bytes]]:

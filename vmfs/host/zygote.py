@@ -255,7 +255,9 @@ class Zygote:
                     socket.send_fds(self._socket, [packet], [fd], socket.MSG_NOSIGNAL)
                 return
             except BlockingIOError:
-                select.select([self._socket], [self._socket], [], 1)
+                waiting = select.poll()  # not select(2), which has room for 1024 descriptors
+                waiting.register(self._socket, select.POLLIN | select.POLLOUT)
+                waiting.poll(1000)
                 self._take_news()
             except OSError as error:
                 raise ProcessFailed(f"the process that makes machines does not answer: {error.strerror}") from error
@@ -383,15 +385,19 @@ class _Children:
         gc.collect()
         gc.freeze()  # so that a collection in a child copies no page
         self._tell(Layers(self._sandbox.layers))
+        news = select.poll()
+        for fd in (self._socket.fileno(), self._wakeup[0]):
+            news.register(fd, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._socket, self._wakeup[0]], [], [], self._idle_seconds())
+            idle = self._idle_seconds()
+            ready = {fd for fd, _ in news.poll(None if idle is None else idle * 1000)}
             if not ready:
                 self._prepare()
             if self._wakeup[0] in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wakeup[0], 4096)
                 self._reap()
-            if self._socket in ready:
+            if self._socket.fileno() in ready:
                 self._hear()
 
     def _hear(self) -> None:

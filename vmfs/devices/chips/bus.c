@@ -195,8 +195,12 @@ bool bus_leave(struct bus *bus)
     pthread_mutex_unlock(&bus->lock);
     for (unsigned i = 0; i < count; i++) {
         const struct change *c = &changes[i];
-        PyObject *done = c->is_msi ? PyObject_CallFunction(bus->signal_msi, "KI", (unsigned long long)c->address, c->gsi_or_data)
-                                   : PyObject_CallFunction(bus->irq_line, "IO", c->gsi_or_data, c->level ? Py_True : Py_False);
+        PyObject *tell = Py_XNewRef(c->is_msi ? bus->signal_msi : bus->irq_line); /* while it runs, `close` may come */
+        if (!tell)
+            continue;
+        PyObject *done = c->is_msi ? PyObject_CallFunction(tell, "KI", (unsigned long long)c->address, c->gsi_or_data)
+                                   : PyObject_CallFunction(tell, "IO", c->gsi_or_data, c->level ? Py_True : Py_False);
+        Py_DECREF(tell);
         if (!done)
             return false;
         Py_DECREF(done);
@@ -206,13 +210,15 @@ bool bus_leave(struct bus *bus)
 
 static u64 given_now(void *context) { return *(u64 *)context; }
 
-/* In nanoseconds, as Python has it; false where that raised. */
+/* In nanoseconds, as Python has it, 0 on a closed bus; false where that raised. */
 static bool ask_now(struct chip *chip, u64 *now)
 {
     *now = 0;
-    if (!chip->kind->timed)
+    PyObject *ask = chip->kind->timed ? Py_XNewRef(chip->bus->now) : NULL;
+    if (!ask)
         return true;
-    PyObject *asked = PyObject_CallNoArgs(chip->bus->now);
+    PyObject *asked = PyObject_CallNoArgs(ask);
+    Py_DECREF(ask);
     if (!asked)
         return false;
     *now = PyLong_AsUnsignedLongLong(asked);
@@ -553,8 +559,17 @@ static PyObject *bus_wait(struct bus *self, PyObject *args)
     return PyBool_FromLong(!self->closed);
 }
 
+static void forget_board(struct bus *bus)
+{
+    Py_CLEAR(bus->irq_line);
+    Py_CLEAR(bus->signal_msi);
+    Py_CLEAR(bus->now);
+}
+
+/* Its chips have it, and no garbage collector sees that: a bus that kept its board would keep it for ever. */
 static PyObject *bus_close(struct bus *self, PyObject *ignored)
 {
+    forget_board(self);
     bus_enter(self);
     self->closed = true;
     self->change_count = 0;
@@ -616,9 +631,7 @@ static int bus_traverse(struct bus *self, visitproc visit, void *arg)
 
 static int bus_clear(struct bus *self)
 {
-    Py_CLEAR(self->irq_line);
-    Py_CLEAR(self->signal_msi);
-    Py_CLEAR(self->now);
+    forget_board(self);
     if (self->places)
         forget_map(self);
     return 0;

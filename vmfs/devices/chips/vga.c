@@ -296,10 +296,18 @@ static PyObject *vga_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+static PyObject *vga_close(struct vga *self, PyObject *ignored)
+{
+    bus_enter(self->chip.bus);
+    self->memory = NULL;
+    pthread_mutex_unlock(&self->chip.bus->lock);
+    PyBuffer_Release(&self->buffer);
+    Py_RETURN_NONE;
+}
+
 static void vga_dealloc(struct vga *self)
 {
-    if (self->buffer.obj)
-        PyBuffer_Release(&self->buffer);
+    PyBuffer_Release(&self->buffer);
     chip_dealloc(&self->chip);
 }
 
@@ -342,9 +350,9 @@ static PyObject *vga_copy(struct vga *self, PyObject *args)
     int chained, to_ram;
     if (!PyArg_ParseTuple(args, "w*pp", &ram, &chained, &to_ram))
         return NULL;
-    if (ram.len > 0x10000) {
+    if (ram.len > 0x10000 || !self->memory) {
         PyBuffer_Release(&ram);
-        return PyErr_Format(PyExc_ValueError, "64 KiB at the most");
+        return PyErr_Format(PyExc_ValueError, self->memory ? "64 KiB at the most" : "it is closed");
     }
     unsigned mask = chained ? 3 : 1;
     bus_enter(self->chip.bus);
@@ -409,6 +417,7 @@ static PyMethodDef vga_methods[] = {
     {"see", (PyCFunction)vga_see, METH_VARARGS, "see(dac_8bit, is_linear): how the VBE has set it; linear: the planes are not accessed"},
     {"copy", (PyCFunction)vga_copy, METH_VARARGS, "copy(ram, chained, to_ram): of what the CPU sees as RAM, between there and the planes"},
     {"state", (PyCFunction)vga_state, METH_NOARGS, "state() -> the registers by their names"},
+    {"close", (PyCFunction)vga_close, METH_NOARGS, "close(): it has no memory from now on, and `memory` is the caller's alone"},
     {"load", (PyCFunction)(void (*)(void))vga_load, METH_VARARGS | METH_KEYWORDS, "load(**state)"},
     {"seen", (PyCFunction)vga_seen, METH_VARARGS, "seen(ram, chained) -> the planes, with what is in RAM (None: nothing), as by `copy`"},
     {"draw", (PyCFunction)vga_draw, METH_VARARGS,

@@ -192,14 +192,15 @@ PyObject *vga_seen(struct vga *self, PyObject *args)
     int chained;
     if (!PyArg_ParseTuple(args, "z*p", &ram, &chained))
         return NULL;
-    PyObject *result = ram.len > 0x10000 ? NULL : PyBytes_FromStringAndSize((const char *)self->memory, PLANES);
+    bool good = ram.len <= 0x10000 && self->memory;
+    PyObject *result = !good ? NULL : PyBytes_FromStringAndSize((const char *)self->memory, PLANES);
     if (result) {
         u8 *to = (u8 *)PyBytes_AS_STRING(result);
         unsigned mask = chained ? 3 : 1;
         for (unsigned at = 0; ram.buf && at < ram.len; at++)
             to[4 * (at & ~mask) + (at & mask)] = ((const u8 *)ram.buf)[at];
     } else if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "64 KiB at the most");
+        PyErr_SetString(PyExc_ValueError, self->memory ? "64 KiB at the most" : "it is closed");
     }
     if (ram.obj)
         PyBuffer_Release(&ram);
