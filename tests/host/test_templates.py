@@ -181,7 +181,9 @@ def test_a_snapshot_that_is_another_by_the_same_name(quiet):
 
 def test_the_end_of_the_mount_is_theirs(quiet):
     vm = with_template(quiet)
-    pids = [pid_of(fork(vm, "third")), *templates(quiet)]
+    third = pid_of(fork(vm, "third"))
+    wait_until(lambda: len(ready(quiet)) == 2, "the next fork is made in its place")
+    pids = [third, *templates(quiet)]
     assert len(pids) > 3
     quiet.end()
     wait_until(lambda: not any(map(is_there, pids)))
