@@ -79,7 +79,7 @@ def test_debians_signed_chain_starts_with_secure_boot(pc_mount, tmp_path, initrd
     (("--uefi", "--bios", "/usr/share/seabios/bios.bin"), "a machine begins with one of both"),
     (("--uefi", "/usr/share/seabios/bios.bin"), "a BIOS, and --uefi is another"),
     (("--uefi", sys.executable), "a kernel without an EFI stub"),
-    (("--uefi-vars", "/nowhere/vars"), "/nowhere/vars: No such file or directory"),
+    (("--uefi", "--uefi-vars", "/nowhere/vars"), "/nowhere/vars: No such file or directory"),
 ])  # fmt: skip
 def test_what_uefi_cannot_boot_is_said(pc_mount, arguments, words):
     before = set(os.listdir(pc_mount))

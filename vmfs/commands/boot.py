@@ -221,7 +221,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     for floppy in arguments.floppy:
         path, mode = split_mode(floppy)
         plan.lines.append((f"floppy {quoted(path)} {mode or 'rw'}", f"--floppy {path}"))
-    if not arguments.file and not plan.lines and not plan.bios:
+    if not arguments.file and not plan.lines and not plan.bios and not is_uefi:
         raise Invalid("it takes a FILE to boot, or --cdrom, --floppy, --disk or --bios")
     if is_uefi:
         plan.lines[:0] = flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)

@@ -29,8 +29,9 @@ from vmfs.fleet.supervisor import Limits
 from vmfs.fleet.worker import MEMORY, FleetPlugin, Work, has_template, run_cases, seed_chunk
 from vmfs.words.errors import Invalid
 
-_BATCH_SECONDS = 0.25  # of work in a task of Dask: its own part of a case, 1 ms a task and more, is little then
-_BATCH_MOST = 500
+_BATCH_SECONDS = 0.25  # of work in a task of Dask, at least
+_TASK_SECONDS = 0.006  # and this for each of the cluster's threads: twice what a task takes of the scheduler (2.8 ms)
+_BATCH_MOST = 10_000
 _BATCH_BYTES = 4 << 20
 _AHEAD = 3  # tasks of each of a worker's threads that are on their way
 _SEEDS_MOST = 20
@@ -73,7 +74,8 @@ class _Pace:
             return self.given
         if self.done < self.threads:
             return 1
-        return max(1, min(_BATCH_MOST, int(_BATCH_SECONDS / max(self.seconds / self.done, 1e-5))))
+        seconds = max(_BATCH_SECONDS, _TASK_SECONDS * self.threads)
+        return max(1, min(_BATCH_MOST, int(seconds / max(self.seconds / self.done, 1e-5))))
 
 
 @dataclass
