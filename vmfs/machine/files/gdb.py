@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import trio
 
 from vmfs.machine.files.handles import POLL_IN, POLL_OUT, File, Handle, Kind, Scope
-from vmfs.machine.files.lines import Do, LineHandle
-from vmfs.machine.files.listening import Place, Where, parse_address
+from vmfs.machine.files.listening import ListeningFile, Place, Where, parse_address
 from vmfs.machine.files.request import current, interruptible, is_nonblocking
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.gdb import handover
@@ -120,32 +119,9 @@ def _no_socket(what: str, error: OSError) -> VmfsError:
 # ---- gdb
 
 
-@dataclass(frozen=True)
-class GdbFile(Kind):
+def gdb_file() -> ListeningFile:
     """`gdb`."""
-
-    writable = True
-
-    def size(self, scope: Any) -> int:
-        return len(scope.gdb.text().encode())
-
-    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
-        return _GdbHandle(node, nonblocking, writing)
-
-
-class _GdbHandle(LineHandle):
-    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, nonblocking, writing)
-        self._snapshot = b""
-
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0:
-            self._snapshot = self.scope.gdb.text().encode()
-        return self._snapshot[offset : offset + size]
-
-    def parse(self, text: str) -> Do:
-        asked = parse_gdb(text)
-        return lambda: self.scope.gdb.set(asked)
+    return ListeningFile("gdb", parse_gdb)
 
 
 # ---- gdb.stream

@@ -9,10 +9,13 @@ import re
 import shlex
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
+from vmfs.machine.files.handles import File, Handle, Kind
+from vmfs.machine.files.lines import Do, LineHandle
 from vmfs.words.door import Door
 from vmfs.words.errors import Invalid, VmfsError, known
 
@@ -163,3 +166,35 @@ class _Listener:
         if isinstance(self.where, str):
             with contextlib.suppress(VmfsError):
                 self._door.unlink(self.where)
+
+
+@dataclass(frozen=True)
+class ListeningFile(Kind):
+    """A file whose line says where the scope's attribute `name` is to listen. `parse` makes of a line what its `set`
+    takes; `text()` of it is what the file says."""
+
+    name: str
+    parse: Callable[[str], Any]
+    writable = True
+
+    def size(self, scope: Any) -> int:
+        return len(getattr(scope, self.name).text().encode())
+
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _Handle(node, nonblocking, writing, self)
+
+
+class _Handle(LineHandle):
+    def __init__(self, node: File, nonblocking: bool, writing: bool, kind: ListeningFile) -> None:
+        super().__init__(node, nonblocking, writing)
+        self._listens, self._parse = getattr(self.scope, kind.name), kind.parse
+        self._snapshot = b""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset == 0:
+            self._snapshot = self._listens.text().encode()
+        return self._snapshot[offset : offset + size]
+
+    def parse(self, text: str) -> Do:
+        asked = self._parse(text)
+        return lambda: self._listens.set(asked)

@@ -17,7 +17,7 @@ from vmfs.machine.files.console import Console, Log
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.coverage import CoverageFile
 from vmfs.machine.files.debug import Core, Symbols, Virt, disasm, pagetable, stack, symbols_elf, symbols_elf_size, why
-from vmfs.machine.files.gdb import GdbFile, GdbStream
+from vmfs.machine.files.gdb import GdbStream, gdb_file
 from vmfs.machine.files.handles import Kind
 from vmfs.machine.files.history import HISTORY, WRITER
 from vmfs.machine.files.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
@@ -26,7 +26,7 @@ from vmfs.machine.files.memory import Mem, resize_memory
 from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, screen_text
 from vmfs.machine.files.snapshots import RESTORE
 from vmfs.machine.files.trace import TraceFile
-from vmfs.machine.files.vnc import VncFile
+from vmfs.machine.files.vnc import vnc_file
 from vmfs.machine.files.waiting import finished, settled
 from vmfs.machine.machine import Vm, check_cpu_count, check_time
 from vmfs.memory.ram import PAGE, check_size
@@ -274,7 +274,7 @@ CONTENTS: Mapping[str, Kind] = {
     "screen.png": Text(screen_picture, slow=True),
     "framebuffer": Framebuffer(),
     "keyboard": Text(put=put_keys, whole=True, acts=True),
-    "vnc": VncFile(),
+    "vnc": vnc_file(),
     # what is booted
     "kernel": ImageFile("kernel"),
     "initrd": ImageFile("initrd"),
@@ -294,7 +294,7 @@ CONTENTS: Mapping[str, Kind] = {
     "stack": Text(stack, slow=True),
     "core": Core(),
     "why": Text(why, slow=True),
-    "gdb": GdbFile(),
+    "gdb": gdb_file(),
     "gdb.stream": GdbStream(),
     "error": Text(_complaint),
 }

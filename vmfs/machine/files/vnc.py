@@ -9,9 +9,7 @@ from typing import Any
 
 import trio
 
-from vmfs.machine.files.handles import File, Handle, Kind
-from vmfs.machine.files.lines import Do, LineHandle
-from vmfs.machine.files.listening import Place, Where, is_loopback, parse_address
+from vmfs.machine.files.listening import ListeningFile, Place, Where, is_loopback, parse_address
 from vmfs.machine.vnc import des
 from vmfs.machine.vnc.server import Vnc
 from vmfs.words.errors import Invalid, Unsupported
@@ -82,29 +80,6 @@ class VncPort:
             self._vnc.password = asked.password
 
 
-@dataclass(frozen=True)
-class VncFile(Kind):
+def vnc_file() -> ListeningFile:
     """`vnc`."""
-
-    writable = True
-
-    def size(self, scope: Any) -> int:
-        return len(scope.vnc.text().encode())
-
-    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
-        return _VncHandle(node, nonblocking, writing)
-
-
-class _VncHandle(LineHandle):
-    def __init__(self, node: File, nonblocking: bool, writing: bool) -> None:
-        super().__init__(node, nonblocking, writing)
-        self._snapshot = b""
-
-    async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0:
-            self._snapshot = self.scope.vnc.text().encode()
-        return self._snapshot[offset : offset + size]
-
-    def parse(self, text: str) -> Do:
-        asked = parse_vnc(text)
-        return lambda: self.scope.vnc.set(asked)
+    return ListeningFile("vnc", parse_vnc)
