@@ -1,4 +1,4 @@
-"""Parallel flash: its commands as a driver gives them, what lands on its disk, and what no guest may do."""
+"""Parallel flash: its commands as a driver gives them, what lands on its disk, and what a guest must not do."""
 
 from __future__ import annotations
 

@@ -309,12 +309,12 @@ PLANTS = (
         "!(m->checked >> i & 1)",
     ),
     Plant(
-        "flags behind a copy are older than its own",
+        "flags after a copy are older than its own",
         "emit.c",
         "        load_flags(t, ALL);\n    unfold",
         "        ;\n    unfold",
     ),
-    Plant("vector registers behind a copy", "emit.c", "    move_vectors(t, copy->vectors, false);\n", ""),
+    Plant("vector registers after a copy", "emit.c", "    move_vectors(t, copy->vectors, false);\n", ""),
     Plant(
         "vector registers before a copy",
         "emit.c",
@@ -322,7 +322,7 @@ PLANTS = (
         "            flags_to_image(t);\n            t->stubs",
     ),
     Plant("a copy that goes on where nothing follows", "emit.c", "goes_on ? t->code.at : NULL", "t->code.at"),
-    Plant("a scratch register behind a copy", "emit.c", "    if (copy->held.at)\n", "    if (false)\n"),
+    Plant("a scratch register after a copy", "emit.c", "    if (copy->held.at)\n", "    if (false)\n"),
     Plant("a rotation of memory is one of a register", "emit.c", "!(r->prefix & PREFIX_REGISTER) || !(left", "!(left"),
 )
 

@@ -1,4 +1,4 @@
-"""What clients say: whole, in pieces, and what no client may say."""
+"""What clients say: whole, in pieces, and what a client must not say."""
 
 from __future__ import annotations
 
