@@ -57,6 +57,7 @@ COPIERS = {
     "cp": ["cp", "-r", "{source}", "{target}"],
     "cp -a": ["cp", "-a", "{source}", "{target}"],
     "rsync": ["rsync", "-a", "{source}/", "{target}"],
+    "rsync -I": ["rsync", "-aI", "{source}/", "{target}"],
     "rsync -S": ["rsync", "-rS", "{source}/", "{target}"],
     "tar -S": ["sh", "-c", 'tar -cSf - -C "{source}/.." saved | tar -xSf - -C "{folder}" --transform s/^saved/in/'],
     "tar": ["sh", "-c", 'tar -cf - -C "{source}/.." saved | tar -xf - -C "{folder}" --transform s/^saved/in/'],
@@ -64,7 +65,7 @@ COPIERS = {
 }
 
 
-@pytest.mark.parametrize("copier", COPIERS)
+@pytest.mark.parametrize("copier", [name for name in COPIERS if name != "rsync -I"])
 def test_in_by_plain_programs(vm, saved, server, copier):
     words = COPIERS[copier]
     if not shutil.which(words[0]):
@@ -80,6 +81,30 @@ def test_in_by_plain_programs(vm, saved, server, copier):
     other.write("restore", "in\n")
     assert number(other) == 1 and "memory 4194304" in other.read("snap/in/info")
     assert (other / "mem").stat().st_size == SMALL
+    other.path.rmdir()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077], ids="{:03o}".format)
+def test_out_and_in_with_any_umask(vm, saved, server, tmp_path, umask):
+    """What was asked for decides, and not what the umask leaves of it."""
+    other, out = server.make(), tmp_path / "out" / "saved"
+    out.parent.mkdir()
+    for name in ("cp", "rsync -I", "tar"):
+        if not shutil.which(COPIERS[name][0]):
+            pytest.skip(f"there is no {COPIERS[name][0]}")
+        subprocess.run(["cp", "-r", vm / "snap" / "one", out], check=True, umask=umask)
+        words = [word.format(source=out, target=other / "snap/in", folder=other / "snap") for word in COPIERS[name]]
+        subprocess.run(words, check=True, umask=umask)
+        assert other.read("snap/in/info").splitlines()[-1].startswith("whole"), (name, other.read("snap/in/info"))
+        other.write("restore", "in\n")
+        assert number(other) == 1
+        (other / "snap" / "in").rmdir()
+        shutil.rmtree(out)
+    for words in (["mkdir"], [sys.executable, "-c", "import os, sys; os.mkdir(sys.argv[1])"]):
+        subprocess.run([*words, other / "snap" / "in"], check=True, umask=umask)
+        assert other.read("snap/in/info").startswith("taken ")
+        assert (other / "snap" / "in").stat().st_mode & 0o777 == 0o700 & ~umask
+        (other / "snap" / "in").rmdir()
     other.path.rmdir()
 
 

@@ -7,8 +7,8 @@
  *
  *   fuse_session_process_buf   sees every request before libfuse does. It notes whose request is dispatched
  *                              (pyfuse3 gives read and write no context), acts on FUSE_INTERRUPT (pyfuse3
- *                              drops it), and at FUSE_INIT adds to the answer what libfuse before 3.17 cannot
- *                              negotiate: passthrough.
+ *                              drops it), and at FUSE_INIT adds to the answer what libfuse before 3.17 and pyfuse3
+ *                              cannot negotiate: passthrough, and modes that no umask was taken from.
  *   fuse_reply_open            answers an open with a backing id where the handler asked for one, and spares
  *                              the kernel the FUSE_FLUSH at each close where it did not ask for that.
  *   fuse_session_fd            begins the lane (lane.c), which reads /dev/fuse in pyfuse3's place, and gives pyfuse3 a
@@ -160,6 +160,7 @@ static struct {
     int passthrough_wanted;
     int passthrough;
     char passthrough_reason[160];
+    int whole_modes;            /* modes come as they were asked for, without the umask taken from them */
     int lane_wanted;
     PyObject *extents;          /* of open files that are sparse: a dict of bytes by their fh */
 } hooks;
@@ -382,7 +383,25 @@ static int try_backing(int device)
     return error;
 }
 
-/* libfuse before 3.17 cannot ask for FUSE_PASSTHROUGH, and it writes its answer to the device itself. For
+/* Adds what the kernel is to do to libfuse's answer. Returns whether passthrough is among it. */
+static int amend(struct init_answer *init, int passes, int whole_modes)
+{
+    if (whole_modes)
+        init->flags |= FUSE_DONT_MASK;
+    if (!passes)
+        return 0;
+    if (init->flags & FUSE_WRITEBACK_CACHE) {
+        explain("the kernel has no passthrough together with the writeback cache", 0);
+        return 0;
+    }
+    init->flags |= FUSE_INIT_EXT;
+    init->flags2 |= INIT_PASSTHROUGH_FLAGS2;
+    init->max_stack_depth = 1;              /* the backing file is on no stacked file system itself */
+    return 1;
+}
+
+/* libfuse before 3.17 cannot ask for FUSE_PASSTHROUGH, pyfuse3 not for FUSE_DONT_MASK (the mode of a new file or
+   directory comes as it was asked for, and the umask beside it), and libfuse writes its answer to the device itself. For
    this one request it gets a socket in the device's place (a packet socket keeps the answer whole); what it
    writes there is amended and handed on. Nobody else uses the descriptor meanwhile: nothing is served before
    FUSE_INIT. */
@@ -390,6 +409,7 @@ static void process_init(struct fuse_session *session, const struct fuse_buf *bu
                          const struct init_request *asked)
 {
     int pair[2], device = hooks.session_fd(session), kept = -1;
+    int passes = hooks.passthrough_wanted, whole_modes = (asked->flags & FUSE_DONT_MASK) != 0;
     struct {
         struct fuse_out_header header;
         struct init_answer init;
@@ -397,21 +417,21 @@ static void process_init(struct fuse_session *session, const struct fuse_buf *bu
     } answer;
 
     hooks.device = device;
-    hooks.passthrough = 0;
-    if (!hooks.passthrough_wanted)
-        goto without;
-    if (!(asked->flags & FUSE_INIT_EXT) || !(asked->flags2 & INIT_PASSTHROUGH_FLAGS2)) {
+    hooks.passthrough = hooks.whole_modes = 0;
+    if (passes && (!(asked->flags & FUSE_INIT_EXT) || !(asked->flags2 & INIT_PASSTHROUGH_FLAGS2))) {
         explain("this kernel has no FUSE passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH)", 0);
-        goto without;
+        passes = 0;
     }
     int descriptor_flags = fcntl(device, F_GETFD);
     if (descriptor_flags < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
-        explain("no socket pair to negotiate passthrough through", errno);
+        if (passes)
+            explain("no socket pair to negotiate passthrough through", errno);
         goto without;
     }
     kept = fcntl(device, F_DUPFD_CLOEXEC, 0);
     if (kept < 0 || replace_descriptor(device, pair[0], descriptor_flags) < 0) {
-        explain("no descriptor to negotiate passthrough through", errno);
+        if (passes)
+            explain("no descriptor to negotiate passthrough through", errno);
         close_kept_errno(kept);
         close_kept_errno(pair[0]);
         close_kept_errno(pair[1]);
@@ -425,19 +445,15 @@ static void process_init(struct fuse_session *session, const struct fuse_buf *bu
     close_kept_errno(pair[0]);
     close_kept_errno(pair[1]);
 
-    if (size < (ssize_t)(sizeof answer.header + sizeof answer.init) || answer.header.error)
+    if (size >= (ssize_t)(sizeof answer.header + sizeof answer.init) && !answer.header.error) {
+        hooks.passthrough = amend(&answer.init, passes, whole_modes);
+        hooks.whole_modes = whole_modes;
+    } else if (passes)
         explain("libfuse's answer to FUSE_INIT has no room for passthrough", 0);
-    else if (answer.init.flags & FUSE_WRITEBACK_CACHE)
-        explain("the kernel has no passthrough together with the writeback cache", 0);
-    else {
-        answer.init.flags |= FUSE_INIT_EXT;
-        answer.init.flags2 |= INIT_PASSTHROUGH_FLAGS2;
-        answer.init.max_stack_depth = 1;    /* the backing file is on no stacked file system itself */
-        hooks.passthrough = 1;
-    }
     if (size > 0 && write(kept, &answer, (size_t)size) != size) {
-        hooks.passthrough = 0;
-        explain("the kernel refused the answer to FUSE_INIT", errno);
+        if (passes)
+            explain("the kernel refused the answer to FUSE_INIT", errno);
+        hooks.passthrough = hooks.whole_modes = 0;
     }
     if (hooks.passthrough) {
         int error = try_backing(kept);
@@ -777,6 +793,15 @@ static PyObject *py_want_passthrough(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(modes_are_whole_doc,
+    "modes_are_whole()\n\n"
+    "Whether the mode of a new file or directory comes as it was asked for; else the kernel has taken the umask from it.");
+
+static PyObject *py_modes_are_whole(PyObject *module, PyObject *args)
+{
+    return PyBool_FromLong(hooks.whole_modes);
+}
+
 PyDoc_STRVAR(passthrough_available_doc,
     "passthrough_available()\n\n"
     "Whether the mount has passthrough; False before it is initialized.");
@@ -918,6 +943,7 @@ static PyMethodDef methods[] = {
     {"current_unique", py_current_unique, METH_NOARGS, current_unique_doc},
     {"request", py_request, METH_O, request_doc},
     {"want_passthrough", py_want_passthrough, METH_VARARGS, want_passthrough_doc},
+    {"modes_are_whole", py_modes_are_whole, METH_NOARGS, modes_are_whole_doc},
     {"passthrough_available", py_passthrough_available, METH_NOARGS, passthrough_available_doc},
     {"passthrough_reason", py_passthrough_reason, METH_NOARGS, passthrough_reason_doc},
     {"backing_open", py_backing_open, METH_VARARGS, backing_open_doc},

@@ -275,6 +275,7 @@ class Directory(Node):
         return NotThere("there is no such file; a machine has those that it has")
 
     async def mkdir(self, name: str, mode: int, caller: Any) -> Node:
+        """`mode`: as it was asked for; the umask is the caller's."""
         raise NotPermitted("directories are made at the root of the mount only")
 
     async def create(self, name: str, mode: int, caller: Any) -> Node:

@@ -327,9 +327,8 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         parent = _directory(self._inodes.get(parent_inode))
-        permissions = mode & 0o7777 & ~ctx.umask
         with _naming(parent, name):
-            node = await parent.mkdir(os.fsdecode(name), permissions, ctx)
+            node = await parent.mkdir(os.fsdecode(name), mode & 0o7777, ctx)
         node.lookups += 1
         _kept(parent)
         return _attributes(node)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vmfs.fs.files import SNAPSHOT_FILES, SNAPSHOT_FOLDERS, Row, arriving_file, snapshot_file
+from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import Directory, File, Node
 from vmfs.fs.kinds import call
 from vmfs.fs.scopes import MachineScope, PartScope, check_name, listed
@@ -53,7 +54,8 @@ class SnapshotsDirectory(Directory):
         machine = self.scope.machine
         await machine.start()
         maker = group_of(caller.pid)
-        if not mode & 0o077 and caller.umask & 0o077 != 0o077:  # which no mkdir(1) asks for by itself
+        is_arriving, mode = _is_for_owner(mode, caller.umask), mode & ~caller.umask
+        if is_arriving:
             live = not self.scope.memory.leave_to_machine()
             await call(machine, lambda at: commands.Arrive(at, name, True, live), caller.pid)
             return self._add_new(name, mode, maker, is_arriving=True)
@@ -266,6 +268,12 @@ async def _rename(of: SnapshotDirectory, directory: Directory, name: str, parent
 
 def _whole_of(directory: Directory) -> Directory | None:
     return directory.of if isinstance(directory, _Folder) else directory
+
+
+def _is_for_owner(mode: int, umask: int) -> bool:
+    """Whether a directory of that mode was asked for as its owner's alone, as no mkdir(1) does by itself. Where the
+    kernel has taken the umask from the mode, one that takes all from others does not tell."""
+    return not mode & 0o077 and (_fuse.modes_are_whole() or umask & 0o077 != 0o077)
 
 
 def asker_of(pid: int) -> Asker | None:

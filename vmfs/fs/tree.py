@@ -320,7 +320,7 @@ class RootDirectory(Directory):
         check_name(name)
         self._check_free(name)
         machine = self.scope.host.create(_owner(caller))
-        return self._add(name, machine, mode, caller.uid, caller.gid, caller.umask)
+        return self._add(name, machine, mode & ~caller.umask, caller.uid, caller.gid, caller.umask)
 
     def _add(self, name: str, machine: MachineProcess, mode: int, uid: int, gid: int, umask: int) -> MachineDirectory:
         scope = MachineScope(machine, self.scope.connection)
