@@ -147,6 +147,97 @@ def test_a_bare_machine_whose_caller_answers_it(walker):
     assert vm.state_hash() == end
 
 
+ENDS = {
+    "hlt": ("bare", "inc rbx; hlt; inc rcx; hlt"),
+    "out and in": ("bare", "inc rbx; out 0x80, al; in al, 0x81; inc rcx; out 0x80, al; hlt"),
+    "each of several": ("bare", "mov esi, 0x8000; mov ecx, 3; mov dx, 0x80; rep outsb; hlt"),
+    "loads and stores": ("bare", "mov eax, 0x40000000; mov [rax], ecx; inc rcx; mov ecx, [rax]; hlt"),
+    "triple fault": ("bare", "inc rbx; lidt [rip + no]; int3; no: .quad 0, 0"),
+    "triple fault of a pc": ("pc", "inc rbx; lidt [rip + no]; int3; no: .quad 0, 0"),
+    "debug exit": ("pc", "inc rbx; mov dx, 0xf4; mov al, 6; out dx, al; inc rcx; hlt"),
+    "power-off": ("pc", "mov dx, 0x604; mov ax, 0x2000; out dx, ax; inc rcx; hlt"),
+}
+
+
+@pytest.mark.parametrize(
+    ("end", "answers"), [*((end, False) for end in ENDS), ("out and in", True), ("loads and stores", True)]
+)
+def test_at_the_place_of_an_exit_it_has_come_to_it(walker, end, answers):
+    """As it had the first time: state, exit, a read that waits for its data; and it goes on from there as it did."""
+    kind, source = ENDS[end]
+    vm = walker(kind, source=source)
+    started(vm)
+    came: list[tuple] = []
+
+    def here(exit_: exits.Exit) -> tuple:
+        return count(vm), exit_, vm.state, vm.state_hash(), vm._is_reading(vm.cpu)
+
+    while vm.state != "shutdown" and len(came) < 4:
+        came.append(here(run(vm)))
+        if answers and vm._is_reading(vm.cpu) and len(came) < 4:
+            vm.set_access_data(b"\x05" * len(vm.access_data))
+    first = {place: index for index, (place, *_) in reversed([*enumerate(came)])}
+    last = came[-1][0]
+    first[last] = len(came) - 1  # the end of the record is the last there
+    for place in [*sorted(first), *sorted(first, reverse=True), last]:
+        for _ in range(2):
+            exit_ = go(vm, place=place)
+            assert here(exit_) == came[first[place]]
+            assert vm.last_exit == exit_ and vm.history.in_past == (place != last)
+        if place != last:
+            for index in range(first[place] + 1, len(came)):
+                assert here(run(vm)) == came[index]
+        elif vm.state == "shutdown":
+            assert run(vm) == exit_ and count(vm) == place
+
+
+def test_beyond_an_end_that_is_a_shutdown_nothing_is_executed(walker):
+    vm = walker("pc", source=ENDS["debug exit"][1])
+    started(vm)
+    shut = run(vm)
+    place = count(vm)
+    go(vm, place=1)
+    assert go(vm, place=place + 100) == shut and count(vm) == place and vm.state == "shutdown"
+    go(vm, place=1)
+    assert run(vm) == shut and vm.state == "shutdown" and not vm.history.in_past
+
+
+def test_who_asks_for_a_writer_leaves_a_read_waiting(walker):
+    vm = walker(source="inc rbx; mov [0x7000], rbx; in al, 0x81; hlt")
+    started(vm)
+    asks, there = run(vm), vm.state_hash()
+    asked = writer(vm, 0x7000, 8)
+    asked.result(SECONDS)
+    assert asked.travel.written.how == "instruction" and vm.state_hash() == there and vm.last_exit == asks
+    vm.set_access_data(b"\x07")
+    run(vm)
+    assert int(state(vm)["rax"], 16) & 0xFF == 7
+
+
+def test_a_reset_in_the_past_is_no_change_from_outside(walker):
+    """What came after it comes again, and at the end of the record the machine is reset, as it was."""
+    vm = walker("pc", source="inc rbx; mov dx, 0xcf9; mov al, 6; out dx, al; l: inc rcx; jmp l")
+    started(vm)
+    reset = run(vm)
+    assert isinstance(reset, exits.Shutdown) and reset.cause == "reset" and vm.state == "paused"
+    place, there = count(vm), vm.state_hash()
+    go(vm, place=1)
+    assert go(vm, place=place) == reset and vm.state_hash() == there and not vm.history.in_past
+    vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"))
+    vm.change(lambda vcpu: write_registers(vcpu, {"rip": ORIGIN}))
+    assert run(vm) == reset and run(vm).REASON == "error"
+    vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"))
+    vm.change(lambda vcpu: write_registers(vcpu, {"rip": reset.rip}))
+    run(vm, instructions=1000)
+    end, there = count(vm), vm.state_hash()
+    for start in (0, place):
+        go(vm, place=start)
+        for _ in range(2 - (start > 0)):
+            assert run(vm) == reset and vm.state == "paused" and vm.history.in_past
+        run(vm, instructions=end - count(vm))
+        assert (count(vm), vm.state_hash()) == (end, there) and "forgotten" not in vm.history.text()
+
+
 def state(vm: Vm) -> dict[str, int]:
     names = ("rip", "rbx", "rcx", "rax")
     return vm.at_boundary(lambda cpu: {name: read_register(cpu, name) for name in names}).result()

@@ -498,9 +498,14 @@ class Control:
             elif failure is not None:  # for those who did not wait for the run
                 result = self._error_exit(failure)
             self._state = "paused"
+            if (history := self.history) is not None and not self._closed:
+                history.arrive()
+                if result is not None and not run.bound.looks_only:
+                    history.note_exit(result)
             if isinstance(result, exits.Shutdown) and not self._closed:
                 self.account = self._account_of(result)
-                if result.cause == "reset":
+                is_done_again = history is not None and history.in_past  # what came after it is in the record
+                if result.cause == "reset" and not is_done_again:
                     self._set_back()
             if self._closed or failure is not None:
                 self._held.clear()

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vmfs.devices.inputs import Mark
@@ -32,6 +32,7 @@ from vmfs.machine.cpu import Cpu
 from vmfs.machine.state import Parts
 from vmfs.memory.layers import Image, Layer, runs
 from vmfs.memory.ram import PAGE
+from vmfs.words import exits
 from vmfs.words.errors import Busy, Invalid, Unsupported, VmfsError
 
 MEMORY = 512 << 20  # bytes of checkpoints, where nobody says how many
@@ -41,6 +42,7 @@ EVERY_LEAST, EVERY_MOST = 0.002, 60.0
 CHECKPOINTS_MOST = 192
 _SHARE = 0.07  # of the time of a run, that checkpoints may take
 _PLACES_MOST = 64  # that are told of
+_EXITS_MOST = 1024  # of a stretch, that are kept
 _NEW = 8  # checkpoints that are kept however near they are
 _DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
 _PACE = 0.01  # seconds after which a machine whose time is the host's is told how much has passed
@@ -49,10 +51,15 @@ _AHEAD = 50_000_000  # nanoseconds by which it may be early
 
 @dataclass(eq=False)
 class Stretch:
-    """`cpu`: the only one that executes in it, of several. `end`: the place where it ends; None while it goes on."""
+    """`cpu`: the only one that executes in it, of several. `end`: the place where it ends; None while it goes on.
+    `exits`: by their place, those that came with no instruction done: reads that wait for data, faults that shut down.
+    All others come by themselves when what led to them is done again. `before`: the exit that the machine stood at when
+    somebody made it another one."""
 
     cpu: int | None
     end: int | None = None
+    before: exits.Exit | None = None
+    exits: dict[int, tuple[exits.Exit, ...]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -87,6 +94,7 @@ class History:
         self.is_travelling = False
         self.is_executing = False  # tasks are done between two instructions of a run
         self._stretch = Stretch(None, end=0)
+        self._came_to: tuple[Stretch, int] | None = None  # the stretch and place of one of its exits, where it stands
         self._parent: Image | None = None  # what RAM is but for the pages that are noted
         self._follows_host = False
         self._host_origin = 0  # the host's clock less the guest's time, while it runs
@@ -270,7 +278,7 @@ class History:
         """The machine is as somebody has made it: what comes is recorded from here on."""
         if self.checkpoints:
             self._stretch.end = self.count()
-        self._stretch = Stretch(cpu)
+        self._stretch = Stretch(cpu, before=self._vm.noted_exit)
         self.take(is_first=True)
         self.changed = False
 
@@ -292,9 +300,13 @@ class History:
         assert self._stretch.end is not None
         return max(self._stretch.end - self.count(), 0)
 
-    def pass_end(self, cpu: int | None) -> None:
-        """The machine has done again all of a stretch: the next one, or live. In the CPU's thread, without the lock."""
+    def pass_end(self, cpu: int | None) -> bool:
+        """The machine has done again all of a stretch: the next one, or live. False: it is to come to an exit before
+        that, with no instruction done. In the CPU's thread, without the lock."""
         with self._vm.lock:
+            here = self._stretch, self.count()
+            if here[1] in self._stretch.exits and self._came_to != here:
+                return False
             following = self._after(self._stretch)
             if following is None:
                 self._become_live()
@@ -304,11 +316,30 @@ class History:
                 self._set_pace()
             else:
                 self.go_to(following)
+        return True
 
-    def pass_end_live(self) -> None:
-        """It stands where the record ends."""
-        self._become_live()
-        self._set_pace()
+    def arrive(self) -> None:
+        """A run has ended: at the end of the record the machine is live."""
+        if self.is_at_end():
+            self._become_live()
+            self._set_pace()
+
+    def is_at_end(self) -> bool:
+        """It is in the past, and has done again all that there is."""
+        return self.in_past and self._stretch is self.checkpoints[-1].stretch and self.left() == 0
+
+    def note_exit(self, exit_: exits.Exit) -> None:
+        """A run has come to that."""
+        place, kept = self.count(), self._stretch.exits
+        before = kept.get(place, ())
+        is_known = any(is_same(exit_, one) for one in before)
+        reads = isinstance(exit_, exits.Io | exits.Mmio) and exit_.direction in ("in", "read")
+        is_new = not self.in_past and exit_ is not self._stretch.before and not is_known
+        if is_new and (reads or isinstance(exit_, exits.Shutdown)):
+            kept[place], is_known = (*before, exit_), True
+            if len(kept) > _EXITS_MOST:
+                del kept[next(iter(kept))]
+        self._came_to = (self._stretch, place) if is_known else None
 
     def _after(self, stretch: Stretch) -> Checkpoint | None:
         is_there = False
@@ -334,6 +365,8 @@ class History:
             return
         end, last = self.end, self.index()
         del self.checkpoints[last + 1 :]
+        kept = self._stretch.exits
+        self._stretch.exits = {place: kept[place] for place in kept if place <= self.count()}
         self._become_live()
         if self._vm.board is not None:
             with self._vm.board.lock:
@@ -566,3 +599,10 @@ class History:
     @property
     def stretch(self) -> Stretch:
         return self._stretch
+
+
+def is_same(one: exits.Exit, other: exits.Exit | None) -> bool:
+    """Of one place."""
+    return type(one) is type(other) and all(
+        getattr(one, name, None) == getattr(other, name, None) for name in ("rip", "cpu", "direction", "cause")
+    )

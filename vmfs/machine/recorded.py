@@ -90,6 +90,11 @@ class Recorded(Control):
         assert runner is not None
         return runner
 
+    @property
+    def noted_exit(self) -> exits.Exit | None:
+        """The last one that callers saw."""
+        return self._last_exit
+
     def cpu_in_turn(self) -> int:
         """The one that executes next, or goes on."""
         return TURNS.unpack(self._machine.get_state("turns"))[0] if len(self.cpus) > 1 else 0

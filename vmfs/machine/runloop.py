@@ -68,10 +68,10 @@ class Asked:
     do_tasks: Callable[[], None]
     # Whether the user wants each step now.
     wants_steps: Callable[[], bool]
-    # How many instructions are left of what the machine does again; None: what it does is new. And what comes after
-    # them.
+    # How many instructions are left of what the machine does again; None: what it does is new. And what goes on to what
+    # comes after them; False: there is an exit before that.
     left: Callable[[], int | None] = lambda: None
-    pass_end: Callable[[], None] = lambda: None
+    pass_end: Callable[[], bool] = lambda: True
 
 
 class RunLoop:
@@ -131,9 +131,9 @@ class RunLoop:
             stepping = self._asked.prepare(self._bound, left.by_steps)
             budget, again = left.budget, self._asked.left()
             if again is not None:
-                if not again:
-                    self._asked.pass_end()
+                if not again and self._asked.pass_end():
                     continue
+                again = again or 1  # for what comes with no instruction done
                 budget = again if budget is None else min(budget, again)
             exit_, first = first or self._slice(budget, goes_on), None
             goes_on = True

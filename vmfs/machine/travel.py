@@ -13,7 +13,7 @@ from typing import Any
 
 from vmfs.debug.points import UNTIL
 from vmfs.engine.base import NO_DEBUG, DebugRequest
-from vmfs.machine.history import Checkpoint, History
+from vmfs.machine.history import Checkpoint, History, is_same
 from vmfs.machine.journey import Journey
 from vmfs.machine.runloop import Bound, Run
 from vmfs.words import exits
@@ -64,6 +64,7 @@ class Travel:
         self._history = history
         self._run = run
         self._hits = 0
+        self._came: exits.Exit | None = None  # what the last thing that was done again came to, if to anything
         self.written: Written | None = None
 
     def to_exit(self, journey: Journey) -> exits.Exit:
@@ -89,7 +90,7 @@ class Travel:
                 history.is_travelling = False
                 put_back()
                 vm.stay_in_run()
-                self._arrive()
+                history.arrive()
                 self._hold_inputs(False)
 
     def _hold_inputs(self, holds: bool) -> None:
@@ -98,12 +99,6 @@ class Travel:
         if board is not None:
             with board.lock:
                 board.inputs.hold_new(holds)
-
-    def _arrive(self) -> None:
-        """At the end of the record the machine is live."""
-        history = self._history
-        if history.in_past and history.stretch is history.checkpoints[-1].stretch and history.left() == 0:
-            history.pass_end_live()
 
     def _go(self, journey: Journey) -> exits.Exit:
         history = self._history
@@ -125,10 +120,34 @@ class Travel:
     # ---- to a place
 
     def _go_to_count(self, place: int) -> exits.Exit:
-        if place < self._history.begin:
+        history = self._history
+        if place < history.begin:
             return self._at_begin()
-        self._go_to(place)
-        return self._limit()
+        self._go_to(place, anew=True)
+        came = self._come_again()
+        goes_on = place > history.count() and not isinstance(came, exits.Shutdown)
+        return came if came is not None and not (goes_on and came is self._came) else self._limit()
+
+    def _come_again(self) -> exits.Exit | None:
+        """The exit that the machine came to where it is now: the first one, and at the end of the record the last.
+        After `_go_to` it is there without what came with no instruction done, which it does now."""
+        history, place = self._history, self._history.count()
+        came = self._came
+        waiting = [one for one in history.stretch.exits.get(place, ()) if not is_same(one, came)]
+        if not history.is_at_end():
+            waiting = waiting[:1] if came is None else []
+        for one in waiting:
+            runner, _ = history.runner(history.stretch)
+            again = self._vm.run_again(self._run, runner, Bound(instructions=1), lambda *_: False, lambda _: None)
+            if self._run.stop_asked:
+                raise _Ended(again)
+            if not is_same(one, again) or history.count() != place:  # something came here before that since
+                self._go_to(place, anew=True)
+                return self._came
+            came = again
+        if came is None and history.is_at_end() and history.checkpoints[-1].place == place:
+            return history.stretch.before
+        return came
 
     def _go_back(self, count: int, cpu: int | None) -> exits.Exit:
         history = self._history
@@ -166,8 +185,9 @@ class Travel:
                 high = middle
         return low
 
-    def _go_to(self, place: int) -> None:
-        """To that place, which is not before the begin; at the end of the record, to the end itself."""
+    def _go_to(self, place: int, *, anew: bool = False) -> None:
+        """To that place, which is not before the begin; at the end of the record, to the end itself. `anew`: by what
+        led there, also where it is there already."""
         history = self._history
         end = history.checkpoints[-1].stretch.end
         assert end is not None
@@ -181,7 +201,9 @@ class Travel:
                     checkpoint = one
         here = history.count()
         is_on_the_way = history.stretch is checkpoint.stretch and checkpoint.place <= here <= wanted
-        if history.changed or not is_on_the_way or (here == wanted and (history.took_event() or wanted == end)):
+        if history.changed or not is_on_the_way or (
+            here == wanted and (anew or history.took_event() or wanted == end)
+        ):
             self._restore(checkpoint)
             here = checkpoint.place
         if wanted - here > 2 * NEAR:
@@ -233,6 +255,7 @@ class Travel:
                     cpu.set_debug(replace(one, step=True) if step else one)
             return step
 
+        self._came = None
         stuck, before = 0, (-1, -1)
         while (left := place - history.count()) > 0 or step:
             bound = Bound(steps=1) if step else Bound(instructions=left)
@@ -243,6 +266,7 @@ class Travel:
                 raise _Ended(exit_)
             if step:
                 return None
+            self._came = None if isinstance(exit_, exits.Limit | exits.Interrupted | exits.Debug) else exit_
             now = history.count(), vm.engine_time()
             stuck, before = stuck + 1 if now == before else 0, now
             if stuck > _STUCK_MOST:
@@ -327,8 +351,11 @@ class Travel:
         """Sets `written`. The machine is where it was."""
         history = self._history
         now = history.count(), history.took_event()
+        reads = any(vcpu.access_data for vcpu in self._vm.vcpus)
         self.written = self._last_writer(ranges, *now)
-        self._go_to(now[0])
+        self._go_to(now[0], anew=reads)
+        if reads:
+            self._come_again()
         while now[1] and history.count() == now[0] and not history.took_event():
             self._replay(now[0], step=True)
         return self._limit()
