@@ -330,6 +330,29 @@ def test_interrupts_are_held_back_by_nien(disk):
     assert disk.registers()[0] == 0
 
 
+def test_an_interrupt_finds_its_status(pc, disk, monkeypatch):
+    """The status that a CPU polls without Python is not the one before the interrupt."""
+    shown, found, chip = [], [], pc.ide.chip
+
+    class Pio:
+        def __getattr__(self, name):
+            return getattr(chip, name)
+
+        def show(self, channel, status):
+            shown.append(status)
+            chip.show(channel, status)
+
+    def set_irq(device, line, level):
+        if level:
+            found.append((line, shown[-1]))
+
+    monkeypatch.setattr(pc.ide, "chip", Pio())
+    monkeypatch.setattr(pc, "set_irq", set_irq)
+    disk.command(0xE5)
+    assert found == [(14, None)]  # Python's, who clears the interrupt
+    assert disk.status() == shown[-1] == DRDY | DSC
+
+
 def test_two_drives_on_a_channel(pc, image, tmp_path):
     other = tmp_path / "other"
     other.write_bytes(b"o" * 2048)

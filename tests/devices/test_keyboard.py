@@ -415,3 +415,27 @@ def test_moves_are_inputs_with_bounds(pc, guest):
     assert refuses(pc.keyboard, state)
     with pytest.raises(Invalid, match="no move of a mouse"):
         pc.keyboard.check_input("mouse", b"123")
+
+
+def test_an_interrupt_finds_its_byte(pc, guest, monkeypatch):
+    """The status that a CPU polls without Python is the new one before the interrupt comes, for it comes at once."""
+    shown, found = [], []
+
+    class Latch:
+        show = staticmethod(shown.append)
+
+    def set_irq(device, line, level):
+        if level:
+            found.append((line, shown[-1][1]))
+
+    monkeypatch.setattr(pc.keyboard, "chip", Latch())
+    monkeypatch.setattr(pc, "set_irq", set_irq)
+    pc.keyboard.type(keys.parse("a"))
+    assert found == [(1, status(guest))] and found[0][1] & (FULL | FROM_MOUSE) == FULL
+    drain(guest)
+    guest.out(0x64, 0x60)
+    guest.out(0x60, 0x47)  # interrupts of both
+    found.clear()
+    guest.out(0x64, 0xD4)
+    guest.out(0x60, 0xF4)
+    assert found == [(12, status(guest))] and found[0][1] & (FULL | FROM_MOUSE) == FULL | FROM_MOUSE

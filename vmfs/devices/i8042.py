@@ -248,10 +248,10 @@ class I8042(QuietDevice[I8042State]):
         self.buffer, self.from_mouse = byte, False
 
     def _lines(self) -> None:
+        self._show()  # first: a CPU may take the interrupt at once, and must find its byte
         full = self.buffer is not None
         self.board.set_irq(self, KEYBOARD_IRQ, full and not self.from_mouse and bool(self.control & _KEYBOARD_INT))
         self.board.set_irq(self, MOUSE_IRQ, full and self.from_mouse and bool(self.control & _MOUSE_INT))
-        self._show()
 
     # ---- what is typed
 

@@ -119,8 +119,8 @@ class Channel:
         level = self.pending[self.unit] and not self.control & _NIEN and self.selected is not None
         if level:
             self.bus_status |= _BM_INTERRUPT
+        self.changed()  # first: a CPU may take the interrupt at once, and must find its status
         self.controller.board.set_irq(self.controller, self.place.irq, level)
-        self.changed()
 
     @property
     def status(self) -> int:
