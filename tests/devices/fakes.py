@@ -20,6 +20,7 @@ class FakeMachine:
         self.slots = {}
         self.time = 0
         self.a20 = True
+        self.timer_output = True
         self.deadline = None
 
     def memory_written(self, address, size):
@@ -39,6 +40,9 @@ class FakeMachine:
 
     def set_a20(self, enabled):
         self.a20 = enabled
+
+    def set_timer_output(self, connected):
+        self.timer_output = connected
 
     def get_state(self, name):
         assert name == "clock"

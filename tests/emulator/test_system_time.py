@@ -132,7 +132,7 @@ def test_a_line_from_another_thread_wakes_hlt():
     "way",
     [
         "mov dword ptr [rdx + 0x350], 0x400",  # LINT0, which the 8259 drives: NMI
-        "mov esi, 0xfec00000; mov dword ptr [rsi], 0x10; mov dword ptr [rsi + 0x10], 0x400",  # the IOAPIC's pin 0: NMI
+        "mov esi, 0xfec00000; mov dword ptr [rsi], 0x14; mov dword ptr [rsi + 0x10], 0x400",  # the IOAPIC's pin 2: NMI
     ],
     ids=["lint0", "ioapic"],
 )

@@ -57,6 +57,9 @@ EXPRESSIONS = {
     "GUEST_DEBUG.size": "sizeof(struct kvm_guest_debug)",
     "MSR_LIST_HEAD.size": "sizeof(struct kvm_msr_list)",
     # what unpack_from reads of the union
+    "IRQ_ROUTING.size": "sizeof(struct kvm_irq_routing)",
+    "IRQ_ROUTING_ENTRY.size": "sizeof(struct kvm_irq_routing_entry)",
+    "KVM_IRQ_ROUTING_IRQCHIP": "KVM_IRQ_ROUTING_IRQCHIP",
     "RUN_IO.size": "offsetof(struct kvm_run, io.data_offset) + 8 - offsetof(struct kvm_run, io)",
     "RUN_MMIO.size": "offsetof(struct kvm_run, mmio.is_write) + 1 - offsetof(struct kvm_run, mmio)",
     "RUN_DEBUG.size": "sizeof(struct kvm_debug_exit_arch)",
@@ -112,6 +115,8 @@ LAYOUTS = {
     "PIC_ELCR": "offsetof(struct kvm_pic_state, elcr)",
     "IOAPIC_PINS_AT": "2 * sizeof(struct kvm_irqchip) + offsetof(struct kvm_irqchip, chip.ioapic.redirtbl)",
     "PIT_CHANNEL.size": "sizeof(struct kvm_pit_channel_state)",
+    "PIT_FLAGS_AT": "offsetof(struct kvm_pit_state2, flags)",
+    "PIT_REPLACED": "KVM_PIT_FLAGS_HPET_LEGACY",
     "CLOCK": "offsetof(struct kvm_clock_data, clock)",
     "LIST_HEAD.size": "sizeof(struct kvm_msrs)",
     "MSR_ENTRY.size": "sizeof(struct kvm_msr_entry)",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vmfs.boot import aml
 from vmfs.boot.platform import Platform
-from vmfs.devices import isa, pci, power, vmgenid
+from vmfs.devices import hpet, isa, pci, power, vmgenid
 
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
@@ -104,9 +104,11 @@ def tables(platform: Platform) -> Tables:
     dsdt = made.add(b"DSDT", 2, _dsdt(platform))
     fadt = made.add(b"FACP", 3, _fadt(platform, facs, dsdt), ((36, 4), (40, 4), (132, 8), (140, 8)))
     madt = made.add(b"APIC", 3, _madt(platform))
-    listed = (fadt, madt)
-    made.rsdt = made.add(b"RSDT", 1, struct.pack("<2I", *listed), ((36, 4), (40, 4)))
-    made.xsdt = made.add(b"XSDT", 1, struct.pack("<2Q", *listed), ((36, 8), (44, 8)))
+    listed = (fadt, madt, made.add(b"HPET", 1, _hpet()))
+    for name, signature, size, letter in (("rsdt", b"RSDT", 4, "I"), ("xsdt", b"XSDT", 8, "Q")):
+        body = struct.pack(f"<{len(listed)}{letter}", *listed)
+        pointers = tuple((_HEADER.size + number * size, size) for number in range(len(listed)))
+        setattr(made, name, made.add(signature, 1, body, pointers))
     return made
 
 
@@ -151,6 +153,13 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
     )
 
 
+def _hpet() -> bytes:
+    """The high precision event timer (IA-PC HPET Specification 1.0a, 3.2.4)."""
+    memory, least = 0, 100  # ticks between two interrupts of a periodic comparator
+    place = struct.pack("<BBBBQ", memory, 64, 0, 0, hpet.ADDRESS)
+    return struct.pack("<I12sBHB", hpet.CAPABILITIES, place, 0, least, 0)
+
+
 def _madt(platform: Platform) -> bytes:
     """The interrupt controllers (5.2.12): a LAPIC a CPU, one IOAPIC of GSI 0 to 23, two 8259."""
     pcat_compatible, enabled = 1, 1
@@ -166,6 +175,7 @@ def _madt(platform: Platform) -> bytes:
 def _dsdt(platform: Platform) -> bytes:
     a = aml
     devices = [_host_bridge(), *_links(), _board_resources(), _generation_id()]
+    devices.append(_isa("HPET", "PNP0103", a.memory_fixed(hpet.ADDRESS, hpet.LENGTH)))
     if platform.rtc:
         devices.append(_isa("RTC", "PNP0B00", a.io(0x70, 8), a.irq(8)))
     if platform.ps2:
@@ -303,7 +313,7 @@ def _board_resources() -> bytes:
             "_CRS",
             a.resources(
                 a.io(0x510, 12),  # fw_cfg
-                a.io(power.PM1_EVENT, 16),
+                a.io(power.PM1_EVENT, power.LENGTH),
                 a.memory_fixed(IOAPIC, 0x1000),
                 a.memory_fixed(LAPIC, 0x1000),
                 a.memory_fixed(vmgenid.ADDRESS, vmgenid.LENGTH),

@@ -91,7 +91,7 @@ class Board:
         self.shutdown: tuple[str, int | None] | None = None  # cause and code, asked for by a device
         self._buses = {"port": Bus("port"), "memory": Bus("memory")}
         self._ports: dict[int, tuple[Callable, Callable, int, int]] = {}  # what a port was found to be
-        self.bus = _chips.Bus(self._set_line, self._signal_msi, self.now)
+        self.bus = _chips.Bus(self._set_line, self.signal_msi, self.now)
         self.ram_chip = _chips.Ram(self.bus)
         self._numbers: weakref.WeakValueDictionary[int, Device] = weakref.WeakValueDictionary()
         self._attendant: threading.Thread | None = None
@@ -312,13 +312,18 @@ class Board:
         if not self._closed:
             self.machine.irq_line(gsi, level)
 
-    def _signal_msi(self, address: int, data: int) -> None:
+    def signal_msi(self, address: int, data: int) -> None:
+        """Send a message. One to an address that is no local APIC's goes nowhere."""
         if not self._closed:
             self.machine.signal_msi(address, data)
 
     def set_a20(self, enabled: bool) -> None:
         """The PC's A20 gate."""
         self.machine.set_a20(enabled)
+
+    def set_timer_output(self, connected: bool) -> None:
+        """Whether the 8254 interrupts, which an HPET may replace."""
+        self.machine.set_timer_output(connected)
 
     def stop(self, cause: str, code: int | None = None) -> None:
         """End the run with `shutdown cause=...` when the access that is under way is done."""

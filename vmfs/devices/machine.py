@@ -16,6 +16,7 @@ from vmfs.devices.display import Display
 from vmfs.devices.dma import Dma
 from vmfs.devices.floppy import DRIVES, Fdc, FloppyDrive
 from vmfs.devices.fw_cfg import FwCfg
+from vmfs.devices.hpet import Hpet
 from vmfs.devices.i8042 import I8042
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import NAMES, Drive
@@ -47,6 +48,17 @@ def _vmgenid(board: Board, name: str) -> Device:
     return VmGenId(board, name, power)
 
 
+def _hpet(board: Board, name: str) -> Device:
+    rtc = board.devices["rtc"]
+    assert isinstance(rtc, Rtc)
+
+    def replaced(by_it: bool) -> None:
+        board.set_timer_output(not by_it)
+        rtc.connect(not by_it)
+
+    return Hpet(board, name, replaced)
+
+
 PC_DEVICES: tuple[Row, ...] = (
     Row("com1", lambda board, name: Serial(board, name, 0x3F8, 4)),
     Row("com2", lambda board, name: Serial(board, name, 0x2F8, 3)),
@@ -56,6 +68,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("dma", Dma),
     Row("power", Power),
     Row("vmgenid", _vmgenid),
+    Row("hpet", _hpet),
     Row("keyboard", I8042),
     Row("fw-cfg", FwCfg),
     Row("debugcon", lambda board, name: DebugConsole(board, name, 0xE9)),

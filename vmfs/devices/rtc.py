@@ -80,6 +80,11 @@ class Rtc(QuietDevice[RtcState]):
         shown = t.tm_year, t.tm_mon, t.tm_mday, (t.tm_wday + 1) % 7, t.tm_hour, t.tm_min, t.tm_sec
         self.chip.set_clock(self.board.now(), shown, date % SECOND)
 
+    def connect(self, connected: bool) -> None:
+        """Whether its interrupts go anywhere; an HPET may replace them."""
+        self.chip.connect(self.board.now(), connected)
+        self.board.chip_used()
+
     # ---- registers
 
     def read(self, region: int, offset: int, size: int) -> int:

@@ -16,6 +16,7 @@ struct rtc {
     u8 index, cmos[BYTES];
     u64 began;                  /* the guest's time when the divider began the second that it is in; may be before 0: modulo 2**64 */
     u64 seen;                   /* up to which events were worked out */
+    bool is_cut;                /* its line goes nowhere: an HPET has it */
     bool missed;                /* a period has ended since the one whose interrupt waits to be read */
 };
 
@@ -219,7 +220,7 @@ static void update(struct rtc *r, u64 now)
     catch_up(r, now);
     bool on = r->cmos[C] & r->cmos[B] & (PF | AF | UF);
     r->cmos[C] = (r->cmos[C] & ~IRQF) | (on ? IRQF : 0);
-    bus_set_line(r->chip.bus, r->chip.number, r->gsi, on);
+    bus_set_line(r->chip.bus, r->chip.number, r->gsi, on && !r->is_cut);
     arm(r, now);
 }
 
@@ -364,6 +365,18 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     return bus_done(self->chip.bus);
 }
 
+static PyObject *rtc_connect(struct rtc *self, PyObject *args)
+{
+    unsigned long long now;
+    int connected;
+    if (!PyArg_ParseTuple(args, "Kp", &now, &connected))
+        return NULL;
+    bus_enter(self->chip.bus);
+    self->is_cut = !connected;
+    update(self, now);
+    return bus_done(self->chip.bus);
+}
+
 static PyObject *rtc_shift(struct rtc *self, PyObject *argument)
 {
     long long by = PyLong_AsLongLong(argument);
@@ -444,6 +457,7 @@ static PyMethodDef rtc_methods[] = {
     {"put", (PyCFunction)rtc_put, METH_VARARGS, "put(index, byte): into the RAM"},
     {"get", (PyCFunction)rtc_get, METH_O, "get(index) -> byte, as it stands"},
     {"reset", (PyCFunction)rtc_reset, METH_O, "reset(now)"},
+    {"connect", (PyCFunction)rtc_connect, METH_VARARGS, "connect(now, connected): whether its line goes anywhere"},
     {"shift", (PyCFunction)rtc_shift, METH_O, "shift(by): the guest's time was set to what it was and so much"},
     {"state", (PyCFunction)rtc_state, METH_O, "state(now) -> dict"},
     {"load", (PyCFunction)(void (*)(void))rtc_load, METH_VARARGS | METH_KEYWORDS, "load(now=, **state)"},

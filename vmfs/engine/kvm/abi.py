@@ -29,6 +29,7 @@ class Ioctl(enum.IntEnum):
     KVM_SET_IDENTITY_MAP_ADDR = 0x4008AE48
     KVM_CREATE_IRQCHIP = 0xAE60
     KVM_IRQ_LINE = 0x4008AE61
+    KVM_SET_GSI_ROUTING = 0x4008AE6A
     KVM_SIGNAL_MSI = 0x4020AEA5
     KVM_GET_IRQCHIP = 0xC208AE62
     KVM_SET_IRQCHIP = 0x8208AE63
@@ -169,6 +170,9 @@ DIRTY_LOG = struct.Struct("<IIQ")  # slot, padding, address of the bitmap
 ENABLE_CAP = struct.Struct("<II4Q64x")  # cap, flags, args
 IRQ_LEVEL = struct.Struct("<II")  # irq, level
 MSI = struct.Struct("<IIII16x")  # address, its upper half, data, flags
+IRQ_ROUTING = struct.Struct("<II")  # nr, flags
+IRQ_ROUTING_ENTRY = struct.Struct("<IIIIII24x")  # gsi, type, flags, pad, irqchip.irqchip, irqchip.pin
+KVM_IRQ_ROUTING_IRQCHIP = 1
 PIT_CONFIG = struct.Struct("<I60x")  # flags
 KVM_PIT_SPEAKER_DUMMY = 1  # KVM answers port 0x61, too
 

@@ -48,6 +48,19 @@ from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, kno
 TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
+def _routes() -> bytes:
+    """Where a line goes: to which inputs of the 8259s and the IOAPIC. With KVM's own routes IRQ 0 is the IOAPIC's input
+    0; on every PC it is 2, since IRQ 2 is the second 8259's."""
+    masters, ioapic = 8, 2
+    inputs = [(line, line // masters, line % masters) for line in range(2 * masters) if line != 2]
+    inputs += [(line, ioapic, line or 2) for line in range(LINES) if line != 2]
+    kind = abi.KVM_IRQ_ROUTING_IRQCHIP
+    rows = (abi.IRQ_ROUTING_ENTRY.pack(line, kind, 0, 0, chip, pin) for line, chip, pin in inputs)
+    return abi.IRQ_ROUTING.pack(len(inputs), 0) + b"".join(rows)
+
+
+LINES = 24
+
 # What this engine cannot do without, and since when Linux has it.
 REQUIRED = (
     (Cap.KVM_CAP_USER_MEMORY, "2.6.25"),
@@ -179,7 +192,7 @@ class KvmMachine(Machine):
         self._threads = threading.local()  # see KvmVcpu._enter_thread
         self._has_irqchip = False
         self._turns = TURNS.pack(0, TURN, 0, 0)
-        self._lines = bytearray(24)  # their levels, which KVM tells nobody
+        self._lines = bytearray(LINES)  # their levels, which KVM tells nobody
         self._pvm = facts.pvm
         self._slot_limit = facts.extension(device, Cap.KVM_CAP_NR_MEMSLOTS)
         self._wires: Wires | None = None
@@ -338,12 +351,13 @@ class KvmMachine(Machine):
             raise Unsupported("the host's KVM has no interrupt controllers and timer")
         ioctl(self._fd, Ioctl.KVM_CREATE_IRQCHIP)
         self._has_irqchip = True
+        ioctl_set(self._fd, Ioctl.KVM_SET_GSI_ROUTING, _routes())
         # With the speaker port: bit 5 of port 0x61 is the output of PIT channel 2, which only KVM knows.
         ioctl(self._fd, Ioctl.KVM_CREATE_PIT2, bytearray(abi.PIT_CONFIG.pack(abi.KVM_PIT_SPEAKER_DUMMY)))
 
     def irq_line(self, gsi: int, level: bool) -> None:
         self._need_irqchip("an interrupt line")
-        if not 0 <= gsi < 24:  # KVM's default routing: the IOAPIC's pins
+        if not 0 <= gsi < LINES:
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
         self._lines[gsi] = level
