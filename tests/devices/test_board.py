@@ -241,6 +241,7 @@ def test_the_state_of_every_device_goes_to_another_board(pc, guest, memory):
         for _ in range(4000):
             guest.out(dice.choice(ports), dice.getrandbits(8))
         guest.out(0x510, 0x19, 2)  # fw_cfg: its directory
+        guest.store(0xFED0_0108, 77, 8)  # the HPET's first comparator
         for place in pc.pci.functions:
             guest.out(0xCF8, 0x8000_0000 | place << 8 | 0x3C, 4)
             guest.out(0xCFC, dice.getrandbits(8))  # the interrupt line, which is a scratch register

@@ -155,3 +155,21 @@ def test_a_periodic_one_meets_all_its_values(value, period, counter, ticks, narr
         found |= often.meets(counter + passed, step)
         passed += step
     assert (met, at_once.value) == (found, often.value)
+
+
+def test_acpi_is_told_of_the_clocks_interrupt(pc, guest, hpet):
+    """Wherever its line goes: RTC_STS, and an interrupt by RTC_EN."""
+    guest.store(CONFIG, 3)
+    for value, index in ((0x26, 10), (0x12, 11)):  # once a second
+        guest.out(0x70, index)
+        guest.out(0x71, value)
+    guest.out(0x602, 0x400, 2)
+    pass_time(pc, 1_100_000_000)
+    assert guest.inp(0x600, 2) & 0x400 and pc.machine.lines[9] and not pc.machine.lines.get(8)
+    guest.out(0x600, 0x400, 2)
+    pass_time(pc, 2_200_000_000)
+    assert not guest.inp(0x600, 2) & 0x400 and not pc.machine.lines[9], "it is still up"
+    guest.out(0x70, 12)
+    guest.inp(0x71)
+    pass_time(pc, 3_300_000_000)
+    assert guest.inp(0x600, 2) & 0x400 and pc.machine.lines[9]

@@ -91,6 +91,9 @@ class Pc(Board):
         self.pci.plug(Bridge(self, "bridge", 0))
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
+        rtc, power = self.devices["rtc"], self.devices["power"]
+        assert isinstance(rtc, Rtc) and isinstance(power, Power)
+        rtc.tell(power.chip)
         self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
         self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT, self._power_moved))
         self.display = Display(self, "display", DISPLAY_SLOT)

@@ -13,7 +13,7 @@ Source: Motorola MC146818A data sheet; the CMOS bytes are those that PC firmware
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -79,6 +79,10 @@ class Rtc(QuietDevice[RtcState]):
         t = time.gmtime(date // SECOND)
         shown = t.tm_year, t.tm_mon, t.tm_mday, (t.tm_wday + 1) % 7, t.tm_hour, t.tm_min, t.tm_sec
         self.chip.set_clock(self.board.now(), shown, date % SECOND)
+
+    def tell(self, power: Any) -> None:
+        """Have ACPI's chip be told of its interrupts."""
+        self.chip.tell(power)
 
     def connect(self, connected: bool) -> None:
         """Whether its interrupts go anywhere; an HPET may replace them."""

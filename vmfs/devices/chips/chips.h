@@ -87,6 +87,9 @@ void bus_ring(struct bus *bus);
 
 static inline u64 now_of(const struct bus_access *a) { return a->now(a->context); }
 
+/* Of a power chip: the clock has raised its interrupt. */
+void power_clock_rang(struct chip *power);
+
 /* For what is called from Python: `bus_leave` tells Python of lines, and is false where that raised. */
 void bus_enter(struct bus *bus);
 bool bus_leave(struct bus *bus);

@@ -2,7 +2,7 @@
 #include "module.h"
 
 enum { FREQUENCY = 3579545 /* Hz */, HALF = 23 /* the bit of which a change is an event */ };
-enum { TIMER = 1, POWER_BUTTON = 0x100, SLP_EN = 0x2000 };
+enum { TIMER = 1, POWER_BUTTON = 0x100, CLOCK = 0x400 /* its interrupt */, SLP_EN = 0x2000 };
 enum { EVENT, CONTROL, PM_TIMER, GPE /* regions */ };
 
 struct events {
@@ -21,7 +21,7 @@ static u64 ticks(u64 now) { return (u64)((unsigned __int128)now * FREQUENCY / SE
 
 static void drive(struct power *p)
 {
-    bool fixed = p->pm1.status & p->pm1.enable & (POWER_BUTTON | TIMER), general = p->gpe.status & p->gpe.enable;
+    bool fixed = p->pm1.status & p->pm1.enable & (POWER_BUTTON | CLOCK | TIMER), general = p->gpe.status & p->gpe.enable;
     bus_set_line(p->chip.bus, p->chip.number, p->gsi, fixed || general);
 }
 
@@ -47,6 +47,13 @@ static void write_events(struct events *e, u64 mask, u64 value)
 {
     e->status &= (u16)~value;
     e->enable = (u16)((e->enable & ~(mask >> 16)) | (value >> 16 & 0xffff));
+}
+
+void power_clock_rang(struct chip *chip)
+{
+    struct power *p = (struct power *)chip;
+    p->pm1.status |= CLOCK;
+    drive(p);
 }
 
 static bool power_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)

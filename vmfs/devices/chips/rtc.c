@@ -16,6 +16,7 @@ struct rtc {
     u8 index, cmos[BYTES];
     u64 began;                  /* the guest's time when the divider began the second that it is in; may be before 0: modulo 2**64 */
     u64 seen;                   /* up to which events were worked out */
+    struct chip *power;         /* a reference: ACPI's hardware, which is told of interrupts; or NULL */
     bool is_cut;                /* its line goes nowhere: an HPET has it */
     bool missed;                /* a period has ended since the one whose interrupt waits to be read */
 };
@@ -219,6 +220,8 @@ static void update(struct rtc *r, u64 now)
 {
     catch_up(r, now);
     bool on = r->cmos[C] & r->cmos[B] & (PF | AF | UF);
+    if (on && !(r->cmos[C] & IRQF) && r->power)
+        power_clock_rang(r->power);
     r->cmos[C] = (r->cmos[C] & ~IRQF) | (on ? IRQF : 0);
     bus_set_line(r->chip.bus, r->chip.number, r->gsi, on && !r->is_cut);
     arm(r, now);
@@ -365,6 +368,22 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     return bus_done(self->chip.bus);
 }
 
+/* Once. */
+static PyObject *rtc_tell(struct rtc *self, PyObject *power)
+{
+    struct module_state *state = PyType_GetModuleState(Py_TYPE(self));
+    if (Py_TYPE(power) != state->types[TYPE_POWER] || self->power)
+        return PyErr_Format(PyExc_TypeError, "a Power, once");
+    self->power = (struct chip *)Py_NewRef(power);
+    Py_RETURN_NONE;
+}
+
+static void rtc_dealloc(struct rtc *self)
+{
+    Py_CLEAR(self->power);
+    chip_dealloc(&self->chip);
+}
+
 static PyObject *rtc_connect(struct rtc *self, PyObject *args)
 {
     unsigned long long now;
@@ -457,6 +476,7 @@ static PyMethodDef rtc_methods[] = {
     {"put", (PyCFunction)rtc_put, METH_VARARGS, "put(index, byte): into the RAM"},
     {"get", (PyCFunction)rtc_get, METH_O, "get(index) -> byte, as it stands"},
     {"reset", (PyCFunction)rtc_reset, METH_O, "reset(now)"},
+    {"tell", (PyCFunction)rtc_tell, METH_O, "tell(power): of its interrupts, as ACPI's RTC_STS has it"},
     {"connect", (PyCFunction)rtc_connect, METH_VARARGS, "connect(now, connected): whether its line goes anywhere"},
     {"shift", (PyCFunction)rtc_shift, METH_O, "shift(by): the guest's time was set to what it was and so much"},
     {"state", (PyCFunction)rtc_state, METH_O, "state(now) -> dict"},
@@ -464,7 +484,7 @@ static PyMethodDef rtc_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot rtc_slots[] = {
-    {Py_tp_doc, "Rtc(bus, device, gsi)"}, {Py_tp_new, rtc_new}, {Py_tp_dealloc, chip_dealloc}, {Py_tp_methods, rtc_methods},
+    {Py_tp_doc, "Rtc(bus, device, gsi)"}, {Py_tp_new, rtc_new}, {Py_tp_dealloc, rtc_dealloc}, {Py_tp_methods, rtc_methods},
     {0, NULL},
 };
 PyType_Spec rtc_spec = {"vmfs.devices._chips.Rtc", sizeof(struct rtc), 0, Py_TPFLAGS_DEFAULT, rtc_slots};

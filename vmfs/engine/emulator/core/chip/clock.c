@@ -245,6 +245,9 @@ int vm_create_irqchip(struct vm *vm)
     vm->irqchip = irqchip_create(CORE_VCPUS);
     if (!vm->irqchip)
         return -ENOMEM;
+    /* As on every PC: IRQ 0 is the I/O APIC's input 2, since IRQ 2 is the second 8259's. */
+    irqchip_set_route(vm->irqchip, 2, IRQCHIP_NO_PIN, IRQCHIP_NO_PIN);
+    irqchip_set_route(vm->irqchip, 0, 0, 2);
     vm->irqchip->cpus = 1; /* as many as there are: chip_features */
     return 0;
 }

@@ -31,9 +31,6 @@ struct irqchip *irqchip_create(unsigned cpus)
     chip->pit.speaker_port = true;
     for (i = 0; i < IRQCHIP_GSIS; i++)
         chip->route[i] = (struct irqchip_route){.pic = i < PIC_PINS ? i : IRQCHIP_NO_PIN, .ioapic = i};
-    /* As on every PC: IRQ 0 is the IOAPIC's input 2, since IRQ 2 is the second 8259's. */
-    chip->route[0].ioapic = 2;
-    chip->route[2] = (struct irqchip_route){.pic = IRQCHIP_NO_PIN, .ioapic = IRQCHIP_NO_PIN};
     for (i = 0; i < cpus; i++)
         chip->cpu[i].tsc_hz = IRQCHIP_TSC_HZ_DEFAULT;
     irqchip_reset(chip, 0);
