@@ -266,7 +266,7 @@ def test_a_part_too_few_or_too_many_is_refused(busy):
     state = busy.take().result(SECONDS)
     before = busy.state_hash()
     for name in state.parts:
-        if name != "device/vmgenid":
+        if name not in ("device/vmgenid", "device/hpet"):  # machines of before have none
             with pytest.raises(Invalid):
                 busy.put(State(state.format, {key: value for key, value in state.parts.items() if key != name}))
         newer = Part(state.parts[name].version + 1, state.parts[name].data)

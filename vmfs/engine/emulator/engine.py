@@ -204,6 +204,9 @@ class EmulatorMachine(Machine):
     def set_a20(self, enabled: bool) -> None:
         self._vm.set_a20(enabled)
 
+    def set_timer_output(self, connected: bool) -> None:
+        self._vm.set_timer_output(connected)
+
     def irq_line(self, gsi: int, level: bool) -> None:
         if not self._has_irqchip:
             raise Unsupported("an interrupt line: the machine has no interrupt controller")

@@ -51,6 +51,7 @@ void vm_signal_msi(struct vm *vm, uint64_t address, uint32_t data);
 /* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
 void vm_set_bus(struct vm *vm, struct fast_bus *bus);
 void vm_set_a20(struct vm *vm, bool enabled);
+void vm_set_timer_output(struct vm *vm, bool connected); /* whether channel 0 of the 8254 interrupts; the state pit has it */
 
 /* CPUs whose runs overlap execute at the same time, and not in turn: with TIME_HOST, which is the same for all of them. Whether
  * they do now. */

@@ -237,6 +237,16 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_timer_output(VmObject *self, PyObject *args)
+{
+    int connected, how;
+    if (!PyArg_ParseTuple(args, "p", &connected) || !(how = hold_still(self)))
+        return NULL;
+    vm_set_timer_output(self->vm, connected);
+    let_go(self, how);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_memory_written(VmObject *self, PyObject *args)
 {
     unsigned long long address, size;
@@ -530,6 +540,8 @@ static PyMethodDef vm_methods[] = {
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"signal_msi", (PyCFunction)py_vm_signal_msi, METH_VARARGS, "signal_msi(address, data)"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
+    {"set_timer_output", (PyCFunction)py_vm_set_timer_output, METH_VARARGS,
+     "set_timer_output(connected): whether channel 0 of the 8254 interrupts"},
     {"memory_written", (PyCFunction)py_vm_memory_written, METH_VARARGS,
      "memory_written(address, size): by somebody else than the guest, in the middle of a run"},
     {"set_bus", (PyCFunction)py_vm_set_bus, METH_O,

@@ -308,6 +308,12 @@ static void queue_line(struct vm *vm, struct line_change change)
             request_attention(vm->vcpus[i], ATTENTION_LINES);
 }
 
+void vm_set_timer_output(struct vm *vm, bool connected)
+{
+    if (vm->irqchip)
+        vm->irqchip->pit.flags = connected ? 0 : KVM_PIT_FLAGS_HPET_LEGACY;
+}
+
 void vm_irq_line(struct vm *vm, unsigned gsi, bool level)
 {
     queue_line(vm, (struct line_change){.level = level, .gsi_or_data = gsi});
