@@ -66,14 +66,14 @@ def test_the_counter_counts_while_it_is_enabled(pc, guest, hpet):
 
 
 def test_once_and_periodically_on_a_line(pc, guest, hpet, edges):
-    comparator(guest, 2, 20 << 9 | ENABLED, 100)
-    comparator(guest, 1, 21 << 9 | ENABLED | PERIODIC | SETS, 50, 30)
+    comparator(guest, 2, 20 << 9 | ENABLED, 10_000)
+    comparator(guest, 1, 21 << 9 | ENABLED | PERIODIC | SETS, 5_000, 3_000)
     guest.store(CONFIG, 1)
-    pass_time(pc, 1_500)
-    assert edges == [(21, 500), (21, 800), (20, 1000), (21, 1100), (21, 1400)]
-    assert guest.load(A + 0x128, 8) == 170 and guest.load(STATUS) == 0
+    pass_time(pc, 150_000)
+    assert edges == [(21, 50_000), (21, 80_000), (20, 100_000), (21, 110_000), (21, 140_000)]
+    assert guest.load(A + 0x128, 8) == 17_000 and guest.load(STATUS) == 0
     guest.store(A + 0x120, 0)
-    pass_time(pc, 9_000)
+    pass_time(pc, 900_000)
     assert len(edges) == 5
     guest.store(A + 0x140, 5 << 9 | ENABLED)
     assert guest.load(A + 0x140) >> 9 & 31 == 0, "a line that it cannot have"
@@ -132,9 +132,51 @@ def test_legacy_replacement(pc, guest, hpet, edges):
     assert pc.machine.timer_output and guest.load(CONFIG) == 0
 
 
+def test_legacy_replacement_needs_a_counter_that_counts(pc, guest, hpet):
+    guest.store(CONFIG, 2)
+    assert pc.machine.timer_output
+    guest.store(CONFIG, 3)
+    assert not pc.machine.timer_output
+    guest.store(CONFIG, 2)
+    assert pc.machine.timer_output
+
+
+def test_a_period_in_two_halves(pc, guest, hpet, edges):
+    """The value of a comparator that has met it is no part of what is written, half by half, to its period."""
+    guest.store(COUNTER, 5 << 32, 8)
+    comparator(guest, 0, 20 << 9 | ENABLED | PERIODIC | SETS)
+    guest.store(A + 0x108, (5 << 32) + 100, 8)
+    guest.store(A + 0x108, 2000)
+    guest.store(A + 0x10C, 0)
+    guest.store(CONFIG, 1)
+    pass_time(pc, 45_000)
+    assert edges == [(20, 1_000), (20, 21_000), (20, 41_000)]
+
+
+def test_a_period_that_nobody_could_take(pc, guest, hpet, edges):
+    comparator(guest, 0, 20 << 9 | ENABLED | PERIODIC | SETS, 1, 1)
+    guest.store(CONFIG, 1)
+    pass_time(pc, 100_000)
+    assert edges == [(20, time) for time in range(10_000, 100_001, 10_000)]
+
+
+def test_to_save_it_is_no_interrupt(pc, guest, hpet, edges):
+    """What has come due and was not looked at yet interrupts the copy as it does the machine."""
+    comparator(guest, 0, 20 << 9 | ENABLED, 100)
+    guest.store(CONFIG, 1)
+    pc.machine.time = 1_234
+    state = plain(hpet)
+    assert edges == [] and plain(hpet) == state and state["behind"] == 1_234
+    hpet.load(hpet.unpack(1, hpet.pack()))
+    assert edges == []
+    pass_time(pc, 1_235)
+    assert edges == [(20, 1_234)] or edges == [(20, 1_235)]
+    assert guest.load(COUNTER) == 123
+
+
 def test_states_that_cannot_be(hpet):
     state = plain(hpet)
-    for change in ({"configuration": 4}, {"status": 8}, {"counter": b"\0"}, {"phase": 10}, {"comparators": []}):
+    for change in ({"configuration": 4}, {"status": 8}, {"counter": b"\0"}, {"behind": -1}, {"comparators": []}):
         assert refuses(hpet, {**state, **change}), change
     wide = [0x100, bytes(4) + b"\1\0\0\0", bytes(8), bytes(8)]
     for one in ([5 << 9, *[bytes(8)] * 3], [0x80, *[bytes(8)] * 3], wide):

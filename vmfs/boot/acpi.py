@@ -155,7 +155,7 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
 
 def _hpet() -> bytes:
     """The high precision event timer (IA-PC HPET Specification 1.0a, 3.2.4)."""
-    memory, least = 0, 100  # ticks between two interrupts of a periodic comparator
+    memory, least = 0, hpet.SHORTEST
     place = struct.pack("<BBBBQ", memory, 64, 0, 0, hpet.ADDRESS)
     return struct.pack("<I12sBHB", hpet.CAPABILITIES, place, 0, least, 0)
 

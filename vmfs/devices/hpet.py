@@ -17,7 +17,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmfs.devices.device import DeviceState, Port, QuietDevice, Window
+from vmfs.devices.device import U64, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid
 
@@ -41,6 +41,7 @@ _LEGACY_LINES = 0, 8  # of comparators 0 and 1
 
 _WIDE, _HALF = 1 << 64, 1 << 32
 _NEVER = 1 << 80  # ticks
+SHORTEST = 1000  # ticks between two interrupts of a periodic comparator: a guest cannot ask for more than it can take
 _U64 = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]  # little-endian: msgpack's are signed here
 
 
@@ -52,12 +53,12 @@ class ComparatorState(msgspec.Struct, frozen=True, array_like=True, forbid_unkno
 
 
 class HpetState(DeviceState):
-    """`counter` as it is now; `phase`: nanoseconds since its last tick."""
+    """`counter` as it was `behind` nanoseconds ago; what has happened since then is still to be worked out."""
 
     configuration: Annotated[int, msgspec.Meta(ge=0, le=3)]
     status: Annotated[int, msgspec.Meta(ge=0, lt=1 << COMPARATORS)]
     counter: _U64
-    phase: Annotated[int, msgspec.Meta(ge=0, lt=TICK)]
+    behind: U64
     comparators: Annotated[
         tuple[ComparatorState, ...], msgspec.Meta(min_length=COMPARATORS, max_length=COMPARATORS)
     ]
@@ -101,6 +102,7 @@ class Hpet(QuietDevice[HpetState]):
         self._replaced = replaced
         self._timer: Timer | None = None
         self._has_replaced = False
+        self._held: set[int] = set()  # lines
         self._clear()
 
     def _clear(self) -> None:
@@ -140,13 +142,13 @@ class Hpet(QuietDevice[HpetState]):
             line = self._line(one)
             if line is None:
                 self.board.signal_msi(one.message >> 32, one.message & 0xFFFF_FFFF)
-            else:
+            elif line not in self._held:
                 self.board.set_irq(self, line, True)
                 self.board.set_irq(self, line, False)
 
     def _line(self, one: Comparator) -> int | None:
         """None: it sends a message. A line that it cannot have is none."""
-        if self.configuration & _REPLACES and one.number < len(_LEGACY_LINES):
+        if self._replaces and one.number < len(_LEGACY_LINES):
             return _LEGACY_LINES[one.number]
         if one.configuration & _MESSAGES:
             return None
@@ -159,8 +161,9 @@ class Hpet(QuietDevice[HpetState]):
             for one in self.comparators
             if self._counts and self._holds(one) and (line := self._line(one)) is not None
         }
-        for line in {*_LEGACY_LINES, *range(20, 24)}:
+        for line in held ^ self._held:
             self.board.set_irq(self, line, line in held)
+        self._held = held
         self._schedule()
 
     def _holds(self, one: Comparator) -> bool:
@@ -171,7 +174,7 @@ class Hpet(QuietDevice[HpetState]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        left = min((one.until(self.counter) for one in self.comparators if self._is_armed(one)), default=_NEVER)
+        left = min((self._ticks_until(one) for one in self.comparators if self._is_armed(one)), default=_NEVER)
         when = self.seen + left * TICK
         if self._counts and when < _WIDE:
             self._timer = self.board.schedule(when, self._called)
@@ -179,6 +182,11 @@ class Hpet(QuietDevice[HpetState]):
     def _is_armed(self, one: Comparator) -> bool:
         """Whether there is an interrupt when it meets its value; one that holds its line has it already."""
         return bool(one.configuration & _INTERRUPTS) and not self._holds(one)
+
+    def _ticks_until(self, one: Comparator) -> int:
+        left = one.until(self.counter)
+        is_dense = one.configuration & _PERIODIC and 0 < one.period < SHORTEST
+        return max(left, SHORTEST) if is_dense else left
 
     def _called(self) -> None:
         self._catch_up()
@@ -216,19 +224,21 @@ class Hpet(QuietDevice[HpetState]):
             return  # 2.3.1: accesses are of 32 and 64 bits
         mask = (1 << 8 * size) - 1 << shift
         self._catch_up()
-        self._store(at, self._register(at) & ~mask | value << shift & mask, mask)
+        self._store(at, value << shift & mask, mask)
         self._drive()
 
     def _store(self, at: int, value: int, mask: int) -> None:
         if at == _CONFIGURATION:
-            self._configure(value & (_ENABLED | _REPLACES))
+            self._configure((self.configuration & ~mask | value) & (_ENABLED | _REPLACES))
         elif at == _STATUS:
-            self.status &= ~(value & mask)
+            self.status &= ~value
         elif at == _COUNTER:
             if not self._counts:  # "software must only write it while it is halted"
-                self.counter = value
+                self.counter = self.counter & ~mask | value
         elif at >= _FIRST:
-            self._store_comparator(*divmod(at - _FIRST, _STEP), value)
+            number, at = divmod(at - _FIRST, _STEP)
+            if number < COMPARATORS:
+                self._store_comparator(self.comparators[number], at, value, mask)
 
     def _configure(self, value: int) -> None:
         if value & ~self.configuration & _ENABLED:
@@ -236,34 +246,34 @@ class Hpet(QuietDevice[HpetState]):
         self.configuration = value
         self._replace()
 
-    def _replace(self) -> None:
-        replaces = bool(self.configuration & _REPLACES)
-        if replaces != self._has_replaced:
-            self._has_replaced = replaces
-            self._replaced(replaces)
+    @property
+    def _replaces(self) -> bool:
+        """2.3.5: it has to be enabled, too."""
+        return self.configuration == _ENABLED | _REPLACES
 
-    def _store_comparator(self, number: int, at: int, value: int) -> None:
-        if number >= COMPARATORS:
-            return
-        one = self.comparators[number]
+    def _replace(self) -> None:
+        if self._replaces != self._has_replaced:
+            self._has_replaced = self._replaces
+            self._replaced(self._replaces)
+
+    def _store_comparator(self, one: Comparator, at: int, value: int, mask: int) -> None:
         if at == 0:
-            one.configuration = value & _WRITABLE
-            if not _LINES >> ((value & _ROUTE) >> 9) & 1:
+            one.configuration = (one.configuration & ~mask | value) & _WRITABLE
+            if not _LINES >> ((one.configuration & _ROUTE) >> 9) & 1:
                 one.configuration &= ~_ROUTE  # 2.3.8: what it cannot have reads as another
             if one.configuration & _NARROW:
                 one.value, one.period = one.value % _HALF, one.period % _HALF
             if not one.configuration & _LEVEL:
-                self.status &= ~(1 << number)
+                self.status &= ~(1 << one.number)
         elif at == 8:
-            value %= one.modulus
             is_periodic = one.configuration & _PERIODIC
             if not is_periodic or one.configuration & _SETS_VALUE:
-                one.value = value
+                one.value = (one.value & ~mask | value) % one.modulus
             if is_periodic:
-                one.period = value
+                one.period = (one.period & ~mask | value) % one.modulus
             one.configuration &= ~_SETS_VALUE
         elif at == 16:
-            one.message = value
+            one.message = one.message & ~mask | value
 
     # ---- life
 
@@ -276,12 +286,11 @@ class Hpet(QuietDevice[HpetState]):
         self.seen += by
 
     def save(self) -> HpetState:
-        self._catch_up()
         return HpetState(
             configuration=self.configuration,
             status=self.status,
             counter=self.counter.to_bytes(8, "little"),
-            phase=(self.board.now() - self.seen) % TICK if self._counts else 0,
+            behind=max(self.board.now() - self.seen, 0) if self._counts else 0,
             comparators=tuple(
                 ComparatorState(
                     one.configuration, *(each.to_bytes(8, "little") for each in (one.value, one.period, one.message))
@@ -301,16 +310,20 @@ class Hpet(QuietDevice[HpetState]):
 
     def load(self, state: HpetState) -> None:
         self.configuration, self.status = state.configuration, state.status
-        self.counter = int.from_bytes(state.counter, "little")
-        self.seen = self.board.now() - state.phase
+        self.counter = _number(state.counter)
+        self.seen = self.board.now() - state.behind
         self.comparators = [
-            Comparator(number, one.configuration, *(int.from_bytes(each, "little") for each in (one.value, one.period,
-                                                                                                one.message)))
+            Comparator(number, one.configuration, *map(_number, (one.value, one.period, one.message)))
             for number, one in enumerate(state.comparators)
-        ]  # fmt: skip
-        self._has_replaced = bool(self.configuration & _REPLACES)  # the 8254's state has its part
-        self._replaced(self._has_replaced)
+        ]
+        self._has_replaced = self._replaces
+        self._replaced(self._replaces)
+        self._held = {*_LEGACY_LINES, *range(20, 24)}  # as it may have been before, of which nothing is to stay
         self._drive()
 
     def describe(self) -> dict[str, str]:
         return {"counts": "yes" if self._counts else "no", "replaces": "yes" if self._has_replaced else "no"}
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "little")

@@ -64,9 +64,9 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("com2", lambda board, name: Serial(board, name, 0x2F8, 3)),
     Row("com3", lambda board, name: Serial(board, name, 0x3E8, 4)),
     Row("com4", lambda board, name: Serial(board, name, 0x2E8, 3)),
+    Row("power", Power),  # before the clock, which may tell it of an interrupt when it is loaded
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
     Row("dma", Dma),
-    Row("power", Power),
     Row("vmgenid", _vmgenid),
     Row("hpet", _hpet),
     Row("keyboard", I8042),

@@ -323,13 +323,8 @@ class Machine(abc.ABC):
         raise Unsupported("the A20 gate: address bit 20 is always on with this engine")
 
     def set_timer_output(self, connected: bool) -> None:
-        """Whether channel 0 of the 8254 interrupts; what it counts goes on. The state `pit` has it."""
-        pit = bytearray(self.get_state("pit"))
-        at, replaced = layouts.PIT_FLAGS_AT, layouts.PIT_REPLACED
-        pit[at] = pit[at] & ~replaced | (0 if connected else replaced)
-        chips = self.get_state("chips")
-        self.set_state("pit", bytes(pit))
-        self.set_state("chips", chips)  # which completes it
+        """Whether channel 0 of the 8254 interrupts. The state `pit` has it."""
+        raise Unsupported("the 8254's interrupt: this engine cannot disconnect it")
 
     def set_time(self, source: str) -> None:
         """Where the TSC and the timers have their time from (capability DETERMINISTIC): `instructions`, those retired,

@@ -47,6 +47,8 @@ from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, kno
 # map (1 page) that lie in the guest's memory: below the BIOS ROM at the end of the first 4 GiB.
 TSS_ADDRESS = 0xFFFBD000
 IDENTITY_MAP_ADDRESS = 0xFFFBC000
+LINES = 24
+
 
 def _routes() -> bytes:
     """Where a line goes: to which inputs of the 8259s and the IOAPIC. With KVM's own routes IRQ 0 is the IOAPIC's input
@@ -58,8 +60,6 @@ def _routes() -> bytes:
     rows = (abi.IRQ_ROUTING_ENTRY.pack(line, kind, 0, 0, chip, pin) for line, chip, pin in inputs)
     return abi.IRQ_ROUTING.pack(len(inputs), 0) + b"".join(rows)
 
-
-LINES = 24
 
 # What this engine cannot do without, and since when Linux has it.
 REQUIRED = (
@@ -361,6 +361,14 @@ class KvmMachine(Machine):
             raise Invalid(f"interrupt line {gsi}: there are lines 0 to 23")
         ioctl_set(self._fd, Ioctl.KVM_IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
         self._lines[gsi] = level
+
+    def set_timer_output(self, connected: bool) -> None:
+        """KVM has its channels count anew then."""
+        pit = bytearray(self.get_state("pit"))
+        at, replaced = layouts.PIT_FLAGS_AT, layouts.PIT_REPLACED
+        if connected == bool(pit[at] & replaced):
+            pit[at] ^= replaced
+            self.set_state("pit", bytes(pit))
 
     def signal_msi(self, address: int, data: int) -> None:
         self._need_irqchip("a message-signalled interrupt")
