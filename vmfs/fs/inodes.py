@@ -223,6 +223,8 @@ class File(Node):
         self.attr_seconds = 0 if kind.sized else ATTR_SECONDS
         # Of a file that can be written once that was called with the writer's process, or raised.
         self.becomes_writable: Callable[[int], Awaitable[None]] | None = None
+        # Of a file that a sealed memfd can be: called with the file, the memfd's path, and who says so.
+        self.takes_memfd: Callable[[File, str, int], Awaitable[None]] | None = None
 
     def modified_ns(self) -> int:
         return max(self.mtime_ns, self.scope.modified_ns) if self.kind.dated else self.mtime_ns

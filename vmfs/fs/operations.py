@@ -35,6 +35,7 @@ T = TypeVar("T")
 # Of what is as long: programs that read as much at a time as st_blksize says (cmp, diff) make a request for each.
 LARGE_BLOCK = 128 << 10
 ENTRY_SECONDS = 3600  # names change only by calls that come through the kernel, which then knows
+MEMFD = b"user.vmfs.memfd"  # the attribute by which a file of a saved machine is a memfd of the host's
 _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
@@ -370,6 +371,19 @@ class Operations(pyfuse3.Operations):
     @_answers
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
         self._make_nothing(new_parent_inode, new_name)
+
+    @_answers
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        node = self._inodes.get(inode)
+        if name != MEMFD or not isinstance(node, File) or node.takes_memfd is None:
+            raise pyfuse3.FUSEError(errno.ENOTSUP)
+        about = _writing(node)
+        try:
+            await node.takes_memfd(node, os.fsdecode(value), ctx.pid)
+        except Exception as error:
+            _complain(node, known(error), about)
+            raise
+        node.scope.succeeded(about)
 
     def _make_nothing(self, parent_inode: int, name: bytes) -> None:
         with _naming(_directory(self._inodes.get(parent_inode)), name):

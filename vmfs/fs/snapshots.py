@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -135,6 +136,7 @@ class SnapshotDirectory(Directory):
         path = f"{self.path}/{row.name}" if directory is self else f"{self.path}/{directory.name}/{row.name}"
         node = self._make_file(directory, row, self._umask, path)
         node.becomes_writable = self.arrive
+        node.takes_memfd = self.fill
         directory.add(node)
         return node
 
@@ -193,6 +195,14 @@ class SnapshotDirectory(Directory):
         node = self._put(directory, arriving_file(name))
         node.mode = mode & 0o700
         return node
+
+    async def fill(self, node: File, source: str, pid: int) -> None:
+        """Have a file of a saved machine that comes in be what the sealed memfd has that a path of the host names."""
+        await self.arrive(pid)
+        asker = Asker(who) if (who := credentials_of(pid)) else None
+        if asker is not None:
+            asker.says(f"memfd {shlex.quote(source)}\n".encode())
+        await call(self.scope.machine, lambda at: commands.Fill(at, node.path, source), pid, asker)
 
     async def drop(self, directory: Directory, name: str, pid: int) -> None:
         if not self.is_arriving:

@@ -61,7 +61,7 @@ _LOOPBACK = ("127.0.0.1", "::1")
 HANDOVER = "\0vmfs-gdb-"  # how the names of sockets begin at which a gdb.stream is handed over
 _OPENINGS = (os.O_RDONLY, os.O_RDWR, os.O_TMPFILE | os.O_RDWR)  # the flags that a machine opens what a line names with
 
-_CHANGE_SNAPSHOTS = commands.Take | commands.Remove | commands.Arrive | commands.Make | commands.Rename
+_CHANGE_SNAPSHOTS = commands.Take | commands.Remove | commands.Arrive | commands.Make | commands.Fill | commands.Rename
 _decode_result = msgspec.msgpack.Decoder(Result).decode
 
 

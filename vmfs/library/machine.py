@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from vmfs.engine.base import TraceRequest, Vcpu
 from vmfs.library.exits import Interrupt, Syscall
 from vmfs.library.hooks import BLOCK, CODE, FIRST, MEMORY, CoreDriver, Driver, Hook, check_engine, check_range
-from vmfs.library.memory import Memory, Region
+from vmfs.library.memory import TABLES, Memory, Region
 from vmfs.library.registers import with_registers
 from vmfs.memory.mapping import PAGE
 from vmfs.words import exits
@@ -35,7 +36,7 @@ _CONTEXT = ("sregs", "xsave", "regs")
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a machine was. `pages` are by their address; those that are not there are zeros."""
+    """What a machine was. `pages` are by their address; those that are not there are as they were mapped."""
 
     pages: dict[int, bytes]
     regions: tuple[Region, ...]
@@ -56,7 +57,7 @@ def _tables(sregs: bytes, mode: str, at: int, large: bool) -> tuple[bytes, Regio
     found, tables = flat(sregs, mode, at, 512 if large else 4, large=large)
     if not tables:
         return found, None
-    region = Region(at, _TABLES_SIZE, read_only=True, name="tables")
+    region = Region(at, _TABLES_SIZE, read_only=True, name=TABLES)
     region.view[: len(tables)] = tables
     region.view[_SYSCALL_AT] = 0xF4
     return found, region
@@ -160,7 +161,7 @@ class _Parts:
     def unmap(self, region: Region | int) -> None:
         """A region, or the one at an address. NotThere where there is none."""
         found = self.mem.find(region) if isinstance(region, int) else region
-        if found not in self.mem.regions or found is None or found.name == "tables":
+        if found not in self.mem.regions or found is None or found.name == TABLES:
             raise NotThere("there is no memory to be unmapped")
         self.mem.unmap(found)
 
@@ -491,9 +492,24 @@ class _Parts:
 
     def save(self) -> bytes:
         """What the machine is now, for `Machine.load`, here or elsewhere; without hooks."""
-        from vmfs.library.saved import save
+        from vmfs.library.saved import write
 
-        return save(self)
+        out = io.BytesIO()
+        write(self, out)
+        return out.getvalue()
+
+    def _what_it_is(self) -> tuple[dict[str, bytes], dict[str, bytes], set[int]]:
+        """The states of the machine and its CPU, and the pages that may be other than zeros."""
+        self._check_open()
+        touched = self.mem.touched()
+        if self._base is not None:
+            touched |= self.snapshot().pages.keys()
+        return self._machine.get_states(_MACHINE_ROWS), self._cpu.get_states(_ROWS), touched
+
+    def _begin_over_grounds(self) -> None:
+        """It was just made over memory of which each page that is written from now on is known."""
+        self.mem.take_written()
+        self._base = Snapshot({}, tuple(self.mem.regions), {}, {})
 
     @classmethod
     def load(cls, data: bytes, *, engine: str | None = None) -> Any:

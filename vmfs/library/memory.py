@@ -13,28 +13,40 @@ from vmfs.memory.mapping import PAGE, Mapping
 from vmfs.words.errors import AlreadyThere, BadAddress, Invalid, LimitReached
 
 ZEROS = bytes(PAGE)
+TABLES = "tables"  # the name of the region that a machine makes by itself
 _SLOTS_MOST = 256
 _WRITTEN = re.compile(rb"[^\0]")  # a byte of a dirty log
 _BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 
 
 class Region:
-    """`size` bytes at `address`, zeros at first."""
+    """`size` bytes at `address`, zeros at first; or, private over it, what the memfd `ground` has, which nobody writes
+    any more."""
 
-    __slots__ = ("_fd", "address", "end", "mapping", "name", "read_only", "size", "view")
+    __slots__ = ("_fd", "_is_private", "address", "end", "mapping", "name", "read_only", "size", "view")
 
-    def __init__(self, address: int, size: int, *, read_only: bool = False, name: str = "") -> None:
+    def __init__(
+        self, address: int, size: int, *, read_only: bool = False, name: str = "", ground: int | None = None
+    ) -> None:
         self.address, self.size, self.end = address, size, address + size
         self.read_only, self.name = read_only, name
-        self._fd = os.memfd_create("vmfs-library", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
-        self.mapping = Mapping(self._fd, size)
+        self._is_private = ground is not None
+        if ground is None:
+            self._fd = os.memfd_create("vmfs-library", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, size)
+        else:
+            self._fd = os.dup(ground)
+        self.mapping = Mapping(self._fd, size, private=self._is_private)
         self.view = self.mapping.view
 
     def touched(self) -> Iterator[int]:
-        """The addresses of the pages that were ever written."""
+        """The addresses of the pages that were ever written; those over a ground are not among them."""
         for start, end in extents(self._fd, 0, self.size):
             yield from range(self.address + start, self.address + end, PAGE)
+
+    def as_mapped(self, page: int) -> bytes:
+        """A page as it was at first."""
+        return os.pread(self._fd, PAGE, page - self.address) if self._is_private else ZEROS
 
     def __del__(self, close: object = os.close) -> None:
         close(self._fd)  # type: ignore[operator]
@@ -159,10 +171,10 @@ class Memory:
 
     def touched(self) -> set[int]:
         """The addresses of the pages that were ever written."""
-        return {page for region in self.regions if region.name != "tables" for page in region.touched()}
+        return {page for region in self.regions if region.name != TABLES for page in region.touched()}
 
     def put(self, pages: Iterable[int], image: dict[int, bytes]) -> None:
-        """Have these pages be as they are in `image`, in which those that are not there are zeros."""
+        """Have these pages be as they are in `image`, or, where that has none, as they were mapped."""
         region, wrote = None, self._machine.memory_written
         for page in pages:
             if region is None or not region.address <= page < region.end:
@@ -170,7 +182,8 @@ class Memory:
                 if region is None:
                     continue
             at = page - region.address
-            region.view[at : at + PAGE] = image.get(page, ZEROS)
+            data = image.get(page)
+            region.view[at : at + PAGE] = region.as_mapped(page) if data is None else data
             wrote(page, PAGE)
 
 

@@ -25,10 +25,10 @@ from vmfs.machine.images import NAMES, Kept
 from vmfs.machine.past import Rom, Snapshot
 from vmfs.machine.state import Setup, State, setup_of
 from vmfs.memory.hostfile import punch
-from vmfs.memory.layers import Image, Layer, extents
+from vmfs.memory.layers import Image, Layer, extents, is_sealed
 from vmfs.memory.ram import MAXIMUM_SIZE, check_size, regions_of
 from vmfs.words.door import Door
-from vmfs.words.errors import AlreadyThere, Busy, Invalid, LimitReached, NotThere, VmfsError
+from vmfs.words.errors import AlreadyThere, Busy, Invalid, LimitReached, NotPermitted, NotThere, VmfsError
 
 FILES_MOST = 200
 STATE_MOST = 64 << 20  # bytes
@@ -46,11 +46,21 @@ def images_of(snapshot: Snapshot) -> dict[str, Kept]:
 
 
 class ArrivingFile:
-    """`writers`: how often it is open for writing."""
+    """`writers`: how often it is open for writing. `is_shared`: others have its bytes, too, and nobody changes them."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.writers = 0
+        self.is_shared = False
+
+    def share(self, fd: int) -> None:
+        """Have what a sealed memfd has, which is this object's now."""
+        os.close(self.fd)
+        self.fd, self.is_shared = fd, True
+
+    def check_own(self) -> None:
+        if self.is_shared:
+            raise NotPermitted("its bytes are a sealed memfd's, which nobody can change")
 
     @property
     def size(self) -> int:
@@ -108,6 +118,26 @@ class Arrival:
             return unnamed_file(self._door)
         return os.memfd_create("vmfs-arrival", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
+    def fill(self, path: str, source: str) -> None:
+        """Have what the sealed memfd has that a path of the host names. Invalid for any other file: its bytes may
+        change."""
+        file = self[path]
+        if path.startswith("disks/"):
+            raise Invalid("a disk's file is written, and no memory")
+        if file.writers:
+            raise Busy(f"{path} is still written")
+        fd = self._door.open(source, os.O_RDONLY)
+        try:
+            if not is_sealed(fd):
+                raise Invalid(f"{source[:200]} is no sealed memfd: its bytes may change")
+            if os.fstat(fd).st_size > MAXIMUM_SIZE:
+                raise LimitReached(f"a saved machine has no file of {os.fstat(fd).st_size} bytes")
+            self._hold(os.fstat(fd).st_blocks * SECTOR)
+        except BaseException:
+            os.close(fd)
+            raise
+        file.share(fd)
+
     def __getitem__(self, path: str) -> ArrivingFile:
         file = self.files.get(path)
         if file is None:
@@ -133,6 +163,7 @@ class Arrival:
 
     def write(self, file: ArrivingFile, offset: int, data: bytes) -> int:
         """Zeros take nothing."""
+        file.check_own()
         end = offset + len(data)
         if end > MAXIMUM_SIZE:
             raise LimitReached(f"a saved machine has no file of {end} bytes")
@@ -155,6 +186,9 @@ class Arrival:
         return done
 
     def truncate(self, file: ArrivingFile, size: int) -> None:
+        if size == file.size:
+            return
+        file.check_own()
         if size > MAXIMUM_SIZE:
             raise LimitReached(f"a saved machine has no file of {size} bytes")
         os.ftruncate(file.fd, size)

@@ -24,7 +24,7 @@ from vmfs.machine.images import Kept
 from vmfs.machine.machine import Vm
 from vmfs.machine.past import Rom, Snapshot
 from vmfs.machine.state import Setup, State, setup_of
-from vmfs.memory.layers import SEALS, Image, Layer, runs
+from vmfs.memory.layers import SEALS, Image, Layer, is_sealed, runs
 from vmfs.memory.mapping import PAGE
 from vmfs.memory.ram import check_size, regions_of
 from vmfs.words.door import Door
@@ -144,11 +144,7 @@ def _few_layers(ram: Image) -> Image:
 
 def sealed_size(fd: int) -> int:
     """Of a memfd that nobody can change any more. Invalid for what is none."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if seals & SEALS != SEALS:
+    if not is_sealed(fd):
         raise Invalid("the copy of a machine has memory that others may change")
     return os.fstat(fd).st_size
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 
-from vmfs.memory.layers import SEALS, extents
+from vmfs.memory.layers import SEALS, extents, is_sealed
 from vmfs.words.errors import Gone, LimitReached
 
 _STEP = 1 << 20  # bytes that are copied at a time
@@ -20,7 +20,7 @@ class Kept:
         """`fd` is this object's now, a memfd, which is sealed."""
         self.fd = fd
         self.size = size
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
+        if not is_sealed(fd):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:

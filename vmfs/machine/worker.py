@@ -453,6 +453,10 @@ class Worker:
         await self._snapshots.arrivals.make(message.path.removeprefix("snap/"))
         return Done(message.call)
 
+    async def _fill(self, message: commands.Fill) -> Done:
+        await self._snapshots.arrivals.fill(message.path.removeprefix("snap/"), message.source)
+        return Done(message.call)
+
     async def _rename(self, message: commands.Rename) -> Done:
         await self._snapshots.arrivals.rename(message.path.removeprefix("snap/"), message.new.removeprefix("snap/"))
         return Done(message.call)
@@ -559,6 +563,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Extents: Worker._extents,
     commands.Arrive: Worker._arrive,
     commands.Make: Worker._make_file,
+    commands.Fill: Worker._fill,
     commands.Rename: Worker._rename,
     commands.Fork: Worker._fork,
 }

@@ -69,6 +69,14 @@ def extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = hole
 
 
+def is_sealed(fd: int) -> bool:
+    """Whether it is of a memfd that nobody can change any more."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:
+        return False
+
+
 class Layer:
     """A memfd that is this object's, and the pages it has; `pages` None: all, holes as well. Its memory is free when
     nobody has it any more."""
@@ -82,7 +90,8 @@ class Layer:
     def seal(self) -> None:
         """Nobody can write it from now on. EngineFailed where somebody has it mapped for writing."""
         try:
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
+            if not is_sealed(self.fd):
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
         except OSError as error:
             raise EngineFailed(f"the memory of a snapshot is not sealed: {os.strerror(error.errno or 0)}") from error
         self.is_sealed = True

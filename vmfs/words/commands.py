@@ -171,8 +171,16 @@ class Make(Message, frozen=True):
     path: str
 
 
+class Fill(Message, frozen=True):
+    """A file of one that comes in has what the sealed memfd has that the host's path `source` names."""
+
+    call: int
+    path: str
+    source: str
+
+
 class Rename(Message, frozen=True):
-    """... by another name, in the place of the one that has it."""
+    """A file of one that comes in, by another name, in the place of the one that has it."""
 
     call: int
     path: str
@@ -257,7 +265,7 @@ class Refused(Message, frozen=True):
 
 Call = (
     Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove
-    | Arrive | Make | Rename | Extents | Fork | Hand | Inherit | Lane
+    | Arrive | Make | Fill | Rename | Extents | Fork | Hand | Inherit | Lane
 )
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Multiply | Granted | Refused
 

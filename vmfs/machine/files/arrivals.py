@@ -142,6 +142,10 @@ class Arrivals:
         name, _, rest = path.partition("/")
         await trio.to_thread.run_sync(self._arrival(name).make, rest)
 
+    async def fill(self, path: str, source: str) -> None:
+        name, _, rest = path.partition("/")
+        await trio.to_thread.run_sync(self._arrival(name).fill, rest, source)
+
     async def rename(self, path: str, new: str) -> None:
         (name, _, rest), (new_name, _, new_rest) = path.partition("/"), new.partition("/")
         if name != new_name:
