@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from mount.test_forks import ONCE, number, put
 from mounting import Machine, failing, stat, wait_until
+
+from vmfs.memory.layers import SEALS
 
 SMALL = 4 << 20
 
@@ -50,6 +53,105 @@ def test_into_a_machine_of_the_same_parts(vm, server, tmp_path):
     for _ in range(2):
         other.write("restore", "in\n")
         assert number(other) == 1 and other.run() == "hlt rip=0x1006\n" and number(other) == 2
+    other.path.rmdir()
+
+
+@contextlib.contextmanager
+def memfds(folder: Path, *, is_sealed: bool = True):
+    """The files of a saved machine, each as a memfd's path."""
+    fds = {}
+    try:
+        for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+            name = str(path.relative_to(folder))
+            fds[name] = fd = os.memfd_create(path.name, os.MFD_ALLOW_SEALING)
+            with open(path, "rb") as source, open(fd, "wb", closefd=False) as file:
+                shutil.copyfileobj(source, file)
+            if is_sealed:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        yield {name: f"/proc/{os.getpid()}/fd/{fd}" for name, fd in fds.items()}
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def bring(other: Machine, paths: dict[str, str]) -> Path:
+    """Into `snap/in` of a machine."""
+    folder = other / "snap" / "in"
+    before = os.umask(0)
+    folder.mkdir(0o700)
+    os.umask(before)
+    for name, path in paths.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+        os.setxattr(folder / name, "user.vmfs.memfd", path.encode())
+    return folder
+
+
+def pages_of(pid: int, inode: int) -> tuple[int, float]:
+    """Bytes of a file that a process has in memory, and its part of them where others have them, too."""
+    rss = pss = 0
+    is_it = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            is_it = len(words) > 4 and words[4] == str(inode)
+        elif is_it and words[0] in ("Rss:", "Pss:"):
+            rss += (int(words[1]) << 10) * (words[0] == "Rss:")
+            pss += (int(words[1]) << 10) * (words[0] == "Pss:")
+    return rss, pss
+
+
+def test_mounts_share_what_comes_in_as_a_memfd(vm, saved, own_server):
+    """Each page once for both, as the kernel counts it, and what one writes is its alone."""
+    put(vm, 0x300000, os.urandom(1 << 20))
+    (vm / "snap" / "two").mkdir()
+    subprocess.run(["cp", "-r", vm / "snap" / "two", saved.parent / "two"], check=True)
+    engine = vm.read("engine").split()[0]
+    with memfds(saved.parent / "two") as paths:
+        inode = os.stat(paths["mem"]).st_ino
+        others = [own_server(engine=engine).make() for _ in range(2)]
+        for other in others:
+            bring(other, paths)
+            other.write("restore", "in\n")
+            assert number(other) == 1 and other.run() == "hlt rip=0x1006\n" and number(other) == 2
+            other.write("fork", "child from in\n")
+            child = Machine(other.path.parent / "child")
+            assert number(child) == 1 and (child / "mem").read_bytes() == (saved.parent / "two/mem").read_bytes()
+        pids = [int(found) for found in os.listdir("/proc") if found.isdecimal() and int(found) != os.getpid()]
+        found = {}
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                rss, pss = pages_of(pid, inode)
+                if rss:
+                    found[pid] = rss, pss
+        assert len(found) >= 2, "the processes of the machines have it mapped"
+        together = sum(pss for _, pss in found.values())
+        assert together < 1.1 * SMALL < sum(rss for rss, _ in found.values()), found
+        for other in others:
+            other.path.rmdir()
+
+
+def test_what_is_no_sealed_memfd_is_no_file_of_a_machine(server, saved):
+    other = server.make()
+    with memfds(saved, is_sealed=False) as open_ones, memfds(saved) as paths:
+        folder = bring(other, paths)
+        for wrong in (open_ones["mem"], str(saved / "mem"), "relative", "/nowhere", "/", "", f"{other / 'mem'}"):
+            assert failing(os.setxattr, folder / "mem", "user.vmfs.memfd", wrong.encode()) in (
+                errno.EINVAL, errno.ENOENT, errno.EISDIR, errno.EACCES,
+            ), wrong  # fmt: skip
+            assert other.read("error").startswith("mem: ")
+        for path, name in ((folder / "mem", "user.else"), (other / "regs", "user.vmfs.memfd")):
+            assert failing(os.setxattr, path, name, b"x") == errno.EOPNOTSUPP
+        for change in (lambda: (folder / "mem").write_bytes(b"x"), lambda: os.truncate(folder / "state", 1)):
+            assert failing(change) == errno.EPERM
+        (folder / "disks").mkdir(exist_ok=True)
+        (folder / "disks/blk0").touch()
+        assert failing(os.setxattr, folder / "disks/blk0", "user.vmfs.memfd", paths["mem"].encode()) == errno.EINVAL
+        (folder / "disks/blk0").unlink()
+        assert other.read("snap/in/info").splitlines()[-1].startswith("whole"), other.read("snap/in/info")
+        other.write("restore", "in\n")
+        assert number(other) == 1 and "mem" in os.listdir(folder)
+        assert failing(os.setxattr, folder / "mem", "user.vmfs.memfd", paths["mem"].encode()) == errno.EACCES
     other.path.rmdir()
 
 

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,11 @@ def new_file(path: Path) -> Iterator[Any]:
 
 def load(machine: Path, source: Any, what: str, total: int, *, keep: str = "") -> None:
     """Make a machine of a file that is open for reading, or none. `keep`: the name of the snapshot that then stays."""
+    come_in(machine, lambda folder: read(source, lambda path: new_in(folder, path), what, total), keep)
+
+
+def come_in(machine: Path, fill: Callable[[Path], None], keep: str = "") -> None:
+    """Make a machine of what `fill` puts into the directory of a saved one, or none."""
     try:
         machine.mkdir()
     except OSError as failure:
@@ -173,7 +178,7 @@ def load(machine: Path, source: Any, what: str, total: int, *, keep: str = "") -
     try:
         if not (machine / "vm_run").exists():
             raise Invalid(f"{machine} is in no mount of vmfs")
-        _load(machine, machine / "snap" / (keep or "loaded"), source, what, total)
+        _come_in(machine, machine / "snap" / (keep or "loaded"), fill)
         if not keep:
             (machine / "snap/loaded").rmdir()
     except BaseException:
@@ -182,22 +187,22 @@ def load(machine: Path, source: Any, what: str, total: int, *, keep: str = "") -
         raise
 
 
-def _load(machine: Path, folder: Path, source: Any, what: str, total: int) -> None:
+def _come_in(machine: Path, folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         before = os.umask(0)  # which says that 0700 is meant
         try:
             folder.mkdir(0o700)
         finally:
             os.umask(before)
-        read(source, folder, what, total)
+        fill(folder)
         (machine / "restore").write_text(f"{folder.name}\n")
     except OSError as failure:
         raise refused(machine, failure) from None
 
 
-def read(source: Any, folder: Path, what: str, total: int) -> None:
-    """A file that is open for reading into the directory of a machine that comes in. Invalid for what is no saved
-    machine, or is cut."""
+def read(source: Any, make: Callable[[str], int], what: str, total: int) -> None:
+    """A file that is open for reading; `make(path)`: a new, empty file for one of the saved directory, open for
+    writing, which is closed here. Invalid for what is no saved machine, or is cut."""
     progress = Progress(what, total)
     source.seek(-min(len(END), total), os.SEEK_END)
     if source.read() != END:
@@ -212,7 +217,7 @@ def read(source: Any, folder: Path, what: str, total: int) -> None:
                 if count > FILES_MOST:
                     raise Invalid(f"a saved machine has up to {FILES_MOST} files")
                 if not member.isdir():
-                    _take(archive, member, folder)
+                    _take(archive, member, make)
         while packed.read(STEP):  # to the checksum
             pass
     except (tarfile.TarError, zstandard.ZstdError, EOFError, ValueError, OverflowError) as failure:
@@ -248,18 +253,22 @@ class _Whole:
         return bytes(data)
 
 
-def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+def new_in(folder: Path, path: str) -> int:
+    """A new, empty file of a saved directory, open for writing."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir((folder / path).parent, 0o700)
+    return os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, make: Callable[[str], int]) -> None:
     path = member.name.removeprefix("machine/")
     parts = path.split("/")
     is_known = path in ("state", "info", "mem") or len(parts) == 2 and parts[0] in ("images", "disks")
     if not member.isfile() and not member.issparse() or not is_known or parts[-1] in ("", ".", ".."):
         raise Invalid(f"a saved machine has no {member.name[:80]!r}")
-    if len(parts) == 2:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder / parts[0], 0o700)
     data = archive.extractfile(member)
     assert data is not None
-    fd = os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    fd = make(path)
     try:
         at, zeros = 0, bytes(STEP)
         while more := data.read(STEP):

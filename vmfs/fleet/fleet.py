@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import sys
 import sysconfig
 import tarfile
@@ -19,14 +21,15 @@ import cloudpickle
 import msgspec
 import zstandard
 from distributed import Client, Future, as_completed
+from distributed.protocol import to_serialize
 from distributed.scheduler import KilledWorker
 
 from vmfs.commands import archive
 from vmfs.fleet.fuzz import Campaign, Fuzzing
 from vmfs.fleet.results import Raw, Result, result_of
-from vmfs.fleet.store import CHUNK, Manifest, manifest_of
+from vmfs.fleet.store import CHUNK, Hashing, Manifest, in_turn
 from vmfs.fleet.supervisor import Limits
-from vmfs.fleet.worker import MEMORY, FleetPlugin, Work, has_template, run_cases, seed_chunk
+from vmfs.fleet.worker import MEMORY, SECONDS, FleetPlugin, Work, op_of, run_cases
 from vmfs.words.errors import Invalid
 
 _BATCH_SECONDS = 0.25  # of work in a task of Dask, at least
@@ -35,6 +38,7 @@ _BATCH_MOST = 10_000
 _BATCH_BYTES = 4 << 20
 _AHEAD = 3  # tasks of each of a worker's threads that are on their way
 _SEEDS_MOST = 20
+_CONNECT_SECONDS = 5.0  # to a worker, before it is asked by the scheduler
 _DEATHS = 4  # of workers, after which Dask has a KilledWorker (its `allowed-failures`, and one)
 
 
@@ -97,6 +101,8 @@ class Fleet:
     )
 
     def __post_init__(self) -> None:
+        self._near: set[str] = set()  # addresses of workers that this host can connect to
+        self._far: set[str] = set()
         self._register()
 
     def _register(self) -> None:
@@ -119,43 +125,60 @@ class Fleet:
     def template(self, what: Any) -> Template:
         """What cases start from, by its content: a `vmfs.Machine`; a machine of a mount (`vmfs.client.Vm`), as it is
         now; the path of a file of `vmfs save`, or of a saved directory. Invalid, with a sentence, for other things."""
-        fd, name = tempfile.mkstemp(dir=self._folder.name)
-        with os.fdopen(fd, "wb") as file:
-            kind = _write_template(what, file)
-        path = Path(name)
-        return Template(manifest_of(path, kind), path)
+        return self._made(lambda file: _write_template(what, file))
 
     def files(self, folder: str | os.PathLike[str], names: Iterable[str]) -> Template:
         """Files of a folder as a template: the function gets the path of a tar in zstd in the place of a machine."""
-        fd, name = tempfile.mkstemp(dir=self._folder.name)
-        with os.fdopen(fd, "wb") as file, zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
-            with tarfile.open(fileobj=packed, mode="w|") as tar:
+
+        def write(file: Any) -> str:
+            with (
+                zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed,
+                tarfile.open(fileobj=packed, mode="w|") as tar,
+            ):
                 for each in sorted(names):
                     tar.add(os.path.join(folder, each), each, recursive=False, filter=_plain)
-        path = Path(name)
-        return Template(manifest_of(path, "files"), path)
+            return "files"
 
-    def _seed(self, template: Template, address: str) -> None:
-        """Send a template to a worker, whose host may have it by now. The others take it from there. OSError where the
-        worker goes meanwhile."""
+        return self._made(write)
+
+    def _made(self, write: Callable[[Any], str]) -> Template:
+        """Of what `write(file)` writes; it returns the kind."""
+        fd, name = tempfile.mkstemp(dir=self._folder.name)
+        try:
+            with os.fdopen(fd, "wb", buffering=CHUNK) as file:
+                hashing = Hashing(file)
+                return Template(hashing.manifest(write(hashing)), Path(name))
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    async def _seed(self, template: Template, address: str) -> None:
+        """Send a template to a worker, whose host may have it by now. The others take it from there."""
         manifest = msgspec.msgpack.encode(template.manifest)
-        if self._ask(address, has_template, manifest):
-            return
-        with open(template.path, "rb") as file:
-            for number in range(len(template.manifest.chunks)):
-                [data] = self.client.scatter([file.read(CHUNK)], workers=[address], hash=False)
-                self._ask(address, seed_chunk, manifest, number, data)
+        missing = await self._ask(address, "missing", manifest=manifest)
+        with open(template.path, "rb", buffering=0) as file:
 
-    def _ask(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A task for one worker. Dask waits for ever for a worker that has gone."""
-        future = self.client.submit(function, self.name, *arguments, workers=[address], pure=False)
-        while True:
+            async def send(number: int) -> None:
+                data = await asyncio.to_thread(os.pread, file.fileno(), CHUNK, number * CHUNK)
+                await self._ask(address, "put", manifest=manifest, number=number, data=to_serialize(data))
+
+            await in_turn(missing, send)
+
+    async def _ask(self, address: str, what: str, **arguments: Any) -> Any:
+        """A worker, of itself where this host can connect to it, else by the scheduler."""
+        op = op_of(self.name, what)
+        if address not in self._far:
             try:
-                return future.result(timeout=1)
-            except TimeoutError:
-                if address not in self.client.nthreads():
-                    future.cancel()
-                    raise ConnectionError(f"{address} is no worker any more") from None
+                seconds = SECONDS if address in self._near else _CONNECT_SECONDS
+                answer = await asyncio.wait_for(getattr(self.client.rpc(address), op)(**arguments), seconds)
+                self._near.add(address)
+                return answer
+            except (OSError, TimeoutError):
+                if address in self._near:
+                    raise
+                self._far.add(address)
+        asked = self.client.scheduler.broadcast(msg={"op": op, **arguments}, workers=[address])
+        return (await asyncio.wait_for(asked, SECONDS))[address]
 
     # ---- cases
 
@@ -247,9 +270,10 @@ def _is_only_here(module: Any, installed: set[str]) -> bool:
 def _write_template(what: Any, file: Any) -> str:
     from vmfs import Machine
     from vmfs.client import Vm
+    from vmfs.library.saved import MAGIC, write
 
     if isinstance(what, Machine):
-        file.write(what.save())
+        write(what, file)
         return "library"
     if isinstance(what, Vm):
         name = f"fleet-{secrets.token_hex(6)}"
@@ -264,23 +288,19 @@ def _write_template(what: Any, file: Any) -> str:
         if not all((path / name).exists() for name in ("state", "info", "mem")):
             raise Invalid(f"{path} is no saved machine: that is a directory with state, info and mem")
         for inner in ("images", "disks"):
-            (path / inner).is_dir() or _fail(f"{path} is no saved machine: it has no {inner}/")
+            if not (path / inner).is_dir():
+                raise Invalid(f"{path} is no saved machine: it has no {inner}/")
         archive.write(path, file, str(path))
         return "saved"
-    data = path.read_bytes()
-    from vmfs.library.saved import MAGIC
-
-    if data.startswith(MAGIC):
-        file.write(data)
-        return "library"
-    if data.endswith(archive.END):
-        file.write(data)
-        return "saved"
-    raise Invalid(f"{path} is no file of `vmfs save` or of `Machine.save`")
-
-
-def _fail(sentence: str) -> None:
-    raise Invalid(sentence)
+    with open(path, "rb") as source:
+        head = source.read(len(MAGIC))
+        source.seek(-min(len(archive.END), os.fstat(source.fileno()).st_size), os.SEEK_END)
+        kind = "library" if head == MAGIC else "saved" if source.read() == archive.END else ""
+        if not kind:
+            raise Invalid(f"{path} is no file of `vmfs save` or of `Machine.save`")
+        source.seek(0)
+        shutil.copyfileobj(source, file, CHUNK)
+    return kind
 
 
 def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -359,7 +379,7 @@ class _Map:
         self._seeds += 1
         assert self._template is not None
         with contextlib.suppress(Exception):  # the worker may go at any moment; who misses it says so again
-            self._fleet._seed(self._template, address)
+            self._fleet.client.sync(self._fleet._seed, self._template, address)
 
     def _fill(self, numbered: Iterator[tuple[int, Any]], ready: Any) -> None:
         most = max(2, _AHEAD * self._pace.threads)

@@ -40,7 +40,11 @@ class Job(msgspec.Struct):
     kind: str = ""
     """Of the template: "", library, saved or files."""
     path: str = ""
-    """Of the template; of a saved one the machine, in a mount, that has the snapshot `start`."""
+    """Of the template: of a saved one the machine, in a mount, that has the snapshot `start`; of files the tar."""
+    head: bytes = b""
+    """Of a machine of the library (vmfs/fleet/unpacked.py)."""
+    memory: list[int] = msgspec.field(default_factory=list)
+    """The descriptors of its memory, one a region."""
     engine: str = ""
     coverage: int = 0
     keeps: bool = False
@@ -106,14 +110,14 @@ class LibraryMachines:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        with open(job.path, "rb") as file:
-            self._data = file.read()
         self._load()
 
     def _load(self) -> None:
         from vmfs import Machine
+        from vmfs.library.saved import Saved, load_over
 
-        self.machine = Machine.load(self._data, engine=self._job.engine or None)
+        head = msgspec.msgpack.decode(self._job.head, type=Saved)
+        self.machine = load_over(Machine, head, self._job.memory, self._job.engine or None)
         self._start = self.machine.snapshot()
         self._coverage = self.machine.coverage(self._job.coverage) if self._job.coverage else None
 
@@ -333,6 +337,8 @@ def main(arguments: list[str]) -> int:
         os.set_inheritable(fd, False)
     incoming = frames_of(inward)
     job = msgspec.msgpack.decode(next(incoming), type=Job)
+    for fd in job.memory:
+        os.set_inheritable(fd, False)
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_most, job.file_most))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     tempfile.tempdir = os.getcwd()

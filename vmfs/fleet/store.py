@@ -2,7 +2,8 @@
 
     ROOT/ID/data     the template, whole
     ROOT/ID/users    locked (shared) by each worker that uses it, so it goes with the last of them
-    ROOT/ID/writer   locked by who writes `data.part`
+    ROOT/ID/writer   locked by who writes `data.part`, or unpacks it
+    ROOT/ID/disk-*, ROOT/ID/memory-PID   the template unpacked: vmfs/fleet/unpacked.py
     ROOT/work-*      what a worker writes for itself; it goes with the worker
 
 A template is named by its content: the ID is the hash of its manifest, which has the hashes of its chunks. What comes
@@ -11,6 +12,7 @@ from elsewhere is checked chunk by chunk before it is `data`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -20,14 +22,16 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from vmfs.words.errors import Invalid
 
 CHUNK = 4 << 20
+_AT_A_TIME = 4  # chunks on their way
 KINDS = ("library", "saved", "files")
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -51,18 +55,56 @@ class Manifest(msgspec.Struct, frozen=True):
         return min(CHUNK, self.size - number * CHUNK)
 
 
-def digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=32).digest()
+def digest(data: Any) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
-def manifest_of(path: Path, kind: str) -> Manifest:
-    with open(path, "rb") as file:
-        chunks = []
-        size = 0
-        while data := file.read(CHUNK):
-            chunks.append(digest(data))
-            size += len(data)
-    return Manifest(kind, size, tuple(chunks))
+class Hashing:
+    """A file that is open for writing, and the hashes of what is written through this."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._size = 0
+        self._hash = hashlib.sha256()
+        self._chunks: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        while view:
+            part = view[: CHUNK - self._size % CHUNK]
+            self._hash.update(part)
+            self._file.write(part)
+            self._size += len(part)
+            if not self._size % CHUNK:
+                self._end_chunk()
+            view = view[len(part) :]
+        return len(data)
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._hash.digest())
+        self._hash = hashlib.sha256()
+
+    def manifest(self, kind: str) -> Manifest:
+        """Of all that was written."""
+        if self._size % CHUNK:
+            self._end_chunk()
+        return Manifest(kind, self._size, tuple(self._chunks))
+
+
+async def in_turn(numbers: Iterable[int], work: Callable[[int], Awaitable[None]]) -> None:
+    """Chunks, several at a time. What fails ends all."""
+    left = iter(numbers)
+
+    async def some() -> None:
+        for number in left:
+            await work(number)
+
+    tasks = [asyncio.create_task(some()) for _ in range(_AT_A_TIME)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def default_root() -> Path:
@@ -150,23 +192,40 @@ class Entry:
         finally:
             os.close(fd)
 
-    def write(self, chunk: Callable[[int], bytes]) -> None:
-        """All of it, by a function that has chunk `n`. Invalid where one is not what the manifest says, and then it is
-        not here. For who is in `writing`."""
-        part = self.folder / "data.part"
-        try:
-            with open(part, "wb") as file:
-                for number, expected in enumerate(self.manifest.chunks):
-                    data = chunk(number)
-                    if len(data) != self.manifest.size_of(number) or digest(data) != expected:
-                        raise Invalid(f"chunk {number} of template {self.manifest.id} is not what its maker had")
-                    file.write(data)
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+    def part(self, path: Path | None = None) -> Part:
+        """What is to be it, for who is in `writing`; at another path of this file system, for anybody."""
+        return Part(path or self.folder / "data.part", self.manifest)
+
+    def take(self, part: Part) -> None:
+        """It is whole. For who is in `writing`."""
+        os.replace(part.path, self.path)
+
+
+class Part:
+    """A template that comes chunk by chunk, in any order, from several threads."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self._manifest = path, manifest
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self.missing = set(range(len(manifest.chunks)))
+
+    def put(self, number: int, data: Any) -> None:
+        """Invalid where it is not what the manifest says."""
+        expected = self._manifest.chunks[number]
+        if len(data) != self._manifest.size_of(number) or digest(data) != expected:
+            raise Invalid(f"chunk {number} of template {self._manifest.id} is not what its maker had")
+        view, at = memoryview(data), number * CHUNK
+        while view:
+            done = os.pwrite(self._fd, view, at)
+            view, at = view[done:], at + done
+        self.missing.discard(number)
+
+    def close(self) -> None:
+        """What has not become a template is gone."""
+        os.close(self._fd)
+        self.path.unlink(missing_ok=True)
 
 
 def read_chunk(path: Path, number: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(number * CHUNK)
-        return file.read(CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), CHUNK, number * CHUNK)

@@ -20,6 +20,7 @@ import msgspec
 from vmfs.fleet.processes import descendants
 from vmfs.fleet.results import Raw
 from vmfs.fleet.runner import Case, Frames, Job, frame
+from vmfs.memory.mapping import PAGE
 
 START_SECONDS = 120.0
 _WATCH_SECONDS = 0.1
@@ -57,9 +58,19 @@ def isolation() -> tuple[str, ...]:
 class Supervisor:
     """A runner of a job, started when it is needed, and again after each case that has ended it."""
 
-    def __init__(self, job: Job, limits: Limits, work: Path, clean: Callable[[Raw], None] = lambda raw: None) -> None:
-        """`work`: a folder for files of its cases. `clean(raw)` is called after a runner was killed, with what is known
-        of the case that it had."""
+    def __init__(
+        self,
+        job: Job,
+        limits: Limits,
+        work: Path,
+        *,
+        memory: Sequence[int] = (),
+        clean: Callable[[Raw], None] = lambda raw: None,
+    ) -> None:
+        """`work`: a folder for files of its cases. `memory`: the descriptors that the job names, of memory that others
+        have, too. `clean(raw)` is called after a runner was killed, with what is known of the case that it had."""
+        self._memory = tuple(memory)
+        self._shared = sum(os.fstat(fd).st_size for fd in self._memory)
         self.job, self._limits, self._clean = job, limits, clean
         self._folder = work / f"run-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -88,7 +99,7 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    pass_fds=ours,
+                    pass_fds=(*ours, *self._memory),
                     start_new_session=True,
                 )
         finally:
@@ -208,7 +219,8 @@ class Supervisor:
         for pid in descendants(self._process.pid) or [self._process.pid]:
             count += 1
             with contextlib.suppress(OSError, ValueError, IndexError):
-                used += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+                resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+                used += resident * PAGE - min(shared * PAGE, self._shared)
         if count > self._limits.processes:
             raise TooMuch("processes", f"it has {count} processes; a case may have {self._limits.processes}")
         if self._limits.memory and used > self._limits.memory:

@@ -18,17 +18,19 @@ from typing import Any
 
 import msgspec
 from distributed import WorkerPlugin
+from distributed.protocol import to_serialize
 
 from vmfs.client import Vm
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
 from vmfs.fleet.results import Raw
 from vmfs.fleet.runner import Case, Job, describe_mounted, save_mounted
-from vmfs.fleet.store import Entry, Manifest, Store, read_chunk
+from vmfs.fleet.store import Entry, Manifest, Part, Store, in_turn, read_chunk
 from vmfs.fleet.supervisor import Limits, Supervisor
+from vmfs.fleet.unpacked import Unpacked
 from vmfs.words.errors import Invalid, VmfsError
 
 MEMORY = "vmfs-memory"  # the resource: bytes
-_FETCH_SECONDS = 60.0
+SECONDS = 60.0  # for an answer of another process of the cluster
 
 
 class Work(msgspec.Struct):
@@ -42,6 +44,11 @@ class Work(msgspec.Struct):
     keeps: bool = False
 
 
+def op_of(fleet: str, what: str) -> str:
+    """The name of what a worker does when it is asked."""
+    return f"{fleet}_{what}".replace("-", "_")
+
+
 class Missing(Exception):
     """No worker that answers has the template."""
 
@@ -52,15 +59,18 @@ class FleetPlugin(WorkerPlugin):
         whose last worker was killed; one that is started in its place finds it. `root`: the folder for templates.
         `mount_options`: of `vmfs mount`."""
         self.name, self.linger, self.root, self.mount_options = name, linger, root, tuple(mount_options)
-        self._chunk_op = f"{name}-chunk".replace("-", "_")
 
     # ---- life
 
     async def setup(self, worker: Any) -> None:
         await asyncio.to_thread(self._set_up, worker)
-        worker.handlers[self._chunk_op] = self._chunk
+        worker.handlers.update(self._handlers())
         if worker.memory_manager.memory_limit:
             await worker.set_resources(**{MEMORY: worker.memory_manager.memory_limit})
+
+    def _handlers(self) -> dict[str, Any]:
+        made = {"missing": self._missing, "put": self._put, "chunk": self._chunk}
+        return {self._op(what): handler for what, handler in made.items()}
 
     def _set_up(self, worker: Any) -> None:
         self._worker = worker
@@ -72,6 +82,8 @@ class FleetPlugin(WorkerPlugin):
         self.work.mkdir(mode=0o700)
         self._mount: Path | None = None
         self._machines: dict[str, Path] = {}
+        self._seeds: dict[str, Part] = {}
+        self._unpacked: dict[str, Unpacked] = {}
         self._lock = threading.RLock()
         self._idle: list[tuple[bytes, Supervisor]] = []
         self._busy: set[Supervisor] = set()
@@ -89,7 +101,8 @@ class FleetPlugin(WorkerPlugin):
         )
 
     async def teardown(self, worker: Any) -> None:
-        worker.handlers.pop(self._chunk_op, None)
+        for name in self._handlers():
+            worker.handlers.pop(name, None)
         await asyncio.to_thread(self._tear_down)
 
     def _tear_down(self) -> None:
@@ -101,6 +114,8 @@ class FleetPlugin(WorkerPlugin):
             self._idle.clear()
         for runner in runners:
             runner.close()
+        for unpacked in self._unpacked.values():
+            unpacked.close()
         self._store.close()
         self._store.sweep()
         shutil.rmtree(self.work, ignore_errors=True)
@@ -109,27 +124,62 @@ class FleetPlugin(WorkerPlugin):
         self._stay()
         self._closing.close()
 
-    # ---- templates
+    # ---- templates: what is asked of it by the client and by other workers, and the scheduler hands on
 
-    async def _chunk(self, id: str, number: int) -> bytes | None:
+    async def _missing(self, manifest: bytes) -> list[int]:
+        """The chunks that the client is to send; what another worker of the host has fetched is here."""
+        return await asyncio.to_thread(self._begin_seed, msgspec.msgpack.decode(manifest, type=Manifest))
+
+    def _begin_seed(self, manifest: Manifest) -> list[int]:
+        if self._store.use(manifest).is_whole:
+            self._say_whole(manifest)
+            return []
+        with self._lock:
+            part = self._seeds.get(manifest.id)
+            if part is None:
+                path = self.work / f"seed-{manifest.id}"
+                part = self._seeds[manifest.id] = self._store.use(manifest).part(path)
+            return sorted(part.missing)
+
+    async def _put(self, manifest: bytes, number: int, data: Any) -> None:
+        """A chunk from the client."""
+        decoded = msgspec.msgpack.decode(manifest, type=Manifest)
+        await asyncio.to_thread(self._take_seed, decoded, number, data)
+
+    def _take_seed(self, manifest: Manifest, number: int, data: Any) -> None:
+        part = self._seeds.get(manifest.id)
+        if part is None:  # it is whole by now
+            return
+        part.put(number, data)
+        with self._lock:
+            if part.missing or self._seeds.pop(manifest.id, None) is None:
+                return
+        entry = self._store.use(manifest)
+        with entry.writing() as is_needed:
+            if is_needed:
+                entry.take(part)
+            part.close()
+        self._say_whole(manifest)
+
+    async def _chunk(self, id: str, number: int) -> Any:
         """For another worker: a chunk of a template that is here."""
         path = self._store.find(id)
-        return None if path is None else await asyncio.to_thread(read_chunk, path, number)
+        return None if path is None else to_serialize(await asyncio.to_thread(read_chunk, path, number))
 
-    def _sync(self, awaitable: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(awaitable, self._worker.loop.asyncio_loop).result(_FETCH_SECONDS)
+    def _sync(self, awaitable: Any, seconds: float | None = SECONDS) -> Any:
+        return asyncio.run_coroutine_threadsafe(awaitable, self._worker.loop.asyncio_loop).result(seconds)
 
-    def template(self, manifest: Manifest) -> Path:
-        """Where it is, after it was fetched, once a host. Missing where nobody has it."""
+    def template(self, manifest: Manifest) -> Entry:
+        """It is there, after it was fetched, once a host. Missing where nobody has it."""
         entry = self._store.use(manifest)
         if not entry.is_whole:
             with entry.writing() as is_needed:
                 if is_needed:
                     self._fetch(entry)
-            self.say_whole(manifest)
-        return entry.path
+            self._say_whole(manifest)
+        return entry
 
-    def say_whole(self, manifest: Manifest) -> None:
+    def _say_whole(self, manifest: Manifest) -> None:
         keys = [self.name, manifest.id, self._worker.address]
         self._sync(self._worker.scheduler.set_metadata(keys=keys, value=True))
 
@@ -140,56 +190,51 @@ class FleetPlugin(WorkerPlugin):
         addresses = [address for address in there if address != self._worker.address]
         random.shuffle(addresses)
         for address in addresses:
-            with contextlib.suppress(Missing, Invalid, OSError, TimeoutError):
-                entry.write(lambda number, address=address: self._fetch_chunk(address, entry.manifest.id, number))
-                return
+            part = entry.part()
+            try:
+                with contextlib.suppress(Missing, Invalid, OSError, TimeoutError):
+                    self._sync(self._fetch_from(address, part, entry.manifest), None)
+                    entry.take(part)
+                    return
+            finally:
+                part.close()
         raise Missing(entry.manifest.id)
 
-    def _fetch_chunk(self, address: str, id: str, number: int) -> bytes:
-        async def ask() -> bytes | None:
-            return await getattr(self._worker.rpc(address), self._chunk_op)(id=id, number=number)
+    async def _fetch_from(self, address: str, part: Part, manifest: Manifest) -> None:
+        async def fetch(number: int) -> None:
+            asked = getattr(self._worker.rpc(address), self._op("chunk"))(id=manifest.id, number=number)
+            data = await asyncio.wait_for(asked, SECONDS)
+            if data is None:
+                raise Missing(manifest.id)
+            await asyncio.to_thread(part.put, number, data)
 
-        data = self._sync(ask())
-        if not isinstance(data, bytes):
-            raise Missing(id)
-        return data
+        await in_turn(sorted(part.missing), fetch)
 
-    def seed(self, manifest: Manifest, number: int, data: bytes) -> None:
-        """Chunk `number` from the client, which sends them in turn."""
-        entry = self._store.use(manifest)
-        folder = self.work / f"seed-{manifest.id}"
-        folder.mkdir(exist_ok=True)
-        (folder / str(number)).write_bytes(data)
-        if number + 1 == len(manifest.chunks):
-            try:
-                with entry.writing() as is_needed:
-                    if is_needed:
-                        entry.write(lambda each: (folder / str(each)).read_bytes())
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            self.say_whole(manifest)
+    def _op(self, what: str) -> str:
+        return op_of(self.name, what)
 
-    def has(self, manifest: Manifest) -> bool:
-        """Whether it is here; what another worker of the host has fetched is."""
-        is_whole = self._store.use(manifest).is_whole
-        if is_whole:
-            self.say_whole(manifest)
-        return is_whole
+    def _unpack(self, manifest: Manifest) -> Unpacked:
+        entry = self.template(manifest)
+        with self._lock:
+            found = self._unpacked.get(manifest.id)
+            if found is None:
+                found = self._unpacked[manifest.id] = Unpacked.of(entry)
+            return found
 
     # ---- a mount, for machines that are PCs
 
-    def _machine(self, manifest: Manifest, path: Path) -> Path:
+    def _machine(self, manifest: Manifest) -> Path:
         """The machine of this worker's mount that has the template as its snapshot `start`."""
         from vmfs.commands import archive
 
+        unpacked = self._unpack(manifest)
         with self._lock:
             if self._mount is None:
                 self._mount = self._closing.enter_context(private_mount(self.mount_options, prefix="vmfs-fleet-"))
             machine = self._machines.get(manifest.id)
             if machine is None:
                 machine = self._mount / f"template-{manifest.id[:16]}"
-                with open(path, "rb") as source:
-                    archive.load(machine, source, str(path), manifest.size, keep="start")
+                archive.come_in(machine, unpacked.fill, keep="start")
                 self._machines[manifest.id] = machine
             return machine
 
@@ -214,7 +259,9 @@ class FleetPlugin(WorkerPlugin):
 
     def run(self, data: bytes, cases: Sequence[Case]) -> list[Raw]:
         """All of them, in turn, for a Work that is packed. Missing where the template is not to be had."""
-        runner = self._runner(data)
+        runner = self._idle_runner(data) or self._new_runner(msgspec.msgpack.decode(data, type=Work))
+        with self._lock:
+            self._busy.add(runner)
         try:
             results = []
             for raw in runner.run(cases):
@@ -233,22 +280,16 @@ class FleetPlugin(WorkerPlugin):
         runner.close()
         return results
 
-    def _runner(self, data: bytes) -> Supervisor:
-        """One that is idle, or a new one in the place of those of other work."""
+    def _idle_runner(self, data: bytes) -> Supervisor | None:
+        """One of that work; those of other work are ended."""
         with self._lock:
             others = [runner for its, runner in self._idle if its != data]
             ours = [runner for its, runner in self._idle if its == data]
-            runner = ours.pop() if ours else None
+            found = ours.pop() if ours else None
             self._idle = [(data, each) for each in ours]
-            if runner is not None:
-                self._busy.add(runner)
         for each in others:
             each.close()
-        if runner is None:
-            runner = self._new_runner(msgspec.msgpack.decode(data, type=Work))
-            with self._lock:
-                self._busy.add(runner)
-        return runner
+        return found
 
     def _new_runner(self, work: Work) -> Supervisor:
         prefix = f"case-{secrets.token_hex(4)}"
@@ -260,16 +301,21 @@ class FleetPlugin(WorkerPlugin):
             prefix=prefix,
             file_most=work.limits.disk,
         )
-        limits = work.limits
+        limits, memory = work.limits, ()
         if work.manifest is not None:
             job.kind = work.manifest.kind
-            path = self.template(work.manifest)
             if job.kind == "saved":
-                path = self._machine(work.manifest, path)
-            job.path = str(path)
+                job.path = str(self._machine(work.manifest))
+            elif job.kind == "library":
+                unpacked = self._unpack(work.manifest)
+                memory = tuple(unpacked.memory[str(number)] for number in range(len(unpacked.memory)))
+                job.head, job.memory = unpacked.head, list(memory)
+            else:
+                job.path = str(self.template(work.manifest).path)
         if not limits.memory and (most := self._worker.memory_manager.memory_limit):
             limits = msgspec.structs.replace(limits, memory=int(most) // self._worker.state.nthreads)
-        return Supervisor(job, limits, self.work, clean=functools.partial(self._clean, prefix, work.keeps))
+        clean = functools.partial(self._clean, prefix, work.keeps)
+        return Supervisor(job, limits, self.work, memory=memory, clean=clean)
 
 
 def run_cases(fleet: str, data: bytes, inputs: Sequence[tuple[int, bytes]]) -> dict[str, Any]:
@@ -296,17 +342,3 @@ def run_cases(fleet: str, data: bytes, inputs: Sequence[tuple[int, bytes]]) -> d
 
 def _all_failed(inputs: Sequence[tuple[int, bytes]], sentence: str, worker: Any) -> list[Raw]:
     return [Raw(number, kind="template", error=sentence, worker=worker.address) for number, _ in inputs]
-
-
-def seed_chunk(fleet: str, manifest: bytes, number: int, data: bytes) -> None:
-    """A task of Dask, on a worker that is named."""
-    from distributed import get_worker
-
-    get_worker().plugins[fleet].seed(msgspec.msgpack.decode(manifest, type=Manifest), number, data)
-
-
-def has_template(fleet: str, manifest: bytes) -> bool:
-    """A task of Dask, on a worker that is named."""
-    from distributed import get_worker
-
-    return get_worker().plugins[fleet].has(msgspec.msgpack.decode(manifest, type=Manifest))

@@ -1,12 +1,14 @@
 """A library's machine as bytes, to be made again in another process or on another host, where its engine is.
 
-The bytes are `MAGIC` and a zstd frame, which has a checksum: the length of the head, the head in msgpack (`Saved`), the
-pages. They are written and read piece by piece, since a machine may have much memory.
+The bytes are `MAGIC`; a zstd frame, which has a checksum, of the length of the head, the head in msgpack (`Saved`) and
+the pages; and `_END`, by which one that was cut is known. They are written and read piece by piece, since a machine may
+have much memory.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from vmfs.memory.mapping import PAGE
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
 
 MAGIC = b"vmfs library 2\n"
+_END = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + b"library\0"  # a frame that zstd skips (RFC 8878, 3.1.2)
 _MOST = 1 << 32  # bytes that the pages may come to
 _HEAD_MOST = 1 << 28
 _REGIONS_MOST = 255  # and that of the tables
@@ -78,13 +81,18 @@ def write(machine: Any, out: Any) -> None:
             start, end = saved.regions[number][0] + offset, saved.regions[number][0] + offset + size
             for at in range(start, end, _STEP):
                 packed.write(memory.read(at, min(_STEP, end - at)))
+    out.write(_END)
 
 
-def read(source: Any, views: Callable[[Saved], list[memoryview]]) -> Saved:
-    """A file that is open for reading. `views(head)`: of each region of the head's, where its bytes go. Invalid, with a
-    sentence, for what is no saved machine, and for one that is damaged or cut."""
+def read(source: Any, begin: Callable[[Saved], Callable[[int, int, memoryview], object]]) -> Saved:
+    """A file that is open for reading. `begin(head)` returns what puts bytes into a region of the head's, at an offset.
+    Invalid, with a sentence, for what is no saved machine, and for one that is damaged or cut."""
     if source.read(len(MAGIC)) != MAGIC:
         raise Invalid("that is no saved machine of the library")
+    source.seek(-len(_END), os.SEEK_END)
+    if source.read() != _END:
+        raise Invalid("the saved machine of the library is cut")
+    source.seek(len(MAGIC))
     try:
         packed = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(source)
         (size,) = _LENGTH.unpack(_take(packed, bytearray(_LENGTH.size)))
@@ -92,9 +100,10 @@ def read(source: Any, views: Callable[[Saved], list[memoryview]]) -> Saved:
             raise Invalid(f"that is no saved machine of the library: its head has {size} bytes")
         saved = msgspec.msgpack.decode(_take(packed, bytearray(size)), type=Saved)
         _check(saved)
-        rooms = views(saved)
+        put, room = begin(saved), memoryview(bytearray(_STEP))
         for number, offset, size in saved.pieces():
-            _take(packed, rooms[number][offset : offset + size])
+            for at in range(0, size, _STEP):
+                put(number, offset + at, _take(packed, room[: min(_STEP, size - at)]))
         if packed.read(1):  # up to the checksum
             raise Invalid("the saved machine has more pages than it lists")
     except (zstandard.ZstdError, msgspec.MsgspecError, EOFError) as failure:
@@ -106,7 +115,7 @@ def _take(packed: Any, room: Any) -> Any:
     """Fill it with the next bytes."""
     view = memoryview(room)
     while view:
-        done = packed.readinto(view[:_STEP])
+        done = packed.readinto(view)
         if not done:
             raise EOFError("it ends too early")
         view = view[done:]
@@ -126,11 +135,14 @@ def load(cls: Any, data: bytes, engine: str | None) -> Any:
     """The machine, of a class, that was saved. Invalid, with a sentence, for anything else."""
     made: list[Region] = []
 
-    def views(saved: Saved) -> list[memoryview]:
-        made.extend(Region(at, size, read_only=is_rom, name=name) for at, size, is_rom, name in saved.regions)
-        return [region.view for region in made]
+    def put(number: int, offset: int, piece: memoryview) -> None:
+        made[number].view[offset : offset + len(piece)] = piece
 
-    saved = read(io.BytesIO(data), views)
+    def begin(saved: Saved) -> Callable[[int, int, memoryview], None]:
+        made.extend(Region(at, size, read_only=is_rom, name=name) for at, size, is_rom, name in saved.regions)
+        return put
+
+    saved = read(io.BytesIO(data), begin)
     return _machine(cls, saved, made, engine)
 
 
