@@ -7,7 +7,7 @@ from devices.fakes import FakeMachine, Guest, pass_time, plain, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmfs.devices import i8042, keys
+from vmfs.devices import i8042, keys, moves
 from vmfs.devices.machine import Pc
 from vmfs.memory.ram import Memory
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
@@ -415,6 +415,48 @@ def test_moves_are_inputs_with_bounds(pc, guest):
     assert refuses(pc.keyboard, state)
     with pytest.raises(Invalid, match="no move of a mouse"):
         pc.keyboard.check_input("mouse", b"123")
+
+
+def done(pc, guest, text):
+    """The packets that a guest gets when `text` is written to `mouse`: buttons, x, y."""
+    pc.keyboard.move(moves.parse(text))
+    data = bytes(byte for byte, from_mouse in drain(guest) if from_mouse)
+    packets = [data[at : at + 3] for at in range(0, len(data), 3)]
+    return [(one[0] & 7, one[1] - (one[0] << 4 & 256), one[2] - (one[0] << 3 & 256)) for one in packets]
+
+
+def test_each_move_of_the_file_is_a_packet_of_its_own(pc, guest):
+    assert done(pc, guest, "5,5 left") == []  # nobody has switched it on
+    mouse(guest, 0xF4)
+    assert done(pc, guest, "10,-20") == [(0, 10, 20)]
+    assert done(pc, guest, "left +right 1,2 3,4 -right middle") == [
+        (1, 0, 0), (0, 0, 0), (2, 0, 0), (2, 1, -2), (2, 3, -4), (0, 0, 0), (4, 0, 0), (0, 0, 0),
+    ]  # fmt: skip
+    assert done(pc, guest, "+left -300,0 -left") == [(1, 0, 0), (1, -255, 0), (1, -45, 0), (0, 0, 0)]
+    assert done(pc, guest, "wheel-up") == []  # it has none yet
+    mouse(guest, 0xF3, 200, 0xF3, 100, 0xF3, 80)
+    pc.keyboard.move(moves.parse("wheel-up wheel-down"))
+    assert bytes(byte for byte, _ in drain(guest)) == bytes((8, 0, 0, 0xFF, 8, 0, 0, 1))
+
+
+def test_moves_that_wait(pc, guest):
+    mouse(guest, 0xF4)
+    pc.keyboard.move(moves.parse("1,0 " * 300))  # no packet is merged with another
+    assert sum(byte == 1 for byte, _ in drain(guest)) == 300
+    pc.keyboard.move(moves.parse("left " * 2048))
+    with pytest.raises(WouldBlock, match="moves wait"):
+        pc.keyboard.move(moves.parse("left left"))
+    with pytest.raises(Invalid, match="no moves"):
+        pc.keyboard.check_input("moves", b"\xff")
+    pc.keyboard.reset()
+    mouse(guest, 0xF4)
+    assert drain(guest) == []
+
+
+@pytest.mark.parametrize("text", ["", "left,", "1,2,3", "1.5,2", "up", "++left", "16385,0", "١,٢", "+wheel-up", "LEFT"])
+def test_words_that_are_no_moves(text):
+    with pytest.raises(Invalid, match="mouse: "):
+        moves.parse(text)
 
 
 def test_an_interrupt_finds_its_byte(pc, guest, monkeypatch):

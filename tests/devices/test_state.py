@@ -17,6 +17,7 @@ from devices.fakes import FakeMachine, Guest, load, pass_time, plain, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmfs.devices import moves
 from vmfs.devices.device import DeviceState, NoState
 from vmfs.devices.floppy import COMMANDS, Fdc, FloppyDrive
 from vmfs.devices.ide.ata import AtaDisk
@@ -224,6 +225,7 @@ def drive(pc, name, seed, count=120):
             device.receive(dice.randbytes(dice.randrange(1, 30)))
         elif name == "keyboard":
             device.type([("a",), ("shift", "b")])
+            device.move(moves.parse("300,-5 left +right wheel-up"))
         elif name == "power":
             dice.choice((device.press_button, lambda: device.raise_event(0)))()
         elif name == "vmgenid":

@@ -278,15 +278,18 @@ _PIECES = st.lists(
 )
 
 
+ACTING = "keyboard", "mouse"
+
+
 @settings(max_examples=100)
-@given(st.sampled_from("registers reg/rax debug trace irq disasm keyboard cmdline mem_size mode".split()), _PIECES)
+@given(st.sampled_from([*"registers reg/rax debug trace irq disasm cmdline mem_size mode".split(), *ACTING]), _PIECES)
 def test_any_pieces_are_taken_or_refused_and_what_is_refused_changes_nothing(file, pieces):
     async def test(kernel):
         await kernel.mkdir("a")
         before = await _settings(kernel)
         results = await told(kernel, f"a/{file}", *pieces)
         assert set(results) <= {0, errno.EINVAL, errno.EOPNOTSUPP, errno.EBUSY}, results
-        if any(results) and file not in ("irq", "keyboard"):  # where what follows is for itself, and clears `error`
+        if any(results) and file not in ("irq", *ACTING):  # where what follows is for itself, and clears `error`
             assert (await kernel.read("a/error")).startswith(f"{file.split('/')[-1]}: ")
             if file in ("registers", "reg/rax", "debug", "trace", "disasm"):
                 assert await _settings(kernel) == before

@@ -67,6 +67,13 @@ BAD_INPUT: dict[str, tuple[tuple[bytes, int], ...]] = {
         ('"ß"'.encode(), errno.EINVAL),
         (b"a", errno.EOPNOTSUPP),
     ),
+    "mouse": (
+        (b"\n", errno.EINVAL),
+        (b"1,", errno.EINVAL),
+        (b"99999,1", errno.EINVAL),
+        (b"left nobutton", errno.EINVAL),
+        (b"left", errno.EOPNOTSUPP),
+    ),
     "cmdline": ((b"a\0b", errno.EINVAL), (b"\xff", errno.EINVAL)),
     "gdb": (
         (b"nowhere", errno.EINVAL),

@@ -149,6 +149,9 @@ def test_a_viewer_sees_types_and_points(guest, tmp_path):
     vncdo(guest, "move", "100", "100", "move", "110", "95", "mousedown", "1", "mouseup", "1")
     wait_until(lambda: len((guest / "console.log").read_bytes()) >= 9, "the mouse has said it")
     assert (guest / "console.log").read_bytes()[-9:] == bytes((8, 10, 5, 9, 0, 0, 8, 0, 0))
+    guest.write("mouse", "+left 7,-1 -left\n")
+    wait_until(lambda: len((guest / "console.log").read_bytes()) >= 18, "it has said that, too")
+    assert (guest / "console.log").read_bytes()[-9:] == bytes((9, 0, 0, 9, 7, 1, 8, 0, 0))
 
 
 def test_a_viewer_follows_the_size(guest, tmp_path):

@@ -296,6 +296,10 @@ class Vm(Directory):
             text = text.replace(old, new)
         self.write("keyboard", f'"{text}"\n')
 
+    def mouse(self, *words: str) -> None:
+        """Move the mouse and press its buttons: `vm.mouse("100,-20", "left")`, `vm.mouse("+left", "0,50", "-left")`."""
+        self.write("mouse", " ".join(words) + "\n")
+
     @property
     def devices(self) -> list[str]:
         """The names of the devices of a PC, as in `dev/`; `read_text("dev/NAME/info")` and so on have what they are."""

@@ -21,6 +21,7 @@ import msgspec
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.keys import Chord, chord_codes, codes, translated
+from vmfs.devices.moves import Move
 from vmfs.devices.ps2 import MOVED_MOST, Keyboard, KeyboardState, Mouse, MouseState
 from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid, Unsupported, WouldBlock
@@ -29,6 +30,7 @@ DATA, COMMAND, FAST_GATE = 0x60, 0x64, 0x92
 KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
 KEY_TIME = 5_000_000  # ns
 TYPED_MOST = 1 << 17  # strokes that wait for the guest
+MOVES_MOST = 1 << 12  # moves of the mouse that wait
 
 _OUTPUT_FULL, _SYSTEM, _COMMAND_LAST, _UNLOCKED, _FROM_MOUSE = 0x01, 0x04, 0x08, 0x10, 0x20  # status
 # The command byte. Firmware leaves it so: both interrupts on, self-test passed, codes translated to set 1.
@@ -40,7 +42,7 @@ _REPLIES = 16
 
 class I8042State(DeviceState):
     """`replies`: the controller's bytes that wait, and whether as if from the mouse. `typed`: codes of set 2 that wait,
-    a piece a key; `next_key`: when the next one is due."""
+    a piece a key; `next_key`: when the next one is due. `moves`: what the mouse is still to do."""
 
     control: U8
     ram: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -58,11 +60,13 @@ class I8042State(DeviceState):
     mouse: MouseState
     typed: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=TYPED_MOST)]
     next_key: int | None
+    moves: Annotated[tuple[Move, ...], msgspec.Meta(max_length=MOVES_MOST)] = ()
 
 
-# Of an input "strokes", and of one "mouse".
+# Of an input "strokes", of one "moves", and of one "mouse".
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(tuple[bytes, ...]).decode
+_unpack_moves = msgspec.msgpack.Decoder(tuple[Move, ...]).decode
 _MOVE = struct.Struct("<hhbB")
 
 
@@ -70,7 +74,7 @@ class I8042(QuietDevice[I8042State]):
     """Regions 0, 1, 2: ports 60, 64, 92."""
 
     TYPE = "i8042"
-    INPUTS = ("strokes", "mouse")
+    INPUTS = ("strokes", "moves", "mouse")
     STATE = I8042State
     irq = KEYBOARD_IRQ
 
@@ -79,6 +83,7 @@ class I8042(QuietDevice[I8042State]):
         self.keyboard, self.mouse = Keyboard(), Mouse()
         self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
         self._timer: Timer | None = None
+        self.moves: deque[Move] = deque()
         self._a20 = True
         self.chip = _chips.Latch(board.bus, self.number)
         self._clear()
@@ -233,7 +238,7 @@ class I8042(QuietDevice[I8042State]):
                 self._take_code(self.keyboard.take())
             elif self.mouse.queue and not self.control & _MOUSE_OFF:
                 self.buffer, self.from_mouse = self.mouse.take(), True
-                self.mouse.report()
+                self._move_next()
             else:
                 break
         self._lines()
@@ -273,6 +278,16 @@ class I8042(QuietDevice[I8042State]):
         wheel = max(-127, min(127, wheel))
         self.board.inputs.enter(self, "mouse", _MOVE.pack(x, -y, wheel, buttons & 31))
 
+    def move(self, moves: list[Move]) -> None:
+        """Move the mouse and press its buttons, each when the guest has been told of the one before; from any thread.
+
+        A guest that has the mouse off loses them, as it does with a mouse of a desk. WouldBlock as `type`.
+        """
+        with self.board.lock:
+            if len(self.moves) + len(moves) > MOVES_MOST:
+                raise WouldBlock(f"mouse: {len(self.moves)} moves wait; the guest does not take them")
+            self.board.inputs.enter(self, "moves", _pack(moves))
+
     def _enter(self, strokes: list[bytes]) -> None:
         with self.board.lock:
             if len(self.typed) + len(strokes) > TYPED_MOST:
@@ -283,6 +298,11 @@ class I8042(QuietDevice[I8042State]):
         if kind == "mouse":
             self.mouse.move(*_MOVE.unpack(data))
             self.mouse.report()
+            self._fill()
+            return
+        if kind == "moves":
+            self.moves += _unpack_moves(data)[: MOVES_MOST - len(self.moves)]
+            self._move_next()
             self._fill()
             return
         strokes = _unpack(data)[: TYPED_MOST - len(self.typed)]
@@ -297,9 +317,9 @@ class I8042(QuietDevice[I8042State]):
                 raise Invalid(f"{self.name}: that is no move of a mouse")
             return
         try:
-            _unpack(data)
+            (_unpack if kind == "strokes" else _unpack_moves)(data)
         except msgspec.DecodeError:
-            raise Invalid(f"{self.name}: these are no strokes") from None
+            raise Invalid(f"{self.name}: these are no {kind}") from None
 
     def _type_next(self) -> None:
         """With the lock held: a key goes into the keyboard when the one before has left it."""
@@ -315,6 +335,15 @@ class I8042(QuietDevice[I8042State]):
         self._timer = None
         self._type_next()
 
+    def _move_next(self) -> None:
+        """With the lock held: the mouse says what it has to, and when that is taken, it does what comes next."""
+        self.mouse.report()
+        while self.moves and not self.mouse.has_more:
+            x, y, wheel, button, down = self.moves.popleft()
+            buttons = self.mouse.buttons
+            self.mouse.move(x, -y, wheel, buttons | button if down else buttons & ~button)
+            self.mouse.report()
+
     # ---- life
 
     def describe(self) -> dict[str, str]:
@@ -323,8 +352,9 @@ class I8042(QuietDevice[I8042State]):
         return {"leds": " ".join(names) or "none", "waiting": str(len(self.typed)), "a20": "on" if self._a20 else "off"}
 
     def reset(self) -> None:
-        """What was typed and not taken is lost."""
+        """What was typed or moved and not taken is lost."""
         self.typed.clear()
+        self.moves.clear()
         self.keyboard.reset()
         self.mouse.reset()
         self._clear()
@@ -355,6 +385,7 @@ class I8042(QuietDevice[I8042State]):
             mouse=self.mouse.save(),
             typed=tuple(self.typed),
             next_key=self._timer.when if self._timer is not None else None,
+            moves=tuple(self.moves),
         )
 
     def load(self, state: I8042State) -> None:
@@ -363,7 +394,7 @@ class I8042(QuietDevice[I8042State]):
         for name in ("control", "output_port", "command", "command_last", "last", "fast_gate", "buffer", "from_mouse"):
             setattr(self, name, getattr(state, name))
         self.ram, self._half = bytearray(state.ram), state.half
-        self.replies, self.typed = deque(state.replies), deque(state.typed)
+        self.replies, self.typed, self.moves = deque(state.replies), deque(state.typed), deque(state.moves)
         self._set_a20(state.a20)
         self._lines()
         if self._timer is not None:

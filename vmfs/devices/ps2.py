@@ -199,6 +199,11 @@ class Mouse(Ps2Device[MouseState]):
             self.report()  # a click is told, however short it was
         self.buttons = buttons & 31
 
+    @property
+    def has_more(self) -> bool:
+        """It has not told everything, or the guest has not taken it."""
+        return bool(self.queue or self.x or self.y or self.z and self.id or self.buttons != self.told)
+
     def report(self) -> None:
         """In stream mode: put what is to be told into the queue, when that is empty; a button also when it is not."""
         if not self.enabled or self.remote or self.wrap:

@@ -79,6 +79,7 @@ FILES: tuple[Row, ...] = (
     Row("screen.png", 0o400, READ),
     Row("framebuffer", 0o600, Framebuffer()),
     Row("keyboard", 0o200, WRITE),
+    Row("mouse", 0o200, WRITE),
     Row("vnc", 0o600, HOST),
     # what is booted
     Row("kernel", 0o600, BOTH),

@@ -1,4 +1,4 @@
-"""`screen.txt`, `screen.png`, `framebuffer`, `keyboard`: what a PC shows, and what is typed on it.
+"""`screen.txt`, `screen.png`, `framebuffer`, `keyboard`, `mouse`: what a PC shows, and what is typed and done on it.
 
 What takes the board's lock is done in a thread: the CPU's thread holds that lock while a device works for the guest,
 and a disk may be a file that this very server has to answer for.
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from vmfs.devices import keys, screen
+from vmfs.devices import keys, moves, screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, Display
 from vmfs.devices.machine import Pc
 from vmfs.machine.files.contents import Contents
@@ -48,6 +48,15 @@ def put_keys(scope: Contents, text: str) -> Do:
 
     async def do() -> None:
         await trio.to_thread.run_sync(_pc(scope, "keyboard").keyboard.type, chords)
+
+    return do
+
+
+def put_moves(scope: Contents, text: str) -> Do:
+    parsed = moves.parse(text)
+
+    async def do() -> None:
+        await trio.to_thread.run_sync(_pc(scope, "mouse").keyboard.move, parsed)
 
     return do
 

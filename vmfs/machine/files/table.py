@@ -23,7 +23,7 @@ from vmfs.machine.files.history import HISTORY, WRITER
 from vmfs.machine.files.kinds import AccessData, ImageFile, Irq, State, Text, VmRun
 from vmfs.machine.files.lines import Do, Undo, same
 from vmfs.machine.files.memory import Mem, resize_memory
-from vmfs.machine.files.screen import Framebuffer, put_keys, screen_picture, screen_text
+from vmfs.machine.files.screen import Framebuffer, put_keys, put_moves, screen_picture, screen_text
 from vmfs.machine.files.snapshots import RESTORE
 from vmfs.machine.files.trace import TraceFile
 from vmfs.machine.files.vnc import vnc_file
@@ -274,6 +274,7 @@ CONTENTS: Mapping[str, Kind] = {
     "screen.png": Text(screen_picture, slow=True),
     "framebuffer": Framebuffer(),
     "keyboard": Text(put=put_keys, whole=True, acts=True),
+    "mouse": Text(put=put_moves, whole=True, acts=True),
     "vnc": vnc_file(),
     # what is booted
     "kernel": ImageFile("kernel"),
