@@ -49,7 +49,11 @@ struct cache {
     u64 rest_began, rest_done; /* since when it has done next to nothing, by the host's clock; the instructions until then */
 };
 
-static unsigned bucket_of(u64 physical, u64 key) { return (physical ^ physical >> 15 ^ key * 7 ^ key >> 32) & (BUCKETS - 1); }
+/* By the address, too: each process has a library's page at another one. */
+static unsigned bucket_of(u64 physical, u64 ip, u64 key)
+{
+    return (unsigned)(((physical ^ ip << 20 ^ key * 7) * 0x9e3779b97f4a7c15) >> 49) & (BUCKETS - 1);
+}
 
 /* ---- Where code is ------------------------------------------------------------------------------------------------------- */
 
@@ -332,7 +336,7 @@ void vm_rest(struct vm *vm)
 
 static void unlink_block(struct vcpu *c, struct block *b)
 {
-    struct block **at = &c->cache->buckets[bucket_of(b->physical[0], b->key)];
+    struct block **at = &c->cache->buckets[bucket_of(b->physical[0], b->ip, b->key)];
     while (*at && *at != b)
         at = &(*at)->bucket_next;
     if (*at)
@@ -668,7 +672,7 @@ static struct block *build(struct vcpu *c, u64 ip, struct fetch *f)
     if (b->physical[1] != ~0ull)
         memcpy(copy + b->first_bytes, b->host[1], b->bytes - b->first_bytes);
     arena_take(c, sizeof *b + (used + 2) * sizeof(struct record) + b->bytes);
-    struct block **bucket = &c->cache->buckets[bucket_of(b->physical[0], b->key)];
+    struct block **bucket = &c->cache->buckets[bucket_of(b->physical[0], b->ip, b->key)];
     b->bucket_next = *bucket;
     *bucket = b;
     note_page(c, b, b->physical[0] & PAGE_MASK, 0);
@@ -722,7 +726,7 @@ again:
     epoch = c->epoch;
     fetch_first(c, ip, &f);
     check_page(c, f.physical[0] & PAGE_MASK);
-    struct block *b = c->cache->buckets[bucket_of(f.physical[0], c->key)];
+    struct block *b = c->cache->buckets[bucket_of(f.physical[0], ip, c->key)];
     while (b && (b->physical[0] != f.physical[0] || b->ip != ip || b->key != c->key))
         b = b->bucket_next;
     if (b && b->physical[1] != ~0ull &&

@@ -94,15 +94,13 @@ static void add_distance(struct translation *t, const struct record *r, i32 more
 _Static_assert(sizeof(struct tlb_distance) == sizeof(struct tlb_entry), "one index");
 
 /* What the register is at the most at r, by what its block did to it last: an index into a table of bytes, say. */
-static u64 most_of(struct translation *t, const struct record *r, unsigned offset)
+static u64 most_of(const struct translation *t, const struct record *r, unsigned offset)
 {
-    const struct opcode *row = t->row;
-    unsigned traits = t->traits;
-    struct access memory = t->memory, stack = t->stack;
     u64 most = ~0ull;
-    for (const struct record *q = t->in->block->records; q != r; q = record_after(q)) {
+    unsigned i = 0;
+    for (const struct record *q = t->in->block->records; q != r; q = record_after(q), i++) {
         const struct opcode *o = &opcodes[q->id];
-        bool emitted = is_emitted(t, q);
+        bool emitted = t->in->emitted >> i & 1;
         if (emitted && !(registers_written(q, traits_of(q)) >> (offset >> 3) & 1))
             continue;
         unsigned first = operand_types[o->operands[0]].kind == REGISTER ? q->reg : q->rm;
@@ -116,15 +114,11 @@ static u64 most_of(struct translation *t, const struct record *r, unsigned offse
         else if (o->operation == &operation_SHR && o->operands[1] == oIb)
             most = ~0ull >> (64 - (8 << q->size)) >> (q->imm & (q->size == 3 ? 63 : 31));
     }
-    t->row = row;
-    t->traits = traits;
-    t->memory = memory;
-    t->stack = stack;
     return most;
 }
 
 /* Where r accesses one page whatever the registers are: the first address that it may be, and with an index how many more; else false. */
-static bool constant_page(struct translation *t, const struct record *r, u64 *address)
+static bool constant_page(const struct translation *t, const struct record *r, u64 *address)
 {
     unsigned bytes = t->memory.bytes;
     bool aligned = t->memory.alignment > 1;
@@ -144,7 +138,7 @@ static bool constant_page(struct translation *t, const struct record *r, u64 *ad
     return (*address & 0xfff) + more + bytes <= 0x1000 && !(aligned && *address & (bytes - 1));
 }
 
-static bool is_constant_page(struct translation *t, const struct record *r)
+static bool is_constant_page(const struct translation *t, const struct record *r)
 {
     u64 address;
     return constant_page(t, r, &address);
@@ -284,11 +278,12 @@ struct run {
 };
 enum { RUN_NONE, RUN_LOAD, RUN_STORE, RUN_PUSH, RUN_POP };
 
-static unsigned kind_in_run(struct translation *t, const struct record *r)
+/* Of an instruction that is emitted. */
+static unsigned kind_in_run(const struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
     bool stack = o->operation == &operation_PUSH || o->operation == &operation_POP;
-    if (!(stack || o->operation == &operation_MOV) || r->run == op_raise || !is_emitted(t, r))
+    if (!(stack || o->operation == &operation_MOV))
         return RUN_NONE;
     if (stack)
         return (o->operands[0] == oZv || (o->operands[0] == oEv && r->prefix & PREFIX_REGISTER)) && r->rm != RSP * 8
@@ -302,7 +297,7 @@ static unsigned kind_in_run(struct translation *t, const struct record *r)
 }
 
 /* Take r along; false: it is not of the run. */
-static bool extend_run(struct translation *t, struct run *run, const struct record *r)
+static bool extend_run(const struct translation *t, struct run *run, const struct record *r)
 {
     unsigned kind = kind_in_run(t, r), base = kind >= RUN_PUSH ? RSP * 8 : r->base;
     i32 width = (i32)stack_width(t);
@@ -377,10 +372,10 @@ static void emit_run(struct translation *t, const struct member *m, const struct
 }
 
 /* Those that begin with r; how many: none, or two and more. */
-static unsigned find_run(struct translation *t, const struct member *m, const struct record *r, unsigned index, struct run *run)
+static unsigned find_run(const struct translation *t, const struct member *m, const struct record *r, unsigned index, struct run *run)
 {
     *run = (struct run){0};
-    while (index + run->count < m->block->count && extend_run(t, run, r))
+    while (index + run->count < m->block->count && m->emitted >> (index + run->count) & 1 && extend_run(t, run, r))
         r = record_after(r);
     return run->count < 2 ? 0 : run->count;
 }
@@ -484,7 +479,7 @@ static void plan_access(struct plan *p, struct planned *planned, unsigned index,
     planned->stretch = (u8)(c - p->candidates);
 }
 
-static void plan_memory(struct translation *t, struct member *m, struct plan *p, const struct record *r, unsigned index)
+static void plan_memory(const struct translation *t, struct member *m, struct plan *p, const struct record *r, unsigned index)
 {
     bool full = (r->prefix & PREFIX_ADDRESS) == (t->wide ? 3 : 2);
     if (!full || r->disp < INT32_MIN + 2 * STRETCH_BYTES || r->disp > INT32_MAX || is_constant_page(t, r))
@@ -498,11 +493,11 @@ static void plan_memory(struct translation *t, struct member *m, struct plan *p,
 static void plan_registers(const struct translation *t, struct plan *p, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
-    unsigned first = operand_types[o->operands[0]].kind, full = t->wide ? 3 : 2;
+    unsigned first = operand_types[o->operands[0]].kind, full = t->wide ? 3 : 2, traits = traits_of(r);
     i64 width = (i64)stack_width(t);
-    u32 written = registers_written(r, traits_of(r));
+    u32 written = registers_written(r, traits);
     struct value *values = p->values, frame = values[RBP];
-    bool constant = operand_types[o->operands[1]].kind == IMMEDIATE, stack = t->traits & (STACK_READ | STACK_WRITE);
+    bool constant = operand_types[o->operands[1]].kind == IMMEDIATE, stack = traits & (STACK_READ | STACK_WRITE);
     bool in_register = first == REGISTER || first == OPCODE || first == FIXED || (first == RM_OPERAND && r->prefix & PREFIX_REGISTER);
     unsigned to = (first == REGISTER ? r->reg : first == FIXED ? RAX * 8u : r->rm) >> 3;
     struct value value = {0};
@@ -575,19 +570,26 @@ void plan_accesses(struct translation *t, struct member *m)
     struct plan plan, *p = &plan;
     p->count = p->last_value = p->branches = 0;
     forget_all(p);
-    m->covered = m->checked = 0;
+    m->emitted = m->covered = m->checked = 0;
     t->in = m;
+    struct { struct access memory, stack; bool faults; } has[BLOCK_INSTRUCTIONS];
     const struct record *r = m->block->records;
-    struct { bool memory, stack, faults; } has[BLOCK_INSTRUCTIONS];
+    for (unsigned i = 0; i < m->block->count; i++, r = record_after(r)) {
+        m->emitted |= (u32)ask(t, r) << i;
+        has[i].memory = t->memory;
+        has[i].stack = t->stack;
+        has[i].faults = traits_of(r) & FAULTS;
+    }
+    r = m->block->records;
     for (unsigned i = 0, count; i < m->block->count; i += count) {
         struct run run;
         m->memory[i].stretch = m->stack[i].stretch = NO_STRETCH;
         m->runs[i] = (u8)find_run(t, m, r, i, &run);
         count = m->runs[i] ? m->runs[i] : 1;
-        has[i].memory = has[i].stack = has[i].faults = false;
         if (m->runs[i]) {
             struct access a = access_of(&run);
-            has[i].stack = true;
+            has[i].memory.is = false;
+            has[i].stack.is = true;
             plan_access(p, &m->stack[i], i, i + count, &a, p->values[a.base], nothing, 0, 0, a.disp);
             p->values[RSP].plus += run.moved;
             for (unsigned reg = 0; reg < REGISTERS; reg++)
@@ -598,24 +600,23 @@ void plan_accesses(struct translation *t, struct member *m)
                 m->memory[j].stretch = m->stack[j].stretch = NO_STRETCH;
             continue;
         }
-        if (r->run == op_raise || !is_emitted(t, r)) {
+        if (!(m->emitted >> i & 1)) {
             forget_all(p);
         } else {
-            has[i].memory = t->memory.is;
-            has[i].stack = t->stack.is;
-            has[i].faults = t->traits & FAULTS;
+            const struct access *stack = &has[i].stack;
+            t->memory = has[i].memory;
             if (t->memory.is)
                 plan_memory(t, m, p, r, i);
-            if (t->stack.is)
-                plan_access(p, &m->stack[i], i, i + 1, &t->stack, p->values[t->stack.base], nothing, 0, 0, t->stack.disp);
+            if (stack->is)
+                plan_access(p, &m->stack[i], i, i + 1, stack, p->values[stack->base], nothing, 0, 0, stack->disp);
             plan_registers(t, p, r);
-            p->branches += !!(t->traits & FLOW_BRANCH);
+            p->branches += !!(traits_of(r) & FLOW_BRANCH);
         }
         r = record_after(r);
     }
     take_stretches(m, p);
     for (unsigned i = 0; i < m->block->count; i += m->runs[i] ? m->runs[i] : 1)
-        if (!has[i].faults && (has[i].memory || has[i].stack) && (!has[i].memory || is_checked(m, &m->memory[i], i)) &&
-            (!has[i].stack || is_checked(m, &m->stack[i], i)))
+        if (m->emitted >> i & 1 && !has[i].faults && (has[i].memory.is || has[i].stack.is) &&
+            (!has[i].memory.is || is_checked(m, &m->memory[i], i)) && (!has[i].stack.is || is_checked(m, &m->stack[i], i)))
             m->checked |= (u32)((1ull << (i + (m->runs[i] ? m->runs[i] : 1))) - (1ull << i));
 }

@@ -55,9 +55,11 @@ void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes
         }
 }
 
-bool is_emitted(struct translation *t, const struct record *r)
+/* Whether it becomes host code, and what it accesses then: t->memory, t->stack. */
+bool ask(struct translation *t, const struct record *r)
 {
     const struct opcode *o = &opcodes[r->id];
+    t->memory.is = t->stack.is = false;
     if (!o->emitter || r->run == op_raise || r->run == op_end || r->run == op_breakpoint)
         return false;
     if (names_memory(r)) {
@@ -67,12 +69,9 @@ bool is_emitted(struct translation *t, const struct record *r)
         if (!t->wide && ((r->prefix & PREFIX_ADDRESS) != 2 || r->seg == SEG_CS || r->seg >= SEG_FS)) /* they have limits */
             return false;
     }
-    t->asking = true;
-    t->memory.is = t->stack.is = false;
-    t->row = o;
-    t->traits = o->emitter->traits;
-    if (t->traits & FLOAT && t->c->key & KEY_UNMASKED)
+    if (o->emitter->traits & FLOAT && t->c->key & KEY_UNMASKED)
         return false;
+    t->asking = true;
     bool can = o->emitter->emit(t, r);
     t->asking = false;
     return can;
@@ -450,13 +449,12 @@ void flush_vectors(struct translation *t)
 struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 {
     struct stub *s = &t->stubs[t->stub_count++];
-    *s = (struct stub){.kind = kind, .record = r, .count = 1, .block = t->in->block, .where = t->where, .split = t->split, .recipe = t->recipe,
+    *s = (struct stub){.kind = kind, .record = r, .count = 1, .in = t->in, .where = t->where, .split = t->split, .recipe = t->recipe,
                        .dirty = t->dirty};
     if (kind == STUB_CALL && !t->apart && t->in->covered >> t->index & 1) {
         s->kind = STUB_APART;
-        s->copy = &t->copies[t->copy_count - 1];
         s->index = (u8)t->index;
-        s->copy->entries |= 1u << t->index;
+        t->copies[t->copy_count - 1].entries |= 1u << t->index;
     }
     return s;
 }
@@ -485,10 +483,7 @@ static void emit_stubs_from(struct translation *t, unsigned first)
         t->where = s.where;
         t->split = s.split;
         t->recipe = s.recipe;
-        t->in = NULL;
-        for (unsigned m = 0; m < t->member_count; m++)
-            if (t->members[m].block == s.block)
-                t->in = &t->members[m];
+        t->in = s.in;
         switch (s.kind) {
         case STUB_CALL:
             move_vectors(t, s.dirty, true);
@@ -521,7 +516,7 @@ static void emit_stubs_from(struct translation *t, unsigned first)
                 move_stack(t, GUEST_RSP, s.stack);
             move_vectors(t, s.dirty, true);
             flags_to_image(t);
-            emit_leave(t, s.record, s.block);
+            emit_leave(t, s.record, s.in->block);
             break;
         case STUB_WAY: /* first where the budget ends before the block that follows */
             s.way->stop = t->code.at;
@@ -556,6 +551,7 @@ static void begin_code(struct translation *t, enum where flags)
 static void end_copy(const struct translation *t, struct copy *copy, bool goes_on)
 {
     copy->end = (u8)t->index;
+    copy->end_stub = t->stub_count;
     copy->back = goes_on ? t->code.at : NULL;
     copy->where = t->where;
     copy->split = t->split;
@@ -591,8 +587,8 @@ static void emit_copy(struct translation *t, const struct copy *copy)
             t->index++;
         }
     }
-    for (unsigned i = 0; i < t->stub_count; i++)
-        if (t->stubs[i].kind == STUB_APART && t->stubs[i].copy == copy)
+    for (unsigned i = copy->first_stub; i < copy->end_stub; i++)
+        if (t->stubs[i].kind == STUB_APART)
             land(t->stubs[i].back, entries[t->stubs[i].index]);
     if (!r || !copy->back)
         return;
@@ -749,7 +745,7 @@ static void leave_at(struct translation *t, const struct record *r)
 static bool emit_record(struct translation *t, const struct member *m, const struct record *r, unsigned index)
 {
     const struct opcode *o = &opcodes[r->id];
-    if (r->run == op_raise || !is_emitted(t, r)) {
+    if (!(m->emitted >> index & 1)) {
         flush_vectors(t);
         t->vectors = 0;
         if (r->run == op_raise || r->has_link || o->attributes & A_END) {
@@ -761,6 +757,8 @@ static bool emit_record(struct translation *t, const struct member *m, const str
         call_shared(t, shared_code(t->translator)->call);
         return true;
     }
+    t->row = o;
+    t->traits = o->emitter->traits;
     flags_used(r, t->traits, &t->reads, &t->writes);
     t->live = m->after[index].live;
     t->precise = m->after[index].precise;
@@ -813,7 +811,7 @@ void emit_member(struct translation *t, struct member *m)
         bool covered = m->covered >> t->index & 1;
         if (covered && !copy) {
             copy = &t->copies[t->copy_count++];
-            *copy = (struct copy){.member = m, .first = (u8)t->index};
+            *copy = (struct copy){.member = m, .first = (u8)t->index, .first_stub = t->stub_count};
         } else if (!covered && copy) {
             end_copy(t, copy, true);
             copy = NULL;

@@ -72,6 +72,7 @@ struct member {               /* a block of the region */
     u8 *code;                 /* where it begins, once emitted */
     u16 live, precise;        /* at its entry: flags that may be read; that may be seen, by faults, too */
     struct { u16 live, precise; } after[BLOCK_INSTRUCTIONS]; /* each instruction */
+    u32 emitted;              /* instructions that become host code; the others call their handlers */
     u32 covered;              /* instructions of stretches, and between them */
     u32 checked;              /* those that another one's check is for */
     unsigned stretch_count;
@@ -87,7 +88,7 @@ struct held { const u8 *at; unsigned host, offset; };
 struct stub {
     enum { STUB_CALL, STUB_APART, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
     const struct record *record;
-    const struct block *block;
+    const struct member *in;
     u8 *jumps[4];             /* that come here */
     u8 *back;                 /* STUB_CALL: where it goes on */
     enum where where;
@@ -98,8 +99,7 @@ struct stub {
     i32 budget, stack;        /* STUB_LEAVE, STUB_WAY: to add to the budget, and to rSP */
     struct way *way;          /* STUB_WAY */
     unsigned count;           /* STUB_CALL: of records */
-    struct copy *copy;        /* STUB_APART: where it goes on, at the instruction `index` */
-    u8 index;
+    u8 index;                 /* STUB_APART: of the instruction at which its copy goes on */
     unsigned jump_count;
     struct held held;         /* STUB_CALL: to load before it goes on */
     u16 dirty, reload;        /* vector registers to store before, to load after */
@@ -111,6 +111,7 @@ struct copy {
     struct member *member;
     u8 first, end;
     u32 entries;              /* instructions */
+    unsigned first_stub, end_stub; /* of its stretches' code */
     u8 *back;                 /* NULL: nothing follows */
     enum where where;
     u16 split, vectors;
@@ -175,7 +176,7 @@ static inline unsigned use(struct translation *t, unsigned offset, unsigned scra
 }
 
 /* emit.c */
-bool is_emitted(struct translation *t, const struct record *r);
+bool ask(struct translation *t, const struct record *r);
 unsigned traits_of(const struct record *r);
 bool may_fault(const struct record *r, unsigned traits);
 void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes);

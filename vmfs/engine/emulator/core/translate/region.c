@@ -554,7 +554,7 @@ bool find_flags(struct translation *t, struct member *m)
         r = records[i];
         m->after[i].live = live;
         m->after[i].precise = precise;
-        if (!is_emitted(t, r)) {
+        if (!(m->emitted >> i & 1)) {
             live = precise = FLAGS_ARITHMETIC;
             continue;
         }
@@ -583,11 +583,11 @@ bool find_flags(struct translation *t, struct member *m)
 /* ---- Translating --------------------------------------------------------------------------------------------------------------------- */
 
 /* Whether host code of it has VEX-encoded vectors. */
-static bool uses_ymm(struct translation *t, const struct block *b)
+static bool uses_ymm(const struct member *m)
 {
-    const struct record *r = b->records;
-    for (unsigned i = 0; i < b->count; i++, r = record_after(r))
-        if (opcodes[r->id].attributes & A_AVX && is_emitted(t, r))
+    const struct record *r = m->block->records;
+    for (unsigned i = 0; i < m->block->count; i++, r = record_after(r))
+        if (opcodes[r->id].attributes & A_AVX && m->emitted >> i & 1)
             return true;
     return false;
 }
@@ -597,7 +597,7 @@ static bool worth_it(struct translation *t, const struct block *b)
     const struct record *r = b->records;
     unsigned calls = 0;
     for (unsigned i = 0; i < b->count; i++, r = record_after(r))
-        if (!is_emitted(t, r)) {
+        if (!ask(t, r)) {
             if (r->has_link || r->run == op_raise || opcodes[r->id].attributes & A_END)
                 return i > 0 && calls * 4 <= i;
             calls++;
@@ -638,7 +638,7 @@ static void translate(struct vcpu *c, struct block *first)
         region->blocks[i] = w->members[i].block;
     w->ymm = false;
     for (unsigned i = 0; i < w->member_count; i++)
-        w->ymm |= uses_ymm(w, w->members[i].block);
+        w->ymm |= uses_ymm(&w->members[i]);
     for (bool changed = true; changed;) {
         changed = false;
         for (unsigned i = w->member_count; i--;)
