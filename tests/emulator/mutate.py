@@ -3,10 +3,13 @@
 In a copy of the tree, under build/mutate, each row of PLANTS is put into the source, and what compares host code with
 the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, test_translator.py, and test_code.py, which
 changes code. A plant that none of them finds fails this. `make mutate ARGS=words`: only those whose text has the words.
+
+What was found is noted in build/mutate/found, with a hash of the core and of its tests: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build/mutate"
 INSIDE = Path("vmfs/engine/emulator/core/translate")
+FOUND = TREE / "found"
 SECONDS = 900
 
 
@@ -33,20 +37,31 @@ class Plant:
 PLANTS = (
     Plant(
         "a memory access loses the flags that are read after it",
-        "emit.c",
+        "emit_flags.c",
         "(t->writes ? t->precise & ~t->writes : t->live)",
         "0",
     ),
-    Plant("CF alone, where other flags are needed, too", "emit.c", "    if (needed == fC) {", "    if (needed & fC) {"),
+    Plant(
+        "what is asked of an instruction goes on being asked",
+        "emit.c",
+        "        return false;\n    t->asking = true;\n",
+        "        return t->asking = true, false;\n    t->asking = true;\n",
+    ),
+    Plant(
+        "CF alone, where other flags are needed, too",
+        "emit_flags.c",
+        "    if (needed == fC) {",
+        "    if (needed & fC) {",
+    ),
     Plant(
         "a comparison made again with its operands exchanged",
-        "emit.c",
+        "emit_flags.c",
         "case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, a, p, b)",
         "case RECIPE_COMPARE: alu(t, p->size, GROUP_CMP, b, p, a)",
     ),
     Plant(
         "a subtraction made again as an addition",
-        "emit.c",
+        "emit_flags.c",
         "p->kind == RECIPE_ADD ? GROUP_ADD : GROUP_SUB, T0, p, b);",
         "GROUP_ADD, T0, p, b);",
     ),
@@ -57,16 +72,16 @@ PLANTS = (
         "s->restore = t->writes & t->precise && !merges(t);",
         "s->restore = false;",
     ),
-    Plant("OF in its own byte is forgotten", "emit.c", "t->split |= t->writes;", "t->split |= t->writes & fC;"),
+    Plant("OF in its own byte is forgotten", "emit_flags.c", "t->split |= t->writes;", "t->split |= t->writes & fC;"),
     Plant("CF in its own byte is older than a handler's", "emit.c", "unfold(t, s.split_behind);", ";"),
     Plant(
         "OF from a byte by a sum that is one too small",
-        "emit.c",
+        "emit_flags.c",
         "        put8(&t->code, 0x7f);\n        return;",
         "        put8(&t->code, 0x7e);\n        return;",
     ),
-    Plant("OF does not come back from the image", "emit.c", "    if (overflow) {", "    if (false) {"),
-    Plant("OF is looked for in a wrong bit", "emit.c", "kind ? masks[kind] : 1", "kind ? masks[kind] : 2"),
+    Plant("OF does not come back from the image", "emit_flags.c", "    if (overflow) {", "    if (false) {"),
+    Plant("OF is looked for in a wrong bit", "emit_flags.c", "kind ? masks[kind] : 1", "kind ? masks[kind] : 2"),
     Plant(
         "an index that is bounded no more is thought to be",
         "accesses.c",
@@ -75,11 +90,13 @@ PLANTS = (
     ),
     Plant(
         "less without OF",
-        "emit.c",
+        "emit_flags.c",
         "restore_flags(t, true);\n        return condition;",
         "restore_flags(t, false);\n        return condition;",
     ),
-    Plant("RAX is lost when flags are saved", "emit.c", "put_modrm(code, I_W, M1, 0x8b, RAX, in_register(T0));", ""),
+    Plant(
+        "RAX is lost when flags are saved", "emit_flags.c", "put_modrm(code, I_W, M1, 0x8b, RAX, in_register(T0));", ""
+    ),
     Plant(
         "a vector register that is not stored",
         "emit.c",
@@ -158,7 +175,7 @@ PLANTS = (
     ),
     Plant(
         "CF from its own byte by another bit",
-        "emit.c",
+        "emit_flags.c",
         "put8(&t->code, t->split & fC ? 0 : image_bit(fC));",
         "put8(&t->code, t->split & fC ? 1 : image_bit(fC));",
     ),
@@ -311,7 +328,7 @@ PLANTS = (
     Plant(
         "flags after a copy are older than its own",
         "emit.c",
-        "        load_flags(t, ALL);\n    unfold",
+        "        load_flags(t, FLAGS_ARITHMETIC);\n    unfold",
         "        ;\n    unfold",
     ),
     Plant("vector registers after a copy", "emit.c", "    move_vectors(t, copy->vectors, false);\n", ""),
@@ -323,7 +340,12 @@ PLANTS = (
     ),
     Plant("a copy that goes on where nothing follows", "emit.c", "goes_on ? t->code.at : NULL", "t->code.at"),
     Plant("a scratch register after a copy", "emit.c", "    if (copy->held.at)\n", "    if (false)\n"),
-    Plant("a rotation of memory is one of a register", "emit.c", "!(r->prefix & PREFIX_REGISTER) || !(left", "!(left"),
+    Plant(
+        "a rotation of memory is one of a register",
+        "emit_flags.c",
+        "!(r->prefix & PREFIX_REGISTER) || !(left",
+        "!(left",
+    ),
 )
 
 
@@ -358,6 +380,27 @@ def build() -> None:
         raise SystemExit(f"mutate: the tree does not build:\n{done.stderr[-2000:]}")
 
 
+def put(path: Path, source: str) -> None:
+    """Of a header, what includes it is compiled again, and not all of the core, as setup.py would."""
+    before = path.stat()
+    path.write_text(source)
+    if path.suffix == ".h":
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        for each in path.parent.glob("*.c"):
+            if f'"{path.name}"' in each.read_text():
+                each.touch()
+
+
+def digest(plant: Plant) -> str:
+    """Of the plant, and of what decides whether it is found."""
+    hashed = hashlib.sha256(repr(plant).encode())
+    for folder in (ROOT / "vmfs/engine/emulator/core", ROOT / "tests/emulator"):
+        for path in sorted(folder.rglob("*.[chS]")) + sorted(folder.glob("*.py")):
+            if path != Path(__file__).resolve():
+                hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
 def who_finds() -> str:
     """What fails; empty: nothing does."""
     try:
@@ -383,8 +426,12 @@ def main(words: list[str]) -> int:
         print(f"mutate: {found} fails without a plant")
         return 2
     missed = 0
+    known = set(FOUND.read_text().split()) if FOUND.exists() else set()
     for plant in PLANTS:
         if words and not all(word in plant.what for word in words):
+            continue
+        if (hashed := digest(plant)) in known:
+            print(f"found   {plant.what} (before)", flush=True)
             continue
         path = TREE / INSIDE / plant.file
         source = path.read_text()
@@ -392,12 +439,15 @@ def main(words: list[str]) -> int:
             print(f"gone    {plant.what}: {plant.file} has no {plant.old!r}", flush=True)
             missed += 1
             continue
-        path.write_text(source.replace(plant.old, plant.new, 1))
+        put(path, source.replace(plant.old, plant.new, 1))
         build()
         found = who_finds()
         missed += not found
+        if found:
+            with FOUND.open("a") as file:
+                print(hashed, file=file)
         print(f"{'found' if found else 'MISSED'}   {plant.what}{f' ({found})' if found else ''}", flush=True)
-        path.write_text(source)
+        put(path, source)
     return 1 if missed else 0
 
 

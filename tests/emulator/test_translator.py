@@ -519,6 +519,25 @@ def test_an_index_beyond_its_bound_is_of_another_page(monkeypatch):
             assert int(read_register(cpu, "rax"), 0) == sum(values[1000:1256]) & 0xFFFFFFFF, way
 
 
+@pytest.mark.parametrize("place", ["before it", "at the end of the block"])
+def test_a_float_with_unmasked_exceptions_is_a_handlers_alone(place, monkeypatch):
+    """What is asked of it says so, and is asked of nothing else: of what bounds an index, and of a block's last."""
+    adds = "0f58c0"  # ADDPS XMM0, XMM0, of zeros
+    # MOVZX ECX, BL; ADD EAX, [RCX*4+DATA]; INC EBX
+    body = "0fb6cb" + (adds if place == "before it" else "") + "03048d" + struct.pack("<I", DATA).hex() + "ffc3"
+    if place != "before it":  # 32 instructions are a block
+        body += "90" * 28 + adds
+    body += "ffca"  # DEC EDX; JNZ; HLT
+    start = "0fae1425" + struct.pack("<I", COUNTER).hex()  # LDMXCSR of zero
+    code = start + body + "75" + bytes([256 - len(bytes.fromhex(body)) - 2]).hex() + "f4"
+    table = struct.unpack("<1024I", bytes(range(256)) * 16)
+    for way in (INTERPRETED, *WAYS[:2]):
+        with two_pages(way, code, {"rdx": 300}, monkeypatch) as (cpu, _):
+            expected = sum(table[:256]) + sum(table[:44])
+            assert int(read_register(cpu, "rax"), 0) == expected & 0xFFFFFFFF, way
+            assert cpu.counters()["regions"] or way is INTERPRETED
+
+
 ROWS = {  # some accesses off one register, of which a later one is in the next page
     "loads": "488b33 488b7b08",  # MOV RSI, [RBX]; MOV RDI, [RBX+8]
     "stores": "488903 48895308",  # MOV [RBX], RAX; MOV [RBX+8], RDX

@@ -183,11 +183,17 @@ void flags_used(const struct record *r, unsigned traits, u16 *reads, u16 *writes
 void emit_member(struct translation *t, struct member *m);
 void emit_stubs(struct translation *t);
 u32 registers_written(const struct record *r, unsigned traits); /* a bit each */
+int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
+
+/* emit_flags.c */
+void load_flags(struct translation *t, u16 needed);      /* from the image to the host's */
+void unfold(struct translation *t, u16 flags);           /* CF and OF from the image to bytes of their own */
+void merge(struct translation *t);                       /* from the host's to that byte (t->merge) */
+struct recipe recipe_of(const struct record *r);
 bool recipe_uses(const struct recipe *p, u32 registers);
 bool merges(const struct translation *t);
 void flags_before(struct translation *t, u32 registers); /* flags_aside of what writes those registers, and no flags */
 void flags_behind_check(struct translation *t);
-int member_at(const struct translation *t, const struct record *r); /* where a direct jump goes, or -1 */
 
 /* For emitters. They say what is accessed before they return where they are asked. Later, after to_memory and to_stack `accessed` is
  * the memory operand in the host, off T1, or the element of the stack, and the host's flags are what the instruction reads and keeps.
