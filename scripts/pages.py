@@ -39,6 +39,8 @@ def completed(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """With what shells complete: directories where a machine or a mount is named, else files."""
     for one in subparsers(parser).values():
         for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                completed(one)
             if action.dest in MACHINES:
                 action.complete = shtab.DIRECTORY
             elif action.metavar in ("FILE", "KERNEL"):

@@ -48,6 +48,7 @@ COMMANDS = (
     Command("gdb", "join a gdb to a machine: `target remote | vmfs gdb MACHINE`", "vmfs.commands.gdb"),
     Command("save", "write a machine, or a snapshot of it, to one file", "vmfs.commands.save"),
     Command("load", "make a machine of such a file", "vmfs.commands.load"),
+    Command("disk", "make, look at, copy out and keep disks of machines", "vmfs.commands.disk"),
     Command("web", "show the machines of a mount as a web page", "vmfs.web.command"),
     Command("fleet", "run cases on the workers of a Dask cluster", "vmfs.fleet.command"),
     Command("help", "tell of a command, or of a file of a machine", "vmfs.commands.help"),

@@ -11,7 +11,8 @@ TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
-DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", "dev/NAME/media", "dev/add", "dev/unclaimed", "snap/NAME/"}
+OF_DEVICES = {f"dev/{name}" for name in ("NAME/", "NAME/image", "NAME/media", "add", "unclaimed")}
+DIRECTORIES = {"NAME/", "reg/NAME", "snap/NAME/"} | OF_DEVICES
 SNAPSHOT_ROWS = *SNAPSHOT_FILES, snapshot_file("disks/NAME"), snapshot_file("images/NAME")
 SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_ROWS}
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmfs import cli
 from vmfs.boot import media
 from vmfs.boot.media import BIOS, CD, DISK, FLOPPY, KERNEL, tell
 from vmfs.boot.source import Source
+from vmfs.commands import boot
 from vmfs.words.errors import Invalid
 
 
@@ -105,10 +107,83 @@ def test_any_bytes_are_something_or_a_sentence(patches, data, size):
     blob = bytearray(data.ljust(size, b"\0")[:size])
     for at, patch in patches:
         blob[at : at + len(patch)] = patch
+    fd = os.memfd_create("image")
+    os.write(fd, blob)
+    assert media.needs_uefi(Source.of(fd, "image")) in (True, False)
+    os.close(fd)
     try:
         assert told(bytes(blob)) in (KERNEL, CD, FLOPPY, DISK, BIOS)
     except Invalid as error:
         assert str(error).startswith("image: ")
+
+
+# ---- what only UEFI boots
+
+ESP = struct.pack("<16s", bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")).ljust(128, b"\0")
+
+
+def catalog(*rows: bytes) -> bytes:
+    """A CD whose boot catalog has these rows."""
+    record = TORITO.ljust(0x47, b"\0") + struct.pack("<I", 20)
+    return iso(VOLUME, record, END).ljust(20 * 2048, b"\0") + b"".join(row.ljust(32, b"\0") for row in rows)
+
+
+def validation(platform: int) -> bytes:
+    return bytes((1, platform)).ljust(30, b"\0") + b"\x55\xaa"
+
+
+def gpt(first: bytes, *rows: bytes, size: int = 128, at: int = 2) -> bytes:
+    head = b"EFI PART".ljust(72, b"\0") + struct.pack("<QII", at, len(rows), size)
+    return first.ljust(512, b"\0") + head.ljust(512, b"\0") + b"".join(row.ljust(size, b"\0") for row in rows)
+
+
+PROTECTIVE = sector((0, 0xEE, 1, 0xFFFFFFFF))
+
+
+@pytest.mark.parametrize(
+    ("data", "is_so"),
+    [
+        (catalog(validation(0xEF), b"\x88"), True),
+        (catalog(validation(0), b"\x88", b"\x91\xef\1", b"\x88"), False),  # both
+        (catalog(validation(0), b"\0", b"\x91\xef\1", b"\x88"), True),  # what is for a BIOS is not bootable
+        (catalog(validation(0), b"\x88"), False),
+        (catalog(validation(0)[:-1], b"\x88"), False),  # no catalog
+        (catalog(), False),
+        (iso(VOLUME, TORITO.ljust(0x47, b"\0") + b"\xff" * 4, END), False),  # a catalog that is past the end
+        (gpt(PROTECTIVE, bytes(128), ESP), True),
+        (gpt(sector((0, 0xEE, 1, 9), code=b"\xeb\xfe"), ESP), False),  # a boot loader in the MBR
+        (gpt(PROTECTIVE, bytes(128)), False),
+        (gpt(PROTECTIVE, ESP, size=8), False),
+        (gpt(PROTECTIVE, ESP, at=1 << 60), False),
+        (PROTECTIVE, False),
+        (b"", False),
+    ],
+)
+def test_what_only_uefi_boots(data, is_so):
+    fd = os.memfd_create("image")
+    try:
+        os.write(fd, data)
+        assert media.needs_uefi(Source.of(fd, "image")) == is_so
+    finally:
+        os.close(fd)
+
+
+def test_boot_takes_uefi_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(boot, "ovmf", lambda choices: ("/code", "/variables"))
+    image = tmp_path / "image"
+    image.write_bytes(catalog(validation(0xEF), b"\x88"))
+
+    def lines(*words: str) -> list[str]:
+        plan = boot.plan_of(cli.make_parser(["boot"]).parse_args(["boot", str(image), *words]))
+        return [line for line, _ in plan.lines]
+
+    cd = f"cdrom {image}"
+    assert lines() == ["pflash /code ro", "pflash /variables cow", cd]
+    assert "nothing that a BIOS boots: by UEFI firmware" in capsys.readouterr().err
+    assert lines("--bios", "/bios") == [cd]
+    image.write_bytes(catalog(validation(0), b"\x88"))
+    monkeypatch.setattr(boot, "seabios", lambda: "/bios")
+    assert lines() == [cd] and not capsys.readouterr().err
 
 
 def test_floppy_sizes():

@@ -3,12 +3,13 @@
 It goes by what is in the file, never by its name. A medium is told before what is found by a magic number somewhere in
 its first KiB: GRUB in front of a disk's first partition has a multiboot header.
 
-Source: ECMA-119 8.1 (ISO 9660), El Torito 1.0 (section 2), UEFI 2.10 5.2 (MBR) and 5.3 (GPT).
+Source: ECMA-119 8.1 (ISO 9660), El Torito 1.0 (section 2), UEFI 2.10 5.2 (MBR), 5.3 (GPT) and 13.3.2 (El Torito).
 """
 
 from __future__ import annotations
 
 import struct
+import uuid
 
 from vmfs.boot import IMAGES
 from vmfs.boot.source import Source
@@ -20,10 +21,18 @@ _DESCRIPTORS = 16  # the sector where they begin; a set has an end, and this man
 _DESCRIPTORS_MOST = 64
 _BOOT_RECORD, _SET_END = 0, 255
 _EL_TORITO = b"EL TORITO SPECIFICATION"
+_CATALOG = 0x47  # of a boot record: the sector of the catalog
+_ROW = 32  # bytes, of an entry of it; so many are looked at
+_ROWS_MOST = 64
+_VALIDATION, _SECTION, _LAST_SECTION, _BOOTABLE = 0x01, 0x90, 0x91, 0x88
+_X86, _EFI = 0x00, 0xEF  # platforms
 _SIGNATURE = b"\x55\xaa"
 _PE = struct.Struct("<4sH18xH66xH")  # signature, machine, magic number of the optional header, subsystem
 _TABLE, _ENTRY = 446, struct.Struct("<B3sB3sII")
+_BOOT_CODE = 440  # bytes, of an MBR
 _GPT = b"EFI PART"
+_GPT_ROWS_MOST = 128
+_ESP = uuid.UUID("C12A7328-F81F-11D2-BA4B-00A0C93EC93B").bytes_le
 FLOPPY_SIZES = tuple(size << 10 for size in (160, 180, 320, 360, 720, 1200, 1440, 1680, 1722, 2880))
 _BEFORE_MEDIA = ("bzImage-16", "bzImage", "elf-pvh", "elf")  # whose magic numbers are where no medium has them
 _AFTER_MEDIA = ("multiboot1", "multiboot2")
@@ -89,13 +98,49 @@ def is_iso(image: Source) -> bool:
 
 
 def has_el_torito(image: Source) -> bool:
+    return bool(_boot_record(image))
+
+
+def _boot_record(image: Source) -> bytes:
+    """Its beginning; empty where there is none."""
     for number in range(_DESCRIPTORS, _DESCRIPTORS + _DESCRIPTORS_MOST):
-        descriptor = _head(image, number * _ISO_SECTOR, 64)
+        descriptor = _head(image, number * _ISO_SECTOR, _CATALOG + 4)
         if descriptor[1:6] != b"CD001" or descriptor[0] == _SET_END:
             break
         if descriptor[0] == _BOOT_RECORD and descriptor[7:].startswith(_EL_TORITO):
-            return True
-    return False
+            return descriptor
+    return b""
+
+
+def needs_uefi(image: Source) -> bool:
+    """Whether it is a CD or a disk of which UEFI boots something, and a BIOS finds nothing to execute."""
+    if is_iso(image) and (record := _boot_record(image)):
+        platforms = _platforms(image, int.from_bytes(record[_CATALOG : _CATALOG + 4], "little"))
+        return _EFI in platforms and _X86 not in platforms
+    return not any(_head(image, 0, _BOOT_CODE)) and _has_esp(image)
+
+
+def _platforms(image: Source, catalog: int) -> set[int]:
+    """For which there is something to boot. A BIOS looks at the first entry only."""
+    data = _head(image, catalog * _ISO_SECTOR, _ROW * _ROWS_MOST)
+    rows = [data[at : at + _ROW] for at in range(0, len(data) - _ROW + 1, _ROW)]
+    if len(rows) < 2 or rows[0][0] != _VALIDATION or rows[0][30:] != _SIGNATURE:
+        return set()
+    found = {rows[0][1]} if rows[1][0] == _BOOTABLE else set()
+    found |= {_EFI for row in rows[2:] if row[0] in (_SECTION, _LAST_SECTION) and row[1] == _EFI}
+    return found
+
+
+def _has_esp(image: Source) -> bool:
+    """An EFI system partition, in a GPT."""
+    header = _head(image, SECTOR, 92)
+    if not header.startswith(_GPT) or len(header) < 92:
+        return False
+    at, count, size = struct.unpack_from("<QII", header, 72)
+    if size < len(_ESP) or size > SECTOR:
+        return False
+    table = _head(image, at * SECTOR, min(count, _GPT_ROWS_MOST) * size)
+    return any(table[row : row + len(_ESP)] == _ESP for row in range(0, len(table), size))
 
 
 def _has_signature(image: Source) -> bool:

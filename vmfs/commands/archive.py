@@ -134,9 +134,10 @@ def _add(packed: Any, path: str, fd: int, size: int, parts: list[tuple[int, int]
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Any]:
-    """A file that has its name once it is whole, in the place of one that has it, and is not there before: it is
-    without a name as long as it is written, where the file system has such files."""
+def new_file(path: Path, *, replaces: bool = True) -> Iterator[Any]:
+    """A file that has its name once it is whole, and is not there before: it is without a name as long as it is
+    written, where the file system has such files. One that has the name is replaced, or else it is a FileExistsError.
+    """
     try:
         fd = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600)
         name = None
@@ -149,11 +150,18 @@ def new_file(path: Path) -> Iterator[Any]:
             yield file
             file.flush()
             os.fsync(fd)
+            if name is None and not replaces:
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+                return
             if name is None:
                 name = os.path.join(path.parent, f".{path.name[:100]}.{os.getpid()}")
                 # With a directory's descriptor it is linkat(2), which follows the link.
                 os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
-        os.replace(name, path)
+        if replaces:
+            os.replace(name, path)
+        else:
+            os.link(name, path)
+            os.unlink(name)
     except BaseException:
         if name is not None:
             with contextlib.suppress(OSError):

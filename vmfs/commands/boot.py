@@ -213,6 +213,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                 needs_bios = not is_uefi and probe(source) == "bzImage-16"
             else:
                 needs_bios = True
+                if not is_uefi and not plan.bios and found == "raw" and media.needs_uefi(source):
+                    is_uefi = True
+                    print(f"vmfs boot: {path} has nothing that a BIOS boots: by UEFI firmware", file=sys.stderr)
                 plan.lines.append((_line_of(kind, path, mode, source.size), path))
     for number, disk in enumerate(arguments.disk):
         path, mode = split_mode(disk)

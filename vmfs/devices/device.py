@@ -158,6 +158,7 @@ class Device(abc.ABC, Generic[S]):
     INPUTS: tuple[str, ...] = ()  # the kinds that `input` takes
     ASKS: bool = False  # it calls `board.inputs.ask`
     irq: int | None = None
+    HAS_DISK: bool = False  # its `disk` is one (vmfs.devices.virtio.disk), or None in a drive that is empty
     boot_path = ""  # where a BIOS looks for it, as OpenFirmware names places (SeaBIOS src/boot.c); empty: nowhere
     works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
     chip: Any = None  # of vmfs.devices._chips: what of its registers is in C

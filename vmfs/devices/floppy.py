@@ -96,6 +96,7 @@ class FloppyDrive(Removable, QuietDevice[DriveState]):
     TYPE = "floppy"
     STATE = DriveState
     MODES = "rw", "ro", "cow"
+    HAS_DISK = True
 
     def __init__(self, board: Port, name: str, disk: Disk | None = None, *, path: str = "") -> None:
         super().__init__(board, name)

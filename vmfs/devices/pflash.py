@@ -64,6 +64,7 @@ class Pflash(Device[PflashState]):
 
     TYPE = "pflash"
     STATE = PflashState
+    HAS_DISK = True
 
     def __init__(self, board: Port, name: str, disk: Disk, end: int, *, path: str = "") -> None:
         super().__init__(board, name)

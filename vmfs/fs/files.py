@@ -11,7 +11,7 @@ from vmfs.engine import EngineInfo
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES
 from vmfs.fs.forks import ForkFile
 from vmfs.fs.inodes import Kind, Scope
-from vmfs.fs.kinds import History, Kept, LocalText, Served, Stat
+from vmfs.fs.kinds import History, Kept, LocalText, Served, Sparse, Stat
 from vmfs.fs.mapped import Coverage, Framebuffer, Mem
 from vmfs.fs.scopes import RootScope
 from vmfs.words.registers import REGISTERS
@@ -113,6 +113,7 @@ DEV_FILES: tuple[Row, ...] = (
     Row("add", 0o200, Served(readable=False, writable=True, sized=False, asks_host=True)),
     Row("unclaimed", 0o400, READ),
 )
+IMAGE_FILE = Row("image", 0o400, Sparse(walked=False))  # of a device with a disk
 MEDIA_FILE = Row("media", 0o600, HOST)  # of a drive whose medium can be changed
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 

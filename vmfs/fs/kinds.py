@@ -321,18 +321,14 @@ def _file_flags() -> int:
 
 
 @dataclass(frozen=True)
-class Kept(Served):
-    """What nobody changes any more: the kernel may keep what it has read, and map it."""
-
-    dated: bool = False  # type: ignore[assignment]
-    lasting: bool = True  # type: ignore[assignment]
+class Sparse(Served):
+    """Programs may ask where it has data."""
 
     def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
-        return _KeptHandle(node, pid, who)
+        return _SparseHandle(node, pid, who)
 
 
-class _KeptHandle(ServedHandle):
-    direct_io, keep_cache = False, True
+class _SparseHandle(ServedHandle):
     _extents = b""  # its size, and where it has data
 
     async def begin(self, flags: int, uid: int, walking: bool) -> None:
@@ -351,6 +347,21 @@ class _KeptHandle(ServedHandle):
         if self._extents:
             _fuse.set_extents(self._file, None)
         super().close()
+
+
+@dataclass(frozen=True)
+class Kept(Served):
+    """What nobody changes any more: the kernel may keep what it has read, and map it."""
+
+    dated: bool = False  # type: ignore[assignment]
+    lasting: bool = True  # type: ignore[assignment]
+
+    def handle(self, node: File, pid: int, who: Credentials | None) -> ServedHandle:
+        return _KeptHandle(node, pid, who)
+
+
+class _KeptHandle(_SparseHandle):
+    direct_io, keep_cache = False, True
 
     async def read(self, offset: int, size: int) -> bytes:
         """All of it: the kernel's cache takes less for the end of the file."""

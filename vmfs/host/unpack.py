@@ -27,7 +27,7 @@ import msgspec
 import zstandard
 
 from vmfs.words.commands import Result
-from vmfs.words.errors import Invalid, LimitReached, Unsupported, VmfsError
+from vmfs.words.errors import HostError, Invalid, LimitReached, Unsupported, VmfsError
 from vmfs.words.images import COMPRESSED, HEAD, format_of
 
 SECONDS_MOST = 900
@@ -82,15 +82,28 @@ def serve(path: str, asked: str, line: socket.socket, open_file: Callable[[str],
 
     `open_file` opens it, and the backing files of a qcow2, which are named only where `asked` is qcow2: a guest could
     have written such a header into a raw image. `confine` takes the rights away."""
-    asker = Asker(line)
-    try:
+
+    def work(asker: Asker) -> tuple[str, int]:
         files = _chain(path, asked, open_file)
         results = [new_file() for _ in range(_LAYERS_MOST)]
         confine()
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MOST, MEMORY_MOST))
-        signal.alarm(SECONDS_MOST)
+        _bound()
         fd, size = _unpack(files, asked, results, asker)
-        asker.say(0, str(size), fd)
+        return str(size), fd
+
+    _answer(path, Asker(line), work)
+
+
+def _bound() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MOST, MEMORY_MOST))
+    signal.alarm(SECONDS_MOST)
+
+
+def _answer(path: str, asker: Asker, work: Callable[[Asker], tuple[str, int | None]]) -> None:
+    """Say what came of it, or why nothing did."""
+    try:
+        text, fd = work(asker)
+        asker.say(0, text, fd)
     except VmfsError as error:
         asker.say(error.errno, str(error))
     except MemoryError:
@@ -99,6 +112,67 @@ def serve(path: str, asked: str, line: socket.socket, open_file: Callable[[str],
         asker.say(error.errno or errno.EIO, f"{path}: {os.strerror(error.errno or errno.EIO)}")
     except Exception as error:  # of the formats' readers, which raise anything
         asker.say(errno.EINVAL, f"{path}: it is damaged: {type(error).__name__}: {error}"[:400])
+
+
+def unpacked(path: str, asked: str, new_file: Callable[[], int]) -> tuple[int, int]:
+    """What `serve` does, for a command: the file, and its size."""
+    text, fds = _in_a_child(path, lambda line: serve(path, asked, line, _open, new_file, lambda: None))
+    return fds[0], int(text)
+
+
+def looked_at(path: str) -> dict[str, str]:
+    """What an image says of itself: `format`, `size` (of its disk, as far as that is known), `backing`. For a command.
+    """
+
+    def work(asker: Asker) -> tuple[str, None]:
+        fd = _open(path)
+        _bound()
+        kind, size, backing = format_of(os.pread(fd, HEAD, 0)), "", ""
+        if kind == "raw":
+            size = str(os.lseek(fd, 0, os.SEEK_END))
+        elif kind == "qcow2":
+            _check_qcow2(fd)
+            size, backing = str(int.from_bytes(os.pread(fd, 8, 24), "big")), _backing_of(fd)
+        elif kind not in COMPRESSED:
+            size = str(int(_reader(kind, fd, []).size))
+        return "\0".join((kind, size, backing)), None
+
+    text, _ = _in_a_child(path, lambda line: _answer(path, Asker(line), work))
+    return dict(zip(("format", "size", "backing"), text.split("\0"), strict=True))
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _in_a_child(path: str, work: Callable[[socket.socket], None]) -> tuple[str, list[int]]:
+    """With the rights of this process."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    load()
+    child = os.fork()
+    if not child:
+        try:
+            ours.close()
+            work(its)
+        finally:
+            os._exit(0)
+    its.close()
+    try:
+        with ours:
+            while True:
+                packet, fds, _, _ = socket.recv_fds(ours, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+                if packet[:1] != b"T":
+                    break
+                ours.send(b"\x01")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not packet:
+        raise HostError(errno.ETIMEDOUT, f"{path}: the process that unpacks it was ended")
+    result = msgspec.msgpack.decode(packet[1:], type=Result)
+    if result.errno:
+        raise HostError(result.errno, result.text)
+    return result.text, fds
 
 
 def _chain(path: str, asked: str, open_file: Callable[[str], int]) -> list[int]:

@@ -270,7 +270,8 @@ Call = (
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Multiply | Granted | Refused
 
 FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
-FOUND_DRIVE = 4  # a device's directory, with `media`
+FOUND_DRIVE = 4  # a device's directory, with `media` and `image`
+FOUND_DISK = 6  # a device's directory, with `image`
 FOUND_ARRIVING = 5  # a directory in snap/ into which a saved machine comes
 
 

@@ -51,6 +51,7 @@ class AtaDisk(Drive[AtaState]):
     STATE = AtaState
     SIGNATURE = 0, 0
     AFTER_RESET = DRDY | DSC
+    HAS_DISK = True
 
     def __init__(self, board: Port, name: str, disk: Disk, *, path: str = "", serial: str = "") -> None:
         self.disk = disk

@@ -70,6 +70,7 @@ class CdDrive(Removable, Drive[CdState]):
     STATE = CdState
     SIGNATURE = 0x14, 0xEB
     AFTER_RESET = 0
+    HAS_DISK = True
     is_packet = True
 
     def __init__(self, board: Port, name: str, disk: Disk | None = None, *, path: str = "") -> None:

@@ -78,6 +78,7 @@ class Block(VirtioDevice[BlockState]):
     CLASS = 0x010000
     QUEUES = (QUEUE_SIZE,) * MOST_QUEUES
     works = True
+    HAS_DISK = True
 
     def __init__(
         self,

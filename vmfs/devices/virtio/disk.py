@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from vmfs.devices import _chips
 from vmfs.memory.hostfile import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, can_punch, fallocate
+from vmfs.memory.layers import extents, joined
 from vmfs.words.errors import Busy, HostError, Invalid, VmfsError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ class Disk(Protocol):
         ...
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None: ...
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what may be other than zeros."""
+        ...
 
     def save_map(self) -> dict[int, bytes]:
         """Of an overlay: which clusters it has, a bit each, by their chunk of 512; else nothing."""
@@ -216,6 +221,12 @@ class RawDisk:
             size = min(length, len(_ZEROS))
             self.write(offset, [memoryview(_ZEROS)[:size]])
             offset, length = offset + size, length - size
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        try:
+            yield from extents(self.fd, 0, self.length)
+        except OSError:  # of a block device, or on a file system that tells nobody
+            yield 0, self.length
 
     def save_map(self) -> dict[int, bytes]:
         return {}
@@ -530,6 +541,9 @@ class Overlay:
         return chunks
 
     def extents(self) -> Iterator[tuple[int, int]]:
+        return joined((self.base.extents(), self.written()))
+
+    def written(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of the clusters that are not the base's."""
         return _extents((clusters for _, clusters in self._files), self.size)
 

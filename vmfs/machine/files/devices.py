@@ -6,6 +6,8 @@ DEVICE_FILES are the files of a device, a row each. A device is detached by rmdi
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +16,16 @@ import trio
 
 from vmfs.devices.device import Device
 from vmfs.devices.medium import Removable
+from vmfs.devices.virtio.disk import SECTOR
 from vmfs.machine.attach import attach, parse_attachment, parse_medium
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text
 from vmfs.machine.files.lines import Do, LineHandle, Undo
+from vmfs.machine.files.snapshots import few
 from vmfs.machine.machine import Vm
-from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DRIVE
-from vmfs.words.errors import NotPermitted
+from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DISK, FOUND_DRIVE
+from vmfs.words.errors import HostError, NotPermitted
 
 
 class DeviceScope(Scope):
@@ -85,14 +89,60 @@ def _put_media(scope: Any, text: str) -> Do:
     return do
 
 
+@dataclass(frozen=True)
+class DiskImage(Kind):
+    """What the guest has on a disk, as it is now."""
+
+    walked = False  # it is not a file of the machine's, as `cp -r` would have it
+
+    def size(self, scope: Any) -> int:
+        disk = scope.device.disk
+        return disk.size if disk is not None else 0
+
+    def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
+        return _DiskHandle(node, nonblocking)
+
+
+class _DiskHandle(Handle):
+    async def read(self, offset: int, size: int) -> bytes:
+        # In a thread: the host's disk may be slow, and a CPU hold the board's lock for it.
+        return await trio.to_thread.run_sync(self._read, offset, size)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        device = self.scope.device
+        with device.board.lock:  # so that it is not closed meanwhile
+            disk = device.disk
+            end = min(offset + size, disk.size if disk is not None else 0)
+            if offset >= end:
+                return b""
+            start = offset // SECTOR * SECTOR
+            data = memoryview(bytearray(-(-end // SECTOR) * SECTOR - start))
+            try:
+                disk.read(start, [data])
+            except OSError as error:
+                raise HostError(error.errno or errno.EIO, f"{device.name}: {os.strerror(error.errno or 5)}") from None
+        return bytes(data[offset - start : end - start])
+
+    def extents(self) -> list[tuple[int, int]]:
+        device = self.scope.device
+        with device.board.lock:
+            return few(device.disk.extents()) if device.disk is not None else []
+
+
 MEDIA = Text(lambda scope: f"{scope.device.medium}\n", _put_media, acts=True)
 DEVICE_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
 MEDIA_KINDS = {"media": MEDIA}
+DISK_KINDS: Mapping[str, Kind] = {"image": DiskImage()}
 
 
 def kind_of(device: Device, name: str) -> Kind | None:
     """Of a file of a device; None where it has none of that name."""
-    return DEVICE_KINDS.get(name) or (MEDIA_KINDS.get(name) if isinstance(device, Removable) else None)
+    kind = DEVICE_KINDS.get(name)
+    if kind is None and device.HAS_DISK:
+        kind = DISK_KINDS.get(name)
+    if kind is None and isinstance(device, Removable):
+        kind = MEDIA_KINDS.get(name)
+    return kind
 
 
 UNCLAIMED = Text(lambda scope: scope.vm.unclaimed())
@@ -156,7 +206,10 @@ class Devices:
 
     def found(self, name: str) -> int:
         """What a listing says of one that is there."""
-        return FOUND_DRIVE if isinstance(self._scopes[name].device, Removable) else FOUND_DIRECTORY
+        device = self._scopes[name].device
+        if isinstance(device, Removable):
+            return FOUND_DRIVE
+        return FOUND_DISK if device.HAS_DISK else FOUND_DIRECTORY
 
     def remove(self, name: str) -> None:
         """Detach it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,14 @@ class Bytes(Kind):
         return _BytesHandle(node, nonblocking, self)
 
 
+def few(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """As many as can be told of: small holes are data then."""
+    found, gap = list(extents), _GAP
+    while len(found) > EXTENTS_MOST:
+        found, gap = list(_closed(found, gap)), 2 * gap
+    return found
+
+
 def _closed(extents: list[tuple[int, int]], gap: int) -> Iterator[tuple[int, int]]:
     """With no hole that is smaller than `gap`."""
     start, end = extents[0]
@@ -96,10 +104,7 @@ class _BytesHandle(Handle):
     def extents(self) -> list[tuple[int, int]]:
         if self._kind.extents is None:
             return [(0, self._kind.length(self.scope))]
-        found, gap = list(self._kind.extents(self.scope)), _GAP
-        while len(found) > EXTENTS_MOST:  # small holes are data then
-            found, gap = list(_closed(found, gap)), 2 * gap
-        return found
+        return few(self._kind.extents(self.scope))
 
 
 def _ram(scope: SnapshotScope) -> Image:
