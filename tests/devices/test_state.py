@@ -26,6 +26,8 @@ from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
 from vmfs.devices.pflash import Pflash
+from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
+from vmfs.devices.sata.ahci import Ahci
 from vmfs.devices.virtio.backends import Stream
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
@@ -78,6 +80,8 @@ def a_pc(folder):
         lambda slot: FloppyDrive(pc, "fd0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow")),
         lambda slot: Pflash(pc, "pflash0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow"), pc.flash_end),
         lambda slot: CdDrive(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
+        lambda slot: AtaDisk(pc, "sata0", open_disk(os.open(image, os.O_RDONLY), "cow")),
+        lambda slot: CdDrive(pc, "sata1", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
         pc.plug(make(pc.pci.free_slot()))
     try:
@@ -90,7 +94,7 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1"
 ).split()
 
 
@@ -164,6 +168,48 @@ def make_ide_request(dice, pc, guest, unit):
     return seen
 
 
+LIST, FISES, COMMAND_TABLE = 0x2000, 0x2400, 0x3000  # of AHCI
+
+
+def make_ahci_request(dice, pc, guest, number):
+    """A command to a drive of AHCI, most of them right; all that was read."""
+    ahci, ram = pc.ahci, pc.ram
+    guest.config(ahci.slot, 4, 0x107 if dice.random() < 0.9 else 0x103, size=2)
+    if ahci.bar(5) is None:  # it was moved out of reach
+        ahci.reset()
+        return []
+    base = ahci.bar(5)
+    port = base + 0x100 + 0x80 * number
+    for at, value in ((0, LIST), (4, 0), (8, FISES), (12, 0)):
+        guest.store(port + at, value)
+    if dice.random() < 0.9:
+        guest.store(port + 0x18, 0x11)
+    slot, rows = dice.choice((0, 0, 5, 31)), dice.choice((0, 1, 2, 3))
+    flags = dice.choice((5, 5, 5, 0x45, 0x25, 0x25, 0x405, 2))
+    ram[LIST + 32 * slot : LIST + 32 * slot + 16] = struct.pack("<HHIQ", flags, rows, 0, COMMAND_TABLE)
+    command = 0xA0 if number and dice.random() < 0.8 else dice.choice((*ATA_COMMANDS, 0xA1, 0x08))
+    fis = 0x27, dice.choice((0x80, 0x80, 0x80, 0)), command, dice.choice((1, 0, 3))
+    fis += dice.choice((1, 3, 250)), 0, 0, 0xE0, 0, 0, 0, 0, dice.choice((1, 2, 3, 0)), 0, 0, dice.choice((0, 4))
+    ram[COMMAND_TABLE : COMMAND_TABLE + 16] = bytes(fis)
+    packet = dice.choice(tuple(PACKETS)), *(dice.choice((0, 1, 2, 0x10)) for _ in range(11))
+    ram[COMMAND_TABLE + 0x40 : COMMAND_TABLE + 0x4C] = bytes(packet)
+    for row in range(3):
+        where = QUEUES + 0x1000 * row if dice.random() < 0.95 else 1 << 40
+        entry = struct.pack("<QII", where, 0, dice.choice((511, 1023, 2047, 1)) | dice.choice((0, 1 << 31)))
+        ram[COMMAND_TABLE + 0x80 + 16 * row : COMMAND_TABLE + 0x90 + 16 * row] = entry
+    guest.store(port + 0x14, dice.choice((0xFFFFFFFF, 0)))
+    guest.store(port + 0x38, 1 << slot)
+    seen = [guest.load(port + at) for at in (0x10, 0x18, 0x20, 0x24, 0x28, 0x38)]
+    guest.store(port + 0x10, dice.choice((0xFFFFFFFF, 0)))
+    if dice.random() < 0.3:
+        guest.store(port + 0x2C, dice.choice((0, 1, 4)))
+    if dice.random() < 0.5:
+        guest.store(port + 0x2C, 0)
+        guest.store(port + 0x18, 0x10)
+    guest.store(base + 4, dice.choice((2, 2, 2, 0, 3)))
+    return seen
+
+
 def make_floppy_request(dice, guest):
     """A command with what it needs, most of them right; all that was read."""
     row, seen = dice.choice(COMMANDS), []
@@ -187,9 +233,13 @@ def drive(pc, name, seed, count=120):
     guest, device, seen = Guest(pc), pc.devices[name], []
     for _ in range(count):
         what = dice.random()
+        is_sata = isinstance(device, Ahci) or name in SATA_NAMES
         windows = pc.ide.windows() if isinstance(device, Drive) else device.windows()
+        windows = pc.ahci.windows() if name in SATA_NAMES else windows
         windows = pc.fdc.windows() if isinstance(device, FloppyDrive) else windows
-        if isinstance(device, (Drive, Ide)) and what < 0.4:
+        if is_sata and what < 0.5:
+            seen += make_ahci_request(dice, pc, guest, dice.randrange(2))
+        elif isinstance(device, (Drive, Ide)) and what < 0.4:
             seen += make_ide_request(dice, pc, guest, dice.randrange(2))
         elif isinstance(device, (Fdc, FloppyDrive)) and what < 0.6:
             seen += make_floppy_request(dice, guest)
@@ -248,7 +298,7 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    for name in ("blk1", "hda", "fd0", "pflash0"):
+    for name in ("blk1", "hda", "fd0", "pflash0", "sata0"):
         disk, copy = pc.devices[name].disk, other.devices[name].disk
         os.pwrite(copy.fd, os.pread(disk.fd, disk.size, 0), 0)
     with other.asleep():

@@ -25,7 +25,7 @@ def boot(make_pc, line: str, mem: str = "64M"):
 
 
 @needs_grub
-@pytest.mark.parametrize("line", ["cdrom {}", "ide {} ro"])
+@pytest.mark.parametrize("line", ["cdrom {}", "ide {} ro", "ahci-cdrom {}"])
 def test_a_rescue_iso_of_grub(make_pc, tmp_path: Path, line: str) -> None:
     """To its prompt, where it reads the CD; as a hard disk, too."""
     image = grub_iso(tmp_path / "grub.iso", files={"word": b"the word of the CD"})

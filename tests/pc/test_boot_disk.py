@@ -21,22 +21,23 @@ READS_ITS_END = (
 )  # fmt: skip
 
 
-def boot(pc, image: Path, mode: str) -> None:
+def boot(pc, image: Path, mode: str, kind: str = "blk") -> None:
     pc.write("mem_size", "16M")
     pc.load("bios", SEABIOS)
-    pc.write("dev/add", f"blk {image} {mode}")
+    pc.write("dev/add", f"{kind} {image} {mode}")
     pc.start()
 
 
 @pytest.mark.parametrize(
-    "size, mode",
-    [(512, "rw"), (512, "ro"), (512, "cow"), (13_188, "ro"), (13_188, "cow"), (64 * 512, "rw"), (2 << 20, "rw")],
-)
-def test_a_boot_sector_on_a_disk_of_any_size(make_pc, tmp_path, size, mode):
+    "size, mode, kind",
+    [(512, "rw", "blk"), (512, "ro", "blk"), (512, "cow", "blk"), (13_188, "ro", "blk"), (13_188, "cow", "blk"),
+     (64 * 512, "rw", "blk"), (2 << 20, "rw", "blk"), (2 << 20, "rw", "ahci")],
+)  # fmt: skip
+def test_a_boot_sector_on_a_disk_of_any_size(make_pc, tmp_path, size, mode, kind):
     image = tmp_path / "disk.img"
     image.write_bytes(PRINTS_A.ljust(size, b"\0"))
     pc = make_pc()
-    boot(pc, image, mode)
+    boot(pc, image, mode, kind)
     pc.expect("A")
     deadline = time.monotonic() + 30
     while "A" not in (shown := pc.read("screen.txt")).splitlines():

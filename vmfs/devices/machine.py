@@ -26,6 +26,8 @@ from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import TOP, Pflash
 from vmfs.devices.power import Power, PowerFunction, rebased
 from vmfs.devices.rtc import Rtc
+from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
+from vmfs.devices.sata.ahci import Ahci
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.devices.vmgenid import VmGenId
@@ -78,6 +80,7 @@ PC_DEVICES: tuple[Row, ...] = (
 
 _TABLES = "etc/acpi/tables"  # of fw_cfg
 DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
+AHCI_SLOT = 30
 IDE_FUNCTION = 1  # of the PIIX3, whose function 0 is the ISA bridge
 
 
@@ -120,16 +123,18 @@ class Pc(Board):
 
     def unplug(self, device: Device) -> None:
         """The other way round."""
-        if device is self.fdc or device is self.ide and self.ide.drives:
+        controllers = (one for one in (self.ide, self.ahci) if one is not None and one.drives)
+        if device is self.fdc or device in controllers:
             raise Busy(f"{device.name}: it goes with the last of its drives")
         if isinstance(device, PciDevice):
             self.pci.unplug(device)
         elif isinstance(device, Drive):
             self.remove(device)
-            assert self.ide is not None
-            self.ide.disconnect(device)
-            if not self.ide.drives:
-                self.pci.unplug(self.ide)
+            controller = self.ahci if device.name in SATA_NAMES else self.ide
+            assert controller is not None
+            controller.disconnect(device)
+            if not controller.drives:
+                self.pci.unplug(controller)
         elif isinstance(device, FloppyDrive):
             self.remove(device)
             assert self.fdc is not None
@@ -159,6 +164,11 @@ class Pc(Board):
         return ide if isinstance(ide, Ide) else None
 
     @property
+    def ahci(self) -> Ahci | None:
+        ahci = self.devices.get("ahci")
+        return ahci if isinstance(ahci, Ahci) else None
+
+    @property
     def fdc(self) -> Fdc | None:
         fdc = self.devices.get("fdc")
         return fdc if isinstance(fdc, Fdc) else None
@@ -182,11 +192,19 @@ class Pc(Board):
     def free_floppies(self) -> list[str]:
         return [name for name in DRIVES if name not in self.devices]
 
-    def free_drives(self) -> list[str]:
-        """The names of IDE drives that there are not."""
-        return [name for name in NAMES if name not in self.devices]
+    def free_drives(self, names: tuple[str, ...] = NAMES) -> list[str]:
+        """The names of IDE drives, or of others, that there are not."""
+        return [name for name in names if name not in self.devices]
 
     def _connect(self, drive: Drive) -> None:
+        if drive.name in SATA_NAMES:
+            ahci = self.ahci
+            if ahci is None:
+                ahci = Ahci(self, "ahci", AHCI_SLOT)
+                self.pci.plug(ahci)
+            ahci.connect(drive)
+            self.add(drive)
+            return
         ide = self.ide
         if ide is None:
             ide = Ide(self, "ide", ISA_SLOT, IDE_FUNCTION)

@@ -22,6 +22,7 @@ from vmfs.devices.machine import Pc
 from vmfs.devices.medium import Removable
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
+from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
@@ -100,6 +101,13 @@ def _drive_name(board: Pc, words: list[str], order: Sequence[str]) -> str:
     if not name:
         raise LimitReached(f"dev/add: an IDE controller has {len(NAMES)} drives, and all are there")
     return name
+
+
+def _sata_name(board: Pc, kind: str, words: list[str]) -> str:
+    free = board.free_drives(SATA_NAMES)
+    if not free:
+        raise LimitReached(f"dev/add: an AHCI controller has {len(SATA_NAMES)} ports, and a drive is at each")
+    return free[0]
 
 
 _FORMAT = "format="
@@ -358,6 +366,28 @@ ATTACHABLE: Mapping[str, Row] = {
         _open_cdrom,
         _make_cdrom,
         lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
+        hand=_hand_disk,
+        take=_take_cdrom,
+        mode=lambda words: "ro" if _plain(words) else "",
+    ),
+    "ahci": Row(
+        "ahci PATH [ro|rw|cow] [format=FORMAT]",
+        1,
+        3,
+        _open_disk,
+        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
+        _sata_name,
+        hand=_hand_disk,
+        take=_take_disk,
+        mode=_disk_mode,
+    ),
+    "ahci-cdrom": Row(
+        "ahci-cdrom [PATH] [format=FORMAT]",
+        0,
+        2,
+        _open_cdrom,
+        _make_cdrom,
+        _sata_name,
         hand=_hand_disk,
         take=_take_cdrom,
         mode=lambda words: "ro" if _plain(words) else "",

@@ -324,7 +324,10 @@ class AtaDisk(Drive[AtaState]):
         put(80, 0x0070)  # ATA-4 to ATA/ATAPI-6
         put(82, 0x0068, 0x7400, 0x4000)  # power management, write cache, look-ahead; 48-bit addresses, both flushes
         put(85, 0x0048 | (0x20 if self.write_cache else 0), 0x3400, 0x4000, ultra)
-        put(93, 0x600B)  # the cable has 80 wires
+        if self.is_serial:
+            put(76, 0x000E)  # 1.5, 3 and 6 Gb/s
+        else:
+            put(93, 0x600B)  # the cable has 80 wires
         put(100, *(self.sectors >> shift & 0xFFFF for shift in (0, 16, 32, 48)))
         words[510] = 0xA5
         words[511] = -sum(words) & 0xFF

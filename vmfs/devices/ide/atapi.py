@@ -485,7 +485,10 @@ class CdDrive(Removable, Drive[CdState]):
         put(63, multiword, 3, 120, 120, 120, 120)
         put(80, 0x0070)
         put(82, 0x0218, 0x4000, 0x4000, 0x0218, 0, 0x4000, ultra)
-        put(93, 0x600B)
+        if self.is_serial:
+            put(76, 0x000E)
+        else:
+            put(93, 0x600B)
         words[510] = 0xA5
         words[511] = -sum(words) & 0xFF
         return bytes(words)

@@ -96,11 +96,12 @@ class _NoCable:
 
 
 class Drive(QuietDevice[D], abc.ABC):
-    """One of the two drives of a channel. The channel has the interrupt, and the block at the data port."""
+    """One of the two drives of a channel, or the one of a SATA port, which has the interrupt and the block of data."""
 
     SIGNATURE: tuple[int, int]  # mid and high after a reset
     AFTER_RESET: int  # status
     is_packet = False
+    is_serial = False  # it is at a port of SATA
 
     def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
