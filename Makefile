@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: install wheels deb help setup demo test bench fuzz mutate repeat past fleet asan tsan lint clean
+.PHONY: install wheels deb deb-test help setup demo test bench fuzz mutate repeat past fleet asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make setup   what the others need: system packages (Debian), .venv, the C extensions"
 	@echo "make wheels  wheels for pip into dist/, one for each Python that is here"
 	@echo "make deb     a Debian package into dist/"
+	@echo "make deb-test installs it in a fresh Debian, uses it, and purges it (root, mmdebstrap)"
 	@echo "make install the command, man pages and completions, under PREFIX (/usr/local)"
 	@echo "make clean   removes what was built"
 
@@ -82,6 +83,9 @@ wheels:
 
 deb: setup
 	@scripts/deb.sh
+
+deb-test: deb
+	@scripts/deb_test.sh
 
 clean:
 	rm -rf build dist .cache .venv .pytest_cache .hypothesis *.egg-info

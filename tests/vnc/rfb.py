@@ -76,6 +76,37 @@ class Viewer:
             self.get({0: 4 * width * height, -308: 20, -261: 1}.get(encoding, 0))
         return found
 
+    def tight_rectangles(self) -> list[tuple[int, int, int, int, bytes]]:
+        """Of the next update: where they are, and what follows their headers. Pixels are of 32 bits."""
+        kind, count = struct.unpack(">BxH", self.get(4))
+        assert kind == 0
+        found = []
+        for _ in range(count):
+            x, y, width, height, encoding = struct.unpack(">HHHHi", self.get(12))
+            assert encoding == 7
+            found.append((x, y, width, height, self._tight(width, height)))
+        return found
+
+    def _tight(self, width: int, height: int) -> bytes:
+        data = self.get(1)
+        kind, size = data[0] >> 4, 3 * width * height
+        if kind == 8:
+            return data + self.get(3)
+        if kind < 8 and kind & 4:
+            data += self.get(2)
+            count = data[2] + 1
+            data += self.get(3 * count)
+            size = (width + 7) // 8 * height if count == 2 else width * height
+        if kind < 8 and size < 12:
+            return data + self.get(size)
+        length = 0
+        for shift in (0, 7, 14):
+            data += self.get(1)
+            length |= (data[-1] & (255 if shift == 14 else 127)) << shift
+            if not data[-1] & 128:
+                break
+        return data + self.get(length)
+
     def key(self, down: bool, symbol: int) -> None:
         self.put(struct.pack(">B?xxI", 4, down, symbol))
 

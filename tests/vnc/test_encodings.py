@@ -1,20 +1,22 @@
-"""Pictures: what has changed of one is found, and what a client decodes is what was there. The decoders are written by
-the protocol's description, and share nothing with the encoders."""
+"""Pictures: what has changed of one is found, and what a client decodes is what was there."""
 
 from __future__ import annotations
 
+import io
 import random
 import struct
-import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from vnc.reader import Reader
 
 from vmfs.devices import _pixels
 from vmfs.devices.screen import TILE, Picture, Shown
-from vmfs.machine.vnc.encodings import Encoder, parts_of
-from vmfs.machine.vnc.messages import FORMAT, RAW, TIGHT, ZRLE, PixelFormat, colour_map, parse_format
+from vmfs.machine.vnc.encodings import Encoder, as_jpeg, bands_of, is_photograph, jpeg_quality, parts_of
+from vmfs.machine.vnc.messages import FORMAT, JPEG_QUALITY, RAW, TIGHT, ZRLE, PixelFormat, colour_map, parse_format
+from vmfs.machine.vnc.motion import CALM_SECONDS, Motion
 
 FORMATS = {
     "bgrx": FORMAT,
@@ -33,143 +35,6 @@ def expected(pixel, format):
     """The colours of a pixel as far as the format has them."""
     shown = [(pixel >> at & 255) for at in (16, 8, 0)]
     return tuple((one * most + 127) // 255 for one, most in zip(shown, format.most, strict=True))
-
-
-class Reader:
-    """A client: it takes bytes and makes pixels of them, each the three numbers that the format has."""
-
-    def __init__(self, format):
-        self.format = format
-        self.zrle = zlib.decompressobj()
-        self.tight = [zlib.decompressobj() for _ in range(4)]
-
-    def colours(self, value):
-        return tuple(value >> shift & most for most, shift in zip(self.format.most, self.format.shift, strict=True))
-
-    def pixel(self, data):
-        return self.colours(int.from_bytes(data, "big" if self.format.big else "little")), self.format.size
-
-    def cpixel(self, data):
-        """RFC 6143, 7.7.5."""
-        format = self.format
-        used = sum(most << shift for most, shift in zip(format.most, format.shift, strict=True))
-        if format.size != 4 or format.depth > 24:
-            return self.pixel(data[: format.size])
-        if used < 1 << 24:
-            whole = b"\0" + data[:3] if format.big else data[:3] + b"\0"
-        elif not used & 0xFF:
-            whole = data[:3] + b"\0" if format.big else b"\0" + data[:3]
-        else:
-            return self.pixel(data[:4])
-        return self.pixel(whole)[0], 3
-
-    def tpixel(self, data):
-        format = self.format
-        if format.size == 4 and format.depth == 24 and format.most == (255, 255, 255):
-            return tuple(data[:3]), 3
-        return self.pixel(data[: format.size])
-
-    def read(self, encoding, data, width, height):
-        return {RAW: self.read_raw, ZRLE: self.read_zrle, TIGHT: self.read_tight}[encoding](data, width, height)
-
-    def read_raw(self, data, width, height):
-        size = self.format.size
-        assert len(data) == width * height * size
-        return [self.pixel(data[at : at + size])[0] for at in range(0, len(data), size)]
-
-    def read_zrle(self, data, width, height):
-        (length,) = struct.unpack(">I", data[:4])
-        assert length == len(data) - 4
-        data, at = self.zrle.decompress(data[4:]), 0
-        pixels = [None] * (width * height)
-
-        def take(count):
-            nonlocal at
-            at += count
-            assert at <= len(data)
-            return data[at - count : at]
-
-        def cpixel():
-            nonlocal at
-            value, size = self.cpixel(data[at:])
-            at += size
-            return value
-
-        def run():
-            length = 1
-            while (byte := take(1)[0]) == 255:
-                length += 255
-            return length + byte
-
-        for top in range(0, height, 64):
-            for left in range(0, width, 64):
-                across, down = min(64, width - left), min(64, height - top)
-                kind, tile = take(1)[0], []
-                if kind == 0:
-                    tile = [cpixel() for _ in range(across * down)]
-                elif kind == 1:
-                    tile = [cpixel()] * (across * down)
-                elif kind <= 16:
-                    palette = [cpixel() for _ in range(kind)]
-                    bits = 1 if kind == 2 else 2 if kind <= 4 else 4
-                    for _ in range(down):
-                        row = take((across * bits + 7) // 8)
-                        for x in range(across):
-                            index = row[x * bits // 8] >> 8 - bits - x * bits % 8 & (1 << bits) - 1
-                            tile.append(palette[index])
-                elif kind == 128:
-                    while len(tile) < across * down:
-                        value = cpixel()
-                        tile += [value] * run()
-                else:
-                    assert kind >= 130
-                    palette = [cpixel() for _ in range(kind - 128)]
-                    while len(tile) < across * down:
-                        index = take(1)[0]
-                        tile += [palette[index & 127]] * (run() if index & 128 else 1)
-                assert len(tile) == across * down
-                for y in range(down):
-                    begin = (top + y) * width + left
-                    pixels[begin : begin + across] = tile[y * across : (y + 1) * across]
-        assert at == len(data)
-        return pixels
-
-    def read_tight(self, data, width, height):
-        kind, at = data[0] >> 4, 1
-        assert not data[0] & 15  # no stream begins anew
-        if kind == 8:
-            value, size = self.tpixel(data[1:])
-            assert len(data) == 1 + size
-            return [value] * (width * height)
-        assert kind < 8
-        palette = []
-        if kind & 4:
-            assert data[1] == 1
-            count, at = data[2] + 1, 3
-            for _ in range(count):
-                value, size = self.tpixel(data[at:])
-                palette.append(value)
-                at += size
-        pixel_size = self.tpixel(bytes(4))[1]
-        row = (width + 7) // 8 if len(palette) == 2 else width if palette else width * pixel_size
-        if row * height < 12:
-            plain = data[at:]
-        else:
-            length = shift = 0
-            for shift in (0, 7, 14):
-                byte = data[at]
-                at += 1
-                length |= (byte if shift == 14 else byte & 127) << shift
-                if not byte & 128:
-                    break
-            assert length == len(data) - at
-            plain = self.tight[kind & 3].decompress(data[at:])
-        assert len(plain) == row * height
-        if len(palette) == 2:
-            return [palette[plain[y * row + x // 8] >> 7 - x % 8 & 1] for y in range(height) for x in range(width)]
-        if palette:
-            return [palette[one] for one in plain]
-        return [self.tpixel(plain[at:])[0] for at in range(0, len(plain), pixel_size)]
 
 
 def draw(dice, width, height):
@@ -307,3 +172,78 @@ def test_bad_calls_are_refused():
     for width, height, tile, count in ((65, 64, 32, 6), (64, 64, 32, 3), (64, 64, 0, 4), (20000, 1, 32, 999)):
         with pytest.raises(ValueError, match="too small"):
             _pixels.update(pixels, width, height, b"", 0, 0, 8, bytes(1024), tile, bytearray(count))
+
+
+def photograph(width, height):
+    """Smooth, and of more colours than a palette has."""
+    picture = Picture(width, height)
+    picture.pixels[:] = b"".join(
+        bytes(((x + y) // 2, y, x, 0)) for y in range(height) for x in range(width)
+    )  # fmt: skip
+    return picture
+
+
+def test_what_is_like_a_photograph_is_found():
+    picture = photograph(200, 150)
+    whole, small = (0, 0, 200, 150), (10, 10, 20, 20)
+    assert is_photograph(picture, whole) and not is_photograph(picture, small)
+    few = Picture(200, 150)
+    few.pixels[:] = struct.pack("<30000I", *(n % 256 for n in range(30000)))
+    assert not is_photograph(few, whole)
+    few.pixels[-4:] = b"\0\1\0\0"  # the 257th, at the end
+    assert is_photograph(few, whole)
+
+
+@pytest.mark.parametrize("part", [(0, 0, 200, 150), (40, 30, 160, 120), (7, 0, 50, 150), (199, 149, 1, 1)])
+def test_jpeg_is_the_part(part):
+    picture = photograph(200, 150)
+    data = as_jpeg(picture, part, jpeg_quality((TIGHT, JPEG_QUALITY[9])))
+    length, at = data[1] & 127, 2
+    for shift in (7, 14):
+        if data[at - 1] & 128:
+            length |= (data[at] & (127 if shift == 7 else 255)) << shift
+            at += 1
+    assert data[0] == 0x90 and length == len(data) - at
+    shown = Image.open(io.BytesIO(data[at:]))
+    assert (shown.format, shown.size) == ("JPEG", part[2:])
+    data = shown.tobytes()
+    for n, pixel in enumerate(within(picture, part)):
+        assert all(abs(one - other) < 12 for one, other in zip(data[3 * n :], expected(pixel, FORMAT), strict=False))
+
+
+def test_bands_of_a_large_part():
+    bands = bands_of((10, 20, 1000, 300))
+    assert all(width * height <= 1 << 16 for _, _, width, height in bands)
+    assert [band[1] for band in bands] == [20 + sum(one[3] for one in bands[:n]) for n in range(len(bands))]
+    assert sum(band[3] for band in bands) == 300 and {(band[0], band[2]) for band in bands} == {(10, 1000)}
+
+
+def test_who_takes_jpeg():
+    assert jpeg_quality((TIGHT, ZRLE)) is None
+    assert jpeg_quality((TIGHT, -26)) == 72 and jpeg_quality((-32,)) == 30 and jpeg_quality((-23,)) == 93
+    assert jpeg_quality((-33, -22)) is None
+
+
+def test_what_moves_is_rough_and_what_rests_is_not():
+    motion = Motion()
+    tile, other = 1, 1 << 8
+    assert motion.split(tile | other, 0.0) == (tile | other, 0)  # the first time it may be all
+    assert motion.split(tile, 0.1) == (0, tile)
+    motion.sent_roughly(tile)
+    assert 0.0 < motion.rests_in(0.1) <= CALM_SECONDS
+    assert motion.split(0, 0.2) == (0, 0)
+    at = 0.2
+    while (found := motion.split(0, at)) == (0, 0):
+        at += motion.rests_in(at)
+        assert at < 10 * CALM_SECONDS
+    assert found == (tile, 0) and at - 0.1 >= CALM_SECONDS
+    assert motion.rests_in(at) == float("inf")
+    assert motion.split(tile, at + 5) == (tile, 0)  # long after
+
+
+def test_what_moves_again_is_not_sharpened_meanwhile():
+    motion = Motion()
+    motion.split(1, 0.0)
+    for n in range(1, 60):
+        assert motion.split(1, n / 30) == (0, 1)
+        motion.sent_roughly(1)

@@ -17,7 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounting import SOON, failing, wait_until
 from PIL import Image, ImageChops
+from vnc.reader import Reader
 from vnc.rfb import Viewer
+
+from vmfs.machine.vnc.messages import FORMAT
 
 
 def vncdo(machine, *words, check=True):
@@ -204,6 +207,51 @@ def test_only_what_changes_is_sent(guest, tmp_path):
         while not any(one[4] == -261 for one in viewer.rectangles()):
             viewer.ask(720, 400, incremental=True)
         assert "leds capslock\n" in (guest / "dev/keyboard/info").read_text()
+
+
+def moving(number):
+    """320x240 pixels of 32 bits, of many colours, which move."""
+    line = [bytes((x, (x + number) * 3 & 255)) for x in range(256)]
+    return b"".join(line[x & 255] + bytes((y, 0)) for y in range(240) for x in range(320))
+
+
+@pytest.mark.parametrize("quality", [(), (-26,)], ids=["exact", "jpeg"])
+def test_what_moves_is_jpeg_until_it_rests(pc, tmp_path, quality):
+    """For a client that takes JPEG; and then it has the very pixels."""
+    pc.write("mode", "real\n")
+    code = b"".join(
+        b"\xba" + struct.pack("<H", port) + b"\xb8" + struct.pack("<H", word) + b"\xef"  # out dx, ax
+        for index, value in ((4, 0), (1, 320), (2, 240), (3, 32), (4, 0x41))  # of the VBE: XRES, YRES, BPP, ENABLE
+        for port, word in ((0x1CE, index), (0x1CF, value))
+    )
+    with open(pc / "mem", "r+b") as memory:
+        memory.seek(0x1000)
+        memory.write(code + b"\xf4")
+    pc.write("reg/rip", "0x1000\n")
+    assert pc.read("vm_run").startswith("hlt")
+    pc.write("vnc", f"{tmp_path}/s\n")
+    reader, shown, drawn, kinds, number = Reader(FORMAT), [None] * (320 * 240), [], set(), 0
+    deadline = time.monotonic() + SOON
+    with Viewer(tmp_path / "s") as viewer, open(pc / "framebuffer", "r+b", buffering=0) as screen:
+        assert viewer.begin() == (320, 240)
+        viewer.takes(7, *quality)
+        viewer.ask(320, 240)
+        while (quality and 9 not in kinds) or shown != drawn:
+            assert time.monotonic() < deadline
+            if number < 3 or (quality and 9 not in kinds):
+                number += 1
+                picture = moving(number)
+                drawn = list(zip(picture[2::4], picture[1::4], picture[::4], strict=True))
+                screen.seek(0)
+                screen.write(picture)
+            for x, y, width, height, data in viewer.tight_rectangles():
+                kinds.add(data[0] >> 4)
+                pixels = [None] * (width * height) if data[0] == 0x90 else reader.read(7, data, width, height)
+                for row in range(height):
+                    at = 320 * (y + row) + x
+                    shown[at : at + width] = pixels[row * width : (row + 1) * width]
+            viewer.ask(320, 240, incremental=True)
+    assert (9 in kinds) == bool(quality), kinds
 
 
 def test_what_a_viewer_held_goes_up_with_it(guest, tmp_path):

@@ -387,11 +387,27 @@ static PyObject *tight(PyObject *module, PyObject *args)
     return result;
 }
 
+/* many(picture, pitch, x, y, width, height, format) -> whether a part has more colours than a palette of Tight's */
+static PyObject *many(PyObject *module, PyObject *args)
+{
+    struct part part;
+    if (!parse_part(args, &part))
+        return NULL;
+    struct colours c = {.most = TIGHT_COLOURS};
+    bool few = true;
+    for (unsigned y = 0; y < part.height && few; y++)
+        for (unsigned x = 0; x < part.width && few; x++)
+            few = find_colour(&c, part.lines[(size_t)y * part.pitch + x]) >= 0;
+    PyBuffer_Release(&part.buffer);
+    return PyBool_FromLong(!few);
+}
+
 static PyMethodDef methods[] = {
     {"update", update, METH_VARARGS, "update(picture, width, height, source, start, pitch, bits, palette, tile, changed) -> count"},
     {"raw", raw, METH_VARARGS, "raw(picture, pitch, x, y, width, height, format) -> bytes"},
     {"zrle", zrle, METH_VARARGS, "zrle(picture, pitch, x, y, width, height, format) -> bytes"},
     {"tight", tight, METH_VARARGS, "tight(picture, pitch, x, y, width, height, format) -> (count, palette, data)"},
+    {"many", many, METH_VARARGS, "many(picture, pitch, x, y, width, height, format) -> whether there are more than 256 colours"},
     {NULL},
 };
 

@@ -82,11 +82,15 @@ def look(display: Display) -> Shown:
     if isinstance(mode, GraphicsMode) and not mode.factor:
         fd = display.open_framebuffer()
         try:
-            mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            size = os.fstat(fd).st_size
+            first = min(mode.start, size - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+            length = min(mode.start + mode.pitch * mode.height, size) - first
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is read
+            mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=first)
         finally:
             os.close(fd)
         colours = display.vga.colours() if mode.bits == 8 else b""
-        return Shown(mode.width, mode.height, mode.bits, mapped, mode.start, mode.pitch, colours, mapped.close)
+        return Shown(mode.width, mode.height, mode.bits, mapped, mode.start - first, mode.pitch, colours, mapped.close)
     planes, font, width = display.planes(), None, mode.width
     if isinstance(mode, TextMode):
         width *= mode.columns

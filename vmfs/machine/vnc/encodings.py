@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
 
 from vmfs.devices import _pixels
 from vmfs.devices.screen import TILE, Picture
-from vmfs.machine.vnc.messages import RAW, TIGHT, ZRLE, PixelFormat
+from vmfs.machine.vnc.messages import FORMAT, JPEG_QUALITY, RAW, TIGHT, ZRLE, PixelFormat
 
 Rectangle = tuple[int, int, int, int]  # x, y, width, height
 
@@ -18,10 +19,12 @@ KNOWN = (TIGHT, ZRLE, RAW)  # those that a client is sent, in the order in which
 _PIXELS_MOST = 1 << 16  # of one part, so that no message of it is long
 _TIGHT_WIDTH = 2048
 _SHORTEST = 12  # bytes that Tight compresses
+_JPEG_LEAST = 1 << 10  # pixels of a part for which JPEG is worth its header
+ROUGH_PIXELS_MOST = 1 << 20  # of a part that may be JPEG
 
 
-def parts_of(picture: Picture, dirty: bytearray, within: Rectangle) -> list[Rectangle]:
-    """The rectangles that tiles which are not 0 make, as few and as large as `_PIXELS_MOST` lets, inside `within`."""
+def parts_of(picture: Picture, dirty: bytearray, within: Rectangle, most: int = _PIXELS_MOST) -> list[Rectangle]:
+    """The rectangles that tiles which are not 0 make, as few and as large as `most` pixels let, inside `within`."""
     found: list[Rectangle] = []
     left, top, right, bottom = within[0], within[1], within[0] + within[2], within[1] + within[3]
     open_parts: dict[tuple[int, int], tuple[int, int]] = {}  # first and last column -> first and last row
@@ -29,7 +32,7 @@ def parts_of(picture: Picture, dirty: bytearray, within: Rectangle) -> list[Rect
         line = dirty[row * picture.across : (row + 1) * picture.across]
         runs = set(_runs(line))
         for run, rows in list(open_parts.items()):
-            if run not in runs or (rows[1] + 2 - rows[0]) * (run[1] - run[0]) * TILE * TILE > _PIXELS_MOST:
+            if run not in runs or (rows[1] + 2 - rows[0]) * (run[1] - run[0]) * TILE * TILE > most:
                 x, y = max(run[0] * TILE, left), max(rows[0] * TILE, top)
                 width, height = min(run[1] * TILE, right) - x, min((rows[1] + 1) * TILE, bottom) - y
                 if width > 0 and height > 0:
@@ -48,6 +51,40 @@ def _runs(line: bytearray) -> Iterator[tuple[int, int]]:
         end = min(len(line) if end < 0 else end, at + widest)
         yield at, end
         at = line.find(1, end)
+
+
+def bands_of(part: Rectangle) -> list[Rectangle]:
+    """A larger part, in such as are not."""
+    x, y, width, height = part
+    rows = max(_PIXELS_MOST // width, 1)
+    return [(x, y + at, width, min(rows, height - at)) for at in range(0, height, rows)]
+
+
+def jpeg_quality(encodings: tuple[int, ...]) -> int | None:
+    """In percent, of the JPEG that a client takes (0 to 9 in what it says); None: it takes none."""
+    levels = [one - JPEG_QUALITY.start for one in encodings if one in JPEG_QUALITY]
+    return 30 + 7 * levels[0] if levels else None
+
+
+def is_photograph(picture: Picture, part: Rectangle) -> bool:
+    """Whether it has more colours than a palette, and is worth a JPEG's header."""
+    enough = part[2] * part[3] >= _JPEG_LEAST
+    return enough and _pixels.many(picture.pixels, picture.width, *part, FORMAT.words)
+
+
+def as_jpeg(picture: Picture, part: Rectangle, quality: int) -> bytes:
+    """What follows the rectangle's header, in Tight."""
+    from PIL import Image  # loaded only by a process whose screen moves
+
+    x, y, width, height = part
+    first = 4 * (picture.width * y + x)
+    lines = memoryview(picture.pixels)[first : first + 4 * picture.width * height]
+    if len(lines) < 4 * picture.width * height:  # the last line is no whole one, which Pillow asks for
+        lines = memoryview(bytes(lines).ljust(4 * picture.width * height))
+    image = Image.frombuffer("RGB", (width, height), lines, "raw", "BGRX", 4 * picture.width, 1)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return b"\x90" + _compact(file.tell()) + file.getvalue()
 
 
 class Encoder:

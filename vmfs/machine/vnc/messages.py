@@ -24,6 +24,7 @@ RAW, COPY_RECT, TIGHT, ZRLE = 0, 1, 7, 16
 CURSOR, DESKTOP_SIZE, LAST_RECT = -239, -223, -224
 POINTER_MOTION, EXTENDED_KEY, LED_STATE = -257, -258, -261  # QEMU's
 EXTENDED_DESKTOP_SIZE = -308
+JPEG_QUALITY = range(-32, -22)  # of Tight: the client takes JPEG, so good
 PROHIBITED = 1  # why a client's size is not taken
 
 _ENCODINGS_MOST = 1024
@@ -61,6 +62,11 @@ class PixelFormat:
                 least, skip = 3, int(not self.big)
         rgb = self.size == 4 and self.depth == 24 and self.most == (255, 255, 255) and not self.mapped
         return self.size, int(self.big), *self.most, *self.shift, least, skip, int(rgb)
+
+    @property
+    def takes_jpeg(self) -> bool:
+        """The protocol has it for pixels of 16 bits and more alone."""
+        return self.size > 1
 
 
 FORMAT = PixelFormat(4, False, (255, 255, 255), (16, 8, 0))  # the server's own

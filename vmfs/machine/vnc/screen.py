@@ -14,7 +14,7 @@ from vmfs.devices.machine import Pc
 from vmfs.devices.screen import Picture, Shown
 from vmfs.words.errors import Unsupported, VmfsError
 
-FASTEST, SLOWEST = 1 / 60, 1 / 10  # seconds from look to look; the second where nothing has changed for a while
+FASTEST, SLOWEST = 1 / 33, 1 / 10  # seconds from look to look; the second where nothing has changed for a while
 SHARE = 5  # of the time, no more than one part in so many goes into looking
 QUIET_SECONDS = 2.0
 _EMPTY = (640, 400)  # where there is no picture

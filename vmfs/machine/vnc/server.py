@@ -2,8 +2,8 @@
 
 Each has two tasks. One reads what the client says, a message after another, and waits for what it does; so a client
 that sends more than can be done is not read. The other sends: an update is made only when the client has asked for one
-and what was sent before has gone, a part of at most 64 Ki pixels after another. So a client holds no more memory than
-that, however slow it is, and one that takes nothing for `STUCK_SECONDS` is let go.
+and what was sent before has gone, rectangles of `_BATCH` bytes and one more of at most 64 Ki pixels after another. So a
+client holds no more memory than that, however slow it is, and one that takes nothing for `STUCK_SECONDS` is let go.
 
 Sources: as vmfs.machine.vnc.messages.
 """
@@ -13,16 +13,28 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
+import math
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from vmfs.devices.screen import TILE, Picture
 from vmfs.machine.vnc import des, messages
-from vmfs.machine.vnc.encodings import KNOWN, Encoder, Rectangle, parts_of
+from vmfs.machine.vnc.encodings import (
+    KNOWN,
+    ROUGH_PIXELS_MOST,
+    Encoder,
+    Rectangle,
+    as_jpeg,
+    bands_of,
+    is_photograph,
+    jpeg_quality,
+    parts_of,
+)
 from vmfs.machine.vnc.keysyms import Keys
 from vmfs.machine.vnc.messages import (
     Decoder,
@@ -33,6 +45,7 @@ from vmfs.machine.vnc.messages import (
     SetPixelFormat,
     UpdateRequest,
 )
+from vmfs.machine.vnc.motion import Motion
 from vmfs.machine.vnc.screen import News, Screen
 from vmfs.words.errors import VmfsError, WouldBlock
 
@@ -46,6 +59,7 @@ _WRONG_SECONDS = 1.0  # from a wrong password to the next try of anybody
 _LAST_SECONDS = 1.0  # to let keys go
 _CHUNK = 1 << 14
 _SOON = 1 << 12  # pixels that are encoded at once, and not in a thread
+_BATCH = 1 << 18  # bytes of rectangles after which they are sent
 _WAITING_MOST = 16  # messages of one client that wait to be sent
 _STAYS = 0x7FFF  # what a pointer that says how far it went adds to both ways
 
@@ -124,6 +138,17 @@ class Vnc:
             return is_right
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A rectangle that is to be sent: a part of a picture, where it is for the client, and of what quality it may be
+    (percent of JPEG; None: as it is)."""
+
+    picture: Picture
+    part: Rectangle
+    to: Rectangle
+    quality: int | None = None
+
+
 class _Ended(Exception):
     """The connection has."""
 
@@ -138,8 +163,10 @@ class Client:
         self._format = messages.FORMAT
         self._takes: frozenset[int] = frozenset()  # encodings
         self._encoding = messages.RAW
+        self._quality: int | None = None  # of JPEG; None: it takes none
         self._encoder = Encoder()
         self._picture = vnc.screen.picture
+        self._motion = Motion()
         self._dirty = bytearray()  # a byte a tile of the picture: the client has it as it was
         self._size = 0, 0  # as the client knows it
         self._black = False  # what of that size the picture does not have is to be sent
@@ -175,7 +202,7 @@ class Client:
         view = memoryview(data)
         while view:
             with trio.fail_after(STUCK_SECONDS):
-                view = view[await self._line.send(view[: 1 << 16]) :]
+                view = view[await self._line.send(view) :]
 
     # ---- how it begins
 
@@ -277,17 +304,10 @@ class Client:
         """As QEMU does it, an update has all that has changed, wherever that is."""
         self.waits = True
         if not event.incremental:
-            self._mark(event.x, event.y, event.width, event.height)
+            _mark(self._dirty, self._picture, event.x, event.y, event.width, event.height)
             self._black = True
         self._screen.want()
         self._awake.set()
-
-    def _mark(self, x: int, y: int, width: int, height: int) -> None:
-        picture = self._picture
-        left, right = x // TILE, min(-(-(x + width) // TILE), picture.across)
-        for row in range(y // TILE, min(-(-(y + height) // TILE), picture.down)):
-            if left < right:
-                self._dirty[row * picture.across + left : row * picture.across + right] = b"\1" * (right - left)
 
     def _wait(self, waiting: list[bytes], what: bytes) -> None:
         if len(waiting) >= _WAITING_MOST:
@@ -298,6 +318,7 @@ class Client:
     def _set_encodings(self, encodings: tuple[int, ...]) -> None:
         new, self._takes = frozenset(encodings) - self._takes, frozenset(encodings)
         self._encoding = next((one for one in encodings if one in KNOWN), messages.RAW)
+        self._quality = jpeg_quality(encodings) if self._encoding == messages.TIGHT else None
         first = {
             messages.EXTENDED_KEY: messages.rectangle(0, 0, 0, 0, messages.EXTENDED_KEY),
             messages.POINTER_MOTION: messages.rectangle(0, 0, 0, 0, messages.POINTER_MOTION),  # x: it is relative
@@ -358,14 +379,14 @@ class Client:
     def _take(self, picture: Picture) -> None:
         self._picture = picture
         self._dirty = bytearray(b"\1" * (picture.across * picture.down))
+        self._motion = Motion()
         self._black = True
 
     def _hear(self, news: News) -> None:
         if news.picture is not self._picture:
             self._take(news.picture)
         elif news.changed:
-            both = int.from_bytes(self._dirty, "little") | int.from_bytes(news.changed, "little")
-            self._dirty = bytearray(both.to_bytes(len(self._dirty), "little"))
+            self._dirty = self._tiles(_set(self._dirty) | _set(news.changed))
         if self._screen.leds != self._leds:
             self._leds = self._screen.leds
             if messages.LED_STATE in self._takes and len(self._says) < _WAITING_MOST:
@@ -376,7 +397,8 @@ class Client:
         """Until the client has gone: what it has said before that is still to be heard, and `_listen` finds its end."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while True:
-                await self._awake.wait()
+                with trio.move_on_after(self._motion.rests_in(trio.current_time()) if self.waits else math.inf):
+                    await self._awake.wait()
                 self._awake = trio.Event()
                 answers, self._answers = self._answers, []
                 for answer in answers:
@@ -393,29 +415,66 @@ class Client:
             self.waits = False
             await self._send(messages.update_header(1) + self._resized())
             return
-        width, height = min(picture.width, self._size[0]), min(picture.height, self._size[1])
-        parts = parts_of(picture, self._dirty, (0, 0, width, height))
-        black = self._outside(width, height) if self._black else []
+        within = 0, 0, min(picture.width, self._size[0]), min(picture.height, self._size[1])
+        motion, quality = self._motion, self._quality
+        still, moves = self._split(picture, format)
+        jobs = [_Job(picture, part, part) for part in parts_of(picture, still, within)]
+        if self._black:
+            outside = self._outside(*within[2:])
+            nothing = {part[2:]: Picture(*part[2:]) for part in outside}
+            jobs += [_Job(nothing[part[2:]], (0, 0, *part[2:]), part) for part in outside]
+        rough = parts_of(picture, moves, within, ROUGH_PIXELS_MOST)
         says, self._says = self._says, []
-        if not parts and not black and not says:
+        self._dirty = bytearray(len(self._dirty))
+        if not jobs and not rough and not says:
             return
         self.waits = self._black = False
-        self._dirty = bytearray(len(self._dirty))
-        await self._send(messages.update_header(len(parts) + len(black) + len(says)) + b"".join(says))
-        for part in black:
-            nothing = Picture(part[2], part[3])
-            await self._send_part(encoding, nothing, (0, 0, part[2], part[3]), format, part)
-        for part in parts:
-            await self._send_part(encoding, picture, part, format, part)
+        photographs: list[Rectangle] = []
 
-    async def _send_part(
-        self, encoding: int, picture: Picture, part: Rectangle, format: messages.PixelFormat, to: Rectangle
-    ) -> None:
-        if part[2] * part[3] <= _SOON:
-            data = self._encoder.encode(encoding, picture, part, format)
+        def begin() -> bytes:
+            for part in rough:
+                if is_photograph(picture, part):
+                    photographs.append(part)
+                    jobs.append(_Job(picture, part, part, quality))
+                else:
+                    jobs.extend(_Job(picture, band, band) for band in bands_of(part))
+            head = messages.update_header(len(jobs) + len(says)) + b"".join(says)
+            return head + self._encode(jobs, encoding, format)
+
+        if rough or sum(job.to[2] * job.to[3] for job in jobs) > _SOON:
+            data = await trio.to_thread.run_sync(begin)
         else:
-            data = await trio.to_thread.run_sync(self._encoder.encode, encoding, picture, part, format)
-        await self._send(messages.rectangle(*to, encoding) + data)
+            data = begin()
+        for part in photographs:
+            tiles = bytearray(picture.across * picture.down)
+            _mark(tiles, picture, *part)
+            motion.sent_roughly(_set(tiles))
+        await self._send(data)
+        while jobs:
+            await self._send(await trio.to_thread.run_sync(self._encode, jobs, encoding, format))
+
+    def _encode(self, jobs: list[_Job], encoding: int, format: messages.PixelFormat) -> bytes:
+        """The next rectangles, taken from the end of `jobs`."""
+        done, size = [], 0
+        while jobs and size < _BATCH:
+            job = jobs.pop()
+            if job.quality is None:
+                data = self._encoder.encode(encoding, job.picture, job.part, format)
+            else:
+                data = as_jpeg(job.picture, job.part, job.quality)
+            done += [messages.rectangle(*job.to, encoding), data]
+            size += len(data)
+        return b"".join(done)
+
+    def _split(self, picture: Picture, format: messages.PixelFormat) -> tuple[bytearray, bytearray]:
+        """Tiles that are sent as they are, and those that move."""
+        if self._quality is None or not format.takes_jpeg:
+            return self._dirty, bytearray()
+        still, moves = self._motion.split(_set(self._dirty), trio.current_time())
+        return self._tiles(still), self._tiles(moves)
+
+    def _tiles(self, set_: int) -> bytearray:
+        return bytearray(set_.to_bytes(len(self._dirty), "little"))
 
     @property
     def _can_resize(self) -> bool:
@@ -435,3 +494,16 @@ class Client:
             for x, y, across, down in strips if across > 0
             for at in range(0, down, TILE)
         ]  # fmt: skip
+
+
+def _mark(tiles: bytearray, picture: Picture, x: int, y: int, width: int, height: int) -> None:
+    """Those of a part of the picture become 1."""
+    left, right = x // TILE, min(-(-(x + width) // TILE), picture.across)
+    for row in range(y // TILE, min(-(-(y + height) // TILE), picture.down)):
+        if left < right:
+            tiles[row * picture.across + left : row * picture.across + right] = b"\1" * (right - left)
+
+
+def _set(tiles: bytearray) -> int:
+    """As vmfs.machine.vnc.motion has it."""
+    return int.from_bytes(tiles, "little")
