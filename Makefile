@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: install wheels deb deb-test help setup demo test bench fuzz mutate repeat past fleet asan tsan lint clean
+.PHONY: install wheels deb deb-test pictures help setup demo test bench fuzz mutate repeat past fleet asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make wheels  wheels for pip into dist/, one for each Python that is here"
 	@echo "make deb     a Debian package into dist/"
 	@echo "make deb-test installs it in a fresh Debian, uses it, and purges it (root, mmdebstrap)"
+	@echo "make pictures makes those of the web page again, in Chromium (docs/web)"
 	@echo "make install the command, man pages and completions, under PREFIX (/usr/local)"
 	@echo "make clean   removes what was built"
 
@@ -86,6 +87,9 @@ deb: setup
 
 deb-test: deb
 	@scripts/deb_test.sh
+
+pictures: setup
+	@.venv/bin/python scripts/pictures.py
 
 clean:
 	rm -rf build dist .cache .venv .pytest_cache .hypothesis *.egg-info

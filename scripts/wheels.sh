@@ -5,6 +5,7 @@
 #
 # The C code uses macros of Python's that the limited API has as calls, in paths that are measured, and context variables, which it has not: so
 # a wheel a version, and no abi3. auditwheel checks what they are linked with, and names them by the oldest glibc that has it (manylinux).
+# `uv python install 3.11 3.12 3.13 3.14` gets Pythons, where it may download them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +17,8 @@ pythons() {     # the first of each version
     for each in "$@"; do
         version=$("$each" -c 'import sys, sysconfig
 if sys.implementation.name == "cpython" and sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED"):
-    print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
-        [ -n "$version" ] && echo "$version $(readlink -f "$(command -v "$each")")"
+    print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null) || continue
+        [ -n "$version" ] && echo "$version"
     done | sort -u -t' ' -k1,1 -V
 }
 
@@ -57,4 +58,17 @@ for each in .cache/wheels/raw/*.whl; do
         { cat .cache/wheels/log >&2; die "auditwheel does not take $each"; }
 done
 rm -rf .cache/wheels/tree
+
+# Each is installed where nothing else is, and no compiler, and used there.
+while read -r version python; do
+    rm -rf .cache/wheels/venv .cache/wheels/empty
+    mkdir .cache/wheels/empty
+    "$python" -m venv .cache/wheels/venv
+    wheel=$(ls -t dist/vmfs-*-cp"${version/./}"-*.whl | head -n 1)
+    (PATH=$PWD/.cache/wheels/venv/bin CC=/nonexistent
+     pip install -q --disable-pip-version-check --only-binary :all: "$wheel" && cd .cache/wheels/empty && python ../../../tests/install/checks.py) >&2 ||
+        die "the wheel for CPython $version does not work"
+    say "CPython $version: $(basename "$wheel") works"
+done <<<"$found"
+rm -rf .cache/wheels/venv .cache/wheels/empty
 ls dist
