@@ -189,3 +189,27 @@ def test_a_machine_is_removed_while_it_is_mapped(either_server):
     os.close(fd)
     ram.close()
     assert either_server.make().load("f4").run() == "hlt rip=0x1001\n"  # the mount lives on
+
+
+@pytest.mark.parametrize("mode, what", [("long", "page tables"), ("protected", "GDT")])
+def test_memory_is_not_cut_off_under_tables(either_vm, mode, what):
+    """Those that `mode` has written at its end. The machine runs on as it would have."""
+    vm = either_vm.load("b8 2a000000 f4")  # mov eax, 42; hlt
+    vm.write("mode", mode)
+    vm.write("reg/rip", "0x1000")
+    assert failing(vm.write, "mem_size", "64M") == errno.EINVAL
+    assert f"the {what} of cpu0, at 0x" in vm.read("error") and "write mem_size before mode" in vm.read("error")
+    assert failing(os.truncate, vm / "mem", SIZE - mmap.PAGESIZE) == errno.EINVAL
+    assert vm.read("mem_size") == f"{SIZE}\n"
+    vm.write("mem_size", "256M")  # they stay where they are
+    assert vm.run() == "hlt rip=0x1006\n"
+    assert vm.read("reg/rax") == "0x000000000000002a\n"
+
+
+def test_memory_is_cut_before_the_mode(either_vm):
+    vm = either_vm.load("b8 2a00 f4")
+    vm.write("mode", "long")
+    vm.write("mode", "real")
+    vm.write("mem_size", "64M")
+    vm.write("mode", "long")
+    assert failing(vm.write, "mem_size", "32M") == errno.EINVAL

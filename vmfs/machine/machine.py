@@ -56,7 +56,7 @@ from vmfs.machine.state import (
 )
 from vmfs.machine.topology import with_topology
 from vmfs.memory.layers import Image, pages_of, runs
-from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size
+from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size, regions_of, room_in
 from vmfs.words import exits
 from vmfs.words.errors import (
     Busy,
@@ -66,7 +66,7 @@ from vmfs.words.errors import (
     Unsupported,
 )
 from vmfs.words.layouts import unpack_msrs
-from vmfs.words.modes import CodeMode, mode_of, set_mode
+from vmfs.words.modes import CodeMode, mode_of, set_mode, tables_of
 from vmfs.words.registers import write_registers
 from vmfs.words.unclaimed import Use
 
@@ -784,16 +784,25 @@ class Vm(Recorded):
         self.change(lambda cpu: set_mode(cpu, self.memory, low, mode, reach=reach))
 
     def resize_memory(self, size: int) -> None:
-        """Before the first run only, else Busy."""
+        """Before the first run only, else Busy. Invalid where a CPU's tables would be cut off."""
         check_size(size)
         with self._lock:
             self._check_idle()
             if size != self.memory.size:
                 self._check_no_past("mem_size")
+                self._check_tables_stay(size)
                 self.memory.resize(size)
                 self._map_ram(self._machine, has_window=self.board is not None)
                 if self.board is not None:
                     self.board.memory_resized()
+
+    def _check_tables_stay(self, size: int) -> None:
+        regions = regions_of(size)
+        for number, cpu in enumerate(self.cpus):
+            for what, address in tables_of(cpu.vcpu.get_state("sregs")):
+                if self.memory.room(address) and not room_in(regions, address):
+                    cut = f"the {what} of cpu{number}, at {address:#x}, would be cut off"
+                    raise Invalid(f"mem_size: {cut}: write mem_size before mode")
 
     def move_to(self, engine: Engine) -> None:
         """Go on with another engine: RAM, all state (`vmfs.machine.state`) and points go along, in the middle of an

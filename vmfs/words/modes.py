@@ -162,6 +162,14 @@ def check_mode(mode: str) -> None:
         raise Invalid(f"there is no mode {mode}: {', '.join(MODES)}")
 
 
+def tables_of(sregs: bytes) -> list[tuple[str, int]]:
+    """What a CPU looks up in memory, and where: its page tables, guest-physical, and the end of its GDT, linear."""
+    cr0, _, cr3, _, _ = _CONTROL.unpack_from(sregs, CONTROL_AT)
+    base, limit = TABLE.unpack_from(sregs, GDTR)
+    found = [("page tables", cr3 & ~(PAGE_SIZE - 1) & (1 << 52) - 1)] if cr0 & CR0_PG else []
+    return found + ([("GDT", base + limit)] if cr0 & CR0_PE else [])
+
+
 def set_mode(cpu: States, memory: Memory, size: int, mode: str, *, reach: int = 4 << 30) -> None:
     """Put a CPU into a mode, ready for a flat binary at address 0: rip 0, interrupts off, a stack, no IDT.
 
