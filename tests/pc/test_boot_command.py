@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from engine import asm
 from pc.conftest import BOOT_SECONDS
+from pc.initramfs import build
+from pc.kernels import BUSYBOX, GENERIC, needs_kernels
 from pc.media import GRUB, ON_SERIAL, SEABIOS, grub_iso, needs
 
 TRIPLE_FAULT = bytes.fromhex("0F011E007E CD00")  # lidt [0x7e00], which is empty; int 0
@@ -220,3 +225,86 @@ def test_vmfs_boot_of_an_image_that_is_not_raw(pc_mount, tmp_path, kind):
         boot_command(pc_mount, image), capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 15, done.stderr
+
+
+def boot(mount, *arguments):
+    return subprocess.run(
+        boot_command(mount, *arguments), capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL
+    )
+
+
+# Writes "w" to the first disk's first sector by the BIOS, and "done" to COM1.
+WRITES = f"""
+    mov ax, 0x0301
+    mov cx, 1
+    mov dx, 0x80
+    xor bx, bx
+    mov es, bx
+    mov bx, {0x7C00 - asm.ORIGIN} + here
+    int 0x13
+    mov al, 0x64
+    mov dx, 0x3f8
+    out dx, al
+    mov al, 3
+    out 0xf4, al
+here:
+"""
+
+
+@needs(SEABIOS)
+@pytest.mark.parametrize("option", ["FILE", "FILE:rw", "--disk"])
+def test_what_a_snapshot_writes_is_forgotten(pc_mount, tmp_path, option):
+    disk = tmp_path / "disk"
+    content = sector(asm.assemble(WRITES, "real").code) + bytes(128 << 10)
+    arguments = ("--disk", disk) if option == "--disk" else (f"{disk}{option[4:]}",)
+    disk.write_bytes(content)
+    done = boot(pc_mount, *arguments, "--snapshot", "--log", tmp_path / "log")
+    assert (done.returncode, done.stdout) == (7, "d"), done.stderr
+    assert disk.read_bytes() == content and (tmp_path / "log").read_bytes() == b"d"
+    assert boot(pc_mount, *arguments).returncode == 7
+    assert disk.read_bytes()[:510] != content[:510]  # without it, it is written
+
+
+def test_the_end_as_json(pc_mount, tmp_path):
+    (tmp_path / "sector").write_bytes(sector(b"\xb0\x61\xba\xf8\x03\xee\xb0\x02\xe6\xf4"))  # "a" to COM1
+    done = boot(pc_mount, tmp_path / "sector", "--json")
+    said = json.loads(done.stdout)
+    assert said.pop("seconds") > 0 and done.returncode == 5
+    assert said == {"ended": "exit", "exit": said["exit"], "code": 5}
+    assert said["exit"].startswith("shutdown cause=debug-exit code=5 ") and done.stderr.startswith("a")
+    (tmp_path / "sector").write_bytes(sector(b"\xeb\xfe"))
+    done = boot(pc_mount, tmp_path / "sector", "--json", "--timeout", "300ms")
+    assert json.loads(done.stdout)["ended"] == "timeout" and done.returncode == 8
+    done = boot(pc_mount, tmp_path / "none", "--json")
+    said = json.loads(done.stdout)
+    assert (said["ended"], said["error"]) == ("error", f"{tmp_path}/none: No such file or directory")
+    done = boot(pc_mount, tmp_path / "sector", "--json", "--log", tmp_path)
+    assert json.loads(done.stdout)["error"] == f"--log {tmp_path}: Is a directory" and done.returncode == 1
+
+
+@needs_kernels
+def test_a_folder_is_linux_root(pc_mount, tmp_path):
+    """The initramfs mounts what the command line says, and goes on there, as Debian's does."""
+    root, beside = tmp_path / "root", tmp_path / "beside"
+    for name in ("bin", "proc", "dev", "mnt"):
+        (root / name).mkdir(parents=True)
+    beside.mkdir()
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    init = root / "init"
+    init.write_text(
+        "#!/bin/busybox sh\nexport PATH=/bin\nb=/bin/busybox\n$b mount -t proc proc /proc\n"
+        "$b cat /proc/mounts > /seen\n$b mount -t 9p -o trans=virtio,version=9p2000.L share0 /mnt\n"
+        "$b echo from the guest > /mnt/word\n$b poweroff -f\n"
+    )
+    init.chmod(0o755)
+    hands_over = (
+        "read -r line < /proc/cmdline\nfor word in $line; do export \"$word\"; done\nmkdir /new\n"
+        "mount -t $rootfstype -o $rootflags $root /new\nexec switch_root /new /init\n"
+    )
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(build(hands_over, kernel=GENERIC, modules=("virtio_pci", "9pnet_virtio", "9p")))
+    arguments = ("--initrd", initrd, "--root", root, "--share", beside, "--cmdline", "console=ttyS0 panic=-1 quiet")
+    done = boot(pc_mount, GENERIC.image, *arguments, "--timeout", f"{BOOT_SECONDS - 5}s", "--json")
+    assert json.loads(done.stdout)["code"] == 0, done.stderr
+    assert (root / "seen").read_text().startswith("root / 9p rw,")
+    assert (beside / "word").read_text() == "from the guest\n"

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gzip
 import io
+import json
 import lzma
 import os
 import select
@@ -37,6 +38,8 @@ from vmfs.words.numbers import parse_duration
 _CHUNK = 1 << 20
 _PATIENCE = 0.5  # seconds of loading before it is told about
 DEFAULT_CMDLINE = "console=ttyS0"
+ROOT_TAG = "root"
+NINEP = "trans=virtio,version=9p2000.L"  # how Linux mounts a share
 GDB_PORT = 1234  # QEMU's
 SEABIOSES = (
     "/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/bios.bin",
@@ -71,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cdrom", action="append", default=[], metavar="FILE", help="a CD, in an IDE drive")
     parser.add_argument("--floppy", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a floppy (default: rw)")
+    parser.add_argument("--snapshot", action="store_true", help="forget what is written to disks and floppies")
+    parser.add_argument("--share", action="append", default=[], metavar="DIR[:ro|rw]",
+                        help="a folder of the host, by 9p, with the tags share0, share1... (default: rw)")
+    parser.add_argument("--root", metavar="DIR[:ro|rw]",
+                        help="a folder of the host as root file system of Linux, by 9p (default: rw)")
     parser.add_argument("--dev", action="append", default=[], metavar="LINE", help="a line for dev/add, as 'net user'")
     parser.add_argument("--engine", type=argument(engine), metavar="kvm|emulator", help="what it runs on")
     parser.add_argument("--on", metavar="DIR",
@@ -85,16 +93,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--break", action="append", default=[], metavar="WHERE", dest="breaks",
                         help="stop before the instruction at a symbol, FILE:LINE or an address; several times, too")
     parser.add_argument("--timeout", type=argument(parse_duration), metavar="TIME", help="end it after that, as 30s")
+    parser.add_argument("--log", metavar="FILE", help="write what comes from the console into a file, too")
+    parser.add_argument("--json", action="store_true",
+                        help="one line of JSON on stdout at the end; the console goes to stderr")
     parser.add_argument("--escape", type=argument(terminal.parse_escape), default=terminal.ESCAPE, metavar="KEY",
                         help="the key that ends it, as ^] (the default)")
 
 
+@dataclass(frozen=True)
+class End:
+    """`why`: "exit", "escape", "timeout". `exit`: the last one of the machine, or empty. `code`: of this command."""
+
+    why: str
+    exit: str
+    code: int
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.json:
+        return boot(arguments).code
+    began = time.monotonic()
+    said: dict[str, Any] = {}
+    try:
+        end = boot(arguments)
+        said = {"ended": end.why, "exit": end.exit, "code": end.code}
+    except VmfsError as failure:
+        said = {"ended": "error", "error": str(failure), "code": 1}
+        raise
+    finally:
+        if said:
+            print(json.dumps(said | {"seconds": round(time.monotonic() - began, 3)}), flush=True)
+    return end.code
+
+
+def boot(arguments: argparse.Namespace) -> End:
     plan = plan_of(arguments)
     for path in filter(None, (arguments.initrd, plan.bios, arguments.symbols)):
         with open_image(path):
             pass
-    with ended_by_signals(), mount(arguments.on, keep=arguments.keep) as (directory, mount_stays):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_by_signals())
+        outputs = [sys.stderr.fileno() if arguments.json else sys.stdout.fileno()]
+        if arguments.log:
+            outputs.append(stack.enter_context(log_file(arguments.log)).fileno())
+        directory, mount_stays = stack.enter_context(mount(arguments.on, keep=arguments.keep))
         machine = directory / (arguments.name or f"boot-{os.getpid()}")
         try:
             machine.mkdir()
@@ -103,19 +145,26 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.keep:
             try:
                 prepare(machine, arguments, plan)
-                return drive(machine, arguments)
+                return drive(machine, arguments, outputs)
             finally:
                 print(f"vmfs boot: the machine is {machine}", file=sys.stderr)
         with removed_in_any_case(f"rmdir -- {shlex.quote(os.path.abspath(machine))}") as machine_stays:
             prepare(machine, arguments, plan)
-            code = drive(machine, arguments)
-            if code == EXIT_CODES["triple-fault"]:
+            end = drive(machine, arguments, outputs)
+            if end.code == EXIT_CODES["triple-fault"]:
                 tell_of_a_fault(machine)
                 if sys.stderr.isatty():  # somebody is there to look at it, and to remove it
                     machine_stays()
                     mount_stays()
                     print(f"vmfs boot: the machine is {machine}, to look at; rmdir removes it", file=sys.stderr)
-            return code
+            return end
+
+
+def log_file(path: str) -> io.FileIO:
+    try:
+        return open(path, "wb", buffering=0)
+    except OSError as failure:
+        raise Invalid(f"--log {path}: {failure.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -175,10 +224,11 @@ def _nothing() -> None:
 
 @dataclass
 class Plan:
-    """What a machine gets: a kernel, a BIOS, and lines for dev/add in the order in which a BIOS tries them, each with
-    what it is called in an error."""
+    """What a machine gets: a kernel with words for its command line, a BIOS, and lines for dev/add in the order in
+    which a BIOS tries them, each with what it is called in an error."""
 
     kernel: str | None = None
+    words: str = ""
     bios: str | None = None
     lines: list[tuple[str, str]] = field(default_factory=list)
 
@@ -201,6 +251,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                 kind = media.tell(source) if found == "raw" else told_inside(path, found)
             if found != "raw":
                 mode = mode or "cow"
+            if arguments.snapshot and mode != "ro":
+                mode = "cow"
             if kind == media.BIOS:
                 if is_uefi:
                     raise Invalid(f"{path}: a BIOS, and --uefi is another: --bios takes it")
@@ -218,23 +270,33 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                     print(f"vmfs boot: {path} has nothing that a BIOS boots: by UEFI firmware", file=sys.stderr)
                 plan.lines.append((_line_of(kind, path, mode, source.size), path))
     for number, disk in enumerate(arguments.disk):
-        path, mode = split_mode(disk)
-        plan.lines.append((f"blk {quoted(path)} {mode or 'rw'}", f"--disk {number}"))
+        path, mode = disk_mode(disk, arguments)
+        plan.lines.append((f"blk {quoted(path)} {mode}", f"--disk {number}"))
     plan.lines += ((f"cdrom {quoted(path)}", f"--cdrom {path}") for path in arguments.cdrom)
     for floppy in arguments.floppy:
-        path, mode = split_mode(floppy)
-        plan.lines.append((f"floppy {quoted(path)} {mode or 'rw'}", f"--floppy {path}"))
+        path, mode = disk_mode(floppy, arguments)
+        plan.lines.append((f"floppy {quoted(path)} {mode}", f"--floppy {path}"))
+    if arguments.root is not None:
+        mode = split_mode(arguments.root)[1] or "rw"
+        plan.words = f"root={ROOT_TAG} rootfstype=9p rootflags={NINEP},cache=loose {mode}"
     if not arguments.file and not plan.lines and not plan.bios and not is_uefi:
         raise Invalid("it takes a FILE to boot, or --cdrom, --floppy, --disk or --bios")
+    for name in ("initrd", "cmdline", "root"):
+        if getattr(arguments, name) is not None and plan.kernel is None:
+            raise Invalid(f"--{name} is for a kernel, and there is none: firmware boots what it finds")
     if is_uefi:
         plan.lines[:0] = flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)
         return plan
     if (needs_bios or not arguments.file) and plan.bios is None:
         plan.bios = seabios()
-    for name in ("initrd", "cmdline"):
-        if getattr(arguments, name) is not None and plan.kernel is None:
-            raise Invalid(f"--{name} is for a kernel, and there is none: a BIOS boots what it finds")
     return plan
+
+
+def share_lines(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    shares = [(f"share{number}", f"--share {number}", *split_mode(one)) for number, one in enumerate(arguments.share)]
+    if arguments.root is not None:
+        shares.append((ROOT_TAG, "--root", *split_mode(arguments.root)))
+    return [(f"share {quoted(path)} {tag} {'ro' if mode == 'ro' else 'rw'}", what) for tag, what, path, mode in shares]
 
 
 _OPENERS: dict[str, Callable[[str], Any]] = {"gz": gzip.open, "xz": lzma.open, "zstd": zstandard.open}
@@ -258,6 +320,12 @@ def told_inside(path: str, found: str) -> str:
     if kind in (media.KERNEL, media.BIOS):
         raise Invalid(f"{path}: a compressed {kind}, which is not loaded as it is: decompress it first")
     return kind
+
+
+def disk_mode(text: str, arguments: argparse.Namespace) -> tuple[str, str]:
+    """FILE and how it is opened."""
+    path, mode = split_mode(text)
+    return path, "cow" if arguments.snapshot and mode != "ro" else mode or "rw"
 
 
 def split_mode(text: str) -> tuple[str, str]:
@@ -321,6 +389,8 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
     put(machine, "machine", "pc")
     for line, what in plan.lines:
         put(machine, "dev/add", line, what=what)
+    for line, what in share_lines(arguments):
+        put(machine, "dev/add", line, what=what)
     for line in arguments.dev:
         put(machine, "dev/add", line)
     images = {"kernel": plan.kernel, "initrd": arguments.initrd, "bios": plan.bios}
@@ -329,8 +399,8 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
             copy(Path(path), machine / name)
     if plan.kernel:
         cmdline = default_cmdline(machine / "kernel") if arguments.cmdline is None else arguments.cmdline
-        if cmdline:
-            put(machine, "cmdline", cmdline)
+        if cmdline or plan.words:
+            put(machine, "cmdline", f"{cmdline} {plan.words}".strip())
     if arguments.symbols:
         copy(Path(arguments.symbols), machine / "symbols")
     elif plan.kernel and is_elf(plan.kernel):
@@ -490,8 +560,8 @@ def is_end(line: str) -> bool:
     return line.partition(" ")[0] in ("shutdown", "hlt", "error")
 
 
-def drive(machine: Path, arguments: argparse.Namespace) -> int:
-    """Run it with its console on this terminal; the exit code."""
+def drive(machine: Path, arguments: argparse.Namespace, outputs: Sequence[int]) -> End:
+    """Run it with its console on this terminal."""
     console = open_console(str(machine))
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
 
@@ -514,21 +584,21 @@ def drive(machine: Path, arguments: argparse.Namespace) -> int:
     if arguments.timeout is not None:
         timer.start()
     try:
-        escaped = terminal.attach(console, done=runs.done, escape=arguments.escape)
+        escaped = terminal.attach(console, done=runs.done, escape=arguments.escape, outputs=outputs)
     finally:
         timer.cancel()
         os.close(console)
     if escaped:
         print(file=sys.stderr)
-        return EXIT_CODES["escape"]
+        return End("escape", runs.line, EXIT_CODES["escape"])
     if runs.timed_out:
         print(f"vmfs boot: the time is over: {runs.line or 'it ran'}", file=sys.stderr)
-        return EXIT_CODES["timeout"]
+        return End("timeout", runs.line, EXIT_CODES["timeout"])
     runs.join()
     if runs.failure is not None:
         raise runs.failure
     print(f"vmfs boot: {runs.line}", file=sys.stderr)
-    return exit_code(runs.line)
+    return End("exit", runs.line, exit_code(runs.line))
 
 
 def gdb_address(machine: Path) -> str:

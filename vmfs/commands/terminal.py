@@ -8,7 +8,7 @@ import select
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vmfs.words.errors import Invalid
 
@@ -42,15 +42,14 @@ def raw(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def attach(console: int, *, done: int | None = None, escape: int = ESCAPE) -> bool:
-    """Join stdin and stdout to the descriptor of a `console` file, until the escape key, or `done` is readable and all
-    output is there. Returns whether it was the escape key. At the end of stdin output goes on.
+def attach(console: int, *, done: int | None = None, escape: int = ESCAPE, outputs: Sequence[int] = (1,)) -> bool:
+    """Join stdin and `outputs` to the descriptor of a `console` file, until the escape key, or `done` is readable and
+    all output is there. Returns whether it was the escape key. At the end of stdin output goes on.
 
     Raises OSError where the console fails: ENODEV when the machine was removed.
     """
     keyboard = sys.stdin.fileno() if sys.stdin is not None else None  # None at its end, too
     is_terminal = keyboard is not None and os.isatty(keyboard)
-    screen = sys.stdout.fileno()
     os.set_blocking(console, False)
     typed = b""  # what the machine has not taken yet
     with raw(keyboard) if is_terminal else contextlib.nullcontext():
@@ -67,7 +66,8 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE) -> bo
             if ready.get(console, 0) & ~select.POLLOUT:
                 with contextlib.suppress(BlockingIOError):
                     output = os.read(console, _CHUNK)
-                    _write_all(screen, output)
+                    for screen in outputs:
+                        _write_all(screen, output)
                     if not output and done is None:
                         return False  # the machine is shut down
             if keyboard in ready:
