@@ -225,7 +225,7 @@ def test_reset_control(guest):
     assert guest.ended.cause == "reset"
 
 
-STATELESS = {"debugcon", "debugcon2", "debug-exit"}
+STATELESS = {"debugcon", "debugcon2", "speaker", "debug-exit"}
 
 
 def test_the_state_of_every_device_goes_to_another_board(pc, guest, memory):

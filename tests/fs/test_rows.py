@@ -8,19 +8,10 @@ import stat
 
 import pytest
 
-from vmfs.fs.files import (
-    DEV_FILES,
-    DEVICE_FILES,
-    FILES,
-    IMAGE_FILE,
-    MEDIA_FILE,
-    REGISTER_ROWS,
-    ROOT_FILES,
-    SNAPSHOT_FILES,
-)
+from vmfs.fs.files import DEV_FILES, DEVICE_FILES, FILES, OWN_FILES, REGISTER_ROWS, ROOT_FILES, SNAPSHOT_FILES
 from vmfs.fs.forks import ForkFile
 from vmfs.fs.kinds import LocalText
-from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, DISK_KINDS, MEDIA_KINDS
+from vmfs.machine.files.devices import DEV_KINDS, DEVICE_KINDS, OWN_KINDS
 from vmfs.machine.files.snapshots import SNAPSHOT_KINDS
 from vmfs.machine.files.table import CONTENTS, REGISTER_KINDS
 from vmfs.memory.ram import DEFAULT_SIZE
@@ -193,8 +184,8 @@ def test_names_stand_once():
         assert len(set(names)) == len(names)
 
 
-DEVICE_ROWS = (*DEV_FILES, *DEVICE_FILES, IMAGE_FILE, MEDIA_FILE)
-ROWS = (*FILES, *ROOT_FILES, *REGISTER_ROWS.values(), *DEVICE_ROWS, *SNAPSHOT_FILES)
+OWN = tuple(row for rows in OWN_FILES.values() for row in rows)
+ROWS = (*FILES, *ROOT_FILES, *REGISTER_ROWS.values(), *DEV_FILES, *DEVICE_FILES, *OWN, *SNAPSHOT_FILES)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -210,8 +201,7 @@ def test_the_machine_has_contents_for_each_name():
         ([row for row in FILES if not isinstance(row.kind, ForkFile)], CONTENTS),  # that is the server's own
         (DEV_FILES, DEV_KINDS),
         (DEVICE_FILES, DEVICE_KINDS),
-        ((IMAGE_FILE,), DISK_KINDS),
-        ((MEDIA_FILE,), MEDIA_KINDS),
+        *((rows, OWN_KINDS[found]) for found, rows in OWN_FILES.items()),
         (SNAPSHOT_FILES, SNAPSHOT_KINDS),
         (REGISTER_ROWS.values(), REGISTER_KINDS),
     )

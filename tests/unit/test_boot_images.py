@@ -125,7 +125,7 @@ def test_bzimage_64():
 
 
 def test_a_machine_without_devices_is_told_of_none():
-    bare = {"serial": (), "ps2": False, "rtc": False, "vga": False, "acpi": False}
+    bare = {"serial": (), "parallel": (), "ps2": False, "rtc": False, "vga": False, "acpi": False}
     with loaded(bzimage(CODE), platform=bare) as (start, memory):
         page = memory.read(start.registers["rsi"], 4096)
         assert not any(page[4:0x1C0]) and page[0x1E8] == 4
@@ -550,7 +550,7 @@ def test_without_a_bios_every_vector_halts(name):
         assert struct.unpack("<H", memory.read(0x40E, 2)) == (0x9FC0,)
         assert struct.unpack("<H", memory.read(0x413, 2)) == (639,)
         assert struct.unpack("<4H", memory.read(0x400, 8)) == (0x3F8, 0x2F8, 0x3E8, 0x2E8)
-        assert struct.unpack("<H", memory.read(0x410, 2)) == (4 << 9 | 2 << 4 | 1 << 2 | 1 << 1,)
+        assert struct.unpack("<H", memory.read(0x410, 2)) == (1 << 14 | 4 << 9 | 2 << 4 | 1 << 2 | 1 << 1,)
 
 
 def test_a_disk_is_no_boot_sector():

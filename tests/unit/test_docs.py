@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vmfs.fs.files import CPU_FILES, FILES, ROOT_FILES, SNAPSHOT_FILES, snapshot_file
+from vmfs.fs.files import CPU_FILES, FILES, OWN_FILES, ROOT_FILES, SNAPSHOT_FILES, snapshot_file
 from vmfs.machine.files.commands import COMMANDS
 from vmfs.words.exits import DEBUG_CAUSES, EXITS, SHUTDOWN_CAUSES
 
@@ -11,8 +11,8 @@ TEXT = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 ROOT_SECTIONS, SECTIONS = (
     dict(re.findall(r"^### `([^`]+)` \((.*)\)$", part, re.MULTILINE)) for part in TEXT.split("\n## Kinds of files\n")
 )
-OF_DEVICES = {f"dev/{name}" for name in ("NAME/", "NAME/image", "NAME/media", "add", "unclaimed")}
-DIRECTORIES = {"NAME/", "reg/NAME", "snap/NAME/"} | OF_DEVICES
+DEVICE_NAMES = {f"dev/NAME/{row.name}": row for rows in OWN_FILES.values() for row in rows}
+DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", *DEVICE_NAMES, "dev/add", "dev/unclaimed", "snap/NAME/"}
 SNAPSHOT_ROWS = *SNAPSHOT_FILES, snapshot_file("disks/NAME"), snapshot_file("images/NAME")
 SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_ROWS}
 
@@ -29,6 +29,7 @@ def test_sections_say_the_permissions():
             assert sections[row.name].startswith(f"{row.mode:04o}, "), row.name
     for name, row in SNAPSHOT_SECTIONS.items():
         assert SECTIONS[name].startswith(f"{row.mode:04o}, "), name
+    assert DEVICE_NAMES.keys() <= SECTIONS.keys()
     for row in CPU_FILES:
         assert SECTIONS[f"cpuN/{row.name}"].startswith(f"{row.mode:04o}, "), row.name
 

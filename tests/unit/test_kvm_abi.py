@@ -117,6 +117,7 @@ LAYOUTS = {
     "PIT_CHANNEL.size": "sizeof(struct kvm_pit_channel_state)",
     "PIT_FLAGS_AT": "offsetof(struct kvm_pit_state2, flags)",
     "PIT_REPLACED": "KVM_PIT_FLAGS_HPET_LEGACY",
+    "PIT_SPEAKER": "2",  # KVM_PIT_FLAGS_SPEAKER_DATA_ON, of Linux 5.19
     "CLOCK": "offsetof(struct kvm_clock_data, clock)",
     "LIST_HEAD.size": "sizeof(struct kvm_msrs)",
     "MSR_ENTRY.size": "sizeof(struct kvm_msr_entry)",

@@ -183,6 +183,8 @@ def _dsdt(platform: Platform) -> bytes:
         devices.append(_isa("MOU", "PNP0F13", a.irq(12)))
     for number, (port, line) in enumerate(platform.serial, 1):
         devices.append(_isa(f"COM{number}", "PNP0501", a.io(port, 8), a.irq(line), uid=number))
+    for number, (port, line) in enumerate(platform.parallel, 1):
+        devices.append(_isa(f"LPT{number}", "PNP0400", a.io(port, 3), a.irq(line), uid=number))
     s5 = a.package(a.integer(power.S5), a.integer(power.S5), a.integer(0), a.integer(0))
     return b"".join(
         (

@@ -38,6 +38,7 @@ class Platform:
     memory_size: int
     cpus: int = 1
     serial: tuple[tuple[int, int], ...] = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
+    parallel: tuple[tuple[int, int], ...] = ((0x378, 7),)
     ps2: bool = True  # an 8042 with keyboard and mouse
     rtc: bool = True
     vga: bool = True  # a text screen at B8000

@@ -21,6 +21,7 @@ from vmfs.devices.i8042 import I8042
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import NAMES, Drive
 from vmfs.devices.isa import ISA_SLOT, IsaBridge
+from vmfs.devices.parallel import ParallelPort
 from vmfs.devices.pci import Bridge, HostBridge, PciDevice
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import TOP, Pflash
@@ -30,6 +31,7 @@ from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
+from vmfs.devices.speaker import Speaker
 from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import Memory
@@ -66,6 +68,8 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("com2", lambda board, name: Serial(board, name, 0x2F8, 3)),
     Row("com3", lambda board, name: Serial(board, name, 0x3E8, 4)),
     Row("com4", lambda board, name: Serial(board, name, 0x2E8, 3)),
+    Row("lpt1", lambda board, name: ParallelPort(board, name, 0x378, 7)),
+    Row("speaker", Speaker),
     Row("power", Power),  # before the clock, which may tell it of an interrupt when it is loaded
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
     Row("dma", Dma),

@@ -14,6 +14,7 @@ from vmfs.fs.inodes import Kind, Scope
 from vmfs.fs.kinds import History, Kept, LocalText, Served, Sparse, Stat
 from vmfs.fs.mapped import Coverage, Framebuffer, Mem
 from vmfs.fs.scopes import RootScope
+from vmfs.words import commands
 from vmfs.words.registers import REGISTERS
 
 
@@ -113,8 +114,17 @@ DEV_FILES: tuple[Row, ...] = (
     Row("add", 0o200, Served(readable=False, writable=True, sized=False, asks_host=True)),
     Row("unclaimed", 0o400, READ),
 )
-IMAGE_FILE = Row("image", 0o400, Sparse(walked=False))  # of a device with a disk
-MEDIA_FILE = Row("media", 0o600, HOST)  # of a drive whose medium can be changed
+_IMAGE = Row("image", 0o400, Sparse(walked=False))
+_LOG = Row("log", 0o400, READ)
+# Of a device, by what is found, what it has besides.
+OWN_FILES: Mapping[int, tuple[Row, ...]] = {
+    commands.FOUND_DIRECTORY: (),
+    commands.FOUND_DISK: (_IMAGE,),
+    commands.FOUND_DRIVE: (_IMAGE, Row("media", 0o600, HOST)),
+    commands.FOUND_PORT: (Row("stream", 0o600, STREAM), _LOG),
+    commands.FOUND_PRINTER: (Row("stream", 0o400, Served(acts=True, sized=False, walked=False)), _LOG),
+    commands.FOUND_SPEAKER: (Row("tone", 0o400, READ),),
+}
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 
 # Of a snapshot, and of each disk in its disks/.

@@ -18,8 +18,7 @@ from vmfs.fs.files import (
     DEV_FILES,
     DEVICE_FILES,
     FILES,
-    IMAGE_FILE,
-    MEDIA_FILE,
+    OWN_FILES,
     REGISTER_ROWS,
     ROOT_FILES,
     Row,
@@ -36,7 +35,7 @@ from vmfs.fs.snapshots import SnapshotsDirectory
 from vmfs.host.credentials import Credentials, limits_of
 from vmfs.host.process import MachineProcess
 from vmfs.words import commands
-from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DISK, FOUND_DRIVE, FOUND_NOTHING, FOUND_READ_ONLY
+from vmfs.words.commands import FOUND_NOTHING, FOUND_READ_ONLY
 from vmfs.words.errors import AlreadyThere, Invalid, NotPermitted, NotThere, VmfsError
 from vmfs.words.registers import parse_msr
 
@@ -132,22 +131,15 @@ class DevicesDirectory(Directory):
         """Have the directories of the devices that there are. A machine without a process has none."""
         machine = self.scope.machine
         names = [] if machine.is_blank else await listed(machine, "dev")
-        there = {name: found for name, found in names if found in _ROWS_OF_DEVICES}
+        there = {name: found for name, found in names if found in OWN_FILES}
         for name, node in list(self.children.items()):
             if isinstance(node, _DeviceDirectory) and name not in there:
                 self.take(name)
                 node.scope.remove()
                 self.inodes.remove(node)
         for name in sorted(there.keys() - self.children.keys()):
-            rows = _ROWS_OF_DEVICES[there[name]]
+            rows = (*DEVICE_FILES, *OWN_FILES[there[name]])
             self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask, rows))
-
-
-_ROWS_OF_DEVICES = {
-    FOUND_DIRECTORY: DEVICE_FILES,
-    FOUND_DISK: (*DEVICE_FILES, IMAGE_FILE),
-    FOUND_DRIVE: (*DEVICE_FILES, IMAGE_FILE, MEDIA_FILE),
-}
 
 
 class _CpuDirectory(Directory):

@@ -16,7 +16,7 @@ from vmfs.words.errors import Invalid
 from vmfs.words.layouts import cpuid_entries
 
 # What a kernel is told of a machine without devices: its RAM.
-_BARE = {"serial": (), "ps2": False, "rtc": False, "vga": False, "power_button": False, "acpi": False}
+_BARE = {"serial": (), "parallel": (), "ps2": False, "rtc": False, "vga": False, "power_button": False, "acpi": False}
 
 
 _SHADOW = 128 << 10  # of firmware, below 1 MiB

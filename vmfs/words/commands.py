@@ -273,6 +273,7 @@ FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 FOUND_DRIVE = 4  # a device's directory, with `media` and `image`
 FOUND_DISK = 6  # a device's directory, with `image`
 FOUND_ARRIVING = 5  # a directory in snap/ into which a saved machine comes
+FOUND_PORT, FOUND_PRINTER, FOUND_SPEAKER = 7, 8, 9  # of devices, too: with a stream both ways, one of the guest, a tone
 
 
 # ---- the machine's answers

@@ -76,7 +76,8 @@ IOAPIC_PINS, IOAPIC_PINS_AT = "<24Q", 2 * IRQCHIP.size + IRQCHIP_CHIP + 24
 # struct kvm_pit_state2 begins with three struct kvm_pit_channel_state: count, latched_count, count_latched,
 # status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd, gate, count_load_time
 PIT_CHANNEL = struct.Struct("<IH10Bq")
-PIT_FLAGS_AT, PIT_REPLACED = 3 * PIT_CHANNEL.size, 1  # and then flags, of which that is KVM_PIT_FLAGS_HPET_LEGACY
+PIT_FLAGS_AT = 3 * PIT_CHANNEL.size  # and then flags
+PIT_REPLACED, PIT_SPEAKER = 1, 2  # KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_FLAGS_SPEAKER_DATA_ON
 CLOCK = 0  # in struct kvm_clock_data: nanoseconds
 
 # struct kvm_msrs and kvm_cpuid2: a count, a pad, and entries

@@ -1,13 +1,15 @@
-"""`console`, `hvc`: the first serial port, and a virtio console, as streams. What is written is typed; what the guest
-sends goes to every reader. `console.log`, `hvc.log` have the end of what was sent."""
+"""`console`, `hvc`, and `stream` of a device: serial ports, virtio consoles and the parallel port as streams. What is
+written is typed; what the guest sends goes to every reader. `console.log`, `hvc.log` and `log` have the end of what was
+sent."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
 
+from vmfs.devices.parallel import ParallelPort
 from vmfs.devices.serial import Serial
 from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.machine.files.budget import Budget
@@ -16,19 +18,21 @@ from vmfs.machine.files.request import interruptible, is_nonblocking
 from vmfs.machine.files.streams import Stream, StreamHandle
 from vmfs.words.errors import Unsupported, WouldBlock
 
+Talker = Serial | VirtioConsole | ParallelPort
+TALKERS = Serial, VirtioConsole, ParallelPort
 LIMIT = 16 << 20  # bytes that are kept for a reader that does not read
 ROOM = 4096  # bytes that wait for the guest; more make a writer wait
 
 
 class ConsolePort:
-    """A serial port or virtio console of the board, and the stream of what it has sent."""
+    """A port of the board, and the stream of what it has sent."""
 
-    def __init__(self, serial: Serial | VirtioConsole, changed: Any, budget: Budget) -> None:
+    def __init__(self, serial: Talker, changed: Any, budget: Budget) -> None:
         self._typist = trio.CapacityLimiter(1)  # what is typed stays in order
         self.stream = Stream(LIMIT, changed, budget.follower(self, self._room_wanted, self._has_room))
         self.plug(serial)
 
-    def plug(self, serial: Serial | VirtioConsole) -> None:
+    def plug(self, serial: Talker) -> None:
         """Be that of this one: the machine was made anew, and readers go on."""
         self.serial = serial
         serial.output = self.stream.append
@@ -49,6 +53,7 @@ class ConsolePort:
     async def type(self, data: bytes) -> None:
         """In a thread: the board's lock may be held for as long as a disk takes. A caller that is interrupted there
         has typed all the same."""
+        assert not isinstance(self.serial, ParallelPort)  # whose stream is not writable
         await trio.to_thread.run_sync(
             self.serial.receive, data, abandon_on_cancel=True, limiter=self._typist
         )
@@ -59,15 +64,21 @@ class ConsolePort:
 
 @dataclass(frozen=True)
 class Console(Kind):
-    """A serial port or virtio console, by the name of its device."""
+    """A port, by the name of its device; empty: that which the file is of. `takes`: what is written is typed."""
 
     device: str
-    writable = True
+    takes: bool = True
     reading_acts = True
     walked = False
 
+    @property
+    def writable(self) -> bool:  # type: ignore[override]
+        return self.takes
+
     def open(self, node: File, nonblocking: bool, writing: bool) -> Handle:
         port = node.scope.console_port(self.device)
+        if not self.device:  # the machine's scope hears of news
+            node = replace(node, scope=node.scope.machine)
         if port is None:
             return _NoConsole(node, nonblocking)
         return _ConsoleHandle(node, nonblocking, port)
@@ -120,7 +131,7 @@ class _ConsoleHandle(StreamHandle):
         return done
 
     def room(self) -> int:
-        return POLL_OUT if self._port.room() else 0
+        return POLL_OUT if self.node.kind.writable and self._port.room() else 0
 
 
 # ---- what was sent
@@ -128,7 +139,7 @@ class _ConsoleHandle(StreamHandle):
 
 @dataclass(frozen=True)
 class Log(Kind):
-    """The end of what a serial port or virtio console has sent, by the name of its device."""
+    """The end of what a port has sent, by the name of its device, as of `Console`."""
 
     device: str
 

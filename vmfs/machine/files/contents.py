@@ -13,14 +13,12 @@ import trio
 
 from vmfs.debug.symbols import SymbolTable
 from vmfs.debug.trace import TraceSettings
-from vmfs.devices.serial import Serial
-from vmfs.devices.virtio.console import Console as VirtioConsole
 from vmfs.engine import by_name
 from vmfs.engine.base import MACHINE_STATES, VCPU_STATES, Engine
 from vmfs.machine.control import MemoryHooks
 from vmfs.machine.cpu import CpuView
 from vmfs.machine.files.budget import Budget
-from vmfs.machine.files.console import ConsolePort
+from vmfs.machine.files.console import TALKERS, ConsolePort, Talker
 from vmfs.machine.files.gdb import GdbPort
 from vmfs.machine.files.handles import Kind, Scope
 from vmfs.machine.files.vnc import VncPort
@@ -188,13 +186,13 @@ class Contents(Scope):
             port.stream.wake()  # at the end of a machine its readers have the end of the file
         super().changed()
 
-    def port_device(self, device: str) -> Serial | VirtioConsole | None:
+    def port_device(self, device: str) -> Talker | None:
         board = self.vm.board
         serial = None if board is None else board.devices.get(device)
-        return serial if isinstance(serial, Serial | VirtioConsole) else None
+        return serial if isinstance(serial, TALKERS) else None
 
     def console_port(self, device: str) -> ConsolePort | None:
-        """The stream of a serial port or a virtio console; None where there is none."""
+        """The stream of a port; None where there is none."""
         serial = self.port_device(device)
         if serial is None:
             return None

@@ -16,15 +16,26 @@ import trio
 
 from vmfs.devices.device import Device
 from vmfs.devices.medium import Removable
+from vmfs.devices.parallel import ParallelPort
+from vmfs.devices.speaker import Speaker, tone
 from vmfs.devices.virtio.disk import SECTOR
 from vmfs.machine.attach import attach, parse_attachment, parse_medium
+from vmfs.machine.files.console import TALKERS, Console, ConsolePort, Log, Talker
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text
 from vmfs.machine.files.lines import Do, LineHandle, Undo
 from vmfs.machine.files.snapshots import few
+from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
-from vmfs.words.commands import FOUND_DIRECTORY, FOUND_DISK, FOUND_DRIVE
+from vmfs.words.commands import (
+    FOUND_DIRECTORY,
+    FOUND_DISK,
+    FOUND_DRIVE,
+    FOUND_PORT,
+    FOUND_PRINTER,
+    FOUND_SPEAKER,
+)
 from vmfs.words.errors import HostError, NotPermitted
 
 
@@ -35,6 +46,16 @@ class DeviceScope(Scope):
         self.machine = machine
         self.device = device
         super().__init__()
+
+    @property
+    def vm(self) -> Vm:
+        return self.machine.vm
+
+    def port_device(self, device: str) -> Talker | None:
+        return self.machine.port_device(device or self.device.name)
+
+    def console_port(self, device: str) -> ConsolePort | None:
+        return self.machine.console_port(device or self.device.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +150,42 @@ class _DiskHandle(Handle):
             return few(device.disk.extents()) if device.disk is not None else []
 
 
+async def _tone(scope: Any) -> str:
+    pit = scope.vm.get_machine_state("pit")
+    await finished(pit, scope)
+    hertz = tone(pit.result())
+    return f"{hertz:.1f}\n" if hertz else "off\n"
+
+
 MEDIA = Text(lambda scope: f"{scope.device.medium}\n", _put_media, acts=True)
 DEVICE_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
-MEDIA_KINDS = {"media": MEDIA}
-DISK_KINDS: Mapping[str, Kind] = {"image": DiskImage()}
+# Of a device, by what is found of it, what it has besides: OWN_FILES of vmfs.fs.files has the same names.
+_IMAGE, _LOG = DiskImage(), Log("")
+OWN_KINDS: Mapping[int, Mapping[str, Kind]] = {
+    FOUND_DIRECTORY: {},
+    FOUND_DISK: {"image": _IMAGE},
+    FOUND_DRIVE: {"image": _IMAGE, "media": MEDIA},
+    FOUND_PORT: {"stream": Console(""), "log": _LOG},
+    FOUND_PRINTER: {"stream": Console("", takes=False), "log": _LOG},
+    FOUND_SPEAKER: {"tone": Text(_tone, of_cpu=True)},
+}
+
+
+def _found(device: Device) -> int:
+    if isinstance(device, Removable):
+        return FOUND_DRIVE
+    if device.HAS_DISK:
+        return FOUND_DISK
+    if isinstance(device, ParallelPort):
+        return FOUND_PRINTER
+    if isinstance(device, TALKERS):
+        return FOUND_PORT
+    return FOUND_SPEAKER if isinstance(device, Speaker) else FOUND_DIRECTORY
 
 
 def kind_of(device: Device, name: str) -> Kind | None:
     """Of a file of a device; None where it has none of that name."""
-    kind = DEVICE_KINDS.get(name)
-    if kind is None and device.HAS_DISK:
-        kind = DISK_KINDS.get(name)
-    if kind is None and isinstance(device, Removable):
-        kind = MEDIA_KINDS.get(name)
-    return kind
+    return DEVICE_KINDS.get(name) or OWN_KINDS[_found(device)].get(name)
 
 
 UNCLAIMED = Text(lambda scope: scope.vm.unclaimed())
@@ -206,10 +249,7 @@ class Devices:
 
     def found(self, name: str) -> int:
         """What a listing says of one that is there."""
-        device = self._scopes[name].device
-        if isinstance(device, Removable):
-            return FOUND_DRIVE
-        return FOUND_DISK if device.HAS_DISK else FOUND_DIRECTORY
+        return _found(self._scopes[name].device)
 
     def remove(self, name: str) -> None:
         """Detach it."""
