@@ -6,11 +6,16 @@ from __future__ import annotations
 
 import pytest
 from engine import asm
+from engine.asm import ORIGIN, assemble
 from engine.divergences import active
 from engine.machine import machine_on
+from engine.walked import WALKER
 
 from vmfs.engine import ENGINES
+from vmfs.machine.machine import Vm
 from vmfs.words.errors import VmfsError
+from vmfs.words.modes import set_mode
+from vmfs.words.registers import write_registers
 
 pytest.register_assert_rewrite("engine.case")
 
@@ -61,3 +66,37 @@ def assembler():
 def vm(engine):
     with machine_on(engine) as machine:
         yield machine
+
+
+@pytest.fixture
+def emulator():
+    return engine_or_skip("emulator")
+
+
+@pytest.fixture
+def machines():
+    made: list[Vm] = []
+    yield made
+    for vm in made:
+        vm.close()
+
+
+@pytest.fixture
+def walker(emulator, machines):
+    def make(kind: str = "bare", cpus: int = 1, source: str = WALKER) -> Vm:
+        vm = Vm(emulator, memory_size=4 << 20)
+        machines.append(vm)
+        if kind != "bare":
+            vm.set_machine(kind)
+            vm.set_time_source("instructions")
+        vm.set_cpu_count(cpus)
+        code = assemble(source, "long")
+        vm.memory.write(ORIGIN, code.code)
+        for cpu in vm.cpus:
+            vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"), cpu=cpu.index)
+            vm.change(
+                lambda vcpu, at=cpu.index: write_registers(vcpu, {"rip": ORIGIN, "rbx": at << 20}), cpu=cpu.index
+            )
+        return vm
+
+    return make

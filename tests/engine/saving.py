@@ -62,6 +62,9 @@ def arrival_of(vm: Vm, name: str) -> Arrival:
     pieces = {"mem": (snapshot.ram.read, list(snapshot.ram.extents()), snapshot.ram.end)}
     for disk, frozen in snapshot.overlays.items():
         pieces[f"disks/{disk}"] = frozen.read_at, list(frozen.extents()), frozen.size
+    for part in snapshot.record.names() if snapshot.record is not None else ():
+        one = snapshot.record.file(part, snapshot.ram)
+        pieces[f"history/{part}"] = one.read_at, list(one.extents()), one.size
     for path, (read, extents, size) in pieces.items():
         file = arrival.make(path)
         for start, end in extents:

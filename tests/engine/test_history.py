@@ -8,12 +8,11 @@ import time
 
 import pytest
 from engine.asm import ORIGIN, assemble
-from engine.conftest import engine_or_skip
 from engine.typed import typed_into
+from engine.walked import SECONDS, WALKER, count, go, run, started
 
 from vmfs.devices import keys
 from vmfs.devices.device import NoState, StatelessDevice, Window
-from vmfs.machine.history import History
 from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
@@ -21,39 +20,6 @@ from vmfs.words import exits
 from vmfs.words.errors import Busy, Unsupported
 from vmfs.words.modes import set_mode
 from vmfs.words.registers import read_register, write_registers
-
-SECONDS = 60
-
-
-def started(vm: Vm, **settings) -> History:
-    history = History(vm, **settings)
-    history.start()
-    return history
-
-
-def run(vm: Vm, **bound) -> exits.Exit:
-    return vm.start(Bound(**bound)).result(SECONDS)
-
-
-def go(vm: Vm, **journey) -> exits.Exit:
-    return run(vm, journey=Journey(**journey))
-
-
-def count(vm: Vm) -> int:
-    return vm.counters()["instructions"]
-
-
-@pytest.fixture
-def emulator():
-    return engine_or_skip("emulator")
-
-
-@pytest.fixture
-def machines():
-    made: list[Vm] = []
-    yield made
-    for vm in made:
-        vm.close()
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
@@ -94,37 +60,6 @@ def test_it_is_at_every_place_what_it_was(emulator, assembler, machines, cpus):
             assert count(vm) == following and vm.state_hash() == seen[following]
     go(vm, place=end)
     assert vm.state_hash() == seen[end] and not vm.history.in_past
-
-
-# Writes all over a MiB, changes its own code, and counts in rbx.
-WALKER = """
-l:  inc rbx; imul eax, ebx, 0x9e3779b1; and eax, 0xff; shl eax, 12; mov [rax + 0x100000], rbx; mov [rax + 0x100ff8], rcx
-    mov byte ptr [rip + change + 1], bl; change: mov eax, 0; add rcx, rax
-    rdtsc; lea rdi, [0x9000]; mov ecx, ebx; and ecx, 0x3f; mov esi, 0x8000; rep movsb
-    test ebx, 31; jne l; mov [0x7000], ebx
-round: out 0x80, al; in al, 0x81; add [0x7008], al; jmp l
-"""
-
-
-@pytest.fixture
-def walker(emulator, machines):
-    def make(kind: str = "bare", cpus: int = 1, source: str = WALKER) -> Vm:
-        vm = Vm(emulator, memory_size=4 << 20)
-        machines.append(vm)
-        if kind != "bare":
-            vm.set_machine(kind)
-            vm.set_time_source("instructions")
-        vm.set_cpu_count(cpus)
-        code = assemble(source, "long")
-        vm.memory.write(ORIGIN, code.code)
-        for cpu in vm.cpus:
-            vm.change(lambda vcpu: set_mode(vcpu, vm.memory, 4 << 20, "long"), cpu=cpu.index)
-            vm.change(
-                lambda vcpu, at=cpu.index: write_registers(vcpu, {"rip": ORIGIN, "rbx": at << 20}), cpu=cpu.index
-            )
-        return vm
-
-    return make
 
 
 def test_a_bare_machine_whose_caller_answers_it(walker):

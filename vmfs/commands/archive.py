@@ -23,6 +23,7 @@ import zstandard
 from vmfs.words.errors import EngineFailed, Invalid, known
 
 STEP = 1 << 20
+PAST = "history"  # the folder with a machine's past, where it has one
 FILES_MOST = 200
 _BLOCK = tarfile.BLOCKSIZE
 # The last bytes: a frame that zstd skips (RFC 8878, 3.1.2). A file that is cut has another end.
@@ -70,19 +71,19 @@ def extents(fd: int, size: int) -> list[tuple[int, int]]:
     return found
 
 
-def paths_in(folder: Path) -> Iterator[str]:
+def paths_in(folder: Path, *, with_past: bool = False) -> Iterator[str]:
     """`mem` last, which is the longest."""
     yield from ("state", "info")
-    for inner in ("images", "disks"):
+    for inner in ("images", "disks", *([PAST] if with_past and (folder / PAST).is_dir() else [])):
         yield from (f"{inner}/{name}" for name in sorted(os.listdir(folder / inner)))
     yield "mem"
 
 
-def write(folder: Path, out: Any, what: str) -> None:
+def write(folder: Path, out: Any, what: str, *, with_past: bool = False) -> None:
     """The directory of a snapshot into a file that is open for writing."""
     opened: list[tuple[str, int, int, list[tuple[int, int]]]] = []
     try:
-        for path in paths_in(folder):
+        for path in paths_in(folder, with_past=with_past):
             os.stat(folder / path)  # the size that it has now
             fd = os.open(folder / path, os.O_RDONLY)
             opened.append((path, fd, size := os.fstat(fd).st_size, extents(fd, size)))
@@ -204,8 +205,20 @@ def _come_in(machine: Path, folder: Path, fill: Callable[[Path], None]) -> None:
             os.umask(before)
         fill(folder)
         (machine / "restore").write_text(f"{folder.name}\n")
+        if (folder / PAST).is_dir():
+            _take_up_past(machine)
     except OSError as failure:
         raise refused(machine, failure) from None
+
+
+def _take_up_past(machine: Path) -> None:
+    """Where it can be had here; without it the machine is what it was all the same."""
+    try:
+        (machine / "history").write_text("on\n")
+    except OSError as failure:
+        if failure.errno not in (errno.EOPNOTSUPP, errno.ENOSPC):
+            raise
+        print(f"vmfs: its past is left out: {refused(machine, failure)}", file=sys.stderr)
 
 
 def read(source: Any, make: Callable[[str], int], what: str, total: int) -> None:
@@ -271,7 +284,7 @@ def new_in(folder: Path, path: str) -> int:
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, make: Callable[[str], int]) -> None:
     path = member.name.removeprefix("machine/")
     parts = path.split("/")
-    is_known = path in ("state", "info", "mem") or len(parts) == 2 and parts[0] in ("images", "disks")
+    is_known = path in ("state", "info", "mem") or len(parts) == 2 and parts[0] in ("images", "disks", PAST)
     if not member.isfile() and not member.issparse() or not is_known or parts[-1] in ("", ".", ".."):
         raise Invalid(f"a saved machine has no {member.name[:80]!r}")
     data = archive.extractfile(member)

@@ -13,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("machine", metavar="MACHINE[:SNAPSHOT]", help="its directory, as /vmfs/demo; as it is now, or "
                         "as a snapshot has it")
     parser.add_argument("file", metavar="FILE", type=Path, help="what is there already is replaced once it is whole")
+    parser.add_argument("--history", action="store_true", help="with its past, as far as `history` has it since it was "
+                        "last changed from outside, and with all that was typed in that time")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,8 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
         _make(machine, folder)
     try:
         try:
+            if arguments.history and not (folder / archive.PAST).is_dir():
+                raise Invalid(f"{arguments.machine} has no past to save: `echo on > {machine}/history` begins one")
             with archive.new_file(arguments.file.absolute()) as file:
-                archive.write(folder, file, str(arguments.file))
+                archive.write(folder, file, str(arguments.file), with_past=arguments.history)
         except OSError as failure:
             raise archive.failed(failure.filename or arguments.file, failure) from None
     except BaseException:

@@ -186,15 +186,24 @@ class Inputs:
         self._coming = None
         self._expect()
 
-    def record(self) -> None:
-        """Keep what comes from now on. Unsupported where the guest's time is the host's, Busy where it is done already.
-        While the machine stands."""
+    def check_recorded(self, inputs: Iterable[Input]) -> None:
+        """Invalid where one is not of this machine."""
+        for one in inputs:
+            taker = self._taker(one.taker)
+            if taker is None:
+                raise Invalid(f"inputs: there is no {one.taker[:40]!r}")
+            taker.check_input(one.kind, one.data)
+
+    def record(self, before: tuple[Input, ...] = ()) -> None:
+        """Keep what comes from now on; `before` are those that came before. Unsupported where the guest's time is the
+        host's, Busy where it is done already. While the machine stands."""
         self._check()
         with self._board.lock:
             if self._log is not None:
                 raise Busy("inputs are recorded already")
-            self._log, self._done, self._coming = [], 0, None
-            self._answers, self._answered, self.size = [], 0, 0
+            self._log, self._done, self._coming = list(before), len(before), None
+            self._answers, self._answered = [], 0
+            self.size = sum(len(one.data) + _COST for one in before)
             try:
                 self._tell(True)
             except BaseException:
@@ -209,6 +218,12 @@ class Inputs:
     def mark(self) -> Mark:
         """How much of what is recorded has come. With the board's lock, or in the CPU's thread."""
         return Mark(self._done, self._answered)
+
+    def since(self, mark: Mark) -> tuple[Input, ...] | None:
+        """The inputs that have come since then; None where there were answers, too. With the board's lock, or in the
+        CPU's thread."""
+        assert self._log is not None
+        return tuple(self._log[mark.inputs : self._done]) if self._answered == mark.answers else None
 
     def rewind(self, mark: Mark) -> None:
         """The machine is as it was when so much had come: the rest comes again. With the board's lock."""
@@ -266,11 +281,8 @@ class Inputs:
                 raise Unsupported(f"inputs: what {name} was answered is not among them")
         with self._board.lock:
             now, inputs = self._board.now(), tuple(inputs)
+            self.check_recorded(inputs)
             for one in inputs:
-                taker = self._taker(one.taker)
-                if taker is None:
-                    raise Invalid(f"inputs: there is no {one.taker[:40]!r}")
-                taker.check_input(one.kind, one.data)
                 if one.at <= now:
                     raise Invalid(f"inputs: one is of {one.at} ns, and it is {now} ns already")
             self._tell(True)

@@ -131,6 +131,7 @@ DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type"
 # The owner may write them by their modes, and only where a saved machine comes in (vmfs.fs.snapshots).
 SNAPSHOT_FILES: tuple[Row, ...] = (Row("mem", 0o600, Kept()), Row("state", 0o600, Kept()), Row("info", 0o600, READ))
 SNAPSHOT_FOLDERS = ("disks", "images")
+SNAPSHOT_HISTORY = "history"  # a folder of those that have a past
 
 
 def snapshot_file(name: str) -> Row:

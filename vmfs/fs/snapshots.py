@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vmfs.fs.files import SNAPSHOT_FILES, SNAPSHOT_FOLDERS, Row, arriving_file, snapshot_file
+from vmfs.fs.files import SNAPSHOT_FILES, SNAPSHOT_FOLDERS, SNAPSHOT_HISTORY, Row, arriving_file, snapshot_file
 from vmfs.fs.hooks import _fuse
 from vmfs.fs.inodes import Directory, File, Node
 from vmfs.fs.kinds import call
@@ -116,7 +116,7 @@ class SnapshotDirectory(Directory):
         self.path = f"snap/{name}"
         self._umask = umask
         self._make_file = make_file
-        self._folders = {one: _Folder(self, one) for one in SNAPSHOT_FOLDERS}
+        self._folders = {one: _Folder(self, one) for one in (*SNAPSHOT_FOLDERS, SNAPSHOT_HISTORY)}
         if not is_arriving:
             self._be_whole()
 
@@ -128,9 +128,9 @@ class SnapshotDirectory(Directory):
                 node.kind = row.kind
             else:
                 self._put(self, row)
-        for name, folder in self._folders.items():
+        for name in SNAPSHOT_FOLDERS:
             if name not in self.children:
-                self.add(folder)
+                self.add(self._folders[name])
 
     def _put(self, directory: Directory, row: Row) -> File:
         path = f"{self.path}/{row.name}" if directory is self else f"{self.path}/{directory.name}/{row.name}"
@@ -148,6 +148,8 @@ class SnapshotDirectory(Directory):
         for directory in (self, *self._folders.values()):
             folder = "" if directory is self else f"/{directory.name}"
             found = dict(await listed(machine, f"{self.path}{folder}"))
+            if found and directory is not self and directory.name not in self.children:
+                self.add(directory)
             always = {row.name for row in SNAPSHOT_FILES} if directory is self and not self.is_arriving else set()
             for name, node in list(directory.children.items()):
                 if isinstance(node, File) and name not in found and name not in always:
@@ -243,7 +245,7 @@ class SnapshotDirectory(Directory):
 
 
 class _Folder(Directory):
-    """disks/ or images/."""
+    """disks/, images/ or history/."""
 
     attr_seconds = 0
 

@@ -20,6 +20,7 @@ import msgspec
 from vmfs.devices import _chips
 from vmfs.devices.virtio.disk import CLUSTER, SECTOR, Frozen, Written
 from vmfs.engine.base import Engine
+from vmfs.machine import record
 from vmfs.machine.attach import Room, row_of, unnamed_file
 from vmfs.machine.images import NAMES, Kept
 from vmfs.machine.past import Rom, Snapshot
@@ -35,7 +36,8 @@ STATE_MOST = 64 << 20  # bytes
 _ROOM_STEP = 4 << 20
 _ZEROS = bytes(1 << 20)  # more than comes at a time
 _PART = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
-_FOLDERS = ("disks", "images")
+_FOLDERS = ("disks", "images", record.FOLDER)
+_ON_DISK = ("disks/", f"{record.FOLDER}/disk.")  # of the host: all that is written to disks
 _TAKEN = re.compile(rb"^taken (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", re.MULTILINE)
 _INSTRUCTIONS = re.compile(rb"^instructions (\d{1,19})$", re.MULTILINE)
 
@@ -114,7 +116,7 @@ class Arrival:
         return file
 
     def _new(self, path: str) -> int:
-        if path.startswith("disks/"):  # on the host's disk, as all that is written to disks
+        if path.startswith(_ON_DISK):
             return unnamed_file(self._door)
         return os.memfd_create("vmfs-arrival", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
@@ -150,8 +152,8 @@ class Arrival:
 
     def rename(self, path: str, new: str) -> None:
         file = self[path]
-        if new.startswith("disks/") != path.startswith("disks/"):
-            raise Invalid("a disk's file stays in disks/")
+        if new.startswith(_ON_DISK) != path.startswith(_ON_DISK):
+            raise Invalid("a disk's file stays one")
         self.files.pop(new, None)
         del self.files[path]
         try:
@@ -253,6 +255,16 @@ class Arrival:
                 continue
             if row.mode(list(one.words)) == "cow" and f"disks/{one.name}" not in self.files:
                 yield f"disks/{one.name} is missing"
+        yield from record.problems(self._packed, self._sizes(f"{record.FOLDER}/"), setup, wanted["mem"])
+
+    def _sizes(self, folder: str) -> dict[str, int]:
+        return {path.removeprefix(folder): one.size for path, one in self.files.items() if path.startswith(folder)}
+
+    def _packed(self) -> bytes:
+        file = self.files[f"{record.FOLDER}/record"]
+        if file.size > record.SIZE_MOST:
+            raise Invalid(f"it has {file.size} bytes")
+        return file.read(0, file.size)
 
     def snapshot(self, engine: Engine, others: Callable[[str], Engine]) -> Made:
         """What it is, whole. Invalid with the first thing that is wrong. `engine`: the machine's, for a state of one
@@ -264,11 +276,7 @@ class Arrival:
         state = self._state()
         setup = setup_of(state)
         maps = {one.name: _overlay_of(state, one.name) for one in setup.attached}
-        overlays = {
-            name: Frozen((self._written(f"disks/{name}", chunks),), self.files[f"disks/{name}"].size)
-            for name, chunks in maps.items()
-            if f"disks/{name}" in self.files
-        }
+        overlays = self._overlays("disks/", maps)
         try:
             named = others(setup.engine)
             engine = named if named.probe().available else engine
@@ -292,8 +300,37 @@ class Arrival:
             rw_disks=tuple(one.name for one in setup.attached if row_of(one).mode(list(one.words)) == "rw"),
             memory_size=setup.memory,
             encoded=state.encode(),
+            record=self._record(setup, layer, end),
         )
         return Made(snapshot, setup)
+
+    def _overlays(self, prefix: str, maps: Mapping[str, Mapping[int, bytes]]) -> dict[str, Frozen]:
+        return {
+            name: Frozen((self._written(f"{prefix}{name}", chunks),), self.files[f"{prefix}{name}"].size)
+            for name, chunks in maps.items()
+            if f"{prefix}{name}" in self.files
+        }
+
+    def _record(self, setup: Setup, ram: Layer, end: int) -> record.Record | None:
+        """What stands in history/, beside RAM in that layer."""
+        if f"{record.FOLDER}/record" not in self.files:
+            return None
+        packed = record.unpack(self._packed())
+        state, exits = record.opened(packed, setup)
+        others = Layer(os.dup(self.files[f"{record.FOLDER}/mem"].fd), int.from_bytes(packed.pages, "little"))
+        others.seal()
+        maps = {one.name: _overlay_of(state, one.name) for one in setup.attached}
+        return record.Record(
+            cpu=packed.cpu,
+            of_cpus=packed.of_cpus,
+            after_event=packed.after_event,
+            end=packed.end,
+            state=state,
+            ram=Image((ram, others), end),
+            overlays=self._overlays(f"{record.FOLDER}/disk.", maps),
+            inputs=packed.inputs,
+            exits=exits,
+        )
 
     def _kept(self, path: str) -> Kept:
         file = self.files[path]

@@ -29,7 +29,8 @@ from vmfs.devices.virtio.disk import Frozen, Overlay, merge
 from vmfs.engine.base import Capability, Runner
 from vmfs.engine.rest import passed_no_stop
 from vmfs.machine.cpu import Cpu
-from vmfs.machine.state import Parts
+from vmfs.machine.record import Record
+from vmfs.machine.state import Opened, Parts
 from vmfs.memory.layers import Image, Layer, runs
 from vmfs.memory.ram import PAGE
 from vmfs.words import exits
@@ -134,12 +135,14 @@ class History:
 
     # ---- on and off
 
-    def start(self) -> None:
-        """Unsupported with a sentence where the machine cannot be recorded, and nothing has changed. Without the lock,
-        while it stands."""
+    def start(self, record: Record | None = None) -> None:
+        """Unsupported with a sentence where the machine cannot be recorded, and nothing has changed. `record`: its past
+        up to here, but for what somebody has changed since; Invalid where it cannot be that. Without the lock, while it
+        stands."""
         vm = self._vm
         with vm.idle():
             self._check()
+            begun = self._checkpoint_of(record) if record is not None else None
         self._parent = vm.past.track()
         with vm.idle():
             if vm.history is not None:
@@ -149,14 +152,65 @@ class History:
             if vm.board is not None:
                 try:
                     with vm.board.lock:
-                        vm.board.inputs.record()
+                        vm.board.inputs.record(record.inputs if record is not None else ())
                         vm.board.inputs.before_new = self._before_new
                 except BaseException:
                     vm.end_repeating(to_host=self._follows_host)
                     raise
             vm.history = self
+            if begun is not None:
+                self.checkpoints, self._stretch = [begun], begun.stretch
         self._thread = threading.Thread(target=self._keep, name="vmfs-history", daemon=True)
         self._thread.start()
+
+    def _checkpoint_of(self, record: Record) -> Checkpoint:
+        vm = self._vm
+        if record.end != self.count():
+            raise Invalid(f"history: the machine is at {self.count()}, and its record ends at {record.end}")
+        parts = Opened(vm, record.state).parts
+        if vm.board is not None:
+            vm.board.inputs.check_recorded(record.inputs)
+        elif record.inputs:
+            raise Invalid("history: a bare machine has no inputs")
+        if record.overlays.keys() != {name for name, _ in self._disks()}:
+            raise Invalid("history: the record is of a machine with other disks")
+        for name, disk in self._disks():
+            if record.overlays[name].size != disk.size:
+                raise Invalid(f"history: {name} is a disk of another size")
+        return Checkpoint(
+            place=record.place,
+            of_cpus=record.of_cpus,
+            after_event=record.after_event,
+            stretch=Stretch(record.cpu, record.end, exits=dict(record.exits)),
+            is_first=True,
+            parts=parts,
+            ram=record.ram,
+            overlays=record.overlays,
+            mark=Mark(),
+            size=parts.size,
+        )
+
+    def record(self) -> Record | None:
+        """What led to what the machine is now, but for what was changed since; None where that is not known. Between
+        two instructions."""
+        kept = [one for one in self.checkpoints if one.stretch is self._stretch]
+        if not kept:
+            return None
+        first, board = kept[0], self._vm.board
+        inputs = () if board is None else board.inputs.since(first.mark)
+        if inputs is None:  # what a folder has answered comes from no file
+            return None
+        return Record(
+            cpu=self._stretch.cpu,
+            of_cpus=first.of_cpus,
+            after_event=first.after_event,
+            end=self.count(),
+            state=first.parts.state(),
+            ram=first.ram,
+            overlays={name: Frozen(one.files, one.size) for name, one in first.overlays.items()},
+            inputs=inputs,
+            exits={at: there for at, there in self._stretch.exits.items() if at <= self.count()},
+        )
 
     def _check(self) -> None:
         vm = self._vm

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from vmfs.devices.virtio.disk import Disk, Frozen, Overlay
 from vmfs.engine.base import Engine, Vcpu
 from vmfs.machine.images import Images, Kept
+from vmfs.machine.record import Record
 from vmfs.machine.state import Body, Opened, State, take_with
 from vmfs.memory.layers import Image, Layer, bits, runs
 from vmfs.memory.ram import PAGE, Memory
@@ -42,7 +43,8 @@ class Rom:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`overlays`: by the name of the device, what its disk's overlay has; `instructions`: None where nobody counts."""
+    """`overlays`: by the name of the device, what its disk's overlay has; `instructions`: None where nobody counts.
+    `record`: how the machine came here, where it has a history."""
 
     name: str
     state: State
@@ -57,6 +59,7 @@ class Snapshot:
     memory_size: int
     encoded: bytes  # the state
     still_ns: int = 0  # that the machine stood still for it
+    record: Record | None = None
     _opened: list[Opened] = field(default_factory=list)
 
     def opened(self, vm: Body) -> Opened:
@@ -82,6 +85,7 @@ class Whole(Body, Protocol):
     memory: Memory
     images: Images
     engine: Engine
+    history: Any
 
     def at_boundary(self, task: Callable[[Vcpu], Any], cpu: int = 0) -> Future[Any]: ...
     def take_pages(self) -> int: ...
@@ -134,6 +138,12 @@ class Past:
 
     def __bool__(self) -> bool:
         return bool(self._snapshots)
+
+    def record(self) -> Record | None:
+        """How the machine came to where it is, of the snapshot that it was last."""
+        snapshot = self._snapshots.get(self.last or "")
+        record = None if snapshot is None else snapshot.record
+        return record if record is not None and record.end == self._vm.count_instructions() else None
 
     @property
     def knows_ram(self) -> bool:
@@ -362,7 +372,8 @@ class Past:
         """
         memory, snapshots = self._vm.memory, list(self._snapshots.values())
         under = set() if memory.base is None else set(memory.base.layers)
-        layers = {layer for one in snapshots for layer in one.ram.layers}
+        images = [one.ram for one in snapshots] + [one.record.ram for one in snapshots if one.record is not None]
+        layers = {layer for one in images for layer in one.layers}
         if self._parent is not None:
             layers.update(self._parent.layers)
         total = (memory.size if under and not self._is_of_others else 0) + sum(layer.taken for layer in layers - under)
@@ -473,6 +484,7 @@ class _Taking:
             encoded=taken.encode(),
             still_ns=time.perf_counter_ns() - began,
             rw_disks=tuple(name for name, disk in vm.disks() if disk.mode == "rw"),
+            record=vm.history.record() if vm.history is not None else None,
         )
         vm.forget_pages()
         self.news = self.unseen()

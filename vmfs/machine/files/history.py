@@ -77,7 +77,7 @@ def _put(scope: Contents, text: str) -> Do:
         await scope.budget.hold(_PURPOSE, settings.memory + vm.memory.size)
         try:
             history = History(vm, settings.memory, settings.every)
-            await trio.to_thread.run_sync(history.start)
+            await trio.to_thread.run_sync(history.start, vm.past.record())
         except BaseException:
             await scope.budget.hold(_PURPOSE, 0)
             raise

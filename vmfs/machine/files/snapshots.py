@@ -18,6 +18,7 @@ from vmfs.machine.files.lines import Do
 from vmfs.machine.files.request import current
 from vmfs.machine.files.waiting import settled
 from vmfs.machine.past import Snapshot
+from vmfs.machine.record import FOLDER, Record
 from vmfs.memory.layers import Image
 from vmfs.words.errors import AlreadyThere, Busy, Interrupted, Invalid, NotThere
 
@@ -143,6 +144,24 @@ def image_kind(name: str) -> Kind:
     )
 
 
+def record_kind(name: str) -> Kind:
+    """How the machine came there."""
+
+    def file(scope: SnapshotScope) -> Any:
+        return recorded(scope).file(name, _ram(scope))
+
+    return Bytes(
+        lambda scope, offset, size: file(scope).read_at(offset, size),
+        lambda scope: file(scope).size,
+        lambda scope: file(scope).extents(),
+    )
+
+
+def recorded(scope: SnapshotScope) -> Record:
+    assert scope.snapshot.record is not None
+    return scope.snapshot.record
+
+
 class Snapshots:
     """The snapshots of a machine, each with the scope of its files."""
 
@@ -156,12 +175,17 @@ class Snapshots:
         return list(self._scopes)
 
     def listed(self, path: str) -> list[str]:
-        """The names in NAME, NAME/disks, NAME/images."""
+        """The names in NAME, NAME/disks, NAME/images, NAME/history."""
         name, _, folder = path.partition("/")
         scope = self.scope(name)
         if scope is None:
             return self.arrivals.listed(name, folder)
-        of = {"disks": scope.snapshot.overlays, "images": images_of(scope.snapshot)}
+        record = scope.snapshot.record
+        of = {
+            "disks": scope.snapshot.overlays,
+            "images": images_of(scope.snapshot),
+            FOLDER: () if record is None else record.names(),
+        }
         return sorted(of.get(folder, ()))
 
     def scope(self, name: str) -> SnapshotScope | None:
@@ -180,6 +204,9 @@ class Snapshots:
         if rest.startswith("disks/"):
             disk = rest.removeprefix("disks/")
             return (disk_kind(disk), scope) if disk in scope.snapshot.overlays else None
+        if rest.startswith(f"{FOLDER}/"):
+            name, record = rest.removeprefix(f"{FOLDER}/"), scope.snapshot.record
+            return (record_kind(name), scope) if record is not None and name in record.names() else None
         return (SNAPSHOT_KINDS[rest], scope) if rest in SNAPSHOT_KINDS else None
 
     async def take(self, name: str, is_live: bool) -> None:
