@@ -347,6 +347,23 @@ def test_clients_that_write_unseen(engine, make):
     assert ram_hash(vm) == before
 
 
+def test_a_page_that_the_file_of_the_base_has_dropped_is_touched_all_the_same(make, monkeypatch):
+    """The kernel reads a hole of the base before it makes a private copy, and may drop what it read from the file."""
+    vm = make(engine_or_skip("emulator"), "pc")
+    vm.past.take("one")
+    before, page = ram_hash(vm), 0x3F0000
+    vm.change(lambda vcpu: write_registers(vcpu, {"rax": 0x5A, "rdi": page}))
+    vm.memory.write(ORIGIN, assemble("mov [rdi], rax; l: jmp l", "long").code)
+    vm.start(Bound(instructions=5)).result(SECONDS)
+    vm.past.take("two")  # which asks the engine what was written
+    whole = ram.extents
+    monkeypatch.setattr(ram, "extents", lambda fd, start, end: (
+        (at, stop) for at, stop in whole(fd, start, end) if not at <= page < stop))  # fmt: skip
+    assert any(at <= page < stop for at, stop in vm.memory.extents()) and ram_hash(vm) != before
+    vm.memory.noted = lambda: 0
+    assert not any(at <= page < stop for at, stop in vm.memory.extents())  # so it is that by which it is known
+
+
 # ---- disks, images
 
 

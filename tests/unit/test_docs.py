@@ -13,7 +13,7 @@ ROOT_SECTIONS, SECTIONS = (
 )
 DEVICE_NAMES = {f"dev/NAME/{row.name}": row for rows in OWN_FILES.values() for row in rows}
 DIRECTORIES = {"NAME/", "reg/NAME", "dev/NAME/", *DEVICE_NAMES, "dev/add", "dev/unclaimed", "snap/NAME/"}
-SNAPSHOT_ROWS = *SNAPSHOT_FILES, snapshot_file("disks/NAME"), snapshot_file("images/NAME")
+SNAPSHOT_ROWS = *SNAPSHOT_FILES, *(snapshot_file(f"{folder}/NAME") for folder in ("disks", "images", "history"))
 SNAPSHOT_SECTIONS = {f"snap/NAME/{row.name}": row for row in SNAPSHOT_ROWS}
 
 

@@ -235,8 +235,9 @@ class SnapshotDirectory(Directory):
 
     async def mkdir(self, name: str, mode: int, caller: Any) -> Node:
         folder = self._folders.get(name)
-        if folder is None or not self.is_arriving:
-            raise NotPermitted(f"a saved machine has {' and '.join(SNAPSHOT_FOLDERS)}, and no other folder")
+        if folder is None or name in self.children:
+            raise NotPermitted(f"a saved machine has {', '.join(self._folders)}, and no other folder")
+        await self.arrive(caller.pid)
         self.add(folder)
         return folder
 

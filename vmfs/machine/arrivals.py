@@ -124,7 +124,7 @@ class Arrival:
         """Have what the sealed memfd has that a path of the host names. Invalid for any other file: its bytes may
         change."""
         file = self[path]
-        if path.startswith("disks/"):
+        if path.startswith(_ON_DISK):
             raise Invalid("a disk's file is written, and no memory")
         if file.writers:
             raise Busy(f"{path} is still written")
