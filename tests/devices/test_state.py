@@ -25,6 +25,7 @@ from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
+from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
@@ -80,6 +81,7 @@ def a_pc(folder):
         lambda slot: FloppyDrive(pc, "fd0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow")),
         lambda slot: Pflash(pc, "pflash0", open_disk(os.open(folder / "floppy", os.O_RDONLY), "cow"), pc.flash_end),
         lambda slot: CdDrive(pc, "hdb", open_disk(os.open(image, os.O_RDONLY), "ro")),
+        lambda slot: Nvme(pc, "nvme0", slot, open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: AtaDisk(pc, "sata0", open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: CdDrive(pc, "sata1", open_disk(os.open(image, os.O_RDONLY), "ro")),
     ):
@@ -94,7 +96,8 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1 lpt1 speaker"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1 lpt1 speaker "
+    "nvme0"
 ).split()
 
 
@@ -210,6 +213,42 @@ def make_ahci_request(dice, pc, guest, number):
     return seen
 
 
+def begin_nvme(guest, nvme):
+    """Enable it, with a pair of queues."""
+    guest.config(nvme.slot, 4, 0x107, size=2)
+    if nvme.bar(0) is None:  # it was moved out of reach
+        nvme.reset()
+    base = nvme.bar(0)
+    queues = (0x28, 0x2000), (0x2C, 0), (0x30, 0x3000), (0x34, 0)
+    for register, value in ((0x14, 0), (0x24, 0xF000F), *queues, (0x14, 0x460001)):
+        guest.store(base + register, value)
+    for number, (opcode, at, more) in enumerate(((5, 0x5000, 3), (1, 0x4000, 0x10001)), 1):
+        entry = struct.pack("<BBHIQQQQ6I", opcode, 0, number, 0, 0, 0, at, 0, 0xF0001, more, 0, 0, 0, 0)
+        guest.board.ram[0x2000 + 64 * (number - 1) : 0x2000 + 64 * number] = entry
+        guest.store(base + 0x1000, number)
+
+
+def make_nvme_request(dice, pc, guest):
+    """A command of any kind, most of them right; what the guest sees then."""
+    nvme = pc.devices["nvme0"]
+    if 1 not in nvme.submissions or nvme.bar(0) is None or dice.random() < 0.1:
+        begin_nvme(guest, nvme)
+    if dice.random() < 0.1:
+        guest.config(nvme.slot, 4, dice.choice((0x103, 0x107)), size=2)
+    queue = dice.randrange(2)
+    it, base = nvme.submissions.get(queue), nvme.bar(0)
+    if it is None or base is None:
+        return []
+    opcode = dice.choice((0, 1, 2, 8, 9) if queue else (0, 2, 4, 6, 6, 9, 10, 12))
+    words = [dice.choice((0, 1, 2, 6)), dice.choice((0, 4)), dice.randrange(16), 0, 0, 0]
+    entry = struct.pack("<BBHIQQQQ6I", opcode, 0, 9, 1, 0, 0, QUEUES + dice.choice((0, 512)), QUEUES + 0x1000, *words)
+    pc.ram[it.base + 64 * it.tail : it.base + 64 * it.tail + 64] = entry
+    guest.store(base + 0x1000 + 8 * queue, (it.tail + 1) % it.size)
+    if dice.random() < 0.8:
+        guest.store(base + 0x1004 + 8 * queue, dice.randrange(16))
+    return [guest.load(base + at) for at in (0x0C, 0x14, 0x1C, 0x24)]
+
+
 def make_floppy_request(dice, guest):
     """A command with what it needs, most of them right; all that was read."""
     row, seen = dice.choice(COMMANDS), []
@@ -237,7 +276,9 @@ def drive(pc, name, seed, count=120):
         windows = pc.ide.windows() if isinstance(device, Drive) else device.windows()
         windows = pc.ahci.windows() if name in SATA_NAMES else windows
         windows = pc.fdc.windows() if isinstance(device, FloppyDrive) else windows
-        if is_sata and what < 0.5:
+        if name == "nvme0" and what < 0.5:
+            seen += make_nvme_request(dice, pc, guest)
+        elif is_sata and what < 0.5:
             seen += make_ahci_request(dice, pc, guest, dice.randrange(2))
         elif isinstance(device, (Drive, Ide)) and what < 0.4:
             seen += make_ide_request(dice, pc, guest, dice.randrange(2))
@@ -298,7 +339,7 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    for name in ("blk1", "hda", "fd0", "pflash0", "sata0"):
+    for name in ("blk1", "hda", "fd0", "pflash0", "sata0", "nvme0"):
         disk, copy = pc.devices[name].disk, other.devices[name].disk
         os.pwrite(copy.fd, os.pread(disk.fd, disk.size, 0), 0)
     with other.asleep():

@@ -20,6 +20,7 @@ from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
 from vmfs.devices.medium import Removable
+from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
@@ -391,6 +392,16 @@ ATTACHABLE: Mapping[str, Row] = {
         hand=_hand_disk,
         take=_take_cdrom,
         mode=lambda words: "ro" if _plain(words) else "",
+    ),
+    "nvme": Row(
+        "nvme PATH [ro|rw|cow] [format=FORMAT]",
+        1,
+        3,
+        _open_disk,
+        lambda request, disk: Nvme(request.board, request.name, request.slot, disk[0], path=disk[1]),
+        hand=_hand_disk,
+        take=_take_disk,
+        mode=_disk_mode,
     ),
     "floppy": Row(
         "floppy [PATH [ro|rw|cow] [format=FORMAT]]",

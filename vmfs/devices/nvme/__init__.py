@@ -1,0 +1,1 @@
+"""NVMe: a controller with one namespace, which is a disk."""
