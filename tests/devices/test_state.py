@@ -96,8 +96,8 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1 lpt1 speaker "
-    "nvme0"
+    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1 "
+    "lpt1 speaker nvme0"
 ).split()
 
 
