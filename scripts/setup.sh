@@ -36,10 +36,12 @@ need libc6-dev   test -e /usr/include/stdio.h
 need pkg-config  has pkg-config
 need libfuse3-dev pkg-config --exists fuse3
 need libseccomp2 sh -c "ldconfig -p | grep -q libseccomp.so.2"   # machines are processes in a filter of system calls
-need gdb         has gdb                # tests attach it to a guest
 need xxd         has xxd
 
-if [ "$for" != demo ]; then
+if [ "$for" = demo ]; then
+need gdb-minimal has gdb                # the demo shows it, without its Python and 20 MB of libraries
+else
+need gdb         has gdb                # tests attach it to a guest
 need g++         has g++                # vmfs.h is for C++, too, and a test compiles it
 need binutils    has objdump            # tests assemble guest programs with as and ld
 need perl        has perl
@@ -71,10 +73,10 @@ fi
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
     if [ -z "$python" ]; then
-        missing+=(python3 python3-venv python3-dev)
+        missing+=(python3 python3-venv libpython3-dev)
     else
         need python3-venv "$python" -c 'import ensurepip, venv'
-        need python3-dev "$python" -c '
+        need libpython3-dev "$python" -c '
 import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
     fi
@@ -119,7 +121,7 @@ if [ "$for" = demo ] && ! stamped packages "$wanted"; then
     if ! stamped demo "$wanted $(sources)"; then
         # In seconds: optimized less, and without debug information. A later `make setup` builds all again.
         say "building vmfs, and installing Python packages into .venv"
-        VMFS_CFLAGS="-O1 -foptimize-sibling-calls -g0" .venv/bin/pip install --disable-pip-version-check -e '.[mount]' >.cache/pip.log 2>&1 </dev/null ||
+        CFLAGS="-O0 -g0" VMFS_CFLAGS="-O1 -foptimize-sibling-calls -g0" .venv/bin/pip install --disable-pip-version-check -e '.[mount]' >.cache/pip.log 2>&1 </dev/null ||
             { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
         echo "$wanted $(sources)" >.venv/demo.stamp
     fi
