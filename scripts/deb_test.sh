@@ -71,7 +71,20 @@ check 'doctor' 'vmfs doctor || true' 'pyfuse3'
 check 'man pages, of each command' 'for page in /usr/share/man/man1/vmfs*.1.gz; do man -P cat "$(basename "$page" .1.gz)" | head -n 3 | grep -q . || exit 1; done; man -P cat vmfs-boot' 'vmfs.boot'
 check 'completion in bash' 'source /usr/share/bash-completion/bash_completion; COMP_WORDS=(vmfs mou) COMP_CWORD=1 COMP_LINE="vmfs mou" COMP_POINT=8; _completion_loader vmfs; $(complete -p vmfs | sed "s/.*-F \([^ ]*\).*/\1/"); echo "${COMPREPLY[@]}"' 'mount'
 check 'completion in fish' "fish -c \"complete -C 'vmfs mou'\"" 'mount'
-check 'completion in zsh' 'zsh -fc "autoload -Uz compinit; compinit -D; print -r -- \${_comps[vmfs]}"' '^_vmfs$'
+cat >"$root/tmp/tab.zsh" <<'ZSH'
+zmodload zsh/zpty
+zpty shell 'zsh -f -i'
+zpty -w shell "autoload -Uz compinit; compinit -D -u; PS1='> '; echo rea''dy"
+zpty -r -m shell said '*ready*'
+zpty -w -n shell $'vmfs dis\t'
+for n in {1..300}; do
+    sleep 0.1
+    zpty -r -t shell part && said+=$part
+    [[ $said == *disasm* ]] && break
+done
+print -r -- "$said"
+ZSH
+check 'completion in zsh' 'zsh -f /tmp/tab.zsh' 'disasm'
 check 'the unit' 'systemd-analyze verify --man=no /lib/systemd/system/vmfs@.service && systemd-escape --path /srv/machines' 'srv-machines'
 check 'its pages' 'head -n 1 /usr/share/doc/vmfs/README.md' 'every virtual machine is a directory'
 

@@ -67,6 +67,7 @@ need rsync       has rsync
 need vim         has vim                # the guide of Unix tools, whose commands a test runs
 need procps      has watch
 need openssh-client has sftp
+need sshfs       has sshfs
 need openssh-sftp-server test -e /usr/lib/openssh/sftp-server
 fi
 

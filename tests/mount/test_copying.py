@@ -248,6 +248,36 @@ def test_sftp(resting, tmp_path):
         assert _without_lane(name, copied) == _without_lane(name, (resting / name).read_bytes()), name
 
 
+@pytest.mark.skipif(not shutil.which("sshfs"), reason="there is no sshfs")
+def test_sshfs(server, tmp_path):
+    """A machine is made, run and removed through it. What ssh would start on the other host is started here."""
+    program = next((path for path in SFTP_SERVERS if path.exists()), None)
+    if program is None:
+        pytest.skip("there is no sftp-server")
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\nexec {program}\n")
+    ssh.chmod(0o755)
+    there = tmp_path / "there"
+    there.mkdir()
+    said = _run("sshfs", "-o", f"direct_io,ssh_command={ssh}", f"host:{server.path}", there)
+    assert said.returncode == 0, said.stderr
+    try:
+        vm = there / f"far-{os.urandom(3).hex()}"
+        vm.mkdir()
+        (vm / "mode").write_text("real\n")
+        with (vm / "mem").open("r+b") as memory:
+            memory.seek(0x1000)
+            memory.write(bytes.fromhex("b041e660f4"))  # mov al, 0x41; out 0x60, al; hlt
+        (vm / "reg/rip").write_text("0x1000\n")
+        assert (vm / "vm_run").read_text() == "io direction=out port=0x60 size=1 count=1 data=0x41 rip=0x1004\n"
+        assert (vm / "vm_run").read_text() == "hlt rip=0x1005\n"
+        assert (vm / "reg/rax").read_text() == (server.path / vm.name / "reg/rax").read_text()
+        vm.rmdir()
+        assert not (server.path / vm.name).exists()
+    finally:
+        subprocess.run(["fusermount3", "-uz", there], check=True)
+
+
 SFTP_SERVERS = (Path("/usr/lib/openssh/sftp-server"), Path("/usr/lib/sftp-server"))
 
 
