@@ -25,7 +25,7 @@ import zstandard
 
 from vmfs.boot import Source, media, probe
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
-from vmfs.commands import terminal
+from vmfs.commands import seed, terminal
 from vmfs.commands.console import open_console
 from vmfs.commands.machines import own_mounts
 from vmfs.commands.options import argument, engine, size
@@ -79,6 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a folder of the host, by 9p, with the tags share0, share1... (default: rw)")
     parser.add_argument("--root", metavar="DIR[:ro|rw]",
                         help="a folder of the host as root file system of Linux, by 9p (default: rw)")
+    parser.add_argument("--ssh-key", action="append", default=[], metavar="FILE",
+                        help="of a cloud image: let this public key log in by ssh; may be given several times")
+    parser.add_argument("--user", type=argument(seed.check_user), metavar="NAME",
+                        help="the user that has the key, who may sudo (default: the image's own)")
     parser.add_argument("--dev", action="append", default=[], metavar="LINE", help="a line for dev/add, as 'net user'")
     parser.add_argument("--engine", type=argument(engine), metavar="kvm|emulator", help="what it runs on")
     parser.add_argument("--on", metavar="DIR",
@@ -230,12 +234,13 @@ class Plan:
     kernel: str | None = None
     words: str = ""
     bios: str | None = None
+    seed: dict[str, bytes] = field(default_factory=dict)  # files of a cloud image's
     lines: list[tuple[str, str]] = field(default_factory=list)
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the arguments say, and what is in FILE. Invalid, before anything is made, for what cannot be booted."""
-    plan = Plan(bios=arguments.bios)
+    plan = Plan(bios=arguments.bios, seed=seed_of(arguments))
     is_uefi = arguments.uefi or arguments.secure_boot or arguments.uefi_vars is not None
     if is_uefi:
         if plan.bios:
@@ -381,6 +386,19 @@ def seabios() -> str:
                   "name one by --bios")  # fmt: skip
 
 
+def seed_of(arguments: argparse.Namespace) -> dict[str, bytes]:
+    """The files of a cloud image's seed; none where none is asked for."""
+    if not arguments.ssh_key:
+        if arguments.user is not None:
+            raise Invalid("--user: who logs in takes a key: --ssh-key FILE")
+        return {}
+    keys = []
+    for path in arguments.ssh_key:
+        with open_image(path) as file:
+            keys += seed.keys_of(path, file.read(1 << 20))
+    return seed.files(arguments.user, keys)
+
+
 def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
     """Write all files of a machine that is to be booted."""
     if arguments.engine and arguments.engine != "auto":
@@ -391,6 +409,11 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
         put(machine, "dev/add", line, what=what)
     for line, what in share_lines(arguments):
         put(machine, "dev/add", line, what=what)
+    if plan.seed:
+        with tempfile.NamedTemporaryFile(prefix="vmfs-seed-") as file:  # the machine has it open afterwards
+            seed.write(file, plan.seed)
+            file.flush()
+            put(machine, "dev/add", f"blk {quoted(file.name)} ro format=raw", what="--ssh-key")
     for line in arguments.dev:
         put(machine, "dev/add", line)
     images = {"kernel": plan.kernel, "initrd": arguments.initrd, "bios": plan.bios}
