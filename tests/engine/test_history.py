@@ -149,12 +149,14 @@ def test_who_asks_for_a_writer_leaves_a_read_waiting(walker):
     assert int(state(vm)["rax"], 16) & 0xFF == 7
 
 
-def test_a_reset_in_the_past_is_no_change_from_outside(walker):
+@pytest.mark.parametrize("cause, source", [("reset", "mov dx, 0xcf9; mov al, 6; out dx, al"),
+                                           ("suspend", "mov dx, 0x604; mov ax, 0x2400; out dx, ax")])  # fmt: skip
+def test_a_reset_in_the_past_is_no_change_from_outside(walker, cause, source):
     """What came after it comes again, and at the end of the record the machine is reset, as it was."""
-    vm = walker("pc", source="inc rbx; mov dx, 0xcf9; mov al, 6; out dx, al; l: inc rcx; jmp l")
+    vm = walker("pc", source=f"inc rbx; {source}; l: inc rcx; jmp l")
     started(vm)
     reset = run(vm)
-    assert isinstance(reset, exits.Shutdown) and reset.cause == "reset" and vm.state == "paused"
+    assert isinstance(reset, exits.Shutdown) and reset.cause == cause and vm.state == "paused"
     place, there = count(vm), vm.state_hash()
     go(vm, place=1)
     assert go(vm, place=place) == reset and vm.state_hash() == there and not vm.history.in_past

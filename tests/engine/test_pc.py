@@ -229,11 +229,12 @@ def test_a_device_interrupts(pc, assembler):
     assert ready
 
 
-@pytest.mark.parametrize("stop", ["poweroff", "reset"])
+@pytest.mark.parametrize("stop", ["poweroff", "reset", "suspend"])
 def test_power(pc, assembler, stop):
     code = {
         "poweroff": "mov dx, 0x604; mov ax, 0x2000; out dx, ax; l: jmp l",
         "reset": "mov dx, 0xcf9; mov al, 6; out dx, al; l: jmp l",
+        "suspend": "mov dx, 0x604; mov ax, 0x2400; out dx, ax; l: jmp l",
     }[stop]
     load(pc, assembler(f"mov dx, 0x3ff; mov al, 7; out dx, al; {code}", "real"))
     program_end = run(pc)
@@ -246,6 +247,42 @@ def test_power(pc, assembler, stop):
         assert register(pc, "rip") == 0xFFF0 and register(pc, "cs.base") == 0xFFFF0000
         assert pc.board.devices["com1"].save().scr == 0
         assert pc.memory.read(ORIGIN, 1) != b"\0"  # RAM keeps its contents
+        assert pc.board.devices["power"].save().status == (0x8000 if stop == "suspend" else 0)
+
+
+SLEEPS = """
+    mov dx, 0x70; mov al, 0x40; out dx, al; inc dx; mov al, 0x5a; out dx, al
+    mov dx, 0x604; mov ax, 0x2400; out dx, ax
+    l: jmp l
+    .balign 32
+woken:
+    mov ax, cs; mov [0x600], ax
+    mov dx, 0x70; mov al, 0x40; out dx, al; inc dx; in al, dx
+    out 0xf4, al
+"""
+
+
+@pytest.mark.parametrize("vector, is_woken", [(True, True), (False, False)])
+def test_the_run_after_a_suspend_wakes_it(pc, other, assembler, vector, is_woken):
+    """Where the FACS has a vector; a state that was saved meanwhile sleeps on, on another engine, too."""
+    program = assembler(SLEEPS, "real")
+    load(pc, program)
+    place = program.labels["woken"]
+    pc.memory.write(0xF_0040, struct.pack("<4sIII", b"FACS", 64, 0, place if vector else 0))
+    assert run(pc).line().startswith("shutdown cause=suspend rip=")
+    state = pc.take().result(SECONDS)
+    pc.reset()
+    assert run(pc, instructions=1).line().startswith(("limit", "shutdown", "error")), "it boots, and there is nothing"
+    pc.put(state)
+    pc.move_to(other)
+    assert pc.state == "paused"
+    if is_woken:
+        assert run(pc).line().startswith(f"shutdown cause=debug-exit code={0x5A * 2 + 1} ")
+        assert pc.memory.read(0x600, 2) == struct.pack("<H", place >> 4)
+    else:
+        assert register(pc, "cs.base") == 0xFFFF0000
+        run(pc, instructions=1)
+        assert pc.memory.read(0x600, 2) == bytes(2)
 
 
 def test_a_machine_with_devices_moves(pc, other, assembler):

@@ -31,15 +31,19 @@ from vmfs.boot.plan import Plan
 from vmfs.boot.platform import BIOS_DATA_END, FIRMWARE, HIGH, USABLE, Platform
 from vmfs.boot.source import Source
 from vmfs.boot.start import Entry, Request, Rom, Start
+from vmfs.devices import power
 from vmfs.memory.ram import Memory, regions_of
 from vmfs.words.errors import Invalid
+from vmfs.words.registers import RegisterFile
 
 __all__ = [
-    "IMAGES", "Image", "Platform", "Rom", "Source", "Start", "firmware_files", "load", "load_bios", "probe",
+    "IMAGES", "Image", "Platform", "Rom", "Source", "Start", "firmware_files", "load", "load_bios", "probe", "wake",
 ]  # fmt: skip
 
 
-_TABLES = FIRMWARE + 64  # ACPI's, after their root pointer
+_TABLES = FIRMWARE + 64  # ACPI's, after their root pointer; the first is the FACS
+# Of S0 to S5, whether there is one, and its sleep type, as OVMF and SeaBIOS ask for it.
+_SLEEPS = bytes((0x80, 0, 0, 0x80 | power.S3, 0, 0x80 | power.S5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,27 @@ def _write_tables(plan: Plan, platform: Platform) -> None:
         at = -(-(at + len(data)) // 16) * 16
 
 
+_VECTOR, _MOST = 12, 0xF_FFFF  # of the FACS: where its vector is; and the last address of real mode
+
+
+def wake(memory: Memory, cpu: RegisterFile) -> bool:
+    """Have a CPU in its reset state begin where a system that was started without firmware wants to be woken (ACPI 6.4,
+    5.2.10: in real mode). False, and nothing is done, where it has said no such address."""
+    if memory.size <= HIGH:
+        return False
+    facs = memory.read(_TABLES, _VECTOR + 4)
+    vector = int.from_bytes(facs[_VECTOR:], "little")
+    if facs[:4] != b"FACS" or not 0 < vector <= _MOST:
+        return False
+    registers = start.real(rip=vector & 0xF, rsp=0, code_segment=vector >> 4)
+    Start("wake", "the system's waking vector", registers).apply(cpu)
+    return True
+
+
 def firmware_files(platform: Platform) -> dict[str, bytes]:
     """What a BIOS asks fw_cfg for to know the machine, by the names of its files."""
     ram = b"".join(struct.pack("<QQI", one.address, one.size, USABLE) for one in regions_of(platform.memory_size))
-    tables = {**acpi.tables(platform).for_firmware(), **smbios.for_firmware(platform)} if platform.acpi else {}
-    return {"etc/e820": ram, **tables}
+    if not platform.acpi:
+        return {"etc/e820": ram}
+    tables = {**acpi.tables(platform).for_firmware(), **smbios.for_firmware(platform)}
+    return {"etc/e820": ram, "etc/system-states": _SLEEPS, **tables}

@@ -188,6 +188,7 @@ def _dsdt(platform: Platform) -> bytes:
     s5 = a.package(a.integer(power.S5), a.integer(power.S5), a.integer(0), a.integer(0))
     return b"".join(
         (
+            a.name("\\_S3", a.package(a.integer(power.S3), a.integer(power.S3), a.integer(0), a.integer(0))),
             a.name("\\_S5", s5),
             a.name("\\PICF", a.integer(0)),
             a.method("\\_PIC", 1, a.store(a.ARG0, a.name_string("\\PICF"))),  # 5.8.1: 1 is the IOAPIC

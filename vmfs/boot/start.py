@@ -220,7 +220,8 @@ def bios_data(plan: Plan, platform: Platform) -> None:
     struct.pack_into(f"<{len(printers)}H", area, 0x08, *printers)
     struct.pack_into("<H", area, 0x0E, EBDA >> 4)
     fpu, mouse, color_80 = 1 << 1, 1 << 2, 2 << 4
-    equipment = fpu | (mouse if platform.ps2 else 0) | (color_80 if platform.vga else 0) | len(ports) << 9 | len(printers) << 14
+    equipment = fpu | (mouse if platform.ps2 else 0) | (color_80 if platform.vga else 0)
+    equipment |= len(ports) << 9 | len(printers) << 14
     struct.pack_into("<H", area, 0x10, equipment)
     struct.pack_into("<H", area, 0x13, EBDA >> 10)  # KiB of conventional memory
     if platform.ps2:

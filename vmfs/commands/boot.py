@@ -580,7 +580,7 @@ def _next_exit(file: io.FileIO) -> str:
 
 def is_end(line: str) -> bool:
     """Whether nothing but a reset leads on from there: off, or asleep for good, or what the engine could not do."""
-    return line.partition(" ")[0] in ("shutdown", "hlt", "error")
+    return line.partition(" ")[0] in ("shutdown", "hlt", "error") and not line.startswith("shutdown cause=suspend ")
 
 
 def drive(machine: Path, arguments: argparse.Namespace, outputs: Sequence[int]) -> End:

@@ -239,6 +239,19 @@ class Pc(Board):
             assert isinstance(function, PowerFunction)
             function.leave_to_firmware()
 
+    def will_wake(self) -> None:
+        """It was reset because the guest sleeps, and the next run wakes it."""
+        power = self.devices["power"]
+        assert isinstance(power, Power)
+        power.woken()
+
+    def wakes_by_firmware(self) -> None:
+        """A run begins with firmware that is to wake the guest."""
+        rtc, function = self.devices["rtc"], self.devices["power-pci"]
+        assert isinstance(rtc, Rtc) and isinstance(function, PowerFunction)
+        function.leave_to_firmware()
+        rtc.say_resume()
+
     def memory_resized(self) -> None:
         super().memory_resized()
         self.display.show_memory()

@@ -1,6 +1,6 @@
 """ACPI's hardware: the PM timer, PM1 event and control blocks, general-purpose events.
 
-A guest that sleeps in S5 has powered off.
+A guest that sleeps in S5 has powered off, one in S3 is suspended to RAM.
 
 S5 is sleep type 0, as on a PIIX4 (and QEMU's and Bochs' PCs): SeaBIOS and small kernels write 2000h to port 604h
 without a look at the tables.
@@ -22,7 +22,8 @@ from vmfs.devices.pci import PciState, PlainPciDevice
 PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0, SCI = 0x600, 0x604, 0x608, 0x60C, 9
 GPE0_LENGTH = 4  # two bytes of status, two of enable: 16 events, where a PIIX4 has them
 BASE, LENGTH = PM1_EVENT, 64  # where they are unless firmware moves them
-S5 = 0  # SLP_TYP in the tables' \_S5
+S3, S5 = 1, 0  # SLP_TYP in the tables' \_S3 and \_S5
+_WOKEN = 0x8000  # WAK_STS
 
 # Of the FADT: where a port is, in how many bytes, and which one (ACPI 6.4, 5.2.9).
 _FADT_PORTS = (
@@ -104,8 +105,13 @@ class Power(QuietDevice[PowerState]):
         mask = ((1 << 8 * size) - 1) << 8 * offset
         control = (state.control & ~mask | value << 8 * offset & mask) & 0xFFFF & ~_SLP_EN
         self.load(msgspec.structs.replace(state, control=control))
-        if control >> _SLP_TYP & 7 == S5:
-            self.board.stop("poweroff")
+        kind = control >> _SLP_TYP & 7
+        if kind in (S3, S5):
+            self.board.stop("suspend" if kind == S3 else "poweroff")
+
+    def woken(self) -> None:
+        """It was reset, and wakes."""
+        self.load(PowerState(status=_WOKEN, enable=0, control=_SCI_EN))
 
     def save(self) -> PowerState:
         return PowerState(**self.chip.state(self.board.now()))

@@ -68,6 +68,11 @@ class Rtc(QuietDevice[RtcState]):
         count = bool(first) + bool(second)
         self.chip.put(0x14, 0x06 | (1 | count - 1 << 6 if count else 0))
 
+    def say_resume(self) -> None:
+        """Byte F, the shutdown status: firmware is to wake the system that has slept in S3 (as SeaBIOS and OVMF know
+        it)."""
+        self.chip.put(0x0F, 0xFE)
+
     def windows(self) -> tuple[Window, ...]:
         return (Window("port", INDEX, 2),)
 

@@ -123,7 +123,8 @@ enum vmfs_shutdown_cause {
     VMFS_SHUTDOWN_TRIPLE_FAULT = 1,
     VMFS_SHUTDOWN_POWEROFF = 2,
     VMFS_SHUTDOWN_RESET = 3,
-    VMFS_SHUTDOWN_DEBUG_EXIT = 4
+    VMFS_SHUTDOWN_DEBUG_EXIT = 4,
+    VMFS_SHUTDOWN_SUSPEND = 5
 };
 
 struct vmfs_exit_io {

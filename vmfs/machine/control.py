@@ -55,6 +55,7 @@ from vmfs.words.stops import Breakpoint
 
 T = TypeVar("T")
 
+GOES_ON = frozenset(("reset", "suspend"))  # causes of a shutdown after which the next run begins anew, or wakes
 LANE_FILES = {"regs": 0, "sregs": 1, "exit.data": 2, "exit.bin": 3, "state": 4}  # enum lane_file of vmfs/words/lane.h
 
 
@@ -193,8 +194,8 @@ class Control:
         """What the CPUs did last; with the lock held."""
         raise NotImplementedError
 
-    def _set_back(self) -> None:
-        """Be as at power-on; with the lock held."""
+    def _set_back(self, *, sleeps: bool = False) -> None:
+        """Be as at power-on, or as the next run wakes it; with the lock held."""
         raise NotImplementedError
 
     # ---- what it is
@@ -505,8 +506,8 @@ class Control:
             if isinstance(result, exits.Shutdown) and not self._closed:
                 self.account = self._account_of(result)
                 is_done_again = history is not None and history.in_past  # what came after it is in the record
-                if result.cause == "reset" and not is_done_again:
-                    self._set_back()
+                if result.cause in GOES_ON and not is_done_again:
+                    self._set_back(sleeps=result.cause == "suspend")
             if self._closed or failure is not None:
                 self._held.clear()
             if run.bound.looks_only and not self._closed:
@@ -818,7 +819,7 @@ def _is_seen(exit_: exits.Exit) -> bool:
 
 
 def _state_after(exit_: exits.Exit) -> str:
-    if isinstance(exit_, exits.Shutdown) and exit_.cause == "reset":
+    if isinstance(exit_, exits.Shutdown) and exit_.cause in GOES_ON:
         return "paused"  # it was reset, and can go on
     return {exits.Hlt: "halted", exits.Shutdown: "shutdown"}.get(type(exit_), "paused")
 

@@ -108,6 +108,7 @@ class Vm(Recorded):
         self.machine_name = "bare"
         self.images = Images()
         self._boot_due = True
+        self._sleeps = False  # so that what is due is to wake
         self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
         self._rom: Rom | None = None
         self._attached: dict[str, Attached] = {}  # by name, what `attach` has put in
@@ -239,7 +240,7 @@ class Vm(Recorded):
         if changed:
             self.tell()
 
-    def _set_back(self) -> None:
+    def _set_back(self, *, sleeps: bool = False) -> None:
         self._held.clear()
         self._changed()
         with self._machine.at_one_moment():
@@ -248,7 +249,9 @@ class Vm(Recorded):
                 cpu.set_back()
         if self.board is not None:
             self.board.reset()
-        self._boot_due = True
+            if sleeps:
+                self.board.will_wake()
+        self._boot_due, self._sleeps = True, sleeps
 
     def write_memory(self, offset: int, data: bytes) -> Future[int]:
         """As the file `mem` takes it, at once; with a history, between two instructions. Busy while it goes through
@@ -305,6 +308,7 @@ class Vm(Recorded):
             cpus=len(self.vcpus),
             has_run=self._has_run,
             boot_due=self._boot_due,
+            sleeps=self._sleeps,
             is_shut_down=self._state == "shutdown",
             is_halted=self._state == "halted",
             cmdline=os.fsencode(self.images.cmdline),
@@ -374,7 +378,7 @@ class Vm(Recorded):
     def load_setup(self, setup: Setup) -> None:
         if setup.has_run:
             self.memory.seal()
-        self._has_run, self._boot_due = setup.has_run, setup.boot_due
+        self._has_run, self._boot_due, self._sleeps = setup.has_run, setup.boot_due, setup.sleeps
         self._state = "shutdown" if setup.is_shut_down else "halted" if setup.is_halted else "paused"
         self._held = deque(exits.parse_exit(line) for line in setup.held)
         self.images.cmdline = os.fsdecode(setup.cmdline)
@@ -566,7 +570,7 @@ class Vm(Recorded):
                 raise
             self.machine_name = setup.machine
             self._attached = {one.name: one for one in setup.attached}
-            self._has_run, self._boot_due = False, True
+            self._has_run, self._boot_due, self._sleeps = False, True, False
             self._set_time(setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host")
             memory.written, memory.noted = self._wrote, lambda: self._dirty["base"]
             self._dirty = {name: copied if name == "base" else 0 for name in self._dirty}
@@ -708,9 +712,13 @@ class Vm(Recorded):
         return self.board
 
     def _boot(self) -> None:
-        """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable."""
-        images = self.images
-        if self._has_firmware:
+        """Load what there is to boot, in the CPU's thread. Invalid for what cannot be; the machine stays usable. One
+        that sleeps is woken instead."""
+        images, sleeps = self.images, self._sleeps
+        self._sleeps = False
+        if sleeps and self._wake():
+            pass
+        elif self._has_firmware:
             from vmfs.machine.booting import boot  # it loads what reads images, which many machines never need
 
             vcpus = [cpu.vcpu for cpu in self.cpus]
@@ -734,6 +742,17 @@ class Vm(Recorded):
                     written |= ((1 << last - first + 1) - 1) << first
                 self._note_written(written)
         self._boot_due = False
+
+    def _wake(self) -> bool:
+        """As firmware does it: the CPU goes on where the system has said. False where it has said nothing."""
+        board = self.board
+        assert board is not None
+        if self._rom is not None or board.flash:
+            board.wakes_by_firmware()
+            return True
+        from vmfs.boot import wake
+
+        return wake(self.memory, self.cpu.vcpu)
 
     @property
     def _has_firmware(self) -> bool:

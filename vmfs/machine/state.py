@@ -50,7 +50,7 @@ class Setup(DeviceState):
     """What a machine is made of, and where it is in its life. `images` are the sizes of what is to boot; `rom`: address
     and size. `new_msrs`: the MSRs that its CPUs had when they were new, by which another engine knows which of them
     describe the engine. `held`: the exits, as lines, that CPUs came to when another one had ended the run; the next
-    runs return them."""
+    runs return them. `sleeps`: what is due is no boot: it is suspended to RAM, and the next run wakes it."""
 
     VERSION: ClassVar[int] = 3
 
@@ -69,6 +69,7 @@ class Setup(DeviceState):
     attached: Annotated[tuple[Attached, ...], msgspec.Meta(max_length=64)]
     new_msrs: bytes
     held: tuple[str, ...]
+    sleeps: bool = False
 
 
 class Seen(DeviceState):

@@ -38,7 +38,7 @@ SIGNALS: Mapping[str, int] = {
     "USR2": 31,
     "PWR": 32,
 }
-_SHUTDOWN_SIGNALS = {"triple-fault": "SEGV", "reset": "HUP", "poweroff": "PWR", "debug-exit": "PWR"}
+_SHUTDOWN_SIGNALS = {"triple-fault": "SEGV", "reset": "HUP", "poweroff": "PWR", "debug-exit": "PWR", "suspend": "PWR"}
 _EXIT_SIGNALS: Mapping[type[Exit], str] = {
     exits.Io: "USR1",
     exits.Mmio: "USR2",
