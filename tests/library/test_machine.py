@@ -13,7 +13,7 @@ from library.conftest import CODE, DATA
 
 from vmfs import Machine
 from vmfs.words import exits
-from vmfs.words.errors import AlreadyThere, BadAddress, Gone, Invalid, NotThere
+from vmfs.words.errors import AlreadyThere, BadAddress, Gone, Invalid, NotThere, Unsupported
 
 ABSENT = 0x20_0000
 
@@ -195,6 +195,7 @@ def test_an_interrupt_is_an_exit_and_the_next_run_is_after_it(make):
 
 def test_a_brief_life_touches_little_memory():
     """Tables that a run of a few instructions hardly uses are neither filled nor cleared."""
+
     def live() -> None:
         with Machine(memory={0x1000: b"\x48\xff\xc0\x90"}) as machine:
             machine.run(start=0x1000, until=0x1004)
@@ -292,3 +293,36 @@ def test_context(make, engine):
     m.xmm1, m.fs_base = 9, 7
     m.load_context(context)
     assert (m.rax, m.xmm1, m.fs_base) == (0, 5, 0)
+
+
+# ---- assembling
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "code"),
+    [
+        ("real", "mov ax, [bx+si]", "8b00"),
+        ("protected", "mov eax, [esp+8]", "8b442408"),
+        ("long", "lea rax, [rip+8]", "488d0508000000"),
+    ],
+)
+def test_asm_is_for_the_mode(make, mode, text, code):
+    pytest.importorskip("keystone", reason="keystone-engine is not installed")
+    assert make(mode=mode).asm(text).hex() == code
+
+
+def test_asm_puts_the_code_there(make, engine):
+    pytest.importorskip("keystone", reason="keystone-engine is not installed")
+    m = make(engine=engine)
+    assert m.asm(f"mov eax, 42; jmp {CODE + 16:#x}", CODE) == bytes(m.mem[CODE : CODE + 7])
+    m.asm("hlt", CODE + 16)
+    assert m.run(start=CODE).rip == CODE + 17 and m.eax == 42
+    with pytest.raises(Invalid, match="^asm: "):
+        m.asm("mov eax, ,", CODE)
+    assert m.mem[CODE] == 0xB8, "what is refused has changed nothing"
+
+
+def test_asm_without_keystone(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "keystone", None)
+    with pytest.raises(Unsupported, match="pip install keystone-engine"):
+        make().asm("hlt")
