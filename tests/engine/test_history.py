@@ -254,6 +254,46 @@ def test_thinned_out_it_is_still_what_it_was(walker):
         assert vm.state_hash() == seen[place]
 
 
+TYPED = """
+l: inc rbx; test ebx, 0xfff; jne l; mov dx, 0x3fd; in al, dx; test al, 1; je l
+   mov dx, 0x3f8; in al, dx; mov [0x7000], al; jmp l
+"""
+
+
+def test_what_came_is_listed_with_its_place(walker):
+    """At the first moment of the place it is about to come; of what is forgotten nothing is listed."""
+    vm = walker("pc", source=TYPED)
+    started(vm)
+    for byte in b"abc":
+        run(vm, instructions=30_000)
+        vm.board.devices["com1"].receive(bytes([byte]))
+    vm.board.devices["com1"].receive(bytes(20))
+    run(vm, instructions=30_000)
+
+    def listed() -> list[list[str]]:
+        return [line.split() for line in vm.history.text().splitlines() if line.startswith("input ")]
+
+    def waits() -> bool:
+        return bool(vm.board.devices["com1"].read(0, 5, 1) & 1)
+
+    lines = listed()
+    assert [line[2:] for line in lines] == [
+        *(["com1", "bytes", f"{byte:02x}"] for byte in b"abc"), ["com1", "bytes", "00" * 16 + "...", "20"]
+    ]  # fmt: skip
+    assert [int(line[1]) // 30_000 for line in lines[:3]] == [1, 2, 3]
+    for line in reversed(lines[:3]):
+        go(vm, place=int(line[1]))
+        with vm.board.lock:
+            assert not waits()
+        go(vm, place=int(line[1]) + 1)
+        with vm.board.lock:
+            assert waits()
+    assert listed() == lines  # those that come next, too
+    vm.change(lambda cpu: write_registers(cpu, {"r15": 7}))
+    run(vm, instructions=10)
+    assert listed() == lines[:1]
+
+
 def test_switched_off_it_goes_on(walker):
     vm = walker("pc")
     started(vm)

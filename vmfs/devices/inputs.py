@@ -96,11 +96,13 @@ class Inputs:
         self._holds_new = False
         self._others: dict[str, Taker] = {}  # that are no devices
         self._done = 0  # of what is recorded, that have come
+        self._places: list[int | None] = []  # where each was when it came; None: it came elsewhere
         self._answers: list[bytes] = []  # that were recorded
         self._answered = 0  # of them, that have come
         self.size = 0  # bytes of what is recorded, about
         self._coming: Timer | None = None  # the first of the others
         self.before_new: Callable[[], None] = lambda: None  # called in `settle`, before anything new gets a time
+        self.place: Callable[[], int] = lambda: 0  # where the machine is, for who asks when something came
 
     @property
     def have_times(self) -> bool:
@@ -182,6 +184,10 @@ class Inputs:
             self._coming = self._schedule(self._log[self._done], self._was_recorded)
 
     def _was_recorded(self) -> None:
+        if self._done == len(self._places):
+            self._places.append(self.place())
+        elif self._places[self._done] is None:
+            self._places[self._done] = self.place()
         self._done += 1
         self._coming = None
         self._expect()
@@ -202,6 +208,7 @@ class Inputs:
             if self._log is not None:
                 raise Busy("inputs are recorded already")
             self._log, self._done, self._coming = list(before), len(before), None
+            self._places = [None] * len(before)
             self._answers, self._answered = [], 0
             self.size = sum(len(one.data) + _COST for one in before)
             try:
@@ -219,6 +226,14 @@ class Inputs:
         """How much of what is recorded has come. With the board's lock, or in the CPU's thread."""
         return Mark(self._done, self._answered)
 
+    def near(self, before: int, after: int) -> list[tuple[int | None, Input]]:
+        """Up to so many of the record that have come last, and that come next, but for time that passes; with their
+        places. With the board's lock, or in the CPU's thread."""
+        assert self._log is not None
+        there = [number for number, one in enumerate(self._log) if one.taker != PASSING and number < len(self._places)]
+        now = bisect.bisect_left(there, self._done)
+        return [(self._places[number], self._log[number]) for number in there[max(now - before, 0) : now + after]]
+
     def since(self, mark: Mark) -> tuple[Input, ...] | None:
         """The inputs that have come since then; None where there were answers, too. With the board's lock, or in the
         CPU's thread."""
@@ -235,6 +250,7 @@ class Inputs:
         assert self._log is not None
         self._forget(self._log[self._done :], self._answers[self._answered :])
         del self._log[self._done :]
+        del self._places[self._done :]
         del self._answers[self._answered :]
         self._expect()
 
@@ -243,6 +259,7 @@ class Inputs:
         assert self._log is not None
         self._forget(self._log[: mark.inputs], self._answers[: mark.answers])
         del self._log[: mark.inputs]
+        del self._places[: mark.inputs]
         del self._answers[: mark.answers]
         self._done -= mark.inputs
         self._answered -= mark.answers

@@ -43,6 +43,8 @@ EVERY_LEAST, EVERY_MOST = 0.002, 60.0
 CHECKPOINTS_MOST = 192
 _SHARE = 0.07  # of the time of a run, that checkpoints may take
 _PLACES_MOST = 64  # that are told of
+_INPUTS_NEAR = 48, 16  # that are told of, before now and after it
+_INPUT_SHOWN = 16  # bytes of one
 _EXITS_MOST = 1024  # of a stretch, that are kept
 _NEW = 8  # checkpoints that are kept however near they are
 _DENSITY = 8  # checkpoints that are `d` ago are at least d / 8 apart
@@ -124,9 +126,20 @@ class History:
             f"bytes {self.bytes()}",
             f"past {'yes' if self.in_past else 'no'}",
             " ".join(["places", *map(str, self._places())]),
+            *self._inputs(),
             *([f"note {self.said}"] if self.said else []),
         ]
         return "".join(f"{line}\n" for line in lines)
+
+    def _inputs(self) -> list[str]:
+        """A line each of what came from outside just before now, and comes next."""
+        if self._vm.board is None:
+            return []
+        near = self._vm.board.inputs.near(*_INPUTS_NEAR)
+        return [
+            f"input {'-' if place is None else place} {one.taker} {one.kind} {_shown(one.data)}".rstrip()
+            for place, one in near
+        ]
 
     def _places(self) -> list[int]:
         """Where checkpoints are: all, or so many of them that a line has."""
@@ -153,7 +166,7 @@ class History:
                 try:
                     with vm.board.lock:
                         vm.board.inputs.record(record.inputs if record is not None else ())
-                        vm.board.inputs.before_new = self._before_new
+                        vm.board.inputs.before_new, vm.board.inputs.place = self._before_new, self.count
                 except BaseException:
                     vm.end_repeating(to_host=self._follows_host)
                     raise
@@ -653,6 +666,11 @@ class History:
     @property
     def stretch(self) -> Stretch:
         return self._stretch
+
+
+def _shown(data: bytes) -> str:
+    """In hexadecimal; of many, the first, and how many there are."""
+    return data.hex() if len(data) <= _INPUT_SHOWN else f"{data[:_INPUT_SHOWN].hex()}... {len(data)}"
 
 
 def is_same(one: exits.Exit, other: exits.Exit | None) -> bool:
