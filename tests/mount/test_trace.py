@@ -411,6 +411,27 @@ def test_coverage_of_cases(emulated):
     assert covered(emulated, b"A") == maps[0]
 
 
+def test_a_fork_has_a_coverage_of_its_own(emulated):
+    """Nothing at first; what parent and fork count then is each one's."""
+    emulated.load(BRANCHES)
+    (emulated / "snap/begin").mkdir()
+    emulated.write("trace", "coverage on\n")
+    assert emulated.run().startswith("hlt")
+    counted = (emulated / "coverage").read_bytes()
+    emulated.write("fork", "covered from begin\n")
+    child = Machine(emulated.path.parent / "covered")
+    try:
+        assert any(counted) and not any((child / "coverage").read_bytes())
+        assert child.run().startswith("hlt") and not any((child / "coverage").read_bytes())
+        (child / "snap/begin").mkdir()
+        child.write("trace", "coverage on\n")
+        there = covered(child, b"A")
+        emulated.write("restore", "begin\n")
+        assert any(there) and (emulated / "coverage").read_bytes() == counted
+    finally:
+        child.path.rmdir()
+
+
 def test_coverage_in_a_mapping(emulated):
     """What a fuzzer maps is the map itself, in both directions."""
     emulated.load(BRANCHES)
