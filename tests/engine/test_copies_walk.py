@@ -17,7 +17,7 @@ from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
 from vmfs.machine.runloop import Bound
 
-DOES = ("run", "take", "restore", "fork", "load", "write", "move", "back")
+DOES = ("run", "take", "restore", "fork", "load", "write", "move", "back", "home")
 ACTS = st.lists(st.tuples(st.sampled_from(DOES), st.integers(1, 20_000)), min_size=1, max_size=14)
 
 
@@ -34,6 +34,27 @@ def go_through_the_past(vm: Vm, count: int) -> None:
     assert vm.state_hash() == there and vm.counters()["instructions"] == place
     history.stop()
     assert vm.state_hash() == there
+
+
+def bring_home(vm: Vm, count: int, name: str) -> Vm:
+    """A copy that was saved with its past, which has been through that; both are where they were."""
+    history = History(vm)
+    history.start()
+    run(vm, count)
+    there, place = vm.state_hash(), vm.counters()["instructions"]
+    vm.past.take(name)
+    history.stop()
+    other = Vm(vm.engine)
+    come_in(other, arrival_of(vm, name))
+    again = History(other)
+    again.start(other.past.record())
+    assert again.begin == place - count and again.end == place
+    for to in (again.begin, place - count // 2, place):
+        other.start(Bound(journey=Journey(place=to))).result(SECONDS)
+        assert other.counters()["instructions"] == to
+    assert other.state_hash() == there
+    again.stop()
+    return other
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,6 +82,11 @@ def test_any_walk(make, acts):
                 assert vm.state_hash() == before
             elif act == "back":
                 go_through_the_past(vm, count)
+            elif act == "home":
+                other = bring_home(vm, count, name)
+                made.callback(other.close)
+                kept = {name: vm.state_hash()}
+                vm = other
             elif act in ("fork", "load"):
                 before = vm.state_hash()
                 if act == "fork":
