@@ -14,7 +14,7 @@ ROOT = Path(vmfs.__file__).parent
 FOLDERS = "machine", "devices", "memory", "boot"
 NAMES = {
     *(f"time.{name}" for name in ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns")),
-    *("os.urandom", "os.getrandom", "threading.Timer", "random", "secrets", "uuid"),
+    *("os.urandom", "os.getrandom", "threading.Timer", "random", "secrets", "uuid.uuid1", "uuid.uuid4"),
 }
 # Where, and what for. What a guest can see of them is in the board's state, or of the host by its nature.
 DOORS = {
