@@ -485,3 +485,18 @@ def test_debug_ports(pc, guest):
     assert said == b"!" and guest.inp(0xE9) == guest.inp(0x402) == 0xE9
     guest.out(0xF4, 16, 4)
     assert guest.ended.line() == "shutdown cause=debug-exit code=33 rip=0x1"
+
+
+def test_the_cmos_has_its_checksum(pc, guest):
+    """As BIOSes leave it (IBM PC AT Technical Reference): also after a drive has come."""
+
+    def byte(at):
+        guest.out(0x70, at)
+        return guest.inp(0x71)
+
+    sums = []
+    for types in ((0, 0), (4, 2)):
+        pc.devices["rtc"].describe_floppies(*types)
+        sums.append(byte(0x2E) << 8 | byte(0x2F))
+        assert sums[-1] == sum(map(byte, range(0x10, 0x2E)))
+    assert byte(0x10) == 0x42 and sums[0] != sums[1] != 0

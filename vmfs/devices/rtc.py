@@ -61,12 +61,20 @@ class Rtc(QuietDevice[RtcState]):
         self.chip.put(0x5D, beyond >> 16)
         self.chip.put(0x3D, 0x32)  # boot order: disk, CD, floppy
         self.chip.put(0x38, 0x10)
+        self._sum()
 
     def describe_floppies(self, first: int, second: int) -> None:
         """Byte 10: the types of two drives, 0 where there is none; 14: what there is: drives, FPU, mouse."""
         self.chip.put(0x10, first << 4 | second)
         count = bool(first) + bool(second)
         self.chip.put(0x14, 0x06 | (1 | count - 1 << 6 if count else 0))
+        self._sum()
+
+    def _sum(self) -> None:
+        """Bytes 2E and 2F: the sum of 10 to 2D, the upper half first, by which a BIOS trusts them."""
+        total = sum(map(self.chip.get, range(0x10, 0x2E)))
+        self.chip.put(0x2E, total >> 8)
+        self.chip.put(0x2F, total & 0xFF)
 
     def say_resume(self) -> None:
         """Byte F, the shutdown status: firmware is to wake the system that has slept in S3 (as SeaBIOS and OVMF know
