@@ -23,11 +23,21 @@ OFF = "poweroff -f\n"
 _MARK = re.compile(r"^mark (\S+)\r\n", re.MULTILINE)
 
 
+# Of a disk: the word of `dev/add`, and QEMU's words for the drive and its controller.
+BUSES = {
+    "virtio": ("blk", "if=virtio", ()),
+    "ide": ("ide", "if=ide", ()),
+    "ahci": ("ahci", "if=none,id=d", ("-device", "ich9-ahci,id=a", "-device", "ide-hd,bus=a.0,drive=d")),
+    "nvme": ("nvme", "if=none,id=d", ("-device", "nvme,serial=d,drive=d")),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
     kernel: Path
     initrd: bytes
     disk: Path | None = None
+    bus: str = "virtio"  # of the disk: a name of BUSES
     memory: int = 512  # MiB
     cpu: str = ""  # QEMU's word for another than its own default
     cpus: int = 1
@@ -64,7 +74,7 @@ def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda 
         (vm / "machine").write_text("pc")
         (vm / "cpus").write_text(str(guest.cpus))
         if guest.disk:
-            (vm / "dev/add").write_text(f"blk {guest.disk} rw")
+            (vm / "dev/add").write_text(f"{BUSES[guest.bus][0]} {guest.disk} rw")
         (vm / "kernel").write_bytes(guest.kernel.read_bytes())
         (vm / "initrd").write_bytes(guest.initrd)
         (vm / "cmdline").write_text(CMDLINE)
@@ -88,6 +98,7 @@ def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda 
 
 
 def on_tcg(guest: Guest) -> Told:
+    _, drive, controller = BUSES[guest.bus]
     with tempfile.NamedTemporaryFile() as file:
         file.write(guest.initrd)
         file.flush()
@@ -95,7 +106,7 @@ def on_tcg(guest: Guest) -> Told:
             *("qemu-system-x86_64 -accel tcg,thread=multi -nodefaults -display none -no-reboot -serial stdio").split(),
             *("-m", str(guest.memory), "-smp", str(guest.cpus)),
             *(("-cpu", guest.cpu) if guest.cpu else ()),
-            *(("-drive", f"file={guest.disk},format=raw,if=virtio,cache=writeback") if guest.disk else ()),
+            *(("-drive", f"file={guest.disk},format=raw,{drive},cache=writeback", *controller) if guest.disk else ()),
             *("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE),
         ]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:

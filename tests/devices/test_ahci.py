@@ -280,6 +280,10 @@ def test_a_worker_moves_the_data_and_waits_for_no_one(pc, disk, image):
     pc._time_source = "host"
     assert pc.has_workers
     gate, drive = threading.Event(), pc.devices["sata0"]
+    with pc.lock:
+        disk.issue(READ, lba=7)  # little, and in memory: at once
+    assert disk.get(CI) == 0 and bytes(pc.ram[BUFFER : BUFFER + 512]) == image.read_bytes()[7 * 512 : 8 * 512]
+    drive.dma_at_once = lambda *rest: False
     move = drive.dma_move
     drive.dma_move = lambda *rest: (gate.wait(10), move(*rest))
     with pc.lock:

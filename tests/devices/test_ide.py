@@ -445,6 +445,7 @@ def test_a_worker_moves_the_data_while_the_guest_goes_on(pc, image, monkeypatch)
     drive = plug(pc, image)
     monkeypatch.setattr(type(pc), "has_workers", True)
     driver, may_go, read = Driver(pc), threading.Event(), drive.disk.read
+    drive.disk.read_at_once = lambda *arguments: False
 
     def slow(*arguments):
         assert may_go.wait(30)
@@ -479,6 +480,7 @@ def test_a_machine_that_ends_while_the_host_is_slow(image):
     drive = plug(pc, image)
     type(pc).has_workers, before = True, type(pc).__mro__[1].has_workers
     may_go, driver = threading.Event(), Driver(pc)
+    drive.disk.read_at_once = lambda *arguments: False
     read = drive.disk.read
     drive.disk.read = lambda *arguments: (may_go.wait(30), read(*arguments))
     try:

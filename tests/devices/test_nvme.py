@@ -333,6 +333,10 @@ def test_workers_answer_while_the_guest_goes_on(pc, driver, image):
     pc._is_fast = True
     pc._time_source = "host"
     gate, disk = threading.Event(), pc.devices["nvme0"].disk
+    with pc.lock:
+        assert driver.blocks(READ, 7, 1) == 0  # little, and in memory: at once
+    assert bytes(pc.ram[BUFFER : BUFFER + 512]) == image.read_bytes()[7 * 512 : 8 * 512]
+    disk.read_at_once = lambda *rest: False
     read = disk.read
     disk.read = lambda at, views: (gate.wait(10) if at == 512 else None, read(at, views))
 
@@ -355,7 +359,7 @@ def test_workers_answer_while_the_guest_goes_on(pc, driver, image):
         with pc.asleep():
             assert driver.taken(1) == (0, 0, 1)
             driver.submit(1, READ, id_=3, dwords=(3,))
-            assert driver.taken(1) is None and pc.devices["nvme0"].save().submissions[1].head == 2
+            assert driver.taken(1) is None and pc.devices["nvme0"].save().submissions[1].head == 3
     assert answer() == (0, 0, 3) and bytes(pc.ram[BUFFER : BUFFER + 512]) == image.read_bytes()[1536:2048]
 
 

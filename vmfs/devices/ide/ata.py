@@ -281,6 +281,9 @@ class AtaDisk(Drive[AtaState]):
         else:
             self.disk.write(self.address * SECTOR, views, through=not self.write_cache)
 
+    def dma_at_once(self, length: int, views: Sequence[memoryview]) -> bool:
+        return self.phase == "dma_in" and self.disk.read_at_once(self.address * SECTOR, views)
+
     def dma_moved(self, length: int, failure: OSError | None) -> None:
         if failure is not None:
             self._host_failed(failure, UNC if self.phase == "dma_in" else ABRT)

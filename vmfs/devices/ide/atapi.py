@@ -295,6 +295,12 @@ class CdDrive(Removable, Drive[CdState]):
             view[:] = data[at : at + len(view)]
             at += len(view)
 
+    def dma_at_once(self, length: int, views: Sequence[memoryview]) -> bool:
+        disk = self.disk
+        if self.reply or self.parts != _USER_DATA or disk is None or self.is_open:
+            return False
+        return disk.read_at_once(self.address * USER, views)
+
     def dma_moved(self, length: int, failure: OSError | None) -> None:
         if failure is not None:
             self._host_failed(failure)

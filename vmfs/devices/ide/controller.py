@@ -318,10 +318,12 @@ class Channel:
             drive.dma_moved(length, failure)
 
         drive.set_busy(True)
-        if board.has_workers:
-            self.worker.submit(work, then)
-        else:
+        if not board.has_workers:
             then(work())
+        elif drive.dma_at_once(length, views):
+            then(None)
+        else:
+            self.worker.submit(work, then)
 
     # ---- life
 

@@ -173,6 +173,10 @@ class Drive(QuietDevice[D], abc.ABC):
     def dma_move(self, length: int, views: Sequence[memoryview]) -> None:
         """Move the next `length` bytes. In a thread of a worker; nothing of the drive changes meanwhile. OSError."""
 
+    def dma_at_once(self, length: int, views: Sequence[memoryview]) -> bool:
+        """Move them now, where that does not wait for the host. False where it would, and nothing is moved."""
+        return False
+
     @abc.abstractmethod
     def dma_moved(self, length: int, failure: OSError | None) -> None:
         """So many were, or could not be; then the command goes on or ends."""

@@ -77,6 +77,7 @@ class Job(NamedTuple):
     do: Callable[[], None]
     failure: int
     written: list[tuple[int, int]]
+    at_once: Callable[[], bool] = lambda: False  # does it where that does not wait for the host
 
 
 class NvmeState(DeviceState):
@@ -329,6 +330,9 @@ class Nvme(PciDevice[NvmeState]):
         if not board.has_workers:
             self._answer(submission, completion, command, self._done(job, work()))
             return
+        if job.at_once():
+            self._answer(submission, completion, command, self._done(job, None))
+            return
         completion.promised += 1
 
         def then(error: Exception | None) -> None:
@@ -391,7 +395,9 @@ class Nvme(PciDevice[NvmeState]):
     def _read_blocks(self, command: Command) -> Job:
         found = self._transfer(command, "read")
         views, at = self._views(found), command.lba << LBA_SHIFT
-        return Job(lambda: self.disk.read(at, views), READ_ERROR, found)
+        return Job(
+            lambda: self.disk.read(at, views), READ_ERROR, found, lambda: self.disk.read_at_once(at, views)
+        )
 
     def _is_through(self, command: Command) -> bool:
         return bool(command.dwords[2] & _FUA) or not self.features[WRITE_CACHE] & 1

@@ -448,6 +448,9 @@ class AhciPort:
         if not board.has_workers:
             then(work())
             return
+        if drive.dma_at_once(length, views):
+            then(None)
+            return
 
         def finish(failure: Exception | None) -> None:
             then(failure)
