@@ -229,11 +229,11 @@ static void begin_code(struct translation *t, enum where flags)
 }
 
 /* Here the code of its stretches ends. */
-static void end_copy(const struct translation *t, struct copy *copy, bool goes_on)
+static void end_copy(const struct translation *t, struct copy *copy)
 {
     copy->end = (u8)t->index;
     copy->end_stub = t->stub_count;
-    copy->back = goes_on ? t->code.at : NULL;
+    copy->back = t->code.at;
     copy->where = t->where;
     copy->split = t->split;
     copy->vectors = t->vectors;
@@ -271,7 +271,7 @@ static void emit_copy(struct translation *t, const struct copy *copy)
     for (unsigned i = copy->first_stub; i < copy->end_stub; i++)
         if (t->stubs[i].kind == STUB_APART)
             land(t->stubs[i].back, entries[t->stubs[i].index]);
-    if (!r || !copy->back)
+    if (!r) /* nothing follows, in the stretches' code either */
         return;
     flush_vectors(t);
     flags_to_image(t);
@@ -494,13 +494,13 @@ void emit_member(struct translation *t, struct member *m)
             copy = &t->copies[t->copy_count++];
             *copy = (struct copy){.member = m, .first = (u8)t->index, .first_stub = t->stub_count};
         } else if (!covered && copy) {
-            end_copy(t, copy, true);
+            end_copy(t, copy);
             copy = NULL;
         }
         r = emit_next(t, m, r);
     }
     if (copy)
-        end_copy(t, copy, r);
+        end_copy(t, copy);
     if (!r)
         return;
     flush_vectors(t);

@@ -112,7 +112,7 @@ struct copy {
     u8 first, end;
     u32 entries;              /* instructions */
     unsigned first_stub, end_stub; /* of its stretches' code */
-    u8 *back;                 /* NULL: nothing follows */
+    u8 *back;                 /* where that goes on */
     enum where where;
     u16 split, vectors;
     struct held held;
