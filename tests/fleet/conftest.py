@@ -12,7 +12,7 @@ from mounting import wait_until
 distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'vmfs[fleet]'")
 
 from vmfs import Machine  # noqa: E402
-from vmfs.fleet import Fleet  # noqa: E402
+from vmfs.fleet import Fleet, local_cluster  # noqa: E402
 from vmfs.fleet.fleet import Template  # noqa: E402
 
 COUNT = bytes.fromhex("48ffc0 48ffc9 75f8 f4")  # l: inc rax; dec rcx; jne l; hlt
@@ -21,9 +21,7 @@ LINGER = 1.0
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[distributed.LocalCluster]:
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="2GiB", host="127.0.0.1"
-    ) as found:
+    with local_cluster(n_workers=2, threads_per_worker=1, memory_limit="2GiB", host="127.0.0.1") as found:
         yield found
 
 

@@ -1,9 +1,11 @@
-"""make fleet: cases on four workers while hosts and networks fail. `python -m fleet.proof [CASES]`
+"""make fleet: cases on four workers while hosts and networks fail, and a matrix of kernels.
+`python -m fleet.proof [CASES]`; 0 cases: the matrix alone.
 
 A scheduler and four workers, each in a network namespace of its own with a TMPDIR of its own, so that they are hosts to
 each other; where this host has no namespaces for us, on loopback, and then no network is cut. A worker is killed every
 few seconds; one network is cut until the scheduler has given the worker up, and healed; between two runs the scheduler
-is started again. Every case must have exactly one result, and nothing may stay.
+is started again. Every case must have exactly one result, and nothing may stay. Then a Debian's kernel is booted with
+8 command lines on 4 models of a CPU (examples/matrix.py), where it was fetched.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ WORKERS = 4
 PORT = 8786
 TTL = 10
 KILL_SECONDS = 4.0
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / ".cache" / "kernels"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 COUNT = bytes.fromhex("48ffc0 48ffc9 75f8 f4")  # l: inc rax; dec rcx; jne l; hlt
 
 
@@ -74,9 +79,8 @@ class Hosts:
 def process(hosts: Hosts, number: int, folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(exist_ok=True)
     environment = {
-        **os.environ,
+        **ENVIRONMENT,
         "TMPDIR": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{TTL}s",
     }
     command = hosts.command(number, sys.executable, "-m", *words)
@@ -139,6 +143,21 @@ def drive(address: str, cases: int) -> None:
         print(f"{cases} cases, each with one result, of {len(workers)} workers in their lives", flush=True)
 
 
+def matrix(hosts: Hosts, folder: Path) -> int:
+    """On the same hosts, with nothing that goes wrong."""
+    kernel, busybox = KERNELS / "cloud/vmlinuz", KERNELS / "busybox"
+    if not kernel.exists() or not busybox.exists():
+        print(f"no matrix: there is no {kernel} (scripts/fetch_kernels.sh)")
+        return 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(scheduler(hosts, folder))
+        for number in range(1, WORKERS + 1):
+            stack.enter_context(worker(hosts, folder, number))
+        command = [sys.executable, str(ROOT / "examples" / "matrix.py"), str(kernel), str(busybox)]
+        address = f"tcp://{hosts.address(0)}:{PORT}"
+        return subprocess.run(hosts.command(0, *command, address), env=ENVIRONMENT, check=False).returncode
+
+
 # ---- what goes wrong
 
 
@@ -179,15 +198,15 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="vmfs-fleet-proof-"))
     with contextlib.ExitStack() as stack:
         hosts = Hosts(stack)
-        for run in range(2):  # each with a scheduler that was started for it; the workers of the first have gone
+        # Each with a scheduler that was started for it; the workers of the first have gone.
+        for run in range(2 if cases else 0):
             with contextlib.ExitStack() as one:
                 one.enter_context(scheduler(hosts, folder))
                 workers = [one.enter_context(worker(hosts, folder, number)) for number in range(1, WORKERS + 1)]
                 done = threading.Event()
                 troubles = threading.Thread(target=trouble, args=(hosts, workers, done, run))
                 command = [sys.executable, "-m", "fleet.proof", "drive", f"tcp://{hosts.address(0)}:{PORT}", str(cases)]
-                environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-                with subprocess.Popen(hosts.command(0, *command), env=environment) as driver:
+                with subprocess.Popen(hosts.command(0, *command), env=ENVIRONMENT) as driver:
                     time.sleep(5)
                     troubles.start()
                     code = driver.wait()
@@ -196,6 +215,8 @@ def main() -> int:
                 if code:
                     print(f"run {run}: the driver ended with {code}; what processes said is in {folder}")
                     return 1
+        if matrix(hosts, folder):
+            return 1
         end = time.monotonic() + 60
         while (stays := left(folder)) and time.monotonic() < end:
             time.sleep(0.5)

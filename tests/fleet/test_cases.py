@@ -203,6 +203,35 @@ def test_a_template_is_fetched_once_a_host(fleet, client, root):
     assert os.stat(new[0]).st_ino == inode
 
 
+def pages_of(machine, _):
+    """Of the runner: what it has of the template's memory, and its part of that, as the kernel counts it."""
+    size = sum(machine.mem.read(at, 4096) == b"" for at in range(0x10_0000, 0x10_0000 + (8 << 20), 4096))
+    found, name = {"Rss": 0, "Pss": 0, "Anonymous": 0}, ""
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            word = line.split()[0]
+            if not word.endswith(":"):
+                name = line
+            elif "vmfs-fleet-" in name and word[:-1] in found:
+                found[word[:-1]] += int(line.split()[1]) << 10
+    time.sleep(0.5)  # so that the other worker has a case, too
+    return size, found
+
+
+def test_workers_of_a_host_share_the_pages_of_a_template(fleet):
+    with Machine(memory={0x1000: COUNT}) as machine:
+        machine.map(0x10_0000, os.urandom(8 << 20))
+        template = fleet.template(machine)
+    for _ in range(2):  # in the second round both runners have them
+        results = list(fleet.map(pages_of, range(6), template=template, batch=1))
+        assert not any(result.kind for result in results), results
+        assert len({result.worker for result in results}) == 2
+    for result in results:
+        size, found = result.value
+        assert not size and found["Rss"] >= 8 << 20 and found["Anonymous"] < 1 << 20, found
+        assert found["Pss"] < 0.6 * found["Rss"], found
+
+
 def test_a_machine_of_a_mount(fleet, tmp_path):
     from vmfs.client import MountFailed, Vm, private_mount
     from vmfs.commands import archive

@@ -28,6 +28,7 @@ RUN = {
 # Which other tests run the rest, and by what words.
 ELSEWHERE = {
     "course": ("mount/test_plugin.py", '"examples/course"'),
+    "matrix.py": ("fleet/proof.py", '"matrix.py"'),
     "fuzz.py": ("library/test_examples.py", '"fuzz.py"'),
 }
 PARTS = {"README.md", "guest"}  # `guest` is what fuzz.py fuzzes, and corrupted.sh looks into

@@ -15,6 +15,7 @@ _FROM = {
     "Campaign": "vmfs.fleet.fuzz",
     "Bug": "vmfs.fleet.fuzz",
     "FleetPlugin": "vmfs.fleet.worker",
+    "local_cluster": "vmfs.fleet.local",
 }
 __all__ = [*_FROM]  # noqa: PLE0604
 if "pytest" in sys.modules:  # it looks for hooks in what a module has when it is imported

@@ -100,12 +100,13 @@ def _inputs(pattern: str) -> dict[str, Path]:
 
 def _run(arguments: argparse.Namespace, function: Any, todo: list[tuple[str, Path]], out: Path) -> None:
     try:
-        from distributed import Client, LocalCluster
+        from distributed import Client
 
         from vmfs.fleet.fleet import Fleet
+        from vmfs.fleet.local import local_cluster
     except ModuleNotFoundError as missing:
         raise Invalid(f"a fleet needs Dask (there is no {missing.name}): pip install 'vmfs[fleet]'") from None
-    cluster = None if arguments.scheduler else LocalCluster(dashboard_address=None)
+    cluster = None if arguments.scheduler else local_cluster()
     try:
         client = Client(arguments.scheduler or cluster, timeout="10s")
     except OSError as failure:
