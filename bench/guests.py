@@ -97,7 +97,8 @@ def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda 
         vm.rmdir()
 
 
-def on_tcg(guest: Guest) -> Told:
+def on_tcg(guest: Guest, *more: str) -> Told:
+    """`more`: arguments of QEMU's."""
     _, drive, controller = BUSES[guest.bus]
     with tempfile.NamedTemporaryFile() as file:
         file.write(guest.initrd)
@@ -108,6 +109,7 @@ def on_tcg(guest: Guest) -> Told:
             *(("-cpu", guest.cpu) if guest.cpu else ()),
             *(("-drive", f"file={guest.disk},format=raw,{drive},cache=writeback", *controller) if guest.disk else ()),
             *("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE),
+            *more,
         ]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
             assert process.stdout

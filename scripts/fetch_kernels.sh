@@ -45,7 +45,7 @@ say "downloading Debian's kernels, busybox, iPXE and memtest86+ (about 110 MB)"
 # The generic kernel's modules take 380 MB, most of it for hardware that no machine of ours has.
 without=()
 for each in sound drivers/{gpu,media,infiniband,staging,usb,iio,hwmon,scsi/*/*,message,mtd,isdn,platform,power} \
-    drivers/net/{ethernet,wireless,usb,can,phy,wwan} net/{mac80211,bluetooth,sctp,tipc} \
+    drivers/net/{wireless,usb,can,phy,wwan} drivers/net/ethernet/{[!8ir],i[!n],r[!e]}* drivers/net/ethernet/intel/{[!e]*,e1000e} net/{mac80211,bluetooth,sctp,tipc} \
     fs/{ocfs2,gfs2,nfs,nfsd,smb,cifs,ceph,xfs,btrfs,f2fs,jfs}
 do without+=("--exclude=*/kernel/$each"); done
 

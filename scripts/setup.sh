@@ -57,6 +57,7 @@ need isolinux    test -e /usr/lib/ISOLINUX/isolinux.bin            # ISOLINUX's
 need syslinux    has syslinux                                      # and SYSLINUX's
 need syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
 need qemu-utils  has qemu-img           # and disk images of other programs
+need ipxe-qemu   test -e /usr/lib/ipxe/qemu/pxe-e1000.rom    # a BIOS boots over a network by it
 need passt       has passt              # the network of a guest (`net user`); a test talks through it
 need e2fsprogs   test -e /sbin/mkfs.ext4      # a guest writes to a file system that the host then checks
 need acpica-tools has iasl              # tests read the ACPI tables with it

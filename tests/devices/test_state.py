@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from devices import nics
 from devices.fakes import FakeMachine, Guest, load, pass_time, plain, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +26,14 @@ from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.machine import Pc
+from vmfs.devices.network.backends import Stream
+from vmfs.devices.network.e1000 import E1000
+from vmfs.devices.network.ne2000 import Ne2000, Ne2000Pci
+from vmfs.devices.network.rtl8139 import Rtl8139
 from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
-from vmfs.devices.virtio.backends import Stream
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import open_disk
@@ -74,6 +78,10 @@ def a_pc(folder):
         lambda slot: Block(pc, "blk0", slot, disks["ro"]),
         lambda slot: Block(pc, "blk1", slot, disks["cow"]),
         lambda slot: Net(pc, "net0", slot, Stream(end.ours), b"\2\0\0\0\0\1"),
+        lambda slot: E1000(pc, "net1", slot, nics.Cable(), nics.MAC),
+        lambda slot: Rtl8139(pc, "net2", slot, nics.Cable(), nics.MAC),
+        lambda slot: Ne2000(pc, "net3", nics.Cable(), nics.MAC),
+        lambda slot: Ne2000Pci(pc, "net4", slot, nics.Cable(), nics.MAC),
         lambda slot: Rng(pc, "rng0", slot),
         lambda slot: Console(pc, "hvc0", slot),
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
@@ -96,8 +104,8 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci sata0 sata1 "
-    "lpt1 speaker nvme0"
+    "display blk0 blk1 net0 net1 net2 net3 net4 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci "
+    "sata0 sata1 lpt1 speaker nvme0"
 ).split()
 
 
@@ -266,6 +274,14 @@ def make_floppy_request(dice, guest):
     return seen
 
 
+NICS = {
+    E1000: nics.drive_e1000,
+    Rtl8139: nics.drive_rtl8139,
+    Ne2000: nics.drive_ne2000,
+    Ne2000Pci: nics.drive_ne2000,
+}
+
+
 def drive(pc, name, seed, count=120):
     """So many accesses, and what comes from outside; all that the guest could see of it."""
     dice = random.Random(seed)
@@ -284,6 +300,8 @@ def drive(pc, name, seed, count=120):
             seen += make_ide_request(dice, pc, guest, dice.randrange(2))
         elif isinstance(device, (Fdc, FloppyDrive)) and what < 0.6:
             seen += make_floppy_request(dice, guest)
+        elif type(device) in NICS and what < 0.5:
+            seen += NICS[type(device)](dice, pc, guest, device)
         elif isinstance(device, VirtioDevice) and what < 0.4:
             if not device.is_live or device.bar(0) is None:
                 guest.config(device.slot, 4, 0x107, size=2)

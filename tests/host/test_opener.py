@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from host.openers import NOBODY, Opened, me
 
-from vmfs.devices.virtio.backends import Passt, Tap
+from vmfs.devices.network.backends import Passt, Tap
 from vmfs.devices.virtio.share import RemoteServer
 from vmfs.host import opener
 from vmfs.host.credentials import ALL_CAPABILITIES, Credentials, HostError, credentials_of

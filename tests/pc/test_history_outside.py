@@ -14,7 +14,7 @@ from pc.initramfs import build
 from pc.kernels import GENERIC, needs_kernels
 from pc.repeated import BIRTH, SECONDS
 
-from vmfs.devices.virtio.backends import Stream
+from vmfs.devices.network.backends import Stream
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.ninep import Server
 from vmfs.devices.virtio.share import Share

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from mounting import has_news
 from pc.virtio_driver import SIZE, Bench, Driver
 
-from vmfs.devices.virtio.backends import MAX_FRAME, Stream
+from vmfs.devices.network.backends import Stream
 from vmfs.devices.virtio.net import F_CTRL_VQ, F_MQ, F_MRG_RXBUF, Net, _flow
 from vmfs.devices.virtio.pci import EVENT_IDX, NEEDS_RESET
 from vmfs.devices.virtio.queue import Virtqueue
 from vmfs.words.errors import Invalid
+from vmfs.words.nets import MAX_FRAME
 
 HEADER = bytes(12)
 MAC = bytes.fromhex("525400123456")

@@ -96,7 +96,7 @@ LOCKERS = {
     "virtio/block.py": "what a worker counts or has found wrong; where time follows the instructions there is none",
     "medium.py": "another medium, which is refused while inputs are recorded",
     "worker.py": "what a worker has done; where time follows the instructions there is none",
-    "virtio/net.py": "a thread that carries frames, which come by inputs while these have times",
+    "network/card.py": "a thread that carries frames, which come by inputs while these have times",
 }
 
 

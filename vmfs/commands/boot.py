@@ -83,6 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of a cloud image: let this public key log in by ssh; may be given several times")
     parser.add_argument("--user", type=argument(seed.check_user), metavar="NAME",
                         help="the user that has the key, who may sudo (default: the image's own)")
+    parser.add_argument("--net", action="append", default=[], metavar="LINE",
+                        help="a network card, as 'user', 'user model=e1000', 'wire NAME' or 'tap NAME'")
+    parser.add_argument("--forward", action="append", default=[], metavar="[ADDRESS/]PORT:PORT",
+                        help="a TCP port of the host's that is the guest's, of the first `--net user`, or of one more")
     parser.add_argument("--dev", action="append", default=[], metavar="LINE", help="a line for dev/add, as 'net user'")
     parser.add_argument("--engine", type=argument(engine), metavar="kvm|emulator", help="what it runs on")
     parser.add_argument("--on", metavar="DIR",
@@ -281,6 +285,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     for floppy in arguments.floppy:
         path, mode = disk_mode(floppy, arguments)
         plan.lines.append((f"floppy {quoted(path)} {mode}", f"--floppy {path}"))
+    plan_nets(plan, arguments.net, arguments.forward)
     if arguments.root is not None:
         mode = split_mode(arguments.root)[1] or "rw"
         plan.words = f"root={ROOT_TAG} rootfstype=9p rootflags={NINEP},cache=loose {mode}"
@@ -302,6 +307,23 @@ def share_lines(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     if arguments.root is not None:
         shares.append((ROOT_TAG, "--root", *split_mode(arguments.root)))
     return [(f"share {quoted(path)} {tag} {'ro' if mode == 'ro' else 'rw'}", what) for tag, what, path, mode in shares]
+
+
+def plan_nets(plan: Plan, lines: Sequence[str], forwards: Sequence[str]) -> None:
+    """Network cards, and what leads to the first one that is a user's network."""
+    try:
+        words = [shlex.split(line) for line in lines]
+    except ValueError as error:
+        raise Invalid(f"--net: {error}") from None
+    if not all(words):
+        raise Invalid("--net: it is as 'user', 'wire NAME' or 'tap NAME'")
+    if forwards:
+        first = next((one for one in words if one[0] == "user"), None)
+        if first is None:
+            words.insert(0, first := ["user"])
+        first += (f"tcp={forward}" for forward in forwards)
+    for one in words:
+        plan.lines.append((f"net {shlex.join(one)}", f"--net {one[0]}"))
 
 
 _OPENERS: dict[str, Callable[[str], Any]] = {"gz": gzip.open, "xz": lzma.open, "zstd": zstandard.open}

@@ -21,6 +21,8 @@ from vmfs.devices.i8042 import I8042
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import NAMES, Drive
 from vmfs.devices.isa import ISA_SLOT, IsaBridge
+from vmfs.devices.network import roms as network_roms
+from vmfs.devices.network.ne2000 import Ne2000
 from vmfs.devices.parallel import ParallelPort
 from vmfs.devices.pci import Bridge, HostBridge, PciDevice
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
@@ -120,7 +122,7 @@ class Pc(Board):
             self._connect(device)
         elif isinstance(device, FloppyDrive):
             self._connect_floppy(device)
-        elif isinstance(device, Pflash):
+        elif isinstance(device, (Pflash, Ne2000)):
             self.add(device)
         else:
             raise Invalid(f"{device.name} goes nowhere")
@@ -150,6 +152,8 @@ class Pc(Board):
             if device is not self.flash[-1]:
                 raise Busy(f"{device.name}: {self.flash[-1].name} is below it, and goes first")
             device.withdraw()
+            self.remove(device)
+        elif isinstance(device, Ne2000):
             self.remove(device)
 
     @property
@@ -225,12 +229,15 @@ class Pc(Board):
             fw_cfg.set_file(_TABLES, rebased(fw_cfg.files[_TABLES], base))
 
     def set_firmware_files(self, files: Mapping[str, bytes], *, loads: bool = False) -> None:
-        """Besides them, the VGA BIOS of the host, by the name under which SeaBIOS looks for that of the display, and
-        the order in which it tries disks: that in which they were attached."""
+        """Besides them, the VGA BIOS of the host and iPXE for its cards, by the names under which SeaBIOS looks for
+        ROMs, and the order in which it tries disks: that in which they were attached."""
         fw_cfg = self.devices["fw-cfg"]
         assert isinstance(fw_cfg, FwCfg)
-        rom = vga_bios()
-        roms = {f"pci{Display.VENDOR:04x},{Display.DEVICE:04x}.rom": rom} if rom else {}
+        roms = {
+            f"pci{device.VENDOR:04x},{device.DEVICE:04x}.rom": rom
+            for device in self.pci.functions.values()
+            if (rom := vga_bios() if device is self.display else network_roms.of(device.VENDOR, device.DEVICE))
+        }
         paths = [device.boot_path for device in self.devices.values() if device.boot_path]
         order = {"bootorder": "\n".join(paths).encode() + b"\0"} if paths else {}
         fw_cfg.set_files({**roms, **order, **files}, offers_kernel=loads)

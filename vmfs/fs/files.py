@@ -124,6 +124,7 @@ OWN_FILES: Mapping[int, tuple[Row, ...]] = {
     commands.FOUND_PORT: (Row("stream", 0o600, STREAM), _LOG),
     commands.FOUND_PRINTER: (Row("stream", 0o400, Served(acts=True, sized=False, walked=False)), _LOG),
     commands.FOUND_SPEAKER: (Row("tone", 0o400, READ),),
+    commands.FOUND_CARD: (Row("pcap", 0o600, HOST),),
 }
 DEVICE_FILES: tuple[Row, ...] = tuple(Row(name, 0o400, READ) for name in ("type", "address", "irq", "counters", "info"))
 

@@ -18,6 +18,7 @@ from vmfs.host.inheritance import Inheritance
 from vmfs.host.process import MachineProcess
 from vmfs.host.settings import NO_LIMIT, MountSettings
 from vmfs.host.template import Template
+from vmfs.host.wires import Wires
 from vmfs.host.zygote import Job, Zygote
 from vmfs.memory.ram import DEFAULT_SIZE
 from vmfs.words.commands import Become, Channel, ChannelBroken, ToServer
@@ -47,6 +48,7 @@ class Host:
         self._learning = trio.Lock()
         self._zygote = zygote
         self._machines: set[MachineProcess] = set()
+        self.wires = Wires(self.open)
         self._blocked: Counter[int] = Counter()
         self._templates: dict[tuple[Inheritance, Credentials], Template] = {}
 

@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vmfs.host import unpack
+from vmfs.host import hub, unpack
 from vmfs.host.credentials import Credentials, HostError, become, limit_capabilities
 from vmfs.host.sandbox import Sandbox, die_with_parent
 from vmfs.words.commands import Result
 from vmfs.words.errors import Invalid, Unsupported, VmfsError
+from vmfs.words.nets import passt_options
 
 SOCKET_MODE = 0o600
 _FILE_CAPABILITIES = 0b1111  # CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
@@ -70,6 +71,10 @@ class StartPasst(msgspec.Struct, frozen=True, array_like=True, tag=True):
     options: list[str]
 
 
+class StartHub(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A wire's process; the socket of its answer is the hub's `control`, and nothing is answered."""
+
+
 class StartShare(msgspec.Struct, frozen=True, array_like=True, tag=True):
     path: str
     read_only: bool
@@ -84,7 +89,7 @@ class StartUnpack(msgspec.Struct, frozen=True, array_like=True, tag=True):
     mount: int
 
 
-Work = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | StartUnpack
+Work = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartHub | StartShare | StartUnpack
 
 
 def run(work: Work, who: Credentials, line: socket.socket, sandbox: Sandbox) -> NoReturn:
@@ -112,16 +117,16 @@ class _Answer:
     """Sends the one answer."""
 
     def __init__(self, line: socket.socket) -> None:
-        self._line = line
+        self.line = line
 
     def __call__(self, number: int, text: str, fd: int | None = None) -> None:
         packet = msgspec.msgpack.encode(Result(number, text[:500]))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
         try:
-            self._line.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+            self.line.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
         except OSError:  # nobody waits any more
             pass
-        self._line.close()
+        self.line.close()
 
 
 def open_path(path: str, flags: int, mount: int = 0) -> int:
@@ -254,12 +259,13 @@ def _start_unpack(work: StartUnpack, who: Credentials, answer: _Answer, sandbox:
         work.path, work.format, ours,
         lambda path: open_path(path, os.O_RDONLY, work.mount),
         lambda: open_path(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR),
-        lambda: sandbox.filter("unpack"),
+        lambda: sandbox.filter("helper"),
     )  # fmt: skip
 
 
 def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: Sandbox) -> None:
     """It stays until passt ends, so that passt is always somebody's child."""
+    options = passt_options(work.options)
     program = shutil.which("passt")
     if program is None:
         raise Unsupported("passt is not installed (package passt)")
@@ -275,7 +281,7 @@ def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: S
         # It writes its number when it is ready; when it fails the pipe ends.
         process = subprocess.Popen(
             [program, "--foreground", "--quiet", "--stderr", "--fd", str(its.fileno()),
-             "--pid", f"/proc/self/fd/{pid_file}", *work.options],
+             "--pid", f"/proc/self/fd/{pid_file}", *options],
             pass_fds=(its.fileno(), pid_file),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -301,12 +307,19 @@ def _start_passt(work: StartPasst, who: Credentials, answer: _Answer, sandbox: S
     process.wait()
 
 
+def _start_hub(work: StartHub, who: Credentials, answer: _Answer, sandbox: Sandbox) -> None:
+    limit_capabilities(0)
+    sandbox.filter("helper")
+    hub.serve(answer.line)
+
+
 _WORKS: dict[type, Callable[[Any, Credentials, _Answer, Sandbox], None]] = {
     OpenPath: _open_path,
     OpenTap: _open_tap,
     Listen: _listen,
     Unlink: _unlink,
     StartPasst: _start_passt,
+    StartHub: _start_hub,
     StartShare: _start_share,
     StartUnpack: _start_unpack,
 }

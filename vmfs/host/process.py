@@ -43,6 +43,7 @@ from vmfs.words.commands import (
     ToServer,
 )
 from vmfs.words.errors import Gone, LimitReached, ProcessFailed, VmfsError, WouldBlock, known
+from vmfs.words.nets import PCAP
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ SAID_MOST = 1 << 16  # bytes of lines
 SIZE_MOST = (1 << 63) - 1
 _LOOPBACK = ("127.0.0.1", "::1")
 HANDOVER = "\0vmfs-gdb-"  # how the names of sockets begin at which a gdb.stream is handed over
-_OPENINGS = (os.O_RDONLY, os.O_RDWR, os.O_TMPFILE | os.O_RDWR)  # the flags that a machine opens what a line names with
+# The flags that a machine opens what a line names with; an overlay's are the last.
+_OPENINGS = (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, os.O_TMPFILE | os.O_RDWR)
 
 _CHANGE_SNAPSHOTS = commands.Take | commands.Remove | commands.Arrive | commands.Make | commands.Fill | commands.Rename
 _decode_result = msgspec.msgpack.Decoder(Result).decode
@@ -782,7 +784,8 @@ class MachineProcess:
             who = self._who(ask.call, "cow")
             path = tempfile.gettempdir()
         else:
-            who, path = self._who(ask.call, ask.path, changes=ask.flags != os.O_RDONLY), ask.path
+            word = f"{PCAP}{ask.path}" if ask.flags & os.O_CREAT else ask.path
+            who, path = self._who(ask.call, word, changes=ask.flags != os.O_RDONLY), ask.path
         if len(self._openers) >= OPENERS_MOST:
             raise WouldBlock(f"{len(self._openers)} openers of the machine wait for the host already")
         theirs, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -842,6 +845,9 @@ class MachineProcess:
             except VmfsError as error:
                 log.debug("%s: %s", path, error)
 
+    async def _join_wire(self, ask: commands.JoinWire) -> tuple[str, list[int]]:
+        return "", [self.host.wires.join(self._who(ask.call, ask.name), ask.name).detach()]
+
     async def _start_passt(self, ask: commands.StartPasst) -> tuple[str, list[int]]:
         return await self._opened(self._who(ask.call, *ask.options), opener.StartPasst(ask.options), lives=True)
 
@@ -869,6 +875,7 @@ _ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[i
     commands.OpenTap: MachineProcess._open_tap,
     commands.Listen: MachineProcess._listen_at,
     commands.Unlink: MachineProcess._unlink_at,
+    commands.JoinWire: MachineProcess._join_wire,
     commands.StartPasst: MachineProcess._start_passt,
     commands.StartShare: MachineProcess._start_share,
     commands.StartUnpack: MachineProcess._start_unpack,

@@ -166,7 +166,7 @@ class Sandbox:
                 "template": _last_filter(but=_TEMPLATE_PRCTLS),
                 "fork": _fork_filter(),
                 "share": _filter(SHARE_CALLS, set_id=False),
-                "unpack": _filter([*MACHINE_CALLS, "prlimit64", "alarm", "setitimer"], set_id=False),
+                "helper": _filter([*MACHINE_CALLS, "prlimit64", "alarm", "setitimer"], set_id=False),
             }
             self.layers["seccomp"] = ""
         except (ImportError, OSError, RuntimeError) as error:

@@ -653,10 +653,12 @@ def _import_all() -> None:
     import vmfs.machine.warmup
     import vmfs.machine.worker  # noqa: F401
     from vmfs.devices import screen
+    from vmfs.devices.network import roms
     from vmfs.machine.vnc import des
 
     capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)  # loads its library
     PIL.Image.init()
     tempfile.gettempdir()  # where the overlays of disks are, found out once
     screen.vga_bios()
+    roms.warm_up()
     des.is_there()

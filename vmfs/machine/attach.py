@@ -20,11 +20,16 @@ from vmfs.devices.ide.atapi import CdDrive
 from vmfs.devices.ide.drive import NAMES
 from vmfs.devices.machine import Pc
 from vmfs.devices.medium import Removable
+from vmfs.devices.network.backends import Backend, Passt, Tap, Unplugged, Wire
+from vmfs.devices.network.capture import Capture
+from vmfs.devices.network.card import Card
+from vmfs.devices.network.e1000 import E1000
+from vmfs.devices.network.ne2000 import Ne2000, Ne2000Pci
+from vmfs.devices.network.rtl8139 import Rtl8139
 from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
-from vmfs.devices.virtio.backends import Passt, Tap, Unplugged
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import Disk, Overlay, RawDisk, open_disk
@@ -33,9 +38,12 @@ from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
 from vmfs.machine.machine import Vm
 from vmfs.machine.state import Attached
+from vmfs.words import nets
 from vmfs.words.door import Door
 from vmfs.words.errors import Busy, Invalid, LimitReached, Unsupported
 from vmfs.words.images import FORMATS, HEAD, format_of
+
+PCAP_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,12 +316,66 @@ class _Taken:
 
 
 def _open_net(door: Door, words: list[str]) -> Any:
-    kind, rest = words[0], words[1:]
-    if kind == "user":
-        return Passt(*door.passt(tuple(rest)))
-    if kind == "tap" and len(rest) == 1:
-        return Tap(door.tap(rest[0]), rest[0])
-    raise Invalid(f"dev/add: it is `{ATTACHABLE['net'].usage}`")
+    asked = nets.parse(words, tuple(_CARDS))
+    backend = _open_backend(door, asked)
+    try:
+        capture = Capture(door.open(asked.pcap, PCAP_FLAGS), asked.pcap) if asked.pcap else None
+    except BaseException:
+        backend.close()
+        raise
+    return _Cable(backend, capture)
+
+
+def parse_pcap(text: str) -> Callable[[Door, Card], None]:
+    """What a text written to the `pcap` of a card asks for: a path, quoted as in a shell, or `off`."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Invalid(f"pcap: {error}") from None
+    if len(text.splitlines()) != 1 or len(words) != 1:
+        raise Invalid("pcap: it takes a PATH, or off")
+    (path,) = words
+
+    def change(door: Door, card: Card) -> None:
+        card.set_capture(None if path == "off" else Capture(door.open(path, PCAP_FLAGS), path))
+
+    return change
+
+
+def _open_backend(door: Door, asked: nets.NetLine) -> Backend:
+    if asked.kind == "user":
+        return Passt(*door.passt(asked.rest))
+    (name,) = asked.rest
+    return Tap(door.tap(name), name) if asked.kind == "tap" else Wire(door.wire(name), name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cable:
+    """What a card is plugged into."""
+
+    backend: Backend
+    capture: Capture | None = None
+
+    def close(self) -> None:
+        self.backend.close()
+        if self.capture is not None:
+            self.capture.close()
+
+
+def _make_net(request: Request, cable: _Cable) -> Device:
+    asked = nets.parse(request.words, tuple(_CARDS))
+    card = _CARDS[asked.model](request, cable.backend, asked.mac or _mac(request))
+    card.set_capture(cable.capture)
+    return card
+
+
+_CARDS: Mapping[str, Callable[[Request, Backend, bytes], Card]] = {
+    "virtio": lambda request, backend, mac: Net(request.board, request.name, request.slot, backend, mac),
+    "e1000": lambda request, backend, mac: E1000(request.board, request.name, request.slot, backend, mac),
+    "rtl8139": lambda request, backend, mac: Rtl8139(request.board, request.name, request.slot, backend, mac),
+    "ne2000": lambda request, backend, mac: Ne2000(request.board, request.name, backend, mac),
+    "ne2000-pci": lambda request, backend, mac: Ne2000Pci(request.board, request.name, request.slot, backend, mac),
+}
 
 
 def _mac(request: Request) -> bytes:
@@ -426,13 +488,13 @@ ATTACHABLE: Mapping[str, Row] = {
         mode=_disk_mode,
     ),
     "net": Row(
-        "net user [OPTION...]|tap NAME",
+        nets.USAGE,
         1,
         32,
         _open_net,
-        lambda request, backend: Net(request.board, request.name, request.slot, backend, _mac(request)),
+        _make_net,
         hand=lambda device: (),
-        take=lambda door, words, fds: Unplugged(),
+        take=lambda door, words, fds: _Cable(Unplugged()),
     ),
     "rng": Row("rng", 0, 0, _nothing, lambda r, _: Rng(r.board, r.name, r.slot), hand=lambda device: ()),
     "hvc": Row("hvc", 0, 0, _nothing, lambda r, _: Console(r.board, r.name, r.slot), hand=lambda device: ()),

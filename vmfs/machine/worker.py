@@ -601,6 +601,9 @@ class ServerDoor:
     def tap(self, name: str) -> int:
         return self._one_fd(self._ask(lambda ask: commands.OpenTap(ask, _call(), name)))
 
+    def wire(self, name: str) -> int:
+        return self._one_fd(self._ask(lambda ask: commands.JoinWire(ask, _call(), name)))
+
     def listen(self, where: str | tuple[str, int]) -> Listening:
         path, host, port = (where, "", 0) if isinstance(where, str) else ("", *where)
         text, fds = self._ask(lambda ask: commands.Listen(ask, _call(), path, host, port))

@@ -273,6 +273,7 @@ FOUND_NOTHING, FOUND_FILE, FOUND_READ_ONLY, FOUND_DIRECTORY = range(4)
 FOUND_DRIVE = 4  # a device's directory, with `media` and `image`
 FOUND_DISK = 6  # a device's directory, with `image`
 FOUND_ARRIVING = 5  # a directory in snap/ into which a saved machine comes
+FOUND_CARD = 10  # a device's directory, with `pcap`
 FOUND_PORT, FOUND_PRINTER, FOUND_SPEAKER = 7, 8, 9  # of devices, too: with a stream both ways, one of the guest, a tone
 
 
@@ -387,6 +388,14 @@ class OpenTap(Message, frozen=True):
     name: str
 
 
+class JoinWire(Message, frozen=True):
+    """A port of the wire of that name between machines of the mount: a socket of packets."""
+
+    ask: int
+    call: int
+    name: str
+
+
 class Listen(Message, frozen=True):
     """A listening socket: at a host path, or at a numerical address and port. `text` of the answer is the port it
     got."""
@@ -449,7 +458,9 @@ class Invalidate(Message, frozen=True):
 # What answers a call, if not `Failed`; Done, if it is not here.
 ANSWERS = {Open: Opened, Fork: Copied, Read: Done | Placed, List: Listed, Measure: Measured}
 
-Question = OpenPath | OpenTap | Listen | Unlink | StartPasst | StartShare | StartUnpack | Reserve | Invalidate
+Question = (
+    OpenPath | OpenTap | JoinWire | Listen | Unlink | StartPasst | StartShare | StartUnpack | Reserve | Invalidate
+)
 Answer = Done | Placed | Opened | Listed | Measured | Copied | Failed
 ToServer = Answer | Question | Born | Woken | Complaint
 

@@ -31,6 +31,10 @@ class Door(Protocol):
         """/dev/net/tun, as the tap interface of that name."""
         ...
 
+    def wire(self, name: str) -> int:
+        """A port of the wire of that name (vmfs.host.wires): a socket of packets, each a frame."""
+        ...
+
     def listen(self, where: str | tuple[str, int]) -> Listening:
         """A listening socket at a path, or at a numerical address and port."""
         ...
@@ -40,7 +44,8 @@ class Door(Protocol):
         ...
 
     def passt(self, options: tuple[str, ...]) -> tuple[int, int]:
-        """A passt of its own: a stream socket to it, and its process id. It ends when the socket is closed."""
+        """A passt of its own, with the words of a line (vmfs.words.nets): a stream socket to it, and its process id. It
+        ends when the socket is closed."""
         ...
 
     def share(self, path: str, read_only: bool) -> int:

@@ -16,10 +16,11 @@ import trio
 
 from vmfs.devices.device import Device
 from vmfs.devices.medium import Removable
+from vmfs.devices.network.card import Card
 from vmfs.devices.parallel import ParallelPort
 from vmfs.devices.speaker import Speaker, tone
 from vmfs.devices.virtio.disk import SECTOR
-from vmfs.machine.attach import attach, parse_attachment, parse_medium
+from vmfs.machine.attach import attach, parse_attachment, parse_medium, parse_pcap
 from vmfs.machine.files.console import TALKERS, Console, ConsolePort, Log, Talker
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
@@ -29,6 +30,7 @@ from vmfs.machine.files.snapshots import few
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
 from vmfs.words.commands import (
+    FOUND_CARD,
     FOUND_DIRECTORY,
     FOUND_DISK,
     FOUND_DRIVE,
@@ -157,6 +159,17 @@ async def _tone(scope: Any) -> str:
     return f"{hertz:.1f}\n" if hertz else "off\n"
 
 
+def _put_pcap(scope: Any, text: str) -> Do:
+    """A path, or `off`."""
+    change = parse_pcap(text)
+
+    async def do() -> None:
+        await trio.to_thread.run_sync(change, scope.machine.door, scope.device)
+
+    return do
+
+
+PCAP = Text(lambda scope: f"{scope.device.captured}\n", _put_pcap, acts=True)
 MEDIA = Text(lambda scope: f"{scope.device.medium}\n", _put_media, acts=True)
 DEVICE_KINDS = {row.name: _text_of(row) for row in DEVICE_FILES}
 # Of a device, by what is found of it, what it has besides: OWN_FILES of vmfs.fs.files has the same names.
@@ -168,6 +181,7 @@ OWN_KINDS: Mapping[int, Mapping[str, Kind]] = {
     FOUND_PORT: {"stream": Console(""), "log": _LOG},
     FOUND_PRINTER: {"stream": Console("", takes=False), "log": _LOG},
     FOUND_SPEAKER: {"tone": Text(_tone, of_cpu=True)},
+    FOUND_CARD: {"pcap": PCAP},
 }
 
 
@@ -176,6 +190,8 @@ def _found(device: Device) -> int:
         return FOUND_DRIVE
     if device.HAS_DISK:
         return FOUND_DISK
+    if isinstance(device, Card):
+        return FOUND_CARD
     if isinstance(device, ParallelPort):
         return FOUND_PRINTER
     if isinstance(device, TALKERS):

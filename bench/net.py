@@ -1,0 +1,133 @@
+"""How fast TCP is between a Debian and the host, by virtio and e1000, against QEMU TCG with the same cards: several
+rounds in turn.
+
+The same kernel and initramfs on both; on both a passt leads to a server on the host's loopback, frames have 1500 bytes,
+and busybox's wget gets and posts. Figures are by the host's clock, between marks that the guest says, and the best of
+the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.guests import OFF, Guest, Told, on_tcg, on_vmfs, qemu_version
+from bench.harness import Result, mounted
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from pc.initramfs import build  # noqa: E402
+from pc.kernels import CLOUD, FOLDER, GENERIC  # noqa: E402
+
+ROUNDS = 3
+MIB = 64
+CARDS = {
+    "virtio": (CLOUD, ("virtio_pci", "virtio_net"), "virtio-net-pci"),
+    "e1000": (GENERIC, ("e1000",), "e1000"),
+}
+DHCP = '#!/bin/sh\n[ "$1" != bound ] || { ifconfig $interface $ip netmask $subnet && route add default gw $router; }\n'
+SCRIPT = f"""
+ifconfig eth0 up
+udhcpc -n -q -i eth0 -s /dhcp >/dev/null 2>&1
+url=http://$(route -n | awk '/^0.0.0.0/ {{ print $2 }}'):PORT/
+yes | head -c {MIB}m >/tmp/text
+sleep 1
+echo mark receive.begin
+wget -q -O /dev/null $url
+echo mark receive.end
+echo mark send.begin
+wget -q -O /dev/null --post-file /tmp/text $url
+echo mark send.end
+""" + OFF
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(MIB << 20))
+        self.end_headers()
+        for _ in range(MIB):
+            self.wfile.write(bytes(1 << 20))
+
+    def do_POST(self) -> None:
+        left = int(self.headers["Content-Length"])
+        while left and (data := self.rfile.read1(min(left, 1 << 20))):
+            left -= len(data)
+        self.send_response(200 if not left else 400)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def server() -> Iterator[int]:
+    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield one.server_address[1]
+    one.shutdown()
+    one.server_close()
+
+
+@contextlib.contextmanager
+def passt() -> Iterator[str]:
+    """A passt of its own; the path of its socket."""
+    with tempfile.TemporaryDirectory() as where:
+        Path(where).chmod(0o777)
+        path = f"{where}/socket"
+        with subprocess.Popen(["passt", "--foreground", "--quiet", "--one-off", "--socket", path],
+                              stderr=subprocess.DEVNULL) as process:  # fmt: skip
+            while not Path(path).exists():
+                time.sleep(0.01)
+            yield path
+            process.terminate()
+
+
+def rates(told: Told) -> dict[str, float]:
+    return {way: MIB / (told.clock[f"{way}.end"] - told.clock[f"{way}.begin"]) for way in ("receive", "send")}
+
+
+def measure(mount: Path, card: str, peer: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    kernel, modules, device = CARDS[card]
+    ours, theirs = [], []
+    with server() as port:
+        files = {"dhcp": DHCP.encode()}
+        initrd = build(SCRIPT.replace("PORT", str(port)), kernel=kernel, modules=modules, files=files)
+        guest = Guest(kernel.image, initrd)
+        for _ in range(ROUNDS):
+            ours.append(rates(on_vmfs(mount, guest, lambda vm: add(vm, card))))
+            if peer:
+                with passt() as path:
+                    netdev = f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
+                    theirs.append(rates(on_tcg(guest, "-netdev", netdev, "-device", f"{device},netdev=n")))
+    return ours, theirs
+
+
+def add(vm: Path, card: str) -> None:
+    (vm / "dev/add").write_text(f"net user model={card}")
+
+
+def results() -> list[Result]:
+    if not (FOLDER / "stamp").exists():
+        print("bench net: scripts/fetch_kernels.sh has not fetched the kernels", file=sys.stderr)
+        return []
+    peer, found = qemu_version(), []
+    if not peer:
+        print("bench net: qemu-system-x86_64 is not installed: no peer", file=sys.stderr)
+    with mounted("--engine", "emulator") as mount:
+        for card in CARDS:
+            ours, theirs = measure(mount, card, peer)
+            for one, other in zip(ours, theirs, strict=False):
+                print(f"bench net: {card}", *(f"{way} {one[way]:.4g}/{other[way]:.4g}" for way in one), file=sys.stderr)
+            for way in "receive", "send":
+                theirs_best = max((one[way] for one in theirs), default=None)
+                best = max(one[way] for one in ours)
+                found.append(Result(f"net: {card}, TCP, {way}", "MiB/s", best, peer, theirs_best, ">= 0.8x"))
+    return found

@@ -1,0 +1,1 @@
+"""Network cards, and where their frames go."""

@@ -1,0 +1,405 @@
+"""rtl8139: a Realtek RTL8139C, without the C+ mode of descriptors.
+
+Source: RTL8139C(L) data sheet 1.4, chapters 5 (registers), 6 (EEPROM), 8 (rings).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Annotated
+
+import msgspec
+
+from vmfs.devices.device import U8, U64, DeviceState, Port
+from vmfs.devices.network.backends import Backend
+from vmfs.devices.network.card import Card
+from vmfs.devices.network.microwire import WORDS, Eeprom, EepromState
+from vmfs.devices.network.offload import LEAST_ON_WIRE, group_bit
+from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.timers import Timer
+from vmfs.words.errors import Invalid
+from vmfs.words.nets import MAX_FRAME
+
+_SIZE = 0x100
+IDR, MAR, TSD, TSAD, RBSTART, ERSR, CR, CAPR, CBR, IMR, ISR, TCR, RCR = (
+    0x00, 0x08, 0x10, 0x20, 0x30, 0x36, 0x37, 0x38, 0x3A, 0x3C, 0x3E, 0x40, 0x44,
+)  # fmt: skip
+TCTR, MPC, EEPROM, CONFIG0, CONFIG1, TIMER, MSR, CONFIG3, CONFIG4, MULINT, REVISION, TSADS = (
+    0x48, 0x4C, 0x50, 0x51, 0x52, 0x54, 0x58, 0x59, 0x5A, 0x5C, 0x5E, 0x60,
+)  # fmt: skip
+BMCR, BMSR, ANAR, ANLPAR, ANER, NWAYTR, CSCR, CONFIG5 = 0x62, 0x64, 0x66, 0x68, 0x6A, 0x70, 0x74, 0xD8
+
+_EMPTY, _TE, _RE, _RST = 1, 4, 8, 0x10  # CR
+_OWN, _TOK, _TABT = 0x2000, 0x8000, 0x4000_0000  # TSD
+ROK, TOK, TER, LINK, TIMEOUT, SERR = 0x1, 0x4, 0x8, 0x20, 0x4000, 0x8000  # ISR
+_AAP, _APM, _AM, _AB, _WRAP = 1, 2, 4, 8, 0x80  # RCR
+_LOOPBACK = 0x6_0000  # TCR
+_HARDWARE = 0x7400_0000  # TCR: an RTL8139C
+_MULTICAST, _PHYSICAL, _BROADCAST = 0x8000, 0x4000, 0x2000  # of a packet's head
+_PROGRAM, _CONFIGURE, _CS, _SK, _DI, _DO = 0x80, 0xC0, 8, 4, 2, 1  # 9346CR
+_LONGEST = 1792  # that it sends
+_CLOCK = 33  # ticks of TCTR in 1000 ns
+
+
+def _masks() -> bytes:
+    """The bits of each byte that a driver can write, as they are."""
+    masks = bytearray(_SIZE)
+    for at, length, value in (
+        (IDR, 6, 0xFF), (MAR, 8, 0xFF), (TSD, 16, 0), (TSAD, 16, 0xFF), (RBSTART, 4, 0xFF), (CAPR, 2, 0xFF),
+        (IMR, 2, 0xFF), (RCR, 4, 0xFF), (TIMER, 4, 0xFF), (MULINT, 2, 0xFF), (ANAR, 2, 0xFF), (NWAYTR, 2, 0xFF),
+        (CSCR, 2, 0xFF), (0x78, 12, 0xFF), (CONFIG1, 1, 0xFF), (CONFIG3, 1, 0xFF), (CONFIG4, 1, 0xFF),
+        (CONFIG5, 1, 0xFF),
+    ):  # fmt: skip
+        masks[at : at + length] = bytes((value,)) * length
+    masks[CR] = _TE | _RE
+    masks[TCR : TCR + 4] = b"\xf0\x07\x07\x03"
+    masks[BMCR : BMCR + 2] = b"\0\x31"
+    masks[IMR + 1] = masks[ISR + 1] = 0xE0
+    masks[ISR] = 0
+    masks[ISR + 1] = 0
+    return bytes(masks)
+
+
+_MASKS = _masks()
+_CONFIGURED = frozenset((*range(IDR, IDR + 6), CONFIG0, CONFIG1, CONFIG3, CONFIG4, BMCR, BMCR + 1))  # under a lock
+
+
+class Rtl8139State(DeviceState):
+    """`registers`: those at 0 to FFh; `write`: where the next packet goes in the receive ring; `queue`: descriptors
+    that are to be sent, in order; `born`: when TCTR was 0; `rings`: when the timer is due."""
+
+    pci: PciState
+    mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+    frame: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME)] | None
+    link_up: bool
+    registers: Annotated[bytes, msgspec.Meta(min_length=_SIZE, max_length=_SIZE)]
+    command: U8
+    write: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    queue: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=3)], ...], msgspec.Meta(max_length=4)]
+    eeprom: EepromState
+    born: int
+    rings: U64 | None
+
+
+class Rtl8139(Card[Rtl8139State], PciDevice[Rtl8139State]):
+    TYPE = "rtl8139"
+    STATE = Rtl8139State
+    VENDOR, DEVICE, CLASS, REVISION = 0x10EC, 0x8139, 0x020000, 0x10
+    SUBSYSTEM = 0x10EC, 0x8139
+    NUDGES = True
+    BARS = {0: Bar("port", _SIZE), 1: Bar("memory", _SIZE)}
+
+    def __init__(self, board: Port, name: str, slot: int, backend: Backend, mac: bytes) -> None:
+        self.plug_in(backend, mac)
+        super().__init__(board, name, slot)
+        words = [0] * WORDS
+        words[:7] = 0x8129, self.VENDOR, self.DEVICE, *self.SUBSYSTEM, 0x4020, 0xE112
+        words[7:10] = struct.unpack("<3H", mac)
+        self.eeprom = Eeprom(struct.pack(f"<{WORDS}H", *words))
+        self._timer: Timer | None = None
+        self._born = 0
+        self._met = 0  # by `deliver`, that `delivered` has to raise
+        self.regs = bytearray(_SIZE)
+        self._restart()
+
+    def _restart(self) -> None:
+        """A reset by CR: registers but for the address and its filter."""
+        kept = bytes(self.regs[:TSD])
+        self.regs[:] = bytes(_SIZE)
+        self.regs[:TSD] = kept
+        self.regs[IDR : IDR + 6] = self.eeprom.data[14:20]
+        for number in range(4):
+            self._store(TSD + 4 * number, 4, _OWN)
+        self._store(TCR, 4, _HARDWARE)
+        self._store(CAPR, 2, 0xFFF0)
+        self._store(BMCR, 2, 0x3100)
+        self._store(ANAR, 2, 0x05E1)
+        self.regs[CONFIG1], self.regs[CONFIG3], self.regs[CONFIG5] = 0x0C, 0x01, 0
+        self.command = 0  # 9346CR
+        self._write = 0
+        self._queue: list[int] = []
+        self._met = 0
+        self._set_timer()
+        self.forget_frames()
+        self._drive()
+
+    def _word(self, at: int, size: int) -> int:
+        return int.from_bytes(self.regs[at : at + size], "little")
+
+    def _store(self, at: int, size: int, value: int) -> None:
+        self.regs[at : at + size] = value.to_bytes(size, "little")
+
+    # ---- what a card says
+
+    @property
+    def listens(self) -> bool:
+        return bool(self.regs[CR] & _RE) and self.is_master
+
+    @property
+    def sends(self) -> bool:
+        return bool(self.regs[CR] & _TE) and self.is_master
+
+    def link_changed(self) -> None:
+        self._raise(LINK)
+
+    # ---- registers
+
+    def read(self, region: int, offset: int, size: int) -> int:
+        if offset + size > CR:
+            if offset in (CR, ISR) and self.listens:
+                self.look()
+            self._refresh(offset, size)
+        return int.from_bytes(self.regs[offset : offset + size], "little")
+
+    def _refresh(self, offset: int, size: int) -> None:
+        """Have what it makes of other things where it is read."""
+        regs, up = self.regs, self.link_up
+        regs[CR] = regs[CR] & ~_EMPTY | (_EMPTY if self._write == self._read_at else 0)
+        self._store(CBR, 2, self._write)
+        if offset < TCTR + 4 and offset + size > TCTR:
+            self._store(TCTR, 4, self._ticks() & 0xFFFF_FFFF)
+        regs[EEPROM] = self.command & ~_DO | (_DO if self.eeprom.do and self.command & _CS else 0)
+        regs[MSR] = 0 if up else 4
+        summary = 0
+        for number in range(4):
+            status = self._word(TSD + 4 * number, 4)
+            for flag, shift in ((_OWN, 0), (_TABT, 4), (_TOK, 12)):
+                summary |= bool(status & flag) << shift + number
+        self._store(TSADS, 2, summary)
+        self._store(BMSR, 2, 0x782D if up else 0x7809)
+        self._store(ANLPAR, 2, 0x45E1 if up else 0)
+        self._store(ANER, 2, 1 if up else 0)
+        self._store(CSCR, 2, self._word(CSCR, 2) & ~8 | (8 if up else 0))
+
+    def write(self, region: int, offset: int, size: int, value: int) -> None:
+        data = value.to_bytes(8, "little")[:size]
+        is_locked = self.command & _CONFIGURE != _CONFIGURE
+        for at, byte in enumerate(data, offset):
+            if at < _SIZE and not (is_locked and at in _CONFIGURED):
+                self.regs[at] = self.regs[at] & ~_MASKS[at] | byte & _MASKS[at]
+        for at, byte in enumerate(data, offset):
+            self._did(at, byte)
+        if TSD <= offset < TSAD and size == 4 and not offset & 3:
+            self._begin(offset - TSD >> 2, value)
+
+    def _did(self, at: int, byte: int) -> None:
+        """What the write of a byte brings about."""
+        if at == CR:
+            if byte & _RST:
+                self._restart()
+            elif byte & (_RE | _TE):
+                if self._thread is None:
+                    self.begin_carrying()
+                if not byte & _RE:
+                    self._write = 0
+                self.buffers_came()
+                self.send_on()
+        elif at in (ISR, ISR + 1):
+            self.regs[at] &= ~byte
+            self._drive()
+        elif at == IMR + 1 or at == IMR:
+            self._drive()
+        elif at == CAPR + 1:
+            self.buffers_came()
+        elif at == RBSTART + 3:
+            self._write = 0
+        elif at == EEPROM:
+            self.command = byte
+            is_wired = byte & 0xC0 == _PROGRAM
+            self.eeprom.drive(is_wired and bool(byte & _CS), bool(byte & _SK), bool(byte & _DI))
+            if byte & 0xC0 == 0x40:  # auto-load
+                self.regs[IDR : IDR + 6] = self.eeprom.data[14:20]
+                self.command = 0
+        elif TCTR <= at < TCTR + 4:
+            self._born = self.board.now()
+            self._set_timer()
+        elif at == TIMER + 3:
+            self._set_timer()
+
+    # ---- the timer
+
+    def _ticks(self) -> int:
+        return max(self.board.now() - self._born, 0) * _CLOCK // 1000
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wanted = self._word(TIMER, 4)
+        if wanted:
+            due = self._born + -(-wanted * 1000 // _CLOCK)
+            if due > self.board.now():
+                self._timer = self.board.schedule(due, self._timed)
+
+    def _timed(self) -> None:
+        self._timer = None
+        self._raise(TIMEOUT)
+
+    # ---- interrupts
+
+    def _raise(self, causes: int) -> None:
+        self._store(ISR, 2, self._word(ISR, 2) | causes)
+        self._drive()
+
+    def _drive(self) -> None:
+        wanted = bool(self._word(ISR, 2) & self._word(IMR, 2))
+        if wanted != self.pending:
+            self.counters["interrupts"] += wanted
+            self.set_irq(wanted)
+
+    # ---- what the guest sends
+
+    def _begin(self, number: int, value: int) -> None:
+        """A descriptor's status is written (5.5): with OWN clear it is to be sent."""
+        status = value & 0x003F_1FFF | value & _OWN
+        if value & _OWN or not self.regs[CR] & _TE:
+            self._store(TSD + 4 * number, 4, status | _OWN)
+            return
+        self._store(TSD + 4 * number, 4, status)
+        if number not in self._queue:
+            self._queue.append(number)
+        self.send_on()
+
+    def send_on(self) -> None:
+        if not self.sends:
+            return
+        causes = 0
+        while self._queue and not self._blocked:
+            number = self._queue.pop(0)
+            status, address = self._word(TSD + 4 * number, 4), self._word(TSAD + 4 * number, 4)
+            length = status & 0x1FFF
+            if length > _LONGEST or not self.board.is_ram(address, length):
+                self.counters["tx_bad"] += 1
+                status, causes = status | _TABT, causes | TER
+            else:
+                self._emit(self.board.dma_read(address, length))
+                status, causes = status | _TOK, causes | TOK
+            self._store(TSD + 4 * number, 4, status | _OWN)
+        self.sent()
+        if causes:
+            self._raise(causes)
+
+    def _emit(self, frame: bytes) -> None:
+        if self._word(TCR, 4) & _LOOPBACK != _LOOPBACK:
+            self.hand_over(frame)
+        elif not self.listens or not self.deliver(frame):
+            self.counters["rx_dropped"] += 1
+        else:
+            self.delivered()
+
+    # ---- what the guest receives
+
+    @property
+    def _ring_size(self) -> int:
+        return 8192 << (self._word(RCR, 4) >> 11 & 3)
+
+    @property
+    def _read_at(self) -> int:
+        return (self._word(CAPR, 2) + 16) % self._ring_size
+
+    def deliver(self, frame: bytes) -> bool:
+        control, size, start = self._word(RCR, 4), self._ring_size, self._word(RBSTART, 4)
+        head = self._accepted(frame, control)
+        if not head:
+            return True
+        if len(frame) < LEAST_ON_WIRE:
+            frame = frame.ljust(LEAST_ON_WIRE, b"\0")
+        data = struct.pack("<HH", head | 1, len(frame) + 4) + frame + zlib.crc32(frame).to_bytes(4, "little")
+        room = -(-len(data) // 4) * 4
+        write = self._write % size
+        free = (self._read_at - write - 1) % size + 1
+        if room >= size:
+            self.counters["rx_dropped"] += 1
+            return True
+        if room >= free:
+            self._met |= ROK
+            return False
+        rest = size - write
+        parts = [(start + write, data)]
+        if len(data) > rest and (not control & _WRAP or size == 1 << 16):
+            parts = [(start + write, data[:rest]), (start, data[rest:])]
+        for address, part in parts:
+            if self.board.is_ram(address, len(part)):
+                self.board.dma_write(address, part)
+            else:
+                self.counters["bad_dma"] += 1
+        self._write = (write + room) % size
+        self.count_received(frame)
+        self._met |= ROK
+        return True
+
+    def has_unread(self) -> bool:
+        return self.listens and self._write != self._read_at
+
+    def tell_again(self) -> None:
+        self._raise(ROK)
+
+    def delivered(self) -> None:
+        causes, self._met = self._met, 0
+        if causes:
+            self._raise(causes)
+
+    def _accepted(self, frame: bytes, control: int) -> int:
+        """By which filter, as its head says it; 0: by none."""
+        if frame[:6] == b"\xff" * 6:
+            return _BROADCAST if control & (_AB | _AAP) else 0
+        if frame[0] & 1:
+            bit = group_bit(frame)
+            if control & _AAP or control & _AM and self.regs[MAR + (bit >> 3)] >> (bit & 7) & 1:
+                return _MULTICAST
+            return 0
+        if control & _APM and frame[:6] == self.regs[IDR : IDR + 6]:
+            return _PHYSICAL
+        return 1 if control & _AAP else 0
+
+    # ---- life
+
+    def reset(self) -> None:
+        super().reset()
+        self.regs[:] = bytes(_SIZE)
+        self._born = 0
+        self._restart()
+
+    def time_shifted(self, by: int) -> None:
+        self._born += by
+
+    def save(self) -> Rtl8139State:
+        return Rtl8139State(
+            pci=self.save_pci(),
+            mac=self.mac,
+            frame=self._frame,
+            link_up=self.link_up,
+            registers=bytes(self.regs),
+            command=self.command,
+            write=self._write,
+            queue=tuple(self._queue),
+            eeprom=self.eeprom.save(),
+            born=self._born,
+            rings=None if self._timer is None else self._timer.when,
+        )
+
+    def check(self, state: Rtl8139State) -> None:
+        self.check_pci(state.pci)
+        self.check_card(state.mac)
+        if len(set(state.queue)) != len(state.queue):
+            raise Invalid(f"{self.name}: a descriptor cannot be sent twice")
+
+    def load(self, state: Rtl8139State) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.load_pci(state.pci)
+        self.regs[:] = state.registers
+        self.command, self._write, self._queue = state.command, state.write, list(state.queue)
+        self.eeprom.load(state.eeprom)
+        self._born, self._met = state.born, 0
+        self._timer = None if state.rings is None else self.board.schedule(state.rings, self._timed)
+        self.load_card(state.mac, state.frame, state.link_up)
+        if self.sends or self.listens:
+            self.begin_carrying()
+        if state.link_up != self.link_up:
+            self.link_changed()
+
+    def describe(self) -> dict[str, str]:
+        ready = self.regs[CR] & (_RE | _TE) == _RE | _TE
+        return {**super().describe(), "driver": "ready" if ready else "none"}
