@@ -8,6 +8,11 @@ What a guest uses often is in C (vmfs/devices/chips; docs/decisions/0009): such 
 engine asks by the board's `bus` without Python, where it can (`Machine.set_fast_bus`). Everything else comes here,
 and where the engine cannot, so do accesses to chips.
 
+A restore leaves alone what nobody has touched since the last one (`put`). All that can change a device comes by one of
+two doors, which say so to the bus: `lock`, whose holder may change any device, and the bus's own lock, where a chip is
+used. What has the lock and changes nothing, or says itself what, takes `_lock`. A device that works without either is
+taken for touched.
+
 `lock` guards all devices of Python. The CPU's thread holds it for an access; other threads (a console, a network, a
 worker of a disk that has found a wrong request) take it before they touch a device. It is taken before the engine's
 own locks and never while the `Vm`'s lock is held or wanted. The bus has a lock of its own, for chips and lines: the
@@ -31,7 +36,16 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.bus import Bus
-from vmfs.devices.device import U64, WINDOW, WINDOW_HALF, WINDOW_SLOTS, Device, DeviceState
+from vmfs.devices.device import (
+    U64,
+    WINDOW,
+    WINDOW_HALF,
+    WINDOW_SLOTS,
+    Device,
+    DeviceState,
+    QuietDevice,
+    StatelessDevice,
+)
 from vmfs.devices.inputs import Inputs
 from vmfs.devices.timers import Timer, TimerQueue
 from vmfs.engine.base import Machine, Vcpu
@@ -49,6 +63,9 @@ _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
 SEED_SIZE = 16  # bytes
+_SMALL = 512  # bytes of a state that is sooner put than looked at
+_KEPT = 1 << 16  # bytes of a state that is kept unpacked, too
+Packed = Mapping[str, tuple[int, bytes]]  # version and bytes of the states of devices, by their names
 _Line = Annotated[int, msgspec.Meta(ge=0, lt=_chips.LINES)]
 
 
@@ -71,6 +88,20 @@ class BoardState(DeviceState):
     forgotten: int
 
 
+class _Lock:
+    """That of a board's devices: who has it may change any of them. It may be taken by who has it."""
+
+    def __init__(self, lock: threading.RLock, touch: Callable[[], None]) -> None:
+        self._lock, self._touch = lock, touch
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._touch()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 class Images(Protocol):
     cmdline: str
 
@@ -83,14 +114,22 @@ class Board:
     """The devices of one machine. `now` is the guest's time in nanoseconds, as its timers have it."""
 
     def __init__(self, machine: Machine, memory: Memory) -> None:
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
+        self.lock = _Lock(self._lock, self._touch_all)
+        self._is_put: object | None = None  # the devices' states that were put last; None: anything may have changed
+        self._put_at = 0  # when: what keeps the time is the same at the same time only
+        self._unpacked: dict[str, DeviceState] = {}  # of them, those that were needed
+        self._sleepers: list[Device] = []  # of the devices, those that have something to do then
+        self._renewed: list[Device] = []
+        self._owners: dict[int, Device] = {}  # by their slots of memory
+        self._changing: list[Device] = []  # those that may be others although nobody touches them
         self.machine = machine
         self.memory = memory
         self.devices: dict[str, Device] = {}
         self._counters: Counter[str] = Counter()
         self.shutdown: tuple[str, int | None] | None = None  # cause and code, asked for by a device
         self._buses = {"port": Bus("port"), "memory": Bus("memory")}
-        self._ports: dict[int, tuple[Callable, Callable, int, int]] = {}  # what a port was found to be
+        self._ports: dict[int, tuple[Callable, Callable, int, int, Callable]] = {}  # what a port was found to be
         self.bus = _chips.Bus(self._set_line, self.signal_msi, self.now)
         self.ram_chip = _chips.Ram(self.bus)
         self._numbers: weakref.WeakValueDictionary[int, Device] = weakref.WeakValueDictionary()
@@ -130,6 +169,8 @@ class Board:
 
     @time_source.setter
     def time_source(self, source: str) -> None:
+        if source == self._time_source:
+            return
         with self.lock:
             self._time_source = source
             for device in self.devices.values():
@@ -156,19 +197,28 @@ class Board:
                 raise Invalid(f"there is a device {device.name} already")
             self._wire(device)
             self.devices[device.name] = device
-            self._find_workers()
+            self._sort()
         return device
 
     def remove(self, device: Device) -> None:
         with self.lock:
             del self.devices[device.name]
-            self._find_workers()
+            self._sort()
             self._unwire(device)
             self.bus.drop_lines(device.number)
             device.close()
 
-    def _find_workers(self) -> None:
-        self._workers = [device for device in self.devices.values() if device.works]
+    def _sort(self) -> None:
+        devices = self.devices.values()
+        self._workers = [device for device in devices if device.works]
+        self._sleepers = [device for device in devices if type(device).sleep is not QuietDevice.sleep]
+        self._renewed = [device for device in devices if type(device).renew is not Device.renew]
+        self._owners = {device.memory_slot: device for device in devices if device.memory_slot is not None}
+        self._changing = [
+            device
+            for device in devices
+            if device.keeps_time or device.works or type(device).changes_unseen is not Device.changes_unseen
+        ]
 
     def remove_windows(self, device: Device) -> None:
         """Nothing reaches the device until it is wired again."""
@@ -214,7 +264,7 @@ class Board:
 
     def access(self, exit_: exits.Io | exits.Mmio, cpu: Vcpu) -> exits.Exit | None:
         """Do what the guest asked for. Returns the exit that it makes of the run, if it makes one."""
-        with self.lock:
+        with self._lock:
             self._rip = exit_.rip
             if type(exit_) is exits.Io:
                 self._port(exit_, cpu)
@@ -228,7 +278,8 @@ class Board:
 
     def _port(self, exit_: exits.Io, cpu: Vcpu) -> None:
         size = exit_.size
-        read, write, region, offset = self._ports.get(exit_.port) or self._find_port(exit_.port)
+        read, write, region, offset, touch = self._ports.get(exit_.port) or self._find_port(exit_.port)
+        touch()
         if exit_.direction == "out":
             data = exit_.data
             if len(data) == size:
@@ -244,13 +295,18 @@ class Board:
                 (read(region, offset, size) & mask).to_bytes(size, "little") for _ in range(exit_.count)
             )
 
-    def _find_port(self, port: int) -> tuple[Callable, Callable, int, int]:
+    def _touch_all(self) -> None:
+        """Any device may be another from now on: those of Python know each other."""
+        self._is_put = None
+
+    def _find_port(self, port: int) -> tuple[Callable, Callable, int, int, Callable]:
         found = self._buses["port"].find(port)
         if found is None:
-            entry: Any = (self._read_no_port, self._write_no_port, port, 0)
+            entry: Any = (self._read_no_port, self._write_no_port, port, 0, _nothing)
         else:
             window, device = found
-            entry = (device.read, device.write, window.region, port - window.start)
+            touch = _nothing if isinstance(device, StatelessDevice) else self._touch_all
+            entry = (device.read, device.write, window.region, port - window.start, touch)
         self._ports[port] = entry
         return entry
 
@@ -261,6 +317,7 @@ class Board:
             read, write, region, offset = self._read_no_memory, self._write_no_memory, exit_.addr, 0
         else:
             window, device = found
+            self._touch_all()
             read, write, region, offset = device.read, device.write, window.region, exit_.addr - window.start
         if exit_.direction == "write":
             write(region, offset, size, int.from_bytes(exit_.data, "little"))
@@ -385,9 +442,10 @@ class Board:
     def renew(self) -> None:
         """The machine is a copy, or back at a snapshot. Where time follows the instructions, it is to do what it did
         then, and nothing is new."""
-        with self.lock:
+        with self._lock:
             if self.time_source == "host":
-                for device in self.devices.values():
+                for device in self._renewed:
+                    self.bus.touch(device.number)
                     device.renew()
 
     def schedule(self, when: int, callback: Callable[[], None]) -> Timer:
@@ -411,15 +469,17 @@ class Board:
 
     def call_due(self) -> None:
         """Call what is due. In the CPU's thread, between two instructions."""
-        with self.lock:
+        with self._lock:
             if self._first_due() is None:
                 return
             if self.inputs.are_new:
+                self._touch_all()
                 self.inputs.settle()
             now = self.now()
             if not self._sees_due:
                 self.bus.advance(now)
             while (timer := self._timers.take_due(now)) is not None:
+                self._touch_all()
                 timer.callback()
             self._set_deadline()
 
@@ -445,7 +505,7 @@ class Board:
     def begin(self) -> None:
         """A run begins, of one CPU or several. Where the engine asks the bus by itself, a thread fetches what ports
         send meanwhile."""
-        with self.lock:
+        with self._lock:
             if self._is_fast and self._attendant is None:
                 self._attendant = threading.Thread(target=self._attend, name="vmfs-attendant", daemon=True)
                 self._attendant.start()
@@ -457,7 +517,7 @@ class Board:
     def end(self) -> None:
         """A run that has begun ends: what ports have sent is with their users, and after the last one no device has
         anything under way."""
-        with self.lock:
+        with self._lock:
             self._runs -= 1
             if not self._runs:
                 for device in self._workers:
@@ -597,6 +657,7 @@ class Board:
 
     def memory_resized(self) -> None:
         """RAM has another size, which `memory` knows."""
+        self._touch_all()
         if self._mapping is not None:
             assert self.ram is not None  # it is mapped anew
         self._window = ["ram" if self.has_window else "nothing"] * 2  # as a machine's RAM is mapped
@@ -629,10 +690,10 @@ class Board:
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
         """Nothing happens in the devices, or by them, in this block, which has the lock."""
-        with self.lock:
-            sleeping = []
+        with self._lock:
+            sleeping: list[Device] = []
             try:
-                for device in self.devices.values():
+                for device in self._sleepers:
                     sleeping.append(device)
                     device.sleep()
                 yield
@@ -675,22 +736,29 @@ class Board:
         self._date_of_birth = state.date_of_birth
         self._seed, self._drawn = state.seed, state.drawn
         self.shutdown = state.shutdown
+        self._load_lines(state)
+        self._load_counters(state, self.devices)
+        self._last_now = None
+        self._set_deadline()
+
+    def _load_lines(self, state: BoardState) -> None:
+        """And what nobody has claimed."""
         held = [0] * _chips.LINES
         for gsi, names in state.lines.items():
             held[gsi] = self._bits(names)
         self.bus.hold(held, [(self._bits(names), line) for names, line in state.pirqs])
+        self.bus.load_unclaimed(tuple((space == "memory", *row) for space, *row in state.unclaimed), state.forgotten)
         self.counters.clear()
         self.counters.update(state.counters)
-        for name, device in self.devices.items():
-            counters, wanted = device.counters, state.device_counters.get(name, {})
+
+    def _load_counters(self, state: BoardState, names: Iterable[str]) -> None:
+        for name in names:
+            counters, wanted = self.devices[name].counters, state.device_counters.get(name, {})
             if counters or wanted:
                 counters.clear()
                 counters.update(wanted)
-        self.bus.load_unclaimed(tuple((space == "memory", *row) for space, *row in state.unclaimed), state.forgotten)
-        self._last_now = None
-        self._set_deadline()
 
-    def pack_devices(self) -> dict[str, tuple[int, bytes]]:
+    def pack_devices(self) -> Packed:
         """Version and bytes of each device's state. In `asleep`."""
         return {name: (device.STATE.VERSION, device.pack()) for name, device in self.devices.items()}
 
@@ -709,6 +777,68 @@ class Board:
         for name, state in states.items():
             self.devices[name].load(state)
 
+    def put(self, state: BoardState, devices: Packed, present: tuple[BoardState, Packed] | None = None) -> None:
+        """Be what these say, and leave alone what is so. `present`: what there is, where that is known. In `asleep`,
+        as `load`. The devices know `devices` again when they are put once more: it stays as it is."""
+        touched = self._touched() if present is None and self._is_put is devices else None
+        if touched is None:
+            self._unpacked = {}
+            self._put_all(state, devices, present or (self.save(), self.pack_devices()))
+            for slot, _ in self._written_slots():
+                self.machine.dirty_log(slot)
+        else:
+            self._put_touched(state, devices, *touched)
+        self.bus.forget_touched()
+        self._is_put, self._put_at = devices, self.now()
+
+    def _put_all(self, state: BoardState, devices: Packed, present: tuple[BoardState, Packed]) -> None:
+        if state != present[0]:
+            self.load(state)
+        others = {
+            name: one for name, one in devices.items() if one != present[1][name] or self.devices[name].keeps_time
+        }
+        self.load_devices(self.unpack_devices(others))
+
+    def _touched(self) -> tuple[list[str], bool] | None:
+        """The devices that may be others than they were put, and whether the lines may. None: anything may be."""
+        bits, lines = self.bus.touched()
+        if any(isinstance(what, tuple) for what in self._window):
+            return None
+        for slot, size in self._written_slots():
+            if slot not in self._owners:
+                return None
+            if self.machine.dirty_log(slot) != bytes(size >> 15):
+                bits |= 1 << self._owners[slot].number
+        is_then = self.now() == self._put_at
+        for device in self._changing:
+            if device.changes_unseen or not is_then and device.keeps_time:
+                bits |= 1 << device.number
+        return [name for name, device in self.devices.items() if bits >> device.number & 1], lines
+
+    def _written_slots(self) -> Iterator[tuple[int, int]]:
+        """Those of devices that the guest may write, and their sizes."""
+        for slot, (_, _, _, size, read_only) in self._slots.items():
+            if not read_only:
+                yield slot, size
+
+    def _put_touched(self, state: BoardState, devices: Packed, names: list[str], lines: bool) -> None:
+        if lines:
+            self._load_lines(state)
+        self._load_counters(state, names)
+        self._last_now = None
+        for name in names:
+            version, data = devices[name]
+            device = self.devices[name]
+            if len(data) > _SMALL and device.pack() == data and not device.keeps_time:
+                continue
+            unpacked = self._unpacked.get(name)
+            if unpacked is None:
+                unpacked = device.unpack(version, data)
+                if len(data) <= _KEPT:
+                    self._unpacked[name] = unpacked
+            device.load(unpacked)
+        self._set_deadline()
+
     def close(self) -> None:
         with self.lock:
             self._closed = True
@@ -721,6 +851,10 @@ class Board:
             if is_idle:  # else a worker has it for as long as it waits for the host
                 self.ram_chip.map(None, ())
             self._mapping = None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _sorted(device: Device) -> dict[str, int]:

@@ -18,9 +18,9 @@ the type's constraints, then `check`, say what no device can be, before anything
 from __future__ import annotations
 
 import abc
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -81,7 +81,7 @@ class Window:
 class Port(Protocol):
     """What a device may ask for. `vmfs.devices.board.Board` says how each works."""
 
-    lock: threading.RLock
+    lock: AbstractContextManager[Any]
 
     @property
     def counters(self) -> Counter[str]: ...
@@ -161,6 +161,7 @@ class Device(abc.ABC, Generic[S]):
     HAS_DISK: bool = False  # its `disk` is one (vmfs.devices.virtio.disk), or None in a drive that is empty
     boot_path = ""  # where a BIOS looks for it, as OpenFirmware names places (SeaBIOS src/boot.c); empty: nowhere
     works = False  # it has threads that work while the machine runs: `run_begins` and `run_ends` are for it
+    memory_slot: int | None = None  # of `map_memory`, where the guest writes what is of its state
     chip: Any = None  # of vmfs.devices._chips: what of its registers is in C
 
     def __init__(self, board: Port, name: str) -> None:
@@ -227,6 +228,11 @@ class Device(abc.ABC, Generic[S]):
     def keeps_time(self) -> bool:
         """Whether its state is of a moment: what it is by it depends on what time it is."""
         return type(self).time_shifted is not Device.time_shifted
+
+    @property
+    def changes_unseen(self) -> bool:
+        """Whether it may change although nobody has its board's lock, or uses its chip."""
+        return self.works
 
     @abc.abstractmethod
     def save(self) -> S:

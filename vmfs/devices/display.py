@@ -24,6 +24,8 @@ from vmfs.words.errors import Gone, Invalid, VmfsError
 
 FRAMEBUFFER_SIZE = 64 << 20  # 4K at 32 bits, once; a power of two
 SLOT = FIRST_SLOT  # of the engine's memory
+_PAGE = 4096
+_ZEROS = bytes(_PAGE)
 
 # Regions: BARs by their index, legacy ports, A0000-BFFFF (chips/vga.c has the numbers, too).
 _FRAMEBUFFER, _REGISTERS, _VGA_PORTS, _VBE_PORTS, _WINDOW = 0, 2, 6, 7, 8
@@ -42,9 +44,10 @@ class DisplayState(DeviceState):
 
 
 class Display(PciDevice[DisplayState]):
-    """`framebuffer` is a memfd of FRAMEBUFFER_SIZE bytes, which the guest has at BAR 0."""
+    """It has a memfd of FRAMEBUFFER_SIZE bytes, which the guest has at BAR 0."""
 
     TYPE = "vga"
+    memory_slot = SLOT
     STATE = DisplayState
     VENDOR, DEVICE, CLASS, REVISION = 0x1234, 0x1111, 0x030000, 2
     SUBSYSTEM = (0x1AF4, 0x1100)
@@ -54,13 +57,14 @@ class Display(PciDevice[DisplayState]):
     def __init__(self, board: Port, name: str, slot: int) -> None:
         super().__init__(board, name, slot)
         self.vbe = Vbe(FRAMEBUFFER_SIZE, self._mode_set)
-        self.framebuffer = os.memfd_create("vmfs-framebuffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.framebuffer, FRAMEBUFFER_SIZE)
+        self._memory = os.memfd_create("vmfs-framebuffer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._memory, FRAMEBUFFER_SIZE)
         # Clients that map it hold it; none of them can pull it away under the guest.
-        fcntl.fcntl(self.framebuffer, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._is_given = False  # clients may write it
         self._closing = threading.Lock()
         self._mapped: int | None = None
-        self._planes = mmap.mmap(self.framebuffer, PLANES)  # which has a descriptor of its own
+        self._planes = mmap.mmap(self._memory, PLANES)  # which has a descriptor of its own
         self.vga = Vga(board.bus, self.number, self._planes)
         self.chip = self.vga.chip
 
@@ -81,7 +85,7 @@ class Display(PciDevice[DisplayState]):
         self._mapped = None
         if address is not None:
             try:
-                self.board.map_memory(SLOT, address, self.framebuffer, 0, FRAMEBUFFER_SIZE)
+                self.board.map_memory(SLOT, address, self._memory, 0, FRAMEBUFFER_SIZE)
                 self._mapped = address
             except VmfsError:  # a guest has put it over other memory, which stays
                 self.counters["overlaps"] += 1
@@ -117,7 +121,7 @@ class Display(PciDevice[DisplayState]):
             elif _VBE_AT <= offset < _VBE_AT + 2 * REGISTERS and offset % 2 == 0 and size == 2:
                 self.vbe.write((offset - _VBE_AT) // 2, value)
         elif region == _FRAMEBUFFER:
-            os.pwrite(self.framebuffer, value.to_bytes(size, "little")[: FRAMEBUFFER_SIZE - offset], offset)
+            os.pwrite(self._memory, value.to_bytes(size, "little")[: FRAMEBUFFER_SIZE - offset], offset)
 
     def _write_vga(self, port: int, size: int, value: int) -> None:
         """A write to the VGA that changes how the CPU sees its memory: what was in RAM goes into the planes, and what
@@ -137,7 +141,7 @@ class Display(PciDevice[DisplayState]):
     def show_memory(self) -> None:
         """Have the CPU see at A0000-BFFFF what it is to see there."""
         if self.vbe.is_enabled:
-            self.board.show_window(0, (self.framebuffer, self.vbe.bank << 16))
+            self.board.show_window(0, (self._memory, self.vbe.bank << 16))
             self.board.show_window(1, "ram")
             return
         for half, is_chips in enumerate(of_chip(self.chip.layout)):
@@ -145,27 +149,42 @@ class Display(PciDevice[DisplayState]):
 
     def _read_framebuffer(self, offset: int, size: int) -> int:
         """While it lies where the engine cannot have it."""
-        return int.from_bytes(os.pread(self.framebuffer, size, offset).ljust(size, b"\xff"), "little")
+        return int.from_bytes(os.pread(self._memory, size, offset).ljust(size, b"\xff"), "little")
 
     def _mode_set(self, clear: int) -> None:
         self.chip.see(self.vbe.dac_8bit, self.vbe.is_enabled)
         self.show_memory()
         self.counters["modes"] += 1
         if clear:
-            punch(self.framebuffer, 0, clear)
+            punch(self._memory, 0, clear)
             self.board.wrote_slot(SLOT)
 
     # ---- what is shown
 
+    @property
+    def changes_unseen(self) -> bool:
+        return self._is_given
+
+    @property
+    def framebuffer(self) -> int:
+        """The memfd, for who may write it: what there is then is known to nobody. Below zero after the end."""
+        self._is_given = True
+        return self._memory
+
+    @property
+    def taken(self) -> int:
+        """Blocks of 512 bytes."""
+        return os.fstat(self._memory).st_blocks
+
     def open_framebuffer(self) -> int:
-        """A descriptor of the caller's own, which outlives the machine. Gone after that has ended.
+        """A descriptor to read, that is of the caller's own, which outlives the machine. Gone after that has ended.
 
         Does not take the board's lock, which a device may hold for long.
         """
         with self._closing:
-            if self.framebuffer < 0:
+            if self._memory < 0:
                 raise Gone("the machine was removed")
-            return os.dup(self.framebuffer)
+            return os.dup(self._memory)
 
     def mode(self) -> TextMode | GraphicsMode:
         """What is shown now; from any thread."""
@@ -175,7 +194,7 @@ class Display(PciDevice[DisplayState]):
     def planes(self) -> bytes:
         """The VGA's memory, a byte of each plane after another. Gone after the machine has ended."""
         with self.board.lock:
-            if self.framebuffer < 0:
+            if self._memory < 0:
                 raise Gone("the machine was removed")
             seen = None if self.vbe.is_enabled or not self.board.has_window else in_ram(self.chip.layout)
             ram = None if seen is None else self.board.ram[seen.address : seen.address + seen.size]
@@ -201,7 +220,7 @@ class Display(PciDevice[DisplayState]):
             pci=self.save_pci(),
             vga=self.vga.save(),
             vbe=self.vbe.save(),
-            framebuffer=tuple(_parts(self.framebuffer)),
+            framebuffer=tuple(_parts(self._memory)),
         )
 
     def check(self, state: DisplayState) -> None:
@@ -216,13 +235,13 @@ class Display(PciDevice[DisplayState]):
         self.chip.see(state.vga.dac_8bit, self.vbe.is_enabled)
         self.show_memory()
         self.load_pci(state.pci)
-        punch(self.framebuffer, 0, FRAMEBUFFER_SIZE)
+        punch(self._memory, 0, FRAMEBUFFER_SIZE)
         for offset, data in state.framebuffer:
-            os.pwrite(self.framebuffer, data, offset)
+            os.pwrite(self._memory, data, offset)
 
     def close(self) -> None:
         with self._closing:
-            fd, self.framebuffer = self.framebuffer, -1
+            fd, self._memory = self._memory, -1
         if fd >= 0:
             os.close(fd)
             self.chip.close()
@@ -230,7 +249,7 @@ class Display(PciDevice[DisplayState]):
 
 
 def _parts(fd: int) -> list[tuple[int, bytes]]:
-    """The parts of a memfd that are no holes."""
+    """The parts of a memfd that have other pages than zeros. Where somebody has only looked there are pages, too."""
     parts, at = [], 0
     while True:
         try:
@@ -238,4 +257,15 @@ def _parts(fd: int) -> list[tuple[int, bytes]]:
         except OSError:  # ENXIO: no more
             return parts
         at = os.lseek(fd, start, os.SEEK_HOLE)
-        parts.append((start, os.pread(fd, at - start, start)))
+        data = os.pread(fd, at - start, start)
+        first = end = 0  # of what is not zeros
+        for page in range(0, len(data), _PAGE):
+            if data[page : page + _PAGE] == _ZEROS:
+                continue
+            if end != page:
+                if end > first:
+                    parts.append((start + first, data[first:end]))
+                first = page
+            end = page + _PAGE
+        if end > first:
+            parts.append((start + first, data[first:end]))

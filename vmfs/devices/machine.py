@@ -114,6 +114,13 @@ class Pc(Board):
 
     # ---- what is attached
 
+    @property
+    def others(self) -> Mapping[str, Device]:
+        """The devices that do not belong to every machine of this kind."""
+        if len(self.devices) == len(self.built_in):
+            return {}
+        return {name: device for name, device in self.devices.items() if name not in self.built_in}
+
     def plug(self, device: Device) -> None:
         """Put a device where it belongs; a drive into its controller, which comes with the first one."""
         if isinstance(device, PciDevice):
@@ -231,6 +238,7 @@ class Pc(Board):
     def set_firmware_files(self, files: Mapping[str, bytes], *, loads: bool = False) -> None:
         """Besides them, the VGA BIOS of the host and iPXE for its cards, by the names under which SeaBIOS looks for
         ROMs, and the order in which it tries disks: that in which they were attached."""
+        self._touch_all()
         fw_cfg = self.devices["fw-cfg"]
         assert isinstance(fw_cfg, FwCfg)
         roms = {

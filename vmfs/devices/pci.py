@@ -17,7 +17,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from vmfs.devices import _chips
-from vmfs.devices.device import U8, U32, U64, Device, DeviceState, Port, QuietDevice, Window
+from vmfs.devices.device import U8, U32, U64, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Busy, Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -93,7 +93,7 @@ class PciState(DeviceState):
 P = TypeVar("P", bound=DeviceState)
 
 
-class PciDevice(Device[P]):
+class PciDevice(QuietDevice[P]):
     """A function of the PCI bus, `function` of its slot. A subclass sets its identity, BARS by their index, and reads
     and writes with the BAR's index as the region. `rom`: what is in its expansion ROM (6.2.5.2), of which it gives
     `read_rom` for ROM_REGION."""
@@ -313,12 +313,6 @@ class PciDevice(Device[P]):
         self.function.table, self.function.waiting = state.table, state.waiting
         self.function.set_irq(state.pending)
         self._config_changed()
-
-    def sleep(self) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
 
     def describe(self) -> dict[str, str]:
         return {"pci": f"00:{self.slot:02x}.{self.function_number} {self.VENDOR:04x}:{self.DEVICE:04x}"}

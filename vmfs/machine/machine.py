@@ -332,7 +332,7 @@ class Vm(Recorded):
 
     def check_media(self, state: State) -> None:
         """Busy where a drive has another medium in it than it had."""
-        if self.board is None or not any(isinstance(one, Removable) for one in self.board.devices.values()):
+        if self.board is None or not any(isinstance(one, Removable) for one in self.board.others.values()):
             return
         then = {one.name: one.words for one in setup_of(state).attached}
         for one in self._present():
@@ -434,7 +434,7 @@ class Vm(Recorded):
 
     def disks(self) -> Iterator[tuple[str, Disk]]:
         """Of its block devices, by their names."""
-        for name, device in self.board.devices.items() if self.board is not None else ():
+        for name, device in self.board.others.items() if self.board is not None else ():
             disk = getattr(device, "disk", None)
             if disk is not None:
                 yield name, disk
@@ -1012,9 +1012,12 @@ class Vm(Recorded):
     def _engine_dirty(self) -> int:
         """What the guest wrote since this was last asked: a bit a page, by its address."""
         found = 0
-        for slot, address, _ in _ram_parts(self.memory, has_window=self.board is not None):
-            with contextlib.suppress(Invalid):  # a display has taken the slot: what was written there is noted
-                found |= int.from_bytes(self._machine.dirty_log(slot), "little") << address // PAGE
+        for slot, address, _ in self._ram_parts:
+            try:
+                log = self._machine.dirty_log(slot)
+            except Invalid:  # a display has taken the slot: what was written there is noted
+                continue
+            found |= int.from_bytes(log, "little") << address // PAGE
         return found
 
     def memory_written(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -1035,7 +1038,8 @@ class Vm(Recorded):
     def _map_ram(self, machine: Machine, *, has_window: bool) -> None:
         for slot in RAM_SLOTS:
             machine.map_memory(slot, 0, 0, 0, 0)
-        for slot, address, size in _ram_parts(self.memory, has_window=has_window):
+        self._ram_parts = _ram_parts(self.memory, has_window=has_window)
+        for slot, address, size in self._ram_parts:
             machine.map_memory(slot, address, self.memory.mapping, address, size)
 
     def _note_written(self, pages: int) -> None:

@@ -534,17 +534,8 @@ def _put(
     with _asleep(body):
         put_memory()
         if board is not None and wanted.board is not None:
-            present_board, devices = (
-                (board.save(), board.pack_devices()) if present is None else (present.board, present.devices)
-            )
-            if wanted.board != present_board:
-                board.load(wanted.board)
-            others = {
-                name: state
-                for name, state in wanted.devices.items()
-                if state != devices[name] or board.devices[name].keeps_time
-            }
-            board.load_devices(board.unpack_devices(others))
+            known = present is not None and present.board is not None
+            board.put(wanted.board, wanted.devices, (present.board, present.devices) if known else None)
     for vcpu, values in zip(body.vcpus, wanted.cpus, strict=True):
         put_cpu(vcpu, values, None if is_same else setup.new_msrs)
     body.load_seen(wanted.seen)

@@ -24,7 +24,10 @@ _LIBC.mmap.argtypes = (
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
 )  # fmt: skip
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_LIBC_HELD = ctypes.PyDLL(None, use_errno=True)  # calls of it keep the GIL: to get it back takes longer than they do
+_SHORT = 1 << 20  # bytes
+for _one in _LIBC, _LIBC_HELD:
+    _one.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def _mmap(address: int | None, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
@@ -75,5 +78,6 @@ class Mapping:
 
     def drop(self, offset: int, size: int) -> None:
         """Private pages are the file's again."""
-        if _LIBC.madvise(self.address + offset, size, _MADV_DONTNEED):
+        libc = _LIBC_HELD if size <= _SHORT else _LIBC
+        if libc.madvise(self.address + offset, size, _MADV_DONTNEED):
             raise EngineFailed(f"madvise of {size:#x} bytes of guest memory: {os.strerror(ctypes.get_errno())}")

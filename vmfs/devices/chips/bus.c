@@ -17,6 +17,7 @@ static struct bus *bus_of(struct fast_bus *face) { return (struct bus *)((char *
 void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level)
 {
     u64 bit = 1ull << device, was = bus->holders[gsi];
+    bus->lines_touched |= level != !!(was & bit);
     bus->holders[gsi] = level ? was | bit : was & ~bit;
     if (!was == !bus->holders[gsi])
         return;
@@ -29,6 +30,7 @@ void bus_set_line(struct bus *bus, unsigned device, unsigned gsi, bool level)
 void bus_set_pirq(struct bus *bus, unsigned device, unsigned pirq, bool level)
 {
     u64 bit = 1ull << device;
+    bus->lines_touched |= level != !!(bus->pirq_holders[pirq] & bit);
     bus->pirq_holders[pirq] = level ? bus->pirq_holders[pirq] | bit : bus->pirq_holders[pirq] & ~bit;
     if (bus->pirq_line[pirq] != NO_LINE)
         bus_set_line(bus, device, bus->pirq_line[pirq], level);
@@ -41,6 +43,7 @@ static void route_pirq(struct bus *bus, unsigned pirq, unsigned line)
     bus->pirq_line[pirq] = (u8)line;
     if (was == line)
         return;
+    bus->lines_touched = true;
     for (u64 left = bus->pirq_holders[pirq]; left; left &= left - 1) {
         unsigned device = (unsigned)__builtin_ctzll(left);
         if (line != NO_LINE)
@@ -92,8 +95,10 @@ static void advance(struct fast_bus *face, u64 now)
     struct bus *bus = bus_of(face);
     pthread_mutex_lock(&bus->lock);
     for (struct chip *each = bus->timed; each; each = each->next)
-        if (each->due <= now)
+        if (each->due <= now) {
+            chip_touched(each);
             each->kind->advance(each, now);
+        }
     pthread_mutex_unlock(&bus->lock);
 }
 
@@ -131,6 +136,7 @@ static void note_unclaimed(struct bus *bus, bool memory, u64 address, u64 rip, b
             bus->forgotten++;
         *row = (struct unclaimed){.address = address, .memory = memory};
     }
+    bus->lines_touched = true;
     bus->unclaimed_last = (unsigned)(row - bus->unclaimed);
     row->rip = rip;
     row->used = ++bus->unclaimed_uses;
@@ -162,6 +168,7 @@ static bool access_place(struct bus *bus, struct bus_access *a, struct place *af
     }
     if (!place->chip)
         return false;
+    chip_touched(place->chip);
     if (!place->chip->kind->access(place->chip, a, place->region, a->address - place->start))
         return false;
     a->value &= ones(a->size);
@@ -185,6 +192,12 @@ static bool access_bus(struct fast_bus *face, struct bus_access *a)
 /* ---- For Python -------------------------------------------------------------------------------------------------------------------- */
 
 void bus_enter(struct bus *bus) { pthread_mutex_lock(&bus->lock); }
+
+void chip_enter(struct chip *chip)
+{
+    bus_enter(chip->bus);
+    chip_touched(chip);
+}
 
 bool bus_leave(struct bus *bus)
 {
@@ -259,7 +272,7 @@ PyObject *chip_read(struct chip *chip, PyObject *const *args, Py_ssize_t count)
     if (!chip_numbers(args, count, n, 3) || !good_size(n[2]) || !ask_now(chip, &now))
         return NULL;
     struct bus_access a = {.size = (u8)n[2], .now = given_now, .context = &now};
-    bus_enter(chip->bus);
+    chip_enter(chip);
     bool done = chip->kind->access(chip, &a, (unsigned)n[0], n[1]);
     if (!bus_leave(chip->bus))
         return NULL;
@@ -274,7 +287,7 @@ PyObject *chip_write(struct chip *chip, PyObject *const *args, Py_ssize_t count)
     if (!chip_numbers(args, count, n, 4) || !good_size(n[2]) || !ask_now(chip, &now))
         return NULL;
     struct bus_access a = {.write = true, .size = (u8)n[2], .value = n[3], .now = given_now, .context = &now};
-    bus_enter(chip->bus);
+    chip_enter(chip);
     bool done = chip->kind->access(chip, &a, (unsigned)n[0], n[1]);
     if (!bus_leave(chip->bus))
         return NULL;
@@ -308,6 +321,7 @@ static PyObject *bus_drop_lines(struct bus *self, PyObject *args)
         bus_set_line(self, device, gsi, false);
     for (unsigned pirq = 0; pirq < PIRQS; pirq++)
         self->pirq_holders[pirq] &= ~(1ull << device);
+    self->lines_touched = true;
     return bus_done(self);
 }
 
@@ -467,6 +481,7 @@ static PyObject *bus_load_unclaimed(struct bus *self, PyObject *args)
     self->unclaimed_last = 0;
     self->forgotten = forgotten;
     self->uses_told = self->unclaimed_uses;
+    self->lines_touched = true;
     pthread_mutex_unlock(&self->lock);
     Py_RETURN_NONE;
 }
@@ -523,6 +538,39 @@ static PyObject *bus_hold(struct bus *self, PyObject *args)
     for (unsigned i = 0; i < PIRQS; i++)
         self->pirq_holders[i] = pirq_holders[i], self->pirq_line[i] = (u8)line[i];
     memcpy(self->holders, holders, sizeof holders);
+    self->lines_touched = true;
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+/* ---- What may have changed ------------------------------------------------------------------------------------------------------ */
+
+static PyObject *bus_touch(struct bus *self, PyObject *argument)
+{
+    u64 device;
+    if (!chip_numbers(&argument, 1, &device, 1))
+        return NULL;
+    if (device >= DEVICES)
+        return PyErr_Format(PyExc_ValueError, "device %llu is none", (unsigned long long)device);
+    bus_enter(self);
+    self->touched |= 1ull << device;
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
+static PyObject *bus_get_touched(struct bus *self, PyObject *ignored)
+{
+    bus_enter(self);
+    u64 touched = self->touched;
+    bool lines = self->lines_touched;
+    pthread_mutex_unlock(&self->lock);
+    return Py_BuildValue("(KO)", (unsigned long long)touched, lines ? Py_True : Py_False);
+}
+
+static PyObject *bus_forget_touched(struct bus *self, PyObject *ignored)
+{
+    bus_enter(self);
+    self->touched = 0, self->lines_touched = false;
     pthread_mutex_unlock(&self->lock);
     Py_RETURN_NONE;
 }
@@ -666,6 +714,11 @@ static PyMethodDef bus_methods[] = {
     {"holders", (PyCFunction)bus_holders, METH_NOARGS, "holders() -> of each line the devices that hold it high, a bit each"},
     {"pirqs", (PyCFunction)bus_pirqs, METH_NOARGS, "pirqs() -> [(holders, line)]: the inputs of the PCI router"},
     {"hold", (PyCFunction)bus_hold, METH_VARARGS, "hold(holders, pirqs): they hold the lines, as the engine knows already"},
+    {"touch", (PyCFunction)bus_touch, METH_O, "touch(device): it may be another than it was"},
+    {"touched", (PyCFunction)bus_get_touched, METH_NOARGS,
+     "touched() -> (a bit a device that may be another than it was when this was last forgotten, whether the lines, or what nobody\n"
+     "has claimed, may be)"},
+    {"forget_touched", (PyCFunction)bus_forget_touched, METH_NOARGS, "forget_touched(): nothing is touched"},
     {"wait", (PyCFunction)bus_wait, METH_VARARGS,
      "wait(nap) -> bool: after `nap` seconds, until there is something to fetch; False: closed. One thread at a time"},
     {"close", (PyCFunction)bus_close, METH_NOARGS, "close(): nothing is answered, and nobody waits, from now on"},

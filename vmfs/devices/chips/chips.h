@@ -73,6 +73,8 @@ struct bus {
     struct unclaimed *unclaimed;
     unsigned unclaimed_count, unclaimed_last;
     u64 unclaimed_uses, uses_told, forgotten;
+    u64 touched;                /* a bit a device: its chips may be others than they were when this was last forgotten; */
+    bool lines_touched;         /* and so may the lines, and what nobody has claimed */
     _Atomic u32 rung;           /* there is something that Python is to fetch */
     _Atomic u32 sleeps;         /* the thread that fetches it sleeps */
     bool closed;
@@ -89,6 +91,12 @@ static inline u64 now_of(const struct bus_access *a) { return a->now(a->context)
 
 /* Of a power chip: the clock has raised its interrupt. */
 void power_clock_rang(struct chip *power);
+
+/* A restore leaves alone what nobody has touched since the last one. So whoever may change a chip says so, with the lock held: an access
+ * of the engine's, a time that has come, and each function that is called from Python, which begins with `chip_enter`. */
+static inline void chip_touched(struct chip *chip) { chip->bus->touched |= 1ull << chip->number; }
+/* `bus_enter`, by what may change the chip. */
+void chip_enter(struct chip *chip);
 
 /* For what is called from Python: `bus_leave` tells Python of lines, and is false where that raised. */
 void bus_enter(struct bus *bus);

@@ -194,7 +194,7 @@ static PyObject *function_set_irq(struct function *self, PyObject *level)
     int pending = PyObject_IsTrue(level);
     if (pending < 0)
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->pending = pending;
     function_drive(self);
     return bus_done(self->chip.bus);
@@ -202,7 +202,7 @@ static PyObject *function_set_irq(struct function *self, PyObject *level)
 
 static PyObject *function_driven(struct function *self, PyObject *ignored)
 {
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     function_drive(self);
     return bus_done(self->chip.bus);
 }
@@ -212,7 +212,7 @@ static PyObject *function_send(struct function *self, PyObject *argument)
     u64 vector;
     if (!chip_numbers(&argument, 1, &vector, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     bool messages = function_has_messages(self);
     if (messages)
         function_signal(self, vector > VECTORS ? VECTORS : (unsigned)vector);
@@ -257,7 +257,7 @@ static PyObject *function_msix_write(struct function *self, PyObject *const *arg
     u64 n[3];
     if (!chip_numbers(args, count, n, 3))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     write_msix(self, n[0], (unsigned)n[1], n[2]);
     return bus_done(self->chip.bus);
 }
@@ -277,7 +277,7 @@ static int function_set_table(struct function *self, PyObject *value, void *igno
         PyErr_SetString(PyExc_ValueError, "16 bytes a vector");
         return -1;
     }
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     memcpy(self->table, data, (size_t)size);
     pthread_mutex_unlock(&self->chip.bus->lock);
     return 0;
@@ -290,7 +290,7 @@ static int function_set_waiting(struct function *self, PyObject *value, void *ig
     u64 waiting;
     if (!value || !chip_numbers(&value, 1, &waiting, 1))
         return -1;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->waiting = waiting;
     pthread_mutex_unlock(&self->chip.bus->lock);
     return 0;
@@ -351,6 +351,8 @@ static bool bridge_access(struct chip *chip, struct bus_access *a, unsigned regi
     unsigned at = (b->address & 0xfc) + (unsigned)offset, size = 4 - (unsigned)offset;
     size = a->size < size ? a->size : size;
     struct function *f = b->address >> 16 == 0x8000 ? b->functions[b->address >> 8 & 0xff] : NULL;
+    if (f && a->write)
+        chip_touched(&f->chip);
     if (f)
         return a->write ? config_write(f, at, size, a->value) : config_read(f, at, size, &a->value);
     a->value = ~0ull;
@@ -385,7 +387,7 @@ static PyObject *bridge_set_function(struct bridge *self, PyObject *args)
         PyErr_SetString(PyExc_TypeError, "a place of bus 0, and a Function or None");
         return NULL;
     }
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     struct function *old = self->functions[place];
     self->functions[place] = function == Py_None ? NULL : (struct function *)Py_NewRef(function);
     pthread_mutex_unlock(&self->chip.bus->lock);
@@ -400,7 +402,7 @@ static int bridge_set_address(struct bridge *self, PyObject *value, void *ignore
     unsigned long address = value ? PyLong_AsUnsignedLong(value) : 0;
     if (PyErr_Occurred())
         return -1;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->address = address & 0x80fffffc;
     pthread_mutex_unlock(&self->chip.bus->lock);
     return 0;
@@ -465,7 +467,7 @@ static PyObject *latch_show(struct latch *self, PyObject *values)
         shown[i] = (u8)number;
         known[i] = true;
     }
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     memcpy(self->values, shown, sizeof shown);
     memcpy(self->known, known, sizeof known);
     pthread_mutex_unlock(&self->chip.bus->lock);

@@ -71,7 +71,7 @@ static PyObject *pio_open(struct pio *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "a block of up to 64 KiB of a channel");
         return NULL;
     }
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     struct block *b = &self->blocks[channel];
     memcpy(b->data, data.buf, (size_t)data.len);
     b->at = (u32)at, b->end = (u32)data.len, b->to_host = to_host, b->open = true;
@@ -96,7 +96,7 @@ static PyObject *pio_close(struct pio *self, PyObject *argument)
     struct block *b = block_of(self, argument);
     if (!b)
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     b->open = false, b->at = b->end = 0;
     return bus_done(self->chip.bus);
 }
@@ -121,7 +121,7 @@ static PyObject *pio_last(struct pio *self, PyObject *args)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no such channel");
     struct block *b = &self->blocks[channel];
     u64 read = 0;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     if (b->open && b->to_host != (bool)write)
         for (unsigned i = 0; i < size && i < 8 && b->at < b->end; i++, b->at++) {
             if (write)
@@ -143,7 +143,7 @@ static PyObject *pio_show(struct pio *self, PyObject *args)
     unsigned long value = status == Py_None ? 0 : PyLong_AsUnsignedLong(status);
     if (PyErr_Occurred())
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->blocks[channel].quiet = status != Py_None, self->blocks[channel].status = (u8)value;
     return bus_done(self->chip.bus);
 }

@@ -107,7 +107,7 @@ static PyObject *power_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 /* From any thread, which may not know the guest's time. */
 static PyObject *power_press(struct power *self, PyObject *ignored)
 {
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->pm1.status |= POWER_BUTTON;
     drive(self);
     return bus_done(self->chip.bus);
@@ -118,7 +118,7 @@ static PyObject *power_raise(struct power *self, PyObject *argument)
     u64 number;
     if (!chip_numbers(&argument, 1, &number, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->gpe.status |= (u16)(1u << (number & 15));
     drive(self);
     return bus_done(self->chip.bus);
@@ -129,7 +129,7 @@ static PyObject *power_seen(struct power *self, PyObject *argument)
     u64 now;
     if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->halves = ticks(now) >> HALF;
     update(self, now);
     return bus_done(self->chip.bus);
@@ -140,7 +140,7 @@ static PyObject *power_state(struct power *self, PyObject *argument)
     u64 now;
     if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     update(self, now);
     struct power p = *self;
     if (!bus_leave(self->chip.bus))
@@ -156,7 +156,7 @@ static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs
     unsigned status, enable, control, gpe_status, gpe_enable;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KIIIII", names, &now, &status, &enable, &control, &gpe_status, &gpe_enable))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->pm1 = (struct events){(u16)status, (u16)enable};
     self->gpe = (struct events){(u16)gpe_status, (u16)gpe_enable};
     self->control = (u16)control;

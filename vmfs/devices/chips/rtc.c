@@ -345,7 +345,7 @@ static PyObject *rtc_set_clock(struct rtc *self, PyObject *args)
     int year, month, day, weekday, hour, minute, second;
     if (!PyArg_ParseTuple(args, "K(iiiiiii)K", &now, &year, &month, &day, &weekday, &hour, &minute, &second, &nanoseconds))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->seen = now;
     self->began = now - nanoseconds % SECOND;
     show(self, true, &(struct time_of_day){hour % 24, minute % 60, second % 60},
@@ -359,7 +359,7 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     u64 now;
     if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->index = 0;
     catch_up(self, now);
     self->cmos[B] &= (u8)~(PIE | AIE | UIE | SQWE);
@@ -401,7 +401,7 @@ static PyObject *rtc_shift(struct rtc *self, PyObject *argument)
     long long by = PyLong_AsLongLong(argument);
     if (by == -1 && PyErr_Occurred())
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->began += (u64)by;
     self->seen = by < 0 && self->seen < (u64)-by ? 0 : self->seen + (u64)by;
     if (self->chip.due != BUS_NEVER)
@@ -414,7 +414,7 @@ static PyObject *rtc_state(struct rtc *self, PyObject *argument)
     u64 now;
     if (!chip_numbers(&argument, 1, &now, 1))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     catch_up(self, now);
     struct rtc r = *self;
     if (!bus_leave(self->chip.bus))
@@ -437,7 +437,7 @@ static PyObject *rtc_load(struct rtc *self, PyObject *args, PyObject *kwargs)
         PyBuffer_Release(&cmos);
         return PyErr_Format(PyExc_ValueError, "a CMOS RAM has %d bytes", BYTES);
     }
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->index = index;
     memcpy(self->cmos, cmos.buf, BYTES);
     PyBuffer_Release(&cmos);
@@ -464,7 +464,7 @@ static PyObject *rtc_put(struct rtc *self, PyObject *args)
         return NULL;
     if (index <= D || index >= BYTES)
         return PyErr_Format(PyExc_ValueError, "byte %u is none of the RAM's", index);
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->cmos[index] = value;
     return bus_done(self->chip.bus);
 }

@@ -33,16 +33,18 @@ static bool send_byte(struct bus *bus, struct sent *s, u8 byte)
     return true;
 }
 
-static PyObject *take_sent(struct bus *bus, struct sent *s)
+static PyObject *take_sent(struct chip *chip, struct sent *s)
 {
     u8 copy[SENT_ROOM];
-    bus_enter(bus);
+    bus_enter(chip->bus);
+    if (s->count)
+        chip_touched(chip);
     u32 count = s->count, first = SENT_ROOM - s->head < count ? SENT_ROOM - s->head : count;
     memcpy(copy, s->data + s->head, first);
     memcpy(copy + first, s->data, count - first);
     s->head = (s->head + count) % SENT_ROOM;
     s->count = 0;
-    pthread_mutex_unlock(&bus->lock);
+    pthread_mutex_unlock(&chip->bus->lock);
     return PyBytes_FromStringAndSize((const char *)copy, count);
 }
 
@@ -86,7 +88,7 @@ static void sender_dealloc(struct sender *self)
     chip_dealloc(&self->chip);
 }
 
-static PyObject *sender_take(struct sender *self, PyObject *ignored) { return take_sent(self->chip.bus, &self->sent); }
+static PyObject *sender_take(struct sender *self, PyObject *ignored) { return take_sent(&self->chip, &self->sent); }
 
 static PyObject *sender_take_count(struct sender *self, PyObject *ignored)
 {
@@ -365,7 +367,7 @@ static void uart_dealloc(struct uart *self)
 
 static PyObject *uart_reset(struct uart *self, PyObject *ignored)
 {
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     give_back(self);
     uart_clear(self);
     update(self);
@@ -378,7 +380,7 @@ static PyObject *uart_receive(struct uart *self, PyObject *argument)
     Py_buffer data;
     if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     bool has_room = bytes_reserve(&self->waiting, (size_t)data.len + FIFO);
     for (Py_ssize_t i = 0; has_room && i < data.len; i++)
         bytes_push(&self->waiting, ((const u8 *)data.buf)[i]);
@@ -395,7 +397,7 @@ static PyObject *uart_receive(struct uart *self, PyObject *argument)
     return done;
 }
 
-static PyObject *uart_take(struct uart *self, PyObject *ignored) { return take_sent(self->chip.bus, &self->sent); }
+static PyObject *uart_take(struct uart *self, PyObject *ignored) { return take_sent(&self->chip, &self->sent); }
 
 static PyObject *uart_took(struct uart *self, PyObject *ignored)
 {
@@ -453,7 +455,7 @@ static PyObject *uart_load(struct uart *self, PyObject *args, PyObject *kwargs)
     if (fits) {
         for (Py_ssize_t i = 0; i < waiting.len; i++)
             bytes_push(&more, ((const u8 *)waiting.buf)[i]);
-        bus_enter(self->chip.bus);
+        chip_enter(&self->chip);
         self->ier = u.ier & 15, self->lcr = u.lcr, self->mcr = u.mcr & 31, self->scr = u.scr, self->fcr = u.fcr & 0xc9;
         self->divisor = (u16)divisor, self->overrun = overrun, self->thre = thre, self->delta = u.delta & 15;
         self->looks = u.looks > LOOKS ? LOOKS : u.looks, self->rbr = u.rbr;

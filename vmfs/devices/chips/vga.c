@@ -298,7 +298,7 @@ static PyObject *vga_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static PyObject *vga_close(struct vga *self, PyObject *ignored)
 {
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->memory = NULL;
     pthread_mutex_unlock(&self->chip.bus->lock);
     PyBuffer_Release(&self->buffer);
@@ -313,7 +313,7 @@ static void vga_dealloc(struct vga *self)
 
 static PyObject *vga_reset(struct vga *self, PyObject *ignored)
 {
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     reset(self);
     self->is_linear = false;
     return bus_done(self->chip.bus);
@@ -326,7 +326,7 @@ static PyObject *vga_put(struct vga *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "IIK", &port, &size, &value))
         return NULL;
     struct bus_access a = {.size = (u8)(size > 8 ? 8 : size), .value = value};
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     write_ports(self, port, &a);
     return bus_done(self->chip.bus);
 }
@@ -336,7 +336,7 @@ static PyObject *vga_see(struct vga *self, PyObject *args)
     int dac_8bit, is_linear;
     if (!PyArg_ParseTuple(args, "pp", &dac_8bit, &is_linear))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->dac_8bit = dac_8bit, self->is_linear = is_linear;
     return bus_done(self->chip.bus);
 }
@@ -355,7 +355,7 @@ static PyObject *vga_copy(struct vga *self, PyObject *args)
         return PyErr_Format(PyExc_ValueError, self->memory ? "64 KiB at the most" : "it is closed");
     }
     unsigned mask = chained ? 3 : 1;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     for (unsigned at = 0; at < ram.len; at++) {
         u8 *one = (u8 *)ram.buf + at, *other = self->memory + 4 * (at & ~mask) + (at & mask);
         if (to_ram)
@@ -401,7 +401,7 @@ static PyObject *vga_load(struct vga *self, PyObject *args, PyObject *kwargs)
     if (!good)
         return PyErr_Format(PyExc_ValueError, "that is no state of a VGA");
     u8 *const into[6] = {self->sequencer, self->crtc, self->graphics, self->attributes, self->dac, self->dac_latch};
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->misc = n[0], self->feature = n[1], self->dac_mask = n[2], self->sequencer_index = n[3], self->crtc_index = n[4];
     self->graphics_index = n[5], self->attribute_index = n[6], self->dac_read = n[7], self->dac_write = n[8];
     self->attribute_data = flag[0], self->dac_reading = flag[1], self->dac_8bit = flag[2], self->latch = latch;

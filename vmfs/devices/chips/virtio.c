@@ -41,7 +41,7 @@ static const struct chip_kind virtio_kind = {.access = virtio_access, .after = v
 
 void virtio_interrupt(struct virtio *v, unsigned of)
 {
-    bus_enter(v->chip.bus);
+    chip_enter(&v->chip);
     if (function_has_messages(v->function))
         function_signal(v->function, v->vectors[of]);
     else {
@@ -111,7 +111,7 @@ static PyObject *virtio_set_vector(struct virtio *self, PyObject *const *args, P
     u64 n[2];
     if (!chip_numbers(args, count, n, 2) || !one_of(self, n[0]))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->vectors[n[0]] = n[1] < self->function->vectors ? (uint16_t)n[1] : NO_VECTOR; /* 4.1.5.1.2.1: which the driver reads back */
     pthread_mutex_unlock(&self->chip.bus->lock);
     Py_RETURN_NONE;
@@ -133,7 +133,7 @@ static int virtio_set(struct virtio *self, PyObject *value, void *ignored)
     u64 isr;
     if (!value || !chip_numbers(&value, 1, &isr, 1))
         return -1;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->isr = (u8)isr;
     pthread_mutex_unlock(&self->chip.bus->lock);
     return 0;

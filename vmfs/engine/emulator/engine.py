@@ -89,7 +89,11 @@ def _failures(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _ERRORS.get(error.errno, EngineFailed)(f"{what}: {os.strerror(error.errno)}") from error
+        raise _failure(what, error) from error
+
+
+def _failure(what: str, error: OSError) -> VmfsError:
+    return _ERRORS.get(error.errno or 0, EngineFailed)(f"{what}: {os.strerror(error.errno or 0)}")
 
 
 def _put_states(put: Callable[[dict[str, bytes]], None], values: dict[str, bytes]) -> None:
@@ -256,9 +260,8 @@ class EmulatorMachine(Machine):
             raise Invalid(f"there is no memory slot {slot}")
         try:  # and no _failures, which takes as long as the rest
             return self._vm.dirty_log(slot)
-        except OSError:
-            with _failures(f"dirty log of slot {slot}"):
-                raise
+        except OSError as error:
+            raise _failure(f"dirty log of slot {slot}", error) from error
 
     def set_paced(self, paced: bool) -> None:
         self._vm.set_paced(paced)
@@ -271,8 +274,10 @@ class EmulatorMachine(Machine):
 
     def get_state(self, name: str) -> bytes:
         self._check_state(name)
-        with _failures(name):
+        try:  # and no _failures, which takes as long as the rest
             return self._vm.get_state(name)
+        except OSError as error:
+            raise _failure(name, error) from error
 
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)
@@ -437,8 +442,10 @@ class EmulatorVcpu(Vcpu):
 
     def get_state(self, name: str) -> bytes:
         self._check_state(name)
-        with _failures(name):
+        try:  # and no _failures, which takes as long as the rest
             return self._cpu.get_state(name)
+        except OSError as error:
+            raise _failure(name, error) from error
 
     def set_state(self, name: str, data: bytes) -> None:
         self._check_state(name)

@@ -6,7 +6,6 @@ and a disk may be a file that this very server has to answer for.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -75,7 +74,7 @@ class Framebuffer(Kind):
         return FRAMEBUFFER_SIZE if isinstance(scope.vm.board, Pc) else 0
 
     def blocks(self, scope: Any, size: int) -> int:
-        return os.fstat(scope.vm.board.display.framebuffer).st_blocks if size else 0
+        return scope.vm.board.display.taken if size else 0
 
     def truncate(self, scope: Any, size: int, opened: bool) -> None:
         if (size or opened) and size != self.size(scope):  # else it may be O_TRUNC, as in `cp picture framebuffer`

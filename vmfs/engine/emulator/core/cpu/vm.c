@@ -193,11 +193,13 @@ int vm_dirty_log(struct vm *vm, unsigned number, uint8_t *bitmap, size_t bytes)
     pthread_mutex_lock(&vm->lock);
     bool in_turn = vm->serving != vm->ticket; /* no: nobody gets a turn before the lock is free, */
     atomic_fetch_add(&vm->stops, 1);          /* and nobody begins to execute */
+    bool written = false;
     for (size_t i = 0; i * 8 < bytes; i++) {
-        u64 word = atomic_exchange(&slot->dirty[i], 0);
+        u64 word = atomic_load_explicit(&slot->dirty[i], memory_order_relaxed) ? atomic_exchange(&slot->dirty[i], 0) : 0;
+        written |= word;
         memcpy(bitmap + i * 8, &word, bytes - i * 8 < 8 ? bytes - i * 8 : 8);
     }
-    for (unsigned i = 0; i < CORE_VCPUS; i++) { /* writable TLB entries would not be logged */
+    for (unsigned i = 0; written && i < CORE_VCPUS; i++) { /* writable TLB entries, which only pages have that are in the log, would not be logged */
         struct vcpu *c = vm->vcpus[i];
         if (c && (in_turn || atomic_load(&c->world) != WORLD_OUT))
             request_attention(c, ATTENTION_FLUSH);
