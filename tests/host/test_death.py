@@ -31,7 +31,9 @@ from mounting import (
     wait_until,
 )
 
+from vmfs.commands import boot
 from vmfs.host import zygote
+from vmfs.words.errors import Invalid
 
 SPIN = "40 ebfd"  # inc ax; jmp
 
@@ -162,8 +164,11 @@ def zygote_of(server_pid: int) -> int:
     return next(pid for pid in children(server_pid) if status(pid)["Name"].strip() == "vmfs-zygote")
 
 
-def test_without_its_zygote_a_server_says_so(own_server):
+def test_without_its_zygote_a_server_says_so(own_server, monkeypatch):
     server = own_server()
+    monkeypatch.setattr(boot, "own_mounts", lambda: iter([Path(server.path)]))
+    with boot.mount(None, keep=True) as (directory, _):
+        assert directory == Path(server.path)
     vm = server.make().load(SPIN)
     fd = os.open(vm / "vm_run", os.O_RDONLY)
     reader = blocked_read(fd)
@@ -177,6 +182,8 @@ def test_without_its_zygote_a_server_says_so(own_server):
     late = server.make()
     assert failing((late / "regs").read_bytes) == errno.EIO
     assert "the process that makes machines is gone: unmount, and mount anew" in late.read("error")
+    with pytest.raises(Invalid, match="--keep needs a mount that stays"), boot.mount(None, keep=True):
+        pass  # `vmfs boot` does not use it
     vm.path.rmdir()
     server.server.terminate()
     server.server.wait(SOON)

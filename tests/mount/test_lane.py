@@ -374,6 +374,43 @@ def test_interrupts(server, vm):
         assert stat(vm)["interrupts_queued"] == str(INTERRUPT_QUEUE)
 
 
+def test_going_back(server, vm):
+    """A line for `restore` goes past both channels, and what is wrong with it is said as ever."""
+    looping(vm)
+    (vm / "snap" / "one").mkdir()
+
+    def look() -> tuple[bytes, str, bytes]:
+        with open(vm / "mem", "rb", buffering=0) as memory:
+            return (vm / "regs").read_bytes(), vm.read("exit"), os.pread(memory.fileno(), 0x8000, 0)
+
+    then = look()
+    with opened(vm, "restore", os.O_WRONLY) as fd:
+        for number in range(5):
+            vm.run()
+            vm.write("reg/rbx", str(number + 1000))
+            with open(vm / "mem", "r+b", buffering=0) as memory:
+                os.pwrite(memory.fileno(), bytes([number]), 0x2000)
+            assert os.write(fd, b"one\n") == 4
+            assert look() == then and vm.read("state") == "paused\n"
+        time.sleep(0.02)  # in which it hears that nobody has `mem` open
+        written = int(stat(vm)["lane_writes"])
+        for _ in range(30):
+            vm.run()
+            os.write(fd, b"one\n")
+            assert (vm / "regs").read_bytes() == then[0]
+        by_lane = int(stat(vm)["lane_writes"]) - written
+        assert by_lane > 10 if server.has_lane else not by_lane
+        wrong = (b"none\n", errno.ENOENT, "no snapshot 'none'"), (b"one two\n", errno.EINVAL, "no name")
+        for line, error, words in wrong:
+            with pytest.raises(OSError) as failure:
+                os.write(fd, line)
+            assert failure.value.errno == error and words in vm.read("error")
+            assert os.write(fd, b"one\n") == 4
+            assert vm.read("error") == ""
+        assert os.write(fd, b"one") == 3
+    assert vm.read("restore") == "one\n"
+
+
 def test_points_and_traces_are_asked_for(server, vm):
     looping(vm)
     with opened(vm, "vm_run.bin") as fd:

@@ -208,7 +208,7 @@ def mount(given: str | None, *, keep: bool) -> Iterator[tuple[Path, Callable[[],
         yield Path(given), _nothing
         return
     for path in own_mounts():
-        if os.access(path, os.W_OK):
+        if os.access(path, os.W_OK) and mounts.has_room(path):
             print(f"vmfs boot: on {path}, a mount of yours", file=sys.stderr)
             yield path, _nothing
             return

@@ -60,7 +60,7 @@ FILES: tuple[Row, ...] = (
     Row("registers", 0o600, BOTH, per_cpu=True),
     Row("mem", 0o600, Mem()),
     Row("dirty", 0o400, Served(acts=True)),
-    Row("restore", 0o600, HOST),
+    Row("restore", 0o600, Served(writable=True, asks_host=True, hot=True)),
     Row("fork", 0o200, ForkFile()),
     Row("history", 0o600, History()),
     Row("writer", 0o600, Served(writable=True, acts=True, sized=False)),

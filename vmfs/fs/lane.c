@@ -574,6 +574,7 @@ static enum served serve_write(const struct fuse_in_header *header, const struct
     if (file && file->gives_orders && !is_run(file->file) && !file->machine->closed
         && !(file->machine->pythons_writes & LANE_VALID(file->file))
         && (file->file == LANE_IRQ ? write->size == 4 && !data[1] && !data[2] && !data[3]    /* struct kvm_interrupt */
+            : file->file == LANE_RESTORE ? write->size && write->size <= sizeof((struct asked *)0)->input
             : file->file <= LANE_DATA && write->size && write->size <= sizeof((struct asked *)0)->input
               && write->offset < LANE_SREGS_SIZE)) {
         struct asked asked = {.header = *header, .write = *write};

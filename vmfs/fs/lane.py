@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 SECOND = 1_000_000_000  # nanoseconds
 SIZE = 4096  # LANE_SIZE of vmfs/words/lane.h
 # enum lane_file there
-_NAMES = ("regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin")
+_NAMES = (
+    "regs", "sregs", "exit.data", "exit.bin", "state", "vm_run.bin", "vm_run", "irq", "trace", "trace.bin", "restore",
+)  # fmt: skip
 FILES: Mapping[str, int] = {name: number for number, name in enumerate(_NAMES)}
 STILL = frozenset(_NAMES[:5])  # what they give is the same while the CPU stands still
 USES = 3  # an open is one, and so is a read: from then on a machine has a page

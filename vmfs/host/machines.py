@@ -102,9 +102,13 @@ class Host:
         machine.shared += size
 
     def capacity(self) -> tuple[int, int, int, int]:
-        """RAM and how much of it is unpromised, in bytes; machines and how many more (0, 0: any number)."""
+        """RAM and how much of it is unpromised, in bytes; machines and how many more (0, 0: any number). None more,
+        where the process that makes them is gone."""
         memory = min(self._settings.max_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         names = self._settings.max_vms if self._settings.max_vms < NO_LIMIT else 0
+        if self._zygote.is_gone:
+            names = max(len(self._machines), 1)
+            return memory, 0, names, 0
         return memory, max(memory - self._used(), 0), names, max(names - len(self._machines), 0)
 
     def forget(self, machine: MachineProcess) -> None:

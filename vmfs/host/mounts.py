@@ -65,6 +65,15 @@ def is_dead(path: str | Path) -> bool:
     return False
 
 
+def has_room(path: str | Path) -> bool:
+    """Whether machines can be made in a mount: not over its limit, nor where the process that makes them is gone."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return False
+    return found.f_files == 0 or found.f_favail > 0
+
+
 def unmount(path: str | Path, lazy: bool = False) -> None:
     """Unmount `path`, through fusermount3(1), which works for root and for the user whose mount it is.
 

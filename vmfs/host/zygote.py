@@ -172,6 +172,10 @@ class Zygote:
         ours.setblocking(False)
         return cls(ours, pid)
 
+    @property
+    def is_gone(self) -> bool:
+        return self._gone
+
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hear what it says. Returns when it is gone: then every job has ended, and none begins."""
         task_status.started()

@@ -38,6 +38,9 @@ typedef struct {
     struct facts facts;         /* of what Python has not heard of; serve()'s while the gate is BUSY */
     uint64_t began;             /* the run under way, CLOCK_MONOTONIC */
     uint64_t handle;            /* whose it is */
+    uint32_t line_number;       /* of the order that is a line, for Python */
+    size_t line_size;
+    uint8_t line[LANE_SREGS_SIZE];
 } Lane;
 
 static uint32_t load(uint32_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
@@ -146,7 +149,7 @@ static int show_run(Lane *self, int kind, const uint8_t packed[LANE_EXIT_SIZE], 
     return page->output_size != 0;
 }
 
-enum taken { SETTLED, FOR_PYTHON };
+enum taken { SETTLED, FOR_PYTHON, A_LINE };
 
 /* The gate is BUSY, the order TAKEN. */
 static enum taken take_run(Lane *self, uint32_t number)
@@ -253,23 +256,31 @@ static enum taken take_order(Lane *self, uint32_t order)
         store(&self->gate, OPEN);
         return SETTLED;
     }
+    if (page->file == LANE_RESTORE) { /* it has the CPU, as others of Python have, when it takes the machine's lock */
+        self->line_number = number;
+        self->line_size = page->size <= sizeof self->line ? page->size : 0;
+        memcpy(self->line, page->input, self->line_size);
+        store(&self->gate, OPEN);
+        return A_LINE;
+    }
     return page->file == LANE_RUN || page->file == LANE_RUN_LINE ? take_run(self, number) : take_write(self, number);
 }
 
 static int posted(struct lane_page *page) { return (load(&page->order) & LANE_STEP_MASK) == LANE_POSTED; }
 
-/* Until serve() is called away, 0; or until a run is Python's to end, 1. Without the GIL. */
-static int serve(Lane *self)
+/* Until serve() is called away, SETTLED; or until there is something for Python. Without the GIL. */
+static enum taken serve(Lane *self)
 {
     struct lane_page *page = self->page;
 
     for (;;) {
         uint32_t bell = load(&page->bell);
         if (__atomic_exchange_n(&self->called, 0, __ATOMIC_SEQ_CST))
-            return 0;
+            return SETTLED;
         if (posted(page)) {
-            if (take_order(self, load(&page->order)) == FOR_PYTHON)
-                return 1;
+            enum taken taken = take_order(self, load(&page->order));
+            if (taken != SETTLED)
+                return taken;
             continue;
         }
         lane_sleep(&page->bell, &page->sleeps, bell);
@@ -423,15 +434,37 @@ static PyObject *lane_call(Lane *self, PyObject *ignored)
 }
 
 PyDoc_STRVAR(serve_doc,
-    "serve() -> whether a run is Python's to end\n\n"
-    "In the CPU's thread: run for the server, until it is called away or a run is Python's to end.");
+    "serve() -> SETTLED, A_RUN or A_LINE\n\n"
+    "In the CPU's thread: run for the server, until it is called away, a run is Python's to end, or there is a line for it.");
 static PyObject *lane_serve(Lane *self, PyObject *ignored)
 {
-    int left;
+    enum taken taken;
     Py_BEGIN_ALLOW_THREADS
-    left = serve(self);
+    taken = serve(self);
     Py_END_ALLOW_THREADS
-    return PyBool_FromLong(left);
+    return PyLong_FromLong(taken);
+}
+
+PyDoc_STRVAR(line_doc,
+    "line() -> (number, bytes)\n\n"
+    "The line for Python, in the CPU's thread; `end_line` is to follow.");
+static PyObject *lane_line(Lane *self, PyObject *ignored)
+{
+    return Py_BuildValue("(Iy#)", self->line_number, self->line, (Py_ssize_t)self->line_size);
+}
+
+PyDoc_STRVAR(end_line_doc,
+    "end_line(number, is_done)\n\n"
+    "It is done; or nothing has changed, and the server asks in the usual way. From any thread.");
+static PyObject *lane_end_line(Lane *self, PyObject *args)
+{
+    unsigned number;
+    int is_done;
+    if (!PyArg_ParseTuple(args, "Ip", &number, &is_done))
+        return NULL;
+    lane_step_on(&self->page->order, number, LANE_TAKEN, is_done ? LANE_DONE : LANE_LEFT);
+    tell(self);
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef lane_methods[] = {
@@ -444,6 +477,8 @@ static PyMethodDef lane_methods[] = {
     {"invalidate", (PyCFunction)lane_invalidate, METH_NOARGS, invalidate_doc},
     {"call", (PyCFunction)lane_call, METH_NOARGS, call_doc},
     {"serve", (PyCFunction)lane_serve, METH_NOARGS, serve_doc},
+    {"line", (PyCFunction)lane_line, METH_NOARGS, line_doc},
+    {"end_line", (PyCFunction)lane_end_line, METH_VARARGS, end_line_doc},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot lane_slots[] = {
@@ -458,6 +493,8 @@ static int module_exec(PyObject *module)
     int failed = !type || PyModule_AddType(module, (PyTypeObject *)type);
     Py_XDECREF(type);
     failed = failed || PyModule_AddIntConstant(module, "SIZE", LANE_SIZE)
+             || PyModule_AddIntConstant(module, "SETTLED", SETTLED) || PyModule_AddIntConstant(module, "A_RUN", FOR_PYTHON)
+             || PyModule_AddIntConstant(module, "A_LINE", A_LINE)
              || PyModule_AddIntConstant(module, "ORDER", offsetof(struct lane_page, order))
              || PyModule_AddIntConstant(module, "ENDED", offsetof(struct lane_page, ended));
     return failed ? -1 : 0;

@@ -276,12 +276,12 @@ class Control:
 
     # ---- the lane
 
-    def attach_lane(self, page: int) -> None:
-        """Have that page with a server (vmfs/words/lane.h)."""
+    def attach_lane(self, page: int, take_line: Callable[[Lane, int, bytes], None]) -> None:
+        """Have that page with a server (vmfs/words/lane.h). `take_line`: as of the CPU's thread."""
         lane = Lane(page)
         with self._lock:
             self.lane = lane
-            self._threads[0].attach_lane(lane)
+            self._threads[0].attach_lane(lane, partial(take_line, lane))
 
     def settle(self) -> None:
         """Hear of what the lane has done."""

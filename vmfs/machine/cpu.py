@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from vmfs.engine.base import NO_DEBUG, DebugRequest, Vcpu
-from vmfs.machine._lane import Lane
+from vmfs.machine._lane import A_LINE, SETTLED, Lane
 from vmfs.machine.state import Owner, reset_cpu, reset_values
 from vmfs.words import exits
 from vmfs.words.errors import LimitReached
@@ -89,6 +89,7 @@ class CpuThread:
         self._name = name
         self._adopted = adopted
         self._lane: Lane | None = None
+        self._take_line: Callable[[int, bytes], None] = lambda number, line: None
         # None: the end. "look": there is a lane now.
         self._work: queue.SimpleQueue[Job | Literal["look"] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -99,9 +100,10 @@ class CpuThread:
         """Whether the thread was begun: a machine that came as a value has run, perhaps, and has none yet."""
         return self._thread is not None
 
-    def attach_lane(self, lane: Lane) -> None:
-        """Serve that lane, too; with the machine's lock held."""
-        self._lane = lane
+    def attach_lane(self, lane: Lane, take_line: Callable[[int, bytes], None]) -> None:
+        """Serve that lane, too; with the machine's lock held. `take_line` is called with what is Python's to do, and
+        does not wait for it."""
+        self._lane, self._take_line = lane, take_line
         if self._thread is not None:
             self._work.put("look")
 
@@ -158,7 +160,11 @@ class CpuThread:
                 try:
                     work = self._work.get_nowait()
                 except queue.Empty:
-                    if not self._lane.serve():
+                    served = self._lane.serve()
+                    if served == SETTLED:
+                        continue
+                    if served == A_LINE:
+                        self._take_line(*self._lane.line())
                         continue
                     return self._adopted()
             if work != "look":

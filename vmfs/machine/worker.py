@@ -15,6 +15,7 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,7 +27,7 @@ from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.devices import DEV_KINDS, Devices, kind_of
 from vmfs.machine.files.forks import CopyHandle, Forks
 from vmfs.machine.files.handles import POLL_ERR, POLL_HUP, POLL_IN, EmptyHandle, File, Handle
-from vmfs.machine.files.snapshots import Snapshots
+from vmfs.machine.files.snapshots import Snapshots, take_restore
 from vmfs.machine.files.table import CONTENTS, CPU_CONTENTS, REGISTER_KINDS, has_msr, listed_registers, register_file
 from vmfs.machine.files.waiting import finished
 from vmfs.machine.machine import Vm
@@ -240,7 +241,7 @@ class Worker:
 
     def _attach_lane(self, message: commands.Lane, page: int) -> None:
         try:
-            self.contents.vm.attach_lane(page)
+            self.contents.vm.attach_lane(page, partial(take_restore, self.contents, trio.lowlevel.current_trio_token()))
             answer: Message = Done(message.call)
         except OSError as error:
             answer = Failed(message.call, error.errno or errno.EIO, f"no lane: {error.strerror}", quiet=True)

@@ -38,6 +38,7 @@ enum lane_file {
     LANE_EXIT, LANE_STATE, LANE_FILES_STILL,    /* a read from offset 0 takes what others go on in, and what polls have seen */
     LANE_RUN = LANE_FILES_STILL, LANE_RUN_LINE, LANE_IRQ,
     LANE_TRACE, LANE_TRACE_BIN,                 /* by ring.h */
+    LANE_RESTORE,               /* the machine's Python does it, but neither channel is used */
 };
 #define LANE_VALID(file) (1u << (file))
 #define LANE_SNAPSHOTS (LANE_VALID(LANE_EXIT) | LANE_VALID(LANE_STATE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,18 +10,20 @@ from typing import Any
 
 import trio
 
+from vmfs.machine._lane import Lane
 from vmfs.machine.arrivals import images_of
 from vmfs.machine.files.arrivals import Arrivals, check_overlay, fits, rebuild
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind, Scope
 from vmfs.machine.files.kinds import Text
 from vmfs.machine.files.lines import Do
-from vmfs.machine.files.request import current
+from vmfs.machine.files.request import Request, begin, current
 from vmfs.machine.files.waiting import settled
 from vmfs.machine.past import Snapshot
 from vmfs.machine.record import FOLDER, Record
 from vmfs.memory.layers import Image
-from vmfs.words.errors import AlreadyThere, Busy, Interrupted, Invalid, NotThere
+from vmfs.words.commands import ANY_FLAGS
+from vmfs.words.errors import AlreadyThere, Busy, Interrupted, Invalid, NotThere, VmfsError
 
 RESTORES_MOST = 20  # times that a machine is stopped for one, while others start it again
 EXTENTS_MOST = 8000  # of a file, that are told of
@@ -319,6 +322,28 @@ async def restore(scope: Contents, name: str) -> None:
     if snapshot.rw_disks:
         disks = " ".join(snapshot.rw_disks)
         scope.complain(f"restore: what the files of disks that are rw hold stays as it is now: {disks}")
+
+
+def take_restore(scope: Contents, trio_token: trio.lowlevel.TrioToken, lane: Lane, number: int, line: bytes) -> None:
+    """What was written to `restore`, by the lane. From the CPU's thread."""
+    with contextlib.suppress(trio.RunFinishedError):  # else nobody waits for it any more
+        trio_token.run_sync_soon(trio.lowlevel.spawn_system_task, _restore_by_lane, scope, lane, number, line)
+
+
+async def _restore_by_lane(scope: Contents, lane: Lane, number: int, line: bytes) -> None:
+    """Only what needs nobody else: all other lines are left to the usual way, which says what is wrong with them."""
+    is_done = False
+    begin(Request(0, ANY_FLAGS))
+    try:
+        name = line.decode("ascii").removesuffix("\n")
+        snapshot = scope.vm.past.get(name)
+        if snapshot is not None and not snapshot.rw_disks and line.endswith(b"\n"):
+            await restore(scope, name)
+            is_done = True
+    except (VmfsError, UnicodeDecodeError):
+        pass
+    finally:
+        lane.end_line(number, is_done)
 
 
 RESTORE = Text(lambda scope: f"{scope.vm.past.last or ''}\n", _put_restore, acts=True)
