@@ -52,6 +52,7 @@ static void write_events(struct events *e, u64 mask, u64 value)
 void power_clock_rang(struct chip *chip)
 {
     struct power *p = (struct power *)chip;
+    chip_touched(chip);
     p->pm1.status |= CLOCK;
     drive(p);
 }

@@ -390,7 +390,7 @@ static PyObject *rtc_connect(struct rtc *self, PyObject *args)
     int connected;
     if (!PyArg_ParseTuple(args, "Kp", &now, &connected))
         return NULL;
-    bus_enter(self->chip.bus);
+    chip_enter(&self->chip);
     self->is_cut = !connected;
     update(self, now);
     return bus_done(self->chip.bus);
