@@ -24,7 +24,9 @@ BUILT_IN = (
     "speaker",
 )  # fmt: skip
 # Of them, those that are more than their configuration space, which the bridge's ports reach, and have a state.
-STATEFUL = {"com1", "com2", "com3", "com4", "rtc", "dma", "power", "keyboard", "fw-cfg", "display", "pci", "hpet", "lpt1"}
+STATEFUL = {
+    "com1", "com2", "com3", "com4", "rtc", "dma", "power", "keyboard", "fw-cfg", "display", "pci", "hpet", "lpt1",
+}  # fmt: skip
 
 # Whether it writes; what does so with AL, and with EAX: at port DX, or at RDX.
 IN_AND_OUT = {
