@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vmfs.devices.virtio.backends import Stream
+
 from bench.guests import CMDLINE, OFF, Guest, listen, on_tcg, on_vmfs, qemu_version
 from bench.harness import Result, mounted
-from vmfs.devices.virtio.backends import Stream
 from vmfs.devices.virtio.net import Net
 from vmfs.engine.emulator.engine import EmulatorEngine
 from vmfs.machine.history import History

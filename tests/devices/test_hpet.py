@@ -132,6 +132,37 @@ def test_legacy_replacement(pc, guest, hpet, edges):
     assert pc.machine.timer_output and guest.load(CONFIG) == 0
 
 
+def test_reads_of_the_counter_in_c_are_those_of_python(pc, guest, hpet):
+    """Whatever was done to it, they say the same, and a read changes nothing."""
+    pass_time(pc, 10_000_000)
+
+    def both():
+        for offset, size in ((0xF0, 8), (0xF0, 4), (0xF4, 4), (0xF2, 2)):
+            was = hpet.save()
+            found = hpet.chip.read(0, offset, size)
+            assert hpet.save() == was
+            assert found == hpet.read(0, offset, size) & (1 << 8 * size) - 1, (offset, size)
+        assert hpet.chip.read(0, 0xF4, 8) is None and hpet.chip.read(0, 0xE8, 8) is None
+        assert not hpet.chip.write(0, 0xF0, 8, 1)
+
+    both()
+    for action in (
+        lambda: guest.store(COUNTER, 0xFFFF_FFFF_FFFF_FF00, 8),
+        lambda: guest.store(CONFIG, 1),
+        lambda: guest.store(CONFIG, 0),
+        lambda: guest.store(COUNTER, 3),
+        lambda: guest.store(CONFIG, 1),
+        lambda: hpet.load(hpet.save()),
+        lambda: hpet.time_shifted(1_000_000),
+        lambda: hpet.time_shifted(-3_000_000),
+        hpet.reset,
+    ):
+        pass_time(pc, pc.machine.time + 12_345)
+        both()
+        action()
+        both()
+
+
 def test_legacy_replacement_needs_a_counter_that_counts(pc, guest, hpet):
     guest.store(CONFIG, 2)
     assert pc.machine.timer_output

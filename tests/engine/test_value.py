@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from contextlib import contextmanager
 
 import msgspec
@@ -196,6 +197,37 @@ def test_while_it_runs(engine, assembler):
         assert run.result(SECONDS).REASON == "interrupted"
         assert other.state == "paused" and other.last_exit is None
         assert other.start(Bound(seconds=0.01)).result(SECONDS).REASON == "limit"
+
+
+def test_into_a_machine_that_has_stood_for_longer(emulator, assembler):
+    """Its clock goes back before the time at which its chips were last asked, and its 8254 goes on from there. (It
+    once counted from a time before the first, for ever.)"""
+    ticks = assembler(f"""
+        mov al, 0x34; out 0x43, al; mov al, 0xff; out 0x40, al; mov al, 0x04; out 0x40, al
+    read: xor al, al; out 0x43, al; in al, 0x40; mov bl, al; in al, 0x40; mov bh, al
+        mov [{0x520}], bx; inc dword ptr [{0x524}]; jmp read
+    """, "real")
+    with machine(emulator, "pc") as first:
+        first.set_time_source("host")
+        first.set_mode("real")
+        first.memory.write(ORIGIN, ticks.code)
+        first.change(lambda cpu: write_registers(cpu, {"rip": ORIGIN}))
+        first.start(Bound(seconds=0.02)).result(SECONDS)
+        names = ("time", "irqchip", "pit", "chips")
+        states = [first._machine.get_state(name) for name in names]
+        for stands in (0.05, 0.6):
+            with machine(emulator, "pc") as second:
+                second.set_time_source("host")
+                time.sleep(stands)
+                for name, state in zip(names, states, strict=True):  # and nothing else asks the chips before
+                    second._machine.set_state(name, state)
+                second.set_mode("real")
+                second.memory.write(0, first.memory.read(0, SIZE))
+                second.change(lambda cpu: write_registers(cpu, {"rip": ORIGIN + 12}))
+                reads = int.from_bytes(second.memory.read(0x524, 4), "little")
+                assert second.start(Bound(seconds=0.05)).result(SECONDS).REASON == "limit"
+                assert int.from_bytes(second.memory.read(0x524, 4), "little") > reads
+                assert 0 < int.from_bytes(second.memory.read(0x520, 2), "little") <= 0x4FF
 
 
 def test_into_a_machine_of_another_engine(engine, other, assembler):

@@ -288,11 +288,12 @@ int irqchip_set_rest(struct irqchip *chip, const struct irqchip_rest *rest, uint
     return 0;
 }
 
-void irqchip_move_time(struct irqchip *chip, int64_t by)
+void irqchip_move_time(struct irqchip *chip, uint64_t before, uint64_t now)
 {
+    int64_t by = (int64_t)(now - before);
     unsigned cpu;
 
-    chip->now += (uint64_t)by;
+    chip->now = now; /* not what it was and `by`: a machine that stood still has not asked it since, and that may be before 0 */
     for (cpu = 0; cpu < chip->cpus; cpu++)
         apic_move_time(&chip->cpu[cpu], by);
     pit_move_time(chip, by);

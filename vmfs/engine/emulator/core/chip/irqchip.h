@@ -277,7 +277,8 @@ int irqchip_set_rest(struct irqchip *chip, const struct irqchip_rest *rest, uint
 void irqchip_get_lapic_rest(struct irqchip *chip, unsigned cpu, struct irqchip_lapic_rest *rest, uint64_t now);
 bool irqchip_lapic_rest_is_valid(const struct irqchip_lapic_rest *rest);
 void irqchip_set_lapic_rest(struct irqchip *chip, unsigned cpu, const struct irqchip_lapic_rest *rest, uint64_t now);
-/* The clock was set, to what it was and `by`: for the chip no time has passed. The TSCs are the caller's. */
-void irqchip_move_time(struct irqchip *chip, int64_t by);
+/* The clock was set from `before`, when the chip may have been asked last long ago, to `now`: for the chip no time has passed. The
+ * TSCs are the caller's. */
+void irqchip_move_time(struct irqchip *chip, uint64_t before, uint64_t now);
 
 #endif

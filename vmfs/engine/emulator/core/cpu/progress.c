@@ -414,7 +414,7 @@ int set_time(struct vm *vm, const void *data, size_t size)
     vm->clock_offset = (i64)(t.clock - t.now);
     atomic_store(&vm->deadline, t.deadline);
     if (vm->irqchip)
-        irqchip_move_time(vm->irqchip, (int64_t)(t.now - before));
+        irqchip_move_time(vm->irqchip, before, t.now);
     for (unsigned i = 0; i < CORE_VCPUS; i++)
         if (vm->vcpus[i]) {
             struct vcpu *c = vm->vcpus[i];
