@@ -138,7 +138,10 @@ def test_trace_until_a_key(crashing, tmp_path):
     ok("trace", crashing.path, "start")
     crashing.write("state", "run")
     command = [sys.executable, "-m", "vmfs.cli", "trace", crashing.path, "--format", "flame", "-o", out]
-    reader = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    reader = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 30
         while not out.exists() and time.monotonic() < deadline:

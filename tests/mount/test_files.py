@@ -141,13 +141,13 @@ def test_the_shell_writes_files(vm):
         echo 0x10 > reg/rax; cat reg/rax
         printf 'rcx 7\\n' >> registers; cat reg/rcx
         echo 0x1000 | tee reg/rip
-        echo protected > mode; cat mode
         echo 64M > mem_size; cat mem_size; stat -c %s mem
+        echo protected > mode; cat mode
         dd if=regs of=/dev/stdout bs=8 count=1 status=none | od -An -tx8
     """
     done = subprocess.run(["sh", "-c", script], cwd=vm.path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        "0x0000000000000010", "0x0000000000000007", "0x1000", "protected", "67108864", "67108864",
+        "0x0000000000000010", "0x0000000000000007", "0x1000", "67108864", "67108864", "protected",
         "0000000000000010",
     ]  # fmt: skip
 

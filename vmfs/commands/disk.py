@@ -14,8 +14,7 @@ from typing import Any
 from vmfs.boot import Source, media
 from vmfs.commands import archive, machines
 from vmfs.commands.options import argument, size
-from vmfs.host import unpack
-from vmfs.words.errors import Busy, Invalid
+from vmfs.words.errors import Busy, Invalid, Unsupported
 from vmfs.words.images import COMPRESSED, FORMATS
 
 _STEP = 1 << 20
@@ -23,6 +22,15 @@ _BLOCK = 64 << 10  # of zeros: a hole
 _ZEROS = bytes(_STEP)
 _SECTOR = 512
 _STANDS = "it runs: `vmfs disk` copies disks of machines that stand (`echo pause > {}/state`, or shut the guest down)"
+
+
+def _unpack() -> Any:
+    """What reads images of other formats. Unsupported where only the client is installed."""
+    try:
+        from vmfs.host import unpack
+    except ModuleNotFoundError as missing:
+        raise Unsupported(f"images need {missing.name}, which a client does not: pip install 'vmfs[mount]'") from None
+    return unpack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +87,7 @@ def _take(source: str, asked: str, folder: Path, target: int) -> int:
     """The contents of an image. Returns its size."""
     with open(source, "rb"):  # in this process: so that the sentence is open's
         pass
-    fd, length = unpack.unpacked(os.path.abspath(source), asked, lambda: _unnamed(folder))
+    fd, length = _unpack().unpacked(os.path.abspath(source), asked, lambda: _unnamed(folder))
     try:
         _copy(fd, target, length, source)
     finally:
@@ -136,7 +144,7 @@ def _info(arguments: argparse.Namespace) -> int:
         for name, said in _disks(machines.machine(arguments.file)).items():
             print(f"{name} {said.get('mode', 'ro')} {said['bytes']} {said.get('path') or said.get('medium', 'none')}")
         return 0
-    said = unpack.looked_at(str(path.absolute()))
+    said = _unpack().looked_at(str(path.absolute()))
     there = os.stat(path)
     taken = there.st_blocks * _SECTOR
     lines = {**said, "taken": str(taken) if stat.S_ISREG(there.st_mode) else "", "contents": _contents(path, said)}
@@ -220,7 +228,7 @@ def _commit(arguments: argparse.Namespace) -> int:
     with open(path, "r+b") as image:
         if not stat.S_ISREG(os.fstat(image.fileno()).st_mode):
             raise Invalid(f"{path} is no file that another one can take the place of: `vmfs disk export` copies it out")
-        if (found := unpack.looked_at(str(path))["format"]) != "raw" and int(said["bytes"]) != os.stat(path).st_size:
+        if (found := _unpack().looked_at(str(path))["format"]) != "raw" and int(said["bytes"]) != os.stat(path).st_size:
             raise Invalid(f"{path}: it is {found}, which is not written: `vmfs disk export` makes a raw image")
         try:
             fcntl.flock(image.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -163,21 +163,24 @@ class _DeviceDirectory(Directory):
 
     def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int, rows: tuple[Row, ...]) -> None:
         super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
+        follows = _follows(rows)
         for row in rows:
-            self.add(_make_file(self, row, umask, f"dev/{name}/{row.name}"))
+            node = _make_file(self, row, umask, f"dev/{name}/{row.name}")
+            node.follows = follows.get(row.name, ())
+            self.add(node)
 
 
-def _follows() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Of each file the readable ones before it by name, at the top and in cpuN/."""
+def _follows(*folders: Iterable[Row]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Of each file the readable ones before it by name, in each of the folders that it is in."""
     follows: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for rows in (FILES, [row for row in FILES if row.per_cpu]):
+    for rows in folders:
         names = sorted(row.name for row in rows if row.kind.readable)
         for at, name in enumerate(names):
             follows[name] = (*follows.get(name, ()), tuple(names[max(at - WALK_OF, 0) : at]))
     return follows
 
 
-_FOLLOWS = _follows()
+_FOLLOWS = _follows(FILES, [row for row in FILES if row.per_cpu])  # at the top, and in cpuN/
 
 
 _ROWS = {row.name: row for row in FILES}

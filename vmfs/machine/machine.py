@@ -809,6 +809,7 @@ class Vm(Recorded):
             self._check_idle()
             if size != self.memory.size:
                 self._check_no_past("mem_size")
+                self.memory.check_resizable()
                 self._check_tables_stay(size)
                 self.memory.resize(size)
                 self._map_ram(self._machine, has_window=self.board is not None)

@@ -145,10 +145,15 @@ class Memory:
     def resize(self, size: int) -> None:
         """Before `seal` only, else Busy. What is cut off is lost, what is added is zero."""
         self._check_open()
-        if self._sealed and size != self.size:
-            raise Busy("the machine has run: the size of its RAM is fixed")
+        if size != self.size:
+            self.check_resizable()
         check_size(size)
         self._set_size(size)
+
+    def check_resizable(self) -> None:
+        """Busy after `seal`."""
+        if self._sealed:
+            raise Busy("the machine has run: the size of its RAM is fixed")
 
     def seal(self) -> None:
         """Fix the size: from now on no holder of the descriptor can shrink RAM under the guest."""

@@ -438,6 +438,8 @@ class Client:
                     jobs.append(_Job(picture, part, part, quality))
                 else:
                     jobs.extend(_Job(picture, band, band) for band in bands_of(part))
+            # From the top, as readers read; vncdotool takes the first one that it gets for the upper left corner.
+            jobs.sort(key=lambda job: (job.to[1], job.to[0]), reverse=True)
             head = messages.update_header(len(jobs) + len(says)) + b"".join(says)
             return head + self._encode(jobs, encoding, format)
 
