@@ -137,10 +137,11 @@ def test_what_was_written_to_a_disk_goes_back_elsewhere(walker, machines, tmp_pa
             vm.history.take()
         seen[count(vm)] = vm.state_hash()
     del vm.history.checkpoints[0]  # so that the record begins with something written
+    first = vm.history.checkpoints[0].place  # perhaps not where the first run ended: old ones are left out
     vm.past.take("saved")
     assert any(one.files for one in vm.past["saved"].record.overlays.values())
     other = loaded(vm, machines)
-    for place in [*sorted(seen)[1::3], max(seen), min(seen) + 1]:
+    for place in [*(one for one in sorted(seen)[1::3] if one >= first), max(seen), first + 1]:
         go(other, place=place)
         assert count(other) == place and (place not in seen or other.state_hash() == seen[place])
 
