@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.guests import OFF, Guest, Told, on_tcg, on_vmfs, qemu_version
+from bench.guests import OFF, Guest, on_tcg, on_vmfs, qemu_version
 from bench.harness import HERE, Result, mounted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -41,6 +41,7 @@ ROWS = (
     ("write", "MiB/s", "disk: sequential writes of 1 MiB", IMAGE_MIB * WRITES, ""),
     ("random", "k/s", "disk: random reads of 4 KiB", READS / 1000, ">= 1.0x"),
 )
+AMOUNTS = {name: amount for name, _, _, amount, _ in ROWS}
 
 
 def randread() -> bytes:
@@ -49,17 +50,6 @@ def randread() -> bytes:
         program = Path(where) / "randread"
         subprocess.run(["gcc", "-O2", "-static", "-o", program, HERE / "guest" / "randread.c"], check=True)
         return program.read_bytes()
-
-
-def rates(told: Told) -> dict[str, tuple[float, float]]:
-    """By the clock, and by processor time."""
-    return {
-        name: (
-            amount / (told.clock[f"{name}.end"] - told.clock[f"{name}.begin"]),
-            amount / told.took(f"{name}.begin", f"{name}.end"),
-        )
-        for name, _, _, amount, _ in ROWS
-    }
 
 
 Rates = list[dict[str, tuple[float, float]]]
@@ -74,9 +64,9 @@ def measure(mount: Path, peer: str, rounds: int) -> tuple[Rates, Rates]:
         guest = Guest(CLOUD.image, initrd, Path(image.name))
         ours, theirs = [], []
         for _ in range(rounds):
-            ours.append(rates(on_vmfs(mount, guest)))
+            ours.append(on_vmfs(mount, guest).rates(AMOUNTS))
             if peer:
-                theirs.append(rates(on_tcg(guest)))
+                theirs.append(on_tcg(guest).rates(AMOUNTS))
     return ours, theirs
 
 

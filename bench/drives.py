@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.guests import OFF, Guest, Told, on_tcg, on_vmfs, qemu_version
+from bench.guests import OFF, Guest, on_tcg, on_vmfs, qemu_version
 from bench.harness import Result, mounted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -27,6 +27,7 @@ ROWS = (
     ("write", "MiB/s", "sequential writes of 1 MiB", IMAGE_MIB, ""),
     ("small", "k/s", "reads of 4 KiB in turn", SMALL / 1000, ">= 0.8x"),
 )
+AMOUNTS = {name: amount for name, _, _, amount, _ in ROWS}
 
 
 def script(drive: str) -> str:
@@ -43,17 +44,6 @@ echo mark small.begin
 dd if=/dev/{drive} of=/dev/null iflag=direct bs=4k count={SMALL} 2>/dev/null
 echo mark small.end
 """ + OFF
-
-
-def rates(told: Told) -> dict[str, tuple[float, float]]:
-    """By the clock, and by processor time."""
-    return {
-        name: (
-            amount / (told.clock[f"{name}.end"] - told.clock[f"{name}.begin"]),
-            amount / told.took(f"{name}.begin", f"{name}.end"),
-        )
-        for name, _, _, amount, _ in ROWS
-    }
 
 
 def results() -> list[Result]:
@@ -73,9 +63,9 @@ def results() -> list[Result]:
             guest = Guest(GENERIC.image, initrd, Path(image.name), bus)
             ours, theirs = [], []
             for _ in range(ROUNDS):
-                ours.append(rates(on_vmfs(mount, guest)))
+                ours.append(on_vmfs(mount, guest).rates(AMOUNTS))
                 if peer:
-                    theirs.append(rates(on_tcg(guest)))
+                    theirs.append(on_tcg(guest).rates(AMOUNTS))
                     line = (f"{name} {ours[-1][name][0]:.4g}/{theirs[-1][name][0]:.4g}" for name, *_ in ROWS)
                     print(f"bench drives: {bus}", *line, file=sys.stderr)
             for way, (by, per) in enumerate((("", ""), (", by processor time", " CPU"))):

@@ -55,6 +55,16 @@ class Told:
         """Processor time between two marks."""
         return self.processor[last] - self.processor[first]
 
+    def rates(self, amounts: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """Of what is done between NAME.begin and NAME.end, by its amount: by the clock, and by processor time."""
+        return {
+            name: (
+                amount / (self.clock[f"{name}.end"] - self.clock[f"{name}.begin"]),
+                amount / self.took(f"{name}.begin", f"{name}.end"),
+            )
+            for name, amount in amounts.items()
+        }
+
 
 def processor_time(pid: int) -> float:
     """Of all threads of a process (clock_getcpuclockid)."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import pytest
 from engine.asm import ORIGIN, assemble
-from engine.typed import typed_into
+from engine.typed import typed_into, typing
 from engine.walked import SECONDS, WALKER, count, go, run, started
 
-from vmfs.devices import keys
 from vmfs.devices.device import NoState, StatelessDevice, Window
 from vmfs.machine.journey import Journey
 from vmfs.machine.machine import Vm
@@ -31,23 +28,11 @@ def test_it_is_at_every_place_what_it_was(emulator, assembler, machines, cpus):
     vm.board.devices["com1"].output = sent.extend
     started(vm, every=0.002)
     dice = random.Random(cpus)
-    is_over = threading.Event()
-
-    def type_on():
-        while not is_over.is_set():
-            vm.board.devices["com1"].receive(bytes([dice.randrange(97, 110)]))
-            if not dice.randrange(4):
-                vm.board.keyboard.type(keys.parse('"xy"'))
-            time.sleep(dice.random() / 500)
-
-    typist = threading.Thread(target=type_on)
-    typist.start()
     seen = {}
-    for _ in range(25):
-        run(vm, instructions=dice.randrange(1, 400_000))
-        seen[count(vm)] = vm.state_hash()
-    is_over.set()
-    typist.join()
+    with typing(vm, dice):
+        for _ in range(25):
+            run(vm, instructions=dice.randrange(1, 400_000))
+            seen[count(vm)] = vm.state_hash()
     assert vm.board.inputs.recorded()
     end = count(vm)
     for place in dice.sample(sorted(seen), 15):

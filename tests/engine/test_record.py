@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import msgspec
 import pytest
 from engine.saving import Door, arrival_of, come_in
-from engine.typed import typed_into
+from engine.typed import typed_into, typing
 from engine.walked import count, go, run, started
 
-from vmfs.devices import keys
 from vmfs.machine import attach
 from vmfs.machine.history import History
 from vmfs.machine.machine import Vm
@@ -38,26 +35,14 @@ def test_it_goes_back_elsewhere_to_the_bit(emulator, assembler, machines, cpus):
     machines.append(vm)
     started(vm, every=0.002)
     dice = random.Random(cpus)
-    is_over = threading.Event()
-
-    def type_on() -> None:
-        while not is_over.is_set():
-            vm.board.devices["com1"].receive(bytes([dice.randrange(97, 110)]))
-            if not dice.randrange(4):
-                vm.board.keyboard.type(keys.parse('"xy"'))
-            time.sleep(dice.random() / 500)
-
-    typist = threading.Thread(target=type_on)
-    typist.start()
     seen = {}
-    for number in range(20):
-        run(vm, instructions=dice.randrange(1, 300_000))
-        seen[count(vm)] = vm.state_hash()
-        if number == 12:
-            vm.past.take("saved")
-            end = count(vm)
-    is_over.set()
-    typist.join()
+    with typing(vm, dice):
+        for number in range(20):
+            run(vm, instructions=dice.randrange(1, 300_000))
+            seen[count(vm)] = vm.state_hash()
+            if number == 12:
+                vm.past.take("saved")
+                end = count(vm)
     assert vm.past["saved"].record.inputs
     other = loaded(vm, machines)
     assert count(other) == end and other.state_hash() == seen[end]

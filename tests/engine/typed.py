@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+from vmfs.devices import keys
 from vmfs.machine.born import Birth
 from vmfs.machine.machine import Vm
 from vmfs.words.registers import write_registers
@@ -79,3 +86,24 @@ def typed_into(vm: Vm, assembler, cpus: int = 1) -> Vm:
     vm.memory.write(0x1000, assembler(GUEST, "real").code)
     vm.change(lambda cpu: write_registers(cpu, {"cs": 0, "cs.base": 0, "rip": 0x1000}))
     return vm
+
+
+@contextlib.contextmanager
+def typing(vm: Vm, dice: random.Random) -> Iterator[None]:
+    """Meanwhile a thread types on both, at times that it throws dice for."""
+    is_over = threading.Event()
+
+    def type_on() -> None:
+        while not is_over.is_set():
+            vm.board.devices["com1"].receive(bytes([dice.randrange(97, 110)]))
+            if not dice.randrange(4):
+                vm.board.keyboard.type(keys.parse('"xy"'))
+            time.sleep(dice.random() / 500)
+
+    typist = threading.Thread(target=type_on)
+    typist.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        typist.join()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
-import shutil
-import threading
 from collections.abc import Iterator
 
 import pytest
 from pc.test_screen import SEABIOS, needs_seabios, run_until
+from pc.web import served
 
 from vmfs.devices.network import roms
 
@@ -21,26 +19,10 @@ CARDS = {
 }
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(SCRIPT)))
-        self.end_headers()
-        self.wfile.write(SCRIPT)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed (package passt)")
-    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=one.serve_forever, daemon=True).start()
-    yield one.server_address[1]
-    one.shutdown()
-    one.server_close()
+    with served(lambda path: SCRIPT) as number:
+        yield number
 
 
 @needs_seabios

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import os
-import shutil
 import socket
-import threading
 import urllib.request
 from collections.abc import Iterator
 
@@ -15,34 +12,18 @@ import pytest
 from pc.conftest import Pc, boot_linux
 from pc.kernels import GENERIC, needs_kernels
 from pc.test_virtio_linux import DHCP, counters, info
+from pc.web import served
 
 pytestmark = needs_kernels
 
 CONTENT = os.urandom(2 << 20)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        content = CONTENT[: int(self.path[1:])]
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[int]:
-    """On the host's loopback; its port."""
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed (package passt)")
-    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=one.serve_forever, daemon=True).start()
-    yield one.server_address[1]
-    one.shutdown()
-    one.server_close()
+    """Its port."""
+    with served(lambda path: CONTENT[: int(path[1:])]) as number:
+        yield number
 
 
 def free_port() -> int:

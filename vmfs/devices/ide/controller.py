@@ -18,7 +18,7 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.device import U8, U32, DeviceState, Port, Window
-from vmfs.devices.ide.drive import BSY, COMMAND, DATA, DEV, DEVICE, NAMES, STATUS, Drive
+from vmfs.devices.ide.drive import BSY, COMMAND, DATA, DEV, DEVICE, NAMES, STATUS, Drive, cut
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.worker import Worker
 from vmfs.words.errors import Invalid
@@ -297,15 +297,7 @@ class Channel:
         length -= length % drive.dma_unit()
         is_short = length < drive.dma_length()
         ram = board.ram
-        views = _cut([ram[start : start + size] for start, size in spans], length)
-
-        def work() -> OSError | None:
-            try:
-                if length:
-                    drive.dma_move(length, views)
-            except OSError as error:
-                return error
-            return None
+        views = cut([ram[start : start + size] for start, size in spans], length)
 
         def then(failure: Exception | None) -> None:
             if to_ram:
@@ -317,13 +309,7 @@ class Channel:
                 self.bus_status &= ~_ACTIVE
             drive.dma_moved(length, failure)
 
-        drive.set_busy(True)
-        if not board.has_workers:
-            then(work())
-        elif drive.dma_at_once(length, views):
-            then(None)
-        else:
-            self.worker.submit(work, then)
+        drive.dma_begin(self.worker, length, views, then, then)
 
     # ---- life
 
@@ -349,17 +335,6 @@ class Channel:
         else:
             self.controller.chip.open(self.number, state.block.to_host, state.block.data, state.block.at)
         self._drive_line()
-
-
-def _cut(views: list[memoryview], length: int) -> list[memoryview]:
-    """The first `length` bytes."""
-    taken = []
-    for view in views:
-        if length <= 0:
-            break
-        taken.append(view[:length])
-        length -= len(view)
-    return taken
 
 
 class Ide(PciDevice[IdeState]):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 from vmfs.devices.device import U8, U16, DeviceState, Port, QuietDevice
+from vmfs.devices.worker import Then, Worker
 
 BSY, DRDY, DF, DSC, DRQ, ERR = 0x80, 0x40, 0x20, 0x10, 0x08, 0x01  # status
 ICRC, UNC, IDNF, ABRT = 0x80, 0x40, 0x10, 0x04  # error
@@ -93,6 +94,17 @@ class _NoCable:
 
     def at_end(self, call: Callable[[], None]) -> None:
         call()
+
+
+def cut(views: list[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes."""
+    taken = []
+    for view in views:
+        if length <= 0:
+            break
+        taken.append(view[:length])
+        length -= len(view)
+    return taken
 
 
 class Drive(QuietDevice[D], abc.ABC):
@@ -176,6 +188,28 @@ class Drive(QuietDevice[D], abc.ABC):
     def dma_at_once(self, length: int, views: Sequence[memoryview]) -> bool:
         """Move them now, where that does not wait for the host. False where it would, and nothing is moved."""
         return False
+
+    def dma_begin(
+        self, worker: Worker, length: int, views: Sequence[memoryview], then: Then, later: Then
+    ) -> None:
+        """Move them: `then` is called with an OSError or None where that does not wait for the host, else `later`, by
+        the worker, with whatever its thread has raised."""
+
+        def work() -> OSError | None:
+            try:
+                if length:
+                    self.dma_move(length, views)
+            except OSError as error:
+                return error
+            return None
+
+        self.set_busy(True)
+        if not self.board.has_workers:
+            then(work())
+        elif self.dma_at_once(length, views):
+            then(None)
+        else:
+            worker.submit(work, later)
 
     @abc.abstractmethod
     def dma_moved(self, length: int, failure: OSError | None) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from vmfs.devices.device import U32, U64, Port
-from vmfs.devices.ide.drive import BSY, DRDY, DRQ, ERR, Drive
+from vmfs.devices.ide.drive import BSY, DRDY, DRQ, ERR, Drive, cut
 from vmfs.devices.worker import Worker
 
 SLOTS = 32
@@ -415,21 +415,7 @@ class AhciPort:
         room = sum(size for _, size in spans)
         length = room - room % drive.dma_unit()
         to_ram = drive.phase == "dma_in"
-        ram = board.ram
-        views, left = [], length
-        for start, size in spans:
-            size = min(size, left)
-            if size:
-                views.append(ram[start : start + size])
-            left -= size
-
-        def work() -> OSError | None:
-            try:
-                if length:
-                    drive.dma_move(length, views)
-            except OSError as error:
-                return error
-            return None
+        views = cut([board.ram[start : start + size] for start, size in spans], length)
 
         def then(failure: Exception | None) -> None:
             if to_ram:
@@ -444,19 +430,11 @@ class AhciPort:
                 drive.end_dma()
             self._end_of_command()
 
-        drive.set_busy(True)
-        if not board.has_workers:
-            then(work())
-            return
-        if drive.dma_at_once(length, views):
-            then(None)
-            return
-
         def finish(failure: Exception | None) -> None:
             then(failure)
             self.advance()
 
-        self.worker.submit(work, finish)
+        drive.dma_begin(self.worker, length, views, then, finish)
 
     # ---- as the drive's cable
 
