@@ -34,19 +34,20 @@ class Cable:
     def flush(self):
         pass
 
-    def send(self, frame):
-        if not self.full:
-            self.sent.append(frame)
-        return not self.full
+    def send_all(self, frames):
+        if self.full:
+            return 0
+        self.sent.extend(frames)
+        return len(frames)
 
-    def receive(self):
+    def receive_all(self, most):
         if self.coming:
-            return self.coming.popleft()
+            return [self.coming.popleft() for _ in range(min(most, len(self.coming)))]
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:
             pass
-        return None
+        return []
 
     def describe(self):
         return {"backend": "cable"}

@@ -131,7 +131,7 @@ def test_frames_go_out(card: Card) -> None:
 
 def test_what_is_no_frame_stays_here(card: Card) -> None:
     card.driver.start()
-    for data in (HEADER + b"short", b"\1" + HEADER[1:] + frame_of(60), HEADER + frame_of(MAX_FRAME + 1)):
+    for data in (HEADER + b"short", b"\2" + HEADER[1:] + frame_of(60), HEADER + frame_of(MAX_FRAME + 1)):
         card.driver.request([data], [], queue=1)
     card.driver.request([HEADER + frame_of(20)], [], queue=1)
     assert card.wire.receive() == frame_of(20)
@@ -251,7 +251,7 @@ def test_a_guest_without_buffers_does_not_hold_the_backend_back(card: Card) -> N
 
 
 def test_the_backend_is_read_while_the_guest_is_served(card: Card) -> None:
-    """passt loses what its socket has no room for, so the socket is emptied before each frame."""
+    """passt loses what its socket has no room for, so the socket is emptied before frames are given."""
     card.driver.start()
     ring = card.driver.queues[0]
     for _ in range(40):
@@ -259,17 +259,17 @@ def test_the_backend_is_read_while_the_guest_is_served(card: Card) -> None:
     waiting: list[int] = []
     deliver = card.device._deliver
 
-    def deliver_and_send(queue: Virtqueue, frame: bytes) -> bool:
+    def deliver_and_send(queue: Virtqueue, frames: list[bytes]) -> int:
         waiting.append(len(has_news(card.wire.backend.fd, seconds=0)))
         if len(waiting) < 10:
             card.wire.send(frame_of(61))
-        return deliver(queue, frame)
+        return deliver(queue, frames)
 
     card.device._deliver = deliver_and_send  # type: ignore[method-assign]
     card.wire.send(*[frame_of(60)] * 20)
     ring.notify()
     card.wait(lambda: card.device.counters["rx_frames"] == 29)
-    assert waiting == [0] * 29
+    assert len(waiting) >= 10 and not any(waiting)
 
 
 def test_a_backend_without_end_loses_whole_frames(card: Card) -> None:
@@ -403,8 +403,8 @@ def test_a_stream_in_any_pieces(frames: list[bytes], nonsense: int | None, cuts:
             piece, data = data[:cut], data[cut:]
             wire.end.sendall(piece)
             wire.backend.collect()
-            while (frame := wire.backend.receive()) is not None:
-                got.append(frame)
+            while some := wire.backend.receive_all(4):
+                got += some
     except OSError:
         failed = True
     finally:

@@ -1,5 +1,7 @@
 /* vmfs.devices._chips: the bus and the chips, and what their types have in common. */
+#include "frames.h"
 #include "module.h"
+#include "offload.h"
 #include "ring.h"
 #include "virtio.h"
 
@@ -170,6 +172,24 @@ static PyMethodDef module_methods[] = {
     {"chain", ring_chain, METH_VARARGS,
      "chain(ram, table, count, head, indirect) -> the (address, length) of what may be read, and of what may be written; None\n"
      "where it is no chain that a driver may make"},
+    {"take_frames", frames_take, METH_VARARGS,
+     "take_frames(queue, ram, checksums, segments) -> (frames, requests, bad, wrong): what a driver of virtio-net sends, given back. bad: of the\n"
+     "requests, were no frames; wrong: the next one is none that a driver may make, as Queue says"},
+    {"put_frames", frames_put, METH_VARARGS,
+     "put_frames(queue, ram, frames, merges, checksums, joins) -> (count, dropped, wrong): so many of them were given to a driver of virtio-net;\n"
+     "dropped: the next one is longer than the driver's buffers, and was let go; wrong: as of take_frames"},
+    {"split", frames_split, METH_VARARGS,
+     "split(buffer, filled) -> (frames, filled, nonsense): frames that each follow their length, taken from the buffer's beginning; and a length\n"
+     "that none has, or -1"},
+    {"send", frames_send, METH_VARARGS,
+     "send(fd, frames, unpads) -> (count, rest): so many have gone, each after its length, but for the last one's rest. unpads: IPv4 without\n"
+     "what comes after it in 60 bytes"},
+    {"segments", offload_segments, METH_VARARGS,
+     "segments(frame, header, most, ip, tcp, (ip_at, ip_end, tcp_at, tcp_end)) -> frames: one of TCP as several (see offload.h)"},
+    {"insert_sum", offload_insert, METH_VARARGS,
+     "insert_sum(frame, start, at, end): the sum of the bytes from start to end (0: to the last one) into the two at `at`, if that is in the frame"},
+    {"sums_found", offload_found, METH_O,
+     "sums_found(frame) -> whether the sums of IPv4 and of TCP or UDP in it are right; None: there is none, or it is not looked at"},
     {NULL, NULL, 0, NULL},
 };
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

@@ -16,15 +16,16 @@ import struct
 from collections import deque
 from typing import Protocol
 
+from vmfs.devices import _chips
 from vmfs.words.nets import LEAST_FRAME, MAX_FRAME
 
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
 _CHUNK = 1 << 18
-_PADDED = 60  # bytes of the shortest frame that a card makes
 _PACKETS = 256  # of a wire, that are collected at a time
 # What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem). More would only
 # make all wait for what passt sends again and again after a loss.
 _ROOM = 8 << 20
+_CLOSED = "the other end has closed the connection"
 
 
 class Backend(Protocol):
@@ -50,12 +51,13 @@ class Backend(Protocol):
 
     def flush(self) -> None: ...
 
-    def send(self, frame: bytes) -> bool:
-        """Take a frame. False when there is no room now. OSError when there will be none any more."""
+    def send_all(self, frames: list[bytes]) -> int:
+        """Take frames, from the first on. Returns for how many there is room now. OSError when there will be none any
+        more."""
         ...
 
-    def receive(self) -> bytes | None:
-        """A frame of those collected, or None when there is none. OSError when there will be none."""
+    def receive_all(self, most: int) -> list[bytes]:
+        """Up to so many frames of those that have come. OSError when there is none, and there will be none."""
         ...
 
     def describe(self) -> dict[str, str]: ...
@@ -77,11 +79,11 @@ class Unplugged:
     def flush(self) -> None:
         pass
 
-    def send(self, frame: bytes) -> bool:
-        return True
+    def send_all(self, frames: list[bytes]) -> int:
+        return len(frames)
 
-    def receive(self) -> bytes | None:
-        return None
+    def receive_all(self, most: int) -> list[bytes]:
+        return []
 
     def describe(self) -> dict[str, str]:
         return {"backend": "unplugged"}
@@ -115,26 +117,24 @@ class _Collected:
         self._held += len(frame)
         return True
 
-    def _take(self, size: int) -> bytes | None:
-        """What has come; None when nothing has, or will."""
+    def _take(self, buffer: memoryview) -> int:
+        """How much has come, into `buffer`; 0 when nothing has, or will."""
         try:
-            data = self._socket.recv(size)
+            size = self._socket.recv_into(buffer)
         except BlockingIOError:
-            return None
+            return 0
         except OSError:
-            data = b""
-        if not data:
-            self._end = "the other end has closed the connection"
-        return data or None
+            size = 0
+        if not size:
+            self._end = _CLOSED
+        return size
 
-    def receive(self) -> bytes | None:
-        if self._frames:
-            frame = self._frames.popleft()
-            self._held -= len(frame)
-            return frame
-        if self._end:
+    def receive_all(self, most: int) -> list[bytes]:
+        if not self._frames and self._end:
             raise OSError(self._end)
-        return None
+        frames = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
+        self._held -= sum(map(len, frames))
+        return frames
 
     def close(self) -> None:
         self._socket.close()
@@ -148,35 +148,25 @@ class Stream(_Collected):
     (tap_send), which garbles all that follows.
     """
 
+    UNPADS = False  # IPv4 goes without what drivers put after a short packet
+
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self._in = bytearray()  # the beginning of a frame
+        self._in = bytearray()  # what has come of frames, which begin in it, and room; none before there is anything
+        self._filled = 0
         self._out = b""  # the rest of a frame that the socket took a part of
 
     def collect(self) -> int:
         lost = 0
+        self._in = self._in or bytearray(_CHUNK + _LENGTH.size + MAX_FRAME)
         for _ in range(_ROOM // _CHUNK):
-            data = None if self._end else self._take(_CHUNK)
-            if data is None:
+            size = 0 if self._end else self._take(memoryview(self._in)[self._filled :])
+            if not size:
                 break
-            self._in += data
-            lost += self._split()
-        return lost
-
-    def _split(self) -> int:
-        """Make frames of the bytes. Returns how many there was no room for."""
-        lost = at = 0
-        while len(self._in) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._in, at)
-            if not 0 < length <= MAX_FRAME:
-                self._end = f"a frame of {length} bytes"
-                break
-            end = at + _LENGTH.size + length
-            if len(self._in) < end:
-                break
-            lost += not self._keep(bytes(self._in[at + _LENGTH.size : end]))
-            at = end
-        del self._in[:at]
+            frames, self._filled, nonsense = _chips.split(self._in, self._filled + size)
+            if nonsense >= 0:
+                self._end = f"a frame of {nonsense} bytes"
+            lost += sum(not self._keep(frame) for frame in frames)
         return lost
 
     @property
@@ -190,14 +180,13 @@ class Stream(_Collected):
             done = 0
         self._out = self._out[done:]
 
-    def send(self, frame: bytes) -> bool:
+    def send_all(self, frames: list[bytes]) -> int:
         if self._out:
             self.flush()
             if self._out:
-                return False
-        self._out = _LENGTH.pack(len(frame)) + frame
-        self.flush()
-        return True
+                return 0
+        count, self._out = _chips.send(self.fd, frames, self.UNPADS)
+        return int(count)
 
     def describe(self) -> dict[str, str]:
         return {"backend": "stream"}
@@ -207,21 +196,14 @@ class Passt(Stream):
     """A passt of its own, at the other end of the stream socket `fd`, with which it ends. `pid` is what `info` shows.
     """
 
+    UNPADS = True  # Debian 12's passt does not take an ACK with it
+
     def __init__(self, fd: int, pid: int) -> None:
         super().__init__(socket.socket(fileno=fd))
         self._pid = pid
 
-    def send(self, frame: bytes) -> bool:
-        return super().send(_unpadded(frame) if len(frame) == _PADDED else frame)
-
     def describe(self) -> dict[str, str]:
         return {"backend": "passt", "pid": str(self._pid)}
-
-
-def _unpadded(frame: bytes) -> bytes:
-    """Without what drivers put after a short packet of IPv4: Debian 12's passt does not take such an ACK."""
-    end = 14 + int.from_bytes(frame[16:18], "big")
-    return frame[:end] if frame[12:14] == b"\x08\0" and 34 <= end < len(frame) else frame
 
 
 class Wire(_Collected):
@@ -233,25 +215,27 @@ class Wire(_Collected):
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(socket.socket(fileno=fd))
         self._name = name
+        self._packet = memoryview(bytearray(MAX_FRAME + 1))
 
     def collect(self) -> int:
         lost = 0
         for _ in range(_PACKETS):
-            frame = None if self._end else self._take(MAX_FRAME + 1)
-            if frame is None:
+            size = 0 if self._end else self._take(self._packet)
+            if not size:
                 break
-            lost += not (LEAST_FRAME <= len(frame) <= MAX_FRAME and self._keep(frame))
+            lost += not (LEAST_FRAME <= size <= MAX_FRAME and self._keep(bytes(self._packet[:size])))
         return lost
 
     def flush(self) -> None:
         pass
 
-    def send(self, frame: bytes) -> bool:
-        try:
-            self._socket.send(frame, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        return True
+    def send_all(self, frames: list[bytes]) -> int:
+        for count, frame in enumerate(frames):
+            try:
+                self._socket.send(frame, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return count
+        return len(frames)
 
     def describe(self) -> dict[str, str]:
         return {"backend": "wire", "wire": self._name}
@@ -275,22 +259,29 @@ class Tap:
     def flush(self) -> None:
         pass
 
-    def send(self, frame: bytes) -> bool:
-        try:
-            os.write(self.fd, frame)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EIO):
-                raise
-            # A frame that the kernel takes for none, or an interface that is down: as on a wire, it is lost.
-        return True
+    def send_all(self, frames: list[bytes]) -> int:
+        for count, frame in enumerate(frames):
+            try:
+                os.write(self.fd, frame)
+            except BlockingIOError:
+                return count
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EIO):
+                    raise
+                # A frame that the kernel takes for none, or an interface that is down: as on a wire, it is lost.
+        return len(frames)
 
-    def receive(self) -> bytes | None:
+    def receive_all(self, most: int) -> list[bytes]:
+        frames: list[bytes] = []
         try:
-            return os.read(self.fd, MAX_FRAME)
+            while len(frames) < most:
+                frames.append(os.read(self.fd, MAX_FRAME))
         except BlockingIOError:
-            return None
+            pass
+        except OSError:
+            if not frames:
+                raise
+        return frames
 
     def describe(self) -> dict[str, str]:
         return {"backend": "tap", "interface": self.name}

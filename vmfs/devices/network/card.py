@@ -19,6 +19,7 @@ import threading
 from abc import abstractmethod
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import TypeVar
 
 from vmfs.devices.device import Device, DeviceState
@@ -31,6 +32,7 @@ _POSTED_MOST = 8 << 20  # bytes that wait for the backend
 _PAST = 100  # milliseconds after which a thread looks whether a machine is in its past any more
 _NUDGE = 10  # milliseconds
 _BATCH = 64  # frames a turn with the lock held, so that the CPU is not kept from its devices
+_SENDS = 256  # frames that are given to the backend at a time
 
 S = TypeVar("S", bound=DeviceState)
 
@@ -56,6 +58,7 @@ class Card(Device[S]):
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
         self._is_timed = self._ends = False  # inputs have times; the end of the link is one that has not come yet
+        self._held: deque[bytes] = deque()  # frames after `_frame`, which were taken from the backend with it
         self._posted: deque[bytes] = deque()  # frames that were sent, and that the backend has not taken
         self._posted_size = 0
         self._closing = False
@@ -80,13 +83,20 @@ class Card(Device[S]):
     def deliver(self, frame: bytes) -> bool:
         """Give a frame to the guest, or let it go. False when it has no buffers, and `buffers_came` will be called."""
 
+    def deliver_all(self, frames: list[bytes]) -> int:
+        """Give frames to the guest, or let them go, as far as there are buffers. Returns how many."""
+        for number, frame in enumerate(frames):
+            if not self.deliver(frame):
+                return number
+        return len(frames)
+
     @abstractmethod
     def delivered(self) -> None:
         """`deliver` was called, some times: the driver is to hear of it."""
 
     @abstractmethod
     def send_on(self) -> None:
-        """Send what waits, as far as `send` takes it."""
+        """Send what waits, while it is not `_blocked`."""
 
     @abstractmethod
     def link_changed(self) -> None:
@@ -117,6 +127,7 @@ class Card(Device[S]):
     def forget_frames(self) -> None:
         """There is no driver any more."""
         self._frame = None
+        self._held.clear()
         self._starved = self._blocked = False
         self._wake_up()
 
@@ -132,56 +143,53 @@ class Card(Device[S]):
         """The driver has something to send, and what it had before waits for the backend, or for less."""
         self._wake_up()
 
-    def send(self, frame: bytes) -> bool:
-        """False when the backend has no room: `send_on` is called when it has."""
-        if not LEAST_FRAME <= len(frame) <= MAX_FRAME:
-            self.counters["tx_bad"] += 1
-            return True
+    def send_all(self, frames: list[bytes]) -> None:
+        """Send them, and keep those that the backend has no room for until it has: `_blocked` says so."""
+        good = [frame for frame in frames if LEAST_FRAME <= len(frame) <= MAX_FRAME]
+        if len(good) < len(frames):
+            self.counters["tx_bad"] += len(frames) - len(good)
         if not self.link_up:
-            self.counters["tx_dropped"] += 1
-            return True
-        if self._is_timed or self._posted:
-            self._post(frame)
-            return True
-        try:
-            self._blocked = not self.backend.send(frame)
-        except OSError:
-            self._link_down()
-            self.counters["tx_dropped"] += 1
-            return True
-        if self._blocked:
-            return False
-        self._count_sent(frame)
-        return True
-
-    def hand_over(self, frame: bytes) -> None:
-        """Send it, and where the backend has no room keep it until it has: `_blocked` says so."""
-        if not self.send(frame):
+            self.counters["tx_dropped"] += len(good)
+            return
+        done = 0
+        if not self._is_timed and not self._posted:
+            try:
+                while done < len(good) and (count := self.backend.send_all(good[done : done + _SENDS])):
+                    self._count_sent(good[done : done + count])
+                    done += count
+            except OSError:
+                self._link_down()
+                self.counters["tx_dropped"] += len(good) - done
+                return
+            self._blocked = done < len(good)
+        for frame in good[done:]:
             self._post(frame)
 
     def sent(self) -> None:
-        """After some frames were given to `send`."""
+        """After some calls of `send_all`."""
         if self._blocked or self.backend.unsent or self._posted:
             self._wake_up()
 
-    def _count_sent(self, frame: bytes) -> None:
-        self.counters["tx_frames"] += 1
-        self.counters["tx_bytes"] += len(frame)
-        self._note(frame)
+    def _count_sent(self, frames: list[bytes]) -> None:
+        self.counters["tx_frames"] += len(frames)
+        self.counters["tx_bytes"] += sum(map(len, frames))
+        self._note(frames)
 
-    def count_received(self, frame: bytes) -> None:
-        """The guest has got a frame."""
-        self.counters["rx_frames"] += 1
-        self.counters["rx_bytes"] += len(frame)
-        self._note(frame)
+    def count_received(self, frames: list[bytes]) -> None:
+        """The guest has got frames."""
+        self.counters["rx_frames"] += len(frames)
+        self.counters["rx_bytes"] += sum(map(len, frames))
+        self._note(frames)
 
-    def _note(self, frame: bytes) -> None:
-        if self.capture is not None and not self.board.is_silent and not self.capture.note(self.board.date(), frame):
-            self.counters["pcap_errors"] += 1
+    def _note(self, frames: list[bytes]) -> None:
+        if self.capture is not None and not self.board.is_silent:
+            for frame in frames:
+                if not self.capture.note(self.board.date(), frame):
+                    self.counters["pcap_errors"] += 1
 
     def _post(self, frame: bytes) -> None:
         """Have it sent by the thread, unless that was done before, or there is no room."""
-        self._count_sent(frame)
+        self._count_sent([frame])
         if self.board.is_silent:
             return
         if self._posted_size + len(frame) > _POSTED_MOST:
@@ -255,8 +263,12 @@ class Card(Device[S]):
         try:
             if self.backend.unsent and self.link_up:
                 self.backend.flush()
-            while self._posted and self.link_up and self.backend.send(self._posted[0]):
-                self._posted_size -= len(self._posted.popleft())
+            while self._posted and self.link_up:
+                count = self.backend.send_all(list(islice(self._posted, _SENDS)))
+                if not count:
+                    break
+                for _ in range(count):
+                    self._posted_size -= len(self._posted.popleft())
         except OSError:
             self._end_link()
         if self._blocked and self.sends and not self._posted:
@@ -273,32 +285,40 @@ class Card(Device[S]):
         """Bring what has arrived to the guest, or nowhere while it has no driver. True when there is more."""
         listens, count = self.listens, 0
         while count < _BATCH and not self._starved and self.link_up:
-            self._count_lost(self._collect())  # at each frame: passt sends faster than a guest receives
-            if self._frame is None:
-                try:
-                    self._frame = self._fetch()
-                except OSError:
-                    self._link_down()
-                    break
-            if self._frame is None:
+            self._count_lost(self._collect())  # often: passt sends faster than a guest receives
+            try:
+                frames = self._fetch(_BATCH - count)
+            except OSError:
+                self._link_down()
                 break
+            if not frames:
+                break
+            count += len(frames)
             if not listens:
-                self.counters["rx_dropped"] += 1
-            elif not self.deliver(self._frame):
+                self.counters["rx_dropped"] += len(frames)
+                continue
+            done = self.deliver_all(frames)
+            if done < len(frames):
                 self._starved = True
-                break
-            self._frame = None
-            count += 1
+                self._frame = frames[done]
+                self._held.extendleft(reversed(frames[done + 1 :]))
         self.delivered()
-        return count == _BATCH
+        return count >= _BATCH
 
     def _collect(self) -> int:
         with self._taking:
             return self.backend.collect()
 
-    def _fetch(self) -> bytes | None:
-        with self._taking:
-            return self.backend.receive()
+    def _fetch(self, most: int) -> list[bytes]:
+        """Frames that have come; the first one may have had no buffer before. OSError where none will."""
+        frames = [] if self._frame is None else [self._frame]
+        while self._held and len(frames) < most:
+            frames.append(self._held.popleft())
+        self._frame = None
+        if not frames:
+            with self._taking:
+                frames = self.backend.receive_all(most)
+        return frames
 
     def look(self) -> None:
         """The driver looks whether something has come, and may do so without end, while the thread hardly gets the
@@ -323,13 +343,13 @@ class Card(Device[S]):
         while not self._holds_back() and self.link_up and not self._ends and not self.board.is_silent:
             self._count_lost(self._collect())
             try:
-                frame = self._fetch()
+                frames = self._fetch(1)
             except OSError:
                 self._end_link()
                 break
-            if frame is None:
+            if not frames:
                 break
-            self.board.inputs.enter(self, "frame", frame)
+            self.board.inputs.enter(self, "frame", frames[0])
             count += 1
         return count == _BATCH
 

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U32, U64, DeviceState, Port
 from vmfs.devices.network import offload
 from vmfs.devices.network.backends import Backend
@@ -453,7 +454,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         tag = high >> 16 if last & _VLE and self.regs[CTRL] & _VME else None
         if not first & _DEXT:
             if last & _IC_OR_TSE:
-                offload.insert(packet, high >> 8 & 0xFF, last >> 16 & 0xFF, 0)
+                _chips.insert_sum(packet, high >> 8 & 0xFF, last >> 16 & 0xFF, 0)
             self._emit(bytes(packet), tag)
             return
         ip, tcp, size, more = struct.unpack("<IIII", self._contexts[bool(first & _IC_OR_TSE)])
@@ -468,13 +469,13 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
                 self.counters["tx_bad"] += 1
                 return
             self.statistics[TSCTC] += 1
-            for frame in offload.segments(bytes(packet), header, most, *starts, sums):
+            for frame in _chips.segments(packet, header, most, *starts, sums):
                 self._emit(frame, tag)
             return
         if options & _IXSM:
-            offload.insert(packet, ip & 0xFF, sums[0], sums[1])
+            _chips.insert_sum(packet, ip & 0xFF, sums[0], sums[1])
         if options & _TXSM:
-            offload.insert(packet, tcp & 0xFF, sums[2], sums[3])
+            _chips.insert_sum(packet, tcp & 0xFF, sums[2], sums[3])
         self._emit(bytes(packet), tag)
 
     def _emit(self, frame: bytes, tag: int | None) -> None:
@@ -490,7 +491,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         if frame[0] & 1:
             self.statistics[BPTC if frame[:6] == b"\xff" * 6 else MPTC] += 1
         if not self._loops:
-            self.hand_over(frame)
+            self.send_all([frame])
         elif not self.listens or not self.deliver(frame):
             self.counters["rx_dropped"] += 1
         else:
@@ -556,7 +557,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         self._count(frame, GPRC, GORC, TOR, TPR, PRC64)
         if frame[0] & 1:
             statistics[BPRC if frame[:6] == b"\xff" * 6 else MPRC] += 1
-        self.count_received(frame)
+        self.count_received([frame])
         self._causes_met |= RXT0
         if (free - needed) << 1 + (control >> 8 & 3) <= count:
             self._causes_met |= RXDMT0
@@ -595,7 +596,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         wanted = self.regs[RXCSUM]
         if not wanted & (_IPOFLD | _TUOFLD):
             return status | _RX_IXSM, 0
-        ip, tcp = offload.sums_found(frame)
+        ip, tcp = _chips.sums_found(frame)
         if ip is None or not wanted & _IPOFLD:
             return status | _RX_IXSM, 0
         status, error = status | _RX_IPCS, 0 if ip else _RX_IPE

@@ -284,7 +284,7 @@ class Dp8390(Card[S]):
                 self.counters["rx_dropped"] += 1
             self.delivered()
         else:
-            self.hand_over(frame)
+            self.send_all([frame])
             self.sent()
         self._tsr = 1
         self._raise(PTX)
@@ -321,7 +321,7 @@ class Dp8390(Card[S]):
             if lowest < highest:
                 self._memory[lowest - _RAM : highest - _RAM] = part[lowest - address : highest - address]
         self._page1[7] = after
-        self.count_received(frame)
+        self.count_received([frame])
         self._met |= PRX
         return True
 

@@ -282,7 +282,7 @@ class Rtl8139(Card[Rtl8139State], PciDevice[Rtl8139State]):
 
     def _emit(self, frame: bytes) -> None:
         if self._word(TCR, 4) & _LOOPBACK != _LOOPBACK:
-            self.hand_over(frame)
+            self.send_all([frame])
         elif not self.listens or not self.deliver(frame):
             self.counters["rx_dropped"] += 1
         else:
@@ -325,7 +325,7 @@ class Rtl8139(Card[Rtl8139State], PciDevice[Rtl8139State]):
             else:
                 self.counters["bad_dma"] += 1
         self._write = (write + room) % size
-        self.count_received(frame)
+        self.count_received([frame])
         self._met |= ROK
         return True
 

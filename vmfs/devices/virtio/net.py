@@ -1,6 +1,7 @@
 """virtio-net: a network card, whose frames a backend carries.
 
-Source: VIRTIO 1.2, section 5.1. No offloads: each frame is whole, with its checksums, as on a wire.
+Source: VIRTIO 1.2, section 5.1. A driver may leave checksums and the cutting of TCP into segments to the device, and
+have segments that come given as one (5.1.6.2, 5.1.6.4): chips/frames.c does it, so backends see frames as on a wire.
 
 With several CPUs a driver may use several pairs of queues (5.1.6.5.5). What is received of a flow comes by the pair by
 which the guest last sent of it; the rest by the first.
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import Port
 from vmfs.devices.network.backends import Backend
 from vmfs.devices.network.card import Card
@@ -22,11 +24,12 @@ from vmfs.devices.virtio.queue import Chain, DriverError, Virtqueue
 from vmfs.words.errors import Invalid
 from vmfs.words.nets import MAX_FRAME
 
+F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6 = 1, 1 << 1, 1 << 7, 1 << 8, 1 << 11, 1 << 12
+_GUEST_TSO, _HOST_TSO = F_GUEST_TSO4 | F_GUEST_TSO6, F_HOST_TSO4 | F_HOST_TSO6
 F_MAC, F_MRG_RXBUF, F_STATUS, F_CTRL_VQ, F_MQ = 1 << 5, 1 << 15, 1 << 16, 1 << 17, 1 << 22
 _STATUS_LINK_UP = 1
 
-# struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers
-_HEADER = struct.Struct("<BBHHHHH")
+_HEADER_SIZE = 12  # struct virtio_net_hdr
 MOST_PAIRS = 4
 _PAIR = 2  # queues: of it the first one receives
 _CONTROL = _PAIR * MOST_PAIRS  # the last of QUEUES; where it is for a driver, `_control` says
@@ -62,7 +65,7 @@ class Net(Card[NetState], VirtioDevice[NetState]):
         super().__init__(board, name, slot)
 
     def features(self) -> int:
-        features = F_MAC | F_STATUS | F_MRG_RXBUF
+        features = F_MAC | F_STATUS | F_MRG_RXBUF | F_CSUM | F_GUEST_CSUM | _GUEST_TSO | _HOST_TSO
         return features | F_CTRL_VQ | F_MQ if self._most_pairs > 1 else features
 
     @property
@@ -134,19 +137,21 @@ class Net(Card[NetState], VirtioDevice[NetState]):
                 break
 
     def _transmit(self, queue: Virtqueue) -> None:
-        """Send what waits, as far as the backend takes it."""
+        """Send what waits, while the backend takes it."""
+        ram, checks, cuts = self._mapped_ram(), self.has(F_CSUM), self.has(_HOST_TSO)
         while True:
-            while not self._blocked and (chain := queue.pop()) is not None:
-                length = chain.readable_length - _HEADER.size
-                if length < 0:
-                    raise DriverError("a frame without its header")
-                frame = chain.read(_HEADER.size, MAX_FRAME + 1)
+            while not self._blocked:
+                frames, count, bad, is_wrong = _chips.take_frames(queue, ram, checks, cuts)
+                if bad:
+                    self.counters["tx_bad"] += bad
                 if self.pairs > 1:
-                    self._note_flow(frame, queue.index // _PAIR)
-                if self._send_one(chain.read(0, _HEADER.size), frame):
-                    queue.push(chain, 0)
-                else:
-                    queue.unpop()
+                    for frame in frames:
+                        self._note_flow(frame, queue.index // _PAIR)
+                self.send_all(frames)
+                if is_wrong:
+                    self._blame(queue, "a frame without its header", "readable_length")
+                if not count:
+                    break
             if self._blocked:
                 break
             queue.want_notifications()
@@ -155,11 +160,16 @@ class Net(Card[NetState], VirtioDevice[NetState]):
         self.sent()
         self.tell(queue)
 
-    def _send_one(self, header: bytes, frame: bytes) -> bool:
-        if header[0] or header[1]:  # flags, or GSO: asks for what was not offered
-            self.counters["tx_bad"] += 1
-            return True
-        return self.send(frame)
+    def _mapped_ram(self) -> Any:
+        assert self.board.ram is not None  # it is mapped
+        return self.board.ram_chip
+
+    def _blame(self, queue: Virtqueue, what: str, length: str) -> None:
+        """The next request is none that a driver may make: it is read again, which says why."""
+        chain = queue.pop()
+        if chain is not None and getattr(chain, length) < _HEADER_SIZE:
+            raise DriverError(f"queue {queue.index}: {what}")
+        raise DriverError(f"queue {queue.index}: a request that was changed while it was read")
 
     def _note_flow(self, frame: bytes, pair: int) -> None:
         flow = _flow(frame, sent=True)
@@ -176,9 +186,20 @@ class Net(Card[NetState], VirtioDevice[NetState]):
         return self.is_live and self.queues[0].enabled
 
     def deliver(self, frame: bytes) -> bool:
-        queue = self._queue_for(frame)
-        self._used[queue] = None
-        return self._deliver(queue, frame)
+        return self.deliver_all([frame]) == 1
+
+    def deliver_all(self, frames: list[bytes]) -> int:
+        done = 0
+        while done < len(frames):
+            queue, end = self._queue_for(frames[done]), len(frames)
+            if self.pairs > 1:
+                end = next((at for at in range(done, end) if self._queue_for(frames[at]) is not queue), end)
+            self._used[queue] = None
+            count = self._deliver(queue, frames[done:end])
+            done += count
+            if done < end:
+                break
+        return done
 
     def delivered(self) -> None:
         used, self._used = self._used, {}
@@ -193,46 +214,27 @@ class Net(Card[NetState], VirtioDevice[NetState]):
                 return queue
         return self.queues[0]
 
-    def _deliver(self, queue: Virtqueue, frame: bytes) -> bool:
-        """Give a frame to the guest. False when it has no buffers, and has been asked to notify when it has."""
-        size = _HEADER.size + len(frame)
-        chains = self._take(queue, size)
-        while chains is None:
-            waiting = queue.pending()
-            queue.want_notifications()
-            if queue.pending() == waiting:
-                return False
-            chains = self._take(queue, size)
-        if sum(chain.writable_length for chain in chains) < size:
-            for chain in chains:
-                queue.push(chain, 0)
-            self.counters["rx_dropped"] += 1  # longer than the buffers that the driver chose
-            return True
-        data = memoryview(_HEADER.pack(0, 0, 0, 0, 0, 0, len(chains)) + frame)
-        for chain in chains:
-            done = chain.write(data)
-            data = data[done:]
-            queue.push(chain, done)
-        self.count_received(frame)
-        return True
-
-    def _take(self, queue: Virtqueue, size: int) -> list[Chain] | None:
-        """The buffers for a frame: one, or, where they may be merged, as many as it takes. None: there are too few
-        now."""
-        chains: list[Chain] = []
-        room = 0
-        most = queue.size if self.has(F_MRG_RXBUF) else 1
-        while room < size and len(chains) < most:
-            chain = queue.pop()
-            if chain is None:
-                for _ in chains:
-                    queue.unpop()
-                return None
-            if chain.writable_length < _HEADER.size:
-                raise DriverError(f"a receive buffer of {chain.writable_length} bytes")
-            chains.append(chain)
-            room += chain.writable_length
-        return chains
+    def _deliver(self, queue: Virtqueue, frames: list[bytes]) -> int:
+        """Give frames to the guest. Returns how many; where it has no more buffers, it has been asked to notify when it
+        has."""
+        ram = self._mapped_ram()
+        merges, checks, joins = self.has(F_MRG_RXBUF), self.has(F_GUEST_CSUM), self.has(_GUEST_TSO)
+        done = 0
+        while done < len(frames):
+            count, is_dropped, is_wrong = _chips.put_frames(queue, ram, frames[done:], merges, checks, joins)
+            self.count_received(frames[done : done + count])
+            done += count
+            if is_dropped:
+                self.counters["rx_dropped"] += 1  # longer than the buffers that the driver chose
+                done += 1
+            elif is_wrong:
+                self._blame(queue, "a receive buffer of less than a header", "writable_length")
+            elif done < len(frames):
+                waiting = queue.pending()
+                queue.want_notifications()
+                if queue.pending() == waiting:
+                    break
+        return done
 
     # ---- life
 
