@@ -75,8 +75,8 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda vm: None) -> Told:
-    """`prepare(vm)` is done before the run."""
+def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], tuple[int, ...] | None] = lambda vm: None) -> Told:
+    """`prepare(vm)` is done before the run, and may return processes that work for the machine, too."""
     vm = mount / "bench"
     vm.mkdir()
     try:
@@ -88,9 +88,9 @@ def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], None] = lambda 
         (vm / "kernel").write_bytes(guest.kernel.read_bytes())
         (vm / "initrd").write_bytes(guest.initrd)
         (vm / "cmdline").write_text(CMDLINE)
-        prepare(vm)
+        more = prepare(vm) or ()
         machine = int(dict(line.split() for line in (vm / "stat").read_text().splitlines())["pid"])
-        processes = (machine, parent(machine), parent(parent(machine)))  # the zygote, the server
+        processes = (machine, parent(machine), parent(parent(machine)), *more)  # the zygote, the server
         with open(vm / "console", "rb", buffering=0) as console:
             run = threading.Thread(target=(vm / "vm_run").read_text)
 
