@@ -478,9 +478,12 @@ def test_a_long_run_is_seen(server, vm):
     looping(vm)
     with opened(vm, "vm_run.bin") as fd, opened(vm, "regs") as regs:
         run(fd)
+        if server.has_lane:
+            wait_until(lambda: run(fd) and int(stat(vm)["lane_runs"]), "the lane runs it")
         vm.load(FOREVER)
         call = blocked_read(fd)
         running(vm)
+        assert failing(os.pread, fd, 64, 0) == errno.EBUSY  # another read of the same open file, not the one that waits
         assert struct.unpack("<Q", os.pread(regs, 8, 128)) == (0x1000,)
         assert failing(vm.write, "reg/rbx", "1") == errno.EBUSY
         assert failing(os.pread, fd, 64, 0) == errno.EBUSY

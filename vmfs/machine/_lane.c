@@ -38,6 +38,7 @@ typedef struct {
     struct facts facts;         /* of what Python has not heard of; serve()'s while the gate is BUSY */
     uint64_t began;             /* the run under way, CLOCK_MONOTONIC */
     uint64_t handle;            /* whose it is */
+    uint32_t number;            /* of its order */
     uint32_t line_number;       /* of the order that is a line, for Python */
     size_t line_size;
     uint8_t line[LANE_SREGS_SIZE];
@@ -160,6 +161,7 @@ static enum taken take_run(Lane *self, uint32_t number)
     uint64_t began = lane_now();
 
     self->began = began;
+    self->number = number;
     self->handle = page->handle;
     cpu->clear_kick(cpu->cpu);          /* of runs that are over: a thread that kicks this one has adopted it */
     uint32_t had = page->valid & LANE_SNAPSHOTS;
@@ -388,6 +390,14 @@ static PyObject *lane_under_way(Lane *self, PyObject *ignored)
     return Py_BuildValue("(Kd)", (unsigned long long)self->handle, (double)self->began / 1e9);
 }
 
+PyDoc_STRVAR(is_left_doc,
+    "is_left() -> bool\n\n"
+    "Whether the server asks for the adopted run in the usual way: its order is no order any more.");
+static PyObject *lane_is_left(Lane *self, PyObject *ignored)
+{
+    return PyBool_FromLong(load(&self->page->order) != (self->number << LANE_STEP_BITS | LANE_TAKEN));
+}
+
 PyDoc_STRVAR(publish_doc,
     "publish(file, data, news)\n\n"
     "What stands still of a file (enum lane_file), and what polls of it have seen who have read that; once entered, and without\n"
@@ -473,6 +483,7 @@ static PyMethodDef lane_methods[] = {
     {"settle", (PyCFunction)lane_settle, METH_NOARGS, settle_doc},
     {"take", (PyCFunction)lane_take, METH_NOARGS, take_doc},
     {"under_way", (PyCFunction)lane_under_way, METH_NOARGS, under_way_doc},
+    {"is_left", (PyCFunction)lane_is_left, METH_NOARGS, is_left_doc},
     {"publish", (PyCFunction)lane_publish, METH_VARARGS, publish_doc},
     {"invalidate", (PyCFunction)lane_invalidate, METH_NOARGS, invalidate_doc},
     {"call", (PyCFunction)lane_call, METH_NOARGS, call_doc},

@@ -304,11 +304,12 @@ class Control:
                 self.lane.invalidate()
 
     def take_left(self, handle: int) -> Run | None:
-        """The run that the lane began for that open file, and left to be waited for in the usual way."""
+        """The run that the lane began for that open file, and left to be waited for in the usual way. None while
+        the lane still waits for it: then it is another read of the file that asks."""
         if self.lane is None:
             return None
         with self._lock:
-            return self._left.pop(handle, None)
+            return self._left.pop(handle, None) if self.lane.is_left() else None
 
     def enter_lane(self, lane: Lane) -> None:
         """The lock was taken."""
