@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from host.conftest import shared
 from host.guests import SEABIOS, boot_disk, writes_sector
-from host.users import A, B, Child, children, may_signal, pid_of, status, threads
+from host.users import A, B, Child, children, may_signal, pid_of, status, threads, word_of
 from mounting import SOON, Machine, failing, for_plain_processes, serving, wait_until
 
 from vmfs.host.credentials import limit_capabilities
@@ -273,7 +273,7 @@ def test_machines_whose_passt_hangs_hold_up_nobody(server, machines, fifo, folde
 
     B.does(make)
     writers = [B.begins(vm.write, "dev/add", f"net user --pcap {fifo}") for vm in crowd]
-    wait_until(lambda: sum(Path(f"/proc/{pid}/comm").read_text().startswith("passt")
+    wait_until(lambda: sum(word_of(pid, "Name").startswith("passt")
                            for pid in children(server.server.pid)) >= CROWD, "they hang")
 
     def use() -> None:
@@ -294,7 +294,7 @@ def test_machines_whose_passt_hangs_hold_up_nobody(server, machines, fifo, folde
         writer.kill()
     assert time.monotonic() - began < 2 * PROMPT
     B.does(lambda: [vm.path.rmdir() for vm in crowd])
-    wait_until(lambda: not any(Path(f"/proc/{pid}/comm").read_text().startswith("passt")
+    wait_until(lambda: not any(word_of(pid, "Name").startswith("passt")
                                for pid in children(server.server.pid)), "their passts are gone")
 
 

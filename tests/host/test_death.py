@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from host.users import A, B, children, is_there, pid_of, status
+from host.users import A, B, children, is_there, pid_of, status, zygote_of
 from mounting import (
     LIBC,
     SOON,
@@ -160,10 +160,6 @@ def test_a_machine_out_of_memory_takes_nobody_along(own_server):
 # ---- the zygote, the server
 
 
-def zygote_of(server_pid: int) -> int:
-    return next(pid for pid in children(server_pid) if status(pid)["Name"].strip() == "vmfs-zygote")
-
-
 def test_without_its_zygote_a_server_says_so(own_server, monkeypatch):
     server = own_server()
     monkeypatch.setattr(boot, "own_mounts", lambda: iter([Path(server.path)]))
@@ -174,7 +170,7 @@ def test_without_its_zygote_a_server_says_so(own_server, monkeypatch):
     reader = blocked_read(fd)
     running(vm)
     pid = pid_of(vm)
-    os.kill(zygote_of(server.server.pid), signal.SIGKILL)
+    os.kill(zygote_of(server), signal.SIGKILL)
     assert reader.end()[:2] == (-1, errno.EIO)
     os.close(fd)
     assert vm.read("state") == "failed\n"

@@ -13,21 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from host.users import A, B, Child, children, is_there, pid_of, status
+from host.users import A, B, Child, children, is_there, pid_of, status, zygote_of
 from mounting import Server, for_plain_processes, spares, wait_until
 
 from vmfs.engine import by_name
 from vmfs.host.sandbox import Sandbox
 from vmfs.host.zygote import SPARES
 from vmfs.machine import gather, warmup
-
-
-def named(pid: int, name: str) -> bool:
-    return status(pid)["Name"].strip() == name
-
-
-def zygote_of(server: Server) -> int:
-    return next(pid for pid in children(server.server.pid) if named(pid, "vmfs-zygote"))
 
 
 def all_spares(server: Server) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from host.openers import sandbox
 from host.test_sandbox import FORBIDDEN, WHO, all_calls, call, inside
-from host.users import B, children, is_there, pid_of, status
+from host.users import B, children, is_there, pid_of, status, word_of, zygote_of
 from mounting import Machine, Server, wait_until
 
 from vmfs.host.sandbox import Sandbox
@@ -25,10 +25,6 @@ CODE = "b90010 ff060050 a00050 a20e10 83c301 e2f2 f4 ebfd"
 @pytest.fixture
 def quiet(own_server) -> Iterator[Server]:
     yield own_server()
-
-
-def zygote_of(server: Server) -> int:
-    return next(pid for pid in children(server.server.pid) if status(pid)["Name"].strip() == "vmfs-zygote")
 
 
 def parent_of(server: Server) -> Machine:
@@ -44,13 +40,13 @@ def fork(vm: Machine, name: str) -> Machine:
 
 
 def filters(pid: int) -> str:
-    return status(pid).get("Seccomp_filters", "").strip()
+    return word_of(pid, "Seccomp_filters")
 
 
 def templates(server: Server) -> list[int]:
     """Templates (two filters), and forks that nobody has yet (with the third); a process with less is a spare."""
     known = {int(line.rpartition("=")[2]) for line in (server.path / "machines").read_text().splitlines()}
-    found = [pid for pid in children(zygote_of(server)) if status(pid)["Name"].strip() == "vmfs-machine"]
+    found = [pid for pid in children(zygote_of(server)) if word_of(pid, "Name") == "vmfs-machine"]
     return [pid for pid in found if pid not in known and filters(pid) in ("2", "3")]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mounting import SOON, Machine, has_news
+from mounting import SOON, Machine, Server, has_news
 
 
 class Child:
@@ -87,6 +87,17 @@ def status(pid: int) -> dict[str, str]:
     """/proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def word_of(pid: int, name: str) -> str:
+    """A line of its status; "" of a process that has gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return status(pid).get(name, "").strip()
+    return ""
+
+
+def zygote_of(server: Server) -> int:
+    return next(pid for pid in children(server.server.pid) if word_of(pid, "Name") == "vmfs-zygote")
 
 
 def children(pid: int) -> Iterator[int]:

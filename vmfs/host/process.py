@@ -18,7 +18,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import trio
@@ -188,7 +188,7 @@ class MachineProcess:
         self._asked = 0
         self._helpers: set[Job] = set()  # what lives for a device
         self._openers: set[Job] = set()  # of host paths
-        self._sockets: dict[str, tuple[Credentials, tuple[int, int]]] = {}  # those that gdb listens at, by path
+        self._sockets: dict[str, _Socket] = {}  # those that it listens at, by path
         self._last = ""  # the last command
         self._waiting: list[Message] = []  # that need not be said at once
         # What was said to a process of which nobody knows yet that it is a machine, with descriptors.
@@ -726,8 +726,12 @@ class MachineProcess:
 
     async def _opened(self, who: Credentials, work: opener.Work, *, lives: bool = False) -> tuple[str, list[int]]:
         """What an opener got. With `lives`, its process goes on, until the machine ends."""
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
+        return await self._opened_by(_line(), who, work, lives=lives)
+
+    async def _opened_by(
+        self, line: tuple[socket.socket, socket.socket], who: Credentials, work: opener.Work, *, lives: bool = False
+    ) -> tuple[str, list[int]]:
+        ours, its = line
         with ours:
             with its:
                 job = self.host.open(who, work, its)
@@ -817,10 +821,15 @@ class MachineProcess:
             who = self._who(ask.call)
         else:
             who = self._who(ask.call, ask.path or self._address_in(ask))
-        text, fds = await self._opened(who, opener.Listen(ask.path, ask.host, ask.port, self.host.own_device))
-        port, *made = text.split()
-        if made:
-            self._sockets[ask.path] = who, (int(made[0]), int(made[1]))
+        with contextlib.ExitStack() as unused:
+            line = _line()
+            for end in line:
+                unused.enter_context(end)
+            text, fds = await self._opened(who, opener.Listen(ask.path, ask.host, ask.port, self.host.own_device))
+            port, *made = text.split()
+            if made:
+                unused.pop_all()
+                self._sockets[ask.path] = _Socket(who, (int(made[0]), int(made[1])), line)
         return port, fds
 
     def _address_in(self, ask: commands.Listen) -> str:
@@ -839,9 +848,8 @@ class MachineProcess:
     async def _unlink(self, path: str) -> None:
         made = self._sockets.pop(path, None)
         if made is not None:
-            who, identity = made
             try:
-                await self._opened(who, opener.Unlink(path, identity))
+                await self._opened_by(made.line, made.who, opener.Unlink(path, made.identity))
             except VmfsError as error:
                 log.debug("%s: %s", path, error)
 
@@ -882,6 +890,22 @@ _ANSWERS: dict[type, Callable[[MachineProcess, Any], Awaitable[tuple[str, list[i
     commands.Reserve: MachineProcess._reserve,
     commands.Invalidate: MachineProcess._invalidate,
 }
+
+
+class _Socket(NamedTuple):
+    """A path that was made for a machine which listens there. `line`: to the opener that will remove it, so that this
+    needs no descriptor that there may not be."""
+
+    who: Credentials
+    identity: tuple[int, int]  # st_dev, st_ino
+    line: tuple[socket.socket, socket.socket]
+
+
+def _line() -> tuple[socket.socket, socket.socket]:
+    """Our end and an opener's."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, its
 
 
 def _how(job: Job) -> str:
