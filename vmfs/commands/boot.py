@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -522,17 +523,18 @@ def copy(source: Path, target: Path) -> None:
 
 
 class Runs(threading.Thread):
-    """Runs a machine until its end, and waits through all stops that are none. `done` is readable at the end; `line` is
-    the last exit or `failure` what went wrong."""
+    """Runs a machine until its end, and waits through all stops that are none. `news` is readable where there is a text
+    to `hear`, or the end; `line` is the last exit or `failure` what went wrong."""
 
-    def __init__(self, machine: Path, *, reboot: bool, paused: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, machine: Path, *, reboot: bool, paused: bool) -> None:
         super().__init__(daemon=True)
         self._machine = machine
         self._reboot = reboot
         self._paused = paused
-        self._say = say
         self._said = ""
-        self.done, self._tell = os.pipe()
+        self.news, self._tell = os.pipe()
+        self._texts: deque[str] = deque()
+        self._is_over = False
         self.line = ""
         self.failure: VmfsError | None = None
         self.timed_out = False
@@ -544,7 +546,22 @@ class Runs(threading.Thread):
         except OSError as failure:
             self.failure = EngineFailed(reason(self._machine, failure))
         finally:
-            os.write(self._tell, b"\n")
+            self._end()
+
+    def hear(self) -> str | None:
+        """The next text, once `news` is readable; "" where there is none, None at the end."""
+        os.read(self.news, 1)
+        if self._texts:
+            return self._texts.popleft()
+        return None if self._is_over else ""
+
+    def _say(self, text: str) -> None:
+        self._texts.append(text)
+        os.write(self._tell, b"\n")
+
+    def _end(self) -> None:
+        self._is_over = True
+        os.write(self._tell, b"\n")
 
     def _go(self, exits_file: io.FileIO) -> None:
         starts = not self._paused
@@ -584,7 +601,7 @@ class Runs(threading.Thread):
         self.timed_out = True
         with contextlib.suppress(OSError):
             (self._machine / "state").write_text("pause\n")
-        os.write(self._tell, b"\n")
+        self._end()
 
 
 def _last_exit(file: io.FileIO) -> str:
@@ -622,14 +639,19 @@ def drive(machine: Path, arguments: argparse.Namespace, outputs: Sequence[int]) 
     if arguments.paused:
         how = "`continue` in gdb, or " if arguments.gdb is not None else ""
         print(f"vmfs boot: it waits for {how}`echo run > {machine}/state`", file=sys.stderr)
-    runs = Runs(machine, reboot=not arguments.no_reboot, paused=arguments.paused, say=say)
+    def hear() -> bool:
+        if text := runs.hear():
+            say(text)
+        return text is None
+
+    runs = Runs(machine, reboot=not arguments.no_reboot, paused=arguments.paused)
     runs.start()
     timer = threading.Timer(arguments.timeout or 0, runs.time_out)
     timer.daemon = True
     if arguments.timeout is not None:
         timer.start()
     try:
-        escaped = terminal.attach(console, done=runs.done, escape=arguments.escape, outputs=outputs)
+        escaped = terminal.attach(console, news=runs.news, hear=hear, escape=arguments.escape, outputs=outputs)
     finally:
         timer.cancel()
         os.close(console)

@@ -8,7 +8,7 @@ import select
 import sys
 import termios
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vmfs.words.errors import Invalid
 
@@ -42,9 +42,17 @@ def raw(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def attach(console: int, *, done: int | None = None, escape: int = ESCAPE, outputs: Sequence[int] = (1,)) -> bool:
-    """Join stdin and `outputs` to the descriptor of a `console` file, until the escape key, or `done` is readable and
-    all output is there. Returns whether it was the escape key. At the end of stdin output goes on.
+def attach(
+    console: int,
+    *,
+    news: int | None = None,
+    hear: Callable[[], bool] = lambda: True,
+    escape: int = ESCAPE,
+    outputs: Sequence[int] = (1,),
+) -> bool:
+    """Join stdin and `outputs` to the descriptor of a `console` file, until the escape key, or `hear` says so: it is
+    called when `news` is readable and all output is there, and returns whether that is the end. Returns whether it was
+    the escape key. At the end of stdin output goes on.
 
     Raises OSError where the console fails: ENODEV when the machine was removed.
     """
@@ -59,8 +67,8 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE, outpu
             poll.register(console, select.POLLIN | (select.POLLOUT if typed else 0))
             if keyboard is not None and (is_terminal or not typed):
                 poll.register(keyboard, select.POLLIN)
-            if done is not None:
-                poll.register(done, select.POLLIN)
+            if news is not None:
+                poll.register(news, select.POLLIN)
             ready = dict(poll.poll())
             output = b""
             if ready.get(console, 0) & ~select.POLLOUT:
@@ -68,7 +76,7 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE, outpu
                     output = os.read(console, _CHUNK)
                     for screen in outputs:
                         _write_all(screen, output)
-                    if not output and done is None:
+                    if not output and news is None:
                         return False  # the machine is shut down
             if keyboard in ready:
                 keys = os.read(keyboard, _CHUNK)
@@ -79,7 +87,7 @@ def attach(console: int, *, done: int | None = None, escape: int = ESCAPE, outpu
                 if not keys:
                     keyboard = None
             typed = _type(console, typed)
-            if done in ready and not output:  # all of it first
+            if news in ready and not output and hear():  # all of it first
                 return False
 
 
