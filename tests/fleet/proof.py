@@ -1,11 +1,12 @@
-"""make fleet: cases on four workers while hosts and networks fail, and a matrix of kernels.
-`python -m fleet.proof [CASES]`; 0 cases: the matrix alone.
+"""make fleet: cases on four workers while hosts and networks fail, a matrix of kernels, a campaign, and bisecting.
+`python -m fleet.proof [CASES]`; 0 cases: the matrix and what comes after it.
 
 A scheduler and four workers, each in a network namespace of its own with a TMPDIR of its own, so that they are hosts to
 each other; where this host has no namespaces for us, on loopback, and then no network is cut. A worker is killed every
 few seconds; one network is cut until the scheduler has given the worker up, and healed; between two runs the scheduler
 is started again. Every case must have exactly one result, and nothing may stay. Then a Debian's kernel is booted with
-8 command lines on 4 models of a CPU (examples/matrix.py), where it was fetched.
+8 command lines on 4 models of a CPU (examples/matrix.py), where it was fetched; a planted bug is looked for; and the
+instruction at which that kernel first speaks.
 """
 
 from __future__ import annotations
@@ -143,7 +144,39 @@ def drive(address: str, cases: int) -> None:
         print(f"{cases} cases, each with one result, of {len(workers)} workers in their lives", flush=True)
 
 
-def matrix(hosts: Hosts, folder: Path) -> int:
+def recipes(address: str) -> None:
+    """A campaign that finds a planted bug, and bisecting the boot of a kernel by instructions."""
+    from distributed import Client
+    from fleet.test_recipes import PARSER, feed
+
+    from vmfs import Machine
+    from vmfs.client import Vm, private_mount
+    from vmfs.fleet import Fleet
+
+    def has_spoken(vm: Vm, instructions: int) -> bool:
+        vm.run(insns=instructions)
+        return vm.console.tail() != "" and "Linux version" in vm.console.said
+
+    emulator = ("--engine", "emulator")
+    with Client(address) as client, Fleet(client, mount_options=emulator) as fleet:
+        client.wait_for_workers(WORKERS, timeout=120)
+        with Machine(memory={0x1000: PARSER, 0x5000: 0x1000}) as machine:
+            template = fleet.template(machine)
+        campaign = fleet.fuzz(feed, [b"nothing"], template=template, seconds=300, stop=True)
+        assert [bug.input[:3] for bug in campaign.bugs] == [b"BUG"] * len(campaign.bugs) and campaign.bugs, campaign
+        print(f"the planted bug was found after {campaign.cases} inputs, {campaign.seconds:.1f} s", flush=True)
+        began = time.monotonic()
+        with private_mount(emulator) as mount, Vm.create(mount / "one", mem_size="256M", engine="emulator") as vm:
+            vm.write("time", "instructions\n")
+            vm.boot(KERNELS / "cloud/vmlinuz", cmdline="console=ttyS0 earlyprintk=ttyS0", start=False)
+            template = fleet.template(vm)
+        found = fleet.bisect(has_spoken, 0, 100_000_000, template=template, timeout=600)
+        around = {result.input: result.value for result in fleet.map(has_spoken, [found - 1, found], template=template)}
+        assert around == {found - 1: False, found: True}, around
+        print(f"the kernel speaks first at instruction {found}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def without_trouble(hosts: Hosts, folder: Path) -> int:
     """On the same hosts, with nothing that goes wrong."""
     kernel, busybox = KERNELS / "cloud/vmlinuz", KERNELS / "busybox"
     if not kernel.exists() or not busybox.exists():
@@ -155,7 +188,10 @@ def matrix(hosts: Hosts, folder: Path) -> int:
             stack.enter_context(worker(hosts, folder, number))
         command = [sys.executable, str(ROOT / "examples" / "matrix.py"), str(kernel), str(busybox)]
         address = f"tcp://{hosts.address(0)}:{PORT}"
-        return subprocess.run(hosts.command(0, *command, address), env=ENVIRONMENT, check=False).returncode
+        for words in ([*command, address], [sys.executable, "-m", "fleet.proof", "recipes", address]):
+            if code := subprocess.run(hosts.command(0, *words), env=ENVIRONMENT, check=False).returncode:
+                return code
+        return 0
 
 
 # ---- what goes wrong
@@ -193,6 +229,9 @@ def main() -> int:
     if sys.argv[1:2] == ["drive"]:
         drive(sys.argv[2], int(sys.argv[3]))
         return 0
+    if sys.argv[1:2] == ["recipes"]:
+        recipes(sys.argv[2])
+        return 0
     cases = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = Path(tempfile.mkdtemp(prefix="vmfs-fleet-proof-"))
@@ -215,7 +254,7 @@ def main() -> int:
                 if code:
                     print(f"run {run}: the driver ended with {code}; what processes said is in {folder}")
                     return 1
-        if matrix(hosts, folder):
+        if without_trouble(hosts, folder):
             return 1
         end = time.monotonic() + 60
         while (stays := left(folder)) and time.monotonic() < end:

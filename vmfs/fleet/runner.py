@@ -23,7 +23,8 @@ from typing import Any
 
 import msgspec
 
-from vmfs.fleet.results import Raw, Refused, pack_value
+from vmfs.fleet.results import Raw
+from vmfs.fleet.values import Refused, pack_value
 
 FRAME_MOST = 1 << 30
 CONSOLE_MOST = 1 << 16
