@@ -100,6 +100,31 @@ def test_they_share_nothing_that_one_of_them_can_write(quiet):
     assert all(len(one) == 1 for one in polls)
 
 
+def merged(pid: int) -> dict[str, bool]:
+    """Whether the kernel may merge pages of each mapping that a process may write, by what it is of."""
+    found: dict[str, bool] = {}
+    rights = name = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head, *rest = line.split(None, 5)
+        if not head.endswith(":"):
+            rights, name = rest[0], rest[4] if len(rest) > 4 else ""
+        elif head == "VmFlags:" and rights == "rw-p":
+            found[name] = found.get(name, False) or " mg" in line
+    return found
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/ksm").exists(), reason="this kernel has no KSM")
+def test_what_is_the_processes_own_may_be_merged_and_what_is_a_guests_not(quiet):
+    vm = with_template(quiet)
+    third = fork(vm, "third")
+    assert B.does(third.run).startswith("hlt ")
+    may_be = merged(pid_of(third))
+    assert may_be["[heap]"] and may_be[""]
+    guests = [name for name in may_be if name.startswith("/memfd:")]
+    assert guests and not any(may_be[name] for name in guests)
+    assert not any(merged(pid_of(vm)).values())
+
+
 def test_they_do_what_one_does_that_nobody_disturbs(quiet):
     """All at the same time, code that changes itself, often enough to be translated."""
     vm = with_template(quiet)

@@ -13,7 +13,7 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 4 << 20  # bytes
+_MADV_MERGEABLE = 12
 _ONE_TASK = 3  # links of /proc/PID/task (proc(5)): one, ., and that in /proc/PID
 
 
@@ -64,12 +65,15 @@ def main(
 
 
 class Multiplier:
-    """By which a template forks (_multiply.c)."""
+    """By which a template forks (_multiply.c). Pages that it and its forks have of their own the kernel may merge where
+    they are equal, if the host's administrator has turned that on (KSM): what one fork writes, its siblings write, too.
+    """
 
     def __init__(self, sandbox: Sandbox) -> None:
         """Before it is secluded."""
         self._sandbox = sandbox
         self._tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._maps = open("/proc/self/maps", "rb")
 
     def __call__(self, channel: int, first: int) -> None:
         """In the main task of trio, while all other tasks wait for other tasks. Returns in each child, whose `channel`
@@ -85,9 +89,22 @@ class Multiplier:
         gc.freeze()
         if os.fstat(self._tasks).st_nlink != _ONE_TASK:
             raise RuntimeError("a process with more than one thread does not multiply")
+        with self._maps:
+            for start, size in _own_of(self._maps):
+                _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_MERGEABLE)
         _multiply.multiply(first, channel, waiting._epoll.fileno(), *pairs)
         os.close(self._tasks)
         self._sandbox.confine_fork()
+
+
+def _own_of(maps: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """Address and size of what a process has of memory that is neither a guest's, which all is memfds, nor a stack
+    (proc_pid_maps(5))."""
+    for line in maps:
+        addresses, rights, _, _, _, *name = line.split(None, 5)
+        start, end = (int(address, 16) for address in addresses.split(b"-"))
+        if rights == b"rw-p" and not (name and name[0].startswith((b"[stack", b"/memfd:"))):
+            yield start, end - start
 
 
 def give_own_pages(size: int) -> None:

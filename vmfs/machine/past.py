@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vmfs.devices.virtio.disk import Disk, Frozen, Overlay
-from vmfs.engine.base import Engine, Vcpu
+from vmfs.engine.base import Engine, Machine, Vcpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.record import Record
 from vmfs.machine.state import Body, Opened, State, take_with
@@ -67,6 +67,11 @@ class Snapshot:
         if not self._opened:
             self._opened.append(Opened(vm, self.state))
         return self._opened[0]
+
+    @property
+    def put_on(self) -> Machine | None:
+        """The engine's machine that was made this last."""
+        return self._opened[0].put_on if self._opened else None
 
     def forget_opened(self) -> None:
         """It is another machine now."""
@@ -302,6 +307,10 @@ class Past:
         if before is not None and before.layers != snapshot.ram.layers:
             self._settle(may_ask=False)
         return pages
+
+    def is_at_hand(self, snapshot: Snapshot) -> bool:
+        """Whether the machine, as its parts are now, was made that before, over a base that nobody else writes."""
+        return self._vm.memory.base is not None and snapshot.put_on is self._vm.engine_machine
 
     def restore_now(self, name: str, most: int, *, unseen: Callable[[], int] = lambda: 0) -> bool:
         """`restore`, where nothing has to be waited for, and at most so many pages are to be put. False, and nothing

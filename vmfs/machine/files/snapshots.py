@@ -325,9 +325,28 @@ async def restore(scope: Contents, name: str) -> None:
 
 
 def take_restore(scope: Contents, trio_token: trio.lowlevel.TrioToken, lane: Lane, number: int, line: bytes) -> None:
-    """What was written to `restore`, by the lane. From the CPU's thread."""
+    """What was written to `restore`, by the lane. From the CPU's thread, which does it where it has to wait for nobody:
+    to wake the loop takes longer than to go back."""
+    if _restore_at_once(scope, line):
+        lane.end_line(number, True)
+        return
     with contextlib.suppress(trio.RunFinishedError):  # else nobody waits for it any more
         trio_token.run_sync_soon(trio.lowlevel.spawn_system_task, _restore_by_lane, scope, lane, number, line)
+
+
+def _restore_at_once(scope: Contents, line: bytes) -> bool:
+    """Whether that was done: else nothing has changed. From any thread; for a machine without devices, which was made
+    that snapshot before, and whose RAM nobody can write unseen. Nothing of it counts against other limits then."""
+    vm, name = scope.vm, line[:-1].decode("latin-1")
+    snapshot = vm.past.get(name) if line.endswith(b"\n") else None
+    if snapshot is None or snapshot.images or not vm.past.is_at_hand(snapshot):
+        return False
+    if vm.board is not None or vm.images.sizes() or scope.memory.is_cached or name in scope.arrivals.names():
+        return False
+    try:
+        return vm.past.restore_now(name, _SOON)
+    except VmfsError:  # the loop finds it, too, and says it
+        return False
 
 
 async def _restore_by_lane(scope: Contents, lane: Lane, number: int, line: bytes) -> None:
