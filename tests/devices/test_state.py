@@ -34,6 +34,10 @@ from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
+from vmfs.devices.usb.device import UsbDevice
+from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
+from vmfs.devices.usb.storage import UsbDisk
+from vmfs.devices.usb.xhci import Xhci
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import open_disk
@@ -92,6 +96,9 @@ def a_pc(folder):
         lambda slot: Nvme(pc, "nvme0", slot, open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: AtaDisk(pc, "sata0", open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: CdDrive(pc, "sata1", open_disk(os.open(image, os.O_RDONLY), "ro")),
+        lambda slot: UsbDisk(pc, "usb-disk0", open_disk(os.open(image, os.O_RDONLY), "cow")),
+        lambda slot: UsbKeyboard(pc, "usb-kbd0"),
+        lambda slot: UsbTablet(pc, "usb-tablet0", pc.display.size),
     ):
         pc.plug(make(pc.pci.free_slot()))
     for name in ("net2", "net3", "net4"):
@@ -107,7 +114,7 @@ def a_pc(folder):
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
     "display blk0 blk1 net0 net1 net2 net3 net4 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci "
-    "sata0 sata1 lpt1 speaker nvme0"
+    "sata0 sata1 lpt1 speaker nvme0 xhci usb-disk0 usb-kbd0 usb-tablet0"
 ).split()
 
 
@@ -259,6 +266,85 @@ def make_nvme_request(dice, pc, guest):
     return [guest.load(base + at) for at in (0x0C, 0x14, 0x1C, 0x24)]
 
 
+USB = 0xC_0000
+
+
+def make_usb_request(dice, pc, guest):
+    """A transfer of the disk, or of a keyboard or tablet; what the guest sees then."""
+    xhci, ram = pc.xhci, pc.ram
+    guest.config(xhci.slot, 4, 0x107, size=2)
+    if xhci.bar(0) is None:  # it was moved out of reach
+        xhci.reset()
+    base = xhci.bar(0)
+    if guest.load(base + 0x44) & 1 or len(xhci.slots) < 2:
+        begin_usb(dice, guest, base)
+    what = dice.random()
+    at = USB + 0x6000 + 0x400 * dice.randrange(4)
+    if what < 0.3:
+        pc.keyboard.type([("a",), ("shift", "b")])
+        pc.keyboard.move(moves.parse("30,-5 +left -left"))
+    elif what < 0.6:
+        slot, dci, length = dice.choice(((1, 4, 31), (1, 4, 512), (1, 3, 512), (1, 3, 13), (1, 3, 700), (2, 3, 8)))
+        block = bytes((dice.choice((0x28, 0x2A, 0x12, 0x35)), *bytes(3), 36, *bytes(3), 2, 0))
+        if dci == 4:
+            ram[USB + 0x8000 : USB + 0x801F] = struct.pack(
+                "<4sIIBBB16s", b"USBC", 9, 1024, dice.choice((0, 0x80)), 0, 10, block
+            )
+        struct.pack_into("<QII", ram, at, USB + 0x8000, length, 1 << 10 | 0x25)
+        struct.pack_into("<QII", ram, at + 16, 0, 0, 0)
+        for kind in (15, 14, 16):
+            usb_command(guest, base, kind, at | 1, slot << 24 | dci << 16)
+        guest.store(base + 0x2000 + 4 * slot, dci)
+    else:
+        slot, recipient = dice.randrange(1, 3), dice.choice((0x80, 0, 2, 0x21, 0xA1))
+        setup = struct.pack("<BBHHH", recipient, dice.choice((0, 1, 6, 9, 0xFF)), dice.choice((1, 0x100)), 0, 8)
+        struct.pack_into("<8sII", ram, at, setup, 8, 2 << 10 | 0x41)
+        struct.pack_into("<QIIQII", ram, at + 16, USB + 0x9000, 8, 3 << 10 | 1, 0, 0, 4 << 10 | 0x21)
+        struct.pack_into("<QII", ram, at + 48, 0, 0, 0)
+        for kind in (15, 14, 16):
+            usb_command(guest, base, kind, at | 1, slot << 24 | 1 << 16)
+        guest.store(base + 0x2000 + 4 * slot, 1)
+    if dice.random() < 0.8:
+        guest.store(base + 0x1038, pc.xhci.interrupters[0].at & 0xFFFF_FFFF | 8)
+    return [guest.load(base + at) for at in (0x40, 0x44, 0x440, 0x1020, 0x1038)]
+
+
+def usb_command(guest, base, kind, parameter, control):
+    ring = guest.board.xhci.ring
+    if ring.at >= USB + 0xF00:
+        return
+    struct.pack_into("<QII", guest.board.ram, ring.at, parameter, 0, kind << 10 | control | 1)
+    struct.pack_into("<QII", guest.board.ram, ring.at + 16, 0, 0, 0)
+    guest.store(base + 0x2000, 0)
+
+
+def begin_usb(dice, guest, base):
+    """Two slots with their endpoints."""
+    ram = guest.board.ram
+    ram[USB : USB + 0xA000] = bytes(0xA000)
+    guest.store(base + 0x40, 2)
+    struct.pack_into("<QII", ram, USB + 0x1000, USB + 0x2000, 64, 0)
+    struct.pack_into("<QQ", ram, USB + 0x1108, USB + 0x3000, USB + 0x3800)
+    for register, value in ((0x78, 16), (0x70, USB + 0x1100), (0x58, USB | 1), (0x1028, 1), (0x1038, USB + 0x2000),
+                            (0x1030, USB + 0x1000), (0x1020, 2), (0x40, 5)):  # fmt: skip
+        guest.store(base + register, value)
+        guest.store(base + register + 4, 0) if register in (0x70, 0x58, 0x1038, 0x1030) else None
+    endpoints = {1: {4: (2, 1024), 3: (6, 1024)}, 2: {3: (7, 8)}}
+    for slot, port in ((1, 5), (2, dice.choice((1, 3)))):
+        guest.store(base + 0x440 + 0x10 * (port - 1), 0x210)
+        usb_command(guest, base, 9, 0, 0)
+        contexts = USB + 0x5000
+        ram[contexts : contexts + 0x420] = bytes(0x420)
+        struct.pack_into("<IIII", ram, contexts + 32, 1 << 27, port << 16, 0, 0)
+        for dci, (kind, size) in {1: (4, 8), **endpoints[slot]}.items():
+            struct.pack_into("<IIQ", ram, contexts + 32 * (dci + 1), 0, size << 16 | kind << 3, USB + 0x7000 | 1)
+        struct.pack_into("<II", ram, contexts, 0, 3)
+        usb_command(guest, base, 11, contexts, slot << 24)
+        struct.pack_into("<II", ram, contexts, 0, 1 | sum(1 << dci for dci in endpoints[slot]))
+        usb_command(guest, base, 12, contexts, slot << 24)
+        guest.board.devices[("usb-disk0", "usb-kbd0", "usb-tablet0")[(port == 3) + (port < 5)]].configuration = 1
+
+
 def make_floppy_request(dice, guest):
     """A command with what it needs, most of them right; all that was read."""
     row, seen = dice.choice(COMMANDS), []
@@ -294,7 +380,9 @@ def drive(pc, name, seed, count=120):
         windows = pc.ide.windows() if isinstance(device, Drive) else device.windows()
         windows = pc.ahci.windows() if name in SATA_NAMES else windows
         windows = pc.fdc.windows() if isinstance(device, FloppyDrive) else windows
-        if name == "nvme0" and what < 0.5:
+        if isinstance(device, (UsbDevice, Xhci)) and what < 0.6:
+            seen += make_usb_request(dice, pc, guest)
+        elif name == "nvme0" and what < 0.5:
             seen += make_nvme_request(dice, pc, guest)
         elif is_sata and what < 0.5:
             seen += make_ahci_request(dice, pc, guest, dice.randrange(2))
@@ -359,7 +447,7 @@ def go_into(pc, other):
         board = msgspec.msgpack.encode(pc.save())
     other.machine.time, other.machine.a20, other.machine.lines = pc.machine.time, True, dict(pc.machine.lines)
     other.ram[:] = pc.ram[:]
-    for name in ("blk1", "hda", "fd0", "pflash0", "sata0", "nvme0"):
+    for name in ("blk1", "hda", "fd0", "pflash0", "sata0", "nvme0", "usb-disk0"):
         disk, copy = pc.devices[name].disk, other.devices[name].disk
         os.pwrite(copy.fd, os.pread(disk.fd, disk.size, 0), 0)
     with other.asleep():

@@ -191,6 +191,11 @@ class Display(PciDevice[DisplayState]):
         with self.board.lock:
             return self.vbe.mode() if self.vbe.is_enabled else self.vga.mode()
 
+    def size(self) -> tuple[int, int]:
+        """How wide and high the screen is, in pixels."""
+        mode = self.mode()
+        return mode.width * (mode.columns if isinstance(mode, TextMode) else 1), mode.height
+
     def planes(self) -> bytes:
         """The VGA's memory, a byte of each plane after another. Gone after the machine has ended."""
         with self.board.lock:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Iterable, Sized
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 
@@ -68,13 +68,44 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(tuple[bytes, ...]).decode
 _unpack_moves = msgspec.msgpack.Decoder(tuple[Move, ...]).decode
 _MOVE = struct.Struct("<hhbB")
+_PLACE = struct.Struct("<HHbB")  # of one "place"
+
+
+class OtherKeyboard(Protocol):
+    """One that has what is typed while the guest drives it."""
+
+    @property
+    def is_configured(self) -> bool: ...
+    @property
+    def reports(self) -> Sized: ...
+    @property
+    def ps2_leds(self) -> int: ...
+    def type(self, strokes: Iterable[bytes]) -> None: ...
+
+
+class Tablet(Protocol):
+    """What is moved instead of the mouse while the guest drives it."""
+
+    @property
+    def is_configured(self) -> bool: ...
+    @property
+    def reports(self) -> Sized: ...
+    def point(self, x: int, y: int, wheel: int, buttons: int) -> None: ...
+    def move(self, moves: Iterable[Move]) -> None: ...
+
+
+_T = TypeVar("_T", OtherKeyboard, Tablet)
+
+
+def _driven(devices: list[_T]) -> _T | None:
+    return next((one for one in devices if one.is_configured), None)
 
 
 class I8042(QuietDevice[I8042State]):
     """Regions 0, 1, 2: ports 60, 64, 92."""
 
     TYPE = "i8042"
-    INPUTS = ("strokes", "moves", "mouse")
+    INPUTS = ("strokes", "moves", "mouse", "place")
     STATE = I8042State
     irq = KEYBOARD_IRQ
 
@@ -84,6 +115,8 @@ class I8042(QuietDevice[I8042State]):
         self.typed: deque[bytes] = deque()  # codes of set 2, a piece a key
         self._timer: Timer | None = None
         self.moves: deque[Move] = deque()
+        self.keyboards: list[OtherKeyboard] = []
+        self.tablets: list[Tablet] = []
         self._a20 = True
         self.chip = _chips.Latch(board.bus, self.number)
         self._clear()
@@ -278,23 +311,56 @@ class I8042(QuietDevice[I8042State]):
         wheel = max(-127, min(127, wheel))
         self.board.inputs.enter(self, "mouse", _MOVE.pack(x, -y, wheel, buttons & 31))
 
+    @property
+    def has_tablet(self) -> bool:
+        """The guest drives one."""
+        return _driven(self.tablets) is not None
+
+    @property
+    def leds(self) -> int:
+        """Of the keyboard that the guest drives: scroll, num, caps."""
+        other = _driven(self.keyboards)
+        return self.keyboard.leds if other is None else other.ps2_leds
+
+    def point(self, x: int, y: int, wheel: int, buttons: int) -> None:
+        """Have a tablet point there, in 32768 parts of the screen each way; the rest as `move_mouse`. From any thread.
+        It is lost where the guest drives none."""
+        self.board.inputs.enter(self, "place", _PLACE.pack(x & 0x7FFF, y & 0x7FFF, wheel, buttons & 31))
+
     def move(self, moves: list[Move]) -> None:
         """Move the mouse and press its buttons, each when the guest has been told of the one before; from any thread.
 
         A guest that has the mouse off loses them, as it does with a mouse of a desk. WouldBlock as `type`.
         """
         with self.board.lock:
-            if len(self.moves) + len(moves) > MOVES_MOST:
-                raise WouldBlock(f"mouse: {len(self.moves)} moves wait; the guest does not take them")
+            tablet = _driven(self.tablets)
+            if tablet is None and any(one.is_place for one in moves):
+                raise Unsupported("mouse: only a tablet that the guest drives points to a place (dev/add usb-tablet)")
+            waiting = len(self.moves if tablet is None else tablet.reports)
+            if waiting + len(moves) > MOVES_MOST:
+                raise WouldBlock(f"mouse: {waiting} moves wait; the guest does not take them")
             self.board.inputs.enter(self, "moves", _pack(moves))
 
     def _enter(self, strokes: list[bytes]) -> None:
         with self.board.lock:
-            if len(self.typed) + len(strokes) > TYPED_MOST:
-                raise WouldBlock(f"keyboard: {len(self.typed)} strokes wait; the guest does not take them")
+            other = _driven(self.keyboards)
+            waiting = len(self.typed if other is None else other.reports)
+            if waiting + len(strokes) > TYPED_MOST:
+                raise WouldBlock(f"keyboard: {waiting} strokes wait; the guest does not take them")
             self.board.inputs.enter(self, "strokes", _pack(strokes))
 
     def input(self, kind: str, data: bytes) -> None:
+        keyboard, tablet = _driven(self.keyboards), _driven(self.tablets)
+        if kind == "place":
+            if tablet is not None:
+                tablet.point(*_PLACE.unpack(data))
+            return
+        if kind == "moves" and tablet is not None:
+            tablet.move(_unpack_moves(data))
+            return
+        if kind == "strokes" and keyboard is not None:
+            keyboard.type(_unpack(data))
+            return
         if kind == "mouse":
             self.mouse.move(*_MOVE.unpack(data))
             self.mouse.report()
@@ -312,7 +378,7 @@ class I8042(QuietDevice[I8042State]):
 
     def check_input(self, kind: str, data: bytes) -> None:
         super().check_input(kind, data)
-        if kind == "mouse":
+        if kind in ("mouse", "place"):
             if len(data) != _MOVE.size:
                 raise Invalid(f"{self.name}: that is no move of a mouse")
             return
@@ -339,7 +405,9 @@ class I8042(QuietDevice[I8042State]):
         """With the lock held: the mouse says what it has to, and when that is taken, it does what comes next."""
         self.mouse.report()
         while self.moves and not self.mouse.has_more:
-            x, y, wheel, button, down = self.moves.popleft()
+            x, y, wheel, button, down, is_place = self.moves.popleft()
+            if is_place:  # the tablet has gone meanwhile
+                continue
             buttons = self.mouse.buttons
             self.mouse.move(x, -y, wheel, buttons | button if down else buttons & ~button)
             self.mouse.report()

@@ -6,7 +6,7 @@ bus when it is attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmfs.devices.board import Board
@@ -34,6 +34,9 @@ from vmfs.devices.sata.ahci import Ahci
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
 from vmfs.devices.speaker import Speaker
+from vmfs.devices.usb.device import UsbDevice
+from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
+from vmfs.devices.usb.xhci import Xhci
 from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import Memory
@@ -87,6 +90,7 @@ PC_DEVICES: tuple[Row, ...] = (
 _TABLES = "etc/acpi/tables"  # of fw_cfg
 DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
 AHCI_SLOT = 30
+XHCI_SLOT = 29
 IDE_FUNCTION = 1  # of the PIIX3, whose function 0 is the ISA bridge
 
 
@@ -122,13 +126,16 @@ class Pc(Board):
         return {name: device for name, device in self.devices.items() if name not in self.built_in}
 
     def plug(self, device: Device) -> None:
-        """Put a device where it belongs; a drive into its controller, which comes with the first one."""
+        """Put a device where it belongs; a drive, and what is USB's, into its controller, which comes with the first
+        one."""
         if isinstance(device, PciDevice):
             self.pci.plug(device)
         elif isinstance(device, Drive):
             self._connect(device)
         elif isinstance(device, FloppyDrive):
             self._connect_floppy(device)
+        elif isinstance(device, UsbDevice):
+            self._connect_usb(device)
         elif isinstance(device, (Pflash, Ne2000)):
             self.add(device)
         else:
@@ -139,6 +146,8 @@ class Pc(Board):
         controllers = (one for one in (self.ide, self.ahci) if one is not None and one.drives)
         if device is self.fdc or device in controllers:
             raise Busy(f"{device.name}: it goes with the last of its drives")
+        if device is self.xhci:
+            raise Busy(f"{device.name}: it goes with the last of its devices")
         if isinstance(device, PciDevice):
             self.pci.unplug(device)
         elif isinstance(device, Drive):
@@ -148,6 +157,9 @@ class Pc(Board):
             controller.disconnect(device)
             if not controller.drives:
                 self.pci.unplug(controller)
+        elif isinstance(device, UsbDevice):
+            self.remove(device)
+            self._disconnect_usb(device)
         elif isinstance(device, FloppyDrive):
             self.remove(device)
             assert self.fdc is not None
@@ -184,6 +196,11 @@ class Pc(Board):
         return ahci if isinstance(ahci, Ahci) else None
 
     @property
+    def xhci(self) -> Xhci | None:
+        xhci = self.devices.get("xhci")
+        return xhci if isinstance(xhci, Xhci) else None
+
+    @property
     def fdc(self) -> Fdc | None:
         fdc = self.devices.get("fdc")
         return fdc if isinstance(fdc, Fdc) else None
@@ -199,6 +216,27 @@ class Pc(Board):
         self.add(drive)
         self._describe_floppies()
 
+    def _connect_usb(self, device: UsbDevice) -> None:
+        xhci = self.xhci
+        if xhci is None:
+            xhci = Xhci(self, "xhci", XHCI_SLOT)
+            self.pci.plug(xhci)
+        xhci.connect(device)
+        self.add(device)
+        self._find_usb_inputs(xhci)
+
+    def _disconnect_usb(self, device: UsbDevice) -> None:
+        xhci = self.xhci
+        assert xhci is not None
+        xhci.disconnect(device)
+        self._find_usb_inputs(xhci)
+        if not xhci.devices:
+            self.pci.unplug(xhci)
+
+    def _find_usb_inputs(self, xhci: Xhci) -> None:
+        self.keyboard.keyboards = [one for one in xhci.devices if isinstance(one, UsbKeyboard)]
+        self.keyboard.tablets = [one for one in xhci.devices if isinstance(one, UsbTablet)]
+
     def _describe_floppies(self) -> None:
         rtc = self.devices["rtc"]
         assert isinstance(rtc, Rtc) and self.fdc is not None
@@ -207,7 +245,7 @@ class Pc(Board):
     def free_floppies(self) -> list[str]:
         return [name for name in DRIVES if name not in self.devices]
 
-    def free_drives(self, names: tuple[str, ...] = NAMES) -> list[str]:
+    def free_drives(self, names: Sequence[str] = NAMES) -> list[str]:
         """The names of IDE drives, or of others, that there are not."""
         return [name for name in names if name not in self.devices]
 

@@ -30,6 +30,9 @@ from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
+from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
+from vmfs.devices.usb.storage import UsbDisk
+from vmfs.devices.usb.xhci import PLACES as USB_PLACES
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import Disk, Overlay, RawDisk, open_disk
@@ -116,6 +119,14 @@ def _sata_name(board: Pc, kind: str, words: list[str]) -> str:
     free = board.free_drives(SATA_NAMES)
     if not free:
         raise LimitReached(f"dev/add: an AHCI controller has {len(SATA_NAMES)} ports, and a drive is at each")
+    return free[0]
+
+
+def _usb_name(board: Pc, kind: str, words: list[str]) -> str:
+    names = [name for name in USB_PLACES if name.startswith(kind)]
+    free = board.free_drives(names)
+    if not free:
+        raise LimitReached(f"dev/add: a machine has up to {len(names)} of {kind}, and all are there")
     return free[0]
 
 
@@ -255,7 +266,7 @@ def unnamed_file(door: Door) -> int:
     return door.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
 
 
-def _hand_disk(device: Block | AtaDisk | Removable) -> tuple[int, ...]:
+def _hand_disk(device: Block | AtaDisk | UsbDisk | Removable) -> tuple[int, ...]:
     disk: Any = device.disk
     if disk is None:  # of a drive that is empty
         return ()
@@ -464,6 +475,29 @@ ATTACHABLE: Mapping[str, Row] = {
         hand=_hand_disk,
         take=_take_disk,
         mode=_disk_mode,
+    ),
+    "usb-disk": Row(
+        "usb-disk PATH [ro|rw|cow] [format=FORMAT]",
+        1,
+        3,
+        _open_disk,
+        lambda request, disk: UsbDisk(request.board, request.name, disk[0], path=disk[1]),
+        _usb_name,
+        hand=_hand_disk,
+        take=_take_disk,
+        mode=_disk_mode,
+    ),
+    "usb-kbd": Row(
+        "usb-kbd", 0, 0, _nothing, lambda r, _: UsbKeyboard(r.board, r.name), _usb_name, hand=lambda device: ()
+    ),
+    "usb-tablet": Row(
+        "usb-tablet",
+        0,
+        0,
+        _nothing,
+        lambda r, _: UsbTablet(r.board, r.name, r.board.display.size),
+        _usb_name,
+        hand=lambda device: (),
     ),
     "floppy": Row(
         "floppy [PATH [ro|rw|cow] [format=FORMAT]]",

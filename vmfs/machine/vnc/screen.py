@@ -64,7 +64,7 @@ class Screen:
     async def look(self) -> None:
         """Have the picture be what is shown now, and tell the watchers what has changed."""
         async with self._looking:
-            before, picture, leds = self.picture, self.picture, self.board.keyboard.keyboard.leds
+            before, picture, leds = self.picture, self.picture, self.board.keyboard.leds
             while True:
                 found = await trio.to_thread.run_sync(self._update, picture)
                 if not isinstance(found, tuple):

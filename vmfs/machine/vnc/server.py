@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 from vmfs.devices.screen import TILE, Picture
+from vmfs.devices.usb.hid import PLACES
 from vmfs.machine.vnc import des, messages
 from vmfs.machine.vnc.encodings import (
     KNOWN,
@@ -177,6 +178,7 @@ class Client:
         self._awake = trio.Event()
         self._keys = Keys()
         self._at: tuple[int, int] | None = None  # the pointer
+        self._is_relative = False  # it tells ways, not places
         self._buttons = 0
         self._failure: Exception | None = None
 
@@ -319,9 +321,11 @@ class Client:
         new, self._takes = frozenset(encodings) - self._takes, frozenset(encodings)
         self._encoding = next((one for one in encodings if one in KNOWN), messages.RAW)
         self._quality = jpeg_quality(encodings) if self._encoding == messages.TIGHT else None
+        self._is_relative = messages.POINTER_MOTION in encodings and not self._screen.board.keyboard.has_tablet
+        motion = 0 if self._is_relative else 1
         first = {
             messages.EXTENDED_KEY: messages.rectangle(0, 0, 0, 0, messages.EXTENDED_KEY),
-            messages.POINTER_MOTION: messages.rectangle(0, 0, 0, 0, messages.POINTER_MOTION),  # x: it is relative
+            messages.POINTER_MOTION: messages.rectangle(motion, 0, 0, 0, messages.POINTER_MOTION),
             messages.CURSOR: messages.rectangle(0, 0, 0, 0, messages.CURSOR),  # the guest draws its own
             messages.LED_STATE: self._leds_rectangle(),
             messages.EXTENDED_DESKTOP_SIZE: messages.extended_size(*self._size),
@@ -337,14 +341,14 @@ class Client:
 
     async def _press(self, event: KeyEvent) -> None:
         keyboard = self._screen.board.keyboard
-        capitals = bool(keyboard.keyboard.leds & 4)
+        capitals = bool(keyboard.leds & 4)
         keys = self._keys.event(event.down, event.symbol, event.code, capitals)
         if keys:
             with contextlib.suppress(WouldBlock):  # nobody reads them
                 await trio.to_thread.run_sync(keyboard.press, keys)
 
     async def _point(self, event: PointerEvent) -> None:
-        if messages.POINTER_MOTION in self._takes:
+        if self._is_relative:
             x, y = event.x - _STAYS, event.y - _STAYS
         else:
             was = self._at or (event.x, event.y)
@@ -355,9 +359,18 @@ class Client:
         buttons = event.buttons & 1 | event.buttons >> 1 & 2 | event.buttons << 1 & 4 | event.buttons >> 4 & 8
         changed = (event.buttons ^ self._buttons) & 0x87
         self._buttons = event.buttons
-        if x or y or wheel or changed:
-            move = self._screen.board.keyboard.move_mouse
-            await trio.to_thread.run_sync(move, x, y, wheel, buttons)
+        if not (x or y or wheel or changed):
+            return
+        keyboard = self._screen.board.keyboard
+        if keyboard.has_tablet and not self._is_relative:
+            await trio.to_thread.run_sync(keyboard.point, *self._place(), wheel, buttons)
+        else:
+            await trio.to_thread.run_sync(keyboard.move_mouse, x, y, wheel, buttons)
+
+    def _place(self) -> tuple[int, ...]:
+        """Where the pointer is, for a tablet."""
+        places = zip(self._at or (0, 0), self._size, strict=True)
+        return tuple(min(PLACES - 1, (2 * at + 1) * PLACES // (2 * max(size, 1))) for at, size in places)
 
     async def _let_go(self) -> None:
         """What it holds down goes up."""
@@ -368,7 +381,9 @@ class Client:
         def work() -> None:
             if keys:
                 keyboard.press(keys)
-            if buttons:
+            if buttons and keyboard.has_tablet and not self._is_relative:
+                keyboard.point(*self._place(), 0, 0)
+            elif buttons:
                 keyboard.move_mouse(0, 0, 0, 0)
 
         if keys or buttons:

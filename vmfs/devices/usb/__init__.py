@@ -1,0 +1,1 @@
+"""USB: an xHCI controller, and what can be plugged into it."""
