@@ -226,8 +226,8 @@ def test_requests(pc, driver):
     assert driver.control(slot, 0x80, 6, 0x302, 0x409, 255)[1] == b"\x12\x03" + "keyboard".encode("utf-16-le")
     assert driver.control(slot, 0x81, 6, 0x2200, 0, 255)[1] == UsbKeyboard.DESCRIPTOR
     assert driver.control(slot, 0x80, 8, 0, 0, 1) == (SUCCESS, b"\0")
-    for request in ((0x80, 6, 0x304, 0, 8), (0x80, 6, 0x700, 0, 8), (0x80, 6, 0xF00, 0, 8), (0x00, 9, 2), (0xC0, 1, 0, 0, 8),
-                    (0x80, 0x40, 0, 0, 8), (0x02, 3, 0, 0x82), (0x00, 5, 7)):  # fmt: skip
+    for request in ((0x80, 6, 0x304, 0, 8), (0x80, 6, 0x700, 0, 8), (0x80, 6, 0xF00, 0, 8), (0x00, 9, 2),
+                    (0xC0, 1, 0, 0, 8), (0x80, 0x40, 0, 0, 8), (0x02, 3, 0, 0x82), (0x00, 5, 7)):  # fmt: skip
         assert driver.control(slot, *request)[0] == STALL, request
         driver.recover(slot, 1)
     assert driver.control(slot, 0x80, 0, 0, 0, 2) == (SUCCESS, b"\1\0")
@@ -606,8 +606,8 @@ def test_states_that_cannot_be(pc, driver):
         ("usb-kbd0", ({"configuration": 2}, {"last": b"123456"}, {"reports": [b"123456"]}, {"pressed": [2]},
                       {"pressed": [4, 4]})),
         ("usb-tablet0", ({"x": 0x8000}, {"buttons": 32}, {"last": bytes(8)})),
-        ("usb-disk0", ({"size": 512}, {"phase": "x"}, {"moved": 1}, {"length": 1}, {"partial": b"1"}, {"start": 512 * BLOCKS + 512},
-                       {"halted": [7]}, {"reply": b"1"}, {"status": 3})),
+        ("usb-disk0", ({"size": 512}, {"phase": "x"}, {"moved": 1}, {"length": 1}, {"partial": b"1"},
+                       {"start": 512 * BLOCKS + 512}, {"halted": [7]}, {"reply": b"1"}, {"status": 3})),
     ):  # fmt: skip
         state = plain(pc.devices[name])
         assert not refuses(pc.devices[name], state)
@@ -646,13 +646,15 @@ def drive_at_random(dice, driver):
             ring.put(BUFFER, setup[6], 3 << 10 | dice.choice((4, 0x24)))
             ring.put(0, 0, 4 << 10 | 0x20)
         else:
-            block = bytes((dice.choice((0x28, 0x2A, 0x12, 0x03, 0x1A, value & 255)), *dice.choices((0, 0, 0, 1, 8), k=15)))
+            operation = dice.choice((0x28, 0x2A, 0x12, 0x03, 0x1A, value & 255))
+            block = bytes((operation, *dice.choices((0, 0, 0, 1, 8), k=15)))
             ram[BUFFER : BUFFER + 31] = struct.pack(
                 "<4sIIBBB16s", b"USBC", 1, dice.choice((0, 13, 512, value)), value & 0x80, 0, 10, block
             )
             for _ in range(dice.choice((1, 1, 3))):
-                length, flags = dice.choice((31, 13, 512, 513, 8, value & 0x1FFFF)), dice.choice((0x20, 0x24, 0x10, 0, value))
-                ring.put(dice.choice((BUFFER, BUFFER, BUFFER, value)), length, dice.choice((1, 1, 1, 7, 8, 5)) << 10 | flags & 0x3FE)
+                length = dice.choice((31, 13, 512, 513, 8, value & 0x1FFFF))
+                flags = dice.choice((1, 1, 1, 7, 8, 5)) << 10 | dice.choice((0x20, 0x24, 0x10, 0, value)) & 0x3FE
+                ring.put(dice.choice((BUFFER, BUFFER, BUFFER, value)), length, flags)
         driver.put(DOORBELL + 4 * slot, dci)
         if dice.random() < 0.3:
             driver.commands.put(ring.start + 16 * ring.index | ring.cycle, 0,

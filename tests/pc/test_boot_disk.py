@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SEABIOS, LARGER = (Path(f"/usr/share/seabios/{name}.bin") for name in ("bios", "bios-256k"))  # which knows NVMe
+# The larger one knows NVMe and xHCI.
+SEABIOS, LARGER = (Path(f"/usr/share/seabios/{name}.bin") for name in ("bios", "bios-256k"))
 pytestmark = pytest.mark.skipif(not SEABIOS.exists(), reason=f"{SEABIOS} is not there: Debian's package seabios")
 
 # mov ax, 0e41h; int 10h; mov dx, 3f8h; out dx, al; hlt
@@ -23,7 +24,7 @@ READS_ITS_END = (
 
 def boot(pc, image: Path, mode: str, kind: str = "blk") -> None:
     pc.write("mem_size", "16M")
-    pc.load("bios", LARGER if kind == "nvme" else SEABIOS)
+    pc.load("bios", LARGER if kind in ("nvme", "usb-disk") else SEABIOS)
     pc.write("dev/add", f"{kind} {image} {mode}")
     pc.start()
 
@@ -31,7 +32,8 @@ def boot(pc, image: Path, mode: str, kind: str = "blk") -> None:
 @pytest.mark.parametrize(
     "size, mode, kind",
     [(512, "rw", "blk"), (512, "ro", "blk"), (512, "cow", "blk"), (13_188, "ro", "blk"), (13_188, "cow", "blk"),
-     (64 * 512, "rw", "blk"), (2 << 20, "rw", "blk"), (2 << 20, "rw", "ahci"), (2 << 20, "rw", "nvme")],
+     (64 * 512, "rw", "blk"), (2 << 20, "rw", "blk"), (2 << 20, "rw", "ahci"), (2 << 20, "rw", "nvme"),
+     (2 << 20, "rw", "usb-disk")],
 )  # fmt: skip
 def test_a_boot_sector_on_a_disk_of_any_size(make_pc, tmp_path, size, mode, kind):
     image = tmp_path / "disk.img"

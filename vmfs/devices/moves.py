@@ -46,7 +46,7 @@ def parse(text: str) -> list[Move]:
             moves += [Move(button=button, down=way == "+") for way in match[1] or "+-"]
         else:
             raise Invalid(
-                f"mouse: {word[:40]!r} is no move (`10,-5`), no place (`@10,5`), no wheel-up or wheel-down, and no button"
+                f"mouse: {word[:40]!r} is no move (`10,-5`), no place (`@10,5`), no wheel-up, wheel-down or button"
             )
     if not moves:
         raise Invalid("mouse: it takes moves and buttons: `10,-5 left +left 0,20 -left wheel-down`")
