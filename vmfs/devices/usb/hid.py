@@ -131,9 +131,7 @@ class Hid(UsbDevice[S]):
         self.reports = deque(state.reports)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = (
-            None if state.next_report is None else self.board.schedule(state.next_report, self._interval_over)
-        )
+        self._timer = None if state.next_report is None else self.board.schedule(state.next_report, self._interval_over)
 
     def check(self, state: S) -> None:
         if any(len(one) != self.SIZE for one in (state.last, *state.reports)):
@@ -155,9 +153,7 @@ _ROWS = (
     (0x57, "kpplus kpenter kp1 kp2 kp3 kp4 kp5 kp6 kp7 kp8 kp9 kp0 kpdot lessgreater menu"),
     (_FIRST_MODIFIER, " ".join(_MODIFIERS)),
 )
-USAGES: Mapping[str, int] = {
-    name: first + at for first, names in _ROWS for at, name in enumerate(names.split())
-}
+USAGES: Mapping[str, int] = {name: first + at for first, names in _ROWS for at, name in enumerate(names.split())}
 # What a PS/2 keyboard sends of a key -> its usage, and whether it goes down.
 _OF_CODES: Mapping[bytes, tuple[int, bool]] = {
     code: (USAGES[name], down) for name in KEYS for down in (True, False) if (code := codes(name, down))

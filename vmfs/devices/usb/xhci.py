@@ -531,9 +531,7 @@ class Xhci(PciDevice[XhciState]):
             views.append(board.ram[trb.parameter : trb.parameter + trb.length])
         return views, spans
 
-    def _request(
-        self, number: int, slot: Slot, one: SlotEndpoint, device: UsbDevice[Any], transfer: Transfer
-    ) -> None:
+    def _request(self, number: int, slot: Slot, one: SlotEndpoint, device: UsbDevice[Any], transfer: Transfer) -> None:
         """A request to endpoint 0."""
         first, last = transfer.trbs[0], transfer.trbs[-1]
         stages = [trb for trb in transfer.trbs if trb.type == STATUS_STAGE]
