@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmfs.devices.virtio.backends import Stream
+from vmfs.devices.network.backends import Stream
 
 from bench.guests import CMDLINE, OFF, Guest, listen, on_tcg, on_vmfs, qemu_version
 from bench.harness import Result, mounted
