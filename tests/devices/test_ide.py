@@ -331,26 +331,47 @@ def test_interrupts_are_held_back_by_nien(disk):
 
 
 def test_an_interrupt_finds_its_status(pc, disk, monkeypatch):
-    """The status that a CPU polls without Python is not the one before the interrupt."""
-    shown, found, chip = [], [], pc.ide.chip
+    """The status that a CPU polls without Python is not the one before the interrupt; to read it takes that back."""
+    found, lines = [], pc.machine.irq_line
 
-    class Pio:
-        def __getattr__(self, name):
-            return getattr(chip, name)
-
-        def show(self, channel, status):
-            shown.append(status)
-            chip.show(channel, status)
-
-    def set_irq(device, line, level):
+    def irq_line(line, level):
+        lines(line, level)
         if level:
-            found.append((line, shown[-1]))
+            found.append((line, pc.ide.chip.read(1, 0, 1)))
 
-    monkeypatch.setattr(pc.ide, "chip", Pio())
-    monkeypatch.setattr(pc, "set_irq", set_irq)
+    monkeypatch.setattr(pc.machine, "irq_line", irq_line)
     disk.command(0xE5)
-    assert found == [(14, None)]  # Python's, who clears the interrupt
-    assert disk.status() == shown[-1] == DRDY | DSC
+    assert found == [(14, DRDY | DSC)] and disk.interrupt
+    assert pc.ide.chip.read(0, 7, 1) == DRDY | DSC and not disk.interrupt
+    assert disk.status() == DRDY | DSC and not disk.interrupt
+
+
+def test_registers_that_wait_in_the_chip(pc, disk, image):
+    """What the chip has taken note of is there for a command, a read, a state, and gone with another state."""
+    chip = pc.ide.chip
+    before = {name: pc.devices[name].pack() for name in ("ide", "hda")}
+    for offset, value in ((2, 0), (2, 3), (3, 0), (3, 9)):
+        assert chip.write(0, offset, 1, value)
+    assert disk.inp(disk.base + 3) == 9 and pc.devices["hda"].low == 9
+    assert all(chip.write(0, 3, 1, value) for value in (7, 8))
+    with pc.asleep():
+        state = pc.devices["hda"].save()
+    assert (state.low, state.sector_count) == (0x0708, 3)
+    assert all(chip.write(0, 3, 1, value) for value in (1, 2))
+    with pc.asleep():
+        for name, data in before.items():
+            pc.devices[name].load(pc.devices[name].unpack(pc.devices[name].STATE.VERSION, data))
+    assert pc.devices["hda"].low == 1 and disk.inp(disk.base + 3) == 1
+    disk.command(0x20, count=1, lba=1)
+    assert not chip.write(0, 3, 1, 5)  # it waits for its data to be taken
+    full = [chip.write(0, 1, 1, number) for number in range(40)]
+    assert not any(full)
+    disk.take()
+    full = [chip.write(0, 1, 1, number) for number in range(40)]
+    assert full == [True] * 32 + [False] * 8
+    assert not chip.write(0, 6, 1, 0xF0)  # another drive is selected
+    disk.out(disk.base + 1, 0x55)
+    assert pc.devices["hda"].features == 0x1F55
 
 
 def test_two_drives_on_a_channel(pc, image, tmp_path):

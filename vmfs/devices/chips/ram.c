@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "lists.h"
 #include "module.h"
 
 bool ram_has(const struct ram *ram, u64 address, u64 length)
@@ -175,6 +176,13 @@ static PyMethodDef ram_methods[] = {
     {"map", (PyCFunction)ram_map, METH_VARARGS,
      "map(buffer or None, ((start, end), ...)): where RAM is, by its addresses, and which of them are RAM. Nothing uses it then"},
     {"wrote", (PyCFunction)ram_wrote_spans, METH_O, "wrote([(address, length)]): devices have written that"},
+    {"prps", (PyCFunction)(void (*)(void))ram_prps, METH_FASTCALL,
+     "prps(prp1, prp2, length) -> [(address, length)]: the data of a command of NVMe; 1: an address is not aligned, 2: it is not RAM"},
+    {"prdt", (PyCFunction)(void (*)(void))ram_prdt, METH_FASTCALL,
+     "prdt(table, rows, skip, length) -> ([(address, length)] or a number as of `prps`, whether a row wants an interrupt): of AHCI's, the\n"
+     "bytes after `skip`, as many as there is room for"},
+    {"prds", (PyCFunction)(void (*)(void))ram_prds, METH_FASTCALL,
+     "prds(table, length) -> ([(address, length)] or a number as of `prps`, whether that is all of the table): of an IDE bus master"},
     {"take_dirty", (PyCFunction)ram_take_dirty, METH_NOARGS,
      "take_dirty() -> [(first page, bytes)]: a byte a page from there on, 1 where devices have written since the last call"},
     {NULL, NULL, 0, NULL},

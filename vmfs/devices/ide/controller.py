@@ -10,8 +10,9 @@ reads as zeros, as on QEMU and Bochs.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -40,9 +41,6 @@ _BM_COMMAND, _BM_STATUS, _BM_TABLE = 0, 2, 4
 _START, _TO_RAM = 1, 8
 _ACTIVE, _BM_ERROR, _BM_INTERRUPT, _CAPABLE = 1, 2, 4, 0x60
 _DEVICE_RESET, _DIAGNOSTIC = 0x08, 0x90
-_PRD = struct.Struct("<IHH")
-_TABLE_MOST = 0x1_0000 // _PRD.size  # it does not cross 64 KiB
-_END_OF_TABLE = 0x8000
 _BLOCK_MOST = 1 << 16
 
 
@@ -85,7 +83,8 @@ class Channel:
     def clear(self) -> None:
         self.unit = self.control = 0
         self.pending = [False, False]
-        self.bus_command = self.bus_status = self.bus_table = 0
+        self.controller.chip.take(self.number)
+        self.controller.chip.set_bus(self.number, 0, 0, 0)
 
     @property
     def selected(self) -> Drive[Any] | None:
@@ -102,25 +101,43 @@ class Channel:
     def interrupt(self, drive: Drive[Any]) -> None:
         self.pending[self.drives.index(drive)] = True
         self.controller.counters[f"interrupts.{self.number}"] += 1
-        self._drive_line()
+        self.changed()
 
     def changed(self) -> None:
-        """What the status reads as, and that to read it does nothing: it would clear INTRQ."""
-        is_quiet = not self.pending[self.unit]
-        self.controller.chip.show(self.number, self.status if is_quiet else None)
+        """Have the chip know how it is, and drive the line: a CPU may take the interrupt at once, and finds its
+        status."""
+        pending = self.pending[self.unit]
+        level = pending and not self.control & _NIEN and self.selected is not None
+        takes = not self.control & _SRST and not any(one is not None and one.is_waiting for one in self.drives)
+        self.controller.chip.show(self.number, self.status, self.unit, pending, level, takes)
+
+    def catch_up(self) -> None:
+        """Do what the chip has taken note of. It answers nothing then, until `changed`."""
+        log = self.controller.chip.take(self.number)
+        for at in range(0, len(log), 2):
+            offset, value = log[at], log[at + 1]
+            if offset == STATUS:
+                self.pending[self.unit] = False
+            else:
+                self._write_register(offset, value)
+        for drive in self.drives if log else ():  # it is another than a restore has left
+            if drive is not None:
+                self.controller.board.bus.touch(drive.number)
+
+    @contextlib.contextmanager
+    def caught_up(self) -> Iterator[None]:
+        """For what is done to the channel: its log is done before, and the chip knows all after it."""
+        self.catch_up()
+        try:
+            yield
+        finally:
+            self.changed()
 
     def settle(self) -> None:
         self.worker.hold()
 
     def at_end(self, call: Callable[[], None]) -> None:
         self.worker.at_end(call)
-
-    def _drive_line(self) -> None:
-        level = self.pending[self.unit] and not self.control & _NIEN and self.selected is not None
-        if level:
-            self.bus_status |= _BM_INTERRUPT
-        self.changed()  # first: a CPU may take the interrupt at once, and must find its status
-        self.controller.board.set_irq(self.controller, self.place.irq, level)
 
     @property
     def status(self) -> int:
@@ -138,7 +155,6 @@ class Channel:
         if offset == STATUS:
             status = self.status
             self.pending[self.unit] = False
-            self._drive_line()
             return status
         if drive is None:
             other = self.drives[0]  # drive 0 answers for a drive 1 that is not there (9.16.1)
@@ -150,10 +166,14 @@ class Channel:
             self._data(size, value)
             return
         value &= 0xFF
-        self.control &= ~_HOB
         if offset == COMMAND:
+            self.control &= ~_HOB
             self._command(value)
             return
+        self._write_register(offset, value)
+
+    def _write_register(self, offset: int, value: int) -> None:
+        self.control &= ~_HOB
         selected = self.selected
         if self.control & _SRST or (selected is not None and selected.is_waiting):
             return
@@ -162,7 +182,6 @@ class Channel:
                 drive.write_register(offset, value)
         if offset == DEVICE:
             self.unit = 1 if value & DEV else 0
-            self._drive_line()
 
     def _data(self, size: int, value: int | None) -> int:
         """An access to the data port that the chip does not answer: it ends a block, or there is none."""
@@ -194,12 +213,10 @@ class Channel:
             self._stop()
             drive.sign(DEV if self.unit else 0)
             self.pending[self.unit] = False
-            self._drive_line()
             return
         if drive.is_waiting:
             return
         self.pending[self.unit] = False
-        self._drive_line()
         drive.begin(value)
 
     def write_control(self, value: int) -> None:
@@ -212,7 +229,6 @@ class Channel:
                     drive.phase = "idle"
         elif was & _SRST and not value & _SRST:
             self._reset_drives()
-        self._drive_line()
 
     def _stop(self) -> None:
         """Nothing is under way any more."""
@@ -224,59 +240,54 @@ class Channel:
         for drive in self.drives:
             if drive is not None:
                 drive.sign(0)
-        self._drive_line()
 
     # ---- the bus master
 
-    def read_bus(self, offset: int, size: int) -> int:
-        registers = struct.pack("<BBBBI", self.bus_command, 0, self.bus_status, 0, self.bus_table)
-        return int.from_bytes(registers[offset : offset + size].ljust(size, b"\0"), "little")
-
     def write_bus(self, offset: int, size: int, value: int) -> None:
+        """What the chip does not do itself: what begins or ends something, and what no driver writes."""
+        command, status, table = self.controller.chip.bus(self.number)
         if offset >= _BM_TABLE:
             shift, mask = 8 * (offset - _BM_TABLE), (1 << 8 * size) - 1
-            self.bus_table = (self.bus_table & ~(mask << shift) | (value & mask) << shift) & 0xFFFF_FFFC
+            table = (table & ~(mask << shift) | (value & mask) << shift) & 0xFFFF_FFFF
+            self.controller.chip.set_bus(self.number, command, status, table)
             return
         for at, byte in enumerate(value.to_bytes(size, "little"), offset):
             if at == _BM_COMMAND:
                 self._write_bus_command(byte)
             elif at == _BM_STATUS:
-                kept = self.bus_status & ~(byte & (_BM_ERROR | _BM_INTERRUPT))
-                self.bus_status = kept & ~_CAPABLE | byte & _CAPABLE
+                kept = byte & (_BM_ERROR | _BM_INTERRUPT) | _CAPABLE
+                self._mark(kept, byte & _CAPABLE)
+
+    def _mark(self, clear: int, set_: int = 0) -> None:
+        """Bits of the bus master's status."""
+        self.controller.chip.mark_bus(self.number, clear, set_)
 
     def _write_bus_command(self, value: int) -> None:
-        was, self.bus_command = self.bus_command, value & (_START | _TO_RAM)
-        if not value & _START:
-            if was & _START:
-                self.worker.hold()
-            self.bus_status &= ~_ACTIVE
-        elif not was & _START:
-            self.bus_status |= _ACTIVE
+        was, _, table = self.controller.chip.bus(self.number)
+        if not value & _START and was & _START:
+            self.worker.hold()
+        _, status, _ = self.controller.chip.bus(self.number)
+        active = _ACTIVE if value & _START and (not was & _START or status & _ACTIVE) else 0
+        self.controller.chip.set_bus(self.number, value & (_START | _TO_RAM), status & ~_ACTIVE | active, table)
+        if active and not was & _START:
             drive = self.selected
             if drive is not None and drive.phase in ("dma_in", "dma_out"):
                 self._move(drive)
 
     def dma_ready(self, drive: Drive[Any]) -> None:
-        if self.bus_command & _START and self.bus_status & _ACTIVE:
+        command, status, _ = self.controller.chip.bus(self.number)
+        if command & _START and status & _ACTIVE:
             self._move(drive)
 
     def _spans(self, length: int) -> tuple[list[tuple[int, int]], bool]:
         """Where the next `length` bytes of RAM are, or fewer; and whether that is all of the table. Invalid where it
         is not RAM."""
-        board, spans, left = self.controller.board, [], length
-        for number in range(_TABLE_MOST):
-            address = self.bus_table & ~0xFFFF | (self.bus_table + number * _PRD.size) & 0xFFFF
-            start, size, flags = _PRD.unpack(board.dma_read(address, _PRD.size))
-            start, size = start & ~1, (size & ~1) or 0x1_0000
-            is_last = bool(flags & _END_OF_TABLE)
-            taken = min(size, left)
-            if not board.is_ram(start, taken):
-                raise Invalid(f"{taken} bytes at {start:#x} are not RAM")
-            spans.append((start, taken))
-            left -= taken
-            if is_last or not left:
-                return spans, is_last and taken == size
-        raise Invalid("a table without an end")
+        board = self.controller.board
+        assert board.ram is not None  # it is mapped
+        spans, is_all = board.ram_chip.prds(self.controller.chip.bus(self.number)[2], length)
+        if isinstance(spans, int):
+            raise Invalid("a table that is not RAM, leads elsewhere, or has no end")
+        return spans, is_all
 
     def _move(self, drive: Drive[Any]) -> None:
         """Have the bus master do what its table says."""
@@ -285,12 +296,12 @@ class Channel:
         try:
             if not controller.is_master:
                 raise Invalid("the function is no bus master")
-            if to_ram != bool(self.bus_command & _TO_RAM):
+            if to_ram != bool(controller.chip.bus(self.number)[0] & _TO_RAM):
                 raise Invalid("the bus master goes the other way")
             spans, is_all = self._spans(drive.dma_length())
         except Invalid:
             controller.counters["bad_dma"] += 1
-            self.bus_status = self.bus_status & ~_ACTIVE | _BM_ERROR
+            self._mark(_ACTIVE, _BM_ERROR)
             drive.end_dma()
             return
         length = sum(size for _, size in spans)
@@ -306,35 +317,43 @@ class Channel:
                 raise failure
             drive.set_busy(False)
             if is_short or is_all:
-                self.bus_status &= ~_ACTIVE
+                self._mark(_ACTIVE)
             drive.dma_moved(length, failure)
 
-        drive.dma_begin(self.worker, length, views, then, then)
+        def finish(failure: Exception | None) -> None:
+            with self.caught_up():
+                then(failure)
+
+        drive.dma_begin(self.worker, length, views, then, finish)
 
     # ---- life
 
     def save(self) -> ChannelState:
+        with self.caught_up():
+            pass
         block = self.controller.chip.state(self.number)
+        bus_command, bus_status, bus_table = self.controller.chip.bus(self.number)
         return ChannelState(
             unit=self.unit,
             control=self.control,
             pending=(self.pending[0], self.pending[1]),
-            bus_command=self.bus_command,
-            bus_status=self.bus_status,
-            bus_table=self.bus_table,
+            bus_command=bus_command,
+            bus_status=bus_status,
+            bus_table=bus_table,
             block=None if block is None else Block(*block),
         )
 
     def load(self, state: ChannelState) -> None:
-        for name in ("unit", "control", "bus_command", "bus_status"):
-            setattr(self, name, getattr(state, name))
-        self.bus_table = state.bus_table & 0xFFFF_FFFC
+        chip = self.controller.chip
+        chip.take(self.number)  # what is not done yet is not of this state
+        self.unit, self.control = state.unit, state.control
         self.pending = list(state.pending)
         if state.block is None:
             self.close_block()
         else:
-            self.controller.chip.open(self.number, state.block.to_host, state.block.data, state.block.at)
-        self._drive_line()
+            chip.open(self.number, state.block.to_host, state.block.data, state.block.at)
+        self.changed()
+        chip.set_bus(self.number, state.bus_command, state.bus_status, state.bus_table)
 
 
 class Ide(PciDevice[IdeState]):
@@ -348,7 +367,7 @@ class Ide(PciDevice[IdeState]):
     def __init__(self, board: Port, name: str, slot: int, function: int = 0) -> None:
         self.function_number = function
         super().__init__(board, name, slot)
-        self.chip = _chips.Pio(board.bus, self.number)
+        self.chip = _chips.Pio(board.bus, self.number, tuple(place.irq for place in PLACES))
         self.channels = Channel(self, 0), Channel(self, 1)
         self.writes_have_effects(_IDETIM, 4)
         self._mask[_IDETIM : _IDETIM + 5] = b"\xff" * 5  # and SIDETIM
@@ -404,20 +423,21 @@ class Ide(PciDevice[IdeState]):
             self._config_changed()
 
     def read(self, region: int, offset: int, size: int) -> int:
-        if region == BUS_MASTER:
-            return self.channels[offset >> 3].read_bus(offset & 7, size)
         value = self.chip.read(region, offset, size)
         if value is not None:
             return int(value)
         channel = self.channels[region >> 1]
-        return channel.status if region & 1 else channel.read(offset, size)
+        with channel.caught_up():
+            return channel.status if region & 1 else channel.read(offset, size)
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
-        if region == BUS_MASTER:
-            self.channels[offset >> 3].write_bus(offset & 7, size, value)
-        elif not self.chip.write(region, offset, size, value):
-            channel = self.channels[region >> 1]
-            if region & 1:
+        if self.chip.write(region, offset, size, value):
+            return
+        channel = self.channels[offset >> 3 if region == BUS_MASTER else region >> 1]
+        with channel.caught_up():
+            if region == BUS_MASTER:
+                channel.write_bus(offset & 7, size, value)
+            elif region & 1:
                 channel.write_control(value & 0xFF)
             else:
                 channel.write(offset, size, value)
@@ -429,14 +449,15 @@ class Ide(PciDevice[IdeState]):
 
     def sleep(self) -> None:
         for channel in self.channels:
-            channel.worker.hold()
+            with channel.caught_up():
+                channel.worker.hold()
 
     def reset(self) -> None:
         super().reset()
         for channel in self.channels:
             channel.clear()
             channel.close_block()
-            channel._drive_line()
+            channel.changed()
 
     def save(self) -> IdeState:
         channels = self.channels[0].save(), self.channels[1].save()

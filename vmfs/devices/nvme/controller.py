@@ -31,7 +31,6 @@ from vmfs.devices.nvme.queues import (
     CompletionState,
     Submission,
     SubmissionState,
-    spans,
 )
 from vmfs.devices.pci import MSIX, MSIX_BAR, Bar, PciDevice, PciState
 from vmfs.devices.virtio.disk import SECTOR, Disk
@@ -313,7 +312,11 @@ class Nvme(PciDevice[NvmeState]):
         self._rings.add(submission.completion)
 
     def _spans(self, command: Command, length: int) -> list[tuple[int, int]]:
-        return spans(self.board, command.prp1, command.prp2, length, BAD_PRP, TRANSFER_ERROR)
+        assert self.board.ram is not None  # it is mapped
+        found: int | list[tuple[int, int]] = self.board.ram_chip.prps(command.prp1, command.prp2, length)
+        if isinstance(found, int):
+            raise CommandFailed((OK, BAD_PRP, TRANSFER_ERROR)[found])
+        return found
 
     # ---- reads and writes
 
@@ -371,16 +374,8 @@ class Nvme(PciDevice[NvmeState]):
             raise CommandFailed(OUT_OF_RANGE)
 
     def _views(self, found: list[tuple[int, int]]) -> list[memoryview]:
-        """Neighbours as one."""
-        ram, views, at = self.board.ram, [], 0
-        while at < len(found):
-            start, size = found[at]
-            at += 1
-            while at < len(found) and found[at][0] == start + size:
-                size += found[at][1]
-                at += 1
-            views.append(ram[start : start + size])
-        return views
+        ram = self.board.ram
+        return [ram[start : start + size] for start, size in found]
 
     def _transfer(self, command: Command, what: str) -> list[tuple[int, int]]:
         length = command.blocks << LBA_SHIFT

@@ -1,6 +1,6 @@
-"""Queues of NVMe, and where a command's data are (PRP).
+"""Queues of NVMe.
 
-Source: NVM Express 1.4, 4.1 (queues), 4.3 (PRP), 4.6 (completions).
+Source: NVM Express 1.4, 4.1 (queues), 4.6 (completions).
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Annotated
 import msgspec
 
 from vmfs.devices.device import U16, U64, Port
-from vmfs.devices.nvme.identify import PAGE
 
 COMMAND = struct.Struct("<BBHI8xQQQIIIIII")  # opcode, flags, id, namespace, MPTR, PRP1, PRP2, CDW 10 to 15
 COMPLETION = struct.Struct("<IIHHHH")
 ENTRIES_MOST = 1024
-_POINTERS = PAGE // 8
 
 Size = Annotated[int, msgspec.Meta(ge=2, le=ENTRIES_MOST)]
 
@@ -120,44 +118,3 @@ class Completion:
         self.tail += 1
         if self.tail == self.size:
             self.tail, self.phase = 0, not self.phase
-
-
-def spans(board: Port, prp1: int, prp2: int, length: int, bad_offset: int, bad_memory: int) -> list[tuple[int, int]]:
-    """Where `length` bytes of a command are. CommandFailed with one of these statuses."""
-    if prp1 & 3:
-        raise CommandFailed(bad_offset)
-    first = min(PAGE - prp1 % PAGE, length)
-    found, left = [(prp1, first)], length - first
-    if left > PAGE:
-        _listed(board, prp2, left, found, bad_offset, bad_memory)
-    elif left:
-        if prp2 % PAGE:
-            raise CommandFailed(bad_offset)
-        found.append((prp2, left))
-    for start, size in found:
-        if not board.is_ram(start, size):
-            raise CommandFailed(bad_memory)
-    return found
-
-
-def _listed(board: Port, at: int, left: int, found: list[tuple[int, int]], bad_offset: int, bad_memory: int) -> None:
-    """Of a list of pages; the last entry of one that is full leads to the next list."""
-    if at & 7:
-        raise CommandFailed(bad_offset)
-    while left:
-        room = _POINTERS - at % PAGE // 8
-        pages = -(-left // PAGE)
-        count = min(room, pages)
-        if not board.is_ram(at, 8 * count):
-            raise CommandFailed(bad_memory)
-        pointers = struct.unpack(f"<{count}Q", board.dma_read(at, 8 * count))
-        if pages > room:
-            pointers, at = pointers[:-1], pointers[-1]
-            if at % PAGE:  # so that each list but the first has pages, and the way has an end
-                raise CommandFailed(bad_offset)
-        for pointer in pointers:
-            if pointer % PAGE:
-                raise CommandFailed(bad_offset)
-            size = min(PAGE, left)
-            found.append((pointer, size))
-            left -= size

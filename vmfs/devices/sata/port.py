@@ -37,11 +37,8 @@ _DET = 0xF
 _NOTHING_YET, _NO_SIGNATURE = 0x7F, 0xFFFF_FFFF
 
 _HEADER = struct.Struct("<HHIQ16x")  # flags, rows, bytes moved, table
-_ROW = struct.Struct("<QII")  # address, reserved, count and flag
 _CFL, _TO_DEVICE, _CLEARS_BUSY = 0x1F, 0x40, 0x400
 _TABLE, _ACMD = 0x80, 0x40
-_ROW_INTERRUPT = 1 << 31
-_ROWS_AT_ONCE = 512
 _FIS_COMMAND, _FIS_REGISTERS, _FIS_PIO = 0x27, 0x34, 0x5F
 _AT_PIO, _AT_REGISTERS = 0x20, 0x40  # in what FB points to
 _C, _SRST = 0x80, 4
@@ -385,28 +382,15 @@ class AhciPort:
 
     def _spans(self, length: int) -> list[tuple[int, int]]:
         """Where the next `length` bytes of the command's data are, or as many as the table has room for."""
-        spans: list[tuple[int, int]] = []
-        board, skip, left = self.controller.board, self._at, length
-        for first in range(0, self._rows, _ROWS_AT_ONCE):
-            count = min(_ROWS_AT_ONCE, self._rows - first)
-            rows = self._read(self._table + _TABLE + first * _ROW.size, count * _ROW.size)
-            for address, _, word in _ROW.iter_unpack(rows):
-                size = (word & 0x3F_FFFF | 1) + 1
-                if skip >= size:
-                    skip -= size
-                    continue
-                start, taken = (address & ~1) + skip, min(size - skip, left)
-                skip = 0
-                if not board.is_ram(start, taken):
-                    raise _BadTable
-                spans.append((start, taken))
-                left -= taken
-                self._row_interrupts |= bool(word & _ROW_INTERRUPT)
-                if not left:
-                    self._at += length
-                    return spans
-        self._at += length - left
-        return spans
+        board = self.controller.board
+        assert board.ram is not None  # it is mapped
+        spans, interrupts = board.ram_chip.prdt(self._table + _TABLE, self._rows, self._at, length)
+        if isinstance(spans, int):
+            raise _BadTable
+        self._row_interrupts |= interrupts
+        self._at += sum(size for _, size in spans)
+        found: list[tuple[int, int]] = spans
+        return found
 
     def _move(self, drive: Drive[Any]) -> None:
         """The data of DMA, all that is left of the command."""
