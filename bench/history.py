@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmfs.devices.network.backends import Stream
-
 from bench.guests import CMDLINE, OFF, Guest, listen, on_tcg, on_vmfs, qemu_version
 from bench.harness import Result, mounted
+from vmfs.devices.network.backends import Stream
 from vmfs.devices.virtio.net import Net
 from vmfs.engine.emulator.engine import EmulatorEngine
 from vmfs.machine.history import History
