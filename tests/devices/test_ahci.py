@@ -10,7 +10,7 @@ import threading
 import pytest
 from devices.fakes import FakeMachine, Guest, plain, refuses
 
-from vmfs.devices.ide.ata import AtaDisk
+from vmfs.devices.ide.ata import COMMANDS, AtaDisk
 from vmfs.devices.ide.atapi import PACKETS, CdDrive
 from vmfs.devices.machine import AHCI_SLOT, Pc
 from vmfs.devices.virtio.disk import open_disk
@@ -20,9 +20,11 @@ from vmfs.words.errors import Busy
 RAM = 8 << 20
 SECTORS = 4096
 LIST, FIS, TABLE, BUFFER = 0x1_0000, 0x1_1000, 0x1_2000, 0x10_0000
-CLB, FB, IS, IE, CMD, TFD, SIG, SSTS, SCTL, SERR, CI = 0, 8, 0x10, 0x14, 0x18, 0x20, 0x24, 0x28, 0x2C, 0x30, 0x38
-DHRS, PSS, DPS, PCS, OFS, HBFS, TFES = 1, 2, 1 << 5, 1 << 6, 1 << 24, 1 << 29, 1 << 30
+CLB, FB, IS, IE, CMD, TFD, SIG, SSTS, SCTL, SERR = 0, 8, 0x10, 0x14, 0x18, 0x20, 0x24, 0x28, 0x2C, 0x30
+SACT, CI = 0x34, 0x38
+DHRS, PSS, SDBS, DPS, PCS, OFS, HBFS, TFES = 1, 2, 8, 1 << 5, 1 << 6, 1 << 24, 1 << 29, 1 << 30
 READ, WRITE, IDENTIFY, PACKET = 0x25, 0x35, 0xEC, 0xA0
+READ_QUEUED, WRITE_QUEUED, READ_LOG = 0x60, 0x61, 0x2F
 
 
 class Driver(Guest):
@@ -54,16 +56,30 @@ class Driver(Guest):
             self.board.ram[at : at + 16] = struct.pack("<QII", address, 0, size - 1 | end)
 
     def issue(self, command, *, lba=0, count=1, features=0, rows=((BUFFER, 512),), flags=5, slot=0, packet=b"", c=0x80,
-              control=0, end=0):  # fmt: skip
+              control=0, end=0, device=0xE0):  # fmt: skip
         ram = self.board.ram
         self.rows(*rows, end=end)
         head = struct.pack("<HHIQ", flags, len(rows), 0xFFFFFFFF, TABLE)
         ram[LIST + 32 * slot : LIST + 32 * slot + 16] = head
         low = lba.to_bytes(6, "little")
-        fis = bytes((0x27, c, command, features, *low[:3], 0xE0, *low[3:], 0, count & 255, count >> 8, 0, control))
+        first = 0x27, c, command, features & 255, *low[:3], device
+        fis = bytes((*first, *low[3:], features >> 8, count & 255, count >> 8, 0, control))
         ram[TABLE : TABLE + 16] = fis
         ram[TABLE + 0x40 : TABLE + 0x50] = packet.ljust(16, b"\0")
         self.put(CI, 1 << slot)
+
+    def queue(self, command, tag, *, lba=0, count=1, **more):
+        """A queued command in the slot of its tag."""
+        self.put(SACT, 1 << tag)
+        self.issue(command, lba=lba, count=tag << 3, features=count, slot=tag, **more)
+
+    def log(self, log):
+        """A page, by READ LOG EXT."""
+        self.issue(READ_LOG, lba=log)
+        assert self.get(CI) == 0 and self.get(TFD) == 0x50
+        page = bytes(self.board.ram[BUFFER : BUFFER + 512])
+        assert log == 0 or sum(page) & 0xFF == 0
+        return page
 
     def moved(self, slot=0):
         return struct.unpack_from("<I", self.board.ram, LIST + 32 * slot + 4)[0]
@@ -112,7 +128,7 @@ def cd(tmp_path):
 
 def test_identity(pc, disk):
     assert Guest(pc).config(AHCI_SLOT, 0) == 0x2922_8086 and Guest(pc).config(AHCI_SLOT, 8) >> 8 == 0x010601
-    assert disk.load(disk.abar) == 0x8134_1F05 and disk.load(disk.abar + 0xC) == 0x3F
+    assert disk.load(disk.abar) == 0xC134_1F05 and disk.load(disk.abar + 0xC) == 0x3F
     assert disk.load(disk.abar + 0x10) == 0x0001_0301 and disk.load(disk.abar + 4) == 0x8000_0002
     assert (disk.get(SSTS), disk.get(SIG), disk.get(TFD)) == (0x133, 0x101, 0x150)
     assert bytes(pc.ram[FIS + 0x40 : FIS + 0x48]) == bytes((0x34, 0, 0x50, 1, 1, 0, 0, 0))
@@ -121,7 +137,7 @@ def test_identity(pc, disk):
     assert (none.get(SSTS), none.get(SIG), none.get(TFD)) == (0, 0xFFFFFFFF, 0x7F)
     disk.issue(IDENTIFY)
     words = struct.unpack_from("<256H", pc.ram, BUFFER)
-    assert words[100] == SECTORS and words[76] == 0xE and words[93] == 0
+    assert words[100] == SECTORS and words[75:77] == (31, 0x10E) and words[84] & words[87] & 0x20 and words[93] == 0
     assert sum(struct.pack("<256H", *words)) & 0xFF == 0
     assert disk.get(CI) == 0 and disk.get(IS) == PSS and disk.interrupt  # PIO to the host ends with its own FIS
     assert pc.ram[FIS + 0x20] == 0x5F and pc.ram[FIS + 0x20 + 15] == 0x50 and disk.get(TFD) == 0x50
@@ -159,7 +175,7 @@ def test_pio_and_no_data(pc, disk, image):
 
 @pytest.mark.parametrize(
     ("command", "options", "error"),
-    [(0xB0, {}, 4), (READ, {"lba": SECTORS}, 0x10), (0x60, {}, 4), (PACKET, {}, 4)],
+    [(0xB0, {}, 4), (READ, {"lba": SECTORS}, 0x10), (0x4F, {}, 4), (PACKET, {}, 4)],
 )
 def test_a_command_that_fails(disk, command, options, error):
     disk.issue(command, **options)
@@ -197,6 +213,79 @@ def test_memory_that_is_none(pc, disk, image, what):
     disk.restart()
     disk.issue(READ)
     assert disk.get(CI) == 0 and disk.get(TFD) == 0x50
+
+
+def test_queued_commands(pc, disk, image):
+    """A command's bit leaves PxCI when the drive has it, and PxSACT when a FIS says that it is done."""
+    before = image.read_bytes()
+    disk.queue(READ_QUEUED, 5, lba=7, count=2, rows=((BUFFER, 1024),))
+    assert bytes(pc.ram[BUFFER : BUFFER + 1024]) == before[7 * 512 : 9 * 512] and disk.moved(5) == 1024
+    assert (disk.get(CI), disk.get(SACT), disk.get(IS), disk.get(TFD)) == (0, 0, SDBS, 0x50) and disk.interrupt
+    assert bytes(pc.ram[FIS + 0x58 : FIS + 0x60]) == bytes((0xA1, 0x40, 0x50, 0)) + (1 << 5).to_bytes(4, "little")
+    disk.put(IS, SDBS)
+    disk.store(disk.abar + 8, 1)
+    assert not disk.interrupt
+    pc.ram[BUFFER : BUFFER + 512] = b"q" * 512
+    flushed = []
+    drive, write = pc.devices["sata0"], pc.devices["sata0"].disk.write
+    drive.disk.write = lambda at, views, through=False: (flushed.append(through), write(at, views, through=through))
+    disk.queue(WRITE_QUEUED, 31, lba=SECTORS - 1, flags=0x45, device=0x40)
+    assert image.read_bytes() == before[:-512] + b"q" * 512 and disk.get(SACT) == 0 and flushed == [False]
+    disk.queue(WRITE_QUEUED, 0, lba=0, flags=0x45, device=0xE0)
+    assert flushed == [False, True]  # FUA
+
+
+def test_queued_commands_fail(pc, disk, image):
+    """One that fails stops all, and the drive says in its log which; until that is read it does nothing else."""
+    before = image.read_bytes()
+    directory = disk.log(0)
+    assert struct.unpack_from("<H", directory, 0) == (1,) and struct.unpack_from("<H", directory, 0x20) == (1,)
+    assert disk.log(0x10)[0] == 0x80  # nothing has
+    drive = pc.devices["sata0"]
+    read = drive.disk.read_at_once, drive.disk.read
+    drive.disk.read_at_once = lambda *rest: False
+
+    def bad(*rest):
+        raise OSError(5, "bad sector")
+
+    drive.disk.read = bad
+    disk.put(IS, 0xFFFFFFFF)
+    disk.put(SACT, 1 << 4)
+    disk.queue(READ_QUEUED, 3, lba=0x123, count=8, rows=((BUFFER, 4096),))
+    assert disk.get(IS) & (SDBS | TFES) == SDBS | TFES and disk.get(TFD) == 0x4051 and disk.interrupt
+    assert disk.get(SACT) == 0x18 and disk.get(CI) == 0
+    assert bytes(pc.ram[FIS + 0x58 : FIS + 0x60]) == bytes((0xA1, 0x40, 0x51, 0x40, 0, 0, 0, 0))
+    disk.put(CI, 1 << 4)
+    assert disk.get(CI) == 1 << 4  # it stays, as all of the port does
+    drive.disk.read_at_once, drive.disk.read = read
+    disk.restart()
+    assert disk.get(SACT) == disk.get(CI) == 0
+    state = plain(drive)
+    assert state["queue_error"] and refuses(drive, state | {"queue_error": b"x"})
+    disk.issue(WRITE, flags=0x45)
+    assert disk.get(TFD) == 0x451 and image.read_bytes() == before
+    disk.restart()
+    page = disk.log(0x10)
+    assert page[:14] == bytes((3, 0, 0x51, 0x40, 0x23, 1, 0, 0xE0, 0, 0, 0, 0, 3 << 3, 0))
+    disk.queue(READ_QUEUED, 3, lba=1)
+    assert disk.get(SACT) == 0 and bytes(pc.ram[BUFFER : BUFFER + 512]) == before[512:1024]
+    disk.queue(READ_QUEUED, 9, lba=SECTORS)  # no such sector: it is not taken
+    assert disk.get(TFD) == 0x1051 and disk.get(CI) == disk.get(SACT) == 1 << 9
+    disk.restart()
+    assert disk.log(0x10)[:4] == bytes((9, 0, 0x51, 0x10))
+    for log, count in ((0x11, 1), (0x10, 2), (0x110, 1)):
+        disk.issue(READ_LOG, lba=log, count=count)
+        assert disk.get(TFD) == 0x451
+        disk.restart()
+
+
+def test_a_command_among_queued_ones(disk):
+    """Queued and other commands do not mix (ATA8-ACS, 4.15.2): all are aborted."""
+    disk.put(SACT, 2)
+    disk.issue(READ)
+    assert disk.get(TFD) == 0x451 and disk.get(SACT) == 2 and disk.get(CI) == 1
+    disk.restart()
+    assert disk.log(0x10)[0] == 0x80
 
 
 def test_a_table_without_room(disk):
@@ -339,7 +428,7 @@ def test_any_driver(tmp_path, seed):
                 driver.load(driver.abar + dice.randrange(0x1000), dice.choice((1, 2, 4, 8)))
                 driver.restart()
             else:
-                command = dice.choice((0x20, 0x25, 0x30, 0x35, 0xC4, 0xC8, 0xEC, 0xA0, 0xA1, 0xEF, 0x90, value & 255))
+                command = dice.choice((*COMMANDS, PACKET, 0xA1, 0x90, value & 255))
                 rows = (BUFFER >> 3, value & 0x3FFFF or 1), (dice.choice((value << 3, BUFFER >> 2)), 512)
                 driver.issue(
                     command, lba=value & 0x7F, count=value & 0xFF, rows=rows, features=value & 1,

@@ -20,11 +20,17 @@ def test_a_disk_and_a_cd(make_pc, ext4: Path, tmp_path: Path) -> None:  # noqa: 
     pc = make_pc()
     pc.write("dev/add", f"ahci {ext4} rw\n")
     pc.write("dev/add", f"ahci-cdrom {iso}\n")
+    spoiled = tmp_path / "spoiled"
+    spoiled.write_bytes(content[: MIB * 2])
+    pc.write("dev/add", f"ahci {spoiled} ro\n")
     booted(
         pc,
         {
-            "fill": "mount -t iso9660 -o ro /dev/sr0 /cd\nmount /dev/sda /mnt\ncp /cd/data /mnt/copy\numount /cd\n"
+            "fill": "a=/dev/$(ls /sys/bus/scsi/devices/0:0:0:0/block)\n"
+            "mount -t iso9660 -o ro /dev/sr0 /cd\nmount $a /mnt\ncp /cd/data /mnt/copy\numount /cd\n"
             "sync\necho 3 >/proc/sys/vm/drop_caches\nmd5sum </mnt/copy\numount /mnt",
+            "reads": "b=/dev/$(ls /sys/bus/scsi/devices/2:0:0:0/block)\n"
+            "dd if=$b bs=64k count=1 iflag=direct 2>/dev/null | md5sum\ndd if=$b bs=64k skip=24 count=1 iflag=direct",
             "look": "mount -t iso9660 -o ro /dev/sr0 /cd\nmd5sum </cd/data\numount /cd",
         },
         modules=("ahci", "sd_mod", "sr_mod", "crc32c_generic", "ext4", "isofs"),
@@ -39,6 +45,13 @@ def test_a_disk_and_a_cd(make_pc, ext4: Path, tmp_path: Path) -> None:  # noqa: 
     pc.write("dev/sata1/media", str(other))
     assert pc.shell("look").split()[0] == hashlib.md5(b"second").hexdigest()
     assert counters(pc, "sata0")["write_bytes"] >= 2 * MIB and counters(pc, "sata0")["flushes"] > 0
-    assert info(pc, "ahci")["drives"] == "sata0 sata1"
+    assert info(pc, "ahci")["drives"] == "sata0 sata1 sata2"
     assert _e2("e2fsck", "-fn", ext4) == 0
     assert "exception" not in pc.shell("dmesg | grep -e ata -e sda; true")
+    # Queued commands: what fails is found in the drive's log, and all else goes on
+    assert said.count("NCQ (depth 32)") == 2
+    assert pc.shell("cat /sys/bus/scsi/devices/0:0:0:0/queue_depth") == "32\n"
+    os.truncate(spoiled, MIB)
+    said = pc.shell("reads; dmesg | grep -e ata3")
+    assert said.split()[0] == hashlib.md5(content[: 64 << 10]).hexdigest() and "Input/output error" in said
+    assert "READ FPDMA QUEUED" in said and "{ UNC }" in said and "media error" in said, said

@@ -1,9 +1,11 @@
 """An ATA disk: PIO, multiple, DMA; CHS, LBA of 28 and of 48 bits; IDENTIFY DEVICE, SET FEATURES, flushes.
 
-What is not there and is answered with ABRT: SMART, security, host protected area, queued and streaming commands.
+At a port of SATA it has queued commands (NCQ). What is not there and is answered with ABRT: SMART, security, host
+protected area, streaming commands, queues of PATA.
 A disk that is `ro` aborts what would write.
 
-Source: ATA/ATAPI-6 (T13/1410D), chapters 6.2 (addresses), 8 (commands) and 8.15 (IDENTIFY DEVICE).
+Source: ATA/ATAPI-6 (T13/1410D), chapters 6.2 (addresses), 8 (commands) and 8.15 (IDENTIFY DEVICE); ATA8-ACS, 4.15
+(NCQ), A.3 and A.14 (logs).
 """
 
 from __future__ import annotations
@@ -11,12 +13,26 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
 from vmfs.devices.device import U32, U64, Port
-from vmfs.devices.ide.drive import ABRT, DRDY, DSC, IDNF, LBA, UNC, Drive, DriveState, mode_words, words_of
+from vmfs.devices.ide.drive import (
+    ABRT,
+    DRDY,
+    DSC,
+    ERR,
+    IDNF,
+    LBA,
+    QUEUED,
+    UNC,
+    WRITE_QUEUED,
+    Drive,
+    DriveState,
+    mode_words,
+    words_of,
+)
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.words.errors import Invalid
 
@@ -25,13 +41,20 @@ _LBA28_MOST = 0x0FFF_FFFF
 _LBA48_MOST = (1 << 48) - 1
 _HEADS, _TRACK, _CYLINDERS_MOST = 16, 63, 16383
 _NO_ADDRESS = -1
+_READ_LOG, _DIRECTORY, _QUEUE_ERRORS = 0x2F, 0x00, 0x10
+_ERROR = struct.Struct("<BxBB3BB3BxH")  # of a queued command: tag, status, error, address, device, address, count
+_NOT_QUEUED = 0x80
+_FUA = 0x80  # of the device register
 
 OverlayMap = dict[U32, Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]]
 
 
 class AtaState(DriveState):
     """`address`: of the next sector; `left`: how many are to come, `block` at a time; `translation`: heads and
-    sectors a track as INITIALIZE DEVICE PARAMETERS has set them; the rest as of virtio's disks."""
+    sectors a track as INITIALIZE DEVICE PARAMETERS has set them; `queue_error`: what the log says of the queued command
+    that has failed, until that is read; the rest as of virtio's disks."""
+
+    VERSION: ClassVar[int] = 2
 
     address: U64
     left: Annotated[int, msgspec.Meta(ge=0, le=0x1_0000)]
@@ -40,6 +63,7 @@ class AtaState(DriveState):
     translation: tuple[Annotated[int, msgspec.Meta(ge=1, le=16)], Annotated[int, msgspec.Meta(ge=1, le=255)]]
     write_cache: bool
     standby: bool
+    queue_error: Annotated[bytes, msgspec.Meta(max_length=_ERROR.size)]
     size: U64
     overlay: OverlayMap
 
@@ -84,7 +108,8 @@ class AtaDisk(Drive[AtaState]):
         low, mid, high = self.low & 0xFF, self.mid & 0xFF, self.high & 0xFF
         if self._is_extended:
             upper = self.low >> 8 | self.mid & 0xFF00 | (self.high & 0xFF00) << 8
-            return low | mid << 8 | high << 16 | upper << 24, self.sector_count or 0x1_0000
+            count = self.features if self.command in QUEUED else self.sector_count
+            return low | mid << 8 | high << 16 | upper << 24, count or 0x1_0000
         count = self.sector_count & 0xFF or 0x100
         head = self.device & 0xF
         if self.device & LBA:
@@ -101,7 +126,8 @@ class AtaDisk(Drive[AtaState]):
             self.low = address & 0xFF | (address >> 24 & 0xFF) << 8
             self.mid = address >> 8 & 0xFF | (address >> 32 & 0xFF) << 8
             self.high = address >> 16 & 0xFF | (address >> 40 & 0xFF) << 8
-            self.sector_count = left & 0xFFFF
+            if self.command not in QUEUED:  # it has its tag there
+                self.sector_count = left & 0xFFFF
             return
         self.sector_count = left & 0xFF
         if self.device & LBA:
@@ -160,6 +186,60 @@ class AtaDisk(Drive[AtaState]):
     def _write_dma(self) -> None:
         if self._begin_sectors(writes=True):
             self.await_dma(to_host=False)
+
+    # ---- queued commands
+
+    def _read_queued(self) -> None:
+        if self.is_serial:
+            self._read_dma()
+        else:
+            self.fail(ABRT)
+
+    def _write_queued(self) -> None:
+        if self.is_serial:
+            self._write_dma()
+        else:
+            self.fail(ABRT)
+
+    def aborts(self, command: int, *, others: bool) -> bool:
+        if command == _READ_LOG or not (others or self.queue_error):
+            return False
+        self.command = command
+        if not self.queue_error:
+            self.queue_error = self._error(_NOT_QUEUED, ABRT)
+        self.fail(ABRT)
+        return True
+
+    def _error(self, tag: int, error: int) -> bytes:
+        low, mid, high, count = self.low, self.mid, self.high, self.sector_count
+        return _ERROR.pack(
+            tag, DRDY | DSC | ERR, error, low & 0xFF, mid & 0xFF, high & 0xFF, self.device, low >> 8, mid >> 8,
+            high >> 8, count,
+        )  # fmt: skip
+
+    def fail(self, error: int, *, fault: bool = False) -> None:
+        if self.command in QUEUED and self.is_serial and not self.queue_error:
+            self.queue_error = self._error(self.tag, error)
+        super().fail(error, fault=fault)
+
+    def _read_log(self) -> None:
+        """The directory, or what has failed of the queue, which with that may go on."""
+        log, page, self.left = self.low & 0xFF, bytearray(512), 0
+        if not self.is_serial or log not in (_DIRECTORY, _QUEUE_ERRORS) or self.mid or self.sector_count != 1:
+            self.fail(ABRT)
+            return
+        if log == _DIRECTORY:
+            struct.pack_into("<H", page, 0, 1)
+            struct.pack_into("<H", page, 2 * _QUEUE_ERRORS, 1)
+        else:
+            page[: _ERROR.size] = self.queue_error or bytes((_NOT_QUEUED,)).ljust(_ERROR.size, b"\0")
+            page[511] = -sum(page) & 0xFF
+            self.queue_error = b""
+        self.offer(True, page, interrupt=True)
+
+    def sign(self, unit_bits: int) -> None:
+        super().sign(unit_bits)
+        self.queue_error = b""
 
     def _verify(self) -> None:
         if self._begin_sectors():
@@ -279,7 +359,8 @@ class AtaDisk(Drive[AtaState]):
         if self.phase == "dma_in":
             self.disk.read(self.address * SECTOR, views)
         else:
-            self.disk.write(self.address * SECTOR, views, through=not self.write_cache)
+            through = not self.write_cache or self.command == WRITE_QUEUED and bool(self.device & _FUA)
+            self.disk.write(self.address * SECTOR, views, through=through)
 
     def dma_at_once(self, length: int, views: Sequence[memoryview]) -> bool:
         return self.phase == "dma_in" and self.disk.read_at_once(self.address * SECTOR, views)
@@ -328,7 +409,9 @@ class AtaDisk(Drive[AtaState]):
         put(82, 0x0068, 0x7400, 0x4000)  # power management, write cache, look-ahead; 48-bit addresses, both flushes
         put(85, 0x0048 | (0x20 if self.write_cache else 0), 0x3400, 0x4000, ultra)
         if self.is_serial:
-            put(76, 0x000E)  # 1.5, 3 and 6 Gb/s
+            put(75, 31, 0x010E)  # a queue of 32; 1.5, 3 and 6 Gb/s, queued commands
+            put(84, 0x4020)  # logs
+            put(87, 0x4020)
         else:
             put(93, 0x600B)  # the cable has 80 wires
         put(100, *(self.sectors >> shift & 0xFFFF for shift in (0, 16, 32, 48)))
@@ -348,6 +431,7 @@ class AtaDisk(Drive[AtaState]):
             translation=self.translation,
             write_cache=self.write_cache,
             standby=self.standby,
+            queue_error=self.queue_error,
             size=self.disk.size,
             overlay=self.disk.save_map(),
         )
@@ -361,10 +445,12 @@ class AtaDisk(Drive[AtaState]):
             raise Invalid(f"{self.name}: it is in no phase {state.phase}")
         if state.left and not state.block:
             raise Invalid(f"{self.name}: blocks of no sector")
+        if len(state.queue_error) not in (0, _ERROR.size):
+            raise Invalid(f"{self.name}: a log of {len(state.queue_error)} bytes")
         self.disk.check_map(state.overlay)
 
     def load(self, state: AtaState) -> None:
-        for name in ("address", "left", "block", "multiple", "translation", "write_cache", "standby"):
+        for name in ("address", "left", "block", "multiple", "translation", "write_cache", "standby", "queue_error"):
             setattr(self, name, getattr(state, name))
         self.disk.load_map(state.overlay)
         self.load_registers(state)
@@ -388,10 +474,11 @@ def geometry(sectors: int) -> tuple[int, int, int]:
 COMMANDS: Mapping[int, Callable[[AtaDisk], Any]] = {
     0x10: AtaDisk.finish,  # RECALIBRATE
     0x20: AtaDisk._read_pio, 0x21: AtaDisk._read_pio, 0x24: AtaDisk._read_pio,
-    0x25: AtaDisk._read_dma, 0x29: AtaDisk._read_multiple,
+    0x25: AtaDisk._read_dma, 0x29: AtaDisk._read_multiple, 0x2F: AtaDisk._read_log,
     0x30: AtaDisk._write_pio, 0x31: AtaDisk._write_pio, 0x34: AtaDisk._write_pio,
     0x35: AtaDisk._write_dma, 0x39: AtaDisk._write_multiple,
     0x40: AtaDisk._verify, 0x41: AtaDisk._verify, 0x42: AtaDisk._verify,
+    0x60: AtaDisk._read_queued, 0x61: AtaDisk._write_queued,
     0x70: AtaDisk._seek,
     0x91: AtaDisk._initialize_parameters,
     0x94: AtaDisk._stand_by, 0x95: AtaDisk._idle, 0x96: AtaDisk._stand_by, 0x97: AtaDisk._idle,
@@ -403,4 +490,4 @@ COMMANDS: Mapping[int, Callable[[AtaDisk], Any]] = {
     0xE7: AtaDisk._flush, 0xEA: AtaDisk._flush,
     0xEC: AtaDisk._identify, 0xEF: AtaDisk._set_features,
 }  # fmt: skip
-_EXTENDED = {0x24, 0x25, 0x29, 0x34, 0x35, 0x39, 0x42, 0xEA}
+_EXTENDED = {0x24, 0x25, 0x29, 0x34, 0x35, 0x39, 0x42, *QUEUED, 0xEA}

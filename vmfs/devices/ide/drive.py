@@ -21,6 +21,7 @@ ICRC, UNC, IDNF, ABRT = 0x80, 0x40, 0x10, 0x04  # error
 DATA, ERROR, COUNT, LOW, MID, HIGH, DEVICE, STATUS = range(8)
 FEATURES, COMMAND = ERROR, STATUS
 DEV, LBA = 0x10, 0x40  # device register
+READ_QUEUED, WRITE_QUEUED = QUEUED = 0x60, 0x61  # of SATA (ATA8-ACS, 7.27, 7.62)
 _OBSOLETE = 0xA0  # bits of the device register that read as ones
 
 Phase = Literal["idle", "busy", "packet", "pio_in", "pio_out", "dma_in", "dma_out"]
@@ -168,6 +169,16 @@ class Drive(QuietDevice[D], abc.ABC):
     @abc.abstractmethod
     def begin(self, command: int) -> None:
         """The command register was written, and there is nothing under way."""
+
+    def aborts(self, command: int, *, others: bool) -> bool:
+        """At a port of SATA, before `begin`: whether it fails since queued commands have failed, or since there are
+        `others`, which are queued where it is not."""
+        return False
+
+    @property
+    def tag(self) -> int:
+        """Of a queued command."""
+        return self.sector_count >> 3 & 31
 
     @abc.abstractmethod
     def block_done(self, data: bytes) -> None:

@@ -5,31 +5,32 @@ Source: Serial ATA AHCI 1.3.1, chapters 2 (configuration) and 3.1 (generic host 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
+from vmfs.devices import _chips
 from vmfs.devices.device import U32, DeviceState
 from vmfs.devices.device import Port as BoardPort
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.pci import Bar, PciDevice, PciState
-from vmfs.devices.sata.port import REGISTERS, SLOTS, AhciPort, PortState
+from vmfs.devices.sata.port import ABAR, FIRST, REGISTERS, SLOTS, AhciPort, PortState
 from vmfs.words.errors import Invalid
 
 PORTS = 6
 NAMES = tuple(f"sata{number}" for number in range(PORTS))
-ABAR = 5
 _SIZE = 0x1000
 _CAP, _GHC, _IS, _PI, _VS, _CAP2 = 0x00, 0x04, 0x08, 0x0C, 0x10, 0x24
-# 64-bit addresses, command list override, AHCI only, 6 Gb/s, slots, ports
-_CAPABILITIES = 1 << 31 | 1 << 24 | 3 << 20 | 1 << 18 | SLOTS - 1 << 8 | PORTS - 1
+# 64-bit addresses, queued commands, command list override, AHCI only, 6 Gb/s, slots, ports
+_CAPABILITIES = 1 << 31 | 1 << 30 | 1 << 24 | 3 << 20 | 1 << 18 | SLOTS - 1 << 8 | PORTS - 1
 _VERSION = 0x0001_0301
 _HR, _IE, _AE = 1, 2, 1 << 31
-_FIRST_PORT = 0x100
 
 
 class AhciState(DeviceState):
     """`interrupts`: IS; `enabled`: GHC.IE."""
+
+    VERSION: ClassVar[int] = 2
 
     pci: PciState
     interrupts: U32
@@ -46,12 +47,11 @@ class Ahci(PciDevice[AhciState]):
 
     def __init__(self, board: BoardPort, name: str, slot: int) -> None:
         self.ports: tuple[AhciPort, ...] = ()
-        self.interrupts = 0
-        self.enabled = False
         self._is_asleep = False
         self._is_running = True
         super().__init__(board, name, slot)
         self.add_msi(1)
+        self.chip = _chips.Ahci(board.bus, self.number, self.function)
         self.ports = tuple(AhciPort(self, number) for number in range(PORTS))
 
     # ---- drives
@@ -79,18 +79,22 @@ class Ahci(PciDevice[AhciState]):
     # ---- registers
 
     def read(self, region: int, offset: int, size: int) -> int:
+        value = self.chip.read(region, offset, size)
+        if value is not None:
+            return int(value)
         word = self._read(offset & ~3)
         if size == 8 and not offset & 4:
             word |= self._read(offset + 4) << 32
         return word >> 8 * (offset & 3) & (1 << 8 * size) - 1
 
     def _read(self, offset: int) -> int:
-        if offset >= _FIRST_PORT:
-            number, register = divmod(offset - _FIRST_PORT, REGISTERS)
+        if offset >= FIRST:
+            number, register = divmod(offset - FIRST, REGISTERS)
             return self.ports[number].read(register) if number < PORTS else 0
+        interrupts, enabled = self.chip.all()
         if offset == _GHC:
-            return _AE | (_IE if self.enabled else 0)
-        return {_CAP: _CAPABILITIES, _IS: self.interrupts, _PI: (1 << PORTS) - 1, _VS: _VERSION}.get(offset, 0)
+            return _AE | (_IE if enabled else 0)
+        return {_CAP: _CAPABILITIES, _IS: interrupts, _PI: (1 << PORTS) - 1, _VS: _VERSION}.get(offset, 0)
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         """Registers are written in words of 32 bits (3); 64 bits are two of them."""
@@ -98,36 +102,26 @@ class Ahci(PciDevice[AhciState]):
             self.write(region, offset, 4, value & 0xFFFF_FFFF)
             self.write(region, offset + 4, 4, value >> 32)
             return
-        if size != 4 or offset & 3:
+        if size != 4 or offset & 3 or self.chip.write(region, offset, size, value):
             return
-        if offset >= _FIRST_PORT:
-            number, register = divmod(offset - _FIRST_PORT, REGISTERS)
+        if offset >= FIRST:
+            number, register = divmod(offset - FIRST, REGISTERS)
             if number < PORTS:
                 self.ports[number].write(register, value)
         elif offset == _GHC:
-            self.enabled = bool(value & _IE)
             if value & _HR:
                 self._reset_all()
-            self.drive_line()
+            self.tell(self.chip.enable_all(bool(value & _IE) and not value & _HR))
         elif offset == _IS:
-            self.interrupts &= ~value
-            self.drive_line()
+            self.tell(self.chip.clear(value))
 
-    def drive_line(self) -> None:
-        raised = 0
-        for port in self.ports:
-            if port.read(_PORT_IS) & port.enable:
-                raised |= 1 << port.number
-        is_new = bool(raised & ~self.interrupts)
-        self.interrupts |= raised
-        level = self.enabled and bool(self.interrupts)
-        if level and is_new:
+    def tell(self, is_new: bool) -> None:
+        """What the chip has said of an interrupt."""
+        if is_new:
             self.counters["interrupts"] += 1
-            self.signal(0)
-        self.set_irq(level)
 
     def _reset_all(self) -> None:
-        self.interrupts, self.enabled = 0, False
+        self.chip.set_all(0, False)
         for port in self.ports:
             port.settle()
             if port.drive is not None:
@@ -171,14 +165,15 @@ class Ahci(PciDevice[AhciState]):
         for port in self.ports:
             port.worker.hold()
             port.clear()
-        self.interrupts, self.enabled = 0, False
-        self.drive_line()
+        self.chip.set_all(0, False)
+        self.chip.enable_all(False)
 
     def save(self) -> AhciState:
+        interrupts, enabled = self.chip.all()
         return AhciState(
             pci=self.save_pci(),
-            interrupts=self.interrupts,
-            enabled=self.enabled,
+            interrupts=interrupts,
+            enabled=enabled,
             ports=tuple(port.save() for port in self.ports),
         )
 
@@ -194,7 +189,7 @@ class Ahci(PciDevice[AhciState]):
         self.load_pci(state.pci)
         for port, its in zip(self.ports, state.ports, strict=True):
             port.load(its)
-        self.interrupts, self.enabled = state.interrupts, state.enabled
+        self.chip.set_all(state.interrupts, state.enabled)
         self.set_irq(state.pci.pending)
 
     def describe(self) -> dict[str, str]:
@@ -203,5 +198,3 @@ class Ahci(PciDevice[AhciState]):
     def close(self) -> bool:
         return all([port.worker.close() for port in self.ports])
 
-
-_PORT_IS = 0x10

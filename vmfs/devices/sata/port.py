@@ -2,10 +2,11 @@
 
 A drive is one of IDE's, which sees a channel (`Cable`): the port gives it the registers of a command's FIS, moves the
 data of PIO and DMA by the command's table, and writes the FISes that a serial drive would send. One command is under
-way at a time; there are no queued commands (NCQ).
+way at a time. A drive takes a queued command (NCQ) when it begins it, and not before: PxCI loses its bit then, and
+PxSACT when a Set Device Bits FIS says that it is done.
 
 Source: Serial ATA AHCI 1.3.1, chapters 3.3 (registers), 4.2 (memory), 5 (states), 6 (errors); Serial ATA 3.0, 10.3
-(FISes).
+(FISes); ATA8-ACS, 4.15 (NCQ).
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from vmfs.devices.device import U32, U64, Port
-from vmfs.devices.ide.drive import BSY, DRDY, DRQ, ERR, Drive, cut
+from vmfs.devices.ide.drive import BSY, DRDY, DRQ, DSC, ERR, QUEUED, Drive, cut
 from vmfs.devices.worker import Worker
 
 SLOTS = 32
+ABAR, FIRST = 5, 0x100  # where ports are, in that region
 REGISTERS = 0x80  # bytes of a port's
 CLB, CLBU, FB, FBU, IS, IE, CMD, TFD, SIG, SSTS, SCTL, SERR, SACT, CI = (
     0x00, 0x04, 0x08, 0x0C, 0x10, 0x14, 0x18, 0x20, 0x24, 0x28, 0x2C, 0x30, 0x34, 0x38
 )  # fmt: skip
-DHRS, PSS, DPS, PCS, OFS, HBFS, TFES = 1 << 0, 1 << 1, 1 << 5, 1 << 6, 1 << 24, 1 << 29, 1 << 30
+DHRS, PSS, SDBS, DPS, OFS, HBFS, TFES = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 24, 1 << 29, 1 << 30
 _IS_MASK = 0xFDC0_00AF  # what a write of ones clears: not UFS and PCS, which follow SERR
 _IE_MASK = 0xFDC0_00FF
 ST, SUD, POD, CLO, FRE, FR, CR, ATAPI = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 14, 1 << 15, 1 << 24
+_STATUS_BITS = 0x77  # that a Set Device Bits FIS has
 _CMD_MASK = ST | FRE | ATAPI | 0x0600_0000  # DLAE and ALPE, too, are kept, and do nothing
 _CCS = 8
 _SERR_X = 1 << 26  # exchanged
@@ -39,8 +42,8 @@ _NOTHING_YET, _NO_SIGNATURE = 0x7F, 0xFFFF_FFFF
 _HEADER = struct.Struct("<HHIQ16x")  # flags, rows, bytes moved, table
 _CFL, _TO_DEVICE, _CLEARS_BUSY = 0x1F, 0x40, 0x400
 _TABLE, _ACMD = 0x80, 0x40
-_FIS_COMMAND, _FIS_REGISTERS, _FIS_PIO = 0x27, 0x34, 0x5F
-_AT_PIO, _AT_REGISTERS = 0x20, 0x40  # in what FB points to
+_FIS_COMMAND, _FIS_REGISTERS, _FIS_PIO, _FIS_BITS = 0x27, 0x34, 0x5F, 0xA1
+_AT_PIO, _AT_REGISTERS, _AT_BITS = 0x20, 0x40, 0x58  # in what FB points to
 _C, _SRST = 0x80, 4
 _I, _D = 0x40, 0x20
 
@@ -59,6 +62,7 @@ class PortState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     control: U32
     errors: U32
     issued: U32
+    active: U32
     slot: Annotated[int, msgspec.Meta(ge=0, lt=SLOTS)]
     signed: bool
     in_reset: bool
@@ -70,6 +74,8 @@ class Controller(Protocol):
 
     board: Port
 
+    chip: Any  # vmfs.devices._chips.Ahci
+
     @property
     def counters(self) -> Any: ...
     @property
@@ -79,8 +85,8 @@ class Controller(Protocol):
         """Nothing is to begin."""
         ...
 
-    def drive_line(self) -> None:
-        """An interrupt of a port has changed."""
+    def tell(self, is_new: bool) -> None:
+        """What the chip has said of an interrupt."""
 
 
 class _BadTable(Exception):
@@ -101,10 +107,12 @@ class AhciPort:
     def clear(self) -> None:
         """As after a reset of the controller."""
         self.list_at = self.fis_at = 0
-        self.status = self.enable = self.control = self.errors = self.issued = self.command = 0
+        self.control = self.errors = self.issued = self.active = self.command = 0
+        self.controller.chip.set_port(self.number, 0, 0, False)
         self.slot = 0
         self._begin_link()
         self.failed = False
+        self._show()
 
     def _begin_link(self) -> None:
         """There is a drive, or none: its first FIS comes once FISes are received."""
@@ -124,6 +132,11 @@ class AhciPort:
         self._flags = 0
         self._wants_dma = False
         self._row_interrupts = False
+        self._tag: int | None = None  # of a queued command, which the drive has taken
+        self._noted = 0  # of PxIS, for the next interrupt
+
+    def _show(self) -> None:
+        self.controller.chip.show(self.number, self.issued, self.active)
 
     # ---- registers
 
@@ -132,8 +145,8 @@ class AhciPort:
             name, shift = _ATTRIBUTES[offset]
             value: int = getattr(self, name) >> shift & 0xFFFF_FFFF
             return value
-        if offset == IS:
-            return self.status | (PCS if self.errors & _SERR_X else 0)
+        if offset in (IS, IE):
+            return int(self.controller.chip.read(ABAR, FIRST + REGISTERS * self.number + offset, 4))
         if offset == CMD:
             running = self.command & ST
             return (
@@ -150,19 +163,18 @@ class AhciPort:
             name, shift = _ATTRIBUTES[offset]
             mask = 0xFFFF_FC00 if offset == CLB else 0xFFFF_FF00 if offset == FB else 0xFFFF_FFFF
             setattr(self, name, getattr(self, name) & ~(0xFFFF_FFFF << shift) | (value & mask) << shift)
-        elif offset == IS:
-            self.status &= ~(value & _IS_MASK)
-            self.controller.drive_line()
         elif offset == IE:
-            self.enable = value & _IE_MASK
-            self.controller.drive_line()
+            self.controller.tell(self.controller.chip.enable(self.number, value))
         elif offset == CMD:
             self._write_command(value)
         elif offset == SCTL:
             self._write_control(value & 0xFFF)
         elif offset == SERR:
             self.errors &= ~value
-            self.controller.drive_line()
+            self._tell_errors()
+        elif offset == SACT and self.command & ST:
+            self.active |= value
+            self._show()
         elif offset == CI and self.command & ST:
             self.issued |= value
             self.advance()
@@ -176,9 +188,10 @@ class AhciPort:
             self._sign()
         if was & ST and not value & ST:
             self.settle()
-            self.issued = self.slot = 0
+            self.issued = self.active = self.slot = 0
             self.failed = False
             self._forget()
+            self._show()
         elif self.command & ST:
             self.advance()
 
@@ -195,7 +208,11 @@ class AhciPort:
             self.errors |= _SERR_X
             if self.command & FRE:
                 self._sign()
-        self.controller.drive_line()
+        self._tell_errors()
+
+    def _tell_errors(self) -> None:
+        exchanged = bool(self.errors & _SERR_X)
+        self.controller.tell(self.controller.chip.set_exchanged(self.number, exchanged))
 
     def _sign(self) -> None:
         """The drive's first FIS after a reset (SATA 3.0, 11.3): its signature."""
@@ -211,8 +228,8 @@ class AhciPort:
     # ---- FISes to the host
 
     def _set(self, bits: int) -> None:
-        self.status |= bits
-        self.controller.drive_line()
+        bits, self._noted = bits | self._noted, 0
+        self.controller.tell(self.controller.chip.interrupt(self.number, bits))
 
     def _post(self, at: int, fis: bytes) -> None:
         if not self.command & FRE:
@@ -223,7 +240,7 @@ class AhciPort:
         else:
             self.controller.counters["bad_dma"] += 1
             self.failed = True
-            self.status |= HBFS
+            self._noted |= HBFS
 
     def _registers(self, kind: int, flags: int, status: int) -> bytearray:
         """A FIS with the drive's."""
@@ -267,10 +284,12 @@ class AhciPort:
             following = ((self.slot + 1 + n) % SLOTS for n in range(SLOTS))
             self.slot = next(slot for slot in following if self.issued >> slot & 1)
             self.is_busy = True
+            self.controller.chip.hide(self.number)
             try:
                 self._begin()
             except _BadTable:
                 self._bad_table()
+        self._show()
 
     def _bad_table(self) -> None:
         """The controller could not reach memory: nothing goes on until ST is cleared (6.1.4)."""
@@ -309,6 +328,9 @@ class AhciPort:
         drive.low, drive.mid, drive.high = fis[4] | fis[8] << 8, fis[5] | fis[9] << 8, fis[6] | fis[10] << 8
         drive.device = fis[7]
         self.task = self.task & 0xFF00 | BSY
+        if drive.aborts(fis[2], others=bool(self.active) and fis[2] not in QUEUED):
+            self._go_on()
+            return
         if drive.is_packet and fis[2] == _DEVICE_RESET or fis[2] == _DIAGNOSTIC:
             drive.sign(0)
             self._raised = True
@@ -339,18 +361,40 @@ class AhciPort:
                 drive.block_done(bytes(self._read(self._table + _ACMD, len(data))))
                 continue
             if not self._move_block(to_host, memoryview(data)):
-                self.status |= OFS
+                self._noted |= OFS
                 drive.end_dma()
                 break
             self._moved(self._at)
             drive.block_done(b"" if to_host else bytes(data))
             self._post_pio(to_host, len(data), drive.status if self._block is None else BSY | DRDY)
-            self.status |= PSS
+            self._noted |= PSS
         if self._wants_dma:
             self._wants_dma = False
+            if drive.command in QUEUED:
+                self._take(drive)
             self._move(drive)
         elif drive.phase == "idle":
             self._end_of_command()
+
+    def _take(self, drive: Drive[Any]) -> None:
+        """The drive has a queued command, and is ready for the next one."""
+        self._tag = drive.tag
+        self.issued &= ~(1 << self.slot)
+        self.task = DRDY | DSC
+        self._post(_AT_REGISTERS, self._registers(_FIS_REGISTERS, 0, DRDY | DSC))
+
+    def _post_bits(self, tag: int) -> None:
+        """A queued command is done."""
+        drive = self.drive
+        assert drive is not None
+        has_failed = bool(drive.status & ERR)
+        done = 0 if has_failed else 1 << tag
+        status = drive.status & _STATUS_BITS
+        self.active &= ~done
+        self.task = drive.error << 8 | self.task & ~_STATUS_BITS & 0xFF | status
+        self._post(_AT_BITS, struct.pack("<BBBBI", _FIS_BITS, _I, status, drive.error, done))
+        self.failed |= has_failed
+        self._set(SDBS | (TFES if has_failed else 0) | (DPS if self._row_interrupts else 0))
 
     def _move_block(self, to_host: bool, data: memoryview) -> bool:
         """Whether there was room for it."""
@@ -364,7 +408,9 @@ class AhciPort:
         return at == len(data)
 
     def _end_of_command(self) -> None:
-        if self._raised:
+        if self._tag is not None:
+            self._post_bits(self._tag)
+        elif self._raised:
             self._post_registers(interrupts=True)
         else:  # the last block of PIO to the host: its FIS was the end (11.8)
             self._set(PSS | (DPS if self._row_interrupts else 0))
@@ -372,9 +418,10 @@ class AhciPort:
 
     def _end(self) -> None:
         if not self.failed:
-            self.issued &= ~(1 << self.slot)
+            if self._tag is None:
+                self.issued &= ~(1 << self.slot)
+            self._tag = None
             self.is_busy = False
-        self.controller.drive_line()
 
     def _moved(self, count: int) -> None:
         """PRDBC, in the header."""
@@ -410,11 +457,12 @@ class AhciPort:
             self._moved(length)
             drive.dma_moved(length, failure)
             if drive.phase != "idle":  # the table has no more room
-                self.status |= OFS
+                self._noted |= OFS
                 drive.end_dma()
             self._end_of_command()
 
         def finish(failure: Exception | None) -> None:
+            self.controller.chip.hide(self.number)
             then(failure)
             self.advance()
 
@@ -453,24 +501,29 @@ class AhciPort:
     # ---- life
 
     def save(self) -> PortState:
-        return PortState(**{name: getattr(self, name) for name in PortState.__struct_fields__})
+        status, enable = self.controller.chip.port(self.number)
+        return PortState(status=status, enable=enable, **{name: getattr(self, name) for name in _OWN})
 
     def may_be(self, state: PortState) -> bool:
         return not (
             state.list_at & 0x3FF or state.fis_at & 0xFF or state.status & ~_IS_MASK or state.enable & ~_IE_MASK
             or state.command & ~_CMD_MASK or state.control & ~0xFFF or state.errors & ~_SERR_X
-            or (state.issued and not state.command & ST)
+            or (state.issued | state.active and not state.command & ST)
         )  # fmt: skip
 
     def load(self, state: PortState) -> None:
         self._forget()
-        for name in PortState.__struct_fields__:
+        for name in _OWN:
             setattr(self, name, getattr(state, name))
         self.is_busy = self.failed
+        exchanged = bool(self.errors & _SERR_X)
+        self.controller.chip.set_port(self.number, state.status, state.enable, exchanged)
+        self._show()
 
 
 _DEVICE_RESET, _DIAGNOSTIC = 0x08, 0x90
+_OWN = tuple(name for name in PortState.__struct_fields__ if name not in ("status", "enable"))  # the rest is the chip's
 _ATTRIBUTES = {
-    CLB: ("list_at", 0), CLBU: ("list_at", 32), FB: ("fis_at", 0), FBU: ("fis_at", 32), IE: ("enable", 0),
+    CLB: ("list_at", 0), CLBU: ("list_at", 32), FB: ("fis_at", 0), FBU: ("fis_at", 32), SACT: ("active", 0),
     TFD: ("task", 0), SIG: ("signature", 0), SCTL: ("control", 0), SERR: ("errors", 0), CI: ("issued", 0),
 }  # fmt: skip
