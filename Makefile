@@ -30,9 +30,8 @@ demo:
 	@scripts/setup.sh demo
 	@scripts/demo.sh
 
-# Two workers: tests of a mount wait for each other's processes half of the time. A file's tests stay together.
 test: setup
-	@.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
+	@scripts/test.sh $(ARGS)
 
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)
