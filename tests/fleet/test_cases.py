@@ -76,6 +76,12 @@ def misbehave(machine, what):
             with open(f"f{number}", "wb") as file:
                 file.write(bytes(8 << 20))
         time.sleep(50)
+    if what == "files without a name":
+        for name in ("f", "g"):
+            file = os.open(name, os.O_WRONLY | os.O_CREAT)
+            os.unlink(name)
+            os.write(file, bytes(60 << 20))
+        time.sleep(50)
     if what == "a large file":
         with open("f", "wb") as file:
             file.write(bytes(120 << 20))
@@ -111,6 +117,7 @@ EXPECTED = {
     "crash": ("died", "ended"),
     "memory": ("memory", "bytes in memory"),
     "disk": ("disk", "its files have"),
+    "files without a name": ("disk", "its files have"),
     "a large file": ("raised", "File too large"),
     "fork": ("", ""),
     "bomb": ("processes memory timeout", ""),
@@ -128,7 +135,7 @@ def test_a_case_costs_itself_only(fleet, counting):
     assert [result.input for result in results] == inputs
     for result in results:
         kinds, sentence = EXPECTED.get(result.input, ("", ""))
-        if result.input in ("disk", "memory") and result.kind == "timeout":
+        if result.kind == "timeout" and result.input in ("disk", "memory", "files without a name"):
             continue  # of a host that is so slow that it did not come so far
         assert result.kind in kinds.split(" ") and sentence in result.error, result
         assert result.value == (None if result.kind else result.input)
@@ -221,7 +228,7 @@ def test_a_machine_of_a_mount(fleet, tmp_path):
 
     try:
         mounted = private_mount(["--engine", "emulator"])
-        with mounted as mount, Vm.create(mount / "one", mem_size="8M", mode="long") as vm:
+        with mounted as mount, Vm.create(mount / "one", mem_size="8M", mode="long", time="instructions") as vm:
             vm.write_mem(0x1000, COUNT)
             vm.regs.rip = 0x1000
             template = fleet.template(vm)
@@ -230,25 +237,79 @@ def test_a_machine_of_a_mount(fleet, tmp_path):
         pytest.skip(str(failure))
 
     def work(vm, number):
-        if number == 3:
-            vm.regs.rcx = 1 << 60  # it does not end
-        else:
-            vm.regs.rcx = number
+        vm.regs.rcx = 1 << 60 if number == 3 else number  # 3 does not end
+        vm.run()
         if number == 4:
             raise ValueError
-        vm.run()
         return vm.regs.rax
 
-    options = {"template": template, "timeout": 3, "keep": tmp_path / "kept"}
+    options = {"template": template, "timeout": 3, "keep": tmp_path / "kept", "history": 64 << 20}
     results = sorted(fleet.map(work, range(1, 7), **options), key=lambda result: result.input)
     assert [result.kind for result in results] == ["", "", "timeout", "raised", "", ""]
     assert [result.value for result in results] == [1, 2, None, None, 5, 6]
     assert results[0].exit == "hlt rip=0x1009" and results[2].exit == "interrupted rip=0x1000"
     assert [result.saved is not None for result in results] == [False, False, True, True, False, False]
-    with private_mount(["--engine", "emulator"]) as mount, open(results[3].saved, "rb") as source:
-        archive.load(mount / "home", source, "kept", results[3].saved.stat().st_size)
-        with Vm(mount / "home") as vm:
-            assert vm.regs.rcx == 4 and str(vm.run()) == "hlt rip=0x1009" or vm.regs.rax == 4
+    assert not any(result.note for result in results)
+    with private_mount(["--engine", "emulator"]) as mount:
+        for result in (results[2], results[3]):
+            with open(result.saved, "rb") as source:
+                archive.load(mount / f"home-{result.input}", source, "kept", result.saved.stat().st_size)
+        with Vm(mount / "home-4") as vm:
+            assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (4, 0, 0x1009)
+            vm.back(4)  # hlt, jne, dec, inc
+            assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (3, 1, 0x1000)
+            vm.back(3)
+            assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (2, 2, 0x1000)
+        with Vm(mount / "home-3") as vm:
+            at = vm.regs.rax
+            vm.back(3000)
+            assert at > 1000 and vm.regs.rax == at - 1000 and vm.regs.rcx == (1 << 60) - vm.regs.rax
+
+
+def test_a_machine_that_is_too_long_is_not_kept(fleet, counting, tmp_path):
+    options = {"template": counting, "keep": tmp_path}
+    (result,) = fleet.map(lambda machine, number: 1 // number, [0], **options, keep_most=100)
+    assert (result.kind, result.saved) == ("raised", None)
+    assert result.note == "its machine was not kept: it comes to more than 100 bytes"
+    (result,) = fleet.map(lambda machine, number: 1 // number, [0], **options)
+    assert result.saved == tmp_path / "case-0.vmfs" and result.note == ""
+    with pytest.raises(Invalid, match="needs `keep`, and a template"):
+        fleet.map(count, [1], **options, history=1 << 20)
+
+
+def test_long_results_come_in_several_tasks(fleet, client, counting):
+    def bound(most):
+        from vmfs.fleet import worker
+
+        before, worker._RESULTS_MOST = worker._RESULTS_MOST, most
+        return before
+
+    before = set(client.run(bound, 50).values())
+    try:
+        results = list(fleet.map(lambda machine, number: bytes(40), range(3), template=counting, batch=3))
+    finally:
+        client.run(bound, *before)
+    assert sorted(result.number for result in results) == list(range(3))
+    assert all(result.value == bytes(40) for result in results)
+
+
+def test_a_client_that_reaches_no_worker_sends_by_the_scheduler(fleet, client, monkeypatch):
+    asked = []
+
+    def refuses(address):
+        asked.append(address)
+        raise OSError("no route")
+
+    with Machine(memory={0x1000: COUNT, 0x10_0000: os.urandom(5 << 20)}) as machine:
+        machine.rip = 0x1000
+        template = fleet.template(machine)
+    assert len(template.manifest.chunks) == 2
+    monkeypatch.setattr(client, "rpc", refuses)
+    monkeypatch.setattr(fleet, "_near", set())
+    monkeypatch.setattr(fleet, "_far", set())
+    results = list(fleet.map(count, range(1, 5), template=template))
+    assert sorted(result.value for result in results) == [1, 2, 3, 4]
+    assert len(asked) == 1 and fleet._far == {*asked}  # it is asked by the scheduler from then on
 
 
 def test_what_is_no_template_has_a_sentence(fleet, tmp_path):

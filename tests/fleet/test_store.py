@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs import Machine
+from vmfs.commands import archive
 from vmfs.fleet.store import CHUNK, Hashing, Manifest, Store, read_chunk
 from vmfs.fleet.unpacked import Unpacked
 from vmfs.words.errors import Invalid
@@ -122,6 +126,31 @@ def test_workers_of_a_host_have_its_memory_once(tmp_path):
     ours = Unpacked.of(entry)
     assert [os.fstat(fd).st_ino for fd in ours.memory.values()] != [*map(int, inodes.split())]
     ours.close()
+
+
+def test_what_unpacks_to_more_than_there_is_room_for_is_refused(tmp_path, monkeypatch):
+    """A small file may come to anything."""
+    with Machine(memory={0x1000: b"\xf4"}) as machine:
+        machine.map(0x10_0000, b"there" * 1_000_000)
+        library = machine.save()
+    folder = tmp_path / "saved"
+    for name in ("images", "disks"):
+        (folder / name).mkdir(parents=True)
+    for name in ("state", "info", "mem"):
+        (folder / name).write_bytes(bytes(range(256)) * 10_000)
+    packed = io.BytesIO()
+    archive.write(folder, packed, "")
+    for kind, data in (("library", library), ("saved", packed.getvalue())):
+        assert len(data) < 100_000
+        path, manifest = written(tmp_path, data, kind)
+        entry = Store(tmp_path / "store").use(manifest)
+        with entry.writing():
+            bring(entry, path)
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+            with pytest.raises(Invalid, match="more than the 1048576 bytes that there is room for"):
+                Unpacked.of(entry)
+        Unpacked.of(entry).close()
 
 
 def test_it_goes_with_its_last_user(tmp_path):

@@ -221,9 +221,10 @@ def _take_up_past(machine: Path) -> None:
         print(f"vmfs: its past is left out: {refused(machine, failure)}", file=sys.stderr)
 
 
-def read(source: Any, make: Callable[[str], int], what: str, total: int) -> None:
+def read(source: Any, make: Callable[[str], int], what: str, total: int, *, most: int | None = None) -> None:
     """A file that is open for reading; `make(path)`: a new, empty file for one of the saved directory, open for
-    writing, which is closed here. Invalid for what is no saved machine, or is cut."""
+    writing, which is closed here. Invalid for what is no saved machine, or is cut, or unpacks to more than `most`
+    bytes."""
     progress = Progress(what, total)
     source.seek(-min(len(END), total), os.SEEK_END)
     if source.read() != END:
@@ -231,7 +232,7 @@ def read(source: Any, make: Callable[[str], int], what: str, total: int) -> None
     source.seek(0)
     try:
         packed = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(_Counted(source, progress))
-        with tarfile.open(fileobj=_Whole(packed), mode="r|") as archive:
+        with tarfile.open(fileobj=_Whole(packed, most), mode="r|") as archive:
             count = 0
             for member in archive:
                 count += 1
@@ -262,10 +263,13 @@ class _Counted(io.RawIOBase):
 class _Whole:
     """tarfile takes a short read for the end of a file, and says nothing where an archive ends too early."""
 
-    def __init__(self, packed: Any) -> None:
-        self._packed = packed
+    def __init__(self, packed: Any, most: int | None) -> None:
+        self._packed, self._most, self._done = packed, most, 0
 
     def read(self, size: int) -> bytes:
+        self._done += size
+        if self._most is not None and self._done > self._most:
+            raise Invalid(f"the saved machine unpacks to more than the {self._most} bytes that there is room for")
         data = bytearray()
         while len(data) < size and (more := self._packed.read(size - len(data))):
             data += more

@@ -3,7 +3,7 @@
 OUT/results.csv          a row a case
 OUT/CASE/result.json     what became of it; it is there once all of the case is
 OUT/CASE/value.json      what the function returned, where JSON has it; else value.txt, its repr
-OUT/CASE/console.txt, output.txt, why.txt, error.txt, coverage, machine.vmfs     where there is one
+OUT/CASE/console.txt, output.txt, why.txt, error.txt, note.txt, coverage, machine.vmfs     where there is one
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coverage", metavar="SIZE", type=int, default=0, help="keep a map of the jumps that were taken"
     )
     parser.add_argument("--keep", action="store_true", help="keep the machines of cases that fail")
+    parser.add_argument(
+        "--history",
+        metavar="BYTES",
+        type=int,
+        default=0,
+        help="record machines, and keep those of cases that fail with their past, of so many bytes",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,7 +128,8 @@ def _run(arguments: argparse.Namespace, function: Any, todo: list[tuple[str, Pat
                 timeout=arguments.timeout,
                 memory=arguments.memory,
                 coverage=arguments.coverage,
-                keep=new if arguments.keep else None,
+                keep=new if arguments.keep or arguments.history else None,
+                history=arguments.history,
                 progress=sys.stderr.isatty(),
             )
             for result in results:
@@ -153,6 +161,7 @@ def _write(out: Path, new: Path, case: str, result: Any) -> None:
         "output.txt": result.output,
         "why.txt": result.why,
         "error.txt": result.error,
+        "note.txt": result.note,
     }
     for name, text in texts.items():
         if text:
@@ -166,8 +175,8 @@ def _write(out: Path, new: Path, case: str, result: Any) -> None:
         try:
             value = json.dumps(result.value)
             (folder / "value.json").write_text(value)
-        except (TypeError, ValueError):
-            value = repr(result.value)
+        except (TypeError, ValueError, RecursionError):
+            value = _shown(result.value)
             (folder / "value.txt").write_text(value, errors="replace")
     row = {
         "case": case,
@@ -182,6 +191,13 @@ def _write(out: Path, new: Path, case: str, result: Any) -> None:
     shutil.rmtree(out / case, ignore_errors=True)
     os.chmod(folder, 0o755)
     os.replace(folder, out / case)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError) as failure:  # numbers of thousands of digits
+        return f"a value that Python does not show: {failure}"
 
 
 def write_table(out: Path, rows: list[dict[str, Any]]) -> None:

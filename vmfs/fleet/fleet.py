@@ -193,6 +193,8 @@ class Fleet:
         disk: int = 1 << 30,
         coverage: int = 0,
         keep: str | os.PathLike[str] | None = None,
+        keep_most: int = 128 << 20,
+        history: int = 0,
         retries: int = 3,
         batch: int | None = None,
         progress: bool = False,
@@ -204,12 +206,26 @@ class Fleet:
         one that takes more, raises, or ends its process has a `kind` that says so, and no other case suffers.
 
         `coverage`: the size of a map, as `Machine.coverage` has it. `keep`: a folder for the machines of cases that
-        fail. `retries`: so many workers may die with a case before it is given up. `batch`: so many cases in a task.
-        `progress`: a bar on stderr or in a notebook (tqdm, where it is installed). Inputs are taken as they are needed.
+        fail, as files of up to `keep_most` bytes. `history`: so many bytes each machine of a mount may have for its
+        past, which a kept one has then, so it can be gone back in at home. `retries`: so many workers may die with a
+        case before it is given up. `batch`: so many cases in a task. `progress`: a bar on stderr or in a notebook
+        (tqdm, where it is installed). Inputs are taken as they are needed. Invalid for `history` without `keep`, or of
+        what is no machine of a mount.
         """
-        return _Map(self, function, template, Limits(timeout, memory, disk), coverage, keep, retries, batch).run(
-            inputs, progress
+        is_mounted = template is not None and template.manifest.kind == "saved"
+        if history and (keep is None or not is_mounted):
+            raise Invalid("a history is kept with the machine of a case that fails: it needs `keep`, and a template"
+                          " that is a saved machine of a mount")  # fmt: skip
+        work = Work(
+            function=_packed(function),
+            limits=Limits(timeout, memory, disk),
+            manifest=template.manifest if template else None,
+            engine=self.engine,
+            coverage=coverage,
+            keep_most=keep_most if keep is not None else 0,
+            history=history,
         )
+        return _Map(self, template, work, keep, retries, batch).run(inputs, progress)
 
     def fuzz(self, function: Callable[[Any, bytes], Any], seeds: Iterable[bytes], **options: Any) -> Campaign:
         """Look for inputs that end otherwise than they should: see `vmfs.fleet.fuzz.Fuzzing`."""
@@ -315,10 +331,8 @@ class _Map:
     def __init__(
         self,
         fleet: Fleet,
-        function: Callable[..., Any],
         template: Template | None,
-        limits: Limits,
-        coverage: int,
+        work: Work,
         keep: Any,
         retries: int,
         batch: int | None,
@@ -327,16 +341,8 @@ class _Map:
         self._keep = Path(keep) if keep is not None else None
         if self._keep is not None:
             self._keep.mkdir(parents=True, exist_ok=True)
-        work = Work(
-            function=_packed(function),
-            limits=limits,
-            manifest=template.manifest if template else None,
-            engine=fleet.engine,
-            coverage=coverage,
-            keeps=keep is not None,
-        )
         self._work = msgspec.msgpack.encode(work)
-        self._resources = {MEMORY: limits.memory} if limits.memory else None
+        self._resources = {MEMORY: work.limits.memory} if work.limits.memory else None
         self._given: dict[int, Any] = {}  # inputs that have no result yet
         self._sent: dict[Future, _Batch] = {}
         self._again: list[_Batch] = []
@@ -427,6 +433,9 @@ class _Map:
         else:
             raws = self._decoder.decode(found["results"])
             self._pace.learn(raws)
+            numbers = {raw.number for raw in raws}
+            if left := [case for case in batch.cases if case[0] not in numbers]:
+                self._again.append(_Batch(left))
             for raw in raws:
                 if raw.number in self._given:
                     yield self._result(raw)

@@ -12,7 +12,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 MAP = 1 << 14
 _CLASSES = bytes(
@@ -35,6 +37,7 @@ _CLASSES = bytes(
     else 128
     for n in range(256)
 )
+_FAILURES_MOST = 100
 _SAMPLE = 64  # inputs of the corpus that a slice gets
 _GOOD_EXITS = ("hlt", "limit", "debug cause=breakpoint")
 
@@ -78,6 +81,15 @@ class Slice:
     size_most: int
     first: Sequence[bytes]
     """Inputs that are run as they are."""
+
+
+class Found(msgspec.Struct):
+    """What comes back of a slice, from a process that may say anything."""
+
+    found: list[tuple[bytes, bytes]]
+    """Inputs that came to something new, and their maps, packed."""
+    bugs: list[tuple[str, bytes]]
+    cases: Annotated[int, msgspec.Meta(ge=0)]
 
 
 def classify(coverage: bytes | bytearray) -> int:
@@ -197,18 +209,18 @@ class Fuzzing:
             batch=1,
         )
         for result in results:
-            if result.kind:
-                campaign.failures.append(f"{result.kind}: {result.error}")
-                if len(campaign.failures) > 100:
-                    self._ends = True
+            try:
+                sent, maps = _taken(result)
+            except ValueError as failure:
+                campaign.failures.append(str(failure))
+                self._ends = self._ends or len(campaign.failures) > _FAILURES_MOST
                 continue
-            campaign.cases += result.value["cases"]
-            for data, packed in result.value["found"]:
-                covered = int.from_bytes(_unpacked(packed), "little")
+            campaign.cases += sent.cases
+            for data, covered in maps:
                 if covered | self._seen != self._seen:
                     self._seen |= covered
                     campaign.corpus.append(data)
-            for exit_, data in result.value["bugs"]:
+            for exit_, data in sent.bugs:
                 if exit_ not in known:
                     known.add(exit_)
                     campaign.bugs.append(Bug(data, exit_))
@@ -233,6 +245,17 @@ class Fuzzing:
                 "size_most": self.size_most,
                 "first": first,
             }
+
+
+def _taken(result: Any) -> tuple[Found, list[tuple[bytes, int]]]:
+    """What a slice has found, and its inputs with what each covers. ValueError for what is no such thing."""
+    if result.kind:
+        raise ValueError(f"{result.kind}: {result.error}")
+    try:
+        sent = msgspec.convert(result.value, Found)
+        return sent, [(data, int.from_bytes(_unpacked(packed), "little")) for data, packed in sent.found]
+    except (ValueError, zlib.error) as failure:
+        raise ValueError(f"value: a slice has no such result: {failure}") from None
 
 
 def _unpacked(packed: bytes) -> bytes:

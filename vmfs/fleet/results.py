@@ -24,6 +24,7 @@ class Raw(msgspec.Struct, omit_defaults=True):
     why: str = ""
     coverage: bytes = b""
     saved: bytes = b""
+    note: str = ""
     seconds: float = 0
     worker: str = ""
 
@@ -53,6 +54,8 @@ class Result:
     """Of a case that failed, where it was asked for: what `vmfs load`, or `Machine.load` of the library, takes."""
     seconds: float = 0
     worker: str = ""
+    note: str = ""
+    """What is to be said beside that: why its machine was not kept, or not with its past."""
 
     @property
     def is_ok(self) -> bool:
@@ -80,4 +83,5 @@ def result_of(raw: Raw, given: Any, saved: Path | None) -> Result:
         saved,
         raw.seconds,
         raw.worker,
+        raw.note,
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import io
 import os
 import resource
 import signal
@@ -19,14 +21,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from vmfs.fleet.results import Raw
 from vmfs.fleet.values import Refused, pack_value
+from vmfs.words.errors import VmfsError
 
 FRAME_MOST = 1 << 30
+TEXTS_MOST = 1 << 20  # of a Raw, beside its value, its machine and its coverage
 CONSOLE_MOST = 1 << 16
 OUTPUT_MOST = 1 << 16
 ERROR_MOST = 1 << 14
@@ -48,7 +53,10 @@ class Job(msgspec.Struct):
     """The descriptors of its memory, one a region."""
     engine: str = ""
     coverage: int = 0
-    keeps: bool = False
+    keep_most: int = 0
+    """Bytes that the machine of a case that fails may have as a file; 0: it is not kept."""
+    history: int = 0
+    """Bytes that the past of a machine of a mount may have; 0: it is not recorded."""
     file_most: int = 1 << 32
     prefix: str = "case"
     """What the names of machines begin with that it makes."""
@@ -66,8 +74,8 @@ def frame(data: bytes) -> bytes:
 class Frames:
     """Takes a stream of frames apart."""
 
-    def __init__(self) -> None:
-        self._data = bytearray()
+    def __init__(self, most: int = FRAME_MOST) -> None:
+        self._data, self._most = bytearray(), most
 
     def feed(self, data: bytes) -> None:
         self._data += data
@@ -76,7 +84,7 @@ class Frames:
         if len(self._data) < 4:
             return None
         (size,) = struct.unpack_from("<I", self._data)
-        if size > FRAME_MOST:
+        if size > self._most:
             raise ValueError("a frame is too long")
         if len(self._data) < 4 + size:
             return None
@@ -133,8 +141,10 @@ class LibraryMachines:
             raw.exit = self.machine.exit.line()
         if self._coverage is not None:
             raw.coverage = bytes(self._coverage)
-        if failed and self._job.keeps:
-            raw.saved = self.machine.save()
+        if failed and self._job.keep_most:
+            from vmfs.library.saved import write
+
+            keep(raw, self._job.keep_most, lambda out: write(self.machine, out))
 
     def end(self) -> None:
         try:
@@ -162,14 +172,16 @@ class MountedMachines:
         self.machine = self._template.fork(f"{self._job.prefix}-{self._count}", "start")
         if self._job.coverage:
             self.machine.write("trace", f"coverage {self._job.coverage}\n")
+        if self._job.history:
+            self.machine.record(memory=self._job.history)
         with contextlib.suppress(OSError):  # a bare machine has none
             _ = self.machine.console
         return self.machine
 
     def describe(self, raw: Raw, failed: bool) -> None:
         describe_mounted(self.machine, raw, self._job.coverage)
-        if failed and self._job.keeps:
-            raw.saved = save_mounted(self.machine.path)
+        if failed and self._job.keep_most:
+            keep_mounted(self.machine.path, raw, self._job.keep_most, bool(self._job.history))
 
     def end(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -190,20 +202,55 @@ def describe_mounted(vm: Any, raw: Raw, coverage: int) -> None:
             raw.coverage = vm.read("coverage")
 
 
-def save_mounted(path: str) -> bytes:
-    """The machine as a file of `vmfs save`. It is paused by it."""
-    import io
-    from pathlib import Path
+class _TooLong(Exception):
+    pass
 
+
+class _Bounded(io.BytesIO):
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._most:
+            raise _TooLong
+        return super().write(data)
+
+
+def keep(raw: Raw, most: int, *ways: Callable[[Any], object]) -> None:
+    """The machine as a file, by the first of the ways that does not come to too much; else the sentence."""
+    for write in ways:
+        out = _Bounded(most)
+        try:
+            write(out)
+        except _TooLong:
+            raw.note = f"its machine was not kept: it comes to more than {most} bytes"
+        except (OSError, VmfsError) as failure:
+            raw.note = f"its machine was not kept: {failure}"
+        else:
+            raw.saved = out.getvalue()
+            raw.note = raw.note and f"its machine was kept without its past, with which it has more than {most} bytes"
+            return
+
+
+def keep_mounted(path: str, raw: Raw, most: int, has_past: bool) -> None:
+    """The machine as a file of `vmfs save`, with its past where that is short enough. It is paused by it."""
     from vmfs.commands import archive
 
-    out = io.BytesIO()
     machine = Path(path)
+    folder = machine / "snap/kept"
     with contextlib.suppress(OSError):
         (machine / "state").write_text("pause\n")
-    (machine / "snap/kept").mkdir()
-    archive.write(machine / "snap/kept", out, "")
-    return out.getvalue()
+    try:
+        folder.mkdir()
+    except OSError as failure:
+        raw.note = f"its machine was not kept: {failure}"
+        return
+    has_some = has_past and (folder / archive.PAST).is_dir()
+    whole = [functools.partial(archive.write, folder, what="", with_past=True)] if has_some else []
+    keep(raw, most, *whole, functools.partial(archive.write, folder, what=""))
+    if has_past and not has_some:
+        raw.note = raw.note or "its machine was kept without a past: it has none"
 
 
 MACHINES: dict[str, Callable[[Job], Any]] = {

@@ -9,6 +9,7 @@ import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,15 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from vmfs.fleet.processes import descendants
+from vmfs.fleet.processes import TOKEN, descendants, end_marked
 from vmfs.fleet.results import Raw
-from vmfs.fleet.runner import Case, Frames, Job, frame
+from vmfs.fleet.runner import TEXTS_MOST, Case, Frames, Job, frame
+from vmfs.fleet.values import VALUE_MOST
 from vmfs.memory.mapping import PAGE
 
 START_SECONDS = 120.0
 _WATCH_SECONDS = 0.1
 _GRACE_SECONDS = 0.2  # for what a case that ends in time has to say
-_TOKEN = "VMFS_FLEET_RUNNER"
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -64,17 +65,21 @@ class Supervisor:
         limits: Limits,
         work: Path,
         *,
+        token: str = "",
         memory: Sequence[int] = (),
         clean: Callable[[Raw], None] = lambda raw: None,
     ) -> None:
-        """`work`: a folder for files of its cases. `memory`: the descriptors that the job names, of memory that others
-        have, too. `clean(raw)` is called after a runner was killed, with what is known of the case that it had."""
+        """`work`: a folder for files of its cases. `token`: of the worker, for `end_marked`. `memory`: the descriptors
+        that the job names, of memory that others have, too. `clean(raw)` is called after a runner was killed, with what
+        is known of the case that it had."""
         self._memory = tuple(memory)
         self._shared = sum(os.fstat(fd).st_size for fd in self._memory)
         self.job, self._limits, self._clean = job, limits, clean
         self._folder = work / f"run-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._token = secrets.token_hex(8)
+        self._token = f"{token}-{secrets.token_hex(8)}"
+        self._most = VALUE_MOST + TEXTS_MOST + 2 * job.coverage + job.keep_most
+        self._not_its: set[tuple[int, int]] = set()  # files without a name that the runner has for itself
 
     # ---- a runner
 
@@ -93,7 +98,7 @@ class Supervisor:
                     env={
                         **os.environ,
                         "TMPDIR": str(cases),
-                        _TOKEN: self._token,
+                        TOKEN: self._token,
                         "PYTHONPATH": os.pathsep.join(sys.path),
                     },
                     stdin=subprocess.DEVNULL,
@@ -107,11 +112,12 @@ class Supervisor:
                 os.close(fd)
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)
-        self._frames, self._to_send = Frames(), bytearray()
+        self._frames, self._to_send = Frames(self._most), bytearray()
         self._send(self.job)
         raw = self._receive(time.monotonic() + START_SECONDS, "the runner did not start")
         if raw.kind:
             raise TooMuch("template", raw.error)
+        self._not_its = set(self._unnamed())
 
     def close(self, raw: Raw | None = None) -> None:
         """End the runner and all that it has left."""
@@ -122,20 +128,11 @@ class Supervisor:
                     os.kill(pid, signal.SIGKILL)
             process.wait()
             if not isolation():
-                self._end_strays()
+                end_marked(self._token)
             for fd in (self._in, self._out, self._alive):
                 os.close(fd)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._clean(raw or Raw(-1))
-
-    def _end_strays(self) -> None:
-        """What has left the session and its parent: it has our token in its environment still."""
-        token = f"{_TOKEN}={self._token}".encode()
-        for entry in os.listdir("/proc"):
-            if entry.isdecimal():
-                with contextlib.suppress(OSError):
-                    if token in Path(f"/proc/{entry}/environ").read_bytes():
-                        os.kill(int(entry), signal.SIGKILL)
 
     # ---- cases
 
@@ -164,6 +161,8 @@ class Supervisor:
             raw = self._receive(end, f"it was not done after {self._limits.seconds:g} s")
             if raw.number != cases[number].number:
                 raise TooMuch("died", "the runner said something of another case")
+            if not 0 <= raw.seconds <= self._limits.seconds:  # it may say anything
+                raw.seconds = self._limits.seconds
             yield raw
 
     def _send(self, what: object) -> None:
@@ -225,9 +224,22 @@ class Supervisor:
             raise TooMuch("processes", f"it has {count} processes; a case may have {self._limits.processes}")
         if self._limits.memory and used > self._limits.memory:
             raise TooMuch("memory", f"its processes have {used} bytes in memory; a case may have {self._limits.memory}")
-        used = size_of(self._folder)
+        used = size_of(self._folder) + sum(size for its, size in self._unnamed().items() if its not in self._not_its)
         if used > self._limits.disk:
             raise TooMuch("disk", f"its files have {used} bytes; a case may have {self._limits.disk}")
+
+    def _unnamed(self) -> dict[tuple[int, int], int]:
+        """Bytes of the files without a name that its processes have open, memfds too: by device and inode."""
+        assert self._process is not None
+        found = {}
+        for pid in descendants(self._process.pid) or [self._process.pid]:
+            with contextlib.suppress(OSError):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(OSError):
+                        file = os.stat(f"/proc/{pid}/fd/{fd}")
+                        if stat.S_ISREG(file.st_mode) and not file.st_nlink:
+                            found[file.st_dev, file.st_ino] = file.st_blocks * 512
+        return found
 
 
 def size_of(folder: Path) -> int:

@@ -158,7 +158,8 @@ def _reports(config: pytest.Config, item: pytest.Item, result: Any) -> list[pyte
             reports = [config.hook.pytest_report_from_serializable(config=config, data=each) for each in found]
         reports = [each for each in reports if isinstance(each, pytest.TestReport) and each.nodeid == item.nodeid]
         if not reports:
-            sentence = f"pytest ended with {result.value['code']} on {result.worker}:\n{result.value['said']}"
+            found = result.value if isinstance(result.value, dict) else {}
+            sentence = f"pytest ended with {found.get('code')} on {result.worker}:\n{found.get('said')}"
     if sentence:
         return [
             pytest.TestReport(item.nodeid, item.location, {}, "failed", sentence, "call", (), result.seconds),

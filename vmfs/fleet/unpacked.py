@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from vmfs.commands import archive
 from vmfs.fleet.store import Entry
 from vmfs.library import saved
 from vmfs.memory.layers import SEALS, extents, is_sealed
+from vmfs.memory.mapping import PAGE
 from vmfs.words.errors import Invalid
 
 _STEP = 1 << 20
@@ -108,15 +110,16 @@ class Unpacked:
             self.memory[name] = fd = os.memfd_create(_name(entry, name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             return os.dup(fd)
 
+        most = psutil.virtual_memory().available  # a small file may come to anything
         with open(entry.path, "rb") as source:
             if entry.manifest.kind == "library":
-                self._unpack_library(source, make)
+                self._unpack_library(source, make, most)
             else:
-                archive.read(source, make, str(entry.path), entry.manifest.size)
+                archive.read(source, make, str(entry.path), entry.manifest.size, most=most)
         for fd in self.memory.values():
             _seal(fd)
 
-    def _unpack_library(self, source: Any, make: Callable[[str], int]) -> None:
+    def _unpack_library(self, source: Any, make: Callable[[str], int], most: int) -> None:
         fds: list[int] = []
 
         def put(number: int, offset: int, piece: memoryview) -> None:
@@ -125,6 +128,8 @@ class Unpacked:
                 piece, offset = piece[done:], offset + done
 
         def begin(head: saved.Saved) -> Callable[[int, int, memoryview], None]:
+            if len(head.pages) * PAGE > most:
+                raise Invalid(f"the saved machine unpacks to more than the {most} bytes that there is room for")
             for number, (_, size, _, _) in enumerate(head.regions):
                 fds.append(make(str(number)))
                 os.ftruncate(fds[-1], size)

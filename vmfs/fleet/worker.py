@@ -23,7 +23,7 @@ from distributed.protocol import to_serialize
 from vmfs.client import Vm
 from vmfs.client.mounting import MountFailed, private_mount, removed_in_any_case
 from vmfs.fleet.results import Raw
-from vmfs.fleet.runner import Case, Job, describe_mounted, save_mounted
+from vmfs.fleet.runner import Case, Job, describe_mounted, keep_mounted
 from vmfs.fleet.store import Entry, Manifest, Part, Store, in_turn, read_chunk
 from vmfs.fleet.supervisor import Limits, Supervisor
 from vmfs.fleet.unpacked import Unpacked
@@ -31,6 +31,7 @@ from vmfs.words.errors import Invalid, VmfsError
 
 MEMORY = "vmfs-memory"  # the resource: bytes
 SECONDS = 60.0  # for an answer of another process of the cluster
+_RESULTS_MOST = 64 << 20  # bytes of a task's results, after which the other cases of it are for another task
 
 
 class Work(msgspec.Struct):
@@ -41,7 +42,8 @@ class Work(msgspec.Struct):
     manifest: Manifest | None = None
     engine: str = ""
     coverage: int = 0
-    keeps: bool = False
+    keep_most: int = 0
+    history: int = 0
 
 
 def op_of(fleet: str, what: str) -> str:
@@ -77,6 +79,7 @@ class FleetPlugin(WorkerPlugin):
         self._closing = contextlib.ExitStack()
         self._store = Store(Path(self.root) if self.root else None)
         self._store.sweep(self.linger)
+        self._token = secrets.token_hex(8)
         self.work = self._store.root / f"work-{os.getpid()}-{secrets.token_hex(4)}"
         self._stay = self._closing.enter_context(removed_in_any_case(self._last_command()))
         self.work.mkdir(mode=0o700)
@@ -90,14 +93,16 @@ class FleetPlugin(WorkerPlugin):
         self.is_closed = False
 
     def _last_command(self) -> str:
-        root = shlex.quote(str(self._store.root))
+        """What is done after it was killed. A case that lets no thread of its runner run does not see that itself."""
+        root, work = shlex.quote(str(self._store.root)), shlex.quote(str(self.work))
+        python = f"PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))} {shlex.quote(sys.executable)} -c"
+        end = f"from vmfs.fleet.processes import end_marked; end_marked({self._token!r})"
         sweep = (
             "import sys; from vmfs.fleet.store import Store; from pathlib import Path; Store(Path(sys.argv[1])).sweep()"
         )
-        path = shlex.quote(os.pathsep.join(sys.path))
         return (
-            f"rm -rf -- {shlex.quote(str(self.work))}; sleep {self.linger:g};"
-            f" PYTHONPATH={path} {shlex.quote(sys.executable)} -c {shlex.quote(sweep)} {root}; rmdir -- {root}"
+            f"{python} {shlex.quote(end)}; rm -rf -- {work}; sleep {self.linger:g};"
+            f" {python} {shlex.quote(sweep)} {root}; rmdir -- {root}"
         )
 
     async def teardown(self, worker: Any) -> None:
@@ -238,7 +243,7 @@ class FleetPlugin(WorkerPlugin):
                 self._machines[manifest.id] = machine
             return machine
 
-    def _clean(self, prefix: str, keeps: bool, raw: Raw) -> None:
+    def _clean(self, prefix: str, work: Work, raw: Raw) -> None:
         """The machines of a runner that was killed: say what they were, and remove them."""
         if self._mount is None:
             return
@@ -250,23 +255,29 @@ class FleetPlugin(WorkerPlugin):
                         if raw.kind:
                             vm.pause()
                             describe_mounted(vm, raw, 0)
-                        if raw.kind and keeps:
-                            raw.saved = save_mounted(str(path))
+                        if raw.kind and work.keep_most:
+                            keep_mounted(str(path), raw, work.keep_most, bool(work.history))
                     with contextlib.suppress(OSError):
                         os.rmdir(path)
 
     # ---- cases
 
     def run(self, data: bytes, cases: Sequence[Case]) -> list[Raw]:
-        """All of them, in turn, for a Work that is packed. Missing where the template is not to be had."""
+        """In turn, for a Work that is packed; not all of them where what comes of them is long. Missing where the
+        template is not to be had."""
         runner = self._idle_runner(data) or self._new_runner(msgspec.msgpack.decode(data, type=Work))
         with self._lock:
             self._busy.add(runner)
         try:
-            results = []
+            results: list[Raw] = []
+            size = 0
             for raw in runner.run(cases):
                 raw.worker = self._worker.address
                 results.append(raw)
+                size += len(raw.value) + len(raw.saved) + len(raw.coverage)
+                if size > _RESULTS_MOST and len(results) < len(cases):
+                    runner.close()  # it has begun the next one
+                    break
         except BaseException:
             runner.close()
             raise
@@ -297,7 +308,8 @@ class FleetPlugin(WorkerPlugin):
             work.function,
             engine=work.engine,
             coverage=work.coverage,
-            keeps=work.keeps,
+            keep_most=work.keep_most,
+            history=work.history,
             prefix=prefix,
             file_most=work.limits.disk,
         )
@@ -314,8 +326,8 @@ class FleetPlugin(WorkerPlugin):
                 job.path = str(self.template(work.manifest).path)
         if not limits.memory and (most := self._worker.memory_manager.memory_limit):
             limits = msgspec.structs.replace(limits, memory=int(most) // self._worker.state.nthreads)
-        clean = functools.partial(self._clean, prefix, work.keeps)
-        return Supervisor(job, limits, self.work, memory=memory, clean=clean)
+        clean = functools.partial(self._clean, prefix, work)
+        return Supervisor(job, limits, self.work, token=self._token, memory=memory, clean=clean)
 
 
 def run_cases(fleet: str, data: bytes, inputs: Sequence[tuple[int, bytes]]) -> dict[str, Any]:
