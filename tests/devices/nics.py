@@ -71,7 +71,7 @@ def come(device, frame):
     """A frame arrives, as the card's thread brings it."""
     with device.board.lock:
         if device.listens:
-            device.deliver(frame)
+            device.deliver_all([frame])
             device.delivered()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import zlib
 
 import pytest
 from devices.fakes import FakeMachine, Guest, pass_time
-from devices.nics import MAC, Cable, come
+from devices.nics import MAC, Cable, a_frame, come
 from mounting import wait_until
 
 from vmfs.devices.machine import Pc
@@ -385,3 +386,35 @@ def test_a_reset_keeps_filters_and_forgets_the_rest(nic) -> None:
     nic.put(e1000.CTRL, 1 << 26)
     assert nic.get(e1000.MTA) == 5 and nic.get(e1000.RCTL) == nic.get(e1000.IMS) == nic.get(e1000.TDT) == 0
     assert nic.get(e1000.CTRL) & 1 << 26 == 0 and nic.get(e1000.RAL + 4) == 0x8000_0700
+
+
+@pytest.mark.parametrize("control", [0x8002, 0x0400_8002, 0x3_8002, 0x801A], ids=["plain", "stripped", "small", "all"])
+def test_many_frames_at_once_are_as_one_by_one(control: int) -> None:
+    """C takes the plain ones of many, and is the same."""
+    dice = random.Random(control)
+    cards = [Nic(), Nic()]
+    try:
+        for nic in cards:
+            nic.begin(control, RXCSUM=0x300, CTRL=0x4000_0040, IMS=0x9D)
+        for _ in range(12):
+            frames = [a_frame(dice) for _ in range(dice.randrange(1, 30))]
+            for _ in range(20):
+                frame = bytearray(MAC + FROM + bytes(a_segment(dice.randbytes(dice.randrange(1200))))[12:])
+                frame[dice.randrange(14, 54)] ^= dice.choice((0, 0, 1))
+                frames.append(bytes(frame[: dice.choice((1500, 1500, 1500, 13))]))
+            dice.shuffle(frames)
+            one, many = cards
+            with one.pc.lock, many.pc.lock:
+                done = next((at for at, frame in enumerate(frames) if not one.card.deliver(frame)), len(frames))
+                assert many.card.deliver_all(list(frames)) == done
+                one.card.delivered(), many.card.delivered()
+            tail = dice.randrange(COUNT)
+            for nic in cards:
+                nic.put(e1000.RDT, tail)
+            assert one.card.save() == many.card.save() and one.pc.ram == many.pc.ram
+            assert one.card.counters == many.card.counters
+            assert one.pc.take_dirty() == many.pc.take_dirty()
+        assert one.card.counters["rx_frames"] > 100
+    finally:
+        for nic in cards:
+            nic.close()

@@ -8,5 +8,6 @@ PyObject *frames_take(PyObject *module, PyObject *args);
 PyObject *frames_put(PyObject *module, PyObject *args);
 PyObject *frames_split(PyObject *module, PyObject *args);
 PyObject *frames_send(PyObject *module, PyObject *args);
+PyObject *e1000_put(PyObject *module, PyObject *args);
 
 #endif

@@ -185,6 +185,9 @@ static PyMethodDef module_methods[] = {
     {"send", frames_send, METH_VARARGS,
      "send(fd, frames, unpads) -> (count, rest): so many have gone, each after its length, but for the last one's rest. unpads: IPv4 without\n"
      "what comes after it in 60 bytes"},
+    {"e1000_put", e1000_put, METH_VARARGS,
+     "e1000_put(ram, start, count, head, tail, room, flags, vlan, address, frames) -> (done, head, octets, sizes): so many frames, which are all to\n"
+     "the address and nothing else, are in the receive ring. flags: 1 without a CRC, 2, 4 with sums of IP, of TCP and UDP"},
     {"segments", offload_segments, METH_VARARGS,
      "segments(frame, header, most, ip, tcp, (ip_at, ip_end, tcp_at, tcp_end)) -> frames: one of TCP as several (see offload.h)"},
     {"insert_sum", offload_insert, METH_VARARGS,
