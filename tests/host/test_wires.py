@@ -129,15 +129,15 @@ def test_what_a_card_takes_of_a_wire() -> None:
     for frame in (b"short", bytes(14), bytes(60), bytes(MAX_FRAME), bytes(MAX_FRAME + 1)):
         ours.send(frame)
     assert backend.collect() == 2
-    assert [len(backend.receive() or b"") for _ in range(3)] == [14, 60, MAX_FRAME] and backend.receive() is None
-    while backend.send(bytes(1500)):  # nobody reads
+    assert [len(frame) for frame in backend.receive_all(9)] == [14, 60, MAX_FRAME] and not backend.receive_all(9)
+    while backend.send_all([bytes(1500)]):  # nobody reads
         pass
     ours.close()
     backend.collect()
     with pytest.raises(OSError):
-        backend.receive()
+        backend.receive_all(9)
     with pytest.raises(OSError) as ended:
-        backend.send(bytes(60))
+        backend.send_all([bytes(60)])
     assert ended.value.errno == errno.EPIPE
     backend.close()
 

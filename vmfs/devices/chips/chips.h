@@ -130,6 +130,6 @@ void bytes_copy(const struct bytes *b, u8 *to);
 void bytes_free(struct bytes *b);
 
 extern PyType_Spec bus_spec, uart_spec, sender_spec, rtc_spec, power_spec, latch_spec, bridge_spec, function_spec, virtio_spec, ram_spec,
-    queue_spec, clusters_spec, files_spec, disk_spec, pio_spec, vga_spec, counter_spec, ahci_spec;
+    queue_spec, clusters_spec, files_spec, disk_spec, pio_spec, vga_spec, counter_spec, ahci_spec, remote_spec;
 
 #endif

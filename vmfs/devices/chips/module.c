@@ -136,6 +136,7 @@ static PyType_Spec *const specs[TYPES] = {
     [TYPE_BUS] = &bus_spec, [TYPE_UART] = &uart_spec, [TYPE_SENDER] = &sender_spec, [TYPE_RTC] = &rtc_spec,
     [TYPE_POWER] = &power_spec, [TYPE_LATCH] = &latch_spec, [TYPE_BRIDGE] = &bridge_spec, [TYPE_FUNCTION] = &function_spec,
     [TYPE_VIRTIO] = &virtio_spec, [TYPE_PIO] = &pio_spec, [TYPE_VGA] = &vga_spec, [TYPE_COUNTER] = &counter_spec, [TYPE_AHCI] = &ahci_spec,
+    [TYPE_REMOTE] = &remote_spec,
     [TYPE_RAM] = &ram_spec, [TYPE_QUEUE] = &queue_spec,
     [TYPE_CLUSTERS] = &clusters_spec, [TYPE_FILES] = &files_spec, [TYPE_DISK] = &disk_spec,
 };

@@ -3,7 +3,12 @@
 Source: National Semiconductor DP8390D/NS32490D data sheet; AN-729 (the NE2000's address map); RTL8029AS data sheet.
 
 16 KiB of the card's own RAM at 4000h, of which a driver makes a ring for what comes and a place for what it sends; it
-copies by the remote DMA at the data port.
+copies by the remote DMA at the data port (chips/remote.c).
+
+Drivers stay in their interrupt while packets come, and copy them with the CPU. So to one that takes interrupts packets
+come as on a wire of 10 Mbit/s: what has come is to be read first, and then the wire rests for as long as that has
+taken. Else such a guest does nothing else any more. It clears the interrupt of what it has not looked at yet, so it is
+told again and again of packets that are not read.
 """
 
 from __future__ import annotations
@@ -14,11 +19,13 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from vmfs.devices.device import U8, Device, DeviceState, Port, Window
+from vmfs.devices import _chips
+from vmfs.devices.device import U8, U64, Device, DeviceState, Port, Window
 from vmfs.devices.network.backends import Backend
 from vmfs.devices.network.card import Card
 from vmfs.devices.network.offload import LEAST_ON_WIRE, group_bit
 from vmfs.devices.pci import Bar, PciDevice, PciState
+from vmfs.devices.timers import Timer
 from vmfs.words.nets import MAX_FRAME
 
 PORTS, ISA_BASE, ISA_IRQ = 0x20, 0x300, 9
@@ -33,6 +40,8 @@ _RUNTS, _BROADCAST, _MULTICAST, _ALL, _MONITOR = 2, 4, 8, 0x10, 0x20  # RCR
 _WORDS = 1  # DCR
 _LOOPBACK = 6  # TCR
 _LONGEST = 0x3FFF
+_BYTE = 800  # nanoseconds on the wire
+_AGAIN = 10_000_000  # nanoseconds after which the driver is told again
 
 S = TypeVar("S", bound=DeviceState)
 
@@ -40,7 +49,9 @@ S = TypeVar("S", bound=DeviceState)
 class ChipState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A DP8390's: `control`, CR; `page0` what was written to page 0's registers, `page1` those of page 1 (from 1 on:
     the address, CURR, the groups); `address` the remote DMA's, and how much is `left`; `tsr`, `rsr` how the last
-    packets went."""
+    packets went; `burst`: bytes that have come since the wire last rested; `closed`: they are to
+    be read first; `due`: when it has rested, or when the
+    driver is to be told again."""
 
     control: U8
     page0: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -50,6 +61,10 @@ class ChipState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tsr: U8
     rsr: U8
     ram: Annotated[bytes, msgspec.Meta(min_length=_RAM_END - _RAM, max_length=_RAM_END - _RAM)]
+    burst: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
+    rests: bool = False
+    closed: bool = False
+    due: U64 | None = None
 
 
 class CardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,14 +76,21 @@ class CardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Dp8390(Card[S]):
     """The chip, and the card around it, whose `drive_line` has its interrupt."""
 
-    NUDGES = True
+    IS_SLOW = True
+
+    def make_chip(self) -> None:
+        """Before `power_on`, once."""
+        self._memory = bytearray(_RAM_END - _RAM)
+        self.chip = _chips.Remote(self.board.bus, self.number, self._memory)
+        self._timer: Timer | None = None
 
     def power_on(self) -> None:
         self.control = _STP | _ABORT
         self._page0, self._page1 = bytearray(16), bytearray(16)
-        self._remote_at = self._left = self._tsr = self._rsr = 0
-        self._memory = bytearray(_RAM_END - _RAM)
+        self._tsr = self._rsr = 0
+        self._memory[:] = bytes(len(self._memory))
         self._met = 0
+        self._set_remote(0, 0)
         prom = b"".join(bytes((byte, byte)) for byte in self.mac)
         self._prom = prom.ljust(28, b"\0") + b"WWWW"
         self._reset()
@@ -77,7 +99,9 @@ class Dp8390(Card[S]):
         self.control = _STP | _ABORT
         self._page0[ISR] = RST
         self._page0[IMR] = 0
-        self._left = 0
+        self._set_remote(left=0)
+        self._burst, self._rests, self._is_closed = 0, False, False
+        self._set_timer(None)
         self.forget_frames()
         self._drive()
 
@@ -105,26 +129,20 @@ class Dp8390(Card[S]):
     # ---- registers
 
     def read(self, region: int, offset: int, size: int) -> int:
-        at, memory = self._remote_at - _RAM, self._memory
-        if offset == _DATA and size == 2 and self._left > 2 and 0 <= at < len(memory) - 2 and self._may_go_on(_READ):
-            self._remote_at += 2  # a word of many, which is nearly all that a driver does here
-            self._left -= 2
-            return memory[at] | memory[at + 1] << 8
+        value = self.chip.read(region, offset, size)
+        if value is not None:
+            return int(value)
         if offset >= _RESET:
             self._reset()
             return 0
         if offset >= _DATA:
             return int.from_bytes(self._remote(size), "little")
-        if offset in (ISR, 0x0C) and self.listens:
+        if offset in (ISR, 0x0C) and self.listens and self._polls:
             self.look()
         return int.from_bytes(bytes(self._register(at) for at in range(offset, min(offset + size, _DATA))), "little")
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
-        at, memory = self._remote_at - _RAM, self._memory
-        if offset == _DATA and size == 2 and self._left > 2 and 0 <= at < len(memory) - 2 and self._may_go_on(_WRITE):
-            memory[at], memory[at + 1] = value & 0xFF, value >> 8 & 0xFF
-            self._remote_at += 2
-            self._left -= 2
+        if self.chip.write(region, offset, size, value):
             return
         data = value.to_bytes(8, "little")[:size]
         if offset >= _RESET:
@@ -146,10 +164,11 @@ class Dp8390(Card[S]):
             return self._page0[at] if at in (PSTART, PSTOP, TPSR) else self._page0[at] | 0xC0 if at >= RCR else 0
         if page == 3:
             return 0
+        address, _ = self.chip.place()
         found = {
-            1: self._remote_at & 0xFF, 2: self._remote_at >> 8, BNRY: self._page0[BNRY], 4: self._tsr,
+            1: address & 0xFF, 2: address >> 8, BNRY: self._page0[BNRY], 4: self._tsr,
             ISR: self._page0[ISR],
-            8: self._remote_at & 0xFF, 9: self._remote_at >> 8, 0x0A: self.ID[0], 0x0B: self.ID[1], 0x0C: self._rsr,
+            8: address & 0xFF, 9: address >> 8, 0x0A: self.ID[0], 0x0B: self.ID[1], 0x0C: self._rsr,
         }  # fmt: skip
         return found.get(at, 0)
 
@@ -171,11 +190,13 @@ class Dp8390(Card[S]):
                 self._page0[IMR] = byte & 0x7F
                 self._drive()
             elif at == BNRY:
-                self.buffers_came()
+                self._has_read()
             elif at in (RSAR, RSAR + 1):
-                self._remote_at = self._page0[RSAR] | self._page0[RSAR + 1] << 8
+                self._set_remote(at=self._page0[RSAR] | self._page0[RSAR + 1] << 8)
             elif at in (RBCR, RBCR + 1):
-                self._left = self._page0[RBCR] | self._page0[RBCR + 1] << 8
+                self._set_remote(left=self._page0[RBCR] | self._page0[RBCR + 1] << 8)
+            elif at in (PSTOP, DCR):
+                self._set_remote()
 
     def _command(self, byte: int) -> None:
         """CR: TXP stays until the packet has gone, and is not cleared by a write."""
@@ -192,9 +213,11 @@ class Dp8390(Card[S]):
             self.buffers_came()
         what = byte >> 3 & 7
         if what == _SEND:  # the packet at BNRY
-            self._remote_at = self._page0[BNRY] << 8
-            self._left = int.from_bytes(self._peek(self._remote_at + 2, 2), "little")
-        if what in (_READ, _WRITE) and not self._left:
+            address = self._page0[BNRY] << 8
+            self._set_remote(address, int.from_bytes(self._peek(address + 2, 2), "little"))
+        else:
+            self._set_remote()
+        if what in (_READ, _WRITE) and not self.chip.place()[1]:
             self._raise(RDC)
         if byte & _TXP and self.sends:
             self.control |= _TXP
@@ -213,43 +236,43 @@ class Dp8390(Card[S]):
             return self._prom[address]
         return self._memory[address - _RAM] if _RAM <= address < _RAM_END else 0xFF
 
-    def _may_go_on(self, what: int) -> bool:
-        """The remote DMA does that by words, and is not at the ring's end after the next one."""
-        wide = self.control >> 3 & 7 == what and self._page0[DCR] & _WORDS
-        return bool(wide) and self._remote_at + 2 != self._page0[PSTOP] << 8
+    def _set_remote(self, at: int | None = None, left: int | None = None) -> None:
+        """Where the remote DMA is, and how it goes on."""
+        is_at, is_left = self.chip.place()
+        mode = {_READ: 1, _SEND: 1, _WRITE: 2}.get(self.control >> 3 & 7, 0) | (4 if self._page0[DCR] & _WORDS else 0)
+        self.chip.set(is_at if at is None else at, is_left if left is None else left, mode, self._page0[PSTOP] << 8)
 
     def _step(self, count: int) -> None:
         """The remote DMA goes on, and from the ring's end to its beginning."""
-        self._remote_at = self._remote_at + count & 0xFFFF
-        if self._remote_at == self._page0[PSTOP] << 8:
-            self._remote_at = self._page0[PSTART] << 8
-        if count < self._left:
-            self._left -= count
-        else:
-            self._left = 0
+        at, left = self.chip.place()
+        at = at + count & 0xFFFF
+        if at == self._page0[PSTOP] << 8:
+            at = self._page0[PSTART] << 8
+        self._set_remote(at, max(left - count, 0))
+        if count >= left:
             self._raise(RDC)
 
     def _remote(self, size: int) -> bytes:
-        if self.control >> 3 & 7 not in (_READ, _SEND) or not self._left:
+        if self.control >> 3 & 7 not in (_READ, _SEND) or not self.chip.place()[1]:
             return b"\xff" * size
         wide = self._page0[DCR] & _WORDS
         if not wide:
-            data = bytes((self._byte(self._remote_at),))
+            data = bytes((self._byte(self.chip.place()[0]),))
             self._step(1)
             return data.ljust(size, b"\0")
         parts = []
         for _ in range(max(size // 2, 1)):
-            parts.append(self._peek(self._remote_at, 2))
+            parts.append(self._peek(self.chip.place()[0], 2))
             self._step(2)
         return b"".join(parts)[:size]
 
     def _put_data(self, data: bytes) -> None:
-        if self.control >> 3 & 7 != _WRITE or not self._left:
+        if self.control >> 3 & 7 != _WRITE or not self.chip.place()[1]:
             return
         step = 2 if self._page0[DCR] & _WORDS and len(data) > 1 else 1
         for at in range(0, len(data) if step == 2 else 1, step):
-            for number, byte in enumerate(data[at : at + step]):
-                address = self._remote_at + number
+            start = self.chip.place()[0]
+            for address, byte in enumerate(data[at : at + step], start):
                 if _RAM <= address < _RAM_END:
                     self._memory[address - _RAM] = byte
             self._step(step)
@@ -295,6 +318,8 @@ class Dp8390(Card[S]):
         group = bool(frame[0] & 1)
         if not self._accepts(frame):
             return True
+        if not self._polls and (self._rests or self._is_closed and self.has_unread()):
+            return False
         if len(frame) < LEAST_ON_WIRE:
             frame = frame.ljust(LEAST_ON_WIRE, b"\0")
         first, end = self._page0[PSTART], self._page0[PSTOP]
@@ -310,7 +335,6 @@ class Dp8390(Card[S]):
             return True
         free = (self._page0[BNRY] - at - 1) % pages + 1
         if needed >= free:
-            self._met |= PRX
             return False
         after = first + (at - first + needed) % pages
         self._rsr = 0x21 if group else 1
@@ -321,6 +345,7 @@ class Dp8390(Card[S]):
             if lowest < highest:
                 self._memory[lowest - _RAM : highest - _RAM] = part[lowest - address : highest - address]
         self._page1[7] = after
+        self._burst = min(self._burst + size, 1 << 20)
         self.count_received([frame])
         self._met |= PRX
         return True
@@ -330,13 +355,40 @@ class Dp8390(Card[S]):
         first, end = self._page0[PSTART], self._page0[PSTOP]
         return self.listens and (self._page1[7] - self._page0[BNRY]) % (end - first) > 1
 
-    def tell_again(self) -> None:
-        self._raise(PRX)
-
     def delivered(self) -> None:
         causes, self._met = self._met, 0
         if causes:
+            self._is_closed = True  # until that is read
+            self._set_timer(_AGAIN)
             self._raise(causes)
+
+    @property
+    def _polls(self) -> bool:
+        """The driver takes no interrupts: it looks when it likes."""
+        return not self._page0[IMR] & PRX
+
+    def _has_read(self) -> None:
+        """The driver has moved BNRY."""
+        if self._polls:
+            self.buffers_came()
+        elif self._is_closed and not self.has_unread():
+            self._is_closed, self._rests = False, True
+            self._set_timer(self._burst * _BYTE)
+            self._burst = 0
+
+    def _set_timer(self, nanoseconds: int | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if nanoseconds is None else self.board.schedule(self.board.now() + nanoseconds, self._is_due)
+
+    def _is_due(self) -> None:
+        self._timer = None
+        if self._rests:
+            self._rests = False
+        elif self.has_unread():
+            self._set_timer(_AGAIN)
+            self._raise(PRX)
+        self.buffers_came()
 
     def _accepts(self, frame: bytes) -> bool:
         control = self._page0[RCR]
@@ -354,11 +406,15 @@ class Dp8390(Card[S]):
             control=self.control,
             page0=bytes(self._page0),
             page1=bytes(self._page1),
-            address=self._remote_at,
-            left=self._left,
+            address=self.chip.place()[0],
+            left=self.chip.place()[1],
             tsr=self._tsr,
             rsr=self._rsr,
             ram=bytes(self._memory),
+            burst=self._burst,
+            rests=self._rests,
+            closed=self._is_closed,
+            due=None if self._timer is None else self._timer.when,
         )
 
     def save_cable(self) -> CardState:
@@ -367,8 +423,12 @@ class Dp8390(Card[S]):
     def load_chip(self, state: ChipState, cable: CardState) -> None:
         self.mac = cable.mac
         self.power_on()
-        self.control, self._remote_at, self._left = state.control, state.address, state.left
+        self.control = state.control
         self._page0[:], self._page1[:], self._memory[:] = state.page0, state.page1, state.ram
+        self._set_remote(state.address, state.left)
+        self._burst, self._rests, self._is_closed = state.burst, state.rests, state.closed
+        if state.due is not None:
+            self._timer = self.board.schedule(state.due, self._is_due)
         self._tsr, self._rsr = state.tsr, state.rsr
         self.load_card(cable.mac, cable.frame, cable.link_up)
         if self.sends:
@@ -393,6 +453,7 @@ class Ne2000(Dp8390[Ne2000State], Device[Ne2000State]):
         self.plug_in(backend, mac)
         super().__init__(board, name)
         self._high = False
+        self.make_chip()
         self.power_on()
 
     @property
@@ -437,6 +498,7 @@ class Ne2000Pci(Dp8390[Ne2000PciState], PciDevice[Ne2000PciState]):
     def __init__(self, board: Port, name: str, slot: int, backend: Backend, mac: bytes) -> None:
         self.plug_in(backend, mac)
         super().__init__(board, name, slot)
+        self.make_chip()
         self.power_on()
 
     @property

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import struct
 
+from vmfs.devices import _chips
+
 VLAN = 0x8100
+_SYN, _ACK = 0x02, 0x10
+_END, _NOTHING, _SCALE = 0, 1, 3  # options of TCP
 _ADDRESSES = 12
 LEAST_ON_WIRE = 60  # without the CRC
 
@@ -23,3 +27,29 @@ def group_bit(frame: bytes) -> int:
             carry = crc >> 31 ^ byte >> bit & 1
             crc = crc << 1 & 0xFFFF_FFFF ^ (0x04C1_1DB7 if carry else 0)
     return crc >> 26
+
+
+def without_scale(frame: bytes) -> bytes:
+    """A TCP connection's first frame without its window scale option (RFC 7323), so that neither side has one, and no
+    window has more than 64 KiB. Any other frame is left alone."""
+    kind, tcp = frame[12:14], 34
+    if kind == b"\x86\xdd":
+        protocol, addresses, tcp = frame[20:21], frame[22:54], 54
+        end = tcp + int.from_bytes(frame[18:20], "big")
+    elif kind == b"\x08\0" and frame[14:15] == b"\x45" and not int.from_bytes(frame[20:22], "big") & 0x3FFF:
+        protocol, addresses = frame[23:24], frame[26:34]
+        end = 14 + int.from_bytes(frame[16:18], "big")
+    else:
+        return frame
+    if protocol != b"\x06" or not tcp + 20 <= end <= len(frame) or frame[tcp + 13] & (_SYN | _ACK) != _SYN:
+        return frame
+    changed, at, last = bytearray(frame), tcp + 20, min(tcp + (frame[tcp + 12] >> 4) * 4, end)
+    while at + 1 < last and changed[at] != _END:
+        length = 1 if changed[at] == _NOTHING else max(changed[at + 1], 2)
+        if changed[at] == _SCALE and length == 3 and at + 3 <= last:
+            changed[at : at + 3] = bytes((_NOTHING,)) * 3
+        at += length
+    words = struct.unpack(f">{len(addresses) // 2}H", addresses)
+    struct.pack_into(">H", changed, tcp + 16, (sum(words) + 6 + end - tcp) % 0xFFFF)
+    _chips.insert_sum(changed, tcp, tcp + 16, end - 1)
+    return bytes(changed)
