@@ -34,6 +34,7 @@ from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
+from vmfs.devices.serial import Serial
 from vmfs.devices.usb.device import UsbDevice
 from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
 from vmfs.devices.usb.storage import UsbDisk
@@ -98,9 +99,11 @@ def a_pc(folder):
         lambda slot: CdDrive(pc, "sata1", open_disk(os.open(image, os.O_RDONLY), "ro")),
         lambda slot: UsbDisk(pc, "usb-disk0", open_disk(os.open(image, os.O_RDONLY), "cow")),
         lambda slot: UsbKeyboard(pc, "usb-kbd0"),
+        lambda slot: Serial(pc, "uart0", 0x2A0, 5),
         lambda slot: UsbTablet(pc, "usb-tablet0", pc.display.size),
     ):
         pc.plug(make(pc.pci.free_slot()))
+    pc.devices["smbus"].describe_memory(192 << 20)
     for name in ("net2", "net3", "net4"):
         pc.devices[name].NUDGES = False  # by the host's clock
     try:
@@ -114,7 +117,7 @@ def a_pc(folder):
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
     "display blk0 blk1 net0 net1 net2 net3 net4 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci "
-    "sata0 sata1 lpt1 speaker nvme0 xhci usb-disk0 usb-kbd0 usb-tablet0"
+    "sata0 sata1 lpt1 speaker nvme0 xhci usb-disk0 usb-kbd0 usb-tablet0 smbus uart0"
 ).split()
 
 

@@ -1,4 +1,5 @@
-"""Linux and the ports that its user sees as streams: a second serial port, a printer; and the speaker's tone."""
+"""Linux and the ports that its user sees as streams: a second serial port, one more, a printer; the speaker's tone; and
+the SMBus."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import subprocess
 
 import pytest
 from mounting import has_news, wait_until
-from pc.conftest import BOOT_SECONDS
+from pc.conftest import BOOT_SECONDS, boot_linux
 from pc.kernels import GENERIC, needs_kernels
 
 pytestmark = needs_kernels
@@ -16,6 +17,19 @@ pytestmark = needs_kernels
 TONES = rb"""
 exec 7> /dev/input/$(cd /sys/class/input; grep -l Speaker event*/device/name | cut -d/ -f1)
 tone() { printf '\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\022\0\002\0\'$1'\'$2'\0\0' >&7; }
+"""
+
+
+SMBUS = rb"""#!/bin/sh
+smbus() { i2c$1 -y 0 $2 $3 $4 $5; }
+smbus get 0x50 2
+smbus get 0x50 4 w
+smbus set 0x50 0xf8 0x1234 w
+smbus set 0x50 0xfa 0x34
+smbus set 0x50 0xfb 0x07
+smbus get 0x50 0xf9
+smbus get 0x50 0xfa w
+smbus get 0x51 0 2>/dev/null || echo none
 """
 
 
@@ -31,8 +45,14 @@ def hears(fd, wanted: bytes) -> bytes:
     return heard
 
 
-def test_a_second_serial_port_a_printer_and_a_tone(linux):
-    pc = linux(kernel=GENERIC, modules=("parport_pc", "lp", "evdev", "pcspkr"), files={"bin/tones": TONES})
+def test_serial_ports_a_printer_a_tone_and_the_smbus(make_pc):
+    pc = make_pc()
+    pc.write("dev/add", "uart 0x2a0 5\n")
+    modules = "parport_pc", "lp", "evdev", "pcspkr", "i2c_piix4", "i2c_dev"
+    boot_linux(
+        pc, cmdline="8250.nr_uarts=5", kernel=GENERIC, modules=modules, files={"bin/tones": TONES, "bin/smbus": SMBUS},
+    )  # fmt: skip
+    pc.expect("guest# ")
     second = opened(pc, "com2/stream")
     pc.shell("stty -F /dev/ttyS1 raw -echo")
     pc.shell("echo from the guest > /dev/ttyS1")
@@ -43,6 +63,20 @@ def test_a_second_serial_port_a_printer_and_a_tone(linux):
     pc.expect("to the guest\r\nstatus=0\r\nguest# ")
     os.close(second)
     assert pc.read("dev/com2/log") == "from the guest\n"
+
+    assert pc.shell("dmesg | grep -o 'ttyS4 at .*'") .startswith("ttyS4 at I/O 0x2a0 (irq = 5, ")
+    fifth = opened(pc, "uart0/stream")
+    pc.shell("stty -F /dev/ttyS4 raw -echo")
+    pc.shell("echo by another port > /dev/ttyS4")
+    hears(fifth, b"by another port\n")
+    pc.type("head -n 1 /dev/ttyS4; echo status=$?\n")
+    pc.expect(r"echo status=\$\?\r\n")
+    os.write(fifth, b"and back\n")
+    pc.expect("and back\r\nstatus=0\r\nguest# ")
+    os.close(fifth)
+
+    assert "SMBus Host Controller at 0x700" in pc.shell("dmesg | grep piix4_smbus")
+    assert pc.shell("smbus") == "0x0b\n0x1100\n0x12\n0x0734\nnone\n"  # DDR3, of 256 MiB; what was written
 
     with subprocess.Popen(["head", "-n", "2", pc.path / "dev/lpt1/stream"], stdout=subprocess.PIPE) as printer:
         wait_until(lambda: open_streams(printer.pid), "the reader has its stream")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vmfs.boot import aml
 from vmfs.boot.platform import Platform
-from vmfs.devices import hpet, isa, pci, power, vmgenid
+from vmfs.devices import hpet, isa, pci, power, smbus, vmgenid
 
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
@@ -317,6 +317,7 @@ def _board_resources() -> bytes:
             a.resources(
                 a.io(0x510, 12),  # fw_cfg
                 a.io(power.PM1_EVENT, power.LENGTH),
+                a.io(smbus.BASE, smbus.LENGTH),
                 a.memory_fixed(IOAPIC, 0x1000),
                 a.memory_fixed(LAPIC, 0x1000),
                 a.memory_fixed(vmgenid.ADDRESS, vmgenid.LENGTH),

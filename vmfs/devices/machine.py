@@ -33,6 +33,7 @@ from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
 from vmfs.devices.screen import vga_bios
 from vmfs.devices.serial import Serial
+from vmfs.devices.smbus import Smbus
 from vmfs.devices.speaker import Speaker
 from vmfs.devices.usb.device import UsbDevice
 from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
@@ -77,6 +78,7 @@ PC_DEVICES: tuple[Row, ...] = (
     Row("speaker", Speaker),
     Row("power", Power),  # before the clock, which may tell it of an interrupt when it is loaded
     Row("rtc", lambda board, name: Rtc(board, name, board.memory.size)),
+    Row("smbus", Smbus),
     Row("dma", Dma),
     Row("vmgenid", _vmgenid),
     Row("hpet", _hpet),
@@ -108,7 +110,10 @@ class Pc(Board):
         assert isinstance(rtc, Rtc) and isinstance(power, Power)
         rtc.tell(power.chip)
         self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
-        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT, self._power_moved))
+        smbus = self.devices["smbus"]
+        assert isinstance(smbus, Smbus)
+        smbus.describe_memory(memory.size)
+        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT, self._power_moved, smbus.place))
         self.display = Display(self, "display", DISPLAY_SLOT)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
@@ -136,7 +141,7 @@ class Pc(Board):
             self._connect_floppy(device)
         elif isinstance(device, UsbDevice):
             self._connect_usb(device)
-        elif isinstance(device, (Pflash, Ne2000)):
+        elif isinstance(device, (Pflash, Ne2000, Serial)):
             self.add(device)
         else:
             raise Invalid(f"{device.name} goes nowhere")
@@ -172,7 +177,7 @@ class Pc(Board):
                 raise Busy(f"{device.name}: {self.flash[-1].name} is below it, and goes first")
             device.withdraw()
             self.remove(device)
-        elif isinstance(device, Ne2000):
+        elif isinstance(device, (Ne2000, Serial)):
             self.remove(device)
 
     @property
@@ -184,6 +189,12 @@ class Pc(Board):
     def flash_end(self) -> int:
         """Where the next flash ends."""
         return self.flash[-1].start if self.flash else TOP
+
+    @property
+    def uarts(self) -> tuple[tuple[int, int], ...]:
+        """Port and IRQ of each, in the order in which tables name them."""
+        found = (device for device in self.devices.values() if isinstance(device, Serial))
+        return tuple((one.port, one.irq or 0) for one in sorted(found, key=lambda one: one.name))
 
     @property
     def ide(self) -> Ide | None:
@@ -309,8 +320,10 @@ class Pc(Board):
         super().memory_resized()
         self.display.show_memory()
         rtc = self.devices["rtc"]
-        assert isinstance(rtc, Rtc)
+        smbus = self.devices["smbus"]
+        assert isinstance(rtc, Rtc) and isinstance(smbus, Smbus)
         rtc.describe_memory(self.memory.size)
+        smbus.describe_memory(self.memory.size)
 
 
 MACHINES: Mapping[str, type[Pc] | None] = {

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from vmfs.devices import _chips
+from vmfs.devices import _chips, smbus
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.pci import PciState, PlainPciDevice
 
@@ -33,6 +33,7 @@ _FADT_PORTS = (
 
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
 _PMBA, _PMREGMISC, _DECODED = 0x40, 0x80, 1  # of the PCI function
+_COMMAND, _SMBBA, _SMBHSTCFG, _BY_IRQ = 0x04, 0x90, 0xD2, 8
 
 
 class PowerState(DeviceState):
@@ -124,9 +125,10 @@ class Power(QuietDevice[PowerState]):
 class PowerFunction(PlainPciDevice):
     """The PCI function of a PIIX4 that says where these ports are: SeaBIOS looks there for where its APM powers off.
 
-    A kernel that is started without firmware finds them at BASE; firmware puts them where it likes.
+    It says where the SMBus is, too. A kernel that is started without firmware finds them at BASE; firmware puts them
+    where it likes.
 
-    Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. There is neither an SMBus nor SMM.
+    Source: Intel 82371AB (PIIX4) data sheet, chapter 7.1. There is no SMM.
     """
 
     TYPE = "pci-acpi-pm"
@@ -134,9 +136,14 @@ class PowerFunction(PlainPciDevice):
     INTERRUPT = False
     function_number = 3  # where OVMF reads the timer's port
 
-    def __init__(self, board: Port, name: str, slot: int, moved: Callable[[int | None], None]) -> None:
-        self._power_moved = moved
+    def __init__(
+        self, board: Port, name: str, slot: int, moved: Callable[[int | None], None],
+        smbus_moved: Callable[[int | None, bool], None],
+    ) -> None:  # fmt: skip
+        """`smbus_moved` gets where its ports are, and whether it has IRQ 9."""
+        self._power_moved, self._smbus_moved = moved, smbus_moved
         super().__init__(board, name, slot)
+        self._own_bits[_SMBBA] = 1  # machines were saved before it was there
 
     def _identity(self) -> bytearray:
         config = super()._identity()
@@ -144,15 +151,22 @@ class PowerFunction(PlainPciDevice):
         config[_PMREGMISC] = _DECODED
         self._mask[_PMBA : _PMBA + 2] = struct.pack("<H", -LENGTH & 0xFFFF)
         self._mask[_PMREGMISC] = _DECODED
+        struct.pack_into("<I", config, _SMBBA, smbus.BASE | 1)
+        config[_SMBHSTCFG] = _DECODED | _BY_IRQ
+        self._mask[_SMBBA : _SMBBA + 2] = struct.pack("<H", -smbus.LENGTH & 0xFFFF)
+        self._mask[_SMBHSTCFG : _SMBHSTCFG + 4] = b"\x0f\xff\xff\xff"  # and of the slave: control, two addresses
         self.writes_have_effects(_PMBA, 2)
+        self.writes_have_effects(_SMBBA, 2)
+        self.writes_have_effects(_SMBHSTCFG, 1)
         self.writes_have_effects(_PMREGMISC, 1)
         config[0x5B] = 2  # DEVACTB, APMC_EN: SMM was set up already, so that firmware does not wait for it
         return config
 
     def leave_to_firmware(self) -> None:
         """As the chip is after a reset: the ports are nowhere."""
-        struct.pack_into("<I", self.config, _PMBA, 1)
-        self.config[_PMREGMISC] = 0
+        for register in _PMBA, _SMBBA:
+            struct.pack_into("<I", self.config, register, 1)
+        self.config[_PMREGMISC] = self.config[_SMBHSTCFG] = 0
         self._place()
 
     def write_config(self, offset: int, size: int, value: int) -> None:
@@ -170,6 +184,9 @@ class PowerFunction(PlainPciDevice):
     def _place(self) -> None:
         (base,) = struct.unpack_from("<H", self.config, _PMBA)
         self._power_moved(base & -LENGTH if self.config[_PMREGMISC] & _DECODED else None)
+        (base,) = struct.unpack_from("<H", self.config, _SMBBA)
+        has_ports = self.config[_SMBHSTCFG] & _DECODED and self.config[_COMMAND] & 1
+        self._smbus_moved(base & -smbus.LENGTH if has_ports else None, self.config[_SMBHSTCFG] & 0xE == _BY_IRQ)
 
 
 def rebased(tables: bytes, base: int) -> bytes:

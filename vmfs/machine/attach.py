@@ -30,6 +30,7 @@ from vmfs.devices.nvme.controller import Nvme
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import Pflash
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
+from vmfs.devices.serial import Serial
 from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
 from vmfs.devices.usb.storage import UsbDisk
 from vmfs.devices.usb.xhci import PLACES as USB_PLACES
@@ -120,6 +121,29 @@ def _sata_name(board: Pc, kind: str, words: list[str]) -> str:
     if not free:
         raise LimitReached(f"dev/add: an AHCI controller has {len(SATA_NAMES)} ports, and a drive is at each")
     return free[0]
+
+
+_UARTS_MOST = 4  # beside the four of every PC
+_UART_IRQS = (3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15)
+
+
+def _uart_name(board: Pc, kind: str, words: list[str]) -> str:
+    free = board.free_drives([f"uart{number}" for number in range(_UARTS_MOST)])
+    if not free:
+        raise LimitReached(f"dev/add: a machine has up to {_UARTS_MOST} UARTs beside com1 to com4")
+    return free[0]
+
+
+def _make_uart(request: Request, _: Any) -> Device:
+    try:
+        port, irq = (int(word, 0) for word in request.words)
+    except ValueError:
+        raise Invalid("dev/add: a UART is a PORT and an IRQ, such as `uart 0x2a0 5`") from None
+    if not 0x100 <= port <= 0xFFF8 or port % 8:
+        raise Invalid(f"dev/add: a UART has 8 ports from a multiple of 8, from 0x100 to 0xfff8, not from {port:#x}")
+    if irq not in _UART_IRQS:
+        raise Invalid(f"dev/add: a UART has one of the IRQs {', '.join(map(str, _UART_IRQS))}, not {irq}")
+    return Serial(request.board, request.name, port, irq)
 
 
 def _usb_name(board: Pc, kind: str, words: list[str]) -> str:
@@ -530,6 +554,7 @@ ATTACHABLE: Mapping[str, Row] = {
         hand=lambda device: (),
         take=lambda door, words, fds: _Cable(Unplugged()),
     ),
+    "uart": Row("uart PORT IRQ", 2, 2, _nothing, _make_uart, _uart_name, hand=lambda device: ()),
     "rng": Row("rng", 0, 0, _nothing, lambda r, _: Rng(r.board, r.name, r.slot), hand=lambda device: ()),
     "hvc": Row("hvc", 0, 0, _nothing, lambda r, _: Console(r.board, r.name, r.slot), hand=lambda device: ()),
     "share": Row(

@@ -43,10 +43,12 @@ def boot(
     has_devices: bool,
     flash: Pflash | None = None,
     uuid: bytes = bytes(16),
+    uarts: tuple[tuple[int, int], ...] = (),
 ) -> Booted:
     """Load the images, and set the first CPU to where they begin. Invalid for what cannot be: nothing has changed.
-    `flash` is what the CPU begins in, where there is one: its firmware loads the kernel."""
-    is_bare = {} if has_devices else _BARE
+    `flash` is what the CPU begins in, where there is one: its firmware loads the kernel. `uarts`: as a Platform has
+    them."""
+    is_bare = {"serial": uarts} if has_devices else _BARE
     processor_id, processor = _processor(cpus[0].get_state("cpuid"))
     platform = Platform(
         memory.size, len(cpus), uuid=uuid, processor_id=processor_id, processor=processor, **is_bare  # type: ignore[arg-type]

@@ -730,6 +730,7 @@ class Vm(Recorded):
                 has_devices=self.board is not None,
                 flash=None if self.board is None or not self.board.flash else self.board.flash[0],
                 uuid=bytes(16) if self.board is None else self.board.uuid,
+                uarts=self.board.uarts if isinstance(self.board, Pc) else (),
             )
             if self.board is not None:
                 self.board.set_firmware_files(booted.files, loads=booted.firmware_loads)
