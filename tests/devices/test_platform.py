@@ -397,6 +397,29 @@ def test_sleeping_in_s5_powers_off(guest):
     assert guest.ended.line() == "shutdown cause=poweroff rip=0x1"
 
 
+@pytest.mark.parametrize("alarm, enable, control", [(True, 0x400, 0x22), (False, 0x400, 0x02), (False, 0, 0x22)])
+def test_the_clocks_alarm_wakes_from_s3(pc, guest, machine, alarm, enable, control):
+    """The clock is at the alarm, with its other interrupts off; the machine's time stands."""
+    def cmos(index, value=None):
+        guest.out(0x70, index)
+        return guest.inp(0x71) if value is None else guest.out(0x71, value)
+
+    for index, value in ((0, 0x50), (2, 0x59), (4, 0x23), (7, 0x31), (8, 0x12), (9, 0x29), (0x32, 0x20)):
+        cmos(index, value)
+    for index, value in ((1, 0x10), (3, 0x30), (5, 0x07), (0xB, control | 0x40)):  # 07:30:10, of the next year
+        cmos(index, value)
+    guest.out(0x602, enable, 2)
+    now = pc.now()
+    guest.out(0x604, 0x2400, 2)
+    assert guest.ended.cause == "suspend"
+    pc.fall_asleep()
+    assert pc.now() == now and guest.inp(0x600, 2) == (0x8400 if alarm else 0x8000)
+    shown = [f"{cmos(index):02x}" for index in (9, 8, 7, 4, 2, 0)]
+    assert shown == (["30", "01", "01", "07", "30", "10"] if alarm else ["29", "12", "31", "23", "59", "50"])
+    assert cmos(0xB) == (0x22 if alarm else 0x02) and machine.lines.get(8, False) == alarm
+    assert cmos(0xC) == (0xB0 if alarm else 0) and not machine.lines.get(8, False)
+
+
 def test_the_power_button_is_an_sci(pc, guest, machine):
     power = pc.devices["power"]
     power.press_button()

@@ -303,11 +303,17 @@ class Pc(Board):
             assert isinstance(function, PowerFunction)
             function.leave_to_firmware()
 
-    def will_wake(self) -> None:
-        """It was reset because the guest sleeps, and the next run wakes it."""
-        power = self.devices["power"]
-        assert isinstance(power, Power)
-        power.woken()
+    def fall_asleep(self) -> None:
+        """It is reset because the guest sleeps, and the next run wakes it; by the clock's alarm, where the guest has
+        armed that."""
+        rtc, power = self.devices["rtc"], self.devices["power"]
+        assert isinstance(rtc, Rtc) and isinstance(power, Power)
+        with self.lock:
+            alarm = rtc.sleep() if power.wakes_by_clock else None
+            self.reset()
+            power.woken()
+            if alarm is not None:
+                rtc.load(alarm)  # which tells `power`
 
     def wakes_by_firmware(self) -> None:
         """A run begins with firmware that is to wake the guest."""

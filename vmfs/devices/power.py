@@ -23,7 +23,7 @@ PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0, SCI = 0x600, 0x604, 0x608, 0x60C, 9
 GPE0_LENGTH = 4  # two bytes of status, two of enable: 16 events, where a PIIX4 has them
 BASE, LENGTH = PM1_EVENT, 64  # where they are unless firmware moves them
 S3, S5 = 1, 0  # SLP_TYP in the tables' \_S3 and \_S5
-_WOKEN = 0x8000  # WAK_STS
+_WOKEN, _RTC = 0x8000, 0x0400  # WAK_STS; RTC_STS, RTC_EN
 
 # Of the FADT: where a port is, in how many bytes, and which one (ACPI 6.4, 5.2.9).
 _FADT_PORTS = (
@@ -109,6 +109,11 @@ class Power(QuietDevice[PowerState]):
         kind = control >> _SLP_TYP & 7
         if kind in (S3, S5):
             self.board.stop("suspend" if kind == S3 else "poweroff")
+
+    @property
+    def wakes_by_clock(self) -> bool:
+        """The system has enabled RTC_STS, which wakes it."""
+        return bool(self.save().enable & _RTC)
 
     def woken(self) -> None:
         """It was reset, and wakes."""

@@ -120,6 +120,12 @@ class Rtc(QuietDevice[RtcState]):
         self.chip.reset(self.board.now())
         self.board.chip_used()
 
+    def sleep(self) -> RtcState | None:
+        """Go to the alarm that is enabled, while all else stands: what it is then. None: there is none."""
+        slept = self.chip.sleep(self.board.now())
+        self.board.chip_used()
+        return self.save() if slept else None
+
     def time_shifted(self, by: int) -> None:
         self.chip.shift(by)
 

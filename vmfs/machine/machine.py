@@ -247,10 +247,10 @@ class Vm(Recorded):
             put_engine(self._machine, self._reset_values)
             for cpu in self.cpus:
                 cpu.set_back()
-        if self.board is not None:
+        if self.board is not None and sleeps:
+            self.board.fall_asleep()
+        elif self.board is not None:
             self.board.reset()
-            if sleeps:
-                self.board.will_wake()
         self._boot_due, self._sleeps = True, sleeps
 
     def write_memory(self, offset: int, data: bytes) -> Future[int]:

@@ -368,6 +368,28 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
     return bus_done(self->chip.bus);
 }
 
+/* The machine sleeps in S3 until the alarm, if that is enabled: the battery's clock is there then, and its other interrupts are off. */
+static PyObject *rtc_sleep(struct rtc *self, PyObject *argument)
+{
+    u64 now, alarm;
+    if (!chip_numbers(&argument, 1, &now, 1))
+        return NULL;
+    chip_enter(&self->chip);
+    catch_up(self, now);
+    alarm = runs(self) && (self->cmos[B] & (SET | AIE)) == AIE ? updates_to_alarm(self) : 0;
+    if (alarm) {
+        update_time(self, alarm);
+        self->cmos[B] &= (u8)~(PIE | UIE | SQWE);
+        clear_flags(self);
+        self->cmos[C] = AF | UF; /* without IRQF: the interrupt is for who wakes */
+        self->began = now;
+    }
+    arm(self, now);
+    if (!bus_leave(self->chip.bus))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(alarm);
+}
+
 /* Once. */
 static PyObject *rtc_tell(struct rtc *self, PyObject *power)
 {
@@ -476,6 +498,7 @@ static PyMethodDef rtc_methods[] = {
     {"put", (PyCFunction)rtc_put, METH_VARARGS, "put(index, byte): into the RAM"},
     {"get", (PyCFunction)rtc_get, METH_O, "get(index) -> byte, as it stands"},
     {"reset", (PyCFunction)rtc_reset, METH_O, "reset(now)"},
+    {"sleep", (PyCFunction)rtc_sleep, METH_O, "sleep(now) -> seconds until the alarm, to which it goes; 0: none is enabled"},
     {"tell", (PyCFunction)rtc_tell, METH_O, "tell(power): of its interrupts, as ACPI's RTC_STS has it"},
     {"connect", (PyCFunction)rtc_connect, METH_VARARGS, "connect(now, connected): whether its line goes anywhere"},
     {"shift", (PyCFunction)rtc_shift, METH_O, "shift(by): the guest's time was set to what it was and so much"},
