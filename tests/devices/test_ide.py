@@ -554,3 +554,28 @@ def test_random_accesses(tmp_path_factory, seed, data):
         pc.close()
         memory.close()
     assert path.stat().st_size == 64 * 512
+
+
+@pytest.mark.parametrize("names", [("hda", "hdb"), ("sata0", "sata1")])
+def test_a_drive_that_is_taken_out_leaves_a_worker_behind(tmp_path, names):
+    """For the other drive of its channel, and for the next one at its port."""
+    path, pc = tmp_path / "image", Pc(FakeMachine(), Memory(1 << 20))
+    path.write_bytes(bytes(1 << 20))
+
+    def plug(name):
+        pc.plug(AtaDisk(pc, name, open_disk(os.open(path, os.O_RDONLY), "cow")))
+
+    try:
+        for name in names:
+            plug(name)
+        for name in names:
+            pc.unplug(pc.devices[name])
+            plug(name)
+            done = threading.Event()
+            worker = pc.ide.channels[0].worker if pc.ide else pc.ahci.ports[names.index(name)].worker
+            with pc.lock:
+                worker.submit(lambda: None, lambda _, done=done: done.set())
+            assert done.wait(20), name
+    finally:
+        pc.close()
+        pc.memory.close()

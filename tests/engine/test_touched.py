@@ -21,11 +21,12 @@ SECONDS = 60
 BUILT_IN = (
     "bridge", "com1", "com2", "com3", "com4", "rtc", "dma", "power", "vmgenid", "keyboard", "fw-cfg", "debugcon",
     "debugcon2", "debug-exit", "isa-bridge", "power-pci", "display", "hpet", "pci", "lpt1",
-    "speaker",
+    "speaker", "smbus",
 )  # fmt: skip
 # Of them, those that are more than their configuration space, which the bridge's ports reach, and have a state.
 STATEFUL = {
     "com1", "com2", "com3", "com4", "rtc", "dma", "power", "keyboard", "fw-cfg", "display", "pci", "hpet", "lpt1",
+    "smbus",
 }  # fmt: skip
 
 # Whether it writes; what does so with AL, and with EAX: at port DX, or at RDX.

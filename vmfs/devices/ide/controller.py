@@ -77,8 +77,11 @@ class Channel:
         self.number = number
         self.place = PLACES[number]
         self.drives: list[Drive[Any] | None] = [None, None]
-        self.worker = Worker(controller.board, f"ide-{number}")
+        self.renew_worker()
         self.clear()
+
+    def renew_worker(self) -> None:
+        self.worker = Worker(self.controller.board, f"ide-{self.number}")
 
     def clear(self) -> None:
         self.unit = self.control = 0
@@ -400,6 +403,7 @@ class Ide(PciDevice[IdeState]):
     def disconnect(self, drive: Drive[Any]) -> None:
         channel, unit = self.place_of(drive.name)
         channel.drives[unit] = None
+        channel.renew_worker()  # the drive has ended it
         channel.changed()
 
     @property

@@ -70,6 +70,7 @@ class Ahci(PciDevice[AhciState]):
     def disconnect(self, drive: Drive[Any]) -> None:
         port = self.ports[NAMES.index(drive.name)]
         port.drive = None
+        port.renew_worker()  # the drive has ended it
         port.clear()
 
     @property

@@ -100,9 +100,12 @@ class AhciPort:
         self.controller = controller
         self.number = number
         self.drive: Drive[Any] | None = None
-        self.worker = Worker(controller.board, f"ahci-{number}")
+        self.renew_worker()
         self._settling = False
         self.clear()
+
+    def renew_worker(self) -> None:
+        self.worker = Worker(self.controller.board, f"ahci-{self.number}")
 
     def clear(self) -> None:
         """As after a reset of the controller."""
