@@ -6,18 +6,35 @@ Source: eXtensible Host Controller Interface 1.1, chapters 4.6 and 6.4.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from vmfs.devices.device import Port
 from vmfs.devices.usb import slots
+from vmfs.devices.usb.ports import RootPort
 from vmfs.devices.usb.rings import Place, Trb
 from vmfs.devices.usb.slots import ADDRESSED, CONFIGURED, CONTEXT, CONTEXTS, CONTROL, DEFAULT, ENABLED, SLOTS, Slot
-
-if TYPE_CHECKING:
-    from vmfs.devices.usb.xhci import Xhci
 
 SUCCESS, TRANSACTION_ERROR, TRB_ERROR, STALL_ERROR, NO_SLOTS = 1, 4, 5, 6, 9
 SLOT_NOT_ENABLED, SHORT_PACKET, PARAMETER_ERROR, CONTEXT_STATE_ERROR, RING_STOPPED, STOPPED = 11, 13, 17, 19, 24, 26
 _DROPS_ALL, _BLOCKS_REQUEST = 0x200, 0x200  # deconfigure; BSR
+
+
+class Host(Protocol):
+    """What a command sees of the controller."""
+
+    board: Port
+    ports: dict[int, RootPort]
+    slots: dict[int, Slot]
+    configured_slots: int
+
+    def context_of(self, number: int) -> int:
+        """Where the driver sees a slot. BadRing."""
+
+    def settle(self, slot: Slot) -> None:
+        """Nothing of it is under way any more."""
+
+    def tell_stopped(self, number: int, dci: int) -> None:
+        """An endpoint is stopped: if a transfer has begun, that it was."""
 
 
 class Refused(Exception):
@@ -28,7 +45,7 @@ class Refused(Exception):
         self.code = code
 
 
-def run(host: Xhci, trb: Trb) -> tuple[int, int]:
+def run(host: Host, trb: Trb) -> tuple[int, int]:
     """The completion code, and the slot. BadRing."""
     number = trb.control >> 24
     command = _COMMANDS.get(trb.type)
@@ -40,14 +57,14 @@ def run(host: Xhci, trb: Trb) -> tuple[int, int]:
         return refusal.code, number
 
 
-def _slot(host: Xhci, number: int) -> Slot:
+def _slot(host: Host, number: int) -> Slot:
     slot = host.slots.get(number)
     if slot is None:
         raise Refused(SLOT_NOT_ENABLED)
     return slot
 
 
-def _endpoint(host: Xhci, trb: Trb, number: int) -> tuple[Slot, int]:
+def _endpoint(host: Host, trb: Trb, number: int) -> tuple[Slot, int]:
     """Of a command for one: its slot and DCI."""
     slot, dci = _slot(host, number), trb.control >> 16 & 0x1F
     if dci not in slot.endpoints:
@@ -55,11 +72,11 @@ def _endpoint(host: Xhci, trb: Trb, number: int) -> tuple[Slot, int]:
     return slot, dci
 
 
-def _no_op(host: Xhci, trb: Trb, number: int) -> int:
+def _no_op(host: Host, trb: Trb, number: int) -> int:
     return 0
 
 
-def _enable(host: Xhci, trb: Trb, number: int) -> int:
+def _enable(host: Host, trb: Trb, number: int) -> int:
     free = next((one for one in range(1, min(host.configured_slots, SLOTS) + 1) if one not in host.slots), 0)
     if not free:
         raise Refused(NO_SLOTS)
@@ -67,7 +84,7 @@ def _enable(host: Xhci, trb: Trb, number: int) -> int:
     return free
 
 
-def _disable(host: Xhci, trb: Trb, number: int) -> int:
+def _disable(host: Host, trb: Trb, number: int) -> int:
     slot = _slot(host, number)
     host.settle(slot)
     del host.slots[number]
@@ -77,7 +94,7 @@ def _disable(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _address(host: Xhci, trb: Trb, number: int) -> int:
+def _address(host: Host, trb: Trb, number: int) -> int:
     slot, is_blocked = _slot(host, number), bool(trb.control & _BLOCKS_REQUEST)
     if slot.state not in ((ENABLED,) if is_blocked else (ENABLED, DEFAULT)):
         raise Refused(CONTEXT_STATE_ERROR)
@@ -100,7 +117,7 @@ def _address(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _configure(host: Xhci, trb: Trb, number: int) -> int:
+def _configure(host: Host, trb: Trb, number: int) -> int:
     slot = _slot(host, number)
     if slot.state not in (ADDRESSED, CONFIGURED):
         raise Refused(CONTEXT_STATE_ERROR)
@@ -131,7 +148,7 @@ def _configure(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _evaluate(host: Xhci, trb: Trb, number: int) -> int:
+def _evaluate(host: Host, trb: Trb, number: int) -> int:
     slot, at = _slot(host, number), trb.parameter & ~0xF
     if slot.state == ENABLED:
         raise Refused(CONTEXT_STATE_ERROR)
@@ -146,7 +163,7 @@ def _evaluate(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _reset_endpoint(host: Xhci, trb: Trb, number: int) -> int:
+def _reset_endpoint(host: Host, trb: Trb, number: int) -> int:
     slot, dci = _endpoint(host, trb, number)
     if slot.endpoints[dci].state != slots.HALTED:
         raise Refused(CONTEXT_STATE_ERROR)
@@ -160,7 +177,7 @@ def _stop(slot: Slot, dci: int) -> None:
     slot.show_endpoint(dci)
 
 
-def _stop_endpoint(host: Xhci, trb: Trb, number: int) -> int:
+def _stop_endpoint(host: Host, trb: Trb, number: int) -> int:
     slot, dci = _endpoint(host, trb, number)
     if slot.endpoints[dci].state != slots.RUNNING:
         raise Refused(CONTEXT_STATE_ERROR)
@@ -171,7 +188,7 @@ def _stop_endpoint(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _set_dequeue(host: Xhci, trb: Trb, number: int) -> int:
+def _set_dequeue(host: Host, trb: Trb, number: int) -> int:
     slot, dci = _endpoint(host, trb, number)
     one = slot.endpoints[dci]
     if one.state not in (slots.STOPPED, slots.FAILED):
@@ -183,7 +200,7 @@ def _set_dequeue(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-def _reset_device(host: Xhci, trb: Trb, number: int) -> int:
+def _reset_device(host: Host, trb: Trb, number: int) -> int:
     slot = _slot(host, number)
     if slot.state not in (ADDRESSED, CONFIGURED):
         raise Refused(CONTEXT_STATE_ERROR)
@@ -196,7 +213,7 @@ def _reset_device(host: Xhci, trb: Trb, number: int) -> int:
     return number
 
 
-_COMMANDS: Mapping[int, Callable[[Xhci, Trb, int], int]] = {
+_COMMANDS: Mapping[int, Callable[[Host, Trb, int], int]] = {
     9: _enable,
     10: _disable,
     11: _address,
