@@ -203,6 +203,10 @@ static void invalidate(struct tlb *t, unsigned kind, unsigned at)
 {
     __atomic_store_n(&entries(t, kind)[at].page, TLB_INVALID(at), __ATOMIC_RELAXED);
 }
+static void invalidate_second(struct tlb *t, unsigned kind, unsigned at)
+{
+    __atomic_store_n(&t->second[kind][at].page, SECOND_INVALID(at), __ATOMIC_RELAXED);
+}
 
 static void forget_watched(struct vcpu *c)
 {
@@ -210,13 +214,23 @@ static void forget_watched(struct vcpu *c)
         c->watched[kind].page = ~0ull;
 }
 
+/* All entries; or those that are not global. */
+static void forget_kind(struct tlb *t, unsigned kind, bool local)
+{
+    for (unsigned i = 0; i < TLB_SIZE; i++)
+        if (!(local && t->physical[kind][i] & TLB_GLOBAL))
+            invalidate(t, kind, i);
+    for (unsigned i = 0; i < TLB_SECOND; i++)
+        if (!(local && t->second_physical[kind][i] & TLB_GLOBAL))
+            invalidate_second(t, kind, i);
+}
+
 void tlb_clear(struct vcpu *c)
 {
     forget_watched(c);
     for (unsigned table = 0; table < TLB_TABLES; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
-            for (unsigned i = 0; i < TLB_SIZE; i++)
-                invalidate(&c->tlbs[table], kind, i);
+            forget_kind(&c->tlbs[table], kind, false);
     code_map_clear(c);
     c->filled[0].count = c->filled[1].count = 0;
     c->large_low = ~0ull;
@@ -226,8 +240,11 @@ void tlb_clear(struct vcpu *c)
 static void drop_filled(struct vcpu *c, struct filled *f)
 {
     for (unsigned i = 0; i < f->count; i++) {
-        unsigned which = f->at[i] >> 10;
-        invalidate(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, f->at[i] & (TLB_SIZE - 1));
+        unsigned which = (f->at[i] & (FILLED_SECOND - 1)) >> 10, at = f->at[i] & (TLB_SIZE - 1);
+        if (f->at[i] & FILLED_SECOND)
+            invalidate_second(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);
+        else
+            invalidate(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);
     }
     f->count = 0;
 }
@@ -257,9 +274,7 @@ void tlb_flush_local(struct vcpu *c)
     c->filled[0].count = 0;
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
-            for (unsigned i = 0; i < TLB_SIZE; i++)
-                if (!(c->tlbs[table].physical[kind][i] & TLB_GLOBAL))
-                    invalidate(&c->tlbs[table], kind, i);
+            forget_kind(&c->tlbs[table], kind, true);
 }
 
 void tlb_flush_page(struct vcpu *c, u64 linear)
@@ -271,42 +286,68 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
     forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
+        {
             invalidate(&c->tlbs[table], kind, linear >> 12 & (TLB_SIZE - 1));
+            invalidate_second(&c->tlbs[table], kind, second_place(linear));
+        }
     code_map_drop(c, linear);
+}
+
+/* An entry for writes is dropped; the log has its page once more. */
+static void drop_write(struct vcpu *c, u64 *page, u64 invalid, u64 physical, bool mark)
+{
+    if (*page == invalid)
+        return;
+    *page = invalid;
+    struct slot *slot = mark ? vm_slot(c->vm, physical & PAGE_MASK) : NULL;
+    if (slot)
+        mark_dirty(slot, physical & PAGE_MASK);
 }
 
 void tlb_flush_writes(struct vcpu *c, bool mark)
 {
     forget_watched(c);
-    for (unsigned table = 0; table < TLB_NONE; table++)
-        for (unsigned i = 0; c->tables >> table & 1 && i < TLB_SIZE; i++) {
-            struct tlb_entry *e = &c->tlbs[table].write[i];
-            if (e->page == TLB_INVALID(i))
-                continue;
-            e->page = TLB_INVALID(i);
-            u64 physical = c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK;
-            struct slot *slot = mark ? vm_slot(c->vm, physical) : NULL;
-            if (slot)
-                mark_dirty(slot, physical);
-        }
+    for (unsigned table = 0; table < TLB_NONE; table++) {
+        struct tlb *t = &c->tlbs[table];
+        if (!(c->tables >> table & 1))
+            continue;
+        for (unsigned i = 0; i < TLB_SIZE; i++)
+            drop_write(c, &t->write[i].page, TLB_INVALID(i), t->physical[TLB_WRITE][i], mark);
+        for (unsigned i = 0; i < TLB_SECOND; i++)
+            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i), t->second_physical[TLB_WRITE][i], mark);
+    }
 }
 
+/* The second places come last: an entry goes there before another takes its first (enter). */
 bool tlb_may_write(const struct vcpu *c, u64 page)
 {
-    for (unsigned table = 0; table < TLB_NONE; table++)
+    for (unsigned table = 0; table < TLB_NONE; table++) {
+        const struct tlb *t = &c->tlbs[table];
         for (unsigned i = 0; i < TLB_SIZE; i++)
-            if ((__atomic_load_n(&c->tlbs[table].physical[TLB_WRITE][i], __ATOMIC_RELAXED) & PAGE_MASK) == page &&
-                __atomic_load_n(&c->tlbs[table].write[i].page, __ATOMIC_RELAXED) != TLB_INVALID(i))
+            if ((__atomic_load_n(&t->physical[TLB_WRITE][i], __ATOMIC_ACQUIRE) & PAGE_MASK) == page &&
+                __atomic_load_n(&t->write[i].page, __ATOMIC_ACQUIRE) != TLB_INVALID(i))
                 return true;
+        for (unsigned i = 0; i < TLB_SECOND; i++)
+            if ((__atomic_load_n(&t->second_physical[TLB_WRITE][i], __ATOMIC_RELAXED) & PAGE_MASK) == page &&
+                __atomic_load_n(&t->second[TLB_WRITE][i].page, __ATOMIC_RELAXED) != SECOND_INVALID(i))
+                return true;
+    }
     return false;
 }
 
 void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
-    for (unsigned table = 0; table < TLB_NONE; table++)
-        for (unsigned i = 0; c->tables >> table & 1 && i < TLB_SIZE; i++)
-            if ((c->tlbs[table].physical[TLB_WRITE][i] & PAGE_MASK) == page)
-                invalidate(&c->tlbs[table], TLB_WRITE, i);
+    for (unsigned table = 0; table < TLB_NONE; table++) {
+        struct tlb *t = &c->tlbs[table];
+        if (!(c->tables >> table & 1))
+            continue;
+        for (unsigned i = 0; i < TLB_SIZE; i++)
+            if ((t->physical[TLB_WRITE][i] & PAGE_MASK) == page)
+                invalidate(t, TLB_WRITE, i);
+        for (unsigned i = 0; i < TLB_SECOND; i++)
+            if ((t->second_physical[TLB_WRITE][i] & PAGE_MASK) == page)
+                invalidate_second(t, TLB_WRITE, i);
+    }
 }
 
 /* A table that is used for the first time is of zeros. */
@@ -317,6 +358,7 @@ static struct tlb *table_of(struct vcpu *c, unsigned table)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++) {
             invalidate(&c->tlbs[table], kind, 0);
             invalidate(&c->tlbs[table], kind, TLB_SIZE - 1);
+            invalidate_second(&c->tlbs[table], kind, 0);
         }
     }
     return &c->tlbs[table];
@@ -347,25 +389,64 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 host, const struct walk *w)
+static void note_filled(struct vcpu *c, bool global, unsigned table, enum tlb_kind kind, unsigned at)
 {
-    unsigned at = linear >> 12 & (TLB_SIZE - 1);
-    struct filled *f = &c->filled[w->global];
+    struct filled *f = &c->filled[global];
     if (f->count < TLB_FILLED)
         f->at[f->count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
     f->count += f->count <= TLB_FILLED;
+}
+
+/* What is in the first place goes to its second one. */
+static void keep_in_second(struct vcpu *c, unsigned table, enum tlb_kind kind, unsigned at)
+{
+    struct tlb *t = &c->tlbs[table];
+    const struct tlb_entry *from = &entries(t, kind)[at];
+    if (from->page == TLB_INVALID(at))
+        return;
+    unsigned second = second_place(from->page);
+    struct tlb_entry *e = &t->second[kind][second];
+    u64 of_page = t->physical[kind][at];
+    if (e->page == from->page)
+        return; /* it was promoted, and the same still lies there */
+    note_filled(c, of_page & TLB_GLOBAL, table, kind, FILLED_SECOND | second);
+    __atomic_store_n(&t->second_physical[kind][second], of_page, __ATOMIC_RELAXED); /* as below */
+    e->host = from->host;
+    __atomic_store_n(&e->page, from->page, __ATOMIC_RELEASE);
+}
+
+static void put_first(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 of_page, u64 host)
+{
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    struct tlb_entry *e = &entries(&c->tlbs[table], kind)[at];
+    note_filled(c, of_page & TLB_GLOBAL, table, kind, at);
+    __atomic_store_n(&c->tlbs[table].physical[kind][at], of_page, __ATOMIC_RELEASE); /* tlb_may_write reads both in other threads */
+    e->host = host;
+    __atomic_store_n(&e->page, linear & PAGE_MASK, __ATOMIC_RELAXED);
+    if (kind != TLB_EXECUTE)
+        c->tlbs[table].distances[kind == TLB_WRITE][at].distance = host - (linear & PAGE_MASK);
+}
+
+/* The page is in its second place: it changes with what has its first. It stays in the second, too, so that other threads see it in one
+ * at any time; where both have the same second place, the other page goes. */
+static void promote(struct vcpu *c, enum tlb_kind kind, u64 linear)
+{
+    unsigned table = (unsigned)(c->map - c->tlbs), first = linear >> 12 & (TLB_SIZE - 1), at = second_place(linear);
+    const struct tlb_entry *e = &c->map->second[kind][at];
+    if (second_place(entries(c->map, kind)[first].page) != at)
+        keep_in_second(c, table, kind, first);
+    put_first(c, table, kind, linear, c->map->second_physical[kind][at], e->host);
+}
+
+static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 host, const struct walk *w)
+{
+    keep_in_second(c, table, kind, linear >> 12 & (TLB_SIZE - 1));
     if (w->large) {
         u64 first = linear & ~w->large, last = linear | w->large;
         c->large_low = first < c->large_low ? first : c->large_low;
         c->large_high = last > c->large_high ? last : c->large_high;
     }
-    struct tlb_entry *e = &entries(&c->tlbs[table], kind)[at];
-    u64 of_page = (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0);
-    __atomic_store_n(&c->tlbs[table].physical[kind][at], of_page, __ATOMIC_RELAXED); /* tlb_may_write reads both in other threads */
-    e->host = host;
-    __atomic_store_n(&e->page, linear & PAGE_MASK, __ATOMIC_RELAXED);
-    if (kind != TLB_EXECUTE)
-        c->tlbs[table].distances[kind == TLB_WRITE][at].distance = host - (linear & PAGE_MASK);
+    put_first(c, table, kind, linear, (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0), host);
 }
 
 /* After a walk for `access`, which is allowed. */
@@ -444,6 +525,11 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
     enum tlb_kind kind = access & ACCESS_EXECUTE ? TLB_EXECUTE : access & ACCESS_WRITE ? TLB_WRITE : TLB_READ;
     if (likely(entries(c->map, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
         return (c->map->physical[kind][at] & PAGE_MASK) | (linear & 0xfff);
+    c->looks = TLB_LOOKS; /* host code leaves one of so many to here, so that what is needed most has the first place, mostly */
+    if (c->map->second[kind][second_place(linear)].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)) {
+        promote(c, kind, linear);
+        return (c->map->physical[kind][at] & PAGE_MASK) | (linear & 0xfff);
+    }
     if (c->watched[kind].page == (linear & PAGE_MASK) && c->watched[kind].map == c->map && !(access & ACCESS_SUPERVISOR))
         return c->watched[kind].physical | (linear & 0xfff);
     return translate(c, linear, access);

@@ -38,30 +38,54 @@ void emit_address(struct translation *t, const struct record *r, unsigned to, un
         put_modrm(code, I_W, M1, 0x03, to, FIELD(check[r->seg].base));
 }
 
-static void slow_path(struct translation *t, const struct record *r, u8 *from, bool leaves)
+static struct stub *slow_path(struct translation *t, const struct record *r, bool leaves, struct look look)
 {
     struct stub *s = add_stub(t, leaves ? STUB_LEAVE : STUB_CALL, r);
     s->restore = t->writes & t->precise && !merges(t);
-    stub_jump(s, from);
+    s->look = look;
+    return s;
 }
 
 enum { INDEX_SHIFT = 12 - 4, INDEX_MASK = (TLB_SIZE - 1) << 4 };
 _Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entries");
 
 static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
-
-/* A word of the TLB at the index in T0, or at the entry, `at` bytes from the begin of its table. */
-static struct place in_tlb(const struct translation *t, i32 at)
+static i32 second_side(bool write)
 {
-    if (!(t->c->key & KEY_FIXED_TLB))
-        return in_memory(T0, at);
-    unsigned table = t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
-    return (struct place){.memory = true, .base = C, .index = T0, .disp = (i32)(offsetof(struct vcpu, tlbs) + table * sizeof(struct tlb)) + at};
+    return (i32)(offsetof(struct tlb, second) + (write ? TLB_WRITE : TLB_READ) * TLB_SECOND * sizeof(struct tlb_entry));
 }
 
-/* The linear address is in T1: there comes how far it is into its page, and the place in the TLB to T0. `bytes` from there on
- * are of one page, and begin at a multiple of `alignment`. */
-static void check_page(struct translation *t, const struct record *r, unsigned bytes, unsigned alignment, i32 side, bool leaves)
+/* TLB_NONE: that of c->tlb, whose address is in T0. */
+static unsigned table_of(const struct translation *t)
+{
+    return !(t->c->key & KEY_FIXED_TLB) ? TLB_NONE : t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
+}
+/* A word of the TLB at the index in T0, or at the entry, `at` bytes from the begin of its table. */
+static struct place in_table(unsigned table, i32 at)
+{
+    if (table == TLB_NONE)
+        return in_memory(T0, at);
+    return (struct place){.memory = true, .base = C, .index = T0, .disp = (i32)(offsetof(struct vcpu, tlbs) + table * sizeof(struct tlb)) + at};
+}
+static struct place in_tlb(const struct translation *t, i32 at) { return in_table(table_of(t), at); }
+
+/* How far it is into its page is in T1. `bytes` from there on are of one page, and begin at a multiple of `alignment`; else to s. */
+static void compare_page(struct code *code, struct stub *s, unsigned bytes, unsigned alignment)
+{
+    if (alignment > 1) {
+        put_modrm(code, I_W, M1, 0xf7, 0, in_register(T1));
+        put32(code, ~(u64)(0x1000 - alignment));
+        stub_jump(s, jump_if(code, CC_NE));
+    }
+    if (alignment == 1 || alignment < bytes) { /* else they end where the page does, at the latest */
+        alu_constant(code, I_W, GROUP_CMP, in_register(T1), 0x1000 - (i32)bytes);
+        stub_jump(s, jump_if(code, CC_A));
+    }
+}
+
+/* The linear address is in T1: there comes how far it is into its page, and the place in the TLB to T0. What goes on where the page
+ * is elsewhere, which is to be told where the check ends. */
+static struct stub *check_page(struct translation *t, const struct record *r, unsigned bytes, unsigned alignment, bool write, bool leaves)
 {
     struct code *code = &t->code;
     load32(code, T0, in_register(T1));
@@ -70,16 +94,10 @@ static void check_page(struct translation *t, const struct record *r, unsigned b
     alu_constant(code, 0, GROUP_AND, in_register(T0), INDEX_MASK);
     if (!(t->c->key & KEY_FIXED_TLB))
         put_modrm(code, I_W, M1, 0x03, T0, FIELD(tlb));
-    put_modrm(code, I_W, M1, 0x2b, T1, in_tlb(t, side));
-    if (alignment > 1) {
-        put_modrm(code, I_W, M1, 0xf7, 0, in_register(T1));
-        put32(code, ~(u64)(0x1000 - alignment));
-        slow_path(t, r, jump_if(code, CC_NE), leaves);
-    }
-    if (alignment == 1 || alignment < bytes) { /* else they end where the page does, at the latest */
-        alu_constant(code, I_W, GROUP_CMP, in_register(T1), 0x1000 - (i32)bytes);
-        slow_path(t, r, jump_if(code, CC_A), leaves);
-    }
+    put_modrm(code, I_W, M1, 0x2b, T1, in_tlb(t, tlb_side(write)));
+    struct stub *s = slow_path(t, r, leaves, (struct look){.write = write, .bytes = (u16)bytes, .alignment = (u16)alignment});
+    compare_page(code, s, bytes, alignment);
+    return s;
 }
 static void add_page(struct translation *t, i32 side)
 {
@@ -176,6 +194,69 @@ static void begin_stretch(struct translation *t, const struct stretch *s, i64 at
     t->at = (i32)(at - s->low);
 }
 
+/* A constant that a comparison of 64 bits may have. */
+static bool is_short(u64 page) { return (u64)(i64)(i32)page == page; }
+
+/* The host address of a known page to T1, from the entry at `at` in the table; else to s. */
+static void take_constant_page(struct translation *t, struct stub *s, u64 page, i32 at)
+{
+    struct place p = in_tlb(t, at);
+    p.index = NO_REGISTER;
+    if (is_short(page))
+        alu_constant(&t->code, I_W, GROUP_CMP, p, (i32)page);
+    else
+        put_modrm(&t->code, I_W, M1, 0x3b, T1, p);
+    stub_jump(s, jump_if(&t->code, CC_NE));
+    p.disp += (i32)offsetof(struct tlb_entry, host);
+    load64(&t->code, T1, p);
+}
+
+/* One look less; the jump where there is none left. `more`: C is so much higher. */
+static u8 *count_look(struct code *code, i32 more)
+{
+    alu_constant(code, 0, GROUP_SUB, in_memory(C, (i32)offsetof(struct vcpu, looks) + more), 1);
+    return jump_if(code, CC_B);
+}
+
+void emit_look(struct translation *t, const struct look *look)
+{
+    struct stub nowhere = {0};
+    i32 side = second_side(look->write);
+    if (look->constant) {
+        stub_jump(&nowhere, count_look(&t->code, 0));
+        take_constant_page(t, &nowhere, look->page, side + (i32)(second_place(look->page) * sizeof(struct tlb_entry)));
+    } else {
+        call_shared(t, shared_code(t->translator)->look[table_of(t)][look->write]);
+        compare_page(&t->code, &nowhere, look->bytes, look->alignment);
+        add_page(t, side);
+    }
+    land(jump(&t->code), look->found);
+    for (unsigned i = 0; i < nowhere.jump_count; i++)
+        land(nowhere.jumps[i], t->code.at);
+}
+
+void write_look(struct code *code, unsigned table, bool write)
+{
+    enum { PUSHED = 8 }; /* the return address: C is RSP */
+    i32 pushed = table == TLB_NONE ? 0 : PUSHED;
+    u8 *none = count_look(code, PUSHED);
+    put_modrm(code, I_W, M1, 0x03, T1, in_table(table, tlb_side(write) + pushed)); /* the linear address again */
+    load32(code, T0, in_register(T1));
+    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+    put8(code, 10);
+    put_modrm(code, 0, M1, 0x33, T0, in_register(T1));
+    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
+    put8(code, INDEX_SHIFT);
+    alu_constant(code, 0, GROUP_AND, in_register(T0), (TLB_SECOND - 1) << 4); /* second_place */
+    if (table == TLB_NONE)
+        put_modrm(code, I_W, M1, 0x03, T0, in_memory(C, (i32)offsetof(struct vcpu, tlb) + PUSHED));
+    put_modrm(code, I_W, M1, 0x2b, T1, in_table(table, second_side(write) + pushed));
+    put8(code, 0xc3);
+    land(none, code->at);
+    load_constant(code, T1, ~0ull); /* in no page */
+    put8(code, 0xc3);
+}
+
 void to_memory(struct translation *t, const struct record *r, bool leaves)
 {
     struct code *code = &t->code;
@@ -188,35 +269,31 @@ void to_memory(struct translation *t, const struct record *r, bool leaves)
     }
     struct access a = s ? all_of(s, 0, 0) : t->memory;
     i32 more = s ? (i32)(s->low - planned->at) : 0;
-    i32 side = tlb_side(a.write);
     flags_aside(t, r);
+    struct stub *slow;
     u64 constant;
     if (!s && constant_page(t, r, &constant)) {
-        i32 entry = side + (i32)(constant >> INDEX_SHIFT & INDEX_MASK), inside = constant & 0xfff;
-        struct place p = in_tlb(t, entry);
-        p.index = NO_REGISTER;
-        if (!(t->c->key & KEY_FIXED_TLB))
+        i32 inside = constant & 0xfff;
+        u64 page = constant & PAGE_MASK;
+        if (table_of(t) == TLB_NONE)
             load64(code, T0, FIELD(tlb));
-        if ((u64)(i64)(i32)constant == constant) {
-            alu_constant(code, I_W, GROUP_CMP, p, (i32)(constant & PAGE_MASK));
-        } else {
-            load_constant(code, T1, constant & PAGE_MASK);
-            put_modrm(code, I_W, M1, 0x3b, T1, p);
-        }
-        slow_path(t, r, jump_if(code, CC_NE), leaves);
-        p.disp += (i32)offsetof(struct tlb_entry, host);
-        load64(code, T1, p);
+        if (!is_short(page))
+            load_constant(code, T1, page);
+        slow = slow_path(t, r, leaves, (struct look){.constant = true, .write = a.write, .page = page});
+        take_constant_page(t, slow, page, tlb_side(a.write) + (i32)(page >> INDEX_SHIFT & INDEX_MASK));
+        slow->look.found = code->at;
         if (r->index != GPR_ZERO * 8)
             lea64(code, T1, (struct place){.memory = true, .base = T1, .index = (u8)pinned(r->index), .scale = r->scale, .disp = inside});
         else
             t->at = inside;
     } else {
         emit_address(t, r, T1, T0, more);
-        check_page(t, r, a.bytes, a.alignment, side, leaves);
+        slow = check_page(t, r, a.bytes, a.alignment, a.write, leaves);
         if (r->index != GPR_ZERO * 8)
             add_distance(t, r, more, a.write);
         else
-            add_page(t, side);
+            add_page(t, tlb_side(a.write));
+        slow->look.found = code->at;
         if (s)
             begin_stretch(t, s, planned->at);
     }
@@ -229,8 +306,9 @@ static void check_at(struct translation *t, const struct record *r, struct acces
     if (s)
         a = all_of(s, a.base, a.disp + (i32)(s->low - at));
     put_modrm(&t->code, t->wide ? I_W : 0, M1, 0x8d, T1, in_memory(pinned(a.base * 8u), a.disp));
-    check_page(t, r, a.bytes, a.alignment, tlb_side(a.write), leaves);
+    struct stub *slow = check_page(t, r, a.bytes, a.alignment, a.write, leaves);
     add_page(t, tlb_side(a.write));
+    slow->look.found = t->code.at;
     if (s)
         begin_stretch(t, s, at);
 }

@@ -141,7 +141,7 @@ struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 }
 void stub_jump(struct stub *s, u8 *jump) { s->jumps[s->jump_count++] = jump; }
 
-static void call_shared(struct translation *t, const u8 *target)
+void call_shared(struct translation *t, const u8 *target)
 {
     put8(&t->code, 0xe8);
     put32(&t->code, 0);
@@ -165,6 +165,8 @@ static void emit_stubs_from(struct translation *t, unsigned first)
         t->split = s.split;
         t->recipe = s.recipe;
         t->in = s.in;
+        if (s.look.found)
+            emit_look(t, &s.look);
         switch (s.kind) {
         case STUB_CALL:
             move_vectors(t, s.dirty, true);

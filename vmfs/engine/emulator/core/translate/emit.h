@@ -84,6 +84,14 @@ struct member {               /* a block of the region */
 /* A scratch register has the value of a guest register that is in struct vcpu, for host code at `at`. */
 struct held { const u8 *at; unsigned host, offset; };
 
+/* Where a check of the TLB's first place fails, code out of line looks at the second. */
+struct look {
+    bool write, constant;     /* constant: of a known page, which is in T1 where it is no constant of 32 bits */
+    u16 bytes, alignment;
+    u64 page;
+    u8 *found;                /* where it goes on with the host address; NULL: there is nothing to look for */
+};
+
 /* Code out of line. */
 struct stub {
     enum { STUB_CALL, STUB_APART, STUB_LEAVE, STUB_EDGE, STUB_STOP, STUB_WAY } kind;
@@ -103,6 +111,7 @@ struct stub {
     unsigned jump_count;
     struct held held;         /* STUB_CALL: to load before it goes on */
     u16 dirty, reload;        /* vector registers to store before, to load after */
+    struct look look;         /* STUB_CALL, STUB_APART, STUB_LEAVE: comes first */
 };
 
 /* Instructions that are covered by stretches, with a check for each access, for where those of the stretches fail. It is entered with all
@@ -221,6 +230,7 @@ void find_block(struct translation *t, const struct record *r);  /* of the addre
 void emit_enter(struct translation *t, const struct record *r);  /* the block in T1, with its code in T0 */
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
+void call_shared(struct translation *t, const u8 *target);
 
 extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC,
     operation_IMUL, operation_INC, operation_LEA, operation_LEAVE, operation_MOVZX, operation_OR, operation_ROL, operation_ROR,
@@ -229,6 +239,8 @@ extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_
 /* accesses.c: which accesses share a check. PUSH, POP and moves in a row: how many of them were emitted, from r on. */
 void plan_accesses(struct translation *t, struct member *m);
 unsigned try_run(struct translation *t, const struct member *m, const struct record *r);
+void emit_look(struct translation *t, const struct look *look);
+void write_look(struct code *code, unsigned table, bool write); /* for all regions: T1, of a page in the first place, to the same of the second */
 
 /* region.c */
 bool find_flags(struct translation *t, struct member *m); /* of each instruction; true: those of its entry are others now */
