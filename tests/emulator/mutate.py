@@ -1,8 +1,9 @@
 """`make mutate`: do the tests of the translator find faults that are planted in it, one by one?
 
 In a copy of the tree, under build/mutate, each row of PLANTS is put into the source, and what compares host code with
-the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, test_translator.py, and test_code.py, which
-changes code. A plant that none of them finds fails this. `make mutate ARGS=words`: only those whose text has the words.
+the host's CPU and with the interpreter has to fail: the fuzzer, its --ways, test_translator.py, test_tlb.py, and
+test_code.py, which changes code. A plant that none of them finds fails this. `make mutate ARGS=words`: only those whose
+text has the words.
 
 What was found is noted in build/mutate/found, with a hash of the core and of its tests: a run that was stopped goes on.
 """
@@ -345,6 +346,78 @@ PLANTS = (
         "!(r->prefix & PREFIX_REGISTER) || !(left",
         "!(left",
     ),
+    Plant(
+        "a second place is looked at with no regard to the end of its page",
+        "accesses.c",
+        "compare_page(&t->code, &nowhere, look->bytes, look->alignment);",
+        "compare_page(&t->code, &nowhere, 1, look->alignment);",
+    ),
+    Plant(
+        "what has to be aligned need not be in a second place",
+        "accesses.c",
+        "compare_page(&t->code, &nowhere, look->bytes, look->alignment);",
+        "compare_page(&t->code, &nowhere, look->bytes, 1);",
+    ),
+    Plant(
+        "a store looks for a second place of loads",
+        "accesses.c",
+        "i32 side = second_side(look->write);",
+        "i32 side = second_side(false);",
+    ),
+    Plant(
+        "a store off a register looks for a second place of loads",
+        "accesses.c",
+        "->look[table_of(t)][look->write]);",
+        "->look[table_of(t)][0]);",
+    ),
+    Plant(
+        "a known page is any that is in its second place",
+        "accesses.c",
+        "    stub_jump(s, jump_if(&t->code, CC_NE));\n    p.disp +=",
+        "    if (s->in)\n        stub_jump(s, jump_if(&t->code, CC_NE));\n    p.disp +=",
+    ),
+    Plant(
+        "a look at the second place takes the return address for granted",
+        "accesses.c",
+        "PUSHED = 8",
+        "PUSHED = 0",
+    ),
+    Plant(
+        "INVLPG leaves a second place",
+        "../cpu/mmu.c",
+        "            invalidate_second(&c->tlbs[table], kind, second_place(linear));\n",
+        "",
+    ),
+    Plant(
+        "a flush leaves second places",
+        "../cpu/mmu.c",
+        "            invalidate_second(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);",
+        "            continue;",
+    ),
+    Plant(
+        "a flush of all leaves second places",
+        "../cpu/mmu.c",
+        "            invalidate_second(t, kind, i);\n}",
+        "            continue;\n}",
+    ),
+    Plant(
+        "a page that gets code is written by its second place",
+        "../cpu/mmu.c",
+        "                invalidate_second(t, TLB_WRITE, i);",
+        "                continue;",
+    ),
+    Plant(
+        "the log forgets second places",
+        "../cpu/mmu.c",
+        "            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i),",
+        "            continue;\n            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i),",
+    ),
+    Plant(
+        "a promoted page is of the physical page that had its place",
+        "../cpu/mmu.c",
+        "put_first(c, table, kind, linear, c->map->second_physical[kind][at], e->host);",
+        "put_first(c, table, kind, linear, c->map->physical[kind][first], e->host);",
+    ),
 )
 
 
@@ -405,6 +478,8 @@ def who_finds() -> str:
     try:
         tests = "-m pytest -q -x -p no:cacheprovider".split()
         folder, translator = f"--basetemp={TREE / 'pt'}", "tests/emulator/test_translator.py"
+        if run(*tests, "tests/emulator/test_tlb.py", folder).returncode:
+            return "the TLB's tests"
         if run(*tests, translator, folder, "-k", "not test_loops and not test_events").returncode:
             return "a test"  # those that take some seconds
         fuzz = ["-m", "emulator.fuzzing", "--seed", "11", "--finds", "1"]

@@ -173,16 +173,17 @@ enum {
 
 /* ---- TLB ------------------------------------------------------------------------------------------------------ */
 
-enum { TLB_SIZE = 1024, TLB_FILLED = 1024, TLB_SECOND = 512, TLB_LOOKS = 64 };
+enum { TLB_SIZE = 1024, TLB_FILLED = 1024, TLB_SECOND_BITS = 9, TLB_SECOND = 1 << TLB_SECOND_BITS, TLB_LOOKS = 64 };
 #define PAGE_MASK (~(u64)0xfff)
 /* The address of a page that is never at that place of a table, and neither is the page before it: page 0, but at the first place
  * and at the last one. So a table that is all zeros is empty but for those, and is given memory as it is filled. */
 #define TLB_INVALID(at) ((u64)((((at) + 1) & (TLB_SIZE - 2)) ? 0 : TLB_SIZE / 2) << 12)
 /* What another page has taken the place of has a second place, by more of its address: pages of one index that a loop needs all
  * stay. It is looked at out of line, after the first (mmu_translate, translate/accesses.c). */
+#define SECOND_FACTOR 0x9e3779b1u
 ALWAYS_INLINE unsigned second_place(u64 linear)
 {
-    return ((u32)linear ^ (u32)linear >> 10) >> 12 & (TLB_SECOND - 1);
+    return (u32)(linear >> 12) * SECOND_FACTOR >> (32 - TLB_SECOND_BITS);
 }
 #define SECOND_INVALID(at) ((u64)((at) ? 0 : 2) << 12)
 struct tlb_entry {

@@ -241,13 +241,15 @@ void write_look(struct code *code, unsigned table, bool write)
     i32 pushed = table == TLB_NONE ? 0 : PUSHED;
     u8 *none = count_look(code, PUSHED);
     put_modrm(code, I_W, M1, 0x03, T1, in_table(table, tlb_side(write) + pushed)); /* the linear address again */
-    load32(code, T0, in_register(T1));
+    load64(code, T0, in_register(T1)); /* second_place */
+    put_modrm(code, I_W, M1, 0xc1, 5, in_register(T0));
+    put8(code, 12);
+    put_modrm(code, 0, M1, 0x69, T0, in_register(T0));
+    put32(code, SECOND_FACTOR);
     put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-    put8(code, 10);
-    put_modrm(code, 0, M1, 0x33, T0, in_register(T1));
-    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-    put8(code, INDEX_SHIFT);
-    alu_constant(code, 0, GROUP_AND, in_register(T0), (TLB_SECOND - 1) << 4); /* second_place */
+    put8(code, 32 - TLB_SECOND_BITS);
+    put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
+    put8(code, 4);
     if (table == TLB_NONE)
         put_modrm(code, I_W, M1, 0x03, T0, in_memory(C, (i32)offsetof(struct vcpu, tlb) + PUSHED));
     put_modrm(code, I_W, M1, 0x2b, T1, in_table(table, second_side(write) + pushed));
