@@ -22,6 +22,15 @@ class FakeMachine:
         self.a20 = True
         self.timer_output = True
         self.deadline = None
+        self.soon = None
+        self.came = False
+
+    def end_soon(self):
+        self.soon = self.time + 1
+
+    def ended_soon(self):
+        came, self.came = self.came, False
+        return came
 
     def memory_written(self, address, size):
         pass
@@ -90,6 +99,14 @@ def pass_time(board, until):
         machine.time, machine.deadline = max(machine.time, machine.deadline), None
         board.call_due()
     machine.time = until
+
+
+def settle(board):
+    """New inputs come, at the next nanosecond."""
+    machine = board.machine
+    if machine.soon is not None:
+        machine.time, machine.soon, machine.came = machine.soon, None, True
+        board.call_due()
 
 
 class FakeCpu:

@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import pytest
-from devices.fakes import FakeMachine, Guest, pass_time
+from devices.fakes import FakeMachine, Guest, pass_time, settle
 from devices.nics import MAC, Cable, a_frame, come
 from mounting import wait_until
 
@@ -258,6 +258,67 @@ def test_a_full_backend_holds_the_guest_back(nic) -> None:
     nic.cable.full = False
     wait_until(lambda: nic.get(e1000.TDH) == 5, "its thread sends on")
     assert len(nic.cable.sent) == 5
+
+
+@pytest.fixture
+def timed(nic):
+    """Its inputs have times."""
+    nic.begin()
+    nic.pc.time_source = "instructions"
+    nic.pc.inputs.record()
+    return nic
+
+
+def test_what_is_sent_while_inputs_have_times_wakes_no_thread(timed, monkeypatch) -> None:
+    at, _ = timed.data(bytes(100))
+    woken = []
+    monkeypatch.setattr(timed.card, "_wake_up", lambda: woken.append(1))
+    assert len(timed.send(*[legacy(at, 60)] * 5)) == 5 and not woken
+    timed.cable.full = True
+    assert timed.send(*[legacy(at, 60)] * 5) == [] and timed.get(e1000.TDH) == 10  # the guest sees them taken
+    assert woken
+    monkeypatch.undo()
+    timed.cable.full = False
+    timed.card.send_soon()
+    wait_until(lambda: len(timed.cable.sent) == 10, "its thread sends them")
+
+
+def test_a_backend_that_ends_while_inputs_have_times(timed, monkeypatch) -> None:
+    """The end of the link is an input: the guest sees it after what it has sent."""
+    at, _ = timed.data(bytes(100))
+
+    def ends(frames: list[bytes]) -> int:
+        raise OSError("it has ended")
+
+    monkeypatch.setattr(timed.cable, "send_all", ends)
+    timed.send(legacy(at, 60), legacy(at, 60))
+    assert timed.get(e1000.TDH) == 2 and timed.card.link_up
+    settle(timed.pc)
+    assert not timed.card.link_up and [one.kind for one in timed.pc.inputs.recorded()] == ["link"]
+
+
+def test_more_frames_arrive_than_are_taken_at_a_time(timed) -> None:
+    """They wait in the backend, and the thread is told when it may go on. All of a batch are of one time."""
+    timed.put(e1000.RCTL, 0)  # the driver takes none
+    frames = [MAC + FROM + b"\x88\xb5" + bytes([number]) * 50 for number in range(200)]
+    timed.cable.bring(*frames)
+    for count in (64, 128, 192, 200):
+        left = min(64, count - len(timed.pc.inputs.recorded()))
+        wait_until(lambda left=left: timed.pc.inputs.new == left, "a batch")
+        settle(timed.pc)
+        assert len(timed.pc.inputs.recorded()) == count
+    log = timed.pc.inputs.recorded()
+    assert [one.data for one in log] == frames and len({one.at for one in log}) == 4
+
+
+def test_what_others_have_entered_holds_frames_back_no_longer_than_it_waits(timed) -> None:
+    for _ in range(64):
+        timed.pc.devices["com1"].receive(b"x")
+    timed.cable.bring(MAC + FROM + b"\x88\xb5" + bytes(50))
+    timed.card.send_soon()  # its thread looks, and leaves the frame
+    wait_until(lambda: timed.card._keeps, "it is held back")
+    settle(timed.pc)
+    wait_until(lambda: timed.pc.inputs.new == 1, "the frame comes in")
 
 
 def test_frames_come_in(nic) -> None:

@@ -76,6 +76,49 @@ def test_what_was_recorded_comes_again_at_the_same_instruction(make, cpus, pause
     assert one.state_hash() == other.state_hash()
 
 
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_an_end_soon_is_at_the_place_of_a_deadline_of_that_time(make, cpus):
+    """Asked for by another thread at any moment, of a guest that is interrupted and sleeps."""
+    one = make(cpus)
+    machine, runner = one.board.machine, one.in_turn()
+    places, dice = [], random.Random(cpus)
+    for _ in range(20):
+        timer = threading.Timer(dice.random() / 100, machine.end_soon)
+        timer.start()
+        while True:
+            runner.run(budget=None, goes_on=True)
+            one.board.call_due()
+            if machine.ended_soon():
+                break
+        timer.join()
+        assert not machine.ended_soon()
+        places.append((one.board.now(), [vcpu.counters()["instructions"] for vcpu in one.vcpus], one.state_hash()))
+    again = make(cpus)
+    runner = again.in_turn()
+    for at, counts, hashed in places:
+        again.board.schedule(at, lambda: None)
+        while again.board.now() < at:
+            runner.run(budget=None, goes_on=True)
+            again.board.call_due()
+        assert ([vcpu.counters()["instructions"] for vcpu in again.vcpus], again.state_hash()) == (counts, hashed)
+        assert not again.board.machine.ended_soon()
+
+
+def test_inputs_that_come_together_end_the_run_once(make, monkeypatch):
+    def looks(count: int) -> int:
+        vm, calls = make(), []
+        vm.board.inputs.record()
+        call_due = vm.board.call_due
+        monkeypatch.setattr(vm.board, "call_due", lambda: (calls.append(1), call_due()))
+        for _ in range(count):
+            vm.board.devices["com1"].receive(b"x")
+        vm.start(Bound(instructions=100)).result(SECONDS)
+        assert len(vm.board.inputs.recorded()) == count
+        return len(calls)
+
+    assert looks(40) - looks(0) == 1
+
+
 def test_a_machine_that_is_not_recorded_takes_it_at_once(make):
     vm = make()
     vm.board.devices["com1"].receive(b"q" * 100)

@@ -464,17 +464,17 @@ class Board:
         return timer
 
     def look_soon(self) -> None:
-        """Have `call_due` called between two instructions, for new inputs. From any thread, with the lock."""
+        """Have `call_due` called when something is due, or there are new inputs. From any thread, with the lock."""
         self._set_deadline()
 
     def call_due(self) -> None:
         """Call what is due. In the CPU's thread, between two instructions."""
         with self._lock:
-            if self._first_due() is None:
-                return
-            if self.inputs.are_new:
+            if self.inputs.are_new and (self.machine.ended_soon() or not self.inputs.have_times):
                 self._touch_all()
                 self.inputs.settle()
+            elif self._first_due() is None:
+                return
             now = self.now()
             if not self._sees_due:
                 self.bus.advance(now)
@@ -484,9 +484,7 @@ class Board:
             self._set_deadline()
 
     def _first_due(self) -> int | None:
-        """Of the timers that are not the engine's to look at, and of inputs that are to get their time."""
-        if self.inputs.are_new:
-            return 0
+        """Of the timers that are not the engine's to look at."""
         first, due = self._timers.first(), None if self._sees_due else self.bus.due
         return first if due is None else due if first is None else min(first, due)
 
@@ -494,6 +492,8 @@ class Board:
         if not self._closed:
             self._told_due = self.bus.due
             self.machine.set_deadline(self._first_due())
+            if self.inputs.are_new:
+                self.machine.end_soon()
 
     def chip_used(self) -> None:
         """A chip with a timer was used from Python."""

@@ -111,13 +111,13 @@ class Inputs:
 
     @property
     def are_new(self) -> bool:
-        """Some wait for a time: the board is to call `settle` as soon as it can."""
+        """Some wait for a time: the board is to call `settle` at the next nanosecond."""
         return bool(self._new) and not self._holds_new
 
     def hold_new(self, holds: bool) -> None:
         """Have those that come from outside wait. With the board's lock."""
         if holds and self.are_new:
-            self.settle()
+            self.settle(1)
         self._holds_new = holds
         if self.are_new:
             self._board.look_soon()
@@ -136,9 +136,11 @@ class Inputs:
                 taker.input(kind, data)
                 return
             taker.check_input(kind, data)
+            was_asked = self.are_new
             for at in range(0, len(data) or 1, _LONGEST):
                 self._new.append((taker.name, kind, data[at : at + _LONGEST]))
-            self._board.look_soon()
+            if not was_asked:
+                self._board.look_soon()
 
     @property
     def new(self) -> int:
@@ -155,23 +157,25 @@ class Inputs:
         self._answered += 1
         return self._answers[self._answered - 1]
 
-    def settle(self) -> None:
-        """Give those that wait their time, which is the next nanosecond. In the CPU's thread, with the lock."""
+    def settle(self, later: int = 0) -> None:
+        """Give those that wait their time: so many nanoseconds from now, where 0 is for a moment before which nothing
+        has happened at this time. In the CPU's thread, with the lock."""
         self.before_new()
         new, self._new = self._new, []
-        at = self._board.now() + 1
-        for taker, kind, data in new:
-            one = Input(at, taker, kind, data)
-            if self._log is None:
-                self._schedule(one)
-            else:
-                self._note(one)
+        at = self._board.now() + later
+        if self._log is None:
+            for one in new:
+                self._schedule(Input(at, *one))
+        else:
+            self._note([Input(at, *one) for one in new])
 
-    def _note(self, one: Input) -> None:
-        """Have it come, and keep it: those of the record that are still to come are in their order of time."""
+    def _note(self, some: list[Input]) -> None:
+        """Have these come, all at one time, and keep them: those of the record that are still to come are in their
+        order of time."""
         assert self._log is not None
-        self.size += len(one.data) + _COST
-        bisect.insort(self._log, one, lo=self._done, key=lambda other: other.at)
+        self.size += sum(len(one.data) + _COST for one in some)
+        at = bisect.bisect_right(self._log, some[0].at, lo=self._done, key=lambda one: one.at)
+        self._log[at:at] = some
         self._expect()
 
     def _expect(self) -> None:
@@ -181,15 +185,20 @@ class Inputs:
             self._coming.cancel()
             self._coming = None
         if self._done < len(self._log):
-            self._coming = self._schedule(self._log[self._done], self._was_recorded)
+            self._coming = self._board.schedule_input(self._log[self._done].at, self._come)
 
-    def _was_recorded(self) -> None:
-        if self._done == len(self._places):
-            self._places.append(self.place())
-        elif self._places[self._done] is None:
-            self._places[self._done] = self.place()
-        self._done += 1
+    def _come(self) -> None:
+        """Those of the record come that are of the same time as the next one, and the one after them is expected."""
+        assert self._log is not None
         self._coming = None
+        at, place = self._log[self._done].at, self.place()
+        while self._done < len(self._log) and (one := self._log[self._done]).at == at:
+            if self._done == len(self._places):
+                self._places.append(place)
+            elif self._places[self._done] is None:
+                self._places[self._done] = place
+            self._done += 1
+            self._give(one)
         self._expect()
 
     def check_recorded(self, inputs: Iterable[Input]) -> None:
@@ -270,7 +279,7 @@ class Inputs:
     def note_passing(self, nanoseconds: int) -> None:
         """So much of the guest's time passes at its next nanosecond, in which nothing is executed. In the CPU's thread,
         with the lock, while inputs are recorded."""
-        self._note(Input(self._board.now() + 1, PASSING, "time", nanoseconds.to_bytes(8, "little")))
+        self._note([Input(self._board.now() + 1, PASSING, "time", nanoseconds.to_bytes(8, "little"))])
 
     def recorded(self) -> tuple[Input, ...]:
         """What has come since `record`. What has not been given its time yet is not in it."""
@@ -312,14 +321,17 @@ class Inputs:
         if not self.have_times:
             self._tell(False)
 
-    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> Timer:
+    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> None:
         def come() -> None:
             then()
-            taker = self._taker(one.taker)
-            if taker is not None:  # else it was taken out since
-                taker.input(one.kind, one.data)
+            self._give(one)
 
-        return self._board.schedule_input(one.at, come)
+        self._board.schedule_input(one.at, come)
+
+    def _give(self, one: Input) -> None:
+        taker = self._taker(one.taker)
+        if taker is not None:  # else it was taken out since
+            taker.input(one.kind, one.data)
 
     def _check(self) -> None:
         if self._board.time_source != "instructions":

@@ -304,6 +304,16 @@ class Machine(abc.ABC):
         looks. With capability IRQCHIP."""
         raise Unsupported("a deadline: machines without interrupt controllers have no devices, and need none")
 
+    def end_soon(self) -> None:
+        """The same at the next nanosecond of its time, at which it has not been yet. From any thread. With capability
+        DETERMINISTIC, as `ended_soon`."""
+        raise Unsupported("an end at the next nanosecond: time does not follow the instructions with this engine")
+
+    def ended_soon(self) -> bool:
+        """Whether `end_soon` has ended the last run; once. Then nothing has happened at this time before, so a deadline
+        of this time would have ended the run at the same place."""
+        return False
+
     def memory_written(self, address: int, size: int) -> None:  # noqa: B027
         """Others than CPUs have written guest-physical memory: code there is not what it was. From any thread, before
         the guest can know that it is written. What devices write comes by the fast bus. What others write (clients, a

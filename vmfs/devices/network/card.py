@@ -6,9 +6,9 @@ soon as it has. That thread also brings what arrives, with the board's lock held
 waits in the backend, or is lost.
 
 While inputs have times (`vmfs.devices.inputs`), what the guest sees comes of it and of inputs alone: a frame that
-arrives and the end of the link are inputs; a frame that is sent is taken at once, and waits here for the backend. The
-card has room for one frame that the guest has no buffer for; others that come meanwhile are lost. In a machine's past
-nothing is sent, and what arrives waits in the backend.
+arrives and the end of the link are inputs; a frame that is sent is taken at once, and waits here where the backend has
+no room. The card has room for one frame that the guest has no buffer for; others that come meanwhile are lost. In a
+machine's past nothing is sent, and what arrives waits in the backend.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Card(Device[S]):
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
         self._is_timed = self._ends = False  # inputs have times; the end of the link is one that has not come yet
+        self._keeps = False  # the thread leaves what arrives where it is, and is to be told when it may go on
         self._held: deque[bytes] = deque()  # frames after `_frame`, which were taken from the backend with it
         self._posted: deque[bytes] = deque()  # frames that were sent, and that the backend has not taken
         self._posted_size = 0
@@ -169,8 +170,7 @@ class Card(Device[S]):
                 self.counters["tx_dropped"] += len(good) - done
                 return
             self._blocked = done < len(good)
-        for frame in good[done:]:
-            self._post(frame)
+        self._post(good[done:])
 
     def sent(self) -> None:
         """After some calls of `send_all`."""
@@ -194,16 +194,26 @@ class Card(Device[S]):
                 if not self.capture.note(self.board.date(), frame):
                     self.counters["pcap_errors"] += 1
 
-    def _post(self, frame: bytes) -> None:
-        """Have it sent by the thread, unless that was done before, or there is no room."""
-        self._count_sent([frame])
+    def _post(self, frames: list[bytes]) -> None:
+        """Send them, unless that was done before. What the backend has no room for the thread sends when it has, as far
+        as there is room for it here."""
+        self._count_sent(frames)
         if self.board.is_silent:
             return
-        if self._posted_size + len(frame) > _POSTED_MOST:
-            self.counters["tx_lost"] += 1
-            return
-        self._posted.append(frame)
-        self._posted_size += len(frame)
+        done = 0
+        if self._is_timed and not self._posted:
+            try:
+                while done < len(frames) and (count := self.backend.send_all(frames[done : done + _SENDS])):
+                    done += count
+            except OSError:
+                self._end_link()
+                return
+        for frame in frames[done:]:
+            if self._posted_size + len(frame) > _POSTED_MOST:
+                self.counters["tx_lost"] += 1
+            else:
+                self._posted.append(frame)
+                self._posted_size += len(frame)
 
     @property
     def captured(self) -> str:
@@ -238,7 +248,10 @@ class Card(Device[S]):
             poller.register(self._wake, select.POLLIN)
             with self.board.lock:
                 is_sending = self._blocked and self.sends or self.backend.unsent or bool(self._posted)
-                is_receiving = not self._holds_back() or self.backend.collects
+                holds_back = self._holds_back()
+                more = more or self._keeps and not holds_back
+                self._keeps = self._is_timed and holds_back
+                is_receiving = not holds_back or self.backend.collects
                 in_past = self._is_timed and self.board.is_silent
                 if self._asleep:
                     is_sending = is_receiving = False
@@ -248,12 +261,14 @@ class Card(Device[S]):
                 if events and self.link_up:
                     poller.register(self.backend.fd, events)
                 nudges = self.NUDGES and not (self._asleep or self._is_timed) and (self._starved or self.has_unread())
-            poller.poll(0 if more else _PAST if in_past else _NUDGE if nudges else None)
+                looks = nudges or self._keeps and self._frame is None  # what others have entered is too much
+            came = poller.poll(0 if more else _PAST if in_past else _NUDGE if looks else None)
             lost = self._collect()  # before it waits for the lock
             with self.board.lock:
                 if self._closing:
                     return
-                _drain(self._wake)
+                if any(fd == self._wake for fd, _ in came):
+                    _drain(self._wake)
                 self._count_lost(lost)
                 if self._asleep:
                     more = False
@@ -338,6 +353,12 @@ class Card(Device[S]):
         if frames:
             self.counters["rx_dropped"] += frames
 
+    def _let_go_on(self) -> None:
+        """The thread may bring what it has left where it was."""
+        if self._keeps and not self._holds_back():
+            self._keeps = False
+            self._wake_up()
+
     def _wake_up(self) -> None:
         if self._thread is not None:
             os.eventfd_write(self._wake, 1)
@@ -358,6 +379,7 @@ class Card(Device[S]):
                 break
             self.board.inputs.enter(self, "frame", frames[0])
             count += 1
+        self._keeps = self._holds_back()
         return count == _BATCH
 
     def check_input(self, kind: str, data: bytes) -> None:
@@ -377,7 +399,7 @@ class Card(Device[S]):
         else:
             self._frame = data
             self._bring()
-        self._wake_up()
+        self._let_go_on()
 
     def _bring(self) -> None:
         """The frame that has come, to the guest, if it has a buffer."""
@@ -386,7 +408,7 @@ class Card(Device[S]):
         with self.guarded():
             if self.deliver(self._frame):
                 self._frame = None
-                self._wake_up()
+                self._let_go_on()
             self.delivered()
 
     def inputs_have_times(self, they_have: bool) -> None:

@@ -227,6 +227,12 @@ class EmulatorMachine(Machine):
     def set_deadline(self, when: int | None) -> None:
         self._vm.set_deadline(_NEVER if when is None else max(when, 0))
 
+    def end_soon(self) -> None:
+        self._vm.end_soon()
+
+    def ended_soon(self) -> bool:
+        return self._vm.ended_soon()
+
     def memory_written(self, address: int, size: int) -> None:
         self._vm.memory_written(address, size)
 

@@ -81,6 +81,11 @@ void vm_stand(struct vm *vm, bool stands);
 #define CORE_NEVER UINT64_MAX
 void vm_set_deadline(struct vm *vm, uint64_t when);
 
+/* The same at the next nanosecond, a time that the machine has not been at. So when vm_ended_soon says, once, that this has ended a
+ * run, nothing has happened at this time yet: a deadline of this time, set before, ends a run at the same place. Any thread. */
+void vm_end_soon(struct vm *vm);
+bool vm_ended_soon(struct vm *vm);
+
 /* State of a machine: a name of irqchip, pit, clock, time, chips. get returns the size and writes at most `size` bytes. */
 long vm_get_state(struct vm *vm, const char *name, void *data, size_t size);
 int vm_set_state(struct vm *vm, const char *name, const void *data, size_t size);

@@ -278,6 +278,23 @@ static PyObject *py_vm_set_deadline(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_end_soon(VmObject *self, PyObject *none)
+{
+    (void)none;
+    if (!vm_alive(self))
+        return NULL;
+    vm_end_soon(self->vm);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_vm_ended_soon(VmObject *self, PyObject *none)
+{
+    (void)none;
+    if (!vm_alive(self))
+        return NULL;
+    return PyBool_FromLong(vm_ended_soon(self->vm));
+}
+
 static PyObject *py_vm_set_host_time(VmObject *self, PyObject *args)
 {
     int host;
@@ -548,6 +565,10 @@ static PyMethodDef vm_methods[] = {
      "set_bus(capsule or None): devices that are asked before an access is an exit (vmfs/words/bus.h)"},
     {"set_deadline", (PyCFunction)py_vm_set_deadline, METH_VARARGS,
      "set_deadline(clock): a run ends when the state clock has come to it; NEVER"},
+    {"end_soon", (PyCFunction)py_vm_end_soon, METH_NOARGS,
+     "end_soon(): a run ends at the next nanosecond"},
+    {"ended_soon", (PyCFunction)py_vm_ended_soon, METH_NOARGS,
+     "ended_soon(): whether that has ended the last run; once"},
     {"rest", (PyCFunction)py_vm_rest, METH_NOARGS, "rest(): give back decoded and translated code"},
     {"set_host_time", (PyCFunction)py_vm_set_host_time, METH_VARARGS,
      "set_host_time(yes): time follows the host's clock, not the instructions retired"},

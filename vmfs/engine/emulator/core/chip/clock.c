@@ -72,16 +72,29 @@ void set_tsc_offset(struct vcpu *c, u64 offset)
 
 /* ---- The host's deadline --------------------------------------------------------------------------------------------------- */
 
-void vm_set_deadline(struct vm *vm, uint64_t when)
+/* A CPU that sleeps would sleep past it. */
+static void wake_for_host(struct vm *vm)
 {
-    u64 before = atomic_exchange(&vm->deadline, when);
-    if (when >= before)
-        return;
     wake_keeper(vm, NULL);
     for (unsigned i = 0; !runs_parallel(vm) && i < CORE_VCPUS; i++)
-        if (vm->vcpus[i]) /* one that sleeps would sleep past it */
+        if (vm->vcpus[i])
             request_attention(vm->vcpus[i], ATTENTION_INTERRUPT);
 }
+
+void vm_set_deadline(struct vm *vm, uint64_t when)
+{
+    if (when < atomic_exchange(&vm->deadline, when))
+        wake_for_host(vm);
+}
+
+void vm_end_soon(struct vm *vm)
+{
+    u64 never = CORE_NEVER;
+    if (atomic_compare_exchange_strong(&vm->soon, &never, 0))
+        wake_for_host(vm);
+}
+
+bool vm_ended_soon(struct vm *vm) { return atomic_exchange(&vm->ended_soon, false); }
 
 /* The CPU that wakes up for timers that are no CPU's own, where they execute at the same time: the first one that runs. */
 static struct vcpu *keeper(const struct vm *vm)
@@ -112,9 +125,13 @@ static u64 bus_due(const struct vm *vm)
     return vm->bus ? in_vm_time(vm, atomic_load_explicit(&vm->bus->due, memory_order_relaxed)) : CORE_NEVER;
 }
 
-static u64 host_due(const struct vm *vm) { return in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed)); }
-
 static u64 first_of(u64 a, u64 b) { return a < b ? a : b; }
+
+static u64 host_due(const struct vm *vm)
+{
+    u64 soon = atomic_load_explicit(&vm->soon, memory_order_relaxed);
+    return first_of(soon, in_vm_time(vm, atomic_load_explicit(&vm->deadline, memory_order_relaxed)));
+}
 
 /* When a timer is next due, of the interrupt chip, the bus or the host. */
 static u64 next_due(const struct vm *vm)
@@ -196,6 +213,23 @@ bool deadline_came(struct vcpu *c)
     if (likely(when == CORE_NEVER) || time_at_timer(c) < in_vm_time(c->vm, when))
         return false;
     return atomic_compare_exchange_strong(&c->vm->deadline, &when, CORE_NEVER); /* else it is another one by now */
+}
+
+bool soon_came(struct vcpu *c)
+{
+    struct vm *vm = c->vm;
+    u64 when = atomic_load_explicit(&vm->soon, memory_order_relaxed), now;
+    if (likely(when == CORE_NEVER))
+        return false;
+    now = time_at_timer(c);
+    if (!when || when > now + 1) { /* it was asked for; or the time was set back */
+        atomic_compare_exchange_strong(&vm->soon, &when, now + 1);
+        return false;
+    }
+    if (now < when || !atomic_compare_exchange_strong(&vm->soon, &when, CORE_NEVER))
+        return false;
+    atomic_store(&vm->ended_soon, true);
+    return true;
 }
 
 /* ---- The bus -------------------------------------------------------------------------------------------------------------------- */
@@ -500,9 +534,15 @@ static void sleep_alone(struct vcpu *c, u64 now, u64 most)
     world_enter(c);
 }
 
+enum { PACED_LEAST = 1000 }; /* nanoseconds: a host sleeps no less, but for much longer */
+
 /* Until a timer, for as long as that takes on the host, or until something comes: the machine's time is as much later. */
 static void sleep_paced(struct vcpu *c, u64 left, u64 most)
 {
+    if (left < PACED_LEAST) {
+        c->skew += left;
+        return;
+    }
     u64 began = host_clock();
     atomic_store(&c->sleeping, true);
     if (c->vm->in_turn)

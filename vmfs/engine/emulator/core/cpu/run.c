@@ -522,7 +522,7 @@ static void turn(struct vcpu *c)
         c->exit = (struct vcpu_exit){.reason = EXIT_LIMIT};
         return;
     }
-    if (!c->completing && deadline_came(c)) {
+    if (!c->completing && (deadline_came(c) || soon_came(c))) {
         c->exit = (struct vcpu_exit){.reason = EXIT_INTERRUPTED};
         return;
     }

@@ -490,6 +490,8 @@ struct vm {
     u64 run_began, last_seen; /* TIME_HOST: when the run began; what a CPU last saw of the time */
     i64 clock_offset;         /* of the `clock` state to `now` */
     _Atomic u64 deadline;     /* vm_set_deadline, of the `clock` state */
+    _Atomic u64 soon;         /* vm_end_soon: the time at which a run ends; 0: it was asked for; CORE_NEVER: it was not */
+    _Atomic bool ended_soon;  /* vm_ended_soon */
     pthread_mutex_t lock;
     pthread_cond_t turn;      /* CPUs execute in turn: by ticket */
     u64 ticket, serving;
@@ -779,6 +781,7 @@ void chip_look(struct vcpu *c);                      /* timers and INIT, SIPI, N
 void chip_notify(struct vcpu *c);                    /* tell the other CPUs that something is for them */
 void wake_keeper(struct vm *vm, const struct vcpu *but); /* a timer that is no CPU's own is due sooner than it was */
 bool deadline_came(struct vcpu *c);                  /* vm_set_deadline's, which is over then */
+bool soon_came(struct vcpu *c);                      /* vm_end_soon's */
 i64 chip_room(struct vcpu *c, i64 most);             /* how many instructions until the next timer */
 bool chip_leaves_it_asleep(struct vcpu *c);    /* nothing in the machine can wake it, for all time */
 /* A CPU that executes nothing: until something happens. False where the run is bounded by instructions, which do not come,

@@ -49,6 +49,7 @@ struct vm *vm_create(void)
     pthread_cond_init(&vm->turn, NULL);
     vm->a20_mask = ~0ull;
     atomic_store(&vm->deadline, CORE_NEVER);
+    atomic_store(&vm->soon, CORE_NEVER);
     vm->turn_left = CORE_TURN;
     return vm;
 }
