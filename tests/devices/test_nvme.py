@@ -263,6 +263,17 @@ def test_a_completion_queue_that_is_full(driver):
     assert driver.taken(1) is not None
 
 
+def test_a_queue_that_is_deleted_while_its_commands_wait(driver):
+    """Admin commands that waited, too, come first, and take away the queue of its answers with it."""
+    driver.device.run_ends()
+    driver.submit(1, FLUSH)
+    for opcode in (0x00, 0x04):
+        driver.submit(0, opcode, dwords=(1,))
+    driver.device.run_begins()
+    assert [driver.taken(0)[0] for _ in range(2)] == [0, 0]
+    assert driver.device.submissions.keys() == driver.device.completions.keys() == {0}
+
+
 def test_interrupts(pc, driver):
     assert not driver.interrupt
     driver.submit(1, FLUSH)

@@ -279,6 +279,27 @@ def test_what_came_is_listed_with_its_place(walker):
     assert listed() == lines[:1]
 
 
+def test_what_came_before_a_snapshot_was_gone_back_to_is_forgotten(walker):
+    """It did not lead to where the machine is; no checkpoint is left that it would be for."""
+    vm = walker("pc", source=TYPED)
+    started(vm)
+    run(vm, instructions=30_000)
+    vm.past.take("here")
+    for _ in range(3):
+        vm.board.devices["com1"].receive(bytes(1000))
+        run(vm, instructions=30_000)
+    assert vm.board.inputs.size > 3000
+    vm.past.restore("here")
+    run(vm, instructions=30_000)
+    assert "input " not in vm.history.text() and not vm.board.inputs.size
+    vm.board.devices["com1"].receive(b"q")
+    run(vm, instructions=30_000)
+    there = vm.state_hash()
+    go(vm, back=40_000)
+    run(vm, instructions=40_000)
+    assert vm.state_hash() == there and vm.history.text().count("input ") == 1
+
+
 def test_switched_off_it_goes_on(walker):
     vm = walker("pc")
     started(vm)

@@ -257,7 +257,7 @@ class History:
         if vm.board is not None:
             with vm.board.lock:
                 vm.board.inputs.stop()
-                vm.board.inputs.before_new = lambda: None
+                vm.board.inputs.before_new, vm.board.inputs.place = lambda: None, lambda: 0
         vm.end_repeating(to_host=self._follows_host)
         vm.history = None
         self.checkpoints, self._parent = [], None
@@ -270,7 +270,7 @@ class History:
 
     @property
     def follows_host(self) -> bool:
-        """The machine's time is the host's for who looks at it."""
+        """The machine's time is the host's for a caller that looks at it."""
         return self._follows_host
 
     # ---- where it is
@@ -348,10 +348,6 @@ class History:
         self._stretch = Stretch(cpu, before=self._vm.noted_exit)
         self.take(is_first=True)
         self.changed = False
-
-    def note_change(self) -> None:
-        """Something came from outside that is no input. With the machine's lock, between two instructions."""
-        self.changed = True
 
     def after_tasks(self, cpu: int | None) -> None:
         """Tasks were done in the middle of a run."""
@@ -529,11 +525,13 @@ class History:
 
     def restart(self, ram: Image) -> None:
         """The machine is another one than what was recorded led to, and RAM is that: begin anew with the next run."""
-        if self.in_past:
-            self._become_live()
-            if self._vm.board is not None:
-                with self._vm.board.lock:
-                    self._vm.board.inputs.forget_coming()
+        was_past, board = self.in_past, self._vm.board
+        self._become_live()
+        if board is not None:
+            with board.lock:
+                if was_past:
+                    board.inputs.forget_coming()
+                board.inputs.forget_first(board.inputs.mark)  # no checkpoint is left to go on from
         self._vm.forget_written("history")
         self.checkpoints, self._parent, self.changed = [], ram, True
 

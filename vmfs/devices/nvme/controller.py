@@ -280,8 +280,10 @@ class Nvme(PciDevice[NvmeState]):
         """Take what was submitted, as far as there is room for the answers."""
         board = self.board
         while submission.head != submission.tail and self._is_live and not self.is_held:
+            if self.submissions.get(submission.number) is not submission:  # it was deleted meanwhile
+                return
             completion = self.completions[submission.completion]
-            if not completion.has_room or self.submissions.get(submission.number) is not submission:
+            if not completion.has_room:
                 return
             if not self.is_master:
                 self._fail()
