@@ -42,6 +42,7 @@ from vmfs.devices.usb.xhci import Xhci
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import open_disk
+from vmfs.devices.virtio.gpu import Gpu
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.ninep import Server
 from vmfs.devices.virtio.pci import VirtioDevice
@@ -54,6 +55,12 @@ RAM = 1 << 20
 DISK = 1 << 20
 FLOPPY = 360 << 10
 QUEUES = 0x1_0000  # what the pretended driver has there, 64 KiB a queue
+
+
+class Room:
+    """For resources; all fit in."""
+
+    reserve = release = staticmethod(lambda size: None)
 
 
 class OtherEnd:
@@ -87,6 +94,7 @@ def a_pc(folder):
         lambda slot: Rtl8139(pc, "net2", slot, nics.Cable(), nics.MAC),
         lambda slot: Ne2000(pc, "net3", nics.Cable(), nics.MAC),
         lambda slot: Ne2000Pci(pc, "net4", slot, nics.Cable(), nics.MAC),
+        lambda slot: Gpu(pc, "gpu0", slot, Room, (640, 480)),
         lambda slot: Rng(pc, "rng0", slot),
         lambda slot: Console(pc, "hvc0", slot),
         lambda slot: Share(pc, "share0", slot, Server(os.open(folder / "shared", os.O_PATH)), "tag"),
@@ -104,8 +112,7 @@ def a_pc(folder):
     ):
         pc.plug(make(pc.pci.free_slot()))
     pc.devices["smbus"].describe_memory(192 << 20)
-    for name in ("net2", "net3", "net4"):
-        pc.devices[name].NUDGES = False  # by the host's clock
+    pc.devices["net2"].NUDGES = False  # by the host's clock
     try:
         yield pc
     finally:
@@ -116,8 +123,8 @@ def a_pc(folder):
 
 NAMES = (
     "pci bridge com1 com2 com3 com4 rtc power keyboard fw-cfg debugcon debugcon2 debug-exit isa-bridge power-pci "
-    "display blk0 blk1 net0 net1 net2 net3 net4 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet ahci "
-    "sata0 sata1 lpt1 speaker nvme0 xhci usb-disk0 usb-kbd0 usb-tablet0 smbus uart0"
+    "display blk0 blk1 net0 net1 net2 net3 net4 gpu0 rng0 hvc0 share0 ide hda hdb dma fdc fd0 vmgenid pflash0 hpet "
+    "ahci sata0 sata1 lpt1 speaker nvme0 xhci usb-disk0 usb-kbd0 usb-tablet0 smbus uart0"
 ).split()
 
 
@@ -148,8 +155,12 @@ def make_request(dice, pc, guest, device):
     ram[data : data + 16] = struct.pack("<IIQ", kind, 0, dice.randrange(DISK // 512 + 2))
     if isinstance(device, Share):
         ram[data : data + 21] = struct.pack("<IBHIH", 19 + 2, 100, 0xFFFF, 8192, 8) + b"9P2000.L"
+    head = 16
+    if isinstance(device, Gpu):
+        head = 80
+        ram[data : data + head] = a_gpu_command(dice)
     length = dice.choice((512, 512, 1024, 7))
-    rows = (data, 16, False), (data + 0x100, length, kind in (0, 8)), (data + 0x700, 1, True)
+    rows = (data, head, False), (data + 0x100, length, kind in (0, 8)), (data + 0x700, 1, True)
     for number, (address, length, writable) in enumerate(rows):
         flags = (1 if number < len(rows) - 1 else 0) | (2 if writable else 0)
         ram[at + 16 * number : at + 16 * number + 16] = struct.pack("<QIHH", address, length, flags, number + 1)
@@ -157,6 +168,20 @@ def make_request(dice, pc, guest, device):
     struct.pack_into("<H", ram, at + 0x1004 + 2 * (index % 16), dice.choice((0, 0, 0, 1)))
     struct.pack_into("<H", ram, at + 0x1002, index + 1 & 0xFFFF)
     guest.store(device.bar(0) + 0x3000 + 4 * queue.index, queue.index, 2)
+
+
+def a_gpu_command(dice):
+    """Of 80 bytes; resources of 64x64 pixels, the first two, mostly."""
+    number, rect = dice.choice((1, 2, 3)), (0, 0, 64, dice.choice((64, 64, 65)))
+    kind, words = dice.choice((
+        (0x100, ()), (0x10A, (0,)), (0x101, (number, dice.choice((1, 2, 67)), 64, 64)), (0x102, (number,)),
+        (0x106, (number, 2, QUEUES + 0x2_0000, 0, 9000, 0, QUEUES, 0, 9000, 0)), (0x107, (number,)),
+        (0x103, (*rect, 0, dice.choice((0, number)))), (0x104, (*rect, number)), (0x105, (*rect, 0, 0, number)),
+        (0x105, (*rect, 0, 0, number)), (0x106, (number, 1, QUEUES, 0, 1 << 15, 0)),
+        (0x300, (0, 9, 9, 0, number, 0, 0)), (0x301, (0, 7, 0xFFFF_FFF0, 0, number, 0, 0)),
+    ))  # fmt: skip
+    head = struct.pack("<IIQII", kind, dice.randrange(2), dice.randrange(99), 0, 0)
+    return (head + struct.pack(f"<{len(words)}I", *words)).ljust(80, b"\0")
 
 
 ATA_COMMANDS = 0x20, 0x24, 0x25, 0x30, 0x34, 0x35, 0x39, 0x91, 0x90, 0xC4, 0xC5, 0xC6, 0xC8, 0xCA, 0xEC, 0xEF, 0xE7

@@ -38,6 +38,7 @@ from vmfs.devices.speaker import Speaker
 from vmfs.devices.usb.device import UsbDevice
 from vmfs.devices.usb.hid import UsbKeyboard, UsbTablet
 from vmfs.devices.usb.xhci import Xhci
+from vmfs.devices.virtio.gpu import Gpu
 from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import Memory
@@ -120,6 +121,12 @@ class Pc(Board):
         assert isinstance(keyboard, I8042)
         self.keyboard = keyboard
         self.built_in = frozenset(self.devices)
+
+    @property
+    def shown(self) -> Display | Gpu:
+        """What the screen shows: a virtio-gpu whose driver has something on it, else the VGA."""
+        gpus = (one for one in list(self.devices.values()) if isinstance(one, Gpu) and one.is_shown)
+        return next(gpus, self.display)
 
     # ---- what is attached
 

@@ -14,6 +14,7 @@ from typing import Any
 from vmfs.devices import _pixels
 from vmfs.devices.display import Display
 from vmfs.devices.vga import FONT_GLYPH, GraphicsMode, TextMode
+from vmfs.devices.virtio.gpu import Gpu
 from vmfs.words.errors import Unsupported
 
 # Code page 437, as the character generator of every VGA has it: those below 32 and 127 are shown, too.
@@ -41,10 +42,10 @@ def _first_of(paths: tuple[Path, ...]) -> bytes:
     return b"" if path is None else path.read_bytes()
 
 
-def text(display: Display) -> str:
+def text(display: Display | Gpu) -> str:
     """The characters of the screen, a line a row, trailing blanks cut; a graphics mode's name and size."""
     mode = display.mode()
-    if isinstance(mode, GraphicsMode):
+    if isinstance(mode, GraphicsMode) or isinstance(display, Gpu):
         return f"{mode}\n"
     cells = display.chip.cells(display.planes(), mode.columns, mode.rows)
     rows = (cells[at : at + mode.columns] for at in range(0, len(cells), mode.columns))
@@ -72,12 +73,15 @@ class Shown:
         return bytes(self.data[self.start : self.start + size]).ljust(size, b"\0")
 
 
-def look(display: Display) -> Shown:
+def look(display: Display | Gpu) -> Shown:
     """What is shown now. Unsupported where there is no font.
 
     Characters have the guest's font where it has loaded one, else that of a VGA BIOS of the host. Nothing blinks: a
     character that does is shown, and so is the cursor.
     """
+    if isinstance(display, Gpu):
+        width, height, pixels = display.pixels()
+        return Shown(width, height, 32, pixels, 0, 4 * width)
     mode = display.mode()
     if isinstance(mode, GraphicsMode) and not mode.factor:
         fd = display.open_framebuffer()
@@ -103,7 +107,7 @@ def look(display: Display) -> Shown:
 _LAYOUTS = {15: "BGR;15", 16: "BGR;16", 24: "BGR", 32: "BGRX"}
 
 
-def picture(display: Display) -> bytes:
+def picture(display: Display | Gpu) -> bytes:
     """The screen as a PNG file; as `look`."""
     from PIL import Image  # loaded only by a process that makes pictures
 

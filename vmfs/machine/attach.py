@@ -7,6 +7,7 @@ slot of the PCI bus, a drive into its controller, before the first run.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from vmfs.devices.usb.xhci import PLACES as USB_PLACES
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.console import Console
 from vmfs.devices.virtio.disk import Disk, Overlay, RawDisk, open_disk
+from vmfs.devices.virtio.edid import MOST as EDID_MOST
+from vmfs.devices.virtio.gpu import Gpu
 from vmfs.devices.virtio.net import Net
 from vmfs.devices.virtio.rng import Rng
 from vmfs.devices.virtio.share import RemoteServer, Share
@@ -47,6 +50,7 @@ from vmfs.words.door import Door
 from vmfs.words.errors import Busy, Invalid, LimitReached, Unsupported
 from vmfs.words.images import FORMATS, HEAD, format_of
 
+_GPU_SIZE, _GPU_LEAST = (1024, 768), 64
 PCAP_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
@@ -350,6 +354,22 @@ class _Taken:
             self._room.release(size)
 
 
+def _open_gpu(door: Door, words: list[str]) -> Room:
+    gpu_size(words)
+    return Room(door)
+
+
+def gpu_size(words: list[str]) -> tuple[int, int]:
+    """Of the screen, in pixels."""
+    if not words:
+        return _GPU_SIZE
+    found = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", words[0], re.ASCII)
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(_GPU_LEAST <= pixels <= EDID_MOST for pixels in size):
+        raise Invalid(f"dev/add: a screen has {_GPU_LEAST} to {EDID_MOST} pixels, as 1280x800, not {words[0][:20]!r}")
+    return size
+
+
 def _open_net(door: Door, words: list[str]) -> Any:
     asked = nets.parse(words, tuple(_CARDS))
     backend = _open_backend(door, asked)
@@ -519,7 +539,7 @@ ATTACHABLE: Mapping[str, Row] = {
         0,
         0,
         _nothing,
-        lambda r, _: UsbTablet(r.board, r.name, r.board.display.size),
+        lambda r, _: UsbTablet(r.board, r.name, lambda: r.board.shown.size()),
         _usb_name,
         hand=lambda device: (),
     ),
@@ -555,6 +575,15 @@ ATTACHABLE: Mapping[str, Row] = {
         take=lambda door, words, fds: _Cable(Unplugged()),
     ),
     "uart": Row("uart PORT IRQ", 2, 2, _nothing, _make_uart, _uart_name, hand=lambda device: ()),
+    "gpu": Row(
+        "gpu [WIDTHxHEIGHT]",
+        0,
+        1,
+        _open_gpu,
+        lambda request, room: Gpu(request.board, request.name, request.slot, room, gpu_size(request.words)),
+        hand=lambda device: (),
+        take=lambda door, words, fds: Room(door),
+    ),
     "rng": Row("rng", 0, 0, _nothing, lambda r, _: Rng(r.board, r.name, r.slot), hand=lambda device: ()),
     "hvc": Row("hvc", 0, 0, _nothing, lambda r, _: Console(r.board, r.name, r.slot), hand=lambda device: ()),
     "share": Row(

@@ -15,6 +15,7 @@ import trio
 from vmfs.devices import keys, moves, screen
 from vmfs.devices.display import FRAMEBUFFER_SIZE, Display
 from vmfs.devices.machine import Pc
+from vmfs.devices.virtio.gpu import Gpu
 from vmfs.machine.files.contents import Contents
 from vmfs.machine.files.handles import File, Handle, Kind
 from vmfs.machine.files.lines import Do
@@ -38,8 +39,8 @@ async def screen_picture(scope: Contents) -> bytes:
     return await _shown(scope, screen.picture)
 
 
-async def _shown(scope: Contents, show: Callable[[Display], T]) -> T:
-    return await trio.to_thread.run_sync(show, _pc(scope, "screen").display, abandon_on_cancel=True)
+async def _shown(scope: Contents, show: Callable[[Display | Gpu], T]) -> T:
+    return await trio.to_thread.run_sync(show, _pc(scope, "screen").shown, abandon_on_cancel=True)
 
 
 def put_keys(scope: Contents, text: str) -> Do:

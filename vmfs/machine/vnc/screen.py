@@ -81,7 +81,7 @@ class Screen:
     def _update(self, picture: Picture) -> bytearray | tuple[int, int] | None:
         """In a thread: what has changed of a picture, or the size that it is to have."""
         try:
-            shown = screen.look(self.board.display)
+            shown = screen.look(self.board.shown)
         except Unsupported:
             shown = Shown(*_EMPTY, 8, b"", 0, 0, bytes(768))
         try:
