@@ -348,6 +348,8 @@ class Client:
                 await trio.to_thread.run_sync(keyboard.press, keys)
 
     async def _point(self, event: PointerEvent) -> None:
+        keyboard, is_first = self._screen.board.keyboard, self._at is None
+        points = keyboard.has_tablet and not self._is_relative
         if self._is_relative:
             x, y = event.x - _STAYS, event.y - _STAYS
         else:
@@ -359,10 +361,9 @@ class Client:
         buttons = event.buttons & 1 | event.buttons >> 1 & 2 | event.buttons << 1 & 4 | event.buttons >> 4 & 8
         changed = (event.buttons ^ self._buttons) & 0x87
         self._buttons = event.buttons
-        if not (x or y or wheel or changed):
+        if not (x or y or wheel or changed or points and is_first):
             return
-        keyboard = self._screen.board.keyboard
-        if keyboard.has_tablet and not self._is_relative:
+        if points:
             await trio.to_thread.run_sync(keyboard.point, *self._place(), wheel, buttons)
         else:
             await trio.to_thread.run_sync(keyboard.move_mouse, x, y, wheel, buttons)
