@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -226,44 +227,44 @@ def test_a_machine_of_a_mount(fleet, tmp_path):
     from vmfs.client import MountFailed, Vm, private_mount
     from vmfs.commands import archive
 
-    try:
-        mounted = private_mount(["--engine", "emulator"])
-        with mounted as mount, Vm.create(mount / "one", mem_size="8M", mode="long", time="instructions") as vm:
-            vm.write_mem(0x1000, COUNT)
-            vm.regs.rip = 0x1000
-            template = fleet.template(vm)
-            assert vm.snapshots == []
-    except MountFailed as failure:
-        pytest.skip(str(failure))
-
     def work(vm, number):
-        vm.regs.rcx = 1 << 60 if number == 3 else number  # 3 does not end
+        vm.regs.rcx = number
         vm.run()
         if number == 4:
             raise ValueError
         return vm.regs.rax
 
-    options = {"template": template, "timeout": 3, "keep": tmp_path / "kept", "history": 64 << 20}
-    results = sorted(fleet.map(work, range(1, 7), **options), key=lambda result: result.input)
-    assert [result.kind for result in results] == ["", "", "timeout", "raised", "", ""]
-    assert [result.value for result in results] == [1, 2, None, None, 5, 6]
-    assert results[0].exit == "hlt rip=0x1009" and results[2].exit == "interrupted rip=0x1000"
-    assert [result.saved is not None for result in results] == [False, False, True, True, False, False]
-    assert not any(result.note for result in results)
-    with private_mount(["--engine", "emulator"]) as mount:
-        for result in (results[2], results[3]):
+    endless = 1 << 60
+    with contextlib.ExitStack() as stack:
+        try:
+            mount = stack.enter_context(private_mount(["--engine", "emulator"]))
+        except MountFailed as failure:
+            pytest.skip(str(failure))
+        with Vm.create(mount / "one", mem_size="8M", mode="long", time="instructions") as vm:
+            vm.write_mem(0x1000, COUNT)
+            vm.regs.rip = 0x1000
+            template = fleet.template(vm)
+            assert vm.snapshots == []
+        options = {"template": template, "keep": tmp_path / "kept", "history": 64 << 20}
+        good, raised = sorted(fleet.map(work, [2, 4], **options), key=lambda result: result.input)
+        (late,) = fleet.map(work, [endless], **options, timeout=1.5)
+        assert (good.kind, good.value, good.exit, good.saved) == ("", 2, "hlt rip=0x1009", None)
+        assert (raised.kind, raised.value) == ("raised", None) and "ValueError" in raised.error
+        assert (late.kind, late.exit) == ("timeout", "interrupted rip=0x1000")
+        assert not raised.note and not late.note
+        for name, result in (("raised", raised), ("late", late)):
             with open(result.saved, "rb") as source:
-                archive.load(mount / f"home-{result.input}", source, "kept", result.saved.stat().st_size)
-        with Vm(mount / "home-4") as vm:
+                archive.load(mount / name, source, "kept", result.saved.stat().st_size)
+        with Vm(mount / "raised") as vm:
             assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (4, 0, 0x1009)
             vm.back(4)  # hlt, jne, dec, inc
             assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (3, 1, 0x1000)
             vm.back(3)
             assert (vm.regs.rax, vm.regs.rcx, vm.regs.rip) == (2, 2, 0x1000)
-        with Vm(mount / "home-3") as vm:
+        with Vm(mount / "late") as vm:
             at = vm.regs.rax
             vm.back(3000)
-            assert at > 1000 and vm.regs.rax == at - 1000 and vm.regs.rcx == (1 << 60) - vm.regs.rax
+            assert at > 1000 and vm.regs.rax == at - 1000 and vm.regs.rcx == endless - vm.regs.rax
 
 
 def test_a_machine_that_is_too_long_is_not_kept(fleet, counting, tmp_path):
