@@ -146,9 +146,14 @@ class Rtl8139(Card[Rtl8139State], PciDevice[Rtl8139State]):
     # ---- registers
 
     def read(self, region: int, offset: int, size: int) -> int:
-        if offset + size > CR:
-            if offset in (CR, ISR) and self.listens:
+        if offset in (CR, ISR):
+            if not self.regs[IMR] & ROK and self.listens:  # else the thread tells it
                 self.look()
+            if offset == CR and size == 1:  # these two for each packet
+                return self.regs[CR] & ~_EMPTY | (_EMPTY if self._write == self._read_at else 0)
+            if offset == ISR and size == 2:
+                return self._word(ISR, 2)
+        if offset + size > CR:
             self._refresh(offset, size)
         return int.from_bytes(self.regs[offset : offset + size], "little")
 
@@ -173,6 +178,14 @@ class Rtl8139(Card[Rtl8139State], PciDevice[Rtl8139State]):
         self._store(CSCR, 2, self._word(CSCR, 2) & ~8 | (8 if up else 0))
 
     def write(self, region: int, offset: int, size: int, value: int) -> None:
+        if size == 2 and offset == CAPR:  # and these
+            self._store(CAPR, 2, value & 0xFFFF)
+            self.buffers_came()
+            return
+        if size == 2 and offset == ISR:
+            self._store(ISR, 2, self._word(ISR, 2) & ~value)
+            self._drive()
+            return
         data = value.to_bytes(8, "little")[:size]
         is_locked = self.command & _CONFIGURE != _CONFIGURE
         for at, byte in enumerate(data, offset):
