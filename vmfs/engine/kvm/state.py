@@ -186,10 +186,8 @@ class VcpuState:
             accepted = _accepted(self._fd, Ioctl.KVM_GET_MSRS, [(index, 0) for index in indices])
             indices = tuple(index for index, _value in accepted)
         there = self._get_msrs(indices)
-        if len(indices) == len(entries):  # as they are where a state is set back: most are what they were
-            values = memoryview(there)[layouts.LIST_HEAD.size :].cast("Q").tolist()[1::2]
-            pairs = zip(entries, values, strict=True)
-            wanted = [one for one, value in pairs if one[1] != value or one[0] == _IA32_TSC_DEADLINE]
+        if len(indices) == len(entries) and (times := _only_times_differ(bytes(data), there)) is not None:
+            wanted = times  # a state that is set back: the others are what they were
         else:
             have = dict(layouts.unpack_msrs(there))
             wanted = [one for one in entries if have.get(one[0]) != one[1] or one[0] == _IA32_TSC_DEADLINE]
@@ -263,6 +261,25 @@ def _msrs_of(data: bytes) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
     """The entries, and the MSRs that they are of; a state that is set again and again is taken apart once."""
     entries = layouts.unpack_msrs(data)
     return entries, tuple(index for index, _value in entries)
+
+
+@functools.lru_cache(16)
+def _times_of(data: bytes) -> tuple[list[tuple[int, int]], tuple[slice, ...]]:
+    """The entries whose MSRs go on by themselves or do something when they are set, and where their values lie."""
+    entries, _ = _msrs_of(data)
+    end, size = layouts.LIST_HEAD.size, layouts.MSR_ENTRY.size
+    numbers = [number for number, one in enumerate(entries) if one[0] in (_IA32_TSC, _IA32_TSC_DEADLINE)]
+    places = (end + number * size + size - 8 for number in numbers)
+    return [entries[number] for number in numbers], tuple(slice(at, at + 8) for at in places)
+
+
+def _only_times_differ(data: bytes, there: bytes) -> list[tuple[int, int]] | None:
+    """The entries that are to be set to have `data` where `there` is, if those are _times_of; else None."""
+    times, places = _times_of(data)
+    same = bytearray(there)
+    for place in places:
+        same[place] = data[place]
+    return times if same == data else None
 
 
 def _accepted(fd: int, request: Ioctl, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -662,6 +662,8 @@ class KvmVcpu(Vcpu):
             put_quad(other, layouts.CR4, quad(sregs, layouts.CR4) ^ _CR4_PGE)
             self._state.set("sregs", bytes(other))
             self._state.set("sregs", sregs)
+        if values.get("sregs") == sregs:
+            values = {name: data for name, data in values.items() if name != "sregs"}
         super().put_states(values)
 
     def get_msr(self, index: int) -> int:
