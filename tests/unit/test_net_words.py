@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import random
+import re
 
 import pytest
 
@@ -35,6 +37,33 @@ def test_forwards_are_of_the_loopback_where_nothing_is_said() -> None:
     assert passt_options(words) == [
         "-t", "127.0.0.1/2222:22", "-t", "80", "-u", "0.0.0.0/53:53", "-t", "::1/8080:80"
     ]  # fmt: skip
+
+
+FORWARD = re.compile(r"[0-9a-fA-F.:]+/[1-9][0-9]{0,4}:[1-9][0-9]{0,4}", re.ASCII)
+WORDS = ("user", "tap", "wire", "model=", "mac=", "pcap=", "tcp=", "udp=", "virtio", "52:54:00:12:34:56", "1:2",
+         "[::1]/1:2", "0.0.0.0/", "a" * 70, "..", "/", "=", "\0", "٣:٤", "-t", "--")  # fmt: skip
+
+
+def test_any_words_are_a_line_or_invalid() -> None:
+    dice, lines = random.Random(3), 0
+    for _ in range(20_000):
+        words = ["".join(dice.choices(WORDS, k=dice.choice((1, 1, 2, 3)))) for _ in range(dice.randrange(1, 6))]
+        words[0] = dice.choice(WORDS[:4])
+        try:
+            asked = parse(words, MODELS)
+        except Invalid as error:
+            assert len(str(error)) < 300
+            continue
+        lines += 1
+        assert asked.model in MODELS and len(asked.mac) in (0, 6)
+        if asked.kind == "user":
+            for word in asked.rest:
+                if word.startswith(("tcp=", "udp=")):
+                    option, value = passt_options([word])
+                    assert option in ("-t", "-u") and FORWARD.fullmatch(value)
+        elif asked.kind == "wire":
+            assert "/" not in asked.rest[0] and not asked.rest[0].startswith(".")
+    assert 100 < lines < 19_000
 
 
 def planned(*words: str) -> list[str]:
