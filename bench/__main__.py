@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from bench import (
+    bios,
     boot,
     cpu,
     debug,
@@ -39,6 +40,7 @@ GROUPS = {
     "boot": boot.results,
     "disk": disk.results,
     "drives": drives.results,
+    "bios": bios.results,
     "net": net.results,
     "programs": programs.results,
     "points": points.results,

@@ -1,9 +1,5 @@
-"""How fast a disk is inside a Debian, against QEMU TCG: several rounds in turn, each long enough to be steady.
-
-The same kernel, initramfs and image on both; all of the image is in the host's page cache. Figures are by the host's
-clock, between marks that the guest says, and the best of the rounds. A busy host slows both down, so the rounds
-alternate, and the same is said by the host's processor time.
-"""
+"""How fast a disk is inside a Debian, against QEMU TCG with the same kernel, initramfs and image: rounds that are long
+enough to be steady (`bench.rates`)."""
 
 from __future__ import annotations
 
@@ -12,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.guests import OFF, Guest, on_tcg, on_vmfs, qemu_version
+from bench.guests import OFF, Guest, on_tcg, on_vmfs
 from bench.harness import HERE, Result, mounted
+from bench.rates import Row, compare, image, peer_or_none
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from pc.initramfs import build  # noqa: E402
@@ -37,11 +34,10 @@ echo mark random.begin
 echo mark random.end
 """ + OFF
 ROWS = (
-    ("read", "MiB/s", "disk: sequential reads of 1 MiB", IMAGE_MIB * PASSES, ">= 0.8x"),
-    ("write", "MiB/s", "disk: sequential writes of 1 MiB", IMAGE_MIB * WRITES, ""),
-    ("random", "k/s", "disk: random reads of 4 KiB", READS / 1000, ">= 1.0x"),
+    Row("read", "MiB/s", "sequential reads of 1 MiB", IMAGE_MIB * PASSES, ">= 0.8x"),
+    Row("write", "MiB/s", "sequential writes of 1 MiB", IMAGE_MIB * WRITES),
+    Row("random", "k/s", "random reads of 4 KiB", READS / 1000, ">= 1.0x"),
 )
-AMOUNTS = {name: amount for name, _, _, amount, _ in ROWS}
 
 
 def randread() -> bytes:
@@ -52,39 +48,12 @@ def randread() -> bytes:
         return program.read_bytes()
 
 
-Rates = list[dict[str, tuple[float, float]]]
-
-
-def measure(mount: Path, peer: str, rounds: int) -> tuple[Rates, Rates]:
-    with tempfile.NamedTemporaryFile(dir="/var/tmp") as image:
-        for _ in range(IMAGE_MIB):
-            image.write(b"\x5a" * (1 << 20))
-        image.flush()
-        initrd = build(SCRIPT, modules=("virtio_pci", "virtio_blk"), files={"randread": randread()})
-        guest = Guest(CLOUD.image, initrd, Path(image.name))
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(on_vmfs(mount, guest).rates(AMOUNTS))
-            if peer:
-                theirs.append(on_tcg(guest).rates(AMOUNTS))
-    return ours, theirs
-
-
 def results() -> list[Result]:
     if not (FOLDER / "stamp").exists():
         print("bench disk: scripts/fetch_kernels.sh has not fetched the kernels", file=sys.stderr)
         return []
-    peer = qemu_version()
-    if not peer:
-        print("bench disk: qemu-system-x86_64 is not installed: no peer", file=sys.stderr)
-    with mounted("--engine", "emulator") as mount:
-        ours, theirs = measure(mount, peer, ROUNDS)
-    for one, other in zip(ours, theirs, strict=False):
-        print("bench disk:", *(f"{name} {one[name][0]:.4g}/{other[name][0]:.4g}" for name, *_ in ROWS), file=sys.stderr)
-    found = []
-    for way, (by, per) in enumerate((("", ""), (", by processor time", " CPU"))):
-        for name, unit, what, _, mark in ROWS:
-            theirs_best = max((one[name][way] for one in theirs), default=None)
-            best = max(one[name][way] for one in ours)
-            found.append(Result(what + by, unit + per, best, peer, theirs_best, "" if way else mark))
-    return found
+    peer = peer_or_none("disk")
+    with mounted("--engine", "emulator") as mount, image(IMAGE_MIB) as disk:
+        initrd = build(SCRIPT, modules=("virtio_pci", "virtio_blk"), files={"randread": randread()})
+        guest = Guest(CLOUD.image, initrd, disk)
+        return compare("disk", "disk", ROWS, ROUNDS, lambda: on_vmfs(mount, guest), lambda: on_tcg(guest), peer)

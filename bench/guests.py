@@ -23,24 +23,28 @@ OFF = "poweroff -f\n"
 _MARK = re.compile(r"^mark (\S+)\r\n", re.MULTILINE)
 
 
-# Of a disk: the word of `dev/add`, and QEMU's words for the drive and its controller.
+# Of a disk: the words of `dev/add`, with {} for the image, and QEMU's words for the drive and its controller.
 BUSES = {
-    "virtio": ("blk", "if=virtio", ()),
-    "ide": ("ide", "if=ide", ()),
-    "ahci": ("ahci", "if=none,id=d", ("-device", "ich9-ahci,id=a", "-device", "ide-hd,bus=a.0,drive=d")),
-    "nvme": ("nvme", "if=none,id=d", ("-device", "nvme,serial=d,drive=d")),
+    "virtio": ("blk {} rw", "if=virtio", ()),
+    "ide": ("ide {} rw", "if=ide", ()),
+    "cdrom": ("cdrom {}", "if=ide,index=2,media=cdrom", ()),
+    "ahci": ("ahci {} rw", "if=none,id=d", ("-device", "ich9-ahci,id=a", "-device", "ide-hd,bus=a.0,drive=d")),
+    "nvme": ("nvme {} rw", "if=none,id=d", ("-device", "nvme,serial=d,drive=d")),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    kernel: Path
+    """`bios`: what begins where there is no `kernel`."""
+
+    kernel: Path | None
     initrd: bytes
     disk: Path | None = None
     bus: str = "virtio"  # of the disk: a name of BUSES
     memory: int = 512  # MiB
     cpu: str = ""  # QEMU's word for another than its own default
     cpus: int = 1
+    bios: Path | None = None
 
 
 @dataclass(slots=True)
@@ -84,10 +88,13 @@ def on_vmfs(mount: Path, guest: Guest, prepare: Callable[[Path], tuple[int, ...]
         (vm / "machine").write_text("pc")
         (vm / "cpus").write_text(str(guest.cpus))
         if guest.disk:
-            (vm / "dev/add").write_text(f"{BUSES[guest.bus][0]} {guest.disk} rw")
-        (vm / "kernel").write_bytes(guest.kernel.read_bytes())
-        (vm / "initrd").write_bytes(guest.initrd)
-        (vm / "cmdline").write_text(CMDLINE)
+            (vm / "dev/add").write_text(BUSES[guest.bus][0].format(guest.disk))
+        if guest.kernel:
+            (vm / "kernel").write_bytes(guest.kernel.read_bytes())
+            (vm / "initrd").write_bytes(guest.initrd)
+            (vm / "cmdline").write_text(CMDLINE)
+        if guest.bios:
+            (vm / "bios").write_bytes(guest.bios.read_bytes())
         more = prepare(vm) or ()
         machine = int(dict(line.split() for line in (vm / "stat").read_text().splitlines())["pid"])
         processes = (machine, parent(machine), parent(parent(machine)), *more)  # the zygote, the server
@@ -118,7 +125,8 @@ def on_tcg(guest: Guest, *more: str) -> Told:
             *("-m", str(guest.memory), "-smp", str(guest.cpus)),
             *(("-cpu", guest.cpu) if guest.cpu else ()),
             *(("-drive", f"file={guest.disk},format=raw,{drive},cache=writeback", *controller) if guest.disk else ()),
-            *("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE),
+            *(("-kernel", str(guest.kernel), "-initrd", file.name, "-append", CMDLINE) if guest.kernel else ()),
+            *(("-bios", str(guest.bios)) if guest.bios else ()),
             *more,
         ]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:

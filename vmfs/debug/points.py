@@ -30,6 +30,7 @@ from vmfs.words.stops import (
     ModeStop,
     PortStop,
     Stop,
+    UnwrittenStop,
     VectorStop,
     Watchpoint,
 )
@@ -154,7 +155,7 @@ def _vector(text: str) -> int:
 
 # ---- points
 
-ON: Mapping[str, type[ChangeStop]] = {kind.CAUSE: kind for kind in (ModeStop, Cr3Stop)}  # `on WHAT`
+ON: Mapping[str, type[ChangeStop]] = {kind.CAUSE: kind for kind in (ModeStop, Cr3Stop, UnwrittenStop)}  # `on WHAT`
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,7 @@ class Points:
         return self._add(lambda id_: VectorStop(id_, vectors), options, owner)
 
     def add_on(self, what: str, options: Options = PLAIN, *, owner: str = "") -> Points:
-        """After an instruction that changes the `mode` of the CPU, or its `cr3`."""
+        """After an instruction that changes the `mode` of the CPU, or its `cr3`, or reads what is `unwritten`."""
         if what not in ON:
             raise Invalid(f"on: {what[:40]!r} is not {' or '.join(ON)}")
         return self._add(ON[what], options, owner)

@@ -113,6 +113,8 @@ class Images(Protocol):
 class Board:
     """The devices of one machine. `now` is the guest's time in nanoseconds, as its timers have it."""
 
+    sees_unwritten = False  # reads of RAM that nobody has written are told of
+
     def __init__(self, machine: Machine, memory: Memory) -> None:
         self._lock = threading.RLock()
         self.lock = _Lock(self._lock, self._touch_all)

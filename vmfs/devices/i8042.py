@@ -429,6 +429,11 @@ class I8042(QuietDevice[I8042State]):
         self._set_a20(True)
         self._lines()
 
+    def close_a20(self) -> None:
+        """As firmware may leave it."""
+        self._set_a20(False)
+        self._show()
+
     def machine_changed(self) -> None:
         if not self._a20:
             self._a20 = True  # as every new machine has it

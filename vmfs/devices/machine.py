@@ -6,10 +6,11 @@ bus when it is attached.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vmfs.devices.board import Board
+from vmfs.devices.board import Board, BoardState, Packed
 from vmfs.devices.debugport import DebugConsole, DebugExit
 from vmfs.devices.device import Device
 from vmfs.devices.display import Display
@@ -41,7 +42,7 @@ from vmfs.devices.usb.xhci import Xhci
 from vmfs.devices.virtio.gpu import Gpu
 from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
-from vmfs.memory.ram import Memory
+from vmfs.memory.ram import PAGE, Memory
 from vmfs.words.errors import Busy, Invalid
 
 
@@ -329,6 +330,12 @@ class Pc(Board):
         function.leave_to_firmware()
         rtc.say_resume()
 
+    def fill_memory(self) -> None:
+        """The machine is one of this kind now: have in its RAM what is there when it is switched on."""
+
+    def handed_over(self, *, in_real_mode: bool) -> None:
+        """A run begins without firmware in the machine: that has done its work, and the CPU is in real mode or not."""
+
     def memory_resized(self) -> None:
         super().memory_resized()
         self.display.show_memory()
@@ -339,9 +346,46 @@ class Pc(Board):
         smbus.describe_memory(self.memory.size)
 
 
+_PATTERN = hashlib.shake_128(b"RAM of a strict machine").digest(PAGE).replace(b"\0", b"\xa5")
+
+
+class StrictPc(Pc):
+    """A PC that forgives less, for those who go to real hardware with what they have tried here. RAM that nobody has
+    written has a pattern, and reads of it are told of; where no firmware is, the A20 gate is closed for what begins in
+    real mode. Only on an engine that sees such reads."""
+
+    sees_unwritten = True
+
+    def __init__(self, machine: Machine, memory: Memory) -> None:
+        machine.set_fresh(_PATTERN, memory.end)
+        super().__init__(machine, memory)
+
+    def fill_memory(self) -> None:
+        self.memory.fill_holes(_PATTERN)
+
+    def memory_resized(self) -> None:
+        super().memory_resized()
+        self.fill_memory()
+        self.machine.set_fresh(_PATTERN, self.memory.end)
+
+    def move_to(self, machine: Machine) -> None:
+        machine.set_fresh(_PATTERN, self.memory.end)
+        super().move_to(machine)
+
+    def put(self, state: BoardState, devices: Packed, present: tuple[BoardState, Packed] | None = None) -> None:
+        """RAM is what it was then: what the CPU has written since is no sign any more."""
+        super().put(state, devices, present)
+        self.machine.set_fresh(_PATTERN, self.memory.end)
+
+    def handed_over(self, *, in_real_mode: bool) -> None:
+        if in_real_mode:
+            self.keyboard.close_a20()
+
+
 MACHINES: Mapping[str, type[Pc] | None] = {
     "bare": None,  # a CPU, memory, and whatever answers its exits
     "pc": Pc,
+    "strict": StrictPc,
 }
 
 

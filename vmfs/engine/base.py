@@ -327,6 +327,11 @@ class Machine(abc.ABC):
         Where it is not `sees_due`, `set_deadline` has what is due on the bus, too."""
         return False
 
+    def set_fresh(self, pattern: bytes, end: int) -> None:
+        """Tell of reads of RAM below `end` that nobody has written since it had a pattern, of a page, everywhere: in
+        the counter `unwritten_reads` and by `UnwrittenStop`, of each byte once. Not during a run."""
+        raise Unsupported("a strict machine: this engine does not see reads of memory that nobody has written")
+
     def set_a20(self, enabled: bool) -> None:
         """Whether address bit 20 reaches memory, as in a new machine, or is zero, as with the PC's A20 gate closed.
         No state has it."""

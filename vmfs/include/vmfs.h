@@ -116,7 +116,8 @@ enum vmfs_debug_cause {
     VMFS_DEBUG_EXCEPTION = 5,
     VMFS_DEBUG_MODE = 6,
     VMFS_DEBUG_CR3 = 7,
-    VMFS_DEBUG_INTERRUPT = 8
+    VMFS_DEBUG_INTERRUPT = 8,
+    VMFS_DEBUG_UNWRITTEN = 9
 };
 
 enum vmfs_shutdown_cause {

@@ -51,7 +51,7 @@ from vmfs.memory.ram import Memory
 from vmfs.words import exits
 from vmfs.words.errors import Busy, EngineFailed, Gone, Invalid, Unsupported, VmfsError, known
 from vmfs.words.registers import REGISTERS
-from vmfs.words.stops import Breakpoint
+from vmfs.words.stops import Breakpoint, UnwrittenStop
 
 T = TypeVar("T")
 
@@ -749,6 +749,8 @@ class Control:
             points = self._points.copy()
             change(points)
             points.check_cpus(len(self.cpus))
+            if points.request(0).of(UnwrittenStop) and not (self.board and self.board.sees_unwritten):
+                raise Unsupported("on unwritten: only a strict machine sees that (write strict to `machine`)")
             self._use_points(points)
 
         return self.at_boundary(make_it)

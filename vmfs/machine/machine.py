@@ -66,8 +66,8 @@ from vmfs.words.errors import (
     Unsupported,
 )
 from vmfs.words.layouts import unpack_msrs
-from vmfs.words.modes import CodeMode, mode_of, set_mode, tables_of
-from vmfs.words.registers import write_registers
+from vmfs.words.modes import CR0_PE, CodeMode, mode_of, set_mode, tables_of
+from vmfs.words.registers import REGISTERS, write_registers
 from vmfs.words.unclaimed import Use
 
 log = logging.getLogger(__name__)
@@ -615,6 +615,8 @@ class Vm(Recorded):
             self._attached.clear()
             # A PC lives by the clock on the wall: its network and its users do.
             self._set_time("host" if board_type else default_time(self._machine))
+            if self.board is not None:
+                self.board.fill_memory()
             if old_board is not None:
                 old_board.close()
         self.tell()
@@ -742,6 +744,9 @@ class Vm(Recorded):
                     first, last = address // PAGE, (address + max(size, 1) - 1) // PAGE
                     written |= ((1 << last - first + 1) - 1) << first
                 self._note_written(written)
+        if self.board is not None and self._rom is None and not self.board.flash and not sleeps:
+            in_real_mode = not REGISTERS["cr0"].get(self.cpu.vcpu.get_state("sregs")) & CR0_PE
+            self.board.handed_over(in_real_mode=in_real_mode)
         self._boot_due = False
 
     def _wake(self) -> bool:

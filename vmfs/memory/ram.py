@@ -200,6 +200,18 @@ class Memory:
         self.written(offset, done)
         return done
 
+    def fill_holes(self, pattern: bytes) -> None:
+        """Have a pattern, of a page, in all that nobody has touched; of memory that is not over an image."""
+        if self.base is not None:
+            return
+        block = memoryview(pattern * (_ZEROS // len(pattern)))
+        for region in self.regions:
+            at = region.address
+            for start, end in (*extents(self.fd, at, region.end), (region.end, region.end)):
+                while at < start:
+                    at += self._write(at, block[: min(len(block), start - at)])
+                at = end
+
     def clear(self, offset: int, length: int) -> None:
         """Set bytes to zero; whole pages are given back instead of written."""
         self._check_open()

@@ -132,7 +132,14 @@ class Cr3Stop(ChangeStop):
     CAUSE: ClassVar[str] = "cr3"
 
 
-STOPS: tuple[type[Stop], ...] = (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop)
+@dataclass(frozen=True, slots=True)
+class UnwrittenStop(ChangeStop):
+    """Stop after an instruction that read RAM which nobody has written; of a machine that is strict."""
+
+    CAUSE: ClassVar[str] = "unwritten"
+
+
+STOPS: tuple[type[Stop], ...] = (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop, UnwrittenStop)
 
 
 def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:

@@ -38,7 +38,7 @@ from vmfs.engine.emulator import _core
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
 from vmfs.words.exits import Exit
-from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, VectorStop, Watchpoint
+from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, UnwrittenStop, VectorStop, Watchpoint
 
 log = logging.getLogger(__name__)
 
@@ -204,6 +204,10 @@ class EmulatorMachine(Machine):
 
     def in_turn(self, cpus: Sequence[Vcpu]) -> Runner:
         return EmulatorTurns(self._vm, cast("Sequence[EmulatorVcpu]", cpus))
+
+    def set_fresh(self, pattern: bytes, end: int) -> None:
+        with _failures("memory that nobody has written"):
+            self._vm.set_fresh(pattern, end)
 
     def set_a20(self, enabled: bool) -> None:
         self._vm.set_a20(enabled)
@@ -407,7 +411,7 @@ class EmulatorVcpu(Vcpu):
         return exits.Debug(
             cause=name,
             id=None if name == "step" else id_,
-            addr=address if name in ("watchpoint", "io") or is_page_fault else None,
+            addr=address if name in ("watchpoint", "io", "unwritten") or is_page_fault else None,
             vector=vector if is_event else None,
             rip=rip,
             cpu=self.index,
@@ -609,6 +613,8 @@ def _core_stops(stop: Stop) -> list[tuple[int, int, int, bool, bool]]:
             return [(_core.STOP_MODE, 0, 0, False, False)]
         case Cr3Stop():
             return [(_core.STOP_CR3, 0, 0, False, False)]
+        case UnwrittenStop():
+            return [(_core.STOP_UNWRITTEN, 0, 0, False, False)]
     raise Unsupported(f"{stop.text()}: the emulator does not watch for it")
 
 

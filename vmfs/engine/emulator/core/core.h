@@ -51,6 +51,9 @@ void vm_signal_msi(struct vm *vm, uint64_t address, uint32_t data);
 /* Devices outside of the core, which are asked before an access is an exit; NULL: none. It outlives the machine, or the next call. */
 void vm_set_bus(struct vm *vm, struct fast_bus *bus);
 void vm_set_a20(struct vm *vm, bool enabled);
+/* Tell of reads of RAM below `end` that nobody has written since now, when all of it has a pattern of 4096 bytes: in `unwritten_reads`, and
+ * by STOP_UNWRITTEN. NULL: of none. Not while a CPU runs; CPUs then execute in turn. */
+int vm_set_fresh(struct vm *vm, const uint8_t *pattern, uint64_t end);
 void vm_set_timer_output(struct vm *vm, bool connected); /* whether channel 0 of the 8254 interrupts; the state pit has it */
 
 /* CPUs whose runs overlap execute at the same time, and not in turn: with TIME_HOST, which is the same for all of them. Whether
@@ -183,7 +186,7 @@ struct core_waiting {            /* an exit of an instruction that is done, whic
 /* The words of exits.py, in its order: EXITS, DEBUG_CAUSES. */
 #define CORE_EXITS(X) X(EXIT_IO) X(EXIT_MMIO) X(EXIT_HLT) X(EXIT_DEBUG) X(EXIT_SHUTDOWN) X(EXIT_INTERRUPTED) X(EXIT_LIMIT) X(EXIT_ERROR)
 #define CORE_CAUSES(X) X(DEBUG_STEP) X(DEBUG_BREAKPOINT) X(DEBUG_WATCHPOINT) X(DEBUG_IO) X(DEBUG_EXCEPTION) X(DEBUG_MODE) \
-    X(DEBUG_CR3) X(DEBUG_INTERRUPT)
+    X(DEBUG_CR3) X(DEBUG_INTERRUPT) X(DEBUG_UNWRITTEN)
 #define CORE_ENUMERATOR(name) name,
 enum exit_reason { EXIT_NONE, CORE_EXITS(CORE_ENUMERATOR) };
 enum debug_cause { CORE_CAUSES(CORE_ENUMERATOR) };
@@ -246,7 +249,8 @@ void vcpu_nmi(struct vcpu *c);
 
 /* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */
 
-#define CORE_STOPS(X) X(STOP_BREAKPOINT) X(STOP_WATCH) X(STOP_WATCH_PHYSICAL) X(STOP_IO) X(STOP_VECTOR) X(STOP_CR3) X(STOP_MODE)
+#define CORE_STOPS(X) X(STOP_BREAKPOINT) X(STOP_WATCH) X(STOP_WATCH_PHYSICAL) X(STOP_IO) X(STOP_VECTOR) X(STOP_CR3) X(STOP_MODE) \
+    X(STOP_UNWRITTEN)
 enum stop_kind { CORE_STOPS(CORE_ENUMERATOR) STOP_KINDS };
 struct vcpu_stop {
     enum stop_kind kind;
@@ -335,7 +339,7 @@ int core_open_jitdump(void);
 /* ---- Counters -------------------------------------------------------------------------------------------------- */
 
 struct vcpu_counters {
-    uint64_t instructions, blocks_decoded, blocks_killed, tlb_misses, interrupts, exceptions;
+    uint64_t instructions, blocks_decoded, blocks_killed, tlb_misses, interrupts, exceptions, unwritten_reads;
     uint64_t instructions_translated, regions, regions_killed, code_bytes, translating_ns; /* of the translator */
 };
 /* `code_bytes` is what there is of host code just now, the others count. */

@@ -237,6 +237,30 @@ static PyObject *py_vm_set_a20(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_vm_set_fresh(VmObject *self, PyObject *args)
+{
+    Py_buffer pattern;
+    unsigned long long end;
+    int how;
+    if (!PyArg_ParseTuple(args, "z*K", &pattern, &end))
+        return NULL;
+    if (pattern.buf && pattern.len != 4096) {
+        PyBuffer_Release(&pattern);
+        PyErr_SetString(PyExc_ValueError, "a pattern of 4096 bytes");
+        return NULL;
+    }
+    if (!(how = hold_still(self))) {
+        PyBuffer_Release(&pattern);
+        return NULL;
+    }
+    int error = vm_set_fresh(self->vm, pattern.buf, end);
+    let_go(self, how);
+    PyBuffer_Release(&pattern);
+    if (error)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_vm_set_timer_output(VmObject *self, PyObject *args)
 {
     int connected, how;
@@ -556,6 +580,7 @@ static PyMethodDef vm_methods[] = {
     {"create_irqchip", (PyCFunction)py_vm_create_irqchip, METH_NOARGS, "create_irqchip(): before the first CPU"},
     {"irq_line", (PyCFunction)py_vm_irq_line, METH_VARARGS, "irq_line(gsi, level)"},
     {"signal_msi", (PyCFunction)py_vm_signal_msi, METH_VARARGS, "signal_msi(address, data)"},
+    {"set_fresh", (PyCFunction)py_vm_set_fresh, METH_VARARGS, "set_fresh(pattern or None, end): tell of reads of RAM that nobody has written"},
     {"set_a20", (PyCFunction)py_vm_set_a20, METH_VARARGS, "set_a20(enabled)"},
     {"set_timer_output", (PyCFunction)py_vm_set_timer_output, METH_VARARGS,
      "set_timer_output(connected): whether channel 0 of the 8254 interrupts"},
@@ -802,7 +827,7 @@ static PyObject *py_vcpu_set_debug(VcpuObject *self, PyObject *args)
         }
         if (!PyArg_ParseTuple(item, "iIKIpp", &kind, &id, &address, &length, &on_read, &on_write))
             goto done;
-        if (kind < STOP_BREAKPOINT || kind > STOP_MODE) {
+        if (kind < STOP_BREAKPOINT || kind >= STOP_KINDS) {
             fail(-EINVAL);
             goto done;
         }
@@ -878,10 +903,10 @@ static PyObject *py_vcpu_counters(VcpuObject *self, PyObject *ignored)
     if (!vcpu_alive(self))
         return NULL;
     vcpu_get_counters(self->vcpu, &k);
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "blocks_decoded",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsK}", "instructions", (unsigned long long)k.instructions, "blocks_decoded",
                          (unsigned long long)k.blocks_decoded, "blocks_killed", (unsigned long long)k.blocks_killed,
                          "tlb_misses", (unsigned long long)k.tlb_misses, "interrupts", (unsigned long long)k.interrupts,
-                         "exceptions", (unsigned long long)k.exceptions, "instructions_translated",
+                         "exceptions", (unsigned long long)k.exceptions, "unwritten_reads", (unsigned long long)k.unwritten_reads, "instructions_translated",
                          (unsigned long long)k.instructions_translated, "regions", (unsigned long long)k.regions,
                          "regions_killed", (unsigned long long)k.regions_killed, "code_bytes", (unsigned long long)k.code_bytes,
                          "translating_ns", (unsigned long long)k.translating_ns);

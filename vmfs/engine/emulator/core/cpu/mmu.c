@@ -380,6 +380,8 @@ void tlb_select(struct vcpu *c)
 static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
 {
     u64 page = linear & PAGE_MASK;
+    if (unlikely(c->vm->fresh) && fresh_page(c->vm, physical))
+        return true;
     if ((has_stops(c, STOP_WATCH) || has_stops(c, STOP_WATCH_PHYSICAL)) && stops_watch_page(c, linear, physical))
         return true;
     if (c->dr7 & 0xff)
@@ -595,6 +597,7 @@ static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes
 {
     if (likely(!page_watched(c, linear, physical)))
         return;
+    bool unwritten = c->vm->fresh && !write && fresh_read(c->vm, physical, bytes, false);
     bool hit = stops_watch(c, linear, physical, bytes, write);
     u64 guest = 0;
     for (unsigned i = 0; i < 4 && !implicit; i++) { /* Intel SDM 3B 17.2.4, 17.2.5: 1 writes, 3 reads and writes */
@@ -604,10 +607,17 @@ static void check_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes
             ranges_meet(c->dr[i] & ~(u64)(length - 1), length, linear, bytes))
             guest |= 1ull << i;
     }
-    if (!hit && !guest)
-        return;
-    if (!c->alone && c->delivering < 0)
+    if (c->vm->fresh && write) {
+        fresh_written(c->vm, physical, bytes);
+        forget_watched(c); /* it may be whole now, and of the TLB's */
+    }
+    if ((hit || guest || (unwritten && has_stops(c, STOP_UNWRITTEN))) && !c->alone && c->delivering < 0)
         escape(c, ESCAPE_ALONE);
+    if (unwritten) {
+        fresh_read(c->vm, physical, bytes, true);
+        c->counters.unwritten_reads++;
+        stops_reach_unwritten(c, linear);
+    }
     if (hit)
         stops_reach_watch(c, linear, physical, bytes, write);
     c->debug_hits |= guest;

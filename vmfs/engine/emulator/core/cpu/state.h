@@ -480,6 +480,7 @@ struct vm {
     struct vcpu *vcpus[CORE_VCPUS];
     unsigned vcpu_count;
     u64 a20_mask;
+    struct fresh *fresh;      /* RAM that nobody has written; NULL: nobody is told. fresh.c */
     enum core_time time;
     u64 now;                  /* when the last run ended, in TSC cycles: nanoseconds */
     bool repeatable;          /* breakpoints change nothing of what is done (vm_set_repeatable) */
@@ -635,6 +636,12 @@ ALWAYS_INLINE bool has_stops(const struct vcpu *c, enum stop_kind kind)
 }
 bool stops_break(const struct vcpu *c, u64 linear);       /* is there a breakpoint? */
 bool stops_reach_break(struct vcpu *c, u64 linear);       /* there is: c->exit is ready */
+/* fresh.c, where there is `vm->fresh`. `tells`: it is told of, and not again */
+bool fresh_page(struct vm *vm, u64 physical);
+void fresh_written(struct vm *vm, u64 physical, unsigned bytes);
+bool fresh_read(struct vm *vm, u64 physical, unsigned bytes, bool tells);
+void fresh_destroy(struct vm *vm);
+void stops_reach_unwritten(struct vcpu *c, u64 linear);
 bool stops_watch_page(const struct vcpu *c, u64 linear, u64 physical);
 bool stops_watch(const struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);
 void stops_reach_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);

@@ -24,7 +24,7 @@ int vcpu_set_debug(struct vcpu *c, bool step, const struct vcpu_stop *stops, siz
     struct vcpu_stop *copy = NULL;
     bool *marks = NULL;
     for (size_t i = 0; i < count; i++)
-        if (stops[i].kind > STOP_MODE || (stops[i].kind <= STOP_IO && stops[i].kind != STOP_BREAKPOINT &&
+        if (stops[i].kind >= STOP_KINDS || (stops[i].kind <= STOP_IO && stops[i].kind != STOP_BREAKPOINT &&
              (!stops[i].length || stops[i].address + (stops[i].length - 1) < stops[i].address)))
             return -EINVAL;
     if (count) {
@@ -271,6 +271,13 @@ void stops_reach_cr3(struct vcpu *c)
     const struct vcpu_stop *end;
     for (const struct vcpu_stop *s = from(c, STOP_CR3, 0, &end); s < end; s++)
         reach(c, DEBUG_CR3, s, 0, 0);
+}
+
+void stops_reach_unwritten(struct vcpu *c, u64 linear)
+{
+    const struct vcpu_stop *end;
+    for (const struct vcpu_stop *s = from(c, STOP_UNWRITTEN, 0, &end); s < end; s++)
+        reach(c, DEBUG_UNWRITTEN, s, linear, 0);
 }
 
 /* Real, protected or long mode. */

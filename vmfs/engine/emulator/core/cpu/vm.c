@@ -76,6 +76,7 @@ void vm_destroy(struct vm *vm)
     code_memory_destroy(vm->code);
     free(vm->line_queue);
     irqchip_destroy(vm->irqchip);
+    fresh_destroy(vm);
     pthread_mutex_destroy(&vm->lock);
     pthread_mutex_destroy(&vm->lines_lock);
     pthread_mutex_destroy(&vm->chips);
@@ -228,7 +229,7 @@ bool vm_set_parallel(struct vm *vm, bool parallel)
 {
     bool was = vm->parallel;
     chip_apply_lines(vm);
-    vm->parallel = parallel && vm->time == TIME_HOST;
+    vm->parallel = parallel && vm->time == TIME_HOST && !vm->fresh;
     for (unsigned i = 0; was != vm->parallel && i < CORE_VCPUS; i++)
         if (vm->vcpus[i])
             mode_changed(vm->vcpus[i]); /* other code: KEY_SHARED */
