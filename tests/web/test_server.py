@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from mounting import SOON, has_news, wait_until
 from web.site import Site
 
 from vmfs.client import Vm
+from vmfs.web.live import Watch
+from vmfs.web.panes import PANES
+from vmfs.web.place import Place
 
 OUTSIDE = [
     "..", "%2e%2e", "..%2f..", "%2e%2e%2f%2e%2e%2ftmp", ".hidden", "a%2fb", "x" * 65, "a%00b", "a%0ab", "%3Cscript%3E",
@@ -30,6 +34,19 @@ def looked_at(page, *, until, seconds=SOON):
         message = json.loads(page.recv(timeout=max(end - time.monotonic(), 0)))
         if until(message):
             return message
+
+
+def panes_of(page, *names):
+    """What the page is told of these panes, in any order."""
+    told = {}
+
+    def all_are_told(message):
+        if message.get("pane") in names:
+            told[message["pane"]] = message["data"]
+        return told.keys() >= set(names)
+
+    looked_at(page, until=all_are_told)
+    return told
 
 
 def watch(page, machine, **panes):
@@ -164,9 +181,9 @@ def test_a_page_is_told_what_changes_and_nothing_else(site, bare):
         with pytest.raises(TimeoutError):  # nothing changes
             page.recv(timeout=1.5)
         bare.step(1)
-        registers = looked_at(page, until=lambda message: message.get("pane") == "registers")["data"]
+        told = panes_of(page, "registers", "disasm")
+        registers, code = told["registers"], told["disasm"]
         assert dict(registers["rows"])["rax"] == "0x0000000000000001" and registers["mode"] == "long"
-        code = looked_at(page, until=lambda message: message.get("pane") == "disasm")["data"]
         assert code["rip"] == "0x1003" and "inc rbx" in next(line for line in code["lines"] if "0000001003" in line)
         bare.write_virt(0x9000, b"\x55")
         memory = looked_at(page, until=lambda message: message.get("pane") == "memory")["data"]
@@ -180,6 +197,48 @@ def test_a_page_is_told_what_changes_and_nothing_else(site, bare):
         assert looked_at(page, until=lambda message: message.get("pane") == "memory")["error"]
         os.rmdir(bare.path)
         assert looked_at(page, until=lambda message: "gone" in message)["gone"] == name
+
+
+def test_what_is_told_at_once_is_of_one_moment(bare, web_server, monkeypatch):
+    asked = {"machine": Path(bare.path).name, "panes": {"registers": {}, "disasm": {}, "stack": {}}}
+    with contextlib.closing(Watch(Place(web_server.path), asked)) as seen:
+        assert {message["pane"] for message in seen.look()} == {"registers", "disasm", "stack"}
+        assert seen.look() == []
+        read, steps = PANES["registers"], iter([True])
+
+        def read_and_step(*arguments):
+            found = read(*arguments)
+            if next(steps, False):  # between this pane and the next one
+                bare.step(1)
+            return found
+
+        monkeypatch.setitem(PANES, "registers", read_and_step)
+        assert seen.look() == [] and next(steps)  # what only looks has changed nothing, so nothing was read
+        steps = iter([True])
+        bare.step(1)
+        told = {message["pane"]: message["data"] for message in seen.look()}
+        assert dict(told["registers"]["rows"])["rip"] == "0x0000000000001006" and told["disasm"]["rip"] == "0x1006"
+        assert seen.look() == []
+
+
+def test_pages_that_look_at_other_code_get_their_own(bare, web_server):
+    place, name = Place(web_server.path), Path(bare.path).name
+    wrong = []
+
+    def look(at):
+        with contextlib.closing(place.open(name)) as vm:
+            for _ in range(25):
+                if not (lines := PANES["disasm"](vm, 0, {"at": at, "count": 2})["lines"])[0].startswith(at):
+                    wrong.append((at, lines))
+
+    threads = [threading.Thread(target=look, args=(f"{at:#018x}",)) for at in (0x1000, 0x1003, 0x1006)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == []
+    lines = bare.read_text("disasm").splitlines()
+    assert lines[0].startswith("0x0000000000001000: ") and len(lines) == 16
 
 
 def test_of_several_cpus_one_is_shown_and_stepped(site, web_server):

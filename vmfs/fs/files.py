@@ -97,7 +97,7 @@ FILES: tuple[Row, ...] = (
     Row("symbols.elf", 0o400, READ),
     Row("virt", 0o600, Served(writable=True, sized=False, walked=False), per_cpu=True),
     Row("pagetable", 0o400, READ, per_cpu=True),
-    Row("disasm", 0o600, BOTH, per_cpu=True),
+    Row("disasm", 0o600, Served(writable=True, only_shows=True), per_cpu=True),
     Row("stack", 0o400, READ, per_cpu=True),
     Row("core", 0o400, READ),
     Row("why", 0o400, READ),

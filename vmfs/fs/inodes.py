@@ -154,6 +154,7 @@ class Kind:
     sized = False  # its size may change: the kernel asks for the attributes each time
     reading_acts = False  # a read changes the machine: it takes the right to write, too
     dated = True  # its mtime is when its machine last changed
+    only_shows = False  # a write chooses what it shows, and changes nothing of the machine
     lasting = False  # its size never changes: once it was measured, the kernel may keep the attributes
     walked = True  # a program that copies or compares whole directories reads it, as any file
 
@@ -225,6 +226,13 @@ class File(Node):
         self.becomes_writable: Callable[[int], Awaitable[None]] | None = None
         # Of a file that a sealed memfd can be: called with the file, the memfd's path, and who says so.
         self.takes_memfd: Callable[[File, str, int], Awaitable[None]] | None = None
+
+    def touch(self) -> None:
+        """It was written."""
+        if self.kind.only_shows:
+            self.mtime_ns = time.time_ns()
+        else:
+            self.scope.touch()
 
     def modified_ns(self) -> int:
         return max(self.mtime_ns, self.scope.modified_ns) if self.kind.dated else self.mtime_ns

@@ -82,6 +82,7 @@ class Served(Kind):
     walked: bool = True  # type: ignore[assignment]
     asks_host: bool = False
     when_failed: str = ""
+    only_shows: bool = False  # type: ignore[assignment]
     hot: bool = False  # programs read it in loops: the lane answers it where it can
     ahead: bool = False  # a stream that is read by offsets, and much of it: its machine hands it on by a ring
 

@@ -150,7 +150,7 @@ class Operations(pyfuse3.Operations):
 
     @staticmethod
     def _written(handle: Handle) -> None:
-        handle.scope.touch()
+        handle.node.touch()
         if handle.scope.complaint and not handle.waits:
             handle.scope.succeeded(_writing(handle.node))
 

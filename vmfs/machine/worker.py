@@ -331,7 +331,6 @@ class Worker:
     async def _write(self, message: commands.Write) -> Done:
         handle = self._handle(message.handle)
         done = await handle.write(message.offset, message.data)
-        self.contents.touch()
         return Done(message.call, b"", done, handle.unsaved, handle.waits)
 
     async def _flush(self, message: commands.Flush) -> Done:

@@ -9,37 +9,36 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from vmfs.client import Vm
 from vmfs.web.panes import Asked, address_of, line_of, number_of, of_cpu
-from vmfs.web.place import checked, poke
+from vmfs.web.place import SeenVm, checked, poke
 
 _COUNT_MOST = 1 << 62
 
 
-def run(vm: Vm, cpu: int, said: Asked) -> None:
+def run(vm: SeenVm, cpu: int, said: Asked) -> None:
     """In the background."""
     vm.start()
 
 
-def pause(vm: Vm, cpu: int, said: Asked) -> None:
+def pause(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.pause()
 
 
-def reset(vm: Vm, cpu: int, said: Asked) -> None:
+def reset(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.reset()
 
 
-def step(vm: Vm, cpu: int, said: Asked) -> str:
+def step(vm: SeenVm, cpu: int, said: Asked) -> str:
     """`count` instructions of this CPU."""
     count = number_of(said.get("count", 1), 1, _COUNT_MOST, "a count of instructions")
     return vm.run(steps=count, cpu=cpu).line()
 
 
-def until(vm: Vm, cpu: int, said: Asked) -> str:
+def until(vm: SeenVm, cpu: int, said: Asked) -> str:
     return vm.run(until=address_of(vm, cpu, said.get("at"))).line()
 
 
-def back(vm: Vm, cpu: int, said: Asked) -> str:
+def back(vm: SeenVm, cpu: int, said: Asked) -> str:
     """By `count` instructions, to the last time at `at`, or to the last stop."""
     if said.get("at"):
         return vm.back(until=address_of(vm, cpu, said["at"])).line()
@@ -48,41 +47,41 @@ def back(vm: Vm, cpu: int, said: Asked) -> str:
     return vm.back().line()
 
 
-def goto(vm: Vm, cpu: int, said: Asked) -> str:
+def goto(vm: SeenVm, cpu: int, said: Asked) -> str:
     return vm.goto(number_of(said.get("instructions"), 0, _COUNT_MOST, "a place")).line()
 
 
-def record(vm: Vm, cpu: int, said: Asked) -> None:
+def record(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.record(bool(said.get("on")))
 
 
-def snapshot(vm: Vm, cpu: int, said: Asked) -> None:
+def snapshot(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.snapshot(checked(said.get("name")))
 
 
-def restore(vm: Vm, cpu: int, said: Asked) -> None:
+def restore(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.restore(checked(said.get("name")))
 
 
-def drop(vm: Vm, cpu: int, said: Asked) -> None:
+def drop(vm: SeenVm, cpu: int, said: Asked) -> None:
     vm.drop(checked(said.get("name")))
 
 
-def fork(vm: Vm, cpu: int, said: Asked) -> None:
+def fork(vm: SeenVm, cpu: int, said: Asked) -> None:
     """A machine `name`, of what it is now or of the snapshot `of`."""
     vm.fork(checked(said.get("name")), checked(said["of"]) if said.get("of") else None).close()
 
 
-def remove(vm: Vm, cpu: int, said: Asked) -> None:
+def remove(vm: SeenVm, cpu: int, said: Asked) -> None:
     os.rmdir(vm.path)
 
 
-def set_register(vm: Vm, cpu: int, said: Asked) -> None:
+def set_register(vm: SeenVm, cpu: int, said: Asked) -> None:
     name, value = line_of(said.get("name"), "a register"), line_of(said.get("value"), "a value")
     of_cpu(vm, cpu).write("registers", f"{name}={value}\n")
 
 
-def set_memory(vm: Vm, cpu: int, said: Asked) -> None:
+def set_memory(vm: SeenVm, cpu: int, said: Asked) -> None:
     """`hex` at the address `at` of the `space`, `virt` or `mem`."""
     space = said.get("space")
     if space not in ("virt", "mem"):
@@ -95,22 +94,22 @@ def set_memory(vm: Vm, cpu: int, said: Asked) -> None:
     poke(where, space, address_of(vm, cpu, said.get("at")), data)
 
 
-def resolve(vm: Vm, cpu: int, said: Asked) -> str:
+def resolve(vm: SeenVm, cpu: int, said: Asked) -> str:
     """The address that a text means."""
     return f"{address_of(vm, cpu, said.get('at')):#x}"
 
 
-def debug(vm: Vm, cpu: int, said: Asked) -> None:
+def debug(vm: SeenVm, cpu: int, said: Asked) -> None:
     """A line for the file `debug`: `break start_kernel if rdi==0`, `delete 3`."""
     vm.write("debug", line_of(said.get("line"), "a point") + "\n")
 
 
-def symbols(vm: Vm, cpu: int, said: Asked) -> None:
+def symbols(vm: SeenVm, cpu: int, said: Asked) -> None:
     """Find those of the Linux that runs, or drop all."""
     vm.write("symbols", "kallsyms" if said.get("find") else "clear")
 
 
-def trace(vm: Vm, cpu: int, said: Asked) -> None:
+def trace(vm: SeenVm, cpu: int, said: Asked) -> None:
     """Trace what is in `kinds`, or nothing. The guest waits for no page: what is not read in time is dropped."""
     kinds = said.get("kinds") or []
     if not isinstance(kinds, list):
@@ -124,7 +123,7 @@ def trace(vm: Vm, cpu: int, said: Asked) -> None:
 TRACE_KINDS = ("insn", "mem", "exceptions", "interrupts", "exits")
 
 
-def keys(vm: Vm, cpu: int, said: Asked) -> None:
+def keys(vm: SeenVm, cpu: int, said: Asked) -> None:
     """Words for the file `keyboard`, or a text."""
     if said.get("text"):
         vm.type(str(said["text"])[:4096])
@@ -132,20 +131,20 @@ def keys(vm: Vm, cpu: int, said: Asked) -> None:
         vm.write("keyboard", line_of(said.get("line"), "names of keys") + "\n")
 
 
-def screen_password(vm: Vm, cpu: int, said: Asked) -> str:
+def screen_password(vm: SeenVm, cpu: int, said: Asked) -> str:
     """That of `vnc`, empty where there is none."""
     words = shlex.split(vm.read_text("vnc"))
     return next((word.partition("=")[2] for word in words if word.startswith("password=")), "")
 
 
-def writer(vm: Vm, cpu: int, said: Asked) -> str:
+def writer(vm: SeenVm, cpu: int, said: Asked) -> str:
     """Who wrote `length` bytes at `at` last."""
     length = number_of(said.get("length", 1), 1, 4096, "the count of bytes")
     at = address_of(vm, cpu, said.get("at"))
     return vm.writer(at, length, physical=said.get("space") == "mem")
 
 
-ACTIONS: dict[str, Callable[[Vm, int, Asked], Any]] = {
+ACTIONS: dict[str, Callable[[SeenVm, int, Asked], Any]] = {
     "run": run,
     "pause": pause,
     "reset": reset,

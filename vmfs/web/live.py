@@ -24,16 +24,16 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from vmfs.client import Vm
 from vmfs.web.gate import PROTOCOL
 from vmfs.web.panes import CHANGES_BY_ITSELF, PANES, WHILE_IT_RUNS
-from vmfs.web.place import Overview, Place, checked
+from vmfs.web.place import Overview, Place, SeenVm, checked
 from vmfs.web.threads import Refused, Threads
 from vmfs.words.errors import VmfsError
 
 EVERY = 0.25  # seconds between two looks at a machine,
 EVERY_LIST = 1.0  # and at all machines
 PANES_MOST = 32
+LOOKS_MOST = 3  # at a machine that changes each time
 
 
 def sentence(failure: BaseException) -> str:
@@ -54,7 +54,7 @@ class Watch:
     def __init__(self, place: Place, asked: dict[str, Any]) -> None:
         self.name = checked(asked.get("machine"))
         self._place = place
-        self._vm: Vm | None = None
+        self._vm: SeenVm | None = None
         self._sent: dict[str, tuple[dict[str, Any], Any]] = {}
         self._looked: dict[str, float] = {}
         self._moment: Any = None
@@ -78,37 +78,48 @@ class Watch:
             self._vm = None
 
     def look(self) -> list[dict[str, Any]]:
-        """The messages. OSError where the machine is gone."""
+        """The messages. What they show of a machine that stands is of one moment: where it has run, or was written to,
+        between two panes, they are read again. OSError where the machine is gone."""
         if self._vm is None:
             self._vm = self._place.open(self.name)
-        state = self._vm.state
-        moment = state, os.stat(os.path.join(self._vm.path, "registers")).st_mtime_ns, self._vm.read("exit")
-        moved, self._moment = moment != self._moment, moment
-        now, messages = time.monotonic(), []
-        for name, asked in self.panes.items():
-            known = name in self._sent
-            if known and state == "running" and now - self._looked.get(name, 0) < WHILE_IT_RUNS.get(name, 0):
-                continue
-            if known and not moved and state != "running" and name not in CHANGES_BY_ITSELF:
-                continue
-            self._looked[name] = now
-            if (message := self._pane(name, asked)) is not None:
-                messages.append(message)
+        found: dict[str, tuple[dict[str, Any], tuple[str, Any]]] = {}
+        for _ in range(LOOKS_MOST):
+            before = self._moment
+            self._moment = self._now(self._vm)
+            self._read(self._vm, self._moment != before, found)
+            if self._moment[0] == "running" or self._now(self._vm) == self._moment:
+                break
+        messages = []
+        for name, (asked, (kind, what)) in found.items():
+            has_lines = name == "trace" and kind == "data" and what.get("lines")
+            if self._sent.get(name) != (asked, (kind, what)) or has_lines:
+                self._sent[name] = asked, (kind, what)
+                messages.append({"pane": name, "cpu": self.cpu, kind: what})
         return messages
 
-    def _pane(self, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
-        assert self._vm is not None
-        try:
-            found: tuple[str, Any] = "data", PANES[name](self._vm, self.cpu, asked)
-        except EXPECTED as failure:
-            if isinstance(failure, OSError) and failure.errno == errno.ENODEV:
-                raise
-            found = "error", sentence(failure)
-        kept = asked, found
-        if self._sent.get(name) == kept and not (name == "trace" and found[0] == "data" and found[1].get("lines")):
-            return None
-        self._sent[name] = kept
-        return {"pane": name, "cpu": self.cpu, found[0]: found[1]}
+    @staticmethod
+    def _now(vm: SeenVm) -> tuple[str, int, bytes]:
+        """Its state, and what is another thing after it has run or was written to."""
+        return vm.state, os.stat(os.path.join(vm.path, "registers")).st_mtime_ns, vm.read("exit")
+
+    def _read(self, vm: SeenVm, moved: bool, found: dict[str, tuple[dict[str, Any], tuple[str, Any]]]) -> None:
+        """The panes that may be another thing."""
+        is_running, now = self._moment[0] == "running", time.monotonic()
+        for name, asked in self.panes.items():
+            if name == "trace" and name in found:  # what was read is read no second time
+                continue
+            if name in self._sent:
+                if is_running and now - self._looked.get(name, 0) < WHILE_IT_RUNS.get(name, 0):
+                    continue
+                if not is_running and not moved and name not in CHANGES_BY_ITSELF:
+                    continue
+            self._looked[name] = now
+            try:
+                found[name] = asked, ("data", PANES[name](vm, self.cpu, asked))
+            except EXPECTED as failure:
+                if isinstance(failure, OSError) and failure.errno == errno.ENODEV:
+                    raise
+                found[name] = asked, ("error", sentence(failure))
 
 
 class Live:

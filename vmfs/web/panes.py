@@ -29,7 +29,7 @@ from vmfs.debug.paging import (
     WRITE_THROUGH,
     Paging,
 )
-from vmfs.web.place import peek
+from vmfs.web.place import SeenVm, peek
 from vmfs.words.errors import Invalid
 from vmfs.words.numbers import parse_number
 
@@ -72,7 +72,7 @@ def line_of(value: Any, what: str) -> str:
     return value.strip()
 
 
-def address_of(vm: Vm, cpu: int, value: Any) -> int:
+def address_of(vm: SeenVm, cpu: int, value: Any) -> int:
     """An address: a number, a register, a symbol, FILE:LINE; the last two with `+0x10`, too."""
     text = line_of(value, "an address")
     try:
@@ -85,7 +85,7 @@ def address_of(vm: Vm, cpu: int, value: Any) -> int:
         added = parse_number(more, bits=64) if plus else 0
         if re.fullmatch(r"[a-z0-9.]+", base.strip()):
             return (int(one.read_text(f"reg/{base.strip()}", keep=False), 16) + added) & (1 << 64) - 1
-    if match := _LINE.match(_disasm(one, text, 1)[0]):
+    if match := _LINE.match(_disasm(vm, cpu, text, 1)[0]):
         return int(match[1], 16)
     raise OSError(errno.EFAULT, f"nothing can be read at {text}")
 
@@ -93,7 +93,7 @@ def address_of(vm: Vm, cpu: int, value: Any) -> int:
 # ---- the panes
 
 
-def head(vm: Vm, cpu: int, asked: Asked) -> Any:
+def head(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """What stands above all panes."""
     facts = table.facts(Path(vm.path))
     return {
@@ -105,53 +105,58 @@ def head(vm: Vm, cpu: int, asked: Asked) -> Any:
     }
 
 
-def registers(vm: Vm, cpu: int, asked: Asked) -> Any:
+def registers(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     lines = of_cpu(vm, cpu).read_text("registers").splitlines()
     return {"mode": "" if cpu else vm.read_text("mode"), "rows": [line.split(" ", 1) for line in lines]}
 
 
-def disasm(vm: Vm, cpu: int, asked: Asked) -> Any:
+def disasm(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """`at`: an address, or nothing for rip and what stands before it."""
-    one, count = of_cpu(vm, cpu), number_of(asked.get("count", 32), 1, LINES_MOST, "the count of instructions")
+    count = number_of(asked.get("count", 32), 1, LINES_MOST, "the count of instructions")
     if asked.get("at"):
-        return {"rip": None, "lines": _disasm(one, f"{address_of(vm, cpu, asked['at']):#x}", count)}
-    lines = _disasm(one, "rip", count)
+        return {"rip": None, "lines": _disasm(vm, cpu, f"{address_of(vm, cpu, asked['at']):#x}", count)}
+    lines = _disasm(vm, cpu, "rip", count)
     first = _LINE.match(lines[0])
     if first is None:
         return {"rip": None, "lines": lines}
     rip = int(first[1], 16)
-    before = [] if vm.state == "running" else _before(one, rip, first[2] or "")
-    one.write("disasm", f"rip {count}\n")  # as it was for all who read it
+    before = [] if vm.state == "running" else _before(vm, cpu, rip, first[2] or "")
     return {"rip": f"{rip:#x}", "lines": [*before, *lines]}
 
 
-def _disasm(one: Vm | Cpu, where: str, count: int) -> list[str]:
-    one.write("disasm", f"{where} {count}\n")
-    return one.read_text("disasm", keep=False).splitlines() or [""]
+def _disasm(vm: SeenVm, cpu: int, where: str, count: int) -> list[str]:
+    """The file is all readers' own: after it, it shows again what comes next."""
+    one = of_cpu(vm, cpu)
+    with vm.listing.turn:
+        one.write("disasm", f"{where} {count}\n")
+        try:
+            return one.read_text("disasm", keep=False).splitlines() or [""]
+        finally:
+            one.write("disasm", "rip\n")
 
 
-def _before(one: Vm | Cpu, rip: int, symbol: str) -> list[str]:
+def _before(vm: SeenVm, cpu: int, rip: int, symbol: str) -> list[str]:
     """The instructions before rip: from the symbol's beginning on, or from where decoding happens to meet rip."""
     offset = _OFFSET.search(symbol)
     if symbol and not offset:
         return []  # rip is where a function begins
     if offset and (back := int(offset[1], 16)) <= _SYMBOL_NEAR:
-        found = _lines_to(one, rip - back, rip)
+        found = _lines_to(vm, cpu, rip - back, rip)
         return [line for _, line in found][-LINES_BEFORE:]
     # x86 has no way back: of several places to begin the one is taken whose instructions look most like code.
     best: list[tuple[int, str]] = []
     for back in range(min(rip, _BACK), min(rip, _BACK) - _TRIES, -1):
         if back > 0:
-            found = _lines_to(one, rip - back, rip)[-LINES_BEFORE:]
+            found = _lines_to(vm, cpu, rip - back, rip)[-LINES_BEFORE:]
             best = max(best, found, key=_likeness)
     return [line for _, line in best]
 
 
-def _lines_to(one: Vm | Cpu, start: int, rip: int) -> list[tuple[int, str]]:
+def _lines_to(vm: SeenVm, cpu: int, start: int, rip: int) -> list[tuple[int, str]]:
     """The instructions from `start` to before rip; none where decoding does not meet rip."""
     with contextlib.suppress(OSError):
         found = []
-        for line in _disasm(one, f"{start:#x}", rip - start + 1):
+        for line in _disasm(vm, cpu, f"{start:#x}", rip - start + 1):
             match = _LINE.match(line)
             if match is None or int(match[1], 16) == rip:
                 return found if match else []
@@ -165,7 +170,7 @@ def _likeness(found: list[tuple[int, str]]) -> tuple[int, int]:
     return len(code), sum(at % 16 == 0 for at, _ in code)
 
 
-def memory(vm: Vm, cpu: int, asked: Asked) -> Any:
+def memory(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """`space`: `virt` or `mem`."""
     space = asked.get("space", "virt")
     if space not in ("virt", "mem"):
@@ -176,11 +181,11 @@ def memory(vm: Vm, cpu: int, asked: Asked) -> Any:
     return {"at": f"{at:#x}", "space": space, "bytes": peek(where, space, at, count)}
 
 
-def stack(vm: Vm, cpu: int, asked: Asked) -> Any:
+def stack(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     return of_cpu(vm, cpu).read_text("stack").splitlines()[:LINES_MOST]
 
 
-def points(vm: Vm, cpu: int, asked: Asked) -> Any:
+def points(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     return [{"id": each.id, "what": each.what, "hits": each.hits, "at": _at(each.what)} for each in vm.points()]
 
 
@@ -190,7 +195,7 @@ def _at(what: str) -> str:
     return words[1] if words[0] == "break" and "owner=" not in what else ""
 
 
-def pagetable(vm: Vm, cpu: int, asked: Asked) -> Any:
+def pagetable(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """The ranges, or those with `find` in their lines; and the walk to an address `at`."""
     lines = of_cpu(vm, cpu).read_text("pagetable").splitlines()
     find = asked.get("find")
@@ -204,7 +209,7 @@ def pagetable(vm: Vm, cpu: int, asked: Asked) -> Any:
     return found
 
 
-def _walk(vm: Vm, cpu: int, at: int) -> list[dict[str, str]]:
+def _walk(vm: SeenVm, cpu: int, at: int) -> list[dict[str, str]]:
     """The entries on the way to the page of an address."""
     paging = Paging.of(_States(of_cpu(vm, cpu)))
     if paging.kind == "off" or not paging.is_canonical(at):
@@ -246,11 +251,11 @@ class _Ram:
         return bytes(byte for byte in peek(self._path, "mem", offset, length) if byte is not None)
 
 
-def why(vm: Vm, cpu: int, asked: Asked) -> Any:
+def why(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     return vm.read_text("why")
 
 
-def trace(vm: Vm, cpu: int, asked: Asked) -> Any:
+def trace(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """What is traced, and with `follow` what has come: the end of it, where that is much."""
     facts = table.facts(Path(vm.path))
     found: dict[str, Any] = {"on": facts.get("trace", "off"), "events": facts.get("trace_events", "0")}
@@ -274,11 +279,11 @@ def trace(vm: Vm, cpu: int, asked: Asked) -> Any:
     return found
 
 
-def history(vm: Vm, cpu: int, asked: Asked) -> Any:
+def history(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     return dict(line.partition(" ")[::2] for line in vm.read_text("history").splitlines())
 
 
-def snapshots(vm: Vm, cpu: int, asked: Asked) -> Any:
+def snapshots(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     found = []
     for name in vm.snapshots[:256]:
         info = {}
@@ -288,7 +293,7 @@ def snapshots(vm: Vm, cpu: int, asked: Asked) -> Any:
     return {"at": vm.read_text("restore"), "rows": found}
 
 
-def devices(vm: Vm, cpu: int, asked: Asked) -> Any:
+def devices(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     rows = []
     for name in vm.devices:
         row = {"name": name}
@@ -299,12 +304,12 @@ def devices(vm: Vm, cpu: int, asked: Asked) -> Any:
     return {"rows": rows, "unclaimed": vm.read_text("dev/unclaimed", keep=False).splitlines()[-64:]}
 
 
-def screen(vm: Vm, cpu: int, asked: Asked) -> Any:
+def screen(vm: SeenVm, cpu: int, asked: Asked) -> Any:
     """The characters on it, for who does not see it."""
     return vm.screen.splitlines()
 
 
-PANES: dict[str, Callable[[Vm, int, Asked], Any]] = {
+PANES: dict[str, Callable[[SeenVm, int, Asked], Any]] = {
     "head": head,
     "registers": registers,
     "disasm": disasm,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from vmfs.client import Vm
 from vmfs.commands import table
@@ -22,11 +24,28 @@ def checked(name: Any) -> str:
     return name
 
 
+class Listing:
+    """Whose turn it is to choose what `disasm` shows, and to read it."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+
+
+class SeenVm(Vm):
+    """A machine, as several pages look at it at the same time. `listing` is the same for all."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.listing = Listing()
+
+
 class Place:
     """The mount at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
+        self._listings: WeakValueDictionary[str, Listing] = WeakValueDictionary()
 
     def machine(self, name: Any) -> Path:
         """Its directory. OSError (ENOENT) where there is none."""
@@ -35,8 +54,11 @@ class Place:
             raise OSError(errno.ENOENT, f"there is no machine {name}")
         return path
 
-    def open(self, name: Any) -> Vm:
-        return Vm(self.machine(name))
+    def open(self, name: Any) -> SeenVm:
+        vm = SeenVm(self.machine(name))
+        with self._lock:
+            vm.listing = self._listings.setdefault(name, vm.listing)
+        return vm
 
 
 def peek(machine: str | Path, file: str, address: int, size: int) -> list[int | None]:
