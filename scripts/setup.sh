@@ -121,9 +121,13 @@ if [ "$for" = demo ] && ! stamped packages "$wanted"; then
     scripts/fetch_demo.sh 9>&- &
     fetching=$!
     if ! stamped demo "$wanted $(sources)"; then
-        # In seconds: optimized less, and without debug information. A later `make setup` builds all again.
+        # In seconds: with nothing optimized, without debug information, and with what builds pyfuse3 and vmfs installed once, without
+        # the Cython that would only write again what pyfuse3 brings. Nothing of it is kept for others: a later `make setup` builds all again.
         say "building vmfs, and installing Python packages into .venv"
-        CFLAGS="-O0 -g0" VMFS_CFLAGS="-O1 -foptimize-sibling-calls -g0" .venv/bin/pip install --disable-pip-version-check -e '.[mount]' >.cache/pip.log 2>&1 </dev/null ||
+        export CFLAGS="-O0 -g0 -w" VMFS_CFLAGS="-O0 -g0 -DVMFS_TRAMPOLINE -DVMFS_NO_INLINE"
+        pip() { .venv/bin/pip install --disable-pip-version-check --no-cache-dir "$@" >>.cache/pip.log 2>&1 </dev/null; }
+        : >.cache/pip.log
+        { pip setuptools setuptools-scm && pip --no-build-isolation -e '.[mount]'; } || pip -e '.[mount]' ||
             { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
         echo "$wanted $(sources)" >.venv/demo.stamp
     fi
@@ -132,7 +136,11 @@ if [ "$for" = demo ] && ! stamped packages "$wanted"; then
 fi
 if ! stamped packages "$wanted"; then
     say "installing Python packages into .venv"
-    [ ! -e .venv/demo.stamp ] || rm -rf build .venv/demo.stamp      # all is built again, with all options
+    if [ -e .venv/demo.stamp ]; then        # all is built again, with all options
+        rm -rf build
+        .venv/bin/pip uninstall -q -y pyfuse3
+        rm .venv/demo.stamp
+    fi
     # pip before 25.1 (Debian 12 has 23.0) cannot read [dependency-groups].
     mapfile -t development < <(.venv/bin/python - <<'PYTHON'
 import tomllib
