@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import pwd
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vmfs.commands import machines
+
+_STAT_MOST = 1 << 16  # bytes
 
 
 class Entry(NamedTuple):
@@ -28,23 +32,46 @@ def listing(directory: Path) -> list[Entry]:
     return sorted(found)
 
 
+class Facts:
+    """The lines of `stat`, which has `state`, `engine`, `machine` and `cpus` as well: one file is read of a machine.
+    `keep` its descriptor for the next time: to open it and ask for its size costs several times what a read does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def read(self, *, keep: bool = False) -> dict[str, str]:
+        """Of a machine that has failed there is its state; nothing where it may not be read, or is gone."""
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self.path / "stat", os.O_RDONLY)
+            text = os.pread(self._fd, _STAT_MOST, 0).decode()
+        except PermissionError:
+            return {}
+        except OSError:
+            self.close()
+            return self._failed()
+        finally:
+            if not keep:
+                self.close()
+        return dict(line.split(" ", 1) for line in text.splitlines())
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # ENODEV of a machine that is gone: it is closed all the same
+                os.close(fd)
+
+    def _failed(self) -> dict[str, str]:
+        try:
+            return {"state": (self.path / "state").read_text().strip()}
+        except OSError:
+            return {}
+
+
 def facts(path: Path) -> dict[str, str]:
-    """The lines of `stat`, which has `state`, `engine`, `machine` and `cpus` as well: one file is read of a machine. Of
-    one that has failed there is its state; nothing where it may not be read, or is gone."""
-    try:
-        lines = (path / "stat").read_text().splitlines()
-    except PermissionError:
-        return {}
-    except OSError:
-        return _failed(path)
-    return dict(line.split(" ", 1) for line in lines)
-
-
-def _failed(path: Path) -> dict[str, str]:
-    try:
-        return {"state": (path / "state").read_text().strip()}
-    except OSError:
-        return {}
+    """`Facts`, once."""
+    return Facts(path).read()
 
 
 def number(facts: Mapping[str, str], key: str) -> int:

@@ -21,6 +21,7 @@ from vmfs.words.numbers import parse_duration
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 NEW_ONES = 10  # machines that are asked for the first time in one look
+_KEPT = 128  # machines whose file stays open: those that do most
 _HEAD = ("NAME", "STATE", "ENGINE", "CPU%", "MIPS", "EXITS/S", "RESIDENT", "MAKER")
 _HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -60,7 +61,7 @@ def _rows_of_terminal() -> int:
     return max(shutil.get_terminal_size().lines - 3, 1)  # the title, the head, and where the cursor stands
 
 
-@dataclass
+@dataclass(eq=False)
 class Machine:
     """One that has a process, as it was at the last look."""
 
@@ -69,6 +70,7 @@ class Machine:
     pid: int
     ticks: int  # of processor time
     at: float
+    file: table.Facts
     cpu: float = 0.0  # per cent
     resident: int = 0
     asked: dict[str, str] = field(default_factory=dict)
@@ -102,12 +104,14 @@ class Looks:
                 new.append(entry)
                 continue
             key, (ticks, resident), now = (entry.name, entry.pid), _used(entry.pid), time.monotonic()
-            machine = before.get(key) or Machine(*entry, ticks, now)
+            machine = before.get(key) or Machine(*entry, ticks, now, table.Facts(self._directory / entry.name))
             self._machines[key] = machine
             machine.cpu = (ticks - machine.ticks) / _TICK / max(now - machine.at, 1e-9) * 100
             machine.ticks, machine.at, machine.resident = ticks, now, resident
         found = sorted(self._machines.values(), key=lambda one: (-one.cpu, one.name))
         self._ask(found[:most])
+        for machine in {*before.values(), *found}.difference(found[:most][:_KEPT]):
+            machine.file.close()
         return found[:most], new
 
     def _ask(self, shown: list[Machine]) -> None:
@@ -121,7 +125,7 @@ class Looks:
             room -= is_first
             if is_first and room < 0:  # at a later look
                 continue
-            facts, now = table.facts(self._directory / machine.name), time.monotonic()
+            facts, now = machine.file.read(keep=True), time.monotonic()
             if not is_first:
                 past = max(now - machine.asked_at, 1e-9)
                 done = table.number(facts, "instructions") - table.number(machine.asked, "instructions")
