@@ -118,6 +118,13 @@ static bool parse_format(PyObject *tuple, struct format *f)
     return true;
 }
 
+/* Whether it is four bytes with a colour each, blue (red) first. */
+static bool is_bytes(const struct format *f, unsigned red, unsigned blue)
+{
+    return f->size == 4 && !f->big && f->most[0] == 255 && f->most[1] == 255 && f->most[2] == 255 && f->shift[0] == red && f->shift[1] == 8
+        && f->shift[2] == blue;
+}
+
 /* Of a whole pixel. */
 static inline uint32_t colour_of(const struct format *f, uint32_t pixel)
 {
@@ -135,8 +142,7 @@ static inline uint8_t *put_bytes(const struct format *f, uint8_t *to, uint32_t v
 
 static inline uint8_t *put_pixel(const struct format *f, uint8_t *to, uint32_t pixel)
 {
-    if (f->size == 4 && !f->big && f->most[0] == 255 && f->most[1] == 255 && f->most[2] == 255 && f->shift[0] == 16 && f->shift[1] == 8
-        && !f->shift[2]) {
+    if (is_bytes(f, 16, 0)) {
         memcpy(to, &pixel, 4); /* as it is */
         return to + 4;
     }
@@ -190,6 +196,22 @@ static void copy_lines(const struct part *part, unsigned x, unsigned y, unsigned
         memcpy(to + (size_t)n * width, part->lines + (size_t)(y + n) * part->pitch + x, width * 4ul);
 }
 
+/* Red and blue change places. */
+typedef uint32_t eight __attribute__((vector_size(32), aligned(4), may_alias));
+static void swap_line(uint8_t *to, const uint32_t *from, unsigned count)
+{
+    unsigned x = 0;
+    for (; x + 8 <= count; x += 8) {
+        eight v = *(const eight *)(from + x);
+        v = (v & 0xFF00) | (v >> 16 & 0xFF) | (v & 0xFF) << 16;
+        memcpy(to + 4ul * x, &v, sizeof v);
+    }
+    for (; x < count; x++) {
+        uint32_t v = (from[x] & 0xFF00) | (from[x] >> 16 & 0xFF) | (from[x] & 0xFF) << 16;
+        memcpy(to + 4ul * x, &v, 4);
+    }
+}
+
 /* raw(picture, pitch, x, y, width, height, format) -> bytes */
 static PyObject *raw(PyObject *module, PyObject *args)
 {
@@ -200,9 +222,18 @@ static PyObject *raw(PyObject *module, PyObject *args)
     if (result) {
         uint8_t *to = (uint8_t *)PyBytes_AS_STRING(result);
         Py_BEGIN_ALLOW_THREADS
-        for (unsigned y = 0; y < part.height; y++)
-            for (unsigned x = 0; x < part.width; x++)
-                to = put_pixel(&part.format, to, part.lines[(size_t)y * part.pitch + x]);
+        bool as_is = is_bytes(&part.format, 16, 0), swapped = is_bytes(&part.format, 0, 16);
+        for (unsigned y = 0; y < part.height; y++) {
+            const uint32_t *line = part.lines + (size_t)y * part.pitch;
+            if (as_is)
+                memcpy(to, line, part.width * 4ul);
+            else if (swapped)
+                swap_line(to, line, part.width);
+            else
+                for (unsigned x = 0; x < part.width; x++)
+                    put_pixel(&part.format, to + (size_t)x * part.format.size, line[x]);
+            to += (size_t)part.width * part.format.size;
+        }
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&part.buffer);

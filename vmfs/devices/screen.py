@@ -6,7 +6,6 @@ import functools
 import io
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def text(display: Display | Gpu) -> str:
 class Shown:
     """What is on the screen: `height` lines of `width` pixels of `bits`, the first at `start` of `data`, `pitch` bytes
     from one line to the next. `colours`: those of pixels of 8 bits, red, green, blue. What is beyond the end of `data`
-    is black. `close` gives back what holds `data`."""
+    is black."""
 
     width: int
     height: int
@@ -65,7 +64,6 @@ class Shown:
     start: int
     pitch: int
     colours: bytes = b""
-    close: Callable[[], None] = lambda: None
 
     def copy(self) -> bytes:
         """All lines from the first pixel on."""
@@ -73,7 +71,24 @@ class Shown:
         return bytes(self.data[self.start : self.start + size]).ljust(size, b"\0")
 
 
-def look(display: Display | Gpu) -> Shown:
+class Mapped:
+    """What was mapped of a framebuffer, for the next look at it: to map it anew costs nearly as much as to copy it."""
+
+    def __init__(self) -> None:
+        self._is: tuple[int, ...] = ()
+        self._memory: mmap.mmap | None = None
+
+    def part(self, fd: int, first: int, length: int) -> mmap.mmap:
+        info = os.fstat(fd)
+        wanted = info.st_dev, info.st_ino, first, length
+        if self._memory is None or self._is != wanted:
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is read
+            self._memory = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=first)
+            self._is = wanted
+        return self._memory
+
+
+def look(display: Display | Gpu, mapped: Mapped | None = None) -> Shown:
     """What is shown now. Unsupported where there is no font.
 
     Characters have the guest's font where it has loaded one, else that of a VGA BIOS of the host. Nothing blinks: a
@@ -89,12 +104,11 @@ def look(display: Display | Gpu) -> Shown:
             size = os.fstat(fd).st_size
             first = min(mode.start, size - 1) // mmap.PAGESIZE * mmap.PAGESIZE
             length = min(mode.start + mode.pitch * mode.height, size) - first
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all of it is read
-            mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=first)
+            memory = (mapped or Mapped()).part(fd, first, length)
         finally:
             os.close(fd)
         colours = display.vga.colours() if mode.bits == 8 else b""
-        return Shown(mode.width, mode.height, mode.bits, mapped, mode.start - first, mode.pitch, colours, mapped.close)
+        return Shown(mode.width, mode.height, mode.bits, memory, mode.start - first, mode.pitch, colours)
     planes, font, width = display.planes(), None, mode.width
     if isinstance(mode, TextMode):
         width *= mode.columns
@@ -112,10 +126,7 @@ def picture(display: Display | Gpu) -> bytes:
     from PIL import Image  # loaded only by a process that makes pictures
 
     shown = look(display)
-    try:
-        data, size = shown.copy(), (shown.width, shown.height)
-    finally:
-        shown.close()
+    data, size = shown.copy(), (shown.width, shown.height)
     if shown.bits == 8:
         image = Image.frombuffer("P", size, data, "raw", "P", shown.pitch, 1)
         image.putpalette(shown.colours)

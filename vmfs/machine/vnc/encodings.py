@@ -11,6 +11,8 @@ from vmfs.devices import _pixels
 from vmfs.devices.screen import TILE, Picture
 from vmfs.machine.vnc.messages import FORMAT, JPEG_QUALITY, RAW, TIGHT, ZRLE, PixelFormat
 
+_JPEG_FORMAT = PixelFormat(4, False, (255, 255, 255), (0, 8, 16)).words  # that libjpeg takes
+
 Rectangle = tuple[int, int, int, int]  # x, y, width, height
 
 LEVEL = 1  # of zlib: what a screen has is compressed as well by the first
@@ -76,12 +78,9 @@ def as_jpeg(picture: Picture, part: Rectangle, quality: int) -> bytes:
     """What follows the rectangle's header, in Tight."""
     from PIL import Image  # loaded only by a process whose screen moves
 
-    x, y, width, height = part
-    first = 4 * (picture.width * y + x)
-    lines = memoryview(picture.pixels)[first : first + 4 * picture.width * height]
-    if len(lines) < 4 * picture.width * height:  # the last line is no whole one, which Pillow asks for
-        lines = memoryview(bytes(lines).ljust(4 * picture.width * height))
-    image = Image.frombuffer("RGB", (width, height), lines, "raw", "BGRX", 4 * picture.width, 1)
+    _, _, width, height = part
+    pixels = _pixels.raw(picture.pixels, picture.width, *part, _JPEG_FORMAT)
+    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)  # as it is, which BGRX is not
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return b"\x90" + _compact(file.tell()) + file.getvalue()

@@ -11,7 +11,7 @@ import trio
 
 from vmfs.devices import screen
 from vmfs.devices.machine import Pc
-from vmfs.devices.screen import Picture, Shown
+from vmfs.devices.screen import Mapped, Picture, Shown
 from vmfs.words.errors import Unsupported, VmfsError
 
 FASTEST, SLOWEST = 1 / 33, 1 / 10  # seconds from look to look; the second where nothing has changed for a while
@@ -44,6 +44,7 @@ class Screen:
     def forget(self) -> None:
         """Nobody looks any more."""
         self.picture = Picture(*_EMPTY)
+        self._mapped = Mapped()  # a look that goes on in a thread has the other one
         self.leds = 0
 
     @property
@@ -81,15 +82,12 @@ class Screen:
     def _update(self, picture: Picture) -> bytearray | tuple[int, int] | None:
         """In a thread: what has changed of a picture, or the size that it is to have."""
         try:
-            shown = screen.look(self.board.shown)
+            shown = screen.look(self.board.shown, self._mapped)
         except Unsupported:
             shown = Shown(*_EMPTY, 8, b"", 0, 0, bytes(768))
-        try:
-            if (shown.width, shown.height) != (picture.width, picture.height):
-                return shown.width, shown.height
-            return picture.update(shown)
-        finally:
-            shown.close()
+        if (shown.width, shown.height) != (picture.width, picture.height):
+            return shown.width, shown.height
+        return picture.update(shown)
 
     async def keep(self) -> None:
         """Look while somebody waits, until this is cancelled."""
@@ -100,10 +98,12 @@ class Screen:
             changed_at = time.monotonic()
 
         self.watchers.add(note)
+        due = 0.0
         try:
             while True:
                 await self._wanted.wait()
                 began = time.monotonic()
+                due = max(due, began - FASTEST)
                 try:
                     await self.look()
                 except VmfsError:  # it is another machine now, or has no room for the picture: the last one stays
@@ -112,6 +112,8 @@ class Screen:
                     self._wanted = trio.Event()
                 now = time.monotonic()
                 took, slowest = now - began, SLOWEST if now - changed_at > QUIET_SECONDS else FASTEST
-                await trio.sleep(max(slowest, took * SHARE) - took)
+                # From the time at which this look was due: a loop that wakes up late does not look less often for it.
+                due = max(due + slowest, began + took * SHARE)
+                await trio.sleep(due - now)
         finally:
             self.watchers.discard(note)
