@@ -158,7 +158,7 @@ def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
         ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: debug: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "sector"), "symbols: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "none"), "none: No such file"),
-        ((tmp_path / "sector", "--timeout", "soon"), "'soon' is not a number with ns, us, ms or s"),
+        ((tmp_path / "sector", "--timeout", "soon"), "'soon' is not a number with ns, us, ms, s, m or h"),
     ):
         done = subprocess.run(boot_command(pc_mount, *arguments), capture_output=True, text=True, timeout=BOOT_SECONDS)
         assert done.returncode in (1, 2) and sentence in done.stderr, done.stderr

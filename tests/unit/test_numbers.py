@@ -64,12 +64,14 @@ def test_size(text, value):
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("100ms", 0.1), ("1.5s", 1.5), ("20us", 20e-6), ("5ns", 5e-9)])
+@pytest.mark.parametrize(("text", "value"), [
+    ("100ms", 0.1), ("1.5s", 1.5), ("20us", 20e-6), ("5ns", 5e-9), ("14m", 840), ("1.5h", 5400),
+])  # fmt: skip
 def test_duration(text, value):
     assert parse_duration(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["100", "ms", "1e3s", "-1s", "1.s", "nans"])
+@pytest.mark.parametrize("text", ["100", "ms", "1e3s", "-1s", "1.s", "nans", "1M", "1hs", "1h30m"])
 def test_not_a_duration(text):
     with pytest.raises(Invalid):
         parse_duration(text)

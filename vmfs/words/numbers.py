@@ -6,8 +6,8 @@ from vmfs.words.errors import Invalid
 
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+|[0-9]+)", re.ASCII)
 _SIZE = re.compile(r"([0-9]+)\s*([KMGT]?)(iB|B)?", re.ASCII | re.IGNORECASE)
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s)", re.ASCII)
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m|h)", re.ASCII)
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_number(text: str, bits: int = 64, *, what: str = "number") -> int:
@@ -37,8 +37,8 @@ def parse_size(text: str, *, what: str = "size") -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: a number with its unit (ns, us, ms, s)."""
+    """Seconds: a number with its unit (ns, us, ms, s, m, h)."""
     match = _DURATION.fullmatch(text) if len(text) <= 40 else None
     if not match:
-        raise Invalid(f"time: {text[:40]!r} is not a number with ns, us, ms or s")
+        raise Invalid(f"time: {text[:40]!r} is not a number with ns, us, ms, s, m or h")
     return float(match[1]) * _SECONDS[match[2]]
