@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from devices.fakes import FakeMachine, Guest
+from devices.fakes import IMAGE_SECTORS, FakeMachine, Guest
 
 from vmfs.devices.board import Board
 from vmfs.devices.machine import Pc
 from vmfs.memory.ram import Memory
+
+
+@pytest.fixture
+def image(tmp_path):
+    """A disk's file, in which no two sectors are alike."""
+    path = tmp_path / "image"
+    path.write_bytes(random.Random(1).randbytes(IMAGE_SECTORS * 512))
+    return path
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import msgspec
 from vmfs.words import exits
 from vmfs.words.errors import Invalid
 
+IMAGE_SECTORS = 4096  # of the fixture `image`
+
 
 class FakeMachine:
     """What a board asks of an engine's machine: lines, slots, the time, which stands still,

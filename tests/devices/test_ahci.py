@@ -8,7 +8,7 @@ import struct
 import threading
 
 import pytest
-from devices.fakes import FakeMachine, Guest, plain, refuses
+from devices.fakes import IMAGE_SECTORS, FakeMachine, Guest, plain, refuses
 
 from vmfs.devices.ide.ata import COMMANDS, AtaDisk
 from vmfs.devices.ide.atapi import PACKETS, CdDrive
@@ -18,7 +18,7 @@ from vmfs.memory.ram import Memory
 from vmfs.words.errors import Busy
 
 RAM = 8 << 20
-SECTORS = 4096
+SECTORS = IMAGE_SECTORS
 LIST, FIS, TABLE, BUFFER = 0x1_0000, 0x1_1000, 0x1_2000, 0x10_0000
 CLB, FB, IS, IE, CMD, TFD, SIG, SSTS, SCTL, SERR = 0, 8, 0x10, 0x14, 0x18, 0x20, 0x24, 0x28, 0x2C, 0x30
 SACT, CI = 0x34, 0x38
@@ -89,13 +89,6 @@ class Driver(Guest):
         self.put(IS, 0xFFFFFFFF)
         self.store(self.abar + 8, 0xFFFFFFFF)
         self.put(CMD, 0x11)
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "image"
-    path.write_bytes(random.Random(1).randbytes(SECTORS * 512))
-    return path
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from devices.fakes import FakeMachine, Guest
+from devices.fakes import IMAGE_SECTORS, FakeMachine, Guest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from vmfs.memory.ram import Memory
 from vmfs.words.errors import Busy, Invalid
 
 RAM = 8 << 20
-SECTORS = 4096
+SECTORS = IMAGE_SECTORS
 BSY, DRDY, DSC, DRQ, ERR = 0x80, 0x40, 0x10, 8, 1
 ABRT, IDNF, UNC = 4, 0x10, 0x40
 TABLE, BUFFER = 0x1_0000, 0x10_0000
@@ -90,13 +90,6 @@ class Driver(Guest):
 
     def bus_status(self):
         return self.inp(self.bus + 2)
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "image"
-    path.write_bytes(random.Random(1).randbytes(SECTORS * 512))
-    return path
 
 
 @pytest.fixture

@@ -455,6 +455,44 @@ def _make_share(request: Request, server: Any) -> Device:
     return Share(request.board, request.name, request.slot, server, tag, path=path)
 
 
+def _ata(line: str, most: int, name: Callable[[Pc, str, list[str]], str]) -> Row:
+    """A disk at a controller of ATA's."""
+    return Row(
+        line,
+        1,
+        most,
+        _open_disk,
+        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
+        name,
+        hand=_hand_disk,
+        take=_take_disk,
+        mode=_disk_mode,
+    )
+
+
+def _atapi(line: str, most: int, name: Callable[[Pc, str, list[str]], str]) -> Row:
+    """A CD-ROM drive at one."""
+    return Row(
+        line,
+        0,
+        most,
+        _open_cdrom,
+        _make_cdrom,
+        name,
+        hand=_hand_disk,
+        take=_take_cdrom,
+        mode=lambda words: "ro" if _plain(words) else "",
+    )
+
+
+def _ide_name(board: Pc, kind: str, words: list[str]) -> str:
+    return _drive_name(board, words, NAMES)
+
+
+def _ide_cdrom_name(board: Pc, kind: str, words: list[str]) -> str:
+    return _drive_name(board, words, ("hdc", "hdd", "hdb", "hda"))
+
+
 ATTACHABLE: Mapping[str, Row] = {
     "blk": Row(
         "blk PATH [ro|rw|cow] [format=FORMAT]",
@@ -466,50 +504,10 @@ ATTACHABLE: Mapping[str, Row] = {
         take=_take_disk,
         mode=_disk_mode,
     ),
-    "ide": Row(
-        "ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
-        1,
-        4,
-        _open_disk,
-        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
-        lambda board, kind, words: _drive_name(board, words, NAMES),
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
-    ),
-    "cdrom": Row(
-        "cdrom [PATH] [as=hda|hdb|hdc|hdd] [format=FORMAT]",
-        0,
-        3,
-        _open_cdrom,
-        _make_cdrom,
-        lambda board, kind, words: _drive_name(board, words, ("hdc", "hdd", "hdb", "hda")),
-        hand=_hand_disk,
-        take=_take_cdrom,
-        mode=lambda words: "ro" if _plain(words) else "",
-    ),
-    "ahci": Row(
-        "ahci PATH [ro|rw|cow] [format=FORMAT]",
-        1,
-        3,
-        _open_disk,
-        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
-        _sata_name,
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
-    ),
-    "ahci-cdrom": Row(
-        "ahci-cdrom [PATH] [format=FORMAT]",
-        0,
-        2,
-        _open_cdrom,
-        _make_cdrom,
-        _sata_name,
-        hand=_hand_disk,
-        take=_take_cdrom,
-        mode=lambda words: "ro" if _plain(words) else "",
-    ),
+    "ide": _ata("ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd] [format=FORMAT]", 4, _ide_name),
+    "cdrom": _atapi("cdrom [PATH] [as=hda|hdb|hdc|hdd] [format=FORMAT]", 3, _ide_cdrom_name),
+    "ahci": _ata("ahci PATH [ro|rw|cow] [format=FORMAT]", 3, _sata_name),
+    "ahci-cdrom": _atapi("ahci-cdrom [PATH] [format=FORMAT]", 2, _sata_name),
     "nvme": Row(
         "nvme PATH [ro|rw|cow] [format=FORMAT]",
         1,
