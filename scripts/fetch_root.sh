@@ -1,6 +1,6 @@
 #!/bin/bash
 # Unpacks a small Debian into .cache/debian: sysvinit, bash, coreutils, util-linux, e2fsprogs and what they
-# need, as dpkg would install them, but without their documentation and without running their scripts. Tests boot it.
+# need, and an ssh server, as dpkg would install them, but without their documentation and without running their scripts. Tests boot it.
 #
 # A second run finds all there, takes no time and prints nothing. Ends with 1, and a line that says why, where the packages
 # cannot be had: tests that need them skip then.
@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 say() { printf 'fetch_root: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 
-packages=(base-files base-passwd bash coreutils dash debianutils e2fsprogs grep libacl1 libattr1 libaudit1
+packages=(base-files base-passwd bash coreutils dash debianutils dropbear-bin e2fsprogs grep libacl1 libattr1 libaudit1
     libblkid1 libc6 libcap-ng0 libcap2 libcom-err2 libcrypt1 libext2fs2 libgcc-s1 libgcrypt20 libgmp10 libgpg-error0 liblz4-1
-    liblzma5 libmount1 libpam0g libpcre2-8-0 libselinux1 libsmartcols1 libss2 libsystemd0 libtinfo6 libudev1 libuuid1 libzstd1
+    liblzma5 libmount1 libpam0g libpcre2-8-0 libselinux1 libsmartcols1 libss2 libsystemd0 libtinfo6 libtomcrypt1 libtommath1 libudev1 libuuid1 libzstd1
     login logsave mount ncurses-base sed sysvinit-core sysvinit-utils util-linux zlib1g)
 
 target=.cache/debian
@@ -37,7 +37,7 @@ update() {
     "${root[@]}" apt-get update -qq >>"$log" 2>&1 </dev/null
 }
 
-say "downloading ${#packages[@]} packages of Debian (about 17 MB)"
+say "downloading ${#packages[@]} packages of Debian (about 18 MB)"
 download || { update && download; } || { tail -n 3 "$log" >&2; die "apt-get could not download the packages"; }
 for package in "$work"/*.deb; do
     dpkg-deb --fsys-tarfile "$package" |

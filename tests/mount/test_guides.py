@@ -2,19 +2,26 @@
 
 import os
 import re
+import socket
 import subprocess
 from pathlib import Path
 
 import guides
 import pytest
 from mounting import reason_against_mounts
-from pc import initramfs
-from pc.kernels import CLOUD, needs_kernels
+from pc import initramfs, sshd
+from pc.kernels import CLOUD, GENERIC, needs_debian, needs_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 README = ROOT / "README.md"
-BOOT_LINUX = {"linux"}
+BOOTS = {"linux": (CLOUD, initramfs.build), "server": (GENERIC, sshd.initrd)}  # what their readers have
+NEEDS = {"linux": needs_kernels, "server": (needs_kernels, needs_debian)}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
 
 
 @pytest.fixture
@@ -29,15 +36,16 @@ def home(tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.stem, marks=needs_kernels if page.stem in BOOT_LINUX else ()) for page in GUIDES],
+    [pytest.param(page, id=page.stem, marks=NEEDS.get(page.stem, ())) for page in GUIDES],
 )
 def test_what_a_page_shows_is_what_comes(page, home):
     if reason := reason_against_mounts():
         pytest.skip(reason)
-    if page.stem in BOOT_LINUX:  # what its reader has
-        (home / "vmlinuz").symlink_to(CLOUD.image)
-        (home / "initrd.img").write_bytes(initramfs.build())
-    guides.run(page, home, {"~/src/vmfs": str(ROOT)})
+    if page.stem in BOOTS:
+        kernel, make_initrd = BOOTS[page.stem]
+        (home / "vmlinuz").symlink_to(kernel.image)
+        (home / "initrd.img").write_bytes(make_initrd())
+    guides.run(page, home, {"~/src/vmfs": str(ROOT), "2222": str(free_port())})
     assert not [one for one in home.iterdir() if os.path.ismount(one)], "the page leaves no mount"
 
 
