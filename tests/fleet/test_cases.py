@@ -14,6 +14,7 @@ from fleet.conftest import COUNT, alive, count
 from mounting import failing, wait_until
 
 from vmfs import Machine
+from vmfs.fleet.processes import TOKEN
 from vmfs.words.errors import Invalid
 
 
@@ -129,7 +130,7 @@ EXPECTED = {
 }
 
 
-def test_a_case_costs_itself_only(fleet, counting):
+def test_a_case_costs_itself_only(fleet, client, counting):
     inputs = [word for what in EXPECTED for word in (what, "fine")]
     options = {"template": counting, "timeout": 2, "memory": 300 << 20, "disk": 100 << 20, "batch": 7}
     results = sorted(fleet.map(misbehave, inputs, **options), key=lambda result: result.number)
@@ -140,9 +141,14 @@ def test_a_case_costs_itself_only(fleet, counting):
             continue  # of a host that is so slow that it did not come so far
         assert result.kind in kinds.split(" ") and sentence in result.error, result
         assert result.value == (None if result.kind else result.input)
-    token = b"VMFS_FLEET_RUNNER="
-    ours = [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if has(pid, token) and "sleep" in state(pid)]
-    assert not ours
+    marks = [f"{TOKEN}={token}".encode() for token in client.run(token_of, fleet.name).values()]
+    there = [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if any(has(pid, mark) for mark in marks)]
+    assert there, "runners wait for the next cases"
+    assert not [pid for pid in there if "sleep" in state(pid)]
+
+
+def token_of(fleet, dask_worker):
+    return dask_worker.plugins[fleet]._token
 
 
 def has(pid: str, token: bytes) -> bool:
