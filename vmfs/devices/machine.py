@@ -316,12 +316,11 @@ class Pc(Board):
         armed that."""
         rtc, power = self.devices["rtc"], self.devices["power"]
         assert isinstance(rtc, Rtc) and isinstance(power, Power)
-        with self.lock:
-            alarm = rtc.sleep() if power.wakes_by_clock else None
-            self.reset()
-            power.woken()
-            if alarm is not None:
-                rtc.load(alarm)  # which tells `power`
+        alarm = rtc.sleep() if power.wakes_by_clock else None
+        self.reset()
+        power.woken()
+        if alarm is not None:
+            rtc.load(alarm)  # which tells `power`
 
     def wakes_by_firmware(self) -> None:
         """A run begins with firmware that is to wake the guest."""
