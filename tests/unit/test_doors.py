@@ -92,6 +92,7 @@ LOCKERS = {
     "board.py": "it is its own",
     "inputs.py": "the door",
     "display.py": "what is shown is looked at",
+    "virtio/gpu.py": "what is shown is looked at; it is closed",
     "i8042.py": "whether there is room for keys, before they come in",
     "virtio/block.py": "what a worker counts or has found wrong; where time follows the instructions there is none",
     "medium.py": "another medium, which is refused while inputs are recorded",
