@@ -6,10 +6,11 @@ to changes.
 Threads and locks
 -----------------
 A CPU runs in a thread of its own (`vmfs.machine.cpu`), started by the first run; where the engine executes CPUs in
-turn, all are in one. The first thread leads a run, the others join in (`_Parts`). One lock, `_lock`, guards all that is
-mutable in a machine (the state, the current run, the tasks that wait for a boundary, the points); it is held for short
-calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The board
-of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way round.
+turn, all are in one. The first thread leads a run, the others join in (`Meeting`). One lock, `_lock`, guards all that
+is mutable in a machine (the state, the current run, the tasks that wait for a boundary, the points); it is held for
+short calls into the engine, never while the guest runs and never while a subscriber or a memory hook is called. The
+board of a machine with devices has a lock of its own: it may be taken while this one is held, never the other way
+round.
 
 While the machine does not run, the lock's holder may use the CPUs. While it runs, only their threads may:
 others hand them a task (`at_boundary`) and kick them; once all stand between two instructions, one does the tasks, and
@@ -45,6 +46,7 @@ from vmfs.engine.base import NO_DEBUG, Capability, DebugRequest, Engine, Machine
 from vmfs.machine._lane import Lane
 from vmfs.machine.cpu import Cpu, CpuThread, Job
 from vmfs.machine.history import History
+from vmfs.machine.meeting import Meeting
 from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.machine.travel import Travel
 from vmfs.memory.ram import Memory
@@ -90,48 +92,6 @@ class _Guard:
             self._control.tell()
 
 
-class _Parts:
-    """The threads of a run of several: they meet where something waits for a boundary of all, and end together.
-
-    `action` is done once by the last of them to come, while the others wait.
-    """
-
-    def __init__(self, count: int, action: Callable[[], None]) -> None:
-        self._changed = threading.Condition()
-        self._action = action
-        self._running = count
-        self._waiting = 0
-        self._meeting = 0  # the number of it
-        self.came: list[exits.Exit | BaseException] = []  # what each of those that have ended came to, in this order
-
-    def meet(self) -> None:
-        with self._changed:
-            meeting = self._meeting
-            self._waiting += 1
-            self._look()
-            while meeting == self._meeting:
-                self._changed.wait()
-
-    def end(self, came_to: exits.Exit | BaseException) -> None:
-        with self._changed:
-            self.came.append(came_to)
-            self._running -= 1
-            self._look()
-            self._changed.notify_all()
-
-    def wait_for_all(self) -> None:
-        with self._changed:
-            while self._running:
-                self._changed.wait()
-
-    def _look(self) -> None:
-        if self._waiting and self._waiting == self._running:
-            self._action()
-            self._waiting = 0
-            self._meeting += 1
-            self._changed.notify_all()
-
-
 class Control:
     """The running of a machine. Every method may be called from any thread; all raise Gone after the machine's end.
 
@@ -160,7 +120,7 @@ class Control:
 
         self._state = "paused"
         self._run: Run | None = None
-        self._parts: _Parts | None = None  # of a run of several threads
+        self._parts: Meeting | None = None  # of a run of several threads
         self._tasks: deque[tuple[Callable[[Vcpu], Any], int, Future[Any]]] = deque()  # with the number of their CPU
         self._threads = [CpuThread("vmfs-cpu0", self._adopted)]
         self._runners: Sequence[Runner] = ()
@@ -558,7 +518,7 @@ class Control:
         runners = self._runners
         if len(runners) == 1:
             return self._loop(run, runners[0], self.cpus).to_exit(first)
-        self._parts = parts = _Parts(len(runners), self._do_tasks_now)
+        self._parts = parts = Meeting(len(runners), self._do_tasks_now)
         jobs = [partial(self._join_in, run, parts, runner, cpu) for runner, cpu in zip(runners, self.cpus, strict=True)]
         for thread, job in zip(self._threads[1:], jobs[1:], strict=False):
             with self._lock:
@@ -588,7 +548,7 @@ class Control:
         history.begin_run(None)
         return self._loop(run, self._runners[0], self.cpus, Bound(instructions=left)).to_exit()
 
-    def _begin_part(self, run: Run, parts: _Parts, thread: CpuThread) -> None:
+    def _begin_part(self, run: Run, parts: Meeting, thread: CpuThread) -> None:
         def forget() -> None:
             with self._lock:
                 thread.forget()
@@ -598,7 +558,7 @@ class Control:
         except VmfsError as error:
             self._end_part(run, parts, error)
 
-    def _join_in(self, run: Run, parts: _Parts, runner: Runner, cpu: Cpu) -> None:
+    def _join_in(self, run: Run, parts: Meeting, runner: Runner, cpu: Cpu) -> None:
         """Run one of several, in its thread."""
         try:
             came_to: exits.Exit | BaseException = self._loop(run, runner, (cpu,)).to_exit()
@@ -606,7 +566,7 @@ class Control:
             came_to = error
         self._end_part(run, parts, came_to)
 
-    def _end_part(self, run: Run, parts: _Parts, came_to: exits.Exit | BaseException) -> None:
+    def _end_part(self, run: Run, parts: Meeting, came_to: exits.Exit | BaseException) -> None:
         parts.end(came_to)
         with self._lock:
             if not run.has_ended:

@@ -1,6 +1,7 @@
 """Vm: a machine, put together and taken apart: its memory, CPUs, interrupt controllers, board and configuration.
 
-How it runs is `vmfs.machine.control.Control`, of which it is one; the lock that guards all that is mutable is there.
+It is a `Control` (`vmfs.machine.control`), which is how it runs, and where the lock is that guards all that is mutable;
+a `Recorded`, for its history; a `Pages`, which knows what was written to RAM; and a `Value`, which can be kept.
 """
 
 from __future__ import annotations
@@ -10,21 +11,17 @@ import logging
 import os
 import struct
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
-import msgspec
-
 from vmfs.debug.disasm import Listing
 from vmfs.debug.paging import Paging
 from vmfs.debug.why import Account
-from vmfs.devices.device import WINDOW, WINDOW_HALF, WINDOW_SLOTS, Device
+from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
-from vmfs.devices.medium import Removable
-from vmfs.devices.virtio.disk import Disk, Overlay
+from vmfs.devices.virtio.disk import Overlay
 from vmfs.engine.base import Capability, Engine, Machine, Vcpu
 from vmfs.engine.rest import begin_time
 from vmfs.machine.born import Birth
@@ -32,30 +29,24 @@ from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.past import Past, Rom, Snapshot
 from vmfs.machine.pins import LINES, Passing, Pins
-from vmfs.machine.recorded import Recorded
 from vmfs.machine.runloop import Bound, Run
 from vmfs.machine.state import (
     Attached,
     Attempt,
     Owner,
-    Seen,
     Setup,
-    Source,
-    State,
     put,
     put_again,
     put_cpu,
     put_engine,
     reset_values,
-    setup_of,
-    state_hash,
-    take,
     take_cpu,
     take_engine,
     tried,
 )
 from vmfs.machine.topology import with_topology
-from vmfs.memory.layers import Image, pages_of, runs
+from vmfs.machine.value import Value
+from vmfs.memory.layers import Image
 from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size, regions_of, room_in
 from vmfs.words import exits
 from vmfs.words.errors import (
@@ -65,7 +56,6 @@ from vmfs.words.errors import (
     NotPermitted,
     Unsupported,
 )
-from vmfs.words.layouts import unpack_msrs
 from vmfs.words.modes import CR0_PE, CodeMode, mode_of, set_mode, tables_of
 from vmfs.words.registers import REGISTERS, write_registers
 from vmfs.words.unclaimed import Use
@@ -74,8 +64,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Of RAM: below and above 4 GiB; of a PC that below is in four parts, for the display's window has slots of its own.
-RAM_SLOTS, ROM_SLOT = (0, 2, *WINDOW_SLOTS, 18), 1
+ROM_SLOT = 1
 _MP_WAITING, _MP_HALTED = (1, 2), 3  # of struct kvm_mp_state: UNINITIALIZED and INIT_RECEIVED; HALTED
 RESET_VECTOR = 0xFFFFFFF0  # Intel SDM 3A 9.1.4
 _TSC = 0x10  # the MSR
@@ -85,7 +74,7 @@ NOTHING_TO_RUN = (
 )
 
 
-class Vm(Recorded):
+class Vm(Value):
     """One virtual machine. Every method may be called from any thread; all raise Gone after `close`."""
 
     def __init__(self, engine: Engine, *, memory_size: int = DEFAULT_SIZE) -> None:
@@ -108,17 +97,13 @@ class Vm(Recorded):
         self.machine_name = "bare"
         self.images = Images()
         self._boot_due = True
-        self._sleeps = False  # so that what is due is to wake
-        self._has_run = False  # RAM's size and the devices are fixed then; a run that could not boot is none
-        self._rom: Rom | None = None
-        self._attached: dict[str, Attached] = {}  # by name, what `attach` has put in
+        self._sleeps = self._has_run = False
+        self._rom = None
+        self._attached = {}
         self.past = Past(self)
         self.listing = Listing()  # what `disasm` shows
         self.writer_of: Any = None  # what `writer` is asked about
-        # By the reader that takes it; "base": since RAM is over one, and never taken.
-        self._dirty = {"file": 0, "cache": 0, "past": 0, "history": 0, "base": 0}
         self.memory.noted = lambda: self._dirty["base"]
-        self._own_writes: deque[tuple[int, int]] = deque()  # of RAM, by this process and no device, for `past`
 
     # ---- around a run
 
@@ -270,223 +255,7 @@ class Vm(Recorded):
         if self.history is not None:
             self.history.changed = True
 
-    # ---- as a value
-
-    def take(self) -> Future[State]:
-        """What it is, without its memory: now, or between two instructions of the run under way."""
-        return self.at_boundary(lambda _: take(self))
-
-    def put(self, state: State) -> None:
-        """Be what `state` says; its memory is that of the state already. Whole or not at all. Busy during a run."""
-        with self._lock:
-            self._check_idle()
-            put(self, state)
-            self._changed()
-            self._set_still(object())
-        self.tell()
-
-    def state_hash(self) -> bytes:
-        """See `vmfs.machine.state.state_hash`. Busy during a run."""
-        with self._lock:
-            self._check_idle()
-            return state_hash(self)
-
-    @property
-    def engine_machine(self) -> Machine:
-        return self._machine
-
-    @property
-    def vcpus(self) -> tuple[Vcpu, ...]:
-        return tuple(cpu.vcpu for cpu in self.cpus)
-
-    def save_setup(self) -> Setup:
-        return Setup(
-            machine=self.machine_name,
-            engine=self.engine.name,
-            time_source=cast(Literal["host", "instructions"], self.time_source),
-            memory=self.memory.size,
-            cpus=len(self.vcpus),
-            has_run=self._has_run,
-            boot_due=self._boot_due,
-            sleeps=self._sleeps,
-            is_shut_down=self._state == "shutdown",
-            is_halted=self._state == "halted",
-            cmdline=os.fsencode(self.images.cmdline),
-            images=self.images.sizes(),
-            rom=None if self._rom is None else (self._rom.address, self._rom.kept.size),
-            attached=self._present(),
-            new_msrs=self.cpu.reset_states["msrs"],
-            held=tuple(exit_.line() for exit_ in self._held),
-        )
-
-    def _present(self) -> tuple[Attached, ...]:
-        """What is attached, each by the line that would attach it as it is now: media of drives are changed."""
-        assert self.board is not None or not self._attached
-        found = []
-        for one in self._attached.values():
-            device = self.board and self.board.devices[one.name]
-            if isinstance(device, Removable):
-                one = msgspec.structs.replace(one, words=device.present_words(one.words))
-            found.append(one)
-        return tuple(found)
-
-    def check_media(self, state: State) -> None:
-        """Busy where a drive has another medium in it than it had."""
-        if self.board is None or not any(isinstance(one, Removable) for one in self.board.others.values()):
-            return
-        then = {one.name: one.words for one in setup_of(state).attached}
-        for one in self._present():
-            if isinstance(self.board.devices[one.name], Removable) and then.get(one.name) != one.words:
-                had = " ".join(then.get(one.name, ())) or "none"
-                raise Busy(f"{one.name} had another medium in it, which is to be in it again: {had}")
-
-    def check_kind(self, setup: Setup) -> None:
-        for what, is_, wanted in (
-            ("kind", self.machine_name, setup.machine),
-            ("RAM", self.memory.size, setup.memory),
-            ("number of CPUs", len(self.vcpus), setup.cpus),
-            ("boot images", self.images.sizes(), setup.images),
-        ):
-            if is_ != wanted:
-                raise Invalid(f"the state is of a machine of another {what}: {str(wanted)[:80]}, and not {is_}")
-
-    def check_setup(self, setup: Setup) -> None:
-        self.check_kind(setup)
-        try:
-            unpack_msrs(setup.new_msrs)
-        except Invalid:
-            raise Invalid("setup: the MSRs of a new CPU are none") from None
-        for line in setup.held:
-            self._check_exit(line)
-
-    @property
-    def time_source(self) -> str:
-        """Where time comes from: `host`, or `instructions`."""
-        return self._time_source
-
-    @property
-    def shown_time_source(self) -> str:
-        """As who made it so sees it: with a history, the host's time is followed by recorded steps."""
-        return "host" if self.history is not None and self.history.follows_host else self._time_source
-
-    @time_source.setter
-    def time_source(self, source: str) -> None:
-        self._time_source = source
-        if self.board is not None:
-            self.board.time_source = source
-
-    def load_setup(self, setup: Setup) -> None:
-        if setup.has_run:
-            self.memory.seal()
-        self._has_run, self._boot_due, self._sleeps = setup.has_run, setup.boot_due, setup.sleeps
-        self._state = "shutdown" if setup.is_shut_down else "halted" if setup.is_halted else "paused"
-        self._held = deque(exits.parse_exit(line) for line in setup.held)
-        self.images.cmdline = os.fsdecode(setup.cmdline)
-        # Of a state that another engine has made: time goes on by the host's clock where it cannot by instructions.
-        self.time_source = setup.time_source if Capability.DETERMINISTIC in self.capabilities else "host"
-
-    def save_seen(self) -> Seen:
-        last, *of_cpus = [exit_ and exit_.line() for exit_ in (self._last_exit, *(cpu.last_exit for cpu in self.cpus))]
-        return Seen(
-            last_exit=last, cpu_exits=tuple(of_cpus), exit_number=self._exit_number, counts=dict(self._counts)
-        )
-
-    def check_seen(self, seen: Seen) -> None:
-        if len(seen.cpu_exits) != len(self.cpus):
-            raise Invalid(f"seen: it has {len(seen.cpu_exits)} last exits of {len(self.cpus)} CPUs")
-        for cpu, line in enumerate(seen.cpu_exits):
-            if line is not None and self._check_exit(line).cpu != cpu:
-                raise Invalid(f"seen: an exit of another CPU stands with cpu {cpu}: {line[:80]}")
-        if seen.last_exit is not None:
-            self._check_exit(seen.last_exit)
-
-    def _check_exit(self, line: str) -> exits.Exit:
-        """The exit that the line of a state is. Invalid for what this machine has none of."""
-        exit_ = exits.parse_exit(line)
-        if exit_.cpu >= len(self.cpus):
-            raise Invalid(f"it has an exit of a CPU that this machine has not: {line[:80]}")
-        return exit_
-
-    def _exit_of(self, line: str | None) -> exits.Exit | None:
-        exit_ = None if line is None else exits.parsed_exit(line)
-        if exit_ is not None:
-            exit_.of_several = len(self.cpus) > 1
-        return exit_
-
-    def load_seen(self, seen: Seen) -> None:
-        self._last_exit = self._exit_of(seen.last_exit)
-        for cpu, line in zip(self.cpus, seen.cpu_exits, strict=True):
-            cpu.last_exit = self._exit_of(line)
-        self._exit_number = seen.exit_number
-        self._exit_news += 1 << 32  # those who wait for news have some
-        self._counts = Counter(seen.counts)
-
-    def memories(self) -> Iterator[tuple[str, int, Source]]:
-        self._gather_dirty()
-        yield "ram", self.memory.end, self.memory
-        if self._rom is not None:
-            yield f"rom {self._rom.address:#x}", self._rom.kept.size, self._rom.kept
-        for name, kept in self.images.keep().items():
-            yield f"image {name}", kept.size, kept
-        for name, disk in self.disks():
-            if isinstance(disk, Overlay):
-                yield f"overlay {name}", disk.size, disk
-
-    def disks(self) -> Iterator[tuple[str, Disk]]:
-        """Of its block devices, by their names."""
-        for name, device in self.board.others.items() if self.board is not None else ():
-            disk = getattr(device, "disk", None)
-            if disk is not None:
-                yield name, disk
-
-    # ---- snapshots: what `vmfs.machine.past` needs
-
-    def take_pages(self) -> int:
-        """A bit a page of RAM that anybody of this process has written since the last time."""
-        with self._lock:
-            pages = self.look_at_pages()
-            self.forget_pages()
-        return pages
-
-    def look_at_pages(self) -> int:
-        """What `take_pages` would give, with the lock held."""
-        self._gather_dirty()
-        return self._dirty["past"]
-
-    def forget_pages(self) -> None:
-        """With the lock held."""
-        self._dirty["past"] = 0
-
-    def note_pages(self, pages: int) -> None:
-        """For `take_pages`; without the lock."""
-        with self._lock:
-            self._dirty["past"] |= pages
-
-    def copy_pages(self) -> None:
-        """Have them in the log of the reader "history", too; without the lock."""
-        with self._lock:
-            self._dirty["history"] = self.look_at_pages()
-
-    def written_since(self, reader: str) -> int:
-        """A bit a page of RAM that was written since `reader` forgot; with the lock held."""
-        self._gather_dirty()
-        return self._dirty[reader]
-
-    def forget_written(self, reader: str) -> None:
-        """With the lock held."""
-        self._dirty[reader] = 0
-
-    def put_back(self, pages: int) -> None:
-        """RAM is another there, which `history` has put: for all others; with the lock held."""
-        self.memory_written((first * PAGE, count * PAGE) for first, count in runs(pages))
-        self._note_written(pages)
-        self._dirty["history"] = 0
-
-    def have_written(self, pages: int) -> None:
-        """RAM is another there: for the engine and all that ask for it but snapshots; with the lock held."""
-        self.memory_written((first * PAGE, count * PAGE) for first, count in runs(pages))
-        self._note_written(pages)
-        self.forget_pages()
+    # ---- snapshots: what `vmfs.machine.past` needs, beside `Pages`
 
     def count_instructions(self) -> int | None:
         """Of all CPUs; None where the engine does not count. With the lock held."""
@@ -985,74 +754,7 @@ class Vm(Recorded):
             self._check_open()
             return self.cpu.vcpu.interrupts_queued
 
-    # ---- debugging
-
     # ---- counting
-
-    def take_dirty(self, reader: str) -> bytes:
-        """The pages the guest wrote since `reader` ("file" or "cache") last took them: a bit a 4 KiB page."""
-        with self._lock:
-            size = self._gather_dirty()
-            taken, self._dirty[reader] = self._dirty[reader], 0
-        return taken.to_bytes(size, "little")
-
-    def peek_dirty(self, reader: str) -> bytes:
-        """What `take_dirty` would give."""
-        with self._lock:
-            size = self._gather_dirty()
-            return self._dirty[reader].to_bytes(size, "little")
-
-    def _gather_dirty(self) -> int:
-        """Note what was written since; how many bytes a log has."""
-        self._check_open()
-        news = self._engine_dirty()
-        if self.board is not None:
-            news |= self.board.take_dirty()
-        self._note_written(news)
-        while self._own_writes:
-            pages = pages_of(*self._own_writes.popleft())
-            self._dirty["past"] |= pages
-            self._dirty["history"] |= pages
-            self._dirty["base"] |= pages
-        return (self.memory.end // PAGE + 7) // 8
-
-    def _engine_dirty(self) -> int:
-        """What the guest wrote since this was last asked: a bit a page, by its address."""
-        found = 0
-        for slot, address, _ in self._ram_parts:
-            try:
-                log = self._machine.dirty_log(slot)
-            except Invalid:  # a display has taken the slot: what was written there is noted
-                continue
-            found |= int.from_bytes(log, "little") << address // PAGE
-        return found
-
-    def memory_written(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Address and size of what others than the CPUs have written to RAM: the one door for all that do. `Memory`
-        comes by it, and the board tells the engine itself. From any thread. Clients of `mem` do not: what they write is
-        seen by the next run that begins.
-        """
-        for address, size in ranges:
-            self._machine.memory_written(address, size)
-
-    def _wrote(self, address: int, size: int) -> None:
-        """`Memory` has. From any thread."""
-        self.memory_written(((address, size),))
-        self._changed()
-        if self.past.is_tracked:
-            self._own_writes.append((address, size))
-
-    def _map_ram(self, machine: Machine, *, has_window: bool) -> None:
-        for slot in RAM_SLOTS:
-            machine.map_memory(slot, 0, 0, 0, 0)
-        self._ram_parts = _ram_parts(self.memory, has_window=has_window)
-        for slot, address, size in self._ram_parts:
-            machine.map_memory(slot, address, self.memory.mapping, address, size)
-
-    def _note_written(self, pages: int) -> None:
-        """RAM was written: a bit a page, for every reader of the dirty log; with the lock held."""
-        if pages:
-            self._dirty = {name: bits | pages for name, bits in self._dirty.items()}
 
     def counters(self) -> dict[str, int]:
         """What `stat` shows."""
@@ -1099,7 +801,6 @@ class Vm(Recorded):
             self.memory.close()
         self.tell()
 
-    # ---- helpers
 
 
 CPUS_MOST = 64
@@ -1133,18 +834,3 @@ def check_time(source: str) -> None:
 def default_time(machine: Machine) -> str:
     """Where a machine that has no devices has its time from."""
     return "instructions" if Capability.DETERMINISTIC in machine.capabilities else "host"
-
-
-def _ram_parts(memory: Memory, *, has_window: bool) -> list[tuple[int, int, int]]:
-    """Slot, address and size of what is mapped of RAM, with the window of a display or in one piece."""
-    low, *high = memory.regions
-    parts = [(RAM_SLOTS[1], one.address, one.size) for one in high]
-    if not has_window:
-        return [(RAM_SLOTS[0], 0, low.size), *parts]
-    end = WINDOW + 2 * WINDOW_HALF
-    parts.append((RAM_SLOTS[0], 0, min(low.size, WINDOW)))
-    if low.size >= end:
-        parts += [(slot, WINDOW + half * WINDOW_HALF, WINDOW_HALF) for half, slot in enumerate(WINDOW_SLOTS)]
-    if low.size > end:
-        parts.append((RAM_SLOTS[-1], end, low.size - end))
-    return parts
