@@ -33,7 +33,7 @@ FLOORS = (
 # Imports that there are not, though a floor would let them be. The first part names modules, `/` what is not meant.
 WALLS = (
     ("vmfs.fs", ("vmfs.machine", "vmfs.boot", "vmfs.debug", "vmfs.devices")),  # names, and no contents
-    ("vmfs.devices / board machine", ("vmfs.engine", "vmfs.devices.board")),  # a device has a Port
+    ("vmfs.devices / board ram machine", ("vmfs.engine", "vmfs.devices.board")),  # a device has a Port
     ("vmfs.engine.kvm", ("vmfs.engine.emulator",)),
     ("vmfs.engine.emulator", ("vmfs.engine.kvm",)),
     ("vmfs.engine", ("vmfs.memory",)),  # a slot is a file descriptor
@@ -172,9 +172,10 @@ def test_devices_ask_for_nothing_but_what_a_port_has() -> None:
                 if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("board", "self.board")
             }
             assert asked <= has, f"{path.name}: {asked - has}"
-    made = {node.attr for node in ast.walk(ast.parse(Path(ROOT / "vmfs/devices/board.py").read_text()))
+    made = {node.attr for name in ("board", "ram")
+            for node in ast.walk(ast.parse(Path(ROOT / f"vmfs/devices/{name}.py").read_text()))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}  # fmt: skip
-    assert has <= {*vars(Board), *made}
+    assert has <= {*dir(Board), *made}
 
 
 @pytest.mark.parametrize(
