@@ -309,7 +309,7 @@ class Vm(Directory):
     def add_device(self, line: str, *words: str) -> str:
         """Attach a device: `vm.add_device("blk", path, "cow")`, or the line whole. Its name in `dev/`.
 
-        OSError (EBUSY) after the first run; paths are opened with the rights of who calls.
+        OSError (EBUSY) after the first run; paths are opened with the rights of the caller.
         """
         before = set(self.devices)
         self.write("dev/add", (" ".join([line, *map(shlex.quote, words)]) if words else line) + "\n")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from vmfs.words.errors import Invalid, LimitReached
 
 SECTIONS_MOST = 64 << 20  # bytes of line tables, of all files together; Linux has some 40 MiB
-SOON_MOST = 4 << 20  # bytes of a table that is decoded, a second or two, for who did not ask for a line
+SOON_MOST = 4 << 20  # bytes of a table that is decoded, a second or two, for a user that did not ask for a line
 LINES_MOST = 1 << 18  # that are known at a time, of the files that were asked for
 NAMES_MOST = 256 << 20  # bytes of names that are looked at in one search
 NAME_MOST = 4096  # of a file's name, PATH_MAX of Linux

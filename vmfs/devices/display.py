@@ -167,7 +167,7 @@ class Display(PciDevice[DisplayState]):
 
     @property
     def framebuffer(self) -> int:
-        """The memfd, for who may write it: what there is then is known to nobody. Below zero after the end."""
+        """The memfd, for a client that may write it: nobody knows what is there then. Below zero after the end."""
         self._is_given = True
         return self._memory
 

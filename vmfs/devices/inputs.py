@@ -102,7 +102,7 @@ class Inputs:
         self.size = 0  # bytes of what is recorded, about
         self._coming: Timer | None = None  # the first of the others
         self.before_new: Callable[[], None] = lambda: None  # called in `settle`, before anything new gets a time
-        self.place: Callable[[], int] = lambda: 0  # where the machine is, for who asks when something came
+        self.place: Callable[[], int] = lambda: 0  # where the machine is, for a caller that asks when something came
 
     @property
     def have_times(self) -> bool:

@@ -290,7 +290,7 @@ def _is_for_owner(mode: int, umask: int) -> bool:
 
 
 def asker_of(pid: int) -> Asker | None:
-    """Who asks for new files for what is written to disks."""
+    """The process that asks for new files, for what is written to disks."""
     who = credentials_of(pid) if pid else None
     if who is None:
         return None

@@ -1,4 +1,4 @@
-"""Machine: one CPU and the memory that it is given, in the process of who makes it."""
+"""Machine: one CPU and the memory that it is given, in the process that makes it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _WRITER = 1  # the id of its watchpoints
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Who wrote some bytes last. `how`: an `instruction`, the delivery of an `event`, a device by `dma`, or a `client`
+    """What wrote some bytes last. `how`: an `instruction`, the delivery of an `event`, a device by `dma`, or a `client`
     of the machine. `place`: how many instructions were done before that; `rip`: where the CPU stood then."""
 
     how: str

@@ -129,7 +129,7 @@ class Value(Pages):
 
     @property
     def shown_time_source(self) -> str:
-        """As who made it so sees it: with a history, the host's time is followed by recorded steps."""
+        """As the user that chose it sees it: with a history, the host's time is followed by recorded steps."""
         return "host" if self.history is not None and self.history.follows_host else self._time_source
 
     @time_source.setter

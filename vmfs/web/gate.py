@@ -1,4 +1,4 @@
-"""Who may come in: the gate in front of all routes.
+"""The users that may come in: the gate in front of all routes.
 
 It looks at three things. The Host, since a name that somebody else's DNS resolves to this address makes another page's
 requests look like this page's own (DNS rebinding): it has to be an IP address, or a name that was told at the start.

@@ -7,7 +7,7 @@ what the host has in memory are done when the driver notifies, and all else by W
 Where time follows the instructions, a request is done when its notification is: a disk takes no time, answers in order,
 and a run is the same however fast the host is. What is seldom comes to `_one`, in either thread.
 
-No worker takes the board's lock while a request is under way, since who holds it may wait for that to end.
+No worker takes the board's lock while a request is under way, since a thread that holds it may wait for that to end.
 
 The guest may ask for a write cache (5.2.5.2): without FLUSH, or with writeback off, each write is on stable storage
 before it is answered.

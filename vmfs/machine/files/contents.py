@@ -107,7 +107,7 @@ class Contents(Scope):
         self._tell = complain
         self.engine_named = engine_named  # of those that it may be moved to
         self.budget = Budget(door)
-        self.arrivals: Any = None  # vmfs.machine.files.arrivals.Arrivals, of who has them
+        self.arrivals: Any = None  # vmfs.machine.files.arrivals.Arrivals, of a machine that has them
         self.memory = CachedMemory(vm, door)
         self.gdb = GdbPort(self, monitor)
         self.vnc = VncPort(self)
@@ -204,7 +204,7 @@ class Contents(Scope):
         return port
 
     def plug_consoles(self) -> None:
-        """The machine has a new board: who has a console open hears its."""
+        """The machine has a new board: a user that has a console open hears its."""
         for device in list(self._consoles):
             self.console_port(device)
 

@@ -131,7 +131,7 @@ class Vnc:
             log.exception("vnc: looking at the screen failed")
 
     async def knows(self, password: str, challenge: bytes, answer: bytes) -> bool:
-        """Whether that is the answer of who knows the password. After a wrong one nobody tries for a while."""
+        """Whether it is the answer of a viewer that knows the password. After a wrong one nobody tries for a while."""
         async with self._trying:
             is_right = hmac.compare_digest(des.encrypt(password, challenge), answer)
             if not is_right:
