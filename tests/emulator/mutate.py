@@ -365,40 +365,10 @@ PLANTS = (
         "i32 side = second_side(false);",
     ),
     Plant(
-        "a store off a register looks for a second place of loads",
-        "accesses.c",
-        "->look[table_of(t)][look->write]);",
-        "->look[table_of(t)][0]);",
-    ),
-    Plant(
         "a known page is any that is in its second place",
         "accesses.c",
         "    stub_jump(s, jump_if(&t->code, CC_NE));\n    p.disp +=",
         "    if (s->in)\n        stub_jump(s, jump_if(&t->code, CC_NE));\n    p.disp +=",
-    ),
-    Plant(
-        "a look at the second place takes the return address for granted",
-        "accesses.c",
-        "PUSHED = 8",
-        "PUSHED = 0",
-    ),
-    Plant(
-        "INVLPG leaves a second place",
-        "../cpu/mmu.c",
-        "            invalidate_second(&c->tlbs[table], kind, second_place(linear));\n",
-        "",
-    ),
-    Plant(
-        "a flush leaves second places",
-        "../cpu/mmu.c",
-        "            invalidate_second(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);",
-        "            continue;",
-    ),
-    Plant(
-        "a flush of all leaves second places",
-        "../cpu/mmu.c",
-        "            invalidate_second(t, kind, i);\n}",
-        "            continue;\n}",
     ),
     Plant(
         "a page that gets code is written by its second place",
@@ -413,10 +383,28 @@ PLANTS = (
         "            continue;\n            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i),",
     ),
     Plant(
-        "a promoted page is of the physical page that had its place",
+        "what drops entries leaves those in second places",
         "../cpu/mmu.c",
-        "put_first(c, table, kind, linear, c->map->second_physical[kind][at], e->host);",
-        "put_first(c, table, kind, linear, c->map->physical[kind][first], e->host);",
+        "    if (!(local && t->second_physical[kind][at] & TLB_GLOBAL))",
+        "    if (false)",
+    ),
+    Plant(
+        "a global page in a second place is dropped with the others",
+        "../cpu/mmu.c",
+        "    if (!(local && t->second_physical[kind][at] & TLB_GLOBAL))",
+        "    if (true)",
+    ),
+    Plant(
+        "entries change places, and keep their physical pages",
+        "../cpu/mmu.c",
+        "put_first(t, kind, at, &second, of_second);",
+        "put_first(t, kind, at, &second, of_first);",
+    ),
+    Plant(
+        "which entry goes follows from where it is",
+        "../cpu/mmu.c",
+        "    t->second_newer[kind][at] ^= 1;\n",
+        "",
     ),
 )
 

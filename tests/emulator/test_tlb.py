@@ -1,4 +1,4 @@
-"""The TLB's two places: pages of one index, of which each takes the first from another, and stays in its second.
+"""The TLB's two places: pages of one index, of which each takes the first from the other, and stays in the second.
 
 Every kind of access in loops, interpreted and as host code: the same state, and hardly a miss. And what is to be
 dropped is dropped from both places.
@@ -25,7 +25,8 @@ CODE, TABLES, STACK, PAGES_AT = 0x1000, 0x10000, 0x30000, 0x40000
 APART = 4 << 20  # linear addresses of one index
 FIRST = 0x8000
 COUNT = 5
-PAGES = [FIRST + APART * number for number in range(COUNT)]
+# Two of them; the others are of another index.
+PAGES = [FIRST + APART * number + (0x4000 if number > 1 else 0) for number in range(COUNT)]
 ROUNDS = 2000
 WAYS = {
     "interpreted": {"VMFS_NO_JIT": "1"},
@@ -252,8 +253,8 @@ def test_what_has_to_be_aligned_faults_in_either_place(way, number, monkeypatch)
         assert int(read_register(cpu, "rbp"), 0) == 100
 
 
-def test_a_known_page_is_not_another_of_its_second_place(monkeypatch):
-    """Pages of one index and one second place: of their addresses, bit 44 alone differs."""
+def test_a_known_page_is_not_another_of_its_index(monkeypatch):
+    """Of the addresses of two pages, bit 44 alone differs."""
     far = 1 << 44
     body = LOADS + "030425" + four_at(PAGES[0])  # ADD EAX, [PAGE]
     found = []
@@ -264,8 +265,8 @@ def test_a_known_page_is_not_another_of_its_second_place(monkeypatch):
             for at, to in {**ways_there, table + 0x2000 + (FIRST >> 12) * 8: physical(3)}.items():
                 memory.write(at, struct.pack("<Q", to | 7))
             memory.write(CODE, loop(body))
-            write_registers(cpu, {"rbx": PAGES[0], "rsi": far + FIRST, "rdi": PAGES[1], "rax": 0})
+            write_registers(cpu, {"rbx": PAGES[0], "rsi": far + FIRST, "rdi": PAGES[2], "rax": 0})
             assert cpu.run().REASON == "hlt"
-            assert cpu.counters()["tlb_misses"] < 30 + 2 * ROUNDS
+            assert cpu.counters()["tlb_misses"] < 30
             found.append(int(read_register(cpu, "rax"), 0))
-    assert found == [ROUNDS * (2 * 0x10 + 0x13 + 0x11) * 0x01010101 & 0xFFFFFFFF] * len(WAYS)
+    assert found == [ROUNDS * (2 * 0x10 + 0x13 + 0x12) * 0x01010101 & 0xFFFFFFFF] * len(WAYS)

@@ -205,7 +205,15 @@ static void invalidate(struct tlb *t, unsigned kind, unsigned at)
 }
 static void invalidate_second(struct tlb *t, unsigned kind, unsigned at)
 {
-    __atomic_store_n(&t->second[kind][at].page, SECOND_INVALID(at), __ATOMIC_RELAXED);
+    __atomic_store_n(&t->second[kind][at].page, TLB_INVALID(at), __ATOMIC_RELAXED);
+}
+/* Both places, or those of them that are not global. */
+static void forget_place(struct tlb *t, unsigned kind, unsigned at, bool local)
+{
+    if (!(local && t->physical[kind][at] & TLB_GLOBAL))
+        invalidate(t, kind, at);
+    if (!(local && t->second_physical[kind][at] & TLB_GLOBAL))
+        invalidate_second(t, kind, at);
 }
 
 static void forget_watched(struct vcpu *c)
@@ -214,15 +222,10 @@ static void forget_watched(struct vcpu *c)
         c->watched[kind].page = ~0ull;
 }
 
-/* All entries; or those that are not global. */
 static void forget_kind(struct tlb *t, unsigned kind, bool local)
 {
     for (unsigned i = 0; i < TLB_SIZE; i++)
-        if (!(local && t->physical[kind][i] & TLB_GLOBAL))
-            invalidate(t, kind, i);
-    for (unsigned i = 0; i < TLB_SECOND; i++)
-        if (!(local && t->second_physical[kind][i] & TLB_GLOBAL))
-            invalidate_second(t, kind, i);
+        forget_place(t, kind, i, local);
 }
 
 void tlb_clear(struct vcpu *c)
@@ -237,14 +240,11 @@ void tlb_clear(struct vcpu *c)
     c->large_high = 0;
 }
 
-static void drop_filled(struct vcpu *c, struct filled *f)
+static void drop_filled(struct vcpu *c, struct filled *f, bool local)
 {
     for (unsigned i = 0; i < f->count; i++) {
-        unsigned which = (f->at[i] & (FILLED_SECOND - 1)) >> 10, at = f->at[i] & (TLB_SIZE - 1);
-        if (f->at[i] & FILLED_SECOND)
-            invalidate_second(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);
-        else
-            invalidate(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, at);
+        unsigned which = f->at[i] >> 10;
+        forget_place(&c->tlbs[which / TLB_KINDS], which % TLB_KINDS, f->at[i] & (TLB_SIZE - 1), local);
     }
     f->count = 0;
 }
@@ -256,8 +256,8 @@ void tlb_flush(struct vcpu *c)
         return;
     }
     forget_watched(c);
-    drop_filled(c, &c->filled[0]);
-    drop_filled(c, &c->filled[1]);
+    drop_filled(c, &c->filled[0], false);
+    drop_filled(c, &c->filled[1], false);
     c->large_low = ~0ull;
     c->large_high = 0;
     code_map_clear(c);
@@ -268,7 +268,7 @@ void tlb_flush_local(struct vcpu *c)
     forget_watched(c);
     code_map_clear_local(c);
     if (c->filled[0].count <= TLB_FILLED) {
-        drop_filled(c, &c->filled[0]);
+        drop_filled(c, &c->filled[0], true);
         return;
     }
     c->filled[0].count = 0;
@@ -286,10 +286,7 @@ void tlb_flush_page(struct vcpu *c, u64 linear)
     forget_watched(c);
     for (unsigned table = 0; table < TLB_NONE; table++)
         for (unsigned kind = 0; kind < TLB_KINDS; kind++)
-        {
-            invalidate(&c->tlbs[table], kind, linear >> 12 & (TLB_SIZE - 1));
-            invalidate_second(&c->tlbs[table], kind, second_place(linear));
-        }
+            forget_place(&c->tlbs[table], kind, linear >> 12 & (TLB_SIZE - 1), false);
     code_map_drop(c, linear);
 }
 
@@ -311,42 +308,46 @@ void tlb_flush_writes(struct vcpu *c, bool mark)
         struct tlb *t = &c->tlbs[table];
         if (!(c->tables >> table & 1))
             continue;
-        for (unsigned i = 0; i < TLB_SIZE; i++)
+        for (unsigned i = 0; i < TLB_SIZE; i++) {
             drop_write(c, &t->write[i].page, TLB_INVALID(i), t->physical[TLB_WRITE][i], mark);
-        for (unsigned i = 0; i < TLB_SECOND; i++)
-            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i), t->second_physical[TLB_WRITE][i], mark);
+            drop_write(c, &t->second[TLB_WRITE][i].page, TLB_INVALID(i), t->second_physical[TLB_WRITE][i], mark);
+        }
     }
 }
 
 /* The second places come last: an entry goes there before another takes its first (enter). */
+static bool may_write_by(const struct tlb *t, u64 page)
+{
+    for (unsigned i = 0; i < TLB_SIZE; i++)
+        if ((__atomic_load_n(&t->physical[TLB_WRITE][i], __ATOMIC_ACQUIRE) & PAGE_MASK) == page &&
+            __atomic_load_n(&t->write[i].page, __ATOMIC_ACQUIRE) != TLB_INVALID(i))
+            return true;
+    for (unsigned i = 0; i < TLB_SIZE; i++)
+        if ((__atomic_load_n(&t->second_physical[TLB_WRITE][i], __ATOMIC_ACQUIRE) & PAGE_MASK) == page &&
+            __atomic_load_n(&t->second[TLB_WRITE][i].page, __ATOMIC_ACQUIRE) != TLB_INVALID(i))
+            return true;
+    return false;
+}
+
 bool tlb_may_write(const struct vcpu *c, u64 page)
 {
-    for (unsigned table = 0; table < TLB_NONE; table++) {
-        const struct tlb *t = &c->tlbs[table];
-        for (unsigned i = 0; i < TLB_SIZE; i++)
-            if ((__atomic_load_n(&t->physical[TLB_WRITE][i], __ATOMIC_ACQUIRE) & PAGE_MASK) == page &&
-                __atomic_load_n(&t->write[i].page, __ATOMIC_ACQUIRE) != TLB_INVALID(i))
-                return true;
-        for (unsigned i = 0; i < TLB_SECOND; i++)
-            if ((__atomic_load_n(&t->second_physical[TLB_WRITE][i], __ATOMIC_RELAXED) & PAGE_MASK) == page &&
-                __atomic_load_n(&t->second[TLB_WRITE][i].page, __ATOMIC_RELAXED) != SECOND_INVALID(i))
-                return true;
-    }
-    return false;
+    u32 moves = atomic_load_explicit(&c->moves, memory_order_acquire);
+    for (unsigned table = 0; table < TLB_NONE; table++)
+        if (may_write_by(&c->tlbs[table], page))
+            return true;
+    return moves & 1 || atomic_load_explicit(&c->moves, memory_order_acquire) != moves;
 }
 
 void tlb_drop_writes_of(struct vcpu *c, u64 page)
 {
     for (unsigned table = 0; table < TLB_NONE; table++) {
         struct tlb *t = &c->tlbs[table];
-        if (!(c->tables >> table & 1))
-            continue;
-        for (unsigned i = 0; i < TLB_SIZE; i++)
+        for (unsigned i = 0; c->tables >> table & 1 && i < TLB_SIZE; i++) {
             if ((t->physical[TLB_WRITE][i] & PAGE_MASK) == page)
                 invalidate(t, TLB_WRITE, i);
-        for (unsigned i = 0; i < TLB_SECOND; i++)
             if ((t->second_physical[TLB_WRITE][i] & PAGE_MASK) == page)
                 invalidate_second(t, TLB_WRITE, i);
+        }
     }
 }
 
@@ -359,6 +360,7 @@ static struct tlb *table_of(struct vcpu *c, unsigned table)
             invalidate(&c->tlbs[table], kind, 0);
             invalidate(&c->tlbs[table], kind, TLB_SIZE - 1);
             invalidate_second(&c->tlbs[table], kind, 0);
+            invalidate_second(&c->tlbs[table], kind, TLB_SIZE - 1);
         }
     }
     return &c->tlbs[table];
@@ -391,64 +393,60 @@ static bool page_watched(const struct vcpu *c, u64 linear, u64 physical)
     return false;
 }
 
-static void note_filled(struct vcpu *c, bool global, unsigned table, enum tlb_kind kind, unsigned at)
+static void put_first(struct tlb *t, enum tlb_kind kind, unsigned at, const struct tlb_entry *from, u64 of_page)
 {
-    struct filled *f = &c->filled[global];
-    if (f->count < TLB_FILLED)
-        f->at[f->count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
-    f->count += f->count <= TLB_FILLED;
-}
-
-/* What is in the first place goes to its second one. */
-static void keep_in_second(struct vcpu *c, unsigned table, enum tlb_kind kind, unsigned at)
-{
-    struct tlb *t = &c->tlbs[table];
-    const struct tlb_entry *from = &entries(t, kind)[at];
-    if (from->page == TLB_INVALID(at))
-        return;
-    unsigned second = second_place(from->page);
-    struct tlb_entry *e = &t->second[kind][second];
-    u64 of_page = t->physical[kind][at];
-    if (e->page == from->page)
-        return; /* it was promoted, and the same still lies there */
-    note_filled(c, of_page & TLB_GLOBAL, table, kind, FILLED_SECOND | second);
-    __atomic_store_n(&t->second_physical[kind][second], of_page, __ATOMIC_RELAXED); /* as below */
+    struct tlb_entry *e = &entries(t, kind)[at];
+    __atomic_store_n(&t->physical[kind][at], of_page, __ATOMIC_RELEASE); /* tlb_may_write reads both in other threads */
     e->host = from->host;
     __atomic_store_n(&e->page, from->page, __ATOMIC_RELEASE);
-}
-
-static void put_first(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 of_page, u64 host)
-{
-    unsigned at = linear >> 12 & (TLB_SIZE - 1);
-    struct tlb_entry *e = &entries(&c->tlbs[table], kind)[at];
-    note_filled(c, of_page & TLB_GLOBAL, table, kind, at);
-    __atomic_store_n(&c->tlbs[table].physical[kind][at], of_page, __ATOMIC_RELEASE); /* tlb_may_write reads both in other threads */
-    e->host = host;
-    __atomic_store_n(&e->page, linear & PAGE_MASK, __ATOMIC_RELAXED);
     if (kind != TLB_EXECUTE)
-        c->tlbs[table].distances[kind == TLB_WRITE][at].distance = host - (linear & PAGE_MASK);
+        t->distances[kind == TLB_WRITE][at].distance = from->host - from->page;
+}
+static void put_second(struct tlb *t, enum tlb_kind kind, unsigned at, const struct tlb_entry *from, u64 of_page)
+{
+    __atomic_store_n(&t->second_physical[kind][at], of_page, __ATOMIC_RELEASE);
+    t->second[kind][at].host = from->host;
+    __atomic_store_n(&t->second[kind][at].page, from->page, __ATOMIC_RELEASE);
 }
 
-/* The page is in its second place: it changes with what has its first. It stays in the second, too, so that other threads see it in one
- * at any time; where both have the same second place, the other page goes. */
-static void promote(struct vcpu *c, enum tlb_kind kind, u64 linear)
+/* The entry in the second place changes with that in the first. */
+static void change_places(struct vcpu *c, enum tlb_kind kind, unsigned at)
 {
-    unsigned table = (unsigned)(c->map - c->tlbs), first = linear >> 12 & (TLB_SIZE - 1), at = second_place(linear);
-    const struct tlb_entry *e = &c->map->second[kind][at];
-    if (second_place(entries(c->map, kind)[first].page) != at)
-        keep_in_second(c, table, kind, first);
-    put_first(c, table, kind, linear, c->map->second_physical[kind][at], e->host);
+    struct tlb *t = c->map;
+    struct tlb_entry first = entries(t, kind)[at], second = t->second[kind][at];
+    u64 of_first = t->physical[kind][at], of_second = t->second_physical[kind][at];
+    atomic_fetch_add_explicit(&c->moves, 1, memory_order_acq_rel);
+    put_first(t, kind, at, &second, of_second);
+    put_second(t, kind, at, &first, of_first);
+    atomic_fetch_add_explicit(&c->moves, 1, memory_order_release);
+    t->second_newer[kind][at] ^= 1;
+}
+
+/* Of the entries of that place, the one that was filled last stays, in the second. */
+static void keep_newer(struct tlb *t, enum tlb_kind kind, unsigned at)
+{
+    const struct tlb_entry *first = &entries(t, kind)[at];
+    bool has_second = t->second[kind][at].page != TLB_INVALID(at);
+    if (first->page != TLB_INVALID(at) && !(has_second && t->second_newer[kind][at]))
+        put_second(t, kind, at, first, t->physical[kind][at]);
+    t->second_newer[kind][at] = 0;
 }
 
 static void enter(struct vcpu *c, unsigned table, enum tlb_kind kind, u64 linear, u64 physical, u64 host, const struct walk *w)
 {
-    keep_in_second(c, table, kind, linear >> 12 & (TLB_SIZE - 1));
+    unsigned at = linear >> 12 & (TLB_SIZE - 1);
+    struct filled *f = &c->filled[w->global];
+    if (f->count < TLB_FILLED)
+        f->at[f->count] = (u16)((table * TLB_KINDS + kind) << 10 | at);
+    f->count += f->count <= TLB_FILLED;
     if (w->large) {
         u64 first = linear & ~w->large, last = linear | w->large;
         c->large_low = first < c->large_low ? first : c->large_low;
         c->large_high = last > c->large_high ? last : c->large_high;
     }
-    put_first(c, table, kind, linear, (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0), host);
+    keep_newer(&c->tlbs[table], kind, at);
+    const struct tlb_entry entry = {linear & PAGE_MASK, host};
+    put_first(&c->tlbs[table], kind, at, &entry, (physical & PAGE_MASK) | (w->global ? TLB_GLOBAL : 0));
 }
 
 /* After a walk for `access`, which is allowed. */
@@ -528,8 +526,8 @@ u64 mmu_translate(struct vcpu *c, u64 linear, unsigned access)
     if (likely(entries(c->map, kind)[at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)))
         return (c->map->physical[kind][at] & PAGE_MASK) | (linear & 0xfff);
     c->looks = TLB_LOOKS; /* host code leaves one of so many to here, so that what is needed most has the first place, mostly */
-    if (c->map->second[kind][second_place(linear)].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)) {
-        promote(c, kind, linear);
+    if (c->map->second[kind][at].page == (linear & PAGE_MASK) && !(access & ACCESS_SUPERVISOR)) {
+        change_places(c, kind, at);
         return (c->map->physical[kind][at] & PAGE_MASK) | (linear & 0xfff);
     }
     if (c->watched[kind].page == (linear & PAGE_MASK) && c->watched[kind].map == c->map && !(access & ACCESS_SUPERVISOR))

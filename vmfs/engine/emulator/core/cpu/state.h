@@ -177,19 +177,14 @@ enum {
 
 /* ---- TLB ------------------------------------------------------------------------------------------------------ */
 
-enum { TLB_SIZE = 1024, TLB_FILLED = 1024, TLB_SECOND_BITS = 9, TLB_SECOND = 1 << TLB_SECOND_BITS, TLB_LOOKS = 64 };
+enum { TLB_SIZE = 1024, TLB_FILLED = 1024, TLB_LOOKS = 64 };
 #define PAGE_MASK (~(u64)0xfff)
 /* The address of a page that is never at that place of a table, and neither is the page before it: page 0, but at the first place
  * and at the last one. So a table that is all zeros is empty but for those, and is given memory as it is filled. */
 #define TLB_INVALID(at) ((u64)((((at) + 1) & (TLB_SIZE - 2)) ? 0 : TLB_SIZE / 2) << 12)
-/* What another page has taken the place of has a second place, by more of its address: pages of one index that a loop needs all
- * stay. It is looked at out of line, after the first (mmu_translate, translate/accesses.c). */
-#define SECOND_FACTOR 0x9e3779b1u
-ALWAYS_INLINE unsigned second_place(u64 linear)
-{
-    return (u32)(linear >> 12) * SECOND_FACTOR >> (32 - TLB_SECOND_BITS);
-}
-#define SECOND_INVALID(at) ((u64)((at) ? 0 : 2) << 12)
+/* Each place has a second: two pages of one index that a loop needs stay. It is looked at out of line, after the first (mmu_translate,
+ * translate/accesses.c), and then the two change. Which of them another page displaces does not follow from where they are, but from when
+ * they were filled, so that what the TLB holds is the same however the code is executed. */
 struct tlb_entry {
     u64 page;                 /* the linear page address where the fast path may, TLB_INVALID where not */
     u64 host;                 /* where the page is */
@@ -202,14 +197,14 @@ struct tlb {
     struct tlb_entry read[TLB_SIZE], write[TLB_SIZE], execute[TLB_SIZE];
     struct tlb_distance distances[2][TLB_SIZE]; /* of reads, of writes */
     u64 physical[TLB_KINDS][TLB_SIZE]; /* guest-physical pages, and TLB_GLOBAL */
-    struct tlb_entry second[TLB_KINDS][TLB_SECOND];
-    u64 second_physical[TLB_KINDS][TLB_SECOND];
+    struct tlb_entry second[TLB_KINDS][TLB_SIZE];
+    u64 second_physical[TLB_KINDS][TLB_SIZE];
+    u8 second_newer[TLB_KINDS + 1 /* for the size */][TLB_SIZE]; /* the second was filled after the first */
 };
 _Static_assert(sizeof(struct tlb) % 4096 == 0, "entries of two tables lie alike in their pages");
 enum { STRETCH_SLOTS = 8 };
 enum { TLB_GLOBAL = 1 };      /* MOV to CR3 leaves it (Intel SDM 3A 4.10.2.4) */
-/* Entries that were filled since they were last dropped: (table * TLB_KINDS + kind) << 10 | index, and FILLED_SECOND. */
-enum { FILLED_SECOND = 1 << 14 };
+/* Entries that were filled since they were last dropped: (table * TLB_KINDS + kind) << 10 | index. */
 struct filled { u16 at[TLB_FILLED]; unsigned count; /* more than TLB_FILLED: look at all */ };
 
 /* Which table the CPU uses: SUPERVISOR_AC is CPL < 3 with EFLAGS.AC set while CR4.SMAP is. NONE is never filled:
@@ -459,6 +454,7 @@ struct vcpu {
 
     struct vm *vm;
     unsigned index;
+    _Atomic u32 moves;        /* of entries between their places, begun and done: odd while one is in none */
     u32 looks;                /* host code: how many more times it may find a page in its second place (mmu_translate) */
     u64 stretches[STRETCH_SLOTS]; /* host code: where accesses with one check go (translate/emit.h) */
 };

@@ -52,22 +52,17 @@ _Static_assert(sizeof(struct tlb_entry) == 16, "the shift of addresses to entrie
 static i32 tlb_side(bool write) { return (i32)(write ? offsetof(struct tlb, write) : offsetof(struct tlb, read)); }
 static i32 second_side(bool write)
 {
-    return (i32)(offsetof(struct tlb, second) + (write ? TLB_WRITE : TLB_READ) * TLB_SECOND * sizeof(struct tlb_entry));
+    return (i32)(offsetof(struct tlb, second) + (write ? TLB_WRITE : TLB_READ) * TLB_SIZE * sizeof(struct tlb_entry));
 }
 
-/* TLB_NONE: that of c->tlb, whose address is in T0. */
-static unsigned table_of(const struct translation *t)
-{
-    return !(t->c->key & KEY_FIXED_TLB) ? TLB_NONE : t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
-}
 /* A word of the TLB at the index in T0, or at the entry, `at` bytes from the begin of its table. */
-static struct place in_table(unsigned table, i32 at)
+static struct place in_tlb(const struct translation *t, i32 at)
 {
-    if (table == TLB_NONE)
+    if (!(t->c->key & KEY_FIXED_TLB))
         return in_memory(T0, at);
+    unsigned table = t->c->key & KEY_CPL0 ? TLB_SUPERVISOR : TLB_USER;
     return (struct place){.memory = true, .base = C, .index = T0, .disp = (i32)(offsetof(struct vcpu, tlbs) + table * sizeof(struct tlb)) + at};
 }
-static struct place in_tlb(const struct translation *t, i32 at) { return in_table(table_of(t), at); }
 
 /* How far it is into its page is in T1. `bytes` from there on are of one page, and begin at a multiple of `alignment`; else to s. */
 static void compare_page(struct code *code, struct stub *s, unsigned bytes, unsigned alignment)
@@ -211,52 +206,23 @@ static void take_constant_page(struct translation *t, struct stub *s, u64 page, 
     load64(&t->code, T1, p);
 }
 
-/* One look less; the jump where there is none left. `more`: C is so much higher. */
-static u8 *count_look(struct code *code, i32 more)
-{
-    alu_constant(code, 0, GROUP_SUB, in_memory(C, (i32)offsetof(struct vcpu, looks) + more), 1);
-    return jump_if(code, CC_B);
-}
-
 void emit_look(struct translation *t, const struct look *look)
 {
     struct stub nowhere = {0};
     i32 side = second_side(look->write);
+    alu_constant(&t->code, 0, GROUP_SUB, FIELD(looks), 1);
+    stub_jump(&nowhere, jump_if(&t->code, CC_B));
     if (look->constant) {
-        stub_jump(&nowhere, count_look(&t->code, 0));
-        take_constant_page(t, &nowhere, look->page, side + (i32)(second_place(look->page) * sizeof(struct tlb_entry)));
+        take_constant_page(t, &nowhere, look->page, side + (i32)(look->page >> INDEX_SHIFT & INDEX_MASK));
     } else {
-        call_shared(t, shared_code(t->translator)->look[table_of(t)][look->write]);
+        put_modrm(&t->code, I_W, M1, 0x03, T1, in_tlb(t, tlb_side(look->write))); /* the linear address again */
+        put_modrm(&t->code, I_W, M1, 0x2b, T1, in_tlb(t, side));
         compare_page(&t->code, &nowhere, look->bytes, look->alignment);
         add_page(t, side);
     }
     land(jump(&t->code), look->found);
     for (unsigned i = 0; i < nowhere.jump_count; i++)
         land(nowhere.jumps[i], t->code.at);
-}
-
-void write_look(struct code *code, unsigned table, bool write)
-{
-    enum { PUSHED = 8 }; /* the return address: C is RSP */
-    i32 pushed = table == TLB_NONE ? 0 : PUSHED;
-    u8 *none = count_look(code, PUSHED);
-    put_modrm(code, I_W, M1, 0x03, T1, in_table(table, tlb_side(write) + pushed)); /* the linear address again */
-    load64(code, T0, in_register(T1)); /* second_place */
-    put_modrm(code, I_W, M1, 0xc1, 5, in_register(T0));
-    put8(code, 12);
-    put_modrm(code, 0, M1, 0x69, T0, in_register(T0));
-    put32(code, SECOND_FACTOR);
-    put_modrm(code, 0, M1, 0xc1, 5, in_register(T0));
-    put8(code, 32 - TLB_SECOND_BITS);
-    put_modrm(code, 0, M1, 0xc1, 4, in_register(T0));
-    put8(code, 4);
-    if (table == TLB_NONE)
-        put_modrm(code, I_W, M1, 0x03, T0, in_memory(C, (i32)offsetof(struct vcpu, tlb) + PUSHED));
-    put_modrm(code, I_W, M1, 0x2b, T1, in_table(table, second_side(write) + pushed));
-    put8(code, 0xc3);
-    land(none, code->at);
-    load_constant(code, T1, ~0ull); /* in no page */
-    put8(code, 0xc3);
 }
 
 void to_memory(struct translation *t, const struct record *r, bool leaves)
@@ -277,7 +243,7 @@ void to_memory(struct translation *t, const struct record *r, bool leaves)
     if (!s && constant_page(t, r, &constant)) {
         i32 inside = constant & 0xfff;
         u64 page = constant & PAGE_MASK;
-        if (table_of(t) == TLB_NONE)
+        if (!(t->c->key & KEY_FIXED_TLB))
             load64(code, T0, FIELD(tlb));
         if (!is_short(page))
             load_constant(code, T1, page);

@@ -11,7 +11,7 @@ struct region;
 struct part { u8 *from, *at, *top; struct region *regions; }; /* code from below, sites from above */
 
 /* Code that all regions share, as the writer sees it. */
-struct shared { u8 *leave, *call, *stop, *way, *look[TLB_TABLES][2]; void (*enter)(struct vcpu *, const u8 *); };
+struct shared { u8 *leave, *call, *stop, *way; void (*enter)(struct vcpu *, const u8 *); };
 
 /* Two mappings of the same pages, one to write and one to execute. They are made for the first part that is taken. */
 struct code_memory {

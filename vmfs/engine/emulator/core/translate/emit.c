@@ -141,7 +141,7 @@ struct stub *add_stub(struct translation *t, int kind, const struct record *r)
 }
 void stub_jump(struct stub *s, u8 *jump) { s->jumps[s->jump_count++] = jump; }
 
-void call_shared(struct translation *t, const u8 *target)
+static void call_shared(struct translation *t, const u8 *target)
 {
     put8(&t->code, 0xe8);
     put32(&t->code, 0);

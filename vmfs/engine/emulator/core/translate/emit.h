@@ -230,7 +230,6 @@ void find_block(struct translation *t, const struct record *r);  /* of the addre
 void emit_enter(struct translation *t, const struct record *r);  /* the block in T1, with its code in T0 */
 struct stub *add_stub(struct translation *t, int kind, const struct record *r);
 void stub_jump(struct stub *s, u8 *jump);
-void call_shared(struct translation *t, const u8 *target);
 
 extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_ADD, operation_AND, operation_CMP, operation_DEC,
     operation_IMUL, operation_INC, operation_LEA, operation_LEAVE, operation_MOVZX, operation_OR, operation_ROL, operation_ROR,
@@ -240,7 +239,6 @@ extern struct operation operation_MOV, operation_PUSH, operation_POP, operation_
 void plan_accesses(struct translation *t, struct member *m);
 unsigned try_run(struct translation *t, const struct member *m, const struct record *r);
 void emit_look(struct translation *t, const struct look *look);
-void write_look(struct code *code, unsigned table, bool write); /* for all regions: T1, of a page in the first place, to the same of the second */
 
 /* region.c */
 bool find_flags(struct translation *t, struct member *m); /* of each instruction; true: those of its entry are others now */

@@ -216,12 +216,6 @@ static void write_shared(struct code_memory *m)
     lea64(&code, RSP, in_memory(RSP, 8));
     restore_host(&code);
     put8(&code, 0xc3);
-
-    for (unsigned table = 0; table < TLB_TABLES; table++)
-        for (unsigned write = 0; write < 2; write++) {
-            shared->look[table][write] = code.at;
-            write_look(&code, table, write);
-        }
     enter += m->to_executable;
     memcpy(&shared->enter, &enter, sizeof enter);
 }
