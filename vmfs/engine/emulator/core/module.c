@@ -550,7 +550,7 @@ static PyObject *py_vm_run(VmObject *self, PyObject *args)
             continue;
         any = 1;
         cpu->signalled = 0;
-        vcpu_set_poll(cpu->vcpu, gettid() == getpid() ? poll_signals : NULL, cpu);
+        vcpu_set_poll(cpu->vcpu, is_main_thread() ? poll_signals : NULL, cpu);
     }
     if (!any)
         return fail(-EINVAL);
@@ -663,6 +663,20 @@ PyObject *exit_tuple(const struct vcpu_exit *e)
                          e->count, (unsigned long long)e->address, (int)e->cause, e->id, e->vector, e->message);
 }
 
+/* Whether this thread is its process's first. It is looked up once for each thread: two system calls were a quarter of what a short run
+ * costs. */
+static __thread enum { UNKNOWN, MAIN, ANOTHER } thread_is;
+
+static void is_forked(void) { thread_is = MAIN; }
+static void watch_forks(void) { pthread_atfork(NULL, NULL, is_forked); }
+
+bool is_main_thread(void)
+{
+    if (thread_is == UNKNOWN)
+        thread_is = gettid() == getpid() ? MAIN : ANOTHER;
+    return thread_is == MAIN;
+}
+
 /* Python calls signal handlers in its main thread only, between bytecodes: a run there has to let it. */
 bool poll_signals(void *argument)
 {
@@ -684,7 +698,7 @@ static PyObject *py_vcpu_run(VcpuObject *self, PyObject *args)
     self->running = 1;
     self->owner->running++;
     self->signalled = 0;
-    vcpu_set_poll(self->vcpu, gettid() == getpid() ? poll_signals : NULL, self);
+    vcpu_set_poll(self->vcpu, is_main_thread() ? poll_signals : NULL, self);
     Py_BEGIN_ALLOW_THREADS
     (goes_on ? vcpu_go_on : vcpu_run)(self->vcpu, budget, &exit);
     Py_END_ALLOW_THREADS
@@ -1271,6 +1285,8 @@ static int module_exec(PyObject *module)
         {"HOOK_CODE", HOOK_CODE}, {"HOOK_BLOCK", HOOK_BLOCK}, {"HOOK_MEMORY", HOOK_MEMORY}, {"IP", CORE_IP},
         {"INTERRUPT_QUEUE", INTERRUPT_QUEUE}, {"SLOTS", CORE_SLOTS}, {"VCPUS", CORE_VCPUS},
     };
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
     ModuleState *state = PyModule_GetState(module);
     state->vm_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vm_spec, NULL);
     state->vcpu_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vcpu_spec, NULL);

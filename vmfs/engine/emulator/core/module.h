@@ -40,6 +40,7 @@ typedef struct {
 
 int vcpu_idle(VcpuObject *self); /* else an exception is set */
 PyObject *exit_tuple(const struct vcpu_exit *e);
+bool is_main_thread(void);
 bool poll_signals(void *argument);
 
 /* module_hooks.c */

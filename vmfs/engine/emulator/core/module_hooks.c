@@ -186,7 +186,7 @@ static bool poll_deadline(void *argument)
     VcpuObject *self = argument;
     if (now() >= self->watching->deadline)
         return true;
-    return gettid() == getpid() && poll_signals(self);
+    return is_main_thread() && poll_signals(self);
 }
 
 /* A hook is called. 1: it ends the run, -1: an exception. */
@@ -293,7 +293,7 @@ PyObject *py_vcpu_run_hooked(VcpuObject *self, PyObject *const *args, Py_ssize_t
     w->leave = false;
     Py_INCREF(self->owner);
     self->owner->running++;
-    vcpu_set_poll(self->vcpu, w->deadline != UINT64_MAX || gettid() == getpid() ? poll_deadline : NULL, self);
+    vcpu_set_poll(self->vcpu, w->deadline != UINT64_MAX || is_main_thread() ? poll_deadline : NULL, self);
     if (w->count && passes && budget && w->stopped != began + 1) {
         place = vcpu_code_address(self->vcpu), place_at = began;
         int how = at_begin(self, args[0], &exit);
@@ -357,7 +357,7 @@ PyObject *py_vcpu_run_hooked(VcpuObject *self, PyObject *const *args, Py_ssize_t
             result = Py_NewRef(Py_None);
             break;
         }
-        if (turns % 1024 == 0 && ((gettid() == getpid() && PyErr_CheckSignals()) || now() >= w->deadline)) {
+        if (turns % 1024 == 0 && ((is_main_thread() && PyErr_CheckSignals()) || now() >= w->deadline)) {
             if (!PyErr_Occurred()) {
                 exit = (struct vcpu_exit){.reason = EXIT_LIMIT, .rip = vcpu_get_register(self->vcpu, CORE_IP)};
                 result = exit_tuple(&exit);

@@ -474,6 +474,7 @@ enum { WRITTEN = 32 };
 struct vm {
     struct slot slots[CORE_SLOTS];
     struct slot *sorted[CORE_SLOTS];
+    struct slot *last_slot;   /* that vm_find_slot found last, or NULL */
     unsigned slot_count;
     unsigned slot_end;        /* no slot from here on was ever used: they are not touched, so that they cost no memory */
     bool aliased;             /* two slots have bytes in common */
@@ -731,7 +732,13 @@ bool has_nx(const struct vcpu *c);
 bool cpuid_is_limited(const struct vcpu *c);
 u64 read_tsc(struct vcpu *c, const struct record *r);
 /* vm.c */
-struct slot *vm_slot(struct vm *vm, u64 physical);   /* the slot of that byte, or NULL */
+struct slot *vm_find_slot(struct vm *vm, u64 physical);
+/* The slot of that byte, or NULL. It is mostly the one of the byte before. */
+static inline struct slot *vm_slot(struct vm *vm, u64 physical)
+{
+    struct slot *slot = __atomic_load_n(&vm->last_slot, __ATOMIC_RELAXED);
+    return likely(slot && physical - slot->address < slot->size) ? slot : vm_find_slot(vm, physical);
+}
 #define NO_PAGE (~0ull)
 u64 alias_page(const struct slot *of, u64 page, const struct slot *in); /* where `in` has that page of `of`, or NO_PAGE */
 void vcpu_reset(struct vcpu *c);

@@ -1,5 +1,6 @@
 /* Tracing: records of what the CPU does, in a buffer of its own that the CPU's thread delivers when it is full, when the run
  * ends, and now and then. See tracer.h. */
+#include "atomic.h"
 #include "tracer.h"
 
 #include <stdlib.h>
@@ -208,7 +209,7 @@ void tracer_memory(struct vcpu *c, u64 linear, const void *data, unsigned bytes,
         r->flags = (u8)((write ? CORE_TRACE_WRITE : 0) | (implicit ? CORE_TRACE_IMPLICIT : 0) |
                         (bytes > n ? CORE_TRACE_MORE : 0));
         r->mem.address = linear;
-        memcpy(r->mem.value, from, n);
+        copy_in(r->mem.value, from, n);
     }
 }
 

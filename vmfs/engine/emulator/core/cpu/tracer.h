@@ -35,7 +35,7 @@ void tracer_prologue(const struct record *r, struct record *prologue);
 /* mode_changed: sets `memory`; whether instructions are traced now. */
 bool tracer_mode(struct vcpu *c);
 /* An access is done. */
-COLD void tracer_memory(struct vcpu *c, u64 linear, const void *data, unsigned bytes, bool write, bool implicit);
+void tracer_memory(struct vcpu *c, u64 linear, const void *data, unsigned bytes, bool write, bool implicit);
 /* An exception or interrupt is about to be delivered, with the instruction pointer in gpr[GPR_IP] or, where c->now is set,
  * that of an INT n. */
 enum tracer_event { TRACER_EXCEPTION, TRACER_EXTERNAL, TRACER_NMI, TRACER_SOFTWARE };

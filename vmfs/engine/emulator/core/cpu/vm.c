@@ -86,7 +86,7 @@ void vm_destroy(struct vm *vm)
 
 /* ---- Memory -------------------------------------------------------------------------------------------------------------- */
 
-struct slot *vm_slot(struct vm *vm, u64 physical)
+struct slot *vm_find_slot(struct vm *vm, u64 physical)
 {
     unsigned low = 0, high = vm->slot_count;
     while (low < high) {
@@ -96,8 +96,10 @@ struct slot *vm_slot(struct vm *vm, u64 physical)
             high = middle;
         else if (physical - slot->address >= slot->size)
             low = middle + 1;
-        else
+        else {
+            __atomic_store_n(&vm->last_slot, slot, __ATOMIC_RELAXED);
             return slot;
+        }
     }
     return NULL;
 }
@@ -166,6 +168,7 @@ int vm_map(struct vm *vm, unsigned number, uint64_t address, void *host, uint64_
     free_slot(slot);
     *slot = fresh;
     vm->slot_count = 0;
+    vm->last_slot = NULL;
     vm->slot_end = vm->slot_end > number ? vm->slot_end : number + 1;
     for (unsigned i = 0; i < vm->slot_end; i++)
         if (vm->slots[i].size)
