@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from host.openers import NOBODY, Opened, me
+from mounting import wait_until
 
 from vmfs.devices.network.backends import Passt, Tap
 from vmfs.devices.virtio.share import RemoteServer
@@ -143,12 +144,11 @@ def test_frames_through_a_tap() -> None:
             packets.bind((name, 0))
             packets.settimeout(60)
             frame = b"\xff" * 6 + mac + b"\x88\xb5" + b"from the guest".ljust(50)
-            assert tap.send(frame)
+            assert tap.send_all([frame]) == 1
             while packets.recv(2000) != frame:
                 pass
             packets.send(b"\xff" * 6 + mac + b"\x88\xb5" + b"to the guest".ljust(50))
-            frames = iter(tap.receive, None)
-            assert any(b"to the guest" in one for one in frames if one)
+            wait_until(lambda: any(b"to the guest" in one for one in tap.receive_all(16)), "the frame comes")
     finally:
         tap.close()
 
