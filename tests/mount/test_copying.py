@@ -42,7 +42,7 @@ def _pc(vm: Machine) -> Machine:
 
 @pytest.fixture(scope="module")
 def resting(server):
-    """A machine that has run and rests: a PC on the emulator, a bare one on KVM. (All its files are read in each test.)"""
+    """A machine that has run and rests: a PC on the emulator, a bare one on KVM. (Each test reads all its files.)"""
     vm = server.make()
     is_bare = vm.read("engine") == "kvm\n"
     vm = (_bare if is_bare else _pc)(vm)
