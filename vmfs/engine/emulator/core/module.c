@@ -665,7 +665,7 @@ PyObject *exit_tuple(const struct vcpu_exit *e)
 
 /* Whether this thread is its process's first. It is looked up once for each thread: two system calls were a quarter of what a short run
  * costs. */
-static __thread enum { UNKNOWN, MAIN, ANOTHER } thread_is;
+static __thread __attribute__((tls_model("initial-exec"))) enum { UNKNOWN, MAIN, ANOTHER } thread_is;
 
 static void is_forked(void) { thread_is = MAIN; }
 static void watch_forks(void) { pthread_atfork(NULL, NULL, is_forked); }
