@@ -90,7 +90,7 @@ def sector(sector_size: int) -> bytes:
 
 
 def cd(folder: Path) -> Path:
-    """A CD that boots the sector by El Torito, without emulation, with as much behind it as is read."""
+    """A CD that boots the sector by El Torito, without emulation, with as much after it as is read."""
     tree = folder / "tree"
     tree.mkdir()
     (tree / "boot").write_bytes(sector(2048))

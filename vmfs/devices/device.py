@@ -18,6 +18,7 @@ the type's constraints, then `check`, say what no device can be, before anything
 from __future__ import annotations
 
 import abc
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -145,6 +146,10 @@ class Port(Protocol):
     ) -> None: ...
 
 
+def error_name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or errno.EIO, str(error.errno))
+
+
 class Device(abc.ABC, Generic[S]):
     """A device with the name that it has under dev/. Subclasses set TYPE and STATE, and what they need of the rest.
 
@@ -174,6 +179,11 @@ class Device(abc.ABC, Generic[S]):
     def counters(self) -> Counter[str]:
         self.count()
         return self._counters
+
+    def count_host_error(self, error: OSError) -> None:
+        """The host could not do what a command of a drive needs."""
+        self.counters[f"host_errors.{error_name(error)}"] += 1
+        self.board.counters["host_errors"] += 1
 
     def count(self) -> None:  # noqa: B027
         """Add what its chip has counted since the last time."""

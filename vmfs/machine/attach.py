@@ -84,10 +84,14 @@ class Row:
     most: int
     acquire: Callable[[Door, list[str]], Any]
     make: Callable[[Request, Any], Device]
-    name: Callable[[Pc, str, list[str]], str] = lambda board, kind, words: _numbered(board, kind)
+    name: Callable[[Pc, str, list[str]], str] = lambda board, kind, words: _by_number(board, kind, words)
     hand: Callable[[Any], tuple[int, ...]] = lambda device: _alone(device)
     take: Callable[[Door, list[str], tuple[int, ...]], Any] = lambda door, words, fds: None
     mode: Callable[[list[str]], str] = lambda words: ""
+
+
+def _by_number(board: Pc, kind: str, words: list[str]) -> str:
+    return _numbered(board, kind)
 
 
 def _alone(device: Device) -> tuple[int, ...]:
@@ -455,19 +459,19 @@ def _make_share(request: Request, server: Any) -> Device:
     return Share(request.board, request.name, request.slot, server, tag, path=path)
 
 
+def _disk(
+    line: str,
+    most: int,
+    make: Callable[[Request, Any], Device],
+    name: Callable[[Pc, str, list[str]], str] = _by_number,
+) -> Row:
+    """Of a device that is one disk."""
+    return Row(line, 1, most, _open_disk, make, name, hand=_hand_disk, take=_take_disk, mode=_disk_mode)
+
+
 def _ata(line: str, most: int, name: Callable[[Pc, str, list[str]], str]) -> Row:
     """A disk at a controller of ATA's."""
-    return Row(
-        line,
-        1,
-        most,
-        _open_disk,
-        lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]),
-        name,
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
-    )
+    return _disk(line, most, lambda request, disk: AtaDisk(request.board, request.name, disk[0], path=disk[1]), name)
 
 
 def _atapi(line: str, most: int, name: Callable[[Pc, str, list[str]], str]) -> Row:
@@ -494,40 +498,25 @@ def _ide_cdrom_name(board: Pc, kind: str, words: list[str]) -> str:
 
 
 ATTACHABLE: Mapping[str, Row] = {
-    "blk": Row(
+    "blk": _disk(
         "blk PATH [ro|rw|cow] [format=FORMAT]",
-        1,
         3,
-        _open_disk,
         lambda request, disk: Block(request.board, request.name, request.slot, disk[0], path=disk[1]),
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
     ),
     "ide": _ata("ide PATH [ro|rw|cow] [as=hda|hdb|hdc|hdd] [format=FORMAT]", 4, _ide_name),
     "cdrom": _atapi("cdrom [PATH] [as=hda|hdb|hdc|hdd] [format=FORMAT]", 3, _ide_cdrom_name),
     "ahci": _ata("ahci PATH [ro|rw|cow] [format=FORMAT]", 3, _sata_name),
     "ahci-cdrom": _atapi("ahci-cdrom [PATH] [format=FORMAT]", 2, _sata_name),
-    "nvme": Row(
+    "nvme": _disk(
         "nvme PATH [ro|rw|cow] [format=FORMAT]",
-        1,
         3,
-        _open_disk,
         lambda request, disk: Nvme(request.board, request.name, request.slot, disk[0], path=disk[1]),
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
     ),
-    "usb-disk": Row(
+    "usb-disk": _disk(
         "usb-disk PATH [ro|rw|cow] [format=FORMAT]",
-        1,
         3,
-        _open_disk,
         lambda request, disk: UsbDisk(request.board, request.name, disk[0], path=disk[1]),
         _usb_name,
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
     ),
     "usb-kbd": Row(
         "usb-kbd", 0, 0, _nothing, lambda r, _: UsbKeyboard(r.board, r.name), _usb_name, hand=lambda device: ()
@@ -552,17 +541,7 @@ ATTACHABLE: Mapping[str, Row] = {
         take=_take_floppy,
         mode=lambda words: _disk_mode(words) if _plain(words) else "",
     ),
-    "pflash": Row(
-        "pflash PATH [ro|rw|cow]",
-        1,
-        2,
-        _open_disk,
-        _make_flash,
-        _flash_name,
-        hand=_hand_disk,
-        take=_take_disk,
-        mode=_disk_mode,
-    ),
+    "pflash": _disk("pflash PATH [ro|rw|cow]", 2, _make_flash, _flash_name),
     "net": Row(
         nets.USAGE,
         1,

@@ -29,7 +29,7 @@ static void copy_out(const struct ram *ram, const struct chain *chain, u64 skip,
     }
 }
 
-/* Where IP and TCP of a packet that is to be cut begin, and where its payload; false: there is none. */
+/* Find where IP, TCP and the payload begin in a packet that is to be cut. False: it has none of them. */
 static bool find_headers(const u8 *frame, size_t length, const struct head *h, unsigned *ip, unsigned *header)
 {
     unsigned kind = get16(frame + 12), tcp = h->csum_start, least = h->gso_type == GSO_TCPV4 ? 20 : 40;
@@ -217,7 +217,7 @@ static size_t source_next(struct source *s, const u8 **data)
     }
 }
 
-/* Into what of a chain the device may write; how much that was. */
+/* Write into the parts of a chain that the device may write. Returns how many bytes that were. */
 static u32 fill(struct ram *ram, const struct chain *chain, struct source *source, u64 *left)
 {
     u32 done = 0;

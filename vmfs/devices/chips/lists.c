@@ -1,5 +1,5 @@
 /* Where the data of a disk's command are: the tables that drivers of IDE, AHCI and NVMe put into RAM, walked without Python. Each entry is
- * read once. What no driver may write there is a number instead of a list; the device says what that is to its driver. */
+ * read once. A table that no driver may write gives a number instead of a list, and the device tells its driver what that number means. */
 #include "lists.h"
 
 #include <string.h>

@@ -10,7 +10,6 @@ Source: ATA/ATAPI-6 (T13/1410D), chapters 6.2 (addresses), 8 (commands) and 8.15
 
 from __future__ import annotations
 
-import errno
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -342,8 +341,7 @@ class AtaDisk(Drive[AtaState]):
         self._show_address()
 
     def _host_failed(self, error: OSError, code: int) -> None:
-        self.counters[f"host_errors.{errno.errorcode.get(error.errno or errno.EIO, str(error.errno))}"] += 1
-        self.board.counters["host_errors"] += 1
+        self.count_host_error(error)
         self._show_address()
         self.fail(code)
 

@@ -19,9 +19,18 @@ import msgspec
 from vmfs.devices.device import U8, U32, Port
 from vmfs.devices.ide import mmc
 from vmfs.devices.ide.drive import ABRT, DRDY, DSC, ERR, Drive, DriveState, mode_words, words_of
-from vmfs.devices.ide.mmc import Sense
 from vmfs.devices.ide.sectors import USER, parts, raw_sector, sector_of
 from vmfs.devices.medium import Removable
+from vmfs.devices.scsi import (
+    BAD_COMMAND,
+    BAD_FIELD,
+    NO_SENSE,
+    NOT_SAVED,
+    OUT_OF_RANGE,
+    READ_ERROR,
+    Sense,
+    sense_data,
+)
 from vmfs.devices.virtio.disk import Disk
 from vmfs.words.errors import Invalid
 
@@ -33,13 +42,7 @@ _BLOCKS_AT_ONCE = 16
 _USER_DATA = 0x10  # READ CD's byte 9
 BLOCKS_MOST = 0xFFFF_FFFF
 
-NO_SENSE: Sense = (0, 0, 0)
 NO_MEDIUM: Sense = (2, 0x3A, 0)
-READ_ERROR: Sense = (3, 0x11, 0)
-BAD_COMMAND: Sense = (5, 0x20, 0)
-OUT_OF_RANGE: Sense = (5, 0x21, 0)
-BAD_FIELD: Sense = (5, 0x24, 0)
-NOT_SAVED: Sense = (5, 0x39, 0)
 LOCKED: Sense = (5, 0x53, 2)
 WRONG_TRACK: Sense = (5, 0x64, 0)
 CHANGED: Sense = (6, 0x28, 0)
@@ -273,8 +276,7 @@ class CdDrive(Removable, Drive[CdState]):
         if error.errno == errno.ENOMEDIUM:
             self._check(NO_MEDIUM)
             return
-        self.counters[f"host_errors.{errno.errorcode.get(error.errno or errno.EIO, str(error.errno))}"] += 1
-        self.board.counters["host_errors"] += 1
+        self.count_host_error(error)
         self._check(READ_ERROR)
 
     # ---- DMA
@@ -335,7 +337,7 @@ class CdDrive(Removable, Drive[CdState]):
         sense, self.sense = self.sense, NO_SENSE
         if self.has_attention and sense == NO_SENSE:
             sense, self.has_attention = CHANGED, False
-        self._answer(mmc.sense_data(sense), packet[4])
+        self._answer(sense_data(sense), packet[4])
 
     def _inquiry(self, packet: bytes) -> None:
         if packet[1] & 1 or packet[2]:

@@ -247,7 +247,7 @@ class Channel:
     # ---- the bus master
 
     def write_bus(self, offset: int, size: int, value: int) -> None:
-        """What the chip does not do itself: what begins or ends something, and what no driver writes."""
+        """The chip leaves the rest to this: writes that begin or end something, and those that no driver makes."""
         command, status, table = self.controller.chip.bus(self.number)
         if offset >= _BM_TABLE:
             shift, mask = 8 * (offset - _BM_TABLE), (1 << 8 * size) - 1

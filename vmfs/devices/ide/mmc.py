@@ -1,6 +1,6 @@
 """What a CD-ROM drive answers to commands that ask for data: of one session with one track of data.
 
-Source: MMC-4 (INCITS 401), chapters 5 (features), 6 (commands), 7 (mode pages); SPC-3 for INQUIRY and sense.
+Source: MMC-4 (INCITS 401), chapters 5 (features), 6 (commands), 7 (mode pages); SPC-3 for INQUIRY.
 """
 
 from __future__ import annotations
@@ -15,16 +15,9 @@ VENDOR, PRODUCT, REVISION = b"vmfs    ", b"CD-ROM          ", b"1.0 "
 MEDIA_CLASS = 4
 _CD_PROFILE = 0x0008
 
-Sense = tuple[int, int, int]  # key, additional code, its qualifier
-
 
 def inquiry() -> bytes:
     return bytes((5, 0x80, 5, 0x32, 31, 0, 0, 0)) + VENDOR + PRODUCT + REVISION
-
-
-def sense_data(sense: Sense) -> bytes:
-    key, code, qualifier = sense
-    return bytes((0x70, 0, key, 0, 0, 0, 0, 10, 0, 0, 0, 0, code, qualifier, 0, 0, 0, 0))
 
 
 def _address(sector: int, in_msf: bool) -> bytes:

@@ -63,7 +63,7 @@ class Card(Device[S]):
         self._starved = False  # frames may wait in the backend for buffers
         self._blocked = False  # frames of the guest wait for room in the backend
         self._is_timed = self._ends = False  # inputs have times; the end of the link is one that has not come yet
-        self._keeps = False  # the thread leaves what arrives where it is, and is to be told when it may go on
+        self._keeps = False  # the thread reads nothing from the backend until it is told to go on
         self._held: deque[bytes] = deque()  # frames after `_frame`, which were taken from the backend with it
         self._posted: deque[bytes] = deque()  # frames that were sent, and that the backend has not taken
         self._posted_size = 0

@@ -6,9 +6,9 @@ Source: National Semiconductor DP8390D/NS32490D data sheet; AN-729 (the NE2000's
 copies by the remote DMA at the data port (chips/remote.c).
 
 Drivers stay in their interrupt while packets come, and copy them with the CPU. So to one that takes interrupts packets
-come as on a wire of 10 Mbit/s: what has come is to be read first, and then the wire rests for as long as that has
-taken. Else such a guest does nothing else any more. It clears the interrupt of what it has not looked at yet, so it is
-told again and again of packets that are not read.
+come as on a wire of 10 Mbit/s: the driver first reads those that are there, and then the wire rests for as long as
+they take on it. Else such a guest does nothing else any more. It clears the interrupt of what it has not looked at yet,
+so it is told again and again of packets that are not read.
 """
 
 from __future__ import annotations

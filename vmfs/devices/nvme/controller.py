@@ -10,7 +10,6 @@ Source: NVM Express 1.4, chapters 3.1 (registers), 5 (admin commands), 6 (NVM co
 
 from __future__ import annotations
 
-import errno
 import struct
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -357,8 +356,7 @@ class Nvme(PciDevice[NvmeState]):
             return OK
         if not isinstance(error, OSError):
             raise error
-        self.counters[f"host_errors.{errno.errorcode.get(error.errno or errno.EIO, str(error.errno))}"] += 1
-        self.board.counters["host_errors"] += 1
+        self.count_host_error(error)
         return job.failure
 
     def _job(self, command: Command) -> Job:

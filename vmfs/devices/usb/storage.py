@@ -8,7 +8,6 @@ Source: Universal Serial Bus Mass Storage Class, Bulk-Only Transport 1.0; SPC-3 
 
 from __future__ import annotations
 
-import errno
 import struct
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
@@ -18,6 +17,18 @@ import msgspec
 from vmfs.devices.device import U8, U32, U64, Port
 from vmfs.devices.ide.ata import OverlayMap
 from vmfs.devices.ide.drive import cut
+from vmfs.devices.scsi import (
+    BAD_COMMAND,
+    BAD_FIELD,
+    NO_SENSE,
+    NOT_SAVED,
+    OUT_OF_RANGE,
+    READ_ERROR,
+    WRITE_ERROR,
+    WRITE_PROTECTED,
+    Sense,
+    sense_data,
+)
 from vmfs.devices.usb.device import BULK, SUPER, Endpoint, Job, Setup, Stall, UsbDevice, UsbState, scatter
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.words.errors import Invalid
@@ -28,16 +39,6 @@ PASSED, FAILED, PHASE_ERROR = range(3)
 _REPLY_MOST = 4096
 _FUA = 0x08  # of a write's second byte
 _RESET, _MAX_LUN = 0xFF, 0xFE
-
-Sense = tuple[int, int, int]
-NO_SENSE: Sense = (0, 0, 0)
-READ_ERROR: Sense = (3, 0x11, 0)
-WRITE_ERROR: Sense = (3, 0x0C, 0)
-BAD_COMMAND: Sense = (5, 0x20, 0)
-OUT_OF_RANGE: Sense = (5, 0x21, 0)
-BAD_FIELD: Sense = (5, 0x24, 0)
-NOT_SAVED: Sense = (5, 0x39, 0)
-WRITE_PROTECTED: Sense = (7, 0x27, 0)
 
 
 class UsbDiskState(UsbState):
@@ -252,8 +253,7 @@ class UsbDisk(UsbDevice[UsbDiskState]):
         self.counters[f"{what}_bytes"] += count
 
     def _host_failed(self, error: OSError, sense: Sense) -> None:
-        self.counters[f"host_errors.{errno.errorcode.get(error.errno or errno.EIO, str(error.errno))}"] += 1
-        self.board.counters["host_errors"] += 1
+        self.count_host_error(error)
         self._fail(sense)
 
     # ---- commands: whether data goes to the host, and how much
@@ -266,8 +266,8 @@ class UsbDisk(UsbDevice[UsbDiskState]):
         return True, 0
 
     def _request_sense(self, block: bytes) -> tuple[bool, int]:
-        (key, code, qualifier), self.sense = self.sense, NO_SENSE
-        return self._answer(struct.pack(">BxBxxxxBxxxxBBxxxx", 0x70, key, 10, code, qualifier), block[4])
+        sense, self.sense = self.sense, NO_SENSE
+        return self._answer(sense_data(sense), block[4])
 
     def _inquiry(self, block: bytes) -> tuple[bool, int]:
         room = int.from_bytes(block[3:5], "big")

@@ -15,7 +15,6 @@ before it is answered.
 
 from __future__ import annotations
 
-import errno
 import struct
 import threading
 from collections import Counter
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import msgspec
 
 from vmfs.devices import _chips
-from vmfs.devices.device import U32, U64, Port
+from vmfs.devices.device import U32, U64, Port, error_name
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.devices.virtio.pci import FIRST_DEVICE, VirtioDevice, VirtioState
 from vmfs.devices.virtio.queue import Chain, DriverError, Span, Virtqueue, part
@@ -253,7 +252,7 @@ class Block(VirtioDevice[BlockState]):
             status, written = self._request(kind, sector, chain, room - 1, counts)
         except OSError as error:
             status, written = IOERR, 0
-            counts[f"host_errors.{_name_of(error)}"] += 1
+            counts[f"host_errors.{error_name(error)}"] += 1
         if status == IOERR:
             counts["errors.io"] += 1
         chain.write(bytes((status,)), room - 1)
@@ -383,7 +382,3 @@ class Block(VirtioDevice[BlockState]):
 def _count(counts: Counter[str], what: str, length: int) -> None:
     counts[f"{what}_requests"] += 1
     counts[f"{what}_bytes"] += length
-
-
-def _name_of(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or errno.EIO, str(error.errno))
