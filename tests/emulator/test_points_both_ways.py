@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
-from emulator.test_translator import CODE, COUNTER, DATA, INTERPRETED, STACK, TIMES, WAYS, program  # noqa: E402
+from emulator.test_translator import CODE, COUNTER, DATA, INTERPRETED, STACK, TIMES, WAYS, go_by, program  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -63,10 +63,7 @@ def stops(way, code, state, text, runs):
     """After each run: how it ended, the registers, the points with their counts, and what was executed."""
     rng = random.Random(state)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
-            patch.delenv(name, raising=False)
-        for name, value in way.items():
-            patch.setenv(name, value)
+        go_by(way, patch)
         vm = Vm(EmulatorEngine(), memory_size=1 << 20)
         try:
             vm.set_mode("long")

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("vmfs.engine.emulator._core", reason="the emulator core is not built: make setup")
 
+from emulator.test_translator import go_by  # noqa: E402
+
 from vmfs.engine.base import Vcpu  # noqa: E402
 from vmfs.engine.emulator.engine import EmulatorEngine, EmulatorMachine  # noqa: E402
 from vmfs.memory.ram import Memory  # noqa: E402
@@ -51,10 +53,7 @@ def machine(
 ) -> Iterator[tuple[EmulatorMachine, Vcpu, Memory]]:
     """64-bit mode. The low MiB is where it is, each of PAGES at `physical`, full of its number, and the page after it
     further on."""
-    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in way.items():
-        monkeypatch.setenv(name, value)
+    go_by(way, monkeypatch)
     memory = Memory(RAM)
     found = EmulatorEngine().create_machine()
     try:

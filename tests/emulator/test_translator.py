@@ -32,6 +32,14 @@ INTERPRETED = {"VMFS_NO_JIT": "1"}
 WAYS = ({"VMFS_JIT_THRESHOLD": "0"}, {"VMFS_JIT_THRESHOLD": "3"}, {"VMFS_JIT_THRESHOLD": "0", "VMFS_JIT_SEED": "5"})
 
 
+def go_by(way: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines made from now on execute that way: these words in the environment, and no other of the translator's."""
+    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in way.items():
+        monkeypatch.setenv(name, value)
+
+
 # PADDD PXOR MOVDQA PADDQ COMISD; MOVUPS ADDPS SHUFPS; MOVDQU MOVSS; MULSD MOVSD; both ways where there are two
 VECTORS = (
     *((b"\x66", bytes([0x0F, opcode])) for opcode in (0xFE, 0xEF, 0x6F, 0x7F, 0xD4, 0x2F)),
@@ -350,10 +358,7 @@ def result(
 ) -> tuple:
     """Registers, vectors, memory, exit, instructions; and what the CPU counted. `events`: between two stops, whose
     registers are there, too, interrupts come, which change page tables."""
-    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in way.items():
-        monkeypatch.setenv(name, value)
+    go_by(way, monkeypatch)
     rng = random.Random(state)
     memory = Memory(RAM)
     machine = EmulatorEngine().create_machine()
@@ -484,10 +489,7 @@ def two_pages(
 ) -> Iterator[tuple[Vcpu, Memory]]:
     """Bytes 0 to 255 again and again in the page of DATA, 255 to 0 in the one after it, which is elsewhere, and zeros
     in what lies behind DATA's page in the host; when the code has run to its HLT."""
-    for name in ("VMFS_NO_JIT", "VMFS_JIT_THRESHOLD", "VMFS_JIT_SEED"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in way.items():
-        monkeypatch.setenv(name, value)
+    go_by(way, monkeypatch)
     memory = Memory(RAM)
     machine = EmulatorEngine().create_machine()
     try:
