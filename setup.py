@@ -77,7 +77,7 @@ def extensions():
             extra_compile_args=COMPILE + pkg_config("--cflags", "fuse3"),
             extra_link_args=LINK + ["-ldl"],
         ))
-    if os.path.exists(f"{CORE}/module.c"):
+    if os.path.exists(f"{CORE}/python/module.c"):
         found.append(Extension(
             "vmfs.engine.emulator._core",
             sources=sorted(glob(f"{CORE}/**/*.c", recursive=True)),

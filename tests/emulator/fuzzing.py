@@ -30,15 +30,14 @@ SOURCES = ("main.c", "freedoms.c", "generate.c", "host.c", "ways.c")
 
 
 def objects() -> list[str]:
-    """What the extension in use was linked from, but for the module. VMFS_FUZZ_OBJECTS: another folder."""
+    """What the extension in use was linked from, but for what knows Python. VMFS_FUZZ_OBJECTS: another folder."""
     if folder := os.environ.get("VMFS_FUZZ_OBJECTS"):
         found = glob.glob(f"{folder}/**/*.o", recursive=True)
     elif sanitized():
         found = glob.glob(str(ROOT / "build/asan/temp/vmfs/engine/emulator/core/**/*.o"), recursive=True)
     else:
         found = glob.glob(str(ROOT / "build/temp.*/vmfs/engine/emulator/core/**/*.o"), recursive=True)
-    python = ("module.o", "module_hooks.o")
-    return sorted(each for each in found if os.path.basename(each) not in python and _has_source(each))
+    return sorted(each for each in found if "/core/python/" not in each and _has_source(each))
 
 
 def _has_source(compiled: str) -> bool:

@@ -1,4 +1,4 @@
-"""The emulator engine: the contract of `vmfs.engine.base` over the C core (core/core.h, by core/module.c).
+"""The emulator engine: the contract of `vmfs.engine.base` over the C core (core/core.h, by core/python/).
 
 It runs everywhere, counts instructions, stops after exactly as many as it is told, and in its deterministic
 time the same start and the same inputs give the same run. Break- and watchpoints are kept outside of guest

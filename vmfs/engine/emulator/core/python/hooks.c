@@ -28,12 +28,6 @@ struct watching {
     uint64_t stopped;    /* the instructions before a hook has ended a run: it is not called again where the next one begins */
 };
 
-static PyObject *fail(int error)
-{
-    errno = error;
-    return PyErr_SetFromErrno(PyExc_OSError);
-}
-
 static struct watching *watching_of(VcpuObject *self)
 {
     if (!self->watching && !(self->watching = calloc(1, sizeof *self->watching)))
@@ -71,7 +65,7 @@ static int register_number(PyObject *number)
         return -1;
     if ((n >= 0 && n < 16) || n == CORE_IP)
         return (int)n;
-    fail(EINVAL);
+    fail(-EINVAL);
     return -1;
 }
 
@@ -115,7 +109,7 @@ PyObject *py_vcpu_set_hooks(VcpuObject *self, PyObject *list)
     if (!w)
         return NULL;
     if (w->inside)
-        return fail(EBUSY);
+        return fail(-EBUSY);
     if (!PyList_Check(list)) {
         PyErr_SetString(PyExc_TypeError, "hooks: a list of (id, kind, call or None, stops, begin, end)");
         return NULL;
@@ -283,7 +277,7 @@ PyObject *py_vcpu_run_hooked(VcpuObject *self, PyObject *const *args, Py_ssize_t
     if (PyErr_Occurred())
         return NULL;
     if (w->inside)
-        return fail(EBUSY);
+        return fail(-EBUSY);
     struct vcpu_exit exit = {.reason = EXIT_NONE};
     PyObject *result = NULL;
     uint64_t began = instructions(self), at = began, place = 0, place_at = 0; /* the last one where a hook may be, and when */
@@ -414,20 +408,20 @@ PyObject *py_vcpu_set_coverage(VcpuObject *self, PyObject *args)
     if (!w || !PyArg_ParseTuple(args, "OIKK", &buffer, &modes, &first, &last))
         return NULL;
     if (w->inside)
-        return fail(EBUSY);
+        return fail(-EBUSY);
     Py_buffer map = {0};
     if (buffer != Py_None && PyObject_GetBuffer(buffer, &map, PyBUF_WRITABLE))
         return NULL;
     if (map.obj && (map.len < 256 || map.len & (map.len - 1))) {
         PyBuffer_Release(&map);
-        return fail(EINVAL);
+        return fail(-EINVAL);
     }
     struct core_trace want = {map.obj ? 1 << CORE_TRACE_INSN : 0, modes, first, last, 0, UINT64_MAX};
     int error = vcpu_set_trace(self->vcpu, &want, count_edges, self);
     if (error) {
         if (map.obj)
             PyBuffer_Release(&map);
-        return fail(-error);
+        return fail(error);
     }
     if (w->map.obj)
         PyBuffer_Release(&w->map);

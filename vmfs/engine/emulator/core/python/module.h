@@ -1,4 +1,4 @@
-/* The Python objects of the core's module: module.c, and module_hooks.c for those who watch every step. */
+/* The Python objects of the core's module, and what the files of this folder ask of each other. */
 #ifndef VMFS_MODULE_H
 #define VMFS_MODULE_H
 
@@ -38,12 +38,27 @@ typedef struct {
     PyTypeObject *vm_type, *vcpu_type;
 } ModuleState;
 
-int vcpu_idle(VcpuObject *self); /* else an exception is set */
+PyObject *fail(long error); /* OSError of an errno below 0; NULL */
+
+/* vm.c, vcpu.c */
+extern PyType_Spec vm_spec, vcpu_spec;
+int vcpu_alive(VcpuObject *self); /* else an exception is set */
+int vcpu_idle(VcpuObject *self);
 PyObject *exit_tuple(const struct vcpu_exit *e);
 bool is_main_thread(void);
 bool poll_signals(void *argument);
+void watch_forks(void);
 
-/* module_hooks.c */
+/* states.c */
+typedef long get_state(void *owner, const char *name, void *data, size_t size);
+typedef int set_state(void *owner, const char *name, const void *data, size_t size);
+PyObject *get_states(void *owner, get_state *get, PyObject *names);
+PyObject *put_states(void *owner, get_state *get, set_state *set, PyObject *values);
+
+/* lane.c */
+struct lane_cpu lane_of(VcpuObject *cpu);
+
+/* hooks.c: for a program that watches every step */
 enum hook_kind { HOOK_CODE, HOOK_BLOCK, HOOK_MEMORY };
 PyObject *py_vcpu_get_register(VcpuObject *self, PyObject *number);
 PyObject *py_vcpu_set_register(VcpuObject *self, PyObject *const *args, Py_ssize_t count);
