@@ -256,6 +256,22 @@ def test_one_who_reads_some_files_in_any_order_does_not_walk(on_fs):
     on_fs(test)
 
 
+@pytest.mark.parametrize("cpu", [0, 1])
+def test_a_walk_through_a_cpus_folder_reads_no_virt(on_fs, cpu):
+    async def test(kernel):
+        await kernel.mkdir("a")
+        await kernel.write("a/cpus", "2")
+        folder = (await kernel.walk(f"a/cpu{cpu}")).st_ino
+        kernel.context.pid = os.getpid()
+        await kernel.call(kernel.operations.opendir, folder, kernel.context)
+        assert await kernel.read(f"a/cpu{cpu}/virt")
+        for name in ("stack", "stat", "state"):
+            await (await kernel.open(f"a/cpu{cpu}/{name}", os.O_RDONLY)).close()
+        assert not await kernel.read(f"a/cpu{cpu}/virt")
+
+    on_fs(test)
+
+
 def test_o_nofollow_walks(on_fs):
     async def test(kernel):
         await kernel.mkdir("a")

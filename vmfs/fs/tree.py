@@ -142,6 +142,9 @@ class DevicesDirectory(Directory):
             self.add(_DeviceDirectory(self, PartScope(self.scope), name, self._umask, rows))
 
 
+_PER_CPU = (*(row for row in FILES if row.per_cpu), *CPU_FILES)
+
+
 class _CpuDirectory(Directory):
     """cpuN/ of another CPU than the first."""
 
@@ -150,10 +153,11 @@ class _CpuDirectory(Directory):
 
     def __init__(self, parent: Directory, scope: PartScope, name: str, umask: int) -> None:
         super().__init__(parent.inodes, scope, name, parent.mode, parent.uid, parent.gid)
-        for row in (*FILES, *CPU_FILES):
-            if row.per_cpu or row in CPU_FILES:
-                cold = replace(row, kind=BOTH) if getattr(row.kind, "hot", False) else row
-                self.add(_make_file(self, cold, umask, f"{name}/{row.name}"))
+        for row in _PER_CPU:
+            cold = replace(row, kind=BOTH) if getattr(row.kind, "hot", False) else row
+            node = _make_file(self, cold, umask, f"{name}/{row.name}")
+            node.follows = _CPU_FOLLOWS[row.name]
+            self.add(node)
         self.add(RegisterDirectory(self, {}, umask, f"{name}/reg"))
 
 
@@ -180,7 +184,8 @@ def _follows(*folders: Iterable[Row]) -> dict[str, tuple[tuple[str, ...], ...]]:
     return follows
 
 
-_FOLLOWS = _follows(FILES, [row for row in FILES if row.per_cpu])  # at the top, and in cpuN/
+_FOLLOWS = _follows(FILES, _PER_CPU)  # at the top, and in cpu0/
+_CPU_FOLLOWS = _follows(_PER_CPU)
 
 
 _ROWS = {row.name: row for row in FILES}
@@ -207,7 +212,9 @@ class MachineDirectory(Directory):
         self._cpu = _FirstCpuDirectory(self)
         self._cpu.add(RegisterDirectory(self, registers, umask))
         for row in CPU_FILES:
-            self._cpu.add(_make_file(self, row, umask, f"cpu0/{row.name}"))
+            node = _make_file(self, row, umask, f"cpu0/{row.name}")
+            node.follows = _CPU_FOLLOWS[row.name]
+            self._cpu.add(node)
         self.add(self._cpu)
 
     def file(self, name: str) -> Node | None:
