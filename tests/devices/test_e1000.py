@@ -321,6 +321,32 @@ def test_what_others_have_entered_holds_frames_back_no_longer_than_it_waits(time
     wait_until(lambda: timed.pc.inputs.new == 1, "the frame comes in")
 
 
+def test_of_frames_of_one_time_one_waits_for_a_buffer(timed) -> None:
+    """The others are lost; and so it is when they come again."""
+    frames = [MAC + FROM + b"\x88\xb5" + bytes([number]) * 50 for number in range(9)]
+    again = Nic()
+    try:
+        again.begin()
+        again.pc.time_source = "instructions"
+        for nic in timed, again:
+            nic.put(e1000.RDT, 4)
+        with timed.pc.lock:  # its thread brings them all at once
+            timed.cable.bring(*frames)
+            timed.card.send_soon()
+        wait_until(lambda: timed.pc.inputs.new == len(frames), "they come in")
+        settle(timed.pc)
+        again.pc.inputs.feed(timed.pc.inputs.recorded())
+        pass_time(again.pc, timed.pc.now())
+        for nic in timed, again:
+            assert [one[0][:-4] for one in nic.received()] == frames[:4]
+            assert nic.card.counters["rx_frames"] == 4 and nic.card.counters["rx_dropped"] == 4
+            nic.put(e1000.RDT, 8)
+            wait_until(lambda nic=nic: [one[0][:-4] for one in nic.received()] == frames[4:5], "the one that waited")
+        assert timed.card.save() == again.card.save() and timed.card.counters == again.card.counters
+    finally:
+        again.close()
+
+
 def test_frames_come_in(nic) -> None:
     nic.begin()
     frame = MAC + FROM + b"\x88\xb5" + bytes(range(100))

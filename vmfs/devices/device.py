@@ -20,7 +20,7 @@ from __future__ import annotations
 import abc
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
@@ -202,6 +202,11 @@ class Device(abc.ABC, Generic[S]):
     def input(self, kind: str, data: bytes) -> None:
         """Something comes from outside, of a kind of INPUTS: by `board.inputs.enter`, with the board's lock held."""
         raise NotImplementedError
+
+    def input_all(self, kind: str, some: Sequence[bytes]) -> None:
+        """All of these, which come at one time."""
+        for data in some:
+            self.input(kind, data)
 
     def check_input(self, kind: str, data: bytes) -> None:
         """Invalid for what `input` cannot take."""

@@ -11,8 +11,9 @@ What a device asks the host for, and waits for, is an answer: it comes in the or
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
@@ -34,6 +35,11 @@ class Taker(Protocol):
 
     def input(self, kind: str, data: bytes) -> None:
         """With the board's lock held."""
+
+    def input_all(self, kind: str, some: Sequence[bytes]) -> None:
+        """All of these, which come at one time."""
+        for data in some:
+            self.input(kind, data)
 
 
 class Keeper(Protocol):
@@ -85,6 +91,14 @@ def unpack_inputs(data: bytes) -> tuple[Input, ...]:
         raise Invalid(f"inputs: {error}") from None
 
 
+def _time(one: Input) -> int:
+    return one.at
+
+
+def _whose(one: Input) -> tuple[str, str]:
+    return one.taker, one.kind
+
+
 class Inputs:
     """A board's. Its lock is the board's."""
 
@@ -131,14 +145,20 @@ class Inputs:
 
     def enter(self, taker: Taker, kind: str, data: bytes) -> None:
         """`data` comes for `taker`. From any thread. Invalid for what it cannot take."""
+        self.enter_all(taker, kind, (data,))
+
+    def enter_all(self, taker: Taker, kind: str, some: Sequence[bytes]) -> None:
+        """All of these, one after the other."""
         with self._board.lock:
             if not self.have_times:
-                taker.input(kind, data)
+                taker.input_all(kind, some)
                 return
-            taker.check_input(kind, data)
-            was_asked = self.are_new
-            for at in range(0, len(data) or 1, _LONGEST):
-                self._new.append((taker.name, kind, data[at : at + _LONGEST]))
+            for data in some:
+                taker.check_input(kind, data)
+            was_asked, name = self.are_new, taker.name
+            for data in some:
+                for at in range(0, len(data) or 1, _LONGEST):
+                    self._new.append((name, kind, data[at : at + _LONGEST]))
             if not was_asked:
                 self._board.look_soon()
 
@@ -163,20 +183,26 @@ class Inputs:
         self.before_new()
         new, self._new = self._new, []
         at = self._board.now() + later
+        some = [Input(at, *one) for one in new]
         if self._log is None:
-            for one in new:
-                self._schedule(Input(at, *one))
+            self._schedule(some)
+        elif later or self._done < len(self._log):
+            self._note(some)
         else:
-            self._note([Input(at, *one) for one in new])
+            self._keep(some, self._done)
+            self._come()
 
     def _note(self, some: list[Input]) -> None:
         """Have these come, all at one time, and keep them: those of the record that are still to come are in their
         order of time."""
         assert self._log is not None
-        self.size += sum(len(one.data) + _COST for one in some)
-        at = bisect.bisect_right(self._log, some[0].at, lo=self._done, key=lambda one: one.at)
-        self._log[at:at] = some
+        self._keep(some, bisect.bisect_right(self._log, some[0].at, lo=self._done, key=_time))
         self._expect()
+
+    def _keep(self, some: list[Input], at: int) -> None:
+        assert self._log is not None
+        self.size += sum(len(one.data) + _COST for one in some)
+        self._log[at:at] = some
 
     def _expect(self) -> None:
         """Have the first that is still to come of the record come when it came, and the others after it."""
@@ -191,14 +217,14 @@ class Inputs:
         """Those of the record come that are of the same time as the next one, and the one after them is expected."""
         assert self._log is not None
         self._coming = None
-        at, place = self._log[self._done].at, self.place()
-        while self._done < len(self._log) and (one := self._log[self._done]).at == at:
+        first, at, place = self._done, self._log[self._done].at, self.place()
+        while self._done < len(self._log) and self._log[self._done].at == at:
             if self._done == len(self._places):
                 self._places.append(place)
             elif self._places[self._done] is None:
                 self._places[self._done] = place
             self._done += 1
-            self._give(one)
+        self._give(self._log[first : self._done])
         self._expect()
 
     def check_recorded(self, inputs: Iterable[Input]) -> None:
@@ -312,26 +338,30 @@ class Inputs:
                 if one.at <= now:
                     raise Invalid(f"inputs: one is of {one.at} ns, and it is {now} ns already")
             self._tell(True)
-            for one in sorted(inputs, key=lambda one: one.at):  # those of one time in their order
+            for _, some in groupby(sorted(inputs, key=_time), _time):  # those of one time in their order
                 self._fed += 1
-                self._schedule(one, self._was_fed)
+                self._schedule(list(some), self._was_fed)
 
     def _was_fed(self) -> None:
         self._fed -= 1
         if not self.have_times:
             self._tell(False)
 
-    def _schedule(self, one: Input, then: Callable[[], None] = lambda: None) -> None:
+    def _schedule(self, some: list[Input], then: Callable[[], None] = lambda: None) -> None:
+        """Those of one time."""
+
         def come() -> None:
+            self._give(some)
             then()
-            self._give(one)
 
-        self._board.schedule_input(one.at, come)
+        self._board.schedule_input(some[0].at, come)
 
-    def _give(self, one: Input) -> None:
-        taker = self._taker(one.taker)
-        if taker is not None:  # else it was taken out since
-            taker.input(one.kind, one.data)
+    def _give(self, some: list[Input]) -> None:
+        """Those of one time come."""
+        for (name, kind), group in groupby(some, _whose):
+            taker = self._taker(name)
+            if taker is not None:  # else it was taken out since
+                taker.input_all(kind, [one.data for one in group])
 
     def _check(self) -> None:
         if self._board.time_source != "instructions":

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmfs.devices.inputs import PASSING
+from vmfs.devices.inputs import PASSING, Taker
 from vmfs.words.errors import Invalid
 
 LINES = 24  # of the I/O APIC
 
 
-class Pins:
+class Pins(Taker):
     """`line(gsi, level)` and `nmi()` do it."""
 
     name = "irq"
@@ -34,7 +34,7 @@ class Pins:
             self._nmi()
 
 
-class Passing:
+class Passing(Taker):
     """Time that passes on the host while the guest executes: `by(nanoseconds)` makes it pass for the guest."""
 
     name = PASSING

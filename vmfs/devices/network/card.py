@@ -18,6 +18,7 @@ import select
 import threading
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TypeVar
@@ -367,20 +368,19 @@ class Card(Device[S]):
 
     def _enter(self) -> bool:
         """What has arrived comes in, as inputs. True when there is more."""
-        count = 0
-        while not self._holds_back() and self.link_up and not self._ends and not self.board.is_silent:
-            self._count_lost(self._collect())
+        more = False
+        if self.link_up and not (self._ends or self.board.is_silent or self._holds_back()):
+            most = _BATCH - self.board.inputs.new
             try:
-                frames = self._fetch(1)
+                frames = self._fetch(most)
             except OSError:
+                frames = []
                 self._end_link()
-                break
-            if not frames:
-                break
-            self.board.inputs.enter(self, "frame", frames[0])
-            count += 1
+            if frames:
+                self.board.inputs.enter_all(self, "frame", frames)
+            more = len(frames) == most
         self._keeps = self._holds_back()
-        return count == _BATCH
+        return more
 
     def check_input(self, kind: str, data: bytes) -> None:
         super().check_input(kind, data)
@@ -388,18 +388,31 @@ class Card(Device[S]):
             raise Invalid(f"{self.name}: a frame has up to {MAX_FRAME} bytes, and not {len(data)}")
 
     def input(self, kind: str, data: bytes) -> None:
+        self.input_all(kind, (data,))
+
+    def input_all(self, kind: str, some: Sequence[bytes]) -> None:
         if kind == "link":
             self._ends = False
             with self.guarded():
                 self._link_down()
-        elif not self.listens or self._frame is not None:
-            self.counters["rx_dropped"] += 1
-            if self.NUDGES and self.listens:
-                self._bring()
         else:
-            self._frame = data
-            self._bring()
+            self._arrive(list(some))
         self._let_go_on()
+
+    def _arrive(self, frames: list[bytes]) -> None:
+        while frames:
+            if not self.listens or self._frame is not None:
+                self.counters["rx_dropped"] += 1
+                if self.NUDGES and self.listens:
+                    self._bring()
+                del frames[0]
+                continue
+            done = len(frames)  # where the driver has done something that it may not, they are lost
+            with self.guarded():
+                done = self.deliver_all(frames)
+                self.delivered()
+            self._frame = frames[done] if done < len(frames) else None
+            del frames[: done + 1]
 
     def _bring(self) -> None:
         """The frame that has come, to the guest, if it has a buffer."""

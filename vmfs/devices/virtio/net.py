@@ -147,7 +147,8 @@ class Net(Card[NetState], VirtioDevice[NetState]):
                 if self.pairs > 1:
                     for frame in frames:
                         self._note_flow(frame, queue.index // _PAIR)
-                self.send_all(frames)
+                if frames:
+                    self.send_all(frames)
                 if is_wrong:
                     self._blame(queue, "a frame without its header", "readable_length")
                 if not count:
