@@ -27,12 +27,17 @@ ROUGH_PIXELS_MOST = 1 << 20  # of a part that may be JPEG
 
 def parts_of(picture: Picture, dirty: bytearray, within: Rectangle, most: int = _PIXELS_MOST) -> list[Rectangle]:
     """The rectangles that tiles which are not 0 make, as few and as large as `most` pixels let, inside `within`."""
+    first, last = dirty.find(1), dirty.rfind(1)
+    if first < 0:
+        return []
     found: list[Rectangle] = []
     left, top, right, bottom = within[0], within[1], within[0] + within[2], within[1] + within[3]
     open_parts: dict[tuple[int, int], tuple[int, int]] = {}  # first and last column -> first and last row
-    for row in range(picture.down + 1):
+    before, runs = None, frozenset()
+    for row in range(first // picture.across, last // picture.across + 2):  # none in the row after the last one
         line = dirty[row * picture.across : (row + 1) * picture.across]
-        runs = set(_runs(line))
+        if line != before:
+            before, runs = line, frozenset(_runs(line))
         for run, rows in list(open_parts.items()):
             if run not in runs or (rows[1] + 2 - rows[0]) * (run[1] - run[0]) * TILE * TILE > most:
                 x, y = max(run[0] * TILE, left), max(rows[0] * TILE, top)
