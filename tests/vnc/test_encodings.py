@@ -33,7 +33,7 @@ FORMATS = {
 
 def expected(pixel, format):
     """The colours of a pixel as far as the format has them."""
-    shown = [(pixel >> at & 255) for at in (16, 8, 0)]
+    shown = [(pixel >> at & 255) for at in (0, 8, 16)]
     return tuple((one * most + 127) // 255 for one, most in zip(shown, format.most, strict=True))
 
 
@@ -123,7 +123,7 @@ def as_colours(value, bits, palette):
         green = green << 3 | green >> 2 if green_bits == 5 else green << 2 | green >> 4
     else:
         red, green, blue = value >> 16 & 255, value >> 8 & 255, value & 255
-    return red << 16 | green << 8 | blue
+    return blue << 16 | green << 8 | red
 
 
 def test_what_is_beyond_the_end_is_black():

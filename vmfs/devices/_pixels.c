@@ -1,5 +1,5 @@
-/* Pixels: a screen's bytes become 32 bits a pixel (blue, green, red, 0), those that changed are found, and parts of the picture become what
- * the encodings of RFB are made of. All functions work on buffers of their callers, and without the GIL.
+/* Pixels: a screen's bytes become 32 bits a pixel (red, green, blue, 0: JPEG is made of it as it is), those that changed are found, and parts
+ * of the picture become what the encodings of RFB are made of. All functions work on buffers of their callers, and without the GIL.
  *
  * Sources: RFC 6143, "The Remote Framebuffer Protocol", 7.7.6 (ZRLE); the RFB community's protocol description (rfbproto.rst), "Tight
  * Encoding". */
@@ -15,6 +15,23 @@
 
 /* ---- the picture */
 
+/* Red and blue change places, and the fourth byte becomes 0. */
+typedef uint32_t eight __attribute__((vector_size(32), aligned(1), may_alias));
+static void swap_line(uint8_t *to, const uint8_t *from, unsigned count)
+{
+    unsigned x = 0;
+    for (; x + 8 <= count; x += 8) {
+        eight v = *(const eight *)(from + 4ul * x);
+        *(eight *)(to + 4ul * x) = (v & 0xFF00) | (v >> 16 & 0xFF) | (v & 0xFF) << 16;
+    }
+    for (; x < count; x++) {
+        uint32_t v;
+        memcpy(&v, from + 4ul * x, 4);
+        v = (v & 0xFF00) | (v >> 16 & 0xFF) | (v & 0xFF) << 16;
+        memcpy(to + 4ul * x, &v, 4);
+    }
+}
+
 static void convert(uint32_t *to, const uint8_t *from, unsigned count, unsigned bits, const uint32_t *palette)
 {
     switch (bits) {
@@ -25,25 +42,21 @@ static void convert(uint32_t *to, const uint8_t *from, unsigned count, unsigned 
     case 15:
         for (unsigned x = 0; x < count; x++) {
             unsigned v = from[2 * x] | from[2 * x + 1] << 8, r = v >> 10 & 31, g = v >> 5 & 31, b = v & 31;
-            to[x] = (r << 3 | r >> 2) << 16 | (g << 3 | g >> 2) << 8 | (b << 3 | b >> 2);
+            to[x] = (b << 3 | b >> 2) << 16 | (g << 3 | g >> 2) << 8 | (r << 3 | r >> 2);
         }
         break;
     case 16:
         for (unsigned x = 0; x < count; x++) {
             unsigned v = from[2 * x] | from[2 * x + 1] << 8, r = v >> 11, g = v >> 5 & 63, b = v & 31;
-            to[x] = (r << 3 | r >> 2) << 16 | (g << 2 | g >> 4) << 8 | (b << 3 | b >> 2);
+            to[x] = (b << 3 | b >> 2) << 16 | (g << 2 | g >> 4) << 8 | (r << 3 | r >> 2);
         }
         break;
     case 24:
         for (unsigned x = 0; x < count; x++)
-            to[x] = from[3 * x] | from[3 * x + 1] << 8 | (uint32_t)from[3 * x + 2] << 16;
+            to[x] = (uint32_t)from[3 * x] << 16 | from[3 * x + 1] << 8 | from[3 * x + 2];
         break;
     default:
-        for (unsigned x = 0; x < count; x++) {
-            uint32_t v;
-            memcpy(&v, from + 4 * x, 4);
-            to[x] = v & 0xFFFFFF;
-        }
+        swap_line((uint8_t *)to, from, count);
     }
 }
 
@@ -128,7 +141,7 @@ static bool is_bytes(const struct format *f, unsigned red, unsigned blue)
 /* Of a whole pixel. */
 static inline uint32_t colour_of(const struct format *f, uint32_t pixel)
 {
-    unsigned r = pixel >> 16 & 255, g = pixel >> 8 & 255, b = pixel & 255;
+    unsigned r = pixel & 255, g = pixel >> 8 & 255, b = pixel >> 16 & 255;
     return (r * f->most[0] + 127) / 255 << f->shift[0] | (g * f->most[1] + 127) / 255 << f->shift[1]
         | (b * f->most[2] + 127) / 255 << f->shift[2];
 }
@@ -142,7 +155,7 @@ static inline uint8_t *put_bytes(const struct format *f, uint8_t *to, uint32_t v
 
 static inline uint8_t *put_pixel(const struct format *f, uint8_t *to, uint32_t pixel)
 {
-    if (is_bytes(f, 16, 0)) {
+    if (is_bytes(f, 0, 16)) {
         memcpy(to, &pixel, 4); /* as it is */
         return to + 4;
     }
@@ -158,9 +171,9 @@ static inline uint8_t *put_tpixel(const struct format *f, uint8_t *to, uint32_t 
 {
     if (!f->rgb)
         return put_pixel(f, to, pixel);
-    *to++ = pixel >> 16;
-    *to++ = pixel >> 8;
     *to++ = pixel;
+    *to++ = pixel >> 8;
+    *to++ = pixel >> 16;
     return to;
 }
 
@@ -196,22 +209,6 @@ static void copy_lines(const struct part *part, unsigned x, unsigned y, unsigned
         memcpy(to + (size_t)n * width, part->lines + (size_t)(y + n) * part->pitch + x, width * 4ul);
 }
 
-/* Red and blue change places. */
-typedef uint32_t eight __attribute__((vector_size(32), aligned(4), may_alias));
-static void swap_line(uint8_t *to, const uint32_t *from, unsigned count)
-{
-    unsigned x = 0;
-    for (; x + 8 <= count; x += 8) {
-        eight v = *(const eight *)(from + x);
-        v = (v & 0xFF00) | (v >> 16 & 0xFF) | (v & 0xFF) << 16;
-        memcpy(to + 4ul * x, &v, sizeof v);
-    }
-    for (; x < count; x++) {
-        uint32_t v = (from[x] & 0xFF00) | (from[x] >> 16 & 0xFF) | (from[x] & 0xFF) << 16;
-        memcpy(to + 4ul * x, &v, 4);
-    }
-}
-
 /* raw(picture, pitch, x, y, width, height, format) -> bytes */
 static PyObject *raw(PyObject *module, PyObject *args)
 {
@@ -222,13 +219,13 @@ static PyObject *raw(PyObject *module, PyObject *args)
     if (result) {
         uint8_t *to = (uint8_t *)PyBytes_AS_STRING(result);
         Py_BEGIN_ALLOW_THREADS
-        bool as_is = is_bytes(&part.format, 16, 0), swapped = is_bytes(&part.format, 0, 16);
+        bool as_is = is_bytes(&part.format, 0, 16), swapped = is_bytes(&part.format, 16, 0);
         for (unsigned y = 0; y < part.height; y++) {
             const uint32_t *line = part.lines + (size_t)y * part.pitch;
             if (as_is)
                 memcpy(to, line, part.width * 4ul);
             else if (swapped)
-                swap_line(to, line, part.width);
+                swap_line(to, (const uint8_t *)line, part.width);
             else
                 for (unsigned x = 0; x < part.width; x++)
                     put_pixel(&part.format, to + (size_t)x * part.format.size, line[x]);

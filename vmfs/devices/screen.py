@@ -138,7 +138,7 @@ def picture(display: Display | Gpu) -> bytes:
 
 
 class Picture:
-    """What a screen has shown, 32 bits a pixel (blue, green, red, 0) in `pixels`."""
+    """What a screen has shown, 32 bits a pixel (red, green, blue, 0) in `pixels`."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -149,7 +149,7 @@ class Picture:
         """Be what is shown, of the same size. A byte a tile, 1 where a pixel has changed; None: none has."""
         colours = bytearray(1024)
         for channel in range(3):
-            colours[channel : 4 * len(shown.colours) // 3 : 4] = shown.colours[2 - channel :: 3]
+            colours[channel : 4 * len(shown.colours) // 3 : 4] = shown.colours[channel::3]
         changed = bytearray(self.across * self.down)
         of = shown.data, shown.start, shown.pitch, shown.bits, colours
         count = _pixels.update(self.pixels, self.width, self.height, *of, TILE, changed)

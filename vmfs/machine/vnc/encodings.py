@@ -11,7 +11,7 @@ from vmfs.devices import _pixels
 from vmfs.devices.screen import TILE, Picture
 from vmfs.machine.vnc.messages import FORMAT, JPEG_QUALITY, RAW, TIGHT, ZRLE, PixelFormat
 
-_JPEG_FORMAT = PixelFormat(4, False, (255, 255, 255), (0, 8, 16)).words  # that libjpeg takes
+_PICTURE_FORMAT = PixelFormat(4, False, (255, 255, 255), (0, 8, 16)).words
 
 Rectangle = tuple[int, int, int, int]  # x, y, width, height
 
@@ -83,9 +83,12 @@ def as_jpeg(picture: Picture, part: Rectangle, quality: int) -> bytes:
     """What follows the rectangle's header, in Tight."""
     from PIL import Image  # loaded only by a process whose screen moves
 
-    _, _, width, height = part
-    pixels = _pixels.raw(picture.pixels, picture.width, *part, _JPEG_FORMAT)
-    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)  # as it is, which BGRX is not
+    _, y, width, height = part
+    if width == picture.width:  # as it is: libjpeg looks at each line once
+        pixels = memoryview(picture.pixels)[4 * width * y : 4 * width * (y + height)]
+    else:
+        pixels = _pixels.raw(picture.pixels, picture.width, *part, _PICTURE_FORMAT)
+    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return b"\x90" + _compact(file.tell()) + file.getvalue()
