@@ -374,6 +374,25 @@ def test_workers_answer_while_the_guest_goes_on(pc, driver, image):
     assert answer() == (0, 0, 3) and bytes(pc.ram[BUFFER : BUFFER + 512]) == image.read_bytes()[1536:2048]
 
 
+def test_a_doorbell_reads_no_more_at_once_than_a_thread_takes_to_wake(pc, driver, image):
+    """Of sixteen reads of 256 KiB the CPU's thread does four; all are answered."""
+    pc._is_fast = True
+    pc._time_source = "host"
+    nvme, count = pc.devices["nvme0"], 512
+    with pc.lock:
+        struct.pack_into("<63Q", pc.ram, LISTS, *range(BUFFER + PAGE, BUFFER + 64 * PAGE, PAGE))
+        for id_ in range(SIZE - 1):
+            driver.submit(1, READ, id_=id_, dwords=(512 * id_, 0, count - 1), prp2=LISTS, rings=id_ == SIZE - 2)
+        answered = [driver.taken(1) for _ in range(4)]
+        assert [id_ for _, _, id_ in answered] == [0, 1, 2, 3] and nvme._at_once == 0
+        assert driver.taken(1) is None  # threads cannot answer yet
+    left = set(range(4, SIZE - 1))
+    with pc.lock, pc.asleep():
+        while found := driver.taken(1):
+            left.remove(found[2])
+    assert not left
+
+
 def test_states_that_no_controller_has(pc, driver):
     nvme = pc.devices["nvme0"]
     state = plain(nvme)

@@ -42,11 +42,30 @@ class Worker:
             self._changed.notify_all()
 
     def hold(self) -> None:
-        """Have nothing under way. With the board's lock held, for as long as nothing shall begin."""
-        with self._changed:
-            while self._jobs or self._is_working:
-                self._changed.wait()
+        """Have nothing under way. With the board's lock held, for as long as nothing shall begin. Jobs that wait are
+        done here: the thread may be waiting for that lock."""
+        while self._work():
+            pass
         self._deliver()
+
+    def _work(self) -> bool:
+        """Do a job, after that which is under way. False where there is none."""
+        with self._changed:
+            while self._is_working:
+                self._changed.wait()
+            if not self._jobs:
+                return False
+            work, then = self._jobs.popleft()
+            self._is_working = True
+        try:
+            result = work()
+        except Exception as error:  # of a machine that is closed meanwhile; `then` says what is wrong of others
+            result = error
+        with self._changed:
+            self._is_working = False
+            self._done.append((then, result))
+            self._changed.notify_all()
+        return True
 
     def _deliver(self) -> None:
         while self._done:
@@ -58,22 +77,15 @@ class Worker:
             with self._changed:
                 while not self._jobs and not self._is_closed:
                     self._changed.wait()
-                if self._is_closed:
-                    break
-                work, then = self._jobs.popleft()
-                self._is_working = True
-            try:
-                result = work()
-            except Exception as error:  # of a machine that is closed meanwhile; `then` says what is wrong of others
-                result = error
-            with self._changed:
-                self._is_working = False
-                self._done.append((then, result))
-                self._changed.notify_all()
-                if self._is_closed:
-                    break
-            with self._board.lock:
-                self._deliver()
+            has_worked = self._work()
+            if self._is_closed:
+                break
+            if has_worked:
+                with self._board.lock:
+                    self._deliver()
+        with self._changed:
+            while self._is_working:  # a holder is
+                self._changed.wait()
         for call in self._at_end:
             call()
 

@@ -36,6 +36,9 @@ struct fast_bus {
      * engine looks before the next instruction. One of memory makes nothing due sooner; an interrupt that it raises comes as if
      * another thread had raised it at that time, and where time follows the instructions none does. */
     bool (*access)(struct fast_bus *bus, struct bus_access *access);
+    /* As that many accesses of `size` bytes to a port, one after the other, of `data`: as many as make nothing happen but that the bytes
+     * move, at most `count`; returns how many. 0: `access` tells. */
+    uint32_t (*string)(struct fast_bus *bus, bool write, uint16_t port, unsigned size, uint32_t count, uint8_t *data);
     /* When `advance` is to be called, in the guest's time; BUS_NEVER. It changes by accesses, by `advance`, and while the
      * machine does not run. */
     _Atomic uint64_t due;

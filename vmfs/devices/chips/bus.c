@@ -189,6 +189,20 @@ static bool access_bus(struct fast_bus *face, struct bus_access *a)
     return done;
 }
 
+static u32 string_bus(struct fast_bus *face, bool write, u16 port, unsigned size, u32 count, u8 *data)
+{
+    struct bus *bus = bus_of(face);
+    u32 done = 0;
+    pthread_mutex_lock(&bus->lock);
+    const struct place *place = &bus->places[bus->ports[port]];
+    if (!bus->closed && place->chip && place->chip->kind->string) {
+        chip_touched(place->chip);
+        done = place->chip->kind->string(place->chip, write, place->region, port - place->start, size, count, data);
+    }
+    pthread_mutex_unlock(&bus->lock);
+    return done;
+}
+
 /* ---- For Python -------------------------------------------------------------------------------------------------------------------- */
 
 void bus_enter(struct bus *bus) { pthread_mutex_lock(&bus->lock); }
@@ -647,6 +661,7 @@ static PyObject *bus_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!self)
         return NULL;
     self->face.access = access_bus;
+    self->face.string = string_bus;
     self->face.due = BUS_NEVER;
     self->face.advance = advance;
     self->face.can_send_unmaskable = can_send_unmaskable;

@@ -33,6 +33,8 @@ struct chip_kind {
     void (*advance)(struct chip *chip, u64 now); /* `due` has come; NULL: it never is */
     bool timed;                                  /* `access` asks for the time */
     bool (*can_send_unmaskable)(const struct chip *chip); /* as the bus's; NULL: it sends no messages */
+    /* As the bus's, at a part of the device's window; NULL: none are at once. */
+    u32 (*string)(struct chip *chip, bool write, unsigned region, u64 offset, unsigned size, u32 count, u8 *data);
     /* After an access of the engine's that was answered, without the lock: what takes longer than a register. NULL: nothing */
     void (*after)(struct chip *chip, const struct bus_access *a, unsigned region, u64 offset);
 };

@@ -108,7 +108,26 @@ static bool pio_access(struct chip *chip, struct bus_access *a, unsigned region,
     }
     return true;
 }
-static const struct chip_kind pio_kind = {pio_access, NULL, false};
+
+/* All but the access that ends the block. */
+static u32 pio_string(struct chip *chip, bool write, unsigned region, u64 offset, unsigned size, u32 count, u8 *data)
+{
+    struct pio *p = (struct pio *)chip;
+    if (offset || (region != COMMAND_0 && region != COMMAND_1))
+        return 0;
+    struct channel *c = &p->channels[region / 2];
+    if (!c->open || write == c->to_host || c->at == c->end)
+        return 0;
+    u32 most = (c->end - c->at - 1) / size;
+    count = count < most ? count : most;
+    if (write)
+        memcpy(c->data + c->at, data, (size_t)count * size);
+    else
+        memcpy(data, c->data + c->at, (size_t)count * size);
+    c->at += count * size;
+    return count;
+}
+static const struct chip_kind pio_kind = {.access = pio_access, .string = pio_string};
 
 /* ---- For Python -------------------------------------------------------------------------------------------------------------------- */
 

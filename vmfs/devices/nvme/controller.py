@@ -32,7 +32,7 @@ from vmfs.devices.nvme.queues import (
     SubmissionState,
 )
 from vmfs.devices.pci import MSIX, MSIX_BAR, Bar, PciDevice, PciState
-from vmfs.devices.virtio.disk import SECTOR, Disk
+from vmfs.devices.virtio.disk import AT_ONCE, SECTOR, Disk
 from vmfs.devices.worker import Worker
 from vmfs.words.errors import Invalid
 
@@ -114,6 +114,7 @@ class Nvme(PciDevice[NvmeState]):
         self.blocks = disk.size // SECTOR
         self.workers = [Worker(board, f"{name}-{number}") for number in range(WORKERS)]
         self._next_worker = 0
+        self._at_once = 0  # bytes that may be read so until the next doorbell
         self._is_asleep = False
         self._is_running = True
         self._rings: set[int] = set()
@@ -241,6 +242,7 @@ class Nvme(PciDevice[NvmeState]):
             submission = self.submissions.get(queue)
             if submission is not None and value < submission.size and self._is_live:
                 submission.tail = value
+                self._at_once = AT_ONCE
                 self._advance(submission)
                 self._ring()
                 return
@@ -334,7 +336,9 @@ class Nvme(PciDevice[NvmeState]):
         if not board.has_workers:
             self._answer(submission, completion, command, self._done(job, work()))
             return
-        if job.at_once():
+        length = sum(size for _, size in job.written)
+        if length <= self._at_once and job.at_once():
+            self._at_once -= length
             self._answer(submission, completion, command, self._done(job, None))
             return
         completion.promised += 1

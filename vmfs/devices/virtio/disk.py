@@ -28,7 +28,7 @@ SECTOR = 512
 CLUSTER = 4096  # the granularity of an overlay: of most guests' file systems, so that little is copied
 ROOM_STEP = 4 << 20  # bytes that an overlay asks for at a time
 _CHUNK = 512  # clusters in a part of an overlay's saved map: 2 MiB
-AT_ONCE = 64 << 10  # bytes that are read at once where the host has them in memory
+AT_ONCE = 1 << 20  # bytes that are read at once where the host has them in memory: sooner than a thread wakes up
 _MAX_VECTORS = 1024  # IOV_MAX
 _ZEROS = bytes(1 << 20)
 

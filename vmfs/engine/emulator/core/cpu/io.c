@@ -97,6 +97,14 @@ enum answer io_write(struct vcpu *c, u16 port, unsigned size, u32 value)
     return ANSWER_LOOK;
 }
 
+u64 io_string(struct vcpu *c, bool write, u16 port, unsigned size, u64 count, u8 *data)
+{
+    struct fast_bus *bus = c->vm->bus;
+    if (!bus || (c->vm->irqchip && owns_ports(c->vm->irqchip, port, size)))
+        return 0;
+    return bus->string(bus, write, port, size, (u32)count, data);
+}
+
 /* ---- Memory -------------------------------------------------------------------------------------------------------------------- */
 
 enum { DEVICE_NONE, DEVICE_LAPIC, DEVICE_IOAPIC, DEVICE_PAGE = 0x1000, IOAPIC_BYTES = 0x100 };

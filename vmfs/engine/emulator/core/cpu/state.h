@@ -760,6 +760,8 @@ enum answer {
 };
 enum answer io_read(struct vcpu *c, u16 port, unsigned size, u32 *value);
 enum answer io_write(struct vcpu *c, u16 port, unsigned size, u32 value);
+/* So many accesses, of `count`, were done at once, which nobody but the device sees. */
+u64 io_string(struct vcpu *c, bool write, u16 port, unsigned size, u64 count, u8 *data);
 bool mmio_read(struct vcpu *c, u64 physical, unsigned size, u64 *value);
 bool mmio_write(struct vcpu *c, u64 physical, unsigned size, u64 value);
 /* Memory of devices on the bus alone. */

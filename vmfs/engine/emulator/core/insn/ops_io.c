@@ -124,6 +124,30 @@ static void end_string(struct vcpu *c, const struct record *r)
     leave(c, r);
 }
 
+/* Iterations that a device takes at once, of elements that lie in RAM; false: none. `number` is rSI or rDI. */
+static bool move_some(struct vcpu *c, const struct record *r, bool write, unsigned seg, unsigned number, u16 port, unsigned bytes)
+{
+    u64 count = repeat_count(c, r), paid = (u64)c->budget + 1, n;
+    u8 *host;
+    if (!repeats(r) || c->alone || c->rflags & FLAG_DF || (c->cr4 & CR4_DE && c->dr7 & 0xff) || has_stops(c, STOP_IO))
+        return false;
+    n = string_window(c, r, seg, c->gpr[number] & address_mask(r), bytes, count < paid ? count : paid,
+                      write ? ACCESS_READ : ACCESS_WRITE, &host);
+    if (!n || !(n = io_string(c, write, port, bytes, n, host)))
+        return false;
+    c->budget -= (i64)n - 1;
+    c->recent.iterations += n - 1;
+    if (unlikely(c->key & KEY_TRACED) && n > 1)
+        tracer_more(c, n - 1);
+    set_address_register(c, r, number, c->gpr[number] + n * bytes);
+    set_address_register(c, r, RCX, count - n);
+    if (count > n)
+        pause_repetition(c, r);
+    else
+        leave(c, r);
+    return true;
+}
+
 OP(op_ins)
 {
     unsigned bytes = io_bytes(r);
@@ -133,6 +157,8 @@ OP(op_ins)
         return;
     }
     check_permission(c, r, port, bytes);
+    if (move_some(c, r, false, SEG_ES, RDI, port, bytes))
+        return;
     u64 offset = c->gpr[RDI] & address_mask(r), linear = linear_of(c, r, SEG_ES, offset, bytes, ACCESS_WRITE);
     mmu_check_write(c, linear, bytes, ACCESS_WRITE);
     if (!c->alone) /* a device is read once: what the store may do to the block, it does now */
@@ -154,6 +180,8 @@ OP(op_outs)
         return;
     }
     check_permission(c, r, port, bytes);
+    if (move_some(c, r, true, r->seg, RSI, port, bytes))
+        return;
     output(c, r, port, bytes, (u32)string_load(c, r, r->seg, c->gpr[RSI] & address_mask(r), bytes));
     set_address_register(c, r, RSI, c->gpr[RSI] + string_step(c, bytes));
     end_string(c, r);
