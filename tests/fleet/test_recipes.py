@@ -161,7 +161,8 @@ def test_tests_run_there(client, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_one.py").write_text(TESTS)
     (tmp_path / "tests/data").write_text("beside")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    plugins = ("anyio", "hypothesispytest", "timeout", "xdist", "xdist.looponfail")  # they take most of its time
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\naddopts = {' '.join(f'-p no:{name}' for name in plugins)}\n")
     words = [
         sys.executable,
         "-m",

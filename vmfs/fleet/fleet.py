@@ -12,7 +12,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from vmfs.fleet.supervisor import Limits
 from vmfs.fleet.worker import MEMORY, SECONDS, FleetPlugin, Work, op_of, run_cases
 from vmfs.words.errors import Invalid
 
-_BATCH_SECONDS = 0.25  # of work in a task of Dask, at least
+_BATCH_SECONDS = 1.0  # of work in a task of Dask: it takes 10 ms of processors, on a host that does other things too
+_BLIND_SECONDS = 0.25  # and where nobody knows how many inputs there are: the last task may be one worker's alone
 _TASK_SECONDS = 0.006  # and this for each of the cluster's threads: twice what a task takes of the scheduler (2.8 ms)
 _BATCH_MOST = 10_000
 _BATCH_BYTES = 4 << 20
@@ -73,13 +74,19 @@ class _Pace:
         self.seconds += sum(raw.seconds for raw in raws)
         self.done += len(raws)
 
-    def size(self) -> int:
+    @property
+    def is_known(self) -> bool:
+        return self.given is not None or self.done >= self.threads
+
+    def size(self, left: int | None) -> int:
+        """`left`: how many inputs are left, if that is known. The last tasks are short: all workers end together."""
         if self.given:
             return self.given
-        if self.done < self.threads:
+        if not self.is_known:
             return 1
-        seconds = max(_BATCH_SECONDS, _TASK_SECONDS * self.threads)
-        return max(1, min(_BATCH_MOST, int(seconds / max(self.seconds / self.done, 1e-5))))
+        seconds = max(_BLIND_SECONDS if left is None else _BATCH_SECONDS, _TASK_SECONDS * self.threads)
+        most = _BATCH_MOST if left is None else min(_BATCH_MOST, left // (2 * self.threads))
+        return max(1, min(most, int(seconds / max(self.seconds / self.done, 1e-5))))
 
 
 @dataclass
@@ -352,6 +359,7 @@ class _Map:
 
     def run(self, inputs: Iterable[Any], progress: bool) -> Iterator[Result]:
         numbered = enumerate(inputs)
+        self._left = len(inputs) if isinstance(inputs, Sized) else None
         ready = as_completed([], raise_errors=False)
         bar = _bar(progress, inputs)
         is_seeded = self._template is None
@@ -388,21 +396,32 @@ class _Map:
             self._fleet.client.sync(self._fleet._seed, self._template, address)
 
     def _fill(self, numbered: Iterator[tuple[int, Any]], ready: Any) -> None:
-        most = max(2, _AHEAD * self._pace.threads)
-        while len(self._sent) < most:
+        """Tasks in groups: a graph of several of them takes hardly more of Dask than one of one."""
+        threads = self._pace.threads
+        least, most = (_AHEAD - 1) * threads, max(2, _AHEAD * threads)
+        if not self._pace.is_known:  # so they are of one case each
+            least, most = threads - 1, 2 * threads
+        if len(self._sent) > least:
+            return
+        batches: list[_Batch] = []
+        while len(self._sent) + len(batches) < most:
             batch = self._again.pop() if self._again else self._next_batch(numbered)
             if batch is None:
-                return
-            future = self._fleet.client.submit(
-                run_cases, self._fleet.name, self._work, batch.cases, pure=False, resources=self._resources, retries=0
-            )
-            self._sent[future] = batch
-            ready.add(future)
+                break
+            batches.append(batch)
+        if not batches:
+            return
+        fleet, count = self._fleet, len(batches)
+        arguments = [fleet.name] * count, [self._work] * count, [batch.cases for batch in batches]
+        futures = fleet.client.map(run_cases, *arguments, pure=False, resources=self._resources, retries=0)
+        self._sent.update(zip(futures, batches, strict=True))
+        ready.update(futures)
 
     def _next_batch(self, numbered: Iterator[tuple[int, Any]]) -> _Batch | None:
         cases: list[tuple[int, bytes]] = []
         size = 0
-        while len(cases) < self._pace.size() and size < _BATCH_BYTES:
+        count = self._pace.size(self._left)
+        while len(cases) < count and size < _BATCH_BYTES:
             number, given = next(numbered, (-1, None))
             if number < 0:
                 break
@@ -410,6 +429,8 @@ class _Map:
             self._given[number] = given
             cases.append((number, data))
             size += len(data)
+        if self._left is not None:
+            self._left -= len(cases)
         return _Batch(cases) if cases else None
 
     # ---- taking in

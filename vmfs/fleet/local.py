@@ -7,16 +7,28 @@ from typing import Any
 import dask
 from distributed import LocalCluster
 
-# Dask looks 50 times a second whether each process's event loop answers, and 100 times a second what a thread of a
-# worker does: 2 % of a core for each scheduler, nanny and worker, while nothing is to be done.
-QUIET = {"distributed.admin.tick.interval": "1s", "distributed.worker.profile.enabled": False}
+# What Dask looks at while nothing is to be done, in each scheduler, nanny and worker: 50 times a second whether its
+# event loop answers, 100 times what a thread of a worker does, ten times how much memory a worker has, twice what the
+# host's disks and networks do.
+QUIET = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.monitor-interval": "1s",
+}
 
 
 def local_cluster(**options: Any) -> LocalCluster:
     """A `distributed.LocalCluster`, with its options, which leaves the processors to the cases: without a dashboard
-    (unless `dashboard_address` is given), and what Dask looks at it looks at seldom."""
+    (unless `dashboard_address` is given), and what Dask looks at it looks at seldom, but for what the user's own
+    configuration of Dask says."""
     if "dashboard_address" not in options:
         options["dashboard_address"] = None
         options["scheduler_kwargs"] = {"dashboard_address": ":0", **options.get("scheduler_kwargs", {})}
-    with dask.config.set(QUIET):
+    with dask.config.set({name: value for name, value in QUIET.items() if _is_default(name)}):
         return LocalCluster(**options)
+
+
+def _is_default(name: str) -> bool:
+    defaults = dask.config.merge(*dask.config.defaults)
+    return bool(dask.config.get(name) == dask.config.get(name, config=defaults))

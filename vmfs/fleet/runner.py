@@ -325,15 +325,18 @@ class Runner:
         if self._pid == 1:  # in a namespace of its own: all others in it
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
-        else:
-            from vmfs.fleet.processes import descendants
-
-            for child in descendants(self._pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:
+                if self._pid != 1:
+                    self._kill_descendants()
                 os.waitpid(-1, 0)
+
+    def _kill_descendants(self) -> None:
+        from vmfs.fleet.processes import descendants
+
+        for child in descendants(self._pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
     def _say(self, raw: Raw) -> None:
         data = memoryview(frame(msgspec.msgpack.encode(raw)))

@@ -117,7 +117,7 @@ class Supervisor:
         raw = self._receive(time.monotonic() + START_SECONDS, "the runner did not start")
         if raw.kind:
             raise TooMuch("template", raw.error)
-        self._not_its = set(self._unnamed())
+        self._not_its = set(self._unnamed(self._processes()))
 
     def close(self, raw: Raw | None = None) -> None:
         """End the runner and all that it has left."""
@@ -213,26 +213,30 @@ class Supervisor:
 
     def _look(self) -> None:
         """Whether the case takes too much."""
-        assert self._process is not None
-        used, count = 0, 0
-        for pid in descendants(self._process.pid) or [self._process.pid]:
-            count += 1
+        used, processes = 0, self._processes()
+        for pid in processes:
             with contextlib.suppress(OSError, ValueError, IndexError):
                 resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
                 used += resident * PAGE - min(shared * PAGE, self._shared)
-        if count > self._limits.processes:
-            raise TooMuch("processes", f"it has {count} processes; a case may have {self._limits.processes}")
+        if len(processes) > self._limits.processes:
+            raise TooMuch("processes", f"it has {len(processes)} processes; a case may have {self._limits.processes}")
         if self._limits.memory and used > self._limits.memory:
             raise TooMuch("memory", f"its processes have {used} bytes in memory; a case may have {self._limits.memory}")
-        used = size_of(self._folder) + sum(size for its, size in self._unnamed().items() if its not in self._not_its)
+        unnamed = self._unnamed(processes)
+        used = size_of(self._folder) + sum(size for its, size in unnamed.items() if its not in self._not_its)
         if used > self._limits.disk:
             raise TooMuch("disk", f"its files have {used} bytes; a case may have {self._limits.disk}")
 
-    def _unnamed(self) -> dict[tuple[int, int], int]:
-        """Bytes of the files without a name that its processes have open, memfds too: by device and inode."""
+    def _processes(self) -> list[int]:
+        """Of the case: the runner, and what it has started."""
         assert self._process is not None
+        found = descendants(self._process.pid)
+        return found if isolation() else [self._process.pid, *found]
+
+    def _unnamed(self, processes: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Bytes of the files without a name that they have open, memfds too: by device and inode."""
         found = {}
-        for pid in descendants(self._process.pid) or [self._process.pid]:
+        for pid in processes:
             with contextlib.suppress(OSError):
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(OSError):
