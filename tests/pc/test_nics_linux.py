@@ -34,7 +34,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "model, module, size",
-    [("e1000", "e1000", 2 << 20), ("rtl8139", "8139too", 1 << 20), ("ne2000-pci", "ne2k-pci", 1 << 20)],
+    [("e1000", "e1000", 2 << 20), ("rtl8139", "8139cp", 2 << 20), ("ne2000-pci", "ne2k-pci", 1 << 20)],
 )
 def test_a_card(make_pc, server: int, model: str, module: str, size: int) -> None:
     pc: Pc = make_pc()

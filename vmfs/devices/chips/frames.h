@@ -1,4 +1,4 @@
-/* Frames between a virtqueue, a list of bytes, and a socket. */
+/* Frames between a card's rings, a list of bytes, and a socket. */
 #ifndef VMFS_CHIPS_FRAMES_H
 #define VMFS_CHIPS_FRAMES_H
 
@@ -9,5 +9,11 @@ PyObject *frames_put(PyObject *module, PyObject *args);
 PyObject *frames_split(PyObject *module, PyObject *args);
 PyObject *frames_send(PyObject *module, PyObject *args);
 PyObject *e1000_put(PyObject *module, PyObject *args);
+PyObject *e1000_take(PyObject *module, PyObject *args);
+PyObject *rtl8139_put(PyObject *module, PyObject *args);
+PyObject *rtl8139_take(PyObject *module, PyObject *args);
+
+/* IEEE 802.3's, of what is before it. */
+u32 frame_crc(const u8 *data, size_t length);
 
 #endif

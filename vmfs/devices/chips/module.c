@@ -189,6 +189,15 @@ static PyMethodDef module_methods[] = {
     {"e1000_put", e1000_put, METH_VARARGS,
      "e1000_put(ram, start, count, head, tail, room, flags, vlan, address, frames) -> (done, head, octets, sizes): so many frames, which are all to\n"
      "the address and nothing else, are in the receive ring. flags: 1 without a CRC, 2, 4 with sums of IP, of TCP and UDP"},
+    {"e1000_take", e1000_take, METH_VARARGS,
+     "e1000_take(ram, start, count, head, tail, descriptors, frames, flags, contexts) -> (frames, head, descriptors, told, cut, octets, sizes,\n"
+     "broadcasts, groups): what a driver sends, from whole packets, up to the first that is Python's. contexts: of sums and of segments, which\n"
+     "it may change; flags: 1 pads, 2 tags; told: a status was written"},
+    {"rtl8139_take", rtl8139_take, METH_VARARGS,
+     "rtl8139_take(ram, start, at, frames) -> (frames, at, sent, bad, more): what a driver sends by descriptors of C+ mode, given back"},
+    {"rtl8139_put", rtl8139_put, METH_VARARGS,
+     "rtl8139_put(ram, start, at, address, status, flags, frames) -> (done, at, bad, full): so many frames, the first that are to the address, are\n"
+     "in the descriptors of C+ mode. flags: 1 without tags, 2 with sums; full: the next one is the driver's yet"},
     {"segments", offload_segments, METH_VARARGS,
      "segments(frame, header, most, ip, tcp, (ip_at, ip_end, tcp_at, tcp_end)) -> frames: one of TCP as several (see offload.h)"},
     {"insert_sum", offload_insert, METH_VARARGS,

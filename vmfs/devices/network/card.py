@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmfs.devices.device import Device, DeviceState
 from vmfs.devices.network import offload
@@ -122,6 +122,11 @@ class Card(Device[S]):
 
     # ---- what a card uses
 
+    def mapped_ram(self) -> Any:
+        """For C, which takes what is not mapped for none."""
+        assert self.board.ram is not None  # to ask maps it
+        return self.board.ram_chip
+
     def begin_carrying(self) -> None:
         """A driver is there."""
         self._starved = self._blocked = False
@@ -145,6 +150,17 @@ class Card(Device[S]):
         elif self._starved:
             self._starved = False
             self._wake_up()
+
+    def take_more(self) -> None:
+        """The same, where the frames that wait are to come at once: to hand over to the thread costs more than they."""
+        if self._is_timed or not self._starved:
+            self.buffers_came()
+        elif not self._asleep:
+            self._starved = False
+            with self.guarded():
+                more = self._receive()
+            if more:
+                self._wake_up()
 
     def send_soon(self) -> None:
         """The driver has something to send, and what it had before waits for the backend, or for less."""

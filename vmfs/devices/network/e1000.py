@@ -73,6 +73,8 @@ _PAUSE = 1000  # nanoseconds after that
 _ITR_UNIT = 256  # nanoseconds
 _CRC = 4
 _STRIPS, _CHECKS_IP, _CHECKS_TRANSPORT = 1, 2, 4  # of _chips.e1000_put
+_PADS, _TAGS = 1, 2  # of _chips.e1000_take
+_AT_ONCE = 256  # frames that C makes before the backend is asked for room
 
 # Registers that are no more than what is written there, by the bits that are; all others read as 0.
 _PLAIN: dict[int, int] = {
@@ -188,7 +190,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         self.mdic = _MDIC_READY
         self.eerd = _EERD_DONE
         self._packet, self._packet_head, self._packet_is_bad = bytearray(), None, False
-        self._contexts = [bytes(16), bytes(16)]
+        self._contexts = bytearray(32)  # of sums, of segments
         self._causes_met = 0
         self.forget_frames()
         self._drive()
@@ -262,7 +264,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         if at == TDT:
             self.send_on()
         elif at == RDT:
-            self.buffers_came()
+            self.take_more()
         elif at == IMS:
             self.mask |= value & _CAUSES
             self._drive()
@@ -398,9 +400,14 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         causes, spans = 0, []
         self._frames_left, left = _TURN_FRAMES, _TURN_DESCRIPTORS
         while head != tail and not self._blocked:
-            if not left or self._frames_left <= 0:
+            if left <= 0 or self._frames_left <= 0:
                 self._rest()
                 break
+            taken, head, told = self._send_plain(start, count, head, tail, left)
+            causes |= TXDW if told else 0
+            if taken:
+                left -= taken
+                continue
             left -= 1
             at = start + 16 * head
             address, low, high = _DESCRIPTOR.unpack_from(ram, at)
@@ -419,6 +426,27 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         if causes:
             self._raise(causes)
 
+    def _send_plain(self, start: int, count: int, head: int, tail: int, most: int) -> tuple[int, int, bool]:
+        """By C: whole packets without tags, up to one that is not that. How many descriptors those were, the new head,
+        and whether a status was written."""
+        if self._packet_head is not None or self._loops:
+            return 0, head, False
+        regs, statistics = self.regs, self.statistics
+        flags = (_PADS if regs[TCTL] & _PAD else 0) | (_TAGS if regs[CTRL] & _VME else 0)
+        frames, head, taken, told, cut, octets, sizes, broadcasts, groups = _chips.e1000_take(
+            self.mapped_ram(), start, count, head, tail, most, min(self._frames_left, _AT_ONCE), flags, self._contexts
+        )
+        if frames:
+            self._frames_left -= len(frames)
+            for at, value in (
+                *((at, len(frames)) for at in (GPTC, TPT)), *((at, octets) for at in (GOTC, TOT)), (TSCTC, cut),
+                (BPTC, broadcasts), (MPTC, groups), *((PTC64 + 4 * step, value) for step, value in enumerate(sizes)),
+            ):  # fmt: skip
+                if value:
+                    statistics[at] += value
+            self.send_all(frames)
+        return taken, head, told
+
     def _rest(self) -> None:
         """There is more than is sent at a time: the guest goes on for a moment."""
         self._resting = self.board.schedule(self.board.now() + _PAUSE, self._rested)
@@ -430,7 +458,8 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
     def _one(self, address: int, low: int, high: int, at: int) -> None:
         """A descriptor."""
         if low & _DEXT and low >> 20 & 0xF == _CONTEXT:
-            self._contexts[bool(low & _IC_OR_TSE)] = bytes(self.board.ram[at : at + 16])
+            place = 16 if low & _IC_OR_TSE else 0
+            self._contexts[place : place + 16] = self.board.ram[at : at + 16]
             return
         length = low & (0xF_FFFF if low & _DEXT else 0xFFFF)
         if self._packet_head is None:
@@ -458,7 +487,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
                 _chips.insert_sum(packet, high >> 8 & 0xFF, last >> 16 & 0xFF, 0)
             self._emit(bytes(packet), tag)
             return
-        ip, tcp, size, more = struct.unpack("<IIII", self._contexts[bool(first & _IC_OR_TSE)])
+        ip, tcp, size, more = struct.unpack_from("<IIII", self._contexts, 16 if first & _IC_OR_TSE else 0)
         options >>= 8
         sums = ip >> 8 & 0xFF, ip >> 16, tcp >> 8 & 0xFF, tcp >> 16
         if first & _IC_OR_TSE:
@@ -528,7 +557,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         flags |= _CHECKS_TRANSPORT if wanted & _TUOFLD else 0
         address = struct.pack("<IH", regs[RAL], regs[RAL + 4] & 0xFFFF)
         done, regs[RDH], octets, sizes = _chips.e1000_put(
-            self.board.ram_chip, *ring, regs[RDH], regs[RDT], self._room, flags, regs[VET], address, frames
+            self.mapped_ram(), *ring, regs[RDH], regs[RDT], self._room, flags, regs[VET], address, frames
         )
         if done:
             statistics = self.statistics
@@ -678,7 +707,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
             packet=bytes(self._packet),
             packet_head=self._packet_head,
             packet_is_bad=self._packet_is_bad,
-            contexts=(self._contexts[0], self._contexts[1]),
+            contexts=(bytes(self._contexts[:16]), bytes(self._contexts[16:])),
             moderated=self._moderated,
             due=None if self._moderating is None else self._moderating.when,
             rests=None if self._resting is None else self._resting.when,
@@ -706,7 +735,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         self._eecd, self.mdic, self.eerd = state.eecd, state.mdic, state.eerd
         self._packet, self._packet_head = bytearray(state.packet), state.packet_head
         self._packet_is_bad = state.packet_is_bad
-        self._contexts = list(state.contexts)
+        self._contexts[:] = b"".join(state.contexts)
         self._moderated = state.moderated
         self._causes_met = 0
         self.load_card(state.mac, state.frame, state.link_up)

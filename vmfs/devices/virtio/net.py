@@ -138,7 +138,7 @@ class Net(Card[NetState], VirtioDevice[NetState]):
 
     def _transmit(self, queue: Virtqueue) -> None:
         """Send what waits, while the backend takes it."""
-        ram, checks, cuts = self._mapped_ram(), self.has(F_CSUM), self.has(_HOST_TSO)
+        ram, checks, cuts = self.mapped_ram(), self.has(F_CSUM), self.has(_HOST_TSO)
         while True:
             while not self._blocked:
                 frames, count, bad, is_wrong = _chips.take_frames(queue, ram, checks, cuts)
@@ -160,10 +160,6 @@ class Net(Card[NetState], VirtioDevice[NetState]):
                 break
         self.sent()
         self.tell(queue)
-
-    def _mapped_ram(self) -> Any:
-        assert self.board.ram is not None  # it is mapped
-        return self.board.ram_chip
 
     def _blame(self, queue: Virtqueue, what: str, length: str) -> None:
         """The next request is none that a driver may make: it is read again, which says why."""
@@ -218,7 +214,7 @@ class Net(Card[NetState], VirtioDevice[NetState]):
     def _deliver(self, queue: Virtqueue, frames: list[bytes]) -> int:
         """Give frames to the guest. Returns how many; where it has no more buffers, it has been asked to notify when it
         has."""
-        ram = self._mapped_ram()
+        ram = self.mapped_ram()
         merges, checks, joins = self.has(F_MRG_RXBUF), self.has(F_GUEST_CSUM), self.has(_GUEST_TSO)
         done = 0
         while done < len(frames):
