@@ -8,7 +8,7 @@ import struct
 import threading
 
 import pytest
-from devices.fakes import FakeMachine, load, pass_time, plain, refuses, saved
+from devices.fakes import IMAGE_SECTORS, FakeMachine, load, pass_time, plain, refuses, saved
 from devices.usb import (
     BUFFER,
     BULK_IN,
@@ -44,16 +44,8 @@ from vmfs.memory.ram import Memory
 from vmfs.words.errors import Busy, Invalid, Unsupported, WouldBlock
 
 RAM = 8 << 20
-BLOCKS = 4096
 KEYBOARD, TABLET, DISK = 1, 3, 5  # ports
 MILLISECOND = 1_000_000
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "image"
-    path.write_bytes(random.Random(1).randbytes(BLOCKS * 512))
-    return path
 
 
 def a_pc(image, mode="rw"):
@@ -435,12 +427,12 @@ def test_what_a_disk_says(driver, disk):
     assert ask("12 00 00 00 24 00", 36)[2][8:] == b"vmfs    vmfs disk       1.0 "
     assert ask("12 01 00 00 ff 00", 255) == (0, 255 - 7, b"\0\0\0\3\0\x80\x83")
     assert ask("12 01 80 00 ff 00", 255)[2] == b"\0\x80\0\x09usb-disk0" and ask("12 01 83 00 ff 00", 255)[1] == 255 - 25
-    assert ask("25" + "00" * 9, 8) == (0, 0, struct.pack(">II", BLOCKS - 1, 512))
-    assert ask("9e 10" + "00" * 11 + "20 00 00", 32)[2][:12] == struct.pack(">QI", BLOCKS - 1, 512)
+    assert ask("25" + "00" * 9, 8) == (0, 0, struct.pack(">II", IMAGE_SECTORS - 1, 512))
+    assert ask("9e 10" + "00" * 11 + "20 00 00", 32)[2][:12] == struct.pack(">QI", IMAGE_SECTORS - 1, 512)
     assert ask("1a 00 3f 00 c0 00", 192)[2][:7] == bytes((23, 0, 0x10, 0, 8, 0x12, 4))
     assert ask("5a 00 08 00 00 00 00 00 c0 00", 192)[2][:11] == bytes((0, 26, 0, 0x10, 0, 0, 0, 0, 8, 0x12, 4))
     assert ask("a0" + "00" * 8 + "10 00 00", 16)[2] == struct.pack(">Q8x", 8 << 32)
-    assert ask("23" + "00" * 6 + "00 0c 00", 12)[2] == struct.pack(">III", 8, BLOCKS, 2 << 24 | 512)
+    assert ask("23" + "00" * 6 + "00 0c 00", 12)[2] == struct.pack(">III", 8, IMAGE_SECTORS, 2 << 24 | 512)
     assert ask("03 00 00 00 12 00", 18)[2] == b"\x70" + bytes(6) + b"\x0a" + bytes(10)
     for text in ("00" * 6, "1b 00 00 00 01 00", "1e" + "00" * 5, "35" + "00" * 9, "2f" + "00" * 7 + "10 00"):
         assert driver.scsi(disk, bytes.fromhex(text)) == (0, 0, b"")
@@ -607,7 +599,7 @@ def test_states_that_cannot_be(pc, driver):
                       {"pressed": [4, 4]})),
         ("usb-tablet0", ({"x": 0x8000}, {"buttons": 32}, {"last": bytes(8)})),
         ("usb-disk0", ({"size": 512}, {"phase": "x"}, {"moved": 1}, {"length": 1}, {"partial": b"1"},
-                       {"start": 512 * BLOCKS + 512}, {"halted": [7]}, {"reply": b"1"}, {"status": 3})),
+                       {"start": 512 * IMAGE_SECTORS + 512}, {"halted": [7]}, {"reply": b"1"}, {"status": 3})),
     ):  # fmt: skip
         state = plain(pc.devices[name])
         assert not refuses(pc.devices[name], state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import pty
@@ -212,19 +211,33 @@ def test_vmfs_boot_says_what_it_cannot_tell(pc_mount, tmp_path, content, options
     assert set(os.listdir(pc_mount)) == before
 
 
-@needs("qemu-img", SEABIOS)
-@pytest.mark.parametrize("kind", ["qcow2", "gz"])
-def test_vmfs_boot_of_an_image_that_is_not_raw(pc_mount, tmp_path, kind):
-    (tmp_path / "raw").write_bytes(sector(b"\xb0\x07\xe6\xf4").ljust(1 << 20, b"\0"))
-    image = tmp_path / "image"
-    if kind == "gz":
-        image.write_bytes(gzip.compress((tmp_path / "raw").read_bytes()))
+@needs("qemu-img", "xz", "zstd", SEABIOS)
+@pytest.mark.parametrize("kind", ["floppy", "backing", "vmdk", "vhdx", "vdi", "xz", "zstd", "qcow2.gz"])
+def test_vmfs_boot_of_an_image_of_each_kind(pc_mount, tmp_path, kind):
+    """A floppy's BIOS number is 0, a disk's 80h: the code of the end tells what it was taken for."""
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    size = 1440 << 10 if kind == "floppy" else 1 << 20
+    raw.write_bytes(sector(b"\x88\xd0\x24\x80\x34\x07\xe6\xf4").ljust(size, b"\0"))  # mov al, dl; and 80h; xor 7
+    form, _, packed = kind.partition(".")
+    if form == "floppy":
+        image = raw
+    elif form == "backing":
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", image], check=True)
+    elif form in ("xz", "zstd"):
+        packed, image = form, raw
     else:
-        subprocess.run(["qemu-img", "convert", "-O", kind, tmp_path / "raw", image], check=True)
-    done = subprocess.run(
-        boot_command(pc_mount, image), capture_output=True, text=True, timeout=BOOT_SECONDS, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 15, done.stderr
+        subprocess.run(["qemu-img", "convert", "-O", form, raw, image], check=True)
+    if packed:
+        with open(tmp_path / "packed", "wb") as file:
+            subprocess.run([{"gz": "gzip"}.get(packed, packed), "-c", image], stdout=file, check=True)
+        image = tmp_path / "packed"
+    before = image.read_bytes()
+    if form == "backing":
+        done = boot(pc_mount, image)
+        assert done.returncode == 1 and "(`vmfs boot --format qcow2`)" in done.stderr, done.stderr
+    done = boot(pc_mount, image, *(("--format", "qcow2") if form == "backing" else ()))
+    assert done.returncode == (15 if kind == "floppy" else (0x87 << 1 | 1) & 0xFF), done.stderr
+    assert image.read_bytes() == before
 
 
 def boot(mount, *arguments):

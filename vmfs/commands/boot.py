@@ -33,7 +33,7 @@ from vmfs.commands.options import argument, engine, size
 from vmfs.host import mounts
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
-from vmfs.words.images import COMPRESSED, HEAD, format_of
+from vmfs.words.images import COMPRESSED, FORMATS, HEAD, format_of
 from vmfs.words.numbers import parse_duration
 
 _CHUNK = 1 << 20
@@ -61,6 +61,8 @@ _INSIDE = 256 << 10  # of a compressed file, in which is what tells
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?",
                         help="a kernel (Linux, ELF, multiboot), or what a BIOS boots: a CD, floppy, disk, boot sector")
+    parser.add_argument("--format", choices=FORMATS,
+                        help="of FILE, a disk: what its image is, so that it may open the image that it is based on")
     parser.add_argument("--initrd", metavar="FILE", help="its initial RAM disk, or module")
     parser.add_argument("--cmdline", metavar="TEXT", help=f"its command line (default: {DEFAULT_CMDLINE})")
     parser.add_argument("--bios", metavar="FILE", help="a BIOS image (default, where one is needed: SeaBIOS)")
@@ -254,7 +256,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     if arguments.file:
         path, mode = split_mode(arguments.file)
         with open_image(path) as image:
-            source, found = Source.of(image.fileno(), path), format_of(image.read(HEAD))
+            source, found = Source.of(image.fileno(), path), arguments.format or format_of(image.read(HEAD))
             if is_uefi and found == "raw" and media.is_efi(source):
                 kind = media.KERNEL
             else:
@@ -263,6 +265,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                 mode = mode or "cow"
             if arguments.snapshot and mode != "ro":
                 mode = "cow"
+            if arguments.format and kind in (media.BIOS, media.KERNEL):
+                raise Invalid(f"--format is for a disk, and {path} is a {kind}")
             if kind == media.BIOS:
                 if is_uefi:
                     raise Invalid(f"{path}: a BIOS, and --uefi is another: --bios takes it")
@@ -278,7 +282,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                 if not is_uefi and not plan.bios and found == "raw" and media.needs_uefi(source):
                     is_uefi = True
                     print(f"vmfs boot: {path} has nothing that a BIOS boots: by UEFI firmware", file=sys.stderr)
-                plan.lines.append((_line_of(kind, path, mode, source.size), path))
+                line = _line_of(kind, path, mode, source.size)
+                plan.lines.append((f"{line} format={arguments.format}" if arguments.format else line, path))
     for number, disk in enumerate(arguments.disk):
         path, mode = disk_mode(disk, arguments)
         plan.lines.append((f"blk {quoted(path)} {mode}", f"--disk {number}"))
@@ -295,6 +300,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     for name in ("initrd", "cmdline", "root"):
         if getattr(arguments, name) is not None and plan.kernel is None:
             raise Invalid(f"--{name} is for a kernel, and there is none: firmware boots what it finds")
+    plan.lines += share_lines(arguments)
     if is_uefi:
         plan.lines[:0] = flash_lines(arguments.uefi_vars, SECURE_OVMFS if arguments.secure_boot else OVMFS)
         return plan
@@ -429,8 +435,6 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
     put(machine, "mem_size", str(arguments.mem))
     put(machine, "machine", "pc")
     for line, what in plan.lines:
-        put(machine, "dev/add", line, what=what)
-    for line, what in share_lines(arguments):
         put(machine, "dev/add", line, what=what)
     if plan.seed:
         with tempfile.NamedTemporaryFile(prefix="vmfs-seed-") as file:  # the machine has it open afterwards

@@ -9,9 +9,10 @@ A device whose `board.has_workers` is false calls both at once.
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vmfs.devices.device import Port
@@ -105,3 +106,51 @@ class Worker:
                 self._at_end.append(call)
         if is_idle:
             call()
+
+
+class Working(abc.ABC):
+    """Of a device that has workers: nothing begins but while the machine runs and the device does not sleep."""
+
+    works = True
+    _is_asleep = False
+    _is_running = True
+
+    @abc.abstractmethod
+    def all_workers(self) -> Iterable[Worker]: ...
+
+    @abc.abstractmethod
+    def go_on(self) -> None:
+        """Begin what may have been waiting."""
+
+    @property
+    def is_held(self) -> bool:
+        """Nothing is to begin."""
+        return self._is_asleep or not self._is_running
+
+    def settle_all(self) -> None:
+        """Nothing is under way, and nothing begins meanwhile."""
+        self.settle_workers(self.all_workers())
+
+    def settle_workers(self, workers: Iterable[Worker]) -> None:
+        was, self._is_asleep = self._is_asleep, True
+        try:
+            for worker in workers:
+                worker.hold()
+        finally:
+            self._is_asleep = was
+
+    def run_begins(self) -> None:
+        self._is_running = True
+        self.go_on()
+
+    def run_ends(self) -> None:
+        self._is_running = False
+        self.settle_all()
+
+    def sleep(self) -> None:
+        self._is_asleep = True
+        self.settle_all()
+
+    def wake(self) -> None:
+        self._is_asleep = False
+        self.go_on()

@@ -368,8 +368,8 @@ def _reader(kind: str, fd: int, backing: list[int]) -> Any:
             below = _reader("qcow2", backing[0], backing[1:]) if _is_qcow2(backing[0]) else _File(backing[0])
         elif _backing_of(fd):
             raise Invalid(
-                f"its backing file is {_backing_of(fd)!r}, which is opened only where the line says format=qcow2: a "
-                "guest may have written that into a raw image"
+                f"its backing file is {_backing_of(fd)!r}, which is opened only where the line says format=qcow2 "
+                "(`vmfs boot --format qcow2`): a guest may have written that into a raw image"
             )
         return qcow2.QCow2(file, backing_file=below).open()
     if kind == "vmdk":

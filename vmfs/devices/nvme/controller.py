@@ -33,7 +33,7 @@ from vmfs.devices.nvme.queues import (
 )
 from vmfs.devices.pci import MSIX, MSIX_BAR, Bar, PciDevice, PciState
 from vmfs.devices.virtio.disk import AT_ONCE, SECTOR, Disk
-from vmfs.devices.worker import Worker
+from vmfs.devices.worker import Worker, Working
 from vmfs.words.errors import Invalid
 
 QUEUES = 8  # pairs, besides the admin queues
@@ -97,7 +97,7 @@ class NvmeState(DeviceState):
     overlay: OverlayMap
 
 
-class Nvme(PciDevice[NvmeState]):
+class Nvme(Working, PciDevice[NvmeState]):
     """`path` is what `info` shows."""
 
     TYPE = "nvme"
@@ -105,7 +105,6 @@ class Nvme(PciDevice[NvmeState]):
     VENDOR, DEVICE, CLASS = 0x1234, 0x4E56, 0x010802
     BARS = {0: Bar("memory", _SIZE), MSIX_BAR: MSIX}
     HAS_DISK = True
-    works = True
 
     def __init__(self, board: Port, name: str, slot: int, disk: Disk, *, path: str = "", serial: str = "") -> None:
         self.disk = disk
@@ -115,8 +114,6 @@ class Nvme(PciDevice[NvmeState]):
         self.workers = [Worker(board, f"{name}-{number}") for number in range(WORKERS)]
         self._next_worker = 0
         self._at_once = 0  # bytes that may be read so until the next doorbell
-        self._is_asleep = False
-        self._is_running = True
         self._rings: set[int] = set()
         self._clear()
         super().__init__(board, name, slot)
@@ -193,12 +190,12 @@ class Nvme(PciDevice[NvmeState]):
         if value & _EN and not was & _EN:
             self._enable()
         elif was & _EN and not value & _EN:
-            self._settle()
+            self.settle_all()
             self._stop()
             self.status = 0
             self._drive()
         if value & _SHN and not was & _SHN:
-            self._settle()
+            self.settle_all()
             self._flush_now()
             self.status |= _SHST_DONE
 
@@ -236,7 +233,7 @@ class Nvme(PciDevice[NvmeState]):
             if completion is not None and value < completion.size and self._is_live:
                 completion.head = value
                 self._drive()
-                self._go_on()
+                self.go_on()
                 return
         else:
             submission = self.submissions.get(queue)
@@ -268,14 +265,13 @@ class Nvme(PciDevice[NvmeState]):
 
     # ---- commands
 
-    def _go_on(self) -> None:
+    def all_workers(self) -> list[Worker]:
+        return self.workers
+
+    def go_on(self) -> None:
         for submission in list(self.submissions.values()):
             self._advance(submission)
         self._ring()
-
-    @property
-    def is_held(self) -> bool:
-        return self._is_asleep or not self._is_running
 
     def _advance(self, submission: Submission) -> None:
         """Take what was submitted, as far as there is room for the answers."""
@@ -567,7 +563,7 @@ class Nvme(PciDevice[NvmeState]):
         number = command.dwords[0] & 0xFFFF
         if not number or number not in self.submissions:
             raise CommandFailed(BAD_QUEUE)
-        self._settle()  # what it has taken is answered first
+        self.settle_all()  # what it has taken is answered first
         del self.submissions[number]
         return 0
 
@@ -589,38 +585,11 @@ class Nvme(PciDevice[NvmeState]):
             raise CommandFailed(TOO_MANY_EVENTS)
         self.events.append(command.id)
 
-    # ---- who works
-
-    def _settle(self) -> None:
-        """Nothing is under way, and nothing begins meanwhile."""
-        was, self._is_asleep = self._is_asleep, True
-        try:
-            for worker in self.workers:
-                worker.hold()
-        finally:
-            self._is_asleep = was
-
-    def run_begins(self) -> None:
-        self._is_running = True
-        self._go_on()
-
-    def run_ends(self) -> None:
-        self._is_running = False
-        self._settle()
-
-    def sleep(self) -> None:
-        self._is_asleep = True
-        self._settle()
-
-    def wake(self) -> None:
-        self._is_asleep = False
-        self._go_on()
-
     # ---- life
 
     def reset(self) -> None:
         super().reset()
-        self._settle()
+        self.settle_all()
         self._clear()
         self._drive()
 

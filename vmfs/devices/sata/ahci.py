@@ -15,6 +15,7 @@ from vmfs.devices.device import Port as BoardPort
 from vmfs.devices.ide.drive import Drive
 from vmfs.devices.pci import Bar, PciDevice, PciState
 from vmfs.devices.sata.port import ABAR, FIRST, REGISTERS, SLOTS, AhciPort, PortState
+from vmfs.devices.worker import Worker, Working
 from vmfs.words.errors import Invalid
 
 PORTS = 6
@@ -38,17 +39,14 @@ class AhciState(DeviceState):
     ports: Annotated[tuple[PortState, ...], msgspec.Meta(min_length=PORTS, max_length=PORTS)]
 
 
-class Ahci(PciDevice[AhciState]):
+class Ahci(Working, PciDevice[AhciState]):
     TYPE = "ahci"
     STATE = AhciState
     VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x2922, 0x010601, 2
     BARS = {ABAR: Bar("memory", _SIZE)}
-    works = True
 
     def __init__(self, board: BoardPort, name: str, slot: int) -> None:
         self.ports: tuple[AhciPort, ...] = ()
-        self._is_asleep = False
-        self._is_running = True
         super().__init__(board, name, slot)
         self.add_msi(1)
         self.chip = _chips.Ahci(board.bus, self.number, self.function)
@@ -131,31 +129,10 @@ class Ahci(PciDevice[AhciState]):
 
     # ---- who works
 
-    @property
-    def is_held(self) -> bool:
-        return self._is_asleep or not self._is_running
+    def all_workers(self) -> list[Worker]:
+        return [port.worker for port in self.ports]
 
-    def run_begins(self) -> None:
-        self._is_running = True
-        self._go_on()
-
-    def run_ends(self) -> None:
-        self._is_running = False
-        self._hold()
-
-    def sleep(self) -> None:
-        self._is_asleep = True
-        self._hold()
-
-    def wake(self) -> None:
-        self._is_asleep = False
-        self._go_on()
-
-    def _hold(self) -> None:
-        for port in self.ports:
-            port.worker.hold()
-
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         for port in self.ports:
             port.advance()
 
@@ -163,8 +140,8 @@ class Ahci(PciDevice[AhciState]):
 
     def reset(self) -> None:
         super().reset()
+        self.settle_all()
         for port in self.ports:
-            port.worker.hold()
             port.clear()
         self.chip.set_all(0, False)
         self.chip.enable_all(False)

@@ -13,7 +13,7 @@ Source: eXtensible Host Controller Interface 1.1, chapters 4 (operation), 5 (reg
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -47,7 +47,7 @@ from vmfs.devices.usb.rings import (
     next_trb,
 )
 from vmfs.devices.usb.slots import CONTROL, SLOTS, Slot, SlotEndpoint, SlotState, address_of, dci_of
-from vmfs.devices.worker import Worker
+from vmfs.devices.worker import Worker, Working
 from vmfs.words.errors import Invalid
 
 # Where each device is, for as long as a machine has it.
@@ -108,12 +108,11 @@ class XhciState(DeviceState):
     resumes: U64 | None
 
 
-class Xhci(PciDevice[XhciState]):
+class Xhci(Working, PciDevice[XhciState]):
     TYPE = "xhci"
     STATE = XhciState
     VENDOR, DEVICE, CLASS = 0x1234, 0x5843, 0x0C0330
     BARS = {0: Bar("memory", _SIZE), MSIX_BAR: MSIX}
-    works = True
 
     def __init__(self, board: BoardPort, name: str, slot: int) -> None:
         self.ports = {number: RootPort(number, number >= _FIRST_SUPER) for number in range(1, PORTS + 1)}
@@ -121,8 +120,6 @@ class Xhci(PciDevice[XhciState]):
         self.workers = {number: self._worker(number) for number in self.ports}
         self.interrupters = tuple(Interrupter(board) for _ in range(INTERRUPTERS))
         self._timer: Timer | None = None
-        self._is_asleep = False
-        self._is_running = True
         super().__init__(board, name, slot)
         self.add_msix(INTERRUPTERS)
         self._fixed[_SBRN : _SBRN + 2] = b"\x30\x20"  # USB 3.0, and frames of their own length
@@ -247,7 +244,7 @@ class Xhci(PciDevice[XhciState]):
 
     def _command(self, value: int) -> None:
         if value & _RESET:
-            self._settle_all()
+            self.settle_all()
             self._clear()
             self._interrupt_again()
             return
@@ -261,13 +258,13 @@ class Xhci(PciDevice[XhciState]):
                     self._tell_port(port)
             self._go_on()
         elif was & _RUN and not value & _RUN:
-            self._settle_all()
+            self.settle_all()
             self.status |= _HALTED
             self.ring_runs = False
         self._interrupt_again()
 
     def _write_port(self, port: RootPort, register: int, value: int) -> None:
-        self._held(self.workers[port.number].hold)
+        self.settle_workers((self.workers[port.number],))
         if port.write(register, value) and not self.status & _HALTED:
             self._tell_port(port)
         self._go_on()
@@ -336,9 +333,8 @@ class Xhci(PciDevice[XhciState]):
     @property
     def _can_go(self) -> bool:
         return not (
-            self.status & _HALTED or self._is_asleep or not self._is_running
-            or any(one.waiting for one in self.interrupters)
-        )  # fmt: skip
+            self.status & _HALTED or self.is_held or any(one.waiting for one in self.interrupters)
+        )
 
     def context_of(self, number: int) -> int:
         """Where the driver sees a slot. BadRing."""
@@ -603,36 +599,12 @@ class Xhci(PciDevice[XhciState]):
     def settle(self, slot: Slot) -> None:
         """Nothing of it is under way, and nothing begins meanwhile."""
         if slot.port:
-            self._held(lambda: self.workers[slot.port].hold())
+            self.settle_workers((self.workers[slot.port],))
 
-    def _settle_all(self) -> None:
-        self._held(lambda: [worker.hold() for worker in self.workers.values()])
+    def all_workers(self) -> Iterable[Worker]:
+        return self.workers.values()
 
-    def _held(self, hold: Callable[[], Any]) -> None:
-        """Have nothing begin meanwhile."""
-        was, self._is_asleep = self._is_asleep, True
-        try:
-            hold()
-        finally:
-            self._is_asleep = was
-
-    def run_begins(self) -> None:
-        self._is_running = True
-        self._go_on_where_it_was()
-
-    def run_ends(self) -> None:
-        self._is_running = False
-        self._settle_all()
-
-    def sleep(self) -> None:
-        self._is_asleep = True
-        self._settle_all()
-
-    def wake(self) -> None:
-        self._is_asleep = False
-        self._go_on_where_it_was()
-
-    def _go_on_where_it_was(self) -> None:
+    def go_on(self) -> None:
         if self._timer is None:  # else that does it, at its time
             self._go_on()
 
@@ -640,7 +612,7 @@ class Xhci(PciDevice[XhciState]):
 
     def reset(self) -> None:
         super().reset()
-        self._settle_all()
+        self.settle_all()
         self._clear()
         self._interrupt_again()
 
