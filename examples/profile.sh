@@ -30,7 +30,7 @@ echo pause > "$vm/state"
 
 vmfs trace "$vm" start insn
 vmfs trace --format flame -o profile.svg "$vm" & # reads until `stop`; the guest waits for it where it is slower
-echo 'insns 2000000 for 5s' > "$vm/vm_run"
+echo 'insns 2000000 for 60s' > "$vm/vm_run"
 vmfs trace "$vm" stop
 wait $!
 echo "the flame graph is profile.svg" >&2
