@@ -84,6 +84,11 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fi
 fi
 
+fetching=                               # the process that gets what the demo boots, beside all else
+fetch() {
+    if [ "$for" = demo ] && [ -z "$fetching" ]; then scripts/fetch_demo.sh 9>&- & fetching=$!; fi
+}
+
 if [ ${#missing[@]} -gt 0 ]; then
     mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
     command -v apt-get >/dev/null || die "missing: ${missing[*]} (by their Debian names); install them and try again"
@@ -94,7 +99,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
     say "installing ${missing[*]}"
     install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}")
-    "${install[@]}" >.cache/apt.log 2>&1 </dev/null ||
+    : >.cache/apt.log
+    if [ "$for" = demo ]; then
+        apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || "${root[@]}" apt-get update -qq >>.cache/apt.log 2>&1 </dev/null || true
+        if command -v python3 >/dev/null; then fetch; fi    # which makes the initial RAM disk
+    fi
+    "${install[@]}" >>.cache/apt.log 2>&1 </dev/null ||
         { "${root[@]}" apt-get update -qq >>.cache/apt.log 2>&1 </dev/null && "${install[@]}" >>.cache/apt.log 2>&1 </dev/null; } ||
         { tail -n 5 .cache/apt.log >&2; die "apt-get could not install ${missing[*]}"; }
 fi
@@ -118,20 +128,31 @@ sources() {
 }
 stamped() { [ "$(cat ".venv/$1.stamp" 2>/dev/null)" = "$2" ]; }
 if [ "$for" = demo ] && ! stamped packages "$wanted"; then
-    scripts/fetch_demo.sh 9>&- &
-    fetching=$!
+    fetch
     if ! stamped demo "$wanted $(sources)"; then
-        # In seconds: with nothing optimized, without debug information, and with what builds pyfuse3 and vmfs installed once, without
-        # the Cython that would only write again what pyfuse3 brings. Nothing of it is kept for others: a later `make setup` builds all again.
+        # In seconds: with nothing optimized, without debug information, and with what builds pyfuse3 installed once, without the Cython that
+        # would only write again what pyfuse3 brings; vmfs itself is built beside that. What is imported is compiled then. Nothing of it is
+        # kept for others: a later `make setup` builds all again.
         say "building vmfs, and installing Python packages into .venv"
-        export CFLAGS="-O0 -g0 -w" VMFS_CFLAGS="-O0 -g0 -DVMFS_TRAMPOLINE -DVMFS_NO_INLINE"
+        export CFLAGS="-O0 -g0 -w" VMFS_CFLAGS="-O0 -g0 -DVMFS_TRAMPOLINE -DVMFS_NO_INLINE" PIP_NO_COMPILE=1
         pip() { .venv/bin/pip install --disable-pip-version-check --no-cache-dir "$@" >>.cache/pip.log 2>&1 </dev/null; }
+        failed() { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
         : >.cache/pip.log
-        { pip setuptools setuptools-scm && pip --no-build-isolation -e '.[mount]'; } || pip -e '.[mount]' ||
-            { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
+        pip setuptools setuptools-scm || failed
+        .venv/bin/python setup.py -q build_ext --inplace --build-temp build/demo --build-lib build/demo >.cache/build.log 2>&1 </dev/null 9>&- &
+        building=$!
+        mapfile -t needed < <(.venv/bin/python - <<'PYTHON'
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["mount"], sep="\n")
+PYTHON
+        )
+        pip --no-build-isolation "${needed[@]}" || pip "${needed[@]}" || failed
+        wait "$building" || { cat .cache/build.log >&2; die "the C extensions do not build"; }
+        VMFS_BUILT=1 pip --no-build-isolation --no-deps -e . || failed
         echo "$wanted $(sources)" >.venv/demo.stamp
     fi
-    wait $fetching
+    wait "$fetching"
     exit
 fi
 if ! stamped packages "$wanted"; then
