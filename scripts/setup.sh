@@ -138,7 +138,7 @@ if [ "$for" = demo ] && ! stamped packages "$wanted"; then
         pip() { .venv/bin/pip install --disable-pip-version-check --no-cache-dir "$@" >>.cache/pip.log 2>&1 </dev/null; }
         failed() { tail -n 30 .cache/pip.log >&2; die "pip could not install vmfs"; }
         : >.cache/pip.log
-        pip setuptools setuptools-scm || failed
+        pip 'setuptools>=77' setuptools-scm || failed        # what pyproject.toml requires of it
         .venv/bin/python setup.py -q build_ext --inplace --build-temp build/demo --build-lib build/demo >.cache/build.log 2>&1 </dev/null 9>&- &
         building=$!
         mapfile -t needed < <(.venv/bin/python - <<'PYTHON'

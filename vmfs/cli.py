@@ -65,6 +65,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def refuse(self, extra: Sequence[str]) -> NoReturn:
+        """Arguments that it has no use for."""
+        option = next((one.partition("=")[0] for one in extra if one.startswith("-")), None)
+        if option is None:
+            self.error(f"{extra[0][:40]!r} is one argument too many")
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        self.error(f"there is no option {option[:40]!r}" + (f": did you mean {near[0]}?" if near else ""))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (without the program's name) asks for; the exit code."""
@@ -76,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if named and named not in known and not named.startswith("-"):
         near = difflib.get_close_matches(named, known, n=1)
         parser.error(f"there is no command {named[:40]!r}" + (f": did you mean {near[0]}?" if near else ""))
-    arguments = parser.parse_args(argv)
+    arguments, extra = parser.parse_known_args(argv)
+    if extra:
+        getattr(arguments, "own", parser).refuse(extra)
     try:
         return arguments.run(arguments)
     except VmfsError as failure:
@@ -100,7 +110,7 @@ def make_parser(whole: Container[str]) -> Parser:
         if command.name in whole:
             module = importlib.import_module(command.module)
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run, parser=parser)
+            sub.set_defaults(run=module.run, parser=parser, own=sub)
     return parser
 
 

@@ -43,7 +43,7 @@ def test_what_is_in_it(wheel):
 
 def test_it_is_installed_without_a_compiler(wheel, tmp_path):
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     keep = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
     environment = {**keep, "PATH": str(venv / "bin"), "CC": "/nonexistent"}
 
@@ -52,7 +52,8 @@ def test_it_is_installed_without_a_compiler(wheel, tmp_path):
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    run(venv / "bin" / "pip", "install", "-q", "--disable-pip-version-check", "--only-binary", ":all:", wheel)
+    pip = sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "--disable-pip-version-check"
+    run(*pip, "install", "-q", "--no-compile", "--only-binary", ":all:", wheel)
     assert run(venv / "bin" / "python", Path(__file__).with_name("checks.py")) == ""
     assert "vm_run" in run("vmfs", "help", "vm_run") and "usage: vmfs boot" in run("vmfs", "boot", "--help")
     found = run("vmfs", "doctor", code=1)

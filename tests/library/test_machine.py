@@ -65,6 +65,17 @@ def test_what_does_not_fit_is_refused(make, name, value):
     assert m.rax == 5
 
 
+def test_a_name_that_is_no_register_is_refused(make):
+    m = make("nop; hlt")
+    with pytest.raises(AttributeError, match="raxx"):
+        m.raxx = 1
+    with pytest.raises(AttributeError, match="raxx"):
+        m.raxx  # noqa: B018
+    with pytest.raises(Invalid, match="until: 'main' is no address"):
+        m.run(until="main")
+    assert isinstance(m.run(), exits.Hlt)
+
+
 def test_each_register_has_its_number(make, assemble, engine):
     """Each is set here and stored by the guest, which has them in its own order."""
     names = "rax rcx rdx rbx rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()

@@ -70,6 +70,11 @@ def test_mistakes_are_answered_with_what_was_meant(crashing):
     assert "'rax' is not NAME=VALUE" in refused("set", path, "rax")
     assert refused("step", f"{path}x").endswith(f"vm_run: did you mean {path.name}?\n")
     assert vmfs("stpe", path).stderr == "vmfs: there is no command 'stpe': did you mean step? (see vmfs --help)\n"
+    meant = "vmfs boot: there is no option '--braek': did you mean --break? (see vmfs boot --help)\n"
+    assert vmfs("boot", "--braek", "main", "kernel.elf").stderr == meant
+    assert vmfs("rm", path, "--xyzzy=1").stderr.startswith("vmfs rm: there is no option '--xyzzy' (see")
+    assert vmfs("why", path, "now").stderr.startswith("vmfs why: 'now' is one argument too many (see")
+    assert vmfs("run").stderr.startswith("vmfs run: the following arguments are required: MACHINE (see")
     assert refused("trace", path, "start", "inns").endswith("did you mean insn?\n")
     assert refused("screen", path).endswith("a bare machine has no screen: write pc to `machine`\n")
 

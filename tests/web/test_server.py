@@ -308,7 +308,7 @@ def test_a_page_that_takes_nothing_holds_up_no_other(site, bare):
         with site.socket("/live") as page:
             watch(page, name, registers={})
             resident = _resident(site.process.pid)
-            for _ in range(12):
+            for _ in range(5):
                 looked_at(page, until=lambda message: message.get("pane") == "registers", seconds=20)
             assert _resident(site.process.pid) - resident < 16 << 20
     finally:

@@ -21,7 +21,7 @@ _CHUNK = 1 << 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("machine", metavar="MACHINE", help="its directory, as /vmfs/demo")
-    parser.add_argument("words", nargs="*", metavar="x86-64|i386|i8086|linear",
+    parser.add_argument("words", nargs="*", default=[], metavar="x86-64|i386|i8086|linear",
                         help="how registers are described to gdb (docs/debugging.md)")
 
 

@@ -7,7 +7,7 @@ from vmfs.commands import machines
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     machines.add_machine(parser)
-    parser.add_argument("bound", metavar="BOUND", nargs="*",
+    parser.add_argument("bound", metavar="BOUND", nargs="*", default=[],
                         help="as `vm_run` takes it: `until main`, `insns 1000`, `for 2s` (default: no bound)")
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("machine", metavar="MACHINE", help=f"{machines.HELP}; or a file with what its `trace.bin` gave")
     parser.add_argument("what", choices=("start", "stop", "print"), nargs="?", default="print",
                         help="start: from the next instruction on; stop; print (default): what was and is traced")
-    parser.add_argument("kinds", metavar="KIND", nargs="*",
+    parser.add_argument("kinds", metavar="KIND", nargs="*", default=[],
                         help=f"start: {', '.join(KINDS)} (default: insn)")
     parser.add_argument("--range", metavar="FIRST-LAST", help="start: only what instructions there do")
     parser.add_argument("--drop", action="store_true", help="start: drop what nobody reads in time")

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from types import TracebackType
 from typing import Any
 
@@ -64,7 +65,13 @@ def _tables(sregs: bytes, mode: str, at: int, large: bool) -> tuple[bytes, Regio
 
 
 class _Parts:
-    """What `Machine` is made of; the registers are added to it."""
+    """What `Machine` is made of; the registers are added to it. A name that is none of these cannot be set."""
+
+    __slots__ = (
+        "__weakref__", "_after", "_again", "_base", "_closed", "_coverage", "_cpu", "_driver", "_engine",
+        "_get_register", "_hooks", "_machine", "_next_hook", "_set_register", "_stale", "_tables", "_until", "_vectors",
+        "capabilities", "exceptions", "exit", "mem", "mode",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -183,7 +190,10 @@ class _Parts:
         if start is not None:
             self.rip = start
         if until != self._until:
-            self._until, self._stale = until, True
+            try:
+                self._until, self._stale = until if until is None else index(until), True
+            except TypeError:
+                raise Invalid(f"until: {until!r} is no address") from None
         if self._again is not None:
             self._skip()
         driver, passes = self._driver, True
@@ -613,6 +623,7 @@ IP = 17  # the number of rip for `_get_register`, on every engine
 
 class Machine(_Parts):
     __doc__ = _Parts.__doc__
+    __slots__ = ()
 
 
 with_registers(Machine, IP)
