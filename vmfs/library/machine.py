@@ -70,7 +70,7 @@ class _Parts:
     __slots__ = (
         "__weakref__", "_after", "_again", "_base", "_closed", "_coverage", "_cpu", "_driver", "_engine",
         "_get_register", "_hooks", "_machine", "_next_hook", "_set_register", "_stale", "_tables", "_until", "_vectors",
-        "capabilities", "exceptions", "exit", "mem", "mode",
+        "capabilities", "exceptions", "exit", "linux", "mem", "mode",
     )  # fmt: skip
 
     def __init__(
