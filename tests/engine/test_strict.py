@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from engine.test_pc import ORIGIN, load
 
 from vmfs.machine.files.commands import parse_commands
 from vmfs.machine.machine import Vm
@@ -123,3 +124,42 @@ def test_snapshots_are_of_their_time(make, engine):
     for _ in range(2):
         assert run(vm) == "debug cause=unwritten id=1 addr=0x9000 rip=0x7c24"
         vm.past.restore("first")
+
+
+# Port 80h, two ports and three accesses of memory that no device claims.
+LOST = """
+.code16
+    xor ax, ax
+    out 0x80, al
+    mov dx, 0x1234
+    out dx, ax
+    in al, 0x79
+    mov bx, 0xffff
+    mov ds, bx
+    mov al, [0x20]          # 100010h, where there is no RAM
+    mov [0x31], al
+    inc byte ptr [0x42]
+    mov al, 0x10
+    out 0xf4, al
+"""
+
+
+def test_what_no_device_claims_stops(engine, assembler):
+    """After the instruction, in any PC, once for each of its accesses; the guest goes on as without."""
+    vm = Vm(engine, memory_size=MIB)
+    try:
+        vm.set_machine("pc")
+        load(vm, assembler(LOST, "real"))
+        if engine.name != "emulator":
+            with pytest.raises(Unsupported, match="on unclaimed: KVM has no way"):
+                debug(vm, "on unclaimed")
+            return
+        debug(vm, "on unclaimed")
+        lines = [run(vm) for _ in range(6)]
+        wanted = [(0x1234, 8), (0x79, 10), (0x100010, 18), (0x100021, 21), (0x100032, 25)]
+        assert lines[:5] == [f"debug cause=unclaimed id=1 addr={at:#x} rip={ORIGIN + rip:#x}" for at, rip in wanted]
+        assert lines[5].startswith("shutdown cause=debug-exit code=33 "), lines
+        uses = [line.partition(" rip=")[0] for line in vm.unclaimed().result(SECONDS).splitlines()]
+        assert "port=0x80 reads=0 writes=1" in uses and "memory=0x100032 reads=1 writes=1" in uses, uses
+    finally:
+        vm.close()

@@ -30,6 +30,7 @@ from vmfs.words.stops import (
     ModeStop,
     PortStop,
     Stop,
+    UnclaimedStop,
     UnwrittenStop,
     VectorStop,
     Watchpoint,
@@ -155,7 +156,8 @@ def _vector(text: str) -> int:
 
 # ---- points
 
-ON: Mapping[str, type[ChangeStop]] = {kind.CAUSE: kind for kind in (ModeStop, Cr3Stop, UnwrittenStop)}  # `on WHAT`
+# `on WHAT`
+ON: Mapping[str, type[ChangeStop]] = {kind.CAUSE: kind for kind in (ModeStop, Cr3Stop, UnwrittenStop, UnclaimedStop)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,8 @@ class Points:
         return self._add(lambda id_: VectorStop(id_, vectors), options, owner)
 
     def add_on(self, what: str, options: Options = PLAIN, *, owner: str = "") -> Points:
-        """After an instruction that changes the `mode` of the CPU, or its `cr3`, or reads what is `unwritten`."""
+        """After an instruction that changes the `mode` of the CPU, or its `cr3`, or reads what is `unwritten`, or
+        accesses what is `unclaimed`."""
         if what not in ON:
             raise Invalid(f"on: {what[:40]!r} is not {' or '.join(ON)}")
         return self._add(ON[what], options, owner)

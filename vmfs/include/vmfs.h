@@ -117,7 +117,8 @@ enum vmfs_debug_cause {
     VMFS_DEBUG_MODE = 6,
     VMFS_DEBUG_CR3 = 7,
     VMFS_DEBUG_INTERRUPT = 8,
-    VMFS_DEBUG_UNWRITTEN = 9
+    VMFS_DEBUG_UNWRITTEN = 9,
+    VMFS_DEBUG_UNCLAIMED = 10
 };
 
 enum vmfs_shutdown_cause {

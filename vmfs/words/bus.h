@@ -17,6 +17,7 @@ struct bus_access {
     uint8_t size;                   /* bytes: 1, 2, 4; of memory 8, too */
     uint64_t address;
     uint64_t value;                 /* written; of a read that was answered: what was read, with no bit beyond `size` */
+    bool unclaimed;                 /* answered, and by no device: it may be a mistake of the guest's */
     uint64_t rip;                   /* as the exit would have it */
     uint64_t (*now)(void *context); /* the guest's time, as in the state `clock`: nanoseconds */
     void *context;

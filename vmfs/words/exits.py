@@ -30,7 +30,9 @@ _BODY_SIZE = EXIT_STRUCT_SIZE - _HEADER.size
 
 IO_IN, IO_OUT = 0, 1  # as KVM_EXIT_IO_IN and KVM_EXIT_IO_OUT
 # The struct holds a cause as its index here plus one; vmfs.h has the same names in capitals.
-DEBUG_CAUSES = ("step", "breakpoint", "watchpoint", "io", "exception", "mode", "cr3", "interrupt", "unwritten")
+DEBUG_CAUSES = (
+    "step", "breakpoint", "watchpoint", "io", "exception", "mode", "cr3", "interrupt", "unwritten", "unclaimed",
+)  # fmt: skip
 STOPS_AFTER = frozenset(stop.CAUSE for stop in STOPS if stop.COMES_AFTER)
 SHUTDOWN_CAUSES = ("triple-fault", "poweroff", "reset", "debug-exit", "suspend")
 

@@ -139,7 +139,16 @@ class UnwrittenStop(ChangeStop):
     CAUSE: ClassVar[str] = "unwritten"
 
 
-STOPS: tuple[type[Stop], ...] = (Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop, UnwrittenStop)
+@dataclass(frozen=True, slots=True)
+class UnclaimedStop(ChangeStop):
+    """Stop after an instruction that accessed a port or an address which no device claims."""
+
+    CAUSE: ClassVar[str] = "unclaimed"
+
+
+STOPS: tuple[type[Stop], ...] = (
+    Breakpoint, Watchpoint, PortStop, VectorStop, ModeStop, Cr3Stop, UnwrittenStop, UnclaimedStop,
+)  # fmt: skip
 
 
 def _vector_texts(vectors: tuple[int, ...]) -> Iterable[str]:

@@ -145,6 +145,8 @@ static void note_unclaimed(struct bus *bus, bool memory, u64 address, u64 rip, b
 
 /* ---- Accesses -------------------------------------------------------------------------------------------------------------------- */
 
+enum { POST_CODES = 0x80 }; /* which every PC takes, and nobody has to */
+
 static u64 ones(unsigned size) { return ~0ull >> (64 - 8 * size); }
 
 static const struct place *find_memory(const struct bus *bus, u64 address)
@@ -164,6 +166,7 @@ static bool access_place(struct bus *bus, struct bus_access *a, struct place *af
     if (!place || place == &bus->places[PLACE_NOBODY]) {
         note_unclaimed(bus, a->memory, a->address, a->rip, a->write);
         a->value = ones(a->size);
+        a->unclaimed = a->memory || a->address != POST_CODES;
         return true;
     }
     if (!place->chip)

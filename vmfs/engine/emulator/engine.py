@@ -38,7 +38,17 @@ from vmfs.engine.emulator import _core
 from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, Unsupported, VmfsError, WouldBlock
 from vmfs.words.exits import Exit
-from vmfs.words.stops import Breakpoint, Cr3Stop, ModeStop, PortStop, Stop, UnwrittenStop, VectorStop, Watchpoint
+from vmfs.words.stops import (
+    Breakpoint,
+    Cr3Stop,
+    ModeStop,
+    PortStop,
+    Stop,
+    UnclaimedStop,
+    UnwrittenStop,
+    VectorStop,
+    Watchpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -411,7 +421,7 @@ class EmulatorVcpu(Vcpu):
         return exits.Debug(
             cause=name,
             id=None if name == "step" else id_,
-            addr=address if name in ("watchpoint", "io", "unwritten") or is_page_fault else None,
+            addr=address if name in ("watchpoint", "io", "unwritten", "unclaimed") or is_page_fault else None,
             vector=vector if is_event else None,
             rip=rip,
             cpu=self.index,
@@ -615,6 +625,8 @@ def _core_stops(stop: Stop) -> list[tuple[int, int, int, bool, bool]]:
             return [(_core.STOP_CR3, 0, 0, False, False)]
         case UnwrittenStop():
             return [(_core.STOP_UNWRITTEN, 0, 0, False, False)]
+        case UnclaimedStop():
+            return [(_core.STOP_UNCLAIMED, 0, 0, False, False)]
     raise Unsupported(f"{stop.text()}: the emulator does not watch for it")
 
 

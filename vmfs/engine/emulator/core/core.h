@@ -186,7 +186,7 @@ struct core_waiting {            /* an exit of an instruction that is done, whic
 /* The words of exits.py, in its order: EXITS, DEBUG_CAUSES. */
 #define CORE_EXITS(X) X(EXIT_IO) X(EXIT_MMIO) X(EXIT_HLT) X(EXIT_DEBUG) X(EXIT_SHUTDOWN) X(EXIT_INTERRUPTED) X(EXIT_LIMIT) X(EXIT_ERROR)
 #define CORE_CAUSES(X) X(DEBUG_STEP) X(DEBUG_BREAKPOINT) X(DEBUG_WATCHPOINT) X(DEBUG_IO) X(DEBUG_EXCEPTION) X(DEBUG_MODE) \
-    X(DEBUG_CR3) X(DEBUG_INTERRUPT) X(DEBUG_UNWRITTEN)
+    X(DEBUG_CR3) X(DEBUG_INTERRUPT) X(DEBUG_UNWRITTEN) X(DEBUG_UNCLAIMED)
 #define CORE_ENUMERATOR(name) name,
 enum exit_reason { EXIT_NONE, CORE_EXITS(CORE_ENUMERATOR) };
 enum debug_cause { CORE_CAUSES(CORE_ENUMERATOR) };
@@ -250,7 +250,7 @@ void vcpu_nmi(struct vcpu *c);
 /* ---- Debugging: nothing of it is visible to the guest --------------------------------------------------------- */
 
 #define CORE_STOPS(X) X(STOP_BREAKPOINT) X(STOP_WATCH) X(STOP_WATCH_PHYSICAL) X(STOP_IO) X(STOP_VECTOR) X(STOP_CR3) X(STOP_MODE) \
-    X(STOP_UNWRITTEN)
+    X(STOP_UNWRITTEN) X(STOP_UNCLAIMED)
 enum stop_kind { CORE_STOPS(CORE_ENUMERATOR) STOP_KINDS };
 struct vcpu_stop {
     enum stop_kind kind;

@@ -22,7 +22,11 @@ static bool ask_bus(struct vcpu *c, struct bus_access *a)
     a->rip = ip_of(c, c->now) + (a->write ? c->now->length : 0);
     a->now = bus_now;
     a->context = c;
-    return bus->access(bus, a);
+    if (!bus->access(bus, a))
+        return false;
+    if (unlikely(a->unclaimed))
+        stops_reach_unclaimed(c, a->address);
+    return true;
 }
 
 /* A line that it raises asks for attention, which the next block sees; of timers only the main loop knows. */

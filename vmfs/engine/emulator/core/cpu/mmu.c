@@ -653,7 +653,7 @@ static void read_device(struct vcpu *c, u64 physical, u8 *data, unsigned bytes)
     }
     if (!c->alone) { /* `done_reads` are of one instruction */
         u64 value = 0;
-        if (is_move(c, bytes) && bus_memory(c, physical, bytes, false, &value)) {
+        if (is_move(c, bytes) && !has_stops(c, STOP_UNCLAIMED) && bus_memory(c, physical, bytes, false, &value)) {
             memcpy(data, &value, bytes);
             return;
         }

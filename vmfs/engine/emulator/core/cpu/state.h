@@ -643,6 +643,7 @@ void fresh_written(struct vm *vm, u64 physical, unsigned bytes);
 bool fresh_read(struct vm *vm, u64 physical, unsigned bytes, bool tells);
 void fresh_destroy(struct vm *vm);
 void stops_reach_unwritten(struct vcpu *c, u64 linear);
+void stops_reach_unclaimed(struct vcpu *c, u64 address); /* a port, or a physical address */
 bool stops_watch_page(const struct vcpu *c, u64 linear, u64 physical);
 bool stops_watch(const struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);
 void stops_reach_watch(struct vcpu *c, u64 linear, u64 physical, unsigned bytes, bool write);

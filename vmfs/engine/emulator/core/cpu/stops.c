@@ -280,6 +280,13 @@ void stops_reach_unwritten(struct vcpu *c, u64 linear)
         reach(c, DEBUG_UNWRITTEN, s, linear, 0);
 }
 
+void stops_reach_unclaimed(struct vcpu *c, u64 address)
+{
+    const struct vcpu_stop *end;
+    for (const struct vcpu_stop *s = from(c, STOP_UNCLAIMED, 0, &end); s < end; s++)
+        reach(c, DEBUG_UNCLAIMED, s, address, 0);
+}
+
 /* Real, protected or long mode. */
 static unsigned cpu_mode(const struct vcpu *c) { return c->efer & EFER_LMA ? 2 : c->cr0 & CR0_PE ? 1 : 0; }
 
