@@ -21,6 +21,7 @@ from vmfs.words.numbers import parse_duration
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 NEW_ONES = 10  # machines that are asked for the first time in one look
+ASKED_MOST = 32  # machines that are asked in one look, each after those that were asked before it
 _KEPT = 128  # machines whose file stays open: those that do most
 _HEAD = ("NAME", "STATE", "ENGINE", "CPU%", "MIPS", "EXITS/S", "RESIDENT", "MAKER")
 _HOME, _REST, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
@@ -115,18 +116,17 @@ class Looks:
         return found[:most], new
 
     def _ask(self, shown: list[Machine]) -> None:
-        """Those that have done something."""
-        room = NEW_ONES
+        """Those that have done something; at a later look those for which this one has no room."""
+        due, new = [], 0
         for machine in shown:
             if machine.ticks == machine.asked_ticks:
                 machine.mips = machine.exits = 0.0
-                continue
-            is_first = machine.asked_ticks < 0
-            room -= is_first
-            if is_first and room < 0:  # at a later look
-                continue
+            elif machine.asked_ticks >= 0 or new < NEW_ONES:
+                new += machine.asked_ticks < 0
+                due.append(machine)
+        for machine in sorted(due, key=lambda one: one.asked_at)[:ASKED_MOST]:
             facts, now = machine.file.read(keep=True), time.monotonic()
-            if not is_first:
+            if machine.asked_ticks >= 0:
                 past = max(now - machine.asked_at, 1e-9)
                 done = table.number(facts, "instructions") - table.number(machine.asked, "instructions")
                 machine.mips = max(done, 0) / past / 1e6
