@@ -155,6 +155,7 @@ def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
     for arguments, sentence in (
         (("--gdb", tmp_path / "sector"), "is no port: write FILE before --gdb"),
         ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: debug: "),
+        ((tmp_path / "sector", "--break", "main"), "known; `--symbols FILE` tells of some: a System.map or a vmlinux"),
         ((tmp_path / "sector", "--symbols", tmp_path / "sector"), "symbols: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "none"), "none: No such file"),
         ((tmp_path / "sector", "--timeout", "soon"), "'soon' is not a number with ns, us, ms, s, m or h"),

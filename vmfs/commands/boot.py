@@ -458,7 +458,12 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
             copy(Path(plan.kernel), machine / "symbols")
             arguments.symbols = plan.kernel
     for where in arguments.breaks:
-        put(machine, "debug", f"break {where}", what=f"--break {where[:40]}")
+        try:
+            put(machine, "debug", f"break {where}", what=f"--break {where[:40]}")
+        except Invalid as error:
+            if arguments.symbols:
+                raise
+            raise Invalid(f"{error}; `--symbols FILE` tells of some: a System.map or a vmlinux") from None
     if arguments.gdb is not None:
         put(machine, "gdb", f"127.0.0.1:{arguments.gdb}", what=f"--gdb {arguments.gdb}")
 
