@@ -20,6 +20,7 @@ from PIL import Image, ImageChops
 from vnc.reader import Reader
 from vnc.rfb import Viewer
 
+from vmfs.machine.vnc import des
 from vmfs.machine.vnc.messages import FORMAT
 
 
@@ -376,16 +377,30 @@ def hostile(pc, tmp_path):
 
 
 def test_those_that_say_nothing_are_let_go(pc, tmp_path):
-    pc.write("vnc", f"{tmp_path}/s\n")
+    """But one that is asked for a password may take the time to type it."""
+    pc.write("vnc", f"{tmp_path}/s password=right\n")
     began, silent = time.monotonic(), []
-    for _ in range(32):
-        silent.append(Viewer(tmp_path / "s"))
-        silent[-1].get(12)
-    with Viewer(tmp_path / "s") as viewer:
-        assert viewer.is_ended()  # at once
-    assert all(viewer.is_ended() for viewer in silent)
-    assert 5 < time.monotonic() - began < SOON
-    with Viewer(tmp_path / "s") as viewer:
-        assert viewer.begin()
+    with Viewer(tmp_path / "s") as typist:
+        challenge = challenged(typist)
+        for _ in range(31):
+            silent.append(Viewer(tmp_path / "s"))
+            silent[-1].get(12)
+        with Viewer(tmp_path / "s") as viewer:
+            assert viewer.is_ended()  # at once
+        assert all(viewer.is_ended() for viewer in silent)
+        assert 5 < time.monotonic() - began < SOON
+        with Viewer(tmp_path / "s") as viewer:
+            assert len(challenged(viewer)) == 16
+        typist.put(des.encrypt("right", challenge))
+        assert typist.get(4) == bytes(4)
     for viewer in silent:
         viewer.line.close()
+
+
+def challenged(viewer):
+    """Up to where it is asked for the password: what it is to encrypt."""
+    viewer.get(12)
+    viewer.put(b"RFB 003.008\n")
+    assert viewer.get(2) == b"\1\2"
+    viewer.put(b"\2")
+    return viewer.get(16)

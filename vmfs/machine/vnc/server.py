@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 CLIENTS_MOST = 16
 GREETED_MOST = 32  # connections in their handshake; one more is closed
 HANDSHAKE_SECONDS = 10.0
+PASSWORD_SECONDS = 60.0  # more, where somebody is asked for the password
 STUCK_SECONDS = 30.0
 _WRONG_SECONDS = 1.0  # from a wrong password to the next try of anybody
 _LAST_SECONDS = 1.0  # to let keys go
@@ -210,8 +211,8 @@ class Client:
 
     async def greet(self, *, is_full: bool) -> None:
         """Versions, security, and the size. _Ended where it comes to nothing."""
-        with trio.fail_after(HANDSHAKE_SECONDS):
-            await self._agree(is_full)
+        with trio.fail_after(HANDSHAKE_SECONDS) as limit:
+            await self._agree(is_full, limit)
             await self._receive(1)  # whether it would share: all do
         try:
             await self._screen.look()
@@ -223,7 +224,7 @@ class Client:
         self._leds = self._screen.leds
         await self._send(messages.server_init(*self._size, self._vnc.name))
 
-    async def _agree(self, is_full: bool) -> None:
+    async def _agree(self, is_full: bool, limit: trio.CancelScope) -> None:
         await self._send(b"RFB 003.008\n")
         said = await self._receive(messages.VERSION_LENGTH)
         if not said.startswith(b"RFB 003."):
@@ -244,6 +245,7 @@ class Client:
         if password is not None:
             challenge = secrets.token_bytes(messages.CHALLENGE)
             await self._send(challenge)
+            limit.deadline += PASSWORD_SECONDS
             answer = await self._receive(messages.CHALLENGE)
             if not await self._vnc.knows(password, challenge, answer):
                 await self._refuse("the password is wrong", version)
