@@ -97,28 +97,6 @@ def test_an_empty_file():
         told(b"", 0)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 40_000), st.binary(min_size=1, max_size=40)), max_size=6),
-    st.sampled_from((iso(VOLUME, TORITO, END), sector((0x80, 0x83, 1, 9)), ELF, BZIMAGE, MULTIBOOT)),
-    st.integers(1, 70_000),
-)
-@settings(max_examples=300, deadline=None)
-def test_any_bytes_are_something_or_a_sentence(patches, data, size):
-    blob = bytearray(data.ljust(size, b"\0")[:size])
-    for at, patch in patches:
-        blob[at : at + len(patch)] = patch
-    fd = os.memfd_create("image")
-    os.write(fd, blob)
-    assert media.needs_uefi(Source.of(fd, "image")) in (True, False)
-    os.close(fd)
-    try:
-        assert told(bytes(blob)) in (KERNEL, CD, FLOPPY, DISK, BIOS)
-    except Invalid as error:
-        assert str(error).startswith("image: ")
-
-
-# ---- what only UEFI boots
-
 ESP = struct.pack("<16s", bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")).ljust(128, b"\0")
 
 
@@ -138,6 +116,51 @@ def gpt(first: bytes, *rows: bytes, size: int = 128, at: int = 2) -> bytes:
 
 
 PROTECTIVE = sector((0, 0xEE, 1, 0xFFFFFFFF))
+
+
+def pe(at: int = 0x40) -> bytes:
+    """A program for UEFI, whose PE header is there."""
+    head = struct.pack("<4sH18xH66xH", b"PE\0\0", 0x8664, 0x20B, 10)
+    return b"MZ".ljust(0x3C, b"\0") + struct.pack("<I", at) + bytes(at - 0x40) + head
+
+
+def test_a_program_for_uefi():
+    for data, is_one in ((pe(), True), (pe(0x1000), True), (pe()[:-1], False), (b"MZ", False), (BZIMAGE, False)):
+        fd = os.memfd_create("image")
+        os.write(fd, data)
+        assert media.is_efi(Source.of(fd, "image")) == is_one
+        os.close(fd)
+
+
+# Bytes of headers, tables and catalogs, and others.
+PLACES = st.one_of(*map(st.integers, (0, 16 * 2048, 20 * 2048, 0), (0x600, 18 * 2048, 20 * 2048 + 256, 50_000)))
+
+
+@given(
+    st.lists(st.tuples(PLACES, st.binary(min_size=1, max_size=40)), max_size=6),
+    st.sampled_from((
+        iso(VOLUME, TORITO, END), sector((0x80, 0x83, 1, 9)), ELF, BZIMAGE, MULTIBOOT, gpt(PROTECTIVE, bytes(128), ESP),
+        catalog(validation(0xEF), b"\x88"), catalog(validation(0), b"\0", b"\x91\xef\1", b"\x88"), pe(), pe(0x1000),
+    )),  # fmt: skip
+    st.integers(1, 70_000),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_something_or_a_sentence(patches, data, size):
+    blob = bytearray(data.ljust(size, b"\0")[:size])
+    for at, patch in patches:
+        blob[at : at + len(patch)] = patch
+    fd = os.memfd_create("image")
+    os.write(fd, blob)
+    assert media.needs_uefi(Source.of(fd, "image")) in (True, False)
+    assert media.is_efi(Source.of(fd, "image")) in (True, False)
+    os.close(fd)
+    try:
+        assert told(bytes(blob)) in (KERNEL, CD, FLOPPY, DISK, BIOS)
+    except Invalid as error:
+        assert str(error).startswith("image: ")
+
+
+# ---- what only UEFI boots
 
 
 @pytest.mark.parametrize(
