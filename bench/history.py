@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import reverse
 from bench.guests import CMDLINE, OFF, Guest, listen, on_tcg, on_vmfs, qemu_version
 from bench.harness import Result, mounted
 from vmfs.devices.network.backends import Stream
@@ -232,4 +233,4 @@ def results() -> list[Result]:
         theirs_recorded = _least(lambda: _recorded_by_qemu(guest))
         if theirs_recorded is not None:
             found.append(Result("(QEMU) rr=record, the same", "s", theirs_recorded, f"{qemu_version()}, off", theirs))
-    return found
+    return found + reverse.results()
