@@ -28,8 +28,9 @@ from vmfs.machine.born import Birth
 from vmfs.machine.cpu import Cpu
 from vmfs.machine.images import Images, Kept
 from vmfs.machine.past import Past, Rom, Snapshot
-from vmfs.machine.pins import LINES, Passing, Pins
+from vmfs.machine.pins import Passing, Pins
 from vmfs.machine.runloop import Bound, Run
+from vmfs.machine.signals import Signals
 from vmfs.machine.state import (
     Attached,
     Attempt,
@@ -45,7 +46,6 @@ from vmfs.machine.state import (
     tried,
 )
 from vmfs.machine.topology import with_topology
-from vmfs.machine.value import Value
 from vmfs.memory.layers import Image
 from vmfs.memory.ram import DEFAULT_SIZE, HIGH_START, PAGE, Memory, check_size, regions_of, room_in
 from vmfs.words import exits
@@ -58,7 +58,6 @@ from vmfs.words.errors import (
 )
 from vmfs.words.modes import CR0_PE, CodeMode, mode_of, set_mode, tables_of
 from vmfs.words.registers import REGISTERS, write_registers
-from vmfs.words.unclaimed import Use
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ NOTHING_TO_RUN = (
 )
 
 
-class Vm(Value):
+class Vm(Signals):
     """One virtual machine. Every method may be called from any thread; all raise Gone after `close`."""
 
     def __init__(self, engine: Engine, *, memory_size: int = DEFAULT_SIZE) -> None:
@@ -249,11 +248,6 @@ class Vm(Value):
         done: Future[int] = Future()
         done.set_result(self.memory.write_at(offset, data))
         return done
-
-    def _changed(self) -> None:
-        """Somebody outside has changed the machine, and not by an input."""
-        if self.history is not None:
-            self.history.changed = True
 
     # ---- snapshots: what `vmfs.machine.past` needs, beside `Pages`
 
@@ -683,77 +677,6 @@ class Vm(Value):
         self._note_written(written)
         old.close()
 
-    # ---- the pending access
-
-    @property
-    def access_data(self) -> bytes:
-        with self._lock:
-            self._check_open()
-            if self._run is not None:
-                return b""
-            # What a CPU that came from elsewhere has not: the bytes of a write that is done.
-            return self._exit_cpu.vcpu.access_data or getattr(self._last_exit, "data", b"")
-
-    def set_access_data(self, data: bytes) -> None:
-        with self._lock:
-            self._check_idle()
-            self._exit_cpu.vcpu.access_data = data
-            self._changed()
-            self._moved()
-
-    @property
-    def _exit_cpu(self) -> Cpu:
-        """The one with the last exit."""
-        return self.cpus[0 if self._last_exit is None else self._last_exit.cpu]
-
-    def unclaimed(self) -> Future[str]:
-        """What the guest has used and nothing has claimed, a line each: ports and addresses (of a machine with
-        devices), MSRs."""
-
-        def lines(cpu: Vcpu) -> str:
-            found = [] if self.board is None else self.board.unclaimed()
-            for one in self.cpus:
-                which = f" cpu={one.index}" if len(self.cpus) > 1 else ""
-                for index, reads, writes, rip in one.vcpu.unclaimed_msrs():
-                    found.append(f"msr={index:#x} {Use(reads, writes, rip)}{which}")
-            return "".join(f"{line}\n" for line in found)
-
-        return self.at_boundary(lines)
-
-    # ---- interrupts
-
-    def interrupt(self, vector: int) -> None:
-        """Queue an external interrupt. WouldBlock when the queue is full."""
-        with self._lock:
-            self._check_open()
-            self.cpu.vcpu.interrupt(vector)
-            self._changed()
-            self._notice()
-
-    def nmi(self) -> None:
-        with self._lock:
-            self._check_open()
-            if self.board is not None and self.board.inputs.have_times:
-                self.board.inputs.enter(self._pins, "nmi", b"")
-            else:
-                self.cpu.vcpu.nmi()
-                self._changed()
-                self._notice()
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        with self._lock:
-            self._check_open()
-            if self.board is not None and self.board.inputs.have_times and 0 <= gsi < LINES:
-                self.board.inputs.enter(self._pins, "line", bytes((gsi, level)))
-            else:
-                self._machine.irq_line(gsi, level)
-
-    @property
-    def interrupts_queued(self) -> int:
-        with self._lock:
-            self._check_open()
-            return self.cpu.vcpu.interrupts_queued
-
     # ---- counting
 
     def counters(self) -> dict[str, int]:
@@ -800,7 +723,6 @@ class Vm(Value):
             self.images.close()
             self.memory.close()
         self.tell()
-
 
 
 CPUS_MOST = 64
