@@ -402,8 +402,23 @@ def test_a_saver_that_is_killed_leaves_no_half_file(vm, tmp_path, moment):
     time.sleep(moment)
     saver.kill()
     saver.wait()
+    wait_until(lambda: not os.listdir(vm / "snap"), "what it has taken is gone")
     assert file.read_bytes() == b"before" or len(file.read_bytes()) > 1 << 20
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_loader_that_is_killed_leaves_no_machine(vm, server, tmp_path):
+    put(vm, 0, os.urandom(1 << 20) * 64)
+    file, new = tmp_path / "file", server.path / "new"
+    assert vmfs("save", vm.path, file).stderr == ""
+    loader = subprocess.Popen([sys.executable, "-m", "vmfs.cli", "load", str(file), str(new)])
+    wait_until(lambda: new.exists(), "it has begun")
+    time.sleep(0.1)
+    loader.kill()
+    if loader.wait():
+        wait_until(lambda: not new.exists(), "what it has made is gone")
+    else:
+        new.rmdir()
 
 
 @pytest.mark.parametrize("who", ["server", "machine"])

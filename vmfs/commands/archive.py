@@ -10,11 +10,13 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +177,58 @@ def new_file(path: Path, *, replaces: bool = True) -> Iterator[Any]:
 
 def load(machine: Path, source: Any, what: str, total: int, *, keep: str = "") -> None:
     """Make a machine of a file that is open for reading, or none. `keep`: the name of the snapshot that then stays."""
-    come_in(machine, lambda folder: read(source, lambda path: new_in(folder, path), what, total), keep)
+
+    def fill(folder: Path) -> None:
+        read(source, lambda path: new_in(folder, path), what, total)
+
+    come_in(machine, fill, keep, removed_if_killed)
 
 
-def come_in(machine: Path, fill: Callable[[Path], None], keep: str = "") -> None:
-    """Make a machine of what `fill` puts into the directory of a saved one, or none."""
+def come_in(
+    machine: Path,
+    fill: Callable[[Path], None],
+    keep: str = "",
+    guard: Callable[[Path], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Make a machine of what `fill` puts into the directory of a saved one, or none. `guard`: what is around it."""
     try:
         machine.mkdir()
     except OSError as failure:
         raise failed(machine, failure) from None
+    with guard(machine):
+        try:
+            if not (machine / "vm_run").exists():
+                raise Invalid(f"{machine} is in no mount of vmfs")
+            _come_in(machine, machine / "snap" / (keep or "loaded"), fill)
+            if not keep:
+                (machine / "snap/loaded").rmdir()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                machine.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def removed_if_killed(folder: Path) -> Iterator[None]:
+    """Of a process with one thread: another one removes a directory of a mount where this one is killed meanwhile."""
+    ended, tells = os.pipe()
+    watcher = os.fork()
+    if not watcher:
+        try:
+            os.close(tells)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which its parent gets, too, and ends by
+                signal.signal(number, signal.SIG_IGN)
+            if not os.read(ended, 1):
+                os.rmdir(folder)
+        finally:
+            os._exit(0)
+    os.close(ended)
     try:
-        if not (machine / "vm_run").exists():
-            raise Invalid(f"{machine} is in no mount of vmfs")
-        _come_in(machine, machine / "snap" / (keep or "loaded"), fill)
-        if not keep:
-            (machine / "snap/loaded").rmdir()
-    except BaseException:
-        with contextlib.suppress(OSError):
-            machine.rmdir()
-        raise
+        yield
+    finally:
+        os.write(tells, b".")
+        os.close(tells)
+        os.waitpid(watcher, 0)
 
 
 def _come_in(machine: Path, folder: Path, fill: Callable[[Path], None]) -> None:

@@ -21,24 +21,29 @@ def run(arguments: argparse.Namespace) -> int:
     machine, name = _parts(arguments.machine)
     taken = None if name else f"save-{os.getpid()}"
     folder = machine / "snap" / (name or taken)
-    if taken:
-        _make(machine, folder)
-    try:
+    if not taken:
+        _save(arguments, machine, folder)
+        return 0
+    _make(machine, folder)
+    with archive.removed_if_killed(folder):
         try:
-            if arguments.history and not (folder / archive.PAST).is_dir():
-                raise Invalid(f"{arguments.machine} has no past to save: `echo on > {machine}/history` begins one")
-            with archive.new_file(arguments.file.absolute()) as file:
-                archive.write(folder, file, str(arguments.file), with_past=arguments.history)
-        except OSError as failure:
-            raise archive.failed(failure.filename or arguments.file, failure) from None
-    except BaseException:
-        if taken:
+            _save(arguments, machine, folder)
+        except BaseException:
             with contextlib.suppress(OSError):  # of a machine that is gone
                 folder.rmdir()
-        raise
-    if taken:
+            raise
         folder.rmdir()
     return 0
+
+
+def _save(arguments: argparse.Namespace, machine: Path, folder: Path) -> None:
+    try:
+        if arguments.history and not (folder / archive.PAST).is_dir():
+            raise Invalid(f"{arguments.machine} has no past to save: `echo on > {machine}/history` begins one")
+        with archive.new_file(arguments.file.absolute()) as file:
+            archive.write(folder, file, str(arguments.file), with_past=arguments.history)
+    except OSError as failure:
+        raise archive.failed(failure.filename or arguments.file, failure) from None
 
 
 def _parts(text: str) -> tuple[Path, str]:
