@@ -1,9 +1,10 @@
 """gdb goes back through the boot of a Linux: ours, and QEMU's record/replay from a snapshot in a qcow2. Both make the
-same boot; gdb runs to the function that powers off, takes an instruction back, and all of it.
+same boot; gdb runs to the function that powers off, takes an instruction back, and goes back to the first one in C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from pc.initramfs import build  # noqa: E402
 from pc.kernels import CLOUD  # noqa: E402
 
-END = "kernel_power_off"
-SECONDS = 600  # that gdb, or QEMU, gets
+START, END = "start_kernel", "kernel_power_off"
+SECONDS = 600  # that a session of gdb, or QEMU, gets
 COMMANDS = "continue", "reverse-stepi", "reverse-continue"
 SCRIPT = """
 set pagination off
@@ -34,42 +35,45 @@ import time
 def timed(command):
     began = time.perf_counter()
     gdb.execute(command, to_string=True)
-    print("timed", command, time.perf_counter() - began, flush=True)
-begin = int(gdb.parse_and_eval("$pc"))
-gdb.execute("break *{at:#x}")
-timed("continue")
-assert int(gdb.parse_and_eval("$pc")) == {at:#x}
-timed("reverse-stepi")
-gdb.execute("delete")
-timed("reverse-continue")
-assert int(gdb.parse_and_eval("$pc")) == begin
+    return time.perf_counter() - began
+def to(place, command):
+    gdb.execute(f"delete\nbreak *{{place:#x}}", to_string=True)
+    seconds = timed(command)
+    assert int(gdb.parse_and_eval("$pc")) == place
+    print("timed", command, seconds, flush=True)
+to({end:#x}, "continue")
+print("timed", "reverse-stepi", timed("reverse-stepi"), flush=True)
+to({start:#x}, "reverse-continue")
 end
 """
 
 
 def _initrd() -> bytes:
-    return build(f"grep ' {END}$' /proc/kallsyms\n{OFF}", kernel=CLOUD)
+    return build(f"grep -E ' ({START}|{END})$' /proc/kallsyms\n{OFF}", kernel=CLOUD)
 
 
-def _end(said: str) -> int:
-    """Where the kernel has put the function."""
-    found = re.search(rf"^([0-9a-f]+) \w {END}\s", said, re.MULTILINE)
+def _place(name: str, said: str) -> int:
+    """Where the kernel has put a function."""
+    found = re.search(rf"^([0-9a-f]+) \w {name}\s", said, re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"the guest did not say where {END} is:\n{said[-500:]}")
+        raise RuntimeError(f"the guest did not say where {name} is:\n{said[-500:]}")
     return int(found[1], 16)
 
 
-def _by_gdb(target: str, at: int) -> dict[str, float]:
-    """Seconds of each of COMMANDS."""
-    with tempfile.NamedTemporaryFile("w", suffix=".gdb") as script:
-        script.write(SCRIPT.format(target=target, at=at))
+def _by_gdb(target: str, said: str) -> dict[str, float]:
+    """Seconds of each of COMMANDS that has come to its end in time."""
+    with tempfile.NamedTemporaryFile("w", suffix=".gdb") as script, tempfile.TemporaryFile("w+") as told:
+        script.write(SCRIPT.format(target=target, start=_place(START, said), end=_place(END, said)))
         script.flush()
         command = ["gdb", "-nx", "-q", "-batch", "-x", script.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("timed ")]
-    found = {what: float(seconds) for _, what, seconds in lines}
-    if found.keys() != set(COMMANDS):
-        raise RuntimeError(f"gdb has not come back to the begin: {done.stdout[-300:]}{done.stderr[-300:]}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, timeout=SECONDS)
+        told.seek(0)
+        lines = told.readlines()
+    found = {what: float(seconds) for _, what, seconds in (line.split() for line in lines if line.startswith("timed "))}
+    for one in COMMANDS:
+        if one not in found:
+            print(f"bench history: {one} did not come to its end: {lines[-1:]}", file=sys.stderr)
     return found
 
 
@@ -83,9 +87,8 @@ def _ours() -> dict[str, float]:
         (vm / "initrd").write_bytes(_initrd())
         (vm / "history").write_text("on\n")
         (vm / "vm_run").read_text()
-        at = _end((vm / "console.log").read_text())
         (vm / "vm_run").write_text("goto 0\n")
-        return _by_gdb(f"| {sys.executable} -m vmfs.cli gdb {vm}", at)
+        return _by_gdb(f"| {sys.executable} -m vmfs.cli gdb {vm}", (vm / "console.log").read_text())
 
 
 def _qemus() -> dict[str, float]:
@@ -103,14 +106,14 @@ def _qemus() -> dict[str, float]:
             ]
 
         subprocess.run(command("record"), stdin=subprocess.DEVNULL, check=True, timeout=SECONDS)
-        at = _end((there / "record").read_text(errors="replace"))
+        said = (there / "record").read_text(errors="replace")
         stub = there / "stub"
         replaying = [*command("replay"), "-S", "-gdb", f"unix:{stub},server=on,wait=off"]
         with subprocess.Popen(replaying, stdin=subprocess.DEVNULL) as process:
             try:
                 while not stub.exists() and process.poll() is None:
                     time.sleep(0.05)
-                return _by_gdb(os.fspath(stub), at)
+                return _by_gdb(os.fspath(stub), said)
             finally:
                 process.kill()
 
@@ -127,7 +130,11 @@ def results() -> list[Result]:
             theirs = _qemus()
         except (RuntimeError, subprocess.SubprocessError) as error:  # on a busy host it may take minutes
             print(f"bench history: QEMU's replay: {error}", file=sys.stderr)
-    name = f"{peer}, rr=replay" if theirs else ""
-    rows = [Result(f"gdb, a whole boot: {each}", "s", ours[each], name, theirs.get(each)) for each in COMMANDS]
-    mark = Result("gdb, a whole boot: reverse-continue", "s", ours[COMMANDS[2]], COMMANDS[0], ours[COMMANDS[0]], "< 2x")
-    return [*rows, mark]
+    rows = []
+    for one in COMMANDS:
+        theirs_here = theirs.get(one)
+        rows.append(
+            Result(f"gdb, a boot: {one}", "s", ours[one], f"{peer}, rr=replay" if theirs_here else "", theirs_here)
+        )
+    forward, *_, back = (ours[one] for one in COMMANDS)
+    return [*rows, Result("gdb, a boot: reverse-continue", "s", back, "continue", forward, "< 2x")]

@@ -191,11 +191,13 @@ def come_in(
     guard: Callable[[Path], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Make a machine of what `fill` puts into the directory of a saved one, or none. `guard`: what is around it."""
-    try:
-        machine.mkdir()
-    except OSError as failure:
-        raise failed(machine, failure) from None
+    if machine.exists():
+        raise failed(machine, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
     with guard(machine):
+        try:
+            machine.mkdir()
+        except OSError as failure:
+            raise failed(machine, failure) from None
         try:
             if not (machine / "vm_run").exists():
                 raise Invalid(f"{machine} is in no mount of vmfs")
@@ -210,7 +212,8 @@ def come_in(
 
 @contextlib.contextmanager
 def removed_if_killed(folder: Path) -> Iterator[None]:
-    """Of a process with one thread: another one removes a directory of a mount where this one is killed meanwhile."""
+    """Of a process with one thread: another one removes a directory of a mount, which is not there yet, where this one
+    is killed meanwhile. (One that is killed while it makes it is there until that is done.)"""
     ended, tells = os.pipe()
     watcher = os.fork()
     if not watcher:

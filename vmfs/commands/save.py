@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not taken:
         _save(arguments, machine, folder)
         return 0
-    _make(machine, folder)
     with archive.removed_if_killed(folder):
+        _make(machine, folder)
         try:
             _save(arguments, machine, folder)
         except BaseException:
