@@ -87,8 +87,9 @@ def _ours() -> dict[str, float]:
         (vm / "initrd").write_bytes(_initrd())
         (vm / "history").write_text("on\n")
         (vm / "vm_run").read_text()
+        said = (vm / "console.log").read_text()
         (vm / "vm_run").write_text("goto 0\n")
-        return _by_gdb(f"| {sys.executable} -m vmfs.cli gdb {vm}", (vm / "console.log").read_text())
+        return _by_gdb(f"| {sys.executable} -m vmfs.cli gdb {vm}", said)
 
 
 def _qemus() -> dict[str, float]:
