@@ -33,6 +33,16 @@ IDLE_SECONDS = 30.0  # that it is kept without being asked
 READY = 2  # forks that are kept ready
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: unix(7)
 _PACKET = 4096
+_REHEARSAL = (
+    commands.Open(1, "vm_run", False, False, True, False, 0),
+    commands.Write(2, 1, 0, b"insns 1000\n", 0),
+    commands.Flush(3, 1),
+    commands.Close(1),
+    commands.Open(4, "exit", False, False, False, False, 0),
+    commands.Read(5, 2, 0, _PACKET, 0),
+    commands.Close(2),
+    commands.Begin(6),
+)
 _TRIO_ENDS = trio.TooSlowError, trio.ClosedResourceError
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -160,14 +170,16 @@ def _pid_of_born(packet: bytes, ancillary: list[tuple[int, int, Any]]) -> int:
 
 
 async def _rehearse(line: socket.socket) -> None:
-    """Have it answer what most are asked first, so that what it touches for that is its own before a user waits."""
-    for message in (commands.Open(1, "exit", False, False, False, False, 0), commands.Read(2, 1, 0, _PACKET, 0)):
+    """Have it answer what most are asked first, so that what it touches for that is its own before a user waits; and
+    begin then."""
+    for message in _REHEARSAL:
         line.send(_encode(message), socket.MSG_NOSIGNAL)
+        if isinstance(message, commands.Close):
+            continue
         await trio.lowlevel.wait_readable(line)
         answer = _decode_answer(line.recv(_PACKET))
         if answer.call != message.call or isinstance(answer, commands.Failed):
             raise ProcessFailed("it does not answer")
-    line.send(_encode(commands.Close(1)), socket.MSG_NOSIGNAL)
 
 
 def _is_there(line: socket.socket) -> bool:

@@ -47,7 +47,7 @@ from vmfs.machine._lane import Lane
 from vmfs.machine.cpu import Cpu, CpuThread, Job
 from vmfs.machine.history import History
 from vmfs.machine.meeting import Meeting
-from vmfs.machine.runloop import UNBOUND, Asked, Bound, Run, RunLoop
+from vmfs.machine.runloop import NOTHING, UNBOUND, Asked, Bound, Run, RunLoop
 from vmfs.machine.travel import Travel
 from vmfs.memory.ram import Memory
 from vmfs.words import exits
@@ -129,6 +129,7 @@ class Control:
         self._subscribers: tuple[Callable[[], None], ...] = ()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0  # of the runs that have ended
+        self.rehearses = False  # runs come to their end before the first instruction
         self._began = 0.0  # when the run under way did
         self._closed = False
         self._still: object | None = object()
@@ -337,6 +338,8 @@ class Control:
             self._check_idle()
             if bound is not UNBOUND:
                 bound = self._checked(bound)
+            if self.rehearses:
+                bound = NOTHING
             self._choose_runners(bound)
             run, begins = Run(bound), False
             run.state_before = self._state
@@ -382,13 +385,6 @@ class Control:
             self._runners = (in_turn,)
         while len(self._threads) < len(self._runners):
             self._threads.append(CpuThread(f"vmfs-cpu{len(self._threads)}", self._adopted))
-
-    def begin_thread(self) -> None:
-        """Have the first CPU's thread, which else the first run begins."""
-        with self._lock:
-            begins = not self._threads[0].is_there and self._threads[0].put(lambda: None)
-        if begins:
-            self._threads[0].begin(self._threads[0].forget)
 
     def _give_up(self) -> None:
         """The run that was begun has no thread."""
@@ -449,7 +445,8 @@ class Control:
                 failure = EngineFailed(f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
         with self._lock:
-            self._seconds += time.perf_counter() - self._began
+            if run.bound is not NOTHING:
+                self._seconds += time.perf_counter() - self._began
             self._do_tasks()
             self._run = None
             self._set_still(object())

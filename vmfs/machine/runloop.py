@@ -40,7 +40,7 @@ class Bound:
         return self.journey is not None and bool(self.journey.written)
 
 
-UNBOUND = Bound()
+UNBOUND, NOTHING = Bound(), Bound(instructions=0)
 
 
 class Run(Future):  # type: ignore[type-arg]

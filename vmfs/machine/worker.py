@@ -188,7 +188,7 @@ class Worker:
         """Go on in another process, as the same machine, which nobody has yet, with that channel; again and again."""
         multiply(self._channel.fileno(), line)
         self._multiply = None
-        self._forks.begin_apart()
+        self._forks.part()
         self._channel.post(self._born())
 
     async def _rest(self) -> None:
@@ -238,6 +238,10 @@ class Worker:
                     return
                 nursery.start_soon(self._answer, message, asked)
         commands.close_all(fds)
+
+    async def _begin(self, message: commands.Begin) -> Done:
+        self._forks.begin()
+        return Done(message.call)
 
     def _attach_lane(self, message: commands.Lane, page: int) -> None:
         try:
@@ -566,6 +570,7 @@ _CALLS: dict[type, Callable[[Worker, Any], Awaitable[Any]]] = {
     commands.Fill: Worker._fill,
     commands.Rename: Worker._rename,
     commands.Fork: Worker._fork,
+    commands.Begin: Worker._begin,
 }
 
 

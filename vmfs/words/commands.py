@@ -215,6 +215,13 @@ class Multiply(Message, frozen=True):
     along, on which it says `Born`. After the first of them nothing else is said to this process."""
 
 
+class Begin(Message, frozen=True):
+    """Of a process that came by `Multiply`: what it was asked until now was a rehearsal. Be the copy, of which nobody
+    has asked anything."""
+
+    call: int
+
+
 class Interrupt(Message, frozen=True):
     """A signal came for the caller: end the call soon. It is answered all the same."""
 
@@ -265,7 +272,7 @@ class Refused(Message, frozen=True):
 
 Call = (
     Open | Read | Write | Flush | Poll | Measure | Truncate | List | Find | Take | Remove
-    | Arrive | Make | Fill | Rename | Extents | Fork | Hand | Inherit | Lane
+    | Arrive | Make | Fill | Rename | Extents | Fork | Hand | Inherit | Begin | Lane
 )
 ToMachine = Become | Call | Close | Interrupt | Share | Clients | Multiply | Granted | Refused
 

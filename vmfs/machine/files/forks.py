@@ -14,7 +14,7 @@ from vmfs.machine.files.handles import EmptyHandle, File, Kind
 from vmfs.machine.files.snapshots import Taking
 from vmfs.machine.past import Snapshot
 from vmfs.words import commands
-from vmfs.words.errors import EngineFailed, LimitReached
+from vmfs.words.errors import EngineFailed, Invalid, LimitReached
 
 HAND_SECONDS = 20.0  # that the other machine's process has for each descriptor
 
@@ -116,14 +116,20 @@ class Forks:
         contents.forget_sizes()
         contents.touch()
 
-    def begin_apart(self) -> None:
-        """This process is a fork of the one that has become that copy, and has not run: be the copy in its place."""
+    def part(self) -> None:
+        """This process is a fork of the one that has become that copy. Until it begins, no run of it does anything."""
+        vm = self._machine.vm
+        vm.engine_machine.own()
+        vm.rehearses = True
+
+    def begin(self) -> None:
+        """Be the copy, after a rehearsal in which the guest did nothing."""
         contents = self._machine
-        contents.vm.engine_machine.own()
         origin, self._origin = self._origin, None
-        assert origin is not None
+        if origin is None:
+            raise Invalid("this process was not made by a template, or has begun")
+        contents.vm.rehearses = False
         contents.vm.go_back(origin, lambda: lambda: None)
-        contents.vm.begin_thread()
         contents.forget_sizes()
         contents.touch()
 
