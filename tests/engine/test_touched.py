@@ -204,3 +204,16 @@ def test_what_is_forgotten_is_seen_here(make):  # noqa: F811
     vm.board.bus.forget_touched()
     back(vm)
     assert parts(vm) != then
+
+
+def test_a_clock_whose_alarm_is_on_stays_where_it_is(make):  # noqa: F811
+    vm = make(engine_or_skip("emulator"), "pc")
+    with vm.board.lock:
+        for index, value in ((0x05, 0xC0), (0x03, 0xC0), (0x01, 0x30), (0x0B, 0x22)):  # at second 30 of any minute; AIE
+            for offset, byte in enumerate((index, value)):
+                vm.board.devices["rtc"].write(0, offset, 1, byte)
+        before = vm.board.devices["rtc"].pack()
+    vm.past.take("two")
+    vm.past.restore("two")
+    vm.past.restore("two")
+    assert vm.board.devices["rtc"].pack() == before

@@ -316,7 +316,7 @@ class Pc(Board):
         armed that."""
         rtc, power = self.devices["rtc"], self.devices["power"]
         assert isinstance(rtc, Rtc) and isinstance(power, Power)
-        alarm = rtc.sleep() if power.wakes_by_clock else None
+        alarm = rtc.sleep_to_alarm() if power.wakes_by_clock else None
         self.reset()
         power.woken()
         if alarm is not None:

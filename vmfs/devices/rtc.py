@@ -120,9 +120,9 @@ class Rtc(QuietDevice[RtcState]):
         self.chip.reset(self.board.now())
         self.board.chip_used()
 
-    def sleep(self) -> RtcState | None:
+    def sleep_to_alarm(self) -> RtcState | None:
         """Go to the alarm that is enabled, while all else stands: what it is then. None: there is none."""
-        slept = self.chip.sleep(self.board.now())
+        slept = self.chip.sleep_to_alarm(self.board.now())
         self.board.chip_used()
         return self.save() if slept else None
 

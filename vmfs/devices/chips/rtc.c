@@ -369,7 +369,7 @@ static PyObject *rtc_reset(struct rtc *self, PyObject *argument)
 }
 
 /* The machine sleeps in S3 until the alarm, if that is enabled: the battery's clock is there then, and its other interrupts are off. */
-static PyObject *rtc_sleep(struct rtc *self, PyObject *argument)
+static PyObject *rtc_sleep_to_alarm(struct rtc *self, PyObject *argument)
 {
     u64 now, alarm;
     if (!chip_numbers(&argument, 1, &now, 1))
@@ -498,7 +498,7 @@ static PyMethodDef rtc_methods[] = {
     {"put", (PyCFunction)rtc_put, METH_VARARGS, "put(index, byte): into the RAM"},
     {"get", (PyCFunction)rtc_get, METH_O, "get(index) -> byte, as it stands"},
     {"reset", (PyCFunction)rtc_reset, METH_O, "reset(now)"},
-    {"sleep", (PyCFunction)rtc_sleep, METH_O, "sleep(now) -> seconds until the alarm, to which it goes; 0: none is enabled"},
+    {"sleep_to_alarm", (PyCFunction)rtc_sleep_to_alarm, METH_O, "sleep_to_alarm(now) -> seconds until the alarm, to which it goes; 0: none is enabled"},
     {"tell", (PyCFunction)rtc_tell, METH_O, "tell(power): of its interrupts, as ACPI's RTC_STS has it"},
     {"connect", (PyCFunction)rtc_connect, METH_VARARGS, "connect(now, connected): whether its line goes anywhere"},
     {"shift", (PyCFunction)rtc_shift, METH_O, "shift(by): the guest's time was set to what it was and so much"},
