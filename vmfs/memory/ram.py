@@ -27,6 +27,7 @@ LOW_MOST = 0xE000_0000
 HIGH_START = 1 << 32
 _STEP = 16 << 20  # bytes that are mapped anew, or copied, at a time
 _ZEROS = 1 << 20
+_FEW = 32  # pages that are copied back, since the guest writes them again: to give them back takes as long, and a fault each
 _MAPPINGS_MOST = 2048  # of parts of layers
 F_SEAL_FUTURE_WRITE = 0x10  # Linux include/uapi/linux/fcntl.h; the fcntl module lacks it
 MAXIMUM_SIZE = 1 << 39  # so that all of it has an address of 40 bits, as the emulator's CPUID says
@@ -276,7 +277,10 @@ class Memory:
                     if under is layer:
                         back |= its
                 for first, count in runs(back):
-                    self.mapping.drop(first * PAGE, count * PAGE)
+                    if count > _FEW or os.preadv(
+                        layer.fd, [view[first * PAGE : (first + count) * PAGE]], first * PAGE
+                    ) != count * PAGE:
+                        self.mapping.drop(first * PAGE, count * PAGE)
             for first, count in runs(here & ~back):
                 at, end = first * PAGE, (first + count) * PAGE
                 for start, stop in extents(layer.fd, at, end):
