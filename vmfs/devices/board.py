@@ -30,6 +30,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
@@ -116,10 +117,12 @@ class Board(BoardMemory):
         self._lock = threading.RLock()
         self.lock = _Lock(self._lock, self._touch_all)
         self._is_put: object | None = None  # the devices' states that were put last; None: anything may have changed
+        self._moment: int | None = None  # the time, while devices are put: they all are of one moment
         self._put_at = 0  # when: what keeps the time is the same at the same time only
         self._unpacked: dict[str, DeviceState] = {}  # of them, those that were needed
         self._sleepers: list[Device] = []  # of the devices, those that have something to do then
         self._renewed: list[Device] = []
+        self._numbered: list[tuple[int, str]] = []  # of each device the bit of its number, and its name
         self._owners: dict[int, Device] = {}  # by their slots of memory
         self._changing: list[Device] = []  # those that may be others although nobody touches them
         self.devices: dict[str, Device] = {}
@@ -207,6 +210,7 @@ class Board(BoardMemory):
         self._workers = [device for device in devices if device.works]
         self._sleepers = [device for device in devices if type(device).sleep is not QuietDevice.sleep]
         self._renewed = [device for device in devices if type(device).renew is not Device.renew]
+        self._numbered = [(1 << device.number, name) for name, device in self.devices.items()]
         self._owners = {device.memory_slot: device for device in devices if device.memory_slot is not None}
         self._changing = [
             device
@@ -386,6 +390,8 @@ class Board(BoardMemory):
         From any thread. Where the engine tells it only between two instructions, a thread that is not the CPU's gets
         it as it was last asked for, and what has passed on the host since.
         """
+        if self._moment is not None:
+            return self._moment
         try:
             (now,) = struct.unpack_from("<Q", self.machine.get_state("clock"))
         except EngineFailed:
@@ -575,9 +581,12 @@ class Board(BoardMemory):
             for device in self.devices.values():
                 device.machine_changed()
 
-    @contextlib.contextmanager
-    def asleep(self) -> Iterator[None]:
+    def asleep(self) -> AbstractContextManager[object]:
         """Nothing happens in the devices, or by them, in this block, which has the lock."""
+        return self._all_asleep() if self._sleepers else self._lock
+
+    @contextlib.contextmanager
+    def _all_asleep(self) -> Iterator[None]:
         with self._lock:
             sleeping: list[Device] = []
             try:
@@ -668,16 +677,20 @@ class Board(BoardMemory):
     def put(self, state: BoardState, devices: Packed, present: tuple[BoardState, Packed] | None = None) -> None:
         """Be what these say, and leave alone what is so. `present`: what there is, where that is known. In `asleep`,
         as `load`. The devices know `devices` again when they are put once more: it stays as it is."""
-        touched = self._touched() if present is None and self._is_put is devices else None
-        if touched is None:
-            self._unpacked = {}
-            self._put_all(state, devices, present or (self.save(), self.pack_devices()))
-            for slot, _ in self._written_slots():
-                self.machine.dirty_log(slot)
-        else:
-            self._put_touched(state, devices, *touched)
+        self._moment = now = self.now()
+        try:
+            touched = self._touched() if present is None and self._is_put is devices else None
+            if touched is None:
+                self._unpacked = {}
+                self._put_all(state, devices, present or (self.save(), self.pack_devices()))
+                for slot, _ in self._written_slots():
+                    self.machine.dirty_log(slot)
+            else:
+                self._put_touched(state, devices, *touched)
+        finally:
+            self._moment = None
         self.bus.forget_touched()
-        self._is_put, self._put_at = devices, self.now()
+        self._is_put, self._put_at = devices, now
 
     def _put_all(self, state: BoardState, devices: Packed, present: tuple[BoardState, Packed]) -> None:
         if state != present[0]:
@@ -690,8 +703,9 @@ class Board(BoardMemory):
     def _touched(self) -> tuple[list[str], bool] | None:
         """The devices that may be others than they were put, and whether the lines may. None: anything may be."""
         bits, lines = self.bus.touched()
-        if any(isinstance(what, tuple) for what in self._window):
-            return None
+        for what in self._window:
+            if isinstance(what, tuple):
+                return None
         for slot, size in self._written_slots():
             if slot not in self._owners:
                 return None
@@ -701,7 +715,7 @@ class Board(BoardMemory):
         for device in self._changing:
             if device.changes_unseen or not is_then and device.keeps_time:
                 bits |= 1 << device.number
-        return [name for name, device in self.devices.items() if bits >> device.number & 1], lines
+        return [name for bit, name in self._numbered if bits & bit], lines
 
     def _written_slots(self) -> Iterator[tuple[int, int]]:
         """Those of devices that the guest may write, and their sizes."""

@@ -361,7 +361,7 @@ class Machine(abc.ABC):
         slices of a run."""
         raise Unsupported("time follows the host's clock on this engine")
 
-    def at_one_moment(self) -> AbstractContextManager[None]:
+    def at_one_moment(self) -> AbstractContextManager[object]:
         """In this block, in which no CPU executes, the machine's time stands still: what is got or set of the CPUs'
         clocks is of one moment. Blocks may be in each other."""
         return nullcontext()
@@ -522,6 +522,10 @@ class Vcpu(abc.ABC):
         "progress" takes the place of what the CPU is in the middle of, which is given up. Every other state ends that:
         a read that waits completes, with the bytes as they stand.
         """
+
+    def has_cpuid(self, data: bytes) -> bool:
+        """Whether `cpuid` is that, or was and has not been set since."""
+        return self.get_state("cpuid") == data
 
     def get_states(self, names: tuple[str, ...]) -> dict[str, bytes]:
         """Those of these states that there are."""

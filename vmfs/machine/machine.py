@@ -275,8 +275,10 @@ class Vm(Signals):
             self.images.put(snapshot.images)
             try:
                 wanted = snapshot.opened(self)
-                cpuids = [cpu["cpuid"] for cpu in wanted.parts.cpus]
-                has_cpuids = not self._has_run or cpuids == [cpu.vcpu.get_state("cpuid") for cpu in self.cpus]
+                has_cpuids = not self._has_run or all(
+                    cpu.vcpu.has_cpuid(values["cpuid"])
+                    for cpu, values in zip(self.cpus, wanted.parts.cpus, strict=True)
+                )
                 if wanted.put_on is self._machine and has_cpuids:
                     self._use_rom(snapshot.rom)
                     put_again(self, wanted, put_memory)

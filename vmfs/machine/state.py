@@ -383,7 +383,7 @@ def take_with(body: Body, rest: Callable[[], bool]) -> State | None:
     return parts.state() if done else None
 
 
-def _asleep(body: Body) -> AbstractContextManager[None]:
+def _asleep(body: Body) -> AbstractContextManager[object]:
     return nullcontext() if body.board is None else body.board.asleep()
 
 

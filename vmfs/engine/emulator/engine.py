@@ -13,6 +13,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar, cast
 
 from vmfs.engine.base import (
@@ -145,6 +146,25 @@ class EmulatorEngine(Engine):
         return EmulatorMachine()
 
 
+class _Moment:
+    """A block in which the time of a machine stands, within others or not. No generator: that takes longer than the
+    block."""
+
+    def __init__(self, vm: _core.Vm) -> None:
+        self._vm = vm
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._vm.stand(True)
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._vm.stand(False)
+
+
 class EmulatorMachine(Machine):
     """A `struct vm` of the core."""
 
@@ -153,7 +173,7 @@ class EmulatorMachine(Machine):
     def __init__(self) -> None:
         self._vm = _core.Vm()
         self._has_irqchip = False
-        self._standing = 0  # blocks of `at_one_moment`
+        self._moment = _Moment(self._vm)
         # guest address, size, and the memory, which is there for as long as the core has it
         self._slots: dict[int, tuple[int, int, int | HostMemory]] = {}
         self._vcpus: set[int] = set()
@@ -263,17 +283,8 @@ class EmulatorMachine(Machine):
             raise Invalid(f"there is no time source {source}")
         self._vm.set_host_time(source == "host")
 
-    @contextlib.contextmanager
-    def at_one_moment(self) -> Iterator[None]:
-        if not self._standing:
-            self._vm.stand(True)
-        self._standing += 1
-        try:
-            yield
-        finally:
-            self._standing -= 1
-            if not self._standing:
-                self._vm.stand(False)
+    def at_one_moment(self) -> AbstractContextManager[object]:
+        return self._moment
 
     def dirty_log(self, slot: int) -> bytes:
         if slot not in self._slots:

@@ -52,6 +52,7 @@ class VcpuState:
         self._device = device
         self._has_irqchip = has_irqchip
         self._facts = facts
+        self._known_cpuid: bytes | None = None  # what it has, where that was asked for
         self._saved_msrs: tuple[int, ...] | None = None  # found out when first asked for
         # With KVM_CAP_XSAVE2, XSAVE areas over 4096 bytes (AMX) are got whole; the size is the VM's.
         self._xsave_size = max(facts.extension(vm, Cap.KVM_CAP_XSAVE2), SIZES["xsave"])
@@ -232,7 +233,16 @@ class VcpuState:
         ioctl(self._fd, Ioctl.KVM_GET_CPUID2, buffer)
         return trim_cpuid(buffer)
 
+    def has_cpuid(self, data: bytes) -> bool:
+        """It is not asked for again until it was set: KVM_GET_CPUID2 is one of the slow ones."""
+        if self._known_cpuid != data:
+            if self.get("cpuid") != data:
+                return False
+            self._known_cpuid = data
+        return True
+
     def _set_cpuid(self, data: bytes) -> None:
+        self._known_cpuid = None
         layouts.check_list("cpuid", data)
         count = layouts.LIST_HEAD.unpack_from(data)[0]
         if count > abi.CPUID_MAX_ENTRIES:

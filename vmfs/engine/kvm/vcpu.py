@@ -662,9 +662,13 @@ class KvmVcpu(Vcpu):
             put_quad(other, layouts.CR4, quad(sregs, layouts.CR4) ^ _CR4_PGE)
             self._state.set("sregs", bytes(other))
             self._state.set("sregs", sregs)
-        if values.get("sregs") == sregs:
-            values = {name: data for name, data in values.items() if name != "sregs"}
-        super().put_states(values)
+        so = {name for name, data in values.items() if name == "sregs" and data == sregs}
+        if "cpuid" in values and self.has_cpuid(values["cpuid"]):
+            so.add("cpuid")
+        super().put_states({name: data for name, data in values.items() if name not in so})
+
+    def has_cpuid(self, data: bytes) -> bool:
+        return self._state.has_cpuid(data)
 
     def get_msr(self, index: int) -> int:
         return self._state.get_msr(index)
