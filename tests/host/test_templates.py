@@ -83,6 +83,24 @@ def test_the_third_is_there_before_it_is_asked_for(quiet):
     assert not set(waiting) - {pid} - set(ready(quiet))
 
 
+def test_what_they_have_rehearsed_nobody_sees(quiet):
+    def seen(vm: Machine) -> dict[str, str]:
+        files = {name: vm.read(name) for name in ("state", "exit", "registers", "debug", "error")}
+        counted = ("runs", "exits.", "run_time_us", "instructions", "interrupts")
+        lines = [line for line in vm.read("stat").splitlines() if line.startswith(counted)]
+        return {**files, "stat": "\n".join(sorted(lines))}
+
+    vm = parent_of(quiet)
+    usual = seen(fork(vm, "usual"))
+    assert "runs 0" in usual["stat"] and "run_time_us 0" in usual["stat"]
+    B.does(fork(vm, "second").run)
+    wait_until(lambda: len(ready(quiet)) == 2, "forks are ready")
+    waiting = ready(quiet)
+    third = fork(vm, "third")
+    assert seen(third) == usual and pid_of(third) in waiting
+    assert B.does(third.run).startswith("hlt ")
+
+
 def test_they_share_nothing_that_one_of_them_can_write(quiet):
     vm = with_template(quiet)
     forks = [fork(vm, f"f{number}") for number in range(3)]
