@@ -37,7 +37,8 @@ def timed(command):
     gdb.execute(command, to_string=True)
     return time.perf_counter() - began
 def to(place, command):
-    gdb.execute(f"delete\nbreak *{{place:#x}}", to_string=True)
+    gdb.execute("delete")
+    gdb.execute(f"break *{{place:#x}}", to_string=True)
     seconds = timed(command)
     assert int(gdb.parse_and_eval("$pc")) == place
     print("timed", command, seconds, flush=True)
@@ -73,7 +74,7 @@ def _by_gdb(target: str, said: str) -> dict[str, float]:
     found = {what: float(seconds) for _, what, seconds in (line.split() for line in lines if line.startswith("timed "))}
     for one in COMMANDS:
         if one not in found:
-            print(f"bench history: {one} did not come to its end: {lines[-1:]}", file=sys.stderr)
+            print(f"bench history: {one} did not come to its end: {''.join(lines[-4:])}", file=sys.stderr)
     return found
 
 
@@ -131,6 +132,8 @@ def results() -> list[Result]:
             theirs = _qemus()
         except (RuntimeError, subprocess.SubprocessError) as error:  # on a busy host it may take minutes
             print(f"bench history: QEMU's replay: {error}", file=sys.stderr)
+    if ours.keys() != set(COMMANDS):
+        return []
     rows = []
     for one in COMMANDS:
         theirs_here = theirs.get(one)
