@@ -1,6 +1,6 @@
 #!/bin/bash
 # Unpacks what benchmarks boot beside the tests' kernels into .cache/bench: Debian's 32-bit kernel with a busybox, and the
-# programs that are timed inside a Debian (OpenSSL, gzip, Python) with their libraries, over the tests' root.
+# programs that are timed inside a Debian (OpenSSL, gzip, Python with its tests) with their libraries, over the tests' root.
 #
 #   .cache/bench/{686/{vmlinuz,modules,release},busybox-i386,programs/}
 #
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 say() { printf 'fetch_bench: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
 
-programs=(gzip libexpat1 libpython3.11-minimal libpython3.11-stdlib libssl3 openssl python3.11-minimal)
+programs=(gzip libexpat1 libpython3.11-minimal libpython3.11-stdlib libpython3.11-testsuite libssl3 openssl python3.11-minimal)
 
 target=.cache/bench
 stamp=$(sha256sum <scripts/fetch_bench.sh)
@@ -29,7 +29,7 @@ trap 'rm -rf "$work"' EXIT
 log=$work/log
 mkdir -p "$work"/{out/686,out/programs,state/lists/partial,cache/archives/partial,i386,amd64}
 
-say "downloading Debian's 32-bit kernel and programs (about 65 MB)"
+say "downloading Debian's 32-bit kernel and programs (about 70 MB)"
 narrow=(-o APT::Architecture=i386 -o APT::Architectures=i386 -o "Dir::State=$work/state" -o Dir::State::status=/dev/null
     -o "Dir::Cache=$work/cache")
 apt-get "${narrow[@]}" update -qq >>"$log" 2>&1 || true # some lists do; the packages are what is asked for

@@ -210,8 +210,8 @@ void emit_look(struct translation *t, const struct look *look)
 {
     struct stub nowhere = {0};
     i32 side = second_side(look->write);
-    alu_constant(&t->code, 0, GROUP_SUB, FIELD(looks), 1);
-    stub_jump(&nowhere, jump_if(&t->code, CC_B));
+    alu_constant(&t->code, 0, GROUP_SUB, FIELD(looks), 1); /* below 0 it stays there until the handler has run: a copy looks again */
+    stub_jump(&nowhere, jump_if(&t->code, CC_S));
     if (look->constant) {
         take_constant_page(t, &nowhere, look->page, side + (i32)(look->page >> INDEX_SHIFT & INDEX_MASK));
     } else {
