@@ -35,6 +35,7 @@ WAYS = {
     "host code": {"VMFS_JIT_THRESHOLD": "0"},
     "host code in pieces": {"VMFS_JIT_THRESHOLD": "0", "VMFS_JIT_SEED": "5"},
 }
+OTHER_BLOCK = b"\xeb\x00"  # JMP: accesses of two blocks do not share a check
 CR4_PGE, CR4_SMAP = 1 << 7, 1 << 21
 
 
@@ -233,10 +234,12 @@ def test_a_page_becomes_read_only(way, number, monkeypatch):
     write_protect = "0f20c0 0fbae810 0f22c0"  # MOV RAX, CR0; BTS EAX, 16; MOV CR0, RAX
     with machine(WAYS[way], monkeypatch) as (_, cpu, memory):
         code = bytes.fromhex(write_protect) + loop(ACCESSES["stores"], 100)[:-1] + bytes.fromhex(change)
-        memory.write(CODE, code + loop(LOADS, 100)[:-1] + loop(ACCESSES["stores"], 100))
+        code += OTHER_BLOCK + loop(LOADS, 100)[:-1] + OTHER_BLOCK + loop(ACCESSES["stores"], 100)
+        memory.write(CODE, code)
         write_registers(cpu, {"rbx": PAGES[0], "rsi": PAGES[1], "rdi": PAGES[2], "rax": 0, "idtr.limit": 0})
         assert cpu.run().REASON == "shutdown", "a page fault without a handler"
         assert int(read_register(cpu, "cr2"), 0) == PAGES[number]
+        assert int(read_register(cpu, "rbp"), 0) == 100, "in the first round"
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -246,7 +249,7 @@ def test_what_has_to_be_aligned_faults_in_either_place(way, number, monkeypatch)
     loads = "0f2803 0f2806 0f283f"
     with machine(WAYS[way], monkeypatch) as (_, cpu, memory):
         further = "4883" + ("c3", "c6", "c7")[number] + "08"  # ADD RBX, RSI or RDI, 8
-        memory.write(CODE, loop(loads, 100)[:-1] + bytes.fromhex(further) + loop(loads, 100))
+        memory.write(CODE, loop(loads, 100)[:-1] + bytes.fromhex(further) + OTHER_BLOCK + loop(loads, 100))
         write_registers(cpu, {"rbx": PAGES[0], "rsi": PAGES[1], "rdi": PAGES[2], "idtr.limit": 0})
         assert cpu.run().REASON == "shutdown", "#GP without a handler"
         assert int(read_register(cpu, "rbp"), 0) == 100
