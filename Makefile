@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a fresh Debian 12 with make is enough.
 
-.PHONY: install wheels deb deb-test pictures help setup demo test bench fuzz mutate repeat past fleet asan tsan lint clean
+.PHONY: install wheels deb deb-test pictures help setup demo test bench fuzz mutate repeat past storage fleet asan tsan lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make mutate  faults planted in the translator: its tests find each (takes long)"
 	@echo "make repeat  boots that are the same: twice, and by host code and the interpreter; state compared every 10 M instructions"
 	@echo "make past    lives that are disturbed and lives that are not: snapshots, forks, saved machines, history; state compared every million instructions"
+	@echo "make storage each storage device under Linux: blocks are written, read and compared, then it is partitioned, formatted, and the root"
 	@echo "make fleet   thousands of cases on four workers of a Dask cluster, while workers are killed and a network is cut"
 	@echo "make asan    all tests, under AddressSanitizer and UBSan"
 	@echo "make tsan    tests of what has threads in C, under ThreadSanitizer"
@@ -52,6 +53,9 @@ past: setup
 	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --guest walker --cpus 3 --most 300000000 $(ARGS)
 	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --cpus 1 $(ARGS)
 	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --cpus 4 $(ARGS)
+
+storage: setup
+	@PYTHONPATH=tests .venv/bin/python -m pc.storage $(ARGS)
 
 fleet: setup
 	@PYTHONPATH=tests .venv/bin/python -m fleet.proof $(ARGS)
