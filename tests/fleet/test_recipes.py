@@ -118,11 +118,14 @@ def test_the_command_goes_on_where_it_stopped(client, tmp_path, counting):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "case.py").write_text("def case(machine, file): pass")
     (tmp_path / "file").write_text("")
     common = ["--inputs", tmp_path / "file", "--out", tmp_path / "out"]
     for words, sentence in (
         (["run", tmp_path / "empty.py", *common], "has no function `case"),
         (["run", tmp_path / "none.py", *common], "No such file"),
+        (["run", tmp_path / "case.py", "--scheduler", "nowhere", *common], "missing port number in address"),
+        (["run", tmp_path / "case.py", "--scheduler", "tls://127.0.0.1:1", *common], "TLS"),
         (["run", tmp_path / "empty.py", "--inputs", tmp_path / "x*", "--out", tmp_path / "out"], "no file is"),
     ):
         if sentence == "no file is":

@@ -110,20 +110,17 @@ def _run(arguments: argparse.Namespace, function: Any, todo: list[tuple[str, Pat
         from distributed import Client
 
         from vmfs.fleet.fleet import Fleet
-        from vmfs.fleet.local import local_cluster
+        from vmfs.fleet.local import client_of, local_cluster
     except ModuleNotFoundError as missing:
         raise Invalid(f"a fleet needs Dask (there is no {missing.name}): pip install 'vmfs[fleet]'") from None
     cluster = None if arguments.scheduler else local_cluster()
     try:
-        client = Client(arguments.scheduler or cluster, timeout="10s")
-    except OSError as failure:
-        raise Invalid(f"no scheduler answers at {arguments.scheduler}: {failure}") from None
-    try:
+        client = client_of(arguments.scheduler) if cluster is None else Client(cluster)
         with client, Fleet(client) as fleet, tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
             template = fleet.template(arguments.template) if arguments.template else None
             results = fleet.map(
                 _call(function),
-                _files(todo),
+                _Files(todo),
                 template=template,
                 timeout=arguments.timeout,
                 memory=arguments.memory,
@@ -139,9 +136,18 @@ def _run(arguments: argparse.Namespace, function: Any, todo: list[tuple[str, Pat
             cluster.close()
 
 
-def _files(todo: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
-    for case, path in todo:
-        yield case, path.read_bytes()
+class _Files:
+    """Names and contents, which are read as they are needed, and whose number is known."""
+
+    def __init__(self, paths: list[tuple[str, Path]]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        for case, path in self._paths:
+            yield case, path.read_bytes()
 
 
 def _call(function: Any) -> Any:

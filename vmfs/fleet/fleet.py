@@ -515,4 +515,4 @@ def _bar(wanted: bool, inputs: Iterable[Any]) -> Any:
     except ImportError:
         print("vmfs.fleet: there is no bar without tqdm", file=sys.stderr)
         return _NoBar()
-    return tqdm(total=len(inputs) if isinstance(inputs, Sequence) else None, unit="case", smoothing=0)
+    return tqdm(total=len(inputs) if isinstance(inputs, Sized) else None, unit="case", smoothing=0)

@@ -1,11 +1,13 @@
-"""A cluster on this host alone."""
+"""A cluster on this host alone, and one whose address is known."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import dask
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
+
+from vmfs.words.errors import Invalid
 
 # What Dask looks at while nothing is to be done, in each scheduler, nanny and worker: 50 times a second whether its
 # event loop answers, 100 times what a thread of a worker does, ten times how much memory a worker has, twice what the
@@ -27,6 +29,16 @@ def local_cluster(**options: Any) -> LocalCluster:
         options["scheduler_kwargs"] = {"dashboard_address": ":0", **options.get("scheduler_kwargs", {})}
     with dask.config.set({name: value for name, value in QUIET.items() if _is_default(name)}):
         return LocalCluster(**options)
+
+
+def client_of(address: str) -> Client:
+    """Of a scheduler; Invalid, with a sentence, where none answers."""
+    try:
+        return Client(address, timeout="10s")
+    except OSError as failure:
+        raise Invalid(f"no scheduler answers at {address}: {failure}") from None
+    except (ValueError, TypeError) as failure:  # its address is none; it needs TLS, and Dask has no certificates
+        raise Invalid(f"{address!r} cannot be connected to: {failure}") from None
 
 
 def _is_default(name: str) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from vmfs.words.errors import Invalid
+
 _LOCAL = "vmfs-fleet-here"  # set where a test runs for a fleet: it does not go on to another one
 REPORTS = "vmfs-fleet-reports.json"
 TEST_SECONDS = 600.0
@@ -73,13 +75,16 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
 
 
 def _run_there(session: pytest.Session, items: list[pytest.Item], address: str) -> None:
-    from distributed import Client
-
     from vmfs.fleet.fleet import Fleet
+    from vmfs.fleet.local import client_of
 
     config = session.config
     timeout = config.getoption("--fleet-timeout")
-    with Client(address) as client, Fleet(client) as fleet:
+    try:
+        connected = client_of(address)
+    except Invalid as failure:
+        raise pytest.UsageError(str(failure)) from None
+    with connected as client, Fleet(client) as fleet:
         template = fleet.files(config.rootpath, _files(config, items))
         inputs = [(item.nodeid, timeout) for item in items]
         for result in fleet.map(run_test, inputs, template=template, timeout=timeout + 10, batch=1):
