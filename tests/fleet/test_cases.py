@@ -231,7 +231,17 @@ def test_workers_of_a_host_share_the_pages_of_a_template(fleet):
         assert found["Pss"] < 0.6 * found["Rss"], found
 
 
-def test_a_machine_of_a_mount(fleet, tmp_path):
+def without_fuse(does):
+    from vmfs.client.mounting import MountFailed, private_mount
+    from vmfs.fleet import worker
+
+    def refuse(*_, **__):
+        raise MountFailed("/dev/fuse does not exist")
+
+    worker.private_mount = refuse if does else private_mount
+
+
+def test_a_machine_of_a_mount(fleet, client, counting, tmp_path):
     from vmfs.client import MountFailed, Vm, private_mount
     from vmfs.commands import archive
 
@@ -253,6 +263,14 @@ def test_a_machine_of_a_mount(fleet, tmp_path):
             vm.regs.rip = 0x1000
             template = fleet.template(vm)
             assert vm.snapshots == []
+        client.run(without_fuse, True)
+        try:
+            (none,) = fleet.map(work, [2], template=template)
+            (library,) = fleet.map(count, [2], template=counting)
+        finally:
+            client.run(without_fuse, False)
+        assert (none.kind, library.value) == ("template", 2)
+        assert none.error == "this worker has no mount, which a saved machine needs: /dev/fuse does not exist"
         options = {"template": template, "keep": tmp_path / "kept", "history": 64 << 20}
         good, raised = sorted(fleet.map(work, [2, 4], **options), key=lambda result: result.input)
         (late,) = fleet.map(work, [endless], **options, timeout=1.5)

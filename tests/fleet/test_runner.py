@@ -138,6 +138,7 @@ def test_tasks_are_long_and_the_last_ones_short():
     assert pace.size(None) == 1
     pace.learn([Raw(number, seconds=0.001) for number in range(10_000)])
     assert 700 < pace.size(10_000) < 1000 and 170 < pace.size(None) < 250
+    assert 30 < pace.size(20) < 50
     assert _Pace(threads=2, given=7).size(1) == 7
 
 

@@ -33,6 +33,7 @@ from vmfs.fleet.worker import MEMORY, SECONDS, FleetPlugin, Work, op_of, run_cas
 from vmfs.words.errors import Invalid
 
 _BATCH_SECONDS = 1.0  # of work in a task of Dask: it takes 10 ms of processors, on a host that does other things too
+_LAST_SECONDS = 0.05  # and of the last ones
 _BLIND_SECONDS = 0.25  # and where nobody knows how many inputs there are: the last task may be one worker's alone
 _TASK_SECONDS = 0.006  # and this for each of the cluster's threads: twice what a task takes of the scheduler (2.8 ms)
 _BATCH_MOST = 10_000
@@ -85,8 +86,11 @@ class _Pace:
         if not self.is_known:
             return 1
         seconds = max(_BLIND_SECONDS if left is None else _BATCH_SECONDS, _TASK_SECONDS * self.threads)
-        most = _BATCH_MOST if left is None else min(_BATCH_MOST, left // (2 * self.threads))
-        return max(1, min(most, int(seconds / max(self.seconds / self.done, 1e-5))))
+        each = max(self.seconds / self.done, 1e-5)
+        count = seconds / each
+        if left is not None:
+            count = min(count, max(left // (2 * self.threads), _LAST_SECONDS / each))
+        return max(1, min(_BATCH_MOST, int(count)))
 
 
 @dataclass
