@@ -137,7 +137,7 @@ def fuzz_slice(function: Callable[[Any, bytes], Any], bug: Callable[[str], bool]
     task = Slice(**work)
     rng, seen = random.Random(task.seed), int.from_bytes(zlib.decompress(task.seen), "little")
     corpus, found, bugs, cases = list(task.corpus), [], {}, 0
-    machine.restore_point = machine.snapshot()
+    start = machine.snapshot()
     coverage = machine.coverage(MAP)
     zeros = bytes(MAP)
     first = list(task.first)
@@ -166,7 +166,7 @@ def fuzz_slice(function: Callable[[Any, bytes], Any], bug: Callable[[str], bool]
                 corpus.append(data)
                 found.append((data, zlib.compress(covered.to_bytes(MAP, "little"), 1)))
         machine.unhook()
-        machine.restore(machine.restore_point)
+        machine.restore(start)
     return {"found": found, "bugs": list(bugs.items()), "cases": cases}
 
 
