@@ -8,9 +8,10 @@ import msgspec
 import pytest
 from devices.fakes import FakeMachine, Guest, load, plain, refuses, saved
 
-from vmfs.devices.isa import IRQS, ISA_SLOT, PIRQ_ROUTES
+from vmfs.devices.chipset import I440FX
+from vmfs.devices.isa import IRQS
 from vmfs.devices.machine import Pc
-from vmfs.devices.pci import PlainPciDevice, gsi, pic_irq, pirq
+from vmfs.devices.pci import PlainPciDevice
 from vmfs.memory.ram import Memory
 
 SLOTS = 2, 3, 4, 5, 6, 7
@@ -43,25 +44,25 @@ def high(pc):
 
 
 def route(pc, number, value):
-    Guest(pc).config(ISA_SLOT, PIRQ_ROUTES + number, value, size=1)
+    Guest(pc).config(I440FX.isa_slot, I440FX.routes[0] + number, value, size=1)
 
 
 def test_from_the_beginning_it_routes_as_firmware_does(pc):
     guest = Guest(pc)
-    assert [guest.config(ISA_SLOT, PIRQ_ROUTES + number, size=1) for number in range(4)] == [10, 10, 11, 11]
+    assert [guest.config(I440FX.isa_slot, I440FX.routes[0] + number, size=1) for number in range(4)] == [10, 10, 11, 11]
     for slot in SLOTS:
         card = pc.devices[f"card{slot}"]
         card.set_irq(True)
         # SeaBIOS: pci_irqs[(pin - 1 + slot - 1) & 3] of 10, 10, 11, 11, with pin 1 for INTA
-        assert high(pc) == {(10, 10, 11, 11)[(slot - 1) & 3]} == {pic_irq(slot)}
-        assert guest.config(slot, 0x3C, size=2) == 0x0100 | pic_irq(slot)
-        assert pc.machine.lines[gsi(slot)]
+        assert high(pc) == {(10, 10, 11, 11)[(slot - 1) & 3]} == {I440FX.pic_irq(slot)}
+        assert guest.config(slot, 0x3C, size=2) == 0x0100 | I440FX.pic_irq(slot)
+        assert pc.machine.lines[I440FX.gsi(slot)]
         card.set_irq(False)
-        assert high(pc) == set() and not pc.machine.lines[gsi(slot)]
+        assert high(pc) == set() and not pc.machine.lines[I440FX.gsi(slot)]
 
 
 def test_a_line_of_two_inputs_is_high_while_either_is(pc):
-    assert pirq(2) != pirq(5) and pirq(2) == pirq(6)
+    assert I440FX.wired(2) != I440FX.wired(5) and I440FX.wired(2) == I440FX.wired(6)
     for number in range(4):
         route(pc, number, 5)
     order = [pc.devices[f"card{slot}"] for slot in (2, 5, 6)]
@@ -79,10 +80,10 @@ def test_a_line_of_two_inputs_is_high_while_either_is(pc):
 def test_every_value_of_a_register(pc, value):
     card = pc.devices["card2"]
     card.set_irq(True)
-    route(pc, pirq(2), value)
-    assert Guest(pc).config(ISA_SLOT, PIRQ_ROUTES + pirq(2), size=1) == value & 0x8F
+    route(pc, I440FX.wired(2), value)
+    assert Guest(pc).config(I440FX.isa_slot, I440FX.routes[0] + I440FX.wired(2), size=1) == value & 0x8F
     assert high(pc) == ({value & 15} if not value & 0x80 and value & 15 in IRQS else set())
-    assert pc.machine.lines[gsi(2)], "the IOAPIC's line does not pass the router"
+    assert pc.machine.lines[I440FX.gsi(2)], "the IOAPIC's line does not pass the router"
     card.set_irq(False)
     assert high(pc) == set()
 
@@ -91,7 +92,7 @@ def test_the_line_goes_along_while_it_is_high(pc):
     pc.devices["card2"].set_irq(True)
     pc.devices["card3"].set_irq(True)
     assert high(pc) == {10, 11}
-    Guest(pc).config(ISA_SLOT, PIRQ_ROUTES, 0x80_0C_09_80, size=4)  # A off, B 9, C 12, D off
+    Guest(pc).config(I440FX.isa_slot, I440FX.routes[0], 0x80_0C_09_80, size=4)  # A off, B 9, C 12, D off
     assert high(pc) == {9, 12}
     Guest(pc).config(2, 5, 4, size=1)  # the command register holds it back
     assert high(pc) == {12}
@@ -106,7 +107,7 @@ def test_a_device_that_is_gone_holds_nothing(pc):
     card.set_irq(True)
     pc.pci.unplug(card)
     assert high(pc) == set()
-    route(pc, pirq(2), 5)
+    route(pc, I440FX.wired(2), 5)
     assert high(pc) == set()
 
 
@@ -154,5 +155,5 @@ def test_a_state_that_no_router_has(pc):
     state = plain(pc.devices["isa-bridge"])
     assert not refuses(pc.devices["isa-bridge"], state)
     config = bytearray(state["config"])
-    config[PIRQ_ROUTES] = 0x1A
+    config[I440FX.routes[0]] = 0x1A
     assert refuses(pc.devices["isa-bridge"], {**state, "config": bytes(config)})

@@ -7,8 +7,9 @@ import random
 import pytest
 from devices.fakes import FakeMachine, Guest, load, plain, refuses, saved
 
+from vmfs.devices.chipset import I440FX
 from vmfs.devices.machine import Pc
-from vmfs.devices.pci import PlainPciDevice, gsi
+from vmfs.devices.pci import PlainPciDevice
 from vmfs.memory.ram import Memory
 
 SLOT, AT = 5, 0x40
@@ -83,11 +84,11 @@ def test_a_message_is_the_drivers_data_with_its_number(bench, allowed, bits):
 def test_without_it_inta_is_the_interrupt(bench):
     assert not bench.card.signal(0)
     bench.card.set_irq(True)
-    assert bench.pc.machine.lines[gsi(SLOT)] and bench.taken() == []
+    assert bench.pc.machine.lines[I440FX.gsi(SLOT)] and bench.taken() == []
     bench.enable()
-    assert not bench.pc.machine.lines[gsi(SLOT)] and bench.config(6, size=2) & 8
+    assert not bench.pc.machine.lines[I440FX.gsi(SLOT)] and bench.config(6, size=2) & 8
     bench.config(CONTROL, 0, 2)
-    assert bench.pc.machine.lines[gsi(SLOT)]
+    assert bench.pc.machine.lines[I440FX.gsi(SLOT)]
 
 
 def test_masks_and_pending_bits(bench):

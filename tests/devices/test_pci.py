@@ -5,8 +5,9 @@ import random
 import pytest
 from devices.fakes import FakeMachine, Guest, load, plain, refuses, saved
 
+from vmfs.devices.chipset import MEMORY_END
 from vmfs.devices.machine import Pc
-from vmfs.devices.pci import MEMORY_END, MEMORY_START, ROM_REGION, Bar, PlainPciDevice
+from vmfs.devices.pci import MEMORY_START, ROM_REGION, Bar, PlainPciDevice
 from vmfs.memory.ram import Memory
 from vmfs.words.errors import Busy, Invalid
 

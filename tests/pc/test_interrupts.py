@@ -10,8 +10,7 @@ import pytest
 from pc.conftest import boot_linux
 from pc.kernels import needs_kernels
 
-from vmfs.devices.isa import ISA_SLOT, PIRQ_ROUTES
-from vmfs.devices.pci import PIRQ_LINES, gsi, pic_irq
+from vmfs.devices.chipset import I440FX, PIRQ_LINES
 from vmfs.devices.virtio.block import Block
 from vmfs.devices.virtio.disk import open_disk
 from vmfs.engine.emulator.engine import EmulatorEngine
@@ -47,7 +46,7 @@ def test_a_disks_interrupt(make_pc, tmp_path, cmdline, chip):
     for disk in DISKS:
         name = pc.shell(f"readlink -f /sys/block/{disk}/device/..").strip().rpartition("/")[2]
         slot = int(name.split(":")[2].split(".")[0], 16)
-        wanted = gsi(slot) if chip == "IO-APIC" else pic_irq(slot)
+        wanted = I440FX.gsi(slot) if chip == "IO-APIC" else I440FX.pic_irq(slot)
         assert pc.shell(f"cat /sys/bus/pci/devices/{name}/irq").strip() == str(wanted), name
         row = pc.shell(f"grep ' {wanted}:' /proc/interrupts").split()
         assert row[0] == f"{wanted}:" and int(row[1]) > 0 and row[2] == chip
@@ -71,13 +70,14 @@ def test_seabios_writes_the_lines_that_are(tmp_path):
         vm.start(Bound(instructions=1)).result(SECONDS)  # the reset is done
         for function in functions:
             function.write_config(0x3C, 1, 0xEE)
-        router = vm.board.pci.functions[ISA_SLOT << 3]
-        router.write_config(PIRQ_ROUTES, 4, 0x80808080)
+        router = vm.board.pci.functions[I440FX.isa_slot << 3]
+        router.write_config(I440FX.routes[0], 4, 0x80808080)
         while any(one.config[0x3C] == 0xEE for one in functions):
             assert vm.counters()["instructions"] < INSTRUCTIONS
             vm.start(Bound(instructions=500_000)).result(SECONDS)
-        assert bytes(router.config[PIRQ_ROUTES : PIRQ_ROUTES + 4]) == bytes(PIRQ_LINES)
-        assert {one.slot: one.config[0x3C] for one in functions} == {one.slot: pic_irq(one.slot) for one in functions}
+        assert bytes(router.config[I440FX.routes[0] : I440FX.routes[0] + 4]) == bytes(PIRQ_LINES)
+        wanted = {one.slot: I440FX.pic_irq(one.slot) for one in functions}
+        assert {one.slot: one.config[0x3C] for one in functions} == wanted
         assert vm.get_machine_state("irqchip").result(SECONDS)[520 + 8 + 14] == 0x0C  # ELCR: 10 and 11 by their level
     finally:
         vm.close()

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmfs.boot import Platform, acpi, aml, firmware_files, mptable, pirtable
-from vmfs.devices import isa, pci, power
+from vmfs.devices import pci, power
+from vmfs.devices.chipset import I440FX
 
 BASE = 0xF0040
 PLATFORM = Platform(256 << 20)
@@ -127,7 +128,7 @@ def test_mp_table(cpus):
         line: line or 2 for line in range(16) if line != 2
     }
     assert {key[1]: to for key, to in routes.items() if key[0] == 0} == {
-        slot << 2: pci.gsi(slot) for slot in range(1, 32)
+        slot << 2: I440FX.gsi(slot) for slot in range(1, 32)
     }
     assert [(entry[1], entry[7]) for entry in entries if entry[0] == 4] == [(3, 0), (1, 1)]
 
@@ -136,9 +137,9 @@ def test_mp_table(cpus):
 
 
 def test_the_routing_table_names_the_routers_registers():
-    table = pirtable.table()
+    table = pirtable.table(I440FX)
     signature, version, size, bus, place, _, vendor, device = struct.unpack_from("<4sHHBBHHH", table)
-    assert (signature, version, size, bus, place) == (b"$PIR", 0x100, len(table), 0, isa.ISA_SLOT << 3)
+    assert (signature, version, size, bus, place) == (b"$PIR", 0x100, len(table), 0, I440FX.isa_slot << 3)
     assert (vendor, device) == (0x8086, 0x7000) and sum(table) % 256 == 0
     rows = [struct.unpack_from("<BBBHBHBHBHB", table, at) for at in range(32, len(table), 16)]
     assert [row[1] >> 3 for row in rows] == list(range(1, 32))

@@ -125,7 +125,7 @@ def _write_tables(plan: Plan, platform: Platform) -> None:
     at = _TABLES
     for make in (
         acpi.tables(platform).at,
-        lambda at: pirtable.table(),
+        lambda at: pirtable.table(platform.chipset),
         lambda at: mptable.table(platform, at),
         lambda at: smbios.for_memory(platform, at),
     ):

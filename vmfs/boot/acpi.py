@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from vmfs.boot import aml
 from vmfs.boot.platform import Platform
-from vmfs.devices import hpet, isa, pci, power, smbus, vmgenid
+from vmfs.devices import hpet, pci, power, smbus, vmgenid
+from vmfs.devices.chipset import ECAM_SIZE, MEMORY_END, Chipset
 
 OEM, OEM_TABLE, CREATOR = b"VMFS  ", b"VMFS PC ", b"VMFS"
 
@@ -105,6 +106,8 @@ def tables(platform: Platform) -> Tables:
     fadt = made.add(b"FACP", 3, _fadt(platform, facs, dsdt), ((36, 4), (40, 4), (132, 8), (140, 8)))
     madt = made.add(b"APIC", 3, _madt(platform))
     listed = (fadt, madt, made.add(b"HPET", 1, _hpet()))
+    if platform.chipset.ecam:
+        listed = (*listed, made.add(b"MCFG", 1, struct.pack("<8xQHBB4x", platform.chipset.ecam, 0, 0, 0xFF)))
     for name, signature, size, letter in (("rsdt", b"RSDT", 4, "I"), ("xsdt", b"XSDT", 8, "Q")):
         body = struct.pack(f"<{len(listed)}{letter}", *listed)
         pointers = tuple((_HEADER.size + number * size, size) for number in range(len(listed)))
@@ -128,13 +131,14 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
     )
     wbinvd, c1, power_button, sleep_button, reset = (1 << bit for bit in (0, 2, 4, 5, 10))
     # A set button flag means that it is not one of the fixed hardware.
+    gpe0, gpe0_length = power.gpe0_port(platform.chipset), 2 * platform.chipset.gpe0_half
     flags = wbinvd | c1 | sleep_button | reset | (0 if platform.power_button else power_button)
     return b"".join(
         (
             struct.pack("<IIBBH", facs, dsdt, 0, 0, power.SCI),
             struct.pack("<IBBBB", 0, 0, 0, 0, 0),  # SMI_CMD, ACPI_ENABLE, ACPI_DISABLE, S4BIOS_REQ, PSTATE_CNT
-            struct.pack("<8I", power.PM1_EVENT, 0, power.PM1_CONTROL, 0, 0, power.PM_TIMER, power.GPE0, 0),
-            struct.pack("<8B", 4, 2, 0, 4, power.GPE0_LENGTH, 0, 0, 0),  # lengths of those, GPE1_BASE, CST_CNT
+            struct.pack("<8I", power.PM1_EVENT, 0, power.PM1_CONTROL, 0, 0, power.PM_TIMER, gpe0, 0),
+            struct.pack("<8B", 4, 2, 0, 4, gpe0_length, 0, 0, 0),  # lengths of those, GPE1_BASE, CST_CNT
             struct.pack("<HHHH", 0xFFFF, 0xFFFF, 0, 0),  # no C2, no C3; no flushing by reading
             struct.pack("<BBBBB", 0, 0, 0, 0, _CENTURY if platform.rtc else 0),  # duty cycle, RTC alarms
             struct.pack("<HBI", boot_architecture, 0, flags),
@@ -147,7 +151,7 @@ def _fadt(platform: Platform, facs: int, dsdt: int) -> bytes:
             _port(0, 0, 0),
             _port(0, 0, 0),
             _port(power.PM_TIMER, 32, 3),
-            _port(power.GPE0, 8 * power.GPE0_LENGTH, 1),
+            _port(gpe0, 8 * gpe0_length, 1),
             _port(0, 0, 0),
         )
     )
@@ -174,7 +178,8 @@ def _madt(platform: Platform) -> bytes:
 
 def _dsdt(platform: Platform) -> bytes:
     a = aml
-    devices = [_host_bridge(), *_links(), _board_resources(), _generation_id()]
+    chipset = platform.chipset
+    devices = [_host_bridge(chipset), *_links(chipset), _board_resources(chipset), _generation_id()]
     devices.append(_isa("HPET", "PNP0103", a.memory_fixed(hpet.ADDRESS, hpet.LENGTH)))
     if platform.rtc:
         devices.append(_isa("RTC", "PNP0B00", a.io(0x70, 8), a.irq(8)))
@@ -220,47 +225,52 @@ def _isa(name: str, hid: str, *descriptors: bytes, uid: int = 0) -> bytes:
     return aml.device(name, *terms, aml.name("_CRS", aml.resources(*descriptors)))
 
 
-def _host_bridge() -> bytes:
+def _host_bridge(chipset: Chipset) -> bytes:
     a = aml
+    names = [a.name("_HID", a.eisa_id("PNP0A03"))]
+    if chipset.ecam:
+        names = [a.name("_HID", a.eisa_id("PNP0A08")), a.name("_CID", a.eisa_id("PNP0A03"))]
     windows = a.resources(
         a.bus_numbers(0, 0xFF),
         a.io(pci.CONFIG_ADDRESS, 8),
         a.io_space(0, pci.CONFIG_ADDRESS - 1),
         a.io_space(pci.CONFIG_DATA + 4, 0xFFFF),
         a.memory_space(0xA_0000, 0xB_FFFF),
-        a.memory_space(pci.MEMORY_START, pci.MEMORY_END - 1),
+        a.memory_space(chipset.memory_start, MEMORY_END - 1),
     )
     return a.device(
         "PCI0",
-        a.name("_HID", a.eisa_id("PNP0A03")),
+        *names,
         a.name("_UID", a.integer(0)),
         a.name("_CRS", windows),
-        _isa_bridge(),
-        a.name("PICR", _routes(lambda slot: (a.name_string(_LINKS[pci.pirq(slot)]), a.integer(0)))),
-        a.name("APIR", _routes(lambda slot: (a.integer(0), a.integer(pci.gsi(slot))))),
+        _isa_bridge(chipset),
+        a.name("PICR", _routes(lambda slot: (a.name_string(_LINKS[chipset.wired(slot)]), a.integer(0)))),
+        a.name("APIR", _routes(lambda slot: (a.integer(0), a.integer(chipset.gsi(slot))))),
         a.method("_PRT", 0, a.if_(a.name_string("PICF"), a.return_(a.name_string("APIR"))),
                  a.return_(a.name_string("PICR"))),
     )  # fmt: skip
 
 
-_LINKS = "LNKA", "LNKB", "LNKC", "LNKD"
-_ROUTES = "PRQA", "PRQB", "PRQC", "PRQD"
+_LINKS, _ROUTES = (tuple(f"{name}{letter}" for letter in "ABCDEFGH") for name in ("LNK", "PRQ"))
+_REGISTERS = "PIRR", "PIRS"  # four routes each
 _LINK_IRQS = 5, 10, 11  # of those that the router has, the ones that no ISA device of a PC is at
 _ROUTES_TO_NONE = 0x80
 
 
-def _isa_bridge() -> bytes:
+def _isa_bridge(chipset: Chipset) -> bytes:
     a = aml
-    return a.device(
-        "ISA", a.name("_ADR", a.integer(isa.ISA_SLOT << 16)), a.config_registers("PIRR", isa.PIRQ_ROUTES, *_ROUTES)
+    registers = (
+        a.config_registers(name, chipset.routes[at], *_ROUTES[at : at + 4])
+        for name, at in zip(_REGISTERS, range(0, len(chipset.routes), 4), strict=False)
     )
+    return a.device("ISA", a.name("_ADR", a.integer(chipset.isa_slot << 16)), *registers)
 
 
-def _links() -> list[bytes]:
+def _links(chipset: Chipset) -> list[bytes]:
     """The inputs of the PCI router, of which a system says by `_SRS` to which IRQ they go (6.2)."""
     a = aml
-    routes = (a.name_string(f"\\_SB.PCI0.ISA.{name}") for name in _ROUTES)
-    return [_link(number, name, route) for number, (name, route) in enumerate(zip(_LINKS, routes, strict=True))]
+    routes = (a.name_string(f"\\_SB.PCI0.ISA.{name}") for name in _ROUTES[: len(chipset.routes)])
+    return [_link(number, name, route) for number, (name, route) in enumerate(zip(_LINKS, routes, strict=False))]
 
 
 def _link(number: int, name: str, route: bytes) -> bytes:
@@ -306,9 +316,10 @@ def _routes(source: Callable[[int], tuple[bytes, bytes]]) -> bytes:
     return a.package(*rows)
 
 
-def _board_resources() -> bytes:
+def _board_resources(chipset: Chipset) -> bytes:
     """Ports and memory that no other device lists, so that a kernel gives them to none."""
     a = aml
+    its = [a.memory_fixed(chipset.ecam, ECAM_SIZE)] if chipset.ecam else [a.io(smbus.BASE, smbus.LENGTH)]
     return a.device(
         "MBRD",
         a.name("_HID", a.eisa_id("PNP0C02")),
@@ -316,8 +327,8 @@ def _board_resources() -> bytes:
             "_CRS",
             a.resources(
                 a.io(0x510, 12),  # fw_cfg
-                a.io(power.PM1_EVENT, power.LENGTH),
-                a.io(smbus.BASE, smbus.LENGTH),
+                a.io(power.PM1_EVENT, chipset.power_length),
+                *its,
                 a.memory_fixed(IOAPIC, 0x1000),
                 a.memory_fixed(LAPIC, 0x1000),
                 a.memory_fixed(vmgenid.ADDRESS, vmgenid.LENGTH),

@@ -48,7 +48,7 @@ def _entries(platform: Platform) -> list[bytes]:
     rows.append(struct.pack("<BB6s", 1, _ISA, b"ISA   "))
     rows.append(struct.pack("<BBBBI", 2, _IOAPIC_ID, _IOAPIC_VERSION, usable, IOAPIC))
     for slot in range(1, pci.SLOTS):
-        rows.append(_interrupt(3, _VECTORED, _PCI, slot << 2, _IOAPIC_ID, pci.gsi(slot)))
+        rows.append(_interrupt(3, _VECTORED, _PCI, slot << 2, _IOAPIC_ID, platform.chipset.gsi(slot)))
     for line in range(16):
         if line == 2:  # the cascade
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vmfs.devices.chipset import ECAM_SIZE, I440FX, Chipset
 from vmfs.memory.ram import regions_of
 
 # E820 types (ACPI Specification 6.4, 15.2, table 15.3). Multiboot's and PVH's memory maps use the same numbers.
@@ -47,6 +48,7 @@ class Platform:
     uuid: bytes = bytes(16)  # RFC 9562, in network order
     processor_id: bytes = bytes(8)  # EAX and EDX of CPUID's leaf 1
     processor: str = ""  # its brand
+    chipset: Chipset = I440FX
 
     @property
     def e820(self) -> tuple[Range, ...]:
@@ -60,6 +62,8 @@ class Platform:
         ]
         if top > HIGH:
             ranges.append(Range(HIGH, top - HIGH, USABLE))
+        if self.chipset.ecam:
+            ranges.append(Range(self.chipset.ecam, ECAM_SIZE, RESERVED))
         ranges += (Range(one.address, one.size, USABLE) for one in high)
         return tuple(ranges)
 

@@ -37,6 +37,7 @@ import msgspec
 
 from vmfs.devices import _chips
 from vmfs.devices.bus import Bus
+from vmfs.devices.chipset import I440FX, Chipset
 from vmfs.devices.device import (
     U64,
     Device,
@@ -53,7 +54,7 @@ from vmfs.words import exits
 from vmfs.words.errors import EngineFailed, Invalid, LimitReached
 from vmfs.words.unclaimed import Use
 
-PIRQS = _chips.PIRQS
+_PIRQS_LEAST, _PIRQS_MOST = 4, _chips.PIRQS  # inputs of the PCI router
 UNCLAIMED_MOST = _chips.UNCLAIMED_MOST  # ports and addresses that are remembered
 DEVICES_MOST = 64  # a bit of a line's holders each
 _NAP = 0.001  # seconds, in which what a port sends is gathered
@@ -65,6 +66,7 @@ _SMALL = 512  # bytes of a state that is sooner put than looked at
 _KEPT = 1 << 16  # bytes of a state that is kept unpacked, too
 Packed = Mapping[str, tuple[int, bytes]]  # version and bytes of the states of devices, by their names
 _Line = Annotated[int, msgspec.Meta(ge=0, lt=_chips.LINES)]
+_Pirq = tuple[tuple[str, ...], _Line]
 
 
 class BoardState(DeviceState):
@@ -79,7 +81,7 @@ class BoardState(DeviceState):
     drawn: U64
     shutdown: tuple[str, int | None] | None
     lines: dict[_Line, tuple[str, ...]]
-    pirqs: Annotated[tuple[tuple[tuple[str, ...], _Line], ...], msgspec.Meta(min_length=PIRQS, max_length=PIRQS)]
+    pirqs: Annotated[tuple[_Pirq, ...], msgspec.Meta(min_length=_PIRQS_LEAST, max_length=_PIRQS_MOST)]
     counters: dict[str, int]
     device_counters: dict[str, dict[str, int]]
     unclaimed: Annotated[tuple[tuple[str, U64, int, int, U64], ...], msgspec.Meta(max_length=UNCLAIMED_MOST)]
@@ -111,6 +113,7 @@ class Images(Protocol):
 class Board(BoardMemory):
     """The devices of one machine. `now` is the guest's time in nanoseconds, as its timers have it."""
 
+    chipset: Chipset = I440FX
     sees_unwritten = False  # reads of RAM that nobody has written are told of
 
     def __init__(self, machine: Machine, memory: Memory) -> None:
@@ -607,7 +610,7 @@ class Board(BoardMemory):
             drawn=self._drawn,
             shutdown=self.shutdown,
             lines={gsi: self._holders(bits) for gsi, bits in enumerate(self.bus.holders()) if bits},
-            pirqs=tuple((self._holders(bits), line) for bits, line in self.bus.pirqs()),
+            pirqs=tuple((self._holders(bits), line) for bits, line in self.bus.pirqs()[: len(self.chipset.routes)]),
             counters=dict(sorted(self.counters.items())),
             device_counters={name: counts for name, device in self.devices.items() if (counts := _sorted(device))},
             unclaimed=tuple((_SPACES[is_memory], *row) for is_memory, *row in rows),
@@ -622,6 +625,8 @@ class Board(BoardMemory):
 
     def check(self, state: BoardState) -> None:
         """Invalid for what this board cannot be, and nothing has changed."""
+        if len(state.pirqs) != len(self.chipset.routes):
+            raise Invalid(f"the board's PCI router has {len(self.chipset.routes)} inputs, not {len(state.pirqs)}")
         holders = (*state.lines.values(), *(names for names, _ in state.pirqs))
         names = {*state.device_counters, *(name for names in holders for name in names)}
         if unknown := names - self.devices.keys():
@@ -643,7 +648,8 @@ class Board(BoardMemory):
         held = [0] * _chips.LINES
         for gsi, names in state.lines.items():
             held[gsi] = self._bits(names)
-        self.bus.hold(held, [(self._bits(names), line) for names, line in state.pirqs])
+        unused = [(0, 0)] * (_PIRQS_MOST - len(state.pirqs))
+        self.bus.hold(held, [(self._bits(names), line) for names, line in state.pirqs] + unused)
         self.bus.load_unclaimed(tuple((space == "memory", *row) for space, *row in state.unclaimed), state.forgotten)
         self.counters.clear()
         self.counters.update(state.counters)

@@ -27,6 +27,7 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
 
+from vmfs.devices.chipset import Chipset
 from vmfs.devices.timers import Timer
 from vmfs.words.errors import Invalid
 
@@ -89,6 +90,7 @@ class Port(Protocol):
     @property
     def has_workers(self) -> bool: ...
     cpu_count: int  # which is fixed before the first run
+    chipset: Chipset
     images: Any  # vmfs.devices.board.Images: what its user wants to boot, or None
 
     # RAM

@@ -21,7 +21,6 @@ import msgspec
 
 from vmfs.devices.device import U8, U32, U64, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.dma import Dma
-from vmfs.devices.isa import ISA_SLOT
 from vmfs.devices.medium import Removable
 from vmfs.devices.virtio.disk import SECTOR, Disk
 from vmfs.words.errors import Invalid
@@ -714,7 +713,7 @@ class Fdc(QuietDevice[FdcState]):
         if self.drives[unit] is not None:
             raise Invalid(f"there is a drive {drive.name} already")
         self.drives[unit] = drive
-        drive.boot_path = f"/pci@i0cf8/isa@{ISA_SLOT:x}/fdc@{PORT:04x}/floppy@{unit}"
+        drive.boot_path = f"/pci@i0cf8/isa@{self.board.chipset.isa_slot:x}/fdc@{PORT:04x}/floppy@{unit}"
 
     def disconnect(self, drive: FloppyDrive) -> None:
         self.drives[DRIVES.index(drive.name)] = None

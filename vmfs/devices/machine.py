@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vmfs.devices.board import Board, BoardState, Packed
+from vmfs.devices.chipset import Q35
 from vmfs.devices.debugport import DebugConsole, DebugExit
 from vmfs.devices.device import Device
 from vmfs.devices.display import Display
@@ -21,7 +23,7 @@ from vmfs.devices.hpet import Hpet
 from vmfs.devices.i8042 import I8042
 from vmfs.devices.ide.controller import Ide
 from vmfs.devices.ide.drive import NAMES, Drive
-from vmfs.devices.isa import ISA_SLOT, IsaBridge
+from vmfs.devices.isa import IsaBridge
 from vmfs.devices.network import roms as network_roms
 from vmfs.devices.network.ne2000 import Ne2000
 from vmfs.devices.parallel import ParallelPort
@@ -29,6 +31,7 @@ from vmfs.devices.pci import Bridge, HostBridge, PciDevice
 from vmfs.devices.pflash import NAMES as FLASH_NAMES
 from vmfs.devices.pflash import TOP, Pflash
 from vmfs.devices.power import Power, PowerFunction, rebased
+from vmfs.devices.q35 import Lpc, Mch, SmbusFunction
 from vmfs.devices.rtc import Rtc
 from vmfs.devices.sata.ahci import NAMES as SATA_NAMES
 from vmfs.devices.sata.ahci import Ahci
@@ -43,7 +46,7 @@ from vmfs.devices.virtio.gpu import Gpu
 from vmfs.devices.vmgenid import VmGenId
 from vmfs.engine.base import Machine
 from vmfs.memory.ram import PAGE, Memory
-from vmfs.words.errors import Busy, Invalid
+from vmfs.words.errors import Busy, Invalid, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,32 +99,52 @@ DISPLAY_SLOT = 31  # of the PCI bus, out of the way of what is attached
 AHCI_SLOT = 30
 XHCI_SLOT = 29
 IDE_FUNCTION = 1  # of the PIIX3, whose function 0 is the ISA bridge
+SATA_FUNCTION = 2  # of the ICH9, whose function 0 is the LPC bridge
+
+D = TypeVar("D", bound=Device)
 
 
 class Pc(Board):
     """A PC: interrupt controllers and timers in the engine, the rest here."""
 
+    display_slot = DISPLAY_SLOT
+
     def __init__(self, machine: Machine, memory: Memory) -> None:
+        self.check_memory(memory.size)
         super().__init__(machine, memory)
         self.pci = HostBridge(self)
         self.add(self.pci)
-        self.pci.plug(Bridge(self, "bridge", 0))
+        self._plug_bridge()
         for row in PC_DEVICES:
             self.add(row.make(self, row.name))
         rtc, power = self.devices["rtc"], self.devices["power"]
         assert isinstance(rtc, Rtc) and isinstance(power, Power)
         rtc.tell(power.chip)
-        self.pci.plug(IsaBridge(self, "isa-bridge", ISA_SLOT))
         smbus = self.devices["smbus"]
         assert isinstance(smbus, Smbus)
         smbus.describe_memory(memory.size)
-        self.pci.plug(PowerFunction(self, "power-pci", ISA_SLOT, self._power_moved, smbus.place))
-        self.display = Display(self, "display", DISPLAY_SLOT)
+        self._plug_chipset(smbus)
+        self.display = Display(self, "display", self.display_slot)
         self.pci.plug(self.display)
         keyboard = self.devices["keyboard"]
         assert isinstance(keyboard, I8042)
         self.keyboard = keyboard
         self.built_in = frozenset(self.devices)
+
+    @classmethod
+    def check_memory(cls, size: int) -> None:
+        """Invalid for more RAM than there can be."""
+        most = cls.chipset.memory_most
+        if most and size > most:
+            raise Invalid(f"mem_size: this machine has up to {most >> 20}M, since its PCI Express is above")
+
+    def _plug_bridge(self) -> None:
+        self.pci.plug(Bridge(self, "bridge", 0))
+
+    def _plug_chipset(self, smbus: Smbus) -> None:
+        slot = self.chipset.isa_slot
+        self.pci.plug(IsaBridge(self, "isa-bridge", slot))
+        self.pci.plug(PowerFunction(self, "power-pci", slot, self._power_moved, smbus.place))
 
     @property
     def shown(self) -> Display | Gpu:
@@ -224,22 +247,35 @@ class Pc(Board):
         fdc = self.devices.get("fdc")
         return fdc if isinstance(fdc, Fdc) else None
 
+    def _controller(self, found: D | None, make: Callable[[], D]) -> D:
+        """The one that there is, or a new one, which comes with the first thing that is connected to it."""
+        if found is not None:
+            return found
+        made = make()
+        if isinstance(made, PciDevice):
+            self.pci.plug(made)
+        else:
+            self.add(made)
+        return made
+
+    def _make_fdc(self) -> Fdc:
+        dma = self.devices["dma"]
+        assert isinstance(dma, Dma)
+        return Fdc(self, "fdc", dma)
+
+    def _make_ahci(self) -> Ahci:
+        return Ahci(self, "ahci", AHCI_SLOT)
+
+    def _make_ide(self) -> Ide:
+        return Ide(self, "ide", self.chipset.isa_slot, IDE_FUNCTION)
+
     def _connect_floppy(self, drive: FloppyDrive) -> None:
-        fdc = self.fdc
-        if fdc is None:
-            dma = self.devices["dma"]
-            assert isinstance(dma, Dma)
-            fdc = Fdc(self, "fdc", dma)
-            self.add(fdc)
-        fdc.connect(drive)
+        self._controller(self.fdc, self._make_fdc).connect(drive)
         self.add(drive)
         self._describe_floppies()
 
     def _connect_usb(self, device: UsbDevice) -> None:
-        xhci = self.xhci
-        if xhci is None:
-            xhci = Xhci(self, "xhci", XHCI_SLOT)
-            self.pci.plug(xhci)
+        xhci = self._controller(self.xhci, lambda: Xhci(self, "xhci", XHCI_SLOT))
         xhci.connect(device)
         self.add(device)
         self._find_usb_inputs(xhci)
@@ -270,18 +306,9 @@ class Pc(Board):
 
     def _connect(self, drive: Drive) -> None:
         if drive.name in SATA_NAMES:
-            ahci = self.ahci
-            if ahci is None:
-                ahci = Ahci(self, "ahci", AHCI_SLOT)
-                self.pci.plug(ahci)
-            ahci.connect(drive)
-            self.add(drive)
-            return
-        ide = self.ide
-        if ide is None:
-            ide = Ide(self, "ide", ISA_SLOT, IDE_FUNCTION)
-            self.pci.plug(ide)
-        ide.connect(drive)
+            self._controller(self.ahci, self._make_ahci).connect(drive)
+        else:
+            self._controller(self.ide, self._make_ide).connect(drive)
         self.add(drive)
 
     def _power_moved(self, base: int | None) -> None:
@@ -290,7 +317,7 @@ class Pc(Board):
         assert isinstance(power, Power) and isinstance(fw_cfg, FwCfg)
         power.move(base)
         if base is not None and _TABLES in fw_cfg.files:
-            fw_cfg.set_file(_TABLES, rebased(fw_cfg.files[_TABLES], base))
+            fw_cfg.set_file(_TABLES, rebased(fw_cfg.files[_TABLES], base, self.chipset))
 
     def set_firmware_files(self, files: Mapping[str, bytes], *, loads: bool = False) -> None:
         """Besides them, the VGA BIOS of the host and iPXE for its cards, by the names under which SeaBIOS looks for
@@ -307,8 +334,10 @@ class Pc(Board):
         order = {"bootorder": "\n".join(paths).encode() + b"\0"} if paths else {}
         fw_cfg.set_files({**roms, **order, **files}, offers_kernel=loads)
         if files:
-            function = self.devices["power-pci"]
-            assert isinstance(function, PowerFunction)
+            self._leave_to_firmware()
+
+    def _leave_to_firmware(self) -> None:
+        for function in self.pci.functions.values():
             function.leave_to_firmware()
 
     def fall_asleep(self) -> None:
@@ -324,9 +353,9 @@ class Pc(Board):
 
     def wakes_by_firmware(self) -> None:
         """A run begins with firmware that is to wake the guest."""
-        rtc, function = self.devices["rtc"], self.devices["power-pci"]
-        assert isinstance(rtc, Rtc) and isinstance(function, PowerFunction)
-        function.leave_to_firmware()
+        rtc = self.devices["rtc"]
+        assert isinstance(rtc, Rtc)
+        self._leave_to_firmware()
         rtc.say_resume()
 
     def fill_memory(self) -> None:
@@ -381,10 +410,33 @@ class StrictPc(Pc):
             self.keyboard.close_a20()
 
 
+class Q35Pc(Pc):
+    """A PC with a Q35 in place of the i440FX: PCI Express's configuration spaces in memory, and an ICH9, whose SATA
+    controller is there with its first drive. It has no IDE."""
+
+    chipset = Q35
+    display_slot = 1
+
+    def _plug_bridge(self) -> None:
+        self.pci.plug(Mch(self, "bridge", 0, self.pci))
+
+    def _plug_chipset(self, smbus: Smbus) -> None:
+        slot = self.chipset.isa_slot
+        self.pci.plug(Lpc(self, "isa-bridge", slot, self._power_moved))
+        self.pci.plug(SmbusFunction(self, "smbus-pci", slot, smbus))
+
+    def _make_ahci(self) -> Ahci:
+        return Ahci(self, "ahci", self.chipset.isa_slot, SATA_FUNCTION)
+
+    def _make_ide(self) -> Ide:
+        raise Unsupported("a q35 has no IDE: a disk of it is `ahci PATH`, a CD-ROM drive `ahci-cdrom PATH`")
+
+
 MACHINES: Mapping[str, type[Pc] | None] = {
     "bare": None,  # a CPU, memory, and whatever answers its exits
     "pc": Pc,
     "strict": StrictPc,
+    "q35": Q35Pc,
 }
 
 

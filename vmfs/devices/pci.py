@@ -17,16 +17,14 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from vmfs.devices import _chips
+from vmfs.devices.chipset import ECAM_SIZE, MEMORY_END
 from vmfs.devices.device import U8, U32, U64, DeviceState, Port, QuietDevice, Window
 from vmfs.words.errors import Busy, Invalid, LimitReached
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 SLOTS, FUNCTIONS = 32, 8
-MEMORY_START, MEMORY_END = 0xE000_0000, 0xFEC0_0000  # for memory BARs: what the ACPI tables give the bus
+MEMORY_START = 0xE000_0000  # of memory BARs, from the beginning
 PORTS_START, PORTS_END = 0xC000, 0x1_0000
-FIRST_GSI = 16
-PIRQS = _chips.PIRQS
-PIRQ_LINES = 10, 10, 11, 11  # of the 8259s, from the beginning, as SeaBIOS and OVMF route them
 ADDRESSES_END = 1 << 52  # Intel SDM 3A 4.1.4
 
 _COMMAND, _STATUS = 0x04, 0x06
@@ -41,7 +39,11 @@ MSI_MOST, _MSI_CAPABILITY, _MSI_ENABLE, _MSI_ALLOWED, _MSI_WIDE, _MSI_MASKS = 32
 _MSI_PENDING = 0x14
 MSIX_BAR, _MSIX_CAPABILITY, _MSIX_SIZE = 1, 0x11, 0x1000
 _ENABLE_AND_MASK = 0xC0  # of message control's upper byte
+_EXPRESS_CAPABILITY, _EXPRESS_SIZE, _INTEGRATED, _ROLE_BASED_ERRORS = 0x10, 0x3C, 0x92, 1 << 15
+_DEVICE_CONTROL = 0x7FFF
+_SERIAL_NUMBER = 1 << 16 | 0x0003  # of the extended capabilities: version 1, and no other follows
 _WRITES_BY_PYTHON, _ALL_BY_PYTHON = 1, 3
+_ECAM, ECAM_PAGE = 2, 0x1000  # a region, and the bytes of it that a function has
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class PciDevice(QuietDevice[P]):
     REVISION = 0
     SUBSYSTEM = (0, 0)  # vendor, device
     INTERRUPT = True
+    EXPRESS = False  # it is of PCI Express, where the board has that
     BARS: dict[int, Bar] = {}
     function_number = 0
     rom = b""
@@ -113,10 +116,11 @@ class PciDevice(QuietDevice[P]):
         self.slot = slot
         size = max(_ROM_LEAST, 1 << (len(self.rom) - 1).bit_length()) if self.rom else 0
         self.rom_bar = Bar("memory", size) if self.rom else None
-        self.irq = gsi(slot) if self.INTERRUPT else None
+        wired = (board.chipset.gsi(slot), board.chipset.wired(slot)) if self.INTERRUPT else None
+        self.irq = wired[0] if wired else None
         self.given: dict[int, int] = {}  # BAR -> the address it has from the beginning
         # The configuration space is the bridge's chip's to read and write, but for what is marked as Python's.
-        self.function = _chips.Function(board.bus, self.number, (gsi(slot), pirq(slot)) if self.INTERRUPT else None)
+        self.function = _chips.Function(board.bus, self.number, wired)
         parts = memoryview(self.function)
         self.config, self._by_python = parts[:256], parts[512:]
         self._mask = parts[256:512]  # bits that a guest can change
@@ -129,6 +133,8 @@ class PciDevice(QuietDevice[P]):
         self._next = _HEADER
         self._last_link = _CAPABILITIES
         self._was: tuple[Window, ...] = ()
+        if self.EXPRESS and board.chipset.ecam:
+            self._add_express()
 
     def _identity(self) -> bytearray:
         config = bytearray(256)
@@ -152,6 +158,17 @@ class PciDevice(QuietDevice[P]):
 
     def _address(self, at: int, bar: Bar) -> int:
         return int.from_bytes(self.config[at : at + bar.length], "little") & bar.mask
+
+    def _add_express(self) -> None:
+        """An endpoint that is integrated into the root complex, as all on a root bus are (PCI Express 3.0, 7.8): no
+        link and no slot. Its extended configuration space has its serial number (7.12)."""
+        data = struct.pack("<BxHI", _EXPRESS_CAPABILITY, _INTEGRATED, _ROLE_BASED_ERRORS).ljust(_EXPRESS_SIZE, b"\0")
+        self.add_capability(data, struct.pack("<8xH", _DEVICE_CONTROL))
+        serial = self.board.own_bytes(f"serial number of {self.name}", 8)
+        self.function.set_extended(struct.pack("<I", _SERIAL_NUMBER) + serial + bytes(4))
+
+    def leave_to_firmware(self) -> None:  # noqa: B027
+        """Be as the chip is after a reset, where that is not what firmware would have made of it."""
 
     def add_msi(self, messages: int) -> None:
         """MSI of up to so many messages, a power of two, with an address of 64 bits and a mask of each. In the
@@ -284,7 +301,7 @@ class PciDevice(QuietDevice[P]):
                 self._put(self.config, _BAR0 + 4 * index, self.BARS[index], address | self.BARS[index].kind)
         self.config[_COMMAND] = _IO | _MEMORY
         if self.INTERRUPT:
-            self.config[_INTERRUPT_LINE] = pic_irq(self.slot)
+            self.config[_INTERRUPT_LINE] = self.board.chipset.pic_irq(self.slot)
         self.function.table, self.function.waiting = self._new_table, 0
         self.function.set_irq(False)
         self._config_changed()
@@ -332,22 +349,6 @@ class PciDevice(QuietDevice[P]):
             config[_HEADER_TYPE] = config[_HEADER_TYPE] & ~_SEVERAL_FUNCTIONS | (_SEVERAL_FUNCTIONS if several else 0)
 
 
-def gsi(slot: int) -> int:
-    """The GSI of INTA of a slot."""
-    return FIRST_GSI + slot % 8
-
-
-def pirq(slot: int) -> int:
-    """The input of the router (`vmfs.devices.isa`) that INTA of a slot is wired to, besides its GSI: as on the PCs
-    that firmware knows an i440FX of."""
-    return (slot - 1) % PIRQS
-
-
-def pic_irq(slot: int) -> int:
-    """The IRQ of the 8259s where INTA of a slot is routed to from the beginning."""
-    return PIRQ_LINES[pirq(slot)]
-
-
 class PlainPciDevice(PciDevice[PciState]):
     """One that is no more than its configuration space."""
 
@@ -369,7 +370,8 @@ class HostBridgeState(DeviceState):
 
 
 class HostBridge(QuietDevice[HostBridgeState]):
-    """Ports CF8 and CFC, and the bus. The bridge itself is slot 0 (an i440FX by its identity, as firmware knows it)."""
+    """Ports CF8 and CFC, the memory where a Q35 has the configuration spaces, and the bus. The bridge itself is slot 0
+    (an i440FX or a Q35 by its identity, as firmware knows it)."""
 
     TYPE = "pci-host"
     STATE = HostBridgeState
@@ -378,10 +380,19 @@ class HostBridge(QuietDevice[HostBridgeState]):
         super().__init__(board, name)
         self.chip = _chips.Bridge(board.bus, self.number)
         self.reset_control = 0
+        self._ecam: tuple[int, int] | None = None
         self.functions: dict[int, PciDevice] = {}  # by their place
 
     def windows(self) -> tuple[Window, ...]:
-        return (Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1))
+        ports = Window("port", CONFIG_ADDRESS, 4, 0), Window("port", CONFIG_DATA, 4, 1)
+        return ports if self._ecam is None else (*ports, Window("memory", *self._ecam, _ECAM))
+
+    def place_ecam(self, start: int | None, size: int = ECAM_SIZE) -> None:
+        """Have the configuration spaces in memory there, a page a function; None: nowhere."""
+        ecam = None if start is None else (start, size)
+        if ecam != self._ecam:
+            self._ecam = ecam
+            self.board.rewire(self)
 
     def free_slot(self) -> int:
         taken = {place >> 3 for place in self.functions}
@@ -462,6 +473,8 @@ class HostBridge(QuietDevice[HostBridgeState]):
         value = self.chip.read(region, offset, size)
         if value is not None:
             return value
+        if region == _ECAM:
+            return self._read_ecam(offset, size)
         if region == 0:
             return self.reset_control
         target = self._target(offset)
@@ -472,6 +485,9 @@ class HostBridge(QuietDevice[HostBridgeState]):
     def write(self, region: int, offset: int, size: int, value: int) -> None:
         if self.chip.write(region, offset, size, value):
             return
+        if region == _ECAM:
+            self._write_ecam(offset, size, value)
+            return
         if region == 0:
             self._reset_control(value)
             return
@@ -479,6 +495,19 @@ class HostBridge(QuietDevice[HostBridgeState]):
         if target is not None:
             size = min(size, 4 - offset)
             target[0].write_config(target[1], size, value & (1 << 8 * size) - 1)
+
+    def _read_ecam(self, offset: int, size: int) -> int:
+        """What the chip does not answer: a byte that is a device's, or an access of more than a dword's bytes."""
+        if offset % 4 + size > 4:
+            return int.from_bytes((self.read(_ECAM, offset + at, 1) for at in range(size)), "little")
+        return self.functions[offset // ECAM_PAGE].read_config(offset % ECAM_PAGE, size)
+
+    def _write_ecam(self, offset: int, size: int, value: int) -> None:
+        if offset % 4 + size > 4:
+            for at, byte in enumerate(value.to_bytes(size, "little"), offset):
+                self.write(_ECAM, at, 1, byte)
+            return
+        self.functions[offset // ECAM_PAGE].write_config(offset % ECAM_PAGE, size, value)
 
     def _reset_control(self, value: int) -> None:
         """Port CF9, the reset control register: RST_CPU, a rising edge of bit 2, resets the machine. SYS_RST, bit 1, is

@@ -16,19 +16,19 @@ from collections.abc import Callable
 import msgspec
 
 from vmfs.devices import _chips, smbus
+from vmfs.devices.chipset import I440FX, Chipset
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
 from vmfs.devices.pci import PciState, PlainPciDevice
 
-PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0, SCI = 0x600, 0x604, 0x608, 0x60C, 9
-GPE0_LENGTH = 4  # two bytes of status, two of enable: 16 events, where a PIIX4 has them
-BASE, LENGTH = PM1_EVENT, 64  # where they are unless firmware moves them
+PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
+BASE, LENGTH = PM1_EVENT, I440FX.power_length  # where they are unless firmware moves them
 S3, S5 = 1, 0  # SLP_TYP in the tables' \_S3 and \_S5
 _WOKEN, _RTC = 0x8000, 0x0400  # WAK_STS; RTC_STS, RTC_EN
 
-# Of the FADT: where a port is, in how many bytes, and which one (ACPI 6.4, 5.2.9).
+# Of the FADT: where a port is, in how many bytes, and which one, or None for GPE0 (ACPI 6.4, 5.2.9).
 _FADT_PORTS = (
-    (56, 4, PM1_EVENT), (64, 4, PM1_CONTROL), (76, 4, PM_TIMER), (80, 4, GPE0),
-    (152, 8, PM1_EVENT), (176, 8, PM1_CONTROL), (212, 8, PM_TIMER), (224, 8, GPE0),
+    (56, 4, PM1_EVENT), (64, 4, PM1_CONTROL), (76, 4, PM_TIMER), (80, 4, None),
+    (152, 8, PM1_EVENT), (176, 8, PM1_CONTROL), (212, 8, PM_TIMER), (224, 8, None),
 )  # fmt: skip
 
 _SCI_EN, _SLP_TYP, _SLP_EN = 1, 10, 0x2000
@@ -56,13 +56,15 @@ class Power(QuietDevice[PowerState]):
     def __init__(self, board: Port, name: str) -> None:
         super().__init__(board, name)
         self.chip = _chips.Power(board.bus, self.number, SCI)
+        self.chip.set_gpe(board.chipset.gpe0_half)
         self.base: int | None = BASE
         self.reset()
 
     def windows(self) -> tuple[Window, ...]:
         if self.base is None:
             return ()
-        registers = (PM1_EVENT, 4), (PM1_CONTROL, 2), (PM_TIMER, 4), (GPE0, GPE0_LENGTH)
+        gpe0 = gpe0_port(self.board.chipset), 2 * self.board.chipset.gpe0_half
+        registers = (PM1_EVENT, 4), (PM1_CONTROL, 2), (PM_TIMER, 4), gpe0
         return tuple(
             Window("port", self.base + port - BASE, length, region) for region, (port, length) in enumerate(registers)
         )
@@ -194,9 +196,14 @@ class PowerFunction(PlainPciDevice):
         self._smbus_moved(base & -smbus.LENGTH if has_ports else None, self.config[_SMBHSTCFG] & 0xE == _BY_IRQ)
 
 
-def rebased(tables: bytes, base: int) -> bytes:
+def gpe0_port(chipset: Chipset) -> int:
+    return BASE + chipset.gpe0
+
+
+def rebased(tables: bytes, base: int, chipset: Chipset) -> bytes:
     """ACPI's tables, where the FADT has the ports from `base` on. Whoever puts them into RAM makes the checksum."""
     data, at = bytearray(tables), tables.find(b"FACP")
     for offset, size, port in _FADT_PORTS if at >= 0 else ():
-        data[at + offset : at + offset + size] = (base + port - BASE).to_bytes(size, "little")
+        place = base + (gpe0_port(chipset) if port is None else port) - BASE
+        data[at + offset : at + offset + size] = place.to_bytes(size, "little")
     return bytes(data)

@@ -81,6 +81,7 @@ class Smbus(QuietDevice[SmbusState]):
         super().__init__(board, name)
         self.base: int | None = BASE
         self._by_irq = True
+        self.drive_line = self.set_irq  # an ICH9's is INTA of its function
         self.modules: list[Eeprom] = []
         self._clear()
 
@@ -152,7 +153,7 @@ class Smbus(QuietDevice[SmbusState]):
             self.slave[offset - _SLAVE] = value
 
     def _drive(self) -> None:
-        self.set_irq(self._by_irq and bool(self.control & _INTERRUPTS and self.status))
+        self.drive_line(self._by_irq and bool(self.control & _INTERRUPTS and self.status))
 
     # ---- the bus
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vmfs.boot import Platform, Rom, Source, firmware_files, load, load_bios
+from vmfs.devices.chipset import I440FX, Chipset
 from vmfs.devices.pflash import Pflash
 from vmfs.engine.base import Machine, Vcpu
 from vmfs.machine.images import Images
@@ -44,11 +45,12 @@ def boot(
     flash: Pflash | None = None,
     uuid: bytes = bytes(16),
     uarts: tuple[tuple[int, int], ...] = (),
+    chipset: Chipset = I440FX,
 ) -> Booted:
     """Load the images, and set the first CPU to where they begin. Invalid for what cannot be: nothing has changed.
-    `flash` is what the CPU begins in, where there is one: its firmware loads the kernel. `uarts`: as a Platform has
-    them."""
-    is_bare = {"serial": uarts} if has_devices else _BARE
+    `flash` is what the CPU begins in, where there is one: its firmware loads the kernel. `uarts`, `chipset`: as a
+    Platform has them."""
+    is_bare = {"serial": uarts, "chipset": chipset} if has_devices else _BARE
     processor_id, processor = _processor(cpus[0].get_state("cpuid"))
     platform = Platform(
         memory.size, len(cpus), uuid=uuid, processor_id=processor_id, processor=processor, **is_bare  # type: ignore[arg-type]

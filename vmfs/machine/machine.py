@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 from vmfs.debug.disasm import Listing
 from vmfs.debug.paging import Paging
 from vmfs.debug.why import Account
+from vmfs.devices.chipset import I440FX
 from vmfs.devices.device import Device
 from vmfs.devices.machine import Pc, machine_type
 from vmfs.devices.virtio.disk import Overlay
@@ -498,6 +499,7 @@ class Vm(Signals):
                 flash=None if self.board is None or not self.board.flash else self.board.flash[0],
                 uuid=bytes(16) if self.board is None else self.board.uuid,
                 uarts=self.board.uarts if isinstance(self.board, Pc) else (),
+                chipset=self.board.chipset if self.board is not None else I440FX,
             )
             if self.board is not None:
                 self.board.set_firmware_files(booted.files, loads=booted.firmware_loads)
@@ -580,6 +582,8 @@ class Vm(Signals):
             self._check_idle()
             if size != self.memory.size:
                 self._check_no_past("mem_size")
+                if isinstance(self.board, Pc):
+                    self.board.check_memory(size)
                 self.memory.check_resizable()
                 self._check_tables_stay(size)
                 self.memory.resize(size)

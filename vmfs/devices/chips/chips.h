@@ -49,7 +49,7 @@ struct chip {
     struct chip *next_sender;   /* and of all that send messages */
 };
 
-enum { LINES = 24, DEVICES = 64, CHANGES = 64, PIRQS = 4, NO_LINE = 0 };
+enum { LINES = 24, DEVICES = 64, CHANGES = 64, PIRQS = 8, NO_LINE = 0 };
 enum { PORTS = 1 << 16, PLACES = 256, PLACE_NOBODY = 0, PLACE_PYTHON = 1, PLACE_FIRST = 2 };
 enum { UNCLAIMED_MOST = 256 };
 

@@ -1,4 +1,4 @@
-/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3), the functions' configuration spaces, INTx, MSI and MSI-X. And latches: registers whose
+/* PCI: configuration mechanism 1 (PCI 3.0, 3.2.2.3) and the memory of PCI Express's (ECAM, PCI Express 3.0, 7.2.2), the functions' configuration spaces, INTx, MSI and MSI-X. And latches: registers whose
  * reads do nothing.
  *
  * What moves a BAR or switches decoding is Python's, and so are bytes that it has marked: a write of either is not answered. */
@@ -12,7 +12,7 @@ enum { FUNCTIONS = 256 };
 enum { COMMAND = 4, STATUS = 6, MASTER = 4, INTX_OFF_HIGH = 4, STATUS_INTERRUPT = 8 };
 enum { MSIX_CONTROL_HIGH = 3, MSIX_ENABLED = 0x80, MSIX_MASKED = 0x40, VECTOR_MASKED = 1, ENTRY = 16 };
 enum { MSI_CONTROL = 2, MSI_ADDRESS = 4, MSI_DATA = 0xc, MSI_MASK = 0x10, MSI_PENDING = 0x14, MSI_BYTES = 0x18, MSI_ENABLED = 1 };
-enum { ADDRESS, DATA /* regions */ };
+enum { ADDRESS, DATA, ECAM /* regions */ };
 
 /* ---- A function ------------------------------------------------------------------------------------------------------------------- */
 
@@ -175,6 +175,17 @@ static bool config_write(struct function *f, unsigned offset, unsigned size, u64
     return true;
 }
 
+static u64 extended_read(const struct function *f, unsigned offset, unsigned size)
+{
+    u64 value = 0;
+    for (unsigned i = 0; i < size; i++) {
+        unsigned at = offset - CONFIG_BYTES + i;
+        u8 byte = !f->is_express ? 0xff : at < EXTENDED_BYTES ? f->extended[at] : 0;
+        value |= (u64)byte << 8 * i;
+    }
+    return value;
+}
+
 static PyObject *function_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *bus, *pin;
@@ -217,6 +228,19 @@ static PyObject *function_send(struct function *self, PyObject *argument)
     if (messages)
         function_signal(self, vector > VECTORS ? VECTORS : (unsigned)vector);
     return bus_leave(self->chip.bus) ? PyBool_FromLong(messages) : NULL;
+}
+
+static PyObject *function_set_extended(struct function *self, PyObject *value)
+{
+    char *data;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(value, &data, &size))
+        return NULL;
+    if (size != EXTENDED_BYTES)
+        return PyErr_Format(PyExc_ValueError, "%d bytes", EXTENDED_BYTES);
+    memcpy(self->extended, data, EXTENDED_BYTES);
+    self->is_express = true;
+    Py_RETURN_NONE;
 }
 
 static PyObject *function_set_msi(struct function *self, PyObject *argument)
@@ -307,6 +331,7 @@ static PyMethodDef function_methods[] = {
     {"set_irq", (PyCFunction)function_set_irq, METH_O, "set_irq(level): drive INTA"},
     {"drive", (PyCFunction)function_driven, METH_NOARGS, "drive(): after the command register, or MSI-X's, has changed"},
     {"signal", (PyCFunction)function_send, METH_O, "signal(vector) -> bool: send a message; False: the driver has enabled none"},
+    {"set_extended", (PyCFunction)function_set_extended, METH_O, "set_extended(16 bytes): it is of PCI Express, and these are from offset 256 on"},
     {"set_msi", (PyCFunction)function_set_msi, METH_O, "set_msi(offset of the capability)"},
     {"set_msix", (PyCFunction)function_set_msix, METH_VARARGS, "set_msix(offset of the capability, vectors)"},
     {"read_msix", (PyCFunction)(void (*)(void))function_msix_read, METH_FASTCALL,
@@ -336,6 +361,27 @@ struct bridge {
     struct function *functions[FUNCTIONS]; /* of bus 0; a reference each */
 };
 
+/* An access has up to 4 bytes of one dword; Python makes such ones of others. */
+static bool ecam_access(struct bridge *b, struct bus_access *a, u64 offset)
+{
+    unsigned at = offset & 0xfff;
+    if ((offset & 3) + a->size > 4)
+        return false;
+    struct function *f = offset >> 12 < FUNCTIONS ? b->functions[offset >> 12] : NULL;
+    if (!f) {
+        a->value = ~0ull;
+    } else if (at >= CONFIG_BYTES) {
+        if (!a->write)
+            a->value = extended_read(f, at, a->size);
+    } else if (a->write) {
+        chip_touched(&f->chip);
+        return config_write(f, at, a->size, a->value);
+    } else {
+        return config_read(f, at, a->size, &a->value);
+    }
+    return true;
+}
+
 static bool bridge_access(struct chip *chip, struct bus_access *a, unsigned region, u64 offset)
 {
     struct bridge *b = (struct bridge *)chip;
@@ -348,6 +394,8 @@ static bool bridge_access(struct chip *chip, struct bus_access *a, unsigned regi
             a->value = a->size == 4 ? b->address : ~0ull;
         return true;
     }
+    if (region == ECAM)
+        return ecam_access(b, a, offset);
     unsigned at = (b->address & 0xfc) + (unsigned)offset, size = 4 - (unsigned)offset;
     size = a->size < size ? a->size : size;
     struct function *f = b->address >> 16 == 0x8000 ? b->functions[b->address >> 8 & 0xff] : NULL;
@@ -417,7 +465,7 @@ static PyGetSetDef bridge_attributes[] = {
     {"address", (getter)bridge_address, (setter)bridge_set_address, "port CF8", NULL}, {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot bridge_slots[] = {
-    {Py_tp_doc, "Bridge(bus, device): region 0 is CF8, 1 is CFC."}, {Py_tp_new, bridge_new}, {Py_tp_dealloc, bridge_dealloc},
+    {Py_tp_doc, "Bridge(bus, device): region 0 is CF8, 1 is CFC, 2 is PCI Express's configuration space in memory (ECAM)."}, {Py_tp_new, bridge_new}, {Py_tp_dealloc, bridge_dealloc},
     {Py_tp_methods, bridge_methods}, {Py_tp_getset, bridge_attributes}, {0, NULL},
 };
 PyType_Spec bridge_spec = {"vmfs.devices._chips.Bridge", sizeof(struct bridge), 0, Py_TPFLAGS_DEFAULT, bridge_slots};

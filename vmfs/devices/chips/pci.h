@@ -4,7 +4,7 @@
 
 #include "chips.h"
 
-enum { CONFIG_BYTES = 256, VECTORS = 64, NO_VECTOR = 0xffff };
+enum { CONFIG_BYTES = 256, EXTENDED_BYTES = 16, VECTORS = 64, NO_VECTOR = 0xffff };
 
 struct function {
     struct chip chip;
@@ -13,6 +13,8 @@ struct function {
         u8 mask[CONFIG_BYTES];  /* bits that a guest can change */
         u8 by_python[CONFIG_BYTES]; /* 1: writes with an effect, 3: reads, too */
     } bytes;                    /* Python has them as a buffer */
+    bool is_express;
+    u8 extended[EXTENDED_BYTES]; /* of PCI Express: what is after the first 256 bytes; all else is 0 */
     bool pending;               /* INTx as the device drives it; the command register can hold it back */
     bool has_pin;
     unsigned gsi, pirq;         /* of INTA, where it has one: the line of an I/O APIC, and the router's input */

@@ -13,6 +13,7 @@ struct power {
     struct chip chip;
     unsigned gsi;
     struct events pm1, gpe;
+    unsigned gpe_half;          /* bytes of status, and of enable, that the block of GPE0 has; the first two are there */
     u16 control;
     u64 halves;                 /* of the timer's rounds, that TMR_STS was set for */
 };
@@ -49,6 +50,27 @@ static void write_events(struct events *e, u64 mask, u64 value)
     e->enable = (u16)((e->enable & ~(mask >> 16)) | (value >> 16 & 0xffff));
 }
 
+static u64 read_general(const struct power *p, u64 offset, unsigned size)
+{
+    u64 value = 0;
+    for (unsigned i = 0; i < size; i++) {
+        u64 at = (offset + i) % p->gpe_half, half = (offset + i) / p->gpe_half;
+        u8 byte = at > 1 || half > 1 ? 0 : (u8)((half ? p->gpe.enable : p->gpe.status) >> 8 * at);
+        value |= (u64)byte << 8 * i;
+    }
+    return value;
+}
+
+static void write_general(struct power *p, u64 offset, unsigned size, u64 value)
+{
+    for (unsigned i = 0; i < size; i++) {
+        u64 at = (offset + i) % p->gpe_half, half = (offset + i) / p->gpe_half;
+        u64 byte = value >> 8 * i & 0xff;
+        if (at < 2 && half < 2)
+            write_events(&p->gpe, 0xffull << (16 * half + 8 * at), byte << (16 * half + 8 * at));
+    }
+}
+
 void power_clock_rang(struct chip *chip)
 {
     struct power *p = (struct power *)chip;
@@ -65,11 +87,17 @@ static bool power_access(struct chip *chip, struct bus_access *a, unsigned regio
             update(p, now_of(a));
             a->value = read_events(&p->pm1);
         } else if (region == GPE) {
-            a->value = read_events(&p->gpe);
+            a->value = read_general(p, offset, a->size);
+            return true;
         } else {
             a->value = region == CONTROL ? p->control : ticks(now_of(a)) & 0xffffff;
         }
         a->value = offset < 8 ? a->value >> 8 * offset : 0;
+        return true;
+    }
+    if (region == GPE) {
+        write_general(p, offset, a->size, a->value);
+        drive(p);
         return true;
     }
     if (offset > 3)
@@ -79,9 +107,6 @@ static bool power_access(struct chip *chip, struct bus_access *a, unsigned regio
         update(p, now_of(a));
         write_events(&p->pm1, mask, value);
         update(p, now_of(a));
-    } else if (region == GPE) {
-        write_events(&p->gpe, mask, value);
-        drive(p);
     } else if (region == CONTROL) {
         u16 control = (u16)((p->control & ~mask) | value);
         if (control & SLP_EN)
@@ -101,8 +126,19 @@ static PyObject *power_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     unsigned gsi;
     struct power *self = (struct power *)chip_new_on_line(type, &power_kind, args, &gsi);
     if (self)
-        self->gsi = gsi;
+        self->gsi = gsi, self->gpe_half = 2;
     return (PyObject *)self;
+}
+
+static PyObject *power_set_gpe(struct power *self, PyObject *argument)
+{
+    u64 half;
+    if (!chip_numbers(&argument, 1, &half, 1))
+        return NULL;
+    if (half < 2 || half > 8)
+        return PyErr_Format(PyExc_ValueError, "2 to 8 bytes");
+    self->gpe_half = (unsigned)half;
+    Py_RETURN_NONE;
 }
 
 /* From any thread, which may not know the guest's time. */
@@ -168,6 +204,7 @@ static PyObject *power_load(struct power *self, PyObject *args, PyObject *kwargs
 
 static PyMethodDef power_methods[] = {
     CHIP_METHODS,
+    {"set_gpe", (PyCFunction)power_set_gpe, METH_O, "set_gpe(bytes): of status, and as many of enable, in the block of GPE0; the first two are there"},
     {"press", (PyCFunction)power_press, METH_NOARGS, "press(): the power button"},
     {"raise_event", (PyCFunction)power_raise, METH_O, "raise_event(number): a general-purpose event, 0 to 15"},
     {"seen", (PyCFunction)power_seen, METH_O, "seen(now): the timer's bit 23 did not change until now"},

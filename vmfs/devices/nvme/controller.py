@@ -103,6 +103,7 @@ class Nvme(Working, PciDevice[NvmeState]):
     TYPE = "nvme"
     STATE = NvmeState
     VENDOR, DEVICE, CLASS = 0x1234, 0x4E56, 0x010802
+    EXPRESS = True
     BARS = {0: Bar("memory", _SIZE), MSIX_BAR: MSIX}
     HAS_DISK = True
 

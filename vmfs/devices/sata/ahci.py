@@ -45,7 +45,8 @@ class Ahci(Working, PciDevice[AhciState]):
     VENDOR, DEVICE, CLASS, REVISION = 0x8086, 0x2922, 0x010601, 2
     BARS = {ABAR: Bar("memory", _SIZE)}
 
-    def __init__(self, board: BoardPort, name: str, slot: int) -> None:
+    def __init__(self, board: BoardPort, name: str, slot: int, function: int = 0) -> None:
+        self.function_number = function
         self.ports: tuple[AhciPort, ...] = ()
         super().__init__(board, name, slot)
         self.add_msi(1)
@@ -61,7 +62,8 @@ class Ahci(Working, PciDevice[AhciState]):
             raise Invalid(f"there is a drive {drive.name} already")
         drive.is_serial = True
         drive.cable = port
-        drive.boot_path = f"/pci@i0cf8/pci8086,2922@{self.slot:x}/drive@{port.number:x}/disk@0"
+        place = f"{self.slot:x},{self.function_number:x}" if self.function_number else f"{self.slot:x}"
+        drive.boot_path = f"/pci@i0cf8/pci8086,2922@{place}/drive@{port.number:x}/disk@0"
         port.drive = drive
         port.clear()
 

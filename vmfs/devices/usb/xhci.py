@@ -112,6 +112,7 @@ class Xhci(Working, PciDevice[XhciState]):
     TYPE = "xhci"
     STATE = XhciState
     VENDOR, DEVICE, CLASS = 0x1234, 0x5843, 0x0C0330
+    EXPRESS = True
     BARS = {0: Bar("memory", _SIZE), MSIX_BAR: MSIX}
 
     def __init__(self, board: BoardPort, name: str, slot: int) -> None:

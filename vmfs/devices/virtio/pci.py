@@ -93,6 +93,7 @@ class VirtioDevice(PciDevice[V]):
     STATE has beyond VirtioState is of `save_own`, `check_own` and `load_own`."""
 
     VENDOR = VENDOR
+    EXPRESS = True
     REVISION = 1  # 4.1.2.1: of a non-transitional device
     BARS = {0: Bar("memory", _BAR_SIZE), MSIX_BAR: MSIX}
     QUEUES: tuple[int, ...] = ()
