@@ -334,11 +334,11 @@ class Pc(Board):
         order = {"bootorder": "\n".join(paths).encode() + b"\0"} if paths else {}
         fw_cfg.set_files({**roms, **order, **files}, offers_kernel=loads)
         if files:
-            self._leave_to_firmware()
+            self._leave_to_firmware(wakes=False)
 
-    def _leave_to_firmware(self) -> None:
+    def _leave_to_firmware(self, *, wakes: bool) -> None:
         for function in self.pci.functions.values():
-            function.leave_to_firmware()
+            function.leave_to_firmware(wakes=wakes)
 
     def fall_asleep(self) -> None:
         """It is reset because the guest sleeps, and the next run wakes it; by the clock's alarm, where the guest has
@@ -355,7 +355,7 @@ class Pc(Board):
         """A run begins with firmware that is to wake the guest."""
         rtc = self.devices["rtc"]
         assert isinstance(rtc, Rtc)
-        self._leave_to_firmware()
+        self._leave_to_firmware(wakes=True)
         rtc.say_resume()
 
     def fill_memory(self) -> None:

@@ -167,8 +167,9 @@ class PciDevice(QuietDevice[P]):
         serial = self.board.own_bytes(f"serial number of {self.name}", 8)
         self.function.set_extended(struct.pack("<I", _SERIAL_NUMBER) + serial + bytes(4))
 
-    def leave_to_firmware(self) -> None:  # noqa: B027
-        """Be as the chip is after a reset, where that is not what firmware would have made of it."""
+    def leave_to_firmware(self, *, wakes: bool) -> None:  # noqa: B027
+        """Be as the chip is after a reset, where that is not what firmware would have made of it. `wakes`: it begins
+        to wake a system that sleeps."""
 
     def add_msi(self, messages: int) -> None:
         """MSI of up to so many messages, a power of two, with an address of 64 bits and a mask of each. In the

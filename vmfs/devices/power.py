@@ -169,7 +169,7 @@ class PowerFunction(PlainPciDevice):
         config[0x5B] = 2  # DEVACTB, APMC_EN: SMM was set up already, so that firmware does not wait for it
         return config
 
-    def leave_to_firmware(self) -> None:
+    def leave_to_firmware(self, *, wakes: bool) -> None:
         """As the chip is after a reset: the ports are nowhere."""
         for register in _PMBA, _SMBBA:
             struct.pack_into("<I", self.config, register, 1)

@@ -66,9 +66,11 @@ class Mch(PlainPciDevice):
         self.writes_have_effects(_PCIEXBAR, 8)
         return config
 
-    def leave_to_firmware(self) -> None:
-        struct.pack_into("<Q", self.config, _PCIEXBAR, 0)
-        self._place_ecam()
+    def leave_to_firmware(self, *, wakes: bool) -> None:
+        """SeaBIOS that wakes a system uses the memory before it says where that is."""
+        if not wakes:
+            struct.pack_into("<Q", self.config, _PCIEXBAR, 0)
+            self._place_ecam()
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         super().write_config(offset, size, value)
@@ -115,7 +117,7 @@ class Lpc(Router):
             self.writes_have_effects(at, length)
         return config
 
-    def leave_to_firmware(self) -> None:
+    def leave_to_firmware(self, *, wakes: bool) -> None:
         struct.pack_into("<I", self.config, _PMBASE, 1)
         self.config[_ACPI_CNTL] = 0
         self._place()
@@ -181,7 +183,7 @@ class SmbusFunction(PlainPciDevice):
         self.writes_have_effects(_HOSTC, 1)
         return config
 
-    def leave_to_firmware(self) -> None:
+    def leave_to_firmware(self, *, wakes: bool) -> None:
         self.config[_HOSTC] = 0
         self._place()
 
