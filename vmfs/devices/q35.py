@@ -175,7 +175,7 @@ class SmbusFunction(PlainPciDevice):
     def __init__(self, board: Port, name: str, slot: int, smbus: Smbus) -> None:
         self._smbus = smbus
         super().__init__(board, name, slot)
-        smbus.drive_line = self.set_irq
+        smbus.be_of_an_ich9(self.set_irq)
 
     def _identity(self) -> bytearray:
         config = super()._identity()

@@ -1,4 +1,4 @@
-"""The SMBus host of a PIIX4, and the EEPROMs of memory modules (SPD) on it.
+"""The SMBus host of a PIIX4 or an ICH9, and the EEPROMs of memory modules (SPD) on it.
 
 A transaction takes no time: it is over when START has been written. There is no other master on the bus, so the
 slave's registers are kept and nothing comes by them.
@@ -6,13 +6,14 @@ slave's registers are kept and nothing comes by them.
 The modules are such of DDR3 as make up the machine's RAM, where that can be: one to four of 64 MiB to 32 GiB, each a
 power of two. Each has a 24C02 at 50h and so on, which a guest may write; what it wrote is there as long as the machine.
 
-Source: Intel 82371AB (PIIX4) data sheet, 7.3 (SMBus); System Management Bus 1.1; JEDEC 21-C, 4.1.2.11 (SPD of DDR3);
-Microchip 24C02C data sheet.
+Source: Intel 82371AB (PIIX4) data sheet, 7.3 (SMBus); Intel ICH9 data sheet, 19.2; System
+Management Bus 1.1; JEDEC 21-C, 4.1.2.11 (SPD of DDR3); Microchip 24C02C data sheet.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -22,6 +23,7 @@ from vmfs.devices.device import U8, DeviceState, Port, QuietDevice, Window
 BASE, LENGTH, IRQ = 0x700, 16, 9
 FIRST_MODULE, MODULES_MOST = 0x50, 4
 _STATUS, _SLAVE_STATUS, _CONTROL, _COMMAND, _ADDRESS, _DATA0, _DATA1, _BLOCK, _SLAVE = range(9)
+_AUXILIARY = 0x0D  # of an ICH9
 _DONE, _NO_ANSWER, _BUS_ERROR, _KILLED = 0x02, 0x04, 0x08, 0x10
 _INTERRUPTS, _KILL, _PROTOCOL, _START = 0x01, 0x02, 0x1C, 0x40
 _QUICK, _BYTE, _BYTE_DATA, _WORD_DATA, _BLOCK_DATA = 0, 1, 2, 3, 5
@@ -81,7 +83,8 @@ class Smbus(QuietDevice[SmbusState]):
         super().__init__(board, name)
         self.base: int | None = BASE
         self._by_irq = True
-        self.drive_line = self.set_irq  # an ICH9's is INTA of its function
+        self.drive_line = self.set_irq
+        self.length, self._kept = LENGTH, range(_SLAVE, LENGTH)
         self.modules: list[Eeprom] = []
         self._clear()
 
@@ -94,8 +97,14 @@ class Smbus(QuietDevice[SmbusState]):
     def describe_memory(self, size: int) -> None:
         self.modules = [Eeprom(spd(one, number)) for number, one in enumerate(module_sizes(size))]
 
+    def be_of_an_ich9(self, drive_line: Callable[[bool], None]) -> None:
+        """Its line is INTA of its function. It has more registers, of which a packet error code, an address of its own
+        and the way of block transfers (which are all by the buffer) are kept."""
+        self.drive_line = drive_line
+        self.length, self._kept = 2 * LENGTH, (_SLAVE, _SLAVE + 1, _AUXILIARY)
+
     def windows(self) -> tuple[Window, ...]:
-        return () if self.base is None else (Window("port", self.base, LENGTH),)
+        return () if self.base is None else (Window("port", self.base, self.length),)
 
     def place(self, base: int | None, by_irq: bool) -> None:
         """Have its ports there, or nowhere; `by_irq`: it has IRQ 9, and not the SMI that there is none of."""
@@ -119,7 +128,7 @@ class Smbus(QuietDevice[SmbusState]):
             self.index = (self.index + 1) % _BLOCK_MOST
             return value
         if offset >= _SLAVE:
-            return self.slave[offset - _SLAVE] if offset < LENGTH else 0xFF
+            return self.slave[offset - _SLAVE] if offset in self._kept else 0
         return {
             _STATUS: self.status, _COMMAND: self.command, _ADDRESS: self.address,
             _DATA0: self.data[0], _DATA1: self.data[1],
@@ -149,7 +158,7 @@ class Smbus(QuietDevice[SmbusState]):
         elif offset == _BLOCK:
             self.block[self.index] = value
             self.index = (self.index + 1) % _BLOCK_MOST
-        elif _SLAVE <= offset < LENGTH:
+        elif offset in self._kept:
             self.slave[offset - _SLAVE] = value
 
     def _drive(self) -> None:
