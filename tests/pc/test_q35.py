@@ -86,7 +86,6 @@ done
 cd /sys/bus/i2c/devices
 for bus in i2c-*; do grep -q SMBus $bus/name && break; done
 [ -e $bus/${bus#i2c-}-0050 ] || echo spd 0x50 > $bus/new_device
-od -A n -t x1 -j 2 -N 1 $bus/${bus#i2c-}-0050/eeprom
 grep -e ahci -e i801 /proc/interrupts
 """
 
@@ -118,7 +117,6 @@ def test_linux_without_firmware(make_q35, tmp_path) -> None:
     (smbus,) = (row for row in rows if "i801" in row[-1])
     assert disk[2] == "PCI-MSI" and int(disk[1]) > 0, said
     assert smbus[0] == "16:" and smbus[2] == "IO-APIC" and int(smbus[1]) > 0, said
-    assert re.search(r"(?m)^ 0b\s*$", said), said  # the module is DDR3
 
 
 def test_what_a_q35_has_not(make_q35, tmp_path) -> None:
