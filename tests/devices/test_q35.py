@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
@@ -213,3 +214,51 @@ def test_what_it_has_not():
     q35.close()
     memory.close()
     assert Q35.ecam + ECAM_SIZE == Q35.memory_start
+
+
+def accesses(dice, guest, count):
+    """Any of its configuration spaces, by ports and in memory, and of the registers that they place; what was read."""
+    seen = []
+    places = [*guest.board.pci.functions, 0x55, 0xFF]
+    for _ in range(count):
+        size, value = dice.choice((1, 2, 4)), dice.choice((0, 1, 0xFED1_C001, 0xFFFF_FFFF, dice.getrandbits(32)))
+        place, offset = dice.choice(places), dice.randrange(256 // size) * size
+        window = next((one for one in guest.board.pci.windows() if one.space == "memory"), None)
+        base = Q35.ecam if window is None else window.start
+        kind = dice.randrange(6)
+        if kind == 0:
+            guest.config(place >> 3, offset, value & (1 << 8 * size) - 1, size, place & 7)
+        elif kind == 1:
+            seen.append(guest.config(place >> 3, offset, None, size, place & 7))
+        elif kind == 2:
+            size = dice.choice((1, 2, 4, 8))
+            guest.store(base + (place << 12) + dice.randrange(0xFF8), value & (1 << 8 * size) - 1, size)
+        elif kind == 3:
+            size = dice.choice((1, 2, 4, 8))
+            inside = dice.choice((place << 12, dice.randrange(1 << 26))) + dice.randrange(64)
+            seen.append(guest.load(base + inside, size))
+        elif kind == 4:
+            power = guest.board.devices["power"].base or BASE
+            guest.out(power + dice.randrange(128 // size) * size, value & ~0x2000 & (1 << 8 * size) - 1, size)
+        else:
+            seen.append(guest.load(0xFED1_C000 + dice.randrange(0x4000), dice.choice((1, 2, 4, 8))))
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_access_gets_an_exception_out_and_a_state_goes_on_alike(q35, seed):
+    guest = Guest(q35)
+    accesses(random.Random(seed), guest, 1500)
+    other = Q35Pc(FakeMachine(), q35.memory)
+    other.pci.plug(Rng(other, "rng0", 2))
+    other.pci.plug(Plain(other, "plain", 3))
+    with q35.asleep():
+        board = q35.save()
+    other.check(board)
+    with other.asleep():
+        other.load(board)
+    load(other, saved(q35))
+    assert saved(other) == saved(q35)
+    more = [accesses(random.Random(seed + 100), Guest(one), 300) for one in (q35, other)]
+    assert more[0] == more[1] and saved(other) == saved(q35)
+    other.close()
