@@ -22,7 +22,7 @@ from pc.initramfs import build  # noqa: E402
 from pc.kernels import CLOUD  # noqa: E402
 
 START, END = "start_kernel", "kernel_power_off"
-SECONDS = 600  # that a session of gdb, or QEMU, gets
+SECONDS = 300  # that a session of gdb, or QEMU, gets
 COMMANDS = "continue", "reverse-stepi", "reverse-continue"
 SCRIPT = """
 set pagination off
