@@ -364,6 +364,20 @@ def test_one_file_there_and_back(vm, saved, server, tmp_path):
     assert (tmp_path / "machine" / "mem").read_bytes() == (saved / "mem").read_bytes()
 
 
+def test_a_name_is_enough(vm, server, tmp_path, monkeypatch):
+    """As for the other commands about machines."""
+    monkeypatch.setenv("VMFS_MOUNT", str(server.path))
+    vm.write("mem_size", f"{SMALL}\n")
+    put(vm, 0, b"by name")
+    file, loaded = tmp_path / "file", server.path / f"{vm.path.name}-again"
+    assert vmfs("save", vm.path.name, file).returncode == 0
+    assert vmfs("load", file, loaded.name).returncode == 0
+    assert (loaded / "mem").read_bytes()[:7] == b"by name"
+    loaded.rmdir()
+    assert f"{vm.path} has no console" in vmfs("console", vm.path.name).stderr
+    assert "there is no register layout 'vax'" in vmfs("gdb", vm.path.name, "vax").stderr
+
+
 def test_a_file_that_is_cut_or_damaged_makes_no_machine(vm, server, tmp_path):
     vm.write("mem_size", f"{SMALL}\n")
     put(vm, 0, os.urandom(1 << 16))

@@ -288,6 +288,11 @@ def test_a_page_that_is_gone_holds_nothing_of_the_mount(site, bare):
             looked_at(each, until=lambda message: message.get("pane") == "memory")
         assert site.descriptors()
     wait_until(lambda: not site.descriptors(), "the descriptors are closed")
+    with site.socket("/live") as page:
+        for asked in ({"list": True}, {}, {"list": True}):
+            page.send(json.dumps({"watch": asked}))
+            wait_until(lambda asked=asked: bool(site.descriptors()) == bool(asked), "the files of the list")
+    wait_until(lambda: not site.descriptors(), "those of the list are closed")
 
 
 def test_a_page_that_takes_nothing_holds_up_no_other(site, bare):

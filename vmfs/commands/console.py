@@ -5,19 +5,20 @@ import errno
 import os
 import sys
 
-from vmfs.commands import terminal
+from vmfs.commands import machines, terminal
 from vmfs.commands.options import argument
 from vmfs.words.errors import EngineFailed, Gone, Invalid, NotPermitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("machine", metavar="MACHINE", help="its directory, as /vmfs/demo")
+    machines.add_machine(parser)
     parser.add_argument("--escape", type=argument(terminal.parse_escape), default=terminal.ESCAPE, metavar="KEY",
                         help="the key that leads out, as ^] (the default) or ^A")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = open_console(arguments.machine)
+    machine = str(machines.machine(arguments.machine))
+    console = open_console(machine)
     if os.isatty(0):
         print(f"{arguments.machine}: {terminal.escape_name(arguments.escape)} leads out", file=sys.stderr)
     try:
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as failure:
         if failure.errno == errno.ENODEV:
             raise Gone(f"{arguments.machine} was removed") from None
+        if failure.errno == errno.EOPNOTSUPP:
+            raise _bare(machine) from None
         raise
     finally:
         os.close(console)
@@ -43,5 +46,9 @@ def open_console(machine: str) -> int:
         raise NotPermitted(f"{machine}/console is not yours to open") from None
     except OSError as failure:
         if failure.errno == errno.EOPNOTSUPP:
-            raise Invalid(f"{machine} has no console: it is a bare machine (echo pc > {machine}/machine)") from None
+            raise _bare(machine) from None
         raise EngineFailed(f"{machine}/console: {os.strerror(failure.errno or errno.EIO)}") from None
+
+
+def _bare(machine: str) -> Invalid:
+    return Invalid(f"{machine} has no console: it is a bare machine (echo pc > {machine}/machine)")

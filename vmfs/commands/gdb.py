@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 
+from vmfs.commands import machines
 from vmfs.machine.gdb import handover
 from vmfs.machine.gdb.packets import frame
 from vmfs.words.errors import EngineFailed, Invalid, NotPermitted, VmfsError
@@ -20,13 +21,13 @@ _CHUNK = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("machine", metavar="MACHINE", help="its directory, as /vmfs/demo")
+    machines.add_machine(parser)
     parser.add_argument("words", nargs="*", default=[], metavar="x86-64|i386|i8086|linear",
                         help="how registers are described to gdb (docs/debugging.md)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    machine = arguments.machine
+    machine = str(machines.machine(arguments.machine))
     # A terminal's ^C is for gdb, which says by a byte that the guest is to be stopped.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stream = _open(machine)

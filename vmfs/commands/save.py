@@ -5,13 +5,13 @@ import contextlib
 import os
 from pathlib import Path
 
-from vmfs.commands import archive
+from vmfs.commands import archive, machines
 from vmfs.words.errors import Invalid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("machine", metavar="MACHINE[:SNAPSHOT]", help="its directory, as /vmfs/demo; as it is now, or "
-                        "as a snapshot has it")
+    parser.add_argument("machine", metavar="MACHINE[:SNAPSHOT]", help=f"{machines.HELP}; as it is now, "
+                        "or as a snapshot has it")
     parser.add_argument("file", metavar="FILE", type=Path, help="what is there already is replaced once it is whole")
     parser.add_argument("--history", action="store_true", help="with its past, as far as `history` has it since it was "
                         "last changed from outside, and with all that was typed in that time")
@@ -49,9 +49,8 @@ def _save(arguments: argparse.Namespace, machine: Path, folder: Path) -> None:
 def _parts(text: str) -> tuple[Path, str]:
     """The machine, and the snapshot. A machine's name has no colon; a path may have one."""
     path, colon, name = text.rpartition(":")
-    machine, name = (Path(path), name) if colon and "/" not in name else (Path(text), "")
-    if not (machine / "vm_run").exists():
-        raise Invalid(f"{machine} is no machine: there is no {machine}/vm_run")
+    which, name = (path, name) if colon and "/" not in name else (text, "")
+    machine = machines.machine(which)
     if name and not (machine / "snap" / name).is_dir():
         raise Invalid(f"{machine} has no snapshot {name}")
     return machine, name

@@ -86,6 +86,12 @@ class Looks:
         self._directory = directory
         self._machines: dict[tuple[str, int], Machine] = {}
 
+    def close(self) -> None:
+        """Keep no file of a machine's open."""
+        for machine in self._machines.values():
+            machine.file.close()
+        self._machines = {}
+
     def look(self, most: int | None = None) -> list[str]:
         """The table, after what has happened since the last time; no more than `most` machines of it."""
         shown, new = self.machines(most)

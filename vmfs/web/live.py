@@ -169,8 +169,9 @@ class Live:
                             rows = found
                             messages.append({"list": rows, "mount": str(self._place.path)})
                         pause = EVERY_LIST
-                    else:
-                        rows = None
+                    elif overview is not None:
+                        self._threads.later(overview.close)
+                        overview = rows = None
                     if asked.get("machine"):
                         if watch is None or watch.name != asked["machine"]:
                             if watch is not None:
@@ -200,7 +201,8 @@ class Live:
         except (WebSocketDisconnect, RuntimeError):  # it is gone
             pass
         finally:
-            if watch is not None and busy is not None and not busy.done():  # a thread uses the descriptors still
-                busy.add_done_callback(lambda _, close=watch.close: self._threads.later(close))
-            elif watch is not None:
-                self._threads.later(watch.close)
+            for each in (watch, overview):
+                if each is not None and busy is not None and not busy.done():  # a thread uses the descriptors still
+                    busy.add_done_callback(lambda _, close=each.close: self._threads.later(close))
+                elif each is not None:
+                    self._threads.later(each.close)

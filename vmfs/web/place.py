@@ -112,6 +112,7 @@ class Overview:
 
     def __init__(self, place: Place) -> None:
         self._looks = Looks(place.path)
+        self.close = self._looks.close
 
     def look(self) -> list[dict[str, Any]]:
         found, new = self._looks.machines()
