@@ -1,4 +1,4 @@
-"""Ports for those who write kernels: a console of one port (E9, 402), and one that ends the run (F4)."""
+"""Ports for authors of kernels: a console of one port (E9, 402), and one that ends the run (F4)."""
 
 from __future__ import annotations
 

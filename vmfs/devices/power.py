@@ -201,7 +201,7 @@ def gpe0_port(chipset: Chipset) -> int:
 
 
 def rebased(tables: bytes, base: int, chipset: Chipset) -> bytes:
-    """ACPI's tables, where the FADT has the ports from `base` on. Whoever puts them into RAM makes the checksum."""
+    """ACPI's tables, where the FADT has the ports from `base` on. The firmware that loads them makes the checksum."""
     data, at = bytearray(tables), tables.find(b"FACP")
     for offset, size, port in _FADT_PORTS if at >= 0 else ():
         place = base + (gpe0_port(chipset) if port is None else port) - BASE

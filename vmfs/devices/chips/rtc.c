@@ -381,7 +381,7 @@ static PyObject *rtc_sleep_to_alarm(struct rtc *self, PyObject *argument)
         update_time(self, alarm);
         self->cmos[B] &= (u8)~(PIE | UIE | SQWE);
         clear_flags(self);
-        self->cmos[C] = AF | UF; /* without IRQF: the interrupt is for who wakes */
+        self->cmos[C] = AF | UF; /* IRQF comes when the clock is loaded with this after the reset, and RTC_STS with it */
         self->began = now;
     }
     arm(self, now);

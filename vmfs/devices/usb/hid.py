@@ -54,8 +54,7 @@ class Hid(UsbDevice[S]):
         super().__init__(board, name)
         self.reports: deque[bytes] = deque()
         self._timer: Timer | None = None
-        self.protocol, self.idle = 1, 0
-        self.last = bytes(self.SIZE)
+        self.bus_reset()
 
     def bus_reset(self) -> None:
         super().bus_reset()
@@ -184,15 +183,10 @@ class UsbKeyboard(Hid[KeyboardState]):
         "0508 1901 2905 9505 7501 9102 9501 7503 9101 0507 1900 2965 1500 2565 9506 7508 8100 c0"
     )
 
-    def __init__(self, board: Port, name: str) -> None:
-        super().__init__(board, name)
-        self.leds = 0
-        self.pressed: list[int] = []
-
     def bus_reset(self) -> None:
         super().bus_reset()
         self.leds = 0
-        self.pressed = []
+        self.pressed: list[int] = []
 
     def type(self, strokes: Iterable[bytes]) -> None:
         """What a PS/2 keyboard sends in set 2, a piece a key."""
@@ -271,7 +265,6 @@ class UsbTablet(Hid[TabletState]):
     def __init__(self, board: Port, name: str, screen: Callable[[], tuple[int, int]]) -> None:
         super().__init__(board, name)
         self._screen = screen
-        self.x = self.y = self.buttons = 0
 
     def bus_reset(self) -> None:
         super().bus_reset()
