@@ -129,7 +129,10 @@ def on_tcg(guest: Guest, *more: str) -> Told:
             *(("-bios", str(guest.bios)) if guest.bios else ()),
             *more,
         ]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
+        # A session of its own, as a mount has: where the kernel groups by sessions, each group has the same share.
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        ) as process:
             assert process.stdout
             fd = process.stdout.fileno()
             return listen(lambda: os.read(fd, 4096), (process.pid,), None)
