@@ -46,7 +46,7 @@ mutate: setup
 repeat: setup
 	@scripts/fetch_bench.sh || true
 	@VMFS_REPEAT_STEP=10000000 .venv/bin/pytest tests/pc/test_repeats.py tests/pc/test_both_ways.py tests/pc/test_self_checks.py $(ARGS)
-	@VMFS_JIT_THRESHOLD=0 .venv/bin/pytest tests/pc/test_firmware.py $(ARGS)
+	@VMFS_REPEAT_STEP=10000000 VMFS_JIT_THRESHOLD=0 .venv/bin/pytest tests/pc/test_firmware.py tests/pc/test_self_checks.py $(ARGS)
 
 past: setup
 	@PYTHONPATH=tests .venv/bin/python -m pc.undisturbed --guest walker --cpus 1 --most 300000000 $(ARGS)

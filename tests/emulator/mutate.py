@@ -379,8 +379,8 @@ PLANTS = (
     Plant(
         "the log forgets second places",
         "../cpu/mmu.c",
-        "            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i),",
-        "            continue;\n            drop_write(c, &t->second[TLB_WRITE][i].page, SECOND_INVALID(i),",
+        "            drop_write(c, &t->second[TLB_WRITE][i].page, TLB_INVALID(i),",
+        "            continue;\n            drop_write(c, &t->second[TLB_WRITE][i].page, TLB_INVALID(i),",
     ),
     Plant(
         "what drops entries leaves those in second places",
