@@ -162,20 +162,24 @@ def test_a_page_is_dropped_from_both_places(way, number, flags, monkeypatch):
         assert int(read_register(cpu, "rax"), 0) == expected & 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("flags", [0, 0x100], ids=["local", "global"])
+GLOBAL = 0x100
+
+
+@pytest.mark.parametrize("flags", [(0, 0, 0), (GLOBAL,) * 3, (GLOBAL, 0, 0), (0, GLOBAL, 0)])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_address_space_takes_its_pages_along(way, flags, monkeypatch):
     """MOV to CR3: pages that are not global are looked for again, in whichever place they were; the others stay."""
-    changes = "".join("c70425" + four_at(entry(page)) + four_at(physical(COUNT - 1) | 3 | flags) for page in PAGES[:3])
+    pages = list(zip(PAGES, flags, strict=False))
+    changes = "".join("c70425" + four_at(entry(page)) + four_at(physical(COUNT - 1) | 3 | flag) for page, flag in pages)
     with machine(WAYS[way], monkeypatch, cr4=CR4_PGE) as (_, cpu, memory):
-        for number in range(3):
-            memory.write(entry(PAGES[number]), struct.pack("<Q", physical(number) | 3 | flags))
+        for number, (page, flag) in enumerate(pages):
+            memory.write(entry(page), struct.pack("<Q", physical(number) | 3 | flag))
         code = loop(LOADS, 100)[:-1] + bytes.fromhex(changes + "0f20da 0f22da") + loop(LOADS, 100)  # RDX
         memory.write(CODE, code)
         write_registers(cpu, {"rbx": PAGES[0], "rsi": PAGES[1], "rdi": PAGES[2], "rax": 0})
         assert cpu.run().REASON == "hlt"
         values = [(0x10 + each) * 0x01010101 for each in range(COUNT)]
-        after = sum(values[:3]) if flags else 3 * values[-1]
+        after = sum(values[number if flag else -1] for number, flag in enumerate(flags))
         assert int(read_register(cpu, "rax"), 0) == 100 * (sum(values[:3]) + after) & 0xFFFFFFFF
 
 
