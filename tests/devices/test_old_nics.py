@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
 import struct
 import zlib
 
@@ -11,8 +13,10 @@ from devices.fakes import FakeMachine, Guest, pass_time
 from devices.nics import MAC, Cable, come
 from mounting import wait_until
 
+from vmfs.devices import _chips
 from vmfs.devices.machine import Pc
 from vmfs.devices.network import ne2000, offload, rtl8139
+from vmfs.devices.network.backends import Passt
 from vmfs.devices.network.ne2000 import Ne2000, Ne2000Pci
 from vmfs.devices.network.rtl8139 import Rtl8139
 from vmfs.memory.ram import Memory
@@ -373,3 +377,37 @@ def test_a_connection_begins_without_a_window_scale() -> None:
         wrong = bytearray(frame)
         wrong[dice.randrange(12, len(wrong))] = dice.getrandbits(8)
         assert len(offload.without_scale(bytes(wrong))) == len(frame)
+
+
+@pytest.mark.parametrize("ip", ["IP", "IPv6"])
+def test_passt_gets_the_begin_of_a_connection_once(ip: str) -> None:
+    """It resets a connection whose first frame comes again."""
+
+    def frame(sequence: int, flags: str = "S", port: int = 5000) -> bytes:
+        there = scapy.IP(dst="10.0.0.2") if ip == "IP" else scapy.IPv6(dst="fd00::2")
+        tcp = scapy.TCP(sport=port, dport=80, seq=sequence, flags=flags)
+        return bytes(scapy.Ether(src=MAC, dst=FROM) / there / tcp)
+
+    ours, its = socket.socketpair()
+    its.setblocking(False)
+    passt = Passt(ours.detach(), 0)
+
+    def sent(*frames: bytes) -> list[bytes]:
+        left, data = list(frames), bytearray()
+        while left:
+            left = left[passt.send_all(left) :]
+            with contextlib.suppress(BlockingIOError):
+                data += its.recv(1 << 16)
+        return _chips.split(data, len(data))[0]
+
+    try:
+        first, data, other = frame(1), frame(2, "A"), frame(7)
+        assert sent(data, first, data, first, data) == [data, first, data, data]
+        assert sent(first) == [] and sent(other, other, data) == [other, data]
+        assert sent(frame(1, port=5001), first) == [frame(1, port=5001)]
+        frames = [frame(number) for number in range(10_000, 11_024)]
+        assert sent(*frames) == frames
+        assert sent(first) == [first]  # it remembers the last 1024
+    finally:
+        passt.close()
+        its.close()

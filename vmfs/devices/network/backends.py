@@ -17,6 +17,7 @@ from collections import deque
 from typing import Protocol
 
 from vmfs.devices import _chips
+from vmfs.devices.network.offload import connection_begun
 from vmfs.words.nets import LEAST_FRAME, MAX_FRAME
 
 _LENGTH = struct.Struct(">I")  # passt's frames follow their length, as QEMU's stream sockets have it
@@ -25,6 +26,7 @@ _PACKETS = 256  # of a wire, that are collected at a time
 # What a guest has not taken yet. A Linux guest offers up to 6 MiB a connection (net.ipv4.tcp_rmem). More would only
 # make all wait for what passt sends again and again after a loss.
 _ROOM = 8 << 20
+_BEGUN_MOST = 1024  # connections
 _CLOSED = "the other end has closed the connection"
 
 
@@ -194,6 +196,10 @@ class Stream(_Collected):
 
 class Passt(Stream):
     """A passt of its own, at the other end of the stream socket `fd`, with which it ends. `pid` is what `info` shows.
+
+    A guest that has had no answer for a second begins its connection again, with the same frame. passt, to which the
+    first has come in any case, takes that for an error, and resets the connection (tcp.c, tcp_tap_handler). So such a
+    frame is sent once.
     """
 
     UNPADS = True  # Debian 12's passt does not take an ACK with it
@@ -201,6 +207,22 @@ class Passt(Stream):
     def __init__(self, fd: int, pid: int) -> None:
         super().__init__(socket.socket(fileno=fd))
         self._pid = pid
+        self._begun: dict[bytes, None] = {}  # connections, in order
+
+    def send_all(self, frames: list[bytes]) -> int:
+        at, begun = next(
+            ((at, begun) for at, frame in enumerate(frames) if (begun := connection_begun(frame))), (len(frames), b"")
+        )
+        if at:
+            return super().send_all(frames[:at])
+        if begun in self._begun:
+            return 1
+        count = super().send_all(frames[:1])
+        if count:
+            self._begun[begun] = None
+            if len(self._begun) > _BEGUN_MOST:
+                del self._begun[next(iter(self._begun))]
+        return count
 
     def describe(self) -> dict[str, str]:
         return {"backend": "passt", "pid": str(self._pid)}

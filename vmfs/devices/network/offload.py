@@ -12,6 +12,7 @@ VLAN = 0x8100
 _SYN, _ACK = 0x02, 0x10
 _END, _NOTHING, _SCALE = 0, 1, 3  # options of TCP
 _ADDRESSES = 12
+_FIRST_MOST = 14 + 40 + 60  # bytes of a TCP connection's first frame, which has no data
 LEAST_ON_WIRE = 60  # without the CRC
 
 
@@ -27,6 +28,23 @@ def group_bit(frame: bytes) -> int:
             carry = crc >> 31 ^ byte >> bit & 1
             crc = crc << 1 & 0xFFFF_FFFF ^ (0x04C1_1DB7 if carry else 0)
     return crc >> 26
+
+
+def connection_begun(frame: bytes) -> bytes | None:
+    """Of a TCP connection's first frame what only its repetitions have, too: addresses, ports, and where its sequence
+    begins. None for any other frame."""
+    if len(frame) > _FIRST_MOST:
+        return None
+    kind = frame[12:14]
+    if kind == b"\x08\0" and frame[14:15] == b"\x45" and frame[23:24] == b"\x06":
+        addresses, tcp = frame[26:34], 34
+    elif kind == b"\x86\xdd" and frame[20:21] == b"\x06":
+        addresses, tcp = frame[22:54], 54
+    else:
+        return None
+    if len(frame) < tcp + 20 or frame[tcp + 13] & (_SYN | _ACK) != _SYN:
+        return None
+    return addresses + frame[tcp : tcp + 8]
 
 
 def without_scale(frame: bytes) -> bytes:
