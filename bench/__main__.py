@@ -24,6 +24,7 @@ from bench import (
     ports,
     programs,
     runs,
+    screen,
     smp,
     web,
 )
@@ -50,6 +51,7 @@ GROUPS = {
     "history": history.results,
     "past": past.results,
     "web": web.results,
+    "screen": screen.results,
     "fleet": fleet.results,
 }
 

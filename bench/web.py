@@ -42,7 +42,7 @@ def results() -> list[Result]:
 def _cost(mount: Path, height: int, *, looks: bool) -> tuple[list[float], float, float]:
     """Of a second: cores that the page's server and the machine use, frames and bytes that come."""
     with Vm.temporary(mount, mem_size="8M", machine="pc") as vm, _Page(mount) as page:
-        _set_mode(vm)
+        set_mode(vm)
         draws = _Draws(vm, height)
         viewer = page.look(Path(vm.path).name) if looks else None
         draws.start()
@@ -66,7 +66,7 @@ def _used(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICK
 
 
-def _set_mode(vm: Vm) -> None:
+def set_mode(vm: Vm) -> None:
     """By the VBE's ports, from 16-bit code: out dx, ax."""
     code = bytearray()
     for index, value in _VBE:
