@@ -44,7 +44,7 @@ say "downloading Debian's kernels, busybox, iPXE and memtest86+ (about 110 MB)"
 
 # The generic kernel's modules take 380 MB, most of it for hardware that no machine of ours has.
 without=()
-for each in sound drivers/gpu/{[!d]*,drm/[!v]*/*} drivers/{media,infiniband,staging,iio,hwmon,scsi/*/*,message,mtd,isdn,platform,power} \
+for each in sound drivers/gpu/{[!d]*,drm/{[!vt]*/*,tiny/[!b]*}} drivers/{media,infiniband,staging,iio,hwmon,scsi/*/*,message,mtd,isdn,platform,power} \
     drivers/net/{wireless,usb,can,phy,wwan} drivers/net/ethernet/{[!8ir],i[!n],r[!e]}* drivers/net/ethernet/intel/{[!e]*,e1000e} net/{mac80211,bluetooth,sctp,tipc} \
     drivers/usb/{atm,c67x00,cdns3,chipidea,class,dwc2,dwc3,gadget,image,isp1760,misc,mon,musb,phy,roles,serial,typec,usbip} drivers/usb/storage/ums-* \
     fs/{ocfs2,gfs2,nfs,nfsd,smb,cifs,ceph,xfs,btrfs,f2fs,jfs}
