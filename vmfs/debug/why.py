@@ -80,7 +80,17 @@ class CpuAccount:
         )
         stands = Step(code.address, code.ip, code.bits, at_rip)
         done = cpu.counters().get("instructions")
-        return CpuAccount(cpu.index, done, cpu.last_faults(), steps, cpu.last_exits(), registers, stands, injected)
+        faults = _on_the_way(cpu.last_faults())
+        return CpuAccount(cpu.index, done, faults, steps, cpu.last_exits(), registers, stands, injected)
+
+
+def _on_the_way(faults: Sequence[Fault] | None) -> Sequence[Fault] | None:
+    """The last ones that led to where the CPU is: those before were raised on another way, when it was put back to a
+    place before them (`goto`, a search through its past, `restore`)."""
+    start = len(faults or ())
+    while faults and start and (start == len(faults) or faults[start - 1].instructions <= faults[start].instructions):
+        start -= 1
+    return faults and faults[start:]
 
 
 def _state(cpu: Vcpu, name: str) -> bytes | None:
