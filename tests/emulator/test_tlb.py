@@ -183,6 +183,25 @@ def test_an_address_space_takes_its_pages_along(way, flags, monkeypatch):
         assert int(read_register(cpu, "rax"), 0) == 100 * (sum(values[:3]) + after) & 0xFFFFFFFF
 
 
+@pytest.mark.parametrize("rounds", [1, 40, 100])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_page_that_was_filled_last_stays(way, rounds, monkeypatch):
+    """A third page comes to two of one index. Whichever places they have by then, the second of them stays: it is read
+    as it was, though the guest has changed its entry since (without INVLPG), and the first as it is."""
+    third = PAGES[3] - 0x4000
+    new = four_at(physical(4) | 3)
+    changes = "".join("c70425" + four_at(entry(page)) + new for page in PAGES[:2])
+    with machine(WAYS[way], monkeypatch) as (_, cpu, memory):
+        memory.write(entry(third), struct.pack("<Q", physical(3) | 3))
+        end = "8b17 448b06 8b0b"  # MOV EDX, [RDI]; MOV R8D, [RSI]; MOV ECX, [RBX]
+        code = loop("0303 0306", rounds)[:-1] + bytes.fromhex(changes) + OTHER_BLOCK + bytes.fromhex(end + "f4")
+        memory.write(CODE, code)
+        write_registers(cpu, {"rbx": PAGES[0], "rsi": PAGES[1], "rdi": third, "rax": 0})
+        assert cpu.run().REASON == "hlt"
+        found = [int(read_register(cpu, name), 0) & 0xFF for name in ("rdx", "r8", "rcx")]
+        assert found == [0x13, 0x11, 0x14]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_many_address_spaces(way, monkeypatch):
     """More entries than are noted one by one are dropped all the same."""
