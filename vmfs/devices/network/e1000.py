@@ -264,7 +264,7 @@ class E1000(Card[E1000State], PciDevice[E1000State]):
         if at == TDT:
             self.send_on()
         elif at == RDT:
-            self.take_more()
+            self.buffers_came()
         elif at == IMS:
             self.mask |= value & _CAUSES
             self._drive()
