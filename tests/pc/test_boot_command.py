@@ -247,6 +247,17 @@ def boot(mount, *arguments):
     )
 
 
+@needs(SEABIOS)
+@pytest.mark.parametrize(("machine", "bridge"), [("pc", 0x37), ("strict", 0x37), ("q35", 0xC0)])
+def test_vmfs_boot_of_each_machine(pc_mount, tmp_path, machine, bridge):
+    """Its disk and its CD are where it has a controller; the guest ends with a byte of the host bridge's device ID."""
+    read = b"\x66\xb8\0\0\0\x80\xba\xf8\x0c\x66\xef\xba\xfe\x0c\xec\xe6\xf4"  # CF8h = 80000000h; al = CFEh; F4h = al
+    (tmp_path / "disk").write_bytes(sector(read).ljust(1 << 20, b"\0"))
+    (tmp_path / "cd").write_bytes(bytes(1 << 20))
+    done = boot(pc_mount, tmp_path / "disk", "--machine", machine, "--cdrom", tmp_path / "cd")
+    assert done.returncode == (bridge << 1 | 1) & 0xFF, done.stderr
+
+
 # Writes "w" to the first disk's first sector by the BIOS, and "done" to COM1.
 WRITES = f"""
     mov ax, 0x0301

@@ -55,6 +55,7 @@ OVMFS = (
 # With Microsoft's keys enrolled, for Secure Boot. Debian's code does it without SMM.
 SECURE_OVMFS = (("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),)
 _SMALL = 64 << 10
+_DRIVES = {"pc": ("ide", "cdrom"), "q35": ("ahci", "ahci-cdrom"), "strict": ("ide", "cdrom")}  # of a kind of machine
 _INSIDE = 256 << 10  # of a compressed file, in which is what tells
 
 
@@ -71,10 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where that keeps its variables; made where it is not there (default: for this time only)")
     parser.add_argument("--secure-boot", action="store_true",
                         help="as --uefi, which starts only what is signed: its variables begin with Microsoft's keys")
+    parser.add_argument("--machine", choices=tuple(_DRIVES), default="pc",
+                        help="what it is: a PC (i440FX), a q35, or a PC that forgives less (default: pc)")
     parser.add_argument("--mem", type=argument(size), default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     parser.add_argument("--disk", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a raw disk image (default: rw); may be given several times")
-    parser.add_argument("--cdrom", action="append", default=[], metavar="FILE", help="a CD, in an IDE drive")
+    parser.add_argument("--cdrom", action="append", default=[], metavar="FILE", help="a CD, on IDE (q35: AHCI)")
     parser.add_argument("--floppy", action="append", default=[], metavar="FILE[:ro|rw|cow]",
                         help="a floppy (default: rw)")
     parser.add_argument("--snapshot", action="store_true", help="forget what is written to disks and floppies")
@@ -282,12 +285,13 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                 if not is_uefi and not plan.bios and found == "raw" and media.needs_uefi(source):
                     is_uefi = True
                     print(f"vmfs boot: {path} has nothing that a BIOS boots: by UEFI firmware", file=sys.stderr)
-                line = _line_of(kind, path, mode, source.size)
+                line = _line_of(kind, path, mode, source.size, arguments.machine)
                 plan.lines.append((f"{line} format={arguments.format}" if arguments.format else line, path))
     for number, disk in enumerate(arguments.disk):
         path, mode = disk_mode(disk, arguments)
         plan.lines.append((f"blk {quoted(path)} {mode}", f"--disk {number}"))
-    plan.lines += ((f"cdrom {quoted(path)}", f"--cdrom {path}") for path in arguments.cdrom)
+    _, cdrom = _DRIVES[arguments.machine]
+    plan.lines += ((f"{cdrom} {quoted(path)}", f"--cdrom {path}") for path in arguments.cdrom)
     for floppy in arguments.floppy:
         path, mode = disk_mode(floppy, arguments)
         plan.lines.append((f"floppy {quoted(path)} {mode}", f"--floppy {path}"))
@@ -368,13 +372,14 @@ def split_mode(text: str) -> tuple[str, str]:
     return (path, mode) if path and mode in ("ro", "rw", "cow") else (text, "")
 
 
-def _line_of(kind: str, path: str, mode: str, size: int) -> str:
+def _line_of(kind: str, path: str, mode: str, size: int, machine: str) -> str:
+    disk, cdrom = _DRIVES[machine]
     if kind == media.CD:
-        return f"cdrom {quoted(path)}"
+        return f"{cdrom} {quoted(path)}"
     if kind == media.FLOPPY:
         return f"floppy {quoted(path)} {mode or 'rw'}"
     # A boot sector, perhaps with a little after it, is no disk that somebody keeps anything on.
-    return f"ide {quoted(path)} {mode or ('cow' if size <= _SMALL or size % media.SECTOR else 'rw')}"
+    return f"{disk} {quoted(path)} {mode or ('cow' if size <= _SMALL or size % media.SECTOR else 'rw')}"
 
 
 def quoted(path: str) -> str:
@@ -433,7 +438,7 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
     if arguments.engine and arguments.engine != "auto":
         put(machine, "engine", arguments.engine)
     put(machine, "mem_size", str(arguments.mem))
-    put(machine, "machine", "pc")
+    put(machine, "machine", arguments.machine)
     for line, what in plan.lines:
         put(machine, "dev/add", line, what=what)
     if plan.seed:
