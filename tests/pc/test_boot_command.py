@@ -154,7 +154,7 @@ def test_vmfs_boot_says_what_is_wrong_with_its_arguments(pc_mount, tmp_path):
     (tmp_path / "sector").write_bytes(sector(SLEEP))
     for arguments, sentence in (
         (("--gdb", tmp_path / "sector"), "is no port: write FILE before --gdb"),
-        ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: debug: "),
+        ((tmp_path / "sector", "--break", "nowhere"), "--break nowhere: line 1: "),
         ((tmp_path / "sector", "--break", "main"), "known; `--symbols FILE` tells of some: a System.map or a vmlinux"),
         ((tmp_path / "sector", "--symbols", tmp_path / "sector"), "symbols: "),
         ((tmp_path / "sector", "--symbols", tmp_path / "none"), "none: No such file"),
@@ -199,6 +199,9 @@ def test_vmfs_boot_of_a_disk_alone_has_a_bios(pc_mount, tmp_path):
         (b"nothing " * 100, (), "nothing in it says what it is"),
         (b"", (), "it is empty"),
         (sector(SLEEP), ("--initrd", "FILE"), "--initrd is for a kernel"),
+        (sector(SLEEP), ("--disk", "/nosuch"), "vmfs boot: --disk: /nosuch: No such file or directory\n"),
+        (sector(SLEEP), ("--share", "/nosuch"), "vmfs boot: --share: /nosuch: No such file or directory\n"),
+        (sector(SLEEP), ("--dev", "nosuch"), "vmfs boot: --dev: there is no 'nosuch': `blk "),
     ],
 )
 def test_vmfs_boot_says_what_it_cannot_tell(pc_mount, tmp_path, content, options, words):

@@ -287,14 +287,14 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
                     print(f"vmfs boot: {path} has nothing that a BIOS boots: by UEFI firmware", file=sys.stderr)
                 line = _line_of(kind, path, mode, source.size, arguments.machine)
                 plan.lines.append((f"{line} format={arguments.format}" if arguments.format else line, path))
-    for number, disk in enumerate(arguments.disk):
+    for disk in arguments.disk:
         path, mode = disk_mode(disk, arguments)
-        plan.lines.append((f"blk {quoted(path)} {mode}", f"--disk {number}"))
+        plan.lines.append((f"blk {quoted(path)} {mode}", "--disk"))
     _, cdrom = _DRIVES[arguments.machine]
-    plan.lines += ((f"{cdrom} {quoted(path)}", f"--cdrom {path}") for path in arguments.cdrom)
+    plan.lines += ((f"{cdrom} {quoted(path)}", "--cdrom") for path in arguments.cdrom)
     for floppy in arguments.floppy:
         path, mode = disk_mode(floppy, arguments)
-        plan.lines.append((f"floppy {quoted(path)} {mode}", f"--floppy {path}"))
+        plan.lines.append((f"floppy {quoted(path)} {mode}", "--floppy"))
     plan_nets(plan, arguments.net, arguments.forward)
     if arguments.root is not None:
         mode = split_mode(arguments.root)[1] or "rw"
@@ -314,7 +314,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def share_lines(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    shares = [(f"share{number}", f"--share {number}", *split_mode(one)) for number, one in enumerate(arguments.share)]
+    shares = [(f"share{number}", "--share", *split_mode(one)) for number, one in enumerate(arguments.share)]
     if arguments.root is not None:
         shares.append((ROOT_TAG, "--root", *split_mode(arguments.root)))
     return [(f"share {quoted(path)} {tag} {'ro' if mode == 'ro' else 'rw'}", what) for tag, what, path, mode in shares]
@@ -447,7 +447,7 @@ def prepare(machine: Path, arguments: argparse.Namespace, plan: Plan) -> None:
             file.flush()
             put(machine, "dev/add", f"blk {quoted(file.name)} ro format=raw", what="--ssh-key")
     for line in arguments.dev:
-        put(machine, "dev/add", line)
+        put(machine, "dev/add", line, what="--dev")
     images = {"kernel": plan.kernel, "initrd": arguments.initrd, "bios": plan.bios}
     for name, path in images.items():
         if path:
@@ -492,7 +492,10 @@ def put(machine: Path, name: str, text: str, what: str = "") -> None:
         with open(machine / name, "w") as file:
             file.write(text + "\n")
     except OSError as failure:
-        raise Invalid(f"{what}{': ' if what else ''}{reason(machine, failure)}") from None
+        said = reason(machine, failure)
+        if what:  # that is where the user wrote it, not the file
+            said = f"{what}: {said.removeprefix(f'{os.path.basename(name)}: ').removeprefix(f'{name}: ')}"
+        raise Invalid(said) from None
 
 
 def reason(machine: Path, failure: OSError) -> str:
