@@ -10,7 +10,7 @@ Source: Intel 82371FB/82371SB (PIIX, PIIX3) data sheet, 2.2.9 (PIRQRC). Left out
 from __future__ import annotations
 
 from vmfs.devices.chipset import I440FX, PIRQ_LINES
-from vmfs.devices.pci import PciState, PlainPciDevice
+from vmfs.devices.pci import PlainPciDevice
 
 _OFF, _NUMBER = 0x80, 0x0F
 IRQS = (3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15)  # others are reserved, and route to none
@@ -29,19 +29,7 @@ class Router(PlainPciDevice):
             self.writes_have_effects(at, 1)
         return config
 
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        super().write_config(offset, size, value)
-        self._route()
-
-    def reset(self) -> None:
-        super().reset()
-        self._route()
-
-    def load(self, state: PciState) -> None:
-        super().load(state)
-        self._route()
-
-    def _route(self) -> None:
+    def takes_effect(self) -> None:
         for pirq, at in enumerate(self.board.chipset.routes):
             route = self.config[at]
             line = route & _NUMBER

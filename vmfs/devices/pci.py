@@ -363,6 +363,18 @@ class PlainPciDevice(PciDevice[PciState]):
 
     def load(self, state: PciState) -> None:
         self.load_pci(state)
+        self.takes_effect()
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        super().write_config(offset, size, value)
+        self.takes_effect()
+
+    def reset(self) -> None:
+        super().reset()
+        self.takes_effect()
+
+    def takes_effect(self) -> None:
+        """What the configuration space says now, it does: after a write, a reset and a load."""
 
 
 class HostBridgeState(DeviceState):

@@ -18,7 +18,7 @@ import msgspec
 from vmfs.devices import _chips, smbus
 from vmfs.devices.chipset import I440FX, Chipset
 from vmfs.devices.device import U16, DeviceState, Port, QuietDevice, Window
-from vmfs.devices.pci import PciState, PlainPciDevice
+from vmfs.devices.pci import PlainPciDevice
 
 PM1_EVENT, PM1_CONTROL, PM_TIMER, SCI = 0x600, 0x604, 0x608, 9
 BASE, LENGTH = PM1_EVENT, I440FX.power_length  # where they are unless firmware moves them
@@ -174,21 +174,9 @@ class PowerFunction(PlainPciDevice):
         for register in _PMBA, _SMBBA:
             struct.pack_into("<I", self.config, register, 1)
         self.config[_PMREGMISC] = self.config[_SMBHSTCFG] = 0
-        self._place()
+        self.takes_effect()
 
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        super().write_config(offset, size, value)
-        self._place()
-
-    def reset(self) -> None:
-        super().reset()
-        self._place()
-
-    def load(self, state: PciState) -> None:
-        super().load(state)
-        self._place()
-
-    def _place(self) -> None:
+    def takes_effect(self) -> None:
         (base,) = struct.unpack_from("<H", self.config, _PMBA)
         self._power_moved(base & -LENGTH if self.config[_PMREGMISC] & _DECODED else None)
         (base,) = struct.unpack_from("<H", self.config, _SMBBA)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from vmfs.devices.chipset import Q35
 from vmfs.devices.device import Port, Window
 from vmfs.devices.isa import Router
-from vmfs.devices.pci import Bar, HostBridge, PciState, PlainPciDevice
+from vmfs.devices.pci import Bar, HostBridge, PlainPciDevice
 from vmfs.devices.power import BASE
 from vmfs.devices.smbus import Smbus
 
@@ -70,21 +70,9 @@ class Mch(PlainPciDevice):
         """SeaBIOS that wakes a system uses the memory before it says where that is."""
         if not wakes:
             struct.pack_into("<Q", self.config, _PCIEXBAR, 0)
-            self._place_ecam()
+            self.takes_effect()
 
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        super().write_config(offset, size, value)
-        self._place_ecam()
-
-    def reset(self) -> None:
-        super().reset()
-        self._place_ecam()
-
-    def load(self, state: PciState) -> None:
-        super().load(state)
-        self._place_ecam()
-
-    def _place_ecam(self) -> None:
+    def takes_effect(self) -> None:
         (value,) = struct.unpack_from("<Q", self.config, _PCIEXBAR)
         length = value >> 1 & 3
         if not value & _ENABLED or length == len(_ECAM_SIZES):
@@ -147,16 +135,8 @@ class Lpc(Router):
                 value |= (registers[first] >> 8 * (at - first) & 0xFF) << 8 * (at - offset)
         return value
 
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        super().write_config(offset, size, value)
-        self._place()
-
-    def reset(self) -> None:
-        super().reset()
-        self._place()
-
-    def load(self, state: PciState) -> None:
-        super().load(state)
+    def takes_effect(self) -> None:
+        super().takes_effect()
         self._place()
 
     def _place(self) -> None:
@@ -185,23 +165,11 @@ class SmbusFunction(PlainPciDevice):
 
     def leave_to_firmware(self, *, wakes: bool) -> None:
         self.config[_HOSTC] = 0
-        self._place()
+        self.takes_effect()
 
     def windows(self) -> tuple[Window, ...]:
         return ()  # the ports are the SMBus's
 
-    def write_config(self, offset: int, size: int, value: int) -> None:
-        super().write_config(offset, size, value)
-        self._place()
-
-    def reset(self) -> None:
-        super().reset()
-        self._place()
-
-    def load(self, state: PciState) -> None:
-        super().load(state)
-        self._place()
-
-    def _place(self) -> None:
+    def takes_effect(self) -> None:
         base = next((window.start for window in super().windows()), None)
         self._smbus.place(base if self.config[_HOSTC] & _HST_EN else None, True)
