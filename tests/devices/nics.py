@@ -6,7 +6,11 @@ import os
 import struct
 from collections import deque
 
+from devices.fakes import FakeMachine, Guest
+
+from vmfs.devices.machine import Pc
 from vmfs.devices.network import e1000, ne2000, rtl8139
+from vmfs.memory.ram import Memory
 
 RINGS = 0x1_0000
 MAC = b"\x52\x54\0\0\0\x07"
@@ -54,6 +58,34 @@ class Cable:
 
     def close(self):
         os.close(self.fd)
+
+
+class PluggedCard:
+    """A card of PCI on a board of its own: CARD, whose registers are at the memory of BAR."""
+
+    CARD: type
+    BAR: int
+
+    def __init__(self) -> None:
+        self.memory = Memory(2 << 20)
+        self.pc = Pc(FakeMachine(), self.memory)
+        self.cable = Cable()
+        self.card = self.CARD(self.pc, "net0", 4, self.cable, MAC)
+        self.pc.plug(self.card)
+        self.guest = Guest(self.pc)
+        self.guest.config(4, 4, 0x107, size=2)
+        self.base = self.card.bar(self.BAR)
+        self.tail = self.seen = 0
+
+    def close(self) -> None:
+        self.pc.close()
+        self.memory.close()
+
+    def put(self, at: int, value: int, size: int = 4) -> None:
+        self.guest.store(self.base + at, value, size)
+
+    def get(self, at: int, size: int = 4) -> int:
+        return self.guest.load(self.base + at, size)
 
 
 def a_frame(dice, tag=None):

@@ -7,14 +7,12 @@ import struct
 import zlib
 
 import pytest
-from devices.fakes import FakeMachine, Guest, pass_time, settle
-from devices.nics import MAC, Cable, a_frame, come
+from devices.fakes import pass_time, settle
+from devices.nics import MAC, PluggedCard, a_frame, come
 from mounting import wait_until
 
-from vmfs.devices.machine import Pc
 from vmfs.devices.network import e1000
 from vmfs.devices.network.e1000 import E1000
-from vmfs.memory.ram import Memory
 
 scapy = pytest.importorskip("scapy.all", reason="scapy is not installed (make setup)")
 
@@ -23,27 +21,8 @@ COUNT = 64
 FROM = b"\x52\x54\0\0\0\x09"
 
 
-class Nic:
-    def __init__(self) -> None:
-        self.memory = Memory(2 << 20)
-        self.pc = Pc(FakeMachine(), self.memory)
-        self.cable = Cable()
-        self.card = E1000(self.pc, "net0", 4, self.cable, MAC)
-        self.pc.plug(self.card)
-        self.guest = Guest(self.pc)
-        self.guest.config(4, 4, 0x107, size=2)
-        self.base = self.card.bar(0)
-        self.tail = self.seen = 0
-
-    def close(self) -> None:
-        self.pc.close()
-        self.memory.close()
-
-    def put(self, at: int, value: int) -> None:
-        self.guest.store(self.base + at, value)
-
-    def get(self, at: int) -> int:
-        return self.guest.load(self.base + at)
+class Nic(PluggedCard):
+    CARD, BAR = E1000, 0
 
     def begin(self, control: int = 0x8002, **more: int) -> None:
         for low, at in ((e1000.RDBAL, RX), (e1000.TDBAL, TX)):

@@ -7,15 +7,13 @@ import struct
 import zlib
 
 import pytest
-from devices.fakes import FakeMachine, Guest, pass_time
-from devices.nics import MAC, Cable, a_frame, come
+from devices.fakes import pass_time
+from devices.nics import MAC, PluggedCard, a_frame, come
 from devices.test_e1000 import FROM, a_segment, right
 from mounting import wait_until
 
-from vmfs.devices.machine import Pc
 from vmfs.devices.network import rtl8139
 from vmfs.devices.network.rtl8139 import Rtl8139
-from vmfs.memory.ram import Memory
 
 scapy = pytest.importorskip("scapy.all", reason="scapy is not installed (make setup)")
 
@@ -25,27 +23,11 @@ WHOLE = FS | LS
 COUNT, ROOM = 8, 1536
 
 
-class Nic:
-    def __init__(self) -> None:
-        self.memory = Memory(2 << 20)
-        self.pc = Pc(FakeMachine(), self.memory)
-        self.cable = Cable()
-        self.card = Rtl8139(self.pc, "net0", 4, self.cable, MAC)
-        self.pc.plug(self.card)
-        self.guest = Guest(self.pc)
-        self.guest.config(4, 4, 0x107, size=2)
-        self.base = self.card.bar(1)
-        self.tail = self.seen = 0
-
-    def close(self) -> None:
-        self.pc.close()
-        self.memory.close()
-
-    def put(self, at: int, value: int, size: int = 4) -> None:
-        self.guest.store(self.base + at, value, size)
+class Nic(PluggedCard):
+    CARD, BAR = Rtl8139, 1
 
     def get(self, at: int, size: int = 2) -> int:
-        return self.guest.load(self.base + at, size)
+        return super().get(at, size)
 
     def begin(self, plus: int = 0x23, control: int = 0x0E, room: int = ROOM) -> None:
         """As Linux's driver does."""

@@ -12,7 +12,7 @@ from vmfs.commands import table, top
 @pytest.fixture
 def hundred(monkeypatch):
     """A mount of 100 machines, of which those in `busy` use processor time from look to look: a function that looks and
-    returns whom that asked, `busy`, and the lines of the last look."""
+    returns the machines that were asked, `busy`, and the lines of the last look."""
     asked: list[str] = []
     busy: set[int] = set()
     used = dict.fromkeys(range(1, 101), 0)

@@ -9,9 +9,8 @@ from distributed import Client, LocalCluster
 
 from vmfs.words.errors import Invalid
 
-# What Dask looks at while nothing is to be done, in each scheduler, nanny and worker: 50 times a second whether its
-# event loop answers, 100 times what a thread of a worker does, ten times how much memory a worker has, twice what the
-# host's disks and networks do.
+# Dask does this in each scheduler, nanny and worker while nothing is to be done: it checks the event loop 50 times a
+# second, samples a worker's threads 100 times, measures its memory ten times, and the host's disks and networks twice.
 QUIET = {
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",

@@ -29,7 +29,7 @@ static void copy_out(const struct ram *ram, const struct chain *chain, u64 skip,
     }
 }
 
-/* Find where IP, TCP and the payload begin in a packet that is to be cut. False: it has none of them. */
+/* The places of IP, TCP and the payload in a packet that is to be cut. False: it has none of them. */
 static bool find_headers(const u8 *frame, size_t length, const struct head *h, unsigned *ip, unsigned *header)
 {
     unsigned kind = get16(frame + 12), tcp = h->csum_start, least = h->gso_type == GSO_TCPV4 ? 20 : 40;
